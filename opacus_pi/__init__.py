@@ -1,0 +1,1 @@
+"""Per-instance privacy accounting and unlearning for Opacus."""

@@ -1,0 +1,127 @@
+"""One message format for bad input: the argument, what was got, and the remedy.
+
+>>> in_range(
+...     0, 1, remedy="Divide the batch size by the data set size.", sample_rate=1.2
+... )
+Traceback (most recent call last):
+    ...
+ValueError: Expected sample_rate=1.2 in [0, 1]. Divide the batch size by the data set size.
+"""  # noqa: E501
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def expect(condition: bool, name: str, value: Any, domain: str, remedy: str) -> None:
+    """Raise ``ValueError`` in the common format unless ``condition`` holds.
+
+    Args:
+        condition: What must be true.
+        name: The argument's name.
+        value: What was got.
+        domain: What was wanted, worded to follow the value, e.g. ``"in (0, 1)"``.
+        remedy: One sentence: what the caller can do.
+
+    Raises:
+        ValueError: If ``condition`` is false.
+    """
+    if not condition:
+        raise ValueError(f"Expected {name}={_short(value)} {domain}. {remedy}")
+
+
+def _short(value: Any) -> str:
+    """A value's text, cut to one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def in_range(
+    low: float, high: float, *, remedy: str, closed: bool = True, **named: ArrayLike
+) -> None:
+    """Check that every named number (or array, entry by entry) lies in a range.
+
+    Args:
+        low: Lower end.
+        high: Upper end.
+        remedy: One sentence: what the caller can do.
+        closed: Whether the ends belong to the range.
+        **named: The arguments to check, by their public names.
+
+    Raises:
+        ValueError: If an entry is outside, or is not a number.
+    """
+    brackets = "[]" if closed else "()"
+    domain = f"in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
+    for name, value in named.items():
+        numbers = np.asarray(value, dtype=np.float64)
+        if closed:
+            ok = (numbers >= low) & (numbers <= high)
+        else:
+            ok = (numbers > low) & (numbers < high)
+        expect(bool(ok.all()), name, _offender(numbers, ok), domain, remedy)
+
+
+def positive(*, remedy: str, **named: ArrayLike) -> None:
+    """Check that every named number (or array) is above 0; infinity is allowed.
+
+    Raises:
+        ValueError: If an entry is 0, negative or not a number.
+    """
+    for name, value in named.items():
+        numbers = np.asarray(value, dtype=np.float64)
+        ok = numbers > 0
+        expect(bool(ok.all()), name, _offender(numbers, ok), "above 0", remedy)
+
+
+def _offender(numbers: NDArray, ok: NDArray) -> float:
+    """The first entry that fails a check (any entry if none does)."""
+    return float(numbers[~ok][0]) if not ok.all() else float("nan")
+
+
+def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int64]:
+    """Check a choice of examples and return it sorted.
+
+    Args:
+        name: The argument's name.
+        values: Whole numbers, shape ``(m,)``, each once and in ``[0, size)``.
+        size: Number of examples to choose from.
+
+    Returns:
+        int64 ``(m,)``, increasing.
+
+    Raises:
+        ValueError: If the choice is empty, not whole numbers, has duplicates, or
+            leaves the range.
+    """
+    array = np.asarray(values)
+    expect(array.size > 0, name, "[]", "to name an example", "Pass at least one index.")
+    whole = array.ndim == 1 and (
+        np.issubdtype(array.dtype, np.integer)
+        and not np.issubdtype(array.dtype, np.bool_)
+    )
+    expect(
+        whole,
+        name,
+        f"{array.dtype}{list(array.shape)}",
+        "to be a flat list of whole numbers",
+        "A mask becomes indices by numpy.flatnonzero.",
+    )
+    inside = (array >= 0) & (array < size)
+    expect(
+        bool(inside.all()),
+        name,
+        array[~inside][0] if not inside.all() else None,
+        f"in [0, {size})",
+        "Indices are positions in the training set.",
+    )
+    ordered, counts = np.unique(array.astype(np.int64), return_counts=True)
+    expect(
+        bool((counts == 1).all()),
+        name,
+        ordered[counts > 1][:1],
+        "without duplicates",
+        "Name each example once (numpy.unique).",
+    )
+    return ordered

@@ -1,0 +1,1 @@
+"""Per-example gradient norms without per-example gradients."""

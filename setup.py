@@ -1,0 +1,39 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="opacus-pi",
+    version="0.1.0",
+    description="What each training example costs in privacy, and what it takes to "
+    "forget it: per-instance Renyi accounting and unlearning on Opacus.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["opacus_pi", "opacus_pi.*"]),
+    package_data={"opacus_pi": ["py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision",
+        "opacus>=1.6",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "matplotlib>=3.8",
+        "scikit-learn>=1.4",
+        "tqdm>=4.65",
+        "safetensors>=0.4.3",
+    ],
+    extras_require={
+        "benchmarks": ["joblib>=1.3"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.9"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "License :: OSI Approved :: Apache Software License",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Security",
+    ],
+)
