@@ -1,0 +1,1 @@
+"""Thin scripts on top of the library: load, call, save."""
