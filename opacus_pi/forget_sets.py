@@ -1,0 +1,214 @@
+"""Which examples to forget: sets of chosen difficulty, from any score vector.
+
+>>> import numpy as np
+>>> strata = difficulty_strata(np.arange(100.0), size=4)
+>>> {name: indices.tolist() for name, indices in strata.items()}
+... # doctest: +NORMALIZE_WHITESPACE
+{'first': [0, 1, 2, 3], 'q1': [23, 24, 25, 26], 'q2': [48, 49, 50, 51],
+ 'q3': [73, 74, 75, 76], 'last': [96, 97, 98, 99]}
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from opacus_pi._validate import distinct_indices, expect
+
+Indices = NDArray[np.int64]
+
+
+def difficulty_strata(scores: ArrayLike, size: int) -> dict[str, Indices]:
+    """Five forget sets of rising difficulty, cut from the ranking by a score.
+
+    With the examples in ascending order of score (ties keep their order), the sets
+    are the first ``size``, the ``size`` around each quartile (at n/4, n/2 and 3n/4),
+    and the last ``size``. They may overlap when ``size > n / 5``.
+
+    Args:
+        scores: Difficulty of each example, shape ``(n,)``; higher is harder. Privacy
+            losses in the paper; infinities are ranked, NaN is refused.
+        size: Number of examples in each set, at most ``n / 2``.
+
+    Returns:
+        ``first``, ``q1``, ``q2``, ``q3``, ``last``: sorted int64 ``(size,)`` each.
+
+    Raises:
+        ValueError: If a score is NaN, or ``size`` is below 1 or above ``n / 2``.
+
+    Source: paper, Section 5.1 and Appendix D (there 1,000 of 50,000).
+    """
+    ranking = _ranking(scores)
+    num_examples = len(ranking)
+    _check_size(size, num_examples // 2, f"half of the {num_examples} examples")
+    starts = {
+        "first": 0,
+        **{f"q{k}": k * num_examples // 4 - size // 2 for k in (1, 2, 3)},
+        "last": num_examples - size,
+    }
+    return {
+        name: np.sort(ranking[start : start + size]) for name, start in starts.items()
+    }
+
+
+def top_k(scores: ArrayLike, size: int) -> Indices:
+    """The hardest examples: those of the largest scores.
+
+    Of equal scores the later examples are taken, so that the result is the last
+    stratum of :func:`difficulty_strata`.
+
+    Args:
+        scores: Difficulty of each example, shape ``(n,)``; higher is harder.
+        size: Number of examples, below ``n``.
+
+    Returns:
+        Sorted int64 ``(size,)``.
+
+    Raises:
+        ValueError: If a score is NaN, or ``size`` is below 1 or not below ``n``.
+
+    Source: paper, Section 6.4.
+    """
+    ranking = _ranking(scores)
+    _check_size(size, len(ranking) - 1, "all examples but one")
+    return np.sort(ranking[-size:])
+
+
+def random_forget_set(
+    num_examples: int, size: int, generator: np.random.Generator
+) -> Indices:
+    """A uniform draw without replacement.
+
+    Args:
+        num_examples: Number of examples ``n`` to choose from.
+        size: Number of examples drawn, below ``n``.
+        generator: Source of randomness.
+
+    Returns:
+        Sorted int64 ``(size,)``.
+
+    Raises:
+        ValueError: If ``size`` is below 1 or not below ``n``.
+    """
+    _check_size(size, num_examples - 1, "all examples but one")
+    return np.sort(_draw(np.arange(num_examples, dtype=np.int64), size, generator))
+
+
+def by_class(
+    labels: ArrayLike,
+    label: int,
+    size: int | None = None,
+    generator: np.random.Generator | None = None,
+) -> Indices:
+    """All examples of one class, or a uniform draw from them.
+
+    Args:
+        labels: Class of each example, shape ``(n,)``.
+        label: The class to forget.
+        size: How many of them; all of them if ``None``.
+        generator: Source of randomness; needed when ``size`` is given.
+
+    Returns:
+        Sorted int64 indices of examples of that class.
+
+    Raises:
+        ValueError: If no example has the label, every example has it and no size is
+            given, the class is smaller than ``size``, or ``size`` comes without a
+            generator.
+    """
+    labels = _flat("labels", labels)
+    members = np.flatnonzero(labels == label).astype(np.int64)
+    expect(
+        members.size > 0,
+        "label",
+        label,
+        "to be the label of an example",
+        f"The labels are {np.unique(labels)}.",
+    )
+    if size is None:
+        expect(
+            members.size < labels.size,
+            "label",
+            label,
+            "to leave an example to retain",
+            "Every example has this label: pass a size.",
+        )
+        return members
+    _check_size(
+        size, min(members.size, labels.size - 1), f"{members.size} have label {label}"
+    )
+    expect(
+        generator is not None,
+        "generator",
+        generator,
+        "to be a numpy Generator",
+        "Pass numpy.random.default_rng(seed): a part of a class is a random draw.",
+    )
+    return np.sort(_draw(members, size, generator))
+
+
+def retain_indices(num_examples: int, forget_indices: ArrayLike) -> Indices:
+    """The examples that stay: every index that is not to be forgotten.
+
+    Args:
+        num_examples: Number of training examples ``n``.
+        forget_indices: Positions to forget, shape ``(m,)``, each once.
+
+    Returns:
+        Sorted int64 ``(n - m,)``.
+
+    Raises:
+        ValueError: If the forget set is empty, has duplicates, leaves ``[0, n)``, or
+            is the whole training set.
+    """
+    forget = distinct_indices("forget_indices", forget_indices, num_examples)
+    expect(
+        forget.size < num_examples,
+        "forget_indices",
+        f"all {num_examples} examples",
+        "to leave an example to retain",
+        "To forget everything, delete the model.",
+    )
+    return np.setdiff1d(np.arange(num_examples, dtype=np.int64), forget, True)
+
+
+def _ranking(scores: ArrayLike) -> Indices:
+    """Examples in ascending order of score, ties in their own order."""
+    values = _flat("scores", scores).astype(np.float64)
+    bad = np.flatnonzero(np.isnan(values))
+    expect(
+        bad.size == 0,
+        "scores",
+        f"NaN at {bad[:3].tolist()}",
+        "to be a number for every example",
+        "Fill the ledger's missing observations or score those examples again.",
+    )
+    return np.argsort(values, kind="stable").astype(np.int64)
+
+
+def _flat(name: str, values: ArrayLike) -> NDArray:
+    """One value per example, as a flat non-empty array."""
+    array = np.asarray(values)
+    expect(
+        array.ndim == 1 and array.size > 0,
+        name,
+        f"an array of shape {array.shape}",
+        "to hold one value per example, shape (n,)",
+        "Flatten it or average over the other axes first.",
+    )
+    return array
+
+
+def _check_size(size: int, largest: int, why: str) -> None:
+    """Raise unless a set of this size exists."""
+    whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
+    expect(
+        whole and 1 <= size <= largest,
+        "size",
+        size,
+        f"to be a whole number in [1, {largest}]",
+        f"The limit here: {why}.",
+    )
+
+
+def _draw(members: Indices, size: int, generator: np.random.Generator) -> Indices:
+    """A uniform draw without replacement from some examples."""
+    return generator.choice(members, size=size, replace=False)
