@@ -1,0 +1,340 @@
+"""What a training run leaves behind: its mechanism and each example's gradient norms.
+
+Everything else (losses at any order, any noise, any convention) is a function of this
+record, so no question needs the training to be run again.
+
+>>> mechanism = NoisySGD(
+...     num_steps=100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0
+... )
+>>> ledger = GradNormLedger(mechanism, steps=[50, 100], grad_norms=[[0.5], [3.0]])
+>>> ledger.ratios()
+array([[0.25],
+       [0.5 ]])
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD, frozen
+from opacus_pi.accounting.storage import read_arrays, write_arrays
+
+_KIND = "opacus_pi.GradNormLedger"
+_VERSION = 1
+_MEASURED = ("grad_norms", "confidences", "errors", "correct")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GradNormLedger:
+    """Per-example gradient norms of one training run. Sensitive: see below.
+
+    Args:
+        mechanism: The run's facts.
+        steps: int64 ``(N,)``, strictly increasing: updates done when a row was
+            measured; row i speaks of the weights after ``steps[i]`` updates.
+        grad_norms: float32 ``(N, n)``, the raw L2 norm of the gradient of each
+            example's own loss, before clipping. NaN: not observed.
+        source: ``"swept"`` (all examples measured at ``steps[i]``) or ``"observed"``
+            (each example's latest participation since the row before).
+        example_ids: int64 ``(n,)``, which example of the data set a column is.
+            Default: column j is example j.
+        data_set: The data set's ``fingerprint``, or a name of your own.
+        confidences: float32 ``(N, n)``, softmax probability of the label.
+        errors: float32 ``(N, n)``, norm of (softmax - one-hot label), EL2N.
+        correct: float32 ``(N, n)``, 1 where the prediction was right, else 0.
+
+    One ledger is one run: functions that take expectations take several ledgers.
+    Norms, not losses, are kept, so every order, noise and convention can be asked for
+    later. The record says which examples are unusual: guard it like the data.
+
+    Raises:
+        ValueError: If shapes disagree, steps do not increase within the run, or a norm
+            is infinite or negative.
+    """
+
+    mechanism: NoisySGD
+    steps: NDArray[np.int64]
+    grad_norms: NDArray[np.float32]
+    source: str = field(default="swept", kw_only=True)
+    example_ids: NDArray[np.int64] | None = field(default=None, kw_only=True)
+    data_set: str | None = field(default=None, kw_only=True)
+    confidences: NDArray[np.float32] | None = field(default=None, kw_only=True)
+    errors: NDArray[np.float32] | None = field(default=None, kw_only=True)
+    correct: NDArray[np.float32] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        steps = _steps(self.steps, self.mechanism.num_steps)
+        object.__setattr__(self, "steps", steps)
+        for name in _MEASURED:
+            if getattr(self, name) is not None:
+                measured = _measured(name, getattr(self, name), len(steps))
+                object.__setattr__(self, name, measured)
+        expect(
+            self.source in ("swept", "observed"),
+            "source",
+            repr(self.source),
+            'to be "swept" or "observed"',
+            "It says how the norms were measured.",
+        )
+        if self.example_ids is not None:
+            object.__setattr__(self, "example_ids", _ids(self.example_ids))
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        """Every array must fit ``grad_norms`` and ``steps``."""
+        num_rows, num_examples = self.grad_norms.shape
+        wanted = {name: (num_rows, num_examples) for name in _MEASURED}
+        wanted["example_ids"] = (num_examples,)
+        given = {name: getattr(self, name) for name in wanted}
+        for name in SCHEDULED:
+            value = getattr(self.mechanism, name)
+            if isinstance(value, np.ndarray):
+                given[name], wanted[name] = value, (num_rows,)
+        for name, value in given.items():
+            shape = wanted[name]
+            expect(
+                value is None or value.shape == shape,
+                name,
+                f"an array of shape {getattr(value, 'shape', None)}",
+                f"to have shape {shape}",
+                "Rows are the steps, columns the examples.",
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"GradNormLedger({self.num_rows} rows of {self.num_examples} examples, "
+            f"source={self.source!r}, data_set={self.data_set!r}, {self.mechanism!r}; "
+            "sensitive: it says which examples are unusual)"
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, N."""
+        return self.grad_norms.shape[0]
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples, n."""
+        return self.grad_norms.shape[1]
+
+    def ratios(self) -> NDArray[np.float64]:
+        """Each example's clipped gradient norm in units of the noise.
+
+        r = min(‖g‖, C) / noise_std: the one place where units meet. Entries that were
+        not observed are filled by ``fill_unobserved``, at last with C.
+
+        Returns:
+            float64 ``(N, n)``, dimensionless; ``inf`` only for an example never
+            observed in a run without clipping.
+
+        Raises:
+            ValueError: If ``noise_std`` is 0.
+        """
+        positive(
+            noise_std=self.mechanism.noise_std,
+            remedy="Without noise no loss is finite. Assume a noise for a ranking: "
+            "ledger.with_noise_std(sigma).",
+        )
+        norms = fill_unobserved(self.grad_norms)
+        clip = np.reshape(self.mechanism.max_grad_norm, (-1, 1))
+        noise = np.reshape(self.mechanism.noise_std, (-1, 1))
+        return np.minimum(norms, clip) / noise
+
+    def with_noise_std(self, noise_std: ArrayLike) -> "GradNormLedger":
+        """The same run as if its noise had been another one.
+
+        Args:
+            noise_std: Standard deviation of the noise on the sum of the gradients, a
+                number or ``(N,)``.
+
+        Returns:
+            A ledger with the same norms. Its losses rank examples; they are no
+            statement about the run that was made.
+        """
+        return replace(self, mechanism=replace(self.mechanism, noise_std=noise_std))
+
+    def subset(self, indices: ArrayLike) -> "GradNormLedger":
+        """The record of some of the examples, in the order given.
+
+        Args:
+            indices: int ``(m,)``, columns of this ledger, each once.
+
+        Returns:
+            A ledger of m examples whose ``example_ids`` remember who they are.
+        """
+        distinct_indices("indices", indices, self.num_examples)
+        columns = np.asarray(indices, dtype=np.int64)
+        ids = columns if self.example_ids is None else self.example_ids[columns]
+        rows = {name: getattr(self, name) for name in _MEASURED}
+        kept = {name: a[:, columns] for name, a in rows.items() if a is not None}
+        return replace(self, example_ids=ids, **kept)
+
+    def require_data_set(self, data_set: str) -> None:
+        """Refuse a ledger that was recorded on another data set.
+
+        Args:
+            data_set: The fingerprint (or name) of the data set at hand.
+
+        Raises:
+            ValueError: If this ledger names another one. A ledger that names none
+                passes.
+        """
+        expect(
+            self.data_set is None or self.data_set == data_set,
+            "data_set",
+            data_set,
+            f"to be the ledger's, {self.data_set}",
+            "Its columns speak of other examples; pass the ledger of this data set.",
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ledger to one safetensors file, atomically and with a checksum.
+
+        Args:
+            path: The file's name. The file is as sensitive as the ledger.
+        """
+        arrays = {f"mechanism.{n}": getattr(self.mechanism, n) for n in SCHEDULED}
+        names = ("steps", "example_ids", *_MEASURED)
+        arrays |= {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        facts = {
+            "num_steps": str(self.mechanism.num_steps),
+            "sampling": self.mechanism.sampling,
+            "source": self.source,
+        }
+        if self.data_set is not None:
+            facts["data_set"] = self.data_set
+        write_arrays(path, _KIND, _VERSION, arrays, facts)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "GradNormLedger":
+        """Read a ledger that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is truncated, edited, of another version or foreign.
+        """
+        arrays, facts = read_arrays(path, _KIND, _VERSION)
+        mechanism = NoisySGD(
+            num_steps=int(facts["num_steps"]),
+            sampling=facts["sampling"],
+            **{name: arrays.pop(f"mechanism.{name}") for name in SCHEDULED},
+        )
+        return cls(
+            mechanism, source=facts["source"], data_set=facts.get("data_set"), **arrays
+        )
+
+
+def runs_of(
+    ledgers: "GradNormLedger | Sequence[GradNormLedger]",
+) -> tuple[GradNormLedger, ...]:
+    """One ledger or several independent runs of one training, as a checked tuple.
+
+    Raises:
+        ValueError: If there is none, or the runs differ in mechanism, steps, examples
+            or data set.
+    """
+    runs = (ledgers,) if isinstance(ledgers, GradNormLedger) else tuple(ledgers)
+    expect(len(runs) > 0, "ledger", "[]", "to hold a run", "Pass at least one ledger.")
+    first = runs[0]
+    for number, run in enumerate(runs[1:], start=1):
+        differing = [name for name, same in _agreement(first, run).items() if not same]
+        expect(
+            not differing,
+            "ledger",
+            f"runs 0 and {number}",
+            f"to agree in {', '.join(differing)}",
+            "Average only independent runs of the same training, recorded at the same "
+            "steps, over the same examples.",
+        )
+    return runs
+
+
+def _agreement(a: GradNormLedger, b: GradNormLedger) -> dict[str, bool]:
+    """Whether two runs agree, by what they may differ in."""
+    return {
+        "mechanism": a.mechanism == b.mechanism,
+        "steps": np.array_equal(a.steps, b.steps),
+        "number of examples": a.num_examples == b.num_examples,
+        "example_ids": np.array_equal(_columns(a), _columns(b)),
+        "data_set": None in (a.data_set, b.data_set) or a.data_set == b.data_set,
+    }
+
+
+def _columns(ledger: GradNormLedger) -> NDArray[np.int64]:
+    """Which example each column is."""
+    ids = ledger.example_ids
+    return np.arange(ledger.num_examples) if ids is None else ids
+
+
+def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:
+    """Fill each example's gaps: its next observation, else its last, else infinity.
+
+    Infinity stands for "the clip norm": no gradient enters an update larger than that.
+    So an example that was not seen never counts as harmless.
+
+    Args:
+        rows: ``(N, n)``, NaN where not observed.
+
+    Returns:
+        float64 ``(N, n)`` without NaN.
+    """
+    filled = np.array(rows, dtype=np.float64)
+    if not np.isnan(filled).any():
+        return filled
+    for backwards in (True, False):
+        order = range(len(filled) - 2, -1, -1) if backwards else range(1, len(filled))
+        for i in order:
+            neighbour = filled[i + 1 if backwards else i - 1]
+            np.copyto(filled[i], neighbour, where=np.isnan(filled[i]))
+    return np.where(np.isnan(filled), np.inf, filled)
+
+
+def _steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
+    """Checked row positions."""
+    steps = np.array(value)
+    whole = steps.ndim == 1 and (steps.size == 0 or steps.dtype.kind in "iu")
+    inside = whole and bool(((steps >= 0) & (steps <= num_steps)).all())
+    expect(
+        inside and bool((np.diff(steps.astype(np.int64)) > 0).all()),
+        "steps",
+        steps.tolist(),
+        f"to be strictly increasing whole numbers in [0, {num_steps}]",
+        "Count the updates done when each row was measured.",
+    )
+    return frozen(steps.astype(np.int64))
+
+
+def _measured(name: str, value: ArrayLike, num_rows: int) -> NDArray[np.float32]:
+    """Checked measurements, NaN where there is none."""
+    with np.errstate(over="ignore"):
+        array = np.array(value, dtype=np.float32)
+    expect(
+        array.ndim == 2 and len(array) == num_rows,
+        name,
+        f"an array of shape {array.shape}",
+        f"to have shape (N, n) with N = {num_rows}, the number of steps",
+        "Rows are the steps, columns the examples.",
+    )
+    bad = (array < 0) | np.isinf(array)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        expect(
+            False,
+            name,
+            f"{array[row, column]} (row {row}, example {column})",
+            "to be finite and at least 0 (NaN: not observed)",
+            "An exploded gradient has no finite loss: clip it, or drop the example.",
+        )
+    return frozen(array)
+
+
+def _ids(value: ArrayLike) -> NDArray[np.int64]:
+    """Checked example numbers, in the caller's order."""
+    limit = np.iinfo(np.int64).max
+    if np.size(value):
+        distinct_indices("example_ids", value, limit)
+    return frozen(np.array(value, dtype=np.int64))

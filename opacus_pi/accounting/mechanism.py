@@ -1,0 +1,123 @@
+"""The facts of a noisy training run, in the units that its accounting needs.
+
+>>> NoisySGD(num_steps=100, sample_rate=1.2, noise_std=1.0)
+Traceback (most recent call last):
+    ...
+ValueError: Expected sample_rate=1.2 in [0, 1]. Divide the batch size by the data set size.
+"""  # noqa: E501
+
+import operator
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from opacus_pi._validate import expect, in_range, positive
+
+SCHEDULED = ("sample_rate", "noise_std", "max_grad_norm")
+
+
+@dataclass(frozen=True, eq=False)
+class NoisySGD:
+    """The facts of a noisy training run that its accounting needs.
+
+    One update adds ``N(0, noise_std² I)`` to the sum of the batch's gradients, each
+    clipped to ``max_grad_norm``.
+
+    Args:
+        num_steps: Number of updates, T.
+        sample_rate: Probability that an example takes part in an update, in [0, 1]
+            (a shuffled loader: batch size over data set size).
+        noise_std: Standard deviation of the noise on the **sum** of the per-example
+            gradients. Opacus: ``noise_multiplier * max_grad_norm``; noise on the mean:
+            times the expected batch size. 0 is plain SGD, which has no finite loss.
+        max_grad_norm: L2 clip norm C; ``inf`` without clipping; per-layer clipping:
+            the root of the sum of squares.
+        sampling: ``"poisson"``, or ``"fixed"`` for shuffling and any other schedule
+            that does not look at the data.
+
+    ``sample_rate``, ``noise_std`` and ``max_grad_norm`` may be arrays ``(N,)`` where a
+    schedule changes them: the value of the interval that a ledger's row covers.
+
+    Raises:
+        ValueError: If a value is outside its domain.
+    """
+
+    num_steps: int
+    sample_rate: float | NDArray[np.float64]
+    noise_std: float | NDArray[np.float64]
+    max_grad_norm: float | NDArray[np.float64] = float("inf")
+    sampling: str = "poisson"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_steps", _count("num_steps", self.num_steps))
+        for name in SCHEDULED:
+            object.__setattr__(self, name, _scheduled(name, getattr(self, name)))
+        in_range(
+            0,
+            1,
+            sample_rate=self.sample_rate,
+            remedy="Divide the batch size by the data set size.",
+        )
+        noise = np.asarray(self.noise_std)
+        ok = (noise >= 0) & np.isfinite(noise)
+        expect(
+            bool(ok.all()),
+            "noise_std",
+            noise[~ok][:1],
+            "to be at least 0 and finite",
+            "It is the standard deviation of the noise on the sum of the gradients.",
+        )
+        positive(
+            max_grad_norm=self.max_grad_norm, remedy="Training without clipping is inf."
+        )
+        expect(
+            self.sampling in ("poisson", "fixed"),
+            "sampling",
+            repr(self.sampling),
+            'to be "poisson" or "fixed"',
+            'A shuffled loader is "fixed".',
+        )
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all facts are equal, entry by entry."""
+        if not isinstance(other, NoisySGD):
+            return NotImplemented
+        return all(
+            np.array_equal(getattr(self, f.name), getattr(other, f.name))
+            for f in fields(self)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.num_steps, self.sampling))
+
+
+def _count(name: str, value: int) -> int:
+    """A whole number, at least 0."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    expect(
+        number >= 0, name, value, "to be a whole number, at least 0", "Count updates."
+    )
+    return number
+
+
+def _scheduled(name: str, value: ArrayLike) -> float | NDArray[np.float64]:
+    """A float, or a read-only float64 array with one axis."""
+    array = np.array(value, dtype=np.float64)
+    expect(
+        array.ndim <= 1,
+        name,
+        f"an array of shape {array.shape}",
+        "to be a number or one number per row",
+        "A schedule has shape (N,).",
+    )
+    return float(array) if array.ndim == 0 else frozen(array)
+
+
+def frozen(array: NDArray) -> NDArray:
+    """The array, now read-only."""
+    array.setflags(write=False)
+    return array
