@@ -1,0 +1,67 @@
+"""THE models of the benchmarks; every script takes them from here."""
+
+from math import prod
+
+from torch import nn
+
+
+def build_model(
+    name: str, image_shape: tuple[int, ...], num_classes: int = 10
+) -> nn.Module:
+    """Build a model by name.
+
+    Args:
+        name: A key of ``MODELS``.
+        image_shape: ``(c, h, w)``.
+        num_classes: Number of outputs.
+
+    Returns:
+        The model with fresh weights (drawn from torch's global generator).
+
+    Raises:
+        ValueError: For another name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"Expected model={name} to be one of {', '.join(MODELS)}.")
+    return MODELS[name](image_shape, num_classes)
+
+
+def mlp(
+    image_shape: tuple[int, ...], num_classes: int = 10, widths: tuple[int, ...] = ()
+) -> nn.Sequential:
+    """A multi-layer perceptron with ReLU; two hidden layers of 128 by default."""
+    sizes = (prod(image_shape), *(widths or (128, 128)))
+    layers: list[nn.Module] = [nn.Flatten()]
+    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
+
+
+def small_cnn(image_shape: tuple[int, ...], num_classes: int = 10) -> nn.Sequential:
+    """Two convolutions and two linear layers; 26,000 weights on 28×28 images."""
+    channels, height, width = image_shape
+    features = nn.Sequential(
+        nn.Conv2d(channels, 16, 8, stride=2, padding=3),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 4, stride=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+    )
+    side = _pooled(height), _pooled(width)
+    return nn.Sequential(
+        *features,
+        nn.Linear(32 * prod(side), 32),
+        nn.ReLU(),
+        nn.Linear(32, num_classes),
+    )
+
+
+def _pooled(size: int) -> int:
+    """The side of the last feature map of ``small_cnn``."""
+    first = (size + 2 * 3 - 8) // 2 + 1 - 1
+    return (first - 4) // 2 + 1 - 1
+
+
+MODELS = {"mlp": mlp, "small-cnn": small_cnn}

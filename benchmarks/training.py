@@ -1,0 +1,128 @@
+"""The one training recipe of the benchmarks: SGLD or SGD, watched by the engine."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.models import build_model
+from opacus_pi import PrivacyEngine, Recorder
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a training run but its data and its seed.
+
+    Attributes:
+        model: A name that ``benchmarks.models.build_model`` knows.
+        num_epochs: Passes over the data set, in expectation.
+        batch_size: Expected batch size of the Poisson batches.
+        learning_rate: Of plain SGD.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        noise_std: Standard deviation of the noise on the mean gradient (0: plain SGD).
+    """
+
+    model: str
+    num_epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    noise_std: float = 0.0
+
+    def key(self) -> dict:
+        """A description for content-keyed caches."""
+        return asdict(self)
+
+    def optimizer(self, params: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
+        """The recipe's optimizer on some parameters."""
+        return torch.optim.SGD(
+            params,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+
+
+def train(
+    recipe: Recipe,
+    data_set: Dataset,
+    image_shape: tuple[int, ...],
+    seed: int,
+    num_checkpoints: int = 35,
+) -> tuple[nn.Module, PrivacyEngine]:
+    """Train from scratch, recording gradient norms at evenly spaced checkpoints.
+
+    Args:
+        recipe: What to do.
+        data_set: Images and labels.
+        image_shape: ``(c, h, w)``.
+        seed: Of the initial weights, the batches and the noise.
+        num_checkpoints: Rows of the ledger (1 for an oracle, whose ledger nobody reads).
+
+    Returns:
+        The trained model in evaluation mode, and the engine with its ledger.
+    """
+    torch.manual_seed(seed)
+    model = build_model(recipe.model, image_shape)
+    loader = DataLoader(data_set, batch_size=recipe.batch_size, shuffle=True)
+    num_steps = recipe.num_epochs * len(loader)
+    recorder = Recorder.evenly_spaced(num_checkpoints, num_steps, mode="swept")
+    engine = PrivacyEngine(accountant="rdp", recorder=recorder)
+    criterion = nn.CrossEntropyLoss()
+    model, optimizer, loader = engine.make_monitored(
+        module=model,
+        optimizer=recipe.optimizer(model.parameters()),
+        data_loader=loader,
+        noise_std=recipe.noise_std,
+        criterion=criterion,
+    )
+    for _ in range(recipe.num_epochs):
+        for images, labels in loader:
+            optimizer.zero_grad()
+            criterion(model(images), labels).backward()
+            optimizer.step()
+    return model.eval(), engine
+
+
+def train_privately(
+    recipe: Recipe,
+    data_set: Dataset,
+    image_shape: tuple[int, ...],
+    seed: int,
+    noise_multiplier: float,
+    max_grad_norm: float = 1.0,
+) -> tuple[nn.Module, PrivacyEngine]:
+    """Train by DP-SGD with the drop-in engine, norms observed at no extra pass.
+
+    Args:
+        recipe: What to do; its ``noise_std`` is not used.
+        data_set: Images and labels.
+        image_shape: ``(c, h, w)``.
+        seed: Of the initial weights, the batches and the noise.
+        noise_multiplier: As Opacus's.
+        max_grad_norm: As Opacus's.
+
+    Returns:
+        The trained model (wrapped by Opacus) in evaluation mode, and the engine.
+    """
+    torch.manual_seed(seed)
+    model = build_model(recipe.model, image_shape)
+    engine = PrivacyEngine(accountant="rdp")
+    model, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=recipe.optimizer(model.parameters()),
+        data_loader=DataLoader(data_set, batch_size=recipe.batch_size, shuffle=True),
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+    )
+    criterion = nn.CrossEntropyLoss()
+    for _ in range(recipe.num_epochs):
+        for images, labels in loader:
+            optimizer.zero_grad()
+            criterion(model(images), labels).backward()
+            optimizer.step()
+    return model.eval(), engine
