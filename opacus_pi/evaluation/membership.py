@@ -1,0 +1,89 @@
+"""Membership inference: does the forget set look like training or like test data?
+
+>>> result = membership_inference([0.9, 0.95, 0.99], [0.2, 0.4, 0.3], [0.3, 0.97])
+>>> result
+MembershipInference(forget_called_test=0.5, attacker_accuracy=1.0)
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+
+from opacus_pi._validate import expect, in_range
+
+
+@dataclass(frozen=True)
+class MembershipInference:
+    """What a membership attacker says; ``float(...)`` gives the first number.
+
+    Attributes:
+        forget_called_test: Fraction of the forget set that the attacker calls test
+            data. Higher means more forgotten; the value to reach is the one of a model
+            retrained without the forget set.
+        attacker_accuracy: Balanced accuracy with which the attacker tells the retain
+            set from the test set, on the very examples it was fitted to. Near 1/2 it
+            sees nothing, and ``forget_called_test`` says nothing either way.
+    """
+
+    forget_called_test: float
+    attacker_accuracy: float
+
+    def __float__(self) -> float:
+        """``forget_called_test``."""
+        return self.forget_called_test
+
+
+def membership_inference(
+    retain_confidences: ArrayLike,
+    test_confidences: ArrayLike,
+    forget_confidences: ArrayLike,
+) -> MembershipInference:
+    """Fit a logistic regression to retain against test and apply it to the forget set.
+
+    The one feature is the confidence (softmax at the label). Both classes weigh the
+    same whatever their sizes, and the feature is standardised, so that neither
+    unbalanced sets nor a narrow range of confidences make the attacker answer always
+    the same. If all retain and test confidences are equal the attacker can only guess:
+    1/2. On scores drawn alike the answer is 1/2 in the mean over draws when the two
+    sets are of one size, and less by O(1/√m) when the smaller one has m examples.
+
+    Args:
+        retain_confidences: Confidences on retained training examples, shape ``(r,)``.
+        test_confidences: Confidences on test examples, shape ``(t,)``.
+        forget_confidences: Confidences on the forget set, shape ``(m,)``.
+
+    Returns:
+        The fraction of the forget set called test, and the attacker's own accuracy.
+
+    Raises:
+        ValueError: If a set is empty or a confidence is outside [0, 1] or NaN.
+
+    Source: paper, Section 5.1 and Appendix E; class weights are ours.
+    """
+    retain = _feature(retain_confidences=retain_confidences)
+    test = _feature(test_confidences=test_confidences)
+    forget = _feature(forget_confidences=forget_confidences)
+    seen = np.concatenate([retain, test])
+    centre, spread = seen.mean(), seen.std()
+    if np.ptp(seen) == 0:
+        return MembershipInference(0.5, 0.5)
+    is_test = np.repeat([False, True], [len(retain), len(test)])
+    attacker = LogisticRegression(class_weight="balanced")
+    attacker.fit((seen - centre) / spread, is_test)
+    called_test = attacker.predict((forget - centre) / spread)
+    own = attacker.predict((seen - centre) / spread)
+    return MembershipInference(
+        float(called_test.mean()), float(balanced_accuracy_score(is_test, own))
+    )
+
+
+def _feature(**named: ArrayLike) -> NDArray[np.float64]:
+    """Confidences as one column, checked."""
+    ((name, values),) = named.items()
+    array = np.asarray(values, dtype=np.float64).reshape(-1, 1)
+    expect(array.size > 0, name, "[]", "to hold an example", "Evaluate on some data.")
+    in_range(0, 1, remedy="Pass the softmax at the label.", **{name: array})
+    return array
