@@ -61,7 +61,7 @@ def train(
         data_set: Images and labels.
         image_shape: ``(c, h, w)``.
         seed: Of the initial weights, the batches and the noise.
-        num_checkpoints: Rows of the ledger (1 for an oracle, whose ledger nobody reads).
+        num_checkpoints: Rows of the ledger (1 where nobody reads it).
 
     Returns:
         The trained model in evaluation mode, and the engine with its ledger.
