@@ -44,7 +44,7 @@ def write_arrays(
     contiguous = {name: np.asarray(a, order="C") for name, a in arrays.items()}
     header = {**facts, "kind": kind, "version": str(version)}
     header["checksum"] = _checksum(contiguous, header)
-    _replace(Path(path), save(contiguous, metadata=header))
+    replace_file(Path(path), save(contiguous, metadata=header))
 
 
 def read_arrays(
@@ -108,7 +108,7 @@ def _checksum(arrays: Arrays, header: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Put the content under the name in one step; leave nothing behind on failure."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -1,0 +1,369 @@
+"""When a row of the ledger is written, from what a training loop reports.
+
+The recorder knows no model, no order and no mathematics: it is told which examples
+entered an update and with which gradient norm, or it is given a sweep to call.
+
+>>> import torch
+>>> recorder = Recorder(every=0.5)
+>>> recorder.begin(num_examples=4, sample_rate=0.5, sampling="fixed", data_set="toy")
+>>> for batch in ([0, 1], [2, 3]):
+...     recorder.observe(torch.tensor(batch), torch.tensor([0.5, 2.0]))
+...     recorder.step(noise_std=1.0, max_grad_norm=1.0)
+>>> recorder.ledger.grad_norms
+array([[0.5, 2. , nan, nan],
+       [nan, nan, 0.5, 2. ]], dtype=float32)
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opacus_pi._errors import AccountingError
+from opacus_pi._validate import expect, positive
+from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.recorder.recorded_run import RecordedRun, Settings
+from opacus_pi.recorder.schedule import checked_every, evenly_spaced_steps, num_due
+from opacus_pi.recorder.weights import save_weights
+
+_MEASURED = ("grad_norms", "confidences", "errors", "correct")
+_MAX_WAITING = 256  # reports kept on an accelerator before they are fetched together
+
+
+class Recorder:
+    """Writes rows of per-example gradient norms while a model is being trained.
+
+    Args:
+        mode: ``"observed"``: the norms that training computes anyway, each example's
+            latest participation since the row before. ``"swept"``: at each row, the
+            norms of all examples by a pass of their own that leaves no trace.
+        every: A number: epochs (``1 / sample_rate`` updates) from row to row, may be
+            fractional. A sequence: rows after exactly these updates.
+        criterion: ``criterion(outputs, targets)`` for sweeps, one loss per example.
+        strict: Raise at once where the run can no longer be accounted, instead of
+            training on and refusing the ledger.
+        verify: Whether batches that reach the model as copies are recognised by their
+            content.
+        weights_dir: Directory for the weights of every row, one safetensors file
+            each, ``weights-00000123.safetensors`` after 123 updates; None: not kept.
+        batch_size: Examples a sweep measures at once.
+
+    Raises:
+        ValueError: If an option is outside its domain.
+    """
+
+    def __init__(
+        self,
+        mode: Literal["observed", "swept"] = "observed",
+        every: float | Sequence[int] = 1.0,
+        *,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
+        strict: bool = False,
+        verify: bool = True,
+        weights_dir: str | os.PathLike[str] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        expect(
+            mode in ("observed", "swept"),
+            "mode",
+            repr(mode),
+            'to be "observed" or "swept"',
+            "It says how the norms are measured.",
+        )
+        positive(batch_size=batch_size, remedy="A sweep measures that many at once.")
+        self.mode = mode
+        self.every = checked_every(every)
+        self.criterion = criterion
+        self.strict = strict
+        self.verify = verify
+        self.weights_dir = None if weights_dir is None else Path(weights_dir)
+        self.batch_size = batch_size
+        self._run: RecordedRun | None = None
+        self._resumed = False
+        self._sweep: Callable[[], Any] | None = None
+        self._weights: Callable[[], Mapping[str, Any]] | None = None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def evenly_spaced(
+        cls, num_checkpoints: int = 35, *, num_steps: int, **options: Any
+    ) -> "Recorder":
+        """A recorder whose rows are evenly spaced over a run of known length.
+
+        Rows after ``round(num_steps * (i + 1) / num_checkpoints)`` updates, as in the
+        paper, section 5.1 (there 35 checkpoints).
+
+        Args:
+            num_checkpoints: Number of rows, N.
+            num_steps: Number of updates of the whole run, T.
+            **options: The other options of ``Recorder``.
+
+        Raises:
+            ValueError: If there are more rows than updates.
+        """
+        return cls(every=evenly_spaced_steps(num_checkpoints, num_steps), **options)
+
+    @property
+    def num_steps(self) -> int:
+        """Updates counted so far."""
+        return self._run.num_steps if self._run else 0
+
+    @property
+    def ledger(self) -> GradNormLedger:
+        """The record up to now; training may go on.
+
+        Where ``noise_std``, ``max_grad_norm`` or ``sample_rate`` changed within the
+        updates of one row, the row carries the least noise and the largest of the
+        others: none of its updates is charged too little.
+
+        Raises:
+            AccountingError: If nothing has been recorded, or the run cannot be
+                accounted; it says why.
+        """
+        run = self._begun()
+        self._fetch_waiting()
+        if run.refusal:
+            raise AccountingError(run.refusal)
+        return run.ledger()
+
+    def begin(
+        self,
+        *,
+        num_examples: int,
+        sample_rate: float,
+        sampling: Literal["poisson", "fixed"],
+        data_set: str,
+        sweep: Callable[[], Any] | None = None,
+        weights: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Start the record of a run, or continue the one that was just loaded.
+
+        Args:
+            num_examples: Number of examples, n.
+            sample_rate: Expected share of the examples in an update, in (0, 1].
+            sampling: ``"poisson"``, or ``"fixed"`` for any other schedule that does
+                not look at the data.
+            data_set: Fingerprint of the data set.
+            sweep: For mode ``"swept"``: returns an object with ``grad_norms`` and
+                possibly ``confidences``, ``errors``, ``correct``, each ``(n,)``.
+            weights: For ``weights_dir``: returns the state dict of now.
+
+        Raises:
+            ValueError: If an argument is outside its domain or missing, or a loaded
+                record is of another run.
+        """
+        positive(num_examples=num_examples, remedy="Count the examples.")
+        positive(sample_rate=sample_rate, remedy="Nothing is ever drawn at rate 0.")
+        NoisySGD(0, sample_rate, noise_std=0.0, sampling=sampling)  # checks them
+        _require("sweep", sweep, self.mode == "swept", "Recorder(criterion=...)")
+        _require("weights", weights, self.weights_dir is not None, "a state dict")
+        run = RecordedRun(self.mode, num_examples, sample_rate, sampling, data_set)
+        if self._resumed:
+            self._run.require_same(run)
+        else:
+            self._run = run
+        self._resumed = False
+        self._sweep, self._weights = sweep, weights
+        self._waiting = []
+
+    def observe(self, indices: Tensor, grad_norms: Tensor) -> None:
+        """Report rows that enter the update to come; call before ``step``.
+
+        Norms on an accelerator are fetched later, many updates at once. A swept
+        recorder measures for itself and ignores the report. A norm that is not finite
+        makes the ledger refuse.
+
+        Args:
+            indices: int64 ``(b,)``, which examples; of one named twice the later
+                norm stays.
+            grad_norms: float ``(b,)``, L2 norms before clipping.
+
+        Raises:
+            ValueError: If the lengths differ or an index is no example's.
+        """
+        run = self._begun()
+        expect(
+            indices.shape == grad_norms.shape and grad_norms.dim() == 1,
+            "grad_norms",
+            f"a tensor of shape {tuple(grad_norms.shape)}",
+            f"to have one norm per index, shape {tuple(indices.shape)}",
+            "Report one norm for each row of the batch.",
+        )
+        if self.mode == "swept" or run.refusal:
+            return
+        norms = grad_norms.detach()
+        if norms.device.type == "cpu":
+            self._store(indices, norms)
+            return
+        self._waiting.append((indices, norms.to(torch.float32, copy=True)))
+        if len(self._waiting) >= _MAX_WAITING:
+            self._fetch_waiting()
+
+    def step(
+        self,
+        *,
+        noise_std: float,
+        max_grad_norm: float,
+        sample_rate: float | None = None,
+    ) -> None:
+        """Count one update of the weights, and write a row when one is due.
+
+        Args:
+            noise_std: Standard deviation of its noise on the **sum** of the
+                per-example gradients.
+            max_grad_norm: Its clip norm, ``inf`` without clipping.
+            sample_rate: Its sample rate; default: the one of ``begin``.
+        """
+        run = self._begun()
+        self._resumed = False
+        rate = run.sample_rate if sample_rate is None else sample_rate
+        run.count_step(Settings(float(noise_std), float(max_grad_norm), float(rate)))
+        if not run.refusal and self._row_is_due():
+            self._write_row()
+
+    def refuse(self, reason: str) -> None:
+        """Let training go on, but give no ledger of it any more.
+
+        Args:
+            reason: What cannot be accounted, and the remedy. The first one stays.
+
+        Raises:
+            AccountingError: At once, if the recorder is strict.
+        """
+        run = self._begun()
+        run.refusal = run.refusal or reason
+        if self.strict:
+            raise AccountingError(run.refusal)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything recorded, as tensors, numbers and strings for a checkpoint."""
+        run = self._begun()
+        self._fetch_waiting()
+        return run.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the record that ``state_dict`` saved.
+
+        Before ``begin``, the next ``begin`` checks that it continues the same run;
+        after it, the check is made now.
+
+        Args:
+            state: What ``state_dict`` returned.
+
+        Raises:
+            ValueError: If the state is of another version, mode or run; nothing is
+                changed then.
+        """
+        loaded = RecordedRun.from_state_dict(state)
+        expect(
+            loaded.source == self.mode,
+            "the resumed record's mode",
+            repr(loaded.source),
+            f"to be this recorder's, {self.mode!r}",
+            "Resume with the Recorder of the run saved.",
+        )
+        if self._run and not self._resumed:
+            loaded.require_same(self._run)
+        self._run, self._resumed, self._waiting = loaded, True, []
+
+    def _begun(self) -> RecordedRun:
+        """The run, once there is one."""
+        if self._run is None:
+            raise AccountingError(
+                "Nothing is being recorded yet. Call make_private, make_monitored or "
+                "Recorder.begin first."
+            )
+        return self._run
+
+    def _row_is_due(self) -> bool:
+        """Whether rows are due that the last one written does not stand for."""
+        run = self._run
+        counts = (run.num_steps, run.steps[-1] if run.steps else 0)
+        now, then = (
+            num_due(count, every=self.every, sample_rate=run.sample_rate)
+            for count in counts
+        )
+        return now > then
+
+    def _write_row(self) -> None:
+        """Close the interval with a row for the weights of now."""
+        run = self._run
+        if self.mode == "observed":
+            self._fetch_waiting()
+            row = {"grad_norms": run.observed}
+        else:
+            row = _float32_row(self._sweep(), run.num_examples)
+            self._refuse_unless_finite(row["grad_norms"])
+        if run.refusal:
+            return
+        if self.weights_dir is not None:
+            save_weights(self.weights_dir, run.num_steps, self._weights())
+        run.close_row(row)
+
+    def _fetch_waiting(self) -> None:
+        """Bring what waits on an accelerator here, in the order of its reports."""
+        if self._waiting:
+            indices, norms = zip(*self._waiting, strict=True)
+            self._waiting = []
+            on_cpu = [i.cpu() for i in indices]
+            self._store(torch.cat(on_cpu), torch.cat(norms).cpu())
+
+    def _store(self, indices: Tensor, norms: Tensor) -> None:
+        """Keep the norms as the examples' latest observation."""
+        run = self._run
+        where = indices.cpu().numpy()
+        inside = (where >= 0) & (where < run.num_examples)
+        expect(
+            bool(inside.all()),
+            "indices",
+            where[~inside][:1],
+            f"in [0, {run.num_examples})",
+            "They are positions in the data set that the recorder began with.",
+        )
+        values = norms.to(torch.float32).numpy()
+        self._refuse_unless_finite(values)
+        run.observed[where] = values  # numpy: of equal indices the last one stays
+
+    def _refuse_unless_finite(self, norms: NDArray[np.float32]) -> None:
+        """A gradient that is no number has no finite loss."""
+        if not np.isfinite(norms).all():
+            self.refuse(
+                "A gradient norm was not finite by update "
+                f"{self.num_steps + (self.mode == 'observed')}: training has diverged, "
+                "and no privacy loss is finite. Lower the learning rate."
+            )
+
+
+def _require(name: str, given: Any, needed: bool, remedy: str) -> None:
+    """A callable that an option of the recorder calls for."""
+    expect(
+        given is not None or not needed,
+        name,
+        given,
+        "to be a function: this recorder calls it at every row",
+        f"Pass {remedy} to say how.",
+    )
+
+
+def _float32_row(measured: Any, num_examples: int) -> dict[str, NDArray[np.float32]]:
+    """What a sweep returned, as arrays of the ledger."""
+    given = {name: getattr(measured, name, None) for name in _MEASURED}
+    row = {
+        name: torch.as_tensor(values).detach().cpu().to(torch.float32).numpy()
+        for name, values in given.items()
+        if values is not None
+    }
+    for name, values in row.items():
+        expect(
+            values.shape == (num_examples,),
+            f"sweep().{name}",
+            f"an array of shape {values.shape}",
+            f"to have shape ({num_examples},)",
+            "A sweep measures every example of the data set.",
+        )
+    return row
