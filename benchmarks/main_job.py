@@ -1,0 +1,252 @@
+"""Train, rank, forget, judge: the whole chain on real data by one command.
+
+    python -m benchmarks.main_job                  # digits, under 5 minutes, 2 cores
+    python -m benchmarks.main_job --dataset cifar10 --data-root DIR
+
+Claim under test (paper, Section 6.1): forget sets of higher privacy loss take longer to
+unlearn by noisy fine-tuning. For every seed: train with noise (SGLD) through
+``PrivacyEngine.make_monitored``; rank the training examples by privacy loss; build the
+five strata of Appendix D; for each stratum retrain oracles without it, and unlearn it
+from the trained model by the same noisy gradient descent on the rest; count the epochs
+until the unlearned model is within the tolerance of the mean oracle. Beside it a DP-SGD
+run through ``make_private`` gives each example's own epsilon.
+
+Every seed is saved when it is done and every oracle when it is trained: an interrupted
+run goes on where it stopped. Results: ``OUT/results.json``, ``OUT/figure.png``.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import joblib
+import matplotlib
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from benchmarks import data, report
+from benchmarks.models import build_model
+from benchmarks.training import Recipe, train, train_privately
+from opacus_pi import Langevin, Unlearner
+from opacus_pi.evaluation import OracleCache, evaluate, time_to_unlearn
+from opacus_pi.forget_sets import difficulty_strata, retain_indices
+
+CRITERION = nn.CrossEntropyLoss()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One experiment.
+
+    Attributes:
+        dataset: Name of the data set.
+        num_train: Training images used (0: all).
+        recipe: How the model and its oracles are trained, and the model unlearned.
+        stratum_size: Examples a forget set.
+        unlearn_epochs: How long to unlearn.
+        num_oracles: Retrained models a forget set.
+        order: Renyi order of the privacy losses.
+        tolerance: Points of accuracy within which a model counts as unlearned; for
+            the loss, the larger of this (nats) and this share times 2 of the oracle's.
+        dp_epochs: Epochs of the DP-SGD run.
+        dp_learning_rate: Its learning rate.
+        noise_multiplier: Its noise multiplier, at ``max_grad_norm`` 1.
+        delta: Delta of its epsilons.
+    """
+
+    dataset: str
+    num_train: int
+    recipe: Recipe
+    stratum_size: int
+    unlearn_epochs: int
+    num_oracles: int = 3
+    order: float = 8.0
+    tolerance: float = 0.05
+    dp_epochs: int = 20
+    dp_learning_rate: float = 0.5
+    noise_multiplier: float = 1.0
+    delta: float = 1e-5
+
+
+DIGITS = Recipe("mlp", 60, 64, 0.1, noise_std=0.15)
+IMAGES = Recipe("small-cnn", 30, 128, 0.05, momentum=0.9, noise_std=0.01)
+SETTINGS = {
+    "digits": Settings("digits", 0, DIGITS, stratum_size=60, unlearn_epochs=40),
+    **{
+        name: Settings(name, 10_000, IMAGES, stratum_size=200, unlearn_epochs=25)
+        for name in ("fashion-mnist", "cifar10", "svhn")
+    },
+}
+
+
+def run_seed(settings: Settings, images: data.ImageData, seed: int, out: Path) -> dict:
+    """The whole chain for one seed.
+
+    Returns:
+        ``strata`` (one dict each) and ``privacy`` (the DP-SGD run), JSON-able.
+    """
+    torch.set_num_threads(1)
+    recipe = settings.recipe
+    model, engine = train(recipe, images.train, images.image_shape, seed)
+    losses = engine.privacy_losses(order=settings.order)
+    strata = difficulty_strata(losses, settings.stratum_size)
+    percentiles = losses.argsort().argsort() / (len(losses) - 1) * 100
+    rows = []
+    for name, forget in strata.items():
+        row = forget_stratum(settings, images, model, engine, forget, seed, out)
+        row |= {
+            "stratum": name,
+            "mean_loss": float(losses[forget].mean()),
+            "percentile": float(percentiles[forget].mean()),
+        }
+        rows.append(row)
+    return {"seed": seed, "strata": rows, "privacy": privacy_of(settings, images, seed)}
+
+
+def forget_stratum(
+    settings: Settings,
+    images: data.ImageData,
+    model: nn.Module,
+    engine: object,
+    forget: np.ndarray,
+    seed: int,
+    out: Path,
+) -> dict:
+    """Unlearn one forget set and judge it against its oracles."""
+    recipe, train_set = settings.recipe, images.train
+    retain = retain_indices(len(train_set), forget)
+    probe = np.random.default_rng(seed).permutation(retain)[: len(images.test)]
+    parts = {"forget": Subset(train_set, forget), "retain": Subset(train_set, probe)}
+
+    def measure(net: nn.Module) -> dict[str, float]:
+        return evaluate(net, CRITERION, **parts, test=images.test)
+
+    oracles = [measure(net) for net in retrained(settings, images, forget, seed, out)]
+    unlearner = Unlearner(
+        model,
+        criterion=CRITERION,
+        method=Langevin(recipe.noise_std),
+        optimizer=recipe.optimizer,
+        ledger=engine.ledger,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    result = unlearner.unlearn(
+        train_set,
+        forget,
+        num_epochs=settings.unlearn_epochs,
+        evaluate=measure,
+        batch_size=recipe.batch_size,
+    )
+    oracle = {name: [one[name] for one in oracles] for name in oracles[0]}
+    trace = {name: list(map(float, v)) for name, v in result.trace.metrics.items()}
+    return {
+        "oracle": oracle,
+        "trace": trace,
+        "times": times_to_unlearn(settings, result.trace, oracle),
+        "guarantee": result.guarantee.kind,
+    }
+
+
+def retrained(
+    settings: Settings, images: data.ImageData, forget: np.ndarray, seed: int, out: Path
+) -> list[nn.Module]:
+    """The oracles of a forget set: the same recipe on the rest, other seeds."""
+
+    def retrain(kept: np.ndarray, oracle_seed: int) -> nn.Module:
+        part = Subset(images.train, kept)
+        shape = images.image_shape
+        return train(settings.recipe, part, shape, oracle_seed, num_checkpoints=1)[0]
+
+    return OracleCache(out / "oracles").train(
+        retrain,
+        key=settings.recipe.key() | {"dataset": settings.dataset},
+        data_set=images.train,
+        forget_indices=forget,
+        seeds=[10_000 + 100 * seed + k for k in range(settings.num_oracles)],
+        model_factory=lambda: build_model(settings.recipe.model, images.image_shape),
+    )
+
+
+def times_to_unlearn(settings: Settings, trace: object, oracle: dict) -> dict:
+    """Epochs to unlearn by accuracy on the forget set and by the loss on it."""
+    share = 2 * settings.tolerance * float(np.mean(oracle["forget_loss"]))
+    tolerances = {
+        "unlearning_accuracy": settings.tolerance,
+        "forget_loss": max(settings.tolerance, share),
+    }
+    return {
+        metric: float(time_to_unlearn(trace, oracle, metric=metric, tolerance=width))
+        for metric, width in tolerances.items()
+    }
+
+
+def privacy_of(settings: Settings, images: data.ImageData, seed: int) -> dict:
+    """Each example's own epsilon in a DP-SGD run with the drop-in engine."""
+    recipe = Recipe(
+        settings.recipe.model,
+        settings.dp_epochs,
+        settings.recipe.batch_size,
+        settings.dp_learning_rate,
+    )
+    model, engine = train_privately(
+        recipe, images.train, images.image_shape, seed, settings.noise_multiplier
+    )
+    test = evaluate(
+        model, CRITERION, forget=images.test, retain=images.train, test=images.test
+    )
+    epsilons = engine.epsilons(delta=settings.delta)
+    return {
+        "worst_case_epsilon": engine.get_epsilon(delta=settings.delta),
+        "epsilon_quantiles": np.quantile(epsilons, [0, 0.1, 0.5, 0.9, 1]).tolist(),
+        "test_accuracy": test["test_accuracy"],
+        "attribution": dict(engine.attribution),
+    }
+
+
+def saved_seed(
+    settings: Settings, images: data.ImageData, seed: int, out: Path
+) -> dict:
+    """Run a seed, or read its result if the same settings have been run."""
+    path = out / f"seed_{seed}.json"
+    described = json.loads(json.dumps(asdict(settings)))
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["settings"] == described:
+            return saved["result"]
+    result = run_seed(settings, images, seed, out)
+    report.write_json(path, {"settings": described, "result": result})
+    return result
+
+
+def main() -> None:
+    """Parse the command line, run the seeds, print the table, write JSON and figure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", choices=data.NAMES, default="digits")
+    parser.add_argument("--data-root", type=Path, help="where the data set's files are")
+    parser.add_argument("--seeds", type=int, default=5, help="how many (at least 3)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--out", type=Path, help="default: runs/DATASET")
+    args = parser.parse_args()
+    matplotlib.use("Agg")
+    settings = SETTINGS[args.dataset]
+    out = args.out or Path("runs") / args.dataset
+    images = data.load(args.dataset, args.data_root, settings.num_train)
+    pool = joblib.Parallel(n_jobs=args.jobs, return_as="generator_unordered")
+    done = pool(
+        joblib.delayed(saved_seed)(settings, images, seed, out)
+        for seed in range(args.seeds)
+    )
+    bar = tqdm(done, total=args.seeds, desc="seeds", unit="seed")
+    results = sorted(bar, key=lambda one: one["seed"])
+    report.publish(results, asdict(settings), settings.unlearn_epochs, out)
+
+
+if __name__ == "__main__":
+    main()

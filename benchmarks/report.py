@@ -1,0 +1,170 @@
+"""What a benchmark leaves: a table, JSON with its environment, a figure."""
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy import stats
+
+from opacus_pi.plotting import plot_time_to_unlearn
+
+PACKAGES = ("torch", "opacus", "numpy", "scipy", "scikit-learn", "opacus-pi")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, without names or paths."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one piece: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(part, path)
+
+
+def rank_correlation(times: np.ndarray) -> dict[str, Any]:
+    """Does a harder stratum take longer? Spearman's rho of stratum and time, by seed.
+
+    Args:
+        times: Time to unlearn, ``(seeds, strata)``, easiest stratum first; ``inf``
+            (never) ranks above every finite time.
+
+    Returns:
+        The mean of rho over the seeds where it exists (not all times equal), its 95 %
+        t-interval, the number of such seeds, and the share of tied pairs of strata.
+    """
+    ranks = np.arange(times.shape[1])
+    rho = [
+        stats.spearmanr(ranks, stats.rankdata(row)).statistic
+        for row in times
+        if len(set(row)) > 1
+    ]
+    first, second = np.triu_indices(times.shape[1], 1)
+    tied = float((times[:, first] == times[:, second]).mean())
+    interval = [None, None]
+    if len(rho) > 1 and np.std(rho) > 0:
+        sem = stats.sem(rho)
+        ends = stats.t.interval(0.95, len(rho) - 1, np.mean(rho), sem)
+        interval = [float(max(-1, ends[0])), float(min(1, ends[1]))]
+    return {
+        "rho": float(np.mean(rho)) if rho else None,
+        "interval": interval,
+        "num_seeds": len(rho),
+        "tied_pairs": tied,
+    }
+
+
+def publish(results: list[dict], settings: dict, max_time: float, out: Path) -> None:
+    """Print the tables and write ``results.json`` and ``figure.png``."""
+    columns = _columns(results)
+    names = [row["stratum"] for row in results[0]["strata"]]
+    print(_table(names, columns))
+    times = {
+        "accuracy": columns["epochs by UA"],
+        "loss": columns["epochs by loss"],
+    }
+    correlations = {name: rank_correlation(values) for name, values in times.items()}
+    for name, found in correlations.items():
+        print(_sentence(name, found, len(results)))
+    print(_privacy(results, settings["delta"]))
+    ax = plot_time_to_unlearn(columns["mean loss"], times, max_time=max_time)
+    ax.set_title(f"{settings['dataset']}: {len(results)} seeds", fontsize="medium")
+    ax.figure.savefig(out / "figure.png", dpi=150)
+    plt.close(ax.figure)
+    content = {"settings": settings, "environment": environment()}
+    content |= {"rank_correlation": correlations, "seeds": results}
+    write_json(out / "results.json", content)
+    print(f"wrote {out / 'results.json'} and {out / 'figure.png'}")
+
+
+def _columns(results: list[dict]) -> dict[str, np.ndarray]:
+    """The table's columns, each ``(seeds, strata)``."""
+
+    def column(value: Any) -> np.ndarray:
+        return np.array([[value(row) for row in one["strata"]] for one in results])
+
+    def moment(metric: str, when: int) -> np.ndarray:
+        return column(lambda row: row["trace"][metric][when])
+
+    def oracle(metric: str) -> np.ndarray:
+        return column(lambda row: np.mean(row["oracle"][metric]))
+
+    return {
+        "mean loss": column(lambda row: row["mean_loss"]),
+        "pctile": column(lambda row: row["percentile"]),
+        "UA before": moment("unlearning_accuracy", 0),
+        "UA after": moment("unlearning_accuracy", -1),
+        "UA oracle": oracle("unlearning_accuracy"),
+        "loss before": moment("forget_loss", 0),
+        "loss after": moment("forget_loss", -1),
+        "loss oracle": oracle("forget_loss"),
+        "MIA after": moment("membership_inference", -1),
+        "MIA oracle": oracle("membership_inference"),
+        "epochs by UA": column(lambda row: row["times"]["unlearning_accuracy"]),
+        "epochs by loss": column(lambda row: row["times"]["forget_loss"]),
+        "TA after": moment("test_accuracy", -1),
+        "TA oracle": oracle("test_accuracy"),
+    }
+
+
+def _table(names: list[str], columns: dict[str, np.ndarray]) -> str:
+    """One line a stratum: mean ± standard deviation over seeds."""
+    header = ["stratum", *columns]
+    lines = [header]
+    for j, name in enumerate(names):
+        lines.append([name, *(_cell(values[:, j]) for values in columns.values())])
+    widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
+    rows = (
+        "  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True))
+        for line in lines
+    )
+    return "\n".join(rows)
+
+
+def _cell(values: np.ndarray) -> str:
+    """Mean ± standard deviation; times that were never reached are counted apart."""
+    finite = values[np.isfinite(values)]
+    never = len(values) - len(finite)
+    if not len(finite):
+        return f"never ×{never}"
+    spread = finite.std(ddof=1) if len(finite) > 1 else 0.0
+    text = f"{finite.mean():.3g}±{spread:.2g}"
+    return f"{text}, never ×{never}" if never else text
+
+
+def _sentence(name: str, found: dict[str, Any], num_seeds: int) -> str:
+    """The rank correlation in words."""
+    if found["rho"] is None:
+        return f"epochs by {name}: every stratum took equally long in every seed"
+    low, high = found["interval"]
+    span = f"[{low:.2f}, {high:.2f}]" if low is not None else "no interval"
+    return (
+        f"harder strata take longer by {name}: Spearman {found['rho']:.2f}, 95 % {span}"
+        f" over {found['num_seeds']} of {num_seeds} seeds (the others all tied); "
+        f"{100 * found['tied_pairs']:.0f} % of pairs of strata tie"
+    )
+
+
+def _privacy(results: list[dict], delta: float) -> str:
+    """The DP-SGD run in words."""
+    runs = [one["privacy"] for one in results]
+    low, tenth, middle, ninth, high = np.mean([r["epsilon_quantiles"] for r in runs], 0)
+    worst = np.mean([r["worst_case_epsilon"] for r in runs])
+    accuracy = np.mean([r["test_accuracy"] for r in runs])
+    return (
+        f"DP-SGD beside it: test accuracy {accuracy:.3f}; at delta {delta:g} the worst "
+        f"case is epsilon {worst:.2f}; the examples' own: min {low:.2f}, 10 % "
+        f"{tenth:.2f}, median {middle:.2f}, 90 % {ninth:.2f}, max {high:.2f}"
+    )
