@@ -1,0 +1,236 @@
+"""What was measured while a model unlearned, and how long it took to get there.
+
+>>> trace = UnlearningTrace()
+>>> for epoch, accuracy in enumerate([0.1, 0.3, 0.44, 0.5]):
+...     trace.append(epoch, {"unlearning_accuracy": accuracy})
+>>> time_to_unlearn(trace, oracle=[0.46, 0.50], metric="unlearning_accuracy")
+2.0
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from opacus_pi._validate import expect
+from opacus_pi.accounting.storage import replace_file
+
+_KIND = "opacus_pi.UnlearningTrace"
+_VERSION = 1
+_ROUNDING = 1e-12
+_GUS = "gaussian_unlearning_score"
+
+
+@dataclass
+class UnlearningTrace:
+    """The metrics of one unlearning run at rising times.
+
+    Args:
+        times: Time of each evaluation, ``(k,)``, strictly increasing; 0 is before
+            unlearning. Fractions are fine: several evaluations an epoch.
+        metrics: Values of each metric at those times, ``(k,)`` each, by name.
+        unit: What ``times`` counts.
+        cost: What the run cost in all, by name, e.g. ``seconds``, ``num_examples``
+            (examples passed through training) or ``num_evaluated``.
+
+    Raises:
+        ValueError: If times do not increase or a metric has another length.
+    """
+
+    times: list[float] = field(default_factory=list)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    unit: str = "epochs"
+    cost: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.times = [float(time) for time in self.times]
+        self.metrics = {
+            name: [float(value) for value in values]
+            for name, values in self.metrics.items()
+        }
+        self.cost = {name: float(value) for name, value in self.cost.items()}
+        expect(
+            bool((np.diff(self.times) > 0).all()) and np.isfinite(self.times).all(),
+            "times",
+            self.times,
+            "to be strictly increasing",
+            "Append evaluations in the order in which they were made.",
+        )
+        for name, values in self.metrics.items():
+            expect(
+                len(values) == len(self.times),
+                f"metrics[{name!r}]",
+                f"{len(values)} values",
+                f"to have one value at each of {len(self.times)} times",
+                "Evaluate the same metrics every time.",
+            )
+
+    def __len__(self) -> int:
+        """The number of evaluations."""
+        return len(self.times)
+
+    def append(self, time: float, metrics: Mapping[str, float]) -> None:
+        """Add one evaluation.
+
+        Args:
+            time: When it was made, in ``unit``; later than the last one.
+            metrics: The same names at every call.
+
+        Raises:
+            ValueError: If time does not rise or the names differ; nothing is added.
+        """
+        expect(
+            np.isfinite(time) and (not self.times or time > self.times[-1]),
+            "time",
+            time,
+            f"to be later than {self.times[-1] if self.times else -np.inf}",
+            "Append evaluations in the order in which they were made.",
+        )
+        expect(
+            not self.times or set(metrics) == set(self.metrics),
+            "metrics",
+            sorted(metrics),
+            f"to be named {sorted(self.metrics)}",
+            "Evaluate the same metrics every time.",
+        )
+        values = {name: float(value) for name, value in metrics.items()}
+        self.times.append(float(time))
+        for name, value in values.items():
+            self.metrics.setdefault(name, []).append(value)
+
+    def __getitem__(self, metric: str) -> NDArray[np.float64]:
+        """The values of one metric, float64 ``(k,)``."""
+        expect(
+            metric in self.metrics,
+            "metric",
+            repr(metric),
+            f"to be one of {sorted(self.metrics)}",
+            "Only what was evaluated during the run can be asked for.",
+        )
+        return np.array(self.metrics[metric], dtype=np.float64)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trace as JSON, atomically.
+
+        Args:
+            path: The file's name.
+        """
+        content = {"kind": _KIND, "version": _VERSION, **asdict(self)}
+        replace_file(Path(path), json.dumps(content, indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "UnlearningTrace":
+        """Read a trace that ``save`` wrote.
+
+        Args:
+            path: The file's name.
+
+        Returns:
+            The trace.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is no trace or of another format version.
+        """
+        content = _read_json(Path(path))
+        found = content.pop("kind", None), content.pop("version", None)
+        expect(
+            found == (_KIND, _VERSION),
+            "path",
+            os.fspath(path),
+            f"to hold {_KIND} of version {_VERSION}, not {found[0]} of {found[1]}",
+            "Pass a file that UnlearningTrace.save of this release wrote.",
+        )
+        return cls(**content)
+
+
+def time_to_unlearn(
+    trace: UnlearningTrace,
+    oracle: float | ArrayLike | Mapping[str, ArrayLike],
+    *,
+    metric: str,
+    tolerance: float = 0.05,
+) -> float:
+    """First time at which a metric is within the tolerance of the oracle's.
+
+    The first evaluation with abs(trace - oracle) <= tolerance, in the metric's own
+    units (five points of accuracy by default). For ``gaussian_unlearning_score``,
+    which has no natural scale, the tolerance is that fraction of the distance before
+    unlearning: abs(trace - oracle) <= tolerance * abs(before - oracle).
+
+    Args:
+        trace: The run.
+        oracle: The metric of models retrained without the forget set: a number, an
+            array over seeds (their mean is taken), or a mapping from metric to either.
+        metric: Name of the metric.
+        tolerance: Largest distance that counts as there.
+
+    Returns:
+        A time in the trace's unit: 0 if the model was there before unlearning,
+        infinity if it never got there.
+
+    Raises:
+        ValueError: If the metric was not evaluated, the trace or the oracle is empty
+            or not a number, or the tolerance is negative.
+
+    Source: paper, Section 5.1 and Figures 1, 6-8.
+    """
+    values = trace[metric]
+    expect(len(values) > 0, "trace", "[]", "to hold an evaluation", "Append one.")
+    expect(tolerance >= 0, "tolerance", tolerance, "at least 0", "0.05 is usual.")
+    distance = np.abs(values - _mean_oracle(oracle, metric))
+    limit = tolerance
+    if metric == _GUS:
+        expect(
+            trace.times[0] == 0,
+            "trace.times[0]",
+            trace.times[0],
+            "to be 0",
+            "The distance is measured in units of the one before unlearning.",
+        )
+        limit = tolerance * distance[0]
+    there = np.flatnonzero(distance <= limit + _ROUNDING)
+    return trace.times[there[0]] if there.size else float("inf")
+
+
+def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str) -> Any:
+    """The oracle's value of a metric, averaged over seeds."""
+    if isinstance(oracle, Mapping):
+        expect(
+            name in oracle,
+            "oracle",
+            sorted(oracle),
+            f"to hold {name!r}",
+            "Evaluate the same metrics on the oracle.",
+        )
+        oracle = oracle[name]
+    values = np.asarray(oracle, dtype=np.float64)
+    expect(
+        values.size > 0 and bool(np.isfinite(values).all()),
+        "oracle",
+        values,
+        "to hold finite numbers",
+        "Retrain at least one model without the forget set and evaluate it.",
+    )
+    return values.mean()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a clear error."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        content = error
+    expect(
+        isinstance(content, dict),
+        "path",
+        path,
+        f"to be a whole JSON file of {_KIND}",
+        "It is truncated or something else: make it again.",
+    )
+    return content
