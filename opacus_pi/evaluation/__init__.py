@@ -2,3 +2,24 @@
 
 Each metric is a pure function of arrays or models; none knows an unlearning method.
 """
+
+from opacus_pi.evaluation.accuracies import accuracy, unlearning_accuracy
+from opacus_pi.evaluation.membership import MembershipInference, membership_inference
+from opacus_pi.evaluation.oracle import OracleCache
+from opacus_pi.evaluation.predictions import Predictions, predict
+from opacus_pi.evaluation.summary import evaluate, summarise
+from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
+
+__all__ = [
+    "MembershipInference",
+    "OracleCache",
+    "Predictions",
+    "UnlearningTrace",
+    "accuracy",
+    "evaluate",
+    "membership_inference",
+    "predict",
+    "summarise",
+    "time_to_unlearn",
+    "unlearning_accuracy",
+]

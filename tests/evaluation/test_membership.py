@@ -3,7 +3,7 @@ import pytest
 from scipy.optimize import brentq, minimize
 from scipy.special import expit
 
-from opacus_pi.evaluation.accuracy import accuracy, unlearning_accuracy
+from opacus_pi.evaluation.accuracies import accuracy, unlearning_accuracy
 from opacus_pi.evaluation.membership import membership_inference
 
 

@@ -7,8 +7,8 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_pi.evaluation.evaluate import evaluate, summarise
 from opacus_pi.evaluation.predictions import Predictions, predict
+from opacus_pi.evaluation.summary import evaluate, summarise
 
 
 def net(seed=0, dropout=False):

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from opacus_pi.evaluation.accuracy import accuracy, unlearning_accuracy
+from opacus_pi.evaluation.accuracies import accuracy, unlearning_accuracy
 from opacus_pi.evaluation.membership import membership_inference
 from opacus_pi.evaluation.predictions import Data, Predictions, predict
 from opacus_pi.gradients.criterion import Criterion

@@ -1,0 +1,192 @@
+"""Models retrained without the forget set: what unlearning is judged against.
+
+A retrained model costs a whole training, so it is kept on disk under a key made of
+everything that determines it, and trained only where that key is new.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from opacus_pi._validate import distinct_indices, expect
+from opacus_pi.accounting.fingerprint import fingerprint
+from opacus_pi.accounting.storage import read_arrays, write_arrays
+from opacus_pi.evaluation.no_trace import same_random_states
+from opacus_pi.forget_sets import retain_indices
+
+_KIND = "opacus_pi.Oracle"
+_VERSION = 1
+
+State = Mapping[str, Tensor]
+Recipe = Callable[[NDArray[np.int64], int], nn.Module | State]
+
+
+class OracleCache:
+    """Retrained models in a directory, each trained once.
+
+    Args:
+        directory: Where the weights are kept; made when the first model is stored.
+            The files are as sensitive as the models.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+
+    def train(
+        self,
+        recipe: Recipe,
+        *,
+        key: Mapping[str, Any],
+        data_set: Any,
+        forget_indices: ArrayLike,
+        seeds: Sequence[int],
+        model_factory: Callable[[], nn.Module],
+        progress: bool | None = None,
+    ) -> list[nn.Module]:
+        """Retrain on the retain set with several seeds, or load what is there.
+
+        Each model is stored as soon as it is trained, so an interrupted call goes on
+        where it stopped. A file that is not whole, or not of this key, is never loaded
+        but trained again, with a warning. The caller's random states are the same
+        afterwards whether models were trained or loaded.
+
+        Args:
+            recipe: ``recipe(retain_indices, seed)`` trains a model exactly as the one
+                to be unlearned was trained, but on these examples and with this seed,
+                and returns it or its state dict. It must seed itself.
+            key: Everything else that determines the recipe (architecture, epochs,
+                learning rate, noise ...), as JSON. Two recipes under one key are taken
+                for the same.
+            data_set: The whole training set; its fingerprint is part of the key.
+            forget_indices: Positions in it to leave out, shape ``(m,)``.
+            seeds: One model for each; other seeds than the trained model's.
+            model_factory: Makes a fresh model to load the weights into.
+            progress: Whether to show a progress bar; ``None``: on a terminal only.
+
+        Returns:
+            One model for each seed, in evaluation mode, on the factory's device.
+
+        Raises:
+            ValueError: If the forget set is empty, out of range or everything, no seed
+                or a seed twice is given, or the key is not JSON.
+        """
+        forget = distinct_indices("forget_indices", forget_indices, len(data_set))
+        retain = retain_indices(len(data_set), forget)
+        seeds = [int(seed) for seed in seeds]
+        expect(
+            bool(seeds) and len(set(seeds)) == len(seeds),
+            "seeds",
+            seeds,
+            "to be distinct numbers",
+            "One oracle is trained for each.",
+        )
+        facts = _facts(key, fingerprint(data_set), forget)
+        bar = tqdm(
+            seeds, desc="oracles", disable=None if progress is None else not progress
+        )
+        with same_random_states():
+            return [
+                self._oracle(recipe, retain, seed, facts, model_factory())
+                for seed in bar
+            ]
+
+    def path(
+        self,
+        *,
+        key: Mapping[str, Any],
+        data_set: Any,
+        forget_indices: ArrayLike,
+        seed: int,
+    ) -> Path:
+        """Where the oracle of this key and seed is kept, trained yet or not.
+
+        Args:
+            key: As in ``train``.
+            data_set: As in ``train``.
+            forget_indices: As in ``train``.
+            seed: One of the seeds.
+
+        Returns:
+            The file's name.
+        """
+        forget = distinct_indices("forget_indices", forget_indices, len(data_set))
+        return self._path(_facts(key, fingerprint(data_set), forget), int(seed))
+
+    def _path(self, facts: Mapping[str, str], seed: int) -> Path:
+        """The file of one oracle."""
+        content = json.dumps(facts, sort_keys=True).encode()
+        digest = hashlib.sha256(content).hexdigest()
+        return self.directory / f"oracle-{digest[:32]}-seed{seed}.safetensors"
+
+    def _oracle(
+        self,
+        recipe: Recipe,
+        retain: NDArray[np.int64],
+        seed: int,
+        facts: Mapping[str, str],
+        model: nn.Module,
+    ) -> nn.Module:
+        """One retrained model, from the disk or from the recipe."""
+        path = self._path(facts, seed)
+        facts = {**facts, "seed": str(seed)}
+        if _load(path, facts, model):
+            return model.eval()
+        trained = recipe(retain.copy(), seed)
+        state = trained.state_dict() if isinstance(trained, nn.Module) else trained
+        model.load_state_dict(state)  # before it is stored: it must fit
+        self.directory.mkdir(parents=True, exist_ok=True)
+        arrays = {name: _array(tensor) for name, tensor in state.items()}
+        write_arrays(path, _KIND, _VERSION, arrays, facts)
+        return model.eval()
+
+
+def _facts(
+    key: Mapping[str, Any], data_set: str, forget: NDArray[np.int64]
+) -> dict[str, str]:
+    """Everything that determines an oracle but its seed, as text."""
+    try:
+        text = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Expected key={key!r} to be JSON ({error}). "
+            "Pass numbers, strings, lists and mappings that describe the recipe."
+        ) from error
+    digest = hashlib.sha256(forget.astype("<i8").tobytes()).hexdigest()
+    return {"key": text, "data_set": data_set, "forget_indices": digest}
+
+
+def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
+    """Load an oracle into the model; False if there is none, or none to be trusted."""
+    if not path.exists():
+        return False
+    try:
+        arrays, found = read_arrays(path, _KIND, _VERSION)
+        differing = [name for name, value in facts.items() if found.get(name) != value]
+        expect(
+            not differing,
+            "path",
+            path,
+            f"to agree in {', '.join(differing)}",
+            "It holds another recipe's oracle.",
+        )
+        model.load_state_dict({k: torch.from_numpy(a) for k, a in arrays.items()})
+    except (ValueError, RuntimeError) as error:
+        warnings.warn(f"Retraining an oracle: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _array(tensor: Tensor) -> NDArray:
+    """A tensor as an array; half precisions that numpy lacks are widened exactly."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
