@@ -67,7 +67,7 @@ class GradNormLedger:
     correct: NDArray[np.float32] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        steps = _steps(self.steps, self.mechanism.num_steps)
+        steps = checked_steps(self.steps, self.mechanism.num_steps)
         object.__setattr__(self, "steps", steps)
         for name in _MEASURED:
             if getattr(self, name) is not None:
@@ -197,14 +197,10 @@ class GradNormLedger:
         Args:
             path: The file's name. The file is as sensitive as the ledger.
         """
-        arrays = {f"mechanism.{n}": getattr(self.mechanism, n) for n in SCHEDULED}
+        arrays, facts = self.mechanism.to_arrays()
         names = ("steps", "example_ids", *_MEASURED)
         arrays |= {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        facts = {
-            "num_steps": str(self.mechanism.num_steps),
-            "sampling": self.mechanism.sampling,
-            "source": self.source,
-        }
+        facts["source"] = self.source
         if self.data_set is not None:
             facts["data_set"] = self.data_set
         write_arrays(path, _KIND, _VERSION, arrays, facts)
@@ -218,11 +214,7 @@ class GradNormLedger:
             ValueError: If the file is truncated, edited, of another version or foreign.
         """
         arrays, facts = read_arrays(path, _KIND, _VERSION)
-        mechanism = NoisySGD(
-            num_steps=int(facts["num_steps"]),
-            sampling=facts["sampling"],
-            **{name: arrays.pop(f"mechanism.{name}") for name in SCHEDULED},
-        )
+        mechanism = NoisySGD.from_arrays(arrays, facts)
         return cls(
             mechanism, source=facts["source"], data_set=facts.get("data_set"), **arrays
         )
@@ -293,8 +285,8 @@ def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:
     return np.where(np.isnan(filled), np.inf, filled)
 
 
-def _steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
-    """Checked row positions."""
+def checked_steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
+    """Row positions, checked to be increasing whole numbers within the run."""
     steps = np.array(value)
     whole = steps.ndim == 1 and (steps.size == 0 or steps.dtype.kind in "iu")
     inside = whole and bool(((steps >= 0) & (steps <= num_steps)).all())

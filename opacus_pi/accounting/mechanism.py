@@ -91,6 +91,22 @@ class NoisySGD:
     def __hash__(self) -> int:
         return hash((self.num_steps, self.sampling))
 
+    def to_arrays(self) -> tuple[dict[str, ArrayLike], dict[str, str]]:
+        """Its numbers and its facts, as a ledger's file stores them."""
+        arrays = {f"mechanism.{name}": getattr(self, name) for name in SCHEDULED}
+        return arrays, {"num_steps": str(self.num_steps), "sampling": self.sampling}
+
+    @classmethod
+    def from_arrays(
+        cls, arrays: dict[str, NDArray], facts: dict[str, str]
+    ) -> "NoisySGD":
+        """Read what ``to_arrays`` gave, and take its numbers out of ``arrays``."""
+        return cls(
+            num_steps=int(facts["num_steps"]),
+            sampling=facts["sampling"],
+            **{name: arrays.pop(f"mechanism.{name}") for name in SCHEDULED},
+        )
+
 
 def _count(name: str, value: int) -> int:
     """A whole number, at least 0."""
