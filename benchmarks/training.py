@@ -70,7 +70,9 @@ def train(
     model = build_model(recipe.model, image_shape)
     loader = DataLoader(data_set, batch_size=recipe.batch_size, shuffle=True)
     num_steps = recipe.num_epochs * len(loader)
-    recorder = Recorder.evenly_spaced(num_checkpoints, num_steps, mode="swept")
+    recorder = Recorder.evenly_spaced(
+        num_checkpoints, num_steps=num_steps, mode="swept"
+    )
     engine = PrivacyEngine(accountant="rdp", recorder=recorder)
     criterion = nn.CrossEntropyLoss()
     model, optimizer, loader = engine.make_monitored(
