@@ -1,0 +1,214 @@
+"""What may be claimed after unlearning, with what would have to hold for it.
+
+>>> fixed = Assumption("The example was clipped", met=True, evidence="max_grad_norm=1")
+>>> single = Assumption("The loss is an upper bound", met=False, evidence="one run")
+>>> claim = Guarantee("Langevin", (fixed, single), orders=(2.0,), divergences=(0.5,))
+>>> claim.kind
+'estimate'
+>>> Guarantee("FineTune", (fixed,)).kind
+'empirical'
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from opacus_pi._validate import expect, positive
+from opacus_pi.accounting.conversion import rdp_to_epsilon
+
+_FORMAT = "opacus_pi.Guarantee.v1"
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """One condition that a claim rests on.
+
+    Args:
+        statement: The condition, as a sentence.
+        met: Whether it is known to hold; False where it is unknown.
+        evidence: How that is known, or why it is not.
+    """
+
+    statement: str
+    met: bool
+    evidence: str
+
+    def __post_init__(self) -> None:
+        expect(
+            isinstance(self.met, bool),
+            "met",
+            repr(self.met),
+            "to be True or False",
+            "What is not known counts as unmet: False.",
+        )
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """How close an unlearned model's law is to that of a retrained one.
+
+    ``divergences[i]`` bounds (or estimates) D_α(unlearned ‖ retrained) at
+    α = ``orders[i]``. Every statement is one-sided:
+    Pr[unlearned ∈ E] ≤ e^ε Pr[retrained ∈ E] + δ for every event E; the reverse
+    inequality would need the divergence in the other direction.
+
+    Args:
+        method: What was run, in words.
+        assumptions: Everything the number rests on, met or not.
+        orders: Rényi orders, each above 1; empty if there is no number.
+        divergences: One divergence per order, at least 0; ``inf`` where there is none.
+
+    Raises:
+        ValueError: If orders and divergences do not fit or leave their range.
+    """
+
+    method: str
+    assumptions: tuple[Assumption, ...]
+    orders: tuple[float, ...] = ()
+    divergences: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("orders", "divergences"):
+            numbers = tuple(float(v) for v in getattr(self, name))
+            object.__setattr__(self, name, numbers)
+        object.__setattr__(self, "assumptions", tuple(self.assumptions))
+        expect(
+            len(self.orders) == len(self.divergences),
+            "divergences",
+            f"{len(self.divergences)} numbers",
+            f"to be one per order ({len(self.orders)})",
+            "Give D_α for every α of orders.",
+        )
+        positive(
+            **{"orders - 1": np.asarray(self.orders) - 1},
+            remedy="A guarantee needs orders above 1.",
+        )
+        expect(
+            all(d >= 0 for d in self.divergences),
+            "divergences",
+            self.divergences,
+            "at least 0",
+            "A divergence is never negative or NaN; inf means that there is none.",
+        )
+
+    @property
+    def kind(self) -> str:
+        """What the number is worth; computed, never passed in.
+
+        Returns:
+            ``"certified"``: a finite bound, and every assumption is met;
+            ``"estimate"``: a finite number that rests on something unmet or unknown;
+            ``"empirical"``: no finite number, only comparison with retrained models.
+        """
+        if not any(math.isfinite(d) for d in self.divergences):
+            return "empirical"
+        proven = bool(self.assumptions) and all(a.met for a in self.assumptions)
+        return "certified" if proven else "estimate"
+
+    @property
+    def unmet(self) -> tuple[Assumption, ...]:
+        """The assumptions that do not hold or are not known to."""
+        return tuple(a for a in self.assumptions if not a.met)
+
+    def epsilon(self, delta: float) -> float:
+        """The ε of the one-sided (ε, δ) statement, the smallest over the orders.
+
+        Args:
+            delta: δ in (0, 1).
+
+        Returns:
+            ε, at least 0; ``inf`` if the kind is empirical. It is worth what ``kind``
+            says.
+        """
+        if self.kind == "empirical":
+            return math.inf
+        finite = [i for i, d in enumerate(self.divergences) if math.isfinite(d)]
+        divergences = np.array([self.divergences[i] for i in finite])
+        orders = np.array([self.orders[i] for i in finite])
+        return float(rdp_to_epsilon(divergences, orders, delta))
+
+    def to_json(self) -> str:
+        """The guarantee as JSON text; ``kind`` is written for readers only."""
+        facts = {"format": _FORMAT, "kind": self.kind, **asdict(self)}
+        facts["divergences"] = [
+            d if math.isfinite(d) else "inf" for d in self.divergences
+        ]
+        return json.dumps(facts, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Guarantee":
+        """Read what ``to_json`` wrote and compute the kind again.
+
+        Raises:
+            ValueError: If the text is no guarantee, or says a kind that its own
+                numbers and assumptions do not support.
+        """
+        facts = _parsed(text)
+        found = cls(
+            facts["method"],
+            tuple(Assumption(**a) for a in facts["assumptions"]),
+            facts["orders"],
+            tuple(float(d) for d in facts["divergences"]),
+        )
+        expect(
+            facts["kind"] == found.kind,
+            "kind",
+            facts["kind"],
+            f"to be {found.kind!r}, which the assumptions in the text support",
+            "The text was edited: ask for the original.",
+        )
+        return found
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kind.capitalize()} guarantee for {self.method}.",
+            *self._number(),
+        ]
+        lines += [f"  not met: {a.statement} ({a.evidence})" for a in self.unmet]
+        lines += [
+            f"  met: {a.statement} ({a.evidence})" for a in self.assumptions if a.met
+        ]
+        return "\n".join(lines)
+
+    def _number(self) -> list[str]:
+        """The lines of the text that state the number."""
+        if self.kind == "empirical":
+            return [
+                "No finite divergence from retraining is claimed; only the comparison "
+                "with retrained models speaks for the result."
+            ]
+        sign, worth = (
+            ("≤", "a bound")
+            if self.kind == "certified"
+            else (
+                "≈",
+                "an estimate, not a bound",
+            )
+        )
+        divergence, order = min(zip(self.divergences, self.orders, strict=True))
+        return [
+            f"D_α(unlearned ‖ retrained) {sign} {divergence:.4g} at α = {order:g}; "
+            f"ε {sign} {self.epsilon(1e-5):.4g} at δ = 1e-05 ({worth}).",
+            "One-sided: Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ.",
+        ]
+
+
+def _parsed(text: str) -> dict:
+    """The fields of a guarantee's JSON text."""
+    try:
+        facts = json.loads(text)
+    except json.JSONDecodeError:
+        facts = None
+    known = {"format", "kind", "method", "assumptions", "orders", "divergences"}
+    expect(
+        isinstance(facts, dict)
+        and facts.get("format") == _FORMAT
+        and set(facts) == known,
+        "text",
+        text,
+        f"to be a {_FORMAT} in JSON",
+        "Pass what Guarantee.to_json wrote, unedited.",
+    )
+    return facts

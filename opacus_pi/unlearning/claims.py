@@ -1,0 +1,154 @@
+"""What an unlearning run may claim, from what was recorded and what was run."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from opacus_pi._validate import expect
+from opacus_pi.accounting import GradNormLedger, privacy_losses
+from opacus_pi.accounting.guarantee import Assumption, Guarantee
+from opacus_pi.unlearning.methods import Method
+
+Ledgers = GradNormLedger | Sequence[GradNormLedger]
+
+_ORDERS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
+
+
+def runs_in(ledger: Ledgers | None) -> tuple[GradNormLedger, ...]:
+    """The recorded runs, none if there is no ledger."""
+    if ledger is None:
+        return ()
+    return (ledger,) if isinstance(ledger, GradNormLedger) else tuple(ledger)
+
+
+def columns_of(ledger: GradNormLedger, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The ledger's columns that speak of some examples of the data set.
+
+    Raises:
+        ValueError: If the ledger has no column for one of them.
+    """
+    known = ledger.example_ids
+    if known is None:
+        known = np.arange(ledger.num_examples)
+    missing = np.setdiff1d(indices, known)
+    expect(
+        len(missing) == 0,
+        "forget_indices",
+        missing[:1],
+        "to be examples of the ledger",
+        "Its columns are the examples that training was recorded on.",
+    )
+    order = np.argsort(known)
+    return order[np.searchsorted(known, indices, sorter=order)]
+
+
+def claim(
+    method: Method,
+    model: nn.Module,
+    ledger: Ledgers | None,
+    forget_indices: NDArray[np.int64],
+) -> Guarantee:
+    """What may be said about unlearning a set from a model by a method.
+
+    For one example, Theorem 4.3 bounds D_α(trained with ‖ trained without) by the
+    expected privacy loss. Unlearning that never looks at the example is the same random
+    map on both sides, so by data processing the divergence does not grow: the loss
+    stays an estimate of D_α(unlearned ‖ retrained and processed alike). No contraction
+    is claimed, as a deep network has none that is known. For several examples the
+    sum of their losses bounds nothing, so there is no number.
+
+    Args:
+        method: The unlearning method.
+        model: The model to unlearn from.
+        ledger: The record of its training (or of several runs), or None.
+        forget_indices: int64 ``(m,)``, positions in the data set.
+
+    Returns:
+        The guarantee, at most an estimate.
+
+    Source: paper Theorem 4.3 and section 4; Mironov 2017 (arXiv:1702.07476), Prop. 9.
+    """
+    runs = runs_in(ledger)
+    assumptions = (
+        _noisy(runs),
+        _one_example(len(forget_indices)),
+        _blind(method),
+        _separable(model),
+        _fixed_denominator(runs),
+        _matching(runs),
+        Assumption(
+            "the privacy loss is an upper bound",
+            False,
+            f"an estimate from {len(runs)} recorded run(s)" if runs else "no ledger",
+        ),
+    )
+    if not all(a.met for a in assumptions[:4]):
+        return Guarantee(str(method), assumptions)
+    mine = [run.subset(columns_of(run, forget_indices)) for run in runs]
+    losses = [float(privacy_losses(mine, order)[0]) for order in _ORDERS]
+    losses = [v if math.isfinite(v) else math.inf for v in losses]
+    return Guarantee(str(method), assumptions, _ORDERS, tuple(losses))
+
+
+def _noisy(runs: Sequence[GradNormLedger]) -> Assumption:
+    """Training added Gaussian noise."""
+    statement = "training added noise to every update"
+    if not runs:
+        return Assumption(statement, False, "no ledger")
+    noise = float(np.min(runs[0].mechanism.noise_std))
+    return Assumption(statement, noise > 0, f"recorded noise_std={noise:g} on the sum")
+
+
+def _one_example(size: int) -> Assumption:
+    """The per-example loss covers the set."""
+    return Assumption(
+        "the forget set is one example",
+        size == 1,
+        f"{size} example(s); a sum of per-example losses does not bound a group's",
+    )
+
+
+def _blind(method: Method) -> Assumption:
+    """Unlearning is post-processing."""
+    looks = method.needs_forget_set
+    return Assumption(
+        "unlearning never looks at the forget set",
+        not looks,
+        f"{type(method).__name__} {'uses it' if looks else 'sees the retain set only'}",
+    )
+
+
+def _separable(model: nn.Module) -> Assumption:
+    """One example's gradient is its whole influence on an update."""
+    mixing = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    return Assumption(
+        "an example acts on an update through its own gradient only",
+        not mixing,
+        f"batch statistics in {mixing[0]!r}" if mixing else "no BatchNorm in the model",
+    )
+
+
+def _fixed_denominator(runs: Sequence[GradNormLedger]) -> Assumption:
+    """Leaving an example out changes nobody else's weight."""
+    clipped = bool(runs) and bool(np.isfinite(runs[0].mechanism.max_grad_norm).all())
+    return Assumption(
+        "training divided by a batch size that does not depend on the example",
+        clipped,
+        "DP-SGD divides by the expected one" if clipped else "not recorded",
+    )
+
+
+def _matching(runs: Sequence[GradNormLedger]) -> Assumption:
+    """The ledger belongs to the weights."""
+    return Assumption(
+        "the model holds the last weights of the recorded training",
+        False,
+        "a ledger does not name the weights" if runs else "no ledger",
+    )

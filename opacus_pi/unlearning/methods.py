@@ -1,0 +1,300 @@
+"""Unlearning methods: what each adds to fine-tuning on the retain set.
+
+A method is a small frozen object; the loop that runs it is ``Unlearner``. Your own
+method overrides what differs from fine-tuning, here weight decay that grows:
+
+>>> from dataclasses import dataclass
+>>> @dataclass(frozen=True)
+... class GrowingDecay(Method):
+...     strength: float
+...
+...     def penalty(self, params, progress):
+...         return self.strength * progress * sum((p**2).sum() for p in params)
+>>> GrowingDecay(0.5).penalty([torch.ones(3)], progress=0.5)
+tensor(0.7500)
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from opacus_pi._validate import expect, positive
+from opacus_pi.gradients import per_example_grad_norms
+from opacus_pi.gradients.batches import forward
+from opacus_pi.gradients.criterion import Criterion
+
+Batch = tuple[Any, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a method is given: the copy to change and the data to change it with.
+
+    Args:
+        model: The copy, on its device.
+        criterion: ``(outputs, targets) -> losses (b,)``.
+        retain_loader: Batches ``(x, y)`` of what stays; x is a tensor, or a tuple or
+            dict of tensors for ``model(*x)`` or ``model(**x)``.
+        forget_loader: Batches of what goes; None unless the method needs it.
+        generator: For everything random.
+    """
+
+    model: nn.Module
+    criterion: Criterion
+    retain_loader: Iterable[Batch]
+    forget_loader: Iterable[Batch] | None
+    generator: torch.Generator
+
+
+class Method:
+    """Fine-tuning on the retain set; the base of every method.
+
+    One update is: ``loss`` and ``penalty`` are added and differentiated, ``perturb_``
+    changes the gradients, the optimizer steps, ``project_`` changes the weights.
+    """
+
+    needs_forget_set: ClassVar[bool] = False
+
+    def prepare(self, task: Task) -> "Method":
+        """Look at model and data once before the first update.
+
+        Returns:
+            The method to run: itself, or a copy that remembers what it saw.
+        """
+        return self
+
+    def batches(
+        self, task: Task, num_pass: int
+    ) -> Iterator[tuple[Batch | None, Batch | None]]:
+        """The (retain batch, forget batch) of each update of one pass; None: not used.
+
+        Args:
+            task: What is being done.
+            num_pass: Passes done before this one. A pass without updates ends the run.
+        """
+        num_batches = 0
+        for batch in task.retain_loader:
+            num_batches += 1
+            yield batch, None
+        expect(
+            num_batches > 0,
+            "retain_loader",
+            "a loader without batches",
+            "to yield batches (x, y)",
+            "Pass a loader over the retain set; an iterator serves one pass only.",
+        )
+
+    def pass_length(self, task: Task, num_pass: int) -> int:
+        """Number of updates that ``batches`` yields in a pass over sized loaders."""
+        return len(task.retain_loader)
+
+    def loss(
+        self, task: Task, retain: Batch | None, forget: Batch | None
+    ) -> Tensor | None:
+        """The scalar to differentiate, or None for no gradient at all."""
+        return mean_loss(task, retain)
+
+    def penalty(self, params: Sequence[Tensor], progress: float) -> Tensor | None:
+        """A scalar added to the loss, or None.
+
+        Args:
+            params: The trainable weights.
+            progress: Part of the updates done before the current pass, in [0, 1).
+        """
+        return None
+
+    def perturb_(self, params: Sequence[Tensor], generator: torch.Generator) -> None:
+        """Change the gradients ``p.grad`` after the backward pass, in place."""
+
+    def project_(self, params: Sequence[Tensor]) -> None:
+        """Change the weights after the optimizer's step, in place."""
+
+
+@dataclass(frozen=True)
+class FineTune(Method):
+    """Plain fine-tuning on the retain set (paper section 5.1)."""
+
+
+@dataclass(frozen=True)
+class Langevin(Method):
+    """Noisy fine-tuning: updates use ḡ + N(0, noise_std² I), ḡ the mean gradient.
+
+    With learning rate η and no momentum this is w ← w - η ḡ + √(2η) σ W with
+    σ = noise_std √(η/2): see ``from_weight_noise``. An empty batch (Poisson sampling
+    draws some) has mean gradient 0: the update is noise alone.
+
+    Args:
+        noise_std: Standard deviation of the noise on the **mean** gradient, at least 0.
+        max_grad_norm: Clip norm of each example's gradient, or None. With it the sum
+            of the clipped gradients is divided by the expected batch size, never by
+            the drawn one, and the gradients are those of evaluation mode (dropout off,
+            BatchNorm statistics kept), because only those belong to one example.
+
+    Raises:
+        ValueError: If an argument leaves its range.
+
+    Source: Chien et al. 2024 (arXiv:2401.10371); paper section 3.1 and App. D.
+    """
+
+    noise_std: float
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least_zero("noise_std", self.noise_std, "0 is plain fine-tuning.")
+        if self.max_grad_norm is not None:
+            positive(
+                max_grad_norm=self.max_grad_norm, remedy="None is without clipping."
+            )
+
+    @classmethod
+    def from_weight_noise(
+        cls,
+        noise_std: float,
+        learning_rate: float,
+        max_grad_norm: float | None = None,
+    ) -> "Langevin":
+        """The method whose update adds √(2η) σ W to the weights, W ~ N(0, I).
+
+        Args:
+            noise_std: σ of the weight-space form, at least 0.
+            learning_rate: η, above 0, of an SGD without momentum.
+            max_grad_norm: As in the class.
+
+        Returns:
+            ``Langevin`` with √(2/η) σ on the mean gradient.
+        """
+        positive(learning_rate=learning_rate, remedy="Pass the optimizer's.")
+        _at_least_zero("noise_std", noise_std, "0 is plain fine-tuning.")
+        return cls(math.sqrt(2 / learning_rate) * noise_std, max_grad_norm)
+
+    def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
+        """The mean loss, or its clipped form: see the class."""
+        if self.max_grad_norm is None:
+            return mean_loss(task, retain)
+        return clipped_loss(task, retain, self.max_grad_norm)
+
+    def perturb_(self, params: Sequence[Tensor], generator: torch.Generator) -> None:
+        """Add the noise to every trainable weight's gradient."""
+        if self.noise_std == 0:
+            return
+        for p in params:
+            noise = torch.randn(
+                p.shape, generator=generator, device=generator.device, dtype=p.dtype
+            ).to(p.device)
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            p.grad.add_(noise, alpha=self.noise_std)
+
+
+@dataclass(frozen=True)
+class L1Sparse(Method):
+    """Fine-tuning with an L1 penalty: loss + γ ‖w‖₁.
+
+    Args:
+        strength: γ at the start, at least 0.
+        schedule: ``"linear"``: γ falls from pass to pass linearly to 0, γ (1 - e/E) in
+            pass e of E, as the released code does; ``"constant"``: as printed.
+
+    Raises:
+        ValueError: If an argument leaves its range.
+
+    Source: Liu et al. 2024a (arXiv:2304.04934); OPTML-Group/Unlearn-Sparse.
+    """
+
+    strength: float
+    schedule: str = "linear"
+
+    def __post_init__(self) -> None:
+        _at_least_zero("strength", self.strength, "0 is plain fine-tuning.")
+        expect(
+            self.schedule in ("linear", "constant"),
+            "schedule",
+            repr(self.schedule),
+            'to be "linear" or "constant"',
+            "The released code decays the strength linearly to 0.",
+        )
+
+    def penalty(self, params: Sequence[Tensor], progress: float) -> Tensor | None:
+        """γ(progress) ‖w‖₁, or None where γ is 0."""
+        weight = self.strength
+        if self.schedule == "linear":
+            weight *= 1 - progress
+        if weight == 0:
+            return None
+        return weight * torch.stack([p.abs().sum() for p in params]).sum()
+
+
+def mean_loss(task: Task, batch: Batch) -> Tensor:
+    """The mean of the batch's per-example losses; an empty batch has gradient 0."""
+    x, y = batch
+    if len(y) == 0:
+        return _zero(task.model)
+    return task.criterion(forward(task.model, x), y).mean()
+
+
+def clipped_loss(task: Task, batch: Batch, max_grad_norm: float) -> Tensor:
+    """A scalar whose gradient is Σ_i min(1, C/‖g_i‖) g_i over the expected batch size.
+
+    Two passes without per-example gradients: the norms first, then one backward pass of
+    the losses so weighted. Leaves the model in evaluation mode.
+
+    Args:
+        task: Model, criterion and the loader that says the expected batch size.
+        batch: ``(x, y)``.
+        max_grad_norm: C.
+    """
+    x, y = batch
+    if len(y) == 0:
+        return _zero(task.model)
+    task.model.eval()
+    norms = per_example_grad_norms(task.model, task.criterion, x, y)
+    weights = (max_grad_norm / norms.clamp(min=max_grad_norm)).detach()
+    losses = task.criterion(forward(task.model, x), y)
+    total = (weights.to(losses) * losses).sum()
+    return total / expected_batch_size(task.retain_loader)
+
+
+def expected_batch_size(loader: Iterable[Batch]) -> float:
+    """The mean size of the batches that a loader draws, known before drawing.
+
+    Args:
+        loader: A ``DataLoader``, or a Poisson loader with a ``sample_rate``.
+
+    Raises:
+        ValueError: If the loader tells neither.
+    """
+    sampler = getattr(loader, "batch_sampler", None)
+    for owner in (loader, sampler):
+        rate = getattr(owner, "sample_rate", None)
+        if rate is not None:
+            return rate * len(loader.dataset)
+    for owner in (loader, sampler):
+        size = getattr(owner, "batch_size", None)
+        if size is not None:
+            return float(size)
+    expect(
+        False,
+        "retain_loader",
+        type(loader).__name__,
+        "to have a batch_size or a sample_rate",
+        "Clipping divides by the expected batch size; pass a torch DataLoader.",
+    )
+    raise AssertionError  # not reached
+
+
+def _zero(model: nn.Module) -> Tensor:
+    """A scalar 0 whose gradient is 0 in every trainable weight."""
+    return torch.stack(
+        [(p * 0).sum() for p in model.parameters() if p.requires_grad]
+    ).sum()
+
+
+def _at_least_zero(name: str, value: float, remedy: str) -> None:
+    """Check that a setting is finite and not negative."""
+    expect(
+        math.isfinite(value) and value >= 0, name, value, "finite, at least 0", remedy
+    )

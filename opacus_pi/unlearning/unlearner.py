@@ -1,0 +1,322 @@
+"""Run an unlearning method on a copy of a model.
+
+>>> import torch
+>>> model = torch.nn.Linear(2, 3)
+>>> unlearner = Unlearner(model, criterion=torch.nn.CrossEntropyLoss())
+>>> batch = torch.randn(8, 2), torch.arange(8) % 3
+>>> [step for step in unlearner.run([batch], num_steps=2)]
+[1, 2]
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from opacus_pi._validate import distinct_indices, expect
+from opacus_pi.accounting import fingerprint
+from opacus_pi.accounting.guarantee import Guarantee
+from opacus_pi.evaluation.trace import UnlearningTrace
+from opacus_pi.gradients.criterion import Criterion, per_example_criterion
+from opacus_pi.unlearning.claims import Ledgers, claim, runs_in
+from opacus_pi.unlearning.copying import bare_copy
+from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, updates
+from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
+from opacus_pi.unlearning.plan import Plan, make_plan
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+_FINE_TUNE = FineTune()
+
+
+@dataclass(frozen=True)
+class UnlearningResult:
+    """What one call of ``Unlearner.unlearn`` leaves.
+
+    Args:
+        model: The unlearned model, in evaluation mode.
+        trace: The evaluations, before the first update and after each epoch.
+        guarantee: What may be claimed.
+        record: What was run, JSON-able. It names the forgotten examples.
+    """
+
+    model: nn.Module
+    trace: UnlearningTrace
+    guarantee: Guarantee
+    record: dict[str, Any]
+
+
+class Unlearner:
+    """Runs a method on a deep copy; the caller's model is never changed.
+
+    Args:
+        model: A module, plain or wrapped by Opacus, or an engine with ``module`` and
+            ``ledger``.
+        criterion: ``criterion(outputs, targets)``, one loss per example; a torch loss
+            module is taken with ``reduction="none"``. Updates use the batch mean.
+        method: ``FineTune()``, ``Langevin(...)``, ``L1Sparse(...)`` or your own.
+        optimizer: ``params -> Optimizer``; default SGD, lr 0.01, momentum 0.9. A new
+            one is made for every run.
+        scheduler: ``optimizer -> scheduler``, stepped after each pass; default none.
+        ledger: The record of the training (or of several runs of it), for ``plan`` and
+            the guarantee; default the engine's, if an engine was given.
+        generator: For everything random; default a new one, seeded from torch's.
+
+    Attributes:
+        model: The copy.
+        trace: The latest ``unlearn``'s trace, readable while it runs and after an
+            interrupt.
+        forgotten: int64, sorted: every example that ``unlearn`` was asked to forget.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Any,
+        *,
+        criterion: Criterion,
+        method: Method = _FINE_TUNE,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = None,
+        ledger: Ledgers | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module) and hasattr(model, "module"):
+            ledger = model.ledger if ledger is None else ledger
+            model = model.module
+        expect(
+            isinstance(model, nn.Module),
+            "model",
+            type(model).__name__,
+            "to be a torch module or an engine that holds one",
+            "An engine holds one once it has made a model private.",
+        )
+        self.model = bare_copy(model)
+        self.method = method
+        self.ledger = ledger
+        self.trace = UnlearningTrace(unit="epochs")
+        self.forgotten: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._criterion = per_example_criterion(criterion)
+        self._optimizer = optimizer or _default_optimizer
+        self._scheduler = scheduler
+        self._generator = generator or _seeded_from_torch()
+
+    def run(
+        self,
+        retain_loader: Iterable[Batch],
+        num_steps: int,
+        *,
+        forget_loader: Iterable[Batch] | None = None,
+    ) -> Iterator[int]:
+        """Update the copy, handing back control after each update.
+
+        The caller decides when to look and when to stop; ``self.model`` is in train
+        mode during updates and may be evaluated in between.
+
+        Args:
+            retain_loader: Batches ``(x, y)`` of what stays; passed over again and
+                again. An empty batch is an update with mean gradient 0.
+            num_steps: Number of updates at most; schedules of the method end there.
+            forget_loader: Batches of what goes, for methods that need it.
+
+        Returns:
+            An iterator over 1, 2, ..., the updates done.
+
+        Raises:
+            ValueError: If the method needs a forget loader and there is none.
+        """
+        expect(num_steps >= 0, "num_steps", num_steps, "at least 0", "Count updates.")
+        expect(
+            forget_loader is not None or not self.method.needs_forget_set,
+            "forget_loader",
+            None,
+            f"to be given: {type(self.method).__name__} uses the forget set",
+            "Pass run(..., forget_loader=...) or call unlearn.",
+        )
+        task = self._task(retain_loader, forget_loader)
+        return updates(self.method, task, num_steps, self._optimizer, self._scheduler)
+
+    def unlearn(
+        self,
+        train_set: Dataset,
+        forget_indices: ArrayLike,
+        num_epochs: int = 25,
+        evaluate: Evaluate | None = None,
+        batch_size: int = 64,
+    ) -> UnlearningResult:
+        """Forget a set: fine-tune on the rest of the training set by the method.
+
+        A second call is a second request: it starts from the unlearned model and also
+        leaves out what was forgotten before. Earlier results keep their own model.
+
+        Args:
+            train_set: The data set that the model was trained on.
+            forget_indices: Positions in it, each once, not all of them.
+            num_epochs: Passes over the retain set.
+            evaluate: ``model -> dict`` of numbers, called with the model in evaluation
+                mode before the first update and after each epoch.
+            batch_size: Examples per batch.
+
+        Returns:
+            Model, trace, guarantee and record.
+
+        Raises:
+            ValueError: If the indices are empty, repeated or outside, nothing would be
+                left, or the ledger speaks of another data set.
+        """
+        for run in runs_in(self.ledger):
+            run.require_data_set(fingerprint(train_set))
+        forget = distinct_indices("forget_indices", forget_indices, len(train_set))
+        gone = np.union1d(self.forgotten, forget)
+        retain = np.setdiff1d(np.arange(len(train_set)), gone)
+        expect(
+            len(retain) > 0,
+            "forget_indices",
+            f"all {len(train_set)} examples",
+            "to leave something to keep",
+            "To forget everything, start from a fresh model.",
+        )
+        guarantee = claim(self.method, self.model, self.ledger, gone)
+        record = {
+            **self._settings(),
+            "data_set": fingerprint(train_set),
+            "forget_indices": forget.tolist(),
+            "forgotten_before": self.forgotten.tolist(),
+            "num_epochs": num_epochs,
+            "batch_size": batch_size,
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        self.forgotten = gone
+        self.model = copy.deepcopy(self.model)
+        record |= self._fit(
+            self._loaders(train_set, retain, gone, batch_size), num_epochs, evaluate
+        )
+        return UnlearningResult(self.model, self.trace, guarantee, record)
+
+    def plan(
+        self,
+        forget_indices: ArrayLike,
+        *,
+        order: float = 8.0,
+        assumed_noise_std: float | None = None,
+        past_runs: Sequence[tuple[ArrayLike, float]] = (),
+        batch_size: int = 64,
+    ) -> Plan:
+        """Difficulty, cost and kind of guarantee, before anything is run.
+
+        Args:
+            forget_indices: The examples to forget.
+            order: Rényi order of the privacy losses.
+            assumed_noise_std: Noise on the sum of gradients to assume where training
+                added none; the losses then are a ranking only.
+            past_runs: ``(forget_indices, epochs it took)`` of sets unlearned from
+                models of this training; two of different difficulty give a prediction.
+            batch_size: Examples per batch, to count steps.
+
+        Returns:
+            The plan.
+
+        Raises:
+            ValueError: If there is no ledger, or the indices are bad, or training added
+                no noise and none is assumed.
+        """
+        plan = make_plan(
+            runs_in(self.ledger),
+            forget_indices,
+            order=order,
+            assumed_noise_std=assumed_noise_std,
+            past_runs=past_runs,
+            batch_size=batch_size,
+        )
+        return plan.claiming(claim(self.method, self.model, self.ledger, plan.forget))
+
+    def _task(
+        self,
+        retain_loader: Iterable[Batch],
+        forget_loader: Iterable[Batch] | None,
+    ) -> Task:
+        """What the method is given."""
+        return Task(
+            self.model, self._criterion, retain_loader, forget_loader, self._generator
+        )
+
+    def _fit(
+        self,
+        loaders: tuple[DataLoader, DataLoader | None],
+        num_epochs: int,
+        evaluate: Evaluate | None,
+    ) -> dict[str, Any]:
+        """Run all epochs, evaluating after each; returns what it took."""
+        clock = time.perf_counter()
+        self.trace = UnlearningTrace(unit="epochs")
+        self._look(0, evaluate)
+        task = self._task(*loaders)
+        lengths = [self.method.pass_length(task, i) for i in range(num_epochs)]
+        ends = np.cumsum(lengths, dtype=np.int64)
+        step, num_steps = 0, int(ends[-1]) if num_epochs else 0
+        with tqdm(total=num_epochs, desc="unlearning", disable=None) as bar:
+            for step in self.run(loaders[0], num_steps, forget_loader=loaders[1]):
+                epoch = int(np.searchsorted(ends, step)) + 1
+                if step == ends[epoch - 1]:
+                    self._look(epoch, evaluate)
+                    bar.update()
+        self.model.zero_grad(set_to_none=True)
+        self.model.eval()
+        self.trace.cost["seconds"] = time.perf_counter() - clock
+        return {"num_steps": step, **self.trace.cost}
+
+    def _look(self, epoch: int, evaluate: Evaluate | None) -> None:
+        """Evaluate the copy and write the numbers into the trace."""
+        if evaluate is not None:
+            self.model.eval()
+            self.trace.append(epoch, evaluate(self.model))
+
+    def _loaders(
+        self,
+        train_set: Dataset,
+        retain: NDArray[np.int64],
+        forget: NDArray[np.int64],
+        batch_size: int,
+    ) -> tuple[DataLoader, DataLoader | None]:
+        """Shuffled loaders of both sets; their order does not depend on the method."""
+        place = self._generator.device
+        seed = int(torch.randint(2**62, (), generator=self._generator, device=place))
+
+        def loader(indices: NDArray[np.int64], seed: int) -> DataLoader:
+            order = torch.Generator().manual_seed(seed)
+            subset = Subset(train_set, indices.tolist())
+            return DataLoader(subset, batch_size, shuffle=True, generator=order)
+
+        wanted = self.method.needs_forget_set
+        return loader(retain, seed), loader(forget, seed + 1) if wanted else None
+
+    def _settings(self) -> dict[str, Any]:
+        """Method, optimizer and seed, JSON-able."""
+        optimizer = self._optimizer([nn.Parameter(torch.zeros(1))])
+        numbers = {
+            name: value
+            for name, value in optimizer.defaults.items()
+            if isinstance(value, int | float)
+        }
+        return {
+            "method": str(self.method),
+            "optimizer": {"name": type(optimizer).__name__, **numbers},
+            "seed": self._generator.initial_seed(),
+        }
+
+
+def _default_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """SGD with the constants of the paper's fine-tuning."""
+    return torch.optim.SGD(params, lr=0.01, momentum=0.9)
+
+
+def _seeded_from_torch() -> torch.Generator:
+    """A generator of its own that follows ``torch.manual_seed``."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, ())))
