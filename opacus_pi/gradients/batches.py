@@ -1,0 +1,57 @@
+"""Batches as the user has them: tensors, or tuples and dicts of tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+def arguments(x: Any) -> tuple[tuple, dict[str, Any]]:
+    """Return the positional and keyword arguments that hand ``x`` to a model.
+
+    Args:
+        x: A tensor, a tuple or list (``model(*x)``) or a dict (``model(**x)``); the
+            first dimension of each tensor counts the examples.
+    """
+    if isinstance(x, Mapping):
+        return (), dict(x)
+    return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
+
+
+def forward(model: nn.Module, x: Any) -> Any:
+    """Return the model's outputs on the batch ``x``."""
+    args, kwargs = arguments(x)
+    return model(*args, **kwargs)
+
+
+def rows(batch: Any, start: int, stop: int) -> Any:
+    """Return the examples ``start`` to ``stop`` of each tensor in ``batch``."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor[start:stop], batch)
+
+
+def unsqueeze(example: Any) -> Any:
+    """Return one example as a batch of one."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.unsqueeze(0), example)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Return ``batch`` with its tensors on ``device``."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+
+
+def to_float64(value: Any) -> Any:
+    """Return ``value`` with its floating tensors in float64."""
+    return pytree.tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, value
+    )
+
+
+def differentiable(outputs: Any) -> dict[int, Tensor]:
+    """Return the tensors in ``outputs`` that need a gradient, by place in the tree."""
+    return {
+        place: leaf
+        for place, leaf in enumerate(pytree.tree_leaves(outputs))
+        if isinstance(leaf, Tensor) and leaf.requires_grad
+    }

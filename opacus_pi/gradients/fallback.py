@@ -1,0 +1,123 @@
+"""Squared gradient norms of any parameters of any model: slow, always right."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from opacus_pi.gradients.batches import (
+    arguments,
+    differentiable,
+    forward,
+    rows,
+    unsqueeze,
+)
+from opacus_pi.gradients.objective import unit_cotangents
+
+_MAX_ELEMENTS = 1 << 26  # of per-example gradients held at once
+
+
+def vmapped_squares(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    x: Any,
+    cotangents: Mapping[int, Tensor],
+) -> Tensor:
+    r"""Differentiate many examples at once by ``torch.func``, each alone.
+
+    :math:`\|\nabla_\theta \langle u_i, f_\theta(x_i)\rangle\|^2` for the parameters
+    :math:`\theta` given.
+
+    Args:
+        model: The model, in evaluation mode.
+        parameters: The parameters to differentiate by, by name.
+        x: Inputs of ``b`` examples.
+        cotangents: ``u`` from :func:`unit_cotangents`.
+
+    Returns:
+        float64 ``(b,)``.
+
+    Raises:
+        RuntimeError: If ``torch.func.vmap`` refuses the model (control flow on values,
+            random layers, operations without a batching rule).
+    """
+    values = {name: p.detach() for name, p in parameters.items()}
+    places = list(cotangents)
+
+    def squares(x: Any, cotangents: list[Tensor]) -> Tensor:
+        args, kwargs = arguments(unsqueeze(x))
+
+        def outputs(values: dict[str, Tensor]) -> list[Tensor]:
+            tree = torch.func.functional_call(model, values, args, kwargs)
+            leaves = pytree.tree_leaves(tree)
+            return [leaves[place] for place in places]
+
+        _, pullback = torch.func.vjp(outputs, values)
+        (gradients,) = pullback(unsqueeze(cotangents))
+        return sum(g.square().sum().double() for g in gradients.values())
+
+    size = sum(p.numel() for p in values.values())
+    return torch.func.vmap(squares, chunk_size=max(1, _MAX_ELEMENTS // size))(
+        x, list(cotangents.values())
+    )
+
+
+def looped_squares(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    losses: Callable[[Any, Any], Tensor],
+    x: Any,
+    y: Any,
+) -> tuple[Tensor, list[Any]]:
+    """Differentiate one example after the other by plain autograd.
+
+    Args:
+        model: The model, in evaluation mode.
+        parameters: Parameters of the model to differentiate by.
+        losses: Per-example losses, from ``float64_losses``.
+        x: Inputs of ``b`` examples.
+        y: Their targets.
+
+    Returns:
+        Squared norms, float64 ``(b,)``, and the outputs of each example.
+    """
+    found, seen = [], []
+    with _trainable(parameters):
+        for i in range(len(y)):
+            outputs = forward(model, rows(x, i, i + 1))
+            cotangents, scales = unit_cotangents(losses, outputs, rows(y, i, i + 1))
+            squares = _squares(differentiable(outputs), parameters, cotangents)
+            found.append(squares * scales.square())
+            seen.append(pytree.tree_map_only(Tensor, Tensor.detach, outputs))
+    return torch.cat(found), seen
+
+
+def _squares(
+    outputs: Mapping[int, Tensor],
+    parameters: Sequence[Tensor],
+    cotangents: Mapping[int, Tensor],
+) -> Tensor:
+    """Squared norm of one vector-Jacobian product, float64 ``()``."""
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    if not outputs:
+        return total
+    gradients = torch.autograd.grad(
+        list(outputs.values()), parameters, list(cotangents.values()), allow_unused=True
+    )
+    return total + sum(g.double().square().sum() for g in gradients if g is not None)
+
+
+@contextmanager
+def _trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Let gradients flow to frozen parameters for a while."""
+    flags = [p.requires_grad for p in parameters]
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p, flag in zip(parameters, flags, strict=True):
+            p.requires_grad_(flag)

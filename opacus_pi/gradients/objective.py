@@ -1,0 +1,108 @@
+"""The losses of a batch in float64, and how each output moves its example's loss.
+
+In float32, softmax minus one-hot cancels for examples that are fitted well, and the
+norms of exactly these examples would be noise. The loss is therefore taken on float64
+outputs. Norms scale with the loss, so each example's output gradient is also divided
+by its length before it enters the network: a vanishing gradient does not underflow.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from opacus_pi.gradients.batches import differentiable, to_float64
+from opacus_pi.gradients.criterion import Criterion, per_example_criterion
+from opacus_pi.gradients.skeleton import made_by_opacus
+
+
+def float64_losses(criterion: Criterion) -> Callable[[Any, Any], Tensor]:
+    """Return ``(outputs, targets) -> losses [b]``, computed in float64.
+
+    A criterion that cannot take float64 (it holds float32 tensors of its own) is
+    called in the outputs' type instead, with a warning.
+
+    Args:
+        criterion: As for :func:`per_example_criterion`; the criterion that Opacus's
+            ghost clipping returns is unwrapped.
+
+    Returns:
+        The function.
+    """
+    while made_by_opacus(criterion) and hasattr(criterion, "criterion"):
+        criterion = criterion.criterion
+    if isinstance(criterion, nn.Module):
+        criterion = copy.deepcopy(criterion).double()
+    evaluate = per_example_criterion(criterion)
+
+    def losses(outputs: Any, targets: Any) -> Tensor:
+        try:
+            return evaluate(to_float64(outputs), to_float64(targets))
+        except RuntimeError:
+            values = evaluate(outputs, targets)
+        warnings.warn(
+            "The criterion refused float64 outputs; in float32 the gradient norms of "
+            "well-fitted examples are inaccurate. Let it follow outputs.dtype.",
+            stacklevel=2,
+        )
+        return values
+
+    return losses
+
+
+def unit_cotangents(
+    losses: Callable[[Any, Any], Tensor], outputs: Any, targets: Any
+) -> tuple[dict[int, Tensor], Tensor]:
+    r"""Differentiate each example's loss by its outputs, scaled to unit length.
+
+    :math:`u_i = \nabla_{f} \ell_i / s_i` with :math:`s_i = \|\nabla_{f} \ell_i\|_2`.
+
+    Args:
+        losses: Per-example losses, from :func:`float64_losses`.
+        outputs: The model's outputs, a tensor or a tree of tensors ``(b, ...)``.
+        targets: Its targets, length ``b``.
+
+    Returns:
+        ``u`` for each tensor of ``differentiable(outputs)``, in the tensor's type, and
+        the lengths ``s``, float64 ``(b,)``.
+    """
+    leaves, tree = pytree.tree_flatten(outputs)
+    inputs = {i: v.detach().requires_grad_() for i, v in differentiable(leaves).items()}
+    with torch.enable_grad():
+        values = losses(
+            pytree.tree_unflatten(
+                [inputs.get(i, leaf) for i, leaf in enumerate(leaves)], tree
+            ),
+            targets,
+        )
+        gradients = [torch.zeros_like(v) for v in inputs.values()]
+        if inputs and values.requires_grad:
+            gradients = torch.autograd.grad(
+                values.sum(),
+                list(inputs.values()),
+                allow_unused=True,
+                materialize_grads=True,
+            )
+    units, scales = _normalised(gradients, len(values))
+    return dict(zip(inputs, units, strict=True)), scales.to(values.device)
+
+
+def _normalised(
+    gradients: Sequence[Tensor], batch_size: int
+) -> tuple[list[Tensor], Tensor]:
+    """Divide each example's rows by their joint length; lengths 1 where rows mix."""
+    separate = all(g.dim() > 0 and len(g) == batch_size for g in gradients)
+    if not gradients or not separate:
+        return list(gradients), torch.ones(batch_size, dtype=torch.float64)
+    flat = [g.double().reshape(batch_size, -1) for g in gradients]
+    scales = torch.cat(flat, 1).norm(dim=1)
+    divisors = torch.where(scales > 0, scales, 1.0)[:, None]
+    units = [
+        (f / divisors).to(g.dtype).view_as(g)
+        for f, g in zip(flat, gradients, strict=True)
+    ]
+    return units, scales

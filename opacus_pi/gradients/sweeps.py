@@ -1,0 +1,191 @@
+"""One pass over a data set: every example's gradient norm, confidence and error.
+
+A sweep leaves no trace: weights, gradients, hooks, train/eval flags, buffers, the
+optimizer and all random number generators stay bit for bit as they were. (The data
+set's own ``__getitem__`` runs, under random states that are restored afterwards.)
+
+>>> data = [(torch.tensor([3.0, 4.0]), 0), (torch.tensor([0.0, 0.0]), 0)]
+>>> norm_sweep(nn.Linear(2, 1, bias=False), lambda outputs, y: outputs[:, 0], data)
+tensor([5., 0.], dtype=torch.float64)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from opacus_pi._validate import expect, positive
+from opacus_pi.gradients.batches import to_device
+from opacus_pi.gradients.criterion import Criterion
+from opacus_pi.gradients.engine import NormEngine
+from opacus_pi.gradients.isolation import isolated
+
+_SECONDS_BEFORE_BAR = 3.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What one pass over a data set saw, in the data set's order.
+
+    Attributes:
+        grad_norms: L2 norms of the gradients of each example's own loss, float64
+            ``(n,)``.
+        confidences: Softmax probability of the label, float64 ``(n,)``; ``None``, as
+            the next two, unless outputs are logits ``(b, classes)`` and labels whole.
+        errors: EL2N, the L2 norm of softmax minus one-hot label (Paul et al. 2021,
+            arXiv 2107.07075), float64 ``(n,)``.
+        correct: Whether the largest logit is the label's, bool ``(n,)``.
+    """
+
+    grad_norms: Tensor
+    confidences: Tensor | None
+    errors: Tensor | None
+    correct: Tensor | None
+
+
+def norm_sweep(
+    model: nn.Module,
+    criterion: Criterion,
+    data_set: Dataset,
+    *,
+    batch_size: int = 64,
+    collate_fn: Callable[[list], Any] | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Return the gradient norm of every example of a data set.
+
+    Args:
+        model: As for :func:`sweep`.
+        criterion: As for :func:`sweep`.
+        data_set: As for :func:`sweep`.
+        batch_size: As for :func:`sweep`.
+        collate_fn: As for :func:`sweep`.
+        progress: As for :func:`sweep`.
+
+    Returns:
+        float64 ``(n,)`` on the CPU, in the data set's order.
+
+    Raises:
+        ValueError: As :func:`sweep` does.
+    """
+    return sweep(
+        model,
+        criterion,
+        data_set,
+        batch_size=batch_size,
+        collate_fn=collate_fn,
+        progress=progress,
+    ).grad_norms
+
+
+def sweep(
+    model: nn.Module,
+    criterion: Criterion,
+    data_set: Dataset,
+    *,
+    batch_size: int = 64,
+    collate_fn: Callable[[list], Any] | None = None,
+    progress: bool = True,
+) -> Sweep:
+    r"""Measure every example of a data set in one pass that leaves no trace.
+
+    Per example :math:`\|\nabla_\theta \ell_i\|_2` as
+    :func:`~opacus_pi.gradients.per_example_grad_norms` defines it, and from the same
+    forward pass confidence, EL2N and correctness.
+
+    Args:
+        model: A plain module, or one wrapped by Opacus or for distributed training;
+            measured in evaluation mode on the device of its parameters.
+        criterion: ``criterion(outputs, targets)`` with one loss per example; a torch
+            loss module may have any reduction (it is copied).
+        data_set: A map-style data set of ``(x, y)`` with a length.
+        batch_size: Examples at a time; the result does not depend on it.
+        collate_fn: Makes ``(x, y)`` batches of lists of examples; torch's by default.
+        progress: Whether to show a progress bar once the sweep has taken 3 seconds.
+
+    Returns:
+        The :class:`Sweep`, on the CPU.
+
+    Raises:
+        ValueError: If the data set has no length, a batch is not a pair, the criterion
+            does not give one loss per example, nothing is trainable, or examples share
+            batch statistics.
+    """
+    positive(batch_size=batch_size, remedy="64 is a good choice.")
+    expect(
+        hasattr(data_set, "__len__") and hasattr(data_set, "__getitem__"),
+        "data_set",
+        type(data_set).__name__,
+        "to have a length and an order",
+        "Put the examples in a list or a map-style data set.",
+    )
+    parts = []
+    with isolated():
+        engine = NormEngine(model, criterion)
+        for x, y in _batches(data_set, batch_size, collate_fn, engine.device, progress):
+            squares, outputs = engine.squares(x, y)
+            parts.append([squares.sqrt().cpu(), *_fit(outputs, y)])
+    columns = zip(*parts, strict=True) if parts else [[torch.empty(0).double()]] * 4
+    return Sweep(*map(_joined, columns))
+
+
+def _batches(
+    data_set: Dataset,
+    batch_size: int,
+    collate_fn: Callable[[list], Any] | None,
+    device: torch.device,
+    progress: bool,
+) -> Iterator[tuple[Any, Any]]:
+    """The data set's ``(x, y)`` batches in order, on a device."""
+    loader = DataLoader(
+        data_set,
+        batch_size=batch_size,
+        collate_fn=collate_fn,
+        generator=torch.Generator(),  # iterating draws a seed from it
+    )
+    for batch in tqdm(
+        loader,
+        desc="gradient norms",
+        delay=_SECONDS_BEFORE_BAR,
+        disable=not progress,
+        leave=False,
+    ):
+        expect(
+            isinstance(batch, (tuple, list)) and len(batch) == 2,
+            "data_set",
+            f"batches of {type(batch).__name__}",
+            "to give pairs (x, y)",
+            "Pass a collate_fn that returns (inputs, targets).",
+        )
+        yield to_device(tuple(batch), device)
+
+
+def _fit(outputs: Any, y: Any) -> list[Tensor | None]:
+    """Confidence, EL2N and correctness, where outputs are logits of labels."""
+    if not _are_logits_of_labels(outputs, y):
+        return [None, None, None]
+    labels = y.long()[:, None]
+    probabilities = outputs.double().softmax(1)
+    confidences = probabilities.gather(1, labels)[:, 0]
+    others = probabilities.scatter(1, labels, 0.0)
+    # 1 - p of the label as the sum of the others: no cancellation
+    errors = torch.hypot(others.norm(dim=1), others.sum(1))
+    return [confidences.cpu(), errors.cpu(), (outputs.argmax(1) == y).cpu()]
+
+
+def _are_logits_of_labels(outputs: Any, y: Any) -> bool:
+    """Whether outputs are ``(b, classes)`` and targets whole numbers below classes."""
+    if not (isinstance(outputs, Tensor) and isinstance(y, Tensor)):
+        return False
+    if outputs.dim() != 2 or outputs.shape[1] < 2 or y.shape != outputs.shape[:1]:
+        return False
+    return not y.is_floating_point() and bool(((y >= 0) & (y < outputs.shape[1])).all())
+
+
+def _joined(column: Sequence[Tensor | None]) -> Tensor | None:
+    """The batches' values as one tensor, ``None`` if a batch had none."""
+    return None if any(part is None for part in column) else torch.cat(list(column))
