@@ -73,7 +73,7 @@ def _two_peaks(ratios: Array, q: float, b: float) -> Array:
     log_far = math.log(q) - math.log(b) + _log_expm1(b * slope, b)
     with np.errstate(divide="ignore"):
         log_mean = np.logaddexp(np.log(near), log_far)
-    return _softplus(math.log(b) + log_mean) / b
+    return softplus(math.log(b) + log_mean) / b
 
 
 def _log_expm1(x: Array, b: float) -> Array:
@@ -122,8 +122,8 @@ def _trapezoid(ratios: Array, q: float, orders: Array) -> Array:
     out = np.empty((len(orders), len(ratios)))
     for row, b in zip(out, orders - 1, strict=True):
         if overflows:
-            log_terms = _log_psi(y, log_ratio, b) + log_weight
-            row[:] = _from_log_mean(_log_sum(log_terms), b)
+            log_terms = log_psi(y, log_ratio, b) + log_weight
+            row[:] = _from_log_mean(log_sum(log_terms), b)
         else:
             row[:] = _from_mean(_psi(y, log_ratio, b) @ np.exp(log_weight), b)
     return out
@@ -136,7 +136,7 @@ def _psi(y: Array, log_ratio: Array, b: float) -> Array:
     return np.where(small, _series(np.where(small, y, 0.0), b), closed)
 
 
-def _log_psi(y: Array, log_ratio: Array, b: float) -> Array:
+def log_psi(y: Array, log_ratio: Array, b: float) -> Array:
     """Logarithm of psi, also where psi overflows."""
     small = _is_small(y, b)
     power = b * log_ratio
@@ -178,15 +178,15 @@ def _from_mean(mean_psi: Array, b: float) -> Array:
 
 def _from_log_mean(log_mean_psi: Array, b: float) -> Array:
     """The same from ln E[psi]."""
-    return _softplus(math.log(b) + log_mean_psi) / b if b else np.exp(log_mean_psi)
+    return softplus(math.log(b) + log_mean_psi) / b if b else np.exp(log_mean_psi)
 
 
-def _log_sum(log_terms: Array) -> Array:
+def log_sum(log_terms: Array) -> Array:
     """Logarithm of the sum along the last axis."""
     top = log_terms.max(axis=-1)
     return top + np.log(np.exp(log_terms - top[..., None]).sum(axis=-1))
 
 
-def _softplus(x: Array) -> Array:
+def softplus(x: Array) -> Array:
     """ln(1 + e^x), exact for x → -∞ and without overflow."""
     return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))

@@ -1,0 +1,307 @@
+"""How far noisy fine-tuning on the retain set has come: bounds with their assumptions.
+
+Unlearning runs w ← Π(w − η∇f(w) + N(0, s·I)) on the retain set, starting from the
+model that saw everything. Applied to the retrained model too, the same steps contract
+the divergence between the two. Every statement here is about
+
+    D_α(unlearned ‖ retrained),
+
+one direction; ``symmetric_bound`` joins it with the other one. What "retrained" means
+is part of the statement:
+
+* ``steps_to_unlearn``: retraining for T + k steps, as many as the unlearned model has
+  seen in all (the same kernel moves both laws: no term remains);
+* ``steps_to_rewind``: retraining for exactly T steps, because unlearning starts from
+  the checkpoint after T − k of them.
+
+>>> constants = LangevinConstants(
+...     learning_rate=0.5, noise_variance=9e-4, smoothness=0.26, strong_convexity=0.01
+... )
+>>> bound = steps_to_unlearn(2.5, 4.0, 0.01, constants, initial_lsi=0.05)
+>>> bound.num_steps, bound.form
+(630, 'hypercontractive')
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from opacus_pi._validate import expect, in_range, positive
+from opacus_pi.accounting.contraction import (
+    Divergence,
+    dobrushin_bound,
+    first_step,
+    hypercontractive_bound,
+    source_bound,
+)
+from opacus_pi.accounting.lsi import log_growth
+from opacus_pi.accounting.process import LangevinConstants
+
+FORMS = ("hypercontractive", "source", "dobrushin")
+_SAME_STEPS = "retraining for as many steps in all as the unlearned model has seen"
+_TARGET = "Noise never brings a divergence to 0."
+_REWOUND = "retraining for the steps of the original training"
+
+
+@dataclass(frozen=True)
+class UnlearningBound:
+    """A bound on D_α(unlearned ‖ retrained), and what it takes for granted.
+
+    Attributes:
+        divergence: The bound after ``num_steps``.
+        order: Rényi order α.
+        num_steps: k; ``inf`` when no number of steps within the limit was enough.
+        form: Which argument proves it.
+        against: What "retrained" means.
+        assumptions: Conditions, one sentence each. The number is a bound if they hold
+            and the divergence that went in is one.
+    """
+
+    divergence: float
+    order: float
+    num_steps: float
+    form: str
+    against: str
+    assumptions: tuple[str, ...]
+
+
+def unlearning_divergence(
+    divergence: Divergence,
+    order: float,
+    num_steps: int,
+    constants: LangevinConstants,
+    *,
+    initial_lsi: float = math.inf,
+    form: str = "best",
+) -> UnlearningBound:
+    """Bound on D_α(unlearned ‖ retrained) after k noisy steps on the retain set.
+
+    Args:
+        divergence: Bound on D(trained ‖ trained without the forget set) where
+            unlearning starts: at ``order``, or a function of the order, accepting
+            orders down to 1. A function gives much smaller bounds.
+        order: Rényi order α > 1.
+        num_steps: k.
+        constants: The process on the retain set.
+        initial_lsi: LSI constant of the **retrained** law where unlearning starts,
+            the last entry of ``lsi_track`` over its training; ``inf`` if unknown.
+        form: ``"hypercontractive"``, ``"source"`` (D·G^(−1/α)), ``"dobrushin"``, or
+            ``"best"``, the smallest.
+
+    Returns:
+        The bound against retraining for T + k steps, with its assumptions.
+
+    Raises:
+        ValueError: If an argument is outside its domain.
+    """
+    evaluate = _evaluator(divergence, order, constants, initial_lsi)
+    return _best(evaluate, order, num_steps, constants, _forms(form), _SAME_STEPS)
+
+
+def steps_to_unlearn(
+    divergence: Divergence,
+    order: float,
+    target: float,
+    constants: LangevinConstants,
+    *,
+    initial_lsi: float = math.inf,
+    form: str = "best",
+    max_num_steps: int = 1_000_000,
+) -> UnlearningBound:
+    """The fewest noisy steps after which D_α(unlearned ‖ retrained) ≤ target.
+
+    Args:
+        divergence: As in ``unlearning_divergence``.
+        order: Rényi order α > 1.
+        target: The divergence to reach, above 0.
+        constants: The process on the retain set.
+        initial_lsi: As in ``unlearning_divergence``.
+        form: As in ``unlearning_divergence``.
+        max_num_steps: Largest k tried.
+
+    Returns:
+        The bound at the smallest k; ``num_steps`` is ``inf`` if the limit was reached.
+
+    Raises:
+        ValueError: If an argument is outside its domain.
+    """
+    positive(target=target, remedy=_TARGET)
+    evaluate = _evaluator(divergence, order, constants, initial_lsi)
+    found = {
+        name: first_step(lambda k, f=name: evaluate(f, k) <= target, max_num_steps)
+        for name in _forms(form)
+    }
+    num_steps = min(found.values())
+    reached = num_steps < math.inf
+    names = (
+        tuple(f for f in found if found[f] == num_steps) if reached else tuple(found)
+    )
+    last = int(num_steps) if reached else max_num_steps
+    bound = _best(evaluate, order, last, constants, names, _SAME_STEPS)
+    return bound if reached else replace(bound, num_steps=math.inf)
+
+
+def steps_to_rewind(
+    divergence_after: Callable[[int, float], float],
+    order: float,
+    target: float,
+    constants: LangevinConstants,
+    lsi: ArrayLike | None = None,
+    *,
+    num_steps: int | None = None,
+) -> UnlearningBound:
+    """How far to go back: the fewest steps k to repeat from the checkpoint T − k.
+
+    The unlearned model then has seen T steps, and is compared with retraining for T
+    steps exactly: no stationarity is involved. Without ``lsi`` nothing contracts
+    and the bound is the divergence at the checkpoint itself; that holds for **any**
+    optimiser and loss, since the remaining steps are the same post-processing of both.
+
+    Args:
+        divergence_after: Function ``(t, order)`` → bound on D(trained ‖ trained without
+            the forget set) after t steps; must not decrease in t.
+        order: Rényi order α > 1.
+        target: The divergence to reach, above 0.
+        constants: The process on the retain set.
+        lsi: ``(T + 1,)``, LSI constants of the **retrained** law from ``lsi_track``.
+        num_steps: T; needed only without ``lsi``.
+
+    Returns:
+        The bound at the smallest k; k = T is training again from the start.
+
+    Raises:
+        ValueError: If an argument is outside its domain, or T is not given.
+    """
+    positive(target=target, remedy=_TARGET)
+    lsi = None if lsi is None else np.asarray(lsi, dtype=np.float64)
+    total = num_steps if lsi is None else lsi.size - 1
+    expect(
+        total is not None and total >= 1,
+        "num_steps",
+        total,
+        "to be at least 1",
+        "Pass lsi of shape (T + 1,), or num_steps=T.",
+    )
+    shared = {
+        "lipschitz": constants.lipschitz,
+        "noise_variance": constants.noise_variance,
+    }
+
+    def evaluate(_: str, k: int) -> float:
+        start = total - k
+        growth = 0.0 if lsi is None else log_growth(lsi[start:], **shared)[-1]
+        return hypercontractive_bound(
+            lambda a: divergence_after(start, a), order, float(growth)
+        )
+
+    num = int(first_step(lambda k: evaluate("", k) <= target, total))
+    return _best(evaluate, order, num, constants, ("hypercontractive",), _REWOUND)
+
+
+def symmetric_bound(
+    forward: UnlearningBound, backward: UnlearningBound
+) -> UnlearningBound:
+    """Bound on both D_α(unlearned ‖ retrained) and D_α(retrained ‖ unlearned).
+
+    Args:
+        forward: The bound that this module gives.
+        backward: The same call with the roles exchanged: the divergence of the other
+            direction and the LSI constant of the **unlearned** law.
+
+    Returns:
+        The larger of the two, resting on both lists of assumptions.
+
+    Raises:
+        ValueError: If they speak of different orders or numbers of steps.
+    """
+    expect(
+        (forward.order, forward.num_steps) == (backward.order, backward.num_steps),
+        "backward",
+        f"order {backward.order}, {backward.num_steps} steps",
+        f"to be at order {forward.order}, {forward.num_steps} steps",
+        "Bound both directions at the same order and number of steps.",
+    )
+    larger = max(forward, backward, key=lambda bound: bound.divergence)
+    joined = dict.fromkeys((*forward.assumptions, *backward.assumptions))
+    return replace(larger, form="symmetric", assumptions=tuple(joined))
+
+
+_Evaluate = Callable[[str, int], float]
+
+
+def _evaluator(
+    divergence: Divergence,
+    order: float,
+    constants: LangevinConstants,
+    initial_lsi: float,
+) -> _Evaluate:
+    """The bound as a function of form and number of steps; growth is tracked once."""
+    tracked = np.zeros(1)
+
+    def growth(num_steps: int) -> float:
+        nonlocal tracked
+        if num_steps >= tracked.size:
+            tracked = constants.log_growth(initial_lsi, max(num_steps, 64))
+        return float(tracked[num_steps])
+
+    def evaluate(form: str, num_steps: int) -> float:
+        if form == "dobrushin":
+            shrink = num_steps * constants.log_dobrushin if num_steps else 0.0
+            return dobrushin_bound(divergence, order, shrink)
+        contract = source_bound if form == "source" else hypercontractive_bound
+        return contract(divergence, order, growth(num_steps))
+
+    return evaluate
+
+
+def _best(
+    evaluate: _Evaluate,
+    order: float,
+    num_steps: int,
+    constants: LangevinConstants,
+    forms: Sequence[str],
+    against: str,
+) -> UnlearningBound:
+    """The smallest of the forms' bounds."""
+    in_range(0, math.inf, num_steps=num_steps, remedy="Count the steps.")
+    values = {form: evaluate(form, num_steps) for form in forms}
+    form = min(values, key=values.__getitem__)
+    return UnlearningBound(
+        values[form], order, num_steps, form, against, _assumptions(form, constants)
+    )
+
+
+def _assumptions(form: str, constants: LangevinConstants) -> tuple[str, ...]:
+    """What a form takes for granted, one sentence each."""
+    shared = (
+        "the divergence before unlearning is an upper bound",
+        "unlearning and retraining apply the same steps on the retain set, each adding "
+        f"N(0, {constants.noise_variance:g} I) to the weights",
+    )
+    if form == "dobrushin":
+        return (
+            *shared,
+            f"a step's mean stays in a ball of radius {constants.map_radius:g}",
+        )
+    return (
+        *shared,
+        "each step is one map: full-batch, or batches on a schedule that does not look "
+        "at the data",
+        f"the gradient map is {constants.lipschitz:g}-Lipschitz on the whole domain",
+        "the retrained law has the log-Sobolev constant given where unlearning starts",
+    )
+
+
+def _forms(form: str) -> tuple[str, ...]:
+    """The forms asked for; the source form never beats the hyper-contractive one."""
+    expect(
+        form in (*FORMS, "best"),
+        "form",
+        repr(form),
+        f"to be one of {', '.join((*FORMS, 'best'))}",
+        "best is the smallest of the bounds.",
+    )
+    return ("hypercontractive", "dobrushin") if form == "best" else (form,)

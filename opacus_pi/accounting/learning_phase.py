@@ -1,0 +1,169 @@
+"""Divergence after learning when early steps are forgotten by later noise.
+
+Composition over a run adds every step's cost up and grows with its length. With an LSI
+constant for the other law, each step's noise can do two things: a share of it pays for
+the point's own contribution, the rest contracts what was there before. On strongly
+convex losses the result stays bounded however long the run is.
+
+One schedule covers learning and any number of unlearning requests: after its removal a
+point shifts nothing, and every step only contracts.
+
+>>> from opacus_pi.accounting.lsi import lsi_track
+>>> shifts = np.r_[np.full((500, 1), 0.1), np.zeros((50, 1))]  # learn, then without x
+>>> lsi = lsi_track(0.5, 550, lipschitz=0.9, noise_variance=0.5)
+>>> setting = {"lsi": lsi, "lipschitz": 0.9, "noise_variance": 0.5, "hoelder_p": 100.0}
+>>> learned = contractive_divergence(shifts[:500], 4.0, **setting | {"lsi": lsi[:501]})
+>>> forgotten = contractive_divergence(shifts, 4.0, **setting)
+>>> bool(learned < 500 * 4.0 * 0.1**2 / (2 * 0.5) / 10), bool(forgotten < learned / 1e4)
+(True, True)
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import logsumexp
+
+from opacus_pi._validate import expect, in_range, positive
+from opacus_pi.accounting.lsi import schedules
+
+
+def contractive_divergence(
+    shifts: ArrayLike,
+    order: float,
+    *,
+    lsi: ArrayLike,
+    lipschitz: ArrayLike,
+    noise_variance: ArrayLike,
+    hoelder_p: float,
+    noise_share: float = 0.5,
+) -> float | NDArray[np.float64]:
+    """Per-instance divergence of the last iterate of a run that contracts.
+
+    Backwards over the steps t, from a = α and weight 1, with share θ of the noise s:
+
+        g = 1 + (1−θ)s/(c²C_t + θs),   a₀ = 1 + (a−1)/g,   weight ← weight·a/(a₀g),
+        D += weight·ln E exp(p·a₀(a₀−1)·shift²/(2θs)) / (p(a₀−1)),
+        a ← 1 + (a₀−1)·p/(p−1).
+
+    A step in which the point shifts nothing needs no Hölder split and spends no noise:
+    θ = 0 and a ← a₀ there.
+
+    Args:
+        shifts: ‖F(w_t) − F'(w_t)‖, how far the point moves step t's mean (learning
+            rate times its gradient's norm, over the denominator): ``(T, runs)`` or
+            ``(T, runs, n)``, along independent runs that **include** the point; 0 where
+            it takes no part.
+        order: Rényi order α > 1 of the result.
+        lsi: ``(T + 1,)`` (the last entry is not used) or ``(T,)``, LSI constants of the
+            iterates **without** the point, from ``lsi_track``.
+        lipschitz: c of the map without the point, a number or ``(T,)``.
+        noise_variance: s on the weights, a number or ``(T,)``.
+        hoelder_p: p > 1; fixed beforehand. ``inf`` takes the largest shift over runs.
+        noise_share: θ in (0, 1).
+
+    Returns:
+        Float or float64 ``(n,)``: bounds D_α(with ‖ without) if the mean over runs is
+        the expectation (it is an estimate otherwise).
+
+    Raises:
+        ValueError: If shapes disagree or a value is outside its domain.
+
+    Full-batch steps, or batches on a schedule that does not look at the data.
+    """
+    d, constants, square, s = _checked(shifts, lsi, lipschitz, noise_variance)
+    expect(1 < order < math.inf, "order", order, "in (1, inf)", "Orders exceed 1.")
+    expect(hoelder_p > 1, "hoelder_p", hoelder_p, "above 1", "3T is the usual choice.")
+    in_range(
+        0, 1, closed=False, noise_share=noise_share, remedy="Both parts need noise."
+    )
+    growth = 1.0 if hoelder_p == math.inf else hoelder_p / (hoelder_p - 1)
+    a, weight, total = float(order), 1.0, np.zeros(d.shape[2:])
+    for t in range(len(d) - 1, -1, -1):
+        moved = bool((d[t] > 0).any())
+        paying = noise_share * s[t] if moved else 0.0
+        spread = square[t] * constants[t] + paying
+        shrink = spread / (spread + s[t] - paying)  # 1/g
+        lower = 1 + (a - 1) * shrink
+        weight *= a * shrink / lower
+        if moved:
+            price = lower * d[t] ** 2 / (2 * paying)
+            total = total + weight * _soft_max(price, (lower - 1) * hoelder_p)
+        a = 1 + (lower - 1) * (growth if moved else 1.0)
+    return float(total) if total.ndim == 0 else total
+
+
+def halved_noise_divergence(
+    shifts: ArrayLike,
+    order: float,
+    *,
+    lsi: ArrayLike,
+    lipschitz: ArrayLike,
+    noise_variance: ArrayLike,
+) -> float:
+    """Worst-case divergence of the last iterate at one fixed order.
+
+    Each step's noise is split in halves h = s/2: one pays, one contracts,
+    D ← (D + α·shift²/(2h))·(1 + h/(c²C_t + h))^(−1/α).
+
+    Args:
+        shifts: ``(T,)``, largest distance the point can move step t's mean.
+        order: Rényi order α > 1.
+        lsi: ``(T,)`` or ``(T + 1,)``, LSI constants of the iterates without the point.
+        lipschitz: c, a number or ``(T,)``.
+        noise_variance: s on the weights, a number or ``(T,)``.
+
+    Returns:
+        Bound on D_α(with ‖ without) after T steps.
+
+    Raises:
+        ValueError: If shapes disagree or a value is outside its domain.
+
+    Source: the learning phase of Chien et al. 2024 (arXiv 2401.10371), in general form.
+    ``contractive_divergence`` is tighter.
+    """
+    column = np.reshape(np.asarray(shifts, dtype=np.float64), (-1, 1))
+    d, constants, square, s = _checked(column, lsi, lipschitz, noise_variance)
+    expect(1 < order < math.inf, "order", order, "in (1, inf)", "Orders exceed 1.")
+    half = s / 2
+    kept = (1 + half / (square * constants + half)) ** (-1 / order)
+    total = 0.0
+    for cost, share in zip(order * d[:, 0] ** 2 / (2 * half), kept, strict=True):
+        total = (total + float(cost)) * float(share)
+    return total
+
+
+def _soft_max(values: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
+    """ln(mean over runs of exp(scale·v))/scale; its limits at scale 0 and ∞."""
+    if scale == math.inf:
+        return values.max(axis=0)
+    if scale == 0:
+        return values.mean(axis=0)
+    return (logsumexp(scale * values, axis=0) - math.log(len(values))) / scale
+
+
+def _checked(
+    shifts: ArrayLike, lsi: ArrayLike, lipschitz: ArrayLike, noise_variance: ArrayLike
+) -> tuple[NDArray[np.float64], ...]:
+    """Shifts, LSI constants, c² and s of each step."""
+    d = np.asarray(shifts, dtype=np.float64)
+    constants = np.asarray(lsi, dtype=np.float64)
+    remedy = "Norms and constants are at least 0."
+    in_range(0, math.inf, shifts=d, lsi=constants, remedy=remedy)
+    positive(noise_variance=noise_variance, remedy="Every step needs noise.")
+    num_steps = len(d) if d.ndim else 0
+    expect(
+        d.ndim in (2, 3) and d.size > 0,
+        "shifts",
+        f"an array of shape {d.shape}",
+        "to have shape (T, runs) or (T, runs, n)",
+        "One run: shifts[:, None].",
+    )
+    expect(
+        constants.shape in ((num_steps,), (num_steps + 1,)),
+        "lsi",
+        f"an array of shape {constants.shape}",
+        f"to have shape ({num_steps + 1},)",
+        "Pass what lsi_track returns for the same steps.",
+    )
+    return d, constants[:num_steps], *schedules(num_steps, lipschitz, noise_variance)

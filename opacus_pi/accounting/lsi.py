@@ -1,0 +1,168 @@
+"""Tracking the log-Sobolev constant of noisy gradient descent.
+
+A law ν satisfies LSI(C) if Ent_ν(f²) ≤ 2C·E_ν‖∇f‖² for every smooth f. N(0, C·I) does
+so with exactly this C. The constant says how fast Gaussian noise brings other laws
+towards ν; it is needed along the **second** argument of the divergence to be
+contracted, which for unlearning is the law of retraining.
+
+>>> lsi_track(0.0, 3, lipschitz=0.5, noise_variance=1.0)
+array([0.    , 1.    , 1.25  , 1.3125])
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from opacus_pi._validate import expect, in_range, positive
+
+_AT_LEAST_0 = "Pass 0 where there is none."
+
+
+def gradient_map_lipschitz(
+    learning_rate: float, *, smoothness: float, strong_convexity: float = 0.0
+) -> float:
+    """Lipschitz constant of one gradient step w ↦ w − η∇f(w).
+
+    c = max(|1 − ηm|, |1 − ηL|), for a Hessian between m·I and L·I.
+
+    Args:
+        learning_rate: Step size η.
+        smoothness: L, upper end of the Hessian's spectrum.
+        strong_convexity: m, lower end: positive for strongly convex losses, 0 for
+            convex ones, ``-smoothness`` for merely smooth ones.
+
+    Returns:
+        c: below 1 for strongly convex losses and η < 2/L, at most 1 for convex losses
+        and η ≤ 2/L, at most 1 + ηL always.
+
+    Raises:
+        ValueError: If the learning rate is not positive or m > L.
+    """
+    positive(learning_rate=learning_rate, remedy="It is the step size of the update.")
+    expect(
+        abs(strong_convexity) <= smoothness < math.inf,
+        "strong_convexity",
+        strong_convexity,
+        f"in [-smoothness, smoothness] with finite smoothness={smoothness}",
+        "It is the lower end of the Hessian's spectrum; -smoothness assumes nothing.",
+    )
+    return max(
+        abs(1 - learning_rate * strong_convexity), abs(1 - learning_rate * smoothness)
+    )
+
+
+def bounded_support_lsi(radius: float, noise_variance: float) -> float:
+    """LSI constant of any law in a ball of this radius, convolved with N(0, s·I).
+
+    C = 6(4R² + s)·exp(4R²/s): free of the dimension, but astronomical when s ≪ R².
+
+    Args:
+        radius: R of the ball that holds the law before the noise.
+        noise_variance: s, per coordinate.
+
+    Returns:
+        C; ``inf`` where it exceeds float64.
+
+    Raises:
+        ValueError: If the variance is not positive or the radius is negative.
+
+    Source: Chen, Chewi & Niles-Weed 2021 (arXiv 2102.11476).
+    """
+    positive(noise_variance=noise_variance, remedy="Without noise there is no bound.")
+    in_range(0, math.inf, radius=radius, remedy="It is the radius of a ball.")
+    square = 4 * radius * radius
+    with np.errstate(over="ignore"):
+        return float(6 * (square + noise_variance) * np.exp(square / noise_variance))
+
+
+def lsi_track(
+    initial: float,
+    num_steps: int,
+    *,
+    lipschitz: ArrayLike,
+    noise_variance: ArrayLike,
+    cap: float = math.inf,
+) -> NDArray[np.float64]:
+    """LSI constants of the iterates of w ← Π(F(w) + N(0, s·I)).
+
+    C_{j+1} = min(c²·C_j + s, cap): a c-Lipschitz push-forward multiplies the constant
+    by c², the noise adds s, and a projection onto a convex set changes nothing.
+
+    Args:
+        initial: C_0; 0 for a fixed starting point, v for N(w_0, v·I).
+        num_steps: Number of steps, k.
+        lipschitz: c of each step's map F, a number or ``(k,)``.
+        noise_variance: s of each step on the **weights** (2ησ² for Langevin noise
+            √(2η)·σ), a number or ``(k,)``.
+        cap: A constant that holds for every iterate, such as
+            ``bounded_support_lsi`` of the range of F.
+
+    Returns:
+        float64 ``(k + 1,)``, C_0 … C_k.
+
+    Raises:
+        ValueError: If a value is negative or a schedule has another length.
+
+    The map of a step must be one map: full-batch steps, or batches that follow a fixed
+    schedule. Under random batches an iterate's law is a mixture, whose constant this
+    recursion does not bound.
+    """
+    in_range(0, math.inf, initial=initial, cap=cap, remedy=_AT_LEAST_0)
+    squares, variances = schedules(num_steps, lipschitz, noise_variance)
+    constants = [float(initial)]
+    for square, variance in zip(squares.tolist(), variances.tolist(), strict=True):
+        constants.append(min(_times(square, constants[-1]) + variance, cap))
+    return np.array(constants)
+
+
+def log_growth(
+    constants: ArrayLike, *, lipschitz: ArrayLike, noise_variance: ArrayLike
+) -> NDArray[np.float64]:
+    """How far the noise of the steps so far contracts, ln G_0 … ln G_k.
+
+    ln G_k = Σ_{j<k} ln(1 + s/(c²·C_j)), the integral of 1/C over the noise of a step.
+
+    Args:
+        constants: ``(k + 1,)``, LSI constants of the second law, from ``lsi_track``.
+        lipschitz: c, a number or ``(k,)``.
+        noise_variance: s on the weights, a number or ``(k,)``.
+
+    Returns:
+        float64 ``(k + 1,)``, starting with 0; ``inf`` after a step from a point mass.
+
+    Raises:
+        ValueError: If a value is negative or a schedule has another length.
+    """
+    track = np.asarray(constants, dtype=np.float64)
+    in_range(0, math.inf, constants=track, remedy="Pass what lsi_track returns.")
+    squares, variances = schedules(len(track) - 1, lipschitz, noise_variance)
+    before = np.array([_times(a, b) for a, b in zip(squares, track, strict=False)])
+    with np.errstate(divide="ignore", over="ignore"):
+        gains = np.log1p(np.divide(variances, before))
+    return np.concatenate([[0.0], np.cumsum(np.where(variances > 0, gains, 0.0))])
+
+
+def _times(square: float, constant: float) -> float:
+    """c²·C, where a constant map leaves a point mass whatever C was."""
+    return 0.0 if square == 0 else square * constant
+
+
+def schedules(
+    num_steps: int, lipschitz: ArrayLike, noise_variance: ArrayLike
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Squared Lipschitz constant c² and noise variance s of each step, checked."""
+    in_range(0, math.inf, num_steps=num_steps, remedy="Count the steps.")
+    named = {"lipschitz": lipschitz, "noise_variance": noise_variance}
+    in_range(0, math.inf, remedy=_AT_LEAST_0, **named)
+    for name, value in named.items():
+        expect(
+            np.shape(value) in ((), (num_steps,)),
+            name,
+            f"an array of shape {np.shape(value)}",
+            f"to be a number or have shape ({num_steps},)",
+            "Give one value for all steps or one for each.",
+        )
+    c = np.broadcast_to(np.asarray(lipschitz, dtype=np.float64), (num_steps,))
+    s = np.broadcast_to(np.asarray(noise_variance, dtype=np.float64), (num_steps,))
+    return c * c, s

@@ -1,0 +1,269 @@
+"""Unlearning bounds exactly as published, for comparison. Never a default.
+
+* Corollaries 4.1 and 4.4 of the paper (Sepahvand et al. 2025), whose
+  constants come from Chien et al.'s rate,
+* Chien et al. 2024 (arXiv 2401.10371), strongly convex losses: divergence after
+  learning, contraction rate, steps for an (ε, δ) target, sequential requests.
+
+The same inputs give far fewer steps with ``langevin.steps_to_unlearn``:
+
+>>> corollary_4_4_steps(4.0, 10.0, 1e-3, 1e-4, target=0.01, rate=0.01)
+5713
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from opacus_pi._validate import expect, in_range, positive
+from opacus_pi.accounting.contraction import source_bound
+
+_CONSTANT = "Constants of the process are above 0."
+
+
+def weak_triangle(
+    order: float, first: float, second: float, *, factor: float = 2.0
+) -> float:
+    """Bound on D_α(P ‖ Q) through a third law R.
+
+    D_α(P‖Q) ≤ (α − 1/u)/(α − 1) · D_{uα}(P‖R) + D_{(uα−1)/(u−1)}(R‖Q), any u > 1.
+
+    Args:
+        order: Rényi order α > 1.
+        first: D_{uα}(P ‖ R).
+        second: D_{(uα−1)/(u−1)}(R ‖ Q); at order 2α − 1 for u = 2.
+        factor: u.
+
+    Returns:
+        The bound.
+
+    Raises:
+        ValueError: If α ≤ 1 or u ≤ 1.
+
+    Source: Mironov 2017, Proposition 11 (u = 2).
+    """
+    positive(remedy="Orders and factors exceed 1.", **{"order - 1": order - 1})
+    positive(remedy="Orders and factors exceed 1.", **{"factor - 1": factor - 1})
+    return (order - 1 / factor) / (order - 1) * first + second
+
+
+def corollary_4_1(
+    order: float,
+    loss_4a: float,
+    stationarity_4a_1: float,
+    stationarity_2a_1: float,
+    log_growth: float,
+) -> float:
+    """Divergence from retraining for T steps, through stationarity, as printed.
+
+    (A·ε'_{4α} + B·ε_{4α−1})·exp(−Ck/2α) + ε_{2α−1}, A = (2α−½)/(2α−2) and
+    B = (2α−1)/(2α−2). The last term does not vanish with k.
+
+    Args:
+        order: Rényi order α > 1.
+        loss_4a: ε'_{4α}, bound on D_{4α}(trained ‖ retrained).
+        stationarity_4a_1: ε_{4α−1}, between retraining and its stationary law.
+        stationarity_2a_1: ε_{2α−1}, the same at order 2α − 1.
+        log_growth: C·k, the sum of the rates of the k steps.
+
+    Returns:
+        The bound on D_α(unlearned ‖ retrained for T steps).
+
+    Raises:
+        ValueError: If the order is at most 1 or the growth negative.
+    """
+    start = weak_triangle(2 * order, loss_4a, stationarity_4a_1)
+    moved = source_bound(start, 2 * order, log_growth)
+    return weak_triangle(order, moved, stationarity_2a_1)
+
+
+def corollary_4_4_steps(
+    order: float,
+    loss_4a: float,
+    stationarity_4a_1: float,
+    stationarity_2a_1: float,
+    *,
+    target: float,
+    rate: float,
+) -> float:
+    """Fewest steps with Corollary 4.1 at most the target, as Corollary 4.4 prints it.
+
+    k ≥ A·ln((B·P(x, 4α) + C·ε_{4α−1})/(δ − ε_{2α−1})), A = 2α/rate.
+
+    Args:
+        order: Rényi order α > 1.
+        loss_4a: P(x, 4α).
+        stationarity_4a_1: ε_{4α−1}.
+        stationarity_2a_1: ε_{2α−1}.
+        target: δ, the divergence to reach.
+        rate: Contraction per step, the C of Corollary 4.1.
+
+    Returns:
+        k; ``inf`` where the target is not above the irreducible ε_{2α−1}.
+
+    Raises:
+        ValueError: If a value is outside its domain.
+    """
+    positive(rate=rate, target=target, remedy=_CONSTANT)
+    start = corollary_4_1(order, loss_4a, stationarity_4a_1, 0.0, 0.0)
+    if target <= stationarity_2a_1:
+        return math.inf
+    needed = 2 * order / rate * math.log(start / (target - stationarity_2a_1))
+    return max(0, math.ceil(needed))
+
+
+def chien_learning_divergence(
+    order: ArrayLike,
+    *,
+    num_points: int,
+    gradient_bound: float,
+    strong_convexity: float,
+    sigma: float,
+    num_examples: int,
+    learned: float = math.inf,
+) -> NDArray[np.float64] | float:
+    """Divergence after learning when S points are replaced, strongly convex losses.
+
+    4αS²M²/(mσ²n²)·(1 − exp(−mηT)), the last factor 1 at stationarity.
+
+    Args:
+        order: Rényi orders α.
+        num_points: S.
+        gradient_bound: M, Lipschitz constant of one example's loss.
+        strong_convexity: m.
+        sigma: σ of the Langevin noise √(2η)·σ.
+        num_examples: n.
+        learned: η·T, total step size of learning.
+
+    Returns:
+        The divergence, in the shape of ``order``.
+
+    Raises:
+        ValueError: If a constant is not positive.
+    """
+    positive(
+        strong_convexity=strong_convexity,
+        sigma=sigma,
+        num_examples=num_examples,
+        learned=learned,
+        remedy=_CONSTANT,
+    )
+    moved = num_points * gradient_bound / (sigma * num_examples)
+    factor = -math.expm1(-strong_convexity * learned)
+    return 4 * np.asarray(order) * moved**2 / strong_convexity * factor
+
+
+def chien_rate(
+    *, learning_rate: float, sigma: float, strong_convexity: float, lsi: float
+) -> float:
+    """Contraction per step for strongly convex losses, 2σ²η/C.
+
+    Args:
+        learning_rate: η.
+        sigma: σ of the Langevin noise √(2η)·σ.
+        strong_convexity: m.
+        lsi: C, an LSI constant of the initial law of learning; the authors take 2σ²/m.
+
+    Returns:
+        The rate R of D_α·exp(−R·k/α).
+
+    Raises:
+        ValueError: If C ≤ σ²/m, or η > (2/m)(1 − σ²/(mC)).
+    """
+    positive(learning_rate=learning_rate, sigma=sigma, remedy=_CONSTANT)
+    positive(strong_convexity=strong_convexity, remedy=_CONSTANT)
+    least = sigma**2 / strong_convexity
+    expect(
+        lsi > least, "lsi", lsi, f"above σ²/m = {least:g}", "The authors take 2σ²/m."
+    )
+    largest = 2 / strong_convexity * (1 - least / lsi)
+    expect(
+        learning_rate <= largest * (1 + 1e-12),
+        "learning_rate",
+        learning_rate,
+        f"at most (2/m)(1 − σ²/(mC)) = {largest:g}",
+        "Take smaller steps or a larger lsi.",
+    )
+    return 2 * sigma**2 * learning_rate / lsi
+
+
+def steps_at_rate(
+    divergences: ArrayLike, orders: ArrayLike, allowed: ArrayLike, rate: float
+) -> float:
+    """Fewest steps with D_α·exp(−R·k/α) ≤ allowed at one of the orders.
+
+    Args:
+        divergences: D_α before unlearning, ``(A,)``.
+        orders: α, ``(A,)``.
+        allowed: The divergence to reach at each order, ``(A,)``: a target, or what
+            ε leaves after the conversion's cost (orders with none left are not used).
+        rate: R per step.
+
+    Returns:
+        k, or ``inf``.
+
+    Raises:
+        ValueError: If the rate is not positive.
+    """
+    positive(rate=rate, remedy=_CONSTANT)
+    start, left = np.atleast_1d(divergences), np.atleast_1d(allowed)
+    usable = left > 0
+    if not usable.any():
+        return math.inf
+    with np.errstate(divide="ignore"):
+        log_ratio = np.log(start[usable] / left[usable])
+    steps = np.atleast_1d(orders)[usable] / rate * np.maximum(log_ratio, 0.0)
+    return max(0, math.ceil(steps.min()))
+
+
+def mironov_allowance(epsilon: float, delta: float, orders: ArrayLike) -> NDArray:
+    """Divergence that (ε, δ) leaves at each order: ε − ln(1/δ)/(α − 1).
+
+    Args:
+        epsilon: ε.
+        delta: δ in (0, 1).
+        orders: Rényi orders above 1.
+
+    Returns:
+        The allowance; negative where the order is too small.
+
+    Raises:
+        ValueError: If δ is outside (0, 1).
+
+    Source: Mironov 2017, Proposition 3; what Chien et al. use.
+    """
+    in_range(0, 1, closed=False, delta=delta, remedy="A typical δ is 1/n.")
+    return epsilon - math.log(1 / delta) / (np.asarray(orders, dtype=np.float64) - 1)
+
+
+def chien_sequential(
+    order: float,
+    learning_divergence: Callable[[float], float],
+    log_growths: Sequence[float],
+) -> float:
+    """Divergence after sequential requests; the order doubles with each of them.
+
+    ε¹(α) = e^{−ΣR/α}·ε₀(α), ε^{s+1}(α) = e^{−ΣR/α}(α−½)/(α−1)·(ε₀(2α) + ε^s(2α)).
+
+    Args:
+        order: Rényi order α > 1.
+        learning_divergence: ε₀ as a function of the order.
+        log_growths: ΣR of each request's steps, the first request first.
+
+    Returns:
+        The bound after the last request.
+
+    Raises:
+        ValueError: If there is no request or the order is at most 1.
+    """
+    expect(
+        len(log_growths) > 0, "log_growths", "[]", "to hold a request", "Give its ΣR."
+    )
+    *earlier, growth = log_growths
+    if not earlier:
+        return source_bound(learning_divergence, order, growth)
+    before = chien_sequential(2 * order, learning_divergence, earlier)
+    start = (order - 0.5) / (order - 1) * (learning_divergence(2 * order) + before)
+    return source_bound(start, order, growth)
