@@ -14,6 +14,7 @@ from opacus_pi.recorder import AccountingError, Recorder
 
 N = 6
 INF = float("inf")
+pytestmark = pytest.mark.filterwarnings("ignore:This run has no ledger")
 
 
 def begun(recorder=None, **changes):
@@ -396,8 +397,10 @@ def test_a_refusal_keeps_its_first_reason_and_stops_sweeping():
     calls = []
     recorder = begun(Recorder("swept", every=[1, 2]), sweep=sweep_of(calls))
     report(recorder)
-    recorder.refuse("first")
-    recorder.refuse("second")
+    with pytest.warns(UserWarning, match="no ledger any more. first") as warned:
+        recorder.refuse("first")
+        recorder.refuse("second")
+    assert len(warned) == 1
     report(recorder)
     assert recorder.num_steps == 2 and len(calls) == 1
     with pytest.raises(AccountingError, match="^first$"):

@@ -15,6 +15,7 @@ array([[0.5, 2. , nan, nan],
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -227,7 +228,7 @@ class Recorder:
             self._write_row()
 
     def refuse(self, reason: str) -> None:
-        """Let training go on, but give no ledger of it any more.
+        """Let training go on, but give no ledger of it any more, and warn once.
 
         Args:
             reason: What cannot be accounted, and the remedy. The first one stays.
@@ -236,9 +237,11 @@ class Recorder:
             AccountingError: At once, if the recorder is strict.
         """
         run = self._begun()
-        run.refusal = run.refusal or reason
         if self.strict:
-            raise AccountingError(run.refusal)
+            raise AccountingError(reason)
+        if not run.refusal:
+            run.refusal = reason
+            warnings.warn(f"This run has no ledger any more. {reason}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything recorded, as tensors, numbers and strings for a checkpoint."""

@@ -1,0 +1,209 @@
+"""Hooks a training loop without clipping up to a recorder."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from opacus.data_loader import DPDataLoader
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.hooks import RemovableHandle
+
+from opacus_pi._validate import expect
+from opacus_pi.accounting import fingerprint
+from opacus_pi.attribution import Tracker, watch
+from opacus_pi.attribution.forward_probe import ForwardProbe
+from opacus_pi.gradients import Sweep, sweep
+from opacus_pi.monitor.draws import draws_of
+from opacus_pi.monitor.noisy_step import NoisyStep
+from opacus_pi.recorder import Recorder
+from opacus_pi.refusals import unknown_schedule
+
+_SPREAD = (
+    DifferentiallyPrivateDistributedDataParallel,
+    nn.parallel.DistributedDataParallel,
+    FSDPModule,
+)
+# what a call hung on a module or an optimizer, for the next call to replace
+_HANDLES: WeakKeyDictionary[Any, list[RemovableHandle]] = WeakKeyDictionary()
+
+
+def monitor(
+    *,
+    recorder: Recorder,
+    tracker: Tracker,
+    module: nn.Module,
+    optimizer: Optimizer,
+    data_loader: DataLoader,
+    noise_std: float,
+    criterion: Callable[[Any, Any], Tensor],
+    poisson_sampling: bool = True,
+    noise_generator: torch.Generator | None = None,
+    sampling_generator: torch.Generator | None = None,
+) -> tuple[nn.Module, Optimizer, DataLoader]:
+    """Record a training without clipping, with or without noise.
+
+    Without noise nothing is touched: with the user's own loader, weights and random
+    states are those of the loop without recording. With noise, the module's passes in
+    training mode are watched to know the rows of each update, and every gradient that
+    the optimizer holds gets ``N(0, noise_std²)`` added just before its step (a
+    parameter without a gradient stays as it is); an empty batch counts as gradient 0.
+
+    Args:
+        recorder: A swept recorder; it begins a run here.
+        tracker: Follows the loader's batches through the module.
+        module: The model; returned as it is.
+        optimizer: Any torch optimizer of its parameters; returned as it is.
+        data_loader: Of a data set with a length, yielding ``(x, y)``.
+        noise_std: Standard deviation of the noise on the mean gradient; 0: plain SGD.
+        criterion: ``criterion(outputs, targets)``, one loss per example; a torch loss
+            module will do.
+        poisson_sampling: Whether the loader is replaced by Opacus's Poisson loader;
+            False keeps it.
+        noise_generator: For the noise; default: torch's global one.
+        sampling_generator: For Poisson sampling; default: the loader's.
+
+    Returns:
+        Module, optimizer, and the loader to iterate over.
+
+    Raises:
+        ValueError: If an argument cannot be monitored; nothing is changed then.
+
+    Source: paper, section 5.1 and Appendix D.
+    """
+    _check_recorder(recorder, noise_std)
+    _check_training(module, optimizer)
+    _check_data(data_loader)
+
+    def measure(data_set: Dataset) -> Sweep:
+        return sweep(
+            module,
+            criterion,
+            data_set,
+            batch_size=recorder.batch_size,
+            collate_fn=data_loader.collate_fn,
+        )
+
+    data_set = data_loader.dataset
+    measure(Subset(data_set, range(min(2, len(data_set)))))  # refuses what it cannot
+    loader = data_loader
+    if poisson_sampling:
+        loader = DPDataLoader.from_data_loader(
+            data_loader, generator=sampling_generator
+        )
+    draws = draws_of(loader)
+    recorder.begin(
+        num_examples=len(data_set),
+        sample_rate=draws.sample_rate,
+        sampling=draws.sampling,
+        data_set=fingerprint(data_set),
+        sweep=lambda: measure(data_set),
+        weights=module.state_dict,
+    )
+    reason = unknown_schedule(loader) if draws.sampling == "fixed" else None
+    if reason:
+        recorder.refuse(reason)
+    noise = NoisyStep(
+        noise_std, draws.mean_batch_size, recorder, tracker, noise_generator
+    )
+    _hang_hooks(module, optimizer, recorder, noise)
+    if noise_std > 0:
+        watch(loader, tracker)
+    return module, optimizer, loader
+
+
+def _hang_hooks(
+    module: nn.Module, optimizer: Optimizer, recorder: Recorder, noise: NoisyStep
+) -> None:
+    """Count the optimizer's steps, and add noise before them if there is any."""
+    for owner in (module, optimizer):
+        for handle in _HANDLES.pop(owner, []):
+            handle.remove()
+    settings = {
+        "noise_std": noise.noise_std * noise.mean_batch_size,
+        "max_grad_norm": math.inf,
+    }
+
+    def count(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        recorder.step(**settings)
+
+    _HANDLES[optimizer] = [optimizer.register_step_post_hook(count)]
+    if noise.noise_std > 0:
+        probe = ForwardProbe()
+        probe.report_to(noise.tracker, module)
+        _HANDLES[optimizer].append(optimizer.register_step_pre_hook(noise))
+        _HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
+
+
+def _check_recorder(recorder: Recorder, noise_std: float) -> None:
+    """Refuse a recorder that would wait for norms nobody computes."""
+    expect(
+        recorder.mode == "swept",
+        "recorder.mode",
+        repr(recorder.mode),
+        'to be "swept"',
+        'Training without clipping computes no norms: use Recorder(mode="swept").',
+    )
+    expect(
+        math.isfinite(noise_std) and noise_std >= 0,
+        "noise_std",
+        noise_std,
+        "to be finite and at least 0",
+        "It is the standard deviation of the noise on the mean gradient; 0 is plain "
+        "SGD.",
+    )
+
+
+def _check_training(module: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse a module or an optimizer that is not the user's own."""
+    expect(
+        not isinstance(module, AbstractGradSampleModule),
+        "module",
+        type(module).__name__,
+        "to be a plain module",
+        "It computes per-example gradients nobody uses: pass "
+        "module.to_standard_module().",
+    )
+    expect(
+        not isinstance(module, _SPREAD),
+        "module",
+        type(module).__name__,
+        "to be trained by one process",
+        "Distributed training is recorded by make_private.",
+    )
+    expect(
+        isinstance(optimizer, Optimizer) and not isinstance(optimizer, DPOptimizer),
+        "optimizer",
+        type(optimizer).__name__,
+        "to be a plain torch optimizer",
+        "Pass the one that make_private was given, original_optimizer.",
+    )
+    own = set(module.parameters())
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    expect(
+        all(p in own for p in held),
+        "optimizer",
+        type(optimizer).__name__,
+        "to hold parameters of module",
+        "Make the optimizer from module.parameters().",
+    )
+
+
+def _check_data(data_loader: DataLoader) -> None:
+    """Refuse data whose examples cannot be told apart and measured."""
+    data_set = data_loader.dataset
+    ordered = hasattr(data_set, "__len__") and not isinstance(data_set, IterableDataset)
+    expect(
+        ordered and len(data_loader) > 0,
+        "data_loader.dataset",
+        type(data_set).__name__,
+        "to have a length, an order and at least one batch",
+        "Use a map-style data set: every example is measured by its position.",
+    )
