@@ -4,6 +4,8 @@ Each metric is a pure function of arrays or models; none knows an unlearning met
 """
 
 from opacus_pi.evaluation.accuracies import accuracy, unlearning_accuracy
+from opacus_pi.evaluation.barriers import loss_barrier, path_losses
+from opacus_pi.evaluation.gus import GaussianPoison, gaussian_unlearning_score
 from opacus_pi.evaluation.membership import MembershipInference, membership_inference
 from opacus_pi.evaluation.oracle import OracleCache
 from opacus_pi.evaluation.predictions import Predictions, predict
@@ -11,13 +13,17 @@ from opacus_pi.evaluation.summary import evaluate, summarise
 from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
 
 __all__ = [
+    "GaussianPoison",
     "MembershipInference",
     "OracleCache",
     "Predictions",
     "UnlearningTrace",
     "accuracy",
     "evaluate",
+    "gaussian_unlearning_score",
+    "loss_barrier",
     "membership_inference",
+    "path_losses",
     "predict",
     "summarise",
     "time_to_unlearn",

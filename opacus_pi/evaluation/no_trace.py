@@ -1,12 +1,12 @@
-"""Looking at a model without changing it, or the random numbers of the run."""
+"""Looking at a model without changing it or the random numbers of the run."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
+
+from opacus_pi.gradients.random_state import random_state_untouched
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -14,19 +14,6 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-@contextmanager
-def same_random_states() -> Iterator[None]:
-    """Put back the global random states of Python, numpy and torch afterwards."""
-    python, legacy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
 
 
 @contextmanager
@@ -39,7 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with same_random_states(), torch.no_grad():
+        with random_state_untouched(), torch.no_grad():
             yield
     finally:
         for module, mode in modes:

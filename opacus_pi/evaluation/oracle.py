@@ -21,8 +21,8 @@ from tqdm import tqdm
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting.fingerprint import fingerprint
 from opacus_pi.accounting.storage import read_arrays, write_arrays
-from opacus_pi.evaluation.no_trace import same_random_states
 from opacus_pi.forget_sets import retain_indices
+from opacus_pi.gradients.random_state import random_state_untouched
 
 _KIND = "opacus_pi.Oracle"
 _VERSION = 1
@@ -94,7 +94,7 @@ class OracleCache:
         bar = tqdm(
             seeds, desc="oracles", disable=None if progress is None else not progress
         )
-        with same_random_states():
+        with random_state_untouched():
             return [
                 self._oracle(recipe, retain, seed, facts, model_factory())
                 for seed in bar

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._validate import expect
 from opacus_pi.evaluation.no_trace import device_of, evaluating
-from opacus_pi.gradients.criterion import Criterion, per_example_criterion
+from opacus_pi.gradients.criterion import Criterion
+from opacus_pi.gradients.objective import float64_losses
 
 Data = Dataset | Iterable[tuple[Tensor, Tensor]]
 
@@ -31,7 +32,7 @@ class Predictions:
     """What a classifier says about each of n examples.
 
     Attributes:
-        losses: Loss, float64 ``(n,)``.
+        losses: Loss, taken on float64 outputs, float64 ``(n,)``.
         confidences: Softmax at the label, float64 ``(n,)``, in [0, 1].
         margins: ``ln(p / (1 - p))`` of the confidence p, computed without the
             cancellation at p near 1, float64 ``(n,)``.
@@ -72,7 +73,7 @@ def predict(
         ValueError: If there is no example, the criterion gives no loss per example,
             or the outputs are not one row of class scores per example.
     """
-    losses_of = per_example_criterion(criterion)
+    losses_of = float64_losses(criterion)
     loader = DataLoader(data, batch_size) if isinstance(data, Dataset) else data
     device = device_of(model)
     with evaluating(model):
