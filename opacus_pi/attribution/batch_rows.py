@@ -1,0 +1,134 @@
+"""What identifies the rows of a tensor: where they are stored, and what they contain.
+
+>>> import torch
+>>> batch = torch.arange(8.0).reshape(4, 2)
+>>> StoredRows(batch, 0).positions(batch[2:], 0)
+array([2, 3])
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+_MAX_DEPTH = 6  # of nested batches
+_SAMPLED = 256  # entries of a row that its checksum looks at
+_WEIGHTS = np.random.default_rng(0).integers(1, 2**62, _SAMPLED, dtype=np.int64) * 2 + 1
+
+
+def tensors_in(nested: Any, depth: int = _MAX_DEPTH) -> Iterator[Tensor]:
+    """The tensors in any nesting of lists, tuples and dict-like objects."""
+    if isinstance(nested, Tensor):
+        yield nested
+    elif depth > 0 and not isinstance(nested, str | bytes):
+        if not isinstance(nested, list | tuple):  # dict, UserDict, BatchEncoding
+            values = getattr(nested, "values", None)
+            nested = values() if callable(values) else ()
+        for item in nested:
+            yield from tensors_in(item, depth - 1)
+
+
+class StoredRows:
+    """Where in memory the rows of a delivered tensor are.
+
+    Memory is referred to weakly: an address alone is reused within a few updates.
+
+    Args:
+        tensor: The tensor.
+        dim: Its dimension that runs over the rows.
+
+    Raises:
+        RuntimeError: If the tensor has no memory of its own (symbolic tensors).
+    """
+
+    def __init__(self, tensor: Tensor, dim: int) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._layout = _layout(tensor, dim)
+        self._start, self._stride = tensor.storage_offset(), tensor.stride(dim)
+        self._length, self._version = tensor.shape[dim], _version(tensor)
+        self._item_size = tensor.element_size()
+
+    def positions(self, tensor: Tensor, dim: int) -> NDArray[np.int64] | None:
+        """Which of these rows a tensor's rows are, None unless all of them are.
+
+        Args:
+            tensor: A tensor that may be a view of this memory.
+            dim: Its dimension that runs over the rows.
+        """
+        if not self._is_stored_in(tensor):
+            return None
+        if _layout(tensor, dim) == self._layout:
+            return np.arange(self._length)
+        offset = tensor.storage_offset() - self._start
+        starts = offset + np.arange(tensor.shape[dim]) * tensor.stride(dim)
+        extent = sum(
+            (size - 1) * stride
+            for d, (size, stride) in enumerate(
+                zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            if d != dim
+        )
+        if self._stride <= 0 or not len(starts) or tensor.numel() == 0:
+            return None
+        rows, within = np.divmod(starts, self._stride)
+        inside = (rows >= 0) & (rows < self._length)
+        inside &= within + extent < self._stride
+        return rows if inside.all() else None
+
+    def modified(self, tensor: Tensor) -> bool:
+        """Whether the memory was written to since."""
+        return _version(tensor) != self._version
+
+    def _is_stored_in(self, tensor: Tensor) -> bool:
+        """Whether the tensor lives in this memory."""
+        if self._storage.expired() or tensor.element_size() != self._item_size:
+            return False
+        try:
+            return tensor.untyped_storage()._cdata == self._storage.cdata
+        except RuntimeError:  # symbolic tensors
+            return False
+
+
+def stored_rows(tensor: Tensor, dim: int) -> list[StoredRows]:
+    """The rows' memory, if there is any to speak of."""
+    try:
+        return [StoredRows(tensor, dim)] if tensor.untyped_storage().nbytes() else []
+    except RuntimeError:  # symbolic tensors
+        return []
+
+
+def row_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
+    """A checksum of each row that survives copying, moving, reshaping and widening.
+
+    Args:
+        tensor: The tensor.
+        dim: Its dimension that runs over the rows.
+
+    Returns:
+        Number of entries in a row, and int64 ``(b,)``.
+    """
+    rows = tensor.detach().movedim(dim, 0)
+    length = rows.shape[0]
+    width = rows[:1].numel() if length else 0
+    if not width or rows.is_complex() or rows.layout != torch.strided:
+        return 0, np.zeros(length, dtype=np.int64)
+    step = max(1, width // _SAMPLED)
+    entries = rows.reshape(length, width)[:, ::step][:, :_SAMPLED].cpu().double()
+    bits = np.ascontiguousarray(entries.numpy()).view(np.int64)
+    mixed = (bits ^ (bits >> 29)) * _WEIGHTS[: bits.shape[1]]  # wraps around
+    return width, (mixed ^ (mixed >> 32)).sum(axis=1)
+
+
+def _layout(tensor: Tensor, dim: int) -> tuple:
+    """What two views of one memory share if they are the same rows."""
+    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
+    return dim, tensor.dtype, tensor.storage_offset(), shape, stride
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the memory was written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version

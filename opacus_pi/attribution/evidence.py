@@ -1,0 +1,221 @@
+"""Whose rows a model was given: storage, content, or the latest batch.
+
+Pure functions from the recent deliveries and the model's inputs to a ``Forward``.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opacus_pi.attribution.batch_rows import (
+    StoredRows,
+    row_checksums,
+    stored_rows,
+    tensors_in,
+)
+
+UNKNOWN = -1  # a row of an example that could not be told
+NOBODY = -2  # a row that is no example: padding for an empty batch
+
+Rows = NDArray[np.int64]
+
+
+class Stream:
+    """One pass over a loader; counts its batches that no forward pass has used."""
+
+    def __init__(self) -> None:
+        self.unused = 0
+
+
+@dataclass(eq=False)
+class Delivery:
+    """One physical batch that a loader handed to the loop."""
+
+    rows: Rows | None
+    stream: Stream
+    stored: list[StoredRows] = field(default_factory=list)
+    checksums: dict[int, Rows] = field(default_factory=dict)
+    used: bool = False
+
+    def use(self) -> None:
+        """A forward pass was made of it."""
+        if not self.used:
+            self.stream.unused -= 1
+        self.used = True
+
+
+@dataclass(eq=False)
+class Forward:
+    """One forward pass in training mode: whose rows, by which evidence."""
+
+    rows: Rows | None
+    evidence: str
+    delivery: Delivery | None = None
+    cause: str = ""
+    backward: int = 0  # when its backward pass came by; 0: not yet
+    clipped: bool = False  # whether the second pass of ghost clipping came by
+
+
+def delivery_of(
+    indices: Any, batch: Any, stream: Stream, *, batch_dim: int, verify: bool
+) -> Delivery:
+    """Note what a delivered batch can be recognised by later.
+
+    Args:
+        indices: What the sampler emitted for it: positions, or one position.
+        batch: Tensors in any nesting.
+        stream: The pass over a loader that it is of.
+        batch_dim: The dimension that should run over the examples.
+        verify: Whether to keep checksums.
+    """
+    tensors = list(tensors_in(batch))
+    rows, single = _positions(indices)
+    if rows is None:
+        return Delivery(None, stream)
+    if single:  # no collation: the item is the one row
+        tensors = [t.unsqueeze(0) for t in tensors]
+    if not len(rows) and tensors and tensors[0].dim() and tensors[0].shape[0]:
+        rows = np.full(tensors[0].shape[0], NOBODY)
+    delivery = Delivery(rows, stream)
+    for tensor in tensors:
+        dim = _dim_of_length(tensor, len(rows), batch_dim)
+        if dim is not None:
+            delivery.stored += stored_rows(tensor, dim)
+            if verify:
+                width, sums = row_checksums(tensor, dim)
+                delivery.checksums.setdefault(width, sums)
+    return delivery
+
+
+def by_storage(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forward:
+    """Rows whose memory is a delivered row's.
+
+    Args:
+        tensors: The model's inputs.
+        dim: Their dimension that runs over the examples.
+        recent: Deliveries, the newest first.
+
+    Returns:
+        A pass with the rows; cause ``"modified"`` if the memory was written to since
+        the delivery; without evidence where nothing matched.
+    """
+    found, modified = [], False
+    for tensor in tensors:
+        for delivery, stored in ((d, s) for d in recent for s in d.stored):
+            where = stored.positions(tensor, dim)
+            if where is not None:
+                found.append((delivery, delivery.rows[where]))
+                modified |= stored.modified(tensor)
+                break
+    forward = _agreed(found, "by_storage")
+    if modified and not forward.cause:
+        forward.cause = "modified"
+    return forward
+
+
+def by_content(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forward:
+    """Rows whose checksums are a delivered row's.
+
+    Of the deliveries that match, those count that explain the most inputs; rows about
+    which they disagree (examples that are alike) stay unknown.
+    """
+    sums = [row_checksums(t, dim) for t in tensors]
+    found = [(d, *_explained(sums, d)) for d in recent if d.checksums]
+    most = max((len(inputs) for _, inputs, _ in found), default=0)
+    if len(set().union(*(inputs for _, inputs, _ in found))) > most:
+        return Forward(None, "unattributed", None, "mismatch")
+    best = [(d, rows) for d, inputs, rows in found if len(inputs) == most > 0]
+    forward = _agreed(best, "by_content")
+    nothing_known = forward.rows is not None and (forward.rows == UNKNOWN).all()
+    return Forward(None, "") if nothing_known and len(forward.rows) else forward
+
+
+def by_latest(
+    tensors: list[Tensor], dim: int, latest: Delivery | None, *, usually_known: bool
+) -> Forward:
+    """The latest batch, if it is the only one that these inputs can be made of.
+
+    Args:
+        tensors: The model's inputs.
+        dim: Their dimension that runs over the examples.
+        latest: The latest delivery.
+        usually_known: Whether this loop's inputs were recognised before, so that
+            inputs which are not are a surprise.
+    """
+    if latest is None or latest.rows is None:
+        return Forward(None, "unattributed", None, "indices")
+    only = latest.used or latest.stream.unused == 1
+    surprising = usually_known and bool(latest.checksums)
+    fits = any(t.shape[dim] == len(latest.rows) for t in tensors)
+    if surprising or not only or not fits:
+        return Forward(None, "unattributed", None, "reordered")
+    return Forward(latest.rows, "by_latest", latest)
+
+
+def _positions(indices: Any) -> tuple[Rows | None, bool]:
+    """Sampler output as positions, and whether it was a single one."""
+    if isinstance(indices, Tensor | np.ndarray):
+        indices = indices.tolist()
+    single = not isinstance(indices, list | tuple)
+    listed = [indices] if single else indices
+    if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in listed):
+        return None, single
+    return np.array([int(i) for i in listed], dtype=np.int64), single
+
+
+def _dim_of_length(tensor: Tensor, length: int, preferred: int) -> int | None:
+    """The dimension (of the first two) that runs over the examples."""
+    for dim in (preferred, 1 - preferred):
+        if tensor.dim() > dim and tensor.shape[dim] == length:
+            return dim
+    return None
+
+
+def _explained(
+    inputs: list[tuple[int, Rows]], delivery: Delivery
+) -> tuple[set[int], Rows | None]:
+    """Which inputs consist of a delivery's rows, and of which rows."""
+    pairs = {
+        i: (sums, delivered)
+        for i, (width, sums) in enumerate(inputs)
+        if (delivered := delivery.checksums.get(width)) is not None
+        and _tells_rows_apart(delivered)
+        and np.isin(sums, delivered).all()
+    }
+    if len({len(sums) for sums, _ in pairs.values()}) != 1:
+        return set(), None
+    if all(np.array_equal(s, d) for s, d in pairs.values()):
+        return set(pairs), delivery.rows
+    found = np.stack([_look_up(s, d, delivery.rows) for s, d in pairs.values()])
+    top = found.max(axis=0)
+    agree = ((found == top) | (found == UNKNOWN)).all(axis=0)
+    return set(pairs), np.where(agree, top, UNKNOWN)
+
+
+def _tells_rows_apart(sums: Rows) -> bool:
+    """Whether checksums are evidence: masks are often the same in every row."""
+    return len(sums) == 1 or bool((sums != sums[:1]).any())
+
+
+def _look_up(sums: Rows, delivered: Rows, rows: Rows) -> Rows:
+    """The rows with these checksums; UNKNOWN where several are alike."""
+    values, first, counts = np.unique(delivered, return_index=True, return_counts=True)
+    place = np.searchsorted(values, sums)
+    return np.where(counts[place] == 1, rows[first[place]], UNKNOWN)
+
+
+def _agreed(found: Iterable[tuple[Delivery, Rows]], evidence: str) -> Forward:
+    """What all findings agree on; where they disagree, UNKNOWN."""
+    findings = list(found)
+    if not findings:
+        return Forward(None, "")
+    delivery, rows = findings[0]
+    if any(len(other) != len(rows) for _, other in findings):
+        return Forward(None, "unattributed", None, "mismatch")
+    same = np.all([other == rows for _, other in findings], axis=0)
+    cause = "" if same.all() and UNKNOWN not in rows else "alike"
+    return Forward(np.where(same, rows, UNKNOWN), evidence, delivery, cause)

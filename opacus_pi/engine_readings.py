@@ -1,0 +1,110 @@
+"""What a recording engine can be asked after, or during, training."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from opacus.accountants import IAccountant
+from torch import nn
+
+from opacus_pi import accounting
+from opacus_pi._errors import AccountingError
+from opacus_pi.accountants import num_steps_of
+from opacus_pi.accounting import GradNormLedger
+from opacus_pi.attribution import Tracker
+from opacus_pi.recorder import Recorder
+
+
+class EngineReadings:
+    """The questions of an engine that has a recorder, a tracker and an accountant."""
+
+    recorder: Recorder
+    accountant: IAccountant
+    _tracker: Tracker
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is being trained, as the user made it.
+
+        Raises:
+            AccountingError: If there is none, or it is gone: it is referred to weakly.
+        """
+        module = self._module()
+        if module is None:
+            raise AccountingError(
+                "The engine has no module: none was prepared, or it was deleted. Call "
+                "make_private or make_monitored, and keep the model."
+            )
+        return module
+
+    @property
+    def ledger(self) -> GradNormLedger:
+        """The record up to now; sensitive, because it says who is unusual.
+
+        Raises:
+            AccountingError: If nothing was recorded, or what was run cannot be
+                accounted; it says why.
+        """
+        return self.recorder.ledger
+
+    @property
+    def attribution(self) -> dict[str, int]:
+        """How many rows were attributed to examples by which evidence.
+
+        ``by_storage`` and ``by_content`` are certain; ``by_latest`` is believed: the
+        loop transformed its inputs, and their order is taken to be the loader's.
+        ``unattributed`` rows are left out: their examples are charged by their other
+        observations, or at the clip norm.
+        """
+        return dict(self._tracker.counts)
+
+    def privacy_losses(self, order: float, **options: Any) -> NDArray[np.float64]:
+        """Each example's Rényi privacy loss of the run.
+
+        Args:
+            order: Rényi order, above 1.
+            **options: Of ``opacus_pi.accounting.privacy_losses``.
+
+        Returns:
+            float64 ``(n,)``.
+
+        Raises:
+            AccountingError: If the run, or a part of it, cannot be accounted.
+        """
+        return accounting.privacy_losses(self._whole_ledger(), order, **options)
+
+    def epsilons(self, delta: float) -> NDArray[np.float64]:
+        """Each example's epsilon at ``delta``.
+
+        Under Poisson sampling never above ``max(0, get_epsilon(delta))``, which holds
+        for every example. With the user's own loader (``poisson_sampling=False``)
+        Opacus's number assumes a sampling that was not done, and is no bound here.
+
+        Args:
+            delta: Failure probability, in (0, 1).
+
+        Returns:
+            float64 ``(n,)``.
+
+        Raises:
+            AccountingError: If the run, or a part of it, cannot be accounted.
+        """
+        ledger = self._whole_ledger()
+        values = accounting.epsilons(ledger, delta)
+        mechanism = ledger.mechanism
+        counted = num_steps_of(self.accountant) == mechanism.num_steps
+        if mechanism.sampling == "poisson" and counted:
+            values = np.minimum(values, max(0.0, self.get_epsilon(delta)))
+        return values
+
+    def _whole_ledger(self) -> GradNormLedger:
+        """The ledger, if it holds every update that the accountant has counted."""
+        ledger, counted = self.ledger, num_steps_of(self.accountant)
+        if counted > ledger.mechanism.num_steps:
+            raise AccountingError(
+                f"The accountant has counted {counted} updates, the ledger "
+                f"{ledger.mechanism.num_steps}: an earlier make_private call or a "
+                "checkpoint without a ledger came before. Use one engine for each run "
+                "and resume from its own checkpoints; engine.ledger holds the rest."
+            )
+        return ledger

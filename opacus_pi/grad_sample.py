@@ -1,0 +1,69 @@
+"""Per-example gradient norms from Opacus's per-example gradients.
+
+>>> import torch
+>>> from torch import nn
+>>> model = GradSampleModule(nn.Linear(2, 1, bias=False))
+>>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+>>> model(x).mean().backward()
+>>> model.per_sample_gradient_norms
+tensor([5., 1.])
+"""
+
+from collections.abc import Iterable
+
+import opacus
+import torch
+from torch import Tensor
+
+
+def grad_sample_norms(grad_samples: Iterable[Tensor]) -> Tensor:
+    """L2 norm of each example's gradient over several parameters.
+
+    Args:
+        grad_samples: One tensor ``(b, *shape)`` per parameter, on any devices.
+
+    Returns:
+        float ``(b,)``, in single precision or better, on the first tensor's device.
+    """
+    norms = [_row_norms(g) for g in grad_samples]
+    return torch.stack([n.to(norms[0].device) for n in norms]).norm(2, dim=0)
+
+
+def _row_norms(grad_sample: Tensor) -> Tensor:
+    """Norm of each row, not in half precision."""
+    rows = grad_sample.detach().reshape(len(grad_sample), -1)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+
+
+class GradSampleModule(opacus.GradSampleModule):
+    """Opacus's ``GradSampleModule`` that also tells the norms of what it computed.
+
+    For pipelines built by hand; ``make_private`` returns Opacus's own class, because
+    Opacus compares the type exactly when a model is prepared twice.
+    """
+
+    @property
+    def per_sample_gradient_norms(self) -> Tensor:
+        r"""Norms of the last backward pass, :math:`\lVert\nabla\ell(w, x_j)\rVert_2`.
+
+        Of each example's own loss if ``loss_reduction`` is the loss's, before clipping
+        and over the trainable parameters. A loss that was scaled (by accumulation or
+        mixed precision) has scaled norms, and those are what Opacus clips.
+
+        Returns:
+            float ``(b,)``.
+
+        Raises:
+            RuntimeError: If there are no per-example gradients, before the first
+                backward pass and after ``zero_grad``.
+        """
+        parameters = [p for p in self._module.parameters() if p.requires_grad]
+        held = [getattr(p, "grad_sample", None) for p in parameters]
+        latest = [g[-1] if isinstance(g, list) else g for g in held if g is not None]
+        if not latest:
+            raise RuntimeError(
+                "Expected per-example gradients of a backward pass; there are none. "
+                "Ask after loss.backward() and before zero_grad()."
+            )
+        return grad_sample_norms(latest)

@@ -1,0 +1,281 @@
+"""Opacus's ``PrivacyEngine`` that also keeps each example's gradient norms.
+
+Change the import, nothing else: training, its random numbers and ``get_epsilon`` stay
+Opacus's. Afterwards ``engine.ledger`` holds the record, and ``privacy_losses`` and
+``epsilons`` are what each example costs.
+
+>>> import torch
+>>> from torch import nn
+>>> from torch.utils.data import DataLoader, TensorDataset
+>>> _ = torch.manual_seed(0)
+>>> data = TensorDataset(torch.randn(8, 2), torch.randint(0, 2, (8,)))
+>>> net = nn.Linear(2, 2)
+>>> engine = PrivacyEngine(accountant="rdp")
+>>> model, optimizer, loader = engine.make_private(
+...     module=net,
+...     optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+...     data_loader=DataLoader(data, batch_size=4),
+...     noise_multiplier=1.0,
+...     max_grad_norm=1.0,
+... )
+>>> for x, y in loader:
+...     optimizer.zero_grad()
+...     nn.functional.cross_entropy(model(x), y).backward()
+...     optimizer.step()
+>>> engine.ledger.num_examples
+8
+"""
+
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import opacus
+import torch
+from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.optimizers import DPOptimizer
+from opacus.validators.errors import UnsupportedModuleError
+from torch import nn
+from torch.utils.data import DataLoader
+
+from opacus_pi import refusals
+from opacus_pi._validate import expect
+from opacus_pi.accountants import PerInstanceAccountant
+from opacus_pi.accounting import fingerprint
+from opacus_pi.attribution import Tracker, probe, watch, watch_memory_manager
+from opacus_pi.dp_recording import PrivateRun, record
+from opacus_pi.engine_readings import EngineReadings
+from opacus_pi.gradients import sweep
+from opacus_pi.monitor import monitor
+from opacus_pi.recorder import Recorder
+
+CHECKPOINT_KEY = "opacus_pi"
+
+_HOW_TO_GO_ON = (
+    "To keep such layers, train without clipping: engine.make_monitored(...). To train "
+    "with differential privacy, replace them first, module = "
+    "opacus.validators.ModuleValidator.fix(module), and make the optimizer anew."
+)
+
+
+class PerInstanceMixin(EngineReadings):
+    """What makes an engine of Opacus a recording one; goes before it in the bases.
+
+    Args:
+        recorder: How to record. Default: ``Recorder()``, the norms that training
+            computes anyway; ``make_monitored`` sweeps by default.
+        **opacus_options: The engine's own options.
+    """
+
+    def __init__(
+        self, *, recorder: Recorder | None = None, **opacus_options: Any
+    ) -> None:
+        super().__init__(**opacus_options)
+        self.recorder = Recorder() if recorder is None else recorder
+        self._default_recorder = recorder is None
+        self._tracker = Tracker()
+        self._module: Callable[[], nn.Module | None] = _nothing
+        self._run: Callable[[], PrivateRun | None] = _nothing
+        self._preparing: PrivateRun | None = None
+        self._begun = False
+        self._reasons: list[str] = []
+        watch_memory_manager()
+
+    def make_monitored(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader,
+        noise_std: float,
+        criterion: Callable[[Any, Any], torch.Tensor],
+        poisson_sampling: bool = True,
+        **options: Any,
+    ) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader]:
+        """Record a training without clipping: plain SGD, or with noise on the mean.
+
+        Args:
+            module: The model, of any layers; returned as it is.
+            optimizer: Any torch optimizer of its parameters.
+            data_loader: Of a data set with a length, yielding ``(x, y)``.
+            noise_std: Standard deviation of the noise on the MEAN gradient; 0: none.
+            criterion: One loss per example; a torch loss module will do.
+            poisson_sampling: Whether batches are drawn as Opacus does, or as the
+                loader does.
+            **options: Of ``opacus_pi.monitor.monitor``.
+
+        Returns:
+            Module, optimizer, and the loader to iterate over.
+
+        Raises:
+            ValueError: If an argument cannot be monitored.
+
+        Source: paper, section 5.1 and Appendix D.
+        """
+        if self._default_recorder and self.recorder.mode != "swept":
+            self.recorder = Recorder("swept")
+        tracker = self._new_tracker()
+        made = monitor(
+            recorder=self.recorder,
+            tracker=tracker,
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_std=noise_std,
+            criterion=criterion,
+            poisson_sampling=poisson_sampling,
+            **options,
+        )
+        self._adopt(tracker, module, _nothing)
+        return made
+
+    def _new_tracker(self, *, batch_first: bool = True) -> Tracker:
+        """A tracker as the recorder wants it."""
+        verify, strict = self.recorder.verify, self.recorder.strict
+        return Tracker(verify=verify, strict=strict, batch_first=batch_first)
+
+    def _adopt(
+        self, tracker: Tracker, module: nn.Module, run: Callable[[], PrivateRun | None]
+    ) -> None:
+        """Make a run that was prepared the one that is recorded."""
+        earlier = self._run()
+        if earlier is not None:
+            earlier.superseded = True
+        self._tracker, self._module, self._run = tracker, weakref.ref(module), run
+        self._begun = True
+        reasons, self._reasons = self._reasons, []
+        for reason in reasons:
+            self.recorder.refuse(reason)
+
+    def _refuse(self, reason: str) -> None:
+        """Refuse the record, or the one that will be begun."""
+        if self._begun:
+            self.recorder.refuse(reason)
+        else:
+            self._reasons.append(reason)
+
+    # ------------------------------------------------ what Opacus calls in make_private
+    def _prepare_model(
+        self, module: nn.Module, **options: Any
+    ) -> AbstractGradSampleHooks:
+        expect(
+            self.recorder.mode != "swept" or self.recorder.criterion is not None,
+            "Recorder(criterion=...)",
+            None,
+            "to be given: a swept recorder computes losses itself",
+            'Pass Recorder("swept", criterion=nn.CrossEntropyLoss()).',
+        )
+        try:
+            hooks = super()._prepare_model(module, **options)
+        except UnsupportedModuleError as error:
+            _add_note(error, _HOW_TO_GO_ON)
+            raise
+        tracker = self._new_tracker(batch_first=options.get("batch_first", True))
+        probe(hooks, tracker)
+        self._preparing = PrivateRun(self.recorder, tracker, hooks)
+        return hooks
+
+    def _prepare_data_loader(
+        self, data_loader: DataLoader, **options: Any
+    ) -> DataLoader:
+        loader = super()._prepare_data_loader(data_loader, **options)
+        if self._preparing is not None:
+            watch(loader, self._preparing.tracker)
+            self._preparing.loader = loader
+        return loader
+
+    def _prepare_optimizer(self, **options: Any) -> DPOptimizer:
+        optimizer = super()._prepare_optimizer(**options)
+        run, self._preparing = self._preparing, None
+        if run is not None and run.loader is not None:
+            self._begin(run)
+            record(optimizer, run)
+        return optimizer
+
+    def _begin(self, run: PrivateRun) -> None:
+        """Start the record of a run that Opacus has prepared."""
+        loader, recorder = run.loader, self.recorder
+        run.sample_rate, run.loader = 1 / len(loader), None
+        data_set, module = loader.dataset, run.hooks._module
+        poisson, trained = refusals.is_poisson(loader), weakref.ref(module)
+        collate_fn = refusals.own_collate_fn(loader)
+        try:
+            recorder.begin(
+                num_examples=len(data_set),
+                sample_rate=run.sample_rate,
+                sampling="poisson" if poisson else "fixed",
+                data_set=fingerprint(data_set),
+                sweep=lambda: sweep(
+                    trained(),
+                    recorder.criterion,
+                    data_set,
+                    batch_size=recorder.batch_size,
+                    collate_fn=collate_fn,
+                ),
+                weights=lambda: trained().state_dict(),
+            )
+        except ValueError as error:  # the record that was loaded is of another run
+            self._reasons.append(str(error))
+        schedule = None if poisson else refusals.unknown_schedule(loader)
+        reasons = [refusals.clipping_without_effect(self), schedule]
+        self._reasons += [reason for reason in reasons if reason]
+        self._adopt(run.tracker, module, weakref.ref(run))
+        if isinstance(self.accountant, PerInstanceAccountant):
+            self.accountant.follow(recorder)
+
+    # --------------------------------------------------------------------- checkpoints
+    @wraps(opacus.PrivacyEngine.save_checkpoint)
+    def save_checkpoint(
+        self, *, checkpoint_dict: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Save as Opacus does, with the record under a key of its own."""
+        filled = checkpoint_dict or {}
+        if self._begun:
+            filled[CHECKPOINT_KEY] = self.recorder.state_dict()
+        super().save_checkpoint(checkpoint_dict=filled, **options)
+
+    @wraps(opacus.PrivacyEngine.load_checkpoint)
+    def load_checkpoint(self, **options: Any) -> dict[str, Any]:
+        """Load as Opacus does, and continue the record if the checkpoint has one."""
+        checkpoint = super().load_checkpoint(**options)
+        state = checkpoint.pop(CHECKPOINT_KEY, None)
+        if state is not None:
+            try:
+                self.recorder.load_state_dict(state)
+            except (ValueError, KeyError) as error:
+                self._refuse(f"The checkpoint's record cannot be continued: {error}")
+        return checkpoint
+
+
+class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
+    """Opacus's ``PrivacyEngine``, drop-in, with a record of every example.
+
+    Args:
+        recorder: How to record. Default: ``Recorder()``.
+        **opacus_options: ``accountant`` and ``secure_mode``, as in Opacus;
+            ``accountant="per_instance"`` is available too.
+
+    Recording changes no weight and no random number. What Opacus trains but cannot be
+    accounted (frozen BatchNorm in training mode, samplers that weight examples, ghost
+    clipping with a clip scheduler or two backward passes a step) trains on; only
+    ``ledger``, ``privacy_losses`` and ``epsilons`` refuse, and say why.
+
+    Norms are those that Opacus clips: of each example's own loss, if the criterion's
+    reduction is ``loss_reduction`` and the loss is not scaled. With clipping by layer
+    the clip norm on record is the root of the sum of squares, an upper bound. With
+    adaptive clipping the noisy count of clipped examples, which is released besides the
+    gradient, is not part of the per-example values.
+    """
+
+
+def _nothing() -> None:
+    """A reference to nothing."""
+
+
+def _add_note(error: Exception, note: str) -> None:
+    """Say more in an error, of the same type and (where Python can) the same text."""
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:  # Python 3.10
+        error.args = (*error.args, note)
