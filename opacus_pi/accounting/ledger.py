@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD, frozen
 from opacus_pi.accounting.storage import read_arrays, write_arrays
 
@@ -124,8 +124,8 @@ class GradNormLedger:
     def ratios(self) -> NDArray[np.float64]:
         """Each example's clipped gradient norm in units of the noise.
 
-        r = min(‖g‖, C) / noise_std: the one place where units meet. Entries that were
-        not observed are filled by ``fill_unobserved``, at last with C.
+        r = min(‖g‖, C) / noise_std. Entries that were not observed are filled by
+        ``fill_unobserved``, at last with C.
 
         Returns:
             float64 ``(N, n)``, dimensionless; ``inf`` only for an example never
@@ -134,15 +134,7 @@ class GradNormLedger:
         Raises:
             ValueError: If ``noise_std`` is 0.
         """
-        positive(
-            noise_std=self.mechanism.noise_std,
-            remedy="Without noise no loss is finite. Assume a noise for a ranking: "
-            "ledger.with_noise_std(sigma).",
-        )
-        norms = fill_unobserved(self.grad_norms)
-        clip = np.reshape(self.mechanism.max_grad_norm, (-1, 1))
-        noise = np.reshape(self.mechanism.noise_std, (-1, 1))
-        return np.minimum(norms, clip) / noise
+        return self.mechanism.ratios(fill_unobserved(self.grad_norms))
 
     def with_noise_std(self, noise_std: ArrayLike) -> "GradNormLedger":
         """The same run as if its noise had been another one.

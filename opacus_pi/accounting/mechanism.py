@@ -7,7 +7,7 @@ ValueError: Expected sample_rate=1.2 in [0, 1]. Divide the batch size by the dat
 """  # noqa: E501
 
 import operator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -87,6 +87,36 @@ class NoisySGD:
             np.array_equal(getattr(self, f.name), getattr(other, f.name))
             for f in fields(self)
         )
+
+    def ratios(self, norms: ArrayLike) -> NDArray[np.float64]:
+        """Clipped gradient norms in units of the noise, min(‖g‖, C) / noise_std.
+
+        The one place where units meet.
+
+        Args:
+            norms: ``(N, n)``, or any shape if nothing is scheduled.
+
+        Returns:
+            float64 in the norms' shape, dimensionless.
+
+        Raises:
+            ValueError: If ``noise_std`` is 0.
+        """
+        positive(
+            noise_std=self.noise_std,
+            remedy="Without noise no loss is finite. Assume a noise for a ranking: "
+            "ledger.with_noise_std(sigma).",
+        )
+        clip, noise = (
+            np.reshape(fact, (-1, 1)) if np.ndim(fact) else fact
+            for fact in (self.max_grad_norm, self.noise_std)
+        )
+        return np.minimum(norms, clip) / noise
+
+    def at_row(self, row: int) -> "NoisySGD":
+        """The same mechanism with the values that a schedule has at one row."""
+        values = {name: getattr(self, name) for name in SCHEDULED}
+        return replace(self, **{k: v[row] for k, v in values.items() if np.ndim(v)})
 
     def __hash__(self) -> int:
         return hash((self.num_steps, self.sampling))

@@ -1,0 +1,191 @@
+"""Per-example Rényi privacy losses of a recorded training run.
+
+>>> from opacus_pi.accounting.ledger import GradNormLedger
+>>> from opacus_pi.accounting.mechanism import NoisySGD
+>>> mechanism = NoisySGD(
+...     num_steps=100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0
+... )
+>>> ledger = GradNormLedger(mechanism, steps=[50, 100], grad_norms=[[0.1, 5], [0.1, 5]])
+>>> privacy_losses(ledger, order=8).round(4)
+array([0.0117, 1.3725])
+
+A value from one run puts that run's norms where the theorems have an expectation over
+runs: it is an estimate. What no run can exceed is ``worst_case_loss``.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from opacus_pi._validate import expect
+from opacus_pi.accounting.composition import trajectory_losses_of_sums
+from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.accounting.rules import Interval, check_rule
+from opacus_pi.accounting.run_losses import (
+    Ledgers,
+    Record,
+    composition_of,
+    loss_of_interval,
+    record_of,
+    total_loss,
+)
+
+Array = NDArray[np.float64]
+
+
+def privacy_losses(
+    ledger: Ledgers,
+    order: float,
+    *,
+    convention: str = "corrected",
+    rule: str = "right",
+    hoelder_p: float | None = None,
+    mode: str = "exact",
+) -> Array:
+    """Rényi privacy loss of every example over a whole training run.
+
+    Args:
+        ledger: One run, or several independent runs of the same training, over which
+            the expectations are taken.
+        order: Rényi order, above 1.
+        convention: ``"corrected"``: the theorem as its proof gives it, and never above
+            the worst case where gradients were clipped. ``"icml2025"`` and
+            ``"thudi2024_code"``: as published, for reproduction; their orders are
+            rounded up whatever ``mode`` says, and each row's value is multiplied by
+            the number of updates it speaks for.
+        rule: Which row speaks for which updates: ``"right"`` (the paper's),
+            ``"left"``, ``"trapezoid"`` or ``"max"``.
+        hoelder_p: The p of Hölder's inequality, above 1 and fixed beforehand. Default:
+            3·num_steps, the paper's; ``inf``: the plain sum over the updates.
+        mode: How moments are taken at real orders, as in ``log_moment``.
+
+    Returns:
+        float64 ``(n,)``, in nats: an estimate of a bound on the Rényi divergence of
+        training with the example from training without it. One run stands in for the
+        expectations, a few rows for all updates. ``worst_case_loss`` is a bound.
+
+    Raises:
+        ValueError: If an argument is outside its domain, the runs do not belong
+            together, or the mechanism has no noise.
+
+    Source: Sepahvand et al. (ICML 2025), Definition 4.2 and Section 5.1, after Thudi
+    et al. (arXiv:2307.00310), Theorem 3.3.
+    """
+    record = record_of(ledger)
+    how = composition_of(record.mechanism, order, convention, hoelder_p, mode)
+    check_rule(rule)
+    losses = total_loss(record, how, rule)
+    if convention != "corrected":
+        return losses
+    worst = worst_case_loss(record.mechanism, order, steps=record.steps)
+    return np.minimum(losses, worst)
+
+
+def per_step_losses(
+    ledger: Ledgers,
+    order: float,
+    *,
+    convention: str = "corrected",
+    hoelder_p: float | None = None,
+    mode: str = "exact",
+) -> Array:
+    """What a single update contributes at each row of the ledger.
+
+    Row i is the contribution of update ``steps[i]`` (a row at 0: of the first update;
+    under ``"thudi2024_code"`` of its update number 0), with that row's norms.
+
+    Args:
+        ledger: As in ``privacy_losses``.
+        order: Rényi order, above 1.
+        convention: As in ``privacy_losses``.
+        hoelder_p: As in ``privacy_losses``.
+        mode: As in ``log_moment``.
+
+    Returns:
+        float64 ``(N, n)``, in nats.
+
+    Raises:
+        ValueError: As ``privacy_losses``.
+    """
+    record = record_of(ledger)
+    how = composition_of(record.mechanism, order, convention, hoelder_p, mode)
+    first = 0 if convention == "thudi2024_code" else 1
+    losses = np.empty(record.norms.shape[1:])
+    for row, step in enumerate(record.steps):
+        update = max(int(step), first)
+        losses[row] = loss_of_interval(
+            record, how, Interval(update, update, row, row), row
+        )
+    return losses
+
+
+def worst_case_loss(
+    mechanism: NoisySGD, order: float, *, steps: ArrayLike | None = None
+) -> float:
+    """Rényi differential privacy of the mechanism: the loss with ‖g‖ = C throughout.
+
+    Args:
+        mechanism: The run's facts.
+        order: Rényi order, above 1.
+        steps: The ledger's steps ``(N,)``; needed where the mechanism has a schedule,
+            whose values hold up to each row.
+
+    Returns:
+        The divergence, in nats; ``inf`` without clipping.
+
+    Raises:
+        ValueError: If an argument is outside its domain or the steps are missing.
+    """
+    how = composition_of(mechanism, order, "corrected", math.inf, "exact")
+    scheduled = [name for name in SCHEDULED if np.ndim(getattr(mechanism, name))]
+    expect(
+        steps is not None or not scheduled,
+        "steps",
+        None,
+        f"to say where {', '.join(scheduled)} changes",
+        "Pass the ledger's steps.",
+    )
+    rows = np.array([mechanism.num_steps]) if steps is None else np.asarray(steps)
+    unbounded = np.full((1, len(rows), 1), math.inf)
+    return float(total_loss(Record(mechanism, rows, unbounded), how, "right")[0])
+
+
+def trajectory_losses(
+    ledgers: Ledgers,
+    order: float,
+    kappa: float,
+    *,
+    rule: str = "right",
+    mode: str = "exact",
+) -> Array:
+    """Rényi privacy losses from whole trajectories, by one use of Hölder's inequality.
+
+    D(order) <= ln E exp(κ(order-1)·S) / (κ(order-1)), S being the plain sum of a run's
+    losses at order 1 + κ/(κ-1)·(order-1). Tighter than ``privacy_losses`` for long
+    runs with fluctuating norms, looser at high orders with small sample rates.
+
+    Args:
+        ledgers: Independent runs of the same training, over which E is the mean.
+        order: Rényi order, above 1.
+        kappa: κ, above 1 and fixed beforehand; ``inf``: the largest of the runs.
+        rule: As in ``privacy_losses``.
+        mode: As in ``log_moment``.
+
+    Returns:
+        float64 ``(n,)``, in nats; an estimate.
+
+    Raises:
+        ValueError: As ``privacy_losses``.
+    """
+    expect(kappa > 1, "kappa", kappa, "above 1", "Try 2; a larger one trusts few runs.")
+    record = record_of(ledgers)
+    check_rule(rule)
+    ratio = 1.0 if math.isinf(kappa) else kappa / (kappa - 1)
+    inner = composition_of(
+        record.mechanism, 1 + ratio * (order - 1), "corrected", math.inf, mode
+    )
+    runs = [replace(record, norms=norms[None]) for norms in record.norms]
+    sums = np.stack([total_loss(run, inner, rule) for run in runs])
+    return trajectory_losses_of_sums(sums, order, kappa)

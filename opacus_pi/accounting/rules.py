@@ -1,0 +1,81 @@
+"""Which recorded row speaks for which updates.
+
+Update t starts from the weights after t-1 updates; a row describes the weights after
+``steps[i]`` updates. Between two rows the norms are held constant: the row at the
+interval's end (rule "right", the paper's), at its start ("left"), the mean of the two
+losses ("trapezoid") or the larger ("max"). Updates before the first row or after the
+last use that row, under every rule.
+
+>>> for interval in intervals([2, 5], num_steps=6):
+...     print(interval)
+Interval(first=1, last=2, right=0, left=0)
+Interval(first=3, last=5, right=1, left=0)
+Interval(first=6, last=6, right=1, left=1)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from opacus_pi._validate import expect
+
+RULES = ("right", "left", "trapezoid", "max")
+
+
+def check_rule(rule: str) -> None:
+    """Refuse an unknown rule."""
+    expect(rule in RULES, "rule", repr(rule), f"in {RULES}", "The default is right.")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Updates ``first`` to ``last`` (counted from 1) and the rows around them."""
+
+    first: int
+    last: int
+    right: int
+    left: int
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates there are."""
+        return self.last - self.first + 1
+
+
+def intervals(steps: ArrayLike, num_steps: int) -> list[Interval]:
+    """All updates of a run, cut at its rows.
+
+    Args:
+        steps: int ``(N,)``, strictly increasing, at least one row.
+        num_steps: T; the intervals cover the updates 1 … T.
+    """
+    rows = np.asarray(steps, dtype=np.int64)
+    ends = np.unique(np.append(rows, num_steps))
+    ends = ends[ends > 0]
+    starts = np.concatenate([[0], ends])[: len(ends)]
+    right = np.minimum(np.searchsorted(rows, ends), len(rows) - 1)
+    left = np.maximum(np.searchsorted(rows, starts, side="right") - 1, 0)
+    table = np.stack([starts + 1, ends, right, left], axis=1)
+    return [Interval(*(int(x) for x in line)) for line in table]
+
+
+def loss_under_rule(
+    loss: Callable[[Interval, int], NDArray], interval: Interval, rule: str
+) -> NDArray:
+    """One interval's loss under a rule.
+
+    Args:
+        loss: The interval's loss if the row given spoke for all of it.
+        interval: Which updates.
+        rule: One of ``RULES``.
+    """
+    if rule == "left":
+        return loss(interval, interval.left)
+    at_end = loss(interval, interval.right)
+    if rule == "right" or interval.left == interval.right:
+        return at_end
+    at_start = loss(interval, interval.left)
+    larger = np.maximum(at_start, at_end)
+    return larger if rule == "max" else (at_start + at_end) / 2

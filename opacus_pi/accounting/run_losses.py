@@ -1,0 +1,143 @@
+"""Loss of a recorded run, interval by interval: where ledgers meet compositions."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi._validate import expect, in_range
+from opacus_pi.accounting.composition import (
+    PUBLISHED,
+    hoelder_losses,
+    published_losses,
+)
+from opacus_pi.accounting.ledger import GradNormLedger, fill_unobserved, runs_of
+from opacus_pi.accounting.mechanism import NoisySGD
+from opacus_pi.accounting.moments import MODES
+from opacus_pi.accounting.rules import Interval, intervals, loss_under_rule
+
+Array = NDArray[np.float64]
+Ledgers = GradNormLedger | Sequence[GradNormLedger]
+CONVENTIONS = ("corrected", *PUBLISHED)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """How single updates are composed; the arguments of ``privacy_losses``."""
+
+    order: float
+    convention: str
+    hoelder_p: float
+    mode: str
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """Several runs' facts, steps and filled norms ``(R, N, n)``."""
+
+    mechanism: NoisySGD
+    steps: NDArray[np.int64]
+    norms: Array
+
+    def only(self, columns: NDArray | slice) -> "Record":
+        """The same runs, seen by some of the examples."""
+        return replace(self, norms=self.norms[..., columns])
+
+
+def total_loss(record: Record, how: Composition, rule: str) -> Array:
+    """Sum over the intervals of a run."""
+    loss = partial(loss_of_interval, record, how)
+    total = np.zeros(record.norms.shape[2])
+    for interval in intervals(record.steps, record.mechanism.num_steps):
+        total += loss_under_rule(loss, interval, rule)
+    return total
+
+
+def loss_of_interval(
+    record: Record, how: Composition, interval: Interval, row: int
+) -> Array:
+    """One interval's loss if one row's norms held throughout.
+
+    The mechanism's values are the interval's own, whichever row gives the norms.
+    """
+    mechanism = record.mechanism.at_row(interval.right)
+    ratios = mechanism.ratios(record.norms[:, row])
+    if how.convention in PUBLISHED:
+        first = 0 if how.convention == "thudi2024_code" else 1
+        return interval.num_updates * published_losses(
+            ratios,
+            mechanism.sample_rate,
+            how.order,
+            max(int(record.steps[row]), first),
+            hoelder_p=how.hoelder_p,
+            convention=how.convention,
+        )
+    # Amplification by sampling belongs to Poisson sampling. Any other schedule is
+    # conditioned on: a share q of the updates contains the example, for certain.
+    poisson = mechanism.sampling == "poisson"
+    remaining = (
+        mechanism.num_steps - interval.last,
+        mechanism.num_steps - interval.first,
+    )
+    losses = hoelder_losses(
+        ratios,
+        mechanism.sample_rate if poisson else 1.0,
+        how.order,
+        remaining,
+        hoelder_p=how.hoelder_p,
+        mode=how.mode,
+    )
+    return losses if poisson else mechanism.sample_rate * losses
+
+
+def record_of(ledger: Ledgers) -> Record:
+    """The checked runs as arrays."""
+    runs = runs_of(ledger)
+    first = runs[0]
+    expect(
+        first.num_rows > 0 or first.mechanism.num_steps == 0,
+        "ledger",
+        "0 rows",
+        "to have a row",
+        "Record at least once during training.",
+    )
+    first.mechanism.ratios(np.empty((first.num_rows, 0)))  # refuses noise_std = 0
+    norms = np.stack([fill_unobserved(run.grad_norms) for run in runs])
+    return Record(first.mechanism, first.steps, norms)
+
+
+def composition_of(
+    mechanism: NoisySGD,
+    order: float,
+    convention: str,
+    hoelder_p: float | None,
+    mode: str,
+) -> Composition:
+    """The checked arguments."""
+    in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
+    expect(
+        convention in CONVENTIONS,
+        "convention",
+        repr(convention),
+        f"in {CONVENTIONS}",
+        "The default is corrected.",
+    )
+    expect(mode in MODES, "mode", repr(mode), f"in {MODES}", "The default is exact.")
+    remedy = (
+        "Fix it beforehand (default: 3·num_steps): a p chosen on the runs that are "
+        "averaged degenerates to the plain sum."
+    )
+    p = max(3.0 * mechanism.num_steps, 3.0) if hoelder_p is None else hoelder_p
+    numeric = isinstance(p, (int, float, np.number))
+    expect(numeric and p > 1, "hoelder_p", p, "to be a number above 1", remedy)
+    expect(
+        math.isfinite(p) or convention == "corrected",
+        "hoelder_p",
+        p,
+        f"to be finite under {convention}",
+        "The published coefficient grows with p.",
+    )
+    return Composition(float(order), convention, float(p), mode)
