@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting.ledger import checked_steps
 from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD, frozen
 from opacus_pi.accounting.storage import read_arrays, write_arrays
@@ -109,20 +109,12 @@ class GramLedger:
         Raises:
             ValueError: If ``noise_std`` is 0.
         """
-        positive(
-            noise_std=self.mechanism.noise_std,
-            remedy="Without noise no divergence is finite. Assume a noise for a "
-            "ranking: ledger.with_noise_std(sigma).",
-        )
-        lead = (-1,) + (1,) * (self.grams.ndim - 1)
-        variance = np.reshape(np.square(self.mechanism.noise_std), lead)
+        rows = range(len(self.steps))
+        facts = [self.mechanism.at_row(row) for row in rows]
         if self.kind == "minibatch":
-            return self.grams / variance
-        norms = np.sqrt(np.diagonal(self.grams, axis1=-2, axis2=-1))
-        clip = np.reshape(self.mechanism.max_grad_norm, (-1, 1))
-        with np.errstate(divide="ignore"):
-            factor = np.minimum(1.0, clip / norms)
-        return self.grams * factor[:, :, None] * factor[:, None, :] / variance
+            facts = [replace(fact, max_grad_norm=float("inf")) for fact in facts]
+        scaled = [scaled_gram(self.grams[row], facts[row]) for row in rows]
+        return np.reshape(scaled, self.grams.shape)
 
     def with_noise_std(self, noise_std: ArrayLike) -> "GramLedger":
         """The same run as if its noise had been another one (a ranking, no claim).
@@ -163,6 +155,25 @@ class GramLedger:
         mechanism = NoisySGD.from_arrays(arrays, facts)
         kind, data_set = facts["gram_kind"], facts.get("data_set")
         return cls(mechanism, kind=kind, data_set=data_set, **arrays)
+
+
+def scaled_gram(gram: NDArray[np.float64], mechanism: NoisySGD) -> NDArray[np.float64]:
+    """One checkpoint's matrix, clipped and in units of a mechanism's noise.
+
+    Args:
+        gram: ``(…, m, m)``, inner products.
+        mechanism: Facts without a schedule.
+
+    Returns:
+        float64 in the matrix's shape.
+
+    Raises:
+        ValueError: If ``noise_std`` is 0.
+    """
+    norms = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
+    with np.errstate(invalid="ignore"):
+        factor = np.where(norms > 0, mechanism.ratios(norms) / norms, 0.0)
+    return gram * factor[..., :, None] * factor[..., None, :]
 
 
 def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:

@@ -84,12 +84,12 @@ def log_mean_exp(exponents: ArrayLike, log_weights: ArrayLike) -> float:
 def coupled_log_moment(
     gram: ArrayLike,
     sample_rate: float,
-    order: int,
+    order: float,
     *,
     num_samples: int = 20_000,
     generator: np.random.Generator | None = None,
 ) -> MomentEstimate:
-    """Log moment M of the coupled bound at an integer order.
+    """Log moment of the coupled bound at an integer order (any order if q = 1).
 
     Exact by enumeration while there are at most ``EXACT_LIMIT`` multisets of subsets,
     otherwise by Monte Carlo over tuples of subsets. Only tuples with two or more
@@ -98,7 +98,7 @@ def coupled_log_moment(
     Args:
         gram: K ``(m, m)``, clipped and divided by σ².
         sample_rate: q.
-        order: Integer a ≥ 1.
+        order: a ≥ 1, an integer if q < 1.
         num_samples: Tuples drawn.
         generator: For the Monte Carlo; default: seed 0, so that calls agree.
 
@@ -109,10 +109,11 @@ def coupled_log_moment(
     size = len(K)
     if size == 0 or order <= 1 or sample_rate == 0 or not K.any():
         return MomentEstimate(0.0)
-    if size <= 16 and math.comb(2**size + order - 1, order) <= EXACT_LIMIT:
-        return MomentEstimate(_enumerate(K, sample_rate, order))
     if sample_rate == 1:
         return MomentEstimate(order * (order - 1) / 2 * float(K.sum()))
+    order = int(order)
+    if size <= 16 and math.comb(2**size + order - 1, order) <= EXACT_LIMIT:
+        return MomentEstimate(_enumerate(K, sample_rate, order))
     generator = np.random.default_rng(0) if generator is None else generator
     return _sample(K, sample_rate, order, num_samples, generator)
 

@@ -1,0 +1,273 @@
+"""Divergence from training without a whole group, from its Gram matrices.
+
+* ``"coupled"`` (default): the group's own gradients in the same batch of the rest;
+  0 for an empty group, the single example's loss for one example.
+* ``"scalar"``, ``"operator_norm"``: deterministic upper bounds on it, for large groups.
+* ``"theorem_b1"``: Theorem B.1 of the paper with its composition as printed. It
+  compares with one minibatch of the retain set, so minibatch noise alone gives a large
+  value, also for an empty group. For reproduction.
+
+>>> from opacus_pi.accounting.mechanism import NoisySGD
+>>> mechanism = NoisySGD(10, sample_rate=1.0, noise_std=1.0)
+>>> ledger = GramLedger(mechanism, steps=[10], grams=[[[0.01, 0.0], [0.0, 0.01]]])
+>>> round(group_divergence(ledger, 2.0, hoelder_p=1e9), 6)  # 10·2·‖g_x + g_y‖²/2
+0.2
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+
+from opacus_pi._validate import expect, positive
+from opacus_pi.accounting.composition import mean_over_runs
+from opacus_pi.accounting.gram_ledger import GramLedger, scaled_gram
+from opacus_pi.accounting.group_line import (
+    line_log_moment,
+    operator_norm_law,
+    scalar_law,
+)
+from opacus_pi.accounting.group_moments import coupled_log_moment, pair_exponents
+from opacus_pi.accounting.orders import corrected_order, log_growth, printed_order
+from opacus_pi.accounting.rules import (
+    Interval,
+    check_rule,
+    intervals,
+    loss_under_rule,
+)
+
+METHODS = ("coupled", "scalar", "operator_norm", "theorem_b1")
+_UNRELIABLE = 0.01
+_LINE_NODES = 5
+
+Moment = Callable[[NDArray[np.float64], float, float], float]
+
+
+def group_divergence(
+    gram_ledger: GramLedger | Sequence[GramLedger],
+    order: float,
+    *,
+    method: str = "coupled",
+    rule: str = "right",
+    hoelder_p: float | None = None,
+    num_samples: int = 20_000,
+    generator: np.random.Generator | None = None,
+) -> float:
+    """Rényi divergence of training with the group from training without it.
+
+    Composition over updates by Hölder's inequality as in ``privacy_losses``: the order
+    is not multiplied by the group's size. Between the orders evaluated the log moment
+    is taken along its chord, which lies above it (it is convex in the order).
+
+    Args:
+        gram_ledger: One run, or independent runs of one training, of kind
+            ``"forget"``; for ``"theorem_b1"`` one run of kind ``"minibatch"``.
+        order: Rényi order α > 1.
+        method: See the module. ``"coupled"`` is exact for small groups and otherwise a
+            Monte Carlo **estimate** that is biased low.
+        rule: Which checkpoint speaks for an interval: right, left, trapezoid, max.
+        hoelder_p: p > 1 fixed beforehand; default 3T.
+        num_samples: Tuples of the Monte Carlo at each checkpoint and order.
+        generator: Of the Monte Carlo; default: seed 0.
+
+    Returns:
+        D_α(with ‖ without). Like every value from checkpoints of one run it is an
+        estimate of a bound. ``"theorem_b1"``: the mean of ``theorem_b1_estimates``.
+
+    Raises:
+        ValueError: If an argument is outside its domain, or the ledger is of the wrong
+            kind or sampling.
+
+    Warns:
+        UserWarning: If one sampled term makes up more than 1 % of a Monte Carlo sum.
+    """
+    check_rule(rule)
+    _check(order, method)
+    if method == "theorem_b1":
+        ledger = _runs(gram_ledger, "minibatch")[0]
+        return float(theorem_b1_estimates(ledger, order, hoelder_p=hoelder_p).mean())
+    runs = _runs(gram_ledger, "forget")
+    p = _hoelder_p(hoelder_p, runs[0].mechanism.num_steps)
+    shares: list[float] = []
+    moment = {
+        "coupled": _coupled(num_samples, generator, shares),
+        "scalar": _scalar,
+        "operator_norm": _operator_norm,
+    }[method]
+    total = _compose(runs, order, p, rule, moment, whole=method == "coupled")
+    if max(shares, default=0.0) > _UNRELIABLE:
+        warnings.warn(
+            f"One of {num_samples} sampled terms makes up {max(shares):.0%} of its "
+            "sum: the value is unreliable and too low. Use method='scalar' or "
+            "'operator_norm' for an upper bound, or more num_samples.",
+            stacklevel=2,
+        )
+    return total
+
+
+def theorem_b1_estimates(
+    gram_ledger: GramLedger, order: float, *, hoelder_p: float | None = None
+) -> NDArray[np.float64]:
+    """Theorem B.1 as printed, once for each retain minibatch; report mean and spread.
+
+    Σ_i C_{s_i}·p·ln Ĝ(s_i)·(s_i − s_{i−1}), with Ĝ the mean of exp(−Δ/2σ²) over tuples
+    of ⌈o_p^s(α)⌉ distinct minibatches; −Δ/2 = Σ_{i<j}⟨U_i − U', U_j − U'⟩.
+
+    Args:
+        gram_ledger: Of kind ``"minibatch"``, ``(N, R, J, J)``; the paper has R = 20 and
+            J the order. A larger J is cut into disjoint tuples.
+        order: Rényi order α > 1.
+        hoelder_p: p; default 3T.
+
+    Returns:
+        float64 ``(R,)``. Estimates of the printed formula, not bounds; an estimate may
+        be negative.
+
+    Raises:
+        ValueError: If there are fewer minibatches than the order at the last
+            checkpoint.
+
+    Source: paper, Theorem B.1 and Appendix B.1.
+    """
+    ledger = _runs(gram_ledger, "minibatch")[0]
+    _check(order, "theorem_b1")
+    p = _hoelder_p(hoelder_p, ledger.mechanism.num_steps)
+    orders = np.ceil(printed_order(order, p, ledger.steps)).astype(int)
+    available = ledger.grams.shape[-1]
+    expect(
+        not len(orders) or int(orders.max()) <= available,
+        "gram_ledger",
+        f"{available} minibatches",
+        f"to hold at least {orders.max() if len(orders) else 0}, the order reached",
+        "Record more minibatches of the whole data set.",
+    )
+    widths = np.diff(ledger.steps, prepend=0)
+    coefficients = (p - 1) * np.exp(-log_growth(p) * ledger.steps) / (order - 1)
+    total = np.zeros(ledger.grams.shape[1])
+    for grams, size, factor in zip(
+        ledger.scaled(), orders, coefficients * widths, strict=True
+    ):
+        tuples = np.arange(available // size * size).reshape(-1, size)
+        exponents = np.array([pair_exponents(gram, tuples) for gram in grams])
+        total += factor * (logsumexp(exponents, axis=1) - math.log(len(tuples)))
+    return total
+
+
+def _compose(
+    runs: tuple[GramLedger, ...],
+    order: float,
+    p: float,
+    rule: str,
+    moment: Moment,
+    *,
+    whole: bool,
+) -> float:
+    """Hölder's composition of the group's log moments over all updates."""
+    mechanism = runs[0].mechanism
+
+    def loss(interval: Interval, row: int) -> NDArray[np.float64]:
+        last = mechanism.num_steps - np.arange(interval.first, interval.last + 1)
+        visited = corrected_order(order, p, last)
+        facts = mechanism.at_row(interval.right)
+        nodes = _nodes(visited, whole and facts.sample_rate < 1)
+        grams = [scaled_gram(run.grams[row], facts) for run in runs]
+        values = [[[moment(K, facts.sample_rate, a)] for K in grams] for a in nodes]
+        means = mean_over_runs(np.array(values), p)[:, 0]
+        return np.sum(np.interp(visited, nodes, means) / (visited - 1))
+
+    parts = [
+        loss_under_rule(loss, interval, rule)
+        for interval in intervals(runs[0].steps, mechanism.num_steps)
+    ]
+    return float(sum(parts))
+
+
+def _nodes(visited: NDArray[np.float64], whole: bool) -> NDArray[np.float64]:
+    """Orders to evaluate, around all that are visited."""
+    low, high = float(visited.min()), float(visited.max())
+    if whole:
+        return np.arange(math.floor(low), math.ceil(high) + 1, dtype=np.float64)
+    return np.linspace(low, high, _LINE_NODES) if high > low else np.array([low])
+
+
+def _coupled(
+    num_samples: int, generator: np.random.Generator | None, shares: list[float]
+) -> Moment:
+    """The coupled moment; notes how large the largest sampled terms were."""
+
+    def moment(K: NDArray[np.float64], rate: float, order: float) -> float:
+        found = coupled_log_moment(
+            K, rate, order, num_samples=num_samples, generator=generator
+        )
+        shares.append(found.largest_share)
+        return found.log_moment
+
+    return moment
+
+
+def _scalar(K: NDArray[np.float64], rate: float, order: float) -> float:
+    """The moment when all gradients are taken as parallel."""
+    return line_log_moment(*scalar_law(np.sqrt(np.diag(K)), rate), order)
+
+
+def _operator_norm(K: NDArray[np.float64], rate: float, order: float) -> float:
+    """The moment when every sub-sum of k gradients has length √(λ_max·k)."""
+    if len(K) == 0:
+        return 0.0
+    largest = max(0.0, float(np.linalg.eigvalsh(K)[-1])) * (1 + 1e-12)
+    return line_log_moment(*operator_norm_law(largest, len(K), rate), order)
+
+
+def _hoelder_p(value: float | None, num_steps: int) -> float:
+    """The p asked for; 3T by default."""
+    p = max(3.0 * num_steps, 3.0) if value is None else float(value)
+    positive(remedy="Hölder's p exceeds 1; 3T is usual.", **{"hoelder_p - 1": p - 1})
+    return p
+
+
+def _runs(
+    gram_ledger: GramLedger | Sequence[GramLedger], kind: str
+) -> tuple[GramLedger, ...]:
+    """One ledger or several that agree, of the kind a method needs."""
+    single = isinstance(gram_ledger, GramLedger)
+    runs = (gram_ledger,) if single else tuple(gram_ledger)
+    expect(len(runs) > 0, "gram_ledger", "[]", "to hold a run", "Pass a GramLedger.")
+    for run in runs:
+        expect(
+            run.kind == kind,
+            "gram_ledger",
+            f"kind {run.kind!r}",
+            f"of kind {kind!r}",
+            "Theorem B.1 needs minibatches, the other methods the forget gradients.",
+        )
+        expect(
+            kind == "minibatch" or run.mechanism.sampling == "poisson",
+            "sampling",
+            repr(run.mechanism.sampling),
+            'to be "poisson"',
+            "The coupled bound averages over independent participation.",
+        )
+        same = run.mechanism == runs[0].mechanism
+        expect(
+            same and np.array_equal(run.steps, runs[0].steps),
+            "gram_ledger",
+            "runs",
+            "to agree in mechanism and steps",
+            "Average only independent runs of the same training.",
+        )
+    return runs
+
+
+def _check(order: float, method: str) -> None:
+    """Domain of the arguments."""
+    expect(1 < order < math.inf, "order", order, "in (1, inf)", "Orders exceed 1.")
+    expect(
+        method in METHODS,
+        "method",
+        repr(method),
+        f"in {METHODS}",
+        "The default is coupled.",
+    )
