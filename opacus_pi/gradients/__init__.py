@@ -1,11 +1,14 @@
 """Per-example gradient norms without per-example gradients."""
 
+from opacus_pi.gradients import conv, embedding, linear, normalisation  # noqa: F401
 from opacus_pi.gradients.per_example import per_example_grad_norms
+from opacus_pi.gradients.registry import register_norm_rule
 from opacus_pi.gradients.sweeps import Sweep, norm_sweep, sweep
 
 __all__ = [
     "Sweep",
     "norm_sweep",
     "per_example_grad_norms",
+    "register_norm_rule",
     "sweep",
 ]

@@ -48,10 +48,22 @@ def to_float64(value: Any) -> Any:
     )
 
 
-def differentiable(outputs: Any) -> dict[int, Tensor]:
-    """Return the tensors in ``outputs`` that need a gradient, by place in the tree."""
+def floating(outputs: Any) -> dict[int, Tensor]:
+    """Return the floating tensors in ``outputs``, by their place among its leaves."""
     return {
         place: leaf
         for place, leaf in enumerate(pytree.tree_leaves(outputs))
-        if isinstance(leaf, Tensor) and leaf.requires_grad
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
     }
+
+
+def reached(
+    outputs: Any, cotangents: Mapping[int, Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the outputs that need a gradient, and their cotangents."""
+    pairs = [
+        (leaf, cotangents[place])
+        for place, leaf in floating(outputs).items()
+        if leaf.requires_grad
+    ]
+    return [leaf for leaf, _ in pairs], [cotangent for _, cotangent in pairs]

@@ -7,21 +7,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from opacus_pi.gradients.batches import forward, rows
+from opacus_pi.gradients.batches import forward, reached, rows
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.fallback import looped_squares, vmapped_squares
 from opacus_pi.gradients.objective import float64_losses, unit_cotangents
 from opacus_pi.gradients.skeleton import check_separate, evaluation_copy
+from opacus_pi.gradients.taps import Taps
 
 _TOLERANCE = 1e-3  # relative, of a norm against plain autograd; float32 stays below
+
+
+_SLOW = (
+    "The examples of a batch influence each other, or the model is random in "
+    "evaluation mode: each example is differentiated alone, which is slow."
+)
 
 
 class NormEngine:
     """Squared per-example gradient norms, and the outputs they came with.
 
-    The first batch is checked: the example with the largest norm is differentiated
-    alone by plain autograd. Where that disagrees (examples influence each other, or
-    the model is random in evaluation mode) every example is differentiated alone.
+    Taps measure what they can in one backward pass; per-example gradients are formed
+    only of the parameters left over. The first batch is checked: the example with the
+    largest norm is differentiated alone by plain autograd. Where that disagrees (the
+    first dimension of a layer's input does not count examples) the taps are given up;
+    where it still does, every example is differentiated alone.
     To be made and used inside :func:`~opacus_pi.gradients.isolation.isolated`.
 
     Args:
@@ -36,6 +45,7 @@ class NormEngine:
         self._trainable = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
+        self._taps = Taps(self._model)
         self._vectorised, self._together, self._checked = True, True, False
 
     @property
@@ -52,43 +62,64 @@ class NormEngine:
         """
         if self._together:
             squares, outputs = self._batched(x, y)
-            if self._checked or self._agrees(squares, x, y):
+            if self._checked or self._checks(squares, x, y):
+                return squares, outputs
+            self._taps.give_up()
+            squares, outputs = self._batched(x, y)
+            if self._checks(squares, x, y):
                 return squares, outputs
             self._together = False
-        squares, outputs = self._looped(x, y)
+            warnings.warn(_SLOW, stacklevel=4)
+        squares, outputs = self._looped(self._trainable, x, y)
         return squares, pytree.tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def _batched(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         """Measure the examples of a batch together."""
-        outputs = forward(self._model, x)
-        if not self._checked:
-            check_separate(outputs, self._live)
-        cotangents, scales = unit_cotangents(self._losses, outputs, y)
-        outputs = pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        settled = False
+        while not settled:
+            with self._taps.listening(len(y)):
+                outputs = forward(self._model, x)
+                if not self._checked:
+                    check_separate(outputs, self._live)
+                cotangents, scales = unit_cotangents(self._losses, outputs, y)
+                ends, units = reached(outputs, cotangents)
+                if ends:
+                    torch.autograd.backward(ends, units)
+            settled = self._taps.settle()
+        squares = self._taps.squares(like=scales) * scales.square()
+        if self._taps.leftover:
+            squares = squares + self._leftover_squares(x, y, cotangents, scales)
+        return squares, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+
+    def _leftover_squares(
+        self, x: Any, y: Any, cotangents: dict[int, Tensor], scales: Tensor
+    ) -> Tensor:
+        """Squares of what the taps do not account for, by per-example gradients."""
+        names = sorted(self._taps.leftover)
+        leftover = {name: self._trainable[name] for name in names}
         if self._vectorised:
             try:
-                found = vmapped_squares(self._model, self._trainable, x, cotangents)
-                return found * scales.square(), outputs
+                found = vmapped_squares(self._model, leftover, x, cotangents)
+                return found * scales.square()
             except (RuntimeError, ValueError, NotImplementedError):
-                self._vectorised = False  # this model takes no part in vmap
-        return self._looped(x, y)[0], outputs
+                self._vectorised = False  # vmap refuses this model
+        return self._looped(leftover, x, y)[0]
 
-    def _looped(self, x: Any, y: Any) -> tuple[Tensor, list[Any]]:
+    def _looped(
+        self, parameters: dict[str, Tensor], x: Any, y: Any
+    ) -> tuple[Tensor, list[Any]]:
         """Measure one example after the other."""
-        parameters = list(self._trainable.values())
-        return looped_squares(self._model, parameters, self._losses, x, y)
+        return looped_squares(
+            self._model, list(parameters.values()), self._losses, x, y
+        )
 
-    def _agrees(self, squares: Tensor, x: Any, y: Any) -> bool:
+    def _checks(self, squares: Tensor, x: Any, y: Any) -> bool:
         """Whether plain autograd gives the largest of the squared norms as well."""
-        self._checked = True
         place = int(squares.argmax())
-        alone, _ = self._looped(rows(x, place, place + 1), rows(y, place, place + 1))
-        there, truth = squares[place].sqrt(), alone[0].sqrt()
-        close = torch.isclose(there, truth, rtol=_TOLERANCE, atol=0.0, equal_nan=True)
-        if not close:
-            warnings.warn(
-                "The examples of a batch influence each other, or the model is random "
-                "in evaluation mode: each example is differentiated alone, slowly.",
-                stacklevel=4,
-            )
-        return bool(close)
+        alone, _ = self._looped(
+            self._trainable, rows(x, place, place + 1), rows(y, place, place + 1)
+        )
+        self._checked = torch.allclose(
+            squares[place].sqrt(), alone[0].sqrt(), _TOLERANCE, 0.0, equal_nan=True
+        )
+        return self._checked

@@ -10,8 +10,8 @@ from torch.utils import _pytree as pytree
 
 from opacus_pi.gradients.batches import (
     arguments,
-    differentiable,
     forward,
+    reached,
     rows,
     unsqueeze,
 )
@@ -89,24 +89,23 @@ def looped_squares(
         for i in range(len(y)):
             outputs = forward(model, rows(x, i, i + 1))
             cotangents, scales = unit_cotangents(losses, outputs, rows(y, i, i + 1))
-            squares = _squares(differentiable(outputs), parameters, cotangents)
+            squares = _squares(outputs, parameters, cotangents)
             found.append(squares * scales.square())
             seen.append(pytree.tree_map_only(Tensor, Tensor.detach, outputs))
     return torch.cat(found), seen
 
 
 def _squares(
-    outputs: Mapping[int, Tensor],
+    outputs: Any,
     parameters: Sequence[Tensor],
     cotangents: Mapping[int, Tensor],
 ) -> Tensor:
     """Squared norm of one vector-Jacobian product, float64 ``()``."""
     total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-    if not outputs:
+    ends, units = reached(outputs, cotangents)
+    if not ends:
         return total
-    gradients = torch.autograd.grad(
-        list(outputs.values()), parameters, list(cotangents.values()), allow_unused=True
-    )
+    gradients = torch.autograd.grad(ends, parameters, units, allow_unused=True)
     return total + sum(g.double().square().sum() for g in gradients if g is not None)
 
 

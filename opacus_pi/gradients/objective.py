@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from opacus_pi.gradients.batches import differentiable, to_float64
+from opacus_pi.gradients.batches import floating, to_float64
 from opacus_pi.gradients.criterion import Criterion, per_example_criterion
 from opacus_pi.gradients.skeleton import made_by_opacus
 
@@ -67,11 +67,11 @@ def unit_cotangents(
         targets: Its targets, length ``b``.
 
     Returns:
-        ``u`` for each tensor of ``differentiable(outputs)``, in the tensor's type, and
-        the lengths ``s``, float64 ``(b,)``.
+        ``u`` for each tensor of ``floating(outputs)``, in the tensor's type, and the
+        lengths ``s``, float64 ``(b,)``.
     """
     leaves, tree = pytree.tree_flatten(outputs)
-    inputs = {i: v.detach().requires_grad_() for i, v in differentiable(leaves).items()}
+    inputs = {i: v.detach().requires_grad_() for i, v in floating(leaves).items()}
     with torch.enable_grad():
         values = losses(
             pytree.tree_unflatten(

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from opacus_pi._validate import expect
-from opacus_pi.gradients.batches import differentiable
+from opacus_pi.gradients.batches import floating
 
 _PACKAGES = ("opacus", "opacus_pi")
 _HOOK_TABLES = {
@@ -52,15 +52,14 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     _check_measurable(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(
-            parameter.detach(), requires_grad=parameter.requires_grad
-        )
+        memo[id(parameter)] = _parameter(parameter.detach(), parameter)
     for module in model.modules():
+        if getattr(module, "max_norm", None) is not None:  # forward rescales in place
+            weight = module.weight
+            memo[id(weight)] = _parameter(weight.detach().clone(), weight)
         for name, value in vars(module).items():
             if name in _HOOK_TABLES:
-                memo[id(value)] = (
-                    _users_own(value) if _HOOK_TABLES[name] else type(value)()
-                )
+                memo[id(value)] = _hooks_to_keep(name, value)
             elif isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()  # deepcopy refuses these
     return copy.deepcopy(model, memo).eval()
@@ -77,7 +76,7 @@ def check_separate(outputs: Any, live: Iterable[nn.Parameter]) -> None:
         ValueError: If a gradient would flow to one of them.
     """
     foreign = {id(p) for p in live}
-    pending = [leaf.grad_fn for leaf in differentiable(outputs).values()]
+    pending = [leaf.grad_fn for leaf in floating(outputs).values()]
     seen = set(pending)
     while pending:
         node = pending.pop()
@@ -115,8 +114,15 @@ def _inner(model: nn.Module) -> nn.Module | None:
     return model._modules.get("_orig_mod")
 
 
-def _users_own(hooks: dict) -> OrderedDict:
-    """The hooks that Opacus and this package did not set."""
+def _parameter(values: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
+    """A parameter without the gradients and attributes of another."""
+    return nn.Parameter(values, requires_grad=like.requires_grad)
+
+
+def _hooks_to_keep(table: str, hooks: dict) -> OrderedDict:
+    """Forward hooks that neither Opacus nor this package set; no backward hooks."""
+    if not _HOOK_TABLES[table]:
+        return OrderedDict()
     return OrderedDict((k, h) for k, h in hooks.items() if not _is_ours(h))
 
 

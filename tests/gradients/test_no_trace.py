@@ -180,3 +180,11 @@ def test_repeats_bit_for_bit():
         for _ in range(2)
     ]
     assert torch.equal(*norms)
+
+
+def test_embedding_that_rescales_its_rows_stays():
+    model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.1), nn.Flatten())
+    before = model[0].weight.clone()
+    data = [(torch.tensor([i]), 0) for i in range(5)]
+    assert (norm_sweep(model, CRITERION, data) > 0).all()
+    assert torch.equal(model[0].weight, before)

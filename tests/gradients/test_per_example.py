@@ -106,7 +106,7 @@ def test_small_gradients_of_a_trained_network():
         optimizer.step()
     norms = per_example_grad_norms(model, CRITERION, x, y)
     truth = loop_norms(model, LOSSES, x, y)
-    assert truth.median() < 1e-2 * truth.max()  # there are small ones
+    assert truth.quantile(0.1) < 0.1 * truth.max()  # there are small ones
     assert ((norms / truth - 1).abs()).quantile(0.99) < 1e-5
 
 
@@ -147,9 +147,9 @@ def test_user_hooks_that_compute_are_kept():
     )
 
 
-class Centred(nn.Module):
+class Mixed(nn.Module):
     def forward(self, x):
-        return x - x.mean(0)
+        return x + x.mean(0)
 
 
 class Noisy(nn.Module):
@@ -159,7 +159,7 @@ class Noisy(nn.Module):
 
 def test_examples_that_interact_are_taken_alone():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), Centred(), nn.Linear(4, 5))
+    model = nn.Sequential(nn.Linear(3, 4), Mixed(), nn.Linear(4, 5))
     x, y = torch.randn(6, 3), torch.randint(0, 5, (6,))
     with pytest.warns(UserWarning, match="influence each other"):
         norms = per_example_grad_norms(model, CRITERION, x, y)

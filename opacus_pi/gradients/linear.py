@@ -1,0 +1,31 @@
+"""Linear layers: the gradient of the weight is a sum of outer products over tokens."""
+
+from collections.abc import Collection
+
+from torch import Tensor, nn
+
+from opacus_pi.gradients.products import outer_product_squares, squared_lengths
+from opacus_pi.gradients.registry import register_norm_rule
+
+
+@register_norm_rule(nn.Linear)
+def linear_squares(
+    module: nn.Linear, x: Tensor, grad: Tensor, names: Collection[str]
+) -> Tensor | None:
+    r"""Squares for :math:`y_t = W a_t + b`: :math:`\nabla W = \sum_t g_t a_t^\top`.
+
+    Args:
+        module: The layer.
+        x: Its input, ``(b, ..., d)``.
+        grad: The gradient at its output, ``(b, ..., p)``.
+        names: Which of ``"weight"``, ``"bias"`` count.
+
+    Returns:
+        float64 ``(b,)``.
+    """
+    if x.dim() < 2:
+        return None
+    b = len(x)
+    a, g = x.reshape(b, -1, x.shape[-1]), grad.reshape(b, -1, grad.shape[-1])
+    squares = outer_product_squares(a, g) if "weight" in names else 0.0
+    return squares + squared_lengths(g.sum(1)) if "bias" in names else squares

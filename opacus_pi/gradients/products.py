@@ -1,0 +1,68 @@
+"""Squared norms of sums of outer products, by the cheapest exact route."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_CPU_BLOCK = 1 << 18  # elements of an intermediate that stay in cache
+_GPU_BLOCK = 1 << 26
+
+
+def squared_lengths(values: Tensor) -> Tensor:
+    """Squared norm of each row, float64 ``(b,)``."""
+    return values.flatten(1).square().sum(1).double()
+
+
+def blocks(values: Tensor, row_size: int, scale: int = 1) -> Iterator[slice]:
+    """Slices of the examples such that an intermediate of each fits the cache.
+
+    Args:
+        values: A tensor with one row per example.
+        row_size: Elements of the intermediate per example.
+        scale: Multiplies the block size.
+    """
+    limit = scale * (_GPU_BLOCK if values.is_cuda else _CPU_BLOCK)
+    step = max(1, limit // max(1, row_size))
+    for start in range(0, len(values), step):
+        yield slice(start, start + step)
+
+
+def outer_product_squares(a: Tensor, g: Tensor) -> Tensor:
+    r"""Return :math:`\|\sum_t g_t a_t^\top\|_F^2` for each example.
+
+    One term: :math:`\|g\|^2 \|a\|^2`. Otherwise either the inner products of all pairs,
+    :math:`\sum_{ts} \langle a_t, a_s\rangle \langle g_t, g_s\rangle` (Rochette et al.
+    2019, arXiv 1912.06015), or the matrix itself, whichever takes fewer operations.
+
+    Args:
+        a: Inputs, ``(b, t, d)``.
+        g: Output gradients, ``(b, t, p)``.
+
+    Returns:
+        float64 ``(b,)``.
+    """
+    (_, t, d), p = a.shape, g.shape[2]
+    if t == 1:
+        return squared_lengths(a) * squared_lengths(g)
+    if t * (d + p) <= d * p:
+        return gram_squares(a, g)
+    return torch.cat(
+        [squared_lengths(g[i].mT @ a[i]) for i in blocks(a, row_size=d * p)]
+    )
+
+
+def gram_squares(a: Tensor, g: Tensor) -> Tensor:
+    """The same by the inner products of all pairs of terms."""
+    t = a.shape[1]
+    return torch.cat(
+        [
+            pair_squares(a[i] @ a[i].mT, g[i] @ g[i].mT)
+            for i in blocks(a, row_size=t * t)
+        ]
+    )
+
+
+def pair_squares(inputs: Tensor, grads: Tensor) -> Tensor:
+    """Sum the products of two Gram matrices ``(b, t, t)``; ``inputs`` is used up."""
+    return inputs.mul_(grads).flatten(1).sum(1).double().clamp_(min=0.0)

@@ -1,0 +1,121 @@
+"""Which parameters the taps measure, and which are left to per-example gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from opacus_pi.gradients import register_norm_rule, registry
+from opacus_pi.gradients.engine import NormEngine
+from opacus_pi.gradients.isolation import isolated
+
+from .cases import CASES, make
+from .oracle import loop_norms
+
+LOSSES = nn.CrossEntropyLoss(reduction="none")
+ALL = "all"
+LEFTOVER = {
+    "conv-transpose": {"0"},
+    "transformer": {"position", "attention"},
+    "transformer-sequence-first": {"position", "attention", "norms", "feed"},
+    "sequence-first-as-long-as-the-batch": ALL,
+    "encoder-layer": {"0.self_attn"},
+    "embedding-tied": {"embedding"},
+    "embedding-tied-functional": {"embedding"},
+    "positions": {"places"},
+    "positions-as-many-as-the-batch": ALL,
+    "embedding-bag": {"0"},
+    "lstm": {"lstm"},
+    "reused": {"first"},
+    "folded-tokens": {"inner"},
+    "weight-norm": ALL,
+    "forward-overridden": {"0.weight"},
+}
+
+
+def measured(model, x, y):
+    with isolated():
+        engine = NormEngine(model, LOSSES)
+        squares, _ = engine.squares(x, y)
+    return engine, squares.sqrt()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+def test_taps_measure_all_but_the_named(name):
+    model, x, y = make(name)
+    engine, _ = measured(model, x, y)
+    expected = LEFTOVER.get(name, set())
+    for parameter in engine._trainable:
+        left = expected == ALL or any(parameter.startswith(part) for part in expected)
+        assert (parameter in engine._taps.leftover) == left, parameter
+    assert engine._together and engine._vectorised
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.factor * x
+
+
+@pytest.fixture
+def scale_rule(request):
+    """A user's rule, unregistered afterwards."""
+    factor = getattr(request, "param", 1.0)
+
+    @register_norm_rule(Scale)
+    def rule(module, x, grad, names):
+        assert names == ["factor"]
+        return None if factor is None else factor * (x * grad).sum(1).square()
+
+    yield
+    del registry._RULES[Scale]
+
+
+def scaled_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), Scale(), nn.Tanh(), nn.Linear(4, 5))
+    return model, torch.randn(6, 3), torch.randint(0, 5, (6,))
+
+
+def test_user_rule_is_used(scale_rule):
+    model, x, y = scaled_model()
+    engine, norms = measured(model, x, y)
+    assert not engine._taps.leftover
+    torch.testing.assert_close(
+        norms, loop_norms(model, LOSSES, x, y), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("scale_rule", [None], indirect=True)
+def test_rule_may_decline(scale_rule):
+    model, x, y = scaled_model()
+    engine, norms = measured(model, x, y)
+    assert engine._taps.leftover == {"1.factor"}
+    torch.testing.assert_close(
+        norms, loop_norms(model, LOSSES, x, y), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("scale_rule", [4.0], indirect=True)
+def test_wrong_rule_is_found_out(scale_rule):
+    model, x, y = scaled_model()
+    engine, norms = measured(model, x, y)
+    assert len(engine._taps.leftover) == 5
+    torch.testing.assert_close(
+        norms, loop_norms(model, LOSSES, x, y), rtol=1e-5, atol=0
+    )
+
+
+def test_subclass_with_its_own_forward_has_no_rule():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Named(nn.Linear):
+        pass
+
+    assert registry.norm_rule(Doubled(2, 2)) is None
+    assert registry.norm_rule(Named(2, 2)) is registry.norm_rule(nn.Linear(2, 2))
