@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 _TAIL = 8.6  # standard deviations; beyond lies 1e-17 of a peak's mass
 _DIGITS = 34.0  # exp(-34) = 2e-15, the trapezoid rule's error
-_BLOCK = 1 << 16  # grid points evaluated at a time
+_BLOCK = 1 << 15  # grid points evaluated at a time
 
 
 def real_order_divergences(ratios: Array, sample_rate: float, orders: Array) -> Array:
@@ -35,22 +35,20 @@ def real_order_divergences(ratios: Array, sample_rate: float, orders: Array) -> 
     Returns:
         float64 ``(K, m)``.
     """
-    result = np.empty((len(orders), len(ratios)))
-    for row, order in zip(result, orders, strict=True):
-        apart = _peaks_apart(ratios, sample_rate, order)
-        row[apart] = _two_peaks(ratios[apart], sample_rate, order - 1)
-        row[~apart] = np.nan
-    near = np.isnan(result).any(axis=0)
-    where = np.flatnonzero(near)
-    for columns in _blocks(ratios[where], orders.max()):
-        chosen = where[columns]
+    apart = _peaks_apart(ratios, sample_rate, orders[:, None])
+    result = np.empty(apart.shape)
+    for row, far, order in zip(result, apart, orders, strict=True):
+        if far.any():
+            row[far] = _two_peaks(ratios[far], sample_rate, order - 1)
+    close = np.flatnonzero(~apart.all(axis=0))
+    for columns in _blocks(ratios[close], orders.max()):
+        chosen = close[columns]
         values = _trapezoid(ratios[chosen], sample_rate, orders)
-        known = result[:, chosen]
-        result[:, chosen] = np.where(np.isnan(known), values, known)
+        result[:, chosen] = np.where(apart[:, chosen], result[:, chosen], values)
     return result
 
 
-def _peaks_apart(ratios: Array, q: float, order: float) -> NDArray[np.bool_]:
+def _peaks_apart(ratios: Array, q: float, orders: Array) -> NDArray[np.bool_]:
     """Where the contribution from between the peaks at 0 and order·r is below 1e-15.
 
     Either the densities cross (at r/2 + logit/r, logit = ln((1-q)/q)) deep in both
@@ -58,10 +56,9 @@ def _peaks_apart(ratios: Array, q: float, order: float) -> NDArray[np.bool_]:
     """
     logit = math.log1p(-q) - math.log(q)
     half = ratios**2 / 2
-    deep = math.sqrt(2 * (_DIGITS + 2 + abs(logit)))
-    crossing = half - abs(logit) >= deep * ratios
-    outweighs = (order - 1) * half >= _DIGITS + 2 + max(logit, 0) + math.log(order)
-    return crossing | outweighs
+    crossing = half - abs(logit) >= math.sqrt(2 * (_DIGITS + 2 + abs(logit))) * ratios
+    outweighed = _DIGITS + 2 + max(logit, 0) + np.log(orders)
+    return crossing | ((orders - 1) * half >= outweighed)
 
 
 def _two_peaks(ratios: Array, q: float, b: float) -> Array:
@@ -131,9 +128,12 @@ def _trapezoid(ratios: Array, q: float, orders: Array) -> Array:
 
 def _psi(y: Array, log_ratio: Array, b: float) -> Array:
     """Psi at P/Q = 1 + y, by its series where the closed form would cancel."""
+    closed = _scaled_psi(log_ratio, b)
+    closed *= np.exp(log_ratio)
     small = _is_small(y, b)
-    closed = np.exp(log_ratio) * _scaled_psi(log_ratio, b)
-    return np.where(small, _series(np.where(small, y, 0.0), b), closed)
+    if small.any():
+        np.copyto(closed, _series(np.where(small, y, 0.0), b), where=small)
+    return closed
 
 
 def log_psi(y: Array, log_ratio: Array, b: float) -> Array:
@@ -165,10 +165,13 @@ def _scaled_psi(log_ratio: Array, b: float) -> Array:
 
 def _series(y: Array, b: float) -> Array:
     """Psi's first terms: (1+b)/2·y²·(1 + (b-1)/3·y·(1 + (b-2)/4·y·(…)))."""
-    tail = np.ones_like(y)
-    for k in (7, 6, 5, 4, 3):
-        tail = 1 + (b + 2 - k) / k * y * tail
-    return (1 + b) / 2 * y**2 * tail
+    k = np.arange(3.0, 8.0)  # up to y^7
+    coefficients = (1 + b) / 2 * np.cumprod([1.0, *((b + 2 - k) / k)])
+    total = np.full_like(y, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total *= y
+        total += coefficient
+    return total * y * y
 
 
 def _from_mean(mean_psi: Array, b: float) -> Array:
