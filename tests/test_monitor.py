@@ -22,8 +22,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from opacus_pi.accounting import privacy_losses
 from opacus_pi.attribution import Tracker
 from opacus_pi.monitor import draws_of, monitor
+from opacus_pi.privacy_engine import PrivacyEngine as RecordingEngine
 from opacus_pi.recorder import AccountingError, Recorder
 
 pytestmark = [
@@ -360,6 +362,37 @@ def autograd_norm(model, x, y):
     return torch.cat([p.flatten() for p in parts]).norm().item()
 
 
+def test_a_killed_run_resumes_to_the_same_ledger():
+    def begun():
+        return monitored(recorder=Recorder("swept", every=0.75))
+
+    torch.manual_seed(0)
+    whole = begun()
+    train(whole, 3)
+    torch.manual_seed(0)
+    first = begun()
+    train(first)
+    kept = copy.deepcopy(
+        {
+            "model": first.module.state_dict(),
+            "optimizer": first.optimizer.state_dict(),
+            "recorder": first.recorder.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+    )
+    second = begun()
+    second.module.load_state_dict(kept["model"])
+    second.optimizer.load_state_dict(kept["optimizer"])
+    second.recorder.load_state_dict(kept["recorder"])
+    torch.set_rng_state(kept["random"])
+    train(second, 2)
+    ledgers = [run.recorder.ledger for run in (whole, second)]
+    assert ledgers[0].mechanism == ledgers[1].mechanism
+    assert ledgers[0].steps.tolist() == ledgers[1].steps.tolist() == [5, 9, 14, 18]
+    for name in ("grad_norms", "confidences", "errors", "correct"):
+        assert np.array_equal(*(getattr(ledger, name) for ledger in ledgers))
+
+
 # ----------------------------------------------------------- loops as people write them
 
 
@@ -439,6 +472,38 @@ def test_poisson_sampling_is_opacus_own():
     assert all(map(torch.equal, *drawn))
 
 
+def test_poisson_sampling_can_have_its_own_generator():
+    runs = [
+        monitored(sampling_generator=torch.Generator().manual_seed(9)) for _ in range(2)
+    ]
+    drawn = [[y for _, y in run.loader] for run in runs]
+    assert all(map(torch.equal, *drawn))
+
+
+def test_sweeps_use_the_loaders_collation_and_the_recorders_batch_size():
+    def doubled(examples):
+        x, y = torch.utils.data.default_collate(examples)
+        return 2 * x, y
+
+    sizes = []
+
+    def criterion(outputs, targets):
+        sizes.append(len(targets))
+        return cross_entropy(outputs, targets, reduction="none")
+
+    data = linear_data()
+    run = monitored(
+        data_set=data,
+        data_loader=DataLoader(data, batch_size=4, collate_fn=doubled),
+        criterion=criterion,
+        recorder=Recorder("swept", every=[1], batch_size=9),
+    )
+    next(epoch(run))
+    assert max(sizes) == 9 and sizes.count(9) >= 2
+    wanted = [autograd_norm(run.module, 2 * x, y) for x, y in data]
+    np.testing.assert_allclose(run.recorder.ledger.grad_norms[0], wanted, rtol=1e-5)
+
+
 def test_draws():
     data = linear_data()
     assert draws_of(DataLoader(data, batch_size=100)).mean_batch_size == N
@@ -448,6 +513,32 @@ def test_draws():
     poisson = draws_of(DPDataLoader.from_data_loader(DataLoader(data, batch_size=4)))
     assert poisson.sample_rate == 1 / 6
     assert poisson.mean_batch_size == pytest.approx(N / 6)
+
+
+@pytest.mark.parametrize("poisson_sampling", [True, False])
+@pytest.mark.parametrize("noise_std", [0, 2.0])
+def test_through_the_engine(noise_std, poisson_sampling):
+    model = small()
+    engine = RecordingEngine(accountant="rdp")
+    module, optimizer, loader = engine.make_monitored(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(linear_data(), batch_size=4, shuffle=True),
+        noise_std=noise_std,
+        criterion=nn.CrossEntropyLoss(),
+        poisson_sampling=poisson_sampling,
+    )
+    train(SimpleNamespace(module=module, optimizer=optimizer, loader=loader), 2)
+    ledger = engine.ledger
+    assert (ledger.source, ledger.steps.tolist()) == ("swept", [6, 12])
+    if noise_std == 0:
+        with pytest.raises(ValueError, match=r"\.with_noise_std\(sigma\)"):
+            engine.privacy_losses(order=8)
+        ledger = ledger.with_noise_std(2.0 * 4)
+    losses = privacy_losses(ledger, 8)
+    assert losses.shape == (N,) and (losses > 0).all() and np.isfinite(losses).all()
+    if noise_std:
+        assert np.array_equal(engine.privacy_losses(order=8), losses)
 
 
 # --------------------------------------------------- training goes on, without a ledger
