@@ -1,8 +1,12 @@
 """THE models of the benchmarks; every script takes them from here."""
 
+from functools import partial
 from math import prod
 
 from torch import nn
+
+from benchmarks.resnet import resnet18
+from benchmarks.transformer import vit
 
 
 def build_model(
@@ -64,4 +68,10 @@ def _pooled(size: int) -> int:
     return (first - 4) // 2 + 1 - 1
 
 
-MODELS = {"mlp": mlp, "small-cnn": small_cnn}
+MODELS = {
+    "mlp": mlp,
+    "small-cnn": small_cnn,
+    "resnet18": resnet18,
+    "resnet18-batch-norm": partial(resnet18, norm="batch"),
+    "vit": vit,
+}
