@@ -31,7 +31,7 @@ def grad_sample_norms(grad_samples: Iterable[Tensor]) -> Tensor:
 
 def _row_norms(grad_sample: Tensor) -> Tensor:
     """Norm of each row, not in half precision."""
-    rows = grad_sample.detach().reshape(len(grad_sample), -1)
+    rows = grad_sample.detach().unsqueeze(1).flatten(1)
     wide = torch.promote_types(rows.dtype, torch.float32)
     return torch.linalg.vector_norm(rows, dim=1, dtype=wide)
 

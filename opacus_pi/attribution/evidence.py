@@ -38,7 +38,7 @@ class Delivery:
     rows: Rows | None
     stream: Stream
     stored: list[StoredRows] = field(default_factory=list)
-    checksums: dict[int, Rows] = field(default_factory=dict)
+    checksums: dict[int, list[Rows]] = field(default_factory=dict)
     used: bool = False
 
     def use(self) -> None:
@@ -87,7 +87,8 @@ def delivery_of(
             delivery.stored += stored_rows(tensor, dim)
             if verify:
                 width, sums = row_checksums(tensor, dim)
-                delivery.checksums.setdefault(width, sums)
+                if _tells_rows_apart(width, sums):
+                    delivery.checksums.setdefault(width, []).append(sums)
     return delivery
 
 
@@ -120,18 +121,27 @@ def by_storage(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forwa
 def by_content(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forward:
     """Rows whose checksums are a delivered row's.
 
-    Of the deliveries that match, those count that explain the most inputs; rows about
-    which they disagree (examples that are alike) stay unknown.
+    The widest inputs that are recognised decide. Of the deliveries, those count that
+    explain the most of them; rows about which they disagree (examples that are alike)
+    stay unknown.
     """
-    sums = [row_checksums(t, dim) for t in tensors]
-    found = [(d, *_explained(sums, d)) for d in recent if d.checksums]
-    most = max((len(inputs) for _, inputs, _ in found), default=0)
-    if len(set().union(*(inputs for _, inputs, _ in found))) > most:
-        return Forward(None, "unattributed", None, "mismatch")
-    best = [(d, rows) for d, inputs, rows in found if len(inputs) == most > 0]
-    forward = _agreed(best, "by_content")
-    nothing_known = forward.rows is not None and (forward.rows == UNKNOWN).all()
-    return Forward(None, "") if nothing_known and len(forward.rows) else forward
+    sums: dict[int, list[Rows]] = {}
+    for width, values in (row_checksums(t, dim) for t in tensors):
+        sums.setdefault(width, []).append(values)
+    for width in sorted(sums, reverse=True):
+        found = [
+            (d, *_explained(sums[width], d.checksums[width], d.rows))
+            for d in recent
+            if width in d.checksums
+        ]
+        most = max((len(inputs) for _, inputs, _ in found), default=0)
+        if len(set().union(*(inputs for _, inputs, _ in found))) > most:
+            return Forward(None, "unattributed", None, "mismatch")
+        best = [(d, rows) for d, inputs, rows in found if len(inputs) == most > 0]
+        forward = _agreed(best, "by_content")
+        if forward.rows is not None and (forward.rows != UNKNOWN).any():
+            return forward
+    return Forward(None, "")
 
 
 def by_latest(
@@ -175,37 +185,39 @@ def _dim_of_length(tensor: Tensor, length: int, preferred: int) -> int | None:
     return None
 
 
+def _tells_rows_apart(width: int, sums: Rows) -> bool:
+    """Whether checksums are evidence; masks and single numbers are often alike."""
+    return width > 1 and len(sums) > 0 and (len(sums) == 1 or (sums != sums[0]).any())
+
+
 def _explained(
-    inputs: list[tuple[int, Rows]], delivery: Delivery
+    inputs: list[Rows], delivered: list[Rows], rows: Rows
 ) -> tuple[set[int], Rows | None]:
     """Which inputs consist of a delivery's rows, and of which rows."""
     pairs = {
-        i: (sums, delivered)
-        for i, (width, sums) in enumerate(inputs)
-        if (delivered := delivery.checksums.get(width)) is not None
-        and _tells_rows_apart(delivered)
-        and np.isin(sums, delivered).all()
+        (i, j): (given, known)
+        for i, given in enumerate(inputs)
+        for j, known in enumerate(delivered)
+        if len(given) and np.isin(given, known).all()
     }
-    if len({len(sums) for sums, _ in pairs.values()}) != 1:
+    if len({len(given) for given, _ in pairs.values()}) != 1:
         return set(), None
-    if all(np.array_equal(s, d) for s, d in pairs.values()):
-        return set(pairs), delivery.rows
-    found = np.stack([_look_up(s, d, delivery.rows) for s, d in pairs.values()])
+    explained = {i for i, _ in pairs}
+    if all(np.array_equal(given, known) for given, known in pairs.values()):
+        return explained, rows
+    found = np.stack([_look_up(given, known, rows) for given, known in pairs.values()])
     top = found.max(axis=0)
     agree = ((found == top) | (found == UNKNOWN)).all(axis=0)
-    return set(pairs), np.where(agree, top, UNKNOWN)
-
-
-def _tells_rows_apart(sums: Rows) -> bool:
-    """Whether checksums are evidence: masks are often the same in every row."""
-    return len(sums) == 1 or bool((sums != sums[:1]).any())
+    return explained, np.where(agree, top, UNKNOWN)
 
 
 def _look_up(sums: Rows, delivered: Rows, rows: Rows) -> Rows:
     """The rows with these checksums; UNKNOWN where several are alike."""
     values, first, counts = np.unique(delivered, return_index=True, return_counts=True)
     place = np.searchsorted(values, sums)
-    return np.where(counts[place] == 1, rows[first[place]], UNKNOWN)
+    _, back, given = np.unique(sums, return_inverse=True, return_counts=True)
+    alone = (counts[place] == 1) & (given[back] == 1)
+    return np.where(alone, rows[first[place]], UNKNOWN)
 
 
 def _agreed(found: Iterable[tuple[Delivery, Rows]], evidence: str) -> Forward:
