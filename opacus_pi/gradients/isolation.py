@@ -1,33 +1,20 @@
-"""Measure without disturbing: random states restored, gradients on."""
+"""Measure without disturbing, and without being disturbed."""
 
 import contextlib
-import random
 from collections.abc import Iterator
 
-import numpy as np
 import torch
+
+from opacus_pi.gradients.random_state import random_state_untouched
 
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Restore the states of ``random``, numpy and torch (CUDA if in use) at the end.
+    """Gradients are on inside, whatever is outside; random states are restored.
 
-    Gradients are on inside, also within ``no_grad`` or ``inference_mode``.
-
-    >>> with isolated():
-    ...     first = torch.rand(1)
-    >>> bool(first == torch.rand(1))
-    True
+    >>> with torch.inference_mode(), isolated():
+    ...     torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    (True, False)
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with (
-        torch.random.fork_rng(devices=list(devices)),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    with random_state_untouched(), torch.inference_mode(False), torch.enable_grad():
+        yield
