@@ -85,12 +85,13 @@ def claim(
             f"an estimate from {len(runs)} recorded run(s)" if runs else "no ledger",
         ),
     )
+    said = f"{method} (retrained: trained without the set, then updated alike)"
     if not all(a.met for a in assumptions[:4]):
-        return Guarantee(str(method), assumptions)
+        return Guarantee(said, assumptions)
     mine = [run.subset(columns_of(run, forget_indices)) for run in runs]
     losses = [float(privacy_losses(mine, order)[0]) for order in _ORDERS]
     losses = [v if math.isfinite(v) else math.inf for v in losses]
-    return Guarantee(str(method), assumptions, _ORDERS, tuple(losses))
+    return Guarantee(said, assumptions, _ORDERS, tuple(losses))
 
 
 def _noisy(runs: Sequence[GradNormLedger]) -> Assumption:

@@ -133,6 +133,8 @@ class Langevin(Method):
             of the clipped gradients is divided by the expected batch size, never by
             the drawn one, and the gradients are those of evaluation mode (dropout off,
             BatchNorm statistics kept), because only those belong to one example.
+        projection_radius: After every update the weights are projected onto the ball
+            ‖w‖₂ ≤ R around 0, all trainable weights together; None: no projection.
 
     Raises:
         ValueError: If an argument leaves its range.
@@ -142,6 +144,7 @@ class Langevin(Method):
 
     noise_std: float
     max_grad_norm: float | None = None
+    projection_radius: float | None = None
 
     def __post_init__(self) -> None:
         _at_least_zero("noise_std", self.noise_std, "0 is plain fine-tuning.")
@@ -149,27 +152,32 @@ class Langevin(Method):
             positive(
                 max_grad_norm=self.max_grad_norm, remedy="None is without clipping."
             )
+        if self.projection_radius is not None:
+            positive(
+                projection_radius=self.projection_radius,
+                remedy="None is without projection.",
+            )
 
     @classmethod
     def from_weight_noise(
         cls,
         noise_std: float,
         learning_rate: float,
-        max_grad_norm: float | None = None,
+        **options: float | None,
     ) -> "Langevin":
         """The method whose update adds √(2η) σ W to the weights, W ~ N(0, I).
 
         Args:
             noise_std: σ of the weight-space form, at least 0.
             learning_rate: η, above 0, of an SGD without momentum.
-            max_grad_norm: As in the class.
+            **options: ``max_grad_norm`` and ``projection_radius`` as in the class.
 
         Returns:
             ``Langevin`` with √(2/η) σ on the mean gradient.
         """
         positive(learning_rate=learning_rate, remedy="Pass the optimizer's.")
         _at_least_zero("noise_std", noise_std, "0 is plain fine-tuning.")
-        return cls(math.sqrt(2 / learning_rate) * noise_std, max_grad_norm)
+        return cls(math.sqrt(2 / learning_rate) * noise_std, **options)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
         """The mean loss, or its clipped form: see the class."""
@@ -188,6 +196,16 @@ class Langevin(Method):
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             p.grad.add_(noise, alpha=self.noise_std)
+
+    @torch.no_grad()
+    def project_(self, params: Sequence[Tensor]) -> None:
+        """Scale the weights back onto the ball, if there is one."""
+        if self.projection_radius is None:
+            return
+        norm = torch.stack([p.double().pow(2).sum() for p in params]).sum().sqrt()
+        if norm > self.projection_radius:
+            for p in params:
+                p.mul_(self.projection_radius / norm)
 
 
 @dataclass(frozen=True)

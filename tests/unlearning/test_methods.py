@@ -177,6 +177,21 @@ def test_no_update_of_a_clipped_run_moves_further_than_its_clip_norm():
         before = after.clone()
 
 
+def test_projection_keeps_the_weights_in_the_ball():
+    unlearner = Unlearner(
+        net(), criterion=CRITERION, method=Langevin(1.0, projection_radius=2.0)
+    )
+    norms = []
+    for _ in unlearner.run(loader(), 8):
+        weights = nn.utils.parameters_to_vector(unlearner.model.parameters())
+        norms.append(weights.norm().item())
+    assert max(norms) <= 2.0 * (1 + 1e-6)
+    assert sum(abs(n - 2.0) < 1e-5 for n in norms) > 2  # it did bind
+    inside = [torch.tensor([0.3, 0.4])]
+    Langevin(1.0, projection_radius=2.0).project_(inside)
+    assert torch.equal(inside[0], torch.tensor([0.3, 0.4]))
+
+
 def test_expected_batch_size_of_loaders():
     assert expected_batch_size(loader(24, 8)) == 8
 
@@ -277,6 +292,7 @@ def test_a_method_of_ones_own():
         (lambda: Langevin(math.nan), "noise_std=nan"),
         (lambda: Langevin(math.inf), "noise_std=inf"),
         (lambda: Langevin(0.1, max_grad_norm=0.0), "max_grad_norm=0"),
+        (lambda: Langevin(0.1, projection_radius=-1.0), "projection_radius=-1"),
         (lambda: Langevin.from_weight_noise(0.1, 0.0), "learning_rate=0"),
         (lambda: Langevin.from_weight_noise(-1.0, 0.1), "noise_std=-1"),
         (lambda: L1Sparse(-1e-3), "strength=-0.001"),

@@ -1,0 +1,248 @@
+"""An append-only file of what was asked and done: JSON lines, chained by hashes.
+
+Each line holds the hash of the line before, so that no line can be changed, removed
+or put in between without breaking the chain. A chain alone cannot show that its *last*
+lines were cut off: keep ``head`` elsewhere and pass it to ``verify``.
+
+From a shell: ``python -m opacus_pi.unlearning.deletion_record FILE [HEAD]``.
+
+>>> import tempfile
+>>> path = tempfile.mkdtemp() + "/deletions.jsonl"
+>>> record = DeletionRecord(path)
+>>> _ = record.append("request", {"id": "a", "indices": [3, 5]})
+>>> verify(path) == record.head
+True
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from opacus_pi._validate import expect
+
+START = "0" * 64
+_FIELDS = {"number", "time", "kind", "body", "previous", "hash"}
+
+
+class DeletionRecord:
+    """One file of chained entries; safe against crashes and concurrent writers.
+
+    Opening verifies the whole file. A last line that a crash cut short was never
+    acknowledged: it is removed and the removal itself recorded (kind ``"repaired"``).
+
+    Args:
+        path: The file; made if missing. It names people's data: guard it.
+
+    Raises:
+        ValueError: If any line was edited.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with self._locked() as file:
+            self._repair(file)
+
+    @property
+    def head(self) -> str:
+        """Hash of the last entry; keep it elsewhere to notice a cut-off end."""
+        entries = self.entries()
+        return entries[-1]["hash"] if entries else START
+
+    def entries(self) -> list[dict[str, Any]]:
+        """All entries, verified.
+
+        Raises:
+            ValueError: If any line was edited.
+        """
+        return _verified(_split(_settled(self.path))[0], self.path)
+
+    def append(self, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Add an entry; it is on the disk when this returns.
+
+        Args:
+            kind: What happened.
+            body: The facts, JSON-able.
+
+        Returns:
+            The entry as written.
+        """
+        return self.append_unless(lambda entries: None, kind, body)
+
+    def append_unless(
+        self, found: Any, kind: str, body: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Add an entry unless the file already answers, with no writer in between.
+
+        Args:
+            found: ``entries -> entry or None``; an entry is returned instead of adding.
+            kind: What happened.
+            body: The facts, JSON-able.
+
+        Returns:
+            The entry that was found, or the one as written.
+        """
+        with self._locked() as file:
+            entries = self._repair(file)
+            return found(entries) or self._write(file, entries, kind, body)
+
+    def _write(
+        self, file: int, entries: list[dict[str, Any]], kind: str, body: Any
+    ) -> dict[str, Any]:
+        """Chain and store one entry in one write."""
+        entry = {
+            "number": len(entries),
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "kind": kind,
+            "body": json.loads(json.dumps(body, allow_nan=False)),
+            "previous": entries[-1]["hash"] if entries else START,
+        }
+        entry["hash"] = _hash(entry)
+        line = _text(entry).encode() + b"\n"
+        written = os.write(file, line)
+        if written != len(line):  # disk full: take the part back
+            os.ftruncate(file, os.fstat(file).st_size - written)
+            raise OSError(f"{self.path}: only {written} of {len(line)} bytes written")
+        os.fsync(file)
+        return entry
+
+    def _repair(self, file: int) -> list[dict[str, Any]]:
+        """The verified entries; a part of one at the end is removed and recorded."""
+        whole, rest = _split(self.path.read_bytes())
+        entries = _verified(whole, self.path)
+        if rest:
+            os.ftruncate(file, len(whole))
+            os.fsync(file)
+            lost = {"num_bytes": len(rest), "sha256": hashlib.sha256(rest).hexdigest()}
+            entries.append(self._write(file, entries, "repaired", lost))
+        return entries
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """The open file, with no other writer."""
+        new = not self.path.exists()
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if new:
+                sync_directory(self.path.parent)
+            yield file
+        finally:
+            os.close(file)
+
+
+def verify(path: str | os.PathLike[str], head: str | None = None) -> str:
+    """Check a deletion record without changing it.
+
+    Args:
+        path: The file.
+        head: The hash that its last entry must have, kept elsewhere; None checks the
+            chain only, which cannot notice that whole lines are missing at the end.
+
+    Returns:
+        The hash of the last entry.
+
+    Raises:
+        ValueError: If a line was edited, removed, added or cut short, or the head is
+            another one.
+    """
+    whole, rest = _split(_settled(Path(path)))
+    entries = _verified(whole, path)
+    expect(
+        not rest,
+        "path",
+        path,
+        f"to end with a whole line, not {len(rest)} bytes after line {len(entries)}",
+        "A crash cut a write short; opening it as DeletionRecord repairs that.",
+    )
+    found = entries[-1]["hash"] if entries else START
+    expect(
+        head is None or head == found,
+        "head",
+        head,
+        f"to be the hash of the last entry, {found}",
+        "Entries are missing at the end, or were added since.",
+    )
+    return found
+
+
+def _settled(path: Path) -> bytes:
+    """The content of a file that nobody is writing to at the moment."""
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        return file.read()
+
+
+def _split(content: bytes) -> tuple[bytes, bytes]:
+    """The whole lines, and what stands after the last of them."""
+    end = content.rfind(b"\n") + 1
+    return content[:end], content[end:]
+
+
+def _verified(whole: bytes, path: Any) -> list[dict[str, Any]]:
+    """The entries of whole lines, each checked against its hash and the one before."""
+    entries: list[dict[str, Any]] = []
+    previous = START
+    for number, line in enumerate(whole.splitlines()):
+        try:
+            entry = json.loads(line)
+            good = (
+                set(entry) == _FIELDS
+                and entry["number"] == number
+                and entry["previous"] == previous
+                and entry["hash"] == _hash(entry)
+                and _text(entry).encode() == line
+            )
+        except (ValueError, TypeError):
+            good = False
+        expect(
+            good,
+            "path",
+            path,
+            f"to be unedited: line {number + 1} breaks the chain",
+            "Restore the file from a copy.",
+        )
+        entries.append(entry)
+        previous = entry["hash"]
+    return entries
+
+
+def _hash(entry: Mapping[str, Any]) -> str:
+    """SHA-256 of everything in an entry but its hash."""
+    content = {k: v for k, v in entry.items() if k != "hash"}
+    return hashlib.sha256(_text(content).encode()).hexdigest()
+
+
+def _text(value: Mapping[str, Any]) -> str:
+    """The one way to write an entry."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable, after a file was made or renamed."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _main(arguments: list[str]) -> int:
+    """Verify a file from the command line."""
+    try:
+        head = verify(*arguments)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"NOT VERIFIED: {error}")
+        return 1
+    print(f"verified, head {head}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1:]))

@@ -1,0 +1,47 @@
+"""Gradients of whole sets, for methods that look at them before the first update."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from opacus_pi.gradients.batches import to_device
+from opacus_pi.unlearning.methods import Batch, Task, mean_loss
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that may change."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _gradients(
+    task: Task, params: list[nn.Parameter], loader: Iterable[Batch]
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Size and mean-loss gradient of each batch, in evaluation mode."""
+    task.model.eval()
+    for batch in loader:
+        moved = to_device(batch, params[0].device)
+        loss = mean_loss(task, moved)
+        yield len(moved[1]), torch.autograd.grad(loss, params, materialize_grads=True)
+
+
+def mean_gradient(task: Task, params: list[nn.Parameter]) -> list[Tensor]:
+    """The gradient of the forget set's mean loss."""
+    total, size = [torch.zeros_like(p) for p in params], 0
+    for num, gradients in _gradients(task, params, task.forget_loader):
+        size += num
+        for t, g in zip(total, gradients, strict=True):
+            t.add_(g, alpha=num)
+    return [t / size for t in total]
+
+
+def mean_squared_gradient(
+    task: Task, params: list[nn.Parameter], loader: Iterable[Batch]
+) -> list[Tensor]:
+    """The squared gradient, mean over batches."""
+    total, num_batches = [torch.zeros_like(p) for p in params], 0
+    for _, gradients in _gradients(task, params, loader):
+        num_batches += 1
+        for t, g in zip(total, gradients, strict=True):
+            t.add_(g.square())
+    return [t / num_batches for t in total]

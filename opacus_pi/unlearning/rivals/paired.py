@@ -1,0 +1,123 @@
+"""Methods whose every update uses a batch of each set."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from opacus_pi._validate import expect, in_range
+from opacus_pi.gradients.batches import forward
+from opacus_pi.unlearning.methods import Batch, Method, Task, mean_loss
+
+
+class _Paired(Method):
+    """A method whose every update uses a batch of each set, the forget set in turns."""
+
+    needs_forget_set: ClassVar[bool] = True
+
+    def batches(
+        self, task: Task, num_pass: int
+    ) -> Iterator[tuple[Batch | None, Batch | None]]:
+        """One pass over the retain set, paired with forget batches."""
+        forget = _again_and_again(task.forget_loader)
+        for retain, _ in super().batches(task, num_pass):
+            yield retain, next(forget)
+
+
+@dataclass(frozen=True)
+class NegGradPlus(_Paired):
+    """Descend on the retain set, ascend on the forget set: β L_keep - (1 - β) L_drop.
+
+    Args:
+        retain_weight: β in [0, 1].
+
+    Source: Kurmanji et al. 2023 (arXiv:2302.09880), section 4 ("NegGrad+").
+    """
+
+    retain_weight: float = 0.95
+
+    def __post_init__(self) -> None:
+        in_range(
+            0, 1, retain_weight=self.retain_weight, remedy="1 is plain fine-tuning."
+        )
+
+    def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
+        """The weighted difference of the two mean losses."""
+        keep, drop = mean_loss(task, retain), mean_loss(task, forget)
+        return self.retain_weight * keep - (1 - self.retain_weight) * drop
+
+
+@dataclass(frozen=True)
+class RandomLabels(_Paired):
+    """Fit wrong labels on the forget set: L_forget(x, y') + α L_retain, y' ≠ y uniform.
+
+    For classifiers; the wrong labels are drawn anew for every batch.
+
+    Args:
+        retain_weight: α, at least 0.
+
+    Source: Golatkar et al. 2020 (arXiv:1911.04933); the form of Fan et al. 2024
+    (arXiv:2310.12508), section 4.
+    """
+
+    retain_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        expect(
+            math.isfinite(self.retain_weight) and self.retain_weight >= 0,
+            "retain_weight",
+            self.retain_weight,
+            "finite, at least 0",
+            "0 forgets without repairing.",
+        )
+
+    def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
+        """The loss of the wrong labels plus the weighted loss of the right ones."""
+        x, y = forget
+        outputs = forward(task.model, x)
+        wrong = other_labels(y, outputs.shape[-1], task.generator)
+        drop = task.criterion(outputs, wrong).mean()
+        return drop + self.retain_weight * mean_loss(task, retain)
+
+
+def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Labels drawn uniformly among the wrong ones.
+
+    Args:
+        y: int64 ``(b,)``, class numbers.
+        num_classes: Number of classes, at least 2.
+        generator: Where the draws come from.
+
+    Raises:
+        ValueError: If the targets are no class numbers or there is only one class.
+    """
+    expect(
+        y.dim() == 1 and not y.is_floating_point() and num_classes > 1,
+        "targets",
+        f"{y.dtype}{list(y.shape)} for {num_classes} outputs",
+        "to be class numbers (b,) of two or more classes",
+        "Random labels are for classifiers.",
+    )
+    shift = torch.randint(
+        1, num_classes, y.shape, generator=generator, device=generator.device
+    )
+    return (y + shift.to(y.device)) % num_classes
+
+
+def _again_and_again(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, without end."""
+    while True:
+        num_batches = 0
+        for batch in loader:
+            num_batches += 1
+            yield batch
+        expect(
+            num_batches > 0,
+            "forget_loader",
+            "a loader without batches",
+            "to yield batches (x, y)",
+            "Pass a loader over the forget set; an iterator serves one pass only.",
+        )

@@ -1,0 +1,66 @@
+"""Saliency unlearning: random labels on a part of the weights."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opacus_pi._validate import in_range, positive
+from opacus_pi.unlearning.methods import Method, Task
+from opacus_pi.unlearning.rivals.gradients import mean_gradient, trainable
+from opacus_pi.unlearning.rivals.paired import RandomLabels
+
+
+@dataclass(frozen=True)
+class SalUn(RandomLabels):
+    """``RandomLabels`` on the weights that the forget set is salient for; others stay.
+
+    θ = m ⊙ (θ₀ + Δ) + (1 - m) ⊙ θ₀ with m = 1[|∇L_forget(θ₀)| ≥ γ], where γ keeps the
+    stated part of all weights; the gradient is of the forget set's mean loss, in
+    evaluation mode.
+
+    Args:
+        retain_weight: α of ``RandomLabels``.
+        kept: Part of the weights that may change, in (0, 1]; the paper's is 0.5.
+
+    Source: Fan et al. 2024 (arXiv:2310.12508), equations 3-5.
+    """
+
+    kept: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(kept=self.kept, remedy="1 is RandomLabels.")
+        in_range(0, 1, kept=self.kept, remedy="1 is RandomLabels.")
+
+    def prepare(self, task: Task) -> Method:
+        """Find the salient weights."""
+        params = trainable(task.model)
+        salience = torch.cat([g.abs().flatten() for g in mean_gradient(task, params)])
+        num_kept = max(1, round(self.kept * salience.numel()))
+        threshold = salience.topk(num_kept).values[-1]
+        masks = [m.view_as(p) for m, p in _split(salience >= threshold, params)]
+        start = tuple(p.detach().clone() for p in params)
+        return _SalUnRun(self.retain_weight, self.kept, tuple(masks), start)
+
+
+@dataclass(frozen=True, eq=False)
+class _SalUnRun(SalUn):
+    """SalUn that knows its mask and its starting point."""
+
+    masks: tuple[Tensor, ...] = ()
+    start: tuple[Tensor, ...] = ()
+
+    @torch.no_grad()
+    def project_(self, params: Sequence[Tensor]) -> None:
+        """Put every weight that is not salient back to its start."""
+        for p, mask, start in zip(params, self.masks, self.start, strict=True):
+            p.copy_(torch.where(mask, p, start))
+
+
+def _split(
+    flat: Tensor, params: list[nn.Parameter]
+) -> Iterator[tuple[Tensor, nn.Parameter]]:
+    """The parts of a flat vector that belong to each weight."""
+    return zip(flat.split([p.numel() for p in params]), params, strict=True)

@@ -1,0 +1,100 @@
+"""SCRUB: a student that selectively disobeys its teacher."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from opacus_pi._validate import expect, positive
+from opacus_pi.gradients.batches import forward
+from opacus_pi.unlearning.copying import bare_copy
+from opacus_pi.unlearning.methods import Batch, Method, Task
+
+
+@dataclass(frozen=True)
+class SCRUB(Method):
+    """Obey the trained model on the retain set, disobey it on the forget set.
+
+    A pass is, while ``num_max_passes`` lasts, one over the forget set that descends on
+    -KL(teacher ‖ student), then one over the retain set that descends on
+    α KL(teacher ‖ student) + γ L; KL of softmax(logits / τ), times τ².
+
+    Args:
+        num_max_passes: Passes that begin with the forget set.
+        kl_weight: α, at least 0.
+        loss_weight: γ, at least 0.
+        temperature: τ, above 0.
+
+    Source: Kurmanji et al. 2023 (arXiv:2302.09880), equation 3 and Algorithm 1, with
+    the constants of the released code (meghdadk/SCRUB).
+    """
+
+    num_max_passes: int = 2
+    kl_weight: float = 0.001
+    loss_weight: float = 0.99
+    temperature: float = 4.0
+
+    needs_forget_set: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_max_passes", "kl_weight", "loss_weight"):
+            value = getattr(self, name)
+            expect(
+                math.isfinite(value) and value >= 0,
+                name,
+                value,
+                "finite, at least 0",
+                "0 leaves that part out.",
+            )
+        positive(temperature=self.temperature, remedy="1 is the plain softmax.")
+
+    def prepare(self, task: Task) -> Method:
+        """Keep a copy of the model as the teacher."""
+        teacher = bare_copy(task.model).eval().requires_grad_(False)
+        settings = (self.num_max_passes, self.kl_weight, self.loss_weight)
+        return _SCRUBRun(*settings, self.temperature, teacher)
+
+    def batches(
+        self, task: Task, num_pass: int
+    ) -> Iterator[tuple[Batch | None, Batch | None]]:
+        """The forget set, while it lasts, then the retain set."""
+        if num_pass < self.num_max_passes:
+            yield from ((None, batch) for batch in task.forget_loader)
+        yield from super().batches(task, num_pass)
+
+    def pass_length(self, task: Task, num_pass: int) -> int:
+        """Batches of both sets, later of the retain set alone."""
+        extra = len(task.forget_loader) if num_pass < self.num_max_passes else 0
+        return extra + len(task.retain_loader)
+
+
+@dataclass(frozen=True, eq=False)
+class _SCRUBRun(SCRUB):
+    """SCRUB that has a teacher."""
+
+    teacher: nn.Module = None
+
+    def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
+        """One step against the teacher or one with it."""
+        if retain is None:
+            return -self._distance(forward(task.model, forget[0]), forget[0])
+        x, y = retain
+        outputs = forward(task.model, x)
+        fit = task.criterion(outputs, y).mean()
+        return self.kl_weight * self._distance(outputs, x) + self.loss_weight * fit
+
+    def _distance(self, outputs: Tensor, x: Tensor) -> Tensor:
+        """τ² KL(teacher ‖ student), mean over the batch."""
+        with torch.no_grad():
+            teacher = functional.log_softmax(
+                forward(self.teacher, x) / self.temperature, dim=-1
+            )
+        student = functional.log_softmax(outputs / self.temperature, dim=-1)
+        distance = functional.kl_div(
+            student, teacher, reduction="batchmean", log_target=True
+        )
+        return distance * self.temperature**2

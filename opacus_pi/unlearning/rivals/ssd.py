@@ -1,0 +1,86 @@
+"""Selective synaptic dampening: one look, one multiplication."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from opacus_pi._validate import positive
+from opacus_pi.unlearning.methods import Batch, Method, Task
+from opacus_pi.unlearning.rivals.gradients import mean_squared_gradient, trainable
+
+
+@dataclass(frozen=True)
+class SSD(Method):
+    """Selective synaptic dampening: shrink what matters to the forget set alone; once.
+
+    Where I_forget > a I_all: θ ← min(λ I_all / I_forget, 1) θ, with importance I the
+    mean over batches of the squared gradient of the mean loss (as released; batches of
+    one give the Fisher diagonal of the paper), in evaluation mode. That is the whole
+    method: one update, then the run ends.
+
+    Args:
+        selection_weight: a, above 0: larger touches fewer weights.
+        dampening: λ, above 0: smaller shrinks more.
+
+    Source: Foster et al. 2024 (arXiv:2308.07707), equations 4-6.
+    """
+
+    selection_weight: float = 10.0
+    dampening: float = 1.0
+
+    needs_forget_set: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        positive(
+            selection_weight=self.selection_weight,
+            dampening=self.dampening,
+            remedy="The paper uses 10 and 1.",
+        )
+
+    def prepare(self, task: Task) -> Method:
+        """Compute each weight's factor."""
+        params = trainable(task.model)
+        forget = mean_squared_gradient(task, params, task.forget_loader)
+        everything = mean_squared_gradient(
+            task, params, chain(task.retain_loader, task.forget_loader)
+        )
+        factors = [
+            torch.where(
+                f > self.selection_weight * d,
+                (self.dampening * d / f).clamp(max=1.0),
+                torch.ones_like(d),
+            )
+            for f, d in zip(forget, everything, strict=True)
+        ]
+        return _SSDRun(self.selection_weight, self.dampening, tuple(factors))
+
+    def batches(
+        self, task: Task, num_pass: int
+    ) -> Iterator[tuple[Batch | None, Batch | None]]:
+        """A single update that needs no batch."""
+        if num_pass == 0:
+            yield None, None
+
+    def pass_length(self, task: Task, num_pass: int) -> int:
+        """One update in all."""
+        return int(num_pass == 0)
+
+    def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> None:
+        """Nothing to differentiate."""
+
+
+@dataclass(frozen=True, eq=False)
+class _SSDRun(SSD):
+    """SSD that knows its factors."""
+
+    factors: tuple[Tensor, ...] = ()
+
+    @torch.no_grad()
+    def project_(self, params: Sequence[Tensor]) -> None:
+        """Dampen."""
+        for p, factor in zip(params, self.factors, strict=True):
+            p.mul_(factor)

@@ -1,0 +1,177 @@
+"""Requests are carried out once each, whenever the process dies."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from opacus_pi.unlearning import Unlearner
+from opacus_pi.unlearning.deletion_record import verify
+from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
+
+SIZE = 20
+
+
+def data():
+    torch.manual_seed(1)
+    return TensorDataset(torch.randn(SIZE, 4), torch.arange(SIZE) % 2)
+
+
+def unlearner():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    return Unlearner(
+        model,
+        criterion=nn.CrossEntropyLoss(),
+        generator=torch.Generator().manual_seed(2),
+    )
+
+
+def requests(path, **options):
+    return DeletionRequests(path / "deletions.jsonl", SIZE, **options)
+
+
+def submitted(path):
+    mine = requests(path, rows_of={"ann": [9, 8], "bob": [3]})
+    mine.submit("a", indices=[5, 2])
+    mine.submit("b", user="ann")
+    mine.submit("c", user="bob")
+    return mine
+
+
+def test_submitting_is_durable_and_idempotent(tmp_path):
+    mine = submitted(tmp_path)
+    assert mine.submit("a", indices=[2, 5]) == DeletionRequest("a", (2, 5))
+    again = requests(tmp_path)
+    assert again.pending == [
+        DeletionRequest("a", (2, 5)),
+        DeletionRequest("b", (8, 9)),
+        DeletionRequest("c", (3,)),
+    ]
+    assert len(again.record.entries()) == 3
+
+
+def test_one_by_one(tmp_path):
+    mine, worker = submitted(tmp_path), unlearner()
+    results = mine.process(worker, data(), num_epochs=1)
+    assert [r.record["forget_indices"] for r in results] == [[2, 5], [8, 9], [3]]
+    assert mine.pending == []
+    np.testing.assert_array_equal(worker.forgotten, [2, 3, 5, 8, 9])
+    kinds = [e["kind"] for e in mine.record.entries()]
+    assert kinds == ["request"] * 3 + ["done"] * 3
+    assert mine.process(worker, data(), num_epochs=1) == []
+    verify(mine.record.path)
+
+
+def test_together(tmp_path):
+    results = submitted(tmp_path).process(
+        unlearner(), data(), together=True, num_epochs=1
+    )
+    assert [r.record["forget_indices"] for r in results] == [[2, 3, 5, 8, 9]]
+    assert requests(tmp_path).pending == []
+
+
+def test_later_requests_continue_from_the_stored_weights(tmp_path):
+    mine, first = submitted(tmp_path), unlearner()
+    mine.process(first, data(), num_epochs=1)
+    mine.submit("d", indices=[0])
+    fresh = unlearner()
+    (result,) = requests(tmp_path).process(fresh, data(), num_epochs=0)
+    np.testing.assert_array_equal(fresh.forgotten, [0, 2, 3, 5, 8, 9])
+    assert result.record["forgotten_before"] == [2, 3, 5, 8, 9]
+    for a, b in zip(
+        fresh.model.state_dict().values(),
+        first.model.state_dict().values(),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+class Killed(BaseException):
+    """Stands for the death of the process: nothing in memory survives it."""
+
+
+@pytest.mark.parametrize(
+    "where, owner", [("unlearn", Unlearner), ("_store", None), ("_done", None)]
+)
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("at_call", [1, 2, 3])
+def test_each_request_once_whenever_the_process_dies(
+    tmp_path, monkeypatch, where, owner, after, at_call
+):
+    submitted(tmp_path)
+    owner = owner or DeletionRequests
+    original, calls = getattr(owner, where), []
+
+    def dying(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == at_call and not after:
+            raise Killed
+        result = original(self, *args, **kwargs)
+        if len(calls) == at_call and after:
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, dying)
+        with pytest.raises(Killed):
+            requests(tmp_path).process(unlearner(), data(), num_epochs=1)
+    last = unlearner()
+    mine = requests(tmp_path)
+    mine.process(last, data(), num_epochs=1)
+    assert mine.pending == []
+    done = [e for e in mine.record.entries() if e["kind"] == "done"]
+    assert [i for e in done for i in e["body"]["ids"]] == ["a", "b", "c"]
+    np.testing.assert_array_equal(last.forgotten, [2, 3, 5, 8, 9])
+    # what the weights on the disk went through is one unlearning per request
+    stored = json.loads(mine._facts()["honoured"])
+    assert stored == ["a", "b", "c"]
+
+
+def test_weights_that_went_missing_or_were_changed_are_noticed(tmp_path):
+    mine = submitted(tmp_path)
+    mine.process(unlearner(), data(), num_epochs=1)
+    content = mine.weights_path.read_bytes()
+    mine.weights_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="3 recorded"):
+        mine.process(unlearner(), data())
+    mine.weights_path.unlink()
+    with pytest.raises(ValueError, match="3 recorded"):
+        mine.process(unlearner(), data())
+
+
+def test_two_processes_do_not_work_at_once(tmp_path):
+    mine = submitted(tmp_path)
+    with requests(tmp_path)._alone(), pytest.raises(RuntimeError, match="another"):
+        mine.process(unlearner(), data())
+
+
+@pytest.mark.parametrize(
+    "facts, message",
+    [
+        ({}, "neither"),
+        ({"indices": [1], "user": "ann"}, "both"),
+        ({"user": "eve"}, "user=eve"),
+        ({"indices": []}, "at least one index"),
+        ({"indices": [1, 1]}, "duplicates"),
+        ({"indices": [SIZE]}, r"in \[0, 20\)"),
+    ],
+)
+def test_bad_requests_are_refused_and_not_written(tmp_path, facts, message):
+    mine = submitted(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        mine.submit("z", **facts)
+    assert len(mine.record.entries()) == 3
+
+
+def test_one_name_one_request(tmp_path):
+    with pytest.raises(ValueError, match="request_id=a"):
+        submitted(tmp_path).submit("a", indices=[7])
+
+
+def test_the_training_set_must_fit(tmp_path):
+    with pytest.raises(ValueError, match="train_set"):
+        submitted(tmp_path).process(unlearner(), range(7))
