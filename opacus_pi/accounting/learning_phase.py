@@ -88,7 +88,7 @@ def contractive_divergence(
         weight *= a * shrink / lower
         if moved:
             price = lower * d[t] ** 2 / (2 * paying)
-            total = total + weight * _soft_max(price, (lower - 1) * hoelder_p)
+            total = total + weight * _power_mean(price, lower - 1, hoelder_p)
         a = 1 + (lower - 1) * (growth if moved else 1.0)
     return float(total) if total.ndim == 0 else total
 
@@ -133,13 +133,16 @@ def halved_noise_divergence(
     return total
 
 
-def _soft_max(values: NDArray[np.float64], scale: float) -> NDArray[np.float64]:
-    """ln(mean over runs of exp(scale·v))/scale; its limits at scale 0 and ∞."""
-    if scale == math.inf:
-        return values.max(axis=0)
+def _power_mean(
+    prices: NDArray[np.float64], excess: float, hoelder_p: float
+) -> NDArray[np.float64]:
+    """ln(mean over runs of exp(p·excess·price))/(p·excess), with its limits."""
+    if hoelder_p == math.inf:
+        return prices.max(axis=0)
+    scale = hoelder_p * excess
     if scale == 0:
-        return values.mean(axis=0)
-    return (logsumexp(scale * values, axis=0) - math.log(len(values))) / scale
+        return prices.mean(axis=0)
+    return (logsumexp(scale * prices, axis=0) - math.log(len(prices))) / scale
 
 
 def _checked(

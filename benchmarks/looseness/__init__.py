@@ -1,0 +1,42 @@
+"""How loose are the bounds? Cases with a known exact divergence, and their table."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from benchmarks.looseness.case import Case
+from benchmarks.looseness.chains import adaptive_chains, double_wells
+from benchmarks.looseness.gaussians import (
+    constant_gradients,
+    quadratic_unlearning,
+    shifted_schedules,
+)
+from benchmarks.looseness.groups import group_steps
+from benchmarks.looseness.single_steps import (
+    mixtures,
+    subsampled_step,
+    two_adaptive_steps,
+)
+
+FAMILIES = {
+    "subsampled_step": (subsampled_step, 60),
+    "two_adaptive_steps": (two_adaptive_steps, 30),
+    "constant_gradients": (constant_gradients, 40),
+    "adaptive_chains": (adaptive_chains, 12),
+    "mixtures": (mixtures, 60),
+    "quadratic_unlearning": (quadratic_unlearning, 60),
+    "shifted_schedules": (shifted_schedules, 100),
+    "double_wells": (double_wells, 20),
+    "group_steps": (group_steps, 40),
+}
+
+
+def cases(name: str, number: int, seed: int = 0) -> Iterator[Case]:
+    """Random cases of one generator.
+
+    Args:
+        name: Key of ``FAMILIES``.
+        number: Settings drawn.
+        seed: Of the settings.
+    """
+    return FAMILIES[name][0](np.random.default_rng(seed), number)
