@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: runs/DATASET")
     args = parser.parse_args()
     matplotlib.use("Agg")
+    os.environ["TQDM_DISABLE"] = "1"  # in the workers; here tqdm is imported already
     settings = SETTINGS[args.dataset]
     out = args.out or Path("runs") / args.dataset
     images = data.load(args.dataset, args.data_root, settings.num_train)

@@ -1,5 +1,6 @@
 """The one training recipe of the benchmarks: SGLD or SGD, watched by the engine."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -9,6 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.models import build_model
 from opacus_pi import PrivacyEngine, Recorder
+
+warnings.filterwarnings("ignore", message="Secure RNG turned off")
+warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,28 @@
-"""Per-instance privacy accounting and unlearning for Opacus."""
+"""Per-instance privacy accounting and unlearning for Opacus.
+
+What each training example costs in privacy, and what it takes to forget it.
+"""
+
+from opacus_pi._errors import AccountingError
+from opacus_pi.accountants import PerInstanceAccountant
+from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.accounting.guarantee import Guarantee
+from opacus_pi.grad_sample import GradSampleModule
+from opacus_pi.privacy_engine import PrivacyEngine
+from opacus_pi.recorder import Recorder
+from opacus_pi.unlearning import FineTune, L1Sparse, Langevin, Unlearner
+
+__all__ = [
+    "AccountingError",
+    "FineTune",
+    "GradNormLedger",
+    "GradSampleModule",
+    "Guarantee",
+    "L1Sparse",
+    "Langevin",
+    "NoisySGD",
+    "PerInstanceAccountant",
+    "PrivacyEngine",
+    "Recorder",
+    "Unlearner",
+]

@@ -1,0 +1,88 @@
+"""The public face: what `from opacus_pi import` reaches, no more and no less."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import opacus_pi
+
+TOP = {
+    "AccountingError",
+    "FineTune",
+    "GradNormLedger",
+    "GradSampleModule",
+    "Guarantee",
+    "L1Sparse",
+    "Langevin",
+    "NoisySGD",
+    "PerInstanceAccountant",
+    "PrivacyEngine",
+    "Recorder",
+    "Unlearner",
+}
+ACCOUNTING = {
+    "epsilons",
+    "log_moment",
+    "per_step_losses",
+    "privacy_losses",
+    "rdp_to_delta",
+    "rdp_to_epsilon",
+    "renyi_divergence",
+    "worst_case_loss",
+}
+ELSEWHERE = {
+    "opacus_pi.evaluation": {
+        "evaluate",
+        "gaussian_unlearning_score",
+        "loss_barrier",
+        "membership_inference",
+        "time_to_unlearn",
+    },
+    "opacus_pi.forget_sets": {"difficulty_strata", "top_k", "by_class"},
+    "opacus_pi.gradients": {"norm_sweep", "per_example_grad_norms"},
+}
+
+
+def modules():
+    found = pkgutil.walk_packages(opacus_pi.__path__, "opacus_pi.")
+    return [importlib.import_module(module.name) for module in found]
+
+
+def test_top_level_names_are_pinned():
+    assert set(opacus_pi.__all__) == TOP
+    assert all(hasattr(opacus_pi, name) for name in TOP)
+
+
+def test_accounting_names_are_there():
+    assert set(importlib.import_module("opacus_pi.accounting").__all__) >= ACCOUNTING
+
+
+@pytest.mark.parametrize("module", ELSEWHERE)
+def test_names_of_other_rooms_are_there(module):
+    room = importlib.import_module(module)
+    assert all(hasattr(room, name) for name in ELSEWHERE[module])
+
+
+def test_every_public_name_exists_and_is_documented():
+    for module in [opacus_pi, *modules()]:
+        names = getattr(module, "__all__", [])
+        for name in names:
+            value = getattr(module, name)
+            assert value.__doc__ if callable(value) else True, (module, name)
+
+
+def test_import_registers_the_accountants_and_changes_nothing_else():
+    code = (
+        "import random, opacus, torch\n"
+        "from opacus.accountants import registry\n"
+        "state, engine = torch.get_rng_state(), opacus.PrivacyEngine\n"
+        "import opacus_pi\n"
+        "assert torch.equal(state, torch.get_rng_state())\n"
+        "assert opacus.PrivacyEngine is engine\n"
+        "assert isinstance(opacus.PrivacyEngine(accountant='per_instance').accountant,"
+        " opacus_pi.PerInstanceAccountant)\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
