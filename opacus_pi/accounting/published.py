@@ -106,12 +106,9 @@ def corollary_4_4_steps(
     Raises:
         ValueError: If a value is outside its domain.
     """
-    positive(rate=rate, target=target, remedy=_CONSTANT)
+    positive(target=target, remedy=_CONSTANT)
     start = corollary_4_1(order, loss_4a, stationarity_4a_1, 0.0, 0.0)
-    if target <= stationarity_2a_1:
-        return math.inf
-    needed = 2 * order / rate * math.log(start / (target - stationarity_2a_1))
-    return max(0, math.ceil(needed))
+    return steps_at_rate(start, 2 * order, target - stationarity_2a_1, rate)
 
 
 def chien_learning_divergence(

@@ -66,10 +66,14 @@ def shifted_mu_squared(
         remedy=remedy,
     )  # fmt: skip
     positive(noise_variances=s, remedy="Every step needs noise.")
-    # Scale step t by the product of the later c: everything in units of the end.
-    later = np.append(np.cumprod(c[:0:-1])[::-1], 1.0)
+    # Scale step t by the product of the later c: everything in units of the end (or of
+    # the largest product: μ² does not change with the unit).
+    with np.errstate(divide="ignore"):
+        products = np.append(np.cumsum(np.log(c)[::-1])[::-1], 0.0)
+    products = np.exp(products - products.max())
+    later = products[1:]
     noise = np.concatenate([[0.0], np.cumsum(s * later**2)])
-    start = initial_distance * later[0] * c[0]
+    start = initial_distance * products[0]
     distance = np.concatenate([[0.0], start + np.cumsum(d * later)])
     return _minorant_energy(noise, distance)
 
