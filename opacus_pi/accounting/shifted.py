@@ -66,37 +66,37 @@ def shifted_mu_squared(
         remedy=remedy,
     )  # fmt: skip
     positive(noise_variances=s, remedy="Every step needs noise.")
-    # Scale step t by the product of the later c: everything in units of the end (or of
-    # the largest product: μ² does not change with the unit).
-    with np.errstate(divide="ignore"):
-        products = np.append(np.cumsum(np.log(c)[::-1])[::-1], 0.0)
-    products = np.exp(products - products.max())
-    later = products[1:]
-    noise = np.concatenate([[0.0], np.cumsum(s * later**2)])
-    start = initial_distance * products[0]
-    distance = np.concatenate([[0.0], start + np.cumsum(d * later)])
-    return _minorant_energy(noise, distance)
+    constant = np.flatnonzero(c == 0)
+    if constant.size:  # Such a map forgets all that was before.
+        c, d, s = c[constant[-1] :], d[constant[-1] :], s[constant[-1] :]
+    rises = np.append(d[0] + c[0] * initial_distance, d[1:])
+    stretch = np.concatenate([[0.0], np.cumsum(np.log(c[1:]))])
+    return _minorant_energy(s, rises, stretch)
 
 
-def _minorant_energy(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """∫ slope² of the greatest convex minorant of the points (x, y)."""
-    hull: list[tuple[float, float]] = []
-    for point in zip(x.tolist(), y.tolist(), strict=True):
-        while len(hull) >= 2 and not _turns_up(hull[-2], hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    corners = np.array(hull)
-    width, rise = np.diff(corners, axis=0).T
-    used = (width > 0) | (rise > 0)  # Steps lost to underflow have neither.
-    with np.errstate(divide="ignore"):
-        return float((rise[used] ** 2 / width[used]).sum())
+def _minorant_energy(
+    widths: NDArray[np.float64],
+    rises: NDArray[np.float64],
+    log_scale: NDArray[np.float64],
+) -> float:
+    """∫ slope² of the greatest convex minorant of a path, from its increments.
 
-
-def _turns_up(
-    a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]
-) -> bool:
-    """Whether the path a → b → c turns upwards at b."""
-    return (b[1] - a[1]) * (c[0] - a[0]) < (c[1] - a[1]) * (b[0] - a[0])
+    Neighbouring pieces whose slopes fall are joined. A piece is kept in units of its
+    own end, so that neither long contractions nor expansions leave float64's range.
+    """
+    pieces: list[tuple[float, float, float]] = []
+    for piece in zip(widths.tolist(), rises.tolist(), log_scale.tolist(), strict=True):
+        width, rise, end = piece
+        while pieces:
+            before_width, before_rise, before_end = pieces[-1]
+            factor = math.exp(end - before_end)
+            if before_rise * width < rise * before_width * factor:
+                break
+            pieces.pop()
+            width += before_width * factor * factor
+            rise += before_rise * factor
+        pieces.append((width, rise, end))
+    return sum(rise * rise / width for width, rise, _ in pieces)
 
 
 def learn_unlearn_mu_squared(
