@@ -182,9 +182,10 @@ def test_the_scrub_teacher_is_the_model_before():
     assert close(model, net())
 
 
-def test_ssd_dampens_by_the_ratio_of_importances():
+@pytest.mark.parametrize("selection, dampening", [(0.9, 0.5), (0.5, 1.5)])
+def test_ssd_dampens_by_the_ratio_of_importances(selection, dampening):
     retain, forget = [batch(5, 1), batch(5, 2)], [batch(4, 3)]
-    method = SSD(selection_weight=0.9, dampening=0.5)
+    method = SSD(selection, dampening)
     model, num_steps = run(method, retain, forget, 100)
     assert num_steps == 1
     start = net()
@@ -211,8 +212,8 @@ def test_ssd_dampens_by_the_ratio_of_importances():
     ):
         expected = b.detach().clone()
         for i in np.ndindex(*b.shape):
-            if f[i] > 0.9 * d[i]:
-                expected[i] *= min(0.5 * (d[i] / f[i]).item(), 1.0)
+            if f[i] > selection * d[i]:
+                expected[i] *= min(dampening * (d[i] / f[i]).item(), 1.0)
                 touched += 1
         torch.testing.assert_close(a.detach(), expected)
     assert 0 < touched < sum(p.numel() for p in start.parameters())
