@@ -161,8 +161,8 @@ def _integer_sum(ratios: Array, q: float, order: int) -> Array:
     large = power > 30
     with np.errstate(divide="ignore"):
         small = np.log(np.expm1(np.where(large, 30.0, power)))
-    log_grown = np.where(large, power + np.log1p(-np.exp(-power)), small)
-    terms = log_weight + log_grown
+    big = power + np.log1p(-np.exp(-np.maximum(power, 30.0)))
+    terms = log_weight + np.where(large, big, small)
     top = terms.max(axis=1)
     with np.errstate(invalid="ignore"):
         total = top + np.log(np.exp(terms - top[:, None]).sum(axis=1))

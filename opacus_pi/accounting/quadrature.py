@@ -63,7 +63,7 @@ def _peaks_apart(ratios: Array, q: float, orders: Array) -> NDArray[np.bool_]:
 
 def _two_peaks(ratios: Array, q: float, b: float) -> Array:
     """The two peaks' closed forms: E[psi] = psi(-q) + q·((e^X - 1)/b - 1)."""
-    near = _psi(np.array(-q), np.array(math.log1p(-q)), b)
+    near = _psi(np.array([-q]), np.array([math.log1p(-q)]), b)
     slope = math.log(q) + (1 + b) * ratios**2 / 2  # X = b·slope
     if b == 0:
         return near + q * (slope - 1)
