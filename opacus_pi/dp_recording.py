@@ -5,6 +5,7 @@ it do its work and then reads: the norms of the rows that entered the update, an
 the noise is drawn, how much noise it was.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,20 @@ from opacus_pi.attribution import Tracker
 from opacus_pi.class_swap import swap_class
 from opacus_pi.grad_sample import grad_sample_norms
 from opacus_pi.recorder import Recorder
+
+_STALE_NORMS = (
+    "Ghost clipping used a layer's gradient norms of an earlier batch again (a layer "
+    "that was not used, or a Linear layer given a four-dimensional input). Use "
+    'grad_sample_mode="hooks".'
+)
+_TWO_BACKWARD_PASSES = (
+    "Two backward passes preceded one optimizer.step(): ghost clipping keeps only the "
+    'last batch. Step after each backward pass, or use grad_sample_mode="hooks".'
+)
+_TWO_CLIP_NORMS = (
+    "with ghost clipping a clip scheduler does not reach the model. Use "
+    'grad_sample_mode="hooks".'
+)
 
 
 def noise_std_of(optimizer: DPOptimizer) -> float:
@@ -58,6 +73,7 @@ class PrivateRun:
     superseded: bool = False
     entered: list[np.ndarray] = field(default_factory=list)
     batch_norms: list[nn.Module] = field(init=False)
+    _update: dict[str, float] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.batch_norms = refusals.batch_norms(self.hooks)
@@ -71,30 +87,45 @@ class PrivateRun:
         if len(known) and not self.superseded:
             self.recorder.observe(torch.from_numpy(rows[known]), norms)
 
-    def commit(self, optimizer: DPOptimizer) -> None:
-        """The noise of an update was drawn."""
+    def drawn(self, optimizer: DPOptimizer) -> None:
+        """The noise of an update was drawn; its settings may change before it ends."""
+        self.commit()
+        self._update = {
+            "noise_std": noise_std_of(optimizer),
+            "max_grad_norm": float(optimizer.max_grad_norm),
+            "sample_rate": min(
+                1.0, self.sample_rate * optimizer.accumulated_iterations
+            ),
+        }
+
+    def commit(self) -> None:
+        """The weights were updated, if noise was drawn for it."""
+        update, self._update = self._update, None
+        if update is None:
+            return
         entered, self.entered = self.entered, []
+        for reason in self._reasons(entered):
+            self.recorder.refuse(reason)
+        if not self.superseded:
+            self.recorder.step(**update)
+
+    def _reasons(self, entered: list[np.ndarray]) -> Iterator[str]:
+        """Why an update that these examples entered cannot be accounted."""
         if self.superseded:
-            self.recorder.refuse(
+            yield (
                 "An optimizer of an earlier make_private call was used after a later "
                 "one: the ledger holds one run. Use one PrivacyEngine for each run."
             )
-            return
         mixed = refusals.batch_statistics(self.batch_norms)
         if mixed:
-            self.recorder.refuse(mixed)
+            yield mixed
         everyone = np.concatenate([np.empty(0, np.int64), *entered])
         if len(np.unique(everyone)) < len(everyone):
-            self.recorder.refuse(
+            yield (
                 "An example entered one update more than once, so max_grad_norm does "
                 "not bound what it contributes. Draw each example at most once per "
                 "optimizer.step()."
             )
-        self.recorder.step(
-            noise_std=noise_std_of(optimizer),
-            max_grad_norm=float(optimizer.max_grad_norm),
-            sample_rate=min(1.0, self.sample_rate * optimizer.accumulated_iterations),
-        )
 
 
 def record(optimizer: DPOptimizer, run: PrivateRun) -> DPOptimizer:
@@ -113,27 +144,36 @@ def record(optimizer: DPOptimizer, run: PrivateRun) -> DPOptimizer:
     return optimizer
 
 
+def _reporting_updates(base: type) -> type:
+    """An optimizer that reports its noise, and the end of each update."""
+
+    class Reporting(base):
+        def add_noise(self) -> None:  # once per update, and not when it is put off
+            super().add_noise()
+            self._pi_run.drawn(self)
+
+        def step(self, *args: Any, **options: Any) -> float | None:
+            result = super().step(*args, **options)
+            self._pi_run.commit()
+            return result
+
+    return Reporting
+
+
 def _from_grad_samples(base: type) -> type:
     """An optimizer that clips per-example gradients: hooks, functorch, ew, no_op."""
 
-    class Recording(base):
-        def clip_and_accumulate(self) -> None:
+    class Recording(_reporting_updates(base)):
+        def clip_and_accumulate(self) -> None:  # once for each batch that enters
             super().clip_and_accumulate()
-            run, parameters = self._pi_run, self.params
-            passes = [_as_list(p.grad_sample) for p in parameters]
-            rows = run.tracker.attribute([len(g) for g in passes[0]])
-            norms = [
-                grad_sample_norms(of_pass) for of_pass in zip(*passes, strict=True)
-            ]
-            run.observe(rows, torch.cat(norms))
+            first = self.params[0].grad_sample
+            passes = first if isinstance(first, list) else [first]
+            rows = self._pi_run.tracker.attribute([len(g) for g in passes])
+            self._pi_run.observe(rows, grad_sample_norms(self.grad_samples))
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
             self._pi_run.tracker.discard()
             super().zero_grad(*args, **options)
-
-        def add_noise(self) -> None:  # once per update, and not when it is put off
-            super().add_noise()
-            self._pi_run.commit(self)
 
     return Recording
 
@@ -141,57 +181,42 @@ def _from_grad_samples(base: type) -> type:
 def _from_norms(base: type) -> type:
     """An optimizer of ghost clipping: the model clips and keeps the norms."""
 
-    class Recording(base):
+    class Recording(_reporting_updates(base)):
         _pi_norms: Tensor | None = None
         _pi_of_parameters: tuple = ()
 
         def accumulate(self) -> None:  # once for each physical batch that enters
             super().accumulate()
-            run = self._pi_run
-            norms = run.hooks._per_sample_gradient_norms
+            norms = self._pi_run.hooks._per_sample_gradient_norms
             if norms is not None and norms is not self._pi_norms:
                 self._pi_norms = norms
                 self._pi_check_fresh()
-                rows = run.tracker.attribute([len(norms)], clipped_only=True)
-                run.observe(rows, norms.detach())
+                tracker = self._pi_run.tracker
+                rows = tracker.attribute([len(norms)], clipped_only=True)
+                self._pi_run.observe(rows, norms.detach())
 
         def _pi_check_fresh(self) -> None:
             """Refuse norms that the last backward pass did not compute."""
             now = tuple(getattr(p, "_norm_sample", None) for p in self.params)
             before, self._pi_of_parameters = self._pi_of_parameters, now
             if any(a is not None and a is b for a, b in zip(now, before, strict=False)):
-                self._pi_run.recorder.refuse(
-                    "Ghost clipping used a layer's gradient norms of an earlier batch "
-                    "again (a layer that was not used, or a Linear layer given a "
-                    'four-dimensional input). Use grad_sample_mode="hooks".'
-                )
+                self._pi_run.recorder.refuse(_STALE_NORMS)
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
-            run = self._pi_run
-            again = run.tracker.is_half_clipped()
-            if run.tracker.discard(clipped_only=True) and again:
-                run.recorder.refuse(
-                    "Two backward passes preceded one optimizer.step(): ghost clipping "
-                    "keeps only the last batch. Step after each backward pass, or use "
-                    'grad_sample_mode="hooks".'
-                )
+            tracker = self._pi_run.tracker
+            again = tracker.is_half_clipped()
+            if tracker.discard(clipped_only=True) and again:
+                self._pi_run.recorder.refuse(_TWO_BACKWARD_PASSES)
             super().zero_grad(*args, **options)
 
         def add_noise(self) -> None:
-            super().add_noise()
-            run = self._pi_run
-            if float(run.hooks.max_grad_norm) != float(self.max_grad_norm):
-                run.recorder.refuse(
-                    f"Gradients were clipped to {float(run.hooks.max_grad_norm):g} and "
-                    f"noised for {float(self.max_grad_norm):g}: with ghost clipping a "
-                    "grad_clip_scheduler does not reach the model. Use "
-                    'grad_sample_mode="hooks".'
+            clipped_to = float(self._pi_run.hooks.max_grad_norm)
+            noised_for = float(self.max_grad_norm)
+            if clipped_to != noised_for:
+                self._pi_run.recorder.refuse(
+                    f"Gradients were clipped to {clipped_to:g} and noised for "
+                    f"{noised_for:g}: {_TWO_CLIP_NORMS}"
                 )
-            run.commit(self)
+            super().add_noise()
 
     return Recording
-
-
-def _as_list(grad_sample: Tensor | list[Tensor]) -> list[Tensor]:
-    """Per-example gradients of each backward pass."""
-    return grad_sample if isinstance(grad_sample, list) else [grad_sample]

@@ -21,6 +21,8 @@ class EngineReadings:
     recorder: Recorder
     accountant: IAccountant
     _tracker: Tracker
+    _is_private: bool
+    _earlier_steps: int
 
     @property
     def module(self) -> nn.Module:
@@ -92,19 +94,23 @@ class EngineReadings:
         ledger = self._whole_ledger()
         values = accounting.epsilons(ledger, delta)
         mechanism = ledger.mechanism
-        counted = num_steps_of(self.accountant) == mechanism.num_steps
-        if mechanism.sampling == "poisson" and counted:
+        counted = num_steps_of(self.accountant)
+        if mechanism.sampling == "poisson" and counted == mechanism.num_steps:
             values = np.minimum(values, max(0.0, self.get_epsilon(delta)))
         return values
 
     def _whole_ledger(self) -> GradNormLedger:
-        """The ledger, if it holds every update that the accountant has counted."""
-        ledger, counted = self.ledger, num_steps_of(self.accountant)
-        if counted > ledger.mechanism.num_steps:
+        """The ledger, if it holds every update that was made or counted."""
+        ledger = self.ledger
+        recorded = ledger.mechanism.num_steps
+        counted = num_steps_of(self.accountant)
+        others = self._earlier_steps + counted - (recorded if self._is_private else 0)
+        if others > 0:
             raise AccountingError(
-                f"The accountant has counted {counted} updates, the ledger "
-                f"{ledger.mechanism.num_steps}: an earlier make_private call or a "
-                "checkpoint without a ledger came before. Use one engine for each run "
-                "and resume from its own checkpoints; engine.ledger holds the rest."
+                f"The ledger holds {recorded} updates, but there were others: the "
+                f"accountant has counted {counted}, and {self._earlier_steps} were "
+                "recorded before the last make_private or make_monitored call. Use one "
+                "engine for each run, and resume from its own checkpoints; "
+                "engine.ledger holds what was recorded last."
             )
         return ledger

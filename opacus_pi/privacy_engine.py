@@ -78,7 +78,8 @@ class PerInstanceMixin(EngineReadings):
         self._module: Callable[[], nn.Module | None] = _nothing
         self._run: Callable[[], PrivateRun | None] = _nothing
         self._preparing: PrivateRun | None = None
-        self._begun = False
+        self._begun = self._is_private = False
+        self._earlier_steps = 0
         self._reasons: list[str] = []
         watch_memory_manager()
 
@@ -113,6 +114,7 @@ class PerInstanceMixin(EngineReadings):
 
         Source: paper, section 5.1 and Appendix D.
         """
+        earlier_steps = self.recorder.num_steps
         if self._default_recorder and self.recorder.mode != "swept":
             self.recorder = Recorder("swept")
         tracker = self._new_tracker()
@@ -127,7 +129,7 @@ class PerInstanceMixin(EngineReadings):
             poisson_sampling=poisson_sampling,
             **options,
         )
-        self._adopt(tracker, module, _nothing)
+        self._adopt(tracker, module, _nothing, earlier_steps)
         return made
 
     def _new_tracker(self, *, batch_first: bool = True) -> Tracker:
@@ -136,14 +138,20 @@ class PerInstanceMixin(EngineReadings):
         return Tracker(verify=verify, strict=strict, batch_first=batch_first)
 
     def _adopt(
-        self, tracker: Tracker, module: nn.Module, run: Callable[[], PrivateRun | None]
+        self,
+        tracker: Tracker,
+        module: nn.Module,
+        run: Callable[[], PrivateRun | None],
+        earlier_steps: int,
     ) -> None:
         """Make a run that was prepared the one that is recorded."""
+        if self.recorder.num_steps < earlier_steps:  # begun anew, not resumed
+            self._earlier_steps += earlier_steps
         earlier = self._run()
         if earlier is not None:
             earlier.superseded = True
         self._tracker, self._module, self._run = tracker, weakref.ref(module), run
-        self._begun = True
+        self._begun, self._is_private = True, run is not _nothing
         reasons, self._reasons = self._reasons, []
         for reason in reasons:
             self.recorder.refuse(reason)
@@ -200,6 +208,7 @@ class PerInstanceMixin(EngineReadings):
         data_set, module = loader.dataset, run.hooks._module
         poisson, trained = refusals.is_poisson(loader), weakref.ref(module)
         collate_fn = refusals.own_collate_fn(loader)
+        earlier_steps = recorder.num_steps
         try:
             recorder.begin(
                 num_examples=len(data_set),
@@ -220,7 +229,7 @@ class PerInstanceMixin(EngineReadings):
         schedule = None if poisson else refusals.unknown_schedule(loader)
         reasons = [refusals.clipping_without_effect(self), schedule]
         self._reasons += [reason for reason in reasons if reason]
-        self._adopt(run.tracker, module, weakref.ref(run))
+        self._adopt(run.tracker, module, weakref.ref(run), earlier_steps)
         if isinstance(self.accountant, PerInstanceAccountant):
             self.accountant.follow(recorder)
 

@@ -1,0 +1,473 @@
+import gc
+import math
+
+import numpy as np
+import opacus
+import pytest
+import torch
+from opacus.accountants import RDPAccountant
+from opacus.schedulers import ExponentialGradClip, ExponentialNoise
+from opacus.validators.errors import UnsupportedModuleError
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from opacus_pi.accounting import fingerprint, worst_case_loss
+from opacus_pi.gradients import sweep
+from opacus_pi.privacy_engine import PerInstanceMixin, PrivacyEngine
+from opacus_pi.recorder import AccountingError, Recorder
+from tests.private_training import ADAPTIVE, Log, Net, Training, data, one_at_a_time
+
+NUM_PARAMETERS = 6
+CLIPPINGS = {
+    "flat": {"max_grad_norm": 0.7},
+    "per_layer": {"max_grad_norm": [0.3] * NUM_PARAMETERS},
+    "adaptive": {"max_grad_norm": 0.7, **ADAPTIVE},
+}
+COMBINATIONS = [
+    (mode, clipping, reduction, poisson, managed)
+    for mode in ("hooks", "functorch", "ew", "ghost")
+    for clipping in CLIPPINGS
+    for reduction in ("mean", "sum")
+    for poisson in (True, False)
+    for managed in (True, False)
+    if clipping == "flat" or mode in ("hooks", "functorch")
+]
+
+
+def describe(value):
+    return {True: "yes", False: "no"}.get(value, value)
+
+
+@pytest.mark.parametrize(
+    "mode,clipping,reduction,poisson,managed", COMBINATIONS, ids=describe
+)
+def test_norms_and_noise_are_those_of_the_update(
+    mode, clipping, reduction, poisson, managed
+):
+    training = Training(
+        grad_sample_mode=mode,
+        clipping=clipping,
+        loss_reduction=reduction,
+        poisson_sampling=poisson,
+        batch_size=12,  # so that Opacus meets no empty batch
+        lr=0.05,
+        **CLIPPINGS[clipping],
+    )
+    truth, clip_norms = [], []
+
+    def note(x, y):
+        truth.extend(one_at_a_time(training.plain_copy(), x, y))
+        clip_norms.append(float(training.optimizer.max_grad_norm))
+
+    for _ in training.memory_managed(5) if managed else [0]:
+        training.train(3, before_batch=note)
+    log = training.recorder
+    np.testing.assert_allclose([norm for _, norm in log.observed], truth, rtol=1e-5)
+    indices = [index for index, _ in log.observed]
+    assert len(indices) == len(truth) > 24
+    counts = training.engine.attribution
+    assert counts["by_storage"] == len(truth) == sum(counts.values())
+
+    assert len(log.updates) == 6  # physical batches are no updates
+    multiplier = 1.0 if clipping != "adaptive" else (1 - 1 / 16) ** -0.5
+    for update in log.updates:
+        clip = update["max_grad_norm"]
+        assert update["noise_std"] == pytest.approx(multiplier * clip, rel=1e-6)
+        assert update["sample_rate"] == 0.5
+        assert any(clip == seen for seen in clip_norms)
+    if clipping == "per_layer":
+        assert clip_norms[0] == pytest.approx(0.3 * math.sqrt(NUM_PARAMETERS))
+    if clipping == "adaptive":
+        assert len(set(clip_norms)) > 1
+    ledger = training.engine.ledger
+    assert ledger.num_rows == 3 and ledger.source == "observed"
+    assert ledger.mechanism.sampling == ("poisson" if poisson else "fixed")
+    assert ledger.data_set == fingerprint(training.data_set)
+
+
+def test_frozen_parameters_do_not_count():
+    net = Net()
+    net.conv.requires_grad_(False)
+    training, truth = Training(module=net), []
+
+    def note(x, y):
+        fresh = training.plain_copy()
+        fresh.conv.requires_grad_(False)
+        truth.extend(one_at_a_time(fresh, x, y))
+
+    training.train(1, before_batch=note)
+    seen = [norm for _, norm in training.recorder.observed]
+    np.testing.assert_allclose(seen, truth, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
+def test_without_wrapping_the_model(mode):
+    training = Training(wrap_model=False, grad_sample_mode=mode, batch_size=12)
+    truth = []
+    training.train(
+        1,
+        before_batch=lambda x, y: truth.extend(
+            one_at_a_time(training.plain_copy(), x, y)
+        ),
+    )
+    seen = [norm for _, norm in training.recorder.observed]
+    np.testing.assert_allclose(seen, truth, rtol=1e-5)
+
+
+def test_accumulated_batches_are_one_update_at_their_joint_rate():
+    training = Training(poisson_sampling=False)
+    training.optimizer.zero_grad()
+    for x, y in training.loader:
+        training.criterion(training.model(x), y).backward()
+    training.optimizer.step()
+    assert sorted(i for i, _ in training.recorder.observed) == list(range(24))
+    assert [u["sample_rate"] for u in training.recorder.updates] == [1.0]
+
+
+def test_empty_batches_are_updates_without_rows():
+    training = Training(batch_size=1).train(2)
+    assert len(training.recorder.updates) == 48
+    sizes = len(training.recorder.observed)
+    assert 0 < sizes and training.engine.attribution["unattributed"] == 0
+    assert training.engine.ledger.mechanism.num_steps == 48
+
+
+def test_schedulers_are_recorded_as_they_were_used():
+    training = Training(noise_multiplier=2.0, batch_size=12)
+    noise = ExponentialNoise(training.optimizer, gamma=0.5)
+    clip = ExponentialGradClip(training.optimizer, gamma=0.1)
+    for _ in range(3):
+        training.train(1)
+        noise.step()
+        clip.step()
+    used = [(u["noise_std"], u["max_grad_norm"]) for u in training.recorder.updates]
+    expected = [(2.0 * 0.5**k * 0.1**k, 0.1**k) for k in (0, 0, 1, 1, 2, 2)]
+    np.testing.assert_allclose(used, expected, rtol=1e-12)
+
+
+def test_worst_case_is_opacus_own_rdp():
+    training = Training(max_grad_norm=1e-3, noise_multiplier=0.8).train(3)
+    engine, ledger = training.engine, training.engine.ledger
+    assert np.nanmin(ledger.grad_norms) > 1e-3  # every gradient is clipped
+    history = engine.accountant.history
+    for order in (2, 3, 8, 32):
+        rdp = sum(
+            opacus.accountants.analysis.rdp.compute_rdp(
+                q=rate, noise_multiplier=noise, steps=steps, orders=[order]
+            )[0]
+            for noise, rate, steps in history
+        )
+        np.testing.assert_allclose(
+            worst_case_loss(ledger.mechanism, order), rdp, rtol=1e-9
+        )
+        np.testing.assert_allclose(engine.privacy_losses(order), rdp, rtol=1e-9)
+
+
+@pytest.mark.parametrize("accountant", ["rdp", "prv", "gdp", "per_instance"])
+@pytest.mark.parametrize("noise", [0.6, 3.0])
+def test_no_example_costs_more_than_the_worst_case(accountant, noise):
+    training = Training(accountant=accountant, noise_multiplier=noise, batch_size=4)
+    engine = training.train(2).engine
+    bound = max(0.0, engine.get_epsilon(1e-3))
+    values = engine.epsilons(1e-3)
+    assert values.shape == (24,) and values.dtype == np.float64
+    assert values.max() <= bound and values.min() >= 0
+
+
+def test_easy_examples_cost_less():
+    training = Training(max_grad_norm=5.0, noise_multiplier=0.5, batch_size=12)
+    engine = training.train(4).engine
+    losses = engine.privacy_losses(8)
+    norms = np.nanmean(engine.ledger.grad_norms, axis=0)
+    assert losses[norms.argmin()] < losses[norms.argmax()]
+
+
+def test_fixed_sampling_is_not_capped_by_a_number_that_assumes_poisson():
+    training = Training(poisson_sampling=False, noise_multiplier=3.0, batch_size=4)
+    engine = training.train(3).engine
+    assert engine.epsilons(1e-3).max() > engine.get_epsilon(1e-3)
+
+
+def test_make_private_with_epsilon():
+    torch.manual_seed(0)
+    net, engine = Net(), PrivacyEngine(accountant="rdp")
+    _, optimizer, loader = engine.make_private_with_epsilon(
+        module=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        data_loader=DataLoader(data(), batch_size=12),
+        target_epsilon=5.0,
+        target_delta=1e-3,
+        epochs=1,
+        max_grad_norm=1.0,
+    )
+    for x, y in loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    assert engine.ledger.mechanism.noise_std == optimizer.noise_multiplier
+    assert engine.epsilons(1e-3).max() <= 5.0
+
+
+def test_swept_rows_are_the_sweeps_and_leave_no_trace():
+    recorder = Recorder("swept", criterion=nn.CrossEntropyLoss())
+    swept = Training(recorder=recorder, grad_sample_mode="hooks").train(2)
+    plain = Training(engine=opacus.PrivacyEngine(accountant="rdp")).train(2)
+    for a, b in zip(swept.net.parameters(), plain.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+    ledger = swept.engine.ledger
+    assert ledger.source == "swept" and ledger.num_rows == 2
+    now = sweep(swept.plain_copy(), nn.CrossEntropyLoss(), data())
+    np.testing.assert_allclose(ledger.grad_norms[-1], now.grad_norms, rtol=1e-5)
+
+
+def test_a_swept_recorder_needs_a_criterion_before_anything_is_wrapped():
+    net = Net()
+    with pytest.raises(ValueError, match=r"Recorder\(criterion=\.\.\.\)"):
+        Training(module=net, recorder=Recorder("swept"))
+    assert not net._forward_hooks and not hasattr(net, "autograd_grad_sample_hooks")
+
+
+def test_weights_of_the_rows_are_kept(tmp_path):
+    Training(recorder=Recorder(weights_dir=tmp_path)).train(2)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_the_engine_knows_the_users_module_weakly():
+    training = Training()
+    engine = training.engine
+    assert engine.module is training.net
+    del training
+    gc.collect()
+    with pytest.raises(AccountingError, match="keep the model"):
+        _ = engine.module
+
+
+def test_before_anything_is_prepared():
+    engine = PrivacyEngine()
+    assert sum(engine.attribution.values()) == 0
+    for ask in (
+        lambda: engine.ledger,
+        lambda: engine.module,
+        lambda: engine.privacy_losses(2),
+        lambda: engine.epsilons(1e-5),
+    ):
+        with pytest.raises(AccountingError, match="make_private"):
+            ask()
+
+
+# ------------------------------------------------- trained as by Opacus, not accounted
+def refused(training, match):
+    for ask in (
+        lambda: training.engine.ledger,
+        lambda: training.engine.privacy_losses(2),
+        lambda: training.engine.epsilons(1e-3),
+    ):
+        with pytest.raises(AccountingError, match=match):
+            ask()
+    assert training.engine.get_epsilon(1e-3) > 0  # Opacus's own number stays
+
+
+def test_ghost_clipping_with_a_clip_scheduler():
+    training = Training(grad_sample_mode="ghost", batch_size=12).train(1)
+    assert training.engine.ledger.num_rows == 1
+    scheduler = ExponentialGradClip(training.optimizer, gamma=0.1)
+    scheduler.step()
+    training.train(1)
+    refused(training, "clipped to 1 and noised for 0.1")
+
+
+def test_ghost_clipping_with_two_backward_passes():
+    training = Training(grad_sample_mode="ghost", poisson_sampling=False)
+    batches = list(training.loader)
+    training.optimizer.zero_grad()
+    for x, y in batches[:2]:
+        training.criterion(training.model(x), y).backward()
+    training.optimizer.step()
+    refused(training, "Two backward passes")
+
+
+def test_ghost_clipping_after_gradients_were_discarded_on_purpose():
+    training = Training(grad_sample_mode="ghost", poisson_sampling=False)
+    batches = list(training.loader)
+    training.criterion(training.model(batches[0][0]), batches[0][1]).backward()
+    training.optimizer.zero_grad()
+    training.batch(*batches[1])
+    assert training.engine.ledger.num_rows == 1
+    assert len(training.recorder.observed) == len(batches[1][0])
+
+
+def test_ghost_clipping_with_norms_of_an_earlier_batch():
+    class Reshaping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.out, self.four = nn.Linear(3, 2), nn.Linear(8, 3), False
+
+        def forward(self, x):
+            shape = (-1, 4, 1, 3) if self.four else (-1, 4, 3)
+            return self.out(self.first(x.reshape(shape)).flatten(1))
+
+    net = Reshaping()
+    training = Training(
+        module=net, grad_sample_mode="ghost", poisson_sampling=False
+    ).train(1)
+    assert training.engine.ledger.num_rows == 1
+    net.four = True
+    training.batch(*next(iter(training.loader)))  # the next batch is an error
+    refused(training, "earlier batch")
+
+
+class Mixing(nn.Module):
+    """A frozen BatchNorm, which Opacus accepts in training mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.BatchNorm1d(2), nn.Linear(12, 3)
+        self.norm.requires_grad_(False)
+
+    def forward(self, x):
+        return self.out(self.norm(x).flatten(1))
+
+
+def test_frozen_batch_norm_in_training_mode():
+    refused(Training(module=Mixing(), batch_size=12).train(1), "BatchNorm")
+
+
+def test_frozen_batch_norm_in_evaluation_mode():
+    net = Mixing()
+    net.norm.eval()
+    training = Training(module=net, batch_size=12).train(1)
+    assert training.engine.ledger.num_rows == 1
+    training.model.train()
+    training.train(1)
+    refused(training, "BatchNorm")
+
+
+def test_an_example_drawn_twice_for_one_update():
+    training = Training(poisson_sampling=False)
+    x, y = next(iter(training.loader))
+    training.optimizer.zero_grad()
+    for _ in range(2):
+        training.criterion(training.model(x), y).backward()
+    training.optimizer.step()
+    refused(training, "more than once")
+
+
+def test_adaptive_ghost_clipping_of_opacus():
+    from opacus.utils.adaptive_clipping import adaptive_clipping_utils
+
+    class Engine(
+        PerInstanceMixin, adaptive_clipping_utils.PrivacyEngineAdaptiveClipping
+    ):
+        pass
+
+    engine = Engine(accountant="rdp", recorder=Log())
+    training = Training(engine=engine, grad_sample_mode="ghost", batch_size=24)
+    training.recorder = engine.recorder
+    training.train(1)
+    refused(training, "does not clip")
+
+
+class Endless(IterableDataset):
+    def __init__(self):
+        self.pairs = list(data())
+
+    def __iter__(self):
+        return iter(self.pairs)
+
+    def __len__(self):
+        return len(self.pairs)
+
+
+def test_iterable_data_set():
+    loader = DataLoader(Endless(), batch_size=6)
+    training = Training(loader=loader, data_set=loader.dataset, poisson_sampling=False)
+    with pytest.warns(UserWarning, match="map-style"):
+        training.train(1)
+    refused(training, "iterable")
+    assert training.engine.attribution["unattributed"] == 24
+
+
+def test_iterable_data_set_without_length():
+    class Stream(Endless):
+        __len__ = None
+
+    loader = DataLoader(Stream(), batch_size=6)
+    with pytest.raises(TypeError) as ours:
+        Training(loader=loader, poisson_sampling=False)
+    with pytest.raises(TypeError) as opacus_s:
+        engine = opacus.PrivacyEngine()
+        Training(loader=loader, poisson_sampling=False, engine=engine)
+    assert str(ours.value) == str(opacus_s.value)
+
+
+def test_training_diverged():
+    training = Training(batch_size=12)
+    with torch.no_grad():
+        training.net.out.weight.fill_(float("nan"))
+    refused(training.train(1), "diverged")
+
+
+def test_strict_refuses_at_once():
+    recorder = Recorder(strict=True)
+    net = Mixing()
+    net.norm.eval()
+    training = Training(module=net, recorder=recorder, batch_size=12).train(1)
+    training.model.train()
+    with pytest.raises(AccountingError, match="BatchNorm"):
+        training.train(1)
+
+
+def test_a_second_run_starts_a_new_ledger_and_does_not_hide_the_first():
+    first = Training(batch_size=12).train(2)
+    second = Training(engine=first.engine, batch_size=12).train(1)
+    assert second.engine.ledger.mechanism.num_steps == 2
+    with pytest.raises(AccountingError, match="holds 2 updates.*others"):
+        second.engine.privacy_losses(2)
+    first.train(1)
+    with pytest.raises(AccountingError, match="one PrivacyEngine for each run"):
+        _ = second.engine.ledger
+
+
+def test_batch_norm_is_rejected_by_opacus_with_a_way_to_go_on():
+    def with_batch_norm():
+        return nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Flatten())
+
+    with pytest.raises(UnsupportedModuleError) as ours:
+        Training(module=with_batch_norm())
+    with pytest.raises(UnsupportedModuleError) as opacus_s:
+        Training(module=with_batch_norm(), engine=opacus.PrivacyEngine())
+    assert type(ours.value) is type(opacus_s.value)
+    notes = " ".join(getattr(ours.value, "__notes__", map(str, ours.value.args)))
+    assert "make_monitored" in notes and "ModuleValidator.fix" in notes
+
+
+def test_monitored_training_from_an_engine():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(16, 3)
+    )
+    engine = PrivacyEngine()
+    criterion = nn.CrossEntropyLoss()
+    model, optimizer, loader = engine.make_monitored(
+        module=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        data_loader=DataLoader(data(), batch_size=12),
+        noise_std=0.1,
+        criterion=criterion,
+    )
+    assert model is net and engine.module is net
+    for x, y in loader:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    ledger = engine.ledger
+    assert ledger.source == "swept" and not np.isnan(ledger.grad_norms).any()
+    assert engine.privacy_losses(4).shape == (24,)
+    assert engine.epsilons(1e-3).max() > 0
+
+
+def test_the_accountants_history_is_opacus_own():
+    ours = Training().train(2).engine.accountant
+    assert isinstance(ours, RDPAccountant)
+    other = Training(engine=opacus.PrivacyEngine(accountant="rdp")).train(2)
+    assert ours.history == other.engine.accountant.history
