@@ -71,32 +71,36 @@ def shifted_mu_squared(
         c, d, s = c[constant[-1] :], d[constant[-1] :], s[constant[-1] :]
     rises = np.append(d[0] + c[0] * initial_distance, d[1:])
     stretch = np.concatenate([[0.0], np.cumsum(np.log(c[1:]))])
-    return _minorant_energy(s, rises, stretch)
+    return _minorant_energy(np.log(s) - 2 * stretch, rises / np.sqrt(s))
 
 
 def _minorant_energy(
-    widths: NDArray[np.float64],
-    rises: NDArray[np.float64],
-    log_scale: NDArray[np.float64],
+    log_widths: NDArray[np.float64], roots: NDArray[np.float64]
 ) -> float:
     """∫ slope² of the greatest convex minorant of a path, from its increments.
 
-    Neighbouring pieces whose slopes fall are joined. A piece is kept in units of its
-    own end, so that neither long contractions nor expansions leave float64's range.
+    Neighbouring pieces whose slopes fall are joined. A piece is the logarithm of its
+    width and the root of its energy, rise/√width: neither long contractions nor
+    expansions leave float64's range.
     """
-    pieces: list[tuple[float, float, float]] = []
-    for piece in zip(widths.tolist(), rises.tolist(), log_scale.tolist(), strict=True):
-        width, rise, end = piece
+    pieces: list[tuple[float, float]] = []
+    for piece in zip(log_widths.tolist(), roots.tolist(), strict=True):
+        width, root = piece
         while pieces:
-            before_width, before_rise, before_end = pieces[-1]
-            factor = math.exp(end - before_end)
-            if before_rise * width < rise * before_width * factor:
+            before, before_root = pieces[-1]
+            half = (width - before) / 2
+            if before_root * math.exp(min(half, 0.0)) < root * math.exp(
+                min(-half, 0.0)
+            ):
                 break
             pieces.pop()
-            width += before_width * factor * factor
-            rise += before_rise * factor
-        pieces.append((width, rise, end))
-    return sum(rise * rise / width for width, rise, _ in pieces)
+            joint = float(np.logaddexp(before, width))
+            root = before_root * math.exp((before - joint) / 2) + root * math.exp(
+                (width - joint) / 2
+            )
+            width = joint
+        pieces.append((width, root))
+    return sum(root * root for _, root in pieces)
 
 
 def learn_unlearn_mu_squared(

@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -116,4 +114,14 @@ def test_bad_input(call, message):
 
 def test_no_distance_costs_nothing():
     assert shifted_mu_squared([1.0], [0.0], [1.0]) == 0
-    assert math.isfinite(shifted_mu_squared([5.0] * 300, [1.0] * 300, [1.0] * 300))
+
+
+def test_expanding_maps_stay_in_range():
+    """The distance is paid where it arises: later it only grows."""
+    steps = np.ones(5000)
+    once = np.r_[0.3, np.zeros(4999)]
+    for c in (1.2, 5.0):
+        value = shifted_mu_squared(c * steps, once, 0.5 * steps)
+        # Step t weighs c^(−2t): the minimum spreads the payment accordingly.
+        expected = 0.3**2 / (0.5 / (1 - c**-2))
+        assert value == pytest.approx(expected, rel=1e-12)
