@@ -4,9 +4,10 @@ Each metric is a pure function of arrays or models; none knows an unlearning met
 """
 
 from opacus_pi.evaluation.accuracies import accuracy, unlearning_accuracy
+from opacus_pi.evaluation.activations import activation_matching
 from opacus_pi.evaluation.barriers import loss_barrier, path_losses
 from opacus_pi.evaluation.gus import GaussianPoison, gaussian_unlearning_score
-from opacus_pi.evaluation.matching import activation_matching, weight_matching
+from opacus_pi.evaluation.matching import weight_matching
 from opacus_pi.evaluation.membership import MembershipInference, membership_inference
 from opacus_pi.evaluation.oracle import OracleCache
 from opacus_pi.evaluation.permutations import (

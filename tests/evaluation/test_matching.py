@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from opacus_pi.evaluation.activations import activation_matching
 from opacus_pi.evaluation.barriers import loss_barrier
-from opacus_pi.evaluation.matching import activation_matching, weight_matching
+from opacus_pi.evaluation.matching import weight_matching
 from opacus_pi.evaluation.permutations import apply_permutation, permutation_spec
 from tests.evaluation.networks import NETWORKS, build, mlp, resnet18_gn, vgg, vit
 
