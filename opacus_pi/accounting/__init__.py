@@ -1,9 +1,21 @@
 """Rényi accounting: what each example of a training run costs, from gradient norms."""
 
+from opacus_pi.accounting.constants import logistic_constants, ridge_constants
 from opacus_pi.accounting.conversion import rdp_to_delta, rdp_to_epsilon
 from opacus_pi.accounting.epsilon import epsilons
 from opacus_pi.accounting.fingerprint import fingerprint
+from opacus_pi.accounting.gram_ledger import GramLedger
+from opacus_pi.accounting.group import group_divergence, theorem_b1_estimates
+from opacus_pi.accounting.langevin import (
+    UnlearningBound,
+    steps_to_rewind,
+    steps_to_unlearn,
+    symmetric_bound,
+    unlearning_divergence,
+)
+from opacus_pi.accounting.learning_phase import contractive_divergence
 from opacus_pi.accounting.ledger import GradNormLedger, fill_unobserved
+from opacus_pi.accounting.lsi import lsi_track
 from opacus_pi.accounting.mechanism import NoisySGD
 from opacus_pi.accounting.moments import log_moment, renyi_divergence
 from opacus_pi.accounting.privacy_loss import (
@@ -12,19 +24,36 @@ from opacus_pi.accounting.privacy_loss import (
     trajectory_losses,
     worst_case_loss,
 )
+from opacus_pi.accounting.process import LangevinConstants
+from opacus_pi.accounting.shifted import learn_unlearn_mu_squared, shifted_mu_squared
 
 __all__ = [
     "GradNormLedger",
+    "GramLedger",
+    "LangevinConstants",
     "NoisySGD",
+    "UnlearningBound",
+    "contractive_divergence",
     "epsilons",
     "fill_unobserved",
     "fingerprint",
+    "group_divergence",
+    "learn_unlearn_mu_squared",
     "log_moment",
+    "logistic_constants",
+    "lsi_track",
     "per_step_losses",
     "privacy_losses",
     "rdp_to_delta",
     "rdp_to_epsilon",
     "renyi_divergence",
+    "ridge_constants",
+    "shifted_mu_squared",
+    "steps_to_rewind",
+    "steps_to_unlearn",
+    "symmetric_bound",
+    "theorem_b1_estimates",
     "trajectory_losses",
+    "unlearning_divergence",
     "worst_case_loss",
 ]

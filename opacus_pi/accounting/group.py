@@ -138,10 +138,10 @@ def theorem_b1_estimates(
     orders = np.ceil(printed_order(order, p, ledger.steps)).astype(int)
     available = ledger.grams.shape[-1]
     expect(
-        not len(orders) or int(orders.max()) <= available,
+        int(orders.max()) <= available,
         "gram_ledger",
         f"{available} minibatches",
-        f"to hold at least {orders.max() if len(orders) else 0}, the order reached",
+        f"to hold at least {orders.max()}, the order reached",
         "Record more minibatches of the whole data set.",
     )
     widths = np.diff(ledger.steps, prepend=0)
@@ -236,6 +236,13 @@ def _runs(
     runs = (gram_ledger,) if single else tuple(gram_ledger)
     expect(len(runs) > 0, "gram_ledger", "[]", "to hold a run", "Pass a GramLedger.")
     for run in runs:
+        expect(
+            len(run.steps) > 0,
+            "gram_ledger",
+            "0 rows",
+            "to have a row",
+            "Record at least one checkpoint.",
+        )
         expect(
             run.kind == kind,
             "gram_ledger",
