@@ -46,7 +46,10 @@ def ledgers(
     norms = []
     for _ in tqdm(range(num_epochs), desc=f"seed {seed}", unit="epoch"):
         for x, y in loader:
-            norms.append(norm_sweep(model, CRITERION, images.train).numpy())
+            exact = norm_sweep(
+                model, CRITERION, images.train, batch_size=512, progress=False
+            )
+            norms.append(exact.numpy())
             optimizer.zero_grad()
             CRITERION(model(x), y).backward()
             optimizer.step()
@@ -93,7 +96,10 @@ def main() -> None:
         observed, exact = ledgers(images, seed, args.epochs, args.noise_multiplier)
         # the exact row before update t speaks for update t: the left rule
         truth = privacy_losses(exact, args.order, rule="left")
-        found = {"observed": privacy_losses(observed, args.order)}
+        found = {
+            f"observed, {rule}": privacy_losses(observed, args.order, rule=rule)
+            for rule in ("right", "trapezoid", "max")
+        }
         for num_rows in (5, 10, 35, 150):
             swept = thinned(exact, num_rows)
             found[f"swept, {num_rows} rows"] = privacy_losses(swept, args.order)
@@ -106,7 +112,7 @@ def main() -> None:
             f"{key} {values.mean():.4f} [{values.min():.4f}, {values.max():.4f}]"
             for key, values in cells.items()
         )
-        print(f"{name:>16}: {text}")
+        print(f"{name:>20}: {text}")
     settings = {k: v for k, v in vars(args).items() if k != "out"}
     write_json(
         args.out, {"settings": settings, "environment": environment(), "seeds": rows}
