@@ -152,8 +152,8 @@ def _sentence(name: str, found: dict[str, Any], num_seeds: int) -> str:
     span = f"[{low:.2f}, {high:.2f}]" if low is not None else "(no interval)"
     return (
         f"do harder strata take longer, by {name}? Spearman {found['rho']:.2f}, "
-        f"95 % {span}, over {found['num_seeds']} of {num_seeds} seeds (the others all tied); "
-        f"{100 * found['tied_pairs']:.0f} % of pairs of strata tie"
+        f"95 % {span}, over {found['num_seeds']} of {num_seeds} seeds (the others all "
+        f"tied); {100 * found['tied_pairs']:.0f} % of pairs of strata tie"
     )
 
 
