@@ -63,7 +63,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images or tokens."""
         words = self.words(x)
-        places = torch.arange(words.shape[1], device=x.device).expand(len(x), -1)
+        places = torch.arange(words.shape[1], device=x.device).repeat(len(x), 1)
         features = self.norm(self.blocks(words + self.positions(places)))
         return self.head(features.mean(1))
 

@@ -1,6 +1,6 @@
 """Batches as the user has them: tensors, or tuples and dicts of tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,26 +26,31 @@ def forward(model: nn.Module, x: Any) -> Any:
     return model(*args, **kwargs)
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """Return ``batch`` with ``function`` applied to each tensor in it."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    return pytree.tree_map_only(Tensor, function, batch)
+
+
 def rows(batch: Any, start: int, stop: int) -> Any:
     """Return the examples ``start`` to ``stop`` of each tensor in ``batch``."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor[start:stop], batch)
+    return map_tensors(lambda tensor: tensor[start:stop], batch)
 
 
 def unsqueeze(example: Any) -> Any:
     """Return one example as a batch of one."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.unsqueeze(0), example)
+    return map_tensors(lambda tensor: tensor.unsqueeze(0), example)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return ``batch`` with its tensors on ``device``."""
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+    return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 def to_float64(value: Any) -> Any:
     """Return ``value`` with its floating tensors in float64."""
-    return pytree.tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, value
-    )
+    return map_tensors(lambda t: t.double() if t.is_floating_point() else t, value)
 
 
 def floating(outputs: Any) -> dict[int, Tensor]:

@@ -23,7 +23,7 @@ from opacus_pi.gradients.products import (
 from opacus_pi.gradients.registry import register_norm_rule
 
 _SMALL_WEIGHT = 1 << 16  # below, one grouped call beats one call per example
-_FEW_CHANNELS = 4  # below, unfolding beats the library's kernels
+_FEW_CHANNELS = 3  # up to these, unfolding beats the library's kernels
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,10 @@ def _route(
         return _point
     if window.is_dense and pixels**2 * num_in + positions**2 * num_out <= direct:
         return _pixel_pairs
-    if x.is_cuda or positions * (patch + num_out) <= patch * num_out:
+    gram = positions * positions * (patch + num_out)
+    if x.is_cuda or num_in <= _FEW_CHANNELS or 2 * gram <= direct:
         return _unfolded
-    if patch * num_out > _SMALL_WEIGHT:
-        return _looped
-    return _unfolded if num_in <= _FEW_CHANNELS else _grouped
+    return _grouped if patch * num_out <= _SMALL_WEIGHT else _looped
 
 
 def _point(window: Window, x: Tensor, grad: Tensor) -> Tensor:

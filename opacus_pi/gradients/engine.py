@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from opacus_pi.gradients.batches import forward, reached, rows
+from opacus_pi.gradients.batches import forward, map_tensors, reached, rows
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.fallback import looped_squares, vmapped_squares
 from opacus_pi.gradients.objective import float64_losses, unit_cotangents
@@ -89,7 +89,7 @@ class NormEngine:
         squares = self._taps.squares(like=scales) * scales.square()
         if self._taps.leftover:
             squares = squares + self._leftover_squares(x, y, cotangents, scales)
-        return squares, pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+        return squares, map_tensors(Tensor.detach, outputs)
 
     def _leftover_squares(
         self, x: Any, y: Any, cotangents: dict[int, Tensor], scales: Tensor

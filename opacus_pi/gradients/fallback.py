@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from opacus_pi.gradients.batches import (
     arguments,
     forward,
+    map_tensors,
     reached,
     rows,
     unsqueeze,
@@ -91,7 +92,7 @@ def looped_squares(
             cotangents, scales = unit_cotangents(losses, outputs, rows(y, i, i + 1))
             squares = _squares(outputs, parameters, cotangents)
             found.append(squares * scales.square())
-            seen.append(pytree.tree_map_only(Tensor, Tensor.detach, outputs))
+            seen.append(map_tensors(Tensor.detach, outputs))
     return torch.cat(found), seen
 
 

@@ -25,6 +25,9 @@ def linear_squares(
     """
     if x.dim() < 2:
         return None
+    if x.dim() == 2:  # one term: ‖g‖²‖a‖² for the weight, ‖g‖² for the bias
+        factor = squared_lengths(x) if "weight" in names else 0.0
+        return squared_lengths(grad) * (factor + ("bias" in names))
     b = len(x)
     a, g = x.reshape(b, -1, x.shape[-1]), grad.reshape(b, -1, grad.shape[-1])
     squares = outer_product_squares(a, g) if "weight" in names else 0.0

@@ -99,8 +99,9 @@ def _normalised(
     if not gradients or not separate:
         return list(gradients), torch.ones(batch_size, dtype=torch.float64)
     flat = [g.double().reshape(batch_size, -1) for g in gradients]
-    scales = torch.cat(flat, 1).norm(dim=1)
-    divisors = torch.where(scales > 0, scales, 1.0)[:, None]
+    joint = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+    scales = torch.linalg.vector_norm(joint, dim=1)
+    divisors = scales.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     units = [
         (f / divisors).to(g.dtype).view_as(g)
         for f, g in zip(flat, gradients, strict=True)

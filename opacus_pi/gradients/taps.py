@@ -29,23 +29,21 @@ class Taps:
         leftover: Names of the parameters that the taps do not account for.
 
     Args:
-        model: An evaluation copy; its parameters' ``requires_grad`` and its hooks
-            belong to this object from now on.
+        model: An evaluation copy; its parameters' ``requires_grad`` and its layers'
+            ``forward`` belong to this object from now on.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self.leftover: set[str] = set()
         self._anchor = torch.zeros((), requires_grad=True)
-        self._layers = [
-            _TappedLayer(self, module, rule)
-            for module in model.modules()
-            if (rule := norm_rule(module)) is not None
-        ]
         self._squares: Tensor | None = None
         self._num_calls: Counter[nn.Parameter] = Counter()
         self._unheard: set[nn.Parameter] = set()
-        self.batch_size: int | None = None
+        self._batch_size: int | None = None
+        for module in model.modules():
+            if (rule := norm_rule(module)) is not None:
+                _TappedLayer(self, module, rule)
 
     @contextmanager
     def listening(self, batch_size: int) -> Iterator[None]:
@@ -54,14 +52,12 @@ class Taps:
         Args:
             batch_size: Number of examples, the first dimension of tapped tensors.
         """
-        self.batch_size, self._squares = batch_size, None
+        self._batch_size, self._squares = batch_size, None
         self._num_calls.clear()
         try:
             yield
         finally:
-            self.batch_size = None
-            for layer in self._layers:
-                layer.thaw()
+            self._batch_size = None
 
     def give_up(self) -> None:
         """Leave all parameters over."""
@@ -92,6 +88,15 @@ class Taps:
 
     # What the layers call.
 
+    def wants(self, value: Any) -> bool:
+        """Whether a layer is to be tapped that has this tensor as input or output."""
+        return (
+            self._batch_size is not None
+            and isinstance(value, Tensor)
+            and value.shape[:1] == (self._batch_size,)
+            and torch.is_grad_enabled()
+        )
+
     def count(self, parameters: dict[str, nn.Parameter]) -> None:
         """Note one tapped use of each parameter."""
         self._num_calls.update(parameters.values())
@@ -119,7 +124,7 @@ class Taps:
 
 
 class _TappedLayer:
-    """One layer: frozen while it runs, heard when the gradient comes back."""
+    """One layer's forward: frozen while it runs, heard when the gradient comes back."""
 
     def __init__(self, taps: Taps, module: nn.Module, rule: NormRule) -> None:
         self._taps, self._module, self._rule = taps, module, rule
@@ -127,15 +132,26 @@ class _TappedLayer:
         self._frozen = {
             k: p if p is None else p.detach() for k, p in self._live.items()
         }
-        self._input: Tensor | None = None
-        module.register_forward_pre_hook(self._before, with_kwargs=True)
-        module.register_forward_hook(self._after, with_kwargs=True, prepend=True)
+        self._plain_forward = module.forward
+        module.forward = self.forward
 
-    def thaw(self) -> Tensor | None:
-        """Put the live parameters back and return the input, if it was frozen."""
-        self._module.__dict__["_parameters"] = self._live
-        x, self._input = self._input, None
-        return x
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer, tapped if its one input and its output are batches."""
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        alone = len(args) + len(kwargs) == 1 and self._taps.wants(x)
+        parameters = self._parameters() if alone else {}
+        if not parameters:
+            return self._plain_forward(*args, **kwargs)
+        self._module.__dict__["_parameters"] = self._frozen
+        try:
+            output = self._plain_forward(*args, **kwargs)
+        finally:
+            self._module.__dict__["_parameters"] = self._live
+        if not self._taps.wants(output):
+            self._taps.add(None, parameters)
+            return output
+        self._taps.count(parameters)
+        return self._taps.tap(output, self._listener(x.detach(), parameters))
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters that are still to be measured here."""
@@ -143,38 +159,21 @@ class _TappedLayer:
             k: p for k, p in self._live.items() if p is not None and p.requires_grad
         }
 
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Freeze the layer, if its one input is a batch of examples."""
-        if self._taps.batch_size is None or not torch.is_grad_enabled():
-            return
-        x, *more = *args, *kwargs.values()
-        if more or not _is_batch(x, self._taps.batch_size) or not self._parameters():
-            return
-        self._input = x.detach()
-        module.__dict__["_parameters"] = self._frozen
-
-    def _after(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
-    ) -> Any:
-        """Tap the output, if it is a batch of examples."""
-        x = self.thaw()
-        if x is None:
-            return None
-        parameters = self._parameters()
-        if not _is_batch(output, self._taps.batch_size):
-            self._taps.add(None, parameters)
-            return None
-        self._taps.count(parameters)
+    def _listener(
+        self, x: Tensor, parameters: dict[str, nn.Parameter]
+    ) -> Callable[[Tensor], None]:
+        """What to do with the gradient at the output of this call."""
         version = x._version
 
         def listen(grad: Tensor) -> None:
             names = self._taps.counted_once(parameters)
-            if x._version != version:
+            if x._version != version:  # overwritten: its values are gone
                 self._taps.add(None, parameters)
             elif names:
-                self._taps.add(self._rule(module, x, grad, names), parameters)
+                squares = self._rule(self._module, x, grad, names)
+                self._taps.add(squares, parameters)
 
-        return self._taps.tap(output, listen)
+        return listen
 
 
 class _Tap(torch.autograd.Function):
@@ -198,8 +197,3 @@ class _Tap(torch.autograd.Function):
         listen, ctx.listen = ctx.listen, None  # frees the layer's input
         listen(grad)
         return (grad if ctx.needs_input_grad[0] else None), None, None
-
-
-def _is_batch(value: Any, batch_size: int | None) -> bool:
-    """Whether a value is a tensor with one row per example."""
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch_size
