@@ -62,13 +62,14 @@ CASES = [
     (20.0, 1e-6, (0, 500)),
     (2.0, 0.9, (0, 1300)),
     (1.0001, 0.3, (0, 1399)),
+    (1.19426, 0.021729, (0, 1399)),
 ]
 
 
 @pytest.mark.parametrize("mode", ["exact", "chord", "ceil"])
 @pytest.mark.parametrize(("order", "q", "remaining"), CASES)
 def test_interval_sums_of_one_run(order, q, remaining, mode):
-    ratios = np.array([[1e-4, 0.05, 0.3, 0.7, 1.0, 2.0, 5.0, 40.0]])
+    ratios = np.array([[1e-4, 0.05, 0.3, 1.0, 2.0, 5.0, 5.8, 40.0]])
     p = 3 * 1400.0
     fast = hoelder_losses(ratios, q, order, remaining, hoelder_p=p, mode=mode)
     slow = one_by_one(ratios, q, order, remaining, p, mode)
