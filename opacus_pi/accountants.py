@@ -22,11 +22,11 @@ hand, without an engine:
 array([[5. , nan, 0.5, nan]], dtype=float32)
 """
 
-import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from opacus.accountants import IAccountant, RDPAccountant, register_accountant
@@ -216,9 +216,7 @@ class PerInstanceAccountant(RDPAccountant):
         """
         state = super().state_dict(destination)
         if self._recorder is not None and not self._fed_by_engine:
-            buffer = io.BytesIO()
-            torch.save(self._recorder.state_dict(), buffer)
-            state[_RECORD] = buffer.getvalue()  # bytes compare, tensors do not
+            state[_RECORD] = _comparable(self._recorder.state_dict())
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -234,7 +232,8 @@ class PerInstanceAccountant(RDPAccountant):
         record = state_dict.get(_RECORD)
         if record is not None:
             recorder = self._recorder or Recorder()
-            recorder.load_state_dict(torch.load(io.BytesIO(record), weights_only=True))
+            tensors = safetensors.torch.load(record["tensors"])
+            recorder.load_state_dict({**record["facts"], **tensors})
             self._recorder, self._fed_by_engine = recorder, False
 
     def _begun(self) -> Recorder:
@@ -247,6 +246,13 @@ class PerInstanceAccountant(RDPAccountant):
                 "accountant.get_epsilon(delta) holds for every example."
             )
         return self._recorder
+
+
+def _comparable(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state that ``==`` can compare, as Opacus does: tensors become bytes."""
+    tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    facts = {k: v for k, v in state.items() if k not in tensors}
+    return {"facts": facts, "tensors": safetensors.torch.save(tensors)}
 
 
 register_accountant("per_instance", PerInstanceAccountant, force=True)

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _MAX_DEPTH = 6  # of nested batches
 _SAMPLED = 256  # entries of a row that its checksum looks at
@@ -21,15 +23,29 @@ _WEIGHTS = np.random.default_rng(0).integers(1, 2**62, _SAMPLED, dtype=np.int64)
 
 
 def tensors_in(nested: Any, depth: int = _MAX_DEPTH) -> Iterator[Tensor]:
-    """The tensors in any nesting of lists, tuples and dict-like objects."""
+    """The dense tensors in any nesting of lists, tuples and dict-like objects.
+
+    Packed sequences are left out: their rows are no examples.
+    """
     if isinstance(nested, Tensor):
-        yield nested
-    elif depth > 0 and not isinstance(nested, str | bytes):
+        if _is_dense(nested):
+            yield nested
+    elif depth > 0 and not isinstance(nested, str | bytes | PackedSequence):
         if not isinstance(nested, list | tuple):  # dict, UserDict, BatchEncoding
             values = getattr(nested, "values", None)
             nested = values() if callable(values) else ()
         for item in nested:
             yield from tensors_in(item, depth - 1)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has its entries in memory of its own."""
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type != "meta"
+        and not tensor.is_nested
+        and not is_traceable_wrapper_subclass(tensor)
+    )
 
 
 class StoredRows:
@@ -38,11 +54,8 @@ class StoredRows:
     Memory is referred to weakly: an address alone is reused within a few updates.
 
     Args:
-        tensor: The tensor.
+        tensor: A dense tensor.
         dim: Its dimension that runs over the rows.
-
-    Raises:
-        RuntimeError: If the tensor has no memory of its own (symbolic tensors).
     """
 
     def __init__(self, tensor: Tensor, dim: int) -> None:
@@ -87,18 +100,7 @@ class StoredRows:
         """Whether the tensor lives in this memory."""
         if self._storage.expired() or tensor.element_size() != self._item_size:
             return False
-        try:
-            return tensor.untyped_storage()._cdata == self._storage.cdata
-        except RuntimeError:  # symbolic tensors
-            return False
-
-
-def stored_rows(tensor: Tensor, dim: int) -> list[StoredRows]:
-    """The rows' memory, if there is any to speak of."""
-    try:
-        return [StoredRows(tensor, dim)] if tensor.untyped_storage().nbytes() else []
-    except RuntimeError:  # symbolic tensors
-        return []
+        return tensor.untyped_storage()._cdata == self._storage.cdata
 
 
 def row_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
@@ -114,7 +116,7 @@ def row_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
     rows = tensor.detach().movedim(dim, 0)
     length = rows.shape[0]
     width = rows[:1].numel() if length else 0
-    if not width or rows.is_complex() or rows.layout != torch.strided:
+    if not width or rows.is_complex():
         return 0, np.zeros(length, dtype=np.int64)
     step = max(1, width // _SAMPLED)
     entries = rows.reshape(length, width)[:, ::step][:, :_SAMPLED].cpu().double()

@@ -14,7 +14,6 @@ from torch import Tensor
 from opacus_pi.attribution.batch_rows import (
     StoredRows,
     row_checksums,
-    stored_rows,
     tensors_in,
 )
 
@@ -84,7 +83,7 @@ def delivery_of(
     for tensor in tensors:
         dim = _dim_of_length(tensor, len(rows), batch_dim)
         if dim is not None:
-            delivery.stored += stored_rows(tensor, dim)
+            delivery.stored.append(StoredRows(tensor, dim))
             if verify:
                 width, sums = row_checksums(tensor, dim)
                 if _tells_rows_apart(width, sums):

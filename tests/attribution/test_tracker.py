@@ -1,0 +1,172 @@
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from opacus_pi.attribution import UNKNOWN, Tracker, probe
+from opacus_pi.attribution.evidence import Stream
+from opacus_pi.attribution.forward_probe import ForwardProbe
+from opacus_pi.recorder import AccountingError
+
+
+def rows_of(tracker, inputs, size, **options):
+    """What a forward and backward pass over some inputs is attributed to."""
+    tracker.reached(tracker.bind(inputs))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return tracker.attribute([size], **options).tolist()
+
+
+def batch(seed, size=3):
+    return torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_copies_with_equal_rows_stay_unknown_only_where_they_must():
+    x = batch(0, 4)
+    x[1] = x[3]  # two examples that look alike
+    tracker = Tracker()
+    tracker.delivered([5, 6, 7, 8], x)
+    assert rows_of(tracker, [x.clone()], 4) == [5, 6, 7, 8]  # all in their places
+    moved = x[[2, 3, 0, 1]].clone()
+    assert rows_of(tracker, [moved], 4) == [7, UNKNOWN, 5, UNKNOWN]
+    assert tracker.counts["unattributed"] == 2
+
+
+def test_equal_batches_of_different_examples_stay_unknown():
+    tracker, x = Tracker(), batch(0)
+    tracker.delivered([0, 1, 2], x)
+    tracker.delivered([3, 1, 4], x.clone())
+    assert rows_of(tracker, [x.clone()], 3) == [UNKNOWN, 1, UNKNOWN]
+
+
+def test_a_wider_input_decides_over_a_narrower_one():
+    tracker = Tracker()
+    x, flags = batch(0), torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    tracker.delivered([0, 1, 2], {"flags": flags, "x": x})
+    others = flags[[1, 0, 2]].clone()
+    assert rows_of(tracker, [x.clone(), others], 3) == [0, 1, 2]
+
+
+def test_equally_wide_inputs_are_all_known():
+    tracker, x, mask = Tracker(), batch(0), torch.ones(3, 4)
+    tracker.delivered([0, 1, 2], {"mask": mask, "x": x})
+    assert rows_of(tracker, {"mask": mask.clone(), "x": x[[2, 0, 1]]}, 3) == [2, 0, 1]
+    mask[0, 3] = 0
+    tracker.delivered([4, 5, 6], {"mask": mask, "x": x + 1})
+    assert rows_of(tracker, [mask.clone(), (x + 1).clone()], 3) == [4, 5, 6]
+
+
+def test_inputs_of_two_deliveries_are_nobodys():
+    tracker, x, u = Tracker(), batch(0), batch(1)
+    tracker.delivered([0, 1, 2], x)
+    tracker.delivered([3, 4, 5], u)
+    assert rows_of(tracker, [x, u], 3) == [UNKNOWN] * 3
+    assert rows_of(tracker, [x.clone(), u.clone()], 3) == [UNKNOWN] * 3
+
+
+def test_packed_sequences_are_not_believed_in_order():
+    tracker, x = Tracker(), torch.randn(3, 5, 2)
+    packed = pack_padded_sequence(
+        x + 1, torch.tensor([2, 5, 3]), batch_first=True, enforce_sorted=False
+    )
+    tracker.delivered([0, 1, 2], x)
+    assert rows_of(tracker, [packed], 3) == [UNKNOWN] * 3
+
+
+def test_batches_along_the_second_dimension():
+    tracker, x = Tracker(batch_first=False), torch.randn(5, 3, 2)  # [time, example, :]
+    tracker.delivered([7, 8, 9], x)
+    assert rows_of(tracker, [x], 3) == [7, 8, 9]
+    assert rows_of(tracker, [x.clone()[:, [2, 0, 1]]], 3) == [9, 7, 8]
+    collated = torch.randn(3, 5, 2)  # by torch's collation; the loop transposes
+    tracker.delivered([1, 2, 3], collated)
+    assert rows_of(tracker, [collated.transpose(0, 1)], 3) == [1, 2, 3]
+
+
+def test_latest_is_believed_only_if_it_is_the_only_unused_one():
+    stream, tracker = Stream(), Tracker()
+    tracker.delivered([0, 1, 2], batch(0), stream)
+    assert rows_of(tracker, [batch(9)], 3) == [0, 1, 2]
+    assert rows_of(tracker, [batch(8)], 3) == [0, 1, 2]  # another view of it
+    tracker.delivered([3, 4, 5], batch(1), stream)
+    tracker.delivered([6, 7, 8], batch(2), stream)
+    assert rows_of(tracker, [batch(7)], 3) == [UNKNOWN] * 3
+    tracker.delivered([0, 1, 2], batch(3), Stream())  # another pass over the loader
+    assert rows_of(tracker, [batch(6)], 3) == [0, 1, 2]
+    assert tracker.counts["by_latest"] == 9
+
+
+def test_deliveries_long_ago_are_forgotten():
+    tracker, first = Tracker(), batch(0)
+    tracker.delivered([0, 1, 2], first)
+    for seed in range(1, 20):
+        tracker.delivered([3, 4, 5], batch(seed))
+    assert rows_of(tracker, [first], 3) == [UNKNOWN] * 3
+
+
+def test_backward_passes_come_in_any_order():
+    tracker, x, u = Tracker(), batch(0), batch(1)
+    tracker.delivered([0, 1, 2], x)
+    tracker.delivered([3, 4, 5], u)
+    first, second = tracker.bind([x]), tracker.bind([u])
+    tracker.reached(second)
+    tracker.reached(first)
+    assert tracker.attribute([3, 3]).tolist() == [3, 4, 5, 0, 1, 2]
+
+
+def test_one_uncertain_pass_leaves_the_others_attributed():
+    tracker, x = Tracker(), batch(0)
+    for rows, delivered in (([0, 1, 2], x), ([3, 4, 5], batch(1)), ([6], batch(2))):
+        tracker.delivered(rows, delivered)
+    for inputs in ([x], [batch(5)]):
+        tracker.reached(tracker.bind(inputs))
+    with pytest.warns(UserWarning, match="3 rows are unattributed"):
+        assert tracker.attribute([3, 3]).tolist() == [0, 1, 2] + [UNKNOWN] * 3
+
+
+def test_gradients_for_more_rows_than_were_passed():
+    tracker, x = Tracker(), batch(0)
+    tracker.delivered([0, 1, 2], x)
+    assert rows_of(tracker, [x], 4) == [UNKNOWN] * 4
+
+
+def test_strict_names_the_cause():
+    tracker = Tracker(strict=True)
+    with pytest.raises(AccountingError, match="Call the model itself"):
+        tracker.attribute([3])
+    tracker.delivered([0, 1, 2], batch(0))
+    tracker.reached(tracker.bind([batch(1)]))
+    with pytest.raises(AccountingError, match="without verification"):
+        tracker.attribute([3])
+
+
+def test_probes_report_training_passes_only():
+    model, tracker = nn.Linear(4, 2), Tracker()
+    handle = probe(model, tracker)
+    assert probe(model, tracker) is handle and len(model._forward_hooks) == 1
+    x = batch(0)
+    tracker.delivered([0, 1, 2], x)
+    with torch.no_grad():
+        model(x)
+    model.eval()(x)
+    assert tracker.take() == []
+    model.train()(x).sum().backward()
+    assert [f.rows.tolist() for f in tracker.take()] == [[0, 1, 2]]
+    handle.remove()
+    model(x).sum().backward()
+    assert tracker.take() == []
+
+
+def test_probes_without_a_tracker_do_nothing():
+    model = nn.Linear(4, 2)
+    probe(model, Tracker())  # gone at once
+    model(batch(0)).sum().backward()
+    hook = ForwardProbe()
+    hook.report_to(tracker := Tracker(), model)
+    for duplicate in (copy.deepcopy(hook), pickle.loads(pickle.dumps(hook))):
+        duplicate(model, (batch(0),), {}, model(batch(0)))
+    assert tracker.take() == [] and tracker.latest is None
