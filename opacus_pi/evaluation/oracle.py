@@ -23,6 +23,7 @@ from opacus_pi.accounting.fingerprint import fingerprint
 from opacus_pi.accounting.storage import read_arrays, write_arrays
 from opacus_pi.forget_sets import retain_indices
 from opacus_pi.gradients.random_state import random_state_untouched
+from opacus_pi.gradients.skeleton import unwrap
 
 _KIND = "opacus_pi.Oracle"
 _VERSION = 1
@@ -63,7 +64,8 @@ class OracleCache:
         Args:
             recipe: ``recipe(retain_indices, seed)`` trains a model exactly as the one
                 to be unlearned was trained, but on these examples and with this seed,
-                and returns it or its state dict. It must seed itself.
+                and returns it (wrapped by Opacus or not) or its state dict. It must
+                seed itself.
             key: Everything else that determines the recipe (architecture, epochs,
                 learning rate, noise ...), as JSON. Two recipes under one key are taken
                 for the same.
@@ -142,10 +144,11 @@ class OracleCache:
         if _load(path, facts, model):
             return model.eval()
         trained = recipe(retain.copy(), seed)
-        state = trained.state_dict() if isinstance(trained, nn.Module) else trained
-        model.load_state_dict(state)  # before it is stored: it must fit
+        if isinstance(trained, nn.Module):
+            trained = unwrap(trained).state_dict()
+        model.load_state_dict(trained)  # before it is stored: it must fit
         self.directory.mkdir(parents=True, exist_ok=True)
-        arrays = {name: _array(tensor) for name, tensor in state.items()}
+        arrays = {name: _array(tensor) for name, tensor in trained.items()}
         write_arrays(path, _KIND, _VERSION, arrays, facts)
         return model.eval()
 

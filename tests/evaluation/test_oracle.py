@@ -3,6 +3,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from opacus import GradSampleModule
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -157,6 +158,17 @@ def test_state_dicts_and_half_precision(tmp_path):
     (trained,) = train(tmp_path, recipe, seeds=[1], model_factory=half)
     (loaded,) = train(tmp_path, None, seeds=[1], model_factory=half)
     assert loaded.weight.dtype == torch.bfloat16
+    assert states_equal(trained.state_dict(), loaded.state_dict())
+
+
+def test_a_recipe_may_return_a_model_wrapped_by_opacus(tmp_path):
+    def private(retain, seed):
+        torch.manual_seed(seed)
+        return GradSampleModule(nn.Linear(2, 2))
+
+    kind = {"seeds": [1], "model_factory": lambda: nn.Linear(2, 2)}
+    (trained,) = train(tmp_path, private, **kind)
+    (loaded,) = train(tmp_path, None, **kind)
     assert states_equal(trained.state_dict(), loaded.state_dict())
 
 
