@@ -89,6 +89,8 @@ def test_gaps_take_the_next_then_the_last_observation():
         [0.25, 2, 0.25, math.inf],
     ]
     np.testing.assert_array_equal(fill_unobserved(NORMS), expected)
+    gap = fill_unobserved([[1], [NAN], [3], [NAN]])
+    np.testing.assert_array_equal(gap, [[1], [3], [3], [3]])
     complete = np.ones((2, 2))
     filled = fill_unobserved(complete)
     assert filled is not complete
