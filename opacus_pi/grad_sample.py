@@ -33,7 +33,7 @@ def _row_norms(grad_sample: Tensor) -> Tensor:
     """Norm of each row, not in half precision."""
     rows = grad_sample.detach().unsqueeze(1).flatten(1)
     wide = torch.promote_types(rows.dtype, torch.float32)
-    return torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    return torch.linalg.vector_norm(rows.to(wide), dim=1)
 
 
 class GradSampleModule(opacus.GradSampleModule):

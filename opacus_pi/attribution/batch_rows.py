@@ -119,10 +119,9 @@ def row_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
     if not width or rows.is_complex():
         return 0, np.zeros(length, dtype=np.int64)
     step = max(1, width // _SAMPLED)
-    entries = rows.reshape(length, width)[:, ::step][:, :_SAMPLED].cpu().double()
-    bits = np.ascontiguousarray(entries.numpy()).view(np.int64)
-    mixed = (bits ^ (bits >> 29)) * _WEIGHTS[: bits.shape[1]]  # wraps around
-    return width, (mixed ^ (mixed >> 32)).sum(axis=1)
+    entries = rows.reshape(length, width)[:, ::step][:, :_SAMPLED]
+    bits = entries.cpu().float().contiguous().numpy().view(np.int32)
+    return width, (bits * _WEIGHTS[: bits.shape[1]]).sum(axis=1)  # wraps around
 
 
 def _layout(tensor: Tensor, dim: int) -> tuple:
