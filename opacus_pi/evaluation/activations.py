@@ -1,6 +1,5 @@
 """Match two networks by what their units do on the same examples."""
 
-import copy
 from math import prod
 from typing import Any
 
@@ -12,10 +11,10 @@ from opacus_pi._validate import expect
 from opacus_pi.evaluation.assignment import Gains, front_rows, places, roots
 from opacus_pi.evaluation.axis_symbols import Axes, Factor
 from opacus_pi.evaluation.axis_tracing import OutputCapture, elementary_operations
+from opacus_pi.evaluation.no_trace import independent_copy
 from opacus_pi.evaluation.permutations import Permutation, PermutationSpec, as_input
 from opacus_pi.gradients.batches import forward
 from opacus_pi.gradients.random_state import random_state_untouched
-from opacus_pi.gradients.skeleton import unwrap
 
 
 def activation_matching(
@@ -67,7 +66,7 @@ def _activations(
     spec: PermutationSpec, model: nn.Module, inputs: Any
 ) -> dict[int, Tensor]:
     """The outputs of the spec's sites in one run of the model in evaluation mode."""
-    twin = copy.deepcopy(unwrap(model)).cpu().double().eval()
+    twin = independent_copy(model).cpu().double()
     inputs = pytree.tree_map_only(Tensor, as_input, inputs)
     capture = OutputCapture(number for number, _ in spec.sites)
     with random_state_untouched(), elementary_operations(), capture:

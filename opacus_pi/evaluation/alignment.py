@@ -18,7 +18,6 @@ barriers between pairs of retrained models.
 (3,)
 """
 
-import copy
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -30,6 +29,7 @@ from torch import nn
 from opacus_pi._validate import expect
 from opacus_pi.evaluation.barriers import loss_barrier
 from opacus_pi.evaluation.matching import weight_matching
+from opacus_pi.evaluation.no_trace import independent_copy
 from opacus_pi.evaluation.permutations import PermutationSpec, apply_permutation
 from opacus_pi.evaluation.predictions import Data
 from opacus_pi.gradients.criterion import Criterion
@@ -45,12 +45,12 @@ def aligned(model_a: nn.Module, model_b: nn.Module, spec: PermutationSpec) -> nn
         spec: From ``permutation_spec`` of either.
 
     Returns:
-        A model that computes the same function as ``model_b``.
+        A model in evaluation mode that computes the same function as ``model_b``.
 
     Raises:
         ValueError: If a model does not fit the spec.
     """
-    twin = copy.deepcopy(unwrap(model_b))
+    twin = independent_copy(model_b)
     state = twin.state_dict()
     found = weight_matching(spec, unwrap(model_a).state_dict(), state)
     twin.load_state_dict(apply_permutation(spec, found, state))

@@ -7,7 +7,6 @@
 0.0
 """
 
-import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._validate import expect, in_range
-from opacus_pi.evaluation.no_trace import device_of, evaluating
+from opacus_pi.evaluation.no_trace import device_of, evaluating, independent_copy
 from opacus_pi.evaluation.predictions import Data
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.objective import float64_losses
@@ -136,7 +135,7 @@ class _Path:
     ) -> None:
         self._ends = [_state(model_b), _state(model_a)]
         _check_same(*self._ends)
-        self._model = copy.deepcopy(unwrap(model_a))
+        self._model = independent_copy(model_a)
         self._batches = _read(data, device_of(self._model))
         self._losses = float64_losses(criterion)
         self._reset_bn = reset_bn

@@ -1,5 +1,6 @@
 """Looking at a model without changing it or the random numbers of the run."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 from opacus_pi.gradients.random_state import random_state_untouched
+from opacus_pi.gradients.skeleton import evaluation_copy
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -14,6 +16,21 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def independent_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode with its own weights, without wrappers and their hooks.
+
+    Args:
+        model: Plain, or wrapped by Opacus or for distributed training; only read.
+
+    Returns:
+        A module that shares nothing with the model.
+
+    Raises:
+        ValueError: If a BatchNorm layer has no running statistics.
+    """
+    return copy.deepcopy(evaluation_copy(model))
 
 
 @contextmanager

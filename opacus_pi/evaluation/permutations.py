@@ -31,9 +31,9 @@ from opacus_pi._validate import expect
 from opacus_pi.evaluation.axes import pin
 from opacus_pi.evaluation.axis_symbols import Axes, Factor, Symbol, name_symbols
 from opacus_pi.evaluation.axis_tracing import AxisTracer, elementary_operations
+from opacus_pi.evaluation.no_trace import independent_copy
 from opacus_pi.gradients.batches import forward
 from opacus_pi.gradients.random_state import random_state_untouched
-from opacus_pi.gradients.skeleton import unwrap
 
 Params = Mapping[str, Tensor]
 Permutation = dict[str, NDArray[np.int64]]
@@ -108,7 +108,7 @@ def permutation_spec(model: nn.Module, example_input: Any) -> PermutationSpec:
     Source: Entezari et al. 2022 (arXiv:2110.06296); Ainsworth et al. 2023
     (arXiv:2209.04836), where specs are written by hand.
     """
-    twin = copy.deepcopy(unwrap(model)).cpu().double().eval()
+    twin = independent_copy(model).cpu().double()
     inputs = pytree.tree_map_only(Tensor, as_input, example_input)
     state = {**_named(twin, "parameters"), **_named(twin, "buffers")}
     state = {name: state[name] for name in twin.state_dict() if name in state}
