@@ -1,21 +1,22 @@
 """Choose, check and run the way in which a model's gradient norms are measured."""
 
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from opacus_pi._validate import expect
+from opacus_pi.gradients.bare import BareParameters
 from opacus_pi.gradients.batches import forward, map_tensors, reached, rows
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.fallback import looped_squares, vmapped_squares
 from opacus_pi.gradients.objective import float64_losses, unit_cotangents
 from opacus_pi.gradients.skeleton import check_separate, evaluation_copy
+from opacus_pi.gradients.tapped_layer import tap_layers
 from opacus_pi.gradients.taps import Taps
-
-_TOLERANCE = 1e-3  # relative, of a norm against plain autograd; float32 stays below
-
 
 _SLOW = (
     "The examples of a batch influence each other, or the model is random in "
@@ -40,12 +41,22 @@ class NormEngine:
 
     def __init__(self, model: nn.Module, criterion: Criterion) -> None:
         self._live = list(model.parameters())
+        expect(
+            any(p.requires_grad for p in self._live),
+            "model",
+            type(model).__name__,
+            "to have a trainable parameter",
+            "Set requires_grad on the parameters to measure.",
+        )
         self._model = evaluation_copy(model)
         self._losses = float64_losses(criterion)
         self._trainable = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
         self._taps = Taps(self._model)
+        tapped = tap_layers(self._taps, self._model)
+        bare = set(self._trainable.values()) - tapped
+        self._bare_taps = BareParameters(self._taps) if bare else nullcontext()
         self._vectorised, self._together, self._checked = True, True, False
 
     @property
@@ -78,7 +89,8 @@ class NormEngine:
         settled = False
         while not settled:
             with self._taps.listening(len(y)):
-                outputs = forward(self._model, x)
+                with self._bare_taps:
+                    outputs = forward(self._model, x)
                 if not self._checked:
                     check_separate(outputs, self._live)
                 cotangents, scales = unit_cotangents(self._losses, outputs, y)
@@ -101,8 +113,8 @@ class NormEngine:
             try:
                 found = vmapped_squares(self._model, leftover, x, cotangents)
                 return found * scales.square()
-            except (RuntimeError, ValueError, NotImplementedError):
-                self._vectorised = False  # vmap refuses this model
+            except Exception:  # vmap refuses this model in one of many ways
+                self._vectorised = False
         return self._looped(leftover, x, y)[0]
 
     def _looped(
@@ -119,7 +131,15 @@ class NormEngine:
         alone, _ = self._looped(
             self._trainable, rows(x, place, place + 1), rows(y, place, place + 1)
         )
-        self._checked = torch.allclose(
-            squares[place].sqrt(), alone[0].sqrt(), _TOLERANCE, 0.0, equal_nan=True
+        there, truth = squares[place].sqrt(), alone[0].sqrt()
+        close = torch.allclose(
+            there, truth, rtol=self._tolerance(), atol=0.0, equal_nan=True
         )
-        return self._checked
+        self._checked = close and bool(truth > 0)
+        return close
+
+    def _tolerance(self) -> float:
+        """Relative difference of norms that rounding may cause."""
+        kinds = [p.dtype for p in self._trainable.values()]
+        rounding = max(torch.finfo(kind).eps for kind in kinds)
+        return max(1e-3 if self.device.type == "cpu" else 1e-2, 32 * rounding)

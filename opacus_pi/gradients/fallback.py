@@ -86,7 +86,7 @@ def looped_squares(
         Squared norms, float64 ``(b,)``, and the outputs of each example.
     """
     found, seen = [], []
-    with _trainable(parameters):
+    with _only_trainable(model, parameters):
         for i in range(len(y)):
             outputs = forward(model, rows(x, i, i + 1))
             cotangents, scales = unit_cotangents(losses, outputs, rows(y, i, i + 1))
@@ -97,27 +97,29 @@ def looped_squares(
 
 
 def _squares(
-    outputs: Any,
-    parameters: Sequence[Tensor],
-    cotangents: Mapping[int, Tensor],
+    outputs: Any, parameters: Sequence[Tensor], cotangents: Mapping[int, Tensor]
 ) -> Tensor:
     """Squared norm of one vector-Jacobian product, float64 ``()``."""
-    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     ends, units = reached(outputs, cotangents)
-    if not ends:
-        return total
-    gradients = torch.autograd.grad(ends, parameters, units, allow_unused=True)
-    return total + sum(g.double().square().sum() for g in gradients if g is not None)
+    if ends:  # .backward(), which any kind of checkpointing in the model allows
+        torch.autograd.backward(ends, units)
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    for p in parameters:
+        if p.grad is not None:
+            total += p.grad.to_dense().double().square().sum()
+            p.grad = None
+    return total
 
 
 @contextmanager
-def _trainable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Let gradients flow to frozen parameters for a while."""
-    flags = [p.requires_grad for p in parameters]
+def _only_trainable(model: nn.Module, chosen: Sequence[Tensor]) -> Iterator[None]:
+    """Let gradients flow to these parameters and to no others for a while."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
-        for p in parameters:
+        model.requires_grad_(False)
+        for p in chosen:
             p.requires_grad_(True)
         yield
     finally:
-        for p, flag in zip(parameters, flags, strict=True):
+        for p, flag in flags:
             p.requires_grad_(flag)

@@ -45,23 +45,28 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         A module in evaluation mode whose parameters share the live ones' storage.
 
     Raises:
-        ValueError: If no parameter is trainable, or a BatchNorm layer has no running
-            statistics, so that examples would depend on each other.
+        ValueError: If a BatchNorm layer has no running statistics, so that examples
+            would depend on each other.
     """
     model = unwrap(model)
-    _check_measurable(model)
+    _check_batch_statistics(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = _parameter(parameter.detach(), parameter)
     for module in model.modules():
-        if getattr(module, "max_norm", None) is not None:  # forward rescales in place
-            weight = module.weight
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm:
+            weight = module.weight  # forward rescales it in place
             memo[id(weight)] = _parameter(weight.detach().clone(), weight)
         for name, value in vars(module).items():
             if name in _HOOK_TABLES:
                 memo[id(value)] = _hooks_to_keep(name, value)
+            elif name == "_compiled_call_impl":
+                memo[id(value)] = None
             elif isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()  # deepcopy refuses these
+    for module in model.modules():
+        if "_orig_mod" in module._modules:  # torch.compile
+            memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
     return copy.deepcopy(model, memo).eval()
 
 
@@ -139,15 +144,8 @@ def _in_packages(module_name: str | None) -> bool:
     return (module_name or "").split(".")[0] in _PACKAGES
 
 
-def _check_measurable(model: nn.Module) -> None:
-    """Raise unless each example has a gradient of its own."""
-    expect(
-        any(p.requires_grad for p in model.parameters()),
-        "model",
-        type(model).__name__,
-        "to have a trainable parameter",
-        "Set requires_grad on the parameters to measure.",
-    )
+def _check_batch_statistics(model: nn.Module) -> None:
+    """Raise if a layer's statistics are those of the batch."""
     for name, module in model.named_modules():
         expect(
             not isinstance(module, _BatchNorm) or module.running_mean is not None,

@@ -4,14 +4,14 @@ No parameter gradient is formed: while a layer with a rule runs, its parameters 
 frozen, so the backward pass computes input gradients only. A tap on the layer's output
 hands the gradient that arrives there to the rule and lets it go.
 
-What a tap cannot account for is never lost. Outside their own layer's forward pass the
-parameters stay live, so any other use of them (bare parameters, a layer without a rule,
-a weight taken from another layer) leaves a ``.grad``. These, and parameters that
-several calls share, become ``leftover``: to be measured in another way.
+What a tap cannot account for is never lost. Outside tapped operations the parameters
+stay live, so any other use of them (a layer without a rule, a weight taken from another
+layer) leaves a ``.grad``. These, and parameters that several calls share, become
+``leftover``: to be measured in another way.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,31 +19,28 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from opacus_pi.gradients.registry import NormRule, norm_rule
+Squares = Callable[[Tensor | None, Tensor, Collection[str]], Tensor | None]
 
 
 class Taps:
-    """Taps on every layer of a model that has a rule.
+    """The squared gradient norms heard in one pass, and what could not be heard.
 
     Attributes:
         leftover: Names of the parameters that the taps do not account for.
 
     Args:
-        model: An evaluation copy; its parameters' ``requires_grad`` and its layers'
-            ``forward`` belong to this object from now on.
+        model: An evaluation copy; its parameters' ``requires_grad`` belongs to this
+            object from now on.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self.leftover: set[str] = set()
+        self._names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self._anchor = torch.zeros((), requires_grad=True)
         self._squares: Tensor | None = None
         self._num_calls: Counter[nn.Parameter] = Counter()
         self._unheard: set[nn.Parameter] = set()
         self._batch_size: int | None = None
-        for module in model.modules():
-            if (rule := norm_rule(module)) is not None:
-                _TappedLayer(self, module, rule)
 
     @contextmanager
     def listening(self, batch_size: int) -> Iterator[None]:
@@ -79,17 +76,8 @@ class Taps:
         """The squared norms that were heard, zeros shaped as ``like`` if none were."""
         return torch.zeros_like(like) if self._squares is None else self._squares
 
-    def _leave_over(self, parameters: set[nn.Parameter]) -> None:
-        """Freeze parameters for good."""
-        for parameter in parameters:
-            parameter.grad = None
-            parameter.requires_grad_(False)
-            self.leftover.add(self._names[parameter])
-
-    # What the layers call.
-
     def wants(self, value: Any) -> bool:
-        """Whether a layer is to be tapped that has this tensor as input or output."""
+        """Whether to tap an operation that has this as input or output."""
         return (
             self._batch_size is not None
             and isinstance(value, Tensor)
@@ -97,83 +85,64 @@ class Taps:
             and torch.is_grad_enabled()
         )
 
-    def count(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Note one tapped use of each parameter."""
+    def is_live(self, parameter: Any) -> bool:
+        """Whether this is a parameter that taps may still account for."""
+        return (
+            isinstance(parameter, nn.Parameter)
+            and parameter.requires_grad
+            and parameter in self._names
+        )
+
+    def tap(
+        self,
+        output: Tensor,
+        x: Tensor | None,
+        parameters: Mapping[str, nn.Parameter],
+        rule: Squares,
+    ) -> Tensor:
+        """Listen to the gradient that will arrive at the output of an operation.
+
+        Args:
+            output: The output, ``(b, ...)``, of frozen parameters.
+            x: The input that the rule needs.
+            parameters: The live parameters, by the names that the rule knows.
+            rule: ``rule(x, grad, names)``, as :func:`register_norm_rule` has it.
+
+        Returns:
+            The output, to be used in place of it.
+        """
         self._num_calls.update(parameters.values())
+        x = None if x is None else x.detach()
+        version = None if x is None else x._version
 
-    def counted_once(self, parameters: dict[str, nn.Parameter]) -> list[str]:
-        """The names, as their layer has them, of those that a rule may do."""
-        return [
-            name
-            for name, p in parameters.items()
-            if p.requires_grad and self._num_calls[p] == 1
-        ]
+        def listen(grad: Tensor) -> None:
+            once = [n for n, p in parameters.items() if self._num_calls[p] == 1]
+            overwritten = x is not None and x._version != version
+            squares = None if overwritten or not once else rule(x, grad, once)
+            if squares is not None:
+                self._add(squares)
+            else:
+                self._unheard.update(parameters.values())
 
-    def add(self, squares: Tensor | None, parameters: dict[str, nn.Parameter]) -> None:
-        """Add one layer's squares, or note that it has none to give."""
-        if squares is None:
-            self._unheard.update(parameters.values())
-        elif self._squares is None:
+        return _Tap.apply(output, self._anchor, listen)
+
+    def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note that an operation froze parameters and could not be tapped."""
+        self._unheard.update(parameters.values())
+
+    def _add(self, squares: Tensor) -> None:
+        """Add what one operation contributes."""
+        if self._squares is None:
             self._squares = squares.double()
         else:
             self._squares += squares
 
-    def tap(self, output: Tensor, listen: Callable[[Tensor], None]) -> Tensor:
-        """Let ``listen`` hear the gradient that arrives at ``output``."""
-        return _Tap.apply(output, self._anchor, listen)
-
-
-class _TappedLayer:
-    """One layer's forward: frozen while it runs, heard when the gradient comes back."""
-
-    def __init__(self, taps: Taps, module: nn.Module, rule: NormRule) -> None:
-        self._taps, self._module, self._rule = taps, module, rule
-        self._live = module._parameters
-        self._frozen = {
-            k: p if p is None else p.detach() for k, p in self._live.items()
-        }
-        self._plain_forward = module.forward
-        module.forward = self.forward
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer, tapped if its one input and its output are batches."""
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        alone = len(args) + len(kwargs) == 1 and self._taps.wants(x)
-        parameters = self._parameters() if alone else {}
-        if not parameters:
-            return self._plain_forward(*args, **kwargs)
-        self._module.__dict__["_parameters"] = self._frozen
-        try:
-            output = self._plain_forward(*args, **kwargs)
-        finally:
-            self._module.__dict__["_parameters"] = self._live
-        if not self._taps.wants(output):
-            self._taps.add(None, parameters)
-            return output
-        self._taps.count(parameters)
-        return self._taps.tap(output, self._listener(x.detach(), parameters))
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """The layer's own parameters that are still to be measured here."""
-        return {
-            k: p for k, p in self._live.items() if p is not None and p.requires_grad
-        }
-
-    def _listener(
-        self, x: Tensor, parameters: dict[str, nn.Parameter]
-    ) -> Callable[[Tensor], None]:
-        """What to do with the gradient at the output of this call."""
-        version = x._version
-
-        def listen(grad: Tensor) -> None:
-            names = self._taps.counted_once(parameters)
-            if x._version != version:  # overwritten: its values are gone
-                self._taps.add(None, parameters)
-            elif names:
-                squares = self._rule(self._module, x, grad, names)
-                self._taps.add(squares, parameters)
-
-        return listen
+    def _leave_over(self, parameters: set[nn.Parameter]) -> None:
+        """Freeze parameters for good."""
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+            self.leftover.add(self._names[parameter])
 
 
 class _Tap(torch.autograd.Function):

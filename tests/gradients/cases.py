@@ -142,6 +142,48 @@ class Keywords(nn.Module):
         return self.head(torch.tanh(self.left(input=a) * self.right(b)))
 
 
+class Bare(nn.Module):
+    """Bare parameters in all the ways in which they meet a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.second = nn.Parameter(torch.randn(1, 6))
+        self.places = nn.Parameter(torch.randn(6, 6))
+        self.gain = nn.Parameter(torch.randn(6))
+        self.shift = nn.Parameter(torch.randn(()))
+        self.row = nn.Parameter(torch.randn(6, 1))
+        self.mix = nn.Linear(6, 6)
+        self.head = nn.Linear(6, NUM_CLASSES)
+
+    def forward(self, x):
+        b = len(x)
+        tokens = self.token.expand(b, -1, -1), self.second.expand((b, 1, 6))
+        h = torch.cat([*tokens, x], 1)
+        h = torch.tanh(self.places + h) * self.gain
+        h += self.shift
+        h = self.row * self.mix(h)
+        return self.head(torch.tanh(h).mean(1))
+
+
+class BareElsewhere(nn.Module):
+    """Bare parameters whose gradients are not the batch's rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.split = nn.Parameter(torch.randn(1, 2, 6))
+        self.twice = nn.Parameter(torch.randn(6))
+        self.left = nn.Parameter(torch.randn(4, 6))
+        self.right = nn.Parameter(torch.randn(6))
+        self.head = nn.Linear(6, NUM_CLASSES)
+
+    def forward(self, x):
+        x = x + self.split[:, 0] + self.split[0, 1]  # taken apart
+        x = torch.tanh(x + self.twice) * self.twice
+        y = x + (self.left + self.right).mean(0)  # no batch in the sum
+        return self.head(torch.tanh(x + y))
+
+
 class FoldedTokens(nn.Module):
     """Examples and tokens share the first dimension of the inner layer."""
 
@@ -336,6 +378,10 @@ CASES = {
     ),
     "lstm": (Recurrent, lambda: torch.randn(8, 7, 6)),
     "reused": (Reused, lambda: torch.randn(8, 6)),
+    "bare": (Bare, lambda: torch.randn(8, 4, 6)),
+    "bare-one-example": (Bare, lambda: torch.randn(1, 4, 6)),
+    "bare-elsewhere": (BareElsewhere, lambda: torch.randn(8, 6)),
+    "bare-elsewhere-as-large-as-the-batch": (BareElsewhere, lambda: torch.randn(4, 6)),
     "folded-tokens": (FoldedTokens, lambda: torch.randn(8, 4, 6)),
     "dict": (
         Keywords,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from opacus_pi.gradients import register_norm_rule, registry
@@ -15,8 +16,8 @@ LOSSES = nn.CrossEntropyLoss(reduction="none")
 ALL = "all"
 LEFTOVER = {
     "conv-transpose": {"0"},
-    "transformer": {"position", "attention"},
-    "transformer-sequence-first": {"position", "attention", "norms", "feed"},
+    "transformer": {"attention"},
+    "transformer-sequence-first": {"attention", "norms", "feed"},
     "sequence-first-as-long-as-the-batch": ALL,
     "encoder-layer": {"0.self_attn"},
     "embedding-tied": {"embedding"},
@@ -26,6 +27,8 @@ LEFTOVER = {
     "embedding-bag": {"0"},
     "lstm": {"lstm"},
     "reused": {"first"},
+    "bare-elsewhere": {"split", "twice", "left", "right"},
+    "bare-elsewhere-as-large-as-the-batch": ALL,
     "folded-tokens": {"inner"},
     "weight-norm": ALL,
     "forward-overridden": {"0.weight"},
@@ -119,3 +122,63 @@ def test_subclass_with_its_own_forward_has_no_rule():
 
     assert registry.norm_rule(Doubled(2, 2)) is None
     assert registry.norm_rule(Named(2, 2)) is registry.norm_rule(nn.Linear(2, 2))
+
+
+class Overwrites(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 5)
+
+    def forward(self, x):
+        h = self.first(x)
+        out = self.second(h)
+        h.zero_()
+        return out
+
+
+def test_overwritten_input_is_an_error_as_in_autograd():
+    torch.manual_seed(0)
+    model, x, y = Overwrites(), torch.randn(4, 3), torch.randint(0, 5, (4,))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        LOSSES(model(x), y).sum().backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        measured(model, x, y)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_layers(use_reentrant):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.inner = nn.Linear(3, 4), nn.Linear(4, 4)
+            self.head = nn.Linear(4, 5)
+
+        def forward(self, x):
+            h = torch.utils.checkpoint.checkpoint(
+                self.inner, torch.tanh(self.first(x)), use_reentrant=use_reentrant
+            )
+            return self.head(torch.tanh(h))
+
+    torch.manual_seed(0)
+    model, x, y = Checkpointed(), torch.randn(4, 3), torch.randint(0, 5, (4,))
+    _, norms = measured(model, x, y)
+    plain = nn.Sequential(model.first, nn.Tanh(), model.inner, nn.Tanh(), model.head)
+    truth = loop_norms(plain, LOSSES, x, y)
+    torch.testing.assert_close(norms, truth, rtol=1e-5, atol=0)
+
+
+def test_compiled_models_are_measured_uncompiled():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5))
+    x, y = torch.randn(4, 3), torch.randint(0, 5, (4,))
+
+    def refuse(*_):
+        raise AssertionError("compiled")
+
+    expected = measured(model, x, y)[1]
+    whole = torch.compile(model, backend=refuse)
+    part = nn.Sequential(torch.compile(model[0], backend=refuse), *model[1:])
+    for kind in (whole, part):
+        assert torch.equal(measured(kind, x, y)[1], expected)
+    model[0].compile(backend=refuse)
+    assert torch.equal(measured(model, x, y)[1], expected)

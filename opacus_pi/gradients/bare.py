@@ -1,0 +1,94 @@
+"""Tap bare parameters: position and class tokens, scales and shifts.
+
+A parameter that a module adds to a batch, multiplies it with, or expands over it, has
+for each example the gradient that arrives at the result (times the batch's entries for
+a product), summed over the positions that share an entry.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from opacus_pi.gradients.products import squared_lengths
+from opacus_pi.gradients.taps import Taps
+
+_SUMS = {torch.add, Tensor.add, Tensor.add_}
+_PRODUCTS = {torch.mul, Tensor.mul}
+_SPREADS = {Tensor.expand}
+
+
+class BareParameters(TorchFunctionMode):
+    """Taps the operations above on live parameters, while it is entered.
+
+    Args:
+        taps: Where they report.
+    """
+
+    def __init__(self, taps: Taps) -> None:
+        super().__init__()
+        self._taps = taps
+
+    def __torch_function__(
+        self,
+        func: Callable,
+        types: Any,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation, tapped if it is one of those above."""
+        if kwargs:
+            return func(*args, **kwargs)
+        if func in _SPREADS and self._taps.is_live(args[0]):
+            return self._spread(func, args)
+        if (func in _SUMS or func in _PRODUCTS) and len(args) == 2:
+            for place in (1,) if func is Tensor.add_ else (0, 1):
+                parameter, x = args[place], args[1 - place]
+                if self._taps.is_live(parameter) and self._taps.wants(x):
+                    return self._combine(func, args, parameter, x)
+        return func(*args)
+
+    def _combine(
+        self, func: Callable, args: tuple, parameter: nn.Parameter, x: Tensor
+    ) -> Tensor:
+        """A sum or product of a batch and a parameter."""
+        if not _is_shared(parameter.shape, x.shape):
+            return func(*args)
+        output = func(*(a.detach() if a is parameter else a for a in args))
+        return self._tap(output, x if func in _PRODUCTS else None, parameter)
+
+    def _spread(self, func: Callable, args: tuple) -> Tensor:
+        """A parameter expanded to one copy per example."""
+        parameter, *sizes = args
+        output = func(parameter.detach(), *sizes)
+        if not (self._taps.wants(output) and _is_shared(parameter.shape, output.shape)):
+            return func(*args)
+        return self._tap(output.clone(), None, parameter)
+
+    def _tap(self, output: Tensor, x: Tensor | None, parameter: nn.Parameter) -> Tensor:
+        """Tap the result; ``x`` is the other factor of a product."""
+
+        def squares(x: Tensor | None, grad: Tensor, names: Collection[str]) -> Tensor:
+            products = grad if x is None else grad * x
+            return squared_lengths(_summed(products, parameter.shape)[:, None])
+
+        return self._taps.tap(output, x, {"parameter": parameter}, squares)
+
+
+def _is_shared(shape: torch.Size, batch: torch.Size) -> bool:
+    """Whether each example of a batch sees the whole of a parameter, broadcast."""
+    pairs = zip(reversed(shape), reversed(batch), strict=False)
+    return (
+        len(shape) <= len(batch)
+        and all(mine in (1, theirs) for mine, theirs in pairs)
+        and (len(shape) < len(batch) or shape[0] == 1)
+    )
+
+
+def _summed(values: Tensor, shape: torch.Size) -> Tensor:
+    """Sum each example's values over the positions that share a parameter's entry."""
+    aligned = (1,) * (values.dim() - len(shape)) + tuple(shape)
+    shared = [i for i in range(1, values.dim()) if aligned[i] < values.shape[i]]
+    return values.sum(shared) if shared else values
