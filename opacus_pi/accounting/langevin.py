@@ -239,6 +239,10 @@ def _evaluator(
     initial_lsi: float,
 ) -> _Evaluate:
     """The bound as a function of form and number of steps; growth is tracked once."""
+    positive(
+        initial_lsi=initial_lsi,
+        remedy="Only a point mass has constant 0, and no other law is near one.",
+    )
     tracked = np.zeros(1)
 
     def growth(num_steps: int) -> float:

@@ -28,7 +28,8 @@ def gradient_map_lipschitz(
 
     Args:
         learning_rate: Step size η.
-        smoothness: L, upper end of the Hessian's spectrum.
+        smoothness: L, upper end of the Hessian's spectrum; ``inf`` if there is none
+            (c is then infinite: only bounds that need no smoothness remain).
         strong_convexity: m, lower end: positive for strongly convex losses, 0 for
             convex ones, ``-smoothness`` for merely smooth ones.
 
@@ -41,10 +42,10 @@ def gradient_map_lipschitz(
     """
     positive(learning_rate=learning_rate, remedy="It is the step size of the update.")
     expect(
-        abs(strong_convexity) <= smoothness < math.inf,
+        abs(strong_convexity) <= smoothness,
         "strong_convexity",
         strong_convexity,
-        f"in [-smoothness, smoothness] with finite smoothness={smoothness}",
+        f"in [-smoothness, smoothness], smoothness={smoothness}",
         "It is the lower end of the Hessian's spectrum; -smoothness assumes nothing.",
     )
     return max(
@@ -144,8 +145,8 @@ def log_growth(
 
 
 def _times(square: float, constant: float) -> float:
-    """c²·C, where a constant map leaves a point mass whatever C was."""
-    return 0.0 if square == 0 else square * constant
+    """c²·C; constant maps leave point masses, and any map leaves a point mass one."""
+    return 0.0 if square == 0 or constant == 0 else square * constant
 
 
 def schedules(

@@ -31,7 +31,9 @@ class LangevinConstants:
         learning_rate: η.
         noise_variance: s, per coordinate, on the **weights**: 2ησ² for Langevin noise
             √(2η)·σ, and (η·std)² for noise of standard deviation std on the gradient.
-        smoothness: L, largest eigenvalue of the Hessian of f on the domain.
+        smoothness: L, largest eigenvalue of the Hessian of f on the domain; ``inf``
+            where there is no bound (a ball and ``gradient_bound`` then still give
+            the ``"dobrushin"`` form).
         strong_convexity: m, smallest eigenvalue: > 0 strongly convex, 0 convex,
             −L merely smooth.
         radius: R of the ball (any convex set inside one) that Π projects onto.

@@ -144,6 +144,26 @@ def test_symmetric_takes_the_larger_and_both_lists():
         symmetric_bound(forward, other)
 
 
+def test_without_smoothness_dobrushin_remains():
+    rough = LangevinConstants(
+        learning_rate=0.1,
+        noise_variance=0.3,
+        smoothness=math.inf,
+        radius=1.0,
+        gradient_bound=0.5,
+    )
+    assert rough.map_radius == pytest.approx(1.05)
+    found = unlearning_divergence(2.0, 3.0, 5, rough)
+    assert found.form == "dobrushin"
+    assert found.divergence < 2.0
+    hyper = unlearning_divergence(
+        2.0, 3.0, 5, rough, initial_lsi=0.3, form="hypercontractive"
+    )
+    capped = slow_growth(rough, math.inf, 5)
+    expected = hypercontractive_bound(2.0, 3.0, capped)
+    assert hyper.divergence == pytest.approx(expected)
+
+
 def test_constants():
     assert BALL.lipschitz == pytest.approx(1.1)
     assert BALL.map_radius == pytest.approx(1.05)
@@ -177,6 +197,8 @@ def test_bad_input():
         steps_to_rewind(lambda t, a: 1.0, 2.0, 0.1, CONVEX)
     with pytest.raises(ValueError, match="order=1"):
         unlearning_divergence(1.0, 1.0, 1, CONVEX)
+    with pytest.raises(ValueError, match="initial_lsi=0"):
+        unlearning_divergence(1.0, 2.0, 1, CONVEX, initial_lsi=0.0)
     with pytest.raises(ValueError, match="num_steps=-1"):
         unlearning_divergence(1.0, 2.0, -1, CONVEX)
 
