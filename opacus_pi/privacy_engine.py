@@ -26,11 +26,13 @@ Opacus's. Afterwards ``engine.ledger`` holds the record, and ``privacy_losses`` 
 8
 """
 
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import opacus
 import torch
 from opacus.grad_sample import AbstractGradSampleHooks
@@ -41,9 +43,10 @@ from torch.utils.data import DataLoader
 
 from opacus_pi import refusals
 from opacus_pi._validate import expect
-from opacus_pi.accountants import PerInstanceAccountant
-from opacus_pi.accounting import fingerprint
+from opacus_pi.accountants import PerInstanceAccountant, num_steps_of
+from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe, watch, watch_memory_manager
+from opacus_pi.dp_filtering import require_filterable
 from opacus_pi.dp_recording import PrivateRun, record
 from opacus_pi.engine_readings import EngineReadings
 from opacus_pi.gradients import sweep
@@ -51,6 +54,7 @@ from opacus_pi.monitor import monitor
 from opacus_pi.recorder import Recorder
 
 CHECKPOINT_KEY = "opacus_pi"
+FILTER_KEY = "opacus_pi_filter"
 
 _HOW_TO_GO_ON = (
     "To keep such layers, train without clipping: engine.make_monitored(...). To train "
@@ -65,13 +69,20 @@ class PerInstanceMixin(EngineReadings):
     Args:
         recorder: How to record. Default: ``Recorder()``, the norms that training
             computes anyway; ``make_monitored`` sweeps by default.
+        renyi_filter: Budgets; an example is left out of the updates that would exceed
+            its own. Default: none.
         **opacus_options: The engine's own options.
     """
 
     def __init__(
-        self, *, recorder: Recorder | None = None, **opacus_options: Any
+        self,
+        *,
+        recorder: Recorder | None = None,
+        renyi_filter: RenyiFilter | None = None,
+        **opacus_options: Any,
     ) -> None:
         super().__init__(**opacus_options)
+        self.renyi_filter = renyi_filter
         self.recorder = Recorder() if recorder is None else recorder
         self._default_recorder = recorder is None
         self._tracker = Tracker()
@@ -114,6 +125,13 @@ class PerInstanceMixin(EngineReadings):
 
         Source: paper, section 5.1 and Appendix D.
         """
+        expect(
+            self.renyi_filter is None,
+            "renyi_filter",
+            self.renyi_filter,
+            "to be None: a monitored training has no per-example gradients",
+            "Use make_private to keep budgets.",
+        )
         earlier_steps = self.recorder.num_steps
         if self._default_recorder and self.recorder.mode != "swept":
             self.recorder = Recorder("swept")
@@ -163,6 +181,15 @@ class PerInstanceMixin(EngineReadings):
         else:
             self._reasons.append(reason)
 
+    @wraps(opacus.PrivacyEngine.make_private)
+    def make_private(self, **options: Any) -> tuple:
+        """Prepare as Opacus does, once it is clear that budgets can be kept."""
+        if self.renyi_filter is not None:
+            require_filterable(**options)
+            data_set = options["data_loader"].dataset
+            self.renyi_filter.begin(len(data_set), fingerprint(data_set))
+        return super().make_private(**options)
+
     # ------------------------------------------------ what Opacus calls in make_private
     def _prepare_model(
         self, module: nn.Module, **options: Any
@@ -181,7 +208,7 @@ class PerInstanceMixin(EngineReadings):
             raise
         tracker = self._new_tracker(batch_first=options.get("batch_first", True))
         probe(hooks, tracker)
-        self._preparing = PrivateRun(self.recorder, tracker, hooks)
+        self._preparing = PrivateRun(self.recorder, tracker, hooks, self.renyi_filter)
         return hooks
 
     def _prepare_data_loader(
@@ -226,8 +253,10 @@ class PerInstanceMixin(EngineReadings):
             )
         except ValueError as error:  # the record that was loaded is of another run
             self._reasons.append(str(error))
-        schedule = None if poisson else refusals.unknown_schedule(loader)
-        reasons = [refusals.clipping_without_effect(self), schedule]
+        reasons = [
+            refusals.clipping_without_effect(self),
+            refusals.unknown_schedule(loader),
+        ]
         self._reasons += [reason for reason in reasons if reason]
         self._adopt(run.tracker, module, weakref.ref(run), earlier_steps)
         if isinstance(self.accountant, PerInstanceAccountant):
@@ -242,12 +271,15 @@ class PerInstanceMixin(EngineReadings):
         filled = checkpoint_dict or {}
         if self._begun:
             filled[CHECKPOINT_KEY] = self.recorder.state_dict()
+            if self.renyi_filter is not None:
+                filled[FILTER_KEY] = _as_tensors(self.renyi_filter.state_dict())
         super().save_checkpoint(checkpoint_dict=filled, **options)
 
     @wraps(opacus.PrivacyEngine.load_checkpoint)
     def load_checkpoint(self, **options: Any) -> dict[str, Any]:
         """Load as Opacus does, and continue the record if the checkpoint has one."""
         checkpoint = super().load_checkpoint(**options)
+        self._load_charges(checkpoint.pop(FILTER_KEY, None))
         state = checkpoint.pop(CHECKPOINT_KEY, None)
         if state is not None:
             try:
@@ -256,12 +288,34 @@ class PerInstanceMixin(EngineReadings):
                 self._refuse(f"The checkpoint's record cannot be continued: {error}")
         return checkpoint
 
+    def _load_charges(self, state: dict[str, Any] | None) -> None:
+        """Go on with a checkpoint's charges against the budgets."""
+        if self.renyi_filter is None:
+            if state is not None:
+                warnings.warn(
+                    "The checkpoint was trained within budgets, and this engine keeps "
+                    "none. Pass PrivacyEngine(renyi_filter=...) to train on within "
+                    "them.",
+                    stacklevel=3,
+                )
+            return
+        expect(
+            state is not None or num_steps_of(self.accountant) == 0,
+            "checkpoint",
+            "one without a filter",
+            "to have charged the examples for its updates",
+            "Resume from a checkpoint that was trained with the RenyiFilter.",
+        )
+        if state is not None:
+            self.renyi_filter.load_state_dict(_as_arrays(state))
+
 
 class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     """Opacus's ``PrivacyEngine``, drop-in, with a record of every example.
 
     Args:
         recorder: How to record. Default: ``Recorder()``.
+        renyi_filter: Individual budgets, see below. Default: none.
         **opacus_options: ``accountant`` and ``secure_mode``, as in Opacus;
             ``accountant="per_instance"`` is available too.
 
@@ -275,7 +329,32 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     the clip norm on record is the root of the sum of squares, an upper bound. With
     adaptive clipping the noisy count of clipped examples, which is released besides the
     gradient, is not part of the per-example values.
+
+    With a ``RenyiFilter`` an example is left out of every update that would exceed its
+    budget: its row of the per-example gradients is zero, and 0 is the norm on record.
+    So are rows that cannot be attributed, rows whose norm is not finite, and padding.
+    ``renyi_filter.epsilons`` is then what is guaranteed (Feldman and Zrnic 2021,
+    arXiv:2008.11193); ``get_epsilon`` still holds for everybody, and ``epsilons`` stays
+    an estimate, from the norms that entered. Which examples were left out is sensitive.
+    An ``AccountingError`` stops a training whose charges would be wrong: rows that are
+    attributed by belief, BatchNorm in training mode, noise that falls within an update.
     """
+
+
+def _as_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """A state whose arrays are tensors, for a checkpoint."""
+    return {
+        k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+        for k, v in state.items()
+    }
+
+
+def _as_arrays(state: dict[str, Any]) -> dict[str, Any]:
+    """A state whose tensors are arrays again."""
+    return {
+        k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v
+        for k, v in state.items()
+    }
 
 
 def _nothing() -> None:

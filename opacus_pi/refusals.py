@@ -30,11 +30,14 @@ _ONCE_AN_EPOCH = (SequentialSampler, SubsetRandomSampler, DistributedSampler)
 
 
 def unknown_schedule(loader: DataLoader) -> str | None:
-    """A loader that is kept, but does not draw each example once in an epoch.
+    """A loader that draws neither by Poisson sampling nor each example once an epoch.
 
     Args:
-        loader: The user's loader, kept because ``poisson_sampling=False``.
+        loader: The loader that is trained from, the user's or Opacus's.
     """
+    if is_poisson(loader):
+        rate = loader.batch_sampler.sample_rate
+        return _too_few_steps(rate, len(loader)) if rate * len(loader) > 1.001 else None
     if isinstance(loader.dataset, IterableDataset):
         return (
             "An iterable data set has no positions, so its rows belong to no example. "
@@ -53,6 +56,14 @@ def unknown_schedule(loader: DataLoader) -> str | None:
     return (
         f"How often {type(odd).__name__} draws an example is not known, so no privacy "
         "loss follows from it. Use poisson_sampling=True, or shuffle=True."
+    )
+
+
+def _too_few_steps(rate: float, num_steps: int) -> str:
+    """Why Opacus's accountant is told another rate than the sampler's."""
+    return (
+        f"The sampler draws at rate {rate:g}, and Opacus accounts for 1/{num_steps}, "
+        "one over the loader's length. Use steps=int(1 / sample_rate)."
     )
 
 

@@ -9,6 +9,10 @@ from opacus_pi.privacy_engine import CHECKPOINT_KEY
 from opacus_pi.recorder import AccountingError, Recorder
 from tests.private_training import Training
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This run has no ledger", "ignore:PrivacyEngine detected new dataset"
+)
+
 
 def save(training, **options):
     file = io.BytesIO()

@@ -17,6 +17,10 @@ from opacus_pi.privacy_engine import PerInstanceMixin, PrivacyEngine
 from opacus_pi.recorder import AccountingError, Recorder
 from tests.private_training import ADAPTIVE, Log, Net, Training, data, one_at_a_time
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This run has no ledger", "ignore:PrivacyEngine detected new dataset"
+)
+
 NUM_PARAMETERS = 6
 CLIPPINGS = {
     "flat": {"max_grad_norm": 0.7},

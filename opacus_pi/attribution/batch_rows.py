@@ -7,6 +7,7 @@ array([2, 3])
 """
 
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,15 @@ def tensors_in(nested: Any, depth: int = _MAX_DEPTH) -> Iterator[Tensor]:
     elif depth > 0 and not isinstance(nested, str | bytes | PackedSequence):
         if not isinstance(nested, list | tuple):  # dict, UserDict, BatchEncoding
             values = getattr(nested, "values", None)
-            nested = values() if callable(values) else ()
+            nested = values() if callable(values) else _fields(nested)
         for item in nested:
             yield from tensors_in(item, depth - 1)
+
+
+def _fields(nested: Any) -> Iterator[Any]:
+    """The values of a dataclass; of anything else, nothing."""
+    if is_dataclass(nested) and not isinstance(nested, type):
+        yield from (getattr(nested, field.name) for field in fields(nested))
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -92,13 +99,17 @@ class StoredRows:
         inside &= within + extent < self._stride
         return rows if inside.all() else None
 
+    def expired(self) -> bool:
+        """Whether nobody holds the memory any more."""
+        return self._storage.expired()
+
     def modified(self, tensor: Tensor) -> bool:
         """Whether the memory was written to since."""
         return _version(tensor) != self._version
 
     def _is_stored_in(self, tensor: Tensor) -> bool:
         """Whether the tensor lives in this memory."""
-        if self._storage.expired() or tensor.element_size() != self._item_size:
+        if self.expired() or tensor.element_size() != self._item_size:
             return False
         return tensor.untyped_storage()._cdata == self._storage.cdata
 

@@ -3,6 +3,7 @@
 Pure functions from the recent deliveries and the model's inputs to a ``Forward``.
 """
 
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +25,21 @@ Rows = NDArray[np.int64]
 
 
 class Stream:
-    """One pass over a loader; counts its batches that no forward pass has used."""
+    """One pass over a loader; counts its batches that no forward pass has used.
 
-    def __init__(self) -> None:
+    Args:
+        source: What delivers, with its present pass as ``stream``; None: goes on.
+    """
+
+    def __init__(self, source: Any = None) -> None:
         self.unused = 0
+        self._source = None if source is None else weakref.ref(source)
+
+    def has_ended(self) -> bool:
+        """Whether the pass was left for another one, or forgotten."""
+        if self._source is None:
+            return False
+        return getattr(self._source(), "stream", None) is not self
 
 
 @dataclass(eq=False)
@@ -45,6 +57,11 @@ class Delivery:
         if not self.used:
             self.stream.unused -= 1
         self.used = True
+
+    def may_be_waiting(self) -> bool:
+        """Whether a forward pass could still be made of it."""
+        held = any(not stored.expired() for stored in self.stored)
+        return not self.used and (held or not self.stream.has_ended())
 
 
 @dataclass(eq=False)
@@ -144,20 +161,23 @@ def by_content(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forwa
 
 
 def by_latest(
-    tensors: list[Tensor], dim: int, latest: Delivery | None, *, usually_known: bool
+    tensors: list[Tensor], dim: int, recent: list[Delivery], *, usually_known: bool
 ) -> Forward:
     """The latest batch, if it is the only one that these inputs can be made of.
 
     Args:
         tensors: The model's inputs.
         dim: Their dimension that runs over the examples.
-        latest: The latest delivery.
+        recent: Deliveries, the newest first.
         usually_known: Whether this loop's inputs were recognised before, so that
             inputs which are not are a surprise.
     """
+    latest = recent[0] if recent else None
     if latest is None or latest.rows is None:
         return Forward(None, "unattributed", None, "indices")
-    only = latest.used or latest.stream.unused == 1
+    others = [d for d in recent if d.stream is not latest.stream]
+    waiting = latest.stream.unused + sum(d.may_be_waiting() for d in others)
+    only = waiting == (0 if latest.used else 1)
     surprising = usually_known and bool(latest.checksums)
     fits = any(t.shape[dim] == len(latest.rows) for t in tensors)
     if surprising or not only or not fits:

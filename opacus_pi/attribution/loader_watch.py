@@ -65,16 +65,16 @@ class _CopiedIndices:
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
+    def _restart(self) -> None:
         """Begin another pass over the loader."""
         self.emitted: dict[int, Any] = {}
         self.num_emitted = 0
-        self.stream = Stream()
+        self.stream = Stream(self)
 
     def __iter__(self) -> Iterator[Any]:
-        self.restart()
+        self._restart()
         for indices in self.sampler:
             self.emitted[self.num_emitted] = indices
             self.num_emitted += 1

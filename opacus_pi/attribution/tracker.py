@@ -73,12 +73,16 @@ class Tracker:
         self.verify, self.strict = verify, strict
         self.batch_dim = 0 if batch_first else 1
         self.counts = dict.fromkeys(EVIDENCE, 0)
-        self.latest: Delivery | None = None
         self._recent: deque[Delivery] = deque(maxlen=_HISTORY)
         self._stream = Stream()
         self._pending: deque[Forward] = deque(maxlen=_MAX_PENDING)
         self._clock = 0
         self._warned: set[str] = set()
+
+    @property
+    def latest(self) -> Delivery | None:
+        """The batch that was delivered last."""
+        return self._recent[0] if self._recent else None
 
     def delivered(
         self, indices: Any, batch: Any, stream: Stream | None = None
@@ -102,7 +106,6 @@ class Tracker:
         )
         delivery.stream.unused += 1
         self._recent.appendleft(delivery)
-        self.latest = delivery
         return delivery
 
     def bind(self, inputs: Any) -> Forward:
@@ -130,7 +133,7 @@ class Tracker:
         if stored.evidence:
             return stored
         known = self.verify and self.counts["by_storage"] + self.counts["by_content"]
-        return by_latest(tensors, dim, self.latest, usually_known=bool(known))
+        return by_latest(tensors, dim, recent, usually_known=bool(known))
 
     def reached(self, forward: Forward, *, clipping: bool = False) -> None:
         """The backward pass came by a forward pass's output.

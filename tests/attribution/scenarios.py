@@ -191,6 +191,17 @@ def interleaved(run):
         run.step(x, y)
 
 
+def interleaved_transformed(run):
+    for (x, y), (u, v) in zip(run.loader, run.loader, strict=False):
+        run.step(x * 2, y)
+        run.step(u * 2, v)
+
+
+def listed_first_transformed(run):
+    for x, y in list(run.loader):
+        run.step(x * 2, y)
+
+
 def memory_manager(run):
     with run.memory_managed() as loader:
         for x, y in loader:

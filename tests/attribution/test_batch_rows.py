@@ -1,4 +1,5 @@
 from collections import UserDict
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -17,6 +18,17 @@ def test_tensors_in_any_nesting():
     nested = {"x": [a, ("text", b)], "y": UserDict(z=c), "w": 3, "v": None, "u": b"x"}
     assert [id(t) for t in tensors_in(nested)] == [id(a), id(b), id(c)]
     assert list(tensors_in("text")) == list(tensors_in(3.0)) == []
+
+
+def test_tensors_in_a_models_output():
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+        aux: tuple
+
+    out = Output(torch.zeros(2), (torch.ones(1),))
+    assert [t.numel() for t in tensors_in(out)] == [2, 1]
+    assert list(tensors_in(Output)) == []
 
 
 def test_tensors_without_rows_in_memory_are_left_out():

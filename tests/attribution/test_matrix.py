@@ -9,6 +9,10 @@ from torch.utils.data import WeightedRandomSampler
 from opacus_pi.recorder import AccountingError
 from tests.attribution import scenarios as s
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This run has no ledger", "ignore:PrivacyEngine detected new dataset"
+)
+
 ALL_MODES = ("hooks", "functorch", "ew", "ghost")
 X, Y = s.tensors()
 FIXED = {"poisson": False}
@@ -202,6 +206,14 @@ def test_look_ahead_and_transformed(verify, poisson):
         verify=verify,
         poisson=poisson,
     )
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "loop", [s.interleaved_transformed, s.listed_first_transformed]
+)
+def test_several_batches_in_use_and_transformed(loop, verify):
+    check(loop, evidence="unattributed", factor=2.0, verify=verify, **FIXED)
 
 
 def test_look_ahead_copies_without_verification():

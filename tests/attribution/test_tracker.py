@@ -13,6 +13,13 @@ from opacus_pi.attribution.forward_probe import ForwardProbe
 from opacus_pi.recorder import AccountingError
 
 
+class Source:
+    """Something that delivers, in passes."""
+
+    def __init__(self):
+        self.stream = Stream(self)
+
+
 def rows_of(tracker, inputs, size, **options):
     """What a forward and backward pass over some inputs is attributed to."""
     tracker.reached(tracker.bind(inputs))
@@ -88,16 +95,32 @@ def test_batches_along_the_second_dimension():
 
 
 def test_latest_is_believed_only_if_it_is_the_only_unused_one():
-    stream, tracker = Stream(), Tracker()
-    tracker.delivered([0, 1, 2], batch(0), stream)
+    source, tracker, x, u = Source(), Tracker(), batch(1), batch(2)
+    tracker.delivered([0, 1, 2], batch(0), source.stream)
     assert rows_of(tracker, [batch(9)], 3) == [0, 1, 2]
     assert rows_of(tracker, [batch(8)], 3) == [0, 1, 2]  # another view of it
-    tracker.delivered([3, 4, 5], batch(1), stream)
-    tracker.delivered([6, 7, 8], batch(2), stream)
+    tracker.delivered([3, 4, 5], x, source.stream)
+    tracker.delivered([6, 7, 8], u, source.stream)
     assert rows_of(tracker, [batch(7)], 3) == [UNKNOWN] * 3
-    tracker.delivered([0, 1, 2], batch(3), Stream())  # another pass over the loader
+    del x, u  # nobody holds them, and their pass over the loader is over
+    source.stream = Stream(source)
+    tracker.delivered([0, 1, 2], batch(3), source.stream)
     assert rows_of(tracker, [batch(6)], 3) == [0, 1, 2]
     assert tracker.counts["by_latest"] == 9
+
+
+def test_a_batch_that_is_still_held_may_still_be_used():
+    source, tracker, x = Source(), Tracker(), batch(0)
+    tracker.delivered([0, 1, 2], x, source.stream)
+    source.stream = Stream(source)
+    tracker.delivered([3, 4, 5], batch(1), source.stream)
+    assert rows_of(tracker, [batch(9)], 3) == [UNKNOWN] * 3
+    del x
+    tracker.delivered([6, 7, 8], batch(2), Stream(source))
+    assert rows_of(tracker, [batch(9)], 3) == [UNKNOWN] * 3  # [3, 4, 5] may come
+    source.stream = Stream(source)
+    tracker.delivered([0, 1, 2], batch(3), source.stream)
+    assert rows_of(tracker, [batch(9)], 3) == [0, 1, 2]
 
 
 def test_deliveries_long_ago_are_forgotten():
@@ -169,4 +192,4 @@ def test_probes_without_a_tracker_do_nothing():
     hook.report_to(tracker := Tracker(), model)
     for duplicate in (copy.deepcopy(hook), pickle.loads(pickle.dumps(hook))):
         duplicate(model, (batch(0),), {}, model(batch(0)))
-    assert tracker.take() == [] and tracker.latest is None
+    assert tracker.take() == []
