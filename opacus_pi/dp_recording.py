@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from opacus_pi import refusals
+from opacus_pi.accounting import RenyiFilter
 from opacus_pi.attribution import Tracker
 from opacus_pi.class_swap import swap_class
+from opacus_pi.dp_filtering import FilterGate
 from opacus_pi.grad_sample import grad_sample_norms
 from opacus_pi.recorder import Recorder
 
@@ -60,6 +62,7 @@ class PrivateRun:
         recorder: Where to report to.
         tracker: Who knows which examples the rows are.
         hooks: What ``make_private`` returned for the model.
+        renyi_filter: Whose budgets the updates must keep, if any.
         sample_rate: The rate that Opacus's accountant is told.
         loader: The loader, while the run is being prepared.
         superseded: Whether the engine has prepared another run since.
@@ -68,15 +71,19 @@ class PrivateRun:
     recorder: Recorder
     tracker: Tracker
     hooks: AbstractGradSampleHooks
+    renyi_filter: RenyiFilter | None = None
     sample_rate: float = 0.0
     loader: DataLoader | None = None
     superseded: bool = False
     entered: list[np.ndarray] = field(default_factory=list)
     batch_norms: list[nn.Module] = field(init=False)
+    gate: FilterGate | None = field(init=False, default=None)
     _update: dict[str, float] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.batch_norms = refusals.batch_norms(self.hooks)
+        if self.renyi_filter is not None:
+            self.gate = FilterGate(self.renyi_filter, self.tracker, self.batch_norms)
 
     def observe(self, rows: np.ndarray, norms: Tensor) -> None:
         """Rows of a physical batch entered the update to come."""
@@ -149,6 +156,8 @@ def _reporting_updates(base: type) -> type:
 
     class Reporting(base):
         def add_noise(self) -> None:  # once per update, and not when it is put off
+            if self._pi_run.gate is not None:
+                self._pi_run.gate.leave(noise_std_of(self))
             super().add_noise()
             self._pi_run.drawn(self)
 
@@ -165,11 +174,26 @@ def _from_grad_samples(base: type) -> type:
 
     class Recording(_reporting_updates(base)):
         def clip_and_accumulate(self) -> None:  # once for each batch that enters
-            super().clip_and_accumulate()
+            run = self._pi_run
+            if run.gate is None:
+                super().clip_and_accumulate()
+                rows, norms = self._pi_rows()
+            else:
+                rows, norms = run.gate.enter(
+                    self.params,
+                    *self._pi_rows(),
+                    noise_std=noise_std_of(self),
+                    max_grad_norm=float(self.max_grad_norm),
+                )
+                super().clip_and_accumulate()
+            run.observe(rows, norms)
+
+        def _pi_rows(self) -> tuple[np.ndarray, Tensor]:
+            """Whose rows the per-example gradients are, and their norms."""
+            norms = grad_sample_norms(self.grad_samples)
             first = self.params[0].grad_sample
             passes = first if isinstance(first, list) else [first]
-            rows = self._pi_run.tracker.attribute([len(g) for g in passes])
-            self._pi_run.observe(rows, grad_sample_norms(self.grad_samples))
+            return self._pi_run.tracker.attribute([len(g) for g in passes]), norms
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
             self._pi_run.tracker.discard()

@@ -26,13 +26,11 @@ Opacus's. Afterwards ``engine.ledger`` holds the record, and ``privacy_losses`` 
 8
 """
 
-import warnings
 import weakref
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-import numpy as np
 import opacus
 import torch
 from opacus.grad_sample import AbstractGradSampleHooks
@@ -46,7 +44,7 @@ from opacus_pi._validate import expect
 from opacus_pi.accountants import PerInstanceAccountant, num_steps_of
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe, watch, watch_memory_manager
-from opacus_pi.dp_filtering import require_filterable
+from opacus_pi.dp_filtering import require_filterable, resume_charges, saved_charges
 from opacus_pi.dp_recording import PrivateRun, record
 from opacus_pi.engine_readings import EngineReadings
 from opacus_pi.gradients import sweep
@@ -185,7 +183,7 @@ class PerInstanceMixin(EngineReadings):
     def make_private(self, **options: Any) -> tuple:
         """Prepare as Opacus does, once it is clear that budgets can be kept."""
         if self.renyi_filter is not None:
-            require_filterable(**options)
+            require_filterable(self, **options)
             data_set = options["data_loader"].dataset
             self.renyi_filter.begin(len(data_set), fingerprint(data_set))
         return super().make_private(**options)
@@ -272,14 +270,15 @@ class PerInstanceMixin(EngineReadings):
         if self._begun:
             filled[CHECKPOINT_KEY] = self.recorder.state_dict()
             if self.renyi_filter is not None:
-                filled[FILTER_KEY] = _as_tensors(self.renyi_filter.state_dict())
+                filled[FILTER_KEY] = saved_charges(self.renyi_filter)
         super().save_checkpoint(checkpoint_dict=filled, **options)
 
     @wraps(opacus.PrivacyEngine.load_checkpoint)
     def load_checkpoint(self, **options: Any) -> dict[str, Any]:
         """Load as Opacus does, and continue the record if the checkpoint has one."""
         checkpoint = super().load_checkpoint(**options)
-        self._load_charges(checkpoint.pop(FILTER_KEY, None))
+        charges = checkpoint.pop(FILTER_KEY, None)
+        resume_charges(self.renyi_filter, charges, num_steps_of(self.accountant))
         state = checkpoint.pop(CHECKPOINT_KEY, None)
         if state is not None:
             try:
@@ -287,27 +286,6 @@ class PerInstanceMixin(EngineReadings):
             except (ValueError, KeyError) as error:
                 self._refuse(f"The checkpoint's record cannot be continued: {error}")
         return checkpoint
-
-    def _load_charges(self, state: dict[str, Any] | None) -> None:
-        """Go on with a checkpoint's charges against the budgets."""
-        if self.renyi_filter is None:
-            if state is not None:
-                warnings.warn(
-                    "The checkpoint was trained within budgets, and this engine keeps "
-                    "none. Pass PrivacyEngine(renyi_filter=...) to train on within "
-                    "them.",
-                    stacklevel=3,
-                )
-            return
-        expect(
-            state is not None or num_steps_of(self.accountant) == 0,
-            "checkpoint",
-            "one without a filter",
-            "to have charged the examples for its updates",
-            "Resume from a checkpoint that was trained with the RenyiFilter.",
-        )
-        if state is not None:
-            self.renyi_filter.load_state_dict(_as_arrays(state))
 
 
 class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
@@ -339,22 +317,6 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     An ``AccountingError`` stops a training whose charges would be wrong: rows that are
     attributed by belief, BatchNorm in training mode, noise that falls within an update.
     """
-
-
-def _as_tensors(state: dict[str, Any]) -> dict[str, Any]:
-    """A state whose arrays are tensors, for a checkpoint."""
-    return {
-        k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v
-        for k, v in state.items()
-    }
-
-
-def _as_arrays(state: dict[str, Any]) -> dict[str, Any]:
-    """A state whose tensors are arrays again."""
-    return {
-        k: v.cpu().numpy() if isinstance(v, torch.Tensor) else v
-        for k, v in state.items()
-    }
 
 
 def _nothing() -> None:

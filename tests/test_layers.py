@@ -24,6 +24,7 @@ LAYER = {
     "refusals": 3,
     "loader_watch": 3,
     "monitor": 3,
+    "dp_filtering": 3,
     "dp_recording": 3,
     "grad_sample": 3,
     "accountants": 3,

@@ -25,6 +25,7 @@ from opacus_pi.accounting.privacy_loss import (
     worst_case_loss,
 )
 from opacus_pi.accounting.process import LangevinConstants
+from opacus_pi.accounting.renyi_filter import RenyiFilter
 from opacus_pi.accounting.shifted import learn_unlearn_mu_squared, shifted_mu_squared
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "GramLedger",
     "LangevinConstants",
     "NoisySGD",
+    "RenyiFilter",
     "UnlearningBound",
     "contractive_divergence",
     "epsilons",

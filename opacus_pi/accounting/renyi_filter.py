@@ -1,0 +1,258 @@
+"""Individual privacy budgets: an example is left out where a step would exceed its own.
+
+>>> budget = RenyiFilter(budget=1.0, order=8.0)
+>>> budget.begin(num_examples=3)
+>>> budget.admit([0, 2], ratios=[0.4, 0.6])  # 8·0.4²/2 = 0.64, 8·0.6²/2 = 1.44
+array([ True, False])
+>>> budget.admit([0, 1], ratios=[0.4, 0.4])
+array([False,  True])
+>>> budget.spent.round(9)
+array([0.64, 0.64, 0.  ])
+
+**The guarantee.** Let P be the law of all outputs with an example and Q without it. A
+step that example takes part in adds Gaussian noise to a vector that the example moves
+by r standard deviations, and r is known before the noise is drawn. If every decision
+depends only on past outputs and on the example itself, then Σr² ≤ 2·budget/order on
+every path, and so (Feldman and Zrnic)
+
+    D_a(P ‖ Q) ≤ a·budget/order  and  D_a(Q ‖ P) ≤ a·budget/order  at every order a > 1.
+
+More is true. Spend what is left of the budget on one more Gaussian release, which can
+only help the adversary. Then log dP/dQ is a sum of Gaussian steps whose variances add
+up to the constant μ² = 2·budget/order, so it is exactly that of one Gaussian shift of
+μ standard deviations. ``epsilons`` are of that curve (Smith and Thakurta; Koskela et
+al.).
+
+**Why no amplification by sampling.** The charge is that of a step that is known to hold
+the example (sample rate 1), made at the steps that do. That conditions on the schedule
+of batches, which does not look at the data, and the divergences are jointly convex. To
+charge only those steps *and* at the amplified rate is wrong: amplification counts on
+nobody knowing which steps they were, but an example whose charges depend on when it
+was drawn tells by its absence. Amplified charges would have to be made at every step,
+drawn or not.
+
+What was spent, and which examples were left out, says who is unusual: it is as
+sensitive as the data. ``spent`` is no bound; it is itself a function of the outputs.
+
+Source: Feldman and Zrnic 2021 (arXiv:2008.11193); Smith and Thakurta 2022
+(arXiv:2210.17520); Koskela, Tobaben and Honkela 2023 (arXiv:2209.15596).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from opacus_pi._validate import distinct_indices, expect, in_range, positive
+from opacus_pi.accounting.gaussian_curve import gaussian_epsilon, gaussian_mu
+from opacus_pi.accounting.mechanism import frozen
+
+Array = NDArray[np.float64]
+
+
+class RenyiFilter:
+    """Keeps every example's Rényi divergence within its budget.
+
+    Args:
+        budget: Nats of Rényi divergence at ``order``, above 0: one number for all, or
+            one for each example, ``(n,)``; ``inf``: no limit. It must be chosen
+            without looking at the data.
+        order: Rényi order that budgets and charges are counted at, above 1. A Gaussian
+            step's divergence is proportional to the order, so this is a unit: budget 2
+            at order 16 is budget 1 at order 8.
+
+    Raises:
+        ValueError: If a budget is not above 0, or the order not above 1.
+    """
+
+    def __init__(self, budget: ArrayLike, order: float = 8.0) -> None:
+        in_range(1, np.inf, closed=False, order=order, remedy="Usual: 2 to 64.")
+        budgets = np.array(budget, dtype=np.float64)
+        expect(
+            budgets.ndim <= 1,
+            "budget",
+            f"an array of shape {budgets.shape}",
+            "to be a number or one number per example",
+            "Per-example budgets have shape (n,).",
+        )
+        positive(
+            budget=budgets,
+            remedy="To leave an example out altogether, drop it from the data set.",
+        )
+        self.budget, self.order = frozen(budgets), float(order)
+        self._spent: Array | None = None
+        self._data_set = ""
+
+    @classmethod
+    def from_epsilon(
+        cls, epsilon: ArrayLike, delta: float, order: float = 8.0
+    ) -> "RenyiFilter":
+        """The filter with the largest budgets that keep (epsilon, delta).
+
+        Args:
+            epsilon: Above 0, one number or ``(n,)``.
+            delta: In (0, 1).
+            order: Rényi order that the budgets are expressed at.
+
+        Raises:
+            ValueError: If an argument is outside its domain.
+        """
+        positive(epsilon=epsilon, remedy="At epsilon 0 nobody can take part.")
+        return cls(order * gaussian_mu(epsilon, delta) ** 2 / 2, order)
+
+    def __repr__(self) -> str:
+        budgets = (
+            f"{self.budget:g}"
+            if self.budget.ndim == 0
+            else f"{self.budget.size} of them"
+        )
+        return f"RenyiFilter(budget={budgets}, order={self.order:g})"
+
+    @property
+    def spent(self) -> Array:
+        """Charges so far, float64 ``(n,)``; sensitive, and no bound on anything.
+
+        Raises:
+            ValueError: Before ``begin``.
+        """
+        return self._begun().copy()
+
+    def begin(self, num_examples: int, data_set: str = "") -> None:
+        """Say whose budgets these are; a second time only to go on with the same.
+
+        Args:
+            num_examples: Number of examples, n.
+            data_set: Its fingerprint.
+
+        Raises:
+            ValueError: If the budgets are of another number of examples, or charges
+                have been made for another data set.
+        """
+        expect(
+            self.budget.ndim == 0 or self.budget.size == num_examples,
+            "budget",
+            f"{self.budget.size} numbers",
+            f"to be one for each of {num_examples} examples",
+            "Give one number for all, or one for each example of the data set.",
+        )
+        if self._spent is None:
+            self._spent, self._data_set = np.zeros(num_examples), data_set
+        expect(
+            (self._spent.size, self._data_set) == (num_examples, data_set),
+            "data_set",
+            f"{data_set!r} with {num_examples} examples",
+            f"to be the filter's, {self._data_set!r} with {self._spent.size}",
+            "Make a new RenyiFilter for another data set.",
+        )
+
+    def admit(self, indices: ArrayLike, ratios: ArrayLike) -> NDArray[np.bool_]:
+        """Charge the examples that may take part in a step; leave out the others.
+
+        An example may take part if what it has spent, plus order·r²/2, is within its
+        budget; else it is charged nothing, and may try again. Call before the step's
+        noise is drawn, once for each example.
+
+        Args:
+            indices: int ``(b,)``, each example at most once.
+            ratios: ``(b,)``, r: what the example adds to the noised vector, at most,
+                over the standard deviation of this step's noise.
+
+        Returns:
+            bool ``(b,)``. An example with False must not enter the step.
+
+        Raises:
+            ValueError: If an index is twice or no example's, or a ratio is negative or
+                not a number. Nothing is charged then.
+        """
+        spent = self._begun()
+        r = np.asarray(ratios, dtype=np.float64)
+        expect(
+            r.shape == np.shape(indices),
+            "ratios",
+            f"an array of shape {r.shape}",
+            f"to have one ratio per index, shape {np.shape(indices)}",
+            "Give one ratio for each example.",
+        )
+        if r.size == 0:
+            return np.zeros(r.shape, dtype=np.bool_)
+        in_range(0, np.inf, ratios=r, remedy="It is a norm over a standard deviation.")
+        distinct_indices("indices", indices, spent.size)
+        examples = np.asarray(indices, dtype=np.int64)
+        after = spent[examples] + self.order * r**2 / 2
+        admitted = after <= np.broadcast_to(self.budget, spent.shape)[examples]
+        spent[examples[admitted]] = after[admitted]
+        return admitted
+
+    def epsilons(self, delta: float) -> Array:
+        """The epsilon that each example's budget keeps to, before and after training.
+
+        Exact for the budget: δ(ε) of a Gaussian shift of √(2·budget/order) standard
+        deviations. It holds in both directions, however the steps were chosen.
+
+        Args:
+            delta: In (0, 1).
+
+        Returns:
+            float64 in the shape of ``budget``.
+
+        Raises:
+            ValueError: If ``delta`` is not in (0, 1).
+        """
+        return gaussian_epsilon(np.sqrt(2 * self.budget / self.order), delta)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Budgets and charges, as arrays, numbers and strings.
+
+        Raises:
+            ValueError: Before ``begin``.
+        """
+        return {
+            "budget": self.budget.copy(),
+            "order": self.order,
+            "data_set": self._data_set,
+            "spent": self.spent,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the charges that ``state_dict`` saved.
+
+        Args:
+            state: What ``state_dict`` returned.
+
+        Raises:
+            ValueError: If budgets, order or data set differ, or charges made since
+                would be forgotten; nothing is changed then.
+        """
+        loaded = np.array(state["spent"], dtype=np.float64)
+        same = np.array_equal(state["budget"], self.budget)
+        expect(
+            same and state["order"] == self.order,
+            "the saved budget",
+            f"{np.asarray(state['budget'])} at order {state['order']:g}",
+            f"to be this filter's, {self.budget} at order {self.order:g}",
+            "Resume with the RenyiFilter of the run saved.",
+        )
+        if self._spent is not None:
+            self.begin(loaded.size, state["data_set"])
+            expect(
+                bool((self._spent <= loaded).all()),
+                "the filter's charges",
+                "more than were saved",
+                "to be no more",
+                "What has been released stays released: load into a new RenyiFilter, "
+                "and discard what was trained since.",
+            )
+        self._spent, self._data_set = loaded, state["data_set"]
+
+    def _begun(self) -> Array:
+        """The charges, once there are examples."""
+        expect(
+            self._spent is not None,
+            "RenyiFilter",
+            "one without examples",
+            "to have begun",
+            "Call begin(num_examples), or give it to PrivacyEngine(renyi_filter=...) "
+            "and call make_private.",
+        )
+        return self._spent
