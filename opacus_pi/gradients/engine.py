@@ -89,8 +89,7 @@ class NormEngine:
         settled = False
         while not settled:
             with self._taps.listening(len(y)):
-                with self._bare_taps:
-                    outputs = forward(self._model, x)
+                outputs = self._forward(x)
                 if not self._checked:
                     check_separate(outputs, self._live)
                 cotangents, scales = unit_cotangents(self._losses, outputs, y)
@@ -102,6 +101,16 @@ class NormEngine:
         if self._taps.leftover:
             squares = squares + self._leftover_squares(x, y, cotangents, scales)
         return squares, map_tensors(Tensor.detach, outputs)
+
+    def _forward(self, x: Any) -> Any:
+        """The outputs; once more if giving positions to each example was wrong."""
+        try:
+            with self._bare_taps:
+                return forward(self._model, x)
+        except Exception:
+            if not self._taps.stop_spreading():
+                raise
+        return self._forward(x)
 
     def _leftover_squares(
         self, x: Any, y: Any, cotangents: dict[int, Tensor], scales: Tensor

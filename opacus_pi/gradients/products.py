@@ -18,15 +18,14 @@ def squared_lengths(values: Tensor) -> Tensor:
     return flat.square().sum(1).double()
 
 
-def blocks(values: Tensor, row_size: int, scale: int = 1) -> Iterator[slice]:
+def blocks(values: Tensor, row_size: int) -> Iterator[slice]:
     """Slices of the examples such that an intermediate of each fits the cache.
 
     Args:
         values: A tensor with one row per example.
         row_size: Elements of the intermediate per example.
-        scale: Multiplies the block size.
     """
-    limit = scale * (_GPU_BLOCK if values.is_cuda else _CPU_BLOCK)
+    limit = _GPU_BLOCK if values.is_cuda else _CPU_BLOCK
     step = max(1, limit // max(1, row_size))
     for start in range(0, len(values), step):
         yield slice(start, start + step)

@@ -1,8 +1,8 @@
-"""A copy of a model to measure on: the same weights, none of the live model's state.
+"""Copies of a model without what training wrapped around it or hooked into it.
 
-The copy shares the storage of the parameters (nothing writes to them) and owns all
-else: modules, buffers, evaluation mode. What happens to it leaves no trace on the
-live model.
+``bare_copy`` owns its weights, to train on. ``evaluation_copy``, to measure on, shares
+the storage of the parameters (nothing writes to them) and owns all else: modules,
+buffers, evaluation mode. What happens to a copy leaves no trace on the live model.
 
 >>> live = nn.Linear(2, 1)
 >>> copied = evaluation_copy(live)
@@ -24,12 +24,31 @@ from opacus_pi._validate import expect
 from opacus_pi.gradients.batches import floating
 
 _PACKAGES = ("opacus", "opacus_pi")
-_HOOK_TABLES = {
-    "_forward_pre_hooks": True,
-    "_forward_hooks": True,
-    "_backward_pre_hooks": False,
-    "_backward_hooks": False,
-}  # whether the copy keeps the user's own hooks of this kind
+_FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_HOOKS = (*_FORWARD_HOOKS, "_backward_pre_hooks", "_backward_hooks")
+_OBSERVED = "autograd_grad_sample_hooks"  # Opacus hangs it on a model that it hooks
+_LEFT_BY_OPACUS = (
+    _OBSERVED,
+    "activations",
+    "max_batch_len",
+    "ft_compute_sample_grad",
+    "_forward_counter",
+)
+_DROPPED = object()
+
+
+def bare_copy(model: nn.Module) -> nn.Module:
+    """A deep copy without wrappers, per-sample gradients, gradients or Opacus's hooks.
+
+    The user's own hooks are copied. The original is only read.
+
+    Args:
+        model: A module, plain or wrapped.
+
+    Returns:
+        A new module with equal weights and buffers and the same train/eval mode.
+    """
+    return _copied(unwrap(model), {}, _HOOKS)
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:
@@ -57,17 +76,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm:
             weight = module.weight  # forward rescales it in place
             memo[id(weight)] = _parameter(weight.detach().clone(), weight)
-        for name, value in vars(module).items():
-            if name in _HOOK_TABLES:
-                memo[id(value)] = _hooks_to_keep(name, value)
-            elif name == "_compiled_call_impl":
-                memo[id(value)] = None
-            elif isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()  # deepcopy refuses these
-    for module in model.modules():
-        if "_orig_mod" in module._modules:  # torch.compile
-            memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
-    return copy.deepcopy(model, memo).eval()
+    return _copied(model, memo, _FORWARD_HOOKS).eval()
 
 
 def check_separate(outputs: Any, live: Iterable[nn.Parameter]) -> None:
@@ -124,11 +133,42 @@ def _parameter(values: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=like.requires_grad)
 
 
-def _hooks_to_keep(table: str, hooks: dict) -> OrderedDict:
-    """Forward hooks that neither Opacus nor this package set; no backward hooks."""
-    if not _HOOK_TABLES[table]:
-        return OrderedDict()
-    return OrderedDict((k, h) for k, h in hooks.items() if not _is_ours(h))
+def _copied(
+    model: nn.Module, memo: dict[int, Any], kept_hooks: tuple[str, ...]
+) -> nn.Module:
+    """A deep copy without what Opacus or torch.compile hung on the modules.
+
+    Args:
+        model: An unwrapped model.
+        memo: What to put in the place of objects, by their ids, as in ``deepcopy``.
+        kept_hooks: The tables of hooks whose entries, if the user's, are copied.
+    """
+    observed = any(_OBSERVED in vars(module) for module in model.modules())
+    left_over = _LEFT_BY_OPACUS if observed else ()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in kept_hooks:
+                ours = [hook for hook in value.values() if _is_ours(hook)]
+                memo |= {id(hook): _DROPPED for hook in ours}
+            elif name in _HOOKS:
+                memo[id(value)] = OrderedDict()
+            elif name == "_compiled_call_impl":
+                memo[id(value)] = None
+            elif name in left_over and isinstance(value, list):
+                memo[id(value)] = []
+            elif isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()  # deepcopy refuses these
+    for module in model.modules():
+        if "_orig_mod" in module._modules:  # torch.compile
+            memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
+    twin = copy.deepcopy(model, memo)
+    for module in twin.modules():
+        for name in left_over:
+            vars(module).pop(name, None)
+        for table in (getattr(module, name) for name in kept_hooks):
+            for key in [key for key, hook in table.items() if hook is _DROPPED]:
+                del table[key]
+    return twin
 
 
 def _is_ours(hook: Any) -> bool:

@@ -41,14 +41,13 @@ class _TappedLayer:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer, tapped if its one input and its output are batches."""
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        alone = len(args) + len(kwargs) == 1 and self._taps.wants(x)
-        parameters = self._parameters() if alone else {}
-        if not parameters:
+        parameters = self._parameters() if len(args) + len(kwargs) == 1 else {}
+        x = self._taps.spread(*args, *kwargs.values()) if parameters else None
+        if not self._taps.wants(x):
             return self._plain_forward(*args, **kwargs)
         self._module.__dict__["_parameters"] = self._frozen
         try:
-            output = self._plain_forward(*args, **kwargs)
+            output = self._plain_forward(x)
         finally:
             self._module.__dict__["_parameters"] = self._live
         if isinstance(output, Tensor) and self._taps.wants(output):

@@ -41,6 +41,7 @@ class Taps:
         self._num_calls: Counter[nn.Parameter] = Counter()
         self._unheard: set[nn.Parameter] = set()
         self._batch_size: int | None = None
+        self._may_spread, self._has_spread = True, False
 
     @contextmanager
     def listening(self, batch_size: int) -> Iterator[None]:
@@ -51,6 +52,7 @@ class Taps:
         """
         self._batch_size, self._squares = batch_size, None
         self._num_calls.clear()
+        self._has_spread = False
         try:
             yield
         finally:
@@ -84,6 +86,28 @@ class Taps:
             and value.shape[:1] == (self._batch_size,)
             and torch.is_grad_enabled()
         )
+
+    def spread(self, x: Any) -> Any:
+        """Give each example its row of numbers that all share, as positions ``(1, t)``.
+
+        What follows usually broadcasts, and sees the same values either way.
+        """
+        if (
+            not self._may_spread
+            or self._batch_size is None
+            or not isinstance(x, Tensor)
+            or x.is_floating_point()
+            or x.shape[:1] != (1,)
+        ):
+            return x
+        self._has_spread = True
+        return x.expand(self._batch_size, *x.shape[1:])
+
+    def stop_spreading(self) -> bool:
+        """Spread no more and start the pass anew; whether it had spread anything."""
+        self._may_spread = False
+        self._num_calls.clear()
+        return self._has_spread
 
     def is_live(self, parameter: Any) -> bool:
         """Whether this is a parameter that taps may still account for."""

@@ -132,6 +132,20 @@ class Positions(nn.Module):
         return self.head(torch.tanh(h).mean(1))
 
 
+class RowOfPositions(Positions):
+    """The positions as one row that all examples share."""
+
+    def __init__(self, length, squeeze=False):
+        super().__init__(length)
+        self.squeeze = squeeze
+
+    def forward(self, tokens):
+        places = self.places(torch.arange(tokens.shape[1])[None])
+        if self.squeeze:  # works for one row only
+            places = places.view(tokens.shape[1], -1)
+        return self.head(torch.tanh(self.words(tokens) + places).mean(1))
+
+
 class Keywords(nn.Module):
     def __init__(self):
         super().__init__()
@@ -372,6 +386,8 @@ CASES = {
     "embedding-tied-functional": (lambda: Tied(functional=True), tokens),
     "positions": (lambda: Positions(7), tokens),
     "positions-as-many-as-the-batch": (lambda: Positions(7), lambda: tokens(7)),
+    "positions-in-a-row": (lambda: RowOfPositions(7), tokens),
+    "positions-squeezed": (lambda: RowOfPositions(7, squeeze=True), tokens),
     "embedding-bag": (
         lambda: nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, NUM_CLASSES)),
         tokens,

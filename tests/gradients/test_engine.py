@@ -24,6 +24,7 @@ LEFTOVER = {
     "embedding-tied-functional": {"embedding"},
     "positions": {"places"},
     "positions-as-many-as-the-batch": ALL,
+    "positions-squeezed": {"places"},
     "embedding-bag": {"0"},
     "lstm": {"lstm"},
     "reused": {"first"},
