@@ -50,6 +50,12 @@ class Chain:
             without.append(without[-1] @ self.without)
         return with_x, without
 
+    def lsi(self, num_steps: int) -> Array:
+        """LSI constants of the laws without the point."""
+        return lsi_track(
+            0.0, num_steps, lipschitz=self.shrink, noise_variance=self.noise
+        )
+
     def joint(self, num_steps: int, order: float) -> float:
         """D_α of the whole trajectory."""
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -80,85 +86,100 @@ def adaptive_chains(rng: np.random.Generator, number: int) -> Iterator[Case]:
     """Composition over a run, the last iterate, and unlearning afterwards."""
     for _ in range(number):
         rate = float(rng.choice([1.0, 0.3, 0.1]))
-        c, num_steps = float(rng.uniform(0.7, 0.95)), int(rng.integers(2, 25))
-        chain = Chain(c, 0.1, float(rng.uniform(2, 6)), rate)
-        order = float(rng.choice([1.5, 2.0, 4.0]))
-        with_x, without = chain.laws(num_steps)
-        runs, later = chain.ledgers(with_x), chain.ledgers(with_x, at=1)
-        joint = chain.joint(num_steps, order)
+        chain = Chain(
+            float(rng.uniform(0.7, 0.95)), 0.1, float(rng.uniform(2, 6)), rate
+        )
+        num_steps, order = int(rng.integers(2, 25)), float(rng.choice([1.5, 2.0, 4.0]))
+        laws = chain.laws(num_steps)
+        runs = chain.ledgers(laws[0])
+        later = chain.ledgers(laws[0], at=1)
         printed = float(privacy_losses(later, order, convention="icml2025")[0])
         yield Case(
             "adaptive chain, whole run",
-            joint,
+            chain.joint(num_steps, order),
             {"Hölder": float(privacy_losses(runs, order, rule="left")[0])},
             {"Definition 4.2": printed},
             tolerance=1e-5,
         )
-        constants = LangevinConstants(
-            learning_rate=1.0,
-            noise_variance=chain.noise,
-            smoothness=1 - c,
-            strong_convexity=1 - c,
-        )
-        shared = {"lipschitz": c, "noise_variance": chain.noise}
-        lsi = lsi_track(0.0, num_steps, **shared)
-        last = grid_divergence(with_x[-1], without[-1], order)
         if rate == 1:
-            moves = np.array([chain.quantiles(law, chain.moves) for law in with_x[:-1]])
-            recursion = contractive_divergence(
-                moves, order, lsi=lsi, hoelder_p=30.0, **shared
-            )
-            yield Case(
-                "adaptive chain, last iterate",
-                last,
-                {"contractive": recursion},
-                {"Definition 4.2": printed},
-                tolerance=1e-5,
-            )
-        k = int(rng.integers(1, 30))
-        unlearned, retrained = with_x[-1], without[-1]
-        for _ in range(k):
-            unlearned, retrained = unlearned @ chain.without, retrained @ chain.without
+            yield _last_iterate(chain, laws, order, printed)
+        yield _unlearned(chain, laws, order, int(rng.integers(1, 30)))
 
-        def loss(a: float, runs: list = runs) -> float:
-            return float(privacy_losses(runs, max(a, 1 + 1e-6), rule="left")[0])
 
-        bounds = {
-            form: unlearning_divergence(
-                loss, order, k, constants, initial_lsi=float(lsi[-1]), form=form
-            ).divergence
-            for form in ("hypercontractive", "source")
-        }
-        yield Case(
-            "adaptive chain, learned then unlearned",
-            grid_divergence(unlearned, retrained, order),
-            {"hypercontractive": bounds["hypercontractive"]},
-            {"D·G^(−1/α)": bounds["source"]},
-            tolerance=1e-4,
-        )
+def _last_iterate(chain: Chain, laws: tuple, order: float, printed: float) -> Case:
+    """The recursion that lets early steps decay."""
+    with_x, without = laws
+    moves = np.array([chain.quantiles(law, chain.moves) for law in with_x[:-1]])
+    recursion = contractive_divergence(
+        moves,
+        order,
+        lsi=chain.lsi(len(moves)),
+        lipschitz=chain.shrink,
+        noise_variance=chain.noise,
+        hoelder_p=30.0,
+    )
+    return Case(
+        "adaptive chain, last iterate",
+        grid_divergence(with_x[-1], without[-1], order),
+        {"contractive": recursion},
+        {"Definition 4.2": printed},
+        tolerance=1e-5,
+    )
+
+
+def _unlearned(chain: Chain, laws: tuple, order: float, k: int) -> Case:
+    """Per-instance losses of the run, contracted by k steps without the point."""
+    runs, num_steps = chain.ledgers(laws[0]), len(laws[0]) - 1
+    unlearned, retrained = laws[0][-1], laws[1][-1]
+    for _ in range(k):
+        unlearned, retrained = unlearned @ chain.without, retrained @ chain.without
+    # A quadratic loss whose gradient map is exactly c·w.
+    constants = LangevinConstants(
+        learning_rate=1.0,
+        noise_variance=chain.noise,
+        smoothness=1 - chain.shrink,
+        strong_convexity=1 - chain.shrink,
+    )
+    bounds = {
+        form: unlearning_divergence(
+            lambda a: float(privacy_losses(runs, max(a, 1 + 1e-6), rule="left")[0]),
+            order,
+            k,
+            constants,
+            initial_lsi=float(chain.lsi(num_steps)[-1]),
+            form=form,
+        ).divergence
+        for form in ("hypercontractive", "source")
+    }
+    return Case(
+        "adaptive chain, learned then unlearned",
+        grid_divergence(unlearned, retrained, order),
+        {"hypercontractive": bounds["hypercontractive"]},
+        {"D·G^(−1/α)": bounds["source"]},
+        tolerance=1e-4,
+    )
+
+
+_X = np.linspace(-1, 1, 401)
+_EDGES = np.r_[-np.inf, (_X[:-1] + _X[1:]) / 2, np.inf]
+
+
+def _projected_kernel(move: Array, noise: float) -> Array:
+    """Transition masses of x − move + N(0, noise), projected onto [−1, 1]."""
+    return np.diff(ndtr((_EDGES - (_X - move)[:, None]) / math.sqrt(noise)), axis=1)
 
 
 def double_wells(rng: np.random.Generator, number: int) -> Iterator[Case]:
     """A non-convex loss on an interval: learning with a point, unlearning without."""
-    x = np.linspace(-1, 1, 401)
-    edges = np.r_[-np.inf, (x[:-1] + x[1:]) / 2, np.inf]
     for _ in range(number):
-        tilt, eta = rng.uniform(-0.2, 0.2), float(rng.uniform(0.05, 0.3))
-        noise = 2 * eta * rng.uniform(0.4, 1.0) ** 2
-        slope = rng.uniform(0.2, 0.8)
-        gradient = x**3 - x + tilt
-        extra = slope * np.tanh(2 * x - 1)
-        order, k = float(rng.choice([1.5, 3.0, 8.0])), int(rng.integers(1, 40))
-
-        def kernel(move: Array, step: float = eta, s: float = noise) -> Array:
-            # Projection puts the mass beyond the ends on the end points.
-            gaps = (edges - (x - step * move)[:, None]) / math.sqrt(s)
-            return np.diff(ndtr(gaps), axis=1)
-
-        with_x, without = kernel(gradient + extra), kernel(gradient)
-        start = np.full(len(x), 1 / len(x))
-        first = start @ np.linalg.matrix_power(with_x, 20)
-        second = start @ np.linalg.matrix_power(without, 20)
+        eta = float(rng.uniform(0.05, 0.3))
+        noise = 2 * eta * float(rng.uniform(0.4, 1.0)) ** 2
+        gradient = _X**3 - _X + rng.uniform(-0.2, 0.2)
+        extra = rng.uniform(0.2, 0.8) * np.tanh(2 * _X - 1)
+        with_x = _projected_kernel(eta * (gradient + extra), noise)
+        without = _projected_kernel(eta * gradient, noise)
+        start = np.full(len(_X), 1 / len(_X))
+        laws = [start @ np.linalg.matrix_power(K, 20) for K in (with_x, without)]
         constants = LangevinConstants(
             learning_rate=eta,
             noise_variance=noise,
@@ -167,23 +188,10 @@ def double_wells(rng: np.random.Generator, number: int) -> Iterator[Case]:
             radius=1.0,
             gradient_bound=float(np.abs(gradient).max()),
         )
-
-        def initial(a: float, laws: tuple = (first, second)) -> float:
-            return grid_divergence(*laws, max(a, 1 + 1e-6))
-
-        forms = {
-            form: unlearning_divergence(
-                initial,
-                order,
-                k,
-                constants,
-                initial_lsi=constants.lsi_cap,
-                form=form,
-            ).divergence
-            for form in ("best", "dobrushin", "source")
-        }
-        after = np.linalg.matrix_power(without, k)
-        exact = grid_divergence(first @ after, second @ after, order)
+        order, k = float(rng.choice([1.5, 3.0, 8.0])), int(rng.integers(1, 40))
+        after = [law @ np.linalg.matrix_power(without, k) for law in laws]
+        forms = _well_bounds(laws, order, k, constants)
+        exact = grid_divergence(*after, order)
         yield Case(
             "double well on an interval",
             exact if exact > 1e-12 else 0.0,  # Rounding of the masses.
@@ -191,3 +199,20 @@ def double_wells(rng: np.random.Generator, number: int) -> Iterator[Case]:
             {"D·G^(−1/α)": forms["source"]},
             tolerance=1e-6,
         )
+
+
+def _well_bounds(
+    laws: list[Array], order: float, k: int, constants: LangevinConstants
+) -> dict[str, float]:
+    """Bounds from the exact divergence after learning."""
+    return {
+        form: unlearning_divergence(
+            lambda a: grid_divergence(*laws, max(a, 1 + 1e-6)),
+            order,
+            k,
+            constants,
+            initial_lsi=constants.lsi_cap,
+            form=form,
+        ).divergence
+        for form in ("best", "dobrushin", "source")
+    }
