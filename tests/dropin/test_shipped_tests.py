@@ -69,7 +69,7 @@ def shipped(tmp_path_factory):
     if not present:
         pytest.skip("this build of Opacus ships no tests")
     folder = tmp_path_factory.mktemp("ours")
-    engine = "opacus_pi.privacy_engine:PrivacyEngine"
+    engine = "opacus_pi:PrivacyEngine"
     return run_shipped(present, engine, folder, "-k", WITHOUT)
 
 
