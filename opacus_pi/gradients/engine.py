@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from opacus_pi._validate import expect
+from opacus_pi.gradients.attention import tap_attention
 from opacus_pi.gradients.bare import BareParameters
 from opacus_pi.gradients.batches import forward, map_tensors, reached, rows
 from opacus_pi.gradients.criterion import Criterion
@@ -54,7 +55,8 @@ class NormEngine:
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
         self._taps = Taps(self._model)
-        tapped = tap_layers(self._taps, self._model)
+        tapped = tap_attention(self._taps, self._model)
+        tapped |= tap_layers(self._taps, self._model)
         bare = set(self._trainable.values()) - tapped
         self._bare_taps = BareParameters(self._taps) if bare else nullcontext()
         self._vectorised, self._together, self._checked = True, True, False

@@ -81,6 +81,40 @@ class Transformer(nn.Module):
         return self.head(x.mean(1 if self.batch_first else 0))
 
 
+class Attends(nn.Module):
+    """Attention called in a way of the test's choice."""
+
+    def __init__(self, attend, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        if self.attention.out_proj.bias is not None:
+            nn.init.normal_(self.attention.out_proj.bias)
+        if self.attention.in_proj_bias is not None:
+            nn.init.normal_(self.attention.in_proj_bias)
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, NUM_CLASSES)
+        self.attend = attend
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.head(self.attend(self.attention, h)[0].mean(1))
+
+
+def masked_attention(attention, h):
+    b, t, _ = h.shape
+    causal = torch.ones(t, t, dtype=torch.bool).triu(1)
+    padding = torch.zeros(b, t)
+    padding[:, -1] = -1.5  # a float mask is added
+    options = {"attn_mask": causal, "key_padding_mask": padding, "need_weights": False}
+    return attention(h, h, h, **options)
+
+
+def masked_per_head(attention, h):
+    b, t, _ = h.shape
+    mask = torch.linspace(-1, 1, t * t).view(1, t, t).expand(2 * b, t, t).clone()
+    mask[1::2] *= -1
+    return attention(h, h, h, attn_mask=mask, need_weights=False)
+
+
 class Tied(nn.Module):
     """The embedding's weight is the output layer's as well."""
 
@@ -258,6 +292,10 @@ def tokens(b=8):
     return torch.randint(0, NUM_CLASSES, (b, 7))
 
 
+def sequences(b=8):
+    return torch.randn(b, 6, 8)
+
+
 def images(b=8, size=9):
     return torch.randn(b, 3, size, size)
 
@@ -381,6 +419,23 @@ CASES = {
             nn.Linear(48, NUM_CLASSES),
         ),
         lambda: torch.randn(8, 6, 8),
+    ),
+    "attention-masked": (lambda: Attends(masked_attention), sequences),
+    "attention-masked-per-head": (
+        lambda: Attends(masked_per_head, bias=False),
+        sequences,
+    ),
+    "attention-with-weights": (
+        lambda: Attends(lambda attention, h: attention(h, h, h)),
+        sequences,
+    ),
+    "attention-across": (
+        lambda: Attends(lambda a, h: a(h, h + 1, h, need_weights=False)),
+        sequences,
+    ),
+    "attention-with-bias": (
+        lambda: Attends(lambda a, h: a(h, h, h, need_weights=False), add_bias_kv=True),
+        sequences,
     ),
     "embedding-tied": (lambda: Tied(functional=False), tokens),
     "embedding-tied-functional": (lambda: Tied(functional=True), tokens),

@@ -16,10 +16,11 @@ LOSSES = nn.CrossEntropyLoss(reduction="none")
 ALL = "all"
 LEFTOVER = {
     "conv-transpose": {"0"},
-    "transformer": {"attention"},
     "transformer-sequence-first": {"attention", "norms", "feed"},
     "sequence-first-as-long-as-the-batch": ALL,
-    "encoder-layer": {"0.self_attn"},
+    "attention-with-weights": {"attention"},
+    "attention-across": {"attention"},
+    "attention-with-bias": {"attention"},
     "embedding-tied": {"embedding"},
     "embedding-tied-functional": {"embedding"},
     "positions": {"places"},
