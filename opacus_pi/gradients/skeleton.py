@@ -165,10 +165,15 @@ def _copied(
     for module in twin.modules():
         for name in left_over:
             vars(module).pop(name, None)
-        for table in (getattr(module, name) for name in kept_hooks):
-            for key in [key for key, hook in table.items() if hook is _DROPPED]:
-                del table[key]
+        for name in kept_hooks:
+            _take_off_dropped(getattr(module, name))
     return twin
+
+
+def _take_off_dropped(hooks: dict[int, Any]) -> None:
+    """Delete the entries that were not to be copied."""
+    for key in [key for key, hook in hooks.items() if hook is _DROPPED]:
+        del hooks[key]
 
 
 def _is_ours(hook: Any) -> bool:

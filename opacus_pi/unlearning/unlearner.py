@@ -27,8 +27,8 @@ from opacus_pi.accounting import fingerprint
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.gradients.criterion import Criterion, per_example_criterion
+from opacus_pi.gradients.skeleton import bare_copy
 from opacus_pi.unlearning.claims import Ledgers, claim, runs_in
-from opacus_pi.unlearning.copying import bare_copy
 from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, updates
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
 from opacus_pi.unlearning.plan import Plan, make_plan
