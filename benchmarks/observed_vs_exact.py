@@ -13,16 +13,14 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy import stats
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from benchmarks import data
-from benchmarks.models import build_model
 from benchmarks.report import environment, write_json
-from opacus_pi import GradNormLedger, PrivacyEngine
+from benchmarks.training import Recipe, train_privately
+from opacus_pi import GradNormLedger
 from opacus_pi.accounting import privacy_losses
 from opacus_pi.gradients import norm_sweep
 
@@ -33,28 +31,23 @@ def ledgers(
     images: data.ImageData, seed: int, num_epochs: int, noise_multiplier: float
 ) -> tuple[GradNormLedger, GradNormLedger]:
     """Train once; return the observed ledger and the exact one (a row per update)."""
-    torch.manual_seed(seed)
-    model = build_model("mlp", images.image_shape)
-    engine = PrivacyEngine(accountant="rdp")
-    model, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.5),
-        data_loader=DataLoader(images.train, batch_size=64, shuffle=True),
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=1.0,
-    )
     norms = []
-    for _ in tqdm(range(num_epochs), desc=f"seed {seed}", unit="epoch"):
-        for x, y in loader:
-            exact = norm_sweep(
-                model, CRITERION, images.train, batch_size=512, progress=False
-            )
-            norms.append(exact.numpy())
-            optimizer.zero_grad()
-            CRITERION(model(x), y).backward()
-            optimizer.step()
+
+    def measure(model: nn.Module) -> None:
+        norms.append(
+            norm_sweep(model, CRITERION, images.train, batch_size=512, progress=False)
+        )
+
+    _, engine = train_privately(
+        Recipe("mlp", num_epochs, batch_size=64, learning_rate=0.5),
+        images.train,
+        images.image_shape,
+        seed,
+        noise_multiplier,
+        before_update=measure,
+    )
     observed = engine.ledger
-    exact = GradNormLedger(observed.mechanism, np.arange(len(norms)), np.array(norms))
+    exact = GradNormLedger(observed.mechanism, np.arange(len(norms)), np.stack(norms))
     return observed, exact
 
 
@@ -92,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     images = data.load("digits")
     rows = []
-    for seed in range(args.seeds):
+    for seed in tqdm(range(args.seeds), unit="seed"):
         observed, exact = ledgers(images, seed, args.epochs, args.noise_multiplier)
         # the exact row before update t speaks for update t: the left rule
         truth = privacy_losses(exact, args.order, rule="left")

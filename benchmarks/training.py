@@ -1,7 +1,7 @@
 """The one training recipe of the benchmarks: SGLD or SGD, watched by the engine."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -101,6 +101,7 @@ def train_privately(
     seed: int,
     noise_multiplier: float,
     max_grad_norm: float = 1.0,
+    before_update: Callable[[nn.Module], None] = lambda model: None,
 ) -> tuple[nn.Module, PrivacyEngine]:
     """Train by DP-SGD with the drop-in engine, norms observed at no extra pass.
 
@@ -111,6 +112,7 @@ def train_privately(
         seed: Of the initial weights, the batches and the noise.
         noise_multiplier: As Opacus's.
         max_grad_norm: As Opacus's.
+        before_update: Called with the model before every update.
 
     Returns:
         The trained model (wrapped by Opacus) in evaluation mode, and the engine.
@@ -128,6 +130,7 @@ def train_privately(
     criterion = nn.CrossEntropyLoss()
     for _ in range(recipe.num_epochs):
         for images, labels in loader:
+            before_update(model)
             optimizer.zero_grad()
             criterion(model(images), labels).backward()
             optimizer.step()
