@@ -1,22 +1,16 @@
 """Leaves out of a private update the examples whose budget does not allow it."""
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.optimizers.optimizer import _check_processed_flag
-from opacus.privacy_engine import PrivacyEngine
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from opacus_pi import refusals
 from opacus_pi._errors import AccountingError
-from opacus_pi._validate import expect, positive
+from opacus_pi._validate import positive
 from opacus_pi.accounting import NoisySGD, RenyiFilter
 from opacus_pi.attribution import NOBODY, Tracker
 from opacus_pi.attribution.evidence import Rows
@@ -31,113 +25,6 @@ _LESS_NOISE = (
     "were charged too little. Step schedulers after optimizer.step() has updated the "
     "weights."
 )
-
-
-def require_filterable(
-    engine: PrivacyEngine,
-    *,
-    module: nn.Module,
-    data_loader: DataLoader,
-    noise_multiplier: float,
-    clipping: str = "flat",
-    grad_sample_mode: str = "hooks",
-    poisson_sampling: bool = True,
-    **_: Any,
-) -> None:
-    """Refuse a run that no filter can keep within budgets.
-
-    Args:
-        engine: Whose ``make_private`` was called.
-        module: Its argument, like the others.
-        data_loader: The user's loader.
-        noise_multiplier: Noise relative to the clip norm.
-        clipping: How Opacus clips.
-        grad_sample_mode: How Opacus gets at per-example gradients.
-        poisson_sampling: Whether Opacus replaces the loader's sampler.
-
-    Raises:
-        ValueError: If an argument rules a filter out; it says why.
-    """
-    expect(
-        not grad_sample_mode.startswith("ghost"),
-        "grad_sample_mode",
-        repr(grad_sample_mode),
-        "to keep per-example gradients, which a RenyiFilter leaves out one by one",
-        'Use grad_sample_mode="hooks".',
-    )
-    expect(
-        clipping in ("flat", "per_layer"),
-        "clipping",
-        repr(clipping),
-        'to be "flat" or "per_layer"',
-        "Adaptive clipping also releases how many examples were clipped, which no "
-        "budget covers.",
-    )
-    positive(
-        noise_multiplier=noise_multiplier, remedy="No budget covers noiseless steps."
-    )
-    distributed = (
-        DistributedDataParallel,
-        DifferentiallyPrivateDistributedDataParallel,
-    )
-    expect(
-        not isinstance(module, distributed),
-        "module",
-        type(module).__name__,
-        "in one process: each has its own filter, and none sees all charges",
-        "Train in one process.",
-    )
-    reasons = [refusals.clipping_without_effect(engine)]
-    if not poisson_sampling and not refusals.is_poisson(data_loader):
-        reasons.append(refusals.unknown_schedule(data_loader))
-    for reason in filter(None, reasons):
-        raise ValueError(f"A RenyiFilter cannot keep budgets here. {reason}")
-
-
-def saved_charges(renyi_filter: RenyiFilter) -> dict[str, Any]:
-    """A filter's state as tensors, numbers and strings, for a checkpoint."""
-    return {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in renyi_filter.state_dict().items()
-    }
-
-
-def resume_charges(
-    renyi_filter: RenyiFilter | None,
-    charges: Mapping[str, Any] | None,
-    num_steps: int,
-) -> None:
-    """Go on with the charges of a checkpoint, or say that they are missing.
-
-    Args:
-        renyi_filter: The engine's, if it has one.
-        charges: What ``saved_charges`` gave, if the checkpoint has them.
-        num_steps: Updates that the checkpoint's accountant has counted.
-
-    Raises:
-        ValueError: If updates were made without the filter, or with another one.
-    """
-    if renyi_filter is None:
-        if charges is not None:
-            warnings.warn(
-                "The checkpoint was trained within budgets, and this engine keeps "
-                "none. Use PrivacyEngine(renyi_filter=...) to train on within them.",
-                stacklevel=3,
-            )
-        return
-    expect(
-        charges is not None or num_steps == 0,
-        "checkpoint",
-        f"{num_steps} updates without a filter",
-        "to have charged the examples for its updates",
-        "Resume from a checkpoint that was trained with this RenyiFilter.",
-    )
-    if charges is not None:
-        arrays = {
-            name: value.cpu().numpy() if isinstance(value, Tensor) else value
-            for name, value in charges.items()
-        }
-        renyi_filter.load_state_dict(arrays)
 
 
 @dataclass(eq=False)

@@ -44,9 +44,9 @@ from opacus_pi._validate import expect
 from opacus_pi.accountants import PerInstanceAccountant, num_steps_of
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe, watch, watch_memory_manager
-from opacus_pi.dp_filtering import require_filterable, resume_charges, saved_charges
 from opacus_pi.dp_recording import PrivateRun, record
 from opacus_pi.engine_readings import EngineReadings
+from opacus_pi.filter_setup import require_filterable, resume_charges, saved_charges
 from opacus_pi.gradients import sweep
 from opacus_pi.monitor import monitor
 from opacus_pi.recorder import Recorder

@@ -26,6 +26,7 @@ LAYER = {
     "monitor": 3,
     "dp_filtering": 3,
     "dp_recording": 3,
+    "filter_setup": 3,
     "grad_sample": 3,
     "accountants": 3,
     "privacy_engine": 3,

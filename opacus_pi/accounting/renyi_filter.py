@@ -102,12 +102,9 @@ class RenyiFilter:
         return cls(order * gaussian_mu(epsilon, delta) ** 2 / 2, order)
 
     def __repr__(self) -> str:
-        budgets = (
-            f"{self.budget:g}"
-            if self.budget.ndim == 0
-            else f"{self.budget.size} of them"
-        )
-        return f"RenyiFilter(budget={budgets}, order={self.order:g})"
+        same = self.budget.ndim == 0
+        budget = f"{float(self.budget):g}" if same else f"<{self.budget.size} numbers>"
+        return f"RenyiFilter(budget={budget}, order={self.order:g})"
 
     @property
     def spent(self) -> Array:
