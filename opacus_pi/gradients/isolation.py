@@ -10,11 +10,17 @@ from opacus_pi.gradients.random_state import random_state_untouched
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Gradients are on inside, whatever is outside; random states are restored.
+    """Gradients are on and autocast is off inside; random states are restored.
 
     >>> with torch.inference_mode(), isolated():
     ...     torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     (True, False)
     """
-    with random_state_untouched(), torch.inference_mode(False), torch.enable_grad():
+    devices = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(random_state_untouched())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
         yield

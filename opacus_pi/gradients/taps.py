@@ -142,7 +142,9 @@ class Taps:
         def listen(grad: Tensor) -> None:
             once = [n for n, p in parameters.items() if self._num_calls[p] == 1]
             overwritten = x is not None and x._version != version
-            squares = None if overwritten or not once else rule(x, grad, once)
+            squares = None
+            if once and not overwritten:
+                squares = rule(_at_least_float32(x), _at_least_float32(grad), once)
             if squares is not None:
                 self._add(squares)
             else:
@@ -167,6 +169,13 @@ class Taps:
             parameter.grad = None
             parameter.requires_grad_(False)
             self.leftover.add(self._names[parameter])
+
+
+def _at_least_float32(values: Tensor | None) -> Tensor | None:
+    """Half precision as float32, in which norms can be added up."""
+    if values is not None and values.dtype in (torch.float16, torch.bfloat16):
+        return values.float()
+    return values
 
 
 class _Tap(torch.autograd.Function):

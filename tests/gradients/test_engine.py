@@ -184,3 +184,21 @@ def test_compiled_models_are_measured_uncompiled():
         assert torch.equal(measured(kind, x, y)[1], expected)
     model[0].compile(backend=refuse)
     assert torch.equal(measured(model, x, y)[1], expected)
+
+
+@pytest.mark.parametrize("name", ["mlp", "linear-3d", "residual-group-norm", "bare"])
+def test_bfloat16_model(name):
+    model, x, y = make(name)
+    model = model.bfloat16()
+    engine, norms = measured(model, x.bfloat16(), y)
+    assert not engine._taps.leftover
+    truth = loop_norms(model, LOSSES, x.bfloat16(), y)  # of the rounded weights
+    torch.testing.assert_close(norms, truth, rtol=0.1, atol=0)
+
+
+def test_autocast_around_it_changes_nothing():
+    model, x, y = make("conv-mixed")
+    _, expected = measured(model, x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, norms = measured(model, x, y)
+    assert torch.equal(norms, expected)
