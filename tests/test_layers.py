@@ -13,6 +13,7 @@ LAYER = {
     "accounting": 0,
     "proxies": 0,
     "forget_sets": 0,
+    "correlations": 0,
     "gradients": 1,
     "recorder": 2,
     "unlearning": 2,
