@@ -61,9 +61,9 @@ def vmapped_squares(
         return sum(g.square().sum().double() for g in gradients.values())
 
     size = sum(p.numel() for p in values.values())
-    return torch.func.vmap(squares, chunk_size=max(1, _MAX_ELEMENTS // size))(
-        x, list(cotangents.values())
-    )
+    vectorised = torch.func.vmap(squares, chunk_size=max(1, _MAX_ELEMENTS // size))
+    with _only_trainable(model, []):  # vjp sees to the values given
+        return vectorised(x, list(cotangents.values()))
 
 
 def looped_squares(

@@ -21,6 +21,7 @@ def test_equals_loop_in_float32(name):
     model, x, y = make(name)
     norms = per_example_grad_norms(model, CRITERION, x, y)
     assert norms.dtype == torch.float64 and norms.shape == y.shape
+    assert not norms.requires_grad
     torch.testing.assert_close(
         norms, loop_norms(model, LOSSES, x, y), rtol=1e-5, atol=0
     )
