@@ -1,0 +1,32 @@
+"""Figures of the paper: arrays in, matplotlib Axes out.
+
+Colours are Okabe and Ito's, told apart by colour-blind readers; every curve has its
+own marker; the spread over runs is always drawn.
+
+| Figure | Function |
+|---|---|
+| 1 left and middle, 6, 7, 8 | ``plot_time_to_unlearn`` |
+| 1 right | ``plot_barriers`` |
+| 2 | ``plot_proxies`` |
+| 3 | ``plot_hardest_sets`` |
+| 4 | ``plot_group_divergences`` |
+| 5 | ``plot_curves`` |
+| 9 | ``plot_pictures`` |
+"""
+
+from opacus_pi.plotting.barriers import plot_barriers
+from opacus_pi.plotting.curves import plot_curves
+from opacus_pi.plotting.groups import plot_group_divergences
+from opacus_pi.plotting.pictures import plot_pictures
+from opacus_pi.plotting.proxies import plot_proxies
+from opacus_pi.plotting.times import plot_hardest_sets, plot_time_to_unlearn
+
+__all__ = [
+    "plot_barriers",
+    "plot_curves",
+    "plot_group_divergences",
+    "plot_hardest_sets",
+    "plot_pictures",
+    "plot_proxies",
+    "plot_time_to_unlearn",
+]

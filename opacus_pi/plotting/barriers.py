@@ -1,0 +1,69 @@
+"""Loss barriers between unlearned and retrained models: Figure 1 (right)."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
+
+from opacus_pi._validate import expect
+from opacus_pi.plotting.style import (
+    GREY,
+    axes_or_new,
+    centre_of,
+    draw_means,
+    draw_runs,
+    losses_below,
+    runs_and_sets,
+    styles,
+)
+
+
+def plot_barriers(
+    mean_losses: ArrayLike,
+    before: ArrayLike,
+    after: ArrayLike,
+    baseline: ArrayLike,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Loss barriers to retrained models before and after unlearning.
+
+    Every run is a faint point, the mean over runs a line, its standard error a bar;
+    the baseline is a band, mean ± one standard deviation over its pairs.
+
+    Args:
+        mean_losses: Mean privacy loss of each run's forget sets, ``(runs, sets)``.
+        before: Barriers between the trained and a retrained model, ``(runs, sets)``.
+        after: Barriers between the unlearned and a retrained model, the same shape.
+        baseline: Barriers between pairs of retrained models, any shape.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: If the shapes disagree or there is no baseline.
+
+    Source: paper, Figure 1 (right) and Section 6.2.
+    """
+    ax = axes_or_new(ax)
+    losses = runs_and_sets("mean_losses", mean_losses)
+    pairs = np.asarray(baseline, dtype=np.float64).ravel()
+    expect(
+        pairs.size > 0,
+        "baseline",
+        "[]",
+        "to hold a barrier",
+        "Retrain two models on the same retain set.",
+    )
+    band = pairs.mean() + np.array([-1, 1]) * pairs.std()
+    ax.axhspan(*band, color=GREY, alpha=0.25, lw=0, label="between retrained models")
+    ax.axhline(pairs.mean(), color=GREY, lw=1)
+    named = {"before": before, "after": after}
+    for (name, values), style in zip(named.items(), styles(), strict=False):
+        runs = runs_and_sets(name, values, losses.shape)
+        draw_runs(ax, losses, runs, style)
+        draw_means(ax, centre_of(losses), runs, f"{name} unlearning", style)
+    losses_below(ax)
+    ax.set_ylabel("loss barrier to a retrained model")
+    ax.legend(frameon=False)
+    return ax

@@ -1,0 +1,64 @@
+"""One metric while models unlearn: Figure 5."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike
+
+from opacus_pi.plotting.style import axes_or_new, runs_and_sets, styles
+
+
+def plot_curves(
+    times: ArrayLike,
+    curves: Mapping[str, ArrayLike],
+    oracles: Mapping[str, ArrayLike] | None = None,
+    *,
+    metric: str,
+    unit: str = "epochs",
+    ax: Axes | None = None,
+) -> Axes:
+    """A metric over unlearning, one curve for each forget set, retraining dashed.
+
+    A curve is the mean over runs, its band ± one standard deviation; the dashed line
+    of the same colour is the mean over the models retrained without that set.
+
+    Args:
+        times: Times of the evaluations, ``(k,)``.
+        curves: For each forget set the metric, ``(runs, k)``.
+        oracles: For each forget set the metric of the retrained models, any shape.
+        metric: What is drawn, for the axis.
+        unit: Unit of the times.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: If there is not one value per time.
+
+    Source: paper, Figure 5.
+    """
+    ax = axes_or_new(ax)
+    times = np.asarray(times, dtype=np.float64)
+    oracles = oracles or {}
+    marked = max(1, len(times) // 8)
+    for (label, values), style in zip(curves.items(), styles(), strict=False):
+        name = f"curves[{label!r}]"
+        shape = (len(runs_and_sets(name, values)), len(times))
+        runs = runs_and_sets(name, values, shape)
+        mean, spread, colour = runs.mean(0), runs.std(0), style["color"]
+        ax.fill_between(times, mean - spread, mean + spread, color=colour, alpha=0.15)
+        ax.plot(times, mean, label=label, ms=4, markevery=marked, **style)
+        if label in oracles:
+            level = float(np.mean(oracles[label]))
+            ax.axhline(level, color=colour, lw=1.2, linestyle=(0, (4, 3)))
+    handles, _ = ax.get_legend_handles_labels()
+    if oracles:
+        dashes = {"color": "black", "lw": 1.2, "linestyle": (0, (4, 3))}
+        handles.append(Line2D([], [], label="retrained", **dashes))
+    ax.legend(handles=handles, frameon=False, fontsize="small")
+    ax.set_xlabel(unit)
+    ax.set_ylabel(metric)
+    return ax

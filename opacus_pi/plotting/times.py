@@ -1,0 +1,109 @@
+"""How long unlearning took: Figures 1 (left, middle), 3 and 6-8."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
+
+from opacus_pi.plotting.style import (
+    axes_or_new,
+    centre_of,
+    draw_means,
+    draw_runs,
+    losses_below,
+    runs_and_sets,
+    styles,
+)
+
+
+def plot_time_to_unlearn(
+    mean_losses: ArrayLike,
+    times: Mapping[str, ArrayLike],
+    *,
+    max_time: float,
+    unit: str = "epochs",
+    ax: Axes | None = None,
+) -> Axes:
+    """Time to unlearn against the forget set's mean privacy loss.
+
+    Every run is a faint point, the mean over runs a line, its standard error a bar. A
+    run that never came within the tolerance is a hollow point at ``max_time``, and
+    counts as ``max_time`` in the mean, which is then a lower estimate.
+
+    Args:
+        mean_losses: Mean privacy loss of each run's forget sets, ``(runs, sets)``.
+        times: For each curve (a measure, noise, method or data set) its times to
+            unlearn, ``(runs, sets)``; ``inf``: never.
+        max_time: How long the runs unlearned.
+        unit: Unit of the times.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: If the shapes disagree.
+
+    Source: paper, Figures 1 (left and middle), 6, 7 and 8.
+    """
+    ax = axes_or_new(ax)
+    losses = runs_and_sets("mean_losses", mean_losses)
+    centre = centre_of(losses)
+    for (label, values), style in zip(times.items(), styles(), strict=False):
+        runs = runs_and_sets(f"times[{label!r}]", values, losses.shape)
+        draw_runs(ax, losses, runs, style, max_time)
+        draw_means(ax, centre, np.minimum(runs, max_time), label, style)
+    losses_below(ax)
+    ax.set_ylabel(f"{unit} to unlearn")
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_hardest_sets(
+    sizes: Sequence[int],
+    times: Mapping[str, ArrayLike],
+    *,
+    max_time: float,
+    unit: str = "epochs",
+    ax: Axes | None = None,
+) -> Axes:
+    """Time to unlearn the hardest sets by several scores, for several sizes of set.
+
+    Drawn as in ``plot_time_to_unlearn``; the scores stand side by side at each size.
+
+    Args:
+        sizes: Sizes of the forget sets, s of them.
+        times: For each score the times to unlearn its hardest sets, ``(runs, s)``.
+        max_time: How long the runs unlearned.
+        unit: Unit of the times.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The Axes; size number k is at x = k.
+
+    Raises:
+        ValueError: If there is not one time per size.
+
+    Source: paper, Figure 3.
+    """
+    ax = axes_or_new(ax)
+    places = np.arange(len(sizes), dtype=np.float64)
+    offsets = 0.12 * (np.arange(len(times)) - (len(times) - 1) / 2)
+    for (label, values), style, offset in zip(
+        times.items(), styles(), offsets, strict=False
+    ):
+        name = f"times[{label!r}]"
+        shape = (len(runs_and_sets(name, values)), len(sizes))
+        runs = runs_and_sets(name, values, shape)
+        x = places + offset
+        draw_runs(ax, np.broadcast_to(x, shape), runs, style, max_time)
+        points = {"linestyle": "none", **style}
+        draw_means(ax, x, np.minimum(runs, max_time), label, points)
+    ax.set_xticks(places, [f"{size:,}" for size in sizes])
+    ax.set_xlim(-0.5, len(sizes) - 0.5)
+    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    ax.set_xlabel("size of the forget set")
+    ax.set_ylabel(f"{unit} to unlearn")
+    ax.legend(frameon=False, title="hardest by")
+    return ax
