@@ -21,12 +21,17 @@ from opacus_pi.accounting.moments import log_moment, renyi_divergence
 from opacus_pi.accounting.privacy_loss import (
     per_step_losses,
     privacy_losses,
-    trajectory_losses,
     worst_case_loss,
 )
 from opacus_pi.accounting.process import LangevinConstants
 from opacus_pi.accounting.renyi_filter import RenyiFilter
 from opacus_pi.accounting.shifted import learn_unlearn_mu_squared, shifted_mu_squared
+from opacus_pi.accounting.tightest import choose_hoelder_p, tightest_losses
+from opacus_pi.accounting.trajectory import (
+    exceedance_limit,
+    trajectory_limits,
+    trajectory_losses,
+)
 
 __all__ = [
     "GradNormLedger",
@@ -35,8 +40,10 @@ __all__ = [
     "NoisySGD",
     "RenyiFilter",
     "UnlearningBound",
+    "choose_hoelder_p",
     "contractive_divergence",
     "epsilons",
+    "exceedance_limit",
     "fill_unobserved",
     "fingerprint",
     "group_divergence",
@@ -55,6 +62,8 @@ __all__ = [
     "steps_to_unlearn",
     "symmetric_bound",
     "theorem_b1_estimates",
+    "tightest_losses",
+    "trajectory_limits",
     "trajectory_losses",
     "unlearning_divergence",
     "worst_case_loss",

@@ -213,9 +213,13 @@ class GradNormLedger:
 
 
 def runs_of(
-    ledgers: "GradNormLedger | Sequence[GradNormLedger]",
+    ledgers: "GradNormLedger | Sequence[GradNormLedger]", *, same_steps: bool = True
 ) -> tuple[GradNormLedger, ...]:
     """One ledger or several independent runs of one training, as a checked tuple.
+
+    Args:
+        ledgers: The runs.
+        same_steps: Whether their rows must have been recorded at the same steps.
 
     Raises:
         ValueError: If there is none, or the runs differ in mechanism, steps, examples
@@ -225,7 +229,8 @@ def runs_of(
     expect(len(runs) > 0, "ledger", "[]", "to hold a run", "Pass at least one ledger.")
     first = runs[0]
     for number, run in enumerate(runs[1:], start=1):
-        differing = [name for name, same in _agreement(first, run).items() if not same]
+        agreement = _agreement(first, run, same_steps)
+        differing = [name for name, same in agreement.items() if not same]
         expect(
             not differing,
             "ledger",
@@ -237,11 +242,13 @@ def runs_of(
     return runs
 
 
-def _agreement(a: GradNormLedger, b: GradNormLedger) -> dict[str, bool]:
+def _agreement(
+    a: GradNormLedger, b: GradNormLedger, same_steps: bool
+) -> dict[str, bool]:
     """Whether two runs agree, by what they may differ in."""
     return {
         "mechanism": a.mechanism == b.mechanism,
-        "steps": np.array_equal(a.steps, b.steps),
+        "steps": not same_steps or np.array_equal(a.steps, b.steps),
         "number of examples": a.num_examples == b.num_examples,
         "example_ids": np.array_equal(_columns(a), _columns(b)),
         "data_set": None in (a.data_set, b.data_set) or a.data_set == b.data_set,

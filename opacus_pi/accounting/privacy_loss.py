@@ -14,15 +14,13 @@ runs: it is an estimate. What no run can exceed is ``worst_case_loss``.
 """
 
 import math
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.composition import trajectory_losses_of_sums
 from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD
-from opacus_pi.accounting.rules import Interval, check_rule
+from opacus_pi.accounting.rules import Interval
 from opacus_pi.accounting.run_losses import (
     Ledgers,
     Record,
@@ -56,7 +54,9 @@ def privacy_losses(
             rounded up whatever ``mode`` says, and each row's value is multiplied by
             the number of updates it speaks for.
         rule: Which row speaks for which updates: ``"right"`` (the paper's),
-            ``"left"``, ``"trapezoid"`` or ``"max"``.
+            ``"left"``, ``"trapezoid"`` or ``"max"``; ``"stratified"`` for rows of
+            ``Recorder.stratified``: for each example unbiased for one run's sum over
+            all its updates.
         hoelder_p: The p of Hölder's inequality, above 1 and fixed beforehand. Default:
             3·num_steps, the paper's; ``inf``: the plain sum over the updates.
         mode: How moments are taken at real orders, as in ``log_moment``.
@@ -73,9 +73,8 @@ def privacy_losses(
     Source: Sepahvand et al. (ICML 2025), Definition 4.2 and Section 5.1, after Thudi
     et al. (arXiv:2307.00310), Theorem 3.3.
     """
-    record = record_of(ledger)
+    record = record_of(ledger, rule)
     how = composition_of(record.mechanism, order, convention, hoelder_p, mode)
-    check_rule(rule)
     losses = total_loss(record, how, rule)
     if convention != "corrected":
         return losses
@@ -150,42 +149,3 @@ def worst_case_loss(
     rows = np.array([mechanism.num_steps]) if steps is None else np.asarray(steps)
     unbounded = np.full((1, len(rows), 1), math.inf)
     return float(total_loss(Record(mechanism, rows, unbounded), how, "right")[0])
-
-
-def trajectory_losses(
-    ledgers: Ledgers,
-    order: float,
-    kappa: float,
-    *,
-    rule: str = "right",
-    mode: str = "exact",
-) -> Array:
-    """Rényi privacy losses from whole trajectories, by one use of Hölder's inequality.
-
-    D(order) <= ln E exp(κ(order-1)·S) / (κ(order-1)), S being the plain sum of a run's
-    losses at order 1 + κ/(κ-1)·(order-1). Tighter than ``privacy_losses`` for long
-    runs with fluctuating norms, looser at high orders with small sample rates.
-
-    Args:
-        ledgers: Independent runs of the same training, over which E is the mean.
-        order: Rényi order, above 1.
-        kappa: κ, above 1 and fixed beforehand; ``inf``: the largest of the runs.
-        rule: As in ``privacy_losses``.
-        mode: As in ``log_moment``.
-
-    Returns:
-        float64 ``(n,)``, in nats; an estimate.
-
-    Raises:
-        ValueError: As ``privacy_losses``.
-    """
-    expect(kappa > 1, "kappa", kappa, "above 1", "Try 2; a larger one trusts few runs.")
-    record = record_of(ledgers)
-    check_rule(rule)
-    ratio = 1.0 if math.isinf(kappa) else kappa / (kappa - 1)
-    inner = composition_of(
-        record.mechanism, 1 + ratio * (order - 1), "corrected", math.inf, mode
-    )
-    runs = [replace(record, norms=norms[None]) for norms in record.norms]
-    sums = np.stack([total_loss(run, inner, rule) for run in runs])
-    return trajectory_losses_of_sums(sums, order, kappa)

@@ -6,6 +6,10 @@ interval's end (rule "right", the paper's), at its start ("left"), the mean of t
 losses ("trapezoid") or the larger ("max"). Updates before the first row or after the
 last use that row, under every rule.
 
+Rule "stratified" is for rows drawn at random: the run is cut into N equal parts, one
+update of each is drawn, and the row has the weights from which that update starts. Its
+loss times the part's length is unbiased for the sum over the part.
+
 >>> for interval in intervals([2, 5], num_steps=6):
 ...     print(interval)
 Interval(first=1, last=2, right=0, left=0)
@@ -22,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from opacus_pi._validate import expect
 
 RULES = ("right", "left", "trapezoid", "max")
+STRATIFIED = "stratified"
 
 
 def check_rule(rule: str) -> None:
@@ -59,6 +64,52 @@ def intervals(steps: ArrayLike, num_steps: int) -> list[Interval]:
     left = np.maximum(np.searchsorted(rows, starts, side="right") - 1, 0)
     table = np.stack([starts + 1, ends, right, left], axis=1)
     return [Interval(*(int(x) for x in line)) for line in table]
+
+
+def stratum_ends(num_strata: int, num_steps: int) -> tuple[int, ...]:
+    """Last updates of N equal parts of a run, round(T · i / N) for i = 1 … N.
+
+    Args:
+        num_strata: N, from 1 to T.
+        num_steps: T.
+    """
+    return tuple(round(num_steps * i / num_strata) for i in range(1, num_strata + 1))
+
+
+def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, Interval]]:
+    """Each row's part of the run, and the one update that was drawn to stand for it.
+
+    Part i holds the updates ``ends[i-1] + 1`` … ``ends[i]``; its row was measured after
+    ``steps[i]`` updates, at the weights from which update ``steps[i] + 1`` starts.
+
+    Args:
+        steps: int ``(N,)``, one in each part.
+        num_steps: T.
+
+    Returns:
+        The number of updates of each part, with its drawn update.
+
+    Raises:
+        ValueError: If a part has no row of its own.
+    """
+    rows = np.asarray(steps, dtype=np.int64)
+    ends = np.array(stratum_ends(len(rows), num_steps), dtype=np.int64)
+    starts = np.concatenate([[0], ends])[: len(ends)]
+    expect(
+        bool(((starts <= rows) & (rows < ends)).all()),
+        "steps",
+        rows.tolist(),
+        f"to lie one in each of {len(rows)} equal parts of {num_steps} updates",
+        "Record the whole run with Recorder.stratified, or choose another rule.",
+    )
+    # a schedule's values at the drawn update are those of the row that follows it
+    right = np.minimum(np.arange(len(rows)) + 1, len(rows) - 1)
+    return [
+        (int(size), Interval(int(row) + 1, int(row) + 1, int(facts), number))
+        for number, (size, row, facts) in enumerate(
+            zip(ends - starts, rows, right, strict=True)
+        )
+    ]
 
 
 def loss_under_rule(

@@ -17,11 +17,19 @@ from opacus_pi.accounting.composition import (
 from opacus_pi.accounting.ledger import GradNormLedger, fill_unobserved, runs_of
 from opacus_pi.accounting.mechanism import NoisySGD
 from opacus_pi.accounting.moments import MODES
-from opacus_pi.accounting.rules import Interval, intervals, loss_under_rule
+from opacus_pi.accounting.rules import (
+    RULES,
+    STRATIFIED,
+    Interval,
+    intervals,
+    loss_under_rule,
+    strata,
+)
 
 Array = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 CONVENTIONS = ("corrected", *PUBLISHED)
+ROW_RULES = (*RULES, STRATIFIED)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,10 @@ def total_loss(record: Record, how: Composition, rule: str) -> Array:
     """Sum over the intervals of a run."""
     loss = partial(loss_of_interval, record, how)
     total = np.zeros(record.norms.shape[2])
+    if rule == STRATIFIED:
+        for size, drawn in strata(record.steps, record.mechanism.num_steps):
+            total += size * loss(drawn, drawn.left)
+        return total
     for interval in intervals(record.steps, record.mechanism.num_steps):
         total += loss_under_rule(loss, interval, rule)
     return total
@@ -93,10 +105,20 @@ def loss_of_interval(
     return losses if poisson else mechanism.sample_rate * losses
 
 
-def record_of(ledger: Ledgers) -> Record:
-    """The checked runs as arrays."""
+def record_of(ledger: Ledgers, rule: str = "right") -> Record:
+    """The checked runs as arrays, if the rule can be applied to them."""
     runs = runs_of(ledger)
     first = runs[0]
+    expect(rule in ROW_RULES, "rule", repr(rule), f"in {ROW_RULES}", "Default: right.")
+    for run in runs:
+        expect(
+            rule != STRATIFIED or run.source == "swept",
+            "rule",
+            repr(rule),
+            "only with swept rows",
+            "An observed row is of whatever update an example last took part in: "
+            "record with Recorder.stratified.",
+        )
     expect(
         first.num_rows > 0 or first.mechanism.num_steps == 0,
         "ledger",

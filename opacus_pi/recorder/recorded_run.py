@@ -4,6 +4,7 @@ A row is what was measured of every example at one moment; the interval before i
 what the updates that led there were run with. Nothing here decides when to measure.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,6 +42,9 @@ class Settings(NamedTuple):
             max(self.max_grad_norm, other.max_grad_norm),
             max(self.sample_rate, other.sample_rate),
         )
+
+
+_NO_UPDATE = Settings(math.inf, 0.0, 0.0)  # the widened of it and another is the other
 
 
 @dataclass
@@ -86,7 +90,7 @@ class RecordedRun:
         """Add a row for the weights of now; the next interval starts."""
         self.steps.append(self.num_steps)
         self.rows.append(row)
-        self.intervals.append(self.open_interval)
+        self.intervals.append(self.open_interval or _NO_UPDATE)
         self.open_interval = None
         self._forget_observations()
 
@@ -106,7 +110,9 @@ class RecordedRun:
             intervals.append(self.open_interval)
         elif self.open_interval and rows:
             intervals[-1] = intervals[-1].widened(self.open_interval)
-        if not rows:
+        if len(rows) > 1 and intervals[0] == _NO_UPDATE:
+            intervals[0] = intervals[1]
+        if not rows or self.num_steps == 0:
             raise AccountingError(
                 f"No row has been recorded after {self.num_steps} updates. Train on, "
                 "or record more often: Recorder(every=...) counts in epochs."

@@ -29,7 +29,12 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.recorder.recorded_run import RecordedRun, Settings
-from opacus_pi.recorder.schedule import checked_every, evenly_spaced_steps, num_due
+from opacus_pi.recorder.schedule import (
+    checked_every,
+    evenly_spaced_steps,
+    num_due,
+    stratified_steps,
+)
 from opacus_pi.recorder.weights import save_weights
 
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
@@ -44,7 +49,8 @@ class Recorder:
             latest participation since the row before. ``"swept"``: at each row, the
             norms of all examples by a pass of their own that leaves no trace.
         every: A number: epochs (``1 / sample_rate`` updates) from row to row, may be
-            fractional. A sequence: rows after exactly these updates.
+            fractional. A sequence: rows after exactly these updates; 0, for swept
+            rows, is before the first.
         criterion: ``criterion(outputs, targets)`` for sweeps, one loss per example.
         strict: Raise at once where the run can no longer be accounted, instead of
             training on and refusing the ledger.
@@ -79,6 +85,13 @@ class Recorder:
         positive(batch_size=batch_size, remedy="A sweep measures that many at once.")
         self.mode = mode
         self.every = checked_every(every)
+        expect(
+            mode == "swept" or not self._starts_with_a_row,
+            "every",
+            list(every) if isinstance(every, Sequence) else every,
+            "to be above 0 where norms are observed",
+            "Before the first update there is nothing to observe.",
+        )
         self.criterion = criterion
         self.strict = strict
         self.verify = verify
@@ -108,6 +121,34 @@ class Recorder:
             ValueError: If there are more rows than updates.
         """
         return cls(every=evenly_spaced_steps(num_checkpoints, num_steps), **options)
+
+    @classmethod
+    def stratified(
+        cls,
+        num_checkpoints: int = 35,
+        *,
+        num_steps: int,
+        generator: torch.Generator,
+        **options: Any,
+    ) -> "Recorder":
+        """A recorder of swept rows drawn at random, one in each equal part of a run.
+
+        With ``rule="stratified"`` sums over the rows are unbiased for sums over all
+        updates, which no fixed choice of rows is. Losses that average several runs
+        need their rows at the same steps: give each run a generator with one seed.
+
+        Args:
+            num_checkpoints: Number of rows, N.
+            num_steps: Number of updates of the whole run, T; the rule refuses a run of
+                another length.
+            generator: Where the draws come from.
+            **options: The other options of ``Recorder``.
+
+        Raises:
+            ValueError: If there are more rows than updates.
+        """
+        every = stratified_steps(num_checkpoints, num_steps, generator)
+        return cls("swept", every, **options)
 
     @property
     def num_steps(self) -> int:
@@ -171,6 +212,13 @@ class Recorder:
         self._resumed = False
         self._sweep, self._weights = sweep, weights
         self._waiting = []
+        if self._starts_with_a_row and not self._run.steps:
+            self._write_row()
+
+    @property
+    def _starts_with_a_row(self) -> bool:
+        """Whether a row is due before the first update."""
+        return isinstance(self.every, tuple) and self.every[0] == 0
 
     def observe(self, indices: Tensor, grad_norms: Tensor) -> None:
         """Report rows that enter the update to come; call before ``step``.

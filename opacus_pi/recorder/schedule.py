@@ -11,8 +11,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from opacus_pi._validate import expect, in_range, positive
+from opacus_pi.accounting.rules import stratum_ends
 
 Every = float | tuple[int, ...]
 
@@ -46,12 +48,12 @@ def checked_every(every: float | Sequence[int]) -> Every:
         in_range(0, np.finfo(np.float64).max, every=every, remedy=remedy)
         return float(every)
     steps = tuple(int(step) for step in every)
-    increasing = all(a < b for a, b in zip((0, *steps), steps, strict=False))
+    increasing = all(a < b for a, b in zip((-1, *steps), steps, strict=False))
     expect(
         increasing and len(steps) > 0 and list(steps) == list(every),
         "every",
         list(every),
-        "to be strictly increasing whole numbers above 0",
+        "to be strictly increasing whole numbers, at least 0",
         remedy,
     )
     return steps
@@ -72,11 +74,42 @@ def evenly_spaced_steps(num_checkpoints: int, num_steps: int) -> tuple[int, ...]
     Raises:
         ValueError: If there are more rows than updates.
     """
+    _check_num_checkpoints(num_checkpoints, num_steps)
+    return stratum_ends(num_checkpoints, num_steps)
+
+
+def stratified_steps(
+    num_checkpoints: int, num_steps: int, generator: torch.Generator
+) -> tuple[int, ...]:
+    """Rows at random, one in each of N equal parts of a run.
+
+    Of part i, the updates round(T·(i-1)/N) + 1 … round(T·i/N), one is drawn, each with
+    the same chance; its row has the weights from which it starts.
+
+    Args:
+        num_checkpoints: Number of rows, N.
+        num_steps: Number of updates of the whole run, T.
+        generator: Where the draws come from.
+
+    Returns:
+        N increasing update counts, the first possibly 0.
+
+    Raises:
+        ValueError: If there are more rows than updates.
+    """
+    _check_num_checkpoints(num_checkpoints, num_steps)
+    ends = stratum_ends(num_checkpoints, num_steps)
+    return tuple(
+        int(torch.randint(start, end, (), generator=generator))
+        for start, end in zip((0, *ends), ends, strict=False)
+    )
+
+
+def _check_num_checkpoints(num_checkpoints: int, num_steps: int) -> None:
+    """There must be an update for each row."""
     in_range(
         1,
         num_steps,
         num_checkpoints=num_checkpoints,
-        remedy="At most one row is written after each of the num_steps updates.",
+        remedy="At most one row is written for each of the num_steps updates.",
     )
-    rows = range(1, num_checkpoints + 1)
-    return tuple(round(num_steps * i / num_checkpoints) for i in rows)
