@@ -261,6 +261,7 @@ def test_gradients_that_were_used_stay_used():
     training = filtered(1e-9)
     x, y = next(iter(training.loader))
     backward(training, x, y)
+    training.optimizer.signal_skip_step()  # a physical batch
     training.optimizer.step()
     with pytest.warns(UserWarning, match="unattributed"):
         with pytest.raises(ValueError, match="haven't been cleared"):
