@@ -124,9 +124,9 @@ class GramLedger:
                 number or ``(N,)``.
 
         Returns:
-            A ledger with the same matrices.
+            A ledger with the same matrices, and ``mechanism.assumed_noise`` set.
         """
-        return replace(self, mechanism=replace(self.mechanism, noise_std=noise_std))
+        return replace(self, mechanism=self.mechanism.with_noise_std(noise_std))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ledger to one safetensors file, atomically and with a checksum.

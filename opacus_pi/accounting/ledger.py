@@ -145,9 +145,10 @@ class GradNormLedger:
 
         Returns:
             A ledger with the same norms. Its losses rank examples; they are no
-            statement about the run that was made.
+            statement about the run that was made, and ``mechanism.assumed_noise``
+            remembers it.
         """
-        return replace(self, mechanism=replace(self.mechanism, noise_std=noise_std))
+        return replace(self, mechanism=self.mechanism.with_noise_std(noise_std))
 
     def subset(self, indices: ArrayLike) -> "GradNormLedger":
         """The record of some of the examples, in the order given.

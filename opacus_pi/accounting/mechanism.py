@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from opacus_pi._validate import expect, in_range, positive
 
 SCHEDULED = ("sample_rate", "noise_std", "max_grad_norm")
+_ASSUMED = "assumed"  # in a file
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,8 @@ class NoisySGD:
             the root of the sum of squares.
         sampling: ``"poisson"``, or ``"fixed"`` for shuffling and any other schedule
             that does not look at the data.
+        assumed_noise: Whether ``noise_std`` is an assumption, not what training added
+            (``with_noise_std`` sets it): losses then rank examples and claim nothing.
 
     ``sample_rate``, ``noise_std`` and ``max_grad_norm`` may be arrays ``(N,)`` where a
     schedule changes them: the value of the interval that a ledger's row covers.
@@ -48,6 +51,7 @@ class NoisySGD:
     noise_std: float | NDArray[np.float64]
     max_grad_norm: float | NDArray[np.float64] = float("inf")
     sampling: str = "poisson"
+    assumed_noise: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_steps", _count("num_steps", self.num_steps))
@@ -113,6 +117,10 @@ class NoisySGD:
         )
         return np.minimum(norms, clip) / noise
 
+    def with_noise_std(self, noise_std: ArrayLike) -> "NoisySGD":
+        """The same facts with an assumed noise on the sum, marked as assumed."""
+        return replace(self, noise_std=noise_std, assumed_noise=True)
+
     def at_row(self, row: int) -> "NoisySGD":
         """The same mechanism with the values that a schedule has at one row."""
         values = {name: getattr(self, name) for name in SCHEDULED}
@@ -124,7 +132,10 @@ class NoisySGD:
     def to_arrays(self) -> tuple[dict[str, ArrayLike], dict[str, str]]:
         """Its numbers and its facts, as a ledger's file stores them."""
         arrays = {f"mechanism.{name}": getattr(self, name) for name in SCHEDULED}
-        return arrays, {"num_steps": str(self.num_steps), "sampling": self.sampling}
+        facts = {"num_steps": str(self.num_steps), "sampling": self.sampling}
+        if self.assumed_noise:
+            facts["noise"] = _ASSUMED
+        return arrays, facts
 
     @classmethod
     def from_arrays(
@@ -134,6 +145,7 @@ class NoisySGD:
         return cls(
             num_steps=int(facts["num_steps"]),
             sampling=facts["sampling"],
+            assumed_noise=facts.get("noise") == _ASSUMED,
             **{name: arrays.pop(f"mechanism.{name}") for name in SCHEDULED},
         )
 

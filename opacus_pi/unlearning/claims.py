@@ -99,8 +99,10 @@ def _noisy(runs: Sequence[GradNormLedger]) -> Assumption:
     statement = "training added noise to every update"
     if not runs:
         return Assumption(statement, False, "no ledger")
-    noise = float(np.min(runs[0].mechanism.noise_std))
-    return Assumption(statement, noise > 0, f"recorded noise_std={noise:g} on the sum")
+    mechanism = runs[0].mechanism
+    noise, assumed = float(np.min(mechanism.noise_std)), mechanism.assumed_noise
+    evidence = f"{'assumed' if assumed else 'recorded'} noise_std={noise:g} on the sum"
+    return Assumption(statement, noise > 0 and not assumed, evidence)
 
 
 def _one_example(size: int) -> Assumption:

@@ -110,8 +110,8 @@ def make_plan(
         "Record the training: Unlearner(..., ledger=engine.ledger).",
     )
     positive(batch_size=batch_size, remedy="Pass examples per batch.")
-    ranking_only = bool((np.asarray(runs[0].mechanism.noise_std) == 0).any())
-    runs = _noisy(runs, assumed_noise_std) if ranking_only else runs
+    if (np.asarray(runs[0].mechanism.noise_std) == 0).any():
+        runs = _noisy(runs, assumed_noise_std)
     losses = privacy_losses(list(runs), order)
     forget = _chosen(runs[0], forget_indices)
     num_retain = len(losses) - len(forget)
@@ -133,7 +133,7 @@ def make_plan(
         order=order,
         mean_loss=mean,
         percentile=percentile(mean, losses),
-        ranking_only=ranking_only,
+        ranking_only=runs[0].mechanism.assumed_noise,
         steps_per_epoch=math.ceil(num_retain / batch_size),
         predicted_epochs=epochs,
         prediction="no two finished past runs of different difficulty to fit"

@@ -66,6 +66,7 @@ def test_an_edited_file_is_refused(tmp_path):
 
 def test_with_noise_std():
     ledger = GramLedger(MECHANISM, [10, 20, 30], GRAMS)
+    assert ledger.with_noise_std(4.0).mechanism.assumed_noise
     assert ledger.with_noise_std(4.0).scaled() == pytest.approx(ledger.scaled() / 4)
 
 

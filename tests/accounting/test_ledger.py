@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, fill_unobserved
+from opacus_pi.accounting.ledger import runs_of
 from opacus_pi.accounting.storage import write_arrays
 
 NAN = math.nan
@@ -120,6 +121,18 @@ def test_without_noise_ratios_are_refused_until_one_is_assumed():
     scheduled = ledger().with_noise_std([1.0, 0.0, 1.0])
     with pytest.raises(ValueError, match=r"Expected noise_std=0.*with_noise_std"):
         scheduled.ratios()
+
+
+def test_an_assumed_noise_is_remembered(tmp_path):
+    assert not ledger().mechanism.assumed_noise
+    run = ledger().with_noise_std(2.0)
+    assert run.mechanism.noise_std == ledger().mechanism.noise_std
+    assert run.mechanism.assumed_noise and run.mechanism != ledger().mechanism
+    run.subset([1]).save(tmp_path / "run")
+    assert GradNormLedger.load(tmp_path / "run").mechanism == run.mechanism
+    assert run.mechanism.at_row(0).assumed_noise
+    with pytest.raises(ValueError, match="agree in mechanism"):
+        runs_of([ledger(), run])
 
 
 def test_subset_keeps_order_and_remembers_who():

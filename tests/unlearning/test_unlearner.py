@@ -429,6 +429,16 @@ def test_plan_without_noise_is_a_ranking():
     assert "a ranking only" in str(plan)
 
 
+def test_an_assumed_noise_never_looks_real():
+    record = ledger_of(data()).with_noise_std(2.0)
+    mine = unlearner(ledger=record)
+    plan = mine.plan([6])
+    assert plan.ranking_only and plan.mean_loss == privacy_losses(record, 8.0)[6]
+    for claim in (plan.guarantee, mine.unlearn(data(), [6], 0).guarantee):
+        assert claim.kind == "empirical" and claim.divergences == ()
+        assert "assumed noise_std=2 on the sum" in str(claim)
+
+
 def test_plan_needs_a_ledger():
     with pytest.raises(ValueError, match="ledger=None"):
         unlearner().plan([0])
