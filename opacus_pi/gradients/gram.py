@@ -1,0 +1,263 @@
+"""Inner products of gradients: of single examples, and of minibatches' sums.
+
+Norms say how long each gradient is, Gram matrices how they point: what bounds on the
+removal of a whole group need. Nothing here leaves a trace on the model.
+
+>>> data = [(torch.tensor([3.0, 4.0]), 0), (torch.tensor([4.0, -3.0]), 0)]
+>>> model = nn.Linear(2, 1, bias=False)
+>>> gradient_gram(model, lambda outputs, y: outputs[:, 0], data, [0, 1])
+tensor([[25.,  0.],
+        [ 0., 25.]], dtype=torch.float64)
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from opacus_pi._validate import distinct_indices, expect, in_range, positive
+from opacus_pi.gradients.batches import arguments, forward, rows, to_device, unsqueeze
+from opacus_pi.gradients.criterion import Criterion
+from opacus_pi.gradients.isolation import isolated
+from opacus_pi.gradients.objective import float64_losses
+from opacus_pi.gradients.skeleton import evaluation_copy
+
+_MAX_ELEMENTS = 1 << 27  # float64 entries of per-example gradients held at once
+_VMAP_ELEMENTS = 1 << 26
+
+Collate = Callable[[list], Any]
+
+
+def gradient_gram(
+    model: nn.Module,
+    criterion: Criterion,
+    data_set: Dataset,
+    indices: ArrayLike,
+    *,
+    batch_size: int = 64,
+    collate_fn: Collate | None = None,
+) -> Tensor:
+    r"""Inner products of the gradients of each example's own loss.
+
+    :math:`K_{ij} = \langle \nabla_\theta \ell_i, \nabla_\theta \ell_j \rangle`, not
+    clipped. Where the gradients together exceed a gigabyte, the weights are gone
+    through in parts, each with a pass over the examples of its own.
+
+    Args:
+        model: A plain module, or one wrapped by Opacus or for distributed training;
+            measured in evaluation mode on the device of its parameters.
+        criterion: ``criterion(outputs, targets)`` with one loss per example; a torch
+            loss module may have any reduction (it is copied).
+        data_set: A map-style data set of ``(x, y)``.
+        indices: Which examples, ``(m,)``, each once.
+        batch_size: Examples at a time; the result does not depend on it.
+        collate_fn: Makes ``(x, y)`` batches of lists of examples; torch's by default.
+
+    Returns:
+        float64 ``(m, m)`` on the CPU, in the order of ``indices``.
+
+    Raises:
+        ValueError: If an index is no example's, the criterion does not give one loss
+            per example, nothing is trainable, or examples share batch statistics.
+    """
+    positive(batch_size=batch_size, remedy="64 is a good choice.")
+    distinct_indices("indices", indices, len(data_set))
+    chosen = np.asarray(indices, dtype=np.int64)
+    with isolated():
+        source = _Gradients(model, criterion)
+        loader = _Batches(data_set, batch_size, collate_fn, source.device)
+        gram = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
+        width = max(1, _MAX_ELEMENTS // len(chosen))
+        for names, columns in _parts(source.sizes, width):
+            found = [
+                source.of_examples(x, y, names)[:, columns] for x, y in loader(chosen)
+            ]
+            part = torch.cat(found)
+            gram += (part @ part.T).cpu()
+    return gram
+
+
+def minibatch_gram(
+    model: nn.Module,
+    criterion: Criterion,
+    data_set: Dataset,
+    batches: Sequence[ArrayLike],
+    centre: ArrayLike,
+    *,
+    factors: ArrayLike | None = None,
+    batch_size: int = 256,
+    collate_fn: Collate | None = None,
+) -> Tensor:
+    r"""Inner products of minibatches' summed gradients, centred at another minibatch.
+
+    :math:`K_{ij} = \langle U_i - U', U_j - U' \rangle` with
+    :math:`U_i = \sum_{x \in B_i} c_x \nabla_\theta \ell_x`. The differences are taken
+    in float64 before the products, which afterwards would lose every digit.
+
+    Args:
+        model: As for :func:`gradient_gram`.
+        criterion: As for :func:`gradient_gram`.
+        data_set: As for :func:`gradient_gram`.
+        batches: J batches of positions in the data set; an empty one sums to 0.
+        centre: The batch of U'.
+        factors: c, ``(n,)``, such as the clipping factors min(1, C/‖g‖); default: 1.
+        batch_size: Examples at a time; the result does not depend on it.
+        collate_fn: As for :func:`gradient_gram`.
+
+    Returns:
+        float64 ``(J, J)`` on the CPU.
+
+    Raises:
+        ValueError: As :func:`gradient_gram` does.
+    """
+    positive(batch_size=batch_size, remedy="256 is a good choice.")
+    size = len(data_set)
+    weights = np.ones(size) if factors is None else np.asarray(factors, np.float64)
+    expect(
+        weights.shape == (size,),
+        "factors",
+        f"an array of shape {weights.shape}",
+        f"to have shape ({size},)",
+        "Give one factor for each example of the data set.",
+    )
+    members = [np.asarray(batch, dtype=np.int64) for batch in (centre, *batches)]
+    for batch in members:
+        in_range(0, size - 1, batches=batch, remedy="They are positions.")
+    with isolated():
+        source = _Gradients(model, criterion)
+        loader = _Batches(data_set, batch_size, collate_fn, source.device)
+        middle, *sums = (source.summed(loader, batch, weights) for batch in members)
+        gram = torch.zeros(len(sums), len(sums), dtype=torch.float64)
+        for name, origin in middle.items():
+            apart = [(one[name] - origin).flatten() for one in sums]
+            if apart:
+                stacked = torch.stack(apart)
+                gram += (stacked @ stacked.T).cpu()
+    return gram
+
+
+class _Batches:
+    """Batches of chosen examples, on a device; calling it goes through them once."""
+
+    def __init__(
+        self,
+        data_set: Dataset,
+        batch_size: int,
+        collate_fn: Collate | None,
+        device: torch.device,
+    ) -> None:
+        self._data_set, self._device = data_set, device
+        self._options = {"batch_size": batch_size, "collate_fn": collate_fn}
+
+    def __call__(self, indices: NDArray[np.int64]) -> Iterator[tuple[Any, Any]]:
+        generator = torch.Generator()  # iterating draws a seed from it
+        part = Subset(self._data_set, indices.tolist())
+        for batch in DataLoader(part, generator=generator, **self._options):
+            yield to_device(tuple(batch), self._device)
+
+
+class _Gradients:
+    """Gradients of a copy of a model that shares its weights."""
+
+    def __init__(self, model: nn.Module, criterion: Criterion) -> None:
+        self._model = evaluation_copy(model)
+        self._losses = float64_losses(criterion)
+        named = self._model.named_parameters()
+        self._trainable = {name: p for name, p in named if p.requires_grad}
+        self._vectorised = True
+        expect(
+            bool(self._trainable),
+            "model",
+            type(model).__name__,
+            "to have a trainable parameter",
+            "Set requires_grad on the parameters to measure.",
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(iter(self._trainable.values())).device
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of weights of each trainable parameter."""
+        return {name: p.numel() for name, p in self._trainable.items()}
+
+    def of_examples(self, x: Any, y: Any, names: Sequence[str]) -> Tensor:
+        """Each example's flat gradient by some parameters, float64 ``(b, P)``."""
+        chosen = {name: self._trainable[name] for name in names}
+        if self._vectorised:
+            try:
+                return self._vmapped(x, y, chosen)
+            except Exception:  # vmap refuses this model in one of many ways
+                self._vectorised = False
+        found = []
+        for i in range(len(y)):
+            one = self._loss_sum(rows(x, i, i + 1), rows(y, i, i + 1), None)
+            found.append(torch.cat([g.flatten() for g in _grad(one, chosen)]))
+        return torch.stack(found)
+
+    def _vmapped(self, x: Any, y: Any, chosen: Mapping[str, Tensor]) -> Tensor:
+        """Many examples at once, each alone."""
+        values = {name: p.detach() for name, p in chosen.items()}
+
+        def loss(values: dict[str, Tensor], x: Any, y: Any) -> Tensor:
+            call = arguments(unsqueeze(x))
+            outputs = torch.func.functional_call(self._model, values, *call)
+            return self._losses(outputs, unsqueeze(y)).sum()
+
+        size = sum(p.numel() for p in values.values())
+        gradients = torch.func.vmap(
+            torch.func.grad(loss),
+            in_dims=(None, 0, 0),
+            chunk_size=max(1, _VMAP_ELEMENTS // size),
+        )(values, x, y)
+        flat = [gradients[name].double().flatten(1) for name in chosen]
+        return torch.cat(flat, 1)
+
+    def summed(
+        self, loader: _Batches, batch: NDArray[np.int64], factors: NDArray[np.float64]
+    ) -> dict[str, Tensor]:
+        """Sum of a batch's weighted gradients, in float64, by parameter."""
+        total = {
+            name: torch.zeros_like(p, dtype=torch.float64)
+            for name, p in self._trainable.items()
+        }
+        weights = torch.from_numpy(factors[batch])
+        done = 0
+        for x, y in loader(batch):
+            part = weights[done : done + len(y)].to(self.device)
+            done += len(y)
+            gradients = _grad(self._loss_sum(x, y, part), self._trainable)
+            for sum_, gradient in zip(total.values(), gradients, strict=True):
+                sum_ += gradient
+        return total
+
+    def _loss_sum(self, x: Any, y: Any, weights: Tensor | None) -> Tensor:
+        """Weighted sum of the losses of a batch."""
+        losses = self._losses(forward(self._model, x), y)
+        return losses.sum() if weights is None else losses.double() @ weights
+
+
+def _grad(loss: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    """Gradients of one number, dense and in float64; 0 where it does not depend."""
+    gradients = torch.autograd.grad(
+        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
+    return [g.to_dense().double() for g in gradients]
+
+
+def _parts(sizes: Mapping[str, int], width: int) -> Iterator[tuple[list[str], slice]]:
+    """Cut all weights into parts: parameters, and columns of their joint gradient."""
+    ends = np.cumsum(list(sizes.values()))
+    starts = ends - list(sizes.values())
+    for low in range(0, int(ends[-1]), width):
+        high = min(low + width, int(ends[-1]))
+        inside = np.flatnonzero((ends > low) & (starts < high))
+        first = int(starts[inside[0]])
+        names = [name for k, name in enumerate(sizes) if k in inside]
+        yield names, slice(low - first, high - first)
