@@ -55,9 +55,12 @@ def to_float64(value: Any) -> Any:
 
 def floating(outputs: Any) -> dict[int, Tensor]:
     """Return the floating tensors in ``outputs``, by their place among its leaves."""
+    alone = isinstance(outputs, Tensor)
     return {
         place: leaf
-        for place, leaf in enumerate(pytree.tree_leaves(outputs))
+        for place, leaf in enumerate(
+            [outputs] if alone else pytree.tree_leaves(outputs)
+        )
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     }
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from opacus_pi.gradients.batches import floating, to_float64
+from opacus_pi.gradients.batches import floating, map_tensors, to_float64
 from opacus_pi.gradients.criterion import Criterion, per_example_criterion
 from opacus_pi.gradients.skeleton import made_by_opacus
 
@@ -70,16 +69,10 @@ def unit_cotangents(
         ``u`` for each tensor of ``floating(outputs)``, in the tensor's type, and the
         lengths ``s``, float64 ``(b,)``.
     """
-    leaves, tree = pytree.tree_flatten(outputs)
-    inputs = {i: v.detach().requires_grad_() for i, v in floating(leaves).items()}
+    outputs = map_tensors(_leaf, outputs)
+    inputs = floating(outputs)
     with torch.enable_grad():
-        values = losses(
-            pytree.tree_unflatten(
-                [inputs.get(i, leaf) for i, leaf in enumerate(leaves)], tree
-            ),
-            targets,
-        )
-        gradients = [torch.zeros_like(v) for v in inputs.values()]
+        values = losses(outputs, targets)
         if inputs and values.requires_grad:
             gradients = torch.autograd.grad(
                 values.sum(),
@@ -87,8 +80,16 @@ def unit_cotangents(
                 allow_unused=True,
                 materialize_grads=True,
             )
+        else:
+            gradients = [torch.zeros_like(v) for v in inputs.values()]
     units, scales = _normalised(gradients, len(values))
     return dict(zip(inputs, units, strict=True)), scales.to(values.device)
+
+
+def _leaf(values: Tensor) -> Tensor:
+    """The tensor cut from its graph, ready to be differentiated by."""
+    values = values.detach()
+    return values.requires_grad_() if values.is_floating_point() else values
 
 
 def _normalised(

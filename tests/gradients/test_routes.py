@@ -1,0 +1,73 @@
+"""Every exact route gives the norm of the explicit gradient, chosen or not."""
+
+import pytest
+import torch
+from torch import nn
+
+from opacus_pi.gradients import conv, products
+
+CONVOLUTIONS = {
+    "dense": (nn.Conv2d(4, 6, 3, padding=1), (5, 7)),
+    "no-padding": (nn.Conv2d(4, 6, (2, 3)), (5, 7)),
+    "wide-padding": (nn.Conv2d(4, 6, 3, padding=(4, 1)), (5, 3)),
+    "longer-than-input": (nn.Conv2d(4, 6, 5, padding=2), (3, 2)),
+    "one-dimension": (nn.Conv1d(4, 6, 3, padding=2), (7,)),
+    "three-dimensions": (nn.Conv3d(2, 3, (2, 1, 3), padding=(1, 0, 1)), (3, 4, 4)),
+    "point": (nn.Conv2d(4, 6, 1), (5, 3)),
+    "point-strided": (nn.Conv2d(4, 6, 1, stride=(2, 3)), (5, 7)),
+    "strided": (nn.Conv2d(4, 6, 3, stride=2, padding=1), (6, 7)),
+    "dilated": (nn.Conv2d(4, 6, 3, padding=2, dilation=2), (6, 7)),
+    "groups": (nn.Conv2d(4, 6, 3, padding=1, groups=2), (5, 6)),
+}
+
+
+def routes(window):
+    """The routes that a window allows."""
+    found = [conv._grouped, conv._looped]
+    if window.groups == 1:
+        found.append(conv._unfolded)
+        if window.is_dense:
+            found.append(conv._pixel_pairs)
+        if window.is_point:
+            found.append(conv._point)
+    return found
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_routes(name):
+    torch.manual_seed(0)
+    layer, sizes = CONVOLUTIONS[name]
+    layer = layer.double()
+    x = torch.randn(4, layer.in_channels, *sizes, dtype=torch.float64)
+    outputs = layer(x)
+    grad = torch.randn_like(outputs)
+    truth = []
+    for i in range(len(x)):
+        loss = (layer(x[i : i + 1]) * grad[i]).sum()
+        truth.append(torch.autograd.grad(loss, layer.weight)[0].square().sum())
+    truth = torch.stack(truth)
+    padded, window = conv._window(layer, x)
+    for transposed in (False, True):  # any memory layout
+        if transposed:
+            padded = padded.transpose(-1, 1).contiguous().transpose(-1, 1)
+        for route in routes(window):
+            found = route(window, padded, grad)
+            torch.testing.assert_close(found, truth, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("t, d, p", [(1, 5, 4), (3, 40, 30), (30, 4, 3), (7, 6, 6)])
+def test_outer_products(t, d, p, monkeypatch):
+    torch.manual_seed(0)
+    a, g = torch.randn(5, t, d).double(), torch.randn(5, t, p).double()
+    truth = torch.einsum("btp,btd->bpd", g, a).flatten(1).square().sum(1)
+    for block in (1, 1 << 18):  # one example at a time, or all
+        monkeypatch.setattr(products, "_CPU_BLOCK", block)
+        for route in (products.outer_product_squares, products.gram_squares):
+            torch.testing.assert_close(route(a, g), truth, rtol=1e-12, atol=0)
+
+
+def test_squared_lengths_of_long_rows_are_accurate():
+    torch.manual_seed(0)
+    rows = torch.randn(2, 1_000_000)
+    truth = rows.double().square().sum(1)
+    torch.testing.assert_close(products.squared_lengths(rows), truth, rtol=5e-7, atol=0)
