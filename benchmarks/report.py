@@ -43,7 +43,8 @@ def rank_correlation(times: np.ndarray) -> dict[str, Any]:
 
     Returns:
         The mean of rho over the seeds where it exists (not all times equal), its 95 %
-        t-interval, the number of such seeds, and the share of tied pairs of strata.
+        t-interval (none for one seed; where all seeds give one rho it is that point),
+        the number of such seeds, and the share of tied pairs of strata.
     """
     ranks = np.arange(times.shape[1])
     rho = [
@@ -54,10 +55,10 @@ def rank_correlation(times: np.ndarray) -> dict[str, Any]:
     first, second = np.triu_indices(times.shape[1], 1)
     tied = float((times[:, first] == times[:, second]).mean())
     interval = [None, None]
-    if len(rho) > 1 and np.std(rho) > 0:
-        sem = stats.sem(rho)
-        ends = stats.t.interval(0.95, len(rho) - 1, np.mean(rho), sem)
-        interval = [float(max(-1, ends[0])), float(min(1, ends[1]))]
+    if len(rho) > 1:
+        half = stats.t.ppf(0.975, len(rho) - 1) * stats.sem(rho)
+        low, high = np.clip(np.mean(rho) + [-half, half], -1, 1)
+        interval = [float(low), float(high)]
     return {
         "rho": float(np.mean(rho)) if rho else None,
         "interval": interval,
@@ -139,7 +140,7 @@ def _cell(values: np.ndarray) -> str:
     never = len(values) - len(finite)
     if not len(finite):
         return f"never ×{never}"
-    spread = finite.std(ddof=1) if len(finite) > 1 else 0.0
+    spread = finite.std(ddof=1) if np.ptp(finite) > 1e-12 * abs(finite).max() else 0.0
     text = f"{finite.mean():.3g}±{spread:.2g}"
     return f"{text}, never ×{never}" if never else text
 
@@ -149,10 +150,10 @@ def _sentence(name: str, found: dict[str, Any], num_seeds: int) -> str:
     if found["rho"] is None:
         return f"epochs by {name}: every stratum took equally long in every seed"
     low, high = found["interval"]
-    span = f"[{low:.2f}, {high:.2f}]" if low is not None else "(no interval)"
+    span = f"95 % [{low:.2f}, {high:.2f}]" if low is not None else "no interval"
     return (
         f"do harder strata take longer, by {name}? Spearman {found['rho']:.2f}, "
-        f"95 % {span}, over {found['num_seeds']} of {num_seeds} seeds (the others all "
+        f"{span}, over {found['num_seeds']} of {num_seeds} seeds (the others all "
         f"tied); {100 * found['tied_pairs']:.0f} % of pairs of strata tie"
     )
 
