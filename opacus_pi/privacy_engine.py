@@ -130,6 +130,8 @@ class PerInstanceMixin(EngineReadings):
             "to be None: a monitored training has no per-example gradients",
             "Use make_private to keep budgets.",
         )
+        if self.secure_mode:
+            options = self._secure_generators(options)
         earlier_steps = self.recorder.num_steps
         if self._default_recorder and self.recorder.mode != "swept":
             self.recorder = Recorder("swept")
@@ -147,6 +149,19 @@ class PerInstanceMixin(EngineReadings):
         )
         self._adopt(tracker, module, _nothing, earlier_steps)
         return made
+
+    def _secure_generators(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Secure random numbers for noise and batches, and no others."""
+        for name in ("noise_generator", "sampling_generator"):
+            expect(
+                options.get(name) is None,
+                name,
+                options.get(name),
+                "to be None: the engine's secure_mode draws from a secure source",
+                "Leave it out, or make the engine with secure_mode=False.",
+            )
+            options = {**options, name: self.secure_rng}
+        return options
 
     def _new_tracker(self, *, batch_first: bool = True) -> Tracker:
         """A tracker as the recorder wants it."""

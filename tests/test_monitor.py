@@ -709,3 +709,40 @@ def test_a_distributed_module_is_refused():
     optimizer = torch.optim.SGD(small().parameters(), lr=0.1)
     with pytest.raises(ValueError, match="Spread to be trained by one process"):
         monitored(module=Spread(), optimizer=optimizer)
+
+
+def secure_engine(seed):
+    """An engine in secure mode, its source of random numbers replaced by a seeded one."""
+    engine = RecordingEngine(accountant="rdp")
+    engine.secure_mode, engine.secure_rng = True, torch.Generator().manual_seed(seed)
+    return engine
+
+
+def secure_run(seed, **options):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    data_set = TensorDataset(torch.randn(12, 3), torch.arange(12) % 2)
+    model, optimizer, loader = secure_engine(seed).make_monitored(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data_set, batch_size=4),
+        noise_std=0.5,
+        criterion=nn.CrossEntropyLoss(),
+        **options,
+    )
+    for x, y in loader:
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model.weight.detach().clone()
+
+
+def test_secure_mode_draws_noise_and_batches_from_the_engines_source():
+    assert torch.equal(secure_run(1), secure_run(1))
+    assert not torch.equal(secure_run(1), secure_run(2))
+
+
+@pytest.mark.parametrize("name", ["noise_generator", "sampling_generator"])
+def test_secure_mode_takes_no_other_generator(name):
+    with pytest.raises(ValueError, match=f"{name}.*secure_mode"):
+        secure_run(1, **{name: torch.Generator()})
