@@ -712,7 +712,7 @@ def test_a_distributed_module_is_refused():
 
 
 def secure_engine(seed):
-    """An engine in secure mode, its source of random numbers replaced by a seeded one."""
+    """An engine in secure mode whose source of random numbers is a seeded one."""
     engine = RecordingEngine(accountant="rdp")
     engine.secure_mode, engine.secure_rng = True, torch.Generator().manual_seed(seed)
     return engine
