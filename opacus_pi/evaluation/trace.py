@@ -180,6 +180,24 @@ def time_to_unlearn(
 
     Source: paper, Section 5.1 and Figures 1, 6-8.
     """
+    there = np.flatnonzero(arrived(trace, oracle, metric=metric, tolerance=tolerance))
+    return trace.times[there[0]] if there.size else float("inf")
+
+
+def arrived(
+    trace: UnlearningTrace,
+    oracle: float | ArrayLike | Mapping[str, ArrayLike],
+    *,
+    metric: str,
+    tolerance: float = 0.05,
+) -> NDArray[np.bool_]:
+    """At which evaluations a metric is within the tolerance of the oracle's.
+
+    Args, errors: as ``time_to_unlearn``.
+
+    Returns:
+        bool ``(k,)``, one entry for each evaluation.
+    """
     values = trace[metric]
     expect(len(values) > 0, "trace", "[]", "to hold an evaluation", "Append one.")
     expect(tolerance >= 0, "tolerance", tolerance, "at least 0", "0.05 is usual.")
@@ -194,8 +212,7 @@ def time_to_unlearn(
             "The distance is measured in units of the one before unlearning.",
         )
         limit = tolerance * distance[0]
-    there = np.flatnonzero(distance <= limit + _ROUNDING)
-    return trace.times[there[0]] if there.size else float("inf")
+    return distance <= limit + _ROUNDING
 
 
 def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str) -> Any:

@@ -9,6 +9,7 @@ from opacus_pi.unlearning.rivals import (
     RandomLabels,
     SalUn,
 )
+from opacus_pi.unlearning.stopping import StopWhen
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Plan",
     "RandomLabels",
     "SalUn",
+    "StopWhen",
     "Task",
     "Unlearner",
     "UnlearningResult",

@@ -11,6 +11,7 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
 from opacus_pi.unlearning.methods import Method
+from opacus_pi.unlearning.stopping import StopWhen
 
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 
@@ -50,6 +51,7 @@ def claim(
     model: nn.Module,
     ledger: Ledgers | None,
     forget_indices: NDArray[np.int64],
+    stop: StopWhen | None = None,
 ) -> Guarantee:
     """What may be said about unlearning a set from a model by a method.
 
@@ -65,6 +67,7 @@ def claim(
         model: The model to unlearn from.
         ledger: The record of its training (or of several runs), or None.
         forget_indices: int64 ``(m,)``, positions in the data set.
+        stop: What ends the run before its budget is spent, or None.
 
     Returns:
         The guarantee, at most an estimate.
@@ -76,6 +79,7 @@ def claim(
         _noisy(runs),
         _one_example(len(forget_indices)),
         _blind(method),
+        _fixed_length(stop),
         _separable(model),
         _fixed_denominator(runs),
         _matching(runs),
@@ -86,7 +90,7 @@ def claim(
         ),
     )
     said = f"{method} (retrained: trained without the set, then updated alike)"
-    if not all(a.met for a in assumptions[:4]):
+    if not all(a.met for a in assumptions[:5]):
         return Guarantee(said, assumptions)
     mine = [run.subset(columns_of(run, forget_indices)) for run in runs]
     losses = [float(privacy_losses(mine, order)[0]) for order in _ORDERS]
@@ -121,6 +125,17 @@ def _blind(method: Method) -> Assumption:
         "unlearning never looks at the forget set",
         not looks,
         f"{type(method).__name__} {'uses it' if looks else 'sees the retain set only'}",
+    )
+
+
+def _fixed_length(stop: StopWhen | None) -> Assumption:
+    """The number of updates carries nothing about the forget set."""
+    return Assumption(
+        "the number of updates does not depend on the forget set",
+        stop is None,
+        "fixed before the run"
+        if stop is None
+        else f"ended by {stop.metric!r}, an evaluation that may look at it",
     )
 
 

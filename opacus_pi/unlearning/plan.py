@@ -62,6 +62,21 @@ class Plan:
             return None
         return math.ceil(self.predicted_epochs * self.num_retain)
 
+    def budget(self, *, factor: float = 2.0, default: int = 25) -> int:
+        """Epochs to allow an unlearning run.
+
+        Args:
+            factor: How many times the predicted epochs, above 0.
+            default: What to allow where nothing was predicted.
+
+        Returns:
+            A whole number, at least 1.
+        """
+        positive(factor=factor, remedy="2 allows twice the prediction.")
+        if self.predicted_epochs is None:
+            return default
+        return max(1, math.ceil(factor * self.predicted_epochs))
+
     def claiming(self, guarantee: Guarantee) -> "Plan":
         """The same plan with what may be claimed afterwards."""
         return replace(self, guarantee=guarantee)

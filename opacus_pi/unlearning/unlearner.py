@@ -11,7 +11,7 @@
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
@@ -32,6 +32,7 @@ from opacus_pi.unlearning.claims import Ledgers, claim, runs_in
 from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, updates
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
 from opacus_pi.unlearning.plan import Plan, make_plan
+from opacus_pi.unlearning.stopping import StopWhen
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 _FINE_TUNE = FineTune()
@@ -150,6 +151,7 @@ class Unlearner:
         num_epochs: int = 25,
         evaluate: Evaluate | None = None,
         batch_size: int = 64,
+        stop: StopWhen | None = None,
     ) -> UnlearningResult:
         """Forget a set: fine-tune on the rest of the training set by the method.
 
@@ -159,18 +161,29 @@ class Unlearner:
         Args:
             train_set: The data set that the model was trained on.
             forget_indices: Positions in it, each once, not all of them.
-            num_epochs: Passes over the retain set.
+            num_epochs: Passes over the retain set at most; ``plan(...).budget()`` takes
+                them from the forget set's privacy loss.
             evaluate: ``model -> dict`` of numbers, called with the model in evaluation
                 mode before the first update and after each epoch.
             batch_size: Examples per batch.
+            stop: Ends the run at the evaluation that satisfies it; the guarantee says
+                what that costs, whether or not the run was ended.
 
         Returns:
             Model, trace, guarantee and record.
 
         Raises:
             ValueError: If the indices are empty, repeated or outside, nothing would be
-                left, or the ledger speaks of another data set.
+                left, the ledger speaks of another data set, or ``stop`` has no
+                evaluations to judge by.
         """
+        expect(
+            stop is None or evaluate is not None,
+            "evaluate",
+            None,
+            "to be given with stop",
+            "Stopping judges by what evaluate(model) returns.",
+        )
         for run in runs_in(self.ledger):
             run.require_data_set(fingerprint(train_set))
         forget = distinct_indices("forget_indices", forget_indices, len(train_set))
@@ -183,7 +196,7 @@ class Unlearner:
             "to leave something to keep",
             "To forget everything, start from a fresh model.",
         )
-        guarantee = claim(self.method, self.model, self.ledger, gone)
+        guarantee = claim(self.method, self.model, self.ledger, gone, stop)
         record = {
             **self._settings(),
             "data_set": fingerprint(train_set),
@@ -191,13 +204,13 @@ class Unlearner:
             "forgotten_before": self.forgotten.tolist(),
             "num_epochs": num_epochs,
             "batch_size": batch_size,
+            "stop": None if stop is None else asdict(stop),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         self.forgotten = gone
         self.model = copy.deepcopy(self.model)
-        record |= self._fit(
-            self._loaders(train_set, retain, gone, batch_size), num_epochs, evaluate
-        )
+        loaders = self._loaders(train_set, retain, gone, batch_size)
+        record |= self._fit(loaders, num_epochs, evaluate, stop)
         return UnlearningResult(self.model, self.trace, guarantee, record)
 
     def plan(
@@ -252,21 +265,25 @@ class Unlearner:
         loaders: tuple[DataLoader, DataLoader | None],
         num_epochs: int,
         evaluate: Evaluate | None,
+        stop: StopWhen | None,
     ) -> dict[str, Any]:
-        """Run all epochs, evaluating after each; returns what it took."""
+        """Run the epochs, evaluating after each; returns what it took."""
         clock = time.perf_counter()
         self.trace = UnlearningTrace(unit="epochs")
         self._look(0, evaluate)
         task = self._task(*loaders)
         lengths = [self.method.pass_length(task, i) for i in range(num_epochs)]
         ends = np.cumsum(lengths, dtype=np.int64)
-        step, num_steps = 0, int(ends[-1]) if num_epochs else 0
+        idle = num_epochs == 0 or self._enough(stop)
+        step, num_steps = 0, 0 if idle else int(ends[-1])
         with tqdm(total=num_epochs, desc="unlearning", disable=None) as bar:
             for step in self.run(loaders[0], num_steps, forget_loader=loaders[1]):
                 epoch = int(np.searchsorted(ends, step)) + 1
                 if step == ends[epoch - 1]:
                     self._look(epoch, evaluate)
                     bar.update()
+                    if self._enough(stop):
+                        break
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
         self.trace.cost["seconds"] = time.perf_counter() - clock
@@ -277,6 +294,10 @@ class Unlearner:
         if evaluate is not None:
             self.model.eval()
             self.trace.append(epoch, evaluate(self.model))
+
+    def _enough(self, stop: StopWhen | None) -> bool:
+        """Whether the evidence so far says to stop."""
+        return stop is not None and stop.reached(self.trace)
 
     def _loaders(
         self,
