@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.quadrature import real_order_divergences
+from opacus_pi.accounting.quadrature import real_order_divergences, softplus
 
 Array = NDArray[np.float64]
 MODES = ("exact", "chord", "ceil")
-_BLOCK = 1 << 18  # terms summed at a time
+_BLOCK = 512  # ratios summed at a time
 
 
 def log_moment(
@@ -141,33 +141,45 @@ def _divergences(ratios: Array, q: float, orders: Array) -> Array:
 
 
 def _integer_order(ratios: Array, q: float, order: int) -> Array:
-    """Divergences at an integer order above 1, blockwise."""
-    size = max(1, _BLOCK // order)
+    """Divergences at an integer order above 1 and ascending ratios, blockwise."""
     parts = [
-        _integer_sum(ratios[i : i + size], q, order)
-        for i in range(0, len(ratios), size)
+        _integer_sum(ratios[i : i + _BLOCK], q, order)
+        for i in range(0, len(ratios), _BLOCK)
     ]
     return np.concatenate([np.empty(0), *parts]) / (order - 1)
 
 
 def _integer_sum(ratios: Array, q: float, order: int) -> Array:
-    """Log moments from M - 1 = Σ_{k≥2} C(order, k) q^k (1-q)^(order-k) (e^(k(k-1)r²/2) - 1).
+    """Log moments from M - 1 = Σ_{k≥2} C(order, k) q^k (1-q)^(order-k) (e^(k(k-1)s) - 1).
 
-    Summing M - 1, not M, keeps the digits of a small moment.
+    s = r²/2. Summing M - 1, not M, keeps the digits of a small moment.
     """  # noqa: E501
+    s = ratios**2 / 2
     k = np.arange(2, order + 1, dtype=np.float64)
-    log_weight = _log_binomials(order) + k * math.log(q) + (order - k) * math.log1p(-q)
-    power = np.outer(ratios**2 / 2, k * (k - 1))
-    large = power > 30
+    log_weights = _log_binomials(order) + k * math.log(q) + (order - k) * math.log1p(-q)
+    rates = k * (k - 1)
+    kept = _matter(s, rates, log_weights)
+    power = np.outer(s, rates[kept])
+    exponents = power + log_weights[kept]
+    top = exponents.max(axis=1)
+    terms = np.exp(exponents - top[:, None])
+    if power[0, 0] < 37:
+        terms *= -np.expm1(-power)
     with np.errstate(divide="ignore"):
-        small = np.log(np.expm1(np.where(large, 30.0, power)))
-    big = power + np.log1p(-np.exp(-np.maximum(power, 30.0)))
-    terms = log_weight + np.where(large, big, small)
-    top = terms.max(axis=1)
-    with np.errstate(invalid="ignore"):
-        total = top + np.log(np.exp(terms - top[:, None]).sum(axis=1))
-    total = np.where(np.isneginf(top), -np.inf, total)
-    return np.maximum(total, 0) + np.log1p(np.exp(-np.abs(total)))
+        return softplus(top + np.log(terms.sum(axis=1)))
+
+
+def _matter(s: Array, rates: Array, log_weights: Array) -> NDArray[np.bool_]:
+    """Which terms count: the others are below e^-41 of the largest, for every s.
+
+    A term grows with s, so its value at the largest s and the largest term at the
+    smallest s decide for all.
+    """
+    ends = rates * s[[0, -1], None]
+    with np.errstate(divide="ignore"):
+        # ln(e^x - 1) = x + ln(1 - e^-x)
+        least, most = log_weights + ends + np.log(-np.expm1(-ends))
+    return most >= least.max() - 41
 
 
 @lru_cache(maxsize=512)
