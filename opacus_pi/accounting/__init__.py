@@ -26,6 +26,7 @@ from opacus_pi.accounting.privacy_loss import (
 from opacus_pi.accounting.process import LangevinConstants
 from opacus_pi.accounting.renyi_filter import RenyiFilter
 from opacus_pi.accounting.shifted import learn_unlearn_mu_squared, shifted_mu_squared
+from opacus_pi.accounting.statement import PrivacyStatement, privacy_statement
 from opacus_pi.accounting.tightest import choose_hoelder_p, tightest_losses
 from opacus_pi.accounting.trajectory import (
     exceedance_limit,
@@ -38,6 +39,7 @@ __all__ = [
     "GramLedger",
     "LangevinConstants",
     "NoisySGD",
+    "PrivacyStatement",
     "RenyiFilter",
     "UnlearningBound",
     "choose_hoelder_p",
@@ -53,6 +55,7 @@ __all__ = [
     "lsi_track",
     "per_step_losses",
     "privacy_losses",
+    "privacy_statement",
     "rdp_to_delta",
     "rdp_to_epsilon",
     "renyi_divergence",

@@ -262,6 +262,32 @@ def _columns(ledger: GradNormLedger) -> NDArray[np.int64]:
     return np.arange(ledger.num_examples) if ids is None else ids
 
 
+def columns_of(
+    ledger: GradNormLedger, indices: ArrayLike, name: str = "forget_indices"
+) -> NDArray[np.int64]:
+    """The ledger's columns that speak of some examples of the data set.
+
+    Args:
+        ledger: The record.
+        indices: int ``(m,)``, positions in the data set.
+        name: The argument's name, for the error.
+
+    Raises:
+        ValueError: If the ledger has no column for one of them.
+    """
+    known = _columns(ledger)
+    missing = np.setdiff1d(indices, known)
+    expect(
+        len(missing) == 0,
+        name,
+        missing[:1],
+        "to be examples of the ledger",
+        "Its columns are the examples that training was recorded on.",
+    )
+    order = np.argsort(known)
+    return order[np.searchsorted(known, indices, sorter=order)]
+
+
 def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:
     """Fill each example's gaps: its next observation, else its last, else infinity.
 

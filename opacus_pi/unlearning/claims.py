@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
+from opacus_pi.accounting.ledger import columns_of
 from opacus_pi.unlearning.methods import Method
 from opacus_pi.unlearning.stopping import StopWhen
 
@@ -23,27 +23,6 @@ def runs_in(ledger: Ledgers | None) -> tuple[GradNormLedger, ...]:
     if ledger is None:
         return ()
     return (ledger,) if isinstance(ledger, GradNormLedger) else tuple(ledger)
-
-
-def columns_of(ledger: GradNormLedger, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The ledger's columns that speak of some examples of the data set.
-
-    Raises:
-        ValueError: If the ledger has no column for one of them.
-    """
-    known = ledger.example_ids
-    if known is None:
-        known = np.arange(ledger.num_examples)
-    missing = np.setdiff1d(indices, known)
-    expect(
-        len(missing) == 0,
-        "forget_indices",
-        missing[:1],
-        "to be examples of the ledger",
-        "Its columns are the examples that training was recorded on.",
-    )
-    order = np.argsort(known)
-    return order[np.searchsorted(known, indices, sorter=order)]
 
 
 def claim(

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.guarantee import Guarantee
-from opacus_pi.unlearning.claims import columns_of
+from opacus_pi.accounting.ledger import columns_of
 
 _UNKNOWN = Guarantee("no method chosen", ())
 

@@ -1,0 +1,226 @@
+"""What a person may be told about the privacy of their own rows.
+
+>>> from opacus_pi.accounting.mechanism import NoisySGD
+>>> mechanism = NoisySGD(100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
+>>> ledger = GradNormLedger(mechanism, steps=[100], grad_norms=[[0.1, 5.0]])
+>>> statement = privacy_statement(ledger, [0], delta=1e-5)
+>>> statement.epsilon < statement.worst_case
+True
+>>> privacy_statement(ledger, [0, 1], delta=1e-5, subject="Ann").epsilon is None
+True
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from opacus_pi._validate import distinct_indices
+from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
+from opacus_pi.accounting.epsilon import DEFAULT_ORDERS, epsilons
+from opacus_pi.accounting.group_worst_case import group_worst_case_loss
+from opacus_pi.accounting.guarantee import Assumption
+from opacus_pi.accounting.ledger import GradNormLedger, columns_of, runs_of
+from opacus_pi.accounting.privacy_loss import worst_case_loss
+
+_FORMAT = "opacus_pi.PrivacyStatement.v1"
+_GROUP_ORDERS = (1 + np.geomspace(0.01, 63, 40)).tolist()
+_OWNER_ONLY = (
+    "The estimate depends on the owner's own data. It may be told to the owner and to "
+    "nobody else. It costs the others nothing more: apart from the owner's data it is "
+    "computed from the model's updates, whose release their own bounds cover (Yu et "
+    "al. 2023, Theorem 3.2). Averages over people need noise before release."
+)
+_PUBLIC = "The bound depends on nobody's data and may be told to anyone."
+
+
+@dataclass(frozen=True)
+class PrivacyStatement:
+    """One person's privacy in one training run, with what it rests on.
+
+    The statement is one-sided: with the rows in the training data every event has at
+    most e^ε times the probability that it has without them, plus δ.
+
+    Args:
+        subject: Who or what it is about.
+        num_rows: How many rows of the training data are theirs.
+        delta: δ.
+        epsilon: An estimate for these rows. **For their owner only.** None where there
+            is none.
+        worst_case: A bound for any person with as many rows; ``inf`` where there is
+            none.
+        assumptions: What the numbers rest on, met or not.
+    """
+
+    subject: str
+    num_rows: int
+    delta: float
+    epsilon: float | None
+    worst_case: float
+    assumptions: tuple[Assumption, ...]
+
+    @property
+    def sharing(self) -> str:
+        """Who may be told what."""
+        parts = [] if self.epsilon is None else [_OWNER_ONLY]
+        return " ".join(parts + ([_PUBLIC] if math.isfinite(self.worst_case) else []))
+
+    def to_json(self) -> str:
+        """The statement as JSON text."""
+        facts = {"format": _FORMAT, **asdict(self), "sharing": self.sharing}
+        if math.isinf(self.worst_case):
+            facts["worst_case"] = "inf"
+        return json.dumps(facts, ensure_ascii=False, allow_nan=False)
+
+    def __str__(self) -> str:
+        rows = "1 row" if self.num_rows == 1 else f"{self.num_rows} rows"
+        lines = [
+            f"Privacy statement for {self.subject} ({rows} of the training data).",
+            self._own(),
+            self._anyone(),
+            *([self.sharing] if self.sharing else []),
+            *(f"  not met: {_line(a)}" for a in self.assumptions if not a.met),
+            *(f"  met: {_line(a)}" for a in self.assumptions if a.met),
+        ]
+        return "\n".join(lines)
+
+    def _own(self) -> str:
+        """The line about the rows themselves."""
+        if self.epsilon is not None:
+            return (
+                f"These data: ε ≈ {self.epsilon:.4g} at δ = {self.delta:g}, an "
+                "estimate, not a bound."
+            )
+        if self.num_rows > 1:
+            return (
+                "These data: no value of their own. Values of single rows do not add "
+                "up to one for a person."
+            )
+        return "These data: no value can be given."
+
+    def _anyone(self) -> str:
+        """The line about the worst case."""
+        if math.isinf(self.worst_case):
+            return "Any data: no bound can be given."
+        return (
+            f"Any data: ε ≤ {self.worst_case:.4g} at δ = {self.delta:g}, given the "
+            "assumptions. The trained model then makes no event more than e^ε times as "
+            "likely as without these rows, plus δ."
+        )
+
+
+def privacy_statement(
+    ledger: GradNormLedger | Sequence[GradNormLedger],
+    rows: ArrayLike,
+    delta: float,
+    *,
+    subject: str | None = None,
+) -> PrivacyStatement:
+    """The privacy of one person's rows, as far as the record of training tells.
+
+    One row: its own ε, estimated from its gradient norms, and the worst case beside it.
+    Several rows: the worst case of that many rows only, as the sum of the rows' own
+    losses bounds nothing. No number without noise, with noise that is only assumed, or
+    (worst case) without clipping.
+
+    Args:
+        ledger: The record of one run, or of several independent runs of one training.
+        rows: The person's positions in the training set, each once.
+        delta: δ in (0, 1).
+        subject: Who it is about; by default the position.
+
+    Returns:
+        The statement; as sensitive as its ``sharing`` says.
+
+    Raises:
+        ValueError: If the rows are bad or not in the ledger, or ``delta`` is.
+
+    Source: Yu et al. 2023 (arXiv:2206.02617), Section 3; paper, Definition 4.2.
+    """
+    check_delta(delta)
+    runs = runs_of(ledger)
+    mine = distinct_indices("rows", rows, np.iinfo(np.int64).max)
+    columns = columns_of(runs[0], mine, "rows")
+    single, noisy = len(mine) == 1, _noisy(runs[0])
+    epsilon, worst = None, math.inf
+    if noisy.met and single:
+        own = float(epsilons([run.subset(columns) for run in runs], delta)[0])
+        epsilon = own if math.isfinite(own) else None
+    if noisy.met:
+        worst = _worst_case(runs[0], len(mine), delta)
+    return PrivacyStatement(
+        f"example {mine[0]}" if subject is None and single else subject or "one person",
+        len(mine),
+        float(delta),
+        epsilon,
+        worst,
+        (noisy, *_assumptions(runs, single)),
+    )
+
+
+def _worst_case(ledger: GradNormLedger, num_rows: int, delta: float) -> float:
+    """The ε of anybody with as many rows."""
+    mechanism, steps = ledger.mechanism, ledger.steps
+    if num_rows == 1:
+        orders = DEFAULT_ORDERS
+        losses = [worst_case_loss(mechanism, a, steps=steps) for a in orders]
+    else:
+        orders = _GROUP_ORDERS
+        losses = [
+            group_worst_case_loss(mechanism, num_rows, a, steps=steps) for a in orders
+        ]
+    return float(rdp_to_epsilon(losses, orders, delta))
+
+
+def _noisy(ledger: GradNormLedger) -> Assumption:
+    """Training added the recorded noise."""
+    mechanism = ledger.mechanism
+    noise, assumed = float(np.min(mechanism.noise_std)), mechanism.assumed_noise
+    return Assumption(
+        "training added noise to every update",
+        noise > 0 and not assumed,
+        f"{'assumed' if assumed else 'recorded'} noise_std={noise:g} on the sum",
+    )
+
+
+def _assumptions(
+    runs: Sequence[GradNormLedger], single: bool
+) -> tuple[Assumption, ...]:
+    """What else the numbers rest on."""
+    mechanism = runs[0].mechanism
+    clip = float(np.max(mechanism.max_grad_norm))
+    poisson = mechanism.sampling == "poisson"
+    found = [
+        Assumption(
+            "every gradient was clipped", math.isfinite(clip), f"max_grad_norm={clip:g}"
+        ),
+        Assumption(
+            "batches were drawn without looking at the data",
+            True,
+            "recorded as Poisson sampling"
+            if poisson
+            else "recorded as a fixed schedule; no amplification by sampling is used",
+        ),
+        Assumption(
+            "nothing else computed from the data was released (tuning, other models)",
+            False,
+            "not recorded",
+        ),
+    ]
+    if single:
+        found.append(
+            Assumption(
+                "for the estimate: the recorded norms stand for all runs and updates",
+                False,
+                f"{runs[0].num_rows} rows of {len(runs)} run(s)",
+            )
+        )
+    return tuple(found)
+
+
+def _line(assumption: Assumption) -> str:
+    """An assumption with its evidence."""
+    return f"{assumption.statement} ({assumption.evidence})"

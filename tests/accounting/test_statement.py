@@ -1,0 +1,121 @@
+"""What a person may be told: numbers, words, and who may know them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from opacus_pi.accounting import (
+    GradNormLedger,
+    NoisySGD,
+    epsilons,
+    privacy_statement,
+    rdp_to_epsilon,
+    worst_case_loss,
+)
+from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
+from opacus_pi.accounting.group_worst_case import group_worst_case_loss
+
+DELTA = 1e-5
+
+
+def mechanism(**changes):
+    facts = {"num_steps": 60, "sample_rate": 0.05, "noise_std": 2.0}
+    return NoisySGD(**{**facts, "max_grad_norm": 1.0, **changes})
+
+
+def ledger(seed=0, **changes):
+    norms = np.random.default_rng(seed).gamma(1.0, 0.5, (3, 6))
+    return GradNormLedger(mechanism(**changes), [20, 40, 60], norms)
+
+
+def test_one_row_has_its_estimate_beside_the_worst_case():
+    run = ledger()
+    statement = privacy_statement(run, [4], DELTA)
+    assert statement.epsilon == epsilons(run, DELTA)[4]
+    losses = [worst_case_loss(run.mechanism, a) for a in DEFAULT_ORDERS]
+    assert statement.worst_case == rdp_to_epsilon(losses, DEFAULT_ORDERS, DELTA)
+    assert 0 < statement.epsilon < statement.worst_case
+    assert (statement.subject, statement.num_rows) == ("example 4", 1)
+
+
+def test_several_runs_are_averaged():
+    runs = [ledger(seed=s) for s in (0, 1)]
+    assert privacy_statement(runs, [4], DELTA).epsilon == epsilons(runs, DELTA)[4]
+
+
+def test_rows_are_positions_in_the_data_set():
+    part = ledger().subset([5, 2])
+    expected = epsilons(ledger(), DELTA)[2]
+    assert privacy_statement(part, [2], DELTA).epsilon == pytest.approx(expected)
+    with pytest.raises(ValueError, match="Expected rows=.*examples of the ledger"):
+        privacy_statement(part, [3], DELTA)
+
+
+def test_several_rows_have_the_group_s_worst_case_only():
+    statement = privacy_statement(ledger(), [1, 4, 2], DELTA, subject="Ann")
+    assert statement.epsilon is None and statement.num_rows == 3
+    single = privacy_statement(ledger(), [1], DELTA).worst_case
+    losses = [group_worst_case_loss(mechanism(), 3, a) for a in (2.0, 4.0, 8.0)]
+    assert statement.worst_case <= rdp_to_epsilon(losses, [2.0, 4.0, 8.0], DELTA)
+    assert statement.worst_case > 1.5 * single
+    text = str(statement)
+    assert "Ann (3 rows" in text and "do not add up" in text
+    assert "owner" not in statement.sharing and "anyone" in statement.sharing
+
+
+def test_who_may_know_is_said():
+    statement = privacy_statement(ledger(), [1], DELTA)
+    assert "nobody else" in statement.sharing and "Theorem 3.2" in statement.sharing
+    text = str(statement)
+    assert statement.sharing in text
+    assert "not a bound" in text and "ε ≤" in text
+    for assumption in statement.assumptions:
+        assert assumption.statement in text
+
+
+@pytest.mark.parametrize(
+    "run",
+    [ledger(noise_std=0.0), ledger().with_noise_std(2.0)],
+    ids=["none", "assumed"],
+)
+@pytest.mark.parametrize("rows", [[1], [1, 2]])
+def test_without_real_noise_there_is_no_number(run, rows):
+    statement = privacy_statement(run, rows, DELTA)
+    assert statement.epsilon is None and statement.worst_case == math.inf
+    assert statement.sharing == ""
+    assert not statement.assumptions[0].met
+    assert "no bound can be given" in str(statement)
+
+
+def test_without_clipping_there_is_no_worst_case():
+    statement = privacy_statement(ledger(max_grad_norm=math.inf), [1], DELTA)
+    assert statement.epsilon > 0 and statement.worst_case == math.inf
+    assert "nobody else" in statement.sharing and "anyone" not in statement.sharing
+    unmet = [a.statement for a in statement.assumptions if not a.met]
+    assert "every gradient was clipped" in unmet
+
+
+def test_a_fixed_schedule_says_so():
+    statement = privacy_statement(ledger(sampling="fixed"), [1], DELTA)
+    assert "no amplification" in str(statement)
+
+
+def test_json_holds_everything():
+    for run in (ledger(), ledger(max_grad_norm=math.inf)):
+        statement = privacy_statement(run, [1], DELTA)
+        facts = json.loads(statement.to_json())
+        assert facts["epsilon"] == statement.epsilon
+        assert float(facts["worst_case"]) == statement.worst_case
+        assert len(facts["assumptions"]) == len(statement.assumptions)
+        assert facts["sharing"] == statement.sharing and facts["delta"] == DELTA
+
+
+@pytest.mark.parametrize(
+    "rows, delta, message",
+    [([], DELTA, "rows"), ([1, 1], DELTA, "duplicates"), ([1], 0.0, "delta=0")],
+)
+def test_bad_input_is_refused(rows, delta, message):
+    with pytest.raises(ValueError, match=message):
+        privacy_statement(ledger(), rows, delta)
