@@ -15,6 +15,7 @@ LAYER = {
     "forget_sets": 0,
     "correlations": 0,
     "gradients": 1,
+    "group_record": 2,
     "recorder": 2,
     "unlearning": 2,
     "evaluation": 2,
@@ -29,6 +30,7 @@ LAYER = {
     "dp_recording": 3,
     "filter_setup": 3,
     "grad_sample": 3,
+    "group_accountant": 3,
     "accountants": 3,
     "privacy_engine": 3,
     "": 4,  # opacus_pi/__init__.py, which only gathers the public names

@@ -14,6 +14,8 @@ TOP = {
     "FineTune",
     "GradNormLedger",
     "GradSampleModule",
+    "GramLedger",
+    "GroupAccountant",
     "Guarantee",
     "L1Sparse",
     "Langevin",
@@ -34,6 +36,7 @@ ACCOUNTING = {
     "worst_case_loss",
 }
 ELSEWHERE = {
+    "opacus_pi.group_record": {"gram_ledger"},
     "opacus_pi.evaluation": {
         "evaluate",
         "gaussian_unlearning_score",
@@ -42,7 +45,7 @@ ELSEWHERE = {
         "time_to_unlearn",
     },
     "opacus_pi.forget_sets": {"difficulty_strata", "top_k", "by_class"},
-    "opacus_pi.gradients": {"norm_sweep", "per_example_grad_norms"},
+    "opacus_pi.gradients": {"gradient_gram", "norm_sweep", "per_example_grad_norms"},
 }
 
 
@@ -84,5 +87,7 @@ def test_import_registers_the_accountants_and_changes_nothing_else():
         "assert opacus.PrivacyEngine is engine\n"
         "assert isinstance(opacus.PrivacyEngine(accountant='per_instance').accountant,"
         " opacus_pi.PerInstanceAccountant)\n"
+        "assert isinstance(opacus.PrivacyEngine(accountant='group').accountant,"
+        " opacus_pi.GroupAccountant)\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -31,6 +31,7 @@ from opacus_pi.accounting.group_line import (
     scalar_law,
 )
 from opacus_pi.accounting.group_moments import coupled_log_moment, pair_exponents
+from opacus_pi.accounting.group_worst_case import group_worst_case_loss
 from opacus_pi.accounting.orders import corrected_order, log_growth, printed_order
 from opacus_pi.accounting.rules import (
     Interval,
@@ -58,9 +59,10 @@ def group_divergence(
 ) -> float:
     """Rényi divergence of training with the group from training without it.
 
-    Composition over updates by Hölder's inequality as in ``privacy_losses``: the order
-    is not multiplied by the group's size. Between the orders evaluated the log moment
-    is taken along its chord, which lies above it (it is convex in the order).
+    Composition over updates by Hölder's inequality as in ``privacy_losses``, and never
+    above ``group_worst_case_loss``: the order is not multiplied by the group's size.
+    Between the orders evaluated the log moment is taken along its chord, which lies
+    above it (it is convex in the order).
 
     Args:
         gram_ledger: One run, or independent runs of one training, of kind
@@ -98,6 +100,7 @@ def group_divergence(
         "operator_norm": _operator_norm,
     }[method]
     total = _compose(runs, order, p, rule, moment, whole=method == "coupled")
+    total = min(total, _worst_case(runs[0], order))
     if max(shares, default=0.0) > _UNRELIABLE:
         warnings.warn(
             f"One of {num_samples} sampled terms makes up {max(shares):.0%} of its "
@@ -208,6 +211,14 @@ def _coupled(
     return moment
 
 
+def _worst_case(run: GramLedger, order: float) -> float:
+    """What any group of this size costs at most; infinite without clipping."""
+    size = run.grams.shape[-1]
+    if size == 0:
+        return 0.0
+    return group_worst_case_loss(run.mechanism, size, order, steps=run.steps)
+
+
 def _scalar(K: NDArray[np.float64], rate: float, order: float) -> float:
     """The moment when all gradients are taken as parallel."""
     return line_log_moment(*scalar_law(np.sqrt(np.diag(K)), rate), order)
@@ -255,7 +266,9 @@ def _runs(
             "sampling",
             repr(run.mechanism.sampling),
             'to be "poisson"',
-            "The coupled bound averages over independent participation.",
+            "These bounds average over independent participation, and which examples "
+            "shared a batch is not on record. Train with poisson_sampling=True, or use "
+            "method='theorem_b1'.",
         )
         same = run.mechanism == runs[0].mechanism
         expect(

@@ -72,10 +72,24 @@ def operator_norm_law(
     Returns:
         Lengths a ``(m + 1,)`` and the logarithms of their probabilities.
     """
-    chosen = np.arange(group_size + 1)
-    weights = binom.logpmf(chosen, group_size, sample_rate)
-    possible = weights > -math.inf
-    return np.sqrt(largest_eigenvalue * chosen[possible]), weights[possible]
+    counts, log_weights = binomial_law(group_size, sample_rate)
+    return np.sqrt(largest_eigenvalue * counts), log_weights
+
+
+def binomial_law(group_size: int, sample_rate: float) -> Law:
+    """Law of |S|, how many of m examples take part: Bin(m, q).
+
+    Args:
+        group_size: m.
+        sample_rate: q.
+
+    Returns:
+        The counts that are possible and the logarithms of their probabilities.
+    """
+    counts = np.arange(group_size + 1)
+    log_weights = binom.logpmf(counts, group_size, sample_rate)
+    possible = log_weights > -math.inf
+    return counts[possible].astype(np.float64), log_weights[possible]
 
 
 def line_log_moment(lengths: ArrayLike, log_weights: ArrayLike, order: float) -> float:

@@ -1,0 +1,94 @@
+"""The worst case of several rows of one person: all gradients clipped and parallel.
+
+>>> mechanism = NoisySGD(100, sample_rate=0.01, noise_std=1.0, max_grad_norm=1.0)
+>>> one, three = (group_worst_case_loss(mechanism, m, 4.0) for m in (1, 3))
+>>> three > 3 * one  # more than the sum
+True
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from opacus_pi._validate import expect, in_range
+from opacus_pi.accounting.group_line import binomial_law, line_log_moment
+from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.accounting.rules import intervals
+
+
+def group_worst_case_loss(
+    mechanism: NoisySGD,
+    group_size: int,
+    order: float,
+    *,
+    steps: ArrayLike | None = None,
+) -> float:
+    """Rényi differential privacy of the mechanism for a group of m rows, one-sided.
+
+    The sum of the rows' clipped gradients is at most C times the number of rows drawn,
+    and parallel gradients are the worst (see ``group_line``). Under Poisson sampling
+    that number is Bin(m, q). A fixed schedule is conditioned on: each row takes part in
+    a share q of the updates, and the worst is that all take part together.
+
+    Args:
+        mechanism: The run's facts.
+        group_size: m, at least 1.
+        order: Rényi order, above 1.
+        steps: The ledger's steps ``(N,)``, where the mechanism has a schedule.
+
+    Returns:
+        A bound on the divergence in both directions, in nats: on a line, removing
+        shifts of one sign costs no more than adding them. ``inf`` without clipping.
+
+    Raises:
+        ValueError: If an argument is outside its domain or ``noise_std`` is 0.
+    """
+    in_range(1, math.inf, group_size=group_size, remedy="Count the person's rows.")
+    in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
+    constant = all(np.ndim(getattr(mechanism, name)) == 0 for name in SCHEDULED)
+    expect(
+        steps is not None or constant,
+        "steps",
+        None,
+        "to say where the mechanism changes",
+        "Pass the ledger's steps.",
+    )
+    rows = [mechanism.num_steps] if steps is None else steps
+    total = 0.0
+    for interval in intervals(rows, mechanism.num_steps):
+        facts = mechanism.at_row(interval.right)
+        poisson = facts.sampling == "poisson"
+        ratio, rate = float(facts.ratios(math.inf)), _rate(facts)
+        loss = group_step_divergence(ratio, rate, group_size, order)
+        total += interval.num_updates * loss * (1 if poisson else facts.sample_rate)
+    return total
+
+
+@lru_cache(maxsize=4096)
+def group_step_divergence(
+    ratio: float, sample_rate: float, group_size: int, order: float
+) -> float:
+    """One update's divergence: the N(k·ratio, 1), k ~ Bin(m, q), mixed, from N(0, 1).
+
+    Args:
+        ratio: C / noise_std, the inverse of Opacus's noise multiplier; may be ``inf``.
+        sample_rate: q.
+        group_size: m.
+        order: Rényi order, above 1.
+
+    Returns:
+        The divergence, in nats.
+    """
+    if sample_rate == 0 or ratio == 0:
+        return 0.0
+    if math.isinf(ratio):
+        return math.inf
+    counts, log_weights = binomial_law(group_size, sample_rate)
+    return line_log_moment(ratio * counts, log_weights, order) / (order - 1)
+
+
+def _rate(facts: NoisySGD) -> float:
+    """Probability that a row is drawn, given the schedule."""
+    return facts.sample_rate if facts.sampling == "poisson" else 1.0
