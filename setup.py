@@ -28,6 +28,7 @@ setup(
     ],
     extras_require={
         "benchmarks": ["joblib>=1.3"],
+        "search": ["optuna>=4"],
         "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.9"],
     },
     classifiers=[

@@ -41,6 +41,7 @@ FLOOR = {
     "torchvision": 4,
     "tqdm": 1,
     "sklearn": 2,
+    "optuna": 2,
     "matplotlib": 2,
     "opacus": 3,
 }
