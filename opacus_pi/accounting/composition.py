@@ -57,6 +57,33 @@ def hoelder_losses(
         mode=mode,
         single_run=len(ratios) == 1,
     )
+    return weighted_log_moments(
+        ratios, sample_rate, orders, weights, hoelder_p=hoelder_p, mode=mode
+    )
+
+
+def weighted_log_moments(
+    ratios: Array,
+    sample_rate: float,
+    orders: Array,
+    weights: Array,
+    *,
+    hoelder_p: float,
+    mode: str,
+) -> Array:
+    """Σ_k weights[k]·(1/p)·ln(mean over runs of M(orders[k])^p).
+
+    Args:
+        ratios: ``(R, n)`` for R runs.
+        sample_rate: q.
+        orders: ``(K,)``, above 1.
+        weights: ``(K,)``.
+        hoelder_p: p.
+        mode: As in ``log_moment``.
+
+    Returns:
+        float64 ``(n,)``.
+    """
     blocks = [
         _weighted_sum(
             ratios[:, i : i + _BLOCK], sample_rate, orders, weights, hoelder_p, mode
@@ -96,16 +123,10 @@ def mean_over_runs(log_values: Array, power: float) -> Array:
     return np.where(np.isinf(top), top, top + np.log1p(below) / power)
 
 
-def published_losses(
-    ratios: Array,
-    sample_rate: float,
-    order: float,
-    step: int,
-    *,
-    hoelder_p: float,
-    convention: str,
-) -> Array:
-    """One update's share in the divergence as published, for reproduction only.
+def published_orders(
+    order: float, step: int, *, hoelder_p: float, convention: str
+) -> tuple[Array, Array]:
+    """One update's order and weight as published, for reproduction only.
 
     coefficient·ln E[M(⌈o_p^t(order)⌉)^p]/(order-1), with o_p(a) = p/(p-1)·a - 1/p and
     t counted forward. The coefficient is ((p-1)/p)^(t+1) in ``"icml2025"`` (Definition
@@ -114,21 +135,18 @@ def published_losses(
     the updates that follow.
 
     Args:
-        ratios: ``(R, n)`` for R runs.
-        sample_rate: q.
         order: Above 1.
         step: t.
         hoelder_p: p, above 1 and finite.
         convention: One of the two.
 
     Returns:
-        float64 ``(n,)``.
+        An order ``(1,)`` and a weight ``(1,)`` for ``weighted_log_moments``.
     """
     visited = np.ceil(printed_order(order, hoelder_p, step))
-    moments = log_moments(ratios.reshape(-1), sample_rate, np.array([visited]))
-    mean = mean_over_runs(moments.reshape(ratios.shape), hoelder_p)
     decay = math.exp(-log_growth(hoelder_p) * step) / (order - 1)
-    return mean * decay * (hoelder_p - 1 if convention == "icml2025" else 1)
+    factor = hoelder_p - 1 if convention == "icml2025" else 1
+    return np.array([visited]), np.array([decay * factor])
 
 
 def trajectory_losses_of_sums(sums: Array, order: float, kappa: float) -> Array:

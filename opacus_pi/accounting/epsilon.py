@@ -24,7 +24,11 @@ _BLOCK = 1 << 16  # examples searched at a time
 
 
 def epsilons(
-    ledger: Ledgers, delta: float, *, orders: ArrayLike | None = None
+    ledger: Ledgers,
+    delta: float,
+    *,
+    orders: ArrayLike | None = None,
+    tolerance: float = 0.0,
 ) -> Array:
     """Per-example epsilon at a given delta: the least over Rényi orders.
 
@@ -36,6 +40,7 @@ def epsilons(
         ledger: As in ``privacy_losses``.
         delta: In (0, 1).
         orders: Rényi orders to choose from, above 1. Default: Opacus's.
+        tolerance: As in ``privacy_losses``: losses rounded up, for many examples.
 
     Returns:
         float64 ``(n,)``, at least 0. Each value speaks of one data set and is itself
@@ -47,18 +52,20 @@ def epsilons(
     check_delta(delta)
     choices = np.unique(check_orders(DEFAULT_ORDERS if orders is None else orders))
     offsets = epsilon_offset(choices, delta)
-    record = record_of(ledger)
+    record = record_of(ledger, tolerance=tolerance)
     mechanism, steps = record.mechanism, record.steps
     worst = [worst_case_loss(mechanism, order, steps=steps) for order in choices]
     blocks = [
-        _least_epsilons(record.only(slice(i, i + _BLOCK)), choices, offsets)
+        _least_epsilons(record.only(slice(i, i + _BLOCK)), choices, offsets, tolerance)
         for i in range(0, record.norms.shape[2], _BLOCK)
     ]
     limit = (np.array(worst) + offsets).min()
     return np.clip(np.concatenate([np.empty(0), *blocks]), 0, max(limit, 0))
 
 
-def _least_epsilons(record: Record, orders: Array, offsets: Array) -> Array:
+def _least_epsilons(
+    record: Record, orders: Array, offsets: Array, tolerance: float
+) -> Array:
     """Each example's least epsilon over ascending orders, not clipped."""
     everyone = np.arange(record.norms.shape[2])
     known = np.full((len(orders), len(everyone)), np.nan)
@@ -68,7 +75,7 @@ def _least_epsilons(record: Record, orders: Array, offsets: Array) -> Array:
         for k in np.unique(places[missing]):
             columns = everyone[missing & (places == k)]
             how = composition_of(
-                record.mechanism, orders[k], "corrected", None, "exact"
+                record.mechanism, orders[k], "corrected", None, "exact", tolerance
             )
             losses = total_loss(record.only(columns), how, "right")
             known[k, columns] = losses + offsets[k]

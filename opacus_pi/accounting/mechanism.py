@@ -124,7 +124,8 @@ class NoisySGD:
     def at_row(self, row: int) -> "NoisySGD":
         """The same mechanism with the values that a schedule has at one row."""
         values = {name: getattr(self, name) for name in SCHEDULED}
-        return replace(self, **{k: v[row] for k, v in values.items() if np.ndim(v)})
+        here = {k: v[row] for k, v in values.items() if np.ndim(v)}
+        return replace(self, **here) if here else self
 
     def __hash__(self) -> int:
         return hash((self.num_steps, self.sampling))

@@ -41,6 +41,7 @@ def privacy_losses(
     rule: str = "right",
     hoelder_p: float | None = None,
     mode: str = "exact",
+    tolerance: float = 0.0,
 ) -> Array:
     """Rényi privacy loss of every example over a whole training run.
 
@@ -60,6 +61,9 @@ def privacy_losses(
         hoelder_p: The p of Hölder's inequality, above 1 and fixed beforehand. Default:
             3·num_steps, the paper's; ``inf``: the plain sum over the updates.
         mode: How moments are taken at real orders, as in ``log_moment``.
+        tolerance: 0: no rounding. From 1e-8 to 1, for one run: moments are read off
+            tables, which makes the losses at most that much larger, relatively, never
+            smaller, and tens of thousands of examples many times faster.
 
     Returns:
         float64 ``(n,)``, in nats: an estimate of a bound on the Rényi divergence of
@@ -73,8 +77,10 @@ def privacy_losses(
     Source: Sepahvand et al. (ICML 2025), Definition 4.2 and Section 5.1, after Thudi
     et al. (arXiv:2307.00310), Theorem 3.3.
     """
-    record = record_of(ledger, rule)
-    how = composition_of(record.mechanism, order, convention, hoelder_p, mode)
+    record = record_of(ledger, rule, tolerance)
+    how = composition_of(
+        record.mechanism, order, convention, hoelder_p, mode, tolerance
+    )
     losses = total_loss(record, how, rule)
     if convention != "corrected":
         return losses
@@ -146,6 +152,6 @@ def worst_case_loss(
         f"to say where {', '.join(scheduled)} changes",
         "Pass the ledger's steps.",
     )
-    rows = np.array([mechanism.num_steps]) if steps is None else np.asarray(steps)
+    rows = np.asarray(steps) if scheduled else np.array([mechanism.num_steps])
     unbounded = np.full((1, len(rows), 1), math.inf)
     return float(total_loss(Record(mechanism, rows, unbounded), how, "right")[0])

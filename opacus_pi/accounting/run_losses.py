@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.composition import (
     PUBLISHED,
-    hoelder_losses,
-    published_losses,
+    published_orders,
+    weighted_log_moments,
 )
 from opacus_pi.accounting.ledger import GradNormLedger, fill_unobserved, runs_of
 from opacus_pi.accounting.mechanism import NoisySGD
 from opacus_pi.accounting.moments import MODES
+from opacus_pi.accounting.orders import interval_orders
 from opacus_pi.accounting.rules import (
     RULES,
     STRATIFIED,
@@ -25,6 +26,7 @@ from opacus_pi.accounting.rules import (
     loss_under_rule,
     strata,
 )
+from opacus_pi.accounting.tables import check_tolerance, upper_log_moments
 
 Array = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
@@ -40,6 +42,7 @@ class Composition:
     convention: str
     hoelder_p: float
     mode: str
+    tolerance: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,38 +80,51 @@ def loss_of_interval(
     """
     mechanism = record.mechanism.at_row(interval.right)
     ratios = mechanism.ratios(record.norms[:, row])
+    orders, weights = _orders(record, how, interval, row)
+    # Amplification by sampling belongs to Poisson sampling. Any other schedule is
+    # conditioned on: a share q of the updates contains the example, for certain.
+    q = mechanism.sample_rate
+    if how.convention == "corrected" and mechanism.sampling != "poisson":
+        q, weights = 1.0, weights * q
+    if how.tolerance:
+        return upper_log_moments(
+            ratios[0], q, orders, weights, mode=how.mode, tolerance=how.tolerance
+        )
+    return weighted_log_moments(
+        ratios, q, orders, weights, hoelder_p=how.hoelder_p, mode=how.mode
+    )
+
+
+def _orders(
+    record: Record, how: Composition, interval: Interval, row: int
+) -> tuple[Array, Array]:
+    """The orders at which an interval's log moments are summed, and their weights."""
+    mechanism = record.mechanism.at_row(interval.right)
     if how.convention in PUBLISHED:
         first = 0 if how.convention == "thudi2024_code" else 1
-        return interval.num_updates * published_losses(
-            ratios,
-            mechanism.sample_rate,
+        orders, weights = published_orders(
             how.order,
             max(int(record.steps[row]), first),
             hoelder_p=how.hoelder_p,
             convention=how.convention,
         )
-    # Amplification by sampling belongs to Poisson sampling. Any other schedule is
-    # conditioned on: a share q of the updates contains the example, for certain.
-    poisson = mechanism.sampling == "poisson"
-    remaining = (
-        mechanism.num_steps - interval.last,
-        mechanism.num_steps - interval.first,
-    )
-    losses = hoelder_losses(
-        ratios,
-        mechanism.sample_rate if poisson else 1.0,
+        return orders, weights * interval.num_updates
+    num_steps = mechanism.num_steps
+    return interval_orders(
         how.order,
-        remaining,
-        hoelder_p=how.hoelder_p,
+        how.hoelder_p,
+        (num_steps - interval.last, num_steps - interval.first),
+        sample_rate=mechanism.sample_rate if mechanism.sampling == "poisson" else 1.0,
         mode=how.mode,
+        single_run=len(record.norms) == 1,
     )
-    return losses if poisson else mechanism.sample_rate * losses
 
 
-def record_of(ledger: Ledgers, rule: str = "right") -> Record:
-    """The checked runs as arrays, if the rule can be applied to them."""
+def record_of(ledger: Ledgers, rule: str = "right", tolerance: float = 0.0) -> Record:
+    """The checked runs as arrays, if rule and tolerance can be applied to them."""
     runs = runs_of(ledger)
     first = runs[0]
+    check_tolerance(tolerance, num_runs=len(runs))
     expect(rule in ROW_RULES, "rule", repr(rule), f"in {ROW_RULES}", "Default: right.")
     for run in runs:
         expect(
@@ -127,7 +143,8 @@ def record_of(ledger: Ledgers, rule: str = "right") -> Record:
         "Record at least once during training.",
     )
     first.mechanism.ratios(np.empty((first.num_rows, 0)))  # refuses noise_std = 0
-    norms = np.stack([fill_unobserved(run.grad_norms) for run in runs])
+    filled = [fill_unobserved(run.grad_norms) for run in runs]
+    norms = filled[0][None] if len(filled) == 1 else np.stack(filled)
     return Record(first.mechanism, first.steps, norms)
 
 
@@ -137,6 +154,7 @@ def composition_of(
     convention: str,
     hoelder_p: float | None,
     mode: str,
+    tolerance: float = 0.0,
 ) -> Composition:
     """The checked arguments."""
     in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
@@ -162,4 +180,4 @@ def composition_of(
         f"to be finite under {convention}",
         "The published coefficient grows with p.",
     )
-    return Composition(float(order), convention, float(p), mode)
+    return Composition(float(order), convention, float(p), mode, float(tolerance))

@@ -18,8 +18,9 @@ from opacus_pi.accounting import (
 )
 from opacus_pi.accounting.composition import (
     hoelder_losses,
-    published_losses,
+    published_orders,
     trajectory_losses_of_sums,
+    weighted_log_moments,
 )
 from opacus_pi.accounting.orders import corrected_order, printed_order
 
@@ -52,8 +53,12 @@ def compose_holder(r, q, alpha, p, mode):
 
 def compose_printed(r, q, alpha, p):
     return sum(
-        published_losses(
-            np.array(runs)[:, None], q, alpha, t, hoelder_p=p, convention="icml2025"
+        weighted_log_moments(
+            np.array(runs)[:, None],
+            q,
+            *published_orders(alpha, t, hoelder_p=p, convention="icml2025"),
+            hoelder_p=p,
+            mode="exact",
         )[0]
         for t, runs in enumerate(r, start=1)
     )
