@@ -6,12 +6,15 @@ import numpy as np
 
 from benchmarks.looseness.case import Case
 from benchmarks.looseness.chains import adaptive_chains, double_wells
+from benchmarks.looseness.constants import conversions, two_point_laws
+from benchmarks.looseness.counterexamples import rare_events, threshold_orders
 from benchmarks.looseness.gaussians import (
     constant_gradients,
     quadratic_unlearning,
     shifted_schedules,
 )
 from benchmarks.looseness.groups import group_steps
+from benchmarks.looseness.ridge import last_iterates, whole_runs
 from benchmarks.looseness.single_steps import (
     mixtures,
     subsampled_step,
@@ -28,6 +31,12 @@ FAMILIES = {
     "shifted_schedules": (shifted_schedules, 100),
     "double_wells": (double_wells, 20),
     "group_steps": (group_steps, 40),
+    "ridge_whole_runs": (whole_runs, 20),
+    "ridge_last_iterates": (last_iterates, 30),
+    "rare_events": (rare_events, 15),
+    "threshold_orders": (threshold_orders, 4),
+    "conversions": (conversions, 40),
+    "two_point_laws": (two_point_laws, 40),
 }
 
 

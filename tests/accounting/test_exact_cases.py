@@ -11,7 +11,12 @@ import pytest
 from benchmarks.looseness import FAMILIES, cases
 from benchmarks.looseness.case import Case, gaussian_divergence, grid_divergence
 
-NUMBERS = {"adaptive_chains": 4, "double_wells": 6}
+NUMBERS = {
+    "adaptive_chains": 4,
+    "double_wells": 6,
+    "ridge_whole_runs": 5,
+    "rare_events": 6,
+}
 
 
 @pytest.mark.parametrize("seed", [1, 2])
