@@ -18,6 +18,9 @@ Array = NDArray[np.float64]
 _TAIL = 8.6  # standard deviations; beyond lies 1e-17 of a peak's mass
 _DIGITS = 34.0  # exp(-34) = 2e-15, the trapezoid rule's error
 _BLOCK = 1 << 15  # grid points evaluated at a time
+_SMALL = 3e-3  # order·|y| where the series takes over
+_LARGE = 68.0  # b·ln(P/Q), or ln(P/Q), where logarithms take over
+_FEW = 32  # ratios for which a common grid is cheapest, even up to twice the smallest
 
 
 def real_order_divergences(ratios: Array, sample_rate: float, orders: Array) -> Array:
@@ -43,9 +46,21 @@ def real_order_divergences(ratios: Array, sample_rate: float, orders: Array) -> 
     close = np.flatnonzero(~apart.all(axis=0))
     for columns in _blocks(ratios[close], orders.max()):
         chosen = close[columns]
-        values = _trapezoid(ratios[chosen], sample_rate, orders)
-        result[:, chosen] = np.where(apart[:, chosen], result[:, chosen], values)
+        for like in _alike(orders - 1):
+            values = _trapezoid(ratios[chosen], sample_rate, orders[like])
+            kept = result[np.ix_(like, chosen)]
+            result[np.ix_(like, chosen)] = np.where(
+                apart[np.ix_(like, chosen)], kept, values
+            )
     return result
+
+
+def _alike(powers: Array) -> list[NDArray[np.int64]]:
+    """Positions of powers b, grouped so that none is over 1.5 times another."""
+    ascending = np.argsort(powers)
+    scale = np.log(np.maximum(powers[ascending], 1e-300)) / math.log(1.5)
+    groups = np.floor(scale - scale[0])
+    return np.split(ascending, np.flatnonzero(np.diff(groups)) + 1)
 
 
 def _peaks_apart(ratios: Array, q: float, orders: Array) -> NDArray[np.bool_]:
@@ -85,10 +100,13 @@ def _blocks(ratios: Array, order: float) -> list[NDArray[np.int64]]:
     ascending = np.argsort(ratios, kind="stable")
     blocks, start = [], 0
     while start < len(ratios):
-        smallest = ratios[ascending[start]]
-        end = np.searchsorted(
-            ratios, max(1.25 * smallest, 0.25), side="right", sorter=ascending
+        near, far = np.searchsorted(
+            ratios,
+            [max(x * ratios[ascending[start]], 0.25) for x in (1.25, 2.0)],
+            side="right",
+            sorter=ascending,
         )
+        end = max(near, min(far, start + _FEW))
         points = len(_grid(ratios[ascending[end - 1]], order)[0])
         end = min(end, start + max(1, _BLOCK // points))
         blocks.append(ascending[start:end])
@@ -107,7 +125,11 @@ def _grid(ratio: float, order: float) -> tuple[Array, float]:
 
 
 def _trapezoid(ratios: Array, q: float, orders: Array) -> Array:
-    """E[psi] on one common grid, then D: shape ``(K, m)``."""
+    """Divergences on one common grid, orders alike: shape ``(K, m)``.
+
+    psi = ((1+y)·(e^(b·l) - 1) - b·y)/b with l = ln(1+y); by its series where that would
+    cancel; from its logarithm where it might overflow.
+    """
     z, step = _grid(ratios.max(), orders.max())
     log_weight = -(z**2) / 2 + math.log(step / math.sqrt(2 * math.pi))
     exponent = np.outer(ratios, z) - ratios[:, None] ** 2 / 2
@@ -115,25 +137,83 @@ def _trapezoid(ratios: Array, q: float, orders: Array) -> Array:
     log_ratio = np.where(
         exponent > 500.0, math.log(q) + exponent, np.log1p(np.maximum(y, -q))
     )
-    overflows = orders.max() * log_ratio.max() > 600
-    out = np.empty((len(orders), len(ratios)))
-    for row, b in zip(out, orders - 1, strict=True):
-        if overflows:
-            log_terms = log_psi(y, log_ratio, b) + log_weight
-            row[:] = _from_log_mean(log_sum(log_terms), b)
-        else:
-            row[:] = _from_mean(_psi(y, log_ratio, b) @ np.exp(log_weight), b)
+    large = log_ratio * max(orders.max() - 1, 1.0) > _LARGE
+    small = np.abs(y) * orders.max() < _SMALL
+    weight = np.exp(log_weight)
+    b = orders[:, None] - 1
+    mean = _coefficients(b) @ _powers(np.where(small, y, 0.0), weight)
+    closed = np.where(large | small, 0.0, weight)
+    y[large] = 0.0
+    mean -= (closed * y).sum(axis=1)
+    mean += _grown(log_ratio, closed * (1 + y), orders - 1)
+    if not large.any():
+        return _from_mean(mean, b)
+    log_far = _log_far(np.where(large, log_ratio, 0.0), log_weight, orders - 1)
+    with np.errstate(divide="ignore"):
+        return _from_log_mean(np.logaddexp(np.log(np.maximum(mean, 0)), log_far), b)
+
+
+def _grown(log_ratio: Array, weights: Array, powers: Array) -> Array:
+    """Σ weights·(e^(b·l) - 1)/b over the grid, ``(K, m)``."""
+    first, last = _used(weights)
+    used = weights[:, first:last]
+    logs = np.where(used > 0, log_ratio[:, first:last], 0.0)
+    out = np.empty((len(powers), len(weights)))
+    for row, b in zip(out, powers, strict=True):
+        grown = np.expm1(b * logs) / b if b else logs
+        np.einsum("ij,ij->i", grown, used, out=row)
     return out
 
 
+def _log_far(log_ratio: Array, log_weight: Array, powers: Array) -> Array:
+    """Logarithm of Σ e^l·((e^(b·l) - 1)/b - 1) over the grid, for large l: ``(K, m)``.
+
+    Entries of 0 are left out.
+    """
+    first, last = _used(log_ratio)
+    logs = log_ratio[:, first:last]
+    outside = np.where(logs > 0, log_weight[first:last], -np.inf)
+    outside += logs
+    out = np.empty((len(powers), len(log_ratio)))
+    for row, b in zip(out, powers, strict=True):
+        if b > 0.5:  # b·l > 45: the power alone is left
+            row[:] = log_sum(b * logs + outside) - math.log(b)
+        else:
+            enough = np.maximum(logs, 45.0)
+            log_terms = (
+                _log_expm1(b * enough, b) - math.log(b) if b else np.log(enough - 1)
+            )
+            row[:] = log_sum(log_terms + outside)
+    return out
+
+
+def _used(weights: Array) -> tuple[int, int]:
+    """The columns between which all that is not 0 lies."""
+    columns = np.flatnonzero(weights.any(axis=0))
+    return (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+
+
+def _powers(y: Array, weight: Array) -> Array:
+    """Weighted sums of y², y³, … y⁷ over the grid, ``(6, m)``."""
+    power, sums = y, []
+    for _ in range(6):
+        power = power * y
+        sums.append(power @ weight)
+    return np.array(sums)
+
+
+def _coefficients(b: Array) -> Array:
+    """Psi's series: (1+b)/2·y²·(1 + (b-1)/3·y·(1 + (b-2)/4·y·(…))), up to y⁷.
+
+    ``(K, 1)`` gives ``(K, 6)``.
+    """
+    k = np.arange(3.0, 8.0)
+    return np.cumprod(np.concatenate([(1 + b) / 2, (b + 2 - k) / k], axis=1), axis=1)
+
+
 def _psi(y: Array, log_ratio: Array, b: float) -> Array:
-    """Psi at P/Q = 1 + y, by its series where the closed form would cancel."""
-    closed = _scaled_psi(log_ratio, b)
-    closed *= np.exp(log_ratio)
-    small = _is_small(y, b)
-    if small.any():
-        np.copyto(closed, _series(np.where(small, y, 0.0), b), where=small)
-    return closed
+    """Psi at P/Q = 1 + y, away from y = 0."""
+    return _scaled_psi(log_ratio, b) * np.exp(log_ratio)
 
 
 def log_psi(y: Array, log_ratio: Array, b: float) -> Array:
@@ -154,7 +234,7 @@ def log_psi(y: Array, log_ratio: Array, b: float) -> Array:
 
 def _is_small(y: Array, b: float) -> NDArray[np.bool_]:
     """Where the series has converged and the closed form has begun to cancel."""
-    return np.abs(y) * (1 + b) < 3e-3
+    return np.abs(y) * (1 + b) < _SMALL
 
 
 def _scaled_psi(log_ratio: Array, b: float) -> Array:
@@ -164,9 +244,8 @@ def _scaled_psi(log_ratio: Array, b: float) -> Array:
 
 
 def _series(y: Array, b: float) -> Array:
-    """Psi's first terms: (1+b)/2·y²·(1 + (b-1)/3·y·(1 + (b-2)/4·y·(…)))."""
-    k = np.arange(3.0, 8.0)  # up to y^7
-    coefficients = (1 + b) / 2 * np.cumprod([1.0, *((b + 2 - k) / k)])
+    """Psi's first terms."""
+    coefficients = _coefficients(np.array([[b]]))[0]
     total = np.full_like(y, coefficients[-1])
     for coefficient in coefficients[-2::-1]:
         total *= y
@@ -174,20 +253,23 @@ def _series(y: Array, b: float) -> Array:
     return total * y * y
 
 
-def _from_mean(mean_psi: Array, b: float) -> Array:
-    """D = ln(1 + b·E[psi]) / b."""
-    return np.log1p(b * mean_psi) / b if b else mean_psi
+def _from_mean(mean_psi: Array, b: Array) -> Array:
+    """D = ln(1 + b·E[psi]) / b for b ``(K, 1)``, all 0 or none."""
+    return np.log1p(b * mean_psi) / b if b.all() else mean_psi
 
 
-def _from_log_mean(log_mean_psi: Array, b: float) -> Array:
+def _from_log_mean(log_mean_psi: Array, b: Array) -> Array:
     """The same from ln E[psi]."""
-    return softplus(math.log(b) + log_mean_psi) / b if b else np.exp(log_mean_psi)
+    if not b.all():
+        return np.exp(log_mean_psi)
+    return softplus(np.log(b) + log_mean_psi) / b
 
 
 def log_sum(log_terms: Array) -> Array:
     """Logarithm of the sum along the last axis."""
-    top = log_terms.max(axis=-1)
-    return top + np.log(np.exp(log_terms - top[..., None]).sum(axis=-1))
+    top = np.maximum(log_terms.max(axis=-1), -1e300)
+    with np.errstate(divide="ignore"):
+        return top + np.log(np.exp(log_terms - top[..., None]).sum(axis=-1))
 
 
 def softplus(x: Array) -> Array:
