@@ -77,14 +77,14 @@ def test_one_example_has_its_privacy_loss(run):
         swept.append(norm_sweep(net, CRITERION, training.data_set).numpy())
     mechanism = training.engine.ledger.mechanism
     exact = GradNormLedger(mechanism, [4, 8], swept)
-    losses = privacy_losses(exact, 4, mode="chord")
+    losses = privacy_losses(exact, 4)
     for index in (0, 5):
         grams = gram_ledger(
             directory, Net(), CRITERION, data(), [index], training.engine.ledger
         )
         found = group_divergence(grams, 4)
         # Divergences of single examples are capped by the worst case, groups are not.
-        assert found == pytest.approx(losses[index], rel=1e-4)
+        assert found == pytest.approx(losses[index], rel=2e-3)
 
 
 def test_nothing_to_forget_costs_nothing(run):

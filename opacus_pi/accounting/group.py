@@ -1,7 +1,8 @@
 """Divergence from training without a whole group, from its Gram matrices.
 
 * ``"coupled"`` (default): the group's own gradients in the same batch of the rest;
-  0 for an empty group, the single example's loss for one example.
+  0 for an empty group, the single example's loss for one example. Never above the
+  next two, which are exact at real orders and replace it where they are lower.
 * ``"scalar"``, ``"operator_norm"``: deterministic upper bounds on it, for large groups.
 * ``"theorem_b1"``: Theorem B.1 of the paper with its composition as printed. It
   compares with one minibatch of the retain set, so minibatch noise alone gives a large
@@ -94,14 +95,19 @@ def group_divergence(
     runs = _runs(gram_ledger, "forget")
     p = _hoelder_p(hoelder_p, runs[0].mechanism.num_steps)
     shares: list[float] = []
-    moment = {
+    moments = {
         "coupled": _coupled(num_samples, generator, shares),
         "scalar": _scalar,
         "operator_norm": _operator_norm,
-    }[method]
-    total = _compose(runs, order, p, rule, moment, whole=method == "coupled")
-    total = min(total, _worst_case(runs[0], order))
-    if max(shares, default=0.0) > _UNRELIABLE:
+    }
+    if method != "coupled":
+        moments = {method: moments[method]}
+    totals = {
+        name: _compose(runs, order, p, rule, moment, whole=name == "coupled")
+        for name, moment in moments.items()
+    }
+    total = min(*totals.values(), _worst_case(runs[0], order))
+    if total == totals.get("coupled") and max(shares, default=0.0) > _UNRELIABLE:
         warnings.warn(
             f"One of {num_samples} sampled terms makes up {max(shares):.0%} of its "
             "sum: the value is unreliable and too low. Use method='scalar' or "
