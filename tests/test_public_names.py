@@ -27,12 +27,16 @@ TOP = {
 }
 ACCOUNTING = {
     "epsilons",
+    "group_divergence",
     "log_moment",
+    "lsi_track",
     "per_step_losses",
     "privacy_losses",
     "rdp_to_delta",
     "rdp_to_epsilon",
     "renyi_divergence",
+    "steps_to_unlearn",
+    "unlearning_divergence",
     "worst_case_loss",
 }
 ELSEWHERE = {
@@ -40,9 +44,12 @@ ELSEWHERE = {
     "opacus_pi.evaluation": {
         "evaluate",
         "gaussian_unlearning_score",
+        "apply_permutation",
         "loss_barrier",
         "membership_inference",
+        "permutation_spec",
         "time_to_unlearn",
+        "weight_matching",
     },
     "opacus_pi.forget_sets": {"difficulty_strata", "top_k", "by_class"},
     "opacus_pi.gradients": {"gradient_gram", "norm_sweep", "per_example_grad_norms"},
