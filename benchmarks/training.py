@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -57,6 +58,7 @@ def train(
     image_shape: tuple[int, ...],
     seed: int,
     num_checkpoints: int = 35,
+    weights_dir: Path | None = None,
 ) -> tuple[nn.Module, PrivacyEngine]:
     """Train from scratch, recording gradient norms at evenly spaced checkpoints.
 
@@ -66,6 +68,7 @@ def train(
         image_shape: ``(c, h, w)``.
         seed: Of the initial weights, the batches and the noise.
         num_checkpoints: Rows of the ledger (1 where nobody reads it).
+        weights_dir: Where to keep the weights of every row (None: nowhere).
 
     Returns:
         The trained model in evaluation mode, and the engine with its ledger.
@@ -75,7 +78,7 @@ def train(
     loader = DataLoader(data_set, batch_size=recipe.batch_size, shuffle=True)
     num_steps = recipe.num_epochs * len(loader)
     recorder = Recorder.evenly_spaced(
-        num_checkpoints, num_steps=num_steps, mode="swept"
+        num_checkpoints, num_steps=num_steps, mode="swept", weights_dir=weights_dir
     )
     engine = PrivacyEngine(accountant="rdp", recorder=recorder)
     criterion = nn.CrossEntropyLoss()

@@ -1,0 +1,158 @@
+"""Do group bounds tell forget sets of different difficulty apart?
+
+    python -m benchmarks.group_bound          # under three minutes on one core
+
+Claim under test (paper, Figure 4 and Appendix B.1): the group bound of Theorem B.1 does
+not rise with the difficulty of the forget set, because it measures the noise of
+minibatches. One SGLD run on digits (MLP) through ``make_monitored`` with its weights
+kept; strata by privacy loss; σ = 0.1 on the mean gradient, order 8, 20 estimates of
+Theorem B.1 as printed for each stratum and for no forget set at all. Beside it the
+library's bounds from the Gram matrices of the forget sets' own gradients (where
+``reliable`` is false, ``coupled`` is a Monte Carlo value that is too low).
+"""
+
+import argparse
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks import data
+from benchmarks.main_job import DIGITS
+from benchmarks.report import environment, write_json
+from benchmarks.training import train
+from opacus_pi import GradNormLedger
+from opacus_pi.accounting import (
+    GramLedger,
+    group_divergence,
+    privacy_losses,
+    theorem_b1_estimates,
+)
+from opacus_pi.forget_sets import difficulty_strata
+from opacus_pi.group_record import gram_ledger
+
+CRITERION = nn.CrossEntropyLoss()
+BOUNDS = ("coupled", "scalar", "operator_norm")
+NOTHING = "no forget set"
+
+
+def bounds_of(grams: GramLedger, order: float) -> dict[str, Any]:
+    """The library's three bounds, and whether the Monte Carlo among them warned."""
+    found: dict[str, Any] = {"reliable": True}
+    for method in BOUNDS:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found[method] = group_divergence(grams, order, method=method)
+        found["reliable"] &= not caught
+    return found
+
+
+def theorem_b1(grams: GramLedger, order: float) -> dict[str, Any]:
+    """The estimates of Theorem B.1, their mean and standard deviation."""
+    values = theorem_b1_estimates(grams, order)
+    spread = float(values.std(ddof=1))
+    return {"b1": float(values.mean()), "b1_std": spread, "b1_each": values.tolist()}
+
+
+def flatness(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How far the strata are apart, by Theorem B.1 and by the library's bounds.
+
+    Returns:
+        ``b1_range_over_std``: largest minus smallest mean, over the mean standard
+        deviation of one estimate. ``b1_anova_p``: chance of means so far apart if all
+        strata were alike. ``NAME_last_over_first``: hardest stratum over easiest.
+    """
+    means = np.array([row["b1"] for row in rows])
+    spread = np.mean([row["b1_std"] for row in rows])
+    found = {
+        "b1_range_over_std": float(np.ptp(means) / spread),
+        "b1_anova_p": float(stats.f_oneway(*[row["b1_each"] for row in rows]).pvalue),
+    }
+    for name in ("b1", *BOUNDS):
+        found[f"{name}_last_over_first"] = rows[-1][name] / rows[0][name]
+    return found
+
+
+def measure(
+    ledger: GradNormLedger, weights: Path, model: nn.Module, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """All numbers for every stratum, and Theorem B.1 without a forget set."""
+    train_set = data.load("digits").train
+    scores = privacy_losses(ledger, args.order)
+    strata = difficulty_strata(scores, args.stratum_size) | {NOTHING: []}
+    rows = []
+    for number, (name, forget) in enumerate(tqdm(strata.items(), unit="stratum")):
+        shared = (weights, model, CRITERION, train_set, forget, ledger)
+        pairs = gram_ledger(
+            *shared,
+            kind="minibatch",
+            num_estimates=args.estimates,
+            generator=np.random.default_rng([args.seed, number]),
+            batch_size=256,
+        )
+        row = {"stratum": name} | theorem_b1(pairs, args.order)
+        if name != NOTHING:
+            row |= bounds_of(gram_ledger(*shared), args.order)
+            row["mean_loss"] = float(scores[forget].mean())
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Train, measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--order", type=float, default=8.0)
+    parser.add_argument("--noise-std", type=float, default=0.1)
+    parser.add_argument("--estimates", type=int, default=20)
+    parser.add_argument("--checkpoints", type=int, default=12)
+    parser.add_argument("--stratum-size", type=int, default=60)
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/group_bound.json")
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    begun = time.perf_counter()
+    images = data.load("digits")
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder)
+        model, engine = train(
+            DIGITS,
+            images.train,
+            images.image_shape,
+            args.seed,
+            args.checkpoints,
+            weights,
+        )
+        ledger = engine.ledger
+        on_sum = args.noise_std * ledger.mechanism.noise_std / DIGITS.noise_std
+        rows = measure(ledger.with_noise_std(on_sum), weights, model, args)
+    found = flatness(rows[:-1])
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    for row in rows:
+        own = ", ".join(f"{n} {row[n]:.4g}" for n in BOUNDS if n in row)
+        print(f"{row['stratum']:>14}: B.1 {row['b1']:.3g} ± {row['b1_std']:.2g}; {own}")
+    print(", ".join(f"{name} {value:.3g}" for name, value in found.items()))
+    write_json(
+        args.out,
+        {
+            "settings": settings,
+            "environment": environment(),
+            "seconds": round(time.perf_counter() - begun, 1),
+            "strata": rows,
+            "flatness": found,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
