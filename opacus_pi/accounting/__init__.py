@@ -6,6 +6,7 @@ from opacus_pi.accounting.epsilon import epsilons
 from opacus_pi.accounting.fingerprint import fingerprint
 from opacus_pi.accounting.gram_ledger import GramLedger
 from opacus_pi.accounting.group import group_divergence, theorem_b1_estimates
+from opacus_pi.accounting.group_worst_case import group_worst_case_loss
 from opacus_pi.accounting.langevin import (
     UnlearningBound,
     steps_to_rewind,
@@ -49,6 +50,7 @@ __all__ = [
     "fill_unobserved",
     "fingerprint",
     "group_divergence",
+    "group_worst_case_loss",
     "learn_unlearn_mu_squared",
     "log_moment",
     "logistic_constants",

@@ -73,10 +73,13 @@ def gradient_gram(
         gram = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
         width = max(1, _MAX_ELEMENTS // len(chosen))
         for names, columns in _parts(source.sizes, width):
-            found = [
-                source.of_examples(x, y, names)[:, columns] for x, y in loader(chosen)
-            ]
-            part = torch.cat(found)
+            shape = len(chosen), columns.stop - columns.start
+            part = torch.empty(shape, dtype=torch.float64, device=source.device)
+            done = 0
+            for x, y in loader(chosen):
+                found = source.of_examples(x, y, names)[:, columns]
+                part[done : done + len(found)] = found
+                done += len(found)
             gram += (part @ part.T).cpu()
     return gram
 
