@@ -97,7 +97,11 @@ def _weighted_sum(
     ratios: Array, q: float, orders: Array, weights: Array, p: float, mode: str
 ) -> Array:
     """Σ_k weights[k]·(mean over runs of the log moments at orders[k])."""
-    distinct, places = np.unique(ratios, return_inverse=True, axis=1)
+    if len(ratios) == 1:  # the same, without the cost of comparing columns
+        distinct, places = np.unique(ratios[0], return_inverse=True)
+        distinct = distinct[None]
+    else:
+        distinct, places = np.unique(ratios, return_inverse=True, axis=1)
     finite = (distinct < _OVERFLOWS).all(axis=0)
     total = np.zeros(distinct.shape[1])
     if q > 0:

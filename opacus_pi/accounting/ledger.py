@@ -13,15 +13,26 @@ array([[0.25],
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD, frozen
-from opacus_pi.accounting.storage import read_arrays, write_arrays
+from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi.accounting.measurements import (
+    checked_ids,
+    checked_measurements,
+    checked_steps,
+    fill_unobserved,
+)
+from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.accounting.storage import (
+    check_file,
+    read_arrays,
+    read_columns,
+    write_arrays,
+)
 
 _KIND = "opacus_pi.GradNormLedger"
 _VERSION = 1
@@ -71,7 +82,7 @@ class GradNormLedger:
         object.__setattr__(self, "steps", steps)
         for name in _MEASURED:
             if getattr(self, name) is not None:
-                measured = _measured(name, getattr(self, name), len(steps))
+                measured = checked_measurements(name, getattr(self, name), len(steps))
                 object.__setattr__(self, name, measured)
         expect(
             self.source in ("swept", "observed"),
@@ -81,7 +92,7 @@ class GradNormLedger:
             "It says how the norms were measured.",
         )
         if self.example_ids is not None:
-            object.__setattr__(self, "example_ids", _ids(self.example_ids))
+            object.__setattr__(self, "example_ids", checked_ids(self.example_ids))
         self._check_shapes()
 
     def _check_shapes(self) -> None:
@@ -206,7 +217,42 @@ class GradNormLedger:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is truncated, edited, of another version or foreign.
         """
-        arrays, facts = read_arrays(path, _KIND, _VERSION)
+        return cls._from_file(*read_arrays(path, _KIND, _VERSION))
+
+    @classmethod
+    def load_chunks(
+        cls, path: str | os.PathLike[str], num_examples: int = 1 << 14
+    ) -> Iterator["GradNormLedger"]:
+        """Read a ledger that ``save`` wrote, some examples at a time.
+
+        For ledgers larger than memory: losses of one example do not depend on another.
+
+        Args:
+            path: The file's name; it must not change meanwhile.
+            num_examples: Examples of each part; the last may have fewer.
+
+        Yields:
+            Ledgers of consecutive examples, whose ``example_ids`` remember who they
+            are.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: As ``load``, or if ``num_examples`` is not above 0.
+        """
+        positive(num_examples=num_examples, remedy="Count the examples of a part.")
+        shapes, facts = check_file(path, _KIND, _VERSION)
+        total = shapes["grad_norms"][1]
+        for start in range(0, total, num_examples):
+            part = slice(start, min(start + num_examples, total))
+            arrays = read_columns(path, part, (*_MEASURED, "example_ids"))
+            arrays.setdefault("example_ids", np.arange(part.start, part.stop))
+            yield cls._from_file(arrays, facts)
+
+    @classmethod
+    def _from_file(
+        cls, arrays: dict[str, NDArray], facts: dict[str, str]
+    ) -> "GradNormLedger":
+        """A ledger from what its file holds."""
         mechanism = NoisySGD.from_arrays(arrays, facts)
         return cls(
             mechanism, source=facts["source"], data_set=facts.get("data_set"), **arrays
@@ -286,73 +332,3 @@ def columns_of(
     )
     order = np.argsort(known)
     return order[np.searchsorted(known, indices, sorter=order)]
-
-
-def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:
-    """Fill each example's gaps: its next observation, else its last, else infinity.
-
-    Infinity stands for "the clip norm": no gradient enters an update larger than that.
-    So an example that was not seen never counts as harmless.
-
-    Args:
-        rows: ``(N, n)``, NaN where not observed.
-
-    Returns:
-        float64 ``(N, n)`` without NaN.
-    """
-    filled = np.array(rows, dtype=np.float64)
-    if not np.isnan(filled).any():
-        return filled
-    for backwards in (True, False):
-        order = range(len(filled) - 2, -1, -1) if backwards else range(1, len(filled))
-        for i in order:
-            neighbour = filled[i + 1 if backwards else i - 1]
-            np.copyto(filled[i], neighbour, where=np.isnan(filled[i]))
-    return np.where(np.isnan(filled), np.inf, filled)
-
-
-def checked_steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
-    """Row positions, checked to be increasing whole numbers within the run."""
-    steps = np.array(value)
-    whole = steps.ndim == 1 and (steps.size == 0 or steps.dtype.kind in "iu")
-    inside = whole and bool(((steps >= 0) & (steps <= num_steps)).all())
-    expect(
-        inside and bool((np.diff(steps.astype(np.int64)) > 0).all()),
-        "steps",
-        steps.tolist(),
-        f"to be strictly increasing whole numbers in [0, {num_steps}]",
-        "Count the updates done when each row was measured.",
-    )
-    return frozen(steps.astype(np.int64))
-
-
-def _measured(name: str, value: ArrayLike, num_rows: int) -> NDArray[np.float32]:
-    """Checked measurements, NaN where there is none."""
-    with np.errstate(over="ignore"):
-        array = np.array(value, dtype=np.float32)
-    expect(
-        array.ndim == 2 and len(array) == num_rows,
-        name,
-        f"an array of shape {array.shape}",
-        f"to have shape (N, n) with N = {num_rows}, the number of steps",
-        "Rows are the steps, columns the examples.",
-    )
-    bad = (array < 0) | np.isinf(array)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        expect(
-            False,
-            name,
-            f"{array[row, column]} (row {row}, example {column})",
-            "to be finite and at least 0 (NaN: not observed)",
-            "An exploded gradient has no finite loss: clip it, or drop the example.",
-        )
-    return frozen(array)
-
-
-def _ids(value: ArrayLike) -> NDArray[np.int64]:
-    """Checked example numbers, in the caller's order."""
-    limit = np.iinfo(np.int64).max
-    if np.size(value):
-        distinct_indices("example_ids", value, limit)
-    return frozen(np.array(value, dtype=np.int64))

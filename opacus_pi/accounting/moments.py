@@ -24,6 +24,7 @@ from opacus_pi.accounting.quadrature import real_order_divergences, softplus
 Array = NDArray[np.float64]
 MODES = ("exact", "chord", "ceil")
 _BLOCK = 512  # ratios summed at a time
+_TERMS = 1 << 22  # terms of their sums at a time
 
 
 def log_moment(
@@ -142,9 +143,10 @@ def _divergences(ratios: Array, q: float, orders: Array) -> Array:
 
 def _integer_order(ratios: Array, q: float, order: int) -> Array:
     """Divergences at an integer order above 1 and ascending ratios, blockwise."""
+    size = max(1, min(_BLOCK, _TERMS // order))
     parts = [
-        _integer_sum(ratios[i : i + _BLOCK], q, order)
-        for i in range(0, len(ratios), _BLOCK)
+        _integer_sum(ratios[i : i + size], q, order)
+        for i in range(0, len(ratios), size)
     ]
     return np.concatenate([np.empty(0), *parts]) / (order - 1)
 

@@ -7,6 +7,7 @@ gradient norm needs only a few orders.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,6 +33,7 @@ def log_growth(hoelder_p: float) -> float:
     return -math.log1p(-1 / hoelder_p)
 
 
+@lru_cache(maxsize=4096)
 def interval_orders(
     order: float,
     hoelder_p: float,
@@ -56,13 +58,17 @@ def interval_orders(
         single_run: Whether A is one run's log moment, linear along a chord.
 
     Returns:
-        Orders ``(K,)`` and weights ``(K,)``.
+        Orders ``(K,)`` and weights ``(K,)``, shared: read them only. For a single run
+        the orders of "ceil" and "chord" are whole numbers (if q < 1), so that a moment
+        at them is the same in every mode.
     """
     after = np.arange(remaining[0], remaining[1] + 1)
     if math.isinf(hoelder_p):
-        return np.array([float(order)]), np.array([len(after) / (order - 1)])
-    visited = corrected_order(order, hoelder_p, after)
-    shares = 1 / (visited - 1)  # w^(-i) / (order-1)
+        visited = np.array([float(order)])
+        shares = np.array([len(after) / (order - 1)])
+    else:
+        visited = corrected_order(order, hoelder_p, after)
+        shares = 1 / (visited - 1)  # w^(-i) / (order-1)
     if mode == "ceil":
         return _collect(np.ceil(visited), shares)
     if mode == "chord" and sample_rate < 1:
@@ -72,6 +78,8 @@ def interval_orders(
         upper = (visited - below) * shares
         corners = np.concatenate([below, below + 1])
         return _collect(corners, np.concatenate([shares - upper, upper]))
+    if math.isinf(hoelder_p):
+        return visited, shares
     reach = math.pi / (visited[-1] * max(-math.log(sample_rate or 1), 1.0))
     reach *= log_growth(hoelder_p) ** -1 * (1.0 if single_run else 0.25)
     rules = [_interpolation(panel, reach) for panel in _split(after, reach)]

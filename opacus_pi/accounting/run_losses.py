@@ -17,7 +17,7 @@ from opacus_pi.accounting.composition import (
 from opacus_pi.accounting.ledger import GradNormLedger, fill_unobserved, runs_of
 from opacus_pi.accounting.mechanism import NoisySGD
 from opacus_pi.accounting.moments import MODES
-from opacus_pi.accounting.orders import interval_orders
+from opacus_pi.accounting.orders import corrected_order, interval_orders
 from opacus_pi.accounting.rules import (
     RULES,
     STRATIFIED,
@@ -32,6 +32,7 @@ Array = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 CONVENTIONS = ("corrected", *PUBLISHED)
 ROW_RULES = (*RULES, STRATIFIED)
+_HIGHEST_ORDER = 1e6
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,7 @@ def loss_of_interval(
     if how.convention == "corrected" and mechanism.sampling != "poisson":
         q, weights = 1.0, weights * q
     if how.tolerance:
-        return upper_log_moments(
-            ratios[0], q, orders, weights, mode=how.mode, tolerance=how.tolerance
-        )
+        return upper_log_moments(ratios[0], q, orders, weights, how.tolerance)
     return weighted_log_moments(
         ratios, q, orders, weights, hoelder_p=how.hoelder_p, mode=how.mode
     )
@@ -179,5 +178,14 @@ def composition_of(
         p,
         f"to be finite under {convention}",
         "The published coefficient grows with p.",
+    )
+    highest = corrected_order(order, p, mechanism.num_steps)
+    expect(
+        highest <= _HIGHEST_ORDER,
+        "hoelder_p",
+        p,
+        f"to keep orders below {_HIGHEST_ORDER:g}: {mechanism.num_steps} updates raise "
+        f"{order} to {highest:.3g}",
+        "Take one of about num_steps, or larger.",
     )
     return Composition(float(order), convention, float(p), mode, float(tolerance))

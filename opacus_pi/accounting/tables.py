@@ -76,7 +76,9 @@ class UpperTable:
                 break
             nodes, values = _refined(function, nodes, values, excess)
         more = 1 + _MARGIN * tolerance
-        slopes, intercepts = _lines(nodes.view(np.float64), values * more, steepest)
+        slopes, intercepts = _lines(
+            nodes.view(np.float64), values * more, steepest * more
+        )
         self._lay_out(nodes, slopes, intercepts)
 
     def _lay_out(self, nodes: Integers, slopes: Array, intercepts: Array) -> None:
@@ -143,8 +145,6 @@ def upper_log_moments(
     sample_rate: float,
     orders: Array,
     weights: Array,
-    *,
-    mode: str,
     tolerance: float,
 ) -> Array:
     """Σ_k weights[k]·ln M(orders[k]) of one run, rounded up.
@@ -154,21 +154,22 @@ def upper_log_moments(
         sample_rate: q.
         orders: ``(K,)``, above 1.
         weights: ``(K,)``, the sum convex in s as one with positive weights is.
-        mode: As in ``log_moment``.
         tolerance: Largest relative error, above 0.
 
     Returns:
         float64 ``(n,)``, never below the exact value.
     """
-    s = ratios * ratios / 2
     if not 1e-100 < sample_rate < 1:  # a closed form, or nothing at all
         return weighted_log_moments(
-            ratios[None], sample_rate, orders, weights, hoelder_p=2.0, mode=mode
+            ratios[None], sample_rate, orders, weights, hoelder_p=2.0, mode="exact"
         )
     scale = weights.sum()
     table = _log_moment_table(
-        sample_rate, orders.tobytes(), (weights / scale).tobytes(), mode, tolerance
+        sample_rate, orders.tobytes(), (weights / scale).tobytes(), tolerance
     )
+    with np.errstate(over="ignore"):
+        s = ratios * ratios
+    s /= 2
     values = table(s)
     values *= scale
     return values
@@ -176,7 +177,7 @@ def upper_log_moments(
 
 @lru_cache(maxsize=512)
 def _log_moment_table(
-    sample_rate: float, orders: bytes, weights: bytes, mode: str, tolerance: float
+    sample_rate: float, orders: bytes, weights: bytes, tolerance: float
 ) -> UpperTable:
     """The table of one weighted sum of log moments."""
     visited, shares = np.frombuffer(orders), np.frombuffer(weights)
@@ -188,7 +189,7 @@ def _log_moment_table(
             visited,
             shares,
             hoelder_p=2.0,
-            mode=mode,
+            mode="exact",
         )
 
     slopes = visited * (visited - 1)

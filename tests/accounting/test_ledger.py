@@ -178,6 +178,54 @@ def test_a_file_brings_everything_back(tmp_path, make):
             np.testing.assert_array_equal(before, after)
 
 
+@pytest.mark.parametrize("make", [full, ledger])
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+def test_a_file_in_parts_is_the_same_ledger(tmp_path, make, size):
+    run = make()
+    run.save(tmp_path / "run")
+    parts = list(GradNormLedger.load_chunks(tmp_path / "run", size))
+    assert [part.num_examples for part in parts] == [
+        min(size, 4 - start) for start in range(0, 4, size)
+    ]
+    for start, part in zip(range(0, 4, size), parts, strict=True):
+        columns = np.arange(start, min(start + size, 4))
+        wanted = run.subset(columns)
+        assert part.mechanism == wanted.mechanism
+        assert (part.source, part.data_set) == (wanted.source, wanted.data_set)
+        for name in (
+            "steps",
+            "grad_norms",
+            "confidences",
+            "errors",
+            "correct",
+            "example_ids",
+        ):
+            np.testing.assert_array_equal(getattr(part, name), getattr(wanted, name))
+
+
+def test_an_empty_file_has_no_parts_or_empty_ones(tmp_path):
+    ledger(np.empty((3, 0))).save(tmp_path / "nobody")
+    assert list(GradNormLedger.load_chunks(tmp_path / "nobody")) == []
+    GradNormLedger(mechanism(), [], np.empty((0, 4))).save(tmp_path / "never")
+    (part,) = GradNormLedger.load_chunks(tmp_path / "never")
+    assert part.grad_norms.shape == (0, 4)
+
+
+def test_a_file_in_parts_is_checked_first(saved, tmp_path):
+    content = bytearray(saved.read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "edited").write_bytes(content)
+    with pytest.raises(ValueError, match="to match its checksum"):
+        next(GradNormLedger.load_chunks(tmp_path / "edited"))
+    (tmp_path / "short").write_bytes(content[:-9])
+    with pytest.raises(ValueError, match="truncated"):
+        next(GradNormLedger.load_chunks(tmp_path / "short"))
+    with pytest.raises(FileNotFoundError):
+        next(GradNormLedger.load_chunks(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="num_examples=0.0 above 0"):
+        next(GradNormLedger.load_chunks(saved, 0))
+
+
 def test_pickle_and_equality_of_mechanisms():
     run = full()
     assert pickle.loads(pickle.dumps(run)).mechanism == run.mechanism

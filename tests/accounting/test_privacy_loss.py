@@ -301,6 +301,12 @@ def test_a_p_that_is_no_number_above_one_is_refused(p):
         privacy_losses(one_run(), 4, hoelder_p=p)
 
 
+def test_a_p_that_lets_orders_explode_is_refused():
+    run = one_run(num_steps=900, steps=[300, 600, 900])
+    with pytest.raises(ValueError, match="hoelder_p=3.0 to keep orders below 1e"):
+        privacy_losses(run, 4, hoelder_p=3.0)
+
+
 def test_published_conventions_need_a_finite_p():
     with pytest.raises(ValueError, match="to be finite under icml2025"):
         privacy_losses(one_run(), 4, convention="icml2025", hoelder_p=math.inf)
