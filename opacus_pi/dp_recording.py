@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from opacus_pi import refusals
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.attribution import Tracker
+from opacus_pi.attribution.tracker import joined
 from opacus_pi.class_swap import swap_class
 from opacus_pi.dp_filtering import FilterGate
-from opacus_pi.grad_sample import grad_sample_norms
+from opacus_pi.grad_sample import joint_norms, row_norms
 from opacus_pi.recorder import Recorder
 
 _STALE_NORMS = (
@@ -87,12 +88,13 @@ class PrivateRun:
 
     def observe(self, rows: np.ndarray, norms: Tensor) -> None:
         """Rows of a physical batch entered the update to come."""
-        self.entered.append(rows[rows >= 0])
         known = np.flatnonzero(rows >= 0)
         if len(known) < len(rows):
             norms = norms[torch.from_numpy(known).to(norms.device)]
-        if len(known) and not self.superseded:
-            self.recorder.observe(torch.from_numpy(rows[known]), norms)
+            rows = rows[known]
+        self.entered.append(rows)
+        if len(rows) and not self.superseded:
+            self.recorder.observe(torch.from_numpy(rows), norms)
 
     def drawn(self, optimizer: DPOptimizer) -> None:
         """The noise of an update was drawn; its settings may change before it ends."""
@@ -126,8 +128,8 @@ class PrivateRun:
         mixed = refusals.batch_statistics(self.batch_norms)
         if mixed:
             yield mixed
-        everyone = np.concatenate([np.empty(0, np.int64), *entered])
-        if len(np.unique(everyone)) < len(everyone):
+        everyone = np.sort(joined(entered))
+        if (everyone[1:] == everyone[:-1]).any():
             yield (
                 "An example entered one update more than once, so max_grad_norm does "
                 "not bound what it contributes. Draw each example at most once per "
@@ -171,29 +173,60 @@ def _reporting_updates(base: type) -> type:
 
 def _from_grad_samples(base: type) -> type:
     """An optimizer that clips per-example gradients: hooks, functorch, ew, no_op."""
+    takes_norms_only = base.clip_and_accumulate is DPOptimizer.clip_and_accumulate
 
     class Recording(_reporting_updates(base)):
+        _pi_columns: list[Tensor] | None = None
+
+        @property
+        def grad_samples(self) -> list[Tensor]:
+            """Per-example gradients; for a while, columns that have their norms."""
+            return (
+                super().grad_samples if self._pi_columns is None else self._pi_columns
+            )
+
         def clip_and_accumulate(self) -> None:  # once for each batch that enters
             run = self._pi_run
             if run.gate is None:
-                super().clip_and_accumulate()
-                rows, norms = self._pi_rows()
-            else:
-                rows, norms = run.gate.enter(
-                    self.params,
-                    *self._pi_rows(),
-                    noise_std=noise_std_of(self),
-                    max_grad_norm=float(self.max_grad_norm),
-                )
-                super().clip_and_accumulate()
+                norms = self._pi_clip()
+                run.observe(self._pi_rows(), norms)
+                return
+            norms = joint_norms([row_norms(g) for g in self.grad_samples])
+            rows, norms = run.gate.enter(
+                self.params,
+                self._pi_rows(),
+                norms,
+                noise_std=noise_std_of(self),
+                max_grad_norm=float(self.max_grad_norm),
+            )
+            super().clip_and_accumulate()
             run.observe(rows, norms)
 
-        def _pi_rows(self) -> tuple[np.ndarray, Tensor]:
-            """Whose rows the per-example gradients are, and their norms."""
-            norms = grad_sample_norms(self.grad_samples)
+        def _pi_clip(self) -> Tensor:
+            """Clip, and return the norms from before.
+
+            Taking norms is a large part of clipping. Opacus clips by
+            ``self.grad_samples`` only to take the norm of each row, so it is given
+            columns of norms that are computed already: their rows have the same
+            norms to the bit. (Used for a gradient they would not have its shape.)
+            """
+            held = self.grad_samples
+            norms = [row_norms(g) for g in held]
+            as_wide = all(n.dtype == g.dtype for n, g in zip(norms, held, strict=True))
+            del held  # of several backward passes they are copies
+            if takes_norms_only and as_wide:
+                self._pi_columns = [n.unsqueeze(1) for n in norms]
+            try:
+                super().clip_and_accumulate()
+            finally:
+                self._pi_columns = None
+            return joint_norms(norms)
+
+        def _pi_rows(self) -> np.ndarray:
+            """Whose rows the per-example gradients are."""
             first = self.params[0].grad_sample
             passes = first if isinstance(first, list) else [first]
-            return self._pi_run.tracker.attribute([len(g) for g in passes]), norms
+            return self._pi_run.tracker.attribute([len(g) for g in passes])
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
             self._pi_run.tracker.discard()

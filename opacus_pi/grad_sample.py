@@ -9,7 +9,7 @@
 tensor([5., 1.])
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import opacus
 import torch
@@ -25,15 +25,24 @@ def grad_sample_norms(grad_samples: Iterable[Tensor]) -> Tensor:
     Returns:
         float ``(b,)``, in single precision or better, on the first tensor's device.
     """
-    norms = [_row_norms(g) for g in grad_samples]
-    return torch.stack([n.to(norms[0].device) for n in norms]).norm(2, dim=0)
+    return joint_norms([row_norms(g) for g in grad_samples])
 
 
-def _row_norms(grad_sample: Tensor) -> Tensor:
-    """Norm of each row, not in half precision."""
+def row_norms(grad_sample: Tensor) -> Tensor:
+    """L2 norm ``(b,)`` of each row of ``(b, *shape)``, not in half precision.
+
+    In single and double precision to the bit what Opacus computes.
+    """
     rows = grad_sample.detach().unsqueeze(1).flatten(1)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    return torch.linalg.vector_norm(rows.to(wide), dim=1)
+    if rows.dtype.itemsize < 4:
+        rows = rows.float()
+    return torch.linalg.vector_norm(rows, dim=1)
+
+
+def joint_norms(norms: Sequence[Tensor]) -> Tensor:
+    """Norms ``(b,)`` over several parameters, from those over each of them."""
+    device = norms[0].device
+    return torch.stack([n.to(device) for n in norms]).norm(2, dim=0)
 
 
 class GradSampleModule(opacus.GradSampleModule):

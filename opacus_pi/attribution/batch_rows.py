@@ -48,10 +48,10 @@ def _fields(nested: Any) -> Iterator[Any]:
 def _is_dense(tensor: Tensor) -> bool:
     """Whether a tensor has its entries in memory of its own."""
     return (
-        tensor.layout == torch.strided
-        and tensor.device.type != "meta"
+        tensor.layout is torch.strided
+        and not tensor.is_meta
         and not tensor.is_nested
-        and not is_traceable_wrapper_subclass(tensor)
+        and (type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor))
     )
 
 
@@ -68,9 +68,9 @@ class StoredRows:
     def __init__(self, tensor: Tensor, dim: int) -> None:
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._layout = _layout(tensor, dim)
-        self._start, self._stride = tensor.storage_offset(), tensor.stride(dim)
-        self._length, self._version = tensor.shape[dim], _version(tensor)
-        self._item_size = tensor.element_size()
+        _, _, self._start, shape, strides = self._layout
+        self._length, self._stride = shape[dim], strides[dim]
+        self._version, self._item_size = _version(tensor), tensor.element_size()
 
     def positions(self, tensor: Tensor, dim: int) -> NDArray[np.int64] | None:
         """Which of these rows a tensor's rows are, None unless all of them are.
@@ -109,9 +109,8 @@ class StoredRows:
 
     def _is_stored_in(self, tensor: Tensor) -> bool:
         """Whether the tensor lives in this memory."""
-        if self.expired() or tensor.element_size() != self._item_size:
-            return False
-        return tensor.untyped_storage()._cdata == self._storage.cdata
+        same = tensor.untyped_storage()._cdata == self._storage.cdata
+        return same and tensor.element_size() == self._item_size
 
 
 def row_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
@@ -124,15 +123,15 @@ def row_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
     Returns:
         Number of entries in a row, and int64 ``(b,)``.
     """
-    rows = tensor.detach().movedim(dim, 0)
-    length = rows.shape[0]
-    width = rows[:1].numel() if length else 0
-    if not width or rows.is_complex():
+    length = tensor.shape[dim]
+    width = tensor.numel() // length if length else 0
+    if not width or tensor.is_complex():
         return 0, np.zeros(length, dtype=np.int64)
+    rows = tensor.detach() if dim == 0 else tensor.detach().movedim(dim, 0)
     step = max(1, width // _SAMPLED)
-    entries = rows.reshape(length, width)[:, ::step][:, :_SAMPLED]
-    bits = entries.cpu().float().contiguous().numpy().view(np.int32)
-    return width, (bits * _WEIGHTS[: bits.shape[1]]).sum(axis=1)  # wraps around
+    entries = rows.reshape(length, width)[:, : step * _SAMPLED : step]
+    bits = entries.cpu().float().numpy().view(np.int32)
+    return width, bits.astype(np.int64) @ _WEIGHTS[: bits.shape[1]]  # wraps around
 
 
 def _layout(tensor: Tensor, dim: int) -> tuple:

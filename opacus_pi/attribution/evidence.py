@@ -101,7 +101,7 @@ def delivery_of(
         dim = _dim_of_length(tensor, len(rows), batch_dim)
         if dim is not None:
             delivery.stored.append(StoredRows(tensor, dim))
-            if verify:
+            if verify and tensor.numel() > len(rows):  # labels are often alike
                 width, sums = row_checksums(tensor, dim)
                 if _tells_rows_apart(width, sums):
                     delivery.checksums.setdefault(width, []).append(sums)
@@ -191,9 +191,11 @@ def _positions(indices: Any) -> tuple[Rows | None, bool]:
         indices = indices.tolist()
     single = not isinstance(indices, list | tuple)
     listed = [indices] if single else indices
-    if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in listed):
-        return None, single
-    return np.array([int(i) for i in listed], dtype=np.int64), single
+    if set(map(type, listed)) - {int}:  # rare: NumPy's numbers, or no positions
+        if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in listed):
+            return None, single
+        listed = [int(i) for i in listed]
+    return np.array(listed, dtype=np.int64), single
 
 
 def _dim_of_length(tensor: Tensor, length: int, preferred: int) -> int | None:
@@ -217,7 +219,7 @@ def _explained(
         (i, j): (given, known)
         for i, given in enumerate(inputs)
         for j, known in enumerate(delivered)
-        if len(given) and np.isin(given, known).all()
+        if len(given) and given[0] in known and np.isin(given, known).all()
     }
     if len({len(given) for given, _ in pairs.values()}) != 1:
         return set(), None
@@ -247,6 +249,7 @@ def _agreed(found: Iterable[tuple[Delivery, Rows]], evidence: str) -> Forward:
     delivery, rows = findings[0]
     if any(len(other) != len(rows) for _, other in findings):
         return Forward(None, "unattributed", None, "mismatch")
-    same = np.all([other == rows for _, other in findings], axis=0)
-    cause = "" if same.all() and UNKNOWN not in rows else "alike"
-    return Forward(np.where(same, rows, UNKNOWN), evidence, delivery, cause)
+    for _, other in findings[1:]:
+        rows = np.where(other == rows, rows, UNKNOWN)
+    cause = "alike" if UNKNOWN in rows else ""
+    return Forward(rows, evidence, delivery, cause)

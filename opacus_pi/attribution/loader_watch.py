@@ -89,7 +89,7 @@ class _CopiedIndices:
     def take(self, position: int, *, in_order: bool) -> Any:
         """What was emitted at a position; older ones were lost to an exception."""
         indices = self.emitted.pop(position, None)
-        if in_order:
+        if in_order and self.emitted:
             self.emitted = {k: v for k, v in self.emitted.items() if k > position}
         return indices
 

@@ -36,6 +36,7 @@ from opacus_pi.attribution.evidence import (
 EVIDENCE = ("by_storage", "by_content", "by_latest", "unattributed")
 _HISTORY = 16  # deliveries that a forward pass may still belong to
 _MAX_PENDING = 64  # forward passes that wait for an optimizer
+_NO_ROWS = np.empty(0, np.int64)
 
 _CAUSES = {
     "by_latest": "The model's inputs are neither the tensors that the data loader "
@@ -155,11 +156,14 @@ class Tracker:
         Returns:
             How many passes were forgotten.
         """
-        before = len(self._pending)
-        for forward in list(self._pending):
-            if forward.clipped or (forward.backward and not clipped_only):
-                self._pending.remove(forward)
-        return before - len(self._pending)
+        gone = [
+            forward
+            for forward in self._pending
+            if forward.clipped or (forward.backward and not clipped_only)
+        ]
+        for forward in gone:
+            self._pending.remove(forward)
+        return len(gone)
 
     def take(self) -> list[Forward]:
         """Forward passes whose backward pass came by, in that order; forgets them."""
@@ -187,8 +191,8 @@ class Tracker:
         done = [f for f in self.take() if f.clipped or not clipped_only]
         passes = _rows_behind(done, list(sizes))
         for forward in passes:
-            known = int((forward.rows >= 0).sum())
-            unknown = int((forward.rows == UNKNOWN).sum())
+            known = int(np.count_nonzero(forward.rows >= 0))
+            unknown = int(np.count_nonzero(forward.rows == UNKNOWN))
             self.counts["unattributed"] += unknown
             if known:
                 self.counts[forward.evidence] += known
@@ -196,7 +200,7 @@ class Tracker:
                 self._tell(forward.cause, f"{unknown} rows are unattributed.")
             elif known and forward.evidence == "by_latest":
                 self._tell("by_latest", "Rows are attributed without verification.")
-        return np.concatenate([np.empty(0, np.int64), *(f.rows for f in passes)])
+        return joined([forward.rows for forward in passes])
 
     def _tell(self, cause: str, what: str) -> None:
         """Warn of a cause once, or raise if strict."""
@@ -206,6 +210,11 @@ class Tracker:
         if cause not in self._warned:
             self._warned.add(cause)
             warnings.warn(message, stacklevel=2)
+
+
+def joined(parts: list[Rows]) -> Rows:
+    """Rows of several passes, one after another; of one pass not a copy."""
+    return parts[0] if len(parts) == 1 else np.concatenate([_NO_ROWS, *parts])
 
 
 def _when(forward: Forward) -> int:

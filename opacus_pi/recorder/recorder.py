@@ -368,11 +368,11 @@ class Recorder:
         """Keep the norms as the examples' latest observation."""
         run = self._run
         where = indices.cpu().numpy()
-        inside = (where >= 0) & (where < run.num_examples)
+        outside = where[(where < 0) | (where >= run.num_examples)]
         expect(
-            bool(inside.all()),
+            len(outside) == 0,
             "indices",
-            where[~inside][:1],
+            outside[:1],
             f"in [0, {run.num_examples})",
             "They are positions in the data set that the recorder began with.",
         )
