@@ -18,7 +18,7 @@ from opacus_pi.accounting import (
 from opacus_pi.accounting.composition import weighted_log_moments
 from opacus_pi.accounting.tables import UpperTable, upper_log_moments
 
-LAWS = settings(max_examples=25, deadline=None)
+LAWS = settings(max_examples=15, deadline=None)
 rates = st.floats(-6, -0.05).map(lambda x: 10**x)
 orders = st.one_of(
     st.floats(-2, 2.3).map(lambda x: 1 + 10**x),
@@ -195,7 +195,7 @@ def test_losses_are_never_below_the_exact_ones(convention, tolerance):
         run(sampling="fixed"),
         run(max_grad_norm=math.inf),
     ):
-        for order, rule in [(1.5, "right"), (8.0, "max"), (40.0, "trapezoid")]:
+        for order, rule in [(1.5, "max"), (24.0, "trapezoid")]:
             exact, upper = (
                 privacy_losses(
                     ledger, order, convention=convention, rule=rule, tolerance=x
