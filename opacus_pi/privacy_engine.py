@@ -41,18 +41,18 @@ from torch.utils.data import DataLoader
 
 from opacus_pi import refusals
 from opacus_pi._validate import expect
-from opacus_pi.accountants import PerInstanceAccountant, num_steps_of
+from opacus_pi.accountants import PerInstanceAccountant
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe, watch, watch_memory_manager
+from opacus_pi.checkpoints import Checkpoints
 from opacus_pi.dp_recording import PrivateRun, record
 from opacus_pi.engine_readings import EngineReadings
-from opacus_pi.filter_setup import require_filterable, resume_charges, saved_charges
+from opacus_pi.filter_setup import require_filterable
 from opacus_pi.gradients import sweep
+from opacus_pi.loader_position import follow_memory_manager
 from opacus_pi.monitor import monitor
 from opacus_pi.recorder import Recorder
-
-CHECKPOINT_KEY = "opacus_pi"
-FILTER_KEY = "opacus_pi_filter"
+from opacus_pi.run_state import RunState
 
 _HOW_TO_GO_ON = (
     "To keep such layers, train without clipping: engine.make_monitored(...). To train "
@@ -61,7 +61,7 @@ _HOW_TO_GO_ON = (
 )
 
 
-class PerInstanceMixin(EngineReadings):
+class PerInstanceMixin(Checkpoints, EngineReadings):
     """What makes an engine of Opacus a recording one; goes before it in the bases.
 
     Args:
@@ -90,7 +90,9 @@ class PerInstanceMixin(EngineReadings):
         self._begun = self._is_private = False
         self._earlier_steps = 0
         self._reasons: list[str] = []
+        self._run_state: RunState | None = None
         watch_memory_manager()
+        follow_memory_manager()
 
     def make_monitored(
         self,
@@ -148,6 +150,11 @@ class PerInstanceMixin(EngineReadings):
             **options,
         )
         self._adopt(tracker, module, _nothing, earlier_steps)
+        self._run_state = RunState(
+            made[2],
+            noise_generator=options.get("noise_generator"),
+            is_secure=self.secure_mode,
+        )
         return made
 
     def _secure_generators(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +244,12 @@ class PerInstanceMixin(EngineReadings):
         optimizer = super()._prepare_optimizer(**options)
         run, self._preparing = self._preparing, None
         if run is not None and run.loader is not None:
+            self._run_state = RunState(
+                run.loader,
+                optimizer=optimizer,
+                noise_generator=optimizer.generator,
+                is_secure=self.secure_mode,
+            )
             self._begin(run)
             record(optimizer, run)
         return optimizer
@@ -274,33 +287,6 @@ class PerInstanceMixin(EngineReadings):
         self._adopt(run.tracker, module, weakref.ref(run), earlier_steps)
         if isinstance(self.accountant, PerInstanceAccountant):
             self.accountant.follow(recorder)
-
-    # --------------------------------------------------------------------- checkpoints
-    @wraps(opacus.PrivacyEngine.save_checkpoint)
-    def save_checkpoint(
-        self, *, checkpoint_dict: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Save as Opacus does, with the record under a key of its own."""
-        filled = checkpoint_dict or {}
-        if self._begun:
-            filled[CHECKPOINT_KEY] = self.recorder.state_dict()
-            if self.renyi_filter is not None:
-                filled[FILTER_KEY] = saved_charges(self.renyi_filter)
-        super().save_checkpoint(checkpoint_dict=filled, **options)
-
-    @wraps(opacus.PrivacyEngine.load_checkpoint)
-    def load_checkpoint(self, **options: Any) -> dict[str, Any]:
-        """Load as Opacus does, and continue the record if the checkpoint has one."""
-        checkpoint = super().load_checkpoint(**options)
-        charges = checkpoint.pop(FILTER_KEY, None)
-        resume_charges(self.renyi_filter, charges, num_steps_of(self.accountant))
-        state = checkpoint.pop(CHECKPOINT_KEY, None)
-        if state is not None:
-            try:
-                self.recorder.load_state_dict(state)
-            except (ValueError, KeyError) as error:
-                self._refuse(f"The checkpoint's record cannot be continued: {error}")
-        return checkpoint
 
 
 class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):

@@ -1,0 +1,46 @@
+"""A file under a name is the old one or the new one, whenever the process is killed.
+
+>>> import os, tempfile
+>>> from pathlib import Path
+>>> path = Path(tempfile.mkdtemp(), "state")
+>>> with replacing(path) as temporary:
+...     _ = Path(temporary).write_text("new")
+...     path.exists()
+False
+>>> path.read_text()
+'new'
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a name to write to, and at the end put that file under ``path``.
+
+    The file is on disk before it takes the name. A process that is killed meanwhile
+    leaves a hidden ``.name.<process id>.tmp`` beside it, never a part under ``path``.
+
+    Args:
+        path: The file's name. What is no regular file (a pipe, a device) is written to
+            directly.
+
+    Yields:
+        Where to write.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
