@@ -40,7 +40,8 @@ def epsilons(
         ledger: As in ``privacy_losses``.
         delta: In (0, 1).
         orders: Rényi orders to choose from, above 1. Default: Opacus's.
-        tolerance: As in ``privacy_losses``: losses rounded up, for many examples.
+        tolerance: As in ``privacy_losses``: losses rounded up. Every order needs
+            tables of its own, which pays with some 30,000 examples or more.
 
     Returns:
         float64 ``(n,)``, at least 0. Each value speaks of one data set and is itself

@@ -44,7 +44,7 @@ def real_order_divergences(ratios: Array, sample_rate: float, orders: Array) -> 
         if far.any():
             row[far] = _two_peaks(ratios[far], sample_rate, order - 1)
     close = np.flatnonzero(~apart.all(axis=0))
-    for columns in _blocks(ratios[close], orders.max()):
+    for columns in _blocks(ratios[close], orders.max(), sample_rate):
         chosen = close[columns]
         for like in _alike(orders - 1):
             values = _trapezoid(ratios[chosen], sample_rate, orders[like])
@@ -95,7 +95,7 @@ def _log_expm1(x: Array, b: float) -> Array:
     return np.where(large, x + np.log1p(-(1 + b) * np.exp(-np.maximum(x, 30))), small)
 
 
-def _blocks(ratios: Array, order: float) -> list[NDArray[np.int64]]:
+def _blocks(ratios: Array, order: float, q: float) -> list[NDArray[np.int64]]:
     """Positions of similar ratios, few enough for one grid's memory."""
     ascending = np.argsort(ratios, kind="stable")
     blocks, start = [], 0
@@ -107,21 +107,25 @@ def _blocks(ratios: Array, order: float) -> list[NDArray[np.int64]]:
             sorter=ascending,
         )
         end = max(near, min(far, start + _FEW))
-        points = len(_grid(ratios[ascending[end - 1]], order)[0])
+        points = len(_grid(ratios[ascending[end - 1]], order, q)[0])
         end = min(end, start + max(1, _BLOCK // points))
         blocks.append(ascending[start:end])
         start = end
     return blocks
 
 
-def _grid(ratio: float, order: float) -> tuple[Array, float]:
+def _grid(ratio: float, order: float, q: float) -> tuple[Array, float]:
     """Trapezoid points and their distance, for ratios up to the one given.
 
-    Shifting the path by i·d costs exp(d²/2) and gains exp(-2πd/step).
+    Shifting the path by i·d costs exp(d²/2) and gains exp(-2πd/step). The integrand's
+    last peak is at order·r, or at 2r (of y²) where P/Q is not far from 1 there.
     """
     shift = min(math.pi / ratio, math.sqrt(2 * _DIGITS))
     step = 2 * math.pi * shift / (_DIGITS + shift**2 / 2)
-    return np.arange(-_TAIL, order * ratio + _TAIL + step, step), step
+    logit = max(math.log1p(-q) - math.log(q), 0.0)
+    crossing = max(2 * math.sqrt(logit / 1.5), ratio / 2 + logit / ratio)
+    last = max(order * ratio, min(2 * ratio, crossing))
+    return np.arange(-_TAIL, last + _TAIL + step, step), step
 
 
 def _trapezoid(ratios: Array, q: float, orders: Array) -> Array:
@@ -130,7 +134,7 @@ def _trapezoid(ratios: Array, q: float, orders: Array) -> Array:
     psi = ((1+y)·(e^(b·l) - 1) - b·y)/b with l = ln(1+y); by its series where that would
     cancel; from its logarithm where it might overflow.
     """
-    z, step = _grid(ratios.max(), orders.max())
+    z, step = _grid(ratios.max(), orders.max(), q)
     log_weight = -(z**2) / 2 + math.log(step / math.sqrt(2 * math.pi))
     exponent = np.outer(ratios, z) - ratios[:, None] ** 2 / 2
     y = q * np.expm1(np.minimum(exponent, 600.0))

@@ -56,6 +56,15 @@ def test_real_orders_where_the_method_changes(r, q, order):
     assert close(log_moment(r, q, order), expected, 1e-10)
 
 
+@pytest.mark.parametrize("order", [1.01, 1.9, 2.5])
+@pytest.mark.parametrize("r", [3.0, 8.0, 9.5])
+def test_rare_participation_leaves_the_first_term(r, order):
+    """P/Q - 1 is tiny wherever its square counts, up to z = 2r: only y² is left."""
+    q = 1e-99
+    expected = order * (order - 1) / 2 * q**2 * math.expm1(r * r)
+    assert close(log_moment(r, q, order), expected, 1e-12)
+
+
 def test_half_an_order_above_one_at_an_extreme_ratio():
     """M - 1 is two far peaks here; their closed forms, at 40 digits."""
     with mpmath.workdps(40):

@@ -76,11 +76,19 @@ def test_nothing_and_everything():
     assert upper.tolist() == exact.tolist() == [0, math.inf, math.inf]
 
 
-@pytest.mark.parametrize("q", [0.0, 1e-150, 1.0])
-def test_rates_that_need_no_table_are_exact(q):
+@pytest.mark.parametrize("q", [0.0, 1e-99, 1.0])
+def test_rates_without_a_table_are_exact(q):
     ratios = np.array([0.0, 0.5, 3.0])
     upper, exact = both(ratios, q, [4.5], [2], 1e-3)
     assert upper.tolist() == exact.tolist()
+
+
+@pytest.mark.parametrize("q", [1e-19, 0.999, 1 - 1e-12])
+@pytest.mark.parametrize("tolerance", [1.0, 1e-4, 1e-7])
+def test_rates_at_the_ends_of_what_has_a_table(q, tolerance):
+    ratios = np.geomspace(1e-5, 1e4, 300)
+    for order in (1.001, 2.0, 9.5):
+        assert_just_above(*both(ratios, q, [order], [1], tolerance), tolerance)
 
 
 def test_a_table_grows_with_its_argument():
