@@ -5,7 +5,8 @@
 One thread, thread CPU time, all contenders interleaved in one process, medians over
 rounds of the ratio to the same round's plain pass; peak memory of each contender in a
 process of its own. Then the relative error of the norms against float64 on a network
-trained on digits. Every figure is printed and written to ``OUT``.
+trained on digits; at last the rows of ``benchmarks.tracking``. Every figure is printed
+and written to ``--out``.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import data
+from benchmarks import data, tracking
 from benchmarks.models import build_model, mlp, small_cnn
 from benchmarks.norm_peers import CONTENDERS, CRITERION
 from benchmarks.report import environment, write_json
@@ -171,6 +172,8 @@ def main() -> None:
     for name, errors in result["trained_relative_errors"].items():
         print(f"error on a trained network, {name}:", errors)
     write_json(args.out, result)
+    found = tracking.measure(list(tracking.CASES), tracking.ROUNDS)
+    write_json(tracking.OUT, found)
 
 
 if __name__ == "__main__":

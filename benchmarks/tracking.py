@@ -1,4 +1,4 @@
-"""What keeping every example's norm adds to training, and what one evaluation pass saves.
+"""What tracking every example adds to a training step, and what one evaluation saves.
 
     python -m benchmarks.tracking
 
@@ -9,6 +9,7 @@ machine's noise looks like. Then one fused evaluation over a pass for each numbe
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,8 @@ CASES = {  # model, image shape, expected batch size
 }
 BARS = {"hooks": 1.02, "ghost": 1.05, "evaluation": 0.4}
 NUM_BATCHES = 16  # of an epoch
+ROUNDS = 41
+OUT = Path("benchmarks/results/overhead_tracking.json")
 CLOCKS = {"cpu": time.thread_time, "wall": time.perf_counter}
 
 
@@ -168,7 +171,7 @@ def one_pass(rounds: int) -> dict[str, Any]:
 
 def measure(cases: list[str], rounds: int) -> dict[str, Any]:
     """Every row, printed as it is found."""
-    result: dict[str, Any] = {"environment": environment(), "bars": BARS, "steps": {}}
+    result: dict[str, Any] = {"environment": _environment(), "bars": BARS, "steps": {}}
     for case in cases:
         for mode in ("hooks", "ghost"):
             found = tracking(case, mode, rounds)
@@ -181,6 +184,11 @@ def measure(cases: list[str], rounds: int) -> dict[str, Any]:
     rows = {name: row for name, row in found.items() if name != "sizes"}
     print(f"one evaluation pass (bar {BARS['evaluation']:.2f})  {_shown(rows)}")
     return result
+
+
+def _environment() -> dict[str, Any]:
+    """Versions and machine, and how busy it is: ratios at high load are noisy."""
+    return {**environment(), "load_average": os.getloadavg()[0]}
 
 
 def _shown(rows: dict[str, dict[str, Any]]) -> str:
@@ -196,10 +204,8 @@ def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--rounds", type=int, default=61)
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/overhead_tracking.json")
-    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     torch.set_num_threads(1)
     write_json(args.out, measure(args.cases, args.rounds))

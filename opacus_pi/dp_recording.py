@@ -88,8 +88,8 @@ class PrivateRun:
 
     def observe(self, rows: np.ndarray, norms: Tensor) -> None:
         """Rows of a physical batch entered the update to come."""
-        known = np.flatnonzero(rows >= 0)
-        if len(known) < len(rows):
+        if rows.min(initial=0) < 0:
+            known = np.flatnonzero(rows >= 0)
             norms = norms[torch.from_numpy(known).to(norms.device)]
             rows = rows[known]
         self.entered.append(rows)
@@ -176,14 +176,12 @@ def _from_grad_samples(base: type) -> type:
     takes_norms_only = base.clip_and_accumulate is DPOptimizer.clip_and_accumulate
 
     class Recording(_reporting_updates(base)):
-        _pi_columns: list[Tensor] | None = None
+        _pi_column: list[Tensor] | None = None
 
         @property
         def grad_samples(self) -> list[Tensor]:
-            """Per-example gradients; for a while, columns that have their norms."""
-            return (
-                super().grad_samples if self._pi_columns is None else self._pi_columns
-            )
+            """Per-example gradients; for a while, one column that has their norms."""
+            return super().grad_samples if self._pi_column is None else self._pi_column
 
         def clip_and_accumulate(self) -> None:  # once for each batch that enters
             run = self._pi_run
@@ -205,22 +203,23 @@ def _from_grad_samples(base: type) -> type:
         def _pi_clip(self) -> Tensor:
             """Clip, and return the norms from before.
 
-            Taking norms is a large part of clipping. Opacus clips by
-            ``self.grad_samples`` only to take the norm of each row, so it is given
-            columns of norms that are computed already: their rows have the same
-            norms to the bit. (Used for a gradient they would not have its shape.)
+            Opacus clips by ``self.grad_samples`` only to take the norm of each row
+            over all parameters. It is given one column that holds these norms, whose
+            rows have the same norms to the bit, so nothing is computed twice. (Used
+            for a gradient the column would not have its shape.)
             """
             held = self.grad_samples
-            norms = [row_norms(g) for g in held]
-            as_wide = all(n.dtype == g.dtype for n, g in zip(norms, held, strict=True))
-            del held  # of several backward passes they are copies
-            if takes_norms_only and as_wide:
-                self._pi_columns = [n.unsqueeze(1) for n in norms]
+            by_parameter = [row_norms(g) for g in held]
+            pairs = zip(by_parameter, held, strict=True)
+            as_opacus = takes_norms_only and all(n.dtype == g.dtype for n, g in pairs)
+            del held, pairs  # of several backward passes they are copies
+            norms = joint_norms(by_parameter)
+            self._pi_column = [norms.unsqueeze(1)] if as_opacus else None
             try:
                 super().clip_and_accumulate()
             finally:
-                self._pi_columns = None
-            return joint_norms(norms)
+                self._pi_column = None
+            return norms
 
         def _pi_rows(self) -> np.ndarray:
             """Whose rows the per-example gradients are."""

@@ -29,20 +29,22 @@ def grad_sample_norms(grad_samples: Iterable[Tensor]) -> Tensor:
 
 
 def row_norms(grad_sample: Tensor) -> Tensor:
-    """L2 norm ``(b,)`` of each row of ``(b, *shape)``, not in half precision.
-
-    In single and double precision to the bit what Opacus computes.
-    """
-    rows = grad_sample.detach().unsqueeze(1).flatten(1)
+    """L2 norm ``(b,)`` of each row of ``(b, *shape)``, not in half precision."""
+    rows = grad_sample.detach()
+    rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
     if rows.dtype.itemsize < 4:
         rows = rows.float()
     return torch.linalg.vector_norm(rows, dim=1)
 
 
 def joint_norms(norms: Sequence[Tensor]) -> Tensor:
-    """Norms ``(b,)`` over several parameters, from those over each of them."""
+    """Norms ``(b,)`` over several parameters, from those over each of them.
+
+    Of gradients in single or double precision, to the bit what Opacus computes.
+    """
     device = norms[0].device
-    return torch.stack([n.to(device) for n in norms]).norm(2, dim=0)
+    stacked = torch.stack([n.to(device) for n in norms], dim=1)
+    return torch.linalg.vector_norm(stacked, dim=1)
 
 
 class GradSampleModule(opacus.GradSampleModule):

@@ -8,6 +8,7 @@ array([2, 3])
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ class StoredRows:
         if not self._is_stored_in(tensor):
             return None
         if _layout(tensor, dim) == self._layout:
-            return np.arange(self._length)
+            return _places(self._length)
         offset = tensor.storage_offset() - self._start
         starts = offset + np.arange(tensor.shape[dim]) * tensor.stride(dim)
         extent = sum(
@@ -132,6 +133,14 @@ def row_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
     entries = rows.reshape(length, width)[:, : step * _SAMPLED : step]
     bits = entries.cpu().float().numpy().view(np.int32)
     return width, bits.astype(np.int64) @ _WEIGHTS[: bits.shape[1]]  # wraps around
+
+
+@lru_cache(maxsize=64)  # of as many batch sizes
+def _places(length: int) -> NDArray[np.int64]:
+    """0, 1, … in this order; not to be written to."""
+    places = np.arange(length)
+    places.flags.writeable = False
+    return places
 
 
 def _layout(tensor: Tensor, dim: int) -> tuple:

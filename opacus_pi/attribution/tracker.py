@@ -191,8 +191,7 @@ class Tracker:
         done = [f for f in self.take() if f.clipped or not clipped_only]
         passes = _rows_behind(done, list(sizes))
         for forward in passes:
-            known = int(np.count_nonzero(forward.rows >= 0))
-            unknown = int(np.count_nonzero(forward.rows == UNKNOWN))
+            known, unknown = _num_known(forward.rows)
             self.counts["unattributed"] += unknown
             if known:
                 self.counts[forward.evidence] += known
@@ -215,6 +214,13 @@ class Tracker:
 def joined(parts: list[Rows]) -> Rows:
     """Rows of several passes, one after another; of one pass not a copy."""
     return parts[0] if len(parts) == 1 else np.concatenate([_NO_ROWS, *parts])
+
+
+def _num_known(rows: Rows) -> tuple[int, int]:
+    """How many rows are examples, and how many of unknown ones."""
+    if rows.min(initial=0) >= 0:
+        return len(rows), 0
+    return np.count_nonzero(rows >= 0), np.count_nonzero(rows == UNKNOWN)
 
 
 def _when(forward: Forward) -> int:
