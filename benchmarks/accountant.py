@@ -169,7 +169,7 @@ def main() -> None:
         )
     checked = {
         "icml2025": errors("icml2025", 4000),
-        "corrected": errors("corrected", 200),
+        "corrected": errors("corrected", 2000),
     }
     values = options.num_examples * NUM_ROWS * len(ORDERS)
     others = {name: each * values for name, each in peers(512).items()}
