@@ -35,6 +35,7 @@ import opacus
 import torch
 from opacus.grad_sample import AbstractGradSampleHooks
 from opacus.optimizers import DPOptimizer
+from opacus.privacy_engine import DDP, DPDDP, FSDPModule
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 from torch.utils.data import DataLoader
@@ -48,9 +49,10 @@ from opacus_pi.checkpoints import Checkpoints
 from opacus_pi.dp_recording import PrivateRun, record
 from opacus_pi.engine_readings import EngineReadings
 from opacus_pi.filter_setup import require_filterable
-from opacus_pi.gradients import sweep
+from opacus_pi.gradients.shared_sweep import shared_sweep
 from opacus_pi.loader_position import follow_memory_manager
 from opacus_pi.monitor import monitor
+from opacus_pi.processes import Processes
 from opacus_pi.recorder import Recorder
 from opacus_pi.run_state import RunState
 
@@ -107,8 +109,12 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
     ) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader]:
         """Record a training without clipping: plain SGD, or with noise on the mean.
 
+        ``save_checkpoint`` and ``load_checkpoint(..., restore_rng=True)`` serve this
+        training too: give them the plain module and optimizer.
+
         Args:
-            module: The model, of any layers; returned as it is.
+            module: The model, of any layers; returned as it is. May be under
+                ``DistributedDataParallel`` if there is no noise.
             optimizer: Any torch optimizer of its parameters.
             data_loader: Of a data set with a length, yielding ``(x, y)``.
             noise_std: Standard deviation of the noise on the MEAN gradient; 0: none.
@@ -221,6 +227,14 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
             "to be given: a swept recorder computes losses itself",
             'Pass Recorder("swept", criterion=nn.CrossEntropyLoss()).',
         )
+        expect(
+            not isinstance(module, FSDPModule)
+            or (self.recorder.mode == "observed" and self.recorder.weights_dir is None),
+            "Recorder",
+            "one that sweeps or keeps weights",
+            "to observe norms: no process has the weights of an FSDP module",
+            "Use Recorder() without weights_dir, or DistributedDataParallel.",
+        )
         try:
             hooks = super()._prepare_model(module, **options)
         except UnsupportedModuleError as error:
@@ -262,26 +276,31 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
         poisson, trained = refusals.is_poisson(loader), weakref.ref(module)
         collate_fn = refusals.own_collate_fn(loader)
         earlier_steps = recorder.num_steps
+        distributed = isinstance(module, (DDP, DPDDP, FSDPModule))
+        processes = Processes() if distributed else None
         try:
             recorder.begin(
                 num_examples=len(data_set),
                 sample_rate=run.sample_rate,
                 sampling="poisson" if poisson else "fixed",
                 data_set=fingerprint(data_set),
-                sweep=lambda: sweep(
+                sweep=lambda: shared_sweep(
                     trained(),
                     recorder.criterion,
                     data_set,
+                    processes=processes,
                     batch_size=recorder.batch_size,
                     collate_fn=collate_fn,
                 ),
                 weights=lambda: trained().state_dict(),
+                processes=processes,
             )
         except ValueError as error:  # the record that was loaded is of another run
             self._reasons.append(str(error))
         reasons = [
             refusals.clipping_without_effect(self),
             refusals.unknown_schedule(loader),
+            refusals.overlapping(loader, processes.size) if processes else None,
         ]
         self._reasons += [reason for reason in reasons if reason]
         self._adopt(run.tracker, module, weakref.ref(run), earlier_steps)
@@ -308,6 +327,13 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     the clip norm on record is the root of the sum of squares, an upper bound. With
     adaptive clipping the noisy count of clipped examples, which is released besides the
     gradient, is not part of the per-example values.
+
+    Under ``torch.distributed`` (``DistributedDataParallel``, Opacus's
+    ``DifferentiallyPrivateDistributedDataParallel``, FSDP2 with ``ghost_fsdp``) every
+    process has the same ledger: rows are merged, and sweeps shared, when a row is
+    written; ``recorder.merge()``, called by all, brings what was observed since. If a
+    process dies, the others still have their ledgers. ``attribution`` counts the rows
+    of one process. Each process resumes from a checkpoint of its own.
 
     With a ``RenyiFilter`` an example is left out of every update that would exceed its
     budget: its row of the per-example gradients is zero, and 0 is the norm on record.

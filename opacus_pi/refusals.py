@@ -75,6 +75,26 @@ def is_poisson(loader: DataLoader) -> bool:
     )
 
 
+def overlapping(loader: DataLoader, num_processes: int) -> str | None:
+    """A loader from which several processes may draw an example for one update.
+
+    Args:
+        loader: The loader that this process trains from.
+        num_processes: How many train together.
+    """
+    batches = loader.batch_sampler
+    sampler = getattr(batches, "sampler", loader.sampler)
+    drawer = sampler if type(batches) in (BatchSampler, type(None)) else batches
+    spread = (DistributedSampler, DistributedUniformWithReplacementSampler)
+    if isinstance(drawer, spread) and drawer.num_replicas == num_processes:
+        return None
+    return (
+        f"{num_processes} processes train together, and {type(drawer).__name__} draws "
+        "from the whole data set in each of them. Use poisson_sampling=True, or "
+        "DataLoader(sampler=DistributedSampler(data_set))."
+    )
+
+
 def own_collate_fn(loader: DataLoader) -> Callable | None:
     """The user's collate_fn; Opacus's wrapper remembers the first batch it sees."""
     collate_fn = loader.collate_fn

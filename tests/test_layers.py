@@ -15,6 +15,7 @@ LAYER = {
     "proxies": 0,
     "forget_sets": 0,
     "correlations": 0,
+    "processes": 1,
     "gradients": 1,
     "group_record": 2,
     "recorder": 2,

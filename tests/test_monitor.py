@@ -10,6 +10,7 @@ import pytest
 import torch
 from opacus import PrivacyEngine
 from opacus.data_loader import DPDataLoader
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -701,13 +702,20 @@ def test_bad_input_changes_nothing(change, match):
         _ = recorder.ledger
 
 
-def test_a_distributed_module_is_refused():
-    class Spread(nn.parallel.DistributedDataParallel):
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        (nn.parallel.DistributedDataParallel, "noise_std=0.5 to be 0 under Distr"),
+        (DPDDP, "Spread to be trained by one process or under DistributedDataParallel"),
+    ],
+)
+def test_a_distributed_module_is_refused(kind, match):
+    class Spread(kind):
         def __init__(self):
             nn.Module.__init__(self)
 
     optimizer = torch.optim.SGD(small().parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="Spread to be trained by one process"):
+    with pytest.raises(ValueError, match=match):
         monitored(module=Spread(), optimizer=optimizer)
 
 

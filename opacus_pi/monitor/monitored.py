@@ -7,11 +7,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from opacus.data_loader import DPDataLoader
-from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
+from opacus.privacy_engine import DDP, DPDDP, FSDPModule
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torch.utils.hooks import RemovableHandle
@@ -20,17 +19,14 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting import fingerprint
 from opacus_pi.attribution import Tracker, watch
 from opacus_pi.attribution.forward_probe import ForwardProbe
-from opacus_pi.gradients import Sweep, sweep
+from opacus_pi.gradients import Sweep
+from opacus_pi.gradients.shared_sweep import shared_sweep
 from opacus_pi.monitor.draws import draws_of
 from opacus_pi.monitor.noisy_step import NoisyStep
+from opacus_pi.processes import Processes
 from opacus_pi.recorder import Recorder
-from opacus_pi.refusals import unknown_schedule
+from opacus_pi.refusals import overlapping, unknown_schedule
 
-_SPREAD = (
-    DifferentiallyPrivateDistributedDataParallel,
-    nn.parallel.DistributedDataParallel,
-    FSDPModule,
-)
 # what a call hung on a module or an optimizer, for the next call to replace
 _HANDLES: WeakKeyDictionary[Any, list[RemovableHandle]] = WeakKeyDictionary()
 
@@ -59,7 +55,8 @@ def monitor(
     Args:
         recorder: A swept recorder; it begins a run here.
         tracker: Follows the loader's batches through the module.
-        module: The model; returned as it is.
+        module: The model; returned as it is. Under ``DistributedDataParallel``, without
+            noise only, all processes call this, and sweeps are shared among them.
         optimizer: Any torch optimizer of its parameters; returned as it is.
         data_loader: Of a data set with a length, yielding ``(x, y)``.
         noise_std: Standard deviation of the noise on the mean gradient; 0: plain SGD.
@@ -79,14 +76,16 @@ def monitor(
     Source: paper, section 5.1 and Appendix D.
     """
     _check_recorder(recorder, noise_std)
-    _check_training(module, optimizer)
+    _check_training(module, optimizer, noise_std)
     _check_data(data_loader)
+    processes = Processes() if isinstance(module, DDP) else None
 
     def measure(data_set: Dataset) -> Sweep:
-        return sweep(
+        return shared_sweep(
             module,
             criterion,
             data_set,
+            processes=processes,
             batch_size=recorder.batch_size,
             collate_fn=data_loader.collate_fn,
         )
@@ -96,7 +95,9 @@ def monitor(
     loader = data_loader
     if poisson_sampling:
         loader = DPDataLoader.from_data_loader(
-            data_loader, generator=sampling_generator
+            data_loader,
+            generator=sampling_generator,
+            distributed=processes is not None,
         )
     draws = draws_of(loader)
     recorder.begin(
@@ -106,9 +107,13 @@ def monitor(
         data_set=fingerprint(data_set),
         sweep=lambda: measure(data_set),
         weights=module.state_dict,
+        processes=processes,
     )
-    reason = unknown_schedule(loader) if draws.sampling == "fixed" else None
-    if reason:
+    reasons = [
+        unknown_schedule(loader) if draws.sampling == "fixed" else None,
+        overlapping(loader, processes.size) if processes else None,
+    ]
+    for reason in filter(None, reasons):
         recorder.refuse(reason)
     noise = NoisyStep(
         noise_std, draws.mean_batch_size, recorder, tracker, noise_generator
@@ -161,7 +166,7 @@ def _check_recorder(recorder: Recorder, noise_std: float) -> None:
     )
 
 
-def _check_training(module: nn.Module, optimizer: Optimizer) -> None:
+def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -> None:
     """Refuse a module or an optimizer that is not the user's own."""
     expect(
         not isinstance(module, AbstractGradSampleModule),
@@ -172,11 +177,18 @@ def _check_training(module: nn.Module, optimizer: Optimizer) -> None:
         "module.to_standard_module().",
     )
     expect(
-        not isinstance(module, _SPREAD),
+        not isinstance(module, (DPDDP, FSDPModule)),
         "module",
         type(module).__name__,
-        "to be trained by one process",
-        "Distributed training is recorded by make_private.",
+        "to be trained by one process or under DistributedDataParallel",
+        "Other distributed training is recorded by make_private.",
+    )
+    expect(
+        not isinstance(module, DDP) or noise_std == 0,
+        "noise_std",
+        noise_std,
+        "to be 0 under DistributedDataParallel, where each process would add its own",
+        "Train with noise in one process, or by make_private.",
     )
     expect(
         isinstance(optimizer, Optimizer) and not isinstance(optimizer, DPOptimizer),

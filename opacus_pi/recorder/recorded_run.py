@@ -17,6 +17,7 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.recorder.schedule import Every, num_due
 
 _VERSION = 1
 _FACTS = ("source", "num_examples", "sample_rate", "sampling", "data_set")
@@ -71,6 +72,8 @@ class RecordedRun:
     intervals: list[Settings] = field(default_factory=list)
     open_interval: Settings | None = None
     observed: NDArray[np.float32] = field(init=False)
+    # in which update, of what other processes have not been told; 0: nothing
+    observed_at: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
         self._forget_observations()
@@ -79,12 +82,46 @@ class RecordedRun:
         """Start a row of which nothing has been observed."""
         size = self.num_examples if self.source == "observed" else 0
         self.observed = np.full(size, np.nan, dtype=np.float32)
+        self.observed_at = np.zeros(size, dtype=np.int64)
+
+    @property
+    def num_unmerged(self) -> int:
+        """Of how many examples there is news for other processes."""
+        return int(np.count_nonzero(self.observed_at))
+
+    def observe(
+        self, indices: NDArray, norms: NDArray[np.float32], *, steps: int | Tensor
+    ) -> None:
+        """Keep norms as the examples' latest observation, made in these updates.
+
+        Raises:
+            ValueError: If an index is no example's.
+        """
+        inside = (indices >= 0) & (indices < self.num_examples)
+        expect(
+            bool(inside.all()),
+            "indices",
+            indices[~inside][:1],
+            f"in [0, {self.num_examples})",
+            "They are positions in the data set that the recorder began with.",
+        )
+        self.observed[indices] = norms  # numpy: of equal indices the last one stays
+        self.observed_at[indices] = steps
 
     def count_step(self, settings: Settings) -> None:
         """Count one update."""
         self.num_steps += 1
         interval = self.open_interval
         self.open_interval = interval.widened(settings) if interval else settings
+
+    def row_is_due(self, every: Every) -> bool:
+        """Whether rows are due that the last one written does not stand for."""
+        counts = (self.num_steps, self.steps[-1] if self.steps else 0)
+        now, then = (
+            num_due(count, every=every, sample_rate=self.sample_rate)
+            for count in counts
+        )
+        return now > then
 
     def close_row(self, row: dict[str, NDArray[np.float32]]) -> None:
         """Add a row for the weights of now; the next interval starts."""
@@ -153,6 +190,7 @@ class RecordedRun:
             "intervals": _table(self.intervals),
             "open_interval": _table(still_open),
             "observed": torch.from_numpy(self.observed.copy()),
+            "observed_at": torch.from_numpy(self.observed_at.copy()),
             **{
                 f"{_ROW}{name}": torch.from_numpy(
                     np.stack([r[name] for r in self.rows])
@@ -181,6 +219,8 @@ class RecordedRun:
         still_open = [Settings(*row) for row in state["open_interval"].tolist()]
         run.open_interval = still_open[0] if still_open else None
         run.observed = state["observed"].cpu().numpy().copy()
+        if "observed_at" in state:
+            run.observed_at = state["observed_at"].cpu().numpy().copy()
         measured = {
             key.removeprefix(_ROW): value.cpu().numpy().copy()
             for key, value in state.items()

@@ -28,17 +28,17 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.processes import Processes
+from opacus_pi.recorder.measured_row import float32_row, require_callable
+from opacus_pi.recorder.merging import merge_
 from opacus_pi.recorder.recorded_run import RecordedRun, Settings
 from opacus_pi.recorder.schedule import (
     checked_every,
     evenly_spaced_steps,
-    num_due,
     stratified_steps,
 )
+from opacus_pi.recorder.waiting import WaitingReports
 from opacus_pi.recorder.weights import save_weights
-
-_MEASURED = ("grad_norms", "confidences", "errors", "correct")
-_MAX_WAITING = 256  # reports kept on an accelerator before they are fetched together
 
 
 class Recorder:
@@ -101,7 +101,9 @@ class Recorder:
         self._resumed = False
         self._sweep: Callable[[], Any] | None = None
         self._weights: Callable[[], Mapping[str, Any]] | None = None
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._processes: Processes | None = None
+        self._all_refuse = False
+        self._waiting = WaitingReports()
 
     @classmethod
     def evenly_spaced(
@@ -182,6 +184,7 @@ class Recorder:
         data_set: str,
         sweep: Callable[[], Any] | None = None,
         weights: Callable[[], Mapping[str, Any]] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         """Start the record of a run, or continue the one that was just loaded.
 
@@ -194,6 +197,8 @@ class Recorder:
             sweep: For mode ``"swept"``: returns an object with ``grad_norms`` and
                 possibly ``confidences``, ``errors``, ``correct``, each ``(n,)``.
             weights: For ``weights_dir``: returns the state dict of now.
+            processes: Of a distributed run; all begin it. Rows hold what all observed,
+                and the first process keeps the weights.
 
         Raises:
             ValueError: If an argument is outside its domain or missing, or a loaded
@@ -202,8 +207,12 @@ class Recorder:
         positive(num_examples=num_examples, remedy="Count the examples.")
         positive(sample_rate=sample_rate, remedy="Nothing is ever drawn at rate 0.")
         NoisySGD(0, sample_rate, noise_std=0.0, sampling=sampling)  # checks them
-        _require("sweep", sweep, self.mode == "swept", "Recorder(criterion=...)")
-        _require("weights", weights, self.weights_dir is not None, "a state dict")
+        require_callable(
+            "sweep", sweep, self.mode == "swept", "Recorder(criterion=...)"
+        )
+        require_callable(
+            "weights", weights, self.weights_dir is not None, "a state dict"
+        )
         run = RecordedRun(self.mode, num_examples, sample_rate, sampling, data_set)
         if self._resumed:
             self._run.require_same(run)
@@ -211,7 +220,8 @@ class Recorder:
             self._run = run
         self._resumed = False
         self._sweep, self._weights = sweep, weights
-        self._waiting = []
+        self._processes, self._all_refuse = processes, False
+        self._waiting = WaitingReports()
         if self._starts_with_a_row and not self._run.steps:
             self._write_row()
 
@@ -245,13 +255,13 @@ class Recorder:
         )
         if self.mode == "swept" or run.refusal:
             return
-        norms = grad_norms.detach()
+        norms, step = grad_norms.detach(), run.num_steps + 1
         if norms.device.type == "cpu":
-            self._store(indices, norms)
-            return
-        self._waiting.append((indices, norms.to(torch.float32, copy=True)))
-        if len(self._waiting) >= _MAX_WAITING:
-            self._fetch_waiting()
+            self._store(indices, norms, step)
+        else:
+            self._waiting.add(indices, norms, step=step)
+            if self._waiting.are_many:
+                self._fetch_waiting()
 
     def step(
         self,
@@ -272,8 +282,28 @@ class Recorder:
         self._resumed = False
         rate = run.sample_rate if sample_rate is None else sample_rate
         run.count_step(Settings(float(noise_std), float(max_grad_norm), float(rate)))
-        if not run.refusal and self._row_is_due():
+        is_over = run.refusal if self._processes is None else self._all_refuse
+        if not is_over and run.row_is_due(self.every):
             self._write_row()
+
+    def merge(self) -> None:
+        """Give every process of a distributed run what all have observed so far.
+
+        Rows are merged when they are written; until the next one, a process has its
+        own observations only. Call it in all processes, after the same update, before
+        one of them reads the ledger or saves a checkpoint for all. Afterwards their
+        ledgers are equal, and the one of a single process that drew the same batches.
+
+        Raises:
+            AccountingError: If nothing is recorded, or the recorder is strict and the
+                run cannot be accounted.
+        """
+        run = self._begun()
+        self._fetch_waiting()
+        reason = merge_(run, self._processes) if self._processes else ""
+        self._all_refuse = bool(reason)
+        if reason:
+            self.refuse(reason)
 
     def refuse(self, reason: str) -> None:
         """Let training go on, but give no ledger of it any more, and warn once.
@@ -320,7 +350,7 @@ class Recorder:
         )
         if self._run and not self._resumed:
             loaded.require_same(self._run)
-        self._run, self._resumed, self._waiting = loaded, True, []
+        self._run, self._resumed, self._waiting = loaded, True, WaitingReports()
 
     def _begun(self) -> RecordedRun:
         """The run, once there is one."""
@@ -331,54 +361,33 @@ class Recorder:
             )
         return self._run
 
-    def _row_is_due(self) -> bool:
-        """Whether rows are due that the last one written does not stand for."""
-        run = self._run
-        counts = (run.num_steps, run.steps[-1] if run.steps else 0)
-        now, then = (
-            num_due(count, every=self.every, sample_rate=run.sample_rate)
-            for count in counts
-        )
-        return now > then
-
     def _write_row(self) -> None:
         """Close the interval with a row for the weights of now."""
         run = self._run
-        if self.mode == "observed":
-            self._fetch_waiting()
-            row = {"grad_norms": run.observed}
-        else:
-            row = _float32_row(self._sweep(), run.num_examples)
+        self.merge()
+        row = {"grad_norms": run.observed}
+        if self.mode == "swept" and not run.refusal:
+            row = float32_row(self._sweep(), run.num_examples)
             self._refuse_unless_finite(row["grad_norms"])
         if run.refusal:
             return
-        if self.weights_dir is not None:
+        rank = 0 if self._processes is None else self._processes.rank
+        if self.weights_dir is not None and rank == 0:
             save_weights(self.weights_dir, run.num_steps, self._weights())
         run.close_row(row)
 
     def _fetch_waiting(self) -> None:
         """Bring what waits on an accelerator here, in the order of its reports."""
-        if self._waiting:
-            indices, norms = zip(*self._waiting, strict=True)
-            self._waiting = []
-            on_cpu = [i.cpu() for i in indices]
-            self._store(torch.cat(on_cpu), torch.cat(norms).cpu())
+        reports = self._waiting.take()
+        if reports is not None:
+            self._store(*reports)
 
-    def _store(self, indices: Tensor, norms: Tensor) -> None:
+    def _store(self, indices: Tensor, norms: Tensor, steps: int | Tensor) -> None:
         """Keep the norms as the examples' latest observation."""
-        run = self._run
-        where = indices.cpu().numpy()
-        outside = where[(where < 0) | (where >= run.num_examples)]
-        expect(
-            len(outside) == 0,
-            "indices",
-            outside[:1],
-            f"in [0, {run.num_examples})",
-            "They are positions in the data set that the recorder began with.",
-        )
         values = norms.to(torch.float32).numpy()
+        where = indices.cpu().numpy()
+        self._run.observe(where, values, steps=steps)
         self._refuse_unless_finite(values)
-        run.observed[where] = values  # numpy: of equal indices the last one stays
 
     def _refuse_unless_finite(self, norms: NDArray[np.float32]) -> None:
         """A gradient that is no number has no finite loss."""
@@ -388,33 +397,3 @@ class Recorder:
                 f"{self.num_steps + (self.mode == 'observed')}: training has diverged, "
                 "and no privacy loss is finite. Lower the learning rate."
             )
-
-
-def _require(name: str, given: Any, needed: bool, remedy: str) -> None:
-    """A callable that an option of the recorder calls for."""
-    expect(
-        given is not None or not needed,
-        name,
-        given,
-        "to be a function: this recorder calls it at every row",
-        f"Pass {remedy} to say how.",
-    )
-
-
-def _float32_row(measured: Any, num_examples: int) -> dict[str, NDArray[np.float32]]:
-    """What a sweep returned, as arrays of the ledger."""
-    given = {name: getattr(measured, name, None) for name in _MEASURED}
-    row = {
-        name: torch.as_tensor(values).detach().cpu().to(torch.float32).numpy()
-        for name, values in given.items()
-        if values is not None
-    }
-    for name, values in row.items():
-        expect(
-            values.shape == (num_examples,),
-            f"sweep().{name}",
-            f"an array of shape {values.shape}",
-            f"to have shape ({num_examples},)",
-            "A sweep measures every example of the data set.",
-        )
-    return row

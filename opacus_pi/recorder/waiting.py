@@ -1,0 +1,42 @@
+"""Reports that wait on an accelerator, so that it is seldom waited for.
+
+>>> reports = WaitingReports()
+>>> reports.add(torch.tensor([1, 0]), torch.tensor([0.5, 0.25]), step=3)
+>>> reports.add(torch.tensor([2]), torch.tensor([1.0]), step=4)
+>>> [values.tolist() for values in reports.take()]
+[[1, 0, 2], [0.5, 0.25, 1.0], [3, 3, 4]]
+"""
+
+import torch
+from torch import Tensor
+
+_MAX_WAITING = 256
+
+
+class WaitingReports:
+    """Norms of examples that entered updates, on whatever device they are."""
+
+    def __init__(self) -> None:
+        self._reports: list[tuple[Tensor, Tensor, int]] = []
+
+    @property
+    def are_many(self) -> bool:
+        """Whether it is time to fetch them."""
+        return len(self._reports) >= _MAX_WAITING
+
+    def add(self, indices: Tensor, norms: Tensor, *, step: int) -> None:
+        """Keep the norms ``(b,)`` of examples that enter an update."""
+        self._reports.append((indices, norms.to(torch.float32, copy=True), step))
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Indices, norms and updates ``(k,)`` on the CPU, as reported; None if none."""
+        if not self._reports:
+            return None
+        indices, norms, steps = zip(*self._reports, strict=True)
+        self._reports = []
+        lengths = torch.tensor([len(i) for i in indices])
+        return (
+            torch.cat([i.cpu() for i in indices]),
+            torch.cat(norms).cpu(),
+            torch.tensor(steps).repeat_interleave(lengths),
+        )
