@@ -44,3 +44,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Put bytes under a name in one step, readable by the owner only.
+
+    Args:
+        path: The file's name.
+        content: All of the file.
+    """
+    with replacing(path) as temporary:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
+            file.write(content)

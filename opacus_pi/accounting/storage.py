@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from opacus_pi._validate import expect
+from opacus_pi.atomic_file import replace_file
 
 Arrays = dict[str, NDArray]
 _TYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
@@ -231,17 +231,3 @@ def _checksum(
         for part in array.rows() if isinstance(array, _OnDisk) else [array]:
             digest.update(np.asarray(part, order="C").tobytes())
     return digest.hexdigest()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Put the content under the name in one step; leave nothing behind on failure."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.storage import replace_file
+from opacus_pi.atomic_file import replace_file
 
 _KIND = "opacus_pi.UnlearningTrace"
 _VERSION = 1

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.storage import replace_file
+from opacus_pi.atomic_file import replace_file
 
 
 def save_weights(directory: Path, num_steps: int, state: Mapping[str, Any]) -> Path:

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch.utils.data import Dataset
 
 from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.accounting.storage import replace_file
+from opacus_pi.atomic_file import replace_file
 from opacus_pi.unlearning.deletion_record import DeletionRecord, sync_directory
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
 
