@@ -29,7 +29,13 @@ setup(
     extras_require={
         "benchmarks": ["joblib>=1.3"],
         "search": ["optuna>=4"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "mpmath>=1.3", "ruff>=0.9"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "mpmath>=1.3",
+            "ruff>=0.9",
+            "optuna>=4",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",
