@@ -139,6 +139,11 @@ def assert_same(one, other):
 def child(folder, kind, save_every, connection):
     """A process that trains, tells of every update, and at last leaves its outcome."""
     torch.set_num_threads(1)
-    done = train(folder, kind, save_every, report=connection.send)
+
+    def report(step):
+        connection.send(step)
+        connection.recv()  # go on: one update at most is unknown to the parent
+
+    done = train(folder, kind, save_every, report=report)
     torch.save(outcome(*done), Path(folder, "outcome.pt"))
     connection.send("done")
