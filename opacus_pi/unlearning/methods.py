@@ -285,23 +285,21 @@ def expected_batch_size(loader: Iterable[Batch]) -> float:
     Raises:
         ValueError: If the loader tells neither.
     """
-    sampler = getattr(loader, "batch_sampler", None)
-    for owner in (loader, sampler):
-        rate = getattr(owner, "sample_rate", None)
-        if rate is not None:
-            return rate * len(loader.dataset)
-    for owner in (loader, sampler):
-        size = getattr(owner, "batch_size", None)
-        if size is not None:
-            return float(size)
+    owners = (loader, getattr(loader, "batch_sampler", None))
+    rates, sizes = (
+        [getattr(o, name) for o in owners if getattr(o, name, None) is not None]
+        for name in ("sample_rate", "batch_size")
+    )
+    if rates:
+        return rates[0] * len(loader.dataset)
     expect(
-        False,
+        bool(sizes),
         "retain_loader",
         type(loader).__name__,
         "to have a batch_size or a sample_rate",
         "Clipping divides by the expected batch size; pass a torch DataLoader.",
     )
-    raise AssertionError  # not reached
+    return float(sizes[0])
 
 
 def _zero(model: nn.Module) -> Tensor:
