@@ -75,7 +75,7 @@ def positive(*, remedy: str, **named: ArrayLike) -> None:
         expect(bool(ok.all()), name, _offender(numbers, ok), "above 0", remedy)
 
 
-def _offender(numbers: NDArray, ok: NDArray) -> float:
+def _offender(numbers: NDArray[Any], ok: NDArray[Any]) -> float:
     """The first entry that fails a check (any entry if none does)."""
     return float(numbers[~ok][0]) if not ok.all() else float("nan")
 

@@ -74,7 +74,7 @@ class PrivateRun:
     hooks: AbstractGradSampleHooks
     renyi_filter: RenyiFilter | None = None
     sample_rate: float = 0.0
-    loader: DataLoader | None = None
+    loader: DataLoader[Any] | None = None
     superseded: bool = False
     entered: list[np.ndarray] = field(default_factory=list)
     batch_norms: list[nn.Module] = field(init=False)
@@ -239,7 +239,7 @@ def _from_norms(base: type) -> type:
 
     class Recording(_reporting_updates(base)):
         _pi_norms: Tensor | None = None
-        _pi_of_parameters: tuple = ()
+        _pi_of_parameters: tuple[Any, ...] = ()
 
         def accumulate(self) -> None:  # once for each physical batch that enters
             super().accumulate()

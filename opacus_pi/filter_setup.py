@@ -61,7 +61,7 @@ def _unsuited(
     engine: PrivacyEngine,
     *,
     module: nn.Module,
-    data_loader: DataLoader,
+    data_loader: DataLoader[Any],
     poisson_sampling: bool = True,
     **_: Any,
 ) -> Iterator[str]:

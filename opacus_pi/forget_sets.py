@@ -8,6 +8,8 @@
  'q3': [73, 74, 75, 76], 'last': [96, 97, 98, 99]}
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -184,7 +186,7 @@ def _ranking(scores: ArrayLike) -> Indices:
     return np.argsort(values, kind="stable").astype(np.int64)
 
 
-def _flat(name: str, values: ArrayLike) -> NDArray:
+def _flat(name: str, values: ArrayLike) -> NDArray[Any]:
     """One value per example, as a flat non-empty array."""
     array = np.asarray(values)
     expect(

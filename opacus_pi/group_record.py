@@ -32,7 +32,7 @@ def gram_ledger(
     weights_dir: str | os.PathLike[str],
     model: nn.Module,
     criterion: Criterion,
-    data_set: Dataset,
+    data_set: Dataset[Any],
     forget_indices: ArrayLike,
     ledger: GradNormLedger,
     *,
@@ -111,7 +111,11 @@ class _Forget:
     options: dict[str, Any]
 
     def __call__(
-        self, model: nn.Module, criterion: Criterion, data_set: Dataset, fact: NoisySGD
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        data_set: Dataset[Any],
+        fact: NoisySGD,
     ) -> NDArray[np.float64]:
         """Gram matrix ``(m, m)``."""
         if not self.indices.size:
@@ -149,7 +153,11 @@ class _Minibatches:
     options: dict[str, Any]
 
     def __call__(
-        self, model: nn.Module, criterion: Criterion, data_set: Dataset, fact: NoisySGD
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        data_set: Dataset[Any],
+        fact: NoisySGD,
     ) -> NDArray[np.float64]:
         """Centred Gram matrices ``(R, J, J)``."""
         factors = None

@@ -44,7 +44,7 @@ class Position:
             weakly.
     """
 
-    def __init__(self, random_states: RandomStates, loader: DataLoader) -> None:
+    def __init__(self, random_states: RandomStates, loader: DataLoader[Any]) -> None:
         self._random_states = random_states
         self._loader = weakref.ref(loader)
         self._iterator: Callable[[], Any] = _nothing
@@ -97,7 +97,9 @@ class Position:
         self._iterator = _nothing
         self._pending = (num_delivered, start, now) if num_delivered >= 0 else None
 
-    def begin(self, make: Callable[[], Iterator], *, in_parts: bool) -> Iterator:
+    def begin(
+        self, make: Callable[[], Iterator[Any]], *, in_parts: bool
+    ) -> Iterator[Any]:
         """Begin a pass.
 
         Args:
@@ -123,7 +125,7 @@ class Position:
         self._random_states.restore(now)
         return iterator
 
-    def _began(self, iterator: Iterator, in_parts: bool) -> Iterator:
+    def _began(self, iterator: Iterator[Any], in_parts: bool) -> Iterator[Any]:
         """Follow an iterator that has handed out nothing yet."""
         swap_class(iterator, _counted_iterator)
         iterator._pi_position = self
@@ -131,12 +133,12 @@ class Position:
         self._num_delivered = 0
         return iterator
 
-    def delivered(self, iterator: Iterator) -> None:
+    def delivered(self, iterator: Iterator[Any]) -> None:
         """An iterator hands out a batch."""
         if iterator is self._iterator():
             self._num_delivered += 1
 
-    def ended(self, iterator: Iterator) -> None:
+    def ended(self, iterator: Iterator[Any]) -> None:
         """An iterator has no more batches."""
         if iterator is self._iterator():
             self._iterator = _nothing
@@ -149,7 +151,9 @@ def follow_memory_manager() -> None:
         return
 
     @wraps(build)
-    def wrap_data_loader(*, data_loader: DataLoader, **options: Any) -> DataLoader:
+    def wrap_data_loader(
+        *, data_loader: DataLoader[Any], **options: Any
+    ) -> DataLoader[Any]:
         loader = build(data_loader=data_loader, **options)
         position = getattr(data_loader, "_pi_position", None)
         if position is not None:
@@ -161,13 +165,13 @@ def follow_memory_manager() -> None:
     batch_memory_manager.wrap_data_loader = wrap_data_loader
 
 
-def _follow(loader: DataLoader, position: Position) -> None:
+def _follow(loader: DataLoader[Any], position: Position) -> None:
     """Have a loader begin its passes by way of a position."""
     swap_class(loader, _followed_loader)
     loader._pi_position = position
 
 
-def _skip(iterator: Iterator, num_batches: int) -> None:
+def _skip(iterator: Iterator[Any], num_batches: int) -> None:
     """Go past batches; without workers they are not even loaded."""
     go_on = iterator.__next__ if iterator._num_workers else iterator._next_index
     try:
@@ -177,7 +181,7 @@ def _skip(iterator: Iterator, num_batches: int) -> None:
         pass  # the pass was at its end
 
 
-def _draws_globally(loader: DataLoader, random_states: RandomStates) -> bool:
+def _draws_globally(loader: DataLoader[Any], random_states: RandomStates) -> bool:
     """Whether batches are drawn one by one from a generator that others draw from."""
     own = getattr(loader.batch_sampler, "generator", None)
     shared = own is None or own is random_states.generators.get("noise")
@@ -190,10 +194,12 @@ def _followed_loader(base: type) -> type:
     class Followed(base):
         _pi_in_parts = False
 
-        def __iter__(self) -> Iterator:
+        def __iter__(self) -> Iterator[Any]:
             return self._pi_position.begin(super().__iter__, in_parts=self._pi_in_parts)
 
-        def __reduce_ex__(self, protocol: int) -> tuple[Callable, tuple, dict]:
+        def __reduce_ex__(
+            self, protocol: int
+        ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
             plain = next(c for c in type(self).__mro__ if "_pi_swaps" not in vars(c))
             state = {k: v for k, v in vars(self).items() if not k.startswith("_pi_")}
             return _empty, (plain,), state

@@ -101,12 +101,12 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
         *,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        data_loader: DataLoader,
+        data_loader: DataLoader[Any],
         noise_std: float,
         criterion: Callable[[Any, Any], torch.Tensor],
         poisson_sampling: bool = True,
         **options: Any,
-    ) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader]:
+    ) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
         """Record a training without clipping: plain SGD, or with noise on the mean.
 
         ``save_checkpoint`` and ``load_checkpoint(..., restore_rng=True)`` serve this
@@ -208,7 +208,7 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
             self._reasons.append(reason)
 
     @wraps(opacus.PrivacyEngine.make_private)
-    def make_private(self, **options: Any) -> tuple:
+    def make_private(self, **options: Any) -> tuple[Any, ...]:
         """Prepare as Opacus does, once it is clear that budgets can be kept."""
         if self.renyi_filter is not None:
             require_filterable(self, **options)
@@ -246,8 +246,8 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
         return hooks
 
     def _prepare_data_loader(
-        self, data_loader: DataLoader, **options: Any
-    ) -> DataLoader:
+        self, data_loader: DataLoader[Any], **options: Any
+    ) -> DataLoader[Any]:
         loader = super()._prepare_data_loader(data_loader, **options)
         if self._preparing is not None:
             watch(loader, self._preparing.tracker)

@@ -4,6 +4,7 @@ Each function returns the reason, with the remedy, or None.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from opacus.data_loader import CollateFnWithEmpty
 from opacus.grad_sample import AbstractGradSampleHooks
@@ -29,7 +30,7 @@ from torch.utils.data import (
 _ONCE_AN_EPOCH = (SequentialSampler, SubsetRandomSampler, DistributedSampler)
 
 
-def unknown_schedule(loader: DataLoader) -> str | None:
+def unknown_schedule(loader: DataLoader[Any]) -> str | None:
     """A loader that draws neither by Poisson sampling nor each example once an epoch.
 
     Args:
@@ -67,7 +68,7 @@ def _too_few_steps(rate: float, num_steps: int) -> str:
     )
 
 
-def is_poisson(loader: DataLoader) -> bool:
+def is_poisson(loader: DataLoader[Any]) -> bool:
     """Whether a loader draws every example independently in each update."""
     return type(loader.batch_sampler) in (
         UniformWithReplacementSampler,
@@ -75,7 +76,7 @@ def is_poisson(loader: DataLoader) -> bool:
     )
 
 
-def overlapping(loader: DataLoader, num_processes: int) -> str | None:
+def overlapping(loader: DataLoader[Any], num_processes: int) -> str | None:
     """A loader from which several processes may draw an example for one update.
 
     Args:
@@ -95,7 +96,7 @@ def overlapping(loader: DataLoader, num_processes: int) -> str | None:
     )
 
 
-def own_collate_fn(loader: DataLoader) -> Callable | None:
+def own_collate_fn(loader: DataLoader[Any]) -> Callable[..., Any] | None:
     """The user's collate_fn; Opacus's wrapper remembers the first batch it sees."""
     collate_fn = loader.collate_fn
     while isinstance(collate_fn, CollateFnWithEmpty):

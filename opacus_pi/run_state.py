@@ -40,7 +40,7 @@ class RunState:
 
     def __init__(
         self,
-        loader: DataLoader,
+        loader: DataLoader[Any],
         *,
         optimizer: torch.optim.Optimizer | None = None,
         noise_generator: torch.Generator | None = None,

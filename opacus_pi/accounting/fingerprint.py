@@ -62,7 +62,7 @@ def _class_name(data_set: Any) -> str:
     return f"{name}[{_class_name(data_set.dataset)}]" if _is_subset(data_set) else name
 
 
-def _labels(data_set: Any) -> NDArray | None:
+def _labels(data_set: Any) -> NDArray[Any] | None:
     """The label array, or None where there is none."""
     if _is_subset(data_set):
         labels = _labels(data_set.dataset)
@@ -77,7 +77,7 @@ def _labels(data_set: Any) -> NDArray | None:
     return None
 
 
-def _as_labels(found: Any) -> NDArray | None:
+def _as_labels(found: Any) -> NDArray[Any] | None:
     """An attribute as an array of numbers, or None if it is not one."""
     if found is None or callable(found):
         return None
@@ -90,7 +90,7 @@ def _as_labels(found: Any) -> NDArray | None:
     return array if array.ndim >= 1 and array.dtype.kind in "biufU" else None
 
 
-def _hash(labels: NDArray) -> str:
+def _hash(labels: NDArray[Any]) -> str:
     """Sixteen hexadecimal digits of the values, whatever type stores them."""
     wide = {"b": np.int64, "i": np.int64, "u": np.int64, "f": np.float64}
     values = labels.astype(wide.get(labels.dtype.kind, labels.dtype), order="C")

@@ -16,6 +16,7 @@ V_S = Σ_{x∈S} g_x/σ: only the Gram matrix K of the forget gradients enters. 
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -118,7 +119,9 @@ def coupled_log_moment(
     return _sample(K, sample_rate, order, num_samples, generator)
 
 
-def subset_sums(vectors: ArrayLike, sample_rate: float) -> tuple[NDArray, NDArray]:
+def subset_sums(
+    vectors: ArrayLike, sample_rate: float
+) -> tuple[NDArray[Any], NDArray[Any]]:
     """All sums of subsets of the rows, and the logarithms of their probabilities.
 
     Args:

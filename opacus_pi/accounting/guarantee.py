@@ -12,6 +12,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -195,7 +196,7 @@ class Guarantee:
         ]
 
 
-def _parsed(text: str) -> dict:
+def _parsed(text: str) -> dict[str, Any]:
     """The fields of a guarantee's JSON text."""
     try:
         facts = json.loads(text)

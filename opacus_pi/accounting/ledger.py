@@ -15,6 +15,7 @@ array([[0.25],
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -250,7 +251,7 @@ class GradNormLedger:
 
     @classmethod
     def _from_file(
-        cls, arrays: dict[str, NDArray], facts: dict[str, str]
+        cls, arrays: dict[str, NDArray[Any]], facts: dict[str, str]
     ) -> "GradNormLedger":
         """A ledger from what its file holds."""
         mechanism = NoisySGD.from_arrays(arrays, facts)

@@ -8,6 +8,7 @@ ValueError: Expected sample_rate=1.2 in [0, 1]. Divide the batch size by the dat
 
 import operator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -140,7 +141,7 @@ class NoisySGD:
 
     @classmethod
     def from_arrays(
-        cls, arrays: dict[str, NDArray], facts: dict[str, str]
+        cls, arrays: dict[str, NDArray[Any]], facts: dict[str, str]
     ) -> "NoisySGD":
         """Read what ``to_arrays`` gave, and take its numbers out of ``arrays``."""
         return cls(
@@ -176,7 +177,7 @@ def _scheduled(name: str, value: ArrayLike) -> float | NDArray[np.float64]:
     return float(array) if array.ndim == 0 else frozen(array)
 
 
-def frozen(array: NDArray) -> NDArray:
+def frozen(array: NDArray[Any]) -> NDArray[Any]:
     """The array, now read-only."""
     array.setflags(write=False)
     return array

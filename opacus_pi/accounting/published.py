@@ -13,6 +13,7 @@ The same inputs give far fewer steps with ``langevin.steps_to_unlearn``:
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -215,7 +216,7 @@ def steps_at_rate(
     return max(0, math.ceil(steps.min()))
 
 
-def mironov_allowance(epsilon: float, delta: float, orders: ArrayLike) -> NDArray:
+def mironov_allowance(epsilon: float, delta: float, orders: ArrayLike) -> NDArray[Any]:
     """Divergence that (ε, δ) leaves at each order: ε − ln(1/δ)/(α − 1).
 
     Args:

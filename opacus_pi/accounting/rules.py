@@ -19,6 +19,7 @@ Interval(first=6, last=6, right=1, left=1)
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -113,8 +114,8 @@ def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, Interval]]:
 
 
 def loss_under_rule(
-    loss: Callable[[Interval, int], NDArray], interval: Interval, rule: str
-) -> NDArray:
+    loss: Callable[[Interval, int], NDArray[Any]], interval: Interval, rule: str
+) -> NDArray[Any]:
     """One interval's loss under a rule.
 
     Args:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +55,7 @@ class Record:
     steps: NDArray[np.int64]
     norms: Array
 
-    def only(self, columns: NDArray | slice) -> "Record":
+    def only(self, columns: NDArray[Any] | slice) -> "Record":
         """The same runs, seen by some of the examples."""
         return replace(self, norms=self.norms[..., columns])
 

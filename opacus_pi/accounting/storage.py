@@ -22,7 +22,7 @@ from safetensors.numpy import save
 from opacus_pi._validate import expect
 from opacus_pi.atomic_file import replace_file
 
-Arrays = dict[str, NDArray]
+Arrays = dict[str, NDArray[Any]]
 _TYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 _AGAIN = "Record it again, or restore the file from a copy."
 
@@ -31,7 +31,7 @@ def write_arrays(
     path: str | os.PathLike[str],
     kind: str,
     version: int,
-    arrays: Mapping[str, NDArray],
+    arrays: Mapping[str, NDArray[Any]],
     facts: Mapping[str, str],
 ) -> None:
     """Write arrays and facts to one file, atomically.
@@ -126,7 +126,7 @@ class _OnDisk:
     shape: tuple[int, ...]
     offset: int
 
-    def rows(self, columns: slice = slice(None)) -> Iterator[NDArray]:
+    def rows(self, columns: slice = slice(None)) -> Iterator[NDArray[Any]]:
         """The part of each row along the last axis, one after the other."""
         length, (start, stop) = self._length, self._span(columns)
         with open(self.path, "rb") as file:
@@ -134,7 +134,7 @@ class _OnDisk:
                 file.seek(self.offset + (row * length + start) * self.dtype.itemsize)
                 yield np.fromfile(file, self.dtype, stop - start)
 
-    def read(self, columns: slice) -> NDArray:
+    def read(self, columns: slice) -> NDArray[Any]:
         """All rows' parts."""
         start, stop = self._span(columns)
         shape = (*self.shape[:-1], stop - start) if self.shape else ()
@@ -208,7 +208,7 @@ def _check_kind(name: str, header: Mapping[str, str], kind: str, version: int) -
 def _check(
     path: str | os.PathLike[str],
     header: dict[str, str],
-    arrays: Mapping[str, NDArray | _OnDisk],
+    arrays: Mapping[str, NDArray[Any] | _OnDisk],
 ) -> None:
     """Take the checksum out of the header, and refuse what does not match it."""
     expect(
@@ -221,7 +221,7 @@ def _check(
 
 
 def _checksum(
-    arrays: Mapping[str, NDArray | _OnDisk], header: Mapping[str, str]
+    arrays: Mapping[str, NDArray[Any] | _OnDisk], header: Mapping[str, str]
 ) -> str:
     """SHA-256 over the header and every array's name, type, shape and bytes."""
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())

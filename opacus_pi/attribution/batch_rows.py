@@ -143,7 +143,7 @@ def _places(length: int) -> NDArray[np.int64]:
     return places
 
 
-def _layout(tensor: Tensor, dim: int) -> tuple:
+def _layout(tensor: Tensor, dim: int) -> tuple[Any, ...]:
     """What two views of one memory share if they are the same rows."""
     shape, stride = tuple(tensor.shape), tuple(tensor.stride())
     return dim, tensor.dtype, tensor.storage_offset(), shape, stride

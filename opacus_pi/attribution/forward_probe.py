@@ -27,7 +27,9 @@ class ForwardProbe:
         """From now on, tell this tracker."""
         self._tracker, self._model = weakref.ref(tracker), weakref.ref(model)
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
         """The hook: ``nn.Module.register_forward_hook(..., with_kwargs=True)``."""
         tracker = self._tracker()
         if tracker is None or not (module.training and is_grad_enabled()):
@@ -45,7 +47,7 @@ class ForwardProbe:
             if tensor.requires_grad:
                 tensor.register_hook(reached)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return ForwardProbe, ()
 
 

@@ -23,7 +23,7 @@ from opacus_pi.attribution.tracker import Tracker
 from opacus_pi.class_swap import swap_class
 
 
-def watch(loader: DataLoader, tracker: Tracker) -> DataLoader:
+def watch(loader: DataLoader[Any], tracker: Tracker) -> DataLoader[Any]:
     """Have a loader report its batches to a tracker.
 
     Args:
@@ -38,7 +38,7 @@ def watch(loader: DataLoader, tracker: Tracker) -> DataLoader:
     return loader
 
 
-def tracker_of(loader: DataLoader) -> Tracker | None:
+def tracker_of(loader: DataLoader[Any]) -> Tracker | None:
     """The tracker that a loader reports to."""
     reference = getattr(loader, "_pi_tracker", None)
     return None if reference is None else reference()
@@ -51,7 +51,9 @@ def watch_memory_manager() -> None:
         return
 
     @wraps(build)
-    def wrap_data_loader(*, data_loader: DataLoader, **options: Any) -> DataLoader:
+    def wrap_data_loader(
+        *, data_loader: DataLoader[Any], **options: Any
+    ) -> DataLoader[Any]:
         loader = build(data_loader=data_loader, **options)
         tracker = tracker_of(data_loader)
         return loader if tracker is None else watch(loader, tracker)
@@ -140,7 +142,9 @@ def _watched_loader(base: type) -> type:
             iterator._pi_tracker = self._pi_tracker
             return swap_class(iterator, _watched_iterator)
 
-        def __reduce_ex__(self, protocol: int) -> tuple[Callable, tuple, dict]:
+        def __reduce_ex__(
+            self, protocol: int
+        ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
             state = {k: v for k, v in self.__dict__.items() if k != "_pi_tracker"}
             return _plain, (base,), state
 

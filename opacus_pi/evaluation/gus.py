@@ -104,7 +104,7 @@ def _check_examples(clean_inputs: Tensor, labels: Tensor, noise: Tensor) -> None
     )
 
 
-class GaussianPoison(Dataset):
+class GaussianPoison(Dataset[Any]):
     """A data set in which some inputs carry fixed Gaussian noise; labels are kept.
 
     Args:
@@ -128,7 +128,7 @@ class GaussianPoison(Dataset):
 
     def __init__(
         self,
-        data_set: Dataset,
+        data_set: Dataset[Any],
         forget_indices: ArrayLike,
         noise_std: float,
         generator: torch.Generator,

@@ -189,7 +189,7 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
     return True
 
 
-def _array(tensor: Tensor) -> NDArray:
+def _array(tensor: Tensor) -> NDArray[Any]:
     """A tensor as an array; half precisions that numpy lacks are widened exactly."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

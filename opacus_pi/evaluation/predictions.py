@@ -12,6 +12,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from opacus_pi.evaluation.no_trace import device_of, evaluating
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.objective import float64_losses
 
-Data = Dataset | Iterable[tuple[Tensor, Tensor]]
+Data = Dataset[Any] | Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def predict(
 
 def _batch(
     outputs: Tensor, labels: Tensor, losses_of: Criterion
-) -> tuple[NDArray, NDArray, NDArray, NDArray]:
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Losses, confidences, margins and correctness of one batch."""
     losses = losses_of(outputs, labels)
     _check_scores(outputs, labels)

@@ -33,9 +33,9 @@ class BareParameters(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable,
+        func: Callable[..., Any],
         types: Any,
-        args: tuple = (),
+        args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run an operation, tapped if it is one of those above."""
@@ -51,7 +51,11 @@ class BareParameters(TorchFunctionMode):
         return func(*args)
 
     def _combine(
-        self, func: Callable, args: tuple, parameter: nn.Parameter, x: Tensor
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        parameter: nn.Parameter,
+        x: Tensor,
     ) -> Tensor:
         """A sum or product of a batch and a parameter."""
         if not _is_shared(parameter.shape, x.shape):
@@ -59,7 +63,7 @@ class BareParameters(TorchFunctionMode):
         output = func(*(a.detach() if a is parameter else a for a in args))
         return self._tap(output, x if func in _PRODUCTS else None, parameter)
 
-    def _spread(self, func: Callable, args: tuple) -> Tensor:
+    def _spread(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
         """A parameter expanded to one copy per example."""
         parameter, *sizes = args
         output = func(parameter.detach(), *sizes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
-def arguments(x: Any) -> tuple[tuple, dict[str, Any]]:
+def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments that hand ``x`` to a model.
 
     Args:

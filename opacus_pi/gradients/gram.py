@@ -29,13 +29,13 @@ from opacus_pi.gradients.skeleton import evaluation_copy
 _MAX_ELEMENTS = 1 << 27  # float64 entries of per-example gradients held at once
 _VMAP_ELEMENTS = 1 << 26
 
-Collate = Callable[[list], Any]
+Collate = Callable[[list[Any]], Any]
 
 
 def gradient_gram(
     model: nn.Module,
     criterion: Criterion,
-    data_set: Dataset,
+    data_set: Dataset[Any],
     indices: ArrayLike,
     *,
     batch_size: int = 64,
@@ -87,7 +87,7 @@ def gradient_gram(
 def minibatch_gram(
     model: nn.Module,
     criterion: Criterion,
-    data_set: Dataset,
+    data_set: Dataset[Any],
     batches: Sequence[ArrayLike],
     centre: ArrayLike,
     *,
@@ -148,7 +148,7 @@ class _Batches:
 
     def __init__(
         self,
-        data_set: Dataset,
+        data_set: Dataset[Any],
         batch_size: int,
         collate_fn: Collate | None,
         device: torch.device,

@@ -16,7 +16,7 @@ _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 def shared_sweep(
     model: nn.Module,
     criterion: Criterion,
-    data_set: Dataset,
+    data_set: Dataset[Any],
     *,
     processes: Processes | None,
     **options: Any,

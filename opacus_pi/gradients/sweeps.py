@@ -50,10 +50,10 @@ class Sweep:
 def norm_sweep(
     model: nn.Module,
     criterion: Criterion,
-    data_set: Dataset,
+    data_set: Dataset[Any],
     *,
     batch_size: int = 64,
-    collate_fn: Callable[[list], Any] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
 ) -> Tensor:
     """Return the gradient norm of every example of a data set.
@@ -85,10 +85,10 @@ def norm_sweep(
 def sweep(
     model: nn.Module,
     criterion: Criterion,
-    data_set: Dataset,
+    data_set: Dataset[Any],
     *,
     batch_size: int = 64,
-    collate_fn: Callable[[list], Any] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
 ) -> Sweep:
     r"""Measure every example of a data set in one pass that leaves no trace.
@@ -134,9 +134,9 @@ def sweep(
 
 
 def _batches(
-    data_set: Dataset,
+    data_set: Dataset[Any],
     batch_size: int,
-    collate_fn: Callable[[list], Any] | None,
+    collate_fn: Callable[[list[Any]], Any] | None,
     device: torch.device,
     progress: bool,
 ) -> Iterator[tuple[Any, Any]]:

@@ -6,6 +6,7 @@ Draws(sample_rate=0.3333333333333333, mean_batch_size=4.0, sampling='fixed')
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from opacus.data_loader import DPDataLoader
 from torch.utils.data import DataLoader
@@ -26,7 +27,7 @@ class Draws:
     sampling: str
 
 
-def draws_of(loader: DataLoader) -> Draws:
+def draws_of(loader: DataLoader[Any]) -> Draws:
     """What a loader will draw.
 
     An update of Opacus's Poisson loader draws ``sample_rate * n`` rows in expectation

@@ -37,13 +37,13 @@ def monitor(
     tracker: Tracker,
     module: nn.Module,
     optimizer: Optimizer,
-    data_loader: DataLoader,
+    data_loader: DataLoader[Any],
     noise_std: float,
     criterion: Callable[[Any, Any], Tensor],
     poisson_sampling: bool = True,
     noise_generator: torch.Generator | None = None,
     sampling_generator: torch.Generator | None = None,
-) -> tuple[nn.Module, Optimizer, DataLoader]:
+) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
     """Record a training without clipping, with or without noise.
 
     Without noise nothing is touched: with the user's own loader, weights and random
@@ -80,7 +80,7 @@ def monitor(
     _check_data(data_loader)
     processes = Processes() if isinstance(module, DDP) else None
 
-    def measure(data_set: Dataset) -> Sweep:
+    def measure(data_set: Dataset[Any]) -> Sweep:
         return shared_sweep(
             module,
             criterion,
@@ -136,7 +136,9 @@ def _hang_hooks(
         "max_grad_norm": math.inf,
     }
 
-    def count(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def count(
+        optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         recorder.step(**settings)
 
     _HANDLES[optimizer] = [optimizer.register_step_post_hook(count)]
@@ -208,7 +210,7 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
     )
 
 
-def _check_data(data_loader: DataLoader) -> None:
+def _check_data(data_loader: DataLoader[Any]) -> None:
     """Refuse data whose examples cannot be told apart and measured."""
     data_set = data_loader.dataset
     ordered = hasattr(data_set, "__len__") and not isinstance(data_set, IterableDataset)

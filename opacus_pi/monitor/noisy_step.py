@@ -48,7 +48,9 @@ class NoisyStep:
         self.tracker = tracker
         self.generator = generator
 
-    def __call__(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+    def __call__(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """A pre-hook of ``Optimizer.step``; ``args`` starts with the optimizer."""
         _check_step(optimizer, args[1] if len(args) > 1 else kwargs.get("closure"))
         gradients = _gradients(optimizer)

@@ -90,7 +90,7 @@ class RecordedRun:
         return int(np.count_nonzero(self.observed_at))
 
     def observe(
-        self, indices: NDArray, norms: NDArray[np.float32], *, steps: int | Tensor
+        self, indices: NDArray[Any], norms: NDArray[np.float32], *, steps: int | Tensor
     ) -> None:
         """Keep norms as the examples' latest observation, made in these updates.
 
@@ -238,11 +238,11 @@ def _table(intervals: list[Settings]) -> Tensor:
     return torch.tensor(intervals, dtype=torch.float64).reshape(-1, 3)
 
 
-def _columns(intervals: list[Settings]) -> Iterator[tuple[str, NDArray]]:
+def _columns(intervals: list[Settings]) -> Iterator[tuple[str, NDArray[Any]]]:
     """Each setting's name with its float64 ``(N,)`` values."""
     return zip(Settings._fields, np.array(intervals, dtype=np.float64).T, strict=True)
 
 
-def _constant(values: NDArray) -> float | NDArray:
+def _constant(values: NDArray[Any]) -> float | NDArray[Any]:
     """One number where all are the same."""
     return float(values[0]) if (values == values[0]).all() else values

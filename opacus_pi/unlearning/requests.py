@@ -116,7 +116,7 @@ class DeletionRequests:
     def process(
         self,
         unlearner: Unlearner,
-        train_set: Dataset,
+        train_set: Dataset[Any],
         *,
         together: bool = False,
         **options: Any,
@@ -152,7 +152,7 @@ class DeletionRequests:
     def _carry_out(
         self,
         unlearner: Unlearner,
-        train_set: Dataset,
+        train_set: Dataset[Any],
         group: list[DeletionRequest],
         options: Mapping[str, Any],
     ) -> UnlearningResult:

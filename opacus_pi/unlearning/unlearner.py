@@ -146,7 +146,7 @@ class Unlearner:
 
     def unlearn(
         self,
-        train_set: Dataset,
+        train_set: Dataset[Any],
         forget_indices: ArrayLike,
         num_epochs: int = 25,
         evaluate: Evaluate | None = None,
@@ -262,7 +262,7 @@ class Unlearner:
 
     def _fit(
         self,
-        loaders: tuple[DataLoader, DataLoader | None],
+        loaders: tuple[DataLoader[Any], DataLoader[Any] | None],
         num_epochs: int,
         evaluate: Evaluate | None,
         stop: StopWhen | None,
@@ -301,16 +301,16 @@ class Unlearner:
 
     def _loaders(
         self,
-        train_set: Dataset,
+        train_set: Dataset[Any],
         retain: NDArray[np.int64],
         forget: NDArray[np.int64],
         batch_size: int,
-    ) -> tuple[DataLoader, DataLoader | None]:
+    ) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
         """Shuffled loaders of both sets; their order does not depend on the method."""
         place = self._generator.device
         seed = int(torch.randint(2**62, (), generator=self._generator, device=place))
 
-        def loader(indices: NDArray[np.int64], seed: int) -> DataLoader:
+        def loader(indices: NDArray[np.int64], seed: int) -> DataLoader[Any]:
             order = torch.Generator().manual_seed(seed)
             subset = Subset(train_set, indices.tolist())
             return DataLoader(subset, batch_size, shuffle=True, generator=order)
