@@ -19,12 +19,25 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.accounting.ledger import checked_steps
-from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD, frozen
-from opacus_pi.accounting.storage import read_arrays, write_arrays
+from opacus_pi.accounting.measurements import checked_steps
+from opacus_pi.accounting.mechanism import (
+    MECHANISM_ARRAYS,
+    MECHANISM_FACTS,
+    MECHANISM_MORE_FACTS,
+    SCHEDULED,
+    NoisySGD,
+    frozen,
+)
+from opacus_pi.accounting.storage import Layout, read_arrays, write_arrays
 
 _KIND = "opacus_pi.GramLedger"
 _VERSION = 1
+_LAYOUT = Layout(
+    arrays={**MECHANISM_ARRAYS, "steps": "<i8", "grams": "<f8"},
+    facts=(*MECHANISM_FACTS, "gram_kind"),
+    more_arrays={"example_ids": "<i8"},
+    more_facts=(*MECHANISM_MORE_FACTS, "data_set"),
+)
 _SHAPES = {"forget": "(N, m, m)", "minibatch": "(N, R, J, J)"}
 
 
@@ -151,7 +164,7 @@ class GramLedger:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is truncated, edited, of another version or foreign.
         """
-        arrays, facts = read_arrays(path, _KIND, _VERSION)
+        arrays, facts = read_arrays(path, _KIND, _VERSION, _LAYOUT)
         mechanism = NoisySGD.from_arrays(arrays, facts)
         kind, data_set = facts["gram_kind"], facts.get("data_set")
         return cls(mechanism, kind=kind, data_set=data_set, **arrays)
@@ -192,7 +205,8 @@ def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
     )
     flipped = np.swapaxes(grams, -1, -2)
     diagonal = np.diagonal(grams, axis1=-2, axis2=-1)
-    size = np.sqrt(np.abs(diagonal[..., :, None] * diagonal[..., None, :]))
+    norms = np.sqrt(np.abs(diagonal))  # before the product, which may overflow
+    size = norms[..., :, None] * norms[..., None, :]
     sound = (
         np.isfinite(grams)
         & (np.abs(grams) <= size * (1 + 1e-5))

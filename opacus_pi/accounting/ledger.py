@@ -13,7 +13,7 @@ array([[0.25],
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,9 +27,17 @@ from opacus_pi.accounting.measurements import (
     checked_steps,
     fill_unobserved,
 )
-from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.accounting.mechanism import (
+    MECHANISM_ARRAYS,
+    MECHANISM_FACTS,
+    MECHANISM_MORE_FACTS,
+    SCHEDULED,
+    NoisySGD,
+)
 from opacus_pi.accounting.storage import (
+    Layout,
     check_file,
+    read_array,
     read_arrays,
     read_columns,
     write_arrays,
@@ -38,6 +46,12 @@ from opacus_pi.accounting.storage import (
 _KIND = "opacus_pi.GradNormLedger"
 _VERSION = 1
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
+_LAYOUT = Layout(
+    arrays={**MECHANISM_ARRAYS, "steps": "<i8", "grad_norms": "<f4"},
+    facts=(*MECHANISM_FACTS, "source"),
+    more_arrays={"example_ids": "<i8", **dict.fromkeys(_MEASURED[1:], "<f4")},
+    more_facts=(*MECHANISM_MORE_FACTS, "data_set"),
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,7 +113,9 @@ class GradNormLedger:
     def _check_shapes(self) -> None:
         """Every array must fit ``grad_norms`` and ``steps``."""
         num_rows, num_examples = self.grad_norms.shape
-        wanted = {name: (num_rows, num_examples) for name in _MEASURED}
+        wanted: dict[str, tuple[int, ...]] = {
+            name: (num_rows, num_examples) for name in _MEASURED
+        }
         wanted["example_ids"] = (num_examples,)
         given = {name: getattr(self, name) for name in wanted}
         for name in SCHEDULED:
@@ -126,12 +142,13 @@ class GradNormLedger:
     @property
     def num_rows(self) -> int:
         """Number of rows, N."""
-        return self.grad_norms.shape[0]
+        return len(self.grad_norms)
 
     @property
     def num_examples(self) -> int:
         """Number of examples, n."""
-        return self.grad_norms.shape[1]
+        result: int = self.grad_norms.shape[1]
+        return result
 
     def ratios(self) -> NDArray[np.float64]:
         """Each example's clipped gradient norm in units of the noise.
@@ -218,7 +235,7 @@ class GradNormLedger:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is truncated, edited, of another version or foreign.
         """
-        return cls._from_file(*read_arrays(path, _KIND, _VERSION))
+        return cls._from_file(*read_arrays(path, _KIND, _VERSION, _LAYOUT))
 
     @classmethod
     def load_chunks(
@@ -241,7 +258,10 @@ class GradNormLedger:
             ValueError: As ``load``, or if ``num_examples`` is not above 0.
         """
         positive(num_examples=num_examples, remedy="Count the examples of a part.")
-        shapes, facts = check_file(path, _KIND, _VERSION)
+        shapes, facts = check_file(path, _KIND, _VERSION, _LAYOUT)
+        _check_same_width(path, shapes)
+        if "example_ids" in shapes:
+            checked_ids(read_array(path, "example_ids"))
         total = shapes["grad_norms"][1]
         for start in range(0, total, num_examples):
             part = slice(start, min(start + num_examples, total))
@@ -258,6 +278,22 @@ class GradNormLedger:
         return cls(
             mechanism, source=facts["source"], data_set=facts.get("data_set"), **arrays
         )
+
+
+def _check_same_width(
+    path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a file whose columns would not be those of the same examples."""
+    wanted = shapes["grad_norms"]
+    given = {s for name, s in shapes.items() if name in _MEASURED}
+    ids = shapes.get("example_ids", wanted[-1:])
+    expect(
+        len(wanted) == 2 and given == {wanted} and ids == wanted[1:],
+        "path",
+        os.fspath(path),
+        f"to hold arrays of one shape (N, n), and n ids, not {sorted(given)}, {ids}",
+        "Record it again, or restore the file from a copy.",
+    )
 
 
 def runs_of(

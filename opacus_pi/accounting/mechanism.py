@@ -7,6 +7,7 @@ ValueError: Expected sample_rate=1.2 in [0, 1]. Divide the batch size by the dat
 """  # noqa: E501
 
 import operator
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,6 +18,9 @@ from opacus_pi._validate import expect, in_range, positive
 
 SCHEDULED = ("sample_rate", "noise_std", "max_grad_norm")
 _ASSUMED = "assumed"  # in a file
+MECHANISM_ARRAYS = {f"mechanism.{name}": "<f8" for name in SCHEDULED}
+MECHANISM_FACTS = ("num_steps", "sampling")
+MECHANISM_MORE_FACTS = ("noise",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +124,8 @@ class NoisySGD:
 
     def with_noise_std(self, noise_std: ArrayLike) -> "NoisySGD":
         """The same facts with an assumed noise on the sum, marked as assumed."""
-        return replace(self, noise_std=noise_std, assumed_noise=True)
+        facts: dict[str, Any] = {"noise_std": noise_std, "assumed_noise": True}
+        return replace(self, **facts)
 
     def at_row(self, row: int) -> "NoisySGD":
         """The same mechanism with the values that a schedule has at one row."""
@@ -131,7 +136,7 @@ class NoisySGD:
     def __hash__(self) -> int:
         return hash((self.num_steps, self.sampling))
 
-    def to_arrays(self) -> tuple[dict[str, ArrayLike], dict[str, str]]:
+    def to_arrays(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Its numbers and its facts, as a ledger's file stores them."""
         arrays = {f"mechanism.{name}": getattr(self, name) for name in SCHEDULED}
         facts = {"num_steps": str(self.num_steps), "sampling": self.sampling}
@@ -144,10 +149,18 @@ class NoisySGD:
         cls, arrays: dict[str, NDArray[Any]], facts: dict[str, str]
     ) -> "NoisySGD":
         """Read what ``to_arrays`` gave, and take its numbers out of ``arrays``."""
+        steps, noise = facts["num_steps"], facts.get("noise", _ASSUMED)
+        expect(
+            re.fullmatch("[0-9]{1,18}", steps) is not None and noise == _ASSUMED,
+            "the file's num_steps, noise",
+            f"{steps}, {noise}",
+            f"to be a whole number and {_ASSUMED!r}",
+            "Restore the file from a copy.",
+        )
         return cls(
-            num_steps=int(facts["num_steps"]),
+            num_steps=int(steps),
             sampling=facts["sampling"],
-            assumed_noise=facts.get("noise") == _ASSUMED,
+            assumed_noise="noise" in facts,
             **{name: arrays.pop(f"mechanism.{name}") for name in SCHEDULED},
         )
 

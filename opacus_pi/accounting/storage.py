@@ -8,9 +8,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from opacus_pi._validate import expect
+from opacus_pi.accounting.on_disk import OnDisk, arrays_on_disk
 from opacus_pi.atomic_file import replace_file
 
 Arrays = dict[str, NDArray[Any]]
-_TYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 _AGAIN = "Record it again, or restore the file from a copy."
+_OWN_FACTS = {"kind", "version"}
+_MAX_WIDTH = 1 << 24  # of an array without entries, whose size no file length proves
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file of one kind holds.
+
+    Args:
+        arrays: Type of each array that must be there, e.g. ``"<f8"``.
+        facts: Names of the strings that must be there.
+        more_arrays: Type of each array that may be there.
+        more_facts: Names of the strings that may be there.
+    """
+
+    arrays: Mapping[str, str]
+    facts: Collection[str] = ()
+    more_arrays: Mapping[str, str] = field(default_factory=dict)
+    more_facts: Collection[str] = ()
 
 
 def write_arrays(
@@ -48,12 +67,12 @@ def write_arrays(
     """
     contiguous = {name: np.asarray(a, order="C") for name, a in arrays.items()}
     header = {**facts, "kind": kind, "version": str(version)}
-    header["checksum"] = _checksum(contiguous, header)
+    header["checksum"] = checksum(_described(contiguous), header)
     replace_file(Path(path), save(contiguous, metadata=header))
 
 
 def read_arrays(
-    path: str | os.PathLike[str], kind: str, version: int
+    path: str | os.PathLike[str], kind: str, version: int, layout: Layout | None = None
 ) -> tuple[Arrays, dict[str, str]]:
     """Read what ``write_arrays`` wrote, or refuse.
 
@@ -61,6 +80,7 @@ def read_arrays(
         path: The file's name.
         kind: What the file must hold.
         version: The version of that layout which the caller understands.
+        layout: What such a file holds. Default: any arrays and facts.
 
     Returns:
         The arrays and the facts, by name.
@@ -69,14 +89,14 @@ def read_arrays(
         FileNotFoundError: If there is no such file.
         ValueError: If the file is truncated, foreign, of another version or edited.
     """
-    with _opened(path, kind, version) as (file, header):
+    with opened(path, kind, version) as (file, header):
         arrays = {key: file.get_tensor(key) for key in file.keys()}
-    _check(path, header, arrays)
+    _check(path, header, arrays, layout)
     return arrays, header
 
 
 def check_file(
-    path: str | os.PathLike[str], kind: str, version: int
+    path: str | os.PathLike[str], kind: str, version: int, layout: Layout | None = None
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Make the checks of ``read_arrays`` without holding the arrays in memory.
 
@@ -84,6 +104,7 @@ def check_file(
         path: The file's name.
         kind: What the file must hold.
         version: The version of that layout which the caller understands.
+        layout: As of ``read_arrays``.
 
     Returns:
         The arrays' shapes and the facts, by name.
@@ -92,9 +113,9 @@ def check_file(
         FileNotFoundError: If there is no such file.
         ValueError: As ``read_arrays``.
     """
-    with _opened(path, kind, version) as (_, header):
-        on_disk = _on_disk(path)
-    _check(path, header, on_disk)
+    with opened(path, kind, version) as (_, header):
+        on_disk = arrays_on_disk(path)
+    _check(path, header, on_disk, layout)
     return {name: array.shape for name, array in on_disk.items()}, header
 
 
@@ -113,74 +134,46 @@ def read_columns(
     """
     return {
         name: array.read(columns if name in names else slice(None))
-        for name, array in _on_disk(path).items()
+        for name, array in arrays_on_disk(path).items()
     }
 
 
-@dataclass(frozen=True)
-class _OnDisk:
-    """An array in a file, read without mapping it: mapped pages would stay around."""
+def read_array(path: str | os.PathLike[str], name: str) -> NDArray[Any]:
+    """Read one array of a file that ``check_file`` has checked.
 
-    path: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int
+    Args:
+        path: The file's name.
+        name: The array's.
 
-    def rows(self, columns: slice = slice(None)) -> Iterator[NDArray[Any]]:
-        """The part of each row along the last axis, one after the other."""
-        length, (start, stop) = self._length, self._span(columns)
-        with open(self.path, "rb") as file:
-            for row in range(math.prod(self.shape[:-1])):
-                file.seek(self.offset + (row * length + start) * self.dtype.itemsize)
-                yield np.fromfile(file, self.dtype, stop - start)
-
-    def read(self, columns: slice) -> NDArray[Any]:
-        """All rows' parts."""
-        start, stop = self._span(columns)
-        shape = (*self.shape[:-1], stop - start) if self.shape else ()
-        return np.array(list(self.rows(columns)), self.dtype).reshape(shape)
-
-    @property
-    def _length(self) -> int:
-        """Entries of a row."""
-        return self.shape[-1] if self.shape else 1
-
-    def _span(self, columns: slice) -> tuple[int, int]:
-        """Where a part of a row starts and stops."""
-        start, stop, _ = columns.indices(self._length)
-        return start, stop
-
-
-def _on_disk(path: str | os.PathLike[str]) -> dict[str, _OnDisk]:
-    """The arrays of a safetensors file, from its header."""
-    name = os.fspath(path)
-    with open(name, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    return {
-        key: _OnDisk(
-            name,
-            _TYPES[facts["dtype"]],
-            tuple(facts["shape"]),
-            8 + size + facts["data_offsets"][0],
-        )
-        for key, facts in header.items()
-    }
+    Returns:
+        All of it.
+    """
+    return arrays_on_disk(path)[name].read(slice(None))
 
 
 @contextmanager
-def _opened(
-    path: str | os.PathLike[str], kind: str, version: int
+def opened(
+    path: str | os.PathLike[str], kind: str, version: int, framework: str = "np"
 ) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The open file and its header, if they are of the right kind and version."""
+    """The open file and its header, if they are of the right kind and version.
+
+    Args:
+        path: The file's name.
+        kind: What the file must hold.
+        version: The version of that layout which the caller understands.
+        framework: Of the tensors, as in ``safetensors.safe_open``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is truncated, foreign or of another version.
+    """
     name = os.fspath(path)
     try:
-        with safe_open(name, framework="np") as file:
+        with safe_open(name, framework=framework) as file:
             header = file.metadata() or {}
             _check_kind(name, header, kind, version)
             yield file, header
-    except (SafetensorError, TypeError) as error:
+    except (SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(
             f"Expected path={name} to be a whole {kind} file: it is truncated, or "
             f"something else ({error}). {_AGAIN}"
@@ -208,11 +201,38 @@ def _check_kind(name: str, header: Mapping[str, str], kind: str, version: int) -
 def _check(
     path: str | os.PathLike[str],
     header: dict[str, str],
-    arrays: Mapping[str, NDArray[Any] | _OnDisk],
+    arrays: Mapping[str, NDArray[Any] | OnDisk],
+    layout: Layout | None,
 ) -> None:
     """Take the checksum out of the header, and refuse what does not match it."""
+    for name, array in arrays.items():
+        expect(
+            math.prod(array.shape) > 0 or max(array.shape, default=0) <= _MAX_WIDTH,
+            "path",
+            os.fspath(path),
+            f"to hold entries in {name!r}, not a shape of {array.shape}",
+            _AGAIN,
+        )
+    require_checksum(path, header, _described(arrays))
+    if layout is not None:
+        _check_layout(path, layout, header, {n: a.dtype.str for n, a in arrays.items()})
+
+
+def require_checksum(
+    path: str | os.PathLike[str], header: dict[str, str], arrays: Iterable["Described"]
+) -> None:
+    """Take the checksum out of a header, and refuse the file if it does not match.
+
+    Args:
+        path: The file's name.
+        header: What the file says; changed in place.
+        arrays: What it holds.
+
+    Raises:
+        ValueError: If it was edited or damaged.
+    """
     expect(
-        header.pop("checksum", None) == _checksum(arrays, header),
+        header.pop("checksum", None) == checksum(arrays, header),
         "path",
         os.fspath(path),
         "to match its checksum: it was edited or damaged",
@@ -220,14 +240,56 @@ def _check(
     )
 
 
-def _checksum(
-    arrays: Mapping[str, NDArray[Any] | _OnDisk], header: Mapping[str, str]
-) -> str:
-    """SHA-256 over the header and every array's name, type, shape and bytes."""
-    digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
+def _check_layout(
+    path: str | os.PathLike[str],
+    layout: Layout,
+    facts: Mapping[str, str],
+    dtypes: Mapping[str, str],
+) -> None:
+    """Refuse a file that holds too little, too much, or another type of numbers."""
+    needed, known = set(layout.facts), {*layout.facts, *layout.more_facts, *_OWN_FACTS}
+    types = {**layout.more_arrays, **layout.arrays}
+    odd = [
+        *(needed - set(facts)),
+        *(set(facts) - known),
+        *(set(layout.arrays) - set(dtypes)),
+        *(name for name, dtype in dtypes.items() if types.get(name) != dtype),
+    ]
+    expect(
+        not odd,
+        "path",
+        os.fspath(path),
+        f"to hold what it should in {', '.join(map(repr, sorted(odd)))}: something is "
+        "missing, unknown, or of another type",
+        _AGAIN,
+    )
+
+
+Described = tuple[str, str, tuple[int, ...], Iterable[bytes]]
+
+
+def _described(arrays: Mapping[str, NDArray[Any] | OnDisk]) -> Iterator[Described]:
+    """Name, type, shape and bytes of each array, in order of name."""
     for name in sorted(arrays):
         array = arrays[name]
-        digest.update(f"\0{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        for part in array.rows() if isinstance(array, _OnDisk) else [array]:
-            digest.update(np.asarray(part, order="C").tobytes())
+        parts = array.rows() if isinstance(array, OnDisk) else [array]
+        content = (np.asarray(part, order="C").tobytes() for part in parts)
+        yield name, array.dtype.str, array.shape, content
+
+
+def checksum(arrays: Iterable[Described], header: Mapping[str, str]) -> str:
+    """SHA-256 over a header and every array's name, type, shape and bytes.
+
+    Args:
+        arrays: Name, type, shape and bytes (in parts) of each, in order of name.
+        header: Strings by name.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
+    for name, dtype, shape, content in arrays:
+        digest.update(f"\0{name}\0{dtype}\0{shape}\0".encode())
+        for part in content:
+            digest.update(part)
     return digest.hexdigest()
