@@ -123,23 +123,23 @@ def binned_means(
 
     Source: paper, Figure 2.
     """
-    x, y = (_finite(name, values) for name, values in (("x", x), ("y", y)))
+    by, values = _finite("x", x), _finite("y", y)
     expect(
-        len(x) == len(y),
+        len(by) == len(values),
         "y",
-        f"{len(y)} values",
-        f"to be one for each of the {len(x)} of x",
+        f"{len(values)} values",
+        f"to be one for each of the {len(by)} of x",
         "Pass the same examples in the same order.",
     )
-    in_range(1, len(x), num_bins=num_bins, remedy="A bin holds an example or more.")
-    largest = np.abs(y).max()
+    in_range(1, len(by), num_bins=num_bins, remedy="A bin holds an example or more.")
+    largest = np.abs(values).max()
     if normalise and largest > 0:
-        y = y / largest
-    bins = np.array_split(np.argsort(x, kind="stable"), num_bins)
+        values = values / largest
+    bins = np.array_split(np.argsort(by, kind="stable"), num_bins)
     return BinnedMeans(
-        np.array([x[i].mean() for i in bins]),
-        np.array([y[i].mean() for i in bins]),
-        np.array([y[i].std() for i in bins]),
+        np.array([by[i].mean() for i in bins]),
+        np.array([values[i].mean() for i in bins]),
+        np.array([values[i].std() for i in bins]),
         np.array([len(i) for i in bins]),
     )
 

@@ -8,7 +8,7 @@
  'q3': [73, 74, 75, 76], 'last': [96, 97, 98, 99]}
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -144,7 +144,7 @@ def by_class(
         "to be a numpy Generator",
         "Pass numpy.random.default_rng(seed): a part of a class is a random draw.",
     )
-    return np.sort(_draw(members, size, generator))
+    return np.sort(_draw(members, size, cast(np.random.Generator, generator)))
 
 
 def retain_indices(num_examples: int, forget_indices: ArrayLike) -> Indices:

@@ -21,6 +21,7 @@ from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD, fingerprint
 from opacus_pi.accounting.mechanism import SCHEDULED
 from opacus_pi.gradients import gradient_gram, minibatch_gram, norm_sweep
+from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.skeleton import bare_copy
 from opacus_pi.recorder.weights import load_weights_, saved_weights
@@ -73,14 +74,14 @@ def gram_ledger(
     Source: paper, Theorem B.1 and Appendix B.1.
     """
     _check_kind(kind)
-    size = len(data_set)
+    size = size_of(data_set)
     forget = np.asarray(forget_indices)
     forget = distinct_indices("forget_indices", forget, size) if forget.size else forget
     ledger.require_data_set(fingerprint(data_set))
     files = _files_of(Path(weights_dir), ledger)
     copied = bare_copy(model)
     if kind == "forget":
-        measure = _Forget(forget.astype(np.int64), options)
+        measure: _Forget | _Minibatches = _Forget(forget.astype(np.int64), options)
     else:
         generator = np.random.default_rng(0) if generator is None else generator
         _check_minibatches(num_minibatches, num_estimates, forget.size < size)
@@ -90,12 +91,12 @@ def gram_ledger(
     grams = []
     bar = tqdm(files.values(), "Gram matrices", delay=_SECONDS_BEFORE_BAR, leave=False)
     for row, path in enumerate(bar):
-        load_weights_(copied, path)
+        load_weights_(copied, path, ledger.data_set)
         fact = mechanism.at_row(row)
         grams.append(measure(copied, criterion, data_set, fact))
     return GramLedger(
         mechanism,
-        list(files),
+        np.array(list(files), dtype=np.int64),
         np.stack(grams),
         kind=kind,
         example_ids=forget if forget.size else None,

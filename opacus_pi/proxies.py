@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.ledger import GradNormLedger, fill_unobserved, runs_of
+from opacus_pi.accounting.ledger import GradNormLedger, runs_of
+from opacus_pi.accounting.measurements import fill_unobserved
 
 Scores = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
@@ -142,7 +143,8 @@ def _over_runs(ledger: Ledgers, score: Callable[[GradNormLedger], Scores]) -> Sc
         "to hold a row",
         "Record at least once during training.",
     )
-    return np.mean([score(run) for run in runs], axis=0)
+    mean: NDArray[np.float64] = np.mean([score(run) for run in runs], axis=0)
+    return mean
 
 
 def _mid(run: GradNormLedger) -> int:

@@ -15,8 +15,9 @@ from opacus_pi.accounting.langevin import (
     unlearning_divergence,
 )
 from opacus_pi.accounting.learning_phase import contractive_divergence
-from opacus_pi.accounting.ledger import GradNormLedger, fill_unobserved
+from opacus_pi.accounting.ledger import GradNormLedger
 from opacus_pi.accounting.lsi import lsi_track
+from opacus_pi.accounting.measurements import fill_unobserved
 from opacus_pi.accounting.mechanism import NoisySGD
 from opacus_pi.accounting.moments import log_moment, renyi_divergence
 from opacus_pi.accounting.privacy_loss import (

@@ -119,11 +119,13 @@ def mean_over_runs(log_values: Array, power: float) -> Array:
     """The power mean over runs, (1/p)·ln mean exp(p·x), along the last axis but one."""
     if log_values.shape[-2] == 1:
         return log_values[..., 0, :]
-    top = log_values.max(axis=-2)
+    top: NDArray[np.float64] = log_values.max(axis=-2)
     if math.isinf(power):
         return top
     with np.errstate(invalid="ignore"):
-        below = np.expm1(power * (log_values - top[..., None, :])).mean(axis=-2)
+        below: NDArray[np.float64] = np.expm1(
+            power * (log_values - top[..., None, :])
+        ).mean(axis=-2)
     return np.where(np.isinf(top), top, top + np.log1p(below) / power)
 
 

@@ -12,6 +12,7 @@ weight. Constants are rounded in the safe direction.
 
 import math
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -121,7 +122,7 @@ def ridge_constants(
     return LossConstants(
         smoothness=smoothness,
         strong_convexity=max(0.0, lowest - _SLACK * highest) / N + regularisation,
-        gradient_bound=_up(smoothness * radius + np.linalg.norm(X.T @ y) / N),
+        gradient_bound=_up(smoothness * radius + float(np.linalg.norm(X.T @ y)) / N),
         example_bounds=_up(norms * (norms * radius + np.abs(y))),
         denominator=N,
     )
@@ -154,6 +155,10 @@ def _spectrum(X: NDArray[np.float64]) -> tuple[float, float]:
     return max(0.0, float(values[0])), max(0.0, float(values[-1]))
 
 
-def _up(value: float) -> float:
+@overload
+def _up(value: float) -> float: ...
+@overload
+def _up(value: NDArray[np.float64]) -> NDArray[np.float64]: ...
+def _up(value: Any) -> Any:
     """The value, raised beyond its rounding error."""
     return value * (1 + _SLACK)

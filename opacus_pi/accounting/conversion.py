@@ -52,7 +52,8 @@ def rdp_to_epsilon(
         if conversion == "best"
         else -math.log(delta) / (a - 1.0)
     )
-    return np.maximum((values + offset).min(axis=0), 0.0)
+    least: NDArray[np.float64] = (values + offset).min(axis=0)
+    return np.maximum(least, 0.0)
 
 
 def rdp_to_delta(divergences: ArrayLike, orders: ArrayLike, epsilon: float) -> Array:
@@ -76,7 +77,8 @@ def rdp_to_delta(divergences: ArrayLike, orders: ArrayLike, epsilon: float) -> A
     values, a = _checked(divergences, orders)
     in_range(0, math.inf, epsilon=epsilon, remedy="It bounds a log probability ratio.")
     log_delta = (a - 1) * (values - epsilon) + a * np.log1p(-1 / a) - np.log(a - 1)
-    return np.exp(np.minimum(log_delta.min(axis=0), 0.0))
+    least: NDArray[np.float64] = log_delta.min(axis=0)
+    return np.exp(np.minimum(least, 0.0))
 
 
 def epsilon_offset(orders: Array, delta: float) -> Array:

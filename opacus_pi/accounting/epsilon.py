@@ -60,8 +60,9 @@ def epsilons(
         _least_epsilons(record.only(slice(i, i + _BLOCK)), choices, offsets, tolerance)
         for i in range(0, record.norms.shape[2], _BLOCK)
     ]
-    limit = (np.array(worst) + offsets).min()
-    return np.clip(np.concatenate([np.empty(0), *blocks]), 0, max(limit, 0))
+    limit = float((np.array(worst) + offsets).min())
+    result: Array = np.clip(np.concatenate([np.empty(0), *blocks]), 0, max(limit, 0.0))
+    return result
 
 
 def _least_epsilons(

@@ -181,11 +181,12 @@ def _compose(
         last = mechanism.num_steps - np.arange(interval.first, interval.last + 1)
         visited = corrected_order(order, p, last)
         facts = mechanism.at_row(interval.right)
-        nodes = _nodes(visited, whole and facts.sample_rate < 1)
+        rate = float(facts.sample_rate)
+        nodes = _nodes(visited, whole and rate < 1)
         grams = [scaled_gram(run.grams[row], facts) for run in runs]
-        values = [[[moment(K, facts.sample_rate, a)] for K in grams] for a in nodes]
+        values = [[[moment(K, rate, a)] for K in grams] for a in nodes]
         means = mean_over_runs(np.array(values), p)[:, 0]
-        return np.sum(np.interp(visited, nodes, means) / (visited - 1))
+        return np.asarray(np.sum(np.interp(visited, nodes, means) / (visited - 1)))
 
     parts = [
         loss_under_rule(loss, interval, rule)
@@ -249,8 +250,9 @@ def _runs(
     gram_ledger: GramLedger | Sequence[GramLedger], kind: str
 ) -> tuple[GramLedger, ...]:
     """One ledger or several that agree, of the kind a method needs."""
-    single = isinstance(gram_ledger, GramLedger)
-    runs = (gram_ledger,) if single else tuple(gram_ledger)
+    if isinstance(gram_ledger, GramLedger):
+        gram_ledger = [gram_ledger]
+    runs = tuple(gram_ledger)
     expect(len(runs) > 0, "gram_ledger", "[]", "to hold a run", "Pass a GramLedger.")
     for run in runs:
         expect(

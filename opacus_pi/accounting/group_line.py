@@ -130,7 +130,8 @@ def _windows(
     height = _log_integrand(coarse * fine, a, w, order)
     kept = height > height.max() - _WINDOW
     kept = kept | np.roll(kept, 1) | np.roll(kept, -1)
-    return (coarse[kept][:, None] + np.arange(stride)).ravel() * fine
+    nodes: NDArray[np.float64] = (coarse[kept][:, None] + np.arange(stride)).ravel()
+    return nodes * fine
 
 
 def _log_integrand(

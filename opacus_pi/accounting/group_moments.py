@@ -210,7 +210,8 @@ def _exponents(
     gather = csr_matrix((ones, (owner, np.arange(len(owner)))))
     joint = gather @ subsets
     whole = np.asarray(joint.multiply(joint @ K).sum(axis=1)).ravel()
-    return (whole - gather @ own) / 2
+    pairs: NDArray[np.float64] = (whole - gather @ own) / 2
+    return pairs
 
 
 def _nonempty_subsets(

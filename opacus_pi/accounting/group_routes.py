@@ -73,4 +73,4 @@ def summed_losses(losses: ArrayLike, owners: ArrayLike) -> NDArray[np.float64]:
         "Name one owner for each loss.",
     )
     in_range(0, np.inf, owners=who, remedy="Number the owners from 0.")
-    return np.bincount(who, weights=values)
+    return np.bincount(who, weights=values).astype(np.float64, copy=False)

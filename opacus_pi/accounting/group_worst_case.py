@@ -62,7 +62,8 @@ def group_worst_case_loss(
         poisson = facts.sampling == "poisson"
         ratio, rate = float(facts.ratios(math.inf)), _rate(facts)
         loss = group_step_divergence(ratio, rate, group_size, order)
-        total += interval.num_updates * loss * (1 if poisson else facts.sample_rate)
+        share = 1.0 if poisson else float(facts.sample_rate)
+        total += interval.num_updates * loss * share
     return total
 
 
@@ -91,4 +92,4 @@ def group_step_divergence(
 
 def _rate(facts: NoisySGD) -> float:
     """Probability that a row is drawn, given the schedule."""
-    return facts.sample_rate if facts.sampling == "poisson" else 1.0
+    return float(facts.sample_rate) if facts.sampling == "poisson" else 1.0

@@ -12,7 +12,7 @@
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -212,4 +212,4 @@ def _parsed(text: str) -> dict[str, Any]:
         f"to be a {_FORMAT} in JSON",
         "Pass what Guarantee.to_json wrote, unedited.",
     )
-    return facts
+    return cast(dict[str, Any], facts)

@@ -25,6 +25,7 @@ is part of the statement:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -130,9 +131,12 @@ def steps_to_unlearn(
     """
     positive(target=target, remedy=_TARGET)
     evaluate = _evaluator(divergence, order, constants, initial_lsi)
+
+    def enough(name: str, k: int) -> bool:
+        return evaluate(name, k) <= target
+
     found = {
-        name: first_step(lambda k, f=name: evaluate(f, k) <= target, max_num_steps)
-        for name in _forms(form)
+        name: first_step(partial(enough, name), max_num_steps) for name in _forms(form)
     }
     num_steps = min(found.values())
     reached = num_steps < math.inf
@@ -177,11 +181,11 @@ def steps_to_rewind(
     """
     positive(target=target, remedy=_TARGET)
     lsi = None if lsi is None else np.asarray(lsi, dtype=np.float64)
-    total = num_steps if lsi is None else lsi.size - 1
+    total = (num_steps or 0) if lsi is None else lsi.size - 1
     expect(
-        total is not None and total >= 1,
+        total >= 1,
         "num_steps",
-        total,
+        num_steps if lsi is None else total,
         "to be at least 1",
         "Pass lsi of shape (T + 1,), or num_steps=T.",
     )

@@ -137,12 +137,15 @@ def _power_mean(
     prices: NDArray[np.float64], excess: float, hoelder_p: float
 ) -> NDArray[np.float64]:
     """ln(mean over runs of exp(p·excess·price))/(p·excess), with its limits."""
-    if hoelder_p == math.inf:
-        return prices.max(axis=0)
+    result: NDArray[np.float64]
     scale = hoelder_p * excess
-    if scale == 0:
-        return prices.mean(axis=0)
-    return (logsumexp(scale * prices, axis=0) - math.log(len(prices))) / scale
+    if hoelder_p == math.inf:
+        result = prices.max(axis=0)
+    elif scale == 0:
+        result = prices.mean(axis=0)
+    else:
+        result = (logsumexp(scale * prices, axis=0) - math.log(len(prices))) / scale
+    return result
 
 
 def _checked(

@@ -10,6 +10,7 @@ array([0.    , 1.    , 1.25  , 1.3125])
 """
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -154,7 +155,7 @@ def schedules(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Squared Lipschitz constant c² and noise variance s of each step, checked."""
     in_range(0, math.inf, num_steps=num_steps, remedy="Count the steps.")
-    named = {"lipschitz": lipschitz, "noise_variance": noise_variance}
+    named: dict[str, Any] = {"lipschitz": lipschitz, "noise_variance": noise_variance}
     in_range(0, math.inf, remedy=_AT_LEAST_0, **named)
     for name, value in named.items():
         expect(

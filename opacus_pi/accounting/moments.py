@@ -54,7 +54,8 @@ def log_moment(
     """
     flat = _checked(ratio, sample_rate, order, mode)
     values = log_moments(flat, float(sample_rate), np.array([order], float), mode=mode)
-    return values[0].reshape(np.shape(ratio))
+    result: Array = values[0].reshape(np.shape(ratio))
+    return result
 
 
 def renyi_divergence(
@@ -80,7 +81,8 @@ def renyi_divergence(
     else:
         orders = np.array([order], dtype=np.float64)
         values = log_moments(flat, float(sample_rate), orders, mode=mode) / (order - 1)
-    return values[0].reshape(np.shape(ratio))
+    result: Array = values[0].reshape(np.shape(ratio))
+    return result
 
 
 def log_moments(
@@ -181,7 +183,8 @@ def _matter(s: Array, rates: Array, log_weights: Array) -> NDArray[np.bool_]:
     with np.errstate(divide="ignore"):
         # ln(e^x - 1) = x + ln(1 - e^-x)
         least, most = log_weights + ends + np.log(-np.expm1(-ends))
-    return most >= least.max() - 41
+    result: NDArray[np.bool_] = most >= least.max() - 41
+    return result
 
 
 @lru_cache(maxsize=512)

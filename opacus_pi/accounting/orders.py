@@ -91,7 +91,7 @@ def interval_orders(
 def _collect(orders: Array, shares: Array) -> tuple[Array, Array]:
     """Add up the shares of equal orders."""
     distinct, places = np.unique(orders, return_inverse=True)
-    return distinct, np.bincount(places, weights=shares)
+    return distinct, np.bincount(places, weights=shares).astype(np.float64, copy=False)
 
 
 def _split(after: NDArray[np.int64], reach: float) -> list[NDArray[np.int64]]:

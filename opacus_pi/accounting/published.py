@@ -213,7 +213,7 @@ def steps_at_rate(
     with np.errstate(divide="ignore"):
         log_ratio = np.log(start[usable] / left[usable])
     steps = np.atleast_1d(orders)[usable] / rate * np.maximum(log_ratio, 0.0)
-    return max(0, math.ceil(steps.min()))
+    return max(0, math.ceil(float(steps.min())))
 
 
 def mironov_allowance(epsilon: float, delta: float, orders: ArrayLike) -> NDArray[Any]:

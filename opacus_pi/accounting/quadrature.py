@@ -273,7 +273,9 @@ def log_sum(log_terms: Array) -> Array:
     """Logarithm of the sum along the last axis."""
     top = np.maximum(log_terms.max(axis=-1), -1e300)
     with np.errstate(divide="ignore"):
-        return top + np.log(np.exp(log_terms - top[..., None]).sum(axis=-1))
+        rest: Array = np.exp(log_terms - top[..., None]).sum(axis=-1)
+        result: Array = top + np.log(rest)
+        return result
 
 
 def softplus(x: Array) -> Array:

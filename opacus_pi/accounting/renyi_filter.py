@@ -39,7 +39,7 @@ Source: Feldman and Zrnic 2021 (arXiv:2008.11193); Smith and Thakurta 2022
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -113,7 +113,8 @@ class RenyiFilter:
         Raises:
             ValueError: Before ``begin``.
         """
-        return self._begun().copy()
+        spent: Array = self._begun().copy()
+        return spent
 
     def begin(self, num_examples: int, data_set: str = "") -> None:
         """Say whose budgets these are; a second time only to go on with the same.
@@ -252,4 +253,4 @@ class RenyiFilter:
             "Call begin(num_examples), or give it to PrivacyEngine(renyi_filter=...) "
             "and call make_private.",
         )
-        return self._spent
+        return cast(Array, self._spent)

@@ -129,5 +129,6 @@ def loss_under_rule(
     if rule == "right" or interval.left == interval.right:
         return at_end
     at_start = loss(interval, interval.left)
-    larger = np.maximum(at_start, at_end)
-    return larger if rule == "max" else (at_start + at_end) / 2
+    larger: NDArray[Any] = np.maximum(at_start, at_end)
+    mean: NDArray[Any] = (at_start + at_end) / 2
+    return larger if rule == "max" else mean

@@ -15,7 +15,8 @@ from opacus_pi.accounting.composition import (
     published_orders,
     weighted_log_moments,
 )
-from opacus_pi.accounting.ledger import GradNormLedger, fill_unobserved, runs_of
+from opacus_pi.accounting.ledger import GradNormLedger, runs_of
+from opacus_pi.accounting.measurements import fill_unobserved
 from opacus_pi.accounting.mechanism import NoisySGD
 from opacus_pi.accounting.moments import MODES
 from opacus_pi.accounting.orders import corrected_order, interval_orders
@@ -85,7 +86,7 @@ def loss_of_interval(
     orders, weights = _orders(record, how, interval, row)
     # Amplification by sampling belongs to Poisson sampling. Any other schedule is
     # conditioned on: a share q of the updates contains the example, for certain.
-    q = mechanism.sample_rate
+    q = float(mechanism.sample_rate)
     if how.convention == "corrected" and mechanism.sampling != "poisson":
         q, weights = 1.0, weights * q
     if how.tolerance:
@@ -114,7 +115,9 @@ def _orders(
         how.order,
         how.hoelder_p,
         (num_steps - interval.last, num_steps - interval.first),
-        sample_rate=mechanism.sample_rate if mechanism.sampling == "poisson" else 1.0,
+        sample_rate=float(mechanism.sample_rate)
+        if mechanism.sampling == "poisson"
+        else 1.0,
         mode=how.mode,
         single_run=len(record.norms) == 1,
     )
@@ -180,7 +183,7 @@ def composition_of(
         f"to be finite under {convention}",
         "The published coefficient grows with p.",
     )
-    highest = corrected_order(order, p, mechanism.num_steps)
+    highest = float(corrected_order(order, p, mechanism.num_steps))
     expect(
         highest <= _HIGHEST_ORDER,
         "hoelder_p",

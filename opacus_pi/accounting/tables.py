@@ -116,7 +116,7 @@ class UpperTable:
         bucket -= self._first
         slot = bits >> self._shift[bucket]
         slot += self._base[bucket]
-        values = self._slope[slot]
+        values: Array = self._slope[slot]
         values *= s
         values += self._intercept[slot]
         return values
@@ -193,7 +193,8 @@ def _log_moment_table(
         )
 
     slopes = visited * (visited - 1)
-    steepest, lost = shares @ slopes, shares @ visited * -math.log(sample_rate)
+    steepest = float(shares @ slopes)
+    lost = float(shares @ visited) * -math.log(sample_rate)
     low = tolerance / 2 / max(slopes.max(), 2.0)
     high = 2 * (1 + 1 / tolerance) * lost / steepest
     return UpperTable(function, low, high, steepest, tolerance)
@@ -217,7 +218,8 @@ def _gaps(nodes: Array, values: Array, steepest: float) -> Array:
     right = np.append(chords[1:], steepest)
     below, above = np.maximum(chords - left, 0), np.maximum(right - chords, 0)
     turn = np.maximum(below + above, np.finfo(np.float64).tiny)
-    return below * (above / turn) * widths / values[:-1]
+    result: Array = below * (above / turn) * widths / values[:-1]
+    return result
 
 
 def _refined(

@@ -59,7 +59,8 @@ def tightest_losses(
     forms += [
         trajectory_losses(runs, order, kappa, rule=rule, mode=mode) for kappa in kappas
     ]
-    return np.minimum.reduce(forms)
+    least: NDArray[np.float64] = np.minimum.reduce(forms)
+    return least
 
 
 def choose_hoelder_p(

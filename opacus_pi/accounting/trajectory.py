@@ -123,7 +123,8 @@ def trajectory_limits(
     log_margin = log_width + math.log(-math.log1p(-confidence) / (2 * len(runs))) / 2
     log_limit = np.logaddexp(mean_over_runs(log_values, 1.0), log_margin)
     worst = worst_case_loss(mechanism, order, steps=runs[0].steps)
-    return np.minimum(np.minimum(log_limit, top) / power, worst)
+    result: Array = np.minimum(np.minimum(log_limit, top) / power, worst)
+    return result
 
 
 def exceedance_limit(

@@ -6,7 +6,7 @@ layer. Any other call runs as it is, and its parameters are left over.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def tap_attention(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
     return {p for module in layers for p in module.parameters(recurse=False)}
 
 
-def _is_standard(module: nn.Module) -> bool:
+def _is_standard(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether a layer is batch first, with one input projection and nothing added."""
     return (
         isinstance(module, nn.MultiheadAttention)
@@ -53,7 +53,7 @@ class _TappedAttention:
     def __init__(self, taps: Taps, module: nn.MultiheadAttention) -> None:
         self._taps, self._module = taps, module
         self._plain_forward = module.forward
-        module.forward = self.forward
+        module.forward = self.forward  # type: ignore[method-assign]  # a copy's
 
     def forward(
         self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
@@ -75,7 +75,8 @@ class _TappedAttention:
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)
         bias = _bias(mask, padding, queries)
         seen = F.scaled_dot_product_attention(queries, keys, values, bias)
-        return self._module.out_proj(seen.transpose(1, 2).reshape(b, t, d))
+        output: Tensor = self._module.out_proj(seen.transpose(1, 2).reshape(b, t, d))
+        return output
 
     def _project(self, x: Tensor) -> Tensor:
         """Queries, keys and values ``(b, t, 3 d)``, from the frozen weights."""

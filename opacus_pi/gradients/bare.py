@@ -59,7 +59,8 @@ class BareParameters(TorchFunctionMode):
     ) -> Tensor:
         """A sum or product of a batch and a parameter."""
         if not _is_shared(parameter.shape, x.shape):
-            return func(*args)
+            plain: Tensor = func(*args)
+            return plain
         output = func(*(a.detach() if a is parameter else a for a in args))
         return self._tap(output, x if func in _PRODUCTS else None, parameter)
 
@@ -68,7 +69,8 @@ class BareParameters(TorchFunctionMode):
         parameter, *sizes = args
         output = func(parameter.detach(), *sizes)
         if not (self._taps.wants(output) and _is_shared(parameter.shape, output.shape)):
-            return func(*args)
+            plain: Tensor = func(*args)
+            return plain
         return self._tap(output.clone(), None, parameter)
 
     def _tap(self, output: Tensor, x: Tensor | None, parameter: nn.Parameter) -> Tensor:

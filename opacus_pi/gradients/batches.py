@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset
 
 
 def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -18,6 +19,11 @@ def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(x, Mapping):
         return (), dict(x)
     return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
+
+
+def size_of(data_set: Dataset[Any]) -> int:
+    """Return the number of examples of a map-style data set."""
+    return len(data_set)  # type: ignore[arg-type]  # torch: Dataset has no __len__
 
 
 def forward(model: nn.Module, x: Any) -> Any:

@@ -8,7 +8,7 @@ counting operations, never by timing, so that results repeat bit for bit.
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,13 +64,13 @@ def conv_squares(
     """
     if x.dim() != 2 + len(module.kernel_size):
         return None
-    squares = 0.0
+    squares: Tensor | float = 0.0
     if "weight" in names:
         padded, window = _window(module, x)
         squares = _route(window, padded, grad)(window, padded, grad)
     if "bias" in names:
         squares = squares + squared_lengths(grad.flatten(2).sum(2))
-    return squares
+    return cast(Tensor, squares)
 
 
 def _window(module: Any, x: Tensor) -> tuple[Tensor, Window]:
@@ -195,8 +195,8 @@ def _grouped(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     found = []
     for i in blocks(x, row_size=num_out * patch):
         rows = len(x[i])
-        folded = [v[i].reshape(1, -1, *v.shape[2:]) for v in (x, grad)]
-        weight = _weight_gradient(window, *folded, groups=rows * window.groups)
+        a, g = (v[i].reshape(1, -1, *v.shape[2:]) for v in (x, grad))
+        weight = _weight_gradient(window, a, g, rows * window.groups)
         found.append(squared_lengths(weight.view(rows, -1)))
     return torch.cat(found)
 
@@ -218,7 +218,7 @@ def _looped(window: Window, x: Tensor, grad: Tensor) -> Tensor:
 def _weight_gradient(window: Window, x: Tensor, grad: Tensor, groups: int) -> Tensor:
     """The weight gradient summed over the rows, by the library's kernel."""
     weight = x.new_empty(grad.shape[1], x.shape[1] // groups, *window.kernel)
-    _, gradient, _ = torch.ops.aten.convolution_backward(
+    gradient: Tensor = torch.ops.aten.convolution_backward(
         grad,
         x,
         weight,
@@ -230,5 +230,5 @@ def _weight_gradient(window: Window, x: Tensor, grad: Tensor, groups: int) -> Te
         [0] * len(window.kernel),
         groups,
         [False, True, False],
-    )
+    )[1]
     return gradient

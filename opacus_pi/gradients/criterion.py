@@ -26,7 +26,7 @@ def per_example_criterion(criterion: Criterion) -> Criterion:
     """
     if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
         criterion = copy.deepcopy(criterion)
-        criterion.reduction = "none"
+        criterion.reduction = "none"  # type: ignore[assignment]  # torch: a Tensor
 
     def losses(outputs: Any, targets: Any) -> Tensor:
         values = criterion(outputs, targets)

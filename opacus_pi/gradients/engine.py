@@ -1,6 +1,7 @@
 """Choose, check and run the way in which a model's gradient norms are measured."""
 
 import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -129,7 +130,7 @@ class NormEngine:
         return self._looped(leftover, x, y)[0]
 
     def _looped(
-        self, parameters: dict[str, Tensor], x: Any, y: Any
+        self, parameters: Mapping[str, Tensor], x: Any, y: Any
     ) -> tuple[Tensor, list[Any]]:
         """Measure one example after the other."""
         return looped_squares(

@@ -56,9 +56,10 @@ def vmapped_squares(
             leaves = pytree.tree_leaves(tree)
             return [leaves[place] for place in places]
 
-        _, pullback = torch.func.vjp(outputs, values)
+        pullback = torch.func.vjp(outputs, values)[1]
         (gradients,) = pullback(unsqueeze(cotangents))
-        return sum(g.square().sum().double() for g in gradients.values())
+        total: Tensor = sum(g.square().sum().double() for g in gradients.values())
+        return total
 
     size = sum(p.numel() for p in values.values())
     vectorised = torch.func.vmap(squares, chunk_size=max(1, _MAX_ELEMENTS // size))

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from opacus_pi._validate import distinct_indices, expect, in_range, positive
-from opacus_pi.gradients.batches import arguments, forward, rows, to_device, unsqueeze
+from opacus_pi.gradients.batches import (
+    arguments,
+    forward,
+    rows,
+    size_of,
+    to_device,
+    unsqueeze,
+)
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.isolation import isolated
 from opacus_pi.gradients.objective import float64_losses
@@ -65,7 +72,7 @@ def gradient_gram(
             per example, nothing is trainable, or examples share batch statistics.
     """
     positive(batch_size=batch_size, remedy="64 is a good choice.")
-    distinct_indices("indices", indices, len(data_set))
+    distinct_indices("indices", indices, size_of(data_set))
     chosen = np.asarray(indices, dtype=np.int64)
     with isolated():
         source = _Gradients(model, criterion)
@@ -118,7 +125,7 @@ def minibatch_gram(
         ValueError: As :func:`gradient_gram` does.
     """
     positive(batch_size=batch_size, remedy="256 is a good choice.")
-    size = len(data_set)
+    size = size_of(data_set)
     weights = np.ones(size) if factors is None else np.asarray(factors, np.float64)
     expect(
         weights.shape == (size,),
@@ -154,7 +161,10 @@ class _Batches:
         device: torch.device,
     ) -> None:
         self._data_set, self._device = data_set, device
-        self._options = {"batch_size": batch_size, "collate_fn": collate_fn}
+        self._options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "collate_fn": collate_fn,
+        }
 
     def __call__(self, indices: NDArray[np.int64]) -> Iterator[tuple[Any, Any]]:
         generator = torch.Generator()  # iterating draws a seed from it

@@ -16,7 +16,8 @@ def isolated() -> Iterator[None]:
     ...     torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     (True, False)
     """
-    devices = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
+    devices = ("cpu", "cuda") if has_cuda else ("cpu",)
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state_untouched())
         stack.enter_context(torch.inference_mode(False))

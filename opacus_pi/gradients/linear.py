@@ -1,6 +1,7 @@
 """Linear layers: the gradient of the weight is a sum of outer products over tokens."""
 
 from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from opacus_pi.gradients.registry import register_norm_rule
 
 @register_norm_rule(nn.Linear)
 def linear_squares(
-    module: nn.Linear, x: Tensor, grad: Tensor, names: Collection[str]
+    module: nn.Module, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> Tensor | None:
     r"""Squares for :math:`y_t = W a_t + b`: :math:`\nabla W = \sum_t g_t a_t^\top`.
 
@@ -26,9 +27,11 @@ def linear_squares(
     if x.dim() < 2:
         return None
     if x.dim() == 2:  # one term: ‖g‖²‖a‖² for the weight, ‖g‖² for the bias
-        factor = squared_lengths(x) if "weight" in names else 0.0
-        return squared_lengths(grad) * (factor + ("bias" in names))
+        factor: Any = squared_lengths(x) if "weight" in names else 0.0
+        product: Tensor = squared_lengths(grad) * (factor + ("bias" in names))
+        return product
     b = len(x)
     a, g = x.reshape(b, -1, x.shape[-1]), grad.reshape(b, -1, grad.shape[-1])
-    squares = outer_product_squares(a, g) if "weight" in names else 0.0
-    return squares + squared_lengths(g.sum(1)) if "bias" in names else squares
+    squares: Any = outer_product_squares(a, g) if "weight" in names else 0.0
+    total: Tensor = squares + squared_lengths(g.sum(1)) if "bias" in names else squares
+    return total

@@ -5,6 +5,7 @@ r"""Normalisation layers: what is learned is a scale and a shift of normalised i
 """
 
 from collections.abc import Collection
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,9 +94,9 @@ def _affine_squares(
     normalised: Tensor, grad: Tensor, names: Collection[str], shared: int
 ) -> Tensor:
     """Squares of scale and shift; dimension ``shared`` holds what shares an entry."""
-    squares = 0.0
+    squares: Tensor | float = 0.0
     if "bias" in names:
         squares = squared_lengths(grad.sum(shared))
     if "weight" in names:
         squares = squares + squared_lengths(normalised.mul_(grad).sum(shared))
-    return squares
+    return cast(Tensor, squares)

@@ -81,7 +81,7 @@ def unit_cotangents(
                 materialize_grads=True,
             )
         else:
-            gradients = [torch.zeros_like(v) for v in inputs.values()]
+            gradients = tuple(torch.zeros_like(v) for v in inputs.values())
     units, scales = _normalised(gradients, len(values))
     return dict(zip(inputs, units, strict=True)), scales.to(values.device)
 

@@ -14,7 +14,8 @@ def squared_lengths(values: Tensor) -> Tensor:
     """Squared norm of each row, float64 ``(b,)``."""
     flat = values.flatten(1)
     if flat.shape[1] <= _SHORT_ROW:
-        return torch.linalg.vector_norm(flat, dim=1).double().square()
+        lengths: Tensor = torch.linalg.vector_norm(flat, dim=1)
+        return lengths.double().square()
     return flat.square().sum(1).double()
 
 

@@ -18,7 +18,8 @@ def random_state_untouched() -> Iterator[None]:
     True
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
+    devices = range(torch.cuda.device_count()) if has_cuda else ()
     with torch.random.fork_rng(devices=list(devices)):
         try:
             yield

@@ -16,18 +16,20 @@ gradients:
 """
 
 from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 import torch  # noqa: F401 (for the example above)
 from torch import Tensor, nn
 
-NormRule = Callable[[nn.Module, Tensor, Tensor, Collection[str]], Tensor | None]
+NormRule = Callable[[Any, Tensor, Tensor, Collection[str]], Tensor | None]
+_Rule = TypeVar("_Rule", bound=NormRule)
 
 _RULES: dict[type[nn.Module], NormRule] = {}
 
 
 def register_norm_rule(
     *module_types: type[nn.Module],
-) -> Callable[[NormRule], NormRule]:
+) -> Callable[[_Rule], _Rule]:
     r"""Decorate the rule of one or more layer types.
 
     ``rule(module, x, grad, names)`` gets the layer, its single input ``(b, ...)``, the
@@ -44,7 +46,7 @@ def register_norm_rule(
         The decorator; it returns the rule as it is.
     """
 
-    def register(rule: NormRule) -> NormRule:
+    def register(rule: _Rule) -> _Rule:
         _RULES.update(dict.fromkeys(module_types, rule))
         return rule
 

@@ -1,11 +1,12 @@
 """A sweep that the processes of a distributed run share."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.sweeps import Sweep, sweep
 from opacus_pi.processes import Processes
@@ -39,11 +40,12 @@ def shared_sweep(
     """
     if processes is None:
         return sweep(model, criterion, data_set, **options)
-    mine = range(processes.rank, len(data_set), processes.size)
+    size = size_of(data_set)
+    mine = range(processes.rank, size, processes.size)
     part = sweep(model, criterion, Subset(data_set, mine), **options)
     columns = [getattr(part, name) for name in _MEASURED]
     missing = processes.sum(torch.tensor([float(c is None) for c in columns])) > 0
-    table = torch.zeros(len(columns), len(data_set), dtype=torch.float64)
+    table = torch.zeros(len(columns), size, dtype=torch.float64)
     for row, column in zip(table, columns, strict=True):
         if column is not None:
             row[mine.start :: mine.step] = column.double()
@@ -51,7 +53,7 @@ def shared_sweep(
     grad_norms, confidences, errors, correct = (
         None if absent else row for row, absent in zip(whole, missing, strict=True)
     )
-    return Sweep(grad_norms, confidences, errors, _whether(correct))
+    return Sweep(cast(Tensor, grad_norms), confidences, errors, _whether(correct))
 
 
 def _whether(correct: Tensor | None) -> Tensor | None:

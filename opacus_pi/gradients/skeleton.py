@@ -14,7 +14,7 @@ import copy
 import functools
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -74,7 +74,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = _parameter(parameter.detach(), parameter)
     for module in model.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm:
-            weight = module.weight  # forward rescales it in place
+            weight = cast(nn.Parameter, module.weight)  # forward rescales it in place
             memo[id(weight)] = _parameter(weight.detach().clone(), weight)
     return _copied(model, memo, _FORWARD_HOOKS).eval()
 
@@ -121,7 +121,8 @@ def made_by_opacus(value: Any) -> bool:
 def _inner(model: nn.Module) -> nn.Module | None:
     """What a wrapper wraps, ``None`` if the model is no wrapper."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return model.module
+        inner: nn.Module = model.module
+        return inner
     if made_by_opacus(model):
         parts = {**getattr(model, "_modules", {}), **vars(model)}
         return parts.get("_module", parts.get("module"))

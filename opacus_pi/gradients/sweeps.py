@@ -130,7 +130,8 @@ def sweep(
             squares, outputs = engine.squares(x, y)
             parts.append([squares.sqrt().cpu(), *_fit(outputs, y)])
     columns = zip(*parts, strict=True) if parts else [[torch.empty(0).double()]] * 4
-    return Sweep(*map(_joined, columns))
+    joined: list[Any] = [_joined(column) for column in columns]
+    return Sweep(*joined)
 
 
 def _batches(
@@ -188,4 +189,5 @@ def _are_logits_of_labels(outputs: Any, y: Any) -> bool:
 
 def _joined(column: Sequence[Tensor | None]) -> Tensor | None:
     """The batches' values as one tensor, ``None`` if a batch had none."""
-    return None if any(part is None for part in column) else torch.cat(list(column))
+    parts = [part for part in column if part is not None]
+    return torch.cat(parts) if len(parts) == len(column) else None

@@ -57,4 +57,5 @@ class _TappedLayer:
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters that are still to be measured here."""
-        return {k: p for k, p in self._live.items() if self._taps.is_live(p)}
+        live = self._live.items()
+        return {k: p for k, p in live if p is not None and self._taps.is_live(p)}

@@ -13,7 +13,7 @@ layer) leaves a ``.grad``. These, and parameters that several calls share, becom
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,13 +144,15 @@ class Taps:
             overwritten = x is not None and x._version != version
             squares = None
             if once and not overwritten:
-                squares = rule(_at_least_float32(x), _at_least_float32(grad), once)
+                wide = cast(Tensor, _at_least_float32(grad))
+                squares = rule(_at_least_float32(x), wide, once)
             if squares is not None:
                 self._add(squares)
             else:
                 self._unheard.update(parameters.values())
 
-        return _Tap.apply(output, self._anchor, listen)
+        tapped: Tensor = _Tap.apply(output, self._anchor, listen)
+        return tapped
 
     def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note that an operation froze parameters and could not be tapped."""

@@ -154,14 +154,17 @@ class RecordedRun:
                 f"No row has been recorded after {self.num_steps} updates. Train on, "
                 "or record more often: Recorder(every=...) counts in epochs."
             )
-        mechanism = NoisySGD(
-            num_steps=self.num_steps,
-            sampling=self.sampling,
-            **{n: _constant(v) for n, v in _columns(intervals)},
-        )
-        measured = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        facts: dict[str, Any] = {n: _constant(v) for n, v in _columns(intervals)}
+        mechanism = NoisySGD(num_steps=self.num_steps, sampling=self.sampling, **facts)
+        measured: dict[str, Any] = {
+            name: np.stack([row[name] for row in rows]) for name in rows[0]
+        }
         return GradNormLedger(
-            mechanism, steps, source=self.source, data_set=self.data_set, **measured
+            mechanism,
+            np.array(steps, dtype=np.int64),
+            source=self.source,
+            data_set=self.data_set,
+            **measured,
         )
 
     def require_same(self, other: "RecordedRun") -> None:

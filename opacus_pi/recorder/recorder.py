@@ -18,7 +18,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -215,14 +215,14 @@ class Recorder:
         )
         run = RecordedRun(self.mode, num_examples, sample_rate, sampling, data_set)
         if self._resumed:
-            self._run.require_same(run)
+            self._begun().require_same(run)
         else:
             self._run = run
         self._resumed = False
         self._sweep, self._weights = sweep, weights
         self._processes, self._all_refuse = processes, False
         self._waiting = WaitingReports()
-        if self._starts_with_a_row and not self._run.steps:
+        if self._starts_with_a_row and not self._begun().steps:
             self._write_row()
 
     @property
@@ -363,17 +363,18 @@ class Recorder:
 
     def _write_row(self) -> None:
         """Close the interval with a row for the weights of now."""
-        run = self._run
+        run = self._begun()
         self.merge()
         row = {"grad_norms": run.observed}
         if self.mode == "swept" and not run.refusal:
-            row = float32_row(self._sweep(), run.num_examples)
+            row = float32_row(cast(Callable[[], Any], self._sweep)(), run.num_examples)
             self._refuse_unless_finite(row["grad_norms"])
         if run.refusal:
             return
         rank = 0 if self._processes is None else self._processes.rank
         if self.weights_dir is not None and rank == 0:
-            save_weights(self.weights_dir, run.num_steps, self._weights())
+            weights = cast(Callable[[], Mapping[str, Any]], self._weights)
+            save_weights(self.weights_dir, run.num_steps, weights(), run.data_set)
         run.close_row(row)
 
     def _fetch_waiting(self) -> None:
@@ -386,7 +387,7 @@ class Recorder:
         """Keep the norms as the examples' latest observation."""
         values = norms.to(torch.float32).numpy()
         where = indices.cpu().numpy()
-        self._run.observe(where, values, steps=steps)
+        self._begun().observe(where, values, steps=steps)
         self._refuse_unless_finite(values)
 
     def _refuse_unless_finite(self, norms: NDArray[np.float32]) -> None:
