@@ -28,7 +28,14 @@ from typing import Any
 from opacus_pi._validate import expect
 
 START = "0" * 64
-_FIELDS = {"number", "time", "kind", "body", "previous", "hash"}
+_FIELDS = {
+    "number": int,
+    "time": str,
+    "kind": str,
+    "body": dict,
+    "previous": str,
+    "hash": str,
+}
 
 
 class DeletionRecord:
@@ -189,20 +196,10 @@ def _verified(whole: bytes, path: Any) -> list[dict[str, Any]]:
     """The entries of whole lines, each checked against its hash and the one before."""
     entries: list[dict[str, Any]] = []
     previous = START
-    for number, line in enumerate(whole.splitlines()):
-        try:
-            entry = json.loads(line)
-            good = (
-                set(entry) == _FIELDS
-                and entry["number"] == number
-                and entry["previous"] == previous
-                and entry["hash"] == _hash(entry)
-                and _text(entry).encode() == line
-            )
-        except (ValueError, TypeError):
-            good = False
+    for number, line in enumerate(whole.split(b"\n")[:-1]):
+        entry = _entry_of(line, number, previous)
         expect(
-            good,
+            bool(entry),
             "path",
             path,
             f"to be unedited: line {number + 1} breaks the chain",
@@ -213,6 +210,23 @@ def _verified(whole: bytes, path: Any) -> list[dict[str, Any]]:
     return entries
 
 
+def _entry_of(line: bytes, number: int, previous: str) -> dict[str, Any]:
+    """A line as an entry of this number after that hash; empty if it is none."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        good = (
+            set(entry) == set(_FIELDS)
+            and all(type(entry[name]) is kind for name, kind in _FIELDS.items())
+            and entry["number"] == number
+            and entry["previous"] == previous
+            and entry["hash"] == _hash(entry)
+            and _text(entry).encode() == line
+        )
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    return entry if good else {}
+
+
 def _hash(entry: Mapping[str, Any]) -> str:
     """SHA-256 of everything in an entry but its hash."""
     content = {k: v for k, v in entry.items() if k != "hash"}
@@ -221,7 +235,7 @@ def _hash(entry: Mapping[str, Any]) -> str:
 
 def _text(value: Mapping[str, Any]) -> str:
     """The one way to write an entry."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def sync_directory(directory: Path) -> None:

@@ -12,35 +12,29 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from safetensors import safe_open
-from safetensors.torch import save
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.atomic_file import replace_file
 from opacus_pi.unlearning.deletion_record import DeletionRecord, sync_directory
+from opacus_pi.unlearning.request_entries import (
+    DeletionRequest,
+    Requests,
+    request_of,
+    requests_of,
+)
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
+from opacus_pi.weights_file import read_weights, write_weights
 
-_KIND = "opacus_pi.UnlearnedWeights.v1"
+__all__ = ["DeletionRequest", "DeletionRequests"]
 
-
-@dataclass(frozen=True)
-class DeletionRequest:
-    """One request.
-
-    Args:
-        request_id: The caller's name for it, unique.
-        indices: The examples to forget, sorted.
-    """
-
-    request_id: str
-    indices: tuple[int, ...]
+_KIND = "opacus_pi.UnlearnedWeights"
+_VERSION = 1
 
 
 class DeletionRequests:
@@ -95,7 +89,7 @@ class DeletionRequests:
         entry = self.record.append_unless(
             lambda entries: _named(entries, request_id), "request", body
         )
-        known = _request(entry)
+        known = request_of(entry, self.num_examples)
         expect(
             known.indices == rows,
             "request_id",
@@ -108,10 +102,8 @@ class DeletionRequests:
     @property
     def pending(self) -> list[DeletionRequest]:
         """Requests that are not yet done, oldest first."""
-        entries = self.record.entries()
-        done = _done_ids(entries)
-        requests = [_request(e) for e in _of_kind(entries, "request")]
-        return [r for r in requests if r.request_id not in done]
+        found = self._requests()
+        return [r for n, r in found.submitted.items() if n not in found.done]
 
     def process(
         self,
@@ -175,63 +167,66 @@ class DeletionRequests:
 
     def _store(self, unlearner: Unlearner, honoured: set[str]) -> None:
         """Write weights and what they honour in one atomic step."""
-        state = {
-            name: value.detach().cpu().clone().contiguous()
-            for name, value in unlearner.model.state_dict().items()
-        }
         facts = {
-            "kind": _KIND,
             "honoured": json.dumps(sorted(honoured)),
             "forgotten": json.dumps(unlearner.forgotten.tolist()),
         }
-        replace_file(self.weights_path, save(state, metadata=facts))
+        state = unlearner.model.state_dict()
+        write_weights(self.weights_path, _KIND, _VERSION, state, facts)
         sync_directory(self.weights_path.parent)
 
-    def _facts(self) -> dict[str, str]:
-        """What the stored weights say about themselves; empty if there are none."""
+    def _requests(self) -> Requests:
+        """What the record says."""
+        return requests_of(self.record.entries(), self.num_examples)
+
+    def _stored(self) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
+        """The stored weights and what they honour and forgot; none if there are none.
+
+        Raises:
+            ValueError: If the file is not whole, or says nothing of the kind.
+        """
         if not self.weights_path.exists():
-            return {}
-        with safe_open(self.weights_path, framework="pt") as file:
-            facts = file.metadata() or {}
+            return {}, {"honoured": [], "forgotten": []}
+        state, facts = read_weights(self.weights_path, _KIND, _VERSION)
+        lists = {name: _listed(facts.get(name)) for name in ("honoured", "forgotten")}
+        rows = lists["forgotten"]
         expect(
-            facts.get("kind") == _KIND,
+            all(isinstance(name, str) for name in lists["honoured"])
+            and all(type(row) is int and 0 <= row < self.num_examples for row in rows),
             "weights_path",
             self.weights_path,
-            f"to hold {_KIND}",
-            "Move the file away: its name belongs to the deletion record.",
+            f"to say which requests it honours and which of {self.num_examples} "
+            "examples it forgot",
+            "Restore the file from a copy.",
         )
-        return facts
+        return state, lists
 
     def _honoured(self) -> set[str]:
         """Names of the requests that the stored weights honour."""
-        return set(json.loads(self._facts().get("honoured", "[]")))
+        return set(self._stored()[1]["honoured"])
 
     def _resume(self, unlearner: Unlearner) -> set[str]:
         """Give the unlearner the stored weights, if there are any; what they honour."""
-        honoured = self._honoured()
+        state, lists = self._stored()
+        honoured = set(lists["honoured"])
         self._check_weights(honoured)
         if honoured:
-            with safe_open(self.weights_path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}
-            unlearner.model.load_state_dict(state)
-            forgotten = np.array(json.loads(self._facts()["forgotten"]), dtype=np.int64)
+            _load_(unlearner.model, state, self.weights_path)
+            forgotten = np.array(lists["forgotten"], dtype=np.int64)
             unlearner.forgotten = np.union1d(unlearner.forgotten, forgotten)
         return honoured
 
     def _check_weights(self, honoured: set[str]) -> None:
         """Refuse weights that the record does not know or that know less than it."""
-        entries = self.record.entries()
-        recorded = _done_ids(entries)
-        submitted = {e["body"]["id"] for e in _of_kind(entries, "request")}
-        good = recorded <= honoured <= submitted
-        if good and recorded == honoured and recorded:
-            digest = _of_kind(entries, "done")[-1]["body"]["weights_sha256"]
-            good = digest == _sha256(self.weights_path)
+        found = self._requests()
+        good = found.done <= honoured <= set(found.submitted)
+        if good and found.done == honoured and found.done:
+            good = found.weights_sha256 == _sha256(self.weights_path)
         expect(
             good,
             "weights_path",
             self.weights_path,
-            f"to be the weights that honour the {len(recorded)} recorded request(s)",
+            f"to be the weights that honour the {len(found.done)} recorded request(s)",
             "Restore the file from a copy; without it they must be carried out again.",
         )
 
@@ -269,25 +264,39 @@ class DeletionRequests:
         return distinct_indices("indices", indices, self.num_examples)
 
 
-def _of_kind(entries: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """The entries of one kind."""
-    return [e for e in entries if e["kind"] == kind]
-
-
 def _named(entries: list[dict[str, Any]], request_id: str) -> dict[str, Any] | None:
     """The entry that took down a request, or None."""
-    requests = _of_kind(entries, "request")
-    return next((e for e in requests if e["body"]["id"] == request_id), None)
+    requests = (e for e in entries if e["kind"] == "request")
+    return next((e for e in requests if e["body"].get("id") == request_id), None)
 
 
-def _done_ids(entries: list[dict[str, Any]]) -> set[str]:
-    """Names of the requests that are recorded as carried out."""
-    return {i for e in _of_kind(entries, "done") for i in e["body"]["ids"]}
+def _listed(text: str | None) -> list[Any]:
+    """A list from its JSON; of anything else something that no list holds."""
+    try:
+        found = json.loads(text or "")
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, list) else [None]
 
 
-def _request(entry: Mapping[str, Any]) -> DeletionRequest:
-    """The request that an entry took down."""
-    return DeletionRequest(entry["body"]["id"], tuple(entry["body"]["indices"]))
+def _load_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Give a model stored weights, all of them or none."""
+    own = model.state_dict()
+    differing = {
+        name
+        for name in {*own, *state}
+        if name not in own
+        or name not in state
+        or (own[name].shape, own[name].dtype) != (state[name].shape, state[name].dtype)
+    }
+    expect(
+        not differing,
+        "weights_path",
+        path,
+        f"to fit the unlearner's model; differing: {sorted(differing)[:5]}",
+        "Make the unlearner from the model that the requests are about.",
+    )
+    model.load_state_dict(state)
 
 
 def _sha256(path: Path) -> str:

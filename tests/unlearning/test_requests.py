@@ -1,7 +1,5 @@
 """Requests are carried out once each, whenever the process dies."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch.utils.data import TensorDataset
 from opacus_pi.unlearning import Unlearner
 from opacus_pi.unlearning.deletion_record import verify
 from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
+from opacus_pi.weights_file import read_weights, write_weights
 
 SIZE = 20
 
@@ -135,7 +134,7 @@ def test_each_request_once_whenever_the_process_dies(
     done = [e for e in mine.record.entries() if e["kind"] == "done"]
     assert [i for e in done for i in e["body"]["ids"]] == ["a", "b", "c"]
     np.testing.assert_array_equal(last.forgotten, [2, 3, 5, 8, 9])
-    assert json.loads(mine._facts()["honoured"]) == ["a", "b", "c"]
+    assert mine._honoured() == {"a", "b", "c"}
     assert len(stored) == 3  # the weights went through one unlearning per request
 
 
@@ -144,10 +143,75 @@ def test_weights_that_went_missing_or_were_changed_are_noticed(tmp_path):
     mine.process(unlearner(), data(), num_epochs=1)
     content = mine.weights_path.read_bytes()
     mine.weights_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="to match its checksum"):
+        mine.process(unlearner(), data())
+    mine.weights_path.write_bytes(content)
+    state, facts = read_weights(mine.weights_path, "opacus_pi.UnlearnedWeights", 1)
+    other = {name: value + 1 for name, value in state.items()}
+    write_weights(mine.weights_path, facts["kind"], 1, other, facts)
     with pytest.raises(ValueError, match="3 recorded"):
         mine.process(unlearner(), data())
     mine.weights_path.unlink()
     with pytest.raises(ValueError, match="3 recorded"):
+        mine.process(unlearner(), data())
+
+
+def test_weights_of_another_model_are_refused_and_nothing_is_loaded(tmp_path):
+    mine = submitted(tmp_path)
+    mine.process(unlearner(), data(), num_epochs=1)
+    torch.manual_seed(0)
+    other = Unlearner(nn.Linear(4, 2), criterion=nn.CrossEntropyLoss())
+    before = {k: v.clone() for k, v in other.model.state_dict().items()}
+    with pytest.raises(ValueError, match="to fit the unlearner's model; differing"):
+        mine.process(other, data())
+    assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
+
+
+def test_a_record_about_another_training_set_is_refused(tmp_path):
+    submitted(tmp_path)
+    smaller = DeletionRequests(tmp_path / "deletions.jsonl", 9)
+    with pytest.raises(ValueError, match="entry=1 to be about rows of 9 examples"):
+        _ = smaller.pending
+    with pytest.raises(ValueError, match="record of another training set"):
+        smaller.process(unlearner(), range(9))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "message"),
+    [
+        ("request", {"id": "a", "indices": [1]}, "a new request"),
+        ("request", {"id": 1, "indices": [1]}, "with a name and rows"),
+        ("request", {"id": "z"}, "with a name and rows"),
+        ("request", {"id": "z", "indices": [2, 1]}, "each once, sorted"),
+        ("request", {"id": "z", "indices": [True]}, "each once, sorted"),
+        ("request", {"id": "z", "indices": []}, "each once, sorted"),
+        ("done", {"ids": ["z"], "weights_sha256": "0" * 64}, "that were open"),
+        ("done", {"ids": "a", "weights_sha256": "0" * 64}, "that were open"),
+        ("done", {"ids": ["a"]}, "the hash of the weights"),
+    ],
+)
+def test_entries_that_make_no_sense_are_refused(tmp_path, kind, body, message):
+    mine = submitted(tmp_path)
+    mine.record.append(kind, body)  # an unbroken chain
+    with pytest.raises(ValueError, match=message):
+        _ = mine.pending
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"honoured": "{}", "forgotten": "[]"},
+        {"honoured": "[1]", "forgotten": "[]"},
+        {"honoured": "[]", "forgotten": "[99]"},
+        {"honoured": "[", "forgotten": "[]"},
+        {},
+    ],
+)
+def test_weights_that_say_nothing_clear_are_refused(tmp_path, facts):
+    mine = submitted(tmp_path)
+    kind = "opacus_pi.UnlearnedWeights"
+    write_weights(mine.weights_path, kind, 1, {"w": torch.zeros(2)}, facts)
+    with pytest.raises(ValueError, match="to say which requests it honours"):
         mine.process(unlearner(), data())
 
 
