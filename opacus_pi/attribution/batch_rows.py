@@ -8,7 +8,6 @@ array([2, 3])
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -83,7 +82,7 @@ class StoredRows:
         if not self._is_stored_in(tensor):
             return None
         if _layout(tensor, dim) == self._layout:
-            return _places(self._length)
+            return np.arange(self._length)
         offset = tensor.storage_offset() - self._start
         starts = offset + np.arange(tensor.shape[dim]) * tensor.stride(dim)
         extent = sum(
@@ -100,6 +99,10 @@ class StoredRows:
         inside &= within + extent < self._stride
         return rows if inside.all() else None
 
+    def are_all_of(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a tensor's rows are these rows, all of them, in this order."""
+        return self._is_stored_in(tensor) and _layout(tensor, dim) == self._layout
+
     def expired(self) -> bool:
         """Whether nobody holds the memory any more."""
         return self._storage.expired()
@@ -114,8 +117,39 @@ class StoredRows:
         return same and tensor.element_size() == self._item_size
 
 
+class SampledRows:
+    """Enough entries of each row to recognise it later; a small copy.
+
+    Args:
+        tensor: A dense tensor.
+        dim: Its dimension that runs over the rows.
+
+    Attributes:
+        width: Number of entries in a row; 0 if rows cannot be recognised.
+    """
+
+    def __init__(self, tensor: Tensor, dim: int) -> None:
+        self._length = tensor.shape[dim]
+        self.width = tensor.numel() // self._length if self._length else 0
+        if tensor.is_complex():
+            self.width = 0
+        if self.width:
+            rows = tensor.detach() if dim == 0 else tensor.detach().movedim(dim, 0)
+            step = max(1, self.width // _SAMPLED)
+            rows = rows.reshape(self._length, self.width)
+            self._entries = rows[:, : step * _SAMPLED : step].clone()
+
+    def checksums(self) -> NDArray[np.int64]:
+        """int64 ``(b,)``; they survive copying, moving, reshaping and widening."""
+        if not self.width:
+            return np.zeros(self._length, dtype=np.int64)
+        entries = self._entries.cpu().float().contiguous()
+        bits = entries.numpy().view(np.int32).astype(np.int64)
+        return bits @ _WEIGHTS[: bits.shape[1]]  # wraps around
+
+
 def row_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
-    """A checksum of each row that survives copying, moving, reshaping and widening.
+    """A checksum of each row.
 
     Args:
         tensor: The tensor.
@@ -124,29 +158,13 @@ def row_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
     Returns:
         Number of entries in a row, and int64 ``(b,)``.
     """
-    length = tensor.shape[dim]
-    width = tensor.numel() // length if length else 0
-    if not width or tensor.is_complex():
-        return 0, np.zeros(length, dtype=np.int64)
-    rows = tensor.detach() if dim == 0 else tensor.detach().movedim(dim, 0)
-    step = max(1, width // _SAMPLED)
-    entries = rows.reshape(length, width)[:, : step * _SAMPLED : step]
-    bits = entries.cpu().float().numpy().view(np.int32)
-    return width, bits.astype(np.int64) @ _WEIGHTS[: bits.shape[1]]  # wraps around
-
-
-@lru_cache(maxsize=64)  # of as many batch sizes
-def _places(length: int) -> NDArray[np.int64]:
-    """0, 1, … in this order; not to be written to."""
-    places = np.arange(length)
-    places.flags.writeable = False
-    return places
+    sampled = SampledRows(tensor, dim)
+    return sampled.width, sampled.checksums()
 
 
 def _layout(tensor: Tensor, dim: int) -> tuple[Any, ...]:
     """What two views of one memory share if they are the same rows."""
-    shape, stride = tuple(tensor.shape), tuple(tensor.stride())
-    return dim, tensor.dtype, tensor.storage_offset(), shape, stride
+    return dim, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _version(tensor: Tensor) -> int:

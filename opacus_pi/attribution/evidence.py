@@ -6,6 +6,7 @@ Pure functions from the recent deliveries and the model's inputs to a ``Forward`
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opacus_pi.attribution.batch_rows import (
+    SampledRows,
     StoredRows,
     row_checksums,
     tensors_in,
@@ -44,13 +46,27 @@ class Stream:
 
 @dataclass(eq=False)
 class Delivery:
-    """One physical batch that a loader handed to the loop."""
+    """One physical batch that a loader handed to the loop.
+
+    ``are_distinct`` says that its rows are examples, no two of them the same.
+    """
 
     rows: Rows | None
     stream: Stream
+    are_distinct: bool = False
     stored: list[StoredRows] = field(default_factory=list)
-    checksums: dict[int, list[Rows]] = field(default_factory=dict)
+    sampled: list[SampledRows] = field(default_factory=list)
     used: bool = False
+
+    @cached_property
+    def checksums(self) -> dict[int, list[Rows]]:
+        """Of the tensors that tell rows apart, by number of entries in a row."""
+        found: dict[int, list[Rows]] = {}
+        for sampled in self.sampled:
+            sums = sampled.checksums()
+            if _tells_rows_apart(sampled.width, sums):
+                found.setdefault(sampled.width, []).append(sums)
+        return found
 
     def use(self) -> None:
         """A forward pass was made of it."""
@@ -75,6 +91,11 @@ class Forward:
     backward: int = 0  # when its backward pass came by; 0: not yet
     clipped: bool = False  # whether the second pass of ghost clipping came by
 
+    def has_all_rows(self) -> bool:
+        """Whether its rows are those of its delivery, and these distinct examples."""
+        whole = self.delivery is not None and self.rows is self.delivery.rows
+        return whole and self.delivery.are_distinct
+
 
 def delivery_of(
     indices: Any, batch: Any, stream: Stream, *, batch_dim: int, verify: bool
@@ -89,22 +110,21 @@ def delivery_of(
         verify: Whether to keep checksums.
     """
     tensors = list(tensors_in(batch))
-    rows, single = _positions(indices)
-    if rows is None:
+    listed, single = _positions(indices)
+    if listed is None:
         return Delivery(None, stream)
     if single:  # no collation: the item is the one row
         tensors = [t.unsqueeze(0) for t in tensors]
-    if not len(rows) and tensors and tensors[0].dim() and tensors[0].shape[0]:
-        rows = np.full(tensors[0].shape[0], NOBODY)
-    delivery = Delivery(rows, stream)
+    if not listed and tensors and tensors[0].dim() and tensors[0].shape[0]:
+        listed = [NOBODY] * tensors[0].shape[0]
+    are_distinct = min(listed, default=0) >= 0 and len(set(listed)) == len(listed)
+    delivery = Delivery(np.array(listed, dtype=np.int64), stream, are_distinct)
     for tensor in tensors:
-        dim = _dim_of_length(tensor, len(rows), batch_dim)
+        dim = _dim_of_length(tensor, len(listed), batch_dim)
         if dim is not None:
             delivery.stored.append(StoredRows(tensor, dim))
-            if verify and tensor.numel() > len(rows):  # labels are often alike
-                width, sums = row_checksums(tensor, dim)
-                if _tells_rows_apart(width, sums):
-                    delivery.checksums.setdefault(width, []).append(sums)
+            if verify and tensor.numel() > len(listed):  # labels are often alike
+                delivery.sampled.append(SampledRows(tensor, dim))
     return delivery
 
 
@@ -123,9 +143,13 @@ def by_storage(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forwa
     found, modified = [], False
     for tensor in tensors:
         for delivery, stored in ((d, s) for d in recent for s in d.stored):
-            where = stored.positions(tensor, dim)
-            if where is not None:
-                found.append((delivery, delivery.rows[where]))
+            if stored.are_all_of(tensor, dim):
+                rows = delivery.rows  # the same object: not to be looked at again
+            else:
+                where = stored.positions(tensor, dim)
+                rows = None if where is None else delivery.rows[where]
+            if rows is not None:
+                found.append((delivery, rows))
                 modified |= stored.modified(tensor)
                 break
     forward = _agreed(found, "by_storage")
@@ -185,17 +209,17 @@ def by_latest(
     return Forward(latest.rows, "by_latest", latest)
 
 
-def _positions(indices: Any) -> tuple[Rows | None, bool]:
+def _positions(indices: Any) -> tuple[list[int] | None, bool]:
     """Sampler output as positions, and whether it was a single one."""
     if isinstance(indices, Tensor | np.ndarray):
         indices = indices.tolist()
     single = not isinstance(indices, list | tuple)
-    listed = [indices] if single else indices
+    listed = [indices] if single else list(indices)
     if set(map(type, listed)) - {int}:  # rare: NumPy's numbers, or no positions
         if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in listed):
             return None, single
         listed = [int(i) for i in listed]
-    return np.array(listed, dtype=np.int64), single
+    return listed, single
 
 
 def _dim_of_length(tensor: Tensor, length: int, preferred: int) -> int | None:
@@ -251,5 +275,7 @@ def _agreed(found: Iterable[tuple[Delivery, Rows]], evidence: str) -> Forward:
         return Forward(None, "unattributed", None, "mismatch")
     for _, other in findings[1:]:
         rows = np.where(other == rows, rows, UNKNOWN)
-    cause = "alike" if UNKNOWN in rows else ""
-    return Forward(rows, evidence, delivery, cause)
+    forward = Forward(rows, evidence, delivery)
+    if not forward.has_all_rows() and UNKNOWN in rows:
+        forward.cause = "alike"
+    return forward

@@ -191,7 +191,7 @@ class Tracker:
         done = [f for f in self.take() if f.clipped or not clipped_only]
         passes = _rows_behind(done, list(sizes))
         for forward in passes:
-            known, unknown = _num_known(forward.rows)
+            known, unknown = _num_known(forward)
             self.counts["unattributed"] += unknown
             if known:
                 self.counts[forward.evidence] += known
@@ -216,9 +216,10 @@ def joined(parts: list[Rows]) -> Rows:
     return parts[0] if len(parts) == 1 else np.concatenate([_NO_ROWS, *parts])
 
 
-def _num_known(rows: Rows) -> tuple[int, int]:
+def _num_known(forward: Forward) -> tuple[int, int]:
     """How many rows are examples, and how many of unknown ones."""
-    if rows.min(initial=0) >= 0:
+    rows = forward.rows
+    if forward.has_all_rows():
         return len(rows), 0
     return np.count_nonzero(rows >= 0), np.count_nonzero(rows == UNKNOWN)
 
