@@ -74,7 +74,8 @@ class Gains:
 
 def _assign(gains: Matrix) -> NDArray[np.int64]:
     """For each row a column, each column once, with the largest sum."""
-    return linear_sum_assignment(gains, maximize=True)[1].astype(np.int64)
+    columns: NDArray[np.int64] = linear_sum_assignment(gains, maximize=True)[1]
+    return columns.astype(np.int64)
 
 
 def roots(spec: PermutationSpec) -> list[str]:

@@ -35,7 +35,7 @@ class AxisTracer(TorchDispatchMode):
     """
 
     def __init__(self, sources: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.seen: dict[int, tuple[Tensor, Dims]] = {}
         self.outputs: list[Dims | None] = []
         self._sources = {id(tensor): tensor for tensor in sources}
@@ -83,7 +83,7 @@ class OutputCapture(TorchDispatchMode):
     """
 
     def __init__(self, numbers: Iterable[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.kept: dict[int, Tensor] = {}
         self._numbers = set(numbers)
         self._count = 0
@@ -114,7 +114,8 @@ def elementary_operations() -> Iterator[None]:
 
 def _base_name(func: Any) -> str:
     """An operation's name, in-place variants under the name of the other."""
-    return func._schema.name.removeprefix("aten::").removesuffix("_")
+    name: str = func._schema.name
+    return name.removeprefix("aten::").removesuffix("_")
 
 
 def _is_pointwise(func: Any) -> bool:

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +75,7 @@ def loss_barrier(
     alphas = np.union1d(np.linspace(0, 1, num_points), 0.5)
     losses = np.array([path.loss(alpha) for alpha in alphas])
 
-    def rise(alpha: ArrayLike, loss: ArrayLike) -> NDArray[np.float64]:
+    def rise(alpha: Any, loss: Any) -> Any:
         return (loss - losses[0]) - alpha * (losses[-1] - losses[0])
 
     rises = rise(alphas, losses)

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.evaluation.no_trace import device_of
+from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.objective import float64_losses, unit_cotangents
 from opacus_pi.gradients.random_state import random_state_untouched
@@ -133,7 +134,7 @@ class GaussianPoison(Dataset[Any]):
         noise_std: float,
         generator: torch.Generator,
     ) -> None:
-        size = len(data_set)
+        size = size_of(data_set)
         self.forget_indices = distinct_indices("forget_indices", forget_indices, size)
         positive(noise_std=noise_std, remedy="Without noise nothing is poisoned.")
         self._data_set = data_set
@@ -153,7 +154,7 @@ class GaussianPoison(Dataset[Any]):
 
     def __len__(self) -> int:
         """The number of examples, poisoned or not."""
-        return len(self._data_set)
+        return size_of(self._data_set)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         """One example; the input carries its noise if it is poisoned."""

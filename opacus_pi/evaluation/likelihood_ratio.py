@@ -131,7 +131,8 @@ def _log_density(values: Array, mean: Array, std: Array) -> Array:
 
 def _positive(ratios: Array) -> Array:
     """Fraction of models called unlearned, ties as halves."""
-    return ((np.sign(ratios) + 1) / 2).mean(axis=0)
+    result: Array = ((np.sign(ratios) + 1) / 2).mean(axis=0)
+    return result
 
 
 def _margins(name: str, values: ArrayLike) -> Array:

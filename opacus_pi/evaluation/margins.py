@@ -58,7 +58,8 @@ def klom(
     p = _histogram((unlearned - low) * scale, num_bins)
     q = np.maximum(_histogram((oracle - low) * scale, num_bins), _FLOOR)
     terms = p * (np.log(np.where(p > 0, p, 1.0)) - np.log(q))
-    return terms.sum(axis=0)
+    result: NDArray[np.float64] = terms.sum(axis=0)
+    return result
 
 
 def _histogram(places: NDArray[np.float64], num_bins: int) -> NDArray[np.float64]:

@@ -6,11 +6,10 @@ MembershipInference(forget_called_test=0.5, attacker_accuracy=1.0)
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
 
 from opacus_pi._validate import expect, in_range
 
@@ -71,6 +70,9 @@ def membership_inference(
     if np.ptp(seen) == 0:
         return MembershipInference(0.5, 0.5)
     is_test = np.repeat([False, True], [len(retain), len(test)])
+    from sklearn.linear_model import LogisticRegression  # slow to import: when used
+    from sklearn.metrics import balanced_accuracy_score
+
     attacker = LogisticRegression(class_weight="balanced")
     attacker.fit((seen - centre) / spread, is_test)
     called_test = attacker.predict((forget - centre) / spread)
@@ -85,5 +87,6 @@ def _feature(**named: ArrayLike) -> NDArray[np.float64]:
     ((name, values),) = named.items()
     array = np.asarray(values, dtype=np.float64).reshape(-1, 1)
     expect(array.size > 0, name, "[]", "to hold an example", "Evaluate on some data.")
-    in_range(0, 1, remedy="Pass the softmax at the label.", **{name: array})
+    checked: dict[str, Any] = {name: array}
+    in_range(0, 1, remedy="Pass the softmax at the label.", **checked)
     return array

@@ -191,7 +191,7 @@ def _order(factors: tuple[Factor, ...], permutation: Permutation) -> NDArray[np.
     """The order of a dimension's indices under the permutations of its factors."""
     order = np.zeros(1, dtype=np.int64)
     for symbol, size in factors:
-        array = permutation.get(symbol, np.arange(size))
+        array = permutation.get(str(symbol), np.arange(size))
         if array.ndim == 2:  # the outer factor's position chooses the row
             array = array[np.arange(len(order)) % len(array)]
         order = (order[:, None] * size + array).ravel()

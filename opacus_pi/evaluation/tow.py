@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -51,7 +52,9 @@ def tug_of_war(
                 f"to hold {name!r}",
                 "Pass what evaluate returned.",
             )
-        values = metrics[name], np.mean(oracle[name], dtype=np.float64)
-        in_range(0, 1, remedy="It is a fraction of examples.", **{name: values})
-        product *= 1 - abs(float(values[0]) - float(values[1]))
+        own = float(metrics[name])
+        retrained = float(np.mean(np.asarray(oracle[name], dtype=np.float64)))
+        values: dict[str, Any] = {name: (own, retrained)}
+        in_range(0, 1, remedy="It is a fraction of examples.", **values)
+        product *= 1 - abs(own - retrained)
     return product

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -55,7 +55,7 @@ class UnlearningTrace:
         }
         self.cost = {name: float(value) for name, value in self.cost.items()}
         expect(
-            bool((np.diff(self.times) > 0).all()) and np.isfinite(self.times).all(),
+            bool((np.diff(self.times) > 0).all() and np.isfinite(self.times).all()),
             "times",
             self.times,
             "to be strictly increasing",
@@ -212,7 +212,8 @@ def arrived(
             "The distance is measured in units of the one before unlearning.",
         )
         limit = tolerance * distance[0]
-    return distance <= limit + _ROUNDING
+    result: NDArray[np.bool_] = distance <= limit + _ROUNDING
+    return result
 
 
 def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str) -> Any:
@@ -250,4 +251,4 @@ def _read_json(path: Path) -> dict[str, Any]:
         f"to be a whole JSON file of {_KIND}",
         "It is truncated or something else: make it again.",
     )
-    return content
+    return cast(dict[str, Any], content)

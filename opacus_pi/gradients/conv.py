@@ -6,21 +6,28 @@ counting operations, never by timing, so that results repeat bit for bit.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opacus_pi.gradients.parameter_gradients import (
+    Formed,
+    Gradients,
+    Implied,
+    scaled,
+)
 from opacus_pi.gradients.products import (
     blocks,
     outer_product_squares,
     pair_squares,
     squared_lengths,
 )
-from opacus_pi.gradients.registry import register_norm_rule
+from opacus_pi.gradients.registry import register_gradient_rule, register_norm_rule
 
 _SMALL_WEIGHT = 1 << 16  # below, one grouped call beats one call per example
 _FEW_CHANNELS = 3  # up to these, unfolding beats the library's kernels
@@ -66,15 +73,52 @@ def conv_squares(
         return None
     squares: Tensor | float = 0.0
     if "weight" in names:
-        padded, window = _window(module, x)
+        padded, window = window_of(module, x)
         squares = _route(window, padded, grad)(window, padded, grad)
     if "bias" in names:
         squares = squares + squared_lengths(grad.flatten(2).sum(2))
     return cast(Tensor, squares)
 
 
-def _window(module: Any, x: Tensor) -> tuple[Tensor, Window]:
-    """The window, and the input with any padding but symmetric zeros put on."""
+@register_gradient_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def conv_gradients(
+    module: Any, x: Tensor, grad: Tensor, names: Collection[str]
+) -> dict[str, Gradients] | None:
+    """Gradients of weight and bias; arguments as above.
+
+    Those of the weight are formed where they take less memory than what they follow
+    from; by the count of operations that is also where forming them is cheapest.
+    """
+    if x.dim() != 2 + len(module.kernel_size):
+        return None
+    found: dict[str, Gradients] = {}
+    if "weight" in names:
+        found["weight"] = _weight_gradients(*window_of(module, x), grad)
+    if "bias" in names:
+        found["bias"] = Formed(grad.flatten(2).sum(2))
+    return found
+
+
+def _weight_gradients(x: Tensor, window: Window, grad: Tensor) -> Gradients:
+    """Gradients of the weight."""
+    size = grad.shape[1] * (x.shape[1] // window.groups) * math.prod(window.kernel)
+    form = partial(per_example_weights, window, x, grad)
+    if size < x[0].numel() + grad[0].numel():
+        return Formed(form())
+
+    def weighted(factors: Tensor) -> Tensor:
+        return weight_gradient(window, x, scaled(grad, factors), window.groups)
+
+    return Implied(_route(window, x, grad)(window, x, grad), weighted, form)
+
+
+def window_of(module: Any, x: Tensor) -> tuple[Tensor, Window]:
+    """The input with any padding but symmetric zeros put on, and the window.
+
+    Args:
+        module: A convolution.
+        x: Its input.
+    """
     window = Window(
         module.kernel_size, module.stride, (), module.dilation, module.groups
     )
@@ -116,13 +160,13 @@ def _unfolded(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     patch, positions = x.shape[1] * math.prod(window.kernel), grad[0, 0].numel()
     return torch.cat(
         [
-            outer_product_squares(_patches(window, x[i]).mT, grad[i].flatten(2).mT)
+            outer_product_squares(patches(window, x[i]).mT, grad[i].flatten(2).mT)
             for i in blocks(x, row_size=patch * positions)
         ]
     )
 
 
-def _patches(window: Window, x: Tensor) -> Tensor:
+def patches(window: Window, x: Tensor) -> Tensor:
     """Patches ``(b, channels * kernel, positions)``, by one strided copy."""
     x = F.pad(x, [p for pad in reversed(window.padding) for p in (pad, pad)])
     b, channels, *sizes = x.shape
@@ -188,35 +232,60 @@ def _diagonal_sums(
 
 def _grouped(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     """Explicit weight gradients: the examples of a block as groups of one call."""
-    num_out, patch = (
-        grad.shape[1],
-        x.shape[1] // window.groups * math.prod(window.kernel),
-    )
-    found = []
-    for i in blocks(x, row_size=num_out * patch):
-        rows = len(x[i])
-        a, g = (v[i].reshape(1, -1, *v.shape[2:]) for v in (x, grad))
-        weight = _weight_gradient(window, a, g, rows * window.groups)
-        found.append(squared_lengths(weight.view(rows, -1)))
-    return torch.cat(found)
+    return torch.cat([squared_lengths(w) for w in _grouped_weights(window, x, grad)])
 
 
 def _looped(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     """Explicit weight gradients: one call of the library's kernel per example."""
-    return torch.cat(
-        [
-            squared_lengths(
-                _weight_gradient(window, x[i : i + 1], grad[i : i + 1], window.groups)[
-                    None
-                ]
-            )
-            for i in range(len(x))
-        ]
+    return torch.cat([squared_lengths(w) for w in _looped_weights(window, x, grad)])
+
+
+def _grouped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
+    """Each example's weight gradient, flat, by blocks of rows."""
+    num_out, patch = (
+        grad.shape[1],
+        x.shape[1] // window.groups * math.prod(window.kernel),
     )
+    for i in blocks(x, row_size=num_out * patch):
+        rows = len(x[i])
+        a, g = (v[i].reshape(1, -1, *v.shape[2:]) for v in (x, grad))
+        yield weight_gradient(window, a, g, rows * window.groups).view(rows, -1)
 
 
-def _weight_gradient(window: Window, x: Tensor, grad: Tensor, groups: int) -> Tensor:
-    """The weight gradient summed over the rows, by the library's kernel."""
+def _looped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
+    """The same, by rows."""
+    for i in range(len(x)):
+        a, g = x[i : i + 1], grad[i : i + 1]
+        yield weight_gradient(window, a, g, window.groups).view(1, -1)
+
+
+def per_example_weights(window: Window, x: Tensor, grad: Tensor) -> Tensor:
+    """Each example's weight gradient, flat: ``(b, num_out * patch)``.
+
+    Args:
+        window: What an output position sees.
+        x: The layer's padded input, both from :func:`window_of`.
+        grad: The gradient at its output.
+    """
+    unfolds = x.is_cuda or window.is_point or x.shape[1] <= _FEW_CHANNELS
+    if window.groups == 1 and unfolds:
+        unfolded = patches(window, x)
+        return (grad.flatten(2) @ unfolded.mT).flatten(1)
+    patch = x.shape[1] // window.groups * math.prod(window.kernel)
+    is_small = patch * grad.shape[1] <= _SMALL_WEIGHT
+    by_block = _grouped_weights if is_small else _looped_weights
+    return torch.cat(list(by_block(window, x, grad)))
+
+
+def weight_gradient(window: Window, x: Tensor, grad: Tensor, groups: int) -> Tensor:
+    """The weight gradient summed over the rows, by the library's kernel.
+
+    Args:
+        window: What an output position sees.
+        x: The padded input, both from :func:`window_of`.
+        grad: The gradient at the output.
+        groups: Those of the window; more where examples were folded into channels.
+    """
     weight = x.new_empty(grad.shape[1], x.shape[1] // groups, *window.kernel)
     gradient: Tensor = torch.ops.aten.convolution_backward(
         grad,

@@ -49,15 +49,8 @@ def vmapped_squares(
     places = list(cotangents)
 
     def squares(x: Any, cotangents: list[Tensor]) -> Tensor:
-        args, kwargs = arguments(unsqueeze(x))
-
-        def outputs(values: dict[str, Tensor]) -> list[Tensor]:
-            tree = torch.func.functional_call(model, values, args, kwargs)
-            leaves = pytree.tree_leaves(tree)
-            return [leaves[place] for place in places]
-
-        pullback = torch.func.vjp(outputs, values)[1]
-        (gradients,) = pullback(unsqueeze(cotangents))
+        ends = dict(zip(places, unsqueeze(cotangents), strict=True))
+        gradients = _pulled_back(model, values, arguments(unsqueeze(x)), ends)
         total: Tensor = sum(g.square().sum().double() for g in gradients.values())
         return total
 
@@ -65,6 +58,65 @@ def vmapped_squares(
     vectorised = torch.func.vmap(squares, chunk_size=max(1, _MAX_ELEMENTS // size))
     with _only_trainable(model, []):  # vjp sees to the values given
         return vectorised(x, list(cotangents.values()))
+
+
+def vmapped_gradients(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    cotangents: Mapping[int, Tensor],
+) -> dict[str, Tensor]:
+    """Each example's gradients by some parameters, formed, by ``torch.func``.
+
+    Args:
+        model: A module, in the mode in which it was called.
+        parameters: The parameters to differentiate by, by name.
+        call: Positional and keyword arguments of the call; tensors whose first
+            dimension has the length of the cotangents hold one row per example.
+        cotangents: The gradient at each floating output, ``(b, ...)``, by its place
+            among the output's leaves.
+
+    Returns:
+        ``(b, *shape)`` by name.
+
+    Raises:
+        RuntimeError: If ``torch.func.vmap`` refuses the model.
+    """
+    values = {name: p.detach() for name, p in parameters.items()}
+    leaves, shape = pytree.tree_flatten(call)
+    b = len(next(iter(cotangents.values())))
+    own = {
+        place: leaf.detach()
+        for place, leaf in enumerate(leaves)
+        if isinstance(leaf, Tensor) and leaf.shape[:1] == (b,)
+    }
+
+    def gradients(own: dict[int, Tensor], ends: dict[int, Tensor]) -> dict[str, Tensor]:
+        alone = {place: leaf.unsqueeze(0) for place, leaf in own.items()}
+        filled = [alone.get(place, leaf) for place, leaf in enumerate(leaves)]
+        one = pytree.tree_unflatten(filled, shape)
+        ends = {place: end.unsqueeze(0) for place, end in ends.items()}
+        return _pulled_back(model, values, one, ends)
+
+    found: dict[str, Tensor] = torch.func.vmap(gradients)(own, dict(cotangents))
+    return found
+
+
+def _pulled_back(
+    model: nn.Module,
+    values: dict[str, Tensor],
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    cotangents: Mapping[int, Tensor],
+) -> dict[str, Tensor]:
+    """Vector-Jacobian product of a call, by the values put in place of parameters."""
+
+    def outputs(values: dict[str, Tensor]) -> list[Tensor]:
+        leaves = pytree.tree_leaves(torch.func.functional_call(model, values, *call))
+        return [leaves[place] for place in cotangents]
+
+    pullback = torch.func.vjp(outputs, values)[1]
+    found: dict[str, Tensor] = pullback(list(cotangents.values()))[0]
+    return found
 
 
 def looped_squares(

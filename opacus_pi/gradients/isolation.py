@@ -16,7 +16,7 @@ def isolated() -> Iterator[None]:
     ...     torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     (True, False)
     """
-    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
+    has_cuda = torch.cuda.is_initialized()
     devices = ("cpu", "cuda") if has_cuda else ("cpu",)
     with contextlib.ExitStack() as stack:
         stack.enter_context(random_state_untouched())

@@ -5,8 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from opacus_pi.gradients.parameter_gradients import (
+    Formed,
+    Gradients,
+    outer_product_gradients,
+)
 from opacus_pi.gradients.products import outer_product_squares, squared_lengths
-from opacus_pi.gradients.registry import register_norm_rule
+from opacus_pi.gradients.registry import register_gradient_rule, register_norm_rule
 
 
 @register_norm_rule(nn.Linear)
@@ -35,3 +40,19 @@ def linear_squares(
     squares: Any = outer_product_squares(a, g) if "weight" in names else 0.0
     total: Tensor = squares + squared_lengths(g.sum(1)) if "bias" in names else squares
     return total
+
+
+@register_gradient_rule(nn.Linear)
+def linear_gradients(
+    module: nn.Linear, x: Tensor, grad: Tensor, names: Collection[str]
+) -> dict[str, Gradients] | None:
+    """Gradients of weight and bias; arguments as above."""
+    if x.dim() < 2:
+        return None
+    a, g = (v.reshape(len(v), -1, v.shape[-1]) for v in (x, grad))
+    found: dict[str, Gradients] = {}
+    if "weight" in names:
+        found["weight"] = outer_product_gradients(a, g)
+    if "bias" in names:
+        found["bias"] = Formed(grad if x.dim() == 2 else g.sum(1))
+    return found

@@ -4,42 +4,71 @@ r"""Normalisation layers: what is learned is a scale and a shift of normalised i
 :math:`\nabla b = \sum g` over the positions that share an entry.
 """
 
-from collections.abc import Collection
-from typing import cast
+from collections.abc import Callable, Collection
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from opacus_pi.gradients.parameter_gradients import Formed, Gradients
 from opacus_pi.gradients.products import squared_lengths
-from opacus_pi.gradients.registry import register_norm_rule
+from opacus_pi.gradients.registry import register_gradient_rule, register_norm_rule
+
+_Rule = Callable[[Any, Tensor, Tensor, Collection[str]], dict[str, Tensor]]
 
 
-@register_norm_rule(nn.GroupNorm)
-def group_norm_squares(
+def _affine(*module_types: type[nn.Module]) -> Callable[[_Rule], _Rule]:
+    """Register the norm rule and the gradient rule that follow from gradients."""
+
+    def register(rule: _Rule) -> _Rule:
+        @register_norm_rule(*module_types)
+        def squares(
+            module: nn.Module, x: Tensor, grad: Tensor, names: Collection[str]
+        ) -> Tensor:
+            found = rule(module, x, grad, names).values()
+            return sum((squared_lengths(g) for g in found), torch.zeros(()))
+
+        @register_gradient_rule(*module_types)
+        def gradients(
+            module: nn.Module, x: Tensor, grad: Tensor, names: Collection[str]
+        ) -> dict[str, Gradients] | None:
+            if module.training and getattr(module, "running_mean", None) is not None:
+                return None  # statistics of the batch
+            found = rule(module, x, grad, names)
+            return {name: Formed(values) for name, values in found.items()}
+
+        return rule
+
+    return register
+
+
+@_affine(nn.GroupNorm)
+def group_norm_gradients(
     module: nn.GroupNorm, x: Tensor, grad: Tensor, names: Collection[str]
-) -> Tensor:
-    """Squares of scale and shift, one entry per channel: ``(b, c, ...)``."""
+) -> dict[str, Tensor]:
+    """Gradients of scale and shift, one entry per channel: ``(b, c, ...)``."""
     normalised = F.group_norm(x, module.num_groups, None, None, module.eps)
-    return _channel_squares(normalised, grad, names)
+    return _channel_gradients(normalised, grad, names)
 
 
-@register_norm_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-def batch_norm_squares(
+@_affine(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def batch_norm_gradients(
     module: _BatchNorm, x: Tensor, grad: Tensor, names: Collection[str]
-) -> Tensor:
+) -> dict[str, Tensor]:
     """The same with running statistics: ``(b, c)`` or ``(b, c, ...)``."""
     normalised = F.batch_norm(
         x, module.running_mean, module.running_var, training=False, eps=module.eps
     )
-    return _channel_squares(normalised, grad, names)
+    return _channel_gradients(normalised, grad, names)
 
 
-@register_norm_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-def instance_norm_squares(
+@_affine(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def instance_norm_gradients(
     module: _InstanceNorm, x: Tensor, grad: Tensor, names: Collection[str]
-) -> Tensor:
+) -> dict[str, Tensor]:
     """The same with statistics of each example and channel, or running ones."""
     normalised = F.instance_norm(
         x,
@@ -48,37 +77,37 @@ def instance_norm_squares(
         use_input_stats=module.running_mean is None,
         eps=module.eps,
     )
-    return _channel_squares(normalised, grad, names)
+    return _channel_gradients(normalised, grad, names)
 
 
-@register_norm_rule(nn.LayerNorm)
-def layer_norm_squares(
+@_affine(nn.LayerNorm)
+def layer_norm_gradients(
     module: nn.LayerNorm, x: Tensor, grad: Tensor, names: Collection[str]
-) -> Tensor:
-    """Squares of scale and shift, one entry per feature: ``(b, ..., features)``."""
+) -> dict[str, Tensor]:
+    """Gradients of scale and shift, one entry per feature: ``(b, ..., features)``."""
     normalised = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-    return _affine_squares(
+    return _affine_gradients(
         _tokens(normalised, module), _tokens(grad, module), names, shared=1
     )
 
 
-@register_norm_rule(nn.RMSNorm)
-def rms_norm_squares(
+@_affine(nn.RMSNorm)
+def rms_norm_gradients(
     module: nn.RMSNorm, x: Tensor, grad: Tensor, names: Collection[str]
-) -> Tensor:
-    """Squares of the scale, one entry per feature: ``(b, ..., features)``."""
+) -> dict[str, Tensor]:
+    """Gradients of the scale, one entry per feature: ``(b, ..., features)``."""
     normalised = F.rms_norm(x, module.normalized_shape, eps=module.eps)
-    return _affine_squares(
+    return _affine_gradients(
         _tokens(normalised, module), _tokens(grad, module), names, shared=1
     )
 
 
-def _channel_squares(
+def _channel_gradients(
     normalised: Tensor, grad: Tensor, names: Collection[str]
-) -> Tensor:
-    """Squares where positions after ``(b, c)`` share an entry."""
+) -> dict[str, Tensor]:
+    """Gradients where positions after ``(b, c)`` share an entry."""
     shape = (*grad.shape[:2], -1)
-    return _affine_squares(
+    return _affine_gradients(
         normalised.reshape(shape), grad.reshape(shape), names, shared=2
     )
 
@@ -90,13 +119,13 @@ def _tokens(values: Tensor, module: nn.LayerNorm | nn.RMSNorm) -> Tensor:
     )
 
 
-def _affine_squares(
+def _affine_gradients(
     normalised: Tensor, grad: Tensor, names: Collection[str], shared: int
-) -> Tensor:
-    """Squares of scale and shift; dimension ``shared`` holds what shares an entry."""
-    squares: Tensor | float = 0.0
+) -> dict[str, Tensor]:
+    """Gradients of scale and shift; dimension ``shared`` holds what shares an entry."""
+    found = {}
     if "bias" in names:
-        squares = squared_lengths(grad.sum(shared))
+        found["bias"] = grad.sum(shared)
     if "weight" in names:
-        squares = squares + squared_lengths(normalised.mul_(grad).sum(shared))
-    return cast(Tensor, squares)
+        found["weight"] = normalised.mul_(grad).sum(shared)
+    return found

@@ -18,7 +18,7 @@ def random_state_untouched() -> Iterator[None]:
     True
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch's
+    has_cuda = torch.cuda.is_initialized()
     devices = range(torch.cuda.device_count()) if has_cuda else ()
     with torch.random.fork_rng(devices=list(devices)):
         try:

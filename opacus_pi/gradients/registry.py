@@ -15,16 +15,24 @@ gradients:
 ...     return (x * grad).flatten(1).sum(1).square()
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import torch  # noqa: F401 (for the example above)
 from torch import Tensor, nn
 
+from opacus_pi.gradients.parameter_gradients import Gradients
+
 NormRule = Callable[[Any, Tensor, Tensor, Collection[str]], Tensor | None]
+GradientRule = Callable[
+    [Any, Tensor, Tensor, Collection[str]], Mapping[str, Gradients] | None
+]
+_T = TypeVar("_T")
 _Rule = TypeVar("_Rule", bound=NormRule)
+_GradientRule = TypeVar("_GradientRule", bound=GradientRule)
 
 _RULES: dict[type[nn.Module], NormRule] = {}
+_GRADIENT_RULES: dict[type[nn.Module], GradientRule] = {}
 
 
 def register_norm_rule(
@@ -53,17 +61,51 @@ def register_norm_rule(
     return register
 
 
+def register_gradient_rule(
+    *module_types: type[nn.Module],
+) -> Callable[[_GradientRule], _GradientRule]:
+    """Decorate the rule by which ``grad_sample_mode="fast"`` clips layers of a type.
+
+    ``rule(module, x, grad, names)`` gets what a norm rule gets, and returns each
+    parameter's gradients by name (``Formed`` or ``Implied``, of
+    ``opacus_pi.gradients.parameter_gradients``); or ``None`` for a case it does not
+    cover. A layer without a rule is differentiated by ``torch.func``.
+
+    Args:
+        *module_types: Layers with one tensor as input and one as output.
+
+    Returns:
+        The decorator; it returns the rule as it is.
+    """
+
+    def register(rule: _GradientRule) -> _GradientRule:
+        _GRADIENT_RULES.update(dict.fromkeys(module_types, rule))
+        return rule
+
+    return register
+
+
 def norm_rule(module: nn.Module) -> NormRule | None:
-    """Return the rule for a layer, ``None`` if what it computes may differ.
+    """Return the norm rule for a layer, ``None`` if what it computes may differ.
 
     That is: no rule is registered, ``forward`` is overridden, or its parameters are
     computed (parametrizations; pre-hooks, as weight normalisation sets them).
     """
-    cls = next((cls for cls in type(module).__mro__ if cls in _RULES), None)
+    return _matching(module, _RULES)
+
+
+def gradient_rule(module: nn.Module) -> GradientRule | None:
+    """Return the gradient rule for a layer, ``None`` as ``norm_rule`` does."""
+    return _matching(module, _GRADIENT_RULES)
+
+
+def _matching(module: nn.Module, rules: Mapping[type[nn.Module], _T]) -> _T | None:
+    """What is registered for the class whose computation a layer inherits."""
+    cls = next((cls for cls in type(module).__mro__ if cls in rules), None)
     if cls is None or hasattr(module, "parametrizations") or module._forward_pre_hooks:
         return None
     same = all(
         getattr(type(module), method, None) is getattr(cls, method, None)
         for method in ("__call__", "forward", "_conv_forward")
     )
-    return _RULES[cls] if same and "forward" not in vars(module) else None
+    return rules[cls] if same and "forward" not in vars(module) else None

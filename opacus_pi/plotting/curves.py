@@ -52,12 +52,13 @@ def plot_curves(
         ax.fill_between(times, mean - spread, mean + spread, color=colour, alpha=0.15)
         ax.plot(times, mean, label=label, ms=4, markevery=marked, **style)
         if label in oracles:
-            level = float(np.mean(oracles[label]))
+            level = float(np.mean(np.asarray(oracles[label])))
             ax.axhline(level, color=colour, lw=1.2, linestyle=(0, (4, 3)))
     handles, _ = ax.get_legend_handles_labels()
     if oracles:
-        dashes = {"color": "black", "lw": 1.2, "linestyle": (0, (4, 3))}
-        handles.append(Line2D([], [], label="retrained", **dashes))
+        dashes = Line2D([], [], color="black", lw=1.2, linestyle=(0, (4, 3)))
+        dashes.set_label("retrained")
+        handles.append(dashes)
     ax.legend(handles=handles, frameon=False, fontsize="small")
     ax.set_xlabel(unit)
     ax.set_ylabel(metric)

@@ -54,7 +54,8 @@ def centre_of(losses: Array) -> Array:
     """The geometric mean over runs of each set's loss, ``(sets,)``."""
     positive = losses[losses > 0]
     floor = positive.min() if positive.size else 1.0
-    return np.exp(np.log(np.maximum(losses, floor)).mean(0))
+    result: Array = np.exp(np.log(np.maximum(losses, floor)).mean(0))
+    return result
 
 
 def draw_runs(

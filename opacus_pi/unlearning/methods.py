@@ -15,16 +15,17 @@ tensor(0.7500)
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from opacus_pi._validate import expect, positive
 from opacus_pi.gradients import per_example_grad_norms
-from opacus_pi.gradients.batches import forward
+from opacus_pi.gradients.batches import forward, size_of
 from opacus_pi.gradients.criterion import Criterion
 
 Batch = tuple[Any, Any]
@@ -48,6 +49,11 @@ class Task:
     retain_loader: Iterable[Batch]
     forget_loader: Iterable[Batch] | None
     generator: torch.Generator
+
+    @property
+    def forget_batches(self) -> Iterable[Batch]:
+        """The forget loader, for the methods that need one."""
+        return cast(Iterable[Batch], self.forget_loader)
 
 
 class Method:
@@ -90,13 +96,13 @@ class Method:
 
     def pass_length(self, task: Task, num_pass: int) -> int:
         """Number of updates that ``batches`` yields in a pass over sized loaders."""
-        return len(task.retain_loader)
+        return len(cast(Sized, task.retain_loader))
 
     def loss(
         self, task: Task, retain: Batch | None, forget: Batch | None
     ) -> Tensor | None:
         """The scalar to differentiate, or None for no gradient at all."""
-        return mean_loss(task, retain)
+        return mean_loss(task, cast(Batch, retain))
 
     def penalty(self, params: Sequence[Tensor], progress: float) -> Tensor | None:
         """A scalar added to the loss, or None.
@@ -181,9 +187,10 @@ class Langevin(Method):
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
         """The mean loss, or its clipped form: see the class."""
+        batch = cast(Batch, retain)
         if self.max_grad_norm is None:
-            return mean_loss(task, retain)
-        return clipped_loss(task, retain, self.max_grad_norm)
+            return mean_loss(task, batch)
+        return clipped_loss(task, batch, self.max_grad_norm)
 
     def perturb_(self, params: Sequence[Tensor], generator: torch.Generator) -> None:
         """Add the noise to every trainable weight's gradient."""
@@ -291,7 +298,8 @@ def expected_batch_size(loader: Iterable[Batch]) -> float:
         for name in ("sample_rate", "batch_size")
     )
     if rates:
-        return rates[0] * len(loader.dataset)
+        rate: float = rates[0]
+        return rate * size_of(cast(DataLoader[Any], loader).dataset)
     expect(
         bool(sizes),
         "retain_loader",

@@ -7,6 +7,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -169,7 +170,7 @@ def percentile(value: float, losses: ArrayLike) -> float:
     """
     losses = np.asarray(losses, dtype=np.float64)
     below = np.count_nonzero(losses < value) + np.count_nonzero(losses == value) / 2
-    return 100 * below / losses.size
+    return float(100 * below / losses.size)
 
 
 def predict_time(
@@ -213,8 +214,9 @@ def _noisy(
         "to be given, as training added no noise",
         "Any noise gives a ranking (no guarantee): plan(..., assumed_noise_std=1.0).",
     )
-    positive(assumed_noise_std=assumed_noise_std, remedy="It is the std on the sum.")
-    return [run.with_noise_std(assumed_noise_std) for run in runs]
+    noise_std = cast(float, assumed_noise_std)
+    positive(assumed_noise_std=noise_std, remedy="It is the std on the sum.")
+    return [run.with_noise_std(noise_std) for run in runs]
 
 
 def _chosen(ledger: GradNormLedger, indices: ArrayLike) -> NDArray[np.int64]:

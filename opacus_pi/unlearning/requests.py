@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from opacus_pi._validate import distinct_indices, expect
+from opacus_pi.gradients.batches import size_of
 from opacus_pi.unlearning.deletion_record import DeletionRecord, sync_directory
 from opacus_pi.unlearning.request_entries import (
     DeletionRequest,
@@ -126,9 +127,9 @@ class DeletionRequests:
             The result of each run, none if nothing was pending.
         """
         expect(
-            len(train_set) == self.num_examples,
+            size_of(train_set) == self.num_examples,
             "train_set",
-            f"{len(train_set)} examples",
+            f"{size_of(train_set)} examples",
             f"to have the {self.num_examples} that the requests speak of",
             "Pass the set that the model was trained on.",
         )
@@ -261,7 +262,7 @@ class DeletionRequests:
                 "Pass rows_of with this user's rows.",
             )
             indices = self.rows_of[user]
-        return distinct_indices("indices", indices, self.num_examples)
+        return distinct_indices("indices", cast(ArrayLike, indices), self.num_examples)
 
 
 def _named(entries: list[dict[str, Any]], request_id: str) -> dict[str, Any] | None:

@@ -145,7 +145,9 @@ def gap_to_oracle(
             f"to hold {name!r}",
             "Evaluate the same metrics on retrained models.",
         )
-    return float(np.mean([abs(trace[m][-1] - np.mean(oracle[m])) for m in metrics]))
+    return float(
+        np.mean([abs(trace[m][-1] - np.mean(np.asarray(oracle[m]))) for m in metrics])
+    )
 
 
 def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:

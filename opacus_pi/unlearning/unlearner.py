@@ -26,6 +26,7 @@ from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting import fingerprint
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
+from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.criterion import Criterion, per_example_criterion
 from opacus_pi.gradients.skeleton import bare_copy
 from opacus_pi.unlearning.claims import Ledgers, claim, runs_in
@@ -186,13 +187,14 @@ class Unlearner:
         )
         for run in runs_in(self.ledger):
             run.require_data_set(fingerprint(train_set))
-        forget = distinct_indices("forget_indices", forget_indices, len(train_set))
+        size = size_of(train_set)
+        forget = distinct_indices("forget_indices", forget_indices, size)
         gone = np.union1d(self.forgotten, forget)
-        retain = np.setdiff1d(np.arange(len(train_set)), gone)
+        retain = np.setdiff1d(np.arange(size), gone)
         expect(
             len(retain) > 0,
             "forget_indices",
-            f"all {len(train_set)} examples",
+            f"all {size} examples",
             "to leave something to keep",
             "To forget everything, start from a fresh model.",
         )

@@ -28,7 +28,7 @@ def _gradients(
 def mean_gradient(task: Task, params: list[nn.Parameter]) -> list[Tensor]:
     """The gradient of the forget set's mean loss."""
     total, size = [torch.zeros_like(p) for p in params], 0
-    for num, gradients in _gradients(task, params, task.forget_loader):
+    for num, gradients in _gradients(task, params, task.forget_batches):
         size += num
         for t, g in zip(total, gradients, strict=True):
             t.add_(g, alpha=num)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class _Paired(Method):
         self, task: Task, num_pass: int
     ) -> Iterator[tuple[Batch | None, Batch | None]]:
         """One pass over the retain set, paired with forget batches."""
-        forget = _again_and_again(task.forget_loader)
+        forget = _again_and_again(task.forget_batches)
         for retain, _ in super().batches(task, num_pass):
             yield retain, next(forget)
 
@@ -46,7 +46,8 @@ class NegGradPlus(_Paired):
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
         """The weighted difference of the two mean losses."""
-        keep, drop = mean_loss(task, retain), mean_loss(task, forget)
+        keep = mean_loss(task, cast(Batch, retain))
+        drop = mean_loss(task, cast(Batch, forget))
         return self.retain_weight * keep - (1 - self.retain_weight) * drop
 
 
@@ -76,11 +77,11 @@ class RandomLabels(_Paired):
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
         """The loss of the wrong labels plus the weighted loss of the right ones."""
-        x, y = forget
+        x, y = cast(Batch, forget)
         outputs = forward(task.model, x)
         wrong = other_labels(y, outputs.shape[-1], task.generator)
         drop = task.criterion(outputs, wrong).mean()
-        return drop + self.retain_weight * mean_loss(task, retain)
+        return drop + self.retain_weight * mean_loss(task, cast(Batch, retain))
 
 
 def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:

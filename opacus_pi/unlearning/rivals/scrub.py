@@ -1,9 +1,9 @@
 """SCRUB: a student that selectively disobeys its teacher."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator, Sized
+from dataclasses import dataclass, field
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,25 +63,28 @@ class SCRUB(Method):
     ) -> Iterator[tuple[Batch | None, Batch | None]]:
         """The forget set, while it lasts, then the retain set."""
         if num_pass < self.num_max_passes:
-            yield from ((None, batch) for batch in task.forget_loader)
+            yield from ((None, batch) for batch in task.forget_batches)
         yield from super().batches(task, num_pass)
 
     def pass_length(self, task: Task, num_pass: int) -> int:
         """Batches of both sets, later of the retain set alone."""
-        extra = len(task.forget_loader) if num_pass < self.num_max_passes else 0
-        return extra + len(task.retain_loader)
+        of_retain_set = super().pass_length(task, num_pass)
+        if num_pass >= self.num_max_passes:
+            return of_retain_set
+        return len(cast(Sized, task.forget_loader)) + of_retain_set
 
 
 @dataclass(frozen=True, eq=False)
 class _SCRUBRun(SCRUB):
     """SCRUB that has a teacher."""
 
-    teacher: nn.Module = None
+    teacher: nn.Module = field(default_factory=nn.Identity)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
         """One step against the teacher or one with it."""
         if retain is None:
-            return -self._distance(forward(task.model, forget[0]), forget[0])
+            x, _ = cast(Batch, forget)
+            return -self._distance(forward(task.model, x), x)
         x, y = retain
         outputs = forward(task.model, x)
         fit = task.criterion(outputs, y).mean()

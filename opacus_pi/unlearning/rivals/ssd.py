@@ -44,9 +44,9 @@ class SSD(Method):
     def prepare(self, task: Task) -> Method:
         """Compute each weight's factor."""
         params = trainable(task.model)
-        forget = mean_squared_gradient(task, params, task.forget_loader)
+        forget = mean_squared_gradient(task, params, task.forget_batches)
         everything = mean_squared_gradient(
-            task, params, chain(task.retain_loader, task.forget_loader)
+            task, params, chain(task.retain_loader, task.forget_batches)
         )
         factors = [
             torch.where(
