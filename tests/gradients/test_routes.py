@@ -46,7 +46,7 @@ def test_convolution_routes(name):
         loss = (layer(x[i : i + 1]) * grad[i]).sum()
         truth.append(torch.autograd.grad(loss, layer.weight)[0].square().sum())
     truth = torch.stack(truth)
-    padded, window = conv._window(layer, x)
+    padded, window = conv.window_of(layer, x)
     for transposed in (False, True):  # any memory layout
         if transposed:
             padded = padded.transpose(-1, 1).contiguous().transpose(-1, 1)
