@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import opacus
 from opacus.accountants import IAccountant
@@ -13,15 +13,18 @@ from opacus_pi.accountants import num_steps_of
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.atomic_file import replacing
 from opacus_pi.filter_setup import resume_charges, saved_charges
+from opacus_pi.opacus_engine import Engine
 from opacus_pi.recorder import Recorder
+from opacus_pi.recorder.saved_run import require_version
 from opacus_pi.run_state import RunState
+from opacus_pi.sealed_state import sealed, unsealed
 
 CHECKPOINT_KEY = "opacus_pi"
 FILTER_KEY = "opacus_pi_filter"
 _STATE = "run_state."
 
 
-class Checkpoints:
+class Checkpoints(Engine):
     """Saving and loading of an engine that has a recorder; goes before Opacus's."""
 
     recorder: Recorder
@@ -53,10 +56,13 @@ class Checkpoints:
         """
         filled = checkpoint_dict or {}
         if self._begun:
-            state = {f"{_STATE}{n}": v for n, v in self._run_state.state_dict().items()}
-            filled[CHECKPOINT_KEY] = {**self.recorder.state_dict(), **state}
+            state = {
+                f"{_STATE}{n}": v
+                for n, v in cast(RunState, self._run_state).state_dict().items()
+            }
+            filled[CHECKPOINT_KEY] = sealed({**self.recorder.state_dict(), **state})
             if self.renyi_filter is not None:
-                filled[FILTER_KEY] = saved_charges(self.renyi_filter)
+                filled[FILTER_KEY] = sealed(saved_charges(self.renyi_filter))
         save = super().save_checkpoint
         if not isinstance(path, (str, os.PathLike)):
             save(path=path, checkpoint_dict=filled, **options)
@@ -95,8 +101,9 @@ class Checkpoints:
 
         Raises:
             ValueError: If ``restore_rng`` cannot be kept: no run is prepared (nothing
-                is loaded then), or the checkpoint has no states or was taken at a
-                moment from which a run cannot be resumed exactly.
+                is loaded then), or the checkpoint has no states, is damaged, or was
+                taken at a moment from which a run cannot be resumed exactly; or if a
+                ``RenyiFilter`` cannot go on with the budgets that were saved.
         """
         expect(
             self._begun or not restore_rng,
@@ -105,17 +112,27 @@ class Checkpoints:
             "to follow make_private or make_monitored",
             "Prepare the run first: its loader and generators are restored.",
         )
-        checkpoint = super().load_checkpoint(**options)
+        checkpoint: dict[str, Any] = super().load_checkpoint(**options)
         charges = checkpoint.pop(FILTER_KEY, None)
         resume_charges(self.renyi_filter, charges, num_steps_of(self.accountant))
-        state = checkpoint.pop(CHECKPOINT_KEY, None)
-        if state is not None:
-            try:
-                self.recorder.load_state_dict(state)
-            except (ValueError, KeyError) as error:
-                self._refuse(f"The checkpoint's record cannot be continued: {error}")
+        state = checkpoint.pop(CHECKPOINT_KEY, {})
+        if state != {}:
+            state = self._continue(state, required=restore_rng)
         if restore_rng:
-            own = [name for name in state or () if name.startswith(_STATE)]
+            own = [name for name in state if name.startswith(_STATE)]
             states = {name.removeprefix(_STATE): state[name] for name in own}
-            self._run_state.load_state_dict(states)
+            cast(RunState, self._run_state).load_state_dict(states)
         return checkpoint
+
+    def _continue(self, state: Any, *, required: bool) -> dict[str, Any]:
+        """Continue a checkpoint's record, or refuse the ledger; what was saved."""
+        whole: dict[str, Any] = {}
+        try:
+            require_version(state)
+            whole = unsealed(state)
+            self.recorder.load_state_dict(whole)
+        except ValueError as error:
+            if required and not whole:
+                raise
+            self._refuse(f"The checkpoint's record cannot be continued: {error}")
+        return whole

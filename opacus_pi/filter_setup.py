@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from opacus_pi import refusals
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import RenyiFilter
+from opacus_pi.sealed_state import unsealed
 
 
 def require_filterable(
@@ -121,6 +122,6 @@ def resume_charges(
     if charges is not None:
         arrays = {
             name: value.cpu().numpy() if isinstance(value, Tensor) else value
-            for name, value in charges.items()
+            for name, value in unsealed(charges).items()
         }
         renyi_filter.load_state_dict(arrays)

@@ -12,7 +12,7 @@ its iterators, ``_num_workers`` and ``_next_index``.
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, SupportsIndex
 
 from opacus.utils import batch_memory_manager
 from torch.utils.data import DataLoader
@@ -81,6 +81,23 @@ class Position:
         start = {f"{_START}{name}": value for name, value in self._start.items()}
         return {"num_delivered": self._num_delivered, **start}
 
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Refuse what ``state`` cannot have returned.
+
+        Raises:
+            ValueError: If it is damaged, or of a run with other generators.
+        """
+        num_delivered = state.get("num_delivered")
+        expect(
+            type(num_delivered) is int and num_delivered >= -1,
+            "the saved position",
+            num_delivered,
+            "to be a number of batches",
+            "Resume from another checkpoint.",
+        )
+        if num_delivered >= 0:
+            self._random_states.check(_start_of(state))
+
     def resume(self, state: Mapping[str, Any], now: dict[str, Any]) -> None:
         """Have the next pass be the rest of the one that was saved, if there was one.
 
@@ -88,12 +105,7 @@ class Position:
             state: What ``state`` returned.
             now: The random states of that moment.
         """
-        start = {
-            name.removeprefix(_START): value
-            for name, value in state.items()
-            if name.startswith(_START)
-        }
-        num_delivered = state["num_delivered"]
+        start, num_delivered = _start_of(state), state["num_delivered"]
         self._iterator = _nothing
         self._pending = (num_delivered, start, now) if num_delivered >= 0 else None
 
@@ -128,7 +140,7 @@ class Position:
     def _began(self, iterator: Iterator[Any], in_parts: bool) -> Iterator[Any]:
         """Follow an iterator that has handed out nothing yet."""
         swap_class(iterator, _counted_iterator)
-        iterator._pi_position = self
+        vars(iterator)["_pi_position"] = self
         self._iterator, self._in_parts = weakref.ref(iterator), in_parts
         self._num_delivered = 0
         return iterator
@@ -154,14 +166,14 @@ def follow_memory_manager() -> None:
     def wrap_data_loader(
         *, data_loader: DataLoader[Any], **options: Any
     ) -> DataLoader[Any]:
-        loader = build(data_loader=data_loader, **options)
+        loader: DataLoader[Any] = build(data_loader=data_loader, **options)
         position = getattr(data_loader, "_pi_position", None)
         if position is not None:
             _follow(loader, position)
             loader._pi_in_parts = True
         return loader
 
-    wrap_data_loader._pi_followed = True
+    vars(wrap_data_loader)["_pi_followed"] = True
     batch_memory_manager.wrap_data_loader = wrap_data_loader
 
 
@@ -171,7 +183,13 @@ def _follow(loader: DataLoader[Any], position: Position) -> None:
     loader._pi_position = position
 
 
-def _skip(iterator: Iterator[Any], num_batches: int) -> None:
+def _start_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The random states with which a saved pass began."""
+    names = [name for name in state if name.startswith(_START)]
+    return {name.removeprefix(_START): state[name] for name in names}
+
+
+def _skip(iterator: Any, num_batches: int) -> None:
     """Go past batches; without workers they are not even loaded."""
     go_on = iterator.__next__ if iterator._num_workers else iterator._next_index
     try:
@@ -194,11 +212,11 @@ def _followed_loader(base: type) -> type:
     class Followed(base):
         _pi_in_parts = False
 
-        def __iter__(self) -> Iterator[Any]:
+        def __iter__(self) -> Any:
             return self._pi_position.begin(super().__iter__, in_parts=self._pi_in_parts)
 
         def __reduce_ex__(
-            self, protocol: int
+            self, protocol: SupportsIndex
         ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
             plain = next(c for c in type(self).__mro__ if "_pi_swaps" not in vars(c))
             state = {k: v for k, v in vars(self).items() if not k.startswith("_pi_")}
@@ -223,7 +241,7 @@ def _counted_iterator(base: type) -> type:
     return Counted
 
 
-def _empty(cls: type) -> Any:
+def _empty(cls: Any) -> Any:
     """An object of a class without its state."""
     return cls.__new__(cls)
 

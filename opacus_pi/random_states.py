@@ -10,7 +10,7 @@
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,8 @@ class RandomStates:
         """Refuse states that this run has not all the generators for.
 
         Raises:
-            ValueError: If the generators differ from those that were saved.
+            ValueError: If the generators differ from those that were saved, or what
+                was saved are no states.
         """
         saved = {key for key in states if key.startswith(_OWN)}
         present = {f"{_OWN}{name}" for name in self.generators}
@@ -71,6 +72,14 @@ class RandomStates:
             "one that is not its default",
             "to be MT19937",
             "Leave numpy's global generator as it is by default, then save again.",
+        )
+        wrong = sorted(_wrong(states))
+        expect(
+            not wrong,
+            "the saved random states",
+            wrong,
+            "to be states of generators",
+            "Resume from another checkpoint.",
         )
         num_devices = len(states.get("cuda", ()))
         expect(
@@ -111,6 +120,31 @@ def _numpy_states() -> dict[str, Any]:
         "numpy_has_gauss": int(state["has_gauss"]),
         "numpy_gauss": float(state["gauss"]),
     }
+
+
+def _wrong(states: Mapping[str, Any]) -> Iterator[str]:
+    """Names of entries that are no states."""
+    for name, length, top in (("python", 625, 2**32), ("numpy", 624, 2**32)):
+        words = states.get(name)
+        fits = isinstance(words, Tensor) and words.dtype == torch.int64
+        if not fits or words.shape != (length,):
+            yield name
+        elif not bool(((words >= 0) & (words < top)).all()):
+            yield name
+        elif name == "python" and not 1 <= int(words[-1]) <= 624:
+            yield name
+    numbers = {"numpy_pos": (int, 624), "numpy_has_gauss": (int, 1)}
+    for name, (kind, most) in numbers.items():
+        if type(states.get(name)) is not kind or not 0 <= states[name] <= most:
+            yield name
+    for name in ("python_gauss", "numpy_gauss"):
+        if type(states.get(name)) is not float:
+            yield name
+    for name in ("torch", *(key for key in states if key.startswith(_OWN))):
+        try:
+            torch.Generator().set_state(_bytes(states[name]))
+        except (KeyError, AttributeError, TypeError, RuntimeError):
+            yield name
 
 
 def _bytes(state: Tensor) -> Tensor:

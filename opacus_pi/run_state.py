@@ -94,6 +94,8 @@ class RunState:
         obstacle = state.get("obstacle", "It holds no random states. Save it by ours.")
         expect(not obstacle, "restore_rng", True, "to be possible", obstacle)
         random_states = _part(state, _RANDOM)
+        self._check_settings(state)
+        self._position.check(_part(state, _POSITION))
         self._random_states.restore(random_states)
         self._position.resume(_part(state, _POSITION), random_states)
         for name, epoch in _part(state, _EPOCH).items():
@@ -101,6 +103,20 @@ class RunState:
         optimizer = self._optimizer()
         for name, value in _part(state, _SETTING).items() if optimizer else ():
             setattr(optimizer, name, _copied(value))
+
+    def _check_settings(self, state: Mapping[str, Any]) -> None:
+        """Refuse epochs of other samplers, and settings that are none."""
+        epochs, settings = _part(state, _EPOCH), _part(state, _SETTING)
+        expect(
+            set(epochs) <= set(self._samplers)
+            and all(type(epoch) is int for epoch in epochs.values())
+            and set(settings) <= set(_SETTINGS)
+            and all(_is_setting(value) for value in settings.values()),
+            "the checkpoint",
+            {**epochs, **settings},
+            f"to hold epochs of {sorted(self._samplers)}, and numbers for {_SETTINGS}",
+            "Resume with the loader of the run saved, from its own checkpoint.",
+        )
 
     def _obstacle(self) -> str:
         """Why the run cannot be resumed exactly from this moment."""
@@ -114,6 +130,12 @@ class RunState:
 def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The entries whose names begin with a prefix, without it."""
     return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether it is a number that noise or clipping can be set to."""
+    is_number = type(value) in (int, float) or isinstance(value, Tensor)
+    return is_number and 0 <= float(value) < float("inf")
 
 
 def _copied(setting: Any) -> Any:

@@ -80,5 +80,14 @@ def _described(tensors: Mapping[str, Tensor]) -> Iterator[Described]:
     """Name, type, shape and bytes of each tensor, in order of name."""
     for name in sorted(tensors):
         tensor = tensors[name]
-        content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        yield name, str(tensor.dtype), tuple(tensor.shape), [content]
+        yield name, str(tensor.dtype), tuple(tensor.shape), [tensor_bytes(tensor)]
+
+
+def tensor_bytes(tensor: Tensor) -> bytes:
+    """A tensor's entries, of any type, as they are in memory.
+
+    Args:
+        tensor: On any device.
+    """
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""

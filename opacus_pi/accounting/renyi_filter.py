@@ -222,7 +222,7 @@ class RenyiFilter:
             ValueError: If budgets, order or data set differ, or charges made since
                 would be forgotten; nothing is changed then.
         """
-        loaded = np.array(state["spent"], dtype=np.float64)
+        loaded = _checked_charges(state)
         same = np.array_equal(state["budget"], self.budget)
         expect(
             same and state["order"] == self.order,
@@ -254,3 +254,21 @@ class RenyiFilter:
             "and call make_private.",
         )
         return cast(Array, self._spent)
+
+
+def _checked_charges(state: Mapping[str, Any]) -> Array:
+    """The charges of a saved state, if it can be a filter's."""
+    spent, order = np.asarray(state.get("spent", ())), state.get("order")
+    sound = spent.dtype == np.float64 and spent.ndim == 1 and spent.size > 0
+    expect(
+        sound
+        and bool((np.isfinite(spent) & (spent >= 0)).all())
+        and isinstance(order, float)
+        and isinstance(state.get("data_set"), str)
+        and "budget" in state,
+        "the saved filter",
+        sorted(state),
+        "to hold budget, order, data_set and one charge of at least 0 per example",
+        "Resume from another checkpoint.",
+    )
+    return spent.copy()

@@ -17,9 +17,9 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.recorder.saved_run import VERSION, require_whole
 from opacus_pi.recorder.schedule import Every, num_due
 
-_VERSION = 1
 _FACTS = ("source", "num_examples", "sample_rate", "sampling", "data_set")
 _COUNTS = ("num_steps", "refusal")
 _ROW = "rows."
@@ -76,6 +76,8 @@ class RecordedRun:
     observed_at: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.num_examples = int(self.num_examples)
+        self.sample_rate = float(self.sample_rate)
         self._forget_observations()
 
     def _forget_observations(self) -> None:
@@ -89,22 +91,37 @@ class RecordedRun:
         """Of how many examples there is news for other processes."""
         return int(np.count_nonzero(self.observed_at))
 
+    def require_examples(self, indices: NDArray[np.int64]) -> None:
+        """Refuse positions outside the data set.
+
+        Raises:
+            ValueError: If an index is no example's.
+        """
+        if indices.size and not (
+            0 <= indices.min() and indices.max() < self.num_examples
+        ):
+            outside = (indices < 0) | (indices >= self.num_examples)
+            expect(
+                False,
+                "indices",
+                indices[outside][:1],
+                f"in [0, {self.num_examples})",
+                "They are positions in the data set that the recorder began with.",
+            )
+
     def observe(
-        self, indices: NDArray[Any], norms: NDArray[np.float32], *, steps: int | Tensor
+        self,
+        indices: NDArray[np.int64],
+        norms: NDArray[np.float32],
+        *,
+        steps: int | NDArray[np.int64],
     ) -> None:
         """Keep norms as the examples' latest observation, made in these updates.
 
         Raises:
             ValueError: If an index is no example's.
         """
-        inside = (indices >= 0) & (indices < self.num_examples)
-        expect(
-            bool(inside.all()),
-            "indices",
-            indices[~inside][:1],
-            f"in [0, {self.num_examples})",
-            "They are positions in the data set that the recorder began with.",
-        )
+        self.require_examples(indices)
         self.observed[indices] = norms  # numpy: of equal indices the last one stays
         self.observed_at[indices] = steps
 
@@ -187,7 +204,7 @@ class RecordedRun:
         still_open = [self.open_interval] if self.open_interval else []
         names = self.rows[0] if self.rows else ()
         return {
-            "version": _VERSION,
+            "version": VERSION,
             **{name: getattr(self, name) for name in (*_FACTS, *_COUNTS)},
             "steps": torch.tensor(self.steps, dtype=torch.int64),
             "intervals": _table(self.intervals),
@@ -207,23 +224,16 @@ class RecordedRun:
         """What ``state_dict`` returned, as a record again.
 
         Raises:
-            ValueError: If the state is of another version.
+            ValueError: If the state is of another version, or no run's.
         """
-        expect(
-            state.get("version") == _VERSION,
-            "the record's version",
-            state.get("version"),
-            f"to be {_VERSION}",
-            "Resume with the release of opacus_pi that saved it.",
-        )
+        require_whole(state)
         run = cls(**{name: state[name] for name in (*_FACTS, *_COUNTS)})
         run.steps = state["steps"].tolist()
         run.intervals = [Settings(*row) for row in state["intervals"].tolist()]
         still_open = [Settings(*row) for row in state["open_interval"].tolist()]
         run.open_interval = still_open[0] if still_open else None
         run.observed = state["observed"].cpu().numpy().copy()
-        if "observed_at" in state:
-            run.observed_at = state["observed_at"].cpu().numpy().copy()
+        run.observed_at = state["observed_at"].cpu().numpy().copy()
         measured = {
             key.removeprefix(_ROW): value.cpu().numpy().copy()
             for key, value in state.items()
