@@ -46,6 +46,12 @@ from opacus_pi.accountants import PerInstanceAccountant
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe, watch, watch_memory_manager
 from opacus_pi.checkpoints import Checkpoints
+from opacus_pi.compatible import (
+    OUT_OF_PLACE,
+    add_note,
+    explain_in_place,
+    make_compatible,
+)
 from opacus_pi.dp_recording import PrivateRun, record
 from opacus_pi.engine_readings import EngineReadings
 from opacus_pi.filter_setup import require_filterable
@@ -58,8 +64,7 @@ from opacus_pi.run_state import RunState
 
 _HOW_TO_GO_ON = (
     "To keep such layers, train without clipping: engine.make_monitored(...). To train "
-    "with differential privacy, replace them first, module = "
-    "opacus.validators.ModuleValidator.fix(module), and make the optimizer anew."
+    f"with differential privacy, replace them first: {OUT_OF_PLACE}"
 )
 
 
@@ -207,6 +212,13 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
         else:
             self._reasons.append(reason)
 
+    @classmethod
+    @wraps(opacus.PrivacyEngine.get_compatible_module.__func__)
+    def get_compatible_module(cls, module: nn.Module) -> nn.Module:
+        """As Opacus does, and without in-place operations."""
+        compatible: nn.Module = super().get_compatible_module(make_compatible(module))
+        return compatible
+
     @wraps(opacus.PrivacyEngine.make_private)
     def make_private(self, **options: Any) -> tuple[Any, ...]:
         """Prepare as Opacus does, once it is clear that budgets can be kept."""
@@ -238,10 +250,11 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
         try:
             hooks = super()._prepare_model(module, **options)
         except UnsupportedModuleError as error:
-            _add_note(error, _HOW_TO_GO_ON)
+            add_note(error, _HOW_TO_GO_ON)
             raise
         tracker = self._new_tracker(batch_first=options.get("batch_first", True))
         probe(hooks, tracker)
+        explain_in_place(hooks)
         self._preparing = PrivateRun(self.recorder, tracker, hooks, self.renyi_filter)
         return hooks
 
@@ -348,11 +361,3 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
 
 def _nothing() -> None:
     """A reference to nothing."""
-
-
-def _add_note(error: Exception, note: str) -> None:
-    """Say more in an error, of the same type and (where Python can) the same text."""
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    else:  # Python 3.10
-        error.args = (*error.args, note)
