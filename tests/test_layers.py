@@ -16,6 +16,7 @@ LAYER = {
     "forget_sets": 0,
     "correlations": 0,
     "processes": 1,
+    "sealed_state": 1,
     "weights_file": 1,
     "gradients": 1,
     "group_record": 2,
@@ -37,9 +38,13 @@ LAYER = {
     "dp_recording": 3,
     "filter_setup": 3,
     "grad_sample": 3,
+    "opacus_engine": 3,
     "group_accountant": 3,
     "accountants": 3,
     "privacy_engine": 3,
+    "report": 2,
+    "cli": 4,
+    "__main__": 4,
     "": 4,  # opacus_pi/__init__.py, which only gathers the public names
 }
 # the lowest layer in which a third-party package may be imported
