@@ -26,6 +26,7 @@ from opacus_pi.accounting.privacy_loss import (
     worst_case_loss,
 )
 from opacus_pi.accounting.process import LangevinConstants
+from opacus_pi.accounting.rank_filling import filled_by_rank
 from opacus_pi.accounting.renyi_filter import RenyiFilter
 from opacus_pi.accounting.shifted import learn_unlearn_mu_squared, shifted_mu_squared
 from opacus_pi.accounting.statement import PrivacyStatement, privacy_statement
@@ -49,6 +50,7 @@ __all__ = [
     "epsilons",
     "exceedance_limit",
     "fill_unobserved",
+    "filled_by_rank",
     "fingerprint",
     "group_divergence",
     "group_worst_case_loss",
