@@ -4,6 +4,7 @@
 hand, without an engine:
 
 >>> from opacus.optimizers import DPOptimizer
+from safetensors import SafetensorError
 >>> from opacus_pi.grad_sample import GradSampleModule
 >>> model = GradSampleModule(torch.nn.Linear(2, 1, bias=False))
 >>> optimizer = DPOptimizer(
@@ -23,7 +24,7 @@ array([[5. , nan, 0.5, nan]], dtype=float32)
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors.torch
@@ -31,12 +32,14 @@ import torch
 from numpy.typing import NDArray
 from opacus.accountants import IAccountant, RDPAccountant, register_accountant
 from opacus.optimizers import DPOptimizer
+from safetensors import SafetensorError
 
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.dp_recording import noise_std_of
 from opacus_pi.recorder import Recorder
+from opacus_pi.sealed_state import sealed, unsealed
 
 _RECORD = "per_instance_record"
 
@@ -84,7 +87,7 @@ class PerInstanceAccountant(RDPAccountant):
         *,
         num_examples: int,
         sample_rate: float,
-        sampling: str = "poisson",
+        sampling: Literal["poisson", "fixed"] = "poisson",
         data_set: str = "",
         recorder: Recorder | None = None,
     ) -> None:
@@ -214,9 +217,9 @@ class PerInstanceAccountant(RDPAccountant):
         Args:
             destination: A dict to fill; default: a new one.
         """
-        state = super().state_dict(destination)
+        state: dict[str, Any] = super().state_dict(destination)
         if self._recorder is not None and not self._fed_by_engine:
-            state[_RECORD] = _comparable(self._recorder.state_dict())
+            state[_RECORD] = _comparable(sealed(self._recorder.state_dict()))
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -226,14 +229,13 @@ class PerInstanceAccountant(RDPAccountant):
             state_dict: What ``state_dict`` returned.
 
         Raises:
-            ValueError: If it is no state of this kind of accountant.
+            ValueError: If it is no state of this kind of accountant, or damaged.
         """
         super().load_state_dict(state_dict)
         record = state_dict.get(_RECORD)
         if record is not None:
             recorder = self._recorder or Recorder()
-            tensors = safetensors.torch.load(record["tensors"])
-            recorder.load_state_dict({**record["facts"], **tensors})
+            recorder.load_state_dict(unsealed(_as_saved(record)))
             self._recorder, self._fed_by_engine = recorder, False
 
     def _begun(self) -> Recorder:
@@ -253,6 +255,15 @@ def _comparable(state: Mapping[str, Any]) -> dict[str, Any]:
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     facts = {k: v for k, v in state.items() if k not in tensors}
     return {"facts": facts, "tensors": safetensors.torch.save(tensors)}
+
+
+def _as_saved(record: Any) -> dict[str, Any]:
+    """The state that ``_comparable`` was given; nothing if the record is none."""
+    try:
+        tensors = safetensors.torch.load(record["tensors"])
+        return {**record["facts"], **tensors}
+    except (SafetensorError, TypeError, KeyError, AttributeError):
+        return {}
 
 
 register_accountant("per_instance", PerInstanceAccountant, force=True)

@@ -20,6 +20,7 @@ from opacus_pi._validate import expect, positive
 from opacus_pi.accounting.conversion import rdp_to_epsilon
 
 _FORMAT = "opacus_pi.Guarantee.v1"
+_UNEDITED = "Pass what Guarantee.to_json wrote, unedited."
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,18 @@ class Guarantee:
                 numbers and assumptions do not support.
         """
         facts = _parsed(text)
-        found = cls(
-            facts["method"],
-            tuple(Assumption(**a) for a in facts["assumptions"]),
-            facts["orders"],
-            tuple(float(d) for d in facts["divergences"]),
-        )
+        try:
+            found = cls(
+                facts["method"],
+                tuple(Assumption(**a) for a in facts["assumptions"]),
+                facts["orders"],
+                tuple(float(d) for d in facts["divergences"]),
+            )
+            found._check_texts()
+        except (TypeError, OverflowError) as error:
+            raise ValueError(
+                f"Expected text to be a {_FORMAT} in JSON: {error}. {_UNEDITED}"
+            ) from error
         expect(
             facts["kind"] == found.kind,
             "kind",
@@ -161,6 +168,14 @@ class Guarantee:
             "The text was edited: ask for the original.",
         )
         return found
+
+    def _check_texts(self) -> None:
+        """Refuse texts that are none."""
+        texts = [self.method]
+        for assumption in self.assumptions:
+            texts += [assumption.statement, assumption.evidence]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text is none")
 
     def __str__(self) -> str:
         lines = [
@@ -200,7 +215,7 @@ def _parsed(text: str) -> dict[str, Any]:
     """The fields of a guarantee's JSON text."""
     try:
         facts = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, TypeError, RecursionError):
         facts = None
     known = {"format", "kind", "method", "assumptions", "orders", "divergences"}
     expect(
@@ -210,6 +225,6 @@ def _parsed(text: str) -> dict[str, Any]:
         "text",
         text,
         f"to be a {_FORMAT} in JSON",
-        "Pass what Guarantee.to_json wrote, unedited.",
+        _UNEDITED,
     )
     return cast(dict[str, Any], facts)

@@ -182,11 +182,28 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
             f"to agree in {', '.join(differing)}",
             "It holds another recipe's oracle.",
         )
+        _check_types(path, arrays, model)
         model.load_state_dict({k: torch.from_numpy(a) for k, a in arrays.items()})
     except (ValueError, RuntimeError) as error:
         warnings.warn(f"Retraining an oracle: {error}", stacklevel=2)
         return False
     return True
+
+
+def _check_types(
+    path: Path, arrays: Mapping[str, NDArray[Any]], model: nn.Module
+) -> None:
+    """Refuse arrays of other types than this model's, which loading would convert."""
+    state = model.state_dict()
+    known = {name: array for name, array in arrays.items() if name in state}
+    differing = [n for n, a in known.items() if a.dtype != _array(state[n]).dtype]
+    expect(
+        not differing,
+        "path",
+        path,
+        f"to hold the model's types of numbers in {', '.join(differing[:3])}",
+        "It holds another model's oracle.",
+    )
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -7,6 +7,7 @@
 2.0
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -54,6 +55,8 @@ class UnlearningTrace:
             for name, values in self.metrics.items()
         }
         self.cost = {name: float(value) for name, value in self.cost.items()}
+        remedy = 'Say what the times count, e.g. "epochs".'
+        expect(isinstance(self.unit, str), "unit", self.unit, "to be a word", remedy)
         expect(
             bool((np.diff(self.times) > 0).all() and np.isfinite(self.times).all()),
             "times",
@@ -121,6 +124,7 @@ class UnlearningTrace:
             path: The file's name.
         """
         content = {"kind": _KIND, "version": _VERSION, **asdict(self)}
+        content["checksum"] = _digest(content)
         replace_file(Path(path), json.dumps(content, indent=1).encode())
 
     @classmethod
@@ -135,9 +139,10 @@ class UnlearningTrace:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is no trace or of another format version.
+            ValueError: If the file is no trace, of another format version, or edited.
         """
         content = _read_json(Path(path))
+        checksum = content.pop("checksum", None)
         found = content.pop("kind", None), content.pop("version", None)
         expect(
             found == (_KIND, _VERSION),
@@ -146,7 +151,19 @@ class UnlearningTrace:
             f"to hold {_KIND} of version {_VERSION}, not {found[0]} of {found[1]}",
             "Pass a file that UnlearningTrace.save of this release wrote.",
         )
-        return cls(**content)
+        expect(
+            checksum == _digest({"kind": _KIND, "version": _VERSION, **content}),
+            "path",
+            os.fspath(path),
+            "to match its checksum: it was edited or damaged",
+            "Unlearn again, or restore the file from a copy.",
+        )
+        try:
+            return cls(**content)
+        except (TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(
+                f"Expected path={path} to hold {_KIND}: {error}. Unlearn again."
+            ) from error
 
 
 def time_to_unlearn(
@@ -242,7 +259,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a clear error."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         content = error
     expect(
         isinstance(content, dict),
@@ -252,3 +269,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         "It is truncated or something else: make it again.",
     )
     return cast(dict[str, Any], content)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON object, however it is laid out."""
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
