@@ -28,6 +28,7 @@ class Recipe:
         momentum: Of SGD.
         weight_decay: Of SGD.
         noise_std: Standard deviation of the noise on the mean gradient (0: plain SGD).
+        milestones: Epochs after which the learning rate is divided by ten.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Recipe:
     momentum: float = 0.0
     weight_decay: float = 0.0
     noise_std: float = 0.0
+    milestones: tuple[int, ...] = ()
 
     def key(self) -> dict:
         """A description for content-keyed caches."""
@@ -50,6 +52,12 @@ class Recipe:
             momentum=self.momentum,
             weight_decay=self.weight_decay,
         )
+
+    def scheduler(
+        self, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The recipe's learning rates, to be stepped after every epoch."""
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.milestones))
 
 
 def train(
@@ -89,11 +97,13 @@ def train(
         noise_std=recipe.noise_std,
         criterion=criterion,
     )
+    scheduler = recipe.scheduler(optimizer)
     for _ in range(recipe.num_epochs):
         for images, labels in loader:
             optimizer.zero_grad()
             criterion(model(images), labels).backward()
             optimizer.step()
+        scheduler.step()
     return model.eval(), engine
 
 

@@ -1,0 +1,76 @@
+"""How a model is unlearned and judged, the same for every method and figure."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from benchmarks.data import ImageData
+from benchmarks.reproduce.experiment import Experiment
+from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.methods import METHODS, Settings, optimizer_of
+from opacus_pi import Unlearner
+from opacus_pi.evaluation import evaluate, loss_barrier
+from opacus_pi.evaluation.trace import UnlearningTrace
+
+CRITERION = nn.CrossEntropyLoss()
+Judge = Callable[[nn.Module], dict[str, float]]
+
+
+def judge(lab: Lab, experiment: Experiment, forget_set: ForgetSet) -> Judge:
+    """The metrics of a model, on the forget set, retained and test examples."""
+    images = lab.images(experiment)
+    forget = forget_set.indices(lab, experiment)
+    kept = _probe(images, forget, experiment.num_probe)
+    parts = {
+        "forget": Subset(images.train, forget.tolist()),
+        "retain": Subset(images.train, kept.tolist()),
+        "test": images.test,
+    }
+    return lambda model: evaluate(model, CRITERION, **parts)
+
+
+def unlearn(
+    lab: Lab,
+    experiment: Experiment,
+    forget_set: ForgetSet,
+    method: str,
+    settings: Settings,
+    seed: int,
+) -> tuple[nn.Module, UnlearningTrace]:
+    """One run from the trained model of a seed, judged after every epoch."""
+    model, ledger = lab.trained(experiment, seed)
+    unlearner = Unlearner(
+        model,
+        criterion=CRITERION,
+        method=METHODS[method].build(settings, experiment),
+        optimizer=optimizer_of(settings, experiment),
+        ledger=ledger,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    result = unlearner.unlearn(
+        lab.images(experiment).train,
+        forget_set.indices(lab, experiment),
+        num_epochs=experiment.unlearn_epochs,
+        evaluate=judge(lab, experiment, forget_set),
+        batch_size=experiment.recipe.batch_size,
+    )
+    return result.model, result.trace
+
+
+def barrier(
+    lab: Lab, experiment: Experiment, model: nn.Module, other: nn.Module
+) -> float:
+    """The loss barrier on a fixed part of the training set."""
+    images = lab.images(experiment)
+    part = _probe(images, np.empty(0, dtype=np.int64), experiment.num_probe)
+    return loss_barrier(model, other, Subset(images.train, part.tolist()), CRITERION)
+
+
+def _probe(images: ImageData, forget: np.ndarray, size: int) -> np.ndarray:
+    """Some retained examples, drawn alike for every model."""
+    order = np.random.default_rng(0).permutation(len(images.train))
+    return np.sort(order[~np.isin(order, forget)][:size])

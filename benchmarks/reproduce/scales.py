@@ -1,0 +1,97 @@
+"""How large a study is: which experiments, and the sizes of their forget sets.
+
+The paper leaves out batch size and momentum: 128 and 0.9 here.
+"""
+
+from dataclasses import dataclass
+
+from benchmarks.reproduce.experiment import Experiment
+from benchmarks.training import Recipe
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One size of the whole reproduction.
+
+    Attributes:
+        sgd: The main experiment, without noise.
+        sgld: The same with noise on the mean gradient, one for each level.
+        others: Other data sets and models.
+        hardest_sizes: Sizes of the hardest sets by several scores.
+        set_sizes: Sizes of the strata where the size is varied.
+        poison_std: Noise on the inputs for the Gaussian unlearning score.
+    """
+
+    sgd: Experiment
+    sgld: tuple[Experiment, ...]
+    others: tuple[Experiment, ...]
+    hardest_sizes: tuple[int, ...]
+    set_sizes: tuple[int, ...]
+    poison_std: float
+
+
+def _cpu(dataset: str, num_train: int = 10_000) -> Experiment:
+    recipe = Recipe("strided-cnn", 40, 128, 0.05, momentum=0.9)
+    return Experiment(
+        dataset, num_train, 2_000, recipe, unlearn_epochs=15, num_trials=8
+    )
+
+
+SMOKE = Experiment(
+    "digits",
+    400,
+    200,
+    Recipe("mlp", 12, 32, 0.1, momentum=0.9),
+    num_seeds=2,
+    num_oracles=2,
+    stratum_size=20,
+    unlearn_epochs=3,
+    num_checkpoints=6,
+    num_trials=2,
+    num_probe=100,
+)
+FULL = Experiment(
+    "cifar10",
+    0,
+    0,
+    Recipe(
+        "resnet18-batch-norm",
+        150,
+        128,
+        0.01,
+        momentum=0.9,
+        weight_decay=5e-4,
+        milestones=(80, 120),
+    ),
+    num_seeds=10,
+    num_oracles=10,
+    stratum_size=1_000,
+    num_trials=30,
+    num_probe=10_000,
+)
+SCALES = {
+    "smoke": Scale(
+        sgd=SMOKE,
+        sgld=(SMOKE.with_noise(0.1),),
+        others=(),
+        hardest_sizes=(10, 20),
+        set_sizes=(10, 40),
+        poison_std=0.32**0.5,
+    ),
+    "cpu": Scale(
+        sgd=_cpu("fashion-mnist"),
+        sgld=tuple(_cpu("fashion-mnist").with_noise(z) for z in (0.005, 0.01, 0.02)),
+        others=(_cpu("svhn"), _cpu("cifar10")),
+        hardest_sizes=(120, 200, 400),
+        set_sizes=(20, 1_000, 2_000),
+        poison_std=0.32**0.5,
+    ),
+    "full": Scale(
+        sgd=FULL,
+        sgld=tuple(FULL.with_noise(z) for z in (0.001, 0.01, 0.1)),
+        others=(),
+        hardest_sizes=(600, 1_000, 2_000),
+        set_sizes=(100, 5_000, 10_000),
+        poison_std=0.32**0.5,
+    ),
+}

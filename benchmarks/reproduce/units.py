@@ -1,0 +1,121 @@
+"""The independent jobs of a study; each is run once and kept.
+
+A unit is frozen and small, so that it can be sent to any process; ``run(lab)`` returns
+its JSON result, from the store if it is there. ``needs()`` are the units that others
+share with it and that are run before, so that no two processes train one model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from benchmarks.models import build_model
+from benchmarks.reproduce.experiment import Experiment, Facts
+from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.judging import CRITERION, judge
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.store import cached_json
+from benchmarks.training import train
+from opacus_pi.evaluation import OracleCache, evaluate
+
+_ORACLE_SEED = 10_000
+
+
+class Unit:
+    """One job."""
+
+    def needs(self) -> list["Unit"]:
+        """What must be there before."""
+        return []
+
+    def facts(self) -> Facts:
+        """Everything that determines the result."""
+        raise NotImplementedError
+
+    def compute(self, lab: Lab) -> Any:
+        """Do it."""
+        raise NotImplementedError
+
+    def run(self, lab: Lab) -> Any:
+        """The result, JSON-able."""
+        torch.set_num_threads(1)
+        kind = type(self).__name__.lower()
+        return cached_json(lab.directory, kind, self.facts(), lambda: self.compute(lab))
+
+
+@dataclass(frozen=True)
+class Training(Unit):
+    """One training on everything: how good it is."""
+
+    experiment: Experiment
+    seed: int
+
+    def facts(self) -> Facts:
+        """Recipe and seed."""
+        return self.experiment.facts() | {"seed": self.seed}
+
+    def compute(self, lab: Lab) -> dict[str, float]:
+        """Train, and test."""
+        model, _ = lab.trained(self.experiment, self.seed)
+        images = lab.images(self.experiment)
+        parts = {"forget": images.test, "retain": images.train, "test": images.test}
+        found = evaluate(model, CRITERION, **parts)
+        return {name: found[name] for name in ("retain_accuracy", "test_accuracy")}
+
+
+@dataclass(frozen=True)
+class Oracle(Unit):
+    """One model retrained without a forget set, evaluated."""
+
+    experiment: Experiment
+    forget_set: ForgetSet
+    number: int
+
+    def needs(self) -> list[Unit]:
+        """The trainings that rank the examples."""
+        ranked = self.forget_set.rule != "random"
+        return trainings(self.experiment) if ranked else []
+
+    def facts(self) -> Facts:
+        """Recipe, forget set and seed."""
+        forget = self.forget_set.facts(self.experiment)
+        return self.experiment.facts() | {"forget": forget, "number": self.number}
+
+    def model(self, lab: Lab) -> nn.Module:
+        """The retrained model, from the store if it is there."""
+        experiment, images = self.experiment, lab.images(self.experiment)
+
+        def retrain(kept: np.ndarray, seed: int) -> nn.Module:
+            part = Subset(images.train, kept)
+            return train(experiment.recipe, part, images.image_shape, seed, 1)[0]
+
+        (model,) = OracleCache(lab.directory / "oracles").train(
+            retrain,
+            key=experiment.training_facts(),
+            data_set=images.train,
+            forget_indices=self.forget_set.indices(lab, experiment),
+            seeds=[_ORACLE_SEED + self.number],
+            model_factory=lambda: build_model(
+                experiment.recipe.model, images.image_shape
+            ),
+            progress=False,
+        )
+        return model
+
+    def compute(self, lab: Lab) -> dict[str, float]:
+        """Retrain and evaluate."""
+        return judge(lab, self.experiment, self.forget_set)(self.model(lab))
+
+
+def oracles(experiment: Experiment, forget_set: ForgetSet) -> list[Oracle]:
+    """All oracles of a forget set."""
+    return [Oracle(experiment, forget_set, k) for k in range(experiment.num_oracles)]
+
+
+def trainings(experiment: Experiment) -> list[Training]:
+    """The trainings of all seeds, whose mean loss ranks the examples."""
+    return [Training(experiment, seed) for seed in range(experiment.num_seeds)]

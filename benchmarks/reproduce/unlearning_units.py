@@ -1,0 +1,94 @@
+"""Units that unlearn: the search of a method's settings, and one run."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.reproduce.experiment import Experiment, Facts
+from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.judging import barrier, unlearn
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.methods import METHODS
+from benchmarks.reproduce.units import Oracle, Training, Unit, oracles, trainings
+from opacus_pi.unlearning.search import search_settings
+
+
+@dataclass(frozen=True)
+class Search(Unit):
+    """Settings of a method, found once on a random forget set (Appendix D)."""
+
+    experiment: Experiment
+    method: str
+
+    @property
+    def forget_set(self) -> ForgetSet:
+        """Random, of the size of a stratum."""
+        return ForgetSet("random", self.experiment.stratum_size)
+
+    def needs(self) -> list[Unit]:
+        """The model to unlearn and its oracles."""
+        training = Training(self.experiment, 0)
+        return [training, *oracles(self.experiment, self.forget_set)]
+
+    def facts(self) -> Facts:
+        """Experiment, method and ranges."""
+        ranges = METHODS[self.method].ranges
+        return self.experiment.facts() | {"method": self.method, "ranges": ranges}
+
+    def compute(self, lab: Lab) -> dict[str, Any]:
+        """Search; nothing where nothing is to be found."""
+        ranges = METHODS[self.method].ranges
+        if not ranges:
+            return {"settings": {}, "trials": []}
+        measured = [one.run(lab) for one in oracles(self.experiment, self.forget_set)]
+        found = search_settings(
+            lambda settings: unlearn(
+                lab, self.experiment, self.forget_set, self.method, settings, 0
+            )[1],
+            ranges,
+            {name: [one[name] for one in measured] for name in measured[0]},
+            num_trials=self.experiment.num_trials,
+        )
+        trials = [asdict(trial) for trial in found.trials]
+        return {"settings": found.best.settings, "trials": trials}
+
+
+@dataclass(frozen=True)
+class Unlearning(Unit):
+    """One unlearning run from one trained model, evaluated after every epoch."""
+
+    experiment: Experiment
+    forget_set: ForgetSet
+    method: str
+    seed: int
+
+    def needs(self) -> list[Unit]:
+        """Trainings, oracles, settings."""
+        judges = oracles(self.experiment, self.forget_set)
+        search = Search(self.experiment, self.method)
+        return [*trainings(self.experiment), *judges, search]
+
+    def facts(self) -> Facts:
+        """Experiment, forget set, method, seed."""
+        forget = self.forget_set.facts(self.experiment)
+        return Search(self.experiment, self.method).facts() | {
+            "forget": forget,
+            "seed": self.seed,
+        }
+
+    def compute(self, lab: Lab) -> dict[str, Any]:
+        """Unlearn; evaluate; barriers to one oracle before and after."""
+        experiment, forget_set = self.experiment, self.forget_set
+        settings = Search(experiment, self.method).run(lab)["settings"]
+        model, trace = unlearn(
+            lab, experiment, forget_set, self.method, settings, self.seed
+        )
+        oracle = Oracle(experiment, forget_set, self.seed % experiment.num_oracles)
+        losses = lab.scores(experiment)["privacy loss"]
+        return {
+            "trace": trace.metrics,
+            "times": trace.times,
+            "cost": trace.cost,
+            "settings": settings,
+            "mean_loss": float(losses[forget_set.indices(lab, experiment)].mean()),
+            "barrier_after": barrier(lab, experiment, model, oracle.model(lab)),
+        }
