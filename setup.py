@@ -37,6 +37,7 @@ setup(
             "optuna>=4",
         ],
     },
+    entry_points={"console_scripts": ["opacus-pi=opacus_pi.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3",
         "License :: OSI Approved :: Apache Software License",

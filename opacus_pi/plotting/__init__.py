@@ -12,10 +12,12 @@ own marker; the spread over runs is always drawn.
 | 4 | ``plot_group_divergences`` |
 | 5 | ``plot_curves`` |
 | 9 | ``plot_pictures`` |
+| none: any number's histogram over examples | ``plot_distribution`` |
 """
 
 from opacus_pi.plotting.barriers import plot_barriers
 from opacus_pi.plotting.curves import plot_curves
+from opacus_pi.plotting.distributions import plot_distribution
 from opacus_pi.plotting.groups import plot_group_divergences
 from opacus_pi.plotting.pictures import plot_pictures
 from opacus_pi.plotting.proxies import plot_proxies
@@ -24,6 +26,7 @@ from opacus_pi.plotting.times import plot_hardest_sets, plot_time_to_unlearn
 __all__ = [
     "plot_barriers",
     "plot_curves",
+    "plot_distribution",
     "plot_group_divergences",
     "plot_hardest_sets",
     "plot_pictures",

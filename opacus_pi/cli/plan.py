@@ -1,0 +1,117 @@
+"""``opacus-pi plan``: how hard a set will be to forget, before anything is run."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from numpy.typing import ArrayLike
+
+from opacus_pi.cli.arguments import (
+    add_accounting,
+    add_forget,
+    add_ledgers,
+    add_model,
+    add_output,
+    count,
+    indices,
+    ledgers,
+    model,
+    new_name,
+)
+from opacus_pi.cli.errors import BadInput
+from opacus_pi.cli.methods import add_method, make_method, settings_help
+from opacus_pi.cli.output import answer
+from opacus_pi.unlearning.claims import claim
+from opacus_pi.unlearning.plan import Plan, make_plan
+
+HELP = "difficulty, steps and kind of guarantee of a forget set"
+DESCRIPTION = """\
+What to expect of forgetting a set: where its mean privacy loss stands among all
+examples (percentile), how many steps past runs predict, and, if the model's
+architecture is named, what may be claimed afterwards. Nothing is trained."""
+EXAMPLES = """\
+examples:
+  opacus-pi plan ledger.safetensors --forget 17
+  opacus-pi plan ledger.safetensors --forget ids.txt --model my_project:build \\
+      --method langevin --set noise_std=0.02
+  opacus-pi plan ledger.safetensors --forget new.txt \\
+      --past easy.txt=0.5 --past hard.txt=12"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_ledgers(parser, "ledger")
+    add_forget(parser)
+    add_accounting(parser)
+    add_model(parser, weights=False)
+    add_method(parser)
+    parser.add_argument(
+        "--past",
+        metavar="IDS|FILE=EPOCHS",
+        action="append",
+        default=[],
+        help="a set unlearned before from this training and the epochs it took; two "
+        "of different difficulty give a prediction",
+    )
+    parser.add_argument(
+        "--batch-size", type=count, default=64, help="to count steps (default 64)"
+    )
+    add_output(parser)
+    parser.epilog = f"{parser.epilog}\n\n{settings_help()}"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Plan and print."""
+    if options.json_file:
+        new_name("--out", options.json_file)
+    if options.method is not None and options.model is None:
+        raise BadInput(
+            "--method: what it may claim depends on the model. Name its architecture "
+            "too: --model my_project:build."
+        )
+    runs = ledgers(options.ledger, options.noise_std)
+    found = make_plan(
+        runs,
+        indices(options.forget_indices),
+        order=options.order,
+        past_runs=_past(options.past),
+        batch_size=options.batch_size,
+    )
+    if options.model is not None:
+        method = make_method(options.method, options.settings)
+        network = model(options, None)
+        found = found.claiming(claim(method, network, runs, found.forget))
+    answer(options, _facts(found), str(found))
+    return 0
+
+
+def _past(texts: Sequence[str]) -> list[tuple[ArrayLike, float]]:
+    """Sets unlearned before, each with its epochs."""
+    past: list[tuple[ArrayLike, float]] = []
+    for text in texts:
+        forget, _, epochs = text.rpartition("=")
+        try:
+            past.append((indices(forget), float(epochs)))
+        except ValueError as error:
+            raise BadInput(
+                f"--past: {text} is not IDS=EPOCHS. Write for example 3,17=2.5."
+            ) from error
+    return past
+
+
+def _facts(plan: Plan) -> dict[str, object]:
+    """The answer for programs."""
+    return {
+        "format": "opacus_pi.cli.plan.v1",
+        "num_forget": len(plan.forget),
+        "num_retain": plan.num_retain,
+        "order": plan.order,
+        "mean_loss": plan.mean_loss,
+        "percentile": plan.percentile,
+        "ranking_only": plan.ranking_only,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "predicted_epochs": plan.predicted_epochs,
+        "predicted_steps": plan.predicted_steps,
+        "prediction": plan.prediction,
+        "guarantee": json.loads(plan.guarantee.to_json()),
+    }

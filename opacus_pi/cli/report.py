@@ -1,0 +1,107 @@
+"""``opacus-pi report``: one page and one JSON file about a run."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from opacus_pi.cli.arguments import (
+    add_accounting,
+    add_ledgers,
+    add_output,
+    count,
+    ledgers,
+    new_name,
+)
+from opacus_pi.cli.errors import BadInput, about
+from opacus_pi.cli.output import answer
+from opacus_pi.cli.run_files import EVALUATION, load_run, read_json
+from opacus_pi.report import Barriers, write_report
+
+HELP = "one self-contained page (and JSON) about a run"
+DESCRIPTION = """\
+ε and loss distributions, the hardest examples (ids only), strata, the run beside
+retrained models, and the guarantee with everything it rests on, as one HTML file that
+loads nothing, and the same facts as JSON beside it (report.json).
+
+RUN_DIR is what 'opacus-pi unlearn --out' wrote; put there what 'opacus-pi evaluate
+--out' wrote as evaluation.json, or name it by --evaluation. Without RUN_DIR the report
+is about the training alone."""
+EXAMPLES = """\
+examples:
+  opacus-pi report --ledger ledger.safetensors --out report.html
+  opacus-pi report forgotten --ledger ledger.safetensors --out report.html
+  opacus-pi report forgotten --ledger ledger.safetensors \\
+      --evaluation forgotten/evaluation.json --out report.html"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", nargs="?", help="an unlearning run's directory"
+    )
+    add_ledgers(parser, "--ledger", required=True)
+    parser.add_argument(
+        "--evaluation",
+        metavar="FILE.json",
+        help="what evaluate wrote (default RUN_DIR/evaluation.json if it is there)",
+    )
+    add_accounting(parser)
+    parser.add_argument(
+        "--delta", type=float, default=1e-5, help="δ of the epsilons (default 1e-5)"
+    )
+    parser.add_argument(
+        "--top", type=count, default=20, help="how many of the hardest (default 20)"
+    )
+    parser.add_argument("--title", default="Privacy and unlearning report")
+    parser.add_argument(
+        "--out", metavar="FILE.html", required=True, help="the page's name"
+    )
+    add_output(parser, file=False)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the page."""
+    page = Path(new_name("--out", options.out))
+    if page.suffix != ".html":
+        raise BadInput(f"--out: {page} is no page. Name it report.html.")
+    runs = ledgers(options.ledger, options.noise_std, "--ledger")
+    result = None if options.run_dir is None else load_run(options.run_dir)
+    oracle, barriers = _evaluation(options)
+    with about("--out", "Name a file in a directory that can be written."):
+        facts = write_report(
+            page,
+            ledger=runs,
+            result=result,
+            oracle=oracle,
+            barriers=barriers,
+            order=options.order,
+            delta=options.delta,
+            top=options.top,
+            title=options.title,
+        )
+    written = [str(page), str(page.with_suffix(".json"))]
+    told = {"format": "opacus_pi.cli.report.v1", "written": written, "report": facts}
+    answer(options, told, f"Wrote {written[0]} and {written[1]}.\n{facts['sensitive']}")
+    return 0
+
+
+def _evaluation(
+    options: argparse.Namespace,
+) -> tuple[dict[str, Any] | None, Barriers | None]:
+    """Metrics of retrained models and barriers to them, where they were taken."""
+    path = options.evaluation
+    if path is None and options.run_dir is not None:
+        usual = Path(options.run_dir, EVALUATION)
+        path = usual if usual.exists() else None
+    if path is None:
+        return None, None
+    if options.run_dir is None:
+        raise BadInput("--evaluation: there is no run to show it with. Name RUN_DIR.")
+    found = read_json(f"--evaluation {path}", path)
+    if found.get("format") != "opacus_pi.cli.evaluate.v1":
+        raise BadInput(
+            f"--evaluation: {path} is something else. "
+            "Name what 'opacus-pi evaluate --out' wrote."
+        )
+    barriers = found["barriers"]
+    return found["oracle"], None if barriers is None else Barriers(**barriers)

@@ -1,0 +1,99 @@
+"""``opacus-pi score``: what each example of a recorded training cost."""
+
+import argparse
+from typing import Any
+
+from opacus_pi.cli.arguments import (
+    add_accounting,
+    add_ledgers,
+    add_output,
+    count,
+    ledgers,
+    new_name,
+)
+from opacus_pi.cli.output import answer, cell, table
+from opacus_pi.report import Scores, score, training_facts
+
+HELP = "losses and epsilons of all examples, and who is hardest"
+DESCRIPTION = """\
+Rényi privacy loss and (ε, δ) of every example, from the ledger that training left.
+Losses of single examples are estimates; the bound for anybody is a bound. Higher loss:
+the example changed the model more, and is harder to forget. Without noise of its own
+(--sigma), a training has a ranking and no ε.
+
+The output says which examples are unusual: guard it like the data."""
+EXAMPLES = """\
+examples:
+  opacus-pi score ledger.safetensors
+  opacus-pi score run1.safetensors run2.safetensors --order 8 --delta 1e-5
+  opacus-pi score plain_sgd.safetensors --sigma 1 --top 50 --out scores.json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    add_ledgers(parser, "ledger")
+    add_accounting(parser)
+    parser.add_argument(
+        "--delta", type=float, default=1e-5, help="δ of the epsilons (default 1e-5)"
+    )
+    parser.add_argument(
+        "--top", type=count, default=10, help="how many of the hardest (default 10)"
+    )
+    add_output(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Score and print."""
+    if options.json_file:
+        new_name("--out", options.json_file)
+    runs = ledgers(options.ledger, options.noise_std)
+    scores = score(runs, order=options.order, delta=options.delta)
+    facts = {
+        "format": "opacus_pi.cli.score.v1",
+        "training": training_facts(runs),
+        **scores.facts(options.top),
+        "per_example": {
+            "ids": scores.ids,
+            "losses": scores.losses,
+            "epsilons": scores.epsilons,
+        },
+    }
+    answer(options, facts, _words(scores, facts))
+    return 0
+
+
+def _words(scores: Scores, facts: dict[str, Any]) -> str:
+    """The answer for people."""
+    quantiles = facts["quantiles"]
+    own = quantiles["epsilon"]
+    none = [None] * len(quantiles["loss"])
+    rows = zip(
+        (f"{100 * p:g} %" for p in quantiles["probability"]),
+        quantiles["loss"],
+        none if own is None else own,
+        strict=True,
+    )
+    hardest = [[row["id"], row["loss"], row["epsilon"]] for row in facts["hardest"]]
+    strata = [[s["name"], s["size"], s["mean_loss"]] for s in facts["strata"]]
+    return "\n\n".join(
+        [
+            facts["sensitive"],
+            _headline(scores),
+            "Quantiles over examples\n" + table(("", "loss", "ε"), list(rows)),
+            "Hardest examples\n" + table(("id", "loss", "ε"), hardest),
+            "Strata of difficulty\n" + table(("", "size", "mean loss"), strata),
+        ]
+    )
+
+
+def _headline(scores: Scores) -> str:
+    """What the columns are, and the bound."""
+    about = f"{len(scores.ids)} examples, loss in nats at order {scores.order:g}"
+    if scores.ranking_only:
+        return f"{about}.\nAssumed noise: the losses rank examples and claim nothing."
+    return (
+        f"{about}, ε at δ = {scores.delta:g} (estimates).\n"
+        f"Bound for anybody: loss {cell(scores.worst_case_loss)}, "
+        f"ε {cell(scores.worst_case_epsilon)}."
+        + (f" {scores.num_at_bound} examples are at it." if scores.num_at_bound else "")
+    )

@@ -1,0 +1,67 @@
+"""How one number is spread over examples."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
+
+from opacus_pi._validate import expect
+from opacus_pi.plotting.style import COLOURS, axes_or_new
+
+_DECADES = 20.0  # largest over smallest from which the axis is logarithmic
+
+
+def plot_distribution(
+    values: ArrayLike,
+    *,
+    name: str,
+    marks: Mapping[str, float] | None = None,
+    num_bins: int = 40,
+    ax: Axes | None = None,
+) -> Axes:
+    """Histogram over examples, with lines at numbers to compare with.
+
+    The axis is logarithmic where the values are positive and spread over more than a
+    factor of 20. Infinite values are left out and counted on the axis.
+
+    Args:
+        values: One number per example, ``(n,)``, at least one finite.
+        name: What the numbers are, for the axis.
+        marks: Numbers at which to draw a dashed line, by their names; those that are
+            not finite are left out.
+        num_bins: Number of bars.
+        ax: Where to draw; a new figure by default.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: If no value is finite.
+    """
+    numbers = np.asarray(values, dtype=np.float64).ravel()
+    finite = numbers[np.isfinite(numbers)]
+    expect(
+        finite.size > 0,
+        "values",
+        f"{numbers.size} numbers",
+        "to hold a finite one",
+        "There is no distribution to draw.",
+    )
+    ax = axes_or_new(ax)
+    shown = {k: v for k, v in (marks or {}).items() if np.isfinite(v)}
+    logarithmic = finite.min() > 0 and finite.max() > _DECADES * finite.min()
+    if logarithmic:
+        ax.set_xscale("log")
+    space = np.geomspace if logarithmic else np.linspace
+    low, high = finite.min(), finite.max()
+    edges = space(low, high, num_bins + 1) if high > low else num_bins
+    ax.hist(finite, bins=edges, color=COLOURS[0], alpha=0.75)
+    for (label, value), colour in zip(shown.items(), COLOURS[1:], strict=False):
+        ax.axvline(value, color=colour, lw=1.5, ls=(0, (4, 3)), label=label)
+    left_out = numbers.size - finite.size
+    ax.set_xlabel(f"{name} ({left_out} infinite, not shown)" if left_out else name)
+    ax.set_ylabel("examples")
+    if shown:
+        ax.legend(frameon=False, fontsize="small")
+    return ax

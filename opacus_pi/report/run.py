@@ -1,0 +1,128 @@
+"""An unlearning run in numbers: before, after, and beside retrained models."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from opacus_pi.accounting.guarantee import Guarantee
+from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
+from opacus_pi.report.scores import Scores
+from opacus_pi.unlearning.plan import percentile
+
+TOLERANCE = 0.05
+MEANING = {
+    "unlearning_accuracy": "part of the forget set that is classified wrongly",
+    "retain_accuracy": "accuracy on what was kept",
+    "test_accuracy": "accuracy on unseen data",
+    "forget_loss": "mean loss on the forget set",
+    "forget_confidence": "mean probability given to the right label, forget set",
+    "membership_inference": "part of the forget set that an attacker calls unseen",
+    "attacker_accuracy": "the attacker's own accuracy; 0.5 is guessing",
+}
+
+
+class Unlearned(Protocol):
+    """What ``Unlearner.unlearn`` returns, of which a report needs no model."""
+
+    @property
+    def trace(self) -> UnlearningTrace: ...  # noqa: D102
+    @property
+    def guarantee(self) -> Guarantee: ...  # noqa: D102
+    @property
+    def record(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Barriers:
+    """Loss barriers to retrained models, and between those.
+
+    Args:
+        to_oracles: From the unlearned model to each retrained one.
+        between_oracles: Between the retrained models' pairs; empty for one model.
+        matched: Whether hidden units were matched first.
+    """
+
+    to_oracles: Sequence[float]
+    between_oracles: Sequence[float] = ()
+    matched: bool = False
+
+
+def run_facts(
+    result: Unlearned,
+    scores: Scores,
+    oracle: Mapping[str, ArrayLike] | None,
+    barriers: Barriers | None,
+) -> dict[str, Any]:
+    """The part of a report that speaks of unlearning, JSON-able.
+
+    Args:
+        result: The run.
+        scores: Of the training that it started from.
+        oracle: The metrics of retrained models by name, or None.
+        barriers: Barriers to them, or None.
+    """
+    record = result.record
+    return {
+        "method": record.get("method"),
+        "settings": {k: v for k, v in record.items() if k not in _NAMING},
+        "forget_set": _forget_set(record, scores),
+        "metrics": _metrics(result.trace, oracle or {}),
+        "trace": result.trace,
+        "oracle": {k: np.ravel(v) for k, v in (oracle or {}).items()},
+        "barriers": barriers,
+        "guarantee": json.loads(result.guarantee.to_json()),
+        "guarantee_in_words": str(result.guarantee).splitlines(),
+    }
+
+
+_NAMING = ("method", "forget_indices", "forgotten_before")  # who, or said elsewhere
+
+
+def _forget_set(record: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
+    """How many, and how hard they were said to be."""
+    forget = np.asarray(record.get("forget_indices", []), dtype=np.int64)
+    before = len(record.get("forgotten_before", []))
+    if not np.isin(forget, scores.ids).all() or not len(forget):
+        return {"size": len(forget), "forgotten_before": before}
+    places = np.flatnonzero(np.isin(scores.ids, forget))
+    mean = float(scores.losses[places].mean())
+    return {
+        "size": len(forget),
+        "forgotten_before": before,
+        "mean_loss": mean,
+        "percentile": percentile(mean, scores.losses),
+    }
+
+
+def _metrics(
+    trace: UnlearningTrace, oracle: Mapping[str, ArrayLike]
+) -> list[dict[str, Any]]:
+    """One line for each metric."""
+    return [
+        {
+            "name": name,
+            "before": values[0],
+            "after": values[-1],
+            **(_beside(trace, name, oracle) if name in oracle else {}),
+        }
+        for name, values in trace.metrics.items()
+        if values
+    ]
+
+
+def _beside(
+    trace: UnlearningTrace, name: str, oracle: Mapping[str, ArrayLike]
+) -> dict[str, Any]:
+    """A metric of the retrained models, and when the run came near it."""
+    values = np.asarray(oracle[name], dtype=np.float64).ravel()
+    return {
+        "oracle_mean": values.mean(),
+        "oracle_std": values.std(ddof=1) if len(values) > 1 else None,
+        "num_oracles": len(values),
+        "time": time_to_unlearn(trace, oracle, metric=name, tolerance=TOLERANCE),
+        "unit": trace.unit,
+    }

@@ -1,0 +1,173 @@
+"""The per-example numbers of a run, and the few that describe them all.
+
+>>> from opacus_pi.accounting import NoisySGD
+>>> mechanism = NoisySGD(100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
+>>> ledger = GradNormLedger(mechanism, steps=[100], grad_norms=[[0.1, 5.0, 0.4]])
+>>> scores = score(ledger, order=8, delta=1e-5)
+>>> [row["id"] for row in scores.hardest(2)]
+[1, 2]
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi._validate import positive
+from opacus_pi.accounting import (
+    GradNormLedger,
+    epsilons,
+    privacy_losses,
+    privacy_statement,
+    worst_case_loss,
+)
+from opacus_pi.accounting.guarantee import Assumption
+from opacus_pi.accounting.ledger import runs_of
+from opacus_pi.forget_sets import difficulty_strata
+
+SENSITIVE = (
+    "Sensitive: these numbers say which examples are unusual. Guard them like the "
+    "data; show a value to the owner of the example only."
+)
+_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_ROUNDING = 1 - 1e-12
+_PART = 50  # a stratum holds 1 of 50 examples, as the paper's 1,000 of 50,000
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What each example of a recorded training cost.
+
+    Args:
+        order: Rényi order of the losses.
+        delta: δ of the epsilons.
+        ids: int64 ``(n,)``, positions in the data set.
+        losses: float64 ``(n,)``, in nats.
+        epsilons: float64 ``(n,)``; None where training added no noise of its own: the
+            losses then are a ranking.
+        worst_case_loss: The bound on any example's loss; ``inf`` where there is none.
+        worst_case_epsilon: The bound on any example's ε; ``inf`` where there is none.
+        assumptions: What ε rests on, met or not.
+    """
+
+    order: float
+    delta: float
+    ids: NDArray[np.int64]
+    losses: NDArray[np.float64]
+    epsilons: NDArray[np.float64] | None
+    worst_case_loss: float
+    worst_case_epsilon: float
+    assumptions: tuple[Assumption, ...]
+
+    @property
+    def ranking_only(self) -> bool:
+        """Whether the losses order examples and claim nothing."""
+        return self.epsilons is None
+
+    @property
+    def num_at_bound(self) -> int:
+        """How many examples' losses are the bound itself: they are not told apart."""
+        return int(np.count_nonzero(self.losses >= self.worst_case_loss * _ROUNDING))
+
+    def hardest(self, top: int) -> list[dict[str, Any]]:
+        """Id, loss and ε of the examples of largest loss, largest first."""
+        places = np.argsort(-self.losses, kind="stable")[:top]
+        return [
+            {"id": self.ids[i], "loss": self.losses[i], "epsilon": self._epsilon(i)}
+            for i in places
+        ]
+
+    def strata(self) -> list[dict[str, Any]]:
+        """Five sets of rising loss, each a fiftieth of the examples; none of one."""
+        if len(self.losses) < 2:
+            return []
+        sets = difficulty_strata(self.losses, max(1, len(self.losses) // _PART))
+        return [self._stratum(name, places) for name, places in sets.items()]
+
+    def quantiles(self) -> dict[str, Any]:
+        """Quantiles over examples of loss and ε."""
+        return {
+            "probability": _QUANTILES,
+            "loss": np.quantile(self.losses, _QUANTILES, method="lower"),
+            "epsilon": None
+            if self.epsilons is None
+            else np.quantile(self.epsilons, _QUANTILES, method="lower"),
+        }
+
+    def facts(self, top: int) -> dict[str, Any]:
+        """Everything but the list of all examples, to be written as JSON."""
+        return {
+            "sensitive": SENSITIVE,
+            "num_examples": len(self.losses),
+            "order": self.order,
+            "delta": self.delta,
+            "ranking_only": self.ranking_only,
+            "worst_case_loss": self.worst_case_loss,
+            "worst_case_epsilon": self.worst_case_epsilon,
+            "num_at_bound": self.num_at_bound,
+            "quantiles": self.quantiles(),
+            "hardest": self.hardest(top),
+            "strata": self.strata(),
+            "assumptions": self.assumptions,
+        }
+
+    def _stratum(self, name: str, places: NDArray[np.int64]) -> dict[str, Any]:
+        """One line of the table of strata."""
+        own = self.epsilons
+        return {
+            "name": name,
+            "size": len(places),
+            "smallest_loss": self.losses[places].min(),
+            "mean_loss": self.losses[places].mean(),
+            "largest_loss": self.losses[places].max(),
+            "mean_epsilon": None if own is None else own[places].mean(),
+        }
+
+    def _epsilon(self, place: np.int64) -> float | None:
+        """One example's ε, if there is one."""
+        return None if self.epsilons is None else float(self.epsilons[place])
+
+
+def score(
+    ledger: GradNormLedger | Sequence[GradNormLedger],
+    *,
+    order: float = 8.0,
+    delta: float = 1e-5,
+) -> Scores:
+    """Losses, epsilons and worst case of a recorded training.
+
+    Args:
+        ledger: One run, or several independent runs of one training.
+        order: Rényi order of the losses, above 1.
+        delta: δ of the epsilons, in (0, 1).
+
+    Returns:
+        The numbers; as sensitive as the ledger.
+
+    Raises:
+        ValueError: If an argument is outside its domain, the ledger holds nobody, or
+            it has no noise, not even an assumed one.
+    """
+    runs = list(runs_of(ledger))
+    positive(num_examples=runs[0].num_examples, remedy="The ledger holds nobody.")
+    ids = runs[0].example_ids
+    ids = np.arange(runs[0].num_examples) if ids is None else ids
+    losses = privacy_losses(runs, order)
+    statement = privacy_statement(runs, ids[[np.argmax(losses)]], delta)
+    mechanism = runs[0].mechanism
+    assumed = mechanism.assumed_noise
+    return Scores(
+        order=float(order),
+        delta=float(delta),
+        ids=ids,
+        losses=losses,
+        epsilons=None if assumed else epsilons(runs, delta),
+        worst_case_loss=math.inf
+        if assumed
+        else worst_case_loss(mechanism, order, steps=runs[0].steps),
+        worst_case_epsilon=statement.worst_case,
+        assumptions=statement.assumptions,
+    )

@@ -1,0 +1,37 @@
+"""JSON that every reader accepts: no NaN, no infinity, no numpy types.
+
+>>> json_text({"epsilon": float("inf"), "ids": np.arange(2)}, indent=None)
+'{"epsilon": "inf", "ids": [0, 1]}'
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import numpy as np
+
+
+def json_text(facts: Any, indent: int | None = 1) -> str:
+    """Facts as JSON text; numbers that are not finite become their names.
+
+    Args:
+        facts: Mappings, sequences, arrays, dataclasses, strings and numbers.
+        indent: Spaces of a level; None: one line.
+    """
+    return json.dumps(strict(facts), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def strict(value: Any) -> Any:
+    """The same facts in JSON's own types."""
+    if isinstance(value, np.ndarray | np.generic):
+        return strict(value.tolist())
+    if is_dataclass(value) and not isinstance(value, type):
+        return strict(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): strict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(entry) for entry in value]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value
