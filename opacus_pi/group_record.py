@@ -89,7 +89,13 @@ def gram_ledger(
         measure = _Minibatches(draw, num_minibatches, num_estimates, options)
     mechanism = _mechanism_at(list(files), ledger)
     grams = []
-    bar = tqdm(files.values(), "Gram matrices", delay=_SECONDS_BEFORE_BAR, leave=False)
+    bar = tqdm(
+        files.values(),
+        "Gram matrices",
+        delay=_SECONDS_BEFORE_BAR,
+        leave=False,
+        disable=None,
+    )
     for row, path in enumerate(bar):
         load_weights_(copied, path, ledger.data_set)
         fact = mechanism.at_row(row)
