@@ -22,6 +22,7 @@ from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.tracker import joined
 from opacus_pi.class_swap import swap_class
 from opacus_pi.dp_filtering import FilterGate
+from opacus_pi.fast import FastHooks
 from opacus_pi.grad_sample import joint_norms, row_norms
 from opacus_pi.recorder import Recorder
 
@@ -147,8 +148,12 @@ def record(optimizer: DPOptimizer, run: PrivateRun) -> DPOptimizer:
     Returns:
         The same object.
     """
-    is_ghost = isinstance(optimizer, DPOptimizerFastGradientClipping)
-    swap_class(optimizer, _from_norms if is_ghost else _from_grad_samples)
+    if isinstance(run.hooks, FastHooks):
+        swap_class(optimizer, _from_book)
+    elif isinstance(optimizer, DPOptimizerFastGradientClipping):
+        swap_class(optimizer, _from_norms)
+    else:
+        swap_class(optimizer, _from_grad_samples)
     optimizer._pi_run = run
     return optimizer
 
@@ -226,6 +231,22 @@ def _from_grad_samples(base: type) -> type:
             first = self.params[0].grad_sample
             passes = first if isinstance(first, list) else [first]
             return self._pi_run.tracker.attribute([len(g) for g in passes])
+
+        def zero_grad(self, *args: Any, **options: Any) -> None:
+            self._pi_run.tracker.discard()
+            super().zero_grad(*args, **options)
+
+    return Recording
+
+
+def _from_book(base: type) -> type:
+    """An optimizer of the fast mode: it keeps the norms of its last step."""
+
+    class Recording(_reporting_updates(base)):  # type: ignore[misc]
+        def clip_and_accumulate(self) -> None:  # once for each batch that enters
+            super().clip_and_accumulate()
+            rows = self._pi_run.tracker.attribute(self.batch_sizes)
+            self._pi_run.observe(rows, self.per_sample_gradient_norms)
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
             self._pi_run.tracker.discard()

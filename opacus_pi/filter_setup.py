@@ -10,7 +10,7 @@ from opacus.privacy_engine import DDP, DPDDP, FSDPModule, PrivacyEngine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from opacus_pi import refusals
+from opacus_pi import fast, refusals
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.sealed_state import unsealed
@@ -37,7 +37,7 @@ def require_filterable(
         ValueError: If an argument rules a filter out; it says why.
     """
     expect(
-        not grad_sample_mode.startswith("ghost"),
+        grad_sample_mode != fast.MODE and not grad_sample_mode.startswith("ghost"),
         "grad_sample_mode",
         repr(grad_sample_mode),
         "to keep per-example gradients, which a RenyiFilter leaves out one by one",

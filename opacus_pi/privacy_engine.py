@@ -40,7 +40,7 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_pi import refusals
+from opacus_pi import fast, refusals
 from opacus_pi._validate import expect
 from opacus_pi.accountants import PerInstanceAccountant
 from opacus_pi.accounting import RenyiFilter, fingerprint
@@ -226,6 +226,8 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
             require_filterable(self, **options)
             data_set = options["data_loader"].dataset
             self.renyi_filter.begin(len(data_set), fingerprint(data_set))
+        if options.get("grad_sample_mode") == fast.MODE:
+            fast.require_fast(**options)
         return super().make_private(**options)
 
     # ------------------------------------------------ what Opacus calls in make_private
@@ -248,7 +250,10 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
             "Use Recorder() without weights_dir, or DistributedDataParallel.",
         )
         try:
-            hooks = super()._prepare_model(module, **options)
+            if options.get("grad_sample_mode") == fast.MODE:
+                hooks = fast.prepare_model(self, module, **options)
+            else:
+                hooks = super()._prepare_model(module, **options)
         except UnsupportedModuleError as error:
             add_note(error, _HOW_TO_GO_ON)
             raise
@@ -270,6 +275,8 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
     def _prepare_optimizer(self, **options: Any) -> DPOptimizer:
         optimizer = super()._prepare_optimizer(**options)
         run, self._preparing = self._preparing, None
+        if run is not None and isinstance(run.hooks, fast.FastHooks):
+            fast.clip_from_book(optimizer, run.hooks)
         if run is not None and run.loader is not None:
             self._run_state = RunState(
                 run.loader,

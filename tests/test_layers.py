@@ -35,6 +35,7 @@ LAYER = {
     "run_state": 3,
     "monitor": 3,
     "dp_filtering": 3,
+    "fast": 3,
     "dp_recording": 3,
     "filter_setup": 3,
     "grad_sample": 3,

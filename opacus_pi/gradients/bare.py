@@ -5,19 +5,35 @@ for each example the gradient that arrives at the result (times the batch's entr
 a product), summed over the positions that share an entry.
 """
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opacus_pi.gradients.products import squared_lengths
-from opacus_pi.gradients.taps import Taps
-
 _SUMS = {torch.add, Tensor.add, Tensor.add_}
 _PRODUCTS = {torch.mul, Tensor.mul}
 _SPREADS = {Tensor.expand}
+
+
+class Listener(Protocol):
+    """Who is told of operations on bare parameters."""
+
+    def is_live(self, parameter: Any) -> bool:
+        """Whether this is a parameter whose gradients are wanted here."""
+
+    def wants(self, value: Any) -> bool:
+        """Whether this is a tensor with one row for each example."""
+
+    def tap_bare(
+        self,
+        output: Tensor,
+        x: Tensor | None,
+        parameter: nn.Parameter,
+        gradient: Callable[[Tensor | None, Tensor], Tensor],
+    ) -> Tensor:
+        """Listen at an output; ``gradient(x, grad)`` is each example's gradient."""
 
 
 class BareParameters(TorchFunctionMode):
@@ -27,7 +43,7 @@ class BareParameters(TorchFunctionMode):
         taps: Where they report.
     """
 
-    def __init__(self, taps: Taps) -> None:
+    def __init__(self, taps: Listener) -> None:
         super().__init__()
         self._taps = taps
 
@@ -76,11 +92,10 @@ class BareParameters(TorchFunctionMode):
     def _tap(self, output: Tensor, x: Tensor | None, parameter: nn.Parameter) -> Tensor:
         """Tap the result; ``x`` is the other factor of a product."""
 
-        def squares(x: Tensor | None, grad: Tensor, names: Collection[str]) -> Tensor:
-            products = grad if x is None else grad * x
-            return squared_lengths(_summed(products, parameter.shape)[:, None])
+        def gradient(x: Tensor | None, grad: Tensor) -> Tensor:
+            return _summed(grad if x is None else grad * x, parameter.shape)
 
-        return self._taps.tap(output, x, {"parameter": parameter}, squares)
+        return self._taps.tap_bare(output, x, parameter, gradient)
 
 
 def _is_shared(shape: torch.Size, batch: torch.Size) -> bool:

@@ -51,8 +51,8 @@ def vmapped_squares(
     def squares(x: Any, cotangents: list[Tensor]) -> Tensor:
         ends = dict(zip(places, unsqueeze(cotangents), strict=True))
         gradients = _pulled_back(model, values, arguments(unsqueeze(x)), ends)
-        total: Tensor = sum(g.square().sum().double() for g in gradients.values())
-        return total
+        parts = [g.square().sum().double() for g in gradients.values()]
+        return torch.stack(parts).sum()
 
     size = sum(p.numel() for p in values.values())
     vectorised = torch.func.vmap(squares, chunk_size=max(1, _MAX_ELEMENTS // size))

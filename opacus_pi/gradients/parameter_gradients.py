@@ -35,15 +35,20 @@ class Formed:
     @property
     def squares(self) -> Tensor:
         """Squared norm of each, float64 ``(b,)``."""
-        return squared_lengths(self.values)
+        return squared_lengths(self._rows)
 
     def weighted(self, factors: Tensor) -> Tensor:
         """Their sum with these weights ``(b,)``, one tensor of the entries."""
-        return factors.to(self.values.dtype) @ self.values.flatten(1)
+        return factors.to(self.values) @ self._rows
 
     def form(self) -> Tensor:
         """The gradients themselves, ``(b, ...)``."""
         return self.values
+
+    @property
+    def _rows(self) -> Tensor:
+        """One flat row for each example."""
+        return self.values.flatten(1) if self.values.dim() > 1 else self.values[:, None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ Gradients = Formed | Implied
 
 def scaled(values: Tensor, factors: Tensor) -> Tensor:
     """Multiply each row of ``(b, ...)`` by its factor ``(b,)``."""
-    return values * factors.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+    return values * factors.to(values).view(-1, *[1] * (values.dim() - 1))
 
 
 def outer_product_gradients(a: Tensor, g: Tensor) -> Gradients:

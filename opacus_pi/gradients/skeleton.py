@@ -79,6 +79,21 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
     return _copied(model, memo, _FORWARD_HOOKS).eval()
 
 
+def working_copy(model: nn.Module) -> nn.Module:
+    """The same, each layer in the live one's mode.
+
+    Args:
+        model: An unwrapped module.
+
+    Raises:
+        ValueError: As ``evaluation_copy`` does.
+    """
+    twin = evaluation_copy(model)
+    for ours, theirs in zip(twin.modules(), model.modules(), strict=True):
+        ours.training = theirs.training
+    return twin
+
+
 def check_separate(outputs: Any, live: Iterable[nn.Parameter]) -> None:
     """Raise if outputs of the copy were computed with parameters of the live model.
 

@@ -19,6 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from opacus_pi.gradients.products import squared_lengths
+
+_TWICE = (
+    "A second backward pass went through the same forward pass, whose examples would "
+    "count twice. Call the model again, or add the losses up before backward()."
+)
+
 Squares = Callable[[Tensor | None, Tensor, Collection[str]], Tensor | None]
 
 
@@ -144,15 +151,38 @@ class Taps:
             overwritten = x is not None and x._version != version
             squares = None
             if once and not overwritten:
-                wide = cast(Tensor, _at_least_float32(grad))
-                squares = rule(_at_least_float32(x), wide, once)
+                wide = cast(Tensor, at_least_float32(grad))
+                squares = rule(at_least_float32(x), wide, once)
             if squares is not None:
                 self._add(squares)
             else:
                 self._unheard.update(parameters.values())
 
-        tapped: Tensor = _Tap.apply(output, self._anchor, listen)
-        return tapped
+        return tapped(output, self._anchor, listen)
+
+    def tap_bare(
+        self,
+        output: Tensor,
+        x: Tensor | None,
+        parameter: nn.Parameter,
+        gradient: Callable[[Tensor | None, Tensor], Tensor],
+    ) -> Tensor:
+        """Listen at the output of an operation on one parameter.
+
+        Args:
+            output: The output, ``(b, ...)``, of the parameter detached.
+            x: What the gradient follows from besides that of the output.
+            parameter: The live parameter.
+            gradient: ``gradient(x, grad)``, each example's, ``(b, ...)``.
+
+        Returns:
+            The output, to be used in place of it.
+        """
+
+        def squares(x: Tensor | None, grad: Tensor, names: Collection[str]) -> Tensor:
+            return squared_lengths(gradient(x, grad)[:, None])
+
+        return self.tap(output, x, {"parameter": parameter}, squares)
 
     def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Note that an operation froze parameters and could not be tapped."""
@@ -173,15 +203,27 @@ class Taps:
             self.leftover.add(self._names[parameter])
 
 
-def _at_least_float32(values: Tensor | None) -> Tensor | None:
+def at_least_float32(values: Tensor | None) -> Tensor | None:
     """Half precision as float32, in which norms can be added up."""
     if values is not None and values.dtype in (torch.float16, torch.bfloat16):
         return values.float()
     return values
 
 
+def tapped(output: Tensor, anchor: Tensor, listen: Callable[[Tensor], None]) -> Tensor:
+    """Return an output such that ``listen`` is told of the gradient that arrives at it.
+
+    Args:
+        output: The output; to be used no more but in place of it.
+        anchor: Any leaf that requires a gradient; it will get none.
+        listen: Called once.
+    """
+    heard: Tensor = _Tap.apply(output, anchor, listen)
+    return heard
+
+
 class _Tap(torch.autograd.Function):
-    """The identity, in place, that reports the gradient passing through.
+    """The identity, in place, that reports the gradient passing through, once.
 
     In place, so that the layer's output may still be changed in place afterwards. The
     anchor requires a gradient, so that the first layer, whose input does not, is heard.
@@ -199,5 +241,7 @@ class _Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         listen, ctx.listen = ctx.listen, None  # frees the layer's input
+        if listen is None:
+            raise RuntimeError(_TWICE)
         listen(grad)
         return (grad if ctx.needs_input_grad[0] else None), None, None
