@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -98,7 +100,8 @@ def test_batch_size_below_one_is_refused():
         norm_sweep(nn.Linear(2, 2), CRITERION, [], batch_size=0)
 
 
-def test_progress_bar_only_for_long_sweeps(capsys, monkeypatch):
+def test_progress_bar_only_for_long_sweeps_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     data = [(torch.randn(2), 0) for _ in range(4)]
     norm_sweep(nn.Linear(2, 2), CRITERION, data)
     assert capsys.readouterr().err == ""
@@ -106,4 +109,7 @@ def test_progress_bar_only_for_long_sweeps(capsys, monkeypatch):
     norm_sweep(nn.Linear(2, 2), CRITERION, data)
     assert "gradient norms" in capsys.readouterr().err
     norm_sweep(nn.Linear(2, 2), CRITERION, data, progress=False)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    norm_sweep(nn.Linear(2, 2), CRITERION, data)
     assert capsys.readouterr().err == ""
