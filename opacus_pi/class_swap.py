@@ -14,7 +14,7 @@
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _subclasses: dict[tuple[type, Callable[[type], type]], type] = {}
@@ -36,7 +36,7 @@ def swap_class(instance: T, factory: Callable[[type], type]) -> T:
     if factory in swaps:
         return instance
     if (base, factory) not in _subclasses:
-        made = factory(base)
+        made: Any = factory(base)
         made._pi_swaps = (*swaps, factory)
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):
             setattr(made, name, getattr(base, name))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ class FilterGate:
         self._seen, self._noise_std = [], 0.0
 
 
-def _zero_rows(parameters: Sequence[nn.Parameter], left_out: Tensor) -> None:
+def _zero_rows(parameters: Sequence[Any], left_out: Tensor) -> None:
     """Replace per-example gradients by copies with zeros; they may share storage."""
     for p in parameters:
         _check_processed_flag(p.grad_sample)  # which the copies do not carry

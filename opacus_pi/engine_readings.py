@@ -12,10 +12,11 @@ from opacus_pi._errors import AccountingError
 from opacus_pi.accountants import num_steps_of
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.attribution import Tracker
+from opacus_pi.opacus_engine import Engine
 from opacus_pi.recorder import Recorder
 
 
-class EngineReadings:
+class EngineReadings(Engine):
     """The questions of an engine that has a recorder, a tracker and an accountant."""
 
     recorder: Recorder
@@ -31,7 +32,7 @@ class EngineReadings:
         Raises:
             AccountingError: If there is none, or it is gone: it is referred to weakly.
         """
-        module = self._module()
+        module: nn.Module | None = self._module()
         if module is None:
             raise AccountingError(
                 "The engine has no module: none was prepared, or it was deleted. Call "

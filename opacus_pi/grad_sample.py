@@ -34,7 +34,8 @@ def row_norms(grad_sample: Tensor) -> Tensor:
     rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
     if rows.dtype.itemsize < 4:
         rows = rows.float()
-    return torch.linalg.vector_norm(rows, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms
 
 
 def joint_norms(norms: Sequence[Tensor]) -> Tensor:
@@ -44,7 +45,8 @@ def joint_norms(norms: Sequence[Tensor]) -> Tensor:
     """
     device = norms[0].device
     stacked = torch.stack([n.to(device) for n in norms], dim=1)
-    return torch.linalg.vector_norm(stacked, dim=1)
+    joint: Tensor = torch.linalg.vector_norm(stacked, dim=1)
+    return joint
 
 
 class GradSampleModule(opacus.GradSampleModule):

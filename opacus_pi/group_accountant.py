@@ -81,7 +81,10 @@ class GroupAccountant(RDPAccountant):
             Epsilon and order. For groups of one, Opacus's own.
         """
         if self.group_size == 1 or not self.history:
-            return super().get_privacy_spent(delta=delta, alphas=alphas)
+            spent: tuple[float, float] = super().get_privacy_spent(
+                delta=delta, alphas=alphas
+            )
+            return spent
         orders = np.asarray(GROUP_ORDERS if alphas is None else alphas, np.float64)
         each = [float(rdp_to_epsilon([self.divergence(a)], [a], delta)) for a in orders]
         best = int(np.argmin(each))
@@ -111,11 +114,12 @@ class GroupAccountant(RDPAccountant):
             self._require_counted(gram_ledger)
             return group_divergence(gram_ledger, order, **options)
         expect(order > 1, "order", order, "above 1", "Rényi orders here exceed 1.")
-        return sum(
+        total: float = sum(
             num_steps
             * group_step_divergence(_ratio(noise), rate, self.group_size, order)
             for noise, rate, num_steps in self.history
         )
+        return total
 
     def epsilon(
         self,
@@ -158,7 +162,7 @@ class GroupAccountant(RDPAccountant):
         Args:
             destination: A dict to fill; default: a new one.
         """
-        state = super().state_dict(destination)
+        state: dict[str, Any] = super().state_dict(destination)
         state[_SIZE] = self.group_size
         return state
 

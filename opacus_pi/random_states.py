@@ -125,7 +125,7 @@ def _numpy_states() -> dict[str, Any]:
 def _wrong(states: Mapping[str, Any]) -> Iterator[str]:
     """Names of entries that are no states."""
     for name, length, top in (("python", 625, 2**32), ("numpy", 624, 2**32)):
-        words = states.get(name)
+        words: Any = states.get(name)
         fits = isinstance(words, Tensor) and words.dtype == torch.int64
         if not fits or words.shape != (length,):
             yield name

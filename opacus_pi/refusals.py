@@ -4,7 +4,7 @@ Each function returns the reason, with the remedy, or None.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from opacus.data_loader import CollateFnWithEmpty
 from opacus.grad_sample import AbstractGradSampleHooks
@@ -37,7 +37,7 @@ def unknown_schedule(loader: DataLoader[Any]) -> str | None:
         loader: The loader that is trained from, the user's or Opacus's.
     """
     if is_poisson(loader):
-        rate = loader.batch_sampler.sample_rate
+        rate = cast(Any, loader.batch_sampler).sample_rate
         return _too_few_steps(rate, len(loader)) if rate * len(loader) > 1.001 else None
     if isinstance(loader.dataset, IterableDataset):
         return (

@@ -105,7 +105,7 @@ class StoredRows:
 
     def expired(self) -> bool:
         """Whether nobody holds the memory any more."""
-        return self._storage.expired()
+        return bool(self._storage.expired())
 
     def modified(self, tensor: Tensor) -> bool:
         """Whether the memory was written to since."""
@@ -135,9 +135,10 @@ class SampledRows:
             self.width = 0
         if self.width:
             rows = tensor.detach() if dim == 0 else tensor.detach().movedim(dim, 0)
-            step = max(1, self.width // _SAMPLED)
-            rows = rows.reshape(self._length, self.width)
-            self._entries = rows[:, : step * _SAMPLED : step].clone()
+            rows, step = rows.contiguous(), max(1, self.width // _SAMPLED)
+            shape = self._length, min(self.width // step, _SAMPLED)
+            start = rows.storage_offset()
+            self._entries = rows.as_strided(shape, (self.width, step), start).clone()
 
     def checksums(self) -> NDArray[np.int64]:
         """int64 ``(b,)``; they survive copying, moving, reshaping and widening."""

@@ -2,10 +2,11 @@
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
 from torch import Tensor, is_grad_enabled, nn
+from torch._C._functorch import peek_interpreter_stack
 
 from opacus_pi.attribution.batch_rows import tensors_in
 from opacus_pi.attribution.tracker import Tracker
@@ -32,7 +33,9 @@ class ForwardProbe:
     ) -> None:
         """The hook: ``nn.Module.register_forward_hook(..., with_kwargs=True)``."""
         tracker = self._tracker()
-        if tracker is None or not (module.training and is_grad_enabled()):
+        in_training = module.training and is_grad_enabled()
+        # within vmap and grad tensors have no storage, and no backward pass will come
+        if tracker is None or not in_training or peek_interpreter_stack() is not None:
             return
         forward = tracker.bind((args, kwargs))
         told, model = weakref.ref(tracker), self._model
@@ -63,7 +66,8 @@ def probe(model: nn.Module | AbstractGradSampleHooks, tracker: Tracker) -> Any:
         The handle that removes the probe.
     """
     prepared = isinstance(model, AbstractGradSampleHooks)
-    root = model._module if prepared else model
+    prepared &= not isinstance(model, GradSampleModuleNoOp)  # it skips the inner hooks
+    root = cast(nn.Module, model._module if prepared else model)
     for hook in root._forward_hooks.values():
         if isinstance(hook, ForwardProbe):  # prepared before, maybe for another engine
             hook.report_to(tracker, model)

@@ -13,7 +13,7 @@ and, with workers, ``_rcvd_idx``, ``_in_order`` and ``_get_data``.
 import weakref
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any
+from typing import Any, SupportsIndex
 
 from opacus.utils import batch_memory_manager
 from torch.utils.data import DataLoader
@@ -58,7 +58,7 @@ def watch_memory_manager() -> None:
         tracker = tracker_of(data_loader)
         return loader if tracker is None else watch(loader, tracker)
 
-    wrap_data_loader._pi_wrapped = True
+    vars(wrap_data_loader)["_pi_wrapped"] = True
     batch_memory_manager.wrap_data_loader = wrap_data_loader
 
 
@@ -96,7 +96,7 @@ class _CopiedIndices:
         return indices
 
 
-def _plain(cls: type) -> Any:
+def _plain(cls: Any) -> Any:
     """An empty object of a class, for a copy's state."""
     return cls.__new__(cls)
 
@@ -143,7 +143,7 @@ def _watched_loader(base: type) -> type:
             return swap_class(iterator, _watched_iterator)
 
         def __reduce_ex__(
-            self, protocol: int
+            self, protocol: SupportsIndex
         ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
             state = {k: v for k, v in self.__dict__.items() if k != "_pi_tracker"}
             return _plain, (base,), state

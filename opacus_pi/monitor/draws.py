@@ -6,10 +6,12 @@ Draws(sample_rate=0.3333333333333333, mean_batch_size=4.0, sampling='fixed')
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from opacus.data_loader import DPDataLoader
 from torch.utils.data import DataLoader
+
+from opacus_pi.gradients.batches import size_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Draws:
 
     sample_rate: float
     mean_batch_size: float
-    sampling: str
+    sampling: Literal["poisson", "fixed"]
 
 
 def draws_of(loader: DataLoader[Any]) -> Draws:
@@ -40,7 +42,7 @@ def draws_of(loader: DataLoader[Any]) -> Draws:
     Returns:
         Sample rate, expected batch size and kind of sampling.
     """
-    num_examples = len(loader.dataset)
+    num_examples = size_of(loader.dataset)
     if isinstance(loader, DPDataLoader):
         rate = loader.sample_rate
         return Draws(rate, rate * num_examples, "poisson")

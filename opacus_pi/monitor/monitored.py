@@ -20,6 +20,7 @@ from opacus_pi.accounting import fingerprint
 from opacus_pi.attribution import Tracker, watch
 from opacus_pi.attribution.forward_probe import ForwardProbe
 from opacus_pi.gradients import Sweep
+from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.shared_sweep import shared_sweep
 from opacus_pi.monitor.draws import draws_of
 from opacus_pi.monitor.noisy_step import NoisyStep
@@ -91,7 +92,9 @@ def monitor(
         )
 
     data_set = data_loader.dataset
-    measure(Subset(data_set, range(min(2, len(data_set)))))  # refuses what it cannot
+    measure(
+        Subset(data_set, range(min(2, size_of(data_set))))
+    )  # refuses what it cannot
     loader = data_loader
     if poisson_sampling:
         loader = DPDataLoader.from_data_loader(
@@ -101,7 +104,7 @@ def monitor(
         )
     draws = draws_of(loader)
     recorder.begin(
-        num_examples=len(data_set),
+        num_examples=size_of(data_set),
         sample_rate=draws.sample_rate,
         sampling=draws.sampling,
         data_set=fingerprint(data_set),
