@@ -87,7 +87,7 @@ class Position:
         Raises:
             ValueError: If it is damaged, or of a run with other generators.
         """
-        num_delivered = state.get("num_delivered")
+        num_delivered: Any = state.get("num_delivered")
         expect(
             type(num_delivered) is int and num_delivered >= -1,
             "the saved position",

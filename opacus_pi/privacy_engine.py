@@ -29,7 +29,7 @@ Opacus's. Afterwards ``engine.ledger`` holds the record, and ``privacy_losses`` 
 import weakref
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import opacus
 import torch
@@ -55,6 +55,8 @@ from opacus_pi.compatible import (
 from opacus_pi.dp_recording import PrivateRun, record
 from opacus_pi.engine_readings import EngineReadings
 from opacus_pi.filter_setup import require_filterable
+from opacus_pi.gradients.batches import size_of
+from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.shared_sweep import shared_sweep
 from opacus_pi.loader_position import follow_memory_manager
 from opacus_pi.monitor import monitor
@@ -228,7 +230,8 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
             self.renyi_filter.begin(len(data_set), fingerprint(data_set))
         if options.get("grad_sample_mode") == fast.MODE:
             fast.require_fast(**options)
-        return super().make_private(**options)
+        made: tuple[Any, ...] = super().make_private(**options)
+        return made
 
     # ------------------------------------------------ what Opacus calls in make_private
     def _prepare_model(
@@ -266,7 +269,7 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
     def _prepare_data_loader(
         self, data_loader: DataLoader[Any], **options: Any
     ) -> DataLoader[Any]:
-        loader = super()._prepare_data_loader(data_loader, **options)
+        loader: DataLoader[Any] = super()._prepare_data_loader(data_loader, **options)
         if self._preparing is not None:
             watch(loader, self._preparing.tracker)
             self._preparing.loader = loader
@@ -290,7 +293,7 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
 
     def _begin(self, run: PrivateRun) -> None:
         """Start the record of a run that Opacus has prepared."""
-        loader, recorder = run.loader, self.recorder
+        loader, recorder = cast(DataLoader[Any], run.loader), self.recorder
         run.sample_rate, run.loader = 1 / len(loader), None
         data_set, module = loader.dataset, run.hooks._module
         poisson, trained = refusals.is_poisson(loader), weakref.ref(module)
@@ -300,19 +303,19 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
         processes = Processes() if distributed else None
         try:
             recorder.begin(
-                num_examples=len(data_set),
+                num_examples=size_of(data_set),
                 sample_rate=run.sample_rate,
                 sampling="poisson" if poisson else "fixed",
                 data_set=fingerprint(data_set),
                 sweep=lambda: shared_sweep(
-                    trained(),
-                    recorder.criterion,
+                    cast(nn.Module, trained()),
+                    cast(Criterion, recorder.criterion),
                     data_set,
                     processes=processes,
                     batch_size=recorder.batch_size,
                     collate_fn=collate_fn,
                 ),
-                weights=lambda: trained().state_dict(),
+                weights=lambda: cast(nn.Module, trained()).state_dict(),
                 processes=processes,
             )
         except ValueError as error:  # the record that was loaded is of another run
