@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 from types import CodeType
-from typing import Any
+from typing import Any, SupportsIndex
 
 from opacus.grad_sample import AbstractGradSampleHooks
 from opacus.validators import ModuleValidator
@@ -62,15 +62,15 @@ def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
     """
     module = ModuleValidator.fix(module, **options)
     for layer in module.modules():
-        if getattr(layer, "inplace", False) is True:
-            layer.inplace = False
+        if vars(layer).get("inplace") is True:
+            vars(layer)["inplace"] = False
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
             layer.register_forward_pre_hook(_contiguous)
     has_layers = next(module.children(), None) is not None
     return swap_class(module, _sparing_hooked_outputs) if has_layers else module
 
 
-def _contiguous(layer: nn.Module, args: tuple) -> tuple:
+def _contiguous(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The inputs of a convolution in the order that Opacus reads them."""
     return (args[0].contiguous(), *args[1:])
 
@@ -88,7 +88,7 @@ def explain_in_place(hooks: AbstractGradSampleHooks) -> None:
         getattr(root, "autograd_grad_sample_hooks", []).append(handle)
 
 
-def _explain(module: nn.Module, args: tuple, result: Any) -> None:
+def _explain(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
     """A forward hook, which torch also calls while an error is on its way."""
     error = sys.exc_info()[1]
     if isinstance(error, RuntimeError) and _HOOKED in str(error):
@@ -159,7 +159,7 @@ def _sparing_hooked_outputs(base: type) -> type:
             with _SparingHookedOutputs():
                 return super().forward(*args, **kwargs)
 
-        def __reduce_ex__(self, protocol: int) -> tuple:
+        def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
             """Copies and pickles name the user's class, and swap it again."""
             state = super().__reduce_ex__(protocol)[2]
             return _compatible_of, (base,), state
@@ -167,6 +167,6 @@ def _sparing_hooked_outputs(base: type) -> type:
     return Compatible
 
 
-def _compatible_of(base: type) -> nn.Module:
+def _compatible_of(base: type[nn.Module]) -> nn.Module:
     """An empty model of the subclass of a class."""
     return swap_class(base.__new__(base), _sparing_hooked_outputs)

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from opacus_pi._validate import expect, in_range
 from opacus_pi.evaluation.no_trace import device_of, evaluating, independent_copy
 from opacus_pi.evaluation.predictions import Data
+from opacus_pi.gradients.batches import forward, inputs_and_targets, to_device
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.objective import float64_losses
 from opacus_pi.gradients.random_state import random_state_untouched
@@ -168,7 +169,7 @@ def reset_batch_norm_(model: nn.Module, batches: Batches) -> None:
             layer.train()
             layer.momentum = None  # cumulative mean
         for inputs, _ in batches:
-            model(inputs)
+            forward(model, inputs)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
 
@@ -202,7 +203,7 @@ def _read(data: Data, device: torch.device) -> Batches:
     """All batches, on the device."""
     loader = DataLoader(data, 256) if isinstance(data, Dataset) else data
     with random_state_untouched():
-        batches = [(inputs.to(device), labels.to(device)) for inputs, labels in loader]
+        batches = [to_device(inputs_and_targets(batch), device) for batch in loader]
     expect(bool(batches), "data_loader", "[]", "to hold an example", "Check the data.")
     return batches
 
@@ -212,5 +213,7 @@ def _mean_loss(
 ) -> float:
     """Mean loss over all examples, in float64."""
     with evaluating(model):
-        total = sum(float(losses(model(x), y).double().sum()) for x, y in batches)
+        total = sum(
+            float(losses(forward(model, x), y).double().sum()) for x, y in batches
+        )
     return total / sum(len(y) for _, y in batches)

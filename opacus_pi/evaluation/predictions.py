@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._validate import expect
 from opacus_pi.evaluation.no_trace import device_of, evaluating
+from opacus_pi.gradients.batches import forward, inputs_and_targets, to_device
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.objective import float64_losses
 
@@ -62,7 +63,7 @@ def predict(
         model: Classifier with outputs ``(b, num_classes)``; plain or wrapped by Opacus.
         data: A data set of ``(input, label)``, read in its own order; or any iterable
             of batches ``(inputs, labels)``, such as a loader, read in the order in
-            which it gives them.
+            which it gives them. Or of dicts with ``"labels"``, as of Hugging Face.
         criterion: ``criterion(outputs, labels)``, one loss per example; a torch loss
             module may have any reduction.
         batch_size: Batch size for a data set; it does not change the result.
@@ -79,8 +80,8 @@ def predict(
     device = device_of(model)
     with evaluating(model):
         batches = [
-            _batch(model(inputs.to(device)), labels.to(device), losses_of)
-            for inputs, labels in loader
+            _batch(forward(model, x), y, losses_of)
+            for x, y in (to_device(inputs_and_targets(b), device) for b in loader)
         ]
     expect(bool(batches), "data", "[]", "to hold an example", "Check the data set.")
     return Predictions(

@@ -1,4 +1,11 @@
-"""Batches as the user has them: tensors, or tuples and dicts of tensors."""
+"""Batches as the user has them: tensors, or tuples and dicts of tensors.
+
+A batch is a pair ``(x, y)``, or a dict whose ``"labels"`` are the targets, as collators
+of Hugging Face make it:
+
+>>> inputs_and_targets({"input_ids": [[7, 8]], "labels": [1]})
+({'input_ids': [[7, 8]]}, [1])
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
+
+from opacus_pi._validate import expect
+
+_TARGETS, _OUTPUTS = "labels", "logits"  # the names that transformers uses
 
 
 def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -21,6 +32,27 @@ def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
 
 
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """Return the inputs and the targets of a batch.
+
+    Args:
+        batch: A pair ``(x, y)``, or a mapping with ``"labels"``; the rest of it is x.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(batch, Mapping) and _TARGETS in batch:
+        return {k: v for k, v in batch.items() if k != _TARGETS}, batch[_TARGETS]
+    expect(
+        isinstance(batch, (tuple, list)) and len(batch) == 2,
+        "data_set",
+        f"batches of {type(batch).__name__}",
+        "to give pairs (x, y)",
+        'Pass a collate_fn that returns (inputs, targets), or a dict with "labels".',
+    )
+    return batch[0], batch[1]
+
+
 def size_of(data_set: Dataset[Any]) -> int:
     """Return the number of examples of a map-style data set."""
     return len(data_set)  # type: ignore[arg-type]  # torch: Dataset has no __len__
@@ -29,7 +61,18 @@ def size_of(data_set: Dataset[Any]) -> int:
 def forward(model: nn.Module, x: Any) -> Any:
     """Return the model's outputs on the batch ``x``."""
     args, kwargs = arguments(x)
-    return model(*args, **kwargs)
+    return logits_of(model(*args, **kwargs))
+
+
+def logits_of(outputs: Any) -> Any:
+    """Return the logits where the outputs name them, as those of transformers do."""
+    named = isinstance(outputs, Mapping) and _OUTPUTS in outputs
+    return outputs[_OUTPUTS] if named else outputs
+
+
+def give_only_logits(module: nn.Module, args: Any, outputs: Any) -> Any:
+    """A forward hook, for copies that are called by others than ``forward``."""
+    return logits_of(outputs)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:

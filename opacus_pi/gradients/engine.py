@@ -12,7 +12,13 @@ from torch.utils import _pytree as pytree
 from opacus_pi._validate import expect
 from opacus_pi.gradients.attention import tap_attention
 from opacus_pi.gradients.bare import BareParameters
-from opacus_pi.gradients.batches import forward, map_tensors, reached, rows
+from opacus_pi.gradients.batches import (
+    forward,
+    give_only_logits,
+    map_tensors,
+    reached,
+    rows,
+)
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.fallback import looped_squares, vmapped_squares
 from opacus_pi.gradients.objective import float64_losses, unit_cotangents
@@ -51,6 +57,7 @@ class NormEngine:
             "Set requires_grad on the parameters to measure.",
         )
         self._model = evaluation_copy(model)
+        self._model.register_forward_hook(give_only_logits)
         self._losses = float64_losses(criterion)
         self._trainable = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad

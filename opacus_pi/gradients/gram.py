@@ -23,6 +23,8 @@ from opacus_pi._validate import distinct_indices, expect, in_range, positive
 from opacus_pi.gradients.batches import (
     arguments,
     forward,
+    give_only_logits,
+    inputs_and_targets,
     rows,
     size_of,
     to_device,
@@ -170,7 +172,7 @@ class _Batches:
         generator = torch.Generator()  # iterating draws a seed from it
         part = Subset(self._data_set, indices.tolist())
         for batch in DataLoader(part, generator=generator, **self._options):
-            yield to_device(tuple(batch), self._device)
+            yield to_device(inputs_and_targets(batch), self._device)
 
 
 class _Gradients:
@@ -178,6 +180,7 @@ class _Gradients:
 
     def __init__(self, model: nn.Module, criterion: Criterion) -> None:
         self._model = evaluation_copy(model)
+        self._model.register_forward_hook(give_only_logits)
         self._losses = float64_losses(criterion)
         named = self._model.named_parameters()
         self._trainable = {name: p for name, p in named if p.requires_grad}

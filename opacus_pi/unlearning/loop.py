@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opacus_pi.gradients.batches import to_device
+from opacus_pi.gradients.batches import inputs_and_targets, to_device
 from opacus_pi.unlearning.methods import Batch, Method, Task
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -62,7 +62,9 @@ def _update(
 ) -> None:
     """One update: see ``Method``."""
     device = params[0].device
-    retain, forget = (None if b is None else to_device(b, device) for b in batches)
+    retain, forget = (
+        None if b is None else to_device(inputs_and_targets(b), device) for b in batches
+    )
     task.model.train()
     optimizer.zero_grad(set_to_none=True)
     loss = method.loss(task, retain, forget)

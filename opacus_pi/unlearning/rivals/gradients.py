@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from opacus_pi.gradients.batches import to_device
+from opacus_pi.gradients.batches import inputs_and_targets, to_device
 from opacus_pi.unlearning.methods import Batch, Task, mean_loss
 
 
@@ -20,7 +20,7 @@ def _gradients(
     """Size and mean-loss gradient of each batch, in evaluation mode."""
     task.model.eval()
     for batch in loader:
-        moved = to_device(batch, params[0].device)
+        moved = to_device(inputs_and_targets(batch), params[0].device)
         loss = mean_loss(task, moved)
         yield len(moved[1]), torch.autograd.grad(loss, params, materialize_grads=True)
 
