@@ -1,0 +1,104 @@
+"""Reproduce the paper's figures.
+
+    python -m benchmarks.reproduce all --scale smoke        # digits, minutes
+    python -m benchmarks.reproduce fig1 --scale cpu --data-root DIR
+    python -m benchmarks.reproduce fig1 --scale full --data-root DIR
+
+Scales: ``smoke`` (embedded digits, everything tiny: it shows that the code runs, not
+what the paper claims), ``cpu`` (10,000 images, a small CNN, 5 seeds, 2 cores), ``full``
+(the paper's sizes, on GPUs). Every job is kept in the store, so an interrupted command
+goes on where it stopped, and a figure is drawn again from the store in seconds.
+"""
+
+import argparse
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+
+from benchmarks.report import environment, write_json
+from benchmarks.reproduce.figures import FIGURES, Figure
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.pool import run_all
+from benchmarks.reproduce.scales import SCALES, Scale
+
+
+def publish(figure: Figure, scale: Scale, lab: Lab, out: Path) -> None:
+    """Write a figure's JSON, picture and table; print the verdict."""
+    result = figure.result(scale, lab)
+    verdict = figure.judge(result)
+    content = {
+        "figure": figure.name,
+        "claim": figure.claim,
+        **asdict(verdict),
+        "environment": environment(),
+        "scale": asdict(scale),
+        "result": result,
+    }
+    write_json(out / f"{figure.name}.json", content)
+    picture = figure.draw(result)
+    picture.savefig(out / f"{figure.name}.png", dpi=120)
+    matplotlib.pyplot.close(picture)
+    if figure.table:
+        text = figure.table(result)
+        (out / f"{figure.name}.md").write_text(text, encoding="utf-8")
+        print(text)
+    print(f"{figure.name}: {verdict.verdict}\n  claim: {figure.claim}")
+    print(f"  found: {verdict.because}")
+
+
+def chosen(names: list[str]) -> list[Figure]:
+    """Figures by name or by the beginning of it (``fig1``), or ``all``."""
+    found = []
+    for name in names:
+        matching = [
+            figure
+            for key, figure in FIGURES.items()
+            if name in ("all", key) or key.startswith(f"{name}-")
+        ]
+        if not matching:
+            raise SystemExit(
+                f"Expected figure={name} to be all or one of {', '.join(FIGURES)}."
+            )
+        found += [figure for figure in matching if figure not in found]
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, run what is missing, publish."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("figures", nargs="+", metavar="FIGURE", help="or all")
+    parser.add_argument("--scale", choices=SCALES, default="smoke")
+    parser.add_argument("--data-root", type=Path, help="torchvision's folder")
+    parser.add_argument(
+        "--data",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "NPZ"),
+        help="take a data set from arrays, e.g. --data svhn svhn.npz",
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--store", type=Path, default=Path("runs/reproduce/store"))
+    parser.add_argument("--out", type=Path, help="default: runs/reproduce/SCALE")
+    args = parser.parse_args(argv)
+    matplotlib.use("Agg")
+    os.environ["OMP_NUM_THREADS"] = "1"  # in the processes: one thread each
+    figures, scale = chosen(args.figures), SCALES[args.scale]
+    arrays = tuple((name, Path(file)) for name, file in args.data)
+    lab = Lab(args.store, args.data_root, arrays)
+    run_all([u for figure in figures for u in figure.units(scale)], lab, args.jobs)
+    for figure in figures:
+        publish(figure, scale, lab, args.out or Path("runs/reproduce") / args.scale)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command goes on from here") from None

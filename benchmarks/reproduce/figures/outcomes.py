@@ -1,0 +1,76 @@
+"""Arrays from finished jobs: runs by forget sets."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.reproduce.experiment import Experiment
+from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.units import oracles
+from benchmarks.reproduce.unlearning_units import Unlearning
+from opacus_pi.evaluation import time_to_unlearn
+from opacus_pi.evaluation.trace import UnlearningTrace
+
+UA, MIA = "unlearning_accuracy", "membership_inference"
+Sets = Sequence[ForgetSet]
+
+
+def unlearnings(experiment: Experiment, sets: Sets, method: str) -> list[Unlearning]:
+    """The runs of every seed on every set."""
+    return [
+        Unlearning(experiment, one, method, seed)
+        for seed in range(experiment.num_seeds)
+        for one in sets
+    ]
+
+
+def runs(
+    lab: Lab, experiment: Experiment, sets: Sets, method: str
+) -> list[list[dict[str, Any]]]:
+    """Results of the runs, ``[seed][set]``."""
+    found = [unit.run(lab) for unit in unlearnings(experiment, sets, method)]
+    return [found[i : i + len(sets)] for i in range(0, len(found), len(sets))]
+
+
+def oracle_values(
+    lab: Lab, experiment: Experiment, forget_set: ForgetSet
+) -> dict[str, list[float]]:
+    """The metrics of a set's oracles."""
+    found = [one.run(lab) for one in oracles(experiment, forget_set)]
+    return {name: [one[name] for one in found] for name in found[0]}
+
+
+def times(
+    lab: Lab, experiment: Experiment, sets: Sets, method: str, metric: str = UA
+) -> np.ndarray:
+    """Epochs until within five points of the mean oracle, ``(seeds, sets)``."""
+    judges = [oracle_values(lab, experiment, one) for one in sets]
+    rows = runs(lab, experiment, sets, method)
+
+    def time(run: dict[str, Any], oracle: dict[str, list[float]]) -> float:
+        trace = UnlearningTrace(run["times"], run["trace"])
+        return time_to_unlearn(trace, oracle, metric=metric)
+
+    return np.array([list(map(time, row, judges)) for row in rows])
+
+
+def mean_losses(lab: Lab, experiment: Experiment, sets: Sets) -> np.ndarray:
+    """Mean privacy loss of each set, ``(sets,)``."""
+    scores = lab.scores(experiment)["privacy loss"]
+    return np.array([scores[one.indices(lab, experiment)].mean() for one in sets])
+
+
+def listed(values: np.ndarray) -> list:
+    """An array as JSON; what is not finite becomes None."""
+    return [
+        listed(row) if row.ndim else (float(row) if np.isfinite(row) else None)
+        for row in np.asarray(values, dtype=np.float64)
+    ]
+
+
+def array(values: list) -> np.ndarray:
+    """What ``listed`` made of times: None is never, inf."""
+    numbers = np.array(values, dtype=np.float64)
+    return np.where(np.isnan(numbers), np.inf, numbers)

@@ -1,0 +1,104 @@
+"""Units for the Gaussian unlearning score: train on noisy inputs, unlearn, score."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import TensorDataset
+
+from benchmarks.data import ImageData
+from benchmarks.reproduce.experiment import Experiment, Facts
+from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.judging import CRITERION
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.methods import METHODS, optimizer_of
+from benchmarks.reproduce.units import Unit, oracles, trainings
+from benchmarks.reproduce.unlearning_units import Search
+from benchmarks.training import train
+from opacus_pi import Unlearner
+from opacus_pi.evaluation import GaussianPoison, gaussian_unlearning_score
+
+
+@dataclass(frozen=True)
+class Poisoned(Unit):
+    """One training with noise on the inputs of a forget set, then its unlearning.
+
+    The score is taken after every epoch, and on each oracle, which never saw the noise.
+    """
+
+    experiment: Experiment
+    forget_set: ForgetSet
+    method: str
+    seed: int
+    noise_std: float
+
+    def needs(self) -> list[Unit]:
+        """Trainings that rank, oracles, settings."""
+        judges = oracles(self.experiment, self.forget_set)
+        search = Search(self.experiment, self.method)
+        return [*trainings(self.experiment), *judges, search]
+
+    def facts(self) -> Facts:
+        """Experiment, forget set, method, seed, noise."""
+        forget = self.forget_set.facts(self.experiment)
+        return Search(self.experiment, self.method).facts() | {
+            "forget": forget,
+            "seed": self.seed,
+            "noise_std": self.noise_std,
+        }
+
+    def compute(self, lab: Lab) -> dict[str, Any]:
+        """Poison, train, unlearn, score."""
+        experiment, images = self.experiment, lab.images(self.experiment)
+        poison = self._poison(lab)
+        noisy = _materialised(images, poison)
+        recipe = experiment.recipe
+        model, engine = train(recipe, noisy, images.image_shape, self.seed, 1)
+        settings = Search(experiment, self.method).run(lab)["settings"]
+        inputs, labels = poison.clean()
+
+        def score(net: torch.nn.Module) -> dict[str, float]:
+            found = gaussian_unlearning_score(
+                net, CRITERION, inputs, labels, poison.noise
+            )
+            return {"gaussian_unlearning_score": found}
+
+        unlearner = Unlearner(
+            model,
+            criterion=CRITERION,
+            method=METHODS[self.method].build(settings, experiment),
+            optimizer=optimizer_of(settings, experiment),
+            ledger=engine.ledger,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        trace = unlearner.unlearn(
+            noisy,
+            poison.forget_indices,
+            num_epochs=experiment.unlearn_epochs,
+            evaluate=score,
+            batch_size=recipe.batch_size,
+        ).trace
+        judges = [one.model(lab) for one in oracles(experiment, self.forget_set)]
+        names = "gaussian_unlearning_score"
+        return {
+            "times": trace.times,
+            "trace": trace.metrics,
+            "oracle": {names: [score(judge)[names] for judge in judges]},
+        }
+
+    def _poison(self, lab: Lab) -> GaussianPoison:
+        """The poisoned data set of this seed."""
+        return GaussianPoison(
+            lab.images(self.experiment).train,
+            self.forget_set.indices(lab, self.experiment),
+            self.noise_std,
+            torch.Generator().manual_seed(self.seed),
+        )
+
+
+def _materialised(images: ImageData, poison: GaussianPoison) -> TensorDataset:
+    """The poisoned data set as tensors."""
+    inputs, labels = images.train.tensors
+    inputs = inputs.clone()
+    inputs[torch.from_numpy(poison.forget_indices)] += poison.noise
+    return TensorDataset(inputs, labels)
