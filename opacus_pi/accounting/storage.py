@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,12 +172,25 @@ def opened(
         with safe_open(name, framework=framework) as file:
             header = file.metadata() or {}
             _check_kind(name, header, kind, version)
+            for key in file.keys():
+                _check_shape(name, key, file.get_slice(key).get_shape())
             yield file, header
     except (SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(
             f"Expected path={name} to be a whole {kind} file: it is truncated, or "
             f"something else ({error}). {_AGAIN}"
         ) from error
+
+
+def _check_shape(path: str, name: str, shape: Sequence[int]) -> None:
+    """Refuse a shape that claims more than the file's length proves."""
+    expect(
+        math.prod(shape) > 0 or max(shape, default=0) <= _MAX_WIDTH,
+        "path",
+        path,
+        f"to hold entries in {name!r}, not a shape of {shape}",
+        _AGAIN,
+    )
 
 
 def _check_kind(name: str, header: Mapping[str, str], kind: str, version: int) -> None:
@@ -205,14 +218,6 @@ def _check(
     layout: Layout | None,
 ) -> None:
     """Take the checksum out of the header, and refuse what does not match it."""
-    for name, array in arrays.items():
-        expect(
-            math.prod(array.shape) > 0 or max(array.shape, default=0) <= _MAX_WIDTH,
-            "path",
-            os.fspath(path),
-            f"to hold entries in {name!r}, not a shape of {array.shape}",
-            _AGAIN,
-        )
     require_checksum(path, header, _described(arrays))
     if layout is not None:
         _check_layout(path, layout, header, {n: a.dtype.str for n, a in arrays.items()})

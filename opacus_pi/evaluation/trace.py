@@ -159,8 +159,9 @@ class UnlearningTrace:
             "Unlearn again, or restore the file from a copy.",
         )
         try:
+            _require_numbers(content["times"], content["metrics"], content["cost"])
             return cls(**content)
-        except (TypeError, AttributeError, OverflowError) as error:
+        except (TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"Expected path={path} to hold {_KIND}: {error}. Unlearn again."
             ) from error
@@ -269,6 +270,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         "It is truncated or something else: make it again.",
     )
     return cast(dict[str, Any], content)
+
+
+def _require_numbers(times: Any, metrics: Any, cost: Any) -> None:
+    """Refuse texts, and whatever else could be taken for a number."""
+    columns = [times, *metrics.values(), list(cost.values())]
+    if not all(isinstance(column, list) for column in columns):
+        raise TypeError("a column is none")
+    if {type(value) for column in columns for value in column} - {int, float}:
+        raise TypeError("a value is no number")
 
 
 def _digest(content: Mapping[str, Any]) -> str:
