@@ -92,7 +92,8 @@ class RunState:
                 prepared has other generators; nothing is changed then.
         """
         obstacle = state.get("obstacle", "It holds no random states. Save it by ours.")
-        expect(not obstacle, "restore_rng", True, "to be possible", obstacle)
+        known = obstacle if isinstance(obstacle, str) else "It is damaged."
+        expect(not known, "restore_rng", True, "to be possible", known)
         random_states = _part(state, _RANDOM)
         self._check_settings(state)
         self._position.check(_part(state, _POSITION))
@@ -134,8 +135,8 @@ def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _is_setting(value: Any) -> bool:
     """Whether it is a number that noise or clipping can be set to."""
-    is_number = type(value) in (int, float) or isinstance(value, Tensor)
-    return is_number and 0 <= float(value) < float("inf")
+    is_one = isinstance(value, Tensor) and value.numel() == 1
+    return (is_one or type(value) in (int, float)) and 0 <= float(value) < float("inf")
 
 
 def _copied(setting: Any) -> Any:
