@@ -34,6 +34,8 @@ setup(
             "hypothesis>=6.100",
             "mpmath>=1.3",
             "ruff>=0.9",
+            "mypy>=2",
+            "build>=1.2",
             "optuna>=4",
         ],
     },
