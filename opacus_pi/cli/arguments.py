@@ -152,7 +152,7 @@ def indices(text: str) -> NDArray[np.int64]:
     """The ids that an argument lists, or the file that it names."""
     with about("--forget", "List ids as 3,17,25, or name a file of them."):
         if Path(text).suffix == ".npy":
-            return np.load(text, allow_pickle=False)
+            return np.asarray(np.load(text, allow_pickle=False))
         listed = re.fullmatch(r"[\d\s,]+", text) is not None
         content = text if listed else Path(text).read_text(encoding="utf-8")
     try:
@@ -169,8 +169,8 @@ def indices(text: str) -> NDArray[np.int64]:
 def model(options: argparse.Namespace, weights: str | None) -> nn.Module:
     """A model of its own, with weights from a file, on its device."""
     wanted = "a torch.nn.Module"
-    found = import_object("--model", options.model, is_model, wanted)
-    found = copy.deepcopy(found)  # the import path may name one object
+    given = import_object("--model", options.model, is_model, wanted)
+    found: nn.Module = copy.deepcopy(given)  # the import path may name one object
     if weights is None:
         return found
     try:

@@ -30,6 +30,7 @@ from opacus_pi.evaluation import (
 from opacus_pi.report import Barriers
 from opacus_pi.report.run import MEANING
 
+FORMAT = "opacus_pi.cli.evaluate.v1"
 HELP = "accuracies, membership inference, and the distance from retrained models"
 DESCRIPTION = """\
 Metrics of one model on the forget set, on a part of what stays (as large as the test
@@ -89,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
     metrics = sets.metrics(network)
     barriers = _barriers(network, oracles, sets, options.match)
     facts = {
-        "format": "opacus_pi.cli.evaluate.v1",
+        "format": FORMAT,
         "num_forget": len(sets.forget),
         "num_retain": len(sets.retain),
         "num_test": len(test_set),

@@ -12,7 +12,8 @@ from opacus_pi.cli.arguments import (
     ledgers,
     new_name,
 )
-from opacus_pi.cli.errors import BadInput, about
+from opacus_pi.cli.errors import BadInput
+from opacus_pi.cli.evaluate import FORMAT
 from opacus_pi.cli.output import answer
 from opacus_pi.cli.run_files import EVALUATION, load_run, read_json
 from opacus_pi.report import Barriers, write_report
@@ -67,18 +68,17 @@ def run(options: argparse.Namespace) -> int:
     runs = ledgers(options.ledger, options.noise_std, "--ledger")
     result = None if options.run_dir is None else load_run(options.run_dir)
     oracle, barriers = _evaluation(options)
-    with about("--out", "Name a file in a directory that can be written."):
-        facts = write_report(
-            page,
-            ledger=runs,
-            result=result,
-            oracle=oracle,
-            barriers=barriers,
-            order=options.order,
-            delta=options.delta,
-            top=options.top,
-            title=options.title,
-        )
+    facts = write_report(
+        page,
+        ledger=runs,
+        result=result,
+        oracle=oracle,
+        barriers=barriers,
+        order=options.order,
+        delta=options.delta,
+        top=options.top,
+        title=options.title,
+    )
     written = [str(page), str(page.with_suffix(".json"))]
     told = {"format": "opacus_pi.cli.report.v1", "written": written, "report": facts}
     answer(options, told, f"Wrote {written[0]} and {written[1]}.\n{facts['sensitive']}")
@@ -98,10 +98,17 @@ def _evaluation(
     if options.run_dir is None:
         raise BadInput("--evaluation: there is no run to show it with. Name RUN_DIR.")
     found = read_json(f"--evaluation {path}", path)
-    if found.get("format") != "opacus_pi.cli.evaluate.v1":
+    try:
+        if found.get("format") != FORMAT:
+            raise ValueError("another format")
+        barriers = found["barriers"] and Barriers.from_json(found["barriers"])
+        oracle = found["oracle"] and {
+            str(name): [float(value) for value in values]
+            for name, values in found["oracle"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"--evaluation: {path} is something else. "
+            f"--evaluation: {path} is damaged or something else. "
             "Name what 'opacus-pi evaluate --out' wrote."
-        )
-    barriers = found["barriers"]
-    return found["oracle"], None if barriers is None else Barriers(**barriers)
+        ) from error
+    return oracle, barriers

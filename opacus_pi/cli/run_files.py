@@ -42,7 +42,7 @@ class SavedRun:
 
 @contextmanager
 def new_directory(path: str) -> Iterator[Path]:
-    """A directory that appears under its name when everything is in it.
+    """A directory that appears under its name when everything is in it, if anything.
 
     Args:
         path: Its name; nothing may be there, or an empty directory.
@@ -65,7 +65,10 @@ def new_directory(path: str) -> Iterator[Path]:
         part.mkdir(mode=0o700)
     try:
         yield part
-        os.replace(part, target)
+        if any(part.iterdir()):
+            os.replace(part, target)
+        else:
+            part.rmdir()
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -95,8 +98,18 @@ def load_run(directory: str) -> SavedRun:
         return SavedRun(
             trace=UnlearningTrace.load(place / TRACE),
             guarantee=Guarantee.from_json(text),
-            record=read_json(f"RUN_DIR {directory}", place / RECORD),
+            record=_record(f"RUN_DIR {directory}", place / RECORD),
         )
+
+
+def _record(argument: str, path: Path) -> dict[str, Any]:
+    """What was run; whom it names are lists of whole numbers."""
+    record = read_json(argument, path)
+    for name in ("forget_indices", "forgotten_before"):
+        ids = record.get(name)
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise BadInput(f"{argument}: {path} holds no {name}. Unlearn again.")
+    return record
 
 
 def read_json(argument: str, path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """``opacus-pi verify``: is a file whole and unedited?"""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from opacus_pi.accounting.storage import check_file
 from opacus_pi.cli.arguments import add_output
 from opacus_pi.cli.errors import DONE, FAILED, BadInput, about, one_line
 from opacus_pi.cli.output import answer
+from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.unlearning.deletion_record import verify
 
 HELP = "check a deletion record's chain, or a ledger's or oracle's checksum"
+_NO_HEAD = "HEAD: only a deletion record has one. Leave it out."
 DESCRIPTION = """\
 A deletion record: every line's hash and its link to the line before. The chain alone
 cannot show that the last lines were cut off: pass HEAD, the hash of the last entry,
-kept elsewhere. A ledger, Gram ledger or oracle: its checksum, version and shape. Checks
-find damage and careless edits; a checksum is no signature.
+kept elsewhere. A ledger, Gram ledger, oracle or trace: its checksum, version and shape.
+Checks find damage and careless edits; a checksum is no signature.
 
 Exit code 0: verified. 1: not verified. 2: there is no such file, or bad arguments."""
 EXAMPLES = """\
@@ -60,17 +63,32 @@ def run(options: argparse.Namespace) -> int:
             start = file.read(8)
     is_text = b"\0" not in start  # safetensors begins with a length of eight bytes
     if options.head is not None and not is_text:
-        raise BadInput("HEAD: only a deletion record has one. Leave it out.")
+        raise BadInput(_NO_HEAD)
     try:
         if not start:
             raise ValueError("the file is empty: there is nothing to verify")
-        kind, said = _record(options) if is_text else _arrays(options.file)
+        kind, said = _text(options) if is_text else _arrays(options.file)
         facts = {"verified": True, "kind": kind, **said}
     except (ValueError, SafetensorError) as error:
         facts = {"verified": False, "reason": one_line(error)}
     facts = {"format": "opacus_pi.cli.verify.v1", "file": options.file, **facts}
     answer(options, facts, _words(facts))
     return DONE if facts["verified"] else FAILED
+
+
+def _text(options: argparse.Namespace) -> tuple[str, dict[str, str]]:
+    """Check a trace or a deletion record."""
+    try:
+        content = json.loads(Path(options.file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # lines, or damaged
+        content = None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind != "opacus_pi.UnlearningTrace":
+        return _record(options)
+    if options.head is not None:
+        raise BadInput(_NO_HEAD)
+    UnlearningTrace.load(options.file)
+    return kind, {}
 
 
 def _record(options: argparse.Namespace) -> tuple[str, dict[str, str]]:

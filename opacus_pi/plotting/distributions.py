@@ -55,8 +55,9 @@ def plot_distribution(
         ax.set_xscale("log")
     space = np.geomspace if logarithmic else np.linspace
     low, high = finite.min(), finite.max()
-    edges = space(low, high, num_bins + 1) if high > low else num_bins
-    ax.hist(finite, bins=edges, color=COLOURS[0], alpha=0.75)
+    width = 0.0 if high > low else 0.5
+    edges = space(low - width, high + width, num_bins + 1)
+    ax.hist(finite, bins=edges.tolist(), color=COLOURS[0], alpha=0.75)
     for (label, value), colour in zip(shown.items(), COLOURS[1:], strict=False):
         ax.axvline(value, color=colour, lw=1.5, ls=(0, (4, 3)), label=label)
     left_out = numbers.size - finite.size

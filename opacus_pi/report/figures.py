@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.plotting import plot_curves, plot_distribution
@@ -35,13 +35,15 @@ def distribution_figures(scores: Scores, forget_loss: float | None) -> dict[str,
         if not scores.ranking_only:
             marks["bound for anybody"] = scores.worst_case_loss
         name = f"privacy loss at order {scores.order:g}"
-        ax = plot_distribution(scores.losses, name=name, marks=marks, ax=_axes())
-        drawn["Privacy losses of all examples, a histogram."] = _picture(ax)
+        drawn["Privacy losses of all examples, a histogram."] = _histogram(
+            scores.losses, name, marks
+        )
     if scores.epsilons is not None and np.isfinite(scores.epsilons).any():
         marks = {"bound for anybody": scores.worst_case_epsilon}
         name = f"ε at δ = {scores.delta:g}"
-        ax = plot_distribution(scores.epsilons, name=name, marks=marks, ax=_axes())
-        drawn["Estimated ε of all examples, a histogram."] = _picture(ax)
+        drawn["Estimated ε of all examples, a histogram."] = _histogram(
+            scores.epsilons, name, marks
+        )
     return drawn
 
 
@@ -63,30 +65,39 @@ def trace_figures(
             continue
         beside = {"unlearned": oracle[metric]} if metric in oracle else {}
         title = metric.replace("_", " ")
-        ax = plot_curves(
+        figure, ax = _canvas()
+        plot_curves(
             trace.times,
             {"unlearned": values},
             beside,
             metric=title,
             unit=trace.unit,
-            ax=_axes(),
+            ax=ax,
         )
         meaning = f" ({MEANING[metric]})" if metric in MEANING else ""
         compared = ", beside retrained models" if beside else ""
         caption = f"{title.capitalize()}{meaning} over {trace.unit}{compared}."
-        drawn[caption] = _picture(ax)
+        drawn[caption] = _picture(figure)
     return drawn
 
 
-def _axes() -> Axes:
-    """Axes of a figure that pyplot does not keep."""
-    return Figure(figsize=_SIZE, layout="constrained").subplots()
+def _histogram(values: NDArray[np.float64], name: str, marks: dict[str, float]) -> str:
+    """One histogram as a picture."""
+    figure, ax = _canvas()
+    plot_distribution(values, name=name, marks=marks, ax=ax)
+    return _picture(figure)
 
 
-def _picture(ax: Axes) -> str:
+def _canvas() -> tuple[Figure, Axes]:
+    """A figure that pyplot does not keep, and its Axes."""
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _picture(figure: Figure) -> str:
     """The figure as a data address of an SVG file."""
     with plt.rc_context({"svg.hashsalt": "opacus_pi", "svg.fonttype": "path"}):
         buffer = io.BytesIO()
-        ax.figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
+        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     code = base64.b64encode(buffer.getvalue()).decode("ascii")
     return f"data:image/svg+xml;base64,{code}"

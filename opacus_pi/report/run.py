@@ -50,6 +50,20 @@ class Barriers:
     between_oracles: Sequence[float] = ()
     matched: bool = False
 
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "Barriers":
+        """Read what was written as JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is something else.
+        """
+        pairs = [float(value) for value in facts["between_oracles"]]
+        return cls(
+            to_oracles=[float(value) for value in facts["to_oracles"]],
+            between_oracles=pairs,
+            matched=bool(facts["matched"]),
+        )
+
 
 def run_facts(
     result: Unlearned,

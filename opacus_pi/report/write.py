@@ -109,7 +109,7 @@ def training_facts(ledger: Ledgers) -> dict[str, Any]:
 
 def _facts(title: str, ledger: Ledgers, scores: Scores, top: int) -> dict[str, Any]:
     """The part that speaks of training."""
-    return strict(
+    facts: dict[str, Any] = strict(
         {
             "format": FORMAT,
             "title": title,
@@ -117,6 +117,7 @@ def _facts(title: str, ledger: Ledgers, scores: Scores, top: int) -> dict[str, A
             **scores.facts(top),
         }
     )
+    return facts
 
 
 def _body(
