@@ -1,7 +1,7 @@
 """The one place where the benchmarks load data: real images as tensors in [0, 1].
 
-``digits`` (1,797 handwritten digits, 8×8) is embedded in scikit-learn; the others
-come through torchvision, which downloads them unless their files are in ``data_root``, or
+``digits`` (1,797 handwritten digits, 8×8) is embedded in scikit-learn; the others come
+through torchvision, which downloads them unless their files are in ``data_root``, or
 from an npz of arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``.
 """
 

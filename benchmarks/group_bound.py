@@ -15,6 +15,7 @@ import argparse
 import tempfile
 import time
 import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,48 +81,55 @@ def flatness(rows: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
+@dataclass(frozen=True)
+class Settings:
+    """One run of the study.
+
+    Attributes:
+        seed: Of training and of the draws of minibatches.
+        order: Renyi order.
+        noise_std: Assumed noise on the mean gradient.
+        estimates: Estimates of Theorem B.1 for each stratum.
+        checkpoints: Rows of the ledger.
+        stratum_size: Examples in a forget set.
+    """
+
+    seed: int = 0
+    order: float = 8.0
+    noise_std: float = 0.1
+    estimates: int = 20
+    checkpoints: int = 12
+    stratum_size: int = 60
+
+
 def measure(
-    ledger: GradNormLedger, weights: Path, model: nn.Module, args: argparse.Namespace
+    ledger: GradNormLedger, weights: Path, model: nn.Module, settings: Settings
 ) -> list[dict[str, Any]]:
     """All numbers for every stratum, and Theorem B.1 without a forget set."""
     train_set = data.load("digits").train
-    scores = privacy_losses(ledger, args.order)
-    strata = difficulty_strata(scores, args.stratum_size) | {NOTHING: []}
+    scores = privacy_losses(ledger, settings.order)
+    strata = difficulty_strata(scores, settings.stratum_size) | {NOTHING: []}
     rows = []
     for number, (name, forget) in enumerate(tqdm(strata.items(), unit="stratum")):
         shared = (weights, model, CRITERION, train_set, forget, ledger)
         pairs = gram_ledger(
             *shared,
             kind="minibatch",
-            num_estimates=args.estimates,
-            generator=np.random.default_rng([args.seed, number]),
+            num_estimates=settings.estimates,
+            generator=np.random.default_rng([settings.seed, number]),
             batch_size=256,
         )
-        row = {"stratum": name} | theorem_b1(pairs, args.order)
+        row = {"stratum": name} | theorem_b1(pairs, settings.order)
         if name != NOTHING:
-            row |= bounds_of(gram_ledger(*shared), args.order)
+            row |= bounds_of(gram_ledger(*shared), settings.order)
             row["mean_loss"] = float(scores[forget].mean())
         rows.append(row)
     return rows
 
 
-def main() -> None:
-    """Train, measure, print a table, write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--order", type=float, default=8.0)
-    parser.add_argument("--noise-std", type=float, default=0.1)
-    parser.add_argument("--estimates", type=int, default=20)
-    parser.add_argument("--checkpoints", type=int, default=12)
-    parser.add_argument("--stratum-size", type=int, default=60)
-    parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results/group_bound.json")
-    )
-    args = parser.parse_args()
+def study(settings: Settings) -> list[dict[str, Any]]:
+    """Train on digits with SGLD and measure; one row a stratum, the last for none."""
     torch.set_num_threads(1)
-    begun = time.perf_counter()
     images = data.load("digits")
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder)
@@ -129,23 +137,40 @@ def main() -> None:
             DIGITS,
             images.train,
             images.image_shape,
-            args.seed,
-            args.checkpoints,
+            settings.seed,
+            settings.checkpoints,
             weights,
         )
         ledger = engine.ledger
-        on_sum = args.noise_std * ledger.mechanism.noise_std / DIGITS.noise_std
-        rows = measure(ledger.with_noise_std(on_sum), weights, model, args)
+        ratio = ledger.mechanism.noise_std / DIGITS.noise_std
+        assumed = ledger.with_noise_std(settings.noise_std * ratio)
+        return measure(assumed, weights, model, settings)
+
+
+def main() -> None:
+    """Train, measure, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for field in fields(Settings):
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, type=field.type, default=field.default)
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/group_bound.json")
+    )
+    args = vars(parser.parse_args())
+    out = args.pop("out")
+    begun = time.perf_counter()
+    rows = study(Settings(**args))
     found = flatness(rows[:-1])
-    settings = {k: v for k, v in vars(args).items() if k != "out"}
     for row in rows:
         own = ", ".join(f"{n} {row[n]:.4g}" for n in BOUNDS if n in row)
         print(f"{row['stratum']:>14}: B.1 {row['b1']:.3g} ± {row['b1_std']:.2g}; {own}")
     print(", ".join(f"{name} {value:.3g}" for name, value in found.items()))
     write_json(
-        args.out,
+        out,
         {
-            "settings": settings,
+            "settings": args,
             "environment": environment(),
             "seconds": round(time.perf_counter() - begun, 1),
             "strata": rows,

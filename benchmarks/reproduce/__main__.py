@@ -19,15 +19,20 @@ import matplotlib
 
 from benchmarks.report import environment, write_json
 from benchmarks.reproduce.figures import FIGURES, Figure
+from benchmarks.reproduce.figures.figure import NOT_TESTABLE, Verdict
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.pool import run_all
 from benchmarks.reproduce.scales import SCALES, Scale
+
+FEWEST_SEEDS = 3  # for a verdict
 
 
 def publish(figure: Figure, scale: Scale, lab: Lab, out: Path) -> None:
     """Write a figure's JSON, picture and table; print the verdict."""
     result = figure.result(scale, lab)
     verdict = figure.judge(result)
+    if scale.sgd.num_seeds < FEWEST_SEEDS:
+        verdict = Verdict(NOT_TESTABLE, verdict.because)
     content = {
         "figure": figure.name,
         "claim": figure.claim,

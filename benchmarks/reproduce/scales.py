@@ -5,6 +5,7 @@ The paper leaves out batch size and momentum: 128 and 0.9 here.
 
 from dataclasses import dataclass
 
+from benchmarks import group_bound
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.training import Recipe
 
@@ -20,6 +21,7 @@ class Scale:
         hardest_sizes: Sizes of the hardest sets by several scores.
         set_sizes: Sizes of the strata where the size is varied.
         poison_std: Noise on the inputs for the Gaussian unlearning score.
+        groups: Studies of the group bound, one for each seed.
     """
 
     sgd: Experiment
@@ -28,6 +30,7 @@ class Scale:
     hardest_sizes: tuple[int, ...]
     set_sizes: tuple[int, ...]
     poison_std: float
+    groups: tuple[group_bound.Settings, ...]
 
 
 def _cpu(dataset: str, num_train: int = 10_000) -> Experiment:
@@ -77,6 +80,10 @@ SCALES = {
         hardest_sizes=(10, 20),
         set_sizes=(10, 40),
         poison_std=0.32**0.5,
+        groups=tuple(
+            group_bound.Settings(seed, estimates=4, checkpoints=3, stratum_size=20)
+            for seed in range(2)
+        ),
     ),
     "cpu": Scale(
         sgd=_cpu("fashion-mnist"),
@@ -85,6 +92,7 @@ SCALES = {
         hardest_sizes=(120, 200, 400),
         set_sizes=(20, 1_000, 2_000),
         poison_std=0.32**0.5,
+        groups=tuple(group_bound.Settings(seed) for seed in range(5)),
     ),
     "full": Scale(
         sgd=FULL,
@@ -93,5 +101,6 @@ SCALES = {
         hardest_sizes=(600, 1_000, 2_000),
         set_sizes=(100, 5_000, 10_000),
         poison_std=0.32**0.5,
+        groups=tuple(group_bound.Settings(seed) for seed in range(5)),
     ),
 }

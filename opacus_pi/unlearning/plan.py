@@ -73,10 +73,7 @@ class Plan:
         Returns:
             A whole number, at least 1.
         """
-        positive(factor=factor, remedy="2 allows twice the prediction.")
-        if self.predicted_epochs is None:
-            return default
-        return max(1, math.ceil(factor * self.predicted_epochs))
+        return budget_of(self.predicted_epochs, factor, default)
 
     def claiming(self, guarantee: Guarantee) -> "Plan":
         """The same plan with what may be claimed afterwards."""
@@ -156,6 +153,16 @@ def make_plan(
         if epochs is None
         else f"log-linear fit to {len(past_runs)} past runs",
     )
+
+
+def budget_of(
+    predicted_epochs: float | None, factor: float = 2.0, default: int = 25
+) -> int:
+    """Epochs to allow a run of so many predicted epochs; see ``Plan.budget``."""
+    positive(factor=factor, remedy="2 allows twice the prediction.")
+    if predicted_epochs is None:
+        return default
+    return max(1, math.ceil(factor * predicted_epochs))
 
 
 def percentile(value: float, losses: ArrayLike) -> float:

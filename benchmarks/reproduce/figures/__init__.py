@@ -1,8 +1,17 @@
 """One module for each figure; ``FIGURES`` names them all."""
 
-from benchmarks.reproduce.figures import fig1, methods
+from benchmarks.reproduce.figures import (
+    bounds,
+    fig1,
+    methods,
+    more_times,
+    predicted,
+    ranks,
+    scores,
+)
 from benchmarks.reproduce.figures.figure import Figure
 
+_MODULES = (fig1, scores, bounds, more_times, ranks, methods, predicted)
 FIGURES: dict[str, Figure] = {
-    figure.name: figure for module in (fig1, methods) for figure in module.FIGURES
+    figure.name: figure for module in _MODULES for figure in module.FIGURES
 }

@@ -37,9 +37,8 @@ METRICS = {"UA": outcomes.UA, "MIA": outcomes.MIA}
 GUS = "gaussian_unlearning_score"
 
 
-def panel(lab: Lab, experiment: Experiment, method: str) -> Result:
+def panel(lab: Lab, experiment: Experiment, method: str, sets: outcomes.Sets) -> Result:
     """One panel of times by UA and MIA."""
-    sets = strata(experiment)
     times = {
         name: outcomes.listed(outcomes.times(lab, experiment, sets, method, metric))
         for name, metric in METRICS.items()
@@ -85,7 +84,9 @@ def _left_units(scale: Scale) -> list[Unit]:
 def _left(scale: Scale, lab: Lab) -> Result:
     return {
         "panels": {
-            f"SGLD, σ = {experiment.recipe.noise_std:g}": panel(lab, experiment, "SGLD")
+            f"SGLD, σ = {experiment.recipe.noise_std:g}": panel(
+                lab, experiment, "SGLD", strata(experiment)
+            )
             for experiment in scale.sgld
         }
     }
@@ -113,7 +114,7 @@ def _poisoned(scale: Scale) -> list[Poisoned]:
 
 
 def _middle(scale: Scale, lab: Lab) -> Result:
-    found = panel(lab, scale.sgd, "fine-tune")
+    found = panel(lab, scale.sgd, "fine-tune", strata(scale.sgd))
     runs = [unit.run(lab) for unit in _poisoned(scale)]
     times = [
         time_to_unlearn(

@@ -50,7 +50,7 @@ def _result(scale: Scale, lab: Lab) -> Result:
     experiment, sets = scale.sgd, strata(scale.sgd)
     seeds = range(experiment.num_seeds)
     return {
-        "panels": {name: panel(lab, experiment, name) for name in NAMES},
+        "panels": {name: panel(lab, experiment, name, sets) for name in NAMES},
         "settings": {
             name: Search(experiment, name).run(lab)["settings"] for name in NAMES
         },

@@ -74,3 +74,8 @@ def array(values: list) -> np.ndarray:
     """What ``listed`` made of times: None is never, inf."""
     numbers = np.array(values, dtype=np.float64)
     return np.where(np.isnan(numbers), np.inf, numbers)
+
+
+def rounded(values: np.ndarray, digits: int = 4) -> list[float]:
+    """An array as JSON with so many significant digits."""
+    return [float(f"{value:.{digits}g}") for value in values]

@@ -1,0 +1,44 @@
+"""Units of the studies of bounds, which do not unlearn deep networks."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks import certified_logistic, group_bound
+from benchmarks.binary_data import digits_3_8
+from benchmarks.certified_steps import Problem, Setting
+from benchmarks.reproduce.experiment import Facts
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.units import Unit
+
+_DIGITS_3_8 = Setting(0.01, 0.03, 500)
+
+
+@dataclass(frozen=True)
+class GroupBounds(Unit):
+    """Group bounds of five strata of digits, one SGLD training."""
+
+    settings: group_bound.Settings
+
+    def facts(self) -> Facts:
+        """The settings."""
+        return asdict(self.settings)
+
+    def compute(self, lab: Lab) -> list[dict[str, Any]]:
+        """One row a stratum."""
+        return group_bound.study(self.settings)
+
+
+@dataclass(frozen=True)
+class Certified(Unit):
+    """Certified unlearning of logistic regression on two digits."""
+
+    num_seeds: int
+
+    def facts(self) -> Facts:
+        """Seeds and setting."""
+        return {"num_seeds": self.num_seeds} | asdict(_DIGITS_3_8)
+
+    def compute(self, lab: Lab) -> list[dict[str, Any]]:
+        """One row for each size of forget set."""
+        problem = Problem(digits_3_8(), _DIGITS_3_8)
+        return list(certified_logistic.run(problem, self.num_seeds))

@@ -1,0 +1,166 @@
+"""Time to unlearn in other settings: figures 5 to 8.
+
+Figure 5: UA and MIA over the epochs of fine-tuning, by stratum. Figure 6: L1-sparse
+unlearning. Figure 7: other data sets. Figure 8: other sizes of the forget set.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure as Picture
+
+from benchmarks.reproduce.experiment import Experiment
+from benchmarks.reproduce.figures import outcomes
+from benchmarks.reproduce.figures.fig1 import (
+    METRICS,
+    draw_panels,
+    judge_panel,
+    panel,
+)
+from benchmarks.reproduce.figures.figure import (
+    NOT_TESTABLE,
+    Figure,
+    Result,
+    Verdict,
+    joined,
+    of_interval,
+)
+from benchmarks.reproduce.forget import STRATA, strata
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.scales import Scale
+from benchmarks.reproduce.units import Unit
+from opacus_pi.evaluation.intervals import mean_interval
+from opacus_pi.plotting import plot_curves
+
+
+def _fine_tuning(experiment: Experiment, size: int = 0) -> list[Unit]:
+    return list(outcomes.unlearnings(experiment, strata(experiment, size), "fine-tune"))
+
+
+def _curves(scale: Scale, lab: Lab) -> Result:
+    experiment, sets = scale.sgd, strata(scale.sgd)
+    rows = outcomes.runs(lab, experiment, sets, "fine-tune")
+    return {
+        "times": rows[0][0]["times"],
+        "curves": {
+            name: {
+                rule: [row[k]["trace"][metric] for row in rows]
+                for k, rule in enumerate(STRATA)
+            }
+            for name, metric in METRICS.items()
+        },
+        "oracles": {
+            name: {
+                one.rule: outcomes.oracle_values(lab, experiment, one)[metric]
+                for one in sets
+            }
+            for name, metric in METRICS.items()
+        },
+    }
+
+
+def _judge_curves(result: Result) -> Verdict:
+    """By seed: the distance to the oracle of the hardest set shrinks."""
+    found = {}
+    for name, curves in result["curves"].items():
+        oracle = np.mean(result["oracles"][name]["last"])
+        gap = np.abs(np.array(curves["last"]) - oracle)
+        closer = mean_interval(gap[:, 0] - gap[:, -1])
+        found[name] = Verdict(
+            of_interval(closer.low, closer.high),
+            f"hardest set {gap[:, 0].mean():.3f} from the oracle before, "
+            f"{gap[:, -1].mean():.3f} after; closer by {closer.estimate:.3f} "
+            f"[{closer.low:.3f}, {closer.high:.3f}]",
+        )
+    return joined(found)
+
+
+def _draw_curves(result: Result) -> Picture:
+    picture, axes = plt.subplots(
+        1, len(METRICS), figsize=(8.4, 3.6), layout="constrained"
+    )
+    for ax, (name, curves) in zip(axes, result["curves"].items(), strict=True):
+        oracles = result["oracles"][name]
+        plot_curves(result["times"], curves, oracles, metric=name, ax=ax)
+    return picture
+
+
+def _l1_units(scale: Scale) -> list[Unit]:
+    return list(outcomes.unlearnings(scale.sgd, strata(scale.sgd), "L1-sparse"))
+
+
+def _title(experiment: Experiment) -> str:
+    return f"{experiment.dataset}, {experiment.recipe.model}"
+
+
+def _other_units(scale: Scale) -> list[Unit]:
+    return [unit for experiment in scale.others for unit in _fine_tuning(experiment)]
+
+
+def _others(scale: Scale, lab: Lab) -> Result:
+    return {
+        "panels": {
+            _title(one): panel(lab, one, "fine-tune", strata(one))
+            for one in scale.others
+        }
+    }
+
+
+def _size_units(scale: Scale) -> list[Unit]:
+    return [u for size in scale.set_sizes for u in _fine_tuning(scale.sgd, size)]
+
+
+def _sizes(scale: Scale, lab: Lab) -> Result:
+    return {
+        "panels": {
+            f"forget sets of {size:,}": panel(
+                lab, scale.sgd, "fine-tune", strata(scale.sgd, size)
+            )
+            for size in scale.set_sizes
+        }
+    }
+
+
+def _judge_panels(result: Result) -> Verdict:
+    if not result["panels"]:
+        return Verdict(NOT_TESTABLE, "no other data set at this scale")
+    return joined({name: judge_panel(p) for name, p in result["panels"].items()})
+
+
+def _draw_panels(result: Result) -> Picture:
+    return draw_panels(result["panels"]) if result["panels"] else plt.figure()
+
+
+FIGURES = [
+    Figure(
+        "fig5",
+        "Over the epochs UA and MIA approach the oracle's, hard sets last.",
+        lambda scale: _fine_tuning(scale.sgd),
+        _curves,
+        _judge_curves,
+        _draw_curves,
+    ),
+    Figure(
+        "fig6",
+        "L1-sparse unlearning: harder sets take longer.",
+        _l1_units,
+        lambda scale, lab: panel(lab, scale.sgd, "L1-sparse", strata(scale.sgd)),
+        judge_panel,
+        lambda result: draw_panels({"L1-sparse": result}),
+    ),
+    Figure(
+        "fig7",
+        "The same on other data sets and models.",
+        _other_units,
+        _others,
+        _judge_panels,
+        _draw_panels,
+    ),
+    Figure(
+        "fig8",
+        "The same for small and large forget sets; the separation shrinks with size.",
+        _size_units,
+        _sizes,
+        _judge_panels,
+        _draw_panels,
+    ),
+]

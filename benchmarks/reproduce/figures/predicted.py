@@ -1,0 +1,141 @@
+"""Beyond the paper: steps predicted before the run against steps taken.
+
+For each seed the times to unlearn of the other seeds' runs are fitted against ln of the
+privacy loss, as ``Unlearner.plan`` does. Compared over all runs of the seed: stopping
+at the evidence within a budget of twice the prediction, a fixed budget for all sets,
+and a fixed budget of the adaptive runs' own mean.
+"""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure as Picture
+
+from benchmarks.reproduce.figures import outcomes
+from benchmarks.reproduce.figures.figure import (
+    Figure,
+    Result,
+    Verdict,
+    of_interval,
+)
+from benchmarks.reproduce.forget import strata
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.scales import Scale
+from benchmarks.reproduce.units import Unit
+from opacus_pi.evaluation.intervals import mean_interval
+from opacus_pi.unlearning.plan import budget_of, predict_time
+
+TOLERANCE = 0.05
+
+
+def _units(scale: Scale) -> list[Unit]:
+    return list(outcomes.unlearnings(scale.sgd, strata(scale.sgd), "fine-tune"))
+
+
+def _result(scale: Scale, lab: Lab) -> Result:
+    experiment, sets = scale.sgd, strata(scale.sgd)
+    losses = outcomes.mean_losses(lab, experiment, sets)
+    times = outcomes.times(lab, experiment, sets, "fine-tune")
+    gaps = _gaps(lab, scale)
+    predicted = np.array([_predict(losses, times, seed) for seed in range(len(times))])
+    most = experiment.unlearn_epochs
+    budgets = np.minimum([[budget_of(p) for p in row] for row in predicted], most)
+    adaptive = np.minimum(times, budgets)
+    alike = np.full_like(budgets, max(1, round(float(adaptive.mean()))))
+    policies = {
+        "adaptive": adaptive,
+        "fixed, all": np.full_like(budgets, most),
+        "fixed, same cost": alike,
+    }
+    return {
+        "mean_losses": losses.tolist(),
+        "times": outcomes.listed(times),
+        "predicted": predicted.tolist(),
+        "max_time": most,
+        "policies": {name: _score(gaps, spent) for name, spent in policies.items()},
+    }
+
+
+def _predict(losses: np.ndarray, times: np.ndarray, seed: int) -> list[float]:
+    """Predictions for a seed from all other seeds' runs."""
+    others = np.delete(times, seed, axis=0)
+    past = np.tile(losses, len(others))
+    found = [predict_time(loss, past, others.ravel()) for loss in losses]
+    return [0.0 if one is None else one for one in found]
+
+
+def _gaps(lab: Lab, scale: Scale) -> np.ndarray:
+    """Distance of UA from the mean oracle, ``(seeds, sets, epochs)``."""
+    experiment, sets = scale.sgd, strata(scale.sgd)
+    judges = [outcomes.oracle_values(lab, experiment, one) for one in sets]
+    rows = outcomes.runs(lab, experiment, sets, "fine-tune")
+    return np.array(
+        [
+            [
+                np.abs(np.array(run["trace"][outcomes.UA]) - np.mean(j[outcomes.UA]))
+                for run, j in zip(row, judges, strict=True)
+            ]
+            for row in rows
+        ]
+    )
+
+
+def _score(gaps: np.ndarray, spent: np.ndarray) -> dict[str, Any]:
+    """Epochs spent and sets that are at the oracle when the run ends, by seed."""
+    spent = spent.astype(np.int64)
+    final = np.take_along_axis(gaps, spent[..., None], axis=2)[..., 0]
+    there = final <= TOLERANCE
+    return {"epochs": spent.mean(1).tolist(), "unlearned": there.mean(1).tolist()}
+
+
+def _judge(result: Result) -> Verdict:
+    taken = np.minimum(outcomes.array(result["times"]), result["max_time"])
+    error = np.abs(np.array(result["predicted"]) - taken).mean()
+    policies = result["policies"]
+    told = "; ".join(
+        f"{name}: {np.mean(p['epochs']):.1f} epochs, "
+        f"{100 * np.mean(p['unlearned']):.0f} % at the oracle"
+        for name, p in policies.items()
+    )
+    gain = np.subtract(
+        policies["adaptive"]["unlearned"], policies["fixed, same cost"]["unlearned"]
+    )
+    found = mean_interval(gain)
+    because = (
+        f"mean error of the prediction {error:.2f} epochs; {told}; adaptive - fixed "
+        f"at the same cost {found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    )
+    return Verdict(of_interval(found.low, found.high), because)
+
+
+def _draw(result: Result) -> Picture:
+    picture, ax = plt.subplots(figsize=(4.4, 3.8), layout="constrained")
+    most = result["max_time"]
+    taken = np.minimum(outcomes.array(result["times"]), most)
+    for number, place in enumerate(("first", "q1", "q2", "q3", "last")):
+        ax.scatter(
+            np.array(result["predicted"])[:, number],
+            taken[:, number],
+            label=place,
+            marker="osD^v"[number],
+            alpha=0.8,
+        )
+    ax.plot([0, most], [0, most], color="grey", lw=1)
+    ax.set_xlabel("epochs predicted before the run")
+    ax.set_ylabel(f"epochs taken (never: {most})")
+    ax.legend(frameon=False, title="stratum")
+    return picture
+
+
+FIGURES = [
+    Figure(
+        "predicted",
+        "The privacy loss says beforehand how long unlearning takes: at equal cost, "
+        "budgets from it leave more sets at the oracle than one budget for all.",
+        _units,
+        _result,
+        _judge,
+        _draw,
+    )
+]

@@ -1,0 +1,184 @@
+"""Scores of difficulty beside the privacy loss: figures 2, 3 and 9.
+
+Figure 2: the five proxies of section 5.3 against the privacy loss, over all examples
+(expectations over the seeds' ledgers). Figure 3: the hardest sets by four scores, of
+several sizes, unlearned by fine-tuning; which score finds the sets that take longest?
+Figure 9: the examples of lowest and highest privacy loss.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure as Picture
+
+from benchmarks.reproduce.figures import outcomes
+from benchmarks.reproduce.figures.figure import (
+    BORNE_OUT,
+    NOT_BORNE_OUT,
+    NOT_TESTABLE,
+    Figure,
+    Result,
+    Verdict,
+    joined,
+    of_interval,
+)
+from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.scales import Scale
+from benchmarks.reproduce.units import Unit, trainings
+from opacus_pi.correlations import rank_correlations
+from opacus_pi.evaluation.intervals import mean_interval
+from opacus_pi.plotting import plot_hardest_sets, plot_pictures, plot_proxies
+
+LOSS = "privacy loss"
+DRAWN = 1_000  # examples in the picture; the correlations are over all
+HARDEST_BY = (LOSS, "C-Proxy", "mean norm", "EL2N")
+METRICS = {"UA": outcomes.UA, "MIA": outcomes.MIA}
+
+
+def _trainings(scale: Scale) -> list[Unit]:
+    return list(trainings(scale.sgd))
+
+
+def _proxies(scale: Scale, lab: Lab) -> Result:
+    scores = lab.scores(scale.sgd)
+    ranks = rank_correlations(scores)
+    shown = np.random.default_rng(0).permutation(len(scores[LOSS]))[:DRAWN]
+    return {
+        "rho": {n: ranks.between(n, LOSS).tolist() for n in scores if n != LOSS},
+        "drawn": {name: outcomes.rounded(v[shown]) for name, v in scores.items()},
+    }
+
+
+def _judge_proxies(result: Result) -> Verdict:
+    rho = result["rho"]
+    because = ", ".join(f"{name} {v[0]:.2f}" for name, v in rho.items())
+    high = all(low > 0.5 for _, low, _ in rho.values())
+    best = max(rho, key=lambda name: rho[name][0]) == "mean norm"
+    verdict = BORNE_OUT if high and best else NOT_BORNE_OUT
+    return Verdict(verdict, f"Spearman with the privacy loss: {because}")
+
+
+def _draw_proxies(result: Result) -> Picture:
+    scores = {name: np.array(values) for name, values in result["drawn"].items()}
+    losses = scores.pop(LOSS)
+    bins = min(30, len(losses) // 5)
+    return plot_proxies(losses, scores, num_bins=bins).figure
+
+
+def _hardest(scale: Scale, score: str) -> list[ForgetSet]:
+    return [ForgetSet("top", size, score) for size in scale.hardest_sizes]
+
+
+def _hardest_units(scale: Scale) -> list[Unit]:
+    return [
+        unit
+        for score in HARDEST_BY
+        for unit in outcomes.unlearnings(scale.sgd, _hardest(scale, score), "fine-tune")
+    ]
+
+
+def _hardest_result(scale: Scale, lab: Lab) -> Result:
+    experiment = scale.sgd
+    times = {
+        name: {
+            score: outcomes.listed(
+                outcomes.times(
+                    lab, experiment, _hardest(scale, score), "fine-tune", metric
+                )
+            )
+            for score in HARDEST_BY
+        }
+        for name, metric in METRICS.items()
+    }
+    sizes = list(scale.hardest_sizes)
+    return {"sizes": sizes, "times": times, "max_time": experiment.unlearn_epochs}
+
+
+def _judge_hardest(result: Result) -> Verdict:
+    """Mean over sizes, by seed: the privacy loss's sets against each other score's."""
+    found = {}
+    for metric, times in result["times"].items():
+        capped = {
+            score: np.minimum(outcomes.array(t), result["max_time"]).mean(1)
+            for score, t in times.items()
+        }
+        for score in HARDEST_BY[1:]:
+            longer = mean_interval(capped[LOSS] - capped[score])
+            found[f"{metric}, {LOSS} - {score}"] = Verdict(
+                of_interval(longer.low, longer.high),
+                f"{longer.estimate:.2f} epochs [{longer.low:.2f}, {longer.high:.2f}]",
+            )
+    return joined(found)
+
+
+def _draw_hardest(result: Result) -> Picture:
+    picture, axes = plt.subplots(
+        1, len(METRICS), figsize=(8.4, 3.6), layout="constrained"
+    )
+    for ax, (metric, times) in zip(axes, result["times"].items(), strict=True):
+        arrays = {score: outcomes.array(t) for score, t in times.items()}
+        most = result["max_time"]
+        plot_hardest_sets(result["sizes"], arrays, max_time=most, ax=ax)
+        ax.set_title(f"by {metric}", fontsize="medium")
+    return picture
+
+
+def _pictures(scale: Scale, lab: Lab) -> Result:
+    images, labels = lab.images(scale.sgd).train.tensors
+    losses = lab.scores(scale.sgd)[LOSS]
+    order = losses.argsort(kind="stable")
+    rows = {"lowest loss": order[:8], "highest loss": order[::-1][:8]}
+    return {
+        "rows": {
+            name: {
+                "ids": ids.tolist(),
+                "labels": labels[ids.copy()].tolist(),
+                "losses": losses[ids].tolist(),
+                "images": (images[ids.copy()] * 255).round().int().tolist(),
+            }
+            for name, ids in rows.items()
+        }
+    }
+
+
+def _draw_pictures(result: Result) -> Picture:
+    rows = result["rows"]
+    titles = {
+        name: [
+            f"label {label}\n{loss:.2g}"
+            for label, loss in zip(row["labels"], row["losses"], strict=True)
+        ]
+        for name, row in rows.items()
+    }
+    arrays = {name: np.array(row["images"]) / 255 for name, row in rows.items()}
+    return plot_pictures(arrays, titles)[0, 0].figure
+
+
+FIGURES = [
+    Figure(
+        "fig2",
+        "All proxies correlate highly with the privacy loss; the mean gradient norm "
+        "does best.",
+        _trainings,
+        _proxies,
+        _judge_proxies,
+        _draw_proxies,
+    ),
+    Figure(
+        "fig3",
+        "The hardest sets by privacy loss take longer to unlearn than those by "
+        "C-Proxy, mean norm or EL2N.",
+        _hardest_units,
+        _hardest_result,
+        _judge_hardest,
+        _draw_hardest,
+    ),
+    Figure(
+        "fig9",
+        "Examples of high privacy loss look atypical.",
+        _trainings,
+        _pictures,
+        lambda result: Verdict(NOT_TESTABLE, "a matter of looking; see the picture"),
+        _draw_pictures,
+    ),
+]
