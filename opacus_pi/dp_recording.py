@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.grad_sample import AbstractGradSampleHooks, GradSampleHooksNoOp
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -230,6 +230,8 @@ def _from_grad_samples(base: type) -> type:
             """Whose rows the per-example gradients are."""
             first = self.params[0].grad_sample
             passes = first if isinstance(first, list) else [first]
+            if isinstance(self._pi_run.hooks, GradSampleHooksNoOp) and len(passes) == 1:
+                self._pi_run.tracker.follow_rows(first)
             return self._pi_run.tracker.attribute([len(g) for g in passes])
 
         def zero_grad(self, *args: Any, **options: Any) -> None:

@@ -171,6 +171,15 @@ class Tracker:
         self.discard()
         return done
 
+    def follow_rows(self, rows: Any) -> None:
+        """Rows enter the update; if no backward pass was seen, they were made by hand.
+
+        Args:
+            rows: A tensor with one row for each example, such as their gradients.
+        """
+        if not any(forward.backward for forward in self._pending):
+            self.reached(self.bind([rows]))
+
     def is_half_clipped(self) -> bool:
         """Whether a pass waits for the second backward pass of ghost clipping."""
         return any(f.backward and not f.clipped for f in self._pending)
