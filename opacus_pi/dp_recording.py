@@ -5,7 +5,7 @@ it do its work and then reads: the norms of the rows that entered the update, an
 the noise is drawn, how much noise it was.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from opacus_pi import refusals
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.attribution import Tracker
-from opacus_pi.attribution.tracker import joined
+from opacus_pi.attribution.tracker import rows_of
 from opacus_pi.class_swap import swap_class
 from opacus_pi.dp_filtering import FilterGate
 from opacus_pi.fast import FastHooks
@@ -77,7 +77,7 @@ class PrivateRun:
     sample_rate: float = 0.0
     loader: DataLoader[Any] | None = None
     superseded: bool = False
-    entered: list[np.ndarray] = field(default_factory=list)
+    entered: list[np.ndarray | list[int]] = field(default_factory=list)
     batch_norms: list[nn.Module] = field(init=False)
     gate: FilterGate | None = field(init=False, default=None)
     _update: dict[str, float] | None = field(init=False, default=None)
@@ -87,15 +87,39 @@ class PrivateRun:
         if self.renyi_filter is not None:
             self.gate = FilterGate(self.renyi_filter, self.tracker, self.batch_norms)
 
+    def enter(
+        self, sizes: Sequence[int], norms: Tensor, *, clipped_only: bool = False
+    ) -> None:
+        """Rows enter the update to come.
+
+        Args:
+            sizes: How many each backward pass left.
+            norms: Of all of them; given away.
+            clipped_only: Whether only complete passes of ghost clipping count.
+        """
+        passes = self.tracker.passes(sizes, clipped_only=clipped_only)
+        examples = passes[0].examples() if len(passes) == 1 else None
+        if examples is None:
+            self.observe(rows_of(passes), norms)
+        else:
+            self._report(examples, norms)
+
     def observe(self, rows: np.ndarray, norms: Tensor) -> None:
         """Rows of a physical batch entered the update to come."""
         if rows.min(initial=0) < 0:
             known = np.flatnonzero(rows >= 0)
             norms = norms[torch.from_numpy(known).to(norms.device)]
             rows = rows[known]
-        self.entered.append(rows)
-        if len(rows) and not self.superseded:
-            self.recorder.observe(torch.from_numpy(rows), norms)
+        self._report(rows, norms)
+
+    def _report(self, examples: np.ndarray | list[int], norms: Tensor) -> None:
+        """Examples entered; a list is of distinct ones."""
+        self.entered.append(examples)
+        if len(examples) and not self.superseded:
+            if not isinstance(examples, list):
+                self.recorder.report(torch.from_numpy(examples), norms)
+            else:
+                self.recorder.report(examples, norms)
 
     def drawn(self, optimizer: DPOptimizer) -> None:
         """The noise of an update was drawn; its settings may change before it ends."""
@@ -119,7 +143,7 @@ class PrivateRun:
         if not self.superseded:
             self.recorder.step(**update)
 
-    def _reasons(self, entered: list[np.ndarray]) -> Iterator[str]:
+    def _reasons(self, entered: list[np.ndarray | list[int]]) -> Iterator[str]:
         """Why an update that these examples entered cannot be accounted."""
         if self.superseded:
             yield (
@@ -129,13 +153,20 @@ class PrivateRun:
         mixed = refusals.batch_statistics(self.batch_norms)
         if mixed:
             yield mixed
-        everyone = np.sort(joined(entered))
-        if (everyone[1:] == everyone[:-1]).any():
+        if _any_twice(entered):
             yield (
                 "An example entered one update more than once, so max_grad_norm does "
                 "not bound what it contributes. Draw each example at most once per "
                 "optimizer.step()."
             )
+
+
+def _any_twice(entered: list[np.ndarray | list[int]]) -> bool:
+    """Whether an example is there twice; in one list it is not."""
+    if len(entered) == 1 and isinstance(entered[0], list):
+        return False
+    ordered = np.sort(np.concatenate([np.empty(0, np.int64), *entered]))
+    return bool((ordered[1:] == ordered[:-1]).any())
 
 
 def record(optimizer: DPOptimizer, run: PrivateRun) -> DPOptimizer:
@@ -169,18 +200,19 @@ def _reporting_updates(base: type) -> type:
             self._pi_run.drawn(self)
 
         def step(self, *args: Any, **options: Any) -> float | None:
-            result = super().step(*args, **options)
+            result: float | None = super().step(*args, **options)
             self._pi_run.commit()
             return result
 
     return Reporting
 
 
-def _from_grad_samples(base: type) -> type:
+def _from_grad_samples(base: Any) -> type:
     """An optimizer that clips per-example gradients: hooks, functorch, ew, no_op."""
     takes_norms_only = base.clip_and_accumulate is DPOptimizer.clip_and_accumulate
+    parent: Any = _reporting_updates(base)
 
-    class Recording(_reporting_updates(base)):
+    class Recording(parent):
         _pi_column: list[Tensor] | None = None
 
         @property
@@ -192,12 +224,12 @@ def _from_grad_samples(base: type) -> type:
             run = self._pi_run
             if run.gate is None:
                 norms = self._pi_clip()
-                run.observe(self._pi_rows(), norms)
+                run.enter(self._pi_sizes(), norms)
                 return
             norms = joint_norms([row_norms(g) for g in self.grad_samples])
             rows, norms = run.gate.enter(
                 self.params,
-                self._pi_rows(),
+                run.tracker.attribute(self._pi_sizes()),
                 norms,
                 noise_std=noise_std_of(self),
                 max_grad_norm=float(self.max_grad_norm),
@@ -226,13 +258,13 @@ def _from_grad_samples(base: type) -> type:
                 self._pi_column = None
             return norms
 
-        def _pi_rows(self) -> np.ndarray:
-            """Whose rows the per-example gradients are."""
+        def _pi_sizes(self) -> list[int]:
+            """How many per-example gradients each backward pass left."""
             first = self.params[0].grad_sample
             passes = first if isinstance(first, list) else [first]
             if isinstance(self._pi_run.hooks, GradSampleHooksNoOp) and len(passes) == 1:
                 self._pi_run.tracker.follow_rows(first)
-            return self._pi_run.tracker.attribute([len(g) for g in passes])
+            return [len(g) for g in passes]
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
             self._pi_run.tracker.discard()
@@ -247,8 +279,8 @@ def _from_book(base: type) -> type:
     class Recording(_reporting_updates(base)):  # type: ignore[misc]
         def clip_and_accumulate(self) -> None:  # once for each batch that enters
             super().clip_and_accumulate()
-            rows = self._pi_run.tracker.attribute(self.batch_sizes)
-            self._pi_run.observe(rows, self.per_sample_gradient_norms)
+            norms = self.per_sample_gradient_norms.detach().clone()
+            self._pi_run.enter(self.batch_sizes, norms)
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
             self._pi_run.tracker.discard()
@@ -259,8 +291,9 @@ def _from_book(base: type) -> type:
 
 def _from_norms(base: type) -> type:
     """An optimizer of ghost clipping: the model clips and keeps the norms."""
+    parent: Any = _reporting_updates(base)
 
-    class Recording(_reporting_updates(base)):
+    class Recording(parent):
         _pi_norms: Tensor | None = None
         _pi_of_parameters: tuple[Any, ...] = ()
 
@@ -270,9 +303,8 @@ def _from_norms(base: type) -> type:
             if norms is not None and norms is not self._pi_norms:
                 self._pi_norms = norms
                 self._pi_check_fresh()
-                tracker = self._pi_run.tracker
-                rows = tracker.attribute([len(norms)], clipped_only=True)
-                self._pi_run.observe(rows, norms.detach())
+                kept = norms.detach().clone()
+                self._pi_run.enter([len(norms)], kept, clipped_only=True)
 
         def _pi_check_fresh(self) -> None:
             """Refuse norms that the last backward pass did not compute."""

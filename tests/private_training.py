@@ -27,9 +27,9 @@ class Log(Recorder):
         super().__init__(*args, **options)
         self.observed, self.updates = [], []
 
-    def observe(self, indices, grad_norms):
-        self.observed += zip(indices.tolist(), grad_norms.tolist(), strict=True)
-        super().observe(indices, grad_norms)
+    def report(self, indices, grad_norms):
+        self.observed += zip(map(int, indices), grad_norms.tolist(), strict=True)
+        super().report(indices, grad_norms)
 
     def step(self, **facts):
         self.updates.append(facts)

@@ -188,9 +188,10 @@ def test_reports_of_an_accelerator_are_fetched_late_and_in_order(monkeypatch):
 
     here, there = begun(Recorder(every=[3])), begun(Recorder(every=[3]))
     fetched = []
-    store = there._store
+    run = there._begun()
+    keep = run.observe
     monkeypatch.setattr(
-        there, "_store", lambda *a: (fetched.append(len(a[0])), store(*a))
+        run, "observe", lambda *a, **k: (fetched.append(len(a[0])), keep(*a, **k))
     )
     for step in range(4):
         indices = torch.tensor([step % 3, 3])

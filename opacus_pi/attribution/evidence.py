@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,17 +46,24 @@ class Stream:
 
 @dataclass(eq=False)
 class Delivery:
-    """One physical batch that a loader handed to the loop.
+    """One physical batch that a loader handed to the loop: positions of its rows."""
 
-    ``are_distinct`` says that its rows are examples, no two of them the same.
-    """
-
-    rows: Rows | None
+    positions: list[int] | None
     stream: Stream
-    are_distinct: bool = False
     stored: list[StoredRows] = field(default_factory=list)
     sampled: list[SampledRows] = field(default_factory=list)
     used: bool = False
+
+    def __post_init__(self) -> None:
+        known = self.positions or []
+        lowest = min(known, default=UNKNOWN)
+        self.are_distinct = lowest >= 0 and len(set(known)) == len(known)
+
+    @cached_property
+    def rows(self) -> Rows | None:
+        """The positions as an array; None if they are not known."""
+        known = self.positions
+        return None if known is None else np.array(known, dtype=np.int64)
 
     @cached_property
     def checksums(self) -> dict[int, list[Rows]]:
@@ -80,21 +87,48 @@ class Delivery:
         return not self.used and (held or not self.stream.has_ended())
 
 
-@dataclass(eq=False)
 class Forward:
-    """One forward pass in training mode: whose rows, by which evidence."""
+    """One forward pass in training mode: whose rows, by which evidence.
 
-    rows: Rows | None
-    evidence: str
-    delivery: Delivery | None = None
-    cause: str = ""
-    backward: int = 0  # when its backward pass came by; 0: not yet
-    clipped: bool = False  # whether the second pass of ghost clipping came by
+    Args:
+        rows: Positions of its rows; None: not known, or all of the delivery's.
+        evidence: Which kind; empty: none.
+        delivery: The batch that it was made of.
+        cause: Why rows are uncertain.
+    """
 
-    def has_all_rows(self) -> bool:
-        """Whether its rows are those of its delivery, and these distinct examples."""
-        whole = self.delivery is not None and self.rows is self.delivery.rows
-        return whole and self.delivery.are_distinct
+    def __init__(
+        self,
+        rows: Rows | None,
+        evidence: str,
+        delivery: Delivery | None = None,
+        cause: str = "",
+    ) -> None:
+        self.evidence, self.delivery, self.cause = evidence, delivery, cause
+        self.backward = 0  # when its backward pass came by; 0: not yet
+        self.clipped = False  # whether the second pass of ghost clipping came by
+        self._rows = rows
+
+    @property
+    def rows(self) -> Rows | None:
+        """Positions of its rows; None: not known."""
+        if self._rows is None and self.delivery is not None:
+            return self.delivery.rows
+        return self._rows
+
+    @property
+    def num_rows(self) -> int | None:
+        """How many they are; None: not known."""
+        known = self.examples()
+        if known is not None:
+            return len(known)
+        return None if self.rows is None else len(self.rows)
+
+    def examples(self) -> list[int] | None:
+        """Its rows, if they are all of a delivery's and these distinct examples."""
+        if self._rows is None and self.delivery is not None:
+            return self.delivery.positions if self.delivery.are_distinct else None
+        return None
 
 
 def delivery_of(
@@ -110,20 +144,19 @@ def delivery_of(
         verify: Whether to keep checksums.
     """
     tensors = list(tensors_in(batch))
-    listed, single = _positions(indices)
-    if listed is None:
+    positions, single = _positions(indices)
+    if positions is None:
         return Delivery(None, stream)
     if single:  # no collation: the item is the one row
         tensors = [t.unsqueeze(0) for t in tensors]
-    if not listed and tensors and tensors[0].dim() and tensors[0].shape[0]:
-        listed = [NOBODY] * tensors[0].shape[0]
-    are_distinct = min(listed, default=0) >= 0 and len(set(listed)) == len(listed)
-    delivery = Delivery(np.array(listed, dtype=np.int64), stream, are_distinct)
+    if not positions and tensors and tensors[0].dim() and tensors[0].shape[0]:
+        positions = [NOBODY] * tensors[0].shape[0]
+    delivery, length = Delivery(positions, stream), len(positions)
     for tensor in tensors:
-        dim = _dim_of_length(tensor, len(listed), batch_dim)
+        dim = _dim_of_length(tensor, length, batch_dim)
         if dim is not None:
             delivery.stored.append(StoredRows(tensor, dim))
-            if verify and tensor.numel() > len(listed):  # labels are often alike
+            if verify and tensor.numel() > length:  # labels are often alike
                 delivery.sampled.append(SampledRows(tensor, dim))
     return delivery
 
@@ -140,16 +173,17 @@ def by_storage(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forwa
         A pass with the rows; cause ``"modified"`` if the memory was written to since
         the delivery; without evidence where nothing matched.
     """
+    if len(tensors) == 1 and recent and recent[0].are_distinct:
+        for stored in recent[0].stored:
+            if stored.are_all_of(tensors[0], dim):  # nearly always
+                cause = "modified" if stored.modified(tensors[0]) else ""
+                return Forward(None, "by_storage", recent[0], cause)
     found, modified = [], False
     for tensor in tensors:
         for delivery, stored in ((d, s) for d in recent for s in d.stored):
-            if stored.are_all_of(tensor, dim):
-                rows = delivery.rows  # the same object: not to be looked at again
-            else:
-                where = stored.positions(tensor, dim)
-                rows = None if where is None else delivery.rows[where]
-            if rows is not None:
-                found.append((delivery, rows))
+            where = stored.positions(tensor, dim)
+            if where is not None:
+                found.append((delivery, cast(Rows, delivery.rows)[where]))
                 modified |= stored.modified(tensor)
                 break
     forward = _agreed(found, "by_storage")
@@ -170,14 +204,16 @@ def by_content(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forwa
         sums.setdefault(width, []).append(values)
     for width in sorted(sums, reverse=True):
         found = [
-            (d, *_explained(sums[width], d.checksums[width], d.rows))
+            (d, *_explained(sums[width], d.checksums[width], cast(Rows, d.rows)))
             for d in recent
             if width in d.checksums
         ]
         most = max((len(inputs) for _, inputs, _ in found), default=0)
         if len(set().union(*(inputs for _, inputs, _ in found))) > most:
             return Forward(None, "unattributed", None, "mismatch")
-        best = [(d, rows) for d, inputs, rows in found if len(inputs) == most > 0]
+        best = [
+            (d, r) for d, inputs, r in found if r is not None and len(inputs) == most
+        ]
         forward = _agreed(best, "by_content")
         if forward.rows is not None and (forward.rows != UNKNOWN).any():
             return forward
@@ -275,7 +311,5 @@ def _agreed(found: Iterable[tuple[Delivery, Rows]], evidence: str) -> Forward:
         return Forward(None, "unattributed", None, "mismatch")
     for _, other in findings[1:]:
         rows = np.where(other == rows, rows, UNKNOWN)
-    forward = Forward(rows, evidence, delivery)
-    if not forward.has_all_rows() and UNKNOWN in rows:
-        forward.cause = "alike"
-    return forward
+    cause = "alike" if UNKNOWN in rows else ""
+    return Forward(rows, evidence, delivery, cause)

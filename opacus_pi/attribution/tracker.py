@@ -15,7 +15,7 @@ array([9, 7])
 import warnings
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -197,6 +197,12 @@ class Tracker:
         Raises:
             AccountingError: If the tracker is strict and a row is uncertain.
         """
+        return rows_of(self.passes(sizes, clipped_only=clipped_only))
+
+    def passes(
+        self, sizes: Sequence[int], *, clipped_only: bool = False
+    ) -> list[Forward]:
+        """The forward passes of the rows that enter the update; see ``attribute``."""
         done = [f for f in self.take() if f.clipped or not clipped_only]
         passes = _rows_behind(done, list(sizes))
         for forward in passes:
@@ -208,7 +214,7 @@ class Tracker:
                 self._tell(forward.cause, f"{unknown} rows are unattributed.")
             elif known and forward.evidence == "by_latest":
                 self._tell("by_latest", "Rows are attributed without verification.")
-        return joined([forward.rows for forward in passes])
+        return passes
 
     def _tell(self, cause: str, what: str) -> None:
         """Warn of a cause once, or raise if strict."""
@@ -220,17 +226,19 @@ class Tracker:
             warnings.warn(message, stacklevel=2)
 
 
-def joined(parts: list[Rows]) -> Rows:
+def rows_of(passes: list[Forward]) -> Rows:
     """Rows of several passes, one after another; of one pass not a copy."""
+    parts = [cast(Rows, forward.rows) for forward in passes]
     return parts[0] if len(parts) == 1 else np.concatenate([_NO_ROWS, *parts])
 
 
 def _num_known(forward: Forward) -> tuple[int, int]:
     """How many rows are examples, and how many of unknown ones."""
-    rows = forward.rows
-    if forward.has_all_rows():
-        return len(rows), 0
-    return np.count_nonzero(rows >= 0), np.count_nonzero(rows == UNKNOWN)
+    examples = forward.examples()
+    if examples is not None:
+        return len(examples), 0
+    rows = cast(Rows, forward.rows)
+    return int(np.count_nonzero(rows >= 0)), int(np.count_nonzero(rows == UNKNOWN))
 
 
 def _when(forward: Forward) -> int:
@@ -243,8 +251,8 @@ def _rows_behind(done: list[Forward], sizes: list[int]) -> list[Forward]:
     passes = done if len(done) == len(sizes) else _distinct(done)
     if len(passes) == len(sizes):
         pairs = list(zip(passes, sizes, strict=True))
-        if all(f.rows is None or len(f.rows) == size for f, size in pairs):
-            return [_unknown(n, f.cause) if f.rows is None else f for f, n in pairs]
+        if all(f.num_rows in (None, size) for f, size in pairs):
+            return [_unknown(n, f.cause) if f.num_rows is None else f for f, n in pairs]
     unknown = [f.cause for f in done if f.rows is None]
     cause = unknown[0] if unknown else "mismatch" if done else "unseen"
     return [_unknown(size, cause) for size in sizes]

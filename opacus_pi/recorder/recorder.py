@@ -14,10 +14,8 @@ array([[0.5, 2. , nan, nan],
        [nan, nan, 0.5, 2. ]], dtype=float32)
 """
 
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -31,17 +29,13 @@ from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.processes import Processes
 from opacus_pi.recorder.measured_row import float32_row, require_callable
 from opacus_pi.recorder.merging import merge_
+from opacus_pi.recorder.options import RecorderOptions
 from opacus_pi.recorder.recorded_run import RecordedRun, Settings
-from opacus_pi.recorder.schedule import (
-    checked_every,
-    evenly_spaced_steps,
-    stratified_steps,
-)
 from opacus_pi.recorder.waiting import WaitingReports
 from opacus_pi.recorder.weights import save_weights
 
 
-class Recorder:
+class Recorder(RecorderOptions):
     """Writes rows of per-example gradient norms while a model is being trained.
 
     Args:
@@ -64,93 +58,13 @@ class Recorder:
         ValueError: If an option is outside its domain.
     """
 
-    def __init__(
-        self,
-        mode: Literal["observed", "swept"] = "observed",
-        every: float | Sequence[int] = 1.0,
-        *,
-        criterion: Callable[[Any, Any], Tensor] | None = None,
-        strict: bool = False,
-        verify: bool = True,
-        weights_dir: str | os.PathLike[str] | None = None,
-        batch_size: int = 64,
-    ) -> None:
-        expect(
-            mode in ("observed", "swept"),
-            "mode",
-            repr(mode),
-            'to be "observed" or "swept"',
-            "It says how the norms are measured.",
-        )
-        positive(batch_size=batch_size, remedy="A sweep measures that many at once.")
-        self.mode = mode
-        self.every = checked_every(every)
-        expect(
-            mode == "swept" or not self._starts_with_a_row,
-            "every",
-            list(every) if isinstance(every, Sequence) else every,
-            "to be above 0 where norms are observed",
-            "Before the first update there is nothing to observe.",
-        )
-        self.criterion = criterion
-        self.strict = strict
-        self.verify = verify
-        self.weights_dir = None if weights_dir is None else Path(weights_dir)
-        self.batch_size = batch_size
-        self._run: RecordedRun | None = None
-        self._resumed = False
-        self._sweep: Callable[[], Any] | None = None
-        self._weights: Callable[[], Mapping[str, Any]] | None = None
-        self._processes: Processes | None = None
-        self._all_refuse = False
-        self._waiting = WaitingReports()
-
-    @classmethod
-    def evenly_spaced(
-        cls, num_checkpoints: int = 35, *, num_steps: int, **options: Any
-    ) -> "Recorder":
-        """A recorder whose rows are evenly spaced over a run of known length.
-
-        Rows after ``round(num_steps * (i + 1) / num_checkpoints)`` updates, as in the
-        paper, section 5.1 (there 35 checkpoints).
-
-        Args:
-            num_checkpoints: Number of rows, N.
-            num_steps: Number of updates of the whole run, T.
-            **options: The other options of ``Recorder``.
-
-        Raises:
-            ValueError: If there are more rows than updates.
-        """
-        return cls(every=evenly_spaced_steps(num_checkpoints, num_steps), **options)
-
-    @classmethod
-    def stratified(
-        cls,
-        num_checkpoints: int = 35,
-        *,
-        num_steps: int,
-        generator: torch.Generator,
-        **options: Any,
-    ) -> "Recorder":
-        """A recorder of swept rows drawn at random, one in each equal part of a run.
-
-        With ``rule="stratified"`` sums over the rows are unbiased for sums over all
-        updates, which no fixed choice of rows is. Losses that average several runs
-        need their rows at the same steps: give each run a generator with one seed.
-
-        Args:
-            num_checkpoints: Number of rows, N.
-            num_steps: Number of updates of the whole run, T; the rule refuses a run of
-                another length.
-            generator: Where the draws come from.
-            **options: The other options of ``Recorder``.
-
-        Raises:
-            ValueError: If there are more rows than updates.
-        """
-        every = stratified_steps(num_checkpoints, num_steps, generator)
-        return cls("swept", every, **options)
+    _run: RecordedRun | None = None
+    _resumed = False
+    _sweep: Callable[[], Any] | None = None
+    _weights: Callable[[], Mapping[str, Any]] | None = None
+    _processes: Processes | None = None
+    _all_refuse = False
+    _waiting: WaitingReports  # from begin or load_state_dict on
 
     @property
     def num_steps(self) -> int:
@@ -225,17 +139,12 @@ class Recorder:
         if self._starts_with_a_row and not self._begun().steps:
             self._write_row()
 
-    @property
-    def _starts_with_a_row(self) -> bool:
-        """Whether a row is due before the first update."""
-        return isinstance(self.every, tuple) and self.every[0] == 0
-
     def observe(self, indices: Tensor, grad_norms: Tensor) -> None:
         """Report rows that enter the update to come; call before ``step``.
 
-        Norms on an accelerator are fetched later, many updates at once. A swept
-        recorder measures for itself and ignores the report. A norm that is not finite
-        makes the ledger refuse.
+        Reports are put down later, many updates at once, unless the recorder is
+        strict. A swept recorder measures for itself and ignores the report. A norm
+        that is not finite makes the ledger refuse.
 
         Args:
             indices: int64 ``(b,)``, which examples; of one named twice the later
@@ -245,7 +154,6 @@ class Recorder:
         Raises:
             ValueError: If the lengths differ or an index is no example's.
         """
-        run = self._begun()
         expect(
             indices.shape == grad_norms.shape and grad_norms.dim() == 1,
             "grad_norms",
@@ -253,15 +161,20 @@ class Recorder:
             f"to have one norm per index, shape {tuple(indices.shape)}",
             "Report one norm for each row of the batch.",
         )
+        if indices.device.type == "cpu":
+            self._begun().require_examples(indices.numpy())
+        norms = grad_norms.detach().to(torch.float32, copy=True)
+        self.report(indices.clone(), norms)
+
+    def report(self, indices: Tensor | Sequence[int], grad_norms: Tensor) -> None:
+        """Do as ``observe``, with what fits and is never written to again."""
+        run = self._begun()
         if self.mode == "swept" or run.refusal:
             return
-        norms, step = grad_norms.detach(), run.num_steps + 1
-        if norms.device.type == "cpu":
-            self._store(indices, norms, step)
-        else:
-            self._waiting.add(indices, norms, step=step)
-            if self._waiting.are_many:
-                self._fetch_waiting()
+        self._waiting.add(indices, grad_norms, step=run.num_steps + 1)
+        is_here = grad_norms.device.type == "cpu"
+        if self._waiting.are_many or (self.strict and is_here):
+            self._fetch_waiting()
 
     def step(
         self,
@@ -368,7 +281,8 @@ class Recorder:
         row = {"grad_norms": run.observed}
         if self.mode == "swept" and not run.refusal:
             row = float32_row(cast(Callable[[], Any], self._sweep)(), run.num_examples)
-            self._refuse_unless_finite(row["grad_norms"])
+            norms = row["grad_norms"]
+            self._refuse_unless_finite(norms, np.full(len(norms), run.num_steps))
         if run.refusal:
             return
         rank = 0 if self._processes is None else self._processes.rank
@@ -378,23 +292,21 @@ class Recorder:
         run.close_row(row)
 
     def _fetch_waiting(self) -> None:
-        """Bring what waits on an accelerator here, in the order of its reports."""
+        """Keep what waits as the examples' latest observation, in order of reports."""
         reports = self._waiting.take()
         if reports is not None:
-            self._store(*reports)
+            indices, norms, steps = (column.numpy() for column in reports)
+            self._begun().observe(indices, norms, steps=steps)
+            self._refuse_unless_finite(norms, steps)
 
-    def _store(self, indices: Tensor, norms: Tensor, steps: int | Tensor) -> None:
-        """Keep the norms as the examples' latest observation."""
-        values = norms.to(torch.float32).numpy()
-        where = indices.cpu().numpy()
-        self._begun().observe(where, values, steps=steps)
-        self._refuse_unless_finite(values)
-
-    def _refuse_unless_finite(self, norms: NDArray[np.float32]) -> None:
+    def _refuse_unless_finite(
+        self, norms: NDArray[np.float32], steps: NDArray[np.int64]
+    ) -> None:
         """A gradient that is no number has no finite loss."""
-        if not np.isfinite(norms).all():
+        diverged = ~np.isfinite(norms)
+        if diverged.any():
             self.refuse(
-                "A gradient norm was not finite by update "
-                f"{self.num_steps + (self.mode == 'observed')}: training has diverged, "
-                "and no privacy loss is finite. Lower the learning rate."
+                f"A gradient norm was not finite by update {steps[diverged].min()}: "
+                "training has diverged, and no privacy loss is finite. Lower the "
+                "learning rate."
             )

@@ -1,4 +1,7 @@
-"""Reports that wait on an accelerator, so that it is seldom waited for.
+"""Reports that wait to be put down together.
+
+Much of what a report costs does not grow with its size, and an accelerator that norms
+are on is seldom waited for.
 
 >>> reports = WaitingReports()
 >>> reports.add(torch.tensor([1, 0]), torch.tensor([0.5, 0.25]), step=3)
@@ -6,6 +9,8 @@
 >>> [values.tolist() for values in reports.take()]
 [[1, 0, 2], [0.5, 0.25, 1.0], [3, 3, 4]]
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,16 +22,16 @@ class WaitingReports:
     """Norms of examples that entered updates, on whatever device they are."""
 
     def __init__(self) -> None:
-        self._reports: list[tuple[Tensor, Tensor, int]] = []
+        self._reports: list[tuple[Tensor | Sequence[int], Tensor, int]] = []
 
     @property
     def are_many(self) -> bool:
         """Whether it is time to fetch them."""
         return len(self._reports) >= _MAX_WAITING
 
-    def add(self, indices: Tensor, norms: Tensor, *, step: int) -> None:
-        """Keep the norms ``(b,)`` of examples that enter an update."""
-        self._reports.append((indices, norms.to(torch.float32, copy=True), step))
+    def add(self, indices: Tensor | Sequence[int], norms: Tensor, *, step: int) -> None:
+        """Keep the norms ``(b,)`` of examples that enter an update, not copies."""
+        self._reports.append((indices, norms, step))
 
     def take(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Indices, norms and updates ``(k,)`` on the CPU, as reported; None if none."""
@@ -36,7 +41,7 @@ class WaitingReports:
         self._reports = []
         lengths = torch.tensor([len(i) for i in indices])
         return (
-            torch.cat([i.cpu() for i in indices]),
-            torch.cat(norms).cpu(),
+            torch.cat([torch.as_tensor(i, dtype=torch.int64).cpu() for i in indices]),
+            torch.cat([n.to(torch.float32) for n in norms]).cpu(),
             torch.tensor(steps).repeat_interleave(lengths),
         )

@@ -26,9 +26,9 @@ class Log(Recorder):
         super().__init__(**options)
         self.reports = []
 
-    def observe(self, indices, grad_norms):
-        self.reports += zip(indices.tolist(), grad_norms.tolist(), strict=True)
-        super().observe(indices, grad_norms)
+    def report(self, indices, grad_norms):
+        self.reports += zip(map(int, indices), grad_norms.tolist(), strict=True)
+        super().report(indices, grad_norms)
 
 
 class Net(nn.Module):
