@@ -166,7 +166,9 @@ def indices(text: str) -> NDArray[np.int64]:
         ) from error
 
 
-def model(options: argparse.Namespace, weights: str | None) -> nn.Module:
+def model(
+    options: argparse.Namespace, weights: str | None, flag: str = "--weights"
+) -> nn.Module:
     """A model of its own, with weights from a file, on its device."""
     wanted = "a torch.nn.Module"
     given = import_object("--model", options.model, is_model, wanted)
@@ -175,7 +177,7 @@ def model(options: argparse.Namespace, weights: str | None) -> nn.Module:
         return found
     try:
         device = torch.device(options.device)
-        return load_weights("--weights", weights, found).to(device)
+        return load_weights(flag, weights, found).to(device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(
             f"--device: {options.device} cannot be used here. Try --device cpu."

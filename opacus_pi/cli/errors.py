@@ -37,8 +37,8 @@ def about(argument: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        name = error.filename or str(error)
-        raise BadInput(f"{argument}: no such file: {name}. {remedy}") from error
+        place = f": {error.filename}" if error.filename else ""
+        raise BadInput(f"{argument}: no such file{place}. {remedy}") from error
     except OSError as error:
         raise BadInput(f"{argument}: {one_line(error)}. {remedy}") from error
     except ValueError as error:

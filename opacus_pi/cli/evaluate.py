@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     forget = indices(options.forget_indices)
     sets = make_sets(train_set, test_set, forget, criterion(options), options.seed)
     network = model(options, options.weights)
-    oracles = [model(options, path) for path in options.oracle]
+    oracles = [model(options, path, "--oracle") for path in options.oracle]
     found = [sets.metrics(oracle) for oracle in oracles]
     metrics = sets.metrics(network)
     barriers = _barriers(network, oracles, sets, options.match)

@@ -70,8 +70,8 @@ def trace_figures(
             trace.times,
             {"unlearned": values},
             beside,
-            metric=title,
-            unit=trace.unit,
+            metric=_literal(title),
+            unit=_literal(trace.unit),
             ax=ax,
         )
         meaning = f" ({MEANING[metric]})" if metric in MEANING else ""
@@ -92,6 +92,11 @@ def _canvas() -> tuple[Figure, Axes]:
     """A figure that pyplot does not keep, and its Axes."""
     figure = Figure(figsize=_SIZE, layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _literal(words: str) -> str:
+    """Words of a file, that are not to be read as a formula."""
+    return words.replace("$", r"\$")
 
 
 def _picture(figure: Figure) -> str:

@@ -109,11 +109,13 @@ def page(title: str, body: str) -> str:
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="robots" content="noindex">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_MAY_LOAD}">\n'
         f"<title>{text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{tag('h1', text(title))}\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
+_MAY_LOAD = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --page: #fff; --soft: #595959;
   --line: #d5d5d5; --band: #f5f5f5; --warn: #fff4e0; --edge: #b35c00; }

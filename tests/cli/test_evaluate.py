@@ -1,0 +1,68 @@
+"""Evaluation on the command line is the library's, oracles beside it."""
+
+import json
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch.utils.data import Subset
+
+from opacus_pi.evaluation import evaluate
+from tests.cli.conftest import DATA, MODEL
+
+EVALUATE = ("evaluate", *MODEL, *DATA, "--forget", "3,17,40")
+
+
+def test_metrics_are_the_librarys(answer, project):
+    found = answer(*EVALUATE)
+    import cli_project
+
+    model = cli_project.build()
+    model.load_state_dict(safetensors.torch.load_file(project / "model.safetensors"))
+    train = cli_project.train_set()
+    expected = evaluate(
+        model,
+        torch.nn.CrossEntropyLoss(),
+        forget=Subset(train, [3, 17, 40]),
+        retain=Subset(train, [i for i in range(120) if i not in (3, 17, 40)]),
+        test=cli_project.test_set,
+    )
+    for name in ("unlearning_accuracy", "test_accuracy", "forget_loss"):
+        assert found["metrics"][name] == expected[name]
+    assert set(found["metrics"]) == set(expected)
+    assert found["oracle"] is None and found["barriers"] is None
+    assert (found["num_forget"], found["num_retain"], found["num_test"]) == (3, 80, 80)
+
+
+def test_a_model_beside_itself(answer):
+    found = answer(*EVALUATE, "--oracle", "model.safetensors", "wrapped.pt")
+    for name, value in found["metrics"].items():
+        assert found["oracle"][name] == [value, value]
+    assert found["barriers"]["to_oracles"] == [0, 0]
+    assert found["barriers"]["between_oracles"] == [0]
+
+
+def test_matching_undoes_a_permutation(answer):
+    oracle = ("--oracle", "permuted.pt")
+    plain = answer(*EVALUATE, *oracle)["barriers"]
+    matched = answer(*EVALUATE, *oracle, "--match")["barriers"]
+    assert plain["to_oracles"][0] > 0.01 and plain["matched"] is False
+    assert matched["to_oracles"][0] < 1e-6 and matched["matched"] is True
+
+
+def test_text_and_file(run, tmp_path):
+    path = tmp_path / "evaluation.json"
+    code, out, err = run(*EVALUATE, "--oracle", "retrained.pt", "--out", path)
+    assert (code, err) == (0, "") and "retrained (1)" in out and "Loss barriers" in out
+    found = json.loads(path.read_text())
+    assert found["barriers"]["to_oracles"][0] >= 0
+    assert np.isfinite(found["oracle"]["forget_loss"]).all()
+    assert "nothing to judge" in run(*EVALUATE)[1]
+
+
+def test_errors(run):
+    code, _, err = run(*EVALUATE, "--oracle", "nothing.pt")
+    assert code == 2 and "--weights" not in err
+    assert "--oracle: no such file: nothing.pt" in err
+    code, _, err = run(*EVALUATE, "--criterion", "cli_project:number")
+    assert code == 2 and "--criterion: cli_project:number is int" in err

@@ -1,0 +1,93 @@
+"""Plans on the command line are the library's."""
+
+import json
+
+import numpy as np
+import pytest
+
+from opacus_pi.unlearning.plan import make_plan
+
+PLAN = ("plan", "ledger.safetensors", "--forget")
+BUILD = ("--model", "cli_project:build")
+
+
+def test_numbers_are_the_librarys(answer, ledger):
+    found = answer(*PLAN, "3,17", "--order", 4, "--batch-size", 10)
+    plan = make_plan([ledger], [3, 17], order=4.0, batch_size=10)
+    assert found["num_forget"] == 2 and found["num_retain"] == 118
+    assert found["percentile"] == plan.percentile
+    assert found["mean_loss"] == plan.mean_loss
+    assert found["steps_per_epoch"] == 12
+    assert found["predicted_epochs"] is None and "no two" in found["prediction"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", "17\n3\n"), ("a.json", "[3, 17]"), ("a.ids", "3, 17")],
+)
+def test_ids_from_a_file(answer, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert answer(*PLAN, tmp_path / name) == answer(*PLAN, "3,17")
+
+
+def test_ids_from_an_array(answer, tmp_path):
+    np.save(tmp_path / "ids.npy", np.array([17, 3]))
+    assert answer(*PLAN, tmp_path / "ids.npy") == answer(*PLAN, "3 17")
+
+
+def test_past_runs_predict(answer, ledger):
+    found = answer(*PLAN, "3", "--past", "4=1.5", "--past", "5,6=4")
+    past = [([4], 1.5), ([5, 6], 4.0)]
+    plan = make_plan([ledger], [3], order=8.0, past_runs=past)
+    assert found["predicted_epochs"] == plan.predicted_epochs is not None
+    assert found["predicted_steps"] == plan.predicted_steps
+
+
+def kind(answer, *words):
+    return answer(*PLAN, *words)["guarantee"]["kind"]
+
+
+def test_kind_of_guarantee(answer):
+    langevin = (*BUILD, "--method", "langevin", "--set", "noise_std=0.1")
+    assert kind(answer, "3", *langevin) == "estimate"
+    assert kind(answer, "3", *BUILD) == "estimate"  # fine-tuning, too
+    assert kind(answer, "3,4", *langevin) == "empirical"
+    assert kind(answer, "3", *BUILD, "--method", "neggrad") == "empirical"
+    assert kind(answer, "3") == "empirical"  # no method was named
+
+
+def test_text_and_file(run, tmp_path):
+    code, out, err = run(*PLAN, "3", "--out", tmp_path / "plan.json")
+    assert (code, err) == (0, "") and "Forget 1 examples, keep 119" in out
+    assert json.loads((tmp_path / "plan.json").read_text())["num_forget"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("120",), "Expected --forget=120 in [0, 120)"),
+        (("3,3",), "Expected --forget=[3] without duplicates"),
+        (("nobody.txt",), "--forget: no such file: nobody.txt"),
+        (("cli_project.py",), "does not hold whole numbers"),
+        (("3", "--past", "4"), "--past: 4 is not IDS=EPOCHS"),
+        (("3", "--past", "4=x"), "--past: 4=x is not IDS=EPOCHS"),
+        (("3", "--method", "l1"), "Name its architecture too: --model"),
+        (("3", *BUILD, "--method", "langevin"), "--set noise_std=VALUE"),
+        (("3", *BUILD, "--set", "x=1"), "--set: x=1 is not NAME=VALUE"),
+        (
+            ("3", *BUILD, "--method", "langevin", "--set", "noise_std=-1"),
+            "--set: Expected noise_std=-1",
+        ),
+        (
+            ("3", *BUILD, "--method", "langevin", "--set", "noise_std=[1]"),
+            "--set: noise_std=[1]",
+        ),
+        (("3", "--batch-size", "0"), "argument --batch-size: '0' is not a whole"),
+        (("3", "--order", "1"), "Expected --order=1.0"),
+    ],
+)
+def test_errors(run, words, message):
+    code, out, err = run(*PLAN, *words)
+    assert code == 2 and out == ""
+    assert err.startswith("opacus-pi plan: ") and message in err
+    assert err.count("\n") == 1

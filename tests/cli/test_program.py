@@ -1,0 +1,117 @@
+"""Help that teaches, exit codes, one-line errors, the program as a process."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opacus_pi.cli import main
+from opacus_pi.cli.imports import import_object, is_data_set
+from opacus_pi.cli.program import COMMANDS, build_parser
+from tests.cli.conftest import DATA, MODEL
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_help_lists_the_commands_and_exit_codes(run):
+    code, out, err = run("--help")
+    assert (code, err) == (0, "")
+    assert all(f"\n    {name} " in out for name in COMMANDS)
+    assert "exit codes:" in out and "a first session:" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_each_command_has_examples_that_parse(run, name):
+    code, out, err = run(name, "--help")
+    assert (code, err) == (0, "") and max(map(len, out.splitlines())) < 100
+    examples = out.split("examples:\n")[1].replace("\\\n", " ").splitlines()
+    commands = [line.split() for line in examples if line.startswith("  opacus-pi ")]
+    assert len(commands) >= 2
+    for words in commands:
+        assert words[1] == name
+        build_parser().parse_args(words[1:])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_argument_is_explained(name):
+    parser = build_parser()._subparsers._group_actions[0].choices[name]
+    for action in parser._actions:
+        explained = action.help or action.dest == "title"
+        assert explained, (name, action.dest)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "opacus-pi: the following arguments are required: COMMAND"),
+        (("forget",), "opacus-pi: argument COMMAND: invalid choice: 'forget'"),
+        (("score",), "opacus-pi score: the following arguments are required: LEDGER"),
+        (("score", "x", "--order", "high"), "argument --order: invalid float value"),
+        (("score", "x", "--ord", "8"), "unrecognized arguments: --ord"),
+        (("score", "x"), "opacus-pi score: LEDGER x: no such file"),
+        (("score", "."), "opacus-pi score: LEDGER .: is a directory"),
+        (("score", "cli_project.py"), "truncated, or something else"),
+        (("score", "model.safetensors"), "to hold opacus_pi.GradNormLedger"),
+        (("score", "ledger.safetensors", "--order", "1"), "Expected --order=1.0"),
+        (("score", "ledger.safetensors", "--order", "nan"), "Expected --order=nan"),
+        (("score", "ledger.safetensors", "--delta", "2"), "Expected --delta=2.0"),
+        (("score", "ledger.safetensors", "--sigma", "0"), "--sigma="),
+        (("score", "ledger.safetensors", "--sigma", "-1"), "Expected --sigma="),
+        (("score", "ledger.safetensors", "--out", "no/x.json"), "--out: no/x.json"),
+        (("score", "ledger.safetensors", "--out", "."), "--out: . cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, words, message):
+    code, out, err = run(*words)
+    assert code == 2 and out == ""
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("cli_project", "not of the form package.module:name"),
+        (
+            "no_such_module_here:x",
+            "importing no_such_module_here raised ModuleNotFound",
+        ),
+        ("cli_project:nothing", "cli_project:nothing does not exist. cli_project has:"),
+        ("cli_project:number", "cli_project:number is int, not a data set"),
+        ("cli_project:build", "cli_project:build is Sequential, not a data set"),
+        ("cli_project:needs_argument", "cli_project:needs_argument() raised TypeError"),
+    ],
+)
+def test_import_paths(run, path, message):
+    words = ("--data", path, "--forget", "3", "--out", "never")
+    code, out, err = run("unlearn", *MODEL, *words)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("opacus-pi unlearn: --data: ") and message in err
+
+
+def test_import_paths_may_have_dots():
+    found = import_object("--data", "opacus_pi.cli.program:COMMANDS", is_data_set, "x")
+    assert found is COMMANDS
+
+
+def test_trouble_while_running_is_exit_code_1(run):
+    broken = ("--model", "cli_project:build_broken", "--weights", "model.safetensors")
+    words = ("evaluate", *broken, *DATA, "--forget", "3")
+    code, out, err = run(*words)
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert "RuntimeError: two lines of trouble" in err and "--traceback" in err
+    with pytest.raises(RuntimeError, match="two"):
+        main([*words, "--traceback"])
+
+
+def test_as_a_process(project):
+    command = [sys.executable, "-m", "opacus_pi", "verify"]
+    good = subprocess.run(
+        [*command, "ledger.safetensors"], cwd=project, capture_output=True, text=True
+    )
+    assert (good.returncode, good.stderr) == (0, "")
+    assert good.stdout == "verified: opacus_pi.GradNormLedger\n"
+
+
+def test_the_entry_point_is_declared():
+    assert '"opacus-pi=opacus_pi.cli:main"' in (ROOT / "setup.py").read_text()

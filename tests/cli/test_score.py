@@ -1,0 +1,87 @@
+"""Scores on the command line are the library's."""
+
+import json
+import stat
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from opacus_pi.accounting import NoisySGD, epsilons, privacy_losses, worst_case_loss
+
+LEDGER = "ledger.safetensors"
+
+
+def test_numbers_are_the_librarys(answer, ledger):
+    found = answer("score", LEDGER, "--order", 4, "--delta", 1e-4, "--top", 3)
+    losses = privacy_losses(ledger, 4.0)
+    each = found["per_example"]
+    assert each["ids"] == list(range(120))
+    np.testing.assert_array_equal(each["losses"], losses)
+    np.testing.assert_array_equal(each["epsilons"], epsilons(ledger, 1e-4))
+    assert found["worst_case_loss"] == worst_case_loss(ledger.mechanism, 4.0)
+    assert found["worst_case_epsilon"] >= max(each["epsilons"])
+    hardest = [row["id"] for row in found["hardest"]]
+    assert len(hardest) == 3 and set(losses[hardest]) == set(np.sort(losses)[-3:])
+    assert found["quantiles"]["loss"][0] == losses.min()
+    assert found["quantiles"]["loss"][-1] == losses.max()
+    assert [s["name"] for s in found["strata"]] == ["first", "q1", "q2", "q3", "last"]
+    assert found["ranking_only"] is False and "Sensitive" in found["sensitive"]
+
+
+def test_json_in_a_file_is_for_the_owner_only(run, tmp_path):
+    path = tmp_path / "scores.json"
+    code, out, err = run("score", LEDGER, "--out", path)
+    assert (code, err) == (0, "")
+    assert json.loads(path.read_text())["format"] == "opacus_pi.cli.score.v1"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert out.startswith("Sensitive") and "Bound for anybody" in out
+
+
+def test_an_assumed_noise_gives_a_ranking_and_no_epsilon(run, answer, ledger):
+    found = answer("score", LEDGER, "--sigma", 3)
+    assert found["ranking_only"] is True
+    assert found["per_example"]["epsilons"] is None
+    assert found["worst_case_epsilon"] == found["worst_case_loss"] == "inf"
+    np.testing.assert_array_equal(
+        found["per_example"]["losses"], privacy_losses(ledger.with_noise_std(3), 8.0)
+    )
+    assert "claim nothing" in run("score", LEDGER, "--sigma", 3)[1]
+
+
+def test_without_noise_the_remedy_is_sigma(run, ledger, tmp_path):
+    facts = ledger.mechanism
+    silent = NoisySGD(facts.num_steps, facts.sample_rate, 0.0)
+    replace(ledger, mechanism=silent).save(tmp_path / "sgd.safetensors")
+    code, out, err = run("score", tmp_path / "sgd.safetensors")
+    assert code == 2 and out == "" and "added no noise" in err and "--sigma 1" in err
+    assert run("score", tmp_path / "sgd.safetensors", "--sigma", 1)[0] == 0
+
+
+def test_several_runs_are_averaged(answer, ledger, tmp_path):
+    second = replace(ledger, grad_norms=ledger.grad_norms[:, ::-1] / 2)
+    second.save(tmp_path / "second.safetensors")
+    found = answer("score", LEDGER, tmp_path / "second.safetensors")
+    expected = privacy_losses([ledger, second], 8.0)
+    np.testing.assert_array_equal(found["per_example"]["losses"], expected)
+    assert found["training"]["num_runs"] == 2
+
+
+def test_runs_of_different_trainings_are_refused(run, ledger, tmp_path):
+    replace(ledger, data_set="another").save(tmp_path / "other.safetensors")
+    code, _, err = run("score", LEDGER, tmp_path / "other.safetensors")
+    assert code == 2 and "Expected LEDGER=" in err and "data_set" in err
+
+
+def test_ids_are_positions_in_the_data_set(answer, ledger, tmp_path):
+    ledger.subset([50, 7, 99]).save(tmp_path / "part.safetensors")
+    found = answer("score", tmp_path / "part.safetensors")
+    assert found["per_example"]["ids"] == [50, 7, 99]
+    assert {row["id"] for row in found["hardest"]} == {50, 7, 99}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_tiny_ledgers(answer, ledger, tmp_path, size):
+    ledger.subset(range(size)).save(tmp_path / "tiny.safetensors")
+    found = answer("score", tmp_path / "tiny.safetensors")
+    assert found["num_examples"] == size and len(found["strata"]) == 5 * (size > 1)

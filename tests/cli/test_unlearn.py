@@ -1,0 +1,147 @@
+"""Unlearning from the command line: the library's run, whole files or none."""
+
+import json
+import stat
+from functools import partial
+
+import pytest
+import safetensors.torch
+import torch
+
+from opacus_pi import Guarantee, Langevin, Unlearner
+from opacus_pi.evaluation import UnlearningTrace
+from opacus_pi.unlearning.deletion_record import verify
+from tests.cli.conftest import DATA, MODEL
+
+FILES = {"weights.safetensors", "record.json", "trace.json", "guarantee.json"}
+SHORT = ("--epochs", "2", "--learning-rate", "0.05")
+NOISY = ("--method", "langevin", "--set", "noise_std=0.02")
+UNLEARN = ("unlearn", *MODEL, *DATA, *SHORT, "--forget")
+
+
+def test_weights_are_the_librarys(run, project, tmp_path, ledger):
+    out = tmp_path / "run"
+    words = ("3", *NOISY, "--seed", "4", "--ledger", "ledger.safetensors", "--out", out)
+    code, text, err = run(*UNLEARN, *words)
+    assert (code, err) == (0, "") and "Estimate guarantee" in text
+    import cli_project
+
+    model = cli_project.build()
+    model.load_state_dict(safetensors.torch.load_file(project / "model.safetensors"))
+    unlearner = Unlearner(
+        model,
+        criterion=torch.nn.CrossEntropyLoss(),
+        method=Langevin(0.02),
+        optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+        ledger=ledger,
+        generator=torch.Generator().manual_seed(4),
+    )
+    result = unlearner.unlearn(cli_project.train_set(), [3], num_epochs=2)
+    found = safetensors.torch.load_file(out / "weights.safetensors")
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(found[name], value)
+    guarantee = Guarantee.from_json((out / "guarantee.json").read_text())
+    assert guarantee == result.guarantee and guarantee.kind == "estimate"
+
+
+def test_what_is_left(answer, tmp_path):
+    out = tmp_path / "run"
+    found = answer(*UNLEARN, "3,17", "--out", out)
+    assert {path.name for path in out.iterdir()} == FILES
+    assert stat.S_IMODE(out.stat().st_mode) == 0o700
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    trace = UnlearningTrace.load(out / "trace.json")
+    assert trace.times == [0, 1, 2] and "membership_inference" in trace.metrics
+    assert found["after"]["forget_loss"] == trace["forget_loss"][-1]
+    record = json.loads((out / "record.json").read_text())
+    assert record["forget_indices"] == [3, 17] and record["num_epochs"] == 2
+    assert found["guarantee"]["kind"] == "empirical" and found["carried_out"] is True
+
+
+def test_wrapped_weights_are_the_same_weights(run, tmp_path):
+    words = ("--forget", "3", *SHORT, "--data", "cli_project:train_set", "--out")
+    for weights in ("model.safetensors", "wrapped.pt"):
+        model = ("--model", "cli_project:one_model", "--weights", weights)
+        assert run("unlearn", *model, *words, tmp_path / weights[:5])[0] == 0
+    a, b = ((tmp_path / n / "weights.safetensors") for n in ("model", "wrapp"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
+    record = tmp_path / "deletions.jsonl"
+    first = answer(*UNLEARN, "3", "--record", record, "--out", tmp_path / "a")
+    assert verify(record) == first["head"]
+    second = answer(
+        *UNLEARN, "5", "--record", record, "--request-id", "x", "--out", tmp_path / "b"
+    )
+    assert second["request_id"] == "x" and verify(record) == second["head"]
+    facts = json.loads((tmp_path / "b" / "record.json").read_text())
+    assert facts["forgotten_before"] == [3] and facts["forget_indices"] == [5]
+    kept = safetensors.torch.load_file(second["weights"])
+    new = safetensors.torch.load_file(tmp_path / "b" / "weights.safetensors")
+    assert all(torch.equal(kept[name], new[name]) for name in new)
+    again = answer(*UNLEARN, "3", "--record", record, "--out", tmp_path / "c")
+    assert again["carried_out"] is False and not (tmp_path / "c").exists()
+    assert again["head"] == second["head"]
+    words = (*UNLEARN, "6", "--record", record, "--request-id", "x", "--out")
+    code, _, err = run(*words, tmp_path / "d")
+    assert code == 2 and "Expected --request-id=x to name one request only" in err
+
+
+def leftovers(tmp_path):
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_interrupted_nothing_is_left(run, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Unlearner, "unlearn", interrupted)
+    code, out, err = run(*UNLEARN, "3", "--out", tmp_path / "run")
+    assert (code, out, err) == (130, "", "opacus-pi unlearn: interrupted\n")
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("120",), "Expected --forget=120 in [0, 120)"),
+        (("3", "--device", "nowhere"), "--device: nowhere cannot be used here"),
+        (("3", "--learning-rate", "-1"), "--learning-rate, --momentum: Invalid"),
+        (("3", "--method", "langevin"), "--set: langevin needs noise_std"),
+        (("3", "--method", "magic"), "argument --method: invalid choice"),
+        (("3", "--request-id", "x"), "--request-id: there is no record"),
+        (("3", "--ledger", "none.safetensors"), "--ledger none.safetensors: no such"),
+        (("3", "--record", "cli_project.py"), "--record: Expected path="),
+        (("3", "--weights", "retrained.py"), "--weights: retrained.py is not"),
+        (("3", "--weights", "ledger.safetensors"), "does not fit the model"),
+        (("3", "--model", "cli_project:build_wider"), "does not fit the model"),
+        (
+            ("3", "--data", "cli_project:other_set", "--ledger", "ledger.safetensors"),
+            "Expected --data=TensorDataset:120",
+        ),
+    ],
+)
+def test_errors_leave_nothing(run, tmp_path, words, message):
+    code, out, err = run(*UNLEARN, *words, "--out", tmp_path / "run")
+    assert code == 2 and out == "" and message in err and err.count("\n") == 1
+    assert leftovers(tmp_path) == []
+
+
+def test_results_are_never_overwritten(run, tmp_path):
+    (tmp_path / "precious").write_text("")
+    code, _, err = run(*UNLEARN, "3", "--out", tmp_path)
+    assert code == 2 and "--out:" in err and "never overwritten" in err
+    assert leftovers(tmp_path) == ["precious"]
+
+
+def test_pickles_are_not_run(run, project, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "run_by_pickle"), "w"))
+
+    torch.save({"0.weight": Bomb()}, tmp_path / "bomb.pt")
+    words = ("--weights", tmp_path / "bomb.pt", "--out", tmp_path / "run")
+    code, _, err = run(*UNLEARN, "3", *words)
+    assert code == 2 and "no readable file of tensors" in err
+    assert leftovers(tmp_path) == ["bomb.pt"]
