@@ -27,7 +27,7 @@ setup(
         "safetensors>=0.5",
     ],
     extras_require={
-        "benchmarks": ["joblib>=1.3"],
+        "benchmarks": ["joblib>=1.4", "optuna>=4"],
         "search": ["optuna>=4"],
         "test": [
             "pytest>=8",
@@ -36,6 +36,7 @@ setup(
             "ruff>=0.9",
             "mypy>=2",
             "build>=1.2",
+            "dask[distributed]>=2024.1",
             "optuna>=4",
         ],
     },

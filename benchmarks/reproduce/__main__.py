@@ -11,10 +11,13 @@ goes on where it stopped, and a figure is drawn again from the store in seconds.
 """
 
 import argparse
+import contextlib
 import os
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
+import joblib
 import matplotlib
 
 from benchmarks.report import environment, write_json
@@ -70,6 +73,21 @@ def chosen(names: list[str]) -> list[Figure]:
     return found
 
 
+def cluster(address: str | None) -> AbstractContextManager:
+    """Where jobs run: processes of this machine, or a Dask cluster's workers.
+
+    Args:
+        address: Of the scheduler; its workers need this code, and the store and the
+            data under the same paths.
+    """
+    if address is None:
+        return contextlib.nullcontext()
+    from distributed import Client
+
+    Client(address)
+    return joblib.parallel_config(backend="dask", wait_for_workers_timeout=60)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run what is missing, publish."""
     parser = argparse.ArgumentParser(
@@ -89,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         help="take a data set from arrays, e.g. --data svhn svhn.npz",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a cluster")
     parser.add_argument("--store", type=Path, default=Path("runs/reproduce/store"))
     parser.add_argument("--out", type=Path, help="default: runs/reproduce/SCALE")
     args = parser.parse_args(argv)
@@ -97,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     figures, scale = chosen(args.figures), SCALES[args.scale]
     arrays = tuple((name, Path(file)) for name, file in args.data)
     lab = Lab(args.store, args.data_root, arrays)
-    run_all([u for figure in figures for u in figure.units(scale)], lab, args.jobs)
+    with cluster(args.dask):
+        run_all([u for figure in figures for u in figure.units(scale)], lab, args.jobs)
     for figure in figures:
         publish(figure, scale, lab, args.out or Path("runs/reproduce") / args.scale)
 

@@ -87,7 +87,7 @@ SCALES = {
     ),
     "cpu": Scale(
         sgd=_cpu("fashion-mnist"),
-        sgld=tuple(_cpu("fashion-mnist").with_noise(z) for z in (0.005, 0.01, 0.02)),
+        sgld=tuple(_cpu("fashion-mnist").with_noise(z) for z in (0.005, 0.02)),
         others=(_cpu("svhn"), _cpu("cifar10")),
         hardest_sizes=(120, 200, 400),
         set_sizes=(20, 1_000, 2_000),

@@ -1,0 +1,99 @@
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.reproduce.__main__ import main
+from benchmarks.reproduce.experiment import Experiment
+from benchmarks.reproduce.figures import FIGURES, outcomes
+from benchmarks.reproduce.figures.figure import (
+    BORNE_OUT,
+    NOT_BORNE_OUT,
+    NOT_TESTABLE,
+    Verdict,
+    joined,
+    ordering,
+)
+from benchmarks.reproduce.forget import STRATA, ForgetSet, strata
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.scales import SCALES
+from benchmarks.training import Recipe
+
+TINY = Experiment(
+    "digits", 120, 60, Recipe("mlp", 2, 32, 0.1), num_seeds=2, num_checkpoints=3
+)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """Every figure at scale smoke, made twice from one store."""
+    store = tmp_path_factory.mktemp("store")
+    outs = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    for out in outs:
+        main(["all", "--jobs", "1", "--store", str(store), "--out", str(out)])
+    return outs
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_numbers_a_picture_and_a_verdict(published, name):
+    content = json.loads((published[0] / f"{name}.json").read_text())
+    assert content["claim"] and content["because"] and content["result"]
+    assert content["verdict"] == NOT_TESTABLE  # two seeds prove nothing
+    assert (published[0] / f"{name}.png").stat().st_size > 2_000
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_from_the_store_the_json_is_the_same(published, name):
+    first, second = ((out / f"{name}.json").read_bytes() for out in published)
+    assert first == second
+
+
+def test_table_of_methods_has_a_line_for_each_stratum(published):
+    lines = (published[0] / "methods.md").read_text().splitlines()
+    content = json.loads((published[0] / "methods.json").read_text())
+    methods = content["result"]["panels"]
+    assert len(lines) == 2 + len(methods) * len(STRATA)
+
+
+def test_unknown_figure_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="figure=fig10"):
+        main(["fig10", "--store", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_rising_times_are_borne_out_and_falling_ones_are_not():
+    rising = np.array([[0, 0, 1, 2, 5], [0, 1, 1, 2, np.inf], [0, 0, 0, 3, 4]])
+    assert ordering(rising).verdict == BORNE_OUT
+    assert ordering(rising[:, ::-1]).verdict == NOT_BORNE_OUT
+    assert ordering(np.zeros((3, 5))).verdict == NOT_TESTABLE
+    mixed = np.vstack([rising, rising[:, ::-1]])
+    assert ordering(mixed).verdict == NOT_TESTABLE
+
+
+def test_a_claim_over_several_measures_needs_all_of_them():
+    yes, no, open_ = (Verdict(v, "") for v in (BORNE_OUT, NOT_BORNE_OUT, NOT_TESTABLE))
+    assert joined({"a": yes, "b": yes}).verdict == BORNE_OUT
+    assert joined({"a": yes, "b": no}).verdict == NOT_BORNE_OUT
+    assert joined({"a": yes, "b": open_}).verdict == NOT_TESTABLE
+
+
+def test_strata_are_those_of_the_mean_loss_and_the_same_for_every_seed(tmp_path):
+    lab = Lab(tmp_path)
+    losses = lab.scores(TINY)["privacy loss"]
+    order = np.argsort(losses, kind="stable")
+    easiest, *_, hardest = (one.indices(lab, TINY) for one in strata(TINY, 10))
+    assert set(easiest) == set(order[:10])
+    assert set(hardest) == set(order[-10:])
+    top = ForgetSet("top", 10).indices(lab, TINY)
+    np.testing.assert_array_equal(top, hardest)
+
+
+def test_never_survives_json():
+    times = np.array([[0.0, np.inf], [3.0, 1.0]])
+    listed = json.loads(json.dumps(outcomes.listed(times)))
+    np.testing.assert_array_equal(outcomes.array(listed), times)
+
+
+def test_full_scale_is_the_papers():
+    full = SCALES["full"].sgd
+    assert full.recipe.num_epochs == 150 and full.recipe.milestones == (80, 120)
+    assert full.stratum_size == 1_000 and full.num_seeds == 10
