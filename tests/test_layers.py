@@ -30,6 +30,7 @@ LAYER = {
     "engine_readings": 3,
     "refusals": 3,
     "compatible": 3,
+    "lightning": 3,
     "loader_position": 3,
     "random_states": 3,
     "run_state": 3,
@@ -57,6 +58,7 @@ FLOOR = {
     "optuna": 2,
     "matplotlib": 2,
     "opacus": 3,
+    "lightning": 3,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

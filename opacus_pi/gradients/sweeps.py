@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from opacus_pi._validate import expect, positive
-from opacus_pi.gradients.batches import to_device
+from opacus_pi.gradients.batches import inputs_and_targets, to_device
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.engine import NormEngine
 from opacus_pi.gradients.isolation import isolated
@@ -102,7 +102,8 @@ def sweep(
             measured in evaluation mode on the device of its parameters.
         criterion: ``criterion(outputs, targets)`` with one loss per example; a torch
             loss module may have any reduction (it is copied).
-        data_set: A map-style data set of ``(x, y)`` with a length.
+        data_set: A map-style data set with a length, of ``(x, y)`` or of dicts with
+            ``"labels"`` (Hugging Face), handed over as ``model(**rest)``.
         batch_size: Examples at a time; the result does not depend on it.
         collate_fn: Makes ``(x, y)`` batches of lists of examples; torch's by default.
         progress: Whether to show a progress bar once the sweep has taken 3 seconds.
@@ -155,14 +156,7 @@ def _batches(
         disable=not progress,
         leave=False,
     ):
-        expect(
-            isinstance(batch, (tuple, list)) and len(batch) == 2,
-            "data_set",
-            f"batches of {type(batch).__name__}",
-            "to give pairs (x, y)",
-            "Pass a collate_fn that returns (inputs, targets).",
-        )
-        yield to_device(tuple(batch), device)
+        yield to_device(inputs_and_targets(batch), device)
 
 
 def _fit(outputs: Any, y: Any) -> list[Tensor | None]:
