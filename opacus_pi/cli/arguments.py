@@ -148,9 +148,9 @@ def ledgers(
     return runs
 
 
-def indices(text: str) -> NDArray[np.int64]:
+def indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
     """The ids that an argument lists, or the file that it names."""
-    with about("--forget", "List ids as 3,17,25, or name a file of them."):
+    with about(flag, "List ids as 3,17,25, or name a file of them."):
         if Path(text).suffix == ".npy":
             return np.asarray(np.load(text, allow_pickle=False))
         listed = re.fullmatch(r"[\d\s,]+", text) is not None
@@ -161,7 +161,7 @@ def indices(text: str) -> NDArray[np.int64]:
         return np.array([int(word) for word in re.split(r"[\s,]+", content) if word])
     except (ValueError, RecursionError) as error:
         raise BadInput(
-            f"--forget: {text} does not hold whole numbers. "
+            f"{flag}: {text} does not hold whole numbers. "
             "Write positions in the training set, one a line or as a JSON list."
         ) from error
 

@@ -82,8 +82,13 @@ def make_method(name: str | None, settings: Sequence[str]) -> Method:
         )
     try:
         return method(**given)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise BadInput(f"--set: {one_line(error)}") from error
+    except TypeError as error:
+        raise BadInput(
+            f"--set: {' '.join(settings)} does not fit {name} ({one_line(error)}). "
+            "The settings of each method are in --help."
+        ) from error
 
 
 def _parsed(setting: str, known: dict[str, Any]) -> tuple[str, Any]:

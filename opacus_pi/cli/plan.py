@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 
 from numpy.typing import ArrayLike
@@ -89,13 +90,16 @@ def _past(texts: Sequence[str]) -> list[tuple[ArrayLike, float]]:
     """Sets unlearned before, each with its epochs."""
     past: list[tuple[ArrayLike, float]] = []
     for text in texts:
-        forget, _, epochs = text.rpartition("=")
+        forget, equals, epochs = text.rpartition("=")
         try:
-            past.append((indices(forget), float(epochs)))
-        except ValueError as error:
+            number = float(epochs) if equals else math.nan
+        except ValueError:
+            number = math.nan
+        if math.isnan(number):
             raise BadInput(
                 f"--past: {text} is not IDS=EPOCHS. Write for example 3,17=2.5."
-            ) from error
+            )
+        past.append((indices(forget, "--past"), number))
     return past
 
 

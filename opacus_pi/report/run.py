@@ -132,11 +132,12 @@ def _beside(
     trace: UnlearningTrace, name: str, oracle: Mapping[str, ArrayLike]
 ) -> dict[str, Any]:
     """A metric of the retrained models, and when the run came near it."""
+    time = time_to_unlearn(trace, oracle, metric=name, tolerance=TOLERANCE)
     values = np.asarray(oracle[name], dtype=np.float64).ravel()
     return {
         "oracle_mean": values.mean(),
         "oracle_std": values.std(ddof=1) if len(values) > 1 else None,
         "num_oracles": len(values),
-        "time": time_to_unlearn(trace, oracle, metric=name, tolerance=TOLERANCE),
+        "time": time,
         "unit": trace.unit,
     }

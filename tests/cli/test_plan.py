@@ -70,6 +70,7 @@ def test_text_and_file(run, tmp_path):
         (("nobody.txt",), "--forget: no such file: nobody.txt"),
         (("cli_project.py",), "does not hold whole numbers"),
         (("3", "--past", "4"), "--past: 4 is not IDS=EPOCHS"),
+        (("3", "--past", "nobody=1"), "--past: no such file: nobody"),
         (("3", "--past", "4=x"), "--past: 4=x is not IDS=EPOCHS"),
         (("3", "--method", "l1"), "Name its architecture too: --model"),
         (("3", *BUILD, "--method", "langevin"), "--set noise_std=VALUE"),
@@ -80,7 +81,7 @@ def test_text_and_file(run, tmp_path):
         ),
         (
             ("3", *BUILD, "--method", "langevin", "--set", "noise_std=[1]"),
-            "--set: noise_std=[1]",
+            "--set: noise_std=[1] does not fit langevin",
         ),
         (("3", "--batch-size", "0"), "argument --batch-size: '0' is not a whole"),
         (("3", "--order", "1"), "Expected --order=1.0"),

@@ -1,0 +1,102 @@
+"""From the run's directory to the page."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.cli.conftest import DATA, MODEL
+
+LEDGER = ("--ledger", "ledger.safetensors")
+FORGET = ("--forget", "3,17")
+
+
+@pytest.fixture(scope="module")
+def finished(project, tmp_path_factory):
+    """A run with its evaluation, made once."""
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def done(finished, run):
+    if not finished.exists():
+        words = ("unlearn", *MODEL, *DATA, *FORGET, "--epochs", "1", "--out", finished)
+        assert run(*words)[0] == 0
+        weights = ("--weights", finished / "weights.safetensors")
+        words = ("evaluate", "--model", "cli_project:build", *weights, *DATA, *FORGET)
+        out = ("--oracle", "retrained.pt", "--out", finished / "evaluation.json")
+        assert run(*words, *out)[0] == 0
+    return finished
+
+
+def test_a_whole_run(run, done, tmp_path):
+    page = tmp_path / "report.html"
+    code, out, err = run("report", done, *LEDGER, "--out", page)
+    assert (code, err) == (0, "") and f"Wrote {page}" in out and "Sensitive" in out
+    facts = json.loads((tmp_path / "report.json").read_text())
+    oracle = json.loads((done / "evaluation.json").read_text())["oracle"]
+    assert facts["unlearning"]["oracle"] == oracle
+    assert facts["unlearning"]["barriers"]["matched"] is False
+    assert facts["unlearning"]["forget_set"]["size"] == 2
+    words = page.read_text()
+    assert "Loss barriers" in words and "Before and after" in words
+
+
+def test_training_alone(answer, tmp_path):
+    page = tmp_path / "report.html"
+    found = answer("report", *LEDGER, "--top", 2, "--title", "A & B", "--out", page)
+    assert found["written"] == [str(page), str(tmp_path / "report.json")]
+    assert len(found["report"]["hardest"]) == 2 and "unlearning" not in found["report"]
+    assert "<h1>A &amp; B</h1>" in page.read_text()
+
+
+def damaged(done, tmp_path, name, content):
+    copied = tmp_path / "copied"
+    shutil.copytree(done, copied)
+    (copied / name).write_text(content)
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.json", "{}", "evaluation.json is damaged"),
+        ("evaluation.json", "[]", "is no JSON object"),
+        (
+            "evaluation.json",
+            '{"format": "opacus_pi.cli.evaluate.v1", "barriers": [1], "oracle": {}}',
+            "evaluation.json is damaged",
+        ),
+        (
+            "evaluation.json",
+            '{"format": "opacus_pi.cli.evaluate.v1", "barriers": 0, "oracle": {"a": 1}'
+            "}",
+            "evaluation.json is damaged",
+        ),
+        ("record.json", '{"forget_indices": ["<b>"]}', "holds no forget_indices"),
+        ("record.json", "{", "is no JSON object"),
+        ("guarantee.json", "{}", "to be a opacus_pi.Guarantee"),
+        ("trace.json", "{}", "to hold opacus_pi.UnlearningTrace"),
+    ],
+)
+def test_damaged_runs(run, done, tmp_path, name, content, message):
+    copied = damaged(done, tmp_path, name, content)
+    code, out, err = run("report", copied, *LEDGER, "--out", tmp_path / "r.html")
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nothing", *LEDGER, "--out", "r.html"), "RUN_DIR nothing: no such file"),
+        ((*LEDGER, "--out", "r.json"), "--out: r.json is no page"),
+        ((*LEDGER, "--out", "no/r.html"), "--out: no/r.html cannot be written"),
+        (("--ledger", "model.safetensors", "--out", "r.html"), "--ledger model.safe"),
+        ((*LEDGER, "--evaluation", "x.json", "--out", "r.html"), "Name RUN_DIR"),
+        (("--out", "r.html"), "required: --ledger"),
+    ],
+)
+def test_errors(run, words, message):
+    code, out, err = run("report", *words)
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err

@@ -1,0 +1,251 @@
+"""The page is whole, loads nothing, escapes everything, and says what was found."""
+
+import base64
+import json
+import re
+import stat
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from opacus_pi import GradNormLedger, Guarantee, NoisySGD
+from opacus_pi.accounting import epsilons, privacy_losses
+from opacus_pi.accounting.guarantee import Assumption
+from opacus_pi.evaluation import UnlearningTrace
+from opacus_pi.plotting import plot_distribution
+from opacus_pi.report import Barriers, score, write_report
+from opacus_pi.report.strict_json import json_text
+
+HOSTILE = '<script>alert("x")</script><img src=http://evil onerror=1>&$\\frac{'
+EMPTY = {"meta", "img", "br", "hr", "link", "input"}
+
+
+@dataclass(frozen=True)
+class Result:
+    trace: UnlearningTrace
+    guarantee: Guarantee
+    record: dict[str, Any]
+
+
+class Page(HTMLParser):
+    """A strict reader: every element is closed, in order; what it holds is kept."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.words = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def make_ledger(num_examples=60, **options):
+    norms = np.random.default_rng(0).lognormal(-1, 1, (3, num_examples))
+    mechanism = NoisySGD(30, sample_rate=0.1, noise_std=1.0, max_grad_norm=1.0)
+    return GradNormLedger(mechanism, [10, 20, 30], norms, **options)
+
+
+def make_result(name="forget_loss", text="plain words"):
+    return Result(
+        UnlearningTrace([0, 1, 2], {name: [0.1, 0.4, 0.6]}),
+        Guarantee(text, (Assumption(text, False, text),), (2.0,), (0.5,)),
+        {"method": text, "forget_indices": [3, 17], "forgotten_before": [], text: text},
+    )
+
+
+def read(path, **options):
+    facts = write_report(path, **options)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert json.loads(path.with_suffix(".json").read_text()) == facts
+    return page, facts
+
+
+def test_numbers_are_the_librarys(tmp_path):
+    ledger = make_ledger(data_set="digits")
+    page, facts = read(tmp_path / "r.html", ledger=ledger, order=4, delta=1e-4, top=3)
+    losses, own = privacy_losses(ledger, 4.0), epsilons(ledger, 1e-4)
+    top = np.argsort(-losses, kind="stable")[:3]
+    assert [row["id"] for row in facts["hardest"]] == top.tolist()
+    assert [row["loss"] for row in facts["hardest"]] == losses[top].tolist()
+    assert facts["quantiles"]["epsilon"][-1] == own.max()
+    assert f"{losses.max():.4g}" in page.text and "digits" in page.text
+    assert "per_example" not in facts  # the hardest are named, nobody else
+    assert "unlearning" not in facts and "Guarantee" not in page.text
+
+
+def test_the_warning_comes_first(tmp_path):
+    page, _ = read(tmp_path / "r.html", ledger=make_ledger())
+    first = next(attributes for tag, attributes in page.tags if tag == "div")
+    assert first["role"] == "note" and first["class"] == "warning"
+    assert page.text.index("Do not pass this page on") < page.text.index("Training")
+
+
+def test_unlearning_beside_retrained_models(tmp_path):
+    page, facts = read(
+        tmp_path / "r.html",
+        ledger=make_ledger(),
+        result=make_result(),
+        oracle={"forget_loss": [0.5, 0.66]},
+        barriers=Barriers([0.25, 0.125], [0.5], matched=True),
+    )
+    (line,) = facts["unlearning"]["metrics"]
+    assert line["before"] == 0.1 and line["after"] == 0.6 and line["time"] == 2
+    assert line["oracle_mean"] == pytest.approx(0.58)
+    assert facts["unlearning"]["barriers"]["to_oracles"] == [0.25, 0.125]
+    assert facts["unlearning"]["forget_set"]["size"] == 2
+    assert "forget_indices" not in json.dumps(facts)
+    assert "Not met or unknown: plain words" in page.text
+    assert "an estimate, not a bound" in page.text and "0.125" in page.text
+    assert len(page.all("img")) == 3
+
+
+def test_never_reached_is_said(tmp_path):
+    page, facts = read(
+        tmp_path / "r.html",
+        ledger=make_ledger(),
+        result=make_result(),
+        oracle={"forget_loss": 9.0},
+    )
+    assert facts["unlearning"]["metrics"][0]["time"] == "inf" and "never" in page.text
+
+
+def test_a_ranking_has_no_epsilon(tmp_path):
+    ledger = make_ledger().with_noise_std(2.0)
+    page, facts = read(tmp_path / "r.html", ledger=ledger)
+    assert facts["ranking_only"] is True and facts["quantiles"]["epsilon"] is None
+    assert all(row["epsilon"] is None for row in facts["hardest"])
+    assert "there is no ε" in page.text and len(page.all("img")) == 1
+
+
+def hostile_page(path):
+    result = make_result(HOSTILE, HOSTILE)
+    return read(
+        path,
+        ledger=make_ledger(data_set=HOSTILE),
+        result=replace(result, trace=replace(result.trace, unit=HOSTILE)),
+        oracle={HOSTILE: [0.5]},
+        title=HOSTILE,
+    )[0]
+
+
+def test_everything_from_a_file_is_escaped(tmp_path):
+    page = hostile_page(tmp_path / "r.html")
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "iframe", "object", "link", "svg", "a", "form"}
+    for _, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+    assert page.text.count('<script>alert("x")</script>') >= 6
+
+
+def test_the_page_loads_nothing(tmp_path):
+    page = hostile_page(tmp_path / "r.html")
+    addresses = [
+        value
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        if name in {"src", "href", "srcset", "data", "action", "poster"}
+    ]
+    assert addresses and all(a.startswith("data:image/svg+xml") for a in addresses)
+    (style,) = re.findall(
+        r"<style>(.*?)</style>", (tmp_path / "r.html").read_text(), re.DOTALL
+    )
+    assert "url(" not in style and "@import" not in style
+    for address in addresses:
+        picture = base64.b64decode(address.split(",", 1)[1]).decode()
+        loaded = re.findall(r'(?:href|src)="([^"]*)"', picture)
+        assert all(target.startswith("#") for target in loaded)
+        assert "<script" not in picture and "<image" not in picture
+
+
+def test_the_page_can_be_read_by_everybody(tmp_path):
+    page, _ = read(tmp_path / "r.html", ledger=make_ledger(), result=make_result())
+    assert page.all("html")[0]["lang"] == "en"
+    names = [m.get("name") for m in page.all("meta")]
+    assert "viewport" in names
+    assert all(image["alt"] for image in page.all("img"))
+    assert len(page.all("caption")) == len(page.all("table")) >= 4
+    assert all(th["scope"] in {"row", "col"} for th in page.all("th"))
+    regions = [d for d in page.all("div") if d.get("role") == "region"]
+    assert all(d["aria-label"] and d["tabindex"] == "0" for d in regions)
+    assert len(page.all("h1")) == 1
+
+
+def test_files_are_for_the_owner_and_the_same_twice(tmp_path):
+    for name in ("a.html", "b.html"):
+        write_report(tmp_path / name, ledger=make_ledger())
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    for path in tmp_path.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"oracle": {"forget_loss": 1.0}}, "Expected result=None to be given"),
+        ({"top": -1}, "Expected top=-1"),
+        ({"order": 1.0}, "Expected order=1.0"),
+        ({"delta": 0.0}, "Expected delta=0.0"),
+        ({"result": make_result(), "oracle": {"forget_loss": []}}, "Expected oracle="),
+    ],
+)
+def test_errors_write_nothing(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        write_report(tmp_path / "r.html", ledger=make_ledger(), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_is_not_the_json(tmp_path):
+    with pytest.raises(ValueError, match=r"Name it report\.html"):
+        write_report(tmp_path / "r.json", ledger=make_ledger())
+
+
+def test_nobody_is_no_ledger():
+    with pytest.raises(ValueError, match="num_examples"):
+        score(make_ledger(0))
+
+
+def test_a_schedule_is_shown_as_a_range(tmp_path):
+    ledger = make_ledger()
+    noise = np.array([1.0, 2.0, 3.0])
+    ledger = replace(ledger, mechanism=replace(ledger.mechanism, noise_std=noise))
+    page, _ = read(tmp_path / "r.html", ledger=ledger)
+    assert "1 to 3, by a schedule" in page.text
+
+
+def test_strict_json():
+    facts = {"a": np.float64("nan"), "b": [np.int64(2), -np.inf], "c": (True, None)}
+    text = '{"a": "nan", "b": [2, "-inf"], "c": [true, null]}'
+    assert json_text(facts, indent=None) == text
+
+
+def test_distribution_counts_every_finite_value():
+    values = [*np.geomspace(0.1, 1000, 50), np.inf]
+    ax = plot_distribution(values, name="loss", marks={"here": 3.0, "no": np.inf})
+    assert sum(bar.get_height() for bar in ax.patches) == 50
+    assert ax.get_xscale() == "log" and "1 infinite" in ax.get_xlabel()
+    assert [line.get_label() for line in ax.lines] == ["here"]
+    same = plot_distribution([2.0, 2.0], name="loss")
+    assert sum(bar.get_height() for bar in same.patches) == 2
+    assert same.get_xscale() == "linear"
+    with pytest.raises(ValueError, match="to hold a finite one"):
+        plot_distribution([np.inf], name="loss")
