@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.30", "pymdown-extensions>=10"]
 
 setup(
     name="opacus-pi",
@@ -28,6 +29,7 @@ setup(
     ],
     extras_require={
         "benchmarks": ["joblib>=1.4", "optuna>=4"],
+        "docs": DOCS,
         "search": ["optuna>=4"],
         "test": [
             "pytest>=8",
@@ -36,6 +38,7 @@ setup(
             "ruff>=0.9",
             "mypy>=2",
             "build>=1.2",
+            *DOCS,
             "dask[distributed]>=2024.1",
             "optuna>=4",
         ],

@@ -1,0 +1,75 @@
+"""Every Python block of every page runs; every public name has a place in the API."""
+
+import re
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+API = {page: page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md")}
+
+
+def named(page):
+    return page.relative_to(DOCS).as_posix()
+
+
+def blocks(page):
+    """The blocks with the line they start on."""
+    text = page.read_text(encoding="utf-8")
+    for found in re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        yield text[: found.start()].count("\n") + 1, found[1]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p))], ids=named)
+def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for line, code in blocks(page):
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    plt.close("all")
+
+
+def test_the_blocks_are_found():
+    assert sum(len(list(blocks(page))) for page in PAGES) > 20
+
+
+def documented(text):
+    """Names of modules that a page of the API documents."""
+    return re.findall(r"^::: (\S+)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "opacus_pi",
+        "opacus_pi.accounting",
+        "opacus_pi.evaluation",
+        "opacus_pi.gradients",
+        "opacus_pi.plotting",
+        "opacus_pi.unlearning",
+    ],
+)
+def test_every_public_name_is_on_a_page(module):
+    names = import_module(module).__all__
+    places = {place for text in API.values() for place in documented(text)}
+    missing = []
+    for name in names:
+        value = getattr(import_module(module), name)
+        home = getattr(value, "__module__", module)
+        if not {f"{module}.{name}", f"{home}.{name}", module, home} & places:
+            missing.append(name)
+    assert not missing
+
+
+def test_pages_are_in_the_navigation():
+    navigation = (ROOT / ".mkdocs.yml").read_text(encoding="utf-8")
+    for page in PAGES:
+        assert named(page) in navigation, page
