@@ -550,6 +550,48 @@ def refused(run, match):
         _ = run.recorder.ledger
 
 
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("poisson_sampling", [True, False])
+def test_a_prefetcher_that_looks_ahead_changes_nothing(poisson_sampling, copies):
+    def train_on(run, batches):
+        for x, y in batches:
+            run.optimizer.zero_grad()
+            cross_entropy(run.module(x), y).backward()
+            run.optimizer.step()
+
+    def two_ahead(loader):
+        held = []
+        for x, y in loader:
+            held.append((x.clone(), y) if copies else (x, y))
+            if len(held) > 2:
+                yield held.pop(0)
+        yield from held
+
+    runs = [
+        monitored(
+            poisson_sampling=poisson_sampling,
+            noise_generator=torch.Generator().manual_seed(7),
+            sampling_generator=torch.Generator().manual_seed(8),
+        )
+        for _ in range(2)
+    ]
+    for run, ahead in zip(runs, (lambda loader: loader, two_ahead), strict=True):
+        torch.manual_seed(9), np.random.seed(9), random.seed(9)
+        train_on(run, ahead(run.loader))
+        assert run.recorder.ledger.mechanism.num_steps == len(run.loader)
+    # of a last batch that is smaller, too
+    pairs = zip(*(run.module.parameters() for run in runs), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_part_of_a_batch_is_refused():
+    run = monitored(poisson_sampling=False)
+    x, y = next(iter(run.loader))
+    cross_entropy(run.module(x[::2]), y[::2]).backward()
+    run.optimizer.step()
+    refused(run, "Of update 1 ")
+
+
 def test_accumulated_gradients_are_refused_and_left_as_they_are():
     run = monitored(
         poisson_sampling=False, noise_generator=torch.Generator().manual_seed(7)

@@ -171,6 +171,11 @@ class Tracker:
         self.discard()
         return done
 
+    def batch_behind(self) -> Delivery | None:
+        """The one batch whose passes' backward passes came by; None if not one."""
+        behind = {id(f.delivery): f.delivery for f in self._pending if f.backward}
+        return next(iter(behind.values())) if len(behind) == 1 else None
+
     def follow_rows(self, rows: Any) -> None:
         """Rows enter the update; if no backward pass was seen, they were made by hand.
 

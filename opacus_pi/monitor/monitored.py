@@ -48,7 +48,10 @@ def monitor(
     """Record a training without clipping, with or without noise.
 
     Without noise nothing is touched: with the user's own loader, weights and random
-    states are those of the loop without recording. With noise, the module's passes in
+    states are those of the loop without recording. The record takes every step for an
+    update on one batch of the loader; where gradients of several are accumulated, its
+    sample rate is too small by that number, so assume no noise for it: use a larger
+    batch size instead. With noise, the module's passes in
     training mode are watched to know the rows of each update, and every gradient that
     the optimizer holds gets ``N(0, noise_std²)`` added just before its step (a
     parameter without a gradient stays as it is); an empty batch counts as gradient 0.

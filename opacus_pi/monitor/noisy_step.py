@@ -79,10 +79,10 @@ class NoisyStep:
 
 def _num_rows(tracker: Tracker) -> int | None:
     """Rows of the one batch behind the gradients of now; None if that is unclear."""
-    latest = tracker.latest
-    if latest is None or latest.rows is None:
+    batch = tracker.batch_behind() or tracker.latest  # a loop may be batches ahead
+    if batch is None or batch.rows is None:
         return None
-    rows = tracker.attribute([len(latest.rows)])
+    rows = tracker.attribute([len(batch.rows)])
     if len(rows) and (rows == UNKNOWN).all():
         return None
     return int((rows != NOBODY).sum())
