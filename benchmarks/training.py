@@ -60,6 +60,19 @@ class Recipe:
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.milestones))
 
 
+@dataclass(frozen=True)
+class PrivateRecipe(Recipe):
+    """DP-SGD in place of SGLD.
+
+    Attributes:
+        noise_multiplier: As Opacus's.
+        max_grad_norm: As Opacus's.
+    """
+
+    noise_multiplier: float = 1.0
+    max_grad_norm: float = 1.0
+
+
 def train(
     recipe: Recipe,
     data_set: Dataset,
@@ -67,6 +80,7 @@ def train(
     seed: int,
     num_checkpoints: int = 35,
     weights_dir: Path | None = None,
+    device: str = "cpu",
 ) -> tuple[nn.Module, PrivacyEngine]:
     """Train from scratch, recording gradient norms at evenly spaced checkpoints.
 
@@ -77,12 +91,13 @@ def train(
         seed: Of the initial weights, the batches and the noise.
         num_checkpoints: Rows of the ledger (1 where nobody reads it).
         weights_dir: Where to keep the weights of every row (None: nowhere).
+        device: Where the model is.
 
     Returns:
         The trained model in evaluation mode, and the engine with its ledger.
     """
     torch.manual_seed(seed)
-    model = build_model(recipe.model, image_shape)
+    model = build_model(recipe.model, image_shape).to(device)
     loader = DataLoader(data_set, batch_size=recipe.batch_size, shuffle=True)
     num_steps = recipe.num_epochs * len(loader)
     recorder = Recorder.evenly_spaced(
@@ -101,7 +116,8 @@ def train(
     for _ in range(recipe.num_epochs):
         for images, labels in loader:
             optimizer.zero_grad()
-            criterion(model(images), labels).backward()
+            outputs = model(images.to(device))
+            criterion(outputs, labels.to(device)).backward()
             optimizer.step()
         scheduler.step()
     return model.eval(), engine

@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         help="take a data set from arrays, e.g. --data svhn svhn.npz",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--device", default="cpu", help="where models are trained")
     parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a cluster")
     parser.add_argument("--store", type=Path, default=Path("runs/reproduce/store"))
     parser.add_argument("--out", type=Path, help="default: runs/reproduce/SCALE")
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # in the processes: one thread each
     figures, scale = chosen(args.figures), SCALES[args.scale]
     arrays = tuple((name, Path(file)) for name, file in args.data)
-    lab = Lab(args.store, args.data_root, arrays)
+    lab = Lab(args.store, args.data_root, arrays, args.device)
     with cluster(args.dask):
         run_all([u for figure in figures for u in figure.units(scale)], lab, args.jobs)
     for figure in figures:

@@ -14,7 +14,6 @@ from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS, optimizer_of
 from benchmarks.reproduce.units import Unit, oracles, trainings
 from benchmarks.reproduce.unlearning_units import Search
-from benchmarks.training import train
 from opacus_pi import Unlearner
 from opacus_pi.evaluation import GaussianPoison, gaussian_unlearning_score
 
@@ -49,11 +48,9 @@ class Poisoned(Unit):
 
     def compute(self, lab: Lab) -> dict[str, Any]:
         """Poison, train, unlearn, score."""
-        experiment, images = self.experiment, lab.images(self.experiment)
-        poison = self._poison(lab)
-        noisy = _materialised(images, poison)
-        recipe = experiment.recipe
-        model, engine = train(recipe, noisy, images.image_shape, self.seed, 1)
+        experiment, poison = self.experiment, self._poison(lab)
+        noisy = _materialised(lab.images(experiment), poison)
+        model, engine = lab.train(experiment, noisy, self.seed, 1)
         settings = Search(experiment, self.method).run(lab)["settings"]
         inputs, labels = poison.clean()
 
@@ -76,7 +73,7 @@ class Poisoned(Unit):
             poison.forget_indices,
             num_epochs=experiment.unlearn_epochs,
             evaluate=score,
-            batch_size=recipe.batch_size,
+            batch_size=experiment.recipe.batch_size,
         ).trace
         judges = [one.model(lab) for one in oracles(experiment, self.forget_set)]
         names = "gaussian_unlearning_score"

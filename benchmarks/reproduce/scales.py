@@ -3,11 +3,11 @@
 The paper leaves out batch size and momentum: 128 and 0.9 here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks import group_bound
 from benchmarks.reproduce.experiment import Experiment
-from benchmarks.training import Recipe
+from benchmarks.training import PrivateRecipe, Recipe
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Scale:
     Attributes:
         sgd: The main experiment, without noise.
         sgld: The same with noise on the mean gradient, one for each level.
+        private: DP-SGD in place of SGD.
         others: Other data sets and models.
         hardest_sizes: Sizes of the hardest sets by several scores.
         set_sizes: Sizes of the strata where the size is varied.
@@ -26,6 +27,7 @@ class Scale:
 
     sgd: Experiment
     sgld: tuple[Experiment, ...]
+    private: Experiment
     others: tuple[Experiment, ...]
     hardest_sizes: tuple[int, ...]
     set_sizes: tuple[int, ...]
@@ -72,10 +74,21 @@ FULL = Experiment(
     num_trials=30,
     num_probe=10_000,
 )
+
+
+def _private(experiment: Experiment, num_epochs: int) -> Experiment:
+    """DP-SGD at noise multiplier 1 and clip norm 1 in place of the recipe."""
+    recipe = PrivateRecipe(
+        experiment.recipe.model, num_epochs, experiment.recipe.batch_size, 0.5
+    )
+    return replace(experiment, recipe=recipe)
+
+
 SCALES = {
     "smoke": Scale(
         sgd=SMOKE,
         sgld=(SMOKE.with_noise(0.1),),
+        private=_private(SMOKE, 6),
         others=(),
         hardest_sizes=(10, 20),
         set_sizes=(10, 40),
@@ -88,6 +101,7 @@ SCALES = {
     "cpu": Scale(
         sgd=_cpu("fashion-mnist"),
         sgld=tuple(_cpu("fashion-mnist").with_noise(z) for z in (0.005, 0.02)),
+        private=_private(_cpu("fashion-mnist"), 20),
         others=(_cpu("svhn"), _cpu("cifar10")),
         hardest_sizes=(120, 200, 400),
         set_sizes=(20, 1_000, 2_000),
@@ -97,7 +111,13 @@ SCALES = {
     "full": Scale(
         sgd=FULL,
         sgld=tuple(FULL.with_noise(z) for z in (0.001, 0.01, 0.1)),
-        others=(),
+        private=_private(
+            replace(FULL, recipe=replace(FULL.recipe, model="resnet18")), 150
+        ),
+        others=(
+            replace(FULL, dataset="svhn"),
+            replace(FULL, recipe=replace(FULL.recipe, model="vit")),
+        ),
         hardest_sizes=(600, 1_000, 2_000),
         set_sizes=(100, 5_000, 10_000),
         poison_std=0.32**0.5,

@@ -13,13 +13,11 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from benchmarks.models import build_model
 from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.judging import CRITERION, judge
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.store import cached_json
-from benchmarks.training import train
 from opacus_pi.evaluation import OracleCache, evaluate
 
 _ORACLE_SEED = 10_000
@@ -90,8 +88,7 @@ class Oracle(Unit):
         experiment, images = self.experiment, lab.images(self.experiment)
 
         def retrain(kept: np.ndarray, seed: int) -> nn.Module:
-            part = Subset(images.train, kept)
-            return train(experiment.recipe, part, images.image_shape, seed, 1)[0]
+            return lab.train(experiment, Subset(images.train, kept), seed, 1)[0]
 
         (model,) = OracleCache(lab.directory / "oracles").train(
             retrain,
@@ -99,9 +96,7 @@ class Oracle(Unit):
             data_set=images.train,
             forget_indices=self.forget_set.indices(lab, experiment),
             seeds=[_ORACLE_SEED + self.number],
-            model_factory=lambda: build_model(
-                experiment.recipe.model, images.image_shape
-            ),
+            model_factory=lambda: lab.fresh_model(experiment),
             progress=False,
         )
         return model

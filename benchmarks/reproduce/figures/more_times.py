@@ -105,6 +105,18 @@ def _others(scale: Scale, lab: Lab) -> Result:
     }
 
 
+def _private(scale: Scale, lab: Lab) -> Result:
+    found = panel(lab, scale.private, "fine-tune", strata(scale.private))
+    judges = [
+        outcomes.oracle_values(lab, scale.private, one) for one in strata(scale.private)
+    ]
+    rows = outcomes.runs(lab, scale.private, strata(scale.private), "fine-tune")
+    return found | {
+        "before": [[run["trace"][outcomes.UA][0] for run in row] for row in rows],
+        "oracle": [one[outcomes.UA] for one in judges],
+    }
+
+
 def _size_units(scale: Scale) -> list[Unit]:
     return [u for size in scale.set_sizes for u in _fine_tuning(scale.sgd, size)]
 
@@ -146,6 +158,14 @@ FIGURES = [
         lambda scale, lab: panel(lab, scale.sgd, "L1-sparse", strata(scale.sgd)),
         judge_panel,
         lambda result: draw_panels({"L1-sparse": result}),
+    ),
+    Figure(
+        "private",
+        "Beyond the paper: the same for models trained by DP-SGD.",
+        lambda scale: _fine_tuning(scale.private),
+        _private,
+        judge_panel,
+        lambda result: draw_panels({"DP-SGD, fine-tuning": result}),
     ),
     Figure(
         "fig7",
