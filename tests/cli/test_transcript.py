@@ -1,0 +1,62 @@
+"""The session in the documentation is what happens, but for the numbers."""
+
+import re
+import runpy
+import shlex
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from opacus_pi.cli import main
+
+PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
+_NUMBER = re.compile(r"[0-9a-f]{16,}|-?\d[\d.]*(?:e[+-]\d+)?|∞")
+
+
+def blocks(language):
+    text = PAGE.read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def without_numbers(text):
+    """Each line's words, numbers and hashes as #, spaces as one."""
+    lines = (_NUMBER.sub("#", line).split() for line in text.strip().splitlines())
+    return [" ".join(words) for words in lines]
+
+
+def session():
+    """Each command of the page with what it prints there."""
+    for block in blocks("console"):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, printed = re.match(
+                r"((?:[^\n]*\\\n)*[^\n]*)\n?(.*)", part, re.DOTALL
+            ).groups()
+            yield shlex.split(command.replace("\\\n", " ")), printed
+
+
+def test_the_session_of_the_page(tmp_path, monkeypatch, capsys):
+    (code,) = blocks("python")
+    (tmp_path / "my_project.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path("my_project.py", run_name="__main__")
+    commands = list(session())
+    assert {words[1] for words, _ in commands} == {
+        "score",
+        "plan",
+        "unlearn",
+        "evaluate",
+        "report",
+        "verify",
+    }
+    for (program, *words), printed in commands:
+        assert program == "opacus-pi"
+        assert main(words) == (1 if "NOT VERIFIED" in printed else 0), words
+        out, err = capsys.readouterr()
+        assert err == ""
+        assert without_numbers(out) == without_numbers(printed), words
+    assert (tmp_path / "report.html").exists()
