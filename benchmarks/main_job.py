@@ -18,6 +18,7 @@ run goes on where it stopped. Results: ``OUT/results.json``, ``OUT/figure.png``.
 import argparse
 import json
 import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -215,9 +216,12 @@ def saved_seed(
     path = out / f"seed_{seed}.json"
     described = json.loads(json.dumps(asdict(settings)))
     if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["settings"] == described:
-            return saved["result"]
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            if saved["settings"] == described:
+                return saved["result"]
+        except (ValueError, KeyError, TypeError):
+            print(f"{path} is damaged: seed {seed} is run again", file=sys.stderr)
     result = run_seed(settings, images, seed, out)
     report.write_json(path, {"settings": described, "result": result})
     return result

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
+from opacus_pi.atomic_file import replacing
 from opacus_pi.plotting import plot_time_to_unlearn
 
 PACKAGES = ("torch", "opacus", "numpy", "scipy", "scikit-learn", "opacus-pi")
@@ -29,9 +30,8 @@ def environment() -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one piece: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def rank_correlation(times: np.ndarray) -> dict[str, Any]:
