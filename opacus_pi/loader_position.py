@@ -9,6 +9,7 @@ Relies on these private names of ``torch.utils.data.dataloader``, which a test p
 its iterators, ``_num_workers`` and ``_next_index``.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
@@ -31,6 +32,11 @@ _AHEAD = (
     "It was taken within an epoch, and workers had drawn later batches from torch's "
     "global generator. Save between epochs, or use DataLoader(generator=...) with a "
     "generator of its own."
+)
+_PERSISTENT = (
+    "Persistent workers go on with random states of their own, which no checkpoint "
+    "holds. If the data set draws random numbers, the resumed run is not the one that "
+    "was not interrupted, to the bit. Use persistent_workers=False."
 )
 _UNKNOWN = "It was taken within an epoch, which cannot be repeated. Save between them."
 
@@ -108,6 +114,8 @@ class Position:
         start, num_delivered = _start_of(state), state["num_delivered"]
         self._iterator = _nothing
         self._pending = (num_delivered, start, now) if num_delivered >= 0 else None
+        if getattr(self._loader(), "persistent_workers", False):
+            warnings.warn(_PERSISTENT, stacklevel=2)
 
     def begin(
         self, make: Callable[[], Iterator[Any]], *, in_parts: bool

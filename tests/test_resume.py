@@ -13,12 +13,20 @@ import pytest
 import torch
 from opacus.schedulers import ExponentialNoise
 from opacus.utils.batch_memory_manager import BatchMemoryManager
-from torch.utils.data import dataloader
+from torch.utils.data import DataLoader, dataloader
 
 from opacus_pi.atomic_file import replacing
 from opacus_pi.checkpoints import CHECKPOINT_KEY
 from opacus_pi.recorder import Recorder
-from tests.killed_training import assert_same, child, outcome, prepared, train, update
+from tests.killed_training import (
+    Jittered,
+    assert_same,
+    child,
+    outcome,
+    prepared,
+    train,
+    update,
+)
 from tests.private_training import ADAPTIVE
 
 pytestmark = [
@@ -308,6 +316,17 @@ def test_workers_that_draw_ahead_from_the_global_generator():
         break
     with pytest.raises(ValueError, match="later batches from torch's global"):
         restored(file, prepared("private", num_workers=1))
+
+
+def test_random_states_inside_persistent_workers_are_said_to_be_lost():
+    def persistent():
+        data = Jittered()
+        loader = DataLoader(data, batch_size=6, num_workers=1, persistent_workers=True)
+        return prepared("private", data_loader=loader)
+
+    file = saved(*persistent()[:3])
+    with pytest.warns(UserWarning, match="Persistent workers.*persistent_workers=Fal"):
+        restored(file, persistent())
 
 
 def test_another_bit_generator_of_numpy(monkeypatch):

@@ -1,0 +1,109 @@
+"""Below complete attribution a warning names the cause and the remedy: every cause."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from opacus_pi.attribution.tracker import _CAUSES, Tracker
+from tests.attribution import scenarios as s
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This run has no ledger", "ignore:PrivacyEngine detected new dataset"
+)
+FIXED = {"poisson": False}
+LOOPS = {  # cause: a loop that has it, and what its warning must say
+    "by_latest": (s.transformed, "without verification.*collate_fn"),
+    "reordered": (s.look_ahead_transformed, "several batches.*collate_fn"),
+    "unseen": (s.inner_layers_only, "No forward pass.*Call the model itself"),
+    "mismatch": (s.two_batches_in_one_loss, "Use one batch per loss"),
+}
+
+
+def alike(run):
+    """Copies, permuted, of a batch in which two examples are the same."""
+    for x, y in run.loader:
+        order = torch.tensor([2, 0, 1, 3])
+        run.step(x[order], y[order])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(zip(*s.tensors(), strict=True))
+
+    def __len__(self):
+        return s.NUM_EXAMPLES
+
+
+def twins():
+    x, y = s.tensors()
+    x[0], y[0] = x[1], y[1]
+    return torch.utils.data.TensorDataset(x, y)
+
+
+@pytest.mark.parametrize("cause", LOOPS)
+def test_loops(cause):
+    loop, message = LOOPS[cause]
+    run = s.Run(**FIXED)
+    with pytest.warns(UserWarning, match=message):
+        loop(run)
+    check(run, cause)
+
+
+def test_examples_that_are_alike():
+    run = s.Run(data_set=twins(), shuffle=False, **FIXED)
+    with pytest.warns(UserWarning, match="2 rows .*look alike.*that the data loader"):
+        alike(run)
+    check(run, "alike")
+    assert run.engine.attribution["unattributed"] == 2
+
+
+def test_a_data_set_without_positions():
+    loader = DataLoader(Stream(), batch_size=4)
+    run = s.Run(loader=loader, data_set=loader.dataset, **FIXED)
+    with pytest.warns(UserWarning, match="no positions.*Use a map-style"):
+        s.plain(run)
+    check(run, "indices")
+
+
+def check(run, cause):
+    counts = run.engine.attribution
+    assert counts["by_storage"] + counts["by_content"] < sum(counts.values())
+    assert run.engine._tracker._warned == {cause}
+
+
+def test_there_is_a_loop_for_every_cause():
+    assert set(_CAUSES) == {*LOOPS, "alike", "indices"}
+
+
+def test_complete_attribution_says_nothing(recwarn):
+    for loop in (s.plain, s.copied):
+        loop(s.Run(**FIXED))
+    assert not [w for w in recwarn if "rows" in str(w.message).lower()]
+
+
+# -------------------------------------------------- which batch an update was made of
+def test_the_batch_behind():
+    tracker, x, u = Tracker(), torch.randn(3, 4), torch.randn(2, 4)
+    first = tracker.delivered([0, 1, 2], x)
+    tracker.delivered([3, 4], u)
+    assert tracker.batch_behind() is None
+    one = tracker.bind([x])
+    assert tracker.batch_behind() is None  # its backward pass has not come by
+    tracker.reached(one)
+    assert tracker.batch_behind() is first
+    tracker.reached(tracker.bind([u]))
+    assert tracker.batch_behind() is None
+    assert tracker.attribute([3, 2]).tolist() == [0, 1, 2, 3, 4]
+    assert tracker.batch_behind() is None
+
+
+def test_rows_made_by_hand_are_followed_only_without_a_backward_pass():
+    tracker, x = Tracker(), torch.randn(3, 4)
+    tracker.delivered([5, 6, 7], x)
+    tracker.follow_rows(torch.randn(3, 2, 2))
+    with pytest.warns(UserWarning, match="without verification"):
+        assert tracker.attribute([3]).tolist() == [5, 6, 7]
+    tracker.reached(tracker.bind([x]))
+    tracker.follow_rows(torch.randn(3, 2, 2))
+    assert tracker.attribute([3]).tolist() == [5, 6, 7]
+    assert tracker.counts["by_storage"] == tracker.counts["by_latest"] == 3
