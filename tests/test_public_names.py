@@ -52,6 +52,7 @@ ELSEWHERE = {
         "weight_matching",
     },
     "opacus_pi.forget_sets": {"difficulty_strata", "top_k", "by_class"},
+    "opacus_pi.report": {"score", "write_report"},
     "opacus_pi.gradients": {"gradient_gram", "norm_sweep", "per_example_grad_norms"},
 }
 

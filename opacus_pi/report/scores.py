@@ -76,7 +76,11 @@ class Scores:
         """Id, loss and ε of the examples of largest loss, largest first."""
         places = np.argsort(-self.losses, kind="stable")[:top]
         return [
-            {"id": self.ids[i], "loss": self.losses[i], "epsilon": self._epsilon(i)}
+            {
+                "id": int(self.ids[i]),
+                "loss": float(self.losses[i]),
+                "epsilon": None if self.epsilons is None else float(self.epsilons[i]),
+            }
             for i in places
         ]
 
@@ -125,10 +129,6 @@ class Scores:
             "largest_loss": self.losses[places].max(),
             "mean_epsilon": None if own is None else own[places].mean(),
         }
-
-    def _epsilon(self, place: np.int64) -> float | None:
-        """One example's ε, if there is one."""
-        return None if self.epsilons is None else float(self.epsilons[place])
 
 
 def score(
