@@ -33,6 +33,7 @@ ORDERS = (2, 4, 8, 12, 16, 24, 32, 48, 64, 256)
 NUM_STEPS, NUM_ROWS, RATE, NOISE = 58_594, 35, 128 / 50_000, 1.0
 TOLERANCES = {"icml2025": 1e-6, "corrected": 1e-3}
 CASES = ("icml2025", "corrected", "streamed")
+NUM_EXAMPLES, NUM_STREAMED = 50_000, 1_300_000
 
 
 def make_ledger(num_examples: int) -> GradNormLedger:
@@ -153,41 +154,44 @@ def peers(num_examples: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    """Measure, print, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-examples", type=int, default=50_000)
-    parser.add_argument("--num-streamed", type=int, default=1_300_000)
-    parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
-    results = {c: in_own_process(c, options.num_examples) for c in TOLERANCES}
+def compare(num_examples: int, num_streamed: int) -> dict[str, Any]:
+    """Every case, the errors, and what others take for ``num_examples``, in seconds."""
+    results = {c: in_own_process(c, num_examples) for c in TOLERANCES}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ledger"
-        make_ledger(options.num_streamed).save(path)
-        results["streamed"] = in_own_process(
-            "streamed", options.num_streamed, str(path)
-        )
+        make_ledger(num_streamed).save(path)
+        results["streamed"] = in_own_process("streamed", num_streamed, str(path))
     checked = {
         "icml2025": errors("icml2025", 4000),
         "corrected": errors("corrected", 2000),
     }
-    values = options.num_examples * NUM_ROWS * len(ORDERS)
+    values = num_examples * NUM_ROWS * len(ORDERS)
     others = {name: each * values for name, each in peers(512).items()}
     for name, row in checked.items():
         others[f"exact_{name}"] = row.pop("exact_seconds_per_value") * values
+    return {"cases": results, "relative_errors": checked, "extrapolated_s": others}
+
+
+def main() -> None:
+    """Measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-examples", type=int, default=NUM_EXAMPLES)
+    parser.add_argument("--num-streamed", type=int, default=NUM_STREAMED)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    content = compare(options.num_examples, options.num_streamed)
     for case in CASES:
-        row = results[case]
+        row = content["cases"][case]
         print(
             f"{case:10} {row['seconds']:8.2f} s  {row['nanoseconds_per_value']:6.1f} "
             f"ns a value  {row['mebibytes']:6.0f} MiB"
         )
-    for name, row in checked.items():
+    for name, row in content["relative_errors"].items():
         print(f"{name:10} relative error {row['least']:.1e} … {row['largest']:.1e}")
-    for name, spent in others.items():
+    for name, spent in content["extrapolated_s"].items():
         print(
             f"{name:15} {spent:10.1f} s for {options.num_examples} examples (extrap.)"
         )
-    content = {"cases": results, "relative_errors": checked, "extrapolated_s": others}
     settings = {"orders": ORDERS, "rows": NUM_ROWS, "updates": NUM_STEPS}
     settings |= {"sample_rate": RATE, "tolerances": TOLERANCES}
     settings |= {

@@ -1,0 +1,1 @@
+"""What everything costs: ours, its bar, and every peer that is installed."""

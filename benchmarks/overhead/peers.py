@@ -1,0 +1,191 @@
+"""Ways to get every example's gradient norm of a batch, and plain training beside them.
+
+Each takes ``(model, x, y)`` and returns a function that measures the batch once and
+returns the norms, float ``(b,)`` (``plain`` and ``limit`` return ``None``). Models are
+theirs to change. What is not installed raises ``ImportError``; what cannot measure a
+model raises, or has norms that are not ours: both are said instead of a time.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from opacus.grad_sample import (
+    GradSampleModule,
+    GradSampleModuleExpandedWeights,
+    GradSampleModuleFastGradientClipping,
+)
+from torch import Tensor, nn
+
+from opacus_pi.gradients.engine import NormEngine
+
+CRITERION = nn.CrossEntropyLoss()
+Measure = Callable[[], Tensor | None]
+
+
+def plain(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """Forward and backward of the batch's mean loss: what a training step costs."""
+
+    def measure() -> None:
+        model.zero_grad(set_to_none=True)
+        CRITERION(model(x), y).backward()
+
+    return measure
+
+
+def limit(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """The same with frozen weights: the floor of any method with one backward pass."""
+    model.requires_grad_(False)
+    first = next(m for m in model.modules() if list(m.parameters(recurse=False)))
+    anchor = torch.zeros((), requires_grad=True)
+    first.register_forward_hook(lambda module, args, output: output + anchor)
+
+    def measure() -> None:
+        CRITERION(model(x), y).backward()
+
+    return measure
+
+
+def ours(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """One batch of ``opacus_pi.gradients.norm_sweep``, after the first."""
+    engine = NormEngine(model, CRITERION)
+    return lambda: engine.squares(x, y)[0].sqrt()
+
+
+def _grad_samples(wrapped: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """Per-example gradients of Opacus, and their norms."""
+
+    def measure() -> Tensor:
+        wrapped.zero_grad(set_to_none=True)
+        CRITERION(wrapped(x), y).backward()
+        return _joint(p.grad_sample for p in wrapped.parameters())
+
+    return measure
+
+
+def _joint(gradients: Iterable[Tensor]) -> Tensor:
+    """Norms over all parameters, as Opacus takes them."""
+    norms = [g.flatten(1).norm(2, dim=1) for g in gradients]
+    return torch.stack(norms, 1).norm(2, dim=1)
+
+
+def opacus_hooks(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """``grad_sample_mode="hooks"``."""
+    return _grad_samples(GradSampleModule(model), x, y)
+
+
+def opacus_functorch(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """``grad_sample_mode="functorch"``."""
+    return _grad_samples(GradSampleModule(model, force_functorch=True), x, y)
+
+
+def opacus_ew(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """``grad_sample_mode="ew"``."""
+    return _grad_samples(GradSampleModuleExpandedWeights(model), x, y)
+
+
+def opacus_ghost(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """``grad_sample_mode="ghost"``, up to the norms."""
+    wrapped = GradSampleModuleFastGradientClipping(model)
+
+    def measure() -> Tensor:
+        wrapped.zero_grad(set_to_none=True)
+        CRITERION(wrapped(x), y).backward()
+        return wrapped.get_norm_sample()
+
+    return measure
+
+
+def torch_func(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """``vmap(grad)`` over ``functional_call``, and the norms."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        outputs = torch.func.functional_call(model, parameters, (x[None],))
+        return F.cross_entropy(outputs, y[None])
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    return lambda: _joint(gradients(parameters, x, y).values())
+
+
+def backpack(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """BackPACK's ``BatchL2Grad``, which knows linear and convolutional layers."""
+    from backpack import backpack as recording
+    from backpack import extend
+    from backpack.extensions import BatchL2Grad
+
+    model, criterion = extend(model), extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def measure() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with recording(BatchL2Grad()):
+            criterion(model(x), y).backward()
+        return sum(p.batch_l2 for p in model.parameters()).sqrt()
+
+    return measure
+
+
+def fast_dp(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """FastDP's norms, with weight gradients of the first layers only."""
+    from fastDP.autograd_grad_sample import add_hooks
+
+    for parameter in model.parameters():
+        parameter.initially_requires_grad = True
+        parameter.requires_grad_(False)
+    layers = [m for m in model.modules() if list(m.parameters(recurse=False))]
+    for layer in layers:  # gradients must reach the inputs' side of each path
+        if layer is layers[0] or isinstance(layer, nn.Embedding):
+            bias = getattr(layer, "bias", None)
+            (layer.weight if bias is None else bias).requires_grad_(True)
+    add_hooks(model, loss_reduction="mean", clipping_mode="MixOpt", block_heads=[])
+
+    def measure() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        CRITERION(model(x), y).backward()
+        norms = _collected(model)
+        for layer in layers:
+            del layer.activations, layer.backprops
+        return norms
+
+    return measure
+
+
+def private_transformers(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """The ghost norms of private-transformers."""
+    from private_transformers import autograd_grad_sample as hooks
+
+    hooks.set_hooks_mode("ghost_norm")
+    hooks.add_hooks(model, loss_reduction="mean")
+
+    def measure() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        CRITERION(model(x), y).backward()
+        return _collected(model)
+
+    return measure
+
+
+def _collected(model: nn.Module) -> Tensor:
+    """Norms from those of each parameter, which are taken away."""
+    norms = []
+    for parameter in model.parameters():
+        norms.append(parameter.norm_sample)
+        for name in ("norm_sample", "grad_sample"):
+            if hasattr(parameter, name):
+                delattr(parameter, name)
+    return torch.stack(norms, 1).norm(2, dim=1)
+
+
+CONTENDERS = {
+    "plain": plain,
+    "limit": limit,
+    "ours": ours,
+    "Opacus hooks": opacus_hooks,
+    "Opacus ghost": opacus_ghost,
+    "Opacus functorch": opacus_functorch,
+    "Opacus ew": opacus_ew,
+    "torch.func": torch_func,
+    "BackPACK": backpack,
+    "FastDP": fast_dp,
+    "private-transformers": private_transformers,
+}

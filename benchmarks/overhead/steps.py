@@ -1,0 +1,29 @@
+"""The rows of ``benchmarks.fast_step``: one backward pass, clipping and tracking."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import fast_step
+from benchmarks.overhead.table import Row
+
+CASES = list(fast_step.CASES)
+
+
+def measure(case: str) -> dict[str, Any]:
+    """One model's step."""
+    return fast_step.compare(case, fast_step.ROUNDS)
+
+
+def rows(found: dict[str, Any]) -> Iterator[Row]:
+    """The table's lines."""
+    for case, step in found.items():
+        spent = step["cpu"]["milliseconds"].items()
+        shown = ", ".join(f"{mode} {value:.1f}" for mode, value in spent)
+        beside = (
+            f"better mode: {step['cpu']['better']}; ms: {shown}; updates differ by "
+            f"{step['update_relative_difference']:.0e}"
+        )
+        path = (
+            f'tracked step, grad_sample_mode="fast", over Opacus\'s better mode, {case}'
+        )
+        yield Row(path, fast_step.BARS[case], step, beside)
