@@ -28,7 +28,7 @@ def read(path: Path) -> NotebookNode:
 
 def executed(notebook: NotebookNode) -> NotebookNode:
     """The notebook run from its first cell in a fresh kernel and an empty folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("MPLBACKEND", None)  # figures belong into the notebook
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
