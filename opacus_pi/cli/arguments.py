@@ -56,6 +56,24 @@ def add_accounting(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_scoring(parser: argparse.ArgumentParser, *, top: int) -> None:
+    """What all examples are scored by, and how many are named."""
+    add_accounting(parser)
+    parser.add_argument(
+        "--delta", type=float, default=1e-5, help="δ of the epsilons (default 1e-5)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="let losses be at most this much too large, relatively: with 30,000 "
+        "examples or more 1e-3 is many times faster (default 0: exact)",
+    )
+    parser.add_argument(
+        "--top", type=count, default=top, help=f"how many of the hardest ({top})"
+    )
+
+
 def add_forget(parser: argparse.ArgumentParser) -> None:
     """Whom to forget."""
     parser.add_argument(

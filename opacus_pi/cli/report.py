@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from opacus_pi.cli.arguments import (
-    add_accounting,
     add_ledgers,
     add_output,
-    count,
+    add_scoring,
     ledgers,
     new_name,
 )
@@ -46,13 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.json",
         help="what evaluate wrote (default RUN_DIR/evaluation.json if it is there)",
     )
-    add_accounting(parser)
-    parser.add_argument(
-        "--delta", type=float, default=1e-5, help="δ of the epsilons (default 1e-5)"
-    )
-    parser.add_argument(
-        "--top", type=count, default=20, help="how many of the hardest (default 20)"
-    )
+    add_scoring(parser, top=20)
     parser.add_argument("--title", default="Privacy and unlearning report")
     parser.add_argument(
         "--out", metavar="FILE.html", required=True, help="the page's name"
@@ -77,6 +70,7 @@ def run(options: argparse.Namespace) -> int:
         order=options.order,
         delta=options.delta,
         top=options.top,
+        tolerance=options.tolerance,
         title=options.title,
     )
     written = [str(page), str(page.with_suffix(".json"))]

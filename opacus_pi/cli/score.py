@@ -4,10 +4,9 @@ import argparse
 from typing import Any
 
 from opacus_pi.cli.arguments import (
-    add_accounting,
     add_ledgers,
     add_output,
-    count,
+    add_scoring,
     ledgers,
     new_name,
 )
@@ -32,13 +31,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add_ledgers(parser, "ledger")
-    add_accounting(parser)
-    parser.add_argument(
-        "--delta", type=float, default=1e-5, help="δ of the epsilons (default 1e-5)"
-    )
-    parser.add_argument(
-        "--top", type=count, default=10, help="how many of the hardest (default 10)"
-    )
+    add_scoring(parser, top=10)
     add_output(parser)
 
 
@@ -47,7 +40,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json_file:
         new_name("--out", options.json_file)
     runs = ledgers(options.ledger, options.noise_std)
-    scores = score(runs, order=options.order, delta=options.delta)
+    scores = score(
+        runs, order=options.order, delta=options.delta, tolerance=options.tolerance
+    )
     facts = {
         "format": "opacus_pi.cli.score.v1",
         "training": training_facts(runs),

@@ -136,6 +136,7 @@ def score(
     *,
     order: float = 8.0,
     delta: float = 1e-5,
+    tolerance: float = 0.0,
 ) -> Scores:
     """Losses, epsilons and worst case of a recorded training.
 
@@ -143,6 +144,8 @@ def score(
         ledger: One run, or several independent runs of one training.
         order: Rényi order of the losses, above 1.
         delta: δ of the epsilons, in (0, 1).
+        tolerance: 0: no rounding; for one run from 1e-8: losses are at most that much
+            too large, relatively, and many times faster with 30,000 examples or more.
 
     Returns:
         The numbers; as sensitive as the ledger.
@@ -155,7 +158,7 @@ def score(
     positive(num_examples=runs[0].num_examples, remedy="The ledger holds nobody.")
     ids = runs[0].example_ids
     ids = np.arange(runs[0].num_examples) if ids is None else ids
-    losses = privacy_losses(runs, order)
+    losses = privacy_losses(runs, order, tolerance=tolerance)
     statement = privacy_statement(runs, ids[[np.argmax(losses)]], delta)
     mechanism = runs[0].mechanism
     assumed = mechanism.assumed_noise
@@ -164,7 +167,7 @@ def score(
         delta=float(delta),
         ids=ids,
         losses=losses,
-        epsilons=None if assumed else epsilons(runs, delta),
+        epsilons=None if assumed else epsilons(runs, delta, tolerance=tolerance),
         worst_case_loss=math.inf
         if assumed
         else worst_case_loss(mechanism, order, steps=runs[0].steps),

@@ -31,6 +31,7 @@ def write_report(
     order: float = 8.0,
     delta: float = 1e-5,
     top: int = 20,
+    tolerance: float = 0.0,
     title: str = "Privacy and unlearning report",
 ) -> dict[str, Any]:
     """Write one self-contained HTML page, and the same facts as JSON beside it.
@@ -49,6 +50,7 @@ def write_report(
         order: Rényi order of the losses, above 1.
         delta: δ of the epsilons, in (0, 1).
         top: How many of the hardest examples to name, at least 0.
+        tolerance: As in ``score``.
         title: Heading of the page.
 
     Returns:
@@ -74,7 +76,7 @@ def write_report(
         "Retrained models are shown beside an unlearning run.",
     )
     in_range(0, float("inf"), top=top, remedy="0 names nobody.")
-    scores = score(ledger, order=order, delta=delta)
+    scores = score(ledger, order=order, delta=delta, tolerance=tolerance)
     facts = _facts(title, ledger, scores, top)
     if result is not None:
         facts["unlearning"] = strict(run_facts(result, scores, oracle, barriers))

@@ -57,6 +57,7 @@ def test_every_argument_is_explained(name):
         (("score", "ledger.safetensors", "--order", "nan"), "Expected --order=nan"),
         (("score", "ledger.safetensors", "--delta", "2"), "Expected --delta=2.0"),
         (("score", "ledger.safetensors", "--sigma", "0"), "--sigma="),
+        (("score", "ledger.safetensors", "--tolerance", "2"), "Expected --tolerance="),
         (("score", "ledger.safetensors", "--sigma", "-1"), "Expected --sigma="),
         (("score", "ledger.safetensors", "--out", "no/x.json"), "--out: no/x.json"),
         (("score", "ledger.safetensors", "--out", "."), "--out: . cannot be written"),

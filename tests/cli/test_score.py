@@ -67,6 +67,15 @@ def test_several_runs_are_averaged(answer, ledger, tmp_path):
     assert found["training"]["num_runs"] == 2
 
 
+def test_a_tolerance_rounds_up(answer):
+    exact, rounded = (
+        np.array(answer("score", LEDGER, *words)["per_example"]["losses"])
+        for words in ((), ("--tolerance", "0.01"))
+    )
+    assert (rounded >= exact).all() and (rounded <= 1.01 * exact).all()
+    assert (rounded != exact).any()
+
+
 def test_runs_of_different_trainings_are_refused(run, ledger, tmp_path):
     replace(ledger, data_set="another").save(tmp_path / "other.safetensors")
     code, _, err = run("score", LEDGER, tmp_path / "other.safetensors")
