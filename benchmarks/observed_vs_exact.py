@@ -105,8 +105,8 @@ def ledgers(
 def thinned(exact: GradNormLedger, num_rows: int) -> GradNormLedger:
     """Evenly spaced rows of the exact ledger, as a sweep after those updates has."""
     last = exact.mechanism.num_steps
-    steps = np.unique(np.round(last * np.arange(1, num_rows + 1) / num_rows))
-    rows = np.minimum(steps, last - 1).astype(int)
+    steps = np.round(last * np.arange(1, num_rows + 1) / num_rows)
+    rows = np.unique(np.minimum(steps, last - 1).astype(int))
     return GradNormLedger(exact.mechanism, rows, exact.grad_norms[rows])
 
 
