@@ -12,8 +12,8 @@ from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.judging import CRITERION
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS, optimizer_of
-from benchmarks.reproduce.units import Unit, oracles, trainings
-from benchmarks.reproduce.unlearning_units import Search
+from benchmarks.reproduce.units import Unit, oracles
+from benchmarks.reproduce.unlearning_units import Search, needs_of_run
 from opacus_pi import Unlearner
 from opacus_pi.evaluation import GaussianPoison, gaussian_unlearning_score
 
@@ -33,9 +33,7 @@ class Poisoned(Unit):
 
     def needs(self) -> list[Unit]:
         """Trainings that rank, oracles, settings."""
-        judges = oracles(self.experiment, self.forget_set)
-        search = Search(self.experiment, self.method)
-        return [*trainings(self.experiment), *judges, search]
+        return needs_of_run(self.experiment, self.forget_set, self.method)
 
     def facts(self) -> Facts:
         """Experiment, forget set, method, seed, noise."""

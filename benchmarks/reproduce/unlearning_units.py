@@ -52,6 +52,14 @@ class Search(Unit):
         return {"settings": found.best.settings, "trials": trials}
 
 
+def needs_of_run(
+    experiment: Experiment, forget_set: ForgetSet, method: str
+) -> list[Unit]:
+    """The trainings that rank, the oracles and the settings of a run of a method."""
+    judges = oracles(experiment, forget_set)
+    return [*trainings(experiment), *judges, Search(experiment, method)]
+
+
 @dataclass(frozen=True)
 class Unlearning(Unit):
     """One unlearning run from one trained model, evaluated after every epoch."""
@@ -63,9 +71,7 @@ class Unlearning(Unit):
 
     def needs(self) -> list[Unit]:
         """Trainings, oracles, settings."""
-        judges = oracles(self.experiment, self.forget_set)
-        search = Search(self.experiment, self.method)
-        return [*trainings(self.experiment), *judges, search]
+        return needs_of_run(self.experiment, self.forget_set, self.method)
 
     def facts(self) -> Facts:
         """Experiment, forget set, method, seed."""

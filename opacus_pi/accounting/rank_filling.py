@@ -65,7 +65,7 @@ def fill_by_rank(rows: ArrayLike) -> NDArray[np.float64]:
 def _ranks(row: NDArray[np.float64]) -> NDArray[np.float64]:
     """Rank among the observed, in (0, 1); equal norms share one; NaN stays."""
     ranks: NDArray[np.float64] = rankdata(row, nan_policy="omit")
-    return (ranks - 0.5) / max(1, np.count_nonzero(~np.isnan(row)))
+    return (ranks - 0.5) / max(1, int(np.count_nonzero(~np.isnan(row))))
 
 
 def _middles(count: int) -> NDArray[np.float64]:

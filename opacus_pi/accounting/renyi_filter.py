@@ -271,4 +271,5 @@ def _checked_charges(state: Mapping[str, Any]) -> Array:
         "to hold budget, order, data_set and one charge of at least 0 per example",
         "Resume from another checkpoint.",
     )
-    return spent.copy()
+    charges: Array = spent.copy()
+    return charges

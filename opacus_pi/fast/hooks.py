@@ -1,6 +1,6 @@
 """What ``make_private`` makes of a model in fast mode: Opacus's interface, a book."""
 
-from typing import Any
+from typing import Any, cast
 
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
@@ -33,7 +33,7 @@ class FastHooks(AbstractGradSampleHooks):
         if hasattr(m, "autograd_grad_sample_hooks"):
             raise ValueError("Trying to add hooks twice to the same model")
         self.book = Book()
-        m.autograd_grad_sample_hooks = self.book.attach(m)
+        cast(Any, m).autograd_grad_sample_hooks = self.book.attach(m)
 
     def set_grad_sample_to_none(self) -> None:
         """Forget the batches whose backward pass was made."""
@@ -50,7 +50,7 @@ class FastHooks(AbstractGradSampleHooks):
 
     def remove_hooks(self) -> None:
         """Listen no longer."""
-        for handle in vars(self._module).pop("autograd_grad_sample_hooks", []):
+        for handle in self._module.__dict__.pop("autograd_grad_sample_hooks", []):
             handle.remove()
         self.book.detach()
 

@@ -54,7 +54,7 @@ class _NotFormed(Sequence[Tensor]):
 def _from_book(base: type) -> type:
     """An optimizer that clips without per-example gradients."""
 
-    class Fast(base):  # type: ignore[misc]
+    class Fast(base):
         _pi_hooks: FastHooks
         per_sample_gradient_norms: Tensor
         batch_sizes: list[int]
@@ -90,7 +90,9 @@ def _from_book(base: type) -> type:
             factors = scale * clip_factors(norms, self.max_grad_norm)
             for p, gradients in found.items():
                 grad = gradients.weighted(factors).view(p.shape).to(p.dtype)
-                p.summed_grad = grad if p.summed_grad is None else p.summed_grad + grad
+                weight: Any = p  # to which Opacus added an attribute
+                before = weight.summed_grad
+                weight.summed_grad = grad if before is None else before + grad
             batch.release()
             return norms
 

@@ -92,4 +92,5 @@ def prepare_model(
         )
         return module
     made = FastGradSampleModule if wrap_model else FastHooks
-    return made(module, loss_reduction=loss_reduction)
+    prepared: FastHooks = made(module, loss_reduction=loss_reduction)
+    return prepared

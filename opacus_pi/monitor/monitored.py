@@ -95,9 +95,8 @@ def monitor(
         )
 
     data_set = data_loader.dataset
-    measure(
-        Subset(data_set, range(min(2, size_of(data_set))))
-    )  # refuses what it cannot
+    size = size_of(data_set)
+    measure(Subset(data_set, range(min(2, size))))  # refuses what it cannot
     loader = data_loader
     if poisson_sampling:
         loader = DPDataLoader.from_data_loader(
@@ -107,7 +106,7 @@ def monitor(
         )
     draws = draws_of(loader)
     recorder.begin(
-        num_examples=size_of(data_set),
+        num_examples=size,
         sample_rate=draws.sample_rate,
         sampling=draws.sampling,
         data_set=fingerprint(data_set),
@@ -115,12 +114,7 @@ def monitor(
         weights=module.state_dict,
         processes=processes,
     )
-    reasons = [
-        unknown_schedule(loader) if draws.sampling == "fixed" else None,
-        overlapping(loader, processes.size) if processes else None,
-    ]
-    for reason in filter(None, reasons):
-        recorder.refuse(reason)
+    _refuse_schedule(recorder, loader, processes)
     noise = NoisyStep(
         noise_std, draws.mean_batch_size, recorder, tracker, noise_generator
     )
@@ -128,6 +122,18 @@ def monitor(
     if noise_std > 0:
         watch(loader, tracker)
     return module, optimizer, loader
+
+
+def _refuse_schedule(
+    recorder: Recorder, loader: DataLoader[Any], processes: Processes | None
+) -> None:
+    """Go on without a ledger if it is not known how often an example is drawn."""
+    reasons = [
+        unknown_schedule(loader) if draws_of(loader).sampling == "fixed" else None,
+        overlapping(loader, processes.size) if processes else None,
+    ]
+    for reason in filter(None, reasons):
+        recorder.refuse(reason)
 
 
 def _hang_hooks(

@@ -1,0 +1,81 @@
+"""Files and functions stay small, and no function's body is there twice."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# lines of a file, lines of a function; tests are tables of cases and may be longer
+LIMITS = {"opacus_pi": (400, 50), "benchmarks": (400, 50), "tests": (800, 80)}
+FILES = {room: sorted((ROOT / room).rglob("*.py")) for room in LIMITS}
+SHORTEST_COPY = 3  # lines from which two equal bodies are a copy
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def functions(node):
+    """All functions under a node, nested ones too."""
+    return [n for n in ast.walk(node) if isinstance(n, Function)]
+
+
+def body_of(function):
+    """The statements after the docstring."""
+    has_docstring = ast.get_docstring(function, clean=False) is not None
+    return function.body[1:] if has_docstring else function.body
+
+
+def own_lines(function):
+    """Lines of code: without the docstring, and without functions of their own."""
+    lines = set(range(function.lineno, function.end_lineno + 1))
+    if ast.get_docstring(function, clean=False) is not None:
+        docstring = function.body[0]
+        lines -= set(range(docstring.lineno, docstring.end_lineno + 1))
+    for inner in functions(function):
+        if inner is not function:
+            lines -= set(range(inner.lineno, inner.end_lineno + 1))
+    return len(lines)
+
+
+def too_long(text, limit_file, limit_function):
+    """What exceeds the limits in one file."""
+    found = {"file": text.count("\n")} if text.count("\n") > limit_file else {}
+    sizes = {f.name: own_lines(f) for f in functions(ast.parse(text))}
+    return found | {name: n for name, n in sizes.items() if n > limit_function}
+
+
+def copies(texts):
+    """Places of functions whose bodies are equal up to comments and layout."""
+    places = defaultdict(list)
+    for name, text in texts.items():
+        for function in functions(ast.parse(text)):
+            code = "\n".join(ast.unparse(part) for part in body_of(function))
+            if code.count("\n") + 1 >= SHORTEST_COPY:
+                places[code].append(f"{name}: {function.name}")
+    return [found for found in places.values() if len(found) > 1]
+
+
+def texts(room):
+    return {str(p.relative_to(ROOT)): p.read_text("utf-8") for p in FILES[room]}
+
+
+@pytest.mark.parametrize("room", LIMITS)
+def test_files_and_functions_are_small(room):
+    found = {name: too_long(text, *LIMITS[room]) for name, text in texts(room).items()}
+    assert {name: sizes for name, sizes in found.items() if sizes} == {}
+
+
+@pytest.mark.parametrize("room", ["opacus_pi", "benchmarks"])
+def test_no_body_is_there_twice(room):
+    assert copies(texts(room)) == []
+
+
+def test_the_checks_can_fail():
+    body = "\n".join(f"    x = {i}" for i in range(9))
+    one = f'def f(x):\n    """Sum."""\n{body}\n    return x\n'
+    other = f"def g(x):\n    # a comment\n{body}\n\n    return x\n"
+    assert too_long(one, 400, 10) == {"f": 11}
+    assert too_long(one, 11, 50) == {"file": 12}
+    assert copies({"a": one, "b": other}) == [["a: f", "b: g"]]
+    assert copies({"a": one, "b": one.replace("8", "9")}) == []
