@@ -31,6 +31,7 @@ from opacus_pi.gradients.registry import register_gradient_rule, register_norm_r
 
 _SMALL_WEIGHT = 1 << 16  # below, one grouped call beats one call per example
 _FEW_CHANNELS = 3  # up to these, unfolding beats the library's kernels
+_KEPT = 4  # times the memory of input and output gradient
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def conv_gradients(
     """Gradients of weight and bias; arguments as above.
 
     Those of the weight are formed where they take less memory than what they follow
-    from; by the count of operations that is also where forming them is cheapest.
+    from, which by the count of operations is also where forming them is cheapest, and
+    kept where the norm's route forms them anyway and they take not much more.
     """
     if x.dim() != 2 + len(module.kernel_size):
         return None
@@ -102,14 +104,15 @@ def conv_gradients(
 def _weight_gradients(x: Tensor, window: Window, grad: Tensor) -> Gradients:
     """Gradients of the weight."""
     size = grad.shape[1] * (x.shape[1] // window.groups) * math.prod(window.kernel)
-    form = partial(per_example_weights, window, x, grad)
-    if size < x[0].numel() + grad[0].numel():
+    form, route = partial(per_example_weights, window, x, grad), _route(window, x, grad)
+    needed = x[0].numel() + grad[0].numel()
+    if size < needed or (route in _FORMING and size < _KEPT * needed):
         return Formed(form())
 
     def weighted(factors: Tensor) -> Tensor:
         return weight_gradient(window, x, scaled(grad, factors), window.groups)
 
-    return Implied(_route(window, x, grad)(window, x, grad), weighted, form)
+    return Implied(route(window, x, grad), weighted, form)
 
 
 def window_of(module: Any, x: Tensor) -> tuple[Tensor, Window]:
@@ -240,16 +243,27 @@ def _looped(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     return torch.cat([squared_lengths(w) for w in _looped_weights(window, x, grad)])
 
 
+_FORMING = (_grouped, _looped)
+
+
 def _grouped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
-    """Each example's weight gradient, flat, by blocks of rows."""
+    """Each example's weight gradient, flat, by blocks of rows.
+
+    All blocks have one size, the last one overlapping the one before, because the
+    library compiles a kernel for every size that it meets.
+    """
     num_out, patch = (
         grad.shape[1],
         x.shape[1] // window.groups * math.prod(window.kernel),
     )
+    done = 0
     for i in blocks(x, row_size=num_out * patch):
-        rows = len(x[i])
-        a, g = (v[i].reshape(1, -1, *v.shape[2:]) for v in (x, grad))
-        yield weight_gradient(window, a, g, rows * window.groups).view(rows, -1)
+        rows = min(i.stop - i.start, len(x))
+        start = min(i.start, len(x) - rows)
+        a, g = (v[start : start + rows].reshape(1, -1, *v.shape[2:]) for v in (x, grad))
+        weight = weight_gradient(window, a, g, rows * window.groups).view(rows, -1)
+        yield weight[done - start :]
+        done = start + rows
 
 
 def _looped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:

@@ -137,7 +137,7 @@ class Book:
             return
         for place, leaf in floating(outputs).items():
             if leaf.requires_grad:
-                leaf.register_hook(partial(_keep, batch.calls[-1].cotangents, place))
+                leaf.register_hook(partial(self._arrive, batch, batch.calls[-1], place))
 
     def _close(self) -> None:
         """Listen to the forward pass no longer."""
@@ -148,6 +148,11 @@ class Book:
             listener.thaw()
         if self._bare is not None:
             self._bare.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _arrive(self, batch: Batch, call: WholeCall, place: int, grad: Tensor) -> None:
+        """A gradient reached an output of the model."""
+        self._reach(batch)
+        call.cotangents[place] = grad
 
     def _touched(self, parameter: Tensor) -> None:
         """A gradient reached a parameter by a way that is not listened to."""
@@ -234,11 +239,6 @@ class Book:
         self.batches.append(batch)
         if len(self.batches) > 1 and not self.may_accumulate:
             raise ValueError(_ACCUMULATED)
-
-
-def _keep(cotangents: dict[int, Tensor], place: int, grad: Tensor) -> None:
-    """Note what arrived at an output."""
-    cotangents[place] = grad
 
 
 def _widened(call: Call) -> Call:

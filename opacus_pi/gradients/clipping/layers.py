@@ -114,8 +114,8 @@ class LayerListener:
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Thaw the layer and tap its output."""
         parameters, book, rule = self.thaw(), self._book, self._rule
-        if not parameters or book is None or rule is None:
-            return None
+        if output is None or not parameters or book is None or rule is None:
+            return None  # the layer has failed, or is none of this pass
         if not (book.wants(output) and output.is_floating_point()):
             book.miss(parameters)
             return None
