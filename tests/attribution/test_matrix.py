@@ -90,6 +90,11 @@ def test_workers(loop, options):
     check(loop, evidence=evidence, num_workers=2, **options)
 
 
+@pytest.mark.parametrize("loop", [s.skip_some, s.peek])
+def test_workers_and_batches_left_out(loop):
+    check(loop, evidence="by_storage", num_workers=2, **FIXED)
+
+
 def test_a_worker_that_fails():
     for workers in (0, 2):
         check(
