@@ -30,6 +30,7 @@ setup(
     extras_require={
         "benchmarks": ["joblib>=1.4", "optuna>=4"],
         "docs": DOCS,
+        "lightning": ["lightning>=2.6"],
         "search": ["optuna>=4"],
         "test": [
             "pytest>=8",
@@ -44,6 +45,9 @@ setup(
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",
+            "lightning>=2.6",
+            "peft>=0.18",
+            "transformers>=5",
         ],
     },
     entry_points={"console_scripts": ["opacus-pi=opacus_pi.cli:main"]},

@@ -73,7 +73,8 @@ def main() -> None:
     forget = top_k(engine.privacy_losses(order=8), 10)
     unlearner = Unlearner(engine, criterion=CRITERION, method=FineTune())
     print(unlearner.plan(forget))
-    print(unlearner.unlearn(data_set, forget, num_epochs=2).guarantee)
+    result = unlearner.unlearn(data_set, forget, num_epochs=2)
+    print(f"{result.guarantee.kind} guarantee for {result.guarantee.method}")
 
     monitored = PrivacyEngine(accountant="rdp")
     model = fit(

@@ -35,12 +35,12 @@ def main() -> None:
     hooks, optimizer, loader = engine.make_private(
         module=model,
         optimizer=torch.optim.AdamW(trained, lr=1e-2),
-        data_loader=DataLoader(data_set, batch_size=32),
-        noise_multiplier=0.8,
-        max_grad_norm=1.0,
+        data_loader=DataLoader(data_set, batch_size=128),
+        noise_multiplier=0.7,
+        max_grad_norm=2.0,
         wrap_model=False,
     )
-    for _ in range(8):
+    for _ in range(12):
         for batch in loader:
             optimizer.zero_grad()
             model(**batch).loss.backward()
@@ -50,7 +50,8 @@ def main() -> None:
     weights, of_all = sum(p.numel() for p in trained), model.num_parameters()
     epsilons = engine.epsilons(delta=DELTA)
     print(f"{weights} of {of_all} weights are trained")
-    print(f"training accuracy {accuracy(predict(model, data_set, CRITERION).correct)}")
+    correct = predict(model, data_set, CRITERION).correct
+    print(f"training accuracy {accuracy(correct):.2f}")
     print(f"epsilon of everybody {engine.get_epsilon(delta=DELTA):.2f}")
     print(f"epsilon of each, estimated: {epsilons.min():.2f} to {epsilons.max():.2f}")
     print(f"rows attributed: {engine.attribution}")
@@ -58,11 +59,11 @@ def main() -> None:
     forget = top_k(engine.privacy_losses(order=8), 10)
     unlearner = Unlearner(engine, criterion=CRITERION, method=FineTune())
     print(unlearner.plan(forget))
-    result = unlearner.unlearn(data_set, forget, num_epochs=3, batch_size=32)
+    result = unlearner.unlearn(data_set, forget, num_epochs=1, batch_size=128)
     after = dict(result.model.named_parameters())
     untouched = all(torch.equal(after[name], p) for name, p in frozen.items())
     print(f"the base is untouched: {untouched}")
-    print(result.guarantee)
+    print(f"{result.guarantee.kind} guarantee for {result.guarantee.method}")
 
 
 if __name__ == "__main__":
