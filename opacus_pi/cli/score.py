@@ -17,8 +17,8 @@ HELP = "losses and epsilons of all examples, and who is hardest"
 DESCRIPTION = """\
 Rényi privacy loss and (ε, δ) of every example, from the ledger that training left.
 Losses of single examples are estimates; the bound for anybody is a bound. Higher loss:
-the example changed the model more, and is harder to forget. Without noise of its own
-(--sigma), a training has a ranking and no ε.
+the example changed the model more, and is expected to be harder to forget. Without
+noise of its own (--sigma), a training has a ranking and no ε.
 
 The output says which examples are unusual: guard it like the data."""
 EXAMPLES = """\

@@ -101,7 +101,7 @@ def strata(facts: Facts) -> str:
     rows = [[row[name] for name in names] for row in facts["strata"]]
     words = (
         "Cut from the ranking by loss: the easiest, those around each quartile, and "
-        "the hardest. The harder the set, the longer forgetting takes."
+        "the hardest. A harder set is expected to take longer to forget."
     )
     shown = table("Strata of difficulty", header, rows)
     return section("Strata", paragraph(words, class_="note"), shown)
@@ -122,6 +122,7 @@ def unlearning(facts: Facts, drawn: Mapping[str, str]) -> str:
     settings = {
         name.replace("_", " "): _setting(value)
         for name, value in run["settings"].items()
+        if value is not None
     }
     parts = [facts_list(named), facts_list(settings)]
     if run["metrics"]:
