@@ -20,7 +20,7 @@ from benchmarks.overhead.timing import interleaved
 from opacus_pi import evaluation
 
 BAR = 0.4
-ROUNDS = 7
+ROUNDS = 5
 SIZES = {"forget": 1000, "retain": 2000, "test": 2000}
 SHAPE = (1, 28, 28)
 

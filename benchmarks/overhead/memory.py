@@ -36,7 +36,7 @@ def _peak(case: str, name: str) -> float | str:
         for _ in range(2):
             task()
     except Exception as error:  # a peer fails in its own ways
-        return f"{type(error).__name__}"
+        return type(error).__name__
     return resident("VmHWM") - before
 
 

@@ -124,7 +124,9 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
     for case, result in found.items():
         mine, *_ = peers = _by_name(result["contenders"])
         shown = [f"{name} {row['cpu']['ratio']:.2f}" for name, row in peers[1:]]
-        shown += [f"{name}: {why}" for name, why in result["left_out"].items()]
+        shown += [
+            f"not {name}: {_why(why)}" for name, why in result["left_out"].items()
+        ]
         yield Row(f"norm sweep, {SHOWN[case]}", BARS[case], mine[1], "; ".join(shown))
     if "resnet18" in found:
         contenders = found["resnet18"]["contenders"]
@@ -137,6 +139,13 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
             if name not in ("plain", "limit", "ours")
         )
         yield Row("35 sweeps over 150 epochs (ResNet-18)", 0.235, share["ours"], others)
+
+
+def _why(error: str) -> str:
+    """Why a peer is not listed, in few words; the file has its own."""
+    if error.startswith(("ImportError", "ModuleNotFoundError")):
+        return "not installed"
+    return error if error.startswith("its norms") else "layers it does not know"
 
 
 def _by_name(contenders: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
