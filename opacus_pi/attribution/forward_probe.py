@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
 from torch import Tensor, is_grad_enabled, nn
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from opacus_pi.attribution.batch_rows import tensors_in
 from opacus_pi.attribution.tracker import Tracker
@@ -33,10 +33,10 @@ class ForwardProbe:
     ) -> None:
         """The hook: ``nn.Module.register_forward_hook(..., with_kwargs=True)``."""
         tracker = self._tracker()
-        in_training = module.training and is_grad_enabled()
-        # within vmap and grad tensors have no storage, and no backward pass will come
-        if tracker is None or not in_training or peek_interpreter_stack() is not None:
+        if tracker is None or not (module.training and is_grad_enabled()):
             return
+        if any(map(is_functorch_wrapped_tensor, tensors_in((args, kwargs, out)))):
+            return  # within vmap or grad: no storage, and no backward pass will come
         forward = tracker.bind((args, kwargs))
         told, model = weakref.ref(tracker), self._model
 
