@@ -153,7 +153,7 @@ def _batches(
         loader,
         desc="gradient norms",
         delay=_SECONDS_BEFORE_BAR,
-        disable=not progress,
+        disable=None if progress else True,  # None: on a terminal only
         leave=False,
     ):
         yield to_device(inputs_and_targets(batch), device)
