@@ -24,6 +24,7 @@ from opacus_pi.class_swap import swap_class
 from opacus_pi.dp_filtering import FilterGate
 from opacus_pi.fast import FastHooks
 from opacus_pi.grad_sample import joint_norms, row_norms
+from opacus_pi.outside_changes import OutsideChanges
 from opacus_pi.recorder import Recorder
 
 _STALE_NORMS = (
@@ -68,6 +69,7 @@ class PrivateRun:
         sample_rate: The rate that Opacus's accountant is told.
         loader: The loader, while the run is being prepared.
         superseded: Whether the engine has prepared another run since.
+        outside: What watches for changes that are not the engine's.
     """
 
     recorder: Recorder
@@ -77,6 +79,7 @@ class PrivateRun:
     sample_rate: float = 0.0
     loader: DataLoader[Any] | None = None
     superseded: bool = False
+    outside: OutsideChanges | None = None
     entered: list[np.ndarray | list[int]] = field(default_factory=list)
     batch_norms: list[nn.Module] = field(init=False)
     gate: FilterGate | None = field(init=False, default=None)
@@ -124,6 +127,8 @@ class PrivateRun:
     def drawn(self, optimizer: DPOptimizer) -> None:
         """The noise of an update was drawn; its settings may change before it ends."""
         self.commit()
+        if self.outside is not None and not self.superseded:
+            self.outside.noised()
         self._update = {
             "noise_std": noise_std_of(optimizer),
             "max_grad_norm": float(optimizer.max_grad_norm),
@@ -137,6 +142,8 @@ class PrivateRun:
         update, self._update = self._update, None
         if update is None:
             return
+        if self.outside is not None:
+            self.outside.updated()
         entered, self.entered = self.entered, []
         for reason in self._reasons(entered):
             self.recorder.refuse(reason)
@@ -186,6 +193,8 @@ def record(optimizer: DPOptimizer, run: PrivateRun) -> DPOptimizer:
     else:
         swap_class(optimizer, _from_grad_samples)
     optimizer._pi_run = run
+    if run.outside is not None:
+        run.outside.follow(optimizer, run.hooks._module)
     return optimizer
 
 

@@ -1,5 +1,6 @@
 """What a recording engine can be asked after, or during, training."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,21 @@ class EngineReadings(Engine):
         if mechanism.sampling == "poisson" and counted == mechanism.num_steps:
             values = np.minimum(values, max(0.0, self.get_epsilon(delta)))
         return values
+
+    def get_epsilon(self, delta: float) -> float:
+        """Opacus's number, which assumes Poisson sampling; warns where it was not done.
+
+        Args:
+            delta: Failure probability, in (0, 1).
+        """
+        if self.recorder.sampling == "fixed" and self._is_private:
+            warnings.warn(
+                "get_epsilon is Opacus's number, and assumes Poisson sampling. This "
+                "loader draws otherwise (poisson_sampling=False), so it is no bound. "
+                "engine.epsilons accounts for the sampling that was done.",
+                stacklevel=2,
+            )
+        return super().get_epsilon(delta)  # type: ignore[misc,no-any-return]
 
     def _whole_ledger(self) -> GradNormLedger:
         """The ledger, if it holds every update that was made or counted."""

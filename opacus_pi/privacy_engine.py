@@ -60,6 +60,7 @@ from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.shared_sweep import shared_sweep
 from opacus_pi.loader_position import follow_memory_manager
 from opacus_pi.monitor import monitor
+from opacus_pi.outside_changes import OutsideChanges
 from opacus_pi.processes import Processes
 from opacus_pi.recorder import Recorder
 from opacus_pi.run_state import RunState
@@ -326,6 +327,8 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
             refusals.overlapping(loader, processes.size) if processes else None,
         ]
         self._reasons += [reason for reason in reasons if reason]
+        if not distributed:
+            run.outside = OutsideChanges(loader, recorder.refuse)
         self._adopt(run.tracker, module, weakref.ref(run), earlier_steps)
         if isinstance(self.accountant, PerInstanceAccountant):
             self.accountant.follow(recorder)

@@ -76,6 +76,34 @@ def is_poisson(loader: DataLoader[Any]) -> bool:
     )
 
 
+def schedule_of(loader: DataLoader[Any]) -> tuple[Any, ...]:
+    """What says how often a loader draws an example; the same as long as it does.
+
+    Args:
+        loader: That is trained from.
+    """
+    batches = loader.batch_sampler
+    return len(loader), *(
+        getattr(batches, n, None) for n in ("sample_rate", "batch_size")
+    )
+
+
+def changed_schedule(before: tuple[Any, ...], loader: DataLoader[Any]) -> str | None:
+    """A loader that draws otherwise than when it was prepared.
+
+    Args:
+        before: What ``schedule_of`` said then.
+        loader: The loader.
+    """
+    if schedule_of(loader) == before:
+        return None
+    return (
+        "The loader's batch size, sample rate or length changed after make_private, "
+        "and the accountant counts with the old one. Make a new loader, and call "
+        "make_private with it."
+    )
+
+
 def overlapping(loader: DataLoader[Any], num_processes: int) -> str | None:
     """A loader from which several processes may draw an example for one update.
 

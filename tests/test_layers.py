@@ -29,6 +29,7 @@ LAYER = {
     "class_swap": 3,
     "engine_readings": 3,
     "refusals": 3,
+    "outside_changes": 3,
     "compatible": 3,
     "lightning": 3,
     "loader_position": 3,

@@ -72,6 +72,11 @@ class Recorder(RecorderOptions):
         return self._run.num_steps if self._run else 0
 
     @property
+    def sampling(self) -> str:
+        """How the run draws its batches; empty before it begins."""
+        return self._run.sampling if self._run else ""
+
+    @property
     def ledger(self) -> GradNormLedger:
         """The record up to now; training may go on.
 
