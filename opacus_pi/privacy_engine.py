@@ -354,6 +354,11 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     adaptive clipping the noisy count of clipped examples, which is released besides the
     gradient, is not part of the per-example values.
 
+    ``make_private(grad_sample_mode="fast")`` makes the updates of ``"hooks"``, to
+    rounding, from one backward pass and without per-example gradients. The loop and
+    what is returned stay the same; until ``optimizer.step()`` it keeps each layer's
+    input and output gradient, of one physical batch. Flat clipping in one process only.
+
     Under ``torch.distributed`` (``DistributedDataParallel``, Opacus's
     ``DifferentiallyPrivateDistributedDataParallel``, FSDP2 with ``ghost_fsdp``) every
     process has the same ledger: rows are merged, and sweeps shared, when a row is

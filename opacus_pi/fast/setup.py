@@ -1,6 +1,6 @@
 """What ``grad_sample_mode="fast"`` needs of ``make_private``, and how it prepares."""
 
-from typing import Any
+from typing import Any, cast
 
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.privacy_engine import DDP, DPDDP, FSDPModule, PrivacyEngine
@@ -90,7 +90,7 @@ def prepare_model(
             f"to be prepared for this call, with loss_reduction={loss_reduction!r}",
             "Pass the vanilla module, module.to_standard_module().",
         )
-        return module
+        return cast(FastHooks, module)
     made = FastGradSampleModule if wrap_model else FastHooks
     prepared: FastHooks = made(module, loss_reduction=loss_reduction)
     return prepared

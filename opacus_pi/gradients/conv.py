@@ -273,6 +273,13 @@ def _looped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]
         yield weight_gradient(window, a, g, window.groups).view(1, -1)
 
 
+def _unfolded_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
+    """The same, from explicit patches."""
+    patch, positions = x.shape[1] * math.prod(window.kernel), grad[0, 0].numel()
+    for i in blocks(x, row_size=patch * positions):
+        yield (grad[i].flatten(2) @ patches(window, x[i]).mT).flatten(1)
+
+
 def per_example_weights(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     """Each example's weight gradient, flat: ``(b, num_out * patch)``.
 
@@ -281,14 +288,18 @@ def per_example_weights(window: Window, x: Tensor, grad: Tensor) -> Tensor:
         x: The layer's padded input, both from :func:`window_of`.
         grad: The gradient at its output.
     """
-    unfolds = x.is_cuda or window.is_point or x.shape[1] <= _FEW_CHANNELS
-    if window.groups == 1 and unfolds:
-        unfolded = patches(window, x)
-        return (grad.flatten(2) @ unfolded.mT).flatten(1)
     patch = x.shape[1] // window.groups * math.prod(window.kernel)
-    is_small = patch * grad.shape[1] <= _SMALL_WEIGHT
-    by_block = _grouped_weights if is_small else _looped_weights
-    return torch.cat(list(by_block(window, x, grad)))
+    unfolds = x.is_cuda or window.is_point or x.shape[1] <= _FEW_CHANNELS
+    by_block = _looped_weights
+    if window.groups == 1 and unfolds:
+        by_block = _unfolded_weights
+    elif patch * grad.shape[1] <= _SMALL_WEIGHT:
+        by_block = _grouped_weights
+    found, done = x.new_empty(len(x), patch * grad.shape[1]), 0
+    for weights in by_block(window, x, grad):  # at once: the blocks share memory
+        found[done : done + len(weights)] = weights
+        done += len(weights)
+    return found
 
 
 def weight_gradient(window: Window, x: Tensor, grad: Tensor, groups: int) -> Tensor:

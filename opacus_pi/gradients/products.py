@@ -16,7 +16,10 @@ def squared_lengths(values: Tensor) -> Tensor:
     if flat.shape[1] <= _SHORT_ROW:
         lengths: Tensor = torch.linalg.vector_norm(flat, dim=1)
         return lengths.double().square()
-    return flat.square().sum(1).double()
+    whole = flat.shape[1] - flat.shape[1] % _SHORT_ROW
+    pieces = flat[:, :whole].unflatten(1, (-1, _SHORT_ROW))
+    squares = torch.linalg.vector_norm(pieces, dim=2).double().square().sum(1)
+    return squares + squared_lengths(flat[:, whole:])
 
 
 def blocks(values: Tensor, row_size: int) -> Iterator[slice]:

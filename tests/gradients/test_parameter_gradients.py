@@ -1,0 +1,115 @@
+"""Gradient rules: squares, weighted sums and formed gradients, against autograd."""
+
+import pytest
+import torch
+from torch import nn
+
+from opacus_pi.gradients import conv, products
+from opacus_pi.gradients.parameter_gradients import Formed, Implied, summed
+from opacus_pi.gradients.registry import gradient_rule, register_gradient_rule
+from tests.gradients.test_routes import CONVOLUTIONS
+
+B = 7
+
+
+def image(layer, sizes):
+    return torch.randn(B, layer.in_channels, *sizes)
+
+
+LAYERS = {
+    **{
+        name: (layer, lambda layer=layer, sizes=sizes: image(layer, sizes))
+        for name, (layer, sizes) in CONVOLUTIONS.items()
+    },
+    "few-channels": (nn.Conv2d(2, 5, 3, stride=2), lambda: torch.randn(B, 2, 9, 7)),
+    "reflected": (
+        nn.Conv1d(3, 5, 3, padding=1, padding_mode="reflect"),
+        lambda: torch.randn(B, 3, 6),
+    ),
+    "linear": (nn.Linear(6, 5), lambda: torch.randn(B, 6)),
+    "linear-short": (nn.Linear(6, 5), lambda: torch.randn(B, 2, 6)),
+    "linear-long": (nn.Linear(6, 5), lambda: torch.randn(B, 4, 3, 6)),
+    "embedding": (nn.Embedding(6, 4, padding_idx=2), lambda: torch.randint(6, (B, 5))),
+    "embedding-single": (nn.Embedding(6, 4), lambda: torch.randint(6, (B,))),
+    "group-norm": (nn.GroupNorm(2, 6), lambda: torch.randn(B, 6, 4)),
+    "layer-norm": (nn.LayerNorm([2, 3]), lambda: torch.randn(B, 4, 2, 3)),
+    "rms-norm": (nn.RMSNorm(3), lambda: torch.randn(B, 4, 3)),
+    "instance-norm": (nn.InstanceNorm1d(3, affine=True), lambda: torch.randn(B, 3, 4)),
+}
+
+
+def explicit(layer, x, grad):
+    """Each example's gradients, one backward pass each."""
+    names = [name for name, _ in layer.named_parameters()]
+    found = {name: [] for name in names}
+    for i in range(B):
+        loss = (layer(x[i : i + 1]) * grad[i : i + 1]).sum()
+        for name, g in zip(
+            names, torch.autograd.grad(loss, list(layer.parameters())), strict=True
+        ):
+            found[name].append(g.flatten())
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+@pytest.mark.parametrize("block", [1, 1 << 9, 1 << 18])
+@pytest.mark.parametrize("kept", [0, 1000])
+@pytest.mark.parametrize("name", LAYERS)
+def test_rules(name, kept, block, monkeypatch):
+    monkeypatch.setattr(products, "_CPU_BLOCK", block)
+    monkeypatch.setattr(conv, "_KEPT", kept)
+    torch.manual_seed(0)
+    layer, inputs = LAYERS[name]
+    layer, x = layer.double(), inputs()
+    x = x.double() if x.is_floating_point() else x
+    grad, factors = torch.randn_like(layer(x)), torch.rand(B).double()
+    truth = explicit(layer, x, grad)
+    found = gradient_rule(layer)(layer, x, grad, list(truth))
+    assert set(found) == set(truth)
+    for parameter, rows in truth.items():
+        gradients = found[parameter]
+        parts = {
+            "squares": (gradients.squares, rows.square().sum(1)),
+            "weighted": (gradients.weighted(factors).flatten(), factors @ rows),
+            "form": (gradients.form().flatten(1), rows),
+        }
+        for part, (mine, true) in parts.items():
+            torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-12, msg=part)
+
+
+@pytest.mark.parametrize("channels, size, kind", [(4, 8, Formed), (64, 2, Implied)])
+def test_what_is_smaller_is_kept(channels, size, kind):
+    layer = nn.Conv2d(channels, channels, 3, padding=1)
+    x, grad = torch.randn(2, B, channels, size, size)
+    found = gradient_rule(layer)(layer, x, grad, ["weight"])
+    assert isinstance(found["weight"], kind)
+
+
+def test_several_uses_add_up_before_their_squares():
+    parts = [Formed(torch.randn(B, 2, 3).double()) for _ in range(3)]
+    total = summed(parts)
+    rows = sum(part.values for part in parts).flatten(1)
+    torch.testing.assert_close(total.squares, rows.square().sum(1))
+    assert summed(parts[:1]) is parts[0]
+
+
+def test_users_rules_serve_layers_that_keep_forward():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.factor * x
+
+    @register_gradient_rule(Scale)
+    def scale(module, x, grad, names):
+        return {"factor": Formed((x * grad).flatten(1).sum(1))}
+
+    class Other(Scale):
+        def forward(self, x):
+            return 2 * self.factor * x
+
+    assert gradient_rule(Scale()) is scale and gradient_rule(Other()) is None
+    found = scale(Scale(), torch.ones(B, 3), torch.ones(B, 3), ["factor"])["factor"]
+    assert found.squares.tolist() == [9.0] * B
+    assert found.weighted(torch.ones(B)).tolist() == [3.0 * B]
