@@ -36,4 +36,4 @@ def test_example(name):
     assert accuracy > 0.7 and float(low) < float(high)
     rest = "'by_content': 0, 'by_latest': 0, 'unattributed': 0"
     assert re.search(r"'by_storage': [1-9]\d*, " + rest, ran.stdout)
-    assert "Forget 10 examples" in ran.stdout and "guarantee for" in ran.stdout
+    assert "Examples to forget: 10," in ran.stdout and "guarantee for" in ran.stdout

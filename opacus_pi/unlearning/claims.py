@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from opacus_pi.accounting import GradNormLedger, privacy_losses
+from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
 from opacus_pi.accounting.ledger import columns_of
 from opacus_pi.unlearning.methods import Method
@@ -15,7 +16,7 @@ from opacus_pi.unlearning.stopping import StopWhen
 
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 
-_ORDERS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0)
+_ORDERS = DEFAULT_ORDERS[::3]
 
 
 def runs_in(ledger: Ledgers | None) -> tuple[GradNormLedger, ...]:

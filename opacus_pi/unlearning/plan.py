@@ -83,7 +83,7 @@ class Plan:
         ranking = " (assumed noise: a ranking only)" if self.ranking_only else ""
         steps = "unknown" if self.predicted_steps is None else self.predicted_steps
         return (
-            f"Forget {len(self.forget)} examples, keep {self.num_retain}.\n"
+            f"Examples to forget: {len(self.forget)}, to keep: {self.num_retain}.\n"
             f"Mean privacy loss {self.mean_loss:.4g} at order {self.order:g}, "
             f"percentile {self.percentile:.1f}{ranking}.\n"
             f"Steps: {steps} ({self.prediction}); an epoch is "

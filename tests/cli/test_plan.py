@@ -58,7 +58,7 @@ def test_kind_of_guarantee(answer):
 
 def test_text_and_file(run, tmp_path):
     code, out, err = run(*PLAN, "3", "--out", tmp_path / "plan.json")
-    assert (code, err) == (0, "") and "Forget 1 examples, keep 119" in out
+    assert (code, err) == (0, "") and "Examples to forget: 1, to keep: 119" in out
     assert json.loads((tmp_path / "plan.json").read_text())["num_forget"] == 1
 
 

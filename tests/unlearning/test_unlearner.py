@@ -496,5 +496,6 @@ def test_several_runs_of_one_training():
     runs = [ledger_of(data(), seed=s) for s in (0, 1)]
     mine = unlearner(ledger=runs)
     claim = mine.unlearn(data(), [6], 0).guarantee
-    assert claim.divergences[3] == pytest.approx(privacy_losses(runs, 4.0)[6])
+    for order, found in zip(claim.orders[::9], claim.divergences[::9], strict=True):
+        assert found == pytest.approx(privacy_losses(runs, order)[6])
     assert copy.deepcopy(mine.plan([6])).guarantee.kind == "estimate"
