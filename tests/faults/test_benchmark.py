@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 TINY = main_job.Settings(
     "digits",
     num_train=0,
-    recipe=Recipe("mlp", 2, 32, 0.1, noise_std=0.15),
+    recipe=Recipe("mlp", 4, 8, 0.1, noise_std=0.15),
     stratum_size=8,
     unlearn_epochs=2,
     num_oracles=2,
