@@ -17,7 +17,6 @@ class Row:
         measured: A number, or what ``timing.spread`` found by clock.
         beside: Peers, and what else belongs to it.
         form: How numbers are written.
-        least: The least it may be; ``None``: nothing.
     """
 
     path: str
@@ -25,7 +24,6 @@ class Row:
     measured: float | dict[str, Any]
     beside: str = ""
     form: str = ".3f"
-    least: float | None = None
 
     @property
     def value(self) -> float:
@@ -37,8 +35,6 @@ class Row:
     @property
     def verdict(self) -> str:
         """Whether the bar holds, or by how much it is missed."""
-        if self.least is not None and self.value < self.least:
-            return f"missed: below {self.least:g}"
         if self.value <= self.bar:
             return "holds"
         over = 100 * (self.value / self.bar - 1)

@@ -1,0 +1,63 @@
+"""The overhead benchmark's table says whether each bar holds."""
+
+import json
+
+import pytest
+
+from benchmarks.overhead import __main__ as overhead
+from benchmarks.overhead.table import Row, markdown
+from benchmarks.overhead.timing import interleaved, spread
+
+
+def measured(ratio):
+    one = {"ratio": ratio, "range": [ratio - 0.1, ratio + 0.1]}
+    return {"cpu": one, "wall": one}
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict"),
+    [
+        (Row("a", 1.0, 1.0), "holds"),
+        (Row("a", 1.0, measured(0.9)), "holds"),
+        (Row("a", 1.0, measured(1.05)), "missed by 0.050 (5.0 %)"),
+        (Row("a", 1e-5, 2e-5, form=".1e"), "missed by 1.0e-05 (100.0 %)"),
+    ],
+)
+def test_verdicts(row, verdict):
+    assert row.verdict == verdict
+    assert verdict in markdown([row]).splitlines()[-1]
+
+
+def test_spread():
+    assert spread([3.0, 1.0, 2.0])["ratio"] == 2.0
+    assert spread([3.0, 1.0, 2.0])["range"] == [1.0, 3.0]
+
+
+def test_interleaving_calls_both_alike():
+    calls = []
+    found = interleaved(lambda: calls.append("a"), lambda: calls.append("b"), 2)
+    assert "".join(calls) == "abbaabba" and found["rounds"] == 2
+
+
+def test_cases_are_written_as_they_come_and_resumed(tmp_path, monkeypatch):
+    asked = []
+
+    def measure(case):
+        asked.append(case)
+        if case == "two" and len(asked) == 2:
+            raise KeyboardInterrupt
+        return {"ratio": len(asked)}
+
+    def rows(found):
+        yield from (Row(case, 2.0, float(one["ratio"])) for case, one in found.items())
+
+    section = overhead.Section(["one", "two"], measure, rows)
+    monkeypatch.setattr(overhead, "SECTIONS", {"toy": section})
+    path = tmp_path / "overhead_toy.json"
+    with pytest.raises(KeyboardInterrupt):
+        overhead.run("toy", path, resume=False)
+    assert list(json.loads(path.read_text())) == ["one"]
+    overhead.run("toy", path, resume=True)
+    assert asked == ["one", "two", "two"]
+    lines = overhead.table(tmp_path).splitlines()
+    assert len(lines) == 4 and "holds" in lines[2] and "missed by 1.000" in lines[3]
