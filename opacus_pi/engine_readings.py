@@ -114,7 +114,8 @@ class EngineReadings(Engine):
                 "engine.epsilons accounts for the sampling that was done.",
                 stacklevel=2,
             )
-        return super().get_epsilon(delta)  # type: ignore[misc,no-any-return]
+        epsilon: float = super().get_epsilon(delta)
+        return epsilon
 
     def _whole_ledger(self) -> GradNormLedger:
         """The ledger, if it holds every update that was made or counted."""

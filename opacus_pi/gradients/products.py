@@ -12,13 +12,15 @@ _SHORT_ROW = 1 << 12  # vector_norm is faster, but adds longer float32 rows naiv
 
 def squared_lengths(values: Tensor) -> Tensor:
     """Squared norm of each row, float64 ``(b,)``."""
+    lengths: Tensor
     flat = values.flatten(1)
     if flat.shape[1] <= _SHORT_ROW:
-        lengths: Tensor = torch.linalg.vector_norm(flat, dim=1)
+        lengths = torch.linalg.vector_norm(flat, dim=1)
         return lengths.double().square()
     whole = flat.shape[1] - flat.shape[1] % _SHORT_ROW
     pieces = flat[:, :whole].unflatten(1, (-1, _SHORT_ROW))
-    squares = torch.linalg.vector_norm(pieces, dim=2).double().square().sum(1)
+    lengths = torch.linalg.vector_norm(pieces, dim=2)
+    squares = lengths.double().square().sum(1)
     return squares + squared_lengths(flat[:, whole:])
 
 
