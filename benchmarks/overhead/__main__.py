@@ -49,7 +49,7 @@ SECTIONS = {
     "memory": Section(list(memory.NAMES), memory.measure, memory.rows),
     "precision": Section(list(precision.NAMES), precision.measure, precision.rows),
     "tracking": Section(tracking.CASES, tracking.measure, tracking.rows),
-    "fast": Section(steps.CASES, steps.measure, steps.rows),
+    "step": Section(steps.CASES, steps.measure, steps.rows),
     "accountant": Section(accounts.CASES, accounts.measure, accounts.rows),
     "fused": Section(["small-cnn"], fused.measure, fused.rows),
 }

@@ -17,6 +17,7 @@ def measure(case: str) -> dict[str, Any]:
 def rows(found: dict[str, Any]) -> Iterator[Row]:
     """The table's lines."""
     for case, step in found.items():
+        model, batch_size = case.rsplit("-", 1)
         spent = step["cpu"]["milliseconds"].items()
         shown = ", ".join(f"{mode} {value:.1f}" for mode, value in spent)
         beside = (
@@ -24,6 +25,6 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
             f"{step['update_relative_difference']:.0e}"
         )
         path = (
-            f'tracked step, grad_sample_mode="fast", over Opacus\'s better mode, {case}'
+            f'tracked step, mode "fast", over Opacus\'s better, {model} B={batch_size}'
         )
-        yield Row(path, fast_step.BARS[case], step, beside)
+        yield Row(path, fast_step.BARS[model], step, beside)
