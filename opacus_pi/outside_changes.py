@@ -65,12 +65,12 @@ class OutsideChanges:
             if (found := changes()) is not None:
                 found._stepping()
 
-        def loaded(*_: Any) -> None:
-            if (found := changes()) is not None:
-                found._versions = None
-
         _HANDLES[inner] = inner.register_step_pre_hook(before_step)
-        module.register_load_state_dict_post_hook(loaded)
+        module.register_load_state_dict_post_hook(_Loaded(self))
+
+    def loaded(self) -> None:
+        """The weights were loaded, which is no surprise."""
+        self._versions = None
 
     def noised(self) -> None:
         """The noise of an update was drawn; the weights are about to change."""
@@ -98,3 +98,18 @@ class OutsideChanges:
         """The optimizer within Opacus's is about to step."""
         if not self._noised:
             self._refuse(_UNNOISED)
+
+
+class _Loaded:
+    """Tells of a state dict that a module loads; copies of the module tell nobody."""
+
+    def __init__(self, changes: OutsideChanges | None = None) -> None:
+        self._changes = None if changes is None else weakref.ref(changes)
+
+    def __call__(self, *_: Any) -> None:
+        found = None if self._changes is None else self._changes()
+        if found is not None:
+            found.loaded()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Loaded, ()
