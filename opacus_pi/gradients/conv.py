@@ -31,6 +31,7 @@ from opacus_pi.gradients.registry import register_gradient_rule, register_norm_r
 
 _SMALL_WEIGHT = 1 << 16  # below, one grouped call beats one call per example
 _FEW_CHANNELS = 3  # up to these, unfolding beats the library's kernels
+_ROWS = 8  # a round number of them
 _KEPT = 4  # times the memory of input and output gradient
 
 
@@ -249,8 +250,8 @@ _FORMING = (_grouped, _looped)
 def _grouped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
     """Each example's weight gradient, flat, by blocks of rows.
 
-    All blocks have one size, the last one overlapping the one before, because the
-    library compiles a kernel for every size that it meets.
+    The library compiles a kernel for every number of rows that it meets, so the last
+    block is made up to a round number by rows of the one before.
     """
     num_out, patch = (
         grad.shape[1],
@@ -258,7 +259,8 @@ def _grouped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor
     )
     done = 0
     for i in blocks(x, row_size=num_out * patch):
-        rows = min(i.stop - i.start, len(x))
+        left = min(i.stop, len(x)) - i.start
+        rows = min(-(-left // _ROWS) * _ROWS, i.stop - i.start, len(x))
         start = min(i.start, len(x) - rows)
         a, g = (v[start : start + rows].reshape(1, -1, *v.shape[2:]) for v in (x, grad))
         weight = weight_gradient(window, a, g, rows * window.groups).view(rows, -1)

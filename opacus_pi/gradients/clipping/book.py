@@ -105,7 +105,8 @@ class Book:
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """The model is called."""
         self._close()  # if an interrupt left it open
-        if not (model.training and torch.is_grad_enabled()):
+        is_copy = not self._listeners and self._bare is None
+        if is_copy or not (model.training and torch.is_grad_enabled()):
             return
         inputs = Inputs((args, kwargs))
         sizes = [len(tensor) for tensor in inputs.tensors if tensor.dim()]
@@ -116,11 +117,10 @@ class Book:
             "to hold a tensor with one row for each example",
             'Use grad_sample_mode="hooks".',
         )
-        if self._latest is None or self._latest in self.batches:
-            self._latest = Batch(sizes[0])
-        elif self._latest.size != sizes[0]:
-            self._latest = Batch(sizes[0])
-        self._open = self._latest
+        latest = self._latest
+        if latest is None or latest in self.batches or latest.size != sizes[0]:
+            latest = Batch(sizes[0])
+        self._open = self._latest = latest
         self._open.calls.append(WholeCall(inputs))
         for parameter in model.parameters():
             if parameter.requires_grad and parameter not in self._touch_hooks:
