@@ -7,42 +7,30 @@ import torch
 from torch.utils.data import TensorDataset
 
 from benchmarks.data import ImageData
-from benchmarks.reproduce.experiment import Experiment, Facts
-from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.experiment import Facts
 from benchmarks.reproduce.judging import CRITERION
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS, optimizer_of
-from benchmarks.reproduce.units import Unit, oracles
-from benchmarks.reproduce.unlearning_units import Search, needs_of_run
+from benchmarks.reproduce.units import oracles
+from benchmarks.reproduce.unlearning_units import Search, Unlearning
 from opacus_pi import Unlearner
 from opacus_pi.evaluation import GaussianPoison, gaussian_unlearning_score
 
+GUS = "gaussian_unlearning_score"
+
 
 @dataclass(frozen=True)
-class Poisoned(Unit):
+class Poisoned(Unlearning):
     """One training with noise on the inputs of a forget set, then its unlearning.
 
     The score is taken after every epoch, and on each oracle, which never saw the noise.
     """
 
-    experiment: Experiment
-    forget_set: ForgetSet
-    method: str
-    seed: int
     noise_std: float
 
-    def needs(self) -> list[Unit]:
-        """Trainings that rank, oracles, settings."""
-        return needs_of_run(self.experiment, self.forget_set, self.method)
-
     def facts(self) -> Facts:
-        """Experiment, forget set, method, seed, noise."""
-        forget = self.forget_set.facts(self.experiment)
-        return Search(self.experiment, self.method).facts() | {
-            "forget": forget,
-            "seed": self.seed,
-            "noise_std": self.noise_std,
-        }
+        """Those of unlearning, and the noise."""
+        return super().facts() | {"noise_std": self.noise_std}
 
     def compute(self, lab: Lab) -> dict[str, Any]:
         """Poison, train, unlearn, score."""
@@ -56,7 +44,7 @@ class Poisoned(Unit):
             found = gaussian_unlearning_score(
                 net, CRITERION, inputs, labels, poison.noise
             )
-            return {"gaussian_unlearning_score": found}
+            return {GUS: found}
 
         unlearner = Unlearner(
             model,
@@ -74,11 +62,10 @@ class Poisoned(Unit):
             batch_size=experiment.recipe.batch_size,
         ).trace
         judges = [one.model(lab) for one in oracles(experiment, self.forget_set)]
-        names = "gaussian_unlearning_score"
         return {
             "times": trace.times,
             "trace": trace.metrics,
-            "oracle": {names: [score(judge)[names] for judge in judges]},
+            "oracle": {GUS: [score(judge)[GUS] for judge in judges]},
         }
 
     def _poison(self, lab: Lab) -> GaussianPoison:

@@ -25,7 +25,7 @@ from benchmarks.reproduce.figures.figure import (
 )
 from benchmarks.reproduce.forget import strata
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.poison_units import Poisoned
+from benchmarks.reproduce.poison_units import GUS, Poisoned
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
 from opacus_pi.evaluation import time_to_unlearn
@@ -34,7 +34,6 @@ from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.plotting import plot_barriers, plot_time_to_unlearn
 
 METRICS = {"UA": outcomes.UA, "MIA": outcomes.MIA}
-GUS = "gaussian_unlearning_score"
 
 
 def panel(lab: Lab, experiment: Experiment, method: str, sets: outcomes.Sets) -> Result:
