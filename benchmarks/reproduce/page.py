@@ -63,7 +63,7 @@ def page_of(found: dict[str, dict[str, Any] | None], results: Path) -> str:
     scale = _scale(known[0]["scale"]) if known else "nothing has been run."
     lines = [_HEAD.format(scale=scale)]
     for name, content in found.items():
-        verdict = content["verdict"] if content else "not run at this scale"
+        verdict = content["verdict"] if content else "not run yet at this scale"
         lines.append(f"| {name} | {FIGURES[name].claim} | **{verdict}** |\n")
     sections = [
         _section(FIGURES[name], content, results / f"{name}.md")
