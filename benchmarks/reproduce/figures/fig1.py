@@ -58,17 +58,24 @@ def judge_panel(found: Result) -> Verdict:
 
 
 def draw_panels(panels: dict[str, Result]) -> Picture:
-    """Panels side by side."""
-    size = (4.2 * len(panels), 3.6)
+    """Panels in rows of at most four."""
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
     picture, axes = plt.subplots(
-        1, len(panels), figsize=size, squeeze=False, layout="constrained"
+        lines,
+        columns,
+        figsize=(4.2 * columns, 3.6 * lines),
+        squeeze=False,
+        layout="constrained",
     )
-    for ax, (title, found) in zip(axes[0], panels.items(), strict=True):
+    for ax, (title, found) in zip(axes.flat, panels.items(), strict=False):
         times = {name: outcomes.array(t) for name, t in found["times"].items()}
         runs = len(next(iter(times.values())))
         losses = np.tile(found["mean_losses"], (runs, 1))
         plot_time_to_unlearn(losses, times, max_time=found["max_time"], ax=ax)
         ax.set_title(title, fontsize="medium")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
     return picture
 
 
