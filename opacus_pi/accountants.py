@@ -4,7 +4,6 @@
 hand, without an engine:
 
 >>> from opacus.optimizers import DPOptimizer
-from safetensors import SafetensorError
 >>> from opacus_pi.grad_sample import GradSampleModule
 >>> model = GradSampleModule(torch.nn.Linear(2, 1, bias=False))
 >>> optimizer = DPOptimizer(

@@ -127,8 +127,8 @@ class PrivateRun:
     def drawn(self, optimizer: DPOptimizer) -> None:
         """The noise of an update was drawn; its settings may change before it ends."""
         self.commit()
-        if self.outside is not None and not self.superseded:
-            self.outside.noised()
+        if self.outside is not None:
+            self.outside.noised(watched=not self.superseded)
         self._update = {
             "noise_std": noise_std_of(optimizer),
             "max_grad_norm": float(optimizer.max_grad_norm),

@@ -72,9 +72,15 @@ class OutsideChanges:
         """The weights were loaded, which is no surprise."""
         self._versions = None
 
-    def noised(self) -> None:
-        """The noise of an update was drawn; the weights are about to change."""
+    def noised(self, watched: bool = True) -> None:
+        """The noise of an update was drawn; the weights are about to change.
+
+        Args:
+            watched: False if a later run has the engine, which says so itself.
+        """
         self._noised = True
+        if not watched:
+            return
         loader = self._loader()
         reason = loader and changed_schedule(self._schedule, loader)
         if reason:

@@ -150,7 +150,7 @@ def test_the_ledger_survives_the_death_of_a_process(results):
 
 def observed(*rows):
     """A record with (example, norm, update) observed."""
-    run = RecordedRun("observed", 5, 0.5, "fixed", "toy")
+    run = RecordedRun("observed", 5, 0.5, "fixed", "toy", num_steps=9)
     for index, norm, step in rows:
         run.observe(np.array([index]), np.array([norm], np.float32), steps=step)
     return run

@@ -11,6 +11,7 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting.measurements import checked_steps
 
 VERSION = 1
+_FAR = 2**53  # a count beyond is no count
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 _ROW = "rows."
 _TYPES = {
@@ -35,7 +36,7 @@ def require_version(state: Any) -> None:
     """
     found = state.get("version") if isinstance(state, Mapping) else None
     expect(
-        found == VERSION,
+        type(found) is int and found == VERSION,
         "the record's version",
         found,
         f"to be {VERSION}",
@@ -65,8 +66,8 @@ def _problems(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, right in {
         "source": state["source"] in ("observed", "swept"),
         "sampling": state["sampling"] in ("poisson", "fixed"),
-        "num_examples": state["num_examples"] > 0,
-        "num_steps": state["num_steps"] >= 0,
+        "num_examples": 0 < state["num_examples"] < _FAR,
+        "num_steps": 0 <= state["num_steps"] < _FAR,
         "sample_rate": 0 < state["sample_rate"] <= 1,
         "open_interval": _length(state.get("open_interval")) in (0, 1),
     }.items():
