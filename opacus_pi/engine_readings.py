@@ -98,7 +98,8 @@ class EngineReadings(Engine):
         mechanism = ledger.mechanism
         counted = num_steps_of(self.accountant)
         if mechanism.sampling == "poisson" and counted == mechanism.num_steps:
-            values = np.minimum(values, max(0.0, self.get_epsilon(delta)))
+            worst: float = self.get_epsilon(delta)  # type: ignore[no-untyped-call]
+            values = np.minimum(values, max(0.0, worst))
         return values
 
     # without annotations, so that the signature is Opacus's
