@@ -65,7 +65,8 @@ def ordering(times: np.ndarray) -> Verdict:
         return Verdict(NOT_TESTABLE, "every set took equally long in every seed")
     low, high = found["interval"]
     if low is None:
-        return Verdict(NOT_TESTABLE, f"one seed only; rho {found['rho']:.2f}")
+        because = f"in all seeds but one every set ties; there rho {found['rho']:.2f}"
+        return Verdict(NOT_TESTABLE, because)
     because = (
         f"Spearman {found['rho']:.2f}, 95 % [{low:.2f}, {high:.2f}], over "
         f"{found['num_seeds']} seeds; {100 * found['tied_pairs']:.0f} % of pairs tie"
