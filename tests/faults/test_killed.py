@@ -39,7 +39,7 @@ def test_the_old_or_the_new_and_never_a_part(tmp_path, name):
 
     put_back()
     found = killed_throughout(lambda: writer.write(folder, 1), after)
-    assert found[0] == 0 and found[-1] == 1 and sum(found) > 1
+    assert found[0] == 0 and found[-1] == 1
     assert found == sorted(found)  # killed later, never less is done
 
 
