@@ -12,7 +12,7 @@ from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS, Settings, optimizer_of
-from opacus_pi import Unlearner
+from opacus_pi import GradNormLedger, Unlearner
 from opacus_pi.evaluation import evaluate, loss_barrier
 from opacus_pi.evaluation.trace import UnlearningTrace
 
@@ -43,14 +43,7 @@ def unlearn(
 ) -> tuple[nn.Module, UnlearningTrace]:
     """One run from the trained model of a seed, judged after every epoch."""
     model, ledger = lab.trained(experiment, seed)
-    unlearner = Unlearner(
-        model,
-        criterion=CRITERION,
-        method=METHODS[method].build(settings, experiment),
-        optimizer=optimizer_of(settings, experiment),
-        ledger=ledger,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    unlearner = unlearner_of(experiment, model, ledger, method, settings, seed)
     result = unlearner.unlearn(
         lab.images(experiment).train,
         forget_set.indices(lab, experiment),
@@ -59,6 +52,25 @@ def unlearn(
         batch_size=experiment.recipe.batch_size,
     )
     return result.model, result.trace
+
+
+def unlearner_of(
+    experiment: Experiment,
+    model: nn.Module,
+    ledger: GradNormLedger,
+    method: str,
+    settings: Settings,
+    seed: int,
+) -> Unlearner:
+    """A method with its settings, ready to run on a model."""
+    return Unlearner(
+        model,
+        criterion=CRITERION,
+        method=METHODS[method].build(settings, experiment),
+        optimizer=optimizer_of(settings, experiment),
+        ledger=ledger,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def barrier(

@@ -8,12 +8,10 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.data import ImageData
 from benchmarks.reproduce.experiment import Facts
-from benchmarks.reproduce.judging import CRITERION
+from benchmarks.reproduce.judging import CRITERION, unlearner_of
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.methods import METHODS, optimizer_of
 from benchmarks.reproduce.units import oracles
 from benchmarks.reproduce.unlearning_units import Search, Unlearning
-from opacus_pi import Unlearner
 from opacus_pi.evaluation import GaussianPoison, gaussian_unlearning_score
 
 GUS = "gaussian_unlearning_score"
@@ -46,13 +44,8 @@ class Poisoned(Unlearning):
             )
             return {GUS: found}
 
-        unlearner = Unlearner(
-            model,
-            criterion=CRITERION,
-            method=METHODS[self.method].build(settings, experiment),
-            optimizer=optimizer_of(settings, experiment),
-            ledger=engine.ledger,
-            generator=torch.Generator().manual_seed(self.seed),
+        unlearner = unlearner_of(
+            experiment, model, engine.ledger, self.method, settings, self.seed
         )
         trace = unlearner.unlearn(
             noisy,

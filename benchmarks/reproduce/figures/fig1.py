@@ -33,14 +33,12 @@ from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.plotting import plot_barriers, plot_time_to_unlearn
 
-METRICS = {"UA": outcomes.UA, "MIA": outcomes.MIA}
-
 
 def panel(lab: Lab, experiment: Experiment, method: str, sets: outcomes.Sets) -> Result:
     """One panel of times by UA and MIA."""
     times = {
         name: outcomes.listed(outcomes.times(lab, experiment, sets, method, metric))
-        for name, metric in METRICS.items()
+        for name, metric in outcomes.METRICS.items()
     }
     losses = outcomes.mean_losses(lab, experiment, sets)
     return {

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure as Picture
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import outcomes
 from benchmarks.reproduce.figures.fig1 import (
-    METRICS,
     draw_panels,
     judge_panel,
     panel,
@@ -46,14 +45,14 @@ def _curves(scale: Scale, lab: Lab) -> Result:
                 rule: [row[k]["trace"][metric] for row in rows]
                 for k, rule in enumerate(STRATA)
             }
-            for name, metric in METRICS.items()
+            for name, metric in outcomes.METRICS.items()
         },
         "oracles": {
             name: {
                 one.rule: outcomes.oracle_values(lab, experiment, one)[metric]
                 for one in sets
             }
-            for name, metric in METRICS.items()
+            for name, metric in outcomes.METRICS.items()
         },
     }
 
@@ -76,7 +75,7 @@ def _judge_curves(result: Result) -> Verdict:
 
 def _draw_curves(result: Result) -> Picture:
     picture, axes = plt.subplots(
-        1, len(METRICS), figsize=(8.4, 3.6), layout="constrained"
+        1, len(outcomes.METRICS), figsize=(8.4, 3.6), layout="constrained"
     )
     for ax, (name, curves) in zip(axes, result["curves"].items(), strict=True):
         oracles = result["oracles"][name]

@@ -14,6 +14,7 @@ from opacus_pi.evaluation import time_to_unlearn
 from opacus_pi.evaluation.trace import UnlearningTrace
 
 UA, MIA = "unlearning_accuracy", "membership_inference"
+METRICS = {"UA": UA, "MIA": MIA}  # by which every time to unlearn is taken
 Sets = Sequence[ForgetSet]
 
 

@@ -32,7 +32,6 @@ from opacus_pi.plotting import plot_hardest_sets, plot_pictures, plot_proxies
 LOSS = "privacy loss"
 DRAWN = 1_000  # examples in the picture; the correlations are over all
 HARDEST_BY = (LOSS, "C-Proxy", "mean norm", "EL2N")
-METRICS = {"UA": outcomes.UA, "MIA": outcomes.MIA}
 
 
 def _trainings(scale: Scale) -> list[Unit]:
@@ -88,7 +87,7 @@ def _hardest_result(scale: Scale, lab: Lab) -> Result:
             )
             for score in HARDEST_BY
         }
-        for name, metric in METRICS.items()
+        for name, metric in outcomes.METRICS.items()
     }
     sizes = list(scale.hardest_sizes)
     return {"sizes": sizes, "times": times, "max_time": experiment.unlearn_epochs}
@@ -113,7 +112,7 @@ def _judge_hardest(result: Result) -> Verdict:
 
 def _draw_hardest(result: Result) -> Picture:
     picture, axes = plt.subplots(
-        1, len(METRICS), figsize=(8.4, 3.6), layout="constrained"
+        1, len(outcomes.METRICS), figsize=(8.4, 3.6), layout="constrained"
     )
     for ax, (metric, times) in zip(axes, result["times"].items(), strict=True):
         arrays = {score: outcomes.array(t) for score, t in times.items()}
