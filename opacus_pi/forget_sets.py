@@ -1,5 +1,9 @@
 """Which examples to forget: sets of chosen difficulty, from any score vector.
 
+Every choice by score is cut from one ``ranking``. Under DP-SGD many examples may share
+the largest loss, those clipped in every update; among them the order is a draw, so that
+neither the data set's order nor its classes decide.
+
 >>> import numpy as np
 >>> strata = difficulty_strata(np.arange(100.0), size=4)
 >>> {name: indices.tolist() for name, indices in strata.items()}
@@ -8,6 +12,8 @@
  'q3': [73, 74, 75, 76], 'last': [96, 97, 98, 99]}
 """
 
+import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -16,19 +22,77 @@ from numpy.typing import ArrayLike, NDArray
 from opacus_pi._validate import distinct_indices, expect
 
 Indices = NDArray[np.int64]
+_SAME = 1e-12  # relative difference of scores that only rounding tells apart
+_SEED = 0
+_CUT = (
+    "Scores tie across the edge of what was chosen: {cuts}. Which of those that tie is "
+    "a draw (see generator), and says nothing of their difficulty. Privacy losses tie "
+    "at the largest where examples are clipped in every update: train with a larger "
+    "max_grad_norm, or choose a size that ends where a tie does."
+)
 
 
-def difficulty_strata(scores: ArrayLike, size: int) -> dict[str, Indices]:
+def ranking(scores: ArrayLike, generator: np.random.Generator | None = None) -> Indices:
+    """All examples in ascending order of score, ties in an order drawn at random.
+
+    Scores tie if equal, or apart by rounding alone: neighbours in order that differ by
+    at most 1e-12 of the larger. Where none tie, this is ``argsort``.
+
+    Args:
+        scores: Difficulty of each example, shape ``(n,)``; higher is harder.
+            Infinities are ranked, NaN is refused.
+        generator: Draws the order among ties. Default: one of seed 0, so that all
+            choices from these scores agree with each other, today and tomorrow.
+
+    Returns:
+        int64 ``(n,)``: the easiest example first, the hardest last.
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    tied = ties(scores)
+    draw = np.random.default_rng(_SEED) if generator is None else generator
+    return np.lexsort((draw.permutation(len(tied)), tied)).astype(np.int64)
+
+
+def ties(scores: ArrayLike) -> Indices:
+    """Number the levels of a score: examples that tie have the same.
+
+    Args:
+        scores: As of ``ranking``.
+
+    Returns:
+        int64 ``(n,)``: 0 for the lowest level, and so on.
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    values = _numbers(scores)
+    order = np.argsort(values, kind="stable")
+    low, high = values[order][:-1], values[order][1:]
+    with np.errstate(invalid="ignore", over="ignore"):
+        gap = high - low  # of equal infinities NaN, of others infinite
+        near = np.isfinite(gap) & (gap <= _SAME * np.maximum(abs(low), abs(high)))
+    levels = np.empty(len(values), dtype=np.int64)
+    levels[order] = np.cumsum(np.append(False, (low != high) & ~near))
+    return levels
+
+
+def difficulty_strata(
+    scores: ArrayLike, size: int, generator: np.random.Generator | None = None
+) -> dict[str, Indices]:
     """Five forget sets of rising difficulty, cut from the ranking by a score.
 
-    With the examples in ascending order of score (ties keep their order), the sets
-    are the first ``size``, the ``size`` around each quartile (at n/4, n/2 and 3n/4),
-    and the last ``size``. They may overlap when ``size > n / 5``.
+    With the examples in ascending order of score, the sets are the first ``size``, the
+    ``size`` around each quartile (at n/4, n/2 and 3n/4), and the last ``size``. They
+    may overlap when ``size > n / 5``. Warns where a set holds only a part of examples
+    that tie.
 
     Args:
         scores: Difficulty of each example, shape ``(n,)``; higher is harder. Privacy
             losses in the paper; infinities are ranked, NaN is refused.
         size: Number of examples in each set, at most ``n / 2``.
+        generator: Draws the order among ties, as in ``ranking``.
 
     Returns:
         ``first``, ``q1``, ``q2``, ``q3``, ``last``: sorted int64 ``(size,)`` each.
@@ -38,28 +102,33 @@ def difficulty_strata(scores: ArrayLike, size: int) -> dict[str, Indices]:
 
     Source: paper, Section 5.1 and Appendix D (there 1,000 of 50,000).
     """
-    ranking = _ranking(scores)
-    num_examples = len(ranking)
+    order = ranking(scores, generator)
+    num_examples = len(order)
     _check_size(size, num_examples // 2, f"half of the {num_examples} examples")
     starts = {
         "first": 0,
         **{f"q{k}": k * num_examples // 4 - size // 2 for k in (1, 2, 3)},
         "last": num_examples - size,
     }
-    return {
-        name: np.sort(ranking[start : start + size]) for name, start in starts.items()
+    strata = {
+        name: np.sort(order[start : start + size]) for name, start in starts.items()
     }
+    _warn_of_cuts(scores, strata)
+    return strata
 
 
-def top_k(scores: ArrayLike, size: int) -> Indices:
-    """The hardest examples: those of the largest scores.
+def top_k(
+    scores: ArrayLike, size: int, generator: np.random.Generator | None = None
+) -> Indices:
+    """The hardest examples: those of the largest scores, the end of the ``ranking``.
 
-    Of equal scores the later examples are taken, so that the result is the last
-    stratum of :func:`difficulty_strata`.
+    They are the last stratum of :func:`difficulty_strata`. Warns where only a part of
+    the examples that tie is among them.
 
     Args:
         scores: Difficulty of each example, shape ``(n,)``; higher is harder.
         size: Number of examples, below ``n``.
+        generator: Draws the order among ties, as in ``ranking``.
 
     Returns:
         Sorted int64 ``(size,)``.
@@ -69,9 +138,11 @@ def top_k(scores: ArrayLike, size: int) -> Indices:
 
     Source: paper, Section 6.4.
     """
-    ranking = _ranking(scores)
-    _check_size(size, len(ranking) - 1, "all examples but one")
-    return np.sort(ranking[-size:])
+    order = ranking(scores, generator)
+    _check_size(size, len(order) - 1, "all examples but one")
+    hardest = np.sort(order[-size:])
+    _warn_of_cuts(scores, {"hardest": hardest})
+    return hardest
 
 
 def random_forget_set(
@@ -172,8 +243,21 @@ def retain_indices(num_examples: int, forget_indices: ArrayLike) -> Indices:
     return np.setdiff1d(np.arange(num_examples, dtype=np.int64), forget, True)
 
 
-def _ranking(scores: ArrayLike) -> Indices:
-    """Examples in ascending order of score, ties in their own order."""
+def _warn_of_cuts(scores: ArrayLike, chosen: Mapping[str, Indices]) -> None:
+    """Warn of sets that hold a part of examples that tie."""
+    levels = ties(scores)
+    totals = np.bincount(levels)
+    cuts = []
+    for name, indices in chosen.items():
+        inside = np.bincount(levels[indices], minlength=len(totals))
+        for level in np.flatnonzero((0 < inside) & (inside < totals)):
+            cuts.append(f"{inside[level]} of {totals[level]} in {name!r}")
+    if cuts:
+        warnings.warn(_CUT.format(cuts=", ".join(cuts)), stacklevel=3)
+
+
+def _numbers(scores: ArrayLike) -> NDArray[np.float64]:
+    """Scores as float64 ``(n,)`` without NaN."""
     values = _flat("scores", scores).astype(np.float64)
     bad = np.flatnonzero(np.isnan(values))
     expect(
@@ -183,7 +267,7 @@ def _ranking(scores: ArrayLike) -> Indices:
         "to be a number for every example",
         "Fill the ledger's missing observations or score those examples again.",
     )
-    return np.argsort(values, kind="stable").astype(np.int64)
+    return values
 
 
 def _flat(name: str, values: ArrayLike) -> NDArray[Any]:

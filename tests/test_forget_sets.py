@@ -1,3 +1,6 @@
+import math
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,15 +10,20 @@ from opacus_pi.forget_sets import (
     by_class,
     difficulty_strata,
     random_forget_set,
+    ranking,
     retain_indices,
+    ties,
     top_k,
 )
+
+cutting = pytest.mark.filterwarnings("ignore:Scores tie")
 
 
 def strata_by_hand(scores, size):
     """App. D with Python's own sort."""
     n = len(scores)
-    order = sorted(range(n), key=lambda i: (scores[i], i))
+    draw = np.random.default_rng(0).permutation(n)
+    order = sorted(range(n), key=lambda i: (scores[i], draw[i]))
     centres = {"q1": n // 4, "q2": n // 2, "q3": 3 * n // 4}
     wanted = {"first": order[:size], "last": order[n - size :]}
     for name, centre in centres.items():
@@ -25,6 +33,7 @@ def strata_by_hand(scores, size):
     return {name: sorted(chosen) for name, chosen in wanted.items()}
 
 
+@cutting
 @given(st.data())
 def test_strata_equal_the_definition_at_every_size(data):
     scores = data.draw(st.lists(st.integers(0, 5), min_size=2, max_size=60))
@@ -49,7 +58,7 @@ def test_strata_of_the_paper():
     }
 
 
-@given(st.lists(st.floats(0, 1), min_size=4, max_size=30, unique=True), st.randoms())
+@given(st.lists(st.integers(0, 99), min_size=4, max_size=30, unique=True), st.randoms())
 def test_strata_follow_a_reordering_of_the_examples(scores, random):
     order = list(range(len(scores)))
     random.shuffle(order)
@@ -66,10 +75,79 @@ def test_strata_rank_infinite_scores():
     assert strata["last"] == [0]
 
 
-def test_top_k_is_the_last_stratum():
-    scores = np.array([3.0, 1.0, 3.0, 2.0, 3.0, 0.0])
-    assert top_k(scores, 2).tolist() == [2, 4]
-    assert top_k(scores, 3).tolist() == difficulty_strata(scores, 3)["last"].tolist()
+@cutting
+@given(st.lists(st.integers(0, 3), min_size=4, max_size=30), st.integers(0, 9))
+def test_top_k_is_the_last_stratum(scores, seed):
+    size = 1 + seed % (len(scores) // 2)
+    draws = [np.random.default_rng(seed) for _ in range(2)] if seed % 2 else [None] * 2
+    last = difficulty_strata(scores, size, draws[0])["last"]
+    assert top_k(scores, size, draws[1]).tolist() == last.tolist()
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30, unique=True))
+def test_ranking_without_ties_is_argsort(scores):
+    scores = np.unique(np.round(scores, 3))[::-1]
+    assert ranking(scores).tolist() == np.argsort(scores).tolist()
+
+
+def test_ties_are_in_an_order_drawn_once():
+    scores = np.repeat([1.0, 0.0], 50)
+    first = ranking(scores)
+    assert sorted(first[:50]) == list(range(50, 100))
+    assert sorted(first[50:]) == list(range(50))
+    assert first.tolist() == ranking(scores).tolist()  # the same in every process
+    assert abs(np.diff(first[50:])).mean() > 5  # nor is it the data set's
+    other = ranking(scores, np.random.default_rng(1))
+    assert other.tolist() != first.tolist()
+
+
+@cutting
+def test_every_example_of_a_tie_is_as_likely():
+    generator, counts = np.random.default_rng(3), np.zeros(8)
+    for _ in range(4000):
+        counts[top_k([1.0] * 7 + [0.0], 3, generator)] += 1
+    assert counts[7] == 0
+    assert abs(counts[:7] / 4000 - 3 / 7).max() < 4.5 * np.sqrt(12 / 49 / 4000)
+
+
+@cutting
+def test_the_hardest_are_not_one_class_where_a_sorted_data_set_ties():
+    labels = np.repeat(np.arange(10), 20)
+    assert len(set(labels[top_k(np.ones(200), 10)])) > 4
+
+
+def test_rounding_makes_no_difference_of_difficulty():
+    def levels_by_hand(values):
+        ordered, found = sorted(set(values)), {}
+        for place, value in enumerate(ordered):
+            low = ordered[max(0, place - 1)]
+            same = math.isclose(low, value, rel_tol=1e-12)
+            found[value] = found.get(low, 0) + (not same)
+        return [found[v] for v in values]
+
+    eps = np.finfo(float).eps
+    values = [3.0, 3 * (1 + eps), 3 * (1 - 5 * eps), 3 * (1 + 1e-9), -3.0, 0.0]
+    values += [5e-324, math.inf, -math.inf, math.inf, -3 * (1 + eps), 1e308, -1e308]
+    assert ties(values).tolist() == levels_by_hand(values)
+    assert ties(values).max() == 8
+
+
+def test_a_cut_through_a_tie_is_warned_of():
+    scores = [5.0, 5 * (1 + 1e-15), 1.0, 5.0, 2.0, 3.0]
+    with pytest.warns(UserWarning, match="2 of 3 in 'hardest'.*max_grad_norm") as seen:
+        top_k(scores, 2)
+    assert seen[0].filename == __file__
+    with pytest.warns(UserWarning, match="1 of 3 in 'last'. ") as seen:
+        difficulty_strata(scores, 1)
+    assert seen[0].filename == __file__
+
+
+def test_a_whole_tie_is_no_cut():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        top_k([5.0, 5.0, 1.0, 5.0, 2.0, 3.0], 3)
+        ranking([1.0, 1.0])
+        difficulty_strata(np.arange(20.0), 3)
 
 
 def test_random_forget_set_is_uniform_and_repeatable():

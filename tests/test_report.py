@@ -15,6 +15,7 @@ from opacus_pi import GradNormLedger, Guarantee, NoisySGD
 from opacus_pi.accounting import epsilons, privacy_losses
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.evaluation import UnlearningTrace
+from opacus_pi.forget_sets import ranking, top_k
 from opacus_pi.plotting import plot_distribution
 from opacus_pi.report import Barriers, score, write_report
 from opacus_pi.report.strict_json import json_text
@@ -84,13 +85,24 @@ def test_numbers_are_the_librarys(tmp_path):
     ledger = make_ledger(data_set="digits")
     page, facts = read(tmp_path / "r.html", ledger=ledger, order=4, delta=1e-4, top=3)
     losses, own = privacy_losses(ledger, 4.0), epsilons(ledger, 1e-4)
-    top = np.argsort(-losses, kind="stable")[:3]
+    top = ranking(losses)[::-1][:3]
     assert [row["id"] for row in facts["hardest"]] == top.tolist()
     assert [row["loss"] for row in facts["hardest"]] == losses[top].tolist()
     assert facts["quantiles"]["epsilon"][-1] == own.max()
     assert f"{losses.max():.4g}" in page.text and "digits" in page.text
     assert "per_example" not in facts  # the hardest are named, nobody else
     assert "unlearning" not in facts and "Guarantee" not in page.text
+
+
+@pytest.mark.filterwarnings("ignore:Scores tie")
+def test_the_hardest_are_those_of_top_k_where_losses_tie():
+    ledger = make_ledger(num_examples=80)
+    clipped = np.where(np.arange(80) < 50, 9.0, ledger.grad_norms)
+    found = score(replace(ledger, grad_norms=clipped), order=8)
+    assert found.num_at_bound >= 50
+    ids = sorted(row["id"] for row in found.hardest(7))
+    assert ids == top_k(found.losses, 7).tolist()
+    assert ids != list(range(7)) and ids != list(range(73, 80))
 
 
 def test_the_warning_comes_first(tmp_path):

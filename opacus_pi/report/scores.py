@@ -9,6 +9,7 @@
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from opacus_pi.accounting import (
 )
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.accounting.ledger import runs_of
-from opacus_pi.forget_sets import difficulty_strata
+from opacus_pi.forget_sets import difficulty_strata, ranking
 
 SENSITIVE = (
     "Sensitive: these numbers say which examples are unusual. Guard them like the "
@@ -73,8 +74,8 @@ class Scores:
         return int(np.count_nonzero(self.losses >= self.worst_case_loss * _ROUNDING))
 
     def hardest(self, top: int) -> list[dict[str, Any]]:
-        """Id, loss and ε of the examples of largest loss, largest first."""
-        places = np.argsort(-self.losses, kind="stable")[:top]
+        """Id, loss and ε of the examples of ``top_k``, largest loss first."""
+        places = ranking(self.losses)[::-1][:top]
         return [
             {
                 "id": int(self.ids[i]),
@@ -88,7 +89,9 @@ class Scores:
         """Five sets of rising loss, each a fiftieth of the examples; none of one."""
         if len(self.losses) < 2:
             return []
-        sets = difficulty_strata(self.losses, max(1, len(self.losses) // _PART))
+        with warnings.catch_warnings():  # of ties: they change no loss in the table
+            warnings.simplefilter("ignore")
+            sets = difficulty_strata(self.losses, max(1, len(self.losses) // _PART))
         return [self._stratum(name, places) for name, places in sets.items()]
 
     def quantiles(self) -> dict[str, Any]:
