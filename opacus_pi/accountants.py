@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
 from opacus_pi.accounting import GradNormLedger
-from opacus_pi.dp_recording import noise_std_of
+from opacus_pi.engine.dp_recording import noise_std_of
 from opacus_pi.recorder import Recorder
 from opacus_pi.sealed_state import sealed, unsealed
 
@@ -97,7 +97,7 @@ class PerInstanceAccountant(RDPAccountant):
             sample_rate: Expected share of the examples in an update.
             sampling: ``"poisson"``, or ``"fixed"`` for any other schedule that does
                 not look at the data.
-            data_set: ``opacus_pi.accounting.fingerprint(data_set)``, or a name.
+            data_set: ``opacus_pi.accounting.ledger.fingerprint(data_set)``, or a name.
             recorder: When rows are written. Default: ``Recorder()``, once an epoch.
 
         Raises:

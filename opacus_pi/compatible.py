@@ -23,7 +23,7 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opacus_pi.class_swap import swap_class
+from opacus_pi.engine.class_swap import swap_class
 
 OUT_OF_PLACE = (
     "module = opacus_pi.compatible.make_compatible(module) replaces BatchNorm by "

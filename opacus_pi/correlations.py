@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.ledger import GradNormLedger, runs_of
-from opacus_pi.accounting.privacy_loss import privacy_losses
+from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, runs_of
+from opacus_pi.accounting.privacy_loss.per_instance import privacy_losses
 
 Array = NDArray[np.float64]
 

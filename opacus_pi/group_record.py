@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD, fingerprint
-from opacus_pi.accounting.mechanism import SCHEDULED
+from opacus_pi.accounting.ledger.mechanism import SCHEDULED
 from opacus_pi.gradients import gradient_gram, minibatch_gram, norm_sweep
 from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.criterion import Criterion

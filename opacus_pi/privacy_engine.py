@@ -40,30 +40,31 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_pi import fast, refusals
+from opacus_pi import fast
 from opacus_pi._validate import expect
 from opacus_pi.accountants import PerInstanceAccountant
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe, watch, watch_memory_manager
-from opacus_pi.checkpoints import Checkpoints
 from opacus_pi.compatible import (
     OUT_OF_PLACE,
     add_note,
     explain_in_place,
     make_compatible,
 )
-from opacus_pi.dp_recording import PrivateRun, record
-from opacus_pi.engine_readings import EngineReadings
-from opacus_pi.filter_setup import require_filterable
+from opacus_pi.engine import refusals
+from opacus_pi.engine.checkpoints import Checkpoints
+from opacus_pi.engine.dp_recording import PrivateRun, record
+from opacus_pi.engine.filter_setup import require_filterable
+from opacus_pi.engine.loader_position import follow_memory_manager
+from opacus_pi.engine.outside_changes import OutsideChanges
+from opacus_pi.engine.readings import EngineReadings
+from opacus_pi.engine.run_state import RunState
 from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.shared_sweep import shared_sweep
-from opacus_pi.loader_position import follow_memory_manager
 from opacus_pi.monitor import monitor
-from opacus_pi.outside_changes import OutsideChanges
 from opacus_pi.processes import Processes
 from opacus_pi.recorder import Recorder
-from opacus_pi.run_state import RunState
 
 _HOW_TO_GO_ON = (
     "To keep such layers, train without clipping: engine.make_monitored(...). To train "

@@ -5,7 +5,7 @@ whose scores are averaged) and returns one float64 score per example with the sa
 sense as the privacy loss: **higher is harder**. An example never observed counts as
 the hardest that the quantity allows, never as easy.
 
->>> from opacus_pi.accounting.ledger import GradNormLedger, NoisySGD
+>>> from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, NoisySGD
 >>> mechanism = NoisySGD(num_steps=4, sample_rate=0.5, noise_std=1.0)
 >>> ledger = GradNormLedger(
 ...     mechanism, steps=[2, 4], grad_norms=[[3, 1], [1, 0]], confidences=[[0, 1]] * 2
@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.ledger import GradNormLedger, runs_of
-from opacus_pi.accounting.measurements import fill_unobserved
+from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, runs_of
+from opacus_pi.accounting.ledger.measurements import fill_unobserved
 
 Scores = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]

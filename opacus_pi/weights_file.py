@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from opacus_pi.accounting.storage import (
+from opacus_pi.accounting.ledger.storage import (
     Described,
     checksum,
     opened,

@@ -5,7 +5,7 @@ import opacus
 import pytest
 import torch
 
-from opacus_pi.checkpoints import CHECKPOINT_KEY
+from opacus_pi.engine.checkpoints import CHECKPOINT_KEY
 from opacus_pi.recorder import AccountingError, Recorder
 from tests.private_training import Training
 

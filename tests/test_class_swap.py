@@ -1,6 +1,6 @@
 import pytest
 
-from opacus_pi.class_swap import swap_class
+from opacus_pi.engine.class_swap import swap_class
 
 
 class Base:

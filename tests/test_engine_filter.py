@@ -8,7 +8,7 @@ from torch import nn
 
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.attribution import NOBODY, UNKNOWN, Tracker
-from opacus_pi.dp_filtering import FilterGate
+from opacus_pi.engine.dp_filtering import FilterGate
 from opacus_pi.privacy_engine import PrivacyEngine
 from opacus_pi.recorder import AccountingError
 from tests.filtered_training import filtered

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from opacus_pi.accounting import RenyiFilter
-from opacus_pi.checkpoints import FILTER_KEY
-from opacus_pi.filter_setup import require_filterable
+from opacus_pi.engine.checkpoints import FILTER_KEY
+from opacus_pi.engine.filter_setup import require_filterable
 from opacus_pi.privacy_engine import PrivacyEngine
 from tests.filtered_training import filtered
 from tests.private_training import ADAPTIVE, Net, Training, data

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi import PrivacyEngine, Recorder
 from opacus_pi.accounting import GradNormLedger, NoisySGD, privacy_losses
-from opacus_pi.accounting.group import group_divergence, theorem_b1_estimates
+from opacus_pi.accounting.group.divergence import group_divergence, theorem_b1_estimates
 from opacus_pi.gradients import norm_sweep
 from opacus_pi.group_record import gram_ledger
 from tests.private_training import Net, Training, data

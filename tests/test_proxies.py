@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from opacus_pi.accounting.ledger import GradNormLedger, NoisySGD
+from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, NoisySGD
 from opacus_pi.proxies import (
     c_proxy,
     el2n,

@@ -13,7 +13,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from opacus_pi import refusals
+from opacus_pi.engine import refusals
 from tests.private_training import Training
 
 DATA = TensorDataset(torch.zeros(12, 2))

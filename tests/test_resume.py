@@ -16,7 +16,7 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader, dataloader
 
 from opacus_pi.atomic_file import replacing
-from opacus_pi.checkpoints import CHECKPOINT_KEY
+from opacus_pi.engine.checkpoints import CHECKPOINT_KEY
 from opacus_pi.recorder import Recorder
 from tests.killed_training import (
     Jittered,

@@ -9,7 +9,7 @@ from scipy.special import log_ndtr, ndtr
 
 from benchmarks.looseness.case import Array, Case
 from opacus_pi.accounting import rdp_to_epsilon
-from opacus_pi.accounting.lsi import bounded_support_lsi
+from opacus_pi.accounting.langevin.lsi import bounded_support_lsi
 
 _ORDERS = np.r_[np.linspace(1.01, 20, 400), np.geomspace(20, 2000, 400)[1:]]
 

@@ -18,8 +18,8 @@ from opacus_pi.accounting import (
     privacy_losses,
     trajectory_losses,
 )
-from opacus_pi.accounting.learning_phase import contractive_divergence
-from opacus_pi.accounting.lsi import lsi_track
+from opacus_pi.accounting.langevin.learning_phase import contractive_divergence
+from opacus_pi.accounting.langevin.lsi import lsi_track
 
 _RUNS = 512
 _KAPPA = 3.0

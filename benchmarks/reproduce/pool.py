@@ -1,10 +1,12 @@
 """Run units in many processes: joblib's, or a cluster that joblib knows."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import joblib
 from tqdm import tqdm
 
+from benchmarks.reproduce.devices import own_device
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.units import Unit
 
@@ -16,7 +18,8 @@ def run_all(units: Iterable[Unit], lab: Lab, num_jobs: int = 1) -> None:
         units: What is wanted.
         lab: Where results go.
         num_jobs: Processes of joblib's default backend; another one is chosen around
-            the call by ``joblib.parallel_config(backend="dask")``.
+            the call by ``joblib.parallel_config(backend="dask")``. They share the
+            device, or the GPUs: see ``devices``.
     """
     for stage in stages(units):
         pool = joblib.Parallel(num_jobs, return_as="generator_unordered")
@@ -44,5 +47,5 @@ def stages(units: Iterable[Unit]) -> list[list[Unit]]:
 
 
 def _run(unit: Unit, lab: Lab) -> None:
-    """Run a unit for its stored result."""
-    unit.run(lab)
+    """Run a unit for its stored result, on this process's device."""
+    unit.run(replace(lab, device=own_device(lab.device)))

@@ -1,41 +1,44 @@
 """Rényi accounting: what each example of a training run costs, from gradient norms."""
 
-from opacus_pi.accounting.constants import logistic_constants, ridge_constants
 from opacus_pi.accounting.conversion import rdp_to_delta, rdp_to_epsilon
 from opacus_pi.accounting.epsilon import epsilons
-from opacus_pi.accounting.fingerprint import fingerprint
-from opacus_pi.accounting.gram_ledger import GramLedger
-from opacus_pi.accounting.group import group_divergence, theorem_b1_estimates
-from opacus_pi.accounting.group_worst_case import group_worst_case_loss
-from opacus_pi.accounting.langevin import (
+from opacus_pi.accounting.group.divergence import group_divergence, theorem_b1_estimates
+from opacus_pi.accounting.group.worst_case import group_worst_case_loss
+from opacus_pi.accounting.langevin.constants import logistic_constants, ridge_constants
+from opacus_pi.accounting.langevin.learning_phase import contractive_divergence
+from opacus_pi.accounting.langevin.lsi import lsi_track
+from opacus_pi.accounting.langevin.process import LangevinConstants
+from opacus_pi.accounting.langevin.shifted import (
+    learn_unlearn_mu_squared,
+    shifted_mu_squared,
+)
+from opacus_pi.accounting.langevin.unlearning import (
     UnlearningBound,
     steps_to_rewind,
     steps_to_unlearn,
     symmetric_bound,
     unlearning_divergence,
 )
-from opacus_pi.accounting.learning_phase import contractive_divergence
-from opacus_pi.accounting.ledger import GradNormLedger
-from opacus_pi.accounting.lsi import lsi_track
-from opacus_pi.accounting.measurements import fill_unobserved
-from opacus_pi.accounting.mechanism import NoisySGD
+from opacus_pi.accounting.ledger.fingerprint import fingerprint
+from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger
+from opacus_pi.accounting.ledger.gram_ledger import GramLedger
+from opacus_pi.accounting.ledger.measurements import fill_unobserved
+from opacus_pi.accounting.ledger.mechanism import NoisySGD
+from opacus_pi.accounting.ledger.rank_filling import filled_by_rank
 from opacus_pi.accounting.moments import log_moment, renyi_divergence
-from opacus_pi.accounting.privacy_loss import (
+from opacus_pi.accounting.privacy_loss.per_instance import (
     per_step_losses,
     privacy_losses,
     worst_case_loss,
 )
-from opacus_pi.accounting.process import LangevinConstants
-from opacus_pi.accounting.rank_filling import filled_by_rank
-from opacus_pi.accounting.renyi_filter import RenyiFilter
-from opacus_pi.accounting.shifted import learn_unlearn_mu_squared, shifted_mu_squared
-from opacus_pi.accounting.statement import PrivacyStatement, privacy_statement
-from opacus_pi.accounting.tightest import choose_hoelder_p, tightest_losses
-from opacus_pi.accounting.trajectory import (
+from opacus_pi.accounting.privacy_loss.tightest import choose_hoelder_p, tightest_losses
+from opacus_pi.accounting.privacy_loss.trajectory import (
     exceedance_limit,
     trajectory_limits,
     trajectory_losses,
 )
+from opacus_pi.accounting.renyi_filter import RenyiFilter
+from opacus_pi.accounting.statement import PrivacyStatement, privacy_statement
 
 __all__ = [
     "GradNormLedger",

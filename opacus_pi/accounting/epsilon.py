@@ -8,8 +8,8 @@ from opacus_pi.accounting.conversion import (
     check_orders,
     epsilon_offset,
 )
-from opacus_pi.accounting.privacy_loss import worst_case_loss
-from opacus_pi.accounting.run_losses import (
+from opacus_pi.accounting.privacy_loss.per_instance import worst_case_loss
+from opacus_pi.accounting.privacy_loss.run_losses import (
     Ledgers,
     Record,
     composition_of,

@@ -46,7 +46,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import distinct_indices, expect, in_range, positive
 from opacus_pi.accounting.gaussian_curve import gaussian_epsilon, gaussian_mu
-from opacus_pi.accounting.mechanism import frozen
+from opacus_pi.accounting.ledger.mechanism import frozen
 
 Array = NDArray[np.float64]
 

@@ -5,8 +5,6 @@ import json
 import math
 from collections.abc import Sequence
 
-from numpy.typing import ArrayLike
-
 from opacus_pi.cli.arguments import (
     add_accounting,
     add_forget,
@@ -23,7 +21,7 @@ from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.methods import add_method, make_method, settings_help
 from opacus_pi.cli.output import answer
 from opacus_pi.unlearning.claims import claim
-from opacus_pi.unlearning.plan import Plan, make_plan
+from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
 
 HELP = "difficulty, steps and kind of guarantee of a forget set"
 DESCRIPTION = """\
@@ -51,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IDS|FILE=EPOCHS",
         action="append",
         default=[],
-        help="a set unlearned before from this training and the epochs it took; two "
-        "of different difficulty give a prediction",
+        help="a set unlearned before from this training and the epochs it took, 25+ if "
+        "it was not there after 25; two of different difficulty give a prediction",
     )
     parser.add_argument(
         "--batch-size", type=count, default=64, help="to count steps (default 64)"
@@ -86,20 +84,22 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _past(texts: Sequence[str]) -> list[tuple[ArrayLike, float]]:
-    """Sets unlearned before, each with its epochs."""
-    past: list[tuple[ArrayLike, float]] = []
+def _past(texts: Sequence[str]) -> list[PastRun]:
+    """Sets unlearned before, each with the epochs it took and ran."""
+    past: list[PastRun] = []
     for text in texts:
         forget, equals, epochs = text.rpartition("=")
         try:
-            number = float(epochs) if equals else math.nan
+            length = float(epochs.removesuffix("+")) if equals else math.nan
         except ValueError:
-            number = math.nan
-        if math.isnan(number):
+            length = math.nan
+        if not 0 <= length < math.inf:
             raise BadInput(
-                f"--past: {text} is not IDS=EPOCHS. Write for example 3,17=2.5."
+                f"--past: {text} is not IDS=EPOCHS. Write for example 3,17=2.5, or "
+                "3,17=25+ if it was not there after 25."
             )
-        past.append((indices(forget, "--past"), number))
+        took = math.inf if epochs.endswith("+") else length
+        past.append((indices(forget, "--past"), took, length))
     return past
 
 
@@ -117,5 +117,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "predicted_epochs": plan.predicted_epochs,
         "predicted_steps": plan.predicted_steps,
         "prediction": plan.prediction,
+        "num_unfinished": plan.num_unfinished,
+        "num_tied": plan.num_tied,
         "guarantee": json.loads(plan.guarantee.to_json()),
     }

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from opacus_pi.accounting import GradNormLedger, GramLedger
-from opacus_pi.accounting.storage import check_file
+from opacus_pi.accounting.ledger.storage import check_file
 from opacus_pi.cli.arguments import add_output
 from opacus_pi.cli.errors import DONE, FAILED, BadInput, about, one_line
 from opacus_pi.cli.output import answer

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.accounting.fingerprint import fingerprint
-from opacus_pi.accounting.storage import read_arrays, write_arrays
+from opacus_pi.accounting.ledger.fingerprint import fingerprint
+from opacus_pi.accounting.ledger.storage import read_arrays, write_arrays
 from opacus_pi.forget_sets import retain_indices
 from opacus_pi.gradients.random_state import random_state_untouched
 from opacus_pi.gradients.skeleton import unwrap

@@ -8,7 +8,7 @@ from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor
 
-from opacus_pi.class_swap import swap_class
+from opacus_pi.engine.class_swap import swap_class
 from opacus_pi.fast.hooks import FastHooks
 from opacus_pi.gradients.clipping import Batch, clip_factors, joint_norms
 

@@ -19,6 +19,7 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting import fingerprint
 from opacus_pi.attribution import Tracker, watch
 from opacus_pi.attribution.forward_probe import ForwardProbe
+from opacus_pi.engine.refusals import overlapping, unknown_schedule
 from opacus_pi.gradients import Sweep
 from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.shared_sweep import shared_sweep
@@ -26,7 +27,6 @@ from opacus_pi.monitor.draws import draws_of
 from opacus_pi.monitor.noisy_step import NoisyStep
 from opacus_pi.processes import Processes
 from opacus_pi.recorder import Recorder
-from opacus_pi.refusals import overlapping, unknown_schedule
 
 # what a call hung on a module or an optimizer, for the next call to replace
 _HANDLES: WeakKeyDictionary[Any, list[RemovableHandle]] = WeakKeyDictionary()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.measurements import checked_steps
+from opacus_pi.accounting.ledger.measurements import checked_steps
 
 VERSION = 1
 _FAR = 2**53  # a count beyond is no count

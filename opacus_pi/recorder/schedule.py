@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from opacus_pi._validate import expect, in_range, positive
-from opacus_pi.accounting.rules import stratum_ends
+from opacus_pi.accounting.privacy_loss.rules import stratum_ends
 
 Every = float | tuple[int, ...]
 

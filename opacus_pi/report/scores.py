@@ -26,7 +26,7 @@ from opacus_pi.accounting import (
     worst_case_loss,
 )
 from opacus_pi.accounting.guarantee import Assumption
-from opacus_pi.accounting.ledger import runs_of
+from opacus_pi.accounting.ledger.grad_norm_ledger import runs_of
 from opacus_pi.forget_sets import difficulty_strata, ranking
 
 SENSITIVE = (

@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.ledger import GradNormLedger, runs_of
+from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, runs_of
 from opacus_pi.atomic_file import replace_file
 from opacus_pi.report import sections
 from opacus_pi.report.figures import distribution_figures, trace_figures

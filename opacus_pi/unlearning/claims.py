@@ -10,7 +10,7 @@ from torch import nn
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
-from opacus_pi.accounting.ledger import columns_of
+from opacus_pi.accounting.ledger.grad_norm_ledger import columns_of
 from opacus_pi.unlearning.methods import Method
 from opacus_pi.unlearning.stopping import StopWhen
 

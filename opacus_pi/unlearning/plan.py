@@ -5,6 +5,7 @@
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.guarantee import Guarantee
-from opacus_pi.accounting.ledger import columns_of
+from opacus_pi.accounting.ledger.grad_norm_ledger import columns_of
 
 _UNKNOWN = Guarantee("no method chosen", ())
 
@@ -35,6 +36,10 @@ class Plan:
         steps_per_epoch: Updates per pass over the retain set.
         predicted_epochs: Passes until the set is forgotten, or None.
         prediction: How that was predicted, or why it was not.
+        num_unfinished: Of the past runs, how many never got there: they count as their
+            length, so that the prediction is at best a lower bound.
+        num_tied: How many examples outside the set have, to rounding, the loss of one
+            in it: a ranking by loss does not tell them from it.
         guarantee: What may be claimed afterwards, with its unmet assumptions.
     """
 
@@ -47,6 +52,8 @@ class Plan:
     steps_per_epoch: int
     predicted_epochs: float | None
     prediction: str
+    num_unfinished: int = 0
+    num_tied: int = 0
     guarantee: Guarantee = _UNKNOWN
 
     @property
@@ -81,12 +88,18 @@ class Plan:
 
     def __str__(self) -> str:
         ranking = " (assumed noise: a ranking only)" if self.ranking_only else ""
-        steps = "unknown" if self.predicted_steps is None else self.predicted_steps
+        steps = "unknown" if self.predicted_steps is None else f"{self.predicted_steps}"
+        least = "at least " if self.num_unfinished and steps != "unknown" else ""
+        tied = (
+            f"Examples outside the set that tie with one in it: {self.num_tied}.\n"
+            if self.num_tied
+            else ""
+        )
         return (
             f"Examples to forget: {len(self.forget)}, to keep: {self.num_retain}.\n"
             f"Mean privacy loss {self.mean_loss:.4g} at order {self.order:g}, "
-            f"percentile {self.percentile:.1f}{ranking}.\n"
-            f"Steps: {steps} ({self.prediction}); an epoch is "
+            f"percentile {self.percentile:.1f}{ranking}.\n{tied}"
+            f"Steps: {least}{steps} ({self.prediction}); an epoch is "
             f"{self.steps_per_epoch} steps, {self.num_retain} examples.\n"
             f"{self.guarantee}"
         )
@@ -98,7 +111,7 @@ def make_plan(
     *,
     order: float,
     assumed_noise_std: float | None = None,
-    past_runs: Sequence[tuple[ArrayLike, float]] = (),
+    past_runs: Sequence[PastRun] = (),
     batch_size: int = 64,
 ) -> Plan:
     """Difficulty and cost of a forget set, from the record of training.
@@ -108,12 +121,15 @@ def make_plan(
         forget_indices: Positions in the data set, each once.
         order: Rényi order of the privacy losses.
         assumed_noise_std: Noise on the sum of gradients to assume if there was none.
-        past_runs: ``(forget_indices, epochs it took)``.
+        past_runs: ``(forget_indices, epochs it took)``, or with the epochs it ran as a
+            third, which is needed where it never got there (``inf`` epochs).
         batch_size: Examples per batch.
 
     Raises:
-        ValueError: If there is no run, the indices are bad, or there was no noise and
-            none is assumed.
+        ValueError: If there is no run, the indices are bad, there was no noise and
+            none is assumed, or the length of a run that never got there is missing.
+
+    Warns if examples tie across the edge of a set that looks chosen by loss.
     """
     expect(
         len(runs) > 0,
@@ -135,11 +151,15 @@ def make_plan(
         "to leave something to keep",
         "To forget everything, start from a fresh model.",
     )
-    mean = float(losses[columns_of(runs[0], forget)].mean())
+    columns = columns_of(runs[0], forget)
+    mean = float(losses[columns].mean())
     past = [
-        losses[columns_of(runs[0], _chosen(runs[0], i))].mean() for i, _ in past_runs
+        losses[columns_of(runs[0], _chosen(runs[0], p[0]))].mean() for p in past_runs
     ]
-    epochs = predict_time(mean, past, [t for _, t in past_runs])
+    times = [p[1] for p in past_runs]
+    lengths = [p[2] if len(p) == 3 else math.nan for p in past_runs]
+    epochs = predict_time(mean, past, times, past_lengths=lengths)
+    num_unfinished = int(np.isinf(times).sum())
     return Plan(
         forget=forget,
         num_retain=num_retain,
@@ -149,10 +169,38 @@ def make_plan(
         ranking_only=runs[0].mechanism.assumed_noise,
         steps_per_epoch=math.ceil(num_retain / batch_size),
         predicted_epochs=epochs,
-        prediction="no two finished past runs of different difficulty to fit"
-        if epochs is None
-        else f"log-linear fit to {len(past_runs)} past runs",
+        prediction=_how_predicted(epochs, len(past_runs), num_unfinished),
+        num_unfinished=num_unfinished,
+        num_tied=_num_tied(losses, columns),
     )
+
+
+def _how_predicted(
+    epochs: float | None, num_past_runs: int, num_unfinished: int
+) -> str:
+    """How the epochs were predicted, or why they were not."""
+    if epochs is None:
+        return "no two past runs of different difficulty to fit"
+    fit = f"log-linear fit to {num_past_runs} past runs"
+    if not num_unfinished:
+        return fit
+    return (
+        f"{fit}, of which {num_unfinished} never got there and count as their length: "
+        "at best a lower bound"
+    )
+
+
+def _num_tied(losses: NDArray[np.float64], chosen: NDArray[np.int64]) -> int:
+    """How many that were not chosen tie with one that was; warns if it was by loss."""
+    levels = ties(losses)
+    inside = np.zeros(len(levels), dtype=bool)
+    inside[chosen] = True
+    own, others = levels[inside], levels[~inside]
+    outside = int(np.isin(others, own).sum())
+    by_loss = not ((own.min() < others) & (others < own.max())).any()
+    if outside and by_loss and len(own) > 1:
+        warnings.warn(_TIED.format(outside=outside), stacklevel=4)
+    return outside
 
 
 def budget_of(
@@ -166,7 +214,7 @@ def budget_of(
 
 
 def percentile(value: float, losses: ArrayLike) -> float:
-    """Percentage of ``losses`` below ``value``, ties counted half.
+    """Percentage of ``losses`` below ``value``, ties (to rounding) counted half.
 
     Args:
         value: The set's mean loss.
@@ -176,38 +224,81 @@ def percentile(value: float, losses: ArrayLike) -> float:
         A number in [0, 100].
     """
     losses = np.asarray(losses, dtype=np.float64)
-    below = np.count_nonzero(losses < value) + np.count_nonzero(losses == value) / 2
+    tied = np.isclose(losses, value, rtol=1e-12, atol=0)
+    below = np.count_nonzero((losses < value) & ~tied) + np.count_nonzero(tied) / 2
     return float(100 * below / losses.size)
 
 
 def predict_time(
-    loss: float, past_losses: ArrayLike, past_times: ArrayLike
+    loss: float,
+    past_losses: ArrayLike,
+    past_times: ArrayLike,
+    *,
+    past_lengths: ArrayLike | None = None,
 ) -> float | None:
     """Time to unlearn from past runs: time = a + b ln(loss), b ≥ 0, least squares.
 
     Corollary 4.4 lets the steps grow with the logarithm of the privacy loss. The
-    answer is at least 0; times that are not finite (never reached) are left out.
+    answer is at least 0. A run that never got there (an infinite time) counts as its
+    length, which is less than its time would have been: the answer then is at best a
+    lower bound, but nearer than without that run.
 
     Args:
         loss: Mean privacy loss of the set in question, above 0.
         past_losses: Mean losses of sets unlearned before, shape ``(k,)``.
-        past_times: How long each took, shape ``(k,)``, in any unit.
+        past_times: How long each took, shape ``(k,)``, in any unit; ``inf``: it never
+            got there.
+        past_lengths: How long each was run, a number or ``(k,)``, in the same unit;
+            only those of infinite times are used. Default: all got there.
 
     Returns:
         The time in the unit of ``past_times``; None with fewer than two usable runs of
         different loss.
 
+    Raises:
+        ValueError: If a time is NaN or negative, or the length is missing of a run that
+            never got there.
+
     Source: paper Corollary 4.4.
     """
     losses = np.asarray(past_losses, dtype=np.float64)
-    times = np.asarray(past_times, dtype=np.float64)
-    usable = (losses > 0) & np.isfinite(losses) & np.isfinite(times)
+    times = _counted(past_times, past_lengths)
+    usable = (losses > 0) & np.isfinite(losses)
     logs, times = np.log(losses[usable]), times[usable]
     if len(np.unique(logs)) < 2 or not loss > 0:
         return None
     centred = logs - logs.mean()
     slope = max(0.0, float(centred @ times / (centred @ centred)))
     return max(0.0, float(times.mean() + slope * (math.log(loss) - logs.mean())))
+
+
+def _counted(
+    past_times: ArrayLike, past_lengths: ArrayLike | None
+) -> NDArray[np.float64]:
+    """Times, in the place of infinite ones the lengths of the runs."""
+    times = np.asarray(past_times, dtype=np.float64)
+    expect(
+        bool((times >= 0).all()),
+        "past_times",
+        times,
+        "to be at least 0",
+        "Pass how long each run took, inf if it never got there.",
+    )
+    unfinished = np.isinf(times)
+    if not unfinished.any():
+        return times
+    lengths = np.broadcast_to(
+        np.asarray(math.nan if past_lengths is None else past_lengths), times.shape
+    )
+    expect(
+        bool((np.isfinite(lengths) & (lengths >= 0))[unfinished].all()),
+        "past_times",
+        math.inf,
+        "to come with how long the run was",
+        "It counts as its length: plan(..., past_runs=[(forget_indices, inf, "
+        "epochs_run)]), or predict_time(..., past_lengths=...).",
+    )
+    return np.where(unfinished, lengths, times)
 
 
 def _noisy(

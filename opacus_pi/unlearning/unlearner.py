@@ -32,7 +32,7 @@ from opacus_pi.gradients.skeleton import bare_copy
 from opacus_pi.unlearning.claims import Ledgers, claim, runs_in
 from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, updates
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
-from opacus_pi.unlearning.plan import Plan, make_plan
+from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
 from opacus_pi.unlearning.stopping import StopWhen
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -221,7 +221,7 @@ class Unlearner:
         *,
         order: float = 8.0,
         assumed_noise_std: float | None = None,
-        past_runs: Sequence[tuple[ArrayLike, float]] = (),
+        past_runs: Sequence[PastRun] = (),
         batch_size: int = 64,
     ) -> Plan:
         """Difficulty, cost and kind of guarantee, before anything is run.
@@ -233,6 +233,8 @@ class Unlearner:
                 added none; the losses then are a ranking only.
             past_runs: ``(forget_indices, epochs it took)`` of sets unlearned from
                 models of this training; two of different difficulty give a prediction.
+                Of one that never got there, ``(forget_indices, inf, epochs it ran)``:
+                it counts as its length, and the prediction is at best a lower bound.
             batch_size: Examples per batch, to count steps.
 
         Returns:
@@ -241,6 +243,8 @@ class Unlearner:
         Raises:
             ValueError: If there is no ledger, or the indices are bad, or training added
                 no noise and none is assumed.
+
+        Warns if examples tie across the edge of a set that looks chosen by loss.
         """
         plan = make_plan(
             runs_in(self.ledger),

@@ -7,28 +7,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from opacus_pi.accounting import published, shifted
-from opacus_pi.accounting.contraction import (
+from opacus_pi.accounting.group.line import line_log_moment, scalar_law
+from opacus_pi.accounting.group.moments import (
+    coupled_log_moment,
+    log_mean_exp,
+    pair_exponents,
+    subset_sums,
+)
+from opacus_pi.accounting.langevin import published, shifted
+from opacus_pi.accounting.langevin.contraction import (
     dobrushin_bound,
     first_step,
     hypercontractive_bound,
     log_dobrushin_coefficient,
     source_bound,
 )
-from opacus_pi.accounting.group_line import line_log_moment, scalar_law
-from opacus_pi.accounting.group_moments import (
-    coupled_log_moment,
-    log_mean_exp,
-    pair_exponents,
-    subset_sums,
-)
-from opacus_pi.accounting.learning_phase import (
+from opacus_pi.accounting.langevin.learning_phase import (
     contractive_divergence,
     halved_noise_divergence,
 )
-from opacus_pi.accounting.lsi import bounded_support_lsi, lsi_track
+from opacus_pi.accounting.langevin.lsi import bounded_support_lsi, lsi_track
+from opacus_pi.accounting.langevin.process import LangevinConstants
 from opacus_pi.accounting.moments import log_moment
-from opacus_pi.accounting.process import LangevinConstants
 
 CASES = json.loads((Path(__file__).parent / "vectors_bounds.json").read_text())
 

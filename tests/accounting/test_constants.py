@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from opacus_pi.accounting.constants import logistic_constants, ridge_constants
+from opacus_pi.accounting.langevin.constants import logistic_constants, ridge_constants
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(30, 4)) * [1.0, 2.0, 0.5, 1.0]

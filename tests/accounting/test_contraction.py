@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opacus_pi.accounting.contraction import (
+from opacus_pi.accounting.langevin.contraction import (
     dobrushin_bound,
     first_step,
     hypercontractive_bound,

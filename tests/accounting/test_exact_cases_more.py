@@ -12,7 +12,7 @@ from benchmarks.looseness.case import gaussian_divergence
 from benchmarks.looseness.constants import muckenhoupt, two_point_density
 from benchmarks.looseness.ridge import Ridge
 from opacus_pi.accounting import rdp_to_delta
-from opacus_pi.accounting.lsi import bounded_support_lsi
+from opacus_pi.accounting.langevin.lsi import bounded_support_lsi
 
 
 def ratios(name, number, seed, bound):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from opacus_pi.accounting import NoisySGD
-from opacus_pi.accounting.gram_ledger import GramLedger
+from opacus_pi.accounting.ledger.gram_ledger import GramLedger
 
 RNG = np.random.default_rng(0)
 G = RNG.normal(size=(3, 5, 7))

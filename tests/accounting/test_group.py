@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, log_moment, privacy_losses
-from opacus_pi.accounting.gram_ledger import GramLedger
-from opacus_pi.accounting.group import group_divergence, theorem_b1_estimates
-from opacus_pi.accounting.group_line import (
+from opacus_pi.accounting.group.divergence import group_divergence, theorem_b1_estimates
+from opacus_pi.accounting.group.line import (
     line_log_moment,
     operator_norm_law,
     scalar_law,
 )
-from opacus_pi.accounting.group_moments import (
+from opacus_pi.accounting.group.moments import (
     coupled_log_moment,
     log_mean_exp,
     pair_exponents,
 )
-from opacus_pi.accounting.group_routes import (
+from opacus_pi.accounting.group.routes import (
     order_multiplied_divergence,
     summed_losses,
 )
+from opacus_pi.accounting.ledger.gram_ledger import GramLedger
 
 
 def gram(rng, size, dims=4, scale=0.4):
@@ -65,7 +65,7 @@ def test_one_example_is_the_single_moment(order, ratio):
 def test_monte_carlo_converges_to_enumeration(rate, scale, monkeypatch):
     K = gram(np.random.default_rng(1), 5, scale=scale)
     exact = coupled_log_moment(K, rate, 4).log_moment
-    monkeypatch.setattr("opacus_pi.accounting.group_moments.EXACT_LIMIT", 0)
+    monkeypatch.setattr("opacus_pi.accounting.group.moments.EXACT_LIMIT", 0)
     sampled = coupled_log_moment(
         K, rate, 4, num_samples=200_000, generator=np.random.default_rng(0)
     )

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, log_moment, privacy_losses
-from opacus_pi.accounting.gram_ledger import GramLedger
-from opacus_pi.accounting.group import group_divergence
-from opacus_pi.accounting.group_line import (
+from opacus_pi.accounting.group.divergence import group_divergence
+from opacus_pi.accounting.group.line import (
     line_log_moment,
     operator_norm_law,
     scalar_law,
 )
-from opacus_pi.accounting.group_moments import coupled_log_moment
-from opacus_pi.accounting.group_worst_case import group_worst_case_loss
+from opacus_pi.accounting.group.moments import coupled_log_moment
+from opacus_pi.accounting.group.worst_case import group_worst_case_loss
+from opacus_pi.accounting.ledger.gram_ledger import GramLedger
 
 METHODS = ("coupled", "scalar", "operator_norm")
 SLACK = 1 + 1e-9

@@ -7,14 +7,14 @@ from scipy.special import logsumexp
 from scipy.stats import binom
 
 from opacus_pi.accounting import NoisySGD, worst_case_loss
-from opacus_pi.accounting.gram_ledger import GramLedger
-from opacus_pi.accounting.group import group_divergence
-from opacus_pi.accounting.group_line import line_log_moment
-from opacus_pi.accounting.group_routes import order_multiplied_divergence
-from opacus_pi.accounting.group_worst_case import (
+from opacus_pi.accounting.group.divergence import group_divergence
+from opacus_pi.accounting.group.line import line_log_moment
+from opacus_pi.accounting.group.routes import order_multiplied_divergence
+from opacus_pi.accounting.group.worst_case import (
     group_step_divergence,
     group_worst_case_loss,
 )
+from opacus_pi.accounting.ledger.gram_ledger import GramLedger
 
 
 def log_ratio(z, size, rate, ratio):

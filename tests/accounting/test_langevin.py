@@ -3,15 +3,15 @@ import math
 import numpy as np
 import pytest
 
-from opacus_pi.accounting.contraction import hypercontractive_bound
-from opacus_pi.accounting.langevin import (
+from opacus_pi.accounting.langevin.contraction import hypercontractive_bound
+from opacus_pi.accounting.langevin.lsi import lsi_track
+from opacus_pi.accounting.langevin.process import LangevinConstants
+from opacus_pi.accounting.langevin.unlearning import (
     steps_to_rewind,
     steps_to_unlearn,
     symmetric_bound,
     unlearning_divergence,
 )
-from opacus_pi.accounting.lsi import lsi_track
-from opacus_pi.accounting.process import LangevinConstants
 
 CONVEX = LangevinConstants(
     learning_rate=0.5, noise_variance=9e-4, smoothness=0.26, strong_convexity=0.01

@@ -3,12 +3,12 @@ import math
 import numpy as np
 import pytest
 
-from opacus_pi.accounting.learning_phase import (
+from opacus_pi.accounting.langevin.learning_phase import (
     contractive_divergence,
     halved_noise_divergence,
 )
-from opacus_pi.accounting.lsi import lsi_track
-from opacus_pi.accounting.shifted import learn_unlearn_mu_squared
+from opacus_pi.accounting.langevin.lsi import lsi_track
+from opacus_pi.accounting.langevin.shifted import learn_unlearn_mu_squared
 
 C, S = 0.9, 0.5
 PROCESS = {"lipschitz": C, "noise_variance": S}

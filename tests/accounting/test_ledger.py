@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, fill_unobserved
-from opacus_pi.accounting.ledger import runs_of
-from opacus_pi.accounting.storage import write_arrays
+from opacus_pi.accounting.ledger.grad_norm_ledger import runs_of
+from opacus_pi.accounting.ledger.storage import write_arrays
 
 NAN = math.nan
 NORMS = [[NAN, 2.0, 0.5, NAN], [1.0, NAN, 0.25, NAN], [0.25, NAN, NAN, NAN]]

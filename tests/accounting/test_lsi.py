@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opacus_pi.accounting.lsi import (
+from opacus_pi.accounting.langevin.lsi import (
     bounded_support_lsi,
     gradient_map_lipschitz,
     log_growth,

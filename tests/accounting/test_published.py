@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from opacus_pi.accounting.conversion import rdp_to_epsilon
-from opacus_pi.accounting.published import (
+from opacus_pi.accounting.langevin.published import (
     chien_learning_divergence,
     chien_rate,
     chien_sequential,

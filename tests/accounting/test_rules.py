@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opacus_pi.accounting.rules import intervals, loss_under_rule
+from opacus_pi.accounting.privacy_loss.rules import intervals, loss_under_rule
 from tests.accounting.oracles import rows_around
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from opacus_pi.accounting.shifted import (
+from opacus_pi.accounting.langevin.shifted import (
     initial_distance_mu_squared,
     learn_unlearn_mu_squared,
     shifted_mu_squared,

@@ -15,7 +15,7 @@ from opacus_pi.accounting import (
     worst_case_loss,
 )
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
-from opacus_pi.accounting.group_worst_case import group_worst_case_loss
+from opacus_pi.accounting.group.worst_case import group_worst_case_loss
 
 DELTA = 1e-5
 

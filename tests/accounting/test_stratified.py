@@ -14,7 +14,7 @@ from opacus_pi.accounting import (
     privacy_losses,
     worst_case_loss,
 )
-from opacus_pi.accounting.rules import check_rule, strata, stratum_ends
+from opacus_pi.accounting.privacy_loss.rules import check_rule, strata, stratum_ends
 from opacus_pi.recorder import Recorder
 from opacus_pi.recorder.schedule import evenly_spaced_steps, stratified_steps
 

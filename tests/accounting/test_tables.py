@@ -15,8 +15,8 @@ from opacus_pi.accounting import (
     log_moment,
     privacy_losses,
 )
-from opacus_pi.accounting.composition import weighted_log_moments
-from opacus_pi.accounting.tables import UpperTable, upper_log_moments
+from opacus_pi.accounting.privacy_loss.composition import weighted_log_moments
+from opacus_pi.accounting.privacy_loss.tables import UpperTable, upper_log_moments
 
 LAWS = settings(max_examples=15, deadline=None)
 rates = st.floats(-6, -0.05).map(lambda x: 10**x)

@@ -43,6 +43,14 @@ def test_past_runs_predict(answer, ledger):
     assert found["predicted_steps"] == plan.predicted_steps
 
 
+def test_past_runs_that_never_got_there(answer, ledger):
+    found = answer(*PLAN, "3", "--past", "4=1.5", "--past", "5,6=25+")
+    past = [([4], 1.5), ([5, 6], np.inf, 25.0)]
+    plan = make_plan([ledger], [3], order=8.0, past_runs=past)
+    assert found["predicted_epochs"] == plan.predicted_epochs is not None
+    assert found["num_unfinished"] == 1 and "lower bound" in found["prediction"]
+
+
 def kind(answer, *words):
     return answer(*PLAN, *words)["guarantee"]["kind"]
 
@@ -72,6 +80,7 @@ def test_text_and_file(run, tmp_path):
         (("3", "--past", "4"), "--past: 4 is not IDS=EPOCHS"),
         (("3", "--past", "nobody=1"), "--past: no such file: nobody"),
         (("3", "--past", "4=x"), "--past: 4=x is not IDS=EPOCHS"),
+        (("3", "--past", "4=inf"), "3,17=25+ if it was not there after 25"),
         (("3", "--method", "l1"), "Name its architecture too: --model"),
         (("3", *BUILD, "--method", "langevin"), "--set noise_std=VALUE"),
         (("3", *BUILD, "--set", "x=1"), "--set: x=1 is not NAME=VALUE"),

@@ -7,7 +7,7 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from opacus_pi.accounting.storage import read_arrays, write_arrays
+from opacus_pi.accounting.ledger.storage import read_arrays, write_arrays
 from opacus_pi.evaluation.oracle import OracleCache
 
 DATA = TensorDataset(torch.zeros(10, 2), torch.arange(10) % 3)

@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD, RenyiFilter
+from opacus_pi.engine.filter_setup import saved_charges
+from opacus_pi.engine.run_state import RunState
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
-from opacus_pi.filter_setup import saved_charges
 from opacus_pi.recorder import Recorder
 from opacus_pi.recorder.weights import save_weights
-from opacus_pi.run_state import RunState
 from opacus_pi.sealed_state import sealed
 from opacus_pi.unlearning import Unlearner
 from opacus_pi.unlearning.requests import DeletionRequests

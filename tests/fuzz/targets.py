@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from opacus_pi.accounting import GradNormLedger, GramLedger
+from opacus_pi.engine.filter_setup import resume_charges
 from opacus_pi.evaluation import UnlearningTrace
-from opacus_pi.filter_setup import resume_charges
 from opacus_pi.recorder.recorded_run import RecordedRun
 from opacus_pi.recorder.saved_run import require_version
 from opacus_pi.recorder.weights import load_weights_

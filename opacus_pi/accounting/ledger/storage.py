@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.on_disk import OnDisk, arrays_on_disk
+from opacus_pi.accounting.ledger.on_disk import OnDisk, arrays_on_disk
 from opacus_pi.atomic_file import replace_file
 
 Arrays = dict[str, NDArray[Any]]

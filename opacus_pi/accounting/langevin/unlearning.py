@@ -31,15 +31,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from opacus_pi._validate import expect, in_range, positive
-from opacus_pi.accounting.contraction import (
+from opacus_pi.accounting.langevin.contraction import (
     Divergence,
     dobrushin_bound,
     first_step,
     hypercontractive_bound,
     source_bound,
 )
-from opacus_pi.accounting.lsi import log_growth
-from opacus_pi.accounting.process import LangevinConstants
+from opacus_pi.accounting.langevin.lsi import log_growth
+from opacus_pi.accounting.langevin.process import LangevinConstants
 
 FORMS = ("hypercontractive", "source", "dobrushin")
 _SAME_STEPS = "retraining for as many steps in all as the unlearned model has seen"

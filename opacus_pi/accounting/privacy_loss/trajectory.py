@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.composition import mean_over_runs, trajectory_losses_of_sums
-from opacus_pi.accounting.ledger import GradNormLedger, runs_of
-from opacus_pi.accounting.mechanism import NoisySGD
-from opacus_pi.accounting.privacy_loss import worst_case_loss
-from opacus_pi.accounting.rules import STRATIFIED, Interval
-from opacus_pi.accounting.run_losses import (
+from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, runs_of
+from opacus_pi.accounting.ledger.mechanism import NoisySGD
+from opacus_pi.accounting.privacy_loss.composition import (
+    mean_over_runs,
+    trajectory_losses_of_sums,
+)
+from opacus_pi.accounting.privacy_loss.per_instance import worst_case_loss
+from opacus_pi.accounting.privacy_loss.rules import STRATIFIED, Interval
+from opacus_pi.accounting.privacy_loss.run_losses import (
     Composition,
     Ledgers,
     Record,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.accounting.mechanism import frozen
+from opacus_pi.accounting.ledger.mechanism import frozen
 
 
 def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from opacus_pi._validate import expect
-from opacus_pi.loader_position import Position
-from opacus_pi.random_states import RandomStates
+from opacus_pi.engine.loader_position import Position
+from opacus_pi.engine.random_states import RandomStates
 
 _RANDOM, _POSITION, _EPOCH, _SETTING = "random.", "position.", "epoch.", "setting."
 _SETTINGS = ("noise_multiplier", "max_grad_norm")

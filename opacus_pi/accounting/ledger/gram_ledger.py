@@ -4,7 +4,7 @@ For one example a norm says everything; for a group the bounds depend on how the
 gradients point, which their inner products say. They are computed after training, from
 saved weights, for any forget set.
 
->>> from opacus_pi.accounting.mechanism import NoisySGD
+>>> from opacus_pi.accounting.ledger.mechanism import NoisySGD
 >>> mechanism = NoisySGD(10, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
 >>> ledger = GramLedger(mechanism, steps=[10], grams=[[[4.0, 0.0], [0.0, 0.25]]])
 >>> ledger.scaled()[0]  # clipped to 1, in units of the noise
@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.accounting.measurements import checked_steps
-from opacus_pi.accounting.mechanism import (
+from opacus_pi.accounting.ledger.measurements import checked_steps
+from opacus_pi.accounting.ledger.mechanism import (
     MECHANISM_ARRAYS,
     MECHANISM_FACTS,
     MECHANISM_MORE_FACTS,
@@ -28,7 +28,7 @@ from opacus_pi.accounting.mechanism import (
     NoisySGD,
     frozen,
 )
-from opacus_pi.accounting.storage import Layout, read_arrays, write_arrays
+from opacus_pi.accounting.ledger.storage import Layout, read_arrays, write_arrays
 
 _KIND = "opacus_pi.GramLedger"
 _VERSION = 1

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
-from opacus_pi.refusals import changed_schedule, schedule_of
+from opacus_pi.engine.refusals import changed_schedule, schedule_of
 
 _UNNOISED = (
     "The optimizer that make_private was given was stepped by itself: the weights took "

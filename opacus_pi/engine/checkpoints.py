@@ -12,11 +12,11 @@ from opacus_pi._validate import expect
 from opacus_pi.accountants import num_steps_of
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.atomic_file import replacing
-from opacus_pi.filter_setup import resume_charges, saved_charges
-from opacus_pi.opacus_engine import Engine
+from opacus_pi.engine.filter_setup import resume_charges, saved_charges
+from opacus_pi.engine.opacus_engine import Engine
+from opacus_pi.engine.run_state import RunState
 from opacus_pi.recorder import Recorder
 from opacus_pi.recorder.saved_run import require_version
-from opacus_pi.run_state import RunState
 from opacus_pi.sealed_state import sealed, unsealed
 
 CHECKPOINT_KEY = "opacus_pi"

@@ -8,7 +8,7 @@ convex losses the result stays bounded however long the run is.
 One schedule covers learning and any number of unlearning requests: after its removal a
 point shifts nothing, and every step only contracts.
 
->>> from opacus_pi.accounting.lsi import lsi_track
+>>> from opacus_pi.accounting.langevin.lsi import lsi_track
 >>> shifts = np.r_[np.full((500, 1), 0.1), np.zeros((50, 1))]  # learn, then without x
 >>> lsi = lsi_track(0.5, 550, lipschitz=0.9, noise_variance=0.5)
 >>> setting = {"lsi": lsi, "lipschitz": 0.9, "noise_variance": 0.5, "hoelder_p": 100.0}
@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
 from opacus_pi._validate import expect, in_range, positive
-from opacus_pi.accounting.lsi import schedules
+from opacus_pi.accounting.langevin.lsi import schedules
 
 
 def contractive_divergence(

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
-from opacus_pi.accounting.ledger import GradNormLedger
-from opacus_pi.accounting.measurements import fill_unobserved
+from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger
+from opacus_pi.accounting.ledger.measurements import fill_unobserved
 
 
 def filled_by_rank(ledger: GradNormLedger) -> GradNormLedger:

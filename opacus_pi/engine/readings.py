@@ -13,7 +13,7 @@ from opacus_pi._errors import AccountingError
 from opacus_pi.accountants import num_steps_of
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.attribution import Tracker
-from opacus_pi.opacus_engine import Engine
+from opacus_pi.engine.opacus_engine import Engine
 from opacus_pi.recorder import Recorder
 
 

@@ -1,7 +1,7 @@
 """Per-example Rényi privacy losses of a recorded training run.
 
->>> from opacus_pi.accounting.ledger import GradNormLedger
->>> from opacus_pi.accounting.mechanism import NoisySGD
+>>> from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger
+>>> from opacus_pi.accounting.ledger.mechanism import NoisySGD
 >>> mechanism = NoisySGD(
 ...     num_steps=100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0
 ... )
@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD
-from opacus_pi.accounting.rules import Interval
-from opacus_pi.accounting.run_losses import (
+from opacus_pi.accounting.ledger.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.accounting.privacy_loss.rules import Interval
+from opacus_pi.accounting.privacy_loss.run_losses import (
     Ledgers,
     Record,
     composition_of,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.published import weak_triangle
+from opacus_pi.accounting.langevin.published import weak_triangle
 
 
 def order_multiplied_divergence(

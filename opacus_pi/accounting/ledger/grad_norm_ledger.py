@@ -21,20 +21,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import distinct_indices, expect, positive
-from opacus_pi.accounting.measurements import (
+from opacus_pi.accounting.ledger.measurements import (
     checked_ids,
     checked_measurements,
     checked_steps,
     fill_unobserved,
 )
-from opacus_pi.accounting.mechanism import (
+from opacus_pi.accounting.ledger.mechanism import (
     MECHANISM_ARRAYS,
     MECHANISM_FACTS,
     MECHANISM_MORE_FACTS,
     SCHEDULED,
     NoisySGD,
 )
-from opacus_pi.accounting.storage import (
+from opacus_pi.accounting.ledger.storage import (
     Layout,
     check_file,
     read_array,

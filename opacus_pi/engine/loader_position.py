@@ -18,10 +18,10 @@ from typing import Any, SupportsIndex
 from opacus.utils import batch_memory_manager
 from torch.utils.data import DataLoader
 
-from opacus_pi import refusals
 from opacus_pi._validate import expect
-from opacus_pi.class_swap import swap_class
-from opacus_pi.random_states import RandomStates
+from opacus_pi.engine import refusals
+from opacus_pi.engine.class_swap import swap_class
+from opacus_pi.engine.random_states import RandomStates
 
 _START = "start."
 _IN_PARTS = (

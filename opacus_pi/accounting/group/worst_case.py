@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.group_line import binomial_law, line_log_moment
-from opacus_pi.accounting.mechanism import SCHEDULED, NoisySGD
-from opacus_pi.accounting.rules import intervals
+from opacus_pi.accounting.group.line import binomial_law, line_log_moment
+from opacus_pi.accounting.ledger.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.accounting.privacy_loss.rules import intervals
 
 
 def group_worst_case_loss(

@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.composition import (
+from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, runs_of
+from opacus_pi.accounting.ledger.measurements import fill_unobserved
+from opacus_pi.accounting.ledger.mechanism import NoisySGD
+from opacus_pi.accounting.moments import MODES
+from opacus_pi.accounting.orders import corrected_order, interval_orders
+from opacus_pi.accounting.privacy_loss.composition import (
     PUBLISHED,
     published_orders,
     weighted_log_moments,
 )
-from opacus_pi.accounting.ledger import GradNormLedger, runs_of
-from opacus_pi.accounting.measurements import fill_unobserved
-from opacus_pi.accounting.mechanism import NoisySGD
-from opacus_pi.accounting.moments import MODES
-from opacus_pi.accounting.orders import corrected_order, interval_orders
-from opacus_pi.accounting.rules import (
+from opacus_pi.accounting.privacy_loss.rules import (
     RULES,
     STRATIFIED,
     Interval,
@@ -28,7 +28,7 @@ from opacus_pi.accounting.rules import (
     loss_under_rule,
     strata,
 )
-from opacus_pi.accounting.tables import check_tolerance, upper_log_moments
+from opacus_pi.accounting.privacy_loss.tables import check_tolerance, upper_log_moments
 
 Array = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.ledger import GradNormLedger, runs_of
-from opacus_pi.accounting.privacy_loss import privacy_losses
-from opacus_pi.accounting.run_losses import Ledgers
-from opacus_pi.accounting.trajectory import trajectory_losses
+from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, runs_of
+from opacus_pi.accounting.privacy_loss.per_instance import privacy_losses
+from opacus_pi.accounting.privacy_loss.run_losses import Ledgers
+from opacus_pi.accounting.privacy_loss.trajectory import trajectory_losses
 
 Array = NDArray[np.float64]
 

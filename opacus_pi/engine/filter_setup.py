@@ -10,9 +10,10 @@ from opacus.privacy_engine import DDP, DPDDP, FSDPModule, PrivacyEngine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from opacus_pi import fast, refusals
+from opacus_pi import fast
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import RenyiFilter
+from opacus_pi.engine import refusals
 from opacus_pi.sealed_state import unsealed
 
 

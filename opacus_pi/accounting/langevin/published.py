@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import expect, in_range, positive
-from opacus_pi.accounting.contraction import source_bound
+from opacus_pi.accounting.langevin.contraction import source_bound
 
 _CONSTANT = "Constants of the process are above 0."
 

@@ -14,8 +14,8 @@ from numpy import float64
 from numpy.typing import NDArray
 
 from opacus_pi._validate import positive
-from opacus_pi.accounting.contraction import log_dobrushin_coefficient
-from opacus_pi.accounting.lsi import (
+from opacus_pi.accounting.langevin.contraction import log_dobrushin_coefficient
+from opacus_pi.accounting.langevin.lsi import (
     bounded_support_lsi,
     gradient_map_lipschitz,
     log_growth,

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.composition import weighted_log_moments
+from opacus_pi.accounting.privacy_loss.composition import weighted_log_moments
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 from scipy.stats import binom
 
-from opacus_pi.accounting.group_moments import subset_sums
+from opacus_pi.accounting.group.moments import subset_sums
 from opacus_pi.accounting.quadrature import log_psi, log_sum, softplus
 
 _ENUMERATED = 12  # Group size up to which all subsets are listed.

@@ -9,12 +9,12 @@ import torch
 from opacus.optimizers.optimizer import _check_processed_flag
 from torch import Tensor, nn
 
-from opacus_pi import refusals
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import positive
 from opacus_pi.accounting import NoisySGD, RenyiFilter
 from opacus_pi.attribution import NOBODY, Tracker
 from opacus_pi.attribution.evidence import Rows
+from opacus_pi.engine import refusals
 
 _BELIEVED = (
     "A RenyiFilter charges examples, so whose rows these are must be certain. The "

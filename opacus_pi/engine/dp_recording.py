@@ -16,15 +16,15 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from opacus_pi import refusals
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.tracker import rows_of
-from opacus_pi.class_swap import swap_class
-from opacus_pi.dp_filtering import FilterGate
+from opacus_pi.engine import refusals
+from opacus_pi.engine.class_swap import swap_class
+from opacus_pi.engine.dp_filtering import FilterGate
+from opacus_pi.engine.outside_changes import OutsideChanges
 from opacus_pi.fast import FastHooks
 from opacus_pi.grad_sample import joint_norms, row_norms
-from opacus_pi.outside_changes import OutsideChanges
 from opacus_pi.recorder import Recorder
 
 _STALE_NORMS = (

@@ -1,0 +1,1 @@
+"""How noisy fine-tuning contracts a divergence (Corollaries 4.1 and 4.4)."""

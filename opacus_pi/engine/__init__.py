@@ -1,0 +1,1 @@
+"""The parts of ``PrivacyEngine``: what it watches, records, refuses and resumes."""
