@@ -17,8 +17,17 @@ from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.accounting.ledger.grad_norm_ledger import columns_of
+from opacus_pi.forget_sets import ties
+
+PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 
 _UNKNOWN = Guarantee("no method chosen", ())
+_TIED = (
+    "{outside} examples outside the forget set have the privacy loss of one in it, to "
+    "rounding. If the set was chosen by loss, which of those that tie is a draw, and "
+    "says nothing of their difficulty. Losses tie at the largest where examples are "
+    "clipped in every update: train with a larger max_grad_norm to tell them apart."
+)
 
 
 @dataclass(frozen=True)
