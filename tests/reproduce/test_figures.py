@@ -76,6 +76,32 @@ def test_a_claim_over_several_measures_needs_all_of_them():
     assert joined({"a": yes, "b": open_}).verdict == NOT_TESTABLE
 
 
+def hardest(times, gaps):
+    """What figure 3 is judged by: two scores of equal times and gaps, one of others."""
+    others = dict.fromkeys(["C-Proxy", "mean norm", "EL2N"], ([[1.0]] * 3, [[0.1]] * 3))
+    rows = others | {"privacy loss": (times, gaps)}
+    return {
+        "times": {"UA": {name: row[0] for name, row in rows.items()}},
+        "gaps": {"UA": {name: row[1] for name, row in rows.items()}},
+        "max_time": 5,
+    }
+
+
+def test_hardest_sets_are_compared_by_time_and_by_the_gap_only_if_none_arrived():
+    judge = FIGURES["fig3"].judge
+    # slower but nearer at the end: time decides
+    assert judge(hardest([[3.0], [3.0], [4.0]], [[0.0]] * 3)).verdict == BORNE_OUT
+    assert judge(hardest([[0.5], [0.4], [0.5]], [[0.9]] * 3)).verdict == NOT_BORNE_OUT
+    never = hardest([[None]] * 3, [[0.3], [0.3], [0.4]])
+    assert judge(never).verdict == BORNE_OUT  # the others arrived after one epoch
+    never["times"]["UA"] = dict.fromkeys(never["times"]["UA"], [[None]] * 3)
+    found = judge(never)
+    assert found.verdict == BORNE_OUT and "no run arrived in 5 epochs" in found.because
+    assert "gap left 0.233" in found.because
+    never["gaps"]["UA"]["privacy loss"] = [[0.1], [0.2], [0.0]]
+    assert judge(never).verdict == NOT_TESTABLE
+
+
 def test_strata_are_those_of_the_mean_loss_and_the_same_for_every_seed(tmp_path):
     lab = Lab(tmp_path)
     losses = lab.scores(TINY)["privacy loss"]

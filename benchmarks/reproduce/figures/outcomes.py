@@ -57,6 +57,18 @@ def times(
     return np.array([list(map(time, row, judges)) for row in rows])
 
 
+def gaps(
+    lab: Lab, experiment: Experiment, sets: Sets, method: str, metric: str = UA
+) -> np.ndarray:
+    """How far from the mean oracle every run ends, ``(seeds, sets)``."""
+    judges = [np.mean(oracle_values(lab, experiment, one)[metric]) for one in sets]
+    ends = [
+        [run["trace"][metric][-1] for run in row]
+        for row in runs(lab, experiment, sets, method)
+    ]
+    return np.abs(np.array(ends) - judges)
+
+
 def mean_losses(lab: Lab, experiment: Experiment, sets: Sets) -> np.ndarray:
     """Mean privacy loss of each set, ``(sets,)``."""
     scores = lab.scores(experiment)["privacy loss"]
