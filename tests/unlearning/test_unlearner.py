@@ -1,52 +1,23 @@
-"""The unlearner: copies, loops, refuses, records."""
+"""The unlearner: loops, refuses, records."""
 
-import copy
 import json
 
 import numpy as np
 import pytest
 import torch
-from opacus import GradSampleModule, PrivacyEngine
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_pi.accounting import GradNormLedger, NoisySGD, fingerprint, privacy_losses
+from opacus_pi.accounting import fingerprint
 from opacus_pi.unlearning import FineTune, Langevin, Unlearner
-
-CRITERION = nn.CrossEntropyLoss()
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def data(n=30):
-    torch.manual_seed(1)
-    return TensorDataset(torch.randn(n, 5), torch.arange(n) % 3)
-
-
-def ledger_of(train_set, noise_std=2.0, clip=1.0, seed=0, **facts):
-    norms = np.random.default_rng(seed).gamma(2.0, 0.2, size=(3, len(train_set)))
-    mechanism = NoisySGD(30, 0.1, noise_std, clip)
-    facts = {"data_set": fingerprint(train_set)} | facts
-    return GradNormLedger(mechanism, [10, 20, 30], norms, **facts)
-
-
-def unlearner(model=None, seed=0, **options):
-    return Unlearner(
-        net() if model is None else model,
-        criterion=CRITERION,
-        generator=torch.Generator().manual_seed(seed),
-        **options,
-    )
-
-
-def state_bytes(model):
-    return {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
-
-
-# --- run ---
+from tests.unlearning.unlearners import (
+    CRITERION,
+    data,
+    ledger_of,
+    net,
+    state_bytes,
+    unlearner,
+)
 
 
 def test_run_hands_back_control_after_each_update():
@@ -132,118 +103,7 @@ def test_negative_steps_are_refused():
         unlearner().run(DataLoader(data(), 10), -1)
 
 
-# --- where the model comes from ---
-
-
-def dp_trained():
-    train_set, engine = data(), PrivacyEngine()
-    model = net()
-    model, optimizer, loader = engine.make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(train_set, 10),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-    )
-    for x, y in loader:
-        if len(y):
-            optimizer.zero_grad()
-            CRITERION(model(x), y).backward()
-            optimizer.step()
-    return model, train_set
-
-
-def test_an_opacus_model_is_copied_bare():
-    model, train_set = dp_trained()
-    model.train()
-    model(train_set.tensors[0])  # leaves activations behind, as a stray forward does
-    calls = []
-    model._module[1].register_forward_hook(lambda *_: calls.append(1))
-    hooks_before = sum(len(m._forward_hooks) for m in model._module.modules())
-    mine = unlearner(model)
-    twin = mine.model
-    assert type(twin) is nn.Sequential and twin is not model._module
-    assert state_bytes(twin) == state_bytes(model._module)
-    for module in twin.modules():
-        assert not module._backward_hooks
-        assert not hasattr(module, "activations")
-        assert not hasattr(module, "autograd_grad_sample_hooks")
-    assert sum(len(m._forward_hooks) for m in twin.modules()) == 1  # the user's own
-    list(mine.run(DataLoader(train_set, 10), 2))
-    assert calls
-    for p in twin.parameters():
-        assert not hasattr(p, "grad_sample") and not hasattr(p, "_forward_counter")
-    assert sum(len(m._forward_hooks) for m in model._module.modules()) == hooks_before
-    assert isinstance(model, GradSampleModule)
-
-
-def test_a_child_that_happens_to_be_called_module_is_no_wrapper():
-    class Doubled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self._module = self.module = net()
-
-        def forward(self, x):
-            return 2 * self._module(x)
-
-    assert type(unlearner(Doubled()).model) is Doubled
-
-
-def test_a_model_that_keeps_its_last_output_can_be_copied():
-    class Keeping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(5, 3)
-
-        def forward(self, x):
-            self.last = self.layer(x)
-            return self.last
-
-    model = Keeping()
-    model(torch.ones(2, 5))
-    assert torch.equal(unlearner(model).model.last, model.last)
-
-
-def test_inputs_may_be_tuples():
-    class Sum(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(5, 3)
-
-        def forward(self, a, b):
-            return self.layer(a + b)
-
-    batch = (torch.ones(4, 5), torch.ones(4, 5)), torch.arange(4) % 3
-    assert list(unlearner(Sum()).run([batch], 2)) == [1, 2]
-
-
-def test_data_parallel_and_compiled_wrappers_are_taken_off():
-    assert type(unlearner(nn.DataParallel(net())).model) is nn.Sequential
-    compiled = torch.compile(net(), backend="eager")
-    assert type(unlearner(compiled).model) is nn.Sequential
-
-
-def test_straight_from_an_engine():
-    model, train_set = dp_trained()
-
-    class Engine:
-        module, ledger = model, ledger_of(train_set)
-
-    mine = Unlearner(Engine(), criterion=CRITERION)
-    assert type(mine.model) is nn.Sequential
-    assert mine.ledger is Engine.ledger
-    other = ledger_of(train_set, seed=1)
-    assert Unlearner(Engine(), criterion=CRITERION, ledger=other).ledger is other
-
-
-def test_something_else_is_refused():
-    with pytest.raises(ValueError, match="model=dict"):
-        Unlearner({}, criterion=CRITERION)
-
-
 # --- unlearn ---
-
-
 def test_unlearn_never_shows_the_forget_set():
     train_set = data()
     seen = set()
@@ -386,116 +246,3 @@ def test_a_ledger_of_other_data_is_refused():
     other = TensorDataset(torch.randn(30, 5), torch.zeros(30))
     with pytest.raises(ValueError, match="data_set"):
         unlearner(ledger=ledger_of(other)).unlearn(data(), [0], 1)
-
-
-# --- plan and guarantee ---
-
-
-def test_plan_says_difficulty_and_cost():
-    record = ledger_of(data())
-    losses = privacy_losses(record, 4.0)
-    hardest = np.argsort(losses)[-3:]
-    plan = unlearner(ledger=record).plan(hardest, order=4.0, batch_size=10)
-    assert plan.mean_loss == pytest.approx(losses[hardest].mean())
-    below = (losses < plan.mean_loss).mean() * 100
-    assert plan.percentile == pytest.approx(below)
-    assert plan.num_retain == 27 and plan.steps_per_epoch == 3
-    assert plan.predicted_epochs is None and "past runs" in plan.prediction
-    assert not plan.ranking_only
-    assert "percentile" in str(plan) and "unknown" in str(plan)
-
-
-def test_plan_predicts_from_past_runs():
-    record = ledger_of(data())
-    losses = privacy_losses(record, 8.0)
-    order = np.argsort(losses)
-    easy, hard = order[:3], order[-3:]
-    logs = np.log([losses[easy].mean(), losses[hard].mean()])
-    middle = order[14:17]
-    plan = unlearner(ledger=record).plan(middle, past_runs=[(easy, 2.0), (hard, 10.0)])
-    slope = 8.0 / (logs[1] - logs[0])
-    expected = 2.0 + slope * (np.log(losses[middle].mean()) - logs[0])
-    assert plan.predicted_epochs == pytest.approx(expected)
-    assert plan.predicted_steps == np.ceil(expected * plan.steps_per_epoch)
-    assert plan.predicted_examples == np.ceil(expected * plan.num_retain)
-
-
-def test_plan_without_noise_is_a_ranking():
-    mine = unlearner(ledger=ledger_of(data(), noise_std=0.0))
-    with pytest.raises(ValueError, match="assumed_noise_std"):
-        mine.plan([0])
-    plan = mine.plan([0], assumed_noise_std=1.0)
-    assert plan.ranking_only and plan.guarantee.kind == "empirical"
-    assert "a ranking only" in str(plan)
-
-
-def test_an_assumed_noise_never_looks_real():
-    record = ledger_of(data()).with_noise_std(2.0)
-    mine = unlearner(ledger=record)
-    plan = mine.plan([6])
-    assert plan.ranking_only and plan.mean_loss == privacy_losses(record, 8.0)[6]
-    for claim in (plan.guarantee, mine.unlearn(data(), [6], 0).guarantee):
-        assert claim.kind == "empirical" and claim.divergences == ()
-        assert "assumed noise_std=2 on the sum" in str(claim)
-
-
-def test_plan_needs_a_ledger():
-    with pytest.raises(ValueError, match="ledger=None"):
-        unlearner().plan([0])
-
-
-def test_plan_finds_the_columns_of_a_partial_ledger():
-    full = ledger_of(data())
-    some = full.subset([20, 4, 11])
-    plan = unlearner(ledger=some).plan([11])
-    assert plan.mean_loss == pytest.approx(privacy_losses(full, 8.0)[11])
-    with pytest.raises(ValueError, match="examples of the ledger"):
-        unlearner(ledger=some).plan([5])
-
-
-def test_one_example_of_a_noisy_run_gives_an_estimate():
-    record = ledger_of(data())
-    claim = unlearner(ledger=record, method=Langevin(0.1)).unlearn(data(), [6], 1)
-    claim = claim.guarantee
-    assert claim.kind == "estimate"
-    for order, divergence in zip(claim.orders, claim.divergences, strict=True):
-        assert divergence == pytest.approx(privacy_losses(record, order)[6])
-    assert 0 < claim.epsilon(1e-5) < np.inf
-    assert any("upper bound" in a.statement for a in claim.unmet)
-
-
-def batch_norm_net():
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-
-
-@pytest.mark.parametrize(
-    "options, indices, unmet",
-    [
-        ({}, [1, 2], "the forget set is one example"),
-        ({"noise_std": 0.0}, [1], "training added noise"),
-        ({"model": batch_norm_net()}, [1], "its own gradient only"),
-        ({"ledger": None}, [1], "training added noise"),
-    ],
-)
-def test_otherwise_nothing_finite_is_claimed(options, indices, unmet):
-    record = ledger_of(data(), noise_std=options.pop("noise_std", 2.0))
-    mine = unlearner(**({"ledger": record} | options))
-    claim = mine.unlearn(data(), indices, 0).guarantee
-    assert claim.kind == "empirical" and claim.divergences == ()
-    assert any(unmet in a.statement for a in claim.unmet)
-
-
-def test_a_second_request_is_judged_with_the_first():
-    mine = unlearner(ledger=ledger_of(data()))
-    assert mine.unlearn(data(), [1], 0).guarantee.kind == "estimate"
-    assert mine.unlearn(data(), [1], 0).guarantee.kind == "estimate"
-    assert mine.unlearn(data(), [2], 0).guarantee.kind == "empirical"
-
-
-def test_several_runs_of_one_training():
-    runs = [ledger_of(data(), seed=s) for s in (0, 1)]
-    mine = unlearner(ledger=runs)
-    claim = mine.unlearn(data(), [6], 0).guarantee
-    for order, found in zip(claim.orders[::9], claim.divergences[::9], strict=True):
-        assert found == pytest.approx(privacy_losses(runs, order)[6])
-    assert copy.deepcopy(mine.plan([6])).guarantee.kind == "estimate"

@@ -1,0 +1,121 @@
+"""What an unlearner predicts and claims: plans and guarantees."""
+
+import copy
+
+import numpy as np
+import pytest
+from torch import nn
+
+from opacus_pi.accounting import privacy_losses
+from opacus_pi.unlearning import Langevin
+from tests.unlearning.unlearners import data, ledger_of, unlearner
+
+
+def test_plan_says_difficulty_and_cost():
+    record = ledger_of(data())
+    losses = privacy_losses(record, 4.0)
+    hardest = np.argsort(losses)[-3:]
+    plan = unlearner(ledger=record).plan(hardest, order=4.0, batch_size=10)
+    assert plan.mean_loss == pytest.approx(losses[hardest].mean())
+    below = (losses < plan.mean_loss).mean() * 100
+    assert plan.percentile == pytest.approx(below)
+    assert plan.num_retain == 27 and plan.steps_per_epoch == 3
+    assert plan.predicted_epochs is None and "past runs" in plan.prediction
+    assert not plan.ranking_only
+    assert "percentile" in str(plan) and "unknown" in str(plan)
+
+
+def test_plan_predicts_from_past_runs():
+    record = ledger_of(data())
+    losses = privacy_losses(record, 8.0)
+    order = np.argsort(losses)
+    easy, hard = order[:3], order[-3:]
+    logs = np.log([losses[easy].mean(), losses[hard].mean()])
+    middle = order[14:17]
+    plan = unlearner(ledger=record).plan(middle, past_runs=[(easy, 2.0), (hard, 10.0)])
+    slope = 8.0 / (logs[1] - logs[0])
+    expected = 2.0 + slope * (np.log(losses[middle].mean()) - logs[0])
+    assert plan.predicted_epochs == pytest.approx(expected)
+    assert plan.predicted_steps == np.ceil(expected * plan.steps_per_epoch)
+    assert plan.predicted_examples == np.ceil(expected * plan.num_retain)
+
+
+def test_plan_without_noise_is_a_ranking():
+    mine = unlearner(ledger=ledger_of(data(), noise_std=0.0))
+    with pytest.raises(ValueError, match="assumed_noise_std"):
+        mine.plan([0])
+    plan = mine.plan([0], assumed_noise_std=1.0)
+    assert plan.ranking_only and plan.guarantee.kind == "empirical"
+    assert "a ranking only" in str(plan)
+
+
+def test_an_assumed_noise_never_looks_real():
+    record = ledger_of(data()).with_noise_std(2.0)
+    mine = unlearner(ledger=record)
+    plan = mine.plan([6])
+    assert plan.ranking_only and plan.mean_loss == privacy_losses(record, 8.0)[6]
+    for claim in (plan.guarantee, mine.unlearn(data(), [6], 0).guarantee):
+        assert claim.kind == "empirical" and claim.divergences == ()
+        assert "assumed noise_std=2 on the sum" in str(claim)
+
+
+def test_plan_needs_a_ledger():
+    with pytest.raises(ValueError, match="ledger=None"):
+        unlearner().plan([0])
+
+
+def test_plan_finds_the_columns_of_a_partial_ledger():
+    full = ledger_of(data())
+    some = full.subset([20, 4, 11])
+    plan = unlearner(ledger=some).plan([11])
+    assert plan.mean_loss == pytest.approx(privacy_losses(full, 8.0)[11])
+    with pytest.raises(ValueError, match="examples of the ledger"):
+        unlearner(ledger=some).plan([5])
+
+
+def test_one_example_of_a_noisy_run_gives_an_estimate():
+    record = ledger_of(data())
+    claim = unlearner(ledger=record, method=Langevin(0.1)).unlearn(data(), [6], 1)
+    claim = claim.guarantee
+    assert claim.kind == "estimate"
+    for order, divergence in zip(claim.orders, claim.divergences, strict=True):
+        assert divergence == pytest.approx(privacy_losses(record, order)[6])
+    assert 0 < claim.epsilon(1e-5) < np.inf
+    assert any("upper bound" in a.statement for a in claim.unmet)
+
+
+def batch_norm_net():
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    "options, indices, unmet",
+    [
+        ({}, [1, 2], "the forget set is one example"),
+        ({"noise_std": 0.0}, [1], "training added noise"),
+        ({"model": batch_norm_net()}, [1], "its own gradient only"),
+        ({"ledger": None}, [1], "training added noise"),
+    ],
+)
+def test_otherwise_nothing_finite_is_claimed(options, indices, unmet):
+    record = ledger_of(data(), noise_std=options.pop("noise_std", 2.0))
+    mine = unlearner(**({"ledger": record} | options))
+    claim = mine.unlearn(data(), indices, 0).guarantee
+    assert claim.kind == "empirical" and claim.divergences == ()
+    assert any(unmet in a.statement for a in claim.unmet)
+
+
+def test_a_second_request_is_judged_with_the_first():
+    mine = unlearner(ledger=ledger_of(data()))
+    assert mine.unlearn(data(), [1], 0).guarantee.kind == "estimate"
+    assert mine.unlearn(data(), [1], 0).guarantee.kind == "estimate"
+    assert mine.unlearn(data(), [2], 0).guarantee.kind == "empirical"
+
+
+def test_several_runs_of_one_training():
+    runs = [ledger_of(data(), seed=s) for s in (0, 1)]
+    mine = unlearner(ledger=runs)
+    claim = mine.unlearn(data(), [6], 0).guarantee
+    for order, found in zip(claim.orders[::9], claim.divergences[::9], strict=True):
+        assert found == pytest.approx(privacy_losses(runs, order)[6])
+    assert copy.deepcopy(mine.plan([6])).guarantee.kind == "estimate"
