@@ -65,6 +65,7 @@ from opacus_pi.gradients.shared_sweep import shared_sweep
 from opacus_pi.monitor import monitor
 from opacus_pi.processes import Processes
 from opacus_pi.recorder import Recorder
+from opacus_pi.recorder.last_weights import LastWeights
 
 _HOW_TO_GO_ON = (
     "To keep such layers, train without clipping: engine.make_monitored(...). To train "
@@ -319,6 +320,9 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
                 ),
                 weights=lambda: cast(nn.Module, trained()).state_dict(),
                 processes=processes,
+                last_weights=None
+                if isinstance(module, FSDPModule)
+                else LastWeights(module),
             )
         except ValueError as error:  # the record that was loaded is of another run
             self._reasons.append(str(error))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from opacus_pi.accounting.ledger.storage import (
     Described,
@@ -24,6 +24,7 @@ from opacus_pi.accounting.ledger.storage import (
     require_checksum,
 )
 from opacus_pi.atomic_file import replace_file
+from opacus_pi.gradients.skeleton import unwrap
 
 
 def write_weights(
@@ -74,6 +75,25 @@ def read_weights(
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     require_checksum(path, header, _described(tensors))
     return tensors, header
+
+
+def weights_name(model: nn.Module) -> str:
+    """Name a model's parameters and buffers by what they are.
+
+    Whatever wraps the model, and wherever it is: the name is that of its state dict.
+
+    Args:
+        model: A module, plain or wrapped.
+
+    Returns:
+        ``"sha256:"`` and 64 hexadecimal digits.
+    """
+    state = {
+        name.replace("_orig_mod.", ""): value  # torch.compile's, of a layer
+        for name, value in unwrap(model).state_dict().items()
+        if isinstance(value, Tensor)
+    }
+    return f"sha256:{checksum(_described(state), {})}"
 
 
 def _described(tensors: Mapping[str, Tensor]) -> Iterator[Described]:

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 from opacus_pi.cli.arguments import (
     add_accounting,
+    add_batch_size,
+    add_delta,
     add_forget,
     add_ledgers,
     add_model,
     add_output,
-    count,
     indices,
     ledgers,
     model,
-    new_name,
 )
 from opacus_pi.cli.errors import BadInput
-from opacus_pi.cli.methods import add_method, make_method, settings_help
+from opacus_pi.cli.methods import add_method, make_method
 from opacus_pi.cli.output import answer
 from opacus_pi.unlearning.claims import claim
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ledgers(parser, "ledger")
     add_forget(parser)
     add_accounting(parser)
+    add_delta(parser)
     add_model(parser, weights=False)
     add_method(parser)
     parser.add_argument(
@@ -52,17 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a set unlearned before from this training and the epochs it took, 25+ if "
         "it was not there after 25; two of different difficulty give a prediction",
     )
-    parser.add_argument(
-        "--batch-size", type=count, default=64, help="to count steps (default 64)"
-    )
+    add_batch_size(parser)
     add_output(parser)
-    parser.epilog = f"{parser.epilog}\n\n{settings_help()}"
 
 
 def run(options: argparse.Namespace) -> int:
     """Plan and print."""
-    if options.json_file:
-        new_name("--out", options.json_file)
     if options.method is not None and options.model is None:
         raise BadInput(
             "--method: what it may claim depends on the model. Name its architecture "
@@ -79,8 +75,10 @@ def run(options: argparse.Namespace) -> int:
     if options.model is not None:
         method = make_method(options.method, options.settings)
         network = model(options, None)
-        found = found.claiming(claim(method, network, runs, found.forget))
-    answer(options, _facts(found), str(found))
+        found = found.claiming(
+            claim(method, network, runs, found.forget, has_weights=False)
+        )
+    answer(options, _facts(found, options.delta), found.text(options.delta))
     return 0
 
 
@@ -103,7 +101,7 @@ def _past(texts: Sequence[str]) -> list[PastRun]:
     return past
 
 
-def _facts(plan: Plan) -> dict[str, object]:
+def _facts(plan: Plan, delta: float) -> dict[str, object]:
     """The answer for programs."""
     return {
         "format": "opacus_pi.cli.plan.v1",
@@ -119,5 +117,7 @@ def _facts(plan: Plan) -> dict[str, object]:
         "prediction": plan.prediction,
         "num_unfinished": plan.num_unfinished,
         "num_tied": plan.num_tied,
+        "delta": delta,
+        "epsilon": plan.guarantee.epsilon(delta),
         "guarantee": json.loads(plan.guarantee.to_json()),
     }

@@ -45,10 +45,14 @@ class EngineReadings(Engine):
     def ledger(self) -> GradNormLedger:
         """The record up to now; sensitive, because it says who is unusual.
 
+        It names the weights that the last update left, by a hash of the model's state
+        dict, so that ``Unlearner`` can tell whether a model has them.
+
         Raises:
             AccountingError: If nothing was recorded, or what was run cannot be
                 accounted; it says why.
         """
+        self.recorder.name_weights()
         return self.recorder.ledger
 
     @property
@@ -121,7 +125,7 @@ class EngineReadings(Engine):
 
     def _whole_ledger(self) -> GradNormLedger:
         """The ledger, if it holds every update that was made or counted."""
-        ledger = self.ledger
+        ledger = self.recorder.ledger  # whose weights need not be hashed
         recorded = ledger.mechanism.num_steps
         counted = num_steps_of(self.accountant)
         others = self._earlier_steps + counted - (recorded if self._is_private else 0)

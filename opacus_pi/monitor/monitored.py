@@ -27,6 +27,7 @@ from opacus_pi.monitor.draws import draws_of
 from opacus_pi.monitor.noisy_step import NoisyStep
 from opacus_pi.processes import Processes
 from opacus_pi.recorder import Recorder
+from opacus_pi.recorder.last_weights import LastWeights
 
 # what a call hung on a module or an optimizer, for the next call to replace
 _HANDLES: WeakKeyDictionary[Any, list[RemovableHandle]] = WeakKeyDictionary()
@@ -113,6 +114,7 @@ def monitor(
         sweep=lambda: measure(data_set),
         weights=module.state_dict,
         processes=processes,
+        last_weights=LastWeights(module),
     )
     _refuse_schedule(recorder, loader, processes)
     noise = NoisyStep(

@@ -22,6 +22,7 @@ from opacus_pi.recorder.schedule import Every, num_due
 
 _FACTS = ("source", "num_examples", "sample_rate", "sampling", "data_set")
 _COUNTS = ("num_steps", "refusal")
+_WEIGHTS = "weights"  # releases before have none
 _ROW = "rows."
 
 
@@ -67,6 +68,7 @@ class RecordedRun:
     data_set: str
     num_steps: int = 0
     refusal: str = ""
+    weights: str = ""  # name of the last update's, if it was asked for
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
     intervals: list[Settings] = field(default_factory=list)
@@ -128,6 +130,7 @@ class RecordedRun:
     def count_step(self, settings: Settings) -> None:
         """Count one update."""
         self.num_steps += 1
+        self.weights = ""
         interval = self.open_interval
         self.open_interval = interval.widened(settings) if interval else settings
 
@@ -181,6 +184,7 @@ class RecordedRun:
             np.array(steps, dtype=np.int64),
             source=self.source,
             data_set=self.data_set,
+            weights=self.weights or None,
             **measured,
         )
 
@@ -205,7 +209,7 @@ class RecordedRun:
         names = self.rows[0] if self.rows else ()
         return {
             "version": VERSION,
-            **{name: getattr(self, name) for name in (*_FACTS, *_COUNTS)},
+            **{name: getattr(self, name) for name in (*_FACTS, *_COUNTS, _WEIGHTS)},
             "steps": torch.tensor(self.steps, dtype=torch.int64),
             "intervals": _table(self.intervals),
             "open_interval": _table(still_open),
@@ -228,6 +232,7 @@ class RecordedRun:
         """
         require_whole(state)
         run = cls(**{name: state[name] for name in (*_FACTS, *_COUNTS)})
+        run.weights = state.get(_WEIGHTS, "")
         run.steps = state["steps"].tolist()
         run.intervals = [Settings(*row) for row in state["intervals"].tolist()]
         still_open = [Settings(*row) for row in state["open_interval"].tolist()]

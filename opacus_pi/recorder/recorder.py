@@ -26,7 +26,9 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.accounting.ledger.measurements import CHANGED
 from opacus_pi.processes import Processes
+from opacus_pi.recorder.last_weights import LastWeights
 from opacus_pi.recorder.measured_row import float32_row, require_callable
 from opacus_pi.recorder.merging import merge_
 from opacus_pi.recorder.options import RecorderOptions
@@ -63,6 +65,7 @@ class Recorder(RecorderOptions):
     _sweep: Callable[[], Any] | None = None
     _weights: Callable[[], Mapping[str, Any]] | None = None
     _processes: Processes | None = None
+    _last_weights: LastWeights | None = None
     _all_refuse = False
     _waiting: WaitingReports  # from begin or load_state_dict on
 
@@ -104,6 +107,7 @@ class Recorder(RecorderOptions):
         sweep: Callable[[], Any] | None = None,
         weights: Callable[[], Mapping[str, Any]] | None = None,
         processes: Processes | None = None,
+        last_weights: LastWeights | None = None,
     ) -> None:
         """Start the record of a run, or continue the one that was just loaded.
 
@@ -118,6 +122,7 @@ class Recorder(RecorderOptions):
             weights: For ``weights_dir``: returns the state dict of now.
             processes: Of a distributed run; all begin it. Rows hold what all observed,
                 and the first process keeps the weights.
+            last_weights: Knows the name of the weights that the last update left.
 
         Raises:
             ValueError: If an argument is outside its domain or missing, or a loaded
@@ -140,6 +145,7 @@ class Recorder(RecorderOptions):
         self._resumed = False
         self._sweep, self._weights = sweep, weights
         self._processes, self._all_refuse = processes, False
+        self._last_weights = last_weights
         self._waiting = WaitingReports()
         if self._starts_with_a_row and not self._begun().steps:
             self._write_row()
@@ -200,9 +206,21 @@ class Recorder(RecorderOptions):
         self._resumed = False
         rate = run.sample_rate if sample_rate is None else sample_rate
         run.count_step(Settings(float(noise_std), float(max_grad_norm), float(rate)))
+        if self._last_weights is not None:
+            self._last_weights.updated()
         is_over = run.refusal if self._processes is None else self._all_refuse
         if not is_over and run.row_is_due(self.every):
             self._write_row()
+
+    def name_weights(self) -> None:
+        """Have the ledger name the weights that the last update left.
+
+        They are hashed, once after an update. Without it, or where the model is not
+        known, the ledger does not say whose weights it describes.
+        """
+        run, last = self._begun(), self._last_weights
+        if last is not None and run.weights in ("", CHANGED):
+            run.weights = last.name() or run.weights
 
     def merge(self) -> None:
         """Give every process of a distributed run what all have observed so far.
@@ -243,6 +261,7 @@ class Recorder(RecorderOptions):
         """Everything recorded, as tensors, numbers and strings for a checkpoint."""
         run = self._begun()
         self._fetch_waiting()
+        self.name_weights()
         return run.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,6 +288,8 @@ class Recorder(RecorderOptions):
         if self._run and not self._resumed:
             loaded.require_same(self._run)
         self._run, self._resumed, self._waiting = loaded, True, WaitingReports()
+        if self._last_weights is not None:
+            self._last_weights.forget()
 
     def _begun(self) -> RecordedRun:
         """The run, once there is one."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.ledger.measurements import checked_steps
+from opacus_pi.accounting.ledger.measurements import checked_steps, checked_weights
 
 VERSION = 1
 _FAR = 2**53  # a count beyond is no count
@@ -59,6 +59,9 @@ def require_whole(state: Mapping[str, Any]) -> None:
     for name, problem in _problems(state):
         _check(False, name, problem)
     checked_steps(state["steps"].cpu().numpy(), state["num_steps"])
+    name = state.get("weights", "")
+    _check(type(name) is str, "weights", "of another type")
+    checked_weights(name or None)
 
 
 def _problems(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

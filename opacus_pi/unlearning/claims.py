@@ -11,8 +11,10 @@ from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
 from opacus_pi.accounting.ledger.grad_norm_ledger import columns_of
+from opacus_pi.accounting.ledger.measurements import CHANGED
 from opacus_pi.unlearning.methods import Method
 from opacus_pi.unlearning.stopping import StopWhen
+from opacus_pi.weights_file import weights_name
 
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 
@@ -32,6 +34,8 @@ def claim(
     ledger: Ledgers | None,
     forget_indices: NDArray[np.int64],
     stop: StopWhen | None = None,
+    *,
+    has_weights: bool = True,
 ) -> Guarantee:
     """What may be said about unlearning a set from a model by a method.
 
@@ -48,6 +52,7 @@ def claim(
         ledger: The record of its training (or of several runs), or None.
         forget_indices: int64 ``(m,)``, positions in the data set.
         stop: What ends the run before its budget is spent, or None.
+        has_weights: Whether the model holds its weights, not its architecture alone.
 
     Returns:
         The guarantee, at most an estimate.
@@ -62,7 +67,7 @@ def claim(
         _fixed_length(stop),
         _separable(model),
         _fixed_denominator(runs),
-        _matching(runs),
+        _matching(runs, model if has_weights else None),
         Assumption(
             "the privacy loss is an upper bound",
             False,
@@ -143,10 +148,25 @@ def _fixed_denominator(runs: Sequence[GradNormLedger]) -> Assumption:
     )
 
 
-def _matching(runs: Sequence[GradNormLedger]) -> Assumption:
+def _matching(runs: Sequence[GradNormLedger], model: nn.Module | None) -> Assumption:
     """The ledger belongs to the weights."""
+    names = {run.weights for run in runs}
+    hashed = names - {None, CHANGED}
+    met = bool(hashed) and model is not None and weights_name(model) in hashed
+    if met:
+        evidence = "the ledger names them, by their SHA-256"
+    elif not runs:
+        evidence = "no ledger"
+    elif hashed:
+        evidence = (
+            "the model's weights are not known here"
+            if model is None
+            else "the ledger names others: they were changed since, or of another run"
+        )
+    elif CHANGED in names:
+        evidence = "they were written to after the last recorded update"
+    else:
+        evidence = "a ledger does not name the weights"
     return Assumption(
-        "the model holds the last weights of the recorded training",
-        False,
-        "a ledger does not name the weights" if runs else "no ledger",
+        "the model holds the last weights of the recorded training", met, evidence
     )

@@ -208,7 +208,7 @@ def _edit_names(file, chance):
 
 
 def _edit_facts(file, chance):
-    name = chance.choice([*file.facts, "unknown", "noise", "data_set"])
+    name = chance.choice([*file.facts, "unknown", "noise", "weights"])
     if chance.random() < 0.3:
         file.facts.pop(name, None)
     else:

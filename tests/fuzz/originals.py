@@ -42,6 +42,7 @@ def ledger():
         source="observed",
         example_ids=[3, 1, 4, 0, 5, 9],
         data_set="digits",
+        weights=f"sha256:{'0d' * 32}",
         confidences=chance.random((3, NUM_EXAMPLES)),
     )
 

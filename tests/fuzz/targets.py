@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -92,6 +93,7 @@ def ledger_check(run):
         assert len(set(run.example_ids.tolist())) == shape[1]
     assert run.source in ("swept", "observed")
     assert run.data_set is None or isinstance(run.data_set, str)
+    assert re.fullmatch("sha256:[0-9a-f]{64}|changed|None", str(run.weights))
     mechanism_check(run.mechanism, shape[0])
     assert "sensitive" in repr(run)
     if (np.asarray(run.mechanism.noise_std) > 0).all():
@@ -123,8 +125,8 @@ def same_arrays(one, other, names):
 def ledger_equal(run):
     wanted = originals.ledger()
     names = ("steps", "grad_norms", "example_ids", "confidences", "errors", "correct")
-    facts = (run.mechanism, run.source, run.data_set)
-    same = facts == (wanted.mechanism, wanted.source, wanted.data_set)
+    facts = (run.mechanism, run.source, run.data_set, run.weights)
+    same = facts == (wanted.mechanism, wanted.source, wanted.data_set, wanted.weights)
     return same and same_arrays(run, wanted, names)
 
 

@@ -25,6 +25,7 @@ from opacus_pi.accounting.ledger.measurements import (
     checked_ids,
     checked_measurements,
     checked_steps,
+    checked_weights,
     fill_unobserved,
 )
 from opacus_pi.accounting.ledger.mechanism import (
@@ -50,7 +51,7 @@ _LAYOUT = Layout(
     arrays={**MECHANISM_ARRAYS, "steps": "<i8", "grad_norms": "<f4"},
     facts=(*MECHANISM_FACTS, "source"),
     more_arrays={"example_ids": "<i8", **dict.fromkeys(_MEASURED[1:], "<f4")},
-    more_facts=(*MECHANISM_MORE_FACTS, "data_set"),
+    more_facts=(*MECHANISM_MORE_FACTS, "data_set", "weights"),
 )
 
 
@@ -72,6 +73,9 @@ class GradNormLedger:
         confidences: float32 ``(N, n)``, softmax probability of the label.
         errors: float32 ``(N, n)``, norm of (softmax - one-hot label), EL2N.
         correct: float32 ``(N, n)``, 1 where the prediction was right, else 0.
+        weights: Name of the weights after the last update, ``"sha256:…"`` of the
+            model's state dict; ``"changed"``: written to since, before they were named;
+            None: not known. An engine's ledger names them.
 
     One ledger is one run: functions that take expectations take several ledgers.
     Norms, not losses, are kept, so every order, noise and convention can be asked for
@@ -91,6 +95,7 @@ class GradNormLedger:
     confidences: NDArray[np.float32] | None = field(default=None, kw_only=True)
     errors: NDArray[np.float32] | None = field(default=None, kw_only=True)
     correct: NDArray[np.float32] | None = field(default=None, kw_only=True)
+    weights: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         steps = checked_steps(self.steps, self.mechanism.num_steps)
@@ -108,6 +113,7 @@ class GradNormLedger:
         )
         if self.example_ids is not None:
             object.__setattr__(self, "example_ids", checked_ids(self.example_ids))
+        checked_weights(self.weights)
         self._check_shapes()
 
     def _check_shapes(self) -> None:
@@ -223,8 +229,8 @@ class GradNormLedger:
         names = ("steps", "example_ids", *_MEASURED)
         arrays |= {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         facts["source"] = self.source
-        if self.data_set is not None:
-            facts["data_set"] = self.data_set
+        known = {"data_set": self.data_set, "weights": self.weights}
+        facts |= {name: text for name, text in known.items() if text is not None}
         write_arrays(path, _KIND, _VERSION, arrays, facts)
 
     @classmethod
@@ -275,9 +281,8 @@ class GradNormLedger:
     ) -> "GradNormLedger":
         """A ledger from what its file holds."""
         mechanism = NoisySGD.from_arrays(arrays, facts)
-        return cls(
-            mechanism, source=facts["source"], data_set=facts.get("data_set"), **arrays
-        )
+        known = {name: facts.get(name) for name in ("data_set", "weights")}
+        return cls(mechanism, source=facts["source"], **known, **arrays)
 
 
 def _check_same_width(

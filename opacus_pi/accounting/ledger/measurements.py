@@ -5,11 +5,16 @@ array([[2., 1.],
        [2., 1.]])
 """
 
+import re
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting.ledger.mechanism import frozen
+
+CHANGED = "changed"
+_NAME = re.compile(f"sha256:[0-9a-f]{{64}}|{CHANGED}", re.ASCII)
 
 
 def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:
@@ -48,6 +53,18 @@ def checked_steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
         "Count the updates done when each row was measured.",
     )
     return frozen(steps.astype(np.int64))
+
+
+def checked_weights(value: str | None) -> str | None:
+    """The name of a model's weights, or what is known instead."""
+    expect(
+        value is None or (isinstance(value, str) and bool(_NAME.fullmatch(value))),
+        "weights",
+        repr(value),
+        f"to be 'sha256:' and 64 hexadecimal digits, {CHANGED!r} or None",
+        "Leave it to the engine: it knows the model.",
+    )
+    return value
 
 
 def checked_measurements(
