@@ -7,6 +7,7 @@ from torch import nn
 
 from benchmarks.resnet import resnet18
 from benchmarks.transformer import text_transformer, vit
+from tests.gradients.models import frozen
 
 CLASSES = 3
 
@@ -107,13 +108,6 @@ def cnn(inplace=False):
     )
 
 
-def frozen():
-    model = mlp()
-    model[1].weight.requires_grad_(False)
-    model[3].bias.requires_grad_(False)
-    return model
-
-
 def series(b):
     return torch.randn(b, 2, 6)
 
@@ -129,7 +123,7 @@ def images(b):
 MODELS = {  # model, inputs
     "mlp": (mlp, series),
     "cnn": (cnn, series),
-    "frozen": (frozen, series),
+    "frozen": (lambda: frozen(mlp()), series),
     "linear": (lambda: nn.Linear(6, CLASSES), lambda b: torch.randn(b, 6)),
     "resnet18": (lambda: resnet18((3, 8, 8), CLASSES, width=8), images),
     "vit": (lambda: vit((3, 8, 8), CLASSES, dim=12, depth=1, num_heads=2), images),
