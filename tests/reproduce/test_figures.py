@@ -14,6 +14,7 @@ from benchmarks.reproduce.figures.figure import (
     joined,
     ordering,
 )
+from benchmarks.reproduce.figures.pictures import NEIGHBOURS, disagreement
 from benchmarks.reproduce.forget import STRATA, ForgetSet, strata
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import SCALES
@@ -123,3 +124,13 @@ def test_full_scale_is_the_papers():
     full = SCALES["full"].sgd
     assert full.recipe.num_epochs == 150 and full.recipe.milestones == (80, 120)
     assert full.stratum_size == 1_000 and full.num_seeds == 10
+
+
+def test_disagreement_counts_the_nearest_of_another_label():
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(40, 1, 3, 3)), rng.integers(0, 3, 40)
+    flat = images.reshape(40, 9)
+    for i, found in enumerate(disagreement(images, labels)):
+        away = [(np.linalg.norm(flat[j] - flat[i]), j) for j in range(40) if j != i]
+        nearest = [j for _, j in sorted(away)[:NEIGHBOURS]]
+        assert found == np.mean([labels[j] != labels[i] for j in nearest])

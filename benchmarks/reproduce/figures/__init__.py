@@ -5,13 +5,14 @@ from benchmarks.reproduce.figures import (
     fig1,
     methods,
     more_times,
+    pictures,
     predicted,
     ranks,
     scores,
 )
 from benchmarks.reproduce.figures.figure import Figure
 
-_MODULES = (fig1, scores, bounds, more_times, ranks, methods, predicted)
+_MODULES = (fig1, scores, pictures, bounds, more_times, ranks, methods, predicted)
 FIGURES: dict[str, Figure] = {
     figure.name: figure for module in _MODULES for figure in module.FIGURES
 }

@@ -1,10 +1,9 @@
-"""Scores of difficulty beside the privacy loss: figures 2, 3 and 9.
+"""Scores of difficulty beside the privacy loss: figures 2 and 3.
 
 Figure 2: the five proxies of section 5.3 against the privacy loss, over all examples
 (expectations over the seeds' ledgers). Figure 3: the hardest sets by four scores, of
 several sizes, unlearned by fine-tuning; which score finds the sets that take longest?
 Where no run arrives within the epochs given, what is left of the way is compared.
-Figure 9: the examples of lowest and highest privacy loss.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +16,6 @@ from benchmarks.reproduce.figures import outcomes
 from benchmarks.reproduce.figures.figure import (
     BORNE_OUT,
     NOT_BORNE_OUT,
-    NOT_TESTABLE,
     Figure,
     Result,
     Verdict,
@@ -30,15 +28,11 @@ from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit, trainings
 from opacus_pi.correlations import rank_correlations
 from opacus_pi.evaluation.intervals import Interval, mean_interval
-from opacus_pi.plotting import plot_hardest_sets, plot_pictures, plot_proxies
+from opacus_pi.plotting import plot_hardest_sets, plot_proxies
 
 LOSS = "privacy loss"
 DRAWN = 1_000  # examples in the picture; the correlations are over all
 HARDEST_BY = (LOSS, "C-Proxy", "mean norm", "EL2N")
-
-
-def _trainings(scale: Scale) -> list[Unit]:
-    return list(trainings(scale.sgd))
 
 
 def _proxies(scale: Scale, lab: Lab) -> Result:
@@ -144,43 +138,12 @@ def _draw_hardest(result: Result) -> Picture:
     return picture
 
 
-def _pictures(scale: Scale, lab: Lab) -> Result:
-    images, labels = lab.images(scale.sgd).train.tensors
-    losses = lab.scores(scale.sgd)[LOSS]
-    order = losses.argsort(kind="stable")
-    rows = {"lowest loss": order[:8], "highest loss": order[::-1][:8]}
-    return {
-        "rows": {
-            name: {
-                "ids": ids.tolist(),
-                "labels": labels[ids.copy()].tolist(),
-                "losses": losses[ids].tolist(),
-                "images": (images[ids.copy()] * 255).round().int().tolist(),
-            }
-            for name, ids in rows.items()
-        }
-    }
-
-
-def _draw_pictures(result: Result) -> Picture:
-    rows = result["rows"]
-    titles = {
-        name: [
-            f"label {label}\n{loss:.2g}"
-            for label, loss in zip(row["labels"], row["losses"], strict=True)
-        ]
-        for name, row in rows.items()
-    }
-    arrays = {name: np.array(row["images"]) / 255 for name, row in rows.items()}
-    return plot_pictures(arrays, titles)[0, 0].figure
-
-
 FIGURES = [
     Figure(
         "fig2",
         "All proxies correlate highly with the privacy loss; the mean gradient norm "
         "does best.",
-        _trainings,
+        lambda scale: list(trainings(scale.sgd)),
         _proxies,
         _judge_proxies,
         _draw_proxies,
@@ -193,13 +156,5 @@ FIGURES = [
         _hardest_result,
         _judge_hardest,
         _draw_hardest,
-    ),
-    Figure(
-        "fig9",
-        "Examples of high privacy loss look atypical.",
-        _trainings,
-        _pictures,
-        lambda result: Verdict(NOT_TESTABLE, "a matter of looking; see the picture"),
-        _draw_pictures,
     ),
 ]

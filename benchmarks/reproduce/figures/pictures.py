@@ -1,0 +1,110 @@
+"""Are the examples of high privacy loss atypical? Figure 9, and a number beside it.
+
+The paper shows pictures. What can be counted: how many of an example's nearest training
+images, by Euclidean distance of pixels, bear another label; no model has a say in that.
+"""
+
+import numpy as np
+from matplotlib.figure import Figure as Picture
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn.neighbors import NearestNeighbors
+
+from benchmarks.reproduce.figures.figure import Figure, Result, Verdict, of_interval
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.scales import Scale
+from benchmarks.reproduce.units import trainings
+from opacus_pi.accounting import privacy_losses
+from opacus_pi.evaluation.intervals import mean_interval
+from opacus_pi.plotting import plot_pictures
+
+NEIGHBOURS = 10
+SHOWN = 8  # pictures of each kind
+
+
+def disagreement(
+    images: NDArray[np.float64], labels: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """The share of each image's nearest neighbours that bear another label.
+
+    Args:
+        images: ``(n, ...)``, any shape of pixels.
+        labels: ``(n,)``.
+
+    Returns:
+        Shares in [0, 1], ``(n,)``.
+    """
+    search = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute")
+    search.fit(images.reshape(len(images), -1))
+    others = search.kneighbors(return_distance=False)  # of the fitted: without itself
+    return (labels[others] != labels[:, None]).mean(1)
+
+
+def _pictures(scale: Scale, lab: Lab) -> Result:
+    images, labels = (t.numpy() for t in lab.images(scale.sgd).train.tensors)
+    ledgers, order = lab.ledgers(scale.sgd), scale.sgd.order
+    atypical = disagreement(images, labels)
+    by_seed = [
+        float(stats.spearmanr(privacy_losses([one], order), atypical).statistic)
+        for one in ledgers
+    ]
+    losses = lab.scores(scale.sgd)["privacy loss"]
+    ranked = losses.argsort(kind="stable")
+    size = scale.sgd.stratum_size
+    rows = {"lowest loss": ranked[:SHOWN], "highest loss": ranked[::-1][:SHOWN].copy()}
+    return {
+        "neighbours": NEIGHBOURS,
+        "spearman": by_seed,
+        "of_another_label": {
+            "lowest loss": float(atypical[ranked[:size]].mean()),
+            "highest loss": float(atypical[ranked[-size:]].mean()),
+            "all": float(atypical.mean()),
+        },
+        "rows": {
+            name: {
+                "ids": ids.tolist(),
+                "labels": labels[ids].tolist(),
+                "losses": losses[ids].tolist(),
+                "images": (images[ids] * 255).round().astype(int).tolist(),
+            }
+            for name, ids in rows.items()
+        },
+    }
+
+
+def _judge_pictures(result: Result) -> Verdict:
+    rho = mean_interval(result["spearman"])
+    share = {k: f"{100 * v:.0f} %" for k, v in result["of_another_label"].items()}
+    because = (
+        f"of the {result['neighbours']} nearest training images "
+        f"{share['highest loss']} bear another label in the hardest set, "
+        f"{share['lowest loss']} in the easiest, {share['all']} overall; Spearman with "
+        f"the privacy loss {rho.estimate:.2f}, 95 % [{rho.low:.2f}, {rho.high:.2f}]; "
+        "and see the picture"
+    )
+    return Verdict(of_interval(rho.low, rho.high), because)
+
+
+def _draw_pictures(result: Result) -> Picture:
+    rows = result["rows"]
+    titles = {
+        name: [
+            f"label {label}\n{loss:.2g}"
+            for label, loss in zip(row["labels"], row["losses"], strict=True)
+        ]
+        for name, row in rows.items()
+    }
+    arrays = {name: np.array(row["images"]) / 255 for name, row in rows.items()}
+    return plot_pictures(arrays, titles)[0, 0].figure
+
+
+FIGURES = [
+    Figure(
+        "fig9",
+        "Examples of high privacy loss look atypical.",
+        lambda scale: list(trainings(scale.sgd)),
+        _pictures,
+        _judge_pictures,
+        _draw_pictures,
+    ),
+]
