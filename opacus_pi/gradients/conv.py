@@ -22,6 +22,7 @@ from opacus_pi.gradients.parameter_gradients import (
     scaled,
 )
 from opacus_pi.gradients.products import (
+    at_least_float32,
     blocks,
     outer_product_squares,
     pair_squares,
@@ -203,7 +204,7 @@ def _pixel_pairs(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     found = []
     for i in blocks(x, row_size=math.prod(sizes) ** 2):
         pixels, g = x[i].flatten(2), grad[i].flatten(2)
-        gram = (pixels.mT @ pixels).view(len(g), *sizes, *sizes)
+        gram = at_least_float32(pixels.mT @ pixels).view(len(g), *sizes, *sizes)
         for k, (kernel, padding) in enumerate(
             zip(window.kernel, window.padding, strict=True)
         ):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opacus_pi.gradients.criterion import Criterion
@@ -10,7 +11,12 @@ from opacus_pi.gradients.isolation import isolated
 
 
 def per_example_grad_norms(
-    model: nn.Module, criterion: Criterion, x: Any, y: Any
+    model: nn.Module,
+    criterion: Criterion,
+    x: Any,
+    y: Any,
+    *,
+    ranking_dtype: torch.dtype | None = None,
 ) -> Tensor:
     r"""Return the L2 norm of the gradient of each example's own loss.
 
@@ -25,13 +31,14 @@ def per_example_grad_norms(
         x: Inputs: a tensor ``(b, ...)``, or a tuple or dict of them, handed over as
             ``model(*x)`` or ``model(**x)``. On the model's device.
         y: Targets, length ``b``, on the model's device.
+        ranking_dtype: As for :func:`~opacus_pi.gradients.sweep`.
 
     Returns:
         float64 ``(b,)``.
 
     Raises:
         ValueError: If the criterion does not give one loss per example, nothing is
-            trainable, or examples share batch statistics.
+            trainable, examples share batch statistics, or an option is unknown.
 
     Example:
         >>> import torch
@@ -40,5 +47,6 @@ def per_example_grad_norms(
         tensor([5.], dtype=torch.float64)
     """
     with isolated():
-        squares, _ = NormEngine(model, criterion).squares(x, y)
+        engine = NormEngine(model, criterion, ranking_dtype=ranking_dtype)
+        squares, _ = engine.squares(x, y)
     return squares.sqrt()

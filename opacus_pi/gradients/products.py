@@ -10,10 +10,16 @@ _GPU_BLOCK = 1 << 26
 _SHORT_ROW = 1 << 12  # vector_norm is faster, but adds longer float32 rows naively
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32, in which norms can be added up."""
+    half = values.dtype in (torch.float16, torch.bfloat16)
+    return values.float() if half else values
+
+
 def squared_lengths(values: Tensor) -> Tensor:
     """Squared norm of each row, float64 ``(b,)``."""
     lengths: Tensor
-    flat = values.flatten(1)
+    flat = at_least_float32(values.flatten(1))
     if flat.shape[1] <= _SHORT_ROW:
         lengths = torch.linalg.vector_norm(flat, dim=1)
         return lengths.double().square()
@@ -74,4 +80,5 @@ def gram_squares(a: Tensor, g: Tensor) -> Tensor:
 
 def pair_squares(inputs: Tensor, grads: Tensor) -> Tensor:
     """Sum the products of two Gram matrices ``(b, t, t)``; ``inputs`` is used up."""
+    inputs, grads = at_least_float32(inputs), at_least_float32(grads)
     return inputs.mul_(grads).flatten(1).sum(1).double().clamp_(min=0.0)

