@@ -261,3 +261,25 @@ def test_distribution_counts_every_finite_value():
     assert same.get_xscale() == "linear"
     with pytest.raises(ValueError, match="to hold a finite one"):
         plot_distribution([np.inf], name="loss")
+
+
+@pytest.mark.parametrize("largest", [21.0, 400.0, 5e3, 1e5])
+def test_names_on_a_logarithmic_axis_do_not_run_together(largest):
+    ax = plot_distribution(np.geomspace(1.0, largest, 50), name="loss")
+    ax.figure.canvas.draw()
+    low, high = ax.get_xlim()
+    every = [*ax.xaxis.get_major_ticks(), *ax.xaxis.get_minor_ticks()]
+    named = [t.label1 for t in every if low <= t.get_loc() <= high]
+    boxes = [label.get_window_extent() for label in named if label.get_text()]
+    boxes.sort(key=lambda box: box.x0)
+    assert 2 <= len(boxes) <= 11
+    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+
+
+def test_ties_are_on_the_page(tmp_path):
+    ledger = make_ledger()
+    norms = np.minimum(ledger.grad_norms, 0.3)
+    page, facts = read(tmp_path / "r.html", ledger=replace(ledger, grad_norms=norms))
+    tied = np.count_nonzero((norms == norms.max()).all(0))
+    assert facts["num_at_top"] == tied > 1 and facts["num_at_bound"] == 0
+    assert f"{tied} examples share the largest loss: nothing tells" in page.text

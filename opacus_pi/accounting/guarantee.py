@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from opacus_pi._validate import expect, positive
-from opacus_pi.accounting.conversion import rdp_to_epsilon
+from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
 
 _FORMAT = "opacus_pi.Guarantee.v1"
 _UNEDITED = "Pass what Guarantee.to_json wrote, unedited."
@@ -177,10 +177,23 @@ class Guarantee:
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text is none")
 
-    def __str__(self) -> str:
+    def text(self, delta: float = 1e-5) -> str:
+        """What is claimed, in words, with everything that it rests on.
+
+        Args:
+            delta: δ in (0, 1) of the ε that is stated; far below one over the number
+                of examples.
+
+        Returns:
+            Lines; the first says the kind, the second the number, if there is one.
+
+        Raises:
+            ValueError: If δ leaves its range.
+        """
+        check_delta(delta)
         lines = [
             f"{self.kind.capitalize()} guarantee for {self.method}.",
-            *self._number(),
+            *self._number(delta),
         ]
         lines += [f"  not met: {a.statement} ({a.evidence})" for a in self.unmet]
         lines += [
@@ -188,7 +201,10 @@ class Guarantee:
         ]
         return "\n".join(lines)
 
-    def _number(self) -> list[str]:
+    def __str__(self) -> str:
+        return self.text()
+
+    def _number(self, delta: float) -> list[str]:
         """The lines of the text that state the number."""
         if self.kind == "empirical":
             return [
@@ -206,7 +222,7 @@ class Guarantee:
         divergence, order = min(zip(self.divergences, self.orders, strict=True))
         return [
             f"D_α(unlearned ‖ retrained) {sign} {divergence:.4g} at α = {order:g}; "
-            f"ε {sign} {self.epsilon(1e-5):.4g} at δ = 1e-05 ({worth}).",
+            f"ε {sign} {self.epsilon(delta):.4g} at δ = {delta:g} ({worth}).",
             "One-sided: Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ.",
         ]
 

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import nn
 
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.cli.errors import BadInput, about
-from opacus_pi.cli.imports import import_object, is_criterion, is_data_set, is_model
+from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
 from opacus_pi.cli.weights import load_weights
 
 _LEDGER_REMEDY = "Write one with engine.ledger.save(path)."
@@ -27,6 +28,17 @@ def count(text: str) -> int:
     number = int(text) if text.strip().isdigit() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return number
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1, both excluded, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
     return number
 
 
@@ -56,12 +68,28 @@ def add_accounting(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_delta(parser: argparse.ArgumentParser) -> None:
+    """The δ that every ε of the answer comes with."""
+    parser.add_argument(
+        "--delta",
+        type=share,
+        default=1e-5,
+        help="δ of every ε in the answer; usual: below 1 / (number of examples) "
+        "(default 1e-5)",
+    )
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """Of unlearning."""
+    parser.add_argument(
+        "--batch-size", type=count, default=64, help="examples per batch (default 64)"
+    )
+
+
 def add_scoring(parser: argparse.ArgumentParser, *, top: int) -> None:
     """What all examples are scored by, and how many are named."""
     add_accounting(parser)
-    parser.add_argument(
-        "--delta", type=float, default=1e-5, help="δ of the epsilons (default 1e-5)"
-    )
+    add_delta(parser)
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -188,8 +216,7 @@ def model(
     options: argparse.Namespace, weights: str | None, flag: str = "--weights"
 ) -> nn.Module:
     """A model of its own, with weights from a file, on its device."""
-    wanted = "a torch.nn.Module"
-    given = import_object("--model", options.model, is_model, wanted)
+    given = import_object("--model", options.model, MODEL)
     found: nn.Module = copy.deepcopy(given)  # the import path may name one object
     if weights is None:
         return found
@@ -204,14 +231,18 @@ def model(
 
 def data_set(flag: str, path: str) -> Any:
     """A data set."""
-    wanted = "a data set with a length and positions"
-    return import_object(flag, path, is_data_set, wanted)
+    return import_object(flag, path, DATA_SET)
 
 
 def criterion(options: argparse.Namespace) -> Any:
     """The loss."""
-    wanted = "a loss criterion(outputs, targets)"
-    return import_object("--criterion", options.criterion, is_criterion, wanted)
+    return import_object("--criterion", options.criterion, CRITERION)
+
+
+def checked_output(options: argparse.Namespace) -> None:
+    """Refuse a name that the JSON cannot be written to, before anything is run."""
+    if getattr(options, "json_file", None):
+        new_name("--out", options.json_file)
 
 
 def new_name(flag: str, path: str) -> str:

@@ -17,7 +17,6 @@ from opacus_pi.cli.arguments import (
     data_set,
     indices,
     model,
-    new_name,
 )
 from opacus_pi.cli.output import answer, cell, table
 from opacus_pi.cli.sets import Sets, make_sets
@@ -78,8 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate and print."""
-    if options.json_file:
-        new_name("--out", options.json_file)
     train_set = data_set("--data", options.train_set)
     test_set = data_set("--test", options.test_set)
     forget = indices(options.forget_indices)

@@ -36,7 +36,8 @@ METHODS: dict[str, type[Method]] = {
 
 
 def add_method(parser: argparse.ArgumentParser) -> None:
-    """The method and its settings."""
+    """The method and its settings, listed at the end of the help text."""
+    parser.epilog = f"{parser.epilog}\n\n{settings_help()}"
     parser.add_argument(
         "--method",
         choices=METHODS,

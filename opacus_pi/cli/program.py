@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from opacus_pi._errors import AccountingError
 from opacus_pi.cli import evaluate, plan, report, score, unlearn, verify
+from opacus_pi.cli.arguments import checked_output
 from opacus_pi.cli.errors import (
     BAD_INPUT,
     DONE,
@@ -40,6 +41,8 @@ exit codes:
   1    verify: it is not; else: something failed while running
   2    bad arguments or unusable files: one line on the error stream says which
        argument, and what to do
+  3    verify: there is nothing in the file to check, as it is none of ours or one
+       without a checksum
   130  interrupted
 
 a first session:
@@ -100,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # --help, or bad arguments, already said
         return int(end.code or 0)
     try:
+        checked_output(options)
         return int(options.run(options))
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

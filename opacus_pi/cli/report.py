@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what evaluate wrote (default RUN_DIR/evaluation.json if it is there)",
     )
     add_scoring(parser, top=20)
-    parser.add_argument("--title", default="Privacy and unlearning report")
+    parser.add_argument(
+        "--title", default="Privacy and unlearning report", help="heading of the page"
+    )
     parser.add_argument(
         "--out", metavar="FILE.html", required=True, help="the page's name"
     )

@@ -8,10 +8,10 @@ from opacus_pi.cli.arguments import (
     add_output,
     add_scoring,
     ledgers,
-    new_name,
 )
 from opacus_pi.cli.output import answer, cell, table
 from opacus_pi.report import Scores, score, training_facts
+from opacus_pi.report.sections import tied_words
 
 HELP = "losses and epsilons of all examples, and who is hardest"
 DESCRIPTION = """\
@@ -37,8 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Score and print."""
-    if options.json_file:
-        new_name("--out", options.json_file)
     runs = ledgers(options.ledger, options.noise_std)
     scores = score(
         runs, order=options.order, delta=options.delta, tolerance=options.tolerance
@@ -75,7 +73,7 @@ def _words(scores: Scores, facts: dict[str, Any]) -> str:
             facts["sensitive"],
             _headline(scores),
             "Quantiles over examples\n" + table(("", "loss", "ε"), list(rows)),
-            "Hardest examples\n" + table(("id", "loss", "ε"), hardest),
+            _with_ties(facts) + table(("id", "loss", "ε"), hardest),
             "Strata of difficulty\n" + table(("", "size", "mean loss"), strata),
         ]
     )
@@ -90,5 +88,10 @@ def _headline(scores: Scores) -> str:
         f"{about}, ε at δ = {scores.delta:g} (estimates).\n"
         f"Bound for anybody: loss {cell(scores.worst_case_loss)}, "
         f"ε {cell(scores.worst_case_epsilon)}."
-        + (f" {scores.num_at_bound} examples are at it." if scores.num_at_bound else "")
     )
+
+
+def _with_ties(facts: dict[str, Any]) -> str:
+    """The heading of the hardest, and how many of them are not told apart."""
+    words = tied_words(facts)
+    return "Hardest examples\n" + (f"{words}\n" if words else "")

@@ -11,7 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from opacus_pi.cli.arguments import (
+    add_batch_size,
     add_data,
+    add_delta,
     add_forget,
     add_ledgers,
     add_model,
@@ -24,7 +26,7 @@ from opacus_pi.cli.arguments import (
     model,
 )
 from opacus_pi.cli.errors import BadInput, about
-from opacus_pi.cli.methods import add_method, make_method, settings_help
+from opacus_pi.cli.methods import add_method, make_method
 from opacus_pi.cli.output import answer, table
 from opacus_pi.cli.run_files import new_directory, save_run
 from opacus_pi.cli.sets import make_sets
@@ -59,17 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser, test_is_required=False)
     add_forget(parser)
     add_method(parser)
-    for flag, name, default, words in (
-        ("--epochs", "num_epochs", 25, "passes over what stays"),
-        ("--batch-size", "batch_size", 64, "examples per batch"),
-    ):
-        parser.add_argument(
-            flag,
-            dest=name,
-            type=count,
-            default=default,
-            help=f"{words} (default {default})",
-        )
+    parser.add_argument(
+        "--epochs",
+        dest="num_epochs",
+        type=count,
+        default=25,
+        help="passes over what stays (default 25)",
+    )
+    add_batch_size(parser)
     for flag, number, words in (
         ("--learning-rate", 0.01, "of SGD"),
         ("--momentum", 0.9, "of SGD"),
@@ -78,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             flag, type=float, default=number, help=f"{words} (default {number})"
         )
     add_ledgers(parser, "--ledger", default=[])
+    add_delta(parser)
     parser.add_argument(
         "--record", metavar="FILE.jsonl", help="the deletion record to append to"
     )
@@ -90,7 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", required=True, help="a new directory for the result"
     )
     add_output(parser, file=False)
-    parser.epilog = f"{parser.epilog}\n\n{settings_help()}"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -115,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
         if result is not None:
             save_run(directory, result)
     facts |= {"format": "opacus_pi.cli.unlearn.v1", "out": options.out}
-    facts |= _facts(result)
+    facts |= _facts(result, options.delta)
     answer(options, facts, _words(facts, result))
     return 0
 
@@ -180,7 +179,7 @@ def _name(forget: NDArray[np.int64]) -> str:
     return f"ids-{hashlib.sha256(ids).hexdigest()[:16]}"
 
 
-def _facts(result: UnlearningResult | None) -> dict[str, Any]:
+def _facts(result: UnlearningResult | None, delta: float) -> dict[str, Any]:
     """What the run was, for programs."""
     if result is None:
         return {"carried_out": False}
@@ -191,6 +190,8 @@ def _facts(result: UnlearningResult | None) -> dict[str, Any]:
         "seconds": result.record["seconds"],
         "before": {name: values[0] for name, values in metrics.items()},
         "after": {name: values[-1] for name, values in metrics.items()},
+        "delta": delta,
+        "epsilon": result.guarantee.epsilon(delta),
         "guarantee": json.loads(result.guarantee.to_json()),
     }
 
@@ -212,7 +213,7 @@ def _words(facts: dict[str, Any], result: UnlearningResult | None) -> str:
     if facts["before"]:
         rows = [(n, v, facts["after"][n]) for n, v in facts["before"].items()]
         parts.append(table(("metric", "before", "after"), rows))
-    parts.append(str(result.guarantee))
+    parts.append(result.guarantee.text(facts["delta"]))
     if "head" in facts:
         parts.append(
             f"Recorded in {facts['deletion_record']} as {facts['request_id']}. "

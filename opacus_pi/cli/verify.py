@@ -1,47 +1,39 @@
 """``opacus-pi verify``: is a file whole and unedited?"""
 
 import argparse
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from opacus_pi.accounting import GradNormLedger, GramLedger
-from opacus_pi.accounting.ledger.storage import check_file
 from opacus_pi.cli.arguments import add_output
-from opacus_pi.cli.errors import DONE, FAILED, BadInput, about, one_line
+from opacus_pi.cli.errors import (
+    DONE,
+    FAILED,
+    NOTHING_TO_CHECK,
+    BadInput,
+    about,
+    one_line,
+)
+from opacus_pi.cli.file_kinds import RECORD, FileKind, recognised
 from opacus_pi.cli.output import answer
-from opacus_pi.evaluation import UnlearningTrace
-from opacus_pi.unlearning.deletion_record import verify
 
-HELP = "check a deletion record's chain, or a ledger's or oracle's checksum"
-_NO_HEAD = "HEAD: only a deletion record has one. Leave it out."
+HELP = "check a deletion record's chain, or the checksum of another file of ours"
 DESCRIPTION = """\
+What kind of file it is, and whether it is whole and unedited.
+
 A deletion record: every line's hash and its link to the line before. The chain alone
 cannot show that the last lines were cut off: pass HEAD, the hash of the last entry,
-kept elsewhere. A ledger, Gram ledger, oracle or trace: its checksum, version and shape.
+kept elsewhere. A ledger, Gram ledger, oracle, trace, recorded or unlearned weights, a
+checkpoint's record (not the model beside it): checksum, version and shape. Reports,
+guarantees and records of runs carry no checksum: make them again from the ledger.
 Checks find damage and careless edits; a checksum is no signature.
 
-Exit code 0: verified. 1: not verified. 2: there is no such file, or bad arguments."""
+Exit code 0: verified. 1: checked, and not as it was written. 2: there is no such
+file, or bad arguments. 3: not checked: it is no file of ours, or has no checksum."""
 EXAMPLES = """\
 examples:
   opacus-pi verify ledger.safetensors
   opacus-pi verify deletions.jsonl
   opacus-pi verify deletions.jsonl 5f0c...e1"""
-
-
-def _oracle(path: str) -> None:
-    """Check a retrained model's file."""
-    check_file(path, "opacus_pi.Oracle", 1)
-
-
-_CHECKS: dict[str, Callable[[str], Any]] = {
-    "opacus_pi.GradNormLedger": GradNormLedger.load,
-    "opacus_pi.GramLedger": GramLedger.load,
-    "opacus_pi.Oracle": _oracle,
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,59 +51,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check and print; the exit code says the result."""
     with about("FILE", "Name a deletion record, ledger or oracle."):
-        with open(options.file, "rb") as file:
-            start = file.read(8)
-    is_text = b"\0" not in start  # safetensors begins with a length of eight bytes
-    if options.head is not None and not is_text:
-        raise BadInput(_NO_HEAD)
-    try:
-        if not start:
-            raise ValueError("the file is empty: there is nothing to verify")
-        kind, said = _text(options) if is_text else _arrays(options.file)
-        facts = {"verified": True, "kind": kind, **said}
-    except (ValueError, SafetensorError) as error:
-        facts = {"verified": False, "reason": one_line(error)}
-    facts = {"format": "opacus_pi.cli.verify.v1", "file": options.file, **facts}
-    answer(options, facts, _words(facts))
-    return DONE if facts["verified"] else FAILED
-
-
-def _text(options: argparse.Namespace) -> tuple[str, dict[str, str]]:
-    """Check a trace or a deletion record."""
-    try:
-        content = json.loads(Path(options.file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):  # lines, or damaged
-        content = None
-    kind = content.get("kind") if isinstance(content, dict) else None
-    if kind != "opacus_pi.UnlearningTrace":
-        return _record(options)
-    if options.head is not None:
-        raise BadInput(_NO_HEAD)
-    UnlearningTrace.load(options.file)
-    return kind, {}
-
-
-def _record(options: argparse.Namespace) -> tuple[str, dict[str, str]]:
-    """Check a chain."""
-    head = verify(options.file, options.head)
-    return "deletion record", {"head": head}
-
-
-def _arrays(path: str) -> tuple[str, dict[str, str]]:
-    """Check a file of arrays by its own kind."""
-    with safe_open(path, framework="np") as file:
-        kind = (file.metadata() or {}).get("kind", "")
-    if kind not in _CHECKS:
-        raise ValueError(
-            f"{Path(path).name} is not one of {', '.join(_CHECKS)}: it carries no "
-            "checksum of ours"
+        kind = recognised(Path(options.file), options.head)
+    if options.head is not None and kind.words != RECORD:
+        raise BadInput(
+            f"HEAD: only a deletion record has one, and {options.file} is "
+            f"{kind.words}. Leave it out."
         )
-    _CHECKS[kind](path)
-    return kind, {}
+    facts = {
+        "format": "opacus_pi.cli.verify.v1",
+        "file": options.file,
+        "kind": kind.words,
+        **_found(kind),
+    }
+    answer(options, facts, _words(facts))
+    return {True: DONE, False: FAILED, None: NOTHING_TO_CHECK}[facts["verified"]]
+
+
+def _found(kind: FileKind) -> dict[str, Any]:
+    """Whether a file is as it was written, None where that cannot be told."""
+    if kind.check is None:
+        reason = (
+            "it carries no checksum; make it again from the ledger"
+            if kind.ours
+            else "it is not a file of ours"
+        )
+        return {"verified": None, "reason": reason}
+    try:
+        return {"verified": True, **kind.check()}
+    except ValueError as error:
+        return {"verified": False, "reason": one_line(error)}
 
 
 def _words(facts: dict[str, Any]) -> str:
     """The answer for people."""
+    if facts["verified"] is None:
+        return f"NOT CHECKED: {facts['file']} is {facts['kind']}: {facts['reason']}"
     if not facts["verified"]:
         return f"NOT VERIFIED: {facts['reason']}"
     head = f", head {facts['head']}" if "head" in facts else ""

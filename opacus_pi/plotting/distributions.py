@@ -4,12 +4,14 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
 
 from opacus_pi._validate import expect
 from opacus_pi.plotting.style import COLOURS, axes_or_new
 
 _DECADES = 20.0  # largest over smallest from which the axis is logarithmic
+_NARROW = 1e4  # largest over smallest below which more than powers of ten are named
 
 
 def plot_distribution(
@@ -53,6 +55,7 @@ def plot_distribution(
     logarithmic = finite.min() > 0 and finite.max() > _DECADES * finite.min()
     if logarithmic:
         ax.set_xscale("log")
+        _name_few_ticks(ax, finite.max() / finite.min())
     space = np.geomspace if logarithmic else np.linspace
     low, high = finite.min(), finite.max()
     width = 0.0 if high > low else 0.5
@@ -66,3 +69,12 @@ def plot_distribution(
     if shown:
         ax.legend(frameon=False, fontsize="small")
     return ax
+
+
+def _name_few_ticks(ax: Axes, span: float) -> None:
+    """Names on a logarithmic axis that do not run together."""
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    if span < _NARROW:
+        subs = (1.0, 2.0, 5.0) if span < _NARROW / 10 else (1.0, 3.0)
+        ax.xaxis.set_major_locator(LogLocator(subs=subs))
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

@@ -109,6 +109,7 @@ def page(title: str, body: str) -> str:
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="robots" content="noindex">\n'
+        '<meta name="generator" content="opacus_pi">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_MAY_LOAD}">\n'
         f"<title>{text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n<main>\n{tag('h1', text(title))}\n{body}\n</main>\n</body>\n</html>\n"
@@ -135,6 +136,7 @@ h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--lin
 table { border-collapse: collapse; min-width: min(100%, 26rem);
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .3rem; }
+thead th { vertical-align: bottom; min-width: 4.5rem; overflow-wrap: normal; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line);
   text-align: right; vertical-align: top; }
 th:first-child { text-align: left; }
@@ -145,12 +147,13 @@ dl { display: grid; gap: .3rem 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 dl div { display: flex; justify-content: space-between; gap: 1rem;
   border-bottom: 1px solid var(--line); }
-dt { color: var(--soft); flex: none; max-width: 60%; }
+dt { color: var(--soft); flex: none; max-width: 75%; }
 dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
 .figures { display: grid; gap: 1rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0; }
 img { width: 100%; height: auto; background: #fff; border-radius: .2rem; }
+@media (prefers-color-scheme: dark) { img { filter: invert(.91) hue-rotate(180deg); } }
 @media (max-width: 30rem) { main { padding: .6rem; } th, td { padding: .2rem .4rem; } }
 @media print { .wide { overflow: visible; } section { break-inside: avoid; } }
 """

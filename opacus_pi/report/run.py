@@ -89,7 +89,9 @@ def run_facts(
         "oracle": {k: np.ravel(v) for k, v in (oracle or {}).items()},
         "barriers": barriers,
         "guarantee": json.loads(result.guarantee.to_json()),
-        "guarantee_in_words": str(result.guarantee).splitlines(),
+        "delta": scores.delta,
+        "epsilon": result.guarantee.epsilon(scores.delta),
+        "guarantee_in_words": result.guarantee.text(scores.delta).splitlines(),
     }
 
 

@@ -27,7 +27,7 @@ from opacus_pi.accounting import (
 )
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.accounting.ledger.grad_norm_ledger import runs_of
-from opacus_pi.forget_sets import difficulty_strata, ranking
+from opacus_pi.forget_sets import difficulty_strata, ranking, ties
 
 SENSITIVE = (
     "Sensitive: these numbers say which examples are unusual. Guard them like the "
@@ -73,6 +73,12 @@ class Scores:
         """How many examples' losses are the bound itself: they are not told apart."""
         return int(np.count_nonzero(self.losses >= self.worst_case_loss * _ROUNDING))
 
+    @property
+    def num_at_top(self) -> int:
+        """How many examples share the largest loss, to rounding."""
+        levels = ties(self.losses)
+        return int(np.count_nonzero(levels == levels.max()))
+
     def hardest(self, top: int) -> list[dict[str, Any]]:
         """Id, loss and ε of the examples of ``top_k``, largest loss first."""
         places = ranking(self.losses)[::-1][:top]
@@ -115,6 +121,7 @@ class Scores:
             "worst_case_loss": self.worst_case_loss,
             "worst_case_epsilon": self.worst_case_epsilon,
             "num_at_bound": self.num_at_bound,
+            "num_at_top": self.num_at_top,
             "quantiles": self.quantiles(),
             "hardest": self.hardest(top),
             "strata": self.strata(),

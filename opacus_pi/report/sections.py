@@ -79,10 +79,25 @@ def hardest(facts: Facts) -> str:
     rows = [(str(r["id"]), r["loss"], r["epsilon"]) for r in facts["hardest"]]
     caption = f"The {len(rows)} examples of largest loss, by position in the data set"
     shown = table(caption, ("id", "loss", "ε"), rows)
-    tied = facts["num_at_bound"]
-    words = f"{tied} examples are at the bound for anybody: they are not told apart."
-    note = paragraph(words, class_="note") if tied > 1 else ""
+    words = tied_words(facts)
+    note = paragraph(words, class_="note") if words else ""
     return section("Hardest examples", note, shown)
+
+
+def tied_words(facts: Facts) -> str:
+    """That the largest loss is that of several; empty where it is of one.
+
+    Args:
+        facts: What ``Scores.facts`` returned.
+    """
+    tied = facts["num_at_top"]
+    if tied < 2:
+        return ""
+    bound = ", the bound for anybody" if facts["num_at_bound"] else ""
+    return (
+        f"{tied} examples share the largest loss{bound}: nothing tells them apart, "
+        "and their order here is a draw."
+    )
 
 
 def strata(facts: Facts) -> str:
@@ -172,13 +187,16 @@ def _metrics(run: Facts) -> str:
                 "never" if near == "inf" else near,
             )
         )
-    near = f"first within {TOLERANCE:g} of it, {run['trace']['unit']}"
-    header = ("metric", "before", "after", "retrained (mean ± sd)", near)
+    header = ("metric", "before", "after", "retrained", "near")
     words = (
         "No value is good in itself: the model retrained without the forget set shows "
         "the value to reach."
     )
-    shown = table("Before and after, beside retrained models", header, rows)
+    caption = (
+        "Before and after, beside retrained models (mean ± sd). Near: "
+        f"{run['trace']['unit']} until within {TOLERANCE:g} of their mean"
+    )
+    shown = table(caption, header, rows)
     return paragraph(words, class_="note") + shown
 
 

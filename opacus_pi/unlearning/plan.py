@@ -96,6 +96,14 @@ class Plan:
         return replace(self, guarantee=guarantee)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, delta: float = 1e-5) -> str:
+        """The plan in words.
+
+        Args:
+            delta: δ in (0, 1) of the guarantee's ε, where there is one.
+        """
         ranking = " (assumed noise: a ranking only)" if self.ranking_only else ""
         steps = "unknown" if self.predicted_steps is None else f"{self.predicted_steps}"
         least = "at least " if self.num_unfinished and steps != "unknown" else ""
@@ -110,7 +118,7 @@ class Plan:
             f"percentile {self.percentile:.1f}{ranking}.\n{tied}"
             f"Steps: {least}{steps} ({self.prediction}); an epoch is "
             f"{self.steps_per_epoch} steps, {self.num_retain} examples.\n"
-            f"{self.guarantee}"
+            f"{self.guarantee.text(delta)}"
         )
 
 

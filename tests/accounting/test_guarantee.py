@@ -47,6 +47,23 @@ def test_epsilon_is_the_smallest_over_the_finite_orders():
     assert Guarantee("FineTune", (MET,)).epsilon(delta) == math.inf
 
 
+def test_the_text_states_epsilon_at_the_delta_that_is_asked_for():
+    claim = guarantee()
+    assert str(claim) == claim.text() == claim.text(1e-5)
+    assert "at δ = 1e-05" in str(claim)
+    words = claim.text(0.001)
+    assert f"ε ≤ {claim.epsilon(0.001):.4g} at δ = 0.001 (a bound)" in words
+    assert claim.epsilon(0.001) < claim.epsilon(1e-5)
+    assert "δ =" not in Guarantee("FineTune", (MET,)).text(0.001)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1.0, float("nan")])
+def test_the_text_refuses_a_delta_outside_0_1(delta):
+    for claim in (guarantee(), Guarantee("FineTune", (MET,))):
+        with pytest.raises(ValueError, match="delta"):
+            claim.text(delta)
+
+
 @pytest.mark.parametrize("delta", [0.0, 1.0, -1.0, float("nan")])
 def test_epsilon_refuses_a_delta_outside_0_1(delta):
     with pytest.raises(ValueError, match="delta"):

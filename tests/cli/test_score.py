@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from opacus_pi.accounting import NoisySGD, epsilons, privacy_losses, worst_case_loss
+from opacus_pi.forget_sets import ranking
 
 LEDGER = "ledger.safetensors"
 
@@ -87,6 +88,23 @@ def test_ids_are_positions_in_the_data_set(answer, ledger, tmp_path):
     found = answer("score", tmp_path / "part.safetensors")
     assert found["per_example"]["ids"] == [50, 7, 99]
     assert {row["id"] for row in found["hardest"]} == {50, 7, 99}
+
+
+def test_ties_are_said(run, answer, ledger, tmp_path):
+    norms = np.full_like(ledger.grad_norms, 0.5)
+    norms[:, :37] = 100.0  # clipped
+    replace(ledger, grad_norms=norms).save(tmp_path / "tied.safetensors")
+    found = answer("score", tmp_path / "tied.safetensors", "--top", 5)
+    assert (found["num_at_top"], found["num_at_bound"]) == (37, 37)
+    hardest = [row["id"] for row in found["hardest"]]
+    assert hardest == ranking(found["per_example"]["losses"])[::-1][:5].tolist()
+    assert set(hardest) < set(range(37)) and hardest != [0, 1, 2, 3, 4]
+    out = run("score", tmp_path / "tied.safetensors")[1]
+    assert "37 examples share the largest loss, the bound for anybody: nothing" in out
+    words = ("score", tmp_path / "tied.safetensors", "--sigma", 1)
+    assert "37 examples share the largest loss: nothing tells" in run(*words)[1]
+    ledger.subset([0]).save(tmp_path / "single.safetensors")
+    assert "share" not in run("score", tmp_path / "single.safetensors")[1]
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -3,12 +3,18 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
+from opacus_pi import GramLedger, Guarantee, NoisySGD, PrivacyEngine
+from opacus_pi.cli.errors import NOTHING_TO_CHECK
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
+from opacus_pi.recorder.weights import save_weights
 from opacus_pi.unlearning.deletion_record import DeletionRecord
+from opacus_pi.weights_file import write_weights
 
 
 def oracle(path, project):
@@ -36,7 +42,46 @@ def record(path, project):
     DeletionRecord(path).append("request", {"id": "a", "indices": [1]})
 
 
+def recorded_weights(path, project):
+    written = save_weights(
+        path.parent / "weights", 3, torch.nn.Linear(2, 2).state_dict()
+    )
+    shutil.copy(written, path)
+
+
+def unlearned_weights(path, project):
+    state = torch.nn.Linear(2, 2).state_dict()
+    write_weights(path, "opacus_pi.UnlearnedWeights", 1, state, {"honoured": "[]"})
+
+
+def gram_ledger(path, project):
+    grams = np.stack([np.eye(2), 2 * np.eye(2)])
+    mechanism = NoisySGD(10, sample_rate=0.5, noise_std=1.0)
+    GramLedger(mechanism, [5, 10], grams).save(path)
+
+
+def checkpoint(path, project):
+    """What an engine saves; its record is made once and kept."""
+    kept = project / "checkpoint.pt"
+    if not kept.exists():
+        model, engine = torch.nn.Linear(2, 2), PrivacyEngine()
+        data = TensorDataset(torch.randn(8, 2), torch.randint(2, (8,)))
+        private, optimizer, loader = engine.make_private(
+            module=model,
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            data_loader=DataLoader(data, batch_size=4),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+        engine.save_checkpoint(path=kept, module=private, optimizer=optimizer)
+    shutil.copy(kept, path)
+
+
 KINDS = {
+    "opacus_pi.GramLedger": gram_ledger,
+    "opacus_pi.RecordedWeights": recorded_weights,
+    "opacus_pi.UnlearnedWeights": unlearned_weights,
+    "record in a checkpoint": checkpoint,
     "opacus_pi.Oracle": oracle,
     "opacus_pi.UnlearningTrace": trace,
     "opacus_pi.GradNormLedger": ledger,
@@ -54,8 +99,10 @@ def test_whole_and_damaged(run, answer, project, tmp_path, kind):
     content = path.read_bytes()
     digits = [i for i, byte in enumerate(content) if byte in b"123456789"]
     place = digits[-1] if kind != "opacus_pi.UnlearningTrace" else digits[3]
-    if kind.endswith(("Oracle", "Ledger")):
+    if kind.endswith(("Oracle", "Ledger", "Weights")):
         place = len(content) - 3
+    if kind == "record in a checkpoint":
+        place = content.index(b"opacus_pi") + 300
     path.write_bytes(
         content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
     )
@@ -78,15 +125,95 @@ def test_the_head_of_a_record(run, tmp_path):
     assert run("verify", path)[0] == 1
 
 
-def test_what_is_none_of_ours(run, tmp_path):
-    safetensors.torch.save_file({"w": torch.zeros(1)}, tmp_path / "w.safetensors")
-    code, out, _ = run("verify", tmp_path / "w.safetensors")
-    assert code == 1 and "no checksum of ours" in out
-    (tmp_path / "empty").write_bytes(b"")
-    code, out, _ = run("verify", tmp_path / "empty")
-    assert code == 1 and "empty" in out
-    (tmp_path / "noise").write_bytes(bytes(range(256)))
-    assert run("verify", tmp_path / "noise")[0] == 1
+FOREIGN = {
+    "weights or other arrays (safetensors)": safetensors.torch.save(
+        {"w": torch.zeros(1)}, {"format": "pt"}
+    ),
+    "an empty file": b"",
+    "a page": b"<!doctype html><p>No report.",
+    "a text": b"one\ntwo\n",
+    "JSON": b'{"format": "theirs"}',
+    "data of an unknown kind": bytes(range(256)),
+    "an archive or weights, not of a recorded run": b"PK\x03\x04 and more",
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_is_none_of_ours_is_not_checked(run, answer_of, tmp_path, kind):
+    path = tmp_path / "file"
+    path.write_bytes(FOREIGN[kind])
+    code, found = answer_of(path)
+    assert code == NOTHING_TO_CHECK and found["verified"] is None
+    assert (found["kind"], found["reason"]) == (kind, "it is not a file of ours")
+    code, out, err = run("verify", path)
+    assert (code, err) == (3, "") and out.startswith(f"NOT CHECKED: {path} is {kind}: ")
+
+
+@pytest.fixture
+def answer_of(run):
+    """The exit code and the JSON about a file."""
+
+    def go(path):
+        code, out, err = run("verify", path, "--json")
+        assert err == ""
+        return code, json.loads(out)
+
+    return go
+
+
+def test_weights_of_torch_are_no_files_of_ours(answer_of):
+    code, found = answer_of("wrapped.pt")
+    assert code == 3 and found["kind"].startswith("an archive or weights")
+
+
+def test_ours_without_a_checksum(run, answer_of, project, tmp_path):
+    words = ("report", "--ledger", "ledger.safetensors", "--out", tmp_path / "r.html")
+    assert run(*words)[0] == 0
+    guarantee = Guarantee("nothing", ())
+    (tmp_path / "guarantee.json").write_text(guarantee.to_json())
+    assert (
+        run(
+            "plan", "ledger.safetensors", "--forget", "3", "--out", tmp_path / "p.json"
+        )[0]
+        == 0
+    )
+    (tmp_path / "record.json").write_text('{"method": "x", "forget_indices": [1]}')
+    for name, kind in {
+        "r.html": "a report's page",
+        "r.json": "the JSON of a report",
+        "guarantee.json": "a guarantee",
+        "p.json": "an answer of opacus-pi",
+        "record.json": "the record of an unlearning run",
+    }.items():
+        code, found = answer_of(tmp_path / name)
+        assert (code, found["kind"]) == (NOTHING_TO_CHECK, kind)
+        assert "no checksum" in found["reason"]
+
+
+def test_a_lock_is_no_record_but_an_emptied_record_is_noticed(run, tmp_path):
+    lock = tmp_path / "deletions.jsonl.lock"
+    lock.touch()
+    assert run("verify", lock)[0] == 3
+    kept = DeletionRecord(tmp_path / "a").append("request", {"id": "a"})["hash"]
+    code, out, _ = run("verify", lock, kept)
+    assert code == 1 and "hash of the last entry" in out
+
+
+def test_a_kind_of_a_newer_release(run, tmp_path):
+    path = tmp_path / "new.safetensors"
+    write_weights(path, "opacus_pi.Later", 1, {}, {})
+    code, out, _ = run("verify", path)
+    assert code == 1 and "a newer release wrote it" in out
+
+
+def test_nothing_in_a_file_is_run(run, tmp_path, capsys):
+    class Loud:
+        def __reduce__(self):
+            return print, ("ran",)
+
+    torch.save({"opacus_pi": Loud()}, tmp_path / "loud.pt")
+    code, out, _ = run("verify", tmp_path / "loud.pt")
+    assert code == 1 and "ran" not in out.split() and "cannot be read" in out
 
 
 def test_bad_arguments(run, tmp_path):
@@ -95,7 +222,7 @@ def test_bad_arguments(run, tmp_path):
     code, _, err = run("verify", tmp_path)
     assert code == 2 and "FILE: " in err
     code, _, err = run("verify", "ledger.safetensors", "abc")
-    assert code == 2 and "HEAD: only a deletion record has one" in err
+    assert code == 2 and "HEAD: only a deletion record has one, and" in err
     trace(tmp_path / "trace.json", None)
     code, _, err = run("verify", tmp_path / "trace.json", "abc")
     assert code == 2 and "HEAD: only a deletion record has one" in err

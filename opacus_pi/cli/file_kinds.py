@@ -1,0 +1,179 @@
+"""What kind of file is it, and what in it can be checked.
+
+The kind is told from marks in the content, never from the name, and from marks that
+stand in more than one place: a damaged file of ours is still told from a foreign one.
+
+>>> import tempfile
+>>> path = Path(tempfile.mkdtemp(), "notes.txt")
+>>> _ = path.write_text("buy milk")
+>>> recognised(path).words
+'a text'
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from opacus_pi.accounting import GradNormLedger, GramLedger
+from opacus_pi.accounting.ledger.storage import check_file
+from opacus_pi.engine.checkpoints import CHECKPOINT_KEY, FILTER_KEY
+from opacus_pi.evaluation import UnlearningTrace
+from opacus_pi.sealed_state import unsealed
+from opacus_pi.unlearning.deletion_record import verify
+from opacus_pi.weights_file import read_weights
+
+RECORD = "deletion record"
+CHECKPOINT = "record in a checkpoint"
+TRACE = "opacus_pi.UnlearningTrace"
+ARRAYS: dict[str, Callable[[Path], Any]] = {
+    "opacus_pi.GradNormLedger": GradNormLedger.load,
+    "opacus_pi.GramLedger": GramLedger.load,
+    "opacus_pi.Oracle": partial(check_file, kind="opacus_pi.Oracle", version=1),
+    "opacus_pi.RecordedWeights": partial(
+        read_weights, kind="opacus_pi.RecordedWeights", version=1
+    ),
+    "opacus_pi.UnlearnedWeights": partial(
+        read_weights, kind="opacus_pi.UnlearnedWeights", version=1
+    ),
+}
+_OF_JSON = {
+    "opacus_pi.Guarantee": "a guarantee",
+    "opacus_pi.PrivacyStatement": "a privacy statement",
+    "opacus_pi.Report": "the JSON of a report",
+    "opacus_pi.cli": "an answer of opacus-pi",
+}
+_TRACE = (TRACE.encode(), b'"unit": "epochs", "cost"')
+_SEALED = re.compile(rb'opacus_pi\.|"checksum":"[0-9a-f]{64}"')
+_LINE = (b'"body":', b'"hash":"', b'"previous":"')  # of a deletion record
+_HEAD = 1 << 20  # bytes that are looked at
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a file is.
+
+    Args:
+        words: Its kind: the name of one of ours that can be checked, else in words.
+        check: Raises ``ValueError`` if the file is damaged or edited, and returns more
+            facts; None where nothing in it can be checked.
+        ours: Whether this package wrote it.
+    """
+
+    words: str
+    check: Callable[[], dict[str, str]] | None = None
+    ours: bool = False
+
+
+def recognised(path: Path, head: str | None = None) -> FileKind:
+    """The kind of a file.
+
+    Args:
+        path: The file.
+        head: Hash of the last entry, where it is given; then an empty file is a
+            deletion record that lost everything.
+    """
+    with path.open("rb") as file:
+        start = file.read(_HEAD)
+    if not start and head is None:
+        return FileKind("an empty file")
+    if not start or sum(mark in start for mark in _LINE) > 1:
+        return FileKind(RECORD, lambda: {"head": verify(path, head)}, ours=True)
+    if start[8:9] == b"{" and b"\0" in start[:8]:  # a length, then JSON: safetensors
+        return _arrays(path, start)
+    if start.startswith(b"PK"):
+        return _archive(path)
+    return _text(path, start)
+
+
+def _arrays(path: Path, start: bytes) -> FileKind:
+    """A safetensors file, ours or not."""
+    length = int.from_bytes(start[:8], "little")
+    if not _SEALED.search(start[8 : 8 + length]):
+        return FileKind("weights or other arrays (safetensors)")
+    try:
+        with safe_open(path, framework="np") as file:
+            kind = (file.metadata() or {}).get("kind", "")
+    except (SafetensorError, OSError):
+        kind = _claimed(start)
+    load = ARRAYS.get(kind, partial(_refuse, kind))
+
+    def check() -> dict[str, str]:
+        load(path)
+        return {}
+
+    return FileKind(kind or "a file of opacus_pi", check, ours=True)
+
+
+def _claimed(start: bytes) -> str:
+    """The kind that a damaged header still names."""
+    return next((kind for kind in ARRAYS if kind.encode() in start), "")
+
+
+def _refuse(kind: str, path: Path) -> None:
+    """Say that a file of ours is of no kind that this release knows."""
+    raise ValueError(
+        f"{path.name} says that it holds {kind or 'nothing'}, which this release does "
+        "not know: it is damaged, or a newer release wrote it"
+    )
+
+
+def _archive(path: Path) -> FileKind:
+    """A file of ``torch.save``, or another archive."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+        content = None
+    sealed = {}
+    if isinstance(content, dict):
+        sealed = {k: content[k] for k in (CHECKPOINT_KEY, FILTER_KEY) if k in content}
+    if not sealed and (content is not None or not _names_us(path)):
+        return FileKind("an archive or weights, not of a recorded run")
+
+    def check() -> dict[str, str]:
+        if not sealed:
+            raise ValueError(f"{path.name} cannot be read: it is damaged")
+        for state in sealed.values():
+            unsealed(state)
+        return {}
+
+    return FileKind(CHECKPOINT, check, ours=True)
+
+
+def _names_us(path: Path) -> bool:
+    """Whether an archive that cannot be read has our key in it."""
+    with path.open("rb") as file:
+        parts = iter(lambda: file.read(_HEAD), b"")
+        return any(CHECKPOINT_KEY.encode() in part for part in parts)
+
+
+def _text(path: Path, start: bytes) -> FileKind:
+    """A page, JSON, text or noise."""
+    if any(mark in start for mark in _TRACE):
+
+        def check() -> dict[str, str]:
+            UnlearningTrace.load(path)
+            return {}
+
+        return FileKind(TRACE, check, ours=True)
+    if start.lstrip()[:9].lower() == b"<!doctype":
+        ours = b'content="opacus_pi"' in start
+        return FileKind("a report's page" if ours else "a page", ours=ours)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return FileKind("data of an unknown kind" if b"\0" in start else "a text")
+    form = str(content.get("format", "")) if isinstance(content, dict) else ""
+    for name, words in _OF_JSON.items():
+        if form.startswith(f"{name}."):
+            return FileKind(words, ours=True)
+    if isinstance(content, dict) and {"method", "forget_indices"} <= set(content):
+        return FileKind("the record of an unlearning run", ours=True)
+    return FileKind("JSON")

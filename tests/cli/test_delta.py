@@ -1,0 +1,73 @@
+"""Every ε is stated at the δ that was asked for, and says at which."""
+
+import json
+import math
+
+import pytest
+
+from opacus_pi import Guarantee
+from opacus_pi.cli.program import build_parser
+from tests.cli.conftest import DATA, MODEL
+
+LEDGER = ("--ledger", "ledger.safetensors")
+NOISY = ("--method", "langevin", "--set", "noise_std=0.02")
+PLAN = ("plan", "ledger.safetensors", "--forget", "3", "--model", "cli_project:build")
+RUN = (*MODEL, *DATA, "--forget", "3", "--epochs", "1", *NOISY)
+WITH_DELTA = {"score", "plan", "unlearn", "report"}  # evaluate states no ε
+
+
+def options(name):
+    parser = build_parser()._subparsers._group_actions[0].choices[name]
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
+def test_the_commands_that_state_an_epsilon_take_a_delta():
+    found = {n for n in (*WITH_DELTA, "evaluate", "verify") if "--delta" in options(n)}
+    assert found == WITH_DELTA
+
+
+@pytest.mark.parametrize("delta", ["0", "1", "-0.1", "nan", "inf", "small"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("score", "ledger.safetensors"),
+        PLAN,
+        ("unlearn", *RUN, "--out", "never"),
+        ("report", *LEDGER, "--out", "never.html"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_delta_outside_0_1_is_refused_before_anything_is_run(run, words, delta):
+    code, out, err = run(*words, f"--delta={delta}")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert f"argument --delta: '{delta}' is not a number between 0 and 1" in err
+
+
+def test_plans(run, answer):
+    found = answer(*PLAN, *NOISY, "--delta", "1e-3")
+    claim = Guarantee.from_json(json.dumps(found["guarantee"]))
+    assert found["delta"] == 1e-3 and found["epsilon"] == claim.epsilon(1e-3)
+    assert math.isfinite(found["epsilon"])
+    usual = answer(*PLAN, *NOISY)
+    assert usual["delta"] == 1e-5 and usual["epsilon"] > found["epsilon"]
+    text = run(*PLAN, *NOISY, "--delta", "1e-3")[1]
+    assert f"ε ≈ {claim.epsilon(1e-3):.4g} at δ = 0.001" in text
+
+
+def test_an_unlearning_run_and_its_report(run, answer, tmp_path):
+    out = tmp_path / "run"
+    found = answer("unlearn", *RUN, *LEDGER, "--delta", "0.01", "--out", out)
+    claim = Guarantee.from_json((out / "guarantee.json").read_text())
+    assert (found["delta"], found["epsilon"]) == (0.01, claim.epsilon(0.01))
+    page = tmp_path / "r.html"
+    report = answer("report", out, *LEDGER, "--delta", "0.02", "--out", page)["report"]
+    assert report["delta"] == report["unlearning"]["delta"] == 0.02
+    assert report["unlearning"]["epsilon"] == claim.epsilon(0.02)
+    words = page.read_text(encoding="utf-8")
+    assert f"ε ≈ {claim.epsilon(0.02):.4g} at δ = 0.02" in words
+    assert "ε at δ = 0.02" in words and "1e-05" not in words
+
+
+def test_the_words_of_a_run(run, tmp_path):
+    words = (*RUN, *LEDGER, "--delta", "0.01", "--out", tmp_path / "run")
+    assert "at δ = 0.01 (an estimate" in run("unlearn", *words)[1]
