@@ -5,17 +5,17 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from opacus_pi.attribution.tracker import _CAUSES, Tracker
-from tests.attribution import scenarios as s
+from tests.attribution import loops, runs
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This run has no ledger", "ignore:PrivacyEngine detected new dataset"
 )
 FIXED = {"poisson": False}
 LOOPS = {  # cause: a loop that has it, and what its warning must say
-    "by_latest": (s.transformed, "without verification.*collate_fn"),
-    "reordered": (s.look_ahead_transformed, "several batches.*collate_fn"),
-    "unseen": (s.inner_layers_only, "No forward pass.*Call the model itself"),
-    "mismatch": (s.two_batches_in_one_loss, "Use one batch per loss"),
+    "by_latest": (loops.transformed, "without verification.*collate_fn"),
+    "reordered": (loops.look_ahead_transformed, "several batches.*collate_fn"),
+    "unseen": (loops.inner_layers_only, "No forward pass.*Call the model itself"),
+    "mismatch": (loops.two_batches_in_one_loss, "Use one batch per loss"),
 }
 
 
@@ -28,14 +28,14 @@ def alike(run):
 
 class Stream(IterableDataset):
     def __iter__(self):
-        return iter(zip(*s.tensors(), strict=True))
+        return iter(zip(*runs.tensors(), strict=True))
 
     def __len__(self):
-        return s.NUM_EXAMPLES
+        return runs.NUM_EXAMPLES
 
 
 def twins():
-    x, y = s.tensors()
+    x, y = runs.tensors()
     x[0], y[0] = x[1], y[1]
     return torch.utils.data.TensorDataset(x, y)
 
@@ -43,14 +43,14 @@ def twins():
 @pytest.mark.parametrize("cause", LOOPS)
 def test_loops(cause):
     loop, message = LOOPS[cause]
-    run = s.Run(**FIXED)
+    run = runs.Run(**FIXED)
     with pytest.warns(UserWarning, match=message):
         loop(run)
     check(run, cause)
 
 
 def test_examples_that_are_alike():
-    run = s.Run(data_set=twins(), shuffle=False, **FIXED)
+    run = runs.Run(data_set=twins(), shuffle=False, **FIXED)
     with pytest.warns(UserWarning, match="2 rows .*look alike.*that the data loader"):
         alike(run)
     check(run, "alike")
@@ -59,9 +59,9 @@ def test_examples_that_are_alike():
 
 def test_a_data_set_without_positions():
     loader = DataLoader(Stream(), batch_size=4)
-    run = s.Run(loader=loader, data_set=loader.dataset, **FIXED)
+    run = runs.Run(loader=loader, data_set=loader.dataset, **FIXED)
     with pytest.warns(UserWarning, match="no positions.*Use a map-style"):
-        s.plain(run)
+        loops.plain(run)
     check(run, "indices")
 
 
@@ -76,8 +76,8 @@ def test_there_is_a_loop_for_every_cause():
 
 
 def test_complete_attribution_says_nothing(recwarn):
-    for loop in (s.plain, s.copied):
-        loop(s.Run(**FIXED))
+    for loop in (loops.plain, loops.copied):
+        loop(runs.Run(**FIXED))
     assert not [w for w in recwarn if "rows" in str(w.message).lower()]
 
 

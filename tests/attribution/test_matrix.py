@@ -7,24 +7,24 @@ import torch
 from torch.utils.data import WeightedRandomSampler
 
 from opacus_pi.recorder import AccountingError
-from tests.attribution import scenarios as s
+from tests.attribution import loops, runs
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:This run has no ledger", "ignore:PrivacyEngine detected new dataset"
 )
 
 ALL_MODES = ("hooks", "functorch", "ew", "ghost")
-X, Y = s.tensors()
+X, Y = runs.tensors()
 FIXED = {"poisson": False}
 
 
 def check(loop, *, evidence, factor=1.0, data=(X, Y), **options):
     """Run a loop; every report is right, and what is missing is counted."""
-    run = s.Run(**options)
+    run = runs.Run(**options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loop(run)
-    truth = s.true_norms(factor * data[0], data[1])
+    truth = runs.true_norms(factor * data[0], data[1])
     assert min(abs(a - b) for i, a in enumerate(truth) for b in truth[:i]) > 1e-4
     wrong = [r for r in run.recorder.reports if abs(truth[r[0]] - r[1]) > 1e-5]
     assert not wrong, f"{len(wrong)} of {len(run.recorder.reports)} rows are wrong"
@@ -40,19 +40,19 @@ def check(loop, *, evidence, factor=1.0, data=(X, Y), **options):
 def test_plain_loop(mode, poisson):
     if mode == "ew" and poisson:
         pytest.skip("Opacus's expanded weights fail on empty Poisson batches")
-    check(s.plain, evidence="by_storage", mode=mode, poisson=poisson)
+    check(loops.plain, evidence="by_storage", mode=mode, poisson=poisson)
 
 
 BY_STORAGE = [
-    s.stop_early,
-    s.skip_some,
-    s.peek,
-    s.listed_first,
-    s.interleaved,
-    s.look_ahead,
-    s.zero_grad_between,
-    s.looks_between,
-    s.discarded,
+    loops.stop_early,
+    loops.skip_some,
+    loops.peek,
+    loops.listed_first,
+    loops.interleaved,
+    loops.look_ahead,
+    loops.zero_grad_between,
+    loops.looks_between,
+    loops.discarded,
 ]
 
 
@@ -64,13 +64,20 @@ def test_tensors_as_delivered(loop, mode, poisson):
 
 
 @pytest.mark.parametrize(
-    "loop", [s.zero_grad_after, s.closures, s.attacked, s.half_batches, s.two_views]
+    "loop",
+    [
+        loops.zero_grad_after,
+        loops.closures,
+        loops.attacked,
+        loops.half_batches,
+        loops.two_views,
+    ],
 )
 def test_tensors_as_delivered_hooks(loop):
     check(loop, evidence="by_storage", **FIXED)
 
 
-@pytest.mark.parametrize("loop", [s.accumulated, s.chunks_accumulated])
+@pytest.mark.parametrize("loop", [loops.accumulated, loops.chunks_accumulated])
 def test_gradient_accumulation(loop):
     check(loop, evidence="by_storage", **FIXED)
 
@@ -84,13 +91,15 @@ def test_gradient_accumulation(loop):
     ],
     ids=lambda o: next(iter(o)),
 )
-@pytest.mark.parametrize("loop", [s.plain, s.stop_early, s.look_ahead_copies])
+@pytest.mark.parametrize(
+    "loop", [loops.plain, loops.stop_early, loops.look_ahead_copies]
+)
 def test_workers(loop, options):
-    evidence = "by_content" if loop is s.look_ahead_copies else "by_storage"
+    evidence = "by_content" if loop is loops.look_ahead_copies else "by_storage"
     check(loop, evidence=evidence, num_workers=2, **options)
 
 
-@pytest.mark.parametrize("loop", [s.skip_some, s.peek])
+@pytest.mark.parametrize("loop", [loops.skip_some, loops.peek])
 def test_workers_and_batches_left_out(loop):
     check(loop, evidence="by_storage", num_workers=2, **FIXED)
 
@@ -98,9 +107,9 @@ def test_workers_and_batches_left_out(loop):
 def test_a_worker_that_fails():
     for workers in (0, 2):
         check(
-            s.errors_caught,
+            loops.errors_caught,
             evidence="by_storage",
-            data_set=s.Fails(X, Y),
+            data_set=runs.Fails(X, Y),
             num_workers=workers,
             **FIXED,
         )
@@ -108,87 +117,96 @@ def test_a_worker_that_fails():
 
 @pytest.mark.parametrize("poisson", [True, False])
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-@pytest.mark.parametrize("loop", [s.memory_manager, s.memory_manager_left_early])
+@pytest.mark.parametrize(
+    "loop", [loops.memory_manager, loops.memory_manager_left_early]
+)
 def test_memory_manager(loop, mode, poisson):
     check(loop, evidence="by_storage", mode=mode, poisson=poisson)
 
 
 def test_memory_manager_with_workers():
-    check(s.memory_manager, evidence="by_storage", num_workers=2)
+    check(loops.memory_manager, evidence="by_storage", num_workers=2)
 
 
 def test_dict_batches():  # not by Poisson: Opacus takes an example for a sequence
-    data_set = s.AsDicts(X, Y)
-    check(s.keywords, evidence="by_storage", data_set=data_set, **FIXED)
-    check(s.user_dict, evidence="by_content", data_set=data_set, **FIXED)
+    data_set = runs.AsDicts(X, Y)
+    check(loops.keywords, evidence="by_storage", data_set=data_set, **FIXED)
+    check(loops.user_dict, evidence="by_content", data_set=data_set, **FIXED)
 
 
-@pytest.mark.parametrize("loop", [s.masked_copies, s.masked_copies_permuted])
+@pytest.mark.parametrize("loop", [loops.masked_copies, loops.masked_copies_permuted])
 def test_masks_that_are_alike_in_all_rows_are_no_evidence(loop):
-    check(loop, evidence="by_content", data_set=s.AsDicts(X, Y, mask=True), **FIXED)
+    check(loop, evidence="by_content", data_set=runs.AsDicts(X, Y, mask=True), **FIXED)
 
 
 @pytest.mark.parametrize("poisson", [True, False])
 def test_subset_and_concatenation_count_positions_in_the_loaders_data_set(poisson):
-    subset = s.keyed_data()
+    subset = runs.keyed_data()
     odd = X[1::2], Y[1::2]
-    check(s.plain, evidence="by_storage", data_set=subset, data=odd, poisson=poisson)
-    check(s.plain, evidence="by_storage", data_set=s.joined_data(), poisson=poisson)
+    check(
+        loops.plain, evidence="by_storage", data_set=subset, data=odd, poisson=poisson
+    )
+    check(
+        loops.plain, evidence="by_storage", data_set=runs.joined_data(), poisson=poisson
+    )
 
 
 def test_samplers_of_ones_own_are_followed_but_not_accounted():
-    run = check(s.plain, evidence="by_storage", batch_sampler=s.Weird(), **FIXED)
+    run = check(loops.plain, evidence="by_storage", batch_sampler=runs.Weird(), **FIXED)
     with pytest.raises(AccountingError, match="Weird"):
         _ = run.engine.ledger
     sampler = WeightedRandomSampler(torch.arange(1.0, 25.0), 24)
     options = {"sampler": sampler, "shuffle": None, **FIXED}
-    run = check(s.plain, evidence="by_storage", **options)
+    run = check(loops.plain, evidence="by_storage", **options)
     with pytest.raises(AccountingError, match="WeightedRandomSampler"):
         _ = run.engine.ledger
 
 
 def test_items_without_collation():
     options = {"batch_size": None, "shuffle": False, **FIXED}
-    run = s.Run(**options)
+    run = runs.Run(**options)
     for x, y in run.loader:
         run.step(x[None], y[None])
-    truth = s.true_norms(X, Y)
+    truth = runs.true_norms(X, Y)
     assert [i for i, _ in run.recorder.reports] == list(range(24))
     assert all(abs(truth[i] - norm) < 1e-5 for i, norm in run.recorder.reports)
     assert run.engine.attribution["by_storage"] == 24
 
 
 BY_CONTENT = [
-    s.copied,
-    s.widened,
-    s.permuted,
-    s.permuted_in_place,
-    s.half_batches_copied,
-    s.look_ahead_copies,
+    loops.copied,
+    loops.widened,
+    loops.permuted,
+    loops.permuted_in_place,
+    loops.half_batches_copied,
+    loops.look_ahead_copies,
 ]
 
 
 @pytest.mark.parametrize("poisson", [True, False])
 @pytest.mark.parametrize("loop", BY_CONTENT)
 def test_copies(loop, poisson):
-    if poisson and loop is s.half_batches_copied:
+    if poisson and loop is loops.half_batches_copied:
         pytest.skip("nothing left of some batches")
     check(loop, evidence="by_content", poisson=poisson)
 
 
 def test_a_normalisation_in_place_keeps_the_storage():
-    check(s.normalised_in_place, evidence="by_storage", factor=2.0, **FIXED)
+    check(loops.normalised_in_place, evidence="by_storage", factor=2.0, **FIXED)
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("loop", [s.transformed, s.transformed_after_peek])
+@pytest.mark.parametrize("loop", [loops.transformed, loops.transformed_after_peek])
 def test_inputs_transformed_in_the_loop_are_believed(loop, verify):
     check(loop, evidence="by_latest", factor=2.0, verify=verify, **FIXED)
 
 
 def test_a_batch_left_out_makes_the_rest_of_its_epoch_uncertain():
     run = check(
-        s.transformed_after_skip, evidence="by_latest unattributed", factor=2.0, **FIXED
+        loops.transformed_after_skip,
+        evidence="by_latest unattributed",
+        factor=2.0,
+        **FIXED,
     )
     assert run.engine.attribution == {
         "by_storage": 0,
@@ -202,7 +220,7 @@ def test_a_batch_left_out_makes_the_rest_of_its_epoch_uncertain():
 @pytest.mark.parametrize("verify", [True, False])
 def test_look_ahead_and_transformed(verify, poisson):
     check(
-        s.look_ahead_transformed,
+        loops.look_ahead_transformed,
         evidence="unattributed",
         factor=2.0,
         verify=verify,
@@ -212,27 +230,27 @@ def test_look_ahead_and_transformed(verify, poisson):
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize(
-    "loop", [s.interleaved_transformed, s.listed_first_transformed]
+    "loop", [loops.interleaved_transformed, loops.listed_first_transformed]
 )
 def test_several_batches_in_use_and_transformed(loop, verify):
     check(loop, evidence="unattributed", factor=2.0, verify=verify, **FIXED)
 
 
 def test_look_ahead_copies_without_verification():
-    check(s.look_ahead_copies, evidence="unattributed", verify=False, **FIXED)
+    check(loops.look_ahead_copies, evidence="unattributed", verify=False, **FIXED)
 
 
 def test_inputs_that_are_recognised_only_sometimes():
-    check(s.sometimes_transformed, evidence="by_storage unattributed", **FIXED)
+    check(loops.sometimes_transformed, evidence="by_storage unattributed", **FIXED)
 
 
 @pytest.mark.parametrize(
     "loop",
     [
-        s.two_batches_in_one_loss,
-        s.two_batches_in_one_input,
-        s.inner_layers_only,
-        s.other_loader,
+        loops.two_batches_in_one_loss,
+        loops.two_batches_in_one_input,
+        loops.inner_layers_only,
+        loops.other_loader,
     ],
 )
 def test_rows_that_are_nobodys(loop):
@@ -240,29 +258,29 @@ def test_rows_that_are_nobodys(loop):
 
 
 def test_rows_for_empty_batches_are_no_examples():
-    run = s.Run(batch_size=1, rand_on_empty=True)
+    run = runs.Run(batch_size=1, rand_on_empty=True)
     for x, y in run.loader:
         run.step(x, y)
     counts = run.engine.attribution
     assert run.num_rows > counts["by_storage"] == len(run.recorder.reports) > 0
     assert counts["unattributed"] == 0
-    truth = s.true_norms(X, Y)
+    truth = runs.true_norms(X, Y)
     assert all(abs(truth[i] - norm) < 1e-5 for i, norm in run.recorder.reports)
 
 
 WARNED = [
-    (s.transformed, "without verification.*collate_fn"),
-    (s.look_ahead_transformed, "several batches"),
-    (s.inner_layers_only, "Call the model itself"),
-    (s.two_batches_in_one_loss, "one batch per loss"),
-    (s.other_loader, "loader that make_private returned"),
+    (loops.transformed, "without verification.*collate_fn"),
+    (loops.look_ahead_transformed, "several batches"),
+    (loops.inner_layers_only, "Call the model itself"),
+    (loops.two_batches_in_one_loss, "one batch per loss"),
+    (loops.other_loader, "loader that make_private returned"),
 ]
 
 
 @pytest.mark.parametrize("loop,cause", WARNED, ids=lambda v: getattr(v, "__name__", ""))
 def test_the_cause_is_named_once_or_raised_if_strict(loop, cause):
     with pytest.warns(UserWarning, match=cause) as caught:
-        loop(s.Run(**FIXED))
+        loop(runs.Run(**FIXED))
     assert len([w for w in caught if "rows" in str(w.message)]) == 1
     with pytest.raises(AccountingError, match=cause):
-        loop(s.Run(strict=True, **FIXED))
+        loop(runs.Run(strict=True, **FIXED))
