@@ -3,15 +3,16 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks.overhead import __main__ as overhead
 from benchmarks.overhead.table import Row, markdown
-from benchmarks.overhead.timing import interleaved, spread
+from benchmarks.overhead.timing import interleaved, spread, timed
 
 
 def measured(ratio):
     one = {"ratio": ratio, "range": [ratio - 0.1, ratio + 0.1]}
-    return {"cpu": one, "wall": one}
+    return {"busy": one, "wall": one}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,27 @@ def test_verdicts(row, verdict):
 def test_spread():
     assert spread([3.0, 1.0, 2.0])["ratio"] == 2.0
     assert spread([3.0, 1.0, 2.0])["range"] == [1.0, 3.0]
+
+
+def test_on_a_gpu_the_time_between_its_events_is_taken(monkeypatch):
+    said = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            said.append("record")
+
+        def elapsed_time(self, end):
+            assert said[-1] == "wait"
+            return 250.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("wait"))
+    found = timed(lambda: said.append("task"), "cuda:1")
+    assert found["busy"] == 0.25 and found["wall"] < 0.25
+    assert said == ["wait", "record", "task", "record", "wait"]
 
 
 def test_interleaving_calls_both_alike():

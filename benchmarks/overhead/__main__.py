@@ -4,8 +4,10 @@
     python -m benchmarks.overhead --only norms fused  # some sections
     python -m benchmarks.overhead --resume            # what is not in the files yet
     python -m benchmarks.overhead --show              # what is in the files
+    python -m benchmarks.overhead --device cuda --folder DIR    # sweeps and steps
 
-One thread; its CPU time decides, and ranges are over rounds. Every case is written
+One thread; its CPU time decides, or the GPU's events (without TF32); ranges are over
+rounds. Every case is written
 to its section's file, ``overhead_<section>.json``, as soon as it is measured, and the
 table to ``overhead.md``.
 """
@@ -40,28 +42,32 @@ class Section:
     """Cases that are measured alike, and the table's lines that they make."""
 
     cases: list[str]
-    measure: Callable[[str], dict[str, Any]]
+    measure: Callable[..., dict[str, Any]]
     rows: Callable[[dict[str, Any]], Iterator[Row]]
+    on_gpu: bool = False  # whether ``measure`` takes a device
 
 
 SECTIONS = {
-    "norms": Section(list(norms.BARS), norms.measure, norms.rows),
-    "memory": Section(list(memory.NAMES), memory.measure, memory.rows),
+    "norms": Section(list(norms.BARS), norms.measure, norms.rows, True),
+    "memory": Section(list(memory.NAMES), memory.measure, memory.rows, True),
     "precision": Section(list(precision.NAMES), precision.measure, precision.rows),
     "tracking": Section(tracking.CASES, tracking.measure, tracking.rows),
-    "step": Section(steps.CASES, steps.measure, steps.rows),
+    "step": Section(steps.CASES, steps.measure, steps.rows, True),
     "accountant": Section(accounts.CASES, accounts.measure, accounts.rows),
     "fused": Section(["small-cnn"], fused.measure, fused.rows),
 }
 
 
-def run(name: str, path: Path, *, resume: bool) -> None:
+def run(name: str, path: Path, *, resume: bool, device: str = "cpu") -> None:
     """Measure a section's cases and write each as soon as it is there."""
     section = SECTIONS[name]
+    if device != "cpu" and not section.on_gpu:
+        return
+    where = {"device": device} if section.on_gpu else {}
     held = _load(path) if resume else {}
     for case in section.cases:
         if case not in held:
-            found = section.measure(case)
+            found = section.measure(case, **where)
             held[case] = {"found": found, "surroundings": surroundings()}
             write_json(path, held)
             print(markdown(section.rows({case: found})).split("\n", 2)[2], flush=True)
@@ -90,11 +96,13 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="keep what files hold")
     parser.add_argument("--show", action="store_true", help="measure nothing")
     parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
     for name in [] if args.show else args.only:
         path = args.folder / f"overhead_{name}.json"
-        run(name, path, resume=args.resume)
+        run(name, path, resume=args.resume, device=args.device)
     shown = table(args.folder)
     print(shown)
     (args.folder / "overhead.md").write_text(shown + "\n", encoding="utf-8")

@@ -68,7 +68,7 @@ def measure(case: str, rounds: int = ROUNDS) -> dict[str, Any]:
 def rows(found: dict[str, Any]) -> Iterator[Row]:
     """The table's lines."""
     for result in found.values():
-        once = result["one_attack_for_both_its_numbers"]["cpu"]["ratio"]
+        once = result["one_attack_for_both_its_numbers"]["busy"]["ratio"]
         beside = (
             f"with one attack for both its numbers {once:.3f} (least possible .417)"
         )

@@ -15,29 +15,39 @@ BAR = 1.1
 NAMES = {"resnet18": "ResNet-18"}
 
 
-def measure(case: str) -> dict[str, Any]:
+def measure(case: str, device: str = "cpu") -> dict[str, Any]:
     """Peak memory of each contender above model and data, in MiB."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, Any] = {}
     for name in CONTENDERS:
         with context.Pool(1) as pool:
-            found[name] = pool.apply(_peak, (case, name))
+            found[name] = pool.apply(_peak, (case, name, device))
     return found
 
 
-def _peak(case: str, name: str) -> float | str:
+def _peak(case: str, name: str, device: str) -> float | str:
     """MiB above model and data at the peak of two measurements (Linux)."""
     torch.set_num_threads(1)
-    model, x, y = make(case)
+    batch = make(case, device)
+    used = allocated if torch.device(device).type == "cuda" else resident
     try:
-        task = CONTENDERS[name](model, x, y)
-        resident("VmHWM", restart=True)
-        before = resident("VmRSS")
+        task = CONTENDERS[name](*batch)
+        used("VmHWM", restart=True)
+        before = used("VmRSS")
         for _ in range(2):
             task()
     except Exception as error:  # a peer fails in its own ways
         return type(error).__name__
-    return resident("VmHWM") - before
+    return used("VmHWM") - before
+
+
+def allocated(field: str, *, restart: bool = False) -> float:
+    """What ``resident`` tells, of the GPU's memory that tensors take."""
+    if restart:
+        torch.cuda.reset_peak_memory_stats()
+    peak = field == "VmHWM"
+    read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+    return read() / 2**20
 
 
 def resident(field: str, *, restart: bool = False) -> float:

@@ -37,7 +37,7 @@ def limit(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
     """The same with frozen weights: the floor of any method with one backward pass."""
     model.requires_grad_(False)
     first = next(m for m in model.modules() if list(m.parameters(recurse=False)))
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), device=x.device, requires_grad=True)
     first.register_forward_hook(lambda module, args, output: output + anchor)
 
     def measure() -> None:

@@ -29,7 +29,7 @@ class Row:
     def value(self) -> float:
         """The number that is held against the bar."""
         if isinstance(self.measured, dict):
-            return float(self.measured["cpu"]["ratio"])
+            return float(self.measured["busy"]["ratio"])
         return self.measured
 
     @property
@@ -44,7 +44,7 @@ class Row:
         """As text."""
         between, wall = "", ""
         if isinstance(self.measured, dict):
-            low, high = self.measured["cpu"]["range"]
+            low, high = self.measured["busy"]["range"]
             between = f"{low:.2f}–{high:.2f}"
             wall = f"{self.measured['wall']['ratio']:{self.form}}"
         bar, value = f"≤ {self.bar:g}", f"{self.value:{self.form}}"

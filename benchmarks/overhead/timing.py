@@ -1,4 +1,8 @@
-"""Clocks and ratios: contenders are timed in turn, and compared within a round."""
+"""Clocks and ratios: contenders are timed in turn, and compared within a round.
+
+``busy`` decides: CPU time of this thread, or on a GPU the time between two events of
+its stream; ``wall`` stands beside it.
+"""
 
 import os
 import time
@@ -6,17 +10,34 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+import torch
+
 from benchmarks.report import environment
 
 Task = Callable[[], Any]
-CLOCKS = {"cpu": time.thread_time, "wall": time.perf_counter}
+CLOCKS = ("busy", "wall")
 
 
-def timed(task: Task) -> dict[str, float]:
-    """Seconds that a call takes, by clock."""
-    starts = {name: clock() for name, clock in CLOCKS.items()}
+def timed(task: Task, device: str = "cpu") -> dict[str, float]:
+    """Seconds that a call takes, by clock, where its tensors are on ``device``."""
+    if torch.device(device).type == "cuda":
+        return _timed_by_events(task)
+    busy, wall = time.thread_time(), time.perf_counter()
     task()
-    return {name: clock() - starts[name] for name, clock in CLOCKS.items()}
+    return {"busy": time.thread_time() - busy, "wall": time.perf_counter() - wall}
+
+
+def _timed_by_events(task: Task) -> dict[str, float]:
+    """On the GPU: what was waiting before does not count, what is started does."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    wall = time.perf_counter()
+    begin.record()
+    task()
+    end.record()
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - wall
+    return {"busy": 1e-3 * begin.elapsed_time(end), "wall": wall}
 
 
 def interleaved(base: Task, other: Task, rounds: int) -> dict[str, Any]:
@@ -25,7 +46,7 @@ def interleaved(base: Task, other: Task, rounds: int) -> dict[str, Any]:
     spent: list[float] = []
     for _ in range(rounds):
         times = [timed(task) for task in (base, other, other, base)]
-        spent += [times[0]["cpu"], times[3]["cpu"]]
+        spent += [times[0]["busy"], times[3]["busy"]]
         for name, ratios in found.items():
             first, second, third, fourth = (t[name] for t in times)
             ratios.append((second + third) / (first + fourth))

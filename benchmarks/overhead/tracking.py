@@ -76,7 +76,7 @@ def measure(case: str, seconds: float = SECONDS) -> dict[str, Any]:
     plain, ours, again = (training(engine, model, mode) for engine in engines)
     for step in (plain, ours, again) * 4:
         step()  # page faults and one-time choices
-    spent = min(timed(plain)["cpu"] for _ in range(3))
+    spent = min(timed(plain)["busy"] for _ in range(3))
     for step in (ours, again) * 3:
         step()
     rounds = max(9, min(400, round(seconds / (4 * spent))))
@@ -95,11 +95,11 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
     for case, result in found.items():
         model, mode = case.split(", ")
         tracked, control = result["tracked"], result["control"]
-        low, high = tracked["cpu"]["quartiles"]
+        low, high = tracked["busy"]["quartiles"]
         beside = (
             f"step {tracked['base_milliseconds']:.1f} ms, {tracked['rounds']} rounds, "
             f"quartiles {low:.3f}–{high:.3f}; Opacus over itself "
-            f"{control['cpu']['ratio']:.3f}"
+            f"{control['busy']['ratio']:.3f}"
         )
         path = f"tracking over Opacus {mode}, whole step, {model}"
         yield Row(path, BARS[mode], tracked, beside)
