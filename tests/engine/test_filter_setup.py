@@ -13,7 +13,7 @@ from opacus_pi.accounting import RenyiFilter
 from opacus_pi.engine.checkpoints import FILTER_KEY
 from opacus_pi.engine.filter_setup import require_filterable
 from opacus_pi.privacy_engine import PrivacyEngine
-from tests.filtered_training import filtered
+from tests.engine.filtered_training import filtered
 from tests.private_training import ADAPTIVE, Net, Training, data
 
 N = 24

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, dataloader
 from opacus_pi.atomic_file import replacing
 from opacus_pi.engine.checkpoints import CHECKPOINT_KEY
 from opacus_pi.recorder import Recorder
-from tests.killed_training import (
+from tests.engine.killed_training import (
     Jittered,
     assert_same,
     child,
@@ -63,7 +63,7 @@ def saved(engine, model, optimizer, **options):
 @pytest.mark.parametrize(("kind", "save_every"), [("private", None), ("monitored", 3)])
 def test_killed_three_times_and_resumed(tmp_path, kind, save_every):
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tests.killed_training"])
+    processes.set_forkserver_preload(["tests.engine.killed_training"])
     chance = random.Random(f"{kind}{save_every}")
     for at in [*sorted(chance.sample(range(1, 40), 3)), None]:
         here, there = processes.Pipe()

@@ -11,7 +11,7 @@ from opacus_pi.attribution import NOBODY, UNKNOWN, Tracker
 from opacus_pi.engine.dp_filtering import FilterGate
 from opacus_pi.privacy_engine import PrivacyEngine
 from opacus_pi.recorder import AccountingError
-from tests.filtered_training import filtered
+from tests.engine.filtered_training import filtered
 from tests.private_training import Training, data, one_at_a_time
 
 N = 24
