@@ -11,7 +11,9 @@ ValueError: Expected sample_rate=1.2 in [0, 1]. Divide the batch size by the dat
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from opacus_pi._types import ArrayLike
 
 
 def expect(condition: bool, name: str, value: Any, domain: str, remedy: str) -> None:

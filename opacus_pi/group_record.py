@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD, fingerprint
 from opacus_pi.accounting.ledger.mechanism import SCHEDULED

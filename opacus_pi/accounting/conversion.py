@@ -7,8 +7,9 @@
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
 
 Array = NDArray[np.float64]

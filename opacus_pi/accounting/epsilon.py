@@ -1,8 +1,9 @@
 """Per-example epsilon: the least over Rényi orders, found by bisection."""
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from opacus_pi._types import ArrayLike
 from opacus_pi.accounting.conversion import (
     check_delta,
     check_orders,

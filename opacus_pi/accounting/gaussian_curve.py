@@ -12,9 +12,10 @@ Source: Balle and Wang (arXiv:1805.06530), Theorem 8; Dong, Roth and Su
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import erfcx, ndtr
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import in_range
 from opacus_pi.accounting.conversion import check_delta
 

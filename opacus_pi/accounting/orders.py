@@ -10,7 +10,9 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from opacus_pi._types import ArrayLike
 
 Array = NDArray[np.float64]
 

@@ -42,8 +42,9 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, in_range, positive
 from opacus_pi.accounting.gaussian_curve import gaussian_epsilon, gaussian_mu
 from opacus_pi.accounting.ledger.mechanism import frozen

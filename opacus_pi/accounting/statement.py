@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices
 from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS, epsilons

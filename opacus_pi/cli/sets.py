@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 from torch import nn
 from torch.utils.data import Subset
 
+from opacus_pi._types import ArrayLike
 from opacus_pi.evaluation import evaluate
 from opacus_pi.forget_sets import retain_indices
 

@@ -5,8 +5,8 @@
 """
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
 
 

@@ -15,10 +15,10 @@ True
 from typing import Any
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.evaluation.no_trace import device_of
 from opacus_pi.gradients.batches import size_of

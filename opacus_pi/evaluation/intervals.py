@@ -7,9 +7,9 @@ Interval(estimate=2.0, low=-0.484..., high=4.484...)
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy import stats
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 
 

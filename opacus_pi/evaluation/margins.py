@@ -5,8 +5,9 @@ array([0.])
 """
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
 
 _CLIP = 100.0

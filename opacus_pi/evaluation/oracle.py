@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting.ledger.fingerprint import fingerprint
 from opacus_pi.accounting.ledger.storage import read_arrays, write_arrays

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 
 _ACCURACIES = ("unlearning_accuracy", "retain_accuracy", "test_accuracy")

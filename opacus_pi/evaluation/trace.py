@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
 from opacus_pi.atomic_file import replace_file
 

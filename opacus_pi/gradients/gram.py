@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, in_range, positive
 from opacus_pi.gradients.batches import (
     arguments,

@@ -2,8 +2,8 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import ArrayLike
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
 from opacus_pi.plotting.style import (
     GREY,

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from numpy.typing import ArrayLike
 
+from opacus_pi._types import ArrayLike
 from opacus_pi.plotting.style import axes_or_new, runs_and_sets, styles
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import ArrayLike
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
 from opacus_pi.plotting.style import axes_or_new, losses_below, runs_and_sets, styles
 

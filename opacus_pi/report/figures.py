@@ -8,8 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from opacus_pi._types import ArrayLike
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.plotting import plot_curves, plot_distribution
 from opacus_pi.report.run import MEANING

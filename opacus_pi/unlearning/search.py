@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import numpy as np
-from numpy.typing import ArrayLike
 from tqdm import tqdm
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
 

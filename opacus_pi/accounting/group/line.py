@@ -16,10 +16,11 @@ log-normal weights, and grows with each covariance (Kahane's inequality). Two ch
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import logsumexp
 from scipy.stats import binom
 
+from opacus_pi._types import ArrayLike
 from opacus_pi.accounting.group.moments import subset_sums
 from opacus_pi.accounting.quadrature import log_psi, log_sum, softplus
 

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.special import gammaln, logsumexp
 from scipy.stats import binom
+
+from opacus_pi._types import ArrayLike
 
 EXACT_LIMIT = 100_000  # Multisets of subsets up to which enumeration is exact.
 _CHUNK_ENTRIES = 4_000_000

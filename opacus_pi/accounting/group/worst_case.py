@@ -10,8 +10,8 @@ import math
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.group.line import binomial_law, line_log_moment
 from opacus_pi.accounting.ledger.mechanism import SCHEDULED, NoisySGD

@@ -21,9 +21,10 @@ point shifts nothing, and every step only contracts.
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import logsumexp
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
 from opacus_pi.accounting.langevin.lsi import schedules
 

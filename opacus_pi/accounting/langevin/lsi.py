@@ -13,8 +13,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
 
 _AT_LEAST_0 = "Pass 0 where there is none."

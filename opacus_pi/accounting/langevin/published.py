@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
 from opacus_pi.accounting.langevin.contraction import source_bound
 

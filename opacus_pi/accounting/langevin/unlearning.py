@@ -28,8 +28,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from numpy.typing import ArrayLike
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
 from opacus_pi.accounting.langevin.contraction import (
     Divergence,

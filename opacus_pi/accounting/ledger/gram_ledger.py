@@ -16,8 +16,9 @@ import os
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting.ledger.measurements import checked_steps
 from opacus_pi.accounting.ledger.mechanism import (

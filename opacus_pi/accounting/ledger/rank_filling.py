@@ -13,9 +13,10 @@ array([[8., 6., 4., 8.],
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from opacus_pi._types import ArrayLike
 from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.accounting.ledger.measurements import fill_unobserved
 

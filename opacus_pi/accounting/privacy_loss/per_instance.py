@@ -16,8 +16,9 @@ runs: it is an estimate. What no run can exceed is ``worst_case_loss``.
 import math
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
 from opacus_pi.accounting.ledger.mechanism import SCHEDULED, NoisySGD
 from opacus_pi.accounting.privacy_loss.rules import Interval
