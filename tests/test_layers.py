@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "opacus_pi"
 
 LAYER = {
+    "_types": 0,
     "_validate": 0,
     "_errors": 0,
     "accounting": 0,
