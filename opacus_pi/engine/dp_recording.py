@@ -22,6 +22,7 @@ from opacus_pi.attribution.tracker import rows_of
 from opacus_pi.engine import refusals
 from opacus_pi.engine.class_swap import swap_class
 from opacus_pi.engine.dp_filtering import FilterGate
+from opacus_pi.engine.odd_rows import explain_rows
 from opacus_pi.engine.outside_changes import OutsideChanges
 from opacus_pi.fast import FastHooks
 from opacus_pi.grad_sample import joint_norms, row_norms
@@ -235,7 +236,7 @@ def _from_grad_samples(base: Any) -> type:
                 norms = self._pi_clip()
                 run.enter(self._pi_sizes(), norms)
                 return
-            norms = joint_norms([row_norms(g) for g in self.grad_samples])
+            norms = self._pi_joint([row_norms(g) for g in self.grad_samples])
             rows, norms = run.gate.enter(
                 self.params,
                 run.tracker.attribute(self._pi_sizes()),
@@ -259,13 +260,22 @@ def _from_grad_samples(base: Any) -> type:
             pairs = zip(by_parameter, held, strict=True)
             as_opacus = takes_norms_only and all(n.dtype == g.dtype for n, g in pairs)
             del held, pairs  # of several backward passes they are copies
-            norms = joint_norms(by_parameter)
+            norms = self._pi_joint(by_parameter)
             self._pi_column = [norms.unsqueeze(1)] if as_opacus else None
             try:
                 super().clip_and_accumulate()
             finally:
                 self._pi_column = None
             return norms
+
+        def _pi_joint(self, by_parameter: list[Tensor]) -> Tensor:
+            """Norms over all parameters; explains where they are not of one batch."""
+            try:
+                return joint_norms(by_parameter)
+            except RuntimeError as error:
+                pairs = zip(self.params, map(len, by_parameter), strict=True)
+                explain_rows(error, self._pi_run.hooks._module, dict(pairs))
+                raise
 
         def _pi_sizes(self) -> list[int]:
             """How many per-example gradients each backward pass left."""

@@ -1,0 +1,66 @@
+"""Says which parameter has no gradient for each example, where Opacus just fails.
+
+>>> model = nn.ModuleDict({"words": nn.Linear(2, 1), "position": nn.Linear(2, 1)})
+>>> counts = {p: 1 if n.startswith("position") else 4 for n, p in named(model).items()}
+>>> odd_rows(model, counts)
+{'position.weight': 1, 'position.bias': 1}
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from torch import nn
+
+from opacus_pi.compatible import add_note
+from opacus_pi.gradients.skeleton import unwrap
+
+_ODD = (
+    "Of each example one gradient is needed for every parameter. The batch has {size}, "
+    "but there are {odd}. A layer that is given one row for the whole batch does that, "
+    "such as the position embedding of a model that makes its position ids by itself. "
+    "Give each example its own row (position_ids=torch.arange(length).expand(batch, "
+    "-1)), freeze these parameters (requires_grad_(False)), or use "
+    'grad_sample_mode="fast", which needs neither and is slow at such layers.'
+)
+
+
+def explain_rows(
+    error: RuntimeError, model: nn.Module, num_rows: Mapping[nn.Parameter, int]
+) -> None:
+    """Add to an error which parameters have too few or too many gradients.
+
+    Args:
+        error: What came of it, changed in place; of another cause it stays as it is.
+        model: Whose parameters they are, plain or wrapped.
+        num_rows: How many per-example gradients each has.
+    """
+    odd = odd_rows(model, num_rows)
+    if odd:
+        told = ", ".join(f"{number} for {name!r}" for name, number in odd.items())
+        add_note(error, _ODD.format(size=_usual(num_rows), odd=told))
+
+
+def odd_rows(model: nn.Module, num_rows: Mapping[nn.Parameter, int]) -> dict[str, int]:
+    """Names and numbers of those parameters that differ from most.
+
+    Args:
+        model: Whose parameters they are, plain or wrapped.
+        num_rows: How many per-example gradients each has.
+    """
+    usual = _usual(num_rows)
+    return {
+        name: num_rows[parameter]
+        for name, parameter in named(model).items()
+        if num_rows.get(parameter, usual) != usual
+    }
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by the user's names."""
+    return dict(unwrap(model).named_parameters())
+
+
+def _usual(num_rows: Mapping[nn.Parameter, int]) -> int:
+    """The number that most have; of several the largest."""
+    counts = Counter(num_rows.values())
+    return max(counts, key=lambda number: (counts[number], number))
