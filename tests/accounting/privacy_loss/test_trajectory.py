@@ -15,7 +15,7 @@ from opacus_pi.accounting import (
     trajectory_losses,
     worst_case_loss,
 )
-from tests.accounting.adaptive_chain import CHAINS, Chain
+from tests.accounting.privacy_loss.adaptive_chain import CHAINS, Chain
 
 WEAK = Chain(0.2, 0.05, 0.45, 1.0, (1, 1))  # κ(order-1)·(largest sum) about 1
 

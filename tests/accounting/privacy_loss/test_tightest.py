@@ -14,7 +14,7 @@ from opacus_pi.accounting import (
     trajectory_losses,
     worst_case_loss,
 )
-from tests.accounting.adaptive_chain import CHAINS
+from tests.accounting.privacy_loss.adaptive_chain import CHAINS
 
 ORDERS = (1.5, 3.0, 6.0)
 NAN = math.nan

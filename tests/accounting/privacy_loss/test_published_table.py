@@ -8,7 +8,7 @@ import pytest
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, per_step_losses
 
-FOLDER = Path(__file__).parents[2].parent / "shared/reference/gradients_look_alike"
+FOLDER = Path(__file__).parents[3].parent / "shared/reference/gradients_look_alike"
 
 
 def table(path, column):
