@@ -40,6 +40,8 @@ from opacus_pi.engine.dp_recording import noise_std_of
 from opacus_pi.recorder import Recorder
 from opacus_pi.sealed_state import sealed, unsealed
 
+__all__ = ["PerInstanceAccountant"]
+
 _RECORD = "per_instance_record"
 
 

@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from opacus_pi.engine.class_swap import swap_class
 
+__all__ = ["make_compatible"]
+
 OUT_OF_PLACE = (
     "module = opacus_pi.compatible.make_compatible(module) replaces BatchNorm by "
     "GroupNorm and in-place operations by others; make the optimizer anew after it."

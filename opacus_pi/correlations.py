@@ -18,6 +18,14 @@ from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, runs_of
 from opacus_pi.accounting.privacy_loss.per_instance import privacy_losses
 
+__all__ = [
+    "BinnedMeans",
+    "RankCorrelations",
+    "binned_means",
+    "rank_correlations",
+    "rank_stability",
+]
+
 Array = NDArray[np.float64]
 
 

@@ -22,6 +22,16 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
 
+__all__ = [
+    "by_class",
+    "difficulty_strata",
+    "random_forget_set",
+    "ranking",
+    "retain_indices",
+    "ties",
+    "top_k",
+]
+
 Indices = NDArray[np.int64]
 _SAME = 1e-12  # relative difference of scores that only rounding tells apart
 _SEED = 0

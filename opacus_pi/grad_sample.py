@@ -15,6 +15,8 @@ import opacus
 import torch
 from torch import Tensor
 
+__all__ = ["GradSampleModule"]
+
 
 def grad_sample_norms(grad_samples: Iterable[Tensor]) -> Tensor:
     """L2 norm of each example's gradient over several parameters.

@@ -23,6 +23,8 @@ from opacus_pi.accountants import num_steps_of
 from opacus_pi.accounting import GramLedger, group_divergence, rdp_to_epsilon
 from opacus_pi.accounting.group.worst_case import group_step_divergence
 
+__all__ = ["GroupAccountant"]
+
 GROUP_ORDERS = (*(1 + np.geomspace(0.01, 1, 20)), *np.geomspace(2, 64, 24)[1:])
 _SET_ORDERS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 _SIZE = "group_size"

@@ -27,6 +27,8 @@ from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.skeleton import bare_copy
 from opacus_pi.recorder.weights import load_weights_, saved_weights
 
+__all__ = ["gram_ledger"]
+
 _SECONDS_BEFORE_BAR = 3.0
 
 

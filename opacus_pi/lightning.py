@@ -22,6 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from opacus_pi._validate import expect
 from opacus_pi.privacy_engine import PrivacyEngine
 
+__all__ = ["PrivacyCallback"]
+
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource

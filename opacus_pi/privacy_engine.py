@@ -67,6 +67,8 @@ from opacus_pi.processes import Processes
 from opacus_pi.recorder import Recorder
 from opacus_pi.recorder.last_weights import LastWeights
 
+__all__ = ["PerInstanceMixin", "PrivacyEngine"]
+
 _HOW_TO_GO_ON = (
     "To keep such layers, train without clipping: engine.make_monitored(...). To train "
     f"with differential privacy, replace them first: {OUT_OF_PLACE}"

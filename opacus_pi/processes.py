@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+__all__ = ["Processes"]
+
 
 class Processes:
     """The processes of torch's default group.

@@ -25,6 +25,15 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, runs_of
 from opacus_pi.accounting.ledger.measurements import fill_unobserved
 
+__all__ = [
+    "c_proxy",
+    "el2n",
+    "forgetting_events",
+    "grad_norm_end",
+    "grad_norm_mean",
+    "grad_norm_mid",
+]
+
 Scores = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 

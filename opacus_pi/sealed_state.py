@@ -19,6 +19,8 @@ from torch import Tensor
 from opacus_pi._validate import expect
 from opacus_pi.weights_file import tensor_bytes
 
+__all__ = ["sealed", "unsealed"]
+
 _SEAL = "checksum"
 
 

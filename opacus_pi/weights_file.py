@@ -26,6 +26,8 @@ from opacus_pi.accounting.ledger.storage import (
 from opacus_pi.atomic_file import replace_file
 from opacus_pi.gradients.skeleton import unwrap
 
+__all__ = ["read_weights", "write_weights"]
+
 
 def write_weights(
     path: str | os.PathLike[str],

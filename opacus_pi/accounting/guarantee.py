@@ -19,6 +19,8 @@ import numpy as np
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
 
+__all__ = ["Assumption", "Guarantee"]
+
 _FORMAT = "opacus_pi.Guarantee.v1"
 _UNEDITED = "Pass what Guarantee.to_json wrote, unedited."
 

@@ -27,6 +27,8 @@ from typing import Any
 
 from opacus_pi._validate import expect
 
+__all__ = ["DeletionRecord", "verify"]
+
 START = "0" * 64
 _FIELDS = {
     "number": int,

@@ -28,6 +28,8 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
 
+__all__ = ["SearchResult", "Trial", "fastest_good", "gap_to_oracle", "search_settings"]
+
 Settings = dict[str, float]
 _DIVERGED = 1e3  # told to the optimizer where a run has no finite gap
 

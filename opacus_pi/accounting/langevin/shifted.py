@@ -23,6 +23,12 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
 
+__all__ = [
+    "initial_distance_mu_squared",
+    "learn_unlearn_mu_squared",
+    "shifted_mu_squared",
+]
+
 
 def shifted_mu_squared(
     lipschitz: ArrayLike,

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
 
+__all__ = ["fingerprint"]
+
 
 def fingerprint(data_set: Any) -> str:
     """Name a data set by its class, its length and a hash of its labels.
