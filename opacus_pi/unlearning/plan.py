@@ -171,13 +171,8 @@ def make_plan(
     )
     columns = columns_of(runs[0], forget)
     mean = float(losses[columns].mean())
-    past = [
-        losses[columns_of(runs[0], _chosen(runs[0], p[0]))].mean() for p in past_runs
-    ]
-    times = [p[1] for p in past_runs]
-    lengths = [p[2] if len(p) == 3 else math.nan for p in past_runs]
-    epochs = predict_time(mean, past, times, past_lengths=lengths)
-    num_unfinished = int(np.isinf(times).sum())
+    epochs = _predicted(mean, losses, runs[0], past_runs)
+    num_unfinished = sum(math.isinf(past[1]) for past in past_runs)
     return Plan(
         forget=forget,
         num_retain=num_retain,
@@ -191,6 +186,19 @@ def make_plan(
         num_unfinished=num_unfinished,
         num_tied=_num_tied(losses, columns),
     )
+
+
+def _predicted(
+    mean: float,
+    losses: NDArray[np.float64],
+    ledger: GradNormLedger,
+    past_runs: Sequence[PastRun],
+) -> float | None:
+    """Epochs for a set of this mean loss, from past runs."""
+    past = [losses[columns_of(ledger, _chosen(ledger, p[0]))].mean() for p in past_runs]
+    times = [p[1] for p in past_runs]
+    lengths = [p[2] if len(p) == 3 else math.nan for p in past_runs]
+    return predict_time(mean, past, times, past_lengths=lengths)
 
 
 def _how_predicted(
