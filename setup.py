@@ -26,6 +26,7 @@ setup(
         "scikit-learn>=1.4",
         "tqdm>=4.65",
         "safetensors>=0.5",
+        "typing-extensions>=4.10",
     ],
     extras_require={
         "benchmarks": ["joblib>=1.4", "optuna>=4"],
