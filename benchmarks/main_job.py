@@ -19,7 +19,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import joblib
@@ -31,6 +31,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from benchmarks import data, report
+from benchmarks.facts import facts_of
 from benchmarks.models import build_model
 from benchmarks.training import Recipe, train, train_privately
 from opacus_pi import Langevin, Unlearner
@@ -214,7 +215,7 @@ def saved_seed(
 ) -> dict:
     """Run a seed, or read its result if the same settings have been run."""
     path = out / f"seed_{seed}.json"
-    described = json.loads(json.dumps(asdict(settings)))
+    described = json.loads(json.dumps(facts_of(settings)))
     if path.exists():
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
@@ -250,7 +251,7 @@ def main() -> None:
     )
     bar = tqdm(done, total=args.seeds, desc="seeds", unit="seed")
     results = sorted(bar, key=lambda one: one["seed"])
-    report.publish(results, asdict(settings), settings.unlearn_epochs, out)
+    report.publish(results, facts_of(settings), settings.unlearn_epochs, out)
 
 
 if __name__ == "__main__":

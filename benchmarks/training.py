@@ -2,18 +2,20 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from benchmarks.facts import facts_of, later
 from benchmarks.models import build_model
 from opacus_pi import PrivacyEngine, Recorder
 
 warnings.filterwarnings("ignore", message="Secure RNG turned off")
 warnings.filterwarnings("ignore", message="Full backward hook is firing")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Recipe:
         weight_decay: Of SGD.
         noise_std: Standard deviation of the noise on the mean gradient (0: plain SGD).
         milestones: Epochs after which the learning rate is divided by ten.
+        precision: ``"float32"``, or ``"bfloat16"``: the forward passes of updates run
+            under autocast. Weights, their updates, sweeps and evaluations stay float32.
+        channels_last: Whether weights of convolutions lie channel by channel.
     """
 
     model: str
@@ -39,10 +44,30 @@ class Recipe:
     weight_decay: float = 0.0
     noise_std: float = 0.0
     milestones: tuple[int, ...] = ()
+    precision: str = later("float32")
+    channels_last: bool = later(False)
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"Expected precision={self.precision} to be one of "
+                f"{', '.join(PRECISIONS)}."
+            )
 
     def key(self) -> dict:
         """A description for content-keyed caches."""
-        return asdict(self)
+        return facts_of(self)
+
+    def autocast(self, device: str | torch.device) -> torch.autocast:
+        """Around a forward pass and its loss, never around an optimizer's step."""
+        reduced = self.precision == "bfloat16"
+        return torch.autocast(torch.device(device).type, torch.bfloat16, reduced)
+
+    def place(self, model: nn.Module, device: str | torch.device) -> nn.Module:
+        """Move a model to where and how it is trained, in place."""
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        return model.to(device)
 
     def optimizer(self, params: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
         """The recipe's optimizer on some parameters."""
@@ -97,7 +122,7 @@ def train(
         The trained model in evaluation mode, and the engine with its ledger.
     """
     torch.manual_seed(seed)
-    model = build_model(recipe.model, image_shape).to(device)
+    model = recipe.place(build_model(recipe.model, image_shape), device)
     loader = DataLoader(data_set, batch_size=recipe.batch_size, shuffle=True)
     num_steps = recipe.num_epochs * len(loader)
     recorder = Recorder.evenly_spaced(
@@ -116,8 +141,9 @@ def train(
     for _ in range(recipe.num_epochs):
         for images, labels in loader:
             optimizer.zero_grad()
-            outputs = model(images.to(device))
-            criterion(outputs, labels.to(device)).backward()
+            with recipe.autocast(device):
+                loss = criterion(model(images.to(device)), labels.to(device))
+            loss.backward()
             optimizer.step()
         scheduler.step()
     return model.eval(), engine
@@ -131,6 +157,7 @@ def train_privately(
     noise_multiplier: float,
     max_grad_norm: float = 1.0,
     before_update: Callable[[nn.Module], None] = lambda model: None,
+    device: str = "cpu",
 ) -> tuple[nn.Module, PrivacyEngine]:
     """Train by DP-SGD with the drop-in engine, norms observed at no extra pass.
 
@@ -142,12 +169,22 @@ def train_privately(
         noise_multiplier: As Opacus's.
         max_grad_norm: As Opacus's.
         before_update: Called with the model before every update.
+        device: Where the model is.
 
     Returns:
         The trained model (wrapped by Opacus) in evaluation mode, and the engine.
+
+    Raises:
+        ValueError: For another precision or layout than the default one, in which
+            per-example gradients are not exact or wrong.
     """
+    if recipe.precision != "float32" or recipe.channels_last:
+        raise ValueError(
+            f"Expected precision={recipe.precision} and channels_last="
+            f"{recipe.channels_last} to be float32 and False for DP-SGD."
+        )
     torch.manual_seed(seed)
-    model = build_model(recipe.model, image_shape)
+    model = build_model(recipe.model, image_shape).to(device)
     engine = PrivacyEngine(accountant="rdp")
     model, optimizer, loader = engine.make_private(
         module=model,
@@ -161,6 +198,6 @@ def train_privately(
         for images, labels in loader:
             before_update(model)
             optimizer.zero_grad()
-            criterion(model(images), labels).backward()
+            criterion(model(images.to(device)), labels.to(device)).backward()
             optimizer.step()
     return model.eval(), engine

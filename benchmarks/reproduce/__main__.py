@@ -2,12 +2,20 @@
 
     python -m benchmarks.reproduce all --scale smoke        # digits, minutes
     python -m benchmarks.reproduce fig1 --scale cpu --data-root DIR
-    python -m benchmarks.reproduce fig1 --scale full --data-root DIR
+    python -m benchmarks.reproduce fig1 --scale gpu --device cuda --data cifar10 FILE
+    python -m benchmarks.reproduce all --scale full --device cuda --data-root DIR
+    python -m benchmarks.reproduce all --scale full --estimate   # GPU hours, no run
 
 Scales: ``smoke`` (embedded digits, everything tiny: it shows that the code runs, not
-what the paper claims), ``cpu`` (10,000 images, a small CNN, 5 seeds, 2 cores), ``full``
-(the paper's sizes, on GPUs). Every job is kept in the store, so an interrupted command
-goes on where it stopped, and a figure is drawn again from the store in seconds.
+what the paper claims), ``cpu`` (10,000 images, a small CNN, 5 seeds, 2 cores), ``gpu``
+(figure 1 on half an hour of one GPU: ResNet-18, 20,000 images, 20 epochs, 3 seeds),
+``full`` (the paper's sizes, on GPUs; both in bfloat16 and channels_last). Every job is
+kept in the store, so an interrupted command goes on where it stopped (``timeout 590
+python -m ...``, again and again), and a figure is drawn again from the store in
+seconds.
+
+On ``--device cuda`` several processes share each GPU: see ``devices``. Nothing here has
+been run on a GPU yet, neither for its speed nor for which number of processes pays.
 """
 
 import argparse
@@ -20,7 +28,11 @@ from pathlib import Path
 import joblib
 import matplotlib
 
+from benchmarks.facts import facts_of
 from benchmarks.report import environment, write_json
+from benchmarks.reproduce.cost import Gpu
+from benchmarks.reproduce.devices import JOBS_PER_GPU, default_jobs
+from benchmarks.reproduce.estimate import table
 from benchmarks.reproduce.figures import FIGURES, Figure
 from benchmarks.reproduce.figures.figure import NOT_TESTABLE, Verdict
 from benchmarks.reproduce.lab import Lab
@@ -41,7 +53,7 @@ def publish(figure: Figure, scale: Scale, lab: Lab, out: Path) -> None:
         "claim": figure.claim,
         **asdict(verdict),
         "environment": environment(),
-        "scale": asdict(scale),
+        "scale": facts_of(scale),
         "result": result,
     }
     write_json(out / f"{figure.name}.json", content)
@@ -106,8 +118,17 @@ def main(argv: list[str] | None = None) -> None:
         metavar=("NAME", "NPZ"),
         help="take a data set from arrays, e.g. --data svhn svhn.npz",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--device", default="cpu", help="where models are trained")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help=f"processes; default: one a core, {JOBS_PER_GPU} a GPU on --device cuda",
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda (all GPUs, in turn), cuda:1, ..."
+    )
+    parser.add_argument(
+        "--estimate", action="store_true", help="run nothing: what it would cost"
+    )
     parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a cluster")
     parser.add_argument("--store", type=Path, default=Path("runs/reproduce/store"))
     parser.add_argument("--out", type=Path, help="default: runs/reproduce/SCALE")
@@ -115,10 +136,14 @@ def main(argv: list[str] | None = None) -> None:
     matplotlib.use("Agg")
     os.environ["OMP_NUM_THREADS"] = "1"  # in the processes: one thread each
     figures, scale = chosen(args.figures), SCALES[args.scale]
+    if args.estimate:
+        print(table(figures, scale, Gpu()))
+        return
     arrays = tuple((name, Path(file)) for name, file in args.data)
     lab = Lab(args.store, args.data_root, arrays, args.device)
     with cluster(args.dask):
-        run_all([u for figure in figures for u in figure.units(scale)], lab, args.jobs)
+        units = [unit for figure in figures for unit in figure.units(scale)]
+        run_all(units, lab, args.jobs or default_jobs(args.device))
     for figure in figures:
         publish(figure, scale, lab, args.out or Path("runs/reproduce") / args.scale)
 

@@ -1,14 +1,16 @@
 """Units that measure loss barriers between models that others have trained."""
 
 from dataclasses import dataclass
+from math import comb
 
 import numpy as np
 
 from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.judging import barrier
+from benchmarks.reproduce.judging import barrier, work_of_barrier
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.units import Oracle, Unit, oracles, trainings
+from benchmarks.reproduce.work import Work
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class BarrierBefore(Unit):
         """Experiment, forget set, seed."""
         forget = self.forget_set.facts(self.experiment)
         return self.experiment.facts() | {"forget": forget, "seed": self.seed}
+
+    def work(self) -> Work:
+        """One barrier."""
+        return work_of_barrier(self.experiment)
 
     def compute(self, lab: Lab) -> float:
         """Against the oracle that the run of this seed is judged by."""
@@ -52,6 +58,10 @@ class BarrierBaseline(Unit):
         """Experiment and forget set."""
         forget = self.forget_set.facts(self.experiment)
         return self.experiment.facts() | {"forget": forget}
+
+    def work(self) -> Work:
+        """One barrier a pair."""
+        return work_of_barrier(self.experiment) * comb(self.experiment.num_oracles, 2)
 
     def compute(self, lab: Lab) -> list[float]:
         """One number for each pair."""

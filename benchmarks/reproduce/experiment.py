@@ -1,11 +1,19 @@
 """What is trained and forgotten: one description, used by every figure."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.training import Recipe
+from benchmarks.facts import facts_of
+from benchmarks.training import PrivateRecipe, Recipe
 
 Facts = dict[str, Any]
+_SIZES = {  # training and test images
+    "digits": (1_437, 360),
+    "fashion-mnist": (60_000, 10_000),
+    "cifar10": (50_000, 10_000),
+    "svhn": (73_257, 26_032),
+}
+_SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28)}
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,22 @@ class Experiment:
     num_trials: int = 10
     num_probe: int = 2_000
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Training and test images, known before anything is read."""
+        train, test = _SIZES[self.dataset]
+        return min(self.num_train or train, train), min(self.num_test or test, test)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether training is DP-SGD, whose norms are observed and not swept."""
+        return isinstance(self.recipe, PrivateRecipe)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """``(c, h, w)``, known before anything is read."""
+        return _SHAPES.get(self.dataset, (3, 32, 32))
+
     def training_facts(self) -> Facts:
         """What determines a training but its seed and the examples left out."""
         return {
@@ -62,7 +86,7 @@ class Experiment:
 
     def facts(self) -> Facts:
         """Everything."""
-        return asdict(self)
+        return facts_of(self)
 
     def with_noise(self, noise_std: float) -> "Experiment":
         """The same with SGLD of this noise on the mean gradient, without momentum."""

@@ -8,15 +8,18 @@ from torch import nn
 from torch.utils.data import Subset
 
 from benchmarks.data import ImageData
+from benchmarks.reproduce.autocast import Autocast
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS, Settings, optimizer_of
+from benchmarks.reproduce.work import Work
 from opacus_pi import GradNormLedger, Unlearner
 from opacus_pi.evaluation import evaluate, loss_barrier
 from opacus_pi.evaluation.trace import UnlearningTrace
 
 CRITERION = nn.CrossEntropyLoss()
+BARRIER_POINTS = 11
 Judge = Callable[[nn.Module], dict[str, float]]
 
 
@@ -63,13 +66,14 @@ def unlearner_of(
     seed: int,
 ) -> Unlearner:
     """A method with its settings, ready to run on a model."""
+    recipe, device = experiment.recipe, next(model.parameters()).device
     return Unlearner(
-        model,
+        recipe.place(model, device),
         criterion=CRITERION,
-        method=METHODS[method].build(settings, experiment),
+        method=Autocast(METHODS[method].build(settings, experiment), recipe),
         optimizer=optimizer_of(settings, experiment),
         ledger=ledger,
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator(device).manual_seed(seed),
     )
 
 
@@ -79,7 +83,14 @@ def barrier(
     """The loss barrier on a fixed part of the training set."""
     images = lab.images(experiment)
     part = _probe(images, np.empty(0, dtype=np.int64), experiment.num_probe)
-    return loss_barrier(model, other, Subset(images.train, part.tolist()), CRITERION)
+    probe = Subset(images.train, part.tolist())
+    return loss_barrier(model, other, probe, CRITERION, num_points=BARRIER_POINTS)
+
+
+def work_of_barrier(experiment: Experiment) -> Work:
+    """The examples that one barrier passes through a model."""
+    probe = min(experiment.num_probe, experiment.sizes[0])
+    return Work(evaluated=BARRIER_POINTS * probe)
 
 
 def _probe(images: ImageData, forget: np.ndarray, size: int) -> np.ndarray:

@@ -64,8 +64,9 @@ class Lab:
             )
             weights.parent.mkdir(parents=True, exist_ok=True)
             engine.ledger.save(ledger)
+            state = {k: v.contiguous() for k, v in model.state_dict().items()}
             with replacing(weights) as part:
-                safetensors.torch.save_file(model.state_dict(), part)
+                safetensors.torch.save_file(state, part)
         model = self.fresh_model(experiment)
         model.load_state_dict(safetensors.torch.load_file(weights))
         return model.eval(), GradNormLedger.load(ledger)
@@ -86,14 +87,16 @@ class Lab:
                 seed,
                 recipe.noise_multiplier,
                 recipe.max_grad_norm,
+                device=self.device,
             )
-            return unwrap(model).to(self.device), engine
+            return unwrap(model), engine
         return train(recipe, data_set, shape, seed, num_checkpoints, device=self.device)
 
     def fresh_model(self, experiment: Experiment) -> nn.Module:
         """A model to load weights into."""
         shape = self.images(experiment).image_shape
-        return build_model(experiment.recipe.model, shape).to(self.device)
+        model = build_model(experiment.recipe.model, shape)
+        return experiment.recipe.place(model, self.device)
 
     def ledgers(self, experiment: Experiment) -> list[GradNormLedger]:
         """The ledgers of all seeds, with the assumed noise where there was none."""

@@ -12,7 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reproduce.cost import Gpu
+from benchmarks.reproduce.estimate import table
 from benchmarks.reproduce.figures import FIGURES, Figure
+from benchmarks.reproduce.scales import SCALES
 
 ROOT = Path(__file__).parents[2]
 _HEAD = """# Results
@@ -34,6 +37,13 @@ called *not testable*: an interval that holds 0, and times that all tie.
 | figure | claim | verdict |
 |---|---|---|
 """
+_COST = """## What the paper's scale costs
+
+Nothing of it has been run here, for want of a GPU. `python -m benchmarks.reproduce all
+--scale full --estimate` prints this table: each figure alone with everything that it
+needs, and all of them with shared jobs once.
+
+{table}"""
 
 
 def main() -> None:
@@ -48,7 +58,8 @@ def main() -> None:
     for name, content in found.items():
         if content is not None:
             shutil.copy(args.results / f"{name}.png", pictures)
-    page = page_of(found, args.results)
+    cost = table(list(FIGURES.values()), SCALES["full"], Gpu())
+    page = page_of(found, args.results) + "\n" + _COST.format(table=cost)
     (args.docs / "results.md").write_text(page, encoding="utf-8")
 
 

@@ -55,6 +55,29 @@ SMOKE = Experiment(
     num_trials=2,
     num_probe=100,
 )
+# Figure 1 in half an hour of one large GPU: 20,000 images, 20 epochs
+GPU = Experiment(
+    "cifar10",
+    20_000,
+    10_000,
+    Recipe(
+        "resnet18-batch-norm",
+        20,
+        128,
+        0.01,
+        momentum=0.9,
+        weight_decay=5e-4,
+        milestones=(11, 16),
+        precision="bfloat16",
+        channels_last=True,
+    ),
+    num_seeds=3,
+    num_oracles=2,
+    stratum_size=400,
+    unlearn_epochs=8,
+    num_checkpoints=10,
+    num_trials=3,
+)
 FULL = Experiment(
     "cifar10",
     0,
@@ -67,6 +90,8 @@ FULL = Experiment(
         momentum=0.9,
         weight_decay=5e-4,
         milestones=(80, 120),
+        precision="bfloat16",
+        channels_last=True,
     ),
     num_seeds=10,
     num_oracles=10,
@@ -107,6 +132,18 @@ SCALES = {
         set_sizes=(20, 1_000, 2_000),
         poison_std=0.32**0.5,
         groups=tuple(group_bound.Settings(seed) for seed in range(5)),
+    ),
+    "gpu": Scale(
+        sgd=GPU,
+        sgld=(GPU.with_noise(0.01),),
+        private=_private(
+            replace(GPU, recipe=replace(GPU.recipe, model="resnet18")), 20
+        ),
+        others=(),
+        hardest_sizes=(240, 400, 800),
+        set_sizes=(40, 1_000),
+        poison_std=0.32**0.5,
+        groups=tuple(group_bound.Settings(seed) for seed in range(3)),
     ),
     "full": Scale(
         sgd=FULL,

@@ -18,6 +18,7 @@ from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.judging import CRITERION, judge
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.store import cached_json
+from benchmarks.reproduce.work import Work
 from opacus_pi.evaluation import OracleCache, evaluate
 
 _ORACLE_SEED = 10_000
@@ -38,6 +39,10 @@ class Unit:
         """Do it."""
         raise NotImplementedError
 
+    def work(self) -> Work:
+        """How much that is, what it needs not counted; nothing for a GPU by default."""
+        return Work()
+
     def run(self, lab: Lab) -> Any:
         """The result, JSON-able."""
         torch.set_num_threads(1)
@@ -55,6 +60,16 @@ class Training(Unit):
     def facts(self) -> Facts:
         """Recipe and seed."""
         return self.experiment.facts() | {"seed": self.seed}
+
+    def work(self) -> Work:
+        """Its epochs, the rows of its ledger, and an evaluation."""
+        num_train, num_test = self.experiment.sizes
+        rows = 0 if self.experiment.is_private else self.experiment.num_checkpoints
+        return Work(
+            trained=self.experiment.recipe.num_epochs * num_train,
+            swept=rows * num_train,
+            evaluated=num_train + 2 * num_test,
+        )
 
     def compute(self, lab: Lab) -> dict[str, float]:
         """Train, and test."""
@@ -82,6 +97,15 @@ class Oracle(Unit):
         """Recipe, forget set and seed."""
         forget = self.forget_set.facts(self.experiment)
         return self.experiment.facts() | {"forget": forget, "number": self.number}
+
+    def work(self) -> Work:
+        """Its epochs, the one row of its ledger, and an evaluation."""
+        kept = self.experiment.sizes[0] - self.forget_set.size
+        return Work(
+            trained=self.experiment.recipe.num_epochs * kept,
+            swept=0 if self.experiment.is_private else kept,
+            evaluated=self.forget_set.judged(self.experiment),
+        )
 
     def model(self, lab: Lab) -> nn.Module:
         """The retrained model, from the store if it is there."""

@@ -5,10 +5,11 @@ from typing import Any
 
 from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.judging import barrier, unlearn
+from benchmarks.reproduce.judging import barrier, unlearn, work_of_barrier
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS
 from benchmarks.reproduce.units import Oracle, Training, Unit, oracles, trainings
+from benchmarks.reproduce.work import Work
 from opacus_pi.unlearning.search import search_settings
 
 
@@ -34,6 +35,14 @@ class Search(Unit):
         ranges = METHODS[self.method].ranges
         return self.experiment.facts() | {"method": self.method, "ranges": ranges}
 
+    def work(self) -> Work:
+        """A run for each trial."""
+        if not METHODS[self.method].ranges:
+            return Work()
+        return work_of_run(self.experiment, self.forget_set) * (
+            self.experiment.num_trials
+        )
+
     def compute(self, lab: Lab) -> dict[str, Any]:
         """Search; nothing where nothing is to be found."""
         ranges = METHODS[self.method].ranges
@@ -50,6 +59,15 @@ class Search(Unit):
         )
         trials = [asdict(trial) for trial in found.trials]
         return {"settings": found.best.settings, "trials": trials}
+
+
+def work_of_run(experiment: Experiment, forget_set: ForgetSet) -> Work:
+    """One run, judged before the first and after every epoch."""
+    epochs, kept = experiment.unlearn_epochs, experiment.sizes[0] - forget_set.size
+    return Work(
+        unlearned=epochs * kept,
+        evaluated=(epochs + 1) * forget_set.judged(experiment),
+    )
 
 
 def needs_of_run(
@@ -80,6 +98,12 @@ class Unlearning(Unit):
             "forget": forget,
             "seed": self.seed,
         }
+
+    def work(self) -> Work:
+        """The run and a barrier."""
+        return work_of_run(self.experiment, self.forget_set) + work_of_barrier(
+            self.experiment
+        )
 
     def compute(self, lab: Lab) -> dict[str, Any]:
         """Unlearn; evaluate; barriers to one oracle before and after."""

@@ -56,7 +56,7 @@ def test_only_the_passes_of_updates_are_in_bfloat16(tmp_path, outputs_seen):
     model, ledger = lab.trained(FAST, 0)
     assert outputs_seen == {True: {torch.bfloat16}, False: {torch.float32}}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert np.isfinite(ledger.norms).all() and len(ledger.norms) == 3
+    assert np.isfinite(ledger.grad_norms).all() and len(ledger.grad_norms) == 3
 
 
 def test_the_default_is_float32(tmp_path, outputs_seen):
@@ -75,7 +75,8 @@ def test_every_method_unlearns_in_the_precision_of_the_training(
     model, trace = unlearn(lab, FAST, forget, method, SETTINGS, 0)
     if method != "SSD":  # it makes no updates
         assert outputs_seen[True] == {torch.bfloat16}
-    assert outputs_seen[False] == {torch.float32}
+    if method != "SCRUB":  # its teacher is in evaluation mode and takes part
+        assert outputs_seen[False] == {torch.float32}
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert np.isfinite(trace.metrics["retain_accuracy"]).all()
 
@@ -102,7 +103,7 @@ def test_sweeps_do_not_depend_on_the_layout_nor_on_autocast_around_them(norm):
     placed = FAST.recipe.place(model, "cpu")
     with FAST.recipe.autocast("cpu"):
         data_set = torch.utils.data.TensorDataset(x, y)
-        found = sweep(placed, CRITERION, data_set, batch_size=3).norms
+        found = sweep(placed, CRITERION, data_set, batch_size=3).grad_norms
     np.testing.assert_allclose(found, plain, rtol=1e-5)
 
 
@@ -112,7 +113,7 @@ def test_bfloat16_training_is_close_to_float32_but_not_the_same(tmp_path):
         Lab(tmp_path).trained(replace(e, recipe=replace(e.recipe, **still)), 0)[0]
         for e in (PLAIN, FAST)
     ]
-    a, b = (nn.utils.parameters_to_vector(m.parameters()) for m in models)
+    a, b = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
     difference = ((a - b).norm() / a.norm()).item()
     assert 1e-6 < difference < 0.05
 
