@@ -9,6 +9,7 @@ from opacus_pi.accounting.conversion import (
     check_orders,
     epsilon_offset,
 )
+from opacus_pi.accounting.ledger.grad_norm_ledger import runs_of
 from opacus_pi.accounting.privacy_loss.per_instance import worst_case_loss
 from opacus_pi.accounting.privacy_loss.run_losses import (
     Ledgers,
@@ -17,6 +18,7 @@ from opacus_pi.accounting.privacy_loss.run_losses import (
     record_of,
     total_loss,
 )
+from opacus_pi.accounting.ranking_only import require_fit_norms
 
 Array = NDArray[np.float64]
 
@@ -49,9 +51,11 @@ def epsilons(
         sensitive.
 
     Raises:
-        ValueError: As ``privacy_losses``, or if ``delta`` is not in (0, 1).
+        ValueError: As ``privacy_losses``; or if ``delta`` is not in (0, 1), or the
+            ledger is for ranking only.
     """
     check_delta(delta)
+    require_fit_norms(runs_of(ledger))
     choices = np.unique(check_orders(DEFAULT_ORDERS if orders is None else orders))
     offsets = epsilon_offset(choices, delta)
     record = record_of(ledger, tolerance=tolerance)

@@ -29,6 +29,7 @@ from opacus_pi.accounting.ledger.grad_norm_ledger import (
     runs_of,
 )
 from opacus_pi.accounting.privacy_loss.per_instance import worst_case_loss
+from opacus_pi.accounting.ranking_only import unfit_norms
 
 _FORMAT = "opacus_pi.PrivacyStatement.v1"
 _GROUP_ORDERS = (1 + np.geomspace(0.01, 63, 40)).tolist()
@@ -128,7 +129,7 @@ def privacy_statement(
     One row: its own ε, estimated from its gradient norms, and the worst case beside it.
     Several rows: the worst case of that many rows only, as the sum of the rows' own
     losses bounds nothing. No number without noise, with noise that is only assumed, or
-    (worst case) without clipping.
+    (worst case) without clipping; no estimate from norms that are for ranking only.
 
     Args:
         ledger: The record of one run, or of several independent runs of one training.
@@ -149,8 +150,9 @@ def privacy_statement(
     mine = distinct_indices("rows", rows, np.iinfo(np.int64).max)
     columns = columns_of(runs[0], mine, "rows")
     single, noisy = len(mine) == 1, _noisy(runs[0])
+    unfit = unfit_norms(runs) if single else ()
     epsilon, worst = None, math.inf
-    if noisy.met and single:
+    if noisy.met and single and not unfit:
         own = float(epsilons([run.subset(columns) for run in runs], delta)[0])
         epsilon = own if math.isfinite(own) else None
     if noisy.met:
@@ -161,7 +163,7 @@ def privacy_statement(
         float(delta),
         epsilon,
         worst,
-        (noisy, *_assumptions(runs, single)),
+        (noisy, *unfit, *_assumptions(runs, single)),
     )
 
 

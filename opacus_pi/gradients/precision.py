@@ -20,6 +20,17 @@ from opacus_pi.gradients.products import at_least_float32
 Lowered = Callable[[], AbstractContextManager[Any]]
 
 
+def check_ranking_dtype(ranking_dtype: torch.dtype | None) -> None:
+    """Raise unless it is ``torch.bfloat16``, or None: the model's own precision."""
+    expect(
+        ranking_dtype in (None, torch.bfloat16),
+        "ranking_dtype",
+        ranking_dtype,
+        "to be torch.bfloat16 or None",
+        "None measures in the model's own precision.",
+    )
+
+
 def lowered(ranking_dtype: torch.dtype | None, device: torch.device) -> Lowered:
     """Makes contexts in which layers and matrix products run in a lower precision.
 
@@ -30,13 +41,7 @@ def lowered(ranking_dtype: torch.dtype | None, device: torch.device) -> Lowered:
     Raises:
         ValueError: If it is another type.
     """
-    expect(
-        ranking_dtype in (None, torch.bfloat16),
-        "ranking_dtype",
-        ranking_dtype,
-        "to be torch.bfloat16 or None",
-        "None measures in the model's own precision.",
-    )
+    check_ranking_dtype(ranking_dtype)
     if ranking_dtype is None:
         return nullcontext
     # no cache: it would outlive the switches of requires_grad

@@ -23,6 +23,7 @@ from opacus_pi.engine.refusals import overlapping, unknown_schedule
 from opacus_pi.gradients import Sweep
 from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.shared_sweep import shared_sweep
+from opacus_pi.monitor.accumulated import BatchesBehind
 from opacus_pi.monitor.draws import draws_of
 from opacus_pi.monitor.noisy_step import NoisyStep
 from opacus_pi.processes import Processes
@@ -48,14 +49,14 @@ def monitor(
 ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
     """Record a training without clipping, with or without noise.
 
-    Without noise nothing is touched: with the user's own loader, weights and random
-    states are those of the loop without recording. The record takes every step for an
-    update on one batch of the loader; where gradients of several are accumulated, its
-    sample rate is too small by that number, so assume no noise for it: use a larger
-    batch size instead. With noise, the module's passes in
-    training mode are watched to know the rows of each update, and every gradient that
-    the optimizer holds gets ``N(0, noise_std²)`` added just before its step (a
-    parameter without a gradient stays as it is); an empty batch counts as gradient 0.
+    The loader and the module's passes in training mode are watched. Without noise
+    nothing else is done: with the user's own loader, weights and random states are
+    those of the loop without recording. An update on the accumulated gradients of
+    several batches has the sum of their sample rates on record (``Recorder(every=...)``
+    still counts an epoch as ``1 / sample_rate`` updates of one batch). With noise,
+    every gradient that the optimizer holds gets ``N(0, noise_std²)`` added just before
+    its step (a parameter without a gradient stays as it is); an empty batch counts as
+    gradient 0, and accumulated gradients end the record.
 
     Args:
         recorder: A swept recorder; it begins a run here.
@@ -92,6 +93,7 @@ def monitor(
             data_set,
             processes=processes,
             batch_size=recorder.batch_size,
+            ranking_dtype=recorder.ranking_dtype,
             collate_fn=data_loader.collate_fn,
         )
 
@@ -120,9 +122,9 @@ def monitor(
     noise = NoisyStep(
         noise_std, draws.mean_batch_size, recorder, tracker, noise_generator
     )
-    _hang_hooks(module, optimizer, recorder, noise)
-    if noise_std > 0:
-        watch(loader, tracker)
+    _hang_hooks(module, optimizer, noise, draws.sample_rate)
+    tracker.verify &= noise_std > 0  # else batches are counted, not their rows
+    watch(loader, tracker)
     return module, optimizer, loader
 
 
@@ -139,7 +141,7 @@ def _refuse_schedule(
 
 
 def _hang_hooks(
-    module: nn.Module, optimizer: Optimizer, recorder: Recorder, noise: NoisyStep
+    module: nn.Module, optimizer: Optimizer, noise: NoisyStep, sample_rate: float
 ) -> None:
     """Count the optimizer's steps, and add noise before them if there is any."""
     for owner in (module, optimizer):
@@ -149,18 +151,21 @@ def _hang_hooks(
         "noise_std": noise.noise_std * noise.mean_batch_size,
         "max_grad_norm": math.inf,
     }
+    batches_behind, is_noisy = BatchesBehind(noise.tracker), noise.noise_std > 0
 
     def count(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        recorder.step(**settings)
+        num_batches = 1 if is_noisy else batches_behind()
+        rate = min(1.0, num_batches * sample_rate)
+        noise.recorder.step(**settings, sample_rate=rate)
 
+    probe = ForwardProbe()
+    probe.report_to(noise.tracker, module)
+    _HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
     _HANDLES[optimizer] = [optimizer.register_step_post_hook(count)]
-    if noise.noise_std > 0:
-        probe = ForwardProbe()
-        probe.report_to(noise.tracker, module)
+    if is_noisy:
         _HANDLES[optimizer].append(optimizer.register_step_pre_hook(noise))
-        _HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
 
 
 def _check_recorder(recorder: Recorder, noise_std: float) -> None:

@@ -17,12 +17,11 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
-from opacus_pi.recorder.saved_run import VERSION, require_whole
+from opacus_pi.recorder.saved_run import LATER_TEXTS, VERSION, require_whole
 from opacus_pi.recorder.schedule import Every, num_due
 
 _FACTS = ("source", "num_examples", "sample_rate", "sampling", "data_set")
 _COUNTS = ("num_steps", "refusal")
-_WEIGHTS = "weights"  # releases before have none
 _ROW = "rows."
 
 
@@ -68,6 +67,7 @@ class RecordedRun:
     data_set: str
     num_steps: int = 0
     refusal: str = ""
+    norms: str = ""  # or FOR_RANKING, once a sweep was
     weights: str = ""  # name of the last update's, if it was asked for
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
@@ -185,6 +185,7 @@ class RecordedRun:
             source=self.source,
             data_set=self.data_set,
             weights=self.weights or None,
+            ranking_only=bool(self.norms),
             **measured,
         )
 
@@ -209,7 +210,7 @@ class RecordedRun:
         names = self.rows[0] if self.rows else ()
         return {
             "version": VERSION,
-            **{name: getattr(self, name) for name in (*_FACTS, *_COUNTS, _WEIGHTS)},
+            **{name: getattr(self, name) for name in (*_FACTS, *_COUNTS, *LATER_TEXTS)},
             "steps": torch.tensor(self.steps, dtype=torch.int64),
             "intervals": _table(self.intervals),
             "open_interval": _table(still_open),
@@ -231,8 +232,8 @@ class RecordedRun:
             ValueError: If the state is of another version, or no run's.
         """
         require_whole(state)
-        run = cls(**{name: state[name] for name in (*_FACTS, *_COUNTS)})
-        run.weights = state.get(_WEIGHTS, "")
+        later = {name: state.get(name, "") for name in LATER_TEXTS}
+        run = cls(**{name: state[name] for name in (*_FACTS, *_COUNTS)}, **later)
         run.steps = state["steps"].tolist()
         run.intervals = [Settings(*row) for row in state["intervals"].tolist()]
         still_open = [Settings(*row) for row in state["open_interval"].tolist()]

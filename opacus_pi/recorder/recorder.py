@@ -26,7 +26,7 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import GradNormLedger, NoisySGD
-from opacus_pi.accounting.ledger.measurements import CHANGED
+from opacus_pi.accounting.ledger.measurements import CHANGED, FOR_RANKING
 from opacus_pi.processes import Processes
 from opacus_pi.recorder.last_weights import LastWeights
 from opacus_pi.recorder.measured_row import float32_row, require_callable
@@ -55,6 +55,9 @@ class Recorder(RecorderOptions):
         weights_dir: Directory for the weights of every row, one safetensors file
             each, ``weights-00000123.safetensors`` after 123 updates; None: not kept.
         batch_size: Examples a sweep measures at once.
+        ranking_dtype: ``torch.bfloat16``: swept in that type, as ``gradients.sweep``
+            does, to rank examples and for nothing else. The ledger is marked, and
+            whatever claims something refuses it.
 
     Raises:
         ValueError: If an option is outside its domain.
@@ -118,7 +121,8 @@ class Recorder(RecorderOptions):
                 not look at the data.
             data_set: Fingerprint of the data set.
             sweep: For mode ``"swept"``: returns an object with ``grad_norms`` and
-                possibly ``confidences``, ``errors``, ``correct``, each ``(n,)``.
+                possibly ``confidences``, ``errors``, ``correct``, each ``(n,)``; its
+                ``ranking_only`` marks the ledger for good.
             weights: For ``weights_dir``: returns the state dict of now.
             processes: Of a distributed run; all begin it. Rows hold what all observed,
                 and the first process keeps the weights.
@@ -306,7 +310,10 @@ class Recorder(RecorderOptions):
         self.merge()
         row = {"grad_norms": run.observed}
         if self.mode == "swept" and not run.refusal:
-            row = float32_row(cast(Callable[[], Any], self._sweep)(), run.num_examples)
+            measured = cast(Callable[[], Any], self._sweep)()
+            row = float32_row(measured, run.num_examples)
+            if getattr(measured, "ranking_only", False):
+                run.norms = FOR_RANKING
             norms = row["grad_norms"]
             self._refuse_unless_finite(norms, np.full(len(norms), run.num_steps))
         if run.refusal:

@@ -1,6 +1,6 @@
 """Whether a state dict can be the record of a run, before it becomes one."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.ledger.measurements import checked_steps, checked_weights
+from opacus_pi.accounting.ledger.measurements import (
+    checked_steps,
+    checked_weights,
+    is_for_ranking,
+)
 
 VERSION = 1
 _FAR = 2**53  # a count beyond is no count
@@ -22,6 +26,11 @@ _TYPES = {
     "data_set": (str,),
     "num_steps": (int,),
     "refusal": (str,),
+}
+# texts that older releases do not save
+LATER_TEXTS: dict[str, Callable[[str | None], Any]] = {
+    "weights": checked_weights,
+    "norms": is_for_ranking,
 }
 
 
@@ -59,9 +68,10 @@ def require_whole(state: Mapping[str, Any]) -> None:
     for name, problem in _problems(state):
         _check(False, name, problem)
     checked_steps(state["steps"].cpu().numpy(), state["num_steps"])
-    name = state.get("weights", "")
-    _check(type(name) is str, "weights", "of another type")
-    checked_weights(name or None)
+    for name, check in LATER_TEXTS.items():
+        text = state.get(name, "")
+        _check(type(text) is str, name, "of another type")
+        check(text or None)
 
 
 def _problems(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
 from opacus_pi.accounting.ledger.grad_norm_ledger import columns_of
 from opacus_pi.accounting.ledger.measurements import CHANGED
+from opacus_pi.accounting.ranking_only import unfit_norms
 from opacus_pi.unlearning.methods import Method
 from opacus_pi.unlearning.stopping import StopWhen
 from opacus_pi.weights_file import weights_name
@@ -73,9 +74,10 @@ def claim(
             False,
             f"an estimate from {len(runs)} recorded run(s)" if runs else "no ledger",
         ),
+        *unfit_norms(runs),
     )
     said = f"{method} (retrained: trained without the set, then updated alike)"
-    if not all(a.met for a in assumptions[:5]):
+    if not all(a.met for a in assumptions[:5]) or unfit_norms(runs):
         return Guarantee(said, assumptions)
     mine = [run.subset(columns_of(run, forget_indices)) for run in runs]
     losses = [float(privacy_losses(mine, order)[0]) for order in _ORDERS]

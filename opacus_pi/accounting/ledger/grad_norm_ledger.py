@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.accounting.ledger.measurements import (
+    FOR_RANKING,
     checked_ids,
     checked_measurements,
     checked_steps,
     checked_weights,
     fill_unobserved,
+    is_for_ranking,
 )
 from opacus_pi.accounting.ledger.mechanism import (
     MECHANISM_ARRAYS,
@@ -52,7 +54,7 @@ _LAYOUT = Layout(
     arrays={**MECHANISM_ARRAYS, "steps": "<i8", "grad_norms": "<f4"},
     facts=(*MECHANISM_FACTS, "source"),
     more_arrays={"example_ids": "<i8", **dict.fromkeys(_MEASURED[1:], "<f4")},
-    more_facts=(*MECHANISM_MORE_FACTS, "data_set", "weights"),
+    more_facts=(*MECHANISM_MORE_FACTS, "data_set", "weights", "norms"),
 )
 
 
@@ -77,6 +79,8 @@ class GradNormLedger:
         weights: Name of the weights after the last update, ``"sha256:…"`` of the
             model's state dict; ``"changed"``: written to since, before they were named;
             None: not known. An engine's ledger names them.
+        ranking_only: Whether norms and the rest were measured in bfloat16: losses then
+            rank examples, and whatever would claim something refuses the ledger.
 
     One ledger is one run: functions that take expectations take several ledgers.
     Norms, not losses, are kept, so every order, noise and convention can be asked for
@@ -97,6 +101,7 @@ class GradNormLedger:
     errors: NDArray[np.float32] | None = field(default=None, kw_only=True)
     correct: NDArray[np.float32] | None = field(default=None, kw_only=True)
     weights: str | None = field(default=None, kw_only=True)
+    ranking_only: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         steps = checked_steps(self.steps, self.mechanism.num_steps)
@@ -143,6 +148,7 @@ class GradNormLedger:
         return (
             f"GradNormLedger({self.num_rows} rows of {self.num_examples} examples, "
             f"source={self.source!r}, data_set={self.data_set!r}, {self.mechanism!r}; "
+            f"{'for ranking only; ' if self.ranking_only else ''}"
             "sensitive: it says which examples are unusual)"
         )
 
@@ -230,7 +236,8 @@ class GradNormLedger:
         names = ("steps", "example_ids", *_MEASURED)
         arrays |= {n: getattr(self, n) for n in names if getattr(self, n) is not None}
         facts["source"] = self.source
-        known = {"data_set": self.data_set, "weights": self.weights}
+        norms = FOR_RANKING if self.ranking_only else None
+        known = {"data_set": self.data_set, "weights": self.weights, "norms": norms}
         facts |= {name: text for name, text in known.items() if text is not None}
         write_arrays(path, _KIND, _VERSION, arrays, facts)
 
@@ -282,8 +289,14 @@ class GradNormLedger:
     ) -> "GradNormLedger":
         """A ledger from what its file holds."""
         mechanism = NoisySGD.from_arrays(arrays, facts)
-        known = {name: facts.get(name) for name in ("data_set", "weights")}
-        return cls(mechanism, source=facts["source"], **known, **arrays)
+        return cls(
+            mechanism,
+            source=facts["source"],
+            data_set=facts.get("data_set"),
+            weights=facts.get("weights"),
+            ranking_only=is_for_ranking(facts.get("norms")),
+            **arrays,
+        )
 
 
 def _check_same_width(

@@ -15,6 +15,7 @@ from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting.ledger.mechanism import frozen
 
 CHANGED = "changed"
+FOR_RANKING = "for ranking"  # what a file says of its norms
 _NAME = re.compile(f"sha256:[0-9a-f]{{64}}|{CHANGED}", re.ASCII)
 
 
@@ -66,6 +67,18 @@ def checked_weights(value: str | None) -> str | None:
         "Leave it to the engine: it knows the model.",
     )
     return value
+
+
+def is_for_ranking(norms: str | None) -> bool:
+    """Whether a file's norms only rank examples; None where it says nothing of them."""
+    expect(
+        norms in (None, FOR_RANKING),
+        "the file's norms",
+        repr(norms),
+        f"to be {FOR_RANKING!r}, if anything",
+        "Restore the file from a copy.",
+    )
+    return norms is not None
 
 
 def checked_measurements(

@@ -1,0 +1,45 @@
+"""What may be said of norms that were measured to put examples in order.
+
+Losses that follow from them rank examples. Nothing is claimed from them: no ε, no
+guarantee, no confidence limit.
+"""
+
+from collections.abc import Iterable
+
+from opacus_pi._validate import expect
+from opacus_pi.accounting.guarantee import Assumption
+from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger
+
+_HOW = "in bfloat16, for ranking only"
+
+
+def unfit_norms(runs: Iterable[GradNormLedger]) -> tuple[Assumption, ...]:
+    """The assumption that is not met if the norms of a run only rank examples.
+
+    Args:
+        runs: The recorded runs.
+
+    Returns:
+        It alone, or nothing.
+    """
+    if not any(run.ranking_only for run in runs):
+        return ()
+    return (Assumption("gradient norms were measured to be accounted", False, _HOW),)
+
+
+def require_fit_norms(runs: Iterable[GradNormLedger]) -> None:
+    """Refuse to claim something from norms that only rank examples.
+
+    Args:
+        runs: The recorded runs.
+
+    Raises:
+        ValueError: If one of them is marked so.
+    """
+    expect(
+        not unfit_norms(runs),
+        "ledger",
+        f"norms measured {_HOW}",
+        "to hold norms that something may be claimed from",
+        "Rank by privacy_losses, or record again without ranking_dtype.",
+    )
