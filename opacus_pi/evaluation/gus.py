@@ -23,7 +23,7 @@ from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.evaluation.no_trace import device_of
 from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.criterion import Criterion
-from opacus_pi.gradients.objective import float64_losses, unit_cotangents
+from opacus_pi.gradients.objective import Losses, float64_losses, unit_cotangents
 from opacus_pi.gradients.random_state import random_state_untouched
 from opacus_pi.gradients.skeleton import evaluation_copy
 
@@ -75,7 +75,7 @@ def gaussian_unlearning_score(
     return total / len(noise)
 
 
-def _directions(model: nn.Module, losses: Criterion, x: Tensor, y: Tensor) -> Tensor:
+def _directions(model: nn.Module, losses: Losses, x: Tensor, y: Tensor) -> Tensor:
     """Input gradients of unit length (0 where there is none), float64 ``(b, d)``."""
     x = x.detach().requires_grad_()
     outputs = model(x)

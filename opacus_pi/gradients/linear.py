@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from opacus_pi.gradients.parameter_gradients import (
@@ -32,9 +33,13 @@ def linear_squares(
     if x.dim() < 2:
         return None
     if x.dim() == 2:  # one term: ‖g‖²‖a‖² for the weight, ‖g‖² for the bias
-        factor: Any = squared_lengths(x) if "weight" in names else 0.0
-        product: Tensor = squared_lengths(grad) * (factor + ("bias" in names))
-        return product
+        lengths = squared_lengths(grad)
+        if "weight" not in names:
+            return lengths
+        factors = squared_lengths(x)
+        if "bias" not in names:
+            return lengths * factors
+        return torch.addcmul(lengths, lengths, factors)
     b = len(x)
     a, g = x.reshape(b, -1, x.shape[-1]), grad.reshape(b, -1, grad.shape[-1])
     squares: Any = outer_product_squares(a, g) if "weight" in names else 0.0

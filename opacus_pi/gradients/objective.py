@@ -8,7 +8,7 @@ by its length before it enters the network: a vanishing gradient does not underf
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from opacus_pi.gradients.criterion import Criterion, per_example_criterion
 from opacus_pi.gradients.skeleton import made_by_opacus
 
 
-def float64_losses(criterion: Criterion) -> Callable[[Any, Any], Tensor]:
+def float64_losses(criterion: Criterion) -> "Losses":
     """Return ``(outputs, targets) -> losses [b]``, computed in float64.
 
     A criterion that cannot take float64 (it holds float32 tensors of its own) is
@@ -34,15 +34,28 @@ def float64_losses(criterion: Criterion) -> Callable[[Any, Any], Tensor]:
     """
     while made_by_opacus(criterion) and hasattr(criterion, "criterion"):
         criterion = criterion.criterion
-    if isinstance(criterion, nn.Module):
-        criterion = copy.deepcopy(criterion).double()
-    evaluate = per_example_criterion(criterion)
+    return Losses(criterion)
 
-    def losses(outputs: Any, targets: Any) -> Tensor:
+
+class Losses:
+    """Per-example losses in float64, and their gradients by the outputs if known.
+
+    Args:
+        criterion: As for ``per_example_criterion``.
+    """
+
+    def __init__(self, criterion: Criterion) -> None:
+        self._has_closed_form = _is_plain_cross_entropy(criterion)
+        if isinstance(criterion, nn.Module):
+            criterion = copy.deepcopy(criterion).double()
+        self._evaluate = per_example_criterion(criterion)
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """The losses ``(b,)``."""
         try:
-            return evaluate(to_float64(outputs), to_float64(targets))
+            return self._evaluate(to_float64(outputs), to_float64(targets))
         except RuntimeError:
-            values = evaluate(outputs, targets)
+            values = self._evaluate(outputs, targets)
         warnings.warn(
             "The criterion refused float64 outputs; in float32 the gradient norms of "
             "well-fitted examples are inaccurate. Let it follow outputs.dtype.",
@@ -50,11 +63,47 @@ def float64_losses(criterion: Criterion) -> Callable[[Any, Any], Tensor]:
         )
         return values
 
-    return losses
+    def closed_form(self, outputs: Any, targets: Any) -> Tensor | None:
+        r"""Gradients by logits: softmax minus one-hot, float64 ``(b, classes)``.
+
+        The label's entry :math:`p_y - 1` is minus the sum of the others, so that it
+        does not cancel. ``None`` for another criterion, other kinds of targets, labels
+        out of range (and those that are ignored), and away from the CPU, where
+        checking labels would take a synchronisation.
+        """
+        if not (
+            self._has_closed_form
+            and isinstance(outputs, Tensor)
+            and isinstance(targets, Tensor)
+            and outputs.dim() == 2
+            and targets.dtype is torch.int64
+            and targets.shape == outputs.shape[:1]
+            and outputs.is_cpu
+            and targets.is_cpu
+        ):
+            return None
+        gradients, labels = outputs.detach().double().softmax(1), targets[:, None]
+        try:
+            gradients.scatter_(1, labels, 0.0)
+        except RuntimeError:  # a label out of range
+            return None
+        return gradients.scatter_(1, labels, -gradients.sum(1, keepdim=True))
+
+
+def _is_plain_cross_entropy(criterion: Criterion) -> bool:
+    """Whether a criterion is torch's, without weights, smoothing or hooks."""
+    return (
+        type(criterion) is nn.CrossEntropyLoss
+        and criterion.weight is None
+        and criterion.label_smoothing == 0.0
+        and criterion.ignore_index < 0
+        and not (criterion._forward_hooks or criterion._forward_pre_hooks)
+        and "forward" not in vars(criterion)
+    )
 
 
 def unit_cotangents(
-    losses: Callable[[Any, Any], Tensor], outputs: Any, targets: Any
+    losses: "Losses", outputs: Any, targets: Any
 ) -> tuple[dict[int, Tensor], Tensor]:
     r"""Differentiate each example's loss by its outputs, scaled to unit length.
 
@@ -69,14 +118,19 @@ def unit_cotangents(
         ``u`` for each tensor of ``floating(outputs)``, in the tensor's type, and the
         lengths ``s``, float64 ``(b,)``.
     """
+    known = losses.closed_form(outputs, targets)
+    if known is not None:
+        lengths = torch.linalg.vector_norm(known, dim=1)
+        return {0: _divided(known, lengths).to(outputs.dtype)}, lengths
     outputs = map_tensors(_leaf, outputs)
     inputs = floating(outputs)
     with torch.enable_grad():
         values = losses(outputs, targets)
         if inputs and values.requires_grad:
             gradients = torch.autograd.grad(
-                values.sum(),
+                values,
                 list(inputs.values()),
+                torch.ones_like(values),
                 allow_unused=True,
                 materialize_grads=True,
             )
@@ -102,9 +156,13 @@ def _normalised(
     flat = [g.double().reshape(batch_size, -1) for g in gradients]
     joint = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
     scales = torch.linalg.vector_norm(joint, dim=1)
-    divisors = scales.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
     units = [
-        (f / divisors).to(g.dtype).view_as(g)
+        _divided(f, scales).to(g.dtype).view_as(g)
         for f, g in zip(flat, gradients, strict=True)
     ]
     return units, scales
+
+
+def _divided(rows: Tensor, lengths: Tensor) -> Tensor:
+    """Rows divided by their lengths; zeros stay."""
+    return rows / lengths.clamp(min=torch.finfo(torch.float64).tiny)[:, None]

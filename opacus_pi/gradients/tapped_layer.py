@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from opacus_pi.gradients.registry import NormRule, norm_rule
 from opacus_pi.gradients.taps import Taps
@@ -36,26 +36,37 @@ class _TappedLayer:
         self._frozen = {
             k: p if p is None else p.detach() for k, p in self._live.items()
         }
+        self._measured: dict[str, nn.Parameter] = {}
+        self._num_leftover = -1  # when the line above was true
         self._plain_forward = module.forward
         module.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer, tapped if its one input and its output are batches."""
-        parameters = self._parameters() if len(args) + len(kwargs) == 1 else {}
-        x = self._taps.spread(*args, *kwargs.values()) if parameters else None
-        if not self._taps.wants(x):
+        taps = self._taps
+        if not taps.is_listening or len(args) + len(kwargs) != 1:
+            return self._plain_forward(*args, **kwargs)
+        parameters = self._parameters()
+        x = taps.spread(*args, *kwargs.values()) if parameters else None
+        if not taps.wants(x):
             return self._plain_forward(*args, **kwargs)
         self._module.__dict__["_parameters"] = self._frozen
         try:
             output = self._plain_forward(x)
         finally:
             self._module.__dict__["_parameters"] = self._live
-        if isinstance(output, Tensor) and self._taps.wants(output):
-            return self._taps.tap(output, x, parameters, self._rule)
-        self._taps.miss(parameters)
+        if taps.wants(output):
+            return taps.tap(output, x, parameters, self._rule)
+        taps.miss(parameters)
         return output
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters that are still to be measured here."""
-        live = self._live.items()
-        return {k: p for k, p in live if p is not None and self._taps.is_live(p)}
+        num_leftover = len(self._taps.leftover)
+        if num_leftover != self._num_leftover:  # it only grows
+            live = self._live.items()
+            self._measured = {
+                k: p for k, p in live if p is not None and self._taps.is_live(p)
+            }
+            self._num_leftover = num_leftover
+        return self._measured

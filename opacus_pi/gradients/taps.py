@@ -10,7 +10,6 @@ layer) leaves a ``.grad``. These, and parameters that several calls share, becom
 ``leftover``: to be measured in another way.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -48,7 +47,7 @@ class Taps:
         self._names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self._anchor = torch.zeros((), requires_grad=True)
         self._squares: Tensor | None = None
-        self._num_calls: Counter[nn.Parameter] = Counter()
+        self._calls: list[Mapping[str, nn.Parameter]] = []
         self._unheard: set[nn.Parameter] = set()
         self._batch_size: int | None = None
         self._may_spread, self._has_spread = True, False
@@ -61,7 +60,7 @@ class Taps:
             batch_size: Number of examples, the first dimension of tapped tensors.
         """
         self._batch_size, self._squares = batch_size, None
-        self._num_calls.clear()
+        self._calls.clear()
         self._has_spread = False
         try:
             yield
@@ -77,7 +76,11 @@ class Taps:
 
         After a widening the pass must be made again.
         """
-        shared = {p for p, calls in self._num_calls.items() if calls > 1}
+        once: set[nn.Parameter] = set()
+        shared: set[nn.Parameter] = set()
+        for parameters in self._calls:
+            shared.update(once.intersection(parameters.values()))
+            once.update(parameters.values())
         touched = {p for p in self._names if p.grad is not None}
         known = len(self.leftover)
         self._leave_over(shared | touched | self._unheard)
@@ -87,6 +90,11 @@ class Taps:
     def squares(self, like: Tensor) -> Tensor:
         """The squared norms that were heard, zeros shaped as ``like`` if none were."""
         return torch.zeros_like(like) if self._squares is None else self._squares
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether a pass is being tapped."""
+        return self._batch_size is not None
 
     def wants(self, value: Any) -> bool:
         """Whether to tap an operation that has this as input or output."""
@@ -116,7 +124,7 @@ class Taps:
     def stop_spreading(self) -> bool:
         """Spread no more and start the pass anew; whether it had spread anything."""
         self._may_spread = False
-        self._num_calls.clear()
+        self._calls.clear()
         return self._has_spread
 
     def is_live(self, parameter: Any) -> bool:
@@ -145,18 +153,17 @@ class Taps:
         Returns:
             The output, to be used in place of it.
         """
-        self._num_calls.update(parameters.values())
+        self._calls.append(parameters)
         x = None if x is None else x.detach()
         version = None if x is None else x._version
 
         def listen(grad: Tensor) -> None:
-            once = [n for n, p in parameters.items() if self._num_calls[p] == 1]
             overwritten = x is not None and x._version != version
             squares = None
-            if once and not overwritten:
+            if not overwritten:
                 operand = None if x is None else at_least_float32(x)
                 with self._low():
-                    squares = rule(operand, at_least_float32(grad), once)
+                    squares = rule(operand, at_least_float32(grad), list(parameters))
             if squares is not None:
                 self._add(squares)
             else:
@@ -235,10 +242,17 @@ class _Tap(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        listen, ctx.listen = ctx.listen, None  # frees the layer's input
-        if listen is None:
-            raise RuntimeError(_TWICE)
-        listen(grad)
-        return (grad if ctx.needs_input_grad[0] else None), None, None
+        return (_heard_once if torch.is_grad_enabled() else _heard)(ctx, grad)
+
+
+def _heard(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+    """Report a gradient and pass it on."""
+    listen, ctx.listen = ctx.listen, None  # frees the layer's input
+    if listen is None:
+        raise RuntimeError(_TWICE)
+    listen(grad)
+    return (grad if ctx.needs_input_grad[0] else None), None, None
+
+
+_heard_once = once_differentiable(_heard)  # for backward(create_graph=True)
