@@ -1,6 +1,6 @@
 """Squared gradient norms of any parameters of any model: slow, always right."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from opacus_pi.gradients.batches import (
     rows,
     unsqueeze,
 )
-from opacus_pi.gradients.objective import unit_cotangents
+from opacus_pi.gradients.objective import Losses, unit_cotangents
 
 _MAX_ELEMENTS = 1 << 26  # of per-example gradients held at once
 
@@ -122,7 +122,7 @@ def _pulled_back(
 def looped_squares(
     model: nn.Module,
     parameters: Sequence[Tensor],
-    losses: Callable[[Any, Any], Tensor],
+    losses: Losses,
     x: Any,
     y: Any,
 ) -> tuple[Tensor, list[Any]]:
