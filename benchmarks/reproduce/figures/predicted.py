@@ -47,9 +47,8 @@ def _panel(scale: Scale, lab: Lab, method: str) -> Result:
     losses = outcomes.mean_losses(lab, experiment, sets)
     times = outcomes.times(lab, experiment, sets, method)
     gaps = _gaps(lab, scale, method)
-    most = experiment.unlearn_epochs
-    capped = np.minimum(times, most)
-    predicted = np.array([_predict(losses, capped, seed) for seed in range(len(times))])
+    most, seeds = experiment.unlearn_epochs, range(len(times))
+    predicted = np.array([_predict(losses, times, seed, most) for seed in seeds])
     budgets = np.minimum([[budget_of(p) for p in row] for row in predicted], most)
     adaptive = np.minimum(times, budgets)
     alike = np.full_like(budgets, max(1, round(float(adaptive.mean()))))
@@ -67,11 +66,15 @@ def _panel(scale: Scale, lab: Lab, method: str) -> Result:
     }
 
 
-def _predict(losses: np.ndarray, times: np.ndarray, seed: int) -> list[float]:
-    """Predictions for a seed from all other seeds' runs."""
+def _predict(
+    losses: np.ndarray, times: np.ndarray, seed: int, length: int
+) -> list[float]:
+    """Predictions for a seed from all other seeds' runs, each of this length."""
     others = np.delete(times, seed, axis=0)
     past = np.tile(losses, len(others))
-    found = [predict_time(loss, past, others.ravel()) for loss in losses]
+    found = [
+        predict_time(loss, past, others.ravel(), past_lengths=length) for loss in losses
+    ]
     return [0.0 if one is None else one for one in found]
 
 
