@@ -13,6 +13,15 @@ from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger
 _HOW = "in bfloat16, for ranking only"
 
 
+def only_rank(runs: Iterable[GradNormLedger]) -> bool:
+    """Whether losses order examples and claim nothing: noise assumed, or norms unfit.
+
+    Args:
+        runs: The recorded runs.
+    """
+    return any(run.ranking_only or run.mechanism.assumed_noise for run in runs)
+
+
 def unfit_norms(runs: Iterable[GradNormLedger]) -> tuple[Assumption, ...]:
     """The assumption that is not met if the norms of a run only rank examples.
 

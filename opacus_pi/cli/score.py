@@ -83,7 +83,10 @@ def _headline(scores: Scores) -> str:
     """What the columns are, and the bound."""
     about = f"{len(scores.ids)} examples, loss in nats at order {scores.order:g}"
     if scores.ranking_only:
-        return f"{about}.\nAssumed noise: the losses rank examples and claim nothing."
+        return (
+            f"{about}.\nAssumed noise, or norms in bfloat16: the losses rank examples "
+            "and claim nothing."
+        )
     return (
         f"{about}, ε at δ = {scores.delta:g} (estimates).\n"
         f"Bound for anybody: loss {cell(scores.worst_case_loss)}, "

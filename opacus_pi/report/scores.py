@@ -27,6 +27,7 @@ from opacus_pi.accounting import (
 )
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.accounting.ledger.grad_norm_ledger import runs_of
+from opacus_pi.accounting.ranking_only import only_rank
 from opacus_pi.forget_sets import difficulty_strata, ranking, ties
 
 SENSITIVE = (
@@ -47,8 +48,8 @@ class Scores:
         delta: δ of the epsilons.
         ids: int64 ``(n,)``, positions in the data set.
         losses: float64 ``(n,)``, in nats.
-        epsilons: float64 ``(n,)``; None where training added no noise of its own: the
-            losses then are a ranking.
+        epsilons: float64 ``(n,)``; None where training added no noise of its own, or
+            norms were measured for ranking: the losses then are a ranking.
         worst_case_loss: The bound on any example's loss; ``inf`` where there is none.
         worst_case_epsilon: The bound on any example's ε; ``inf`` where there is none.
         assumptions: What ε rests on, met or not.
@@ -171,15 +172,15 @@ def score(
     losses = privacy_losses(runs, order, tolerance=tolerance)
     statement = privacy_statement(runs, ids[[np.argmax(losses)]], delta)
     mechanism = runs[0].mechanism
-    assumed = mechanism.assumed_noise
+    ranks = only_rank(runs)
     return Scores(
         order=float(order),
         delta=float(delta),
         ids=ids,
         losses=losses,
-        epsilons=None if assumed else epsilons(runs, delta, tolerance=tolerance),
+        epsilons=None if ranks else epsilons(runs, delta, tolerance=tolerance),
         worst_case_loss=math.inf
-        if assumed
+        if mechanism.assumed_noise
         else worst_case_loss(mechanism, order, steps=runs[0].steps),
         worst_case_epsilon=statement.worst_case,
         assumptions=statement.assumptions,

@@ -18,8 +18,9 @@ from opacus_pi.report.run import TOLERANCE
 Facts = Mapping[str, Any]
 
 _RANKING = (
-    "Training added no noise of its own: the noise is an assumption. Losses order the "
-    "examples and claim nothing; there is no ε."
+    "Training added no noise of its own, so that the noise is an assumption, or "
+    "gradient norms were measured for ranking only. Losses order the examples and "
+    "claim nothing; there is no ε."
 )
 _ESTIMATE = (
     "Values of single examples are estimates: they put the recorded norms of this "

@@ -18,6 +18,7 @@ from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.accounting.ledger.grad_norm_ledger import columns_of
+from opacus_pi.accounting.ranking_only import only_rank
 from opacus_pi.forget_sets import ties
 
 PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
@@ -41,8 +42,8 @@ class Plan:
         order: Rényi order of the losses.
         mean_loss: Mean privacy loss of the forget set, the paper's difficulty.
         percentile: Percentage of all examples whose loss is below ``mean_loss``.
-        ranking_only: Whether the loss uses an assumed noise (training added none):
-            then it orders sets, and its size means nothing.
+        ranking_only: Whether the loss uses an assumed noise (training added none) or
+            norms for ranking: then it orders sets, and its size means nothing.
         steps_per_epoch: Updates per pass over the retain set.
         predicted_epochs: Passes until the set is forgotten, or None.
         prediction: How that was predicted, or why it was not.
@@ -105,7 +106,8 @@ class Plan:
         Args:
             delta: δ in (0, 1) of the guarantee's ε, where there is one.
         """
-        ranking = " (assumed noise: a ranking only)" if self.ranking_only else ""
+        reason = " (assumed noise or norms in bfloat16: a ranking only)"
+        ranking = reason if self.ranking_only else ""
         steps = "unknown" if self.predicted_steps is None else f"{self.predicted_steps}"
         least = "at least " if self.num_unfinished and steps != "unknown" else ""
         tied = (
@@ -179,7 +181,7 @@ def make_plan(
         order=order,
         mean_loss=mean,
         percentile=percentile(mean, losses),
-        ranking_only=runs[0].mechanism.assumed_noise,
+        ranking_only=only_rank(runs),
         steps_per_epoch=math.ceil(num_retain / batch_size),
         predicted_epochs=epochs,
         prediction=_how_predicted(epochs, len(past_runs), num_unfinished),
