@@ -23,7 +23,7 @@ from opacus_pi.engine.refusals import overlapping, unknown_schedule
 from opacus_pi.gradients import Sweep
 from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.shared_sweep import shared_sweep
-from opacus_pi.monitor.accumulated import BatchesBehind
+from opacus_pi.monitor.accumulated import BatchesBehind, BatchTracker
 from opacus_pi.monitor.draws import draws_of
 from opacus_pi.monitor.noisy_step import NoisyStep
 from opacus_pi.processes import Processes
@@ -119,11 +119,12 @@ def monitor(
         last_weights=LastWeights(module),
     )
     _refuse_schedule(recorder, loader, processes)
+    if noise_std == 0:
+        tracker = BatchTracker()  # whose examples they are need not be known
     noise = NoisyStep(
         noise_std, draws.mean_batch_size, recorder, tracker, noise_generator
     )
     _hang_hooks(module, optimizer, noise, draws.sample_rate)
-    tracker.verify &= noise_std > 0  # else batches are counted, not their rows
     watch(loader, tracker)
     return module, optimizer, loader
 
@@ -151,7 +152,8 @@ def _hang_hooks(
         "noise_std": noise.noise_std * noise.mean_batch_size,
         "max_grad_norm": math.inf,
     }
-    batches_behind, is_noisy = BatchesBehind(noise.tracker), noise.noise_std > 0
+    batches_behind = BatchesBehind(noise.tracker)
+    is_noisy = noise.noise_std > 0
 
     def count(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -50,7 +50,7 @@ def test_without_noise_training_is_bit_identical(optimizer):
                 poisson_sampling=False,
             )
             assert same[0] is model and same[1] is opt and same[2] is loader
-            assert type(loader) is DataLoader and not model._forward_hooks
+            assert isinstance(loader, DataLoader) and type(model) is nn.Sequential
         for _ in range(3):
             model.train()
             for x, y in loader:
@@ -75,7 +75,7 @@ def test_without_noise_training_is_bit_identical(optimizer):
     assert np.array_equal(plain[3][1], watched[3][1]) and plain[3][2] == watched[3][2]
 
 
-def test_without_noise_a_closure_and_accumulated_batches_are_the_users_matter():
+def test_without_noise_a_closure_is_the_users_matter():
     run = monitored(noise_std=0, poisson_sampling=False)
     x, y = next(iter(run.loader))
 
@@ -87,7 +87,9 @@ def test_without_noise_a_closure_and_accumulated_batches_are_the_users_matter():
 
     for _ in range(6):
         run.optimizer.step(closure)
-    assert run.recorder.ledger.mechanism.num_steps == 6
+    mechanism = run.recorder.ledger.mechanism
+    assert mechanism.num_steps == 6
+    assert mechanism.sample_rate == 1 / len(run.loader)  # of one batch, again and again
 
 
 def test_without_noise_a_loss_is_refused_and_a_noise_may_be_assumed():
