@@ -22,6 +22,17 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
 from opacus_pi.accounting.langevin.contraction import source_bound
 
+__all__ = [
+    "chien_learning_divergence",
+    "chien_rate",
+    "chien_sequential",
+    "corollary_4_1",
+    "corollary_4_4_steps",
+    "mironov_allowance",
+    "steps_at_rate",
+    "weak_triangle",
+]
+
 _CONSTANT = "Constants of the process are above 0."
 
 
