@@ -5,6 +5,7 @@ wanted back) is computed here as a tapped projection, attention, and the tapped 
 layer. Any other call runs as it is, and its parameters are left over.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -13,22 +14,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_pi.gradients.linear import linear_squares
+from opacus_pi.gradients.registry import NormRule
 from opacus_pi.gradients.taps import Taps
 
 
-def tap_attention(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
+def tap_attention(
+    taps: Taps, model: nn.Module, choose: Callable[[NormRule], NormRule]
+) -> set[nn.Parameter]:
     """Replace ``forward`` of each attention layer that computes the standard form.
 
     Args:
         taps: Where the layers report.
         model: An evaluation copy.
+        choose: Makes a layer's rule of that of its type.
 
     Returns:
         The parameters of these layers.
     """
     layers = [module for module in model.modules() if _is_standard(module)]
     for module in layers:
-        _TappedAttention(taps, module)
+        _TappedAttention(taps, module, choose(linear_squares))
     return {p for module in layers for p in module.parameters(recurse=False)}
 
 
@@ -50,8 +55,11 @@ def _is_standard(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
 class _TappedAttention:
     """One attention layer, its projections tapped."""
 
-    def __init__(self, taps: Taps, module: nn.MultiheadAttention) -> None:
+    def __init__(
+        self, taps: Taps, module: nn.MultiheadAttention, rule: NormRule
+    ) -> None:
         self._taps, self._module = taps, module
+        self._rule = partial(rule, module)
         self._plain_forward = module.forward
         module.forward = self.forward  # type: ignore[method-assign]  # a copy's
 
@@ -86,8 +94,7 @@ class _TappedAttention:
         )
         named = {"weight": weight, "bias": bias}
         live = {name: p for name, p in named.items() if self._taps.is_live(p)}
-        rule = partial(linear_squares, self._module)
-        return self._taps.tap(projected, x, live, rule) if live else projected
+        return self._taps.tap(projected, x, live, self._rule) if live else projected
 
 
 def _bias(

@@ -22,13 +22,20 @@ from opacus_pi.gradients.parameter_gradients import (
     scaled,
 )
 from opacus_pi.gradients.products import (
+    Product,
     at_least_float32,
     blocks,
     outer_product_squares,
     pair_squares,
+    product_formulas,
     squared_lengths,
+    worth_timing,
 )
-from opacus_pi.gradients.registry import register_gradient_rule, register_norm_rule
+from opacus_pi.gradients.registry import (
+    NormRule,
+    register_gradient_rule,
+    register_norm_rule,
+)
 
 _SMALL_WEIGHT = 1 << 16  # below, one grouped call beats one call per example
 _FEW_CHANNELS = 3  # up to these, unfolding beats the library's kernels
@@ -57,9 +64,16 @@ class Window:
         return max(self.stride) == 1 and max(self.dilation) == 1
 
 
+Route = Callable[[Window, Tensor, Tensor], Tensor]
+
+
 @register_norm_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def conv_squares(
-    module: Any, x: Tensor, grad: Tensor, names: Collection[str]
+    module: Any,
+    x: Tensor,
+    grad: Tensor,
+    names: Collection[str],
+    route: Route | None = None,
 ) -> Tensor | None:
     """Squared norms for a convolution in one, two or three dimensions.
 
@@ -68,6 +82,7 @@ def conv_squares(
         x: Its input, ``(b, channels, ...)``.
         grad: The gradient at its output, ``(b, channels, ...)``.
         names: Which of ``"weight"``, ``"bias"`` count.
+        route: How the weight's norm is computed; default: by the fewest operations.
 
     Returns:
         float64 ``(b,)``; ``None`` for an input without batch dimension.
@@ -77,10 +92,20 @@ def conv_squares(
     squares: Tensor | float = 0.0
     if "weight" in names:
         padded, window = window_of(module, x)
-        squares = _route(window, padded, grad)(window, padded, grad)
+        route = _route(window, padded, grad) if route is None else route
+        squares = route(window, padded, grad)
     if "bias" in names:
         squares = squares + squared_lengths(grad.flatten(2).sum(2))
     return cast(Tensor, squares)
+
+
+def conv_formulas(module: Any, x: Tensor, grad: Tensor) -> list[NormRule]:
+    """Exact formulas that may be the fastest; arguments as above."""
+    if x.dim() != 2 + len(module.kernel_size):
+        return [conv_squares]
+    padded, window = window_of(module, x)
+    routes = _routes_worth_timing(window, padded, grad)
+    return [partial(conv_squares, route=route) for route in routes]
 
 
 @register_gradient_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -134,19 +159,17 @@ def window_of(module: Any, x: Tensor) -> tuple[Tensor, Window]:
     return x, replace(window, padding=(0,) * len(window.kernel))
 
 
-def _route(
-    window: Window, x: Tensor, grad: Tensor
-) -> Callable[[Window, Tensor, Tensor], Tensor]:
+def _route(window: Window, x: Tensor, grad: Tensor) -> Route:
     """The cheapest route, by number of operations."""
     num_in, num_out = x.shape[1], grad.shape[1]
-    pixels, positions = x[0, 0].numel(), grad[0, 0].numel()
+    positions = grad[0, 0].numel()
     patch = num_in // window.groups * math.prod(window.kernel)
     direct = positions * patch * num_out
     if window.groups > 1:
         return _grouped if patch * num_out <= _SMALL_WEIGHT else _looped
     if window.is_point:
         return _point
-    if window.is_dense and pixels**2 * num_in + positions**2 * num_out <= direct:
+    if window.is_dense and _pixel_operations(x, grad) <= direct:
         return _pixel_pairs
     gram = positions * positions * (patch + num_out)
     if x.is_cuda or num_in <= _FEW_CHANNELS or 2 * gram <= direct:
@@ -154,18 +177,50 @@ def _route(
     return _grouped if patch * num_out <= _SMALL_WEIGHT else _looped
 
 
-def _point(window: Window, x: Tensor, grad: Tensor) -> Tensor:
+def _routes_worth_timing(window: Window, x: Tensor, grad: Tensor) -> list[Route]:
+    """The routes but those of many times the least number of operations."""
+    if window.groups > 1:
+        return list(_FORMING)
+    positions, num_out = grad[0, 0].numel(), grad.shape[1]
+    patch = x.shape[1] * math.prod(window.kernel)
+    products = product_formulas(positions, patch, num_out)
+    if window.is_point:
+        return [partial(_point, product=product) for product in products]
+    counts = dict.fromkeys(_FORMING, positions * patch * num_out)
+    if window.is_dense:
+        counts[_pixel_pairs] = _pixel_operations(x, grad)
+    unfolded = [partial(_unfolded, product=product) for product in products]
+    return [*worth_timing(counts), *unfolded]
+
+
+def _pixel_operations(x: Tensor, grad: Tensor) -> int:
+    """Number of operations of ``_pixel_pairs``."""
+    pixels, positions = x[0, 0].numel(), grad[0, 0].numel()
+    return pixels**2 * x.shape[1] + positions**2 * grad.shape[1]
+
+
+def _point(
+    window: Window,
+    x: Tensor,
+    grad: Tensor,
+    product: Product = outer_product_squares,
+) -> Tensor:
     """A 1 x 1 kernel: a linear layer on the pixels that the stride visits."""
     visited = (slice(None), slice(None), *(slice(None, None, s) for s in window.stride))
-    return outer_product_squares(x[visited].flatten(2).mT, grad.flatten(2).mT)
+    return product(x[visited].flatten(2).mT, grad.flatten(2).mT)
 
 
-def _unfolded(window: Window, x: Tensor, grad: Tensor) -> Tensor:
+def _unfolded(
+    window: Window,
+    x: Tensor,
+    grad: Tensor,
+    product: Product = outer_product_squares,
+) -> Tensor:
     """A linear layer on explicit patches."""
     patch, positions = x.shape[1] * math.prod(window.kernel), grad[0, 0].numel()
     return torch.cat(
         [
-            outer_product_squares(patches(window, x[i]).mT, grad[i].flatten(2).mT)
+            product(patches(window, x[i]).mT, grad[i].flatten(2).mT)
             for i in blocks(x, row_size=patch * positions)
         ]
     )
@@ -245,7 +300,7 @@ def _looped(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     return torch.cat([squared_lengths(w) for w in _looped_weights(window, x, grad)])
 
 
-_FORMING = (_grouped, _looped)
+_FORMING: tuple[Route, ...] = (_grouped, _looped)
 
 
 def _grouped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:

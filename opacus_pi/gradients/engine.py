@@ -26,6 +26,7 @@ from opacus_pi.gradients.precision import lower_, lowered
 from opacus_pi.gradients.skeleton import check_separate, evaluation_copy
 from opacus_pi.gradients.tapped_layer import tap_layers
 from opacus_pi.gradients.taps import Taps
+from opacus_pi.gradients.timing import chooser
 
 _SLOW = (
     "The examples of a batch influence each other, or the model is random in "
@@ -47,6 +48,7 @@ class NormEngine:
         model: The live model, plain or wrapped; it is copied (sharing its weights).
         criterion: ``criterion(outputs, targets)``.
         ranking_dtype: ``torch.bfloat16``: in that type, for ranking only.
+        formulas: How each layer's formula is chosen, ``"flops"`` or ``"timed"``.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class NormEngine:
         criterion: Criterion,
         *,
         ranking_dtype: torch.dtype | None = None,
+        formulas: str = "flops",
     ) -> None:
         self._live = list(model.parameters())
         expect(
@@ -73,8 +76,9 @@ class NormEngine:
         self._ranking_dtype = ranking_dtype
         low = lowered(ranking_dtype, self.device)
         self._taps = Taps(self._model, low)
-        tapped = tap_attention(self._taps, self._model)
-        tapped |= tap_layers(self._taps, self._model)
+        choose = chooser(formulas)
+        tapped = tap_attention(self._taps, self._model, choose)
+        tapped |= tap_layers(self._taps, self._model, choose)
         bare = set(self._trainable.values()) - tapped
         self._bare_taps = BareParameters(self._taps) if bare else nullcontext()
         if ranking_dtype is not None:

@@ -1,6 +1,6 @@
 """The gradient norm of each example of one batch."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ def per_example_grad_norms(
     y: Any,
     *,
     ranking_dtype: torch.dtype | None = None,
+    formulas: Literal["flops", "timed"] = "flops",
 ) -> Tensor:
     r"""Return the L2 norm of the gradient of each example's own loss.
 
@@ -32,6 +33,7 @@ def per_example_grad_norms(
             ``model(*x)`` or ``model(**x)``. On the model's device.
         y: Targets, length ``b``, on the model's device.
         ranking_dtype: As for :func:`~opacus_pi.gradients.sweep`.
+        formulas: As for :func:`~opacus_pi.gradients.sweep`.
 
     Returns:
         float64 ``(b,)``.
@@ -47,6 +49,8 @@ def per_example_grad_norms(
         tensor([5.], dtype=torch.float64)
     """
     with isolated():
-        engine = NormEngine(model, criterion, ranking_dtype=ranking_dtype)
+        engine = NormEngine(
+            model, criterion, ranking_dtype=ranking_dtype, formulas=formulas
+        )
         squares, _ = engine.squares(x, y)
     return squares.sqrt()

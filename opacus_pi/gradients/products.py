@@ -1,13 +1,18 @@
 """Squared norms of sums of outer products, by the cheapest exact route."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 _CPU_BLOCK = 1 << 18  # elements of an intermediate that stay in cache
 _GPU_BLOCK = 1 << 26
+_WORTH = 4  # times the least number of operations, by which speeds may differ
 _SHORT_ROW = 1 << 12  # vector_norm is faster, but adds longer float32 rows naively
+
+Product = Callable[[Tensor, Tensor], Tensor]
+Formula = TypeVar("Formula")
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -57,13 +62,45 @@ def outer_product_squares(a: Tensor, g: Tensor) -> Tensor:
     Returns:
         float64 ``(b,)``.
     """
-    (_, t, d), p = a.shape, g.shape[2]
-    if t == 1:
+    if a.shape[1] == 1:
         return squared_lengths(a) * squared_lengths(g)
-    if t * (d + p) <= d * p:
-        return gram_squares(a, g)
+    counts = _num_operations(a.shape[1], a.shape[2], g.shape[2])
+    return min(counts, key=counts.__getitem__)(a, g)
+
+
+def product_formulas(t: int, d: int, p: int) -> list[Product]:
+    """The routes above that may be the fastest; arguments are sizes.
+
+    Args:
+        t: Number of terms.
+        d: Length of an input.
+        p: Length of an output gradient.
+    """
+    if t == 1:
+        return [outer_product_squares]
+    return worth_timing(_num_operations(t, d, p))
+
+
+def worth_timing(counts: Mapping[Formula, int]) -> list[Formula]:
+    """Those that take at most a few times the operations of the least.
+
+    Args:
+        counts: Number of operations of each formula.
+    """
+    limit = _WORTH * min(counts.values())
+    return [formula for formula, count in counts.items() if count <= limit]
+
+
+def _num_operations(t: int, d: int, p: int) -> dict[Product, int]:
+    """Operations of either route, over t."""
+    return {gram_squares: t * (d + p), direct_squares: d * p}
+
+
+def direct_squares(a: Tensor, g: Tensor) -> Tensor:
+    """The same by the matrix itself."""
+    size = a.shape[2] * g.shape[2]
     return torch.cat(
-        [squared_lengths(g[i].mT @ a[i]) for i in blocks(a, row_size=d * p)]
+        [squared_lengths(g[i].mT @ a[i]) for i in blocks(a, row_size=size)]
     )
 
 
