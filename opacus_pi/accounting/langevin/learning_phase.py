@@ -139,12 +139,12 @@ def _power_mean(
 ) -> NDArray[np.float64]:
     """ln(mean over runs of exp(p·excess·price))/(p·excess), with its limits."""
     result: NDArray[np.float64]
-    scale = hoelder_p * excess
     if hoelder_p == math.inf:
         result = prices.max(axis=0)
-    elif scale == 0:
+    elif hoelder_p * excess == 0:
         result = prices.mean(axis=0)
     else:
+        scale = hoelder_p * excess
         result = (logsumexp(scale * prices, axis=0) - math.log(len(prices))) / scale
     return result
 
