@@ -26,7 +26,7 @@ from opacus_pi.accounting.ledger.storage import (
 from opacus_pi.atomic_file import replace_file
 from opacus_pi.gradients.skeleton import unwrap
 
-__all__ = ["read_weights", "write_weights"]
+__all__ = ["read_weights", "weights_name", "write_weights"]
 
 
 def write_weights(
