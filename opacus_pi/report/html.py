@@ -154,6 +154,7 @@ dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
 figure { margin: 0; }
 img { width: 100%; height: auto; background: #fff; border-radius: .2rem; }
 @media (prefers-color-scheme: dark) { img { filter: invert(.91) hue-rotate(180deg); } }
-@media (max-width: 30rem) { main { padding: .6rem; } th, td { padding: .2rem .4rem; } }
+@media (max-width: 30rem) { main { padding: .6rem; } table { font-size: .85rem; }
+  th, td { padding: .2rem .3rem; } thead th { min-width: 0; } }
 @media print { .wide { overflow: visible; } section { break-inside: avoid; } }
 """

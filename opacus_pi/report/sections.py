@@ -191,13 +191,10 @@ def _metrics(run: Facts) -> str:
     header = ("metric", "before", "after", "retrained", "near")
     words = (
         "No value is good in itself: the model retrained without the forget set shows "
-        "the value to reach."
+        "the value to reach (mean ± standard deviation over such models). Near: "
+        f"{run['trace']['unit']} until the run was within {TOLERANCE:g} of that mean."
     )
-    caption = (
-        "Before and after, beside retrained models (mean ± sd). Near: "
-        f"{run['trace']['unit']} until within {TOLERANCE:g} of their mean"
-    )
-    shown = table(caption, header, rows)
+    shown = table("Before and after, beside retrained models", header, rows)
     return paragraph(words, class_="note") + shown
 
 
