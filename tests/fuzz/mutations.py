@@ -208,7 +208,7 @@ def _edit_names(file, chance):
 
 
 def _edit_facts(file, chance):
-    name = chance.choice([*file.facts, "unknown", "noise", "weights"])
+    name = chance.choice([*file.facts, "unknown", "noise", "weights", "norms"])
     if chance.random() < 0.3:
         file.facts.pop(name, None)
     else:
