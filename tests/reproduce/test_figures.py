@@ -103,6 +103,45 @@ def test_hardest_sets_are_compared_by_time_and_by_the_gap_only_if_none_arrived()
     assert judge(never).verdict == NOT_TESTABLE
 
 
+def sizes(small, large):
+    """What figure 8 is judged by: times of the easiest to the hardest set."""
+    panels = {
+        f"sets of {n}": {"times": dict.fromkeys(("UA", "MIA"), times), "max_time": 9}
+        for n, times in (("few", small), ("many", large))
+    }
+    return {"panels": panels}
+
+
+def test_separation_by_size_is_judged_beside_the_order():
+    apart = [[0.0, 3.0, None], [0.0, 4.0, 8.0], [0.0, 3.0, None]]
+    close = [[0.0, 1.0, 2.0], [0.0, 1.0, 3.0], [0.0, 1.0, 2.0]]
+    found = FIGURES["fig8"].judge(sizes(apart, close))
+    assert found.verdict == BORNE_OUT and "shrinks by 6.33" in found.because
+    assert FIGURES["fig8"].judge(sizes(close, apart)).verdict == NOT_BORNE_OUT
+    assert FIGURES["fig8"].judge(sizes(apart, apart)).verdict == NOT_TESTABLE
+
+
+def curves(hardest, other):
+    """What figure 5 is judged by; every oracle is at 0."""
+    of = {rule: other for rule in STRATA} | {STRATA[-1]: hardest}
+    return {
+        "curves": {"UA": of},
+        "oracles": {"UA": dict.fromkeys(STRATA, [0.0])},
+    }
+
+
+def test_hard_sets_approach_last():
+    judge = FIGURES["fig5"].judge
+    near, far = (
+        [[0.2, 0.0], [0.3, 0.0], [0.2, 0.1]],
+        [[0.9, 0.5], [0.8, 0.4], [0.9, 0.5]],
+    )
+    assert judge(curves(far, near)).verdict == BORNE_OUT
+    assert judge(curves(near, far)).verdict == NOT_BORNE_OUT
+    away = [row[::-1] for row in far]
+    assert judge(curves(away, near)).verdict == NOT_BORNE_OUT
+
+
 def test_strata_are_those_of_the_mean_loss_and_the_same_for_every_seed(tmp_path):
     lab = Lab(tmp_path)
     losses = lab.scores(TINY)["privacy loss"]

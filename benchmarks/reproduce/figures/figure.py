@@ -75,10 +75,10 @@ def ordering(times: np.ndarray) -> Verdict:
 
 
 def of_interval(low: float, high: float) -> str:
-    """Borne out above 0, not borne out below, and nothing if 0 lies between."""
+    """Borne out above 0, not borne out below, else nothing: also if all is 0."""
     if low > 0:
         return BORNE_OUT
-    return NOT_BORNE_OUT if high <= 0 else NOT_TESTABLE
+    return NOT_BORNE_OUT if low < 0 and high <= 0 else NOT_TESTABLE
 
 
 def joined(verdicts: dict[str, Verdict]) -> Verdict:

@@ -58,17 +58,29 @@ def _curves(scale: Scale, lab: Lab) -> Result:
 
 
 def _judge_curves(result: Result) -> Verdict:
-    """By seed: the distance to the oracle of the hardest set shrinks."""
+    """By seed: the hardest set comes closer to its oracle, and ends the furthest."""
     found = {}
     for name, curves in result["curves"].items():
-        oracle = np.mean(result["oracles"][name]["last"])
-        gap = np.abs(np.array(curves["last"]) - oracle)
+        gaps = {
+            rule: np.abs(
+                np.array(curves[rule]) - np.mean(result["oracles"][name][rule])
+            )
+            for rule in STRATA
+        }
+        gap = gaps["last"]
         closer = mean_interval(gap[:, 0] - gap[:, -1])
         found[name] = Verdict(
             of_interval(closer.low, closer.high),
             f"hardest set {gap[:, 0].mean():.3f} from the oracle before, "
             f"{gap[:, -1].mean():.3f} after; closer by {closer.estimate:.3f} "
             f"[{closer.low:.3f}, {closer.high:.3f}]",
+        )
+        others = np.max([gaps[rule][:, -1] for rule in STRATA if rule != "last"], 0)
+        last = mean_interval(gap[:, -1] - others)
+        found[f"{name}, hardest last"] = Verdict(
+            of_interval(last.low, last.high),
+            f"at the end further from its oracle than any other set by "
+            f"{last.estimate:.3f} [{last.low:.3f}, {last.high:.3f}]",
         )
     return joined(found)
 
@@ -131,6 +143,28 @@ def _sizes(scale: Scale, lab: Lab) -> Result:
     }
 
 
+def _judge_sizes(result: Result) -> Verdict:
+    """Every size by itself; are hardest and easiest less apart when large?"""
+    panels = result["panels"]
+    verdicts = {"order": _judge_panels(result)}
+    for metric in outcomes.METRICS:
+        small, *_, large = (_separation(found, metric) for found in panels.values())
+        shrinks = mean_interval(small - large)
+        verdicts[f"separation by {metric}"] = Verdict(
+            of_interval(shrinks.low, shrinks.high),
+            f"hardest - easiest {small.mean():.1f} epochs for the smallest sets, "
+            f"{large.mean():.1f} for the largest; shrinks by {shrinks.estimate:.2f} "
+            f"[{shrinks.low:.2f}, {shrinks.high:.2f}]",
+        )
+    return joined(verdicts)
+
+
+def _separation(found: Result, metric: str) -> np.ndarray:
+    """Epochs between the hardest set and the easiest, ``(seeds,)``."""
+    times = np.minimum(outcomes.array(found["times"][metric]), found["max_time"])
+    return times[:, -1] - times[:, 0]
+
+
 def _judge_panels(result: Result) -> Verdict:
     if not result["panels"]:
         return Verdict(NOT_TESTABLE, "no other data set at this scale")
@@ -179,7 +213,7 @@ FIGURES = [
         "The same for small and large forget sets; the separation shrinks with size.",
         _size_units,
         _sizes,
-        _judge_panels,
+        _judge_sizes,
         _draw_panels,
     ),
 ]
