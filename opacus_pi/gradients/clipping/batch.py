@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from opacus_pi.gradients.fallback import vmapped_gradients
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients, summed
+from opacus_pi.gradients.products import at_least_float32
 from opacus_pi.gradients.skeleton import working_copy
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -39,25 +40,41 @@ _SLOW = (
 class Inputs:
     """Arguments of a call, kept by reference, as long as nobody changes them.
 
+    Attributes:
+        tensors: The tensors among them, cut from the graph.
+
     Args:
         call: Positional and keyword arguments.
     """
 
     def __init__(self, call: Call) -> None:
-        leaves, self._shape = pytree.tree_flatten(call)
+        args, kwargs = call
+        self._is_alone = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
+        leaves = list(args)
+        if not self._is_alone:
+            leaves, self._shape = pytree.tree_flatten(call)
         self._leaves = [v.detach() if isinstance(v, Tensor) else v for v in leaves]
+        self.tensors = [v for v in self._leaves if isinstance(v, Tensor)]
         self._versions = self._counts()
 
     @property
     def call(self) -> Call:
         """The arguments, their tensors cut from the graph."""
-        call: Call = pytree.tree_unflatten(self._leaves, self._shape)
-        return call
+        return self._packed(self._leaves)
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors among them."""
-        return [v for v in self._leaves if isinstance(v, Tensor)]
+    def widened(self) -> Call:
+        """The same in single precision or better."""
+        return self._packed(
+            [at_least_float32(v) if isinstance(v, Tensor) else v for v in self._leaves]
+        )
+
+    def _packed(self, leaves: list[Any]) -> Call:
+        """Arguments made of their leaves."""
+        if self._is_alone:
+            return tuple(leaves), {}
+        call: Call = pytree.tree_unflatten(leaves, self._shape)
+        return call
 
     @property
     def are_unchanged(self) -> bool:
@@ -128,18 +145,18 @@ class Batch:
         if not all(inputs.are_unchanged for inputs in self._kept):
             raise RuntimeError(_OVERWRITTEN)
         wanted = list(parameters)
-        names = {p: name for name, p in model.named_parameters()}
         found: dict[nn.Parameter, Gradients] = {}
-        leftover = {names[p]: p for p in wanted if p in self._leftover}
-        if leftover and self.size:
-            formed = self._through_the_model(leftover, model)
+        if self._leftover and self.size:
+            names = _names(model)
+            leftover = {names[p]: p for p in wanted if p in self._leftover}
+            formed = self._through_the_model(leftover, model) if leftover else {}
             found = {p: Formed(formed[name]) for name, p in leftover.items()}
         for parameter in wanted:
             if self.size == 0:
                 found[parameter] = Formed(parameter.new_zeros(0, parameter.numel()))
             elif parameter not in found:
                 if not self._uses[parameter]:
-                    raise ValueError(_NOT_USED.format(names[parameter]))
+                    raise ValueError(_NOT_USED.format(_names(model)[parameter]))
                 found[parameter] = summed(self._uses[parameter])
         return found
 
@@ -168,6 +185,11 @@ class Batch:
         """Let go of everything but the size."""
         self.calls, self._kept, self._leftover = [], [], set()
         self._uses.clear()
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """A model's parameters, and what they are called."""
+    return {parameter: name for name, parameter in model.named_parameters()}
 
 
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:

@@ -21,7 +21,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from opacus_pi._validate import expect
 from opacus_pi.gradients.bare import BareParameters
@@ -56,6 +55,7 @@ class Book:
         self._latest: Batch | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         self._bare: BareParameters | None = None
+        self._is_training: Callable[[], bool] = bool
         self._listeners: list[LayerListener] = []
         self._touch_hooks: dict[nn.Parameter, Any] = {}
 
@@ -71,6 +71,7 @@ class Book:
         Returns:
             The handles that remove them.
         """
+        self._is_training = lambda: model.training
         handles: list[Any] = []
         heard: set[nn.Parameter] = set()
         for module in model.modules():
@@ -168,17 +169,29 @@ class Book:
 
     def wants(self, value: Any) -> bool:
         """Whether this is a tensor with one row for each example."""
+        batch = self._running()
         return (
-            self._open is not None
+            batch is not None
             and isinstance(value, Tensor)
-            and value.shape[:1] == (self._open.size,)
+            and value.shape[:1] == (batch.size,)
             and torch.is_grad_enabled()
         )
 
+    def _running(self) -> Batch | None:
+        """The batch whose layers run: in a forward pass, or again in a backward pass.
+
+        Layers run again where activations are not kept (``torch.utils.checkpoint``).
+        """
+        if self._open is not None or self._latest is None:
+            return self._open
+        again = self._is_training() and torch._C._current_graph_task_id() != -1
+        return self._latest if again else None
+
     def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """A layer froze its parameters and cannot be tapped."""
-        if self._open is not None:
-            self._open.leave_over(parameters.values())
+        batch = self._running()
+        if batch is not None:
+            batch.leave_over(parameters.values())
 
     def tap(
         self,
@@ -198,7 +211,7 @@ class Book:
         Returns:
             The output, to be used in place of it.
         """
-        batch = self._open
+        batch = self._running()
         assert batch is not None
         inputs = Inputs(call)
 
@@ -208,7 +221,7 @@ class Book:
                 return
             found = None
             if inputs.are_unchanged:
-                found = rule(_widened(inputs.call), at_least_float32(grad))
+                found = rule(inputs.widened, at_least_float32(grad))
             if found is None:
                 batch.leave_over(parameters.values())
             else:
@@ -238,9 +251,3 @@ class Book:
         self.batches.append(batch)
         if len(self.batches) > 1 and not self.may_accumulate:
             raise ValueError(_ACCUMULATED)
-
-
-def _widened(call: Call) -> Call:
-    """Arguments in single precision or better."""
-    widened: Call = pytree.tree_map_only(Tensor, at_least_float32, call)
-    return widened
