@@ -178,11 +178,7 @@ def train_privately(
         ValueError: For another precision or layout than the default one, in which
             per-example gradients are not exact or wrong.
     """
-    if recipe.precision != "float32" or recipe.channels_last:
-        raise ValueError(
-            f"Expected precision={recipe.precision} and channels_last="
-            f"{recipe.channels_last} to be float32 and False for DP-SGD."
-        )
+    _require_plain(recipe)
     torch.manual_seed(seed)
     model = build_model(recipe.model, image_shape).to(device)
     engine = PrivacyEngine(accountant="rdp")
@@ -201,3 +197,12 @@ def train_privately(
             criterion(model(images.to(device)), labels.to(device)).backward()
             optimizer.step()
     return model.eval(), engine
+
+
+def _require_plain(recipe: Recipe) -> None:
+    """Refuse what Opacus's per-example gradients are not right for."""
+    if recipe.precision != "float32" or recipe.channels_last:
+        raise ValueError(
+            f"Expected precision={recipe.precision} and channels_last="
+            f"{recipe.channels_last} to be float32 and False for DP-SGD."
+        )
