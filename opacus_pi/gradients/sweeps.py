@@ -122,7 +122,7 @@ def sweep(
             order and for nothing else. Trained MLPs and small CNNs: rank correlation
             with exact norms above 0.9999; norms off by 1 to 3 % in the median, by up
             to 20 % for all but 1 % of the examples, at worst by 75 %. Pays on hardware
-            that multiplies bfloat16 (GPUs, CPUs with AMX or AVX-512 BF16).
+            that multiplies bfloat16 (GPUs, CPUs with AMX or AVX-512 BF16) only.
         formulas: How each layer's formula, of several that are exact, is chosen:
             ``"flops"`` by the number of operations; ``"timed"`` by timing them on the
             first batch, so that the last bits may differ from run to run.
