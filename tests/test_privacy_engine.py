@@ -2,6 +2,7 @@
 
 import gc
 import math
+import warnings
 
 import numpy as np
 import opacus
@@ -191,6 +192,19 @@ def test_easy_examples_cost_less():
     losses = engine.privacy_losses(8)
     norms = np.nanmean(engine.ledger.grad_norms, axis=0)
     assert losses[norms.argmin()] < losses[norms.argmax()]
+
+
+def test_it_is_said_when_nothing_tells_most_examples_apart():
+    always_clipped = Training(max_grad_norm=1e-3).train(4).engine
+    with pytest.warns(UserWarning, match="24 of 24 examples share the largest value"):
+        always_clipped.privacy_losses(8)
+    with pytest.warns(UserWarning, match="nothing tells them apart"):
+        always_clipped.epsilons(1e-3)
+    never_clipped = Training(max_grad_norm=1e3).train(4).engine
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        never_clipped.privacy_losses(8)
+        never_clipped.epsilons(1e-3)
 
 
 def test_fixed_sampling_is_not_capped_by_a_number_that_assumes_poisson():

@@ -14,6 +14,7 @@ from opacus_pi.accountants import num_steps_of
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.attribution import Tracker
 from opacus_pi.engine.opacus_engine import Engine
+from opacus_pi.forget_sets import ties
 from opacus_pi.recorder import Recorder
 
 
@@ -69,6 +70,8 @@ class EngineReadings(Engine):
     def privacy_losses(self, order: float, **options: Any) -> NDArray[np.float64]:
         """Each example's Rényi privacy loss of the run.
 
+        Warns where most examples share the largest.
+
         Args:
             order: Rényi order, above 1.
             **options: Of ``opacus_pi.accounting.privacy_losses``.
@@ -79,7 +82,9 @@ class EngineReadings(Engine):
         Raises:
             AccountingError: If the run, or a part of it, cannot be accounted.
         """
-        return accounting.privacy_losses(self._whole_ledger(), order, **options)
+        losses = accounting.privacy_losses(self._whole_ledger(), order, **options)
+        _say_if_most_tie(losses)
+        return losses
 
     def epsilons(self, delta: float) -> NDArray[np.float64]:
         """Each example's epsilon at ``delta``.
@@ -87,6 +92,7 @@ class EngineReadings(Engine):
         Under Poisson sampling never above ``max(0, get_epsilon(delta))``, which holds
         for every example. With the user's own loader (``poisson_sampling=False``)
         Opacus's number assumes a sampling that was not done, and is no bound here.
+        Warns where most examples share the largest.
 
         Args:
             delta: Failure probability, in (0, 1).
@@ -99,6 +105,7 @@ class EngineReadings(Engine):
         """
         ledger = self._whole_ledger()
         values = accounting.epsilons(ledger, delta)
+        _say_if_most_tie(values)
         mechanism = ledger.mechanism
         counted = num_steps_of(self.accountant)
         if mechanism.sampling == "poisson" and counted == mechanism.num_steps:
@@ -138,3 +145,16 @@ class EngineReadings(Engine):
                 "engine.ledger holds what was recorded last."
             )
         return ledger
+
+
+def _say_if_most_tie(values: NDArray[np.float64]) -> None:
+    """Whoever ranks such values by hand would get the data set's order."""
+    levels = ties(values)
+    num_tied = int((levels == levels.max()).sum())
+    if 1 < num_tied and len(values) < 2 * num_tied:
+        warnings.warn(
+            f"{num_tied} of {len(values)} examples share the largest value, that of an "
+            "example which is always clipped: nothing tells them apart. A larger "
+            "max_grad_norm, with a smaller learning rate, would.",
+            stacklevel=3,
+        )
