@@ -27,7 +27,7 @@ from opacus_pi.accounting.ledger.storage import check_file
 from opacus_pi.engine.checkpoints import CHECKPOINT_KEY, FILTER_KEY
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.sealed_state import unsealed
-from opacus_pi.unlearning.deletion_record import verify
+from opacus_pi.unlearning.deletion_record import added_since, verify
 from opacus_pi.weights_file import read_weights
 
 RECORD = "deletion record"
@@ -54,6 +54,7 @@ _TRACE = (TRACE.encode(), b'"unit": "epochs", "cost"')
 _SEALED = re.compile(rb'opacus_pi\.|"checksum":"[0-9a-f]{64}"')
 _LINE = (b'"body":', b'"hash":"', b'"previous":"')  # of a deletion record
 _HEAD = 1 << 20  # bytes that are looked at
+_MOST = 100_000_000  # bytes of a header that safetensors reads
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class FileKind:
     """
 
     words: str
-    check: Callable[[], dict[str, str]] | None = None
+    check: Callable[[], dict[str, Any]] | None = None
     ours: bool = False
 
 
@@ -77,15 +78,15 @@ def recognised(path: Path, head: str | None = None) -> FileKind:
 
     Args:
         path: The file.
-        head: Hash of the last entry, where it is given; then an empty file is a
-            deletion record that lost everything.
+        head: Hash of an entry, where it is given; then an empty file is a deletion
+            record that lost everything.
     """
     with path.open("rb") as file:
         start = file.read(_HEAD)
     if not start and head is None:
         return FileKind("an empty file")
     if not start or sum(mark in start for mark in _LINE) > 1:
-        return FileKind(RECORD, lambda: {"head": verify(path, head)}, ours=True)
+        return FileKind(RECORD, partial(_chain, path, head), ours=True)
     if start[8:9] == b"{" and b"\0" in start[:8]:  # a length, then JSON: safetensors
         return _arrays(path, start)
     if start.startswith(b"PK"):
@@ -93,9 +94,17 @@ def recognised(path: Path, head: str | None = None) -> FileKind:
     return _text(path, start)
 
 
+def _chain(path: Path, head: str | None) -> dict[str, Any]:
+    """The head of a deletion record, and how much was added since an earlier one."""
+    found = {"head": verify(path, head)}
+    return found if head is None else {**found, "added": added_since(path, head)}
+
+
 def _arrays(path: Path, start: bytes) -> FileKind:
     """A safetensors file, ours or not."""
     length = int.from_bytes(start[:8], "little")
+    if path.stat().st_size < 8 + length <= _MOST:
+        return FileKind("safetensors", partial(_cut_off, path, length))
     if not _SEALED.search(start[8 : 8 + length]):
         return FileKind("weights or other arrays (safetensors)")
     try:
@@ -105,11 +114,19 @@ def _arrays(path: Path, start: bytes) -> FileKind:
         kind = _claimed(start)
     load = ARRAYS.get(kind, partial(_refuse, kind))
 
-    def check() -> dict[str, str]:
+    def check() -> dict[str, Any]:
         load(path)
         return {}
 
     return FileKind(kind or "a file of opacus_pi", check, ours=True)
+
+
+def _cut_off(path: Path, length: int) -> dict[str, Any]:
+    """Say that a file ends inside its header."""
+    raise ValueError(
+        f"{path.name} is damaged: it says that its header has {length} bytes, and ends "
+        f"after {path.stat().st_size} in all. Restore it from a copy."
+    )
 
 
 def _claimed(start: bytes) -> str:
@@ -137,7 +154,7 @@ def _archive(path: Path) -> FileKind:
     if not sealed and (content is not None or not _names_us(path)):
         return FileKind("an archive or weights, not of a recorded run")
 
-    def check() -> dict[str, str]:
+    def check() -> dict[str, Any]:
         if not sealed:
             raise ValueError(f"{path.name} cannot be read: it is damaged")
         for state in sealed.values():
@@ -158,7 +175,7 @@ def _text(path: Path, start: bytes) -> FileKind:
     """A page, JSON, text or noise."""
     if any(mark in start for mark in _TRACE):
 
-        def check() -> dict[str, str]:
+        def check() -> dict[str, Any]:
             UnlearningTrace.load(path)
             return {}
 

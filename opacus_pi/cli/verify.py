@@ -21,9 +21,10 @@ DESCRIPTION = """\
 What kind of file it is, and whether it is whole and unedited.
 
 A deletion record: every line's hash and its link to the line before. The chain alone
-cannot show that the last lines were cut off: pass HEAD, the hash of the last entry,
-kept elsewhere. A ledger, Gram ledger, oracle, trace, recorded or unlearned weights, a
-checkpoint's record (not the model beside it): checksum, version and shape. Reports,
+cannot show that the last lines were cut off: pass HEAD, the hash of the last entry when
+you noted it, kept elsewhere; what was added since is counted. A ledger, Gram ledger,
+oracle, trace, recorded or unlearned weights, a checkpoint's record (not the model
+beside it): checksum, version and shape. Reports,
 guarantees and records of runs carry no checksum: make them again from the ledger.
 Checks find damage and careless edits; a checksum is no signature.
 
@@ -43,13 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "head",
         metavar="HEAD",
         nargs="?",
-        help="hash that the last entry of a deletion record must have",
+        help="hash that an entry of a deletion record must have",
     )
     add_output(parser, file=False)
 
 
 def run(options: argparse.Namespace) -> int:
     """Check and print; the exit code says the result."""
+    if Path(options.file).is_dir():
+        raise BadInput(
+            f"FILE: {options.file} is a directory. Name one file in it, such as a "
+            "deletion record, a ledger or weights.safetensors."
+        )
     with about("FILE", "Name a deletion record, ledger or oracle."):
         kind = recognised(Path(options.file), options.head)
     if options.head is not None and kind.words != RECORD:
@@ -89,4 +95,14 @@ def _words(facts: dict[str, Any]) -> str:
     if not facts["verified"]:
         return f"NOT VERIFIED: {facts['reason']}"
     head = f", head {facts['head']}" if "head" in facts else ""
-    return f"verified: {facts['kind']}{head}"
+    return f"verified: {facts['kind']}{head}{_since(facts.get('added'))}"
+
+
+def _since(added: int | None) -> str:
+    """How many entries came after the head that was given."""
+    if added is None:
+        return ""
+    if added == 0:
+        return "; HEAD is that of the last entry"
+    were = "entry was" if added == 1 else "entries were"
+    return f"; {added} {were} added since HEAD"

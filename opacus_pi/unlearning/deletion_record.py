@@ -27,9 +27,11 @@ from typing import Any
 
 from opacus_pi._validate import expect
 
-__all__ = ["DeletionRecord", "verify"]
+__all__ = ["DeletionRecord", "added_since", "verify"]
 
 START = "0" * 64
+_OPENING = b'{"body":'  # of every line
+_REMEDY = "Name a deletion record or a new file; restore a damaged one from a copy."
 _FIELDS = {
     "number": int,
     "time": str,
@@ -50,7 +52,8 @@ class DeletionRecord:
         path: The file; made if missing. It names people's data: guard it.
 
     Raises:
-        ValueError: If any line was edited.
+        ValueError: If any line was edited, or the file holds something else: what is
+            not the beginning of an entry is never taken for a write cut short.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -125,6 +128,13 @@ class DeletionRecord:
         """The verified entries; a part of one at the end is removed and recorded."""
         whole, rest = _split(self.path.read_bytes())
         entries = _verified(whole, self.path)
+        expect(
+            bool(entries) or _opens(rest),
+            "path",
+            self.path,
+            "to be a deletion record: line 1 is no entry of one",
+            _REMEDY,
+        )
         if rest:
             os.ftruncate(file, len(whole))
             os.fsync(file)
@@ -151,16 +161,40 @@ def verify(path: str | os.PathLike[str], head: str | None = None) -> str:
 
     Args:
         path: The file.
-        head: The hash that its last entry must have, kept elsewhere; None checks the
-            chain only, which cannot notice that whole lines are missing at the end.
+        head: The hash that an entry must have, kept elsewhere when it was the last;
+            None checks the chain only, which cannot notice that whole lines are
+            missing at the end.
 
     Returns:
         The hash of the last entry.
 
     Raises:
-        ValueError: If a line was edited, removed, added or cut short, or the head is
-            another one.
+        ValueError: If a line was edited, removed, put in between or cut short, or no
+            entry has the hash.
     """
+    hashes = _hashes(path, head)
+    return hashes[-1]
+
+
+def added_since(path: str | os.PathLike[str], head: str) -> int:
+    """How many entries were added after one, in a record that is whole.
+
+    Args:
+        path: The file.
+        head: The hash that an entry must have, kept elsewhere when it was the last.
+
+    Returns:
+        Number of entries after it.
+
+    Raises:
+        ValueError: As ``verify``.
+    """
+    hashes = _hashes(path, head)
+    return len(hashes) - 1 - hashes.index(head)
+
+
+def _hashes(path: str | os.PathLike[str], head: str | None) -> list[str]:
+    """The verified chain: what the first line links to, and each line's hash."""
     whole, rest = _split(_settled(Path(path)))
     entries = _verified(whole, path)
     expect(
@@ -168,17 +202,19 @@ def verify(path: str | os.PathLike[str], head: str | None = None) -> str:
         "path",
         path,
         f"to end with a whole line, not {len(rest)} bytes after line {len(entries)}",
-        "A crash cut a write short; opening it as DeletionRecord repairs that.",
+        "A crash cut a write short; the next 'opacus-pi unlearn --record' repairs it, "
+        "as does DeletionRecord(path).",
     )
-    found = entries[-1]["hash"] if entries else START
+    hashes = [START, *(entry["hash"] for entry in entries)]
     expect(
-        head is None or head == found,
+        head is None or head in hashes,
         "head",
         head,
-        f"to be the hash of the last entry, {found}",
-        "Entries are missing at the end, or were added since.",
+        f"to be the hash of one of the {len(entries)} entries; the last has "
+        f"{hashes[-1]}",
+        "Entries are missing at the end, or this is another record.",
     )
-    return found
+    return hashes
 
 
 def _settled(path: Path) -> bytes:
@@ -204,12 +240,19 @@ def _verified(whole: bytes, path: Any) -> list[dict[str, Any]]:
             bool(entry),
             "path",
             path,
-            f"to be unedited: line {number + 1} breaks the chain",
-            "Restore the file from a copy.",
+            f"to be unedited: line {number + 1} breaks the chain"
+            if number or _opens(line)
+            else "to be a deletion record: line 1 is no entry of one",
+            _REMEDY,
         )
         entries.append(entry)
         previous = entry["hash"]
     return entries
+
+
+def _opens(line: bytes) -> bool:
+    """Whether bytes begin as an entry does, however few they are."""
+    return line[: len(_OPENING)] == _OPENING[: len(line)]
 
 
 def _entry_of(line: bytes, number: int, previous: str) -> dict[str, Any]:

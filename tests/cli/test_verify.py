@@ -119,7 +119,9 @@ def test_the_head_of_a_record(run, tmp_path):
     assert run("verify", path, kept)[0] == 0
     DeletionRecord(path).append("request", {"id": "b", "indices": [2]})
     code, out, _ = run("verify", path, kept)
-    assert code == 1 and "head" in out
+    assert code == 0 and "1 entry was added since HEAD" in out
+    code, out, _ = run("verify", path, "f" * 64)
+    assert code == 1 and "hash of one of the 2 entries" in out
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[1])
     assert run("verify", path)[0] == 1
@@ -196,7 +198,7 @@ def test_a_lock_is_no_record_but_an_emptied_record_is_noticed(run, tmp_path):
     assert run("verify", lock)[0] == 3
     kept = DeletionRecord(tmp_path / "a").append("request", {"id": "a"})["hash"]
     code, out, _ = run("verify", lock, kept)
-    assert code == 1 and "hash of the last entry" in out
+    assert code == 1 and "hash of one of the 0 entries" in out
 
 
 def test_a_kind_of_a_newer_release(run, tmp_path):
@@ -216,11 +218,28 @@ def test_nothing_in_a_file_is_run(run, tmp_path, capsys):
     assert code == 1 and "ran" not in out.split() and "cannot be read" in out
 
 
+@pytest.mark.parametrize("length", [9, 20, 60])
+def test_a_file_that_ends_in_its_header_is_damaged(run, project, tmp_path, length):
+    path = tmp_path / "ledger.safetensors"
+    path.write_bytes((project / "ledger.safetensors").read_bytes()[:length])
+    code, out, _ = run("verify", path)
+    assert code == 1 and "is damaged: it says that its header" in out
+    assert f"ends after {length} in all" in out
+
+
+def test_a_cut_off_line_names_the_command_that_repairs_it(run, tmp_path):
+    path = tmp_path / "deletions.jsonl"
+    record(path, None)
+    path.write_bytes(path.read_bytes()[:-1])
+    code, out, _ = run("verify", path)
+    assert code == 1 and "the next 'opacus-pi unlearn --record' repairs it" in out
+
+
 def test_bad_arguments(run, tmp_path):
     code, _, err = run("verify", tmp_path / "nothing")
     assert code == 2 and "FILE: no such file" in err
     code, _, err = run("verify", tmp_path)
-    assert code == 2 and "FILE: " in err
+    assert code == 2 and "is a directory. Name one file in it" in err
     code, _, err = run("verify", "ledger.safetensors", "abc")
     assert code == 2 and "HEAD: only a deletion record has one, and" in err
     trace(tmp_path / "trace.json", None)

@@ -11,7 +11,12 @@ import time
 import pytest
 
 from opacus_pi.unlearning import deletion_record
-from opacus_pi.unlearning.deletion_record import START, DeletionRecord, verify
+from opacus_pi.unlearning.deletion_record import (
+    START,
+    DeletionRecord,
+    added_since,
+    verify,
+)
 
 
 @pytest.fixture
@@ -83,6 +88,32 @@ def test_missing_last_lines_need_the_head(path):
     verify(path)  # a chain alone cannot know
     with pytest.raises(ValueError, match="missing at the end"):
         verify(path, head)
+
+
+def test_an_earlier_head_is_found_and_what_came_since_is_counted(path):
+    entries = DeletionRecord(path).entries()
+    heads = [START, *(entry["hash"] for entry in entries)]
+    assert [added_since(path, head) for head in heads] == [4, 3, 2, 1, 0]
+    assert all(verify(path, head) == heads[-1] for head in heads)
+    for check in (verify, added_since):
+        with pytest.raises(ValueError, match="hash of one of the 4 entries"):
+            check(path, "f" * 64)
+
+
+@pytest.mark.parametrize("content", [b"buy milk", b"\0" * 40, b"one\ntwo\nthree"])
+def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="to be a deletion record: line 1 is no entry"):
+        DeletionRecord(path)
+    assert path.read_bytes() == content
+
+
+def test_a_first_write_cut_short_is_repaired(path):
+    content = path.read_bytes()
+    for length in (1, 8, 60):
+        path.write_bytes(content[:length])
+        assert [e["kind"] for e in DeletionRecord(path).entries()] == ["repaired"]
 
 
 def test_a_write_cut_short_is_repaired_and_said(path):
