@@ -98,6 +98,8 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
             leaves the range.
     """
     array = np.asarray(values)
+    if array.ndim == 0 and np.issubdtype(array.dtype, np.integer):
+        expect(False, name, array, "to be a flat list", f"Write [{array}].")
     expect(array.size > 0, name, "[]", "to name an example", "Pass at least one index.")
     whole = array.ndim == 1 and (
         np.issubdtype(array.dtype, np.integer)

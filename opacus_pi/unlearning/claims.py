@@ -20,6 +20,7 @@ from opacus_pi.weights_file import weights_name
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 
 _ORDERS = DEFAULT_ORDERS[::3]
+_NOBODY = np.empty(0, dtype=np.int64)
 
 
 def runs_in(ledger: Ledgers | None) -> tuple[GradNormLedger, ...]:
@@ -36,6 +37,7 @@ def claim(
     forget_indices: NDArray[np.int64],
     stop: StopWhen | None = None,
     *,
+    forgotten_before: NDArray[np.int64] = _NOBODY,
     has_weights: bool = True,
 ) -> Guarantee:
     """What may be said about unlearning a set from a model by a method.
@@ -53,6 +55,8 @@ def claim(
         ledger: The record of its training (or of several runs), or None.
         forget_indices: int64 ``(m,)``, positions in the data set.
         stop: What ends the run before its budget is spent, or None.
+        forgotten_before: What the model has forgotten already. The claim is about all
+            that is missing from it, these and ``forget_indices`` together.
         has_weights: Whether the model holds its weights, not its architecture alone.
 
     Returns:
@@ -61,9 +65,10 @@ def claim(
     Source: paper Theorem 4.3 and section 4; Mironov 2017 (arXiv:1702.07476), Prop. 9.
     """
     runs = runs_in(ledger)
+    gone = np.union1d(forgotten_before, forget_indices)
     assumptions = (
         _noisy(runs),
-        _one_example(len(forget_indices)),
+        _one_example(len(gone), len(forgotten_before)),
         _blind(method),
         _fixed_length(stop),
         _separable(model),
@@ -79,7 +84,7 @@ def claim(
     said = f"{method} (retrained: trained without the set, then updated alike)"
     if not all(a.met for a in assumptions[:5]) or unfit_norms(runs):
         return Guarantee(said, assumptions)
-    mine = [run.subset(columns_of(run, forget_indices)) for run in runs]
+    mine = [run.subset(columns_of(run, gone)) for run in runs]
     losses = [float(privacy_losses(mine, order)[0]) for order in _ORDERS]
     losses = [v if math.isfinite(v) else math.inf for v in losses]
     return Guarantee(said, assumptions, _ORDERS, tuple(losses))
@@ -96,12 +101,15 @@ def _noisy(runs: Sequence[GradNormLedger]) -> Assumption:
     return Assumption(statement, noise > 0 and not assumed, evidence)
 
 
-def _one_example(size: int) -> Assumption:
+def _one_example(size: int, num_before: int) -> Assumption:
     """The per-example loss covers the set."""
+    before = f", {num_before} of them forgotten before" if num_before else ""
+    remedy = "" if size == 1 else "; group_record.gram_ledger measures a group"
     return Assumption(
         "the forget set is one example",
         size == 1,
-        f"{size} example(s); a sum of per-example losses does not bound a group's",
+        f"{size} example(s){before}; a sum of per-example losses does not bound a "
+        f"group's{remedy}",
     )
 
 

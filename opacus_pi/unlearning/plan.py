@@ -7,7 +7,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -38,7 +38,7 @@ class Plan:
 
     Args:
         forget: int64 ``(m,)``, the examples to forget, sorted.
-        num_retain: Examples to fine-tune on.
+        num_retain: Examples to fine-tune on, without those forgotten before.
         order: Rényi order of the losses.
         mean_loss: Mean privacy loss of the forget set, the paper's difficulty.
         percentile: Percentage of all examples whose loss is below ``mean_loss``.
@@ -52,6 +52,8 @@ class Plan:
         num_tied: How many examples outside the set have, to rounding, the loss of one
             in it: a ranking by loss does not tell them from it.
         guarantee: What may be claimed afterwards, with its unmet assumptions.
+        forgotten_before: int64, sorted: what the model has forgotten already. The
+            guarantee speaks of these and ``forget`` together, the losses of ``forget``.
     """
 
     forget: NDArray[np.int64]
@@ -66,6 +68,14 @@ class Plan:
     num_unfinished: int = 0
     num_tied: int = 0
     guarantee: Guarantee = _UNKNOWN
+    forgotten_before: NDArray[np.int64] = field(
+        default_factory=lambda: np.empty(0, np.int64)
+    )
+
+    @property
+    def forgotten_again(self) -> NDArray[np.int64]:
+        """Those of ``forget`` that were forgotten before, sorted."""
+        return np.intersect1d(self.forget, self.forgotten_before)
 
     @property
     def predicted_steps(self) -> int | None:
@@ -117,11 +127,28 @@ class Plan:
         )
         return (
             f"Examples to forget: {len(self.forget)}, to keep: {self.num_retain}.\n"
+            f"{self._before()}"
             f"Mean privacy loss {self.mean_loss:.4g} at order {self.order:g}, "
             f"percentile {self.percentile:.1f}{ranking}.\n{tied}"
             f"Steps: {least}{steps} ({self.prediction}); an epoch is "
             f"{self.steps_per_epoch} steps, {self.num_retain} examples.\n"
             f"{self.guarantee.text(delta)}"
+        )
+
+    def _before(self) -> str:
+        """The line about what was forgotten before, if anything was."""
+        size, before = len(self.forget), len(self.forgotten_before)
+        again = len(self.forgotten_again)
+        if not before:
+            return ""
+        if again == size:
+            return "All of them were forgotten before: nothing new to forget.\n"
+        verb = "was" if again == 1 else "were"
+        known = f"{again} of the {size} {verb} forgotten before. " if again else ""
+        total = before + size - again
+        return (
+            f"{known}The guarantee speaks of all {total} forgotten until then, "
+            f"{before} of them before.\n"
         )
 
 
@@ -133,6 +160,7 @@ def make_plan(
     assumed_noise_std: float | None = None,
     past_runs: Sequence[PastRun] = (),
     batch_size: int = 64,
+    forgotten_before: ArrayLike = (),
 ) -> Plan:
     """Difficulty and cost of a forget set, from the record of training.
 
@@ -144,6 +172,7 @@ def make_plan(
         past_runs: ``(forget_indices, epochs it took)``, or with the epochs it ran as a
             third, which is needed where it never got there (``inf`` epochs).
         batch_size: Examples per batch.
+        forgotten_before: What the model has forgotten already: it is not kept either.
 
     Raises:
         ValueError: If there is no run, the indices are bad, there was no noise and
@@ -163,7 +192,8 @@ def make_plan(
         runs = _noisy(runs, assumed_noise_std)
     losses = privacy_losses(list(runs), order)
     forget = _chosen(runs[0], forget_indices)
-    num_retain = len(losses) - len(forget)
+    before = np.unique(np.asarray(forgotten_before, dtype=np.int64))
+    num_retain = _num_kept(runs[0], np.union1d(before, forget))
     expect(
         num_retain > 0,
         "forget_indices",
@@ -187,7 +217,15 @@ def make_plan(
         prediction=_how_predicted(epochs, len(past_runs), num_unfinished),
         num_unfinished=num_unfinished,
         num_tied=_num_tied(losses, columns),
+        forgotten_before=before,
     )
+
+
+def _num_kept(ledger: GradNormLedger, gone: NDArray[np.int64]) -> int:
+    """How many of the recorded examples are not gone."""
+    ids = ledger.example_ids
+    known = np.arange(ledger.num_examples) if ids is None else ids
+    return len(np.setdiff1d(known, gone))
 
 
 def _predicted(
@@ -208,7 +246,10 @@ def _how_predicted(
 ) -> str:
     """How the epochs were predicted, or why they were not."""
     if epochs is None:
-        return "no two past runs of different difficulty to fit"
+        return (
+            "no two past runs of different difficulty to fit: name them by "
+            "plan(..., past_runs=[(ids, epochs), ...]), --past on the command line"
+        )
     fit = f"log-linear fit to {num_past_runs} past runs"
     if not num_unfinished:
         return fit

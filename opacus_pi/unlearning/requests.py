@@ -107,6 +107,23 @@ class DeletionRequests:
         found = self._requests()
         return [r for n, r in found.submitted.items() if n not in found.done]
 
+    def resume(self, unlearner: Unlearner) -> None:
+        """Bring an unlearner to where the requests stand; ``process`` does it too.
+
+        It takes the stored weights, if requests were honoured before, and knows what
+        was forgotten: only then does its ``plan`` speak of the run that would follow.
+
+        Args:
+            unlearner: Made from the trained model.
+
+        Raises:
+            ValueError: If the stored weights are not those of the record, or do not
+                fit the model.
+            RuntimeError: If another process is carrying out requests.
+        """
+        with self._alone():
+            self._resume(unlearner)
+
     def process(
         self,
         unlearner: Unlearner,

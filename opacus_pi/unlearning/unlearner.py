@@ -10,6 +10,7 @@
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -38,6 +39,10 @@ from opacus_pi.unlearning.stopping import StopWhen
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 _FINE_TUNE = FineTune()
+_NOTHING_NEW = (
+    "Every example of forget_indices was forgotten before: nothing new is forgotten, "
+    "and the model is trained further on the rest."
+)
 
 
 @dataclass(frozen=True)
@@ -101,11 +106,19 @@ class Unlearner:
             "to be a torch module or an engine that holds one",
             "An engine holds one once it has made a model private.",
         )
+        expect(
+            isinstance(method, Method),
+            "method",
+            repr(method),
+            "to be an unlearning method",
+            "Pass one, such as FineTune() or Langevin(noise_std=0.02).",
+        )
         self.model = bare_copy(model)
         self.method = method
         self.ledger = ledger
         self.trace = UnlearningTrace(unit="epochs")
         self.forgotten: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._stop: StopWhen | None = None  # of any run: the model's law depends on it
         self._criterion = per_example_criterion(criterion)
         self._optimizer = optimizer or _default_optimizer
         self._scheduler = scheduler
@@ -159,6 +172,7 @@ class Unlearner:
 
         A second call is a second request: it starts from the unlearned model and also
         leaves out what was forgotten before. Earlier results keep their own model.
+        Warns if all of a request was forgotten before.
 
         Args:
             train_set: The data set that the model was trained on.
@@ -199,7 +213,10 @@ class Unlearner:
             "to leave something to keep",
             "To forget everything, start from a fresh model.",
         )
-        guarantee = claim(self.method, self.model, self.ledger, gone, stop)
+        if len(gone) == len(self.forgotten):
+            warnings.warn(_NOTHING_NEW, stacklevel=2)
+        self._stop = stop or self._stop
+        guarantee = self._claim(forget)
         record = {
             **self._settings(),
             "data_set": fingerprint(train_set),
@@ -226,6 +243,9 @@ class Unlearner:
         batch_size: int = 64,
     ) -> Plan:
         """Difficulty, cost and kind of guarantee, before anything is run.
+
+        What this unlearner forgot before is not kept either, and the guarantee speaks
+        of it too, as that of ``unlearn`` does.
 
         Args:
             forget_indices: The examples to forget.
@@ -254,8 +274,20 @@ class Unlearner:
             assumed_noise_std=assumed_noise_std,
             past_runs=past_runs,
             batch_size=batch_size,
+            forgotten_before=self.forgotten,
         )
-        return plan.claiming(claim(self.method, self.model, self.ledger, plan.forget))
+        return plan.claiming(self._claim(plan.forget))
+
+    def _claim(self, forget: NDArray[np.int64]) -> Guarantee:
+        """What may be claimed once a set is forgotten, beside those before it."""
+        return claim(
+            self.method,
+            self.model,
+            self.ledger,
+            forget,
+            self._stop,
+            forgotten_before=self.forgotten,
+        )
 
     def _task(
         self,

@@ -53,6 +53,11 @@ def test_rows_are_positions_in_the_data_set():
         privacy_statement(part, [3], DELTA)
 
 
+def test_one_row_is_a_list_too():
+    with pytest.raises(ValueError, match=r"rows=4 to be a flat list. Write \[4\]."):
+        privacy_statement(ledger(), 4, DELTA)
+
+
 def test_several_rows_have_the_group_s_worst_case_only():
     statement = privacy_statement(ledger(), [1, 4, 2], DELTA, subject="Ann")
     assert statement.epsilon is None and statement.num_rows == 3

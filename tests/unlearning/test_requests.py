@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.unlearning import Unlearner
 from opacus_pi.unlearning.deletion_record import verify
 from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
@@ -87,6 +88,30 @@ def test_later_requests_continue_from_the_stored_weights(tmp_path):
         strict=True,
     ):
         assert torch.equal(a, b)
+
+
+def test_a_resumed_unlearner_plans_for_what_is_left(tmp_path):
+    mine, first = submitted(tmp_path), unlearner()
+    mine.process(first, data(), num_epochs=1)
+    fresh = unlearner()
+    requests(tmp_path).resume(fresh)
+    np.testing.assert_array_equal(fresh.forgotten, [2, 3, 5, 8, 9])
+    mechanism = NoisySGD(10, sample_rate=0.2, noise_std=1.0, max_grad_norm=1.0)
+    fresh.ledger = GradNormLedger(mechanism, [10], [np.linspace(0.1, 0.5, SIZE)])
+    plan = fresh.plan([3, 0])
+    assert plan.num_retain == SIZE - 6 and plan.forgotten_again.tolist() == [3]
+    for a, b in zip(
+        fresh.model.state_dict().values(),
+        first.model.state_dict().values(),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_resuming_what_never_began_changes_nothing(tmp_path):
+    fresh = unlearner()
+    submitted(tmp_path).resume(fresh)
+    assert fresh.forgotten.size == 0
 
 
 class Killed(BaseException):

@@ -230,6 +230,7 @@ def test_the_default_generator_follows_torch():
         ([-1], r"in \[0, 30\)"),
         (list(range(30)), "something to keep"),
         (np.ones(30, dtype=bool), "flatnonzero"),
+        (7, r"Expected forget_indices=7 to be a flat list. Write \[7\]."),
     ],
 )
 def test_bad_forget_sets_are_refused_and_nothing_happens(indices, message):
@@ -246,3 +247,10 @@ def test_a_ledger_of_other_data_is_refused():
     other = TensorDataset(torch.randn(30, 5), torch.zeros(30))
     with pytest.raises(ValueError, match="data_set"):
         unlearner(ledger=ledger_of(other)).unlearn(data(), [0], 1)
+
+
+@pytest.mark.parametrize("method", ["langevin", Langevin, None])
+def test_a_method_is_an_object(method):
+    remedy = r"FineTune\(\) or Langevin\(noise_std=0.02\)"
+    with pytest.raises(ValueError, match=f"Expected method=.*{remedy}"):
+        unlearner(method=method)

@@ -1,13 +1,14 @@
 """What an unlearner predicts and claims: plans and guarantees."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
 from torch import nn
 
 from opacus_pi.accounting import privacy_losses
-from opacus_pi.unlearning import Langevin
+from opacus_pi.unlearning import Langevin, StopWhen
 from tests.unlearning.unlearners import data, ledger_of, unlearner
 
 
@@ -108,7 +109,8 @@ def test_otherwise_nothing_finite_is_claimed(options, indices, unmet):
 def test_a_second_request_is_judged_with_the_first():
     mine = unlearner(ledger=ledger_of(data()))
     assert mine.unlearn(data(), [1], 0).guarantee.kind == "estimate"
-    assert mine.unlearn(data(), [1], 0).guarantee.kind == "estimate"
+    with pytest.warns(UserWarning, match="nothing new"):
+        assert mine.unlearn(data(), [1], 0).guarantee.kind == "estimate"
     assert mine.unlearn(data(), [2], 0).guarantee.kind == "empirical"
 
 
@@ -119,3 +121,82 @@ def test_several_runs_of_one_training():
     for order, found in zip(claim.orders[::9], claim.divergences[::9], strict=True):
         assert found == pytest.approx(privacy_losses(runs, order)[6])
     assert copy.deepcopy(mine.plan([6])).guarantee.kind == "estimate"
+
+
+def assert_promises_no_more(plan, run, size=30):
+    """The plan's count and claim are those of the run that follows it."""
+    record = run.record
+    gone = {*record["forget_indices"], *record["forgotten_before"]}
+    assert plan.num_retain == size - len(gone)
+    assert plan.guarantee == run.guarantee
+
+
+@pytest.mark.parametrize(
+    ("before", "request_", "line"),
+    [
+        ([], [8], "Mean privacy loss"),
+        ([1, 2, 3], [8], "The guarantee speaks of all 4 forgotten until then, 3 of"),
+        (
+            [1, 2, 3],
+            [2, 3, 8],
+            "2 of the 3 were forgotten before. The guarantee speaks",
+        ),
+        ([1], [1, 8], "1 of the 2 was forgotten before. The guarantee speaks of all 2"),
+        ([8], [8], "All of them were forgotten before: nothing new to forget."),
+        ([1, 8], [8], "All of them were forgotten before: nothing new to forget."),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Every example of forget_indices")
+def test_a_plan_never_promises_more_than_the_run(before, request_, line):
+    mine = unlearner(ledger=ledger_of(data()))
+    if before:
+        mine.unlearn(data(), before, 1)
+    plan = mine.plan(request_)
+    assert plan.forgotten_before.tolist() == before
+    assert plan.forgotten_again.tolist() == sorted({*before} & {*request_})
+    assert f"Examples to forget: {len(request_)}, to keep: " in str(plan)
+    assert str(plan).splitlines()[1].startswith(line)
+    assert_promises_no_more(plan, mine.unlearn(data(), request_, 1))
+
+
+def test_what_was_forgotten_counts_in_a_partial_ledger():
+    mine = unlearner(ledger=ledger_of(data()).subset([20, 4, 11]))
+    mine.unlearn(data(), [4, 5], 0)
+    assert mine.plan([11]).num_retain == 1  # of the three recorded, 4 and 11 are gone
+
+
+def test_a_plan_leaves_something_to_keep():
+    mine = unlearner(ledger=ledger_of(data()))
+    mine.unlearn(data(), range(29), 0)
+    with pytest.raises(ValueError, match="to leave something to keep"):
+        mine.plan([29])
+
+
+def test_forgetting_again_is_said():
+    mine = unlearner(ledger=ledger_of(data()))
+    mine.unlearn(data(), [1, 2], 0)
+    with pytest.warns(UserWarning, match="forgotten before: nothing new"):
+        claim = mine.unlearn(data(), [2], 0).guarantee
+    assert "2 example(s), 2 of them forgotten before" in str(claim)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mine.unlearn(data(), [2, 3], 0)
+
+
+def test_a_run_that_was_stopped_by_evaluations_is_remembered():
+    mine, never = unlearner(ledger=ledger_of(data())), StopWhen("m", target=9.0)
+    mine.unlearn(data(), [8], 1, evaluate=lambda model: {"m": 0.0}, stop=never)
+    plan = mine.plan([8])
+    assert plan.guarantee.kind == "empirical"
+    assert any("ended by 'm'" in a.evidence for a in plan.guarantee.unmet)
+
+
+def test_a_plan_says_how_to_get_a_number_for_a_group():
+    mine = unlearner(ledger=ledger_of(data()))
+    assert "group_record.gram_ledger measures a group" in str(mine.plan([1, 2]))
+    assert "gram_ledger" not in str(mine.plan([1]))
+
+
+def test_a_plan_without_past_runs_says_where_to_name_them():
+    said = unlearner(ledger=ledger_of(data())).plan([1]).prediction
+    assert "plan(..., past_runs=[(ids, epochs), ...])" in said and "--past" in said

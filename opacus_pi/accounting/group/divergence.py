@@ -267,7 +267,8 @@ def _runs(
             "gram_ledger",
             f"kind {run.kind!r}",
             f"of kind {kind!r}",
-            "Theorem B.1 needs minibatches, the other methods the forget gradients.",
+            f"Make it with gram_ledger(..., kind={kind!r}), or pass this one to "
+            f"group_divergence(..., method={_method_of(run.kind)!r}).",
         )
         expect(
             kind == "minibatch" or run.mechanism.sampling == "poisson",
@@ -287,6 +288,11 @@ def _runs(
             "Average only independent runs of the same training.",
         )
     return runs
+
+
+def _method_of(kind: str) -> str:
+    """A method that takes ledgers of a kind."""
+    return "theorem_b1" if kind == "minibatch" else "coupled"
 
 
 def _check(order: float, method: str) -> None:

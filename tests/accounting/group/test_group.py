@@ -271,8 +271,13 @@ def test_bad_input():
         group_divergence(group, 2.0, rule="up")
     with pytest.raises(ValueError, match="order=1.0"):
         group_divergence(group, 1.0)
-    with pytest.raises(ValueError, match="of kind 'minibatch'"):
+    remedy = r".*kind='minibatch'\).*method='coupled'\)"
+    with pytest.raises(ValueError, match=f"of kind 'minibatch'{remedy}"):
         group_divergence(group, 2.0, method="theorem_b1")
+    minibatches = GramLedger(group.mechanism, [1], [[[[1.0]]]], kind="minibatch")
+    remedy = r".*kind='forget'\).*method='theorem_b1'\)"
+    with pytest.raises(ValueError, match=f"of kind 'forget'{remedy}"):
+        group_divergence(minibatches, 2.0)
     with pytest.raises(ValueError, match="hold a run"):
         group_divergence([], 2.0)
     with pytest.raises(ValueError, match="agree in mechanism"):
