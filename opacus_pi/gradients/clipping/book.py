@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from opacus_pi._validate import expect
 from opacus_pi.gradients.bare import BareParameters
-from opacus_pi.gradients.batches import floating
+from opacus_pi.gradients.batches import floating, map_tensors
 from opacus_pi.gradients.clipping.batch import Batch, Call, Inputs, WholeCall
 from opacus_pi.gradients.clipping.layers import LayerListener, layer_rule
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients
@@ -131,15 +131,18 @@ class Book:
         if self._bare is not None:
             self._bare.__enter__()  # type: ignore[no-untyped-call]
 
-    def _end(self, model: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
+    def _end(self, model: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
         """The model has returned, or failed."""
         batch = self._open
         self._close()
         if batch is None:
-            return
+            return None
+        if len(floating(outputs)) > 1:  # one may follow from another: hear each alone
+            outputs = map_tensors(lambda output: output.view_as(output), outputs)
         for place, leaf in floating(outputs).items():
             if leaf.requires_grad:
                 leaf.register_hook(partial(self._arrive, batch, batch.calls[-1], place))
+        return outputs
 
     def _close(self) -> None:
         """Listen to the forward pass no longer."""
