@@ -78,7 +78,7 @@ def sentences():
     return examples
 
 
-def prepared(make, mode, **options):
+def prepared(make, mode, data=None, **options):
     torch.manual_seed(0)
     model = make().train()
     engine = PrivacyEngine(accountant="rdp", recorder=Log())
@@ -86,7 +86,7 @@ def prepared(make, mode, **options):
     made = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(trained, lr=0.1),
-        data_loader=DataLoader(sentences(), batch_size=6),
+        data_loader=DataLoader(data or sentences(), batch_size=6),
         criterion=CRITERION,
         noise_multiplier=0.5,
         max_grad_norm=0.5,
@@ -108,9 +108,49 @@ def own_norms(model, batch):
 
 
 @pytest.mark.parametrize("make", MODELS)
-@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "fast"])
 def test_norms_are_those_of_one_example_at_a_time(make, mode):
-    model, engine, made = prepared(make, mode)
+    assert_norms(make, mode)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "fast"])
+def test_embeddings_may_be_frozen_instead_of_given_position_ids(mode):
+    def without():
+        return [drop(example, "position_ids") for example in sentences()]
+
+    frozen = ["position"] if mode != "ghost" else ["position", "token_type"]
+    assert_norms(lambda: freeze(bert(), *frozen), mode, without())
+    assert_norms(lambda: freeze(gpt2(), "wpe"), mode, without())
+
+
+@pytest.mark.filterwarnings("ignore:.* are used in a way that has no formula")
+@pytest.mark.parametrize(
+    ("mode", "error", "match"),
+    [
+        ("hooks", RuntimeError, "stack expects each tensor to be equal size"),
+        ("ghost", RuntimeError, "view size is not compatible"),
+        ("fast", ValueError, "position_embeddings.weight cannot be told apart.*own"),
+    ],
+)
+def test_neither_is_refused(mode, error, match):
+    data = [drop(example, "position_ids") for example in sentences()]
+    with pytest.raises(error, match=match):
+        assert_norms(bert, mode, data)
+
+
+def drop(example, name):
+    return {key: value for key, value in example.items() if key != name}
+
+
+def freeze(model, *names):
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in names):
+            parameter.requires_grad_(False)
+    return model
+
+
+def assert_norms(make, mode, data=None):
+    model, engine, made = prepared(make, mode, data=data)
     optimizer, loader, expected = made[1], made[-1], []
     torch.manual_seed(0)
     plain = make().train()

@@ -19,8 +19,9 @@ _ODD = (
     "but there are {odd}. A layer that is given one row for the whole batch does that, "
     "such as the position embedding of a model that makes its position ids by itself. "
     "Give each example its own row (position_ids=torch.arange(length).expand(batch, "
-    "-1)), freeze these parameters (requires_grad_(False)), or use "
-    'grad_sample_mode="fast", which needs neither and is slow at such layers.'
+    "-1)), or freeze these parameters (requires_grad_(False)). "
+    'grad_sample_mode="fast" needs that too, unless torch.func.vmap can run the whole '
+    "model: without dropout, without an attention mask, the loss made outside of it."
 )
 
 

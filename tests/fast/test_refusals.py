@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import opacus
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.fast import FastGradSampleModule
+from opacus_pi.gradients.clipping import Book
 from opacus_pi.privacy_engine import PrivacyEngine
+from tests.engine.test_odd_rows import LENGTH, Tagger
 from tests.fast.models import CLASSES, mlp
 from tests.fast.training import SLOW, training
 from tests.private_training import Training
@@ -113,8 +116,41 @@ class MixesUp(nn.Module):
 @pytest.mark.filterwarnings(f"ignore:.*{SLOW}")
 def test_parameters_that_cannot_be_told_apart_are_named():
     one = Training(module=MixesUp(), grad_sample_mode="fast")
-    with pytest.raises(ValueError, match="gradients by weight cannot be told apart"):
+    with pytest.raises(ValueError, match="gradients by weight cannot be told") as error:
         one.train(1)
+    assert "(vmap: called random operation while in" in str(error.value)
+    assert "a parameter outside of layers a layer of its own" in str(error.value)
+
+
+def _loss_within(model, ids):
+    return nn.functional.cross_entropy(model(ids), ids[:, 0] % 2)
+
+
+def _asks_for_a_value(model, ids):
+    return model(ids) if bool((ids >= 0).all()) else None
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{SLOW}")
+@pytest.mark.parametrize(
+    "forward, why",
+    [
+        (_loss_within, r"output of shape \(\), which has no row for each of the 4"),
+        (lambda model, ids: nn.functional.dropout(model(ids)), "random operation"),
+        (_asks_for_a_value, "data-dependent control flow"),
+    ],
+)
+def test_one_row_for_the_whole_batch_is_refused_with_remedies(forward, why):
+    model = Tagger()
+    model.forward = partial(forward, copy.deepcopy(model))
+    model.words, model.position, model.out = model.forward.args[0].children()
+    book, ids = Book(), torch.arange(4 * LENGTH).view(4, LENGTH) % 10
+    book.attach(model)
+    model(ids).sum().backward()
+    with pytest.raises(ValueError, match=f"by position.weight cannot.*{why}") as error:
+        book.batches[0].gradients(model.parameters(), model)
+    assert "position_ids=" in str(error.value)
+    assert "requires_grad_(False)" in str(error.value)
+    assert "hooks" not in str(error.value)
 
 
 def test_the_slow_way_is_announced():

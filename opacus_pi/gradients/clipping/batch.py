@@ -27,9 +27,15 @@ _NOT_USED = (
     "the optimizer take part in the loss, freeze it, or take it out of the optimizer."
 )
 _REFUSED = (
-    "The examples' gradients by {} cannot be told apart: they are not used by a layer "
-    "with one batch as input and one as output, and torch.func refuses the model as a "
-    'whole ({}). Use grad_sample_mode="hooks".'
+    "The examples' gradients by {} cannot be told apart: no layer with one batch as "
+    "input and one as output uses them, and the model cannot be run again for each "
+    "example alone ({}). Give a position embedding a row for each example "
+    "(position_ids=torch.arange(length).expand(batch, -1)) and a parameter outside of "
+    "layers a layer of its own, or freeze these parameters (requires_grad_(False))."
+)
+_NO_ROWS = (
+    "the loss is of an output of shape {}, which has no row for each of the {} "
+    "examples, such as a loss made within the model"
 )
 _SLOW = (
     "{} are used in a way that has no formula: their gradients are formed example by "
@@ -168,6 +174,11 @@ class Batch:
         warnings.warn(_SLOW.format(shown), stacklevel=2)
         twin = working_copy(model)
         calls = [call for call in self.calls if call.cotangents]
+        for call in calls:
+            for grad in call.cotangents.values():
+                if grad.shape[:1] != (self.size,):
+                    why = _NO_ROWS.format(tuple(grad.shape), self.size)
+                    raise ValueError(_REFUSED.format(shown, why))
         if not all(call.inputs.are_unchanged for call in calls):
             raise RuntimeError(_OVERWRITTEN)
         total: dict[str, Tensor] = {}
@@ -178,7 +189,8 @@ class Batch:
                 )
                 total = {n: g + total[n] if n in total else g for n, g in found.items()}
         except Exception as error:  # vmap refuses a model in one of many ways
-            raise ValueError(_REFUSED.format(shown, error)) from error
+            why = str(error).partition(". ")[0]  # the first sentence of several
+            raise ValueError(_REFUSED.format(shown, why)) from error
         return total
 
     def release(self) -> None:
