@@ -1,13 +1,15 @@
 """Bad input is one line on the error stream that names the argument and the remedy."""
 
 import argparse
+import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
 DONE, FAILED, BAD_INPUT, NOTHING_TO_CHECK, INTERRUPTED = 0, 1, 2, 3, 130
 _NAMED = re.compile(r"^Expected (\w+)(?==)")
+_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)$")
 
 
 class BadInput(Exception):
@@ -19,8 +21,31 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and end with the exit code of bad input."""
+        said = one_line(message)
+        if choice := _CHOICE.search(said):
+            said += meant(choice[1], re.findall(r"[\w-]+", choice[2]))
         see = f"See '{self.prog} --help'."
-        self.exit(BAD_INPUT, f"{self.prog}: {one_line(message)}. {see}\n")
+        self.exit(BAD_INPUT, f"{self.prog}: {said}. {see}\n")
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Say which words were not understood, and what may have been meant.
+
+        Args:
+            words: What was left over, at least one.
+        """
+        message = f"unrecognized arguments: {' '.join(words)}"
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        if words[0].startswith("-"):
+            message += meant(words[0].partition("=")[0], flags)
+        elif "--forget" in flags and all(w.strip(",").isdigit() for w in words):
+            message += ". Separate ids by commas, as in --forget 3,17"
+        self.error(message)
+
+
+def meant(word: str, known: Sequence[str]) -> str:
+    """Words that offer the known one most like a given one; empty if none is."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}" if close else ""
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
@@ -18,8 +19,9 @@ from opacus_pi.cli.arguments import (
     indices,
     model,
 )
+from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.output import answer, cell, table
-from opacus_pi.cli.sets import Sets, make_sets
+from opacus_pi.cli.sets import Sets, make_sets, require_unseen
 from opacus_pi.evaluation import (
     aligned,
     loss_barrier,
@@ -79,10 +81,12 @@ def run(options: argparse.Namespace) -> int:
     """Evaluate and print."""
     train_set = data_set("--data", options.train_set)
     test_set = data_set("--test", options.test_set)
+    require_unseen(train_set, test_set)
     forget = indices(options.forget_indices)
     sets = make_sets(train_set, test_set, forget, criterion(options), options.seed)
     network = model(options, options.weights)
     oracles = [model(options, path, "--oracle") for path in options.oracle]
+    _require_others(options, [network, *oracles])
     found = [sets.metrics(oracle) for oracle in oracles]
     metrics = sets.metrics(network)
     barriers = _barriers(network, oracles, sets, options.match)
@@ -97,6 +101,30 @@ def run(options: argparse.Namespace) -> int:
     }
     answer(options, facts, _words(facts, barriers))
     return 0
+
+
+def _require_others(options: argparse.Namespace, models: list[nn.Module]) -> None:
+    """Refuse an oracle with the weights of the judged model, or of another oracle."""
+    files = [f"--weights {options.weights}", *options.oracle]
+    states = [model.state_dict() for model in models]
+    for k in range(1, len(states)):
+        for i in range(k):
+            if _equal(states[i], states[k]):
+                raise BadInput(
+                    f"--oracle: {files[k]} holds the same weights as {files[i]}, so "
+                    "every distance between them is 0. Name weights of models that "
+                    "were retrained without the forget set, each with a seed of its "
+                    "own."
+                )
+
+
+def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two state dicts of one architecture hold the same tensors."""
+    return all(
+        torch.equal(value, other[name])
+        for name, value in one.items()
+        if isinstance(value, torch.Tensor)
+    )
 
 
 def _barriers(

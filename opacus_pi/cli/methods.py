@@ -101,11 +101,19 @@ def _parsed(setting: str, known: dict[str, Any]) -> tuple[str, Any]:
             f"{', '.join(known) or 'none'}. The settings of each method are in --help."
         )
     try:
-        number = json.loads(value)
+        number = _number(value)
     except ValueError:
         return name, value
     whole = isinstance(known[name].default, int)
     return name, number if whole or not isinstance(number, int) else float(number)
+
+
+def _number(text: str) -> Any:
+    """A value as JSON writes it, or a number as people do: .5, 1., +2."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return float(text)
 
 
 def _shown(field: Any) -> str:

@@ -84,6 +84,7 @@ def build_parser() -> Parser:
         command.set_defaults(
             run=module.run,
             command=command.prog,
+            refuse=command.refuse,
             flags={**flags_of(command), **_OTHER_NAMES},
         )
     return parser
@@ -99,7 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: see ``opacus-pi --help``.
     """
     try:
-        options = build_parser().parse_args(arguments)
+        options, left_over = build_parser().parse_known_args(arguments)
+        if left_over:
+            options.refuse(left_over)
     except SystemExit as end:  # --help, or bad arguments, already said
         return int(end.code or 0)
     try:

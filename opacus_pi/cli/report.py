@@ -25,7 +25,8 @@ loads nothing, and the same facts as JSON beside it (report.json).
 
 RUN_DIR is what 'opacus-pi unlearn --out' wrote; put there what 'opacus-pi evaluate
 --out' wrote as evaluation.json, or name it by --evaluation. Without RUN_DIR the report
-is about the training alone."""
+is about the training alone. A report is made anew each time: a page and JSON of the
+same name are overwritten."""
 EXAMPLES = """\
 examples:
   opacus-pi report --ledger ledger.safetensors --out report.html
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--title", default="Privacy and unlearning report", help="heading of the page"
     )
     parser.add_argument(
-        "--out", metavar="FILE.html", required=True, help="the page's name"
+        "--out", metavar="FILE.html", required=True, help="the page's name; overwritten"
     )
     add_output(parser, file=False)
 

@@ -16,10 +16,10 @@ from typing import Any
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.atomic_file import replace_file
 from opacus_pi.cli.errors import BadInput, about
-from opacus_pi.cli.weights import weights_bytes
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.report.strict_json import json_text
 from opacus_pi.unlearning import UnlearningResult
+from opacus_pi.weights_file import write_weights
 
 WEIGHTS, RECORD, TRACE = "weights.safetensors", "record.json", "trace.json"
 GUARANTEE, EVALUATION = "guarantee.json", "evaluation.json"
@@ -76,7 +76,8 @@ def new_directory(path: str) -> Iterator[Path]:
 
 def save_run(directory: Path, result: UnlearningResult) -> None:
     """Write what a run left."""
-    replace_file(directory / WEIGHTS, weights_bytes(result.model))
+    state = result.model.state_dict()
+    write_weights(directory / WEIGHTS, "opacus_pi.UnlearnedWeights", 1, state, {})
     replace_file(directory / RECORD, json_text(result.record).encode())
     result.trace.save(directory / TRACE)
     replace_file(directory / GUARANTEE, result.guarantee.to_json().encode())

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.data import Subset
 
 from opacus_pi._types import ArrayLike
+from opacus_pi.accounting import fingerprint
+from opacus_pi.cli.errors import BadInput
 from opacus_pi.evaluation import evaluate
 from opacus_pi.forget_sets import retain_indices
 
@@ -37,6 +40,37 @@ class Sets:
             retain=self.retain,
             test=self.test,
         )
+
+
+def require_unseen(train_set: Any, test_set: Any) -> None:
+    """Refuse the training set as a test set.
+
+    Args:
+        train_set: What the model was trained on.
+        test_set: What it must not have seen.
+
+    Raises:
+        BadInput: If they are one object, or have the same class, length, labels and
+            first example.
+    """
+    if test_set is train_set or _alike(train_set, test_set):
+        raise BadInput(
+            "--test: it is the training set of --data, so nothing would be unseen. "
+            "Name examples that the model was not trained on."
+        )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two labelled sets have the same labels and the same first example."""
+    name = fingerprint(one)
+    if name.count(":") < 2 or name != fingerprint(other):  # 2: labels were found
+        return False
+    first, second = one[0], other[0]
+    if isinstance(first, tuple | list):
+        first, second = first[0], second[0]
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    return bool(np.array_equal(np.asarray(first), np.asarray(second)))
 
 
 def make_sets(

@@ -29,7 +29,7 @@ from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.methods import add_method, make_method
 from opacus_pi.cli.output import answer, table
 from opacus_pi.cli.run_files import new_directory, save_run
-from opacus_pi.cli.sets import make_sets
+from opacus_pi.cli.sets import make_sets, require_unseen
 from opacus_pi.unlearning import Unlearner, UnlearningResult
 from opacus_pi.unlearning.requests import DeletionRequests
 
@@ -42,7 +42,9 @@ may be claimed; more with --ledger). Nothing is written before the run is done.
 
 With --record the request is first taken down in an append-only, hash-chained deletion
 record; later requests go on from the weights kept beside it (FILE.safetensors), so that
-everything ever asked for stays forgotten. After a crash repeat the same command.
+everything ever asked for stays forgotten. After a crash repeat the same command: what
+is still pending in the record is carried out first, with the settings of the command
+that finds it, and the answer says so.
 
 --model, --data and --test import and run your own code."""
 EXAMPLES = """\
@@ -100,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
     make_optimizer = _optimizer(options)
     runs = ledgers(options.ledger, None, "--ledger") if options.ledger else None
     train_set = data_set("--data", options.train_set)
+    test_set = _test_set(options, train_set)
     forget = indices(options.forget_indices)
     unlearner = Unlearner(
         model(options, options.weights),
@@ -110,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
         generator=torch.Generator().manual_seed(options.seed),
     )
     with new_directory(options.out) as directory:
-        result, facts = _carried_out(options, unlearner, train_set, forget)
+        result, facts = _carried_out(options, unlearner, train_set, test_set, forget)
         if result is not None:
             save_run(directory, result)
     facts |= {"format": "opacus_pi.cli.unlearn.v1", "out": options.out}
@@ -123,12 +126,13 @@ def _carried_out(
     options: argparse.Namespace,
     unlearner: Unlearner,
     train_set: Any,
+    test_set: Any,
     forget: NDArray[np.int64],
 ) -> tuple[UnlearningResult | None, dict[str, Any]]:
     """The result, None if it was carried out before; what the record says."""
     settings = {"num_epochs": options.num_epochs, "batch_size": options.batch_size}
     if not options.record:
-        settings |= _evaluation(options, train_set, forget, [])
+        settings |= _evaluation(options, train_set, test_set, forget, [])
         return unlearner.unlearn(train_set, forget, **settings), {}
     with about("--record", "Restore the file from a copy, or name another."):
         requests = DeletionRequests(options.record, len(train_set))
@@ -136,24 +140,50 @@ def _carried_out(
     requests.submit(name, indices=forget)
     entries = requests.record.entries()
     asked = [e["body"]["indices"] for e in entries if e["kind"] == "request"]
-    settings |= _evaluation(options, train_set, forget, np.concatenate(asked))
+    gone = np.concatenate(asked)
+    settings |= _evaluation(options, train_set, test_set, forget, gone)
     results = requests.process(unlearner, train_set, **settings)
+    new = requests.record.entries()[len(entries) :]
+    done = [e["body"] for e in new if e["kind"] == "done"]
     found = {
         "request_id": name,
         "deletion_record": options.record,
         "head": requests.record.head,
         "weights": str(requests.weights_path),
+        "also_carried_out": [
+            _pending(body) for body in done if "run" in body and body["ids"] != [name]
+        ],
     }
-    return (results[-1] if results else None), found
+    runs = [body["ids"] for body in done if "run" in body]
+    own = (one for ids, one in zip(runs, results, strict=True) if ids == [name])
+    return next(own, None), found
+
+
+def _pending(body: dict[str, Any]) -> dict[str, Any]:
+    """What was done about a request that an earlier command had left."""
+    return {
+        "request_id": body["ids"][0],
+        "num_forget": len(body["run"]["forget_indices"]),
+        "method": body["run"]["method"],
+        "num_steps": body["run"]["num_steps"],
+    }
+
+
+def _test_set(options: argparse.Namespace, train_set: Any) -> Any:
+    """The unseen examples, checked before a request is taken down; None without."""
+    if options.test_set is None:
+        return None
+    test_set = data_set("--test", options.test_set)
+    require_unseen(train_set, test_set)
+    return test_set
 
 
 def _evaluation(
-    options: argparse.Namespace, train_set: Any, forget: Any, gone: Any
+    options: argparse.Namespace, train_set: Any, test_set: Any, forget: Any, gone: Any
 ) -> dict[str, Any]:
     """How the run is evaluated: not at all without a test set."""
-    if options.test_set is None:
+    if test_set is None:
         return {}
-    test_set = data_set("--test", options.test_set)
     loss = criterion(options)
     sets = make_sets(train_set, test_set, forget, loss, options.seed, gone)
     return {"evaluate": sets.metrics}
@@ -198,18 +228,20 @@ def _facts(result: UnlearningResult | None, delta: float) -> dict[str, Any]:
 
 def _words(facts: dict[str, Any], result: UnlearningResult | None) -> str:
     """The answer for people."""
+    also = [_also(one) for one in facts.get("also_carried_out", [])]
     if result is None:
-        return (
+        before = (
             f"Request {facts['request_id']} was carried out before: nothing to do.\n"
             f"The weights that honour every request: {facts['weights']}."
         )
+        return "\n\n".join([*also, before])
     size = len(result.record["forget_indices"])
     done = (
         f"Forgot {size} example{'s' * (size > 1)} by "
         f"{result.record['method']}: {facts['num_steps']} updates, "
         f"{facts['seconds']:.1f} s. Written to {facts['out']}."
     )
-    parts = [done]
+    parts = [*also, done]
     if facts["before"]:
         rows = [(n, v, facts["after"][n]) for n, v in facts["before"].items()]
         parts.append(table(("metric", "before", "after"), rows))
@@ -220,3 +252,13 @@ def _words(facts: dict[str, Any], result: UnlearningResult | None) -> str:
             f"Keep its head elsewhere, to notice a cut-off end:\n{facts['head']}"
         )
     return "\n\n".join(parts)
+
+
+def _also(one: dict[str, Any]) -> str:
+    """What else was carried out, for people."""
+    size = one["num_forget"]
+    return (
+        f"Request {one['request_id']} was still pending in the record: it was carried "
+        f"out too, with the settings of this command. Forgot {size} "
+        f"example{'s' * (size > 1)} by {one['method']}: {one['num_steps']} updates."
+    )

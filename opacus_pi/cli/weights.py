@@ -44,15 +44,6 @@ def load_weights(flag: str, path: str, model: nn.Module) -> nn.Module:
     return model
 
 
-def weights_bytes(model: nn.Module) -> bytes:
-    """A model's state dict as the content of a safetensors file."""
-    state = {
-        name: value.detach().cpu().clone().contiguous()
-        for name, value in model.state_dict().items()
-    }
-    return safetensors.torch.save(state)
-
-
 def _read(flag: str, path: str) -> dict[str, Tensor]:
     """The tensors by name."""
     suffix = Path(path).suffix

@@ -241,7 +241,7 @@ def _verified(whole: bytes, path: Any) -> list[dict[str, Any]]:
             "path",
             path,
             f"to be unedited: line {number + 1} breaks the chain"
-            if number or _opens(line)
+            if number or line.startswith(_OPENING)
             else "to be a deletion record: line 1 is no entry of one",
             _REMEDY,
         )

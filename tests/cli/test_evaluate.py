@@ -3,10 +3,13 @@
 import json
 
 import numpy as np
+import pytest
 import safetensors.torch
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Subset, TensorDataset
 
+from opacus_pi.cli.errors import BadInput
+from opacus_pi.cli.sets import require_unseen
 from opacus_pi.evaluation import evaluate
 from tests.cli.conftest import DATA, MODEL
 
@@ -34,12 +37,34 @@ def test_metrics_are_the_librarys(answer, project):
     assert (found["num_forget"], found["num_retain"], found["num_test"]) == (3, 80, 80)
 
 
-def test_a_model_beside_itself(answer):
-    found = answer(*EVALUATE, "--oracle", "model.safetensors", "wrapped.pt")
-    for name, value in found["metrics"].items():
-        assert found["oracle"][name] == [value, value]
-    assert found["barriers"]["to_oracles"] == [0, 0]
-    assert found["barriers"]["between_oracles"] == [0]
+@pytest.mark.parametrize(
+    ("oracles", "message"),
+    [
+        (("wrapped.pt",), "wrapped.pt holds the same weights as --weights model.safe"),
+        (("retrained.pt", "retrained.pt"), "retrained.pt holds the same weights as re"),
+    ],
+)
+def test_no_model_is_judged_beside_itself(run, oracles, message):
+    code, out, err = run(*EVALUATE, "--oracle", *oracles)
+    assert (code, out) == (2, "") and f"--oracle: {message}" in err
+
+
+def test_the_training_set_is_no_test_set(run, tmp_path):
+    words = ("--forget", "3", "--data", "cli_project:train_set", "--test")
+    out = ("--record", tmp_path / "record", "--out", tmp_path / "run")
+    for command in (("evaluate",), ("unlearn", *out)):
+        code, _, err = run(*command, *MODEL, *words, "cli_project:train_set")
+        assert code == 2 and "--test: it is the training set of --data" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_test_set_may_have_the_labels_of_the_training_set():
+    labels = torch.arange(4)
+    one, other = (TensorDataset(torch.full((4, 2), x), labels) for x in (1.0, 2.0))
+    require_unseen(one, other)
+    require_unseen([(1, 2)], [(1, 2)])  # nothing names them
+    with pytest.raises(BadInput, match="nothing would be unseen"):
+        require_unseen(one, TensorDataset(*one.tensors))
 
 
 def test_matching_undoes_a_permutation(answer):

@@ -44,6 +44,19 @@ def test_every_argument_is_explained(name):
     [
         ((), "opacus-pi: the following arguments are required: COMMAND"),
         (("forget",), "opacus-pi: argument COMMAND: invalid choice: 'forget'"),
+        (("verfy", "x"), "'verify'); did you mean verify. See 'opacus-pi --help'"),
+        (
+            ("score", "x", "--tpo", "3"),
+            "opacus-pi score: unrecognized arguments: --tpo 3; did you mean --top. See",
+        ),
+        (
+            ("plan", "x", "--forget", "157", "191"),
+            "opacus-pi plan: unrecognized arguments: 191. Separate ids by commas, as",
+        ),
+        (
+            ("plan", "x", "--forget", "3", "--method", "langvin"),
+            "'ssd'); did you mean langevin. See",
+        ),
         (("score",), "opacus-pi score: the following arguments are required: LEDGER"),
         (("score", "x", "--order", "high"), "argument --order: invalid float value"),
         (("score", "x", "--ord", "8"), "unrecognized arguments: --ord"),

@@ -11,6 +11,7 @@ import torch
 from opacus_pi import Guarantee, Langevin, Unlearner
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.unlearning.deletion_record import verify
+from opacus_pi.unlearning.requests import DeletionRequests
 from tests.cli.conftest import DATA, MODEL
 
 FILES = {"weights.safetensors", "record.json", "trace.json", "guarantee.json"}
@@ -63,8 +64,11 @@ def test_wrapped_weights_are_the_same_weights(run, tmp_path):
     for weights in ("model.safetensors", "wrapped.pt"):
         model = ("--model", "cli_project:one_model", "--weights", weights)
         assert run("unlearn", *model, *words, tmp_path / weights[:5])[0] == 0
-    a, b = ((tmp_path / n / "weights.safetensors") for n in ("model", "wrapp"))
-    assert a.read_bytes() == b.read_bytes()
+    a, b = (
+        safetensors.torch.load_file(tmp_path / name / "weights.safetensors")
+        for name in ("model", "wrapp")
+    )
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
@@ -86,6 +90,43 @@ def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
     words = (*UNLEARN, "6", "--record", record, "--request-id", "x", "--out")
     code, _, err = run(*words, tmp_path / "d")
     assert code == 2 and "Expected --request-id=x to name one request only" in err
+
+
+def test_written_weights_can_be_checked(run, answer, tmp_path):
+    answer(*UNLEARN, "3", "--out", tmp_path / "run")
+    path = tmp_path / "run" / "weights.safetensors"
+    code, out, _ = run("verify", path)
+    assert (code, out) == (0, "verified: opacus_pi.UnlearnedWeights\n")
+    model = ("--model", "cli_project:build", "--weights", path)
+    assert run("evaluate", *model, *DATA, "--forget", "3")[0] == 0
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    code, out, _ = run("verify", path)
+    assert code == 1 and "match its checksum" in out
+
+
+def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
+    record = tmp_path / "deletions.jsonl"
+    DeletionRequests(record, 120).submit("before", indices=[5, 6])
+    words = (*UNLEARN, "3", "--record", record, "--out", tmp_path / "a")
+    code, out, err = run(*words, "--request-id", "new")
+    assert (code, err) == (0, "")
+    pending, own = out.split("\n\n")[:2]
+    assert pending.startswith("Request before was still pending in the record: it was")
+    assert "with the settings of this command. Forgot 2 examples by FineTune" in pending
+    assert own.startswith("Forgot 1 example by FineTune")
+    facts = json.loads((tmp_path / "a" / "record.json").read_text())
+    assert facts["forget_indices"] == [3] and facts["forgotten_before"] == [5, 6]
+    DeletionRequests(record, 120).submit("later", indices=[7])
+    again = answer(
+        *(*UNLEARN, "3", "--record", record, "--request-id", "new"),
+        *(*NOISY, "--out", tmp_path / "b"),
+    )
+    assert again["carried_out"] is False and not (tmp_path / "b").exists()
+    (also,) = again["also_carried_out"]
+    assert also["request_id"] == "later" and also["num_forget"] == 1
+    assert also["method"].startswith("Langevin") and also["num_steps"] > 0
 
 
 def leftovers(tmp_path):
@@ -112,7 +153,8 @@ def test_interrupted_nothing_is_left(run, tmp_path, monkeypatch):
         (("3", "--method", "magic"), "argument --method: invalid choice"),
         (("3", "--request-id", "x"), "--request-id: there is no record"),
         (("3", "--ledger", "none.safetensors"), "--ledger none.safetensors: no such"),
-        (("3", "--record", "cli_project.py"), "--record: Expected path="),
+        (("3", "--record", "cli_project.py"), "to be a deletion record: line 1 is no"),
+        (("3", "--record", "ledger.safetensors"), "to be a deletion record: line 1 is"),
         (("3", "--weights", "retrained.py"), "--weights: retrained.py is not"),
         (("3", "--weights", "ledger.safetensors"), "does not fit the model"),
         (("3", "--model", "cli_project:build_wider"), "does not fit the model"),
