@@ -18,6 +18,8 @@ from opacus_pi.gradients.batches import floating, map_tensors, to_float64
 from opacus_pi.gradients.criterion import Criterion, per_example_criterion
 from opacus_pi.gradients.skeleton import made_by_opacus
 
+_TINY = torch.finfo(torch.float64).tiny
+
 
 def float64_losses(criterion: Criterion) -> "Losses":
     """Return ``(outputs, targets) -> losses [b]``, computed in float64.
@@ -120,7 +122,7 @@ def unit_cotangents(
     """
     known = losses.closed_form(outputs, targets)
     if known is not None:
-        lengths = torch.linalg.vector_norm(known, dim=1)
+        lengths = _lengths(known)
         return {0: _divided(known, lengths).to(outputs.dtype)}, lengths
     outputs = map_tensors(_leaf, outputs)
     inputs = floating(outputs)
@@ -155,7 +157,7 @@ def _normalised(
         return list(gradients), torch.ones(batch_size, dtype=torch.float64)
     flat = [g.double().reshape(batch_size, -1) for g in gradients]
     joint = flat[0] if len(flat) == 1 else torch.cat(flat, 1)
-    scales = torch.linalg.vector_norm(joint, dim=1)
+    scales = _lengths(joint)
     units = [
         _divided(f, scales).to(g.dtype).view_as(g)
         for f, g in zip(flat, gradients, strict=True)
@@ -163,6 +165,12 @@ def _normalised(
     return units, scales
 
 
+def _lengths(rows: Tensor) -> Tensor:
+    """Euclidean lengths; the squares of small entries do not underflow."""
+    largest = rows.abs().amax(1, keepdim=True).clamp(min=_TINY)
+    return torch.linalg.vector_norm(rows / largest, dim=1) * largest[:, 0]
+
+
 def _divided(rows: Tensor, lengths: Tensor) -> Tensor:
     """Rows divided by their lengths; zeros stay."""
-    return rows / lengths.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+    return rows / lengths.clamp(min=_TINY)[:, None]

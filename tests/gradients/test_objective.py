@@ -1,5 +1,6 @@
 """Gradients of losses by outputs: the closed form equals automatic differentiation."""
 
+import mpmath
 import pytest
 import torch
 from torch import nn
@@ -65,3 +66,21 @@ def test_nearly_certain_examples_keep_their_digits():
     torch.testing.assert_close(scales, (rest * 6**0.5)[None], rtol=1e-12, atol=0)
     direction = torch.tensor([[-2.0, 1.0, 1.0]], dtype=torch.float64) / 6**0.5
     torch.testing.assert_close(units[0], direction, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("gap", [100.0, 380.0, 500.0, 720.0, 740.0, 800.0])
+@pytest.mark.parametrize("closed", [True, False])
+def test_examples_beyond_doubt_have_units_and_lengths(gap, closed):
+    """exp(-gap) is tiny, its square is not even a number, and then neither is."""
+    logits = torch.tensor([[gap, 0.0, 0.0], [0.0, 1.0, 2.0]], dtype=torch.float64)
+    find = (
+        float64_losses(each()) if closed else float64_losses(lambda o, y: each()(o, y))
+    )
+    units, scales = unit_cotangents(find, logits, torch.tensor([0, 2]))
+    unit = units[0]
+    assert torch.isfinite(unit).all() and (unit.norm(dim=1) < 1 + 1e-12).all()
+    torch.testing.assert_close(unit[1].norm(), torch.ones((), dtype=torch.float64))
+    if closed and gap < 700:
+        exact = mpmath.sqrt(6) * mpmath.exp(-gap) / (1 + 2 * mpmath.exp(-gap))
+        assert float(scales[0]) == pytest.approx(float(exact), rel=1e-12)
+        torch.testing.assert_close(unit[0].norm(), torch.ones((), dtype=torch.float64))
