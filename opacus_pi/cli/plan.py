@@ -5,6 +5,10 @@ import json
 import math
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi.accounting import GradNormLedger
 from opacus_pi.cli.arguments import (
     add_accounting,
     add_batch_size,
@@ -17,24 +21,29 @@ from opacus_pi.cli.arguments import (
     ledgers,
     model,
 )
-from opacus_pi.cli.errors import BadInput
+from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.methods import add_method, make_method
 from opacus_pi.cli.output import answer
 from opacus_pi.unlearning.claims import claim
+from opacus_pi.unlearning.deletion_record import read_entries
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
+from opacus_pi.unlearning.request_entries import requests_of
 
 HELP = "difficulty, steps and kind of guarantee of a forget set"
 DESCRIPTION = """\
 What to expect of forgetting a set: where its mean privacy loss stands among all
 examples (percentile), how many steps past runs predict, and, if the model's
-architecture is named, what may be claimed afterwards. Nothing is trained."""
+architecture is named, what may be claimed afterwards. Nothing is trained. Where there
+were requests before, name their record (--record): what they asked for is not kept
+either, and what may be claimed is about all of it together."""
 EXAMPLES = """\
 examples:
   opacus-pi plan ledger.safetensors --forget 17
   opacus-pi plan ledger.safetensors --forget ids.txt --model my_project:build \\
       --method langevin --set noise_std=0.02
   opacus-pi plan ledger.safetensors --forget new.txt \\
-      --past easy.txt=0.5 --past hard.txt=12"""
+      --past easy.txt=0.5 --past hard.txt=12
+  opacus-pi plan ledger.safetensors --forget 5 --record deletions.jsonl"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a set unlearned before from this training and the epochs it took, 25+ if "
         "it was not there after 25; two of different difficulty give a prediction",
     )
+    parser.add_argument(
+        "--record",
+        metavar="FILE.jsonl",
+        help="the deletion record of the requests before this one; it is only read",
+    )
     add_batch_size(parser)
     add_output(parser)
 
@@ -65,21 +79,42 @@ def run(options: argparse.Namespace) -> int:
             "too: --model my_project:build."
         )
     runs = ledgers(options.ledger, options.noise_std)
+    before = _asked_before(options.record, runs[0])
     found = make_plan(
         runs,
         indices(options.forget_indices),
         order=options.order,
         past_runs=_past(options.past),
         batch_size=options.batch_size,
+        forgotten_before=before,
     )
     if options.model is not None:
         method = make_method(options.method, options.settings)
         network = model(options, None)
         found = found.claiming(
-            claim(method, network, runs, found.forget, has_weights=False)
+            claim(
+                method,
+                network,
+                runs,
+                found.forget,
+                forgotten_before=before,
+                has_weights=False,
+            )
         )
     answer(options, _facts(found, options.delta), found.text(options.delta))
     return 0
+
+
+def _asked_before(record: str | None, ledger: GradNormLedger) -> NDArray[np.int64]:
+    """Whom the requests of a record ask to forget, done or pending; sorted."""
+    if record is None:
+        return np.empty(0, dtype=np.int64)
+    ids = ledger.example_ids
+    size = ledger.num_examples if ids is None else int(np.max(ids)) + 1
+    with about("--record", "Name what 'opacus-pi unlearn --record' wrote."):
+        asked = requests_of(read_entries(record), size).submitted.values()
+    rows = {row for request in asked for row in request.indices}
+    return np.array(sorted(rows), dtype=np.int64)
 
 
 def _past(texts: Sequence[str]) -> list[PastRun]:
@@ -107,6 +142,7 @@ def _facts(plan: Plan, delta: float) -> dict[str, object]:
         "format": "opacus_pi.cli.plan.v1",
         "num_forget": len(plan.forget),
         "num_retain": plan.num_retain,
+        "num_forgotten_before": len(plan.forgotten_before),
         "order": plan.order,
         "mean_loss": plan.mean_loss,
         "percentile": plan.percentile,

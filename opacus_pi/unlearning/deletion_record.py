@@ -27,7 +27,7 @@ from typing import Any
 
 from opacus_pi._validate import expect
 
-__all__ = ["DeletionRecord", "added_since", "verify"]
+__all__ = ["DeletionRecord", "added_since", "read_entries", "verify"]
 
 START = "0" * 64
 _OPENING = b'{"body":'  # of every line
@@ -73,7 +73,7 @@ class DeletionRecord:
         Raises:
             ValueError: If any line was edited.
         """
-        return _verified(_split(_settled(self.path))[0], self.path)
+        return read_entries(self.path)
 
     def append(self, kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Add an entry; it is on the disk when this returns.
@@ -126,17 +126,10 @@ class DeletionRecord:
 
     def _repair(self, file: int) -> list[dict[str, Any]]:
         """The verified entries; a part of one at the end is removed and recorded."""
-        whole, rest = _split(self.path.read_bytes())
-        entries = _verified(whole, self.path)
-        expect(
-            bool(entries) or _opens(rest),
-            "path",
-            self.path,
-            "to be a deletion record: line 1 is no entry of one",
-            _REMEDY,
-        )
+        content = self.path.read_bytes()
+        entries, rest = _parsed(content, self.path)
         if rest:
-            os.ftruncate(file, len(whole))
+            os.ftruncate(file, len(content) - len(rest))
             os.fsync(file)
             lost = {"num_bytes": len(rest), "sha256": hashlib.sha256(rest).hexdigest()}
             entries.append(self._write(file, entries, "repaired", lost))
@@ -154,6 +147,22 @@ class DeletionRecord:
             yield file
         finally:
             os.close(file)
+
+
+def read_entries(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All entries of a deletion record, verified; the file is not changed.
+
+    Args:
+        path: The file. What a crash cut short at its end is left out.
+
+    Returns:
+        The entries, oldest first.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If any line was edited, or the file holds something else.
+    """
+    return _parsed(_settled(Path(path)), path)[0]
 
 
 def verify(path: str | os.PathLike[str], head: str | None = None) -> str:
@@ -195,8 +204,7 @@ def added_since(path: str | os.PathLike[str], head: str) -> int:
 
 def _hashes(path: str | os.PathLike[str], head: str | None) -> list[str]:
     """The verified chain: what the first line links to, and each line's hash."""
-    whole, rest = _split(_settled(Path(path)))
-    entries = _verified(whole, path)
+    entries, rest = _parsed(_settled(Path(path)), path)
     expect(
         not rest,
         "path",
@@ -224,10 +232,18 @@ def _settled(path: Path) -> bytes:
         return file.read()
 
 
-def _split(content: bytes) -> tuple[bytes, bytes]:
-    """The whole lines, and what stands after the last of them."""
+def _parsed(content: bytes, path: Any) -> tuple[list[dict[str, Any]], bytes]:
+    """The verified entries, and what stands after the last whole line."""
     end = content.rfind(b"\n") + 1
-    return content[:end], content[end:]
+    entries, rest = _verified(content[:end], path), content[end:]
+    expect(
+        bool(entries) or _opens(rest),
+        "path",
+        path,
+        "to be a deletion record: line 1 is no entry of one",
+        _REMEDY,
+    )
+    return entries, rest
 
 
 def _verified(whole: bytes, path: Any) -> list[dict[str, Any]]:

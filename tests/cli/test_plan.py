@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from opacus_pi.unlearning.plan import make_plan
+from opacus_pi.unlearning.requests import DeletionRequests
 
 PLAN = ("plan", "ledger.safetensors", "--forget")
 BUILD = ("--model", "cli_project:build")
@@ -101,3 +102,39 @@ def test_errors(run, words, message):
     assert code == 2 and out == ""
     assert err.startswith("opacus-pi plan: ") and message in err
     assert err.count("\n") == 1
+
+
+def test_what_was_asked_before_counts(run, answer, ledger, tmp_path):
+    path = tmp_path / "deletions.jsonl"
+    DeletionRequests(path, 120).submit("a", indices=[5, 6])
+    content = path.read_bytes()
+    path.write_bytes(content + b'{"body":')  # somebody is cut off while writing
+    langevin = (*BUILD, "--method", "langevin", "--set", "noise_std=.02")
+    alone = answer(*PLAN, "3", *langevin)
+    found = answer(*PLAN, "3", *langevin, "--record", path)
+    assert (found["num_retain"], found["num_forgotten_before"]) == (117, 2)
+    assert found["mean_loss"] == alone["mean_loss"]
+    one = "the forget set is one example"
+    for plan, met in ((alone, True), (found, False)):
+        said = {a["statement"]: a["met"] for a in plan["guarantee"]["assumptions"]}
+        assert said[one] is met
+    _, out, _ = run(*PLAN, "3", "--record", path)
+    assert "speaks of all 3 forgotten until then, 2 of them before" in out
+    assert path.read_bytes() == content + b'{"body":'
+
+
+def test_a_bad_record(run, tmp_path):
+    code, _, err = run(*PLAN, "3", "--record", tmp_path / "nothing")
+    assert code == 2 and "--record: no such file" in err
+    assert list(tmp_path.iterdir()) == []
+    code, _, err = run(*PLAN, "3", "--record", "model.safetensors")
+    assert code == 2 and "--record: Expected path=model.safetensors to be a del" in err
+    DeletionRequests(tmp_path / "other", 500).submit("a", indices=[400])
+    code, _, err = run(*PLAN, "3", "--record", tmp_path / "other")
+    assert code == 2 and "It is the record of another training set" in err
+
+
+@pytest.mark.parametrize("value", [".02", "+0.02", "2e-2", "0.02"])
+def test_a_number_may_be_written_as_people_do(answer, value):
+    words = (*BUILD, "--method", "langevin", "--set", f"noise_std={value}")
+    assert "noise_std=0.02" in answer(*PLAN, "3", *words)["guarantee"]["method"]
