@@ -44,6 +44,7 @@ def test_a_whole_run(run, done, tmp_path):
 
 def test_training_alone(answer, tmp_path):
     page = tmp_path / "report.html"
+    page.write_text("an older report, which is overwritten")
     found = answer("report", *LEDGER, "--top", 2, "--title", "A & B", "--out", page)
     assert found["written"] == [str(page), str(tmp_path / "report.json")]
     assert len(found["report"]["hardest"]) == 2 and "unlearning" not in found["report"]
