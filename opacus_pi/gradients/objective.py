@@ -168,7 +168,8 @@ def _normalised(
 def _lengths(rows: Tensor) -> Tensor:
     """Euclidean lengths; the squares of small entries do not underflow."""
     largest = rows.abs().amax(1, keepdim=True).clamp(min=_TINY)
-    return torch.linalg.vector_norm(rows / largest, dim=1) * largest[:, 0]
+    lengths: Tensor = torch.linalg.vector_norm(rows / largest, dim=1)
+    return lengths * largest[:, 0]
 
 
 def _divided(rows: Tensor, lengths: Tensor) -> Tensor:
