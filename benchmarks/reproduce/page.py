@@ -45,11 +45,21 @@ needs, and all of them with shared jobs once.
 
 {table}"""
 
+_AGAIN = """## From scratch, once more
+
+The same commands with an empty store (`--store EMPTY --out
+benchmarks/results/reproduce/again`): everything was trained again.
+
+| figure | verdict | verdict again | numbers |
+|---|---|---|---|
+"""
+
 
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=_results())
+    parser.add_argument("--again", type=Path, default=_results().parent / "again")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
     found = {name: _read(args.results / f"{name}.json") for name in FIGURES}
@@ -59,7 +69,9 @@ def main() -> None:
         if content is not None:
             shutil.copy(args.results / f"{name}.png", pictures)
     cost = table(list(FIGURES.values()), SCALES["full"], Gpu())
+    again = {name: _read(args.again / f"{name}.json") for name in FIGURES}
     page = page_of(found, args.results) + "\n" + _COST.format(table=cost)
+    page += "\n" + again_of(found, again)
     (args.docs / "results.md").write_text(page, encoding="utf-8")
 
 
@@ -82,6 +94,22 @@ def page_of(found: dict[str, dict[str, Any] | None], results: Path) -> str:
         if content
     ]
     return "".join(lines) + "\n" + "\n".join(sections)
+
+
+def again_of(
+    found: dict[str, dict[str, Any] | None], again: dict[str, dict[str, Any] | None]
+) -> str:
+    """What a second run from scratch said, beside the first."""
+    lines = [_AGAIN]
+    for name, second in again.items():
+        first = found[name]
+        if first and second:
+            same = first["result"] == second["result"]
+            numbers = "the same to the last digit" if same else second["because"]
+            lines.append(
+                f"| {name} | {first['verdict']} | {second['verdict']} | {numbers} |\n"
+            )
+    return "".join(lines)
 
 
 def _section(figure: Figure, content: dict[str, Any], table: Path) -> str:
