@@ -121,6 +121,15 @@ def test_separation_by_size_is_judged_beside_the_order():
     assert FIGURES["fig8"].judge(sizes(apart, apart)).verdict == NOT_TESTABLE
 
 
+def test_nobody_is_harder_where_most_examples_are_always_clipped():
+    rising = [[0.0, 1.0, 2.0], [0.0, 2.0, 3.0], [0.0, 1.0, 4.0]]
+    panel = {"times": {"UA": rising}, "max_time": 9, "num_examples": 1_000}
+    judge = FIGURES["private"].judge
+    assert judge(panel | {"num_tied": 20}).verdict == BORNE_OUT
+    found = judge(panel | {"num_tied": 980})
+    assert found.verdict == NOT_TESTABLE and "980 of 1,000" in found.because
+
+
 def curves(hardest, other):
     """What figure 5 is judged by; every oracle is at 0."""
     of = {rule: other for rule in STRATA} | {STRATA[-1]: hardest}

@@ -28,6 +28,7 @@ from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
 from opacus_pi.evaluation.intervals import mean_interval
+from opacus_pi.forget_sets import ties
 from opacus_pi.plotting import plot_curves
 
 
@@ -122,10 +123,23 @@ def _private(scale: Scale, lab: Lab) -> Result:
         outcomes.oracle_values(lab, scale.private, one) for one in strata(scale.private)
     ]
     rows = outcomes.runs(lab, scale.private, strata(scale.private), "fine-tune")
+    levels = ties(lab.scores(scale.private)["privacy loss"])
     return found | {
+        "num_tied": int((levels == levels.max()).sum()),
+        "num_examples": len(levels),
         "before": [[run["trace"][outcomes.UA][0] for run in row] for row in rows],
         "oracle": [one[outcomes.UA] for one in judges],
     }
+
+
+def _judge_private(result: Result) -> Verdict:
+    """Where most examples are always clipped there are no harder ones to choose."""
+    found, tied, n = judge_panel(result), result["num_tied"], result["num_examples"]
+    because = (
+        f"{tied:,} of {n:,} examples share the largest loss, that of one which is always "
+        f"clipped; of the sets as they were drawn, {found.because}"
+    )
+    return Verdict(NOT_TESTABLE if 2 * tied > n else found.verdict, because)
 
 
 def _size_units(scale: Scale) -> list[Unit]:
@@ -197,7 +211,7 @@ FIGURES = [
         "Beyond the paper: the same for models trained by DP-SGD.",
         lambda scale: _fine_tuning(scale.private),
         _private,
-        judge_panel,
+        _judge_private,
         lambda result: draw_panels({"DP-SGD, fine-tuning": result}),
     ),
     Figure(
