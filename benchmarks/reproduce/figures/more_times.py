@@ -136,8 +136,8 @@ def _judge_private(result: Result) -> Verdict:
     """Where most examples are always clipped there are no harder ones to choose."""
     found, tied, n = judge_panel(result), result["num_tied"], result["num_examples"]
     because = (
-        f"{tied:,} of {n:,} examples share the largest loss, that of one which is always "
-        f"clipped; of the sets as they were drawn, {found.because}"
+        f"{tied:,} of {n:,} examples share the largest loss, that of one which is "
+        f"always clipped; of the sets as they were drawn, {found.because}"
     )
     return Verdict(NOT_TESTABLE if 2 * tied > n else found.verdict, because)
 
