@@ -232,7 +232,7 @@ _EDITS = (
 
 def other_json(value, chance):
     """A JSON value with something else somewhere in it."""
-    value = copy.deepcopy(value)
+    value = copy.copy(value)  # what is changed below is copied there
     if isinstance(value, dict) and value and chance.random() < 0.8:
         name = chance.choice([*value])
         kind = chance.choice(("other", "other", "other", "gone", "new"))
