@@ -25,6 +25,7 @@ from opacus_pi._validate import distinct_indices, expect
 __all__ = [
     "by_class",
     "difficulty_strata",
+    "num_at_top",
     "random_forget_set",
     "ranking",
     "retain_indices",
@@ -87,6 +88,22 @@ def ties(scores: ArrayLike) -> Indices:
     levels = np.empty(len(values), dtype=np.int64)
     levels[order] = np.cumsum(np.append(False, (low != high) & ~near))
     return levels
+
+
+def num_at_top(scores: ArrayLike) -> int:
+    """How many examples share the largest score, up to rounding.
+
+    Args:
+        scores: As of ``ranking``, at least one.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    levels = ties(scores)
+    return int(np.count_nonzero(levels == levels.max()))
 
 
 def difficulty_strata(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from opacus_pi.forget_sets import (
     by_class,
     difficulty_strata,
+    num_at_top,
     random_forget_set,
     ranking,
     retain_indices,
@@ -210,3 +211,9 @@ def test_retain_and_forget_partition_the_examples(n, data):
 def test_bad_input_is_one_clear_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_those_at_the_top_are_counted_up_to_rounding():
+    assert num_at_top([1.0, 3.0, 3.0 * (1 + 1e-15), 2.0]) == 2
+    assert num_at_top([1.0, 2.0]) == 1
+    assert num_at_top([np.inf, np.inf, 5.0]) == 2

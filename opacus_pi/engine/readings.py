@@ -14,7 +14,7 @@ from opacus_pi.accountants import num_steps_of
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.attribution import Tracker
 from opacus_pi.engine.opacus_engine import Engine
-from opacus_pi.forget_sets import ties
+from opacus_pi.forget_sets import num_at_top
 from opacus_pi.recorder import Recorder
 
 
@@ -149,8 +149,7 @@ class EngineReadings(Engine):
 
 def _say_if_most_tie(values: NDArray[np.float64]) -> None:
     """Whoever ranks such values by hand would get the data set's order."""
-    levels = ties(values)
-    num_tied = int((levels == levels.max()).sum())
+    num_tied = num_at_top(values)
     if 1 < num_tied and len(values) < 2 * num_tied:
         warnings.warn(
             f"{num_tied} of {len(values)} examples share the largest value, that of an "

@@ -28,7 +28,7 @@ from opacus_pi.accounting import (
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.accounting.ledger.grad_norm_ledger import runs_of
 from opacus_pi.accounting.ranking_only import only_rank
-from opacus_pi.forget_sets import difficulty_strata, ranking, ties
+from opacus_pi.forget_sets import difficulty_strata, num_at_top, ranking
 
 SENSITIVE = (
     "Sensitive: these numbers say which examples are unusual. Guard them like the "
@@ -77,8 +77,7 @@ class Scores:
     @property
     def num_at_top(self) -> int:
         """How many examples share the largest loss, to rounding."""
-        levels = ties(self.losses)
-        return int(np.count_nonzero(levels == levels.max()))
+        return num_at_top(self.losses)
 
     def hardest(self, top: int) -> list[dict[str, Any]]:
         """Id, loss and ε of the examples of ``top_k``, largest loss first."""

@@ -28,7 +28,7 @@ from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
 from opacus_pi.evaluation.intervals import mean_interval
-from opacus_pi.forget_sets import ties
+from opacus_pi.forget_sets import num_at_top
 from opacus_pi.plotting import plot_curves
 
 
@@ -123,10 +123,10 @@ def _private(scale: Scale, lab: Lab) -> Result:
         outcomes.oracle_values(lab, scale.private, one) for one in strata(scale.private)
     ]
     rows = outcomes.runs(lab, scale.private, strata(scale.private), "fine-tune")
-    levels = ties(lab.scores(scale.private)["privacy loss"])
+    losses = lab.scores(scale.private)["privacy loss"]
     return found | {
-        "num_tied": int((levels == levels.max()).sum()),
-        "num_examples": len(levels),
+        "num_tied": num_at_top(losses),
+        "num_examples": len(losses),
         "before": [[run["trace"][outcomes.UA][0] for run in row] for row in rows],
         "oracle": [one[outcomes.UA] for one in judges],
     }
