@@ -15,19 +15,18 @@ Results are kept in ``benchmarks/results/observed_vs_exact.json`` after every se
 seeds that are there are not run again; the table is beside it.
 """
 
-import argparse
-import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import stats
 from torch import nn
-from tqdm import tqdm
 
 from benchmarks import data
-from benchmarks.report import environment, write_json
+from benchmarks.report import markdown
+from benchmarks.seeds import arguments, over_seeds, publish, run_missing
 from benchmarks.training import Recipe, train_privately
 from opacus_pi import GradNormLedger
 from opacus_pi.accounting import filled_by_rank, privacy_losses
@@ -142,23 +141,20 @@ def compared(
 
 def table(cases: dict[str, Any]) -> str:
     """All cases as Markdown."""
+    keys = ("spearman", "min_ratio", "tenth_ratio", "max_ratio")
     parts = []
     for name, case in cases.items():
         facts, seeds = case["settings"], list(case["seeds"].values())
+        rows = [["norms", "Spearman", "least ratio", "10 %", "largest ratio"]]
+        for way in seeds[0]:
+            cells = (over_seeds(seed[way][key] for seed in seeds) for key in keys)
+            rows.append([way, *cells])
         parts.append(
             f"## {name}\n\n{facts['model']}, {facts['num_epochs']} epochs, batches of "
             f"{facts['batch_size']}, noise multiplier {facts['noise_multiplier']:g}, "
             f"clip norm {facts['max_grad_norm']:g}, order {facts['order']:g}, "
-            f"{len(seeds)} seeds: mean [least, largest].\n\n"
-            "| norms | Spearman | least ratio | 10 % | largest ratio |\n"
-            "|---|---|---|---|---|\n"
+            f"{len(seeds)} seeds: mean [least, largest].\n\n{markdown(rows)}\n"
         )
-        for way in seeds[0]:
-            cells = [
-                _cell([seed[way][key] for seed in seeds])
-                for key in ("spearman", "min_ratio", "tenth_ratio", "max_ratio")
-            ]
-            parts[-1] += f"| {way} | " + " | ".join(cells) + " |\n"
     note = (
         "# Losses from few norms against losses from exact norms at every update\n\n"
         "Made by `python -m benchmarks.observed_vs_exact`. A ratio below 1 charges an "
@@ -167,39 +163,19 @@ def table(cases: dict[str, Any]) -> str:
     return note + "\n".join(parts)
 
 
-def _cell(values: list[float]) -> str:
-    """Mean and spread over seeds."""
-    return f"{np.mean(values):.3g} [{min(values):.3g}, {max(values):.3g}]"
-
-
 def main() -> None:
     """Run the seeds that are missing, print the table, write both files."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    args = arguments(__doc__, CASES, OUT).parse_args()
+    images = cache(
+        lambda case: data.load(case.data_set, args.data_root, case.num_train)
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--out", type=Path, default=OUT)
-    args = parser.parse_args()
-    known = json.loads(args.out.read_text()) if args.out.exists() else {}
-    cases = known.get("cases", {})
-    for name in args.cases:
+
+    def measure(name: str, seed: int) -> dict[str, Any]:
         case = CASES[name]
-        settings = case.settings()
-        if cases.get(name, {}).get("settings") != settings:
-            cases[name] = {"settings": settings, "seeds": {}}
-        done = cases[name]["seeds"]
-        missing = [seed for seed in range(args.seeds) if str(seed) not in done]
-        if not missing:
-            continue
-        images = data.load(case.data_set, args.data_root, case.num_train)
-        for seed in tqdm(missing, desc=name, unit="seed"):
-            done[str(seed)] = compared(*ledgers(case, images, seed), case.order)
-            write_json(args.out, {"environment": environment(), "cases": cases})
-    text = table(cases)
-    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+        return compared(*ledgers(case, images(case), seed), case.order)
+
+    settings = {name: CASES[name].settings() for name in args.cases}
+    publish(args.out, table(run_missing(args.out, settings, args.seeds, measure)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ def write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
         part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def markdown(rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown; the first row is its head."""
+    head, *body = (list(row) for row in rows)
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rank_correlation(times: np.ndarray) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import report
+
 HEAD = ("path", "bar", "measured", "range", "wall", "verdict", "beside it")
 
 
@@ -53,5 +55,4 @@ class Row:
 
 def markdown(rows: Iterable[Row]) -> str:
     """The table, for people and for a file."""
-    lines = [HEAD, ("---",) * len(HEAD), *(row.cells() for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return report.markdown([HEAD, *(row.cells() for row in rows)])
