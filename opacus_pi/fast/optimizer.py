@@ -75,7 +75,8 @@ def _from_book(base: type) -> type:
             if not batches:
                 raise ValueError(_NO_BATCH)
             _check_processed_flag(batches)
-            with torch.no_grad():
+            exact = torch.autocast(self.params[0].device.type, enabled=False)
+            with torch.no_grad(), exact:  # also where the loop runs in half precision
                 norms = [self._pi_clip(batch) for batch in batches]
             self.per_sample_gradient_norms = torch.cat(norms)
             self.batch_sizes = [batch.size for batch in batches]

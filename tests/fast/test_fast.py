@@ -208,3 +208,47 @@ def test_half_precision_activations():
     found = one.optimizer.per_sample_gradient_norms
     torch.testing.assert_close(found, norms.double(), rtol=0.1, atol=0)
     assert {p.summed_grad.dtype for p in one.optimizer.params} == {torch.float32}
+
+
+def test_half_precision_of_the_loop_reaches_no_norm():
+    """Backward pass and step within autocast: what is clipped is what is added."""
+    found = []
+    for within in (False, True):
+        one = training("fast", "mlp")
+        x, y = one.data_set.tensors
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = one.criterion(one.model(x), y)
+            if within:
+                loss.backward()
+                one.optimizer.clip_and_accumulate()
+        if not within:
+            loss.backward()
+            one.optimizer.clip_and_accumulate()
+        found.append([p.summed_grad for p in one.optimizer.params])
+        found[-1].append(one.optimizer.per_sample_gradient_norms)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("length", [1e3, 1e5])
+def test_no_example_adds_more_than_the_clip_norm(length):
+    """Tokens that are long and alike, and pull in opposite directions."""
+    torch.manual_seed(0)
+    unit = nn.functional.normalize
+    base = length * unit(torch.randn(1, 1, 64), dim=2)
+    x = torch.cat([base, base + unit(torch.randn(1, 1, 64), dim=2)], 1)
+    y = torch.randn(1, 1, 64) * torch.tensor([1.0, -1.0]).view(1, 2, 1)
+    layer = nn.Linear(64, 64, bias=False)
+    model, optimizer, _ = PrivacyEngine().make_private(
+        module=layer,
+        optimizer=torch.optim.SGD(layer.parameters(), lr=1.0),
+        data_loader=DataLoader(TensorDataset(x, y)),
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode="fast",
+    )
+    (model(x) * y).sum().backward()
+    optimizer.clip_and_accumulate()
+    (added,) = (p.summed_grad for p in optimizer.params)
+    assert 0 < added.norm() <= 1 + 1e-3

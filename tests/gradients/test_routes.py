@@ -71,3 +71,23 @@ def test_squared_lengths_of_long_rows_are_accurate():
     rows = torch.randn(2, 1_000_000)
     truth = rows.double().square().sum(1)
     torch.testing.assert_close(products.squared_lengths(rows), truth, rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("length", [1e2, 1e3, 1e4, 1e6])
+@pytest.mark.parametrize("t, d", [(2, 64), (64, 1024)])
+def test_lengths_of_sums_that_cancel_are_not_too_small(length, t, d):
+    """Long inputs that differ little, with opposite gradients: in float32 all is lost.
+
+    Clipping by a length that is too small would not bound the example.
+    """
+    torch.manual_seed(0)
+    unit = nn.functional.normalize
+    base = length * unit(torch.rand(4, 1, d), dim=2)
+    other = base + unit(torch.randn(4, 1, d), dim=2)
+    g = unit(torch.randn(4, 1, 32), dim=2).expand(4, t // 2, 32)
+    a = torch.cat([base.expand(4, t // 2, d), other.expand(4, t // 2, d)], 1)
+    g = torch.cat([g, -g], 1)
+    truth = (g.double().mT @ a.double()).flatten(1).square().sum(1)
+    found = products.gram_squares(a.contiguous(), g.contiguous())
+    assert (found >= truth * (1 - 1e-2)).all()
+    assert (found <= (2e-3 * t * length) ** 2 + 1.01 * truth).all()

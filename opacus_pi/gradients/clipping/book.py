@@ -224,7 +224,8 @@ class Book:
                 return
             found = None
             if inputs.are_unchanged:
-                found = rule(inputs.widened, at_least_float32(grad))
+                with torch.autocast(grad.device.type, enabled=False):  # of the loop
+                    found = rule(inputs.widened, at_least_float32(grad))
             if found is None:
                 batch.leave_over(parameters.values())
             else:
