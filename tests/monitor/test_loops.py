@@ -10,9 +10,7 @@ import torch
 from opacus import PrivacyEngine
 from opacus.data_loader import DPDataLoader
 from torch.nn.functional import cross_entropy
-from torch.utils.data import (
-    DataLoader,
-)
+from torch.utils.data import DataLoader
 
 from opacus_pi.monitor import draws_of
 from tests.monitor.training import (
@@ -24,11 +22,6 @@ from tests.monitor.training import (
     small,
     train,
 )
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This run has no ledger"),
-    pytest.mark.filterwarnings("ignore:.*rows are unattributed"),
-]
 
 
 # ----------------------------------------------------------- loops as people write them

@@ -4,10 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import (
-    DataLoader,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi.privacy_engine import PrivacyEngine as RecordingEngine
 from tests.monitor.training import (
@@ -19,11 +16,6 @@ from tests.monitor.training import (
     small,
     train,
 )
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This run has no ledger"),
-    pytest.mark.filterwarnings("ignore:.*rows are unattributed"),
-]
 
 
 # ------------------------------------------------------------------ the noisy mechanism

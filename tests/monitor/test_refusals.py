@@ -25,11 +25,6 @@ from tests.monitor.training import (
     train,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This run has no ledger"),
-    pytest.mark.filterwarnings("ignore:.*rows are unattributed"),
-]
-
 
 def test_a_part_of_a_batch_is_refused():
     run = monitored(poisson_sampling=False)

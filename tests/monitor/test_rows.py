@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import (
-    DataLoader,
-)
+from torch.utils.data import DataLoader
 
 from opacus_pi.accounting import privacy_losses
 from opacus_pi.privacy_engine import PrivacyEngine as RecordingEngine
@@ -27,11 +25,6 @@ from tests.monitor.training import (
     small,
     train,
 )
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This run has no ledger"),
-    pytest.mark.filterwarnings("ignore:.*rows are unattributed"),
-]
 
 
 # --------------------------------------------------------------------------- the record

@@ -7,19 +7,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import (
-    DataLoader,
-)
+from torch.utils.data import DataLoader
 
 from opacus_pi.attribution import Tracker
 from opacus_pi.monitor import monitor
 from opacus_pi.recorder import Recorder
 from tests.monitor.training import Augmented, monitored, net, train
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This run has no ledger"),
-    pytest.mark.filterwarnings("ignore:.*rows are unattributed"),
-]
 
 
 # --------------------------------------------------------------- noise_std=0: untouched
