@@ -98,7 +98,7 @@ class PerInstanceAccountant(RDPAccountant):
             num_examples: Number of examples, n.
             sample_rate: Expected share of the examples in an update.
             sampling: ``"poisson"``, or ``"fixed"`` for any other schedule that does
-                not look at the data.
+                not look at the data and draws an example at most once an epoch.
             data_set: ``opacus_pi.accounting.ledger.fingerprint(data_set)``, or a name.
             recorder: When rows are written. Default: ``Recorder()``, once an epoch.
 

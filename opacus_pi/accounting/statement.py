@@ -208,7 +208,8 @@ def _assumptions(
             True,
             "recorded as Poisson sampling"
             if poisson
-            else "recorded as a fixed schedule; no amplification by sampling is used",
+            else "recorded as a fixed schedule, every row at most once an epoch; no "
+            "amplification by sampling is used",
         ),
         Assumption(
             "nothing else computed from the data was released (tuning, other models)",

@@ -118,7 +118,7 @@ class Recorder(RecorderOptions):
             num_examples: Number of examples, n.
             sample_rate: Expected share of the examples in an update, in (0, 1].
             sampling: ``"poisson"``, or ``"fixed"`` for any other schedule that does
-                not look at the data.
+                not look at the data and draws an example at most once an epoch.
             data_set: Fingerprint of the data set.
             sweep: For mode ``"swept"``: returns an object with ``grad_norms`` and
                 possibly ``confidences``, ``errors``, ``correct``, each ``(n,)``; its

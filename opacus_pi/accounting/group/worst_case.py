@@ -15,7 +15,7 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.group.line import binomial_law, line_log_moment
 from opacus_pi.accounting.ledger.mechanism import SCHEDULED, NoisySGD
-from opacus_pi.accounting.privacy_loss.rules import intervals
+from opacus_pi.accounting.privacy_loss.rules import intervals, once_an_epoch
 
 
 def group_worst_case_loss(
@@ -30,7 +30,7 @@ def group_worst_case_loss(
     The sum of the rows' clipped gradients is at most C times the number of rows drawn,
     and parallel gradients are the worst (see ``group_line``). Under Poisson sampling
     that number is Bin(m, q). A fixed schedule is conditioned on: each row takes part in
-    a share q of the updates, and the worst is that all take part together.
+    one update of every epoch, and the worst is that all do together, in the dearest.
 
     Args:
         mechanism: The run's facts.
@@ -56,15 +56,17 @@ def group_worst_case_loss(
         "Pass the ledger's steps.",
     )
     rows = [mechanism.num_steps] if steps is None else steps
-    total = 0.0
-    for interval in intervals(rows, mechanism.num_steps):
-        facts = mechanism.at_row(interval.right)
-        poisson = facts.sampling == "poisson"
-        ratio, rate = float(facts.ratios(math.inf)), _rate(facts)
-        loss = group_step_divergence(ratio, rate, group_size, order)
-        share = 1.0 if poisson else float(facts.sample_rate)
-        total += interval.num_updates * loss * share
-    return total
+    parts = intervals(rows, mechanism.num_steps)
+    facts = [mechanism.at_row(part.right) for part in parts]
+    costs = [
+        group_step_divergence(float(f.ratios(math.inf)), _rate(f), group_size, order)
+        for f in facts
+    ]
+    if mechanism.sampling != "poisson":
+        return once_an_epoch(parts, [f.sample_rate for f in facts], costs)
+    return sum(
+        (part.num_updates * c for part, c in zip(parts, costs, strict=True)), 0.0
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -41,7 +41,8 @@ class NoisySGD:
         max_grad_norm: L2 clip norm C; ``inf`` without clipping; per-layer clipping:
             the root of the sum of squares.
         sampling: ``"poisson"``, or ``"fixed"`` for shuffling and any other schedule
-            that does not look at the data.
+            that does not look at the data and draws an example at most once an epoch
+            (``1 / sample_rate`` updates).
         assumed_noise: Whether ``noise_std`` is an assumption, not what training added
             (``with_noise_std`` sets it): losses then rank examples and claim nothing.
 

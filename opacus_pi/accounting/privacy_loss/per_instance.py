@@ -21,7 +21,11 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
 from opacus_pi.accounting.ledger.mechanism import SCHEDULED, NoisySGD
-from opacus_pi.accounting.privacy_loss.rules import Interval
+from opacus_pi.accounting.privacy_loss.rules import (
+    Interval,
+    intervals,
+    once_an_epoch,
+)
 from opacus_pi.accounting.privacy_loss.run_losses import (
     Ledgers,
     Record,
@@ -132,6 +136,9 @@ def worst_case_loss(
 ) -> float:
     """Rényi differential privacy of the mechanism: the loss with ‖g‖ = C throughout.
 
+    On a fixed schedule an example is in one update of every epoch, and in which one is
+    not known: an epoch that was broken off counts in full.
+
     Args:
         mechanism: The run's facts.
         order: Rényi order, above 1.
@@ -154,5 +161,10 @@ def worst_case_loss(
         "Pass the ledger's steps.",
     )
     rows = np.asarray(steps) if scheduled else np.array([mechanism.num_steps])
+    if mechanism.sampling != "poisson":
+        parts = intervals(rows, mechanism.num_steps)
+        facts = [mechanism.at_row(part.right) for part in parts]
+        costs = [order * float(f.ratios(math.inf)) ** 2 / 2 for f in facts]
+        return once_an_epoch(parts, [f.sample_rate for f in facts], costs)
     unbounded = np.full((1, len(rows), 1), math.inf)
     return float(total_loss(Record(mechanism, rows, unbounded), how, "right")[0])

@@ -17,7 +17,7 @@ Interval(first=3, last=5, right=1, left=0)
 Interval(first=6, last=6, right=1, left=1)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,35 @@ def intervals(steps: ArrayLike, num_steps: int) -> list[Interval]:
     left = np.maximum(np.searchsorted(rows, starts, side="right") - 1, 0)
     table = np.stack([starts + 1, ends, right, left], axis=1)
     return [Interval(*(int(x) for x in line)) for line in table]
+
+
+def once_an_epoch(
+    parts: Sequence[Interval], sample_rates: ArrayLike, costs: ArrayLike
+) -> float:
+    """The most that updates cost an example that is in one of each epoch.
+
+    Schedules but Poisson's show an example at most once in an epoch, the updates over
+    which sample rates add up to 1. In which one is not known, so the dearest counts,
+    and the last epoch counts even if it was broken off.
+
+    Args:
+        parts: All updates of a run, ``intervals``.
+        sample_rates: Of each part.
+        costs: What one update of each part costs an example that it holds.
+
+    Returns:
+        The sum over epochs.
+    """
+    rates, values = np.asarray(sample_rates, float), np.asarray(costs, float)
+    passed = np.cumsum([p.num_updates for p in parts] * rates)
+    slack = rates / 1000  # rounding moves an epoch's end by less than an update
+    firsts = np.floor(np.append(0.0, passed)[:-1] + slack).astype(int)
+    ends = np.ceil(passed - slack).astype(int)
+    dearest = np.zeros(max(ends, default=0))
+    for first, end, rate, cost in zip(firsts, ends, rates, values, strict=True):
+        if rate > 0:
+            dearest[first:end] = np.maximum(dearest[first:end], cost)
+    return float(dearest.sum())
 
 
 def stratum_ends(num_strata: int, num_steps: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from opacus_pi.accounting import (
     trajectory_losses,
     worst_case_loss,
 )
+from opacus_pi.accounting.group.worst_case import group_worst_case_loss
 from tests.accounting import oracles
 
 LAWS = settings(max_examples=25, deadline=None)
@@ -137,7 +138,31 @@ def test_fixed_schedules_are_not_amplified():
     ratio = np.array([0.5, 1.0]) / 2
     plain = 12 * 0.2 * 4 * ratio**2 / 2  # 2.4 participations at order 4
     np.testing.assert_allclose(privacy_losses(run, 4, hoelder_p=math.inf), plain)
-    assert worst_case_loss(run.mechanism, 4) == pytest.approx(2.4 * 4 * 0.75**2 / 2)
+    worst = 3 * 4 * 0.75**2 / 2  # who is in the epoch that was broken off is not known
+    assert worst_case_loss(run.mechanism, 4) == pytest.approx(worst)
+
+
+def test_an_example_of_an_only_batch_is_covered():
+    mechanism = one_run(sampling="fixed", num_steps=1, steps=[1], norms=[[1, 1]])
+    loss = worst_case_loss(mechanism.mechanism, 4)
+    assert loss == pytest.approx(float(renyi_divergence(0.75, 1.0, 4)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_worst_case_of_any_order_of_examples_in_each_epoch(seed):
+    """A schedule of noises: of every epoch, the example is in the dearest update."""
+    rng = np.random.default_rng(seed)
+    length, num_steps = int(rng.integers(1, 50)), int(rng.integers(1, 300))
+    cuts = rng.choice(num_steps, min(num_steps, 6), replace=False)
+    steps = np.unique(np.append(cuts + 1, num_steps))
+    noise = rng.uniform(0.5, 3, len(steps))
+    mechanism = NoisySGD(num_steps, 1 / length, noise, 1.0, "fixed")
+    costs = 3 / 2 / noise[np.searchsorted(steps, np.arange(1, num_steps + 1))] ** 2
+    epochs = [costs[i : i + length].max() for i in range(0, num_steps, length)]
+    found = worst_case_loss(mechanism, 3, steps=steps)
+    assert found == pytest.approx(sum(epochs), rel=1e-12)
+    group = group_worst_case_loss(mechanism, 2, 3, steps=steps)
+    assert group == pytest.approx(4 * sum(epochs), rel=1e-12)
 
 
 def test_worst_case():
