@@ -78,6 +78,8 @@ def _from_book(base: type) -> type:
             exact = torch.autocast(self.params[0].device.type, enabled=False)
             with torch.no_grad(), exact:  # also where the loop runs in half precision
                 norms = [self._pi_clip(batch) for batch in batches]
+                book, model = self._pi_hooks.book, self._pi_hooks._module
+                book.require_all_heard(self.params, model)
             self.per_sample_gradient_norms = torch.cat(norms)
             self.batch_sizes = [batch.size for batch in batches]
             _mark_as_processed(batches)

@@ -13,6 +13,7 @@ from opacus_pi._validate import expect
 from opacus_pi.gradients.attention import tap_attention
 from opacus_pi.gradients.bare import BareParameters
 from opacus_pi.gradients.batches import (
+    arguments,
     forward,
     give_only_logits,
     map_tensors,
@@ -23,6 +24,7 @@ from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.fallback import looped_squares, vmapped_squares
 from opacus_pi.gradients.objective import float64_losses, unit_cotangents
 from opacus_pi.gradients.precision import lower_, lowered
+from opacus_pi.gradients.shared_rows import weights_of_shared_rows
 from opacus_pi.gradients.skeleton import check_separate, evaluation_copy
 from opacus_pi.gradients.tapped_layer import tap_layers
 from opacus_pi.gradients.taps import Taps
@@ -84,6 +86,7 @@ class NormEngine:
         if ranking_dtype is not None:
             lower_(self._model, low)
         self._vectorised, self._together, self._checked = True, True, False
+        self._knows_rows = False  # that are no example's
 
     @property
     def device(self) -> torch.device:
@@ -98,6 +101,11 @@ class NormEngine:
             y: Their targets.
         """
         if self._together:
+            if not self._knows_rows and len(y) > 1:
+                self._knows_rows = True
+                self._taps.leave_over(
+                    weights_of_shared_rows(self._model, arguments(x), len(y))
+                )
             squares, outputs = self._batched(x, y)
             if self._checked or self._checks(squares, x, y):
                 return squares, outputs

@@ -10,7 +10,7 @@ layer) leaves a ``.grad``. These, and parameters that several calls share, becom
 ``leftover``: to be measured in another way.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -69,7 +69,18 @@ class Taps:
 
     def give_up(self) -> None:
         """Leave all parameters over."""
-        self._leave_over(set(self._names))
+        self.leave_over(set(self._names))
+
+    def leave_over(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Leave parameters over, from now on; others than the trainable are no matter.
+
+        Args:
+            parameters: Of the copy.
+        """
+        for parameter in self._names.keys() & set(parameters):
+            parameter.grad = None
+            parameter.requires_grad_(False)
+            self.leftover.add(self._names[parameter])
 
     def settle(self) -> bool:
         """Whether the last pass accounted for all but ``leftover``; widens it if not.
@@ -83,7 +94,7 @@ class Taps:
             once.update(parameters.values())
         touched = {p for p in self._names if p.grad is not None}
         known = len(self.leftover)
-        self._leave_over(shared | touched | self._unheard)
+        self.leave_over(shared | touched | self._unheard)
         self._unheard.clear()
         return len(self.leftover) == known
 
@@ -205,13 +216,6 @@ class Taps:
             self._squares = squares.double()
         else:
             self._squares += squares
-
-    def _leave_over(self, parameters: set[nn.Parameter]) -> None:
-        """Freeze parameters for good."""
-        for parameter in parameters:
-            parameter.grad = None
-            parameter.requires_grad_(False)
-            self.leftover.add(self._names[parameter])
 
 
 def tapped(output: Tensor, anchor: Tensor, listen: Callable[[Tensor], None]) -> Tensor:

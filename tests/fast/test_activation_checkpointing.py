@@ -11,6 +11,7 @@ from opacus_pi.fast import FastGradSampleModule
 from opacus_pi.gradients.clipping import joint_norms
 
 KINDS = [False, True]  # use_reentrant
+NOT_KEPT = [(kind, False) for kind in KINDS]  # and whether losses are joined
 
 
 class Checkpointed(nn.Module):
@@ -86,3 +87,35 @@ def test_a_failure_while_layers_run_again_leaves_them_live(use_reentrant):
         loss.backward()
     handle.remove()
     assert all(p.requires_grad for p in model.parameters())
+
+
+def accumulated(use_reentrant, sizes, *, joined=False):
+    """Norms by batch of several passes, all forward ones first."""
+    torch.manual_seed(0)
+    model = FastGradSampleModule(Checkpointed(use_reentrant), loss_reduction="sum")
+    torch.manual_seed(1)  # of dropout
+    losses = [model(torch.randn(size, 4)).square().sum() for size in sizes]
+    for loss in [sum(losses)] if joined else losses:
+        loss.backward()
+    parameters = list(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return {
+            batch.size: joint_norms(batch.gradients(parameters, model._module).values())
+            for batch in model.book.batches
+        }
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (3, 5)], ids=str)
+@pytest.mark.parametrize(("use_reentrant", "joined"), [*NOT_KEPT, (False, True)])
+def test_batches_of_several_sizes_before_a_backward_pass(use_reentrant, joined, sizes):
+    ours = accumulated(use_reentrant, sizes, joined=joined)
+    plain = accumulated(None, sizes, joined=joined)
+    assert ours.keys() == plain.keys() == set(sizes)
+    for size in sizes:
+        torch.testing.assert_close(ours[size], plain[size], rtol=1e-6, atol=0)
+
+
+def test_layers_heard_only_when_they_run_again_must_be_of_one_batch():
+    with pytest.raises(RuntimeError, match="Use use_reentrant=False, or call backward"):
+        accumulated(True, (5, 3), joined=True)

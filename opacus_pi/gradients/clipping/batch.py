@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from opacus_pi.gradients.clipping.completeness import BEYOND, Owed, owed
 from opacus_pi.gradients.fallback import vmapped_gradients
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients, summed
 from opacus_pi.gradients.products import at_least_float32
@@ -108,6 +109,10 @@ class Batch:
 
     Args:
         size: Number of examples, the first dimension of every tensor with rows.
+
+    Attributes:
+        missed: Parameters of which neither autograd nor anybody heard a part.
+        owed: What autograd was left with of the others that were not all heard.
     """
 
     def __init__(self, size: int) -> None:
@@ -116,6 +121,8 @@ class Batch:
         self._uses: dict[nn.Parameter, list[Gradients]] = defaultdict(list)
         self._kept: list[Inputs] = []
         self._leftover: set[nn.Parameter] = set()
+        self.missed: set[nn.Parameter] = set()
+        self.owed: dict[nn.Parameter, Owed] = {}
 
     def hear(
         self, found: Mapping[nn.Parameter, Gradients], kept: Inputs | None = None
@@ -132,8 +139,12 @@ class Batch:
             self._kept.append(kept)
 
     def leave_over(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Their gradients were not, or not all, heard."""
+        """Their gradients were not all heard; autograd has the rest."""
         self._leftover.update(parameters)
+
+    def miss(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Their gradients were not all heard, and autograd has not got the rest."""
+        self.missed.update(parameters)
 
     def gradients(
         self, parameters: Iterable[nn.Parameter], model: nn.Module
@@ -152,11 +163,13 @@ class Batch:
             raise RuntimeError(_OVERWRITTEN)
         wanted = list(parameters)
         found: dict[nn.Parameter, Gradients] = {}
-        if self._leftover and self.size:
+        unknown = self._leftover | self.missed
+        if unknown and self.size:
             names = _names(model)
-            leftover = {names[p]: p for p in wanted if p in self._leftover}
+            leftover = {names[p]: p for p in wanted if p in unknown}
             formed = self._through_the_model(leftover, model) if leftover else {}
             found = {p: Formed(formed[name]) for name, p in leftover.items()}
+            self._settle({p: formed[name] for name, p in leftover.items()})
         for parameter in wanted:
             if self.size == 0:
                 found[parameter] = Formed(parameter.new_zeros(0, parameter.numel()))
@@ -166,6 +179,14 @@ class Batch:
                 found[parameter] = summed(self._uses[parameter])
         return found
 
+    def _settle(self, formed: Mapping[nn.Parameter, Tensor]) -> None:
+        """Reckon what autograd has of parameters whose gradients were formed."""
+        ones = torch.ones(self.size)
+        for parameter, gradients in formed.items():
+            factors = ones.to(parameter)
+            heard = [use.weighted(factors) for use in self._uses[parameter]]
+            self.owed[parameter] = owed(gradients, heard)
+
     def _through_the_model(
         self, leftover: dict[str, nn.Parameter], model: nn.Module
     ) -> dict[str, Tensor]:
@@ -174,6 +195,8 @@ class Batch:
         warnings.warn(_SLOW.format(shown), stacklevel=2)
         twin = working_copy(model)
         calls = [call for call in self.calls if call.cotangents]
+        if not calls:
+            raise ValueError(BEYOND.format(shown))
         for call in calls:
             for grad in call.cotangents.values():
                 if grad.shape[:1] != (self.size,):
@@ -194,7 +217,7 @@ class Batch:
         return total
 
     def release(self) -> None:
-        """Let go of everything but the size."""
+        """Let go of everything but the size and what autograd is owed."""
         self.calls, self._kept, self._leftover = [], [], set()
         self._uses.clear()
 

@@ -15,9 +15,9 @@ Weight gradients are computed when clip factors are known, by the weighted sums 
 (tensor([25.,  1.], dtype=torch.float64), tensor([0., 1.]))
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,25 @@ from opacus_pi._validate import expect
 from opacus_pi.gradients.bare import BareParameters
 from opacus_pi.gradients.batches import floating, map_tensors
 from opacus_pi.gradients.clipping.batch import Batch, Call, Inputs, WholeCall
+from opacus_pi.gradients.clipping.completeness import require_complete
 from opacus_pi.gradients.clipping.layers import LayerListener, layer_rule
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients
 from opacus_pi.gradients.products import at_least_float32
+from opacus_pi.gradients.shared_rows import weights_of_shared_rows
+from opacus_pi.gradients.skeleton import working_copy
 from opacus_pi.gradients.taps import tapped
 
 _ACCUMULATED = (
     "Poisson sampling is not compatible with grad accumulation. You need to call "
     "optimizer.step() after every forward/backward pass or consider using "
     "BatchMemoryManager"
+)
+
+_WHICH_BATCH = (
+    "Layers ran again in a backward pass that goes through several batches "
+    "(torch.utils.checkpoint with use_reentrant=True), and it is not known for which. "
+    "Use use_reentrant=False, or call backward() before the model is given the next "
+    "batch."
 )
 
 Rule = Callable[[Call, Tensor], Mapping[str, Gradients] | None]
@@ -53,6 +63,10 @@ class Book:
         self.may_accumulate = True
         self._open: Batch | None = None  # while the model runs
         self._latest: Batch | None = None
+        self._pass_id = -1  # of the latest backward pass through outputs of the model
+        self._under_way: list[Batch] = []  # those that it has reached
+        self._unheard: dict[nn.Parameter, Tensor] = {}
+        self._for_autograd: set[nn.Parameter] | None = None  # listened to no more
         self._anchor = torch.zeros((), requires_grad=True)
         self._bare: BareParameters | None = None
         self._is_training: Callable[[], bool] = bool
@@ -101,12 +115,33 @@ class Book:
         """Forget the batches; a forward pass whose backward pass is to come stays."""
         if self._latest in self.batches:
             self._latest = None
-        self.batches = []
+        self.batches, self._under_way = [], []
+        self._unheard.clear()
+
+    def require_all_heard(
+        self, parameters: Iterable[nn.Parameter], model: nn.Module
+    ) -> None:
+        """Raise if the examples' gradients are not all that autograd knows of.
+
+        Args:
+            parameters: Those that are trained; the batches have given their gradients.
+            model: The live model.
+
+        Raises:
+            ValueError: If a part of the loss came by other ways than what the model
+                returned, with the parameters that this part has reached.
+        """
+        full = [batch for batch in self.batches if batch.size]
+        missed = {parameter for batch in full for parameter in batch.missed}
+        wanted = set(parameters) - missed if full else set()
+        names = {p: name for name, p in model.named_parameters() if p in wanted}
+        require_complete(names, [batch.owed for batch in full], self._unheard)
 
     # ------------------------------------------------------------- the model's forward
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """The model is called."""
         self._close()  # if an interrupt left it open
+        self._under_way = []
         is_copy = not self._listeners and self._bare is None
         if is_copy or not (model.training and torch.is_grad_enabled()):
             return
@@ -122,11 +157,13 @@ class Book:
         latest = self._latest
         if latest is None or latest in self.batches or latest.size != sizes[0]:
             latest = Batch(sizes[0])
+        if self._for_autograd is None and latest.size > 1:
+            self._for_autograd = _used_on_shared_rows(model, inputs.call, latest.size)
         self._open = self._latest = latest
         self._open.calls.append(WholeCall(inputs))
         for parameter in model.parameters():
             if parameter.requires_grad and parameter not in self._touch_hooks:
-                handle = parameter.register_post_accumulate_grad_hook(self._touched)
+                handle = parameter.register_hook(partial(self._touched, parameter))
                 self._touch_hooks[parameter] = handle
         if self._bare is not None:
             self._bare.__enter__()  # type: ignore[no-untyped-call]
@@ -158,43 +195,58 @@ class Book:
         """A gradient reached an output of the model."""
         self._reach(batch)
         call.cotangents[place] = grad
+        if self._pass_id != (pass_id := torch._C._current_graph_task_id()):
+            self._pass_id, self._under_way = pass_id, []
+        if batch not in self._under_way:
+            self._under_way.append(batch)
 
-    def _touched(self, parameter: Tensor) -> None:
+    def _touched(self, parameter: nn.Parameter, grad: Tensor) -> None:
         """A gradient reached a parameter by a way that is not listened to."""
         for batch in {*self.batches, self._latest}:
             if batch is not None:
-                batch.leave_over([cast(nn.Parameter, parameter)])
+                batch.leave_over([parameter])
+        if self._is_training():
+            if self._for_autograd is not None:
+                self._for_autograd.add(parameter)
+            grad = grad.detach().to_dense()
+            before = self._unheard.get(parameter)
+            self._unheard[parameter] = grad.clone() if before is None else before + grad
 
     # ------------------------------------------------------------------ its operations
     def is_live(self, parameter: Any) -> bool:
         """Whether this is a parameter whose gradients are wanted here."""
-        return isinstance(parameter, nn.Parameter) and parameter.requires_grad
+        return (
+            isinstance(parameter, nn.Parameter)
+            and parameter.requires_grad
+            and not (self._for_autograd and parameter in self._for_autograd)
+        )
 
     def wants(self, value: Any) -> bool:
         """Whether this is a tensor with one row for each example."""
-        batch = self._running()
         return (
-            batch is not None
-            and isinstance(value, Tensor)
-            and value.shape[:1] == (batch.size,)
+            isinstance(value, Tensor)
             and torch.is_grad_enabled()
+            and any(value.shape[:1] == (batch.size,) for batch in self._running())
         )
 
-    def _running(self) -> Batch | None:
-        """The batch whose layers run: in a forward pass, or again in a backward pass.
+    def _running(self) -> list[Batch]:
+        """The batch whose layers run; in a backward pass, those that may run again.
 
         Layers run again where activations are not kept (``torch.utils.checkpoint``).
         """
-        if self._open is not None or self._latest is None:
-            return self._open
+        if self._open is not None:
+            return [self._open]
         again = self._is_training() and torch._C._current_graph_task_id() != -1
-        return self._latest if again else None
+        if not again or self._latest is None:
+            return []
+        return self._under_way or [self._latest]
 
     def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """A layer froze its parameters and cannot be tapped."""
-        batch = self._running()
-        if batch is not None:
-            batch.leave_over(parameters.values())
+        for batch in self._running():
+            batch.miss(parameters.values())
+        if self._for_autograd is not None:
+            self._for_autograd.update(parameters.values())
 
     def tap(
         self,
@@ -214,11 +266,12 @@ class Book:
         Returns:
             The output, to be used in place of it.
         """
-        batch = self._running()
-        assert batch is not None
-        inputs = Inputs(call)
+        batches, inputs = self._running(), Inputs(call)
 
         def listen(grad: Tensor) -> None:
+            if len(batches) > 1:  # layers that run only to be heard again are not heard
+                raise RuntimeError(_WHICH_BATCH)
+            (batch,) = batches
             self._reach(batch)
             if batch.size == 0:
                 return
@@ -227,7 +280,7 @@ class Book:
                 with torch.autocast(grad.device.type, enabled=False):  # of the loop
                     found = rule(inputs.widened, at_least_float32(grad))
             if found is None:
-                batch.leave_over(parameters.values())
+                batch.miss(parameters.values())
             else:
                 batch.hear({parameters[n]: g for n, g in found.items()}, inputs)
 
@@ -255,3 +308,16 @@ class Book:
         self.batches.append(batch)
         if len(self.batches) > 1 and not self.may_accumulate:
             raise ValueError(_ACCUMULATED)
+
+
+def _used_on_shared_rows(model: nn.Module, call: Call, size: int) -> set[nn.Parameter]:
+    """The live model's parameters whose rows are not the examples'."""
+    try:
+        twin = working_copy(model)
+    except Exception:  # of any kind: a model that cannot be copied
+        return set()
+    for module in twin.modules():
+        module._forward_hooks.clear()  # the user's may collect what they see
+    found = weights_of_shared_rows(twin, call, size)
+    pairs = zip(twin.parameters(), model.parameters(), strict=True)
+    return {ours for theirs, ours in pairs if theirs in found}

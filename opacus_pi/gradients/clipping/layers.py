@@ -1,7 +1,7 @@
 """Layers that are listened to while they train: with a rule, or as black boxes."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -107,9 +107,9 @@ class LayerListener:
         if isinstance(self._rule, _ByRule) and len(inputs) > 1:
             return
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                self._frozen[name] = parameter
-                parameter.requires_grad_(False)
+            if self._book.is_live(parameter):
+                self._frozen[name] = cast(nn.Parameter, parameter)
+                self._frozen[name].requires_grad_(False)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Thaw the layer and tap its output."""
