@@ -13,6 +13,7 @@ from opacus_pi.accounting.guarantee import Assumption, Guarantee
 from opacus_pi.accounting.ledger.grad_norm_ledger import columns_of
 from opacus_pi.accounting.ledger.measurements import CHANGED
 from opacus_pi.accounting.ranking_only import unfit_norms
+from opacus_pi.unlearning.history import History
 from opacus_pi.unlearning.methods import Method
 from opacus_pi.unlearning.stopping import StopWhen
 from opacus_pi.weights_file import weights_name
@@ -20,6 +21,7 @@ from opacus_pi.weights_file import weights_name
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 
 _ORDERS = DEFAULT_ORDERS[::3]
+_NO_RUNS = History()
 _NOBODY = np.empty(0, dtype=np.int64)
 
 
@@ -35,7 +37,7 @@ def claim(
     model: nn.Module,
     ledger: Ledgers | None,
     forget_indices: NDArray[np.int64],
-    stop: StopWhen | None = None,
+    history: History = _NO_RUNS,
     *,
     forgotten_before: NDArray[np.int64] = _NOBODY,
     has_weights: bool = True,
@@ -54,7 +56,8 @@ def claim(
         model: The model to unlearn from.
         ledger: The record of its training (or of several runs), or None.
         forget_indices: int64 ``(m,)``, positions in the data set.
-        stop: What ends the run before its budget is spent, or None.
+        history: The runs that the model went through, and the one in question where a
+            rule may end it before its budget is spent.
         forgotten_before: What the model has forgotten already. The claim is about all
             that is missing from it, these and ``forget_indices`` together.
         has_weights: Whether the model holds its weights, not its architecture alone.
@@ -69,8 +72,8 @@ def claim(
     assumptions = (
         _noisy(runs),
         _one_example(len(gone), len(forgotten_before)),
-        _blind(method),
-        _fixed_length(stop),
+        _blind(method, history),
+        _fixed_length(history.stop),
         _separable(model),
         _fixed_denominator(runs),
         _matching(runs, model if has_weights else None),
@@ -113,13 +116,13 @@ def _one_example(size: int, num_before: int) -> Assumption:
     )
 
 
-def _blind(method: Method) -> Assumption:
+def _blind(method: Method, history: History) -> Assumption:
     """Unlearning is post-processing."""
-    looks = method.needs_forget_set
+    looked = history.after(method, None).looked
     return Assumption(
         "unlearning never looks at the forget set",
-        not looks,
-        f"{type(method).__name__} {'uses it' if looks else 'sees the retain set only'}",
+        not looked,
+        looked or f"{type(method).__name__} sees the retain set only",
     )
 
 

@@ -24,6 +24,7 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.gradients.batches import size_of
 from opacus_pi.unlearning.deletion_record import DeletionRecord, sync_directory
+from opacus_pi.unlearning.history import History, history_of
 from opacus_pi.unlearning.request_entries import (
     DeletionRequest,
     Requests,
@@ -111,7 +112,8 @@ class DeletionRequests:
         """Bring an unlearner to where the requests stand; ``process`` does it too.
 
         It takes the stored weights, if requests were honoured before, and knows what
-        was forgotten: only then does its ``plan`` speak of the run that would follow.
+        was forgotten and how: only then does its ``plan`` speak of the run that would
+        follow, and its guarantee of all runs before it, by whatever process and method.
 
         Args:
             unlearner: Made from the trained model.
@@ -189,6 +191,7 @@ class DeletionRequests:
         facts = {
             "honoured": json.dumps(sorted(honoured)),
             "forgotten": json.dumps(unlearner.forgotten.tolist()),
+            "history": unlearner.history.text,
         }
         state = unlearner.model.state_dict()
         write_weights(self.weights_path, _KIND, _VERSION, state, facts)
@@ -198,27 +201,28 @@ class DeletionRequests:
         """What the record says."""
         return requests_of(self.record.entries(), self.num_examples)
 
-    def _stored(self) -> tuple[dict[str, Tensor], dict[str, list[Any]]]:
-        """The stored weights and what they honour and forgot; none if there are none.
+    def _stored(self) -> tuple[dict[str, Tensor], dict[str, list[Any]], History]:
+        """The stored weights, what they honour and forgot, and the runs they are of.
 
         Raises:
             ValueError: If the file is not whole, or says nothing of the kind.
         """
         if not self.weights_path.exists():
-            return {}, {"honoured": [], "forgotten": []}
+            return {}, {"honoured": [], "forgotten": []}, History()
         state, facts = read_weights(self.weights_path, _KIND, _VERSION)
         lists = {name: _listed(facts.get(name)) for name in ("honoured", "forgotten")}
-        rows = lists["forgotten"]
+        rows, history = lists["forgotten"], history_of(facts.get("history"))
         expect(
-            all(isinstance(name, str) for name in lists["honoured"])
+            history is not None
+            and all(isinstance(name, str) for name in lists["honoured"])
             and all(type(row) is int and 0 <= row < self.num_examples for row in rows),
             "weights_path",
             self.weights_path,
-            f"to say which requests it honours and which of {self.num_examples} "
-            "examples it forgot",
+            f"to say which requests it honours, which of {self.num_examples} examples "
+            "it forgot, and how",
             "Restore the file from a copy.",
         )
-        return state, lists
+        return state, lists, cast(History, history)
 
     def _honoured(self) -> set[str]:
         """Names of the requests that the stored weights honour."""
@@ -226,13 +230,14 @@ class DeletionRequests:
 
     def _resume(self, unlearner: Unlearner) -> set[str]:
         """Give the unlearner the stored weights, if there are any; what they honour."""
-        state, lists = self._stored()
+        state, lists, history = self._stored()
         honoured = set(lists["honoured"])
         self._check_weights(honoured)
         if honoured:
             _load_(unlearner.model, state, self.weights_path)
             forgotten = np.array(lists["forgotten"], dtype=np.int64)
             unlearner.forgotten = np.union1d(unlearner.forgotten, forgotten)
+            unlearner.history = unlearner.history.joined(history)
         return honoured
 
     def _check_weights(self, honoured: set[str]) -> None:

@@ -32,6 +32,7 @@ from opacus_pi.gradients.batches import size_of
 from opacus_pi.gradients.criterion import Criterion, per_example_criterion
 from opacus_pi.gradients.skeleton import bare_copy
 from opacus_pi.unlearning.claims import Ledgers, claim, runs_in
+from opacus_pi.unlearning.history import History
 from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, updates
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
@@ -83,6 +84,7 @@ class Unlearner:
         trace: The latest ``unlearn``'s trace, readable while it runs and after an
             interrupt.
         forgotten: int64, sorted: every example that ``unlearn`` was asked to forget.
+        history: What its runs were, as far as the guarantee depends on it.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class Unlearner:
         self.ledger = ledger
         self.trace = UnlearningTrace(unit="epochs")
         self.forgotten: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._stop: StopWhen | None = None  # of any run: the model's law depends on it
+        self.history = History()
         self._criterion = per_example_criterion(criterion)
         self._optimizer = optimizer or _default_optimizer
         self._scheduler = scheduler
@@ -215,7 +217,7 @@ class Unlearner:
         )
         if len(gone) == len(self.forgotten):
             warnings.warn(_NOTHING_NEW, stacklevel=2)
-        self._stop = stop or self._stop
+        self.history = self.history.after(self.method, stop)
         guarantee = self._claim(forget)
         record = {
             **self._settings(),
@@ -285,7 +287,7 @@ class Unlearner:
             self.model,
             self.ledger,
             forget,
-            self._stop,
+            self.history,
             forgotten_before=self.forgotten,
         )
 

@@ -7,12 +7,15 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD
-from opacus_pi.unlearning import Unlearner
+from opacus_pi.unlearning import FineTune, Unlearner
 from opacus_pi.unlearning.deletion_record import verify
 from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
+from opacus_pi.unlearning.rivals import NegGradPlus
+from opacus_pi.unlearning.stopping import StopWhen
 from opacus_pi.weights_file import read_weights, write_weights
 
 SIZE = 20
+_PLAIN = FineTune()
 
 
 def data():
@@ -112,6 +115,63 @@ def test_resuming_what_never_began_changes_nothing(tmp_path):
     fresh = unlearner()
     submitted(tmp_path).resume(fresh)
     assert fresh.forgotten.size == 0
+
+
+def claimed(path):
+    """The kind of guarantee in a new process, and what is unmet."""
+    fresh = noisy_unlearner()
+    requests(path).resume(fresh)
+    guarantee = fresh.plan([3]).guarantee
+    return guarantee.kind, {a.statement: a.evidence for a in guarantee.unmet}
+
+
+def noisy_unlearner(method=_PLAIN):
+    """Of a run with noise, of which a guarantee can be an estimate."""
+    torch.manual_seed(0)
+    mechanism = NoisySGD(10, sample_rate=0.2, noise_std=1.0, max_grad_norm=1.0)
+    return Unlearner(
+        nn.Linear(4, 2),
+        criterion=nn.CrossEntropyLoss(),
+        method=method,
+        ledger=GradNormLedger(mechanism, [10], [np.linspace(0.1, 0.5, SIZE)]),
+    )
+
+
+LOOKS = "unlearning never looks at the forget set"
+ENDS = "the number of updates does not depend on the forget set"
+
+
+@pytest.mark.parametrize(
+    ("method", "stop", "broken"),
+    [
+        (FineTune(), None, {}),
+        (NegGradPlus(), None, {LOOKS: "NegGradPlus uses it"}),
+        (FineTune(), StopWhen("score", 1.0), {ENDS: "ended by 'score'"}),
+    ],
+    ids=["plain", "looked", "stopped"],
+)
+def test_earlier_runs_cost_the_claim_in_a_new_process_too(
+    tmp_path, method, stop, broken
+):
+    mine = requests(tmp_path)
+    mine.submit("a", indices=[3])
+    options = {"stop": stop, "evaluate": lambda model: {"score": 0.0}}
+    mine.process(noisy_unlearner(method), data(), num_epochs=1, **options)
+    kind, unmet = claimed(tmp_path)
+    assert kind == ("empirical" if broken else "estimate")
+    assert unmet.keys() & {LOOKS, ENDS} == broken.keys()
+    assert all(evidence in unmet[statement] for statement, evidence in broken.items())
+
+
+def test_weights_that_do_not_describe_their_runs_cost_the_claim(tmp_path):
+    """As files were before they did."""
+    mine = requests(tmp_path)
+    mine.submit("a", indices=[3])
+    facts = {"honoured": '["a"]', "forgotten": "[3]"}
+    state = noisy_unlearner().model.state_dict()
+    write_weights(mine.weights_path, "opacus_pi.UnlearnedWeights", 1, state, facts)
+    kind, unmet = claimed(tmp_path)
+    assert kind == "empirical" and unmet[LOOKS] == "an earlier run is not described"
 
 
 class Killed(BaseException):
@@ -229,6 +289,9 @@ def test_entries_that_make_no_sense_are_refused(tmp_path, kind, body, message):
         {"honoured": "[1]", "forgotten": "[]"},
         {"honoured": "[]", "forgotten": "[99]"},
         {"honoured": "[", "forgotten": "[]"},
+        {"honoured": "[]", "forgotten": "[]", "history": "[]"},
+        {"honoured": "[]", "forgotten": "[]", "history": '{"stop": "", "looked": ""}'},
+        {"honoured": "[]", "forgotten": "[]", "history": '{"stop": null, "looked": 1}'},
         {},
     ],
 )
