@@ -200,18 +200,22 @@ def test_sweeps_measure_a_compatible_model():
     np.testing.assert_allclose(found, one_at_a_time(model, x, y), rtol=1e-5)
 
 
-@pytest.mark.parametrize("wrap_model", [True, False])
-def test_an_in_place_operation_is_explained_where_it_fails(wrap_model):
-    model = opacus.validators.ModuleValidator.fix(Residual())
-    engine = PrivacyEngine()
-    hooks, *_ = engine.make_private(
+def made_private(model, wrap_model):
+    """What ``make_private`` returns for a model: it wrapped, or hooks beside it."""
+    return PrivacyEngine().make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         data_loader=DataLoader(TensorDataset(*images()), batch_size=3),
         noise_multiplier=1.0,
         max_grad_norm=1.0,
         wrap_model=wrap_model,
-    )
+    )[0]
+
+
+@pytest.mark.parametrize("wrap_model", [True, False])
+def test_an_in_place_operation_is_explained_where_it_fails(wrap_model):
+    model = opacus.validators.ModuleValidator.fix(Residual())
+    hooks = made_private(model, wrap_model)
     with pytest.raises(RuntimeError, match="BackwardHookFunction") as caught:
         (hooks if wrap_model else model)(images()[0])
     notes = getattr(caught.value, "__notes__", map(str, caught.value.args))
@@ -221,14 +225,7 @@ def test_an_in_place_operation_is_explained_where_it_fails(wrap_model):
 
 def test_other_errors_stay_as_they_are():
     model = make_compatible(Residual())
-    PrivacyEngine().make_private(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(*images()), batch_size=3),
-        noise_multiplier=1.0,
-        max_grad_norm=1.0,
-        wrap_model=False,
-    )
+    made_private(model, wrap_model=False)
     with pytest.raises(RuntimeError, match="size|shape") as caught:
         model(torch.zeros(1, 5, 5, 5))
     assert not getattr(caught.value, "__notes__", [])

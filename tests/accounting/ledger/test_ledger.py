@@ -156,26 +156,27 @@ def test_a_ledger_of_another_data_set_is_refused():
         full().require_data_set("cifar")
 
 
+ARRAYS = ("steps", "grad_norms", "example_ids", "confidences", "errors", "correct")
+
+
+def check_same(found, wanted):
+    """Two ledgers hold the same facts and arrays, to the type."""
+    assert found.mechanism == wanted.mechanism
+    assert (found.source, found.data_set) == (wanted.source, wanted.data_set)
+    for name in ARRAYS:
+        after, before = getattr(found, name), getattr(wanted, name)
+        assert (before is None) == (after is None)
+        if before is not None:
+            assert before.dtype == after.dtype
+            np.testing.assert_array_equal(before, after)
+
+
 @pytest.mark.parametrize("make", [ledger, full])
 def test_a_file_brings_everything_back(tmp_path, make):
     run = make()
     run.save(tmp_path / "run.safetensors")
     again = GradNormLedger.load(tmp_path / "run.safetensors")
-    assert again.mechanism == run.mechanism
-    assert (again.source, again.data_set) == (run.source, run.data_set)
-    for name in (
-        "steps",
-        "grad_norms",
-        "example_ids",
-        "confidences",
-        "errors",
-        "correct",
-    ):
-        before, after = getattr(run, name), getattr(again, name)
-        assert (before is None) == (after is None)
-        if before is not None:
-            assert before.dtype == after.dtype
-            np.testing.assert_array_equal(before, after)
+    check_same(again, run)
 
 
 @pytest.mark.parametrize("make", [full, ledger])
@@ -190,17 +191,7 @@ def test_a_file_in_parts_is_the_same_ledger(tmp_path, make, size):
     for start, part in zip(range(0, 4, size), parts, strict=True):
         columns = np.arange(start, min(start + size, 4))
         wanted = run.subset(columns)
-        assert part.mechanism == wanted.mechanism
-        assert (part.source, part.data_set) == (wanted.source, wanted.data_set)
-        for name in (
-            "steps",
-            "grad_norms",
-            "confidences",
-            "errors",
-            "correct",
-            "example_ids",
-        ):
-            np.testing.assert_array_equal(getattr(part, name), getattr(wanted, name))
+        check_same(part, wanted)
 
 
 def test_an_empty_file_has_no_parts_or_empty_ones(tmp_path):
