@@ -359,8 +359,9 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     Norms are those that Opacus clips: of each example's own loss, if the criterion's
     reduction is ``loss_reduction`` and the loss is not scaled. With clipping by layer
     the clip norm on record is the root of the sum of squares, an upper bound. With
-    adaptive clipping the noisy count of clipped examples, which is released besides the
-    gradient, is not part of the per-example values.
+    adaptive clipping the noise on record is that of the gradient and of the noisy count
+    of unclipped examples together, as Opacus accounts for it: the count is part of the
+    worst case, and of per-example values in proportion to the gradient.
 
     ``make_private(grad_sample_mode="fast")`` makes the updates of ``"hooks"``, to
     rounding, from one backward pass and without per-example gradients. The loop and

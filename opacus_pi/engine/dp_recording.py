@@ -44,18 +44,14 @@ _TWO_CLIP_NORMS = (
 
 
 def noise_std_of(optimizer: DPOptimizer) -> float:
-    """Standard deviation of the noise that an optimizer adds to the summed gradient.
+    """Standard deviation of the noise on the summed gradient, as it is accounted for.
 
-    Adaptive clipping spends part of its noise multiplier on counting the examples that
-    were not clipped, and draws gradient noise with the rest (Andrew et al. 2021,
-    arXiv:1905.03871, Theorem 1).
+    Adaptive clipping also releases how many examples were not clipped. Its noise
+    multiplier is that of both releases together, which at the clip norm cost as much as
+    one gradient with that noise (Andrew et al. 2021, arXiv:1905.03871, Theorem 1); on
+    the gradient itself there is more.
     """
-    multiplier = float(optimizer.noise_multiplier)
-    counting = getattr(optimizer, "unclipped_num_std", None)
-    if counting is not None and multiplier > 0:
-        multiplier = (multiplier**-2 - (2 * counting) ** -2) ** -0.5
-    multiplier = getattr(optimizer, "_adjusted_noise_multiplier", multiplier)
-    return float(multiplier) * float(optimizer.max_grad_norm)
+    return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
 
 
 @dataclass(eq=False)
