@@ -47,6 +47,7 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, in_range, positive
 from opacus_pi.accounting.gaussian_curve import gaussian_epsilon, gaussian_mu
+from opacus_pi.accounting.ledger.fingerprint import same_data_set
 from opacus_pi.accounting.ledger.mechanism import frozen
 
 Array = NDArray[np.float64]
@@ -138,7 +139,8 @@ class RenyiFilter:
         if self._spent is None:
             self._spent, self._data_set = np.zeros(num_examples), data_set
         expect(
-            (self._spent.size, self._data_set) == (num_examples, data_set),
+            self._spent.size == num_examples
+            and same_data_set(self._data_set, data_set),
             "data_set",
             f"{data_set!r} with {num_examples} examples",
             f"to be the filter's, {self._data_set!r} with {self._spent.size}",

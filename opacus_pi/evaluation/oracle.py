@@ -26,6 +26,7 @@ from opacus_pi.forget_sets import retain_indices
 from opacus_pi.gradients.random_state import random_state_untouched
 from opacus_pi.gradients.skeleton import unwrap
 
+_INPUTS = "data_set_with_inputs"
 _KIND = "opacus_pi.Oracle"
 _VERSION = 1
 
@@ -70,7 +71,9 @@ class OracleCache:
             key: Everything else that determines the recipe (architecture, epochs,
                 learning rate, noise ...), as JSON. Two recipes under one key are taken
                 for the same.
-            data_set: The whole training set; its fingerprint is part of the key.
+            data_set: The whole training set; its labels are part of the key, and an
+                oracle of other inputs is trained again, as far as ``fingerprint`` sees
+                inputs.
             forget_indices: Positions in it to leave out, shape ``(m,)``.
             seeds: One model for each; other seeds than the trained model's.
             model_factory: Makes a fresh model to load the weights into.
@@ -93,13 +96,14 @@ class OracleCache:
             "to be distinct numbers",
             "One oracle is trained for each.",
         )
-        facts = _facts(key, fingerprint(data_set), forget)
+        facts = _facts(key, data_set, forget)
+        inputs = fingerprint(data_set)
         bar = tqdm(
             seeds, desc="oracles", disable=None if progress is None else not progress
         )
         with random_state_untouched():
             return [
-                self._oracle(recipe, retain, seed, facts, model_factory())
+                self._oracle(recipe, retain, seed, facts, inputs, model_factory())
                 for seed in bar
             ]
 
@@ -123,7 +127,7 @@ class OracleCache:
             The file's name.
         """
         forget = distinct_indices("forget_indices", forget_indices, len(data_set))
-        return self._path(_facts(key, fingerprint(data_set), forget), int(seed))
+        return self._path(_facts(key, data_set, forget), int(seed))
 
     def _path(self, facts: Mapping[str, str], seed: int) -> Path:
         """The file of one oracle."""
@@ -137,11 +141,12 @@ class OracleCache:
         retain: NDArray[np.int64],
         seed: int,
         facts: Mapping[str, str],
+        inputs: str,
         model: nn.Module,
     ) -> nn.Module:
         """One retrained model, from the disk or from the recipe."""
         path = self._path(facts, seed)
-        facts = {**facts, "seed": str(seed)}
+        facts = {**facts, "seed": str(seed), _INPUTS: inputs}
         if _load(path, facts, model):
             return model.eval()
         trained = recipe(retain.copy(), seed)
@@ -155,7 +160,7 @@ class OracleCache:
 
 
 def _facts(
-    key: Mapping[str, Any], data_set: str, forget: NDArray[np.int64]
+    key: Mapping[str, Any], data_set: Any, forget: NDArray[np.int64]
 ) -> dict[str, str]:
     """Everything that determines an oracle but its seed, as text."""
     try:
@@ -166,7 +171,8 @@ def _facts(
             "Pass numbers, strings, lists and mappings that describe the recipe."
         ) from error
     digest = hashlib.sha256(forget.astype("<i8").tobytes()).hexdigest()
-    return {"key": text, "data_set": data_set, "forget_indices": digest}
+    name = fingerprint(data_set, inputs=False)
+    return {"key": text, "data_set": name, "forget_indices": digest}
 
 
 def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
@@ -175,7 +181,8 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
         return False
     try:
         arrays, found = read_arrays(path, _KIND, _VERSION)
-        differing = [name for name, value in facts.items() if found.get(name) != value]
+        known = {_INPUTS: facts[_INPUTS], **found}  # files once named no inputs
+        differing = [name for name, value in facts.items() if known.get(name) != value]
         expect(
             not differing,
             "path",

@@ -17,6 +17,7 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.accounting.ledger.fingerprint import same_data_set
 from opacus_pi.recorder.saved_run import LATER_TEXTS, VERSION, require_whole
 from opacus_pi.recorder.schedule import Every, num_due
 
@@ -196,11 +197,13 @@ class RecordedRun:
             ValueError: If what was recorded, the data set or the sampling differ.
         """
         for name in _FACTS:
+            ours, others = getattr(self, name), getattr(other, name)
+            is_data_set = name == "data_set"
             expect(
-                getattr(self, name) == getattr(other, name),
+                same_data_set(ours, others) if is_data_set else ours == others,
                 f"the resumed record's {name}",
-                repr(getattr(self, name)),
-                f"to be this run's, {getattr(other, name)!r}",
+                repr(ours),
+                f"to be this run's, {others!r}",
                 "Resume with the data set, sampling and Recorder of the run saved.",
             )
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from opacus_pi._validate import expect
+from opacus_pi.accounting.ledger.fingerprint import same_data_set
 from opacus_pi.weights_file import read_weights, write_weights
 
 _KIND = "opacus_pi.RecordedWeights"
@@ -89,7 +90,7 @@ def _check_facts(path: Path, facts: Mapping[str, str], data_set: str | None) -> 
         "Give the file its own name back.",
     )
     expect(
-        data_set is None or facts.get("data_set") == data_set,
+        data_set is None or same_data_set(facts.get("data_set", ""), data_set),
         "path",
         path.name,
         f"to be of the data set {data_set}, not {facts.get('data_set')}",

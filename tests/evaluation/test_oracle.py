@@ -123,6 +123,32 @@ def misfit(path):
     write_arrays(path, "opacus_pi.Oracle", 1, {"w": np.zeros(3)}, kept)
 
 
+def rewritten_without(path, name):
+    """The file as it was before it held a fact."""
+    arrays, facts = read_arrays(path, "opacus_pi.Oracle", 1)
+    kept = {k: v for k, v in facts.items() if k not in ("kind", "version", name)}
+    assert len(kept) == len(facts) - 3
+    write_arrays(path, "opacus_pi.Oracle", 1, arrays, kept)
+
+
+def test_oracles_of_other_inputs_are_trained_again(tmp_path):
+    train(tmp_path, Recipe())
+    x, y = DATA.tensors
+    other, again = TensorDataset(x + 1, y), Recipe()
+    with pytest.warns(UserWarning, match="to agree in data_set_with_inputs"):
+        train(tmp_path, again, data_set=other)
+    assert [seed for _, seed in again.calls] == [1, 2]
+
+
+def test_oracles_of_before_inputs_were_named_are_taken(tmp_path):
+    train(tmp_path, Recipe())
+    for path in tmp_path.glob("*.safetensors"):
+        rewritten_without(path, "data_set_with_inputs")
+    again = Recipe()
+    train(tmp_path, again)
+    assert again.calls == []
+
+
 @pytest.mark.parametrize("damage", [truncate, flip, swap, misfit])
 def test_a_damaged_or_wrong_file_is_retrained_and_never_loaded(tmp_path, damage):
     (want, _) = train(tmp_path, Recipe())

@@ -1,4 +1,4 @@
-"""A short text that tells one data set from another without reading an example.
+"""A short text that tells one data set from another without asking for an example.
 
 >>> class Digits:
 ...     targets = [0, 1, 1]
@@ -10,6 +10,8 @@
 """
 
 import hashlib
+import math
+import re
 from typing import Any
 
 import numpy as np
@@ -19,20 +21,27 @@ from opacus_pi._validate import expect
 
 __all__ = ["fingerprint"]
 
+_MAX_NUMBERS = 1 << 20  # of inputs that are hashed
+_INPUTS = re.compile(r":x[0-9a-f]{16}$")
 
-def fingerprint(data_set: Any) -> str:
-    """Name a data set by its class, its length and a hash of its labels.
 
-    The labels are looked for where data sets keep them: ``targets``, ``labels``, the
-    last of ``tensors``, and through a subset's ``dataset`` and ``indices``. No example
-    is ever read and no random state is touched, so augmentation and downloads do not
-    run. Without labels the class and the length must do.
+def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
+    """Name a data set by its class, its length and hashes of its labels and inputs.
+
+    Labels are looked for where data sets keep them: ``targets``, ``labels``, the last
+    of ``tensors``, and through a subset's ``dataset`` and ``indices``; so are inputs,
+    in ``data`` and the other ``tensors``. Of large inputs only some examples are
+    hashed, evenly spaced, about a million numbers in all: what differs in others is not
+    noticed. No example is ever asked for and no random state is touched, so
+    augmentation and downloads do not run, and data sets that read their files when
+    asked have no hash of inputs. Without labels the class and the length must do.
 
     Args:
         data_set: Anything with a length.
+        inputs: Whether inputs count.
 
     Returns:
-        ``"Class:length:hash"``, or ``"Class:length"`` where no labels are found.
+        ``"Class:length:labels:xinputs"``, without what is not found.
 
     Raises:
         ValueError: If the data set has no length.
@@ -50,7 +59,21 @@ def fingerprint(data_set: Any) -> str:
     )
     name = f"{_class_name(data_set)}:{size}"
     labels = _labels(data_set)
-    return name if labels is None else f"{name}:{_hash(labels)}"
+    name = name if labels is None else f"{name}:{_hash(labels)}"
+    found = _inputs(data_set, np.arange(size)) if inputs and size else []
+    return f"{name}:x{_hash(*found)}" if found else name
+
+
+def same_data_set(one: str, other: str) -> bool:
+    """Whether two fingerprints agree in all that both of them say.
+
+    Args:
+        one: A fingerprint; of earlier versions it says nothing of inputs.
+        other: Another, or any name that a user gave.
+    """
+    if _INPUTS.search(one) and _INPUTS.search(other):
+        return one == other
+    return _INPUTS.sub("", one) == _INPUTS.sub("", other)
 
 
 def _is_subset(data_set: Any) -> bool:
@@ -73,14 +96,41 @@ def _labels(data_set: Any) -> NDArray[Any] | None:
         found = getattr(data_set, attribute, None)
         if attribute == "tensors" and found:
             found = found[-1]
-        labels = _as_labels(found)
+        labels = _as_array(found)
         if labels is not None and len(labels) == len(data_set):
             return labels
     return None
 
 
-def _as_labels(found: Any) -> NDArray[Any] | None:
-    """An attribute as an array of numbers, or None if it is not one."""
+def _inputs(data_set: Any, places: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """Stored inputs of some of the examples at these places, none if none are stored.
+
+    Only what the object itself holds: a property might load or compute anything.
+    """
+    if _is_subset(data_set):
+        return _inputs(data_set.dataset, np.asarray(data_set.indices)[places])
+    held = getattr(data_set, "__dict__", {})
+    stored = list(held.get("tensors") or ())[:-1] or [held.get("data")]
+    arrays = [_some(values, places, len(data_set)) for values in stored]
+    return [array for array in arrays if array is not None]
+
+
+def _some(values: Any, places: NDArray[np.int64], size: int) -> NDArray[Any] | None:
+    """Numbers of evenly spaced examples, or None if these are not an array of all."""
+    is_tensor = hasattr(values, "detach") and hasattr(values, "is_floating_point")
+    shape = tuple(values.shape) if is_tensor or isinstance(values, np.ndarray) else ()
+    if shape[:1] != (size,):
+        return None
+    most = max(1, _MAX_NUMBERS // max(1, math.prod(shape[1:])))
+    steps = np.linspace(0, len(places) - 1, min(most, len(places))).astype(np.int64)
+    rows = values[places[steps].tolist()]
+    if is_tensor and rows.is_floating_point():
+        rows = rows.double()  # numpy knows no bfloat16
+    return _as_array(rows)
+
+
+def _as_array(found: Any) -> NDArray[Any] | None:
+    """An array of numbers or texts, or None if this is not one."""
     if found is None or callable(found):
         return None
     if hasattr(found, "cpu"):
@@ -92,10 +142,12 @@ def _as_labels(found: Any) -> NDArray[Any] | None:
     return array if array.ndim >= 1 and array.dtype.kind in "biufU" else None
 
 
-def _hash(labels: NDArray[Any]) -> str:
+def _hash(*arrays: NDArray[Any]) -> str:
     """Sixteen hexadecimal digits of the values, whatever type stores them."""
     wide = {"b": np.int64, "i": np.int64, "u": np.int64, "f": np.float64}
-    values = labels.astype(wide.get(labels.dtype.kind, labels.dtype), order="C")
-    digest = hashlib.sha256(f"{values.dtype.str}{values.shape}".encode())
-    digest.update(values.tobytes())
+    digest = hashlib.sha256()
+    for array in arrays:
+        values = array.astype(wide.get(array.dtype.kind, array.dtype), order="C")
+        digest.update(f"{values.dtype.str}{values.shape}".encode())
+        digest.update(values.tobytes())
     return digest.hexdigest()[:16]

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi.accounting.ledger.fingerprint import same_data_set
 from opacus_pi.accounting.ledger.measurements import (
     FOR_RANKING,
     checked_ids,
@@ -219,7 +220,7 @@ class GradNormLedger:
                 passes.
         """
         expect(
-            self.data_set is None or self.data_set == data_set,
+            self.data_set is None or same_data_set(self.data_set, data_set),
             "data_set",
             data_set,
             f"to be the ledger's, {self.data_set}",
@@ -354,7 +355,9 @@ def _agreement(
         "steps": not same_steps or np.array_equal(a.steps, b.steps),
         "number of examples": a.num_examples == b.num_examples,
         "example_ids": np.array_equal(_columns(a), _columns(b)),
-        "data_set": None in (a.data_set, b.data_set) or a.data_set == b.data_set,
+        "data_set": a.data_set is None
+        or b.data_set is None
+        or same_data_set(a.data_set, b.data_set),
     }
 
 
