@@ -29,6 +29,7 @@ _CELLS = 8192
 _CELLS_PER_NORM = 16
 _DIGITS = 34.0  # exp(−34): the trapezoid rule's error
 _WINDOW = 45.0  # exp(−45): integrand left out
+_COARSE = 0.5  # distance at which it is looked for
 _BLOCK = 4_000_000
 
 Law = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -107,32 +108,68 @@ def line_log_moment(lengths: ArrayLike, log_weights: ArrayLike, order: float) ->
         The log moment; also where it is tiny, or beyond float64's range.
     """
     a, w = np.asarray(lengths, np.float64), np.asarray(log_weights, np.float64)
+    a, w = a[w > -math.inf], w[w > -math.inf]
     if order <= 1 or not a.any():
         return 0.0
     if len(a) == 1:
         return order * (order - 1) / 2 * float(a[0]) ** 2
-    steps = np.diff(np.unique(a))
-    # Neighbours in length take over from each other within 1/step: resolve that.
-    shift = min(math.pi / (2 * steps.max()), math.sqrt(2 * _DIGITS))
-    fine = 2 * math.pi * shift / (_DIGITS + shift**2 / 2)
-    points = _windows(a, w, order, fine)
+    points, fine = _grid(a, w, order)
     mean_psi = log_sum(_log_integrand(points, a, w, order) - math.log(2 * math.pi) / 2)
     excess = math.log(order - 1) + math.log(fine) + mean_psi
     return float(softplus(np.asarray(excess)))
 
 
-def _windows(
-    a: NDArray[np.float64], w: NDArray[np.float64], order: float, fine: float
-) -> NDArray[np.float64]:
-    """The multiples of the fine step where the integrand is not negligible."""
-    stride = max(1, int(0.5 / fine))
-    low, high = math.floor(-9 / fine), math.ceil((order * a.max() + 9) / fine)
-    coarse = np.arange(low, high + stride, stride)
-    height = _log_integrand(coarse * fine, a, w, order)
+def _grid(
+    a: NDArray[np.float64], w: NDArray[np.float64], order: float
+) -> tuple[NDArray[np.float64], float]:
+    """Trapezoid points where the integrand is not negligible, and their distance.
+
+    Where the longest term changes from a_i to a_j, the mixture has zeros at about
+    π/(a_j − a_i) from the real line, near which a power of it is not analytic.
+    """
+    low, high = math.floor(-9 / _COARSE), math.ceil((order * a.max() + 9) / _COARSE)
+    coarse = np.arange(low, high + 1)
+    height = _log_integrand(coarse * _COARSE, a, w, order)
     kept = height > height.max() - _WINDOW
     kept = kept | np.roll(kept, 1) | np.roll(kept, -1)
-    nodes: NDArray[np.float64] = (coarse[kept][:, None] + np.arange(stride)).ravel()
-    return nodes * fine
+    places, jumps = _changes(a, w)
+    cells = np.clip(np.rint(places / _COARSE), low, high).astype(int) - low
+    jump = jumps[kept[cells]].max(initial=0.1)
+    shift = min(math.pi / (2 * jump), math.sqrt(2 * _DIGITS))
+    parts = math.ceil(_COARSE * (_DIGITS + shift**2 / 2) / (2 * math.pi * shift))
+    nodes = coarse[kept][:, None] * parts + np.arange(parts)
+    return nodes.ravel() * (_COARSE / parts), _COARSE / parts
+
+
+def _changes(
+    a: NDArray[np.float64], w: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where the longest of the terms w·exp(a·z − a²/2) changes, and by how much a does.
+
+    Their logarithms are lines in z: what is longest somewhere is their upper envelope.
+    """
+    level = w - a**2 / 2
+    envelope: list[tuple[float, float]] = []
+    ascending = np.lexsort((level, a))
+    for slope, height in zip(
+        a[ascending].tolist(), level[ascending].tolist(), strict=True
+    ):
+        while envelope and (
+            envelope[-1][0] == slope or _is_below(envelope, slope, height)
+        ):
+            envelope.pop()
+        envelope.append((slope, height))
+    slopes, heights = np.array(envelope).T
+    jumps = np.diff(slopes)
+    return -np.diff(heights) / jumps, jumps
+
+
+def _is_below(envelope: list[tuple[float, float]], slope: float, height: float) -> bool:
+    """Whether the last line is nowhere above both the one before and a steeper one."""
+    if len(envelope) < 2:
+        return False
+    (a, x), (b, y) = envelope[-2:]
+    return (y - x) * (slope - a) <= (height - x) * (b - a)
 
 
 def _log_integrand(

@@ -8,7 +8,7 @@ from scipy.stats import binom
 
 from opacus_pi.accounting import NoisySGD, worst_case_loss
 from opacus_pi.accounting.group.divergence import group_divergence
-from opacus_pi.accounting.group.line import line_log_moment
+from opacus_pi.accounting.group.line import line_log_moment, scalar_law
 from opacus_pi.accounting.group.routes import order_multiplied_divergence
 from opacus_pi.accounting.group.worst_case import (
     group_step_divergence,
@@ -56,6 +56,29 @@ def test_any_positive_shifts_cost_less_backwards():
         logs = logsumexp(np.outer(z, a) - a**2 / 2 + w, axis=1)
         back = logsumexp((1 - order) * logs + density)
         assert back <= line_log_moment(a, w, order) * (1 + 1e-6) + 1e-12
+
+
+@pytest.mark.parametrize("order", [1.05, 1.3, 1.5, 2.5, 4.0])
+@pytest.mark.parametrize(
+    "norms, rate",
+    [
+        ([3.0] + [0.15] * 20, 0.01),
+        ([3.0] + [0.15] * 20, 1e-3),
+        ([4.0] + [0.3] * 8, 0.001),
+    ],
+)
+def test_one_long_gradient_among_short_ones(norms, rate, order):
+    """Lengths in between are possible, and so rare that the long one takes over."""
+    lengths, weights = scalar_law(norms, rate)
+    z = np.arange(-14, 14 + order * lengths.max(), 2e-3)
+    logs = [
+        logsumexp(part[:, None] * lengths - lengths**2 / 2 + weights, axis=1)
+        for part in np.array_split(z, 50)
+    ]
+    density = -z * z / 2 - math.log(2 * math.pi) / 2 + math.log(2e-3)
+    truth = logsumexp(order * np.concatenate(logs) + density)
+    found = line_log_moment(lengths, weights, order)
+    assert found == pytest.approx(truth, rel=1e-8, abs=1e-12)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.3, 1.0])
