@@ -21,6 +21,7 @@ from opacus_pi.plotting import (
 )
 from opacus_pi.plotting.style import COLOURS, styles
 
+STUDENT = 12.706  # two runs that differ by 2: half of Student's 95 % interval
 LOSSES = np.array([[1e-3, 1.0, 1e3], [2e-3, 2.0, 2e3]])
 
 
@@ -70,7 +71,7 @@ def test_hardest_sets_stand_side_by_side():
     ax = plot_hardest_sets([600, 1000], times, max_time=7, unit="steps")
     first, second = (means(c) for c in ax.containers)
     np.testing.assert_allclose(first[1], [4, 6])
-    np.testing.assert_allclose(first[2], [1, 1])
+    np.testing.assert_allclose(first[2], [STUDENT, STUDENT], rtol=1e-4)
     np.testing.assert_allclose((first[0] + second[0]) / 2, [0, 1])
     assert (first[0] < second[0]).all()
     assert [t.get_text() for t in ax.get_xticklabels()] == ["600", "1,000"]
@@ -89,13 +90,40 @@ def test_barriers_with_their_baseline():
     np.testing.assert_allclose([low, high], [0.4, 0.6])
     was, now = (means(c) for c in ax.containers)
     np.testing.assert_allclose(was[1], [2, 2, 4])
-    np.testing.assert_allclose(was[2], [1, 0, 1])
+    np.testing.assert_allclose(was[2], [STUDENT, 0, STUDENT], rtol=1e-4)
     np.testing.assert_allclose(now[1], 0.5)
     assert ax.collections[0].get_offsets().shape == (6, 2)
     with pytest.raises(ValueError, match="baseline"):
         plot_barriers(LOSSES, before, after, [])
     with pytest.raises(ValueError, match="after=.*shape"):
         plot_barriers(LOSSES, before, [[0.5] * 2] * 2, [0.5])
+
+
+def test_a_baseline_of_each_set_follows_the_sets():
+    runs, pairs = [[1.0, 2.0, 3.0]] * 2, [[0.1, 0.2, 0.3], [0.3, 0.2, 0.5]]
+    ax = plot_barriers(LOSSES, runs, runs, pairs)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.2, 0.2, 0.4])
+    band = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert {0.1, 0.2, 0.3, 0.5} <= set(np.round(band, 12)) and not ax.patches
+
+
+def test_never_is_named_where_it_happens():
+    def named(times):
+        ax = plot_time_to_unlearn(LOSSES[:1], {"UA": times}, max_time=7)
+        return [text.get_text() for text in ax.texts]
+
+    assert named([0, 1, np.inf]) == ["never within 7 epochs"]
+    assert named([0, 1, 7]) == []
+    ax = plot_hardest_sets([10], {"loss": [np.inf]}, max_time=7, unit="steps")
+    assert ax.texts[0].get_text() == "never within 7 steps"
+
+
+def test_curves_that_coincide_are_both_seen():
+    times = {"UA": [0, 1, 2], "MIA": [0, 1, 2]}
+    ax = plot_time_to_unlearn(LOSSES[:1], times, max_time=7)
+    first, second = (container.lines[0] for container in ax.containers)
+    assert first.get_markersize() > second.get_markersize()
+    assert first.get_linewidth() > second.get_linewidth()
 
 
 def test_proxies_are_binned_and_carry_their_correlation():

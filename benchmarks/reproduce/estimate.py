@@ -23,6 +23,8 @@ from benchmarks.reproduce.units import Unit
 from benchmarks.reproduce.unlearning_units import Search
 from benchmarks.reproduce.work import Work
 
+# Each runs a method once.
+_RUNS = ("Unlearning", "Poisoned", "BarrierAfter", "FineTuned")
 _HEADER = (
     "figure",
     "trainings",
@@ -81,7 +83,7 @@ def estimate(units: Iterable[Unit], gpu: Gpu) -> Estimate:
     return Estimate(
         trainings=kinds["Training"] + kinds["Poisoned"],
         oracles=kinds["Oracle"],
-        runs=kinds["Unlearning"] + kinds["Poisoned"] + trials,
+        runs=sum(kinds[name] for name in _RUNS) + trials,
         trained=sum(one[0] for one in passes),
         unlearned=sum(one[1] for one in passes),
         sweeps=sum(one[2] for one in passes),

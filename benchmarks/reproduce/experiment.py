@@ -89,5 +89,5 @@ class Experiment:
         return facts_of(self)
 
     def with_noise(self, noise_std: float) -> "Experiment":
-        """The same with SGLD of this noise on the mean gradient, without momentum."""
+        """The same with SGLD: this noise on the mean gradient, all else as it was."""
         return replace(self, recipe=replace(self.recipe, noise_std=noise_std))

@@ -13,13 +13,11 @@ from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS, Settings, optimizer_of
-from benchmarks.reproduce.work import Work
 from opacus_pi import GradNormLedger, Unlearner
-from opacus_pi.evaluation import evaluate, loss_barrier
+from opacus_pi.evaluation import evaluate
 from opacus_pi.evaluation.trace import UnlearningTrace
 
 CRITERION = nn.CrossEntropyLoss()
-BARRIER_POINTS = 11
 Judge = Callable[[nn.Module], dict[str, float]]
 
 
@@ -27,7 +25,7 @@ def judge(lab: Lab, experiment: Experiment, forget_set: ForgetSet) -> Judge:
     """The metrics of a model, on the forget set, retained and test examples."""
     images = lab.images(experiment)
     forget = forget_set.indices(lab, experiment)
-    kept = _probe(images, forget, experiment.num_probe)
+    kept = probe(images, forget, experiment.num_probe)
     parts = {
         "forget": Subset(images.train, forget.tolist()),
         "retain": Subset(images.train, kept.tolist()),
@@ -43,15 +41,16 @@ def unlearn(
     method: str,
     settings: Settings,
     seed: int,
+    judged: bool = True,
 ) -> tuple[nn.Module, UnlearningTrace]:
-    """One run from the trained model of a seed, judged after every epoch."""
+    """One run from the trained model of a seed, judged after every epoch or never."""
     model, ledger = lab.trained(experiment, seed)
     unlearner = unlearner_of(experiment, model, ledger, method, settings, seed)
     result = unlearner.unlearn(
         lab.images(experiment).train,
         forget_set.indices(lab, experiment),
         num_epochs=experiment.unlearn_epochs,
-        evaluate=judge(lab, experiment, forget_set),
+        evaluate=judge(lab, experiment, forget_set) if judged else None,
         batch_size=experiment.recipe.batch_size,
     )
     return result.model, result.trace
@@ -77,23 +76,7 @@ def unlearner_of(
     )
 
 
-def barrier(
-    lab: Lab, experiment: Experiment, model: nn.Module, other: nn.Module
-) -> float:
-    """The loss barrier on a fixed part of the training set."""
-    images = lab.images(experiment)
-    part = _probe(images, np.empty(0, dtype=np.int64), experiment.num_probe)
-    probe = Subset(images.train, part.tolist())
-    return loss_barrier(model, other, probe, CRITERION, num_points=BARRIER_POINTS)
-
-
-def work_of_barrier(experiment: Experiment) -> Work:
-    """The examples that one barrier passes through a model."""
-    probe = min(experiment.num_probe, experiment.sizes[0])
-    return Work(evaluated=BARRIER_POINTS * probe)
-
-
-def _probe(images: ImageData, forget: np.ndarray, size: int) -> np.ndarray:
+def probe(images: ImageData, forget: np.ndarray, size: int) -> np.ndarray:
     """Some retained examples, drawn alike for every model."""
     order = np.random.default_rng(0).permutation(len(images.train))
     return np.sort(order[~np.isin(order, forget)][:size])

@@ -99,14 +99,16 @@ class Lab:
         return experiment.recipe.place(model, self.device)
 
     def ledgers(self, experiment: Experiment) -> list[GradNormLedger]:
-        """The ledgers of all seeds, with the assumed noise where there was none."""
-        found = [
-            self.trained(experiment, seed)[1] for seed in range(experiment.num_seeds)
-        ]
-        if (np.asarray(found[0].mechanism.noise_std) > 0).all():
+        """The ledgers of all seeds."""
+        return [self.ledger(experiment, seed) for seed in range(experiment.num_seeds)]
+
+    def ledger(self, experiment: Experiment, seed: int) -> GradNormLedger:
+        """The ledger of a seed, with the assumed noise where there was none."""
+        found = self.trained(experiment, seed)[1]
+        if (np.asarray(found.mechanism.noise_std) > 0).all():
             return found
         on_sum = experiment.assumed_noise_std * experiment.recipe.batch_size
-        return [ledger.with_noise_std(on_sum) for ledger in found]
+        return found.with_noise_std(on_sum)
 
     def scores(self, experiment: Experiment) -> dict[str, np.ndarray]:
         """Every score of difficulty, ``[n]`` each, higher is harder, over all seeds."""
@@ -114,11 +116,11 @@ class Lab:
             self.directory,
             "scores",
             experiment.ranking_facts(),
-            lambda: _scores(self.ledgers(experiment), experiment.order),
+            lambda: scores_of(self.ledgers(experiment), experiment.order),
         )
 
 
-def _scores(ledgers: list[GradNormLedger], order: float) -> dict[str, np.ndarray]:
+def scores_of(ledgers: list[GradNormLedger], order: float) -> dict[str, np.ndarray]:
     """Privacy loss and the proxies of section 5.3, expectations over the runs."""
     found = {
         "privacy loss": privacy_losses(ledgers, order),

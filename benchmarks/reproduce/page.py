@@ -21,18 +21,26 @@ ROOT = Path(__file__).parents[2]
 _HEAD = """# Results
 
 Figure by figure: the paper's claim, what was found here, and the verdict. Made by
-`python -m benchmarks.reproduce all --scale cpu --data-root DIR --data svhn FILE.npz`
-and `python -m benchmarks.reproduce.page`; the numbers stand in
-`benchmarks/results/reproduce/cpu`, with seeds, settings and environment. Nothing is
-left out because it disagrees.
+`python -m benchmarks.reproduce all --scale cpu --data-root DIR --data svhn FILE.npz
+--out benchmarks/results/reproduce/cpu` and `python -m benchmarks.reproduce.page`; the
+numbers stand in `benchmarks/results/reproduce/cpu`, with seeds, settings and
+environment. Nothing is left out because it disagrees.
 
 **Scale.** {scale}
 
 Intervals are Student's, 95 %, over trainings (seeds). Forget sets are ranked by the
 mean privacy loss over all seeds' ledgers and are the same for every seed; the oracles
-of a set are shared by the seeds. "Epochs to unlearn" is the first epoch within five
-points of the mean oracle, 0 if the model was there before. Two different things are
-called *not testable*: an interval that holds 0, and times that all tie.
+of a set are shared by the seeds, and a method's settings are found once. So intervals
+hold for these sets, oracles and settings: other draws of them are not in the intervals.
+In pictures of times and barriers bars are the same intervals and faint points single
+seeds; bands, and the bars of figure 4, are one standard deviation.
+
+"Epochs to unlearn" is the first epoch within five points of the mean oracle, 0 if the
+model was there before: where three sets of five are, they tie, and the rank correlation
+mostly tells the sets with something to forget from those without. *Never* counts as
+longer than any time. A claim is *borne out* where every part of it is, by every
+measure; two different things are called *not testable*: an interval that holds 0, and
+times that all tie.
 
 | figure | claim | verdict |
 |---|---|---|

@@ -5,10 +5,10 @@ from typing import Any
 
 from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.judging import barrier, unlearn, work_of_barrier
+from benchmarks.reproduce.judging import unlearn
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS
-from benchmarks.reproduce.units import Oracle, Training, Unit, oracles, trainings
+from benchmarks.reproduce.units import Training, Unit, oracles, trainings
 from benchmarks.reproduce.work import Work
 from opacus_pi.unlearning.search import search_settings
 
@@ -78,6 +78,14 @@ def needs_of_run(
     return [*trainings(experiment), *judges, Search(experiment, method)]
 
 
+def run_facts(
+    experiment: Experiment, forget_set: ForgetSet, method: str, seed: int
+) -> Facts:
+    """What determines the run of a method."""
+    own = {"forget": forget_set.facts(experiment), "seed": seed}
+    return Search(experiment, method).facts() | own
+
+
 @dataclass(frozen=True)
 class Unlearning(Unit):
     """One unlearning run from one trained model, evaluated after every epoch."""
@@ -93,26 +101,19 @@ class Unlearning(Unit):
 
     def facts(self) -> Facts:
         """Experiment, forget set, method, seed."""
-        forget = self.forget_set.facts(self.experiment)
-        return Search(self.experiment, self.method).facts() | {
-            "forget": forget,
-            "seed": self.seed,
-        }
+        return run_facts(self.experiment, self.forget_set, self.method, self.seed)
 
     def work(self) -> Work:
-        """The run and a barrier."""
-        return work_of_run(self.experiment, self.forget_set) + work_of_barrier(
-            self.experiment
-        )
+        """The run."""
+        return work_of_run(self.experiment, self.forget_set)
 
     def compute(self, lab: Lab) -> dict[str, Any]:
-        """Unlearn; evaluate; barriers to one oracle before and after."""
+        """Unlearn; evaluate."""
         experiment, forget_set = self.experiment, self.forget_set
         settings = Search(experiment, self.method).run(lab)["settings"]
-        model, trace = unlearn(
+        _, trace = unlearn(
             lab, experiment, forget_set, self.method, settings, self.seed
         )
-        oracle = Oracle(experiment, forget_set, self.seed % experiment.num_oracles)
         losses = lab.scores(experiment)["privacy loss"]
         return {
             "trace": trace.metrics,
@@ -120,5 +121,4 @@ class Unlearning(Unit):
             "cost": trace.cost,
             "settings": settings,
             "mean_loss": float(losses[forget_set.indices(lab, experiment)].mean()),
-            "barrier_after": barrier(lab, experiment, model, oracle.model(lab)),
         }

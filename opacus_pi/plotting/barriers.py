@@ -7,6 +7,7 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
 from opacus_pi.plotting.style import (
     GREY,
+    Array,
     axes_or_new,
     centre_of,
     draw_means,
@@ -27,14 +28,15 @@ def plot_barriers(
 ) -> Axes:
     """Loss barriers to retrained models before and after unlearning.
 
-    Every run is a faint point, the mean over runs a line, its standard error a bar;
-    the baseline is a band, mean ± one standard deviation over its pairs.
+    Every run is a faint point, the mean over runs a line, Student's 95 % interval a
+    bar; the baseline is a band, mean ± one standard deviation over its pairs.
 
     Args:
         mean_losses: Mean privacy loss of each run's forget sets, ``(runs, sets)``.
         before: Barriers between the trained and a retrained model, ``(runs, sets)``.
         after: Barriers between the unlearned and a retrained model, the same shape.
-        baseline: Barriers between pairs of retrained models, any shape.
+        baseline: Barriers between pairs of retrained models: ``(pairs, sets)`` where
+            every forget set has its own, else all of them together, of any shape.
         ax: Where to draw; a new figure by default.
 
     Returns:
@@ -47,7 +49,7 @@ def plot_barriers(
     """
     ax = axes_or_new(ax)
     losses = runs_and_sets("mean_losses", mean_losses)
-    pairs = np.asarray(baseline, dtype=np.float64).ravel()
+    pairs = np.asarray(baseline, dtype=np.float64)
     expect(
         pairs.size > 0,
         "baseline",
@@ -55,9 +57,7 @@ def plot_barriers(
         "to hold a barrier",
         "Retrain two models on the same retain set.",
     )
-    band = pairs.mean() + np.array([-1, 1]) * pairs.std()
-    ax.axhspan(*band, color=GREY, alpha=0.25, lw=0, label="between retrained models")
-    ax.axhline(pairs.mean(), color=GREY, lw=1)
+    _draw_baseline(ax, centre_of(losses), pairs)
     named = {"before": before, "after": after}
     for (name, values), style in zip(named.items(), styles(), strict=False):
         runs = runs_and_sets(name, values, losses.shape)
@@ -67,3 +67,17 @@ def plot_barriers(
     ax.set_ylabel("loss barrier to a retrained model")
     ax.legend(frameon=False)
     return ax
+
+
+def _draw_baseline(ax: Axes, centre: Array, pairs: Array) -> None:
+    """A band over all sets, or one that follows them."""
+    of_sets = pairs.ndim == 2 and pairs.shape[1] == len(centre)
+    columns = pairs if of_sets else pairs.reshape(-1, 1)
+    mean, spread = columns.mean(0), columns.std(0)
+    look = {"color": GREY, "alpha": 0.25, "lw": 0, "label": "between retrained models"}
+    if of_sets:
+        ax.fill_between(centre, mean - spread, mean + spread, **look)
+        ax.plot(centre, mean, color=GREY, lw=1)
+    else:
+        ax.axhspan(float(mean[0] - spread[0]), float(mean[0] + spread[0]), **look)
+        ax.axhline(float(mean[0]), color=GREY, lw=1)

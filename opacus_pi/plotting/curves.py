@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from opacus_pi._types import ArrayLike
 from opacus_pi.plotting.style import axes_or_new, runs_and_sets, styles
@@ -59,7 +60,8 @@ def plot_curves(
         dashes = Line2D([], [], color="black", lw=1.2, linestyle=(0, (4, 3)))
         dashes.set_label("retrained")
         handles.append(dashes)
-    ax.legend(handles=handles, frameon=False, fontsize="small")
+    ax.legend(handles=handles, fontsize="small", framealpha=0.85, edgecolor="none")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel(unit)
     ax.set_ylabel(metric)
     return ax

@@ -7,7 +7,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from scipy import stats
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
@@ -73,10 +75,38 @@ def draw_runs(
 def draw_means(
     ax: Axes, x: Array, runs: Array, label: str, style: dict[str, Any]
 ) -> None:
-    """The mean over runs, with its standard error (none for one run)."""
-    spread = runs.std(0, ddof=1) if len(runs) > 1 else np.zeros(runs.shape[1])
-    error = spread / np.sqrt(len(runs))
+    """The mean over runs, with Student's 95 % interval (none for one run)."""
+    error = np.zeros(runs.shape[1])
+    if len(runs) > 1:
+        error = stats.t.ppf(0.975, len(runs) - 1) * stats.sem(runs, axis=0)
     ax.errorbar(x, runs.mean(0), error, label=label, capsize=3, **style)
+
+
+def nested(count: int) -> list[dict[str, float]]:
+    """Sizes of curves drawn one over the other: what lies below is larger."""
+    return [
+        {"markersize": 5 + 2.5 * level, "linewidth": 1 + 1.4 * level, "elinewidth": 1}
+        for level in reversed(range(count))
+    ]
+
+
+def mark_never(ax: Axes, never: bool, max_time: float, unit: str) -> None:
+    """Whole numbers on the axis; if a run never arrived, a line where it ended."""
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if never:
+        text = f"never within {max_time:g} {unit}"
+        ax.axhline(max_time, color=GREY, lw=1, linestyle=(0, (1, 2)), zorder=0)
+        ax.annotate(
+            text,
+            (0, max_time),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 7),
+            textcoords="offset points",
+            fontsize="small",
+            color=GREY,
+        )
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, high + 0.08 * (high - low))
 
 
 def losses_below(ax: Axes) -> None:

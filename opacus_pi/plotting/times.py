@@ -12,6 +12,8 @@ from opacus_pi.plotting.style import (
     draw_means,
     draw_runs,
     losses_below,
+    mark_never,
+    nested,
     runs_and_sets,
     styles,
 )
@@ -27,9 +29,10 @@ def plot_time_to_unlearn(
 ) -> Axes:
     """Time to unlearn against the forget set's mean privacy loss.
 
-    Every run is a faint point, the mean over runs a line, its standard error a bar. A
-    run that never came within the tolerance is a hollow point at ``max_time``, and
-    counts as ``max_time`` in the mean, which is then a lower estimate.
+    Every run is a faint point, the mean over runs a line, Student's 95 % interval a
+    bar; of curves that coincide the earlier one shows around the later one. A run that
+    never came within the tolerance is a hollow point on a dotted line at ``max_time``,
+    and counts as ``max_time`` in the mean, which is then a lower estimate.
 
     Args:
         mean_losses: Mean privacy loss of each run's forget sets, ``(runs, sets)``.
@@ -50,11 +53,16 @@ def plot_time_to_unlearn(
     ax = axes_or_new(ax)
     losses = runs_and_sets("mean_losses", mean_losses)
     centre = centre_of(losses)
-    for (label, values), style in zip(times.items(), styles(), strict=False):
+    never, sizes = False, nested(len(times))
+    for (label, values), style, size in zip(
+        times.items(), styles(), sizes, strict=False
+    ):
         runs = runs_and_sets(f"times[{label!r}]", values, losses.shape)
         draw_runs(ax, losses, runs, style, max_time)
-        draw_means(ax, centre, np.minimum(runs, max_time), label, style)
+        draw_means(ax, centre, np.minimum(runs, max_time), label, style | size)
+        never |= bool(np.isinf(runs).any())
     losses_below(ax)
+    mark_never(ax, never, max_time, unit)
     ax.set_ylabel(f"{unit} to unlearn")
     ax.legend(frameon=False)
     return ax
@@ -90,6 +98,7 @@ def plot_hardest_sets(
     ax = axes_or_new(ax)
     places = np.arange(len(sizes), dtype=np.float64)
     offsets = 0.12 * (np.arange(len(times)) - (len(times) - 1) / 2)
+    never = False
     for (label, values), style, offset in zip(
         times.items(), styles(), offsets, strict=False
     ):
@@ -100,9 +109,11 @@ def plot_hardest_sets(
         draw_runs(ax, np.broadcast_to(x, shape), runs, style, max_time)
         points = {"linestyle": "none", **style}
         draw_means(ax, x, np.minimum(runs, max_time), label, points)
+        never |= bool(np.isinf(runs).any())
     ax.set_xticks(places, [f"{size:,}" for size in sizes])
     ax.set_xlim(-0.5, len(sizes) - 0.5)
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+    mark_never(ax, never, max_time, unit)
     ax.set_xlabel("size of the forget set")
     ax.set_ylabel(f"{unit} to unlearn")
     ax.legend(frameon=False, title="hardest by")

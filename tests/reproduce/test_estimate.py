@@ -11,7 +11,12 @@ from torch import nn
 from benchmarks.facts import facts_of
 from benchmarks.models import MODELS
 from benchmarks.reproduce.__main__ import main
-from benchmarks.reproduce.barrier_units import BarrierBaseline, BarrierBefore
+from benchmarks.reproduce.barrier_units import (
+    BarrierAfter,
+    BarrierBaseline,
+    BarrierBefore,
+)
+from benchmarks.reproduce.barriers import barriers
 from benchmarks.reproduce.cost import Gpu, evaluation_seconds, update_seconds
 from benchmarks.reproduce.estimate import Estimate, estimate, every_job, table
 from benchmarks.reproduce.experiment import Experiment
@@ -65,6 +70,7 @@ def rows_seen():
         Unlearning(TINY, SET, "fine-tune", 0),
         Search(TINY, "fine-tune"),
         BarrierBefore(TINY, SET, 1),
+        BarrierAfter(TINY, SET, "fine-tune", 1),
         BarrierBaseline(TINY, SET),
     ],
     ids=lambda unit: type(unit).__name__,
@@ -72,6 +78,8 @@ def rows_seen():
 def test_a_unit_passes_as_many_examples_as_it_says(tmp_path, rows_seen, unit):
     lab = Lab(tmp_path)
     run_all(unit.needs(), lab)
+    fresh = lab.fresh_model(TINY)
+    barriers(lab, TINY, fresh, fresh)  # symmetries are traced once in a process
     rows_seen.clear()
     unit.run(lab)
     work = unit.work()
@@ -117,7 +125,8 @@ def test_jobs_are_counted_as_they_are_then_run(tmp_path):
     found = estimate(units, GPU)
     assert found.trainings == done["training"] + done["poisoned"]
     assert found.oracles == done["oracle"] == len(list(tmp_path.glob("oracles/*")))
-    assert found.runs == done["unlearning"] + done["poisoned"] + 2  # trials
+    kinds = ("unlearning", "poisoned", "barrierafter")
+    assert found.runs == sum(done[kind] for kind in kinds) + 2  # trials
 
 
 def test_totals_of_a_figure_by_hand():
@@ -134,7 +143,8 @@ def test_the_table_counts_shared_jobs_once():
     figures = [FIGURES["fig5"], FIGURES["fig1-right"]]
     lines = table(figures, SMALL, GPU).splitlines()
     fig5, fig1, together = (line.split(" | ")[1:6] for line in lines[2:5])
-    assert together == fig1 == fig5  # barriers train nothing
+    assert fig1 == fig5  # barriers train nothing
+    assert together == ["2", "12", "22", *fig5[3:4], "40"]  # but need runs of their own
     assert "Not measured" in lines[-1]
 
 
@@ -197,4 +207,4 @@ def test_half_an_hour_is_enough_for_figure_1_at_scale_gpu():
     units = [
         u for n in FIGURES if n[:4] == "fig1" for u in FIGURES[n].units(SCALES["gpu"])
     ]
-    assert estimate(units, GPU).alone < 0.3  # of an hour: the rates are assumed
+    assert estimate(units, GPU).alone < 0.35  # of an hour: the rates are assumed

@@ -3,6 +3,7 @@
 from benchmarks.reproduce.figures import (
     bounds,
     fig1,
+    fig1_right,
     methods,
     more_times,
     pictures,
@@ -12,7 +13,17 @@ from benchmarks.reproduce.figures import (
 )
 from benchmarks.reproduce.figures.figure import Figure
 
-_MODULES = (fig1, scores, pictures, bounds, more_times, ranks, methods, predicted)
+_MODULES = (
+    fig1,
+    fig1_right,
+    scores,
+    pictures,
+    bounds,
+    more_times,
+    ranks,
+    methods,
+    predicted,
+)
 FIGURES: dict[str, Figure] = {
     figure.name: figure for module in _MODULES for figure in module.FIGURES
 }

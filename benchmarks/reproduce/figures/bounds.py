@@ -1,9 +1,17 @@
 """Bounds: figure 4, and beyond the paper the certified benchmark.
 
-Figure 4: Theorem B.1 as printed for five strata of digits (MLP, SGLD), beside the
-library's own group bounds; see ``benchmarks.group_bound``. Certified: steps until
-(1, 1/n) by this library's bounds and by Corollary 4.4 for logistic regression with
-every constant computed from the data; see ``benchmarks.certified_logistic``.
+Claim of figure 4: the group bound of Theorem B.1 is the same for forget sets of every
+difficulty. Data: digits, MLP, at every scale (no ResNet-18 on CIFAR-10, as the paper
+has). Seeds: one SGLD training each, five strata, 20 estimates for each stratum.
+Settings: σ = 0.1 on the mean gradient, order 8; see ``benchmarks.group_bound``. Beside
+it the library's coupled value of the same strata: a Monte Carlo mean, and where its
+largest draws carry it (``reliable`` is false) it is too low, hence no bound.
+
+Claim of ``certified``, beyond the paper: with every constant computed from the data,
+this library's bounds need fewer steps than Corollary 4.4. Data: digits 3 and 8,
+logistic regression. Settings: steps until (1, 1/n); see
+``benchmarks.certified_logistic``. The steps follow from the constants: they have no
+seeds and no interval (only the accuracies in the JSON have).
 """
 
 import matplotlib.pyplot as plt
@@ -14,18 +22,28 @@ from benchmarks.reproduce.bound_units import Certified, GroupBounds
 from benchmarks.reproduce.figures.figure import (
     BORNE_OUT,
     NOT_BORNE_OUT,
+    NOT_TESTABLE,
     Figure,
     Result,
     Verdict,
+    joined,
     ordering,
+    told,
 )
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
+from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.plotting import plot_group_divergences
+from opacus_pi.plotting.style import styles
 
-SHOWN = {"b1": "Theorem B.1 as printed", "coupled": "coupled bound"}
-STEPS = ("shifted", "Corollary 4.4", "Chien et al.", "retraining")
+SHOWN = {"b1": "Theorem B.1 as printed", "coupled": "coupled value"}
+STEPS = {
+    "shifted": "this library (shifted divergence)",
+    "Corollary 4.4": "paper, Corollary 4.4",
+    "Chien et al.": "Chien et al. 2024",
+    "retraining": "retraining",
+}
 
 
 def _group_units(scale: Scale) -> list[Unit]:
@@ -36,24 +54,57 @@ def _groups(scale: Scale, lab: Lab) -> Result:
     runs = [unit.run(lab)[:-1] for unit in _group_units(scale)]
     found = {
         name: [[row[name] for row in rows] for rows in runs]
-        for name in ("mean_loss", *SHOWN)
+        for name in ("mean_loss", "b1_std", *SHOWN)
     }
     return found | {"reliable": [[row["reliable"] for row in rows] for rows in runs]}
 
 
 def _judge_groups(result: Result) -> Verdict:
-    """Flat: no rise of Theorem B.1 with difficulty, seed by seed."""
-    printed = ordering(np.array(result["b1"]))
-    coupled = ordering(np.array(result["coupled"]))
-    verdict = NOT_BORNE_OUT if printed.verdict == BORNE_OUT else BORNE_OUT
-    because = f"Theorem B.1: {printed.because}; coupled bound: {coupled.because}"
+    """By seed: no rise of Theorem B.1 with difficulty, and no change."""
+    printed, coupled = (np.array(result[name]) for name in ("b1", "coupled"))
+    rises = ordering(printed)
+    doubtful = np.logical_not(result["reliable"])
+    told_of_coupled = (
+        f"{ordering(coupled).because}; {doubtful.sum()} of {doubtful.size} values are "
+        "Monte Carlo means that are too low"
+    )
+    found = {
+        "does not rise": Verdict(
+            NOT_BORNE_OUT if rises.verdict == BORNE_OUT else BORNE_OUT, rises.because
+        ),
+        "the same for all": _same(printed, np.array(result["b1_std"])),
+    }
+    both = joined(found)
+    return Verdict(both.verdict, f"{both.because}; coupled: {told_of_coupled}")
+
+
+def _same(printed: np.ndarray, spread: np.ndarray) -> Verdict:
+    """Hardest set against easiest, within the deviation of one estimate."""
+    ratio, within = mean_interval(printed[:, -1] / printed[:, 0]), (spread / printed)
+    band = float(within.mean())
+    verdict = NOT_TESTABLE
+    if ratio.high < 1 - band or ratio.low > 1 + band:
+        verdict = NOT_BORNE_OUT
+    elif ratio.low > 1 - band and ratio.high < 1 + band:
+        verdict = BORNE_OUT
+    because = (
+        f"hardest / easiest set {told(ratio, 2)}, n = {len(printed)}; one standard "
+        f"deviation of an estimate is {100 * band:.0f} %"
+    )
     return Verdict(verdict, because)
 
 
 def _draw_groups(result: Result) -> Picture:
     losses = np.array(result["mean_loss"]).mean(0)
-    bounds = {text: np.array(result[name]) for name, text in SHOWN.items()}
-    return plot_group_divergences(losses, bounds).figure
+    values = {text: np.array(result[name]) for name, text in SHOWN.items()}
+    ax = plot_group_divergences(losses, values)
+    doubtful = np.logical_not(result["reliable"]).any(0)
+    lows = np.array(result["coupled"]).mean(0)[doubtful]
+    look = {"facecolors": "none", "edgecolors": "black", "zorder": 4}
+    ax.scatter(losses[doubtful], lows, s=120, label="too low in some seed", **look)
+    ax.legend(frameon=False, loc="center left")
+    ax.set_title(f"mean ± std of {len(result['b1'])} seeds", fontsize="medium")
+    return ax.figure
 
 
 def _certified_units(scale: Scale) -> list[Unit]:
@@ -67,29 +118,34 @@ def _certified(scale: Scale, lab: Lab) -> Result:
 def _judge_certified(result: Result) -> Verdict:
     rows = result["rows"]
     fewer = all(r["steps"]["shifted"] < r["steps"]["Corollary 4.4"] for r in rows)
-    told = "; ".join(
+    steps = "; ".join(
         f"{row['num_points']} points: {row['steps']['shifted']} against "
         f"{row['steps']['Corollary 4.4']}"
         for row in rows
     )
-    return Verdict(BORNE_OUT if fewer else NOT_BORNE_OUT, f"steps: {told}")
+    because = f"steps: {steps}; computed from constants, without chance"
+    return Verdict(BORNE_OUT if fewer else NOT_BORNE_OUT, because)
 
 
 def _draw_certified(result: Result) -> Picture:
     picture, ax = plt.subplots(figsize=(4.6, 3.6), layout="constrained")
     sizes = [row["num_points"] for row in result["rows"]]
-    for name, marker in zip(STEPS, "osD^", strict=True):
+    for (name, label), style in zip(STEPS.items(), styles(), strict=False):
         steps = [max(row["steps"][name], 0.5) for row in result["rows"]]
-        ax.plot(sizes, steps, marker=marker, label=name)
-    ax.set(xscale="log", yscale="log", xlabel="points to forget", ylabel="steps")
-    ax.legend(frameon=False)
+        ax.plot(sizes, steps, label=label, **style)
+    ax.set(xscale="log", yscale="log", ylabel="steps until (1, 1/n)")
+    ax.set_xlabel(f"points to forget, of {result['rows'][0]['num_examples']}")
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize="small")
     return picture
 
 
 FIGURES = [
     Figure(
         "fig4",
-        "The group bound of Theorem B.1 does not rise with the difficulty of the set.",
+        "The group bound of Theorem B.1 does not change with the difficulty of the "
+        "set.",
         _group_units,
         _groups,
         _judge_groups,

@@ -11,6 +11,7 @@ from benchmarks.report import rank_correlation
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
+from opacus_pi.evaluation.intervals import Interval
 
 Result = dict[str, Any]
 BORNE_OUT = "borne out"
@@ -67,11 +68,24 @@ def ordering(times: np.ndarray) -> Verdict:
     if low is None:
         because = f"in all seeds but one every set ties; there rho {found['rho']:.2f}"
         return Verdict(NOT_TESTABLE, because)
-    because = (
-        f"Spearman {found['rho']:.2f}, 95 % [{low:.2f}, {high:.2f}], over "
-        f"{found['num_seeds']} seeds; {100 * found['tied_pairs']:.0f} % of pairs tie"
-    )
-    return Verdict(of_interval(low, high), because)
+    seeds, rho = found["num_seeds"], f"Spearman {found['rho']:.2f}"
+    told = f"{rho}, 95 % [{low:.2f}, {high:.2f}], over {seeds} seeds"
+    if f"{low:.4f}" == f"{high:.4f}":  # an interval of no width would say too much
+        told = f"{rho} in each of {seeds} seeds"
+    ties = f"{100 * found['tied_pairs']:.0f} % of pairs tie"
+    return Verdict(of_interval(low, high), f"{told}; {ties}")
+
+
+def medians(times: np.ndarray) -> str:
+    """The median time of each set over the seeds, easiest first, in words."""
+    middle = np.quantile(times, 0.5, axis=0, method="higher")
+    return ", ".join(f"{time:g}" if np.isfinite(time) else "never" for time in middle)
+
+
+def told(found: Interval, digits: int = 3) -> str:
+    """An estimate with the ends of its interval, in words."""
+    middle, low, high = (f"{value:.{digits}f}" for value in found)
+    return f"{middle} [{low}, {high}]"
 
 
 def of_interval(low: float, high: float) -> str:
@@ -83,12 +97,14 @@ def of_interval(low: float, high: float) -> str:
 
 def joined(verdicts: dict[str, Verdict]) -> Verdict:
     """One verdict over several measures: borne out only where all of them are."""
-    kinds = [one.verdict for one in verdicts.values()]
     because = "; ".join(
         f"{name}: {one.verdict} ({one.because})" for name, one in verdicts.items()
     )
+    return Verdict(all_of([one.verdict for one in verdicts.values()]), because)
+
+
+def all_of(kinds: list[str]) -> str:
+    """Borne out if all are, not borne out if one is not, else not testable."""
     if all(kind == BORNE_OUT for kind in kinds):
-        return Verdict(BORNE_OUT, because)
-    if NOT_BORNE_OUT in kinds:
-        return Verdict(NOT_BORNE_OUT, because)
-    return Verdict(NOT_TESTABLE, because)
+        return BORNE_OUT
+    return NOT_BORNE_OUT if NOT_BORNE_OUT in kinds else NOT_TESTABLE

@@ -1,0 +1,177 @@
+"""Figure 1, right: loss barriers before and after unlearning, and between oracles.
+
+Claim: the barrier between the trained model and an oracle rises with the privacy loss
+of the forget set; fine-tuning reduces it, to the level of two oracles.
+
+Data: the scale's main experiment. Barriers are modulo permutation (weight matching),
+as in section 5.2, on two sets of examples, as the paper names none: a fixed part of the
+training images (``num_probe``, forgotten ones among them) and of the test images.
+Seeds: one model a seed, each before and after fine-tuning against the same oracles, or
+against one of its own where there are as many; the baseline is every pair of oracles.
+Settings: 11 points on the line, running statistics of BatchNorm anew at each.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure as Picture
+from numpy.typing import NDArray
+
+from benchmarks.reproduce.barrier_units import (
+    BarrierAfter,
+    BarrierBaseline,
+    BarrierBefore,
+)
+from benchmarks.reproduce.barriers import SETS, Barriers
+from benchmarks.reproduce.experiment import Experiment
+from benchmarks.reproduce.figures import outcomes
+from benchmarks.reproduce.figures.figure import (
+    BORNE_OUT,
+    NOT_BORNE_OUT,
+    NOT_TESTABLE,
+    Figure,
+    Result,
+    Verdict,
+    joined,
+    of_interval,
+    ordering,
+)
+from benchmarks.reproduce.forget import strata
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.scales import Scale
+from benchmarks.reproduce.units import Unit
+from opacus_pi.evaluation.intervals import mean_interval
+from opacus_pi.plotting import plot_barriers
+
+METHOD = "fine-tune"
+
+
+def befores(experiment: Experiment) -> list[list[BarrierBefore]]:
+    """``[seed][set]``."""
+    sets, seeds = strata(experiment), range(experiment.num_seeds)
+    return [[BarrierBefore(experiment, one, seed) for one in sets] for seed in seeds]
+
+
+def afters(experiment: Experiment, method: str) -> list[list[BarrierAfter]]:
+    """``[seed][set]``."""
+    return [
+        [BarrierAfter(experiment, one.forget_set, method, one.seed) for one in row]
+        for row in befores(experiment)
+    ]
+
+
+def baselines(experiment: Experiment) -> list[BarrierBaseline]:
+    """One a set."""
+    return [BarrierBaseline(experiment, one) for one in strata(experiment)]
+
+
+def by_examples(
+    lab: Lab, rows: list[list[BarrierBefore]] | list[list[BarrierAfter]]
+) -> dict[str, list[list[float]]]:
+    """For each set of examples the mean over a model's oracles, ``[seed][set]``."""
+    measured = [[unit.run(lab) for unit in row] for row in rows]
+    return {
+        name: [[_mean(found, name) for found in row] for row in measured]
+        for name in SETS
+    }
+
+
+def between_oracles(lab: Lab, experiment: Experiment) -> dict[str, list[list[float]]]:
+    """For each set of examples the barriers of all pairs, ``[set][pair]``."""
+    measured = [unit.run(lab) for unit in baselines(experiment)]
+    return {name: [[one[name] for one in row] for row in measured] for name in SETS}
+
+
+def _mean(found: list[Barriers], name: str) -> float:
+    return float(np.mean([one[name] for one in found]))
+
+
+def _units(scale: Scale) -> list[Unit]:
+    rows = [*befores(scale.sgd), *afters(scale.sgd, METHOD)]
+    return [*(unit for row in rows for unit in row), *baselines(scale.sgd)]
+
+
+def _result(scale: Scale, lab: Lab) -> Result:
+    experiment = scale.sgd
+    losses = outcomes.mean_losses(lab, experiment, strata(experiment))
+    return {
+        "mean_losses": losses.tolist(),
+        "before": by_examples(lab, befores(experiment)),
+        "after": by_examples(lab, afters(experiment, METHOD)),
+        "baseline": between_oracles(lab, experiment),
+    }
+
+
+def _judge(result: Result) -> Verdict:
+    found: dict[str, Verdict] = {}
+    for name in result["before"]:
+        before, after = (np.array(result[when][name]) for when in ("before", "after"))
+        baseline = np.array(result["baseline"][name])
+        rises = ordering(before)
+        excess = (before - baseline.mean(1)).mean(0)
+        shown = f"above the baseline {excess[0]:.3f} easiest, {excess[-1]:.3f} hardest"
+        parts = {
+            "rises before": Verdict(rises.verdict, f"{rises.because}; {shown}"),
+            "reduced, hardest set": _reduced(before[:, -1], after[:, -1]),
+            "then that of oracles": _comparable(after[:, -1], baseline),
+        }
+        found |= {f"{name}, {part}": verdict for part, verdict in parts.items()}
+    return joined(found)
+
+
+def _reduced(before: NDArray[np.float64], after: NDArray[np.float64]) -> Verdict:
+    """Paired by seed."""
+    less = mean_interval(before - after)
+    numbers = f"{before.mean():.3f} to {after.mean():.3f}, less by {less.estimate:.3f}"
+    because = f"{numbers} [{less.low:.3f}, {less.high:.3f}], n = {len(before)}"
+    return Verdict(of_interval(less.low, less.high), because)
+
+
+def _comparable(after: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdict:
+    """Within one standard deviation of the pairs above their mean, by the interval.
+
+    Args:
+        after: Of the hardest set, ``(seeds,)``.
+        baseline: ``(sets, pairs)``; the deviation is that within sets.
+    """
+    if baseline.shape[1] < 2:
+        return Verdict(NOT_TESTABLE, "one pair of oracles has no spread")
+    spread = float(np.sqrt(baseline.var(1, ddof=1).mean()))
+    more = mean_interval(after - baseline[-1].mean())
+    verdict = NOT_TESTABLE
+    if more.high <= spread:
+        verdict = BORNE_OUT
+    elif more.low > spread:
+        verdict = NOT_BORNE_OUT
+    because = (
+        f"above the mean of {baseline.shape[1]} pairs by {more.estimate:.3f} "
+        f"[{more.low:.3f}, {more.high:.3f}], n = {len(after)}; one standard deviation "
+        f"of pairs is {spread:.3f}"
+    )
+    return Verdict(verdict, because)
+
+
+def _draw(result: Result) -> Picture:
+    names = list(result["before"])
+    picture, axes = plt.subplots(
+        1, len(names), figsize=(4.6 * len(names), 3.8), layout="constrained"
+    )
+    for ax, name in zip(axes, names, strict=True):
+        before, after = result["before"][name], result["after"][name]
+        losses = np.tile(result["mean_losses"], (len(before), 1))
+        pairs = np.array(result["baseline"][name]).T
+        plot_barriers(losses, before, after, pairs, ax=ax)
+        ax.set_title(f"loss on {name}", fontsize="medium")
+    return picture
+
+
+FIGURES = [
+    Figure(
+        "fig1-right",
+        "The barrier to an oracle before unlearning rises with the privacy loss; "
+        "unlearning reduces it to that between oracles.",
+        _units,
+        _result,
+        _judge,
+        _draw,
+    )
+]

@@ -1,0 +1,108 @@
+"""Barriers of the figures: modulo permutation, against oracles fairly shared out."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.models import MODELS, build_model
+from benchmarks.reproduce.barrier_units import BarrierAfter, opposite
+from benchmarks.reproduce.barriers import SETS, barriers
+from benchmarks.reproduce.experiment import Experiment
+from benchmarks.reproduce.figures import FIGURES
+from benchmarks.reproduce.figures.figure import (
+    BORNE_OUT,
+    NOT_BORNE_OUT,
+    NOT_TESTABLE,
+)
+from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.judging import judge, unlearn
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.pool import run_all
+from benchmarks.reproduce.unlearning_units import Unlearning
+from benchmarks.resnet import resnet18
+from benchmarks.training import Recipe
+from opacus_pi.evaluation import apply_permutation, permutation_spec
+
+TINY = Experiment(
+    "digits",
+    120,
+    60,
+    Recipe("mlp", 3, 32, 0.1),
+    num_seeds=2,
+    num_oracles=2,
+    stratum_size=10,
+    num_checkpoints=3,
+    unlearn_epochs=2,
+    num_trials=2,
+    num_probe=50,
+)
+SET = ForgetSet("random", 10)
+
+
+@pytest.mark.parametrize("name", ["mlp", "narrow-batch-norm"])
+def test_a_model_with_its_units_in_another_order_has_no_barrier(
+    tmp_path, monkeypatch, name
+):
+    narrow = partial(resnet18, norm="batch", width=4)
+    monkeypatch.setitem(MODELS, "narrow-batch-norm", narrow)
+    experiment = replace(TINY, recipe=replace(TINY.recipe, model=name), num_probe=6)
+    lab, shape = Lab(tmp_path), (1, 8, 8)
+    torch.manual_seed(0)
+    model = build_model(name, shape).eval()
+    spec = permutation_spec(model, torch.rand(2, *shape))
+    other = build_model(name, shape).eval()
+    order = spec.random(np.random.default_rng(0))
+    other.load_state_dict(apply_permutation(spec, order, model.state_dict()))
+    found = barriers(lab, experiment, model, other)
+    assert set(found) == set(SETS)
+    assert max(found.values()) == pytest.approx(0, abs=1e-5)
+
+
+def test_no_two_seeds_share_an_oracle_unless_all_do():
+    enough = replace(TINY, num_seeds=2, num_oracles=3)
+    met = [opposite(enough, SET, seed) for seed in range(2)]
+    assert [[one.number for one in row] for row in met] == [[0], [1]]
+    few = replace(TINY, num_seeds=4, num_oracles=3)
+    met = [opposite(few, SET, seed) for seed in range(4)]
+    assert [[one.number for one in row] for row in met] == [[0, 1, 2]] * 4
+
+
+def test_a_run_that_is_not_judged_ends_at_the_same_model(tmp_path):
+    lab = Lab(tmp_path)
+    unit = Unlearning(TINY, SET, "fine-tune", 1)
+    run_all([unit, BarrierAfter(TINY, SET, "fine-tune", 1)], lab)
+    trace = unit.run(lab)
+    where = (lab, TINY, SET, "fine-tune", trace["settings"], 1)
+    model, empty = unlearn(*where, judged=False)
+    assert not empty.times
+    found = judge(lab, TINY, SET)(model)
+    assert found == {name: values[-1] for name, values in trace["trace"].items()}
+
+
+def right(before, after, baseline):
+    """What the figure is judged by: seeds by sets, and sets by pairs."""
+    found = {"before": before, "after": after, "baseline": baseline}
+    return {name: {"images": rows} for name, rows in found.items()}
+
+
+RISING = [[0.1, 0.2, 0.50], [0.1, 0.3, 0.52], [0.1, 0.2, 0.49]]
+LOW = [[0.1, 0.1, 0.11], [0.1, 0.1, 0.10], [0.1, 0.1, 0.12]]
+PAIRS = [[0.05, 0.15, 0.10]] * 3
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "baseline", "verdict"),
+    [
+        (RISING, LOW, PAIRS, BORNE_OUT),
+        ([row[::-1] for row in RISING], LOW, PAIRS, NOT_BORNE_OUT),
+        (RISING, RISING, PAIRS, NOT_BORNE_OUT),  # neither less nor that of oracles
+        (RISING, [[0.1, 0.1, x] for x in (0.0, 0.1, 0.3)], PAIRS, NOT_TESTABLE),
+        (RISING, LOW, [[0.1]] * 3, NOT_TESTABLE),  # one pair has no spread
+    ],
+)
+def test_barriers_rise_fall_and_end_at_the_baseline(before, after, baseline, verdict):
+    found = FIGURES["fig1-right"].judge(right(before, after, baseline))
+    assert found.verdict == verdict
