@@ -34,7 +34,7 @@ from benchmarks import data, report
 from benchmarks.facts import facts_of
 from benchmarks.models import build_model
 from benchmarks.training import Recipe, train, train_privately
-from opacus_pi import Langevin, Unlearner
+from opacus_pi import Langevin, PrivacyEngine, Unlearner
 from opacus_pi.evaluation import OracleCache, evaluate, time_to_unlearn
 from opacus_pi.forget_sets import difficulty_strata, retain_indices
 
@@ -198,12 +198,19 @@ def privacy_of(settings: Settings, images: data.ImageData, seed: int) -> dict:
     model, engine = train_privately(
         recipe, images.train, images.image_shape, seed, settings.noise_multiplier
     )
+    return spent(model, engine, images, settings.delta)
+
+
+def spent(
+    model: nn.Module, engine: PrivacyEngine, images: data.ImageData, delta: float
+) -> dict:
+    """What a DP-SGD run cost, for everybody and for each, and what it is worth."""
     test = evaluate(
         model, CRITERION, forget=images.test, retain=images.train, test=images.test
     )
-    epsilons = engine.epsilons(delta=settings.delta)
+    epsilons = engine.epsilons(delta=delta)
     return {
-        "worst_case_epsilon": engine.get_epsilon(delta=settings.delta),
+        "worst_case_epsilon": engine.get_epsilon(delta=delta),
         "epsilon_quantiles": np.quantile(epsilons, [0, 0.1, 0.5, 0.9, 1]).tolist(),
         "test_accuracy": test["test_accuracy"],
         "attribution": dict(engine.attribution),

@@ -96,6 +96,7 @@ MODELS = {
     "small-cnn": small_cnn,
     "strided-cnn": strided_cnn,
     "resnet18": resnet18,
+    "resnet18-w16": partial(resnet18, width=16),
     "resnet18-batch-norm": partial(resnet18, norm="batch"),
     "vit": vit,
 }

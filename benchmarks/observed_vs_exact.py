@@ -165,7 +165,9 @@ def table(cases: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the seeds that are missing, print the table, write both files."""
-    args = arguments(__doc__, CASES, OUT).parse_args()
+    parser = arguments(__doc__, CASES, OUT)
+    parser.add_argument("--data-root", type=Path)
+    args = parser.parse_args()
     images = cache(
         lambda case: data.load(case.data_set, args.data_root, case.num_train)
     )

@@ -26,7 +26,6 @@ def arguments(doc: str, cases: Iterable[str], out: Path) -> argparse.ArgumentPar
     names = list(cases)
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data-root", type=Path)
     parser.add_argument("--out", type=Path, default=out)
     return parser
 
@@ -49,7 +48,7 @@ def run_missing(
         ``settings`` and ``seeds`` of every case in the file, by name.
     """
     cases = json.loads(out.read_text())["cases"] if out.exists() else {}
-    for name, facts in settings.items():
+    for name, facts in json.loads(json.dumps(settings)).items():
         if cases.get(name, {}).get("settings") != facts:
             cases[name] = {"settings": facts, "seeds": {}}
         done = cases[name]["seeds"]

@@ -3,15 +3,15 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from benchmarks import observed_vs_exact as benchmark
-from benchmarks.observed_vs_exact import CASES, compare, compared, thinned
+from benchmarks.observed_vs_exact import CASES, Case, compare, compared, thinned
 from opacus_pi import GradNormLedger, NoisySGD
+from tests.benchmark_results import check_results
 
 STEPS, EXAMPLES = 160, 12
 
@@ -84,9 +84,4 @@ def test_seeds_that_are_there_are_not_run_again(tmp_path, monkeypatch, capsys):
 
 
 def test_the_results_are_of_the_cases_as_they_are():
-    out = Path(__file__).parents[1] / benchmark.OUT
-    found = json.loads(out.read_text())["cases"]
-    for name, case in CASES.items():
-        assert found[name]["settings"] == case.settings()
-        assert len(found[name]["seeds"]) == 3
-    assert out.with_suffix(".md").read_text() == benchmark.table(found)
+    check_results(benchmark, Case.settings)

@@ -33,9 +33,9 @@ SHOWN = {
 }
 
 
-def make(case: str, device: str = "cpu") -> Batch:
+def make(case: str, device: str = "cpu", seed: int = 0) -> Batch:
     """A model with random weights and one batch of random data."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model, x, y = _made(case)
     return model.to(device), x.to(device), y.to(device)
 

@@ -7,22 +7,22 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.judging import unlearn
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS
+from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.units import Oracle
 from benchmarks.resnet import resnet18
 from benchmarks.training import PrivateRecipe, Recipe, train_privately
 from opacus_pi.gradients import per_example_grad_norms, sweep
 
 CRITERION = nn.CrossEntropyLoss()
-PLAIN = Experiment(
-    "digits",
-    60,
-    30,
-    Recipe("strided-cnn", 2, 16, 0.1, noise_std=0.01),
+PLAIN = replace(
+    SCALES["smoke"].sgd,
+    num_train=60,
+    num_test=30,
+    recipe=Recipe("strided-cnn", 2, 16, 0.1, noise_std=0.01),
     num_seeds=1,
     num_oracles=1,
     stratum_size=6,

@@ -1,0 +1,132 @@
+"""How many examples share the largest privacy loss, by the clip norm?
+
+    python -m benchmarks.clip_norms                # 6 minutes on one core
+
+An example that is clipped whenever it is seen has the largest loss that there is, and
+with it all others of its kind: nothing tells them apart. DP-SGD on digits as in the
+main job (MLP, 20 epochs, Poisson batches of 64, noise multiplier 1) at rising clip
+norms C, with the learning rate 0.5 / C: so the noise on the weights is the same in all
+of them, and with it the longest step that an example can make. The norms are those that
+the engine observes. Mean over seeds [least, largest].
+
+Results are kept in ``benchmarks/results/clip_norms.json`` after every seed, and seeds
+that are there are not run again; the table is beside it.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import data
+from benchmarks.facts import facts_of
+from benchmarks.main_job import SETTINGS, spent
+from benchmarks.report import markdown
+from benchmarks.seeds import arguments, over_seeds, publish, run_missing
+from benchmarks.training import PrivateRecipe, train_privately
+from opacus_pi.forget_sets import num_at_top
+
+OUT = Path("benchmarks/results/clip_norms.json")
+DIGITS = SETTINGS["digits"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One DP-SGD recipe, and what is asked of its ledger."""
+
+    recipe: PrivateRecipe
+    order: float = DIGITS.order
+    delta: float = DIGITS.delta
+
+
+def _at(max_grad_norm: float) -> Case:
+    """The main job's run at another clip norm, its noise on the weights the same."""
+    main = DIGITS.recipe
+    recipe = PrivateRecipe(
+        main.model,
+        DIGITS.dp_epochs,
+        main.batch_size,
+        DIGITS.dp_learning_rate / max_grad_norm,
+        noise_multiplier=DIGITS.noise_multiplier,
+        max_grad_norm=max_grad_norm,
+    )
+    return Case(recipe)
+
+
+CASES = {f"{norm:g}": _at(norm) for norm in (0.5, 1, 2, 5, 10, 20)}
+
+
+def measure(case: Case, seed: int) -> dict[str, Any]:
+    """Train once; who ties, what it cost, and what it is worth."""
+    images, recipe = data.load("digits"), case.recipe
+    model, engine = train_privately(
+        recipe,
+        images.train,
+        images.image_shape,
+        seed,
+        recipe.noise_multiplier,
+        recipe.max_grad_norm,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*share the largest value")
+        losses = engine.privacy_losses(order=case.order)
+        found = spent(model, engine, images, case.delta)
+    return found | {"num_at_top": num_at_top(losses), "num_examples": len(losses)}
+
+
+def table(cases: dict[str, Any]) -> str:
+    """All clip norms as Markdown."""
+    rows = [
+        (
+            "clip norm",
+            "learning rate",
+            "share the largest loss",
+            "test accuracy",
+            "ε for everybody",
+            "own ε: 10 %",
+            "median",
+        )
+    ]
+    for name in (name for name in CASES if name in cases):
+        facts, seeds = cases[name]["settings"], list(cases[name]["seeds"].values())
+        tenths, medians = (
+            over_seeds((s["epsilon_quantiles"][k] for s in seeds), ".2f")
+            for k in (1, 2)
+        )
+        rows.append(
+            (
+                name,
+                f"{facts['recipe']['learning_rate']:g}",
+                over_seeds((s["num_at_top"] for s in seeds), ".0f"),
+                over_seeds((s["test_accuracy"] for s in seeds), ".3f"),
+                over_seeds((s["worst_case_epsilon"] for s in seeds), ".2f"),
+                tenths,
+                medians,
+            )
+        )
+    return _NOTE.format(delta=DIGITS.delta) + markdown(rows) + "\n"
+
+
+_NOTE = """# Examples that share the largest privacy loss, by clip norm
+
+Made by `python -m benchmarks.clip_norms`: DP-SGD on 1,437 digits, observed norms, order
+8, δ = {delta:g}. Mean over seeds [least, largest].
+
+"""
+
+
+def main() -> None:
+    """Run the seeds that are missing, print the table, write both files."""
+    args = arguments(__doc__, CASES, OUT).parse_args()
+    torch.set_num_threads(1)
+    settings = {name: facts_of(CASES[name]) for name in args.cases}
+    found = run_missing(
+        args.out, settings, args.seeds, lambda name, seed: measure(CASES[name], seed)
+    )
+    publish(args.out, table(found))
+
+
+if __name__ == "__main__":
+    main()
