@@ -18,6 +18,7 @@ import numpy as np
 
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
+from opacus_pi.accounting.rounding import rounded_up
 
 __all__ = ["Assumption", "Guarantee"]
 
@@ -213,18 +214,14 @@ class Guarantee:
                 "No finite divergence from retraining is claimed; only the comparison "
                 "with retrained models speaks for the result."
             ]
-        sign, worth = (
-            ("≤", "a bound")
-            if self.kind == "certified"
-            else (
-                "≈",
-                "an estimate, not a bound",
-            )
-        )
         divergence, order = min(zip(self.divergences, self.orders, strict=True))
+        if self.kind == "certified":
+            sign, worth, write = "≤", "a bound", rounded_up
+        else:
+            sign, worth, write = "≈", "an estimate, not a bound", "{:.4g}".format
         return [
-            f"D_α(unlearned ‖ retrained) {sign} {divergence:.4g} at α = {order:g}; "
-            f"ε {sign} {self.epsilon(delta):.4g} at δ = {delta:g} ({worth}).",
+            f"D_α(unlearned ‖ retrained) {sign} {write(divergence)} at α = {order:g}; "
+            f"ε {sign} {write(self.epsilon(delta))} at δ = {delta:g} ({worth}).",
             "One-sided: Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ.",
         ]
 

@@ -30,6 +30,7 @@ from opacus_pi.accounting.ledger.grad_norm_ledger import (
 )
 from opacus_pi.accounting.privacy_loss.per_instance import worst_case_loss
 from opacus_pi.accounting.ranking_only import unfit_norms
+from opacus_pi.accounting.rounding import rounded_up
 
 _FORMAT = "opacus_pi.PrivacyStatement.v1"
 _GROUP_ORDERS = (1 + np.geomspace(0.01, 63, 40)).tolist()
@@ -111,9 +112,9 @@ class PrivacyStatement:
         if math.isinf(self.worst_case):
             return "Any data: no bound can be given."
         return (
-            f"Any data: ε ≤ {self.worst_case:.4g} at δ = {self.delta:g}, given the "
-            "assumptions. The trained model then makes no event more than e^ε times as "
-            "likely as without these rows, plus δ."
+            f"Any data: ε ≤ {rounded_up(self.worst_case)} at δ = {self.delta:g}, given "
+            "the assumptions. The trained model then makes no event more than e^ε "
+            "times as likely as without these rows, plus δ."
         )
 
 
@@ -133,7 +134,8 @@ def privacy_statement(
 
     Args:
         ledger: The record of one run, or of several independent runs of one training.
-        rows: The person's positions in the training set, each once.
+        rows: The person's positions in the training set, each once; a list, ``[157]``
+            for one row, as wherever examples are named.
         delta: δ in (0, 1).
         subject: Who it is about; by default the position.
 

@@ -3,13 +3,14 @@
 import argparse
 from typing import Any
 
+from opacus_pi.accounting.rounding import rounded_up
 from opacus_pi.cli.arguments import (
     add_ledgers,
     add_output,
     add_scoring,
     ledgers,
 )
-from opacus_pi.cli.output import answer, cell, table
+from opacus_pi.cli.output import answer, table
 from opacus_pi.report import Scores, score, training_facts
 from opacus_pi.report.sections import tied_words
 
@@ -89,8 +90,8 @@ def _headline(scores: Scores) -> str:
         )
     return (
         f"{about}, ε at δ = {scores.delta:g} (estimates).\n"
-        f"Bound for anybody: loss {cell(scores.worst_case_loss)}, "
-        f"ε {cell(scores.worst_case_epsilon)}."
+        f"Bound for anybody: loss {rounded_up(scores.worst_case_loss)}, "
+        f"ε {rounded_up(scores.worst_case_epsilon)}."
     )
 
 

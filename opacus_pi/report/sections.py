@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opacus_pi.accounting.rounding import rounded_up
 from opacus_pi.report.html import (
     bullets,
     facts_list,
@@ -46,7 +47,7 @@ def training(facts: Facts) -> str:
         "updates": run["num_steps"],
         "sampling": f"{run['sampling']}, rate {_span(run['sample_rate'])}",
         "noise on the sum of gradients": _span(run["noise_std"]),
-        "clip norm": _bound(_span(run["max_grad_norm"])),
+        "clip norm": _or_none(_span(run["max_grad_norm"])),
     }
     return section("Training", facts_list(named))
 
@@ -225,9 +226,14 @@ def _span(value: Any) -> str:
     return text(value)
 
 
-def _bound(value: Any) -> Any:
-    """A bound, or that there is none."""
+def _or_none(value: Any) -> Any:
+    """A limit, or that there is none."""
     return "none" if value == "inf" else value
+
+
+def _bound(value: Any) -> Any:
+    """A bound with four digits, rounded up, or that there is none."""
+    return _or_none(rounded_up(float(value)))
 
 
 def _setting(value: Any) -> Any:

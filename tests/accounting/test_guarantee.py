@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
+from opacus_pi.accounting.rounding import rounded_up
 
 MET = Assumption("the weights stay in a ball", True, "projection")
 UNMET = Assumption("the loss is an upper bound", False, "one run")
@@ -52,7 +53,7 @@ def test_the_text_states_epsilon_at_the_delta_that_is_asked_for():
     assert str(claim) == claim.text() == claim.text(1e-5)
     assert "at δ = 1e-05" in str(claim)
     words = claim.text(0.001)
-    assert f"ε ≤ {claim.epsilon(0.001):.4g} at δ = 0.001 (a bound)" in words
+    assert f"ε ≤ {rounded_up(claim.epsilon(0.001))} at δ = 0.001 (a bound)" in words
     assert claim.epsilon(0.001) < claim.epsilon(1e-5)
     assert "δ =" not in Guarantee("FineTune", (MET,)).text(0.001)
 
@@ -97,6 +98,14 @@ def test_a_promoted_kind_in_the_text_is_refused():
 def test_foreign_text_is_refused(text):
     with pytest.raises(ValueError, match="Guarantee.to_json"):
         Guarantee.from_json(text)
+
+
+def test_a_bound_is_written_rounded_up_and_an_estimate_to_nearest():
+    for d in np.random.default_rng(0).uniform(0.1, 9, 50):
+        words = str(Guarantee("Langevin", (MET,), (2.0,), (d,)))
+        assert d <= float(words.split("≤ ")[1].split()[0]) <= d * 1.001
+        words = str(Guarantee("Langevin", (MET, UNMET), (2.0,), (d,)))
+        assert f"≈ {d:.4g} at" in words
 
 
 def test_text_says_what_it_is_worth_and_which_way():
