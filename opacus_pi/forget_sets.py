@@ -148,10 +148,12 @@ def difficulty_strata(
 def top_k(
     scores: ArrayLike, size: int, generator: np.random.Generator | None = None
 ) -> Indices:
-    """The hardest examples: those of the largest scores, the end of the ``ranking``.
+    """The hardest examples, as a set: those of the largest scores, sorted by index.
 
-    They are the last stratum of :func:`difficulty_strata`. Warns where only a part of
-    the examples that tie is among them.
+    Like every forget set they come in the data set's order, not in that of the scores:
+    the hardest first are ``ranking(scores)[::-1][:size]``. They are the last stratum of
+    :func:`difficulty_strata`. Warns where only a part of the examples that tie is among
+    them.
 
     Args:
         scores: Difficulty of each example, shape ``(n,)``; higher is harder.

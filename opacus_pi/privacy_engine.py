@@ -56,6 +56,7 @@ from opacus_pi.engine.checkpoints import Checkpoints
 from opacus_pi.engine.dp_recording import PrivateRun, record
 from opacus_pi.engine.filter_setup import require_filterable
 from opacus_pi.engine.loader_position import follow_memory_manager
+from opacus_pi.engine.odd_rows import explain_ghost_losses
 from opacus_pi.engine.outside_changes import OutsideChanges
 from opacus_pi.engine.readings import EngineReadings
 from opacus_pi.engine.run_state import RunState
@@ -295,6 +296,11 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
             self._begin(run)
             record(optimizer, run)
         return optimizer
+
+    def _prepare_criterion(self, **options: Any) -> Any:
+        criterion = super()._prepare_criterion(**options)
+        explain_ghost_losses(criterion)
+        return criterion
 
     def _begin(self, run: PrivateRun) -> None:
         """Start the record of a run that Opacus has prepared."""

@@ -148,6 +148,35 @@ def test_evaluation_itself_is_no_training():
     assert training.engine.attribution["unattributed"] == 0
 
 
+# ------------------------------------------------------------------ no clipping
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 0.05])
+@pytest.mark.parametrize("accountant", ["prv", "rdp"])
+def test_training_without_clipping_has_no_epsilon_of_opacus(accountant, noise_std):
+    """Whose accountant has counted no update, which it takes for no loss."""
+    engine, criterion = PrivacyEngine(accountant=accountant), nn.CrossEntropyLoss()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    _, optimizer, loader = engine.make_monitored(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data(), batch_size=6),
+        noise_std=noise_std,
+        criterion=criterion,
+    )
+    for x, y in loader:
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    with pytest.raises(AccountingError, match="no epsilon holds for every example"):
+        engine.get_epsilon(1e-3)
+    if noise_std:
+        assert np.isfinite(engine.epsilons(1e-3)).all()
+    else:
+        with pytest.raises(ValueError, match="Without noise no loss is finite"):
+            engine.epsilons(1e-3)
+
+
 # ------------------------------------------------------------------ weights
 
 

@@ -8,10 +8,13 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
 from opacus_pi.compatible import add_note
+from opacus_pi.engine.class_swap import swap_class
 from opacus_pi.gradients.skeleton import unwrap
 
 _ODD = (
@@ -23,6 +26,13 @@ _ODD = (
     'grad_sample_mode="fast" needs that too, unless torch.func.vmap can run the whole '
     "model: without dropout, without an attention mask, the loss made outside of it."
 )
+_SPREAD = (
+    "Ghost clipping cannot read indices that are one row spread over the batch, such "
+    "as the token types that a model makes by itself. Put them into each example "
+    "(token_type_ids=torch.zeros_like(input_ids)), or freeze that embedding "
+    "(requires_grad_(False))."
+)
+_VIEW = "view size is not compatible"
 
 
 def explain_rows(
@@ -65,3 +75,46 @@ def _usual(num_rows: Mapping[nn.Parameter, int]) -> int:
     """The number that most have; of several the largest."""
     counts = Counter(num_rows.values())
     return max(counts, key=lambda number: (counts[number], number))
+
+
+def explain_ghost_losses(criterion: DPLossFastGradientClipping) -> None:
+    """Have the errors of ghost clipping's backward passes say the same.
+
+    Args:
+        criterion: What Opacus made of the user's, changed in place.
+    """
+    swap_class(criterion, _giving_explained)
+
+
+def _giving_explained(base: type) -> type:
+    """A criterion whose losses explain their errors."""
+
+    class GivingExplained(base):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return swap_class(super().__call__(*args, **options), _explained)
+
+    return GivingExplained
+
+
+def _explained(base: type) -> type:
+    """A loss that explains an error of its backward passes."""
+
+    class Explained(base):
+        def backward(self) -> None:
+            try:
+                super().backward()
+            except RuntimeError as error:
+                self._pi_explain(error)
+                raise
+
+        def _pi_explain(self, error: RuntimeError) -> None:
+            """Add what is known of the error."""
+            model = self.module._module
+            norms = {p: getattr(p, "_norm_sample", None) for p in model.parameters()}
+            known = {p: len(found) for p, found in norms.items() if found is not None}
+            if _VIEW in str(error):
+                add_note(error, _SPREAD)
+            elif known:
+                explain_rows(error, model, known)
+
+    return Explained

@@ -17,6 +17,13 @@ from opacus_pi.engine.opacus_engine import Engine
 from opacus_pi.forget_sets import num_at_top
 from opacus_pi.recorder import Recorder
 
+_NO_BOUND = (
+    "make_monitored trains without clipping, so no epsilon holds for every example, "
+    "and Opacus's accountant has not counted these updates. With noise, "
+    "engine.epsilons(delta) estimates what each example of this data set cost; train "
+    "by make_private for a guarantee."
+)
+
 
 class EngineReadings(Engine):
     """The questions of an engine that has a recorder, a tracker and an accountant."""
@@ -24,6 +31,7 @@ class EngineReadings(Engine):
     recorder: Recorder
     accountant: IAccountant
     _tracker: Tracker
+    _begun: bool
     _is_private: bool
     _earlier_steps: int
 
@@ -87,11 +95,13 @@ class EngineReadings(Engine):
         return losses
 
     def epsilons(self, delta: float) -> NDArray[np.float64]:
-        """Each example's epsilon at ``delta``.
+        """Each example's epsilon at ``delta``: an estimate from the norms on record.
 
-        Under Poisson sampling never above ``max(0, get_epsilon(delta))``, which holds
-        for every example. With the user's own loader (``poisson_sampling=False``)
-        Opacus's number assumes a sampling that was not done, and is no bound here.
+        Without clipping (``make_monitored``) it is all there is: no bound holds for
+        everybody, and without noise it is refused. With clipping, under Poisson
+        sampling, never above ``max(0, get_epsilon(delta))``, which holds for every
+        example. With the user's own loader (``poisson_sampling=False``) Opacus's number
+        assumes a sampling that was not done, and is no bound here.
         Warns where most examples share the largest.
 
         Args:
@@ -119,7 +129,13 @@ class EngineReadings(Engine):
 
         Args:
             delta: Failure probability, in (0, 1).
+
+        Raises:
+            AccountingError: After ``make_monitored``: Opacus's accountants do not know
+                of updates without clipping, for which no number holds.
         """
+        if self._begun and not self._is_private:
+            raise AccountingError(_NO_BOUND)
         if self.recorder.sampling == "fixed" and self._is_private:
             warnings.warn(
                 "get_epsilon is Opacus's number, and assumes Poisson sampling. This "

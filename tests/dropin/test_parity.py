@@ -88,7 +88,8 @@ def test_training_is_bit_identical(case):
     assert type(ours.model) is type(theirs.model)
     assert isinstance(ours.optimizer, type(theirs.optimizer))
     assert type(ours.optimizer).__name__ == type(theirs.optimizer).__name__
-    assert type(ours.criterion) is type(theirs.criterion)
+    assert isinstance(ours.criterion, type(theirs.criterion))
+    assert type(ours.criterion).__name__ == type(theirs.criterion).__name__
     assert isinstance(ours.loader, type(theirs.loader))
     assert (ours.loader is ours.given) == (theirs.loader is theirs.given)
     assert ours.loader.dataset is ours.given.dataset

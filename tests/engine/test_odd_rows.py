@@ -37,10 +37,11 @@ def data():
 def trained(mode="hooks", *, model=None, expanded=False, engine=None, **options):
     engine, module = engine or PrivacyEngine(), model or Tagger()
     torch.manual_seed(2)
-    hooks, optimizer, loader = engine.make_private(
+    hooks, optimizer, *criterion, loader = engine.make_private(
         module=module,
         optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
         data_loader=DataLoader(data(), batch_size=4),
+        criterion=nn.CrossEntropyLoss(),
         noise_multiplier=1.0,
         **{"max_grad_norm": 1.0, "poisson_sampling": False, **options},
         grad_sample_mode=mode,
@@ -49,7 +50,8 @@ def trained(mode="hooks", *, model=None, expanded=False, engine=None, **options)
     for ids, labels in loader:
         own = (torch.arange(LENGTH).expand(len(ids), -1),) if expanded else ()
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(ids, *own), labels).backward()
+        loss = criterion[0] if criterion else nn.functional.cross_entropy
+        loss(model(ids, *own), labels).backward()
         optimizer.step()
     return engine
 
@@ -65,6 +67,8 @@ def note_of(run):
     [
         ("hooks", {}),
         ("functorch", {}),
+        ("ghost", {}),
+        ("ghost", {"wrap_model": False}),
         ("hooks", {"wrap_model": False}),
         ("hooks", {"clipping": "per_layer", "max_grad_norm": [1.0] * 4}),
         ("hooks", {"engine": "filter", "poisson_sampling": True}),
@@ -78,6 +82,33 @@ def test_the_parameter_and_the_remedies_are_named(mode, options):
     assert "but there are 1 for 'position.weight'." in note
     assert "position_ids" in note and "requires_grad_(False)" in note
     assert 'grad_sample_mode="fast" needs that too, unless' in note
+
+
+class Typed(Tagger):
+    """Token types that are one row spread over the batch, as BERT makes them."""
+
+    def forward(self, ids, position_ids=None):
+        types = torch.zeros(1, LENGTH, dtype=torch.long).expand(len(ids), LENGTH)
+        return self.out((self.words(ids) + self.position(types)).mean(1))
+
+
+def test_indices_that_ghost_clipping_cannot_read_are_explained():
+    with pytest.raises(RuntimeError, match="view size is not compatible") as error:
+        trained("ghost", model=Typed())
+    (note,) = getattr(error.value, "__notes__", error.value.args[1:])
+    assert "token_type_ids=" in note and "requires_grad_(False)" in note
+
+
+def test_other_errors_of_ghost_clipping_stay_as_they_are():
+    model = Tagger()
+    model.out.register_full_backward_hook(_fail)
+    with pytest.raises(RuntimeError, match="mine") as error:
+        trained("ghost", model=model, expanded=True)
+    assert not getattr(error.value, "__notes__", error.value.args[1:])
+
+
+def _fail(*_):
+    raise RuntimeError("mine")
 
 
 def losses(engine):
