@@ -19,7 +19,6 @@ from benchmarks.reproduce.barrier_units import (
 from benchmarks.reproduce.barriers import barriers
 from benchmarks.reproduce.cost import Gpu, evaluation_seconds, update_seconds
 from benchmarks.reproduce.estimate import Estimate, estimate, every_job, table
-from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.lab import Lab
@@ -32,20 +31,18 @@ from benchmarks.reproduce.work import Work
 from benchmarks.resnet import resnet18
 from benchmarks.training import PrivateRecipe, Recipe
 
-TINY = Experiment(
-    "digits",
-    100,
-    40,
-    Recipe("mlp", 3, 20, 0.1),
-    num_seeds=2,
-    num_oracles=2,
+SMOKE = SCALES["smoke"]
+TINY = replace(
+    SMOKE.sgd,
+    num_train=100,
+    num_test=40,
+    recipe=Recipe("mlp", 3, 20, 0.1),
     stratum_size=10,
     unlearn_epochs=2,
     num_checkpoints=3,
-    num_trials=2,
     num_probe=30,
 )
-SMALL = replace(SCALES["smoke"], sgd=TINY, sgld=(TINY.with_noise(0.1),))
+SMALL = replace(SMOKE, sgd=TINY, sgld=(TINY.with_noise(0.1),))
 SET = ForgetSet("random", 10)
 GPU = Gpu()
 
