@@ -106,3 +106,9 @@ PAIRS = [[0.05, 0.15, 0.10]] * 3
 def test_barriers_rise_fall_and_end_at_the_baseline(before, after, baseline, verdict):
     found = FIGURES["fig1-right"].judge(right(before, after, baseline))
     assert found.verdict == verdict
+
+
+def test_where_no_line_has_a_barrier_nothing_is_told():
+    none = [[0.0] * 3] * 3
+    found = FIGURES["fig1-right"].judge(right(none, none, none))
+    assert found.verdict == NOT_TESTABLE and "no barrier between" in found.because

@@ -34,6 +34,7 @@ from benchmarks.reproduce.figures.figure import (
     joined,
     of_interval,
     ordering,
+    told,
 )
 from benchmarks.reproduce.forget import strata
 from benchmarks.reproduce.lab import Lab
@@ -106,11 +107,11 @@ def _judge(result: Result) -> Verdict:
     for name in result["before"]:
         before, after = (np.array(result[when][name]) for when in ("before", "after"))
         baseline = np.array(result["baseline"][name])
-        rises = ordering(before)
-        excess = (before - baseline.mean(1)).mean(0)
-        shown = f"above the baseline {excess[0]:.3f} easiest, {excess[-1]:.3f} hardest"
+        if max(before.max(), after.max(), baseline.max()) == 0:
+            found[name] = Verdict(NOT_TESTABLE, "no barrier between any two models")
+            continue
         parts = {
-            "rises before": Verdict(rises.verdict, f"{rises.because}; {shown}"),
+            "rises before": _rises(before, baseline),
             "reduced, hardest set": _reduced(before[:, -1], after[:, -1]),
             "then that of oracles": _comparable(after[:, -1], baseline),
         }
@@ -118,11 +119,19 @@ def _judge(result: Result) -> Verdict:
     return joined(found)
 
 
+def _rises(before: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdict:
+    """As it is, which is the claim; and above each set's own baseline, beside it."""
+    order, excess = ordering(before), before - baseline.mean(1)
+    more = told(mean_interval(excess[:, -1] - excess[:, 0]))
+    beside = f"above each set's own baseline, hardest less easiest: {more}"
+    return Verdict(order.verdict, f"{order.because}; {beside}")
+
+
 def _reduced(before: NDArray[np.float64], after: NDArray[np.float64]) -> Verdict:
     """Paired by seed."""
     less = mean_interval(before - after)
-    numbers = f"{before.mean():.3f} to {after.mean():.3f}, less by {less.estimate:.3f}"
-    because = f"{numbers} [{less.low:.3f}, {less.high:.3f}], n = {len(before)}"
+    numbers = f"{before.mean():.3f} to {after.mean():.3f}, less by {told(less)}"
+    because = f"{numbers}, n = {len(before)}"
     return Verdict(of_interval(less.low, less.high), because)
 
 
@@ -143,9 +152,8 @@ def _comparable(after: NDArray[np.float64], baseline: NDArray[np.float64]) -> Ve
     elif more.low > spread:
         verdict = NOT_BORNE_OUT
     because = (
-        f"above the mean of {baseline.shape[1]} pairs by {more.estimate:.3f} "
-        f"[{more.low:.3f}, {more.high:.3f}], n = {len(after)}; one standard deviation "
-        f"of pairs is {spread:.3f}"
+        f"above the mean of {baseline.shape[1]} pairs by {told(more)}, "
+        f"n = {len(after)}; one standard deviation of pairs is {spread:.3f}"
     )
     return Verdict(verdict, because)
 

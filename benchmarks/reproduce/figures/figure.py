@@ -63,7 +63,7 @@ def ordering(times: np.ndarray) -> Verdict:
     """
     found = rank_correlation(times)
     if found["rho"] is None:
-        return Verdict(NOT_TESTABLE, "every set took equally long in every seed")
+        return Verdict(NOT_TESTABLE, "all sets are equal in every seed")
     low, high = found["interval"]
     if low is None:
         because = f"in all seeds but one every set ties; there rho {found['rho']:.2f}"
