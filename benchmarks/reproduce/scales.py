@@ -17,20 +17,22 @@ class Scale:
     Attributes:
         sgd: The main experiment, without noise.
         sgld: The same with noise on the mean gradient, one for each level.
-        private: DP-SGD in place of SGD.
+        private: DP-SGD in place of SGD, one for each clip norm.
         others: Other data sets and models.
         hardest_sizes: Sizes of the hardest sets by several scores.
         set_sizes: Sizes of the strata where the size is varied.
+        rates: Learning rates of fine-tuning where they are varied.
         poison_std: Noise on the inputs for the Gaussian unlearning score.
         groups: Studies of the group bound, one for each seed.
     """
 
     sgd: Experiment
     sgld: tuple[Experiment, ...]
-    private: Experiment
+    private: tuple[Experiment, ...]
     others: tuple[Experiment, ...]
     hardest_sizes: tuple[int, ...]
     set_sizes: tuple[int, ...]
+    rates: tuple[float, ...]
     poison_std: float
     groups: tuple[group_bound.Settings, ...]
 
@@ -92,12 +94,21 @@ GPU = replace(
 )
 
 
-def _private(experiment: Experiment, num_epochs: int) -> Experiment:
-    """DP-SGD at noise multiplier 1 and clip norm 1 in place of the recipe."""
-    recipe = PrivateRecipe(
-        experiment.recipe.model, num_epochs, experiment.recipe.batch_size, 0.5
+def _private(experiment: Experiment, num_epochs: int) -> tuple[Experiment, ...]:
+    """DP-SGD with much noise and a clip norm that binds; with less of both."""
+    model, batch_size = experiment.recipe.model, experiment.recipe.batch_size
+    recipes = (
+        PrivateRecipe(model, num_epochs, batch_size, 0.5),
+        PrivateRecipe(
+            model,
+            num_epochs,
+            batch_size,
+            0.05,
+            noise_multiplier=0.1,
+            max_grad_norm=40.0,
+        ),
     )
-    return replace(experiment, recipe=recipe)
+    return tuple(replace(experiment, recipe=recipe) for recipe in recipes)
 
 
 SCALES = {
@@ -108,6 +119,7 @@ SCALES = {
         others=(),
         hardest_sizes=(10, 20),
         set_sizes=(10, 40),
+        rates=(0.02, 0.2),
         poison_std=0.32**0.5,
         groups=tuple(
             group_bound.Settings(seed, estimates=4, checkpoints=3, stratum_size=20)
@@ -121,6 +133,7 @@ SCALES = {
         others=(_cpu("svhn"), _cpu("cifar10")),
         hardest_sizes=(120, 200, 400),
         set_sizes=(20, 1_000, 2_000),
+        rates=(0.03, 0.06, 0.12, 0.24),
         poison_std=0.32**0.5,
         groups=tuple(group_bound.Settings(seed) for seed in range(5)),
     ),
@@ -133,6 +146,7 @@ SCALES = {
         others=(),
         hardest_sizes=(240, 400, 800),
         set_sizes=(40, 1_000),
+        rates=(0.003, 0.01, 0.03, 0.1),
         poison_std=0.32**0.5,
         groups=tuple(group_bound.Settings(seed) for seed in range(3)),
     ),
@@ -148,6 +162,7 @@ SCALES = {
         ),
         hardest_sizes=(600, 1_000, 2_000),
         set_sizes=(100, 5_000, 10_000),
+        rates=(0.003, 0.01, 0.03, 0.1),
         poison_std=0.32**0.5,
         groups=tuple(group_bound.Settings(seed) for seed in range(5)),
     ),

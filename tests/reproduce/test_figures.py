@@ -121,13 +121,64 @@ def test_separation_by_size_is_judged_beside_the_order():
     assert FIGURES["fig8"].judge(sizes(apart, apart)).verdict == NOT_TESTABLE
 
 
-def test_nobody_is_harder_where_most_examples_are_always_clipped():
-    rising = [[0.0, 1.0, 2.0], [0.0, 2.0, 3.0], [0.0, 1.0, 4.0]]
-    panel = {"times": {"UA": rising}, "max_time": 9, "num_examples": 1_000}
-    judge = FIGURES["private"].judge
-    assert judge(panel | {"num_tied": 20}).verdict == BORNE_OUT
-    found = judge(panel | {"num_tied": 980})
-    assert found.verdict == NOT_TESTABLE and "980 of 1,000" in found.because
+def private(times, num_tied):
+    """One panel of private models: three strata, UA .2 under the hardest's oracles."""
+    return {
+        "times": {"UA": times},
+        "max_time": 9,
+        "epsilon": 3.0,
+        "num_tied": num_tied,
+        "num_examples": 1_000,
+        "before": [[0.0, 0.1, 0.3], [0.0, 0.1, 0.5], [0.0, 0.1, 0.4]],
+        "oracle": [[0.0, 0.0], [0.1, 0.1], [0.5, 0.7]],
+    }
+
+
+RISING = [[0.0, 1.0, 2.0], [0.0, 2.0, 3.0], [0.0, 1.0, 4.0]]
+FALLING = [row[::-1] for row in RISING]
+
+
+@pytest.mark.parametrize(
+    ("panels", "verdict"),
+    [
+        ([(RISING, 20)], BORNE_OUT),
+        ([(RISING, 980)], NOT_TESTABLE),
+        ([(FALLING, 980), (RISING, 20)], BORNE_OUT),
+        ([(RISING, 980), (FALLING, 20)], NOT_BORNE_OUT),
+        ([(RISING, 500), (FALLING, 500)], NOT_BORNE_OUT),
+    ],
+)
+def test_nobody_is_harder_where_most_examples_are_always_clipped(panels, verdict):
+    result = {"panels": {str(i): private(*one) for i, one in enumerate(panels)}}
+    found = FIGURES["private"].judge(result)
+    assert found.verdict == verdict
+    for _, num_tied in panels:
+        assert f"{num_tied} of 1,000 examples share" in found.because
+    assert "forgetting by 0.200 [-0.048, 0.448]" in found.because
+
+
+def at_rate(times):
+    """What one learning rate left of three strata; the oracles' UA is .6."""
+    ends = dict.fromkeys(("UA after", "TA before", "TA after"), [[0.1, 0.2, 0.5]] * 3)
+    return {"times": dict.fromkeys(("UA", "MIA"), times)} | ends
+
+
+def test_the_order_is_asked_of_every_learning_rate():
+    never = [[*row[:2], None] for row in RISING]
+    result = {
+        "rates": {"0.1": at_rate(RISING), "0.2": at_rate(never)},
+        "oracle": [[0.0, 0.0], [0.1, 0.1], [0.5, 0.7]],
+        "max_time": 9,
+        "searched": {"learning_rate": 0.0512},
+    }
+    figure = FIGURES["rates"]
+    assert figure.judge(result).verdict == BORNE_OUT
+    table = figure.table(result)
+    assert "| 0.1 | 3.0 ± 2.5 | 0.500 ± 0.000 |" in table
+    assert "| 0.2 | 9.0 ± 0.0, never ×3 |" in table
+    assert "(oracles 0.600)" in table and "The search found 0.0512." in table
+    result["rates"]["0.2"] = at_rate(FALLING)
+    assert figure.judge(result).verdict == NOT_BORNE_OUT
 
 
 def curves(hardest, other):

@@ -28,7 +28,7 @@ def key(kind, facts):
     [
         (Training(SCALES["smoke"].sgld[0], 0), "4ede7aa58c4e15e82e78c1d4"),
         (Training(SCALES["cpu"].sgld[0], 0), "6ccf2b5f3a9410756208cdc7"),
-        (Training(SCALES["cpu"].private, 1), "5551fe58a3c95c8fa69d945e"),
+        (Training(SCALES["cpu"].private[0], 1), "5551fe58a3c95c8fa69d945e"),
         (Oracle(CPU, HARDEST, 2), "ca979238928f842c6cf5b121"),
         (Unlearning(CPU, HARDEST, "fine-tune", 3), "60bca81f8fb932a5442316d0"),
     ],

@@ -8,7 +8,9 @@ from benchmarks.reproduce.figures import (
     more_times,
     pictures,
     predicted,
+    private_models,
     ranks,
+    rates,
     scores,
 )
 from benchmarks.reproduce.figures.figure import Figure
@@ -20,7 +22,9 @@ _MODULES = (
     pictures,
     bounds,
     more_times,
+    private_models,
     ranks,
+    rates,
     methods,
     predicted,
 )

@@ -14,6 +14,7 @@ on a random set. Time: the first epoch within five points of the mean oracle.
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from benchmarks.reproduce.experiment import Experiment
@@ -62,6 +63,15 @@ def judge_times(times: np.ndarray) -> Verdict:
     return Verdict(order.verdict, f"{order.because}; median epochs {medians(times)}")
 
 
+def draw_panel(ax: Axes, title: str, found: Result) -> None:
+    """Times of every run against the mean privacy loss of its forget set."""
+    times = {name: outcomes.array(t) for name, t in found["times"].items()}
+    runs = len(next(iter(times.values())))
+    losses = np.tile(found["mean_losses"], (runs, 1))
+    plot_time_to_unlearn(losses, times, max_time=found["max_time"], ax=ax)
+    ax.set_title(title, fontsize="medium")
+
+
 def draw_panels(panels: dict[str, Result]) -> Picture:
     """Panels in rows of at most four."""
     columns = min(4, len(panels))
@@ -74,11 +84,7 @@ def draw_panels(panels: dict[str, Result]) -> Picture:
         layout="constrained",
     )
     for ax, (title, found) in zip(axes.flat, panels.items(), strict=False):
-        times = {name: outcomes.array(t) for name, t in found["times"].items()}
-        runs = len(next(iter(times.values())))
-        losses = np.tile(found["mean_losses"], (runs, 1))
-        plot_time_to_unlearn(losses, times, max_time=found["max_time"], ax=ax)
-        ax.set_title(title, fontsize="medium")
+        draw_panel(ax, title, found)
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     return picture

@@ -48,7 +48,13 @@ def times(
 ) -> np.ndarray:
     """Epochs until within five points of the mean oracle, ``(seeds, sets)``."""
     judges = [oracle_values(lab, experiment, one) for one in sets]
-    rows = runs(lab, experiment, sets, method)
+    return times_of(runs(lab, experiment, sets, method), judges, metric)
+
+
+def times_of(
+    rows: list[list[dict[str, Any]]], judges: list[dict[str, list[float]]], metric: str
+) -> np.ndarray:
+    """The same of results ``[seed][set]`` and the metrics of each set's oracles."""
 
     def time(run: dict[str, Any], oracle: dict[str, list[float]]) -> float:
         trace = UnlearningTrace(run["times"], run["trace"])

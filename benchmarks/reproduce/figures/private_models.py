@@ -1,0 +1,157 @@
+"""Beyond the paper: what there is to forget in models trained by DP-SGD.
+
+Claim: harder sets take longer to unlearn in them too, where clipping leaves harder ones
+to choose: an example that is clipped in every update has the largest loss there is, and
+shares it with all others that are.
+
+Data: the scale's main data set; five strata by mean privacy loss over the seeds'
+ledgers, whose norms are those that the batches showed. Seeds: ``num_seeds`` trainings,
+each unlearned once a stratum; its oracles are trained once, by the same DP-SGD, and
+judge every seed. Settings: two clip norms and noise multipliers (``scales``), one pair
+private and binding, one nearly neither; unlearning is fine-tuning without noise, its
+learning rate found on a random set.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+
+from benchmarks.reproduce.experiment import Experiment
+from benchmarks.reproduce.figures import outcomes
+from benchmarks.reproduce.figures.fig1 import draw_panel, judge_panel, panel
+from benchmarks.reproduce.figures.figure import (
+    NOT_TESTABLE,
+    Figure,
+    Result,
+    Verdict,
+    all_of,
+    joined,
+    told,
+)
+from benchmarks.reproduce.forget import strata
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.scales import Scale
+from benchmarks.reproduce.units import Unit
+from opacus_pi.accounting import privacy_statement
+from opacus_pi.evaluation.intervals import mean_interval
+from opacus_pi.forget_sets import num_at_top
+
+_METHOD = "fine-tune"
+_DELTA = 1e-5
+
+
+def _title(experiment: Experiment) -> str:
+    recipe = experiment.recipe
+    return f"clip norm {recipe.max_grad_norm:g}, noise {recipe.noise_multiplier:g}"
+
+
+def _units(scale: Scale) -> list[Unit]:
+    return [
+        unit
+        for experiment in scale.private
+        for unit in outcomes.unlearnings(experiment, strata(experiment), _METHOD)
+    ]
+
+
+def _panel(lab: Lab, experiment: Experiment) -> Result:
+    """Times, ε, ties at the largest loss, and UA before and of the oracles."""
+    sets = strata(experiment)
+    rows = outcomes.runs(lab, experiment, sets, _METHOD)
+    losses = lab.scores(experiment)["privacy loss"]
+    return panel(lab, experiment, _METHOD, sets) | {
+        "epsilon": _epsilon(lab, experiment),
+        "num_tied": num_at_top(losses),
+        "num_examples": len(losses),
+        "before": [[run["trace"][outcomes.UA][0] for run in row] for row in rows],
+        "oracle": [
+            outcomes.oracle_values(lab, experiment, one)[outcomes.UA] for one in sets
+        ],
+    }
+
+
+def _epsilon(lab: Lab, experiment: Experiment) -> float:
+    """What DP-SGD promises to everybody."""
+    ledger = lab.trained(experiment, 0)[1]
+    return privacy_statement(ledger, [0], delta=_DELTA).worst_case
+
+
+def _result(scale: Scale, lab: Lab) -> Result:
+    return {"panels": {_title(one): _panel(lab, one) for one in scale.private}}
+
+
+def _judge(result: Result) -> Verdict:
+    """By the panels in which most examples differ; every panel says what it found."""
+    found = {title: _judge_one(one) for title, one in result["panels"].items()}
+    clear = [
+        found[title].verdict
+        for title, one in result["panels"].items()
+        if not _mostly_tied(one)
+    ]
+    return Verdict(all_of(clear) if clear else NOT_TESTABLE, joined(found).because)
+
+
+def _mostly_tied(found: Result) -> bool:
+    return 2 * found["num_tied"] > found["num_examples"]
+
+
+def _judge_one(found: Result) -> Verdict:
+    """Where most examples are always clipped there are no harder ones to choose."""
+    order = judge_panel(found)
+    left = np.mean(found["oracle"][-1]) - np.array(found["before"])[:, -1]
+    because = (
+        f"ε = {found['epsilon']:.3g} at δ = {_DELTA:g}; {found['num_tied']:,} of "
+        f"{found['num_examples']:,} examples share the largest loss; on the hardest set "
+        f"UA of its oracles exceeds that before forgetting by {told(mean_interval(left))}; {order.because}"
+    )
+    return Verdict(NOT_TESTABLE if _mostly_tied(found) else order.verdict, because)
+
+
+def _draw(result: Result) -> Picture:
+    """Above the times, below how far the trained models are from the oracles."""
+    panels = result["panels"]
+    picture, axes = plt.subplots(
+        2,
+        len(panels),
+        figsize=(4.2 * len(panels), 6.4),
+        squeeze=False,
+        layout="constrained",
+    )
+    for (above, below), (title, found) in zip(axes.T, panels.items(), strict=True):
+        draw_panel(above, title, found)
+        _draw_before(below, found)
+    return picture
+
+
+def _draw_before(ax: Axes, found: Result) -> None:
+    """UA by stratum with its spread over seeds and over oracles."""
+    curves = {
+        "before forgetting": np.array(found["before"]).T,
+        "oracles": np.array(found["oracle"]),
+    }
+    for marker, (label, values) in zip("os", curves.items(), strict=True):
+        strata_number = 1 + np.arange(len(values))
+        ax.errorbar(
+            strata_number,
+            values.mean(1),
+            values.std(1, ddof=1),
+            marker=marker,
+            capsize=3,
+            label=f"{label} (mean ± std)",
+        )
+    ax.set(xlabel="stratum, easiest to hardest", ylabel="unlearning accuracy (error)")
+    ax.set_xticks(strata_number)
+    ax.legend(fontsize="small")
+
+
+FIGURES = [
+    Figure(
+        "private",
+        "Beyond the paper: harder sets take longer in models trained by DP-SGD too, "
+        "where clipping leaves harder ones to choose.",
+        _units,
+        _result,
+        _judge,
+        _draw,
+    )
+]

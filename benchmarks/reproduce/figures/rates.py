@@ -1,0 +1,137 @@
+"""Beyond the paper: does the order of difficulty depend on the learning rate?
+
+Claim: at every learning rate of fine-tuning harder sets take longer.
+
+Data: the scale's main data set; five strata by mean privacy loss over the seeds'
+ledgers. Seeds: ``num_seeds`` trainings, each unlearned once a stratum and rate; its
+oracles are trained once and judge every seed. Settings: the rates of the scale, about
+the one that the search on a random set finds for the other figures; that one is in the
+result. Time: the first epoch within five points of the mean oracle. A rate that reaches
+the oracle by ruining the model shows in the test accuracy beside it.
+"""
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure as Picture
+
+from benchmarks.reproduce.experiment import Experiment
+from benchmarks.reproduce.figures import outcomes
+from benchmarks.reproduce.figures.fig1 import draw_panel, judge_panel
+from benchmarks.reproduce.figures.figure import Figure, Result, Verdict, joined
+from benchmarks.reproduce.figures.methods import epochs, interval
+from benchmarks.reproduce.forget import strata
+from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.rate_units import FineTuned
+from benchmarks.reproduce.scales import Scale
+from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.unlearning_units import Search
+
+_ENDS = {
+    "UA after": (outcomes.UA, -1),
+    "TA before": ("test_accuracy", 0),
+    "TA after": ("test_accuracy", -1),
+}
+
+
+def _runs(experiment: Experiment, rate: float) -> list[list[FineTuned]]:
+    """``[seed][set]``."""
+    return [
+        [FineTuned(experiment, one, rate, seed) for one in strata(experiment)]
+        for seed in range(experiment.num_seeds)
+    ]
+
+
+def _units(scale: Scale) -> list[Unit]:
+    runs = (_runs(scale.sgd, rate) for rate in scale.rates)
+    found: list[Unit] = [unit for rows in runs for row in rows for unit in row]
+    return [*found, Search(scale.sgd, "fine-tune")]
+
+
+def _result(scale: Scale, lab: Lab) -> Result:
+    experiment, sets = scale.sgd, strata(scale.sgd)
+    return {
+        "searched": Search(experiment, "fine-tune").run(lab)["settings"],
+        "mean_losses": outcomes.mean_losses(lab, experiment, sets).tolist(),
+        "max_time": experiment.unlearn_epochs,
+        "oracle": [
+            outcomes.oracle_values(lab, experiment, one)[outcomes.UA] for one in sets
+        ],
+        "rates": {f"{rate:g}": _at(lab, experiment, rate) for rate in scale.rates},
+    }
+
+
+def _at(lab: Lab, experiment: Experiment, rate: float) -> dict[str, Any]:
+    """Times by every metric; UA and test accuracy at the ends, ``[seed][set]``."""
+    rows = [[unit.run(lab) for unit in row] for row in _runs(experiment, rate)]
+    judges = [
+        outcomes.oracle_values(lab, experiment, one) for one in strata(experiment)
+    ]
+    return {
+        "times": {
+            name: outcomes.listed(outcomes.times_of(rows, judges, metric))
+            for name, metric in outcomes.METRICS.items()
+        },
+        **{
+            name: [[run["trace"][metric][when] for run in row] for row in rows]
+            for name, (metric, when) in _ENDS.items()
+        },
+    }
+
+
+def _judge(result: Result) -> Verdict:
+    return joined(
+        {f"rate {rate}": judge_panel(one) for rate, one in result["rates"].items()}
+    )
+
+
+def _draw(result: Result) -> Picture:
+    rates = result["rates"]
+    picture, axes = plt.subplots(
+        1,
+        len(rates),
+        figsize=(3.6 * len(rates), 3.6),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for ax, (rate, one) in zip(axes.flat, rates.items(), strict=True):
+        draw_panel(ax, f"learning rate {rate}", result | one)
+        ax.label_outer()
+    return picture
+
+
+def _table(result: Result) -> str:
+    """Markdown: a line a rate, about the hardest set; mean and 95 % interval."""
+    oracle, most = np.mean(result["oracle"][-1]), result["max_time"]
+    lines = [
+        "| learning rate | hardest set: epochs by UA | UA after (oracles "
+        f"{oracle:.3f}) | test accuracy before → after |",
+        "|---|---|---|---|",
+    ]
+    for rate, one in result["rates"].items():
+        hardest = {name: np.array(one[name])[:, -1] for name in _ENDS}
+        cells = [
+            rate,
+            epochs(outcomes.array(one["times"]["UA"])[:, -1], most),
+            interval(hardest["UA after"]),
+            f"{interval(hardest['TA before'])} → {interval(hardest['TA after'])}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    searched = result["searched"]["learning_rate"]
+    return "\n".join(lines) + f"\n\nThe search found {searched:.3g}.\n"
+
+
+FIGURES = [
+    Figure(
+        "rates",
+        "Beyond the paper: harder sets take longer at every learning rate of "
+        "fine-tuning.",
+        _units,
+        _result,
+        _judge,
+        _draw,
+        _table,
+    )
+]
