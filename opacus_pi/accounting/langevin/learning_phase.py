@@ -84,7 +84,7 @@ def contractive_divergence(
         moved = bool((d[t] > 0).any())
         paying = noise_share * s[t] if moved else 0.0
         spread = square[t] * constants[t] + paying
-        shrink = spread / (spread + s[t] - paying)  # 1/g
+        shrink = 1 / (1 + (s[t] - paying) / spread) if spread else 0.0  # 1/g
         lower = 1 + (a - 1) * shrink
         weight *= a * shrink / lower
         if moved:

@@ -174,7 +174,8 @@ def steps_to_rewind(
         num_steps: T; needed only without ``lsi``.
 
     Returns:
-        The bound at the smallest k; k = T is training again from the start.
+        The bound at the smallest k; k = T is training again from the start, and ``inf``
+        says that not even D at t = 0 is within the target.
 
     Raises:
         ValueError: If an argument is outside its domain, or T is not given.
@@ -201,8 +202,10 @@ def steps_to_rewind(
             lambda a: divergence_after(start, a), order, float(growth)
         )
 
-    num = int(first_step(lambda k: evaluate("", k) <= target, total))
-    return _best(evaluate, order, num, constants, ("hypercontractive",), _REWOUND)
+    num = first_step(lambda k: evaluate("", k) <= target, total)
+    last = int(min(num, total))
+    bound = _best(evaluate, order, last, constants, ("hypercontractive",), _REWOUND)
+    return replace(bound, num_steps=num)
 
 
 def symmetric_bound(

@@ -125,6 +125,11 @@ def test_rewind_contracts_from_the_checkpoint():
     assert "original training" in found.against
 
 
+def test_rewind_says_when_not_even_the_start_is_near_enough():
+    found = steps_to_rewind(lambda t, a: 1.0, 3.0, 0.1, CONVEX, num_steps=5)
+    assert (found.num_steps, found.divergence) == (math.inf, 1.0)
+
+
 def test_rewind_without_constants_is_post_processing():
     found = steps_to_rewind(
         lambda t, order: 0.02 * t * order, 3.0, 0.1, CONVEX, num_steps=60

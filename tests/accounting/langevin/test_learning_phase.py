@@ -125,3 +125,13 @@ def test_bad_input():
         halved_noise_divergence(np.ones(3), 1.0, lsi=np.ones(3), **PROCESS)
     with pytest.raises(ValueError, match="shifts=-1"):
         contractive_divergence(-shifts, 2.0, **good)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_without_a_constant_nothing_contracts(num_steps):
+    """An unknown constant is an infinite one: what is left is composition."""
+    shifts = np.full((num_steps, 1), 0.1)
+    found = contractive_divergence(
+        shifts, 3.0, lsi=np.full(num_steps, math.inf), hoelder_p=math.inf, **PROCESS
+    )
+    assert found == pytest.approx(num_steps * 3 * 0.1**2 / (2 * 0.5 * S), rel=1e-12)
