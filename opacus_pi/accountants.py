@@ -58,7 +58,7 @@ def num_steps_of(accountant: IAccountant) -> int:
 
 
 class PerInstanceAccountant(RDPAccountant):
-    """The worst case over all examples, and what each example really costs.
+    """The worst case over all examples, and an estimate for each example.
 
     ``get_epsilon`` is plain Rényi accounting, which holds for every example, observed
     or not. ``privacy_losses`` and ``epsilons`` are the per-example values. They need
@@ -206,7 +206,11 @@ class PerInstanceAccountant(RDPAccountant):
         """
         ledger = self.ledger
         values = accounting.epsilons(ledger, delta)
-        if ledger.mechanism.sampling == "poisson":
+        mechanism = ledger.mechanism
+        if (
+            mechanism.sampling == "poisson"
+            and num_steps_of(self) >= mechanism.num_steps
+        ):
             values = np.minimum(values, max(0.0, self.get_epsilon(delta)))
         return values
 

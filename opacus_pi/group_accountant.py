@@ -31,7 +31,7 @@ _SIZE = "group_size"
 
 
 class GroupAccountant(RDPAccountant):
-    """Group privacy of DP-SGD, and what removing one given group really costs.
+    """Group privacy of DP-SGD, and an estimate for removing one given group.
 
     Opacus's engine makes it for groups of one example, where ``get_epsilon`` is plain
     Rényi accounting. Set ``group_size`` at any time: the record of updates is the same
@@ -132,10 +132,10 @@ class GroupAccountant(RDPAccountant):
         method: str = "scalar",
         **options: Any,
     ) -> float:
-        """Epsilon of removing one given group.
+        """Epsilon of removing one given group: an estimate, as the divergence is.
 
-        One-sided: with the group every event has at most e^ε times the probability that
-        it has without it, plus δ. Sensitive, like the ledger.
+        What is estimated is one-sided: with the group every event has at most e^ε times
+        the probability that it has without it, plus δ. Sensitive, like the ledger.
 
         Args:
             delta: Failure probability, in (0, 1).

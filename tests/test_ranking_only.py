@@ -72,6 +72,8 @@ def test_claims_are_refused(ledger, claimed):
     with pytest.raises(ValueError, match=REFUSED):
         claimed(ledger)
     claimed([EXACT, EXACT])
+    with pytest.raises(ValueError, match="noise_std=an assumed one.*Rank by"):
+        claimed(EXACT.with_noise_std(2.0))
 
 
 def test_a_statement_keeps_the_bound_and_drops_the_estimate():

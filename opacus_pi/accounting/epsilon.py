@@ -18,7 +18,7 @@ from opacus_pi.accounting.privacy_loss.run_losses import (
     record_of,
     total_loss,
 )
-from opacus_pi.accounting.ranking_only import require_fit_norms
+from opacus_pi.accounting.ranking_only import require_claimable
 
 Array = NDArray[np.float64]
 
@@ -47,15 +47,15 @@ def epsilons(
             tables of its own, which pays with some 30,000 examples or more.
 
     Returns:
-        float64 ``(n,)``, at least 0. Each value speaks of one data set and is itself
-        sensitive.
+        float64 ``(n,)``, at least 0: estimates, as the losses are. Each value speaks of
+        one data set and is itself sensitive.
 
     Raises:
         ValueError: As ``privacy_losses``; or if ``delta`` is not in (0, 1), or the
-            ledger is for ranking only.
+            ledger is for ranking only or its noise assumed.
     """
     check_delta(delta)
-    require_fit_norms(runs_of(ledger))
+    require_claimable(runs_of(ledger))
     choices = np.unique(check_orders(DEFAULT_ORDERS if orders is None else orders))
     offsets = epsilon_offset(choices, delta)
     record = record_of(ledger, tolerance=tolerance)

@@ -36,19 +36,27 @@ def unfit_norms(runs: Iterable[GradNormLedger]) -> tuple[Assumption, ...]:
     return (Assumption("gradient norms were measured to be accounted", False, _HOW),)
 
 
-def require_fit_norms(runs: Iterable[GradNormLedger]) -> None:
-    """Refuse to claim something from norms that only rank examples.
+def require_claimable(runs: Iterable[GradNormLedger]) -> None:
+    """Refuse to claim something from what only ranks examples.
 
     Args:
         runs: The recorded runs.
 
     Raises:
-        ValueError: If one of them is marked so.
+        ValueError: If norms of one of them are marked so, or its noise was assumed.
     """
+    runs = tuple(runs)
     expect(
         not unfit_norms(runs),
         "ledger",
         f"norms measured {_HOW}",
         "to hold norms that something may be claimed from",
         "Rank by privacy_losses, or record again without ranking_dtype.",
+    )
+    expect(
+        not any(run.mechanism.assumed_noise for run in runs),
+        "noise_std",
+        "an assumed one",
+        "to be the noise that training added",
+        "Rank by privacy_losses: of a noise that was not there, nothing follows.",
     )

@@ -35,7 +35,7 @@ from opacus_pi.accounting.privacy_loss.run_losses import (
     record_of,
     total_loss,
 )
-from opacus_pi.accounting.ranking_only import require_fit_norms
+from opacus_pi.accounting.ranking_only import require_claimable
 
 Array = NDArray[np.float64]
 
@@ -110,7 +110,7 @@ def trajectory_limits(
     Raises:
         ValueError: As ``privacy_losses``; or if gradients were not clipped, sampling is
             not Poisson, a norm is missing, the runs share their draws, or a ledger is
-            for ranking only.
+            for ranking only or its noise assumed.
     """
     remedy = "Fix it beforehand; near order·(largest sum) = 1, try 2."
     in_range(1, math.inf, closed=False, kappa=kappa, remedy=remedy)
@@ -118,7 +118,7 @@ def trajectory_limits(
     in_range(0, 1, closed=False, confidence=confidence, remedy=remedy)
     runs = runs_of(ledgers, same_steps=False)
     mechanism = runs[0].mechanism
-    require_fit_norms(runs)
+    require_claimable(runs)
     _check_bounded(runs)
     inner = _inner(mechanism, order, kappa, mode)
     power = kappa * (order - 1)
