@@ -99,10 +99,11 @@ def _judge_one(found: Result) -> Verdict:
     """Where most examples are always clipped there are no harder ones to choose."""
     order = judge_panel(found)
     left = np.mean(found["oracle"][-1]) - np.array(found["before"])[:, -1]
+    tied, total = found["num_tied"], found["num_examples"]
     because = (
-        f"ε = {found['epsilon']:.3g} at δ = {_DELTA:g}; {found['num_tied']:,} of "
-        f"{found['num_examples']:,} examples share the largest loss; on the hardest set "
-        f"UA of its oracles exceeds that before forgetting by {told(mean_interval(left))}; {order.because}"
+        f"ε = {found['epsilon']:.3g} at δ = {_DELTA:g}; {tied:,} of {total:,} examples "
+        f"share the largest loss; on the hardest set UA of its oracles exceeds that "
+        f"before forgetting by {told(mean_interval(left))}; {order.because}"
     )
     return Verdict(NOT_TESTABLE if _mostly_tied(found) else order.verdict, because)
 
