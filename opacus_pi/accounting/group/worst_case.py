@@ -63,7 +63,7 @@ def group_worst_case_loss(
         for f in facts
     ]
     if mechanism.sampling != "poisson":
-        return once_an_epoch(parts, [f.sample_rate for f in facts], costs)
+        return once_an_epoch(parts, [float(f.sample_rate) for f in facts], costs)
     return sum(
         (part.num_updates * c for part, c in zip(parts, costs, strict=True)), 0.0
     )

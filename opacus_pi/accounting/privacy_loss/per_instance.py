@@ -165,6 +165,6 @@ def worst_case_loss(
         parts = intervals(rows, mechanism.num_steps)
         facts = [mechanism.at_row(part.right) for part in parts]
         costs = [order * float(f.ratios(math.inf)) ** 2 / 2 for f in facts]
-        return once_an_epoch(parts, [f.sample_rate for f in facts], costs)
+        return once_an_epoch(parts, [float(f.sample_rate) for f in facts], costs)
     unbounded = np.full((1, len(rows), 1), math.inf)
     return float(total_loss(Record(mechanism, rows, unbounded), how, "right")[0])
