@@ -178,7 +178,7 @@ class PerInstanceAccountant(RDPAccountant):
         return ledger
 
     def privacy_losses(self, order: float, **options: Any) -> NDArray[np.float64]:
-        """Each example's Rényi privacy loss.
+        """Each example's Rényi privacy loss, an estimate.
 
         Args:
             order: Rényi order, above 1.
@@ -193,7 +193,7 @@ class PerInstanceAccountant(RDPAccountant):
         return accounting.privacy_losses(self.ledger, order, **options)
 
     def epsilons(self, delta: float) -> NDArray[np.float64]:
-        """Each example's epsilon, under Poisson sampling at most ``get_epsilon``.
+        """Each example's epsilon, an estimate; with Poisson at most ``get_epsilon``.
 
         Args:
             delta: Failure probability, in (0, 1).

@@ -94,6 +94,9 @@ class Plan:
     def budget(self, *, factor: float = 2.0, default: int = 25) -> int:
         """Epochs to allow an unlearning run.
 
+        They follow from the set's own loss where there is a prediction. A guarantee
+        speaks of a number fixed without it: then take the default.
+
         Args:
             factor: How many times the predicted epochs, above 0.
             default: What to allow where nothing was predicted.
