@@ -60,10 +60,10 @@ def test_a_loss_of_zero_does_not_stretch_the_axis():
 
 
 def means(container):
-    """x, mean and half length of the bar of every point of an errorbar."""
+    """x, mean and the upper half of the bar of every point of an errorbar."""
     x, y = container.lines[0].get_data()
     ends = container.lines[2][0].get_segments()
-    return x, y, [(high - low) / 2 for (_, low), (_, high) in ends]
+    return x, y, [high - mean for (_, (_, high)), mean in zip(ends, y, strict=True)]
 
 
 def test_hardest_sets_stand_side_by_side():
@@ -105,6 +105,14 @@ def test_a_baseline_of_each_set_follows_the_sets():
     np.testing.assert_allclose(ax.lines[0].get_ydata(), [0.2, 0.2, 0.4])
     band = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert {0.1, 0.2, 0.3, 0.5} <= set(np.round(band, 12)) and not ax.patches
+
+
+def test_no_interval_of_times_goes_below_0():
+    times = {"UA": [[0, 1, 2], [0, 3, 4]]}
+    ax = plot_time_to_unlearn(LOSSES, times, max_time=20)
+    ends = ax.containers[0].lines[2][0].get_segments()
+    assert [low for (_, low), _ in ends] == [0, 0, 0]
+    assert ends[2][1][1] == pytest.approx(3 + STUDENT, rel=1e-4)
 
 
 def test_never_is_named_where_it_happens():

@@ -1,5 +1,7 @@
 """Loss barriers between unlearned and retrained models: Figure 1 (right)."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 
@@ -74,7 +76,8 @@ def _draw_baseline(ax: Axes, centre: Array, pairs: Array) -> None:
     of_sets = pairs.ndim == 2 and pairs.shape[1] == len(centre)
     columns = pairs if of_sets else pairs.reshape(-1, 1)
     mean, spread = columns.mean(0), columns.std(0)
-    look = {"color": GREY, "alpha": 0.25, "lw": 0, "label": "between retrained models"}
+    look: dict[str, Any] = {"color": GREY, "alpha": 0.25, "lw": 0}
+    look["label"] = "between retrained models"
     if of_sets:
         ax.fill_between(centre, mean - spread, mean + spread, **look)
         ax.plot(centre, mean, color=GREY, lw=1)

@@ -73,13 +73,19 @@ def draw_runs(
 
 
 def draw_means(
-    ax: Axes, x: Array, runs: Array, label: str, style: dict[str, Any]
+    ax: Axes,
+    x: Array,
+    runs: Array,
+    label: str,
+    style: dict[str, Any],
+    floor: float = -np.inf,
 ) -> None:
-    """The mean over runs, with Student's 95 % interval (none for one run)."""
-    error = np.zeros(runs.shape[1])
+    """The mean over runs, with Student's 95 % interval above a floor (if runs > 1)."""
+    mean, error = runs.mean(0), np.zeros(runs.shape[1])
     if len(runs) > 1:
         error = stats.t.ppf(0.975, len(runs) - 1) * stats.sem(runs, axis=0)
-    ax.errorbar(x, runs.mean(0), error, label=label, capsize=3, **style)
+    ends = np.array([np.minimum(error, mean - floor), error])
+    ax.errorbar(x, mean, ends, label=label, capsize=3, **style)
 
 
 def nested(count: int) -> list[dict[str, float]]:

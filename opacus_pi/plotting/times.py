@@ -30,9 +30,9 @@ def plot_time_to_unlearn(
     """Time to unlearn against the forget set's mean privacy loss.
 
     Every run is a faint point, the mean over runs a line, Student's 95 % interval a
-    bar; of curves that coincide the earlier one shows around the later one. A run that
-    never came within the tolerance is a hollow point on a dotted line at ``max_time``,
-    and counts as ``max_time`` in the mean, which is then a lower estimate.
+    bar (from 0 up); of curves that coincide the earlier one shows around the later one.
+    A run that never came within the tolerance is a hollow point on a dotted line at
+    ``max_time``, and counts as ``max_time`` in the mean, then a lower estimate.
 
     Args:
         mean_losses: Mean privacy loss of each run's forget sets, ``(runs, sets)``.
@@ -59,7 +59,9 @@ def plot_time_to_unlearn(
     ):
         runs = runs_and_sets(f"times[{label!r}]", values, losses.shape)
         draw_runs(ax, losses, runs, style, max_time)
-        draw_means(ax, centre, np.minimum(runs, max_time), label, style | size)
+        draw_means(
+            ax, centre, np.minimum(runs, max_time), label, style | size, floor=0.0
+        )
         never |= bool(np.isinf(runs).any())
     losses_below(ax)
     mark_never(ax, never, max_time, unit)
@@ -108,7 +110,7 @@ def plot_hardest_sets(
         x = places + offset
         draw_runs(ax, np.broadcast_to(x, shape), runs, style, max_time)
         points = {"linestyle": "none", **style}
-        draw_means(ax, x, np.minimum(runs, max_time), label, points)
+        draw_means(ax, x, np.minimum(runs, max_time), label, points, floor=0.0)
         never |= bool(np.isinf(runs).any())
     ax.set_xticks(places, [f"{size:,}" for size in sizes])
     ax.set_xlim(-0.5, len(sizes) - 0.5)

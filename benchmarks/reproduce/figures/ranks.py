@@ -118,7 +118,7 @@ def _draw(result: Result) -> Picture:
         shown = _draw_matrix(ax, np.array(matrices), result["names"])
         ax.set_title(title, fontsize="medium")
         ax.set_xlabel(result["label"], fontsize="small")
-    label = f"Spearman's ρ of the rankings, mean of {len(matrices)} seeds"
+    label = f"Spearman's ρ, mean of {len(matrices)} seeds"
     picture.colorbar(shown, ax=axes, label=label)
     return picture
 
