@@ -93,6 +93,9 @@ def trajectory_limits(
     case of strata of one update. Useful while κ(order-1)·(largest S) is about 1;
     otherwise what remains is the worst case.
 
+    The norms swept must be those that training clips: dropout or augmented inputs give
+    others, and a limit from the model in evaluation mode would not be one.
+
     Args:
         ledgers: Independent runs of the same training with ``Recorder.stratified``,
             each with its own draws.
