@@ -98,7 +98,7 @@ def test_hardest_sets_are_compared_by_time_and_by_the_gap_only_if_none_arrived()
     never["times"]["UA"] = dict.fromkeys(never["times"]["UA"], [[None]] * 3)
     found = judge(never)
     assert found.verdict == BORNE_OUT and "no run arrived in 5 epochs" in found.because
-    assert "gap left 0.233" in found.because
+    assert "gap left more by 0.233" in found.because
     never["gaps"]["UA"]["privacy loss"] = [[0.1], [0.2], [0.0]]
     assert judge(never).verdict == NOT_TESTABLE
 

@@ -76,9 +76,11 @@ def by_examples(
     }
 
 
-def between_oracles(lab: Lab, experiment: Experiment) -> dict[str, list[list[float]]]:
+def between_oracles(
+    lab: Lab, units: list[BarrierBaseline]
+) -> dict[str, list[list[float]]]:
     """For each set of examples the barriers of all pairs, ``[set][pair]``."""
-    measured = [unit.run(lab) for unit in baselines(experiment)]
+    measured = [unit.run(lab) for unit in units]
     return {name: [[one[name] for one in row] for row in measured] for name in SETS}
 
 
@@ -98,7 +100,7 @@ def _result(scale: Scale, lab: Lab) -> Result:
         "mean_losses": losses.tolist(),
         "before": by_examples(lab, befores(experiment)),
         "after": by_examples(lab, afters(experiment, METHOD)),
-        "baseline": between_oracles(lab, experiment),
+        "baseline": between_oracles(lab, baselines(experiment)),
     }
 
 
