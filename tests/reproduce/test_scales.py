@@ -1,0 +1,36 @@
+"""The scales: what the paper states is what ``full`` runs; ``cpu`` has seeds enough."""
+
+from benchmarks.reproduce.scales import SCALES
+
+
+def test_full_has_the_papers_images_model_and_schedule():
+    full = SCALES["full"]
+    recipe = full.sgd.recipe
+    assert full.sgd.dataset == "cifar10" and full.sgd.sizes == (50_000, 10_000)
+    assert recipe.model == "resnet18-batch-norm"
+    assert (recipe.num_epochs, recipe.milestones) == (150, (80, 120))
+    assert (recipe.learning_rate, recipe.weight_decay) == (0.01, 5e-4)
+    assert recipe.precision == "bfloat16" and recipe.channels_last
+
+
+def test_full_has_the_papers_numbers_of_runs_and_sizes():
+    full = SCALES["full"]
+    assert full.sgd.num_seeds == full.sgd.num_oracles == 10
+    assert full.sgd.num_checkpoints == 35 and full.sgd.unlearn_epochs == 25
+    assert full.sgd.stratum_size == 1_000
+    assert full.hardest_sizes == (600, 1_000, 2_000)
+    assert full.set_sizes == (100, 5_000, 10_000)
+    others = [(one.dataset, one.recipe.model) for one in full.others]
+    assert others == [("svhn", "resnet18-batch-norm"), ("cifar10", "vit")]
+    assert all(one.recipe.noise_std > 0 for one in full.sgld) and len(full.sgld) > 1
+
+
+def test_cpu_has_five_seeds_everywhere():
+    cpu = SCALES["cpu"]
+    for one in (cpu.sgd, *cpu.sgld, *cpu.private, *cpu.others):
+        assert one.num_seeds >= 5 and one.num_oracles >= 3
+    assert len(cpu.groups) >= 5
+    assert {one.dataset for one in (cpu.sgd, *cpu.others)} >= {
+        "cifar10",
+        "fashion-mnist",
+    }
