@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+ExampleGradients = Callable[[Tensor | None, Tensor], Tensor]
 _SUMS = {torch.add, Tensor.add, Tensor.add_}
 _PRODUCTS = {torch.mul, Tensor.mul}
 _SPREADS = {Tensor.expand}
@@ -31,7 +32,7 @@ class Listener(Protocol):
         output: Tensor,
         x: Tensor | None,
         parameter: nn.Parameter,
-        gradient: Callable[[Tensor | None, Tensor], Tensor],
+        gradient: ExampleGradients,
     ) -> Tensor:
         """Listen at an output; ``gradient(x, grad)`` is each example's gradient."""
 

@@ -17,14 +17,13 @@ less it does not.
 True
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from opacus_pi.gradients.bare import BareParameters
+from opacus_pi.gradients.bare import BareParameters, ExampleGradients
 from opacus_pi.gradients.batches import map_tensors
 from opacus_pi.gradients.random_state import random_state_untouched
 
@@ -88,7 +87,7 @@ class _Witness:
         output: Tensor,
         x: Tensor | None,
         parameter: nn.Parameter,
-        gradient: Callable[[Tensor | None, Tensor], Tensor],
+        gradient: ExampleGradients,
     ) -> Tensor:
         """A parameter is used outside of layers."""
         self.found.add(parameter)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from opacus_pi.gradients.bare import ExampleGradients
 from opacus_pi.gradients.precision import Lowered
 from opacus_pi.gradients.products import at_least_float32, squared_lengths
 
@@ -187,7 +188,7 @@ class Taps:
         output: Tensor,
         x: Tensor | None,
         parameter: nn.Parameter,
-        gradient: Callable[[Tensor | None, Tensor], Tensor],
+        gradient: ExampleGradients,
     ) -> Tensor:
         """Listen at the output of an operation on one parameter.
 

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from opacus_pi.gradients.clipping.completeness import BEYOND, Owed, owed
+from opacus_pi.gradients.clipping.completeness import (
+    BEYOND,
+    Owed,
+    autocast_rounding,
+    owed,
+)
 from opacus_pi.gradients.fallback import vmapped_gradients
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients, summed
 from opacus_pi.gradients.products import at_least_float32
@@ -123,6 +128,7 @@ class Batch:
         self._leftover: set[nn.Parameter] = set()
         self.missed: set[nn.Parameter] = set()
         self.owed: dict[nn.Parameter, Owed] = {}
+        self._rounding = autocast_rounding()
 
     def hear(
         self, found: Mapping[nn.Parameter, Gradients], kept: Inputs | None = None
@@ -185,7 +191,7 @@ class Batch:
         for parameter, gradients in formed.items():
             factors = ones.to(parameter)
             heard = [use.weighted(factors) for use in self._uses[parameter]]
-            self.owed[parameter] = owed(gradients, heard)
+            self.owed[parameter] = owed(gradients, heard, self._rounding)
 
     def _through_the_model(
         self, leftover: dict[str, nn.Parameter], model: nn.Module

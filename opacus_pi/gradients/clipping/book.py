@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_pi._validate import expect
-from opacus_pi.gradients.bare import BareParameters
+from opacus_pi.gradients.bare import BareParameters, ExampleGradients
 from opacus_pi.gradients.batches import floating, map_tensors
 from opacus_pi.gradients.clipping.batch import Batch, Call, Inputs, WholeCall
 from opacus_pi.gradients.clipping.completeness import require_complete
@@ -132,10 +132,14 @@ class Book:
                 returned, with the parameters that this part has reached.
         """
         full = [batch for batch in self.batches if batch.size]
+        if not full:
+            return
+        touched = self._unheard.keys() | {p for batch in full for p in batch.owed}
         missed = {parameter for batch in full for parameter in batch.missed}
-        wanted = set(parameters) - missed if full else set()
-        names = {p: name for name, p in model.named_parameters() if p in wanted}
-        require_complete(names, [batch.owed for batch in full], self._unheard)
+        looked_at = touched.intersection(parameters) - missed
+        if looked_at:
+            names = {p: name for name, p in model.named_parameters() if p in looked_at}
+            require_complete(names, [batch.owed for batch in full], self._unheard)
 
     # ------------------------------------------------------------- the model's forward
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -291,7 +295,7 @@ class Book:
         output: Tensor,
         x: Tensor | None,
         parameter: nn.Parameter,
-        gradient: Callable[[Tensor | None, Tensor], Tensor],
+        gradient: ExampleGradients,
     ) -> Tensor:
         """Listen to an operation on one parameter, as ``BareParameters`` has it."""
 

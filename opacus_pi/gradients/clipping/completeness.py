@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 BEYOND = (
-    "The loss reaches {} by other ways than what the model returned, and this part of "
-    "their gradients cannot be told apart by examples. Return from forward() every "
-    "tensor that the loss uses, such as one that the model only keeps as an attribute; "
-    "instead of a penalty on weights use the optimizer's weight_decay."
+    "Running the model again for each example does not give what autograd has of {}: "
+    "the loss reaches them by other ways than what the model returned, or the model is "
+    "random. Return from forward() every tensor that the loss uses, such as one that "
+    "the model only keeps as an attribute; instead of a penalty on weights use the "
+    "optimizer's weight_decay."
 )
 
 
@@ -25,25 +26,38 @@ class Owed:
 
     Args:
         total: The examples' gradients less what was heard of them, summed.
-        length: Sum of the norms of the examples' gradients, which bounds rounding.
+        slack: How far rounding may take it.
     """
 
     total: Tensor
-    length: Tensor
+    slack: Tensor
 
 
-def owed(formed: Tensor, heard: Iterable[Tensor]) -> Owed:
+def owed(formed: Tensor, heard: Iterable[Tensor], rounding: float) -> Owed:
     """Of one parameter and batch.
 
     Args:
         formed: All of each example's gradient, ``(b, *shape)``.
         heard: Sums over examples of parts of it, in the parameter's order.
+        rounding: What ``autocast_rounding`` was when the model was called.
     """
     rows = formed.flatten(1) if formed.dim() > 1 else formed[:, None]
     total = formed.sum(0)
     for part in heard:
         total = total - part.view_as(total)
-    return Owed(total, rows.norm(dim=1).sum())
+    least = 1e-3 if formed.device.type == "cpu" else 1e-2
+    tolerance = max(least, 16 * max(rounding, torch.finfo(formed.dtype).eps))
+    return Owed(total, tolerance * rows.norm(dim=1).sum())
+
+
+def autocast_rounding() -> float:
+    """The largest relative rounding that autocast now causes, 0 if there is none."""
+    kinds = [
+        torch.get_autocast_dtype(device)
+        for device in ("cpu", "cuda")
+        if torch.is_autocast_enabled(device)
+    ]
+    return max((torch.finfo(kind).eps for kind in kinds), default=0.0)
 
 
 def require_complete(
@@ -78,11 +92,4 @@ def _differ(
     """Whether a parameter's sums differ by more than rounding."""
     rest = unheard.get(parameter, torch.zeros_like(parameter))
     rest = rest - sum(part.total for part in parts)
-    length = sum(part.length for part in parts)
-    return bool(rest.norm() > _tolerance(parameter) * length)
-
-
-def _tolerance(parameter: nn.Parameter) -> float:
-    """Relative difference that rounding may cause, by what computes."""
-    rounding = 8 * torch.finfo(parameter.dtype).eps
-    return max(1e-3 if parameter.device.type == "cpu" else 1e-2, rounding)
+    return bool(rest.norm() > sum(part.slack for part in parts))
