@@ -21,6 +21,13 @@ def test_every_header_states_claim_data_seeds_and_settings(module):
         assert word in header
 
 
+def test_the_papers_figures_come_first_and_in_order():
+    names = list(FIGURES)
+    paper = [name for name in names if name.startswith("fig")]
+    assert paper == sorted(paper) == names[: len(paper)] and len(paper) == 11
+    assert len(set(names)) == sum(len(one.FIGURES) for one in figures._MODULES)
+
+
 def test_one_rho_for_all_seeds_is_no_interval():
     same = ordering(np.array([[0.0, 1.0, 2.0]] * 4))
     assert same.verdict == BORNE_OUT
