@@ -118,10 +118,10 @@ NORMS = {
     "ResNet-18 of width 16, CIFAR-10, 5 epochs": _on_images(
         CIFAR, "resnet18-w16", 5, 500, 250
     ),
-    "ViT, CIFAR-10, 5 epochs": _on_images(CIFAR, "vit", 5, 250, 150),
+    "ViT, CIFAR-10, 3 epochs": _on_images(CIFAR, "vit", 3, 200, 100),
     "text transformer, random weights and tokens": Untrained(100),
 }
-ROUNDS = {"mlp": 9, "small-cnn": 5, "text": 2, "vit": 2, "resnet18": 1}
+ROUNDS = {"mlp": 9, "small-cnn": 3, "text": 2, "vit": 1, "resnet18": 1}
 CASES = NORMS | {"time": Timed(ROUNDS)}
 
 

@@ -120,9 +120,10 @@ def sweep(
         progress: Whether to show a progress bar once the sweep has taken 3 seconds.
         ranking_dtype: ``torch.bfloat16``: measure in that type, to put examples in
             order and for nothing else. Trained MLPs and small CNNs: rank correlation
-            with exact norms above 0.9999; norms off by 1 to 3 % in the median, by up
-            to 20 % for all but 1 % of the examples, at worst by 75 %. Pays on hardware
-            that multiplies bfloat16 (GPUs, CPUs with AMX or AVX-512 BF16) only.
+            with exact norms above 0.9999; norms off by 0.6 to 2.7 % in the median, by
+            up to 11 % for all but 1 % of the examples, at worst by 28 %
+            (``benchmarks.ranking_precision``). Pays on hardware that multiplies
+            bfloat16 (GPUs, CPUs with AMX or AVX-512 BF16) only.
         formulas: How each layer's formula, of several that are exact, is chosen:
             ``"flops"`` by the number of operations; ``"timed"`` by timing them on the
             first batch, so that the last bits may differ from run to run.
