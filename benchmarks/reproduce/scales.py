@@ -37,11 +37,9 @@ class Scale:
     groups: tuple[group_bound.Settings, ...]
 
 
-def _cpu(dataset: str, num_train: int = 10_000) -> Experiment:
-    recipe = Recipe("strided-cnn", 40, 128, 0.05, momentum=0.9)
-    return Experiment(
-        dataset, num_train, 2_000, recipe, unlearn_epochs=15, num_trials=8
-    )
+def _cpu(dataset: str, model: str = "strided-cnn") -> Experiment:
+    recipe = Recipe(model, 40, 128, 0.05, momentum=0.9)
+    return Experiment(dataset, 10_000, 2_000, recipe, unlearn_epochs=15, num_trials=8)
 
 
 SMOKE = Experiment(
@@ -130,7 +128,7 @@ SCALES = {
         sgd=_cpu("fashion-mnist"),
         sgld=tuple(_cpu("fashion-mnist").with_noise(z) for z in (0.005, 0.02)),
         private=_private(_cpu("fashion-mnist"), 20),
-        others=(_cpu("svhn"), _cpu("cifar10")),
+        others=(_cpu("svhn"), _cpu("cifar10"), _cpu("fashion-mnist", model="mlp")),
         hardest_sizes=(120, 200, 400),
         set_sizes=(20, 1_000, 2_000),
         rates=(0.03, 0.06, 0.12, 0.24),
@@ -163,7 +161,7 @@ SCALES = {
         hardest_sizes=(600, 1_000, 2_000),
         set_sizes=(100, 5_000, 10_000),
         rates=(0.003, 0.01, 0.03, 0.1),
-        poison_std=0.32**0.5,
+        poison_std=0.062**0.5,
         groups=tuple(group_bound.Settings(seed) for seed in range(5)),
     ),
 }

@@ -4,11 +4,10 @@ Claim: for every method harder sets take longer, and the hardest longest.
 
 Data, model, seeds and strata as in Figure 1 (middle). Settings: of each method, found
 once on a random forget set. For each method and stratum: epochs to unlearn by UA and by
-MIA, UA and MIA at the end beside the oracles', and test accuracy; for the hardest set,
-as each takes the run once more, the loss barrier (modulo permutation, as in
-``fig1_right``) to the oracles before and after, beside that between oracles. A set that
-is at the oracle before unlearning counts as 0 epochs, whatever the method then does to
-it: read the times beside the ends.
+MIA, UA and MIA at the end beside the oracles', test accuracy, and the loss barrier
+(modulo permutation, as in ``fig1_right``) to the oracles before and after, beside that
+between oracles. A set that is at the oracle before unlearning counts as 0 epochs,
+whatever the method then does to it: read the times beside the ends.
 """
 
 from typing import Any
@@ -54,9 +53,9 @@ COLUMNS = {
 def _units(scale: Scale) -> list[Unit]:
     experiment, sets = scale.sgd, strata(scale.sgd)
     runs = [u for name in NAMES for u in outcomes.unlearnings(experiment, sets, name)]
-    after = [row[-1] for name in NAMES for row in afters(experiment, name)]
-    before = [row[-1] for row in befores(experiment)]
-    return [*runs, *before, *after, baselines(experiment)[-1]]
+    rows = [row for name in NAMES for row in afters(experiment, name)]
+    barriers = [unit for row in [*befores(experiment), *rows] for unit in row]
+    return [*runs, *barriers, *baselines(experiment)]
 
 
 def _result(scale: Scale, lab: Lab) -> Result:
@@ -68,15 +67,9 @@ def _result(scale: Scale, lab: Lab) -> Result:
         },
         "rows": {name: _rows(scale, lab, name) for name in NAMES},
         "oracles": [outcomes.oracle_values(lab, experiment, one) for one in sets],
-        "before": _of_hardest(lab, befores(experiment)),
-        "baseline": between_oracles(lab, baselines(experiment)[-1:])[JUDGED][0],
+        "before": by_examples(lab, befores(experiment))[JUDGED],
+        "baseline": between_oracles(lab, baselines(experiment))[JUDGED],
     }
-
-
-def _of_hardest(lab: Lab, units: list[list[Any]]) -> list[float]:
-    """Barriers of the hardest set, by seed."""
-    rows = by_examples(lab, [row[-1:] for row in units])[JUDGED]
-    return [value for row in rows for value in row]
 
 
 def _rows(scale: Scale, lab: Lab, method: str) -> dict[str, Any]:
@@ -86,7 +79,7 @@ def _rows(scale: Scale, lab: Lab, method: str) -> dict[str, Any]:
     def column(value: Any) -> list[list[float]]:
         return [[value(run) for run in row] for row in rows]
 
-    after = _of_hardest(lab, afters(scale.sgd, method))
+    after = by_examples(lab, afters(scale.sgd, method))[JUDGED]
     found: dict[str, Any] = {"barrier after": after}
     for name, metric in COLUMNS.items():
         found[f"{name} before"] = column(lambda run, m=metric: run["trace"][m][0])
@@ -157,10 +150,10 @@ def _cells(result: Result, method: str, number: int) -> list[str]:
         )
         oracle = np.mean(result["oracles"][number][COLUMNS[name]])
         cells.append(f"{before} → {after} ({oracle:.3f})")
-    if STRATA[number] != STRATA[-1]:
-        return [*cells, ""]
-    before, after = (interval(v) for v in (result["before"], rows["barrier after"]))
-    return [*cells, f"{before} → {after} ({np.mean(result['baseline']):.3f})"]
+    before = interval(np.array(result["before"])[:, number])
+    after = interval(np.array(rows["barrier after"])[:, number])
+    cells.append(f"{before} → {after} ({np.mean(result['baseline'][number]):.3f})")
+    return cells
 
 
 def epochs(times: np.ndarray, most: float) -> str:
