@@ -187,6 +187,7 @@ def curves(hardest, other):
     return {
         "curves": {"UA": of},
         "oracles": {"UA": dict.fromkeys(STRATA, [0.0])},
+        "utility": {"RA": [[0.9, 0.92], [0.95, 0.94], [0.9, 0.91]]},
     }
 
 
@@ -200,6 +201,16 @@ def test_hard_sets_approach_last():
     assert judge(curves(near, far)).verdict == NOT_BORNE_OUT
     away = [row[::-1] for row in far]
     assert judge(curves(away, near)).verdict == NOT_BORNE_OUT
+
+
+def test_what_is_retained_is_to_end_alike_on_all_sets():
+    result = curves([[0.9, 0.5], [0.8, 0.4], [0.9, 0.5]], [[0.2, 0.0]] * 3)
+    judge = FIGURES["fig5"].judge
+    assert "RA alike: borne out (sets end apart by 0.013" in judge(result).because
+    result["utility"]["RA"] = [[0.9, 0.95], [0.9, 0.95], [0.9, 0.96]]
+    assert judge(result).verdict == NOT_TESTABLE
+    result["utility"]["RA"] = [[0.9, 0.8], [0.9, 0.8], [0.9, 0.81]]
+    assert judge(result).verdict == NOT_BORNE_OUT
 
 
 def test_strata_are_those_of_the_mean_loss_and_the_same_for_every_seed(tmp_path):
