@@ -3,8 +3,8 @@
     python -m benchmarks.clip_norms                # 2 minutes on one core
 
 No loss is above that of an example which is always clipped. Examples that are clipped
-whenever they are seen have it; so have those whose bound, which at this order exceeds
-the sum over the updates by far, is cut to it. DP-SGD on digits as in the main job (MLP,
+whenever they are seen have it; so have those whose estimate is cut to it, as it exceeds
+the sum over the updates by far at this order. DP-SGD on digits as in the main job (MLP,
 20 epochs, Poisson batches of 64, noise multiplier 1) at rising clip norms C, with the
 learning rate 0.5 / C, so that the noise on the weights is the same in all of them. The
 norms are those that the engine observes. Mean over seeds [least, largest].

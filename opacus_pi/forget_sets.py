@@ -1,8 +1,9 @@
 """Which examples to forget: sets of chosen difficulty, from any score vector.
 
 Every choice by score is cut from one ``ranking``. Under DP-SGD many examples may share
-the largest loss, those clipped in every update; among them the order is a draw, so that
-neither the data set's order nor its classes decide.
+the largest loss, those clipped in every update and those whose estimate was cut to it;
+among them the order is a draw, so that neither the data set's order nor its classes
+decide.
 
 >>> import numpy as np
 >>> strata = difficulty_strata(np.arange(100.0), size=4)
@@ -39,8 +40,9 @@ _SEED = 0
 _CUT = (
     "Scores tie across the edge of what was chosen: {cuts}. Which of those that tie is "
     "a draw (see generator), and says nothing of their difficulty. Privacy losses tie "
-    "at the largest where examples are clipped in every update: train with a larger "
-    "max_grad_norm, or choose a size that ends where a tie does."
+    "at the largest, that of an example clipped in every update, to which larger "
+    "estimates are cut: ask for a lower order, train with a larger max_grad_norm, or "
+    "choose a size that ends where a tie does."
 )
 
 

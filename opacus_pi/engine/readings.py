@@ -169,7 +169,8 @@ def _say_if_most_tie(values: NDArray[np.float64]) -> None:
     if 1 < num_tied and len(values) < 2 * num_tied:
         warnings.warn(
             f"{num_tied} of {len(values)} examples share the largest value, that of an "
-            "example which is always clipped: nothing tells them apart. A larger "
-            "max_grad_norm, with a smaller learning rate, would.",
+            "example which is always clipped, to which larger estimates are cut: "
+            "nothing tells them apart. A larger max_grad_norm, with a smaller learning "
+            "rate, would; a lower order may.",
             stacklevel=3,
         )

@@ -27,8 +27,9 @@ _UNKNOWN = Guarantee("no method chosen", ())
 _TIED = (
     "{outside} examples outside the forget set have the privacy loss of one in it, to "
     "rounding. If the set was chosen by loss, which of those that tie is a draw, and "
-    "says nothing of their difficulty. Losses tie at the largest where examples are "
-    "clipped in every update: train with a larger max_grad_norm to tell them apart."
+    "says nothing of their difficulty. Losses tie at the largest, that of an example "
+    "clipped in every update, to which larger estimates are cut: a lower order, or "
+    "training with a larger max_grad_norm, may tell them apart."
 )
 
 

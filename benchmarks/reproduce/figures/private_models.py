@@ -2,7 +2,7 @@
 
 Claim: harder sets take longer to unlearn in them too, where clipping leaves harder ones
 to choose: an example that is clipped in every update has the largest loss there is, and
-shares it with all others that are.
+shares it with all others that are, or whose estimate was cut to it.
 
 Data: the scale's main data set; five strata by mean privacy loss over the seeds'
 ledgers, whose norms are those that the batches showed. Seeds: ``num_seeds`` trainings,
@@ -96,7 +96,7 @@ def _mostly_tied(found: Result) -> bool:
 
 
 def _judge_one(found: Result) -> Verdict:
-    """Where most examples are always clipped there are no harder ones to choose."""
+    """Where most examples share the largest loss there are no harder ones to choose."""
     order = judge_panel(found)
     left = np.mean(found["oracle"][-1]) - np.array(found["before"])[:, -1]
     tied, total = found["num_tied"], found["num_examples"]
