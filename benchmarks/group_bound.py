@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from benchmarks import data
 from benchmarks.main_job import DIGITS
 from benchmarks.report import environment, write_json
-from benchmarks.training import train
+from benchmarks.training import Recipe, train
 from opacus_pi import GradNormLedger
 from opacus_pi.accounting import (
     GramLedger,
@@ -103,10 +104,13 @@ class Settings:
 
 
 def measure(
-    ledger: GradNormLedger, weights: Path, model: nn.Module, settings: Settings
+    ledger: GradNormLedger,
+    weights: Path,
+    model: nn.Module,
+    train_set: Dataset,
+    settings: Settings,
 ) -> list[dict[str, Any]]:
     """All numbers for every stratum, and Theorem B.1 without a forget set."""
-    train_set = data.load("digits").train
     scores = privacy_losses(ledger, settings.order)
     strata = difficulty_strata(scores, settings.stratum_size) | {NOTHING: []}
     rows = []
@@ -127,24 +131,40 @@ def measure(
     return rows
 
 
-def study(settings: Settings) -> list[dict[str, Any]]:
-    """Train on digits with SGLD and measure; one row a stratum, the last for none."""
+def study(
+    settings: Settings,
+    images: data.ImageData | None = None,
+    recipe: Recipe = DIGITS,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """Train with SGLD and measure.
+
+    Args:
+        settings: What to measure.
+        images: What to train on; digits by default.
+        recipe: How; with noise.
+        device: Where the model is.
+
+    Returns:
+        One row a stratum, the last for no forget set.
+    """
     torch.set_num_threads(1)
-    images = data.load("digits")
+    images = images or data.load("digits")
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder)
         model, engine = train(
-            DIGITS,
+            recipe,
             images.train,
             images.image_shape,
             settings.seed,
             settings.checkpoints,
             weights,
+            device,
         )
         ledger = engine.ledger
-        ratio = ledger.mechanism.noise_std / DIGITS.noise_std
+        ratio = ledger.mechanism.noise_std / recipe.noise_std
         assumed = ledger.with_noise_std(settings.noise_std * ratio)
-        return measure(assumed, weights, model, settings)
+        return measure(assumed, weights, model, images.train, settings)
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from benchmarks.group_bound import BOUNDS, flatness
+from benchmarks import data
+from benchmarks.group_bound import BOUNDS, Settings, flatness, study
+from benchmarks.training import Recipe
 
 
 def stratum(shift, bound, seed):
@@ -21,3 +23,13 @@ def test_flat_and_rising_strata_are_told_apart():
     assert flat["b1_range_over_std"] < 1 < rising["b1_range_over_std"]
     assert flat["coupled_last_over_first"] == pytest.approx(5)
     assert rising["scalar_last_over_first"] == pytest.approx(1)
+
+
+def test_other_images_and_another_recipe_are_what_is_trained():
+    few = data.load("digits", num_train=60)
+    settings = Settings(estimates=2, checkpoints=2, stratum_size=4)
+    recipe = Recipe("mlp", 2, 20, 0.1, noise_std=0.1)
+    rows = study(settings, few, recipe)
+    assert len(rows) == 6 and all(len(row["b1_each"]) == 2 for row in rows)
+    assert rows == study(settings, few, recipe)
+    assert rows != study(settings, few, Recipe("mlp", 3, 20, 0.1, noise_std=0.1))

@@ -6,26 +6,44 @@ from typing import Any
 from benchmarks import certified_logistic, group_bound
 from benchmarks.binary_data import digits_3_8
 from benchmarks.certified_steps import Problem, Setting
-from benchmarks.reproduce.experiment import Facts
+from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.work import Work
 
 _DIGITS_3_8 = Setting(0.01, 0.03, 500)
 
 
 @dataclass(frozen=True)
 class GroupBounds(Unit):
-    """Group bounds of five strata of digits, one SGLD training."""
+    """Group bounds of five strata, one SGLD training; of digits, if of nothing else."""
 
     settings: group_bound.Settings
+    experiment: Experiment | None = None
 
     def facts(self) -> Facts:
-        """The settings."""
-        return asdict(self.settings)
+        """The settings, and what determines the training."""
+        own = asdict(self.settings)
+        if self.experiment is None:
+            return own
+        return own | {"experiment": self.experiment.training_facts()}
+
+    def work(self) -> Work:
+        """Training and its sweeps, where it is of images; Gram matrices not counted."""
+        if self.experiment is None:
+            return Work()
+        num_train = self.experiment.sizes[0]
+        return Work(
+            trained=self.experiment.recipe.num_epochs * num_train,
+            swept=self.settings.checkpoints * num_train,
+        )
 
     def compute(self, lab: Lab) -> list[dict[str, Any]]:
         """One row a stratum."""
-        return group_bound.study(self.settings)
+        if self.experiment is None:
+            return group_bound.study(self.settings)
+        images, recipe = lab.images(self.experiment), self.experiment.recipe
+        return group_bound.study(self.settings, images, recipe, lab.device)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def estimate(units: Iterable[Unit], gpu: Gpu) -> Estimate:
     passes = [_passes(job) for job in working]
     seconds = [_seconds(job, gpu) for job in working]
     return Estimate(
-        trainings=kinds["Training"] + kinds["Poisoned"],
+        trainings=sum(job.work().trained > 0 for job in working) - kinds["Oracle"],
         oracles=kinds["Oracle"],
         runs=sum(kinds[name] for name in _RUNS) + trials,
         trained=sum(one[0] for one in passes),
@@ -121,9 +121,9 @@ def assumptions(gpu: Gpu) -> str:
         f" an operation of eager PyTorch is assumed to take the processor "
         f"{1e6 * gpu.launch:.0f} µs, and an example of a batch takes it "
         f"{1e6 * gpu.loading:.0f} µs (measured). Jobs, examples and operations of a "
-        "step are counted from the code; every method is counted as fine-tuning. "
-        "Several jobs at once on the GPU bring the hours from the first figure towards "
-        "the second, never below it.\n"
+        "step are counted from the code; every method is counted as fine-tuning, "
+        "figure 4 without its Gram matrices. Several jobs at once on the GPU bring the "
+        "hours from the first figure towards the second, never below it.\n"
     )
 
 

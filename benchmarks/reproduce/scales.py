@@ -6,6 +6,7 @@ The paper leaves out batch size and momentum: 128 and 0.9 here.
 from dataclasses import dataclass, replace
 
 from benchmarks import group_bound
+from benchmarks.facts import later
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.training import PrivateRecipe, Recipe
 
@@ -24,6 +25,7 @@ class Scale:
         rates: Learning rates of fine-tuning where they are varied.
         poison_std: Noise on the inputs for the Gaussian unlearning score.
         groups: Studies of the group bound, one for each seed.
+        grouped: What they train, with noise; None: digits.
     """
 
     sgd: Experiment
@@ -35,6 +37,7 @@ class Scale:
     rates: tuple[float, ...]
     poison_std: float
     groups: tuple[group_bound.Settings, ...]
+    grouped: Experiment | None = later(None)
 
 
 def _cpu(dataset: str, model: str = "strided-cnn") -> Experiment:
@@ -162,6 +165,10 @@ SCALES = {
         set_sizes=(100, 5_000, 10_000),
         rates=(0.003, 0.01, 0.03, 0.1),
         poison_std=0.062**0.5,
-        groups=tuple(group_bound.Settings(seed) for seed in range(5)),
+        groups=tuple(
+            group_bound.Settings(seed, checkpoints=35, stratum_size=1_000)
+            for seed in range(5)
+        ),
+        grouped=FULL.with_noise(0.1),
     ),
 }

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.facts import facts_of
+from benchmarks.group_bound import Settings
 from benchmarks.models import MODELS
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.barrier_units import (
@@ -17,6 +18,7 @@ from benchmarks.reproduce.barrier_units import (
     BarrierBefore,
 )
 from benchmarks.reproduce.barriers import barriers
+from benchmarks.reproduce.bound_units import GroupBounds
 from benchmarks.reproduce.cost import Gpu, evaluation_seconds, update_seconds
 from benchmarks.reproduce.estimate import Estimate, estimate, every_job, table
 from benchmarks.reproduce.figures import FIGURES
@@ -86,7 +88,12 @@ def test_a_unit_passes_as_many_examples_as_it_says(tmp_path, rows_seen, unit):
 
 @pytest.mark.parametrize(
     "unit",
-    [Training(TINY, 0), Oracle(TINY, SET, 0), Poisoned(TINY, SET, "fine-tune", 0, 0.5)],
+    [
+        Training(TINY, 0),
+        Oracle(TINY, SET, 0),
+        Poisoned(TINY, SET, "fine-tune", 0, 0.5),
+        GroupBounds(Settings(0, 8.0, 0.1, 2, 3, 5), TINY.with_noise(0.1)),
+    ],
     ids=lambda unit: type(unit).__name__,
 )
 def test_trainings_draw_as_many_examples_in_expectation(tmp_path, rows_seen, unit):

@@ -1,5 +1,7 @@
 """The scales: what the paper states is what ``full`` runs; ``cpu`` has seeds enough."""
 
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.reproduce.scales import SCALES
@@ -23,6 +25,8 @@ def test_full_has_the_papers_numbers_of_runs_and_sizes():
     assert full.hardest_sizes == (600, 1_000, 2_000)
     assert full.set_sizes == (100, 5_000, 10_000)
     assert full.poison_std**2 == pytest.approx(0.062)
+    assert full.grouped.recipe == replace(full.sgd.recipe, noise_std=0.1)
+    assert all(one.noise_std == 0.1 and one.order == 8 for one in full.groups)
     others = [(one.dataset, one.recipe.model) for one in full.others]
     assert others == [("svhn", "resnet18-batch-norm"), ("cifar10", "vit")]
     assert all(one.recipe.noise_std > 0 for one in full.sgld) and len(full.sgld) > 1
