@@ -73,4 +73,4 @@ def test_times_are_ratios_of_the_same_batch():
 
 
 def test_the_results_are_of_the_cases_as_they_are():
-    check_results(benchmark, complete=False)
+    check_results(benchmark)
