@@ -88,7 +88,8 @@ def _problems(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, "unknown or out of range"
     names = {name.removeprefix(_ROW) for name in state if name.startswith(_ROW)}
     needed = {"grad_norms"} if _length(state.get("steps")) else set()
-    if not needed <= names <= (needed and set(_MEASURED)):
+    allowed = needed if state["source"] == "observed" else needed and set(_MEASURED)
+    if not needed <= names <= allowed:
         yield f"{_ROW}grad_norms", "missing, or among unknown rows"
     for name, (dtype, shape) in _layout(state, names).items():
         value = state.get(name)

@@ -6,7 +6,10 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import traceback
+
+from tqdm import tqdm
 
 
 def fork(act):
@@ -16,6 +19,7 @@ def fork(act):
     if (child := os.fork()) == 0:
         code = 70
         try:
+            tqdm.set_lock(threading.RLock())  # tqdm's own is shared with the parent
             act()
             code = 0
         except BaseException:

@@ -150,6 +150,14 @@ def test_a_damaged_checkpoint_trains_on_without_a_ledger():
         _ = again.engine.ledger
 
 
+def test_an_observed_record_has_no_measures_of_sweeps():
+    state = Training(batch_size=12).train(1).engine.recorder.state_dict()
+    again = Training(batch_size=12).engine.recorder
+    state["rows.errors"] = state["rows.grad_norms"].clone()
+    with pytest.raises(ValueError, match="rows.grad_norms.*among unknown rows"):
+        again.load_state_dict(state)
+
+
 @pytest.mark.parametrize("change", [smaller, lambda record: record.clear()])
 def test_a_damaged_checkpoint_is_not_resumed_exactly(change):
     again = Training(batch_size=12)
