@@ -11,7 +11,7 @@ from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.judging import unlearn
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.units import Oracle, Unit, oracles, trainings
+from benchmarks.reproduce.units import Oracle, Unit, needs_of_judging, oracles
 from benchmarks.reproduce.unlearning_units import Search, needs_of_run, run_facts
 from benchmarks.reproduce.work import Work
 
@@ -47,8 +47,7 @@ class BarrierBefore(Unit):
 
     def needs(self) -> list[Unit]:
         """Trainings and oracles."""
-        judges = oracles(self.experiment, self.forget_set)
-        return [*trainings(self.experiment), *judges]
+        return needs_of_judging(self.experiment, self.forget_set)
 
     def facts(self) -> Facts:
         """Experiment, forget set, seed."""

@@ -7,7 +7,7 @@ from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.judging import unlearn
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.units import Unit, oracles, trainings
+from benchmarks.reproduce.units import Unit, needs_of_judging
 from benchmarks.reproduce.unlearning_units import work_of_run
 from benchmarks.reproduce.work import Work
 
@@ -23,8 +23,7 @@ class FineTuned(Unit):
 
     def needs(self) -> list[Unit]:
         """Trainings, and the oracles that judge."""
-        judges = oracles(self.experiment, self.forget_set)
-        return [*trainings(self.experiment), *judges]
+        return needs_of_judging(self.experiment, self.forget_set)
 
     def facts(self) -> Facts:
         """Experiment, forget set, rate, seed."""

@@ -138,3 +138,8 @@ def oracles(experiment: Experiment, forget_set: ForgetSet) -> list[Oracle]:
 def trainings(experiment: Experiment) -> list[Training]:
     """The trainings of all seeds, whose mean loss ranks the examples."""
     return [Training(experiment, seed) for seed in range(experiment.num_seeds)]
+
+
+def needs_of_judging(experiment: Experiment, forget_set: ForgetSet) -> list[Unit]:
+    """The trainings that rank, and the oracles of a set."""
+    return [*trainings(experiment), *oracles(experiment, forget_set)]

@@ -8,7 +8,7 @@ from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.judging import unlearn
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS
-from benchmarks.reproduce.units import Training, Unit, oracles, trainings
+from benchmarks.reproduce.units import Training, Unit, needs_of_judging, oracles
 from benchmarks.reproduce.work import Work
 from opacus_pi.unlearning.search import search_settings
 
@@ -74,8 +74,7 @@ def needs_of_run(
     experiment: Experiment, forget_set: ForgetSet, method: str
 ) -> list[Unit]:
     """The trainings that rank, the oracles and the settings of a run of a method."""
-    judges = oracles(experiment, forget_set)
-    return [*trainings(experiment), *judges, Search(experiment, method)]
+    return [*needs_of_judging(experiment, forget_set), Search(experiment, method)]
 
 
 def run_facts(

@@ -63,7 +63,7 @@ def require_unseen(train_set: Any, test_set: Any) -> None:
 def _alike(one: Any, other: Any) -> bool:
     """Whether two labelled sets have the same labels and the same first example."""
     name = fingerprint(one)
-    if name.count(":") < 2 or name != fingerprint(other):  # 2: labels were found
+    if name.count(":") < 2 or name != fingerprint(other):  # 2: contents were found
         return False
     first, second = one[0], other[0]
     if isinstance(first, tuple | list):

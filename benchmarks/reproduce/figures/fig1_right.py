@@ -25,8 +25,6 @@ from benchmarks.reproduce.barriers import SETS, Barriers
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import outcomes
 from benchmarks.reproduce.figures.figure import (
-    BORNE_OUT,
-    NOT_BORNE_OUT,
     NOT_TESTABLE,
     Figure,
     Result,
@@ -148,11 +146,7 @@ def _comparable(after: NDArray[np.float64], baseline: NDArray[np.float64]) -> Ve
         return Verdict(NOT_TESTABLE, "one pair of oracles has no spread")
     spread = float(np.sqrt(baseline.var(1, ddof=1).mean()))
     more = mean_interval(after - baseline[-1].mean())
-    verdict = NOT_TESTABLE
-    if more.high <= spread:
-        verdict = BORNE_OUT
-    elif more.low > spread:
-        verdict = NOT_BORNE_OUT
+    verdict = of_interval(spread - more.high, spread - more.low)
     because = (
         f"above the mean of {baseline.shape[1]} pairs by {told(more)}, "
         f"n = {len(after)}; one standard deviation of pairs is {spread:.3f}"

@@ -11,7 +11,7 @@ from benchmarks.report import rank_correlation
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
-from opacus_pi.evaluation.intervals import Interval
+from opacus_pi.evaluation.intervals import Interval, mean_interval
 
 Result = dict[str, Any]
 BORNE_OUT = "borne out"
@@ -86,6 +86,21 @@ def told(found: Interval, digits: int = 3) -> str:
     """An estimate with the ends of its interval, in words."""
     middle, low, high = (f"{value:.{digits}f}" for value in found)
     return f"{middle} [{low}, {high}]"
+
+
+def epochs(times: np.ndarray, most: float) -> str:
+    """Times in words; never counts as the most, and is said."""
+    never = int(np.isinf(times).sum())
+    text = interval(np.minimum(times, most), 1)
+    return f"{text}, never ×{never}" if never else text
+
+
+def interval(values: np.ndarray, digits: int = 3) -> str:
+    """Mean and half the width of its 95 % interval."""
+    found = mean_interval(values)
+    if not np.isfinite(found.high):
+        return f"{found.estimate:.{digits}f}"
+    return f"{found.estimate:.{digits}f} ± {found.high - found.estimate:.{digits}f}"
 
 
 def of_interval(low: float, high: float) -> str:

@@ -28,6 +28,8 @@ from benchmarks.reproduce.figures.figure import (
     Figure,
     Result,
     Verdict,
+    epochs,
+    interval,
     joined,
     of_interval,
 )
@@ -154,21 +156,6 @@ def _cells(result: Result, method: str, number: int) -> list[str]:
     after = interval(np.array(rows["barrier after"])[:, number])
     cells.append(f"{before} → {after} ({np.mean(result['baseline'][number]):.3f})")
     return cells
-
-
-def epochs(times: np.ndarray, most: float) -> str:
-    """Times in words; never counts as the most, and is said."""
-    never = int(np.isinf(times).sum())
-    text = interval(np.minimum(times, most), 1)
-    return f"{text}, never ×{never}" if never else text
-
-
-def interval(values: np.ndarray, digits: int = 3) -> str:
-    """Mean and half the width of its 95 % interval."""
-    found = mean_interval(values)
-    if not np.isfinite(found.high):
-        return f"{found.estimate:.{digits}f}"
-    return f"{found.estimate:.{digits}f} ± {found.high - found.estimate:.{digits}f}"
 
 
 FIGURES = [

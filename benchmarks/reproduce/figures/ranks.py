@@ -20,13 +20,11 @@ from matplotlib.image import AxesImage
 
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures.figure import (
-    BORNE_OUT,
-    NOT_BORNE_OUT,
-    NOT_TESTABLE,
     Figure,
     Result,
     Verdict,
     joined,
+    of_interval,
     told,
 )
 from benchmarks.reproduce.lab import Lab
@@ -96,11 +94,7 @@ def _agreement(matrices: np.ndarray, names: list[str]) -> Verdict:
     mean = matrices.mean(0)
     i, j = np.unravel_index(mean.argmin(), mean.shape)
     least = mean_interval(np.clip(matrices[:, i, j], -1, 1))
-    verdict = NOT_TESTABLE
-    if least.low > AGREE:
-        verdict = BORNE_OUT
-    elif least.high < AGREE:
-        verdict = NOT_BORNE_OUT
+    verdict = of_interval(least.low - AGREE, least.high - AGREE)
     pair = f"Spearman of the pair that agrees least, {names[i]} and {names[j]}"
     return Verdict(verdict, f"{pair}: {told(least, 4)}, n = {len(matrices)}")
 

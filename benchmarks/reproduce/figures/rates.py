@@ -12,15 +12,20 @@ the oracle by ruining the model shows in the test accuracy beside it.
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import outcomes
-from benchmarks.reproduce.figures.fig1 import draw_panel, judge_panel
-from benchmarks.reproduce.figures.figure import Figure, Result, Verdict, joined
-from benchmarks.reproduce.figures.methods import epochs, interval
+from benchmarks.reproduce.figures.fig1 import draw_panels, judge_panel
+from benchmarks.reproduce.figures.figure import (
+    Figure,
+    Result,
+    Verdict,
+    epochs,
+    interval,
+    joined,
+)
 from benchmarks.reproduce.forget import strata
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.rate_units import FineTuned
@@ -87,19 +92,9 @@ def _judge(result: Result) -> Verdict:
 
 
 def _draw(result: Result) -> Picture:
-    rates = result["rates"]
-    picture, axes = plt.subplots(
-        1,
-        len(rates),
-        figsize=(3.6 * len(rates), 3.6),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
+    return draw_panels(
+        {f"learning rate {rate}": result | one for rate, one in result["rates"].items()}
     )
-    for ax, (rate, one) in zip(axes.flat, rates.items(), strict=True):
-        draw_panel(ax, f"learning rate {rate}", result | one)
-        ax.label_outer()
-    return picture
 
 
 def _table(result: Result) -> str:
