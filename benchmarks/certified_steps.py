@@ -18,14 +18,14 @@ from opacus_pi.accounting import (
 )
 from opacus_pi.accounting.conversion import epsilon_offset
 from opacus_pi.accounting.langevin.contraction import first_step
-from opacus_pi.accounting.langevin.published import (
+from opacus_pi.accounting.langevin.shifted import initial_distance_mu_squared
+from opacus_pi.accounting.published import (
     chien_learning_divergence,
     chien_rate,
     corollary_4_4_steps,
     mironov_allowance,
     steps_at_rate,
 )
-from opacus_pi.accounting.langevin.shifted import initial_distance_mu_squared
 
 ORDERS = 1 + np.geomspace(1e-2, 1e3, 400)
 EPSILON = 1.0

@@ -26,7 +26,7 @@ from benchmarks.main_job import SETTINGS, spent
 from benchmarks.report import markdown
 from benchmarks.seeds import arguments, over_seeds, publish, run_missing
 from benchmarks.training import PrivateRecipe, train_privately
-from opacus_pi.forget_sets import num_at_top
+from opacus_pi.difficulty.forget_sets import num_at_top
 
 OUT = Path("benchmarks/results/clip_norms.json")
 DIGITS = SETTINGS["digits"]

@@ -37,8 +37,8 @@ from opacus_pi.accounting import (
     privacy_losses,
     theorem_b1_estimates,
 )
-from opacus_pi.forget_sets import difficulty_strata
-from opacus_pi.group_record import gram_ledger
+from opacus_pi.difficulty.forget_sets import difficulty_strata
+from opacus_pi.recording.group_record import gram_ledger
 
 CRITERION = nn.CrossEntropyLoss()
 BOUNDS = ("coupled", "scalar", "operator_norm")

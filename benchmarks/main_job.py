@@ -35,8 +35,8 @@ from benchmarks.facts import facts_of
 from benchmarks.models import build_model
 from benchmarks.training import Recipe, train, train_privately
 from opacus_pi import Langevin, PrivacyEngine, Unlearner
+from opacus_pi.difficulty.forget_sets import difficulty_strata, retain_indices
 from opacus_pi.evaluation import OracleCache, evaluate, time_to_unlearn
-from opacus_pi.forget_sets import difficulty_strata, retain_indices
 
 CRITERION = nn.CrossEntropyLoss()
 

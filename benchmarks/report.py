@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from opacus_pi.atomic_file import replacing
+from opacus_pi.files.atomic_file import replacing
 from opacus_pi.plotting import plot_time_to_unlearn
 
 PACKAGES = ("torch", "opacus", "numpy", "scipy", "scikit-learn", "opacus-pi")

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from opacus_pi.accounting import privacy_losses
-from opacus_pi.privacy_engine import PrivacyEngine
-from opacus_pi.recorder import AccountingError, Recorder
+from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.recording import AccountingError, Recorder
 
 NUM_EXAMPLES, BATCH, NUM_PROCESSES = 45, 15, 2
 EVERY = (1, 4, 5)  # a row across epochs, and updates after the last one

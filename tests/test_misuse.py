@@ -17,7 +17,7 @@ from opacus_pi import FineTune, Guarantee, Langevin, PrivacyEngine, Unlearner
 from opacus_pi.accounting import NoisySGD, privacy_losses, worst_case_loss
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.accounting.statement import privacy_statement
-from opacus_pi.recorder import AccountingError
+from opacus_pi.recording import AccountingError
 from tests.private_training import NUM_EXAMPLES, Training, data
 
 pytestmark = [

@@ -40,7 +40,7 @@ ACCOUNTING = {
     "worst_case_loss",
 }
 ELSEWHERE = {
-    "opacus_pi.group_record": {"gram_ledger"},
+    "opacus_pi.recording.group_record": {"gram_ledger"},
     "opacus_pi.evaluation": {
         "evaluate",
         "gaussian_unlearning_score",
@@ -51,7 +51,7 @@ ELSEWHERE = {
         "time_to_unlearn",
         "weight_matching",
     },
-    "opacus_pi.forget_sets": {"difficulty_strata", "top_k", "by_class"},
+    "opacus_pi.difficulty.forget_sets": {"difficulty_strata", "top_k", "by_class"},
     "opacus_pi.report": {"score", "write_report"},
     "opacus_pi.gradients": {"gradient_gram", "norm_sweep", "per_example_grad_norms"},
 }

@@ -16,14 +16,14 @@ from opacus_pi.accounting import (
     privacy_statement,
     trajectory_limits,
 )
-from opacus_pi.accounting.ledger.rank_filling import filled_by_rank
-from opacus_pi.accounting.ledger.storage import read_arrays, write_arrays
-from opacus_pi.forget_sets import difficulty_strata
-from opacus_pi.gradients.shared_sweep import shared_sweep
+from opacus_pi.difficulty.forget_sets import difficulty_strata
+from opacus_pi.files.storage import read_arrays, write_arrays
+from opacus_pi.ledger.rank_filling import filled_by_rank
+from opacus_pi.recording.shared_sweep import shared_sweep
 from opacus_pi.report import score, write_report
 from opacus_pi.unlearning.claims import claim
 from opacus_pi.unlearning.methods import FineTune
-from tests.recorder.reporting import N, begun, report
+from tests.recording.reporting import N, begun, report
 
 REFUSED = "for ranking only.*without ranking_dtype"
 CRITERION = nn.CrossEntropyLoss()

@@ -14,11 +14,11 @@ import pytest
 from opacus_pi import GradNormLedger, Guarantee, NoisySGD
 from opacus_pi.accounting import epsilons, privacy_losses
 from opacus_pi.accounting.guarantee import Assumption
+from opacus_pi.difficulty.forget_sets import ranking, top_k
 from opacus_pi.evaluation import UnlearningTrace
-from opacus_pi.forget_sets import ranking, top_k
+from opacus_pi.files.strict_json import json_text
 from opacus_pi.plotting import plot_distribution
 from opacus_pi.report import Barriers, score, write_report
-from opacus_pi.report.strict_json import json_text
 
 HOSTILE = '<script>alert("x")</script><img src=http://evil onerror=1>&$\\frac{'
 EMPTY = {"meta", "img", "br", "hr", "link", "input"}

@@ -15,9 +15,9 @@ from opacus_pi.accounting.langevin.learning_phase import (
 )
 from opacus_pi.accounting.langevin.lsi import lsi_track
 from opacus_pi.accounting.langevin.process import LangevinConstants
-from opacus_pi.accounting.langevin.published import corollary_4_1
 from opacus_pi.accounting.langevin.shifted import shifted_mu_squared
 from opacus_pi.accounting.langevin.unlearning import unlearning_divergence
+from opacus_pi.accounting.published import corollary_4_1
 
 
 def constant_gradients(rng: np.random.Generator, number: int) -> Iterator[Case]:

@@ -11,7 +11,7 @@ from benchmarks.looseness.case import Array, Case
 from opacus_pi.accounting import NoisySGD
 from opacus_pi.accounting.group.divergence import group_divergence
 from opacus_pi.accounting.group.moments import log_mean_exp, pair_exponents, subset_sums
-from opacus_pi.accounting.ledger.gram_ledger import GramLedger
+from opacus_pi.ledger.gram_ledger import GramLedger
 
 
 def _theorem_b1(full: Array, log_full: Array, rest: Array, log_rest: Array) -> float:

@@ -5,12 +5,12 @@ from typing import Any
 
 from opacus_pi.accounting.langevin.lsi import lsi_track
 from opacus_pi.accounting.langevin.process import LangevinConstants
-from opacus_pi.accounting.langevin.published import (
+from opacus_pi.accounting.langevin.unlearning import steps_to_unlearn
+from opacus_pi.accounting.published import (
     chien_rate,
     corollary_4_4_steps,
     steps_at_rate,
 )
-from opacus_pi.accounting.langevin.unlearning import steps_to_unlearn
 
 ETA, SIGMA, M, L, TARGET, LEARNED = 0.5, 0.03, 0.0119, 0.2619, 0.01, 1000
 

@@ -19,8 +19,8 @@ from benchmarks.reproduce.judging import CRITERION, probe
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.work import Work
 from opacus_pi.evaluation import aligned, loss_barrier, permutation_spec
-from opacus_pi.evaluation.permutations import PermutationSpec
-from opacus_pi.gradients.random_state import random_state_untouched
+from opacus_pi.models.random_state import random_state_untouched
+from opacus_pi.symmetries.permutations import PermutationSpec
 
 POINTS = 11  # on the line between two models
 SETS = ("training images", "test images")  # on which the loss is taken

@@ -6,7 +6,7 @@ import numpy as np
 
 from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.lab import Lab
-from opacus_pi.forget_sets import difficulty_strata, random_forget_set, top_k
+from opacus_pi.difficulty.forget_sets import difficulty_strata, random_forget_set, top_k
 
 STRATA = ("first", "q1", "q2", "q3", "last")
 

@@ -15,10 +15,11 @@ from benchmarks.models import build_model
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.store import cached_arrays, path_of
 from benchmarks.training import PrivateRecipe, train, train_privately
-from opacus_pi import GradNormLedger, PrivacyEngine, proxies
+from opacus_pi import GradNormLedger, PrivacyEngine
 from opacus_pi.accounting import privacy_losses
-from opacus_pi.atomic_file import replacing
-from opacus_pi.gradients.skeleton import unwrap
+from opacus_pi.difficulty import proxies
+from opacus_pi.files.atomic_file import replacing
+from opacus_pi.models.skeleton import unwrap
 
 
 @dataclass(frozen=True)

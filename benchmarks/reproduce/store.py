@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import write_json
-from opacus_pi.atomic_file import replacing
+from opacus_pi.files.atomic_file import replacing
 
 VERSION = 1  # raise it when the meaning of a stored result changes
 

@@ -19,26 +19,26 @@ from opacus_pi.accounting.langevin.unlearning import (
     symmetric_bound,
     unlearning_divergence,
 )
-from opacus_pi.accounting.ledger.fingerprint import fingerprint
-from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger
-from opacus_pi.accounting.ledger.gram_ledger import GramLedger
-from opacus_pi.accounting.ledger.measurements import fill_unobserved
-from opacus_pi.accounting.ledger.mechanism import NoisySGD
-from opacus_pi.accounting.ledger.rank_filling import filled_by_rank
 from opacus_pi.accounting.moments import log_moment, renyi_divergence
-from opacus_pi.accounting.privacy_loss.per_instance import (
+from opacus_pi.accounting.per_instance import (
     per_step_losses,
     privacy_losses,
     worst_case_loss,
 )
-from opacus_pi.accounting.privacy_loss.tightest import choose_hoelder_p, tightest_losses
-from opacus_pi.accounting.privacy_loss.trajectory import (
+from opacus_pi.accounting.renyi_filter import RenyiFilter
+from opacus_pi.accounting.statement import PrivacyStatement, privacy_statement
+from opacus_pi.accounting.tightest import choose_hoelder_p, tightest_losses
+from opacus_pi.accounting.trajectory import (
     exceedance_limit,
     trajectory_limits,
     trajectory_losses,
 )
-from opacus_pi.accounting.renyi_filter import RenyiFilter
-from opacus_pi.accounting.statement import PrivacyStatement, privacy_statement
+from opacus_pi.ledger.fingerprint import fingerprint
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
+from opacus_pi.ledger.gram_ledger import GramLedger
+from opacus_pi.ledger.measurements import fill_unobserved
+from opacus_pi.ledger.mechanism import NoisySGD
+from opacus_pi.ledger.rank_filling import filled_by_rank
 
 __all__ = [
     "GradNormLedger",

@@ -9,16 +9,16 @@ from opacus_pi.accounting.conversion import (
     check_orders,
     epsilon_offset,
 )
-from opacus_pi.accounting.ledger.grad_norm_ledger import runs_of
-from opacus_pi.accounting.privacy_loss.per_instance import worst_case_loss
-from opacus_pi.accounting.privacy_loss.run_losses import (
+from opacus_pi.accounting.per_instance import worst_case_loss
+from opacus_pi.accounting.ranking_only import require_claimable
+from opacus_pi.accounting.run_losses import (
     Ledgers,
     Record,
     composition_of,
     record_of,
     total_loss,
 )
-from opacus_pi.accounting.ranking_only import require_claimable
+from opacus_pi.ledger.grad_norm_ledger import runs_of
 
 Array = NDArray[np.float64]
 

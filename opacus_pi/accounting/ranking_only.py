@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from opacus_pi._validate import expect
 from opacus_pi.accounting.guarantee import Assumption
-from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 
 _HOW = "in bfloat16, for ranking only"
 

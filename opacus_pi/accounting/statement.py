@@ -1,6 +1,6 @@
 """What a person may be told about the privacy of their own rows.
 
->>> from opacus_pi.accounting.ledger.mechanism import NoisySGD
+>>> from opacus_pi.ledger.mechanism import NoisySGD
 >>> mechanism = NoisySGD(100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
 >>> ledger = GradNormLedger(mechanism, steps=[100], grad_norms=[[0.1, 5.0]])
 >>> statement = privacy_statement(ledger, [0], delta=1e-5)
@@ -23,14 +23,14 @@ from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS, epsilons
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
 from opacus_pi.accounting.guarantee import Assumption
-from opacus_pi.accounting.ledger.grad_norm_ledger import (
+from opacus_pi.accounting.per_instance import worst_case_loss
+from opacus_pi.accounting.ranking_only import unfit_norms
+from opacus_pi.accounting.rounding import rounded_up
+from opacus_pi.ledger.grad_norm_ledger import (
     GradNormLedger,
     columns_of,
     runs_of,
 )
-from opacus_pi.accounting.privacy_loss.per_instance import worst_case_loss
-from opacus_pi.accounting.ranking_only import unfit_norms
-from opacus_pi.accounting.rounding import rounded_up
 
 _FORMAT = "opacus_pi.PrivacyStatement.v1"
 _GROUP_ORDERS = (1 + np.geomspace(0.01, 63, 40)).tolist()

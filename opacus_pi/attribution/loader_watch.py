@@ -18,9 +18,9 @@ from typing import Any, SupportsIndex
 from opacus.utils import batch_memory_manager
 from torch.utils.data import DataLoader
 
+from opacus_pi._class_swap import swap_class
 from opacus_pi.attribution.evidence import Stream
 from opacus_pi.attribution.tracker import Tracker
-from opacus_pi.engine.class_swap import swap_class
 
 
 def watch(loader: DataLoader[Any], tracker: Tracker) -> DataLoader[Any]:

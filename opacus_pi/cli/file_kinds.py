@@ -23,12 +23,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from opacus_pi.accounting import GradNormLedger, GramLedger
-from opacus_pi.accounting.ledger.storage import check_file
-from opacus_pi.engine.checkpoints import CHECKPOINT_KEY, FILTER_KEY
 from opacus_pi.evaluation import UnlearningTrace
-from opacus_pi.sealed_state import unsealed
+from opacus_pi.files.sealed_state import unsealed
+from opacus_pi.files.storage import check_file
+from opacus_pi.files.weights_file import read_weights
+from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, FILTER_KEY
 from opacus_pi.unlearning.deletion_record import added_since, verify
-from opacus_pi.weights_file import read_weights
 
 RECORD = "deletion record"
 CHECKPOINT = "record in a checkpoint"

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from opacus_pi.atomic_file import replace_file
 from opacus_pi.cli.errors import about
-from opacus_pi.report.strict_json import json_text
+from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.strict_json import json_text
 
 
 def answer(options: argparse.Namespace, facts: Mapping[str, Any], words: str) -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from opacus_pi.accounting.guarantee import Guarantee
-from opacus_pi.atomic_file import replace_file
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.evaluation import UnlearningTrace
-from opacus_pi.report.strict_json import json_text
+from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.strict_json import json_text
+from opacus_pi.files.weights_file import write_weights
 from opacus_pi.unlearning import UnlearningResult
-from opacus_pi.weights_file import write_weights
 
 WEIGHTS, RECORD, TRACE = "weights.safetensors", "record.json", "trace.json"
 GUARANTEE, EVALUATION = "guarantee.json", "evaluation.json"

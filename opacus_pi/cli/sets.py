@@ -11,8 +11,8 @@ from torch.utils.data import Subset
 from opacus_pi._types import ArrayLike
 from opacus_pi.accounting import fingerprint
 from opacus_pi.cli.errors import BadInput
+from opacus_pi.difficulty.forget_sets import retain_indices
 from opacus_pi.evaluation import evaluate
-from opacus_pi.forget_sets import retain_indices
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,25 @@ Each metric is a pure function of arrays or models; none knows an unlearning met
 """
 
 from opacus_pi.evaluation.accuracies import accuracy, unlearning_accuracy
-from opacus_pi.evaluation.activations import activation_matching
-from opacus_pi.evaluation.alignment import aligned, pairwise_barriers
-from opacus_pi.evaluation.barriers import loss_barrier, path_losses
 from opacus_pi.evaluation.gus import GaussianPoison, gaussian_unlearning_score
 from opacus_pi.evaluation.intervals import Interval, epsilon_interval, mean_interval
 from opacus_pi.evaluation.likelihood_ratio import ULira, u_lira
 from opacus_pi.evaluation.margins import klom
-from opacus_pi.evaluation.matching import weight_matching
 from opacus_pi.evaluation.membership import MembershipInference, membership_inference
 from opacus_pi.evaluation.oracle import OracleCache
-from opacus_pi.evaluation.permutations import (
+from opacus_pi.evaluation.summary import evaluate, summarise
+from opacus_pi.evaluation.tow import tug_of_war
+from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
+from opacus_pi.models.predictions import Predictions, predict
+from opacus_pi.symmetries.activations import activation_matching
+from opacus_pi.symmetries.alignment import aligned, pairwise_barriers
+from opacus_pi.symmetries.barriers import loss_barrier, path_losses
+from opacus_pi.symmetries.matching import weight_matching
+from opacus_pi.symmetries.permutations import (
     PermutationSpec,
     apply_permutation,
     permutation_spec,
 )
-from opacus_pi.evaluation.predictions import Predictions, predict
-from opacus_pi.evaluation.summary import evaluate, summarise
-from opacus_pi.evaluation.tow import tug_of_war
-from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
 
 __all__ = [
     "GaussianPoison",

@@ -4,8 +4,8 @@ from torch import nn
 
 from opacus_pi.evaluation.accuracies import accuracy, unlearning_accuracy
 from opacus_pi.evaluation.membership import membership_inference
-from opacus_pi.evaluation.predictions import Data, Predictions, predict
-from opacus_pi.gradients.criterion import Criterion
+from opacus_pi.models.criterion import Criterion
+from opacus_pi.models.predictions import Data, Predictions, predict
 
 
 def evaluate(

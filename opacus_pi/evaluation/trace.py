@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
-from opacus_pi.atomic_file import replace_file
+from opacus_pi.files.atomic_file import replace_file
 
 _KIND = "opacus_pi.UnlearningTrace"
 _VERSION = 1

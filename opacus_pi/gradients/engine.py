@@ -10,9 +10,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from opacus_pi._validate import expect
-from opacus_pi.gradients.attention import tap_attention
 from opacus_pi.gradients.bare import BareParameters
-from opacus_pi.gradients.batches import (
+from opacus_pi.gradients.fallback import looped_squares, vmapped_squares
+from opacus_pi.gradients.layers.attention import tap_attention
+from opacus_pi.gradients.precision import lower_, lowered
+from opacus_pi.gradients.shared_rows import weights_of_shared_rows
+from opacus_pi.gradients.tapped_layer import tap_layers
+from opacus_pi.gradients.taps import Taps
+from opacus_pi.gradients.timing import chooser
+from opacus_pi.models.batches import (
     arguments,
     forward,
     give_only_logits,
@@ -20,15 +26,9 @@ from opacus_pi.gradients.batches import (
     reached,
     rows,
 )
-from opacus_pi.gradients.criterion import Criterion
-from opacus_pi.gradients.fallback import looped_squares, vmapped_squares
-from opacus_pi.gradients.objective import float64_losses, unit_cotangents
-from opacus_pi.gradients.precision import lower_, lowered
-from opacus_pi.gradients.shared_rows import weights_of_shared_rows
-from opacus_pi.gradients.skeleton import check_separate, evaluation_copy
-from opacus_pi.gradients.tapped_layer import tap_layers
-from opacus_pi.gradients.taps import Taps
-from opacus_pi.gradients.timing import chooser
+from opacus_pi.models.criterion import Criterion
+from opacus_pi.models.objective import float64_losses, unit_cotangents
+from opacus_pi.models.skeleton import check_separate, evaluation_copy
 
 _SLOW = (
     "The examples of a batch influence each other, or the model is random in "
@@ -44,7 +44,7 @@ class NormEngine:
     largest norm is differentiated alone by plain autograd. Where that disagrees (the
     first dimension of a layer's input does not count examples) the taps are given up;
     where it still does, every example is differentiated alone.
-    To be made and used inside :func:`~opacus_pi.gradients.isolation.isolated`.
+    To be made and used inside :func:`~opacus_pi.models.isolation.isolated`.
 
     Args:
         model: The live model, plain or wrapped; it is copied (sharing its weights).

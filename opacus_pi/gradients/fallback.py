@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from opacus_pi.gradients.batches import (
+from opacus_pi.models.batches import (
     arguments,
     forward,
     map_tensors,
@@ -16,7 +16,7 @@ from opacus_pi.gradients.batches import (
     rows,
     unsqueeze,
 )
-from opacus_pi.gradients.objective import Losses, unit_cotangents
+from opacus_pi.models.objective import Losses, unit_cotangents
 
 _MAX_ELEMENTS = 1 << 26  # of per-example gradients held at once
 

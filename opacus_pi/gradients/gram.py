@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, in_range, positive
-from opacus_pi.gradients.batches import (
+from opacus_pi.models.batches import (
     arguments,
     forward,
     give_only_logits,
@@ -31,10 +31,10 @@ from opacus_pi.gradients.batches import (
     to_device,
     unsqueeze,
 )
-from opacus_pi.gradients.criterion import Criterion
-from opacus_pi.gradients.isolation import isolated
-from opacus_pi.gradients.objective import float64_losses
-from opacus_pi.gradients.skeleton import evaluation_copy
+from opacus_pi.models.criterion import Criterion
+from opacus_pi.models.isolation import isolated
+from opacus_pi.models.objective import float64_losses
+from opacus_pi.models.skeleton import evaluation_copy
 
 _MAX_ELEMENTS = 1 << 27  # float64 entries of per-example gradients held at once
 _VMAP_ELEMENTS = 1 << 26

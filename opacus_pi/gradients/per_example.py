@@ -5,9 +5,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.engine import NormEngine
-from opacus_pi.gradients.isolation import isolated
+from opacus_pi.models.criterion import Criterion
+from opacus_pi.models.isolation import isolated
 
 
 def per_example_grad_norms(

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from opacus_pi._validate import expect
-from opacus_pi.gradients.batches import map_tensors
 from opacus_pi.gradients.products import at_least_float32
+from opacus_pi.models.batches import map_tensors
 
 Lowered = Callable[[], AbstractContextManager[Any]]
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from opacus_pi.gradients.bare import BareParameters, ExampleGradients
-from opacus_pi.gradients.batches import map_tensors
-from opacus_pi.gradients.random_state import random_state_untouched
+from opacus_pi.models.batches import map_tensors
+from opacus_pi.models.random_state import random_state_untouched
 
 
 def weights_of_shared_rows(

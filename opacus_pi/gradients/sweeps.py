@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from opacus_pi._validate import expect, positive
-from opacus_pi.gradients.batches import inputs_and_targets, to_device
-from opacus_pi.gradients.criterion import Criterion
 from opacus_pi.gradients.engine import NormEngine
-from opacus_pi.gradients.isolation import isolated
+from opacus_pi.models.batches import inputs_and_targets, to_device
+from opacus_pi.models.criterion import Criterion
+from opacus_pi.models.isolation import isolated
 
 _SECONDS_BEFORE_BAR = 3.0
 

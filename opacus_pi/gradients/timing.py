@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from opacus_pi._validate import expect
-from opacus_pi.gradients.conv import conv_formulas, conv_squares
-from opacus_pi.gradients.linear import linear_formulas, linear_squares
+from opacus_pi.gradients.layers.conv import conv_formulas, conv_squares
+from opacus_pi.gradients.layers.linear import linear_formulas, linear_squares
 from opacus_pi.gradients.registry import NormRule
 
 Formulas = Callable[[Any, Tensor, Tensor], Sequence[NormRule]]

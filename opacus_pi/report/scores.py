@@ -26,9 +26,9 @@ from opacus_pi.accounting import (
     worst_case_loss,
 )
 from opacus_pi.accounting.guarantee import Assumption
-from opacus_pi.accounting.ledger.grad_norm_ledger import runs_of
 from opacus_pi.accounting.ranking_only import only_rank
-from opacus_pi.forget_sets import difficulty_strata, num_at_top, ranking
+from opacus_pi.difficulty.forget_sets import difficulty_strata, num_at_top, ranking
+from opacus_pi.ledger.grad_norm_ledger import runs_of
 
 SENSITIVE = (
     "Sensitive: these numbers say which examples are unusual. Guard them like the "

@@ -7,14 +7,14 @@ from typing import Any
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.ledger.grad_norm_ledger import GradNormLedger, runs_of
-from opacus_pi.atomic_file import replace_file
+from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.strict_json import json_text, strict
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
 from opacus_pi.report import sections
 from opacus_pi.report.figures import distribution_figures, trace_figures
 from opacus_pi.report.html import page, paragraph
 from opacus_pi.report.run import Barriers, Unlearned, run_facts
 from opacus_pi.report.scores import Scores, score
-from opacus_pi.report.strict_json import json_text, strict
 
 FORMAT = "opacus_pi.Report.v1"
 Ledgers = GradNormLedger | Sequence[GradNormLedger]

@@ -10,13 +10,13 @@ from torch import nn
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
-from opacus_pi.accounting.ledger.grad_norm_ledger import columns_of
-from opacus_pi.accounting.ledger.measurements import CHANGED
 from opacus_pi.accounting.ranking_only import unfit_norms
+from opacus_pi.ledger.grad_norm_ledger import columns_of
+from opacus_pi.ledger.measurements import CHANGED
+from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning.history import History
 from opacus_pi.unlearning.methods import Method
 from opacus_pi.unlearning.stopping import StopWhen
-from opacus_pi.weights_file import weights_name
 
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opacus_pi.gradients.batches import inputs_and_targets, to_device
+from opacus_pi.models.batches import inputs_and_targets, to_device
 from opacus_pi.unlearning.methods import Batch, Method, Task
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -17,9 +17,9 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.guarantee import Guarantee
-from opacus_pi.accounting.ledger.grad_norm_ledger import columns_of
 from opacus_pi.accounting.ranking_only import only_rank
-from opacus_pi.forget_sets import ties
+from opacus_pi.difficulty.forget_sets import ties
+from opacus_pi.ledger.grad_norm_ledger import columns_of
 
 PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 

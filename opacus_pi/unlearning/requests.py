@@ -22,7 +22,8 @@ from torch.utils.data import Dataset
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.gradients.batches import size_of
+from opacus_pi.files.weights_file import read_weights, write_weights
+from opacus_pi.models.batches import size_of
 from opacus_pi.unlearning.deletion_record import DeletionRecord, sync_directory
 from opacus_pi.unlearning.history import History, history_of
 from opacus_pi.unlearning.request_entries import (
@@ -32,7 +33,6 @@ from opacus_pi.unlearning.request_entries import (
     requests_of,
 )
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
-from opacus_pi.weights_file import read_weights, write_weights
 
 __all__ = ["DeletionRequest", "DeletionRequests"]
 

@@ -28,9 +28,9 @@ from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting import fingerprint
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
-from opacus_pi.gradients.batches import size_of
-from opacus_pi.gradients.criterion import Criterion, per_example_criterion
-from opacus_pi.gradients.skeleton import bare_copy
+from opacus_pi.models.batches import size_of
+from opacus_pi.models.criterion import Criterion, per_example_criterion
+from opacus_pi.models.skeleton import bare_copy
 from opacus_pi.unlearning.claims import Ledgers, claim, runs_in
 from opacus_pi.unlearning.history import History
 from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, updates

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from opacus_pi.accounting import published
 from opacus_pi.accounting.group.line import line_log_moment, scalar_law
 from opacus_pi.accounting.group.moments import (
     coupled_log_moment,
@@ -14,7 +15,7 @@ from opacus_pi.accounting.group.moments import (
     pair_exponents,
     subset_sums,
 )
-from opacus_pi.accounting.langevin import published, shifted
+from opacus_pi.accounting.langevin import shifted
 from opacus_pi.accounting.langevin.contraction import (
     dobrushin_bound,
     first_step,

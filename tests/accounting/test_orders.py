@@ -6,13 +6,13 @@ import mpmath
 import numpy as np
 import pytest
 
+from opacus_pi.accounting.composition import hoelder_losses, mean_over_runs
 from opacus_pi.accounting.moments import log_moments
 from opacus_pi.accounting.orders import (
     corrected_order,
     interval_orders,
     printed_order,
 )
-from opacus_pi.accounting.privacy_loss.composition import hoelder_losses, mean_over_runs
 
 
 @pytest.mark.parametrize(

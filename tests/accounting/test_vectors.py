@@ -16,13 +16,13 @@ from opacus_pi.accounting import (
     rdp_to_epsilon,
     renyi_divergence,
 )
-from opacus_pi.accounting.orders import corrected_order, printed_order
-from opacus_pi.accounting.privacy_loss.composition import (
+from opacus_pi.accounting.composition import (
     hoelder_losses,
     published_orders,
     trajectory_losses_of_sums,
     weighted_log_moments,
 )
+from opacus_pi.accounting.orders import corrected_order, printed_order
 
 CASES = json.loads((Path(__file__).parent / "vectors.json").read_text())
 MODES = {"int": "exact", "interp": "chord", "ceil": "ceil", "exact": "exact"}

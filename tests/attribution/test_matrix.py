@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import WeightedRandomSampler
 
-from opacus_pi.recorder import AccountingError
+from opacus_pi.recording import AccountingError
 from tests.attribution import loops, runs
 
 pytestmark = pytest.mark.filterwarnings(

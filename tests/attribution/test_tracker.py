@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from opacus_pi.attribution import UNKNOWN, Tracker, probe
 from opacus_pi.attribution.evidence import Stream
 from opacus_pi.attribution.forward_probe import ForwardProbe
-from opacus_pi.recorder import AccountingError
+from opacus_pi.recording import AccountingError
 
 
 class Source:

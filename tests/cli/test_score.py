@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opacus_pi.accounting import NoisySGD, epsilons, privacy_losses, worst_case_loss
-from opacus_pi.forget_sets import ranking
+from opacus_pi.difficulty.forget_sets import ranking
 
 LEDGER = "ledger.safetensors"
 

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_pi import GramLedger, Guarantee, NoisySGD, PrivacyEngine
 from opacus_pi.cli.errors import NOTHING_TO_CHECK
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
-from opacus_pi.recorder.weights import save_weights
+from opacus_pi.files.weights_file import write_weights
+from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning.deletion_record import DeletionRecord
-from opacus_pi.weights_file import write_weights
 
 
 def oracle(path, project):

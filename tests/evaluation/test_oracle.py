@@ -7,8 +7,8 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from opacus_pi.accounting.ledger.storage import read_arrays, write_arrays
 from opacus_pi.evaluation.oracle import OracleCache
+from opacus_pi.files.storage import read_arrays, write_arrays
 
 DATA = TensorDataset(torch.zeros(10, 2), torch.arange(10) % 3)
 FORGET = [7, 1, 4]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi import PrivacyEngine, Recorder
-from opacus_pi.recorder import AccountingError
+from opacus_pi.recording import AccountingError
 from tests.private_training import CLASSES, NUM_EXAMPLES, Training, data
 
 pytestmark = [

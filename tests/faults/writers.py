@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks.report import write_json
 from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
-from opacus_pi.recorder.weights import load_weights_, save_weights, saved_weights
+from opacus_pi.recording.weights import load_weights_, save_weights, saved_weights
 from opacus_pi.unlearning.deletion_record import DeletionRecord, verify
 from tests.private_training import Training
 

@@ -10,12 +10,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD, RenyiFilter
-from opacus_pi.engine.filter_setup import saved_charges
-from opacus_pi.engine.run_state import RunState
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
-from opacus_pi.recorder import Recorder
-from opacus_pi.recorder.weights import save_weights
-from opacus_pi.sealed_state import sealed
+from opacus_pi.files.sealed_state import sealed
+from opacus_pi.integration.filter_setup import saved_charges
+from opacus_pi.integration.run_state import RunState
+from opacus_pi.recording import Recorder
+from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning import Unlearner
 from opacus_pi.unlearning.requests import DeletionRequests
 

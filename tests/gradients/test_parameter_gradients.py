@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_pi.gradients import conv, products
+from opacus_pi.gradients import products
+from opacus_pi.gradients.layers import conv
 from opacus_pi.gradients.parameter_gradients import Formed, Implied, summed
 from opacus_pi.gradients.registry import gradient_rule, register_gradient_rule
 from tests.gradients.test_routes import CONVOLUTIONS

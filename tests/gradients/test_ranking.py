@@ -11,10 +11,10 @@ from torch.utils.data import TensorDataset
 
 from opacus_pi.gradients import norm_sweep, per_example_grad_norms, sweep
 from opacus_pi.gradients.engine import NormEngine
-from opacus_pi.gradients.isolation import isolated
-from opacus_pi.gradients.linear import linear_squares
+from opacus_pi.gradients.layers.linear import linear_squares
 from opacus_pi.gradients.products import pair_squares, squared_lengths
 from opacus_pi.gradients.registry import _RULES
+from opacus_pi.models.isolation import isolated
 from tests.gradients.cases import CASES
 from tests.gradients.models import NUM_CLASSES
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_pi.gradients import conv, products
+from opacus_pi.gradients import products
+from opacus_pi.gradients.layers import conv
 
 CONVOLUTIONS = {
     "dense": (nn.Conv2d(4, 6, 3, padding=1), (5, 7)),

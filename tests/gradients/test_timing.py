@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_pi.gradients import conv, norm_sweep, per_example_grad_norms, timing
-from opacus_pi.gradients.conv import conv_formulas, conv_squares
-from opacus_pi.gradients.linear import linear_formulas, linear_squares
+from opacus_pi.gradients import norm_sweep, per_example_grad_norms, timing
+from opacus_pi.gradients.layers import conv
+from opacus_pi.gradients.layers.conv import conv_formulas, conv_squares
+from opacus_pi.gradients.layers.linear import linear_formulas, linear_squares
 from opacus_pi.gradients.timing import Fastest
 from tests.gradients.cases import CASES
 from tests.gradients.models import NUM_CLASSES

@@ -7,12 +7,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.unlearning import FineTune, Unlearner
 from opacus_pi.unlearning.deletion_record import verify
 from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
 from opacus_pi.unlearning.rivals import NegGradPlus
 from opacus_pi.unlearning.stopping import StopWhen
-from opacus_pi.weights_file import read_weights, write_weights
 
 SIZE = 20
 _PLAIN = FineTune()

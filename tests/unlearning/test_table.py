@@ -13,8 +13,8 @@ from benchmarks.models import mlp
 from benchmarks.resnet import resnet18
 from benchmarks.transformer import vit
 from opacus_pi import PrivacyEngine, Recorder
+from opacus_pi.difficulty.forget_sets import top_k
 from opacus_pi.evaluation import evaluate, time_to_unlearn
-from opacus_pi.forget_sets import top_k
 from opacus_pi.unlearning import (
     SCRUB,
     SSD,

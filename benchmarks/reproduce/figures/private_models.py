@@ -34,8 +34,8 @@ from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
 from opacus_pi.accounting import privacy_statement
+from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.evaluation.intervals import mean_interval
-from opacus_pi.forget_sets import num_at_top
 
 _METHOD = "fine-tune"
 _DELTA = 1e-5

@@ -8,7 +8,7 @@
   compares with one minibatch of the retain set, so minibatch noise alone gives a large
   value, also for an empty group. For reproduction.
 
->>> from opacus_pi.accounting.ledger.mechanism import NoisySGD
+>>> from opacus_pi.ledger.mechanism import NoisySGD
 >>> mechanism = NoisySGD(10, sample_rate=1.0, noise_std=1.0)
 >>> ledger = GramLedger(mechanism, steps=[10], grams=[[[0.01, 0.0], [0.0, 0.01]]])
 >>> round(group_divergence(ledger, 2.0, hoelder_p=1e9), 6)  # 10·2·‖g_x + g_y‖²/2
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from opacus_pi._validate import expect, positive
+from opacus_pi.accounting.composition import mean_over_runs
 from opacus_pi.accounting.group.line import (
     line_log_moment,
     operator_norm_law,
@@ -31,15 +32,14 @@ from opacus_pi.accounting.group.line import (
 )
 from opacus_pi.accounting.group.moments import coupled_log_moment, pair_exponents
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
-from opacus_pi.accounting.ledger.gram_ledger import GramLedger, scaled_gram
 from opacus_pi.accounting.orders import corrected_order, log_growth, printed_order
-from opacus_pi.accounting.privacy_loss.composition import mean_over_runs
-from opacus_pi.accounting.privacy_loss.rules import (
+from opacus_pi.accounting.rules import (
     Interval,
     check_rule,
     intervals,
     loss_under_rule,
 )
+from opacus_pi.ledger.gram_ledger import GramLedger, scaled_gram
 
 METHODS = ("coupled", "scalar", "operator_norm", "theorem_b1")
 _UNRELIABLE = 0.01

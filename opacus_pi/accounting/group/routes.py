@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.langevin.published import weak_triangle
+from opacus_pi.accounting.published import weak_triangle
 
 
 def order_multiplied_divergence(

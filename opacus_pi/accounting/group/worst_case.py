@@ -14,8 +14,8 @@ import numpy as np
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.group.line import binomial_law, line_log_moment
-from opacus_pi.accounting.ledger.mechanism import SCHEDULED, NoisySGD
-from opacus_pi.accounting.privacy_loss.rules import intervals, once_an_epoch
+from opacus_pi.accounting.rules import intervals, once_an_epoch
+from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 
 
 def group_worst_case_loss(

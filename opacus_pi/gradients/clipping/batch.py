@@ -19,7 +19,7 @@ from opacus_pi.gradients.clipping.completeness import (
 from opacus_pi.gradients.fallback import vmapped_gradients
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients, summed
 from opacus_pi.gradients.products import at_least_float32
-from opacus_pi.gradients.skeleton import working_copy
+from opacus_pi.models.skeleton import working_copy
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

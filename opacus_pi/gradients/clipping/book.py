@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from opacus_pi._validate import expect
 from opacus_pi.gradients.bare import BareParameters, ExampleGradients
-from opacus_pi.gradients.batches import floating, map_tensors
 from opacus_pi.gradients.clipping.batch import Batch, Call, Inputs, WholeCall
 from opacus_pi.gradients.clipping.completeness import require_complete
 from opacus_pi.gradients.clipping.layers import LayerListener, layer_rule
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients
 from opacus_pi.gradients.products import at_least_float32
 from opacus_pi.gradients.shared_rows import weights_of_shared_rows
-from opacus_pi.gradients.skeleton import working_copy
 from opacus_pi.gradients.taps import tapped
+from opacus_pi.models.batches import floating, map_tensors
+from opacus_pi.models.skeleton import working_copy
 
 _ACCUMULATED = (
     "Poisson sampling is not compatible with grad accumulation. You need to call "

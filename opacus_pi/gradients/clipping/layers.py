@@ -9,7 +9,7 @@ from opacus_pi.gradients.clipping.batch import Call
 from opacus_pi.gradients.fallback import vmapped_gradients
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients
 from opacus_pi.gradients.registry import GradientRule, gradient_rule
-from opacus_pi.gradients.skeleton import working_copy
+from opacus_pi.models.skeleton import working_copy
 
 if TYPE_CHECKING:
     from opacus_pi.gradients.clipping.book import Book

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from opacus_pi.gradients.batches import inputs_and_targets, to_device
+from opacus_pi.models.batches import inputs_and_targets, to_device
 from opacus_pi.unlearning.methods import Batch, Task, mean_loss
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opacus_pi._validate import expect, in_range
-from opacus_pi.gradients.batches import forward
+from opacus_pi.models.batches import forward
 from opacus_pi.unlearning.methods import Batch, Method, Task, mean_loss
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from opacus_pi._validate import expect, positive
-from opacus_pi.gradients.batches import forward
-from opacus_pi.gradients.skeleton import bare_copy
+from opacus_pi.models.batches import forward
+from opacus_pi.models.skeleton import bare_copy
 from opacus_pi.unlearning.methods import Batch, Method, Task
 
 

@@ -21,7 +21,7 @@ from opacus_pi.accounting.group.routes import (
     order_multiplied_divergence,
     summed_losses,
 )
-from opacus_pi.accounting.ledger.gram_ledger import GramLedger
+from opacus_pi.ledger.gram_ledger import GramLedger
 
 
 def gram(rng, size, dims=4, scale=0.4):

@@ -16,7 +16,7 @@ from opacus_pi.accounting.group.line import (
 )
 from opacus_pi.accounting.group.moments import coupled_log_moment
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
-from opacus_pi.accounting.ledger.gram_ledger import GramLedger
+from opacus_pi.ledger.gram_ledger import GramLedger
 
 METHODS = ("coupled", "scalar", "operator_norm")
 SLACK = 1 + 1e-9

@@ -14,7 +14,7 @@ from opacus_pi.accounting.group.worst_case import (
     group_step_divergence,
     group_worst_case_loss,
 )
-from opacus_pi.accounting.ledger.gram_ledger import GramLedger
+from opacus_pi.ledger.gram_ledger import GramLedger
 
 
 def log_ratio(z, size, rate, ratio):

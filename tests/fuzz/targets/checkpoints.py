@@ -6,10 +6,10 @@ import random
 import numpy as np
 import torch
 
-from opacus_pi.engine.filter_setup import resume_charges
-from opacus_pi.recorder.recorded_run import RecordedRun
-from opacus_pi.recorder.saved_run import require_version
-from opacus_pi.sealed_state import unsealed
+from opacus_pi.files.sealed_state import unsealed
+from opacus_pi.integration.filter_setup import resume_charges
+from opacus_pi.recording.recorded_run import RecordedRun
+from opacus_pi.recording.saved_run import require_version
 from tests.fuzz import originals
 from tests.fuzz.targets.ledgers import N, ledger_check
 from tests.fuzz.targets.states import state_edit

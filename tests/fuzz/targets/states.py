@@ -5,7 +5,7 @@ import io
 
 import torch
 
-from opacus_pi.sealed_state import sealed
+from opacus_pi.files.sealed_state import sealed
 from tests.fuzz import originals
 from tests.fuzz.mutations import (
     NUMBERS,

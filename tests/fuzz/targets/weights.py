@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from opacus_pi.recorder.weights import load_weights_
+from opacus_pi.recording.weights import load_weights_
 from tests.fuzz import originals
 from tests.fuzz.targets.target import (
     NUMPY_TYPES,

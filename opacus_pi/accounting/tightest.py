@@ -1,0 +1,152 @@
+"""The least of several bounds, and Hölder's p chosen on runs set aside for it.
+
+A bound whose parameters were fixed beforehand stays one when the least of several is
+taken. A parameter chosen on the very runs that are then averaged makes the average too
+small: with one run the best p would be infinite, the plain sum of its losses, which
+can be below the divergence.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi._validate import expect
+from opacus_pi.accounting.per_instance import privacy_losses
+from opacus_pi.accounting.run_losses import Ledgers
+from opacus_pi.accounting.trajectory import trajectory_losses
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
+
+Array = NDArray[np.float64]
+
+KAPPAS = (1.25, 1.5, 2.0, 4.0, 8.0)
+_P_PER_STEP = (0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 100.0)
+
+
+def tightest_losses(
+    ledgers: Ledgers,
+    order: float,
+    *,
+    kappas: Sequence[float] = KAPPAS,
+    rule: str = "right",
+    mode: str = "exact",
+) -> Array:
+    """The least of Hölder's form, the trajectory form and the worst case.
+
+    Each holds by itself with parameters that are fixed before the data are seen
+    (p = 3·num_steps, each κ of the list), so the least of them holds too.
+
+    Args:
+        ledgers: Two or more independent runs of the same training.
+        order: Rényi order, above 1.
+        kappas: The trajectory form's κ to try, each above 1, finite and fixed
+            beforehand.
+        rule: As in ``privacy_losses``.
+        mode: As in ``log_moment``.
+
+    Returns:
+        float64 ``(n,)``, in nats: an estimate, as ``privacy_losses``, never above it.
+
+    Raises:
+        ValueError: As ``privacy_losses``; or if there is a single run, whose least
+            value would be nothing but the plain sum of its losses.
+    """
+    runs = _several("ledgers", ledgers)
+    for kappa in kappas:
+        _finite("kappas", kappa)
+    forms = [privacy_losses(runs, order, rule=rule, mode=mode)]
+    forms += [
+        trajectory_losses(runs, order, kappa, rule=rule, mode=mode) for kappa in kappas
+    ]
+    least: NDArray[np.float64] = np.minimum.reduce(forms)
+    return least
+
+
+def choose_hoelder_p(
+    pilots: Ledgers,
+    ledgers: Ledgers,
+    order: float,
+    *,
+    candidates: Sequence[float] | None = None,
+    rule: str = "right",
+    mode: str = "exact",
+) -> float:
+    """Hölder's p with the least mean loss on some runs, for use on others.
+
+    ``privacy_losses(ledgers, order, hoelder_p=choose_hoelder_p(pilots, ledgers,
+    order))`` is as good an estimate of a bound as with a p fixed beforehand, because
+    the choice never saw the runs that are averaged.
+
+    Args:
+        pilots: Two or more independent runs; only they are looked at.
+        ledgers: The runs whose losses will be averaged with that p; only checked to be
+            other runs of the same training.
+        order: Rényi order, above 1.
+        candidates: The p to choose from, above 1 and finite. Default: num_steps times
+            numbers from 1/4 to 100.
+        rule: As in ``privacy_losses``.
+        mode: As in ``log_moment``.
+
+    Returns:
+        One p for all examples.
+
+    Raises:
+        ValueError: As ``privacy_losses``; or if there is a single pilot, or a pilot is
+            also among the ledgers.
+    """
+    chosen_on = _several("pilots", pilots)
+    averaged = runs_of(ledgers)
+    runs_of([*chosen_on, *averaged])
+    shared = [i for i, a in enumerate(chosen_on) if any(_same(a, b) for b in averaged)]
+    expect(
+        not shared,
+        "pilots",
+        f"runs {shared} that are also averaged",
+        "to be runs of their own",
+        "Split the runs: choose p on some, average the others.",
+    )
+    num_steps = chosen_on[0].mechanism.num_steps
+    if candidates is None:
+        candidates = sorted({max(c * num_steps, 1.25) for c in _P_PER_STEP})
+    for p in candidates:
+        _finite("candidates", p)
+    expect(len(candidates) > 0, "candidates", "[]", "to hold a p", "Default: None.")
+    losses = np.array(
+        [
+            privacy_losses(chosen_on, order, hoelder_p=p, rule=rule, mode=mode)
+            for p in candidates
+        ]
+    )
+    finite = np.isfinite(losses).all(axis=0)
+    return float(candidates[int(losses[:, finite].sum(axis=1).argmin())])
+
+
+def _several(name: str, ledgers: Ledgers) -> tuple[GradNormLedger, ...]:
+    """At least two runs."""
+    runs = runs_of(ledgers)
+    expect(
+        len(runs) > 1,
+        name,
+        "one run",
+        "to be two or more",
+        "A single run does not show how losses fluctuate: its best parameter gives the "
+        "plain sum of its losses, which is no estimate of a bound.",
+    )
+    return runs
+
+
+def _finite(name: str, value: float) -> None:
+    """A parameter to choose from."""
+    expect(
+        1 < value < math.inf,
+        name,
+        value,
+        "in (1, inf)",
+        "At infinity the largest of a few runs would stand for all runs.",
+    )
+
+
+def _same(a: GradNormLedger, b: GradNormLedger) -> bool:
+    """Whether two ledgers hold the same run."""
+    return a is b or np.array_equal(a.grad_norms, b.grad_norms, equal_nan=True)

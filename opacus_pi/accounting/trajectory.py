@@ -1,0 +1,235 @@
+"""Privacy losses from the sums along whole runs, and how far a few runs can be trusted.
+
+One use of Hölder's inequality for the whole run: with κ > 1 and the plain sum S of a
+run's losses at the order 1 + κ/(κ-1)·(order-1),
+
+    D(order) <= ln E exp(κ(order-1)·S) / (κ(order-1)).
+
+>>> round(exceedance_limit(0, 300, confidence=0.95), 4)  # none of 300 runs above
+0.0099
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from opacus_pi._validate import expect, in_range
+from opacus_pi.accounting.composition import (
+    mean_over_runs,
+    trajectory_losses_of_sums,
+)
+from opacus_pi.accounting.per_instance import worst_case_loss
+from opacus_pi.accounting.ranking_only import require_claimable
+from opacus_pi.accounting.rules import STRATIFIED, Interval
+from opacus_pi.accounting.run_losses import (
+    Composition,
+    Ledgers,
+    Record,
+    composition_of,
+    loss_of_interval,
+    record_of,
+    total_loss,
+)
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
+from opacus_pi.ledger.mechanism import NoisySGD
+
+Array = NDArray[np.float64]
+
+
+def trajectory_losses(
+    ledgers: Ledgers,
+    order: float,
+    kappa: float,
+    *,
+    rule: str = "right",
+    mode: str = "exact",
+) -> Array:
+    """Rényi privacy losses from whole trajectories, by one use of Hölder's inequality.
+
+    Tighter than ``privacy_losses`` for long runs with fluctuating norms, looser at high
+    orders with small sample rates.
+
+    Args:
+        ledgers: Independent runs of the same training, over which E is the mean; each
+            may have its own steps.
+        order: Rényi order, above 1.
+        kappa: κ, above 1 and fixed beforehand; ``inf``: the largest of the runs.
+        rule: As in ``privacy_losses``.
+        mode: As in ``log_moment``.
+
+    Returns:
+        float64 ``(n,)``, in nats; an estimate.
+
+    Raises:
+        ValueError: As ``privacy_losses``.
+    """
+    expect(kappa > 1, "kappa", kappa, "above 1", "Try 2; a larger one trusts few runs.")
+    runs = runs_of(ledgers, same_steps=False)
+    inner = _inner(runs[0].mechanism, order, kappa, mode)
+    return trajectory_losses_of_sums(_sums(runs, inner, rule), order, kappa)
+
+
+def trajectory_limits(
+    ledgers: Ledgers,
+    order: float,
+    kappa: float,
+    *,
+    confidence: float = 0.95,
+    mode: str = "exact",
+) -> Array:
+    """Upper confidence limits of the Rényi divergence, from independent runs.
+
+    X = exp(κ(order-1)·S) lies in [1, b], with b from the clip norm, so by Hoeffding's
+    inequality, with N runs and β = 1 - confidence,
+
+        E X <= mean X + (b-1)·√(ln(1/β) / 2N)   with probability 1 - β.
+
+    The rows must be stratified: then the sum over the rows is unbiased for S, so that
+    E X is not less than with all updates (Jensen). A row before every update is the
+    case of strata of one update. Useful while κ(order-1)·(largest S) is about 1;
+    otherwise what remains is the worst case.
+
+    The norms swept must be those that training clips: dropout or augmented inputs give
+    others, and a limit from the model in evaluation mode would not be one.
+
+    Args:
+        ledgers: Independent runs of the same training with ``Recorder.stratified``,
+            each with its own draws.
+        order: Rényi order, above 1.
+        kappa: κ, above 1, finite and fixed beforehand.
+        confidence: 1 - β, in (0, 1), for each example by itself: for m statements at
+            once take 1 - β/m.
+        mode: As in ``log_moment``.
+
+    Returns:
+        float64 ``(n,)``, in nats, never above the worst case. Whatever the data, each
+        is below the divergence of training with the example from training without it
+        with probability at most β.
+
+    Raises:
+        ValueError: As ``privacy_losses``; or if gradients were not clipped, sampling is
+            not Poisson, a norm is missing, the runs share their draws, or a ledger is
+            for ranking only or its noise assumed.
+    """
+    remedy = "Fix it beforehand; near order·(largest sum) = 1, try 2."
+    in_range(1, math.inf, closed=False, kappa=kappa, remedy=remedy)
+    remedy = "Usual: 0.95."
+    in_range(0, 1, closed=False, confidence=confidence, remedy=remedy)
+    runs = runs_of(ledgers, same_steps=False)
+    mechanism = runs[0].mechanism
+    require_claimable(runs)
+    _check_bounded(runs)
+    inner = _inner(mechanism, order, kappa, mode)
+    power = kappa * (order - 1)
+    log_values = power * _sums(runs, inner, STRATIFIED)
+    top = power * _largest_sum(mechanism, runs[0].num_rows, inner)
+    with np.errstate(divide="ignore"):
+        log_width = top + np.log(-np.expm1(-top))  # ln(b - 1)
+    log_margin = log_width + math.log(-math.log1p(-confidence) / (2 * len(runs))) / 2
+    log_limit = np.logaddexp(mean_over_runs(log_values, 1.0), log_margin)
+    worst = worst_case_loss(mechanism, order, steps=runs[0].steps)
+    result: Array = np.minimum(np.minimum(log_limit, top) / power, worst)
+    return result
+
+
+def exceedance_limit(
+    num_above: int, num_runs: int, *, confidence: float = 0.95
+) -> float:
+    """Upper confidence limit of the probability that a run's loss exceeds a budget.
+
+    With no run above it is 1 - β^(1/N), β = 1 - confidence; else Clopper and Pearson's.
+
+    What it is for: let S be the sum of an example's losses at order a over a run and B
+    a budget fixed beforehand. For every event E
+
+        P(E) <= e^ε·Q(E) + δ + P(S > B),   ε = rdp_to_epsilon([B], [a], δ),
+
+    because the run that leaves the example out before it would exceed B differs from
+    the run that was made only where S > B.
+
+    Args:
+        num_above: Number of independent runs with S > B. S must be the sum over all
+            updates: one over a few rows, even unbiased, may be below B by chance.
+        num_runs: Number of runs, N.
+        confidence: 1 - β, in (0, 1).
+
+    Returns:
+        The limit of P(S > B).
+
+    Raises:
+        ValueError: If an argument is outside its domain.
+
+    Source: Feldman and Zrnic (arXiv:2008.11193) for the run that leaves out.
+    """
+    remedy = "Usual: 0.95."
+    in_range(0, 1, closed=False, confidence=confidence, remedy=remedy)
+    in_range(1, math.inf, num_runs=num_runs, remedy="Count the runs.")
+    in_range(0, num_runs, num_above=num_above, remedy="Count the runs above.")
+    if num_above == num_runs:
+        return 1.0
+    if num_above == 0:
+        return -math.expm1(math.log1p(-confidence) / num_runs)
+    tail = stats.beta(num_above + 1, num_runs - num_above)
+    return float(tail.ppf(confidence))
+
+
+def _inner(mechanism: NoisySGD, order: float, kappa: float, mode: str) -> Composition:
+    """How a run's plain sum is taken."""
+    composition_of(mechanism, order, "corrected", None, mode)  # checks the order
+    ratio = 1.0 if math.isinf(kappa) else kappa / (kappa - 1)
+    inner_order = 1 + ratio * (order - 1)
+    return composition_of(mechanism, inner_order, "corrected", math.inf, mode)
+
+
+def _sums(runs: Sequence[GradNormLedger], inner: Composition, rule: str) -> Array:
+    """The plain sum of each run, ``(R, n)``."""
+    return np.stack([total_loss(record_of(run, rule), inner, rule) for run in runs])
+
+
+def _largest_sum(mechanism: NoisySGD, num_rows: int, inner: Composition) -> float:
+    """What no sum can exceed: every update at the clip norm, in the dearest row."""
+    clipped = np.full((1, num_rows, 1), math.inf)
+    record = Record(replace(mechanism, num_steps=1), np.arange(num_rows), clipped)
+    rows = [Interval(1, 1, row, row) for row in range(num_rows)]
+    each = [float(loss_of_interval(record, inner, row, row.right)[0]) for row in rows]
+    return mechanism.num_steps * max(each, default=0.0)
+
+
+def _check_bounded(runs: Sequence[GradNormLedger]) -> None:
+    """What makes the sums bounded, and independent from run to run."""
+    mechanism = runs[0].mechanism
+    expect(
+        bool(np.isfinite(mechanism.max_grad_norm).all()),
+        "max_grad_norm",
+        mechanism.max_grad_norm,
+        "to be finite",
+        "Without clipping a few runs say nothing about the largest losses.",
+    )
+    expect(
+        mechanism.sampling == "poisson",
+        "sampling",
+        repr(mechanism.sampling),
+        'to be "poisson"',
+        "Other schedules' losses depend on which updates held the example.",
+    )
+    unknown = sum(int(np.isnan(run.grad_norms).sum()) for run in runs)
+    expect(
+        unknown == 0,
+        "grad_norms",
+        f"{unknown} missing",
+        "to be complete",
+        "Sweep every example at every row.",
+    )
+    steps = {tuple(run.steps.tolist()) for run in runs}
+    complete = runs[0].num_rows == mechanism.num_steps
+    expect(
+        len(steps) > 1 or len(runs) == 1 or complete,
+        "ledgers",
+        f"{len(runs)} runs with the same steps",
+        "to have draws of their own",
+        "Give each run's Recorder.stratified a generator with another seed.",
+    )

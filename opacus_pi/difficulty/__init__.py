@@ -1,0 +1,1 @@
+"""Difficulty of examples: proxy scores, their agreement, and forget sets by rank."""

@@ -1,0 +1,222 @@
+"""Do two difficulty scores agree? Rank correlations, binned means, stability in σ.
+
+>>> loss = np.array([0.1, 0.2, 0.4, 0.9, 2.0])
+>>> found = rank_correlations({"privacy loss": loss, "rank": [1, 2, 3, 5, 4]})
+>>> found.between("privacy loss", "rank").round(2)
+array([ 0.9 , -0.17,  1.  ])
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from opacus_pi._types import ArrayLike
+from opacus_pi._validate import expect, in_range
+from opacus_pi.accounting.per_instance import privacy_losses
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
+
+__all__ = [
+    "BinnedMeans",
+    "RankCorrelations",
+    "binned_means",
+    "rank_correlations",
+    "rank_stability",
+]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class RankCorrelations:
+    """Spearman's ρ of every pair of scores, with the ends of its interval.
+
+    Args:
+        names: The scores' names, k of them.
+        rho: float64 ``(k, k)``; NaN where a score is the same for all examples.
+        low: Lower ends, ``(k, k)``.
+        high: Upper ends, ``(k, k)``.
+    """
+
+    names: tuple[str, ...]
+    rho: Array
+    low: Array
+    high: Array
+
+    def between(self, first: str, second: str) -> Array:
+        """(ρ, low, high) of one pair, by name."""
+        i, j = self.names.index(first), self.names.index(second)
+        return np.array([self.rho[i, j], self.low[i, j], self.high[i, j]])
+
+
+@dataclass(frozen=True, eq=False)
+class BinnedMeans:
+    """Means of one quantity in bins of another.
+
+    Args:
+        x: Mean of the other quantity in each bin, ``(k,)``, not decreasing.
+        mean: Mean in each bin.
+        std: Standard deviation in each bin.
+        count: Number of examples in each bin.
+    """
+
+    x: Array
+    mean: Array
+    std: Array
+    count: NDArray[np.int64]
+
+
+def rank_correlations(
+    scores: Mapping[str, ArrayLike], *, confidence: float = 0.95
+) -> RankCorrelations:
+    """Spearman's rank correlation of every pair of scores, with intervals.
+
+    Ties get their mean rank. The interval is tanh(atanh ρ ± z √((1 + ρ²/2)/(n - 3))):
+    it speaks of other examples of the same training, not of other trainings.
+
+    Args:
+        scores: Score vectors ``(n,)`` of the same n examples, by name; infinities are
+            ranked.
+        confidence: Nominal coverage, for examples drawn independently.
+
+    Returns:
+        The matrix and its ends.
+
+    Raises:
+        ValueError: If there are fewer than four examples, the lengths differ, a score
+            is NaN, or ``confidence`` is not in (0, 1).
+
+    Source: Bonett and Wright 2000, Psychometrika 65, equation 3, for the interval.
+    """
+    in_range(0, 1, closed=False, remedy="0.95 is usual.", confidence=confidence)
+    expect(len(scores) > 0, "scores", "{}", "to hold a score", "Name at least one.")
+    columns = [_scores(name, values) for name, values in scores.items()]
+    sizes = {len(column) for column in columns}
+    expect(
+        len(sizes) == 1 and min(sizes) > 3,
+        "scores",
+        f"vectors of length {sorted(sizes)}",
+        "to have one length, at least 4",
+        "Score the same examples by every name.",
+    )
+    ranks = np.array([stats.rankdata(column) for column in columns])
+    centred = ranks - ranks.mean(1, keepdims=True)
+    squares = (centred**2).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rho = np.clip(centred @ centred.T / np.sqrt(np.outer(squares, squares)), -1, 1)
+        error = np.sqrt((1 + rho**2 / 2) / (min(sizes) - 3))
+        margin = stats.norm.ppf((1 + confidence) / 2) * error
+        low, high = (np.tanh(np.arctanh(rho) + sign * margin) for sign in (-1, 1))
+    return RankCorrelations(tuple(scores), rho, low, high)
+
+
+def binned_means(
+    x: ArrayLike, y: ArrayLike, *, num_bins: int = 30, normalise: bool = True
+) -> BinnedMeans:
+    """Means of y in bins of equally many examples along the ranking by x.
+
+    Args:
+        x: What to bin by, finite, ``(n,)``; privacy losses in the paper.
+        y: What to average, finite, ``(n,)``.
+        num_bins: Number of bins, at most n.
+        normalise: Whether y is divided by its largest absolute value first.
+
+    Returns:
+        Mean and spread in each bin; sizes differ by at most one example.
+
+    Raises:
+        ValueError: If a value is not finite, the lengths differ, or ``num_bins`` is not
+            in [1, n].
+
+    Source: paper, Figure 2.
+    """
+    by, values = _finite("x", x), _finite("y", y)
+    expect(
+        len(by) == len(values),
+        "y",
+        f"{len(values)} values",
+        f"to be one for each of the {len(by)} of x",
+        "Pass the same examples in the same order.",
+    )
+    in_range(1, len(by), num_bins=num_bins, remedy="A bin holds an example or more.")
+    largest = np.abs(values).max()
+    if normalise and largest > 0:
+        values = values / largest
+    bins = np.array_split(np.argsort(by, kind="stable"), num_bins)
+    return BinnedMeans(
+        np.array([by[i].mean() for i in bins]),
+        np.array([values[i].mean() for i in bins]),
+        np.array([values[i].std() for i in bins]),
+        np.array([len(i) for i in bins]),
+    )
+
+
+def rank_stability(
+    ledger: GradNormLedger | Sequence[GradNormLedger],
+    noise_stds: Sequence[float],
+    order: float,
+    *,
+    convention: str = "corrected",
+) -> RankCorrelations:
+    """How far the ranking by privacy loss depends on the noise that is assumed.
+
+    Args:
+        ledger: One run, or several independent runs of one training.
+        noise_stds: Standard deviations of the noise on the sum of the gradients, above
+            0, each once.
+        order: Rényi order, above 1.
+        convention: As in ``privacy_losses``.
+
+    Returns:
+        Spearman's ρ between the losses at every pair of noises, named ``"σ=0.01"``.
+
+    Raises:
+        ValueError: If a noise is repeated, or as ``privacy_losses``.
+
+    Source: paper, Appendix F, "Rankings across noise levels".
+    """
+    names = [f"σ={std:g}" for std in noise_stds]
+    expect(
+        len(set(names)) == len(names),
+        "noise_stds",
+        list(noise_stds),
+        "to be different",
+        "Name each noise once.",
+    )
+    runs = runs_of(ledger)
+    losses = {
+        name: privacy_losses(
+            [run.with_noise_std(std) for run in runs], order, convention=convention
+        )
+        for name, std in zip(names, noise_stds, strict=True)
+    }
+    return rank_correlations(losses)
+
+
+def _scores(name: str, values: ArrayLike) -> Array:
+    """One checked score vector."""
+    array = np.asarray(values, dtype=np.float64)
+    expect(
+        array.ndim == 1 and not np.isnan(array).any(),
+        f"scores[{name!r}]",
+        f"an array of shape {array.shape}"
+        + (" with NaN" if np.isnan(array).any() else ""),
+        "to be one number per example",
+        "Score every example.",
+    )
+    return array
+
+
+def _finite(name: str, values: ArrayLike) -> Array:
+    """One checked vector without infinities."""
+    array = np.asarray(values, dtype=np.float64)
+    expect(
+        array.ndim == 1 and array.size > 0 and bool(np.isfinite(array).all()),
+        name,
+        f"shape {array.shape} with {np.sum(~np.isfinite(array))} not finite",
+        "to be finite numbers, one per example",
+        "Leave those examples out of both vectors.",
+    )
+    return array

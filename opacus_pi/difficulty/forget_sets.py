@@ -1,0 +1,332 @@
+"""Which examples to forget: sets of chosen difficulty, from any score vector.
+
+Every choice by score is cut from one ``ranking``. Under DP-SGD many examples may share
+the largest loss, those clipped in every update and those whose estimate was cut to it;
+among them the order is a draw, so that neither the data set's order nor its classes
+decide.
+
+>>> import numpy as np
+>>> strata = difficulty_strata(np.arange(100.0), size=4)
+>>> {name: indices.tolist() for name, indices in strata.items()}
+... # doctest: +NORMALIZE_WHITESPACE
+{'first': [0, 1, 2, 3], 'q1': [23, 24, 25, 26], 'q2': [48, 49, 50, 51],
+ 'q3': [73, 74, 75, 76], 'last': [96, 97, 98, 99]}
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi._types import ArrayLike
+from opacus_pi._validate import distinct_indices, expect
+
+__all__ = [
+    "by_class",
+    "difficulty_strata",
+    "num_at_top",
+    "random_forget_set",
+    "ranking",
+    "retain_indices",
+    "ties",
+    "top_k",
+]
+
+Indices = NDArray[np.int64]
+_SAME = 1e-12  # relative difference of scores that only rounding tells apart
+_SEED = 0
+_CUT = (
+    "Scores tie across the edge of what was chosen: {cuts}. Which of those that tie is "
+    "a draw (see generator), and says nothing of their difficulty. Privacy losses tie "
+    "at the largest, that of an example clipped in every update, to which larger "
+    "estimates are cut: ask for a lower order, train with a larger max_grad_norm, or "
+    "choose a size that ends where a tie does."
+)
+
+
+def ranking(scores: ArrayLike, generator: np.random.Generator | None = None) -> Indices:
+    """All examples in ascending order of score, ties in an order drawn at random.
+
+    Scores tie if equal, or apart by rounding alone: neighbours in order that differ by
+    at most 1e-12 of the larger. Where none tie, this is ``argsort``.
+
+    Args:
+        scores: Difficulty of each example, shape ``(n,)``; higher is harder.
+            Infinities are ranked, NaN is refused.
+        generator: Draws the order among ties. Default: one of seed 0, so that all
+            choices from these scores agree with each other, today and tomorrow.
+
+    Returns:
+        int64 ``(n,)``: the easiest example first, the hardest last.
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    tied = ties(scores)
+    draw = np.random.default_rng(_SEED) if generator is None else generator
+    return np.lexsort((draw.permutation(len(tied)), tied)).astype(np.int64)
+
+
+def ties(scores: ArrayLike) -> Indices:
+    """Number the levels of a score: examples that tie have the same.
+
+    Args:
+        scores: As of ``ranking``.
+
+    Returns:
+        int64 ``(n,)``: 0 for the lowest level, and so on.
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    values = _numbers(scores)
+    order = np.argsort(values, kind="stable")
+    low, high = values[order][:-1], values[order][1:]
+    with np.errstate(invalid="ignore", over="ignore"):
+        gap = high - low  # of equal infinities NaN, of others infinite
+        near = np.isfinite(gap) & (gap <= _SAME * np.maximum(abs(low), abs(high)))
+    levels = np.empty(len(values), dtype=np.int64)
+    levels[order] = np.cumsum(np.append(False, (low != high) & ~near))
+    return levels
+
+
+def num_at_top(scores: ArrayLike) -> int:
+    """How many examples share the largest score, up to rounding.
+
+    Args:
+        scores: As of ``ranking``, at least one.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        ValueError: If a score is NaN.
+    """
+    levels = ties(scores)
+    return int(np.count_nonzero(levels == levels.max()))
+
+
+def difficulty_strata(
+    scores: ArrayLike, size: int, generator: np.random.Generator | None = None
+) -> dict[str, Indices]:
+    """Five forget sets of rising difficulty, cut from the ranking by a score.
+
+    With the examples in ascending order of score, the sets are the first ``size``, the
+    ``size`` around each quartile (at n/4, n/2 and 3n/4), and the last ``size``. They
+    may overlap when ``size > n / 5``. Warns where a set holds only a part of examples
+    that tie.
+
+    Args:
+        scores: Difficulty of each example, shape ``(n,)``; higher is harder. Privacy
+            losses in the paper; infinities are ranked, NaN is refused.
+        size: Number of examples in each set, at most ``n / 2``.
+        generator: Draws the order among ties, as in ``ranking``.
+
+    Returns:
+        ``first``, ``q1``, ``q2``, ``q3``, ``last``: sorted int64 ``(size,)`` each.
+
+    Raises:
+        ValueError: If a score is NaN, or ``size`` is below 1 or above ``n / 2``.
+
+    Source: paper, Section 5.1 and Appendix D (there 1,000 of 50,000).
+    """
+    order = ranking(scores, generator)
+    num_examples = len(order)
+    _check_size(size, num_examples // 2, f"half of the {num_examples} examples")
+    starts = {
+        "first": 0,
+        **{f"q{k}": k * num_examples // 4 - size // 2 for k in (1, 2, 3)},
+        "last": num_examples - size,
+    }
+    strata = {
+        name: np.sort(order[start : start + size]) for name, start in starts.items()
+    }
+    _warn_of_cuts(scores, strata)
+    return strata
+
+
+def top_k(
+    scores: ArrayLike, size: int, generator: np.random.Generator | None = None
+) -> Indices:
+    """The hardest examples, as a set: those of the largest scores, sorted by index.
+
+    Like every forget set they come in the data set's order, not in that of the scores:
+    the hardest first are ``ranking(scores)[::-1][:size]``. They are the last stratum of
+    :func:`difficulty_strata`. Warns where only a part of the examples that tie is among
+    them.
+
+    Args:
+        scores: Difficulty of each example, shape ``(n,)``; higher is harder.
+        size: Number of examples, below ``n``.
+        generator: Draws the order among ties, as in ``ranking``.
+
+    Returns:
+        Sorted int64 ``(size,)``.
+
+    Raises:
+        ValueError: If a score is NaN, or ``size`` is below 1 or not below ``n``.
+
+    Source: paper, Section 6.4.
+    """
+    order = ranking(scores, generator)
+    _check_size(size, len(order) - 1, "all examples but one")
+    hardest = np.sort(order[-size:])
+    _warn_of_cuts(scores, {"hardest": hardest})
+    return hardest
+
+
+def random_forget_set(
+    num_examples: int, size: int, generator: np.random.Generator
+) -> Indices:
+    """A uniform draw without replacement.
+
+    Args:
+        num_examples: Number of examples ``n`` to choose from.
+        size: Number of examples drawn, below ``n``.
+        generator: Source of randomness.
+
+    Returns:
+        Sorted int64 ``(size,)``.
+
+    Raises:
+        ValueError: If ``size`` is below 1 or not below ``n``.
+    """
+    _check_size(size, num_examples - 1, "all examples but one")
+    return np.sort(_draw(np.arange(num_examples, dtype=np.int64), size, generator))
+
+
+def by_class(
+    labels: ArrayLike,
+    label: int,
+    size: int | None = None,
+    generator: np.random.Generator | None = None,
+) -> Indices:
+    """All examples of one class, or a uniform draw from them.
+
+    Args:
+        labels: Class of each example, shape ``(n,)``.
+        label: The class to forget.
+        size: How many of them; all of them if ``None``.
+        generator: Source of randomness; needed when ``size`` is given.
+
+    Returns:
+        Sorted int64 indices of examples of that class.
+
+    Raises:
+        ValueError: If no example has the label, every example has it and no size is
+            given, the class is smaller than ``size``, or ``size`` comes without a
+            generator.
+    """
+    labels = _flat("labels", labels)
+    members = np.flatnonzero(labels == label).astype(np.int64)
+    expect(
+        members.size > 0,
+        "label",
+        label,
+        "to be the label of an example",
+        f"The labels are {np.unique(labels)}.",
+    )
+    if size is None:
+        expect(
+            members.size < labels.size,
+            "label",
+            label,
+            "to leave an example to retain",
+            "Every example has this label: pass a size.",
+        )
+        return members
+    _check_size(
+        size, min(members.size, labels.size - 1), f"{members.size} have label {label}"
+    )
+    expect(
+        generator is not None,
+        "generator",
+        generator,
+        "to be a numpy Generator",
+        "Pass numpy.random.default_rng(seed): a part of a class is a random draw.",
+    )
+    return np.sort(_draw(members, size, cast(np.random.Generator, generator)))
+
+
+def retain_indices(num_examples: int, forget_indices: ArrayLike) -> Indices:
+    """The examples that stay: every index that is not to be forgotten.
+
+    Args:
+        num_examples: Number of training examples ``n``.
+        forget_indices: Positions to forget, shape ``(m,)``, each once.
+
+    Returns:
+        Sorted int64 ``(n - m,)``.
+
+    Raises:
+        ValueError: If the forget set is empty, has duplicates, leaves ``[0, n)``, or
+            is the whole training set.
+    """
+    forget = distinct_indices("forget_indices", forget_indices, num_examples)
+    expect(
+        forget.size < num_examples,
+        "forget_indices",
+        f"all {num_examples} examples",
+        "to leave an example to retain",
+        "To forget everything, delete the model.",
+    )
+    return np.setdiff1d(np.arange(num_examples, dtype=np.int64), forget, True)
+
+
+def _warn_of_cuts(scores: ArrayLike, chosen: Mapping[str, Indices]) -> None:
+    """Warn of sets that hold a part of examples that tie."""
+    levels = ties(scores)
+    totals = np.bincount(levels)
+    cuts = []
+    for name, indices in chosen.items():
+        inside = np.bincount(levels[indices], minlength=len(totals))
+        for level in np.flatnonzero((0 < inside) & (inside < totals)):
+            cuts.append(f"{inside[level]} of {totals[level]} in {name!r}")
+    if cuts:
+        warnings.warn(_CUT.format(cuts=", ".join(cuts)), stacklevel=3)
+
+
+def _numbers(scores: ArrayLike) -> NDArray[np.float64]:
+    """Scores as float64 ``(n,)`` without NaN."""
+    values = _flat("scores", scores).astype(np.float64)
+    bad = np.flatnonzero(np.isnan(values))
+    expect(
+        bad.size == 0,
+        "scores",
+        f"NaN at {bad[:3].tolist()}",
+        "to be a number for every example",
+        "Fill the ledger's missing observations or score those examples again.",
+    )
+    return values
+
+
+def _flat(name: str, values: ArrayLike) -> NDArray[Any]:
+    """One value per example, as a flat non-empty array."""
+    array = np.asarray(values)
+    expect(
+        array.ndim == 1 and array.size > 0,
+        name,
+        f"an array of shape {array.shape}",
+        "to hold one value per example, shape (n,)",
+        "Flatten it or average over the other axes first.",
+    )
+    return array
+
+
+def _check_size(size: int, largest: int, why: str) -> None:
+    """Raise unless a set of this size exists."""
+    whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
+    expect(
+        whole and 1 <= size <= largest,
+        "size",
+        size,
+        f"to be a whole number in [1, {largest}]",
+        f"The limit here: {why}.",
+    )
+
+
+def _draw(members: Indices, size: int, generator: np.random.Generator) -> Indices:
+    """A uniform draw without replacement from some examples."""
+    return generator.choice(members, size=size, replace=False)

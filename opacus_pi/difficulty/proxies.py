@@ -1,0 +1,182 @@
+"""Cheap difficulty scores: reductions of the ledger that need no privacy accounting.
+
+Every function takes the ledger of a run (or the ledgers of several independent runs,
+whose scores are averaged) and returns one float64 score per example with the same
+sense as the privacy loss: **higher is harder**. An example never observed counts as
+the hardest that the quantity allows, never as easy.
+
+>>> from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, NoisySGD
+>>> mechanism = NoisySGD(num_steps=4, sample_rate=0.5, noise_std=1.0)
+>>> ledger = GradNormLedger(
+...     mechanism, steps=[2, 4], grad_norms=[[3, 1], [1, 0]], confidences=[[0, 1]] * 2
+... )
+>>> grad_norm_mid(ledger), grad_norm_end(ledger), grad_norm_mean(ledger)
+(array([3., 1.]), array([1., 0.]), array([2. , 0.5]))
+>>> c_proxy(ledger)
+array([1., 0.])
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi._validate import expect
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
+from opacus_pi.ledger.measurements import fill_unobserved
+
+__all__ = [
+    "c_proxy",
+    "el2n",
+    "forgetting_events",
+    "grad_norm_end",
+    "grad_norm_mean",
+    "grad_norm_mid",
+]
+
+Scores = NDArray[np.float64]
+Ledgers = GradNormLedger | Sequence[GradNormLedger]
+
+
+def grad_norm_mid(ledger: Ledgers) -> Scores:
+    """Gradient norm at mid-training, the row nearest to half of the updates.
+
+    Args:
+        ledger: The ledger of one run, or of several independent runs.
+
+    Returns:
+        float64 ``(n,)``; higher is harder.
+
+    Raises:
+        ValueError: If the ledger has no row.
+
+    Source: paper, Section 5.3, proxy (1).
+    """
+    return _over_runs(ledger, lambda run: _norms(run)[_mid(run)])
+
+
+def grad_norm_end(ledger: Ledgers) -> Scores:
+    """Gradient norm at the last row. Args, returns, errors: as ``grad_norm_mid``.
+
+    Source: paper, Section 5.3, proxy (2).
+    """
+    return _over_runs(ledger, lambda run: _norms(run)[-1])
+
+
+def grad_norm_mean(ledger: Ledgers) -> Scores:
+    """Gradient norm averaged over all rows. Args, returns: as ``grad_norm_mid``.
+
+    Every row counts the same; the paper has a row at every epoch.
+
+    Source: paper, Section 5.3, proxy (3).
+    """
+    return _over_runs(ledger, lambda run: _norms(run).mean(axis=0))
+
+
+def c_proxy(ledger: Ledgers) -> Scores:
+    """One minus the confidence (softmax at the label) averaged over all rows.
+
+    Published C-Proxy is the mean confidence, for which *low* means hard to learn and
+    easily memorised; turned round it points the way of the other scores.
+
+    Args:
+        ledger: The ledger of one run, or of several; it must hold ``confidences``.
+
+    Returns:
+        float64 ``(n,)`` in [0, 1]; higher is harder.
+
+    Raises:
+        ValueError: If the ledger has no row or holds no confidences.
+
+    Source: paper, Section 5.3, proxy (4); Zhao et al. 2024; Jiang et al. 2020
+    (arXiv:2002.03206).
+    """
+    return _over_runs(
+        ledger, lambda run: 1 - _filled(run, "confidences", 0.0).mean(axis=0)
+    )
+
+
+def el2n(ledger: Ledgers) -> Scores:
+    """Norm of (softmax - one-hot label) at mid-training: EL2N of a single trajectory.
+
+    Several ledgers give the average over trajectories, as in the original.
+
+    Args:
+        ledger: The ledger of one run, or of several; it must hold ``errors``.
+
+    Returns:
+        float64 ``(n,)`` in [0, √2]; higher is harder.
+
+    Raises:
+        ValueError: If the ledger has no row or holds no errors.
+
+    Source: paper, Section 5.3, proxy (5); Paul et al. 2021 (arXiv:2107.07075).
+    """
+    return _over_runs(
+        ledger, lambda run: _filled(run, "errors", np.sqrt(2.0))[_mid(run)]
+    )
+
+
+def forgetting_events(ledger: Ledgers) -> Scores:
+    """How often an example went from right to wrong between one row and the next.
+
+    An example that was right at no row was never learned: infinity, as in the original.
+
+    Args:
+        ledger: The ledger of one run, or of several; it must hold ``correct``.
+
+    Returns:
+        float64 ``(n,)``, whole numbers or infinity for one run; higher is harder.
+
+    Raises:
+        ValueError: If the ledger has no row or holds no ``correct``.
+
+    Source: Toneva et al. 2019 (arXiv:1812.05159), Section 3.
+    """
+
+    def events(run: GradNormLedger) -> Scores:
+        right = _filled(run, "correct", 0.0) > 0.5
+        forgotten = (right[:-1] & ~right[1:]).sum(axis=0)
+        return np.where(right.any(axis=0), forgotten, np.inf)
+
+    return _over_runs(ledger, events)
+
+
+def _over_runs(ledger: Ledgers, score: Callable[[GradNormLedger], Scores]) -> Scores:
+    """Mean of a score over independent runs."""
+    runs = runs_of(ledger)
+    expect(
+        runs[0].num_rows > 0,
+        "ledger",
+        "a ledger without rows",
+        "to hold a row",
+        "Record at least once during training.",
+    )
+    mean: NDArray[np.float64] = np.mean([score(run) for run in runs], axis=0)
+    return mean
+
+
+def _mid(run: GradNormLedger) -> int:
+    """The row nearest to half of the updates (the earlier of two as near)."""
+    return int(np.argmin(np.abs(2 * run.steps - run.mechanism.num_steps)))
+
+
+def _norms(run: GradNormLedger) -> Scores:
+    """Gradient norms ``(N, n)``; of an example never seen, the clip norm."""
+    norms = fill_unobserved(run.grad_norms)
+    clip = np.reshape(run.mechanism.max_grad_norm, (-1, 1))
+    return np.where(np.isinf(norms), clip, norms)
+
+
+def _filled(run: GradNormLedger, name: str, hardest: float) -> Scores:
+    """A recorded quantity ``(N, n)``; of an example never seen, the hardest value."""
+    rows = getattr(run, name)
+    expect(
+        rows is not None,
+        "ledger",
+        f"a ledger without {name}",
+        f"to hold {name}",
+        "Record them beside the norms; a gradient norm needs none of them.",
+    )
+    filled = fill_unobserved(rows)
+    return np.where(np.isinf(filled), hardest, filled)

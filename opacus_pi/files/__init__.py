@@ -1,0 +1,1 @@
+"""Files on disk: safetensors, checksums, kinds, versions, atomic replacement."""

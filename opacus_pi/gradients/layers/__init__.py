@@ -1,0 +1,1 @@
+"""Gradient norm rules, one file for each layer type."""

@@ -1,0 +1,393 @@
+"""What a training run leaves behind: its mechanism and each example's gradient norms.
+
+Everything else (losses at any order, any noise, any convention) is a function of this
+record, so no question needs the training to be run again.
+
+>>> mechanism = NoisySGD(
+...     num_steps=100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0
+... )
+>>> ledger = GradNormLedger(mechanism, steps=[50, 100], grad_norms=[[0.5], [3.0]])
+>>> ledger.ratios()
+array([[0.25],
+       [0.5 ]])
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi._types import ArrayLike
+from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi.files.storage import (
+    Layout,
+    check_file,
+    read_array,
+    read_arrays,
+    read_columns,
+    write_arrays,
+)
+from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.ledger.measurements import (
+    FOR_RANKING,
+    checked_ids,
+    checked_measurements,
+    checked_steps,
+    checked_weights,
+    fill_unobserved,
+    is_for_ranking,
+)
+from opacus_pi.ledger.mechanism import (
+    MECHANISM_ARRAYS,
+    MECHANISM_FACTS,
+    MECHANISM_MORE_FACTS,
+    SCHEDULED,
+    NoisySGD,
+)
+
+_KIND = "opacus_pi.GradNormLedger"
+_VERSION = 1
+_MEASURED = ("grad_norms", "confidences", "errors", "correct")
+_LAYOUT = Layout(
+    arrays={**MECHANISM_ARRAYS, "steps": "<i8", "grad_norms": "<f4"},
+    facts=(*MECHANISM_FACTS, "source"),
+    more_arrays={"example_ids": "<i8", **dict.fromkeys(_MEASURED[1:], "<f4")},
+    more_facts=(*MECHANISM_MORE_FACTS, "data_set", "weights", "norms"),
+)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GradNormLedger:
+    """Per-example gradient norms of one training run. Sensitive: see below.
+
+    Args:
+        mechanism: The run's facts.
+        steps: int64 ``(N,)``, strictly increasing: updates done when a row was
+            measured; row i speaks of the weights after ``steps[i]`` updates.
+        grad_norms: float32 ``(N, n)``, the raw L2 norm of the gradient of each
+            example's own loss, before clipping. NaN: not observed.
+        source: ``"swept"`` (all examples measured at ``steps[i]``) or ``"observed"``
+            (each example's latest participation since the row before).
+        example_ids: int64 ``(n,)``, which example of the data set a column is.
+            Default: column j is example j.
+        data_set: The data set's ``fingerprint``, or a name of your own.
+        confidences: float32 ``(N, n)``, softmax probability of the label.
+        errors: float32 ``(N, n)``, norm of (softmax - one-hot label), EL2N.
+        correct: float32 ``(N, n)``, 1 where the prediction was right, else 0.
+        weights: Name of the weights after the last update, ``"sha256:…"`` of the
+            model's state dict; ``"changed"``: written to since, before they were named;
+            None: not known. An engine's ledger names them.
+        ranking_only: Whether norms and the rest were measured in bfloat16: losses then
+            rank examples, and whatever would claim something refuses the ledger.
+
+    One ledger is one run: functions that take expectations take several ledgers.
+    Norms, not losses, are kept, so every order, noise and convention can be asked for
+    later. The record says which examples are unusual: guard it like the data.
+
+    Raises:
+        ValueError: If shapes disagree, steps do not increase within the run, or a norm
+            is infinite or negative.
+    """
+
+    mechanism: NoisySGD
+    steps: NDArray[np.int64]
+    grad_norms: NDArray[np.float32]
+    source: str = field(default="swept", kw_only=True)
+    example_ids: NDArray[np.int64] | None = field(default=None, kw_only=True)
+    data_set: str | None = field(default=None, kw_only=True)
+    confidences: NDArray[np.float32] | None = field(default=None, kw_only=True)
+    errors: NDArray[np.float32] | None = field(default=None, kw_only=True)
+    correct: NDArray[np.float32] | None = field(default=None, kw_only=True)
+    weights: str | None = field(default=None, kw_only=True)
+    ranking_only: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        steps = checked_steps(self.steps, self.mechanism.num_steps)
+        object.__setattr__(self, "steps", steps)
+        for name in _MEASURED:
+            if getattr(self, name) is not None:
+                measured = checked_measurements(name, getattr(self, name), len(steps))
+                object.__setattr__(self, name, measured)
+        expect(
+            self.source in ("swept", "observed"),
+            "source",
+            repr(self.source),
+            'to be "swept" or "observed"',
+            "It says how the norms were measured.",
+        )
+        if self.example_ids is not None:
+            object.__setattr__(self, "example_ids", checked_ids(self.example_ids))
+        checked_weights(self.weights)
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
+        """Every array must fit ``grad_norms`` and ``steps``."""
+        num_rows, num_examples = self.grad_norms.shape
+        wanted: dict[str, tuple[int, ...]] = {
+            name: (num_rows, num_examples) for name in _MEASURED
+        }
+        wanted["example_ids"] = (num_examples,)
+        given = {name: getattr(self, name) for name in wanted}
+        for name in SCHEDULED:
+            value = getattr(self.mechanism, name)
+            if isinstance(value, np.ndarray):
+                given[name], wanted[name] = value, (num_rows,)
+        for name, value in given.items():
+            shape = wanted[name]
+            expect(
+                value is None or value.shape == shape,
+                name,
+                f"an array of shape {getattr(value, 'shape', None)}",
+                f"to have shape {shape}",
+                "Rows are the steps, columns the examples.",
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"GradNormLedger({self.num_rows} rows of {self.num_examples} examples, "
+            f"source={self.source!r}, data_set={self.data_set!r}, {self.mechanism!r}; "
+            f"{'for ranking only; ' if self.ranking_only else ''}"
+            "sensitive: it says which examples are unusual)"
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, N."""
+        return len(self.grad_norms)
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples, n."""
+        result: int = self.grad_norms.shape[1]
+        return result
+
+    def ratios(self) -> NDArray[np.float64]:
+        """Each example's clipped gradient norm in units of the noise.
+
+        r = min(‖g‖, C) / noise_std. Entries that were not observed are filled by
+        ``fill_unobserved``, at last with C.
+
+        Returns:
+            float64 ``(N, n)``, dimensionless; ``inf`` only for an example never
+            observed in a run without clipping.
+
+        Raises:
+            ValueError: If ``noise_std`` is 0.
+        """
+        return self.mechanism.ratios(fill_unobserved(self.grad_norms))
+
+    def with_noise_std(self, noise_std: ArrayLike) -> "GradNormLedger":
+        """The same run as if its noise had been another one.
+
+        Args:
+            noise_std: Standard deviation of the noise on the sum of the gradients, a
+                number or ``(N,)``.
+
+        Returns:
+            A ledger with the same norms. Its losses rank examples; they are no
+            statement about the run that was made, and ``mechanism.assumed_noise``
+            remembers it.
+        """
+        return replace(self, mechanism=self.mechanism.with_noise_std(noise_std))
+
+    def subset(self, indices: ArrayLike) -> "GradNormLedger":
+        """The record of some of the examples, in the order given.
+
+        Args:
+            indices: int ``(m,)``, columns of this ledger, each once.
+
+        Returns:
+            A ledger of m examples whose ``example_ids`` remember who they are.
+        """
+        distinct_indices("indices", indices, self.num_examples)
+        columns = np.asarray(indices, dtype=np.int64)
+        ids = columns if self.example_ids is None else self.example_ids[columns]
+        rows = {name: getattr(self, name) for name in _MEASURED}
+        kept = {name: a[:, columns] for name, a in rows.items() if a is not None}
+        return replace(self, example_ids=ids, **kept)
+
+    def require_data_set(self, data_set: str) -> None:
+        """Refuse a ledger that was recorded on another data set.
+
+        Args:
+            data_set: The fingerprint (or name) of the data set at hand.
+
+        Raises:
+            ValueError: If this ledger names another one. A ledger that names none
+                passes.
+        """
+        expect(
+            self.data_set is None or same_data_set(self.data_set, data_set),
+            "data_set",
+            data_set,
+            f"to be the ledger's, {self.data_set}",
+            "Its columns speak of other examples; pass the ledger of this data set.",
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ledger to one safetensors file, atomically and with a checksum.
+
+        Args:
+            path: The file's name. The file is as sensitive as the ledger.
+        """
+        arrays, facts = self.mechanism.to_arrays()
+        names = ("steps", "example_ids", *_MEASURED)
+        arrays |= {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+        facts["source"] = self.source
+        norms = FOR_RANKING if self.ranking_only else None
+        known = {"data_set": self.data_set, "weights": self.weights, "norms": norms}
+        facts |= {name: text for name, text in known.items() if text is not None}
+        write_arrays(path, _KIND, _VERSION, arrays, facts)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "GradNormLedger":
+        """Read a ledger that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is truncated, edited, of another version or foreign.
+        """
+        return cls._from_file(*read_arrays(path, _KIND, _VERSION, _LAYOUT))
+
+    @classmethod
+    def load_chunks(
+        cls, path: str | os.PathLike[str], num_examples: int = 1 << 14
+    ) -> Iterator["GradNormLedger"]:
+        """Read a ledger that ``save`` wrote, some examples at a time.
+
+        For ledgers larger than memory: losses of one example do not depend on another.
+
+        Args:
+            path: The file's name; it must not change meanwhile.
+            num_examples: Examples of each part; the last may have fewer.
+
+        Yields:
+            Ledgers of consecutive examples, whose ``example_ids`` remember who they
+            are.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: As ``load``, or if ``num_examples`` is not above 0.
+        """
+        positive(num_examples=num_examples, remedy="Count the examples of a part.")
+        shapes, facts = check_file(path, _KIND, _VERSION, _LAYOUT)
+        _check_same_width(path, shapes)
+        if "example_ids" in shapes:
+            checked_ids(read_array(path, "example_ids"))
+        total = shapes["grad_norms"][1]
+        for start in range(0, total, num_examples):
+            part = slice(start, min(start + num_examples, total))
+            arrays = read_columns(path, part, (*_MEASURED, "example_ids"))
+            arrays.setdefault("example_ids", np.arange(part.start, part.stop))
+            yield cls._from_file(arrays, facts)
+
+    @classmethod
+    def _from_file(
+        cls, arrays: dict[str, NDArray[Any]], facts: dict[str, str]
+    ) -> "GradNormLedger":
+        """A ledger from what its file holds."""
+        mechanism = NoisySGD.from_arrays(arrays, facts)
+        return cls(
+            mechanism,
+            source=facts["source"],
+            data_set=facts.get("data_set"),
+            weights=facts.get("weights"),
+            ranking_only=is_for_ranking(facts.get("norms")),
+            **arrays,
+        )
+
+
+def _check_same_width(
+    path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse a file whose columns would not be those of the same examples."""
+    wanted = shapes["grad_norms"]
+    given = {s for name, s in shapes.items() if name in _MEASURED}
+    ids = shapes.get("example_ids", wanted[-1:])
+    expect(
+        len(wanted) == 2 and given == {wanted} and ids == wanted[1:],
+        "path",
+        os.fspath(path),
+        f"to hold arrays of one shape (N, n), and n ids, not {sorted(given)}, {ids}",
+        "Record it again, or restore the file from a copy.",
+    )
+
+
+def runs_of(
+    ledgers: "GradNormLedger | Sequence[GradNormLedger]", *, same_steps: bool = True
+) -> tuple[GradNormLedger, ...]:
+    """One ledger or several independent runs of one training, as a checked tuple.
+
+    Args:
+        ledgers: The runs.
+        same_steps: Whether their rows must have been recorded at the same steps.
+
+    Raises:
+        ValueError: If there is none, or the runs differ in mechanism, steps, examples
+            or data set.
+    """
+    runs = (ledgers,) if isinstance(ledgers, GradNormLedger) else tuple(ledgers)
+    expect(len(runs) > 0, "ledger", "[]", "to hold a run", "Pass at least one ledger.")
+    first = runs[0]
+    for number, run in enumerate(runs[1:], start=1):
+        agreement = _agreement(first, run, same_steps)
+        differing = [name for name, same in agreement.items() if not same]
+        expect(
+            not differing,
+            "ledger",
+            f"runs 0 and {number}",
+            f"to agree in {', '.join(differing)}",
+            "Average only independent runs of the same training, recorded at the same "
+            "steps, over the same examples.",
+        )
+    return runs
+
+
+def _agreement(
+    a: GradNormLedger, b: GradNormLedger, same_steps: bool
+) -> dict[str, bool]:
+    """Whether two runs agree, by what they may differ in."""
+    return {
+        "mechanism": a.mechanism == b.mechanism,
+        "steps": not same_steps or np.array_equal(a.steps, b.steps),
+        "number of examples": a.num_examples == b.num_examples,
+        "example_ids": np.array_equal(_columns(a), _columns(b)),
+        "data_set": a.data_set is None
+        or b.data_set is None
+        or same_data_set(a.data_set, b.data_set),
+    }
+
+
+def _columns(ledger: GradNormLedger) -> NDArray[np.int64]:
+    """Which example each column is."""
+    ids = ledger.example_ids
+    return np.arange(ledger.num_examples) if ids is None else ids
+
+
+def columns_of(
+    ledger: GradNormLedger, indices: ArrayLike, name: str = "forget_indices"
+) -> NDArray[np.int64]:
+    """The ledger's columns that speak of some examples of the data set.
+
+    Args:
+        ledger: The record.
+        indices: int ``(m,)``, positions in the data set.
+        name: The argument's name, for the error.
+
+    Raises:
+        ValueError: If the ledger has no column for one of them.
+    """
+    known = _columns(ledger)
+    missing = np.setdiff1d(indices, known)
+    expect(
+        len(missing) == 0,
+        name,
+        missing[:1],
+        "to be examples of the ledger",
+        "Its columns are the examples that training was recorded on.",
+    )
+    order = np.argsort(known)
+    return order[np.searchsorted(known, indices, sorter=order)]

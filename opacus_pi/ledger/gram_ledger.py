@@ -1,0 +1,223 @@
+"""Gram matrices of a group's gradients along a run: what group bounds need.
+
+For one example a norm says everything; for a group the bounds depend on how the
+gradients point, which their inner products say. They are computed after training, from
+saved weights, for any forget set.
+
+>>> from opacus_pi.ledger.mechanism import NoisySGD
+>>> mechanism = NoisySGD(10, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
+>>> ledger = GramLedger(mechanism, steps=[10], grams=[[[4.0, 0.0], [0.0, 0.25]]])
+>>> ledger.scaled()[0]  # clipped to 1, in units of the noise
+array([[0.25  , 0.    ],
+       [0.    , 0.0625]])
+"""
+
+import os
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi._types import ArrayLike
+from opacus_pi._validate import distinct_indices, expect
+from opacus_pi.files.storage import Layout, read_arrays, write_arrays
+from opacus_pi.ledger.measurements import checked_steps
+from opacus_pi.ledger.mechanism import (
+    MECHANISM_ARRAYS,
+    MECHANISM_FACTS,
+    MECHANISM_MORE_FACTS,
+    SCHEDULED,
+    NoisySGD,
+    frozen,
+)
+
+_KIND = "opacus_pi.GramLedger"
+_VERSION = 1
+_LAYOUT = Layout(
+    arrays={**MECHANISM_ARRAYS, "steps": "<i8", "grams": "<f8"},
+    facts=(*MECHANISM_FACTS, "gram_kind"),
+    more_arrays={"example_ids": "<i8"},
+    more_facts=(*MECHANISM_MORE_FACTS, "data_set"),
+)
+_SHAPES = {"forget": "(N, m, m)", "minibatch": "(N, R, J, J)"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GramLedger:
+    """Inner products of a group's gradients at checkpoints of one run. Sensitive.
+
+    Args:
+        mechanism: The run's facts.
+        steps: int64 ``(N,)``, strictly increasing: updates done at each checkpoint.
+        grams: float64. ``kind="forget"``: ``(N, m, m)``, ⟨g_x, g_y⟩ of the m forget
+            examples' own gradients, before clipping. ``kind="minibatch"``:
+            ``(N, R, J, J)``, ⟨U_i − U'_r, U_j − U'_r⟩, where U_1 … U_J are the summed
+            (clipped) gradients of minibatches of all the data and U'_r that of a
+            minibatch of the retain set. The differences must be taken **before** the
+            products: afterwards every digit may be lost.
+        kind: ``"forget"`` for the coupled bound, ``"minibatch"`` for Theorem B.1.
+        example_ids: int64 ``(m,)``, which examples the group is.
+        data_set: The data set's ``fingerprint``, or a name of your own.
+
+    Raises:
+        ValueError: If shapes disagree, or a matrix is no Gram matrix.
+    """
+
+    mechanism: NoisySGD
+    steps: NDArray[np.int64]
+    grams: NDArray[np.float64]
+    kind: str = field(default="forget", kw_only=True)
+    example_ids: NDArray[np.int64] | None = field(default=None, kw_only=True)
+    data_set: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        expect(
+            self.kind in _SHAPES,
+            "kind",
+            repr(self.kind),
+            'to be "forget" or "minibatch"',
+            "It says whose gradients the matrices hold.",
+        )
+        steps = checked_steps(self.steps, self.mechanism.num_steps)
+        object.__setattr__(self, "steps", steps)
+        object.__setattr__(self, "grams", _grams(self.grams, self.kind, len(steps)))
+        for name in SCHEDULED:
+            shape = np.shape(getattr(self.mechanism, name))
+            expect(
+                shape in ((), steps.shape),
+                name,
+                f"an array of shape {shape}",
+                f"to be a number or have shape {steps.shape}",
+                "A schedule has one value per checkpoint.",
+            )
+        if self.example_ids is not None:
+            self._check_ids()
+
+    def _check_ids(self) -> None:
+        """Ids must name the rows of a forget Gram matrix."""
+        ids = np.array(self.example_ids, dtype=np.int64)
+        distinct_indices("example_ids", ids, np.iinfo(np.int64).max)
+        expect(
+            self.kind != "forget" or len(ids) == self.grams.shape[-1],
+            "example_ids",
+            f"{len(ids)} ids",
+            f"to be {self.grams.shape[-1]}, one per row of a matrix",
+            "Give the ids in the order of the matrices' rows.",
+        )
+        object.__setattr__(self, "example_ids", frozen(ids))
+
+    def __repr__(self) -> str:
+        return (
+            f"GramLedger({self.kind}, grams of shape {self.grams.shape}, "
+            f"data_set={self.data_set!r}, {self.mechanism!r}; sensitive: it says how "
+            "unusual the group is)"
+        )
+
+    def scaled(self) -> NDArray[np.float64]:
+        """The matrices clipped and in units of the noise, K = ⟨g_x, g_y⟩/σ².
+
+        Returns:
+            float64, shaped as ``grams``. Clipping scales row and column x by
+            min(1, C/‖g_x‖); minibatch sums are clipped already.
+
+        Raises:
+            ValueError: If ``noise_std`` is 0.
+        """
+        rows = range(len(self.steps))
+        facts = [self.mechanism.at_row(row) for row in rows]
+        if self.kind == "minibatch":
+            facts = [replace(fact, max_grad_norm=float("inf")) for fact in facts]
+        scaled = [scaled_gram(self.grams[row], facts[row]) for row in rows]
+        return np.reshape(scaled, self.grams.shape)
+
+    def with_noise_std(self, noise_std: ArrayLike) -> "GramLedger":
+        """The same run as if its noise had been another one (a ranking, no claim).
+
+        Args:
+            noise_std: Standard deviation of the noise on the sum of the gradients, a
+                number or ``(N,)``.
+
+        Returns:
+            A ledger with the same matrices, and ``mechanism.assumed_noise`` set.
+        """
+        return replace(self, mechanism=self.mechanism.with_noise_std(noise_std))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ledger to one safetensors file, atomically and with a checksum.
+
+        Args:
+            path: The file's name. The file is as sensitive as the ledger.
+        """
+        arrays, facts = self.mechanism.to_arrays()
+        arrays |= {"steps": self.steps, "grams": self.grams}
+        facts["gram_kind"] = self.kind
+        if self.example_ids is not None:
+            arrays["example_ids"] = self.example_ids
+        if self.data_set is not None:
+            facts["data_set"] = self.data_set
+        write_arrays(path, _KIND, _VERSION, arrays, facts)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "GramLedger":
+        """Read a ledger that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is truncated, edited, of another version or foreign.
+        """
+        arrays, facts = read_arrays(path, _KIND, _VERSION, _LAYOUT)
+        mechanism = NoisySGD.from_arrays(arrays, facts)
+        kind, data_set = facts["gram_kind"], facts.get("data_set")
+        return cls(mechanism, kind=kind, data_set=data_set, **arrays)
+
+
+def scaled_gram(gram: NDArray[np.float64], mechanism: NoisySGD) -> NDArray[np.float64]:
+    """One checkpoint's matrix, clipped and in units of a mechanism's noise.
+
+    Args:
+        gram: ``(…, m, m)``, inner products.
+        mechanism: Facts without a schedule.
+
+    Returns:
+        float64 in the matrix's shape.
+
+    Raises:
+        ValueError: If ``noise_std`` is 0.
+    """
+    norms = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
+    with np.errstate(invalid="ignore"):
+        factor = np.where(norms > 0, mechanism.ratios(norms) / norms, 0.0)
+    return gram * factor[..., :, None] * factor[..., None, :]
+
+
+def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
+    """Checked Gram matrices, exactly symmetric."""
+    grams = np.array(value, dtype=np.float64)
+    rank = _SHAPES[kind].count(",") + 1
+    expect(
+        grams.ndim == rank
+        and grams.shape[0] == num_rows
+        and grams.shape[-1] == grams.shape[-2],
+        "grams",
+        f"an array of shape {grams.shape}",
+        f"to have shape {_SHAPES[kind]} with N = {num_rows}",
+        f'kind="{kind}" holds one matrix per checkpoint'
+        + (" and retain minibatch." if kind == "minibatch" else "."),
+    )
+    flipped = np.swapaxes(grams, -1, -2)
+    diagonal = np.diagonal(grams, axis1=-2, axis2=-1)
+    norms = np.sqrt(np.abs(diagonal))  # before the product, which may overflow
+    size = norms[..., :, None] * norms[..., None, :]
+    sound = (
+        np.isfinite(grams)
+        & (np.abs(grams) <= size * (1 + 1e-5))
+        & (np.abs(grams - flipped) <= 1e-5 * size)
+    )
+    expect(
+        bool(sound.all() and (diagonal >= 0).all()),
+        "grams",
+        "an array",
+        "to hold symmetric matrices of inner products (|K_xy| ≤ √(K_xx·K_yy))",
+        "Compute them in float64 as G·Gᵀ.",
+    )
+    return frozen((grams + flipped) / 2)

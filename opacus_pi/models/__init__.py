@@ -1,0 +1,1 @@
+"""Run a torch model without changing it: copies, batches, losses and predictions."""

@@ -1,0 +1,119 @@
+"""One forward pass over a data set, from which every output-based metric is computed.
+
+>>> import torch
+>>> model = torch.nn.Linear(2, 3)
+>>> data_set = torch.utils.data.TensorDataset(
+...     torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])
+... )
+>>> predictions = predict(model, data_set, torch.nn.CrossEntropyLoss())
+>>> predictions.losses.shape
+(4,)
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from opacus_pi._validate import expect
+from opacus_pi.models.batches import forward, inputs_and_targets, to_device
+from opacus_pi.models.criterion import Criterion
+from opacus_pi.models.no_trace import device_of, evaluating
+from opacus_pi.models.objective import float64_losses
+
+Data = Dataset[Any] | Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says about each of n examples.
+
+    Attributes:
+        losses: Loss, taken on float64 outputs, float64 ``(n,)``.
+        confidences: Softmax at the label, float64 ``(n,)``, in [0, 1].
+        margins: ``ln(p / (1 - p))`` of the confidence p, computed without the
+            cancellation at p near 1, float64 ``(n,)``.
+        correct: Whether the label has the largest output, bool ``(n,)``.
+    """
+
+    losses: NDArray[np.float64]
+    confidences: NDArray[np.float64]
+    margins: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self.losses)
+
+
+def predict(
+    model: nn.Module, data: Data, criterion: Criterion, *, batch_size: int = 256
+) -> Predictions:
+    """Evaluate a classifier on every example, leaving no trace.
+
+    The model runs in evaluation mode without gradients, on the device where its
+    parameters are. Its training flags and every random state are put back.
+
+    Args:
+        model: Classifier with outputs ``(b, num_classes)``; plain or wrapped by Opacus.
+        data: A data set of ``(input, label)``, read in its own order; or any iterable
+            of batches ``(inputs, labels)``, such as a loader, read in the order in
+            which it gives them. Or of dicts with ``"labels"``, as of Hugging Face.
+        criterion: ``criterion(outputs, labels)``, one loss per example; a torch loss
+            module may have any reduction.
+        batch_size: Batch size for a data set; it does not change the result.
+
+    Returns:
+        The predictions, in the order of ``data``.
+
+    Raises:
+        ValueError: If there is no example, the criterion gives no loss per example,
+            or the outputs are not one row of class scores per example.
+    """
+    losses_of = float64_losses(criterion)
+    loader = DataLoader(data, batch_size) if isinstance(data, Dataset) else data
+    device = device_of(model)
+    with evaluating(model):
+        batches = [
+            _batch(forward(model, x), y, losses_of)
+            for x, y in (to_device(inputs_and_targets(b), device) for b in loader)
+        ]
+    expect(bool(batches), "data", "[]", "to hold an example", "Check the data set.")
+    return Predictions(
+        *(np.concatenate(column) for column in zip(*batches, strict=True))
+    )
+
+
+def _batch(
+    outputs: Tensor, labels: Tensor, losses_of: Criterion
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Losses, confidences, margins and correctness of one batch."""
+    losses = losses_of(outputs, labels)
+    _check_scores(outputs, labels)
+    scores = outputs.cpu().double()
+    column = labels.cpu().long()[:, None]
+    at_label = scores.gather(1, column)[:, 0]
+    others = scores.scatter(1, column, -torch.inf).logsumexp(1)
+    margins = at_label - others
+    return (
+        losses.cpu().double().numpy(),
+        margins.sigmoid().numpy(),
+        margins.numpy(),
+        (scores.argmax(1) == column[:, 0]).numpy(),
+    )
+
+
+def _check_scores(outputs: Tensor, labels: Tensor) -> None:
+    """Raise unless there is one row of class scores and one label per example."""
+    expect(
+        outputs.dim() == 2 and labels.dim() == 1 and not labels.is_floating_point(),
+        "model(inputs), labels",
+        f"shapes {tuple(outputs.shape)}, {tuple(labels.shape)} ({labels.dtype})",
+        "to be class scores (b, num_classes) and whole numbers (b,)",
+        "These metrics are for classifiers; flatten other axes into examples.",
+    )

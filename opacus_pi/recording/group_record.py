@@ -1,0 +1,267 @@
+"""A group's Gram matrices along a run, computed after training from saved weights.
+
+Train with ``Recorder(weights_dir=...)``; afterwards any forget set can be asked about:
+
+    grams = gram_ledger(directory, model, criterion, train_set, forget, engine.ledger)
+    group_divergence(grams, order=8)
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from opacus_pi._types import ArrayLike
+from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD, fingerprint
+from opacus_pi.gradients import gradient_gram, minibatch_gram, norm_sweep
+from opacus_pi.ledger.mechanism import SCHEDULED
+from opacus_pi.models.batches import size_of
+from opacus_pi.models.criterion import Criterion
+from opacus_pi.models.skeleton import bare_copy
+from opacus_pi.recording.weights import load_weights_, saved_weights
+
+__all__ = ["gram_ledger"]
+
+_SECONDS_BEFORE_BAR = 3.0
+
+
+def gram_ledger(
+    weights_dir: str | os.PathLike[str],
+    model: nn.Module,
+    criterion: Criterion,
+    data_set: Dataset[Any],
+    forget_indices: ArrayLike,
+    ledger: GradNormLedger,
+    *,
+    kind: str = "forget",
+    num_minibatches: int = 12,
+    num_estimates: int = 20,
+    generator: np.random.Generator | None = None,
+    **options: Any,
+) -> GramLedger:
+    """Gram matrices of a forget set at every row of a run whose weights were kept.
+
+    Args:
+        weights_dir: The directory that ``Recorder(weights_dir=...)`` wrote to.
+        model: The trained architecture, plain or wrapped; a copy of it takes the saved
+            weights.
+        criterion: ``criterion(outputs, targets)`` of training, one loss per example; a
+            torch loss module may have any reduction.
+        data_set: The training set, in its order.
+        forget_indices: Which examples to forget, ``(m,)``, each once. May be empty:
+            what a bound says of nothing is its floor.
+        ledger: The run's record: its mechanism, its rows, its data set.
+        kind: ``"forget"``: ⟨g_x, g_y⟩ of the forget examples, before clipping.
+            ``"minibatch"``: for Theorem B.1, with batches drawn as in training.
+        num_minibatches: J batches of the whole data set an estimate, at least the
+            Rényi order that the composition reaches (1.4 times the one asked for).
+        num_estimates: R, each with batches of its own.
+        generator: Of the minibatches; default: seed 0.
+        **options: ``batch_size`` and ``collate_fn`` of ``gradients.gradient_gram``.
+
+    Returns:
+        The ledger for ``group_divergence``; sensitive. Clipping is by the norm of the
+        whole gradient: of a run that clipped by layer only ``method="scalar"`` holds.
+
+    Raises:
+        ValueError: If there are no weights, or they, the data set, the model or the
+            forget set do not belong to the run.
+
+    Source: paper, Theorem B.1 and Appendix B.1.
+    """
+    _check_kind(kind)
+    size = size_of(data_set)
+    forget = np.asarray(forget_indices)
+    forget = distinct_indices("forget_indices", forget, size) if forget.size else forget
+    ledger.require_data_set(fingerprint(data_set))
+    files = _files_of(Path(weights_dir), ledger)
+    copied = bare_copy(model)
+    if kind == "forget":
+        measure: _Forget | _Minibatches = _Forget(forget.astype(np.int64), options)
+    else:
+        generator = np.random.default_rng(0) if generator is None else generator
+        _check_minibatches(num_minibatches, num_estimates, forget.size < size)
+        draw = _Draw(ledger.mechanism, size, forget.astype(np.int64), generator)
+        measure = _Minibatches(draw, num_minibatches, num_estimates, options)
+    mechanism = _mechanism_at(list(files), ledger)
+    grams = []
+    bar = tqdm(
+        files.values(),
+        "Gram matrices",
+        delay=_SECONDS_BEFORE_BAR,
+        leave=False,
+        disable=None,
+    )
+    for row, path in enumerate(bar):
+        load_weights_(copied, path, ledger.data_set)
+        fact = mechanism.at_row(row)
+        grams.append(measure(copied, criterion, data_set, fact))
+    return GramLedger(
+        mechanism,
+        np.array(list(files), dtype=np.int64),
+        np.stack(grams),
+        kind=kind,
+        example_ids=forget if forget.size else None,
+        data_set=ledger.data_set,
+    )
+
+
+@dataclass(frozen=True)
+class _Forget:
+    """Measures the forget examples' own gradients."""
+
+    indices: NDArray[np.int64]
+    options: dict[str, Any]
+
+    def __call__(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        data_set: Dataset[Any],
+        fact: NoisySGD,
+    ) -> NDArray[np.float64]:
+        """Gram matrix ``(m, m)``."""
+        if not self.indices.size:
+            return np.zeros((0, 0))
+        found = gradient_gram(model, criterion, data_set, self.indices, **self.options)
+        return found.numpy()
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """Draws the batch of an update as training does."""
+
+    mechanism: NoisySGD
+    size: int
+    forget: NDArray[np.int64]
+    generator: np.random.Generator
+
+    def __call__(self, sample_rate: float, *, retain: bool) -> NDArray[np.int64]:
+        """Positions in a batch of all the data, or of what is retained."""
+        everyone = np.arange(self.size, dtype=np.int64)
+        pool = np.setdiff1d(everyone, self.forget) if retain else everyone
+        if self.mechanism.sampling == "poisson":
+            return pool[self.generator.random(len(pool)) < sample_rate]
+        number = min(len(pool), max(1, round(sample_rate * self.size)))
+        return self.generator.choice(pool, number, replace=False)
+
+
+@dataclass(frozen=True)
+class _Minibatches:
+    """Measures sums of clipped gradients of minibatches around one of the rest."""
+
+    draw: _Draw
+    num_minibatches: int
+    num_estimates: int
+    options: dict[str, Any]
+
+    def __call__(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        data_set: Dataset[Any],
+        fact: NoisySGD,
+    ) -> NDArray[np.float64]:
+        """Centred Gram matrices ``(R, J, J)``."""
+        factors = None
+        if np.isfinite(fact.max_grad_norm):
+            norms = norm_sweep(
+                model, criterion, data_set, progress=False, **self.options
+            )
+            with np.errstate(divide="ignore"):
+                factors = np.minimum(1.0, fact.max_grad_norm / norms.numpy())
+        rate = float(fact.sample_rate)
+        found = []
+        for _ in range(self.num_estimates):
+            centre = self.draw(rate, retain=True)
+            batches = [
+                self.draw(rate, retain=False) for _ in range(self.num_minibatches)
+            ]
+            gram = minibatch_gram(
+                model,
+                criterion,
+                data_set,
+                batches,
+                centre,
+                factors=factors,
+                **self.options,
+            )
+            found.append(gram.numpy())
+        return np.stack(found)
+
+
+def _check_kind(kind: str) -> None:
+    """Refuse a kind that is none."""
+    expect(
+        kind in ("forget", "minibatch"),
+        "kind",
+        repr(kind),
+        'to be "forget" or "minibatch"',
+        "Theorem B.1 needs minibatches, the other bounds the forget gradients.",
+    )
+
+
+def _check_minibatches(
+    num_minibatches: int, num_estimates: int, something_is_retained: bool
+) -> None:
+    """Domain of the options of ``kind="minibatch"``."""
+    positive(
+        num_minibatches=num_minibatches,
+        num_estimates=num_estimates,
+        remedy="The paper has as many minibatches as the order, and 20 estimates.",
+    )
+    expect(
+        something_is_retained,
+        "forget_indices",
+        "every example",
+        "to leave an example to retain",
+        "Theorem B.1 compares with a minibatch of the retain set.",
+    )
+
+
+def _files_of(directory: Path, ledger: GradNormLedger) -> dict[int, Path]:
+    """The weights of the ledger's rows, by number of updates."""
+    files = saved_weights(directory)
+    expect(
+        bool(files),
+        "weights_dir",
+        directory,
+        "to hold weights-*.safetensors",
+        "Train with Recorder(weights_dir=...).",
+    )
+    foreign = sorted(set(files) - set(ledger.steps.tolist()))
+    expect(
+        not foreign,
+        "weights_dir",
+        directory,
+        f"to hold weights of this run's rows only; it has none after {foreign[:3]} "
+        "updates",
+        "Use a directory of its own for every run.",
+    )
+    return files
+
+
+def _mechanism_at(steps: list[int], ledger: GradNormLedger) -> NoisySGD:
+    """The run's facts, with scheduled values at the rows whose weights were kept."""
+    mechanism = ledger.mechanism
+    rows = np.searchsorted(ledger.steps, steps)
+    scheduled = {
+        name: getattr(mechanism, name)[rows]
+        for name in SCHEDULED
+        if np.ndim(getattr(mechanism, name))
+    }
+    expect(
+        not scheduled or len(steps) == len(ledger.steps),
+        "weights_dir",
+        f"weights of {len(steps)} of {len(ledger.steps)} rows",
+        f"to hold those of every row, because {', '.join(scheduled)} changed",
+        "End training at a row, or record a row at the last update.",
+    )
+    return replace(mechanism, **scheduled)

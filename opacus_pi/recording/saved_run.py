@@ -1,0 +1,146 @@
+"""Whether a state dict can be the record of a run, before it becomes one."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opacus_pi._validate import expect
+from opacus_pi.ledger.measurements import (
+    checked_steps,
+    checked_weights,
+    is_for_ranking,
+)
+
+VERSION = 1
+_FAR = 2**53  # a count beyond is no count
+_MEASURED = ("grad_norms", "confidences", "errors", "correct")
+_ROW = "rows."
+_TYPES = {
+    "source": (str,),
+    "num_examples": (int,),
+    "sample_rate": (float, int),
+    "sampling": (str,),
+    "data_set": (str,),
+    "num_steps": (int,),
+    "refusal": (str,),
+}
+# texts that older releases do not save
+LATER_TEXTS: dict[str, Callable[[str | None], Any]] = {
+    "weights": checked_weights,
+    "norms": is_for_ranking,
+}
+
+
+def require_version(state: Any) -> None:
+    """Refuse a record that another release saved.
+
+    Args:
+        state: What ``RecordedRun.state_dict`` returned.
+
+    Raises:
+        ValueError: If it is of another version.
+    """
+    found = state.get("version") if isinstance(state, Mapping) else None
+    expect(
+        type(found) is int and found == VERSION,
+        "the record's version",
+        found,
+        f"to be {VERSION}",
+        "Resume with the release of opacus_pi that saved it.",
+    )
+
+
+def require_whole(state: Mapping[str, Any]) -> None:
+    """Refuse a state dict that no run can have saved.
+
+    Args:
+        state: What ``RecordedRun.state_dict`` returned.
+
+    Raises:
+        ValueError: If an entry is missing, of another type or shape, or out of range.
+    """
+    require_version(state)
+    for name, types in _TYPES.items():
+        _check(type(state.get(name)) in types, name, "missing, or of another type")
+    for name, problem in _problems(state):
+        _check(False, name, problem)
+    checked_steps(state["steps"].cpu().numpy(), state["num_steps"])
+    for name, check in LATER_TEXTS.items():
+        text = state.get(name, "")
+        _check(type(text) is str, name, "of another type")
+        check(text or None)
+
+
+def _problems(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the entries of right types, by name."""
+    for name, right in {
+        "source": state["source"] in ("observed", "swept"),
+        "sampling": state["sampling"] in ("poisson", "fixed"),
+        "num_examples": 0 < state["num_examples"] < _FAR,
+        "num_steps": 0 <= state["num_steps"] < _FAR,
+        "sample_rate": 0 < state["sample_rate"] <= 1,
+        "open_interval": _length(state.get("open_interval")) in (0, 1),
+    }.items():
+        if not right:
+            yield name, "unknown or out of range"
+    names = {name.removeprefix(_ROW) for name in state if name.startswith(_ROW)}
+    needed = {"grad_norms"} if _length(state.get("steps")) else set()
+    allowed = needed if state["source"] == "observed" else needed and set(_MEASURED)
+    if not needed <= names <= allowed:
+        yield f"{_ROW}grad_norms", "missing, or among unknown rows"
+    for name, (dtype, shape) in _layout(state, names).items():
+        value = state.get(name)
+        if not isinstance(value, Tensor) or (value.dtype, value.shape) != (
+            dtype,
+            shape,
+        ):
+            yield name, "missing, or of another type or shape"
+        elif not _is_in_range(name, value, state):
+            yield name, "out of range"
+
+
+def _layout(
+    state: Mapping[str, Any], rows: set[str]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Type and shape that the arrays must have."""
+    num_rows, num_examples = _length(state.get("steps")), state["num_examples"]
+    size = num_examples if state["source"] == "observed" else 0
+    return {
+        "steps": (torch.int64, (num_rows,)),
+        "intervals": (torch.float64, (num_rows, 3)),
+        "open_interval": (torch.float64, (_length(state.get("open_interval")), 3)),
+        "observed": (torch.float32, (size,)),
+        "observed_at": (torch.int64, (size,)),
+        **{f"{_ROW}{row}": (torch.float32, (num_rows, num_examples)) for row in rows},
+    }
+
+
+def _length(value: Any) -> int:
+    """Of a tensor with dimensions; -1 of anything else."""
+    return len(value) if isinstance(value, Tensor) and value.dim() > 0 else -1
+
+
+def _is_in_range(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
+    """Whether the numbers of one entry can have been recorded."""
+    numbers = value.cpu().numpy()
+    if name == "observed_at":
+        return bool((numbers <= state["num_steps"] + 1).all() and (numbers >= 0).all())
+    if name in ("intervals", "open_interval"):
+        return bool((numbers >= 0).all())  # not NaN either
+    may_be_infinite = name == "observed" and bool(state["refusal"])
+    bad = (numbers < 0) | (np.isinf(numbers) & (not may_be_infinite))
+    return not bad.any()
+
+
+def _check(condition: bool, name: str, problem: str) -> None:
+    """Refuse an entry."""
+    expect(
+        condition,
+        "the saved record",
+        name,
+        f"to be as it was written; it is {problem}",
+        "Resume from another checkpoint.",
+    )

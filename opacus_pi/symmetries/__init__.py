@@ -1,0 +1,1 @@
+"""Permutation symmetries of networks: tracing, matching, and loss barriers."""

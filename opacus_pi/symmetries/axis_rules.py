@@ -1,0 +1,298 @@
+"""How each operation relates the dimensions of its inputs and outputs.
+
+A rule takes ``dims`` (tensor -> its dimensions), the arguments by name and the result;
+it unifies or pins atoms and returns the dimensions of the outputs that it knows.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from opacus_pi.symmetries.axes import Atom, Dims, fresh, pin, regroup, unify
+
+DimsOf = Callable[[Tensor], Dims]
+Arguments = Mapping[str, Any]
+Rule = Callable[[DimsOf, Arguments, Any], list[Dims]]
+
+
+def pointwise(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """Dimensions that meet under broadcasting are one."""
+    out: Dims = [[] for _ in result.shape]
+    for tensor in pytree.tree_leaves(list(given.values())):
+        if isinstance(tensor, Tensor):
+            _broadcast(out, dims(tensor), tensor, result)
+    return [out]
+
+
+def _broadcast(out: Dims, own: Dims, tensor: Tensor, result: Tensor) -> None:
+    """Unify a tensor's dimensions with those of what it is broadcast into."""
+    offset = result.dim() - tensor.dim()
+    for i, dim in enumerate(own):
+        if tensor.shape[i] == result.shape[i + offset] != 1:
+            if out[i + offset]:
+                unify(out[i + offset], dim)
+            out[i + offset] = dim
+
+
+def _same(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """Copies; softmax, which treats every index along its dimension alike."""
+    return [dims(given["self"])]
+
+
+def _view(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """A reshape keeps the row-major order of the atoms."""
+    flat = [atom for dim in dims(given["self"]) for atom in dim]
+    return [regroup(flat, result.shape)]
+
+
+def _permute(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """Dimensions in another order."""
+    own = dims(given["self"])
+    return [[own[d] for d in given["dims"]]]
+
+
+def _transpose(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """Two dimensions swapped; ``t`` swaps the only two."""
+    own = list(dims(given["self"]))
+    i, j = given.get("dim0", 0), given.get("dim1", -1)
+    if own:
+        own[i], own[j] = own[j], own[i]
+    return [own]
+
+
+def _expand(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """New or stretched dimensions are constant along themselves, hence free."""
+    tensor, out = given["self"], fresh(result.shape)
+    offset = result.dim() - tensor.dim()
+    for i, dim in enumerate(dims(tensor)):
+        if tensor.shape[i] == result.shape[i + offset]:
+            out[i + offset] = dim
+    return [out]
+
+
+def _constant(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """A constant does not change under any permutation."""
+    return [fresh(result.shape)]
+
+
+def _part(dim: list[Atom], length: int, size: int, start: int = 0) -> list[Atom]:
+    """``length`` consecutive indices of a dimension: a row of blocks, or pinned."""
+    if length == size:
+        return dim
+    if size % length == 0 and start % length == 0:
+        outer, inner = regroup(dim, (size // length, length))
+        pin([outer])
+        return inner
+    pin([dim])
+    return fresh([length], fixed=True)[0]
+
+
+def _slice(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """A range of one dimension."""
+    tensor, d = given["self"], given["dim"]
+    own, size, length = list(dims(tensor)), tensor.shape[d], result.shape[d]
+    start = given["start"] or 0
+    if given["step"] != 1:
+        pin([own[d]])
+        start = 1
+    if length == 0:
+        return [fresh(result.shape, fixed=True)]
+    own[d] = _part(own[d], length, size, start + size if start < 0 else start)
+    return [own]
+
+
+def _split(dims: DimsOf, given: Arguments, result: list[Tensor]) -> list[Dims]:
+    """Consecutive ranges of one dimension."""
+    tensor, d, outputs, start = given["self"], given["dim"], [], 0
+    for piece in result:
+        own = list(dims(tensor))
+        own[d] = _part(own[d], piece.shape[d], tensor.shape[d], start)
+        start += piece.shape[d]
+        outputs.append(own)
+    return outputs
+
+
+def _select(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
+    """One index of a dimension, or each (``unbind``): its order matters."""
+    own = list(dims(given["self"]))
+    pin([own.pop(given["dim"])])
+    return [own] if isinstance(result, Tensor) else [own] * len(result)
+
+
+def _cat(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """Joined along one dimension, whose order then matters; the others are shared."""
+    tensors = [t for t in given["tensors"] if t.dim() == result.dim()]
+    d = given["dim"] % result.dim()
+    out = list(dims(tensors[0]))
+    for tensor in tensors:
+        own = dims(tensor)
+        pin([own[d]])
+        for i in range(result.dim()):
+            if i != d:
+                unify(out[i], own[i])
+    out[d] = fresh([result.shape[d]], fixed=True)[0]
+    return [out]
+
+
+def _stack(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """Put side by side along a new dimension, whose order matters."""
+    first, *others = [dims(tensor) for tensor in given["tensors"]]
+    for own in others:
+        for left, right in zip(first, own, strict=True):
+            unify(left, right)
+    out = list(first)
+    d = given["dim"] % result.dim()
+    out.insert(d, fresh([result.shape[d]], fixed=True)[0])
+    return [out]
+
+
+def _contract(a: Dims, b: Dims) -> Dims:
+    """A matrix product over the last of ``a`` and the last but one of ``b``."""
+    unify(a[-1], b[-2])
+    for left, right in zip(a[:-2], b[:-2], strict=True):
+        unify(left, right)
+    return [*a[:-1], b[-1]]
+
+
+def _matmul(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """``mm``, ``bmm``."""
+    return [_contract(dims(given["self"]), dims(given["mat2"]))]
+
+
+def _addmm(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """``addmm``, ``baddbmm``: a product plus a bias."""
+    first = given.get("mat1", given.get("batch1"))
+    second = given.get("mat2", given.get("batch2"))
+    out = _contract(dims(first), dims(second))
+    bias = given["self"]
+    _broadcast(out, dims(bias), bias, result)
+    return [out]
+
+
+def _convolution(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """Channels in and out; grouped ones go by (group, channel of the group)."""
+    x, weight = list(dims(given["input"])), dims(given["weight"])
+    pin([*x[2:], *weight[2:]])
+    groups = given["groups"]
+    channels = given["input"].shape[1]
+    group, inside = regroup(x[1], (groups, channels // groups))
+    if given["transposed"]:
+        unify(x[1], weight[0])
+        out = [*group, *weight[1]]
+    else:
+        per_group = given["weight"].shape[0] // groups
+        unify(group, regroup(weight[0], (groups, per_group))[0])
+        unify(inside, weight[1])
+        out = weight[0]
+    if given["bias"] is not None:
+        unify(out, dims(given["bias"])[0])
+    return [[x[0], out, *fresh(result.shape[2:], fixed=True)]]
+
+
+def _batch_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
+    """Every channel has its own statistics, weight and bias."""
+    x = dims(given["input"])
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if given.get(name) is not None:
+            unify(x[1], dims(given[name])[0])
+    return [x]
+
+
+def _layer_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
+    """Statistics over whole dimensions do not change when these are permuted."""
+    x = dims(given["input"])
+    for name in ("weight", "bias"):
+        if given.get(name) is not None:
+            own = dims(given[name])
+            for left, right in zip(x[-len(own) :], own, strict=True):
+                unify(left, right)
+    return [x]
+
+
+def _group_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
+    """Channels may move within their group, and groups as wholes."""
+    x = dims(given["input"])
+    groups, channels = given["group"], given["input"].shape[1]
+    regroup(x[1], (groups, channels // groups))
+    for name in ("weight", "bias"):
+        if given[name] is not None:
+            unify(x[1], dims(given[name])[0])
+    return [x]
+
+
+def _embedding(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """The vocabulary is pinned, the width is free."""
+    vocabulary, width = dims(given["weight"])
+    pin([vocabulary])
+    return [[*dims(given["indices"]), width]]
+
+
+def _reduce(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """A mean, sum or largest value does not depend on the order."""
+    own, d = dims(given["self"]), given.get("dim")
+    gone = [d] if isinstance(d, int) else d
+    gone = {i % len(own) for i in gone} if gone else set(range(len(own)))
+    if given.get("keepdim"):
+        return [[[] if i in gone else dim for i, dim in enumerate(own)]]
+    return [[dim for i, dim in enumerate(own) if i not in gone]]
+
+
+def _spatial(num_dims: int) -> Rule:
+    """Pooling and resizing of the last dimensions, whose order matters."""
+
+    def rule(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
+        own = dims(given["self"])
+        pin(own[-num_dims:])
+        first = result if isinstance(result, Tensor) else result[0]
+        return [[*own[:-num_dims], *fresh(first.shape[-num_dims:], fixed=True)]]
+
+    return rule
+
+
+def _pad(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
+    """A padded dimension is pinned."""
+    own, pad = list(dims(given["self"])), given["pad"]
+    for k in range(len(pad) // 2):
+        if pad[2 * k] or pad[2 * k + 1]:
+            pin([own[-1 - k]])
+            own[-1 - k] = fresh([result.shape[-1 - k]], fixed=True)[0]
+    return [own]
+
+
+def _rules() -> dict[str, Rule]:
+    """The table, by the names of the operations."""
+    names: dict[Rule, str] = {
+        _same: "clone detach alias _to_copy lift_fresh _softmax _log_softmax "
+        "_safe_softmax",
+        pointwise: "copy",
+        _view: "view _unsafe_view _reshape_alias unsqueeze squeeze",
+        _permute: "permute",
+        _transpose: "transpose t",
+        _expand: "expand",
+        _constant: "zeros ones full zeros_like ones_like full_like new_zeros new_ones "
+        "new_full scalar_tensor",
+        _slice: "slice",
+        _split: "split split_with_sizes unsafe_split unsafe_split_with_sizes",
+        _select: "select unbind",
+        _cat: "cat",
+        _stack: "stack",
+        _matmul: "mm bmm",
+        _addmm: "addmm baddbmm",
+        _convolution: "convolution",
+        _batch_norm: "native_batch_norm _native_batch_norm_legit "
+        "_native_batch_norm_legit_no_training",
+        _layer_norm: "native_layer_norm _fused_rms_norm",
+        _group_norm: "native_group_norm",
+        _embedding: "embedding",
+        _reduce: "mean sum amax amin var std logsumexp linalg_vector_norm",
+        _spatial(2): "max_pool2d_with_indices avg_pool2d _adaptive_avg_pool2d "
+        "adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d",
+        _spatial(3): "max_pool3d_with_indices avg_pool3d _adaptive_avg_pool3d",
+        _pad: "constant_pad_nd",
+    }
+    return {name: rule for rule, listed in names.items() for name in listed.split()}
+
+
+RULES = _rules()

@@ -1,0 +1,121 @@
+"""Layers that run again in the backward pass are listened to there as well."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from opacus_pi.gradients.clipping import joint_norms
+from opacus_pi.integration.fast import FastGradSampleModule
+
+KINDS = [False, True]  # use_reentrant
+NOT_KEPT = [(kind, False) for kind in KINDS]  # and whether losses are joined
+
+
+class Checkpointed(nn.Module):
+    """Segments whose activations are not kept; ``None``: all are."""
+
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.use_reentrant = use_reentrant
+        self.first = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3))
+        self.inner = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        if self.use_reentrant is None:
+            return self.head(self.inner(self.first(x)))
+        # of reentrant segments, the inputs must require gradients
+        first = checkpoint(
+            self.first, x.clone().requires_grad_(), use_reentrant=self.use_reentrant
+        )
+        return self.head(
+            checkpoint(self.inner, first, use_reentrant=self.use_reentrant)
+        )
+
+
+def heard(use_reentrant):
+    """Norms and sums of one backward pass, with nothing left for the whole model."""
+    torch.manual_seed(0)
+    model = FastGradSampleModule(Checkpointed(use_reentrant), loss_reduction="sum")
+    torch.manual_seed(1)  # of dropout
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that of the slow route
+        model(torch.randn(5, 4)).square().sum().backward()
+        (batch,) = model.book.batches
+        found = batch.gradients(list(model.parameters()), model._module)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    sums = [gradients.weighted(torch.arange(5.0)) for gradients in found.values()]
+    return joint_norms(found.values()), sums
+
+
+@pytest.mark.parametrize("use_reentrant", KINDS)
+def test_equals_the_model_that_keeps_its_activations(use_reentrant):
+    norms, sums = heard(use_reentrant)
+    expected_norms, expected = heard(None)
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
+    for ours, theirs in zip(sums, expected, strict=True):
+        torch.testing.assert_close(ours.flatten(), theirs.flatten())
+
+
+@pytest.mark.parametrize("use_reentrant", KINDS)
+def test_passes_in_evaluation_mode_stay_plain(use_reentrant):
+    """Even while a training pass waits for its backward pass."""
+
+    torch.manual_seed(0)
+    model = FastGradSampleModule(Checkpointed(use_reentrant), loss_reduction="sum")
+    model(torch.randn(5, 4))
+    model.eval()
+    model(torch.randn(5, 4)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not model.book.batches
+
+
+@pytest.mark.parametrize("use_reentrant", KINDS)
+def test_a_failure_while_layers_run_again_leaves_them_live(use_reentrant):
+    torch.manual_seed(0)
+    model = FastGradSampleModule(Checkpointed(use_reentrant), loss_reduction="sum")
+    loss = model(torch.randn(5, 4)).sum()
+
+    def fail(module, args):
+        raise KeyError("again")
+
+    handle = model._module.inner[2].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="again"):
+        loss.backward()
+    handle.remove()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def accumulated(use_reentrant, sizes, *, joined=False):
+    """Norms by batch of several passes, all forward ones first."""
+    torch.manual_seed(0)
+    model = FastGradSampleModule(Checkpointed(use_reentrant), loss_reduction="sum")
+    torch.manual_seed(1)  # of dropout
+    losses = [model(torch.randn(size, 4)).square().sum() for size in sizes]
+    for loss in [sum(losses)] if joined else losses:
+        loss.backward()
+    parameters = list(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return {
+            batch.size: joint_norms(batch.gradients(parameters, model._module).values())
+            for batch in model.book.batches
+        }
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (3, 5)], ids=str)
+@pytest.mark.parametrize(("use_reentrant", "joined"), [*NOT_KEPT, (False, True)])
+def test_batches_of_several_sizes_before_a_backward_pass(use_reentrant, joined, sizes):
+    ours = accumulated(use_reentrant, sizes, joined=joined)
+    plain = accumulated(None, sizes, joined=joined)
+    assert ours.keys() == plain.keys() == set(sizes)
+    for size in sizes:
+        torch.testing.assert_close(ours[size], plain[size], rtol=1e-6, atol=0)
+
+
+def test_layers_heard_only_when_they_run_again_must_be_of_one_batch():
+    with pytest.raises(RuntimeError, match="Use use_reentrant=False, or call backward"):
+        accumulated(True, (5, 3), joined=True)

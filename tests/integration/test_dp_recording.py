@@ -1,0 +1,90 @@
+"""Norms are taken once, by us, and Opacus clips by them as if it had taken them."""
+
+import copy
+
+import opacus
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from opacus_pi import PrivacyEngine
+from opacus_pi.integration.grad_sample import grad_sample_norms
+
+SHAPES = [(5,), (5, 1), (5, 7), (5, 3, 4, 2), (5, 1, 1)]
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-25, 1e-3, 1.0, 1e18, 1e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_column_of_norms_has_the_norms_that_opacus_takes(scale, dtype):
+    generator = torch.Generator().manual_seed(0)
+    held = [torch.randn(s, generator=generator).to(dtype) * scale for s in SHAPES]
+
+    def as_opacus_does(held):
+        norms = [g.reshape(len(g), -1).norm(2, dim=-1) for g in held]
+        return torch.stack(norms, dim=1).norm(2, dim=1)
+
+    norms = grad_sample_norms(held)
+    assert torch.equal(norms, as_opacus_does(held))
+    assert torch.equal(norms, as_opacus_does([norms.unsqueeze(1)]))
+
+
+def prepared(engine, **options):
+    """A model whose per-example gradients of one batch wait for the optimizer."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(12, 4), torch.randint(0, 3, (12,)))
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model, optimizer, loader = engine.make_private(
+        module=net,
+        optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+        data_loader=DataLoader(data, batch_size=6),
+        noise_multiplier=0.0,
+        max_grad_norm=0.5,
+        poisson_sampling=False,
+        **options,
+    )
+    for x, y in loader:
+        nn.functional.cross_entropy(model(x), y).backward()
+        return optimizer
+
+
+def gradients_after_clipping(engine, dtype):
+    """Summed clipped gradients, of per-example gradients in some precision."""
+    optimizer = prepared(engine)
+    for p in optimizer.params:
+        p.grad_sample = p.grad_sample.to(dtype)
+    optimizer.clip_and_accumulate()
+    return [p.summed_grad for p in optimizer.params]
+
+
+@pytest.mark.filterwarnings("ignore:This run has no ledger")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_clipping_is_opacus_own_to_the_bit_in_every_precision(dtype):
+    engines = opacus.PrivacyEngine(), PrivacyEngine()
+    theirs, ours = (gradients_after_clipping(e, dtype) for e in engines)
+    assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+
+
+def test_per_example_gradients_are_themselves_before_and_after():
+    optimizer = prepared(PrivacyEngine())
+    before = copy.copy(optimizer.grad_samples)
+    assert [g.shape[1:] for g in before] == [p.shape for p in optimizer.params]
+    optimizer.clip_and_accumulate()
+    with pytest.raises(ValueError, match="Gradients haven"):
+        optimizer.clip_and_accumulate()  # and not after an error either
+    pairs = zip(before, optimizer.grad_samples, strict=True)
+    assert all(a is b for a, b in pairs)
+
+
+def test_norms_are_taken_once(monkeypatch):
+    optimizer = prepared(PrivacyEngine())
+    base = opacus.optimizers.DPOptimizer
+    read, original = [], base._get_flat_grad_sample
+
+    def counted(self, p):
+        read.append(p)
+        return original(self, p)
+
+    monkeypatch.setattr(base, "_get_flat_grad_sample", counted)
+    optimizer.clip_and_accumulate()
+    assert len(read) == 2 * len(optimizer.params)  # for the norms and for the sums

@@ -1,0 +1,133 @@
+"""A layer that is given one row for the whole batch is named, with what to do."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from opacus_pi import PrivacyEngine
+from opacus_pi.accounting import RenyiFilter, privacy_losses
+
+LENGTH = 5
+
+
+class Tagger(nn.Module):
+    """Words and positions; like models of Hugging Face it makes its position ids."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__()
+        self.words, self.position = nn.Embedding(10, 4), nn.Embedding(LENGTH, 4)
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, ids, position_ids=None):
+        if position_ids is None:
+            position_ids = torch.arange(LENGTH)[None]
+        return self.out((self.words(ids) + self.position(position_ids)).mean(1))
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(
+        torch.randint(10, (12, LENGTH), generator=generator), torch.arange(12) % 2
+    )
+
+
+def trained(mode="hooks", *, model=None, expanded=False, engine=None, **options):
+    engine, module = engine or PrivacyEngine(), model or Tagger()
+    torch.manual_seed(2)
+    hooks, optimizer, *criterion, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(data(), batch_size=4),
+        criterion=nn.CrossEntropyLoss(),
+        noise_multiplier=1.0,
+        **{"max_grad_norm": 1.0, "poisson_sampling": False, **options},
+        grad_sample_mode=mode,
+    )
+    model = hooks if isinstance(hooks, nn.Module) else module
+    for ids, labels in loader:
+        own = (torch.arange(LENGTH).expand(len(ids), -1),) if expanded else ()
+        optimizer.zero_grad()
+        loss = criterion[0] if criterion else nn.functional.cross_entropy
+        loss(model(ids, *own), labels).backward()
+        optimizer.step()
+    return engine
+
+
+def note_of(run):
+    with pytest.raises(RuntimeError, match="stack expects each tensor") as error:
+        run()
+    return " ".join([*error.value.args, *getattr(error.value, "__notes__", [])])
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("hooks", {}),
+        ("functorch", {}),
+        ("ghost", {}),
+        ("ghost", {"wrap_model": False}),
+        ("hooks", {"wrap_model": False}),
+        ("hooks", {"clipping": "per_layer", "max_grad_norm": [1.0] * 4}),
+        ("hooks", {"engine": "filter", "poisson_sampling": True}),
+    ],
+)
+def test_the_parameter_and_the_remedies_are_named(mode, options):
+    if options.get("engine"):
+        options = {**options, "engine": PrivacyEngine(renyi_filter=RenyiFilter(3.0))}
+    note = note_of(lambda: trained(mode, **options))
+    assert note.count("Of each example one gradient") == 1
+    assert "but there are 1 for 'position.weight'." in note
+    assert "position_ids" in note and "requires_grad_(False)" in note
+    assert 'grad_sample_mode="fast" needs that too, unless' in note
+
+
+class Typed(Tagger):
+    """Token types that are one row spread over the batch, as BERT makes them."""
+
+    def forward(self, ids, position_ids=None):
+        types = torch.zeros(1, LENGTH, dtype=torch.long).expand(len(ids), LENGTH)
+        return self.out((self.words(ids) + self.position(types)).mean(1))
+
+
+def test_indices_that_ghost_clipping_cannot_read_are_explained():
+    with pytest.raises(RuntimeError, match="view size is not compatible") as error:
+        trained("ghost", model=Typed())
+    (note,) = getattr(error.value, "__notes__", error.value.args[1:])
+    assert "token_type_ids=" in note and "requires_grad_(False)" in note
+
+
+def test_other_errors_of_ghost_clipping_stay_as_they_are():
+    model = Tagger()
+    model.out.register_full_backward_hook(_fail)
+    with pytest.raises(RuntimeError, match="mine") as error:
+        trained("ghost", model=model, expanded=True)
+    assert not getattr(error.value, "__notes__", error.value.args[1:])
+
+
+def _fail(*_):
+    raise RuntimeError("mine")
+
+
+def losses(engine):
+    return privacy_losses(engine.ledger, 8.0)
+
+
+@pytest.mark.filterwarnings("ignore:position.weight are used in a way")
+def test_each_remedy_is_one():
+    wanted = losses(trained(expanded=True))
+    assert losses(trained("fast")) == pytest.approx(wanted, rel=1e-5)
+    model = Tagger()
+    model.position.requires_grad_(False)
+    assert np.isfinite(losses(trained(model=model))).all()
+
+
+def test_other_errors_stay_as_they_are(monkeypatch):
+    def broken(norms):
+        raise RuntimeError("stack expects each tensor to be on one device")
+
+    monkeypatch.setattr("opacus_pi.integration.dp_recording.joint_norms", broken)
+    note = note_of(lambda: trained(expanded=True))
+    assert note == "stack expects each tensor to be on one device"

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from opacus.data_loader import DPDataLoader
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from opacus_pi.integration import refusals
+from tests.private_training import Training
+
+DATA = TensorDataset(torch.zeros(12, 2))
+KNOWN = {
+    "in order": {},
+    "shuffled": {"shuffle": True},
+    "last left out": {"shuffle": True, "drop_last": True},
+    "a part of it": {"sampler": RandomSampler(DATA, num_samples=6)},
+    "given indices": {"sampler": SubsetRandomSampler([1, 5, 7])},
+    "one rank": {"sampler": DistributedSampler(DATA, num_replicas=2, rank=0)},
+    "no batches": {"batch_size": None},
+    "a batch sampler of torch": {
+        "batch_sampler": BatchSampler(SequentialSampler(DATA), 5, False)
+    },
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_schedules_that_draw_each_example_once_an_epoch(name):
+    assert refusals.unknown_schedule(DataLoader(DATA, **KNOWN[name])) is None
+
+
+def Custom():
+    class Custom(SequentialSampler):
+        pass
+
+    return Custom(DATA)
+
+
+UNKNOWN = {
+    "RandomSampler": {"sampler": RandomSampler(DATA, replacement=True)},
+    "WeightedRandomSampler": {"sampler": WeightedRandomSampler(torch.ones(12), 12)},
+    "Custom": {"sampler": Custom()},
+    "list": {"batch_sampler": [[0, 1], [1, 2]]},
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_schedules_that_nobody_knows(name):
+    reason = refusals.unknown_schedule(DataLoader(DATA, **UNKNOWN[name]))
+    assert f"How often {name} draws" in reason and "poisson_sampling=True" in reason
+
+
+def test_more_than_an_epoch_without_replacement():
+    sampler = RandomSampler(DATA, num_samples=24)
+    assert refusals.unknown_schedule(DataLoader(DATA, sampler=sampler))
+
+
+def test_a_poisson_loader_that_is_kept_is_poisson():
+    training = Training()
+    assert refusals.is_poisson(training.loader)
+    kept = Training(loader=training.loader, poisson_sampling=False).train(1)
+    assert kept.loader is training.loader
+    mechanism = kept.engine.ledger.mechanism
+    assert mechanism.sampling == "poisson" and mechanism.sample_rate == 0.25
+
+
+def test_a_poisson_loader_that_is_longer_than_its_rate_says():
+    sampler = UniformWithReplacementSampler(num_samples=12, sample_rate=0.5, steps=20)
+    reason = refusals.unknown_schedule(DataLoader(DATA, batch_sampler=sampler))
+    assert "rate 0.5" in reason and "1/20" in reason
+
+
+def test_opacus_collate_fn_is_unwrapped():
+    def collate(items):
+        return items
+
+    loader = DPDataLoader(DATA, sample_rate=0.5, collate_fn=collate)
+    twice = DPDataLoader.from_data_loader(loader)
+    assert refusals.own_collate_fn(twice) is collate
+    assert refusals.own_collate_fn(DataLoader(DATA, collate_fn=collate)) is collate

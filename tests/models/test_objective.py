@@ -1,0 +1,86 @@
+"""Gradients of losses by outputs: the closed form equals automatic differentiation."""
+
+import mpmath
+import pytest
+import torch
+from torch import nn
+
+from opacus_pi.models.objective import float64_losses, unit_cotangents
+
+LOGITS = 3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 3, 3, 0])
+
+
+def differentiated(criterion, outputs, targets):
+    """The same by autograd: a function has no closed form."""
+    return unit_cotangents(
+        float64_losses(lambda o, y: criterion(o, y)), outputs, targets
+    )
+
+
+def each(**options):
+    return nn.CrossEntropyLoss(reduction="none", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "labels", "is_known"),
+    [
+        ({}, LABELS, True),
+        ({}, torch.tensor([0, 1, -100, 3, -100, 0]), False),  # ignored
+        ({"ignore_index": 3}, LABELS, False),
+        ({"label_smoothing": 0.1}, LABELS, False),
+        ({"weight": torch.rand(4).double()}, LABELS, False),
+        ({}, LOGITS.double().softmax(0), False),  # soft targets
+    ],
+)
+def test_closed_form_of_cross_entropy(options, labels, is_known):
+    criterion = each(**options)
+    known = float64_losses(criterion).closed_form(LOGITS, labels)
+    assert (known is not None) == is_known
+    outputs = LOGITS.clone().requires_grad_().double()
+    units, scales = unit_cotangents(float64_losses(criterion), outputs, labels)
+    expected = differentiated(criterion, outputs, labels)
+    torch.testing.assert_close(units[0], expected[0][0], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(scales, expected[1], rtol=1e-12, atol=1e-14)
+    assert not (units[0].requires_grad or scales.requires_grad)
+
+
+def test_hooked_criteria_are_called():
+    criterion = each()
+    criterion.register_forward_hook(lambda module, args, losses: 2 * losses)
+    _, scales = unit_cotangents(float64_losses(criterion), LOGITS, LABELS)
+    _, single = unit_cotangents(float64_losses(each()), LOGITS, LABELS)
+    torch.testing.assert_close(scales, 2 * single)
+
+
+def test_label_out_of_range_is_refused_as_torch_does():
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        unit_cotangents(float64_losses(each()), LOGITS, LABELS + 1)
+
+
+def test_nearly_certain_examples_keep_their_digits():
+    """At logit 50 the probability is 1 in float64, and 1 minus it cancels."""
+    outputs = torch.tensor([[50.0, 0.0, 0.0]], dtype=torch.float64)
+    units, scales = unit_cotangents(float64_losses(each()), outputs, LABELS[:1])
+    rest = torch.tensor(-50.0, dtype=torch.float64).exp()
+    torch.testing.assert_close(scales, (rest * 6**0.5)[None], rtol=1e-12, atol=0)
+    direction = torch.tensor([[-2.0, 1.0, 1.0]], dtype=torch.float64) / 6**0.5
+    torch.testing.assert_close(units[0], direction, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("gap", [100.0, 380.0, 500.0, 720.0, 740.0, 800.0])
+@pytest.mark.parametrize("closed", [True, False])
+def test_examples_beyond_doubt_have_units_and_lengths(gap, closed):
+    """exp(-gap) is tiny, its square is not even a number, and then neither is."""
+    logits = torch.tensor([[gap, 0.0, 0.0], [0.0, 1.0, 2.0]], dtype=torch.float64)
+    find = (
+        float64_losses(each()) if closed else float64_losses(lambda o, y: each()(o, y))
+    )
+    units, scales = unit_cotangents(find, logits, torch.tensor([0, 2]))
+    unit = units[0]
+    assert torch.isfinite(unit).all() and (unit.norm(dim=1) < 1 + 1e-12).all()
+    torch.testing.assert_close(unit[1].norm(), torch.ones((), dtype=torch.float64))
+    if closed and gap < 700:
+        exact = mpmath.sqrt(6) * mpmath.exp(-gap) / (1 + 2 * mpmath.exp(-gap))
+        assert float(scales[0]) == pytest.approx(float(exact), rel=1e-12)
+        torch.testing.assert_close(unit[0].norm(), torch.ones((), dtype=torch.float64))

@@ -1,0 +1,74 @@
+"""Copies of models: what they share, what they leave behind."""
+
+import opacus
+import pytest
+import torch
+from torch import nn
+
+from opacus_pi.models.skeleton import bare_copy, evaluation_copy
+
+COPIES = (bare_copy, evaluation_copy)
+
+
+class Counting(nn.Module):
+    """Hooks a method of its own into its layer; keeps a list by a name of Opacus's."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.activations = []
+        self.layer.register_forward_hook(self.count)
+        self.calls = 0
+
+    def count(self, *_):
+        self.calls += 1
+
+    def forward(self, x):
+        self.activations.append(len(x))
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_hooks_that_are_methods_belong_to_the_copy(copied):
+    live = Counting()
+    twin = copied(live)
+    twin(torch.ones(1, 3))
+    assert (twin.calls, live.calls) == (1, 0)
+    assert (twin.activations, live.activations) == ([1], [])
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_nothing_of_opacus_comes_along(copied):
+    live = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    live[1].register_forward_hook(lambda *_: None)
+    live[1].register_full_backward_hook(lambda *_: None)
+    wrapped = opacus.GradSampleModule(live)
+    wrapped(torch.ones(5, 3)).sum().backward()
+    wrapped(torch.ones(5, 3))  # leaves activations behind
+    twin = copied(wrapped)
+    assert type(twin) is nn.Sequential
+    for module in twin.modules():
+        kept = (len(module._forward_hooks), len(module._backward_hooks))
+        backward = int(copied is bare_copy)
+        assert kept == ((1, backward) if isinstance(module, nn.ReLU) else (0, 0))
+        assert not hasattr(module, "activations")
+        assert not hasattr(module, "autograd_grad_sample_hooks")
+    for p in twin.parameters():
+        assert p.grad is None and not hasattr(p, "grad_sample")
+    assert len(live[0].activations) == 1 and live[0]._forward_hooks
+
+
+def test_a_bare_copy_owns_its_weights_and_keeps_the_mode():
+    live = nn.Sequential(nn.Linear(3, 2), nn.Dropout()).train()
+    live[1].eval()
+    twin = bare_copy(live)
+    assert (twin[0].training, twin[1].training) == (True, False)
+    assert torch.equal(twin[0].weight, live[0].weight)
+    assert twin[0].weight.data_ptr() != live[0].weight.data_ptr()
+
+
+def test_an_evaluation_copy_shares_its_weights():
+    live = nn.Sequential(nn.Linear(3, 2), nn.Dropout()).train()
+    twin = evaluation_copy(live)
+    assert not any(module.training for module in twin.modules())
+    assert twin[0].weight.data_ptr() == live[0].weight.data_ptr()

@@ -1,0 +1,102 @@
+"""Runs that a recorder gives no ledger of, and bad input to it."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from opacus_pi.recording import AccountingError, Recorder
+from tests.recording.reporting import INF, N, begun, report, sweep_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:This run has no ledger")
+
+
+# --------------------------------------------------------------------------- refusals
+def test_a_refusal_keeps_its_first_reason_and_stops_sweeping():
+    calls = []
+    recorder = begun(Recorder("swept", every=[1, 2]), sweep=sweep_of(calls))
+    report(recorder)
+    with pytest.warns(UserWarning, match="no ledger any more. first") as warned:
+        recorder.refuse("first")
+        recorder.refuse("second")
+    assert len(warned) == 1
+    report(recorder)
+    assert recorder.num_steps == 2 and len(calls) == 1
+    with pytest.raises(AccountingError, match="^first$"):
+        _ = recorder.ledger
+
+
+def test_a_strict_recorder_raises_at_once():
+    recorder = begun(Recorder(strict=True))
+    with pytest.raises(AccountingError, match="^why$"):
+        recorder.refuse("why")
+
+
+@pytest.mark.parametrize("norm", [math.nan, INF, 1e300])
+def test_a_diverged_run_trains_on_without_a_ledger(norm):
+    recorder = begun()
+    recorder.observe(torch.tensor([0]), torch.tensor([norm], dtype=torch.float64))
+    report(recorder)
+    report(recorder, [(0, 1.0)])
+    with pytest.raises(AccountingError, match="not finite by update 1: .*diverged"):
+        _ = recorder.ledger
+
+
+def test_a_diverged_sweep_is_refused():
+    bad = SimpleNamespace(grad_norms=torch.full((N,), math.nan))
+    recorder = begun(Recorder("swept", every=[1]), sweep=lambda: bad)
+    report(recorder)
+    with pytest.raises(AccountingError, match="not finite by update 1"):
+        _ = recorder.ledger
+
+
+def test_nothing_recorded_yet():
+    with pytest.raises(AccountingError, match="Call make_private, make_monitored or"):
+        _ = Recorder().ledger
+    with pytest.raises(AccountingError, match="No row has been recorded after 0"):
+        _ = begun().ledger
+    recorder = begun(Recorder("swept"), sweep=sweep_of([]))
+    report(recorder)
+    with pytest.raises(AccountingError, match="after 1 updates. Train on, or record"):
+        _ = recorder.ledger
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Recorder("sweeping"), "mode='sweeping'"),
+        (lambda: Recorder(every=0), "every=0.0 above 0"),
+        (lambda: Recorder(every=INF), "every=inf in"),
+        (lambda: Recorder(every=[]), "every=.* increasing"),
+        (lambda: Recorder(every=[0, 1]), "every=.* above 0 where norms are observed"),
+        (lambda: Recorder("swept", every=[-1, 1]), "every=.* increasing"),
+        (lambda: Recorder(every=[2, 2]), "every=.* increasing"),
+        (lambda: Recorder(every=[1.5]), "every=.* whole numbers"),
+        (lambda: Recorder(batch_size=0), "batch_size=0.0 above 0"),
+        (lambda: Recorder.evenly_spaced(0, num_steps=9), "num_checkpoints=0.0 in"),
+        (lambda: Recorder.evenly_spaced(10, num_steps=9), "num_checkpoints=10.0 in"),
+        (lambda: begun(sample_rate=1.5), "sample_rate=1.5 in"),
+        (lambda: begun(sample_rate=0.0), "sample_rate=0.0 above 0"),
+        (lambda: begun(num_examples=0), "num_examples=0.0 above 0"),
+        (lambda: begun(sampling="shuffled"), "sampling='shuffled'"),
+        (lambda: begun(Recorder("swept")), "sweep=None.*criterion"),
+        (lambda: begun(Recorder(weights_dir="w")), "weights=None.*state dict"),
+    ],
+)
+def test_bad_options(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_bad_reports():
+    recorder = begun()
+    for index in (-1, N):
+        with pytest.raises(ValueError, match=rf"indices=\[{index}\] in \[0, {N}\)"):
+            recorder.observe(torch.tensor([index]), torch.tensor([1.0]))
+    with pytest.raises(ValueError, match=r"grad_norms=.*shape \(2,\).*shape \(1,\)"):
+        recorder.observe(torch.tensor([0]), torch.tensor([1.0, 2.0]))
+    short = SimpleNamespace(grad_norms=torch.zeros(N - 1))
+    recorder = begun(Recorder("swept", every=[1]), sweep=lambda: short)
+    with pytest.raises(ValueError, match=r"sweep\(\).grad_norms=.*shape \(6,\)"):
+        report(recorder)

@@ -1,0 +1,73 @@
+"""Reports are put down together; nobody who reads the record can tell."""
+
+import pytest
+import torch
+
+from opacus_pi.recording import AccountingError, Recorder
+
+N = 6
+
+
+def begun(**options):
+    recorder = Recorder(**options)
+    recorder.begin(num_examples=N, sample_rate=0.5, sampling="poisson", data_set="toy")
+    return recorder
+
+
+def observe(recorder, index, norm):
+    recorder.observe(torch.tensor([index]), torch.tensor([norm]))
+
+
+def step(recorder):
+    recorder.step(noise_std=1.0, max_grad_norm=1.0)
+
+
+def test_readers_see_what_waits():
+    recorder = begun(every=[9])
+    observe(recorder, 2, 0.5)
+    step(recorder)
+    assert recorder.ledger.grad_norms[0, 2] == 0.5
+    observe(recorder, 3, 0.25)
+    assert recorder.state_dict()["observed"][3] == 0.25
+
+
+def test_what_the_caller_gave_stays_the_callers():
+    recorder = begun()
+    indices, norms = torch.tensor([1, 4]), torch.tensor([0.5, 0.75])
+    recorder.observe(indices, norms)
+    indices.fill_(0), norms.fill_(9.0)
+    step(recorder)
+    assert recorder.ledger.grad_norms[0, [1, 4]].tolist() == [0.5, 0.75]
+
+
+def test_positions_may_be_listed():
+    recorder = begun()
+    recorder.report([4, 1], torch.tensor([0.5, 0.75], dtype=torch.float64))
+    step(recorder)
+    assert recorder.ledger.grad_norms[0, [1, 4]].tolist() == [0.75, 0.5]
+
+
+def test_a_long_run_does_not_keep_its_reports():
+    recorder = begun(every=[10_000])
+    for _ in range(1000):
+        observe(recorder, 0, 0.5)
+        step(recorder)
+    assert len(recorder._waiting._reports) < 300
+
+
+def test_the_update_that_diverged_is_named():
+    recorder = begun(every=[10])
+    for norm in (1.0, float("nan"), 1.0):
+        observe(recorder, 0, norm)
+        step(recorder)
+    with (
+        pytest.warns(UserWarning, match="not finite by update 2"),
+        pytest.raises(AccountingError, match="not finite by update 2: .*diverged"),
+    ):
+        _ = recorder.ledger
+
+
+def test_a_strict_recorder_does_not_wait():
+    recorder = begun(strict=True)
+    with pytest.raises(AccountingError, match="not finite by update 1"):
+        observe(recorder, 0, float("inf"))
