@@ -17,6 +17,7 @@ LAYER = {
     "_validate": 0,
     "_errors": 0,
     "_class_swap": 0,
+    "_torch_compat": 0,
     "files": 0,
     "ledger": 0,
     "accounting": 0,
@@ -50,6 +51,7 @@ FLOOR = {
 }
 # files of a room that need a package from above the room's floor
 ABOVE_THE_FLOOR = {
+    "_torch_compat.py": {"torch"},
     "files/weights_file.py": {"torch"},
     "files/sealed_state.py": {"torch"},
 }

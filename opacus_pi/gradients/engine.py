@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from opacus_pi._torch_compat import pytree
 from opacus_pi._validate import expect
 from opacus_pi.gradients.bare import BareParameters
 from opacus_pi.gradients.fallback import looped_squares, vmapped_squares

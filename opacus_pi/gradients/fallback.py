@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from opacus_pi._torch_compat import pytree
 from opacus_pi.models.batches import (
     arguments,
     forward,

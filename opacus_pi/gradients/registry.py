@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch  # noqa: F401 (for the example above)
 from torch import Tensor, nn
 
+from opacus_pi._torch_compat import CONVOLUTION_METHOD, forward_pre_hooks
 from opacus_pi.gradients.parameter_gradients import Gradients
 
 NormRule = Callable[[Any, Tensor, Tensor, Collection[str]], Tensor | None]
@@ -102,10 +103,10 @@ def gradient_rule(module: nn.Module) -> GradientRule | None:
 def _matching(module: nn.Module, rules: Mapping[type[nn.Module], _T]) -> _T | None:
     """What is registered for the class whose computation a layer inherits."""
     cls = next((cls for cls in type(module).__mro__ if cls in rules), None)
-    if cls is None or hasattr(module, "parametrizations") or module._forward_pre_hooks:
+    if cls is None or hasattr(module, "parametrizations") or forward_pre_hooks(module):
         return None
     same = all(
         getattr(type(module), method, None) is getattr(cls, method, None)
-        for method in ("__call__", "forward", "_conv_forward")
+        for method in ("__call__", "forward", CONVOLUTION_METHOD)
     )
     return rules[cls] if same and "forward" not in vars(module) else None

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from opacus_pi._torch_compat import pytree
 from opacus_pi.gradients.bare import BareParameters, ExampleGradients
 from opacus_pi.models.batches import map_tensors
 from opacus_pi.models.random_state import random_state_untouched

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from opacus_pi._torch_compat import own_parameters, replace_own_parameters_
 from opacus_pi.gradients.registry import NormRule, norm_rule
 from opacus_pi.gradients.taps import Taps
 
@@ -36,7 +37,7 @@ class _TappedLayer:
 
     def __init__(self, taps: Taps, module: nn.Module, rule: NormRule) -> None:
         self._taps, self._module, self._rule = taps, module, partial(rule, module)
-        self._live = module._parameters
+        self._live = own_parameters(module)
         self._frozen = {
             k: p if p is None else p.detach() for k, p in self._live.items()
         }
@@ -54,11 +55,11 @@ class _TappedLayer:
         x = taps.spread(*args, *kwargs.values()) if parameters else None
         if not taps.wants(x):
             return self._plain_forward(*args, **kwargs)
-        self._module.__dict__["_parameters"] = self._frozen
+        replace_own_parameters_(self._module, self._frozen)
         try:
             output = self._plain_forward(x)
         finally:
-            self._module.__dict__["_parameters"] = self._live
+            replace_own_parameters_(self._module, self._live)
         if taps.wants(output):
             return taps.tap(output, x, parameters, self._rule)
         taps.miss(parameters)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from opacus_pi._torch_compat import num_writes
 from opacus_pi.gradients.bare import ExampleGradients
 from opacus_pi.gradients.precision import Lowered
 from opacus_pi.gradients.products import at_least_float32, squared_lengths
@@ -166,11 +167,11 @@ class Taps:
             The output, to be used in place of it.
         """
         x = None if x is None else x.detach()
-        version = None if x is None else x._version
+        version = None if x is None else num_writes(x)
 
         def listen(grad: Tensor) -> None:
             self._calls.append(parameters)  # (checkpointing calls layers twice)
-            overwritten = x is not None and x._version != version
+            overwritten = x is not None and num_writes(x) != version
             squares = None
             if not overwritten:
                 operand = None if x is None else at_least_float32(x)

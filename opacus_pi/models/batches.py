@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
+from opacus_pi._torch_compat import pytree
 from opacus_pi._validate import expect
 
 _TARGETS, _OUTPUTS = "labels", "logits"  # the names that transformers uses

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_pi._torch_compat import forward_hooks, forward_pre_hooks
 from opacus_pi.models.batches import floating, map_tensors, to_float64
 from opacus_pi.models.criterion import Criterion, per_example_criterion
 from opacus_pi.models.skeleton import made_by_opacus
@@ -99,7 +100,7 @@ def _is_plain_cross_entropy(criterion: Criterion) -> bool:
         and criterion.weight is None
         and criterion.label_smoothing == 0.0
         and criterion.ignore_index < 0
-        and not (criterion._forward_hooks or criterion._forward_pre_hooks)
+        and not (forward_hooks(criterion) or forward_pre_hooks(criterion))
         and "forward" not in vars(criterion)
     )
 

@@ -18,14 +18,19 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from opacus_pi._torch_compat import (
+    BACKWARD_HOOK_TABLES,
+    COMPILED_CALL,
+    FORWARD_HOOK_TABLES,
+    BatchNormBase,
+    compiled_module,
+)
 from opacus_pi._validate import expect
 from opacus_pi.models.batches import floating
 
 _PACKAGES = ("opacus", "opacus_pi")
-_FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
-_HOOKS = (*_FORWARD_HOOKS, "_backward_pre_hooks", "_backward_hooks")
+_HOOKS = (*FORWARD_HOOK_TABLES, *BACKWARD_HOOK_TABLES)
 _OBSERVED = "autograd_grad_sample_hooks"  # Opacus hangs it on a model that it hooks
 _LEFT_BY_OPACUS = (
     _OBSERVED,
@@ -76,7 +81,7 @@ def evaluation_copy(model: nn.Module) -> nn.Module:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm:
             weight = cast(nn.Parameter, module.weight)  # forward rescales it in place
             memo[id(weight)] = _parameter(weight.detach().clone(), weight)
-    return _copied(model, memo, _FORWARD_HOOKS).eval()
+    return _copied(model, memo, FORWARD_HOOK_TABLES).eval()
 
 
 def working_copy(model: nn.Module) -> nn.Module:
@@ -141,7 +146,7 @@ def _inner(model: nn.Module) -> nn.Module | None:
     if made_by_opacus(model):
         parts = {**getattr(model, "_modules", {}), **vars(model)}
         return parts.get("_module", parts.get("module"))
-    return model._modules.get("_orig_mod")
+    return compiled_module(model)
 
 
 def _parameter(values: torch.Tensor, like: nn.Parameter) -> nn.Parameter:
@@ -168,15 +173,15 @@ def _copied(
                 memo |= {id(hook): _DROPPED for hook in ours}
             elif name in _HOOKS:
                 memo[id(value)] = OrderedDict()
-            elif name == "_compiled_call_impl":
+            elif name == COMPILED_CALL:
                 memo[id(value)] = None
             elif name in left_over and isinstance(value, list):
                 memo[id(value)] = []
             elif isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()  # deepcopy refuses these
     for module in model.modules():
-        if "_orig_mod" in module._modules:  # torch.compile
-            memo[id(module)] = copy.deepcopy(module._orig_mod, memo)
+        if (inner := compiled_module(module)) is not None:
+            memo[id(module)] = copy.deepcopy(inner, memo)
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
         for name in left_over:
@@ -209,7 +214,7 @@ def _check_batch_statistics(model: nn.Module) -> None:
     """Raise if a layer's statistics are those of the batch."""
     for name, module in model.named_modules():
         expect(
-            not isinstance(module, _BatchNorm) or module.running_mean is not None,
+            not isinstance(module, BatchNormBase) or module.running_mean is not None,
             "model",
             f"{type(module).__name__} {name!r} without running statistics",
             "to treat the examples of a batch separately",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from opacus_pi._torch_compat import num_writes, pytree
 from opacus_pi.gradients.clipping.completeness import (
     BEYOND,
     Owed,
@@ -95,7 +95,7 @@ class Inputs:
 
     def _counts(self) -> list[int]:
         """How often each tensor was written to."""
-        return [tensor._version for tensor in self.tensors]
+        return [num_writes(tensor) for tensor in self.tensors]
 
 
 @dataclass

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_pi._torch_compat import current_backward_pass, forward_hooks
 from opacus_pi._validate import expect
 from opacus_pi.gradients.bare import BareParameters, ExampleGradients
 from opacus_pi.gradients.clipping.batch import Batch, Call, Inputs, WholeCall
@@ -199,7 +200,7 @@ class Book:
         """A gradient reached an output of the model."""
         self._reach(batch)
         call.cotangents[place] = grad
-        if self._pass_id != (pass_id := torch._C._current_graph_task_id()):
+        if self._pass_id != (pass_id := current_backward_pass()):
             self._pass_id, self._under_way = pass_id, []
         if batch not in self._under_way:
             self._under_way.append(batch)
@@ -240,7 +241,7 @@ class Book:
         """
         if self._open is not None:
             return [self._open]
-        again = self._is_training() and torch._C._current_graph_task_id() != -1
+        again = self._is_training() and current_backward_pass() != -1
         if not again or self._latest is None:
             return []
         return self._under_way or [self._latest]
@@ -321,7 +322,7 @@ def _used_on_shared_rows(model: nn.Module, call: Call, size: int) -> set[nn.Para
     except Exception:  # of any kind: a model that cannot be copied
         return set()
     for module in twin.modules():
-        module._forward_hooks.clear()  # the user's may collect what they see
+        forward_hooks(module).clear()  # the user's may collect what they see
     found = weights_of_shared_rows(twin, call, size)
     pairs = zip(twin.parameters(), model.parameters(), strict=True)
     return {ours for theirs, ours in pairs if theirs in found}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from opacus_pi._torch_compat import own_parameters
 from opacus_pi.gradients.clipping.batch import Call
 from opacus_pi.gradients.fallback import vmapped_gradients
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients
@@ -106,7 +107,7 @@ class LayerListener:
             return
         if isinstance(self._rule, _ByRule) and len(inputs) > 1:
             return
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if self._book.is_live(parameter):
                 self._frozen[name] = cast(nn.Parameter, parameter)
                 self._frozen[name].requires_grad_(False)

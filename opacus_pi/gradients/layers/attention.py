@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opacus_pi._torch_compat import forward_pre_hooks, has_joint_projection
 from opacus_pi.gradients.layers.linear import linear_squares
 from opacus_pi.gradients.registry import NormRule
 from opacus_pi.gradients.taps import Taps
@@ -44,9 +45,9 @@ def _is_standard(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
         and type(module).forward is nn.MultiheadAttention.forward
         and "forward" not in vars(module)
         and not hasattr(module, "parametrizations")
-        and not module._forward_pre_hooks
+        and not forward_pre_hooks(module)
         and module.batch_first
-        and module._qkv_same_embed_dim
+        and has_joint_projection(module)
         and module.bias_k is None
         and not module.add_zero_attn
     )

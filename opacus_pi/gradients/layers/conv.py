@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opacus_pi._torch_compat import both_sides_padding
 from opacus_pi.gradients.parameter_gradients import (
     Formed,
     Gradients,
@@ -155,7 +156,7 @@ def window_of(module: Any, x: Tensor) -> tuple[Tensor, Window]:
     if module.padding_mode == "zeros" and not isinstance(module.padding, str):
         return x, replace(window, padding=module.padding)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    x = F.pad(x, both_sides_padding(module), mode=mode)
     return x, replace(window, padding=(0,) * len(window.kernel))
 
 

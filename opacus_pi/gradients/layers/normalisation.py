@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from opacus_pi._torch_compat import BatchNormBase, InstanceNormBase
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients
 from opacus_pi.gradients.products import squared_lengths
 from opacus_pi.gradients.registry import register_gradient_rule, register_norm_rule
@@ -56,7 +55,7 @@ def group_norm_gradients(
 
 @_affine(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batch_norm_gradients(
-    module: _BatchNorm, x: Tensor, grad: Tensor, names: Collection[str]
+    module: BatchNormBase, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
     """The same with running statistics: ``(b, c)`` or ``(b, c, ...)``."""
     normalised = F.batch_norm(
@@ -67,7 +66,7 @@ def batch_norm_gradients(
 
 @_affine(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def instance_norm_gradients(
-    module: _InstanceNorm, x: Tensor, grad: Tensor, names: Collection[str]
+    module: InstanceNormBase, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
     """The same with statistics of each example and channel, or running ones."""
     normalised = F.instance_norm(

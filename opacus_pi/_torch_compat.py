@@ -1,0 +1,118 @@
+"""Every private name of torch that this package uses, each in one place.
+
+Torch may rename or drop a private name in any release. The rest of the package
+therefore imports from here, so that a new version of torch is tried, and mended, in
+this file alone. Every name below was seen, and meant the same, in torch 2.6 (the
+oldest that ``setup.py`` allows) and in torch 2.14.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "BACKWARD_HOOK_TABLES",
+    "COMPILED_CALL",
+    "CONVOLUTION_METHOD",
+    "FORWARD_HOOK_TABLES",
+    "BatchNormBase",
+    "InstanceNormBase",
+    "both_sides_padding",
+    "compiled_module",
+    "current_backward_pass",
+    "forward_hooks",
+    "forward_pre_hooks",
+    "has_joint_projection",
+    "num_writes",
+    "own_parameters",
+    "pytree",
+    "replace_own_parameters_",
+]
+
+# Attributes of a module that hold its hooks, each a dict from a number to the hook.
+FORWARD_HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
+BACKWARD_HOOK_TABLES = ("_backward_pre_hooks", "_backward_hooks")
+# Attribute in which ``module.compile()`` keeps the compiled call.
+COMPILED_CALL = "_compiled_call_impl"
+# Method of convolutions that does what ``forward`` does; subclasses override it, too.
+CONVOLUTION_METHOD = "_conv_forward"
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return the live table of forward hooks (``_forward_hooks``)."""
+    return module._forward_hooks
+
+
+def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return the live table of forward pre-hooks (``_forward_pre_hooks``)."""
+    return module._forward_pre_hooks
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """Return the live table of a module's own parameters (``_parameters``).
+
+    Unlike ``named_parameters`` it is not computed anew, lists a parameter under every
+    name that it has, and lists absent ones (``bias=False``) as None.
+    """
+    return module._parameters
+
+
+def replace_own_parameters_(
+    module: nn.Module, table: Mapping[str, Tensor | None]
+) -> None:
+    """Replace the table of a module's own parameters (``_parameters``).
+
+    This is what ``torch.func.functional_call`` does, without its cost for each call.
+
+    Args:
+        module: The module, changed in place.
+        table: By name; plain tensors may stand in for parameters.
+    """
+    module.__dict__["_parameters"] = table
+
+
+def compiled_module(model: nn.Module) -> nn.Module | None:
+    """Return the module inside the wrapper that ``torch.compile`` returns.
+
+    Returns:
+        What the wrapper keeps as its submodule ``_orig_mod``; ``None`` for a model
+        that is no such wrapper.
+    """
+    return model._modules.get("_orig_mod")
+
+
+def num_writes(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place (``_version``).
+
+    Views share the count with their base. Writes through ``.data`` and through NumPy
+    are not counted, nor is any write to a tensor made under ``torch.inference_mode``:
+    its count is always 0.
+    """
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def current_backward_pass() -> int:
+    """Return the number of the backward pass that runs in this thread, -1 if none does.
+
+    Source: ``torch._C._current_graph_task_id``.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def both_sides_padding(convolution: nn.Module) -> list[int]:
+    """Return a convolution's padding in the order that ``F.pad`` expects.
+
+    Source: ``_reversed_padding_repeated_twice``, which is what the layer itself passes
+    to ``F.pad`` for ``padding_mode`` other than zeros.
+    """
+    return cast(list[int], convolution._reversed_padding_repeated_twice)
+
+
+def has_joint_projection(attention: nn.MultiheadAttention) -> bool:
+    """Whether queries, keys and values have one size (``_qkv_same_embed_dim``)."""
+    return cast(bool, attention._qkv_same_embed_dim)
