@@ -1,25 +1,30 @@
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+INIT = (HERE / "opacus_pi" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"', INIT, re.MULTILINE).group(1)
 DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.30", "pymdown-extensions>=10"]
 
 setup(
     name="opacus-pi",
-    version="0.1.0",
+    version=VERSION,
     description="What each training example costs in privacy, and what it takes to "
     "forget it: per-instance Renyi accounting and unlearning on Opacus.",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    # with one source folder an editable install is a plain path, which mypy follows
+    package_dir={"": "."},
     packages=find_packages(include=["opacus_pi", "opacus_pi.*"]),
     package_data={"opacus_pi": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",
-        "opacus>=1.6",
+        "opacus>=1.6,<1.7",
         "numpy>=1.26",
         "scipy>=1.11.1",
         "matplotlib>=3.9",
