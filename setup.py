@@ -20,7 +20,7 @@ setup(
     # with one source folder an editable install is a plain path, which mypy follows
     package_dir={"": "."},
     packages=find_packages(include=["opacus_pi", "opacus_pi.*"]),
-    package_data={"opacus_pi": ["py.typed"]},
+    package_data={"opacus_pi": ["py.typed", "report/templates/*"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",
@@ -30,6 +30,7 @@ setup(
         "matplotlib>=3.9",
         "scikit-learn>=1.4",
         "tqdm>=4.65",
+        "jinja2>=3.1",
         "safetensors>=0.5",
         "typing-extensions>=4.10",
     ],

@@ -109,7 +109,7 @@ def test_the_warning_comes_first(tmp_path):
     page, _ = read(tmp_path / "r.html", ledger=make_ledger())
     first = next(attributes for tag, attributes in page.tags if tag == "div")
     assert first["role"] == "note" and first["class"] == "warning"
-    assert page.text.index("Do not pass this page on") < page.text.index("Training")
+    assert page.text.index("Do not share this page") < page.text.index("Training")
 
 
 def test_unlearning_beside_retrained_models(tmp_path):
@@ -282,4 +282,4 @@ def test_ties_are_on_the_page(tmp_path):
     page, facts = read(tmp_path / "r.html", ledger=replace(ledger, grad_norms=norms))
     tied = np.count_nonzero((norms == norms.max()).all(0))
     assert facts["num_at_top"] == tied > 1 and facts["num_at_bound"] == 0
-    assert f"{tied} examples share the largest loss: nothing tells" in page.text
+    assert f"{tied} examples share the largest loss: the loss cannot" in page.text

@@ -12,7 +12,7 @@ from opacus_pi.cli.arguments import (
 )
 from opacus_pi.cli.output import answer, table
 from opacus_pi.report import Scores, score, training_facts
-from opacus_pi.report.sections import tied_words
+from opacus_pi.report.scores import tie_sentence
 
 HELP = "losses and epsilons of all examples, and who is hardest"
 DESCRIPTION = """\
@@ -97,5 +97,5 @@ def _headline(scores: Scores) -> str:
 
 def _with_ties(facts: dict[str, Any]) -> str:
     """The heading of the hardest, and how many of them are not told apart."""
-    words = tied_words(facts)
+    words = tie_sentence(facts)
     return "Hardest examples\n" + (f"{words}\n" if words else "")

@@ -1,4 +1,4 @@
-"""A run on one page: what examples cost, who is hardest, what may be claimed."""
+"""A report about one run: privacy losses, the hardest examples, what may be claimed."""
 
 from opacus_pi.report.run import Barriers
 from opacus_pi.report.scores import Scores, score

@@ -1,4 +1,8 @@
-"""The figures of a report, as pictures that stand inside the page."""
+"""The figures of a report, as SVG pictures that are part of the page.
+
+Each figure is encoded as a data address, so the page needs no second file. Equal facts
+give equal bytes: the SVG contains no date, and its identifiers come from a fixed salt.
+"""
 
 import base64
 import io
@@ -20,47 +24,49 @@ _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 _SIZE = (4.6, 3.0)  # inches: still readable on a telephone
 
 
-def distribution_figures(scores: Scores, forget_loss: float | None) -> dict[str, str]:
-    """Histograms of loss and, where there is one, ε.
+def distribution_pictures(scores: Scores, forget_loss: float | None) -> dict[str, str]:
+    """Draw histograms of the loss and, unless there is only a ranking, of ε.
 
     Args:
         scores: The per-example numbers.
-        forget_loss: Mean loss of the forget set, drawn as a line, or None.
+        forget_loss: Mean loss of the forget set, drawn as a line; None draws none.
 
     Returns:
-        Pictures by what they show; none where no number is finite.
+        Addresses of the pictures by caption. A number that is finite for no example
+        has no picture.
     """
-    drawn = {}
+    pictures = {}
     if np.isfinite(scores.losses).any():
-        marks = {} if forget_loss is None else {"forget set, mean": forget_loss}
+        marks = {} if forget_loss is None else {"mean of the forget set": forget_loss}
         if not scores.ranking_only:
-            marks["bound for anybody"] = scores.worst_case_loss
+            marks["worst case"] = scores.worst_case_loss
         name = f"privacy loss at order {scores.order:g}"
-        drawn["Privacy losses of all examples, a histogram."] = _histogram(
+        pictures["Histogram of the privacy losses of all examples."] = _histogram(
             scores.losses, name, marks
         )
     if scores.epsilons is not None and np.isfinite(scores.epsilons).any():
-        marks = {"bound for anybody": scores.worst_case_epsilon}
+        marks = {"worst case": scores.worst_case_epsilon}
         name = f"ε at δ = {scores.delta:g}"
-        drawn["Estimated ε of all examples, a histogram."] = _histogram(
+        pictures["Histogram of the estimated ε of all examples."] = _histogram(
             scores.epsilons, name, marks
         )
-    return drawn
+    return pictures
 
 
-def trace_figures(
+def trace_pictures(
     trace: UnlearningTrace, oracle: Mapping[str, ArrayLike]
 ) -> dict[str, str]:
-    """One figure for each metric of a run, retrained models dashed.
+    """Draw every metric of an unlearning run, with retrained models as dashed lines.
 
     Args:
-        trace: The run.
+        trace: The metrics over time. A metric with a value that is not finite is left
+            out.
         oracle: The metrics of retrained models by name.
 
     Returns:
-        Pictures by what they show.
+        Addresses of the pictures by caption.
     """
-    drawn = {}
+    pictures = {}
     for metric, values in trace.metrics.items():
         if not np.isfinite(values).all() or not values:
             continue
@@ -78,15 +84,15 @@ def trace_figures(
         meaning = f" ({MEANING[metric]})" if metric in MEANING else ""
         compared = ", beside retrained models" if beside else ""
         caption = f"{title.capitalize()}{meaning} over {trace.unit}{compared}."
-        drawn[caption] = _picture(figure)
-    return drawn
+        pictures[caption] = _address(figure)
+    return pictures
 
 
 def _histogram(values: NDArray[np.float64], name: str, marks: dict[str, float]) -> str:
-    """One histogram as a picture."""
+    """Draw one histogram and return its address."""
     figure, ax = _canvas()
     plot_distribution(values, name=name, marks=marks, ax=ax)
-    return _picture(figure)
+    return _address(figure)
 
 
 def _canvas() -> tuple[Figure, Axes]:
@@ -96,12 +102,13 @@ def _canvas() -> tuple[Figure, Axes]:
 
 
 def _literal(words: str) -> str:
-    """Words of a file, that are not to be read as a formula."""
+    """Escape dollar signs, so that matplotlib does not read a formula."""
     return words.replace("$", r"\$")
 
 
-def _picture(figure: Figure) -> str:
-    """The figure as a data address of an SVG file."""
+def _address(figure: Figure) -> str:
+    """Encode the figure as the data address of an SVG file."""
+    # Letters become paths, so the picture looks alike without the font.
     with plt.rc_context({"svg.hashsalt": "opacus_pi", "svg.fonttype": "path"}):
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata=_NO_METADATA)

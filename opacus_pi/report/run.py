@@ -1,4 +1,4 @@
-"""An unlearning run in numbers: before, after, and beside retrained models."""
+"""The facts of an unlearning run: before, after, and beside retrained models."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,20 +13,23 @@ from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
 from opacus_pi.report.scores import Scores
 from opacus_pi.unlearning.plan import percentile
 
-TOLERANCE = 0.05
+TOLERANCE = 0.05  # a run is near the retrained models when it is that close, absolute
 MEANING = {
-    "unlearning_accuracy": "part of the forget set that is classified wrongly",
-    "retain_accuracy": "accuracy on what was kept",
+    "unlearning_accuracy": "share of the forget set that is misclassified",
+    "retain_accuracy": "accuracy on examples that were kept",
     "test_accuracy": "accuracy on unseen data",
     "forget_loss": "mean loss on the forget set",
-    "forget_confidence": "mean probability given to the right label, forget set",
-    "membership_inference": "part of the forget set that an attacker calls unseen",
-    "attacker_accuracy": "the attacker's own accuracy; 0.5 is guessing",
+    "forget_confidence": "mean probability of the correct label, forget set",
+    "membership_inference": "share of the forget set that an attacker calls unseen",
+    "attacker_accuracy": "the attacker's own balanced accuracy; 0.5 is guessing",
 }
+# Entries of a record that are not settings: the page shows the method elsewhere, and
+# must not name the forgotten examples.
+_NOT_SETTINGS = ("method", "forget_indices", "forgotten_before")
 
 
 class Unlearned(Protocol):
-    """What ``Unlearner.unlearn`` returns, of which a report needs no model."""
+    """What a report needs of the result of ``Unlearner.unlearn``: all but the model."""
 
     @property
     def trace(self) -> UnlearningTrace: ...  # noqa: D102
@@ -38,12 +41,13 @@ class Unlearned(Protocol):
 
 @dataclass(frozen=True)
 class Barriers:
-    """Loss barriers to retrained models, and between those.
+    """Loss barriers to retrained models, and between retrained models.
 
     Args:
-        to_oracles: From the unlearned model to each retrained one.
-        between_oracles: Between the retrained models' pairs; empty for one model.
-        matched: Whether hidden units were matched first.
+        to_oracles: From the unlearned model to each retrained model.
+        between_oracles: Between all pairs of retrained models; empty if there is only
+            one.
+        matched: Whether hidden units were matched before the barriers were measured.
     """
 
     to_oracles: Sequence[float]
@@ -52,10 +56,10 @@ class Barriers:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "Barriers":
-        """Read what was written as JSON.
+        """Read barriers that were written as JSON.
 
         Raises:
-            KeyError, TypeError, ValueError: If it is something else.
+            KeyError, TypeError, ValueError: If the facts are something else.
         """
         pairs = [float(value) for value in facts["between_oracles"]]
         return cls(
@@ -71,18 +75,20 @@ def run_facts(
     oracle: Mapping[str, ArrayLike] | None,
     barriers: Barriers | None,
 ) -> dict[str, Any]:
-    """The part of a report that speaks of unlearning, JSON-able.
+    """Return the part of a report that covers unlearning, JSON-able.
+
+    The facts say how many examples were forgotten, never which.
 
     Args:
-        result: The run.
-        scores: Of the training that it started from.
+        result: The unlearning run.
+        scores: The per-example numbers of the training that it started from.
         oracle: The metrics of retrained models by name, or None.
-        barriers: Barriers to them, or None.
+        barriers: Loss barriers to those models, or None.
     """
     record = result.record
     return {
         "method": record.get("method"),
-        "settings": {k: v for k, v in record.items() if k not in _NAMING},
+        "settings": {k: v for k, v in record.items() if k not in _NOT_SETTINGS},
         "forget_set": _forget_set(record, scores),
         "metrics": _metrics(result.trace, oracle or {}),
         "trace": result.trace,
@@ -95,11 +101,8 @@ def run_facts(
     }
 
 
-_NAMING = ("method", "forget_indices", "forgotten_before")  # who, or said elsewhere
-
-
 def _forget_set(record: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
-    """How many, and how hard they were said to be."""
+    """Size of the forget set, and its difficulty if the ledger knows its examples."""
     forget = np.asarray(record.get("forget_indices", []), dtype=np.int64)
     before = len(record.get("forgotten_before", []))
     if not np.isin(forget, scores.ids).all() or not len(forget):
@@ -117,23 +120,23 @@ def _forget_set(record: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
 def _metrics(
     trace: UnlearningTrace, oracle: Mapping[str, ArrayLike]
 ) -> list[dict[str, Any]]:
-    """One line for each metric."""
+    """Each metric at the first and the last evaluation, beside retrained models."""
     return [
         {
             "name": name,
             "before": values[0],
             "after": values[-1],
-            **(_beside(trace, name, oracle) if name in oracle else {}),
+            **(_oracle_facts(trace, name, oracle) if name in oracle else {}),
         }
         for name, values in trace.metrics.items()
         if values
     ]
 
 
-def _beside(
+def _oracle_facts(
     trace: UnlearningTrace, name: str, oracle: Mapping[str, ArrayLike]
 ) -> dict[str, Any]:
-    """A metric of the retrained models, and when the run came near it."""
+    """A metric of the retrained models, and when the run first came near it."""
     time = time_to_unlearn(trace, oracle, metric=name, tolerance=TOLERANCE)
     values = np.asarray(oracle[name], dtype=np.float64).ravel()
     return {

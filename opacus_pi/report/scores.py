@@ -1,4 +1,4 @@
-"""The per-example numbers of a run, and the few that describe them all.
+"""The per-example numbers of a training, and the statistics that describe them.
 
 >>> from opacus_pi.accounting import NoisySGD
 >>> mechanism = NoisySGD(100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
@@ -10,7 +10,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,28 +31,31 @@ from opacus_pi.difficulty.forget_sets import difficulty_strata, num_at_top, rank
 from opacus_pi.ledger.grad_norm_ledger import runs_of
 
 SENSITIVE = (
-    "Sensitive: these numbers say which examples are unusual. Guard them like the "
-    "data; show a value to the owner of the example only."
+    "Sensitive: these numbers reveal which examples are unusual. Protect them like the "
+    "data itself, and show a value only to the person whose example it is."
 )
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-_ROUNDING = 1 - 1e-12
-_PART = 50  # a stratum holds 1 of 50 examples, as the paper's 1,000 of 50,000
+_ROUNDING = 1 - 1e-12  # losses that differ by less are equal
+_STRATUM_DIVISOR = (
+    50  # a stratum has 1 of 50 examples, like the paper's 1,000 of 50,000
+)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What each example of a recorded training cost.
+    """Privacy loss and ε of every example of a recorded training.
 
     Args:
         order: Rényi order of the losses.
         delta: δ of the epsilons.
         ids: int64 ``(n,)``, positions in the data set.
         losses: float64 ``(n,)``, in nats.
-        epsilons: float64 ``(n,)``; None where training added no noise of its own, or
-            norms were measured for ranking: the losses then are a ranking.
-        worst_case_loss: The bound on any example's loss; ``inf`` where there is none.
-        worst_case_epsilon: The bound on any example's ε; ``inf`` where there is none.
-        assumptions: What ε rests on, met or not.
+        epsilons: float64 ``(n,)``; None if the losses only rank the examples, because
+            the noise was assumed or the norms were measured for ranking.
+        worst_case_loss: Bound on the loss of any example, in nats; ``inf`` if there is
+            none.
+        worst_case_epsilon: Bound on the ε of any example; ``inf`` if there is none.
+        assumptions: The assumptions of ε, met or not.
     """
 
     order: float
@@ -66,21 +69,28 @@ class Scores:
 
     @property
     def ranking_only(self) -> bool:
-        """Whether the losses order examples and claim nothing."""
+        """Whether the losses only rank examples and guarantee nothing."""
         return self.epsilons is None
 
     @property
     def num_at_bound(self) -> int:
-        """How many examples' losses are the bound itself: they are not told apart."""
+        """Number of examples whose loss equals the worst case, up to rounding."""
         return int(np.count_nonzero(self.losses >= self.worst_case_loss * _ROUNDING))
 
     @property
     def num_at_top(self) -> int:
-        """How many examples share the largest loss, to rounding."""
+        """Number of examples that share the largest loss, up to rounding."""
         return num_at_top(self.losses)
 
     def hardest(self, top: int) -> list[dict[str, Any]]:
-        """Id, loss and ε of the examples of ``top_k``, largest loss first."""
+        """Id, loss and ε of the examples with the largest losses, largest first.
+
+        Equal losses are in the random order of ``difficulty.ranking``, so that the
+        list does not reproduce the order of the data set.
+
+        Args:
+            top: Number of examples, at least 0.
+        """
         places = ranking(self.losses)[::-1][:top]
         return [
             {
@@ -92,16 +102,21 @@ class Scores:
         ]
 
     def strata(self) -> list[dict[str, Any]]:
-        """Five sets of rising loss, each a fiftieth of the examples; none of one."""
+        """Five sets of rising loss, each a fiftieth of the examples.
+
+        A ledger of a single example has no strata.
+        """
         if len(self.losses) < 2:
             return []
-        with warnings.catch_warnings():  # of ties: they change no loss in the table
+        size = max(1, len(self.losses) // _STRATUM_DIVISOR)
+        with warnings.catch_warnings():
+            # The warning is about ties, and ties change no number of the table.
             warnings.simplefilter("ignore")
-            sets = difficulty_strata(self.losses, max(1, len(self.losses) // _PART))
+            sets = difficulty_strata(self.losses, size)
         return [self._stratum(name, places) for name, places in sets.items()]
 
     def quantiles(self) -> dict[str, Any]:
-        """Quantiles over examples of loss and ε."""
+        """Quantiles of loss and ε over the examples; each is a value of an example."""
         return {
             "probability": _QUANTILES,
             "loss": np.quantile(self.losses, _QUANTILES, method="lower"),
@@ -111,7 +126,11 @@ class Scores:
         }
 
     def facts(self, top: int) -> dict[str, Any]:
-        """Everything but the list of all examples, to be written as JSON."""
+        """Everything except the list of all examples, to be written as JSON.
+
+        Args:
+            top: Number of hardest examples to list.
+        """
         return {
             "sensitive": SENSITIVE,
             "num_examples": len(self.losses),
@@ -129,7 +148,7 @@ class Scores:
         }
 
     def _stratum(self, name: str, places: NDArray[np.int64]) -> dict[str, Any]:
-        """One line of the table of strata."""
+        """One row of the table of strata."""
         own = self.epsilons
         return {
             "name": name,
@@ -148,24 +167,25 @@ def score(
     delta: float = 1e-5,
     tolerance: float = 0.0,
 ) -> Scores:
-    """Losses, epsilons and worst case of a recorded training.
+    """Compute losses, epsilons and worst case of a recorded training.
 
     Args:
         ledger: One run, or several independent runs of one training.
         order: Rényi order of the losses, above 1.
         delta: δ of the epsilons, in (0, 1).
-        tolerance: 0: no rounding; for one run from 1e-8: losses are at most that much
-            too large, relatively, and many times faster with 30,000 examples or more.
+        tolerance: Largest relative error of a loss, always upwards. 0 computes without
+            rounding. For a single run, values from 1e-8 on are many times faster with
+            30,000 examples or more.
 
     Returns:
-        The numbers; as sensitive as the ledger.
+        The numbers, which are as sensitive as the ledger.
 
     Raises:
-        ValueError: If an argument is outside its domain, the ledger holds nobody, or
-            it has no noise, not even an assumed one.
+        ValueError: If an argument is outside its domain, if the ledger has no
+            examples, or if it has no noise, not even an assumed one.
     """
     runs = list(runs_of(ledger))
-    positive(num_examples=runs[0].num_examples, remedy="The ledger holds nobody.")
+    positive(num_examples=runs[0].num_examples, remedy="The ledger has no examples.")
     ids = runs[0].example_ids
     ids = np.arange(runs[0].num_examples) if ids is None else ids
     losses = privacy_losses(runs, order, tolerance=tolerance)
@@ -183,4 +203,20 @@ def score(
         else worst_case_loss(mechanism, order, steps=runs[0].steps),
         worst_case_epsilon=statement.worst_case,
         assumptions=statement.assumptions,
+    )
+
+
+def tie_sentence(facts: Mapping[str, Any]) -> str:
+    """Say how many examples share the largest loss; empty if it is a single one.
+
+    Args:
+        facts: What ``Scores.facts`` returned.
+    """
+    tied = facts["num_at_top"]
+    if tied < 2:
+        return ""
+    bound = ", which equals the worst case" if facts["num_at_bound"] else ""
+    return (
+        f"{tied} examples share the largest loss{bound}: the loss cannot distinguish "
+        "them, and their order here is random."
     )

@@ -1,4 +1,4 @@
-"""One page and one JSON file that say what a run cost and what may be claimed."""
+"""Write the report about one run: an HTML page, and a JSON file with the same facts."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,10 @@ from opacus_pi._validate import expect, in_range
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.strict_json import json_text, strict
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
-from opacus_pi.report import sections
-from opacus_pi.report.figures import distribution_figures, trace_figures
-from opacus_pi.report.html import page, paragraph
+from opacus_pi.report.figures import distribution_pictures, trace_pictures
+from opacus_pi.report.page import render
 from opacus_pi.report.run import Barriers, Unlearned, run_facts
-from opacus_pi.report.scores import Scores, score
+from opacus_pi.report.scores import score
 
 FORMAT = "opacus_pi.Report.v1"
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
@@ -33,31 +32,32 @@ def write_report(
     tolerance: float = 0.0,
     title: str = "Privacy and unlearning report",
 ) -> dict[str, Any]:
-    """Write one self-contained HTML page, and the same facts as JSON beside it.
+    """Write one self-contained HTML page, and a JSON file with the same facts.
 
-    The page loads nothing, runs no script, and escapes every text it shows. Both files
-    are readable by the owner only: they say which examples are unusual.
+    The page loads nothing, runs no script and escapes every text that it shows. Both
+    files are readable by their owner only, because they name unusual examples.
 
     Args:
-        path: Name of the page; the JSON gets the same name with ``.json``.
-        ledger: The record of one training, or of several independent runs of it.
-        result: What ``Unlearner.unlearn`` returned, or anything with its ``trace``,
-            ``guarantee`` and ``record``; None: a report of the training alone.
-        oracle: For each metric its values over models retrained without the forget
-            set.
-        barriers: Loss barriers to those.
+        path: Name of the page. The JSON file gets the same name with ``.json``.
+        ledger: The ledger of one training run, or of several independent runs.
+        result: What ``Unlearner.unlearn`` returned, or any object with its ``trace``,
+            ``guarantee`` and ``record``. None: the report covers the training alone.
+        oracle: For each metric, its values over models that were retrained without
+            the forget set.
+        barriers: Loss barriers to those models.
         order: Rényi order of the losses, above 1.
-        delta: δ of the epsilons, in (0, 1).
-        top: How many of the hardest examples to name, at least 0.
+        delta: δ of every ε, in (0, 1).
+        top: Number of hardest examples to list, at least 0.
         tolerance: As in ``score``.
         title: Heading of the page.
 
     Returns:
-        The facts, as in the JSON.
+        The facts, as in the JSON file.
 
     Raises:
-        ValueError: If the ledger has no noise, not even an assumed one, the oracle
-            comes without a result, or a number leaves its domain; nothing is written.
+        ValueError: If the ledger has no noise, not even an assumed one, if an oracle
+            is given without a result, or if a number is outside its domain. Then
+            nothing is written.
     """
     page_path = Path(path)
     expect(
@@ -65,7 +65,7 @@ def write_report(
         "path",
         page_path,
         "to be the page's name, not the JSON's",
-        "Name it report.html; the JSON is written beside it.",
+        "Name it report.html; the JSON file is written beside it.",
     )
     expect(
         result is not None or (oracle is None and barriers is None),
@@ -74,22 +74,33 @@ def write_report(
         "to be given with an oracle or barriers",
         "Retrained models are shown beside an unlearning run.",
     )
-    in_range(0, float("inf"), top=top, remedy="0 names nobody.")
+    in_range(0, float("inf"), top=top, remedy="Pass 0 to list no example.")
     scores = score(ledger, order=order, delta=delta, tolerance=tolerance)
-    facts = _facts(title, ledger, scores, top)
+    facts: dict[str, Any] = strict(
+        {
+            "format": FORMAT,
+            "title": title,
+            "training": training_facts(ledger),
+            **scores.facts(top),
+        }
+    )
     if result is not None:
         facts["unlearning"] = strict(run_facts(result, scores, oracle, barriers))
-    content = page(title, _body(facts, scores, result, oracle or {}))
-    replace_file(page_path, content.encode())
+    page = render(
+        facts,
+        distribution_pictures(scores, _forget_loss(facts)),
+        {} if result is None else trace_pictures(result.trace, oracle or {}),
+    )
+    replace_file(page_path, page.encode())
     replace_file(page_path.with_suffix(".json"), json_text(facts).encode())
     return facts
 
 
 def training_facts(ledger: Ledgers) -> dict[str, Any]:
-    """What was recorded, without a word about any example.
+    """Return what was recorded, without anything about a single example.
 
     Args:
-        ledger: One run, or several of one training.
+        ledger: One run, or several runs of one training.
     """
     runs = runs_of(ledger)
     first = runs[0]
@@ -108,37 +119,9 @@ def training_facts(ledger: Ledgers) -> dict[str, Any]:
     }
 
 
-def _facts(title: str, ledger: Ledgers, scores: Scores, top: int) -> dict[str, Any]:
-    """The part that speaks of training."""
-    facts: dict[str, Any] = strict(
-        {
-            "format": FORMAT,
-            "title": title,
-            "training": training_facts(ledger),
-            **scores.facts(top),
-        }
-    )
-    return facts
-
-
-def _body(
-    facts: dict[str, Any],
-    scores: Scores,
-    result: Unlearned | None,
-    oracle: Mapping[str, ArrayLike],
-) -> str:
-    """All sections of the page."""
-    run = facts.get("unlearning")
-    forget_loss = None if run is None else run["forget_set"].get("mean_loss")
-    parts = [
-        sections.warning(facts),
-        sections.training(facts),
-        sections.privacy(facts, distribution_figures(scores, forget_loss)),
-        sections.hardest(facts),
-        sections.strata(facts),
-    ]
-    if result is not None:
-        drawn = trace_figures(result.trace, oracle)
-        parts += [sections.unlearning(facts, drawn), sections.guarantee(facts)]
-    end = "Losses in nats. The same facts stand in the JSON file beside this page."
-    return "\n".join([*parts, paragraph(end, class_="note")])
+def _forget_loss(facts: Mapping[str, Any]) -> float | None:
+    """Mean loss of the forget set, None where the report has none."""
+    if "unlearning" not in facts:
+        return None
+    mean: float | None = facts["unlearning"]["forget_set"].get("mean_loss")
+    return mean

@@ -100,9 +100,11 @@ def test_ties_are_said(run, answer, ledger, tmp_path):
     assert hardest == ranking(found["per_example"]["losses"])[::-1][:5].tolist()
     assert set(hardest) < set(range(37)) and hardest != [0, 1, 2, 3, 4]
     out = run("score", tmp_path / "tied.safetensors")[1]
-    assert "37 examples share the largest loss, the bound for anybody: nothing" in out
+    assert (
+        "37 examples share the largest loss, which equals the worst case: the " in out
+    )
     words = ("score", tmp_path / "tied.safetensors", "--sigma", 1)
-    assert "37 examples share the largest loss: nothing tells" in run(*words)[1]
+    assert "37 examples share the largest loss: the loss cannot" in run(*words)[1]
     ledger.subset([0]).save(tmp_path / "single.safetensors")
     assert "share" not in run("score", tmp_path / "single.safetensors")[1]
 

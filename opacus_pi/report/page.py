@@ -1,0 +1,168 @@
+"""Render the facts of a report as one HTML page.
+
+All markup and all sentences of the page are in ``templates/``; this module prepares
+the rows that the templates cannot compute themselves. Jinja escapes every value that
+is put into the page, because the environment has ``autoescape=True`` and no template
+marks a value as safe. The page loads nothing: its pictures are data addresses, its
+style sheet is part of it, and its content security policy forbids everything else.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from opacus_pi.accounting.rounding import rounded_up
+from opacus_pi.report.run import TOLERANCE
+from opacus_pi.report.scores import tie_sentence
+
+Facts = Mapping[str, Any]
+
+
+def render(
+    facts: Facts,
+    distribution_pictures: Mapping[str, str],
+    trace_pictures: Mapping[str, str],
+) -> str:
+    """Return the whole page.
+
+    Args:
+        facts: What ``write_report`` writes as JSON.
+        distribution_pictures: Addresses of the histograms of losses and ε, by
+            caption.
+        trace_pictures: Addresses of the figures of an unlearning run, by caption.
+    """
+    run = facts.get("unlearning")
+    rows = {} if run is None else _run_rows(run)
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            facts=facts,
+            quantiles=_quantile_rows(facts["quantiles"]),
+            ties=tie_sentence(facts),
+            tolerance=f"{TOLERANCE:g}",
+            distribution_pictures=distribution_pictures,
+            trace_pictures=trace_pictures,
+            **rows,
+        )
+    )
+
+
+def _environment() -> Environment:
+    """The templates with the filters that write numbers."""
+    environment = Environment(
+        loader=PackageLoader("opacus_pi.report"),
+        autoescape=True,
+        undefined=StrictUndefined,  # a misspelled name is an error, not an empty cell
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=_number, span=_span, bound=_bound, or_none=_or_none
+    )
+    return environment
+
+
+def _number(value: Any) -> str:
+    """Write a float with four significant digits and None as a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, float | np.floating):
+        return f"{value:.4g}".replace("inf", "∞")
+    return str(value)
+
+
+def _span(value: Any) -> str:
+    """Write a number, or the range of a schedule, which is a list."""
+    if isinstance(value, list):
+        return f"{_number(min(value))} to {_number(max(value))}, by a schedule"
+    return _number(value)
+
+
+def _or_none(value: str) -> str:
+    """Write an infinite limit as "none"; the JSON has the word ``inf`` for it."""
+    return "none" if value == "inf" else value
+
+
+def _bound(value: Any) -> str:
+    """Write a bound with four digits, rounded up so that it remains a bound."""
+    return _or_none(rounded_up(float(value)))
+
+
+def _quantile_rows(quantiles: Facts) -> list[dict[str, Any]]:
+    """One row for each quantile of loss and ε; ε is None for a ranking."""
+    names = {0.0: "smallest", 0.5: "median", 1.0: "largest"}
+    losses = quantiles["loss"]
+    return [
+        {"name": names.get(p, f"{100 * p:g} %"), "loss": loss, "epsilon": epsilon}
+        for p, loss, epsilon in zip(
+            quantiles["probability"],
+            losses,
+            quantiles["epsilon"] or [None] * len(losses),
+            strict=True,
+        )
+    ]
+
+
+def _run_rows(run: Facts) -> dict[str, Any]:
+    """The lists and tables about an unlearning run."""
+    forget = run["forget_set"]
+    forgotten = {
+        "method": run["method"],
+        "examples to forget": forget["size"],
+        "examples forgotten before": forget["forgotten_before"],
+    }
+    if "mean_loss" in forget:
+        forgotten["mean loss of the forget set"] = forget["mean_loss"]
+        forgotten["its percentile among all examples"] = f"{forget['percentile']:.1f}"
+    settings = {
+        name.replace("_", " "): _setting(value)
+        for name, value in run["settings"].items()
+        if value is not None
+    }
+    return {
+        "forgotten": forgotten,
+        "settings": settings,
+        "metrics": [_metric_row(metric) for metric in run["metrics"]],
+        "barriers": _barrier_rows(run["barriers"]) if run["barriers"] else [],
+    }
+
+
+def _metric_row(metric: Facts) -> dict[str, Any]:
+    """One metric before and after, beside retrained models where there are any."""
+    mean, deviation = metric.get("oracle_mean"), metric.get("oracle_std")
+    time = metric.get("time")
+    return {
+        "name": metric["name"].replace("_", " "),
+        "before": metric["before"],
+        "after": metric["after"],
+        "retrained": _number(mean)
+        if deviation is None
+        else f"{_number(mean)} ± {_number(deviation)}",
+        "time": "never" if time == "inf" else time,
+    }
+
+
+def _barrier_rows(barriers: Facts) -> list[dict[str, Any]]:
+    """Barriers to retrained models, then those between them, to compare with."""
+    pairs = {
+        "unlearned model and retrained model": barriers["to_oracles"],
+        "two retrained models, pair": barriers["between_oracles"],
+    }
+    return [
+        {"name": f"{between} {number}", "barrier": barrier}
+        for between, found in pairs.items()
+        for number, barrier in enumerate(found, start=1)
+    ]
+
+
+def _setting(value: Any) -> Any:
+    """A setting on one line; that of an optimizer is a mapping of its own."""
+    if isinstance(value, Mapping):
+        shown = [(name, entry) for name, entry in value.items() if entry]
+        return ", ".join(
+            str(entry) if name == "name" else f"{name} {entry}" for name, entry in shown
+        )
+    return value
