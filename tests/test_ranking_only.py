@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_pi import GradNormLedger, NoisySGD, PrivacyEngine, Recorder, Unlearner
+from opacus_pi import GradNormLedger, NoisySGD, Recorder, Unlearner
 from opacus_pi.accounting import (
     epsilons,
     privacy_losses,
@@ -19,15 +18,13 @@ from opacus_pi.accounting import (
 from opacus_pi.difficulty.forget_sets import difficulty_strata
 from opacus_pi.files.storage import read_arrays, write_arrays
 from opacus_pi.ledger.rank_filling import filled_by_rank
-from opacus_pi.recording.shared_sweep import shared_sweep
 from opacus_pi.report import score, write_report
 from opacus_pi.unlearning.claims import claim
 from opacus_pi.unlearning.methods import FineTune
 from tests.recording.reporting import N, begun, report
 
-REFUSED = "for ranking only.*without ranking_dtype"
+REFUSED = "for ranking only.*in the model's own precision"
 CRITERION = nn.CrossEntropyLoss()
-LOW = {"ranking_dtype": torch.bfloat16}
 MECHANISM = NoisySGD(2, 0.1, noise_std=2.0, max_grad_norm=1.0)
 EXACT = GradNormLedger(MECHANISM, [0, 1], [[0.1, 0.4, 5.0], [0.2, 0.3, 5.0]])
 ROUGH = replace(EXACT, ranking_only=True)
@@ -162,62 +159,3 @@ def test_an_unknown_mark_is_refused(mark):
     state = {**recorded(True).state_dict(), "norms": mark}
     with pytest.raises(ValueError, match="norms"):
         Recorder("swept", criterion=CRITERION).load_state_dict(state)
-
-
-def test_options_that_do_not_fit():
-    with pytest.raises(ValueError, match='where norms are observed.*mode "swept"'):
-        Recorder(**LOW)
-    with pytest.raises(ValueError, match="torch.bfloat16 or None"):
-        Recorder("swept", criterion=CRITERION, ranking_dtype=torch.float16)
-
-
-def data_set():
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(12, 4, generator=generator), torch.arange(12) % 3)
-
-
-@pytest.mark.parametrize("way", ["make_private", "make_monitored"])
-def test_an_engine_passes_it_on(way):
-    torch.manual_seed(0)
-    recorder = Recorder("swept", every=[2], criterion=CRITERION, **LOW)
-    engine, model = PrivacyEngine(recorder=recorder), nn.Linear(4, 3)
-    options = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
-    if way == "make_monitored":
-        options = {"noise_std": 1.0, "criterion": CRITERION}
-    module, optimizer, loader = getattr(engine, way)(
-        module=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(data_set(), batch_size=6),
-        **options,
-    )
-    for x, y in loader:
-        optimizer.zero_grad()
-        CRITERION(module(x), y).backward()
-        optimizer.step()
-    assert engine.ledger.ranking_only and engine.ledger.num_rows == 1
-    assert (engine.privacy_losses(8) > 0).all()
-    with pytest.raises(ValueError, match=REFUSED):
-        engine.epsilons(1e-5)
-
-
-class Processes:
-    """The first of two; what the other one adds to a vector of flags is given."""
-
-    rank, size = 0, 2
-
-    def __init__(self, other_ranks):
-        self.others = torch.tensor([float(other_ranks), 0, 0, 0, 0])
-
-    def sum(self, values):
-        return values + self.others if values.dim() == 1 else values
-
-
-@pytest.mark.parametrize("other_ranks", [False, True])
-@pytest.mark.parametrize("options", [{}, LOW], ids=["exact", "ranking"])
-def test_a_part_that_ranks_makes_a_shared_sweep_a_ranking(other_ranks, options):
-    processes = Processes(other_ranks)
-    found = shared_sweep(
-        nn.Linear(4, 3), CRITERION, data_set(), processes=processes, **options
-    )
-    assert found.ranking_only == bool(other_ranks or options)
-    assert found.confidences is not None

@@ -46,11 +46,9 @@ def limit(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
     return measure
 
 
-def ours(
-    model: nn.Module, x: Tensor, y: Tensor, ranking_dtype: torch.dtype | None = None
-) -> Measure:
+def ours(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
     """One batch of ``opacus_pi.gradients.norm_sweep``, after the first."""
-    engine = NormEngine(model, CRITERION, ranking_dtype=ranking_dtype)
+    engine = NormEngine(model, CRITERION)
     return lambda: engine.squares(x, y)[0].sqrt()
 
 

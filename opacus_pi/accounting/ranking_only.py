@@ -51,7 +51,7 @@ def require_claimable(runs: Iterable[GradNormLedger]) -> None:
         "ledger",
         f"norms measured {_HOW}",
         "to hold norms that something may be claimed from",
-        "Rank by privacy_losses, or record again without ranking_dtype.",
+        "Rank by privacy_losses, or record again in the model's own precision.",
     )
     expect(
         not any(run.mechanism.assumed_noise for run in runs),

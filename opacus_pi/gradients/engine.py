@@ -13,11 +13,9 @@ from opacus_pi._validate import expect
 from opacus_pi.gradients.bare import BareParameters
 from opacus_pi.gradients.fallback import looped_squares, vmapped_squares
 from opacus_pi.gradients.layers.attention import tap_attention
-from opacus_pi.gradients.precision import lower_, lowered
 from opacus_pi.gradients.shared_rows import weights_of_shared_rows
 from opacus_pi.gradients.tapped_layer import tap_layers
 from opacus_pi.gradients.taps import Taps
-from opacus_pi.gradients.timing import chooser
 from opacus_pi.models.batches import (
     arguments,
     forward,
@@ -49,18 +47,9 @@ class NormEngine:
     Args:
         model: The live model, plain or wrapped; it is copied (sharing its weights).
         criterion: ``criterion(outputs, targets)``.
-        ranking_dtype: ``torch.bfloat16``: in that type, for ranking only.
-        formulas: How each layer's formula is chosen, ``"flops"`` or ``"timed"``.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: Criterion,
-        *,
-        ranking_dtype: torch.dtype | None = None,
-        formulas: str = "flops",
-    ) -> None:
+    def __init__(self, model: nn.Module, criterion: Criterion) -> None:
         self._live = list(model.parameters())
         expect(
             any(p.requires_grad for p in self._live),
@@ -75,16 +64,11 @@ class NormEngine:
         self._trainable = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
-        self._ranking_dtype = ranking_dtype
-        low = lowered(ranking_dtype, self.device)
-        self._taps = Taps(self._model, low)
-        choose = chooser(formulas)
-        tapped = tap_attention(self._taps, self._model, choose)
-        tapped |= tap_layers(self._taps, self._model, choose)
+        self._taps = Taps(self._model)
+        tapped = tap_attention(self._taps, self._model)
+        tapped |= tap_layers(self._taps, self._model)
         bare = set(self._trainable.values()) - tapped
         self._bare_taps = BareParameters(self._taps) if bare else nullcontext()
-        if ranking_dtype is not None:
-            lower_(self._model, low)
         self._vectorised, self._together, self._checked = True, True, False
         self._knows_rows = False  # that are no example's
 
@@ -182,13 +166,7 @@ class NormEngine:
         return close
 
     def _tolerance(self) -> float:
-        """Relative difference of norms that rounding may cause.
-
-        Both ways round the same products where bfloat16 is asked for: over 40 models
-        they differed by 0.002 at most, and wrong norms differ by tens of per cent.
-        """
-        if self._ranking_dtype is not None:
-            return 4 * torch.finfo(self._ranking_dtype).eps
+        """Relative difference of norms that rounding may cause."""
         kinds = [p.dtype for p in self._trainable.values()]
         rounding = max(torch.finfo(kind).eps for kind in kinds)
         return max(1e-3 if self.device.type == "cpu" else 1e-2, 32 * rounding)

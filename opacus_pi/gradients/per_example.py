@@ -1,8 +1,7 @@
 """The gradient norm of each example of one batch."""
 
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from opacus_pi.gradients.engine import NormEngine
@@ -15,9 +14,6 @@ def per_example_grad_norms(
     criterion: Criterion,
     x: Any,
     y: Any,
-    *,
-    ranking_dtype: torch.dtype | None = None,
-    formulas: Literal["flops", "timed"] = "flops",
 ) -> Tensor:
     r"""Return the L2 norm of the gradient of each example's own loss.
 
@@ -32,15 +28,13 @@ def per_example_grad_norms(
         x: Inputs: a tensor ``(b, ...)``, or a tuple or dict of them, handed over as
             ``model(*x)`` or ``model(**x)``. On the model's device.
         y: Targets, length ``b``, on the model's device.
-        ranking_dtype: As for :func:`~opacus_pi.gradients.sweep`.
-        formulas: As for :func:`~opacus_pi.gradients.sweep`.
 
     Returns:
         float64 ``(b,)``.
 
     Raises:
         ValueError: If the criterion does not give one loss per example, nothing is
-            trainable, examples share batch statistics, or an option is unknown.
+            trainable, or examples share batch statistics.
 
     Example:
         >>> import torch
@@ -49,8 +43,5 @@ def per_example_grad_norms(
         tensor([5.], dtype=torch.float64)
     """
     with isolated():
-        engine = NormEngine(
-            model, criterion, ranking_dtype=ranking_dtype, formulas=formulas
-        )
-        squares, _ = engine.squares(x, y)
+        squares, _ = NormEngine(model, criterion).squares(x, y)
     return squares.sqrt()

@@ -1,20 +1,17 @@
 """Squared norms of sums of outer products, by the cheapest exact route."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 _CPU_BLOCK = 1 << 18  # elements of an intermediate that stay in cache
 _GPU_BLOCK = 1 << 26
-_WORTH = 4  # times the least number of operations, by which speeds may differ
 _SHORT_ROW = 1 << 12  # vector_norm is faster, but adds longer float32 rows naively
 _CANCELLED = 2.0**-12  # share of the terms' size below which rounding errors count
 _ROUNDING = 16  # units in the last place by which the sum may be wrong, in that size
 
 Product = Callable[[Tensor, Tensor], Tensor]
-Formula = TypeVar("Formula")
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -68,29 +65,6 @@ def outer_product_squares(a: Tensor, g: Tensor) -> Tensor:
         return squared_lengths(a) * squared_lengths(g)
     counts = _num_operations(a.shape[1], a.shape[2], g.shape[2])
     return min(counts, key=counts.__getitem__)(a, g)
-
-
-def product_formulas(t: int, d: int, p: int) -> list[Product]:
-    """The routes above that may be the fastest; arguments are sizes.
-
-    Args:
-        t: Number of terms.
-        d: Length of an input.
-        p: Length of an output gradient.
-    """
-    if t == 1:
-        return [outer_product_squares]
-    return worth_timing(_num_operations(t, d, p))
-
-
-def worth_timing(counts: Mapping[Formula, int]) -> list[Formula]:
-    """Those that take at most a few times the operations of the least.
-
-    Args:
-        counts: Number of operations of each formula.
-    """
-    limit = _WORTH * min(counts.values())
-    return [formula for formula, count in counts.items() if count <= limit]
 
 
 def _num_operations(t: int, d: int, p: int) -> dict[Product, int]:

@@ -11,7 +11,7 @@ tensor([5., 0.], dtype=torch.float64)
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,12 @@ class Sweep:
         errors: EL2N, the L2 norm of softmax minus one-hot label (Paul et al. 2021,
             arXiv 2107.07075), float64 ``(n,)``.
         correct: Whether the largest logit is the label's, bool ``(n,)``.
-        ranking_only: Whether the pass was made in a ``ranking_dtype``: the numbers put
-            examples in order and claim nothing.
     """
 
     grad_norms: Tensor
     confidences: Tensor | None
     errors: Tensor | None
     correct: Tensor | None
-    ranking_only: bool = False
 
 
 def norm_sweep(
@@ -58,8 +55,6 @@ def norm_sweep(
     batch_size: int = 64,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
-    ranking_dtype: torch.dtype | None = None,
-    formulas: Literal["flops", "timed"] = "flops",
 ) -> Tensor:
     """Return the gradient norm of every example of a data set.
 
@@ -70,8 +65,6 @@ def norm_sweep(
         batch_size: As for :func:`sweep`.
         collate_fn: As for :func:`sweep`.
         progress: As for :func:`sweep`.
-        ranking_dtype: As for :func:`sweep`.
-        formulas: As for :func:`sweep`.
 
     Returns:
         float64 ``(n,)`` on the CPU, in the data set's order.
@@ -86,8 +79,6 @@ def norm_sweep(
         batch_size=batch_size,
         collate_fn=collate_fn,
         progress=progress,
-        ranking_dtype=ranking_dtype,
-        formulas=formulas,
     ).grad_norms
 
 
@@ -99,8 +90,6 @@ def sweep(
     batch_size: int = 64,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
-    ranking_dtype: torch.dtype | None = None,
-    formulas: Literal["flops", "timed"] = "flops",
 ) -> Sweep:
     r"""Measure every example of a data set in one pass that leaves no trace.
 
@@ -118,23 +107,14 @@ def sweep(
         batch_size: Examples at a time; the result does not depend on it.
         collate_fn: Makes ``(x, y)`` batches of lists of examples; torch's by default.
         progress: Whether to show a progress bar once the sweep has taken 3 seconds.
-        ranking_dtype: ``torch.bfloat16``: measure in that type, to put examples in
-            order and for nothing else. Trained MLPs and small CNNs: rank correlation
-            with exact norms above 0.9999; norms off by 0.6 to 2.7 % in the median, by
-            up to 11 % for all but 1 % of the examples, at worst by 28 %
-            (``benchmarks.ranking_precision``). Pays on hardware that multiplies
-            bfloat16 (GPUs, CPUs with AMX or AVX-512 BF16) only.
-        formulas: How each layer's formula, of several that are exact, is chosen:
-            ``"flops"`` by the number of operations; ``"timed"`` by timing them on the
-            first batch, so that the last bits may differ from run to run.
 
     Returns:
         The :class:`Sweep`, on the CPU.
 
     Raises:
         ValueError: If the data set has no length, a batch is not a pair, the criterion
-            does not give one loss per example, nothing is trainable, examples share
-            batch statistics, or ``ranking_dtype`` is another type.
+            does not give one loss per example, nothing is trainable, or examples
+            share batch statistics.
     """
     positive(batch_size=batch_size, remedy="64 is a good choice.")
     expect(
@@ -146,14 +126,12 @@ def sweep(
     )
     parts = []
     with isolated():
-        engine = NormEngine(
-            model, criterion, ranking_dtype=ranking_dtype, formulas=formulas
-        )
+        engine = NormEngine(model, criterion)
         for x, y in _batches(data_set, batch_size, collate_fn, engine.device, progress):
             squares, outputs = engine.squares(x, y)
             parts.append([squares.sqrt().cpu(), *_fit(outputs, y)])
     columns = zip(*parts, strict=True) if parts else [[torch.empty(0).double()]] * 4
-    facts: list[Any] = [*map(_joined, columns), ranking_dtype is not None]
+    facts: list[Any] = [*map(_joined, columns)]
     return Sweep(*facts)
 
 

@@ -1,6 +1,5 @@
 """Tap the layers that have a rule."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,15 +10,12 @@ from opacus_pi.gradients.registry import NormRule, norm_rule
 from opacus_pi.gradients.taps import Taps
 
 
-def tap_layers(
-    taps: Taps, model: nn.Module, choose: Callable[[NormRule], NormRule]
-) -> set[nn.Parameter]:
+def tap_layers(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
     """Replace ``forward`` of each layer that has a rule.
 
     Args:
         taps: Where the layers report.
         model: An evaluation copy.
-        choose: Makes a layer's rule of that of its type.
 
     Returns:
         The parameters of these layers.
@@ -28,7 +24,7 @@ def tap_layers(
     for module in model.modules():
         if (rule := norm_rule(module)) is not None:
             tapped.update(module.parameters(recurse=False))
-            _TappedLayer(taps, module, choose(rule))
+            _TappedLayer(taps, module, rule)
     return tapped
 
 

@@ -11,7 +11,7 @@ layer) leaves a ``.grad``. These, and parameters that several calls share, becom
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from opacus_pi._torch_compat import num_writes
 from opacus_pi.gradients.bare import ExampleGradients
-from opacus_pi.gradients.precision import Lowered
 from opacus_pi.gradients.products import at_least_float32, squared_lengths
 
 _TWICE = (
@@ -40,12 +39,10 @@ class Taps:
     Args:
         model: An evaluation copy; its parameters' ``requires_grad`` belongs to this
             object from now on.
-        low: Makes contexts in which the rules do their matrix products.
     """
 
-    def __init__(self, model: nn.Module, low: Lowered = nullcontext) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.leftover: set[str] = set()
-        self._low = low
         self._names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self._anchor = torch.zeros((), requires_grad=True)
         self._squares: Tensor | None = None
@@ -175,8 +172,7 @@ class Taps:
             squares = None
             if not overwritten:
                 operand = None if x is None else at_least_float32(x)
-                with self._low():
-                    squares = rule(operand, at_least_float32(grad), list(parameters))
+                squares = rule(operand, at_least_float32(grad), list(parameters))
             if squares is not None:
                 self._add(squares)
             else:

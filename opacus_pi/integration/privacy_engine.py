@@ -323,7 +323,6 @@ class PerInstanceMixin(Checkpoints, EngineReadings):
                     data_set,
                     processes=processes,
                     batch_size=recorder.batch_size,
-                    ranking_dtype=recorder.ranking_dtype,
                     collate_fn=collate_fn,
                 ),
                 weights=lambda: cast(nn.Module, trained()).state_dict(),

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from opacus_pi._validate import expect, positive
-from opacus_pi.gradients.precision import check_ranking_dtype
 from opacus_pi.recording.schedule import (
     checked_every,
     evenly_spaced_steps,
@@ -32,7 +31,6 @@ class RecorderOptions:
         verify: bool = True,
         weights_dir: str | os.PathLike[str] | None = None,
         batch_size: int = 64,
-        ranking_dtype: torch.dtype | None = None,
     ) -> None:
         expect(
             mode in ("observed", "swept"),
@@ -42,14 +40,6 @@ class RecorderOptions:
             "It says how the norms are measured.",
         )
         positive(batch_size=batch_size, remedy="A sweep measures that many at once.")
-        check_ranking_dtype(ranking_dtype)
-        expect(
-            mode == "swept" or ranking_dtype is None,
-            "ranking_dtype",
-            ranking_dtype,
-            "to be None where norms are observed",
-            'Training computes those itself: use mode "swept".',
-        )
         self.mode = mode
         self.every = checked_every(every)
         expect(
@@ -64,7 +54,6 @@ class RecorderOptions:
         self.verify = verify
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         self.batch_size = batch_size
-        self.ranking_dtype = ranking_dtype
 
     @classmethod
     def evenly_spaced(

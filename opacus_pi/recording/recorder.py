@@ -55,9 +55,6 @@ class Recorder(RecorderOptions):
         weights_dir: Directory for the weights of every row, one safetensors file
             each, ``weights-00000123.safetensors`` after 123 updates; None: not kept.
         batch_size: Examples a sweep measures at once.
-        ranking_dtype: ``torch.bfloat16``: swept in that type, as ``gradients.sweep``
-            does, to rank examples and for nothing else. The ledger is marked, and
-            whatever claims something refuses it.
 
     Raises:
         ValueError: If an option is outside its domain.

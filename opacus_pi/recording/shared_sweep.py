@@ -44,8 +44,8 @@ def shared_sweep(
     mine = range(processes.rank, size, processes.size)
     part = sweep(model, criterion, Subset(data_set, mine), **options)
     columns = [getattr(part, name) for name in _MEASURED]
-    flags = [part.ranking_only, *(column is None for column in columns)]
-    ranking_only, *missing = processes.sum(torch.tensor(flags).double()) > 0
+    flags = [column is None for column in columns]
+    missing = processes.sum(torch.tensor(flags).double()) > 0
     table = torch.zeros(len(columns), size, dtype=torch.float64)
     for row, column in zip(table, columns, strict=True):
         if column is not None:
@@ -54,13 +54,7 @@ def shared_sweep(
     grad_norms, confidences, errors, correct = (
         None if absent else row for row, absent in zip(whole, missing, strict=True)
     )
-    return Sweep(
-        cast(Tensor, grad_norms),
-        confidences,
-        errors,
-        _whether(correct),
-        ranking_only=bool(ranking_only),
-    )
+    return Sweep(cast(Tensor, grad_norms), confidences, errors, _whether(correct))
 
 
 def _whether(correct: Tensor | None) -> Tensor | None:

@@ -114,6 +114,34 @@ def test_wrong_rule_is_found_out(scale_rule):
     )
 
 
+@pytest.mark.parametrize(
+    "scale_rule, is_caught",
+    [(1.1, True), (0.9, True), (1.0, False)],
+    indirect=["scale_rule"],
+)
+def test_a_rule_that_is_wrong_by_a_tenth_is_caught(scale_rule, is_caught):
+    torch.manual_seed(0)
+    model, x, y = Scale(), torch.randn(6, 5), torch.randint(0, 5, (6,))
+    engine, norms = measured(model, x, y)
+    assert bool(engine._taps.leftover) == is_caught
+    torch.testing.assert_close(
+        norms, loop_norms(model, LOSSES, x, y), rtol=1e-5, atol=0
+    )
+
+
+def test_losses_see_float64():
+    seen = []
+
+    def losses(outputs, targets):
+        seen.append(outputs.dtype)
+        return outputs.square().sum(1)
+
+    with isolated():
+        engine = NormEngine(nn.Linear(3, 2), losses)
+        engine.squares(torch.randn(4, 3), torch.zeros(4))
+    assert set(seen) == {torch.float64}
+
+
 def test_subclass_with_its_own_forward_has_no_rule():
     class Doubled(nn.Linear):
         def forward(self, x):

@@ -63,7 +63,11 @@ def test_outer_products(t, d, p, monkeypatch):
     truth = torch.einsum("btp,btd->bpd", g, a).flatten(1).square().sum(1)
     for block in (1, 1 << 18):  # one example at a time, or all
         monkeypatch.setattr(products, "_CPU_BLOCK", block)
-        for route in (products.outer_product_squares, products.gram_squares):
+        for route in (
+            products.outer_product_squares,
+            products.gram_squares,
+            products.direct_squares,
+        ):
             torch.testing.assert_close(route(a, g), truth, rtol=1e-12, atol=0)
 
 
@@ -72,6 +76,18 @@ def test_squared_lengths_of_long_rows_are_accurate():
     rows = torch.randn(2, 1_000_000)
     truth = rows.double().square().sum(1)
     torch.testing.assert_close(products.squared_lengths(rows), truth, rtol=5e-7, atol=0)
+
+
+def test_squares_are_added_up_in_float32():
+    """Of numbers that are in bfloat16, as the products of matrices leave them."""
+    torch.manual_seed(0)
+    rows, other = torch.randn(2, 3, 50, 50).bfloat16()
+    lengths = rows.double().flatten(1).square().sum(1)
+    found = products.squared_lengths(rows)
+    torch.testing.assert_close(found, lengths, rtol=1e-5, atol=0)
+    pairs = (rows.double() * other.double()).flatten(1).sum(1).clamp(min=0)
+    found = products.pair_squares(rows, other)
+    torch.testing.assert_close(found, pairs, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("length", [1e2, 1e3, 1e4, 1e6])

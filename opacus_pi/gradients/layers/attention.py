@@ -5,7 +5,6 @@ wanted back) is computed here as a tapped projection, attention, and the tapped 
 layer. Any other call runs as it is, and its parameters are left over.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -15,26 +14,22 @@ from torch import Tensor, nn
 
 from opacus_pi._torch_compat import forward_pre_hooks, has_joint_projection
 from opacus_pi.gradients.layers.linear import linear_squares
-from opacus_pi.gradients.registry import NormRule
 from opacus_pi.gradients.taps import Taps
 
 
-def tap_attention(
-    taps: Taps, model: nn.Module, choose: Callable[[NormRule], NormRule]
-) -> set[nn.Parameter]:
+def tap_attention(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
     """Replace ``forward`` of each attention layer that computes the standard form.
 
     Args:
         taps: Where the layers report.
         model: An evaluation copy.
-        choose: Makes a layer's rule of that of its type.
 
     Returns:
         The parameters of these layers.
     """
     layers = [module for module in model.modules() if _is_standard(module)]
     for module in layers:
-        _TappedAttention(taps, module, choose(linear_squares))
+        _TappedAttention(taps, module)
     return {p for module in layers for p in module.parameters(recurse=False)}
 
 
@@ -56,11 +51,9 @@ def _is_standard(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
 class _TappedAttention:
     """One attention layer, its projections tapped."""
 
-    def __init__(
-        self, taps: Taps, module: nn.MultiheadAttention, rule: NormRule
-    ) -> None:
+    def __init__(self, taps: Taps, module: nn.MultiheadAttention) -> None:
         self._taps, self._module = taps, module
-        self._rule = partial(rule, module)
+        self._rule = partial(linear_squares, module)
         self._plain_forward = module.forward
         module.forward = self.forward  # type: ignore[method-assign]  # a copy's
 

@@ -23,17 +23,13 @@ from opacus_pi.gradients.parameter_gradients import (
     scaled,
 )
 from opacus_pi.gradients.products import (
-    Product,
     at_least_float32,
     blocks,
     outer_product_squares,
     pair_squares,
-    product_formulas,
     squared_lengths,
-    worth_timing,
 )
 from opacus_pi.gradients.registry import (
-    NormRule,
     register_gradient_rule,
     register_norm_rule,
 )
@@ -74,7 +70,6 @@ def conv_squares(
     x: Tensor,
     grad: Tensor,
     names: Collection[str],
-    route: Route | None = None,
 ) -> Tensor | None:
     """Squared norms for a convolution in one, two or three dimensions.
 
@@ -83,7 +78,6 @@ def conv_squares(
         x: Its input, ``(b, channels, ...)``.
         grad: The gradient at its output, ``(b, channels, ...)``.
         names: Which of ``"weight"``, ``"bias"`` count.
-        route: How the weight's norm is computed; default: by the fewest operations.
 
     Returns:
         float64 ``(b,)``; ``None`` for an input without batch dimension.
@@ -93,20 +87,10 @@ def conv_squares(
     squares: Tensor | float = 0.0
     if "weight" in names:
         padded, window = window_of(module, x)
-        route = _route(window, padded, grad) if route is None else route
-        squares = route(window, padded, grad)
+        squares = _route(window, padded, grad)(window, padded, grad)
     if "bias" in names:
         squares = squares + squared_lengths(grad.flatten(2).sum(2))
     return cast(Tensor, squares)
-
-
-def conv_formulas(module: Any, x: Tensor, grad: Tensor) -> list[NormRule]:
-    """Exact formulas that may be the fastest; arguments as above."""
-    if x.dim() != 2 + len(module.kernel_size):
-        return [conv_squares]
-    padded, window = window_of(module, x)
-    routes = _routes_worth_timing(window, padded, grad)
-    return [partial(conv_squares, route=route) for route in routes]
 
 
 @register_gradient_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -178,50 +162,24 @@ def _route(window: Window, x: Tensor, grad: Tensor) -> Route:
     return _grouped if patch * num_out <= _SMALL_WEIGHT else _looped
 
 
-def _routes_worth_timing(window: Window, x: Tensor, grad: Tensor) -> list[Route]:
-    """The routes but those of many times the least number of operations."""
-    if window.groups > 1:
-        return list(_FORMING)
-    positions, num_out = grad[0, 0].numel(), grad.shape[1]
-    patch = x.shape[1] * math.prod(window.kernel)
-    products = product_formulas(positions, patch, num_out)
-    if window.is_point:
-        return [partial(_point, product=product) for product in products]
-    counts = dict.fromkeys(_FORMING, positions * patch * num_out)
-    if window.is_dense:
-        counts[_pixel_pairs] = _pixel_operations(x, grad)
-    unfolded = [partial(_unfolded, product=product) for product in products]
-    return [*worth_timing(counts), *unfolded]
-
-
 def _pixel_operations(x: Tensor, grad: Tensor) -> int:
     """Number of operations of ``_pixel_pairs``."""
     pixels, positions = x[0, 0].numel(), grad[0, 0].numel()
     return pixels**2 * x.shape[1] + positions**2 * grad.shape[1]
 
 
-def _point(
-    window: Window,
-    x: Tensor,
-    grad: Tensor,
-    product: Product = outer_product_squares,
-) -> Tensor:
+def _point(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     """A 1 x 1 kernel: a linear layer on the pixels that the stride visits."""
     visited = (slice(None), slice(None), *(slice(None, None, s) for s in window.stride))
-    return product(x[visited].flatten(2).mT, grad.flatten(2).mT)
+    return outer_product_squares(x[visited].flatten(2).mT, grad.flatten(2).mT)
 
 
-def _unfolded(
-    window: Window,
-    x: Tensor,
-    grad: Tensor,
-    product: Product = outer_product_squares,
-) -> Tensor:
+def _unfolded(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     """A linear layer on explicit patches."""
     patch, positions = x.shape[1] * math.prod(window.kernel), grad[0, 0].numel()
     return torch.cat(
         [
-            product(patches(window, x[i]).mT, grad[i].flatten(2).mT)
+            outer_product_squares(patches(window, x[i]).mT, grad[i].flatten(2).mT)
             for i in blocks(x, row_size=patch * positions)
         ]
     )

@@ -1,7 +1,6 @@
 """Linear layers: the gradient of the weight is a sum of outer products over tokens."""
 
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +12,10 @@ from opacus_pi.gradients.parameter_gradients import (
     outer_product_gradients,
 )
 from opacus_pi.gradients.products import (
-    Product,
     outer_product_squares,
-    product_formulas,
     squared_lengths,
 )
 from opacus_pi.gradients.registry import (
-    NormRule,
     register_gradient_rule,
     register_norm_rule,
 )
@@ -31,7 +27,6 @@ def linear_squares(
     x: Tensor,
     grad: Tensor,
     names: Collection[str],
-    product: Product = outer_product_squares,
 ) -> Tensor | None:
     r"""Squares for :math:`y_t = W a_t + b`: :math:`\nabla W = \sum_t g_t a_t^\top`.
 
@@ -40,7 +35,6 @@ def linear_squares(
         x: Its input, ``(b, ..., d)``.
         grad: The gradient at its output, ``(b, ..., p)``.
         names: Which of ``"weight"``, ``"bias"`` count.
-        product: How the norm of a sum of outer products is computed.
 
     Returns:
         float64 ``(b,)``.
@@ -57,18 +51,9 @@ def linear_squares(
         return torch.addcmul(lengths, lengths, factors)
     b = len(x)
     a, g = x.reshape(b, -1, x.shape[-1]), grad.reshape(b, -1, grad.shape[-1])
-    squares: Any = product(a, g) if "weight" in names else 0.0
+    squares: Any = outer_product_squares(a, g) if "weight" in names else 0.0
     total: Tensor = squares + squared_lengths(g.sum(1)) if "bias" in names else squares
     return total
-
-
-def linear_formulas(module: nn.Module, x: Tensor, grad: Tensor) -> list[NormRule]:
-    """Exact formulas that may be the fastest; arguments as above."""
-    if x.dim() < 3:
-        return [linear_squares]
-    num_terms = x[0].numel() // x.shape[-1]
-    products = product_formulas(num_terms, x.shape[-1], grad.shape[-1])
-    return [partial(linear_squares, product=product) for product in products]
 
 
 @register_gradient_rule(nn.Linear)

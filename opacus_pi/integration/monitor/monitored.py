@@ -93,7 +93,6 @@ def monitor(
             data_set,
             processes=processes,
             batch_size=recorder.batch_size,
-            ranking_dtype=recorder.ranking_dtype,
             collate_fn=data_loader.collate_fn,
         )
 
