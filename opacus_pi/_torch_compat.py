@@ -4,16 +4,31 @@ Torch may rename or drop a private name in any release. The rest of the package
 therefore imports from here, so that a new version of torch is tried, and mended, in
 this file alone. Every name below was seen, and meant the same, in torch 2.6 (the
 oldest that ``setup.py`` allows) and in torch 2.14.
+
+Some private *methods* of torch are overridden in subclasses, which an import cannot
+show; ``tests/test_torch_compat.py`` checks that torch still calls them.
+
+=======================  =================================  ==========================
+class of torch           overridden                         in
+=======================  =================================  ==========================
+``DataLoader``           ``_index_sampler``,                ``attribution.observer``
+                         ``_get_iterator``
+iterator of a            ``_reset``, ``_get_data``          ``attribution.observer``
+``DataLoader``
+=======================  =================================  ==========================
 """
 
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "BACKWARD_HOOK_TABLES",
@@ -22,16 +37,24 @@ __all__ = [
     "FORWARD_HOOK_TABLES",
     "BatchNormBase",
     "InstanceNormBase",
+    "StorageWeakRef",
     "both_sides_padding",
     "compiled_module",
     "current_backward_pass",
     "forward_hooks",
     "forward_pre_hooks",
     "has_joint_projection",
+    "has_workers",
+    "index_sampler",
+    "is_functorch_wrapped_tensor",
+    "is_traceable_wrapper_subclass",
+    "next_index",
     "num_writes",
     "own_parameters",
     "pytree",
+    "received_position",
     "replace_own_parameters_",
+    "storage_address",
 ]
 
 # Attributes of a module that hold its hooks, each a dict from a number to the hook.
@@ -116,3 +139,43 @@ def both_sides_padding(convolution: nn.Module) -> list[int]:
 def has_joint_projection(attention: nn.MultiheadAttention) -> bool:
     """Whether queries, keys and values have one size (``_qkv_same_embed_dim``)."""
     return cast(bool, attention._qkv_same_embed_dim)
+
+
+def storage_address(storage: UntypedStorage) -> int:
+    """Return the address of torch's C++ object for a storage (``_cdata``).
+
+    It is unique while the storage, or a ``StorageWeakRef`` to it, exists. The address
+    of the data itself is not: the allocator reuses it.
+    """
+    return int(storage._cdata)
+
+
+def has_workers(iterator: Any) -> bool:
+    """Whether processes load the batches of a loader's iterator (``_num_workers``)."""
+    return bool(iterator._num_workers)
+
+
+def index_sampler(iterator: Any) -> Any:
+    """Return what a loader's iterator draws its indices from (``_index_sampler``)."""
+    return iterator._index_sampler
+
+
+def next_index(iterator: Any) -> Any:
+    """Draw the next batch of indices of a loader's iterator without loading the batch.
+
+    Only for iterators without worker processes (``_next_index``).
+
+    Raises:
+        StopIteration: At the end of the pass.
+    """
+    return iterator._next_index()
+
+
+def received_position(iterator: Any) -> int | None:
+    """Return which batch of its sampler an iterator with workers returned last.
+
+    Returns:
+        The position in the sampler's order, from 0 (``_rcvd_idx``); ``None`` if batches
+        are returned in the order in which workers finish (``_in_order`` is false).
+    """
+    return iterator._rcvd_idx - 1 if iterator._in_order else None
