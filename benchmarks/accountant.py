@@ -25,7 +25,7 @@ from scipy.special import gammaln, logsumexp
 
 from benchmarks.report import environment, write_json
 from opacus_pi.accounting import GradNormLedger, NoisySGD, privacy_losses
-from opacus_pi.accounting.orders import printed_order
+from opacus_pi.accounting.composition import printed_order
 
 Array = NDArray[np.float64]
 OUT = Path(__file__).parent / "results" / "accountant.json"

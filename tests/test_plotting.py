@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from opacus_pi.difficulty.correlations import binned_means
+from opacus_pi.difficulty.agreement import binned_means
 from opacus_pi.plotting import (
     plot_barriers,
     plot_curves,

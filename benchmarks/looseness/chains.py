@@ -8,9 +8,9 @@ from scipy.special import ndtr
 
 from benchmarks.looseness.case import Array, Case, grid_divergence
 from opacus_pi.accounting import GradNormLedger, NoisySGD, privacy_losses
+from opacus_pi.accounting.langevin.constants import LangevinConstants
 from opacus_pi.accounting.langevin.learning_phase import contractive_divergence
 from opacus_pi.accounting.langevin.lsi import lsi_track
-from opacus_pi.accounting.langevin.process import LangevinConstants
 from opacus_pi.accounting.langevin.unlearning import unlearning_divergence
 
 _RUNS = 400

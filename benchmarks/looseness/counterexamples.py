@@ -13,7 +13,7 @@ from scipy.special import logsumexp, ndtr, ndtri
 
 from benchmarks.looseness.case import Case
 from opacus_pi.accounting import GradNormLedger, NoisySGD, log_moment, privacy_losses
-from opacus_pi.accounting.orders import corrected_order, printed_order
+from opacus_pi.accounting.composition import corrected_order, printed_order
 
 # updates, order, q and critical order of the first update, share of it that is used
 _SETTINGS = [

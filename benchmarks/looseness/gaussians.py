@@ -8,13 +8,13 @@ import numpy as np
 
 from benchmarks.looseness.case import Array, Case, gaussian_divergence
 from opacus_pi.accounting import GradNormLedger, NoisySGD, privacy_losses
+from opacus_pi.accounting.langevin.constants import LangevinConstants
 from opacus_pi.accounting.langevin.contraction import Divergence
 from opacus_pi.accounting.langevin.learning_phase import (
     contractive_divergence,
     halved_noise_divergence,
 )
 from opacus_pi.accounting.langevin.lsi import lsi_track
-from opacus_pi.accounting.langevin.process import LangevinConstants
 from opacus_pi.accounting.langevin.shifted import shifted_mu_squared
 from opacus_pi.accounting.langevin.unlearning import unlearning_divergence
 from opacus_pi.accounting.published import corollary_4_1

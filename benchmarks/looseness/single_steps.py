@@ -15,7 +15,7 @@ from opacus_pi.accounting import (
     privacy_losses,
     trajectory_losses,
 )
-from opacus_pi.accounting.langevin.process import LangevinConstants
+from opacus_pi.accounting.langevin.constants import LangevinConstants
 from opacus_pi.accounting.langevin.unlearning import unlearning_divergence
 
 _Z = np.linspace(-45, 45, 36_001)

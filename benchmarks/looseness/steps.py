@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from opacus_pi.accounting.langevin.constants import LangevinConstants
 from opacus_pi.accounting.langevin.lsi import lsi_track
-from opacus_pi.accounting.langevin.process import LangevinConstants
 from opacus_pi.accounting.langevin.unlearning import steps_to_unlearn
 from opacus_pi.accounting.published import (
     chien_rate,

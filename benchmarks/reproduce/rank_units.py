@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.lab import Lab, scores_of
 from benchmarks.reproduce.units import Training, Unit
-from opacus_pi.difficulty.correlations import rank_correlations, rank_stability
+from opacus_pi.difficulty.agreement import rank_correlations, rank_stability
 
 LOSS = "privacy loss"
 

@@ -1,13 +1,17 @@
 """Rényi accounting: what each example of a training run costs, from gradient norms."""
 
+from opacus_pi.accounting.budgets import RenyiFilter
 from opacus_pi.accounting.conversion import rdp_to_delta, rdp_to_epsilon
 from opacus_pi.accounting.epsilon import epsilons
 from opacus_pi.accounting.group.divergence import group_divergence, theorem_b1_estimates
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
-from opacus_pi.accounting.langevin.constants import logistic_constants, ridge_constants
+from opacus_pi.accounting.langevin.constants import (
+    LangevinConstants,
+    logistic_constants,
+    ridge_constants,
+)
 from opacus_pi.accounting.langevin.learning_phase import contractive_divergence
 from opacus_pi.accounting.langevin.lsi import lsi_track
-from opacus_pi.accounting.langevin.process import LangevinConstants
 from opacus_pi.accounting.langevin.shifted import (
     learn_unlearn_mu_squared,
     shifted_mu_squared,
@@ -19,13 +23,12 @@ from opacus_pi.accounting.langevin.unlearning import (
     symmetric_bound,
     unlearning_divergence,
 )
-from opacus_pi.accounting.moments import log_moment, renyi_divergence
-from opacus_pi.accounting.per_instance import (
+from opacus_pi.accounting.losses import (
     per_step_losses,
     privacy_losses,
     worst_case_loss,
 )
-from opacus_pi.accounting.renyi_filter import RenyiFilter
+from opacus_pi.accounting.moments import log_moment, renyi_divergence
 from opacus_pi.accounting.statement import PrivacyStatement, privacy_statement
 from opacus_pi.accounting.tightest import choose_hoelder_p, tightest_losses
 from opacus_pi.accounting.trajectory import (

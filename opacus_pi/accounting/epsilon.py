@@ -9,15 +9,15 @@ from opacus_pi.accounting.conversion import (
     check_orders,
     epsilon_offset,
 )
-from opacus_pi.accounting.per_instance import worst_case_loss
-from opacus_pi.accounting.ranking_only import require_claimable
-from opacus_pi.accounting.run_losses import (
+from opacus_pi.accounting.losses import (
     Ledgers,
-    Record,
+    RunNorms,
     composition_of,
-    record_of,
+    norms_of_runs,
     total_loss,
+    worst_case_loss,
 )
+from opacus_pi.accounting.ranking_only import require_claimable
 from opacus_pi.ledger.grad_norm_ledger import runs_of
 
 Array = NDArray[np.float64]
@@ -58,7 +58,7 @@ def epsilons(
     require_claimable(runs_of(ledger))
     choices = np.unique(check_orders(DEFAULT_ORDERS if orders is None else orders))
     offsets = epsilon_offset(choices, delta)
-    record = record_of(ledger, tolerance=tolerance)
+    record = norms_of_runs(ledger, tolerance=tolerance)
     mechanism, steps = record.mechanism, record.steps
     worst = [worst_case_loss(mechanism, order, steps=steps) for order in choices]
     blocks = [
@@ -71,7 +71,7 @@ def epsilons(
 
 
 def _least_epsilons(
-    record: Record, orders: Array, offsets: Array, tolerance: float
+    record: RunNorms, orders: Array, offsets: Array, tolerance: float
 ) -> Array:
     """Each example's least epsilon over ascending orders, not clipped."""
     everyone = np.arange(record.norms.shape[2])

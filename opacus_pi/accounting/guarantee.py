@@ -12,15 +12,15 @@
 import json
 import math
 from dataclasses import asdict, dataclass
+from decimal import ROUND_CEILING, Context
 from typing import Any, cast
 
 import numpy as np
 
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
-from opacus_pi.accounting.rounding import rounded_up
 
-__all__ = ["Assumption", "Guarantee"]
+__all__ = ["Assumption", "Guarantee", "rounded_up"]
 
 _FORMAT = "opacus_pi.Guarantee.v1"
 _UNEDITED = "Pass what Guarantee.to_json wrote, unedited."
@@ -243,3 +243,17 @@ def _parsed(text: str) -> dict[str, Any]:
         _UNEDITED,
     )
     return cast(dict[str, Any], facts)
+
+
+def rounded_up(value: float, num_digits: int = 4) -> str:
+    """A bound as text.
+
+    Args:
+        value: It; may be ``inf``.
+        num_digits: Significant digits, at least 1.
+    """
+    nearest = f"{value:.{num_digits}g}"
+    if float(nearest) >= value:
+        return nearest
+    up = Context(prec=num_digits, rounding=ROUND_CEILING)
+    return f"{float(up.create_decimal_from_float(float(value))):.{num_digits}g}"

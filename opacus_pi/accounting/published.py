@@ -277,3 +277,62 @@ def chien_sequential(
     before = chien_sequential(2 * order, learning_divergence, earlier)
     start = (order - 0.5) / (order - 1) * (learning_divergence(2 * order) + before)
     return source_bound(start, order, growth)
+
+
+def order_multiplied_divergence(
+    worst_loss: Callable[[float], float], group_size: int, order: float
+) -> float:
+    """Group bound by chaining single removals; the order grows with the group.
+
+    Halving the group, D_α over m points ≤ (α−½)/(α−1)·D_{2α} over ⌈m/2⌉ points +
+    D_{2α−1} over ⌊m/2⌋ points (the weak triangle inequality).
+
+    Args:
+        worst_loss: Bound on the divergence of removing **any** single point from any of
+            the data sets in between, as a function of the order.
+        group_size: m ≥ 1.
+        order: Rényi order α > 1.
+
+    Returns:
+        The bound.
+
+    Raises:
+        ValueError: If the group is empty or the order at most 1.
+
+    Source: Mironov 2017, Propositions 2 and 11; the route of Chien et al. 2024,
+    Corollary 3.4.
+    """
+    in_range(1, np.inf, group_size=group_size, remedy="Count the group's points.")
+    if group_size == 1:
+        return float(worst_loss(order))
+    half = (group_size + 1) // 2
+    first = order_multiplied_divergence(worst_loss, half, 2 * order)
+    second = order_multiplied_divergence(worst_loss, group_size - half, 2 * order - 1)
+    return weak_triangle(order, first, second)
+
+
+def summed_losses(losses: ArrayLike, owners: ArrayLike) -> NDArray[np.float64]:
+    """Sum of per-example losses for each owner. A heuristic: **not** a bound.
+
+    Two examples with equal gradients cost four times what one does, not twice.
+
+    Args:
+        losses: ``(n,)``, per-example privacy losses.
+        owners: int ``(n,)``, whose example each is, 0 … U − 1.
+
+    Returns:
+        float64 ``(U,)``.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    values, who = np.asarray(losses, dtype=np.float64), np.asarray(owners)
+    expect(
+        values.ndim == 1 and values.shape == who.shape and who.dtype.kind in "iu",
+        "owners",
+        f"{who.dtype} of shape {who.shape}",
+        f"to be whole numbers of shape {values.shape}",
+        "Name one owner for each loss.",
+    )
+    in_range(0, np.inf, owners=who, remedy="Number the owners from 0.")
+    return np.bincount(who, weights=values).astype(np.float64, copy=False)

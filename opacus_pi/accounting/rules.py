@@ -12,9 +12,9 @@ loss times the part's length is unbiased for the sum over the part.
 
 >>> for interval in intervals([2, 5], num_steps=6):
 ...     print(interval)
-Interval(first=1, last=2, right=0, left=0)
-Interval(first=3, last=5, right=1, left=0)
-Interval(first=6, last=6, right=1, left=1)
+UpdateInterval(first=1, last=2, right=0, left=0)
+UpdateInterval(first=3, last=5, right=1, left=0)
+UpdateInterval(first=6, last=6, right=1, left=1)
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ def check_rule(rule: str) -> None:
 
 
 @dataclass(frozen=True)
-class Interval:
+class UpdateInterval:
     """Updates ``first`` to ``last`` (counted from 1) and the rows around them."""
 
     first: int
@@ -51,7 +51,7 @@ class Interval:
         return self.last - self.first + 1
 
 
-def intervals(steps: ArrayLike, num_steps: int) -> list[Interval]:
+def intervals(steps: ArrayLike, num_steps: int) -> list[UpdateInterval]:
     """All updates of a run, cut at its rows.
 
     Args:
@@ -65,11 +65,11 @@ def intervals(steps: ArrayLike, num_steps: int) -> list[Interval]:
     right = np.minimum(np.searchsorted(rows, ends), len(rows) - 1)
     left = np.maximum(np.searchsorted(rows, starts, side="right") - 1, 0)
     table = np.stack([starts + 1, ends, right, left], axis=1)
-    return [Interval(*(int(x) for x in line)) for line in table]
+    return [UpdateInterval(*(int(x) for x in line)) for line in table]
 
 
-def once_an_epoch(
-    parts: Sequence[Interval], sample_rates: ArrayLike, costs: ArrayLike
+def worst_case_over_epochs(
+    parts: Sequence[UpdateInterval], sample_rates: ArrayLike, costs: ArrayLike
 ) -> float:
     """The most that updates cost an example that is in one of each epoch.
 
@@ -107,7 +107,7 @@ def stratum_ends(num_strata: int, num_steps: int) -> tuple[int, ...]:
     return tuple(round(num_steps * i / num_strata) for i in range(1, num_strata + 1))
 
 
-def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, Interval]]:
+def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, UpdateInterval]]:
     """Each row's part of the run, and the one update that was drawn to stand for it.
 
     Part i holds the updates ``ends[i-1] + 1`` … ``ends[i]``; its row was measured after
@@ -136,7 +136,7 @@ def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, Interval]]:
     # a schedule's values at the drawn update are those of the row that follows it
     right = np.minimum(np.arange(len(rows)) + 1, len(rows) - 1)
     return [
-        (int(size), Interval(int(row) + 1, int(row) + 1, int(facts), number))
+        (int(size), UpdateInterval(int(row) + 1, int(row) + 1, int(facts), number))
         for number, (size, row, facts) in enumerate(
             zip(ends - starts, rows, right, strict=True)
         )
@@ -144,7 +144,9 @@ def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, Interval]]:
 
 
 def loss_under_rule(
-    loss: Callable[[Interval, int], NDArray[Any]], interval: Interval, rule: str
+    loss: Callable[[UpdateInterval, int], NDArray[Any]],
+    interval: UpdateInterval,
+    rule: str,
 ) -> NDArray[Any]:
     """One interval's loss under a rule.
 

@@ -22,10 +22,9 @@ from opacus_pi._validate import distinct_indices
 from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS, epsilons
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
-from opacus_pi.accounting.guarantee import Assumption
-from opacus_pi.accounting.per_instance import worst_case_loss
+from opacus_pi.accounting.guarantee import Assumption, rounded_up
+from opacus_pi.accounting.losses import worst_case_loss
 from opacus_pi.accounting.ranking_only import unfit_norms
-from opacus_pi.accounting.rounding import rounded_up
 from opacus_pi.ledger.grad_norm_ledger import (
     GradNormLedger,
     columns_of,

@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
-from opacus_pi.accounting.per_instance import privacy_losses
-from opacus_pi.accounting.run_losses import Ledgers
+from opacus_pi.accounting.losses import Ledgers, privacy_losses
 from opacus_pi.accounting.trajectory import trajectory_losses
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
 

@@ -20,20 +20,19 @@ from scipy import stats
 from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.composition import (
     mean_over_runs,
-    trajectory_losses_of_sums,
 )
-from opacus_pi.accounting.per_instance import worst_case_loss
-from opacus_pi.accounting.ranking_only import require_claimable
-from opacus_pi.accounting.rules import STRATIFIED, Interval
-from opacus_pi.accounting.run_losses import (
+from opacus_pi.accounting.losses import (
     Composition,
     Ledgers,
-    Record,
+    RunNorms,
     composition_of,
     loss_of_interval,
-    record_of,
+    norms_of_runs,
     total_loss,
+    worst_case_loss,
 )
+from opacus_pi.accounting.ranking_only import require_claimable
+from opacus_pi.accounting.rules import STRATIFIED, UpdateInterval
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
 from opacus_pi.ledger.mechanism import NoisySGD
 
@@ -71,6 +70,23 @@ def trajectory_losses(
     runs = runs_of(ledgers, same_steps=False)
     inner = _inner(runs[0].mechanism, order, kappa, mode)
     return trajectory_losses_of_sums(_sums(runs, inner, rule), order, kappa)
+
+
+def trajectory_losses_of_sums(sums: Array, order: float, kappa: float) -> Array:
+    """Divergence from whole trajectories' sums, with one use of Hölder's inequality.
+
+    D(order) <= ln E exp(κ(order-1)·S)/(κ(order-1)), S = Σ_t D_t at the order
+    1 + κ/(κ-1)·(order-1) along one run.
+
+    Args:
+        sums: S of each run, ``(R, n)``.
+        order: Above 1.
+        kappa: κ, above 1; ``inf``: the largest of the runs.
+
+    Returns:
+        float64 ``(n,)``.
+    """
+    return mean_over_runs(sums, kappa * (order - 1))
 
 
 def trajectory_limits(
@@ -187,14 +203,14 @@ def _inner(mechanism: NoisySGD, order: float, kappa: float, mode: str) -> Compos
 
 def _sums(runs: Sequence[GradNormLedger], inner: Composition, rule: str) -> Array:
     """The plain sum of each run, ``(R, n)``."""
-    return np.stack([total_loss(record_of(run, rule), inner, rule) for run in runs])
+    return np.stack([total_loss(norms_of_runs(run, rule), inner, rule) for run in runs])
 
 
 def _largest_sum(mechanism: NoisySGD, num_rows: int, inner: Composition) -> float:
     """What no sum can exceed: every update at the clip norm, in the dearest row."""
     clipped = np.full((1, num_rows, 1), math.inf)
-    record = Record(replace(mechanism, num_steps=1), np.arange(num_rows), clipped)
-    rows = [Interval(1, 1, row, row) for row in range(num_rows)]
+    record = RunNorms(replace(mechanism, num_steps=1), np.arange(num_rows), clipped)
+    rows = [UpdateInterval(1, 1, row, row) for row in range(num_rows)]
     each = [float(loss_of_interval(record, inner, row, row.right)[0]) for row in rows]
     return mechanism.num_steps * max(each, default=0.0)
 

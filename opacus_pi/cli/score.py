@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from opacus_pi.accounting.rounding import rounded_up
+from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.cli.arguments import (
     add_ledgers,
     add_output,

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from opacus_pi._types import ArrayLike
-from opacus_pi.difficulty.correlations import binned_means, rank_correlations
+from opacus_pi.difficulty.agreement import binned_means, rank_correlations
 from opacus_pi.plotting.style import axes_or_new, styles
 
 

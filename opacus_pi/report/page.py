@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from opacus_pi.accounting.rounding import rounded_up
+from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.report.run import TOLERANCE
 from opacus_pi.report.scores import tie_sentence
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from opacus_pi.accounting import published
-from opacus_pi.accounting.group.line import line_log_moment, scalar_law
+from opacus_pi.accounting.group.gaussian_mixture import mixture_log_moment, scalar_law
 from opacus_pi.accounting.group.moments import (
     coupled_log_moment,
     log_mean_exp,
@@ -16,6 +16,7 @@ from opacus_pi.accounting.group.moments import (
     subset_sums,
 )
 from opacus_pi.accounting.langevin import shifted
+from opacus_pi.accounting.langevin.constants import LangevinConstants
 from opacus_pi.accounting.langevin.contraction import (
     dobrushin_bound,
     first_step,
@@ -28,7 +29,6 @@ from opacus_pi.accounting.langevin.learning_phase import (
     halved_noise_divergence,
 )
 from opacus_pi.accounting.langevin.lsi import bounded_support_lsi, lsi_track
-from opacus_pi.accounting.langevin.process import LangevinConstants
 from opacus_pi.accounting.moments import log_moment
 
 CASES = json.loads((Path(__file__).parent / "vectors_bounds.json").read_text())
@@ -104,7 +104,7 @@ EVALUATE = {
     "delta": delta,
     "group_printed": theorem_b1,
     "group_coupled": coupled,
-    "group_scalar": lambda norms, q, sigma, alpha: line_log_moment(
+    "group_scalar": lambda norms, q, sigma, alpha: mixture_log_moment(
         *scalar_law(np.array(norms) / sigma, q), alpha
     ),
     "lsi_schedule_last": lambda C0, k, **kw: lsi_track(

@@ -17,12 +17,13 @@ from opacus_pi.accounting import (
     renyi_divergence,
 )
 from opacus_pi.accounting.composition import (
+    corrected_order,
     hoelder_losses,
+    printed_order,
     published_orders,
-    trajectory_losses_of_sums,
     weighted_log_moments,
 )
-from opacus_pi.accounting.orders import corrected_order, printed_order
+from opacus_pi.accounting.trajectory import trajectory_losses_of_sums
 
 CASES = json.loads((Path(__file__).parent / "vectors.json").read_text())
 MODES = {"int": "exact", "interp": "chord", "ceil": "ceil", "exact": "exact"}

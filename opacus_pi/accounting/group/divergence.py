@@ -24,17 +24,21 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from opacus_pi._validate import expect, positive
-from opacus_pi.accounting.composition import mean_over_runs
-from opacus_pi.accounting.group.line import (
-    line_log_moment,
+from opacus_pi.accounting.composition import (
+    corrected_order,
+    log_order_growth,
+    mean_over_runs,
+    printed_order,
+)
+from opacus_pi.accounting.group.gaussian_mixture import (
+    mixture_log_moment,
     operator_norm_law,
     scalar_law,
 )
 from opacus_pi.accounting.group.moments import coupled_log_moment, pair_exponents
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
-from opacus_pi.accounting.orders import corrected_order, log_growth, printed_order
 from opacus_pi.accounting.rules import (
-    Interval,
+    UpdateInterval,
     check_rule,
     intervals,
     loss_under_rule,
@@ -154,7 +158,7 @@ def theorem_b1_estimates(
         "Record more minibatches of the whole data set.",
     )
     widths = np.diff(ledger.steps, prepend=0)
-    coefficients = (p - 1) * np.exp(-log_growth(p) * ledger.steps) / (order - 1)
+    coefficients = (p - 1) * np.exp(-log_order_growth(p) * ledger.steps) / (order - 1)
     total = np.zeros(ledger.grams.shape[1])
     for grams, size, factor in zip(
         ledger.scaled(), orders, coefficients * widths, strict=True
@@ -177,7 +181,7 @@ def _compose(
     """Hölder's composition of the group's log moments over all updates."""
     mechanism = runs[0].mechanism
 
-    def loss(interval: Interval, row: int) -> NDArray[np.float64]:
+    def loss(interval: UpdateInterval, row: int) -> NDArray[np.float64]:
         last = mechanism.num_steps - np.arange(interval.first, interval.last + 1)
         visited = corrected_order(order, p, last)
         facts = mechanism.at_row(interval.right)
@@ -228,7 +232,7 @@ def _worst_case(run: GramLedger, order: float) -> float:
 
 def _scalar(K: NDArray[np.float64], rate: float, order: float) -> float:
     """The moment when all gradients are taken as parallel."""
-    return line_log_moment(*scalar_law(np.sqrt(np.diag(K)), rate), order)
+    return mixture_log_moment(*scalar_law(np.sqrt(np.diag(K)), rate), order)
 
 
 def _operator_norm(K: NDArray[np.float64], rate: float, order: float) -> float:
@@ -236,7 +240,7 @@ def _operator_norm(K: NDArray[np.float64], rate: float, order: float) -> float:
     if len(K) == 0:
         return 0.0
     largest = max(0.0, float(np.linalg.eigvalsh(K)[-1])) * (1 + 1e-12)
-    return line_log_moment(*operator_norm_law(largest, len(K), rate), order)
+    return mixture_log_moment(*operator_norm_law(largest, len(K), rate), order)
 
 
 def _hoelder_p(value: float | None, num_steps: int) -> float:

@@ -13,8 +13,8 @@ import numpy as np
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.group.line import binomial_law, line_log_moment
-from opacus_pi.accounting.rules import intervals, once_an_epoch
+from opacus_pi.accounting.group.gaussian_mixture import binomial_law, mixture_log_moment
+from opacus_pi.accounting.rules import intervals, worst_case_over_epochs
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 
 
@@ -28,7 +28,7 @@ def group_worst_case_loss(
     """Rényi differential privacy of the mechanism for a group of m rows, one-sided.
 
     The sum of the rows' clipped gradients is at most C times the number of rows drawn,
-    and parallel gradients are the worst (see ``group_line``). Under Poisson sampling
+    and parallel gradients are the worst case. Under Poisson sampling
     that number is Bin(m, q). A fixed schedule is conditioned on: each row takes part in
     one update of every epoch, and the worst is that all do together, in the dearest.
 
@@ -63,7 +63,9 @@ def group_worst_case_loss(
         for f in facts
     ]
     if mechanism.sampling != "poisson":
-        return once_an_epoch(parts, [float(f.sample_rate) for f in facts], costs)
+        return worst_case_over_epochs(
+            parts, [float(f.sample_rate) for f in facts], costs
+        )
     return sum(
         (part.num_updates * c for part, c in zip(parts, costs, strict=True)), 0.0
     )
@@ -89,7 +91,7 @@ def group_step_divergence(
     if math.isinf(ratio):
         return math.inf
     counts, log_weights = binomial_law(group_size, sample_rate)
-    return line_log_moment(ratio * counts, log_weights, order) / (order - 1)
+    return mixture_log_moment(ratio * counts, log_weights, order) / (order - 1)
 
 
 def _rate(facts: NoisySGD) -> float:

@@ -31,6 +31,7 @@ import numpy as np
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
+from opacus_pi.accounting.langevin.constants import LangevinConstants
 from opacus_pi.accounting.langevin.contraction import (
     Divergence,
     dobrushin_bound,
@@ -39,7 +40,6 @@ from opacus_pi.accounting.langevin.contraction import (
     source_bound,
 )
 from opacus_pi.accounting.langevin.lsi import log_growth
-from opacus_pi.accounting.langevin.process import LangevinConstants
 
 FORMS = ("hypercontractive", "source", "dobrushin")
 _SAME_STEPS = "retraining for as many steps in all as the unlearned model has seen"

@@ -7,8 +7,8 @@ import pytest
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, log_moment, privacy_losses
 from opacus_pi.accounting.group.divergence import group_divergence, theorem_b1_estimates
-from opacus_pi.accounting.group.line import (
-    line_log_moment,
+from opacus_pi.accounting.group.gaussian_mixture import (
+    mixture_log_moment,
     operator_norm_law,
     scalar_law,
 )
@@ -17,7 +17,7 @@ from opacus_pi.accounting.group.moments import (
     log_mean_exp,
     pair_exponents,
 )
-from opacus_pi.accounting.group.routes import (
+from opacus_pi.accounting.published import (
     order_multiplied_divergence,
     summed_losses,
 )
@@ -58,7 +58,7 @@ def test_one_example_is_the_single_moment(order, ratio):
     expected = float(log_moment(ratio, 0.02, order))
     assert coupled_log_moment(K, 0.02, order).log_moment == pytest.approx(expected)
     for law in (scalar_law([ratio], 0.02), operator_norm_law(ratio**2, 1, 0.02)):
-        assert line_log_moment(*law, order) == pytest.approx(expected, rel=1e-9)
+        assert mixture_log_moment(*law, order) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("rate", "scale"), [(0.2, 0.4), (0.01, 0.3), (0.7, 0.2)])
@@ -88,9 +88,9 @@ def test_line_bounds_are_above_the_coupled_moment(seed, order):
     size, rate = int(rng.integers(1, 6)), float(rng.uniform(0.01, 0.9))
     K = gram(rng, size, scale=rng.uniform(0.05, 1))
     coupled = coupled_log_moment(K, rate, order).log_moment
-    scalar = line_log_moment(*scalar_law(np.sqrt(np.diag(K)), rate), order)
+    scalar = mixture_log_moment(*scalar_law(np.sqrt(np.diag(K)), rate), order)
     largest = np.linalg.eigvalsh(K)[-1]
-    norm = line_log_moment(*operator_norm_law(largest, size, rate), order)
+    norm = mixture_log_moment(*operator_norm_law(largest, size, rate), order)
     assert min(scalar, norm) >= coupled * (1 - 1e-9)
 
 
@@ -109,16 +109,16 @@ def test_line_bounds_hold_at_real_orders(order):
             1 - rate + rate * np.exp(b * y - b * b / 2)
         )
         exact = math.log((np.exp(log_normal) * ratio**order).sum())
-        assert line_log_moment(*scalar_law([a, b], rate), order) >= exact
+        assert mixture_log_moment(*scalar_law([a, b], rate), order) >= exact
         largest = max(a, b) ** 2
-        assert line_log_moment(*operator_norm_law(largest, 2, rate), order) >= exact
+        assert mixture_log_moment(*operator_norm_law(largest, 2, rate), order) >= exact
 
 
 def test_rounding_up_keeps_the_bound_and_costs_little():
     rng = np.random.default_rng(0)
     norms = rng.uniform(0.05, 0.3, 12)
-    exact = line_log_moment(*scalar_law(norms, 0.1), 3.0)
-    more = line_log_moment(*scalar_law(np.append(norms, 1e-9), 0.1), 3.0)  # grid
+    exact = mixture_log_moment(*scalar_law(norms, 0.1), 3.0)
+    more = mixture_log_moment(*scalar_law(np.append(norms, 1e-9), 0.1), 3.0)  # grid
     assert exact <= more <= 1.2 * exact
 
 

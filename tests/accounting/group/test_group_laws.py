@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, log_moment, privacy_losses
 from opacus_pi.accounting.group.divergence import group_divergence
-from opacus_pi.accounting.group.line import (
-    line_log_moment,
+from opacus_pi.accounting.group.gaussian_mixture import (
+    mixture_log_moment,
     operator_norm_law,
     scalar_law,
 )
@@ -55,8 +55,8 @@ def moments(K, rate, order):
     norms, largest = np.sqrt(np.diag(K)), float(np.linalg.eigvalsh(K)[-1])
     return {
         "coupled": coupled_log_moment(K, rate, order).log_moment,
-        "scalar": line_log_moment(*scalar_law(norms, rate), order),
-        "operator_norm": line_log_moment(
+        "scalar": mixture_log_moment(*scalar_law(norms, rate), order),
+        "operator_norm": mixture_log_moment(
             *operator_norm_law(largest * (1 + 1e-12), len(K), rate), order
         ),
     }

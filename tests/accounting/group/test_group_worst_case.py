@@ -8,12 +8,12 @@ from scipy.stats import binom
 
 from opacus_pi.accounting import NoisySGD, worst_case_loss
 from opacus_pi.accounting.group.divergence import group_divergence
-from opacus_pi.accounting.group.line import line_log_moment, scalar_law
-from opacus_pi.accounting.group.routes import order_multiplied_divergence
+from opacus_pi.accounting.group.gaussian_mixture import mixture_log_moment, scalar_law
 from opacus_pi.accounting.group.worst_case import (
     group_step_divergence,
     group_worst_case_loss,
 )
+from opacus_pi.accounting.published import order_multiplied_divergence
 from opacus_pi.ledger.gram_ledger import GramLedger
 
 
@@ -55,7 +55,7 @@ def test_any_positive_shifts_cost_less_backwards():
         order = float(rng.uniform(1.1, 10))
         logs = logsumexp(np.outer(z, a) - a**2 / 2 + w, axis=1)
         back = logsumexp((1 - order) * logs + density)
-        assert back <= line_log_moment(a, w, order) * (1 + 1e-6) + 1e-12
+        assert back <= mixture_log_moment(a, w, order) * (1 + 1e-6) + 1e-12
 
 
 @pytest.mark.parametrize("order", [1.05, 1.3, 1.5, 2.5, 4.0])
@@ -77,7 +77,7 @@ def test_one_long_gradient_among_short_ones(norms, rate, order):
     ]
     density = -z * z / 2 - math.log(2 * math.pi) / 2 + math.log(2e-3)
     truth = logsumexp(order * np.concatenate(logs) + density)
-    found = line_log_moment(lengths, weights, order)
+    found = mixture_log_moment(lengths, weights, order)
     assert found == pytest.approx(truth, rel=1e-8, abs=1e-12)
 
 

@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 
+from opacus_pi.accounting.langevin.constants import LangevinConstants
 from opacus_pi.accounting.langevin.contraction import hypercontractive_bound
 from opacus_pi.accounting.langevin.lsi import lsi_track
-from opacus_pi.accounting.langevin.process import LangevinConstants
 from opacus_pi.accounting.langevin.unlearning import (
     steps_to_rewind,
     steps_to_unlearn,

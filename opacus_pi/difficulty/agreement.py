@@ -15,7 +15,7 @@ from scipy import stats
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
-from opacus_pi.accounting.per_instance import privacy_losses
+from opacus_pi.accounting.losses import privacy_losses
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
 
 __all__ = [

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, privacy_losses
-from opacus_pi.difficulty.correlations import (
+from opacus_pi.difficulty.agreement import (
     binned_means,
     rank_correlations,
     rank_stability,

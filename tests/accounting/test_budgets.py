@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy.special import ndtr
 
 from opacus_pi.accounting import RenyiFilter
-from opacus_pi.accounting.gaussian_curve import (
+from opacus_pi.accounting.conversion import (
     gaussian_delta,
     gaussian_epsilon,
     gaussian_mu,

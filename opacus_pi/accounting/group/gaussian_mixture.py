@@ -9,7 +9,7 @@ log-normal weights, and grows with each covariance (Kahane's inequality). Two ch
 * a_S = √(λ_max(K)·|S|) (``operator_norm_law``): tight when they are orthogonal.
 
 >>> lengths, log_weights = scalar_law([0.7], 0.01)
->>> round(line_log_moment(lengths, log_weights, 5.0), 12)  # a single example
+>>> round(mixture_log_moment(lengths, log_weights, 5.0), 12)  # a single example
 0.000647052429
 """
 
@@ -94,7 +94,9 @@ def binomial_law(group_size: int, sample_rate: float) -> Law:
     return counts[possible].astype(np.float64), log_weights[possible]
 
 
-def line_log_moment(lengths: ArrayLike, log_weights: ArrayLike, order: float) -> float:
+def mixture_log_moment(
+    lengths: ArrayLike, log_weights: ArrayLike, order: float
+) -> float:
     """Log moment of a mixture of N(a_j, 1) against N(0, 1), at any real order.
 
     ln E_z (Σ_j w_j·exp(a_j·z − a_j²/2))^α, z ~ N(0, 1).

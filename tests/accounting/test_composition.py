@@ -6,13 +6,14 @@ import mpmath
 import numpy as np
 import pytest
 
-from opacus_pi.accounting.composition import hoelder_losses, mean_over_runs
-from opacus_pi.accounting.moments import log_moments
-from opacus_pi.accounting.orders import (
+from opacus_pi.accounting.composition import (
     corrected_order,
+    hoelder_losses,
     interval_orders,
+    mean_over_runs,
     printed_order,
 )
+from opacus_pi.accounting.moments import log_moments
 
 
 @pytest.mark.parametrize(

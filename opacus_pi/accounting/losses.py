@@ -1,0 +1,347 @@
+"""Per-example Rényi privacy losses of a recorded training run.
+
+>>> from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
+>>> from opacus_pi.ledger.mechanism import NoisySGD
+>>> mechanism = NoisySGD(
+...     num_steps=100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0
+... )
+>>> ledger = GradNormLedger(mechanism, steps=[50, 100], grad_norms=[[0.1, 5], [0.1, 5]])
+>>> privacy_losses(ledger, order=8).round(4)
+array([0.0117, 1.3725])
+
+A value from one run puts that run's norms where the theorems have an expectation over
+runs: it is an estimate. What no run can exceed is ``worst_case_loss``.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi._types import ArrayLike
+from opacus_pi._validate import expect, in_range
+from opacus_pi.accounting.composition import (
+    PUBLISHED,
+    corrected_order,
+    interval_orders,
+    published_orders,
+    weighted_log_moments,
+)
+from opacus_pi.accounting.moments import MODES
+from opacus_pi.accounting.rules import (
+    RULES,
+    STRATIFIED,
+    UpdateInterval,
+    intervals,
+    loss_under_rule,
+    strata,
+    worst_case_over_epochs,
+)
+from opacus_pi.accounting.tables import check_tolerance, upper_log_moments
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
+from opacus_pi.ledger.measurements import fill_unobserved
+from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
+
+Array = NDArray[np.float64]
+Ledgers = GradNormLedger | Sequence[GradNormLedger]
+CONVENTIONS = ("corrected", *PUBLISHED)
+ROW_RULES = (*RULES, STRATIFIED)
+_HIGHEST_ORDER = 1e6
+
+
+def privacy_losses(
+    ledger: Ledgers,
+    order: float,
+    *,
+    convention: str = "corrected",
+    rule: str = "right",
+    hoelder_p: float | None = None,
+    mode: str = "exact",
+    tolerance: float = 0.0,
+) -> Array:
+    """Rényi privacy loss of every example over a whole training run.
+
+    Args:
+        ledger: One run, or several independent runs of the same training, over which
+            the expectations are taken.
+        order: Rényi order, above 1.
+        convention: ``"corrected"``: the theorem as its proof gives it, and never above
+            the worst case where gradients were clipped. ``"icml2025"`` and
+            ``"thudi2024_code"``: as published, for reproduction; their orders are
+            rounded up whatever ``mode`` says, and each row's value is multiplied by
+            the number of updates it speaks for.
+        rule: Which row speaks for which updates: ``"right"`` (the paper's),
+            ``"left"``, ``"trapezoid"`` or ``"max"``; ``"stratified"`` for rows of
+            ``Recorder.stratified``: for each example unbiased for one run's sum over
+            all its updates.
+        hoelder_p: The p of Hölder's inequality, above 1 and fixed beforehand. Default:
+            3·num_steps, the paper's; ``inf``: the plain sum over the updates.
+        mode: How moments are taken at real orders, as in ``log_moment``.
+        tolerance: 0: no rounding. From 1e-8 to 1, for one run: moments are read off
+            tables, which makes the losses at most that much larger, relatively, never
+            smaller, and tens of thousands of examples many times faster.
+
+    Returns:
+        float64 ``(n,)``, in nats: an estimate of a bound on the Rényi divergence of
+        training with the example from training without it. One run stands in for the
+        expectations, a few rows for all updates. ``worst_case_loss`` is a bound.
+
+    Raises:
+        ValueError: If an argument is outside its domain, the runs do not belong
+            together, or the mechanism has no noise.
+
+    Source: Sepahvand et al. (ICML 2025), Definition 4.2 and Section 5.1, after Thudi
+    et al. (arXiv:2307.00310), Theorem 3.3.
+    """
+    record = norms_of_runs(ledger, rule, tolerance)
+    how = composition_of(
+        record.mechanism, order, convention, hoelder_p, mode, tolerance
+    )
+    losses = total_loss(record, how, rule)
+    if convention != "corrected":
+        return losses
+    worst = worst_case_loss(record.mechanism, order, steps=record.steps)
+    return np.minimum(losses, worst)
+
+
+def per_step_losses(
+    ledger: Ledgers,
+    order: float,
+    *,
+    convention: str = "corrected",
+    hoelder_p: float | None = None,
+    mode: str = "exact",
+) -> Array:
+    """What a single update contributes at each row of the ledger.
+
+    Row i is the contribution of update ``steps[i]`` (a row at 0: of the first update;
+    under ``"thudi2024_code"`` of its update number 0), with that row's norms.
+
+    Args:
+        ledger: As in ``privacy_losses``.
+        order: Rényi order, above 1.
+        convention: As in ``privacy_losses``.
+        hoelder_p: As in ``privacy_losses``.
+        mode: As in ``log_moment``.
+
+    Returns:
+        float64 ``(N, n)``, in nats.
+
+    Raises:
+        ValueError: As ``privacy_losses``.
+    """
+    record = norms_of_runs(ledger)
+    how = composition_of(record.mechanism, order, convention, hoelder_p, mode)
+    first = 0 if convention == "thudi2024_code" else 1
+    losses = np.empty(record.norms.shape[1:])
+    for row, step in enumerate(record.steps):
+        update = max(int(step), first)
+        losses[row] = loss_of_interval(
+            record, how, UpdateInterval(update, update, row, row), row
+        )
+    return losses
+
+
+def worst_case_loss(
+    mechanism: NoisySGD, order: float, *, steps: ArrayLike | None = None
+) -> float:
+    """Rényi differential privacy of the mechanism: the loss with ‖g‖ = C throughout.
+
+    On a fixed schedule an example is in one update of every epoch, and in which one is
+    not known: an epoch that was broken off counts in full.
+
+    Args:
+        mechanism: The run's facts.
+        order: Rényi order, above 1.
+        steps: The ledger's steps ``(N,)``; needed where the mechanism has a schedule,
+            whose values hold up to each row.
+
+    Returns:
+        The divergence, in nats; ``inf`` without clipping.
+
+    Raises:
+        ValueError: If an argument is outside its domain or the steps are missing.
+    """
+    how = composition_of(mechanism, order, "corrected", math.inf, "exact")
+    scheduled = [name for name in SCHEDULED if np.ndim(getattr(mechanism, name))]
+    expect(
+        steps is not None or not scheduled,
+        "steps",
+        None,
+        f"to say where {', '.join(scheduled)} changes",
+        "Pass the ledger's steps.",
+    )
+    rows = np.asarray(steps) if scheduled else np.array([mechanism.num_steps])
+    if mechanism.sampling != "poisson":
+        parts = intervals(rows, mechanism.num_steps)
+        facts = [mechanism.at_row(part.right) for part in parts]
+        costs = [order * float(f.ratios(math.inf)) ** 2 / 2 for f in facts]
+        return worst_case_over_epochs(
+            parts, [float(f.sample_rate) for f in facts], costs
+        )
+    unbounded = np.full((1, len(rows), 1), math.inf)
+    return float(total_loss(RunNorms(mechanism, rows, unbounded), how, "right")[0])
+
+
+@dataclass(frozen=True)
+class Composition:
+    """How single updates are composed; the arguments of ``privacy_losses``."""
+
+    order: float
+    convention: str
+    hoelder_p: float
+    mode: str
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class RunNorms:
+    """Several runs' facts, steps and filled norms ``(R, N, n)``."""
+
+    mechanism: NoisySGD
+    steps: NDArray[np.int64]
+    norms: Array
+
+    def only(self, columns: NDArray[Any] | slice) -> "RunNorms":
+        """The same runs, seen by some of the examples."""
+        return replace(self, norms=self.norms[..., columns])
+
+
+def total_loss(record: RunNorms, how: Composition, rule: str) -> Array:
+    """Sum over the intervals of a run."""
+    loss = partial(loss_of_interval, record, how)
+    total = np.zeros(record.norms.shape[2])
+    if rule == STRATIFIED:
+        for size, drawn in strata(record.steps, record.mechanism.num_steps):
+            total += size * loss(drawn, drawn.left)
+        return total
+    for interval in intervals(record.steps, record.mechanism.num_steps):
+        total += loss_under_rule(loss, interval, rule)
+    return total
+
+
+def loss_of_interval(
+    record: RunNorms, how: Composition, interval: UpdateInterval, row: int
+) -> Array:
+    """One interval's loss if one row's norms held throughout.
+
+    The mechanism's values are the interval's own, whichever row gives the norms.
+    """
+    mechanism = record.mechanism.at_row(interval.right)
+    ratios = mechanism.ratios(record.norms[:, row])
+    orders, weights = _orders(record, how, interval, row)
+    # Amplification by sampling belongs to Poisson sampling. Any other schedule is
+    # conditioned on: a share q of the updates contains the example, for certain.
+    q = float(mechanism.sample_rate)
+    if how.convention == "corrected" and mechanism.sampling != "poisson":
+        q, weights = 1.0, weights * q
+    if how.tolerance:
+        return upper_log_moments(ratios[0], q, orders, weights, how.tolerance)
+    return weighted_log_moments(
+        ratios, q, orders, weights, hoelder_p=how.hoelder_p, mode=how.mode
+    )
+
+
+def _orders(
+    record: RunNorms, how: Composition, interval: UpdateInterval, row: int
+) -> tuple[Array, Array]:
+    """The orders at which an interval's log moments are summed, and their weights."""
+    mechanism = record.mechanism.at_row(interval.right)
+    if how.convention in PUBLISHED:
+        first = 0 if how.convention == "thudi2024_code" else 1
+        orders, weights = published_orders(
+            how.order,
+            max(int(record.steps[row]), first),
+            hoelder_p=how.hoelder_p,
+            convention=how.convention,
+        )
+        return orders, weights * interval.num_updates
+    num_steps = mechanism.num_steps
+    return interval_orders(
+        how.order,
+        how.hoelder_p,
+        (num_steps - interval.last, num_steps - interval.first),
+        sample_rate=float(mechanism.sample_rate)
+        if mechanism.sampling == "poisson"
+        else 1.0,
+        mode=how.mode,
+        single_run=len(record.norms) == 1,
+    )
+
+
+def norms_of_runs(
+    ledger: Ledgers, rule: str = "right", tolerance: float = 0.0
+) -> RunNorms:
+    """The checked runs as arrays, if rule and tolerance can be applied to them."""
+    runs = runs_of(ledger)
+    first = runs[0]
+    check_tolerance(tolerance, num_runs=len(runs))
+    expect(rule in ROW_RULES, "rule", repr(rule), f"in {ROW_RULES}", "Default: right.")
+    for run in runs:
+        expect(
+            rule != STRATIFIED or run.source == "swept",
+            "rule",
+            repr(rule),
+            "only with swept rows",
+            "An observed row is of whatever update an example last took part in: "
+            "record with Recorder.stratified.",
+        )
+    expect(
+        first.num_rows > 0 or first.mechanism.num_steps == 0,
+        "ledger",
+        "0 rows",
+        "to have a row",
+        "Record at least once during training.",
+    )
+    first.mechanism.ratios(np.empty((first.num_rows, 0)))  # refuses noise_std = 0
+    filled = [fill_unobserved(run.grad_norms) for run in runs]
+    norms = filled[0][None] if len(filled) == 1 else np.stack(filled)
+    return RunNorms(first.mechanism, first.steps, norms)
+
+
+def composition_of(
+    mechanism: NoisySGD,
+    order: float,
+    convention: str,
+    hoelder_p: float | None,
+    mode: str,
+    tolerance: float = 0.0,
+) -> Composition:
+    """The checked arguments."""
+    in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
+    expect(
+        convention in CONVENTIONS,
+        "convention",
+        repr(convention),
+        f"in {CONVENTIONS}",
+        "The default is corrected.",
+    )
+    expect(mode in MODES, "mode", repr(mode), f"in {MODES}", "The default is exact.")
+    remedy = (
+        "Fix it beforehand (default: 3·num_steps): a p chosen on the runs that are "
+        "averaged degenerates to the plain sum."
+    )
+    p = max(3.0 * mechanism.num_steps, 3.0) if hoelder_p is None else hoelder_p
+    numeric = isinstance(p, (int, float, np.number))
+    expect(numeric and p > 1, "hoelder_p", p, "to be a number above 1", remedy)
+    expect(
+        math.isfinite(p) or convention == "corrected",
+        "hoelder_p",
+        p,
+        f"to be finite under {convention}",
+        "The published coefficient grows with p.",
+    )
+    highest = float(corrected_order(order, p, mechanism.num_steps))
+    expect(
+        highest <= _HIGHEST_ORDER,
+        "hoelder_p",
+        p,
+        f"to keep orders below {_HIGHEST_ORDER:g}: {mechanism.num_steps} updates raise "
+        f"{order} to {highest:.3g}",
+        "Take one of about num_steps, or larger.",
+    )
+    return Composition(float(order), convention, float(p), mode, float(tolerance))
