@@ -19,7 +19,7 @@ from benchmarks.reproduce.judging import CRITERION, probe
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.work import Work
 from opacus_pi.evaluation import aligned, loss_barrier, permutation_spec
-from opacus_pi.models.random_state import random_state_untouched
+from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.symmetries.permutations import PermutationSpec
 
 POINTS = 11  # on the line between two models

@@ -19,7 +19,7 @@ from opacus_pi import GradNormLedger, PrivacyEngine
 from opacus_pi.accounting import privacy_losses
 from opacus_pi.difficulty import proxies
 from opacus_pi.files.atomic_file import replacing
-from opacus_pi.models.skeleton import unwrap
+from opacus_pi.models.copies import unwrap
 
 
 @dataclass(frozen=True)

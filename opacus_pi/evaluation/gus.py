@@ -20,12 +20,10 @@ from torch.utils.data import Dataset
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
-from opacus_pi.models.batches import size_of
-from opacus_pi.models.criterion import Criterion
-from opacus_pi.models.no_trace import device_of
-from opacus_pi.models.objective import Losses, float64_losses, unit_cotangents
-from opacus_pi.models.random_state import random_state_untouched
-from opacus_pi.models.skeleton import evaluation_copy
+from opacus_pi.models.batches import device_of, size_of
+from opacus_pi.models.copies import evaluation_copy
+from opacus_pi.models.losses import Criterion, Losses, float64_losses, unit_cotangents
+from opacus_pi.models.no_trace import random_state_untouched
 
 
 def gaussian_unlearning_score(

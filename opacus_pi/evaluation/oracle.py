@@ -23,8 +23,8 @@ from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.difficulty.forget_sets import retain_indices
 from opacus_pi.files.storage import read_arrays, write_arrays
 from opacus_pi.ledger.fingerprint import fingerprint
-from opacus_pi.models.random_state import random_state_untouched
-from opacus_pi.models.skeleton import unwrap
+from opacus_pi.models.copies import unwrap
+from opacus_pi.models.no_trace import random_state_untouched
 
 _INPUTS = "data_set_with_inputs"
 _KIND = "opacus_pi.Oracle"

@@ -4,7 +4,7 @@ from torch import nn
 
 from opacus_pi.evaluation.accuracies import accuracy, unlearning_accuracy
 from opacus_pi.evaluation.membership import membership_inference
-from opacus_pi.models.criterion import Criterion
+from opacus_pi.models.losses import Criterion
 from opacus_pi.models.predictions import Data, Predictions, predict
 
 

@@ -24,9 +24,8 @@ from opacus_pi.models.batches import (
     reached,
     rows,
 )
-from opacus_pi.models.criterion import Criterion
-from opacus_pi.models.objective import float64_losses, unit_cotangents
-from opacus_pi.models.skeleton import check_separate, evaluation_copy
+from opacus_pi.models.copies import evaluation_copy, require_own_parameters
+from opacus_pi.models.losses import Criterion, float64_losses, unit_cotangents
 
 _SLOW = (
     "The examples of a batch influence each other, or the model is random in "
@@ -42,7 +41,7 @@ class NormEngine:
     largest norm is differentiated alone by plain autograd. Where that disagrees (the
     first dimension of a layer's input does not count examples) the taps are given up;
     where it still does, every example is differentiated alone.
-    To be made and used inside :func:`~opacus_pi.models.isolation.isolated`.
+    To be made and used inside :func:`~opacus_pi.models.no_trace.isolated`.
 
     Args:
         model: The live model, plain or wrapped; it is copied (sharing its weights).
@@ -109,7 +108,7 @@ class NormEngine:
             with self._taps.listening(len(y)):
                 outputs = self._forward(x)
                 if not self._checked:
-                    check_separate(outputs, self._live)
+                    require_own_parameters(outputs, self._live)
                 cotangents, scales = unit_cotangents(self._losses, outputs, y)
                 ends, units = reached(outputs, cotangents)
                 if ends:

@@ -16,7 +16,7 @@ from opacus_pi.models.batches import (
     rows,
     unsqueeze,
 )
-from opacus_pi.models.objective import Losses, unit_cotangents
+from opacus_pi.models.losses import Losses, unit_cotangents
 
 _MAX_ELEMENTS = 1 << 26  # of per-example gradients held at once
 

@@ -31,10 +31,9 @@ from opacus_pi.models.batches import (
     to_device,
     unsqueeze,
 )
-from opacus_pi.models.criterion import Criterion
-from opacus_pi.models.isolation import isolated
-from opacus_pi.models.objective import float64_losses
-from opacus_pi.models.skeleton import evaluation_copy
+from opacus_pi.models.copies import evaluation_copy
+from opacus_pi.models.losses import Criterion, float64_losses
+from opacus_pi.models.no_trace import isolated
 
 _MAX_ELEMENTS = 1 << 27  # float64 entries of per-example gradients held at once
 _VMAP_ELEMENTS = 1 << 26

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from opacus_pi.gradients.engine import NormEngine
-from opacus_pi.models.criterion import Criterion
-from opacus_pi.models.isolation import isolated
+from opacus_pi.models.losses import Criterion
+from opacus_pi.models.no_trace import isolated
 
 
 def per_example_grad_norms(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from opacus_pi._torch_compat import pytree
 from opacus_pi.gradients.bare import BareParameters, ExampleGradients
 from opacus_pi.models.batches import map_tensors
-from opacus_pi.models.random_state import random_state_untouched
+from opacus_pi.models.no_trace import random_state_untouched
 
 
 def weights_of_shared_rows(

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from opacus_pi._validate import expect, positive
 from opacus_pi.gradients.engine import NormEngine
 from opacus_pi.models.batches import inputs_and_targets, to_device
-from opacus_pi.models.criterion import Criterion
-from opacus_pi.models.isolation import isolated
+from opacus_pi.models.losses import Criterion
+from opacus_pi.models.no_trace import isolated
 
 _SECONDS_BEFORE_BAR = 3.0
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from opacus_pi._class_swap import swap_class
 from opacus_pi.integration.compatible import add_note
-from opacus_pi.models.skeleton import unwrap
+from opacus_pi.models.copies import unwrap
 
 _ODD = (
     "Of each example one gradient is needed for every parameter. The batch has {size}, "

@@ -61,7 +61,7 @@ from opacus_pi.integration.outside_changes import OutsideChanges
 from opacus_pi.integration.readings import EngineReadings
 from opacus_pi.integration.run_state import RunState
 from opacus_pi.models.batches import size_of
-from opacus_pi.models.criterion import Criterion
+from opacus_pi.models.losses import Criterion
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.last_weights import LastWeights
 from opacus_pi.recording.processes import Processes

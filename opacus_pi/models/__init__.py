@@ -1,1 +1,15 @@
-"""Run a torch model without changing it: copies, batches, losses and predictions."""
+"""Run a torch model without changing it: copies, contexts, batches, losses.
+
+The rooms that measure, evaluate, align or unlearn a model share these files:
+
+* ``copies``: model copies, without the wrappers of training
+* ``no_trace``: contexts that restore random states, modes and switches
+* ``batches``: batches as users have them, tensors or tuples and dicts of tensors
+* ``losses``: one loss per example, in float64, and its gradient by the outputs
+* ``predictions``: one forward pass over a data set
+* ``weights_name``: the name of a model's weights, a hash
+
+Nothing here is promised to users; what is public is exported by the rooms above.
+"""
+
+__all__: list[str] = []

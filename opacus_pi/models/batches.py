@@ -1,7 +1,8 @@
-"""Batches as the user has them: tensors, or tuples and dicts of tensors.
+"""Batches as users have them: tensors, or tuples and dicts of tensors.
 
-A batch is a pair ``(x, y)``, or a dict whose ``"labels"`` are the targets, as collators
-of Hugging Face make it:
+A batch is a pair ``(x, y)``, or a dict whose ``"labels"`` are the targets, as the
+collators of Hugging Face return it. Everything below treats ``x``, ``y`` and a model's
+outputs as trees of tensors whose first dimension counts the examples.
 
 >>> inputs_and_targets({"input_ids": [[7, 8]], "labels": [1]})
 ({'input_ids': [[7, 8]]}, [1])
@@ -15,13 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from opacus_pi._torch_compat import pytree
-from opacus_pi._validate import expect
 
-_TARGETS, _OUTPUTS = "labels", "logits"  # the names that transformers uses
+_TARGETS, _OUTPUTS = "labels", "logits"  # the names that the package transformers uses
 
 
 def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and keyword arguments that hand ``x`` to a model.
+    """Return the positional and keyword arguments with which a model is called on x.
 
     Args:
         x: A tensor, a tuple or list (``model(*x)``) or a dict (``model(**x)``); the
@@ -36,21 +36,20 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     """Return the inputs and the targets of a batch.
 
     Args:
-        batch: A pair ``(x, y)``, or a mapping with ``"labels"``; the rest of it is x.
+        batch: A pair ``(x, y)``, or a mapping with ``"labels"``, the rest of which is
+            x.
 
     Raises:
         ValueError: If it is neither.
     """
     if isinstance(batch, Mapping) and _TARGETS in batch:
         return {k: v for k, v in batch.items() if k != _TARGETS}, batch[_TARGETS]
-    expect(
-        isinstance(batch, (tuple, list)) and len(batch) == 2,
-        "data_set",
-        f"batches of {type(batch).__name__}",
-        "to give pairs (x, y)",
-        'Pass a collate_fn that returns (inputs, targets), or a dict with "labels".',
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise ValueError(
+        f'A batch must be a pair (x, y) or a dict with "{_TARGETS}", got a '
+        f"{type(batch).__name__}. Pass a collate_fn that returns (inputs, targets)."
     )
-    return batch[0], batch[1]
 
 
 def size_of(data_set: Dataset[Any]) -> int:
@@ -65,13 +64,13 @@ def forward(model: nn.Module, x: Any) -> Any:
 
 
 def logits_of(outputs: Any) -> Any:
-    """Return the logits where the outputs name them, as those of transformers do."""
+    """Return ``outputs["logits"]`` of a mapping (Hugging Face), else the outputs."""
     named = isinstance(outputs, Mapping) and _OUTPUTS in outputs
     return outputs[_OUTPUTS] if named else outputs
 
 
 def give_only_logits(module: nn.Module, args: Any, outputs: Any) -> Any:
-    """A forward hook, for copies that are called by others than ``forward``."""
+    """Forward hook by which a copy returns its logits whoever calls it."""
     return logits_of(outputs)
 
 
@@ -97,13 +96,20 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer, the CPU without one."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
 def to_float64(value: Any) -> Any:
     """Return ``value`` with its floating tensors in float64."""
     return map_tensors(lambda t: t.double() if t.is_floating_point() else t, value)
 
 
 def floating(outputs: Any) -> dict[int, Tensor]:
-    """Return the floating tensors in ``outputs``, by their place among its leaves."""
+    """Return the floating tensors among the leaves of ``outputs``, by position."""
     alone = isinstance(outputs, Tensor)
     return {
         place: leaf

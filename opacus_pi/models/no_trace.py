@@ -1,44 +1,55 @@
-"""Looking at a model without changing it or the random numbers of the run."""
+"""Contexts in which a model can be run without leaving a trace on the training run.
 
-import copy
+Three things outside the model change when it is run: the states of random number
+generators, the modes of its layers, and switches of the thread (gradients, inference
+mode, autocast). Each context restores those that it touches, also after an error.
+The model's own state (weights, buffers, hooks) is protected by running a copy
+(:mod:`opacus_pi.models.copies`).
+
+* :func:`random_state_untouched` restores random states and nothing else.
+* :func:`evaluating` is for forward passes of the live model: evaluation mode, no
+  gradients.
+* :func:`isolated` is for measuring gradients on a copy, wherever it is called from.
+"""
+
+import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
-from opacus_pi.models.random_state import random_state_untouched
-from opacus_pi.models.skeleton import evaluation_copy
+__all__ = ["evaluating", "isolated", "random_state_untouched"]
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter or buffer (CPU if it has none)."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+@contextmanager
+def random_state_untouched() -> Iterator[None]:
+    """Restore the states of ``random``, numpy and torch (CUDA if in use) at the end.
 
-
-def independent_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode with its own weights, without wrappers and their hooks.
-
-    Args:
-        model: Plain, or wrapped by Opacus or for distributed training; only read.
-
-    Returns:
-        A module that shares nothing with the model.
-
-    Raises:
-        ValueError: If a BatchNorm layer has no running statistics.
+    >>> with random_state_untouched():
+    ...     first = torch.rand(1)
+    >>> bool(first == torch.rand(1))
+    True
     """
-    return copy.deepcopy(evaluation_copy(model))
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    has_cuda = torch.cuda.is_initialized()  # without starting it
+    devices = range(torch.cuda.device_count()) if has_cuda else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random states as before afterwards.
+    """Put a model in evaluation mode, without gradients; restore modes afterwards.
 
     Args:
-        model: The model; each submodule gets its own training flag back.
+        model: The live model; each submodule gets its own training flag back. Random
+            states are restored, too.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -48,3 +59,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Turn gradients on and autocast off, whatever surrounds the call.
+
+    Norms must not depend on where a sweep is called from: under ``no_grad`` there would
+    be none, under autocast they would be rounded. Random states are restored.
+
+    >>> with torch.inference_mode(), isolated():
+    ...     torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    (True, False)
+    """
+    devices = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
+    with ExitStack() as stack:
+        stack.enter_context(random_state_untouched())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield

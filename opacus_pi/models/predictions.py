@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._validate import expect
-from opacus_pi.models.batches import forward, inputs_and_targets, to_device
-from opacus_pi.models.criterion import Criterion
-from opacus_pi.models.no_trace import device_of, evaluating
-from opacus_pi.models.objective import float64_losses
+from opacus_pi.models.batches import device_of, forward, inputs_and_targets, to_device
+from opacus_pi.models.losses import Criterion, float64_losses
+from opacus_pi.models.no_trace import evaluating
 
 Data = Dataset[Any] | Iterable[tuple[Tensor, Tensor]]
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from opacus_pi.files.storage import checksum
 from opacus_pi.files.weights_file import described
-from opacus_pi.models.skeleton import unwrap
+from opacus_pi.models.copies import unwrap
 
 __all__ = ["weights_name"]
 

@@ -23,8 +23,8 @@ from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD, fingerpri
 from opacus_pi.gradients import gradient_gram, minibatch_gram, norm_sweep
 from opacus_pi.ledger.mechanism import SCHEDULED
 from opacus_pi.models.batches import size_of
-from opacus_pi.models.criterion import Criterion
-from opacus_pi.models.skeleton import bare_copy
+from opacus_pi.models.copies import training_copy
+from opacus_pi.models.losses import Criterion
 from opacus_pi.recording.weights import load_weights_, saved_weights
 
 __all__ = ["gram_ledger"]
@@ -82,7 +82,7 @@ def gram_ledger(
     forget = distinct_indices("forget_indices", forget, size) if forget.size else forget
     ledger.require_data_set(fingerprint(data_set))
     files = _files_of(Path(weights_dir), ledger)
-    copied = bare_copy(model)
+    copied = training_copy(model)
     if kind == "forget":
         measure: _Forget | _Minibatches = _Forget(forget.astype(np.int64), options)
     else:

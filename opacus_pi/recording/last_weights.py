@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_pi.ledger.measurements import CHANGED
-from opacus_pi.models.skeleton import unwrap
+from opacus_pi.models.copies import unwrap
 from opacus_pi.models.weights_name import weights_name
 
 _Marks = list[tuple[int, torch.dtype]]

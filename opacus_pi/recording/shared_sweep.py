@@ -8,7 +8,7 @@ from torch.utils.data import Dataset, Subset
 
 from opacus_pi.gradients.sweeps import Sweep, sweep
 from opacus_pi.models.batches import size_of
-from opacus_pi.models.criterion import Criterion
+from opacus_pi.models.losses import Criterion
 from opacus_pi.recording.processes import Processes
 
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")

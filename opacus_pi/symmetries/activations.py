@@ -9,8 +9,8 @@ from torch.utils import _pytree as pytree
 
 from opacus_pi._validate import expect
 from opacus_pi.models.batches import forward
-from opacus_pi.models.no_trace import independent_copy
-from opacus_pi.models.random_state import random_state_untouched
+from opacus_pi.models.copies import independent_copy
+from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.symmetries.assignment import Gains, front_rows, places, roots
 from opacus_pi.symmetries.axis_symbols import Axes, Factor
 from opacus_pi.symmetries.axis_tracing import OutputCapture, elementary_operations

@@ -27,10 +27,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from opacus_pi._validate import expect
-from opacus_pi.models.criterion import Criterion
-from opacus_pi.models.no_trace import independent_copy
+from opacus_pi.models.copies import independent_copy, unwrap
+from opacus_pi.models.losses import Criterion
 from opacus_pi.models.predictions import Data
-from opacus_pi.models.skeleton import unwrap
 from opacus_pi.symmetries.barriers import loss_barrier
 from opacus_pi.symmetries.matching import weight_matching
 from opacus_pi.symmetries.permutations import PermutationSpec, apply_permutation

@@ -20,13 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
-from opacus_pi.models.batches import forward, inputs_and_targets, to_device
-from opacus_pi.models.criterion import Criterion
-from opacus_pi.models.no_trace import device_of, evaluating, independent_copy
-from opacus_pi.models.objective import float64_losses
+from opacus_pi.models.batches import device_of, forward, inputs_and_targets, to_device
+from opacus_pi.models.copies import independent_copy, unwrap
+from opacus_pi.models.losses import Criterion, float64_losses
+from opacus_pi.models.no_trace import evaluating, random_state_untouched
 from opacus_pi.models.predictions import Data
-from opacus_pi.models.random_state import random_state_untouched
-from opacus_pi.models.skeleton import unwrap
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 _REFINEMENTS = 12

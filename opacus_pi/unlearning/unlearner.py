@@ -29,8 +29,8 @@ from opacus_pi.accounting import fingerprint
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.models.batches import size_of
-from opacus_pi.models.criterion import Criterion, per_example_criterion
-from opacus_pi.models.skeleton import bare_copy
+from opacus_pi.models.copies import training_copy
+from opacus_pi.models.losses import Criterion, per_example_criterion
 from opacus_pi.unlearning.claims import Ledgers, claim, runs_in
 from opacus_pi.unlearning.history import History
 from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, updates
@@ -115,7 +115,7 @@ class Unlearner:
             "to be an unlearning method",
             "Pass one, such as FineTune() or Langevin(noise_std=0.02).",
         )
-        self.model = bare_copy(model)
+        self.model = training_copy(model)
         self.method = method
         self.ledger = ledger
         self.trace = UnlearningTrace(unit="epochs")

@@ -7,7 +7,7 @@ from torch import nn
 
 from opacus_pi.gradients import register_norm_rule, registry
 from opacus_pi.gradients.engine import NormEngine
-from opacus_pi.models.isolation import isolated
+from opacus_pi.models.no_trace import isolated
 
 from .cases import CASES, make
 from .oracle import loop_norms

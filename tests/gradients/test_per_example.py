@@ -201,5 +201,7 @@ def test_closure_over_the_live_model_is_refused():
     model, x, y = make("mlp")
     inner = model[1]
     inner.forward = lambda x: nn.functional.linear(x, inner.weight, inner.bias)
-    with pytest.raises(ValueError, match="uses the original's parameters"):
+    with pytest.raises(
+        ValueError, match="computes with the parameters of the original"
+    ):
         per_example_grad_norms(model, CRITERION, x, y)

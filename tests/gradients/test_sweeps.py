@@ -91,7 +91,7 @@ def test_data_set_without_length_is_refused():
 
 
 def test_batches_that_are_no_pairs_are_refused():
-    with pytest.raises(ValueError, match=r"pairs \(x, y\).*collate_fn"):
+    with pytest.raises(ValueError, match=r"a pair \(x, y\).*collate_fn"):
         norm_sweep(nn.Linear(2, 2), CRITERION, [torch.randn(2)])
 
 

@@ -116,7 +116,7 @@ def test_loss_barrier():
 
 
 def test_a_batch_without_targets_is_refused():
-    with pytest.raises(ValueError, match=r'batches of dict.*pairs.*"labels"'):
+    with pytest.raises(ValueError, match=r'pair \(x, y\) or .*"labels", got a dict'):
         inputs_and_targets({"input_ids": torch.ones(2, 3)})
-    with pytest.raises(ValueError, match=r"batches of Tensor.*pairs"):
+    with pytest.raises(ValueError, match=r"a pair \(x, y\) or .*, got a Tensor"):
         norm_sweep(Reader(named=False), CRITERION, torch.ones(4, 3, dtype=torch.long))

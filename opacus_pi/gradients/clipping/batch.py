@@ -19,7 +19,7 @@ from opacus_pi.gradients.clipping.completeness import (
 from opacus_pi.gradients.fallback import vmapped_gradients
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients, summed
 from opacus_pi.gradients.products import at_least_float32
-from opacus_pi.models.skeleton import working_copy
+from opacus_pi.models.copies import same_mode_copy
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -199,7 +199,7 @@ class Batch:
         """Form gradients by differentiating the whole model, example by example."""
         shown = ", ".join(sorted(leftover))
         warnings.warn(_SLOW.format(shown), stacklevel=2)
-        twin = working_copy(model)
+        twin = same_mode_copy(model)
         calls = [call for call in self.calls if call.cotangents]
         if not calls:
             raise ValueError(BEYOND.format(shown))

@@ -33,7 +33,7 @@ from opacus_pi.gradients.products import at_least_float32
 from opacus_pi.gradients.shared_rows import weights_of_shared_rows
 from opacus_pi.gradients.taps import tapped
 from opacus_pi.models.batches import floating, map_tensors
-from opacus_pi.models.skeleton import working_copy
+from opacus_pi.models.copies import same_mode_copy
 
 _ACCUMULATED = (
     "Poisson sampling is not compatible with grad accumulation. You need to call "
@@ -318,7 +318,7 @@ class Book:
 def _used_on_shared_rows(model: nn.Module, call: Call, size: int) -> set[nn.Parameter]:
     """The live model's parameters whose rows are not the examples'."""
     try:
-        twin = working_copy(model)
+        twin = same_mode_copy(model)
     except Exception:  # of any kind: a model that cannot be copied
         return set()
     for module in twin.modules():

@@ -10,7 +10,7 @@ from opacus_pi.gradients.clipping.batch import Call
 from opacus_pi.gradients.fallback import vmapped_gradients
 from opacus_pi.gradients.parameter_gradients import Formed, Gradients
 from opacus_pi.gradients.registry import GradientRule, gradient_rule
-from opacus_pi.models.skeleton import working_copy
+from opacus_pi.models.copies import same_mode_copy
 
 if TYPE_CHECKING:
     from opacus_pi.gradients.clipping.book import Book
@@ -61,7 +61,7 @@ def _vmapped(
 ) -> Found:
     """Form the gradients of a layer without a rule; ``None`` if it cannot be done."""
     try:
-        found = vmapped_gradients(working_copy(module), parameters, call, {0: grad})
+        found = vmapped_gradients(same_mode_copy(module), parameters, call, {0: grad})
     except Exception:  # vmap refuses a layer in one of many ways
         return None
     return {name: Formed(values) for name, values in found.items()}

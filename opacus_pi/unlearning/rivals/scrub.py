@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from opacus_pi._validate import expect, positive
 from opacus_pi.models.batches import forward
-from opacus_pi.models.skeleton import bare_copy
+from opacus_pi.models.copies import training_copy
 from opacus_pi.unlearning.methods import Batch, Method, Task
 
 
@@ -54,7 +54,7 @@ class SCRUB(Method):
 
     def prepare(self, task: Task) -> Method:
         """Keep a copy of the model as the teacher."""
-        teacher = bare_copy(task.model).eval().requires_grad_(False)
+        teacher = training_copy(task.model).eval().requires_grad_(False)
         settings = (self.num_max_passes, self.kl_weight, self.loss_weight)
         return _SCRUBRun(*settings, self.temperature, teacher)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_pi.models.objective import float64_losses, unit_cotangents
+from opacus_pi.models.losses import float64_losses, unit_cotangents
 
 LOGITS = 3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 3, 0])

@@ -1,14 +1,24 @@
-"""The losses of a batch in float64, and how each output moves its example's loss.
+"""One loss per example, in float64, and how each output moves its example's loss.
 
-In float32, softmax minus one-hot cancels for examples that are fitted well, and the
-norms of exactly these examples would be noise. The loss is therefore taken on float64
-outputs. Norms scale with the loss, so each example's output gradient is also divided
-by its length before it enters the network: a vanishing gradient does not underflow.
+A user's criterion returns the mean over a batch, or one loss per example; here it is
+always the latter (:func:`per_example_criterion`). Two steps keep the gradient norms of
+well-fitted examples accurate:
+
+* In float32, softmax minus one-hot cancels for an example that is fitted well, so that
+  its norm would be noise. The loss is therefore computed on float64 outputs
+  (:func:`float64_losses`).
+* A vanishing gradient would underflow on its way through a float32 network. Norms are
+  proportional to the loss, so each example's output gradient is divided by its length
+  before it enters the network, and the norm is multiplied by that length afterwards
+  (:func:`unit_cotangents`).
+
+What breaks this: a criterion that mixes the examples of a batch. Its values have one
+entry per example all the same, and nothing here can notice.
 """
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +26,55 @@ from torch import Tensor, nn
 
 from opacus_pi._torch_compat import forward_hooks, forward_pre_hooks
 from opacus_pi.models.batches import floating, map_tensors, to_float64
-from opacus_pi.models.criterion import Criterion, per_example_criterion
-from opacus_pi.models.skeleton import made_by_opacus
+from opacus_pi.models.copies import made_by_opacus
 
-_TINY = torch.finfo(torch.float64).tiny
+Criterion = Callable[[Any, Any], Tensor]
+
+_TINY = torch.finfo(torch.float64).tiny  # the least divisor: zeros stay zeros
+
+
+def per_example_criterion(criterion: Criterion) -> Criterion:
+    """Return ``criterion`` as a function that gives one loss per example.
+
+    A torch loss module is copied with ``reduction="none"`` (the caller's object stays
+    as it is); any other callable is used as it is and checked at each call.
+
+    Args:
+        criterion: ``criterion(outputs, targets)``, a loss module or a function.
+
+    Returns:
+        A function ``(outputs, targets) -> losses`` with losses of shape ``(b,)``.
+    """
+    if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
+        criterion = copy.deepcopy(criterion)
+        criterion.reduction = "none"  # type: ignore[assignment]  # torch: a Tensor
+
+    def losses(outputs: Any, targets: Any) -> Tensor:
+        values = criterion(outputs, targets)
+        check_losses(values, len(targets))
+        return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+    return losses
+
+
+def check_losses(losses: Any, batch_size: int) -> None:
+    """Raise unless ``losses`` holds one loss per example.
+
+    Args:
+        losses: What a criterion returned, shape ``(b, ...)`` wanted.
+        batch_size: The number of examples ``b``.
+
+    Raises:
+        ValueError: If it is a scalar or its length is not ``batch_size``.
+    """
+    is_tensor = isinstance(losses, Tensor)
+    if not (is_tensor and losses.dim() >= 1 and len(losses) == batch_size):
+        shape = f"shape {tuple(losses.shape)}" if is_tensor else type(losses).__name__
+        raise ValueError(
+            "criterion(outputs, targets) must return one loss per example, shape "
+            f"({batch_size},), got {shape}. Pass a criterion with "
+            'reduction="none".'
+        )
 
 
 def float64_losses(criterion: Criterion) -> "Losses":
@@ -29,11 +84,12 @@ def float64_losses(criterion: Criterion) -> "Losses":
     called in the outputs' type instead, with a warning.
 
     Args:
-        criterion: As for :func:`per_example_criterion`; the criterion that Opacus's
-            ghost clipping returns is unwrapped.
+        criterion: As for :func:`per_example_criterion`; the wrapper that Opacus's ghost
+            clipping puts around a criterion is taken off.
 
     Returns:
-        The function.
+        The function, as an object that also knows the loss's gradient where that has a
+        closed form.
     """
     while made_by_opacus(criterion) and hasattr(criterion, "criterion"):
         criterion = criterion.criterion
@@ -41,7 +97,7 @@ def float64_losses(criterion: Criterion) -> "Losses":
 
 
 class Losses:
-    """Per-example losses in float64, and their gradients by the outputs if known.
+    """Per-example losses in float64, and their gradients where they have a formula.
 
     Args:
         criterion: As for ``per_example_criterion``.
@@ -60,19 +116,23 @@ class Losses:
         except RuntimeError:
             values = self._evaluate(outputs, targets)
         warnings.warn(
-            "The criterion refused float64 outputs; in float32 the gradient norms of "
-            "well-fitted examples are inaccurate. Let it follow outputs.dtype.",
+            "The criterion refused float64 outputs, so it was given them in their own "
+            "type, in which the gradient norms of well-fitted examples are "
+            "inaccurate. Let the criterion compute in outputs.dtype.",
             stacklevel=2,
         )
         return values
 
     def closed_form(self, outputs: Any, targets: Any) -> Tensor | None:
-        r"""Gradients by logits: softmax minus one-hot, float64 ``(b, classes)``.
+        r"""Return the gradients by logits: softmax minus one-hot.
 
-        The label's entry :math:`p_y - 1` is minus the sum of the others, so that it
-        does not cancel. ``None`` for another criterion, other kinds of targets, labels
-        out of range (and those that are ignored), and away from the CPU, where
-        checking labels would take a synchronisation.
+        The label's entry :math:`p_y - 1` is computed as minus the sum of the others,
+        which does not cancel.
+
+        Returns:
+            float64 ``(b, classes)``; ``None`` for another criterion, other kinds of
+            targets and labels out of range (ignored ones are), and on other devices
+            than the CPU, where checking the labels would make the CPU wait.
         """
         if not (
             self._has_closed_form
@@ -106,7 +166,7 @@ def _is_plain_cross_entropy(criterion: Criterion) -> bool:
 
 
 def unit_cotangents(
-    losses: "Losses", outputs: Any, targets: Any
+    losses: Losses, outputs: Any, targets: Any
 ) -> tuple[dict[int, Tensor], Tensor]:
     r"""Differentiate each example's loss by its outputs, scaled to unit length.
 
@@ -144,7 +204,7 @@ def unit_cotangents(
 
 
 def _leaf(values: Tensor) -> Tensor:
-    """The tensor cut from its graph, ready to be differentiated by."""
+    """Return a tensor detached from its graph, ready to be differentiated by."""
     values = values.detach()
     return values.requires_grad_() if values.is_floating_point() else values
 
@@ -152,7 +212,11 @@ def _leaf(values: Tensor) -> Tensor:
 def _normalised(
     gradients: Sequence[Tensor], batch_size: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Divide each example's rows by their joint length; lengths 1 where rows mix."""
+    """Divide each example's gradients by their joint length.
+
+    An output without one row for each example cannot be scaled example by example; the
+    lengths are 1 then.
+    """
     separate = all(g.dim() > 0 and len(g) == batch_size for g in gradients)
     if not gradients or not separate:
         return list(gradients), torch.ones(batch_size, dtype=torch.float64)
@@ -167,12 +231,12 @@ def _normalised(
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    """Euclidean lengths; the squares of small entries do not underflow."""
+    """Return Euclidean lengths; the squares of small entries do not underflow."""
     largest = rows.abs().amax(1, keepdim=True).clamp(min=_TINY)
     lengths: Tensor = torch.linalg.vector_norm(rows / largest, dim=1)
     return lengths * largest[:, 0]
 
 
 def _divided(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Rows divided by their lengths; zeros stay."""
+    """Divide rows by their lengths; rows of zeros stay."""
     return rows / lengths.clamp(min=_TINY)[:, None]

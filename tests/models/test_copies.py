@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_pi.models.skeleton import bare_copy, evaluation_copy
+from opacus_pi.models.copies import evaluation_copy, training_copy
 
-COPIES = (bare_copy, evaluation_copy)
+COPIES = (training_copy, evaluation_copy)
 
 
 class Counting(nn.Module):
@@ -49,7 +49,7 @@ def test_nothing_of_opacus_comes_along(copied):
     assert type(twin) is nn.Sequential
     for module in twin.modules():
         kept = (len(module._forward_hooks), len(module._backward_hooks))
-        backward = int(copied is bare_copy)
+        backward = int(copied is training_copy)
         assert kept == ((1, backward) if isinstance(module, nn.ReLU) else (0, 0))
         assert not hasattr(module, "activations")
         assert not hasattr(module, "autograd_grad_sample_hooks")
@@ -61,7 +61,7 @@ def test_nothing_of_opacus_comes_along(copied):
 def test_a_bare_copy_owns_its_weights_and_keeps_the_mode():
     live = nn.Sequential(nn.Linear(3, 2), nn.Dropout()).train()
     live[1].eval()
-    twin = bare_copy(live)
+    twin = training_copy(live)
     assert (twin[0].training, twin[1].training) == (True, False)
     assert torch.equal(twin[0].weight, live[0].weight)
     assert twin[0].weight.data_ptr() != live[0].weight.data_ptr()
