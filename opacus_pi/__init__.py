@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from opacus_pi._errors import AccountingError
     from opacus_pi.accounting.guarantee import Guarantee
     from opacus_pi.integration.accountants import PerInstanceAccountant
+    from opacus_pi.integration.engine import PrivacyEngine
     from opacus_pi.integration.grad_sample import GradSampleModule
     from opacus_pi.integration.group_accountant import GroupAccountant
-    from opacus_pi.integration.privacy_engine import PrivacyEngine
     from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
     from opacus_pi.ledger.gram_ledger import GramLedger
     from opacus_pi.ledger.mechanism import NoisySGD
@@ -59,7 +59,7 @@ _HOMES = {
     "Langevin": "unlearning.methods",
     "NoisySGD": "ledger.mechanism",
     "PerInstanceAccountant": "integration.accountants",
-    "PrivacyEngine": "integration.privacy_engine",
+    "PrivacyEngine": "integration.engine",
     "Recorder": "recording.recorder",
     "Unlearner": "unlearning.unlearner",
 }

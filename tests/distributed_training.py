@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from opacus_pi.accounting import privacy_losses
-from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.recording import AccountingError, Recorder
 
 NUM_EXAMPLES, BATCH, NUM_PROCESSES = 45, 15, 2

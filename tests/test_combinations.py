@@ -14,7 +14,7 @@ from opacus.schedulers import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.integration.engine import PrivacyEngine
 from tests.private_training import ADAPTIVE, Net, Training, data, one_at_a_time
 
 pytestmark = pytest.mark.filterwarnings(

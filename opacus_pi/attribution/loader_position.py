@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi._class_swap import swap_class
 from opacus_pi._validate import expect
-from opacus_pi.integration import refusals
+from opacus_pi.integration import schedules
 from opacus_pi.recording.random_states import RandomStates
 
 _START = "start."
@@ -76,7 +76,7 @@ class Position:
             return _UNKNOWN
         if loader.num_workers == 0:
             return ""
-        if refusals.unknown_schedule(loader):
+        if schedules.unknown_schedule(loader):
             return _UNKNOWN
         return _AHEAD if _draws_globally(loader, self._random_states) else ""
 
@@ -211,7 +211,7 @@ def _draws_globally(loader: DataLoader[Any], random_states: RandomStates) -> boo
     """Whether batches are drawn one by one from a generator that others draw from."""
     own = getattr(loader.batch_sampler, "generator", None)
     shared = own is None or own is random_states.generators.get("noise")
-    return refusals.is_poisson(loader) and shared
+    return schedules.is_poisson(loader) and shared
 
 
 def _followed_loader(base: type) -> type:

@@ -37,7 +37,7 @@ from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.files.sealed_state import sealed, unsealed
-from opacus_pi.integration.dp_recording import noise_std_of
+from opacus_pi.integration.update import noise_std_of
 from opacus_pi.recording import Recorder
 
 __all__ = ["PerInstanceAccountant"]

@@ -1,138 +1,251 @@
-"""Checkpoints of a recorded run, from which a killed one can be resumed exactly."""
+"""Checkpoints of a recorded run, from which an interrupted run resumes exactly.
 
-import os
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, cast
+Opacus saves weights and accountant. Added under one key are the record, and what
+decides how the run goes on: the states of all random number generators, the position in
+the pass over the loader, the epochs of its samplers, and the noise multiplier and clip
+norm that schedules and adaptive clipping have reached. Tensors, numbers and strings
+only, so nothing is unpickled.
 
-import opacus
-from opacus.accountants import IAccountant
+A resumed run ends with the weights and the ledger of the uninterrupted one, bit for
+bit, on the same machine. That breaks where a state cannot be read: secure random
+numbers, generators inside persistent workers, objects of the user's own.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 from opacus_pi._validate import expect
 from opacus_pi.accounting import RenyiFilter
-from opacus_pi.files.atomic_file import replacing
+from opacus_pi.attribution.loader_position import Position
 from opacus_pi.files.sealed_state import sealed, unsealed
-from opacus_pi.integration.accountants import num_steps_of
-from opacus_pi.integration.filter_setup import resume_charges, saved_charges
-from opacus_pi.integration.opacus_engine import Engine
-from opacus_pi.integration.run_state import RunState
+from opacus_pi.integration.filtering import resume_charges, saved_charges
+from opacus_pi.integration.opacus_compat import has_skipped_last_step
 from opacus_pi.recording import Recorder
+from opacus_pi.recording.random_states import RandomStates
 from opacus_pi.recording.saved_run import require_version
 
 CHECKPOINT_KEY = "opacus_pi"
 FILTER_KEY = "opacus_pi_filter"
-_STATE = "run_state."
+_RUN_STATE = "run_state."  # prefix of the entries that are not the recorder's
+
+# Prefixes of the parts of a run state, and the settings of an optimizer in it.
+_RANDOM, _POSITION, _EPOCH, _SETTING = "random.", "position.", "epoch.", "setting."
+_SETTINGS = ("noise_multiplier", "max_grad_norm")
+_SAMPLERS = ("batch_sampler", "sampler")
+_WITHIN_AN_UPDATE = (
+    "It was taken within a batch that was given in parts, and the gradients of the "
+    "earlier parts are not saved. Save after an update."
+)
+_SECURE = "Random numbers of secure_mode cannot be drawn again."
 
 
-class Checkpoints(Engine):
-    """Saving and loading of an engine that has a recorder; goes before Opacus's."""
+# -------------------------------------------------------------------- the engine's part
+class Checkpoints:
+    """What an engine adds to Opacus's checkpoints, and takes from them.
 
-    recorder: Recorder
-    accountant: IAccountant
-    renyi_filter: RenyiFilter | None
-    _refuse: Callable[[str], None]
-    _begun: bool
-    _run_state: RunState | None
+    Attributes:
+        run_state: The state of the run that was prepared last; None before.
+    """
 
-    @wraps(opacus.PrivacyEngine.save_checkpoint, assigned=())
-    def save_checkpoint(
-        self,
-        *,
-        path: Any,
-        checkpoint_dict: dict[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        """Save as Opacus does, with record and random states under a key of its own.
+    def __init__(self) -> None:
+        self.run_state: RunState | None = None
 
-        Opacus's engine loads the checkpoint too. It serves monitored training as well:
-        give the plain module and optimizer. Where every process of a distributed run
-        has a record of its own, each saves a file of its own.
-
-        Args:
-            path: A name, which the whole file takes at once, so that a killed process
-                leaves the checkpoint before; or a file object, written to directly.
-            checkpoint_dict: Entries of your own (epoch, schedules); filled in place.
-            **options: Of Opacus: ``module``, ``optimizer``, and more.
-        """
-        filled = checkpoint_dict or {}
-        if self._begun:
-            state = {
-                f"{_STATE}{n}": v
-                for n, v in cast(RunState, self._run_state).state_dict().items()
-            }
-            filled[CHECKPOINT_KEY] = sealed({**self.recorder.state_dict(), **state})
-            if self.renyi_filter is not None:
-                filled[FILTER_KEY] = sealed(saved_charges(self.renyi_filter))
-        save = super().save_checkpoint
-        if not isinstance(path, (str, os.PathLike)):
-            save(path=path, checkpoint_dict=filled, **options)
-            return
-        with replacing(path) as temporary:
-            save(path=temporary, checkpoint_dict=filled, **options)
-
-    @wraps(opacus.PrivacyEngine.load_checkpoint, assigned=())
-    def load_checkpoint(
-        self, *, restore_rng: bool = False, **options: Any
+    def entries(
+        self, recorder: Recorder, renyi_filter: RenyiFilter | None
     ) -> dict[str, Any]:
-        """Load as Opacus does, and continue the record if the checkpoint has one.
+        """Return the entries to add to a checkpoint; none before a run is prepared."""
+        if self.run_state is None:
+            return {}
+        states = self.run_state.state_dict()
+        prefixed = {f"{_RUN_STATE}{name}": value for name, value in states.items()}
+        entries = {CHECKPOINT_KEY: sealed({**recorder.state_dict(), **prefixed})}
+        if renyi_filter is not None:
+            entries[FILTER_KEY] = sealed(saved_charges(renyi_filter))
+        return entries
 
-        Resumed with ``restore_rng=True``, a training loop ends with the weights and the
-        ledger of the run that was not interrupted, bit for bit, on the same machine:
-
-        * from a checkpoint between epochs, always. The loop goes on with the epoch
-          after it;
-        * from one within an epoch, after an ``optimizer.step()``: the first pass over
-          the loader is the rest of that epoch. Refused inside ``BatchMemoryManager``,
-          and with workers where batches are drawn from torch's global generator or by a
-          sampler of your own.
-
-        Not restored: random states inside persistent workers, learning rate schedules
-        and other objects of yours (put their states into ``checkpoint_dict``).
-
-        Args:
-            restore_rng: Whether to restore the states of all generators (``random``,
-                numpy, torch, CUDA, those of loader, sampler and noise), the position in
-                the epoch, and the noise multiplier and clip norm that schedules had
-                reached. Call ``make_private`` or ``make_monitored`` first.
-            **options: Of Opacus: ``path``, ``module``, ``optimizer``, and more.
-
-        Returns:
-            The checkpoint, with your own entries.
+    def require_restorable(self, *, restore_rng: bool) -> None:
+        """Refuse to restore random states before there is a run that has them.
 
         Raises:
-            ValueError: If ``restore_rng`` cannot be kept: no run is prepared (nothing
-                is loaded then), or the checkpoint has no states, is damaged, or was
-                taken at a moment from which a run cannot be resumed exactly; or if a
-                ``RenyiFilter`` cannot go on with the budgets that were saved.
+            ValueError: If no run has been prepared.
         """
         expect(
-            self._begun or not restore_rng,
+            self.run_state is not None or not restore_rng,
             "restore_rng",
             restore_rng,
             "to follow make_private or make_monitored",
             "Prepare the run first: its loader and generators are restored.",
         )
-        checkpoint: dict[str, Any] = super().load_checkpoint(**options)
-        charges = checkpoint.pop(FILTER_KEY, None)
-        resume_charges(self.renyi_filter, charges, num_steps_of(self.accountant))
-        state = checkpoint.pop(CHECKPOINT_KEY, {})
-        if state != {}:
-            state = self._continue(state, required=restore_rng)
-        if restore_rng:
-            own = [name for name in state if name.startswith(_STATE)]
-            states = {name.removeprefix(_STATE): state[name] for name in own}
-            cast(RunState, self._run_state).load_state_dict(states)
-        return checkpoint
 
-    def _continue(self, state: Any, *, required: bool) -> dict[str, Any]:
-        """Continue a checkpoint's record, or refuse the ledger; what was saved."""
-        whole: dict[str, Any] = {}
-        try:
-            require_version(state)
-            whole = unsealed(state)
-            self.recorder.load_state_dict(whole)
-        except ValueError as error:
-            if required and not whole:
-                raise
-            self._refuse(f"The checkpoint's record cannot be continued: {error}")
-        return whole
+    def resume(
+        self,
+        checkpoint: dict[str, Any],
+        recorder: Recorder,
+        renyi_filter: RenyiFilter | None,
+        *,
+        num_steps: int,
+        restore_rng: bool,
+        refuse: Callable[[str], None],
+    ) -> None:
+        """Take our entries from a checkpoint and continue what they recorded.
+
+        Args:
+            checkpoint: What Opacus loaded; our entries are removed.
+            recorder: Continues the record, if the checkpoint has one.
+            renyi_filter: Continues with the charges, if there is a filter.
+            num_steps: Updates that the checkpoint's accountant has counted.
+            restore_rng: Whether to restore everything that decides how the run goes on.
+            refuse: Called with the reason if the record cannot be continued.
+
+        Raises:
+            ValueError: If the charges do not fit, or ``restore_rng`` is not possible.
+        """
+        charges = checkpoint.pop(FILTER_KEY, None)
+        resume_charges(renyi_filter, charges, num_steps)
+        entry = checkpoint.pop(CHECKPOINT_KEY, {})
+        state: dict[str, Any] = {}
+        if entry != {}:
+            try:
+                require_version(entry)
+                state = unsealed(entry)
+                recorder.load_state_dict(state)
+            except ValueError as error:
+                if restore_rng and not state:
+                    raise
+                refuse(f"The checkpoint's record cannot be continued: {error}")
+        if restore_rng and self.run_state is not None:
+            self.run_state.load_state_dict(_part(state, _RUN_STATE))
+
+
+# ------------------------------------------------------- what decides how a run goes on
+class RunState:
+    """The state of a run that was prepared, beyond its weights and its record.
+
+    Args:
+        loader: The loader that training iterates over; its passes are followed from
+            now on.
+        optimizer: The optimizer; only Opacus's have settings to save.
+        noise_generator: Generator of the noise; None: torch's global one.
+        is_secure: Whether random numbers come from a source that has no state.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        noise_generator: torch.Generator | None = None,
+        is_secure: bool = False,
+    ) -> None:
+        own = {name: getattr(loader, name, None) for name in _SAMPLERS}
+        self._samplers = {n: s for n, s in own.items() if s is not None}
+        holders = {"loader": loader, **self._samplers}
+        generators = {n: getattr(h, "generator", None) for n, h in holders.items()}
+        generators["noise"] = noise_generator
+        self._is_secure = is_secure
+        self._random_states = RandomStates(
+            {} if is_secure else {n: g for n, g in generators.items() if g is not None}
+        )
+        self._position = Position(self._random_states, loader)
+        is_private = isinstance(optimizer, DPOptimizer)
+        self._optimizer: Callable[[], Any] = (
+            weakref.ref(optimizer) if is_private else _no_optimizer
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the present state, as tensors, numbers and strings."""
+        obstacle = self._obstacle()
+        if obstacle:
+            return {"obstacle": obstacle}
+        optimizer = self._optimizer()
+        settings = (
+            {} if optimizer is None else {n: vars(optimizer)[n] for n in _SETTINGS}
+        )
+        parts = {
+            _RANDOM: self._random_states.collect(),
+            _POSITION: self._position.state(),
+            _EPOCH: {
+                name: sampler.epoch
+                for name, sampler in self._samplers.items()
+                if isinstance(getattr(sampler, "epoch", None), int)
+            },
+            _SETTING: {name: _copied(value) for name, value in settings.items()},
+        }
+        flat = {f"{p}{n}": v for p, part in parts.items() for n, v in part.items()}
+        return {"obstacle": "", **flat}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a saved state.
+
+        Args:
+            state: A dict returned by ``state_dict``.
+
+        Raises:
+            ValueError: If the run cannot be resumed exactly from there, or the run
+                prepared now has other generators; nothing is changed then.
+        """
+        obstacle = state.get(
+            "obstacle",
+            "It holds no random states. Save it by PrivacyEngine.save_checkpoint.",
+        )
+        known = obstacle if isinstance(obstacle, str) else "It is damaged."
+        expect(not known, "restore_rng", True, "to be possible", known)
+        random_states = _part(state, _RANDOM)
+        self._check_settings(state)
+        self._position.check(_part(state, _POSITION))
+        self._random_states.restore(random_states)
+        self._position.resume(_part(state, _POSITION), random_states)
+        for name, epoch in _part(state, _EPOCH).items():
+            self._samplers[name].epoch = epoch
+        optimizer = self._optimizer()
+        for name, value in _part(state, _SETTING).items() if optimizer else ():
+            setattr(optimizer, name, _copied(value))
+
+    def _check_settings(self, state: Mapping[str, Any]) -> None:
+        """Refuse epochs of samplers that the run does not have, and wrong settings."""
+        epochs, settings = _part(state, _EPOCH), _part(state, _SETTING)
+        expect(
+            set(epochs) <= set(self._samplers)
+            and all(type(epoch) is int for epoch in epochs.values())
+            and set(settings) <= set(_SETTINGS)
+            and all(_is_setting(value) for value in settings.values()),
+            "the checkpoint",
+            {**epochs, **settings},
+            f"to hold epochs of {sorted(self._samplers)}, and numbers for {_SETTINGS}",
+            "Resume with the loader of the saved run, from its own checkpoint.",
+        )
+
+    def _obstacle(self) -> str:
+        """Why the run cannot be resumed exactly from this moment; empty if it can."""
+        if self._is_secure:
+            return _SECURE
+        optimizer = self._optimizer()
+        if optimizer is not None and has_skipped_last_step(optimizer):
+            return _WITHIN_AN_UPDATE
+        return self._position.obstacle()
+
+
+def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with a prefix, by the rest of their names."""
+    return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether a value is a number that noise or clipping can be set to."""
+    is_one = isinstance(value, Tensor) and value.numel() == 1
+    return (is_one or type(value) in (int, float)) and 0 <= float(value) < float("inf")
+
+
+def _copied(setting: Any) -> Any:
+    """A copy that later updates do not change; adaptive clipping's is a tensor."""
+    return setting.detach().clone() if isinstance(setting, Tensor) else setting
+
+
+def _no_optimizer() -> None:
+    """Stand in for a reference to an optimizer without settings."""

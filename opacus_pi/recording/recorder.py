@@ -178,7 +178,11 @@ class Recorder(RecorderOptions):
         norms = grad_norms.detach().to(torch.float32, copy=True)
         self.report(indices.clone(), norms)
 
-    def report(self, indices: Tensor | Sequence[int], grad_norms: Tensor) -> None:
+    def report(
+        self,
+        indices: Tensor | NDArray[np.int64] | Sequence[int],
+        grad_norms: Tensor,
+    ) -> None:
         """Do as ``observe``, with what fits and is never written to again."""
         run = self._begun()
         if self.mode == "swept" or run.refusal:

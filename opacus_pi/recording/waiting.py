@@ -12,8 +12,12 @@ are on is seldom waited for.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Indices = Tensor | NDArray[np.int64] | Sequence[int]
 
 _MAX_WAITING = 256
 
@@ -22,14 +26,14 @@ class WaitingReports:
     """Norms of examples that entered updates, on whatever device they are."""
 
     def __init__(self) -> None:
-        self._reports: list[tuple[Tensor | Sequence[int], Tensor, int]] = []
+        self._reports: list[tuple[Indices, Tensor, int]] = []
 
     @property
     def are_many(self) -> bool:
         """Whether it is time to fetch them."""
         return len(self._reports) >= _MAX_WAITING
 
-    def add(self, indices: Tensor | Sequence[int], norms: Tensor, *, step: int) -> None:
+    def add(self, indices: Indices, norms: Tensor, *, step: int) -> None:
         """Keep the norms ``(b,)`` of examples that enter an update, not copies."""
         self._reports.append((indices, norms, step))
 

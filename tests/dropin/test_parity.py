@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.integration.engine import PrivacyEngine
 from tests.private_training import ADAPTIVE, Training
 
 ENGINES = (opacus.PrivacyEngine, PrivacyEngine)

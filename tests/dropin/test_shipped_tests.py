@@ -77,7 +77,7 @@ def test_the_files_really_saw_our_engine(shipped):
     assert not shipped["errors"]
     assert len(shipped["seen"]) >= 7
     assert set(shipped["seen"].values()) == {
-        "opacus_pi.integration.privacy_engine.PrivacyEngine"
+        "opacus_pi.integration.engine.PrivacyEngine"
     }
 
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD, RenyiFilter
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
 from opacus_pi.files.sealed_state import sealed
-from opacus_pi.integration.filter_setup import saved_charges
-from opacus_pi.integration.run_state import RunState
+from opacus_pi.integration.checkpoints import RunState
+from opacus_pi.integration.filtering import saved_charges
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning import Unlearner

@@ -1,7 +1,7 @@
 """A small private training within budgets."""
 
 from opacus_pi.accounting import RenyiFilter
-from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.integration.engine import PrivacyEngine
 from tests.private_training import Log, Training
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.recording import Recorder
 
 NUM_EXAMPLES, BATCH, CLASSES, NUM_EPOCHS = 48, 6, 3, 5  # 40 updates

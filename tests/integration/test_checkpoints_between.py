@@ -6,7 +6,7 @@ import opacus
 import pytest
 import torch
 
-from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.recording import AccountingError
 from tests.private_training import ADAPTIVE, Training
 

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.integration.checkpoints import FILTER_KEY
-from opacus_pi.integration.filter_setup import require_filterable
-from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.integration.engine import PrivacyEngine
+from opacus_pi.integration.filtering import require_filterable
 from tests.integration.filtered_training import filtered
 from tests.private_training import ADAPTIVE, Net, Training, data
 

@@ -7,7 +7,7 @@ from opacus.schedulers import ExponentialGradClip
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from opacus_pi.integration.privacy_engine import PerInstanceMixin
+from opacus_pi.integration.engine import PerInstanceMixin
 from opacus_pi.recording import AccountingError, Recorder
 from tests.private_training import Log, Training, data
 

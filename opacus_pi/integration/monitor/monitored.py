@@ -23,7 +23,7 @@ from opacus_pi.gradients import Sweep
 from opacus_pi.integration.monitor.accumulated import BatchesBehind, BatchTracker
 from opacus_pi.integration.monitor.draws import draws_of
 from opacus_pi.integration.monitor.noisy_step import NoisyStep
-from opacus_pi.integration.refusals import overlapping, unknown_schedule
+from opacus_pi.integration.schedules import overlapping, unknown_schedule
 from opacus_pi.models.batches import size_of
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.last_weights import LastWeights

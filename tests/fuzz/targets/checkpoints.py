@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from opacus_pi.files.sealed_state import unsealed
-from opacus_pi.integration.filter_setup import resume_charges
+from opacus_pi.integration.filtering import resume_charges
 from opacus_pi.recording.recorded_run import RecordedRun
 from opacus_pi.recording.saved_run import require_version
 from tests.fuzz import originals

@@ -9,7 +9,7 @@ from opacus.schedulers import ExponentialGradClip, ExponentialNoise
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.integration.engine import PrivacyEngine
 from tests.integration.fast.models import CLASSES, MODELS, MORE, mlp
 from tests.integration.fast.training import SLOW, assert_alike, both, training
 from tests.private_training import Training, one_at_a_time

@@ -12,11 +12,11 @@ from torch import nn
 
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.gradients.clipping import Book
+from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.integration.fast import FastGradSampleModule
-from opacus_pi.integration.privacy_engine import PrivacyEngine
 from tests.integration.fast.models import CLASSES, mlp
 from tests.integration.fast.training import SLOW, training
-from tests.integration.test_odd_rows import LENGTH, Tagger
+from tests.integration.test_explanations import LENGTH, Tagger
 from tests.private_training import Training
 
 pytestmark = pytest.mark.filterwarnings(

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_pi.integration.privacy_engine import PrivacyEngine as RecordingEngine
+from opacus_pi.integration.engine import PrivacyEngine as RecordingEngine
 from tests.integration.monitor.training import (
     N,
     epoch,

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from opacus_pi.accounting import privacy_losses
-from opacus_pi.integration.privacy_engine import PrivacyEngine as RecordingEngine
+from opacus_pi.integration.engine import PrivacyEngine as RecordingEngine
 from opacus_pi.recording import Recorder
 from tests.integration.monitor.training import (
     Augmented,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi.accounting import fingerprint, worst_case_loss
 from opacus_pi.gradients import sweep
-from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.recording import AccountingError, Recorder
 from tests.private_training import ADAPTIVE, Net, Training, data, one_at_a_time
 
@@ -204,7 +204,7 @@ def test_it_is_said_when_nothing_tells_most_examples_apart():
     always_clipped = Training(max_grad_norm=1e-3).train(4).engine
     with pytest.warns(UserWarning, match="24 of 24 examples share the largest value"):
         always_clipped.privacy_losses(8)
-    with pytest.warns(UserWarning, match="nothing tells them apart"):
+    with pytest.warns(UserWarning, match="cannot be told apart"):
         always_clipped.epsilons(1e-3)
     never_clipped = Training(max_grad_norm=1e3).train(4).engine
     with warnings.catch_warnings():

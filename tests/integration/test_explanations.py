@@ -78,8 +78,8 @@ def test_the_parameter_and_the_remedies_are_named(mode, options):
     if options.get("engine"):
         options = {**options, "engine": PrivacyEngine(renyi_filter=RenyiFilter(3.0))}
     note = note_of(lambda: trained(mode, **options))
-    assert note.count("Of each example one gradient") == 1
-    assert "but there are 1 for 'position.weight'." in note
+    assert note.count("Every parameter needs one gradient per example") == 1
+    assert "another number of gradients: 'position.weight' (1)." in note
     assert "position_ids" in note and "requires_grad_(False)" in note
     assert 'grad_sample_mode="fast" needs that too, unless' in note
 
@@ -128,6 +128,6 @@ def test_other_errors_stay_as_they_are(monkeypatch):
     def broken(norms):
         raise RuntimeError("stack expects each tensor to be on one device")
 
-    monkeypatch.setattr("opacus_pi.integration.dp_recording.joint_norms", broken)
+    monkeypatch.setattr("opacus_pi.integration.optimizers.joint_norms", broken)
     note = note_of(lambda: trained(expanded=True))
     assert note == "stack expects each tensor to be on one device"

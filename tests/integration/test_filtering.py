@@ -8,8 +8,8 @@ from torch import nn
 
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.attribution import NOBODY, UNKNOWN, Tracker
-from opacus_pi.integration.dp_filtering import FilterGate
-from opacus_pi.integration.privacy_engine import PrivacyEngine
+from opacus_pi.integration.engine import PrivacyEngine
+from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.recording import AccountingError
 from tests.integration.filtered_training import filtered
 from tests.private_training import Training, data, one_at_a_time
@@ -243,7 +243,7 @@ def test_padding_is_left_out_and_shared_storage_left_alone():
     shared = torch.tensor([[3.0, 4.0]]).expand(4, 2)  # one row in memory for all
     one.grad_sample, other.grad_sample = shared, [shared[:1, :1], shared[1:, :1]]
     rows = np.array([2, NOBODY, UNKNOWN, 0])
-    entered, norms = gate().enter(
+    entered, norms = gate().admit(
         [one, other], rows, torch.full((4,), 5.0), noise_std=1.0, max_grad_norm=1.0
     )
     assert entered.tolist() == rows.tolist() and norms.tolist() == [5.0, 0, 0, 5.0]
@@ -293,7 +293,7 @@ def test_mixed_examples_and_missing_noise():
     step = {"noise_std": 1.0, "max_grad_norm": 1.0}
     with pytest.raises(AccountingError, match="BatchNorm"):
         mixing = gate(batch_norms=[nn.BatchNorm1d(2)])
-        mixing.enter([], np.array([0]), torch.ones(1), **step)
+        mixing.admit([], np.array([0]), torch.ones(1), **step)
     with pytest.raises(ValueError, match="noise_std=0"):
         step["noise_std"] = 0.0
-        gate().enter([], np.array([0]), torch.ones(1), **step)
+        gate().admit([], np.array([0]), torch.ones(1), **step)

@@ -13,7 +13,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from opacus_pi.integration import refusals
+from opacus_pi.integration import schedules
 from tests.private_training import Training
 
 DATA = TensorDataset(torch.zeros(12, 2))
@@ -33,7 +33,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_schedules_that_draw_each_example_once_an_epoch(name):
-    assert refusals.unknown_schedule(DataLoader(DATA, **KNOWN[name])) is None
+    assert schedules.unknown_schedule(DataLoader(DATA, **KNOWN[name])) is None
 
 
 def Custom():
@@ -53,18 +53,18 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_schedules_that_nobody_knows(name):
-    reason = refusals.unknown_schedule(DataLoader(DATA, **UNKNOWN[name]))
+    reason = schedules.unknown_schedule(DataLoader(DATA, **UNKNOWN[name]))
     assert f"How often {name} draws" in reason and "poisson_sampling=True" in reason
 
 
 def test_more_than_an_epoch_without_replacement():
     sampler = RandomSampler(DATA, num_samples=24)
-    assert refusals.unknown_schedule(DataLoader(DATA, sampler=sampler))
+    assert schedules.unknown_schedule(DataLoader(DATA, sampler=sampler))
 
 
 def test_a_poisson_loader_that_is_kept_is_poisson():
     training = Training()
-    assert refusals.is_poisson(training.loader)
+    assert schedules.is_poisson(training.loader)
     kept = Training(loader=training.loader, poisson_sampling=False).train(1)
     assert kept.loader is training.loader
     mechanism = kept.engine.ledger.mechanism
@@ -73,7 +73,7 @@ def test_a_poisson_loader_that_is_kept_is_poisson():
 
 def test_a_poisson_loader_that_is_longer_than_its_rate_says():
     sampler = UniformWithReplacementSampler(num_samples=12, sample_rate=0.5, steps=20)
-    reason = refusals.unknown_schedule(DataLoader(DATA, batch_sampler=sampler))
+    reason = schedules.unknown_schedule(DataLoader(DATA, batch_sampler=sampler))
     assert "rate 0.5" in reason and "1/20" in reason
 
 
@@ -83,5 +83,5 @@ def test_opacus_collate_fn_is_unwrapped():
 
     loader = DPDataLoader(DATA, sample_rate=0.5, collate_fn=collate)
     twice = DPDataLoader.from_data_loader(loader)
-    assert refusals.own_collate_fn(twice) is collate
-    assert refusals.own_collate_fn(DataLoader(DATA, collate_fn=collate)) is collate
+    assert schedules.user_collate_fn(twice) is collate
+    assert schedules.user_collate_fn(DataLoader(DATA, collate_fn=collate)) is collate

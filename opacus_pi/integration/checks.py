@@ -1,0 +1,258 @@
+"""What makes the numbers of a run wrong although Opacus trains it.
+
+Opacus trains some runs that cannot be accounted for each example: BatchNorm that mixes
+the examples of a batch, a loader that was changed, an optimizer that is stepped without
+noise. Training goes on exactly as with Opacus; the ledger then refuses to give numbers
+and says why.
+
+The functions each return a reason with its remedy, or None. ``RunChecks`` collects the
+reasons of one engine, and ``OutsideChanges`` looks at loader and weights at every
+update. Writes to a weight are counted by torch; a write through ``weight.data`` is not
+counted and is therefore not seen.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import opacus
+from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.optimizers import DPOptimizer
+from opacus.utils.adaptive_clipping.adaptive_clipping_utils import (
+    PrivacyEngineAdaptiveClipping,
+)
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
+
+from opacus_pi._errors import AccountingError
+from opacus_pi._torch_compat import BatchNormBase, num_writes
+from opacus_pi.accounting import GradNormLedger
+from opacus_pi.integration.opacus_compat import module_of
+from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
+from opacus_pi.recording import Recorder
+
+_STEPPED_WITHOUT_NOISE = (
+    "The optimizer that make_private was given was stepped by itself: the weights took "
+    "gradients that were neither clipped nor noised, and no accountant counted it. "
+    "Step the optimizer that make_private returned."
+)
+_WEIGHTS_CHANGED = (
+    "Weights were changed between two updates, and not by the optimizer that "
+    "make_private returned. If training data were used for that change, neither "
+    "get_epsilon nor the ledger covers the model; an average, a projection or public "
+    "data are fine."
+)
+# Hooks of the last make_private call on each optimizer. The next call replaces them.
+_HANDLES: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
+
+
+# ------------------------------------------------------------------- models and engines
+def clipping_without_effect(engine: opacus.PrivacyEngine) -> str | None:
+    """Explain that an engine's criterion makes ghost clipping ineffective.
+
+    Ghost clipping multiplies each example's loss by its clip factor. The adaptive
+    engine of Opacus 1.6.0 reduces the loss to one number before that.
+
+    Args:
+        engine: The engine whose ``make_private`` was called.
+    """
+    if not isinstance(engine, PrivacyEngineAdaptiveClipping):
+        return None
+    return (
+        "Opacus's PrivacyEngineAdaptiveClipping does not clip: its criterion reduces "
+        "the loss before the examples are weighted. Use "
+        'make_private(clipping="adaptive").'
+    )
+
+
+def batch_norms(hooks: AbstractGradSampleHooks) -> list[nn.Module]:
+    """Return the BatchNorm layers of a model, which Opacus accepts if they are frozen.
+
+    Args:
+        hooks: What ``make_private`` returned for the model.
+    """
+    return [m for m in module_of(hooks).modules() if isinstance(m, BatchNormBase)]
+
+
+def batch_statistics(layers: Sequence[nn.Module]) -> str | None:
+    """Explain that a BatchNorm layer mixes the examples of a batch.
+
+    Args:
+        layers: What ``batch_norms`` returned.
+
+    Returns:
+        The reason if one of them is in training mode.
+    """
+    if not any(layer.training for layer in layers):
+        return None
+    return (
+        "A BatchNorm layer is in training mode: every output depends on the whole "
+        "batch, so no gradient belongs to one example. Call .eval() on such layers "
+        "after model.train(), or replace them by GroupNorm."
+    )
+
+
+# -------------------------------------------------------------------- the engine's part
+class RunChecks:
+    """The reasons why an engine's numbers cannot be given.
+
+    A reason may be found before the record begins (a checkpoint that does not fit). It
+    is kept until then, and handed to the recorder, which refuses the ledger.
+    """
+
+    def __init__(self) -> None:
+        self._recorder: Recorder | None = None
+        self._reasons: list[str] = []
+        self._earlier_steps = 0
+
+    def add(self, reason: str | None) -> None:
+        """Keep a reason for the record that is about to begin; None is ignored."""
+        if reason is not None:
+            self._reasons.append(reason)
+
+    def refuse(self, reason: str) -> None:
+        """Refuse the present record, or the next one if none has begun."""
+        if self._recorder is None:
+            self.add(reason)
+        else:
+            self._recorder.refuse(reason)
+
+    def begin(self, recorder: Recorder, *, steps_before: int) -> None:
+        """Apply the reasons that were kept to a record that has just begun.
+
+        Args:
+            recorder: The recorder of the new record.
+            steps_before: Updates that it had recorded before it began. A record that
+                was loaded goes on counting; one that starts again forgets them.
+        """
+        if recorder.num_steps < steps_before:
+            self._earlier_steps += steps_before
+        self._recorder = recorder
+        reasons, self._reasons = self._reasons, []
+        for reason in reasons:
+            recorder.refuse(reason)
+
+    def require_all_updates(
+        self, ledger: GradNormLedger, num_counted: int, *, is_private: bool
+    ) -> None:
+        """Refuse a ledger that holds only a part of the engine's updates.
+
+        Args:
+            ledger: The engine's ledger.
+            num_counted: Updates that the engine's accountant has counted.
+            is_private: Whether the accountant counts the updates of this ledger, which
+                it does after ``make_private`` only.
+
+        Raises:
+            AccountingError: If updates are missing.
+        """
+        recorded = ledger.mechanism.num_steps
+        others = self._earlier_steps + num_counted - (recorded if is_private else 0)
+        if others > 0:
+            raise AccountingError(
+                f"The ledger holds {recorded} updates, but there were others: the "
+                f"accountant has counted {num_counted}, and {self._earlier_steps} were "
+                "recorded before the last make_private or make_monitored call. Use one "
+                "engine for each run, and resume from its own checkpoints; "
+                "engine.ledger holds what was recorded last."
+            )
+
+
+# --------------------------------------------------------- between two updates of a run
+class OutsideChanges:
+    """Detects changes to loader and weights that the private optimizer did not make.
+
+    A changed sampler, or a step of the optimizer inside Opacus's, makes every number
+    wrong, so the ledger is refused. Weights that were written to may be harmless (an
+    average, a projection, public data) or not (training data); that cannot be told from
+    outside, so it is a warning.
+
+    Args:
+        loader: The loader that training iterates over; referred to weakly.
+        refuse: Called with the reason if the run can no longer be accounted.
+    """
+
+    def __init__(self, loader: DataLoader[Any], refuse: Callable[[str], None]) -> None:
+        self._loader = weakref.ref(loader)
+        self._schedule = settings_of_schedule(loader)
+        self._refuse = refuse
+        self._parameters: Sequence[nn.Parameter] = ()
+        self._writes: list[int] | None = None
+        self._has_warned = self._has_noise = False
+
+    def watch(self, optimizer: DPOptimizer, module: nn.Module) -> None:
+        """Watch an optimizer's weights, and the optimizer that it wraps.
+
+        Args:
+            optimizer: Opacus's.
+            module: The module with these weights. Loading a state dict into it is not
+                reported.
+        """
+        self._parameters = optimizer.params
+        inner, reference = optimizer.original_optimizer, weakref.ref(self)
+        if handle := _HANDLES.pop(inner, None):
+            handle.remove()
+
+        def before_step(*_: Any) -> None:
+            changes = reference()
+            if changes is not None and not changes._has_noise:
+                changes._refuse(_STEPPED_WITHOUT_NOISE)
+
+        _HANDLES[inner] = inner.register_step_pre_hook(before_step)
+        module.register_load_state_dict_post_hook(_LoadHook(self))
+
+    def forget_weights(self) -> None:
+        """Accept the weights as they are: a state dict was loaded."""
+        self._writes = None
+
+    def noise_was_drawn(self, *, is_current: bool = True) -> None:
+        """Check loader and weights: the weights are about to be updated.
+
+        Args:
+            is_current: False if a later run has replaced this one in its engine, which
+                is a reason of its own.
+        """
+        self._has_noise = True
+        if not is_current:
+            return
+        loader = self._loader()
+        reason = loader and changed_schedule(self._schedule, loader)
+        if reason:
+            self._refuse(reason)
+        if self._writes is not None and self._writes != self._count_writes():
+            self._writes = None
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(_WEIGHTS_CHANGED, stacklevel=2)
+
+    def weights_were_updated(self) -> None:
+        """Note the weights: they should stay as they are until the next update."""
+        self._has_noise = False
+        self._writes = self._count_writes()
+
+    def _count_writes(self) -> list[int]:
+        """How often each weight has been written to."""
+        return [num_writes(parameter) for parameter in self._parameters]
+
+
+class _LoadHook:
+    """A hook for loaded state dicts; copies and pickles of it do nothing.
+
+    Modules are copied and pickled together with their hooks, and a copy's weights are
+    not those of the run.
+    """
+
+    def __init__(self, changes: OutsideChanges | None = None) -> None:
+        self._changes = None if changes is None else weakref.ref(changes)
+
+    def __call__(self, *_: Any) -> None:
+        changes = None if self._changes is None else self._changes()
+        if changes is not None:
+            changes.forget_weights()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _LoadHook, ()

@@ -1,0 +1,130 @@
+"""Notes on errors of Opacus that name the parameters at fault and what to do.
+
+Opacus stacks the norms of all parameters. A parameter that is used on one row for the
+whole batch, such as a position embedding, has one gradient instead of one for each
+example, and ``torch.stack`` fails without naming it. The error keeps its type; the note
+is added to it.
+
+>>> model = nn.ModuleDict({"words": nn.Linear(2, 1), "position": nn.Linear(2, 1)})
+>>> parameters = dict(model.named_parameters())
+>>> counts = {p: 1 if n.startswith("position") else 4 for n, p in parameters.items()}
+>>> unusual_numbers(model, counts)
+{'position.weight': 1, 'position.bias': 1}
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from torch import nn
+
+from opacus_pi._class_swap import swap_class
+from opacus_pi.integration.compatible import add_note
+from opacus_pi.integration.opacus_compat import module_of, norms_of_parameters
+from opacus_pi.models.copies import unwrap
+
+_UNUSUAL_NUMBERS = (
+    "Every parameter needs one gradient per example. The batch has {size} examples, "
+    "but these parameters have another number of gradients: {unusual}. A layer that is "
+    "given one row for the whole batch causes this, such as the position embedding of "
+    "a model that makes its position ids by itself. Give each example its own row "
+    "(position_ids=torch.arange(length).expand(batch, -1)), or freeze these parameters "
+    '(requires_grad_(False)). grad_sample_mode="fast" needs that too, unless '
+    "torch.func.vmap can run the whole model: without dropout, without an attention "
+    "mask, and with the loss computed outside of the model."
+)
+_EXPANDED_INDICES = (
+    "Ghost clipping cannot read indices that are one row expanded to the batch, such "
+    "as the token types that a model makes by itself. Put them into each example "
+    "(token_type_ids=torch.zeros_like(input_ids)), or freeze that embedding "
+    "(requires_grad_(False))."
+)
+_VIEW_ERROR = "view size is not compatible"  # torch's, for indices that are expanded
+
+
+def explain_numbers_of_gradients(
+    error: RuntimeError, model: nn.Module, counts: Mapping[nn.Parameter, int]
+) -> None:
+    """Add to an error which parameters have too few or too many gradients.
+
+    Args:
+        error: The error, changed in place; left as it is if all numbers are equal.
+        model: The model with these parameters, plain or wrapped.
+        counts: How many per-example gradients each parameter has.
+    """
+    unusual = unusual_numbers(model, counts)
+    if unusual:
+        listed = ", ".join(f"{name!r} ({count})" for name, count in unusual.items())
+        size = _usual_number(counts)
+        add_note(error, _UNUSUAL_NUMBERS.format(size=size, unusual=listed))
+
+
+def unusual_numbers(
+    model: nn.Module, counts: Mapping[nn.Parameter, int]
+) -> dict[str, int]:
+    """Return the parameters whose number of gradients differs from that of most.
+
+    Args:
+        model: The model with these parameters, plain or wrapped.
+        counts: How many per-example gradients each parameter has.
+
+    Returns:
+        The number for each such parameter, by the name that the user's model gives it.
+    """
+    usual = _usual_number(counts)
+    return {
+        name: counts[parameter]
+        for name, parameter in unwrap(model).named_parameters()
+        if counts.get(parameter, usual) != usual
+    }
+
+
+def _usual_number(counts: Mapping[nn.Parameter, int]) -> int:
+    """The number that most parameters have; the largest if there are several."""
+    frequencies = Counter(counts.values())
+    return max(frequencies, key=lambda number: (frequencies[number], number))
+
+
+def explain_ghost_losses(criterion: DPLossFastGradientClipping) -> None:
+    """Add the same notes to errors in the backward passes of ghost clipping.
+
+    Args:
+        criterion: What Opacus made of the user's criterion, changed in place.
+    """
+    swap_class(criterion, _returning_explained_losses)
+
+
+def _returning_explained_losses(base: type) -> type:
+    """Make a criterion whose losses explain their errors."""
+
+    class Criterion(base):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return swap_class(super().__call__(*args, **options), _explained_loss)
+
+    return Criterion
+
+
+def _explained_loss(base: type) -> type:
+    """Make a loss that explains the errors of its backward passes."""
+
+    class Loss(base):
+        def backward(self) -> None:
+            try:
+                super().backward()
+            except RuntimeError as error:
+                _explain_backward(error, module_of(self.module))
+                raise
+
+    return Loss
+
+
+def _explain_backward(error: RuntimeError, model: nn.Module) -> None:
+    """Add what ghost clipping left at the parameters when its backward pass failed."""
+    parameters = list(model.parameters())
+    norms = zip(parameters, norms_of_parameters(parameters), strict=True)
+    counts = {p: len(found) for p, found in norms if found is not None}
+    if _VIEW_ERROR in str(error):
+        add_note(error, _EXPANDED_INDICES)
+    elif counts:
+        explain_numbers_of_gradients(error, model, counts)

@@ -1,0 +1,265 @@
+"""Leaves examples out of private updates once their privacy budget is spent.
+
+A ``RenyiFilter`` holds a budget for each example. Before a batch is clipped, each of
+its samples is charged for this update; a sample whose example cannot pay has its
+per-example gradient set to zero, and 0 is recorded as its norm. The guarantee is the
+filter's: no example's charges ever exceed its budget. It breaks if samples are charged
+to the wrong example, if a gradient depends on several examples, or if less noise is
+drawn than was charged for; each of these stops training with an ``AccountingError``.
+
+Source: Feldman and Zrnic 2021, arXiv:2008.11193.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus import PrivacyEngine
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from opacus_pi._errors import AccountingError
+from opacus_pi._validate import expect, positive
+from opacus_pi.accounting import NoisySGD, RenyiFilter
+from opacus_pi.attribution import NOBODY, Tracker
+from opacus_pi.files.sealed_state import unsealed
+from opacus_pi.integration.checks import batch_statistics, clipping_without_effect
+from opacus_pi.integration.fast import MODE as FAST_MODE
+from opacus_pi.integration.opacus_compat import DISTRIBUTED, require_unprocessed
+from opacus_pi.integration.schedules import is_poisson, unknown_schedule
+
+_UNVERIFIED = (
+    "A RenyiFilter charges examples, so it must be certain which example each sample "
+    "is. The model's inputs are neither the tensors that the data loader delivered nor "
+    "copies of them. Transform inputs in the data set or in collate_fn instead."
+)
+_LESS_NOISE = (
+    "The noise was lowered between the physical batches of one update, so its examples "
+    "were charged too little. Step schedulers after optimizer.step() has updated the "
+    "weights."
+)
+
+
+# --------------------------------------------------------------------------- one update
+@dataclass(eq=False)
+class FilterGate:
+    """Decides which samples of an update may enter it.
+
+    Args:
+        renyi_filter: The budgets.
+        tracker: Tells whether samples were matched to examples with certainty.
+        batch_norms: Layers that mix examples while they are in training mode.
+    """
+
+    renyi_filter: RenyiFilter
+    tracker: Tracker
+    batch_norms: Sequence[nn.Module]
+    _earlier_batches: list[NDArray[np.int64]] = field(init=False, default_factory=list)
+    _charged_noise_std: float = field(init=False, default=0.0)
+
+    def admit(
+        self,
+        parameters: Sequence[nn.Parameter],
+        positions: NDArray[np.int64],
+        norms: Tensor,
+        *,
+        noise_std: float,
+        max_grad_norm: float,
+    ) -> tuple[NDArray[np.int64], Tensor]:
+        """Charge a physical batch, and zero the gradients of samples that cannot pay.
+
+        A sample is left out if its example's budget does not allow the charge, if it is
+        unattributed, if its norm is not finite, or if its example is in the update
+        already.
+
+        Args:
+            parameters: Parameters with ``grad_sample``, to be clipped next.
+            positions: Indices of the samples into the data set, int64 ``(b,)``.
+            norms: Norm of each sample's gradient before clipping, ``(b,)``.
+            noise_std: Standard deviation of the noise on the sum, which this update
+                will draw.
+            max_grad_norm: What the gradients will be clipped to.
+
+        Returns:
+            Positions and norms as they enter: an example's second sample is no longer
+            attributed to it, and the norm is 0 where a sample is left out.
+
+        Raises:
+            AccountingError: If a sample was matched to its example without
+                verification, or a gradient depends on several examples.
+            ValueError: If there is no noise.
+        """
+        mixed = batch_statistics(self.batch_norms)
+        if mixed or self.tracker.counts["by_latest"]:
+            raise AccountingError(mixed or _UNVERIFIED)
+        positive(noise_std=noise_std, remedy="No budget covers a step without noise.")
+        positions = self._without_repetitions(positions)
+        lengths = norms.detach().double().cpu().numpy()
+        is_charged = (positions >= 0) & np.isfinite(lengths)
+        step = NoisySGD(1, 1.0, noise_std, max_grad_norm)
+        is_admitted = np.zeros(len(positions), dtype=np.bool_)
+        is_admitted[is_charged] = self.renyi_filter.admit(
+            positions[is_charged], step.ratios(lengths[is_charged])
+        )
+        self._charged_noise_std = max(self._charged_noise_std, noise_std)
+        if not is_admitted.all():
+            left_out = torch.from_numpy(~is_admitted)
+            _zero_gradients(parameters, left_out)
+            norms = norms.masked_fill(left_out.to(norms.device), 0.0)
+        return positions, norms
+
+    def _without_repetitions(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Take the attribution from samples whose example is in the update already."""
+        so_far = np.concatenate([*self._earlier_batches, positions])
+        _, firsts = np.unique(so_far, return_index=True)
+        is_first = np.zeros(len(so_far), dtype=np.bool_)
+        is_first[firsts] = True
+        is_first = is_first[len(so_far) - len(positions) :]
+        self._earlier_batches.append(positions[positions >= 0])
+        return np.where(is_first | (positions < 0), positions, NOBODY)
+
+    def close(self, noise_std: float) -> None:
+        """Check the noise of a complete update, just before it is drawn.
+
+        Args:
+            noise_std: Standard deviation of the noise on the sum.
+
+        Raises:
+            AccountingError: If it is less than what the samples were charged for.
+        """
+        if noise_std < self._charged_noise_std:
+            raise AccountingError(_LESS_NOISE)
+        self._earlier_batches, self._charged_noise_std = [], 0.0
+
+
+def _zero_gradients(parameters: Sequence[Any], left_out: Tensor) -> None:
+    """Replace per-example gradients by copies with zeros; they may share storage."""
+    for p in parameters:
+        # Opacus's mark of gradients that were clipped before is lost in the copies
+        require_unprocessed(p.grad_sample)
+        is_list = isinstance(p.grad_sample, list)
+        passes = p.grad_sample if is_list else [p.grad_sample]
+        parts = left_out.split([len(g) for g in passes])
+        kept = [
+            g.masked_fill(part.to(g.device).view(-1, *[1] * (g.dim() - 1)), 0.0)
+            for g, part in zip(passes, parts, strict=True)
+        ]
+        p.grad_sample = kept if is_list else kept[0]
+
+
+# ------------------------------------------------------------------------- make_private
+def require_filterable(
+    engine: PrivacyEngine,
+    *,
+    module: nn.Module,
+    data_loader: DataLoader[Any],
+    noise_multiplier: float,
+    clipping: str = "flat",
+    grad_sample_mode: str = "hooks",
+    poisson_sampling: bool = True,
+    **_: Any,
+) -> None:
+    """Refuse a run for which a filter cannot keep budgets.
+
+    Args:
+        engine: The engine whose ``make_private`` was called.
+        module: Its argument, like all that follow.
+        data_loader: The user's loader.
+        noise_multiplier: Must be above 0.
+        clipping: How Opacus clips.
+        grad_sample_mode: How Opacus computes per-example gradients.
+        poisson_sampling: Whether Opacus replaces the loader's sampler.
+
+    Raises:
+        ValueError: If an argument rules a filter out; it says why.
+    """
+    expect(
+        grad_sample_mode != FAST_MODE and not grad_sample_mode.startswith("ghost"),
+        "grad_sample_mode",
+        repr(grad_sample_mode),
+        "to keep per-example gradients, which a RenyiFilter leaves out one by one",
+        'Use grad_sample_mode="hooks".',
+    )
+    expect(
+        clipping in ("flat", "per_layer"),
+        "clipping",
+        repr(clipping),
+        'to be "flat" or "per_layer"',
+        "Adaptive clipping also releases how many examples were clipped, which no "
+        "budget covers.",
+    )
+    positive(
+        noise_multiplier=noise_multiplier,
+        remedy="No budget covers steps without noise.",
+    )
+    keeps_loader = not poisson_sampling and not is_poisson(data_loader)
+    reasons = [
+        _several_processes(module),
+        unknown_schedule(data_loader) if keeps_loader else None,
+        clipping_without_effect(engine),
+    ]
+    for reason in filter(None, reasons):
+        raise ValueError(f"A RenyiFilter cannot keep budgets here. {reason}")
+
+
+def _several_processes(module: nn.Module) -> str | None:
+    """Explain that no process of a distributed run sees all charges."""
+    if not isinstance(module, DISTRIBUTED):
+        return None
+    return (
+        f"With {type(module).__name__} every process has its own filter, and none of "
+        "them sees all charges. Train in one process."
+    )
+
+
+# -------------------------------------------------------------------------- checkpoints
+def saved_charges(renyi_filter: RenyiFilter) -> dict[str, Any]:
+    """Return a filter's state as tensors, numbers and strings, for a checkpoint."""
+    return {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in renyi_filter.state_dict().items()
+    }
+
+
+def resume_charges(
+    renyi_filter: RenyiFilter | None,
+    charges: Mapping[str, Any] | None,
+    num_steps: int,
+) -> None:
+    """Continue with the charges of a checkpoint.
+
+    Warns if the checkpoint has charges and the engine has no filter.
+
+    Args:
+        renyi_filter: The engine's filter, if it has one.
+        charges: What ``saved_charges`` returned, if the checkpoint has it.
+        num_steps: Updates that the checkpoint's accountant has counted.
+
+    Raises:
+        ValueError: If updates were made without the filter, or with another one.
+    """
+    if renyi_filter is None:
+        if charges is not None:
+            warnings.warn(
+                "The checkpoint was trained within budgets, but this engine keeps no "
+                "budgets. Use PrivacyEngine(renyi_filter=...) to keep them.",
+                stacklevel=3,
+            )
+        return
+    expect(
+        charges is not None or num_steps == 0,
+        "checkpoint",
+        f"{num_steps} updates without a filter",
+        "to have charged the examples for its updates",
+        "Resume from a checkpoint that was trained with this RenyiFilter.",
+    )
+    if charges is not None:
+        arrays = {
+            name: value.cpu().numpy() if isinstance(value, Tensor) else value
+            for name, value in unsealed(charges).items()
+        }
+        renyi_filter.load_state_dict(arrays)

@@ -1,0 +1,197 @@
+"""Everything of Opacus that the package uses and Opacus does not promise.
+
+Opacus publishes no list of stable internals, so every attribute, function and hook
+point that may change between its releases is reached through this module and through
+no other: when Opacus changes, this is the file to mend. All names were seen in, and
+tested with, Opacus 1.6.0; ``setup.py`` admits releases 1.6 only.
+``tests/integration/test_opacus_compat.py`` fails if a name is gone or means something
+else, and ``tests/test_private_names.py`` if another file uses such a name.
+
+Public names of Opacus (its classes, documented methods and arguments) are imported
+directly where they are used.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any
+
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
+from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers import optimizer as _optimizer_module
+from opacus.utils import batch_memory_manager
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.data import DataLoader
+from torch.utils.hooks import RemovableHandle
+
+__all__ = [
+    "DISTRIBUTED",
+    "OVERRIDDEN_METHODS",
+    "SEEN_IN",
+    "clipped_norms",
+    "has_skipped_last_step",
+    "keep_handle",
+    "mark_as_processed",
+    "module_of",
+    "norms_of_parameters",
+    "patch_memory_manager",
+    "removable_handles",
+    "require_unprocessed",
+    "restore_memory_manager",
+]
+
+SEEN_IN = ("1.6.0",)
+"""Releases of Opacus in which every name of this module was found and tested."""
+
+DISTRIBUTED = (DDP, DPDDP, FSDPModule)
+"""Wrappers for which Opacus 1.6.0 prepares a distributed run in ``make_private``."""
+
+OVERRIDDEN_METHODS = {
+    "_prepare_model": "Checks the recorder first and installs the forward hook after. "
+    "Called first by make_private; returns the wrapper or the hooks.",
+    "_prepare_data_loader": "Observes the loader that the training loop will get. "
+    "Called second; returns Opacus's Poisson loader, or the user's own.",
+    "_prepare_optimizer": "Gives the optimizer a recording subclass and begins the "
+    "record. Called third, before the accountant's step hook is attached.",
+    "_prepare_criterion": "Adds explanations to the errors of ghost clipping. Called "
+    "last, in the ghost modes only.",
+}
+"""Private methods of Opacus's engine (1.6.0) that ours overrides, with the reason.
+
+They are the only places between the model, the loader and the optimizer at which a
+subclass can act without repeating ``make_private``.
+"""
+
+
+# ------------------------------------------------------------------------------- models
+def module_of(hooks: AbstractGradSampleHooks) -> nn.Module:
+    """Return the user's module behind what ``make_private`` returned (1.6.0).
+
+    Opacus keeps it as ``_module``, in wrappers and in bare hooks alike.
+    """
+    module: nn.Module = hooks._module
+    return module
+
+
+def removable_handles(module: nn.Module) -> list[RemovableHandle] | None:
+    """Return the handles that Opacus removes from a module when it lets go of it.
+
+    Opacus (1.6.0) lists the hooks that it has registered in an attribute of the user's
+    root module, ``autograd_grad_sample_hooks``; ``remove_hooks`` empties the list.
+
+    Returns:
+        The list itself, or None: ``"ew"`` and ``"no_op"`` register no hooks.
+    """
+    return getattr(module, "autograd_grad_sample_hooks", None)
+
+
+def keep_handle(module: nn.Module, handle: RemovableHandle) -> None:
+    """Have Opacus remove a hook of ours together with its own, if it has any.
+
+    Args:
+        module: The user's root module.
+        handle: Of a hook that is registered on it.
+    """
+    handles = removable_handles(module)
+    if handles is not None:
+        handles.append(handle)
+
+
+def clipped_norms(hooks: AbstractGradSampleHooks) -> Tensor | None:
+    """Return the norms by which ghost clipping weighted the last batch (1.6.0).
+
+    The public property of the same content raises where there are none yet.
+
+    Returns:
+        Norms before clipping, ``(b,)``; None before the first backward pass.
+    """
+    norms: Tensor | None = hooks._per_sample_gradient_norms
+    return norms
+
+
+def norms_of_parameters(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    """Return what ghost clipping left at each parameter (1.6.0: ``_norm_sample``).
+
+    Returns:
+        For each parameter the norms of its per-example gradients, ``(b,)``; None where
+        no backward pass has reached it.
+    """
+    return [getattr(parameter, "_norm_sample", None) for parameter in parameters]
+
+
+# --------------------------------------------------------------------------- optimizers
+def require_unprocessed(gradients: Any) -> None:
+    """Refuse gradients that were clipped before (1.6.0: ``_check_processed_flag``).
+
+    Args:
+        gradients: A tensor or a list of tensors.
+
+    Raises:
+        ValueError: If they are marked as processed.
+    """
+    _optimizer_module._check_processed_flag(gradients)
+
+
+def mark_as_processed(gradients: Any) -> None:
+    """Mark gradients as clipped (1.6.0: ``_mark_as_processed``).
+
+    Args:
+        gradients: A tensor or a list of tensors.
+    """
+    _optimizer_module._mark_as_processed(gradients)
+
+
+def has_skipped_last_step(optimizer: DPOptimizer) -> bool:
+    """Return whether the optimizer is between the physical batches of one update.
+
+    Opacus (1.6.0) notes it in ``_is_last_step_skipped``.
+    """
+    return bool(optimizer._is_last_step_skipped)
+
+
+# ------------------------------------------------------------------- BatchMemoryManager
+def patch_memory_manager(observe: Callable[[Any, Any], None]) -> None:
+    """Have a function called for every loader that ``BatchMemoryManager`` builds.
+
+    ``BatchMemoryManager`` replaces the user's loader by one that it builds in
+    ``batch_memory_manager.wrap_data_loader`` (1.6.0), a function of that module, and
+    offers no other way to learn of the new loader. This is the only change that the
+    package makes to an object of Opacus; it changes neither arguments nor result. A
+    second call replaces the function of the first.
+
+    Args:
+        observe: ``observe(source, built)``, called with the loader that the manager
+            was given and the loader that it built.
+    """
+    build = _original_of(batch_memory_manager.wrap_data_loader)
+
+    @wraps(build)
+    def wrap_data_loader(
+        *, data_loader: DataLoader[Any], **options: Any
+    ) -> DataLoader[Any]:
+        built: DataLoader[Any] = build(data_loader=data_loader, **options)
+        observe(data_loader, built)
+        return built
+
+    vars(wrap_data_loader)[_ORIGINAL] = build
+    batch_memory_manager.wrap_data_loader = wrap_data_loader
+
+
+def restore_memory_manager() -> None:
+    """Undo ``patch_memory_manager``; loaders that were built stay as they are.
+
+    A function that somebody else has put in its place meanwhile is left there.
+    """
+    present = batch_memory_manager.wrap_data_loader
+    batch_memory_manager.wrap_data_loader = _original_of(present)
+
+
+_ORIGINAL = "_pi_original"
+
+
+def _original_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what a function of ours replaced; any other function itself."""
+    original: Callable[..., Any] = getattr(function, _ORIGINAL, function)
+    return original

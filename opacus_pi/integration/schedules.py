@@ -1,0 +1,145 @@
+"""How often a data loader draws an example, and when that is not known.
+
+Privacy accounting needs to know the schedule: Poisson sampling (each example is drawn
+independently in each update), or a fixed one (each example at most once an epoch, in an
+order that does not depend on the data). Each check returns the reason why a loader has
+neither, with what to do about it, or None. Training goes on in any case; only the
+numbers are refused.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from opacus.data_loader import CollateFnWithEmpty
+from opacus.utils.uniform_sampler import (
+    DistributedUniformWithReplacementSampler,
+    UniformWithReplacementSampler,
+)
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
+
+_ONCE_PER_EPOCH = (SequentialSampler, SubsetRandomSampler, DistributedSampler)
+
+
+def is_poisson(loader: DataLoader[Any]) -> bool:
+    """Return whether a loader draws every example independently in each update.
+
+    Subclasses of Opacus's samplers do not count: they may draw in another way.
+    """
+    return type(loader.batch_sampler) in (
+        UniformWithReplacementSampler,
+        DistributedUniformWithReplacementSampler,
+    )
+
+
+def unknown_schedule(loader: DataLoader[Any]) -> str | None:
+    """Explain why it is not known how often a loader draws an example.
+
+    Args:
+        loader: The loader that training iterates over, the user's or Opacus's.
+
+    Returns:
+        The reason; None for Poisson sampling at the rate that Opacus accounts for, and
+        for a loader that draws each example at most once an epoch.
+    """
+    if is_poisson(loader):
+        rate = cast(Any, loader.batch_sampler).sample_rate
+        # Opacus's accountant is told 1 / len(loader), whatever the sampler's rate
+        if rate * len(loader) <= 1.001:
+            return None
+        return (
+            f"The sampler draws at rate {rate:g}, but Opacus accounts for "
+            f"1/{len(loader)}, one over the loader's length. Use "
+            "steps=int(1 / sample_rate)."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        return (
+            "An iterable data set has no positions, so its samples cannot be matched "
+            "to examples. Use a map-style data set."
+        )
+    batches = loader.batch_sampler
+    sampler = getattr(batches, "sampler", loader.sampler)
+    without_replacement = type(sampler) in _ONCE_PER_EPOCH or (
+        type(sampler) is RandomSampler
+        and not sampler.replacement
+        and sampler.num_samples <= len(sampler.data_source)
+    )
+    if without_replacement and (batches is None or type(batches) is BatchSampler):
+        return None
+    return (
+        f"How often {type(_drawing_sampler(loader)).__name__} draws an example is not "
+        "known, so no privacy loss can be computed. Use poisson_sampling=True, or "
+        "shuffle=True."
+    )
+
+
+def settings_of_schedule(loader: DataLoader[Any]) -> tuple[Any, ...]:
+    """Return length, sample rate and batch size of a loader.
+
+    They are compared at each update: while they are equal, the loader draws each
+    example as often as when it was prepared.
+    """
+    batches = loader.batch_sampler
+    names = ("sample_rate", "batch_size")
+    return len(loader), *(getattr(batches, name, None) for name in names)
+
+
+def changed_schedule(before: tuple[Any, ...], loader: DataLoader[Any]) -> str | None:
+    """Explain that a loader no longer draws as it did when it was prepared.
+
+    Args:
+        before: What ``settings_of_schedule`` returned then.
+        loader: The loader.
+    """
+    if settings_of_schedule(loader) == before:
+        return None
+    return (
+        "The loader's batch size, sample rate or length changed after make_private, "
+        "but the accountant still counts with the old one. Make a new loader, and call "
+        "make_private with it."
+    )
+
+
+def overlapping(loader: DataLoader[Any], num_processes: int) -> str | None:
+    """Explain that several processes may draw one example for the same update.
+
+    Args:
+        loader: The loader of this process.
+        num_processes: How many processes train together.
+    """
+    sampler = _drawing_sampler(loader)
+    disjoint = (DistributedSampler, DistributedUniformWithReplacementSampler)
+    if isinstance(sampler, disjoint) and sampler.num_replicas == num_processes:
+        return None
+    return (
+        f"{num_processes} processes train together, but {type(sampler).__name__} draws "
+        "from the whole data set in each of them. Use poisson_sampling=True, or "
+        "DataLoader(sampler=DistributedSampler(data_set))."
+    )
+
+
+def user_collate_fn(loader: DataLoader[Any]) -> Callable[..., Any] | None:
+    """Return the user's ``collate_fn`` from under the wrappers of Opacus.
+
+    Opacus's wrapper remembers the first batch that it sees, so a sweep over the data
+    set must not go through it.
+    """
+    collate_fn = loader.collate_fn
+    while isinstance(collate_fn, CollateFnWithEmpty):
+        collate_fn = collate_fn.wrapped_collator_fn
+    return collate_fn
+
+
+def _drawing_sampler(loader: DataLoader[Any]) -> Any:
+    """The sampler that decides which examples are drawn."""
+    batches = loader.batch_sampler
+    if type(batches) in (BatchSampler, type(None)):
+        return getattr(batches, "sampler", loader.sampler)
+    return batches

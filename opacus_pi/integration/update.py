@@ -1,0 +1,173 @@
+"""The update under way: which samples entered it, with which norms and which noise.
+
+A norm passes four stations: the optimizer clips and hands over the norms of a physical
+batch; the update matches them to examples; the recorder keeps them until a row is
+written; the ledger stores that row. An update consists of one or more physical batches
+(``BatchMemoryManager``, accumulated gradients), then one draw of noise, then one write
+to the weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from opacus_pi.attribution import Tracker
+from opacus_pi.attribution.tracker import rows_of
+from opacus_pi.integration.checks import (
+    OutsideChanges,
+    batch_norms,
+    batch_statistics,
+)
+from opacus_pi.integration.filtering import FilterGate
+from opacus_pi.recording import Recorder
+
+_SUPERSEDED = (
+    "An optimizer of an earlier make_private call was used after a later one: the "
+    "ledger holds one run. Use one PrivacyEngine for each run."
+)
+_DRAWN_TWICE = (
+    "An example entered one update more than once, so max_grad_norm does not bound "
+    "what it contributes. Draw each example at most once per optimizer.step()."
+)
+
+
+def noise_std_of(optimizer: DPOptimizer) -> float:
+    """Return the standard deviation of the noise on the sum, as it is accounted for.
+
+    Adaptive clipping also releases how many examples were not clipped. Its noise
+    multiplier is that of both releases together, which at the clip norm cost as much as
+    one gradient with that noise; on the gradient itself there is more noise.
+
+    Source: Andrew et al. 2021, arXiv:1905.03871, Theorem 1.
+    """
+    return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
+
+
+@dataclass(eq=False)
+class UpdateUnderWay:
+    """Reports the updates of one private run to its recorder, one after another.
+
+    The optimizer calls ``add_batch`` for each physical batch, ``noise_was_drawn`` once,
+    and ``finish`` when the weights have been written.
+
+    Args:
+        recorder: Receives the norms and the settings of each update.
+        tracker: Matches the samples of a batch to examples.
+        hooks: What ``make_private`` returned for the model.
+        sample_rate: The rate of one batch that Opacus's accountant is told.
+        gate: Leaves out examples whose budget is spent, if the engine has a filter.
+        outside: Detects changes between updates; None in a distributed run.
+    """
+
+    recorder: Recorder
+    tracker: Tracker
+    hooks: AbstractGradSampleHooks
+    sample_rate: float
+    gate: FilterGate | None = None
+    outside: OutsideChanges | None = None
+    is_superseded: bool = False
+    _batch_norms: list[nn.Module] = field(init=False)
+    # Positions of the samples so far, and whether one of them is there twice.
+    _examples: list[Sequence[int] | NDArray[np.int64]] = field(
+        init=False, default_factory=list
+    )
+    _is_distinct: bool = field(init=False, default=True)
+    _settings: dict[str, float] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._batch_norms = batch_norms(self.hooks)
+
+    def add_batch(
+        self, norms: Tensor, sizes: Sequence[int], *, clipped_only: bool = False
+    ) -> None:
+        """Match the samples of a physical batch to examples and report their norms.
+
+        Args:
+            norms: L2 norms before clipping of all samples, ``(b,)``; not written to
+                afterwards.
+            sizes: How many samples each backward pass contributed; their sum is b.
+            clipped_only: Whether only complete passes of ghost clipping count.
+        """
+        passes = self.tracker.passes(sizes, clipped_only=clipped_only)
+        # nearly always: one batch as it was delivered, whose positions are distinct
+        examples = passes[0].examples() if len(passes) == 1 else None
+        if examples is None:
+            self.add_samples(rows_of(passes), norms)
+        else:
+            self._report(examples, norms, distinct=True)
+
+    def add_samples(self, positions: NDArray[np.int64], norms: Tensor) -> None:
+        """Report the norms of samples that have been matched to examples.
+
+        Args:
+            positions: int64 ``(b,)``, indices into the data set; negative for
+                unattributed samples, which are left out.
+            norms: Their norms, ``(b,)``.
+        """
+        if positions.min(initial=0) < 0:
+            known = np.flatnonzero(positions >= 0)
+            norms = norms[torch.from_numpy(known).to(norms.device)]
+            positions = positions[known]
+        self._report(positions, norms, distinct=False)
+
+    def _report(
+        self,
+        positions: Sequence[int] | NDArray[np.int64],
+        norms: Tensor,
+        *,
+        distinct: bool,
+    ) -> None:
+        """Hand norms to the recorder. ``distinct=True``: no position is there twice."""
+        # several batches may overlap even if each of them is distinct
+        self._is_distinct = distinct and not self._examples
+        self._examples.append(positions)
+        if len(positions) and not self.is_superseded:
+            self.recorder.report(positions, norms)
+
+    def noise_was_drawn(self, optimizer: DPOptimizer) -> None:
+        """Note noise and clip norm now: schedulers may change them before the end."""
+        self.finish()  # of an earlier update whose step was interrupted
+        if self.outside is not None:
+            self.outside.noise_was_drawn(is_current=not self.is_superseded)
+        rate = self.sample_rate * optimizer.accumulated_iterations
+        self._settings = {
+            "noise_std": noise_std_of(optimizer),
+            "max_grad_norm": float(optimizer.max_grad_norm),
+            "sample_rate": min(1.0, rate),
+        }
+
+    def finish(self) -> None:
+        """Count the update if noise was drawn for it: the weights were written."""
+        settings, self._settings = self._settings, None
+        if settings is None:
+            return
+        if self.outside is not None:
+            self.outside.weights_were_updated()
+        reasons = list(self._reasons())
+        self._examples, self._is_distinct = [], True
+        for reason in reasons:
+            self.recorder.refuse(reason)
+        if not self.is_superseded:
+            self.recorder.step(**settings)
+
+    def _reasons(self) -> Iterator[str]:
+        """Why this update cannot be accounted."""
+        if self.is_superseded:
+            yield _SUPERSEDED
+        mixed = batch_statistics(self._batch_norms)
+        if mixed:
+            yield mixed
+        if not self._is_distinct and _has_duplicates(self._examples):
+            yield _DRAWN_TWICE
+
+
+def _has_duplicates(batches: Sequence[Sequence[int] | NDArray[np.int64]]) -> bool:
+    """Whether a position is there twice, in one batch or in two."""
+    ordered = np.sort(np.concatenate([np.empty(0, np.int64), *batches]))
+    return bool((ordered[1:] == ordered[:-1]).any())
