@@ -29,7 +29,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from opacus.accountants import IAccountant, RDPAccountant, register_accountant
+from opacus.accountants import IAccountant, RDPAccountant
 from opacus.optimizers import DPOptimizer
 from safetensors import SafetensorError
 
@@ -37,7 +37,6 @@ from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.files.sealed_state import sealed, unsealed
-from opacus_pi.integration.update import noise_std_of
 from opacus_pi.recording import Recorder
 
 __all__ = ["PerInstanceAccountant"]
@@ -55,6 +54,24 @@ def num_steps_of(accountant: IAccountant) -> int:
         return sum(int(count) for _, _, count in accountant.history)
     except (TypeError, ValueError):
         return 0
+
+
+def noise_std_of(optimizer: DPOptimizer) -> float:
+    """Return the noise on the summed gradient that an optimizer is charged for.
+
+    With adaptive clipping Opacus also releases how many examples were not clipped, and
+    ``noise_multiplier`` describes both releases together: at the clip norm they cost as
+    much as one gradient with that noise. The noise on the gradient itself is larger.
+
+    Args:
+        optimizer: The optimizer, with its present settings.
+
+    Returns:
+        The standard deviation, ``noise_multiplier * max_grad_norm``.
+
+    Source: Andrew et al. 2021, arXiv:1905.03871, Theorem 1.
+    """
+    return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
 
 
 class PerInstanceAccountant(RDPAccountant):
@@ -269,6 +286,3 @@ def _as_saved(record: Any) -> dict[str, Any]:
         return {**record["facts"], **tensors}
     except (SafetensorError, TypeError, KeyError, AttributeError):
         return {}
-
-
-register_accountant("per_instance", PerInstanceAccountant, force=True)

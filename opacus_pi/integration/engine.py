@@ -79,7 +79,7 @@ from opacus_pi.integration.explanations import explain_ghost_losses
 from opacus_pi.integration.fast import MODE as FAST_MODE
 from opacus_pi.integration.fast import (
     FastHooks,
-    clip_from_book,
+    clip_from_cache,
     prepare_model,
     require_fast,
 )
@@ -642,7 +642,7 @@ class PerInstanceMixin(OpacusEngine):
         if preparation is None:
             return optimizer
         if isinstance(preparation.hooks, FastHooks):
-            clip_from_book(optimizer, preparation.hooks)
+            clip_from_cache(optimizer, preparation.hooks)
         if preparation.loader is not None:
             run_state = RunState(
                 preparation.loader,

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from opacus.accountants import RDPAccountant, register_accountant
+from opacus.accountants import RDPAccountant
 
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
@@ -193,6 +193,3 @@ class GroupAccountant(RDPAccountant):
 def _ratio(noise_multiplier: float) -> float:
     """C / σ; without noise nothing is hidden."""
     return 1 / noise_multiplier if noise_multiplier > 0 else float("inf")
-
-
-register_accountant("group", GroupAccountant, force=True)

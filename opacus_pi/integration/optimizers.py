@@ -17,6 +17,7 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch import Tensor
 
 from opacus_pi._class_swap import swap_class
+from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.explanations import explain_numbers_of_gradients
 from opacus_pi.integration.fast import FastHooks
 from opacus_pi.integration.grad_sample import joint_norms, row_norms
@@ -25,7 +26,7 @@ from opacus_pi.integration.opacus_compat import (
     module_of,
     norms_of_parameters,
 )
-from opacus_pi.integration.update import UpdateUnderWay, noise_std_of
+from opacus_pi.integration.update import UpdateUnderWay
 
 _STALE_NORMS = (
     "Ghost clipping used a layer's gradient norms of an earlier batch again. This "

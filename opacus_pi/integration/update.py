@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.tracker import rows_of
+from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.checks import (
     OutsideChanges,
     batch_norms,
@@ -35,18 +36,6 @@ _DRAWN_TWICE = (
     "An example entered one update more than once, so max_grad_norm does not bound "
     "what it contributes. Draw each example at most once per optimizer.step()."
 )
-
-
-def noise_std_of(optimizer: DPOptimizer) -> float:
-    """Return the standard deviation of the noise on the sum, as it is accounted for.
-
-    Adaptive clipping also releases how many examples were not clipped. Its noise
-    multiplier is that of both releases together, which at the clip norm cost as much as
-    one gradient with that noise; on the gradient itself there is more noise.
-
-    Source: Andrew et al. 2021, arXiv:1905.03871, Theorem 1.
-    """
-    return float(optimizer.noise_multiplier) * float(optimizer.max_grad_norm)
 
 
 @dataclass(eq=False)

@@ -1,4 +1,8 @@
-"""Opacus's ``DPOptimizer``, clipping from a book; noise and scaling are its own."""
+"""Opacus's ``DPOptimizer``, clipping from the per-batch cache.
+
+Only clipping is replaced: the norms of all examples come from the cache, and so does
+the clipped sum of each parameter. Noise, scaling and skipped steps stay Opacus's own.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,36 +14,42 @@ from torch import Tensor
 
 from opacus_pi._class_swap import swap_class
 from opacus_pi.gradients.clipping import Batch, clip_factors, joint_norms
-from opacus_pi.integration.fast.hooks import FastHooks
+from opacus_pi.integration.fast.model import FastHooks
+
+__all__ = ["clip_from_cache"]
 
 _NOT_FORMED = (
     'grad_sample_mode="fast" forms no per-example gradients. Use '
     'grad_sample_mode="hooks" to read them.'
 )
 _NO_BATCH = (
-    "No backward pass was made since the last optimizer.zero_grad(), through a model "
-    "in training mode. Call model.train(), then loss.backward() before step()."
+    "No backward pass has run through the model in training mode since the last "
+    "optimizer.zero_grad(). Call model.train(), then loss.backward() before step()."
 )
 
 
-def clip_from_book(optimizer: DPOptimizer, hooks: FastHooks) -> DPOptimizer:
-    """Have an optimizer clip what a model's book holds.
+def clip_from_cache(optimizer: DPOptimizer, hooks: FastHooks) -> DPOptimizer:
+    """Have an optimizer clip what the per-batch cache of its model holds.
 
     Args:
         optimizer: A plain ``DPOptimizer``, changed in place.
-        hooks: What was prepared of its model.
+        hooks: What ``prepare_model`` returned for the optimizer's model.
 
     Returns:
-        The same object. ``per_sample_gradient_norms`` and ``batch_sizes`` are those of
-        its last step, before clipping.
+        The same object. Its ``per_sample_gradient_norms`` (before clipping) and
+        ``batch_sizes`` are those of its last step.
     """
-    swap_class(optimizer, _from_book)
+    swap_class(optimizer, _clipping_from_cache)
     optimizer._pi_hooks = hooks
     return optimizer
 
 
 class _NotFormed(Sequence[Tensor]):
-    """As many gradients as there are parameters, and none to be had."""
+    """A sequence of one entry per parameter whose entries cannot be read.
+
+    Opacus asks for the number of per-example gradients in places where it does not
+    need the gradients themselves.
+    """
 
     def __init__(self, num_parameters: int) -> None:
         self._num_parameters = num_parameters
@@ -47,61 +57,63 @@ class _NotFormed(Sequence[Tensor]):
     def __len__(self) -> int:
         return self._num_parameters
 
-    def __getitem__(self, place: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:
         raise AttributeError(_NOT_FORMED)
 
 
-def _from_book(base: type) -> type:
-    """An optimizer that clips without per-example gradients."""
+def _clipping_from_cache(base: type) -> type:
+    """Return a subclass of an optimizer class that clips from the cache."""
 
-    class Fast(base):
+    class ClippingFromCache(base):
         _pi_hooks: FastHooks
         per_sample_gradient_norms: Tensor
         batch_sizes: list[int]
 
         @property
         def grad_samples(self) -> Sequence[Tensor]:
-            """Their number; they themselves are never formed."""
+            """The number of per-example gradients; they themselves are not formed."""
             return _NotFormed(len(self.params))
 
         @property
         def accumulated_iterations(self) -> int:
-            """Batches that enter the step."""
+            """Number of batches in the step."""
             return len(self._pi_hooks.book.batches)
 
         def clip_and_accumulate(self) -> None:
-            """Add the clipped sum of the batches to ``p.summed_grad``."""
-            batches = self._pi_hooks.book.batches
+            """Add the clipped gradient sum of the batches to ``p.summed_grad``."""
+            book, model = self._pi_hooks.book, self._pi_hooks._module
+            batches = book.batches
             if not batches:
                 raise ValueError(_NO_BATCH)
             _check_processed_flag(batches)
-            exact = torch.autocast(self.params[0].device.type, enabled=False)
-            with torch.no_grad(), exact:  # also where the loop runs in half precision
+            # Norms and sums are exact even where the loop runs in half precision.
+            no_autocast = torch.autocast(self.params[0].device.type, enabled=False)
+            with torch.no_grad(), no_autocast:
                 norms = [self._pi_clip(batch) for batch in batches]
-                book, model = self._pi_hooks.book, self._pi_hooks._module
                 book.require_all_heard(self.params, model)
             self.per_sample_gradient_norms = torch.cat(norms)
             self.batch_sizes = [batch.size for batch in batches]
             _mark_as_processed(batches)
 
         def _pi_clip(self, batch: Batch) -> Tensor:
-            """Add one batch's clipped sum; return its norms from before."""
+            """Add one batch's clipped sum; return the norms before clipping, (b,)."""
             hooks = self._pi_hooks
+            # A mean loss divided every example's gradient by the batch size.
             scale = batch.size if hooks.loss_reduction == "mean" else 1
             found = batch.gradients(self.params, hooks._module)
             norms = scale * joint_norms(found.values())
             factors = scale * clip_factors(norms, self.max_grad_norm)
             for p, gradients in found.items():
                 grad = gradients.weighted(factors).view(p.shape).to(p.dtype)
-                weight: Any = p  # to which Opacus added an attribute
-                before = weight.summed_grad
-                weight.summed_grad = grad if before is None else before + grad
+                parameter: Any = p  # Opacus gives parameters the attribute summed_grad
+                before = parameter.summed_grad
+                parameter.summed_grad = grad if before is None else before + grad
             batch.release()
             return norms
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
-            """Clear gradients, and forget the batches they are of."""
+            """Clear the gradients and the cached batches that they belong to."""
             self._pi_hooks.book.clear()
             super().zero_grad(*args, **options)
 
-    return Fast
+    return ClippingFromCache

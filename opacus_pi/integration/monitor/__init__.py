@@ -1,20 +1,20 @@
-"""The paper's training, recorded: plain SGD, or SGLD with noise on the mean gradient.
+"""Record training without clipping: plain SGD, or SGLD with noise on the mean gradient.
 
-The model stays as it is and nothing is clipped, so BatchNorm is allowed. The norms of
-all examples are measured by sweeps between updates.
+This is the training of the paper. The model is not wrapped and nothing is clipped, so
+BatchNorm is allowed. At the rows of the ledger, between two updates, a sweep measures
+the gradient norms of all examples.
 
-With noise, the user's loop gives the mean gradient of the b rows drawn. A mechanism
-whose ratio of gradient to noise is known must divide by a number that does not depend
-on the draw, so the gradient is first multiplied by b / E[B]:
+* :mod:`~opacus_pi.integration.monitor.training`: ``monitor``, which installs the hooks;
+* :mod:`~opacus_pi.integration.monitor.noise`: the noisy update;
+* :mod:`~opacus_pi.integration.monitor.sampling`: sample rates of loaders and updates.
 
-    Σ_i ∇ℓ_i / E[B] + N(0, noise_std² I),  noise on the sum: noise_std · E[B]
-
-This needs a loss that is the mean over the batch, and one batch per update. Through
-BatchNorm in training mode the examples of a batch change each other's gradients, and
-sweeps measure with its running statistics: the paper's estimate, not a bound.
+With noise, the loss must be the mean over the batch, and each update must use one
+batch. In BatchNorm layers in training mode the examples of a batch change each other's
+gradients, while sweeps use the running statistics: the norms are then the paper's
+estimate, not a bound.
 """
 
-from opacus_pi.integration.monitor.draws import Draws, draws_of
-from opacus_pi.integration.monitor.monitored import monitor
+from opacus_pi.integration.monitor.sampling import SamplingScheme, sampling_scheme
+from opacus_pi.integration.monitor.training import monitor
 
-__all__ = ["Draws", "draws_of", "monitor"]
+__all__ = ["SamplingScheme", "monitor", "sampling_scheme"]

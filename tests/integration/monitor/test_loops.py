@@ -12,7 +12,6 @@ from opacus.data_loader import DPDataLoader
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from opacus_pi.integration.monitor import draws_of
 from tests.integration.monitor.training import (
     N,
     epoch,
@@ -107,17 +106,6 @@ def test_poisson_sampling_can_have_its_own_generator():
     ]
     drawn = [[y for _, y in run.loader] for run in runs]
     assert all(map(torch.equal, *drawn))
-
-
-def test_draws():
-    data = linear_data()
-    assert draws_of(DataLoader(data, batch_size=100)).mean_batch_size == N
-    assert draws_of(DataLoader(data, batch_size=4)).mean_batch_size == 4
-    dropping = draws_of(DataLoader(data, batch_size=4, drop_last=True))
-    assert dropping.sample_rate == 1 / 5
-    poisson = draws_of(DPDataLoader.from_data_loader(DataLoader(data, batch_size=4)))
-    assert poisson.sample_rate == 1 / 6
-    assert poisson.mean_batch_size == pytest.approx(N / 6)
 
 
 @pytest.mark.parametrize("copies", [True, False])

@@ -1,10 +1,11 @@
-"""Accumulated gradients without noise: the sample rate on record is their sum."""
+"""Sample rates of loaders, and of updates on accumulated gradients without noise."""
 
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from opacus.data_loader import DPDataLoader
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -12,8 +13,9 @@ from torch.utils.data import DataLoader
 from opacus_pi import GradNormLedger, NoisySGD, PrivacyEngine
 from opacus_pi.accounting import privacy_losses
 from opacus_pi.gradients import norm_sweep
+from opacus_pi.integration.monitor import sampling_scheme
 from opacus_pi.recording import Recorder
-from tests.integration.monitor.training import linear_data, monitored, small
+from tests.integration.monitor.training import N, linear_data, monitored, small
 
 SIGMA, CRITERION = 3.0, nn.CrossEntropyLoss()
 
@@ -175,3 +177,16 @@ def test_an_engine_records_it_too():
             optimizer.step()
             optimizer.zero_grad()
     assert engine.ledger.mechanism.sample_rate == pytest.approx(2 / 6)
+
+
+def test_sampling_schemes_of_loaders():
+    data = linear_data()
+    assert sampling_scheme(DataLoader(data, batch_size=100)).mean_batch_size == N
+    assert sampling_scheme(DataLoader(data, batch_size=4)).mean_batch_size == 4
+    dropping = sampling_scheme(DataLoader(data, batch_size=4, drop_last=True))
+    assert dropping.sample_rate == 1 / 5
+    poisson = sampling_scheme(
+        DPDataLoader.from_data_loader(DataLoader(data, batch_size=4))
+    )
+    assert poisson.sample_rate == 1 / 6
+    assert poisson.mean_batch_size == pytest.approx(N / 6)

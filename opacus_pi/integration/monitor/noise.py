@@ -1,0 +1,146 @@
+r"""Turn a batch's mean gradient into the gradient of the noisy mechanism.
+
+The training loop computes the mean gradient over the b samples that were drawn. Before
+the optimizer's step it is multiplied by b / E[B], and noise is added:
+
+.. math:: \frac{1}{E[B]} \sum_i \nabla\ell_i + N(0, \text{noise\_std}^2 I)
+
+**Why.** Dividing by b would give one example more weight in a small batch than in a
+large one. Divided by the constant E[B], an example contributes its own gradient over
+E[B] in every update, so the ratio of its norm to the noise is known.
+
+**What breaks it.** b must be known. It is not where gradients of several batches were
+accumulated, or where the model was given a part of a batch or tensors that cannot be
+traced to one. Training then goes on, with noise, and the record is refused.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from opacus_pi._validate import expect
+from opacus_pi.attribution import NOBODY, UNKNOWN, Tracker
+from opacus_pi.recording import Recorder
+
+__all__ = ["NoiseHook"]
+
+_UNKNOWN_BATCH_SIZE = (
+    "In update {step} it is not known how many examples the mean gradient was taken "
+    "over, so the noise cannot be compared with one example's gradient. For each "
+    "optimizer.step, pass one batch of the returned data loader through the model, "
+    "once and in training mode, and transform inputs in the data set. Instead of "
+    "accumulating gradients, use a larger batch size."
+)
+_NO_GRADIENTS = (
+    "Update {step} had no gradients to which noise could be added. Call backward for "
+    "every batch, including an empty one."
+)
+
+
+class NoiseHook:
+    """A pre-hook of ``Optimizer.step`` that scales the gradients and adds noise.
+
+    Args:
+        noise_std: Standard deviation of the noise on the mean gradient, above 0.
+        mean_batch_size: E[B], the expected number of examples in a batch.
+        recorder: Its record is refused if an update does not have this form.
+        tracker: Identifies the samples behind the update.
+        generator: Draws the noise; None: torch's global generator.
+    """
+
+    def __init__(
+        self,
+        noise_std: float,
+        mean_batch_size: float,
+        recorder: Recorder,
+        tracker: Tracker,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.noise_std = noise_std
+        self.mean_batch_size = mean_batch_size
+        self.recorder = recorder
+        self.tracker = tracker
+        self.generator = generator
+
+    def __call__(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Change the gradients in place; torch calls this before each step.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+            args: Positional arguments of ``step``, after the optimizer itself.
+            kwargs: Keyword arguments of ``step``.
+
+        Raises:
+            ValueError: If the step would not use the gradients as they are now.
+        """
+        _check_step(optimizer, args[1] if len(args) > 1 else kwargs.get("closure"))
+        gradients = _gradients(optimizer)
+        batch_size = _batch_size(self.tracker)
+        if batch_size is None or not gradients:
+            reason = _NO_GRADIENTS if not gradients else _UNKNOWN_BATCH_SIZE
+            self.recorder.refuse(reason.format(step=self.recorder.num_steps + 1))
+        for gradient in gradients:
+            if batch_size == 0:
+                gradient.zero_()  # the mean over no samples is NaN
+            elif batch_size is not None and batch_size != self.mean_batch_size:
+                gradient.mul_(batch_size / self.mean_batch_size)
+            gradient.add_(self._noise_like(gradient))
+
+    def _noise_like(self, gradient: Tensor) -> Tensor:
+        """Draw an independent N(0, noise_std²) for every entry."""
+        return torch.normal(
+            0.0,
+            self.noise_std,
+            gradient.shape,
+            generator=self.generator,
+            dtype=gradient.dtype,
+            device=gradient.device,
+        )
+
+
+def _batch_size(tracker: Tracker) -> int | None:
+    """Return b, the number of examples in the batch behind the present gradients.
+
+    Returns:
+        None if the gradients are not those of exactly one whole batch. Padding that
+        stands in for an empty Poisson batch is not counted.
+    """
+    # The loader may be ahead of the training loop by some batches, so the batch whose
+    # backward pass was seen comes before the latest one.
+    batch = tracker.batch_behind() or tracker.latest
+    if batch is None or batch.rows is None:
+        return None
+    samples = tracker.attribute([len(batch.rows)])
+    if len(samples) and (samples == UNKNOWN).all():
+        return None
+    return int((samples != NOBODY).sum())
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Return the gradients that the step will use."""
+    params = (p for group in optimizer.param_groups for p in group["params"])
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _check_step(optimizer: Optimizer, closure: Any) -> None:
+    """Raise if the step would not use the gradients as they are now."""
+    expect(
+        closure is None,
+        "optimizer.step(closure)",
+        closure,
+        "to be called without a closure",
+        "A closure computes the gradients again, without noise. Call backward before "
+        "step, or train with noise_std=0.",
+    )
+    expect(
+        getattr(optimizer, "grad_scale", None) is None,
+        "optimizer.grad_scale",
+        "a loss scale",
+        "to be None",
+        "Noise must be added to unscaled gradients. Call scaler.unscale_(optimizer) "
+        "first.",
+    )

@@ -1,0 +1,300 @@
+"""Connect a training loop without clipping to a recorder.
+
+The loop itself is not touched. Hooks on the optimizer count its updates and, if there
+is noise, add it to the gradients; a forward hook on the model and an observer of the
+loader establish which batch an update was made from.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from opacus.data_loader import DPDataLoader
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.privacy_engine import DDP, DPDDP, FSDPModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.hooks import RemovableHandle
+
+from opacus_pi._validate import expect
+from opacus_pi.accounting import fingerprint
+from opacus_pi.attribution import Tracker, watch
+from opacus_pi.attribution.forward_probe import ForwardProbe
+from opacus_pi.gradients import Sweep
+from opacus_pi.integration.monitor.noise import NoiseHook
+from opacus_pi.integration.monitor.sampling import (
+    BatchCounter,
+    BatchTracker,
+    SamplingScheme,
+    sampling_scheme,
+)
+from opacus_pi.integration.schedules import overlapping, unknown_schedule
+from opacus_pi.models.batches import size_of
+from opacus_pi.recording import Recorder
+from opacus_pi.recording.last_weights import LastWeights
+from opacus_pi.recording.processes import Processes
+from opacus_pi.recording.shared_sweep import shared_sweep
+
+__all__ = ["monitor"]
+
+# Hooks that a call of ``monitor`` added to a module or an optimizer. The next call
+# with the same object removes them: a second set would add noise twice.
+_HOOK_HANDLES: WeakKeyDictionary[Any, list[RemovableHandle]] = WeakKeyDictionary()
+
+
+def monitor(
+    *,
+    recorder: Recorder,
+    tracker: Tracker,
+    module: nn.Module,
+    optimizer: Optimizer,
+    data_loader: DataLoader[Any],
+    noise_std: float,
+    criterion: Callable[[Any, Any], Tensor],
+    poisson_sampling: bool = True,
+    noise_generator: torch.Generator | None = None,
+    sampling_generator: torch.Generator | None = None,
+) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
+    """Record a training without clipping, with or without noise.
+
+    The loader, and the forward passes of the module in training mode, are observed.
+
+    *Without noise* nothing else is changed: with the user's own loader, weights and
+    random states are those of the loop without recording. An update on the accumulated
+    gradients of several batches is recorded with the sum of their sample rates
+    (``Recorder(every=...)`` still counts an epoch as ``1 / sample_rate`` updates of one
+    batch).
+
+    *With noise* every gradient that the optimizer holds gets ``N(0, noise_std²)`` added
+    just before its step; a parameter without a gradient is not changed. An empty batch
+    counts as gradient 0. After an update with accumulated gradients the record is
+    refused.
+
+    Args:
+        recorder: A recorder with ``mode="swept"``; it begins a run here.
+        tracker: Identifies the batch of an update. Not used if there is no noise:
+            then only the number of batches matters.
+        module: The model; returned as it is. Under ``DistributedDataParallel`` (allowed
+            without noise only) every process calls this, and the processes share the
+            sweeps.
+        optimizer: Any torch optimizer of the module's parameters; returned as it is.
+        data_loader: A loader of a data set with a length, yielding ``(x, y)``.
+        noise_std: Standard deviation of the noise on the mean gradient; 0: plain SGD.
+        criterion: ``criterion(outputs, targets)``, one loss per example; a torch loss
+            module is converted.
+        poisson_sampling: Whether to replace the loader by Opacus's Poisson loader;
+            False keeps it.
+        noise_generator: Draws the noise; default: torch's global generator.
+        sampling_generator: Draws the Poisson batches; default: the loader's.
+
+    Returns:
+        Module, optimizer, and the loader to iterate over.
+
+    Raises:
+        ValueError: If an argument cannot be monitored; nothing is changed then.
+
+    Source: paper, section 5.1 and Appendix D.
+    """
+    _check_recorder(recorder, noise_std)
+    _check_training(module, optimizer, noise_std)
+    _check_data(data_loader)
+    processes = Processes() if isinstance(module, DDP) else None
+    measure = _sweeps(module, criterion, data_loader, recorder, processes)
+    data_set = data_loader.dataset
+    # A sweep of two examples raises for what cannot be swept, before anything changes.
+    measure(Subset(data_set, range(min(2, size_of(data_set)))))
+
+    loader = data_loader
+    if poisson_sampling:
+        loader = DPDataLoader.from_data_loader(
+            data_loader,
+            generator=sampling_generator,
+            distributed=processes is not None,
+        )
+    scheme = sampling_scheme(loader)
+    _begin_record(recorder, module, data_set, scheme, measure, processes)
+    _refuse_schedule(recorder, loader, processes)
+    noise = None
+    if noise_std > 0:
+        noise = NoiseHook(
+            noise_std, scheme.mean_batch_size, recorder, tracker, noise_generator
+        )
+    else:
+        tracker = BatchTracker()
+    _add_hooks(module, optimizer, recorder, tracker, scheme, noise)
+    watch(loader, tracker)
+    return module, optimizer, loader
+
+
+def _sweeps(
+    module: nn.Module,
+    criterion: Callable[[Any, Any], Tensor],
+    data_loader: DataLoader[Any],
+    recorder: Recorder,
+    processes: Processes | None,
+) -> Callable[[Dataset[Any]], Sweep]:
+    """Return a function that measures all examples of a data set at present."""
+
+    def measure(data_set: Dataset[Any]) -> Sweep:
+        return shared_sweep(
+            module,
+            criterion,
+            data_set,
+            processes=processes,
+            batch_size=recorder.batch_size,
+            collate_fn=data_loader.collate_fn,
+        )
+
+    return measure
+
+
+def _begin_record(
+    recorder: Recorder,
+    module: nn.Module,
+    data_set: Dataset[Any],
+    scheme: SamplingScheme,
+    measure: Callable[[Dataset[Any]], Sweep],
+    processes: Processes | None,
+) -> None:
+    """Begin the record of a run."""
+    recorder.begin(
+        num_examples=size_of(data_set),
+        sample_rate=scheme.sample_rate,
+        sampling=scheme.sampling,
+        data_set=fingerprint(data_set),
+        sweep=lambda: measure(data_set),
+        weights=module.state_dict,
+        processes=processes,
+        last_weights=LastWeights(module),
+    )
+
+
+def _refuse_schedule(
+    recorder: Recorder, loader: DataLoader[Any], processes: Processes | None
+) -> None:
+    """Refuse the record if it is not known how often an example is drawn.
+
+    Training goes on without a ledger.
+    """
+    is_fixed = sampling_scheme(loader).sampling == "fixed"
+    reasons = [
+        unknown_schedule(loader) if is_fixed else None,
+        overlapping(loader, processes.size) if processes else None,
+    ]
+    for reason in filter(None, reasons):
+        recorder.refuse(reason)
+
+
+def _add_hooks(
+    module: nn.Module,
+    optimizer: Optimizer,
+    recorder: Recorder,
+    tracker: Tracker,
+    scheme: SamplingScheme,
+    noise: NoiseHook | None,
+) -> None:
+    """Add the hooks that count updates and, if there is noise, apply it.
+
+    They replace the hooks of an earlier call.
+    """
+    for owner in (module, optimizer):
+        for handle in _HOOK_HANDLES.pop(owner, []):
+            handle.remove()
+    noise_std = 0.0 if noise is None else noise.noise_std
+    count_batches = BatchCounter(tracker)
+
+    def count_update(
+        optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        # With noise, an update of several batches was refused by the noise hook.
+        num_batches = count_batches() if noise is None else 1
+        recorder.step(
+            noise_std=noise_std * scheme.mean_batch_size,  # on the sum of gradients
+            max_grad_norm=math.inf,
+            sample_rate=min(1.0, num_batches * scheme.sample_rate),
+        )
+
+    probe = ForwardProbe()
+    probe.report_to(tracker, module)
+    _HOOK_HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
+    _HOOK_HANDLES[optimizer] = [optimizer.register_step_post_hook(count_update)]
+    if noise is not None:
+        _HOOK_HANDLES[optimizer].append(optimizer.register_step_pre_hook(noise))
+
+
+def _check_recorder(recorder: Recorder, noise_std: float) -> None:
+    """Raise for a recorder that would wait for norms that are never computed."""
+    expect(
+        recorder.mode == "swept",
+        "recorder.mode",
+        repr(recorder.mode),
+        'to be "swept"',
+        'Training without clipping computes no norms: use Recorder(mode="swept").',
+    )
+    expect(
+        math.isfinite(noise_std) and noise_std >= 0,
+        "noise_std",
+        noise_std,
+        "to be finite and at least 0",
+        "It is the standard deviation of the noise on the mean gradient; 0 is plain "
+        "SGD.",
+    )
+
+
+def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -> None:
+    """Raise for a wrapped module, or an optimizer that Opacus or another model made."""
+    expect(
+        not isinstance(module, AbstractGradSampleModule),
+        "module",
+        type(module).__name__,
+        "to be a plain module",
+        "The wrapper computes per-example gradients that are not needed here: pass "
+        "module.to_standard_module().",
+    )
+    expect(
+        not isinstance(module, (DPDDP, FSDPModule)),
+        "module",
+        type(module).__name__,
+        "to be trained by one process or under DistributedDataParallel",
+        "Record other distributed training with make_private.",
+    )
+    expect(
+        not isinstance(module, DDP) or noise_std == 0,
+        "noise_std",
+        noise_std,
+        "to be 0 under DistributedDataParallel, where each process would add its own",
+        "Train with noise in one process, or with make_private.",
+    )
+    expect(
+        isinstance(optimizer, Optimizer) and not isinstance(optimizer, DPOptimizer),
+        "optimizer",
+        type(optimizer).__name__,
+        "to be a plain torch optimizer",
+        "Pass the one that make_private was given, original_optimizer.",
+    )
+    own = set(module.parameters())
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    expect(
+        all(p in own for p in held),
+        "optimizer",
+        type(optimizer).__name__,
+        "to hold parameters of module",
+        "Make the optimizer from module.parameters().",
+    )
+
+
+def _check_data(data_loader: DataLoader[Any]) -> None:
+    """Raise for a data set whose examples have no positions, or an empty loader."""
+    data_set = data_loader.dataset
+    ordered = hasattr(data_set, "__len__") and not isinstance(data_set, IterableDataset)
+    expect(
+        ordered and len(data_loader) > 0,
+        "data_loader.dataset",
+        type(data_set).__name__,
+        "to have a length, an order and at least one batch",
+        "Use a map-style data set: every example is measured by its position.",
+    )
