@@ -9,12 +9,13 @@ from typing import Any, cast
 
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
 from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
-from opacus.privacy_engine import DDP, DPDDP, FSDPModule, PrivacyEngine
+from opacus.privacy_engine import PrivacyEngine
 from torch import nn
 
 from opacus_pi._torch_compat import compiled_module
 from opacus_pi._validate import expect
 from opacus_pi.gradients.clipping import Book
+from opacus_pi.integration.opacus_compat import DISTRIBUTED
 
 __all__ = [
     "MODE",
@@ -28,7 +29,7 @@ MODE = "fast"
 """The value of ``grad_sample_mode`` that selects this mode."""
 
 _ELSE = 'Use grad_sample_mode="hooks".'
-_IN_ONE_PROCESS = (DDP, DPDDP, FSDPModule, nn.DataParallel)
+_PARALLEL = (*DISTRIBUTED, nn.DataParallel)
 
 
 class FastHooks(AbstractGradSampleHooks):
@@ -124,7 +125,7 @@ def require_fast(
         _ELSE,
     )
     expect(
-        not isinstance(module, _IN_ONE_PROCESS),
+        not isinstance(module, _PARALLEL),
         "module",
         type(module).__name__,
         'to be trained in one process with grad_sample_mode="fast"',

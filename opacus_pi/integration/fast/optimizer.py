@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizer
-from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor
 
 from opacus_pi._class_swap import swap_class
 from opacus_pi.gradients.clipping import Batch, clip_factors, joint_norms
 from opacus_pi.integration.fast.model import FastHooks
+from opacus_pi.integration.opacus_compat import (
+    mark_as_processed,
+    module_of,
+    require_unprocessed,
+)
 
 __all__ = ["clip_from_cache"]
 
@@ -81,11 +85,11 @@ def _clipping_from_cache(base: type) -> type:
 
         def clip_and_accumulate(self) -> None:
             """Add the clipped gradient sum of the batches to ``p.summed_grad``."""
-            book, model = self._pi_hooks.book, self._pi_hooks._module
+            book, model = self._pi_hooks.book, module_of(self._pi_hooks)
             batches = book.batches
             if not batches:
                 raise ValueError(_NO_BATCH)
-            _check_processed_flag(batches)
+            require_unprocessed(batches)
             # Norms and sums are exact even where the loop runs in half precision.
             no_autocast = torch.autocast(self.params[0].device.type, enabled=False)
             with torch.no_grad(), no_autocast:
@@ -93,14 +97,14 @@ def _clipping_from_cache(base: type) -> type:
                 book.require_all_heard(self.params, model)
             self.per_sample_gradient_norms = torch.cat(norms)
             self.batch_sizes = [batch.size for batch in batches]
-            _mark_as_processed(batches)
+            mark_as_processed(batches)
 
         def _pi_clip(self, batch: Batch) -> Tensor:
             """Add one batch's clipped sum; return the norms before clipping, (b,)."""
             hooks = self._pi_hooks
             # A mean loss divided every example's gradient by the batch size.
             scale = batch.size if hooks.loss_reduction == "mean" else 1
-            found = batch.gradients(self.params, hooks._module)
+            found = batch.gradients(self.params, module_of(hooks))
             norms = scale * joint_norms(found.values())
             factors = scale * clip_factors(norms, self.max_grad_norm)
             for p, gradients in found.items():
