@@ -1,4 +1,4 @@
-"""``python -m opacus_pi``: the command line."""
+"""Run the command line with ``python -m opacus_pi``."""
 
 import sys
 

@@ -1,4 +1,8 @@
-"""Objects of the user's own code, named ``package.module:name``.
+"""Import objects of the user's own code, named ``package.module:name``.
+
+An object of the wanted kind is taken as it is; anything else that can be called without
+arguments is called, and must return one. After a wrong name the error lists what the
+module has of the kind, the most similar names first.
 
 >>> import_object("--criterion", "torch.nn:CrossEntropyLoss", CRITERION)
 CrossEntropyLoss()
@@ -19,27 +23,29 @@ from torch import nn
 
 from opacus_pi.cli.errors import BadInput, one_line
 
-_MOST = 12  # names in one message
-_FROM = "The current directory is searched first: run from the root of your project."
+_MAX_NAMES = 12  # in one message
+_SEARCHED = (
+    "The current directory is searched first: run from the root of your project."
+)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What an argument may name.
+    """A kind of object that an argument may name.
 
     Args:
-        words: What is wanted, in words.
-        fits: Whether an object is one.
-        is_class: Whether a class is one of such objects.
+        description: The kind in words, for error messages.
+        fits: Whether an object is of the kind.
+        is_class: Whether the instances of a class are of the kind.
     """
 
-    words: str
+    description: str
     fits: Callable[[Any], bool]
     is_class: Callable[[type], bool]
 
 
 def _is_data_set(found: Any) -> bool:
-    """Whether an object has a length and positions."""
+    """Whether an object has a length and can be indexed by position."""
     return (
         not isinstance(found, type | nn.Module | str | bytes | Mapping)
         and hasattr(found, "__len__")
@@ -65,19 +71,19 @@ CRITERION = Kind(
 
 
 def import_object(flag: str, path: str, kind: Kind) -> Any:
-    """Import an object, or call what builds it.
+    """Import an object, or call the function or class that builds it.
 
     Args:
-        flag: The argument that names it.
-        path: ``package.module:name``; the name may have dots. This runs the module.
-        kind: What is wanted; what is not of the kind is called without arguments, and
-            must return one that is.
+        flag: The argument that names the object.
+        path: ``package.module:name``; the name may have dots. The module is run.
+        kind: The kind of object that is wanted. An object of another kind is called
+            without arguments and must return one of this kind.
 
     Returns:
         The object.
 
     Raises:
-        BadInput: If it cannot be imported or built, or is something else.
+        BadInput: If the object cannot be imported or built, or is of another kind.
     """
     module_name, _, name = path.partition(":")
     if not (module_name and name):
@@ -90,14 +96,15 @@ def import_object(flag: str, path: str, kind: Kind) -> Any:
     if not kind.fits(found) and callable(found):
         try:
             found = found()
-        except Exception as error:
+        except Exception as error:  # the user's code may raise anything
             raise BadInput(
                 f"{flag}: {path}() raised {type(error).__name__}: {one_line(error)}. "
-                f"Name {kind.words}, or a function without arguments that returns one."
+                f"Name {kind.description}, or a function without arguments that "
+                "returns one."
             ) from error
     if not kind.fits(found):
         raise BadInput(
-            f"{flag}: {path} is {type(found).__name__}, not {kind.words}. "
+            f"{flag}: {path} is {type(found).__name__}, not {kind.description}. "
             "Name one, or a function without arguments that returns one. "
             f"{_offer(module, name, kind)}"
         )
@@ -105,11 +112,11 @@ def import_object(flag: str, path: str, kind: Kind) -> Any:
 
 
 def closest_first(name: str, known: Sequence[str]) -> list[str]:
-    """Known names in their order, but those that look like a given one first.
+    """Sort known names: those similar to a given one first, the others in their order.
 
     Args:
-        name: What was written.
-        known: What could have been meant.
+        name: The name that was given.
+        known: The names that exist.
 
     >>> closest_first("trian_set", ["build", "train_set"])
     ['train_set', 'build']
@@ -119,20 +126,20 @@ def closest_first(name: str, known: Sequence[str]) -> list[str]:
 
 
 def _module(flag: str, name: str) -> ModuleType:
-    """The user's module."""
+    """Import the user's module, from the current directory first."""
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except Exception as error:  # the user's code may raise anything
         raise BadInput(
             f"{flag}: importing {name} raised {type(error).__name__}: "
-            f"{one_line(error)}. {_meant(name, error)}{_FROM}"
+            f"{one_line(error)}. {_similar_modules(name, error)}{_SEARCHED}"
         ) from error
 
 
-def _meant(name: str, error: Exception) -> str:
-    """Modules of the current directory that look like one that was not found."""
+def _similar_modules(name: str, error: Exception) -> str:
+    """Suggest modules of the current directory if a module was not found."""
     if not isinstance(error, ModuleNotFoundError) or str(error.name) not in name:
         return ""
     here = {p.stem for p in Path.cwd().iterdir() if p.suffix == ".py" or p.is_dir()}
@@ -141,7 +148,7 @@ def _meant(name: str, error: Exception) -> str:
 
 
 def _attribute(flag: str, module: ModuleType, name: str, kind: Kind) -> Any:
-    """What the module calls by that name."""
+    """Look up a name with dots in a module."""
     found = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -154,21 +161,21 @@ def _attribute(flag: str, module: ModuleType, name: str, kind: Kind) -> Any:
 
 
 def _offer(module: ModuleType, name: str, kind: Kind) -> str:
-    """What a module has of the kind that is wanted, likely names first."""
+    """List what a module has of the kind that is wanted, similar names first."""
     public = {n: v for n, v in vars(module).items() if not n.startswith("_")}
     named = sorted(n for n, value in public.items() if kind.fits(value))
     named += sorted(
         n for n, v in public.items() if not kind.fits(v) and _builds(v, module, kind)
     )
     if not named:
-        return f"{module.__name__} has none, and nothing that could make one."
-    shown = closest_first(name, named)[:_MOST]
-    more = f", and {len(named) - _MOST} more" if len(named) > _MOST else ""
+        return f"{module.__name__} has none, and nothing that could build one."
+    shown = closest_first(name, named)[:_MAX_NAMES]
+    more = f", and {len(named) - _MAX_NAMES} more" if len(named) > _MAX_NAMES else ""
     return f"{module.__name__} has: {', '.join(shown)}{more}."
 
 
 def _builds(value: Any, module: ModuleType, kind: Kind) -> bool:
-    """Whether calling something of the module's own could give what is wanted."""
+    """Whether calling an object that the module defines could build what is wanted."""
     home = f"{getattr(value, '__module__', '')}."
     if not callable(value) or not home.startswith(f"{module.__name__}."):
         return False

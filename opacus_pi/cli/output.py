@@ -1,4 +1,4 @@
-"""How an answer is written: text or JSON on the standard output, JSON in a file."""
+"""Write an answer: text or JSON on the standard output, and JSON in a file."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -12,22 +12,22 @@ from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.strict_json import json_text
 
 
-def answer(options: argparse.Namespace, facts: Mapping[str, Any], words: str) -> None:
-    """Print the text, or the JSON; write the JSON where it was asked for.
+def answer(options: argparse.Namespace, facts: Mapping[str, Any], text: str) -> None:
+    """Print the text or the JSON, and write the JSON to a file if one was named.
 
     Args:
         options: The parsed arguments, with ``json`` and maybe ``json_file``.
         facts: The answer for programs.
-        words: The answer for people.
+        text: The answer for people.
     """
     if getattr(options, "json_file", None):
         with about("--out", "Name a file in a directory that can be written."):
             replace_file(Path(options.json_file), json_text(facts).encode() + b"\n")
-    print(json_text(facts) if options.json else words)
+    print(json_text(facts) if options.json else text)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns of text, the first to the left, numbers with four digits."""
+    """Format columns of text: the first one left-aligned, the others right-aligned."""
     lines = [list(header), *([cell(value) for value in row] for row in rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
     return "\n".join(
@@ -40,7 +40,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as text."""
+    """Format a value: floats with four significant digits, None as a dash."""
     if value is None:
         return "-"
     if isinstance(value, float | np.floating):

@@ -1,7 +1,9 @@
-"""The directory that an unlearning run leaves, and the answers that go with it.
+"""The directory that an unlearning run writes.
 
-``weights.safetensors``, ``record.json``, ``trace.json``, ``guarantee.json``; beside
-them ``evaluation.json`` once the models were evaluated.
+It contains ``weights.safetensors``, ``record.json`` (what was run), ``trace.json``
+(metrics over epochs) and ``guarantee.json``, and later ``evaluation.json``, if the
+output of ``opacus-pi evaluate`` is put there. The directory gets its name only when all
+of its files are complete, so a run that was interrupted leaves nothing behind.
 """
 
 import json
@@ -30,9 +32,9 @@ class SavedRun:
     """An unlearning run read back, without its model.
 
     Args:
-        trace: The evaluations.
-        guarantee: What may be claimed.
-        record: What was run.
+        trace: The metrics over the run.
+        guarantee: What may be claimed about the weights.
+        record: What was run, with the forgotten examples.
     """
 
     trace: UnlearningTrace
@@ -42,21 +44,23 @@ class SavedRun:
 
 @contextmanager
 def new_directory(path: str) -> Iterator[Path]:
-    """A directory that appears under its name when everything is in it, if anything.
+    """Make a directory that gets its name only when everything in it was written.
+
+    If nothing was written, no directory remains.
 
     Args:
-        path: Its name; nothing may be there, or an empty directory.
+        path: Its name. Nothing, or an empty directory, may exist there.
 
     Yields:
-        Where to write meanwhile.
+        A temporary directory beside it to write to.
 
     Raises:
-        BadInput: If something is there, or it cannot be made.
+        BadInput: If something exists there, or the directory cannot be made.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(
-            f"--out: {path} is there already. Name a new directory: results are never "
+            f"--out: {path} exists already. Name a new directory: results are never "
             "overwritten."
         )
     part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -75,7 +79,7 @@ def new_directory(path: str) -> Iterator[Path]:
 
 
 def save_run(directory: Path, result: UnlearningResult) -> None:
-    """Write what a run left."""
+    """Write the result of a run into an empty directory."""
     state = result.model.state_dict()
     write_weights(directory / WEIGHTS, "opacus_pi.UnlearnedWeights", 1, state, {})
     replace_file(directory / RECORD, json_text(result.record).encode())
@@ -84,10 +88,10 @@ def save_run(directory: Path, result: UnlearningResult) -> None:
 
 
 def load_run(directory: str) -> SavedRun:
-    """Read what ``save_run`` wrote.
+    """Read what ``save_run`` wrote, all but the weights.
 
     Args:
-        directory: Its name.
+        directory: The run's directory.
 
     Raises:
         BadInput: If a file is missing, damaged or something else.
@@ -104,20 +108,20 @@ def load_run(directory: str) -> SavedRun:
 
 
 def _record(argument: str, path: Path) -> dict[str, Any]:
-    """What was run; whom it names are lists of whole numbers."""
+    """Read what was run; the forgotten examples must be lists of whole numbers."""
     record = read_json(argument, path)
     for name in ("forget_indices", "forgotten_before"):
         ids = record.get(name)
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise BadInput(f"{argument}: {path} holds no {name}. Unlearn again.")
+            raise BadInput(f"{argument}: {path} has no list {name}. Unlearn again.")
     return record
 
 
 def read_json(argument: str, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Args:
-        argument: The argument that named it.
+        argument: The argument that names the file, for the error message.
         path: The file.
     """
     with about(argument, "Name a file that opacus-pi wrote."):
@@ -126,5 +130,5 @@ def read_json(argument: str, path: str | os.PathLike[str]) -> dict[str, Any]:
         except (json.JSONDecodeError, RecursionError):
             content = None
         if not isinstance(content, dict):
-            raise BadInput(f"{argument}: {path} is no JSON object. Make it again.")
+            raise BadInput(f"{argument}: {path} is not a JSON object. Make it again.")
         return content

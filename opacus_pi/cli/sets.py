@@ -1,4 +1,4 @@
-"""Forget set, a part of the retain set, test set: what the metrics are taken on."""
+"""The three sets that metrics are computed on: forget set, retain set, test set."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,12 @@ from opacus_pi.evaluation import evaluate
 
 @dataclass(frozen=True)
 class Sets:
-    """What a model is evaluated on.
+    """The sets and the loss that a model is evaluated with.
 
     Args:
         forget: The examples to forget.
-        retain: As many of the others as the test set has, drawn once.
+        retain: A part of the retain set, as large as the test set if possible, so that
+            membership inference compares sets of the same size.
         test: Unseen examples.
         criterion: The loss.
     """
@@ -32,7 +33,7 @@ class Sets:
     criterion: Any
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """Every metric of one model."""
+        """Compute every metric of one model."""
         return evaluate(
             model,
             self.criterion,
@@ -46,24 +47,25 @@ def require_unseen(train_set: Any, test_set: Any) -> None:
     """Refuse the training set as a test set.
 
     Args:
-        train_set: What the model was trained on.
-        test_set: What it must not have seen.
+        train_set: The set that the model was trained on.
+        test_set: A set that the model must not have seen.
 
     Raises:
         BadInput: If they are one object, or have the same class, length, labels and
             first example.
     """
-    if test_set is train_set or _alike(train_set, test_set):
+    if test_set is train_set or _look_equal(train_set, test_set):
         raise BadInput(
-            "--test: it is the training set of --data, so nothing would be unseen. "
+            "--test: this is the training set of --data, so nothing would be unseen. "
             "Name examples that the model was not trained on."
         )
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _look_equal(one: Any, other: Any) -> bool:
     """Whether two labelled sets have the same labels and the same first example."""
     name = fingerprint(one)
-    if name.count(":") < 2 or name != fingerprint(other):  # 2: contents were found
+    # A fingerprint without a third part has no hash of labels and proves nothing.
+    if name.count(":") < 2 or name != fingerprint(other):
         return False
     first, second = one[0], other[0]
     if isinstance(first, tuple | list):
@@ -79,23 +81,23 @@ def make_sets(
     forget_indices: ArrayLike,
     criterion: Any,
     seed: int,
-    gone: ArrayLike = (),
+    forgotten_before: ArrayLike = (),
 ) -> Sets:
-    """Cut the sets.
+    """Cut the training set into forget set and retain set.
 
     Args:
-        train_set: What the model was trained on.
+        train_set: The set that the model was trained on.
         test_set: Unseen examples.
-        forget_indices: Positions in the training set.
+        forget_indices: Positions of the forget set in the training set.
         criterion: The loss.
-        seed: Of the draw from the retain set.
-        gone: What was forgotten before, kept out of the retain set.
+        seed: Seed of the draw from the retain set.
+        forgotten_before: Positions that are not in the retain set either.
 
     Raises:
-        ValueError: If the indices are bad, or nothing stays.
+        ValueError: If the indices are bad, or the retain set would be empty.
     """
     retain = retain_indices(len(train_set), forget_indices)
-    retain = np.setdiff1d(retain, np.asarray(gone, dtype=np.int64))
+    retain = np.setdiff1d(retain, np.asarray(forgotten_before, dtype=np.int64))
     size = min(len(retain), len(test_set))
     drawn = np.random.default_rng(seed).choice(retain, size, replace=False)
     forget = np.unique(np.asarray(forget_indices))

@@ -1,10 +1,9 @@
-"""``opacus-pi verify``: is a file whole and unedited?"""
+"""``opacus-pi verify``: check a file for damage and edits."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from opacus_pi.cli.arguments import add_output
 from opacus_pi.cli.errors import (
     DONE,
     FAILED,
@@ -16,70 +15,38 @@ from opacus_pi.cli.errors import (
 from opacus_pi.cli.file_kinds import RECORD, FileKind, recognised
 from opacus_pi.cli.output import answer
 
-HELP = "check a deletion record's chain, or the checksum of another file of ours"
-DESCRIPTION = """\
-What kind of file it is, and whether it is whole and unedited.
-
-A deletion record: every line's hash and its link to the line before. The chain alone
-cannot show that the last lines were cut off: pass HEAD, the hash of the last entry when
-you noted it, kept elsewhere; what was added since is counted. A ledger, Gram ledger,
-oracle, trace, recorded or unlearned weights, a checkpoint's record (not the model
-beside it): checksum, version and shape. Reports,
-guarantees and records of runs carry no checksum: make them again from the ledger.
-Checks find damage and careless edits; a checksum is no signature.
-
-Exit code 0: verified. 1: checked, and not as it was written. 2: there is no such
-file, or bad arguments. 3: not checked: it is no file of ours, or has no checksum."""
-EXAMPLES = """\
-examples:
-  opacus-pi verify ledger.safetensors
-  opacus-pi verify deletions.jsonl
-  opacus-pi verify deletions.jsonl 5f0c...e1"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    parser.add_argument("file", metavar="FILE", help="the file to check")
-    parser.add_argument(
-        "head",
-        metavar="HEAD",
-        nargs="?",
-        help="hash that an entry of a deletion record must have",
-    )
-    add_output(parser, file=False)
-
 
 def run(options: argparse.Namespace) -> int:
-    """Check and print; the exit code says the result."""
+    """Check the file and print the result, which is also the exit code."""
     if Path(options.file).is_dir():
         raise BadInput(
             f"FILE: {options.file} is a directory. Name one file in it, such as a "
-            "deletion record, a ledger or weights.safetensors."
+            "deletion log, a ledger or weights.safetensors."
         )
-    with about("FILE", "Name a deletion record, ledger or oracle."):
+    with about("FILE", "Name a deletion log, ledger or oracle."):
         kind = recognised(Path(options.file), options.head)
     if options.head is not None and kind.words != RECORD:
         raise BadInput(
-            f"HEAD: only a deletion record has one, and {options.file} is "
-            f"{kind.words}. Leave it out."
+            f"HEAD: only a deletion log has one, and {options.file} is {kind.words}. "
+            "Leave it out."
         )
     facts = {
         "format": "opacus_pi.cli.verify.v1",
         "file": options.file,
         "kind": kind.words,
-        **_found(kind),
+        **_checked(kind),
     }
-    answer(options, facts, _words(facts))
+    answer(options, facts, _text(facts))
     return {True: DONE, False: FAILED, None: NOTHING_TO_CHECK}[facts["verified"]]
 
 
-def _found(kind: FileKind) -> dict[str, Any]:
-    """Whether a file is as it was written, None where that cannot be told."""
+def _checked(kind: FileKind) -> dict[str, Any]:
+    """Whether a file is as it was written; None if this cannot be checked."""
     if kind.check is None:
         reason = (
-            "it carries no checksum; make it again from the ledger"
+            "it has no checksum; make it again from the ledger"
             if kind.ours
-            else "it is not a file of ours"
+            else "it is not an opacus_pi file"
         )
         return {"verified": None, "reason": reason}
     try:
@@ -88,21 +55,21 @@ def _found(kind: FileKind) -> dict[str, Any]:
         return {"verified": False, "reason": one_line(error)}
 
 
-def _words(facts: dict[str, Any]) -> str:
+def _text(facts: dict[str, Any]) -> str:
     """The answer for people."""
     if facts["verified"] is None:
         return f"NOT CHECKED: {facts['file']} is {facts['kind']}: {facts['reason']}"
     if not facts["verified"]:
         return f"NOT VERIFIED: {facts['reason']}"
     head = f", head {facts['head']}" if "head" in facts else ""
-    return f"verified: {facts['kind']}{head}{_since(facts.get('added'))}"
+    return f"verified: {facts['kind']}{head}{_added(facts.get('added'))}"
 
 
-def _since(added: int | None) -> str:
-    """How many entries came after the head that was given."""
+def _added(added: int | None) -> str:
+    """How many entries follow the head that was given; empty if none was given."""
     if added is None:
         return ""
     if added == 0:
-        return "; HEAD is that of the last entry"
+        return "; HEAD is the hash of the last entry"
     were = "entry was" if added == 1 else "entries were"
     return f"; {added} {were} added since HEAD"

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from opacus_pi import Guarantee
-from opacus_pi.cli.program import build_parser
+from opacus_pi.cli.parser import build_parser
 from tests.cli.conftest import DATA, MODEL
 
 LEDGER = ("--ledger", "ledger.safetensors")

@@ -54,7 +54,7 @@ def test_the_training_set_is_no_test_set(run, tmp_path):
     out = ("--record", tmp_path / "record", "--out", tmp_path / "run")
     for command in (("evaluate",), ("unlearn", *out)):
         code, _, err = run(*command, *MODEL, *words, "cli_project:train_set")
-        assert code == 2 and "--test: it is the training set of --data" in err
+        assert code == 2 and "--test: this is the training set of --data" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,7 +82,7 @@ def test_text_and_file(run, tmp_path):
     found = json.loads(path.read_text())
     assert found["barriers"]["to_oracles"][0] >= 0
     assert np.isfinite(found["oracle"]["forget_loss"]).all()
-    assert "nothing to judge" in run(*EVALUATE)[1]
+    assert "can only be judged beside those of retrained models" in run(*EVALUATE)[1]
 
 
 def test_errors(run):

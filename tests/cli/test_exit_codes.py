@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from opacus_pi.cli import errors, program
-from opacus_pi.cli.program import COMMANDS
+from opacus_pi.cli import errors
+from opacus_pi.cli.parser import COMMANDS, EPILOG
 from tests.cli.conftest import DATA, MODEL
 
 PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
@@ -45,7 +45,9 @@ def test_0_is_done(go, name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_1_is_trouble_while_running(go, monkeypatch, name):
-    monkeypatch.setattr(COMMANDS[name], "run", raising(RuntimeError("out of luck")))
+    monkeypatch.setattr(
+        f"opacus_pi.cli.{name}.run", raising(RuntimeError("out of luck"))
+    )
     code, out, err = go(name)
     assert (code, out) == (1, "") and err.count("\n") == 1 and "out of luck" in err
 
@@ -55,7 +57,7 @@ def test_1_is_trouble_while_running(go, monkeypatch, name):
     "error", [errors.BadInput("x"), ValueError("x"), PermissionError("x")]
 )
 def test_2_is_what_the_user_can_mend(go, monkeypatch, name, error):
-    monkeypatch.setattr(COMMANDS[name], "run", raising(error))
+    monkeypatch.setattr(f"opacus_pi.cli.{name}.run", raising(error))
     assert go(name) == (2, "", f"opacus-pi {name}: x\n")
 
 
@@ -68,13 +70,15 @@ def test_2_is_a_bad_argument(go, name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_130_is_interrupted(go, monkeypatch, name):
-    monkeypatch.setattr(COMMANDS[name], "run", raising(KeyboardInterrupt()))
+    monkeypatch.setattr(f"opacus_pi.cli.{name}.run", raising(KeyboardInterrupt()))
     assert go(name) == (130, "", f"opacus-pi {name}: interrupted\n")
 
 
 def test_a_name_that_cannot_be_written_is_found_before_anything_is_run(go, monkeypatch):
     for name in ("score", "plan", "evaluate"):
-        monkeypatch.setattr(COMMANDS[name], "run", raising(RuntimeError("was run")))
+        monkeypatch.setattr(
+            f"opacus_pi.cli.{name}.run", raising(RuntimeError("was run"))
+        )
         code, _, err = go(name, "--out", "no/such/file.json")
         assert code == 2 and "--out: no/such/file.json cannot be written" in err
 
@@ -83,7 +87,7 @@ def test_the_codes_are_written_down():
     constants = {number: getattr(errors, name) for number, name in CODES.items()}
     assert constants == {number: number for number in CODES}
     codes = {*map(str, CODES), str(errors.INTERRUPTED)}
-    in_help = re.findall(r"^  (\d+) ", program._EPILOG, re.MULTILINE)
+    in_help = re.findall(r"^  (\d+) ", EPILOG, re.MULTILINE)
     page = PAGE.read_text(encoding="utf-8").split("| exit code |")[1].split("\n\n")[0]
     on_page = re.findall(r"^\| (\d+) \|", page, re.MULTILINE)
     assert set(in_help) == set(on_page) == codes

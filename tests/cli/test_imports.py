@@ -4,7 +4,7 @@ import pytest
 
 from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
-from opacus_pi.cli.program import COMMANDS
+from opacus_pi.cli.parser import COMMANDS
 from tests.cli.conftest import MODEL as WEIGHTS
 
 
@@ -30,7 +30,7 @@ def test_import_paths(run, path, message):
 
 
 def test_import_paths_may_have_dots():
-    found = import_object("--data", "opacus_pi.cli:program.COMMANDS.keys", CRITERION)
+    found = import_object("--data", "opacus_pi.cli:parser.COMMANDS.keys", CRITERION)
     assert list(found()) == list(COMMANDS)
 
 

@@ -81,8 +81,8 @@ def test_text_and_file(run, tmp_path):
         (("3", "--past", "4"), "--past: 4 is not IDS=EPOCHS"),
         (("3", "--past", "nobody=1"), "--past: no such file: nobody"),
         (("3", "--past", "4=x"), "--past: 4=x is not IDS=EPOCHS"),
-        (("3", "--past", "4=inf"), "3,17=25+ if it was not there after 25"),
-        (("3", "--method", "l1"), "Name its architecture too: --model"),
+        (("3", "--past", "4=inf"), "3,17=25+ if the set was not forgotten after 25"),
+        (("3", "--method", "l1"), "Name the architecture too: --model"),
         (("3", *BUILD, "--method", "langevin"), "--set noise_std=VALUE"),
         (("3", *BUILD, "--set", "x=1"), "--set: x=1 is not NAME=VALUE"),
         (

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import opacus_pi
 from opacus_pi.cli import main
-from opacus_pi.cli.program import COMMANDS, build_parser
+from opacus_pi.cli.parser import COMMANDS, build_parser
 from tests.cli.conftest import DATA
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +22,12 @@ def test_help_lists_the_commands_and_exit_codes(run):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_of_each_command_has_examples_that_parse(run, name):
+def test_help_of_each_command_has_examples_that_parse(run, tmp_path, monkeypatch, name):
     code, out, err = run(name, "--help")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "forgotten").mkdir()  # a directory that a file is written to must exist
     assert (code, err) == (0, "") and max(map(len, out.splitlines())) < 100
+    assert len(out.splitlines()) <= 50  # one screen
     examples = out.split("examples:\n")[1].replace("\\\n", " ").splitlines()
     commands = [line.split() for line in examples if line.startswith("  opacus-pi ")]
     assert len(commands) >= 2
@@ -100,6 +104,23 @@ def test_as_a_process(project):
     )
     assert (good.returncode, good.stderr) == (0, "")
     assert good.stdout == "verified: opacus_pi.GradNormLedger\n"
+
+
+def test_the_parser_imports_no_large_library():
+    heavy = {"torch", "opacus", "matplotlib", "numpy", "scipy", "jinja2"}
+    code = f"""
+import sys
+from opacus_pi.cli import main
+assert main(["--help"]) == main(["unlearn", "--help"]) == main(["--version"]) == 0
+assert main(["scor"]) == 2
+sys.exit(str(found) if (found := {heavy} & set(sys.modules)) else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version(run):
+    assert run("--version") == (0, f"opacus-pi {opacus_pi.__version__}\n", "")
 
 
 def test_the_entry_point_is_declared():

@@ -62,7 +62,7 @@ def damaged(done, tmp_path, name, content):
     ("name", "content", "message"),
     [
         ("evaluation.json", "{}", "evaluation.json is damaged"),
-        ("evaluation.json", "[]", "is no JSON object"),
+        ("evaluation.json", "[]", "is not a JSON object"),
         (
             "evaluation.json",
             '{"format": "opacus_pi.cli.evaluate.v1", "barriers": [1], "oracle": {}}',
@@ -74,8 +74,8 @@ def damaged(done, tmp_path, name, content):
             "}",
             "evaluation.json is damaged",
         ),
-        ("record.json", '{"forget_indices": ["<b>"]}', "holds no forget_indices"),
-        ("record.json", "{", "is no JSON object"),
+        ("record.json", '{"forget_indices": ["<b>"]}', "has no list forget_indices"),
+        ("record.json", "{", "is not a JSON object"),
         ("guarantee.json", "{}", "to be a opacus_pi.Guarantee"),
         ("trace.json", "{}", "to hold opacus_pi.UnlearningTrace"),
     ],
@@ -91,7 +91,7 @@ def test_damaged_runs(run, done, tmp_path, name, content, message):
     ("words", "message"),
     [
         (("nothing", *LEDGER, "--out", "r.html"), "RUN_DIR nothing: no such file"),
-        ((*LEDGER, "--out", "r.json"), "--out: r.json is no page"),
+        ((*LEDGER, "--out", "r.json"), "--out: r.json is not a page"),
         ((*LEDGER, "--out", "no/r.html"), "--out: no/r.html cannot be written"),
         (("--ledger", "model.safetensors", "--out", "r.html"), "--ledger model.safe"),
         ((*LEDGER, "--evaluation", "x.json", "--out", "r.html"), "Name RUN_DIR"),

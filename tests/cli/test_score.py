@@ -36,7 +36,7 @@ def test_json_in_a_file_is_for_the_owner_only(run, tmp_path):
     assert (code, err) == (0, "")
     assert json.loads(path.read_text())["format"] == "opacus_pi.cli.score.v1"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert out.startswith("Sensitive") and "Bound for anybody" in out
+    assert out.startswith("Sensitive") and "Worst case (bound for any example)" in out
 
 
 def test_an_assumed_noise_gives_a_ranking_and_no_epsilon(run, answer, ledger):
@@ -47,7 +47,7 @@ def test_an_assumed_noise_gives_a_ranking_and_no_epsilon(run, answer, ledger):
     np.testing.assert_array_equal(
         found["per_example"]["losses"], privacy_losses(ledger.with_noise_std(3), 8.0)
     )
-    assert "claim nothing" in run("score", LEDGER, "--sigma", 3)[1]
+    assert "guarantee nothing" in run("score", LEDGER, "--sigma", 3)[1]
 
 
 def test_without_noise_the_remedy_is_sigma(run, ledger, tmp_path):

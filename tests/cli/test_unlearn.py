@@ -113,7 +113,7 @@ def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
     code, out, err = run(*words, "--request-id", "new")
     assert (code, err) == (0, "")
     pending, own = out.split("\n\n")[:2]
-    assert pending.startswith("Request before was still pending in the record: it was")
+    assert pending.startswith("Request before was still pending in the log: it was")
     assert "with the settings of this command. Forgot 2 examples by FineTune" in pending
     assert own.startswith("Forgot 1 example by FineTune")
     facts = json.loads((tmp_path / "a" / "record.json").read_text())
@@ -151,7 +151,7 @@ def test_interrupted_nothing_is_left(run, tmp_path, monkeypatch):
         (("3", "--learning-rate", "-1"), "--learning-rate, --momentum: Invalid"),
         (("3", "--method", "langevin"), "--set: langevin needs noise_std"),
         (("3", "--method", "magic"), "argument --method: invalid choice"),
-        (("3", "--request-id", "x"), "--request-id: there is no record"),
+        (("3", "--request-id", "x"), "--request-id: there is no log"),
         (("3", "--ledger", "none.safetensors"), "--ledger none.safetensors: no such"),
         (("3", "--record", "cli_project.py"), "to be a deletion record: line 1 is no"),
         (("3", "--record", "ledger.safetensors"), "to be a deletion record: line 1 is"),
@@ -185,5 +185,5 @@ def test_pickles_are_not_run(run, project, tmp_path):
     torch.save({"0.weight": Bomb()}, tmp_path / "bomb.pt")
     words = ("--weights", tmp_path / "bomb.pt", "--out", tmp_path / "run")
     code, _, err = run(*UNLEARN, "3", *words)
-    assert code == 2 and "no readable file of tensors" in err
+    assert code == 2 and "is not a readable file of tensors" in err
     assert leftovers(tmp_path) == ["bomb.pt"]

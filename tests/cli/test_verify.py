@@ -146,7 +146,7 @@ def test_what_is_none_of_ours_is_not_checked(run, answer_of, tmp_path, kind):
     path.write_bytes(FOREIGN[kind])
     code, found = answer_of(path)
     assert code == NOTHING_TO_CHECK and found["verified"] is None
-    assert (found["kind"], found["reason"]) == (kind, "it is not a file of ours")
+    assert (found["kind"], found["reason"]) == (kind, "it is not an opacus_pi file")
     code, out, err = run("verify", path)
     assert (code, err) == (3, "") and out.startswith(f"NOT CHECKED: {path} is {kind}: ")
 
@@ -241,7 +241,7 @@ def test_bad_arguments(run, tmp_path):
     code, _, err = run("verify", tmp_path)
     assert code == 2 and "is a directory. Name one file in it" in err
     code, _, err = run("verify", "ledger.safetensors", "abc")
-    assert code == 2 and "HEAD: only a deletion record has one, and" in err
+    assert code == 2 and "HEAD: only a deletion log has one, and" in err
     trace(tmp_path / "trace.json", None)
     code, _, err = run("verify", tmp_path / "trace.json", "abc")
-    assert code == 2 and "HEAD: only a deletion record has one" in err
+    assert code == 2 and "HEAD: only a deletion log has one" in err

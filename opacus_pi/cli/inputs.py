@@ -1,0 +1,187 @@
+"""Load what the arguments name: ledgers, ids, models with weights, data sets.
+
+Every function raises ``BadInput`` with the argument's name and a remedy. Files are read
+without running code from them: weights are safetensors, or ``torch.save`` files that
+are loaded with ``weights_only=True``.
+"""
+
+import argparse
+import copy
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from opacus_pi.cli.errors import BadInput, about, one_line
+from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
+
+_LEDGER_REMEDY = "Write one with engine.ledger.save(path)."
+_WEIGHTS_REMEDY = (
+    "Save some with safetensors.torch.save_file(model.state_dict(), path)."
+)
+_WRAPPED = "_module."  # Opacus's GradSampleModule puts it before every name
+
+
+def load_ledgers(
+    paths: Sequence[str], noise_std: float | None, flag: str = "LEDGER"
+) -> list[GradNormLedger]:
+    """Load the ledgers of independent runs.
+
+    Args:
+        paths: Their files.
+        noise_std: Assumed standard deviation of the noise on the sum of gradients;
+            None: the ledgers' own.
+        flag: The argument that names them.
+    """
+    runs = []
+    for path in paths:
+        with about(f"{flag} {path}", _LEDGER_REMEDY):
+            if Path(path).is_dir():
+                raise IsADirectoryError("is a directory")
+            runs.append(GradNormLedger.load(path))
+    if noise_std is not None:
+        return [run.with_noise_std(noise_std) for run in runs]
+    silent = [bool((np.asarray(r.mechanism.noise_std) == 0).any()) for r in runs]
+    if any(silent):
+        raise BadInput(
+            f"{flag} {paths[silent.index(True)]}: training added no noise, so no loss "
+            "is finite. Assume a noise for a ranking without a guarantee: --sigma 1."
+        )
+    return runs
+
+
+def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
+    """Return the ids that an argument lists, or those in the file that it names.
+
+    Args:
+        text: Whole numbers separated by commas or spaces, or a file: ``.npy``, or
+            text with one id a line, or a JSON list.
+        flag: The argument.
+    """
+    with about(flag, "List ids as 3,17,25, or name a file of them."):
+        if Path(text).suffix == ".npy":
+            return np.asarray(np.load(text, allow_pickle=False))
+        listed = re.fullmatch(r"[\d\s,]+", text) is not None
+        content = text if listed else Path(text).read_text(encoding="utf-8")
+    try:
+        if not listed and content.lstrip().startswith("["):
+            return np.array(json.loads(content))
+        return np.array([int(word) for word in re.split(r"[\s,]+", content) if word])
+    except (ValueError, RecursionError) as error:
+        raise BadInput(
+            f"{flag}: {text} does not hold whole numbers. "
+            "Write positions in the training set, one a line or as a JSON list."
+        ) from error
+
+
+def import_data_set(flag: str, path: str) -> Any:
+    """Import a data set by its import path."""
+    return import_object(flag, path, DATA_SET)
+
+
+def import_criterion(options: argparse.Namespace) -> Any:
+    """Import the loss."""
+    return import_object("--criterion", options.criterion, CRITERION)
+
+
+def import_model(options: argparse.Namespace) -> nn.Module:
+    """Import the model's architecture.
+
+    Returns:
+        A copy, because the import path may name one object that is imported again.
+    """
+    network: nn.Module = import_object("--model", options.model, MODEL)
+    return copy.deepcopy(network)
+
+
+def load_model(
+    options: argparse.Namespace, weights: str, flag: str = "--weights"
+) -> nn.Module:
+    """Return the model with weights from a file, on the device of the options.
+
+    Args:
+        options: With ``model`` and ``device``.
+        weights: The file.
+        flag: The argument that names it.
+    """
+    network = import_model(options)
+    try:
+        device = torch.device(options.device)
+        return load_weights(flag, weights, network).to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # torch raises both for a device
+        raise BadInput(
+            f"--device: {options.device} cannot be used here. Try --device cpu."
+        ) from error
+
+
+def load_weights(flag: str, path: str, model: nn.Module) -> nn.Module:
+    """Load a state dict from a file into a model.
+
+    Args:
+        flag: The argument that names the file.
+        path: A ``.safetensors``, ``.pt`` or ``.pth`` file. The names may be those of a
+            model that Opacus wrapped.
+        model: Changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        BadInput: If the file cannot be read or its weights do not fit the model.
+    """
+    with about(flag, _WEIGHTS_REMEDY):
+        state = _read_state(flag, path)
+    wrapped = bool(state) and all(name.startswith(_WRAPPED) for name in state)
+    if wrapped and not all(name.startswith(_WRAPPED) for name in model.state_dict()):
+        state = {name.removeprefix(_WRAPPED): value for name, value in state.items()}
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise BadInput(
+            f"{flag}: {path} does not fit the model: {one_line(error)[:300]} "
+            "Name the architecture that the weights were trained with."
+        ) from error
+    return model
+
+
+def _read_state(flag: str, path: str) -> dict[str, Tensor]:
+    """Read the tensors of a file by name."""
+    suffix = Path(path).suffix
+    if suffix not in (".safetensors", ".pt", ".pth"):
+        raise BadInput(
+            f"{flag}: {path} is not .safetensors, .pt or .pth. {_WEIGHTS_REMEDY}"
+        )
+    if Path(path).is_dir():
+        raise BadInput(f"{flag}: {path} is a directory. {_WEIGHTS_REMEDY}")
+    try:
+        if suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        first = one_line(error).split(". ")[0]
+        raise BadInput(
+            f"{flag}: {path} is not a readable file of tensors ({first[:160]}). "
+            f"{_WEIGHTS_REMEDY}"
+        ) from error
+    if not isinstance(state, dict) or not all(
+        isinstance(value, Tensor) for value in state.values()
+    ):
+        raise BadInput(
+            f"{flag}: {path} holds more than a state dict. "
+            "Save model.state_dict(), not a checkpoint of everything."
+        )
+    return state

@@ -1,0 +1,570 @@
+"""The arguments of every command, declared in one table, and the help texts.
+
+``COMMANDS`` is the only description of the command line: the parser, the help, the
+names in error messages and the tests are made from it. Nothing here imports torch,
+opacus or matplotlib, so that ``--help`` answers at once; a command's own module, which
+does, is imported by ``program`` when the command runs.
+"""
+
+import argparse
+import difflib
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from opacus_pi import __version__
+from opacus_pi.cli.errors import BAD_INPUT, one_line
+from opacus_pi.cli.methods import METHODS
+
+_CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)$")
+# Names that the library's messages use and that are not the name of an argument here.
+_OTHER_FLAGS = {"data_set": "--data", "indices": "--forget"}
+
+DESCRIPTION = """\
+Per-instance privacy accounting and machine unlearning with Opacus.
+
+Training with opacus_pi.PrivacyEngine produces a ledger; engine.ledger.save(path) saves
+it. The commands compute the privacy loss of every example from it, plan and carry out
+unlearning, compare the result with retrained models, write a report, and verify files.
+Models and data sets are named by import path, package.module:name. Naming a module
+runs it, so name only code that you trust."""
+EPILOG = """\
+exit codes:
+  0    success; verify: the file is complete and unedited
+  1    verify: the file is damaged or edited; other commands: a failure while running
+  2    bad arguments or unusable files: one line on standard error names the argument
+       and the remedy
+  3    verify: nothing was checked, because the file is not an opacus_pi file or has
+       no checksum
+  130  interrupted
+
+a first session:
+  opacus-pi score ledger.safetensors
+  opacus-pi plan ledger.safetensors --forget 3,17
+  opacus-pi unlearn --model my_project:build --weights model.safetensors \\
+      --data my_project:train_set --forget 3,17 --out forgotten
+  opacus-pi report forgotten --ledger ledger.safetensors --out report.html
+
+'opacus-pi COMMAND --help' explains one command."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument, as ``add_argument`` of argparse takes it."""
+
+    names: tuple[str, ...]
+    options: dict[str, Any]
+
+    def but(self, **options: Any) -> "Argument":
+        """Return the same argument with some options replaced."""
+        return Argument(self.names, {**self.options, **options})
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Args:
+        summary: What it does, for the list of commands.
+        usage: The required arguments, for the first line of its help.
+        description: What it does, in a few sentences.
+        examples: Command lines that can be run.
+        arguments: All arguments, in the order of the help.
+    """
+
+    summary: str
+    usage: str
+    description: str
+    examples: str
+    arguments: tuple[Argument, ...]
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    """Declare an argument."""
+    return Argument(names, options)
+
+
+def whole_number(text: str) -> int:
+    """Convert an argument to a whole number of at least 1."""
+    number = int(text) if text.strip().isdigit() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return number
+
+
+def probability(text: str) -> float:
+    """Convert an argument to a number between 0 and 1, both excluded."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return number
+
+
+def writable_file(text: str) -> str:
+    """Accept the name of a file that can be made."""
+    if Path(text).is_dir():
+        reason = "it is a directory"
+    elif not (directory := Path(os.path.abspath(text)).parent).is_dir():
+        reason = f"{directory} is not a directory"
+    else:
+        return text
+    raise argparse.ArgumentTypeError(
+        f"{text} cannot be written: {reason}. Name a file in a directory that exists"
+    )
+
+
+LEDGERS = {
+    "nargs": "+",
+    "metavar": "LEDGER",
+    "help": "saved ledger; several: independent runs, averaged",
+}
+FORGET = argument(
+    "--forget",
+    dest="forget_indices",
+    metavar="IDS|FILE",
+    required=True,
+    help="positions in the training set: 3,17,25 or a file",
+)
+ORDER = argument(
+    "--order",
+    type=float,
+    metavar="X",
+    default=8.0,
+    help="Rényi order, above 1 (default 8)",
+)
+SIGMA = argument(
+    "--sigma",
+    dest="noise_std",
+    type=float,
+    metavar="X",
+    help="assume this noise std on the SUM of gradients: a ranking, not a guarantee",
+)
+DELTA = argument(
+    "--delta",
+    type=probability,
+    metavar="X",
+    default=1e-5,
+    help="δ of every ε (default 1e-5)",
+)
+TOLERANCE = argument(
+    "--tolerance",
+    type=float,
+    metavar="X",
+    default=0.0,
+    help="relative error of losses, upwards only; 1e-3 is faster from 30,000 "
+    "examples (default 0)",
+)
+BATCH_SIZE = argument(
+    "--batch-size", type=whole_number, metavar="N", default=64, help="default 64"
+)
+MODEL = argument(
+    "--model",
+    metavar="M:NAME",
+    required=True,
+    help="import path of the model, or of a function that builds it",
+)
+WEIGHTS = argument(
+    "--weights",
+    metavar="FILE",
+    required=True,
+    help="state dict, .safetensors or .pt",
+)
+DEVICE = argument(
+    "--device", metavar="NAME", default="cpu", help="cpu (default), cuda, cuda:1, ..."
+)
+DATA = argument(
+    "--data",
+    dest="train_set",
+    metavar="M:NAME",
+    required=True,
+    help="import path of the training set, or of a function",
+)
+TEST = argument(
+    "--test",
+    dest="test_set",
+    metavar="M:NAME",
+    help="import path of the test set, for the metrics",
+)
+CRITERION = argument(
+    "--criterion",
+    metavar="M:NAME",
+    default="torch.nn:CrossEntropyLoss",
+    help="import path of the loss (default cross entropy)",
+)
+SEED = argument("--seed", type=int, metavar="N", default=0, help="default 0")
+METHOD = argument(
+    "--method",
+    choices=METHODS,
+    metavar="NAME",
+    help=f"{', '.join(METHODS)} (default finetune); only the first three never use "
+    "the forget set, which a guarantee needs",
+)
+SETTING = argument(
+    "--set",
+    dest="settings",
+    metavar="NAME=VALUE",
+    action="append",
+    default=[],
+    help="setting of the method, repeatable; an unknown NAME lists all",
+)
+RECORD = argument(
+    "--record", metavar="FILE.jsonl", help="deletion log of the model's requests"
+)
+JSON = argument("--json", action="store_true", help="print JSON instead of text")
+JSON_FILE = argument(
+    "--out",
+    dest="json_file",
+    metavar="FILE.json",
+    type=writable_file,
+    help="write the JSON here, too",
+)
+TRACEBACK = argument(
+    "--traceback", action="store_true", help="show where an error occurred"
+)
+
+COMMANDS = {
+    "score": Command(
+        summary="privacy losses and epsilons of all examples, the hardest by id",
+        usage="LEDGER [LEDGER ...] [options]",
+        description="""\
+Compute the Rényi privacy loss and (ε, δ) of every example from the ledger of a
+training. The values of single examples are estimates; only the worst case is a bound.
+An example with a higher loss changed the model more and is expected to be harder to
+forget. If training added no noise, assume one (--sigma): this ranks the examples and
+gives no ε. The output reveals which examples are unusual: protect it like the data.""",
+        examples="""\
+  opacus-pi score ledger.safetensors
+  opacus-pi score run1.safetensors run2.safetensors --order 8 --delta 1e-5
+  opacus-pi score plain_sgd.safetensors --sigma 1 --top 50 --out scores.json""",
+        arguments=(
+            Argument(("ledger",), LEDGERS),
+            ORDER,
+            SIGMA,
+            DELTA,
+            TOLERANCE,
+            argument(
+                "--top",
+                type=whole_number,
+                metavar="N",
+                default=10,
+                help="number of hardest examples to list (default 10)",
+            ),
+            JSON,
+            JSON_FILE,
+        ),
+    ),
+    "plan": Command(
+        summary="difficulty, steps and kind of guarantee of a forget set",
+        usage="LEDGER [LEDGER ...] --forget IDS|FILE [options]",
+        description="""\
+Predict what forgetting a set will take; nothing is trained. The plan gives the
+percentile of the set's mean privacy loss among all examples, the number of steps that
+past runs predict (--past), and, if the architecture is named (--model), what may be
+claimed afterwards. If there were deletion requests before, name their log (--record):
+the guarantee then covers all requests together.""",
+        examples="""\
+  opacus-pi plan ledger.safetensors --forget 17
+  opacus-pi plan ledger.safetensors --forget ids.txt --model my_project:build \\
+      --method langevin --set noise_std=0.02
+  opacus-pi plan ledger.safetensors --forget new.txt \\
+      --past easy.txt=0.5 --past hard.txt=12
+  opacus-pi plan ledger.safetensors --forget 5 --record deletions.jsonl""",
+        arguments=(
+            Argument(("ledger",), LEDGERS),
+            FORGET,
+            ORDER,
+            SIGMA,
+            DELTA,
+            MODEL.but(required=False),
+            METHOD,
+            SETTING,
+            argument(
+                "--past",
+                metavar="IDS|FILE=EPOCHS",
+                action="append",
+                default=[],
+                help="set forgotten before and the epochs it took; 25+ if it was not "
+                "forgotten after 25. Two sets of different difficulty are needed",
+            ),
+            RECORD.but(help="deletion log of earlier requests, only read"),
+            BATCH_SIZE,
+            JSON,
+            JSON_FILE,
+        ),
+    ),
+    "unlearn": Command(
+        summary="forget a set of training examples",
+        usage="--model M:NAME --weights FILE --data M:NAME --forget IDS|FILE\n"
+        "                         --out DIR [options]",
+        description="""\
+Train a model further on the retain set, by a method that makes it forget the rest.
+DIR gets weights.safetensors, record.json (what was run; it lists the forgotten
+examples), trace.json (metrics over epochs, needs --test) and guarantee.json (what may
+be claimed; stronger with --ledger). Nothing is written before the run has ended.
+
+With --record the request is first entered in a tamper-evident deletion log, and later
+requests continue from the weights kept beside it. After a crash repeat the command:
+requests that are still pending are carried out first, with this command's settings.""",
+        examples="""\
+  opacus-pi unlearn --model my_project:build --weights model.safetensors \\
+      --data my_project:train_set --forget 3,17 --out forgotten
+  opacus-pi unlearn --model my_project:build --weights model.pt \\
+      --data my_project:train_set --test my_project:test_set --forget ids.txt \\
+      --method langevin --set noise_std=0.02 --epochs 10 \\
+      --ledger ledger.safetensors --record deletions.jsonl --out forgotten""",
+        arguments=(
+            MODEL,
+            WEIGHTS,
+            DATA,
+            FORGET,
+            argument(
+                "--out", metavar="DIR", required=True, help="new directory to write"
+            ),
+            TEST,
+            CRITERION,
+            DEVICE,
+            SEED,
+            METHOD,
+            SETTING,
+            argument(
+                "--epochs",
+                dest="num_epochs",
+                type=whole_number,
+                metavar="N",
+                default=25,
+                help="passes over the retain set (default 25)",
+            ),
+            BATCH_SIZE,
+            argument(
+                "--learning-rate",
+                type=float,
+                metavar="X",
+                default=0.01,
+                help="of SGD (default 0.01)",
+            ),
+            argument(
+                "--momentum",
+                type=float,
+                metavar="X",
+                default=0.9,
+                help="of SGD (default 0.9)",
+            ),
+            Argument(("--ledger",), {**LEDGERS, "default": []}),
+            DELTA,
+            RECORD,
+            argument(
+                "--request-id",
+                metavar="NAME",
+                help="name of the request (default: a hash of the ids)",
+            ),
+            JSON,
+        ),
+    ),
+    "evaluate": Command(
+        summary="metrics of a model, compared with retrained models",
+        usage="--model M:NAME --weights FILE --data M:NAME --test M:NAME\n"
+        "                          --forget IDS|FILE [options]",
+        description="""\
+Compute a model's accuracy, loss, confidence and membership inference on the forget set,
+on a part of the retain set as large as the test set, and on the test set. The values to
+reach are those of models that were retrained without the forget set: name their weights
+(--oracle) to see them beside the model's, and the loss barriers to them.""",
+        examples="""\
+  opacus-pi evaluate --model my_project:build --weights forgotten/weights.safetensors \\
+      --data my_project:train_set --test my_project:test_set --forget ids.txt
+  opacus-pi evaluate --model my_project:build --weights forgotten/weights.safetensors \\
+      --data my_project:train_set --test my_project:test_set --forget ids.txt \\
+      --oracle retrained1.pt retrained2.pt --match --out forgotten/evaluation.json""",
+        arguments=(
+            MODEL,
+            WEIGHTS,
+            DATA,
+            TEST.but(required=True),
+            FORGET,
+            argument(
+                "--oracle",
+                nargs="+",
+                metavar="WEIGHTS",
+                default=[],
+                help="state dicts of models retrained without the forget set",
+            ),
+            argument(
+                "--match",
+                action="store_true",
+                help="match hidden units before measuring barriers",
+            ),
+            CRITERION,
+            DEVICE,
+            SEED,
+            JSON,
+            JSON_FILE,
+        ),
+    ),
+    "report": Command(
+        summary="one self-contained HTML page, and JSON, about a run",
+        usage="[RUN_DIR] --ledger LEDGER [LEDGER ...] --out FILE.html [options]",
+        description="""\
+Write the distributions of ε and loss, the hardest examples (ids only), the strata, the
+unlearning run beside retrained models, and the guarantee with its assumptions as one
+HTML file that loads nothing, and the same facts as JSON beside it. Existing files of
+these names are overwritten. RUN_DIR is the directory that 'opacus-pi unlearn --out'
+wrote; without it the report covers the training alone.""",
+        examples="""\
+  opacus-pi report --ledger ledger.safetensors --out report.html
+  opacus-pi report forgotten --ledger ledger.safetensors --out report.html
+  opacus-pi report forgotten --ledger ledger.safetensors \\
+      --evaluation forgotten/evaluation.json --out report.html""",
+        arguments=(
+            argument(
+                "run_dir",
+                metavar="RUN_DIR",
+                nargs="?",
+                help="directory of an unlearning run",
+            ),
+            Argument(("--ledger",), {**LEDGERS, "required": True}),
+            argument(
+                "--out",
+                metavar="FILE.html",
+                type=writable_file,
+                required=True,
+                help="name of the page",
+            ),
+            argument(
+                "--evaluation",
+                metavar="FILE.json",
+                help="output of 'opacus-pi evaluate --out' (default "
+                "RUN_DIR/evaluation.json if it exists)",
+            ),
+            ORDER,
+            SIGMA,
+            DELTA,
+            TOLERANCE,
+            argument(
+                "--top",
+                type=whole_number,
+                metavar="N",
+                default=20,
+                help="number of hardest examples to list (default 20)",
+            ),
+            argument(
+                "--title",
+                metavar="TEXT",
+                default="Privacy and unlearning report",
+                help="heading of the page",
+            ),
+            JSON,
+        ),
+    ),
+    "verify": Command(
+        summary="check a file for damage and edits",
+        usage="FILE [HEAD] [options]",
+        description="""\
+Recognise the kind of a file from its content, and check that it is complete and
+unedited. Of a deletion log every entry's hash and its link to the entry before are
+checked. The links cannot show that the last entries were removed: keep the hash of the
+last entry (the head) elsewhere and pass it as HEAD. Ledgers, Gram ledgers, oracles,
+traces, recorded or unlearned weights and the ledger in a checkpoint have a checksum.
+Reports, guarantees and records of runs have none: make them again from the ledger. A
+checksum finds damage and careless edits; it is not a signature.
+
+Exit code 0: verified. 1: damaged or edited. 2: bad arguments, or no such file.
+3: not checked, because it is not an opacus_pi file or has no checksum.""",
+        examples="""\
+  opacus-pi verify ledger.safetensors
+  opacus-pi verify deletions.jsonl
+  opacus-pi verify deletions.jsonl 5f0c...e1""",
+        arguments=(
+            argument("file", metavar="FILE", help="file to check"),
+            argument(
+                "head",
+                metavar="HEAD",
+                nargs="?",
+                help="hash that an entry of the deletion log must have",
+            ),
+            JSON,
+        ),
+    ),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line that suggests what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with the code of bad input."""
+        line = one_line(message)
+        if choice := _CHOICE.search(line):
+            line += _suggestion(choice[1], re.findall(r"[\w-]+", choice[2]))
+        see = f"See '{self.prog} --help'."
+        self.exit(BAD_INPUT, f"{self.prog}: {line}. {see}\n")
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """Report words that are left over, and what may have been meant."""
+        message = f"unrecognized arguments: {' '.join(words)}"
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        if words[0].startswith("-"):
+            message += _suggestion(words[0].partition("=")[0], flags)
+        elif "--forget" in flags and all(w.strip(",").isdigit() for w in words):
+            message += ". Separate ids by commas, as in --forget 3,17"
+        self.error(message)
+
+
+def _suggestion(word: str, known: Sequence[str]) -> str:
+    """The known word that is most like a given one, as the end of a message."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}" if close else ""
+
+
+def build_parser() -> Parser:
+    """Return the parser of all commands."""
+    shape: dict[str, Any] = {
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,  # an abbreviation would break when an option is added
+    }
+    parser = Parser(prog="opacus-pi", description=DESCRIPTION, epilog=EPILOG, **shape)
+    parser.add_argument(
+        "--version", action="version", version=f"opacus-pi {__version__}"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.summary,
+            usage=f"opacus-pi {name} {command.usage}",
+            description=command.description,
+            epilog=f"examples:\n{command.examples}",
+            **shape,
+        )
+        actions = [
+            sub.add_argument(*declared.names, **declared.options)
+            for declared in (*command.arguments, TRACEBACK)
+        ]
+        flags = {a.dest: (a.option_strings or [str(a.metavar)])[-1] for a in actions}
+        sub.set_defaults(refuse=sub.refuse, flags={**flags, **_OTHER_FLAGS})
+    return parser
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line, or exit with a message.
+
+    Args:
+        arguments: The words after the program's name; None: those of the process.
+
+    Returns:
+        The options, with the command's name as ``command``, and as ``flags`` the name
+        of each argument on the command line by its name in the library.
+
+    Raises:
+        SystemExit: After ``--help`` and ``--version``, and for bad arguments.
+    """
+    options, left_over = build_parser().parse_known_args(arguments)
+    if left_over:
+        options.refuse(left_over)
+    return options
