@@ -1,7 +1,31 @@
-"""From the moments of single updates to the divergence of a whole training run.
+r"""From the moments of single updates to the divergence of a whole training run.
 
-Arrays in, arrays out; ``privacy_loss`` applies these to ledgers. Several runs of the
-same training estimate the expectations over the weights that the theorems contain.
+**Idea.** An update's moment depends on the weights it starts from, and those on the
+earlier updates. Hölder's inequality separates the last update from all earlier ones,
+at the price of a slightly larger order for the earlier ones; applied T times it gives
+a sum over updates in which update t, with i = T - t updates after it, is taken at its
+own order:
+
+:math:`D_\alpha(P \| Q) \le \frac{1}{\alpha-1} \sum_{t=1}^{T} w^{-i}\,\frac1p
+\ln E\big[M_t(\alpha_i)^p\big],\quad
+\alpha_i = 1 + (\alpha-1)\,w^i,\quad w = \frac{p}{p-1}`.
+
+The expectation is over the weights before update t, in training with the example.
+
+**Guarantee.** With the true expectations this is an upper bound of the divergence for
+every p > 1. The functions here replace expectations by means over the runs that they
+are given, which makes every value an estimate. The sum over the updates of one interval
+is exact for modes "ceil" and "chord" and accurate to 1e-12 relative for "exact".
+
+**What breaks it.** A p chosen on the very runs that are averaged: with one run the
+best p is infinite, which gives the plain sum of losses and bounds nothing. The
+published order and coefficient (``published_orders``) count updates from the start
+instead of from the end; they are kept for reproduction and are no bound.
+
+Arrays in, arrays out; ``losses`` applies these functions to ledgers.
+
+Source: Thudi et al. (arXiv:2307.00310), Theorem 3.3, with the order and coefficient
+that its proof gives; docs/theory.md, Section 2.
 """
 
 import math
@@ -15,25 +39,46 @@ from opacus_pi.accounting.moments import log_moments
 
 Array = NDArray[np.float64]
 PUBLISHED = ("icml2025", "thudi2024_code")
-_OVERFLOWS = 1e150  # a larger ratio has no float64 square
+_OVERFLOWS = 1e150  # a larger ratio has no float64 square: its loss is infinite
 _BLOCK = 1 << 16  # examples evaluated at a time
 _ORDERS = 16  # orders evaluated at a time
-_DIGITS = 23.0  # nominal error exp(-23); 1e-12 where measured
+_DIGITS = 23.0  # nominal interpolation error exp(-23) = 1e-10; measured: 1e-12
 
 
 def corrected_order(order: float, hoelder_p: float, remaining: ArrayLike) -> Array:
-    """Order of the update with ``remaining`` updates after it: 1 + (order-1)·w^i."""
+    """Return the order at which an update is taken: 1 + (order-1)·(p/(p-1))^i.
+
+    Args:
+        order: Rényi order of the whole composition, above 1.
+        hoelder_p: p, above 1; ``inf`` leaves the order unchanged.
+        remaining: i, the number of updates after this one, any shape.
+
+    Returns:
+        float64 in the shape of ``remaining``.
+    """
     return 1 + (order - 1) * np.exp(log_order_growth(hoelder_p) * np.asarray(remaining))
 
 
 def printed_order(order: float, hoelder_p: float, step: ArrayLike) -> Array:
-    """Published order: o_p(a) = p/(p-1)·a - 1/p applied ``step`` times."""
+    """Return the published order: o_p(a) = p/(p-1)·a - 1/p applied ``step`` times.
+
+    Args:
+        order: Rényi order, above 1.
+        hoelder_p: p, above 1.
+        step: How many times, any shape; the papers count updates from the start.
+
+    Returns:
+        float64 in the shape of ``step``.
+
+    Source: Sepahvand et al. (ICML 2025), Definition 4.2. The iterates have the closed
+    form order + (order - 1 + 1/p)·((p/(p-1))^step - 1).
+    """
     grown = np.expm1(log_order_growth(hoelder_p) * np.asarray(step))
     return order + (order - 1 + 1 / hoelder_p) * grown
 
 
 def log_order_growth(hoelder_p: float) -> float:
-    """Logarithm of p/(p-1); 0 at p = ∞."""
+    """Return ln(p/(p-1)), the growth of order - 1 per later update; 0 at p = ∞."""
     return -math.log1p(-1 / hoelder_p)
 
 
@@ -47,24 +92,26 @@ def interval_orders(
     mode: str,
     single_run: bool,
 ) -> tuple[Array, Array]:
-    """Orders and weights for the sum over the updates of one interval.
+    """Return orders and weights for the sum over the updates of one interval.
 
-    Σ_k weights[k]·A(orders[k]) = Σ_i w^(-i)/(order-1)·A(order_i), A being the log
+    Σ_k weights[k]·A(orders[k]) = Σ_i w^(-i)/(order-1)·A(order_i), where A is the log
     moment (or its mean over runs): exactly for "ceil" and "chord", to 1e-12 relative
-    for "exact".
+    for "exact". The norms are constant within an interval, so A is one smooth function
+    of the order, and a polynomial through a few orders serves thousands of updates.
 
     Args:
         order: Rényi order of the whole composition, above 1.
         hoelder_p: p, above 1, or ``inf``: every update at ``order``.
-        remaining: Fewest and most updates that follow one of the interval's.
+        remaining: Fewest and most updates that follow one of the interval's updates.
         sample_rate: q, which limits how fast a moment changes with its order.
-        mode: How the moment is taken at real orders.
-        single_run: Whether A is one run's log moment, linear along a chord.
+        mode: How the moment is taken at real orders, as in ``log_moment``.
+        single_run: Whether A is the log moment of one run, which is linear between
+            integer orders in mode "chord".
 
     Returns:
-        Orders ``(K,)`` and weights ``(K,)``, shared: read them only. For a single run
-        the orders of "ceil" and "chord" are whole numbers (if q < 1), so that a moment
-        at them is the same in every mode.
+        Orders ``(K,)`` and weights ``(K,)``. They are cached and shared: do not write
+        to them. For a single run the orders of "ceil" and "chord" are integers (if
+        q < 1), so that a moment at them is the same in every mode.
     """
     after = np.arange(remaining[0], remaining[1] + 1)
     if math.isinf(hoelder_p):
@@ -74,41 +121,54 @@ def interval_orders(
         visited = corrected_order(order, hoelder_p, after)
         shares = 1 / (visited - 1)  # w^(-i) / (order-1)
     if mode == "ceil":
-        return _collect(np.ceil(visited), shares)
+        return _add_equal_orders(np.ceil(visited), shares)
     if mode == "chord" and sample_rate < 1:
-        if not single_run:  # kinks at whole orders, bent by the mean over runs
+        # The chord of one run is linear between integer orders: its values there
+        # suffice. A power mean over runs bends it, so every order is kept.
+        if not single_run:
             return visited, shares
         below = np.floor(visited)
         upper = (visited - below) * shares
         corners = np.concatenate([below, below + 1])
-        return _collect(corners, np.concatenate([shares - upper, upper]))
+        return _add_equal_orders(corners, np.concatenate([shares - upper, upper]))
     if math.isinf(hoelder_p):
         return visited, shares
+    # How far, in updates, the log moment is analytic off the real line: the zeros of
+    # the moment lie about π/ln(1/q) from real orders, and one update moves the order
+    # by (order - 1)·ln w. A mean over runs is less smooth: a quarter is used for it.
     reach = math.pi / (visited[-1] * max(-math.log(sample_rate or 1), 1.0))
     reach *= log_order_growth(hoelder_p) ** -1 * (1.0 if single_run else 0.25)
-    rules = [_interpolation(panel, reach) for panel in _split(after, reach)]
+    rules = [
+        _interpolation_rule(panel, reach) for panel in _split_interval(after, reach)
+    ]
     nodes = np.concatenate([nodes for nodes, _ in rules])
     orders = corrected_order(order, hoelder_p, nodes)
     return orders, np.concatenate([weights for _, weights in rules]) / (orders - 1)
 
 
-def _collect(orders: Array, shares: Array) -> tuple[Array, Array]:
-    """Add up the shares of equal orders."""
+def _add_equal_orders(orders: Array, shares: Array) -> tuple[Array, Array]:
+    """Return distinct orders, each with the sum of its shares."""
     distinct, places = np.unique(orders, return_inverse=True)
     return distinct, np.bincount(places, weights=shares).astype(np.float64, copy=False)
 
 
-def _split(after: NDArray[np.int64], reach: float) -> list[NDArray[np.int64]]:
-    """Cut an interval so that few nodes serve each part.
+def _split_interval(after: NDArray[np.int64], reach: float) -> list[NDArray[np.int64]]:
+    """Cut an interval into parts that a few interpolation nodes serve.
 
-    ``reach`` is how far, in updates, the divergence is analytic off the real line: ln M
-    has its zeros about π/ln(1/q) from real orders.
+    ``reach`` is the distance, in updates, over which the divergence is analytic off the
+    real line: the wider the part in units of it, the more nodes it needs.
     """
     return np.array_split(after, math.ceil(len(after) / (0.8 * reach + 1)))
 
 
-def _interpolation(after: NDArray[np.int64], reach: float) -> tuple[Array, Array]:
-    """Chebyshev nodes over a range of updates, and the sums of their polynomials."""
+def _interpolation_rule(after: NDArray[np.int64], reach: float) -> tuple[Array, Array]:
+    """Return Chebyshev nodes over a range of updates, and their weights in its sum.
+
+    The interpolating polynomial is summed over all updates in closed form: each weight
+        is
+    the sum of one Lagrange polynomial, computed by the barycentric formula. Where the
+    rule would need as many nodes as there are updates, every update is its own node.
+    """
     half = (after[-1] - after[0]) / 2
     if len(after) <= 2:
         return after.astype(np.float64), np.ones(len(after))
@@ -133,23 +193,24 @@ def hoelder_losses(
     hoelder_p: float,
     mode: str,
 ) -> Array:
-    """Share of an interval of updates in the Rényi divergence, by Hölder's inequality.
+    """Return an interval's share of the Rényi divergence, by Hölder's inequality.
 
-    D(order) <= Σ_t ((p-1)/p)^i/(order-1)·(1/p)·ln E[M_t(order_i)^p], with i = T - t
-    updates after update t, order_i = 1 + (order-1)·(p/(p-1))^i, and the expectation
-    over the weights before update t. With a single run the p's cancel outside the
+    D(order) <= Σ_t w^(-i)/(order-1)·(1/p)·ln E[M_t(order_i)^p] with w = p/(p-1),
+    i = T - t updates after update t, and order_i = 1 + (order-1)·w^i. The expectation
+    is over the weights before update t. With a single run the p's cancel outside the
     orders.
 
     Args:
-        ratios: The interval's gradient norms over the noise, ``(R, n)`` for R runs.
+        ratios: The interval's gradient norms divided by the noise's standard
+            deviation, ``(R, n)`` for R runs.
         sample_rate: q.
-        order: Above 1.
-        remaining: Fewest and most updates that follow one of the interval's.
+        order: Rényi order, above 1.
+        remaining: Fewest and most updates that follow one of the interval's updates.
         hoelder_p: p, above 1; ``inf``: the largest of the runs, orders unchanged.
         mode: As in ``log_moment``.
 
     Returns:
-        float64 ``(n,)``.
+        float64 ``(n,)``, in nats.
 
     Source: Thudi et al. (arXiv:2307.00310), Theorem 3.3, with the order and the
     coefficient that the proof gives.
@@ -176,18 +237,18 @@ def weighted_log_moments(
     hoelder_p: float,
     mode: str,
 ) -> Array:
-    """Σ_k weights[k]·(1/p)·ln(mean over runs of M(orders[k])^p).
+    """Return Σ_k weights[k]·(1/p)·ln(mean over runs of M(orders[k])^p).
 
     Args:
-        ratios: ``(R, n)`` for R runs.
+        ratios: Gradient norms divided by the noise, ``(R, n)`` for R runs.
         sample_rate: q.
         orders: ``(K,)``, above 1.
         weights: ``(K,)``.
-        hoelder_p: p.
+        hoelder_p: p of the power mean over runs.
         mode: As in ``log_moment``.
 
     Returns:
-        float64 ``(n,)``.
+        float64 ``(n,)``, in nats.
     """
     blocks = [
         _weighted_sum(
@@ -201,8 +262,11 @@ def weighted_log_moments(
 def _weighted_sum(
     ratios: Array, q: float, orders: Array, weights: Array, p: float, mode: str
 ) -> Array:
-    """Σ_k weights[k]·(mean over runs of the log moments at orders[k])."""
-    if len(ratios) == 1:  # the same, without the cost of comparing columns
+    """Return Σ_k weights[k]·(mean over runs of the log moments at orders[k]).
+
+    Clipping gives many examples the same norm: equal columns are evaluated once.
+    """
+    if len(ratios) == 1:  # same result, without the cost of comparing columns
         distinct, places = np.unique(ratios[0], return_inverse=True)
         distinct = distinct[None]
     else:
@@ -221,9 +285,19 @@ def _weighted_sum(
 
 
 def mean_over_runs(log_values: Array, power: float) -> Array:
-    """The power mean over runs, (1/p)·ln mean exp(p·x), along the last axis but one."""
+    """Return the power mean over runs, (1/p)·ln(mean of exp(p·x)), along axis -2.
+
+    Args:
+        log_values: x, ``(..., R, n)`` for R runs.
+        power: p, above 0; ``inf``: the largest of the runs.
+
+    Returns:
+        float64 ``(..., n)``; x itself for a single run.
+    """
     if log_values.shape[-2] == 1:
         return log_values[..., 0, :]
+    # Relative to the largest value nothing overflows, and expm1 with log1p keeps the
+    # digits of small differences between runs.
     top: NDArray[np.float64] = log_values.max(axis=-2)
     if math.isinf(power):
         return top
@@ -237,22 +311,24 @@ def mean_over_runs(log_values: Array, power: float) -> Array:
 def published_orders(
     order: float, step: int, *, hoelder_p: float, convention: str
 ) -> tuple[Array, Array]:
-    """One update's order and weight as published, for reproduction only.
+    """Return one update's order and weight as published, for reproduction only.
 
-    coefficient·ln E[M(⌈o_p^t(order)⌉)^p]/(order-1), with o_p(a) = p/(p-1)·a - 1/p and
-    t counted forward. The coefficient is ((p-1)/p)^(t+1) in ``"icml2025"`` (Definition
-    4.2 as printed; p-1 times what Hölder's inequality gives) and (p-1)^t/p^(t+1) in
-    ``"thudi2024_code"`` (the released code). Neither is a bound: t would have to count
-    the updates that follow.
+    The published term is coefficient·ln E[M(⌈o_p^t(order)⌉)^p]/(order-1), with
+    o_p(a) = p/(p-1)·a - 1/p and t counted from the start. The coefficient is
+    ((p-1)/p)^(t+1) in ``"icml2025"`` (Definition 4.2 as printed; p-1 times what
+    Hölder's inequality gives) and (p-1)^t/p^(t+1) in ``"thudi2024_code"`` (the released
+    code). Neither is a bound: t would have to count the updates that follow.
 
     Args:
-        order: Above 1.
+        order: Rényi order, above 1.
         step: t.
         hoelder_p: p, above 1 and finite.
-        convention: One of the two.
+        convention: ``"icml2025"`` or ``"thudi2024_code"``.
 
     Returns:
         An order ``(1,)`` and a weight ``(1,)`` for ``weighted_log_moments``.
+
+    Source: Sepahvand et al. (ICML 2025), Definition 4.2; the code of Thudi et al.
     """
     visited = np.ceil(printed_order(order, hoelder_p, step))
     decay = math.exp(-log_order_growth(hoelder_p) * step) / (order - 1)

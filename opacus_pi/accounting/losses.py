@@ -179,9 +179,9 @@ def worst_case_loss(
     if mechanism.sampling != "poisson":
         parts = intervals(rows, mechanism.num_steps)
         facts = [mechanism.at_row(part.right) for part in parts]
-        costs = [order * float(f.ratios(math.inf)) ** 2 / 2 for f in facts]
+        divergences = [order * float(f.ratios(math.inf)) ** 2 / 2 for f in facts]
         return worst_case_over_epochs(
-            parts, [float(f.sample_rate) for f in facts], costs
+            parts, [float(f.sample_rate) for f in facts], divergences
         )
     unbounded = np.full((1, len(rows), 1), math.inf)
     return float(total_loss(RunNorms(mechanism, rows, unbounded), how, "right")[0])

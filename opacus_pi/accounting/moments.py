@@ -1,12 +1,22 @@
-"""One Poisson-subsampled Gaussian step, seen by one example.
+"""One Poisson-subsampled Gaussian step, as one example sees it.
 
-The example takes part with probability q and then moves the noised vector by r standard
-deviations of its noise. With P = (1-q)·N(0, 1) + q·N(r, 1) and Q = N(0, 1),
+**Idea.** The example is in the batch with probability q, and then shifts the noised
+vector by r standard deviations of the noise. Conditioned on the rest of the batch, the
+step is therefore a mixture of two Gaussians on a line, and every privacy loss of the
+library is built from the moments of their density ratio:
 
-    M(order) = E_Q[(P/Q)^order],   D(order) = ln M(order) / (order - 1).
+    P = (1-q)·N(0, 1) + q·N(r, 1),  Q = N(0, 1),
+    M(order) = E_Q[(P/Q)^order],  D(order) = ln M(order) / (order - 1).
 
-The direction P‖Q (with the example ‖ without it) is the larger of the two (Mironov,
-Talwar and Zhang, arXiv:1908.10530), so one number serves both.
+**Guarantee.** Values are exact up to a relative error of about 1e-11. Modes "chord"
+and "ceil" are upper bounds. The direction P‖Q (with the example ‖ without it) is the
+larger of the two, so one number bounds both.
+
+**What breaks it.** The noise must not depend on the example, and neither may the
+denominator of the gradient's mean: with the actual batch size in the denominator, r is
+not the example's own norm. Any other sampling than Poisson's has q = 1 here.
+
+Source: Mironov, Talwar and Zhang (arXiv:1908.10530), Sections 3.1 and 3.3.
 
 >>> float(log_moment(0.5, 1.0, order=4))  # full batch: order·(order - 1)·r²/2
 1.5
@@ -31,22 +41,26 @@ _TERMS = 1 << 22  # terms of their sums at a time
 def log_moment(
     ratio: ArrayLike, sample_rate: float, order: float, *, mode: str = "exact"
 ) -> Array:
-    """Log moment ln M(order) of one subsampled Gaussian step.
+    r"""Return the log moment ln M(order) of one subsampled Gaussian step.
 
-    At integer orders ln M = ln Σ_k C(order, k) q^k (1-q)^(order-k) exp(k(k-1)r²/2).
+    At integer orders, with :math:`s = r^2/2` and q the sample rate,
+
+    :math:`\ln M(\alpha) = \ln \sum_{k=0}^{\alpha} \binom{\alpha}{k}
+    q^k (1-q)^{\alpha-k} e^{k(k-1)s}`.
 
     Args:
-        ratio: r, the example's gradient norm over the noise's standard deviation, any
-            shape, at least 0.
-        sample_rate: q in [0, 1].
+        ratio: r, the example's (clipped) gradient norm divided by the standard
+            deviation of the noise on the sum of gradients, any shape, at least 0.
+        sample_rate: q, the probability of being in the batch, in [0, 1].
         order: Rényi order, at least 1.
-        mode: How a real order is met. ``"exact"``: by quadrature. Two upper bounds:
-            ``"chord"``, between the integer orders around it (ln M is convex in the
-            order), and ``"ceil"``, at the next integer. With q = 1 there is a closed
-            form, and "chord" uses it.
+        mode: How the moment is taken at an order that is not an integer. ``"exact"``:
+            by quadrature. Two upper bounds avoid the quadrature: ``"chord"``
+            interpolates linearly between the neighbouring integer orders (ln M is
+            convex in the order), and ``"ceil"`` uses the next integer order. With
+            q = 1 there is a closed form at every order, which "chord" uses too.
 
     Returns:
-        float64 in ``ratio``'s shape; relative error about 1e-11.
+        float64 in the shape of ``ratio``, in nats; relative error about 1e-11.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -62,19 +76,22 @@ def log_moment(
 def renyi_divergence(
     ratio: ArrayLike, sample_rate: float, order: float, *, mode: str = "exact"
 ) -> Array:
-    """Rényi divergence ln M(order) / (order - 1) of one subsampled Gaussian step.
+    """Return the Rényi divergence ln M(order) / (order - 1) of one subsampled step.
 
     Args:
-        ratio: r, any shape, at least 0.
+        ratio: r, the gradient norm divided by the noise's standard deviation, any
+            shape, at least 0.
         sample_rate: q in [0, 1].
         order: Rényi order, at least 1; at 1 the Kullback-Leibler divergence.
         mode: As in ``log_moment``.
 
     Returns:
-        float64 in ``ratio``'s shape, in nats.
+        float64 in the shape of ``ratio``, in nats.
 
     Raises:
         ValueError: If an argument is outside its domain.
+
+    Source: Thudi et al. (arXiv:2307.00310), Theorem 3.2.
     """
     flat = _checked(ratio, sample_rate, order, mode)
     if order == 1:
@@ -89,7 +106,17 @@ def renyi_divergence(
 def log_moments(
     ratios: Array, sample_rate: float, orders: Array, *, mode: str = "exact"
 ) -> Array:
-    """Log moments, unchecked, at several orders: ``(m,)``, ``(K,)`` give ``(K, m)``."""
+    """Return log moments at several orders; arguments are not checked.
+
+    Args:
+        ratios: r, ``(m,)``, at least 0.
+        sample_rate: q in [0, 1].
+        orders: ``(K,)``, at least 1.
+        mode: As in ``log_moment``.
+
+    Returns:
+        float64 ``(K, m)``, in nats.
+    """
     if mode == "ceil":
         orders = np.ceil(orders)
     if mode != "chord" or sample_rate == 1:
@@ -97,6 +124,8 @@ def log_moments(
         with np.errstate(invalid="ignore"):
             moments = b[:, None] * _divergences(ratios, sample_rate, orders)
         return np.where(b[:, None] == 0, 0.0, moments)
+    # ln M is convex in the order (Hölder's inequality), so the chord between the
+    # integer orders below and above lies over it. At infinity inf - inf would be NaN.
     below = np.floor(orders)
     corners = np.unique(np.concatenate([below, below + 1]))
     values = log_moments(ratios, sample_rate, corners)
@@ -107,7 +136,7 @@ def log_moments(
 
 
 def _checked(ratio: ArrayLike, sample_rate: float, order: float, mode: str) -> Array:
-    """The ratios as a flat array, all arguments in their domains."""
+    """Return the ratios as a flat array after checking the domain of every argument."""
     in_range(
         0,
         math.inf,
@@ -126,7 +155,11 @@ def _checked(ratio: ArrayLike, sample_rate: float, order: float, mode: str) -> A
 
 
 def _divergences(ratios: Array, q: float, orders: Array) -> Array:
-    """Exact divergences, any orders from 1: ``(m,)`` and ``(K,)`` give ``(K, m)``."""
+    """Return exact divergences ``(K, m)`` of ``(m,)`` ratios at ``(K,)`` orders from 1.
+
+    Equal ratios are evaluated once. Two cases need no sum: r = 0 gives 0, and r = ∞
+    gives ∞ unless q = 0.
+    """
     if q == 1:
         return orders[:, None] * ratios**2 / 2
     distinct, places = np.unique(ratios, return_inverse=True)
@@ -145,7 +178,7 @@ def _divergences(ratios: Array, q: float, orders: Array) -> Array:
 
 
 def _integer_order(ratios: Array, q: float, order: int) -> Array:
-    """Divergences at an integer order above 1 and ascending ratios, blockwise."""
+    """Return divergences at an integer order above 1; ratios ascend."""
     size = max(1, min(_BLOCK, _TERMS // order))
     parts = [
         _integer_sum(ratios[i : i + size], q, order)
@@ -155,30 +188,36 @@ def _integer_order(ratios: Array, q: float, order: int) -> Array:
 
 
 def _integer_sum(ratios: Array, q: float, order: int) -> Array:
-    """Log moments from M - 1 = Σ_{k≥2} C(order, k) q^k (1-q)^(order-k) (e^(k(k-1)s) - 1).
+    """Return ln M at an integer order, summed so that small moments keep their digits.
 
-    s = r²/2. Summing M - 1, not M, keeps the digits of a small moment.
-    """  # noqa: E501
+    With s = r²/2 and weights w_k = C(order, k)·q^k·(1-q)^(order-k), which sum to 1,
+    M - 1 = Σ_{k≥2} w_k·(e^(k(k-1)s) - 1). The terms k = 0 and 1 vanish and the others
+    are positive: M - 1 has no cancellation, and ln M = ln(1 + (M - 1)).
+    """
     s = ratios**2 / 2
     k = np.arange(2, order + 1, dtype=np.float64)
     log_weights = _log_binomials(order) + k * math.log(q) + (order - k) * math.log1p(-q)
     rates = k * (k - 1)
-    kept = _matter(s, rates, log_weights)
+    kept = _contributing_terms(s, rates, log_weights)
     power = np.outer(s, rates[kept])
     exponents = power + log_weights[kept]
     top = exponents.max(axis=1)
     terms = np.exp(exponents - top[:, None])
+    # e^x - 1 = e^x·(1 - e^-x). From x = 37 on the second factor rounds to 1; the
+    # smallest exponent of all is that of the smallest ratio and k = 2.
     if power[0, 0] < 37:
         terms *= -np.expm1(-power)
     with np.errstate(divide="ignore"):
         return softplus(top + np.log(terms.sum(axis=1)))
 
 
-def _matter(s: Array, rates: Array, log_weights: Array) -> NDArray[np.bool_]:
-    """Which terms count: the others are below e^-41 of the largest, for every s.
+def _contributing_terms(
+    s: Array, rates: Array, log_weights: Array
+) -> NDArray[np.bool_]:
+    """Select the terms that can change the sum's last digit at one of the ratios.
 
-    A term grows with s, so its value at the largest s and the largest term at the
-    smallest s decide for all.
+    The others are below e^-41 (1e-18) of the largest term. A term grows with s: its
+    value at the largest s against the largest term at the smallest s decides for all s.
     """
     ends = rates * s[[0, -1], None]
     with np.errstate(divide="ignore"):
@@ -190,7 +229,7 @@ def _matter(s: Array, rates: Array, log_weights: Array) -> NDArray[np.bool_]:
 
 @lru_cache(maxsize=512)
 def _log_binomials(order: int) -> Array:
-    """Log binomials ln C(order, k) for k = 2 … order, from exact whole numbers."""
+    """Return ln C(order, k) for k = 2 … order, computed from exact integers."""
     binomial, logs = order, []
     for k in range(2, order + 1):
         binomial = binomial * (order - k + 1) // k

@@ -1,14 +1,18 @@
-"""Which recorded row speaks for which updates.
+"""Which row of a ledger is used for which updates.
 
-Update t starts from the weights after t-1 updates; a row describes the weights after
-``steps[i]`` updates. Between two rows the norms are held constant: the row at the
-interval's end (rule "right", the paper's), at its start ("left"), the mean of the two
-losses ("trapezoid") or the larger ("max"). Updates before the first row or after the
-last use that row, under every rule.
+A ledger has a few rows, but every update of the run has a loss. Update t starts from
+the weights after t-1 updates; a row holds the norms at the weights after ``steps[i]``
+updates. Between two rows the norms are held constant: at those of the row at the
+interval's end (rule "right", the paper's), at its start ("left"); or the two losses
+are averaged ("trapezoid"), or the larger is taken ("max"). Updates before the first or
+after the last row use that row, under every rule.
 
-Rule "stratified" is for rows drawn at random: the run is cut into N equal parts, one
-update of each is drawn, and the row has the weights from which that update starts. Its
-loss times the part's length is unbiased for the sum over the part.
+Rule "stratified" is for rows drawn at random: the run is cut into N equal parts
+(strata), one update of each part is drawn, and the row has the weights from which that
+update starts. Its loss times the part's length is unbiased for the sum over the part.
+
+None of the rules gives a bound: the norms between rows are not known. How far each is
+from exact norms at every update is measured in the benchmarks.
 
 >>> for interval in intervals([2, 5], num_steps=6):
 ...     print(interval)
@@ -32,13 +36,27 @@ STRATIFIED = "stratified"
 
 
 def check_rule(rule: str) -> None:
-    """Refuse an unknown rule."""
+    """Raise ``ValueError`` for a rule that is not in ``RULES``.
+
+    Args:
+        rule: The name to check.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
     expect(rule in RULES, "rule", repr(rule), f"in {RULES}", "The default is right.")
 
 
 @dataclass(frozen=True)
 class UpdateInterval:
-    """Updates ``first`` to ``last`` (counted from 1) and the rows around them."""
+    """Consecutive updates between two rows, and those rows.
+
+    Args:
+        first: First update, counted from 1.
+        last: Last update, included.
+        right: Position of the row at the interval's end (the last row if none follows).
+        left: Position of the row at its start (the first row if none precedes).
+    """
 
     first: int
     last: int
@@ -47,16 +65,19 @@ class UpdateInterval:
 
     @property
     def num_updates(self) -> int:
-        """How many updates there are."""
+        """Number of updates in the interval."""
         return self.last - self.first + 1
 
 
 def intervals(steps: ArrayLike, num_steps: int) -> list[UpdateInterval]:
-    """All updates of a run, cut at its rows.
+    """Cut all updates of a run into intervals at the rows.
 
     Args:
         steps: int ``(N,)``, strictly increasing, at least one row.
         num_steps: T; the intervals cover the updates 1 … T.
+
+    Returns:
+        The intervals in order.
     """
     rows = np.asarray(steps, dtype=np.int64)
     ends = np.unique(np.append(rows, num_steps))
@@ -69,48 +90,54 @@ def intervals(steps: ArrayLike, num_steps: int) -> list[UpdateInterval]:
 
 
 def worst_case_over_epochs(
-    parts: Sequence[UpdateInterval], sample_rates: ArrayLike, costs: ArrayLike
+    parts: Sequence[UpdateInterval], sample_rates: ArrayLike, divergences: ArrayLike
 ) -> float:
-    """The most that updates cost an example that is in one of each epoch.
+    """Bound the loss of an example that is in one update of every epoch.
 
-    Schedules but Poisson's show an example at most once in an epoch, the updates over
-    which sample rates add up to 1. In which one is not known, so the dearest counts,
-    and the last epoch counts even if it was broken off.
+    Under fixed sampling an example is in at most one update of each epoch (a stretch of
+    updates whose sample rates add up to 1). Which one is not known, so the most
+    expensive counts; an incomplete last epoch counts in full.
 
     Args:
-        parts: All updates of a run, ``intervals``.
-        sample_rates: Of each part.
-        costs: What one update of each part costs an example that it holds.
+        parts: All updates of a run, as from ``intervals``.
+        sample_rates: Sample rate of each part, ``(len(parts),)``.
+        divergences: Divergence of one update of each part for an example in its batch,
+            ``(len(parts),)``, in nats.
 
     Returns:
-        The sum over epochs.
+        The sum over epochs of the largest divergence, in nats.
     """
-    rates, values = np.asarray(sample_rates, float), np.asarray(costs, float)
-    passed = np.cumsum([p.num_updates for p in parts] * rates)
-    slack = rates / 1000  # rounding moves an epoch's end by less than an update
-    firsts = np.floor(np.append(0.0, passed)[:-1] + slack).astype(int)
-    ends = np.ceil(passed - slack).astype(int)
-    dearest = np.zeros(max(ends, default=0))
-    for first, end, rate, cost in zip(firsts, ends, rates, values, strict=True):
+    rates, values = np.asarray(sample_rates, float), np.asarray(divergences, float)
+    num_epochs = np.cumsum([p.num_updates for p in parts] * rates)
+    slack = rates / 1000  # rounding moves the end of an epoch by less than one update
+    # Each part touches the epochs first … end - 1; in each of them it may hold the
+    # example's one update.
+    firsts = np.floor(np.append(0.0, num_epochs)[:-1] + slack).astype(int)
+    ends = np.ceil(num_epochs - slack).astype(int)
+    largest = np.zeros(max(ends, default=0))
+    for first, end, rate, value in zip(firsts, ends, rates, values, strict=True):
         if rate > 0:
-            dearest[first:end] = np.maximum(dearest[first:end], cost)
-    return float(dearest.sum())
+            largest[first:end] = np.maximum(largest[first:end], value)
+    return float(largest.sum())
 
 
 def stratum_ends(num_strata: int, num_steps: int) -> tuple[int, ...]:
-    """Last updates of N equal parts of a run, round(T · i / N) for i = 1 … N.
+    """Return the last updates of N equal parts of a run, round(T · i / N), i = 1 … N.
 
     Args:
         num_strata: N, from 1 to T.
         num_steps: T.
+
+    Returns:
+        N integers; the last is T.
     """
     return tuple(round(num_steps * i / num_strata) for i in range(1, num_strata + 1))
 
 
 def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, UpdateInterval]]:
-    """Each row's part of the run, and the one update that was drawn to stand for it.
+    """Return each part's number of updates, and the update drawn to represent it.
 
-    Part i holds the updates ``ends[i-1] + 1`` … ``ends[i]``; its row was measured after
+    Part i holds the updates ``ends[i-1] + 1`` … ``ends[i]``. Its row was measured after
     ``steps[i]`` updates, at the weights from which update ``steps[i] + 1`` starts.
 
     Args:
@@ -118,7 +145,7 @@ def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, UpdateInterval]]
         num_steps: T.
 
     Returns:
-        The number of updates of each part, with its drawn update.
+        For each part its number of updates, and the drawn update as an interval of one.
 
     Raises:
         ValueError: If a part has no row of its own.
@@ -133,7 +160,8 @@ def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, UpdateInterval]]
         f"to lie one in each of {len(rows)} equal parts of {num_steps} updates",
         "Record the whole run with Recorder.stratified, or choose another rule.",
     )
-    # a schedule's values at the drawn update are those of the row that follows it
+    # Scheduled values (noise, sample rate) at the drawn update are those of the row
+    # that follows it, as for every update.
     right = np.minimum(np.arange(len(rows)) + 1, len(rows) - 1)
     return [
         (int(size), UpdateInterval(int(row) + 1, int(row) + 1, int(facts), number))
@@ -148,12 +176,16 @@ def loss_under_rule(
     interval: UpdateInterval,
     rule: str,
 ) -> NDArray[Any]:
-    """One interval's loss under a rule.
+    """Return one interval's loss under a rule.
 
     Args:
-        loss: The interval's loss if the row given spoke for all of it.
-        interval: Which updates.
+        loss: Function of an interval and a row: the interval's loss if that row's norms
+            held for all its updates, ``(n,)``.
+        interval: The interval.
         rule: One of ``RULES``.
+
+    Returns:
+        float64 ``(n,)``, in nats.
     """
     if rule == "left":
         return loss(interval, interval.left)

@@ -58,16 +58,16 @@ def group_worst_case_loss(
     rows = [mechanism.num_steps] if steps is None else steps
     parts = intervals(rows, mechanism.num_steps)
     facts = [mechanism.at_row(part.right) for part in parts]
-    costs = [
+    divergences = [
         group_step_divergence(float(f.ratios(math.inf)), _rate(f), group_size, order)
         for f in facts
     ]
     if mechanism.sampling != "poisson":
         return worst_case_over_epochs(
-            parts, [float(f.sample_rate) for f in facts], costs
+            parts, [float(f.sample_rate) for f in facts], divergences
         )
     return sum(
-        (part.num_updates * c for part, c in zip(parts, costs, strict=True)), 0.0
+        (part.num_updates * c for part, c in zip(parts, divergences, strict=True)), 0.0
     )
 
 
