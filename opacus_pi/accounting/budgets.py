@@ -9,29 +9,35 @@ array([False,  True])
 >>> budget.spent.round(9)
 array([0.64, 0.64, 0.  ])
 
-**The guarantee.** Let P be the law of all outputs with an example and Q without it. A
-step that example takes part in adds Gaussian noise to a vector that the example moves
-by r standard deviations, and r is known before the noise is drawn. If every decision
-depends only on past outputs and on the example itself, then Σr² ≤ 2·budget/order on
-every path, and so (Feldman and Zrnic)
+**Idea.** Charge an example for each step that contains it, before the step's noise is
+drawn, and leave it out as soon as the next charge would exceed its budget. Because the
+sum of charges is limited on every path, the example's privacy is limited too, although
+the charges depend on the model and therefore on earlier noise.
+
+**Guarantee.** Let P be the law of all outputs with an example and Q without it. A step
+that contains the example adds Gaussian noise to a vector that the example moves by r
+standard deviations, and r is known before the noise is drawn. If every decision depends
+only on past outputs and on the example itself, then Σr² ≤ 2·budget/order on every path,
+and so (Feldman and Zrnic)
 
     D_a(P ‖ Q) ≤ a·budget/order  and  D_a(Q ‖ P) ≤ a·budget/order  at every order a > 1.
 
 More is true. Spend what is left of the budget on one more Gaussian release, which can
 only help the adversary. Then log dP/dQ is a sum of Gaussian steps whose variances add
 up to the constant μ² = 2·budget/order, so it is exactly that of one Gaussian shift of
-μ standard deviations. ``epsilons`` are of that curve (Smith and Thakurta; Koskela et
-al.).
+μ standard deviations. ``epsilons`` are those of this shift (Smith and Thakurta; Koskela
+et al.).
 
-**Why no amplification by sampling.** The charge is that of a step that is known to hold
-the example (sample rate 1), made at the steps that do. That conditions on the schedule
-of batches, which does not look at the data, and the divergences are jointly convex. To
-charge only those steps *and* at the amplified rate is wrong: amplification counts on
-nobody knowing which steps they were, but an example whose charges depend on when it
-was drawn tells by its absence. Amplified charges would have to be made at every step,
-drawn or not.
+**What breaks it.** A charge computed after the noise, or from anything but the past and
+the example itself. Also amplification by sampling: the charge is that of a step known
+to contain the example (sample rate 1), made at the steps that do. That conditions on
+the schedule of batches, which does not depend on the data, and the divergences are
+jointly convex. To charge only those steps *and* at the amplified rate is wrong.
+Amplification assumes that the adversary does not know which steps contained the
+example, but an example whose charges depend on when it was sampled reveals this by its
+absence. Amplified charges would have to be made at every step, sampled or not.
 
-What was spent, and which examples were left out, says who is unusual: it is as
+What was spent, and which examples were left out, reveals unusual examples: it is as
 sensitive as the data. ``spent`` is no bound; it is itself a function of the outputs.
 
 Source: Feldman and Zrnic 2021 (arXiv:2008.11193); Smith and Thakurta 2022
@@ -54,18 +60,20 @@ Array = NDArray[np.float64]
 
 
 class RenyiFilter:
-    """Keeps every example's Rényi divergence within its budget.
+    """Filter that keeps every example's Rényi divergence within its budget.
 
     Args:
-        budget: Nats of Rényi divergence at ``order``, above 0: one number for all, or
-            one for each example, ``(n,)``; ``inf``: no limit. It must be chosen
+        budget: Nats of Rényi divergence at ``order``, above 0: one number for all
+            examples, or one for each, ``(n,)``; ``inf``: no limit. It must be chosen
             without looking at the data.
-        order: Rényi order that budgets and charges are counted at, above 1. A Gaussian
+        order: Rényi order at which budgets and charges are counted, above 1. A Gaussian
             step's divergence is proportional to the order, so this is a unit: budget 2
             at order 16 is budget 1 at order 8.
 
     Raises:
         ValueError: If a budget is not above 0, or the order not above 1.
+
+    Source: Feldman and Zrnic 2021 (arXiv:2008.11193).
     """
 
     def __init__(self, budget: ArrayLike, order: float = 8.0) -> None:
@@ -90,12 +98,15 @@ class RenyiFilter:
     def from_epsilon(
         cls, epsilon: ArrayLike, delta: float, order: float = 8.0
     ) -> "RenyiFilter":
-        """The filter with the largest budgets that keep (epsilon, delta).
+        """Return the filter with the largest budgets that guarantee (epsilon, delta).
 
         Args:
             epsilon: Above 0, one number or ``(n,)``.
-            delta: In (0, 1).
-            order: Rényi order that the budgets are expressed at.
+            delta: δ in (0, 1).
+            order: Rényi order in which the budgets are expressed.
+
+        Returns:
+            The filter, before ``begin``.
 
         Raises:
             ValueError: If an argument is outside its domain.
@@ -110,23 +121,23 @@ class RenyiFilter:
 
     @property
     def spent(self) -> Array:
-        """Charges so far, float64 ``(n,)``; sensitive, and no bound on anything.
+        """Charges so far, float64 ``(n,)``; sensitive, and not a bound.
 
         Raises:
             ValueError: Before ``begin``.
         """
-        spent: Array = self._begun().copy()
+        spent: Array = self._checked_spent().copy()
         return spent
 
     def begin(self, num_examples: int, data_set: str = "") -> None:
-        """Say whose budgets these are; a second time only to go on with the same.
+        """Set the data set of the budgets; a later call must give the same.
 
         Args:
             num_examples: Number of examples, n.
-            data_set: Its fingerprint.
+            data_set: The data set's fingerprint.
 
         Raises:
-            ValueError: If the budgets are of another number of examples, or charges
+            ValueError: If the budgets are for another number of examples, or charges
                 have been made for another data set.
         """
         expect(
@@ -148,25 +159,25 @@ class RenyiFilter:
         )
 
     def admit(self, indices: ArrayLike, ratios: ArrayLike) -> NDArray[np.bool_]:
-        """Charge the examples that may take part in a step; leave out the others.
+        """Charge the examples that may take part in a step, and leave out the others.
 
-        An example may take part if what it has spent, plus order·r²/2, is within its
-        budget; else it is charged nothing, and may try again. Call before the step's
-        noise is drawn, once for each example.
+        An example is admitted if the charges so far plus order·r²/2 are within its
+        budget. Otherwise it is charged nothing and may try again later. Call this
+        before the step's noise is drawn, once for each example.
 
         Args:
             indices: int ``(b,)``, each example at most once.
-            ratios: ``(b,)``, r: what the example adds to the noised vector, at most,
-                over the standard deviation of this step's noise.
+            ratios: r, ``(b,)``: upper limit of the example's contribution to the noised
+                vector, divided by the standard deviation of this step's noise.
 
         Returns:
             bool ``(b,)``. An example with False must not enter the step.
 
         Raises:
-            ValueError: If an index is twice or no example's, or a ratio is negative or
-                not a number. Nothing is charged then.
+            ValueError: If an index is repeated or out of range, or a ratio is negative
+                or not a number. Nothing is charged then.
         """
-        spent = self._begun()
+        spent = self._checked_spent()
         r = np.asarray(ratios, dtype=np.float64)
         expect(
             r.shape == np.shape(indices),
@@ -186,16 +197,17 @@ class RenyiFilter:
         return admitted
 
     def epsilons(self, delta: float) -> Array:
-        """The epsilon that each example's budget keeps to, before and after training.
+        """Return the epsilon that each example's budget guarantees.
 
-        Exact for the budget: δ(ε) of a Gaussian shift of √(2·budget/order) standard
-        deviations. It holds in both directions, however the steps were chosen.
+        It is known before training and holds afterwards, in both directions, however
+        the steps were chosen: δ(ε) of a Gaussian shift of √(2·budget/order) standard
+        deviations.
 
         Args:
-            delta: In (0, 1).
+            delta: δ in (0, 1).
 
         Returns:
-            float64 in the shape of ``budget``.
+            float64 in the shape of ``budget``: a bound.
 
         Raises:
             ValueError: If ``delta`` is not in (0, 1).
@@ -203,7 +215,7 @@ class RenyiFilter:
         return gaussian_epsilon(np.sqrt(2 * self.budget / self.order), delta)
 
     def state_dict(self) -> dict[str, Any]:
-        """Budgets and charges, as arrays, numbers and strings.
+        """Return budgets and charges as a dict of arrays, numbers and strings.
 
         Raises:
             ValueError: Before ``begin``.
@@ -216,14 +228,14 @@ class RenyiFilter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the charges that ``state_dict`` saved.
+        """Continue from the charges that ``state_dict`` saved.
 
         Args:
-            state: What ``state_dict`` returned.
+            state: A dict returned by ``state_dict``.
 
         Raises:
-            ValueError: If budgets, order or data set differ, or charges made since
-                would be forgotten; nothing is changed then.
+            ValueError: If budgets, order or data set differ, or charges made since then
+                would be lost; nothing is changed in that case.
         """
         loaded = _checked_charges(state)
         same = np.array_equal(state["budget"], self.budget)
@@ -246,8 +258,8 @@ class RenyiFilter:
             )
         self._spent, self._data_set = loaded, state["data_set"]
 
-    def _begun(self) -> Array:
-        """The charges, once there are examples."""
+    def _checked_spent(self) -> Array:
+        """Return the charges, or raise ``ValueError`` before ``begin``."""
         expect(
             self._spent is not None,
             "RenyiFilter",
@@ -260,7 +272,7 @@ class RenyiFilter:
 
 
 def _checked_charges(state: Mapping[str, Any]) -> Array:
-    """The charges of a saved state, if it can be a filter's."""
+    """Return a saved state's charges, or raise ``ValueError`` if it has none."""
     spent, order = np.asarray(state.get("spent", ())), state.get("order")
     sound = spent.dtype == np.float64 and spent.ndim == 1 and spent.size > 0
     expect(

@@ -1,7 +1,24 @@
-"""From Rényi divergences to (epsilon, delta).
+r"""From Rényi divergences, or a Gaussian shift, to (epsilon, delta).
+
+Rényi divergences at several orders imply a pair (ε, δ) by the tightest conversion
+known; it is an upper bound, not exact. For a Gaussian shift of μ standard deviations
+of the noise the pair is known exactly, and is the same in both directions:
+
+:math:`\delta(\varepsilon) = \Phi(\mu/2 - \varepsilon/\mu)
+- e^{\varepsilon}\,\Phi(-\mu/2 - \varepsilon/\mu)`.
+
+Both conversions are computed so that small δ keep their digits; the inverses round in
+the safe direction (ε up, μ down).
 
 >>> round(float(rdp_to_epsilon([0.5], [8.0], delta=1e-5)), 6)
 1.714109
+>>> round(float(gaussian_delta(1.0, 1.0)), 6)
+0.126937
+>>> round(float(gaussian_epsilon(1.0, gaussian_delta(1.0, 1.0))), 9)
+1.0
+
+Source: Canonne, Kamath and Steinke (arXiv:2004.00010), Proposition 12; Balle and Wang
+(arXiv:1805.06530), Theorem 8; Dong, Roth and Su (arXiv:1905.02383).
 """
 
 import math
@@ -20,20 +37,20 @@ _HALVINGS = 100
 def rdp_to_epsilon(
     divergences: ArrayLike, orders: ArrayLike, delta: float, *, conversion: str = "best"
 ) -> Array:
-    """Smallest epsilon that Rényi divergences imply at a given delta.
+    r"""Return the smallest epsilon that Rényi divergences imply at a given delta.
 
-    epsilon = min over orders a of D_a + ln((a-1)/a) - (ln delta + ln a)/(a-1), at
-    least 0.
+    :math:`\varepsilon = \min_a D_a + \ln\frac{a-1}{a} - \frac{\ln\delta + \ln a}{a-1}`
+    over the given orders a, and at least 0.
 
     Args:
         divergences: D at each order, ``(K,)`` or ``(K, n)``, in nats.
         orders: a, above 1, ``(K,)``.
-        delta: In (0, 1).
+        delta: δ in (0, 1).
         conversion: ``"best"``, or ``"mironov"`` for the looser D_a + ln(1/delta)/(a-1)
             of older papers.
 
     Returns:
-        float64 scalar or ``(n,)``.
+        float64 scalar or ``(n,)``, at least 0: a bound if the divergences are bounds.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -60,17 +77,18 @@ def rdp_to_epsilon(
 
 
 def rdp_to_delta(divergences: ArrayLike, orders: ArrayLike, epsilon: float) -> Array:
-    """Smallest delta that Rényi divergences imply at a given epsilon.
+    r"""Return the smallest delta that Rényi divergences imply at a given epsilon.
 
-    delta = min over orders a of exp((a-1)(D_a - epsilon))·(1 - 1/a)^a/(a-1), at most 1.
+    :math:`\delta = \min_a \frac{e^{(a-1)(D_a-\varepsilon)}}{a-1} (1 - 1/a)^a` over the
+    given orders a, and at most 1.
 
     Args:
         divergences: D at each order, ``(K,)`` or ``(K, n)``, in nats.
         orders: a, above 1, ``(K,)``.
-        epsilon: At least 0.
+        epsilon: ε, at least 0.
 
     Returns:
-        float64 scalar or ``(n,)``.
+        float64 scalar or ``(n,)``, in [0, 1].
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -85,19 +103,44 @@ def rdp_to_delta(divergences: ArrayLike, orders: ArrayLike, epsilon: float) -> A
 
 
 def epsilon_offset(orders: Array, delta: float) -> Array:
-    """What is added to a divergence at each order to make an epsilon."""
+    """Return the amount to add to a divergence at each order to get an epsilon.
+
+    Args:
+        orders: Rényi orders above 1, any shape.
+        delta: δ in (0, 1).
+
+    Returns:
+        float64 in the shape of ``orders``; may be negative.
+    """
     return np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
 
 
 def check_delta(delta: float) -> None:
-    """Refuse a delta outside (0, 1)."""
+    """Raise ``ValueError`` for a delta outside (0, 1).
+
+    Args:
+        delta: The value to check.
+
+    Raises:
+        ValueError: If it is not in (0, 1).
+    """
     in_range(
         0, 1, closed=False, delta=delta, remedy="Usual: below 1 / (data set size)."
     )
 
 
 def check_orders(orders: ArrayLike) -> Array:
-    """A list of orders above 1, as float64."""
+    """Return a list of orders above 1 as float64, or raise ``ValueError``.
+
+    Args:
+        orders: ``(K,)``, at least one.
+
+    Returns:
+        float64 ``(K,)``.
+
+    Raises:
+        ValueError: If it is not a flat list, is empty, or an order is not above 1.
+    """
     a = np.asarray(orders, dtype=np.float64)
     expect(
         a.ndim == 1 and a.size > 0,
@@ -111,7 +154,7 @@ def check_orders(orders: ArrayLike) -> Array:
 
 
 def _checked(divergences: ArrayLike, orders: ArrayLike) -> tuple[Array, Array]:
-    """Divergences ``(K, …)`` and orders shaped to broadcast against them."""
+    """Return checked divergences ``(K, …)``, and orders that broadcast against them."""
     values = np.asarray(divergences, dtype=np.float64)
     a = check_orders(orders)
     expect(
@@ -126,17 +169,19 @@ def _checked(divergences: ArrayLike, orders: ArrayLike) -> tuple[Array, Array]:
 
 
 def gaussian_delta(mu: ArrayLike, epsilon: ArrayLike) -> Array:
-    """Delta of a Gaussian shift at a given epsilon.
+    """Return delta of a Gaussian shift at a given epsilon.
 
     Args:
-        mu: Length of the shift over the noise's standard deviation, at least 0.
+        mu: Length of the shift divided by the noise's standard deviation, at least 0.
         epsilon: At least 0, of a shape that broadcasts with ``mu``.
 
     Returns:
-        float64 in the common shape.
+        float64 in the common shape, in [0, 1].
 
     Raises:
         ValueError: If an argument is negative or not a number.
+
+    Source: Balle and Wang (arXiv:1805.06530), Theorem 8.
     """
     _check_mu(mu)
     in_range(0, np.inf, epsilon=epsilon, remedy="It bounds a log probability ratio.")
@@ -144,22 +189,26 @@ def gaussian_delta(mu: ArrayLike, epsilon: ArrayLike) -> Array:
 
 
 def gaussian_epsilon(mu: ArrayLike, delta: float) -> Array:
-    """Smallest epsilon of a Gaussian shift at a given delta, rounded up.
+    """Return the smallest epsilon of a Gaussian shift at a given delta, rounded up.
 
     Args:
-        mu: Length of the shift over the noise's standard deviation, any shape.
-        delta: In (0, 1).
+        mu: Length of the shift divided by the noise's standard deviation, any shape.
+        delta: δ in (0, 1).
 
     Returns:
         float64 in the shape of ``mu``, at least 0; ``inf`` where ``mu`` is.
 
     Raises:
         ValueError: If an argument is outside its domain.
+
+    Source: Balle and Wang (arXiv:1805.06530), Theorem 8, inverted by bisection.
     """
     _check_mu(mu)
     check_delta(delta)
     m = np.asarray(mu, dtype=np.float64)
-    high = m * (m / 2 + np.sqrt(-2 * np.log(delta)))  # there delta(ε) ≤ delta
+    # δ(ε) falls with ε. At this ε the first term is Φ(-√(2 ln 1/δ)) ≤ δ already, so
+    # the bisection starts with a bracket and keeps its upper end on the safe side.
+    high = m * (m / 2 + np.sqrt(-2 * np.log(delta)))
     low = np.zeros_like(high)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -169,17 +218,19 @@ def gaussian_epsilon(mu: ArrayLike, delta: float) -> Array:
 
 
 def gaussian_mu(epsilon: ArrayLike, delta: float) -> Array:
-    """Longest Gaussian shift that is (epsilon, delta)-private, rounded down.
+    """Return the longest Gaussian shift that is (epsilon, delta)-private, rounded down.
 
     Args:
         epsilon: At least 0 and finite, any shape.
-        delta: In (0, 1).
+        delta: δ in (0, 1).
 
     Returns:
         float64 in the shape of ``epsilon``.
 
     Raises:
         ValueError: If an argument is outside its domain.
+
+    Source: Balle and Wang (arXiv:1805.06530), Theorem 8, inverted by bisection.
     """
     largest = np.finfo(np.float64).max
     in_range(0, largest, epsilon=epsilon, remedy="Without a bound no shift is longest.")
@@ -196,7 +247,11 @@ def gaussian_mu(epsilon: ArrayLike, delta: float) -> Array:
 
 
 def _delta(mu: Array, epsilon: Array) -> Array:
-    """Delta without cancellation: both terms as multiples of exp(−a²/2)."""
+    """Return delta without cancellation, both terms as multiples of exp(−a²/2).
+
+    With a = μ/2 - ε/μ and b = -μ/2 - ε/μ, e^ε·Φ(b) = exp(−a²/2)·erfcx(-b/√2)/2, because
+    b² - a² = 2ε. The scaled function erfcx neither overflows nor underflows.
+    """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         a, b = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
         far = erfcx(-b / np.sqrt(2)) / 2  # e^ε·Φ(b) / exp(−a²/2)
@@ -208,5 +263,5 @@ def _delta(mu: Array, epsilon: Array) -> Array:
 
 
 def _check_mu(mu: ArrayLike) -> None:
-    """Refuse a shift of negative length."""
+    """Raise ``ValueError`` for a shift of negative length."""
     in_range(0, np.inf, mu=mu, remedy="It is a norm over a standard deviation.")

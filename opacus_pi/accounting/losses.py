@@ -1,5 +1,9 @@
 """Per-example Rényi privacy losses of a recorded training run.
 
+A ledger holds gradient norms at a few rows. ``privacy_losses`` cuts the run into
+intervals around the rows (``rules``), composes the moments of each interval's updates
+(``composition``) and adds the intervals up.
+
 >>> from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 >>> from opacus_pi.ledger.mechanism import NoisySGD
 >>> mechanism = NoisySGD(
@@ -9,8 +13,9 @@
 >>> privacy_losses(ledger, order=8).round(4)
 array([0.0117, 1.3725])
 
-A value from one run puts that run's norms where the theorems have an expectation over
-runs: it is an estimate. What no run can exceed is ``worst_case_loss``.
+A value from one run uses that run's norms where the theorem has an expectation over
+runs, and a few rows where it has every update: it is an estimate. The bound that holds
+for every run is ``worst_case_loss``.
 """
 
 import math
@@ -63,7 +68,7 @@ def privacy_losses(
     mode: str = "exact",
     tolerance: float = 0.0,
 ) -> Array:
-    """Rényi privacy loss of every example over a whole training run.
+    """Return the Rényi privacy loss of every example over a whole training run.
 
     Args:
         ledger: One run, or several independent runs of the same training, over which
@@ -73,22 +78,23 @@ def privacy_losses(
             the worst case where gradients were clipped. ``"icml2025"`` and
             ``"thudi2024_code"``: as published, for reproduction; their orders are
             rounded up whatever ``mode`` says, and each row's value is multiplied by
-            the number of updates it speaks for.
-        rule: Which row speaks for which updates: ``"right"`` (the paper's),
+            the number of updates it is used for.
+        rule: Which row is used for which updates: ``"right"`` (the paper's),
             ``"left"``, ``"trapezoid"`` or ``"max"``; ``"stratified"`` for rows of
             ``Recorder.stratified``: for each example unbiased for one run's sum over
             all its updates.
-        hoelder_p: The p of Hölder's inequality, above 1 and fixed beforehand. Default:
-            3·num_steps, the paper's; ``inf``: the plain sum over the updates.
+        hoelder_p: The p of Hölder's inequality, above 1, chosen before looking at the
+            runs. Default: 3·num_steps, the paper's; ``inf``: the plain sum over the
+            updates.
         mode: How moments are taken at real orders, as in ``log_moment``.
-        tolerance: 0: no rounding. From 1e-8 to 1, for one run: moments are read off
-            tables, which makes the losses at most that much larger, relatively, never
-            smaller, and tens of thousands of examples many times faster.
+        tolerance: 0: no rounding. From 1e-8 to 1, for one run: moments are read from
+            tables. This makes the losses larger by at most this relative amount, never
+            smaller, and is many times faster for tens of thousands of examples.
 
     Returns:
         float64 ``(n,)``, in nats: an estimate of a bound on the Rényi divergence of
         training with the example from training without it. One run stands in for the
-        expectations, a few rows for all updates. ``worst_case_loss`` is a bound.
+        expectations, and a few rows for all updates. ``worst_case_loss`` is a bound.
 
     Raises:
         ValueError: If an argument is outside its domain, the runs do not belong
@@ -116,10 +122,11 @@ def per_step_losses(
     hoelder_p: float | None = None,
     mode: str = "exact",
 ) -> Array:
-    """What a single update contributes at each row of the ledger.
+    """Return the contribution of a single update at each row of the ledger.
 
-    Row i is the contribution of update ``steps[i]`` (a row at 0: of the first update;
-    under ``"thudi2024_code"`` of its update number 0), with that row's norms.
+    Row i is the contribution of update ``steps[i]`` with that row's norms. For a row at
+    0 it is that of the first update (under ``"thudi2024_code"``, which counts from 0,
+    of update number 0).
 
     Args:
         ledger: As in ``privacy_losses``.
@@ -129,10 +136,12 @@ def per_step_losses(
         mode: As in ``log_moment``.
 
     Returns:
-        float64 ``(N, n)``, in nats.
+        float64 ``(N, n)``, in nats: estimates, as from ``privacy_losses``.
 
     Raises:
-        ValueError: As ``privacy_losses``.
+        ValueError: As for ``privacy_losses``.
+
+    Source: Sepahvand et al. (ICML 2025), Definition 4.2.
     """
     record = norms_of_runs(ledger)
     how = composition_of(record.mechanism, order, convention, hoelder_p, mode)
@@ -149,22 +158,25 @@ def per_step_losses(
 def worst_case_loss(
     mechanism: NoisySGD, order: float, *, steps: ArrayLike | None = None
 ) -> float:
-    """Rényi differential privacy of the mechanism: the loss with ‖g‖ = C throughout.
+    """Return the worst case: the loss of an example whose norm is C at every update.
 
-    On a fixed schedule an example is in one update of every epoch, and in which one is
-    not known: an epoch that was broken off counts in full.
+    This is the Rényi differential privacy of the mechanism, a bound for any example.
+    Under fixed sampling an example is in one update of every epoch, and which one is
+    not known: the most expensive update counts, and an incomplete epoch counts in full.
 
     Args:
-        mechanism: The run's facts.
+        mechanism: Noise, clip norm and sampling of the run.
         order: Rényi order, above 1.
-        steps: The ledger's steps ``(N,)``; needed where the mechanism has a schedule,
-            whose values hold up to each row.
+        steps: The ledger's steps ``(N,)``; needed if noise, sample rate or clip norm
+            follow a schedule, whose values hold up to each row.
 
     Returns:
         The divergence, in nats; ``inf`` without clipping.
 
     Raises:
         ValueError: If an argument is outside its domain or the steps are missing.
+
+    Source: Mironov, Talwar and Zhang (arXiv:1908.10530), Section 3.
     """
     how = composition_of(mechanism, order, "corrected", math.inf, "exact")
     scheduled = [name for name in SCHEDULED if np.ndim(getattr(mechanism, name))]
@@ -189,7 +201,15 @@ def worst_case_loss(
 
 @dataclass(frozen=True)
 class Composition:
-    """How single updates are composed; the arguments of ``privacy_losses``."""
+    """How the moments of single updates are composed into a loss.
+
+    Args:
+        order: Rényi order of the result, above 1.
+        convention: One of ``CONVENTIONS``.
+        hoelder_p: p of Hölder's inequality, above 1; ``inf`` allowed.
+        mode: How moments are taken at real orders, as in ``log_moment``.
+        tolerance: Relative error allowed to tables; 0: no tables.
+    """
 
     order: float
     convention: str
@@ -200,19 +220,37 @@ class Composition:
 
 @dataclass(frozen=True, eq=False)
 class RunNorms:
-    """Several runs' facts, steps and filled norms ``(R, N, n)``."""
+    """Gradient norms of one or several runs, with gaps filled, ready for composition.
+
+    Args:
+        mechanism: The mechanism that the runs share.
+        steps: int64 ``(N,)``, updates done at each row.
+        norms: float64 ``(R, N, n)`` for R runs, raw norms without NaN.
+    """
 
     mechanism: NoisySGD
     steps: NDArray[np.int64]
     norms: Array
 
-    def only(self, columns: NDArray[Any] | slice) -> "RunNorms":
-        """The same runs, seen by some of the examples."""
+    def of_examples(self, columns: NDArray[Any] | slice) -> "RunNorms":
+        """Return the same runs restricted to some examples (columns)."""
         return replace(self, norms=self.norms[..., columns])
 
 
 def total_loss(record: RunNorms, how: Composition, rule: str) -> Array:
-    """Sum over the intervals of a run."""
+    """Return the loss of whole runs: the sum over the intervals, float64 ``(n,)``.
+
+    Args:
+        record: The runs' norms.
+        how: How updates are composed.
+        rule: One of ``ROW_RULES``.
+
+    Returns:
+        float64 ``(n,)``, in nats.
+
+    Raises:
+        ValueError: If the rule is "stratified" and the rows are not.
+    """
     loss = partial(loss_of_interval, record, how)
     total = np.zeros(record.norms.shape[2])
     if rule == STRATIFIED:
@@ -227,15 +265,26 @@ def total_loss(record: RunNorms, how: Composition, rule: str) -> Array:
 def loss_of_interval(
     record: RunNorms, how: Composition, interval: UpdateInterval, row: int
 ) -> Array:
-    """One interval's loss if one row's norms held throughout.
+    """Return one interval's loss if one row's norms held throughout, float64 ``(n,)``.
 
-    The mechanism's values are the interval's own, whichever row gives the norms.
+    Noise, sample rate and clip norm are those of the interval, whichever row gives the
+    norms.
+
+    Args:
+        record: The runs' norms.
+        how: How updates are composed.
+        interval: The updates.
+        row: Position of the row whose norms are used.
+
+    Returns:
+        float64 ``(n,)``, in nats.
     """
     mechanism = record.mechanism.at_row(interval.right)
     ratios = mechanism.ratios(record.norms[:, row])
     orders, weights = _orders(record, how, interval, row)
-    # Amplification by sampling belongs to Poisson sampling. Any other schedule is
-    # conditioned on: a share q of the updates contains the example, for certain.
+    # Amplification by sampling requires Poisson sampling. For any other schedule the
+    # loss is conditioned on the schedule: the example is in a fraction q of the
+    # updates, and there with probability 1.
     q = float(mechanism.sample_rate)
     if how.convention == "corrected" and mechanism.sampling != "poisson":
         q, weights = 1.0, weights * q
@@ -249,7 +298,7 @@ def loss_of_interval(
 def _orders(
     record: RunNorms, how: Composition, interval: UpdateInterval, row: int
 ) -> tuple[Array, Array]:
-    """The orders at which an interval's log moments are summed, and their weights."""
+    """Return the orders at which an interval is evaluated, and their weights."""
     mechanism = record.mechanism.at_row(interval.right)
     if how.convention in PUBLISHED:
         first = 0 if how.convention == "thudi2024_code" else 1
@@ -276,7 +325,20 @@ def _orders(
 def norms_of_runs(
     ledger: Ledgers, rule: str = "right", tolerance: float = 0.0
 ) -> RunNorms:
-    """The checked runs as arrays, if rule and tolerance can be applied to them."""
+    """Check that rule and tolerance fit the runs, fill gaps, and return the norms.
+
+    Args:
+        ledger: One run, or several independent runs of the same training.
+        rule: One of ``ROW_RULES``.
+        tolerance: As in ``privacy_losses``.
+
+    Returns:
+        The norms of all runs.
+
+    Raises:
+        ValueError: If there is no row, no noise, or the runs do not belong together;
+            or if rule or tolerance cannot be used with them.
+    """
     runs = runs_of(ledger)
     first = runs[0]
     check_tolerance(tolerance, num_runs=len(runs))
@@ -311,7 +373,23 @@ def composition_of(
     mode: str,
     tolerance: float = 0.0,
 ) -> Composition:
-    """The checked arguments."""
+    """Check the arguments of a composition and return them together.
+
+    Args:
+        mechanism: The run's mechanism; its number of updates limits p.
+        order: Rényi order, above 1.
+        convention: One of ``CONVENTIONS``.
+        hoelder_p: p, or None for 3·num_steps.
+        mode: As in ``log_moment``.
+        tolerance: As in ``privacy_losses``.
+
+    Returns:
+        The composition.
+
+    Raises:
+        ValueError: If an argument is outside its domain, or p is so small that the
+            order of the first update exceeds 1e6.
+    """
     in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
     expect(
         convention in CONVENTIONS,

@@ -190,7 +190,10 @@ def _trapezoid(ratios: Array, q: float, orders: Array) -> Array:
 
 
 def _power_sums(log_ratio: Array, weights: Array, powers: Array) -> Array:
-    """Return Σ weights·(e^(b·l) - 1)/b over the grid, at b = 0 Σ weights·l: ``(K, m)``."""
+    """Return Σ weights·(e^(b·l) - 1)/b over the grid, ``(K, m)``.
+
+    At b = 0 it is the limit, Σ weights·l.
+    """
     first, last = _nonzero_columns(weights)
     used = weights[:, first:last]
     logs = np.where(used > 0, log_ratio[:, first:last], 0.0)

@@ -1,30 +1,47 @@
-"""Upper bounds of a sum of log moments, tabulated once, for many examples.
+r"""Upper bounds of a sum of log moments, tabulated once, for many examples.
 
-An example enters only by s = r²/2, r being its gradient norm over the noise. As a
-function of s a log moment ln M is increasing and *convex*, so chords between exact
-values are upper bounds, and the chords beside a chord, extended, are lower bounds:
-their distance certifies the error.
+**Idea.** An example enters only through s = r²/2, where r is its gradient norm divided
+by the noise. As a function of s, a log moment ln M is increasing and *convex* (proof
+below). So a chord between two exact values lies above the function, and the
+neighbouring chords, extended, lie below it.
+
+**Guarantee.** Every tabulated value is an upper bound, by at most the relative
+tolerance: the distance between a chord and the extended neighbouring chords certifies
+the error, and 1 % of the tolerance is added to cover rounding, which exceeds the 1e-11
+error of the moments themselves.
+
+**What breaks it.** Convexity is needed: a table of a function that is not convex in s,
+such as a sum with negative weights, is not certified. A mean over several runs is a
+function of several norms and cannot be tabulated this way.
 
 **Convexity, for every real order a >= 1.** With y ~ N(-s, 2s), so that E e^y = 1,
 
     M(s) = E[φ(e^y)],   φ(x) = (1-q+q·x)^a,   dM/ds = E[e^(2y)·φ''(e^y)]
 
-(Itô), hence dlnM/ds = a(a-1)·E_μ[p²], where p = q·e^y/(1-q+q·e^y) and μ has a density
-proportional to h(y)·exp(-y²/4s), h(y) = φ(e^y)·e^(-y/2). Only the last factor depends
-on s, so d²lnM/ds² = a(a-1)·Cov_μ(p², y²)/4s². Let G(t) be the mean of p² given
-|y| = t: the covariance is that of G(|y|) and y², which is not negative if G increases
-(Chebyshev). Write p₊, p₋ for p at ±t, x = e^t, ρ = x²/k and k = A/B >= 1 with
-A, B = 1-q+q·e^(±t). Differentiated and divided by positive factors, G' becomes
+by Itô's formula. Hence
+
+:math:`\frac{d \ln M}{ds} = a(a-1)\,E_\mu[p^2],\quad
+p = \frac{q e^y}{1-q+q e^y}`,
+
+where μ has a density proportional to h(y)·exp(-y²/4s), h(y) = φ(e^y)·e^(-y/2). Only the
+last factor depends on s, so d²lnM/ds² = a(a-1)·Cov_μ(p², y²)/4s². Let G(t) be the mean
+of p² given |y| = t: the covariance is that of G(|y|) and y², which is not negative if G
+increases (Chebyshev's association inequality). Write p₊, p₋ for p at ±t, x = e^t,
+ρ = x²/k and k = A/B >= 1 with A, B = 1-q+q·e^(±t). Differentiated and divided by
+positive factors, G' becomes
 
     2(1-p₊)·(ρ² + ρ²·k^a/x - k - x·k^(1-a)) + (a(p₊+p₋) - 1)·(ρ²-1),
 
 which increases in a. At a = 1, using 1-p₊ = (ρ-1)/(x²-1), it is a positive multiple of
 (ρ-1)²·(ρ + x²/ρ + 2x) >= 0, because ρ >= 1. ∎
 
-**Straight ends.** Since p² <= 1, dlnM/ds <= c = a(a-1). Under the law tilted by e^(2y),
+**Straight ends.** Near 0 and far out a single line is enough. Since p² <= 1,
+dlnM/ds <= c = a(a-1). Under the law tilted by e^(2y),
 dM/ds = c·q²·e^(2s)·E[(1-q+q·e^(4s+y))^(a-2)], which by Jensen's inequality is at most
 c·q²·e^(max(c, 2)·s); so lnM <= M - 1 is within (e^x - 1)/x, x = max(c, 2)·s, of its
 tangent at 0. For large s, lnM >= c·s - a·ln(1/q) because M >= E[(q·e^y)^a].
+
+Source: own proof; docs/theory.md, Section 1.
 """
 
 import math
@@ -40,22 +57,23 @@ from opacus_pi.accounting.composition import weighted_log_moments
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-_MARGIN = 0.01  # share of the tolerance set aside for rounding
-_LEAST = 1e-8  # so that the margin exceeds the moments' own error, 1e-11
+_MARGIN = 0.01  # share of the tolerance reserved for rounding errors
+_LEAST = 1e-8  # smallest tolerance whose margin exceeds the moments' error, 1e-11
 _MANTISSA = 52  # bits of a float64's mantissa: within an octave, bits are linear in s
 
 
 class UpperTable:
-    """A convex function on [0, ∞) with f(0) = 0, from above, at a few ns a value.
+    """Table of a convex function on [0, ∞) with f(0) = 0, never below the function.
 
     Between nodes the value is that of the chord. A cell is a dyadic part of an octave,
-    halved until its error is certified, so that the leading bits of a float64 name it.
+    halved until its error is certified. Therefore the leading bits of a float64 name
+    its cell, and a look-up takes a few nanoseconds without a search.
 
     Args:
         function: f, vectorised: ascending float64 ``(m,)`` to ``(m,)``, above 0.
         low: Up to here a chord from the origin is within the tolerance.
         high: From here on a line of slope ``steepest`` is within the tolerance.
-        steepest: What f' nowhere exceeds.
+        steepest: An upper bound of f'.
         tolerance: Largest relative error, from 1e-8 to 1.
     """
 
@@ -75,6 +93,7 @@ class UpperTable:
             if excess.max() <= 1:
                 break
             nodes, values = _refined(function, nodes, values, excess)
+        # Raise the lines by the margin: rounding must not push a value below f.
         more = 1 + _MARGIN * tolerance
         slopes, intercepts = _lines(
             nodes.view(np.float64), values * more, steepest * more
@@ -82,10 +101,12 @@ class UpperTable:
         self._lay_out(nodes, slopes, intercepts)
 
     def _lay_out(self, nodes: Integers, slopes: Array, intercepts: Array) -> None:
-        """Put every cell where the bits of a float64 find it.
+        """Store each cell's line where the leading bits of a float64 find it.
 
-        Equal buckets, each of as many equal slots as its smallest cell asks for. Before
-        and after them is one bucket more, of one slot.
+        The range of the nodes is cut into equal buckets (parts of an octave). A bucket
+        has as many equal slots as its smallest cell needs. One more bucket with one
+        slot lies before the first node and one after the last. ``_base`` turns the
+        leading bits of a number directly into its slot.
         """
         parts = min(range(_MANTISSA), key=lambda p: _num_slots(nodes, p))
         shifts = _slot_shifts(nodes, parts)
@@ -105,10 +126,13 @@ class UpperTable:
         self._base = np.concatenate([[0], base, [len(cells) - 1]])
 
     def __call__(self, s: Array) -> Array:
-        """Upper bounds of f, within the tolerance.
+        """Return upper bounds of f, within the tolerance.
 
         Args:
             s: float64, at least 0, any shape; ``inf`` gives ``inf``.
+
+        Returns:
+            float64 in the shape of ``s``.
         """
         bits = s.view(np.int64)
         bucket = bits >> self._bucket_shift
@@ -123,7 +147,15 @@ class UpperTable:
 
 
 def check_tolerance(tolerance: float, num_runs: int) -> None:
-    """Refuse a tolerance that a table cannot keep; 0 is "no table"."""
+    """Raise ``ValueError`` for a tolerance that a table cannot meet; 0 means no table.
+
+    Args:
+        tolerance: The relative error allowed.
+        num_runs: Number of runs; tables need a single one.
+
+    Raises:
+        ValueError: If the tolerance is out of range, or there are several runs.
+    """
     expect(
         tolerance == 0 or _LEAST <= tolerance <= 1,
         "tolerance",
@@ -147,19 +179,20 @@ def upper_log_moments(
     weights: Array,
     tolerance: float,
 ) -> Array:
-    """Σ_k weights[k]·ln M(orders[k]) of one run, rounded up.
+    """Return Σ_k weights[k]·ln M(orders[k]) of one run, rounded up.
 
     Args:
         ratios: r, ``(n,)``.
         sample_rate: q.
         orders: ``(K,)``, above 1.
-        weights: ``(K,)``, the sum convex in s as one with positive weights is.
+        weights: ``(K,)``; the weighted sum must be convex in s, as it is with positive
+            weights.
         tolerance: Largest relative error, above 0.
 
     Returns:
-        float64 ``(n,)``, never below the exact value.
+        float64 ``(n,)``, in nats, never below the exact value.
     """
-    if not 1e-20 < sample_rate < 1:  # a closed form, or a table too long
+    if not 1e-20 < sample_rate < 1:  # closed form, or too many octaves for a table
         return weighted_log_moments(
             ratios[None], sample_rate, orders, weights, hoelder_p=2.0, mode="exact"
         )
@@ -179,7 +212,11 @@ def upper_log_moments(
 def _log_moment_table(
     sample_rate: float, orders: bytes, weights: bytes, tolerance: float
 ) -> UpperTable:
-    """The table of one weighted sum of log moments."""
+    """Return the table of one weighted sum of log moments.
+
+    Orders and weights are the bytes of float64 arrays, because the cache needs keys
+    that can be hashed.
+    """
     visited, shares = np.frombuffer(orders), np.frombuffer(weights)
 
     def function(s: Array) -> Array:
@@ -192,6 +229,8 @@ def _log_moment_table(
             mode="exact",
         )
 
+    # The straight ends of the module's docstring: near 0 the tangent is within
+    # (e^x - 1)/x - 1, about x/2, and far out the line a(a-1)·s loses at most a·ln(1/q).
     slopes = visited * (visited - 1)
     steepest = float(shares @ slopes)
     lost = float(shares @ visited) * -math.log(sample_rate)
@@ -201,16 +240,17 @@ def _log_moment_table(
 
 
 def _octaves(low: float, high: float) -> Integers:
-    """Bits of the powers of two around [low, high], two at least."""
+    """Return the bits of the powers of two around [low, high], at least two."""
     first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
     return np.exp2(np.arange(first, max(last, first + 1) + 1)).view(np.int64)
 
 
 def _gaps(nodes: Array, values: Array, steepest: float) -> Array:
-    """Certified relative error of each chord.
+    """Return the certified relative error of each chord.
 
-    On a cell the function is above the chords of both neighbours, extended: the largest
-    error is below the chord's height over the point where they meet.
+    On a cell the function lies above the extended chords of both neighbours. The
+    largest error is therefore at most the chord's height above the point where those
+    two meet.
     """
     widths = np.diff(nodes)
     chords = np.diff(values) / widths
@@ -225,7 +265,7 @@ def _gaps(nodes: Array, values: Array, steepest: float) -> Array:
 def _refined(
     function: Callable[[Array], Array], nodes: Integers, values: Array, excess: Array
 ) -> tuple[Integers, Array]:
-    """The nodes with cells halved, up to thrice, where the error exceeds what it may.
+    """Return nodes with cells halved, up to three times, where the error is too large.
 
     Halving a cell divides its error by about 4.
     """
@@ -242,14 +282,17 @@ def _refined(
 
 
 def _lines(nodes: Array, values: Array, steepest: float) -> tuple[Array, Array]:
-    """Slope and intercept before the first node, of every chord, and after the last."""
+    """Return the lines before the first node, of each chord, after the last node."""
     x, y = np.concatenate([[0.0], nodes]), np.concatenate([[0.0], values])
     slopes = np.append(np.diff(y) / np.diff(x), steepest)
     return slopes, y - slopes * x
 
 
 def _slot_shifts(nodes: Integers, parts: int) -> Integers:
-    """How many bits tell nothing within a slot, for each bucket of 2^-parts octaves."""
+    """Return how many trailing bits do not matter within a slot, for each bucket.
+
+    A bucket is 2^-parts of an octave. Its slots are as wide as its smallest cell.
+    """
     whole = _MANTISSA - parts
     buckets = (nodes - nodes[0]) >> whole
     shifts = np.full(buckets[-1], whole)
@@ -259,7 +302,7 @@ def _slot_shifts(nodes: Integers, parts: int) -> Integers:
 
 
 def _num_slots(nodes: Integers, parts: int) -> int:
-    """Memory of a layout with 2^parts buckets an octave."""
+    """Return the memory, in slots, of a layout with 2^parts buckets an octave."""
     num_buckets = (nodes[-1] - nodes[0]) >> (_MANTISSA - parts)
     if num_buckets > 4 * len(nodes):
         return 1 << 62

@@ -1,9 +1,14 @@
-"""The least of several bounds, and Hölder's p chosen on runs set aside for it.
+"""The smallest of several bounds, and Hölder's p chosen on runs set aside for it.
 
-A bound whose parameters were fixed beforehand stays one when the least of several is
-taken. A parameter chosen on the very runs that are then averaged makes the average too
-small: with one run the best p would be infinite, the plain sum of its losses, which
-can be below the divergence.
+**Idea.** The smallest of several bounds is a bound, if the parameters of each were
+chosen before looking at the data. A parameter may also be chosen on separate runs.
+
+**Guarantee.** None beyond that of ``privacy_losses``: values are estimates, because
+expectations are means over a few runs. Choosing as described here adds no further bias.
+
+**What breaks it.** A parameter chosen on the very runs that are then averaged makes the
+average too small. With one run the best p would be infinite, which gives the plain sum
+of its losses, and that can be below the divergence. Single runs are therefore refused.
 """
 
 import math
@@ -31,29 +36,31 @@ def tightest_losses(
     rule: str = "right",
     mode: str = "exact",
 ) -> Array:
-    """The least of Hölder's form, the trajectory form and the worst case.
+    """Return the smallest of Hölder's form, the trajectory form and the worst case.
 
     Each holds by itself with parameters that are fixed before the data are seen
-    (p = 3·num_steps, each κ of the list), so the least of them holds too.
+    (p = 3·num_steps, and each κ of the list), so the smallest of them holds too.
 
     Args:
         ledgers: Two or more independent runs of the same training.
         order: Rényi order, above 1.
-        kappas: The trajectory form's κ to try, each above 1, finite and fixed
+        kappas: κ values of the trajectory form, each above 1, finite and fixed
             beforehand.
         rule: As in ``privacy_losses``.
         mode: As in ``log_moment``.
 
     Returns:
-        float64 ``(n,)``, in nats: an estimate, as ``privacy_losses``, never above it.
+        float64 ``(n,)``, in nats: an estimate like ``privacy_losses``, never above it.
 
     Raises:
-        ValueError: As ``privacy_losses``; or if there is a single run, whose least
-            value would be nothing but the plain sum of its losses.
+        ValueError: As for ``privacy_losses``; or if there is a single run, for which
+            the smallest value would be the plain sum of its losses.
+
+    Source: docs/theory.md, Sections 2 and 3.
     """
-    runs = _several("ledgers", ledgers)
+    runs = _at_least_two_runs("ledgers", ledgers)
     for kappa in kappas:
-        _finite("kappas", kappa)
+        _check_finite_parameter("kappas", kappa)
     forms = [privacy_losses(runs, order, rule=rule, mode=mode)]
     forms += [
         trajectory_losses(runs, order, kappa, rule=rule, mode=mode) for kappa in kappas
@@ -71,16 +78,16 @@ def choose_hoelder_p(
     rule: str = "right",
     mode: str = "exact",
 ) -> float:
-    """Hölder's p with the least mean loss on some runs, for use on others.
+    """Return Hölder's p with the smallest mean loss on some runs, for use on others.
 
     ``privacy_losses(ledgers, order, hoelder_p=choose_hoelder_p(pilots, ledgers,
     order))`` is as good an estimate of a bound as with a p fixed beforehand, because
-    the choice never saw the runs that are averaged.
+    the choice does not use the runs that are averaged.
 
     Args:
-        pilots: Two or more independent runs; only they are looked at.
-        ledgers: The runs whose losses will be averaged with that p; only checked to be
-            other runs of the same training.
+        pilots: Two or more independent runs, on which p is chosen.
+        ledgers: The runs whose losses will be averaged with that p. They are only
+            checked to be other runs of the same training.
         order: Rényi order, above 1.
         candidates: The p to choose from, above 1 and finite. Default: num_steps times
             numbers from 1/4 to 100.
@@ -91,13 +98,17 @@ def choose_hoelder_p(
         One p for all examples.
 
     Raises:
-        ValueError: As ``privacy_losses``; or if there is a single pilot, or a pilot is
-            also among the ledgers.
+        ValueError: As for ``privacy_losses``; or if there is a single pilot, or a pilot
+            is also among the ledgers.
+
+    Source: docs/theory.md, Section 2.
     """
-    chosen_on = _several("pilots", pilots)
+    chosen_on = _at_least_two_runs("pilots", pilots)
     averaged = runs_of(ledgers)
     runs_of([*chosen_on, *averaged])
-    shared = [i for i, a in enumerate(chosen_on) if any(_same(a, b) for b in averaged)]
+    shared = [
+        i for i, a in enumerate(chosen_on) if any(_is_same_run(a, b) for b in averaged)
+    ]
     expect(
         not shared,
         "pilots",
@@ -109,7 +120,7 @@ def choose_hoelder_p(
     if candidates is None:
         candidates = sorted({max(c * num_steps, 1.25) for c in _P_PER_STEP})
     for p in candidates:
-        _finite("candidates", p)
+        _check_finite_parameter("candidates", p)
     expect(len(candidates) > 0, "candidates", "[]", "to hold a p", "Default: None.")
     losses = np.array(
         [
@@ -121,8 +132,8 @@ def choose_hoelder_p(
     return float(candidates[int(losses[:, finite].sum(axis=1).argmin())])
 
 
-def _several(name: str, ledgers: Ledgers) -> tuple[GradNormLedger, ...]:
-    """At least two runs."""
+def _at_least_two_runs(name: str, ledgers: Ledgers) -> tuple[GradNormLedger, ...]:
+    """Return the runs, or raise ``ValueError`` for a single one."""
     runs = runs_of(ledgers)
     expect(
         len(runs) > 1,
@@ -135,8 +146,8 @@ def _several(name: str, ledgers: Ledgers) -> tuple[GradNormLedger, ...]:
     return runs
 
 
-def _finite(name: str, value: float) -> None:
-    """A parameter to choose from."""
+def _check_finite_parameter(name: str, value: float) -> None:
+    """Raise ``ValueError`` for a parameter that is not in (1, ∞)."""
     expect(
         1 < value < math.inf,
         name,
@@ -146,6 +157,6 @@ def _finite(name: str, value: float) -> None:
     )
 
 
-def _same(a: GradNormLedger, b: GradNormLedger) -> bool:
-    """Whether two ledgers hold the same run."""
+def _is_same_run(a: GradNormLedger, b: GradNormLedger) -> bool:
+    """Return whether two ledgers hold the same run."""
     return a is b or np.array_equal(a.grad_norms, b.grad_norms, equal_nan=True)

@@ -1,9 +1,24 @@
-"""Privacy losses from the sums along whole runs, and how far a few runs can be trusted.
+r"""Privacy losses from sums along whole runs, and confidence limits from a few runs.
 
-One use of Hölder's inequality for the whole run: with κ > 1 and the plain sum S of a
-run's losses at the order 1 + κ/(κ-1)·(order-1),
+**Idea.** ``composition`` applies Hölder's inequality at every update. Here it is
+applied once, to the whole run: with κ > 1 and the plain sum S of a run's losses at the
+order 1 + κ/(κ-1)·(order-1),
 
-    D(order) <= ln E exp(κ(order-1)·S) / (κ(order-1)).
+:math:`D_\alpha \le \frac{1}{\kappa(\alpha-1)} \ln E\,e^{\kappa(\alpha-1) S}`.
+
+The expectation over runs can be estimated by a mean, or bounded with high probability,
+because clipping bounds S.
+
+**Guarantee.** ``trajectory_losses`` is an estimate: its mean is over the few runs
+given. ``trajectory_limits`` are upper limits that hold with the stated confidence,
+whatever the data. ``exceedance_limit`` bounds the probability that a run's loss exceeds
+a budget.
+
+**What breaks it.** A κ chosen on the runs that are averaged. For the limits: rows that
+are not stratified, norms other than those that training clips (dropout, augmented
+inputs), runs that share their random draws, or no clipping.
+
+Source: docs/theory.md, Section 3.
 
 >>> round(exceedance_limit(0, 300, confidence=0.95), 4)  # none of 300 runs above
 0.0099
@@ -47,44 +62,49 @@ def trajectory_losses(
     rule: str = "right",
     mode: str = "exact",
 ) -> Array:
-    """Rényi privacy losses from whole trajectories, by one use of Hölder's inequality.
+    """Return Rényi privacy losses by one use of Hölder's inequality for the whole run.
 
-    Tighter than ``privacy_losses`` for long runs with fluctuating norms, looser at high
-    orders with small sample rates.
+    They are smaller than ``privacy_losses`` for long runs with fluctuating norms, and
+    larger at high orders with small sample rates.
 
     Args:
-        ledgers: Independent runs of the same training, over which E is the mean; each
-            may have its own steps.
+        ledgers: Independent runs of the same training, over which the expectation is
+            the mean; each may have its own steps.
         order: Rényi order, above 1.
-        kappa: κ, above 1 and fixed beforehand; ``inf``: the largest of the runs.
+        kappa: κ, above 1, chosen before looking at the runs; ``inf``: the largest of
+            the runs.
         rule: As in ``privacy_losses``.
         mode: As in ``log_moment``.
 
     Returns:
-        float64 ``(n,)``, in nats; an estimate.
+        float64 ``(n,)``, in nats: an estimate of a bound.
 
     Raises:
-        ValueError: As ``privacy_losses``.
+        ValueError: As for ``privacy_losses``; or if ``kappa`` is not above 1.
+
+    Source: docs/theory.md, Section 3.
     """
     expect(kappa > 1, "kappa", kappa, "above 1", "Try 2; a larger one trusts few runs.")
     runs = runs_of(ledgers, same_steps=False)
-    inner = _inner(runs[0].mechanism, order, kappa, mode)
-    return trajectory_losses_of_sums(_sums(runs, inner, rule), order, kappa)
+    inner = _plain_sum_composition(runs[0].mechanism, order, kappa, mode)
+    return trajectory_losses_of_sums_of_runs(
+        _sums_of_runs(runs, inner, rule), order, kappa
+    )
 
 
-def trajectory_losses_of_sums(sums: Array, order: float, kappa: float) -> Array:
-    """Divergence from whole trajectories' sums, with one use of Hölder's inequality.
+def trajectory_losses_of_sums_of_runs(sums: Array, order: float, kappa: float) -> Array:
+    """Return the divergence from whole runs' sums, by one use of Hölder's inequality.
 
-    D(order) <= ln E exp(κ(order-1)·S)/(κ(order-1)), S = Σ_t D_t at the order
+    D(order) <= ln E exp(κ(order-1)·S)/(κ(order-1)), where S = Σ_t D_t at the order
     1 + κ/(κ-1)·(order-1) along one run.
 
     Args:
-        sums: S of each run, ``(R, n)``.
-        order: Above 1.
+        sums: S of each run, ``(R, n)``, in nats.
+        order: Rényi order, above 1.
         kappa: κ, above 1; ``inf``: the largest of the runs.
 
     Returns:
-        float64 ``(n,)``.
+        float64 ``(n,)``, in nats.
     """
     return mean_over_runs(sums, kappa * (order - 1))
 
@@ -97,28 +117,30 @@ def trajectory_limits(
     confidence: float = 0.95,
     mode: str = "exact",
 ) -> Array:
-    """Upper confidence limits of the Rényi divergence, from independent runs.
+    """Return upper confidence limits of the Rényi divergence, from independent runs.
 
-    X = exp(κ(order-1)·S) lies in [1, b], with b from the clip norm, so by Hoeffding's
-    inequality, with N runs and β = 1 - confidence,
+    X = exp(κ(order-1)·S) lies in [1, b], where b follows from the clip norm. By
+    Hoeffding's inequality, with N runs and β = 1 - confidence,
 
         E X <= mean X + (b-1)·√(ln(1/β) / 2N)   with probability 1 - β.
 
     The rows must be stratified: then the sum over the rows is unbiased for S, so that
-    E X is not less than with all updates (Jensen). A row before every update is the
-    case of strata of one update. Useful while κ(order-1)·(largest S) is about 1;
-    otherwise what remains is the worst case.
+    E X is not less than with all updates (Jensen's inequality). A row before every
+    update is the special case of strata of one update. The limits are useful while
+    κ(order-1)·(largest S) is about 1; otherwise the worst case is smaller and is
+    returned.
 
-    The norms swept must be those that training clips: dropout or augmented inputs give
-    others, and a limit from the model in evaluation mode would not be one.
+    The swept norms must be the norms that training clips. With dropout or augmented
+    inputs the model in evaluation mode has other norms, and these values are not
+    limits.
 
     Args:
         ledgers: Independent runs of the same training with ``Recorder.stratified``,
             each with its own draws.
         order: Rényi order, above 1.
-        kappa: κ, above 1, finite and fixed beforehand.
-        confidence: 1 - β, in (0, 1), for each example by itself: for m statements at
-            once take 1 - β/m.
+        kappa: κ, above 1, finite and chosen before looking at the runs.
+        confidence: 1 - β, in (0, 1), for each example by itself. For m statements at
+            once use 1 - β/m.
         mode: As in ``log_moment``.
 
     Returns:
@@ -127,9 +149,11 @@ def trajectory_limits(
         with probability at most β.
 
     Raises:
-        ValueError: As ``privacy_losses``; or if gradients were not clipped, sampling is
-            not Poisson, a norm is missing, the runs share their draws, or a ledger is
-            for ranking only or its noise assumed.
+        ValueError: As for ``privacy_losses``; or if gradients were not clipped,
+            sampling is not Poisson, a norm is missing, the runs share their draws, or a
+            ledger supports a ranking only because its noise was assumed.
+
+    Source: docs/theory.md, Section 3; Hoeffding 1963, Theorem 2.
     """
     remedy = "Fix it beforehand; near order·(largest sum) = 1, try 2."
     in_range(1, math.inf, closed=False, kappa=kappa, remedy=remedy)
@@ -139,9 +163,9 @@ def trajectory_limits(
     mechanism = runs[0].mechanism
     require_claimable(runs)
     _check_bounded(runs)
-    inner = _inner(mechanism, order, kappa, mode)
+    inner = _plain_sum_composition(mechanism, order, kappa, mode)
     power = kappa * (order - 1)
-    log_values = power * _sums(runs, inner, STRATIFIED)
+    log_values = power * _sums_of_runs(runs, inner, STRATIFIED)
     top = power * _largest_sum(mechanism, runs[0].num_rows, inner)
     with np.errstate(divide="ignore"):
         log_width = top + np.log(-np.expm1(-top))  # ln(b - 1)
@@ -155,31 +179,33 @@ def trajectory_limits(
 def exceedance_limit(
     num_above: int, num_runs: int, *, confidence: float = 0.95
 ) -> float:
-    """Upper confidence limit of the probability that a run's loss exceeds a budget.
+    """Return an upper confidence limit of the probability that a loss exceeds a budget.
 
-    With no run above it is 1 - β^(1/N), β = 1 - confidence; else Clopper and Pearson's.
+    With no run above the budget it is 1 - β^(1/N), β = 1 - confidence; otherwise the
+    limit of Clopper and Pearson.
 
-    What it is for: let S be the sum of an example's losses at order a over a run and B
-    a budget fixed beforehand. For every event E
+    Use it as follows. Let S be the sum of an example's losses at order a over a run,
+    and B a budget chosen beforehand. For every event E
 
         P(E) <= e^ε·Q(E) + δ + P(S > B),   ε = rdp_to_epsilon([B], [a], δ),
 
-    because the run that leaves the example out before it would exceed B differs from
-    the run that was made only where S > B.
+    because a run that leaves the example out before it would exceed B differs from the
+    run that was made only if S > B.
 
     Args:
         num_above: Number of independent runs with S > B. S must be the sum over all
-            updates: one over a few rows, even unbiased, may be below B by chance.
+            updates: a sum over a few rows may be below B by chance, even if unbiased.
         num_runs: Number of runs, N.
         confidence: 1 - β, in (0, 1).
 
     Returns:
-        The limit of P(S > B).
+        The limit of P(S > B), in (0, 1].
 
     Raises:
         ValueError: If an argument is outside its domain.
 
-    Source: Feldman and Zrnic (arXiv:2008.11193) for the run that leaves out.
+    Source: Clopper and Pearson 1934; Feldman and Zrnic (arXiv:2008.11193) for the run
+    that leaves the example out.
     """
     remedy = "Usual: 0.95."
     in_range(0, 1, closed=False, confidence=confidence, remedy=remedy)
@@ -193,21 +219,25 @@ def exceedance_limit(
     return float(tail.ppf(confidence))
 
 
-def _inner(mechanism: NoisySGD, order: float, kappa: float, mode: str) -> Composition:
-    """How a run's plain sum is taken."""
+def _plain_sum_composition(
+    mechanism: NoisySGD, order: float, kappa: float, mode: str
+) -> Composition:
+    """Return the composition of a run's plain sum, at the inner order."""
     composition_of(mechanism, order, "corrected", None, mode)  # checks the order
     ratio = 1.0 if math.isinf(kappa) else kappa / (kappa - 1)
     inner_order = 1 + ratio * (order - 1)
     return composition_of(mechanism, inner_order, "corrected", math.inf, mode)
 
 
-def _sums(runs: Sequence[GradNormLedger], inner: Composition, rule: str) -> Array:
-    """The plain sum of each run, ``(R, n)``."""
+def _sums_of_runs(
+    runs: Sequence[GradNormLedger], inner: Composition, rule: str
+) -> Array:
+    """Return the plain sum of each run, ``(R, n)``."""
     return np.stack([total_loss(norms_of_runs(run, rule), inner, rule) for run in runs])
 
 
 def _largest_sum(mechanism: NoisySGD, num_rows: int, inner: Composition) -> float:
-    """What no sum can exceed: every update at the clip norm, in the dearest row."""
+    """Return an upper limit of all sums: every update at C, in the costliest row."""
     clipped = np.full((1, num_rows, 1), math.inf)
     record = RunNorms(replace(mechanism, num_steps=1), np.arange(num_rows), clipped)
     rows = [UpdateInterval(1, 1, row, row) for row in range(num_rows)]
@@ -216,7 +246,7 @@ def _largest_sum(mechanism: NoisySGD, num_rows: int, inner: Composition) -> floa
 
 
 def _check_bounded(runs: Sequence[GradNormLedger]) -> None:
-    """What makes the sums bounded, and independent from run to run."""
+    """Raise ``ValueError`` unless the sums are bounded and independent between runs."""
     mechanism = runs[0].mechanism
     expect(
         bool(np.isfinite(mechanism.max_grad_norm).all()),
