@@ -87,12 +87,10 @@ def trajectory_losses(
     expect(kappa > 1, "kappa", kappa, "above 1", "Try 2; a larger one trusts few runs.")
     runs = runs_of(ledgers, same_steps=False)
     inner = _plain_sum_composition(runs[0].mechanism, order, kappa, mode)
-    return trajectory_losses_of_sums_of_runs(
-        _sums_of_runs(runs, inner, rule), order, kappa
-    )
+    return trajectory_losses_of_sums(_sums_of_runs(runs, inner, rule), order, kappa)
 
 
-def trajectory_losses_of_sums_of_runs(sums: Array, order: float, kappa: float) -> Array:
+def trajectory_losses_of_sums(sums: Array, order: float, kappa: float) -> Array:
     """Return the divergence from whole runs' sums, by one use of Hölder's inequality.
 
     D(order) <= ln E exp(κ(order-1)·S)/(κ(order-1)), where S = Σ_t D_t at the order

@@ -1,4 +1,9 @@
-"""The privacy loss of several examples together (Theorem B.1, and tighter)."""
+"""Privacy loss of several examples together: Theorem B.1, and tighter bounds.
+
+A group's loss is not the sum of its members' losses: two equal gradients give four
+times the divergence of one. ``group_divergence`` computes it from inner products of
+the members' gradients, ``group_worst_case_loss`` bounds it for any group of a size.
+"""
 
 from opacus_pi.accounting.group.divergence import (
     group_divergence,

@@ -1,18 +1,35 @@
 """Divergence from training without a whole group, from its Gram matrices.
 
+**Idea.** Removing a group removes its clipped gradients from every batch. With the rest
+of the batch the same in both trainings, only the inner products of the group's own
+gradients matter (the Gram matrix). Updates are composed as for single examples
+(``composition``); the order is not multiplied by the group's size.
+
+Methods:
 * ``"coupled"`` (default): the group's own gradients in the same batch of the rest;
-  0 for an empty group, the single example's loss for one example. Never above the
+  0 for an empty group, the single example's loss for one example. It is never above the
   next two, which are exact at real orders and replace it where they are lower.
 * ``"scalar"``, ``"operator_norm"``: deterministic upper bounds on it, for large groups.
 * ``"theorem_b1"``: Theorem B.1 of the paper with its composition as printed. It
-  compares with one minibatch of the retain set, so minibatch noise alone gives a large
-  value, also for an empty group. For reproduction.
+  compares with one minibatch of the retain set. Minibatch noise alone therefore gives a
+  large value, even for an empty group. For reproduction only.
+
+**Guarantee.** Estimates of a bound: expectations over runs and updates are replaced by
+the runs and rows given. At one row, "scalar" and "operator_norm" are bounds, and so is
+"coupled" while it enumerates all subsets. For larger groups "coupled" samples subsets,
+and then its expectation is too low (a few rare subsets dominate the sum); a warning
+says when.
+
+**What breaks it.** Sampling other than Poisson, which is refused: these bounds average
+over independent participation.
 
 >>> from opacus_pi.ledger.mechanism import NoisySGD
 >>> mechanism = NoisySGD(10, sample_rate=1.0, noise_std=1.0)
 >>> ledger = GramLedger(mechanism, steps=[10], grams=[[[0.01, 0.0], [0.0, 0.01]]])
 >>> round(group_divergence(ledger, 2.0, hoelder_p=1e9), 6)  # 10·2·‖g_x + g_y‖²/2
 0.2
+
+Source: paper, Theorem B.1 and Appendix B.1; docs/theory.md, Section 4.
 """
 
 import math
@@ -46,8 +63,8 @@ from opacus_pi.accounting.rules import (
 from opacus_pi.ledger.gram_ledger import GramLedger, scaled_gram
 
 METHODS = ("coupled", "scalar", "operator_norm", "theorem_b1")
-_UNRELIABLE = 0.01
-_LINE_NODES = 5
+_UNRELIABLE = 0.01  # share of one sampled term above which a sum is not trusted
+_CHORD_NODES = 5  # real orders evaluated across one interval
 
 Moment = Callable[[NDArray[np.float64], float, float], float]
 
@@ -62,27 +79,28 @@ def group_divergence(
     num_samples: int = 20_000,
     generator: np.random.Generator | None = None,
 ) -> float:
-    """Rényi divergence of training with the group from training without it.
+    """Return the Rényi divergence of training with the group from training without it.
 
-    Composition over updates by Hölder's inequality as in ``privacy_losses``, and never
-    above ``group_worst_case_loss``: the order is not multiplied by the group's size.
-    Between the orders evaluated the log moment is taken along its chord, which lies
-    above it (it is convex in the order).
+    Updates are composed by Hölder's inequality as in ``privacy_losses``. The value is
+    never above ``group_worst_case_loss``. Between the orders evaluated the log moment
+    is interpolated along its chord, which lies above it (it is convex in the order).
 
     Args:
         gram_ledger: One run, or independent runs of one training, of kind
             ``"forget"``; for ``"theorem_b1"`` one run of kind ``"minibatch"``.
         order: Rényi order α > 1.
-        method: See the module. ``"coupled"`` is exact for small groups and otherwise a
-            Monte Carlo **estimate** that is biased low.
-        rule: Which checkpoint speaks for an interval: right, left, trapezoid, max.
-        hoelder_p: p > 1 fixed beforehand; default 3T.
-        num_samples: Tuples of the Monte Carlo at each checkpoint and order.
-        generator: Of the Monte Carlo; default: seed 0.
+        method: ``"coupled"``, ``"scalar"``, ``"operator_norm"`` or ``"theorem_b1"``,
+            explained in the module. ``"coupled"`` is exact for small groups and
+            otherwise a Monte Carlo **estimate** that is biased low.
+        rule: Which row is used for an interval: right, left, trapezoid or max.
+        hoelder_p: p > 1, fixed beforehand; default 3T.
+        num_samples: Number of tuples that Monte Carlo samples at each row and order.
+        generator: Source of randomness for Monte Carlo; default: seed 0.
 
     Returns:
-        D_α(with ‖ without). Like every value from checkpoints of one run it is an
-        estimate of a bound. ``"theorem_b1"``: the mean of ``theorem_b1_estimates``.
+        D_α(with ‖ without) in nats. Like every value from rows of one run it is an
+        estimate of a bound. For ``"theorem_b1"``: the mean of
+        ``theorem_b1_estimates``.
 
     Raises:
         ValueError: If an argument is outside its domain, or the ledger is of the wrong
@@ -90,6 +108,8 @@ def group_divergence(
 
     Warns:
         UserWarning: If one sampled term makes up more than 1 % of a Monte Carlo sum.
+
+    Source: docs/theory.md, Section 4; for ``"theorem_b1"`` the paper, Theorem B.1.
     """
     check_rule(rule)
     _check(order, method)
@@ -124,24 +144,25 @@ def group_divergence(
 def theorem_b1_estimates(
     gram_ledger: GramLedger, order: float, *, hoelder_p: float | None = None
 ) -> NDArray[np.float64]:
-    """Theorem B.1 as printed, once for each retain minibatch; report mean and spread.
+    r"""Return Theorem B.1 as printed, once for each retain minibatch.
 
-    Σ_i C_{s_i}·p·ln Ĝ(s_i)·(s_i − s_{i−1}), with Ĝ the mean of exp(−Δ/2σ²) over tuples
-    of ⌈o_p^s(α)⌉ distinct minibatches; −Δ/2 = Σ_{i<j}⟨U_i − U', U_j − U'⟩.
+    :math:`\sum_i C_{s_i}\, p \ln \hat G(s_i)\,(s_i - s_{i-1})`, where Ĝ is the mean of
+    exp(−Δ/2σ²) over tuples of ⌈o_p^s(α)⌉ distinct minibatches and
+    −Δ/2 = Σ_{i<j}⟨U_i − U', U_j − U'⟩.
 
     Args:
-        gram_ledger: Of kind ``"minibatch"``, ``(N, R, J, J)``; the paper has R = 20 and
-            J the order. A larger J is cut into disjoint tuples.
+        gram_ledger: Of kind ``"minibatch"``, Gram matrices ``(N, R, J, J)``. The paper
+            has R = 20 and J equal to the order; a larger J is cut into disjoint tuples.
         order: Rényi order α > 1.
         hoelder_p: p; default 3T.
 
     Returns:
-        float64 ``(R,)``. Estimates of the printed formula, not bounds; an estimate may
+        float64 ``(R,)``. Estimates of the printed formula, not bounds; report their
+            mean and spread. An estimate may
         be negative.
 
     Raises:
-        ValueError: If there are fewer minibatches than the order at the last
-            checkpoint.
+        ValueError: If there are fewer minibatches than the order at the last row.
 
     Source: paper, Theorem B.1 and Appendix B.1.
     """
@@ -178,7 +199,10 @@ def _compose(
     *,
     whole: bool,
 ) -> float:
-    """Hölder's composition of the group's log moments over all updates."""
+    """Compose the group's log moments over all updates by Hölder's inequality.
+
+    ``whole`` says that the moment is defined at integer orders only.
+    """
     mechanism = runs[0].mechanism
 
     def loss(interval: UpdateInterval, row: int) -> NDArray[np.float64]:
@@ -200,17 +224,17 @@ def _compose(
 
 
 def _nodes(visited: NDArray[np.float64], whole: bool) -> NDArray[np.float64]:
-    """Orders to evaluate, around all that are visited."""
+    """Return the orders to evaluate: integers, or a few real ones across the range."""
     low, high = float(visited.min()), float(visited.max())
     if whole:
         return np.arange(math.floor(low), math.ceil(high) + 1, dtype=np.float64)
-    return np.linspace(low, high, _LINE_NODES) if high > low else np.array([low])
+    return np.linspace(low, high, _CHORD_NODES) if high > low else np.array([low])
 
 
 def _coupled(
     num_samples: int, generator: np.random.Generator | None, shares: list[float]
 ) -> Moment:
-    """The coupled moment; notes how large the largest sampled terms were."""
+    """Return the coupled moment as a function; it appends each sum's largest share."""
 
     def moment(K: NDArray[np.float64], rate: float, order: float) -> float:
         found = coupled_log_moment(
@@ -223,7 +247,7 @@ def _coupled(
 
 
 def _worst_case(run: GramLedger, order: float) -> float:
-    """What any group of this size costs at most; infinite without clipping."""
+    """Return the bound for any group of this size; infinite without clipping."""
     size = run.grams.shape[-1]
     if size == 0:
         return 0.0
@@ -231,20 +255,21 @@ def _worst_case(run: GramLedger, order: float) -> float:
 
 
 def _scalar(K: NDArray[np.float64], rate: float, order: float) -> float:
-    """The moment when all gradients are taken as parallel."""
+    """Return the log moment with all gradients taken as parallel."""
     return mixture_log_moment(*scalar_law(np.sqrt(np.diag(K)), rate), order)
 
 
 def _operator_norm(K: NDArray[np.float64], rate: float, order: float) -> float:
-    """The moment when every sub-sum of k gradients has length √(λ_max·k)."""
+    """Return the log moment with every sum of k gradients of length √(λ_max·k)."""
     if len(K) == 0:
         return 0.0
+    # The factor covers the rounding error of the eigenvalue.
     largest = max(0.0, float(np.linalg.eigvalsh(K)[-1])) * (1 + 1e-12)
     return mixture_log_moment(*operator_norm_law(largest, len(K), rate), order)
 
 
 def _hoelder_p(value: float | None, num_steps: int) -> float:
-    """The p asked for; 3T by default."""
+    """Return the p given, or 3T."""
     p = max(3.0 * num_steps, 3.0) if value is None else float(value)
     positive(remedy="Hölder's p exceeds 1; 3T is usual.", **{"hoelder_p - 1": p - 1})
     return p
@@ -253,7 +278,7 @@ def _hoelder_p(value: float | None, num_steps: int) -> float:
 def _runs(
     gram_ledger: GramLedger | Sequence[GramLedger], kind: str
 ) -> tuple[GramLedger, ...]:
-    """One ledger or several that agree, of the kind a method needs."""
+    """Return one or several checked ledgers of the kind that a method needs."""
     if isinstance(gram_ledger, GramLedger):
         gram_ledger = [gram_ledger]
     runs = tuple(gram_ledger)
@@ -295,12 +320,12 @@ def _runs(
 
 
 def _method_of(kind: str) -> str:
-    """A method that takes ledgers of a kind."""
+    """Return a method that accepts ledgers of a kind."""
     return "theorem_b1" if kind == "minibatch" else "coupled"
 
 
 def _check(order: float, method: str) -> None:
-    """Domain of the arguments."""
+    """Check the domain of order and method."""
     expect(1 < order < math.inf, "order", order, "in (1, inf)", "Orders exceed 1.")
     expect(
         method in METHODS,

@@ -1,12 +1,27 @@
-"""Upper bounds on a group's log moment that need norms or one eigenvalue only.
+r"""Upper bounds on a group's log moment that need only norms or one eigenvalue.
 
-Let the group's sub-sums V_S have inner products ⟨V_S, V_T⟩ ≤ a_S·a_T. Then, for every
-real order, the moment of the mixture of the N(V_S, I) is at most that of the mixture of
-the N(a_S, 1) on a line: the moment is the expectation of a convex function of a sum of
-log-normal weights, and grows with each covariance (Kahane's inequality). Two choices:
+**Idea.** Let V_S be the sum of the gradients of a subset S of the group. If lengths a_S
+satisfy ⟨V_S, V_T⟩ ≤ a_S·a_T, then for every real order the moment of the mixture of the
+N(V_S, I) is at most that of the mixture of the N(a_S, 1) on a line:
+
+:math:`\ln M \le \ln E_{z \sim N(0,1)} \Big(\sum_S w_S\,
+e^{a_S z - a_S^2/2}\Big)^{\alpha}`.
+
+The moment is the expectation of a convex function of a sum of log-normal weights, and
+grows with each covariance (Kahane's inequality). Two choices of lengths:
 
 * a_S = Σ_{x∈S} ‖g_x‖/σ (``scalar_law``): tight when gradients are parallel,
 * a_S = √(λ_max(K)·|S|) (``operator_norm_law``): tight when they are orthogonal.
+
+**Guarantee.** Upper bounds at every real order. Norms are rounded up where they are put
+on a grid. The integral is computed by the trapezoid rule to about 1e-11 relative.
+
+**What breaks it.** Between two neighbouring lengths the mixture has zeros close to the
+real line, near which its real power is not analytic; ``_grid`` makes the step small
+enough for the largest gap that matters.
+
+Source: Kahane 1986, for the comparison of Gaussian processes; docs/theory.md,
+Section 4.
 
 >>> lengths, log_weights = scalar_law([0.7], 0.01)
 >>> round(mixture_log_moment(lengths, log_weights, 5.0), 12)  # a single example
@@ -14,6 +29,7 @@ log-normal weights, and grows with each covariance (Kahane's inequality). Two ch
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,22 +40,32 @@ from opacus_pi._types import ArrayLike
 from opacus_pi.accounting.group.moments import subset_sums
 from opacus_pi.accounting.quadrature import log_psi, log_sum, softplus
 
-_ENUMERATED = 12  # Group size up to which all subsets are listed.
-_CELLS = 8192
-_CELLS_PER_NORM = 16
-_DIGITS = 34.0  # exp(−34): the trapezoid rule's error
-_WINDOW = 45.0  # exp(−45): integrand left out
-_COARSE = 0.5  # distance at which it is looked for
-_BLOCK = 4_000_000
-
-Law = tuple[NDArray[np.float64], NDArray[np.float64]]
+_ENUMERATED = 12  # group size up to which all subsets are listed
+_CELLS = 8192  # largest number of grid cells for the sum of all norms
+_CELLS_PER_NORM = 16  # grid cells for a norm of average length
+_DIGITS = 34.0  # exp(-34): error of the trapezoid rule
+_WINDOW = 45.0  # exp(-45): the integrand is left out below this share of its peak
+_COARSE = 0.5  # distance of the points at which the integrand is searched
+_BLOCK = 4_000_000  # entries of the integrand computed at a time
 
 
-def scalar_law(norms: ArrayLike, sample_rate: float) -> Law:
-    """Law of the sum of the norms of a Poisson-sampled subset, never too small.
+class LengthLaw(NamedTuple):
+    """Discrete law of a length: the mixture of N(a, 1) that bounds a group's moment.
 
-    Up to 12 norms every subset is listed. Above, norms are rounded **up** to a grid
-    (by at most a sixteenth of their mean, or a 8192th of their sum) and convolved.
+    Args:
+        lengths: Possible lengths a, at least 0, float64 ``(J,)``.
+        log_weights: Logarithms of their probabilities, ``(J,)``.
+    """
+
+    lengths: NDArray[np.float64]
+    log_weights: NDArray[np.float64]
+
+
+def scalar_law(norms: ArrayLike, sample_rate: float) -> LengthLaw:
+    """Return the law of the sum of the norms of a Poisson-sampled subset, rounded up.
+
+    Up to 12 norms every subset is listed. For more, norms are rounded **up** to a grid
+    (by at most a sixteenth of their mean, or an 8192nd of their sum) and convolved.
 
     Args:
         norms: ‖g_x‖/σ, ``(m,)``.
@@ -51,20 +77,20 @@ def scalar_law(norms: ArrayLike, sample_rate: float) -> Law:
     lengths = np.asarray(norms, dtype=np.float64)
     lengths = lengths[lengths > 0]
     if len(lengths) <= _ENUMERATED:
-        return subset_sums(lengths, sample_rate)
+        return LengthLaw(*subset_sums(lengths, sample_rate))
     cell = max(lengths.mean() / _CELLS_PER_NORM, lengths.sum() / _CELLS)
     steps, counts = np.unique(np.ceil(lengths / cell).astype(int), return_counts=True)
     law = np.zeros(1)
     for step, count in zip(steps, counts, strict=True):
         law = _convolve(law, int(step), int(count), sample_rate)
     possible = law > -math.inf
-    return np.flatnonzero(possible) * cell, law[possible]
+    return LengthLaw(np.flatnonzero(possible) * cell, law[possible])
 
 
 def operator_norm_law(
     largest_eigenvalue: float, group_size: int, sample_rate: float
-) -> Law:
-    """Law of √(λ·|S|), |S| ~ Bin(m, q).
+) -> LengthLaw:
+    """Return the law of √(λ·|S|), |S| ~ Bin(m, q).
 
     Args:
         largest_eigenvalue: λ of the scaled Gram matrix K.
@@ -75,11 +101,11 @@ def operator_norm_law(
         Lengths a ``(m + 1,)`` and the logarithms of their probabilities.
     """
     counts, log_weights = binomial_law(group_size, sample_rate)
-    return np.sqrt(largest_eigenvalue * counts), log_weights
+    return LengthLaw(np.sqrt(largest_eigenvalue * counts), log_weights)
 
 
-def binomial_law(group_size: int, sample_rate: float) -> Law:
-    """Law of |S|, how many of m examples take part: Bin(m, q).
+def binomial_law(group_size: int, sample_rate: float) -> LengthLaw:
+    """Return the law of |S|, the number of m examples that are sampled: Bin(m, q).
 
     Args:
         group_size: m.
@@ -91,23 +117,24 @@ def binomial_law(group_size: int, sample_rate: float) -> Law:
     counts = np.arange(group_size + 1)
     log_weights = binom.logpmf(counts, group_size, sample_rate)
     possible = log_weights > -math.inf
-    return counts[possible].astype(np.float64), log_weights[possible]
+    return LengthLaw(counts[possible].astype(np.float64), log_weights[possible])
 
 
 def mixture_log_moment(
     lengths: ArrayLike, log_weights: ArrayLike, order: float
 ) -> float:
-    """Log moment of a mixture of N(a_j, 1) against N(0, 1), at any real order.
+    r"""Return the log moment of a mixture of N(a_j, 1) against N(0, 1).
 
-    ln E_z (Σ_j w_j·exp(a_j·z − a_j²/2))^α, z ~ N(0, 1).
+    :math:`\ln E_z (\sum_j w_j e^{a_j z - a_j^2/2})^\alpha` with z ~ N(0, 1).
 
     Args:
         lengths: a_j ≥ 0, ``(J,)``.
-        log_weights: ln w_j, ``(J,)``, summing to 1.
+        log_weights: ln w_j, ``(J,)``, of probabilities that sum to 1.
         order: α ≥ 1.
 
     Returns:
-        The log moment; also where it is tiny, or beyond float64's range.
+        The log moment in nats, also where it is tiny or exceeds float64's range as a
+        moment.
     """
     a, w = np.asarray(lengths, np.float64), np.asarray(log_weights, np.float64)
     a, w = a[w > -math.inf], w[w > -math.inf]
@@ -124,7 +151,7 @@ def mixture_log_moment(
 def _grid(
     a: NDArray[np.float64], w: NDArray[np.float64], order: float
 ) -> tuple[NDArray[np.float64], float]:
-    """Trapezoid points where the integrand is not negligible, and their distance.
+    """Return trapezoid points where the integrand matters, and their distance.
 
     Where the longest term changes from a_i to a_j, the mixture has zeros at about
     π/(a_j − a_i) from the real line, near which a power of it is not analytic.
@@ -146,9 +173,9 @@ def _grid(
 def _changes(
     a: NDArray[np.float64], w: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where the longest of the terms w·exp(a·z − a²/2) changes, and by how much a does.
+    """Return where the largest term w·exp(a·z − a²/2) changes, and the jump of a.
 
-    Their logarithms are lines in z: what is longest somewhere is their upper envelope.
+    Their logarithms are lines in z: the largest terms form their upper envelope.
     """
     level = w - a**2 / 2
     envelope: list[tuple[float, float]] = []
@@ -167,7 +194,7 @@ def _changes(
 
 
 def _is_below(envelope: list[tuple[float, float]], slope: float, height: float) -> bool:
-    """Whether the last line is nowhere above both the one before and a steeper one."""
+    """Return whether the last line is nowhere above its neighbours in the envelope."""
     if len(envelope) < 2:
         return False
     (a, x), (b, y) = envelope[-2:]
@@ -177,7 +204,7 @@ def _is_below(envelope: list[tuple[float, float]], slope: float, height: float) 
 def _log_integrand(
     z: NDArray[np.float64], a: NDArray[np.float64], w: NDArray[np.float64], order: float
 ) -> NDArray[np.float64]:
-    """Logarithm of ψ(z)·e^{−z²/2}, where M = 1 + (α − 1)·E[ψ]."""
+    """Return the logarithm of ψ(z)·e^{−z²/2}, where M = 1 + (α − 1)·E[ψ]."""
     out = np.empty(len(z))
     block = max(1, _BLOCK // len(a))
     for start in range(0, len(z), block):

@@ -1,12 +1,23 @@
-"""Log moments of one update in which a whole group may take part.
+r"""Log moments of one update that may contain members of a whole group.
 
-Batch = (a batch of the rest) ∪ S, where S holds each of the m forget examples with
-probability q. With the rest held equal in both worlds, joint convexity gives
+**Idea.** The batch is (a batch of the rest) ∪ S, where S contains each of the m forget
+examples with probability q. With the rest held equal in both trainings, joint convexity
+removes it from the formula, and expanding the power gives
 
-    ln M(a) ≤ ln E_{S_1 … S_a} exp(Σ_{i<j} ⟨V_{S_i}, V_{S_j}⟩),
+:math:`\ln M(a) \le \ln E_{S_1 \dots S_a} \exp \sum_{i<j} \langle V_{S_i},
+V_{S_j} \rangle`,
 
-V_S = Σ_{x∈S} g_x/σ: only the Gram matrix K of the forget gradients enters. The value is
-0 without forget examples and the single example's moment for m = 1.
+with V_S = Σ_{x∈S} g_x/σ: only the Gram matrix K of the forget gradients is needed. The
+value is 0 without forget examples and the single example's moment for m = 1.
+
+**Guarantee.** Exact while all multisets of subsets can be enumerated, otherwise a Monte
+Carlo estimate.
+
+**What breaks it.** The exponent grows with the square of the group's size, so a few
+rare tuples dominate the expectation of a large group. A sample that misses them is too
+low: ``largest_share`` tells whether to trust it. The expansion needs integer orders.
+
+Source: paper, Appendix B.1, for the expansion; docs/theory.md, Section 4.
 
 >>> K = np.array([[1.0]])  # one example, gradient as long as the noise's deviation
 >>> round(coupled_log_moment(K, 0.1, 2).log_moment, 12)  # ln(1 + q²(e − 1))
@@ -26,19 +37,19 @@ from scipy.stats import binom
 
 from opacus_pi._types import ArrayLike
 
-EXACT_LIMIT = 100_000  # Multisets of subsets up to which enumeration is exact.
-_CHUNK_ENTRIES = 4_000_000
+EXACT_LIMIT = 100_000  # number of multisets of subsets up to which all are enumerated
+_CHUNK_ENTRIES = 4_000_000  # entries of sampled subsets held in memory at a time
 
 
 @dataclass(frozen=True)
 class MomentEstimate:
-    """A log moment and how far to trust it.
+    """A log moment and its reliability.
 
     Attributes:
-        log_moment: ln M.
+        log_moment: ln M, in nats.
         effective_size: Effective number of sampled tuples; ``inf`` when exact.
-        largest_share: Share of the largest sampled term; 0 when exact. Above 0.01 the
-            estimate is unreliable, and too low if anything.
+        largest_share: Share of the largest sampled term in the sum; 0 when exact. Above
+            0.01 the estimate is unreliable, and probably too low.
     """
 
     log_moment: float
@@ -49,7 +60,7 @@ class MomentEstimate:
 def pair_exponents(
     gram: NDArray[np.float64], tuples: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Σ_{i<j} ⟨V_{t_i}, V_{t_j}⟩ of index tuples, which is −Δ/2 of Theorem B.1.
+    """Return Σ_{i<j} ⟨V_{t_i}, V_{t_j}⟩ of index tuples, which is −Δ/2 of Theorem B.1.
 
     Args:
         gram: ``(J, J)``, centred.
@@ -64,14 +75,17 @@ def pair_exponents(
 
 
 def log_mean_exp(exponents: ArrayLike, log_weights: ArrayLike) -> float:
-    """Logarithm of Σ w·e^x for weights that sum to 1, exact to the last digits near 0.
+    """Return ln Σ w·e^x for weights that sum to 1, accurate also near 0.
+
+    Positive and negative x are summed apart as w·|e^x − 1|, so that a small logarithm
+    is not lost against 1.
 
     Args:
         exponents: x, ``(L,)``.
         log_weights: ln w, ``(L,)`` or a number.
 
     Returns:
-        The logarithm; small values are not lost against 1.
+        The logarithm.
     """
     x, w = np.broadcast_arrays(np.asarray(exponents, np.float64), log_weights)
     with np.errstate(divide="ignore", over="ignore"):
@@ -92,21 +106,21 @@ def coupled_log_moment(
     num_samples: int = 20_000,
     generator: np.random.Generator | None = None,
 ) -> MomentEstimate:
-    """Log moment of the coupled bound at an integer order (any order if q = 1).
+    """Return the log moment of the coupled bound at an integer order.
 
     Exact by enumeration while there are at most ``EXACT_LIMIT`` multisets of subsets,
-    otherwise by Monte Carlo over tuples of subsets. Only tuples with two or more
-    non-empty subsets are drawn (the rest contributes exactly 0).
+    otherwise Monte Carlo over tuples of subsets. Only tuples with two or more non-empty
+    subsets are sampled (all others contribute exactly 0).
 
     Args:
         gram: K ``(m, m)``, clipped and divided by σ².
         sample_rate: q.
         order: a ≥ 1, an integer if q < 1.
-        num_samples: Tuples drawn.
-        generator: For the Monte Carlo; default: seed 0, so that calls agree.
+        num_samples: Number of tuples sampled.
+        generator: Source of randomness; default: seed 0, so that calls agree.
 
     Returns:
-        The moment with its reliability. A sampled one is no bound: it is biased low.
+        The moment with its reliability. A sampled one is not a bound: it is biased low.
     """
     K = np.asarray(gram, dtype=np.float64)
     size = len(K)
@@ -124,7 +138,7 @@ def coupled_log_moment(
 def subset_sums(
     vectors: ArrayLike, sample_rate: float
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """All sums of subsets of the rows, and the logarithms of their probabilities.
+    """Return all sums of subsets of the rows, and their log probabilities.
 
     Args:
         vectors: ``(m, …)``.
@@ -144,7 +158,16 @@ def subset_sums(
 def subset_log_probability(
     chosen: ArrayLike, size: int, sample_rate: float
 ) -> NDArray[np.float64]:
-    """Logarithm of q^k(1 − q)^(m−k), with 0·ln 0 = 0."""
+    """Return the logarithm of q^k(1 − q)^(m−k), with 0·ln 0 = 0.
+
+    Args:
+        chosen: k, the number of examples in the subset, any shape.
+        size: m.
+        sample_rate: q.
+
+    Returns:
+        float64 in the shape of ``chosen``.
+    """
     k = np.asarray(chosen, dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         inside = np.where(k > 0, k * np.log(sample_rate), 0.0)
@@ -153,7 +176,7 @@ def subset_log_probability(
 
 
 def _enumerate(K: NDArray[np.float64], sample_rate: float, order: int) -> float:
-    """Log moment over all multisets of subsets."""
+    """Return the log moment over all multisets of subsets."""
     bits, log_weights = subset_sums(np.eye(len(K)), sample_rate)
     choose = itertools.combinations_with_replacement(range(len(bits)), order)
     tuples = np.fromiter(itertools.chain.from_iterable(choose), np.int64)
@@ -174,7 +197,7 @@ def _sample(
     num_samples: int,
     generator: np.random.Generator,
 ) -> MomentEstimate:
-    """Log moment over random tuples with at least two non-empty subsets."""
+    """Return the log moment over random tuples with at least two non-empty subsets."""
     filled = -math.expm1(len(K) * math.log1p(-sample_rate))  # P(S is not empty)
     counts = np.arange(2, order + 1)
     log_share = binom.logpmf(counts, order, filled)
@@ -204,7 +227,11 @@ def _exponents(
     counts: NDArray[np.int64],
     generator: np.random.Generator,
 ) -> NDArray[np.float64]:
-    """Σ_{i<j} b_iᵀKb_j of one tuple of non-empty random subsets per count."""
+    """Return Σ_{i<j} b_iᵀKb_j of one tuple of non-empty random subsets per count.
+
+    It is (joint sum's square minus the subsets' own squares) / 2, which costs one
+    product with K per subset instead of one per pair.
+    """
     subsets = _nonempty_subsets(int(counts.sum()), len(K), sample_rate, generator)
     own = np.asarray(subsets.multiply(subsets @ K).sum(axis=1)).ravel()
     owner = np.repeat(np.arange(len(counts)), counts)
@@ -219,13 +246,15 @@ def _exponents(
 def _nonempty_subsets(
     number: int, size: int, sample_rate: float, generator: np.random.Generator
 ) -> csr_matrix:
-    """Poisson samples of 0 … size − 1 given that they are not empty, as 0/1 rows."""
+    """Return Poisson samples of 0 … size − 1 that are not empty, as 0/1 rows."""
     log_out = math.log1p(-sample_rate)
     filled = -math.expm1(size * log_out)
     first = np.log1p(-generator.random(number) * filled) / log_out
     rows, position = np.arange(number), np.minimum(first.astype(np.int64), size - 1)
     chosen_rows, chosen = [rows], [position]
-    while len(rows):  # Skip ahead to the next member: as many rounds as members.
+    # The gaps between members are geometric: skipping from member to member takes as
+    # many rounds as the largest subset has members, not as many as there are examples.
+    while len(rows):
         position = position + generator.geometric(sample_rate, size=len(rows))
         rows, position = rows[position < size], position[position < size]
         chosen_rows.append(rows)

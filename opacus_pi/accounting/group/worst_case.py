@@ -1,4 +1,16 @@
-"""The worst case of several rows of one person: all gradients clipped and parallel.
+"""Worst case of several rows of one person: all gradients clipped and parallel.
+
+**Idea.** The sum of the rows' clipped gradients is at most C times the number of rows
+in the batch, and parallel gradients are the worst case (``gaussian_mixture``). One
+update is then a mixture of the N(k·C/σ, 1), where k ~ Bin(m, q) under Poisson sampling.
+
+**Guarantee.** A bound for any group of m rows, in both directions: on a line, removing
+shifts of one sign gives no larger divergence than adding them. It is more than m times
+the worst case of one row.
+
+**What breaks it.** No clipping: the bound is infinite.
+
+Source: docs/theory.md, Section 4.
 
 >>> mechanism = NoisySGD(100, sample_rate=0.01, noise_std=1.0, max_grad_norm=1.0)
 >>> one, three = (group_worst_case_loss(mechanism, m, 4.0) for m in (1, 3))
@@ -25,25 +37,26 @@ def group_worst_case_loss(
     *,
     steps: ArrayLike | None = None,
 ) -> float:
-    """Rényi differential privacy of the mechanism for a group of m rows, one-sided.
+    """Return the worst case of a group of m rows: a bound on its Rényi divergence.
 
-    The sum of the rows' clipped gradients is at most C times the number of rows drawn,
-    and parallel gradients are the worst case. Under Poisson sampling
-    that number is Bin(m, q). A fixed schedule is conditioned on: each row takes part in
-    one update of every epoch, and the worst is that all do together, in the dearest.
+    Under Poisson sampling the number of rows in a batch is Bin(m, q). Fixed sampling is
+    conditioned on: each row takes part in one update of every epoch, and the worst case
+        is
+    that all do together, in the most expensive update.
 
     Args:
-        mechanism: The run's facts.
+        mechanism: Noise, clip norm and sampling of the run.
         group_size: m, at least 1.
         order: Rényi order, above 1.
-        steps: The ledger's steps ``(N,)``, where the mechanism has a schedule.
+        steps: The ledger's steps ``(N,)``; needed if the mechanism has a schedule.
 
     Returns:
-        A bound on the divergence in both directions, in nats: on a line, removing
-        shifts of one sign costs no more than adding them. ``inf`` without clipping.
+        A bound on the divergence in both directions, in nats; ``inf`` without clipping.
 
     Raises:
         ValueError: If an argument is outside its domain or ``noise_std`` is 0.
+
+    Source: docs/theory.md, Section 4.
     """
     in_range(1, math.inf, group_size=group_size, remedy="Count the person's rows.")
     in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
@@ -75,7 +88,7 @@ def group_worst_case_loss(
 def group_step_divergence(
     ratio: float, sample_rate: float, group_size: int, order: float
 ) -> float:
-    """One update's divergence: the N(k·ratio, 1), k ~ Bin(m, q), mixed, from N(0, 1).
+    """Return one update's divergence: the mixture over k ~ Bin(m, q) of N(k·ratio, 1).
 
     Args:
         ratio: C / noise_std, the inverse of Opacus's noise multiplier; may be ``inf``.
@@ -95,5 +108,5 @@ def group_step_divergence(
 
 
 def _rate(facts: NoisySGD) -> float:
-    """Probability that a row is drawn, given the schedule."""
+    """Return the probability that a row is sampled, given the schedule."""
     return float(facts.sample_rate) if facts.sampling == "poisson" else 1.0
