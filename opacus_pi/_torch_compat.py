@@ -28,7 +28,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+)
 
 __all__ = [
     "BACKWARD_HOOK_TABLES",
@@ -38,6 +41,7 @@ __all__ = [
     "BatchNormBase",
     "InstanceNormBase",
     "StorageWeakRef",
+    "TorchDispatchMode",
     "both_sides_padding",
     "compiled_module",
     "current_backward_pass",
@@ -50,6 +54,8 @@ __all__ = [
     "is_traceable_wrapper_subclass",
     "next_index",
     "num_writes",
+    "operation_overload",
+    "operation_schema",
     "own_parameters",
     "pytree",
     "received_position",
@@ -179,3 +185,13 @@ def received_position(iterator: Any) -> int | None:
         are returned in the order in which workers finish (``_in_order`` is false).
     """
     return iterator._rcvd_idx - 1 if iterator._in_order else None
+
+
+def operation_schema(operation: Any) -> Any:
+    """Return the schema of a dispatched operation (``_schema``): name and arguments."""
+    return operation._schema
+
+
+def operation_overload(operation: Any) -> str:
+    """Return the overload name of a dispatched operation (``_overloadname``)."""
+    return cast(str, operation._overloadname)

@@ -14,14 +14,16 @@ from opacus_pi.evaluation.summary import evaluate, summarise
 from opacus_pi.evaluation.tow import tug_of_war
 from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
 from opacus_pi.models.predictions import Predictions, predict
-from opacus_pi.symmetries.activations import activation_matching
-from opacus_pi.symmetries.alignment import aligned, pairwise_barriers
-from opacus_pi.symmetries.barriers import loss_barrier, path_losses
-from opacus_pi.symmetries.matching import weight_matching
-from opacus_pi.symmetries.permutations import (
+from opacus_pi.symmetries import (
     PermutationSpec,
+    activation_matching,
+    aligned,
     apply_permutation,
+    loss_barrier,
+    pairwise_barriers,
+    path_losses,
     permutation_spec,
+    weight_matching,
 )
 
 __all__ = [

@@ -1,24 +1,33 @@
-"""Which dimensions of which tensors must be permuted together: atoms, unions.
+"""Name the permutation symmetries of a network from the dimensions of its tensors.
 
-A dimension is a product of *atoms*, outermost first: the columns of a layer after
-a flattened image are (channels, pixels), the rows of an attention projection (heads,
-width of a head). Atoms are unified where an operation pairs them, split where a reshape
-cuts them, and pinned where an operation depends on their order.
+The idea: a dimension is a product of *atoms*, outermost first. The columns of a layer
+after a flattened image are (channels, pixels); the rows of an attention projection are
+(heads, width of a head). Operations unify atoms that they pair, split atoms that a
+reshape cuts, and fix atoms whose order they depend on. After a traced run, every atom
+that is still free is a *symbol*: an independent permutation of hidden units.
+
+The guarantee: where the rules cannot follow an operation, its atoms are fixed, so fewer
+symmetries are found but never a wrong one. What breaks it is a wrong rule in
+``operation_rules.py``; ``permutation_spec`` therefore checks each result numerically.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from typing import NamedTuple
 
-Dims = list[list["Atom"]]  # a tensor's dimensions, each a product of atoms
+from torch import Tensor
+
+Dims = list[list["Atom"]]  # the dimensions of a tensor, each a product of atoms
 
 
 class Atom:
-    """A dimension or a factor of one (a node of a union-find forest).
+    """A dimension, or a factor of one: a node of a union-find forest.
 
     Args:
         size: Number of indices.
-        fixed: Whether its order matters, so that it may not be permuted.
-        outer: The atom of which this one is the inner part after a split.
+        fixed: Whether the order of the indices matters, so that they may not be
+            permuted.
+        outer: The outer part, if this atom is the inner part of a split atom.
     """
 
     def __init__(
@@ -31,26 +40,26 @@ class Atom:
         self._parts: tuple[Atom, Atom] | None = None
 
     def leaves(self) -> list["Atom"]:
-        """The atoms that this one has become, outermost first."""
+        """Return the atoms that this one was split into, outermost first."""
         atom = self._representative()
         if atom._parts is None:
             return [atom]
         return [leaf for part in atom._parts for leaf in part.leaves()]
 
     def split(self, outer_size: int) -> None:
-        """Cut a leaf into an outer atom of that size and an inner one."""
+        """Split a leaf into an outer atom of the given size and an inner atom."""
         outer = Atom(outer_size, self.fixed, self.outer)
         self._parts = outer, Atom(self.size // outer_size, self.fixed, outer)
 
     def merge(self, other: "Atom") -> None:
-        """Make two leaves of one size the same atom."""
+        """Identify this leaf with another leaf of the same size."""
         if other is not self:
             other._same = self
             self.fixed |= other.fixed
             self.outer = self.outer or other.outer
 
     def _representative(self) -> "Atom":
-        """The atom that stands for all those merged with this one."""
+        """Return the atom that represents all atoms merged with this one."""
         atom = self
         while atom._same is not None:
             atom = atom._same
@@ -58,26 +67,26 @@ class Atom:
 
 
 def fresh(shape: Iterable[int], fixed: bool = False) -> Dims:
-    """Dimensions of a tensor about which nothing is known yet (size 1: no atom)."""
+    """Return dimensions with new atoms; a dimension of size 1 has no atom."""
     return [[Atom(size, fixed)] if size != 1 else [] for size in shape]
 
 
 def resolved(dim: Sequence[Atom]) -> list[Atom]:
-    """A dimension's atoms as they are now."""
+    """Return the current leaves of a dimension."""
     return [leaf for atom in dim for leaf in atom.leaves()]
 
 
-def pin(dims: Iterable[Sequence[Atom]]) -> None:
-    """Forbid any permutation of these dimensions."""
+def fix(dims: Iterable[Sequence[Atom]]) -> None:
+    """Fix the order of these dimensions."""
     for dim in dims:
         for atom in resolved(dim):
             atom.fixed = True
 
 
 def unify(first: Sequence[Atom], second: Sequence[Atom]) -> None:
-    """Demand one permutation for two dimensions of the same size.
+    """Require the same permutation of two dimensions of equal size.
 
-    Where their factors cannot be matched, both are pinned.
+    If their factors cannot be matched, both dimensions are fixed.
     """
     left, right = resolved(first), resolved(second)
     while left and right:
@@ -88,15 +97,15 @@ def unify(first: Sequence[Atom], second: Sequence[Atom]) -> None:
         elif max(a.size, b.size) % min(a.size, b.size) == 0:
             max(a, b, key=lambda atom: atom.size).split(min(a.size, b.size))
         else:
-            pin([left, right])
+            fix([left, right])
             return
         left, right = resolved(left), resolved(right)
 
 
 def regroup(atoms: Sequence[Atom], shape: Sequence[int]) -> Dims:
-    """Cut a row-major run of atoms into dimensions of the given sizes.
+    """Distribute row-major atoms over dimensions of the given sizes.
 
-    Where a cut would go through an atom unevenly, all of them are pinned.
+    If a boundary would cut an atom unevenly, all atoms are fixed.
     """
     queue, dims = resolved(atoms), []
     for size in shape:
@@ -105,7 +114,7 @@ def regroup(atoms: Sequence[Atom], shape: Sequence[int]) -> Dims:
             atom = queue.pop(0)
             if atom.size > missing or missing % atom.size:
                 if atom.size % missing:
-                    pin([atoms])
+                    fix([atoms])
                     return fresh(shape, fixed=True)
                 atom.split(missing)
                 atom, inner = atom.leaves()
@@ -113,3 +122,140 @@ def regroup(atoms: Sequence[Atom], shape: Sequence[int]) -> Dims:
             dim.append(atom)
         dims.append(dim)
     return dims
+
+
+class Symbol(NamedTuple):
+    """An independent permutation.
+
+    Attributes:
+        size: Number of indices.
+        outer: Name of the outer symbol, if this symbol is the inner part of a split.
+            There is then one permutation for each index of the outer symbol.
+    """
+
+    size: int
+    outer: str | None
+
+
+class Factor(NamedTuple):
+    """A factor of a dimension: the name of its symbol, or ``None`` if it is fixed."""
+
+    symbol: str | None
+    size: int
+
+
+Axes = tuple[tuple[Factor, ...], ...]
+
+
+def name_symbols(
+    state: Mapping[str, Tensor],
+    seen: Mapping[int, Dims],
+    outputs: Sequence[Dims | None],
+) -> tuple[dict[str, Symbol], dict[str, Axes], tuple[tuple[int, Axes], ...]]:
+    """Name each free atom after the tensor and dimension where it first appears.
+
+    Args:
+        state: Parameters and buffers of the traced model, by name.
+        seen: Dimensions of every tensor of the run by its ``id``, in order of use.
+        outputs: Dimensions of the first output of each operation; ``None`` if it is not
+            an activation.
+
+    Returns:
+        Symbols by name; the axes of each tensor of ``state`` that the run used; and the
+        axes of the activations in which symbols appear, each with its number in
+        ``outputs``.
+    """
+    current = {key: [resolved(dim) for dim in dims] for key, dims in seen.items()}
+    order = {key: number for number, key in enumerate(current)}
+    used_names = [name for name in state if id(state[name]) in order]
+    used_names.sort(key=lambda name: order[id(state[name])])
+    used = {name: current[id(state[name])] for name in used_names}
+    names = _names(used)
+    outer_of = _inner_parts(used.values(), current.values())
+    symbols = {
+        name: Symbol(atom.size, names[outer_of[atom]] if atom in outer_of else None)
+        for atom, name in names.items()
+    }
+    axes = {name: _axes(dims, names) for name, dims in used.items()}
+    activations = [
+        (number, _axes([resolved(dim) for dim in dims], names))
+        for number, dims in enumerate(outputs)
+        if dims is not None
+    ]
+    sites = tuple(
+        (number, found)
+        for number, found in activations
+        if any(factor.symbol for dim in found for factor in dim)
+    )
+    return symbols, axes, sites
+
+
+def _names(used: Mapping[str, Dims]) -> dict[Atom, str]:
+    """Return a name for each free atom of the parameters and buffers."""
+    names: dict[Atom, str] = {}
+    for tensor, dims in used.items():
+        for d, dim in enumerate(dims):
+            for k, atom in enumerate(dim):
+                if not atom.fixed and atom not in names:
+                    place = f"[{d}]" if len(dim) == 1 else f"[{d}.{k}]"
+                    names[atom] = tensor + place
+    return names
+
+
+def _axes(dims: Dims, names: Mapping[Atom, str]) -> Axes:
+    """Return the dimensions of a tensor as factors."""
+    return tuple(tuple(Factor(names.get(a), a.size) for a in dim) for dim in dims)
+
+
+def _inner_parts(used: Iterable[Dims], seen: Iterable[Dims]) -> dict[Atom, Atom]:
+    """Return the inner atoms that may have one permutation per index of an outer atom.
+
+    An inner atom qualifies if its outer atom is free, occurs in every tensor of the run
+    that has the inner atom, and stands directly before it in every parameter. Otherwise
+    (a weight that all heads share, say) the inner atom has one permutation for all.
+
+    Args:
+        used: Dimensions of the parameters and buffers.
+        seen: Dimensions of all tensors of the run.
+
+    Returns:
+        The outer atom of each inner atom that qualifies.
+    """
+    candidates, broken = _beside_their_outer_atoms(seen)
+    for dims in used:
+        for dim in dims:
+            for before, atom in zip([None, *dim], dim, strict=False):
+                if candidates.get(atom) is not before:
+                    broken.add(atom)
+        _keep_one_inner_part_each(dims, candidates, broken)
+    kept = {atom: outer for atom, outer in candidates.items() if atom not in broken}
+    return {atom: outer for atom, outer in kept.items() if outer not in kept}
+
+
+def _beside_their_outer_atoms(
+    seen: Iterable[Dims],
+) -> tuple[dict[Atom, Atom], set[Atom]]:
+    """Return inner atoms with their outer atoms, and the atoms that ever lack one."""
+    candidates: dict[Atom, Atom] = {}
+    broken: set[Atom] = set()
+    for dims in seen:
+        present = {atom for dim in dims for atom in dim}
+        for atom in present:
+            outer = atom.outer.leaves()[-1] if atom.outer is not None else None
+            if outer is None or outer.fixed or atom.fixed or outer not in present:
+                broken.add(atom)
+            else:
+                candidates[atom] = outer
+    return candidates, broken
+
+
+def _keep_one_inner_part_each(
+    dims: Dims, candidates: Mapping[Atom, Atom], broken: set[Atom]
+) -> None:
+    """Within one tensor, let each outer atom keep only one of its inner atoms."""
+    taken: dict[Atom, Atom] = {}
+    for dim in dims:
+        for atom in dim:
+            if atom in candidates and atom not in broken:
+                if taken.setdefault(candidates[atom], atom) is not atom:
+                    broken.add(atom)

@@ -1,13 +1,33 @@
 """Loss barriers: how far the loss rises on the straight line between two models.
 
+Two networks trained with different seeds list their hidden units in different orders,
+and most of the barrier between them comes from that. ``aligned`` permutes the second
+network to match the first, so that what remains is a barrier *modulo permutation*.
+``pairwise_barriers`` among retrained models is the baseline to compare with.
+
 >>> import torch
 >>> model = torch.nn.Linear(2, 2)
 >>> batches = [(torch.zeros(3, 2), torch.tensor([0, 1, 1]))]
 >>> loss_barrier(model, model, batches, torch.nn.CrossEntropyLoss())
 0.0
+
+The barriers of all pairs of three models, modulo permutation:
+
+>>> from opacus_pi.symmetries.permutations import permutation_spec
+>>> models = [
+...     torch.nn.Sequential(
+...         torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+...     )
+...     for _ in range(3)
+... ]
+>>> spec = permutation_spec(models[0], torch.randn(4, 2))
+>>> batches = [(torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0]))]
+>>> pairwise_barriers(models, batches, torch.nn.CrossEntropyLoss(), spec=spec).shape
+(3,)
 """
 
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -15,9 +35,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
+from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.models.batches import device_of, forward, inputs_and_targets, to_device
@@ -25,6 +45,16 @@ from opacus_pi.models.copies import independent_copy, unwrap
 from opacus_pi.models.losses import Criterion, float64_losses
 from opacus_pi.models.no_trace import evaluating, random_state_untouched
 from opacus_pi.models.predictions import Data
+from opacus_pi.symmetries.matching import weight_matching
+from opacus_pi.symmetries.permutations import PermutationSpec, apply_permutation
+
+__all__ = [
+    "aligned",
+    "loss_barrier",
+    "pairwise_barriers",
+    "path_losses",
+    "reset_batch_norm_",
+]
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 _REFINEMENTS = 12
@@ -50,18 +80,19 @@ def loss_barrier(
     Args:
         model_a: w, plain or wrapped by Opacus.
         model_b: w', of the same architecture.
-        data_loader: The set S: a data set or batches ``(inputs, labels)``. It is read
-            once and held in memory, so that every point sees the same examples; a
-            fixed subset of 2,000 is usually enough.
+        data_loader: The set S on which the loss is measured: a data set, or batches
+            ``(inputs, labels)``. It is read once and kept in memory, so that every
+            point uses the same examples. A fixed subset of 2,000 is usually enough.
         criterion: ``criterion(outputs, labels)``, one loss per example.
         num_points: Number of grid points, at least 2; 1/2 is added if missing.
-        reset_bn: Whether to recompute BatchNorm's running statistics on S at every
-            point. Between models they fit neither, which alone can make a barrier.
-        refine: Whether to search on between the neighbours of the best grid point
-            (golden section, with Brent's parabolic steps).
+        reset_bn: Whether to recompute the running statistics of BatchNorm on S at every
+            point. Interpolated statistics fit neither model, which alone can make a
+            barrier.
+        refine: Whether to continue the search between the neighbours of the best grid
+            point (golden section with Brent's parabolic steps).
 
     Returns:
-        The barrier, in the loss's units.
+        The barrier, in the unit of the loss.
 
     Raises:
         ValueError: If the models differ in architecture, S is empty, or there are
@@ -102,7 +133,7 @@ def path_losses(
     *,
     reset_bn: bool = False,
 ) -> NDArray[np.float64]:
-    """Mean loss at points of the straight line between two models.
+    """Compute the mean loss at points of the straight line between two models.
 
     Args:
         model_a: The model at alpha 1.
@@ -121,6 +152,70 @@ def path_losses(
     in_range(0, 1, remedy="They are weights of model_a.", alphas=alphas)
     path = _Path(model_a, model_b, data_loader, criterion, reset_bn)
     return np.array([path.loss(alpha) for alpha in np.ravel(alphas)])
+
+
+def aligned(model_a: nn.Module, model_b: nn.Module, spec: PermutationSpec) -> nn.Module:
+    """Return a copy of ``model_b`` with its hidden units in the order of ``model_a``.
+
+    Args:
+        model_a: The model to match to.
+        model_b: The model to permute; not changed. Wrappers are removed in the copy.
+        spec: The result of ``permutation_spec`` for either model.
+
+    Returns:
+        A model in evaluation mode that computes the same function as ``model_b``.
+
+    Raises:
+        ValueError: If a model does not fit the spec.
+    """
+    twin = independent_copy(model_b)
+    state = twin.state_dict()
+    found = weight_matching(spec, unwrap(model_a).state_dict(), state)
+    twin.load_state_dict(apply_permutation(spec, found, state))
+    return twin
+
+
+def pairwise_barriers(
+    models: Sequence[nn.Module],
+    data_loader: Data,
+    criterion: Criterion,
+    *,
+    spec: PermutationSpec | None = None,
+    **options: Any,
+) -> NDArray[np.float64]:
+    """Compute the loss barriers between all pairs of models.
+
+    Among retrained models this is the baseline for the barrier of an unlearned model.
+
+    Args:
+        models: k models of one architecture.
+        data_loader: As for ``loss_barrier``; it is read once for each pair.
+        criterion: As for ``loss_barrier``.
+        spec: If given, each pair is aligned first; ``None`` compares the weights in
+            their own order.
+        **options: Further options of ``loss_barrier``.
+
+    Returns:
+        float64 ``(k (k - 1) / 2,)``, in the order of ``itertools.combinations``.
+
+    Raises:
+        ValueError: If there are fewer than 2 models.
+
+    Source: paper, Section 5.2 and Figure 1 (right).
+    """
+    expect(len(models) >= 2, "models", len(models), "to be at least 2", "Train more.")
+    return np.array(
+        [
+            loss_barrier(
+                a,
+                b if spec is None else aligned(a, b, spec),
+                data_loader,
+                criterion,
+                **options,
+            )
+            for a, b in combinations(models, 2)
+        ]
+    )
 
 
 class _Path:
@@ -142,7 +237,7 @@ class _Path:
         self._reset_bn = reset_bn
 
     def loss(self, alpha: float) -> float:
-        """Mean loss at ``alpha`` times the first model plus the rest of the second."""
+        """Return the mean loss at alpha times the first model plus the rest of the other."""
         b, a = self._ends
         self._model.load_state_dict({k: _between(b[k], a[k], alpha) for k in b})
         if self._reset_bn:
@@ -154,10 +249,10 @@ def reset_batch_norm_(model: nn.Module, batches: Batches) -> None:
     """Recompute the running statistics of every BatchNorm layer, as means over batches.
 
     Args:
-        model: Changed in place; a model without BatchNorm is left as it is.
+        model: Changed in place; a model without BatchNorm does not change.
         batches: Pairs ``(inputs, labels)`` on the model's device.
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    layers = [m for m in model.modules() if isinstance(m, BatchNormBase)]
     layers = [layer for layer in layers if layer.track_running_stats]
     if not layers:
         return
@@ -174,12 +269,12 @@ def reset_batch_norm_(model: nn.Module, batches: Batches) -> None:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, without wrappers."""
+    """Return parameters and buffers by name, without wrappers."""
     return {k: v.detach().cpu() for k, v in unwrap(model).state_dict().items()}
 
 
 def _check_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """Raise unless two states can be mixed."""
+    """Raise unless two states have the same names and shapes."""
     shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (a, b)]
     differing = [
         k for k in shapes[0] | shapes[1] if shapes[0].get(k) != shapes[1].get(k)
@@ -194,12 +289,12 @@ def _check_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def _between(b: Tensor, a: Tensor, alpha: float) -> Tensor:
-    """A point of the line; exact at both ends; counters are the first model's."""
+    """Return a point of the line, exact at both ends; integers are taken from a."""
     return torch.lerp(b, a, float(alpha)) if a.is_floating_point() else a
 
 
 def _read(data: Data, device: torch.device) -> Batches:
-    """All batches, on the device."""
+    """Read all batches to the device."""
     loader = DataLoader(data, 256) if isinstance(data, Dataset) else data
     with random_state_untouched():
         batches = [to_device(inputs_and_targets(batch), device) for batch in loader]
@@ -210,7 +305,7 @@ def _read(data: Data, device: torch.device) -> Batches:
 def _mean_loss(
     model: nn.Module, batches: Batches, losses: Callable[..., Tensor]
 ) -> float:
-    """Mean loss over all examples, in float64."""
+    """Return the mean loss over all examples, in float64."""
     with evaluating(model):
         total = sum(
             float(losses(forward(model, x), y).double().sum()) for x, y in batches

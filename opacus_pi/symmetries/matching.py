@@ -1,5 +1,16 @@
 """Find the permutation that brings one network closest to another.
 
+The idea: to match the hidden units of two networks is an assignment problem for each
+symbol, if the other symbols are held fixed. ``weight_matching`` maximizes the inner
+product of the parameters by solving one assignment problem after another until none
+improves; ``activation_matching`` maximizes the correlation of the units' activations
+and needs one problem per symbol. A symbol with inner parts (heads and their widths) is
+solved jointly: first the best inner assignment for every pair of outer indices, then
+the outer assignment, which is exact.
+
+The guarantee: the result of ``weight_matching`` is never worse than no permutation, and
+a permuted copy of a network is matched back. It is a local optimum, not a global one.
+
 >>> import numpy as np
 >>> import torch
 >>> from opacus_pi.symmetries.permutations import apply_permutation, permutation_spec
@@ -15,19 +26,33 @@ True
 """
 
 from collections.abc import Collection
+from math import prod
+from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
 
+from opacus_pi._torch_compat import pytree
 from opacus_pi._validate import expect
-from opacus_pi.symmetries.assignment import Gains, front_rows, held_out, places, roots
-from opacus_pi.symmetries.axis_symbols import Axes
+from opacus_pi.models.batches import forward
+from opacus_pi.models.copies import independent_copy
+from opacus_pi.models.no_trace import random_state_untouched
+from opacus_pi.symmetries.axes import Axes, Factor
 from opacus_pi.symmetries.permutations import (
     Params,
     Permutation,
     PermutationSpec,
+    as_input,
     permuted,
 )
+from opacus_pi.symmetries.tracing import OutputCapture, elementary_operations
 
+__all__ = ["activation_matching", "weight_matching"]
+
+Matrix = NDArray[np.float64]
 _MAX_SWEEPS = 100
 _ROUNDING = 1e-9
 
@@ -35,21 +60,22 @@ _ROUNDING = 1e-9
 def weight_matching(
     spec: PermutationSpec, params_a: Params, params_b: Params
 ) -> Permutation:
-    r"""Permute b so that its parameters have the largest inner product with a's.
+    r"""Find the permutation of b whose weights have the largest inner product with a's.
 
-    Coordinate ascent: one symbol after another is set to the optimum of a linear
-    assignment problem with the others held, until none improves. It starts from a
-    matching that compares only what no undecided permutation can change, or from the
-    identity if that is better: the result is never worse than not permuting, and a
-    permuted copy is matched back.
+    Coordinate ascent: each symbol in turn is set to the optimum of a linear assignment
+    problem while the other symbols are held fixed, until no symbol improves. It starts
+    from a matching that compares only what undecided permutations cannot change, or
+    from the identity if that is better.
 
     Args:
         spec: The networks' symmetries.
         params_a: Parameters (or state dict) to match to, by name.
-        params_b: Parameters to permute: ``apply_permutation(spec, found, params_b)``.
+        params_b: Parameters to permute, with ``apply_permutation(spec, found,
+            params_b)``.
 
     Returns:
-        An array for each symbol; buffers do not take part.
+        An int64 array for each symbol, as ``spec.random`` returns. Buffers are not
+        compared.
 
     Raises:
         ValueError: If a tensor of the spec is missing or has another shape.
@@ -57,13 +83,52 @@ def weight_matching(
     Source: Ainsworth et al. 2023 (arXiv:2209.04836), Algorithm 1; the first matching
     and the inner permutations of groups and heads are ours.
     """
-    problem = _Problem(spec, params_a, params_b)
+    problem = _InnerProduct(spec, params_a, params_b)
     starts = [spec.identity(), problem.first_matching()]
     return problem.ascend(max(starts, key=problem.inner_product))
 
 
-class _Problem:
-    """The inner product of two networks, a function of a permutation of the second."""
+def activation_matching(
+    spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, inputs: Any
+) -> Permutation:
+    """Find the permutation of b whose activations correlate most with a's.
+
+    For each symbol, correlations over examples and positions are summed over all
+    activations in which the symbol appears (outputs of linear layers, convolutions and
+    pointwise operations), and one linear assignment problem is solved. A symbol that
+    appears in no activation is not permuted.
+
+    Args:
+        spec: The networks' symmetries.
+        model_a: The model to match to; not changed.
+        model_b: The model whose parameters are to be permuted; not changed.
+        inputs: One batch, in the same form as the example that the spec was traced on.
+
+    Returns:
+        An int64 array for each symbol, for ``apply_permutation(spec, found,
+        params_b)``.
+
+    Raises:
+        ValueError: If the models do not run the operations that were traced.
+
+    Source: Li et al. 2016 (arXiv:1511.07543); Ainsworth et al. 2023, Section 3.1.
+    """
+    a, b = (_activations(spec, model, inputs) for model in (model_a, model_b))
+    permutation = spec.identity()
+    for root in _outer_symbols(spec):
+        gains = _Assignment(spec, root)
+        for number, axes in spec.sites:
+            for place in _positions(axes, root):
+                axes = _resized(axes, a[number].shape)
+                rows_a, inner = _rows_over(a[number], axes, place, gains.inner_parts)
+                rows_b, _ = _rows_over(b[number], axes, place, gains.inner_parts)
+                gains.add(inner, _standardised(rows_a) @ _standardised(rows_b).T)
+        permutation |= gains.best()
+    return permutation
+
+
+class _InnerProduct:
+    """The inner product of two networks, as a function of a permutation of b."""
 
     def __init__(self, spec: PermutationSpec, a: Params, b: Params) -> None:
         names = [name for name in spec.axes if name not in spec.buffers]
@@ -84,29 +149,29 @@ class _Problem:
     def inner_product(
         self, permutation: Permutation, names: Collection[str] | None = None
     ) -> float:
-        """Sum over some tensors (all by default) of the entries' products."""
+        """Return the inner product over some tensors, by default all."""
         return sum(
             float((self.a[n] * permuted(self.b[n], self.axes[n], permutation)).sum())
             for n in (self.axes if names is None else names)
         )
 
     def first_matching(self) -> Permutation:
-        """Decide symbol after symbol from what the undecided ones cannot change."""
+        """Decide each symbol in turn from what the undecided symbols cannot change."""
         permutation: Permutation = {}
-        for root in roots(self.spec):
-            permutation |= self.gains(root, permutation).best()
+        for root in _outer_symbols(self.spec):
+            permutation |= self.assignment(root, permutation).best()
         return permutation
 
     def ascend(self, permutation: Permutation) -> Permutation:
-        """Improve one symbol after another until none can be improved."""
+        """Improve each symbol in turn until no symbol can be improved."""
         for _ in range(_MAX_SWEEPS):
             improved = False
-            for root in roots(self.spec):
-                gains = self.gains(root, permutation)
+            for root in _outer_symbols(self.spec):
+                gains = self.assignment(root, permutation)
                 trial = permutation | gains.best()
                 before, after = gains.value(permutation), gains.value(trial)
                 names = self._tensors_with_two(root)
-                if names:  # there the gain of one place depends on the other
+                if names:  # the gain at one position depends on the other position
                     before = self.inner_product(permutation, names)
                     after = self.inner_product(trial, names)
                 if after > before + _ROUNDING * abs(before):
@@ -116,20 +181,20 @@ class _Problem:
         return permutation
 
     def _tensors_with_two(self, root: str) -> list[str]:
-        """Tensors of a symbol, if it stands at two places of one of them."""
-        counts = {name: len(places(axes, root)) for name, axes in self.axes.items()}
+        """Return the tensors of a symbol if it has two positions in one of them."""
+        counts = {name: len(_positions(axes, root)) for name, axes in self.axes.items()}
         twice = max(counts.values(), default=0) > 1
         return [name for name, count in counts.items() if count] if twice else []
 
-    def gains(self, root: str, permutation: Permutation) -> "Gains":
-        """What it gains to put each index of b at each place of a, for one symbol."""
-        gains, decided = Gains(self.spec, root), set(permutation)
+    def assignment(self, root: str, permutation: Permutation) -> "_Assignment":
+        """Return the assignment problem of one symbol, given the others."""
+        gains, decided = _Assignment(self.spec, root), set(permutation)
         for name, axes in self.axes.items():
-            for place in places(axes, root):
-                own = held_out(axes, place[0], {root, *gains.inner_parts})
+            for place in _positions(axes, root):
+                own = _without(axes, place[0], {root, *gains.inner_parts})
                 b = permuted(self.b[name], own, permutation)
                 rows = [
-                    front_rows(tensor, axes, place, gains.inner_parts, decided)
+                    _rows_over(tensor, axes, place, gains.inner_parts, decided)
                     for tensor in (self.a[name], b)
                 ]
                 gains.add(rows[0][1], rows[0][0] @ rows[1][0].T)
@@ -137,5 +202,178 @@ class _Problem:
 
 
 def _checked(name: str, tensor: Tensor, axes: Axes) -> Tensor:
-    """A tensor of the traced shape, on the CPU in float64."""
+    """Return a tensor on the CPU in float64, after checking its shape."""
     return permuted(tensor.detach().cpu().double(), axes, {}, name)
+
+
+def _standardised(rows: Tensor) -> Tensor:
+    """Return rows of mean 0 and length 1 (length 0 for a constant row)."""
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    lengths = centred.norm(dim=1, keepdim=True)
+    return centred / torch.where(lengths > 0, lengths, 1.0)
+
+
+def _activations(
+    spec: PermutationSpec, model: nn.Module, inputs: Any
+) -> dict[int, Tensor]:
+    """Return the activations at the spec's sites, from one run in evaluation mode."""
+    twin = independent_copy(model).cpu().double()
+    inputs = pytree.tree_map_only(Tensor, as_input, inputs)
+    capture = OutputCapture(number for number, _ in spec.sites)
+    with random_state_untouched(), elementary_operations(), capture:
+        forward(twin, inputs)
+    fit = all(
+        number in capture.kept
+        and _sizes(_resized(axes, capture.kept[number].shape))
+        == capture.kept[number].shape
+        for number, axes in spec.sites
+    )
+    expect(
+        fit,
+        "model",
+        type(twin).__name__,
+        "to run the operations that were traced",
+        "Pass models of the architecture of the spec.",
+    )
+    return capture.kept
+
+
+def _sizes(axes: Axes) -> torch.Size:
+    """Return the shape of a tensor with these axes."""
+    return torch.Size(prod(factor.size for factor in dim) for dim in axes)
+
+
+def _resized(axes: Axes, shape: torch.Size) -> Axes:
+    """Adapt axes to another batch size: the first fixed factor absorbs the change."""
+    fitted = []
+    for dim, size in zip(axes, shape, strict=False):
+        first = next((k for k, factor in enumerate(dim) if factor.symbol is None), None)
+        if first is not None:
+            rest = prod(factor.size for k, factor in enumerate(dim) if k != first)
+            dim = (*dim[:first], Factor(None, size // rest), *dim[first + 1 :])
+        fitted.append(dim)
+    return tuple(fitted)
+
+
+class _Assignment:
+    """The assignment problem of one outer symbol and its inner parts.
+
+    Args:
+        spec: The networks' symmetries.
+        root: Name of the outer symbol.
+
+    Attributes:
+        inner_parts: Sizes of the symbols that have one permutation for each index of
+            the root, by name.
+    """
+
+    def __init__(self, spec: PermutationSpec, root: str) -> None:
+        self.root, self.size = root, spec.symbols[root].size
+        self.inner_parts = {
+            name: symbol.size
+            for name, symbol in spec.symbols.items()
+            if symbol.outer == root
+        }
+        self._total: dict[str | None, Matrix] = {}
+
+    def add(self, inner: str | None, products: Tensor) -> None:
+        """Add the inner products of all rows of a with all rows of b.
+
+        The rows are the indices of the root, or (root, inner part) in row-major order.
+        """
+        matrix = products.numpy()
+        self._total[inner] = self._total.get(inner, 0.0) + matrix
+
+    def value(self, permutation: Permutation) -> float:
+        """Return the gain of a permutation of the root and its inner parts."""
+        total, order = 0.0, permutation[self.root]
+        if None in self._total:
+            total += float(self._total[None][np.arange(self.size), order].sum())
+        for inner, m in self.inner_parts.items():
+            if inner in self._total:
+                columns = (order[:, None] * m + permutation[inner]).ravel()
+                rows = np.arange(len(columns))
+                total += float(self._total[inner][rows, columns].sum())
+        return total
+
+    def best(self) -> Permutation:
+        """Return the optimum.
+
+        For every pair of root indices the inner parts are assigned first; the root is
+        then assigned by the resulting gains.
+        """
+        n, chosen = self.size, {}
+        value = np.zeros((n, n)) + self._total.get(None, 0.0)
+        for inner, m in self.inner_parts.items():
+            total = self._total.get(inner, np.zeros((n * m, n * m)))
+            blocks = total.reshape(n, m, n, m).transpose(0, 2, 1, 3)
+            chosen[inner] = np.array(
+                [[_assign(pair) for pair in row] for row in blocks]
+            )
+            value = value + np.take_along_axis(
+                blocks, chosen[inner][..., None], axis=3
+            ).sum((2, 3))
+        order = _assign(value)
+        parts = {inner: c[np.arange(n), order] for inner, c in chosen.items()}
+        return {self.root: order, **parts}
+
+
+def _assign(gains: Matrix) -> NDArray[np.int64]:
+    """Assign a column to each row, each column once, with the largest sum."""
+    columns: NDArray[np.int64] = linear_sum_assignment(gains, maximize=True)[1]
+    return columns.astype(np.int64)
+
+
+def _outer_symbols(spec: PermutationSpec) -> list[str]:
+    """Return the symbols that are not inner parts, in order of the run."""
+    return [name for name, symbol in spec.symbols.items() if symbol.outer is None]
+
+
+def _positions(axes: Axes, symbol: str) -> list[tuple[int, int]]:
+    """Return the positions of a symbol as pairs (dimension, factor)."""
+    return [
+        (d, k)
+        for d, factors in enumerate(axes)
+        for k, factor in enumerate(factors)
+        if factor.symbol == symbol
+    ]
+
+
+def _without(axes: Axes, dimension: int, symbols: Collection[str]) -> Axes:
+    """Return the axes with some symbols of one dimension treated as fixed."""
+    return tuple(
+        tuple(
+            Factor(None, f.size) if d == dimension and f.symbol in symbols else f
+            for f in factors
+        )
+        for d, factors in enumerate(axes)
+    )
+
+
+def _rows_over(
+    tensor: Tensor,
+    axes: Axes,
+    place: tuple[int, int],
+    inner_parts: Collection[str],
+    decided: Collection[str] | None = None,
+) -> tuple[Tensor, str | None]:
+    """Return a tensor as rows over a symbol, and the inner part the rows also cover.
+
+    Columns of undecided symbols are sorted, so that the rows do not depend on how these
+    symbols will be permuted. ``decided=None`` means that all symbols are decided.
+    """
+    factors = [factor for dim in axes for factor in dim]
+    root = sum(len(dim) for dim in axes[: place[0]]) + place[1]
+    inner = [p for p, factor in enumerate(factors) if factor.symbol in inner_parts]
+    front = [root, *sorted(inner, key=lambda p: abs(p - root))[:1]]
+    rest = [p for p in range(len(factors)) if p not in front]
+    is_open = {
+        p: decided is not None and factors[p].symbol not in (None, *decided)
+        for p in rest
+    }
+    known, open_ = ([p for p in rest if is_open[p] is flag] for flag in (False, True))
+    sizes = [prod(factors[p].size for p in group) for group in (front, known, open_)]
+    cells = tensor.reshape([factor.size for factor in factors])
+    cells = cells.permute(*front, *known, *open_).reshape(sizes)
+    rows = (cells.sort(dim=2).values if open_ else cells).reshape(sizes[0], -1)
+    return rows, factors[front[1]].symbol if len(front) > 1 else None

@@ -1,8 +1,13 @@
-"""Permutation symmetries of a network, traced from a run of it.
+"""Permutation symmetries of a network, traced from one run of it.
 
-The hidden units of a network have no order: permuting them consistently in every
-parameter and buffer gives the same function. A spec says which dimensions of which
-tensors go together; no architecture is written by hand.
+The hidden units of a network have no order: if they are permuted consistently in every
+parameter and buffer, the network computes the same function. A ``PermutationSpec`` says
+which dimensions of which tensors must be permuted together. It is traced from a run, so
+that no architecture has to be described by hand.
+
+The guarantee: ``permutation_spec`` applies a random permutation and checks that the
+outputs stay the same. What breaks it: operations that depend on the values of the
+example (branches, sorting) or that are random; they raise an error.
 
 >>> import torch
 >>> model = torch.nn.Sequential(
@@ -25,15 +30,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from opacus_pi._torch_compat import pytree
 from opacus_pi._validate import expect
 from opacus_pi.models.batches import forward
 from opacus_pi.models.copies import independent_copy
 from opacus_pi.models.no_trace import random_state_untouched
-from opacus_pi.symmetries.axes import pin
-from opacus_pi.symmetries.axis_symbols import Axes, Factor, Symbol, name_symbols
-from opacus_pi.symmetries.axis_tracing import AxisTracer, elementary_operations
+from opacus_pi.symmetries.axes import Axes, Factor, Symbol, fix, name_symbols
+from opacus_pi.symmetries.tracing import AxisTracer, elementary_operations
+
+__all__ = ["PermutationSpec", "apply_permutation", "permutation_spec"]
 
 Params = Mapping[str, Tensor]
 Permutation = dict[str, NDArray[np.int64]]
@@ -44,15 +50,16 @@ class PermutationSpec:
     """Which dimensions of a network's tensors are permuted together.
 
     Attributes:
-        symbols: Each independent permutation by name: its size, and the symbol of which
-            it is the inner part (channels inside a group of GroupNorm, the width inside
-            an attention head): then there is one permutation for each outer index.
-        axes: For each tensor of the state dict and each of its dimensions the factors,
-            outermost first.
-        buffers: Names of tensors that are not parameters; they are permuted, but take
-            no part in matching.
-        sites: Where symbols appear in pointwise operations' outputs: the operation's
-            number in the run, and the output's axes.
+        symbols: Each independent permutation by name, with its size and, for an inner
+            part, its outer symbol. Inner parts are the channels within a group of
+            GroupNorm or the width within an attention head; they have one permutation
+            for each index of the outer symbol.
+        axes: The factors of each dimension of each tensor of the state dict, outermost
+            first.
+        buffers: Names of tensors that are not parameters. They are permuted, but not
+            compared by ``weight_matching``.
+        sites: Activations in which symbols appear: the number of the operation in the
+            run, and the axes of its output.
     """
 
     symbols: dict[str, Symbol]
@@ -61,11 +68,11 @@ class PermutationSpec:
     sites: tuple[tuple[int, Axes], ...]
 
     def identity(self) -> Permutation:
-        """The permutation that changes nothing."""
+        """Return the permutation that changes nothing."""
         return {name: self._rows(name, np.arange) for name in self.symbols}
 
     def random(self, generator: np.random.Generator) -> Permutation:
-        """A uniform draw from the permutations that the spec describes.
+        """Draw uniformly from the permutations that the spec describes.
 
         Args:
             generator: Source of randomness.
@@ -76,7 +83,7 @@ class PermutationSpec:
         return {name: self._rows(name, generator.permutation) for name in self.symbols}
 
     def _rows(self, name: str, draw: Any) -> NDArray[np.int64]:
-        """One permutation, or one for each index of the outer symbol."""
+        """Return one permutation, or one for each index of the outer symbol."""
         symbol = self.symbols[name]
         if symbol.outer is None:
             return np.asarray(draw(symbol.size), dtype=np.int64)
@@ -85,25 +92,24 @@ class PermutationSpec:
 
 
 def permutation_spec(model: nn.Module, example_input: Any) -> PermutationSpec:
-    """Trace a network's permutation symmetries from one run in evaluation mode.
+    """Trace the permutation symmetries of a network from one run in evaluation mode.
 
     Every operation is followed, so residual connections, convolutions (grouped ones
-    too), linear, norm and embedding layers, attention heads and whatever else the model
-    composes need no special case. An operation that is not understood keeps its inputs
-    in place. The result is checked: a random permutation must leave the outputs on the
-    example as they are.
+    too), linear, normalization and embedding layers and attention heads need no special
+    case. The dimensions of an operation without a rule are not permuted. The result is
+    checked: a random permutation must not change the outputs on the example.
 
     Args:
-        model: Plain or wrapped by Opacus; it is copied to the CPU, in float64.
-        example_input: A batch of inputs, best of at least 2 examples of random values;
-            a tuple is passed as several arguments, a dict by name.
+        model: Plain or wrapped by Opacus. A copy on the CPU in float64 is traced.
+        example_input: A batch of inputs, preferably of at least 2 examples with random
+            values. A tuple is passed as several arguments, a dict by name.
 
     Returns:
         The spec.
 
     Raises:
-        ValueError: If a random permutation changes the outputs: the model's operations
-            depend on the values of the example, or are random.
+        ValueError: If a random permutation changes the outputs, because operations of
+            the model depend on the values of the example or are random.
 
     Source: Entezari et al. 2022 (arXiv:2110.06296); Ainsworth et al. 2023
     (arXiv:2209.04836), where specs are written by hand.
@@ -118,8 +124,9 @@ def permutation_spec(model: nn.Module, example_input: Any) -> PermutationSpec:
             outputs = forward(twin, inputs)
         for tensor in pytree.tree_leaves(outputs):
             if isinstance(tensor, Tensor):
-                pin(tracer.dims(tensor))
-        symbols, axes, sites = name_symbols(state, tracer)
+                fix(tracer.dims(tensor))
+        seen = {key: dims for key, (_, dims) in tracer.seen.items()}
+        symbols, axes, sites = name_symbols(state, seen, tracer.outputs)
         buffers = frozenset(_named(twin, "buffers"))
         spec = PermutationSpec(symbols, axes, buffers & set(axes), sites)
         _check(spec, twin, inputs, outputs)
@@ -129,22 +136,22 @@ def permutation_spec(model: nn.Module, example_input: Any) -> PermutationSpec:
 def apply_permutation(
     spec: PermutationSpec, permutation: Permutation, params: Params
 ) -> dict[str, Tensor]:
-    """Permute a network's tensors; the network computes the same function.
+    """Permute the tensors of a network, which then computes the same function.
 
-    Along every dimension new[i] = old[permutation[i]].
+    Along every dimension, ``new[i] = old[permutation[i]]``.
 
     Args:
-        spec: The network's symmetries.
-        permutation: For each symbol an array as ``spec.random`` gives.
+        spec: The symmetries of the network.
+        permutation: An int64 array for each symbol, as ``spec.random`` returns.
         params: Parameters, or the whole state dict, by name. Tensors that the spec does
-            not know are kept.
+            not contain are not changed.
 
     Returns:
         New tensors by name.
 
     Raises:
-        ValueError: If a symbol is missing, an array is no permutation, or a tensor has
-            another shape than the traced one.
+        ValueError: If a symbol is missing, an array is not a permutation, or the shape
+            of a tensor differs from the traced one.
     """
     check_permutation(spec, permutation)
     return {
@@ -156,7 +163,7 @@ def apply_permutation(
 def permuted(
     tensor: Tensor, axes: Axes, permutation: Permutation, name: str = "tensor"
 ) -> Tensor:
-    """One tensor with its dimensions permuted; symbols without an array stay."""
+    """Permute the dimensions of one tensor; symbols without an array are kept."""
     for d, factors in enumerate(axes):
         expect(
             tensor.dim() == len(axes)
@@ -188,7 +195,7 @@ def check_permutation(spec: PermutationSpec, permutation: Permutation) -> None:
 
 
 def _order(factors: tuple[Factor, ...], permutation: Permutation) -> NDArray[np.int64]:
-    """The order of a dimension's indices under the permutations of its factors."""
+    """Return the order of the indices of a dimension, given its factors."""
     order = np.zeros(1, dtype=np.int64)
     for symbol, size in factors:
         array = permutation.get(str(symbol), np.arange(size))
@@ -199,7 +206,7 @@ def _order(factors: tuple[Factor, ...], permutation: Permutation) -> NDArray[np.
 
 
 def _check(spec: PermutationSpec, twin: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Raise unless a random permutation leaves the outputs as they are."""
+    """Raise unless a random permutation leaves the outputs unchanged."""
     permutation = spec.random(np.random.default_rng(0))
     moved = copy.deepcopy(twin)
     moved.load_state_dict(apply_permutation(spec, permutation, twin.state_dict()))
@@ -221,11 +228,11 @@ def _check(spec: PermutationSpec, twin: nn.Module, inputs: Any, outputs: Any) ->
 
 
 def _named(model: nn.Module, what: str) -> dict[str, Tensor]:
-    """Parameters or buffers by name, those of several names under each."""
+    """Return parameters or buffers by name; a shared tensor under each of its names."""
     return dict(getattr(model, f"named_{what}")(remove_duplicate=False))
 
 
 def as_input(tensor: Tensor) -> Tensor:
-    """An input on the CPU, floating ones in float64."""
+    """Return an input on the CPU; floating-point inputs in float64."""
     tensor = tensor.detach().cpu()
     return tensor.double() if tensor.is_floating_point() else tensor

@@ -7,8 +7,7 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from opacus_pi.symmetries.alignment import aligned, pairwise_barriers
-from opacus_pi.symmetries.barriers import loss_barrier
+from opacus_pi.symmetries.barriers import aligned, loss_barrier, pairwise_barriers
 from opacus_pi.symmetries.permutations import apply_permutation, permutation_spec
 
 CE = nn.CrossEntropyLoss()

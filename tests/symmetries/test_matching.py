@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_pi.symmetries.activations import activation_matching
 from opacus_pi.symmetries.barriers import loss_barrier
-from opacus_pi.symmetries.matching import weight_matching
+from opacus_pi.symmetries.matching import activation_matching, weight_matching
 from opacus_pi.symmetries.permutations import apply_permutation, permutation_spec
 from tests.symmetries.networks import NETWORKS, build, mlp, resnet18_gn, vgg, vit
 

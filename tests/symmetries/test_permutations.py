@@ -6,7 +6,7 @@ import torch
 from opacus import GradSampleModule
 from torch import nn
 
-from opacus_pi.symmetries import axis_rules
+from opacus_pi.symmetries import operation_rules
 from opacus_pi.symmetries.barriers import loss_barrier
 from opacus_pi.symmetries.permutations import apply_permutation, permutation_spec
 from tests.symmetries.networks import (
@@ -163,7 +163,7 @@ def test_an_operation_without_a_rule_keeps_its_inputs_in_place():
 
 
 def test_a_wrong_rule_would_be_noticed(monkeypatch):
-    monkeypatch.setitem(axis_rules.RULES, "cumsum", axis_rules.RULES["clone"])
+    monkeypatch.setitem(operation_rules.RULES, "cumsum", operation_rules.RULES["clone"])
     with pytest.raises(ValueError, match="same function after a permutation"):
         permutation_spec(Cumulative(), torch.randn(3, 4))
 

@@ -1,16 +1,18 @@
-"""How each operation relates the dimensions of its inputs and outputs.
+"""Rules that say how an operation relates the dimensions of its inputs and outputs.
 
-A rule takes ``dims`` (tensor -> its dimensions), the arguments by name and the result;
-it unifies or pins atoms and returns the dimensions of the outputs that it knows.
+A rule takes a function from a tensor to its dimensions, the arguments of the operation
+by name, and its result. It unifies or fixes atoms and returns the dimensions of the
+outputs that it knows. To support another operation, write a rule and enter it under the
+name that torch gives the operation (``aten::`` removed) in ``_rules``.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from opacus_pi.symmetries.axes import Atom, Dims, fresh, pin, regroup, unify
+from opacus_pi._torch_compat import pytree
+from opacus_pi.symmetries.axes import Atom, Dims, fix, fresh, regroup, unify
 
 DimsOf = Callable[[Tensor], Dims]
 Arguments = Mapping[str, Any]
@@ -18,7 +20,7 @@ Rule = Callable[[DimsOf, Arguments, Any], list[Dims]]
 
 
 def pointwise(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Dimensions that meet under broadcasting are one."""
+    """Unify the dimensions that broadcasting aligns."""
     out: Dims = [[] for _ in result.shape]
     for tensor in pytree.tree_leaves(list(given.values())):
         if isinstance(tensor, Tensor):
@@ -27,7 +29,7 @@ def pointwise(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _broadcast(out: Dims, own: Dims, tensor: Tensor, result: Tensor) -> None:
-    """Unify a tensor's dimensions with those of what it is broadcast into."""
+    """Unify the dimensions of a tensor with those of the broadcast result."""
     offset = result.dim() - tensor.dim()
     for i, dim in enumerate(own):
         if tensor.shape[i] == result.shape[i + offset] != 1:
@@ -37,24 +39,24 @@ def _broadcast(out: Dims, own: Dims, tensor: Tensor, result: Tensor) -> None:
 
 
 def _same(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Copies; softmax, which treats every index along its dimension alike."""
+    """Copies, and softmax, which treats every index of its dimension alike."""
     return [dims(given["self"])]
 
 
 def _view(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """A reshape keeps the row-major order of the atoms."""
+    """Reshapes: the row-major order of the atoms stays."""
     flat = [atom for dim in dims(given["self"]) for atom in dim]
     return [regroup(flat, result.shape)]
 
 
 def _permute(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Dimensions in another order."""
+    """``permute``: the dimensions in another order."""
     own = dims(given["self"])
     return [[own[d] for d in given["dims"]]]
 
 
 def _transpose(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Two dimensions swapped; ``t`` swaps the only two."""
+    """``transpose`` swaps two dimensions; ``t`` swaps the only two."""
     own = list(dims(given["self"]))
     i, j = given.get("dim0", 0), given.get("dim1", -1)
     if own:
@@ -63,7 +65,7 @@ def _transpose(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _expand(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """New or stretched dimensions are constant along themselves, hence free."""
+    """New or expanded dimensions are constant along themselves, hence free."""
     tensor, out = given["self"], fresh(result.shape)
     offset = result.dim() - tensor.dim()
     for i, dim in enumerate(dims(tensor)):
@@ -73,29 +75,33 @@ def _expand(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _constant(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """A constant does not change under any permutation."""
+    """Constants: no permutation changes them."""
     return [fresh(result.shape)]
 
 
 def _part(dim: list[Atom], length: int, size: int, start: int = 0) -> list[Atom]:
-    """``length`` consecutive indices of a dimension: a row of blocks, or pinned."""
+    """Return ``length`` consecutive indices of a dimension.
+
+    If the range is one of several equal blocks, only the order of the blocks is fixed;
+    otherwise the whole dimension is.
+    """
     if length == size:
         return dim
     if size % length == 0 and start % length == 0:
         outer, inner = regroup(dim, (size // length, length))
-        pin([outer])
+        fix([outer])
         return inner
-    pin([dim])
+    fix([dim])
     return fresh([length], fixed=True)[0]
 
 
 def _slice(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """A range of one dimension."""
+    """``slice``: a range of one dimension."""
     tensor, d = given["self"], given["dim"]
     own, size, length = list(dims(tensor)), tensor.shape[d], result.shape[d]
     start = given["start"] or 0
     if given["step"] != 1:
-        pin([own[d]])
+        fix([own[d]])
         start = 1
     if length == 0:
         return [fresh(result.shape, fixed=True)]
@@ -104,7 +110,7 @@ def _slice(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _split(dims: DimsOf, given: Arguments, result: list[Tensor]) -> list[Dims]:
-    """Consecutive ranges of one dimension."""
+    """``split``: consecutive ranges of one dimension."""
     tensor, d, outputs, start = given["self"], given["dim"], [], 0
     for piece in result:
         own = list(dims(tensor))
@@ -115,20 +121,20 @@ def _split(dims: DimsOf, given: Arguments, result: list[Tensor]) -> list[Dims]:
 
 
 def _select(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
-    """One index of a dimension, or each (``unbind``): its order matters."""
+    """``select`` takes one index of a dimension, ``unbind`` each: its order matters."""
     own = list(dims(given["self"]))
-    pin([own.pop(given["dim"])])
+    fix([own.pop(given["dim"])])
     return [own] if isinstance(result, Tensor) else [own] * len(result)
 
 
 def _cat(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Joined along one dimension, whose order then matters; the others are shared."""
+    """``cat``: the order of the joined dimension matters, the others are unified."""
     tensors = [t for t in given["tensors"] if t.dim() == result.dim()]
     d = given["dim"] % result.dim()
     out = list(dims(tensors[0]))
     for tensor in tensors:
         own = dims(tensor)
-        pin([own[d]])
+        fix([own[d]])
         for i in range(result.dim()):
             if i != d:
                 unify(out[i], own[i])
@@ -137,7 +143,7 @@ def _cat(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _stack(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Put side by side along a new dimension, whose order matters."""
+    """``stack``: the order of the new dimension matters, the others are unified."""
     first, *others = [dims(tensor) for tensor in given["tensors"]]
     for own in others:
         for left, right in zip(first, own, strict=True):
@@ -149,7 +155,7 @@ def _stack(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _contract(a: Dims, b: Dims) -> Dims:
-    """A matrix product over the last of ``a`` and the last but one of ``b``."""
+    """Return the dimensions of a matrix product, after unifying the contracted ones."""
     unify(a[-1], b[-2])
     for left, right in zip(a[:-2], b[:-2], strict=True):
         unify(left, right)
@@ -157,12 +163,12 @@ def _contract(a: Dims, b: Dims) -> Dims:
 
 
 def _matmul(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """``mm``, ``bmm``."""
+    """``mm``, ``bmm``: a matrix product."""
     return [_contract(dims(given["self"]), dims(given["mat2"]))]
 
 
 def _addmm(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """``addmm``, ``baddbmm``: a product plus a bias."""
+    """``addmm``, ``baddbmm``: a matrix product plus a bias."""
     first = given.get("mat1", given.get("batch1"))
     second = given.get("mat2", given.get("batch2"))
     out = _contract(dims(first), dims(second))
@@ -172,9 +178,9 @@ def _addmm(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _convolution(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Channels in and out; grouped ones go by (group, channel of the group)."""
+    """Convolutions; grouped channels are (group, channel within the group)."""
     x, weight = list(dims(given["input"])), dims(given["weight"])
-    pin([*x[2:], *weight[2:]])
+    fix([*x[2:], *weight[2:]])
     groups = given["groups"]
     channels = given["input"].shape[1]
     group, inside = regroup(x[1], (groups, channels // groups))
@@ -192,7 +198,7 @@ def _convolution(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _batch_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
-    """Every channel has its own statistics, weight and bias."""
+    """Batch normalization: each channel has its own statistics, weight and bias."""
     x = dims(given["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         if given.get(name) is not None:
@@ -201,7 +207,7 @@ def _batch_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
 
 
 def _layer_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
-    """Statistics over whole dimensions do not change when these are permuted."""
+    """Layer normalization: statistics do not depend on the order of what they cover."""
     x = dims(given["input"])
     for name in ("weight", "bias"):
         if given.get(name) is not None:
@@ -212,7 +218,7 @@ def _layer_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
 
 
 def _group_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
-    """Channels may move within their group, and groups as wholes."""
+    """Group normalization: channels move within their group, and groups as a whole."""
     x = dims(given["input"])
     groups, channels = given["group"], given["input"].shape[1]
     regroup(x[1], (groups, channels // groups))
@@ -223,14 +229,14 @@ def _group_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
 
 
 def _embedding(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """The vocabulary is pinned, the width is free."""
+    """Embeddings: the vocabulary is fixed, the width is free."""
     vocabulary, width = dims(given["weight"])
-    pin([vocabulary])
+    fix([vocabulary])
     return [[*dims(given["indices"]), width]]
 
 
 def _reduce(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """A mean, sum or largest value does not depend on the order."""
+    """Reductions: a mean, sum or maximum does not depend on the order."""
     own, d = dims(given["self"]), given.get("dim")
     gone = [d] if isinstance(d, int) else d
     gone = {i % len(own) for i in gone} if gone else set(range(len(own)))
@@ -240,11 +246,11 @@ def _reduce(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _spatial(num_dims: int) -> Rule:
-    """Pooling and resizing of the last dimensions, whose order matters."""
+    """Return the rule for pooling and resizing of the last dimensions."""
 
     def rule(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
         own = dims(given["self"])
-        pin(own[-num_dims:])
+        fix(own[-num_dims:])
         first = result if isinstance(result, Tensor) else result[0]
         return [[*own[:-num_dims], *fresh(first.shape[-num_dims:], fixed=True)]]
 
@@ -252,17 +258,17 @@ def _spatial(num_dims: int) -> Rule:
 
 
 def _pad(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """A padded dimension is pinned."""
+    """Padding: a padded dimension is fixed."""
     own, pad = list(dims(given["self"])), given["pad"]
     for k in range(len(pad) // 2):
         if pad[2 * k] or pad[2 * k + 1]:
-            pin([own[-1 - k]])
+            fix([own[-1 - k]])
             own[-1 - k] = fresh([result.shape[-1 - k]], fixed=True)[0]
     return [own]
 
 
 def _rules() -> dict[str, Rule]:
-    """The table, by the names of the operations."""
+    """Return the table of rules by the names of the operations."""
     names: dict[Rule, str] = {
         _same: "clone detach alias _to_copy lift_fresh _softmax _log_softmax "
         "_safe_softmax",

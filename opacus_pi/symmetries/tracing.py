@@ -1,8 +1,9 @@
 """Follow the dimensions of every tensor through one run of a model.
 
-The model runs once on an example; each operation that torch dispatches is met by a rule
-that says how the output's dimensions come from the inputs'. An operation without a rule
-pins what it touches: fewer permutations are found, never a wrong one.
+The model runs once on an example. For each operation that torch dispatches, a rule says
+how the dimensions of the outputs follow from those of the inputs. An operation without
+a rule fixes the dimensions of all its inputs: fewer permutations are found, but never a
+wrong one.
 """
 
 import contextlib
@@ -12,24 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from opacus_pi.symmetries.axes import Dims, fresh, pin
-from opacus_pi.symmetries.axis_rules import RULES, pointwise
+from opacus_pi._torch_compat import (
+    TorchDispatchMode,
+    operation_overload,
+    operation_schema,
+    pytree,
+)
+from opacus_pi.symmetries.axes import Dims, fix, fresh
+from opacus_pi.symmetries.operation_rules import RULES, pointwise
 
-_UNCOUNTED = {"detach"}  # torch adds one where somebody else holds a new tensor
+# Operations that are not counted: whether torch dispatches a ``detach`` depends on who
+# else holds the tensor, so runs of one model may differ in them.
+_UNCOUNTED = {"detach"}
 _ACTIVATIONS = {"addmm", "mm", "bmm", "baddbmm", "convolution"}
 
 
 class AxisTracer(TorchDispatchMode):
-    """Gives every tensor of a run its dimensions, as products of atoms.
+    """Assign dimensions, as products of atoms, to every tensor of a run.
 
     Args:
-        sources: Tensors whose dimensions are free: parameters and buffers.
+        sources: Tensors whose dimensions may be permuted: parameters and buffers.
 
     Attributes:
-        seen: Each tensor met so far with its dimensions, by its id.
+        seen: Each tensor of the run with its dimensions, by its ``id``.
         outputs: Dimensions of each operation's first output, in order of execution;
             ``None`` unless it is an activation (pointwise, convolution, product).
     """
@@ -41,7 +48,7 @@ class AxisTracer(TorchDispatchMode):
         self._sources = {id(tensor): tensor for tensor in sources}
 
     def dims(self, tensor: Tensor) -> Dims:
-        """The tensor's dimensions; those of an unknown tensor are pinned."""
+        """Return the dimensions of a tensor; those of an unknown tensor are fixed."""
         if id(tensor) not in self.seen:
             free = id(tensor) in self._sources
             self.seen[id(tensor)] = tensor, fresh(tensor.shape, fixed=not free)
@@ -50,33 +57,36 @@ class AxisTracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run one operation and label what comes out."""
+        """Run one operation and assign dimensions to its outputs."""
         result = func(*args, **(kwargs or {}))
-        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        outputs = _tensors(result)
+        found = self._output_dims(func, args, kwargs, result) if outputs else []
+        for tensor, dims in zip(outputs, found, strict=False):
+            self.seen[id(tensor)] = tensor, dims
         name = _base_name(func)
-        elementwise = _is_pointwise(func)
-        if not outputs:
-            labels = []
-        elif name in RULES:
-            labels = RULES[name](self.dims, _bound(func, args, kwargs), result)
-        elif elementwise:
-            labels = pointwise(self.dims, _bound(func, args, kwargs), result)
-        else:
-            pin(d for t in _tensors((args, kwargs)) for d in self.dims(t))
-            labels = [fresh(tensor.shape, fixed=True) for tensor in outputs]
-        for tensor, label in zip(outputs, labels, strict=False):
-            self.seen[id(tensor)] = tensor, label
         if name not in _UNCOUNTED:
-            activation = labels and (elementwise or name in _ACTIVATIONS)
-            self.outputs.append(labels[0] if activation else None)
+            is_activation = found and (_is_pointwise(func) or name in _ACTIVATIONS)
+            self.outputs.append(found[0] if is_activation else None)
         return result
+
+    def _output_dims(
+        self, func: Any, args: Any, kwargs: Any, result: Any
+    ) -> list[Dims]:
+        """Apply the operation's rule; without a rule, fix everything it touches."""
+        rule = RULES.get(_base_name(func))
+        if rule is None and _is_pointwise(func):
+            rule = pointwise
+        if rule is not None:
+            return rule(self.dims, _bound(func, args, kwargs), result)
+        fix(dim for tensor in _tensors((args, kwargs)) for dim in self.dims(tensor))
+        return [fresh(tensor.shape, fixed=True) for tensor in _tensors(result)]
 
 
 class OutputCapture(TorchDispatchMode):
-    """Keeps the first output of chosen operations of a run.
+    """Keep the first output of selected operations of a run.
 
     Args:
-        numbers: Which operations, counted from 0 in order of execution.
+        numbers: Numbers of the operations, from 0 in order of execution.
 
     Attributes:
         kept: The outputs, by number.
@@ -91,7 +101,7 @@ class OutputCapture(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run one operation and keep a copy of what comes out if it was chosen."""
+        """Run one operation, and keep a copy of its output if it is selected."""
         result = func(*args, **(kwargs or {}))
         if _base_name(func) not in _UNCOUNTED:
             if self._count in self._numbers:
@@ -102,7 +112,7 @@ class OutputCapture(TorchDispatchMode):
 
 @contextlib.contextmanager
 def elementary_operations() -> Iterator[None]:
-    """Have attention run as elementary operations, without gradients."""
+    """Context in which attention runs as elementary operations, without gradients."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -113,29 +123,28 @@ def elementary_operations() -> Iterator[None]:
 
 
 def _base_name(func: Any) -> str:
-    """An operation's name, in-place variants under the name of the other."""
-    name: str = func._schema.name
+    """Return the name of an operation, the same for its in-place variant."""
+    name: str = operation_schema(func).name
     return name.removeprefix("aten::").removesuffix("_")
 
 
 def _is_pointwise(func: Any) -> bool:
-    """Whether each output entry depends on the input entries at its own place only."""
+    """Whether each output entry depends only on the input entries at its position."""
     if torch.Tag.pointwise in func.tags:
         return True
     packet = getattr(torch.ops.aten, _base_name(func), None)
-    functional = getattr(packet, func._overloadname, None)
+    functional = getattr(packet, operation_overload(func), None)
     return functional is not None and torch.Tag.pointwise in functional.tags
 
 
 def _bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Arguments by the names of the operation's schema, defaults included."""
-    names = [argument.name for argument in func._schema.arguments]
-    defaults = {
-        argument.name: argument.default_value for argument in func._schema.arguments
-    }
+    """Return the arguments by the names of the operation's schema, with defaults."""
+    arguments = operation_schema(func).arguments
+    names = [argument.name for argument in arguments]
+    defaults = {argument.name: argument.default_value for argument in arguments}
     return {**defaults, **dict(zip(names, args, strict=False)), **(kwargs or {})}
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """All tensors in nested lists and dicts."""
+    """Return all tensors in nested lists and dicts."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
