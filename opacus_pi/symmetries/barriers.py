@@ -237,7 +237,7 @@ class _Path:
         self._reset_bn = reset_bn
 
     def loss(self, alpha: float) -> float:
-        """Return the mean loss at alpha times the first model plus the rest of the other."""
+        """Return the mean loss at alpha times the first plus the rest of the second."""
         b, a = self._ends
         self._model.load_state_dict({k: _between(b[k], a[k], alpha) for k in b})
         if self._reset_bn:
