@@ -1,0 +1,574 @@
+"""Makes any engine of Opacus a recording one.
+
+``make_private`` stays Opacus's. The methods that it calls to prepare model, loader and
+optimizer are overridden: each lets Opacus prepare the object and then has it observed
+(``opacus_compat.OVERRIDDEN_METHODS`` lists them). From then on the optimizer reports
+its updates by itself (``optimizers``, ``update``), and the engine only answers
+questions about what was recorded.
+
+The engine owns its parts: ``recorder`` writes the ledger, ``checks`` collects the
+reasons why no numbers can be given, ``checkpoints`` saves and resumes.
+"""
+
+import os
+import warnings
+import weakref
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+import opacus
+import torch
+from numpy.typing import NDArray
+from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.optimizers import DPOptimizer
+from opacus.validators.errors import UnsupportedModuleError
+from torch import nn
+from torch.utils.data import DataLoader
+
+from opacus_pi import accounting
+from opacus_pi._errors import AccountingError
+from opacus_pi._validate import expect
+from opacus_pi.accounting import GradNormLedger, RenyiFilter, fingerprint
+from opacus_pi.attribution import Tracker, probe, watch, watch_memory_manager
+from opacus_pi.attribution.loader_position import follow_memory_manager
+from opacus_pi.difficulty.forget_sets import num_at_top
+from opacus_pi.files.atomic_file import replacing
+from opacus_pi.integration.accountants import PerInstanceAccountant, num_steps_of
+from opacus_pi.integration.checkpoints import Checkpoints, RunState
+from opacus_pi.integration.checks import (
+    RunChecks,
+)
+from opacus_pi.integration.compatible import (
+    OUT_OF_PLACE,
+    add_note,
+    explain_in_place,
+    make_compatible,
+)
+from opacus_pi.integration.explanations import explain_ghost_losses
+from opacus_pi.integration.fast import MODE as FAST_MODE
+from opacus_pi.integration.fast import (
+    FastHooks,
+    clip_from_cache,
+    prepare_model,
+    require_fast,
+)
+from opacus_pi.integration.filtering import require_filterable
+from opacus_pi.integration.monitor import monitor
+from opacus_pi.integration.optimizers import report_updates
+from opacus_pi.integration.runs import (
+    Preparation,
+    PreparedRun,
+    require_fitting_recorder,
+)
+from opacus_pi.integration.update import UpdateUnderWay
+from opacus_pi.recording import Recorder
+
+if TYPE_CHECKING:
+    # The mixin goes before an engine of Opacus in the bases and calls its methods.
+    from opacus import PrivacyEngine as OpacusEngine
+else:
+    OpacusEngine = object
+
+__all__ = ["PerInstanceMixin"]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+_TRAIN_BATCH_NORM = (
+    "To keep such layers, train without clipping: engine.make_monitored(...). To train "
+    f"with differential privacy, replace them first: {OUT_OF_PLACE}"
+)
+_NO_BOUND = (
+    "make_monitored trains without clipping, so no epsilon holds for every example, "
+    "and Opacus's accountant has not counted these updates. With noise, "
+    "engine.epsilons(delta) estimates the privacy loss of each example of this data "
+    "set; train by make_private for a guarantee."
+)
+_NOT_POISSON = (
+    "get_epsilon is Opacus's number, and assumes Poisson sampling. This loader draws "
+    "otherwise (poisson_sampling=False), so it is no bound. engine.epsilons accounts "
+    "for the sampling that was done."
+)
+
+
+def _shown_as(original: Any, **options: Any) -> Callable[[Method], Method]:
+    """Give a method the signature of Opacus's for ``inspect`` and ``help``.
+
+    Type checkers see the annotations of the method itself, which ``functools.wraps``
+    would replace by a type that cannot be bound to an instance.
+    """
+
+    def decorate(method: Method) -> Method:
+        return cast(Method, wraps(original, **options)(method))
+
+    return decorate
+
+
+def _no_module() -> None:
+    """Stand in for a reference to a module before there is one."""
+
+
+def _no_update() -> None:
+    """Stand in for a reference to updates, which only a private run has."""
+
+
+class PerInstanceMixin(OpacusEngine):
+    """Makes an engine of Opacus a recording one; goes before it in the bases.
+
+    Args:
+        recorder: How to record. Default: ``Recorder()``, the norms that training
+            computes anyway; ``make_monitored`` sweeps by default.
+        renyi_filter: Budgets; an example is left out of the updates that would exceed
+            its own. Default: none.
+        **opacus_options: The engine's own options.
+
+    Attributes:
+        recorder: Writes the ledger.
+        renyi_filter: The budgets, if there are any.
+        checks: Collects the reasons why the numbers of a run cannot be given.
+        checkpoints: What is added to Opacus's checkpoints.
+    """
+
+    def __init__(
+        self,
+        *,
+        recorder: Recorder | None = None,
+        renyi_filter: RenyiFilter | None = None,
+        **opacus_options: Any,
+    ) -> None:
+        super().__init__(**opacus_options)
+        self.recorder = Recorder() if recorder is None else recorder
+        self.renyi_filter = renyi_filter
+        self.checks, self.checkpoints = RunChecks(), Checkpoints()
+        self._has_default_recorder = recorder is None
+        # The run that was prepared last. Models and optimizers are the user's: the
+        # engine does not keep them in memory.
+        self._tracker = Tracker()
+        self._module: Callable[[], nn.Module | None] = _no_module
+        self._update: Callable[[], UpdateUnderWay | None] = _no_update
+        self._preparation: Preparation | None = None
+        watch_memory_manager()
+        follow_memory_manager()
+
+    # ---------------------------------------------------------------- what was recorded
+    @property
+    def module(self) -> nn.Module:
+        """The module that is being trained, as the user made it.
+
+        Raises:
+            AccountingError: If no run was prepared, or the module was deleted: the
+                engine does not keep it in memory.
+        """
+        module = self._module()
+        if module is None:
+            raise AccountingError(
+                "The engine has no module: none was prepared, or it was deleted. Call "
+                "make_private or make_monitored, and keep the model."
+            )
+        return module
+
+    @property
+    def ledger(self) -> GradNormLedger:
+        """The record up to now. It is sensitive: it shows which examples are unusual.
+
+        It names the weights that the last update left, by a hash of the model's state
+        dict, so that ``Unlearner`` can check that a model has these weights.
+
+        Raises:
+            AccountingError: If nothing was recorded, or the run cannot be accounted;
+                the message says why.
+        """
+        self.recorder.name_weights()
+        return self.recorder.ledger
+
+    @property
+    def attribution(self) -> dict[str, int]:
+        """How many samples were matched to examples, by kind of evidence.
+
+        ``by_storage`` and ``by_content`` are certain. ``by_latest`` is not verified:
+        the loop transformed its inputs, and samples are assumed to be in the order of
+        the latest batch. ``unattributed`` samples are left out: their examples are
+        charged by their other observations, or at the clip norm.
+        """
+        return dict(self._tracker.counts)
+
+    def privacy_losses(self, order: float, **options: Any) -> NDArray[np.float64]:
+        """Return each example's Rényi privacy loss of the run.
+
+        Warns if most examples share the largest value.
+
+        Args:
+            order: Rényi order, above 1.
+            **options: Options of ``opacus_pi.accounting.privacy_losses``.
+
+        Returns:
+            float64 ``(n,)``.
+
+        Raises:
+            AccountingError: If the run, or a part of it, cannot be accounted.
+        """
+        losses = accounting.privacy_losses(self._complete_ledger(), order, **options)
+        _warn_if_most_are_equal(losses)
+        return losses
+
+    def epsilons(self, delta: float) -> NDArray[np.float64]:
+        """Return each example's epsilon at ``delta``, estimated from recorded norms.
+
+        With clipping and Poisson sampling no value exceeds ``max(0,
+        get_epsilon(delta))``, which holds for every example. With the user's own loader
+        (``poisson_sampling=False``) that number assumes a sampling that was not done,
+        so the values are not limited by it. Without clipping (``make_monitored``) no
+        bound holds for every example, and without noise there is no epsilon.
+
+        Warns if most examples share the largest value.
+
+        Args:
+            delta: Failure probability, in (0, 1).
+
+        Returns:
+            float64 ``(n,)``.
+
+        Raises:
+            AccountingError: If the run, or a part of it, cannot be accounted.
+        """
+        ledger = self._complete_ledger()
+        values = accounting.epsilons(ledger, delta)
+        _warn_if_most_are_equal(values)
+        mechanism = ledger.mechanism
+        num_counted = num_steps_of(self.accountant)
+        if mechanism.sampling == "poisson" and num_counted == mechanism.num_steps:
+            worst = float(self.get_epsilon(delta))
+            values = np.minimum(values, max(0.0, worst))
+        return values
+
+    @_shown_as(opacus.PrivacyEngine.get_epsilon, assigned=())
+    def get_epsilon(self, delta: float) -> float:
+        """Return Opacus's epsilon, which assumes Poisson sampling.
+
+        Warns if another sampling was done.
+
+        Args:
+            delta: Failure probability, in (0, 1).
+
+        Raises:
+            AccountingError: After ``make_monitored``: Opacus's accountants do not count
+                updates without clipping, for which no epsilon holds.
+        """
+        if self._has_begun and not self._is_private:
+            raise AccountingError(_NO_BOUND)
+        if self.recorder.sampling == "fixed" and self._is_private:
+            warnings.warn(_NOT_POISSON, stacklevel=2)
+        epsilon: float = super().get_epsilon(delta)
+        return epsilon
+
+    def _complete_ledger(self) -> GradNormLedger:
+        """The ledger, if it holds every update that was made or counted."""
+        ledger = self.recorder.ledger  # not self.ledger: its weights need no name
+        num_counted = num_steps_of(self.accountant)
+        self.checks.require_all_updates(
+            ledger, num_counted, is_private=self._is_private
+        )
+        return ledger
+
+    @property
+    def _has_begun(self) -> bool:
+        """Whether a run has been prepared."""
+        return self.checkpoints.run_state is not None
+
+    @property
+    def _is_private(self) -> bool:
+        """Whether the last run was prepared by ``make_private``."""
+        return self._update is not _no_update
+
+    # --------------------------------------------------------------------- make_private
+    @_shown_as(opacus.PrivacyEngine.make_private)
+    def make_private(self, **options: Any) -> tuple[Any, ...]:
+        """Prepare as Opacus does, once it is clear that budgets can be kept.
+
+        ``help`` shows Opacus's documentation of it.
+        """
+        if self.renyi_filter is not None:
+            require_filterable(self, **options)
+            data_set = options["data_loader"].dataset
+            self.renyi_filter.begin(len(data_set), fingerprint(data_set))
+        if options.get("grad_sample_mode") == FAST_MODE:
+            require_fast(**options)
+        prepared: tuple[Any, ...] = super().make_private(**options)
+        return prepared
+
+    @classmethod
+    @_shown_as(opacus.PrivacyEngine.get_compatible_module.__func__)
+    def get_compatible_module(cls, module: nn.Module) -> nn.Module:
+        """Replace layers as Opacus does, and in-place operations as well."""
+        compatible: nn.Module = super().get_compatible_module(make_compatible(module))
+        return compatible
+
+    # ------------------------------------------------------------------- make_monitored
+    def make_monitored(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        noise_std: float,
+        criterion: Callable[[Any, Any], torch.Tensor],
+        poisson_sampling: bool = True,
+        **options: Any,
+    ) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
+        """Record a training without clipping: plain SGD, or with noise on the mean.
+
+        ``save_checkpoint`` and ``load_checkpoint(..., restore_rng=True)`` work for this
+        training too; pass them the plain module and optimizer.
+
+        Args:
+            module: The model, with any layers; returned as it is. May be wrapped in
+                ``DistributedDataParallel`` if there is no noise.
+            optimizer: Any torch optimizer of its parameters.
+            data_loader: A loader of a data set with a length, yielding ``(x, y)``.
+            noise_std: Standard deviation of the noise on the MEAN gradient; 0 for plain
+                SGD.
+            criterion: Returns one loss per example; a torch loss module will do.
+            poisson_sampling: Whether batches are drawn as Opacus does, or as the
+                loader does.
+            **options: Options of ``opacus_pi.integration.monitor.monitor``.
+
+        Returns:
+            Module, optimizer, and the loader to iterate over.
+
+        Raises:
+            ValueError: If an argument cannot be monitored.
+
+        Source: paper, section 5.1 and Appendix D.
+        """
+        expect(
+            self.renyi_filter is None,
+            "renyi_filter",
+            self.renyi_filter,
+            "to be None: a monitored training has no per-example gradients",
+            "Use make_private to keep budgets.",
+        )
+        if self.secure_mode:
+            options = self._with_secure_generators(options)
+        steps_before = self.recorder.num_steps
+        if self._has_default_recorder and self.recorder.mode != "swept":
+            self.recorder = Recorder("swept")
+        tracker = self._new_tracker()
+        prepared = monitor(
+            recorder=self.recorder,
+            tracker=tracker,
+            module=module,
+            optimizer=optimizer,
+            data_loader=data_loader,
+            noise_std=noise_std,
+            criterion=criterion,
+            poisson_sampling=poisson_sampling,
+            **options,
+        )
+        run_state = RunState(
+            prepared[2],
+            noise_generator=options.get("noise_generator"),
+            is_secure=self.secure_mode,
+        )
+        self._replace_run(tracker, module, _no_update, run_state, steps_before)
+        return prepared
+
+    def _with_secure_generators(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options in which noise and batches use the engine's secure random numbers."""
+        for name in ("noise_generator", "sampling_generator"):
+            expect(
+                options.get(name) is None,
+                name,
+                options.get(name),
+                "to be None: the engine's secure_mode draws from a secure source",
+                "Leave it out, or make the engine with secure_mode=False.",
+            )
+            options = {**options, name: self.secure_rng}
+        return options
+
+    # ---------------------------------------------------------------------- checkpoints
+    @_shown_as(opacus.PrivacyEngine.save_checkpoint, assigned=())
+    def save_checkpoint(
+        self,
+        *,
+        path: Any,
+        checkpoint_dict: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Save as Opacus does, with record and random states under a key of its own.
+
+        Opacus's engine can load the checkpoint too. After ``make_monitored``, pass the
+        plain module and optimizer. In a distributed run in which every process has a
+        record of its own, each process saves a file of its own.
+
+        Args:
+            path: A file name, or a file object. A named file is replaced only when the
+                new one is complete, so an interrupted process leaves the earlier
+                checkpoint.
+            checkpoint_dict: Entries of your own (epoch, schedules); filled in place.
+            **options: Options of Opacus: ``module``, ``optimizer``, and more.
+        """
+        filled = checkpoint_dict or {}
+        filled.update(self.checkpoints.entries(self.recorder, self.renyi_filter))
+        save = super().save_checkpoint
+        if not isinstance(path, (str, os.PathLike)):
+            save(path=path, checkpoint_dict=filled, **options)
+            return
+        with replacing(path) as temporary:
+            save(path=temporary, checkpoint_dict=filled, **options)
+
+    @_shown_as(opacus.PrivacyEngine.load_checkpoint, assigned=())
+    def load_checkpoint(
+        self, *, restore_rng: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        """Load as Opacus does, and continue the record if the checkpoint has one.
+
+        Resumed with ``restore_rng=True``, a training loop ends with the weights and the
+        ledger of the run that was not interrupted, bit for bit, on the same machine:
+
+        * from a checkpoint between epochs, always. The loop goes on with the next
+          epoch;
+        * from a checkpoint within an epoch, saved after an ``optimizer.step()``: the
+          first pass over the loader is the rest of that epoch. This is refused inside
+          ``BatchMemoryManager``, and with workers where batches are drawn from torch's
+          global generator or by a sampler of your own.
+
+        Not restored: random states inside persistent workers, learning rate schedules
+        and other objects of yours (put their states into ``checkpoint_dict``).
+
+        Args:
+            restore_rng: Whether to restore the states of all generators (``random``,
+                numpy, torch, CUDA, those of loader, sampler and noise), the position in
+                the epoch, and the noise multiplier and clip norm that schedules had
+                reached. Call ``make_private`` or ``make_monitored`` first.
+            **options: Options of Opacus: ``path``, ``module``, ``optimizer``, and more.
+
+        Returns:
+            The checkpoint, with your own entries.
+
+        Raises:
+            ValueError: If ``restore_rng`` cannot be done: no run is prepared (nothing
+                is loaded then), or the checkpoint has no states, is damaged, or was
+                taken at a moment from which a run cannot be resumed exactly; or if a
+                ``RenyiFilter`` cannot go on with the budgets that were saved.
+        """
+        self.checkpoints.require_restorable(restore_rng=restore_rng)
+        checkpoint: dict[str, Any] = super().load_checkpoint(**options)
+        self.checkpoints.resume(
+            checkpoint,
+            self.recorder,
+            self.renyi_filter,
+            num_steps=num_steps_of(self.accountant),
+            restore_rng=restore_rng,
+            refuse=self.checks.refuse,
+        )
+        return checkpoint
+
+    # ------------------------------------------------ what Opacus calls in make_private
+    def _prepare_model(
+        self, module: nn.Module, **options: Any
+    ) -> AbstractGradSampleHooks:
+        require_fitting_recorder(self.recorder, module)
+        try:
+            if options.get("grad_sample_mode") == FAST_MODE:
+                hooks = prepare_model(self, module, **options)
+            else:
+                hooks = super()._prepare_model(module, **options)
+        except UnsupportedModuleError as error:
+            add_note(error, _TRAIN_BATCH_NORM)
+            raise
+        tracker = self._new_tracker(batch_first=options.get("batch_first", True))
+        probe(hooks, tracker)
+        explain_in_place(hooks)
+        self._preparation = Preparation(hooks, tracker)
+        return hooks
+
+    def _prepare_data_loader(
+        self, data_loader: DataLoader[Any], **options: Any
+    ) -> DataLoader[Any]:
+        loader: DataLoader[Any] = super()._prepare_data_loader(data_loader, **options)
+        if self._preparation is not None:
+            watch(loader, self._preparation.tracker)
+            self._preparation.loader = loader
+        return loader
+
+    def _prepare_optimizer(self, **options: Any) -> DPOptimizer:
+        optimizer = super()._prepare_optimizer(**options)
+        preparation, self._preparation = self._preparation, None
+        if preparation is None:
+            return optimizer
+        if isinstance(preparation.hooks, FastHooks):
+            clip_from_cache(optimizer, preparation.hooks)
+        if preparation.loader is not None:
+            run_state = RunState(
+                preparation.loader,
+                optimizer=optimizer,
+                noise_generator=optimizer.generator,
+                is_secure=self.secure_mode,
+            )
+            run = PreparedRun(
+                preparation.hooks, preparation.tracker, preparation.loader
+            )
+            report_updates(optimizer, self._begin(run, run_state))
+        return optimizer
+
+    def _prepare_criterion(self, **options: Any) -> Any:
+        criterion = super()._prepare_criterion(**options)
+        explain_ghost_losses(criterion)
+        return criterion
+
+    # --------------------------------------------------------------- beginning a record
+    def _new_tracker(self, *, batch_first: bool = True) -> Tracker:
+        """A tracker with the recorder's options."""
+        verify, strict = self.recorder.verify, self.recorder.strict
+        return Tracker(verify=verify, strict=strict, batch_first=batch_first)
+
+    def _begin(self, run: PreparedRun, run_state: RunState) -> UpdateUnderWay:
+        """Begin the record of a run that Opacus has prepared."""
+        recorder = self.recorder
+        steps_before = recorder.num_steps
+        try:
+            run.begin_record(recorder)
+        except ValueError as error:  # the record that was loaded is of another run
+            self.checks.add(str(error))
+        for reason in run.reasons(self):
+            self.checks.add(reason)
+        update = run.first_update(recorder, self.renyi_filter)
+        self._replace_run(
+            run.tracker, run.module, weakref.ref(update), run_state, steps_before
+        )
+        if isinstance(self.accountant, PerInstanceAccountant):
+            self.accountant.follow(recorder)
+        return update
+
+    def _replace_run(
+        self,
+        tracker: Tracker,
+        module: nn.Module,
+        update: Callable[[], UpdateUnderWay | None],
+        run_state: RunState,
+        steps_before: int,
+    ) -> None:
+        """Make a run that was prepared the one that the engine answers for."""
+        earlier = self._update()
+        if earlier is not None:
+            earlier.is_superseded = True
+        self._tracker, self._module, self._update = tracker, weakref.ref(module), update
+        self.checkpoints.run_state = run_state
+        self.checks.begin(self.recorder, steps_before=steps_before)
+
+
+def _warn_if_most_are_equal(values: NDArray[np.float64]) -> None:
+    """Warn if most examples share the largest value.
+
+    Sorting such values would only reproduce the order of the data set.
+    """
+    num_equal = num_at_top(values)
+    if 1 < num_equal and len(values) < 2 * num_equal:
+        warnings.warn(
+            f"{num_equal} of {len(values)} examples share the largest value, that of "
+            "an example that is clipped in every update. Estimates above it are cut to "
+            "it, so these examples cannot be told apart. Use a larger max_grad_norm "
+            "with a smaller learning rate, or a lower order.",
+            stacklevel=3,
+        )

@@ -1,0 +1,164 @@
+"""A run that ``make_private`` has prepared, from its parts to its first update.
+
+Opacus prepares model, loader and optimizer in three calls. ``Preparation`` collects
+what the first two return; when the optimizer is there, it begins the record and makes
+the object to which the optimizer reports.
+"""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import opacus
+from opacus.grad_sample import AbstractGradSampleHooks
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
+
+from opacus_pi._validate import expect
+from opacus_pi.accounting import RenyiFilter, fingerprint
+from opacus_pi.attribution import Tracker
+from opacus_pi.integration.checks import (
+    OutsideChanges,
+    batch_norms,
+    clipping_without_effect,
+)
+from opacus_pi.integration.filtering import FilterGate
+from opacus_pi.integration.opacus_compat import DISTRIBUTED, module_of
+from opacus_pi.integration.schedules import (
+    is_poisson,
+    overlapping,
+    unknown_schedule,
+    user_collate_fn,
+)
+from opacus_pi.integration.update import UpdateUnderWay
+from opacus_pi.models.batches import size_of
+from opacus_pi.models.losses import Criterion
+from opacus_pi.recording import Recorder
+from opacus_pi.recording.last_weights import LastWeights
+from opacus_pi.recording.processes import Processes
+from opacus_pi.recording.shared_sweep import shared_sweep
+
+
+def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
+    """Refuse a recorder that cannot record a module, before the module is changed.
+
+    Args:
+        recorder: The engine's recorder.
+        module: What ``make_private`` was given.
+
+    Raises:
+        ValueError: If the recorder needs a criterion, or weights that no process has.
+    """
+    expect(
+        recorder.mode != "swept" or recorder.criterion is not None,
+        "Recorder(criterion=...)",
+        None,
+        "to be given: a swept recorder computes losses itself",
+        'Pass Recorder("swept", criterion=nn.CrossEntropyLoss()).',
+    )
+    expect(
+        not isinstance(module, FSDPModule)
+        or (recorder.mode == "observed" and recorder.weights_dir is None),
+        "Recorder",
+        "one that sweeps or keeps weights",
+        "to observe norms: no process has the weights of an FSDP module",
+        "Use Recorder() without weights_dir, or DistributedDataParallel.",
+    )
+
+
+@dataclass
+class Preparation:
+    """What Opacus has prepared so far: the model, then the loader.
+
+    Args:
+        hooks: What Opacus made of the model, a wrapper or hooks.
+        tracker: Matches the samples of this run to examples.
+        loader: The loader that training will iterate over; None until it is prepared.
+    """
+
+    hooks: AbstractGradSampleHooks
+    tracker: Tracker
+    loader: DataLoader[Any] | None = None
+
+
+class PreparedRun:
+    """Model and loader of a run whose record is about to begin.
+
+    Args:
+        hooks: What Opacus made of the model.
+        tracker: Matches the samples of this run to examples.
+        loader: The loader that training will iterate over.
+    """
+
+    def __init__(
+        self,
+        hooks: AbstractGradSampleHooks,
+        tracker: Tracker,
+        loader: DataLoader[Any],
+    ) -> None:
+        self.hooks, self.tracker, self.loader = hooks, tracker, loader
+        self.module = module_of(hooks)
+        self.sample_rate = 1 / len(loader)  # what Opacus's accountant is told
+        is_distributed = isinstance(self.module, DISTRIBUTED)
+        self.processes = Processes() if is_distributed else None
+
+    def begin_record(self, recorder: Recorder) -> None:
+        """Tell a recorder what is trained, and how to measure and name it.
+
+        Model and weights are referred to weakly: they are the user's to delete.
+
+        Raises:
+            ValueError: If a record was loaded, and it is of another run.
+        """
+        data_set, processes = self.loader.dataset, self.processes
+        trained = weakref.ref(self.module)
+        collate_fn = user_collate_fn(self.loader)
+        # no process of FSDP has all weights to name
+        has_weights = not isinstance(self.module, FSDPModule)
+        recorder.begin(
+            num_examples=size_of(data_set),
+            sample_rate=self.sample_rate,
+            sampling="poisson" if is_poisson(self.loader) else "fixed",
+            data_set=fingerprint(data_set),
+            sweep=lambda: shared_sweep(
+                cast(nn.Module, trained()),
+                cast(Criterion, recorder.criterion),
+                data_set,
+                processes=processes,
+                batch_size=recorder.batch_size,
+                collate_fn=collate_fn,
+            ),
+            weights=lambda: cast(nn.Module, trained()).state_dict(),
+            processes=processes,
+            last_weights=LastWeights(self.module) if has_weights else None,
+        )
+
+    def reasons(self, engine: opacus.PrivacyEngine) -> Iterator[str | None]:
+        """Yield why the run cannot be accounted, from what is known before it starts.
+
+        Args:
+            engine: The engine that prepared it.
+        """
+        yield clipping_without_effect(engine)
+        yield unknown_schedule(self.loader)
+        if self.processes is not None:
+            yield overlapping(self.loader, self.processes.size)
+
+    def first_update(
+        self, recorder: Recorder, renyi_filter: RenyiFilter | None
+    ) -> UpdateUnderWay:
+        """Return the object to which the optimizer reports its updates.
+
+        Args:
+            recorder: Receives what the optimizer reports.
+            renyi_filter: The engine's budgets, if it has any.
+        """
+        update = UpdateUnderWay(recorder, self.tracker, self.hooks, self.sample_rate)
+        if renyi_filter is not None:
+            layers = batch_norms(self.hooks)
+            update.gate = FilterGate(renyi_filter, self.tracker, layers)
+        if self.processes is None:
+            update.outside = OutsideChanges(self.loader, recorder.refuse)
+        return update
