@@ -158,14 +158,17 @@ def patch_memory_manager(observe: Callable[[Any, Any], None]) -> None:
     ``BatchMemoryManager`` replaces the user's loader by one that it builds in
     ``batch_memory_manager.wrap_data_loader`` (1.6.0), a function of that module, and
     offers no other way to learn of the new loader. This is the only change that the
-    package makes to an object of Opacus; it changes neither arguments nor result. A
-    second call replaces the function of the first.
+    package makes to an object of Opacus; it changes neither arguments nor result.
+    Called again with the same function it does nothing; another function replaces it.
 
     Args:
         observe: ``observe(source, built)``, called with the loader that the manager
             was given and the loader that it built.
     """
-    build = _original_of(batch_memory_manager.wrap_data_loader)
+    present = batch_memory_manager.wrap_data_loader
+    if getattr(present, _OBSERVE, None) is observe:
+        return
+    build = _original_of(present)
 
     @wraps(build)
     def wrap_data_loader(
@@ -175,7 +178,7 @@ def patch_memory_manager(observe: Callable[[Any, Any], None]) -> None:
         observe(data_loader, built)
         return built
 
-    vars(wrap_data_loader)[_ORIGINAL] = build
+    vars(wrap_data_loader).update({_ORIGINAL: build, _OBSERVE: observe})
     batch_memory_manager.wrap_data_loader = wrap_data_loader
 
 
@@ -188,7 +191,8 @@ def restore_memory_manager() -> None:
     batch_memory_manager.wrap_data_loader = _original_of(present)
 
 
-_ORIGINAL = "_pi_original"
+# Attributes of the function that is put in place: what it replaced, what it calls.
+_ORIGINAL, _OBSERVE = "_pi_original", "_pi_observe"
 
 
 def _original_of(function: Callable[..., Any]) -> Callable[..., Any]:
