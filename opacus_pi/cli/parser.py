@@ -11,8 +11,9 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -83,9 +84,32 @@ class Command:
     arguments: tuple[Argument, ...]
 
 
-def argument(*names: str, **options: Any) -> Argument:
-    """Declare an argument."""
-    return Argument(names, options)
+def option(
+    flag: str,
+    metavar: str,
+    text: str,
+    convert: Callable[[str], Any] = str,
+    default: Any = None,
+    **more: Any,
+) -> Argument:
+    """Declare an argument with a value.
+
+    Args:
+        flag: Its name on the command line.
+        metavar: What stands for the value in the help.
+        text: What the argument is; a default is added to it.
+        convert: From the word on the command line to the value.
+        default: The value if the argument is missing.
+        **more: Further options of ``add_argument``.
+    """
+    shown = "" if default in (None, []) else f" (default {default})"
+    options = {"metavar": metavar, "type": convert, "default": default, **more}
+    return Argument((flag,), {**options, "help": text + shown})
+
+
+def switch(flag: str, text: str) -> Argument:
+    """Declare an argument without a value."""
+    return Argument((flag,), {"action": "store_true", "help": text})
 
 
 def whole_number(text: str) -> int:
@@ -120,114 +144,83 @@ def writable_file(text: str) -> str:
     )
 
 
-LEDGERS = {
-    "nargs": "+",
-    "metavar": "LEDGER",
-    "help": "saved ledger; several: independent runs, averaged",
-}
-FORGET = argument(
+LEDGERS = Argument(
+    ("ledger",),
+    {
+        "nargs": "+",
+        "metavar": "LEDGER",
+        "help": "saved ledger; several: independent runs, averaged",
+    },
+)
+LEDGERS_BY_FLAG = Argument(("--ledger",), {**LEDGERS.options, "default": []})
+FORGET = option(
     "--forget",
+    "IDS|FILE",
+    "positions in the training set: 3,17,25 or a file",
     dest="forget_indices",
-    metavar="IDS|FILE",
     required=True,
-    help="positions in the training set: 3,17,25 or a file",
 )
-ORDER = argument(
-    "--order",
-    type=float,
-    metavar="X",
-    default=8.0,
-    help="Rényi order, above 1 (default 8)",
-)
-SIGMA = argument(
+ORDER = option("--order", "X", "Rényi order, above 1", float, 8.0)
+SIGMA = option(
     "--sigma",
+    "X",
+    "assume this noise std on the SUM of gradients: a ranking, not a guarantee",
+    float,
     dest="noise_std",
-    type=float,
-    metavar="X",
-    help="assume this noise std on the SUM of gradients: a ranking, not a guarantee",
 )
-DELTA = argument(
-    "--delta",
-    type=probability,
-    metavar="X",
-    default=1e-5,
-    help="δ of every ε (default 1e-5)",
-)
-TOLERANCE = argument(
+DELTA = option("--delta", "X", "δ of every ε", probability, 1e-5)
+TOLERANCE = option(
     "--tolerance",
-    type=float,
-    metavar="X",
-    default=0.0,
-    help="relative error of losses, upwards only; 1e-3 is faster from 30,000 "
-    "examples (default 0)",
+    "X",
+    "relative error of losses, upwards only; 1e-3 is faster from 30,000 examples",
+    float,
+    0.0,
 )
-BATCH_SIZE = argument(
-    "--batch-size", type=whole_number, metavar="N", default=64, help="default 64"
+TOP = partial(option, "--top", "N", "number of hardest examples to list", whole_number)
+BATCH_SIZE = option("--batch-size", "N", "examples in a batch", whole_number, 64)
+MODEL = option(
+    "--model", "M:NAME", "import path of the model, or of a function", required=True
 )
-MODEL = argument(
-    "--model",
-    metavar="M:NAME",
-    required=True,
-    help="import path of the model, or of a function that builds it",
-)
-WEIGHTS = argument(
-    "--weights",
-    metavar="FILE",
-    required=True,
-    help="state dict, .safetensors or .pt",
-)
-DEVICE = argument(
-    "--device", metavar="NAME", default="cpu", help="cpu (default), cuda, cuda:1, ..."
-)
-DATA = argument(
+WEIGHTS = option("--weights", "FILE", "state dict, .safetensors or .pt", required=True)
+DEVICE = option("--device", "NAME", "cpu, cuda, cuda:1, ...", default="cpu")
+DATA = option(
     "--data",
+    "M:NAME",
+    "import path of the training set, or of a function",
     dest="train_set",
-    metavar="M:NAME",
     required=True,
-    help="import path of the training set, or of a function",
 )
-TEST = argument(
-    "--test",
-    dest="test_set",
-    metavar="M:NAME",
-    help="import path of the test set, for the metrics",
+TEST = option(
+    "--test", "M:NAME", "import path of the test set, for metrics", dest="test_set"
 )
-CRITERION = argument(
+CRITERION = option(
     "--criterion",
-    metavar="M:NAME",
+    "M:NAME",
+    "import path of the loss",
     default="torch.nn:CrossEntropyLoss",
-    help="import path of the loss (default cross entropy)",
 )
-SEED = argument("--seed", type=int, metavar="N", default=0, help="default 0")
-METHOD = argument(
+SEED = option("--seed", "N", "seed of everything random", int, 0)
+METHOD = option(
     "--method",
+    "NAME",
+    f"{', '.join(METHODS)} (default finetune); only the first three never use the "
+    "forget set, which a guarantee needs",
     choices=METHODS,
-    metavar="NAME",
-    help=f"{', '.join(METHODS)} (default finetune); only the first three never use "
-    "the forget set, which a guarantee needs",
 )
-SETTING = argument(
+SETTING = option(
     "--set",
+    "NAME=VALUE",
+    "setting of the method, repeatable; an unknown NAME lists all",
     dest="settings",
-    metavar="NAME=VALUE",
-    action="append",
     default=[],
-    help="setting of the method, repeatable; an unknown NAME lists all",
+    action="append",
 )
-RECORD = argument(
-    "--record", metavar="FILE.jsonl", help="deletion log of the model's requests"
+RECORD = option("--record", "FILE.jsonl", "deletion log of the model's requests")
+JSON = switch("--json", "print JSON instead of text")
+JSON_FILE = option(
+    "--out", "FILE.json", "write the JSON here, too", writable_file, dest="json_file"
 )
-JSON = argument("--json", action="store_true", help="print JSON instead of text")
-JSON_FILE = argument(
-    "--out",
-    dest="json_file",
-    metavar="FILE.json",
-    type=writable_file,
-    help="write the JSON here, too",
-)
-TRACEBACK = argument(
-    "--traceback", action="store_true", help="show where an error occurred"
-)
+TRACEBACK = switch("--traceback", "show where an error occurred")
 
 COMMANDS = {
     "score": Command(
@@ -244,18 +237,12 @@ gives no ε. The output reveals which examples are unusual: protect it like the 
   opacus-pi score run1.safetensors run2.safetensors --order 8 --delta 1e-5
   opacus-pi score plain_sgd.safetensors --sigma 1 --top 50 --out scores.json""",
         arguments=(
-            Argument(("ledger",), LEDGERS),
+            LEDGERS,
             ORDER,
             SIGMA,
             DELTA,
             TOLERANCE,
-            argument(
-                "--top",
-                type=whole_number,
-                metavar="N",
-                default=10,
-                help="number of hardest examples to list (default 10)",
-            ),
+            TOP(10),
             JSON,
             JSON_FILE,
         ),
@@ -277,7 +264,7 @@ the guarantee then covers all requests together.""",
       --past easy.txt=0.5 --past hard.txt=12
   opacus-pi plan ledger.safetensors --forget 5 --record deletions.jsonl""",
         arguments=(
-            Argument(("ledger",), LEDGERS),
+            LEDGERS,
             FORGET,
             ORDER,
             SIGMA,
@@ -285,15 +272,15 @@ the guarantee then covers all requests together.""",
             MODEL.but(required=False),
             METHOD,
             SETTING,
-            argument(
+            option(
                 "--past",
-                metavar="IDS|FILE=EPOCHS",
-                action="append",
-                default=[],
-                help="set forgotten before and the epochs it took; 25+ if it was not "
+                "IDS|FILE=EPOCHS",
+                "set forgotten before and the epochs it took; 25+ if it was not "
                 "forgotten after 25. Two sets of different difficulty are needed",
+                default=[],
+                action="append",
             ),
-            RECORD.but(help="deletion log of earlier requests, only read"),
+            RECORD.but(help="deletion log of earlier requests; it is only read"),
             BATCH_SIZE,
             JSON,
             JSON_FILE,
@@ -324,45 +311,31 @@ requests that are still pending are carried out first, with this command's setti
             WEIGHTS,
             DATA,
             FORGET,
-            argument(
-                "--out", metavar="DIR", required=True, help="new directory to write"
-            ),
+            option("--out", "DIR", "new directory to write", required=True),
             TEST,
             CRITERION,
             DEVICE,
             SEED,
             METHOD,
             SETTING,
-            argument(
+            option(
                 "--epochs",
+                "N",
+                "passes over the retain set",
+                whole_number,
+                25,
                 dest="num_epochs",
-                type=whole_number,
-                metavar="N",
-                default=25,
-                help="passes over the retain set (default 25)",
             ),
             BATCH_SIZE,
-            argument(
-                "--learning-rate",
-                type=float,
-                metavar="X",
-                default=0.01,
-                help="of SGD (default 0.01)",
-            ),
-            argument(
-                "--momentum",
-                type=float,
-                metavar="X",
-                default=0.9,
-                help="of SGD (default 0.9)",
-            ),
-            Argument(("--ledger",), {**LEDGERS, "default": []}),
+            option("--learning-rate", "X", "of SGD", float, 0.01),
+            option("--momentum", "X", "of SGD", float, 0.9),
+            LEDGERS_BY_FLAG,
             DELTA,
             RECORD,
-            argument(
+            option(
                 "--request-id",
-                metavar="NAME",
-                help="name of the request (default: a hash of the ids)",
+                "NAME",
+                "name of the request (default: a hash of the ids)",
             ),
             JSON,
         ),
@@ -388,18 +361,14 @@ reach are those of models that were retrained without the forget set: name their
             DATA,
             TEST.but(required=True),
             FORGET,
-            argument(
+            option(
                 "--oracle",
-                nargs="+",
-                metavar="WEIGHTS",
+                "WEIGHTS",
+                "state dicts of models retrained without the forget set",
                 default=[],
-                help="state dicts of models retrained without the forget set",
+                nargs="+",
             ),
-            argument(
-                "--match",
-                action="store_true",
-                help="match hidden units before measuring barriers",
-            ),
+            switch("--match", "match hidden units before measuring barriers"),
             CRITERION,
             DEVICE,
             SEED,
@@ -422,42 +391,24 @@ wrote; without it the report covers the training alone.""",
   opacus-pi report forgotten --ledger ledger.safetensors \\
       --evaluation forgotten/evaluation.json --out report.html""",
         arguments=(
-            argument(
-                "run_dir",
-                metavar="RUN_DIR",
-                nargs="?",
-                help="directory of an unlearning run",
+            option("run_dir", "RUN_DIR", "directory of an unlearning run", nargs="?"),
+            LEDGERS_BY_FLAG.but(required=True),
+            option(
+                "--out", "FILE.html", "name of the page", writable_file, required=True
             ),
-            Argument(("--ledger",), {**LEDGERS, "required": True}),
-            argument(
-                "--out",
-                metavar="FILE.html",
-                type=writable_file,
-                required=True,
-                help="name of the page",
-            ),
-            argument(
+            option(
                 "--evaluation",
-                metavar="FILE.json",
-                help="output of 'opacus-pi evaluate --out' (default "
+                "FILE.json",
+                "output of 'opacus-pi evaluate --out' (default "
                 "RUN_DIR/evaluation.json if it exists)",
             ),
             ORDER,
             SIGMA,
             DELTA,
             TOLERANCE,
-            argument(
-                "--top",
-                type=whole_number,
-                metavar="N",
-                default=20,
-                help="number of hardest examples to list (default 20)",
-            ),
-            argument(
-                "--title",
-                metavar="TEXT",
-                default="Privacy and unlearning report",
-                help="heading of the page",
+            TOP(20),
+            option(
+                "--title", "TEXT", "heading", default="Privacy and unlearning report"
             ),
             JSON,
         ),
@@ -481,12 +432,12 @@ Exit code 0: verified. 1: damaged or edited. 2: bad arguments, or no such file.
   opacus-pi verify deletions.jsonl
   opacus-pi verify deletions.jsonl 5f0c...e1""",
         arguments=(
-            argument("file", metavar="FILE", help="file to check"),
-            argument(
+            option("file", "FILE", "file to check"),
+            option(
                 "head",
-                metavar="HEAD",
+                "HEAD",
+                "hash that an entry of the deletion log must have",
                 nargs="?",
-                help="hash that an entry of the deletion log must have",
             ),
             JSON,
         ),
