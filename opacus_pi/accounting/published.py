@@ -1,14 +1,24 @@
-"""Unlearning bounds exactly as published, for comparison. Never a default.
+"""Bounds exactly as published, for comparison and reproduction. Never a default.
 
 * Corollaries 4.1 and 4.4 of the paper (Sepahvand et al. 2025), whose
   constants come from Chien et al.'s rate,
 * Chien et al. 2024 (arXiv 2401.10371), strongly convex losses: divergence after
-  learning, contraction rate, steps for an (ε, δ) target, sequential requests.
+  learning, contraction rate, steps for an (ε, δ) target, sequential requests,
+* group privacy by chaining single removals (Mironov 2017), to compare with
+  ``group_divergence``, and the sum of losses by person, a heuristic.
 
-The same inputs give far fewer steps with ``langevin.steps_to_unlearn``:
+The functions evaluate the printed formulas; that a formula is a bound under the printed
+assumptions is the papers' claim. ``summed_losses`` is not a bound. The same inputs give
+far fewer steps with ``langevin.unlearning.steps_to_unlearn``.
 
 >>> corollary_4_4_steps(4.0, 10.0, 1e-3, 1e-4, target=0.01, rate=0.01)
 5713
+>>> def loss(order):  # one point: the Gaussian mechanism
+...     return order * 0.01 / 2
+>>> round(order_multiplied_divergence(loss, 2, 4.0), 4)  # the truth is 4·(2·0.1)²/2
+0.0817
+>>> round(order_multiplied_divergence(loss, 100, 4.0), 1)  # the truth is 200
+227.8
 """
 
 import math
@@ -39,7 +49,7 @@ _CONSTANT = "Constants of the process are above 0."
 def weak_triangle(
     order: float, first: float, second: float, *, factor: float = 2.0
 ) -> float:
-    """Bound on D_α(P ‖ Q) through a third law R.
+    """Return a bound on D_α(P ‖ Q) through a third law R.
 
     D_α(P‖Q) ≤ (α − 1/u)/(α − 1) · D_{uα}(P‖R) + D_{(uα−1)/(u−1)}(R‖Q), any u > 1.
 
@@ -50,7 +60,7 @@ def weak_triangle(
         factor: u.
 
     Returns:
-        The bound.
+        The bound, in nats.
 
     Raises:
         ValueError: If α ≤ 1 or u ≤ 1.
@@ -69,7 +79,7 @@ def corollary_4_1(
     stationarity_2a_1: float,
     log_growth: float,
 ) -> float:
-    """Divergence from retraining for T steps, through stationarity, as printed.
+    """Return the divergence from retraining for T steps, as Corollary 4.1 prints it.
 
     (A·ε'_{4α} + B·ε_{4α−1})·exp(−Ck/2α) + ε_{2α−1}, A = (2α−½)/(2α−2) and
     B = (2α−1)/(2α−2). The last term does not vanish with k.
@@ -82,10 +92,12 @@ def corollary_4_1(
         log_growth: C·k, the sum of the rates of the k steps.
 
     Returns:
-        The bound on D_α(unlearned ‖ retrained for T steps).
+        The bound on D_α(unlearned ‖ retrained for T steps), in nats.
 
     Raises:
         ValueError: If the order is at most 1 or the growth negative.
+
+    Source: paper, Corollary 4.1.
     """
     start = weak_triangle(2 * order, loss_4a, stationarity_4a_1)
     moved = source_bound(start, 2 * order, log_growth)
@@ -101,23 +113,26 @@ def corollary_4_4_steps(
     target: float,
     rate: float,
 ) -> float:
-    """Fewest steps with Corollary 4.1 at most the target, as Corollary 4.4 prints it.
+    """Return the fewest steps for which Corollary 4.1 is at most the target.
 
-    k ≥ A·ln((B·P(x, 4α) + C·ε_{4α−1})/(δ − ε_{2α−1})), A = 2α/rate.
+    k ≥ A·ln((B·P(x, 4α) + C·ε_{4α−1})/(δ − ε_{2α−1})), A = 2α/rate, as Corollary 4.4
+    prints it.
 
     Args:
         order: Rényi order α > 1.
         loss_4a: P(x, 4α).
         stationarity_4a_1: ε_{4α−1}.
         stationarity_2a_1: ε_{2α−1}.
-        target: δ, the divergence to reach.
+        target: δ, the divergence to reach, in nats.
         rate: Contraction per step, the C of Corollary 4.1.
 
     Returns:
-        k; ``inf`` where the target is not above the irreducible ε_{2α−1}.
+        k; ``inf`` where the target is not above ε_{2α−1}, which no step reduces.
 
     Raises:
         ValueError: If a value is outside its domain.
+
+    Source: paper, Corollary 4.4.
     """
     positive(target=target, remedy=_CONSTANT)
     start = corollary_4_1(order, loss_4a, stationarity_4a_1, 0.0, 0.0)
@@ -134,7 +149,7 @@ def chien_learning_divergence(
     num_examples: int,
     learned: float = math.inf,
 ) -> NDArray[np.float64] | float:
-    """Divergence after learning when S points are replaced, strongly convex losses.
+    """Return the divergence after learning when S points are replaced, strongly convex.
 
     4αS²M²/(mσ²n²)·(1 − exp(−mηT)), the last factor 1 at stationarity.
 
@@ -148,10 +163,12 @@ def chien_learning_divergence(
         learned: η·T, total step size of learning.
 
     Returns:
-        The divergence, in the shape of ``order``.
+        The divergence, in the shape of ``order``, in nats.
 
     Raises:
         ValueError: If a constant is not positive.
+
+    Source: Chien et al. 2024 (arXiv 2401.10371).
     """
     positive(
         strong_convexity=strong_convexity,
@@ -168,19 +185,21 @@ def chien_learning_divergence(
 def chien_rate(
     *, learning_rate: float, sigma: float, strong_convexity: float, lsi: float
 ) -> float:
-    """Contraction per step for strongly convex losses, 2σ²η/C.
+    """Return the contraction per step for strongly convex losses, 2σ²η/C.
 
     Args:
         learning_rate: η.
         sigma: σ of the Langevin noise √(2η)·σ.
         strong_convexity: m.
-        lsi: C, an LSI constant of the initial law of learning; the authors take 2σ²/m.
+        lsi: C, an LSI constant of the initial law of learning; the authors use 2σ²/m.
 
     Returns:
         The rate R of D_α·exp(−R·k/α).
 
     Raises:
         ValueError: If C ≤ σ²/m, or η > (2/m)(1 − σ²/(mC)).
+
+    Source: Chien et al. 2024 (arXiv 2401.10371).
     """
     positive(learning_rate=learning_rate, sigma=sigma, remedy=_CONSTANT)
     positive(strong_convexity=strong_convexity, remedy=_CONSTANT)
@@ -202,13 +221,14 @@ def chien_rate(
 def steps_at_rate(
     divergences: ArrayLike, orders: ArrayLike, allowed: ArrayLike, rate: float
 ) -> float:
-    """Fewest steps with D_α·exp(−R·k/α) ≤ allowed at one of the orders.
+    """Return the fewest steps with D_α·exp(−R·k/α) ≤ allowed at one of the orders.
 
     Args:
-        divergences: D_α before unlearning, ``(A,)``.
+        divergences: D_α before unlearning, ``(A,)``, in nats.
         orders: α, ``(A,)``.
         allowed: The divergence to reach at each order, ``(A,)``: a target, or what
-            ε leaves after the conversion's cost (orders with none left are not used).
+            remains of ε after the offset of the conversion. Orders where nothing
+            remains are not used.
         rate: R per step.
 
     Returns:
@@ -229,7 +249,7 @@ def steps_at_rate(
 
 
 def mironov_allowance(epsilon: float, delta: float, orders: ArrayLike) -> NDArray[Any]:
-    """Divergence that (ε, δ) leaves at each order: ε − ln(1/δ)/(α − 1).
+    """Return the divergence that (ε, δ) allows at each order: ε − ln(1/δ)/(α − 1).
 
     Args:
         epsilon: ε.
@@ -237,12 +257,12 @@ def mironov_allowance(epsilon: float, delta: float, orders: ArrayLike) -> NDArra
         orders: Rényi orders above 1.
 
     Returns:
-        The allowance; negative where the order is too small.
+        The allowance in nats; negative where the order is too small.
 
     Raises:
         ValueError: If δ is outside (0, 1).
 
-    Source: Mironov 2017, Proposition 3; what Chien et al. use.
+    Source: Mironov 2017, Proposition 3, as Chien et al. use it.
     """
     in_range(0, 1, closed=False, delta=delta, remedy="A typical δ is 1/n.")
     return epsilon - math.log(1 / delta) / (np.asarray(orders, dtype=np.float64) - 1)
@@ -253,7 +273,7 @@ def chien_sequential(
     learning_divergence: Callable[[float], float],
     log_growths: Sequence[float],
 ) -> float:
-    """Divergence after sequential requests; the order doubles with each of them.
+    """Return the divergence after sequential requests; each doubles the order.
 
     ε¹(α) = e^{−ΣR/α}·ε₀(α), ε^{s+1}(α) = e^{−ΣR/α}(α−½)/(α−1)·(ε₀(2α) + ε^s(2α)).
 
@@ -263,10 +283,12 @@ def chien_sequential(
         log_growths: ΣR of each request's steps, the first request first.
 
     Returns:
-        The bound after the last request.
+        The bound after the last request, in nats.
 
     Raises:
         ValueError: If there is no request or the order is at most 1.
+
+    Source: Chien et al. 2024 (arXiv 2401.10371), sequential unlearning.
     """
     expect(
         len(log_growths) > 0, "log_growths", "[]", "to hold a request", "Give its ΣR."
@@ -282,7 +304,7 @@ def chien_sequential(
 def order_multiplied_divergence(
     worst_loss: Callable[[float], float], group_size: int, order: float
 ) -> float:
-    """Group bound by chaining single removals; the order grows with the group.
+    """Return a group bound by chaining single removals; the order grows with the group.
 
     Halving the group, D_α over m points ≤ (α−½)/(α−1)·D_{2α} over ⌈m/2⌉ points +
     D_{2α−1} over ⌊m/2⌋ points (the weak triangle inequality).
@@ -294,13 +316,12 @@ def order_multiplied_divergence(
         order: Rényi order α > 1.
 
     Returns:
-        The bound.
+        The bound, in nats.
 
     Raises:
         ValueError: If the group is empty or the order at most 1.
 
-    Source: Mironov 2017, Propositions 2 and 11; the route of Chien et al. 2024,
-    Corollary 3.4.
+    Source: Mironov 2017, Propositions 2 and 11; so in Chien et al. 2024, Corollary 3.4.
     """
     in_range(1, np.inf, group_size=group_size, remedy="Count the group's points.")
     if group_size == 1:
@@ -312,16 +333,16 @@ def order_multiplied_divergence(
 
 
 def summed_losses(losses: ArrayLike, owners: ArrayLike) -> NDArray[np.float64]:
-    """Sum of per-example losses for each owner. A heuristic: **not** a bound.
+    """Return the sum of per-example losses of each owner. A heuristic, **not** a bound.
 
-    Two examples with equal gradients cost four times what one does, not twice.
+    Two examples with equal gradients have four times the loss of one, not twice.
 
     Args:
-        losses: ``(n,)``, per-example privacy losses.
-        owners: int ``(n,)``, whose example each is, 0 … U − 1.
+        losses: ``(n,)``, per-example privacy losses, in nats.
+        owners: int ``(n,)``, the owner of each example, 0 … U − 1.
 
     Returns:
-        float64 ``(U,)``.
+        float64 ``(U,)``, in nats.
 
     Raises:
         ValueError: If the shapes differ.

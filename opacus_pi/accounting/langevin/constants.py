@@ -1,13 +1,25 @@
-"""The constants of two convex objectives on given data, for certified bounds.
+"""Constants that the Langevin bounds need: of an objective, and of the noisy process.
 
-Objectives f(w) = (1/N)·Σ_i ℓ_i(w) + (λ/2)‖w‖². The denominator N is **fixed**: it stays
-what it was when points are removed, so that removing a point changes nobody else's
-weight. Constants are rounded in the safe direction.
+``logistic_constants`` and ``ridge_constants`` compute the smoothness, convexity and
+gradient bounds of two convex objectives f(w) = (1/N)·Σ_i ℓ_i(w) + (λ/2)‖w‖² from given
+data. The denominator N is **fixed**: it keeps its value when points are removed, so
+that removing a point does not change the weight of any other. Constants are rounded in
+the safe direction.
+
+``LangevinConstants`` holds the constants of projected noisy gradient descent, and
+derives what the bounds use: Lipschitz constant, range, log-Sobolev and Dobrushin
+constants. It checks domains only; that the constants hold for the process that was run
+is up to the caller, and every bound lists it among its assumptions.
 
 >>> data = np.array([[3.0, 4.0], [0.0, 1.0]])
 >>> found = logistic_constants(data, regularisation=0.1)
 >>> found.strong_convexity, found.example_bounds.tolist()
 (0.1, [5.0, 1.0])
+>>> constants = LangevinConstants(
+...     learning_rate=0.5, noise_variance=0.1, smoothness=1.0, strong_convexity=0.2
+... )
+>>> constants.lipschitz
+0.9
 """
 
 import math
@@ -15,7 +27,6 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
-from numpy import float64
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
@@ -28,22 +39,22 @@ from opacus_pi.accounting.langevin.lsi import (
     lsi_track,
 )
 
-_SLACK = 1e-12  # Relative rounding error of an eigenvalue, generously.
+_SLACK = 1e-12  # upper limit of the relative rounding error of an eigenvalue
 
 
 @dataclass(frozen=True, eq=False)
 class LossConstants:
-    """What bounds need to know about an objective on a domain.
+    """Constants of an objective on a domain.
 
     Attributes:
         smoothness: L, largest eigenvalue of the Hessian.
-        strong_convexity: m, smallest eigenvalue.
+        strong_convexity: m, smallest eigenvalue of the Hessian.
         gradient_bound: M, largest norm of the whole objective's gradient; ``inf`` on an
             unbounded domain.
         example_bounds: float64 ``(n,)``, largest gradient norm of each example's own
             loss ℓ_i, without the regulariser and the denominator.
-        denominator: N. An update with learning rate η moves by at most
-            η·example_bounds/N because of one example.
+        denominator: N. One example moves an update with learning rate η by at most
+            η·example_bounds/N.
     """
 
     smoothness: float
@@ -60,12 +71,13 @@ def logistic_constants(
     radius: float = math.inf,
     denominator: float | None = None,
 ) -> LossConstants:
-    """Constants of L2-regularised logistic regression, ℓ_i = ln(1 + exp(−y_i·x_iᵀw)).
+    """Return the constants of L2-regularised logistic regression.
 
-    L = λ_max(XᵀX)/(4N) + λ, m = λ, ‖∇ℓ_i‖ ≤ ‖x_i‖, M ≤ Σ‖x_i‖/N + λR.
+    ℓ_i = ln(1 + exp(−y_i·x_iᵀw)): L = λ_max(XᵀX)/(4N) + λ, m = λ, ‖∇ℓ_i‖ ≤ ‖x_i‖ and
+    M ≤ Σ‖x_i‖/N + λR, because the logistic function has slopes up to 1/4.
 
     Args:
-        features: X ``(n, d)``, a column of ones included if there is an intercept
+        features: X ``(n, d)``, including a column of ones if there is an intercept
             (which is then regularised too). Labels are ±1.
         regularisation: λ > 0.
         radius: R of the ball around 0 that weights are projected onto.
@@ -76,13 +88,15 @@ def logistic_constants(
 
     Raises:
         ValueError: If an argument is outside its domain.
+
+    Source: standard bounds on the Hessian σ(1−σ)·x xᵀ of the logistic loss.
     """
     X, N = _data(features, regularisation, denominator)
     norms = np.linalg.norm(X, axis=1)
     return LossConstants(
-        smoothness=_up(_spectrum(X)[1] / (4 * N)) + regularisation,
+        smoothness=_rounded_up(_spectrum(X)[1] / (4 * N)) + regularisation,
         strong_convexity=regularisation,
-        gradient_bound=_up(norms.sum() / N + regularisation * radius),
+        gradient_bound=_rounded_up(norms.sum() / N + regularisation * radius),
         example_bounds=norms,
         denominator=N,
     )
@@ -96,7 +110,7 @@ def ridge_constants(
     radius: float,
     denominator: float | None = None,
 ) -> LossConstants:
-    """Constants of ridge regression, ℓ_i = (x_iᵀw − y_i)²/2, on a ball.
+    """Return the constants of ridge regression, ℓ_i = (x_iᵀw − y_i)²/2, on a ball.
 
     L = λ_max(XᵀX)/N + λ, m = λ_min(XᵀX)/N + λ, ‖∇ℓ_i‖ ≤ ‖x_i‖(‖x_i‖R + |y_i|),
     M ≤ L·R + ‖Xᵀy‖/N. Without a ball no example's gradient is bounded.
@@ -114,6 +128,8 @@ def ridge_constants(
 
     Raises:
         ValueError: If an argument is outside its domain.
+
+    Source: the Hessian XᵀX/N + λI of the squared loss.
     """
     X, N = _data(features, regularisation, denominator)
     y = np.asarray(targets, dtype=np.float64)
@@ -127,12 +143,14 @@ def ridge_constants(
     in_range(0, np.finfo(float).max, radius=radius, remedy="Project onto a ball.")
     lowest, highest = _spectrum(X)
     norms = np.linalg.norm(X, axis=1)
-    smoothness = _up(highest / N) + regularisation
+    smoothness = _rounded_up(highest / N) + regularisation
     return LossConstants(
         smoothness=smoothness,
         strong_convexity=max(0.0, lowest - _SLACK * highest) / N + regularisation,
-        gradient_bound=_up(smoothness * radius + float(np.linalg.norm(X.T @ y)) / N),
-        example_bounds=_up(norms * (norms * radius + np.abs(y))),
+        gradient_bound=_rounded_up(
+            smoothness * radius + float(np.linalg.norm(X.T @ y)) / N
+        ),
+        example_bounds=_rounded_up(norms * (norms * radius + np.abs(y))),
         denominator=N,
     )
 
@@ -140,7 +158,7 @@ def ridge_constants(
 def _data(
     features: ArrayLike, regularisation: float, denominator: float | None
 ) -> tuple[NDArray[np.float64], float]:
-    """Checked features and denominator."""
+    """Return checked features and denominator."""
     X = np.asarray(features, dtype=np.float64)
     expect(
         X.ndim == 2 and X.size > 0 and bool(np.isfinite(X).all()),
@@ -159,34 +177,34 @@ def _data(
 
 
 def _spectrum(X: NDArray[np.float64]) -> tuple[float, float]:
-    """Smallest and largest eigenvalue of XᵀX."""
+    """Return the smallest and largest eigenvalue of XᵀX."""
     values = np.linalg.eigvalsh(X.T @ X)
     return max(0.0, float(values[0])), max(0.0, float(values[-1]))
 
 
 @overload
-def _up(value: float) -> float: ...
+def _rounded_up(value: float) -> float: ...
 @overload
-def _up(value: NDArray[np.float64]) -> NDArray[np.float64]: ...
-def _up(value: Any) -> Any:
+def _rounded_up(value: NDArray[np.float64]) -> NDArray[np.float64]: ...
+def _rounded_up(value: Any) -> Any:
     """The value, raised beyond its rounding error."""
     return value * (1 + _SLACK)
 
 
 @dataclass(frozen=True)
 class LangevinConstants:
-    """The constants of w ← Π(w − η∇f(w) + N(0, s·I)) on the retain set.
+    """Constants of w ← Π(w − η∇f(w) + N(0, s·I)) on the retain set.
 
     Args:
         learning_rate: η.
         noise_variance: s, per coordinate, on the **weights**: 2ησ² for Langevin noise
             √(2η)·σ, and (η·std)² for noise of standard deviation std on the gradient.
         smoothness: L, largest eigenvalue of the Hessian of f on the domain; ``inf``
-            where there is no bound (a ball and ``gradient_bound`` then still give
-            the ``"dobrushin"`` form).
+            if no bound is known (a ball and ``gradient_bound`` then still give the
+            ``"dobrushin"`` form).
         strong_convexity: m, smallest eigenvalue: > 0 strongly convex, 0 convex,
             −L merely smooth.
-        radius: R of the ball (any convex set inside one) that Π projects onto.
+        radius: R of the ball (or any convex set inside one) that Π projects onto.
         gradient_bound: M, largest ‖∇f‖ on the domain.
 
     Raises:
@@ -217,13 +235,13 @@ class LangevinConstants:
 
     @property
     def map_radius(self) -> float:
-        """Radius of a ball that holds the gradient map's range."""
+        """Radius of a ball that contains the range of the gradient map."""
         moved = self.radius + self.learning_rate * self.gradient_bound
         return min(moved, self.lipschitz * self.radius)
 
     @property
     def lsi_cap(self) -> float:
-        """LSI constant that every iterate has because the domain is bounded."""
+        """LSI constant of every iterate on a bounded domain; otherwise ``inf``."""
         if self.map_radius == math.inf:
             return math.inf
         return bounded_support_lsi(self.map_radius, self.noise_variance)
@@ -233,8 +251,8 @@ class LangevinConstants:
         """Logarithm of one step's Dobrushin coefficient; 0 on an unbounded domain."""
         return log_dobrushin_coefficient(2 * self.map_radius, self.noise_variance)
 
-    def log_growth(self, initial_lsi: float, num_steps: int) -> NDArray[float64]:
-        """Growth of the contraction, ln G_0 … ln G_k, from the second law's constant.
+    def log_growth(self, initial_lsi: float, num_steps: int) -> NDArray[np.float64]:
+        """Return the growth of the contraction, ln G_0 … ln G_k.
 
         Args:
             initial_lsi: LSI constant of the retrained law where the steps begin.

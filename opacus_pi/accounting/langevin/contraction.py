@@ -1,12 +1,31 @@
-"""How much one noisy process, applied to two laws, brings them together.
+r"""How much a noisy process, applied to two laws, brings them together.
 
-Both laws go through the same steps: for unlearning, the model that saw the forget set
-and the one that never did, both trained on the retain set from now on. Three bounds on
-the divergence afterwards, from the divergence before:
+**Idea.** Both laws go through the same steps: for unlearning, the law of the model that
+was trained on the forget set and that of the retrained model, both continued on the
+retain set. Gaussian noise of the same size is added to both, which makes them harder to
+tell apart. Three bounds on the divergence afterwards, from the divergence before:
 
 * ``hypercontractive_bound``: needs the log-Sobolev constants of the second law,
 * ``source_bound``: the same ingredients, as in the literature; never smaller,
 * ``dobrushin_bound``: needs a bounded domain only, no convexity, no smoothness.
+
+The first rests on one fact. While variance grows by dt at log-Sobolev constant C, the
+order may move with α' = (α − 1)/C, and then ((α − 1)/α)·D_α does not increase:
+
+:math:`D_\alpha(\text{after}) \le \frac{\alpha}{G + \alpha - 1}\,
+D_{\alpha_0}(\text{before}),\quad \alpha_0 = 1 + \frac{\alpha - 1}{G}`,
+
+where ln G is the integral of dt/C.
+
+**Guarantee.** Upper bounds for all laws with the given constants; the first is an
+equality for shifted Gaussians.
+
+**What breaks it.** The log-Sobolev constant of the wrong law (it must be the second
+argument's), or random batches, whose mixture has no such constant; the Dobrushin bound
+allows them.
+
+Source: own derivation, docs/theory.md, Sections 6 and 8; Vempala and Wibisono 2019 for
+a fixed order.
 
 >>> def gaussian(order):  # two Gaussians, a distance of one standard deviation
 ...     return order / 2
@@ -24,18 +43,17 @@ import numpy as np
 from opacus_pi._validate import expect, in_range
 
 Divergence = float | Callable[[float], float]
-"""A bound at the order in question, or a function from order (≥ 1) to a bound."""
+"""A bound at the order of the result, or a function from an order (≥ 1) to a bound."""
 
 
 def hypercontractive_bound(
     divergence: Divergence, order: float, log_growth: float
 ) -> float:
-    """Rényi divergence after noisy steps: smaller, and asked for at a lower order.
+    """Return a bound on the Rényi divergence after noisy steps, with a moving order.
 
-    D_α(after) ≤ α/(G + α − 1) · D_{α₀}(before), α₀ = 1 + (α − 1)/G.
-
-    Along Gaussian noise the order may move with the flow, α' = (α − 1)/C, and then
-    ((α − 1)/α)·D_α does not increase. Equality holds for shifted Gaussians.
+    D_α(after) ≤ α/(G + α − 1) · D_{α₀}(before), α₀ = 1 + (α − 1)/G. It is smaller than
+    ``source_bound``, and needs the divergence before at a lower order. Equality holds
+    for shifted Gaussians.
 
     Args:
         divergence: Bound on D(first ‖ second) before the steps: at ``order`` (it then
@@ -45,24 +63,27 @@ def hypercontractive_bound(
         log_growth: ln G of the steps, from ``lsi.log_growth`` of the **second** law.
 
     Returns:
-        Bound on D_α(first ‖ second) after the steps.
+        Bound on D_α(first ‖ second) after the steps, in nats.
 
     Raises:
         ValueError: If an argument is outside its domain.
+
+    Source: docs/theory.md, Section 6.
     """
     _check(order, log_growth)
+    # α/(G + α − 1), divided through by G so that an infinite G gives 0.
     shrink = math.exp(-log_growth)
-    initial = _at(divergence, 1 + (order - 1) * shrink)
+    initial = _divergence_at(divergence, 1 + (order - 1) * shrink)
     if initial == math.inf:
         return math.inf
     return order * shrink / (1 + (order - 1) * shrink) * initial
 
 
 def source_bound(divergence: Divergence, order: float, log_growth: float) -> float:
-    """Rényi divergence after noisy steps at one fixed order: D_α·G^(−1/α).
+    """Return a bound on the Rényi divergence at one fixed order: D_α·G^(−1/α).
 
-    The usual form in the literature, which drops the derivative with respect to the
-    order. ``hypercontractive_bound`` is never larger.
+    This is the usual form in the literature, which drops the derivative with respect to
+    the order. ``hypercontractive_bound`` is never larger.
 
     Args:
         divergence: Bound on D_α(first ‖ second) before, or a function of the order.
@@ -70,7 +91,7 @@ def source_bound(divergence: Divergence, order: float, log_growth: float) -> flo
         log_growth: ln G of the steps along the second law.
 
     Returns:
-        Bound on D_α(first ‖ second) after the steps.
+        Bound on D_α(first ‖ second) after the steps, in nats.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -78,26 +99,28 @@ def source_bound(divergence: Divergence, order: float, log_growth: float) -> flo
     Source: Vempala & Wibisono 2019; Chien et al. 2024 (arXiv 2401.10371), Theorem 3.2.
     """
     _check(order, log_growth)
-    initial = _at(divergence, order)
+    initial = _divergence_at(divergence, order)
     return math.inf if initial == math.inf else initial * math.exp(-log_growth / order)
 
 
 def log_dobrushin_coefficient(map_diameter: float, noise_variance: float) -> float:
-    """Logarithm of θ, the worst total variation between two starts of one step.
+    """Return ln θ, where θ is the worst total variation between two starts of one step.
 
     θ = 2Φ(ρ/(2√s)) − 1 for w ↦ Π(F(w) + N(0, s·I)), where ρ bounds the distance
     between any two values of F.
 
     Args:
         map_diameter: ρ; on a ball of radius R with gradients up to M, at most
-            2R + 2ηM. Random batches: the largest over the batches.
+            2R + 2ηM. For random batches: the largest over the batches.
         noise_variance: s on the weights.
 
     Returns:
-        ln θ ≤ 0; 0 without noise or without a bound.
+        ln θ ≤ 0; 0 without noise or without a bound on the range.
 
     Raises:
         ValueError: If an argument is negative.
+
+    Source: total variation of two Gaussians of equal covariance.
     """
     in_range(
         0,
@@ -111,6 +134,7 @@ def log_dobrushin_coefficient(map_diameter: float, noise_variance: float) -> flo
     if noise_variance == 0:
         return 0.0
     argument = map_diameter / math.sqrt(8 * noise_variance)
+    # θ = erf(ρ/√(8s)); near 1 its logarithm is taken from the complement.
     if argument < 1:
         return math.log(math.erf(argument))
     return math.log1p(-math.erfc(argument))
@@ -119,21 +143,19 @@ def log_dobrushin_coefficient(map_diameter: float, noise_variance: float) -> flo
 def dobrushin_bound(
     divergence: Divergence, order: float, log_coefficient: float
 ) -> float:
-    """Rényi divergence after steps that forget their start with some probability.
+    """Return a bound on the Rényi divergence by Dobrushin's coefficient of the steps.
 
-    exp((α−1)·D_α(after)) − 1 ≤ θ·(exp((α−1)·D_α(before)) − 1).
-
-    Every f-divergence contracts by the Dobrushin coefficient; this one is that of
-    f(u) = u^α − 1. Holds in both directions, for random batches, and without convexity
-    or smoothness.
+    exp((α−1)·D_α(after)) − 1 ≤ θ·(exp((α−1)·D_α(before)) − 1). Every f-divergence
+    contracts by the Dobrushin coefficient; this is the one of f(u) = u^α − 1. It holds
+    in both directions, for random batches, and without convexity or smoothness.
 
     Args:
         divergence: Bound on D_α before, or a function of the order.
         order: Rényi order α > 1.
-        log_coefficient: ln θ of all steps together (their sum).
+        log_coefficient: ln θ of all steps together (the sum of their logarithms).
 
     Returns:
-        Bound on D_α after the steps.
+        Bound on D_α after the steps, in nats.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -142,16 +164,18 @@ def dobrushin_bound(
     """
     _check(order, 0.0)
     in_range(-math.inf, 0, log_coefficient=log_coefficient, remedy="θ is at most 1.")
-    exponent = (order - 1) * _at(divergence, order)
+    exponent = (order - 1) * _divergence_at(divergence, order)
     if exponent == 0 or log_coefficient == -math.inf:
         return 0.0
-    # ln θ(e^x − 1), then ln(1 + that): no overflow for large x.
+    # ln θ(e^x − 1), then ln(1 + e^that): no overflow for large x.
     log_excess = log_coefficient + exponent + math.log(-math.expm1(-exponent))
     return float(np.logaddexp(0.0, log_excess)) / (order - 1)
 
 
 def first_step(meets: Callable[[int], bool], limit: int) -> float:
-    """The smallest number of steps that meets a condition which then stays met.
+    """Return the smallest number of steps that meets a condition which then stays met.
+
+    The limit is doubled until it is met, then bisected.
 
     Args:
         meets: Whether k steps are enough.
@@ -173,15 +197,15 @@ def first_step(meets: Callable[[int], bool], limit: int) -> float:
     return high
 
 
-def _at(divergence: Divergence, order: float) -> float:
-    """The divergence given, at this order."""
+def _divergence_at(divergence: Divergence, order: float) -> float:
+    """Return the given divergence at this order."""
     value = float(divergence(order) if callable(divergence) else divergence)
     in_range(0, math.inf, divergence=value, remedy="Divergences are at least 0.")
     return value
 
 
 def _check(order: float, log_growth: float) -> None:
-    """Domain of the arguments that all bounds share."""
+    """Check the domain of the arguments that all bounds share."""
     expect(
         1 < order < math.inf, "order", order, "in (1, inf)", "Rényi orders exceed 1."
     )

@@ -1,12 +1,19 @@
-"""Divergence after learning when early steps are forgotten by later noise.
+"""Divergence after learning when later noise hides the contribution of early steps.
 
-Composition over a run adds every step's cost up and grows with its length. With an LSI
-constant for the other law, each step's noise can do two things: a share of it pays for
-the point's own contribution, the rest contracts what was there before. On strongly
-convex losses the result stays bounded however long the run is.
+**Idea.** Plain composition adds up every step's divergence and grows with the run. With
+a log-Sobolev constant of the other law, each step's noise can do two things: a share of
+it hides the point's own contribution, the rest contracts the divergence accumulated
+before (``contraction``). One schedule covers learning and any number of unlearning
+requests: after its removal a point shifts nothing, and every step only contracts.
 
-One schedule covers learning and any number of unlearning requests: after its removal a
-point shifts nothing, and every step only contracts.
+**Guarantee.** A bound if the mean over the given runs is the expectation; otherwise an
+estimate. On strongly convex losses it stays bounded however long the run is.
+
+**What breaks it.** Random batches: the constants are those of one fixed map a step.
+Steps must be full-batch, or follow a schedule that does not look at the data.
+
+Source: docs/theory.md, Sections 6 and 7; ``halved_noise_divergence`` is the form of
+Chien et al. 2024.
 
 >>> from opacus_pi.accounting.langevin.lsi import lsi_track
 >>> shifts = np.r_[np.full((500, 1), 0.1), np.zeros((50, 1))]  # learn, then without x
@@ -39,7 +46,7 @@ def contractive_divergence(
     hoelder_p: float,
     noise_share: float = 0.5,
 ) -> float | NDArray[np.float64]:
-    """Per-instance divergence of the last iterate of a run that contracts.
+    """Return the per-instance divergence of the last iterate of a run that contracts.
 
     Backwards over the steps t, from a = α and weight 1, with share θ of the noise s:
 
@@ -48,29 +55,30 @@ def contractive_divergence(
         a ← 1 + (a₀−1)·p/(p−1).
 
     A step in which the point shifts nothing needs no Hölder split and spends no noise:
-    θ = 0 and a ← a₀ there.
+    θ = 0 and a ← a₀ there. Steps must be full-batch, or follow a schedule that does not
+    look at the data.
 
     Args:
-        shifts: ‖F(w_t) − F'(w_t)‖, how far the point moves step t's mean (learning
-            rate times its gradient's norm, over the denominator): ``(T, runs)`` or
-            ``(T, runs, n)``, along independent runs that **include** the point; 0 where
-            it takes no part.
+        shifts: ‖F(w_t) − F'(w_t)‖, the distance by which the point moves the mean of
+            step t (learning rate times its gradient's norm, divided by the
+            denominator): ``(T, runs)`` or ``(T, runs, n)``, along independent runs that
+            **include** the point; 0 where it takes no part.
         order: Rényi order α > 1 of the result.
         lsi: ``(T + 1,)`` (the last entry is not used) or ``(T,)``, LSI constants of the
             iterates **without** the point, from ``lsi_track``.
         lipschitz: c of the map without the point, a number or ``(T,)``.
         noise_variance: s on the weights, a number or ``(T,)``.
-        hoelder_p: p > 1; fixed beforehand. ``inf`` takes the largest shift over runs.
+        hoelder_p: p > 1, fixed beforehand. ``inf`` takes the largest shift over runs.
         noise_share: θ in (0, 1).
 
     Returns:
-        Float or float64 ``(n,)``: bounds D_α(with ‖ without) if the mean over runs is
-        the expectation (it is an estimate otherwise).
+        Float or float64 ``(n,)``, in nats: bounds D_α(with ‖ without) if the mean over
+        runs is the expectation (it is an estimate otherwise).
 
     Raises:
         ValueError: If shapes disagree or a value is outside its domain.
 
-    Full-batch steps, or batches on a schedule that does not look at the data.
+    Source: docs/theory.md, Section 6.
     """
     d, constants, square, s = _checked(shifts, lsi, lipschitz, noise_variance)
     expect(1 < order < math.inf, "order", order, "in (1, inf)", "Orders exceed 1.")
@@ -81,6 +89,8 @@ def contractive_divergence(
     growth = 1.0 if hoelder_p == math.inf else hoelder_p / (hoelder_p - 1)
     a, weight, total = float(order), 1.0, np.zeros(d.shape[2:])
     for t in range(len(d) - 1, -1, -1):
+        # One step: contract at the lower order a₀ what came before, then pay for the
+        # point's own shift with the noise that is left for it.
         moved = bool((d[t] > 0).any())
         paying = noise_share * s[t] if moved else 0.0
         spread = square[t] * constants[t] + paying
@@ -102,20 +112,20 @@ def halved_noise_divergence(
     lipschitz: ArrayLike,
     noise_variance: ArrayLike,
 ) -> float:
-    """Worst-case divergence of the last iterate at one fixed order.
+    """Return the worst-case divergence of the last iterate at one fixed order.
 
-    Each step's noise is split in halves h = s/2: one pays, one contracts,
+    Each step's noise is split into halves h = s/2: one hides the shift, one contracts,
     D ← (D + α·shift²/(2h))·(1 + h/(c²C_t + h))^(−1/α).
 
     Args:
-        shifts: ``(T,)``, largest distance the point can move step t's mean.
+        shifts: ``(T,)``, largest distance by which the point can move step t's mean.
         order: Rényi order α > 1.
         lsi: ``(T,)`` or ``(T + 1,)``, LSI constants of the iterates without the point.
         lipschitz: c, a number or ``(T,)``.
         noise_variance: s on the weights, a number or ``(T,)``.
 
     Returns:
-        Bound on D_α(with ‖ without) after T steps.
+        Bound on D_α(with ‖ without) after T steps, in nats.
 
     Raises:
         ValueError: If shapes disagree or a value is outside its domain.
@@ -137,7 +147,7 @@ def halved_noise_divergence(
 def _power_mean(
     prices: NDArray[np.float64], excess: float, hoelder_p: float
 ) -> NDArray[np.float64]:
-    """ln(mean over runs of exp(p·excess·price))/(p·excess), with its limits."""
+    """Return ln(mean over runs of exp(p·excess·price))/(p·excess), with its limits."""
     result: NDArray[np.float64]
     if hoelder_p == math.inf:
         result = prices.max(axis=0)
@@ -152,7 +162,7 @@ def _power_mean(
 def _checked(
     shifts: ArrayLike, lsi: ArrayLike, lipschitz: ArrayLike, noise_variance: ArrayLike
 ) -> tuple[NDArray[np.float64], ...]:
-    """Shifts, LSI constants, c² and s of each step."""
+    """Return checked shifts, LSI constants, c² and s of each step."""
     d = np.asarray(shifts, dtype=np.float64)
     constants = np.asarray(lsi, dtype=np.float64)
     remedy = "Norms and constants are at least 0."

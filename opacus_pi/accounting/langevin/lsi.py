@@ -1,9 +1,18 @@
 """Tracking the log-Sobolev constant of noisy gradient descent.
 
-A law ν satisfies LSI(C) if Ent_ν(f²) ≤ 2C·E_ν‖∇f‖² for every smooth f. N(0, C·I) does
-so with exactly this C. The constant says how fast Gaussian noise brings other laws
-towards ν; it is needed along the **second** argument of the divergence to be
-contracted, which for unlearning is the law of retraining.
+**Idea.** A law ν satisfies LSI(C) if Ent_ν(f²) ≤ 2C·E_ν‖∇f‖² for every smooth f;
+N(0, C·I) does so with exactly this C. The constant determines how fast Gaussian noise
+brings other laws towards ν. It can be followed through training: a c-Lipschitz map
+multiplies it by c², and noise of variance s adds s.
+
+**Guarantee.** Every constant returned is valid (an upper bound). It is needed along the
+**second** argument of the divergence to be contracted, which for unlearning is the law
+of retraining.
+
+**What breaks it.** Random batches: an iterate's law is then a mixture, whose constant
+this recursion does not bound. Steps must be full-batch, or follow a fixed schedule.
+
+Source: docs/theory.md, Section 5.
 
 >>> lsi_track(0.0, 3, lipschitz=0.5, noise_variance=1.0)
 array([0.    , 1.    , 1.25  , 1.3125])
@@ -18,20 +27,20 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
 
-_AT_LEAST_0 = "Pass 0 where there is none."
+_AT_LEAST_0 = "Pass 0 for a fixed point, a constant map or no noise."
 
 
 def gradient_map_lipschitz(
     learning_rate: float, *, smoothness: float, strong_convexity: float = 0.0
 ) -> float:
-    """Lipschitz constant of one gradient step w ↦ w − η∇f(w).
+    """Return the Lipschitz constant of one gradient step w ↦ w − η∇f(w).
 
     c = max(|1 − ηm|, |1 − ηL|), for a Hessian between m·I and L·I.
 
     Args:
         learning_rate: Step size η.
-        smoothness: L, upper end of the Hessian's spectrum; ``inf`` if there is none
-            (c is then infinite: only bounds that need no smoothness remain).
+        smoothness: L, upper end of the Hessian's spectrum; ``inf`` if no bound is
+            known (c is then infinite: only bounds that need no smoothness remain).
         strong_convexity: m, lower end: positive for strongly convex losses, 0 for
             convex ones, ``-smoothness`` for merely smooth ones.
 
@@ -56,12 +65,13 @@ def gradient_map_lipschitz(
 
 
 def bounded_support_lsi(radius: float, noise_variance: float) -> float:
-    """LSI constant of any law in a ball of this radius, convolved with N(0, s·I).
+    """Return an LSI constant of any law in a ball of this radius, plus noise N(0, s·I).
 
-    C = 6(4R² + s)·exp(4R²/s): free of the dimension, but astronomical when s ≪ R².
+    C = 6(4R² + s)·exp(4R²/s). It does not depend on the dimension, but is astronomical
+    for s ≪ R².
 
     Args:
-        radius: R of the ball that holds the law before the noise.
+        radius: R of the ball that contains the law before the noise.
         noise_variance: s, per coordinate.
 
     Returns:
@@ -87,10 +97,12 @@ def lsi_track(
     noise_variance: ArrayLike,
     cap: float = math.inf,
 ) -> NDArray[np.float64]:
-    """LSI constants of the iterates of w ← Π(F(w) + N(0, s·I)).
+    """Return LSI constants of the iterates of w ← Π(F(w) + N(0, s·I)).
 
     C_{j+1} = min(c²·C_j + s, cap): a c-Lipschitz push-forward multiplies the constant
-    by c², the noise adds s, and a projection onto a convex set changes nothing.
+    by c², the noise adds s, and a projection onto a convex set changes nothing. The map
+    of a step must be one map: full-batch steps, or batches that follow a fixed
+    schedule.
 
     Args:
         initial: C_0; 0 for a fixed starting point, v for N(w_0, v·I).
@@ -107,24 +119,23 @@ def lsi_track(
     Raises:
         ValueError: If a value is negative or a schedule has another length.
 
-    The map of a step must be one map: full-batch steps, or batches that follow a fixed
-    schedule. Under random batches an iterate's law is a mixture, whose constant this
-    recursion does not bound.
+    Source: docs/theory.md, Section 5.
     """
     in_range(0, math.inf, initial=initial, cap=cap, remedy=_AT_LEAST_0)
     squares, variances = schedules(num_steps, lipschitz, noise_variance)
     constants = [float(initial)]
     for square, variance in zip(squares.tolist(), variances.tolist(), strict=True):
-        constants.append(min(_times(square, constants[-1]) + variance, cap))
+        constants.append(min(_scaled_constant(square, constants[-1]) + variance, cap))
     return np.array(constants)
 
 
 def log_growth(
     constants: ArrayLike, *, lipschitz: ArrayLike, noise_variance: ArrayLike
 ) -> NDArray[np.float64]:
-    """How far the noise of the steps so far contracts, ln G_0 … ln G_k.
+    """Return the contraction by the noise of the steps so far, ln G_0 … ln G_k.
 
-    ln G_k = Σ_{j<k} ln(1 + s/(c²·C_j)), the integral of 1/C over the noise of a step.
+    ln G_k = Σ_{j<k} ln(1 + s/(c²·C_j)), the integral of 1/C over the noise of the
+    steps.
 
     Args:
         constants: ``(k + 1,)``, LSI constants of the second law, from ``lsi_track``.
@@ -136,25 +147,41 @@ def log_growth(
 
     Raises:
         ValueError: If a value is negative or a schedule has another length.
+
+    Source: docs/theory.md, Section 6.
     """
     track = np.asarray(constants, dtype=np.float64)
     in_range(0, math.inf, constants=track, remedy="Pass what lsi_track returns.")
     squares, variances = schedules(len(track) - 1, lipschitz, noise_variance)
-    before = np.array([_times(a, b) for a, b in zip(squares, track, strict=False)])
+    before = np.array(
+        [_scaled_constant(a, b) for a, b in zip(squares, track, strict=False)]
+    )
     with np.errstate(divide="ignore", over="ignore"):
         gains = np.log1p(np.divide(variances, before))
     return np.concatenate([[0.0], np.cumsum(np.where(variances > 0, gains, 0.0))])
 
 
-def _times(square: float, constant: float) -> float:
-    """c²·C; constant maps leave point masses, and any map leaves a point mass one."""
+def _scaled_constant(square: float, constant: float) -> float:
+    """Return c²·C; 0 for a constant map or a point mass even if the other is ∞."""
     return 0.0 if square == 0 or constant == 0 else square * constant
 
 
 def schedules(
     num_steps: int, lipschitz: ArrayLike, noise_variance: ArrayLike
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Squared Lipschitz constant c² and noise variance s of each step, checked."""
+    """Return the checked c² and noise variance s of each step.
+
+    Args:
+        num_steps: k.
+        lipschitz: c, a number or ``(k,)``.
+        noise_variance: s, a number or ``(k,)``.
+
+    Returns:
+        Two float64 arrays ``(k,)``.
+
+    Raises:
+        ValueError: If a value is negative or a schedule has another length.
+    """
     in_range(0, math.inf, num_steps=num_steps, remedy="Count the steps.")
     named: dict[str, Any] = {"lipschitz": lipschitz, "noise_variance": noise_variance}
     in_range(0, math.inf, remedy=_AT_LEAST_0, **named)

@@ -1,15 +1,26 @@
-"""Shifted divergence: privacy amplification by iteration, solved exactly.
+r"""Shifted divergence: privacy amplification by iteration, with optimal payments.
 
-Two runs of w ← Π(φ_t(w) + N(0, s_t·I)) with c_t-Lipschitz maps that differ by at most
-d_t in sup-norm (d_t > 0 where the point takes part, 0 during unlearning), started
-within W_∞ distance z_0. Part of the distance, a_t, is paid for by step t's noise:
+**Idea.** Two runs of w ← Π(φ_t(w) + N(0, s_t·I)) have c_t-Lipschitz maps that differ by
+at most d_t in sup-norm (d_t > 0 where the point takes part, 0 during unlearning), and
+start within W_∞ distance z_0. Instead of paying for each difference when it occurs, the
+distance may be carried along, shrink with the maps, and be paid for by the noise of
+later steps. Part of the distance, a_t, is paid for by step t's noise:
 
-    z_t = c_t·z_{t−1} + d_t − a_t ≥ 0,  z_N = 0,   D_α ≤ (α/2)·Σ a_t²/s_t  for every α.
+:math:`z_t = c_t z_{t-1} + d_t - a_t \ge 0,\quad z_N = 0,\quad
+D_\alpha \le \frac{\alpha}{2} \sum_t \frac{a_t^2}{s_t}` for every α.
 
-The statement is symmetric: it bounds both directions. It needs sup-norms (a clip norm
-or a Lipschitz constant), not norms seen along a run, but neither smoothness nor
-log-Sobolev constants. Random batches: condition on a schedule that does not look at
-the data.
+Which payments are the cheapest is a convex problem with a closed solution, the taut
+string (``shifted_mu_squared``).
+
+**Guarantee.** A bound in both directions, for every order, and the smallest that this
+argument gives. It needs neither smoothness nor log-Sobolev constants. Random batches
+are covered by conditioning on a schedule that does not look at the data.
+
+**What breaks it.** Shifts d_t that are not sup-norms: norms observed along one run are
+not a bound on the distance of the maps. Use a clip norm or a Lipschitz constant.
+
+Source: Feldman et al. 2018; Altschuler & Talwar 2022 (arXiv 2205.13710);
+docs/theory.md, Section 9.
 
 >>> round(shifted_mu_squared([0.5, 0.5], [1.0, 0.0], [1.0, 1.0]), 12)
 0.2
@@ -37,12 +48,12 @@ def shifted_mu_squared(
     *,
     initial_distance: float = 0.0,
 ) -> float:
-    """The smallest μ² that the shifted-divergence argument can prove; D_α ≤ α·μ²/2.
+    """Return the smallest μ² that shifted divergences can prove; D_α ≤ α·μ²/2.
 
-    Pulled forward to the end, the payments' running sum must stay under the distance
-    accumulated so far and meet it at the end, at the least energy: the taut string,
-    which is the greatest convex minorant of the accumulated distances over the
-    accumulated noise.
+    Multiplied forward to the end of the run, the payments' running sum must stay below
+    the distance accumulated so far and equal it at the end, with the least energy. This
+    is the taut string: the greatest convex minorant of the accumulated distances as a
+    function of the accumulated noise.
 
     Args:
         lipschitz: c_t, ``(N,)``; 1 for convex losses, 1 − ηm for strongly convex ones.
@@ -74,8 +85,11 @@ def shifted_mu_squared(
     )  # fmt: skip
     positive(noise_variances=s, remedy="Every step needs noise.")
     constant = np.flatnonzero(c == 0)
-    if constant.size:  # Such a map forgets all that was before.
+    if constant.size:  # a constant map erases all earlier differences
         c, d, s = c[constant[-1] :], d[constant[-1] :], s[constant[-1] :]
+    # With C_t = c_2·…·c_t, divide distances by C_t and variances by C_t². Then the
+    # maps do not shrink, and the path of accumulated distances has increments
+    # d_t/C_t over widths s_t/C_t².
     rises = np.append(d[0] + c[0] * initial_distance, d[1:])
     stretch = np.concatenate([[0.0], np.cumsum(np.log(c[1:]))])
     return _minorant_energy(np.log(s) - 2 * stretch, rises / np.sqrt(s))
@@ -84,11 +98,11 @@ def shifted_mu_squared(
 def _minorant_energy(
     log_widths: NDArray[np.float64], roots: NDArray[np.float64]
 ) -> float:
-    """∫ slope² of the greatest convex minorant of a path, from its increments.
+    """Return ∫ slope² of the greatest convex minorant of a path, from its increments.
 
-    Neighbouring pieces whose slopes fall are joined. A piece is the logarithm of its
-    width and the root of its energy, rise/√width: neither long contractions nor
-    expansions leave float64's range.
+    Neighbouring pieces whose slopes decrease are joined. A piece is stored as the
+    logarithm of its width and the square root of its energy, rise/√width: so neither
+    long contractions nor expansions leave float64's range.
     """
     pieces: list[tuple[float, float]] = []
     for piece in zip(log_widths.tolist(), roots.tolist(), strict=True):
@@ -117,7 +131,7 @@ def learn_unlearn_mu_squared(
     num_unlearning_steps: int,
     noise_variance: float,
 ) -> float | NDArray[np.float64]:
-    """μ² of T equal steps with the point, then K without it, in closed form.
+    """Return μ² of T equal steps with the point, then K without it, in closed form.
 
     μ² = (c^K·d·(1−c^T)/(1−c))²·(1−c²)/((1−c^{2(T+K)})·s); (d·T)²/((T+K)·s) at c = 1.
 
@@ -133,6 +147,8 @@ def learn_unlearn_mu_squared(
 
     Raises:
         ValueError: If a value is outside its domain.
+
+    Source: ``shifted_mu_squared`` with equal steps; docs/theory.md, Section 9.
     """
     total = num_learning_steps + num_unlearning_steps
     _check_equal_steps(lipschitz, shift, noise_variance, total)
@@ -145,7 +161,7 @@ def learn_unlearn_mu_squared(
 def initial_distance_mu_squared(
     lipschitz: float, distance: float, num_steps: int, noise_variance: float
 ) -> float:
-    """μ² of K equal steps from a W_∞ distance Z: Z²c^{2K}(1−c²)/((1−c^{2K})·s).
+    """Return μ² of K equal steps from a W_∞ distance Z: Z²c^{2K}(1−c²)/((1−c^{2K})·s).
 
     Args:
         lipschitz: c ≤ 1 of every step.
@@ -158,6 +174,8 @@ def initial_distance_mu_squared(
 
     Raises:
         ValueError: If a value is outside its domain.
+
+    Source: ``shifted_mu_squared`` without shifts; docs/theory.md, Section 9.
     """
     _check_equal_steps(lipschitz, distance, noise_variance, num_steps)
     arrived = (distance * lipschitz**num_steps) ** 2
@@ -165,7 +183,7 @@ def initial_distance_mu_squared(
 
 
 def _geometric(ratio: float, num_terms: int) -> float:
-    """1 + r + … + r^(n−1), without cancellation near r = 1."""
+    """Return 1 + r + … + r^(n−1), without cancellation near r = 1."""
     if ratio in (0.0, 1.0):
         return float(num_terms if ratio else min(num_terms, 1))
     return math.expm1(num_terms * math.log(ratio)) / (ratio - 1)
@@ -174,7 +192,7 @@ def _geometric(ratio: float, num_terms: int) -> float:
 def _check_equal_steps(
     lipschitz: float, shift: ArrayLike, noise_variance: float, num_steps: int
 ) -> None:
-    """Domain of the closed forms."""
+    """Check the domain of the closed forms."""
     in_range(0, 1, lipschitz=lipschitz, remedy="Use shifted_mu_squared for c > 1.")
     in_range(0, math.inf, shift=shift, remedy="A distance is at least 0.")
     positive(noise_variance=noise_variance, remedy="Every step needs noise.")

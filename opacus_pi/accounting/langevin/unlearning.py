@@ -1,18 +1,29 @@
-"""How far noisy fine-tuning on the retain set has come: bounds with their assumptions.
+"""Bounds for noisy fine-tuning on the retain set, each with its assumptions.
 
-Unlearning runs w ← Π(w − η∇f(w) + N(0, s·I)) on the retain set, starting from the
-model that saw everything. Applied to the retrained model too, the same steps contract
-the divergence between the two. Every statement here is about
+**Idea.** Unlearning runs w ← Π(w − η∇f(w) + N(0, s·I)) on the retain set, starting from
+the model trained on all data. Imagine the same steps applied to the retrained model:
+they contract the divergence between the two laws (``contraction``). Every statement
+here is about one direction,
 
-    D_α(unlearned ‖ retrained),
+    D_α(unlearned ‖ retrained);
 
-one direction; ``symmetric_bound`` joins it with the other one. What "retrained" means
-is part of the statement:
+``symmetric_bound`` joins it with the other one. What "retrained" means is part of the
+statement:
 
 * ``steps_to_unlearn``: retraining for T + k steps, as many as the unlearned model has
-  seen in all (the same kernel moves both laws: no term remains);
+  had in total (the same kernel moves both laws, so no further term remains);
 * ``steps_to_rewind``: retraining for exactly T steps, because unlearning starts from
   the checkpoint after T − k of them.
+
+**Guarantee.** A bound if the listed assumptions hold and the divergence that is passed
+in is a bound. A divergence estimated from one run gives an estimate.
+
+**What breaks it.** A log-Sobolev constant of the wrong law (it must be that of the
+retrained model), constants that do not hold on the whole domain, or random batches
+(allowed only in the ``"dobrushin"`` form).
+
+Source: the paper, Corollaries 4.1 and 4.4, with the contraction of docs/theory.md,
+Sections 6 to 8, in place of theirs.
 
 >>> constants = LangevinConstants(
 ...     learning_rate=0.5, noise_variance=9e-4, smoothness=0.26, strong_convexity=0.01
@@ -43,22 +54,23 @@ from opacus_pi.accounting.langevin.lsi import log_growth
 
 FORMS = ("hypercontractive", "source", "dobrushin")
 _SAME_STEPS = "retraining for as many steps in all as the unlearned model has seen"
-_TARGET = "Noise never brings a divergence to 0."
+_TARGET = "Noise brings a divergence close to 0, never to 0: choose a small target."
 _REWOUND = "retraining for the steps of the original training"
 
 
 @dataclass(frozen=True)
 class UnlearningBound:
-    """A bound on D_α(unlearned ‖ retrained), and what it takes for granted.
+    """A bound on D_α(unlearned ‖ retrained), with its assumptions.
 
     Attributes:
-        divergence: The bound after ``num_steps``.
+        divergence: The bound after ``num_steps``, in nats.
         order: Rényi order α.
         num_steps: k; ``inf`` when no number of steps within the limit was enough.
-        form: Which argument proves it.
+        form: The argument that proves it: "hypercontractive", "source", "dobrushin" or
+            "symmetric".
         against: What "retrained" means.
         assumptions: Conditions, one sentence each. The number is a bound if they hold
-            and the divergence that went in is one.
+            and the divergence that was passed in is one.
     """
 
     divergence: float
@@ -78,7 +90,7 @@ def unlearning_divergence(
     initial_lsi: float = math.inf,
     form: str = "best",
 ) -> UnlearningBound:
-    """Bound on D_α(unlearned ‖ retrained) after k noisy steps on the retain set.
+    """Return a bound on D_α(unlearned ‖ retrained) after k noisy steps.
 
     Args:
         divergence: Bound on D(trained ‖ trained without the forget set) where
@@ -97,6 +109,8 @@ def unlearning_divergence(
 
     Raises:
         ValueError: If an argument is outside its domain.
+
+    Source: docs/theory.md, Sections 6 to 8; the paper, Corollary 4.1.
     """
     evaluate = _evaluator(divergence, order, constants, initial_lsi)
     return _best(evaluate, order, num_steps, constants, _forms(form), _SAME_STEPS)
@@ -112,12 +126,12 @@ def steps_to_unlearn(
     form: str = "best",
     max_num_steps: int = 1_000_000,
 ) -> UnlearningBound:
-    """The fewest noisy steps after which D_α(unlearned ‖ retrained) ≤ target.
+    """Return the fewest noisy steps after which D_α(unlearned ‖ retrained) ≤ target.
 
     Args:
         divergence: As in ``unlearning_divergence``.
         order: Rényi order α > 1.
-        target: The divergence to reach, above 0.
+        target: The divergence to reach, above 0, in nats.
         constants: The process on the retain set.
         initial_lsi: As in ``unlearning_divergence``.
         form: As in ``unlearning_divergence``.
@@ -128,6 +142,8 @@ def steps_to_unlearn(
 
     Raises:
         ValueError: If an argument is outside its domain.
+
+    Source: docs/theory.md, Sections 6 to 8; the paper, Corollary 4.4.
     """
     positive(target=target, remedy=_TARGET)
     evaluate = _evaluator(divergence, order, constants, initial_lsi)
@@ -157,28 +173,31 @@ def steps_to_rewind(
     *,
     num_steps: int | None = None,
 ) -> UnlearningBound:
-    """How far to go back: the fewest steps k to repeat from the checkpoint T − k.
+    """Return the fewest steps k to repeat from the checkpoint T − k on the retain set.
 
-    The unlearned model then has seen T steps, and is compared with retraining for T
-    steps exactly: no stationarity is involved. Without ``lsi`` nothing contracts
-    and the bound is the divergence at the checkpoint itself; that holds for **any**
-    optimiser and loss, since the remaining steps are the same post-processing of both.
+    The unlearned model then has had T steps, and is compared with retraining for
+    exactly T steps: no stationarity is assumed. Without ``lsi`` nothing contracts and
+    the bound is the divergence at the checkpoint itself. That holds for **any**
+    optimiser and loss, since the remaining steps are the same post-processing of both
+    laws.
 
     Args:
         divergence_after: Function ``(t, order)`` → bound on D(trained ‖ trained without
             the forget set) after t steps; must not decrease in t.
         order: Rényi order α > 1.
-        target: The divergence to reach, above 0.
+        target: The divergence to reach, above 0, in nats.
         constants: The process on the retain set.
         lsi: ``(T + 1,)``, LSI constants of the **retrained** law from ``lsi_track``.
         num_steps: T; needed only without ``lsi``.
 
     Returns:
-        The bound at the smallest k; k = T is training again from the start, and ``inf``
-        says that not even D at t = 0 is within the target.
+        The bound at the smallest k. k = T means training again from the start, and
+        ``inf`` that even D at t = 0 exceeds the target.
 
     Raises:
         ValueError: If an argument is outside its domain, or T is not given.
+
+    Source: docs/theory.md, Section 7.
     """
     positive(target=target, remedy=_TARGET)
     lsi = None if lsi is None else np.asarray(lsi, dtype=np.float64)
@@ -211,18 +230,20 @@ def steps_to_rewind(
 def symmetric_bound(
     forward: UnlearningBound, backward: UnlearningBound
 ) -> UnlearningBound:
-    """Bound on both D_α(unlearned ‖ retrained) and D_α(retrained ‖ unlearned).
+    """Return a bound on both D_α(unlearned ‖ retrained) and D_α(retrained ‖ unlearned).
 
     Args:
-        forward: The bound that this module gives.
+        forward: The bound that the functions of this module return.
         backward: The same call with the roles exchanged: the divergence of the other
             direction and the LSI constant of the **unlearned** law.
 
     Returns:
-        The larger of the two, resting on both lists of assumptions.
+        The larger of the two, with the assumptions of both.
 
     Raises:
-        ValueError: If they speak of different orders or numbers of steps.
+        ValueError: If their orders or numbers of steps differ.
+
+    Source: docs/theory.md, Section 6.
     """
     expect(
         (forward.order, forward.num_steps) == (backward.order, backward.num_steps),
@@ -245,7 +266,10 @@ def _evaluator(
     constants: LangevinConstants,
     initial_lsi: float,
 ) -> _Evaluate:
-    """The bound as a function of form and number of steps; growth is tracked once."""
+    """Return the bound as a function of form and number of steps.
+
+    The growth is tracked once and extended when more steps are asked for.
+    """
     positive(
         initial_lsi=initial_lsi,
         remedy="Only a point mass has constant 0, and no other law is near one.",
@@ -276,7 +300,7 @@ def _best(
     forms: Sequence[str],
     against: str,
 ) -> UnlearningBound:
-    """The smallest of the forms' bounds."""
+    """Return the smallest of the forms' bounds."""
     in_range(0, math.inf, num_steps=num_steps, remedy="Count the steps.")
     values = {form: evaluate(form, num_steps) for form in forms}
     form = min(values, key=values.__getitem__)
@@ -286,7 +310,7 @@ def _best(
 
 
 def _assumptions(form: str, constants: LangevinConstants) -> tuple[str, ...]:
-    """What a form takes for granted, one sentence each."""
+    """Return the assumptions of a form, one sentence each."""
     shared = (
         "the divergence before unlearning is an upper bound",
         "unlearning and retraining apply the same steps on the retain set, each adding "
@@ -295,19 +319,19 @@ def _assumptions(form: str, constants: LangevinConstants) -> tuple[str, ...]:
     if form == "dobrushin":
         return (
             *shared,
-            f"a step's mean stays in a ball of radius {constants.map_radius:g}",
+            f"the mean of every step lies in a ball of radius {constants.map_radius:g}",
         )
     return (
         *shared,
-        "each step is one map: full-batch, or batches on a schedule that does not look "
-        "at the data",
+        "each step is one fixed map: full-batch, or batches on a schedule that does "
+        "not depend on the data",
         f"the gradient map is {constants.lipschitz:g}-Lipschitz on the whole domain",
         "the retrained law has the log-Sobolev constant given where unlearning starts",
     )
 
 
 def _forms(form: str) -> tuple[str, ...]:
-    """The forms asked for; the source form never beats the hyper-contractive one."""
+    """Return the forms to evaluate; "source" never beats "hypercontractive"."""
     expect(
         form in (*FORMS, "best"),
         "form",
