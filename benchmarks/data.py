@@ -63,7 +63,7 @@ def load(
         ValueError: For another name, or where neither files nor arrays are named.
     """
     if name not in NAMES:
-        raise ValueError(f"Expected dataset={name} to be one of {', '.join(NAMES)}.")
+        raise ValueError(f"dataset must be one of {', '.join(NAMES)}, got {name}.")
     if name == "digits":
         train, test = _digits()
     elif arrays is not None:
@@ -72,7 +72,8 @@ def load(
         train, test = _torchvision(name, data_root)
     else:
         raise ValueError(
-            f"Expected data_root for {name}. Pass --data-root DIR or --data FILE.npz."
+            f"data_root must be given for {name}. Pass --data-root DIR or "
+            "--data FILE.npz."
         )
     return ImageData(name, _tensors(*train, num_train), _tensors(*test, num_test))
 
@@ -104,8 +105,8 @@ def _npz(path: Path) -> tuple[Arrays, Arrays]:
         missing = {"x_train", "y_train", "x_test", "y_test"} - set(found.files)
         if missing:
             raise ValueError(
-                f"Expected data={path} to hold {', '.join(sorted(missing))}, got "
-                f"{', '.join(found.files)}. Save it with numpy.savez."
+                f"data must hold {', '.join(sorted(missing))}, got "
+                f"{', '.join(found.files)} in {path}. Save it with numpy.savez."
             )
         return tuple((found[f"x_{split}"], found[f"y_{split}"]) for split in _SPLITS)
 

@@ -26,7 +26,7 @@ def build_model(
         ValueError: For another name.
     """
     if name not in MODELS:
-        raise ValueError(f"Expected model={name} to be one of {', '.join(MODELS)}.")
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name}.")
     return MODELS[name](image_shape, num_classes)
 
 

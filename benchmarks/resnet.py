@@ -26,7 +26,7 @@ def resnet18(
         ValueError: For another normalisation.
     """
     if norm not in ("group", "batch"):
-        raise ValueError(f"Expected norm={norm} to be 'group' or 'batch'.")
+        raise ValueError(f"norm must be 'group' or 'batch', got {norm}.")
     return ResNet18(image_shape[0], num_classes, norm, width)
 
 

@@ -50,8 +50,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(
-                f"Expected precision={self.precision} to be one of "
-                f"{', '.join(PRECISIONS)}."
+                f"precision must be one of {', '.join(PRECISIONS)}, "
+                f"got {self.precision}."
             )
 
     def key(self) -> dict:
@@ -203,6 +203,6 @@ def _require_plain(recipe: Recipe) -> None:
     """Refuse what Opacus's per-example gradients are not right for."""
     if recipe.precision != "float32" or recipe.channels_last:
         raise ValueError(
-            f"Expected precision={recipe.precision} and channels_last="
-            f"{recipe.channels_last} to be float32 and False for DP-SGD."
+            "precision and channels_last must be float32 and False for DP-SGD, got "
+            f"{recipe.precision} and {recipe.channels_last}."
         )

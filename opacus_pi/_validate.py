@@ -5,7 +5,7 @@
 ... )
 Traceback (most recent call last):
     ...
-ValueError: Expected sample_rate=1.2 in [0, 1]. Divide the batch size by the data set size.
+ValueError: sample_rate must be in [0, 1], got 1.2. Divide the batch size by the data set size.
 """  # noqa: E501
 
 from typing import Any
@@ -16,26 +16,28 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 
 
-def expect(condition: bool, name: str, value: Any, domain: str, remedy: str) -> None:
+def expect(
+    condition: bool, name: str, value: Any, requirement: str, remedy: str
+) -> None:
     """Raise ``ValueError`` in the common format unless ``condition`` holds.
 
     Args:
         condition: What must be true.
         name: The argument's name.
         value: What was got.
-        domain: What was wanted, worded to follow the value, e.g. ``"in (0, 1)"``.
+        requirement: What the argument must be, e.g. ``"must be in (0, 1)"``.
         remedy: One sentence: what the caller can do.
 
     Raises:
         ValueError: If ``condition`` is false.
     """
     if not condition:
-        raise ValueError(f"Expected {name}={_short(value)} {domain}. {remedy}")
+        raise ValueError(f"{name} {requirement}, got {_short(value)}. {remedy}")
 
 
 def _short(value: Any) -> str:
-    """A value's text, cut to one line."""
-    text = " ".join(str(value).split())
+    """Return a value's text as one line of at most 80 characters."""
+    text = " ".join(str(value).split()) or repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -55,14 +57,14 @@ def in_range(
         ValueError: If an entry is outside, or is not a number.
     """
     brackets = "[]" if closed else "()"
-    domain = f"in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
+    requirement = f"must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
     for name, value in named.items():
         numbers = np.asarray(value, dtype=np.float64)
         if closed:
             ok = (numbers >= low) & (numbers <= high)
         else:
             ok = (numbers > low) & (numbers < high)
-        expect(bool(ok.all()), name, _offender(numbers, ok), domain, remedy)
+        expect(bool(ok.all()), name, _offender(numbers, ok), requirement, remedy)
 
 
 def positive(*, remedy: str, **named: ArrayLike) -> None:
@@ -74,7 +76,7 @@ def positive(*, remedy: str, **named: ArrayLike) -> None:
     for name, value in named.items():
         numbers = np.asarray(value, dtype=np.float64)
         ok = numbers > 0
-        expect(bool(ok.all()), name, _offender(numbers, ok), "above 0", remedy)
+        expect(bool(ok.all()), name, _offender(numbers, ok), "must be above 0", remedy)
 
 
 def _offender(numbers: NDArray[Any], ok: NDArray[Any]) -> float:
@@ -99,8 +101,10 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
     """
     array = np.asarray(values)
     if array.ndim == 0 and np.issubdtype(array.dtype, np.integer):
-        expect(False, name, array, "to be a flat list", f"Write [{array}].")
-    expect(array.size > 0, name, "[]", "to name an example", "Pass at least one index.")
+        expect(False, name, array, "must be a flat list", f"Write [{array}].")
+    expect(
+        array.size > 0, name, "[]", "must name an example", "Pass at least one index."
+    )
     whole = array.ndim == 1 and (
         np.issubdtype(array.dtype, np.integer)
         and not np.issubdtype(array.dtype, np.bool_)
@@ -109,7 +113,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         whole,
         name,
         f"{array.dtype}{list(array.shape)}",
-        "to be a flat list of whole numbers",
+        "must be a flat list of whole numbers",
         "A mask becomes indices by numpy.flatnonzero.",
     )
     inside = (array >= 0) & (array < size)
@@ -117,7 +121,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         bool(inside.all()),
         name,
         array[~inside][0] if not inside.all() else None,
-        f"in [0, {size})",
+        f"must be in [0, {size})",
         "Indices are positions in the training set.",
     )
     ordered, counts = np.unique(array.astype(np.int64), return_counts=True)
@@ -125,7 +129,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         bool((counts == 1).all()),
         name,
         ordered[counts > 1][:1],
-        "without duplicates",
+        "must not have duplicates",
         "Name each example once (numpy.unique).",
     )
     return ordered

@@ -291,7 +291,9 @@ def test_without_noise_nothing_is_private():
         lambda: training.engine.privacy_losses(2),
         training.engine.ledger.ratios,
     ):
-        with pytest.raises(ValueError, match="noise_std=0.0 above 0. Without noise"):
+        with pytest.raises(
+            ValueError, match="noise_std must be above 0, got 0.0. Without noise"
+        ):
             ask()
     assert training.engine.get_epsilon(1e-3) == np.inf
     statement = privacy_statement(training.engine.ledger, [3], 1e-3)
@@ -338,7 +340,7 @@ def test_an_estimate_is_never_called_certified(method):
     with pytest.raises((AttributeError, dataclasses.FrozenInstanceError)):
         claim.kind = "certified"
     text = json.loads(claim.to_json()) | {"kind": "certified"}
-    with pytest.raises(ValueError, match="kind=certified"):
+    with pytest.raises(ValueError, match="kind must .*got certified"):
         Guarantee.from_json(json.dumps(text))
 
 

@@ -95,7 +95,7 @@ def test_barriers_with_their_baseline():
     assert ax.collections[0].get_offsets().shape == (6, 2)
     with pytest.raises(ValueError, match="baseline"):
         plot_barriers(LOSSES, before, after, [])
-    with pytest.raises(ValueError, match="after=.*shape"):
+    with pytest.raises(ValueError, match="after must .*shape"):
         plot_barriers(LOSSES, before, [[0.5] * 2] * 2, [0.5])
 
 

@@ -213,11 +213,14 @@ def test_files_are_for_the_owner_and_the_same_twice(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"oracle": {"forget_loss": 1.0}}, "Expected result=None to be given"),
-        ({"top": -1}, "Expected top=-1"),
-        ({"order": 1.0}, "Expected order=1.0"),
-        ({"delta": 0.0}, "Expected delta=0.0"),
-        ({"result": make_result(), "oracle": {"forget_loss": []}}, "Expected oracle="),
+        (
+            {"oracle": {"forget_loss": 1.0}},
+            "result must be given with an oracle or barriers, got None",
+        ),
+        ({"top": -1}, "top must be in [0, inf], got -1"),
+        ({"order": 1.0}, "order must be in (1, inf), got 1.0"),
+        ({"delta": 0.0}, "delta must be in (0, 1), got 0.0"),
+        ({"result": make_result(), "oracle": {"forget_loss": []}}, "oracle must"),
     ],
 )
 def test_errors_write_nothing(tmp_path, options, message):
@@ -259,7 +262,7 @@ def test_distribution_counts_every_finite_value():
     same = plot_distribution([2.0, 2.0], name="loss")
     assert sum(bar.get_height() for bar in same.patches) == 2
     assert same.get_xscale() == "linear"
-    with pytest.raises(ValueError, match="to hold a finite one"):
+    with pytest.raises(ValueError, match="must hold a finite one"):
         plot_distribution([np.inf], name="loss")
 
 

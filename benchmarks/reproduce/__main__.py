@@ -79,7 +79,7 @@ def chosen(names: list[str]) -> list[Figure]:
         ]
         if not matching:
             raise SystemExit(
-                f"Expected figure={name} to be all or one of {', '.join(FIGURES)}."
+                f"figure must be all or one of {', '.join(FIGURES)}, got {name}."
             )
         found += [figure for figure in matching if figure not in found]
     return found

@@ -83,7 +83,7 @@ class RenyiFilter:
             budgets.ndim <= 1,
             "budget",
             f"an array of shape {budgets.shape}",
-            "to be a number or one number per example",
+            "must be a number or one number per example",
             "Per-example budgets have shape (n,).",
         )
         positive(
@@ -144,7 +144,7 @@ class RenyiFilter:
             self.budget.ndim == 0 or self.budget.size == num_examples,
             "budget",
             f"{self.budget.size} numbers",
-            f"to be one for each of {num_examples} examples",
+            f"must be one for each of {num_examples} examples",
             "Give one number for all, or one for each example of the data set.",
         )
         if self._spent is None:
@@ -154,7 +154,7 @@ class RenyiFilter:
             and same_data_set(self._data_set, data_set),
             "data_set",
             f"{data_set!r} with {num_examples} examples",
-            f"to be the filter's, {self._data_set!r} with {self._spent.size}",
+            f"must be the filter's, {self._data_set!r} with {self._spent.size}",
             "Make a new RenyiFilter for another data set.",
         )
 
@@ -183,7 +183,7 @@ class RenyiFilter:
             r.shape == np.shape(indices),
             "ratios",
             f"an array of shape {r.shape}",
-            f"to have one ratio per index, shape {np.shape(indices)}",
+            f"must have one ratio per index, shape {np.shape(indices)}",
             "Give one ratio for each example.",
         )
         if r.size == 0:
@@ -243,7 +243,7 @@ class RenyiFilter:
             same and state["order"] == self.order,
             "the saved budget",
             f"{np.asarray(state['budget'])} at order {state['order']:g}",
-            f"to be this filter's, {self.budget} at order {self.order:g}",
+            f"must be this filter's, {self.budget} at order {self.order:g}",
             "Resume with the RenyiFilter of the run saved.",
         )
         if self._spent is not None:
@@ -252,7 +252,7 @@ class RenyiFilter:
                 bool((self._spent <= loaded).all()),
                 "the filter's charges",
                 "more than were saved",
-                "to be no more",
+                "must be no more",
                 "What has been released stays released: load into a new RenyiFilter, "
                 "and discard what was trained since.",
             )
@@ -264,7 +264,7 @@ class RenyiFilter:
             self._spent is not None,
             "RenyiFilter",
             "one without examples",
-            "to have begun",
+            "must have begun",
             "Call begin(num_examples), or give it to PrivacyEngine(renyi_filter=...) "
             "and call make_private.",
         )
@@ -283,7 +283,7 @@ def _checked_charges(state: Mapping[str, Any]) -> Array:
         and "budget" in state,
         "the saved filter",
         sorted(state),
-        "to hold budget, order, data_set and one charge of at least 0 per example",
+        "must hold budget, order, data_set and one charge of at least 0 per example",
         "Resume from another checkpoint.",
     )
     charges: Array = spent.copy()

@@ -64,7 +64,7 @@ def rdp_to_epsilon(
         conversion in ("best", "mironov"),
         "conversion",
         repr(conversion),
-        'to be "best" or "mironov"',
+        'must be "best" or "mironov"',
         "The default is best.",
     )
     offset = (
@@ -146,7 +146,7 @@ def check_orders(orders: ArrayLike) -> Array:
         a.ndim == 1 and a.size > 0,
         "orders",
         f"an array of shape {a.shape}",
-        "to be a non-empty flat list",
+        "must be a non-empty flat list",
         "Pass one order as [order].",
     )
     positive(**{"orders - 1": a - 1}, remedy="Rényi orders here are above 1.")
@@ -161,7 +161,7 @@ def _checked(divergences: ArrayLike, orders: ArrayLike) -> tuple[Array, Array]:
         values.ndim in (1, 2) and len(values) == len(a),
         "divergences",
         f"an array of shape {values.shape}",
-        f"to have {len(a)} rows, one per order",
+        f"must have {len(a)} rows, one per order",
         "Transpose it if the examples come first.",
     )
     in_range(0, math.inf, divergences=values, remedy="Divergences are at least 0.")

@@ -45,7 +45,7 @@ class Assumption:
             isinstance(self.met, bool),
             "met",
             repr(self.met),
-            "to be True or False",
+            "must be True or False",
             "What is not known counts as unmet: False.",
         )
 
@@ -83,7 +83,7 @@ class Guarantee:
             len(self.orders) == len(self.divergences),
             "divergences",
             f"{len(self.divergences)} numbers",
-            f"to be one per order ({len(self.orders)})",
+            f"must be one per order ({len(self.orders)})",
             "Give D_α for every α of orders.",
         )
         positive(
@@ -94,7 +94,7 @@ class Guarantee:
             all(d >= 0 for d in self.divergences),
             "divergences",
             self.divergences,
-            "at least 0",
+            "must be at least 0",
             "A divergence is never negative or NaN; inf means that there is none.",
         )
 
@@ -161,13 +161,14 @@ class Guarantee:
             found._check_texts()
         except (TypeError, OverflowError) as error:
             raise ValueError(
-                f"Expected text to be a {_FORMAT} in JSON: {error}. {_UNEDITED}"
+                f"text must be a {_FORMAT} in JSON, got other fields ({error}). "
+                f"{_UNEDITED}"
             ) from error
         expect(
             facts["kind"] == found.kind,
             "kind",
             facts["kind"],
-            f"to be {found.kind!r}, which the assumptions in the text support",
+            f"must be {found.kind!r}, which the assumptions in the text support",
             "The text was edited: ask for the original.",
         )
         return found
@@ -239,7 +240,7 @@ def _parsed(text: str) -> dict[str, Any]:
         and set(facts) == known,
         "text",
         text,
-        f"to be a {_FORMAT} in JSON",
+        f"must be a {_FORMAT} in JSON",
         _UNEDITED,
     )
     return cast(dict[str, Any], facts)

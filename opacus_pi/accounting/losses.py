@@ -184,7 +184,7 @@ def worst_case_loss(
         steps is not None or not scheduled,
         "steps",
         None,
-        f"to say where {', '.join(scheduled)} changes",
+        f"must show where {', '.join(scheduled)} changes",
         "Pass the ledger's steps.",
     )
     rows = np.asarray(steps) if scheduled else np.array([mechanism.num_steps])
@@ -342,13 +342,19 @@ def norms_of_runs(
     runs = runs_of(ledger)
     first = runs[0]
     check_tolerance(tolerance, num_runs=len(runs))
-    expect(rule in ROW_RULES, "rule", repr(rule), f"in {ROW_RULES}", "Default: right.")
+    expect(
+        rule in ROW_RULES,
+        "rule",
+        repr(rule),
+        f"must be in {ROW_RULES}",
+        "Default: right.",
+    )
     for run in runs:
         expect(
             rule != STRATIFIED or run.source == "swept",
             "rule",
             repr(rule),
-            "only with swept rows",
+            "must be one for observed rows",
             "An observed row is of whatever update an example last took part in: "
             "record with Recorder.stratified.",
         )
@@ -356,7 +362,7 @@ def norms_of_runs(
         first.num_rows > 0 or first.mechanism.num_steps == 0,
         "ledger",
         "0 rows",
-        "to have a row",
+        "must have a row",
         "Record at least once during training.",
     )
     first.mechanism.ratios(np.empty((first.num_rows, 0)))  # refuses noise_std = 0
@@ -395,22 +401,28 @@ def composition_of(
         convention in CONVENTIONS,
         "convention",
         repr(convention),
-        f"in {CONVENTIONS}",
+        f"must be in {CONVENTIONS}",
         "The default is corrected.",
     )
-    expect(mode in MODES, "mode", repr(mode), f"in {MODES}", "The default is exact.")
+    expect(
+        mode in MODES,
+        "mode",
+        repr(mode),
+        f"must be in {MODES}",
+        "The default is exact.",
+    )
     remedy = (
         "Fix it beforehand (default: 3·num_steps): a p chosen on the runs that are "
         "averaged degenerates to the plain sum."
     )
     p = max(3.0 * mechanism.num_steps, 3.0) if hoelder_p is None else hoelder_p
     numeric = isinstance(p, (int, float, np.number))
-    expect(numeric and p > 1, "hoelder_p", p, "to be a number above 1", remedy)
+    expect(numeric and p > 1, "hoelder_p", p, "must be a number above 1", remedy)
     expect(
         math.isfinite(p) or convention == "corrected",
         "hoelder_p",
         p,
-        f"to be finite under {convention}",
+        f"must be finite under {convention}",
         "The published coefficient grows with p.",
     )
     highest = float(corrected_order(order, p, mechanism.num_steps))
@@ -418,8 +430,8 @@ def composition_of(
         highest <= _HIGHEST_ORDER,
         "hoelder_p",
         p,
-        f"to keep orders below {_HIGHEST_ORDER:g}: {mechanism.num_steps} updates raise "
-        f"{order} to {highest:.3g}",
+        f"must keep orders below {_HIGHEST_ORDER:g}",
+        f"{mechanism.num_steps} updates raise {order} to {highest:.3g}. "
         "Take one of about num_steps, or larger.",
     )
     return Composition(float(order), convention, float(p), mode, float(tolerance))

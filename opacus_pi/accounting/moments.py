@@ -149,8 +149,14 @@ def _checked(ratio: ArrayLike, sample_rate: float, order: float, mode: str) -> A
     in_range(
         1, math.inf, order=order, remedy="Rényi orders of privacy losses start at 1."
     )
-    expect(math.isfinite(order), "order", order, "to be finite", "Try 64.")
-    expect(mode in MODES, "mode", repr(mode), f"in {MODES}", "The default is exact.")
+    expect(math.isfinite(order), "order", order, "must be finite", "Try 64.")
+    expect(
+        mode in MODES,
+        "mode",
+        repr(mode),
+        f"must be in {MODES}",
+        "The default is exact.",
+    )
     return np.asarray(ratio, dtype=np.float64).reshape(-1)
 
 

@@ -205,14 +205,18 @@ def chien_rate(
     positive(strong_convexity=strong_convexity, remedy=_CONSTANT)
     least = sigma**2 / strong_convexity
     expect(
-        lsi > least, "lsi", lsi, f"above σ²/m = {least:g}", "The authors take 2σ²/m."
+        lsi > least,
+        "lsi",
+        lsi,
+        f"must be above σ²/m = {least:g}",
+        "The authors take 2σ²/m.",
     )
     largest = 2 / strong_convexity * (1 - least / lsi)
     expect(
         learning_rate <= largest * (1 + 1e-12),
         "learning_rate",
         learning_rate,
-        f"at most (2/m)(1 − σ²/(mC)) = {largest:g}",
+        f"must be at most (2/m)(1 − σ²/(mC)) = {largest:g}",
         "Take smaller steps or a larger lsi.",
     )
     return 2 * sigma**2 * learning_rate / lsi
@@ -291,7 +295,7 @@ def chien_sequential(
     Source: Chien et al. 2024 (arXiv 2401.10371), sequential unlearning.
     """
     expect(
-        len(log_growths) > 0, "log_growths", "[]", "to hold a request", "Give its ΣR."
+        len(log_growths) > 0, "log_growths", "[]", "must hold a request", "Give its ΣR."
     )
     *earlier, growth = log_growths
     if not earlier:
@@ -352,7 +356,7 @@ def summed_losses(losses: ArrayLike, owners: ArrayLike) -> NDArray[np.float64]:
         values.ndim == 1 and values.shape == who.shape and who.dtype.kind in "iu",
         "owners",
         f"{who.dtype} of shape {who.shape}",
-        f"to be whole numbers of shape {values.shape}",
+        f"must be whole numbers of shape {values.shape}",
         "Name one owner for each loss.",
     )
     in_range(0, np.inf, owners=who, remedy="Number the owners from 0.")

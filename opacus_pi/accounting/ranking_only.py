@@ -50,13 +50,13 @@ def require_claimable(runs: Iterable[GradNormLedger]) -> None:
         not unfit_norms(runs),
         "ledger",
         f"norms measured {_HOW}",
-        "to hold norms that something may be claimed from",
+        "must hold norms that something may be claimed from",
         "Rank by privacy_losses, or record again in the model's own precision.",
     )
     expect(
         not any(run.mechanism.assumed_noise for run in runs),
         "noise_std",
         "an assumed one",
-        "to be the noise that training added",
+        "must be the noise that training added",
         "Rank by privacy_losses: of a noise that was not there, nothing follows.",
     )

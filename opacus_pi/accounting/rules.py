@@ -44,7 +44,13 @@ def check_rule(rule: str) -> None:
     Raises:
         ValueError: If it is unknown.
     """
-    expect(rule in RULES, "rule", repr(rule), f"in {RULES}", "The default is right.")
+    expect(
+        rule in RULES,
+        "rule",
+        repr(rule),
+        f"must be in {RULES}",
+        "The default is right.",
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, UpdateInterval]]
         bool(((starts <= rows) & (rows < ends)).all()),
         "steps",
         rows.tolist(),
-        f"to lie one in each of {len(rows)} equal parts of {num_steps} updates",
+        f"must lie one in each of {len(rows)} equal parts of {num_steps} updates",
         "Record the whole run with Recorder.stratified, or choose another rule.",
     )
     # Scheduled values (noise, sample rate) at the drawn update are those of the row

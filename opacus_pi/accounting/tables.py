@@ -160,14 +160,14 @@ def check_tolerance(tolerance: float, num_runs: int) -> None:
         tolerance == 0 or _LEAST <= tolerance <= 1,
         "tolerance",
         tolerance,
-        f"to be 0 or in [{_LEAST:g}, 1]",
+        f"must be 0 or in [{_LEAST:g}, 1]",
         "0 is exact; 1e-6 is fast and rounds up.",
     )
     expect(
         tolerance == 0 or num_runs == 1,
         "tolerance",
         tolerance,
-        f"to be 0 with {num_runs} runs",
+        f"must be 0 with {num_runs} runs",
         "A table is a function of one gradient norm; a mean over runs, of several.",
     )
 

@@ -113,7 +113,7 @@ def choose_hoelder_p(
         not shared,
         "pilots",
         f"runs {shared} that are also averaged",
-        "to be runs of their own",
+        "must be runs of their own",
         "Split the runs: choose p on some, average the others.",
     )
     num_steps = chosen_on[0].mechanism.num_steps
@@ -121,7 +121,7 @@ def choose_hoelder_p(
         candidates = sorted({max(c * num_steps, 1.25) for c in _P_PER_STEP})
     for p in candidates:
         _check_finite_parameter("candidates", p)
-    expect(len(candidates) > 0, "candidates", "[]", "to hold a p", "Default: None.")
+    expect(len(candidates) > 0, "candidates", "[]", "must hold a p", "Default: None.")
     losses = np.array(
         [
             privacy_losses(chosen_on, order, hoelder_p=p, rule=rule, mode=mode)
@@ -139,7 +139,7 @@ def _at_least_two_runs(name: str, ledgers: Ledgers) -> tuple[GradNormLedger, ...
         len(runs) > 1,
         name,
         "one run",
-        "to be two or more",
+        "must be two or more",
         "A single run does not show how losses fluctuate: its best parameter gives the "
         "plain sum of its losses, which is no estimate of a bound.",
     )
@@ -152,7 +152,7 @@ def _check_finite_parameter(name: str, value: float) -> None:
         1 < value < math.inf,
         name,
         value,
-        "in (1, inf)",
+        "must be in (1, inf)",
         "At infinity the largest of a few runs would stand for all runs.",
     )
 

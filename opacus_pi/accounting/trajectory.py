@@ -84,7 +84,13 @@ def trajectory_losses(
 
     Source: docs/theory.md, Section 3.
     """
-    expect(kappa > 1, "kappa", kappa, "above 1", "Try 2; a larger one trusts few runs.")
+    expect(
+        kappa > 1,
+        "kappa",
+        kappa,
+        "must be above 1",
+        "Try 2; a larger one trusts few runs.",
+    )
     runs = runs_of(ledgers, same_steps=False)
     inner = _plain_sum_composition(runs[0].mechanism, order, kappa, mode)
     return trajectory_losses_of_sums(_sums_of_runs(runs, inner, rule), order, kappa)
@@ -250,14 +256,14 @@ def _check_bounded(runs: Sequence[GradNormLedger]) -> None:
         bool(np.isfinite(mechanism.max_grad_norm).all()),
         "max_grad_norm",
         mechanism.max_grad_norm,
-        "to be finite",
+        "must be finite",
         "Without clipping a few runs say nothing about the largest losses.",
     )
     expect(
         mechanism.sampling == "poisson",
         "sampling",
         repr(mechanism.sampling),
-        'to be "poisson"',
+        'must be "poisson"',
         "Other schedules' losses depend on which updates held the example.",
     )
     unknown = sum(int(np.isnan(run.grad_norms).sum()) for run in runs)
@@ -265,7 +271,7 @@ def _check_bounded(runs: Sequence[GradNormLedger]) -> None:
         unknown == 0,
         "grad_norms",
         f"{unknown} missing",
-        "to be complete",
+        "must be complete",
         "Sweep every example at every row.",
     )
     steps = {tuple(run.steps.tolist()) for run in runs}
@@ -274,6 +280,6 @@ def _check_bounded(runs: Sequence[GradNormLedger]) -> None:
         len(steps) > 1 or len(runs) == 1 or complete,
         "ledgers",
         f"{len(runs)} runs with the same steps",
-        "to have draws of their own",
+        "must have draws of their own",
         "Give each run's Recorder.stratified a generator with another seed.",
     )

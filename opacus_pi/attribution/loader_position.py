@@ -98,7 +98,7 @@ class Position:
             type(num_delivered) is int and num_delivered >= -1,
             "the saved position",
             num_delivered,
-            "to be a number of batches",
+            "must be a number of batches",
             "Resume from another checkpoint.",
         )
         if num_delivered >= 0:
@@ -134,7 +134,7 @@ class Position:
             not in_parts,
             "BatchMemoryManager",
             "the rest of an epoch",
-            "to be given whole epochs",
+            "must be given whole epochs",
             "Resume from a checkpoint that was taken between epochs.",
         )
         num_delivered, self._start, now = pending

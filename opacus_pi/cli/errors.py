@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 DONE, FAILED, BAD_INPUT, NOTHING_TO_CHECK, INTERRUPTED = 0, 1, 2, 3, 130
-_NAMED = re.compile(r"^Expected (\w+)(?==)")
+_NAMED = re.compile(r"^\w+(?= must )")
 
 
 class BadInput(Exception):
@@ -48,6 +48,4 @@ def with_flags(error: ValueError, options: argparse.Namespace) -> str:
         options: The parsed arguments, with ``flags``: flags by the library's names.
     """
     flags: dict[str, str] = options.flags
-    return _NAMED.sub(
-        lambda found: f"Expected {flags.get(found[1], found[1])}", one_line(error)
-    )
+    return _NAMED.sub(lambda found: flags.get(found[0], found[0]), one_line(error))

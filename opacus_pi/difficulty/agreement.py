@@ -91,14 +91,14 @@ def rank_correlations(
     Source: Bonett and Wright 2000, Psychometrika 65, equation 3, for the interval.
     """
     in_range(0, 1, closed=False, remedy="0.95 is usual.", confidence=confidence)
-    expect(len(scores) > 0, "scores", "{}", "to hold a score", "Name at least one.")
+    expect(len(scores) > 0, "scores", "{}", "must hold a score", "Name at least one.")
     columns = [_scores(name, values) for name, values in scores.items()]
     sizes = {len(column) for column in columns}
     expect(
         len(sizes) == 1 and min(sizes) > 3,
         "scores",
         f"vectors of length {sorted(sizes)}",
-        "to have one length, at least 4",
+        "must have one length, at least 4",
         "Score the same examples by every name.",
     )
     ranks = np.array([stats.rankdata(column) for column in columns])
@@ -137,7 +137,7 @@ def binned_means(
         len(by) == len(values),
         "y",
         f"{len(values)} values",
-        f"to be one for each of the {len(by)} of x",
+        f"must be one for each of the {len(by)} of x",
         "Pass the same examples in the same order.",
     )
     in_range(1, len(by), num_bins=num_bins, remedy="A bin holds an example or more.")
@@ -182,7 +182,7 @@ def rank_stability(
         len(set(names)) == len(names),
         "noise_stds",
         list(noise_stds),
-        "to be different",
+        "must be different",
         "Name each noise once.",
     )
     runs = runs_of(ledger)
@@ -203,7 +203,7 @@ def _scores(name: str, values: ArrayLike) -> Array:
         f"scores[{name!r}]",
         f"an array of shape {array.shape}"
         + (" with NaN" if np.isnan(array).any() else ""),
-        "to be one number per example",
+        "must be one number per example",
         "Score every example.",
     )
     return array
@@ -216,7 +216,7 @@ def _finite(name: str, values: ArrayLike) -> Array:
         array.ndim == 1 and array.size > 0 and bool(np.isfinite(array).all()),
         name,
         f"shape {array.shape} with {np.sum(~np.isfinite(array))} not finite",
-        "to be finite numbers, one per example",
+        "must be finite numbers, one per example",
         "Leave those examples out of both vectors.",
     )
     return array

@@ -225,7 +225,7 @@ def by_class(
         members.size > 0,
         "label",
         label,
-        "to be the label of an example",
+        "must be the label of an example",
         f"The labels are {np.unique(labels)}.",
     )
     if size is None:
@@ -233,7 +233,7 @@ def by_class(
             members.size < labels.size,
             "label",
             label,
-            "to leave an example to retain",
+            "must leave an example to retain",
             "Every example has this label: pass a size.",
         )
         return members
@@ -244,7 +244,7 @@ def by_class(
         generator is not None,
         "generator",
         generator,
-        "to be a numpy Generator",
+        "must be a numpy Generator",
         "Pass numpy.random.default_rng(seed): a part of a class is a random draw.",
     )
     return np.sort(_draw(members, size, cast(np.random.Generator, generator)))
@@ -269,7 +269,7 @@ def retain_indices(num_examples: int, forget_indices: ArrayLike) -> Indices:
         forget.size < num_examples,
         "forget_indices",
         f"all {num_examples} examples",
-        "to leave an example to retain",
+        "must leave an example to retain",
         "To forget everything, delete the model.",
     )
     return np.setdiff1d(np.arange(num_examples, dtype=np.int64), forget, True)
@@ -296,7 +296,7 @@ def _numbers(scores: ArrayLike) -> NDArray[np.float64]:
         bad.size == 0,
         "scores",
         f"NaN at {bad[:3].tolist()}",
-        "to be a number for every example",
+        "must be a number for every example",
         "Fill the ledger's missing observations or score those examples again.",
     )
     return values
@@ -309,7 +309,7 @@ def _flat(name: str, values: ArrayLike) -> NDArray[Any]:
         array.ndim == 1 and array.size > 0,
         name,
         f"an array of shape {array.shape}",
-        "to hold one value per example, shape (n,)",
+        "must hold one value per example, shape (n,)",
         "Flatten it or average over the other axes first.",
     )
     return array
@@ -322,7 +322,7 @@ def _check_size(size: int, largest: int, why: str) -> None:
         whole and 1 <= size <= largest,
         "size",
         size,
-        f"to be a whole number in [1, {largest}]",
+        f"must be a whole number in [1, {largest}]",
         f"The limit here: {why}.",
     )
 

@@ -149,7 +149,7 @@ def _over_runs(ledger: Ledgers, score: Callable[[GradNormLedger], Scores]) -> Sc
         runs[0].num_rows > 0,
         "ledger",
         "a ledger without rows",
-        "to hold a row",
+        "must hold a row",
         "Record at least once during training.",
     )
     mean: NDArray[np.float64] = np.mean([score(run) for run in runs], axis=0)
@@ -175,7 +175,7 @@ def _filled(run: GradNormLedger, name: str, hardest: float) -> Scores:
         rows is not None,
         "ledger",
         f"a ledger without {name}",
-        f"to hold {name}",
+        f"must hold {name}",
         "Record them beside the norms; a gradient norm needs none of them.",
     )
     filled = fill_unobserved(rows)

@@ -29,7 +29,11 @@ def accuracy(correct: ArrayLike) -> float:
     """
     array = np.asarray(correct)
     expect(
-        array.size > 0, "correct", "[]", "to hold an example", "Evaluate on some data."
+        array.size > 0,
+        "correct",
+        "[]",
+        "must hold an example",
+        "Evaluate on some data.",
     )
     return float(np.mean(array, dtype=np.float64))
 

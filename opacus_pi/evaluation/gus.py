@@ -91,14 +91,14 @@ def _check_examples(clean_inputs: Tensor, labels: Tensor, noise: Tensor) -> None
         noise.shape == clean_inputs.shape and len(labels) == len(noise) > 0,
         "clean_inputs, labels, noise",
         f"shapes {[tuple(t.shape) for t in (clean_inputs, labels, noise)]}",
-        "to be (m, ...), (m,) and (m, ...) with m > 0",
+        "must be (m, ...), (m,) and (m, ...) with m > 0",
         "Pass the clean inputs and the noise of the same examples.",
     )
     expect(
         clean_inputs.is_floating_point(),
         "clean_inputs",
         clean_inputs.dtype,
-        "to be floating",
+        "must be floating",
         "The score differentiates by the input; token numbers have no gradient.",
     )
 
@@ -142,7 +142,7 @@ class GaussianPoison(Dataset[Any]):
             isinstance(example, Tensor) and example.is_floating_point(),
             "data_set[i][0]",
             getattr(example, "dtype", type(example).__name__),
-            "to be a floating tensor",
+            "must be a floating tensor",
             "Convert inputs to tensors in the data set's transform.",
         )
         shape = (len(self.forget_indices), *example.shape)

@@ -39,7 +39,7 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
         array.size > 0 and not np.isnan(array).any(),
         "values",
         array,
-        "to be at least one number",
+        "must be at least one number",
         "Pass the metric's value for every seed.",
     )
     in_range(0, 1, closed=False, remedy="0.95 is usual.", confidence=confidence)
@@ -90,7 +90,9 @@ def epsilon_interval(
     in_range(0, 1, closed=False, remedy="Pass a probability.", delta=delta)
     in_range(0, 1, closed=False, remedy="0.95 is usual.", confidence=confidence)
     for name, total in (("negatives", num_negatives), ("positives", num_positives)):
-        expect(total >= 1, f"num_{name}", total, "at least 1", "Judge some models.")
+        expect(
+            total >= 1, f"num_{name}", total, "must be at least 1", "Judge some models."
+        )
     remedy = "Errors are some of the trials."
     in_range(0, num_negatives, remedy=remedy, false_positives=false_positives)
     in_range(0, num_positives, remedy=remedy, false_negatives=false_negatives)

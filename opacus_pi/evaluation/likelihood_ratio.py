@@ -96,7 +96,7 @@ def u_lira(unlearned_margins: ArrayLike, oracle_margins: ArrayLike) -> ULira:
         unlearned.shape[1] == oracle.shape[1],
         "oracle_margins",
         f"{oracle.shape[1]} examples",
-        f"to have {unlearned.shape[1]}, as unlearned_margins",
+        f"must have {unlearned.shape[1]}, as unlearned_margins",
         "Evaluate both on the same forget set.",
     )
     return ULira(
@@ -143,14 +143,14 @@ def _margins(name: str, values: ArrayLike) -> Array:
         array.ndim == 2 and len(array) >= 3 and array.shape[1] >= 1,
         name,
         f"an array of shape {array.shape}",
-        "to have shape (models, examples) with at least 3 models",
+        "must have shape (models, examples) with at least 3 models",
         "Stack Predictions.margins of independent models.",
     )
     expect(
         bool(np.isfinite(array).all()),
         name,
         "a margin that is not finite",
-        "to be finite",
+        "must be finite",
         "Clip the confidences away from 0 and 1.",
     )
     return array

@@ -40,7 +40,7 @@ def klom(
     Source: Georgiev et al. 2024 (arXiv:2410.23232), Appendix E.1. The released code
     drops the largest margin from its histogram; here it is in the last bin.
     """
-    expect(num_bins >= 1, "num_bins", num_bins, "at least 1", "20 is usual.")
+    expect(num_bins >= 1, "num_bins", num_bins, "must be at least 1", "20 is usual.")
     unlearned = np.clip(np.asarray(unlearned_margins, dtype=np.float64), -_CLIP, _CLIP)
     oracle = np.clip(np.asarray(oracle_margins, dtype=np.float64), -_CLIP, _CLIP)
     expect(
@@ -50,7 +50,7 @@ def klom(
         and not (np.isnan(unlearned).any() or np.isnan(oracle).any()),
         "unlearned_margins, oracle_margins",
         f"arrays of shapes {unlearned.shape}, {oracle.shape}",
-        "to be numbers of shapes (models, examples) with the same examples",
+        "must be numbers of shapes (models, examples) with the same examples",
         "Stack Predictions.margins of independent models.",
     )
     both = np.concatenate([unlearned, oracle])

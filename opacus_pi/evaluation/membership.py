@@ -87,7 +87,7 @@ def _feature(**named: ArrayLike) -> NDArray[np.float64]:
     """Confidences as one column, checked."""
     ((name, values),) = named.items()
     array = np.asarray(values, dtype=np.float64).reshape(-1, 1)
-    expect(array.size > 0, name, "[]", "to hold an example", "Evaluate on some data.")
+    expect(array.size > 0, name, "[]", "must hold an example", "Evaluate on some data.")
     checked: dict[str, Any] = {name: array}
     in_range(0, 1, remedy="Pass the softmax at the label.", **checked)
     return array

@@ -93,7 +93,7 @@ class OracleCache:
             bool(seeds) and len(set(seeds)) == len(seeds),
             "seeds",
             seeds,
-            "to be distinct numbers",
+            "must be distinct numbers",
             "One oracle is trained for each.",
         )
         facts = _facts(key, data_set, forget)
@@ -167,7 +167,7 @@ def _facts(
         text = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected key={key!r} to be JSON ({error}). "
+            f"key must be JSON, got {key!r} ({error}). "
             "Pass numbers, strings, lists and mappings that describe the recipe."
         ) from error
     digest = hashlib.sha256(forget.astype("<i8").tobytes()).hexdigest()
@@ -187,7 +187,7 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
             not differing,
             "path",
             path,
-            f"to agree in {', '.join(differing)}",
+            f"must agree in {', '.join(differing)}",
             "It holds another recipe's oracle.",
         )
         _check_types(path, arrays, model)
@@ -209,7 +209,7 @@ def _check_types(
         not differing,
         "path",
         path,
-        f"to hold the model's types of numbers in {', '.join(differing[:3])}",
+        f"must hold the model's types of numbers in {', '.join(differing[:3])}",
         "It holds another model's oracle.",
     )
 

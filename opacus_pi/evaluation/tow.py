@@ -49,7 +49,7 @@ def tug_of_war(
                 name in given,
                 label,
                 sorted(given),
-                f"to hold {name!r}",
+                f"must hold {name!r}",
                 "Pass what evaluate returned.",
             )
         own = float(metrics[name])

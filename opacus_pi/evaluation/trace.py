@@ -57,12 +57,12 @@ class UnlearningTrace:
         }
         self.cost = {name: float(value) for name, value in self.cost.items()}
         remedy = 'Say what the times count, e.g. "epochs".'
-        expect(isinstance(self.unit, str), "unit", self.unit, "to be a word", remedy)
+        expect(isinstance(self.unit, str), "unit", self.unit, "must be a word", remedy)
         expect(
             bool((np.diff(self.times) > 0).all() and np.isfinite(self.times).all()),
             "times",
             self.times,
-            "to be strictly increasing",
+            "must be strictly increasing",
             "Append evaluations in the order in which they were made.",
         )
         for name, values in self.metrics.items():
@@ -70,7 +70,7 @@ class UnlearningTrace:
                 len(values) == len(self.times),
                 f"metrics[{name!r}]",
                 f"{len(values)} values",
-                f"to have one value at each of {len(self.times)} times",
+                f"must have one value at each of {len(self.times)} times",
                 "Evaluate the same metrics every time.",
             )
 
@@ -92,14 +92,14 @@ class UnlearningTrace:
             np.isfinite(time) and (not self.times or time > self.times[-1]),
             "time",
             time,
-            f"to be later than {self.times[-1] if self.times else -np.inf}",
+            f"must be later than {self.times[-1] if self.times else -np.inf}",
             "Append evaluations in the order in which they were made.",
         )
         expect(
             not self.times or set(metrics) == set(self.metrics),
             "metrics",
             sorted(metrics),
-            f"to be named {sorted(self.metrics)}",
+            f"must be named {sorted(self.metrics)}",
             "Evaluate the same metrics every time.",
         )
         values = {name: float(value) for name, value in metrics.items()}
@@ -113,7 +113,7 @@ class UnlearningTrace:
             metric in self.metrics,
             "metric",
             repr(metric),
-            f"to be one of {sorted(self.metrics)}",
+            f"must be one of {sorted(self.metrics)}",
             "Only what was evaluated during the run can be asked for.",
         )
         return np.array(self.metrics[metric], dtype=np.float64)
@@ -148,23 +148,23 @@ class UnlearningTrace:
         expect(
             found == (_KIND, _VERSION),
             "path",
-            os.fspath(path),
-            f"to hold {_KIND} of version {_VERSION}, not {found[0]} of {found[1]}",
+            f"{found[0]} of version {found[1]} in {os.fspath(path)}",
+            f"must hold {_KIND} of version {_VERSION}",
             "Pass a file that UnlearningTrace.save of this release wrote.",
         )
         expect(
             checksum == _digest({"kind": _KIND, "version": _VERSION, **content}),
             "path",
             os.fspath(path),
-            "to match its checksum: it was edited or damaged",
-            "Unlearn again, or restore the file from a copy.",
+            "must match its checksum",
+            "It was edited or damaged: unlearn again, or restore the file from a copy.",
         )
         try:
             _require_numbers(content["times"], content["metrics"], content["cost"])
             return cls(**content)
         except (TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(
-                f"Expected path={path} to hold {_KIND}: {error}. Unlearn again."
+                f"path must hold {_KIND}, got {path}: {error}. Unlearn again."
             ) from error
 
 
@@ -218,8 +218,10 @@ def arrived(
         bool ``(k,)``, one entry for each evaluation.
     """
     values = trace[metric]
-    expect(len(values) > 0, "trace", "[]", "to hold an evaluation", "Append one.")
-    expect(tolerance >= 0, "tolerance", tolerance, "at least 0", "0.05 is usual.")
+    expect(len(values) > 0, "trace", "[]", "must hold an evaluation", "Append one.")
+    expect(
+        tolerance >= 0, "tolerance", tolerance, "must be at least 0", "0.05 is usual."
+    )
     distance = np.abs(values - _mean_oracle(oracle, metric))
     limit = tolerance
     if metric == _GUS:
@@ -227,7 +229,7 @@ def arrived(
             trace.times[0] == 0,
             "trace.times[0]",
             trace.times[0],
-            "to be 0",
+            "must be 0",
             "The distance is measured in units of the one before unlearning.",
         )
         limit = tolerance * distance[0]
@@ -242,7 +244,7 @@ def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str)
             name in oracle,
             "oracle",
             sorted(oracle),
-            f"to hold {name!r}",
+            f"must hold {name!r}",
             "Evaluate the same metrics on the oracle.",
         )
         oracle = oracle[name]
@@ -251,7 +253,7 @@ def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str)
         values.size > 0 and bool(np.isfinite(values).all()),
         "oracle",
         values,
-        "to hold finite numbers",
+        "must hold finite numbers",
         "Retrain at least one model without the forget set and evaluate it.",
     )
     return values.mean()
@@ -267,7 +269,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         isinstance(content, dict),
         "path",
         path,
-        f"to be a whole JSON file of {_KIND}",
+        f"must be a whole JSON file of {_KIND}",
         "It is truncated or something else: make it again.",
     )
     return cast(dict[str, Any], content)

@@ -74,8 +74,8 @@ def arrays_on_disk(path: str | os.PathLike[str]) -> dict[str, OnDisk]:
         expect(
             facts["dtype"] in _TYPES,
             "path",
-            name,
-            f"to hold {key!r} in one of {', '.join(_TYPES)}, not {facts['dtype']}",
+            f"{facts['dtype']} in {name}",
+            f"must hold {key!r} in one of {', '.join(_TYPES)}",
             "Record it again, or restore the file from a copy.",
         )
     return {

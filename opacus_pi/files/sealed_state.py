@@ -7,7 +7,7 @@
 >>> unsealed({**state, "rate": 0.25})
 Traceback (most recent call last):
     ...
-ValueError: Expected the saved state=['checksum', 'rate', 'steps'] to match its checksum: it was edited or damaged. Resume from another checkpoint.
+ValueError: the saved state must match its checksum, got ['checksum', 'rate', 'steps']. It was edited or damaged: resume from another checkpoint.
 """  # noqa: E501
 
 import hashlib
@@ -51,8 +51,8 @@ def unsealed(state: Any) -> dict[str, Any]:
         found.get(_SEAL) == _digest(content),
         "the saved state",
         sorted(map(str, found)),
-        "to match its checksum: it was edited or damaged",
-        "Resume from another checkpoint.",
+        "must match its checksum",
+        "It was edited or damaged: resume from another checkpoint.",
     )
     return content
 

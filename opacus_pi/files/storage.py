@@ -177,8 +177,8 @@ def opened(
             yield file, header
     except (SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"Expected path={name} to be a whole {kind} file: it is truncated, or "
-            f"something else ({error}). {_AGAIN}"
+            f"path must be a whole {kind} file, got {name} ({error}). It is truncated, "
+            f"or another kind of file. {_AGAIN}"
         ) from error
 
 
@@ -187,8 +187,8 @@ def _check_shape(path: str, name: str, shape: Sequence[int]) -> None:
     expect(
         math.prod(shape) > 0 or max(shape, default=0) <= _MAX_WIDTH,
         "path",
-        path,
-        f"to hold entries in {name!r}, not a shape of {shape}",
+        f"shape {list(shape)} in {path}",
+        f"must hold entries in {name!r}",
         _AGAIN,
     )
 
@@ -198,15 +198,15 @@ def _check_kind(name: str, header: Mapping[str, str], kind: str, version: int) -
     expect(
         header.get("kind") == kind,
         "path",
-        name,
-        f"to hold {kind}, not {header.get('kind', 'something else')}",
+        f"{header.get('kind', 'something else')} in {name}",
+        f"must hold {kind}",
         "Pass a file that this class's save wrote.",
     )
     expect(
         header.get("version") == str(version),
         "path",
-        name,
-        f"in format version {version}, not {header.get('version')}",
+        f"version {header.get('version')} in {name}",
+        f"must be in format version {version}",
         "Read it with the release of opacus_pi that wrote it.",
     )
 
@@ -240,8 +240,8 @@ def require_checksum(
         header.pop("checksum", None) == checksum(arrays, header),
         "path",
         os.fspath(path),
-        "to match its checksum: it was edited or damaged",
-        _AGAIN,
+        "must match its checksum",
+        f"It was edited or damaged. {_AGAIN}",
     )
 
 
@@ -264,9 +264,8 @@ def _check_layout(
         not odd,
         "path",
         os.fspath(path),
-        f"to hold what it should in {', '.join(map(repr, sorted(odd)))}: something is "
-        "missing, unknown, or of another type",
-        _AGAIN,
+        f"must hold what it should in {', '.join(map(repr, sorted(odd)))}",
+        f"Something is missing, unknown, or of another type. {_AGAIN}",
     )
 
 

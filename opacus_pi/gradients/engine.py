@@ -54,7 +54,7 @@ class NormEngine:
             any(p.requires_grad for p in self._live),
             "model",
             type(model).__name__,
-            "to have a trainable parameter",
+            "must have a trainable parameter",
             "Set requires_grad on the parameters to measure.",
         )
         self._model = evaluation_copy(model)

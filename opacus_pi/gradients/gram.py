@@ -133,7 +133,7 @@ def minibatch_gram(
         weights.shape == (size,),
         "factors",
         f"an array of shape {weights.shape}",
-        f"to have shape ({size},)",
+        f"must have shape ({size},)",
         "Give one factor for each example of the data set.",
     )
     members = [np.asarray(batch, dtype=np.int64) for batch in (centre, *batches)]
@@ -189,7 +189,7 @@ class _Gradients:
             bool(self._trainable),
             "model",
             type(model).__name__,
-            "to have a trainable parameter",
+            "must have a trainable parameter",
             "Set requires_grad on the parameters to measure.",
         )
 

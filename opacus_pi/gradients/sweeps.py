@@ -121,7 +121,7 @@ def sweep(
         hasattr(data_set, "__len__") and hasattr(data_set, "__getitem__"),
         "data_set",
         type(data_set).__name__,
-        "to have a length and an order",
+        "must have a length and an order",
         "Put the examples in a list or a map-style data set.",
     )
     parts = []

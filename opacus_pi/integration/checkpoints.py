@@ -79,7 +79,7 @@ class Checkpoints:
             self.run_state is not None or not restore_rng,
             "restore_rng",
             restore_rng,
-            "to follow make_private or make_monitored",
+            "must follow make_private or make_monitored",
             "Prepare the run first: its loader and generators are restored.",
         )
 
@@ -195,7 +195,7 @@ class RunState:
             "It holds no random states. Save it by PrivacyEngine.save_checkpoint.",
         )
         known = obstacle if isinstance(obstacle, str) else "It is damaged."
-        expect(not known, "restore_rng", True, "to be possible", known)
+        expect(not known, "restore_rng", True, "must be False here", known)
         random_states = _part(state, _RANDOM)
         self._check_settings(state)
         self._position.check(_part(state, _POSITION))
@@ -217,7 +217,7 @@ class RunState:
             and all(_is_setting(value) for value in settings.values()),
             "the checkpoint",
             {**epochs, **settings},
-            f"to hold epochs of {sorted(self._samplers)}, and numbers for {_SETTINGS}",
+            f"must hold epochs of {sorted(self._samplers)} and numbers for {_SETTINGS}",
             "Resume with the loader of the saved run, from its own checkpoint.",
         )
 

@@ -181,14 +181,14 @@ def require_filterable(
         grad_sample_mode != FAST_MODE and not grad_sample_mode.startswith("ghost"),
         "grad_sample_mode",
         repr(grad_sample_mode),
-        "to keep per-example gradients, which a RenyiFilter leaves out one by one",
+        "must keep per-example gradients, which a RenyiFilter leaves out one by one",
         'Use grad_sample_mode="hooks".',
     )
     expect(
         clipping in ("flat", "per_layer"),
         "clipping",
         repr(clipping),
-        'to be "flat" or "per_layer"',
+        'must be "flat" or "per_layer"',
         "Adaptive clipping also releases how many examples were clipped, which no "
         "budget covers.",
     )
@@ -254,7 +254,7 @@ def resume_charges(
         charges is not None or num_steps == 0,
         "checkpoint",
         f"{num_steps} updates without a filter",
-        "to have charged the examples for its updates",
+        "must have charged the examples for its updates",
         "Resume from a checkpoint that was trained with this RenyiFilter.",
     )
     if charges is not None:

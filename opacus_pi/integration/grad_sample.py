@@ -78,7 +78,7 @@ class GradSampleModule(opacus.GradSampleModule):
         latest = [g[-1] if isinstance(g, list) else g for g in held if g is not None]
         if not latest:
             raise RuntimeError(
-                "Expected per-example gradients of a backward pass; there are none. "
-                "Ask after loss.backward() and before zero_grad()."
+                "Per-example gradient norms need per-example gradients, but there are "
+                "none. Ask after loss.backward() and before zero_grad()."
             )
         return grad_sample_norms(latest)

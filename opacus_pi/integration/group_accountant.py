@@ -65,7 +65,7 @@ class GroupAccountant(RDPAccountant):
             whole and value >= 1,
             _SIZE,
             repr(value),
-            "to be a whole number above 0",
+            "must be a whole number above 0",
             "Count the examples that are added or removed together.",
         )
         self._group_size = int(value)
@@ -115,7 +115,9 @@ class GroupAccountant(RDPAccountant):
         if gram_ledger is not None:
             self._require_counted(gram_ledger)
             return group_divergence(gram_ledger, order, **options)
-        expect(order > 1, "order", order, "above 1", "Rényi orders here exceed 1.")
+        expect(
+            order > 1, "order", order, "must be above 1", "Rényi orders here exceed 1."
+        )
         total: float = sum(
             num_steps
             * group_step_divergence(_ratio(noise), rate, self.group_size, order)

@@ -75,7 +75,7 @@ class PrivacyCallback(Callback):
             prepare in _PREPARATIONS,
             "prepare",
             repr(prepare),
-            f"to be one of {_PREPARATIONS}",
+            f"must be one of {_PREPARATIONS}",
             "It is the method of the engine to call.",
         )
         self.engine, self.prepare, self.module = engine, prepare, module
@@ -102,7 +102,7 @@ class PrivacyCallback(Callback):
             len(made) == 3,
             "grad_sample_mode",
             repr(self.options.get("grad_sample_mode")),
-            "to leave the criterion as training_step has it",
+            "must leave the criterion as training_step has it",
             'Use "hooks": ghost clipping takes its own criterion in two passes.',
         )
         self._hooks = made[0] if is_private else None
@@ -170,33 +170,39 @@ def _check_trainer(trainer: "Trainer", pl_module: "LightningModule") -> None:
     optimizers, clip = len(trainer.optimizers), trainer.gradient_clip_val
     every = vars(trainer)["reload_dataloaders_every_n_epochs"]
     automatic, step = pl_module.automatic_optimization, "so that an update is one batch"
-    for name, got, wanted, to_be, remedy in [
+    for name, got, wanted, requirement, remedy in [
         (
             "automatic_optimization",
             automatic,
             True,
-            f"to be True, {step}",
+            f"must be True, {step}",
             "Call the engine in your own loop.",
         ),
-        ("num_optimizers", optimizers, 1, "to be 1", "Train one by one."),
-        ("num_devices", trainer.world_size, 1, "to be 1", "Use devices=1."),
+        ("num_optimizers", optimizers, 1, "must be 1", "Train one by one."),
+        ("num_devices", trainer.world_size, 1, "must be 1", "Use devices=1."),
         (
             "accumulate_grad_batches",
             trainer.accumulate_grad_batches,
             1,
-            f"to be 1, {step}",
+            f"must be 1, {step}",
             "Use a larger batch_size.",
         ),
         (
             "gradient_clip_val",
             clip or 0,
             0,
-            "to be 0",
+            "must be 0",
             "The engine clips each example.",
         ),
-        ("reload_dataloaders_every_n_epochs", every, 0, "to be 0", "Keep the loader."),
+        (
+            "reload_dataloaders_every_n_epochs",
+            every,
+            0,
+            "must be 0",
+            "Keep the loader.",
+        ),
     ]:
-        expect(got == wanted, name, got, to_be, remedy)
+        expect(got == wanted, name, got, requirement, remedy)
 
 
 def _only_loader(loader: Any) -> DataLoader[Any]:
@@ -205,7 +211,7 @@ def _only_loader(loader: Any) -> DataLoader[Any]:
         isinstance(loader, DataLoader),
         "train_dataloaders",
         type(loader).__name__,
-        "to be one torch DataLoader",
+        "must be one torch DataLoader",
         "Every update has to draw from one data set.",
     )
     return cast(DataLoader[Any], loader)

@@ -55,7 +55,7 @@ def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
         recorder.mode != "swept" or recorder.criterion is not None,
         "Recorder(criterion=...)",
         None,
-        "to be given: a swept recorder computes losses itself",
+        "must be given: a swept recorder computes losses itself",
         'Pass Recorder("swept", criterion=nn.CrossEntropyLoss()).',
     )
     expect(
@@ -63,7 +63,7 @@ def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
         or (recorder.mode == "observed" and recorder.weights_dir is None),
         "Recorder",
         "one that sweeps or keeps weights",
-        "to observe norms: no process has the weights of an FSDP module",
+        "must observe norms: no process has the weights of an FSDP module",
         "Use Recorder() without weights_dir, or DistributedDataParallel.",
     )
 

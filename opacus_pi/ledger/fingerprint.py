@@ -54,7 +54,7 @@ def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
         size is not None,
         "data_set",
         type(data_set).__qualname__,
-        "to have a length",
+        "must have a length",
         "Per-example records need a map-style data set, not an iterable one.",
     )
     name = f"{_class_name(data_set)}:{size}"

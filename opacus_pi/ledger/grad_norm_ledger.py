@@ -115,7 +115,7 @@ class GradNormLedger:
             self.source in ("swept", "observed"),
             "source",
             repr(self.source),
-            'to be "swept" or "observed"',
+            'must be "swept" or "observed"',
             "It says how the norms were measured.",
         )
         if self.example_ids is not None:
@@ -141,7 +141,7 @@ class GradNormLedger:
                 value is None or value.shape == shape,
                 name,
                 f"an array of shape {getattr(value, 'shape', None)}",
-                f"to have shape {shape}",
+                f"must have shape {shape}",
                 "Rows are the steps, columns the examples.",
             )
 
@@ -223,7 +223,7 @@ class GradNormLedger:
             self.data_set is None or same_data_set(self.data_set, data_set),
             "data_set",
             data_set,
-            f"to be the ledger's, {self.data_set}",
+            f"must be the ledger's, {self.data_set}",
             "Its columns speak of other examples; pass the ledger of this data set.",
         )
 
@@ -310,8 +310,8 @@ def _check_same_width(
     expect(
         len(wanted) == 2 and given == {wanted} and ids == wanted[1:],
         "path",
-        os.fspath(path),
-        f"to hold arrays of one shape (N, n), and n ids, not {sorted(given)}, {ids}",
+        f"arrays of shapes {sorted(given)} and ids of shape {ids} in {os.fspath(path)}",
+        "must hold arrays of one shape (N, n), and n ids",
         "Record it again, or restore the file from a copy.",
     )
 
@@ -330,7 +330,9 @@ def runs_of(
             or data set.
     """
     runs = (ledgers,) if isinstance(ledgers, GradNormLedger) else tuple(ledgers)
-    expect(len(runs) > 0, "ledger", "[]", "to hold a run", "Pass at least one ledger.")
+    expect(
+        len(runs) > 0, "ledger", "[]", "must hold a run", "Pass at least one ledger."
+    )
     first = runs[0]
     for number, run in enumerate(runs[1:], start=1):
         agreement = _agreement(first, run, same_steps)
@@ -339,7 +341,7 @@ def runs_of(
             not differing,
             "ledger",
             f"runs 0 and {number}",
-            f"to agree in {', '.join(differing)}",
+            f"must agree in {', '.join(differing)}",
             "Average only independent runs of the same training, recorded at the same "
             "steps, over the same examples.",
         )
@@ -386,7 +388,7 @@ def columns_of(
         len(missing) == 0,
         name,
         missing[:1],
-        "to be examples of the ledger",
+        "must be examples of the ledger",
         "Its columns are the examples that training was recorded on.",
     )
     order = np.argsort(known)

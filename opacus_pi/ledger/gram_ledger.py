@@ -75,7 +75,7 @@ class GramLedger:
             self.kind in _SHAPES,
             "kind",
             repr(self.kind),
-            'to be "forget" or "minibatch"',
+            'must be "forget" or "minibatch"',
             "It says whose gradients the matrices hold.",
         )
         steps = checked_steps(self.steps, self.mechanism.num_steps)
@@ -87,7 +87,7 @@ class GramLedger:
                 shape in ((), steps.shape),
                 name,
                 f"an array of shape {shape}",
-                f"to be a number or have shape {steps.shape}",
+                f"must be a number or have shape {steps.shape}",
                 "A schedule has one value per checkpoint.",
             )
         if self.example_ids is not None:
@@ -101,7 +101,7 @@ class GramLedger:
             self.kind != "forget" or len(ids) == self.grams.shape[-1],
             "example_ids",
             f"{len(ids)} ids",
-            f"to be {self.grams.shape[-1]}, one per row of a matrix",
+            f"must be {self.grams.shape[-1]}, one per row of a matrix",
             "Give the ids in the order of the matrices' rows.",
         )
         object.__setattr__(self, "example_ids", frozen(ids))
@@ -200,7 +200,7 @@ def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
         and grams.shape[-1] == grams.shape[-2],
         "grams",
         f"an array of shape {grams.shape}",
-        f"to have shape {_SHAPES[kind]} with N = {num_rows}",
+        f"must have shape {_SHAPES[kind]} with N = {num_rows}",
         f'kind="{kind}" holds one matrix per checkpoint'
         + (" and retain minibatch." if kind == "minibatch" else "."),
     )
@@ -217,7 +217,7 @@ def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
         bool(sound.all() and (diagonal >= 0).all()),
         "grams",
         "an array",
-        "to hold symmetric matrices of inner products (|K_xy| ≤ √(K_xx·K_yy))",
+        "must hold symmetric matrices of inner products (|K_xy| ≤ √(K_xx·K_yy))",
         "Compute them in float64 as G·Gᵀ.",
     )
     return frozen((grams + flipped) / 2)

@@ -51,7 +51,7 @@ def checked_steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
         inside and bool((np.diff(steps.astype(np.int64)) > 0).all()),
         "steps",
         steps.tolist(),
-        f"to be strictly increasing whole numbers in [0, {num_steps}]",
+        f"must be strictly increasing whole numbers in [0, {num_steps}]",
         "Count the updates done when each row was measured.",
     )
     return frozen(steps.astype(np.int64))
@@ -63,7 +63,7 @@ def checked_weights(value: str | None) -> str | None:
         value is None or (isinstance(value, str) and bool(_NAME.fullmatch(value))),
         "weights",
         repr(value),
-        f"to be 'sha256:' and 64 hexadecimal digits, {CHANGED!r} or None",
+        f"must be 'sha256:' and 64 hexadecimal digits, {CHANGED!r} or None",
         "Leave it to the engine: it knows the model.",
     )
     return value
@@ -75,7 +75,7 @@ def is_for_ranking(norms: str | None) -> bool:
         norms in (None, FOR_RANKING),
         "the file's norms",
         repr(norms),
-        f"to be {FOR_RANKING!r}, if anything",
+        f"must be {FOR_RANKING!r}, if anything",
         "Restore the file from a copy.",
     )
     return norms is not None
@@ -91,7 +91,7 @@ def checked_measurements(
         array.ndim == 2 and len(array) == num_rows,
         name,
         f"an array of shape {array.shape}",
-        f"to have shape (N, n) with N = {num_rows}, the number of steps",
+        f"must have shape (N, n) with N = {num_rows}, the number of steps",
         "Rows are the steps, columns the examples.",
     )
     bad = (array < 0) | np.isinf(array)
@@ -101,7 +101,7 @@ def checked_measurements(
             False,
             name,
             f"{array[row, column]} (row {row}, example {column})",
-            "to be finite and at least 0 (NaN: not observed)",
+            "must be finite and at least 0 (NaN: not observed)",
             "An exploded gradient has no finite loss: clip it, or drop the example.",
         )
     return frozen(array)

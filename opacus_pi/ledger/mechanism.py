@@ -3,7 +3,7 @@
 >>> NoisySGD(num_steps=100, sample_rate=1.2, noise_std=1.0)
 Traceback (most recent call last):
     ...
-ValueError: Expected sample_rate=1.2 in [0, 1]. Divide the batch size by the data set size.
+ValueError: sample_rate must be in [0, 1], got 1.2. Divide the batch size by the data set size.
 """  # noqa: E501
 
 import operator
@@ -76,7 +76,7 @@ class NoisySGD:
             bool(ok.all()),
             "noise_std",
             noise[~ok][:1],
-            "to be at least 0 and finite",
+            "must be at least 0 and finite",
             "It is the standard deviation of the noise on the sum of the gradients.",
         )
         positive(
@@ -86,7 +86,7 @@ class NoisySGD:
             self.sampling in ("poisson", "fixed"),
             "sampling",
             repr(self.sampling),
-            'to be "poisson" or "fixed"',
+            'must be "poisson" or "fixed"',
             'A shuffled loader is "fixed".',
         )
 
@@ -156,7 +156,7 @@ class NoisySGD:
             re.fullmatch("[0-9]{1,18}", steps) is not None and noise == _ASSUMED,
             "the file's num_steps, noise",
             f"{steps}, {noise}",
-            f"to be a whole number and {_ASSUMED!r}",
+            f"must be a whole number and {_ASSUMED!r}",
             "Restore the file from a copy.",
         )
         return cls(
@@ -174,7 +174,7 @@ def _count(name: str, value: int) -> int:
     except TypeError:
         number = -1
     expect(
-        number >= 0, name, value, "to be a whole number, at least 0", "Count updates."
+        number >= 0, name, value, "must be a whole number, at least 0", "Count updates."
     )
     return number
 
@@ -186,7 +186,7 @@ def _scheduled(name: str, value: ArrayLike) -> float | NDArray[np.float64]:
         array.ndim <= 1,
         name,
         f"an array of shape {array.shape}",
-        "to be a number or one number per row",
+        "must be a number or one number per row",
         "A schedule has shape (N,).",
     )
     return float(array) if array.ndim == 0 else frozen(array)

@@ -82,7 +82,7 @@ def predict(
             _batch(forward(model, x), y, losses_of)
             for x, y in (to_device(inputs_and_targets(b), device) for b in loader)
         ]
-    expect(bool(batches), "data", "[]", "to hold an example", "Check the data set.")
+    expect(bool(batches), "data", "[]", "must hold an example", "Check the data set.")
     return Predictions(
         *(np.concatenate(column) for column in zip(*batches, strict=True))
     )
@@ -113,6 +113,6 @@ def _check_scores(outputs: Tensor, labels: Tensor) -> None:
         outputs.dim() == 2 and labels.dim() == 1 and not labels.is_floating_point(),
         "model(inputs), labels",
         f"shapes {tuple(outputs.shape)}, {tuple(labels.shape)} ({labels.dtype})",
-        "to be class scores (b, num_classes) and whole numbers (b,)",
+        "must be class scores (b, num_classes) and whole numbers (b,)",
         "These metrics are for classifiers; flatten other axes into examples.",
     )

@@ -45,7 +45,7 @@ def plot_group_divergences(
             losses.shape == estimates.shape[1:],
             "mean_losses",
             f"an array of shape {losses.shape}",
-            f"to have one loss for each of {estimates.shape[1]} sets",
+            f"must have one loss for each of {estimates.shape[1]} sets",
             "Pass one mean loss per forget set.",
         )
         mean = estimates.mean(0)

@@ -35,7 +35,7 @@ def plot_pictures(
         len(lengths) == 1,
         "rows",
         f"rows of {sorted(lengths)} pictures",
-        "to have rows of one length",
+        "must have rows of one length",
         "Show equally many examples of each kind.",
     )
     shape, titles = (len(pictures), lengths.pop()), titles or {}
@@ -61,7 +61,7 @@ def _pictures(name: str, values: ArrayLike) -> NDArray[np.float64]:
         good and array.size > 0,
         f"rows[{name!r}]",
         f"an array of shape {array.shape}",
-        "to have shape (m, h, w) or (m, c, h, w) with c = 1 or 3",
+        "must have shape (m, h, w) or (m, c, h, w) with c = 1 or 3",
         "Channels come before height and width.",
     )
     if array.ndim == 3:

@@ -47,7 +47,7 @@ def runs_and_sets(
         array.ndim == 2 and array.size > 0 and shape in (None, array.shape),
         name,
         f"an array of shape {array.shape}",
-        f"to have shape {shape or '(runs, sets)'}",
+        f"must have shape {shape or '(runs, sets)'}",
         "Pass one number per run and forget set.",
     )
     return array

@@ -203,7 +203,7 @@ def _check_kind(kind: str) -> None:
         kind in ("forget", "minibatch"),
         "kind",
         repr(kind),
-        'to be "forget" or "minibatch"',
+        'must be "forget" or "minibatch"',
         "Theorem B.1 needs minibatches, the other bounds the forget gradients.",
     )
 
@@ -221,7 +221,7 @@ def _check_minibatches(
         something_is_retained,
         "forget_indices",
         "every example",
-        "to leave an example to retain",
+        "must leave an example to retain",
         "Theorem B.1 compares with a minibatch of the retain set.",
     )
 
@@ -233,16 +233,15 @@ def _files_of(directory: Path, ledger: GradNormLedger) -> dict[int, Path]:
         bool(files),
         "weights_dir",
         directory,
-        "to hold weights-*.safetensors",
+        "must hold weights-*.safetensors",
         "Train with Recorder(weights_dir=...).",
     )
     foreign = sorted(set(files) - set(ledger.steps.tolist()))
     expect(
         not foreign,
         "weights_dir",
-        directory,
-        f"to hold weights of this run's rows only; it has none after {foreign[:3]} "
-        "updates",
+        f"weights after {foreign[:3]} updates in {directory}",
+        "must hold weights of this run's rows only",
         "Use a directory of its own for every run.",
     )
     return files
@@ -261,7 +260,7 @@ def _mechanism_at(steps: list[int], ledger: GradNormLedger) -> NoisySGD:
         not scheduled or len(steps) == len(ledger.steps),
         "weights_dir",
         f"weights of {len(steps)} of {len(ledger.steps)} rows",
-        f"to hold those of every row, because {', '.join(scheduled)} changed",
+        f"must hold those of every row, because {', '.join(scheduled)} changed",
         "End training at a row, or record a row at the last update.",
     )
     return replace(mechanism, **scheduled)

@@ -36,7 +36,7 @@ def float32_row(measured: Any, num_examples: int) -> dict[str, NDArray[np.float3
             values.shape == (num_examples,),
             f"sweep().{name}",
             f"an array of shape {values.shape}",
-            f"to have shape ({num_examples},)",
+            f"must have shape ({num_examples},)",
             "A sweep measures every example of the data set.",
         )
     return row
@@ -58,6 +58,6 @@ def require_callable(name: str, given: Any, needed: bool, remedy: str) -> None:
         given is not None or not needed,
         name,
         given,
-        "to be a function: this recorder calls it at every row",
-        f"Pass {remedy} to say how.",
+        "must be a function",
+        f"This recorder calls it at every row: pass {remedy} to say how.",
     )

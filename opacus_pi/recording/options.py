@@ -36,7 +36,7 @@ class RecorderOptions:
             mode in ("observed", "swept"),
             "mode",
             repr(mode),
-            'to be "observed" or "swept"',
+            'must be "observed" or "swept"',
             "It says how the norms are measured.",
         )
         positive(batch_size=batch_size, remedy="A sweep measures that many at once.")
@@ -46,7 +46,7 @@ class RecorderOptions:
             mode == "swept" or not self._starts_with_a_row,
             "every",
             list(every) if isinstance(every, Sequence) else every,
-            "to be above 0 where norms are observed",
+            "must be above 0 where norms are observed",
             "Before the first update there is nothing to observe.",
         )
         self.criterion = criterion

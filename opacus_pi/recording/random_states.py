@@ -63,14 +63,14 @@ class RandomStates:
             saved == present,
             "the run's own generators",
             sorted(name.removeprefix(_OWN) for name in present),
-            f"to be {sorted(name.removeprefix(_OWN) for name in saved)}",
+            f"must be {sorted(name.removeprefix(_OWN) for name in saved)}",
             "Give loader, sampler and noise a generator where the run saved had one.",
         )
         expect(
             "numpy" in states,
             "numpy.random's bit generator",
             "one that is not its default",
-            "to be MT19937",
+            "must be MT19937",
             "Leave numpy's global generator as it is by default, then save again.",
         )
         wrong = sorted(_wrong(states))
@@ -78,7 +78,7 @@ class RandomStates:
             not wrong,
             "the saved random states",
             wrong,
-            "to be states of generators",
+            "must be states of generators",
             "Resume from another checkpoint.",
         )
         num_devices = len(states.get("cuda", ()))
@@ -86,7 +86,7 @@ class RandomStates:
             num_devices <= torch.cuda.device_count(),
             "the number of CUDA devices",
             torch.cuda.device_count(),
-            f"to be at least {num_devices}",
+            f"must be at least {num_devices}",
             "Resume on as many devices as the run saved had.",
         )
 

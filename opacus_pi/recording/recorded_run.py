@@ -108,7 +108,7 @@ class RecordedRun:
                 False,
                 "indices",
                 indices[outside][:1],
-                f"in [0, {self.num_examples})",
+                f"must be in [0, {self.num_examples})",
                 "They are positions in the data set that the recorder began with.",
             )
 
@@ -203,7 +203,7 @@ class RecordedRun:
                 same_data_set(ours, others) if is_data_set else ours == others,
                 f"the resumed record's {name}",
                 repr(ours),
-                f"to be this run's, {others!r}",
+                f"must be this run's, {others!r}",
                 "Resume with the data set, sampling and Recorder of the run saved.",
             )
 

@@ -170,7 +170,7 @@ class Recorder(RecorderOptions):
             indices.shape == grad_norms.shape and grad_norms.dim() == 1,
             "grad_norms",
             f"a tensor of shape {tuple(grad_norms.shape)}",
-            f"to have one norm per index, shape {tuple(indices.shape)}",
+            f"must have one norm per index, shape {tuple(indices.shape)}",
             "Report one norm for each row of the batch.",
         )
         if indices.device.type == "cpu":
@@ -287,7 +287,7 @@ class Recorder(RecorderOptions):
             loaded.source == self.mode,
             "the resumed record's mode",
             repr(loaded.source),
-            f"to be this recorder's, {self.mode!r}",
+            f"must be this recorder's, {self.mode!r}",
             "Resume with the Recorder of the run saved.",
         )
         if self._run and not self._resumed:

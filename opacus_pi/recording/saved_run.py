@@ -48,7 +48,7 @@ def require_version(state: Any) -> None:
         type(found) is int and found == VERSION,
         "the record's version",
         found,
-        f"to be {VERSION}",
+        f"must be {VERSION}",
         "Resume with the release of opacus_pi that saved it.",
     )
 
@@ -140,7 +140,7 @@ def _check(condition: bool, name: str, problem: str) -> None:
     expect(
         condition,
         "the saved record",
-        name,
-        f"to be as it was written; it is {problem}",
+        f"{name} {problem}",
+        "must be as it was written",
         "Resume from another checkpoint.",
     )

@@ -53,7 +53,7 @@ def checked_every(every: float | Sequence[int]) -> Every:
         increasing and len(steps) > 0 and list(steps) == list(every),
         "every",
         list(every),
-        "to be strictly increasing whole numbers, at least 0",
+        "must be strictly increasing whole numbers, at least 0",
         remedy,
     )
     return steps

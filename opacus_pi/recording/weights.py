@@ -74,8 +74,9 @@ def load_weights_(model: nn.Module, path: Path, data_set: str | None = None) -> 
         not differing,
         "model",
         type(model).__name__,
-        f"to have the tensors of {path.name}; differing: {', '.join(differing)[:200]}",
-        "Pass a model of the architecture that was trained.",
+        f"must have the tensors of {path.name}",
+        f"These differ: {', '.join(differing)[:200]}. Pass a model of the architecture "
+        "that was trained.",
     )
 
 
@@ -86,13 +87,13 @@ def _check_facts(path: Path, facts: Mapping[str, str], data_set: str | None) -> 
         path.stem == f"weights-{found:0>8}",
         "path",
         path.name,
-        f"to be named after its {found} updates",
+        f"must be named after its {found} updates",
         "Give the file its own name back.",
     )
     expect(
         data_set is None or same_data_set(facts.get("data_set", ""), data_set),
         "path",
-        path.name,
-        f"to be of the data set {data_set}, not {facts.get('data_set')}",
+        f"{facts.get('data_set')} in {path.name}",
+        f"must be of the data set {data_set}",
         "Use a directory of its own for every run.",
     )

@@ -64,14 +64,14 @@ def write_report(
         page_path.suffix != ".json",
         "path",
         page_path,
-        "to be the page's name, not the JSON's",
+        "must be the name of the page",
         "Name it report.html; the JSON file is written beside it.",
     )
     expect(
         result is not None or (oracle is None and barriers is None),
         "result",
         None,
-        "to be given with an oracle or barriers",
+        "must be given with an oracle or barriers",
         "Retrained models are shown beside an unlearning run.",
     )
     in_range(0, float("inf"), top=top, remedy="Pass 0 to list no example.")

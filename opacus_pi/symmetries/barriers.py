@@ -101,7 +101,9 @@ def loss_barrier(
     Source: paper, equation (2); Frankle et al. 2020; reset: Jordan et al. 2023
     (arXiv:2211.08403).
     """
-    expect(num_points >= 2, "num_points", num_points, "at least 2", "11 is usual.")
+    expect(
+        num_points >= 2, "num_points", num_points, "must be at least 2", "11 is usual."
+    )
     path = _Path(model_a, model_b, data_loader, criterion, reset_bn)
     alphas = np.union1d(np.linspace(0, 1, num_points), 0.5)
     losses = np.array([path.loss(alpha) for alpha in alphas])
@@ -203,7 +205,7 @@ def pairwise_barriers(
 
     Source: paper, Section 5.2 and Figure 1 (right).
     """
-    expect(len(models) >= 2, "models", len(models), "to be at least 2", "Train more.")
+    expect(len(models) >= 2, "models", len(models), "must be at least 2", "Train more.")
     return np.array(
         [
             loss_barrier(
@@ -283,7 +285,7 @@ def _check_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         not differing,
         "model_a, model_b",
         f"models that differ in {differing[:3]}",
-        "to have one architecture",
+        "must have one architecture",
         "There is a straight line only between weights of the same shapes.",
     )
 
@@ -298,7 +300,9 @@ def _read(data: Data, device: torch.device) -> Batches:
     loader = DataLoader(data, 256) if isinstance(data, Dataset) else data
     with random_state_untouched():
         batches = [to_device(inputs_and_targets(batch), device) for batch in loader]
-    expect(bool(batches), "data_loader", "[]", "to hold an example", "Check the data.")
+    expect(
+        bool(batches), "data_loader", "[]", "must hold an example", "Check the data."
+    )
     return batches
 
 

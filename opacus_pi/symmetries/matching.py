@@ -138,7 +138,7 @@ class _InnerProduct:
                 not missing,
                 label,
                 sorted(params)[:3],
-                f"to hold {missing[:3]}",
+                f"must hold {missing[:3]}",
                 "Pass the state dict of a model of the traced architecture.",
             )
         self.spec = spec
@@ -232,7 +232,7 @@ def _activations(
         fit,
         "model",
         type(twin).__name__,
-        "to run the operations that were traced",
+        "must run the operations that were traced",
         "Pass models of the architecture of the spec.",
     )
     return capture.kept

@@ -170,7 +170,7 @@ def permuted(
             and tensor.shape[d] == prod(f.size for f in factors),
             name,
             f"a tensor of shape {tuple(tensor.shape)}",
-            f"to have shape {tuple(prod(f.size for f in dim) for dim in axes)}",
+            f"must have shape {tuple(prod(f.size for f in dim) for dim in axes)}",
             "Pass the parameters of the model that was traced.",
         )
         if any(factor.symbol in permutation for factor in factors):
@@ -189,7 +189,7 @@ def check_permutation(spec: PermutationSpec, permutation: Permutation) -> None:
             and np.array_equal(np.sort(array, axis=-1), wanted),
             f"permutation[{name!r}]",
             array,
-            f"to be a permutation of shape {wanted.shape}",
+            f"must be a permutation of shape {wanted.shape}",
             "Take it from weight_matching, activation_matching or spec.random.",
         )
 
@@ -221,7 +221,7 @@ def _check(spec: PermutationSpec, twin: nn.Module, inputs: Any, outputs: Any) ->
         same,
         "model",
         type(twin).__name__,
-        "to compute the same function after a permutation that its run suggests",
+        "must compute the same function after a permutation that its run suggests",
         "Its operations depend on the example's values, or are random; "
         "match the parts of it that do not.",
     )

@@ -208,8 +208,8 @@ def _hashes(path: str | os.PathLike[str], head: str | None) -> list[str]:
     expect(
         not rest,
         "path",
-        path,
-        f"to end with a whole line, not {len(rest)} bytes after line {len(entries)}",
+        f"{len(rest)} bytes after line {len(entries)} of {path}",
+        "must end with a whole line",
         "A crash cut a write short; the next 'opacus-pi unlearn --record' repairs it, "
         "as does DeletionRecord(path).",
     )
@@ -218,9 +218,9 @@ def _hashes(path: str | os.PathLike[str], head: str | None) -> list[str]:
         head is None or head in hashes,
         "head",
         head,
-        f"to be the hash of one of the {len(entries)} entries; the last has "
-        f"{hashes[-1]}",
-        "Entries are missing at the end, or this is another record.",
+        f"must be the hash of one of the {len(entries)} entries",
+        f"The last entry has {hashes[-1]}. Entries are missing at the end, "
+        "or this is another record.",
     )
     return hashes
 
@@ -240,8 +240,8 @@ def _parsed(content: bytes, path: Any) -> tuple[list[dict[str, Any]], bytes]:
         bool(entries) or _opens(rest),
         "path",
         path,
-        "to be a deletion record: line 1 is no entry of one",
-        _REMEDY,
+        "must be a deletion record",
+        f"Line 1 is not an entry. {_REMEDY}",
     )
     return entries, rest
 
@@ -256,10 +256,10 @@ def _verified(whole: bytes, path: Any) -> list[dict[str, Any]]:
             bool(entry),
             "path",
             path,
-            f"to be unedited: line {number + 1} breaks the chain"
+            "must be an unedited deletion record",
+            f"Line {number + 1} breaks the chain of hashes. {_REMEDY}"
             if number or line.startswith(_OPENING)
-            else "to be a deletion record: line 1 is no entry of one",
-            _REMEDY,
+            else f"Line 1 is not an entry. {_REMEDY}",
         )
         entries.append(entry)
         previous = entry["hash"]

@@ -90,7 +90,7 @@ class Method:
             num_batches > 0,
             "retain_loader",
             "a loader without batches",
-            "to yield batches (x, y)",
+            "must yield batches (x, y)",
             "Pass a loader over the retain set; an iterator serves one pass only.",
         )
 
@@ -239,7 +239,7 @@ class L1Sparse(Method):
             self.schedule in ("linear", "constant"),
             "schedule",
             repr(self.schedule),
-            'to be "linear" or "constant"',
+            'must be "linear" or "constant"',
             "The released code decays the strength linearly to 0.",
         )
 
@@ -304,7 +304,7 @@ def expected_batch_size(loader: Iterable[Batch]) -> float:
         bool(sizes),
         "retain_loader",
         type(loader).__name__,
-        "to have a batch_size or a sample_rate",
+        "must have a batch_size or a sample_rate",
         "Clipping divides by the expected batch size; pass a torch DataLoader.",
     )
     return float(sizes[0])
@@ -320,5 +320,9 @@ def _zero(model: nn.Module) -> Tensor:
 def _at_least_zero(name: str, value: float, remedy: str) -> None:
     """Check that a setting is finite and not negative."""
     expect(
-        math.isfinite(value) and value >= 0, name, value, "finite, at least 0", remedy
+        math.isfinite(value) and value >= 0,
+        name,
+        value,
+        "must be finite, at least 0",
+        remedy,
     )

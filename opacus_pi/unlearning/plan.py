@@ -188,7 +188,7 @@ def make_plan(
         len(runs) > 0,
         "ledger",
         None,
-        "to be given for a plan",
+        "must be given for a plan",
         "Record the training: Unlearner(..., ledger=engine.ledger).",
     )
     positive(batch_size=batch_size, remedy="Pass examples per batch.")
@@ -202,7 +202,7 @@ def make_plan(
         num_retain > 0,
         "forget_indices",
         f"all {len(losses)} examples",
-        "to leave something to keep",
+        "must leave something to keep",
         "To forget everything, start from a fresh model.",
     )
     columns = columns_of(runs[0], forget)
@@ -354,7 +354,7 @@ def _counted(
         bool((times >= 0).all()),
         "past_times",
         times,
-        "to be at least 0",
+        "must be at least 0",
         "Pass how long each run took, inf if it never got there.",
     )
     unfinished = np.isinf(times)
@@ -367,7 +367,7 @@ def _counted(
         bool((np.isfinite(lengths) & (lengths >= 0))[unfinished].all()),
         "past_times",
         math.inf,
-        "to come with how long the run was",
+        "must come with how long the run was",
         "It counts as its length: plan(..., past_runs=[(forget_indices, inf, "
         "epochs_run)]), or predict_time(..., past_lengths=...).",
     )
@@ -382,7 +382,7 @@ def _noisy(
         assumed_noise_std is not None,
         "assumed_noise_std",
         None,
-        "to be given, as training added no noise",
+        "must be given, as training added no noise",
         "Any noise gives a ranking (no guarantee): plan(..., assumed_noise_std=1.0).",
     )
     noise_std = cast(float, assumed_noise_std)

@@ -101,7 +101,7 @@ def _check(condition: bool, entry: dict[str, Any], what: str) -> None:
         condition,
         "the deletion record's entry",
         entry["number"],
-        f"to be {what}",
+        f"must be {what}",
         "It is the record of another training set, or was not written by "
         "DeletionRequests.",
     )

@@ -97,8 +97,8 @@ class DeletionRequests:
             known.indices == rows,
             "request_id",
             request_id,
-            "to name one request only; it was submitted for other rows",
-            "Use a new name.",
+            "must name one request only",
+            "It was submitted for other rows before: use a new name.",
         )
         return known
 
@@ -150,7 +150,7 @@ class DeletionRequests:
             size_of(train_set) == self.num_examples,
             "train_set",
             f"{size_of(train_set)} examples",
-            f"to have the {self.num_examples} that the requests speak of",
+            f"must have the {self.num_examples} that the requests speak of",
             "Pass the set that the model was trained on.",
         )
         with self._alone():
@@ -218,7 +218,7 @@ class DeletionRequests:
             and all(type(row) is int and 0 <= row < self.num_examples for row in rows),
             "weights_path",
             self.weights_path,
-            f"to say which requests it honours, which of {self.num_examples} examples "
+            f"must name the requests it honours, which of {self.num_examples} examples "
             "it forgot, and how",
             "Restore the file from a copy.",
         )
@@ -250,7 +250,7 @@ class DeletionRequests:
             good,
             "weights_path",
             self.weights_path,
-            f"to be the weights that honour the {len(found.done)} recorded request(s)",
+            f"must honour the {len(found.done)} recorded request(s)",
             "Restore the file from a copy; without it they must be carried out again.",
         )
 
@@ -273,7 +273,7 @@ class DeletionRequests:
             (indices is None) != (user is None),
             "indices, user",
             f"{'both' if indices is not None else 'neither'}",
-            "to be one of the two",
+            "must be one of the two",
             "Name rows or a user.",
         )
         if user is not None:
@@ -281,7 +281,7 @@ class DeletionRequests:
                 user in self.rows_of,
                 "user",
                 user,
-                f"to be one of the {len(self.rows_of)} users of rows_of",
+                f"must be one of the {len(self.rows_of)} users of rows_of",
                 "Pass rows_of with this user's rows.",
             )
             indices = self.rows_of[user]
@@ -317,8 +317,9 @@ def _load_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
         not differing,
         "weights_path",
         path,
-        f"to fit the unlearner's model; differing: {sorted(differing)[:5]}",
-        "Make the unlearner from the model that the requests are about.",
+        "must fit the unlearner's model",
+        f"These tensors differ: {sorted(differing)[:5]}. Make the unlearner "
+        "from the model that the requests are about.",
     )
     model.load_state_dict(state)
 

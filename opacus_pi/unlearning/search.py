@@ -109,7 +109,7 @@ def search_settings(
             0 < low < high < math.inf,
             f"ranges[{name!r}]",
             (low, high),
-            "to rise from above 0 to a finite end",
+            "must rise from above 0 to a finite end",
             "The scale is logarithmic.",
         )
     sampler = optuna.samplers.TPESampler(seed=seed)
@@ -144,7 +144,7 @@ def gap_to_oracle(
             name in oracle,
             "oracle",
             sorted(oracle),
-            f"to hold {name!r}",
+            f"must hold {name!r}",
             "Evaluate the same metrics on retrained models.",
         )
     return float(
@@ -171,7 +171,7 @@ def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
         len(finite) > 0,
         "trials",
         f"{len(trials)} trial(s)",
-        "to hold one that did not diverge",
+        "must hold one that did not diverge",
         "Lower the ranges, of the learning rate first.",
     )
     least = min(trial.gap for trial in finite)

@@ -40,7 +40,7 @@ class StopWhen:
             math.isfinite(self.target),
             "target",
             self.target,
-            "to be finite",
+            "must be finite",
             "Take the mean over retrained models.",
         )
         in_range(0, math.inf, tolerance=self.tolerance, remedy="0.05 is usual.")

@@ -105,14 +105,14 @@ class Unlearner:
             isinstance(model, nn.Module),
             "model",
             type(model).__name__,
-            "to be a torch module or an engine that holds one",
+            "must be a torch module or an engine that holds one",
             "An engine holds one once it has made a model private.",
         )
         expect(
             hasattr(method, "needs_forget_set") and not isinstance(method, type),
             "method",
             repr(method),
-            "to be an unlearning method",
+            "must be an unlearning method",
             "Pass one, such as FineTune() or Langevin(noise_std=0.02).",
         )
         self.model = training_copy(model)
@@ -150,12 +150,18 @@ class Unlearner:
         Raises:
             ValueError: If the method needs a forget loader and there is none.
         """
-        expect(num_steps >= 0, "num_steps", num_steps, "at least 0", "Count updates.")
+        expect(
+            num_steps >= 0,
+            "num_steps",
+            num_steps,
+            "must be at least 0",
+            "Count updates.",
+        )
         expect(
             forget_loader is not None or not self.method.needs_forget_set,
             "forget_loader",
             None,
-            f"to be given: {type(self.method).__name__} uses the forget set",
+            f"must be given, because {type(self.method).__name__} uses it",
             "Pass run(..., forget_loader=...) or call unlearn.",
         )
         task = self._task(retain_loader, forget_loader)
@@ -199,7 +205,7 @@ class Unlearner:
             stop is None or evaluate is not None,
             "evaluate",
             None,
-            "to be given with stop",
+            "must be given with stop",
             "Stopping judges by what evaluate(model) returns.",
         )
         for run in runs_in(self.ledger):
@@ -212,7 +218,7 @@ class Unlearner:
             len(retain) > 0,
             "forget_indices",
             f"all {size} examples",
-            "to leave something to keep",
+            "must leave something to keep",
             "To forget everything, start from a fresh model.",
         )
         if len(gone) == len(self.forgotten):

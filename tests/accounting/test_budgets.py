@@ -49,7 +49,7 @@ def test_ends_and_shapes_of_the_curve():
             gaussian_delta(wrong, 1.0)
         with pytest.raises(ValueError, match="epsilon"):
             gaussian_mu(wrong, 1e-5)
-    with pytest.raises(ValueError, match="epsilon=inf"):
+    with pytest.raises(ValueError, match="epsilon must .*got inf"):
         gaussian_mu(np.inf, 1e-5)
     with pytest.raises(ValueError, match="delta"):
         gaussian_epsilon(1.0, 1.0)
@@ -182,7 +182,7 @@ def test_budgets_from_epsilon():
     np.testing.assert_allclose(made.epsilons(1e-6), wanted, rtol=1e-9)
     other = RenyiFilter.from_epsilon(wanted, 1e-6, order=16.0)
     np.testing.assert_allclose(other.budget, 4 * made.budget)  # the order is a unit
-    with pytest.raises(ValueError, match="epsilon=0"):
+    with pytest.raises(ValueError, match="epsilon must .*got 0"):
         RenyiFilter.from_epsilon(0.0, 1e-6)
 
 
@@ -233,12 +233,12 @@ def test_what_it_shows_cannot_change_it():
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        ((0.0,), "budget=0.0 above 0"),
-        (([1.0, -1.0],), "budget=-1.0 above 0"),
-        ((np.nan,), "budget=nan"),
+        ((0.0,), "budget must be above 0, got 0.0"),
+        (([1.0, -1.0],), "budget must be above 0, got -1.0"),
+        ((np.nan,), "budget must .*got nan"),
         (([[1.0]],), "one number per example"),
-        ((1.0, 1.0), r"order=1.0 in \(1, inf\)"),
-        ((1.0, np.inf), "order=inf"),
+        ((1.0, 1.0), r"order must be in \(1, inf\), got 1.0"),
+        ((1.0, np.inf), "order must .*got inf"),
     ],
 )
 def test_bad_budgets(arguments, message):
@@ -249,13 +249,13 @@ def test_bad_budgets(arguments, message):
 @pytest.mark.parametrize(
     "indices,ratios,message",
     [
-        ([0, 0], [0.1, 0.1], "without duplicates"),
+        ([0, 0], [0.1, 0.1], "must not have duplicates"),
         ([0, 3], [0.1, 0.1], r"in \[0, 3\)"),
         ([-1], [0.1], r"in \[0, 3\)"),
         ([0.0], [0.1], "whole numbers"),
         ([0, 1], [0.1], "one ratio per index"),
-        ([0, 1], [0.1, np.nan], "ratios=nan"),
-        ([0], [-0.1], "ratios=-0.1"),
+        ([0, 1], [0.1, np.nan], "ratios must .*got nan"),
+        ([0], [-0.1], "ratios must .*got -0.1"),
     ],
 )
 def test_bad_steps_charge_nothing(indices, ratios, message):

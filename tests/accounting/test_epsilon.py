@@ -55,7 +55,7 @@ def test_clipped_at_zero_and_infinite_where_unbounded():
 
 
 def test_bad_input_is_refused():
-    with pytest.raises(ValueError, match=r"Expected delta=0.0 in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"^delta must be in \(0, 1\), got 0.0"):
         epsilons(run(), 0)
     with pytest.raises(ValueError, match="orders here are above 1"):
         epsilons(run(), 1e-5, orders=[1, 2])

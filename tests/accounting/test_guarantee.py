@@ -91,7 +91,7 @@ def test_json_round_trip(claim):
 def test_a_promoted_kind_in_the_text_is_refused():
     facts = json.loads(guarantee((MET, UNMET)).to_json())
     facts["kind"] = "certified"
-    with pytest.raises(ValueError, match="kind=certified to be 'estimate'"):
+    with pytest.raises(ValueError, match="kind must be 'estimate', .*, got certified"):
         Guarantee.from_json(json.dumps(facts))
 
 
@@ -135,7 +135,7 @@ def test_numbers_that_do_not_fit_are_refused(orders, divergences, named):
 
 
 def test_unknown_is_no_truth_value():
-    with pytest.raises(ValueError, match="met=None"):
+    with pytest.raises(ValueError, match="met must .*got None"):
         Assumption("the seed was secret", None, "unknown")
 
 

@@ -177,22 +177,22 @@ def test_extremes_neither_overflow_nor_warn(q, order):
 @pytest.mark.parametrize("order", [0.99, 0, -3, math.nan, math.inf])
 def test_order_below_one_is_refused(order):
     for function in (log_moment, renyi_divergence):
-        with pytest.raises(ValueError, match="Expected order="):
+        with pytest.raises(ValueError, match="^order must"):
             function(0.5, 0.1, order)
 
 
 @pytest.mark.parametrize("q", [-0.1, 1.2, math.nan])
 def test_sample_rate_outside_is_refused(q):
-    with pytest.raises(ValueError, match=r"Expected sample_rate=.* in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"^sample_rate must be in \[0, 1\]"):
         log_moment(0.5, q, 2)
 
 
 @pytest.mark.parametrize("r", [-1.0, math.nan])
 def test_negative_ratio_is_refused(r):
-    with pytest.raises(ValueError, match="Expected ratio="):
+    with pytest.raises(ValueError, match="^ratio must"):
         log_moment([0.5, r], 0.1, 2)
 
 
 def test_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="Expected mode='floor'"):
+    with pytest.raises(ValueError, match="^mode must .*got 'floor'"):
         log_moment(0.5, 0.1, 2.5, mode="floor")

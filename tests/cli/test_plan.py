@@ -74,8 +74,8 @@ def test_text_and_file(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("120",), "Expected --forget=120 in [0, 120)"),
-        (("3,3",), "Expected --forget=[3] without duplicates"),
+        (("120",), "--forget must be in [0, 120), got 120"),
+        (("3,3",), "--forget must not have duplicates, got [3]"),
         (("nobody.txt",), "--forget: no such file: nobody.txt"),
         (("cli_project.py",), "does not hold whole numbers"),
         (("3", "--past", "4"), "--past: 4 is not IDS=EPOCHS"),
@@ -87,14 +87,14 @@ def test_text_and_file(run, tmp_path):
         (("3", *BUILD, "--set", "x=1"), "--set: x=1 is not NAME=VALUE"),
         (
             ("3", *BUILD, "--method", "langevin", "--set", "noise_std=-1"),
-            "--set: Expected noise_std=-1",
+            "--set: noise_std must be finite, at least 0, got -1",
         ),
         (
             ("3", *BUILD, "--method", "langevin", "--set", "noise_std=[1]"),
             "--set: noise_std=[1] does not fit langevin",
         ),
         (("3", "--batch-size", "0"), "argument --batch-size: '0' is not a whole"),
-        (("3", "--order", "1"), "Expected --order=1.0"),
+        (("3", "--order", "1"), "--order must be in (1, inf), got 1.0"),
     ],
 )
 def test_errors(run, words, message):
@@ -128,7 +128,11 @@ def test_a_bad_record(run, tmp_path):
     assert code == 2 and "--record: no such file" in err
     assert list(tmp_path.iterdir()) == []
     code, _, err = run(*PLAN, "3", "--record", "model.safetensors")
-    assert code == 2 and "--record: Expected path=model.safetensors to be a del" in err
+    assert (
+        code == 2
+        and "--record: path must be an unedited deletion record, got model.safetensors"
+        in err
+    )
     DeletionRequests(tmp_path / "other", 500).submit("a", indices=[400])
     code, _, err = run(*PLAN, "3", "--record", tmp_path / "other")
     assert code == 2 and "It is the record of another training set" in err

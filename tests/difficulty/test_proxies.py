@@ -116,7 +116,9 @@ def test_higher_is_harder_for_every_score():
     [(c_proxy, "confidences"), (el2n, "errors"), (forgetting_events, "correct")],
 )
 def test_a_missing_record_is_one_clear_error(score, name):
-    with pytest.raises(ValueError, match=f"a ledger without {name} to hold {name}"):
+    with pytest.raises(
+        ValueError, match=f"must hold {name}, got a ledger without {name}"
+    ):
         score(ledger([1], [[1.0]]))
 
 

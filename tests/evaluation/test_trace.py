@@ -95,7 +95,7 @@ def test_a_foreign_or_truncated_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="truncated or something else"):
         UnlearningTrace.load(path)
     path.write_text(json.dumps({**json.loads(whole), "version": 2}))
-    with pytest.raises(ValueError, match="version 1, not .* of 2"):
+    with pytest.raises(ValueError, match="version 1, got .* of version 2"):
         UnlearningTrace.load(path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match="truncated or something else"):
@@ -115,20 +115,23 @@ def appended(time, metrics):
     [
         (lambda: trace([0.1, 0.2], times=[1, 1]), "strictly increasing"),
         (lambda: trace([0.1], times=[1, 2]), "one value at each of 2 times"),
-        (lambda: appended(1, {UA: 0.1}), "time=1 to be later than 1.0"),
-        (lambda: appended(2, {"x": 0.1}), r"metrics=\['x'\] to be named"),
-        (lambda: trace([0.1])["x"], "metric='x' to be one of"),
-        (lambda: time_to_unlearn(trace([0.1]), {"x": 1}, metric=UA), "oracle=.*'x'"),
+        (lambda: appended(1, {UA: 0.1}), "time must be later than 1.0, got 1"),
+        (lambda: appended(2, {"x": 0.1}), r"metrics must be named .*, got \['x'\]"),
+        (lambda: trace([0.1])["x"], "metric must be one of .*, got 'x'"),
+        (
+            lambda: time_to_unlearn(trace([0.1]), {"x": 1}, metric=UA),
+            "oracle must .*'x'",
+        ),
         (lambda: time_to_unlearn(trace([0.1]), [], metric=UA), "finite numbers"),
         (lambda: time_to_unlearn(trace([0.1]), [np.nan], metric=UA), "finite numbers"),
-        (lambda: time_to_unlearn(trace([]), 0.1, metric=UA), "to hold an evaluation"),
+        (lambda: time_to_unlearn(trace([]), 0.1, metric=UA), "must hold an evaluation"),
         (
             lambda: time_to_unlearn(trace([0.1]), 0.1, metric=UA, tolerance=-1),
-            "tolerance=-1 at least 0",
+            "tolerance must be at least 0, got -1",
         ),
         (
             lambda: time_to_unlearn(trace([1.0], GUS, [1]), 0.1, metric=GUS),
-            r"trace.times\[0\]=1.0 to be 0",
+            r"trace.times\[0\] must be 0, got 1.0",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Feeds mutated files to every reader, and tells what none may answer."""
 
 import random
+import re
 import resource
 import shutil
 import signal
@@ -17,6 +18,8 @@ from tests.fuzz.targets import Refused, any_damage, targets
 
 SECONDS = 10.0  # a reader that takes longer hangs
 MEMORY = 1 << 30  # more than this for a file of a few kB is a huge allocation
+# what is wrong, what was got, what to do
+CLEAR = re.compile(r".+ must .+, got .+\. .+", re.DOTALL)
 FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
@@ -67,7 +70,7 @@ def one(target, case, seal, folder):
     except Refused:
         return "refused"
     except ValueError as error:
-        clear = type(error) is ValueError and str(error).startswith("Expected ")
+        clear = type(error) is ValueError and bool(CLEAR.match(str(error)))
         return "refused" if clear else f"unclear: {error!r}"
     except Hang:
         return "hang"

@@ -193,7 +193,7 @@ def test_batch_statistics_are_refused():
 
 def test_nothing_trainable_is_refused():
     model = nn.Linear(2, 3).requires_grad_(False)
-    with pytest.raises(ValueError, match="to have a trainable parameter"):
+    with pytest.raises(ValueError, match="must have a trainable parameter"):
         per_example_grad_norms(model, CRITERION, torch.randn(4, 2), torch.zeros(4))
 
 

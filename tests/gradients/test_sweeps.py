@@ -86,7 +86,9 @@ def test_data_set_without_length_is_refused():
         def __iter__(self):
             yield torch.randn(2), 0
 
-    with pytest.raises(ValueError, match="data_set=Stream to have a length"):
+    with pytest.raises(
+        ValueError, match="data_set must have a length and an order, got Stream"
+    ):
         norm_sweep(nn.Linear(2, 2), CRITERION, Stream())
 
 
@@ -96,7 +98,7 @@ def test_batches_that_are_no_pairs_are_refused():
 
 
 def test_batch_size_below_one_is_refused():
-    with pytest.raises(ValueError, match="batch_size=0.0 above 0"):
+    with pytest.raises(ValueError, match="batch_size must be above 0, got 0.0"):
         norm_sweep(nn.Linear(2, 2), CRITERION, [], batch_size=0)
 
 

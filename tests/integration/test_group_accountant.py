@@ -137,18 +137,18 @@ def test_checkpoints_keep_the_group_size(tmp_path):
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "2"])
 def test_sizes_that_are_none(size):
-    with pytest.raises(ValueError, match="group_size="):
+    with pytest.raises(ValueError, match="group_size must"):
         GroupAccountant(size)
-    with pytest.raises(ValueError, match="group_size="):
+    with pytest.raises(ValueError, match="group_size must"):
         GroupAccountant().group_size = size
 
 
 def test_bad_input():
     accountant = after((4.0, 0.02, 3))
-    with pytest.raises(ValueError, match="order=1.0"):
+    with pytest.raises(ValueError, match="order must .*got 1.0"):
         accountant.divergence(1.0)
     fixed = GramLedger(NoisySGD(3, 0.1, 1.0, sampling="fixed"), [3], [[[1.0]]])
     with pytest.raises(ValueError, match="poisson_sampling=True"):
         accountant.epsilon(1e-5, fixed)
-    with pytest.raises(ValueError, match="delta=2"):
+    with pytest.raises(ValueError, match="delta must .*got 2"):
         after((4.0, 0.02, 3), group_size=2).get_epsilon(2.0)

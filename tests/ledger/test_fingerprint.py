@@ -165,7 +165,7 @@ def test_a_data_set_without_length_is_refused():
         def __iter__(self):
             return iter([])
 
-    with pytest.raises(ValueError, match=r"data_set=.*Stream to have a length"):
+    with pytest.raises(ValueError, match=r"data_set must have a length, got .*Stream"):
         fingerprint(Stream())
 
 

@@ -115,11 +115,11 @@ def test_ratios_are_clipped_norms_over_noise():
 
 def test_without_noise_ratios_are_refused_until_one_is_assumed():
     run = ledger().with_noise_std(0.0)
-    with pytest.raises(ValueError, match=r"Expected noise_std=0.*with_noise_std"):
+    with pytest.raises(ValueError, match=r"^noise_std must .*got 0.*with_noise_std"):
         run.ratios()
     np.testing.assert_array_equal(run.with_noise_std(2.0).ratios(), ledger().ratios())
     scheduled = ledger().with_noise_std([1.0, 0.0, 1.0])
-    with pytest.raises(ValueError, match=r"Expected noise_std=0.*with_noise_std"):
+    with pytest.raises(ValueError, match=r"^noise_std must .*got 0.*with_noise_std"):
         scheduled.ratios()
 
 
@@ -142,17 +142,20 @@ def test_subset_keeps_order_and_remembers_who():
     np.testing.assert_array_equal(run.errors, full().errors[:, [2, 0]])
     assert run.data_set == "digits"
     assert ledger().subset([3, 1]).subset([1]).example_ids.tolist() == [1]
-    for wrong, message in [([], "name an example"), ([0, 0], "without duplicates")]:
+    for wrong, message in [
+        ([], "name an example"),
+        ([0, 0], "must not have duplicates"),
+    ]:
         with pytest.raises(ValueError, match=message):
             ledger().subset(wrong)
-    with pytest.raises(ValueError, match=r"Expected indices=4 in \[0, 4\)"):
+    with pytest.raises(ValueError, match=r"^indices must be in \[0, 4\), got 4"):
         ledger().subset([0, 4])
 
 
 def test_a_ledger_of_another_data_set_is_refused():
     full().require_data_set("digits")
     ledger().require_data_set("anything")
-    with pytest.raises(ValueError, match="Expected data_set=cifar to be.*digits"):
+    with pytest.raises(ValueError, match="^data_set must be.*digits, got cifar"):
         full().require_data_set("cifar")
 
 
@@ -206,14 +209,14 @@ def test_a_file_in_parts_is_checked_first(saved, tmp_path):
     content = bytearray(saved.read_bytes())
     content[-3] ^= 1
     (tmp_path / "edited").write_bytes(content)
-    with pytest.raises(ValueError, match="to match its checksum"):
+    with pytest.raises(ValueError, match="must match its checksum"):
         next(GradNormLedger.load_chunks(tmp_path / "edited"))
     (tmp_path / "short").write_bytes(content[:-9])
     with pytest.raises(ValueError, match="truncated"):
         next(GradNormLedger.load_chunks(tmp_path / "short"))
     with pytest.raises(FileNotFoundError):
         next(GradNormLedger.load_chunks(tmp_path / "absent"))
-    with pytest.raises(ValueError, match="num_examples=0.0 above 0"):
+    with pytest.raises(ValueError, match="num_examples must be above 0, got 0.0"):
         next(GradNormLedger.load_chunks(saved, 0))
 
 
@@ -236,7 +239,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_a_truncated_file_is_refused(saved, kept):
     saved.write_bytes(saved.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"run.safetensors to be a whole .*truncated"):
+    with pytest.raises(ValueError, match=r"be a whole .*run.safetensors.*truncated"):
         GradNormLedger.load(saved)
 
 
@@ -246,12 +249,12 @@ def test_an_edited_file_is_refused(saved):
         edited = bytearray(content)
         edited[place] ^= 1
         saved.write_bytes(bytes(edited))
-        with pytest.raises(ValueError, match="to match its checksum"):
+        with pytest.raises(ValueError, match="must match its checksum"):
             GradNormLedger.load(saved)
     for before, after in [(b'"observed"', b'"swept"   '), (b'"digits"', b'"digitz"')]:
         assert before in content
         saved.write_bytes(content.replace(before, after))
-        with pytest.raises(ValueError, match="to match its checksum"):
+        with pytest.raises(ValueError, match="must match its checksum"):
             GradNormLedger.load(saved)
 
 
@@ -259,16 +262,18 @@ def test_another_version_is_refused(saved):
     content = saved.read_bytes()
     assert b'"version":"1"' in content
     saved.write_bytes(content.replace(b'"version":"1"', b'"version":"2"'))
-    with pytest.raises(ValueError, match="in format version 1, not 2"):
+    with pytest.raises(ValueError, match="in format version 1, got version 2"):
         GradNormLedger.load(saved)
 
 
 def test_a_foreign_file_is_refused(saved):
     saved.write_bytes(b"hello, this is no ledger at all")
-    with pytest.raises(ValueError, match="truncated, or something else"):
+    with pytest.raises(ValueError, match="truncated, or another kind of file"):
         GradNormLedger.load(saved)
     write_arrays(saved, "another.Kind", 1, {"x": np.ones(3)}, {})
-    with pytest.raises(ValueError, match=r"to hold .*GradNormLedger, not another.Kind"):
+    with pytest.raises(
+        ValueError, match=r"must hold .*GradNormLedger, got another.Kind"
+    ):
         GradNormLedger.load(saved)
 
 
@@ -292,7 +297,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch)
 
 @pytest.mark.parametrize("bad", [math.inf, -1.0, -math.inf, 1e39])
 def test_norms_without_a_finite_loss_are_refused(bad):
-    with pytest.raises(ValueError, match=r"grad_norms=.*row 1, example 0.*drop the"):
+    with pytest.raises(
+        ValueError, match=r"grad_norms must .*row 1, example 0.*drop the"
+    ):
         ledger([[1.0, NAN], [bad, 1.0], [1.0, 1.0]])
 
 
@@ -300,27 +307,29 @@ def test_norms_without_a_finite_loss_are_refused(bad):
     "steps", [[0, 0, 1], [2, 1, 3], [-1, 0, 1], [1, 2, 101], [0.5, 1, 2]]
 )
 def test_steps_must_increase_within_the_run(steps):
-    with pytest.raises(ValueError, match=r"Expected steps=.*in \[0, 100\]"):
+    with pytest.raises(ValueError, match=r"^steps must .*in \[0, 100\]"):
         ledger(steps=steps)
 
 
 def test_shapes_must_agree():
-    with pytest.raises(ValueError, match=r"grad_norms=an array of shape \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"grad_norms must .*got an array of shape \(3,\)"
+    ):
         ledger([1.0, 2.0, 3.0])
-    with pytest.raises(ValueError, match="grad_norms=.*N = 2"):
+    with pytest.raises(ValueError, match="grad_norms must .*N = 2"):
         ledger(steps=[1, 2])
-    with pytest.raises(ValueError, match=r"confidences=.*to have shape \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"confidences must have shape \(3, 4\)"):
         ledger(confidences=np.ones((3, 2)))
-    with pytest.raises(ValueError, match=r"example_ids=.*to have shape \(4,\)"):
+    with pytest.raises(ValueError, match=r"example_ids must have shape \(4,\)"):
         ledger(example_ids=[1, 2])
-    with pytest.raises(ValueError, match=r"noise_std=.*to have shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"noise_std must have shape \(3,\)"):
         ledger().with_noise_std([1.0, 2.0])
 
 
 def test_other_bad_facts_are_refused():
-    with pytest.raises(ValueError, match="Expected source='seen'"):
+    with pytest.raises(ValueError, match="^source must .*got 'seen'"):
         ledger(source="seen")
-    with pytest.raises(ValueError, match="Expected example_ids=.*duplicates"):
+    with pytest.raises(ValueError, match="^example_ids must .*duplicates"):
         ledger(example_ids=[1, 1, 2, 3])
     for name, value in [
         ("noise_std", -1.0),
@@ -335,5 +344,5 @@ def test_other_bad_facts_are_refused():
         ("sampling", "shuffled"),
         ("noise_std", [[1.0]]),
     ]:
-        with pytest.raises(ValueError, match=f"Expected {name}="):
+        with pytest.raises(ValueError, match=f"{name} must"):
             mechanism(**{name: value})

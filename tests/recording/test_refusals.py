@@ -65,23 +65,35 @@ def test_nothing_recorded_yet():
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: Recorder("sweeping"), "mode='sweeping'"),
-        (lambda: Recorder(every=0), "every=0.0 above 0"),
-        (lambda: Recorder(every=INF), "every=inf in"),
-        (lambda: Recorder(every=[]), "every=.* increasing"),
-        (lambda: Recorder(every=[0, 1]), "every=.* above 0 where norms are observed"),
-        (lambda: Recorder("swept", every=[-1, 1]), "every=.* increasing"),
-        (lambda: Recorder(every=[2, 2]), "every=.* increasing"),
-        (lambda: Recorder(every=[1.5]), "every=.* whole numbers"),
-        (lambda: Recorder(batch_size=0), "batch_size=0.0 above 0"),
-        (lambda: Recorder.evenly_spaced(0, num_steps=9), "num_checkpoints=0.0 in"),
-        (lambda: Recorder.evenly_spaced(10, num_steps=9), "num_checkpoints=10.0 in"),
-        (lambda: begun(sample_rate=1.5), "sample_rate=1.5 in"),
-        (lambda: begun(sample_rate=0.0), "sample_rate=0.0 above 0"),
-        (lambda: begun(num_examples=0), "num_examples=0.0 above 0"),
-        (lambda: begun(sampling="shuffled"), "sampling='shuffled'"),
-        (lambda: begun(Recorder("swept")), "sweep=None.*criterion"),
-        (lambda: begun(Recorder(weights_dir="w")), "weights=None.*state dict"),
+        (lambda: Recorder("sweeping"), "mode must .*got 'sweeping'"),
+        (lambda: Recorder(every=0), "every must be above 0, got 0.0"),
+        (lambda: Recorder(every=INF), "every must be in .*, got inf"),
+        (lambda: Recorder(every=[]), "every must .* increasing"),
+        (
+            lambda: Recorder(every=[0, 1]),
+            "every must .* above 0 where norms are observed",
+        ),
+        (lambda: Recorder("swept", every=[-1, 1]), "every must .* increasing"),
+        (lambda: Recorder(every=[2, 2]), "every must .* increasing"),
+        (lambda: Recorder(every=[1.5]), "every must .* whole numbers"),
+        (lambda: Recorder(batch_size=0), "batch_size must be above 0, got 0.0"),
+        (
+            lambda: Recorder.evenly_spaced(0, num_steps=9),
+            "num_checkpoints must be in .*, got 0.0",
+        ),
+        (
+            lambda: Recorder.evenly_spaced(10, num_steps=9),
+            "num_checkpoints must be in .*, got 10.0",
+        ),
+        (lambda: begun(sample_rate=1.5), "sample_rate must be in .*, got 1.5"),
+        (lambda: begun(sample_rate=0.0), "sample_rate must be above 0, got 0.0"),
+        (lambda: begun(num_examples=0), "num_examples must be above 0, got 0.0"),
+        (lambda: begun(sampling="shuffled"), "sampling must .*got 'shuffled'"),
+        (lambda: begun(Recorder("swept")), "sweep must .*got None.*criterion"),
+        (
+            lambda: begun(Recorder(weights_dir="w")),
+            "weights must .*got None.*state dict",
+        ),
     ],
 )
 def test_bad_options(make, match):
@@ -92,11 +104,15 @@ def test_bad_options(make, match):
 def test_bad_reports():
     recorder = begun()
     for index in (-1, N):
-        with pytest.raises(ValueError, match=rf"indices=\[{index}\] in \[0, {N}\)"):
+        with pytest.raises(
+            ValueError, match=rf"indices must be in \[0, {N}\), got \[{index}\]"
+        ):
             recorder.observe(torch.tensor([index]), torch.tensor([1.0]))
-    with pytest.raises(ValueError, match=r"grad_norms=.*shape \(2,\).*shape \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"grad_norms must .*shape \(1,\), got .*shape \(2,\)"
+    ):
         recorder.observe(torch.tensor([0]), torch.tensor([1.0, 2.0]))
     short = SimpleNamespace(grad_norms=torch.zeros(N - 1))
     recorder = begun(Recorder("swept", every=[1]), sweep=lambda: short)
-    with pytest.raises(ValueError, match=r"sweep\(\).grad_norms=.*shape \(6,\)"):
+    with pytest.raises(ValueError, match=r"sweep\(\).grad_norms must .*shape \(6,\)"):
         report(recorder)

@@ -228,7 +228,7 @@ def test_weights_that_went_missing_or_were_changed_are_noticed(tmp_path):
     mine.process(unlearner(), data(), num_epochs=1)
     content = mine.weights_path.read_bytes()
     mine.weights_path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(ValueError, match="to match its checksum"):
+    with pytest.raises(ValueError, match="must match its checksum"):
         mine.process(unlearner(), data())
     mine.weights_path.write_bytes(content)
     state, facts = read_weights(mine.weights_path, "opacus_pi.UnlearnedWeights", 1)
@@ -247,7 +247,9 @@ def test_weights_of_another_model_are_refused_and_nothing_is_loaded(tmp_path):
     torch.manual_seed(0)
     other = Unlearner(nn.Linear(4, 2), criterion=nn.CrossEntropyLoss())
     before = {k: v.clone() for k, v in other.model.state_dict().items()}
-    with pytest.raises(ValueError, match="to fit the unlearner's model; differing"):
+    with pytest.raises(
+        ValueError, match="must fit the unlearner's model, got .* differ"
+    ):
         mine.process(other, data())
     assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
 
@@ -255,7 +257,9 @@ def test_weights_of_another_model_are_refused_and_nothing_is_loaded(tmp_path):
 def test_a_record_about_another_training_set_is_refused(tmp_path):
     submitted(tmp_path)
     smaller = DeletionRequests(tmp_path / "deletions.jsonl", 9)
-    with pytest.raises(ValueError, match="entry=1 to be about rows of 9 examples"):
+    with pytest.raises(
+        ValueError, match="entry must be about rows of 9 examples, .*got 1"
+    ):
         _ = smaller.pending
     with pytest.raises(ValueError, match="record of another training set"):
         smaller.process(unlearner(), range(9))
@@ -299,7 +303,7 @@ def test_weights_that_say_nothing_clear_are_refused(tmp_path, facts):
     mine = submitted(tmp_path)
     kind = "opacus_pi.UnlearnedWeights"
     write_weights(mine.weights_path, kind, 1, {"w": torch.zeros(2)}, facts)
-    with pytest.raises(ValueError, match="to say which requests it honours"):
+    with pytest.raises(ValueError, match="must name the requests it honours"):
         mine.process(unlearner(), data())
 
 
@@ -314,7 +318,7 @@ def test_two_processes_do_not_work_at_once(tmp_path):
     [
         ({}, "neither"),
         ({"indices": [1], "user": "ann"}, "both"),
-        ({"user": "eve"}, "user=eve"),
+        ({"user": "eve"}, "user must .*got eve"),
         ({"indices": []}, "at least one index"),
         ({"indices": [1, 1]}, "duplicates"),
         ({"indices": [SIZE]}, r"in \[0, 20\)"),
@@ -328,7 +332,7 @@ def test_bad_requests_are_refused_and_not_written(tmp_path, facts, message):
 
 
 def test_one_name_one_request(tmp_path):
-    with pytest.raises(ValueError, match="request_id=a"):
+    with pytest.raises(ValueError, match="request_id must .*got a"):
         submitted(tmp_path).submit("a", indices=[7])
 
 

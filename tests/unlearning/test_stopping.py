@@ -98,18 +98,18 @@ def test_stopping_costs_the_claim_whether_or_not_the_run_was_ended():
 
 
 def test_stopping_needs_evaluations():
-    with pytest.raises(ValueError, match="evaluate=None to be given with stop"):
+    with pytest.raises(ValueError, match="evaluate must be given with stop, got None"):
         unlearner().unlearn(data(), [3], stop=StopWhen("score", 0.5))
-    with pytest.raises(ValueError, match="metric='other'"):
+    with pytest.raises(ValueError, match="metric must .*got 'other'"):
         unlearn([1] * 6, StopWhen("other", 0.5))
 
 
 @pytest.mark.parametrize(
     "numbers, message",
     [
-        ({"target": np.inf}, "target=inf"),
-        ({"target": 0.0, "tolerance": -1}, "tolerance=-1"),
-        ({"target": 0.0, "patience": 0}, "patience=0"),
+        ({"target": np.inf}, "target must .*got inf"),
+        ({"target": 0.0, "tolerance": -1}, "tolerance must .*got -1"),
+        ({"target": 0.0, "patience": 0}, "patience must .*got 0"),
     ],
 )
 def test_impossible_rules_are_refused(numbers, message):
@@ -127,5 +127,5 @@ def test_the_budget_follows_the_prediction():
     assert plan(3.4).budget() == 7
     assert plan(3.4).budget(factor=1) == 4
     assert plan(0.0).budget() == 1
-    with pytest.raises(ValueError, match="factor=0"):
+    with pytest.raises(ValueError, match="factor must .*got 0"):
         plan(1.0).budget(factor=0)

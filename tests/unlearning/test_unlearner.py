@@ -99,7 +99,7 @@ def test_a_scalar_criterion_is_refused():
 
 
 def test_negative_steps_are_refused():
-    with pytest.raises(ValueError, match="num_steps=-1"):
+    with pytest.raises(ValueError, match="num_steps must .*got -1"):
         unlearner().run(DataLoader(data(), 10), -1)
 
 
@@ -230,7 +230,7 @@ def test_the_default_generator_follows_torch():
         ([-1], r"in \[0, 30\)"),
         (list(range(30)), "something to keep"),
         (np.ones(30, dtype=bool), "flatnonzero"),
-        (7, r"Expected forget_indices=7 to be a flat list. Write \[7\]."),
+        (7, r"^forget_indices must be a flat list, got 7. Write \[7\]."),
     ],
 )
 def test_bad_forget_sets_are_refused_and_nothing_happens(indices, message):
@@ -252,5 +252,5 @@ def test_a_ledger_of_other_data_is_refused():
 @pytest.mark.parametrize("method", ["langevin", Langevin, None])
 def test_a_method_is_an_object(method):
     remedy = r"FineTune\(\) or Langevin\(noise_std=0.02\)"
-    with pytest.raises(ValueError, match=f"Expected method=.*{remedy}"):
+    with pytest.raises(ValueError, match=f"^method must .*{remedy}"):
         unlearner(method=method)

@@ -175,7 +175,7 @@ def theorem_b1_estimates(
         int(orders.max()) <= available,
         "gram_ledger",
         f"{available} minibatches",
-        f"to hold at least {orders.max()}, the order reached",
+        f"must hold at least {orders.max()}, the order reached",
         "Record more minibatches of the whole data set.",
     )
     widths = np.diff(ledger.steps, prepend=0)
@@ -282,20 +282,20 @@ def _runs(
     if isinstance(gram_ledger, GramLedger):
         gram_ledger = [gram_ledger]
     runs = tuple(gram_ledger)
-    expect(len(runs) > 0, "gram_ledger", "[]", "to hold a run", "Pass a GramLedger.")
+    expect(len(runs) > 0, "gram_ledger", "[]", "must hold a run", "Pass a GramLedger.")
     for run in runs:
         expect(
             len(run.steps) > 0,
             "gram_ledger",
             "0 rows",
-            "to have a row",
+            "must have a row",
             "Record at least one checkpoint.",
         )
         expect(
             run.kind == kind,
             "gram_ledger",
             f"kind {run.kind!r}",
-            f"of kind {kind!r}",
+            f"must be of kind {kind!r}",
             f"Make it with gram_ledger(..., kind={kind!r}), or pass this one to "
             f"group_divergence(..., method={_method_of(run.kind)!r}).",
         )
@@ -303,7 +303,7 @@ def _runs(
             kind == "minibatch" or run.mechanism.sampling == "poisson",
             "sampling",
             repr(run.mechanism.sampling),
-            'to be "poisson"',
+            'must be "poisson"',
             "These bounds average over independent participation, and which examples "
             "shared a batch is not on record. Train with poisson_sampling=True, or use "
             "method='theorem_b1'.",
@@ -313,7 +313,7 @@ def _runs(
             same and np.array_equal(run.steps, runs[0].steps),
             "gram_ledger",
             "runs",
-            "to agree in mechanism and steps",
+            "must agree in mechanism and steps",
             "Average only independent runs of the same training.",
         )
     return runs
@@ -326,11 +326,13 @@ def _method_of(kind: str) -> str:
 
 def _check(order: float, method: str) -> None:
     """Check the domain of order and method."""
-    expect(1 < order < math.inf, "order", order, "in (1, inf)", "Orders exceed 1.")
+    expect(
+        1 < order < math.inf, "order", order, "must be in (1, inf)", "Orders exceed 1."
+    )
     expect(
         method in METHODS,
         "method",
         repr(method),
-        f"in {METHODS}",
+        f"must be in {METHODS}",
         "The default is coupled.",
     )

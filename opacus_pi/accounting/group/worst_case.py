@@ -65,7 +65,7 @@ def group_worst_case_loss(
         steps is not None or constant,
         "steps",
         None,
-        "to say where the mechanism changes",
+        "must show where the mechanism changes",
         "Pass the ledger's steps.",
     )
     rows = [mechanism.num_steps] if steps is None else steps

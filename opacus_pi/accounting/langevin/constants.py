@@ -137,7 +137,7 @@ def ridge_constants(
         y.shape == X.shape[:1],
         "targets",
         f"an array of shape {y.shape}",
-        f"to have shape {X.shape[:1]}",
+        f"must have shape {X.shape[:1]}",
         "Give one target per row of features.",
     )
     in_range(0, np.finfo(float).max, radius=radius, remedy="Project onto a ball.")
@@ -164,7 +164,7 @@ def _data(
         X.ndim == 2 and X.size > 0 and bool(np.isfinite(X).all()),
         "features",
         f"an array of shape {X.shape}",
-        "to be a finite matrix of shape (n, d)",
+        "must be a finite matrix of shape (n, d)",
         "One row per example.",
     )
     N = float(len(X) if denominator is None else denominator)

@@ -207,6 +207,10 @@ def _divergence_at(divergence: Divergence, order: float) -> float:
 def _check(order: float, log_growth: float) -> None:
     """Check the domain of the arguments that all bounds share."""
     expect(
-        1 < order < math.inf, "order", order, "in (1, inf)", "Rényi orders exceed 1."
+        1 < order < math.inf,
+        "order",
+        order,
+        "must be in (1, inf)",
+        "Rényi orders exceed 1.",
     )
     in_range(0, math.inf, log_growth=log_growth, remedy="Noise never expands: ln G ≥ 0")

@@ -81,8 +81,16 @@ def contractive_divergence(
     Source: docs/theory.md, Section 6.
     """
     d, constants, square, s = _checked(shifts, lsi, lipschitz, noise_variance)
-    expect(1 < order < math.inf, "order", order, "in (1, inf)", "Orders exceed 1.")
-    expect(hoelder_p > 1, "hoelder_p", hoelder_p, "above 1", "3T is the usual choice.")
+    expect(
+        1 < order < math.inf, "order", order, "must be in (1, inf)", "Orders exceed 1."
+    )
+    expect(
+        hoelder_p > 1,
+        "hoelder_p",
+        hoelder_p,
+        "must be above 1",
+        "3T is the usual choice.",
+    )
     in_range(
         0, 1, closed=False, noise_share=noise_share, remedy="Both parts need noise."
     )
@@ -135,7 +143,9 @@ def halved_noise_divergence(
     """
     column = np.reshape(np.asarray(shifts, dtype=np.float64), (-1, 1))
     d, constants, square, s = _checked(column, lsi, lipschitz, noise_variance)
-    expect(1 < order < math.inf, "order", order, "in (1, inf)", "Orders exceed 1.")
+    expect(
+        1 < order < math.inf, "order", order, "must be in (1, inf)", "Orders exceed 1."
+    )
     half = s / 2
     kept = (1 + half / (square * constants + half)) ** (-1 / order)
     total = 0.0
@@ -173,14 +183,14 @@ def _checked(
         d.ndim in (2, 3) and d.size > 0,
         "shifts",
         f"an array of shape {d.shape}",
-        "to have shape (T, runs) or (T, runs, n)",
+        "must have shape (T, runs) or (T, runs, n)",
         "One run: shifts[:, None].",
     )
     expect(
         constants.shape in ((num_steps,), (num_steps + 1,)),
         "lsi",
         f"an array of shape {constants.shape}",
-        f"to have shape ({num_steps + 1},)",
+        f"must have shape ({num_steps + 1},)",
         "Pass what lsi_track returns for the same steps.",
     )
     return d, constants[:num_steps], *schedules(num_steps, lipschitz, noise_variance)

@@ -56,7 +56,7 @@ def gradient_map_lipschitz(
         abs(strong_convexity) <= smoothness,
         "strong_convexity",
         strong_convexity,
-        f"in [-smoothness, smoothness], smoothness={smoothness}",
+        f"must be in [-smoothness, smoothness], smoothness={smoothness}",
         "It is the lower end of the Hessian's spectrum; -smoothness assumes nothing.",
     )
     return max(
@@ -190,7 +190,7 @@ def schedules(
             np.shape(value) in ((), (num_steps,)),
             name,
             f"an array of shape {np.shape(value)}",
-            f"to be a number or have shape ({num_steps},)",
+            f"must be a number or have shape ({num_steps},)",
             "Give one value for all steps or one for each.",
         )
     c = np.broadcast_to(np.asarray(lipschitz, dtype=np.float64), (num_steps,))

@@ -75,7 +75,7 @@ def shifted_mu_squared(
         c.ndim == 1 and c.shape == d.shape == s.shape and c.size > 0,
         "lipschitz, shifts, noise_variances",
         f"shapes {c.shape}, {d.shape}, {s.shape}",
-        "to share one shape (N,)",
+        "must share one shape (N,)",
         "Give one number for every step.",
     )
     remedy = "Distances and Lipschitz constants are at least 0."

@@ -206,7 +206,7 @@ def steps_to_rewind(
         total >= 1,
         "num_steps",
         num_steps if lsi is None else total,
-        "to be at least 1",
+        "must be at least 1",
         "Pass lsi of shape (T + 1,), or num_steps=T.",
     )
     shared = {
@@ -249,7 +249,7 @@ def symmetric_bound(
         (forward.order, forward.num_steps) == (backward.order, backward.num_steps),
         "backward",
         f"order {backward.order}, {backward.num_steps} steps",
-        f"to be at order {forward.order}, {forward.num_steps} steps",
+        f"must be at order {forward.order}, {forward.num_steps} steps",
         "Bound both directions at the same order and number of steps.",
     )
     larger = max(forward, backward, key=lambda bound: bound.divergence)
@@ -336,7 +336,7 @@ def _forms(form: str) -> tuple[str, ...]:
         form in (*FORMS, "best"),
         "form",
         repr(form),
-        f"to be one of {', '.join((*FORMS, 'best'))}",
+        f"must be one of {', '.join((*FORMS, 'best'))}",
         "best is the smallest of the bounds.",
     )
     return ("hypercontractive", "dobrushin") if form == "best" else (form,)

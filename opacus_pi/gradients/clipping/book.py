@@ -156,7 +156,7 @@ class Book:
             bool(sizes),
             "the model's input",
             ", ".join(type(v).__name__ for v in (*args, *kwargs.values())) or "nothing",
-            "to hold a tensor with one row for each example",
+            "must hold a tensor with one row for each example",
             'Use grad_sample_mode="hooks".',
         )
         latest = self._latest

@@ -114,28 +114,28 @@ def require_fast(
         clipping == "flat",
         "clipping",
         repr(clipping),
-        'to be "flat": one norm over all parameters, one clip norm for all steps',
-        _ELSE,
+        'must be "flat"',
+        "The fast mode has one norm and one clip norm for all parameters. " + _ELSE,
     )
     expect(
         batch_first,
         "batch_first",
         batch_first,
-        "to be true: examples along the first dimension",
-        _ELSE,
+        "must be True",
+        "The fast mode needs the examples along the first dimension. " + _ELSE,
     )
     expect(
         not isinstance(module, _PARALLEL),
         "module",
         type(module).__name__,
-        'to be trained in one process with grad_sample_mode="fast"',
+        'must be trained in one process with grad_sample_mode="fast"',
         'Use grad_sample_mode="hooks", or "ghost_fsdp" for FSDP2.',
     )
     expect(
         compiled_module(module) is None,
         "module",
         "a module of torch.compile",
-        "to run layer by layer",
+        "must run layer by layer",
         "Pass the module that was compiled.",
     )
 
@@ -170,7 +170,7 @@ def prepare_model(
             and module.loss_reduction == loss_reduction,
             "module",
             f"{type(module).__name__} with loss_reduction={module.loss_reduction!r}",
-            f"to be prepared for this call, with loss_reduction={loss_reduction!r}",
+            f"must be prepared for this call, with loss_reduction={loss_reduction!r}",
             "Pass the vanilla module, module.to_standard_module().",
         )
         return cast(FastHooks, module)

@@ -132,7 +132,7 @@ def _check_step(optimizer: Optimizer, closure: Any) -> None:
         closure is None,
         "optimizer.step(closure)",
         closure,
-        "to be called without a closure",
+        "must be called without a closure",
         "A closure computes the gradients again, without noise. Call backward before "
         "step, or train with noise_std=0.",
     )
@@ -140,7 +140,7 @@ def _check_step(optimizer: Optimizer, closure: Any) -> None:
         getattr(optimizer, "grad_scale", None) is None,
         "optimizer.grad_scale",
         "a loss scale",
-        "to be None",
+        "must be None",
         "Noise must be added to unscaled gradients. Call scaler.unscale_(optimizer) "
         "first.",
     )

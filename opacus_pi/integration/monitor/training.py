@@ -234,14 +234,14 @@ def _check_recorder(recorder: Recorder, noise_std: float) -> None:
         recorder.mode == "swept",
         "recorder.mode",
         repr(recorder.mode),
-        'to be "swept"',
+        'must be "swept"',
         'Training without clipping computes no norms: use Recorder(mode="swept").',
     )
     expect(
         math.isfinite(noise_std) and noise_std >= 0,
         "noise_std",
         noise_std,
-        "to be finite and at least 0",
+        "must be finite and at least 0",
         "It is the standard deviation of the noise on the mean gradient; 0 is plain "
         "SGD.",
     )
@@ -253,7 +253,7 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
         not isinstance(module, AbstractGradSampleModule),
         "module",
         type(module).__name__,
-        "to be a plain module",
+        "must be a plain module",
         "The wrapper computes per-example gradients that are not needed here: pass "
         "module.to_standard_module().",
     )
@@ -261,21 +261,21 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
         not isinstance(module, (DPDDP, FSDPModule)),
         "module",
         type(module).__name__,
-        "to be trained by one process or under DistributedDataParallel",
+        "must be trained by one process or under DistributedDataParallel",
         "Record other distributed training with make_private.",
     )
     expect(
         not isinstance(module, DDP) or noise_std == 0,
         "noise_std",
         noise_std,
-        "to be 0 under DistributedDataParallel, where each process would add its own",
+        "must be 0 under DistributedDataParallel, where each process would add its own",
         "Train with noise in one process, or with make_private.",
     )
     expect(
         isinstance(optimizer, Optimizer) and not isinstance(optimizer, DPOptimizer),
         "optimizer",
         type(optimizer).__name__,
-        "to be a plain torch optimizer",
+        "must be a plain torch optimizer",
         "Pass the one that make_private was given, original_optimizer.",
     )
     own = set(module.parameters())
@@ -284,7 +284,7 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
         all(p in own for p in held),
         "optimizer",
         type(optimizer).__name__,
-        "to hold parameters of module",
+        "must hold parameters of module",
         "Make the optimizer from module.parameters().",
     )
 
@@ -297,6 +297,6 @@ def _check_data(data_loader: DataLoader[Any]) -> None:
         ordered and len(data_loader) > 0,
         "data_loader.dataset",
         type(data_set).__name__,
-        "to have a length, an order and at least one batch",
+        "must have a length, an order and at least one batch",
         "Use a map-style data set: every example is measured by its position.",
     )

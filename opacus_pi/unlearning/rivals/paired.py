@@ -71,7 +71,7 @@ class RandomLabels(_Paired):
             math.isfinite(self.retain_weight) and self.retain_weight >= 0,
             "retain_weight",
             self.retain_weight,
-            "finite, at least 0",
+            "must be finite, at least 0",
             "0 forgets without repairing.",
         )
 
@@ -99,7 +99,7 @@ def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Ten
         y.dim() == 1 and not y.is_floating_point() and num_classes > 1,
         "targets",
         f"{y.dtype}{list(y.shape)} for {num_classes} outputs",
-        "to be class numbers (b,) of two or more classes",
+        "must be class numbers (b,) of two or more classes",
         "Random labels are for classifiers.",
     )
     shift = torch.randint(
@@ -119,6 +119,6 @@ def _again_and_again(loader: Iterable[Batch]) -> Iterator[Batch]:
             num_batches > 0,
             "forget_loader",
             "a loader without batches",
-            "to yield batches (x, y)",
+            "must yield batches (x, y)",
             "Pass a loader over the forget set; an iterator serves one pass only.",
         )

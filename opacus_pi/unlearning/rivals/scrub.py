@@ -47,7 +47,7 @@ class SCRUB(Method):
                 math.isfinite(value) and value >= 0,
                 name,
                 value,
-                "finite, at least 0",
+                "must be finite, at least 0",
                 "0 leaves that part out.",
             )
         positive(temperature=self.temperature, remedy="1 is the plain softmax.")

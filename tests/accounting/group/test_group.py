@@ -265,11 +265,11 @@ def test_theorem_b1_needs_as_many_minibatches_as_the_order():
 
 def test_bad_input():
     _, group = ledgers([0.5])
-    with pytest.raises(ValueError, match="method='fast'"):
+    with pytest.raises(ValueError, match="method must .*got 'fast'"):
         group_divergence(group, 2.0, method="fast")
-    with pytest.raises(ValueError, match="rule='up'"):
+    with pytest.raises(ValueError, match="rule must .*got 'up'"):
         group_divergence(group, 2.0, rule="up")
-    with pytest.raises(ValueError, match="order=1.0"):
+    with pytest.raises(ValueError, match="order must .*got 1.0"):
         group_divergence(group, 1.0)
     remedy = r".*kind='minibatch'\).*method='coupled'\)"
     with pytest.raises(ValueError, match=f"of kind 'minibatch'{remedy}"):
@@ -282,12 +282,12 @@ def test_bad_input():
         group_divergence([], 2.0)
     with pytest.raises(ValueError, match="agree in mechanism"):
         group_divergence([group, ledgers([0.5], rate=0.3)[1]], 2.0)
-    with pytest.raises(ValueError, match="hoelder_p - 1=0"):
+    with pytest.raises(ValueError, match="hoelder_p - 1 must be above 0, got 0"):
         group_divergence(group, 2.0, hoelder_p=1.0)
     fixed = GramLedger(NoisySGD(10, 0.1, 1.0, sampling="fixed"), [10], [[[1.0]]])
-    with pytest.raises(ValueError, match="sampling='fixed'"):
+    with pytest.raises(ValueError, match="sampling must .*got 'fixed'"):
         group_divergence(fixed, 2.0)
-    with pytest.raises(ValueError, match="to have a row"):
+    with pytest.raises(ValueError, match="must have a row"):
         group_divergence(GramLedger(fixed.mechanism, [], np.zeros((0, 1, 1))), 2.0)
 
 
@@ -295,13 +295,13 @@ def test_order_multiplication_on_gaussians_is_a_bound():
     for size in (1, 2, 3, 7, 16):
         found = order_multiplied_divergence(lambda a: a * 0.01 / 2, size, 3.0)
         assert found >= 3.0 * (size * 0.1) ** 2 / 2 * (1 - 1e-12)
-    with pytest.raises(ValueError, match="group_size=0"):
+    with pytest.raises(ValueError, match="group_size must .*got 0"):
         order_multiplied_divergence(lambda a: a, 0, 2.0)
 
 
 def test_summed_losses_by_owner():
     assert summed_losses([1.0, 2.0, 4.0], [1, 0, 1]).tolist() == [2.0, 5.0]
-    with pytest.raises(ValueError, match="owners="):
+    with pytest.raises(ValueError, match="owners must"):
         summed_losses([1.0, 2.0], [0])
-    with pytest.raises(ValueError, match="owners=-1"):
+    with pytest.raises(ValueError, match="owners must .*got -1"):
         summed_losses([1.0], [-1])

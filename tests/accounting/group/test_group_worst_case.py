@@ -143,10 +143,10 @@ def test_edges():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((NoisySGD(5, 0.1, 1.0, 1.0), 0, 2.0), "group_size=0"),
-        ((NoisySGD(5, 0.1, 1.0, 1.0), 1, 1.0), "order=1.0"),
+        ((NoisySGD(5, 0.1, 1.0, 1.0), 0, 2.0), "group_size must .*got 0"),
+        ((NoisySGD(5, 0.1, 1.0, 1.0), 1, 1.0), "order must .*got 1.0"),
         ((NoisySGD(5, 0.1, 0.0, 1.0), 1, 2.0), "noise_std"),
-        ((NoisySGD(5, 0.1, np.ones(2), 1.0), 1, 2.0), "steps=None"),
+        ((NoisySGD(5, 0.1, np.ones(2), 1.0), 1, 2.0), "steps must .*got None"),
     ],
 )
 def test_bad_input(arguments, message):

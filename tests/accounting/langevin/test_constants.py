@@ -75,18 +75,21 @@ def test_the_denominator_stays_when_points_leave():
     ("call", "message"),
     [
         (lambda: logistic_constants(X[0], regularisation=1.0), r"shape \(n, d\)"),
-        (lambda: logistic_constants(X, regularisation=0.0), "regularisation=0"),
+        (
+            lambda: logistic_constants(X, regularisation=0.0),
+            "regularisation must .*got 0",
+        ),
         (
             lambda: logistic_constants(X, regularisation=1.0, denominator=0),
-            "denominator=0",
+            "denominator must .*got 0",
         ),
         (
             lambda: ridge_constants(X, TARGETS[1:], regularisation=1.0, radius=1.0),
-            "targets=an array",
+            "targets must .*got an array",
         ),
         (
             lambda: ridge_constants(X, TARGETS, regularisation=1.0, radius=math.inf),
-            "radius=inf",
+            "radius must .*got inf",
         ),
     ],
 )

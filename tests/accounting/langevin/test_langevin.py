@@ -145,7 +145,7 @@ def test_symmetric_takes_the_larger_and_both_lists():
     assert both.divergence == max(forward.divergence, backward.divergence)
     assert set(both.assumptions) == {*forward.assumptions, *backward.assumptions}
     other = unlearning_divergence(3.0, 3.0, 6, BALL, form="dobrushin")
-    with pytest.raises(ValueError, match="backward=order 3.0, 6 steps"):
+    with pytest.raises(ValueError, match="backward must .*got order 3.0, 6 steps"):
         symmetric_bound(forward, other)
 
 
@@ -180,11 +180,14 @@ def test_constants():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"noise_variance": 0.0}, "noise_variance=0"),
-        ({"smoothness": 0.1, "strong_convexity": 0.2}, "strong_convexity=0.2"),
-        ({"learning_rate": -1.0}, "learning_rate=-1"),
-        ({"radius": 0.0}, "radius=0"),
-        ({"gradient_bound": 0.0}, "gradient_bound=0"),
+        ({"noise_variance": 0.0}, "noise_variance must .*got 0"),
+        (
+            {"smoothness": 0.1, "strong_convexity": 0.2},
+            "strong_convexity must .*got 0.2",
+        ),
+        ({"learning_rate": -1.0}, "learning_rate must .*got -1"),
+        ({"radius": 0.0}, "radius must .*got 0"),
+        ({"gradient_bound": 0.0}, "gradient_bound must .*got 0"),
     ],
 )
 def test_bad_constants(change, message):
@@ -194,17 +197,17 @@ def test_bad_constants(change, message):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="form='fast'"):
+    with pytest.raises(ValueError, match="form must .*got 'fast'"):
         unlearning_divergence(1.0, 2.0, 1, CONVEX, form="fast")
-    with pytest.raises(ValueError, match="target=0"):
+    with pytest.raises(ValueError, match="target must .*got 0"):
         steps_to_unlearn(1.0, 2.0, 0.0, CONVEX)
-    with pytest.raises(ValueError, match="num_steps=None"):
+    with pytest.raises(ValueError, match="num_steps must .*got None"):
         steps_to_rewind(lambda t, a: 1.0, 2.0, 0.1, CONVEX)
-    with pytest.raises(ValueError, match="order=1"):
+    with pytest.raises(ValueError, match="order must .*got 1"):
         unlearning_divergence(1.0, 1.0, 1, CONVEX)
-    with pytest.raises(ValueError, match="initial_lsi=0"):
+    with pytest.raises(ValueError, match="initial_lsi must .*got 0"):
         unlearning_divergence(1.0, 2.0, 1, CONVEX, initial_lsi=0.0)
-    with pytest.raises(ValueError, match="num_steps=-1"):
+    with pytest.raises(ValueError, match="num_steps must .*got -1"):
         unlearning_divergence(1.0, 2.0, -1, CONVEX)
 
 

@@ -100,11 +100,20 @@ def test_more_unlearning_means_less_divergence():
     ("call", "message"),
     [
         (lambda: shifted_mu_squared([1.0], [1.0, 2.0], [1.0]), "share one shape"),
-        (lambda: shifted_mu_squared([1.0], [1.0], [0.0]), "noise_variances=0"),
-        (lambda: shifted_mu_squared([1.0], [-1.0], [1.0]), "shifts=-1"),
-        (lambda: learn_unlearn_mu_squared(1.1, 1.0, 1, 1, 1.0), "lipschitz=1.1"),
-        (lambda: initial_distance_mu_squared(0.9, 1.0, 0, 1.0), "num_steps=0"),
-        (lambda: initial_distance_mu_squared(0.9, -1.0, 1, 1.0), "shift=-1"),
+        (
+            lambda: shifted_mu_squared([1.0], [1.0], [0.0]),
+            "noise_variances must .*got 0",
+        ),
+        (lambda: shifted_mu_squared([1.0], [-1.0], [1.0]), "shifts must .*got -1"),
+        (
+            lambda: learn_unlearn_mu_squared(1.1, 1.0, 1, 1, 1.0),
+            "lipschitz must .*got 1.1",
+        ),
+        (
+            lambda: initial_distance_mu_squared(0.9, 1.0, 0, 1.0),
+            "num_steps must .*got 0",
+        ),
+        (lambda: initial_distance_mu_squared(0.9, -1.0, 1, 1.0), "shift must .*got -1"),
     ],
 )
 def test_bad_input(call, message):

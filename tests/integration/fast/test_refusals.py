@@ -32,10 +32,13 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.mark.parametrize(
     "options, match",
     [
-        ({"clipping": "per_layer"}, "clipping='per_layer' to be \"flat\""),
-        ({"clipping": "adaptive"}, "clipping='adaptive' to be \"flat\""),
-        ({"batch_first": False}, "batch_first=False to be true"),
-        ({"module": nn.DataParallel(mlp())}, "DataParallel to be trained in one"),
+        ({"clipping": "per_layer"}, "clipping must be \"flat\", got 'per_layer'"),
+        ({"clipping": "adaptive"}, "clipping must be \"flat\", got 'adaptive'"),
+        ({"batch_first": False}, "batch_first must be True, got False"),
+        (
+            {"module": nn.DataParallel(mlp())},
+            "must be trained in one process .*, got DataParallel",
+        ),
     ],
     ids=str,
 )
@@ -46,7 +49,9 @@ def test_refused_arguments(options, match):
 
 def test_refused_with_a_filter():
     engine = PrivacyEngine(renyi_filter=RenyiFilter(1.0))
-    with pytest.raises(ValueError, match="'fast' to keep per-example gradients"):
+    with pytest.raises(
+        ValueError, match="must keep per-example gradients.*, got 'fast'"
+    ):
         Training(engine=engine, grad_sample_mode="fast")
 
 
