@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import (
 )
 
 __all__ = [
+    "BACKWARD_HOOK_FUNCTION",
     "BACKWARD_HOOK_TABLES",
     "COMPILED_CALL",
     "CONVOLUTION_METHOD",
@@ -47,6 +48,7 @@ __all__ = [
     "current_backward_pass",
     "forward_hooks",
     "forward_pre_hooks",
+    "has_backward_hooks",
     "has_joint_projection",
     "has_workers",
     "index_sampler",
@@ -63,6 +65,10 @@ __all__ = [
     "storage_address",
 ]
 
+# Autograd function through which torch passes inputs and outputs of a module that has
+# full backward hooks. Its outputs are views that must not be changed in place; torch's
+# error about that contains this name.
+BACKWARD_HOOK_FUNCTION = "BackwardHookFunction"
 # Attributes of a module that hold its hooks, each a dict from a number to the hook.
 FORWARD_HOOK_TABLES = ("_forward_pre_hooks", "_forward_hooks")
 BACKWARD_HOOK_TABLES = ("_backward_pre_hooks", "_backward_hooks")
@@ -131,6 +137,14 @@ def current_backward_pass() -> int:
     Source: ``torch._C._current_graph_task_id``.
     """
     return torch._C._current_graph_task_id()
+
+
+def has_backward_hooks(tensor: Tensor) -> bool:
+    """Return whether a tensor came out of a module with full backward hooks.
+
+    Also true for the inputs of such a module, as its ``forward`` sees them.
+    """
+    return BACKWARD_HOOK_FUNCTION in type(tensor.grad_fn).__name__
 
 
 def both_sides_padding(convolution: nn.Module) -> list[int]:

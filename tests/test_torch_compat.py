@@ -29,6 +29,18 @@ def test_a_storage_has_an_address_of_its_own():
     assert address == _torch_compat.StorageWeakRef(x.untyped_storage()).cdata
 
 
+def test_outputs_of_modules_with_backward_hooks_are_known():
+    layer, seen = torch.nn.Linear(2, 2), []
+    assert not _torch_compat.has_backward_hooks(layer(torch.ones(1, 2)))
+    layer.register_full_backward_hook(lambda *_: None)
+    layer.register_forward_hook(lambda module, args, out: seen.extend(args))
+    out = layer(torch.ones(1, 2, requires_grad=True))
+    assert _torch_compat.has_backward_hooks(out)
+    assert _torch_compat.has_backward_hooks(seen[0])
+    with pytest.raises(RuntimeError, match=_torch_compat.BACKWARD_HOOK_FUNCTION):
+        out += 1
+
+
 def test_overridden_methods_of_loaders_are_called_by_torch():
     assert isinstance(DataLoader._index_sampler, property)
     assert "self._get_iterator()" in inspect.getsource(DataLoader.__iter__)

@@ -1,64 +1,75 @@
 """Make a model of any architecture trainable with per-example gradients.
 
-Two things keep most image models from that: BatchNorm mixes the examples of a batch,
-and torch forbids to overwrite the output of a layer that Opacus has hooked, which
-``nn.ReLU(inplace=True)`` and the ``out += identity`` of residual blocks do.
+Two things keep most image models from being trained by Opacus. BatchNorm mixes the
+examples of a batch. And torch forbids overwriting the output of a layer that has
+backward hooks, as Opacus's layers have; ``nn.ReLU(inplace=True)`` and the
+``out += identity`` of residual blocks do that.
 
 >>> model = make_compatible(
 ...     nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
 ... )
 >>> type(model[1]).__name__, model[2]
 ('GroupNorm', ReLU())
+
+**The idea for in-place operations.** While the model's ``forward`` runs, a
+``TorchFunctionMode`` sees every operation before torch does. If an operation would
+overwrite the output of a hooked layer, the output is first replaced by a copy of it,
+by :func:`torch.utils.swap_tensors`: the tensor object stays, so every variable that
+refers to it sees the copy, but the copy has no hooks and may be overwritten.
+
+**What it guarantees.** Outputs and gradients are those of the model as it was written,
+also where the result of an in-place operation is not used.
+
+**What breaks it.** ``swap_tensors`` refuses a tensor that autograd has saved for an
+earlier operation, or that has weak references. Torch then refuses the in-place
+operation, as it does without this module, and a note on the error says what to do. (In
+the first case the plain model fails as well, in its backward pass.)
 """
 
-import dis
-import sys
 from collections.abc import Callable
-from functools import lru_cache
-from types import CodeType
 from typing import Any, SupportsIndex
 
-from opacus.grad_sample import AbstractGradSampleHooks
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import swap_tensors
 
 from opacus_pi._class_swap import swap_class
+from opacus_pi._torch_compat import has_backward_hooks
 
 __all__ = ["make_compatible"]
 
-OUT_OF_PLACE = (
-    "module = opacus_pi.compatible.make_compatible(module) replaces BatchNorm by "
-    "GroupNorm and in-place operations by others; make the optimizer anew after it."
-)
-_HOOKED = "BackwardHookFunction"  # what made the outputs of layers that are hooked
-
 
 def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
-    """Copy a model without what keeps Opacus from training it.
+    """Return a copy of a model that Opacus can train.
 
-    Layers that Opacus cannot train are replaced by its own ``ModuleValidator.fix``.
-    Operations that would overwrite the output of a hooked layer work on a copy of it:
-    layers with ``inplace=True``, functions called so, and augmented assignments such as
-    ``out += identity``, in whatever the model's ``forward`` calls.
+    What is replaced:
 
-    Weights are kept, under the same names, but for replaced layers: a GroupNorm begins
-    with scale 1 and shift 0, and BatchNorm's running statistics are dropped, so a
-    pre-trained model has to be fine-tuned. Frozen BatchNorm layers stay: call
-    ``.eval()`` on them after ``model.train()``. Convolutions get contiguous inputs:
-    Opacus's per-example gradients are wrong for others (``channels_last``, ConvNeXt).
+    * layers that Opacus cannot train, by its own ``ModuleValidator.fix``: BatchNorm by
+      GroupNorm, LSTM by Opacus's ``DPLSTM``, and others;
+    * the flag ``inplace=True`` of layers, by False. A layer whose result the model does
+      not use (``self.relu(out)`` alone on a line) has no effect any more;
+    * the outputs of hooked layers that an operation in ``forward`` would overwrite, by
+      copies: by augmented assignments such as ``out += identity``, by methods such as
+      ``out.add_(identity)``, by ``out[0] = 0`` and by functions with ``inplace=True``;
+    * the inputs of convolutions, by contiguous ones: Opacus's per-example gradients are
+      wrong for others (``channels_last``, ConvNeXt).
 
-    Left as they are, because their result may be thrown away, are methods such as
-    ``out.add_(identity)``; torch refuses them at a hooked layer's output, and they have
-    to be written out of place. A layer with ``inplace=True`` whose result is thrown
-    away (``self.relu(out)`` alone on a line) has no effect any more.
+    What is not replaced: frozen BatchNorm layers (call ``.eval()`` on them after
+    ``model.train()``), operations with ``out=...``, and in-place operations outside of
+    the model's ``forward``, such as in a training loop that calls its layers directly.
+
+    Weights are kept, under the same names, except in replaced layers: a GroupNorm
+    begins with scale 1 and shift 0, and BatchNorm's running statistics are dropped. A
+    pre-trained model has to be fine-tuned.
 
     Args:
-        module: The model, not wrapped yet; left as it is.
-        **options: Of Opacus's fixers, e.g. ``num_groups``.
+        module: The model, not wrapped yet; it is not changed.
+        **options: Options of Opacus's fixers, e.g. ``num_groups``.
 
     Returns:
-        The copy, of the same class (a subclass of that name, if it has layers).
+        The copy, of the same class (if it has layers, of a subclass with the same
+        name).
 
     Source: Wu and He 2018, arXiv:1803.08494; pytorch/opacus issue 828.
     """
@@ -67,51 +78,18 @@ def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
         if vars(layer).get("inplace") is True:
             vars(layer)["inplace"] = False
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
-            layer.register_forward_pre_hook(_contiguous)
+            layer.register_forward_pre_hook(_make_input_contiguous)
     has_layers = next(module.children(), None) is not None
-    return swap_class(module, _sparing_hooked_outputs) if has_layers else module
+    return swap_class(module, _copying_before_overwriting) if has_layers else module
 
 
-def _contiguous(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The inputs of a convolution in the order that Opacus reads them."""
+def _make_input_contiguous(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a convolution's inputs in the memory order that Opacus reads."""
     return (args[0].contiguous(), *args[1:])
 
 
-def explain_in_place(hooks: AbstractGradSampleHooks) -> None:
-    """Have torch's refusal of an in-place operation say what to do about it.
-
-    Args:
-        hooks: What ``make_private`` returned for the model (a wrapper, or its hooks;
-            removing its hooks ends this).
-    """
-    root = hooks._module
-    if _explain not in root._forward_hooks.values():
-        handle = root.register_forward_hook(_explain, always_call=True)
-        getattr(root, "autograd_grad_sample_hooks", []).append(handle)
-
-
-def _explain(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-    """A forward hook, which torch also calls while an error is on its way."""
-    error = sys.exc_info()[1]
-    if isinstance(error, RuntimeError) and _HOOKED in str(error):
-        add_note(error, f"Opacus cannot train in-place operations: {OUT_OF_PLACE}")
-
-
-def add_note(error: BaseException, note: str) -> None:
-    """Say more in an error, of the same type and (where Python can) the same text.
-
-    Args:
-        error: The error, changed in place.
-        note: What to add.
-    """
-    if hasattr(error, "add_note"):
-        error.add_note(note)
-    else:  # Python 3.10
-        error.args = (*error.args, note)
-
-
-class _SparingHookedOutputs(TorchFunctionMode):
-    """Runs in-place operations on the outputs of hooked layers on copies of these."""
+class _CopyBeforeOverwriting(TorchFunctionMode):
+    """Replaces outputs of hooked layers by copies before they are overwritten."""
 
     def __torch_function__(
         self,
@@ -120,49 +98,51 @@ class _SparingHookedOutputs(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operation, on a copy if it would overwrite what is hooked."""
+        """Run an operation; torch calls this in place of it."""
         kwargs = kwargs or {}
-        if kwargs.get("inplace") is True and _is_hooked(args[0]):
-            return func(*args, **{**kwargs, "inplace": False})
-        if func.__name__ in _AUGMENTED and _is_hooked(args[0]):
-            caller = sys._getframe(1)
-            if _is_augmented_assignment(caller.f_code, caller.f_lasti):
-                args = (args[0].clone(), *args[1:])
+        if args and _overwrites_first_argument(func, kwargs):
+            target = args[0]
+            if isinstance(target, Tensor) and has_backward_hooks(target):
+                _replace_by_copy(target)
         return func(*args, **kwargs)
 
 
-# out += x reaches torch as out.add_(x); only the caller's code tells them apart
-_AUGMENTED = frozenset(
-    "add_ sub_ mul_ div_ floor_divide_ remainder_ pow_".split()
-    + [f"__i{name}__" for name in "add sub mul truediv floordiv mod pow".split()]
-)
+def _overwrites_first_argument(
+    func: Callable[..., Any], options: dict[str, Any]
+) -> bool:
+    """Return whether an operation works in place, by torch's naming convention.
+
+    ``out += x`` arrives as ``Tensor.add_``, like ``out.add_(x)``.
+    """
+    name = func.__name__
+    is_in_place_method = name.endswith("_") and not name.endswith("__")
+    return is_in_place_method or name == "__setitem__" or options.get("inplace") is True
 
 
-@lru_cache(maxsize=1024)
-def _is_augmented_assignment(code: CodeType, offset: int) -> bool:
-    """Whether the instruction binds its result to the name of its left operand."""
-    instructions = dis.get_instructions(code)
-    found = next(i for i in instructions if i.offset == offset)
-    if found.opname == "BINARY_OP":  # since Python 3.11
-        return found.argrepr.endswith("=")
-    return found.opname.startswith("INPLACE_")
+def _replace_by_copy(tensor: Tensor) -> None:
+    """Make a tensor object refer to a copy of its content, without backward hooks.
+
+    Gradients still reach the hooked layer: the copy is computed from its output.
+    """
+    copy = tensor.clone()
+    try:
+        swap_tensors(tensor, copy)
+    except RuntimeError:
+        # Something else holds the tensor. It stays, and torch explains in its error
+        # why the operation that follows is not possible.
+        return
 
 
-def _is_hooked(value: Any) -> bool:
-    """Whether a tensor came out of, or went into, a layer with backward hooks."""
-    return isinstance(value, Tensor) and _HOOKED in type(value.grad_fn).__name__
-
-
-def _sparing_hooked_outputs(base: type) -> type:
-    """A model that overwrites no output of a hooked layer in its forward pass."""
+def _copying_before_overwriting(base: type) -> type:
+    """Return a subclass of a model class whose ``forward`` runs in the mode above."""
 
     class Compatible(base):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            with _SparingHookedOutputs():
+            with _CopyBeforeOverwriting():
                 return super().forward(*args, **kwargs)
 
         def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-            """Copies and pickles name the user's class, and swap it again."""
+            """Copy and pickle by the user's class, which can be imported."""
             state = super().__reduce_ex__(protocol)[2]
             return _compatible_of, (base,), state
 
@@ -170,5 +150,5 @@ def _sparing_hooked_outputs(base: type) -> type:
 
 
 def _compatible_of(base: type[nn.Module]) -> nn.Module:
-    """An empty model of the subclass of a class."""
-    return swap_class(base.__new__(base), _sparing_hooked_outputs)
+    """Return an empty model of the subclass, into which a state is then loaded."""
+    return swap_class(base.__new__(base), _copying_before_overwriting)

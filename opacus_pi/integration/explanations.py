@@ -5,6 +5,9 @@ whole batch, such as a position embedding, has one gradient instead of one for e
 example, and ``torch.stack`` fails without naming it. The error keeps its type; the note
 is added to it.
 
+Torch refuses to overwrite the output of a layer with backward hooks. The note on this
+error names ``opacus_pi.compatible.make_compatible`` as the remedy.
+
 >>> model = nn.ModuleDict({"words": nn.Linear(2, 1), "position": nn.Linear(2, 1)})
 >>> parameters = dict(model.named_parameters())
 >>> counts = {p: 1 if n.startswith("position") else 4 for n, p in parameters.items()}
@@ -12,18 +15,35 @@ is added to it.
 {'position.weight': 1, 'position.bias': 1}
 """
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from opacus.grad_sample import AbstractGradSampleHooks
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 
 from opacus_pi._class_swap import swap_class
-from opacus_pi.integration.compatible import add_note
-from opacus_pi.integration.opacus_compat import module_of, norms_of_parameters
+from opacus_pi._torch_compat import BACKWARD_HOOK_FUNCTION, forward_hooks
+from opacus_pi.integration.opacus_compat import (
+    keep_handle,
+    module_of,
+    norms_of_parameters,
+)
 from opacus_pi.models.copies import unwrap
 
+REPLACE_LAYERS = (
+    "module = opacus_pi.compatible.make_compatible(module) replaces BatchNorm by "
+    "GroupNorm, and lets in-place operations work on copies. Create the optimizer "
+    "after it, from the new module's parameters."
+)
+"""What to do with a model that Opacus cannot train as it is."""
+
+_IN_PLACE = (
+    "Opacus cannot train a model that overwrites the output of a layer in place. "
+    f"{REPLACE_LAYERS}"
+)
 _UNUSUAL_NUMBERS = (
     "Every parameter needs one gradient per example. The batch has {size} examples, "
     "but these parameters have another number of gradients: {unusual}. A layer that is "
@@ -128,3 +148,40 @@ def _explain_backward(error: RuntimeError, model: nn.Module) -> None:
         add_note(error, _EXPANDED_INDICES)
     elif counts:
         explain_numbers_of_gradients(error, model, counts)
+
+
+def explain_in_place(hooks: AbstractGradSampleHooks) -> None:
+    """Add a note to torch's error when a model overwrites the output of a hooked layer.
+
+    Args:
+        hooks: What ``make_private`` returned for the model: a wrapper, or its hooks.
+            Removing its hooks removes this one, too.
+    """
+    root = module_of(hooks)
+    if _explain_forward not in forward_hooks(root).values():
+        handle = root.register_forward_hook(_explain_forward, always_call=True)
+        keep_handle(root, handle)
+
+
+def _explain_forward(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+    """Add the note; a forward hook with ``always_call``.
+
+    Torch calls such a hook also while an error of the forward pass is being raised.
+    """
+    error = sys.exc_info()[1]
+    if isinstance(error, RuntimeError) and BACKWARD_HOOK_FUNCTION in str(error):
+        add_note(error, _IN_PLACE)
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an error, whose type and message stay the same.
+
+    Args:
+        error: The error, changed in place. On Python 3.10, which has no notes, the
+            note becomes a further argument of the error.
+        note: The text to add.
+    """
+    if hasattr(error, "add_note"):
+        error.add_note(note)
+    else:
+        error.args = (*error.args, note)

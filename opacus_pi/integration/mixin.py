@@ -40,13 +40,13 @@ from opacus_pi.integration.checkpoints import Checkpoints, RunState
 from opacus_pi.integration.checks import (
     RunChecks,
 )
-from opacus_pi.integration.compatible import (
-    OUT_OF_PLACE,
+from opacus_pi.integration.compatible import make_compatible
+from opacus_pi.integration.explanations import (
+    REPLACE_LAYERS,
     add_note,
+    explain_ghost_losses,
     explain_in_place,
-    make_compatible,
 )
-from opacus_pi.integration.explanations import explain_ghost_losses
 from opacus_pi.integration.fast import MODE as FAST_MODE
 from opacus_pi.integration.fast import (
     FastHooks,
@@ -77,7 +77,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 _TRAIN_BATCH_NORM = (
     "To keep such layers, train without clipping: engine.make_monitored(...). To train "
-    f"with differential privacy, replace them first: {OUT_OF_PLACE}"
+    f"with differential privacy, replace them first: {REPLACE_LAYERS}"
 )
 _NO_BOUND = (
     "make_monitored trains without clipping, so no epsilon holds for every example, "

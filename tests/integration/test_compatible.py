@@ -54,15 +54,34 @@ class Residual(nn.Module):
         return self.fc(out.flatten(1))
 
 
-class Method(nn.Module):
-    def __init__(self):
+class InPlace(nn.Module):
+    """An operation on the output of a layer, whose result is not used by itself."""
+
+    def __init__(self, operation):
         super().__init__()
-        self.fc = nn.Linear(3, 3)
+        self.fc, self.operation = nn.Linear(3, 3), operation
 
     def forward(self, x):
         out = self.fc(x)
-        out.add_(1.0)
-        return out
+        alias = out
+        self.operation(out)
+        return out + alias
+
+
+def add_method(out):
+    out.add_(1.0)
+
+
+def clamp_method(out):
+    out.clamp_(min=0.0)
+
+
+def relu_function(out):
+    nn.functional.relu(out, inplace=True)
+
+
+def set_column(out):
+    out[:, 1] = 0.5
 
 
 class Widening(nn.Module):
@@ -231,12 +250,36 @@ def test_other_errors_stay_as_they_are():
     assert not getattr(caught.value, "__notes__", [])
 
 
-def test_a_method_that_works_in_place_is_refused_by_torch_not_changed():
-    model = make_compatible(Method())
+@pytest.mark.parametrize(
+    "operation", [add_method, clamp_method, relu_function, torch.relu_, set_column]
+)
+def test_in_place_operations_have_their_effect(operation):
+    model = make_compatible(InPlace(operation)).double()
+    x, y = torch.randn(4, 3).double(), torch.arange(4) % 3
+    plain, expected = model(x), one_at_a_time(model, x, y)
+    hooked = GradSampleModule(model)
+    outputs = hooked(x)
+    assert torch.equal(outputs, plain)
+    nn.functional.cross_entropy(outputs, y).backward()
+    squares = [p.grad_sample.flatten(1).square().sum(1) for p in model.parameters()]
+    np.testing.assert_allclose(torch.stack(squares).sum(0).sqrt(), expected, rtol=1e-9)
+
+
+def square_then_overwrite(out):
+    square = out * out  # autograd saves out for the gradient of this
+    out += square
+
+
+def test_a_tensor_that_autograd_has_saved_is_refused_by_torch_and_explained():
+    """The plain model fails too, in its backward pass."""
+    model = make_compatible(InPlace(square_then_overwrite))
     x = torch.randn(2, 3)
-    assert torch.equal(model(x), model.fc(x) + 1.0)
-    with pytest.raises(RuntimeError, match="modified inplace"):
-        GradSampleModule(model)(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(x).sum().backward()
+    made_private(model, wrap_model=False)
+    with pytest.raises(RuntimeError, match="modified inplace") as caught:
+        model(x)
+    assert "overwrites the output" in str(getattr(caught.value, "__notes__", caught))
 
 
 def test_augmented_assignment_keeps_the_type_as_in_place_operations_do():
