@@ -183,7 +183,7 @@ def test_worst_case_is_opacus_own_rdp(clipping):
 
 @pytest.mark.parametrize("accountant", ["rdp", "prv", "gdp", "per_instance"])
 @pytest.mark.parametrize("noise", [0.6, 3.0])
-def test_no_example_costs_more_than_the_worst_case(accountant, noise):
+def test_no_epsilon_exceeds_the_worst_case(accountant, noise):
     training = Training(accountant=accountant, noise_multiplier=noise, batch_size=4)
     engine = training.train(2).engine
     bound = max(0.0, engine.get_epsilon(1e-3))
@@ -192,7 +192,7 @@ def test_no_example_costs_more_than_the_worst_case(accountant, noise):
     assert values.max() <= bound and values.min() >= 0
 
 
-def test_easy_examples_cost_less():
+def test_easy_examples_have_smaller_losses():
     training = Training(max_grad_norm=5.0, noise_multiplier=0.5, batch_size=12)
     engine = training.train(4).engine
     losses = engine.privacy_losses(8)
@@ -200,7 +200,7 @@ def test_easy_examples_cost_less():
     assert losses[norms.argmin()] < losses[norms.argmax()]
 
 
-def test_it_is_said_when_nothing_tells_most_examples_apart():
+def test_a_warning_where_most_examples_have_the_same_loss():
     always_clipped = Training(max_grad_norm=1e-3).train(4).engine
     with pytest.warns(UserWarning, match="24 of 24 examples share the largest value"):
         always_clipped.privacy_losses(8)

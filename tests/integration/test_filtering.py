@@ -38,7 +38,7 @@ def positions(training, x):
     ],
     ids=str,
 )
-def test_nobody_exceeds_its_budget_by_a_recomputation(options):
+def test_no_example_exceeds_its_budget_by_a_recomputation(options):
     managed = options.pop("managed", False)
     budget, order, multiplier = 2.2, 6.0, 1.3
     training = filtered(
@@ -176,7 +176,7 @@ def test_the_sum_is_that_of_the_others(mode):
     )
 
 
-def test_nothing_at_all_enters_when_nobody_may():
+def test_nothing_enters_when_every_budget_is_spent():
     training = filtered(1e-9)
     x, y = next(iter(training.loader))
     backward(training, x, y)
@@ -184,7 +184,7 @@ def test_nothing_at_all_enters_when_nobody_may():
     assert (training.engine.renyi_filter.spent == 0).all()
 
 
-def test_accumulated_passes_are_left_out_row_by_row():
+def test_accumulated_passes_are_left_out_sample_by_sample():
     rich = np.arange(N) % 2 > 0
     training = filtered(
         np.where(rich, np.inf, 1e-9), max_grad_norm=0.5, poisson_sampling=False
@@ -209,7 +209,7 @@ def test_an_example_enters_an_update_once():
     assert training.engine.ledger.num_rows == 1  # and the record stays good
 
 
-def test_rows_of_unknown_examples_are_left_out():
+def test_unattributed_samples_are_left_out():
     training = filtered(np.inf, poisson_sampling=False)
     batches = iter(training.loader)
     (x, y), (u, v) = next(batches), next(batches)
@@ -268,7 +268,7 @@ def test_gradients_that_were_used_stay_used():
             training.optimizer.step()
 
 
-def test_believed_rows_stop_the_training_before_anything_is_released():
+def test_unverified_samples_stop_the_training_before_anything_is_released():
     training = filtered(1.0)
     x, y = next(iter(training.loader))
     before = copy.deepcopy(training.net.state_dict())
@@ -280,7 +280,7 @@ def test_believed_rows_stop_the_training_before_anything_is_released():
         assert torch.equal(value, before[name])
 
 
-def test_noise_that_falls_within_an_update():
+def test_noise_that_is_lowered_within_an_update():
     training = filtered(1.0, noise_multiplier=2.0)
     with pytest.raises(AccountingError, match="lowered between the physical batches"):
         for _ in training.memory_managed(2):

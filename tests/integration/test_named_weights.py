@@ -93,7 +93,7 @@ def test_an_engine_vouches_for_what_it_trained(mode, make_optimizer):
     assert is_vouched_for(engine)
 
 
-def test_before_the_first_update_nobody_is_vouched_for():
+def test_before_the_first_update_no_weights_are_named():
     recorder = prepared()[0].recorder
     recorder.name_weights()
     assert recorder.state_dict()["weights"] == ""
@@ -149,7 +149,7 @@ def test_a_model_that_was_unlearned_is_another(run):
     assert met == [[True], [False]]
 
 
-def test_a_ledger_without_a_name_vouches_for_nobody(run, tmp_path):
+def test_a_ledger_without_a_name_is_checked_against_no_weights(run, tmp_path):
     engine, model, *_ = run
     old = replace(engine.ledger, weights=None)
     old.save(tmp_path / "old.safetensors")
@@ -158,7 +158,7 @@ def test_a_ledger_without_a_name_vouches_for_nobody(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", "sha256:", "sha256:" + "0" * 63 + "G", 3, "md5"])
-def test_a_name_that_is_none_is_refused(name):
+def test_a_malformed_name_is_refused(name):
     mechanism = NoisySGD(1, sample_rate=0.5, noise_std=1.0)
     with pytest.raises(ValueError, match="^weights must"):
         GradNormLedger(mechanism, [1], np.ones((1, 2)), weights=name)

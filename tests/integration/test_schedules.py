@@ -52,7 +52,7 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_schedules_that_nobody_knows(name):
+def test_schedules_that_are_not_known(name):
     reason = schedules.unknown_schedule(DataLoader(DATA, **UNKNOWN[name]))
     assert f"How often {name} draws" in reason and "poisson_sampling=True" in reason
 
