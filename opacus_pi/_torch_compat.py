@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
 )
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter as LoaderIterator
 
 __all__ = [
     "BACKWARD_HOOK_FUNCTION",
@@ -41,6 +43,7 @@ __all__ = [
     "FORWARD_HOOK_TABLES",
     "BatchNormBase",
     "InstanceNormBase",
+    "LoaderIterator",
     "StorageWeakRef",
     "TorchDispatchMode",
     "both_sides_padding",
@@ -54,6 +57,7 @@ __all__ = [
     "index_sampler",
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
+    "makes_own_iterators",
     "next_index",
     "num_writes",
     "operation_overload",
@@ -173,6 +177,14 @@ def storage_address(storage: UntypedStorage) -> int:
 def has_workers(iterator: Any) -> bool:
     """Whether processes load the batches of a loader's iterator (``_num_workers``)."""
     return bool(iterator._num_workers)
+
+
+def makes_own_iterators(loader_class: type[DataLoader[Any]]) -> bool:
+    """Whether a loader's class makes iterators in another way than torch's loader.
+
+    That is, whether it overrides ``_get_iterator``.
+    """
+    return loader_class._get_iterator is not DataLoader._get_iterator
 
 
 def index_sampler(iterator: Any) -> Any:

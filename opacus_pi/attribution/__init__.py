@@ -1,25 +1,42 @@
-"""Which example of the data set is each row of a physical batch?
+"""Which example of the data set is each sample of a physical batch?
 
-Between the data loader and the optimizer the user's loop may do anything. A row is
-attributed by the strongest evidence there is, and to nobody rather than wrongly:
+Between the data loader and the optimizer the user's loop may do anything. A sample is
+attributed by the strongest evidence there is, and stays unattributed where there is
+none:
 
-1. *storage*: the model was given (rows of) the very tensors the loader delivered;
-2. *content*: it was given copies, recognised by a checksum of each row;
+1. *storage*: the model was given samples of the very tensors that the loader delivered;
+2. *content*: it was given copies, recognised by a checksum of each sample;
 3. *latest*: it was given something computed from the one batch that is still unused.
-   Believed, not verified: rows are taken to be in the order of delivery.
+   This is assumed, not verified: samples are taken to be in the order of delivery.
+
+A loader is observed (``observer``), its deliveries and the model's forward passes are
+described (``delivery``), compared (``evidence``, ``samples``) and joined (``tracker``);
+a run can be resumed within an epoch (``epoch_position``). Nothing here knows Opacus:
+``opacus_pi.integration`` connects an engine's loaders, models and optimizers.
 """
 
-from opacus_pi.attribution.evidence import NOBODY, UNKNOWN
-from opacus_pi.attribution.forward_probe import probe
-from opacus_pi.attribution.loader_watch import tracker_of, watch, watch_memory_manager
+from opacus_pi.attribution.delivery import LEFT_OUT, UNATTRIBUTED
+from opacus_pi.attribution.epoch_position import EpochPosition
+from opacus_pi.attribution.forward_probe import ForwardProbe, probe
+from opacus_pi.attribution.observer import (
+    LoaderObserver,
+    observe,
+    observe_like,
+    observer_of,
+    tracker_of,
+)
 from opacus_pi.attribution.tracker import Tracker
 
 __all__ = [
-    "NOBODY",
-    "UNKNOWN",
+    "LEFT_OUT",
+    "UNATTRIBUTED",
+    "EpochPosition",
+    "ForwardProbe",
+    "LoaderObserver",
     "Tracker",
+    "observe",
+    "observe_like",
+    "observer_of",
     "probe",
     "tracker_of",
-    "watch",
-    "watch_memory_manager",
 ]

@@ -1,189 +1,63 @@
-"""Whose rows a model was given: storage, content, or the latest batch.
+"""Which samples a model was given: by storage, by content, or from the latest batch.
 
-Pure functions from the recent deliveries and the model's inputs to a ``Forward``.
+Between the loader and the model the training loop may do anything: copy a batch, cut
+it, permute it, put it aside. Each function compares the model's inputs with the recent
+deliveries by one kind of evidence, and returns a ``ForwardPass`` with the data-set
+index of each sample. A sample about which the evidence disagrees stays unattributed;
+it is never guessed.
+
+*Guarantee.* ``by_storage`` and ``by_content`` attribute a sample only if its memory, or
+the checksum of its content, is that of a delivered sample, and if no other delivered
+sample fits as well. ``by_latest`` does not verify anything: it assumes that the inputs
+were computed from the latest batch, in its order, and only where no other batch is
+waiting to be used.
+
+*What breaks it.* Content that was changed behind torch's back (``.data``, NumPy) keeps
+the storage. Two inputs of one model that carry the same samples in different orders are
+unattributed where both are recognised, but an input that is not recognised is not
+compared. A loop that permutes samples and also computes new inputs from them is
+attributed wrongly by ``by_latest``.
 """
 
-import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from typing import cast
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from opacus_pi.attribution.batch_rows import (
-    SampledRows,
-    StoredRows,
-    row_checksums,
-    tensors_in,
+from opacus_pi.attribution.delivery import (
+    UNATTRIBUTED,
+    Delivery,
+    ForwardPass,
+    Indices,
 )
+from opacus_pi.attribution.samples import StoredSamples, sample_checksums
 
-UNKNOWN = -1  # a row of an example that could not be told
-NOBODY = -2  # a row that is no example: padding for an empty batch
-
-Rows = NDArray[np.int64]
+__all__ = ["by_content", "by_latest", "by_storage"]
 
 
-class Stream:
-    """One pass over a loader; counts its batches that no forward pass has used.
-
-    Args:
-        source: What delivers, with its present pass as ``stream``; None: goes on.
-    """
-
-    def __init__(self, source: Any = None) -> None:
-        self.unused = 0
-        self._source = None if source is None else weakref.ref(source)
-
-    def has_ended(self) -> bool:
-        """Whether the pass was left for another one, or forgotten."""
-        if self._source is None:
-            return False
-        return getattr(self._source(), "stream", None) is not self
-
-
-@dataclass(eq=False)
-class Delivery:
-    """One physical batch that a loader handed to the loop: positions of its rows."""
-
-    positions: list[int] | None
-    stream: Stream
-    stored: list[StoredRows] = field(default_factory=list)
-    sampled: list[SampledRows] = field(default_factory=list)
-    used: bool = False
-
-    def __post_init__(self) -> None:
-        known = self.positions or []
-        lowest = min(known, default=UNKNOWN)
-        self.are_distinct = lowest >= 0 and len(set(known)) == len(known)
-
-    @cached_property
-    def rows(self) -> Rows | None:
-        """The positions as an array; None if they are not known."""
-        known = self.positions
-        return None if known is None else np.array(known, dtype=np.int64)
-
-    @cached_property
-    def checksums(self) -> dict[int, list[Rows]]:
-        """Of the tensors that tell rows apart, by number of entries in a row."""
-        found: dict[int, list[Rows]] = {}
-        for sampled in self.sampled:
-            sums = sampled.checksums()
-            if _tells_rows_apart(sampled.width, sums):
-                found.setdefault(sampled.width, []).append(sums)
-        return found
-
-    def use(self) -> None:
-        """A forward pass was made of it."""
-        if not self.used:
-            self.stream.unused -= 1
-        self.used = True
-
-    def may_be_waiting(self) -> bool:
-        """Whether a forward pass could still be made of it."""
-        held = any(not stored.expired() for stored in self.stored)
-        return not self.used and (held or not self.stream.has_ended())
-
-
-class Forward:
-    """One forward pass in training mode: whose rows, by which evidence.
-
-    Args:
-        rows: Positions of its rows; None: not known, or all of the delivery's.
-        evidence: Which kind; empty: none.
-        delivery: The batch that it was made of.
-        cause: Why rows are uncertain.
-    """
-
-    def __init__(
-        self,
-        rows: Rows | None,
-        evidence: str,
-        delivery: Delivery | None = None,
-        cause: str = "",
-    ) -> None:
-        self.evidence, self.delivery, self.cause = evidence, delivery, cause
-        self.backward = 0  # when its backward pass came by; 0: not yet
-        self.clipped = False  # whether the second pass of ghost clipping came by
-        self._rows = rows
-
-    @property
-    def rows(self) -> Rows | None:
-        """Positions of its rows; None: not known."""
-        if self._rows is None and self.delivery is not None:
-            return self.delivery.rows
-        return self._rows
-
-    @property
-    def num_rows(self) -> int | None:
-        """How many they are; None: not known."""
-        known = self.examples()
-        if known is not None:
-            return len(known)
-        return None if self.rows is None else len(self.rows)
-
-    def examples(self) -> list[int] | None:
-        """Its rows, if they are all of a delivery's and these distinct examples."""
-        if self._rows is None and self.delivery is not None:
-            return self.delivery.positions if self.delivery.are_distinct else None
-        return None
-
-
-def delivery_of(
-    indices: Any, batch: Any, stream: Stream, *, batch_dim: int, verify: bool
-) -> Delivery:
-    """Note what a delivered batch can be recognised by later.
-
-    Args:
-        indices: What the sampler emitted for it: positions, or one position.
-        batch: Tensors in any nesting.
-        stream: The pass over a loader that it is of.
-        batch_dim: The dimension that should run over the examples.
-        verify: Whether to keep checksums.
-    """
-    tensors = list(tensors_in(batch))
-    positions, single = _positions(indices)
-    if positions is None:
-        return Delivery(None, stream)
-    if single:  # no collation: the item is the one row
-        tensors = [t.unsqueeze(0) for t in tensors]
-    if not positions and tensors and tensors[0].dim() and tensors[0].shape[0]:
-        positions = [NOBODY] * tensors[0].shape[0]
-    delivery, length = Delivery(positions, stream), len(positions)
-    for tensor in tensors:
-        dim = _dim_of_length(tensor, length, batch_dim)
-        if dim is not None:
-            delivery.stored.append(StoredRows(tensor, dim))
-            if verify and tensor.numel() > length:  # labels are often alike
-                delivery.sampled.append(SampledRows(tensor, dim))
-    return delivery
-
-
-def by_storage(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forward:
-    """Rows whose memory is a delivered row's.
+# ------------------------------------------------------------------------- by storage
+def by_storage(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> ForwardPass:
+    """Attribute samples whose memory is that of a delivered sample.
 
     Args:
         tensors: The model's inputs.
-        dim: Their dimension that runs over the examples.
+        dim: Their dimension that runs over the samples.
         recent: Deliveries, the newest first.
 
     Returns:
-        A pass with the rows; cause ``"modified"`` if the memory was written to since
+        A pass with the indices; cause ``"modified"`` if the memory was written to since
         the delivery; without evidence where nothing matched.
     """
-    if len(tensors) == 1 and recent and recent[0].are_distinct:
-        for stored in recent[0].stored:
-            if stored.are_all_of(tensors[0], dim):  # nearly always
-                cause = "modified" if stored.modified(tensors[0]) else ""
-                return Forward(None, "by_storage", recent[0], cause)
+    whole = _whole_latest_batch(tensors, dim, recent)
+    if whole is not None:
+        return whole
     found, modified = [], False
     for tensor in tensors:
-        for delivery, stored in ((d, s) for d in recent for s in d.stored):
+        for delivery, stored in _all_stored(recent):
             where = stored.positions(tensor, dim)
             if where is not None:
-                found.append((delivery, cast(Rows, delivery.rows)[where]))
+                found.append((delivery, cast(Indices, delivery.index_array)[where]))
                 modified |= stored.modified(tensor)
                 break
     forward = _agreed(found, "by_storage")
@@ -192,124 +66,173 @@ def by_storage(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forwa
     return forward
 
 
-def by_content(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> Forward:
-    """Rows whose checksums are a delivered row's.
+def _whole_latest_batch(
+    tensors: list[Tensor], dim: int, recent: list[Delivery]
+) -> ForwardPass | None:
+    """Return the pass if its one input is a tensor of the latest batch, untouched.
 
-    The widest inputs that are recognised decide. Of the deliveries, those count that
-    explain the most of them; rows about which they disagree (examples that are alike)
-    stay unknown.
+    This is what nearly every loop does, and it needs no array of indices.
     """
-    sums: dict[int, list[Rows]] = {}
-    for width, values in (row_checksums(t, dim) for t in tensors):
-        sums.setdefault(width, []).append(values)
-    for width in sorted(sums, reverse=True):
-        found = [
-            (d, *_explained(sums[width], d.checksums[width], cast(Rows, d.rows)))
-            for d in recent
-            if width in d.checksums
-        ]
-        most = max((len(inputs) for _, inputs, _ in found), default=0)
-        if len(set().union(*(inputs for _, inputs, _ in found))) > most:
-            return Forward(None, "unattributed", None, "mismatch")
-        best = [
-            (d, r) for d, inputs, r in found if r is not None and len(inputs) == most
-        ]
-        forward = _agreed(best, "by_content")
-        if forward.rows is not None and (forward.rows != UNKNOWN).any():
-            return forward
-    return Forward(None, "")
-
-
-def by_latest(
-    tensors: list[Tensor], dim: int, recent: list[Delivery], *, usually_known: bool
-) -> Forward:
-    """The latest batch, if it is the only one that these inputs can be made of.
-
-    Args:
-        tensors: The model's inputs.
-        dim: Their dimension that runs over the examples.
-        recent: Deliveries, the newest first.
-        usually_known: Whether this loop's inputs were recognised before, so that
-            inputs which are not are a surprise.
-    """
-    latest = recent[0] if recent else None
-    if latest is None or latest.rows is None:
-        return Forward(None, "unattributed", None, "indices")
-    others = [d for d in recent if d.stream is not latest.stream]
-    waiting = latest.stream.unused + sum(d.may_be_waiting() for d in others)
-    only = waiting == (0 if latest.used else 1)
-    surprising = usually_known and bool(latest.checksums)
-    fits = any(t.shape[dim] == len(latest.rows) for t in tensors)
-    if surprising or not only or not fits:
-        return Forward(None, "unattributed", None, "reordered")
-    return Forward(latest.rows, "by_latest", latest)
-
-
-def _positions(indices: Any) -> tuple[list[int] | None, bool]:
-    """Sampler output as positions, and whether it was a single one."""
-    if isinstance(indices, Tensor | np.ndarray):
-        indices = indices.tolist()
-    single = not isinstance(indices, list | tuple)
-    listed = [indices] if single else list(indices)
-    if set(map(type, listed)) - {int}:  # rare: NumPy's numbers, or no positions
-        if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in listed):
-            return None, single
-        listed = [int(i) for i in listed]
-    return listed, single
-
-
-def _dim_of_length(tensor: Tensor, length: int, preferred: int) -> int | None:
-    """The dimension (of the first two) that runs over the examples."""
-    for dim in (preferred, 1 - preferred):
-        if tensor.dim() > dim and tensor.shape[dim] == length:
-            return dim
+    if len(tensors) != 1 or not recent or not recent[0].are_distinct:
+        return None
+    for stored in recent[0].stored:
+        if stored.are_all_of(tensors[0], dim):
+            cause = "modified" if stored.modified(tensors[0]) else ""
+            return ForwardPass(None, "by_storage", recent[0], cause)
     return None
 
 
-def _tells_rows_apart(width: int, sums: Rows) -> bool:
-    """Whether checksums are evidence; masks and single numbers are often alike."""
-    return width > 1 and len(sums) > 0 and (len(sums) == 1 or (sums != sums[0]).any())
+def _all_stored(recent: list[Delivery]) -> Iterator[tuple[Delivery, StoredSamples]]:
+    """Yield each tensor of each delivery, the newest delivery first."""
+    for delivery in recent:
+        for stored in delivery.stored:
+            yield delivery, stored
 
 
-def _explained(
-    inputs: list[Rows], delivered: list[Rows], rows: Rows
-) -> tuple[set[int], Rows | None]:
-    """Which inputs consist of a delivery's rows, and of which rows."""
+# ------------------------------------------------------------------------- by content
+def by_content(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> ForwardPass:
+    """Attribute samples whose checksums are those of delivered samples.
+
+    The widest inputs that are recognised decide, because short ones (masks, flags) are
+    often alike. Of the deliveries, those count that explain the most of these inputs;
+    samples about which such deliveries disagree stay unattributed.
+
+    Args:
+        tensors: The model's inputs.
+        dim: Their dimension that runs over the samples.
+        recent: Deliveries, the newest first.
+    """
+    by_width: dict[int, list[Indices]] = {}
+    for width, sums in (sample_checksums(tensor, dim) for tensor in tensors):
+        by_width.setdefault(width, []).append(sums)
+    for width in sorted(by_width, reverse=True):
+        forward = _by_content_of_width(width, by_width[width], recent)
+        if forward is not None:
+            return forward
+    return ForwardPass(None, "")
+
+
+def _by_content_of_width(
+    width: int, inputs: list[Indices], recent: list[Delivery]
+) -> ForwardPass | None:
+    """Attribute samples by the inputs of one width; None if they decide nothing.
+
+    Args:
+        width: Number of entries in a sample.
+        inputs: Checksums of each input of this width.
+        recent: Deliveries, the newest first.
+    """
+    candidates = []  # delivery, the inputs that it explains, the indices of its samples
+    for delivery in recent:
+        if width in delivery.checksums:
+            explained, indices = _explain(inputs, delivery, width)
+            candidates.append((delivery, explained, indices))
+    most = max((len(explained) for _, explained, _ in candidates), default=0)
+    together = set().union(*(explained for _, explained, _ in candidates))
+    if len(together) > most:  # inputs of several batches in one forward pass
+        return ForwardPass(None, "unattributed", None, "mismatch")
+    best = [
+        (delivery, indices)
+        for delivery, explained, indices in candidates
+        if indices is not None and len(explained) == most
+    ]
+    forward = _agreed(best, "by_content")
+    known = forward.indices is not None and (forward.indices != UNATTRIBUTED).any()
+    return forward if known else None
+
+
+def _explain(
+    inputs: list[Indices], delivery: Delivery, width: int
+) -> tuple[set[int], Indices | None]:
+    """Find the inputs that consist of a delivery's samples, and of which.
+
+    Returns:
+        The positions of these inputs, and the indices of their samples; none and None
+        if there are no such inputs, or if they have different numbers of samples.
+    """
+    delivered = delivery.checksums[width]
+    indices = cast(Indices, delivery.index_array)
     pairs = {
         (i, j): (given, known)
         for i, given in enumerate(inputs)
         for j, known in enumerate(delivered)
-        if len(given) and given[0] in known and np.isin(given, known).all()
+        if _consists_of(given, known)
     }
     if len({len(given) for given, _ in pairs.values()}) != 1:
         return set(), None
     explained = {i for i, _ in pairs}
     if all(np.array_equal(given, known) for given, known in pairs.values()):
-        return explained, rows
-    found = np.stack([_look_up(given, known, rows) for given, known in pairs.values()])
+        return explained, indices  # all samples in their places, even equal ones
+    found = np.stack([_look_up(*pair, indices) for pair in pairs.values()])
     top = found.max(axis=0)
-    agree = ((found == top) | (found == UNKNOWN)).all(axis=0)
-    return explained, np.where(agree, top, UNKNOWN)
+    agree = ((found == top) | (found == UNATTRIBUTED)).all(axis=0)
+    return explained, np.where(agree, top, UNATTRIBUTED)
 
 
-def _look_up(sums: Rows, delivered: Rows, rows: Rows) -> Rows:
-    """The rows with these checksums; UNKNOWN where several are alike."""
+def _consists_of(given: Indices, known: Indices) -> bool:
+    """Whether there are checksums, and each of them is among the known ones."""
+    return bool(len(given) and given[0] in known and np.isin(given, known).all())
+
+
+def _look_up(sums: Indices, delivered: Indices, indices: Indices) -> Indices:
+    """Return the indices of the samples with these checksums.
+
+    Where a checksum occurs twice, in the delivery or among the inputs, the samples look
+    alike and stay unattributed.
+    """
     values, first, counts = np.unique(delivered, return_index=True, return_counts=True)
     place = np.searchsorted(values, sums)
     _, back, given = np.unique(sums, return_inverse=True, return_counts=True)
     alone = (counts[place] == 1) & (given[back] == 1)
-    return np.where(alone, rows[first[place]], UNKNOWN)
+    return np.where(alone, indices[first[place]], UNATTRIBUTED)
 
 
-def _agreed(found: Iterable[tuple[Delivery, Rows]], evidence: str) -> Forward:
-    """What all findings agree on; where they disagree, UNKNOWN."""
+# -------------------------------------------------------------------------- by latest
+def by_latest(
+    tensors: list[Tensor], dim: int, recent: list[Delivery], *, usually_known: bool
+) -> ForwardPass:
+    """Assume the latest batch, if these inputs cannot be made of another one.
+
+    Args:
+        tensors: The model's inputs.
+        dim: Their dimension that runs over the samples.
+        recent: Deliveries, the newest first.
+        usually_known: Whether this loop's inputs were recognised before. Inputs that
+            are not recognised now are then not assumed to be the latest batch.
+    """
+    if not recent or recent[0].index_array is None:
+        return ForwardPass(None, "unattributed", None, "indices")
+    latest = recent[0]
+    indices = cast(Indices, latest.index_array)
+    is_surprising = usually_known and bool(latest.checksums)
+    fits = any(tensor.shape[dim] == len(indices) for tensor in tensors)
+    if is_surprising or not fits or not _is_only_candidate(latest, recent):
+        return ForwardPass(None, "unattributed", None, "reordered")
+    return ForwardPass(indices, "by_latest", latest)
+
+
+def _is_only_candidate(latest: Delivery, recent: list[Delivery]) -> bool:
+    """Whether no other batch than the latest may still be waiting to be used.
+
+    Batches of the same pass are counted; those of other passes may be waiting as long
+    as their tensors exist or their pass is not over.
+    """
+    others = [d for d in recent if d.loader_pass is not latest.loader_pass]
+    num_waiting = latest.loader_pass.num_unused
+    num_waiting += sum(delivery.may_be_waiting() for delivery in others)
+    return num_waiting == (0 if latest.num_forward_passes else 1)
+
+
+# --------------------------------------------------------------------------- agreeing
+def _agreed(found: Iterable[tuple[Delivery, Indices]], evidence: str) -> ForwardPass:
+    """Return what all findings agree on; where they disagree, unattributed samples."""
     findings = list(found)
     if not findings:
-        return Forward(None, "")
-    delivery, rows = findings[0]
-    if any(len(other) != len(rows) for _, other in findings):
-        return Forward(None, "unattributed", None, "mismatch")
+        return ForwardPass(None, "")
+    delivery, indices = findings[0]
+    if any(len(other) != len(indices) for _, other in findings):
+        return ForwardPass(None, "unattributed", None, "mismatch")
     for _, other in findings[1:]:
-        rows = np.where(other == rows, rows, UNKNOWN)
-    cause = "alike" if UNKNOWN in rows else ""
-    return Forward(rows, evidence, delivery, cause)
+        indices = np.where(other == indices, indices, UNATTRIBUTED)
+    cause = "alike" if UNATTRIBUTED in indices else ""
+    return ForwardPass(indices, evidence, delivery, cause)

@@ -1,82 +1,114 @@
-"""Tells a tracker of every forward pass of a model in training mode."""
+"""Reports every forward pass of a model in training mode to a tracker.
+
+A forward hook on the model sees its inputs, and a hook on each of its outputs sees the
+backward pass. The hooks change nothing. Passes in evaluation mode or without gradients,
+and passes inside ``vmap`` or ``grad``, leave no gradients for an optimizer and are not
+reported.
+"""
 
 import weakref
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
-from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
 from torch import Tensor, is_grad_enabled, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils.hooks import RemovableHandle
 
-from opacus_pi.attribution.batch_rows import tensors_in
+from opacus_pi._torch_compat import forward_hooks, is_functorch_wrapped_tensor
+from opacus_pi.attribution.samples import tensors_in
 from opacus_pi.attribution.tracker import Tracker
 
+__all__ = ["ForwardProbe", "probe"]
 
-def _nobody() -> None:
-    """The reference of a probe that has nobody to tell."""
+
+def _no_tracker() -> None:
+    """The reference of a probe that has no tracker."""
+
+
+def _never() -> bool:
+    """Whether a backward pass is the second one of ghost clipping: there is none."""
+    return False
 
 
 class ForwardProbe:
-    """A forward hook on the root module; copies and pickles of it are inert."""
+    """A forward hook that reports to a tracker; copies and pickles of it do nothing.
+
+    Attributes:
+        handle: Removes the hook, once ``probe`` has registered it.
+    """
 
     def __init__(self) -> None:
-        self._tracker: Callable[[], Tracker | None] = _nobody
-        self._model: Callable[[], Any] = _nobody
+        self._tracker: Callable[[], Tracker | None] = _no_tracker
+        self._is_second_backward: Callable[[], bool] = _never
         self.handle: Any = None
 
-    def report_to(self, tracker: Tracker, model: Any) -> None:
-        """From now on, tell this tracker."""
-        self._tracker, self._model = weakref.ref(tracker), weakref.ref(model)
+    def report_to(
+        self, tracker: Tracker, is_second_backward: Callable[[], bool] = _never
+    ) -> None:
+        """Report to this tracker from now on.
+
+        Args:
+            tracker: Referred to weakly.
+            is_second_backward: Asked during each backward pass: whether it is the
+                second one of ghost clipping, which computes the clipped gradient.
+        """
+        self._tracker = weakref.ref(tracker)
+        self._is_second_backward = is_second_backward
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
-        """The hook: ``nn.Module.register_forward_hook(..., with_kwargs=True)``."""
+        """Report a pass: ``register_forward_hook(..., with_kwargs=True)`` calls this.
+
+        Args:
+            module: The model.
+            args: What it was called with.
+            kwargs: The keywords it was called with.
+            out: What it returned; a hook is put on each tensor in it.
+        """
         tracker = self._tracker()
         if tracker is None or not (module.training and is_grad_enabled()):
             return
         if any(map(is_functorch_wrapped_tensor, tensors_in((args, kwargs, out)))):
-            return  # within vmap or grad: no storage, and no backward pass will come
+            return  # within vmap or grad: no storage, and no backward pass will follow
         forward = tracker.bind((args, kwargs))
-        told, model = weakref.ref(tracker), self._model
+        to_tracker, is_second_backward = self._tracker, self._is_second_backward
 
-        def reached(_: Tensor) -> None:
-            tracker = told()
-            if tracker is not None:  # ghost clipping's second pass disables the hooks
-                enabled = getattr(model(), "hooks_enabled", True)
-                tracker.reached(forward, clipping=not enabled)
+        def mark_backward(_: Tensor) -> None:
+            tracker = to_tracker()
+            if tracker is not None:
+                tracker.mark_backward(forward, clipping=is_second_backward())
 
         for tensor in tensors_in(out):
             if tensor.requires_grad:
-                tensor.register_hook(reached)
+                tensor.register_hook(mark_backward)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ForwardProbe, ()
 
 
-def probe(model: nn.Module | AbstractGradSampleHooks, tracker: Tracker) -> Any:
-    """Have a model tell a tracker of its forward passes.
+def probe(
+    module: nn.Module,
+    tracker: Tracker,
+    *,
+    is_second_backward: Callable[[], bool] = _never,
+) -> RemovableHandle:
+    """Report a model's forward passes to a tracker.
 
     Args:
-        model: A plain module, or what ``make_private`` returned for one (a wrapper, or
-            its hooks; removing its hooks removes the probe).
-        tracker: Whom to tell; referred to weakly. A second call replaces it.
+        module: The model; not a wrapper of it, whose hooks might be skipped.
+        tracker: Referred to weakly. A second call replaces the tracker of the first.
+        is_second_backward: Of ``ForwardProbe.report_to``.
 
     Returns:
-        The handle that removes the probe.
+        The handle that removes the hook.
     """
-    prepared = isinstance(model, AbstractGradSampleHooks)
-    prepared &= not isinstance(model, GradSampleModuleNoOp)  # it skips the inner hooks
-    root = cast(nn.Module, model._module if prepared else model)
-    for hook in root._forward_hooks.values():
+    for hook in forward_hooks(module).values():
         if isinstance(hook, ForwardProbe):  # prepared before, maybe for another engine
-            hook.report_to(tracker, model)
-            return hook.handle
+            hook.report_to(tracker, is_second_backward)
+            handle: RemovableHandle = hook.handle
+            return handle
     forward_probe = ForwardProbe()
-    forward_probe.report_to(tracker, model)
-    handle = root.register_forward_hook(forward_probe, with_kwargs=True)
+    forward_probe.report_to(tracker, is_second_backward)
+    handle = module.register_forward_hook(forward_probe, with_kwargs=True)
     forward_probe.handle = handle
-    # Expanded weights and no_op keep no list of handles: there the probe outlives
-    # them, without effect once the tracker is gone.
-    getattr(root, "autograd_grad_sample_hooks", []).append(handle)
     return handle

@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader
 
 from opacus_pi._validate import expect
 from opacus_pi.accounting import RenyiFilter
-from opacus_pi.attribution.loader_position import Position
+from opacus_pi.attribution import EpochPosition
 from opacus_pi.files.sealed_state import sealed, unsealed
 from opacus_pi.integration.filtering import resume_charges, saved_charges
 from opacus_pi.integration.opacus_compat import has_skipped_last_step
+from opacus_pi.integration.schedules import is_poisson, unknown_schedule
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.random_states import RandomStates
 from opacus_pi.recording.saved_run import require_version
@@ -152,7 +153,12 @@ class RunState:
         self._random_states = RandomStates(
             {} if is_secure else {n: g for n, g in generators.items() if g is not None}
         )
-        self._position = Position(self._random_states, loader)
+        self._position = EpochPosition(
+            self._random_states,
+            loader,
+            is_repeatable=unknown_schedule(loader) is None,
+            is_poisson=is_poisson(loader),
+        )
         is_private = isinstance(optimizer, DPOptimizer)
         self._optimizer: Callable[[], Any] = (
             weakref.ref(optimizer) if is_private else _no_optimizer

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import NoisySGD, RenyiFilter
-from opacus_pi.attribution import NOBODY, Tracker
+from opacus_pi.attribution import LEFT_OUT, Tracker
 from opacus_pi.files.sealed_state import unsealed
 from opacus_pi.integration.checks import batch_statistics, clipping_without_effect
 from opacus_pi.integration.fast import MODE as FAST_MODE
@@ -120,7 +120,7 @@ class FilterGate:
         is_first[firsts] = True
         is_first = is_first[len(so_far) - len(positions) :]
         self._earlier_batches.append(positions[positions >= 0])
-        return np.where(is_first | (positions < 0), positions, NOBODY)
+        return np.where(is_first | (positions < 0), positions, LEFT_OUT)
 
     def close(self, noise_std: float) -> None:
         """Check the noise of a complete update, just before it is drawn.

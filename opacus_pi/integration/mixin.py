@@ -21,7 +21,7 @@ import numpy as np
 import opacus
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
 from opacus.optimizers import DPOptimizer
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
@@ -31,8 +31,7 @@ from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, RenyiFilter, fingerprint
-from opacus_pi.attribution import Tracker, probe, watch, watch_memory_manager
-from opacus_pi.attribution.loader_position import follow_memory_manager
+from opacus_pi.attribution import Tracker, observe, observe_like, probe
 from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.files.atomic_file import replacing
 from opacus_pi.integration.accountants import PerInstanceAccountant, num_steps_of
@@ -56,6 +55,12 @@ from opacus_pi.integration.fast import (
 )
 from opacus_pi.integration.filtering import require_filterable
 from opacus_pi.integration.monitor import monitor
+from opacus_pi.integration.opacus_compat import (
+    keep_handle,
+    module_of,
+    patch_memory_manager,
+    removable_handles,
+)
 from opacus_pi.integration.optimizers import report_updates
 from opacus_pi.integration.runs import (
     Preparation,
@@ -148,8 +153,7 @@ class PerInstanceMixin(OpacusEngine):
         self._module: Callable[[], nn.Module | None] = _no_module
         self._update: Callable[[], UpdateUnderWay | None] = _no_update
         self._preparation: Preparation | None = None
-        watch_memory_manager()
-        follow_memory_manager()
+        patch_memory_manager(observe_like)
 
     # ---------------------------------------------------------------- what was recorded
     @property
@@ -478,7 +482,7 @@ class PerInstanceMixin(OpacusEngine):
             add_note(error, _TRAIN_BATCH_NORM)
             raise
         tracker = self._new_tracker(batch_first=options.get("batch_first", True))
-        probe(hooks, tracker)
+        _probe_model(hooks, tracker)
         explain_in_place(hooks)
         self._preparation = Preparation(hooks, tracker)
         return hooks
@@ -488,7 +492,7 @@ class PerInstanceMixin(OpacusEngine):
     ) -> DataLoader[Any]:
         loader: DataLoader[Any] = super()._prepare_data_loader(data_loader, **options)
         if self._preparation is not None:
-            watch(loader, self._preparation.tracker)
+            observe(loader, self._preparation.tracker)
             self._preparation.loader = loader
         return loader
 
@@ -556,6 +560,29 @@ class PerInstanceMixin(OpacusEngine):
         self._tracker, self._module, self._update = tracker, weakref.ref(module), update
         self.checkpoints.run_state = run_state
         self.checks.begin(self.recorder, steps_before=steps_before)
+
+
+def _probe_model(hooks: AbstractGradSampleHooks, tracker: Tracker) -> None:
+    """Report the forward passes of a prepared model to a tracker.
+
+    Args:
+        hooks: What Opacus made of the model. Removing its hooks removes the probe, too;
+            in modes without hooks (``"ew"``, ``"no_op"``) the probe stays, and has no
+            effect once the tracker is deleted.
+        tracker: Referred to weakly. A second call replaces it.
+    """
+    prepared = weakref.ref(hooks)
+
+    def is_second_backward() -> bool:
+        """Ghost clipping disables its hooks for the second backward pass."""
+        return not getattr(prepared(), "hooks_enabled", True)
+
+    module: Any = hooks
+    if not isinstance(hooks, GradSampleModuleNoOp):  # which skips its module's hooks
+        module = module_of(hooks)
+    handle = probe(module, tracker, is_second_backward=is_second_backward)
+    if handle not in (removable_handles(module) or ()):
+        keep_handle(module, handle)
 
 
 def _warn_if_most_are_equal(values: NDArray[np.float64]) -> None:

@@ -162,7 +162,7 @@ def _reporting_grad_samples(base: Any) -> type:
             is_no_op = isinstance(self._pi_update.hooks, GradSampleHooksNoOp)
             if is_no_op and len(passes) == 1:
                 # the user's loop computed them, maybe without a backward pass
-                self._pi_update.tracker.follow_rows(first)
+                self._pi_update.tracker.bind_gradients(first)
             return [len(g) for g in passes]
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
@@ -216,7 +216,7 @@ def _reporting_ghost(base: type) -> type:
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
             tracker = self._pi_update.tracker
-            has_incomplete_pass = tracker.is_half_clipped()
+            has_incomplete_pass = tracker.awaits_second_backward()
             if tracker.discard(clipped_only=True) and has_incomplete_pass:
                 self._pi_update.recorder.refuse(_TWO_BACKWARD_PASSES)
             super().zero_grad(*args, **options)

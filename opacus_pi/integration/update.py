@@ -18,7 +18,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
-from opacus_pi.attribution.tracker import rows_of
+from opacus_pi.attribution.tracker import indices_of
 from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.checks import (
     OutsideChanges,
@@ -83,11 +83,11 @@ class UpdateUnderWay:
             sizes: How many samples each backward pass contributed; their sum is b.
             clipped_only: Whether only complete passes of ghost clipping count.
         """
-        passes = self.tracker.passes(sizes, clipped_only=clipped_only)
+        passes = self.tracker.take_attributed(sizes, clipped_only=clipped_only)
         # nearly always: one batch as it was delivered, whose positions are distinct
-        examples = passes[0].examples() if len(passes) == 1 else None
+        examples = passes[0].distinct_indices() if len(passes) == 1 else None
         if examples is None:
-            self.add_samples(rows_of(passes), norms)
+            self.add_samples(indices_of(passes), norms)
         else:
             self._report(examples, norms, distinct=True)
 
@@ -136,6 +136,7 @@ class UpdateUnderWay:
         settings, self._settings = self._settings, None
         if settings is None:
             return
+        self.tracker.end_update()
         if self.outside is not None:
             self.outside.weights_were_updated()
         reasons = list(self._reasons())

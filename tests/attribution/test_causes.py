@@ -51,7 +51,9 @@ def test_loops(cause):
 
 def test_examples_that_are_alike():
     run = runs.Run(data_set=twins(), shuffle=False, **FIXED)
-    with pytest.warns(UserWarning, match="2 rows .*look alike.*that the data loader"):
+    with pytest.warns(
+        UserWarning, match="2 samples .*look alike.*that the data loader"
+    ):
         alike(run)
     check(run, "alike")
     assert run.engine.attribution["unattributed"] == 2
@@ -60,7 +62,7 @@ def test_examples_that_are_alike():
 def test_a_data_set_without_positions():
     loader = DataLoader(Stream(), batch_size=4)
     run = runs.Run(loader=loader, data_set=loader.dataset, **FIXED)
-    with pytest.warns(UserWarning, match="no positions.*Use a map-style"):
+    with pytest.warns(UserWarning, match="no indices.*Use a map-style"):
         loops.plain(run)
     check(run, "indices")
 
@@ -68,7 +70,7 @@ def test_a_data_set_without_positions():
 def check(run, cause):
     counts = run.engine.attribution
     assert counts["by_storage"] + counts["by_content"] < sum(counts.values())
-    assert run.engine._tracker._warned == {cause}
+    assert run.engine._tracker._explained == {cause}
 
 
 def test_there_is_a_loop_for_every_cause():
@@ -78,32 +80,32 @@ def test_there_is_a_loop_for_every_cause():
 def test_complete_attribution_says_nothing(recwarn):
     for loop in (loops.plain, loops.copied):
         loop(runs.Run(**FIXED))
-    assert not [w for w in recwarn if "rows" in str(w.message).lower()]
+    assert not [w for w in recwarn if "samples" in str(w.message).lower()]
 
 
 # -------------------------------------------------- which batch an update was made of
-def test_the_batch_behind():
+def test_the_delivery_of_gradients():
     tracker, x, u = Tracker(), torch.randn(3, 4), torch.randn(2, 4)
     first = tracker.delivered([0, 1, 2], x)
     tracker.delivered([3, 4], u)
-    assert tracker.batch_behind() is None
+    assert tracker.delivery_of_gradients() is None
     one = tracker.bind([x])
-    assert tracker.batch_behind() is None  # its backward pass has not come by
-    tracker.reached(one)
-    assert tracker.batch_behind() is first
-    tracker.reached(tracker.bind([u]))
-    assert tracker.batch_behind() is None
+    assert tracker.delivery_of_gradients() is None  # its backward pass has not come by
+    tracker.mark_backward(one)
+    assert tracker.delivery_of_gradients() is first
+    tracker.mark_backward(tracker.bind([u]))
+    assert tracker.delivery_of_gradients() is None
     assert tracker.attribute([3, 2]).tolist() == [0, 1, 2, 3, 4]
-    assert tracker.batch_behind() is None
+    assert tracker.delivery_of_gradients() is None
 
 
 def test_rows_made_by_hand_are_followed_only_without_a_backward_pass():
     tracker, x = Tracker(), torch.randn(3, 4)
     tracker.delivered([5, 6, 7], x)
-    tracker.follow_rows(torch.randn(3, 2, 2))
+    tracker.bind_gradients(torch.randn(3, 2, 2))
     with pytest.warns(UserWarning, match="without verification"):
         assert tracker.attribute([3]).tolist() == [5, 6, 7]
-    tracker.reached(tracker.bind([x]))
-    tracker.follow_rows(torch.randn(3, 2, 2))
+    tracker.mark_backward(tracker.bind([x]))
+    tracker.bind_gradients(torch.randn(3, 2, 2))
     assert tracker.attribute([3]).tolist() == [5, 6, 7]
     assert tracker.counts["by_storage"] == tracker.counts["by_latest"] == 3

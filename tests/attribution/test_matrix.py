@@ -281,6 +281,6 @@ WARNED = [
 def test_the_cause_is_named_once_or_raised_if_strict(loop, cause):
     with pytest.warns(UserWarning, match=cause) as caught:
         loop(runs.Run(**FIXED))
-    assert len([w for w in caught if "rows" in str(w.message)]) == 1
+    assert len([w for w in caught if "samples" in str(w.message)]) == 1
     with pytest.raises(AccountingError, match=cause):
         loop(runs.Run(strict=True, **FIXED))

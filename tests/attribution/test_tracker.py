@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from opacus_pi.attribution import UNKNOWN, Tracker, probe
-from opacus_pi.attribution.evidence import Stream
+from opacus_pi.attribution import UNATTRIBUTED, Tracker, probe
+from opacus_pi.attribution.delivery import LoaderPass
 from opacus_pi.attribution.forward_probe import ForwardProbe
 from opacus_pi.recording import AccountingError
 
@@ -17,12 +17,12 @@ class Source:
     """Something that delivers, in passes."""
 
     def __init__(self):
-        self.stream = Stream(self)
+        self.current_pass = LoaderPass(self)
 
 
 def rows_of(tracker, inputs, size, **options):
     """What a forward and backward pass over some inputs is attributed to."""
-    tracker.reached(tracker.bind(inputs))
+    tracker.mark_backward(tracker.bind(inputs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return tracker.attribute([size], **options).tolist()
@@ -39,7 +39,7 @@ def test_copies_with_equal_rows_stay_unknown_only_where_they_must():
     tracker.delivered([5, 6, 7, 8], x)
     assert rows_of(tracker, [x.clone()], 4) == [5, 6, 7, 8]  # all in their places
     moved = x[[2, 3, 0, 1]].clone()
-    assert rows_of(tracker, [moved], 4) == [7, UNKNOWN, 5, UNKNOWN]
+    assert rows_of(tracker, [moved], 4) == [7, UNATTRIBUTED, 5, UNATTRIBUTED]
     assert tracker.counts["unattributed"] == 2
 
 
@@ -47,7 +47,7 @@ def test_equal_batches_of_different_examples_stay_unknown():
     tracker, x = Tracker(), batch(0)
     tracker.delivered([0, 1, 2], x)
     tracker.delivered([3, 1, 4], x.clone())
-    assert rows_of(tracker, [x.clone()], 3) == [UNKNOWN, 1, UNKNOWN]
+    assert rows_of(tracker, [x.clone()], 3) == [UNATTRIBUTED, 1, UNATTRIBUTED]
 
 
 def test_a_wider_input_decides_over_a_narrower_one():
@@ -71,8 +71,8 @@ def test_inputs_of_two_deliveries_are_nobodys():
     tracker, x, u = Tracker(), batch(0), batch(1)
     tracker.delivered([0, 1, 2], x)
     tracker.delivered([3, 4, 5], u)
-    assert rows_of(tracker, [x, u], 3) == [UNKNOWN] * 3
-    assert rows_of(tracker, [x.clone(), u.clone()], 3) == [UNKNOWN] * 3
+    assert rows_of(tracker, [x, u], 3) == [UNATTRIBUTED] * 3
+    assert rows_of(tracker, [x.clone(), u.clone()], 3) == [UNATTRIBUTED] * 3
 
 
 def test_packed_sequences_are_not_believed_in_order():
@@ -81,7 +81,7 @@ def test_packed_sequences_are_not_believed_in_order():
         x + 1, torch.tensor([2, 5, 3]), batch_first=True, enforce_sorted=False
     )
     tracker.delivered([0, 1, 2], x)
-    assert rows_of(tracker, [packed], 3) == [UNKNOWN] * 3
+    assert rows_of(tracker, [packed], 3) == [UNATTRIBUTED] * 3
 
 
 def test_batches_along_the_second_dimension():
@@ -96,30 +96,30 @@ def test_batches_along_the_second_dimension():
 
 def test_latest_is_believed_only_if_it_is_the_only_unused_one():
     source, tracker, x, u = Source(), Tracker(), batch(1), batch(2)
-    tracker.delivered([0, 1, 2], batch(0), source.stream)
+    tracker.delivered([0, 1, 2], batch(0), source.current_pass)
     assert rows_of(tracker, [batch(9)], 3) == [0, 1, 2]
     assert rows_of(tracker, [batch(8)], 3) == [0, 1, 2]  # another view of it
-    tracker.delivered([3, 4, 5], x, source.stream)
-    tracker.delivered([6, 7, 8], u, source.stream)
-    assert rows_of(tracker, [batch(7)], 3) == [UNKNOWN] * 3
+    tracker.delivered([3, 4, 5], x, source.current_pass)
+    tracker.delivered([6, 7, 8], u, source.current_pass)
+    assert rows_of(tracker, [batch(7)], 3) == [UNATTRIBUTED] * 3
     del x, u  # nobody holds them, and their pass over the loader is over
-    source.stream = Stream(source)
-    tracker.delivered([0, 1, 2], batch(3), source.stream)
+    source.current_pass = LoaderPass(source)
+    tracker.delivered([0, 1, 2], batch(3), source.current_pass)
     assert rows_of(tracker, [batch(6)], 3) == [0, 1, 2]
     assert tracker.counts["by_latest"] == 9
 
 
 def test_a_batch_that_is_still_held_may_still_be_used():
     source, tracker, x = Source(), Tracker(), batch(0)
-    tracker.delivered([0, 1, 2], x, source.stream)
-    source.stream = Stream(source)
-    tracker.delivered([3, 4, 5], batch(1), source.stream)
-    assert rows_of(tracker, [batch(9)], 3) == [UNKNOWN] * 3
+    tracker.delivered([0, 1, 2], x, source.current_pass)
+    source.current_pass = LoaderPass(source)
+    tracker.delivered([3, 4, 5], batch(1), source.current_pass)
+    assert rows_of(tracker, [batch(9)], 3) == [UNATTRIBUTED] * 3
     del x
-    tracker.delivered([6, 7, 8], batch(2), Stream(source))
-    assert rows_of(tracker, [batch(9)], 3) == [UNKNOWN] * 3  # [3, 4, 5] may come
-    source.stream = Stream(source)
-    tracker.delivered([0, 1, 2], batch(3), source.stream)
+    tracker.delivered([6, 7, 8], batch(2), LoaderPass(source))
+    assert rows_of(tracker, [batch(9)], 3) == [UNATTRIBUTED] * 3  # [3, 4, 5] may come
+    source.current_pass = LoaderPass(source)
+    tracker.delivered([0, 1, 2], batch(3), source.current_pass)
     assert rows_of(tracker, [batch(9)], 3) == [0, 1, 2]
 
 
@@ -128,7 +128,7 @@ def test_deliveries_long_ago_are_forgotten():
     tracker.delivered([0, 1, 2], first)
     for seed in range(1, 20):
         tracker.delivered([3, 4, 5], batch(seed))
-    assert rows_of(tracker, [first], 3) == [UNKNOWN] * 3
+    assert rows_of(tracker, [first], 3) == [UNATTRIBUTED] * 3
 
 
 def test_backward_passes_come_in_any_order():
@@ -136,8 +136,8 @@ def test_backward_passes_come_in_any_order():
     tracker.delivered([0, 1, 2], x)
     tracker.delivered([3, 4, 5], u)
     first, second = tracker.bind([x]), tracker.bind([u])
-    tracker.reached(second)
-    tracker.reached(first)
+    tracker.mark_backward(second)
+    tracker.mark_backward(first)
     assert tracker.attribute([3, 3]).tolist() == [3, 4, 5, 0, 1, 2]
 
 
@@ -146,15 +146,15 @@ def test_one_uncertain_pass_leaves_the_others_attributed():
     for rows, delivered in (([0, 1, 2], x), ([3, 4, 5], batch(1)), ([6], batch(2))):
         tracker.delivered(rows, delivered)
     for inputs in ([x], [batch(5)]):
-        tracker.reached(tracker.bind(inputs))
-    with pytest.warns(UserWarning, match="3 rows are unattributed"):
-        assert tracker.attribute([3, 3]).tolist() == [0, 1, 2] + [UNKNOWN] * 3
+        tracker.mark_backward(tracker.bind(inputs))
+    with pytest.warns(UserWarning, match="3 samples are unattributed"):
+        assert tracker.attribute([3, 3]).tolist() == [0, 1, 2] + [UNATTRIBUTED] * 3
 
 
 def test_gradients_for_more_rows_than_were_passed():
     tracker, x = Tracker(), batch(0)
     tracker.delivered([0, 1, 2], x)
-    assert rows_of(tracker, [x], 4) == [UNKNOWN] * 4
+    assert rows_of(tracker, [x], 4) == [UNATTRIBUTED] * 4
 
 
 def test_strict_names_the_cause():
@@ -162,7 +162,7 @@ def test_strict_names_the_cause():
     with pytest.raises(AccountingError, match="Call the model itself"):
         tracker.attribute([3])
     tracker.delivered([0, 1, 2], batch(0))
-    tracker.reached(tracker.bind([batch(1)]))
+    tracker.mark_backward(tracker.bind([batch(1)]))
     with pytest.raises(AccountingError, match="without verification"):
         tracker.attribute([3])
 
@@ -178,7 +178,7 @@ def test_probes_report_training_passes_only():
     model.eval()(x)
     assert tracker.take() == []
     model.train()(x).sum().backward()
-    assert [f.rows.tolist() for f in tracker.take()] == [[0, 1, 2]]
+    assert [f.indices.tolist() for f in tracker.take()] == [[0, 1, 2]]
     handle.remove()
     model(x).sum().backward()
     assert tracker.take() == []
@@ -189,7 +189,7 @@ def test_probes_without_a_tracker_do_nothing():
     probe(model, Tracker())  # gone at once
     model(batch(0)).sum().backward()
     hook = ForwardProbe()
-    hook.report_to(tracker := Tracker(), model)
+    hook.report_to(tracker := Tracker())
     for duplicate in (copy.deepcopy(hook), pickle.loads(pickle.dumps(hook))):
         duplicate(model, (batch(0),), {}, model(batch(0)))
     assert tracker.take() == []

@@ -7,7 +7,7 @@ from opacus.schedulers import ExponentialGradClip, ExponentialNoise
 from torch import nn
 
 from opacus_pi.accounting import RenyiFilter
-from opacus_pi.attribution import NOBODY, UNKNOWN, Tracker
+from opacus_pi.attribution import LEFT_OUT, UNATTRIBUTED, Tracker
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.recording import AccountingError
@@ -242,7 +242,7 @@ def test_padding_is_left_out_and_shared_storage_left_alone():
     one, other = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
     shared = torch.tensor([[3.0, 4.0]]).expand(4, 2)  # one row in memory for all
     one.grad_sample, other.grad_sample = shared, [shared[:1, :1], shared[1:, :1]]
-    rows = np.array([2, NOBODY, UNKNOWN, 0])
+    rows = np.array([2, LEFT_OUT, UNATTRIBUTED, 0])
     entered, norms = gate().admit(
         [one, other], rows, torch.full((4,), 5.0), noise_std=1.0, max_grad_norm=1.0
     )

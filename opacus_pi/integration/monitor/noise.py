@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from opacus_pi._validate import expect
-from opacus_pi.attribution import NOBODY, UNKNOWN, Tracker
+from opacus_pi.attribution import LEFT_OUT, UNATTRIBUTED, Tracker
 from opacus_pi.recording import Recorder
 
 __all__ = ["NoiseHook"]
@@ -111,13 +111,13 @@ def _batch_size(tracker: Tracker) -> int | None:
     """
     # The loader may be ahead of the training loop by some batches, so the batch whose
     # backward pass was seen comes before the latest one.
-    batch = tracker.batch_behind() or tracker.latest
-    if batch is None or batch.rows is None:
+    batch = tracker.delivery_of_gradients() or tracker.latest
+    if batch is None or batch.index_array is None:
         return None
-    samples = tracker.attribute([len(batch.rows)])
-    if len(samples) and (samples == UNKNOWN).all():
+    samples = tracker.attribute([len(batch.index_array)])
+    if len(samples) and (samples == UNATTRIBUTED).all():
         return None
-    return int((samples != NOBODY).sum())
+    return int((samples != LEFT_OUT).sum())
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:

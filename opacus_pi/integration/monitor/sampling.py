@@ -18,8 +18,9 @@ from opacus.data_loader import DPDataLoader
 from torch.utils.data import DataLoader
 
 from opacus_pi.attribution import Tracker
-from opacus_pi.attribution.batch_rows import tensors_in
-from opacus_pi.attribution.evidence import Forward, by_content, by_latest, by_storage
+from opacus_pi.attribution.delivery import ForwardPass
+from opacus_pi.attribution.evidence import by_content, by_latest, by_storage
+from opacus_pi.attribution.samples import tensors_in
 from opacus_pi.models.batches import size_of
 
 __all__ = ["BatchCounter", "BatchTracker", "SamplingScheme", "sampling_scheme"]
@@ -84,7 +85,7 @@ class BatchTracker(Tracker):
     enough than for attribution: it takes the cheapest that leads to an unused batch.
     """
 
-    def _match(self, inputs: Any) -> Forward:
+    def _match(self, inputs: Any) -> ForwardPass:
         dim, recent = self.batch_dim, list(self._recent)
         tensors = [t for t in tensors_in(inputs) if t.dim() > dim]
         found = by_storage(tensors, dim, recent)
@@ -92,7 +93,7 @@ class BatchTracker(Tracker):
             found = by_latest(tensors, dim, recent, usually_known=False)
         # Without a batch, or with one that an earlier pass used already, the inputs
         # may be copies of another batch. Content is compared last, as it costs most.
-        if found.delivery is None or found.delivery.used:
+        if found.delivery is None or found.delivery.num_forward_passes:
             copied = by_content(tensors, dim, recent)
             found = found if copied.delivery is None else copied
         return found
@@ -110,7 +111,7 @@ class BatchCounter:
     ...     batch = torch.randn(2, 3)
     ...     _ = tracker.delivered(indices, batch)
     ...     for part in batch.chunk(2):
-    ...         tracker.reached(tracker.bind((part,)))
+    ...         tracker.mark_backward(tracker.bind((part,)))
     >>> count_batches = BatchCounter(tracker)
     >>> count_batches()
     2

@@ -24,8 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._validate import expect
 from opacus_pi.accounting import fingerprint
-from opacus_pi.attribution import Tracker, watch
-from opacus_pi.attribution.forward_probe import ForwardProbe
+from opacus_pi.attribution import ForwardProbe, Tracker, observe
 from opacus_pi.gradients import Sweep
 from opacus_pi.integration.monitor.noise import NoiseHook
 from opacus_pi.integration.monitor.sampling import (
@@ -128,7 +127,7 @@ def monitor(
     else:
         tracker = BatchTracker()
     _add_hooks(module, optimizer, recorder, tracker, scheme, noise)
-    watch(loader, tracker)
+    observe(loader, tracker)
     return module, optimizer, loader
 
 
@@ -219,9 +218,10 @@ def _add_hooks(
             max_grad_norm=math.inf,
             sample_rate=min(1.0, num_batches * scheme.sample_rate),
         )
+        tracker.end_update()
 
     probe = ForwardProbe()
-    probe.report_to(tracker, module)
+    probe.report_to(tracker)
     _HOOK_HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
     _HOOK_HANDLES[optimizer] = [optimizer.register_step_post_hook(count_update)]
     if noise is not None:

@@ -15,7 +15,7 @@ from tests.integration.fast.training import SLOW, assert_alike, both, training
 from tests.private_training import Training, one_at_a_time
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*rows are unattributed",
+    "ignore:.*samples are unattributed",
     "ignore:Optimal order is the largest alpha",
     "ignore:This run has no ledger",
     "ignore:PrivacyEngine detected new dataset",

@@ -20,7 +20,7 @@ from tests.integration.test_explanations import LENGTH, Tagger
 from tests.private_training import Training
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*rows are unattributed",
+    "ignore:.*samples are unattributed",
     "ignore:Optimal order is the largest alpha",
     "ignore:This run has no ledger",
     "ignore:PrivacyEngine detected new dataset",

@@ -9,7 +9,7 @@ from tests.integration.fast.training import SLOW
 from tests.private_training import Training
 
 pytestmark = pytest.mark.filterwarnings(
-    f"ignore:.*{SLOW}", "ignore:.*rows are unattributed"
+    f"ignore:.*{SLOW}", "ignore:.*samples are unattributed"
 )
 
 

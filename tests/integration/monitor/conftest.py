@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-EXPECTED = ("This run has no ledger", ".*rows are unattributed")
+EXPECTED = ("This run has no ledger", ".*samples are unattributed")
 
 
 def pytest_collection_modifyitems(items):

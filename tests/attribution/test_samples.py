@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from opacus_pi.attribution.batch_rows import (
-    StoredRows,
-    row_checksums,
+from opacus_pi.attribution.samples import (
+    StoredSamples,
+    sample_checksums,
     tensors_in,
 )
 
@@ -62,7 +62,7 @@ VIEWS = {
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_are_recognised_by_their_place(name):
     view, expected = VIEWS[name]
-    np.testing.assert_array_equal(StoredRows(BATCH, 0).positions(view, 0), expected)
+    np.testing.assert_array_equal(StoredSamples(BATCH, 0).positions(view, 0), expected)
 
 
 OTHERS = {
@@ -78,7 +78,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_anything_else_is_not(name):
     view = OTHERS[name]
-    found = StoredRows(BATCH, 0).positions(view, 0)
+    found = StoredSamples(BATCH, 0).positions(view, 0)
     # Elements of one row still tell whose they are; anything else must not.
     if found is not None:
         rows = BATCH.flatten(1).tolist()
@@ -91,7 +91,7 @@ def test_anything_else_is_not(name):
 
 def test_an_address_that_is_used_again_is_not_the_same_memory():
     batch = torch.zeros(4, 2)
-    rows = StoredRows(batch, 0)
+    rows = StoredSamples(batch, 0)
     del batch
     others = [torch.zeros(4, 2) for _ in range(50)]
     assert all(rows.positions(other, 0) is None for other in others)
@@ -99,24 +99,24 @@ def test_an_address_that_is_used_again_is_not_the_same_memory():
 
 def test_writes_are_noticed():
     batch = torch.zeros(4, 2)
-    rows = StoredRows(batch, 0)
+    rows = StoredSamples(batch, 0)
     assert not rows.modified(batch)
     batch.add_(1)
     assert rows.modified(batch)
     with torch.inference_mode():
         still = torch.zeros(4, 2)
-    assert not StoredRows(still, 0).modified(still)
+    assert not StoredSamples(still, 0).modified(still)
 
 
 def test_second_dimension():
     batch = torch.arange(12.0).reshape(3, 4)  # [time, example]
-    rows = StoredRows(batch, 1)
+    rows = StoredSamples(batch, 1)
     np.testing.assert_array_equal(rows.positions(batch, 1), [0, 1, 2, 3])
     assert rows.positions(batch, 0) is None
 
 
 def sums(tensor, dim=0):
-    return row_checksums(tensor, dim)[1].tolist()
+    return sample_checksums(tensor, dim)[1].tolist()
 
 
 def test_checksums_survive_what_copying_does():
@@ -129,7 +129,7 @@ def test_checksums_survive_what_copying_does():
         x.transpose(1, 2).contiguous().transpose(1, 2),
     ]
     assert all(sums(other) == sums(x) for other in same)
-    assert row_checksums(x, 0)[0] == 12
+    assert sample_checksums(x, 0)[0] == 12
     assert sums(x.transpose(0, 1), dim=1) == sums(x)
     assert sums(x.flip(0)) == sums(x)[::-1]
     small = torch.randint(0, 255, (5, 7), dtype=torch.uint8)
@@ -151,6 +151,6 @@ def test_checksums_tell_rows_apart():
 
 
 def test_rows_without_a_checksum():
-    assert row_checksums(torch.zeros(0, 3), 0)[0] == 0
-    assert row_checksums(torch.zeros(3, 0), 0)[0] == 0
-    assert row_checksums(torch.zeros(3, 2, dtype=torch.complex64), 0)[0] == 0
+    assert sample_checksums(torch.zeros(0, 3), 0)[0] == 0
+    assert sample_checksums(torch.zeros(3, 0), 0)[0] == 0
+    assert sample_checksums(torch.zeros(3, 2, dtype=torch.complex64), 0)[0] == 0

@@ -1,0 +1,254 @@
+"""What is known of a pass over a loader, of a delivered batch, and of a forward pass.
+
+A ``LoaderPass`` counts the batches that one iterator of a loader returned. A
+``Delivery`` is one such batch: the data-set indices of its samples, what its tensors
+can be recognised by later, and how often it was used. A ``ForwardPass`` says which
+samples the model was given, by which evidence, and from which delivery.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opacus_pi.attribution.item_fingerprints import ItemFingerprints
+from opacus_pi.attribution.samples import DelayedChecksums, StoredSamples, tensors_in
+
+__all__ = [
+    "LEFT_OUT",
+    "UNATTRIBUTED",
+    "Delivery",
+    "ForwardPass",
+    "Indices",
+    "LoaderPass",
+    "describe_delivery",
+]
+
+UNATTRIBUTED = -1  # in place of an index: the sample's example is not known
+LEFT_OUT = -2  # in place of an index: padding, or a sample that must not be counted
+
+Indices = NDArray[np.int64]  # data-set indices of samples, or one of the two above
+
+
+class LoaderPass:
+    """One pass over a loader, from ``iter(loader)`` on.
+
+    Args:
+        owner: The object that delivers the batches, with the pass that it is in as
+            ``current_pass``; referred to weakly. None: a pass that is never over.
+        number: Which pass over the loader it is, from 1.
+        in_parts: Whether its batches are parts of the batches of an update, as
+            ``BatchMemoryManager`` makes them.
+
+    Attributes:
+        num_delivered: How many batches were returned, those included that a resumed
+            pass skipped because they were used before.
+        num_unused: How many deliveries no forward pass has used yet.
+        has_ended: Whether the iterator raised ``StopIteration``.
+    """
+
+    def __init__(
+        self, owner: Any = None, *, number: int = 0, in_parts: bool = False
+    ) -> None:
+        self.number, self.in_parts = number, in_parts
+        self.num_delivered = self.num_unused = 0
+        self.has_ended = False
+        self._owner: Callable[[], Any] | None = None
+        if owner is not None:
+            self.belongs_to(owner)
+
+    def belongs_to(self, owner: Any) -> None:
+        """Name the object that delivers its batches; see the class."""
+        self._owner = weakref.ref(owner)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its iterator was deleted or has begun another pass.
+
+        An iterator that has ended and is still held does not count as over: the loop
+        may have put some of its batches aside.
+        """
+        if self._owner is None:
+            return False
+        return getattr(self._owner(), "current_pass", None) is not self
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether the loop can still get batches from this pass, as far as is known."""
+        return not self.has_ended and not self.is_over
+
+
+@dataclass(eq=False)
+class Delivery:
+    """One physical batch that a loader returned to the training loop.
+
+    Args:
+        indices: Data-set indices of its samples, in order; None: not known.
+        loader_pass: The pass over the loader that it belongs to.
+        number: Which batch of this pass it is, from 1.
+        stored: Where its tensors are in memory.
+        checksummed: What its tensors that are more than one number a sample contain.
+        item_fingerprints: What the data set returned for these indices, before
+            ``collate_fn``; None: not fingerprinted.
+        num_forward_passes: How many forward passes in training mode used it.
+        num_updates: How many updates its samples entered.
+    """
+
+    indices: list[int] | None
+    loader_pass: LoaderPass
+    number: int = 0
+    stored: list[StoredSamples] = field(default_factory=list)
+    checksummed: list[DelayedChecksums] = field(default_factory=list)
+    item_fingerprints: ItemFingerprints | None = None
+    num_forward_passes: int = 0
+    num_updates: int = 0
+
+    def __post_init__(self) -> None:
+        known = self.indices or []
+        lowest = min(known, default=UNATTRIBUTED)
+        self.are_distinct = lowest >= 0 and len(set(known)) == len(known)
+
+    @cached_property
+    def index_array(self) -> Indices | None:
+        """The indices, int64 ``(b,)``; None if they are not known."""
+        known = self.indices
+        return None if known is None else np.array(known, dtype=np.int64)
+
+    @cached_property
+    def checksums(self) -> dict[int, list[Indices]]:
+        """Checksums of each tensor that differ between samples, by entries a sample."""
+        found: dict[int, list[Indices]] = {}
+        for delayed in self.checksummed:
+            sums = delayed.checksums()
+            if _differ_between_samples(delayed.width, sums):
+                found.setdefault(delayed.width, []).append(sums)
+        return found
+
+    def use(self) -> None:
+        """Count a forward pass in training mode that was given this batch."""
+        if not self.num_forward_passes:
+            self.loader_pass.num_unused -= 1
+        self.num_forward_passes += 1
+
+    def may_be_waiting(self) -> bool:
+        """Whether the loop could still give this batch, or a copy, to the model."""
+        held = any(not stored.expired() for stored in self.stored)
+        return not self.num_forward_passes and (held or not self.loader_pass.is_over)
+
+
+class ForwardPass:
+    """One forward pass in training mode: which samples, and by which evidence.
+
+    Args:
+        indices: Data-set indices of its samples; None: not known, or those of the
+            whole delivery.
+        evidence: One of the kinds that ``Tracker.counts`` has; empty: none.
+        delivery: The batch that the samples come from.
+        cause: Why samples are uncertain; a key of the tracker's explanations.
+
+    Attributes:
+        backward: When the backward pass reached it, counted by the tracker; 0: not yet.
+        clipped: Whether the second backward pass of ghost clipping reached it.
+    """
+
+    def __init__(
+        self,
+        indices: Indices | None,
+        evidence: str,
+        delivery: Delivery | None = None,
+        cause: str = "",
+    ) -> None:
+        self.evidence, self.delivery, self.cause = evidence, delivery, cause
+        self.backward = 0
+        self.clipped = False
+        self._indices = indices
+
+    @property
+    def indices(self) -> Indices | None:
+        """Data-set indices of its samples, int64 ``(b,)``; None: not known."""
+        if self._indices is None and self.delivery is not None:
+            return self.delivery.index_array
+        return self._indices
+
+    @property
+    def num_samples(self) -> int | None:
+        """How many samples it has; None: not known."""
+        distinct = self.distinct_indices()
+        if distinct is not None:
+            return len(distinct)
+        return None if self.indices is None else len(self.indices)
+
+    def distinct_indices(self) -> list[int] | None:
+        """Return its indices if it is a whole delivery of different, known examples.
+
+        This is nearly always so, and then needs no array and no further checks.
+        Otherwise None.
+        """
+        if self._indices is None and self.delivery is not None:
+            return self.delivery.indices if self.delivery.are_distinct else None
+        return None
+
+
+def describe_delivery(
+    indices: Any, batch: Any, loader_pass: LoaderPass, *, batch_dim: int, verify: bool
+) -> Delivery:
+    """Note what a delivered batch can be recognised by later.
+
+    Args:
+        indices: What the sampler returned for it: indices, or one index.
+        batch: Tensors in any nesting.
+        loader_pass: The pass over the loader that it belongs to.
+        batch_dim: The dimension that should run over the samples.
+        verify: Whether to keep what checksums are computed from.
+    """
+    tensors = list(tensors_in(batch))
+    known, is_single = _listed(indices)
+    number = loader_pass.num_delivered
+    if known is None:
+        return Delivery(None, loader_pass, number)
+    if is_single:  # without collation the item is the one sample
+        tensors = [t.unsqueeze(0) for t in tensors]
+    if not known and tensors and tensors[0].dim() and tensors[0].shape[0]:
+        known = [LEFT_OUT] * tensors[0].shape[0]  # padding of an empty Poisson batch
+    delivery, num_samples = Delivery(known, loader_pass, number), len(known)
+    for tensor in tensors:
+        dim = _sample_dim(tensor, num_samples, batch_dim)
+        if dim is not None:
+            delivery.stored.append(StoredSamples(tensor, dim))
+            if verify and tensor.numel() > num_samples:  # many samples share a label
+                delivery.checksummed.append(DelayedChecksums(tensor, dim))
+    return delivery
+
+
+def _listed(indices: Any) -> tuple[list[int] | None, bool]:
+    """Return a sampler's output as a list, and whether it was a single index.
+
+    The list is None if the output is not whole numbers (keys of a dict, for example).
+    """
+    if isinstance(indices, Tensor | np.ndarray):
+        indices = indices.tolist()
+    is_single = not isinstance(indices, list | tuple)
+    listed = [indices] if is_single else list(indices)
+    if set(map(type, listed)) - {int}:  # rare: NumPy's integers, or other keys
+        if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in listed):
+            return None, is_single
+        listed = [int(i) for i in listed]
+    return listed, is_single
+
+
+def _sample_dim(tensor: Tensor, num_samples: int, preferred: int) -> int | None:
+    """Return which of the first two dimensions runs over the samples, if one does."""
+    for dim in (preferred, 1 - preferred):
+        if tensor.dim() > dim and tensor.shape[dim] == num_samples:
+            return dim
+    return None
+
+
+def _differ_between_samples(width: int, sums: Indices) -> bool:
+    """Whether checksums are evidence: those of masks and labels are often all alike."""
+    return width > 1 and len(sums) > 0 and (len(sums) == 1 or (sums != sums[0]).any())

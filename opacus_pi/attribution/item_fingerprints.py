@@ -1,0 +1,208 @@
+"""Fingerprints of the items of a data set, taken before ``collate_fn``.
+
+``collate_fn`` may sort, drop or mix the items that the data set returned, and the batch
+does not show it. So the items are fingerprinted where they are loaded, in the worker
+process, by the same checksums as the samples of the finished batch, and the
+fingerprints travel beside the batch. Sample i of the batch is item k if their checksums
+agree.
+
+*Guarantee.* The loop receives the object that ``collate_fn`` returned: same type, same
+tensors, same random numbers. Nothing is fingerprinted after ``collate_fn`` ran, so an
+item that it changes in place is fingerprinted as the data set returned it.
+
+*What breaks it.* Images, strings, sparse or complex tensors, and tensors on a GPU have
+no fingerprint (width 0). Two items that differ only in such parts, or only in entries
+that checksums do not look at, have the same fingerprint.
+
+>>> import torch
+>>> items = [(torch.tensor([1.0, 2.0]), 5), (torch.tensor([3.0, 4.0]), 5)]
+>>> fingerprint_items(items).widths
+array([[2, 1],
+       [2, 1]])
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opacus_pi.attribution.samples import (
+    checksums_of_entries,
+    is_dense,
+    sample_checksums,
+    spacing,
+)
+
+__all__ = [
+    "FingerprintedBatch",
+    "FingerprintingCollate",
+    "ItemFingerprints",
+    "fingerprint_items",
+]
+
+_MAX_DEPTH = 6  # of nested items; a list may contain itself
+_MAX_PARTS = 64  # of an item that are fingerprinted
+_FEW_NUMBERS = 8  # a list of more numbers than these is one part, not one part each
+_MAX_STACKED = 4096  # entries of a tensor up to which copying all of them is cheapest
+_NUMBERS = frozenset({int, float, bool})
+_SIMPLE = _NUMBERS | {Tensor, np.ndarray, str, type(None)}
+_NO_ENTRIES = np.empty(0, dtype=np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class ItemFingerprints:
+    """Checksums of the tensors, arrays and numbers in each item of a batch.
+
+    Args:
+        widths: int64 ``(b, m)``: number of entries in the j-th part of item i; 0 if
+            the item has no such part, or a part that has no checksum.
+        checksums: int64 ``(b, m)``: checksums of these parts, comparable with
+            ``sample_checksums`` of the collated batch; 0 where the width is 0.
+    """
+
+    widths: NDArray[np.int64]
+    checksums: NDArray[np.int64]
+
+
+class FingerprintedBatch(NamedTuple):
+    """A batch on its way from the worker process to the iterator.
+
+    A named tuple, because torch's pinning of memory goes into tuples and leaves the
+    fingerprints alone.
+    """
+
+    batch: Any
+    item_fingerprints: ItemFingerprints
+
+
+class FingerprintingCollate:
+    """A ``collate_fn`` that fingerprints the items first; pickles if the own one does.
+
+    Args:
+        collate_fn: The loader's own; it keeps its state and sees the same calls.
+        is_single: Whether it is given one item instead of a list (``batch_size=None``).
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any], *, is_single: bool) -> None:
+        self.collate_fn, self.is_single = collate_fn, is_single
+
+    def __call__(self, items: Any) -> FingerprintedBatch:
+        """Collate items, and return their fingerprints beside the batch."""
+        fingerprints = fingerprint_items([items] if self.is_single else items)
+        return FingerprintedBatch(self.collate_fn(items), fingerprints)
+
+
+def fingerprint_items(items: Any) -> ItemFingerprints:
+    """Compute checksums of the parts of each item.
+
+    Args:
+        items: What the data set returned: a list of items, each any nesting of lists,
+            tuples, mappings and dataclasses of tensors, arrays and numbers. Of another
+            object (which ``__getitems__`` may return) there are no fingerprints.
+    """
+    parts = [_parts(item) for item in items] if isinstance(items, list | tuple) else []
+    num_parts = max(map(len, parts), default=0)
+    if any(len(own) != num_parts for own in parts):
+        parts = [own + [None] * (num_parts - len(own)) for own in parts]
+    widths = np.zeros((len(parts), num_parts), dtype=np.int64)
+    checksums = np.zeros((len(parts), num_parts), dtype=np.int64)
+    with torch.no_grad():  # an item may require a gradient
+        for j, column in enumerate(zip(*parts, strict=True)):
+            widths[:, j], checksums[:, j] = _column_checksums(column)
+    return ItemFingerprints(widths, checksums)
+
+
+def _parts(item: Any) -> list[Any]:
+    """List the parts of an item that have one checksum each; of very many, the first.
+
+    A list of more than a few numbers, such as token ids, is one part.
+    """
+    if type(item) in (tuple, list) and _SIMPLE.issuperset(map(type, item)):
+        return list(item[:_MAX_PARTS])  # nearly always, and then no recursion is needed
+    return list(islice(_leaves(item, _MAX_DEPTH), _MAX_PARTS))
+
+
+def _leaves(nested: Any, depth: int) -> Iterator[Any]:
+    """Yield what a nesting of lists, tuples, mappings and dataclasses consists of."""
+    children: Any = None
+    if isinstance(nested, list | tuple):
+        if len(nested) <= _FEW_NUMBERS or not _NUMBERS.issuperset(map(type, nested)):
+            children = nested
+    elif isinstance(nested, Mapping):
+        children = nested.values()
+    elif is_dataclass(nested) and not isinstance(nested, type):
+        children = (getattr(nested, field.name) for field in fields(nested))
+    if children is None or depth == 0:
+        yield nested
+    else:
+        for child in children:
+            yield from _leaves(child, depth - 1)
+
+
+def _column_checksums(column: Sequence[Any]) -> tuple[Any, NDArray[np.int64]]:
+    """Compute widths and checksums of the same part of all items."""
+    kinds = set(map(type, column))
+    if kinds == {Tensor} and _can_be_stacked(column):
+        return sample_checksums(torch.stack(list(column)), 0)
+    if kinds <= _NUMBERS and (numbers := np.array(column)).dtype.kind in "biuf":
+        return 1, checksums_of_entries(_as_float32(numbers)[:, None])
+    found = [_entries(part) for part in column]
+    lengths = [len(entries) for _, entries in found]
+    matrix = np.zeros((len(found), max(lengths)), dtype=np.float32)
+    for row, (_, entries) in zip(matrix, found, strict=True):
+        row[: len(entries)] = entries
+    return [width for width, _ in found], checksums_of_entries(matrix)
+
+
+def _can_be_stacked(column: Sequence[Tensor]) -> bool:
+    """Whether tensors are so small and alike that one copy of all is cheapest."""
+    first = column[0]
+    return (
+        is_dense(first)
+        and first.numel() <= _MAX_STACKED
+        and all(
+            t.shape == first.shape and t.layout is first.layout and t.is_cpu
+            for t in column
+        )
+    )
+
+
+def _entries(part: Any) -> tuple[int, NDArray[np.float32]]:
+    """Return the number of entries of one part, and those that its checksum looks at.
+
+    Returns:
+        Width and float32 entries; 0 and none for what has no checksum.
+    """
+    if isinstance(part, Tensor):
+        if not (is_dense(part) and part.is_cpu and part.numel()) or part.is_complex():
+            return 0, _NO_ENTRIES
+        count, step = spacing(part.numel())
+        sampled = part.detach().reshape(-1)[: count * step : step].resolve_neg()
+        return part.numel(), sampled.float().numpy()
+    if isinstance(part, list | tuple):
+        is_array = _NUMBERS.issuperset(map(type, part))
+    else:
+        is_array = isinstance(part, np.ndarray | np.generic) or type(part) in _NUMBERS
+    if is_array:
+        return _array_entries(part)
+    return 0, _NO_ENTRIES
+
+
+def _array_entries(part: Any) -> tuple[int, NDArray[np.float32]]:
+    """Return what ``_entries`` does, of an array, a number or a list of numbers."""
+    array = np.asarray(part)
+    if array.dtype.kind not in "biuf" or not array.size:  # text, objects, dates
+        return 0, _NO_ENTRIES
+    count, step = spacing(array.size)
+    return array.size, _as_float32(array.reshape(-1)[: count * step : step])
+
+
+def _as_float32(array: NDArray[Any]) -> NDArray[np.float32]:
+    """Convert as torch does: a number that is too large becomes infinite."""
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)

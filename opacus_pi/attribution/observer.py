@@ -1,0 +1,378 @@
+"""One observer of a data loader: which batches it returned, of which passes.
+
+The loader stays the user's object. Its class is replaced by a subclass whose iterators
+keep the sampler's output, in the main process and before any worker sees it, and report
+a batch together with its indices at the moment when the training loop receives it. The
+same subclass counts passes, lets an ``EpochPosition`` start them where a saved run
+stopped, and can have items fingerprinted before ``collate_fn``.
+
+*Guarantee.* Training is the same to the bit: data set, sampler, ``collate_fn``, worker
+processes and random numbers are the loader's own, and the loop receives the objects
+that ``collate_fn`` returned. Indices and batch belong together with any number of
+workers, with persistent ones, out of order, after an exception in a worker, and with
+several iterators at once. Copies and pickles of an observed loader are plain loaders,
+and a loader that is iterated inside another loader's worker process is not observed.
+
+*What breaks it.* A subclass of ``DataLoader`` with iterators that are not torch's is
+not observed: its batches have no indices, and its passes cannot be resumed
+(``LoaderObserver.num_unobserved_passes``). A loader that somebody else builds from this
+one (Accelerate, Lightning) is not observed unless ``observe_like`` is called for it.
+
+The private methods of torch that are overridden here are listed in ``_torch_compat``.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Protocol, SupportsIndex
+
+from torch.utils.data import DataLoader, get_worker_info
+
+from opacus_pi._class_swap import swap_class
+from opacus_pi._torch_compat import (
+    LoaderIterator,
+    has_workers,
+    index_sampler,
+    makes_own_iterators,
+    next_index,
+    received_position,
+)
+from opacus_pi.attribution.delivery import LoaderPass
+from opacus_pi.attribution.item_fingerprints import (
+    FingerprintedBatch,
+    FingerprintingCollate,
+)
+from opacus_pi.attribution.tracker import Tracker
+
+__all__ = ["LoaderObserver", "observe", "observe_like", "observer_of", "tracker_of"]
+
+
+class Position(Protocol):
+    """Where a run is in its pass over a loader, as ``EpochPosition`` knows it."""
+
+    def begin_pass(self, loader_pass: LoaderPass, make: Callable[[], Any]) -> Any:
+        """Begin a pass, whose iterator ``make`` returns; maybe further on."""
+
+
+class LoaderObserver:
+    """Counts the passes and deliveries of a loader, and reports deliveries.
+
+    Loaders that are built from the observed one (``observe_like``) share its observer.
+
+    Args:
+        tracker: Receives every delivery; referred to weakly. None: deliveries are
+            counted only.
+        fingerprint_items: Whether passes that begin from now on fingerprint the items
+            of the data set before ``collate_fn``.
+
+    Attributes:
+        position: Told when a pass begins, so that it can be resumed; may be None.
+        num_passes: How many passes have begun.
+        num_passes_ended: How many of them were iterated to their end.
+        num_unobserved_passes: How many passes had iterators that are not torch's.
+        num_deliveries: How many batches the loop received, of all passes. Batches that
+            a resumed pass skips are not among them.
+    """
+
+    def __init__(
+        self, tracker: Tracker | None = None, *, fingerprint_items: bool = False
+    ) -> None:
+        self._tracker = None if tracker is None else weakref.ref(tracker)
+        self.fingerprint_items = fingerprint_items
+        self.position: Position | None = None
+        self.num_passes = self.num_passes_ended = self.num_unobserved_passes = 0
+        self.num_deliveries = 0
+        self._num_left = 0
+        self._open: list[LoaderPass] = []
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """The tracker that deliveries are reported to, while it exists."""
+        return None if self._tracker is None else self._tracker()
+
+    @property
+    def open_passes(self) -> list[LoaderPass]:
+        """The passes that were begun, and have neither ended nor been left."""
+        self._settle()
+        return list(self._open)
+
+    @property
+    def num_passes_left(self) -> int:
+        """How many passes were left before their end, as by ``break``.
+
+        A pass counts from the moment when its iterator is deleted or restarted.
+        """
+        self._settle()
+        return self._num_left
+
+    def _settle(self) -> None:
+        """Count the passes that were left, and keep those that are under way."""
+        self._num_left += sum(p.is_over and not p.has_ended for p in self._open)
+        self._open = [p for p in self._open if p.is_under_way]
+
+    def begin_pass(self, loader: DataLoader[Any], make: Callable[[], Any]) -> Any:
+        """Begin a pass over a loader.
+
+        Args:
+            loader: The loader, observed by this observer.
+            make: Makes the loader's iterator, or restarts the persistent one.
+
+        Returns:
+            The iterator that ``make`` returned, changed in place.
+        """
+        self._settle()
+        self.num_passes += 1
+        in_parts = vars(loader).get("_pi_in_parts", False)
+        loader_pass = LoaderPass(number=self.num_passes, in_parts=in_parts)
+        begin = partial(self._follow, loader_pass, make)
+        if self.position is None:
+            return begin()
+        return self.position.begin_pass(loader_pass, begin)
+
+    def _follow(self, loader_pass: LoaderPass, make: Callable[[], Any]) -> Any:
+        """Make the iterator of a pass, and observe it if it is one of torch's."""
+        iterator = make()
+        if not isinstance(iterator, LoaderIterator):
+            self.num_unobserved_passes += 1
+            return iterator
+        swap_class(iterator, _observed_iterator)
+        vars(iterator)["_pi_observer"] = self
+        index_sampler(iterator).begin_pass(loader_pass)
+        self._open.append(loader_pass)
+        return iterator
+
+    def deliver(self, batch: Any, indices: Any, loader_pass: LoaderPass) -> Any:
+        """Report a batch that the loop is about to receive.
+
+        Args:
+            batch: What the iterator returned, with fingerprints or without.
+            indices: What the sampler returned for it.
+            loader_pass: The pass that it belongs to.
+
+        Returns:
+            The batch as ``collate_fn`` returned it.
+        """
+        fingerprints = None
+        if type(batch) is FingerprintedBatch:
+            batch, fingerprints = batch
+        loader_pass.num_delivered += 1
+        self.num_deliveries += 1
+        tracker = self.tracker
+        if tracker is not None:
+            tracker.delivered(
+                indices, batch, loader_pass, item_fingerprints=fingerprints
+            )
+        return batch
+
+    def end_pass(self, loader_pass: LoaderPass) -> None:
+        """Note that an iterator raised ``StopIteration``; again and again is once."""
+        if not loader_pass.has_ended:
+            loader_pass.has_ended = True
+            self.num_passes_ended += 1
+
+
+def observe(
+    loader: DataLoader[Any],
+    tracker: Tracker | None = None,
+    *,
+    fingerprint_items: bool = False,
+) -> LoaderObserver:
+    """Observe a loader from its next pass on.
+
+    Args:
+        loader: The loader, changed in place. Copies and pickles of it are plain.
+        tracker: Receives every delivery; referred to weakly.
+        fingerprint_items: Whether to fingerprint items before ``collate_fn``.
+
+    Returns:
+        The new observer. It replaces an earlier one, which goes on observing only the
+        iterators that it knows already.
+    """
+    observer = LoaderObserver(tracker, fingerprint_items=fingerprint_items)
+    _attach(loader, observer, in_parts=False)
+    return observer
+
+
+def observe_like(
+    source: DataLoader[Any], built: DataLoader[Any], *, in_parts: bool = True
+) -> None:
+    """Observe a loader that was built from another one, if that one is observed.
+
+    Args:
+        source: The loader that is perhaps observed.
+        built: A loader over the same data set that draws from the same sampler;
+            changed in place.
+        in_parts: Whether its batches are parts of the batches of ``source``.
+    """
+    observer = observer_of(source)
+    if observer is not None:
+        _attach(built, observer, in_parts=in_parts)
+
+
+def observer_of(loader: DataLoader[Any]) -> LoaderObserver | None:
+    """Return the observer of a loader; None if it is not observed."""
+    observer: LoaderObserver | None = getattr(loader, "_pi_observer", None)
+    return observer
+
+
+def tracker_of(loader: DataLoader[Any]) -> Tracker | None:
+    """Return the tracker that a loader reports to, while it exists; else None."""
+    observer = observer_of(loader)
+    return None if observer is None else observer.tracker
+
+
+def _attach(
+    loader: DataLoader[Any], observer: LoaderObserver, *, in_parts: bool
+) -> None:
+    """Have a loader's next passes observed."""
+    swap_class(loader, _observed_loader)
+    vars(loader).update(_pi_observer=observer, _pi_in_parts=in_parts)
+
+
+class RecordedIndices:
+    """The index sampler of one iterator, which keeps what it returned by position.
+
+    An iterator with workers draws indices ahead of the batches that it returns, so they
+    are kept until their batch is delivered.
+
+    Args:
+        sampler: The loader's ``batch_sampler``, or its ``sampler``.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.current_pass: LoaderPass | None = None
+        self._restart()
+
+    def _restart(self) -> None:
+        """Forget the indices of an earlier pass."""
+        self.kept: dict[int, Any] = {}
+        self.num_drawn = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self._restart()
+        for indices in self.sampler:
+            self.kept[self.num_drawn] = indices
+            self.num_drawn += 1
+            yield indices
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["sampler"], name)
+
+    def begin_pass(self, loader_pass: LoaderPass) -> None:
+        """Make a pass the one that deliveries belong to; an earlier one is over."""
+        loader_pass.belongs_to(self)
+        self.current_pass = loader_pass
+
+    def take(self, position: int, *, in_order: bool) -> Any:
+        """Return the indices at a position, and forget them.
+
+        Args:
+            position: Which batch of the pass, from 0.
+            in_order: Whether batches are delivered in order. Then indices that were
+                drawn earlier are forgotten, too: a worker failed to load their batch.
+        """
+        indices = self.kept.pop(position, None)
+        if in_order and self.kept:
+            self.kept = {k: v for k, v in self.kept.items() if k > position}
+        return indices
+
+
+def _observed_loader(base: type) -> type:
+    """Make the subclass of a loader's class whose passes are observed."""
+
+    class Observed(base):
+        @property
+        def _index_sampler(self) -> Any:  # torch reads it once for each iterator
+            sampler = super()._index_sampler
+            return sampler if get_worker_info() else RecordedIndices(sampler)
+
+        def _get_iterator(self) -> Any:
+            observer, make = self._pi_observer, super()._get_iterator
+            if get_worker_info():  # a copy inside another loader's worker process
+                return make()
+            if observer.fingerprint_items and not makes_own_iterators(base):
+                make = partial(_fingerprinting_iterator, self, base)
+            return observer.begin_pass(self, make)
+
+        def __reduce_ex__(
+            self, protocol: SupportsIndex
+        ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+            plain = next(c for c in type(self).__mro__ if "_pi_swaps" not in vars(c))
+            state = {k: v for k, v in vars(self).items() if not k.startswith("_pi_")}
+            return _without_state, (plain,), state
+
+    return Observed
+
+
+def _observed_iterator(base: type) -> type:
+    """Make the subclass of an iterator's class that reports what it returns."""
+
+    class Observed(base):
+        def _reset(self, loader: Any, *first_iter: Any) -> None:
+            """Begin another pass with the same worker processes."""
+            observer = observer_of(loader) or self._pi_observer
+            restart = partial(super()._reset, loader, *first_iter)
+            observer.begin_pass(loader, lambda: restart() or self)
+
+        def _get_data(self) -> Any:  # with workers only
+            received = super()._get_data()
+            self._pi_received = received[0]
+            return received
+
+        def __next__(self) -> Any:
+            indices = index_sampler(self)
+            try:
+                batch = super().__next__()
+            except StopIteration:
+                self._pi_observer.end_pass(indices.current_pass)
+                raise
+            taken = self._pi_take(indices)
+            return self._pi_observer.deliver(batch, taken, indices.current_pass)
+
+        def _pi_take(self, indices: RecordedIndices) -> Any:
+            """The indices of the batch that was returned last."""
+            if not has_workers(self):  # the newest
+                return indices.take(indices.num_drawn - 1, in_order=True)
+            position = received_position(self)
+            if position is None:
+                return indices.take(self._pi_received, in_order=False)
+            return indices.take(position, in_order=True)
+
+        def _pi_skip(self, num_batches: int) -> None:
+            """Go past batches without reporting them; without workers unloaded."""
+            indices = index_sampler(self)
+            try:
+                for _ in range(num_batches):
+                    if has_workers(self):
+                        super().__next__()
+                    else:
+                        next_index(self)
+                    self._pi_take(indices)
+            except StopIteration:
+                pass  # the pass that is resumed was at its end
+
+    return Observed
+
+
+def _fingerprinting_iterator(loader: Any, base: Any) -> Any:
+    """Make an iterator whose ``collate_fn`` fingerprints the items first.
+
+    Torch reads the loader's attributes while it makes an iterator. It is given a
+    shallow copy, so that the user's loader keeps its own ``collate_fn`` at all times:
+    another thread or a forked worker process may look at it.
+    """
+    copy = _without_state(type(loader))
+    vars(copy).update(vars(loader))
+    vars(copy)["collate_fn"] = FingerprintingCollate(
+        loader.collate_fn, is_single=loader.batch_sampler is None
+    )
+    return base._get_iterator(copy)
+
+
+def _without_state(cls: Any) -> Any:
+    """Make an object of a class without initialising it."""
+    return cls.__new__(cls)

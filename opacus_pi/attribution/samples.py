@@ -1,0 +1,244 @@
+"""What identifies a sample of a batch: where it is stored, and what it contains.
+
+A sample is one position of a physical batch. Two facts tell later which sample a
+tensor holds: the memory that it is stored in, and a checksum of some of its entries.
+Views of a delivered batch share its memory; copies on another device, of another shape
+or of a wider type keep the checksum.
+
+*Guarantee.* Storage that matches is the very memory that was delivered: it is referred
+to by a weak reference to torch's storage object, never by an address, which the
+allocator reuses within a few updates. Equal checksums of different samples have a
+chance of about 2^-64 where the entries that are looked at differ.
+
+*What breaks it.* A write to the memory through ``.data`` or through NumPy is not
+counted by torch, so the storage still matches while the content has changed. Samples
+that differ only in entries that the checksum does not look at (it looks at 256, evenly
+spaced) have the same checksum. Types that cannot hold the values, such as ``half``
+after ``float``, change the checksum, and the sample is not recognised.
+
+>>> import torch
+>>> batch = torch.arange(8.0).reshape(4, 2)
+>>> StoredSamples(batch, 0).positions(batch[2:], 0)
+array([2, 3])
+>>> sample_checksums(batch[2:].double(), 0)[1] == sample_checksums(batch, 0)[1][2:]
+array([ True,  True])
+"""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from opacus_pi._torch_compat import (
+    StorageWeakRef,
+    is_traceable_wrapper_subclass,
+    num_writes,
+    storage_address,
+)
+
+__all__ = [
+    "DelayedChecksums",
+    "StoredSamples",
+    "checksums_of_entries",
+    "is_dense",
+    "sample_checksums",
+    "spacing",
+    "tensors_in",
+]
+
+_MAX_DEPTH = 6  # of nested batches; a list may contain itself
+_MAX_ENTRIES = 256  # of a sample that its checksum looks at
+_WEIGHTS = (  # odd, so that no entry is lost modulo 2^64
+    np.random.default_rng(0).integers(1, 2**62, _MAX_ENTRIES, dtype=np.int64) * 2 + 1
+)
+
+
+def tensors_in(nested: Any, depth: int = _MAX_DEPTH) -> Iterator[Tensor]:
+    """Yield the dense tensors in any nesting of lists, tuples and dict-like objects.
+
+    Packed sequences are left out, because their first dimension runs over time steps
+    of all samples together.
+
+    Args:
+        nested: A tensor, a list, tuple, dataclass or an object with ``values()``.
+        depth: How many levels are entered.
+    """
+    if isinstance(nested, Tensor):
+        if is_dense(nested):
+            yield nested
+    elif depth > 0 and not isinstance(nested, str | bytes | PackedSequence):
+        if not isinstance(nested, list | tuple):  # dict, UserDict, BatchEncoding
+            values = getattr(nested, "values", None)
+            nested = values() if callable(values) else _fields(nested)
+        for item in nested:
+            yield from tensors_in(item, depth - 1)
+
+
+def _fields(nested: Any) -> Iterator[Any]:
+    """Yield the values of a dataclass; of any other object, nothing."""
+    if is_dataclass(nested) and not isinstance(nested, type):
+        yield from (getattr(nested, field.name) for field in fields(nested))
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has one place in memory for each of its entries."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_meta
+        and not tensor.is_nested
+        and (type(tensor) is Tensor or not is_traceable_wrapper_subclass(tensor))
+    )
+
+
+class StoredSamples:
+    """Where in memory the samples of a delivered tensor are.
+
+    Args:
+        tensor: A dense tensor.
+        dim: Its dimension that runs over the samples.
+    """
+
+    def __init__(self, tensor: Tensor, dim: int) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._layout = _layout(tensor, dim)
+        _, _, self._start, shape, strides = self._layout
+        self._num_samples, self._stride = shape[dim], strides[dim]
+        self._num_writes, self._entry_size = num_writes(tensor), tensor.element_size()
+
+    def positions(self, tensor: Tensor, dim: int) -> NDArray[np.int64] | None:
+        """Return the positions of a tensor's samples among these samples.
+
+        Args:
+            tensor: A tensor that may be a view of this memory.
+            dim: Its dimension that runs over the samples.
+
+        Returns:
+            int64 ``(b,)``; ``None`` unless each of its samples lies within one of
+            these.
+        """
+        if not self._is_memory_of(tensor):
+            return None
+        if _layout(tensor, dim) == self._layout:
+            return np.arange(self._num_samples)
+        if self._stride <= 0 or not tensor.shape[dim] or tensor.numel() == 0:
+            return None
+        offset = tensor.storage_offset() - self._start
+        starts = offset + np.arange(tensor.shape[dim]) * tensor.stride(dim)
+        found, within = np.divmod(starts, self._stride)
+        inside = (found >= 0) & (found < self._num_samples)
+        # A view that reaches from one sample into the next has no one position.
+        inside &= within + _extent(tensor, dim) < self._stride
+        return found if inside.all() else None
+
+    def are_all_of(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a tensor's samples are these samples, all of them, in this order."""
+        return self._is_memory_of(tensor) and _layout(tensor, dim) == self._layout
+
+    def expired(self) -> bool:
+        """Whether the memory was freed, so that no tensor can hold it any more."""
+        return bool(self._storage.expired())
+
+    def modified(self, tensor: Tensor) -> bool:
+        """Whether the memory was written to in place since these samples were noted.
+
+        Args:
+            tensor: A tensor that lives in this memory.
+        """
+        return num_writes(tensor) != self._num_writes
+
+    def _is_memory_of(self, tensor: Tensor) -> bool:
+        """Whether the tensor lives in this memory, with entries of the same size."""
+        same = storage_address(tensor.untyped_storage()) == self._storage.cdata
+        return same and tensor.element_size() == self._entry_size
+
+
+class DelayedChecksums:
+    """Copies of a few entries of each sample, from which checksums can be computed.
+
+    Most batches are recognised by their storage, and their checksums are never needed.
+    Copying 256 entries of each sample at delivery is cheap, and needs no
+    synchronisation with a GPU; the sums are computed only when a model is given copies.
+
+    Args:
+        tensor: A dense tensor.
+        dim: Its dimension that runs over the samples.
+
+    Attributes:
+        width: Number of entries in a sample; 0 if samples cannot be recognised.
+    """
+
+    def __init__(self, tensor: Tensor, dim: int) -> None:
+        self._num_samples = tensor.shape[dim]
+        self.width = tensor.numel() // self._num_samples if self._num_samples else 0
+        if tensor.is_complex():
+            self.width = 0
+        if self.width:
+            samples = tensor.detach() if dim == 0 else tensor.detach().movedim(dim, 0)
+            samples, (count, step) = samples.contiguous(), spacing(self.width)
+            shape, strides = (self._num_samples, count), (self.width, step)
+            start = samples.storage_offset()
+            self._entries = samples.as_strided(shape, strides, start).clone()
+
+    def checksums(self) -> NDArray[np.int64]:
+        """Return one checksum for each sample, int64 ``(b,)``.
+
+        They survive copying, moving to another device, reshaping and widening.
+        """
+        if not self.width:
+            return np.zeros(self._num_samples, dtype=np.int64)
+        return checksums_of_entries(self._entries.cpu().float().contiguous().numpy())
+
+
+def sample_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
+    """Compute a checksum of each sample of a tensor.
+
+    Args:
+        tensor: A dense tensor.
+        dim: Its dimension that runs over the samples.
+
+    Returns:
+        Number of entries in a sample (0: samples cannot be recognised), and int64
+        ``(b,)``.
+    """
+    delayed = DelayedChecksums(tensor, dim)
+    return delayed.width, delayed.checksums()
+
+
+def checksums_of_entries(entries: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Compute the checksum of each row of a matrix, from the bits of its numbers.
+
+    Args:
+        entries: float32 ``(b, k)`` in C order, k at most 256. Zeros at the end of a
+            row do not change its checksum.
+
+    Returns:
+        int64 ``(b,)``: a sum with fixed weights, modulo 2^64.
+    """
+    bits = entries.view(np.int32).astype(np.int64)
+    return bits @ _WEIGHTS[: bits.shape[1]]
+
+
+def spacing(width: int) -> tuple[int, int]:
+    """Return how many entries of a sample its checksum looks at, and their distance.
+
+    Args:
+        width: Number of entries in the sample, at least 1.
+    """
+    step = max(1, width // _MAX_ENTRIES)
+    return min(width // step, _MAX_ENTRIES), step
+
+
+def _layout(tensor: Tensor, dim: int) -> tuple[Any, ...]:
+    """What two views of one memory have in common if they hold the same samples."""
+    return dim, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def _extent(tensor: Tensor, dim: int) -> int:
+    """How far the last entry of a sample is from its first, in entries."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return sum((n - 1) * stride for d, (n, stride) in enumerate(sizes) if d != dim)
