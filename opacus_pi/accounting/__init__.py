@@ -1,4 +1,11 @@
-"""Rényi accounting: what each example of a training run costs, from gradient norms."""
+"""Rényi accounting: the privacy loss of each example, from recorded gradient norms.
+
+NumPy arrays in, NumPy arrays out, float64; no model and no Opacus. The way from a
+ledger to a number goes through ``moments`` (one update), ``composition`` (all updates),
+``losses`` (a ledger) and ``epsilon`` or ``statement`` (what to tell a person).
+``group`` and ``langevin`` bound groups and noisy unlearning, ``budgets`` limits each
+example's loss during training, and ``published`` has formulas of other papers.
+"""
 
 from opacus_pi.accounting.budgets import RenyiFilter
 from opacus_pi.accounting.conversion import rdp_to_delta, rdp_to_epsilon

@@ -1,4 +1,9 @@
-"""What may be claimed after unlearning, with what would have to hold for it.
+"""What may be claimed after unlearning, with the assumptions that it needs.
+
+A ``Guarantee`` joins a number (or none) with the assumptions it rests on. Its kind is
+computed from them and cannot be passed in: a claim is "certified" only if every
+assumption is met, and an unknown assumption counts as not met. What can break a
+guarantee is therefore an assumption that is missing from the list.
 
 >>> fixed = Assumption("The example was clipped", met=True, evidence="max_grad_norm=1")
 >>> single = Assumption("The loss is an upper bound", met=False, evidence="one run")
@@ -7,6 +12,11 @@
 'estimate'
 >>> Guarantee("FineTune", (fixed,)).kind
 'empirical'
+
+Bounds are written rounded up, so that the text never claims less than the number:
+
+>>> rounded_up(1.23401), rounded_up(0.1), rounded_up(float("inf"))
+('1.235', '0.1', 'inf')
 """
 
 import json
@@ -28,12 +38,15 @@ _UNEDITED = "Pass what Guarantee.to_json wrote, unedited."
 
 @dataclass(frozen=True)
 class Assumption:
-    """One condition that a claim rests on.
+    """One condition that a claim needs.
 
     Args:
         statement: The condition, as a sentence.
-        met: Whether it is known to hold; False where it is unknown.
-        evidence: How that is known, or why it is not.
+        met: Whether it is known to hold; False if it is unknown.
+        evidence: Why it is known to hold, or why not.
+
+    Raises:
+        ValueError: If ``met`` is not a bool.
     """
 
     statement: str
@@ -52,7 +65,7 @@ class Assumption:
 
 @dataclass(frozen=True)
 class Guarantee:
-    """How close an unlearned model's law is to that of a retrained one.
+    """Bound or estimate of how far an unlearned model's law is from a retrained one's.
 
     ``divergences[i]`` bounds (or estimates) D_α(unlearned ‖ retrained) at
     α = ``orders[i]``. Every statement is one-sided:
@@ -63,10 +76,14 @@ class Guarantee:
         method: What was run, in words.
         assumptions: Everything the number rests on, met or not.
         orders: Rényi orders, each above 1; empty if there is no number.
-        divergences: One divergence per order, at least 0; ``inf`` where there is none.
+        divergences: One divergence per order, at least 0, in nats; ``inf`` if no
+            divergence is known.
 
     Raises:
-        ValueError: If orders and divergences do not fit or leave their range.
+        ValueError: If orders and divergences have different lengths or are outside
+            their domain.
+
+    Source: Mironov 2017 (arXiv:1702.07476), Definition 4, for the divergence.
     """
 
     method: str
@@ -100,12 +117,13 @@ class Guarantee:
 
     @property
     def kind(self) -> str:
-        """What the number is worth; computed, never passed in.
+        """Kind of the claim, computed from the numbers and assumptions.
 
         Returns:
             ``"certified"``: a finite bound, and every assumption is met;
-            ``"estimate"``: a finite number that rests on something unmet or unknown;
-            ``"empirical"``: no finite number, only comparison with retrained models.
+            ``"estimate"``: a finite number with an assumption that is not met or
+            unknown; ``"empirical"``: no finite number, only comparison with retrained
+            models.
         """
         if not any(math.isfinite(d) for d in self.divergences):
             return "empirical"
@@ -114,18 +132,21 @@ class Guarantee:
 
     @property
     def unmet(self) -> tuple[Assumption, ...]:
-        """The assumptions that do not hold or are not known to."""
+        """The assumptions that do not hold or are not known to hold."""
         return tuple(a for a in self.assumptions if not a.met)
 
     def epsilon(self, delta: float) -> float:
-        """The ε of the one-sided (ε, δ) statement, the smallest over the orders.
+        """Return ε of the one-sided (ε, δ) statement, the smallest over the orders.
 
         Args:
             delta: δ in (0, 1).
 
         Returns:
-            ε, at least 0; ``inf`` if the kind is empirical. It is worth what ``kind``
-            says.
+            ε, at least 0; ``inf`` if the kind is empirical. ``kind`` says whether it is
+            a bound or an estimate.
+
+        Raises:
+            ValueError: If δ is outside (0, 1).
         """
         if self.kind == "empirical":
             return math.inf
@@ -135,7 +156,11 @@ class Guarantee:
         return float(rdp_to_epsilon(divergences, orders, delta))
 
     def to_json(self) -> str:
-        """The guarantee as JSON text; ``kind`` is written for readers only."""
+        """Return the guarantee as JSON text; ``kind`` is written for readers only.
+
+        Returns:
+            One line of JSON.
+        """
         facts = {"format": _FORMAT, "kind": self.kind, **asdict(self)}
         facts["divergences"] = [
             d if math.isfinite(d) else "inf" for d in self.divergences
@@ -144,10 +169,16 @@ class Guarantee:
 
     @classmethod
     def from_json(cls, text: str) -> "Guarantee":
-        """Read what ``to_json`` wrote and compute the kind again.
+        """Read the text that ``to_json`` wrote and compute the kind again.
+
+        Args:
+            text: The JSON text.
+
+        Returns:
+            The guarantee.
 
         Raises:
-            ValueError: If the text is no guarantee, or says a kind that its own
+            ValueError: If the text is not a guarantee, or states a kind that its own
                 numbers and assumptions do not support.
         """
         facts = _parsed(text)
@@ -174,25 +205,25 @@ class Guarantee:
         return found
 
     def _check_texts(self) -> None:
-        """Refuse texts that are none."""
+        """Raise ``TypeError`` unless method, statements and evidence are strings."""
         texts = [self.method]
         for assumption in self.assumptions:
             texts += [assumption.statement, assumption.evidence]
         if not all(isinstance(text, str) for text in texts):
-            raise TypeError("a text is none")
+            raise TypeError("method, statements and evidence must be strings")
 
     def text(self, delta: float = 1e-5) -> str:
-        """What is claimed, in words, with everything that it rests on.
+        """Return the claim in words, with every assumption it rests on.
 
         Args:
-            delta: δ in (0, 1) of the ε that is stated; far below one over the number
-                of examples.
+            delta: δ in (0, 1) of the ε that is stated; choose it far below one over the
+                number of examples.
 
         Returns:
-            Lines; the first says the kind, the second the number, if there is one.
+            Several lines; the first states the kind, the second the number, if any.
 
         Raises:
-            ValueError: If δ leaves its range.
+            ValueError: If δ is outside (0, 1).
         """
         check_delta(delta)
         lines = [
@@ -209,11 +240,11 @@ class Guarantee:
         return self.text()
 
     def _number(self, delta: float) -> list[str]:
-        """The lines of the text that state the number."""
+        """Return the lines of the text that state the number."""
         if self.kind == "empirical":
             return [
-                "No finite divergence from retraining is claimed; only the comparison "
-                "with retrained models speaks for the result."
+                "No finite divergence from retraining is claimed: judge the result "
+                "only by comparison with retrained models."
             ]
         divergence, order = min(zip(self.divergences, self.orders, strict=True))
         if self.kind == "certified":
@@ -228,7 +259,7 @@ class Guarantee:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """The fields of a guarantee's JSON text."""
+    """Return the fields of a guarantee's JSON text."""
     try:
         facts = json.loads(text)
     except (ValueError, TypeError, RecursionError):
@@ -247,11 +278,14 @@ def _parsed(text: str) -> dict[str, Any]:
 
 
 def rounded_up(value: float, num_digits: int = 4) -> str:
-    """A bound as text.
+    """Return a bound as text with a few digits, never below its value.
 
     Args:
-        value: It; may be ``inf``.
+        value: The bound; may be ``inf``.
         num_digits: Significant digits, at least 1.
+
+    Returns:
+        The number in decimal notation.
     """
     nearest = f"{value:.{num_digits}g}"
     if float(nearest) >= value:

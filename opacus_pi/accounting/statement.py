@@ -1,4 +1,8 @@
-"""What a person may be told about the privacy of their own rows.
+"""Statement for one person about the privacy of their own rows.
+
+A person may learn an estimate of the privacy loss of their own row, and a bound that
+holds for any data. The statement lists what both rest on, and with whom each may be
+shared.
 
 >>> from opacus_pi.ledger.mechanism import NoisySGD
 >>> mechanism = NoisySGD(100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
@@ -32,32 +36,34 @@ from opacus_pi.ledger.grad_norm_ledger import (
 )
 
 _FORMAT = "opacus_pi.PrivacyStatement.v1"
+# Fewer orders than for one row: each is a numerical integral, and the best order of a
+# group is often below Opacus's smallest.
 _GROUP_ORDERS = (1 + np.geomspace(0.01, 63, 40)).tolist()
 _OWNER_ONLY = (
-    "The estimate depends on the owner's own data. It may be told to the owner and to "
-    "nobody else. It costs the others nothing more: apart from the owner's data it is "
-    "computed from the model's updates, whose release their own bounds cover (Yu et "
-    "al. 2023, Theorem 3.2). Averages over people need noise before release."
+    "The estimate depends on the owner's own data: share it with the owner only. "
+    "Sharing it has no privacy cost for other people: apart from the owner's data it "
+    "is computed from the model's updates, whose release their own bounds cover (Yu "
+    "et al. 2023, Theorem 3.2). Averages over people need noise before release."
 )
-_PUBLIC = "The bound depends on nobody's data and may be told to anyone."
+_PUBLIC = "The bound does not depend on anyone's data and may be shared with anyone."
 
 
 @dataclass(frozen=True)
 class PrivacyStatement:
-    """One person's privacy in one training run, with what it rests on.
+    """One person's privacy in one training run, with the assumptions it rests on.
 
     The statement is one-sided: with the rows in the training data every event has at
     most e^ε times the probability that it has without them, plus δ.
 
     Args:
-        subject: Who or what it is about.
-        num_rows: How many rows of the training data are theirs.
+        subject: The person or example it is about.
+        num_rows: Number of rows of the training data that belong to the person.
         delta: δ.
-        epsilon: An estimate for these rows. **For their owner only.** None where there
-            is none.
-        worst_case: A bound for any person with as many rows; ``inf`` where there is
-            none.
-        assumptions: What the numbers rest on, met or not.
+        epsilon: An estimate for these rows. **For their owner only.** None if no
+            estimate can be given.
+        worst_case: A bound on ε for any person with as many rows; ``inf`` if no bound
+            can be given.
+        assumptions: Assumptions of the numbers, met or not.
     """
 
     subject: str
@@ -69,12 +75,16 @@ class PrivacyStatement:
 
     @property
     def sharing(self) -> str:
-        """Who may be told what."""
+        """With whom each number may be shared; empty if there is no number."""
         parts = [] if self.epsilon is None else [_OWNER_ONLY]
         return " ".join(parts + ([_PUBLIC] if math.isfinite(self.worst_case) else []))
 
     def to_json(self) -> str:
-        """The statement as JSON text."""
+        """Return the statement as JSON text.
+
+        Returns:
+            One line of JSON.
+        """
         facts = {"format": _FORMAT, **asdict(self), "sharing": self.sharing}
         if math.isinf(self.worst_case):
             facts["worst_case"] = "inf"
@@ -93,7 +103,7 @@ class PrivacyStatement:
         return "\n".join(lines)
 
     def _own(self) -> str:
-        """The line about the rows themselves."""
+        """Return the line about the rows themselves."""
         if self.epsilon is not None:
             return (
                 f"These data: ε ≈ {self.epsilon:.4g} at δ = {self.delta:g}, an "
@@ -101,13 +111,13 @@ class PrivacyStatement:
             )
         if self.num_rows > 1:
             return (
-                "These data: no value of their own. Values of single rows do not add "
-                "up to one for a person."
+                "These data: no estimate. The values of single rows do not add up to a "
+                "value for a person."
             )
-        return "These data: no value can be given."
+        return "These data: no estimate can be given."
 
     def _anyone(self) -> str:
-        """The line about the worst case."""
+        """Return the line about the worst case."""
         if math.isinf(self.worst_case):
             return "Any data: no bound can be given."
         return (
@@ -124,25 +134,28 @@ def privacy_statement(
     *,
     subject: str | None = None,
 ) -> PrivacyStatement:
-    """The privacy of one person's rows, as far as the record of training tells.
+    """Return the privacy of one person's rows, as far as the ledger determines it.
 
-    One row: its own ε, estimated from its gradient norms, and the worst case beside it.
-    Several rows: the worst case of that many rows only, as the sum of the rows' own
-    losses bounds nothing. No number without noise, with noise that is only assumed, or
-    (worst case) without clipping; no estimate from norms that are for ranking only.
+    For one row: its own ε, estimated from its gradient norms, and beside it the worst
+        case.
+    For several rows: only the worst case of that many rows, because the sum of the
+        rows'
+    own losses is not a bound. No number is given without noise or with assumed noise,
+    and no worst case without clipping.
 
     Args:
-        ledger: The record of one run, or of several independent runs of one training.
-        rows: The person's positions in the training set, each once; a list, ``[157]``
-            for one row, as wherever examples are named.
+        ledger: The ledger of one run, or of several independent runs of one training.
+        rows: The person's positions in the training set, each once. Always a list: for
+            one row ``[157]``.
         delta: δ in (0, 1).
-        subject: Who it is about; by default the position.
+        subject: Name of the person or example; by default the position.
 
     Returns:
-        The statement; as sensitive as its ``sharing`` says.
+        The statement; its ``sharing`` says how sensitive it is.
 
     Raises:
-        ValueError: If the rows are bad or not in the ledger, or ``delta`` is.
+        ValueError: If rows are repeated, out of range or not in the ledger, or
+            ``delta`` is not in (0, 1).
 
     Source: Yu et al. 2023 (arXiv:2206.02617), Section 3; paper, Definition 4.2.
     """
@@ -169,7 +182,7 @@ def privacy_statement(
 
 
 def _worst_case(ledger: GradNormLedger, num_rows: int, delta: float) -> float:
-    """The ε of anybody with as many rows."""
+    """Return the bound on ε for any person with as many rows."""
     mechanism, steps = ledger.mechanism, ledger.steps
     if num_rows == 1:
         orders = DEFAULT_ORDERS
@@ -183,7 +196,7 @@ def _worst_case(ledger: GradNormLedger, num_rows: int, delta: float) -> float:
 
 
 def _noisy(ledger: GradNormLedger) -> Assumption:
-    """Training added the recorded noise."""
+    """Return the assumption that training added the recorded noise."""
     mechanism = ledger.mechanism
     noise, assumed = float(np.min(mechanism.noise_std)), mechanism.assumed_noise
     return Assumption(
@@ -196,7 +209,7 @@ def _noisy(ledger: GradNormLedger) -> Assumption:
 def _assumptions(
     runs: Sequence[GradNormLedger], single: bool
 ) -> tuple[Assumption, ...]:
-    """What else the numbers rest on."""
+    """Return the other assumptions of the numbers."""
     mechanism = runs[0].mechanism
     clip = float(np.max(mechanism.max_grad_norm))
     poisson = mechanism.sampling == "poisson"
@@ -205,11 +218,11 @@ def _assumptions(
             "every gradient was clipped", math.isfinite(clip), f"max_grad_norm={clip:g}"
         ),
         Assumption(
-            "batches were drawn without looking at the data",
+            "batches were sampled independently of the data",
             True,
             "recorded as Poisson sampling"
             if poisson
-            else "recorded as a fixed schedule, every row at most once an epoch; no "
+            else "recorded as fixed sampling, every row at most once an epoch; no "
             "amplification by sampling is used",
         ),
         Assumption(
@@ -221,14 +234,15 @@ def _assumptions(
     if single:
         found.append(
             Assumption(
-                "for the estimate: the recorded norms stand for all runs and updates",
+                "for the estimate: the recorded norms represent all runs and updates",
                 False,
-                f"{runs[0].num_rows} rows of {len(runs)} run(s)",
+                f"{runs[0].num_rows} rows of {len(runs)} "
+                f"run{'s' if len(runs) > 1 else ''}",
             )
         )
     return tuple(found)
 
 
 def _line(assumption: Assumption) -> str:
-    """An assumption with its evidence."""
+    """Return an assumption with its evidence."""
     return f"{assumption.statement} ({assumption.evidence})"

@@ -1,4 +1,7 @@
-"""Do two difficulty scores agree? Rank correlations, binned means, stability in σ.
+"""Agreement of difficulty scores: rank correlations, binned means, stability in σ.
+
+Two scores agree if they put examples in nearly the same order. The functions return
+numbers with confidence intervals; they say nothing about privacy.
 
 >>> loss = np.array([0.1, 0.2, 0.4, 0.9, 2.0])
 >>> found = rank_correlations({"privacy loss": loss, "rank": [1, 2, 3, 5, 4]})
@@ -31,12 +34,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class RankCorrelations:
-    """Spearman's ρ of every pair of scores, with the ends of its interval.
+    """Spearman's ρ of every pair of scores, with confidence intervals.
 
     Args:
         names: The scores' names, k of them.
         rho: float64 ``(k, k)``; NaN where a score is the same for all examples.
-        low: Lower ends, ``(k, k)``.
+        low: Lower ends of the confidence intervals, ``(k, k)``.
         high: Upper ends, ``(k, k)``.
     """
 
@@ -46,7 +49,18 @@ class RankCorrelations:
     high: Array
 
     def between(self, first: str, second: str) -> Array:
-        """(ρ, low, high) of one pair, by name."""
+        """Return (ρ, low, high) of one pair.
+
+        Args:
+            first: Name of one score.
+            second: Name of the other.
+
+        Returns:
+            float64 ``(3,)``.
+
+        Raises:
+            ValueError: If a name is unknown.
+        """
         i, j = self.names.index(first), self.names.index(second)
         return np.array([self.rho[i, j], self.low[i, j], self.high[i, j]])
 
@@ -71,10 +85,10 @@ class BinnedMeans:
 def rank_correlations(
     scores: Mapping[str, ArrayLike], *, confidence: float = 0.95
 ) -> RankCorrelations:
-    """Spearman's rank correlation of every pair of scores, with intervals.
+    """Return Spearman's rank correlation of every pair of scores, with intervals.
 
-    Ties get their mean rank. The interval is tanh(atanh ρ ± z √((1 + ρ²/2)/(n - 3))):
-    it speaks of other examples of the same training, not of other trainings.
+    Ties get their mean rank. The interval is tanh(atanh ρ ± z √((1 + ρ²/2)/(n - 3))).
+    It covers the choice of other examples in the same training, not other trainings.
 
     Args:
         scores: Score vectors ``(n,)`` of the same n examples, by name; infinities are
@@ -82,7 +96,7 @@ def rank_correlations(
         confidence: Nominal coverage, for examples drawn independently.
 
     Returns:
-        The matrix and its ends.
+        The correlations and the ends of their confidence intervals.
 
     Raises:
         ValueError: If there are fewer than four examples, the lengths differ, a score
@@ -115,16 +129,17 @@ def rank_correlations(
 def binned_means(
     x: ArrayLike, y: ArrayLike, *, num_bins: int = 30, normalise: bool = True
 ) -> BinnedMeans:
-    """Means of y in bins of equally many examples along the ranking by x.
+    """Return means of y in bins of equally many examples along the ranking by x.
 
     Args:
-        x: What to bin by, finite, ``(n,)``; privacy losses in the paper.
-        y: What to average, finite, ``(n,)``.
+        x: The quantity to bin by, finite, ``(n,)``; privacy losses in the paper.
+        y: The quantity to average, finite, ``(n,)``.
         num_bins: Number of bins, at most n.
-        normalise: Whether y is divided by its largest absolute value first.
+        normalise: Whether to divide y by its largest absolute value first.
 
     Returns:
-        Mean and spread in each bin; sizes differ by at most one example.
+        Mean and standard deviation in each bin; bin sizes differ by at most one
+        example.
 
     Raises:
         ValueError: If a value is not finite, the lengths differ, or ``num_bins`` is not
@@ -160,7 +175,7 @@ def rank_stability(
     *,
     convention: str = "corrected",
 ) -> RankCorrelations:
-    """How far the ranking by privacy loss depends on the noise that is assumed.
+    """Return how well rankings by privacy loss agree between assumed noise levels.
 
     Args:
         ledger: One run, or several independent runs of one training.
@@ -170,10 +185,11 @@ def rank_stability(
         convention: As in ``privacy_losses``.
 
     Returns:
-        Spearman's ρ between the losses at every pair of noises, named ``"σ=0.01"``.
+        Spearman's ρ between the losses at every pair of noise levels, with names like
+        ``"σ=0.01"``.
 
     Raises:
-        ValueError: If a noise is repeated, or as ``privacy_losses``.
+        ValueError: If a noise level is repeated, or as for ``privacy_losses``.
 
     Source: paper, Appendix F, "Rankings across noise levels".
     """
@@ -196,7 +212,7 @@ def rank_stability(
 
 
 def _scores(name: str, values: ArrayLike) -> Array:
-    """One checked score vector."""
+    """Return one checked score vector."""
     array = np.asarray(values, dtype=np.float64)
     expect(
         array.ndim == 1 and not np.isnan(array).any(),
@@ -210,7 +226,7 @@ def _scores(name: str, values: ArrayLike) -> Array:
 
 
 def _finite(name: str, values: ArrayLike) -> Array:
-    """One checked vector without infinities."""
+    """Return one checked vector without infinities."""
     array = np.asarray(values, dtype=np.float64)
     expect(
         array.ndim == 1 and array.size > 0 and bool(np.isfinite(array).all()),

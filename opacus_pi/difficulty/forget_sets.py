@@ -1,9 +1,9 @@
-"""Which examples to forget: sets of chosen difficulty, from any score vector.
+"""Forget sets of chosen difficulty, from any vector of scores.
 
 Every choice by score is cut from one ``ranking``. Under DP-SGD many examples may share
-the largest loss, those clipped in every update and those whose estimate was cut to it;
-among them the order is a draw, so that neither the data set's order nor its classes
-decide.
+the largest loss: those that are clipped in every update, and those whose estimate was
+reduced to this worst case. Their order in the ranking is random, so that neither the
+data set's order nor its classes decide which of them are chosen.
 
 >>> import numpy as np
 >>> strata = difficulty_strata(np.arange(100.0), size=4)
@@ -35,28 +35,28 @@ __all__ = [
 ]
 
 Indices = NDArray[np.int64]
-_SAME = 1e-12  # relative difference of scores that only rounding tells apart
+_SAME = 1e-12  # relative difference of scores that rounding alone explains
 _SEED = 0
 _CUT = (
-    "Scores tie across the edge of what was chosen: {cuts}. Which of those that tie is "
-    "a draw (see generator), and says nothing of their difficulty. Privacy losses tie "
-    "at the largest, that of an example clipped in every update, to which larger "
-    "estimates are cut: ask for a lower order, train with a larger max_grad_norm, or "
-    "choose a size that ends where a tie does."
+    "A forget set contains only a part of the examples that tie: {cuts}. Which of them "
+    "it contains is random (see generator) and says nothing about their difficulty. "
+    "Privacy losses tie at the worst case, the loss of an example that is clipped in "
+    "every update: use a lower order, train with a larger max_grad_norm, or choose a "
+    "size that does not split the tied examples."
 )
 
 
 def ranking(scores: ArrayLike, generator: np.random.Generator | None = None) -> Indices:
-    """All examples in ascending order of score, ties in an order drawn at random.
+    """Return all examples in ascending order of score, with ties in random order.
 
-    Scores tie if equal, or apart by rounding alone: neighbours in order that differ by
-    at most 1e-12 of the larger. Where none tie, this is ``argsort``.
+    Scores tie if they are equal or differ by rounding alone: neighbours in order that
+    differ by at most 1e-12 of the larger. Without ties this is ``argsort``.
 
     Args:
         scores: Difficulty of each example, shape ``(n,)``; higher is harder.
             Infinities are ranked, NaN is refused.
-        generator: Draws the order among ties. Default: one of seed 0, so that all
-            choices from these scores agree with each other, today and tomorrow.
+        generator: Source of the order among ties. Default: a new generator with seed 0,
+            so that all choices from these scores agree with each other.
 
     Returns:
         int64 ``(n,)``: the easiest example first, the hardest last.
@@ -70,10 +70,10 @@ def ranking(scores: ArrayLike, generator: np.random.Generator | None = None) -> 
 
 
 def ties(scores: ArrayLike) -> Indices:
-    """Number the levels of a score: examples that tie have the same.
+    """Return the level of each score; examples that tie have the same level.
 
     Args:
-        scores: As of ``ranking``.
+        scores: As in ``ranking``.
 
     Returns:
         int64 ``(n,)``: 0 for the lowest level, and so on.
@@ -85,7 +85,7 @@ def ties(scores: ArrayLike) -> Indices:
     order = np.argsort(values, kind="stable")
     low, high = values[order][:-1], values[order][1:]
     with np.errstate(invalid="ignore", over="ignore"):
-        gap = high - low  # of equal infinities NaN, of others infinite
+        gap = high - low  # NaN between equal infinities, infinite beside one
         near = np.isfinite(gap) & (gap <= _SAME * np.maximum(abs(low), abs(high)))
     levels = np.empty(len(values), dtype=np.int64)
     levels[order] = np.cumsum(np.append(False, (low != high) & ~near))
@@ -93,10 +93,10 @@ def ties(scores: ArrayLike) -> Indices:
 
 
 def num_at_top(scores: ArrayLike) -> int:
-    """How many examples share the largest score, up to rounding.
+    """Return how many examples share the largest score, up to rounding.
 
     Args:
-        scores: As of ``ranking``, at least one.
+        scores: As in ``ranking``, at least one.
 
     Returns:
         At least 1.
@@ -111,24 +111,26 @@ def num_at_top(scores: ArrayLike) -> int:
 def difficulty_strata(
     scores: ArrayLike, size: int, generator: np.random.Generator | None = None
 ) -> dict[str, Indices]:
-    """Five forget sets of rising difficulty, cut from the ranking by a score.
+    """Return five forget sets of increasing difficulty, cut from the ranking.
 
     With the examples in ascending order of score, the sets are the first ``size``, the
     ``size`` around each quartile (at n/4, n/2 and 3n/4), and the last ``size``. They
-    may overlap when ``size > n / 5``. Warns where a set holds only a part of examples
-    that tie.
+    may overlap when ``size > n / 5``.
 
     Args:
         scores: Difficulty of each example, shape ``(n,)``; higher is harder. Privacy
             losses in the paper; infinities are ranked, NaN is refused.
         size: Number of examples in each set, at most ``n / 2``.
-        generator: Draws the order among ties, as in ``ranking``.
+        generator: Source of the order among ties, as in ``ranking``.
 
     Returns:
         ``first``, ``q1``, ``q2``, ``q3``, ``last``: sorted int64 ``(size,)`` each.
 
     Raises:
         ValueError: If a score is NaN, or ``size`` is below 1 or above ``n / 2``.
+
+    Warns:
+        UserWarning: If a set contains only a part of the examples that tie.
 
     Source: paper, Section 5.1 and Appendix D (there 1,000 of 50,000).
     """
@@ -150,23 +152,25 @@ def difficulty_strata(
 def top_k(
     scores: ArrayLike, size: int, generator: np.random.Generator | None = None
 ) -> Indices:
-    """The hardest examples, as a set: those of the largest scores, sorted by index.
+    """Return the examples with the largest scores as a set, sorted by index.
 
-    Like every forget set they come in the data set's order, not in that of the scores:
-    the hardest first are ``ranking(scores)[::-1][:size]``. They are the last stratum of
-    :func:`difficulty_strata`. Warns where only a part of the examples that tie is among
-    them.
+    The indices are in the data set's order, as in every forget set, not in order of
+    score: for the hardest first use ``ranking(scores)[::-1][:size]``. They are the last
+    stratum of :func:`difficulty_strata`.
 
     Args:
         scores: Difficulty of each example, shape ``(n,)``; higher is harder.
         size: Number of examples, below ``n``.
-        generator: Draws the order among ties, as in ``ranking``.
+        generator: Source of the order among ties, as in ``ranking``.
 
     Returns:
         Sorted int64 ``(size,)``.
 
     Raises:
         ValueError: If a score is NaN, or ``size`` is below 1 or not below ``n``.
+
+    Warns:
+        UserWarning: If the set contains only a part of the examples that tie.
 
     Source: paper, Section 6.4.
     """
@@ -180,11 +184,11 @@ def top_k(
 def random_forget_set(
     num_examples: int, size: int, generator: np.random.Generator
 ) -> Indices:
-    """A uniform draw without replacement.
+    """Return a uniformly random set of examples, without replacement.
 
     Args:
         num_examples: Number of examples ``n`` to choose from.
-        size: Number of examples drawn, below ``n``.
+        size: Number of examples in the set, below ``n``.
         generator: Source of randomness.
 
     Returns:
@@ -203,21 +207,20 @@ def by_class(
     size: int | None = None,
     generator: np.random.Generator | None = None,
 ) -> Indices:
-    """All examples of one class, or a uniform draw from them.
+    """Return all examples of one class, or a uniformly random part of them.
 
     Args:
         labels: Class of each example, shape ``(n,)``.
         label: The class to forget.
-        size: How many of them; all of them if ``None``.
-        generator: Source of randomness; needed when ``size`` is given.
+        size: Number of examples in the set; None for all of the class.
+        generator: Source of randomness; needed if ``size`` is given.
 
     Returns:
         Sorted int64 indices of examples of that class.
 
     Raises:
         ValueError: If no example has the label, every example has it and no size is
-            given, the class is smaller than ``size``, or ``size`` comes without a
-            generator.
+            given, the size is out of range, or a generator is missing.
     """
     labels = _flat("labels", labels)
     members = np.flatnonzero(labels == label).astype(np.int64)
@@ -251,7 +254,7 @@ def by_class(
 
 
 def retain_indices(num_examples: int, forget_indices: ArrayLike) -> Indices:
-    """The examples that stay: every index that is not to be forgotten.
+    """Return the examples that remain: every index that is not to be forgotten.
 
     Args:
         num_examples: Number of training examples ``n``.
@@ -276,7 +279,7 @@ def retain_indices(num_examples: int, forget_indices: ArrayLike) -> Indices:
 
 
 def _warn_of_cuts(scores: ArrayLike, chosen: Mapping[str, Indices]) -> None:
-    """Warn of sets that hold a part of examples that tie."""
+    """Warn if a set contains only a part of the examples that tie."""
     levels = ties(scores)
     totals = np.bincount(levels)
     cuts = []
@@ -289,7 +292,7 @@ def _warn_of_cuts(scores: ArrayLike, chosen: Mapping[str, Indices]) -> None:
 
 
 def _numbers(scores: ArrayLike) -> NDArray[np.float64]:
-    """Scores as float64 ``(n,)`` without NaN."""
+    """Return scores as float64 ``(n,)`` without NaN."""
     values = _flat("scores", scores).astype(np.float64)
     bad = np.flatnonzero(np.isnan(values))
     expect(
@@ -303,7 +306,7 @@ def _numbers(scores: ArrayLike) -> NDArray[np.float64]:
 
 
 def _flat(name: str, values: ArrayLike) -> NDArray[Any]:
-    """One value per example, as a flat non-empty array."""
+    """Return one value per example as a flat non-empty array."""
     array = np.asarray(values)
     expect(
         array.ndim == 1 and array.size > 0,
@@ -328,5 +331,5 @@ def _check_size(size: int, largest: int, why: str) -> None:
 
 
 def _draw(members: Indices, size: int, generator: np.random.Generator) -> Indices:
-    """A uniform draw without replacement from some examples."""
+    """Return a uniformly random choice without replacement from some examples."""
     return generator.choice(members, size=size, replace=False)

@@ -2,8 +2,8 @@
 
 Every function takes the ledger of a run (or the ledgers of several independent runs,
 whose scores are averaged) and returns one float64 score per example with the same
-sense as the privacy loss: **higher is harder**. An example never observed counts as
-the hardest that the quantity allows, never as easy.
+sense as the privacy loss: **higher is harder**. An example that was never observed gets
+the highest score that the quantity allows, never a low one.
 
 >>> from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, NoisySGD
 >>> mechanism = NoisySGD(num_steps=4, sample_rate=0.5, noise_std=1.0)
@@ -39,7 +39,7 @@ Ledgers = GradNormLedger | Sequence[GradNormLedger]
 
 
 def grad_norm_mid(ledger: Ledgers) -> Scores:
-    """Gradient norm at mid-training, the row nearest to half of the updates.
+    """Return the gradient norm at mid-training, the row nearest to half of the updates.
 
     Args:
         ledger: The ledger of one run, or of several independent runs.
@@ -56,7 +56,16 @@ def grad_norm_mid(ledger: Ledgers) -> Scores:
 
 
 def grad_norm_end(ledger: Ledgers) -> Scores:
-    """Gradient norm at the last row. Args, returns, errors: as ``grad_norm_mid``.
+    """Return the gradient norm at the last row.
+
+    Args:
+        ledger: The ledger of one run, or of several independent runs.
+
+    Returns:
+        float64 ``(n,)``; higher is harder.
+
+    Raises:
+        ValueError: If the ledger has no row.
 
     Source: paper, Section 5.3, proxy (2).
     """
@@ -64,29 +73,37 @@ def grad_norm_end(ledger: Ledgers) -> Scores:
 
 
 def grad_norm_mean(ledger: Ledgers) -> Scores:
-    """Gradient norm averaged over all rows. Args, returns: as ``grad_norm_mid``.
+    """Return the gradient norm averaged over all rows, each with the same weight.
 
-    Every row counts the same; the paper has a row at every epoch.
+    Args:
+        ledger: The ledger of one run, or of several independent runs.
 
-    Source: paper, Section 5.3, proxy (3).
+    Returns:
+        float64 ``(n,)``; higher is harder.
+
+    Raises:
+        ValueError: If the ledger has no row.
+
+    Source: paper, Section 5.3, proxy (3), with a row at every epoch.
     """
     return _over_runs(ledger, lambda run: _norms(run).mean(axis=0))
 
 
 def c_proxy(ledger: Ledgers) -> Scores:
-    """One minus the confidence (softmax at the label) averaged over all rows.
+    """Return one minus the confidence (softmax at the label) averaged over all rows.
 
-    Published C-Proxy is the mean confidence, for which *low* means hard to learn and
-    easily memorised; turned round it points the way of the other scores.
+    The published C-Proxy is the mean confidence, for which *low* means hard to learn
+    and easily memorised. It is subtracted from one to have the same sense as the other
+    scores.
 
     Args:
-        ledger: The ledger of one run, or of several; it must hold ``confidences``.
+        ledger: The ledger of one run, or of several; it must contain ``confidences``.
 
     Returns:
         float64 ``(n,)`` in [0, 1]; higher is harder.
 
     Raises:
-        ValueError: If the ledger has no row or holds no confidences.
+        ValueError: If the ledger has no row or no confidences.
 
     Source: paper, Section 5.3, proxy (4); Zhao et al. 2024; Jiang et al. 2020
     (arXiv:2002.03206).
@@ -97,18 +114,18 @@ def c_proxy(ledger: Ledgers) -> Scores:
 
 
 def el2n(ledger: Ledgers) -> Scores:
-    """Norm of (softmax - one-hot label) at mid-training: EL2N of a single trajectory.
+    """Return the norm of (softmax - one-hot label) at mid-training, the EL2N score.
 
     Several ledgers give the average over trajectories, as in the original.
 
     Args:
-        ledger: The ledger of one run, or of several; it must hold ``errors``.
+        ledger: The ledger of one run, or of several; it must contain ``errors``.
 
     Returns:
         float64 ``(n,)`` in [0, √2]; higher is harder.
 
     Raises:
-        ValueError: If the ledger has no row or holds no errors.
+        ValueError: If the ledger has no row or no errors.
 
     Source: paper, Section 5.3, proxy (5); Paul et al. 2021 (arXiv:2107.07075).
     """
@@ -118,18 +135,20 @@ def el2n(ledger: Ledgers) -> Scores:
 
 
 def forgetting_events(ledger: Ledgers) -> Scores:
-    """How often an example went from right to wrong between one row and the next.
+    """Return how often an example changed from correct to wrong between rows.
 
-    An example that was right at no row was never learned: infinity, as in the original.
+    An example that was correct at no row was never learned: its score is infinite, as
+        in
+    the original.
 
     Args:
-        ledger: The ledger of one run, or of several; it must hold ``correct``.
+        ledger: The ledger of one run, or of several; it must contain ``correct``.
 
     Returns:
         float64 ``(n,)``, whole numbers or infinity for one run; higher is harder.
 
     Raises:
-        ValueError: If the ledger has no row or holds no ``correct``.
+        ValueError: If the ledger has no row or no ``correct``.
 
     Source: Toneva et al. 2019 (arXiv:1812.05159), Section 3.
     """
@@ -143,7 +162,7 @@ def forgetting_events(ledger: Ledgers) -> Scores:
 
 
 def _over_runs(ledger: Ledgers, score: Callable[[GradNormLedger], Scores]) -> Scores:
-    """Mean of a score over independent runs."""
+    """Return the mean of a score over independent runs."""
     runs = runs_of(ledger)
     expect(
         runs[0].num_rows > 0,
@@ -157,19 +176,19 @@ def _over_runs(ledger: Ledgers, score: Callable[[GradNormLedger], Scores]) -> Sc
 
 
 def _mid(run: GradNormLedger) -> int:
-    """The row nearest to half of the updates (the earlier of two as near)."""
+    """Return the row nearest to half of the updates (the earlier of two as near)."""
     return int(np.argmin(np.abs(2 * run.steps - run.mechanism.num_steps)))
 
 
 def _norms(run: GradNormLedger) -> Scores:
-    """Gradient norms ``(N, n)``; of an example never seen, the clip norm."""
+    """Return gradient norms ``(N, n)``; for an example never seen, the clip norm."""
     norms = fill_unobserved(run.grad_norms)
     clip = np.reshape(run.mechanism.max_grad_norm, (-1, 1))
     return np.where(np.isinf(norms), clip, norms)
 
 
 def _filled(run: GradNormLedger, name: str, hardest: float) -> Scores:
-    """A recorded quantity ``(N, n)``; of an example never seen, the hardest value."""
+    """Return a quantity ``(N, n)``; for an example never seen, the hardest value."""
     rows = getattr(run, name)
     expect(
         rows is not None,

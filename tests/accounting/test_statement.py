@@ -74,7 +74,10 @@ def test_several_rows_have_the_group_s_worst_case_only():
 
 def test_who_may_know_is_said():
     statement = privacy_statement(ledger(), [1], DELTA)
-    assert "nobody else" in statement.sharing and "Theorem 3.2" in statement.sharing
+    assert (
+        "with the owner only" in statement.sharing
+        and "Theorem 3.2" in statement.sharing
+    )
     text = str(statement)
     assert statement.sharing in text
     assert "not a bound" in text
@@ -101,7 +104,9 @@ def test_without_real_noise_there_is_no_number(run, rows):
 def test_without_clipping_there_is_no_worst_case():
     statement = privacy_statement(ledger(max_grad_norm=math.inf), [1], DELTA)
     assert statement.epsilon > 0 and statement.worst_case == math.inf
-    assert "nobody else" in statement.sharing and "anyone" not in statement.sharing
+    assert (
+        "with the owner only" in statement.sharing and "anyone" not in statement.sharing
+    )
     unmet = [a.statement for a in statement.assumptions if not a.met]
     assert "every gradient was clipped" in unmet
 
