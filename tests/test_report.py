@@ -90,7 +90,7 @@ def test_numbers_are_the_librarys(tmp_path):
     assert [row["loss"] for row in facts["hardest"]] == losses[top].tolist()
     assert facts["quantiles"]["epsilon"][-1] == own.max()
     assert f"{losses.max():.4g}" in page.text and "digits" in page.text
-    assert "per_example" not in facts  # the hardest are named, nobody else
+    assert "per_example" not in facts  # only the hardest are listed
     assert "unlearning" not in facts and "Guarantee" not in page.text
 
 
@@ -234,7 +234,7 @@ def test_the_page_is_not_the_json(tmp_path):
         write_report(tmp_path / "r.json", ledger=make_ledger())
 
 
-def test_nobody_is_no_ledger():
+def test_a_ledger_without_examples_is_refused():
     with pytest.raises(ValueError, match="num_examples"):
         score(make_ledger(0))
 

@@ -1,4 +1,9 @@
-"""Exit codes, and errors that name the argument and the remedy in one line."""
+"""Exit codes, and errors that name the argument and the remedy in one line.
+
+The library names its own arguments in its messages, such as ``noise_std``. On the
+command line the same argument may be called ``--sigma``, so ``about`` and
+``with_flags`` put the name there that the user wrote.
+"""
 
 import argparse
 import re

@@ -1,4 +1,11 @@
-"""``opacus-pi evaluate``: metrics of a model, compared with retrained models."""
+"""``opacus-pi evaluate``: metrics of a model, compared with retrained models.
+
+A metric of an unlearned model says little alone, because the right value differs from
+task to task: it is the value of a model that was retrained without the forget set. So
+the command shows both, with the distance, and the loss barriers between the models. A
+"retrained" model with the weights of the evaluated one would make every distance zero,
+and is refused.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -76,7 +83,7 @@ def _require_different_weights(
 
 
 def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two state dicts of one architecture hold the same tensors."""
+    """Whether two state dicts of one architecture have equal tensors."""
     return all(
         torch.equal(value, other[name])
         for name, value in one.items()
@@ -87,7 +94,19 @@ def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def _barriers(
     network: nn.Module, oracles: list[nn.Module], sets: Sets, match: bool
 ) -> Barriers | None:
-    """Measure loss barriers on a part of the retain set."""
+    """Measure loss barriers on a part of the retain set.
+
+    Args:
+        network: The evaluated model.
+        oracles: Retrained models, maybe none.
+        sets: The sets and the loss.
+        match: Whether to permute the hidden units of each retrained model first, so
+            that they correspond to those of the evaluated model. Networks that differ
+            only by a permutation have barrier 0 then.
+
+    Returns:
+        The barriers, or None without retrained models.
+    """
     if not oracles:
         return None
     part = Subset(sets.retain, range(min(len(sets.retain), _NUM_POINTS)))

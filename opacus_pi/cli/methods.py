@@ -1,5 +1,9 @@
 """Unlearning methods by name, with settings written as ``NAME=VALUE``.
 
+The settings of a method are the fields of its dataclass, so a new method needs only its
+name in ``METHODS``. Values are read as JSON (``null``, ``true``, numbers), otherwise as
+numbers or as text.
+
 >>> make_method("langevin", ["noise_std=0.02", "max_grad_norm=1"])
 Langevin(noise_std=0.02, max_grad_norm=1.0, projection_radius=None)
 """

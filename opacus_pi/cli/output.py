@@ -1,4 +1,9 @@
-"""Write an answer: text or JSON on the standard output, and JSON in a file."""
+"""Write an answer: text or JSON on the standard output, and JSON in a file.
+
+Every command makes one mapping of facts. Programs get it as JSON; the text for people
+is made from the same facts, so the two cannot disagree. The JSON file is readable by
+its owner only, and it is replaced in one step.
+"""
 
 import argparse
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,9 @@
-"""``opacus-pi plan``: predict what forgetting a set will take."""
+"""``opacus-pi plan``: predict what forgetting a set will take.
+
+Nothing is trained, and no weights are read. The difficulty comes from the ledger, the
+number of steps from past runs that the user lists, and the guarantee from the ledger,
+the method and the model's architecture.
+"""
 
 import argparse
 import json

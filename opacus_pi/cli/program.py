@@ -1,4 +1,9 @@
-"""Run one command: import its module, and turn every error into an exit code."""
+"""Run one command: import its module, and turn every error into an exit code.
+
+Errors are one line, without a traceback, because most of them are about an argument or
+a file and the user can correct them (exit code 2). Everything else is a failure while
+running (exit code 1); ``--traceback`` shows where it occurred.
+"""
 
 import argparse
 import os

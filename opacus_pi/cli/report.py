@@ -1,4 +1,9 @@
-"""``opacus-pi report``: one page and one JSON file about a run."""
+"""``opacus-pi report``: one page and one JSON file about a run.
+
+The command reads what ``unlearn`` and ``evaluate`` wrote and gives it to
+``report.write_report``. Files that were edited by hand are refused where their content
+has another form, because the page shows it.
+"""
 
 import argparse
 from pathlib import Path

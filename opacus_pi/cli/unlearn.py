@@ -1,4 +1,16 @@
-"""``opacus-pi unlearn``: forget a set of examples, and write down what was done."""
+"""``opacus-pi unlearn``: forget a set of examples, and write down what was done.
+
+The order of the steps is the point. Everything that can be wrong with the arguments is
+checked first: settings, ledgers, data sets, ids, weights. Only then is the request
+entered in the deletion log, because an entry cannot be taken back. Then the library
+unlearns, and at last the result directory gets its name.
+
+*Guarantee.* If the command fails or is killed, no incomplete result exists. A request
+that was entered stays pending, and repeating the command carries it out once.
+
+*What breaks it.* Weights that are changed or removed beside the log: then the library
+refuses to continue.
+"""
 
 import argparse
 import functools
@@ -85,6 +97,16 @@ def _carry_out(
     settings: Callable[[Iterable[int]], dict[str, Any]],
 ) -> tuple[UnlearningResult | None, dict[str, Any]]:
     """Enter the request in the deletion log, and carry out every pending request.
+
+    Requests of earlier commands that did not end come first, in their order.
+
+    Args:
+        options: The parsed arguments.
+        unlearner: Made from the trained model; it continues from the weights beside
+            the log if requests were carried out before.
+        train_set: The training set.
+        forget: The examples that this command's request names.
+        settings: From the examples that all requests name to the settings of a run.
 
     Returns:
         The result of this command's own request, None if an earlier command carried it

@@ -1,4 +1,9 @@
-"""``opacus-pi verify``: check a file for damage and edits."""
+"""``opacus-pi verify``: check a file for damage and edits.
+
+There are three answers: verified, not verified, and not checked. The third one is for
+files without a checksum and for files of other programs: to call them "not verified"
+would suggest that somebody edited them.
+"""
 
 import argparse
 from pathlib import Path

@@ -44,7 +44,7 @@ def test_0_is_done(go, name):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_1_is_trouble_while_running(go, monkeypatch, name):
+def test_1_is_a_failure_while_running(go, monkeypatch, name):
     monkeypatch.setattr(
         f"opacus_pi.cli.{name}.run", raising(RuntimeError("out of luck"))
     )
@@ -56,7 +56,7 @@ def test_1_is_trouble_while_running(go, monkeypatch, name):
 @pytest.mark.parametrize(
     "error", [errors.BadInput("x"), ValueError("x"), PermissionError("x")]
 )
-def test_2_is_what_the_user_can_mend(go, monkeypatch, name, error):
+def test_2_is_an_error_that_the_user_can_correct(go, monkeypatch, name, error):
     monkeypatch.setattr(f"opacus_pi.cli.{name}.run", raising(error))
     assert go(name) == (2, "", f"opacus-pi {name}: x\n")
 

@@ -96,7 +96,7 @@ def test_bad_input_is_one_line_and_exit_code_2(run, words, message):
     assert message in err and err.count("\n") == 1 and "Traceback" not in err
 
 
-def test_trouble_while_running_is_exit_code_1(run):
+def test_a_failure_while_running_is_exit_code_1(run):
     broken = ("--model", "cli_project:build_broken", "--weights", "model.safetensors")
     words = ("evaluate", *broken, *DATA, "--forget", "3")
     code, out, err = run(*words)

@@ -5,11 +5,15 @@ import runpy
 import shlex
 import sys
 import warnings
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import torch
 
+from opacus_pi import unlearning
 from opacus_pi.cli import main
+from opacus_pi.cli.methods import METHODS
+from opacus_pi.report.run import MEANING
 
 PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
 _NUMBER = re.compile(r"[0-9a-f]{16,}|-?\d[\d.]*(?:e[+-]\d+)?|∞")
@@ -61,3 +65,25 @@ def test_the_session_of_the_page(tmp_path, monkeypatch, capsys):
         assert err == ""
         assert without_numbers(out) == without_numbers(printed), words
     assert (tmp_path / "report.html").exists()
+
+
+def rows(title):
+    """The cells of the table under a heading of the page, without code marks."""
+    part = PAGE.read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("| `")]
+    return dict(line.replace("`", "").strip("| ").split(" | ") for line in lines)
+
+
+def test_the_page_lists_the_methods_with_their_settings():
+    found = {}
+    for name, kind in METHODS.items():
+        settings = [
+            f"{f.name} (required)" if f.default is MISSING else f"{f.name}={f.default}"
+            for f in fields(getattr(unlearning, kind))
+        ]
+        found[name] = ", ".join(settings) or "none"
+    assert rows("Methods and settings") == found
+
+
+def test_the_page_explains_the_metrics():
+    assert rows("Metrics") == MEANING

@@ -1,4 +1,4 @@
-"""What is whole is verified; what was edited is not; the exit code says so."""
+"""Complete files are verified, edited ones are not; the exit code says so."""
 
 import json
 import shutil
@@ -141,7 +141,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_is_none_of_ours_is_not_checked(run, answer_of, tmp_path, kind):
+def test_files_of_other_programs_are_not_checked(run, answer_of, tmp_path, kind):
     path = tmp_path / "file"
     path.write_bytes(FOREIGN[kind])
     code, found = answer_of(path)
@@ -163,12 +163,12 @@ def answer_of(run):
     return go
 
 
-def test_weights_of_torch_are_no_files_of_ours(answer_of):
+def test_weights_of_torch_are_not_checked(answer_of):
     code, found = answer_of("wrapped.pt")
     assert code == 3 and found["kind"].startswith("an archive or weights")
 
 
-def test_ours_without_a_checksum(run, answer_of, project, tmp_path):
+def test_our_files_without_a_checksum(run, answer_of, project, tmp_path):
     words = ("report", "--ledger", "ledger.safetensors", "--out", tmp_path / "r.html")
     assert run(*words)[0] == 0
     guarantee = Guarantee("nothing", ())
