@@ -17,7 +17,7 @@ from benchmarks.overhead.peers import CONTENDERS, CRITERION, Measure
 from benchmarks.overhead.table import Row
 from benchmarks.overhead.timing import CLOCKS, spread, timed
 from benchmarks.transformer import text_transformer
-from opacus_pi.gradients.engine import NormEngine
+from opacus_pi.gradients.norm_engine import NormEngine
 
 Batch = tuple[nn.Module, Tensor, Tensor]
 SECONDS, ROUNDS = 10.0, (7, 101)  # busy, for the quick contenders; least, most

@@ -17,7 +17,7 @@ from opacus.grad_sample import (
 )
 from torch import Tensor, nn
 
-from opacus_pi.gradients.engine import NormEngine
+from opacus_pi.gradients.norm_engine import NormEngine
 
 CRITERION = nn.CrossEntropyLoss()
 Measure = Callable[[], Tensor | None]

@@ -1,4 +1,16 @@
-"""Squared gradient norms of any parameters of any model: slow, always right."""
+"""Per-example gradients of any parameters of any model: slow, and always right.
+
+What the taps cannot measure is differentiated example by example, in one of two ways:
+all at once by ``torch.func.vmap`` (:func:`vmapped_squares`, :func:`vmapped_gradients`),
+or, where a model cannot be run under vmap, one after the other by plain autograd
+(:func:`looped_squares`), which serves as the reference for everything else, too.
+
+The guarantee: each example is alone in its forward pass, so whatever the model does
+across a batch cannot mix examples. What breaks it: randomness that differs between the
+passes. Memory: vmap forms the gradients of several examples at a time, at most 2^26
+numbers. If even that does not fit, the out-of-memory error reaches the user; it never
+turns into a loop.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +31,38 @@ from opacus_pi.models.batches import (
 from opacus_pi.models.losses import Losses, unit_cotangents
 
 _MAX_ELEMENTS = 1 << 26  # of per-example gradients held at once
+# What the code of a model raises where it cannot be run on other inputs or by
+# ``torch.func.vmap``, which refuses control flow on values, random layers, in-place
+# writes and operations without a batching rule.
+MODEL_ERRORS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    Warning,  # where the user has turned warnings into errors
+)
+_NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+def raise_if_out_of_memory(error: BaseException) -> None:
+    """Raise an error again if it says that memory ran out.
+
+    A slower way would need the memory, too, or hide from the user why it is slow.
+
+    Args:
+        error: An error that is otherwise handled by going another way.
+
+    Raises:
+        RuntimeError: The error itself, as ``torch.OutOfMemoryError`` or of the CPU's
+            allocator.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(t in str(error) for t in _NO_MEMORY)
+    ):
+        raise error
 
 
 def vmapped_squares(
@@ -42,8 +86,8 @@ def vmapped_squares(
         float64 ``(b,)``.
 
     Raises:
-        RuntimeError: If ``torch.func.vmap`` refuses the model (control flow on values,
-            random layers, operations without a batching rule).
+        RuntimeError: If ``torch.func.vmap`` refuses the model, or another of
+            ``MODEL_ERRORS``.
     """
     values = {name: p.detach() for name, p in parameters.items()}
     places = list(cotangents)
@@ -56,7 +100,7 @@ def vmapped_squares(
 
     size = sum(p.numel() for p in values.values())
     vectorised = torch.func.vmap(squares, chunk_size=max(1, _MAX_ELEMENTS // size))
-    with _only_trainable(model, []):  # vjp sees to the values given
+    with _only_trainable(model, []):  # vjp differentiates by the values given
         return vectorised(x, list(cotangents.values()))
 
 
@@ -66,7 +110,7 @@ def vmapped_gradients(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     cotangents: Mapping[int, Tensor],
 ) -> dict[str, Tensor]:
-    """Each example's gradients by some parameters, formed, by ``torch.func``.
+    """Form each example's gradients by some parameters, by ``torch.func``.
 
     Args:
         model: A module, in the mode in which it was called.
@@ -80,7 +124,8 @@ def vmapped_gradients(
         ``(b, *shape)`` by name.
 
     Raises:
-        RuntimeError: If ``torch.func.vmap`` refuses the model.
+        RuntimeError: If ``torch.func.vmap`` refuses the model, or another of
+            ``MODEL_ERRORS``.
     """
     values = {name: p.detach() for name, p in parameters.items()}
     leaves, shape = pytree.tree_flatten(call)
@@ -108,7 +153,7 @@ def _pulled_back(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     cotangents: Mapping[int, Tensor],
 ) -> dict[str, Tensor]:
-    """Vector-Jacobian product of a call, by the values put in place of parameters."""
+    """Return a call's vector-Jacobian product by the values of parameters."""
 
     def outputs(values: dict[str, Tensor]) -> list[Tensor]:
         leaves = pytree.tree_leaves(torch.func.functional_call(model, values, *call))
@@ -138,23 +183,23 @@ def looped_squares(
     Returns:
         Squared norms, float64 ``(b,)``, and the outputs of each example.
     """
-    found, seen = [], []
+    found, all_outputs = [], []
     with _only_trainable(model, parameters):
         for i in range(len(y)):
             outputs = forward(model, rows(x, i, i + 1))
             cotangents, scales = unit_cotangents(losses, outputs, rows(y, i, i + 1))
             squares = _squares(outputs, parameters, cotangents)
             found.append(squares * scales.square())
-            seen.append(map_tensors(Tensor.detach, outputs))
-    return torch.cat(found), seen
+            all_outputs.append(map_tensors(Tensor.detach, outputs))
+    return torch.cat(found), all_outputs
 
 
 def _squares(
     outputs: Any, parameters: Sequence[Tensor], cotangents: Mapping[int, Tensor]
 ) -> Tensor:
-    """Squared norm of one vector-Jacobian product, float64 ``()``."""
+    """Return the squared norm of one vector-Jacobian product, float64 ``()``."""
     ends, units = reached(outputs, cotangents)
-    if ends:  # .backward(), which any kind of checkpointing in the model allows
+    if ends:  # backward(), because reentrant checkpointing refuses autograd.grad
         torch.autograd.backward(ends, units)
     total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     for p in parameters:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, in_range, positive
+from opacus_pi.gradients.fallback import MODEL_ERRORS, raise_if_out_of_memory
 from opacus_pi.models.batches import (
     arguments,
     forward,
@@ -209,7 +210,8 @@ class _Gradients:
         if self._vectorised:
             try:
                 return self._vmapped(x, y, chosen)
-            except Exception:  # vmap refuses this model in one of many ways
+            except MODEL_ERRORS as error:
+                raise_if_out_of_memory(error)
                 self._vectorised = False
         found = []
         for i in range(len(y)):

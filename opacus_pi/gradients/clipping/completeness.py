@@ -1,8 +1,14 @@
-"""Whether the examples' gradients are all that a backward pass has made.
+"""Check that the examples' gradients are all that a backward pass has produced.
 
-Where a parameter's gradients are formed by running the model again, the part of the
-loss that came by what the model returned is known, and no other. Autograd then has a
-sum that the examples' gradients do not add up to.
+Where a parameter's gradients are formed by running the model again, only the part of
+the loss that was computed from the model's outputs is known. A loss may have another
+part, such as a penalty on the weights, that no example's gradient contains and clipping
+would drop silently.
+
+The idea: the parameter stayed live, so autograd has accumulated a sum. It must equal
+the sum over examples of the formed gradients less the parts that taps intercepted; this
+is the *remainder*. The guarantee: a difference of more than rounding raises. What
+breaks it: a part of the loss smaller than the rounding.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -11,47 +17,49 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-BEYOND = (
-    "Running the model again for each example does not give what autograd has of {}: "
-    "the loss reaches them by other ways than what the model returned, or the model is "
-    "random. Return from forward() every tensor that the loss uses, such as one that "
-    "the model only keeps as an attribute; instead of a penalty on weights use the "
-    "optimizer's weight_decay."
+BEYOND_THE_OUTPUTS = (
+    "Running the model again for each example does not give the gradients that "
+    "autograd has of {}: the loss reaches them by other ways than what the model "
+    "returned, or the model is random. Return from forward() every tensor that the "
+    "loss uses, such as one that the model only keeps as an attribute; instead of a "
+    "penalty on weights use the optimizer's weight_decay."
 )
 
 
 @dataclass(frozen=True)
-class Owed:
+class Remainder:
     """The sum over examples that autograd has of a parameter, if nothing is missing.
 
     Args:
-        total: The examples' gradients less what was heard of them, summed.
-        slack: How far rounding may take it.
+        total: The examples' gradients less what taps intercepted of them, summed.
+        tolerance: The distance that rounding may cause.
     """
 
     total: Tensor
-    slack: Tensor
+    tolerance: Tensor
 
 
-def owed(formed: Tensor, heard: Iterable[Tensor], rounding: float) -> Owed:
-    """Of one parameter and batch.
+def expected_remainder(
+    formed: Tensor, intercepted: Iterable[Tensor], rounding: float
+) -> Remainder:
+    """Return what autograd must have of one parameter from one batch.
 
     Args:
-        formed: All of each example's gradient, ``(b, *shape)``.
-        heard: Sums over examples of parts of it, in the parameter's order.
+        formed: Each example's whole gradient, ``(b, *shape)``.
+        intercepted: Sums over examples of parts of it, in the parameter's order.
         rounding: What ``autocast_rounding`` was when the model was called.
     """
     rows = formed.flatten(1) if formed.dim() > 1 else formed[:, None]
     total = formed.sum(0)
-    for part in heard:
+    for part in intercepted:
         total = total - part.view_as(total)
     least = 1e-3 if formed.device.type == "cpu" else 1e-2
     tolerance = max(least, 16 * max(rounding, torch.finfo(formed.dtype).eps))
-    return Owed(total, tolerance * rows.norm(dim=1).sum())
+    return Remainder(total, tolerance * rows.norm(dim=1).sum())
 
 
 def autocast_rounding() -> float:
-    """The largest relative rounding that autocast now causes, 0 if there is none."""
+    """Return the largest relative rounding that autocast now causes, 0 without it."""
     kinds = [
         torch.get_autocast_dtype(device)
         for device in ("cpu", "cuda")
@@ -62,34 +70,36 @@ def autocast_rounding() -> float:
 
 def require_complete(
     names: Mapping[nn.Parameter, str],
-    batches: Collection[Mapping[nn.Parameter, Owed]],
-    unheard: Mapping[nn.Parameter, Tensor],
+    batches: Collection[Mapping[nn.Parameter, Remainder]],
+    accumulated: Mapping[nn.Parameter, Tensor],
 ) -> None:
-    """Raise if autograd has something else than what it is owed.
+    """Raise if autograd has other sums than the examples' gradients leave for it.
 
     Args:
-        names: The parameters to look at, and what they are called.
-        batches: What each batch says that autograd is owed.
-        unheard: What autograd has.
+        names: The parameters to compare, with their names.
+        batches: The remainders of each batch.
+        accumulated: What autograd has.
 
     Raises:
         ValueError: If so, with the parameters' names.
     """
-    odd = [
+    differing = [
         name
         for parameter, name in names.items()
         if _differ(
-            parameter, [b[parameter] for b in batches if parameter in b], unheard
+            parameter, [b[parameter] for b in batches if parameter in b], accumulated
         )
     ]
-    if odd:
-        raise ValueError(BEYOND.format(", ".join(sorted(odd))))
+    if differing:
+        raise ValueError(BEYOND_THE_OUTPUTS.format(", ".join(sorted(differing))))
 
 
 def _differ(
-    parameter: nn.Parameter, parts: list[Owed], unheard: Mapping[nn.Parameter, Tensor]
+    parameter: nn.Parameter,
+    parts: list[Remainder],
+    accumulated: Mapping[nn.Parameter, Tensor],
 ) -> bool:
     """Whether a parameter's sums differ by more than rounding."""
-    rest = unheard.get(parameter, torch.zeros_like(parameter))
+    rest = accumulated.get(parameter, torch.zeros_like(parameter))
     rest = rest - sum(part.total for part in parts)
-    return bool(rest.norm() > sum(part.slack for part in parts))
+    return bool(rest.norm() > sum(part.tolerance for part in parts))

@@ -1,11 +1,16 @@
-"""Tap self-attention: ``nn.MultiheadAttention`` uses its weights without layers.
+"""Self-attention: ``nn.MultiheadAttention`` uses its weights outside of layers.
 
-Its usual call (one batch-first sequence as query, key and value; no attention weights
-wanted back) is computed here as a tapped projection, attention, and the tapped output
-layer. Any other call runs as it is, and its parameters are left over.
+``nn.MultiheadAttention`` projects its inputs by ``F.linear`` and a fused kernel, which
+no rule of a layer can see. Its most frequent call (one batch-first sequence as query,
+key and value, no attention weights returned) is therefore computed here in three steps:
+a projection that is tapped as a linear layer, attention, and the output layer, which
+has a rule of its own.
+
+Any other call runs unchanged, and its parameters are left over: the result is the same
+and takes longer. What breaks it: a new argument of ``nn.MultiheadAttention`` that
+changes the usual call; the comparison of the first batch with autograd notices.
 """
 
-from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -13,15 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_pi._torch_compat import forward_pre_hooks, has_joint_projection
-from opacus_pi.gradients.layers.linear import linear_squares
-from opacus_pi.gradients.taps import Taps
+from opacus_pi.gradients.example_gradients import ExampleGradients
+from opacus_pi.gradients.layers.linear import linear_gradients
+from opacus_pi.gradients.taps import Call, Taps
 
 
 def tap_attention(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
     """Replace ``forward`` of each attention layer that computes the standard form.
 
     Args:
-        taps: Where the layers report.
+        taps: What the layers report to.
         model: An evaluation copy.
 
     Returns:
@@ -53,7 +59,6 @@ class _TappedAttention:
 
     def __init__(self, taps: Taps, module: nn.MultiheadAttention) -> None:
         self._taps, self._module = taps, module
-        self._rule = partial(linear_squares, module)
         self._plain_forward = module.forward
         module.forward = self.forward  # type: ignore[method-assign]  # a copy's
 
@@ -64,37 +69,44 @@ class _TappedAttention:
         usual = not args and kwargs.get("need_weights") is False
         masks = [kwargs.get(name) for name in ("attn_mask", "key_padding_mask")]
         if kwargs.get("is_causal") and masks[0] is None:
-            usual = False  # an error of the plain layer
+            usual = False  # the plain layer raises an error
         alone = query is key and key is value and self._taps.wants(query)
         if not (usual and alone and query.dim() == 3):
             return self._plain_forward(query, key, value, *args, **kwargs)
         return self._attend(query, *masks), None
 
     def _attend(self, x: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
-        """Self-attention of ``(b, t, d)``."""
+        """Return the self-attention of ``(b, t, d)``."""
         b, t, d = x.shape
         heads = self._project(x).view(b, t, 3, self._module.num_heads, -1)
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)
         bias = _bias(mask, padding, queries)
-        seen = F.scaled_dot_product_attention(queries, keys, values, bias)
-        output: Tensor = self._module.out_proj(seen.transpose(1, 2).reshape(b, t, d))
+        heads = F.scaled_dot_product_attention(queries, keys, values, bias)
+        output: Tensor = self._module.out_proj(heads.transpose(1, 2).reshape(b, t, d))
         return output
 
     def _project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values ``(b, t, 3 d)``, from the frozen weights."""
+        """Return queries, keys and values ``(b, t, 3 d)``, from the frozen weights."""
         weight, bias = self._module.in_proj_weight, self._module.in_proj_bias
         projected = F.linear(
             x, weight.detach(), None if bias is None else bias.detach()
         )
         named = {"weight": weight, "bias": bias}
         live = {name: p for name, p in named.items() if self._taps.is_live(p)}
-        return self._taps.tap(projected, x, live, self._rule) if live else projected
+        if not live:
+            return projected
+
+        def gradients(call: Call, grad: Tensor) -> dict[str, ExampleGradients] | None:
+            (x,), _ = call
+            return linear_gradients(self._module, x, grad, live)
+
+        return self._taps.tap(projected, ((x,), {}), live, gradients)
 
 
 def _bias(
     mask: Tensor | None, padding: Tensor | None, queries: Tensor
 ) -> Tensor | None:
-    """What is added to the scores ``(b, heads, t, t)``: −∞ where masks are true."""
+    """Return what is added to the scores ``(b, heads, t, t)``, −∞ where masked."""
     b, num_heads, t, _ = queries.shape
     parts = []
     if mask is not None:

@@ -1,27 +1,32 @@
 r"""Convolutions: linear layers on patches, and what is cheaper than unfolding them.
 
 The gradient of the weight is :math:`\sum_t g_t p_t^\top` over output positions
-:math:`t` with patches :math:`p_t`. Which exact route computes its norm is decided by
-counting operations, never by timing, so that results repeat bit for bit.
+:math:`t` with patches :math:`p_t` of the input. Several exact formulas give its norm:
+from explicit patches, from the pixels' Gram matrix, or from the gradient itself. They
+differ by orders of magnitude in cost, depending on sizes and strides.
+
+Which of them is used is decided by counting operations, never by timing, so that
+results repeat bit for bit. What breaks this: another version of torch, whose kernels
+round differently, and a batch of another size where blocks are cut differently.
 """
 
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, cast
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_pi._torch_compat import both_sides_padding
-from opacus_pi.gradients.parameter_gradients import (
-    Formed,
-    Gradients,
-    Implied,
+from opacus_pi.gradients.example_gradients import (
+    ExampleGradients,
+    ExplicitGradients,
     scaled,
 )
+from opacus_pi.gradients.layers.registry import register_layer_rule
 from opacus_pi.gradients.products import (
     at_least_float32,
     blocks,
@@ -29,15 +34,14 @@ from opacus_pi.gradients.products import (
     pair_squares,
     squared_lengths,
 )
-from opacus_pi.gradients.registry import (
-    register_gradient_rule,
-    register_norm_rule,
-)
 
-_SMALL_WEIGHT = 1 << 16  # below, one grouped call beats one call per example
-_FEW_CHANNELS = 3  # up to these, unfolding beats the library's kernels
-_ROWS = 8  # a round number of them
-_KEPT = 4  # times the memory of input and output gradient
+# Measured on CPUs, one thread:
+_SMALL_WEIGHT = 1 << 16  # entries up to which one grouped call beats one per example
+_FEW_CHANNELS = 3  # input channels up to which unfolding beats the library's kernels
+_ROWS = 8  # a block's number of examples is a multiple of this
+# Explicit gradients are kept up to this many times the memory of input and output
+# gradient, if the norm has to form them anyway.
+_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -61,74 +65,81 @@ class Window:
         return max(self.stride) == 1 and max(self.dilation) == 1
 
 
-Route = Callable[[Window, Tensor, Tensor], Tensor]
+SquaresOf = Callable[[Window, Tensor, Tensor], Tensor]
 
 
-@register_norm_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def conv_squares(
-    module: Any,
-    x: Tensor,
-    grad: Tensor,
-    names: Collection[str],
-) -> Tensor | None:
-    """Squared norms for a convolution in one, two or three dimensions.
+@register_layer_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def convolution_gradients(
+    module: Any, x: Tensor, grad: Tensor, names: Collection[str]
+) -> dict[str, ExampleGradients] | None:
+    """Gradients for a convolution in one, two or three dimensions.
 
     Args:
         module: The layer.
         x: Its input, ``(b, channels, ...)``.
         grad: The gradient at its output, ``(b, channels, ...)``.
-        names: Which of ``"weight"``, ``"bias"`` count.
+        names: Which of ``"weight"``, ``"bias"`` are wanted.
 
     Returns:
-        float64 ``(b,)``; ``None`` for an input without batch dimension.
+        By name; ``None`` for an input without a batch dimension.
     """
     if x.dim() != 2 + len(module.kernel_size):
         return None
-    squares: Tensor | float = 0.0
+    found: dict[str, ExampleGradients] = {}
     if "weight" in names:
-        padded, window = window_of(module, x)
-        squares = _route(window, padded, grad)(window, padded, grad)
+        found["weight"] = ConvolutionGradients(*window_of(module, x), grad)
     if "bias" in names:
-        squares = squares + squared_lengths(grad.flatten(2).sum(2))
-    return cast(Tensor, squares)
-
-
-@register_gradient_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def conv_gradients(
-    module: Any, x: Tensor, grad: Tensor, names: Collection[str]
-) -> dict[str, Gradients] | None:
-    """Gradients of weight and bias; arguments as above.
-
-    Those of the weight are formed where they take less memory than what they follow
-    from, which by the count of operations is also where forming them is cheapest, and
-    kept where the norm's route forms them anyway and they take not much more.
-    """
-    if x.dim() != 2 + len(module.kernel_size):
-        return None
-    found: dict[str, Gradients] = {}
-    if "weight" in names:
-        found["weight"] = _weight_gradients(*window_of(module, x), grad)
-    if "bias" in names:
-        found["bias"] = Formed(grad.flatten(2).sum(2))
+        found["bias"] = ExplicitGradients(grad.flatten(2).sum(2))
     return found
 
 
-def _weight_gradients(x: Tensor, window: Window, grad: Tensor) -> Gradients:
-    """Gradients of the weight."""
-    size = grad.shape[1] * (x.shape[1] // window.groups) * math.prod(window.kernel)
-    form, route = partial(per_example_weights, window, x, grad), _route(window, x, grad)
-    needed = x[0].numel() + grad[0].numel()
-    if size < needed or (route in _FORMING and size < _KEPT * needed):
-        return Formed(form())
+class ConvolutionGradients(ExampleGradients):
+    """Gradients of a convolution's weight.
 
-    def weighted(factors: Tensor) -> Tensor:
-        return weight_gradient(window, x, scaled(grad, factors), window.groups)
+    Args:
+        x: The layer's padded input.
+        window: What an output position sees, both from :func:`window_of`.
+        grad: The gradient at the layer's output.
+    """
 
-    return Implied(route(window, x, grad), weighted, form)
+    def __init__(self, x: Tensor, window: Window, grad: Tensor) -> None:
+        self._x, self._window, self._grad = x, window, grad
+        self._formula = cheapest_formula(window, x, grad)
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squared norms, by the exact formula of the fewest operations."""
+        return self._formula(self._window, self._x, self._grad)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """Return the weighted sum, by one call of the library's kernel."""
+        grad = scaled(self._grad, factors)
+        return weight_gradient(self._window, self._x, grad, self._window.groups)
+
+    def form(self) -> Tensor:
+        """Return the gradients themselves, flat: ``(b, num_out * patch)``."""
+        return per_example_weights(self._window, self._x, self._grad)
+
+    def kept(self) -> ExampleGradients:
+        """Return explicit gradients where that is cheaper.
+
+        They are formed where they take less memory than what they follow from, which
+        by the count of operations is also where forming them is cheapest, and where
+        the norm's formula forms them anyway and they take not much more.
+        """
+        size = self._grad.shape[1] * _patch_size(self._window, self._x)
+        needed = self._x[0].numel() + self._grad[0].numel()
+        forms_them = self._formula in (squares_by_groups, squares_one_by_one)
+        if size < needed or (forms_them and size < _KEPT * needed):
+            return ExplicitGradients(self.form())
+        return super().kept()
 
 
 def window_of(module: Any, x: Tensor) -> tuple[Tensor, Window]:
-    """The input with any padding but symmetric zeros put on, and the window.
+    """Return the input, padded, and the window that moves over it.
+
+    Symmetric padding with zeros stays a property of the window, because the library's
+    kernels do it themselves; any other padding is added to the input.
 
     Args:
         module: A convolution.
@@ -144,38 +155,52 @@ def window_of(module: Any, x: Tensor) -> tuple[Tensor, Window]:
     return x, replace(window, padding=(0,) * len(window.kernel))
 
 
-def _route(window: Window, x: Tensor, grad: Tensor) -> Route:
-    """The cheapest route, by number of operations."""
+def cheapest_formula(window: Window, x: Tensor, grad: Tensor) -> SquaresOf:
+    """Return the exact formula for squared norms that takes the fewest operations.
+
+    Args:
+        window: What an output position sees.
+        x: The padded input, ``(b, channels, ...)``.
+        grad: The gradient at the output, ``(b, channels, ...)``.
+    """
     num_in, num_out = x.shape[1], grad.shape[1]
     positions = grad[0, 0].numel()
-    patch = num_in // window.groups * math.prod(window.kernel)
+    patch = _patch_size(window, x)
     direct = positions * patch * num_out
+    forming = (
+        squares_by_groups if patch * num_out <= _SMALL_WEIGHT else squares_one_by_one
+    )
     if window.groups > 1:
-        return _grouped if patch * num_out <= _SMALL_WEIGHT else _looped
+        return forming
     if window.is_point:
-        return _point
+        return squares_of_points
     if window.is_dense and _pixel_operations(x, grad) <= direct:
-        return _pixel_pairs
+        return squares_by_pixel_pairs
     gram = positions * positions * (patch + num_out)
     if x.is_cuda or num_in <= _FEW_CHANNELS or 2 * gram <= direct:
-        return _unfolded
-    return _grouped if patch * num_out <= _SMALL_WEIGHT else _looped
+        return squares_of_patches
+    return forming
+
+
+def _patch_size(window: Window, x: Tensor) -> int:
+    """Entries of the input that one output sees: those of one filter."""
+    return x.shape[1] // window.groups * math.prod(window.kernel)
 
 
 def _pixel_operations(x: Tensor, grad: Tensor) -> int:
-    """Number of operations of ``_pixel_pairs``."""
+    """Number of operations of ``squares_by_pixel_pairs``."""
     pixels, positions = x[0, 0].numel(), grad[0, 0].numel()
     return pixels**2 * x.shape[1] + positions**2 * grad.shape[1]
 
 
-def _point(window: Window, x: Tensor, grad: Tensor) -> Tensor:
-    """A 1 x 1 kernel: a linear layer on the pixels that the stride visits."""
+def squares_of_points(window: Window, x: Tensor, grad: Tensor) -> Tensor:
+    """Squares for a 1 x 1 kernel: a linear layer on the pixels that it visits."""
     visited = (slice(None), slice(None), *(slice(None, None, s) for s in window.stride))
     return outer_product_squares(x[visited].flatten(2).mT, grad.flatten(2).mT)
 
 
-def _unfolded(window: Window, x: Tensor, grad: Tensor) -> Tensor:
-    """A linear layer on explicit patches."""
+def squares_of_patches(window: Window, x: Tensor, grad: Tensor) -> Tensor:
+    """Squares of a linear layer on explicit patches."""
     patch, positions = x.shape[1] * math.prod(window.kernel), grad[0, 0].numel()
     return torch.cat(
         [
@@ -186,7 +211,7 @@ def _unfolded(window: Window, x: Tensor, grad: Tensor) -> Tensor:
 
 
 def patches(window: Window, x: Tensor) -> Tensor:
-    """Patches ``(b, channels * kernel, positions)``, by one strided copy."""
+    """Return patches ``(b, channels * kernel, positions)``, by one strided copy."""
     x = F.pad(x, [p for pad in reversed(window.padding) for p in (pad, pad)])
     b, channels, *sizes = x.shape
     steps = x.stride()[2:]
@@ -207,8 +232,8 @@ def patches(window: Window, x: Tensor) -> Tensor:
     return view.reshape(b, channels * math.prod(window.kernel), -1)
 
 
-def _pixel_pairs(window: Window, x: Tensor, grad: Tensor) -> Tensor:
-    r"""Inner products of patches as sums of inner products of pixels.
+def squares_by_pixel_pairs(window: Window, x: Tensor, grad: Tensor) -> Tensor:
+    r"""Squares by inner products of pixels, which those of patches are sums of.
 
     :math:`\langle p_t, p_s\rangle = \sum_\delta \langle x_{t+\delta},
     x_{s+\delta}\rangle`: a sum along the diagonals of the pixels' Gram matrix, which
@@ -249,29 +274,23 @@ def _diagonal_sums(
     return sums
 
 
-def _grouped(window: Window, x: Tensor, grad: Tensor) -> Tensor:
-    """Explicit weight gradients: the examples of a block as groups of one call."""
+def squares_by_groups(window: Window, x: Tensor, grad: Tensor) -> Tensor:
+    """Squares of explicit gradients: the examples of a block as groups of one call."""
     return torch.cat([squared_lengths(w) for w in _grouped_weights(window, x, grad)])
 
 
-def _looped(window: Window, x: Tensor, grad: Tensor) -> Tensor:
-    """Explicit weight gradients: one call of the library's kernel per example."""
+def squares_one_by_one(window: Window, x: Tensor, grad: Tensor) -> Tensor:
+    """Squares of explicit gradients: one call of the library's kernel per example."""
     return torch.cat([squared_lengths(w) for w in _looped_weights(window, x, grad)])
 
 
-_FORMING: tuple[Route, ...] = (_grouped, _looped)
-
-
 def _grouped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
-    """Each example's weight gradient, flat, by blocks of rows.
+    """Yield each example's weight gradient, flat, by blocks of examples.
 
-    The library compiles a kernel for every number of rows that it meets, so the last
-    block is made up to a round number by rows of the one before.
+    The library compiles a kernel for every number of examples that it meets, so the
+    last block is made up to a round number by examples of the block before.
     """
-    num_out, patch = (
-        grad.shape[1],
-        x.shape[1] // window.groups * math.prod(window.kernel),
-    )
+    num_out, patch = grad.shape[1], _patch_size(window, x)
     done = 0
     for i in blocks(x, row_size=num_out * patch):
         left = min(i.stop, len(x)) - i.start
@@ -284,28 +303,28 @@ def _grouped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor
 
 
 def _looped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
-    """The same, by rows."""
+    """Yield the same, one example at a time."""
     for i in range(len(x)):
         a, g = x[i : i + 1], grad[i : i + 1]
         yield weight_gradient(window, a, g, window.groups).view(1, -1)
 
 
 def _unfolded_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
-    """The same, from explicit patches."""
+    """Yield the same, from explicit patches."""
     patch, positions = x.shape[1] * math.prod(window.kernel), grad[0, 0].numel()
     for i in blocks(x, row_size=patch * positions):
         yield (grad[i].flatten(2) @ patches(window, x[i]).mT).flatten(1)
 
 
 def per_example_weights(window: Window, x: Tensor, grad: Tensor) -> Tensor:
-    """Each example's weight gradient, flat: ``(b, num_out * patch)``.
+    """Return each example's weight gradient, flat: ``(b, num_out * patch)``.
 
     Args:
         window: What an output position sees.
         x: The layer's padded input, both from :func:`window_of`.
         grad: The gradient at its output.
     """
-    patch = x.shape[1] // window.groups * math.prod(window.kernel)
+    patch = _patch_size(window, x)
     unfolds = x.is_cuda or window.is_point or x.shape[1] <= _FEW_CHANNELS
     by_block = _looped_weights
     if window.groups == 1 and unfolds:
@@ -313,14 +332,16 @@ def per_example_weights(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     elif patch * grad.shape[1] <= _SMALL_WEIGHT:
         by_block = _grouped_weights
     found, done = x.new_empty(len(x), patch * grad.shape[1]), 0
-    for weights in by_block(window, x, grad):  # at once: the blocks share memory
+    for weights in by_block(
+        window, x, grad
+    ):  # copied at once, because the blocks share memory
         found[done : done + len(weights)] = weights
         done += len(weights)
     return found
 
 
 def weight_gradient(window: Window, x: Tensor, grad: Tensor, groups: int) -> Tensor:
-    """The weight gradient summed over the rows, by the library's kernel.
+    """Return the weight gradient summed over the examples, by the library's kernel.
 
     Args:
         window: What an output position sees.

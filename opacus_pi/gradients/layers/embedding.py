@@ -1,20 +1,25 @@
-"""Embeddings: the gradient of a row is the sum over the tokens that chose it."""
+r"""Embeddings: the gradient of a table's row is the sum over the tokens that chose it.
+
+Most rows are chosen by no token of an example, so the table of gradients is never
+formed for a norm: :math:`\|\nabla E\|^2 = \sum_v \|\sum_{t: x_t = v} g_t\|^2`.
+"""
 
 from collections.abc import Collection
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from opacus_pi.gradients.parameter_gradients import Gradients, token_gradients
+from opacus_pi.gradients.example_gradients import ExampleGradients, scaled
+from opacus_pi.gradients.layers.registry import register_layer_rule
 from opacus_pi.gradients.products import squared_lengths
-from opacus_pi.gradients.registry import register_gradient_rule, register_norm_rule
 
 
-@register_norm_rule(nn.Embedding)
-def embedding_squares(
+@register_layer_rule(nn.Embedding)
+def embedding_gradients(
     module: nn.Embedding, x: Tensor, grad: Tensor, names: Collection[str]
-) -> Tensor | None:
-    r"""Squared norms :math:`\sum_v \|\sum_{t: x_t = v} g_t\|^2` without the table.
+) -> dict[str, ExampleGradients] | None:
+    """Gradients of the table.
 
     Args:
         module: The layer.
@@ -23,42 +28,56 @@ def embedding_squares(
         names: ``["weight"]``.
 
     Returns:
-        float64 ``(b,)``; ``None`` if gradients are scaled by frequency.
+        By name; ``None`` if gradients are scaled by the tokens' frequency in the batch,
+        so that examples influence each other.
     """
     if module.scale_grad_by_freq:
         return None
-    return _token_squares(*_tokens(module, x, grad))
-
-
-@register_gradient_rule(nn.Embedding)
-def embedding_gradients(
-    module: nn.Embedding, x: Tensor, grad: Tensor, names: Collection[str]
-) -> dict[str, Gradients] | None:
-    """Gradients of the table; arguments as above."""
-    if module.scale_grad_by_freq:
-        return None
-    tokens, grad = _tokens(module, x, grad)
-    squares = _token_squares(tokens, grad)
-    return {"weight": token_gradients(tokens, grad, module.num_embeddings, squares)}
-
-
-def _tokens(module: nn.Embedding, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens ``(b, t)`` and their gradients ``(b, t, d)``, 0 for padding."""
     tokens, grad = x.reshape(len(x), -1), grad.reshape(len(x), -1, grad.shape[-1])
     if module.padding_idx is not None:
         grad = grad.masked_fill((tokens == module.padding_idx)[..., None], 0.0)
-    return tokens, grad
+    return {"weight": TableGradients(tokens, grad, module.num_embeddings)}
 
 
-def _token_squares(tokens: Tensor, grad: Tensor) -> Tensor:
-    """Squared norms of the sums over each example's equal tokens."""
-    # Equal tokens of an example become neighbours; each run of them is one segment.
-    ordered, order = tokens.sort(1)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    segments = starts.cumsum(1) - 1
-    places = torch.empty_like(segments).scatter_(1, order, segments)
-    places += torch.arange(len(tokens), device=tokens.device)[:, None] * tokens.shape[1]
-    sums = torch.zeros_like(grad).flatten(0, 1)
-    sums.index_add_(0, places.flatten(), grad.flatten(0, 1))
-    return squared_lengths(sums.view_as(grad))
+class TableGradients(ExampleGradients):
+    """Gradients of a table of which each token has chosen a row.
+
+    Args:
+        tokens: ``(b, t)``, from 0 to ``num_rows - 1``.
+        grad: The gradient at each token's row, ``(b, t, d)``.
+        num_rows: Rows of the table.
+    """
+
+    def __init__(self, tokens: Tensor, grad: Tensor, num_rows: int) -> None:
+        self._tokens, self._grad, self._num_rows = tokens, grad, num_rows
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squared norms of the sums over each example's equal tokens.
+
+        Sorting makes equal tokens of an example neighbours; each run of equal tokens is
+        one segment, and the output gradients are added up by segment.
+        """
+        tokens, grad = self._tokens, self._grad
+        ordered, order = tokens.sort(1)
+        starts = torch.ones_like(ordered, dtype=torch.bool)
+        starts[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+        segments = starts.cumsum(1) - 1
+        places = torch.empty_like(segments).scatter_(1, order, segments)
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        places += rows * tokens.shape[1]
+        sums = torch.zeros_like(grad).flatten(0, 1)
+        sums.index_add_(0, places.flatten(), grad.flatten(0, 1))
+        return squared_lengths(sums.view_as(grad))
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """Return the weighted sum, one table."""
+        sums = self._grad.new_zeros(self._num_rows, self._grad.shape[2])
+        rows = scaled(self._grad, factors).flatten(0, 1)
+        return sums.index_add_(0, self._tokens.flatten(), rows)
+
+    def form(self) -> Tensor:
+        """Return one table for each example."""
+        grad = self._grad
+        table = grad.new_zeros(len(grad), self._num_rows, grad.shape[2])
+        return table.scatter_add_(1, self._tokens[..., None].expand_as(grad), grad)

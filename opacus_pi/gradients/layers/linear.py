@@ -1,72 +1,104 @@
-"""Linear layers: the gradient of the weight is a sum of outer products over tokens."""
+r"""Linear layers: the gradient of the weight is a sum of outer products.
+
+For :math:`y_t = W a_t + b` with output gradients :math:`g_t`, where t runs over the
+positions of one example (tokens), :math:`\nabla W = \sum_t g_t a_t^\top` and
+:math:`\nabla b = \sum_t g_t`.
+"""
 
 from collections.abc import Collection
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from opacus_pi.gradients.parameter_gradients import (
-    Formed,
-    Gradients,
-    outer_product_gradients,
+from opacus_pi.gradients.example_gradients import (
+    ExampleGradients,
+    ExplicitGradients,
+    scaled,
 )
-from opacus_pi.gradients.products import (
-    outer_product_squares,
-    squared_lengths,
-)
-from opacus_pi.gradients.registry import (
-    register_gradient_rule,
-    register_norm_rule,
-)
+from opacus_pi.gradients.layers.registry import register_layer_rule
+from opacus_pi.gradients.products import outer_product_squares
 
 
-@register_norm_rule(nn.Linear)
-def linear_squares(
-    module: nn.Module,
-    x: Tensor,
-    grad: Tensor,
-    names: Collection[str],
-) -> Tensor | None:
-    r"""Squares for :math:`y_t = W a_t + b`: :math:`\nabla W = \sum_t g_t a_t^\top`.
+@register_layer_rule(nn.Linear)
+def linear_gradients(
+    module: nn.Module, x: Tensor, grad: Tensor, names: Collection[str]
+) -> dict[str, ExampleGradients] | None:
+    """Gradients of weight and bias.
 
     Args:
         module: The layer.
         x: Its input, ``(b, ..., d)``.
         grad: The gradient at its output, ``(b, ..., p)``.
-        names: Which of ``"weight"``, ``"bias"`` count.
+        names: Which of ``"weight"``, ``"bias"`` are wanted.
 
     Returns:
-        float64 ``(b,)``.
+        By name; ``None`` for an input without a batch dimension.
     """
     if x.dim() < 2:
         return None
-    if x.dim() == 2:  # one term: ‖g‖²‖a‖² for the weight, ‖g‖² for the bias
-        lengths = squared_lengths(grad)
-        if "weight" not in names:
-            return lengths
-        factors = squared_lengths(x)
-        if "bias" not in names:
-            return lengths * factors
-        return torch.addcmul(lengths, lengths, factors)
-    b = len(x)
-    a, g = x.reshape(b, -1, x.shape[-1]), grad.reshape(b, -1, grad.shape[-1])
-    squares: Any = outer_product_squares(a, g) if "weight" in names else 0.0
-    total: Tensor = squares + squared_lengths(g.sum(1)) if "bias" in names else squares
-    return total
-
-
-@register_gradient_rule(nn.Linear)
-def linear_gradients(
-    module: nn.Linear, x: Tensor, grad: Tensor, names: Collection[str]
-) -> dict[str, Gradients] | None:
-    """Gradients of weight and bias; arguments as above."""
-    if x.dim() < 2:
-        return None
+    found: dict[str, ExampleGradients] = {}
+    if x.dim() == 2:
+        outputs = ExplicitGradients(grad)
+        weight = SingleOuterProducts(ExplicitGradients(x), outputs)
+        found = {"weight": weight, "bias": outputs}
+        return {name: found[name] for name in found if name in names}
     a, g = (v.reshape(len(v), -1, v.shape[-1]) for v in (x, grad))
-    found: dict[str, Gradients] = {}
     if "weight" in names:
-        found["weight"] = outer_product_gradients(a, g)
+        found["weight"] = OuterProducts(a, g)
     if "bias" in names:
-        found["bias"] = Formed(grad if x.dim() == 2 else g.sum(1))
+        found["bias"] = ExplicitGradients(g.sum(1))
     return found
+
+
+class OuterProducts(ExampleGradients):
+    r"""Gradients :math:`\sum_t g_t a_t^\top`.
+
+    Args:
+        a: Inputs, ``(b, t, d)``.
+        g: Output gradients, ``(b, t, p)``.
+    """
+
+    def __init__(self, a: Tensor, g: Tensor) -> None:
+        self.a, self.g = a, g
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squared norms, by whichever exact formula takes fewer operations."""
+        return outer_product_squares(self.a, self.g)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """Return the weighted sum, one product of matrices, ``(p, d)``."""
+        return scaled(self.g, factors).flatten(0, 1).mT @ self.a.flatten(0, 1)
+
+    def form(self) -> Tensor:
+        """Return the gradients themselves, ``(b, p, d)``."""
+        return self.g.mT @ self.a
+
+    def kept(self) -> ExampleGradients:
+        """Return explicit gradients where they are smaller than inputs and outputs."""
+        (_, t, d), p = self.a.shape, self.g.shape[2]
+        return ExplicitGradients(self.form()) if d * p < t * (d + p) else super().kept()
+
+
+class SingleOuterProducts(OuterProducts):
+    r"""Gradients :math:`g a^\top` of a single position: :math:`\|g\|^2 \|a\|^2`.
+
+    Args:
+        inputs: ``(b, d)``.
+        outputs: Output gradients, ``(b, p)``. They are the bias's gradients, too, whose
+            squares are computed once for both.
+    """
+
+    def __init__(self, inputs: ExplicitGradients, outputs: ExplicitGradients) -> None:
+        super().__init__(inputs.values[:, None], outputs.values[:, None])
+        self._inputs, self._outputs = inputs, outputs
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squared norms."""
+        return self._outputs.squares * self._inputs.squares
+
+    def add_squares_to(self, total: Tensor) -> Tensor:
+        """Return ``total + squares`` by one operation."""
+        return torch.addcmul(total, self._outputs.squares, self._inputs.squares)

@@ -1,50 +1,23 @@
 r"""Normalisation layers: what is learned is a scale and a shift of normalised inputs.
 
 :math:`y = w \hat x + b`, so that :math:`\nabla w = \sum g \hat x` and
-:math:`\nabla b = \sum g` over the positions that share an entry.
+:math:`\nabla b = \sum g` over the positions that share an entry. The gradients are no
+larger than the parameters, and are formed.
+
+A layer that normalises by statistics of the batch mixes its examples and is not
+covered: BatchNorm and InstanceNorm with running statistics, in training mode.
 """
 
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_pi._torch_compat import BatchNormBase, InstanceNormBase
-from opacus_pi.gradients.parameter_gradients import Formed, Gradients
-from opacus_pi.gradients.products import squared_lengths
-from opacus_pi.gradients.registry import register_gradient_rule, register_norm_rule
-
-_Rule = Callable[[Any, Tensor, Tensor, Collection[str]], dict[str, Tensor]]
+from opacus_pi.gradients.layers.registry import register_layer_rule
 
 
-def _affine(*module_types: type[nn.Module]) -> Callable[[_Rule], _Rule]:
-    """Register the norm rule and the gradient rule that follow from gradients."""
-
-    def register(rule: _Rule) -> _Rule:
-        @register_norm_rule(*module_types)
-        def squares(
-            module: nn.Module, x: Tensor, grad: Tensor, names: Collection[str]
-        ) -> Tensor:
-            found = rule(module, x, grad, names).values()
-            return sum((squared_lengths(g) for g in found), torch.zeros(()))
-
-        @register_gradient_rule(*module_types)
-        def gradients(
-            module: nn.Module, x: Tensor, grad: Tensor, names: Collection[str]
-        ) -> dict[str, Gradients] | None:
-            if module.training and getattr(module, "running_mean", None) is not None:
-                return None  # statistics of the batch
-            found = rule(module, x, grad, names)
-            return {name: Formed(values) for name, values in found.items()}
-
-        return rule
-
-    return register
-
-
-@_affine(nn.GroupNorm)
+@register_layer_rule(nn.GroupNorm)
 def group_norm_gradients(
     module: nn.GroupNorm, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
@@ -53,22 +26,26 @@ def group_norm_gradients(
     return _channel_gradients(normalised, grad, names)
 
 
-@_affine(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+@register_layer_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 def batch_norm_gradients(
     module: BatchNormBase, x: Tensor, grad: Tensor, names: Collection[str]
-) -> dict[str, Tensor]:
-    """The same with running statistics: ``(b, c)`` or ``(b, c, ...)``."""
+) -> dict[str, Tensor] | None:
+    """Gradients of scale and shift with running statistics, one entry per channel."""
+    if _uses_the_batch(module):
+        return None
     normalised = F.batch_norm(
         x, module.running_mean, module.running_var, training=False, eps=module.eps
     )
     return _channel_gradients(normalised, grad, names)
 
 
-@_affine(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+@register_layer_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def instance_norm_gradients(
     module: InstanceNormBase, x: Tensor, grad: Tensor, names: Collection[str]
-) -> dict[str, Tensor]:
-    """The same with statistics of each example and channel, or running ones."""
+) -> dict[str, Tensor] | None:
+    """Gradients with statistics of each example and channel, or running ones."""
+    if _uses_the_batch(module):
+        return None
     normalised = F.instance_norm(
         x,
         module.running_mean,
@@ -79,7 +56,7 @@ def instance_norm_gradients(
     return _channel_gradients(normalised, grad, names)
 
 
-@_affine(nn.LayerNorm)
+@register_layer_rule(nn.LayerNorm)
 def layer_norm_gradients(
     module: nn.LayerNorm, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
@@ -90,7 +67,7 @@ def layer_norm_gradients(
     )
 
 
-@_affine(nn.RMSNorm)
+@register_layer_rule(nn.RMSNorm)
 def rms_norm_gradients(
     module: nn.RMSNorm, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
@@ -101,10 +78,15 @@ def rms_norm_gradients(
     )
 
 
+def _uses_the_batch(module: BatchNormBase | InstanceNormBase) -> bool:
+    """Whether running statistics follow the batch, as they do in training mode."""
+    return module.training and module.running_mean is not None
+
+
 def _channel_gradients(
     normalised: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """Gradients where positions after ``(b, c)`` share an entry."""
+    """Return the gradients where the positions after ``(b, c)`` share an entry."""
     shape = (*grad.shape[:2], -1)
     return _affine_gradients(
         normalised.reshape(shape), grad.reshape(shape), names, shared=2
@@ -112,7 +94,7 @@ def _channel_gradients(
 
 
 def _tokens(values: Tensor, module: nn.LayerNorm | nn.RMSNorm) -> Tensor:
-    """``(b, ..., *features)`` as ``(b, t, features)``."""
+    """Return ``(b, ..., *features)`` as ``(b, t, features)``."""
     return values.flatten(-len(module.normalized_shape)).reshape(
         len(values), -1, module.weight.numel()
     )
@@ -121,7 +103,14 @@ def _tokens(values: Tensor, module: nn.LayerNorm | nn.RMSNorm) -> Tensor:
 def _affine_gradients(
     normalised: Tensor, grad: Tensor, names: Collection[str], shared: int
 ) -> dict[str, Tensor]:
-    """Gradients of scale and shift; dimension ``shared`` holds what shares an entry."""
+    """Sum the gradients of scale and shift over the positions that share an entry.
+
+    Args:
+        normalised: Normalised inputs, overwritten.
+        grad: Output gradients, of the same shape.
+        names: Which of ``"weight"``, ``"bias"`` are wanted.
+        shared: The dimension of the positions.
+    """
     found = {}
     if "bias" in names:
         found["bias"] = grad.sum(shared)

@@ -14,7 +14,7 @@ from torch import nn
 
 from opacus_pi._torch_compat import compiled_module
 from opacus_pi._validate import expect
-from opacus_pi.gradients.clipping import Book
+from opacus_pi.gradients.clipping import TrainingTaps
 from opacus_pi.integration.opacus_compat import DISTRIBUTED
 
 __all__ = [
@@ -56,27 +56,27 @@ class FastHooks(AbstractGradSampleHooks):
         GradSampleHooks.validate(module=m, strict=True)
         if hasattr(m, "autograd_grad_sample_hooks"):
             raise ValueError("Trying to add hooks twice to the same model")
-        self.book = Book()
-        cast(Any, m).autograd_grad_sample_hooks = self.book.attach(m)
+        self.taps = TrainingTaps()
+        cast(Any, m).autograd_grad_sample_hooks = self.taps.attach(m)
 
     def set_grad_sample_to_none(self) -> None:
         """Drop the cached batches whose backward pass has run."""
         super().set_grad_sample_to_none()
-        self.book.clear()
+        self.taps.clear()
 
     def forbid_grad_accumulation(self) -> None:
         """Make a second backward pass before a step an error from now on."""
-        self.book.may_accumulate = False
+        self.taps.may_accumulate = False
 
     def allow_grad_accumulation(self) -> None:
         """Allow several backward passes before a step from now on."""
-        self.book.may_accumulate = True
+        self.taps.may_accumulate = True
 
     def remove_hooks(self) -> None:
         """Remove all hooks from the model and drop what the cache holds."""
         for handle in self._module.__dict__.pop("autograd_grad_sample_hooks", []):
             handle.remove()
-        self.book.detach()
+        self.taps.detach()
 
 
 class FastGradSampleModule(FastHooks, AbstractGradSampleModule):

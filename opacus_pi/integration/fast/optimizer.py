@@ -12,7 +12,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
 from opacus_pi._class_swap import swap_class
-from opacus_pi.gradients.clipping import Batch, clip_factors, joint_norms
+from opacus_pi.gradients.clipping import BatchCache, clip_factors, example_norms
 from opacus_pi.integration.fast.model import FastHooks
 from opacus_pi.integration.opacus_compat import (
     mark_as_processed,
@@ -81,12 +81,12 @@ def _clipping_from_cache(base: type) -> type:
         @property
         def accumulated_iterations(self) -> int:
             """Number of batches in the step."""
-            return len(self._pi_hooks.book.batches)
+            return len(self._pi_hooks.taps.caches)
 
         def clip_and_accumulate(self) -> None:
             """Add the clipped gradient sum of the batches to ``p.summed_grad``."""
-            book, model = self._pi_hooks.book, module_of(self._pi_hooks)
-            batches = book.batches
+            taps, model = self._pi_hooks.taps, module_of(self._pi_hooks)
+            batches = taps.caches
             if not batches:
                 raise ValueError(_NO_BATCH)
             require_unprocessed(batches)
@@ -94,21 +94,21 @@ def _clipping_from_cache(base: type) -> type:
             no_autocast = torch.autocast(self.params[0].device.type, enabled=False)
             with torch.no_grad(), no_autocast:
                 norms = [self._pi_clip(batch) for batch in batches]
-                book.require_all_heard(self.params, model)
+                taps.require_complete(self.params, model)
             self.per_sample_gradient_norms = torch.cat(norms)
             self.batch_sizes = [batch.size for batch in batches]
             mark_as_processed(batches)
 
-        def _pi_clip(self, batch: Batch) -> Tensor:
+        def _pi_clip(self, batch: BatchCache) -> Tensor:
             """Add one batch's clipped sum; return the norms before clipping, (b,)."""
             hooks = self._pi_hooks
             # A mean loss divided every example's gradient by the batch size.
             scale = batch.size if hooks.loss_reduction == "mean" else 1
             found = batch.gradients(self.params, module_of(hooks))
-            norms = scale * joint_norms(found.values())
+            norms = scale * example_norms(found.values())
             factors = scale * clip_factors(norms, self.max_grad_norm)
             for p, gradients in found.items():
-                grad = gradients.weighted(factors).view(p.shape).to(p.dtype)
+                grad = gradients.weighted_sum(factors).view(p.shape).to(p.dtype)
                 parameter: Any = p  # Opacus gives parameters the attribute summed_grad
                 before = parameter.summed_grad
                 parameter.summed_grad = grad if before is None else before + grad
@@ -117,7 +117,7 @@ def _clipping_from_cache(base: type) -> type:
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
             """Clear the gradients and the cached batches that they belong to."""
-            self._pi_hooks.book.clear()
+            self._pi_hooks.taps.clear()
             super().zero_grad(*args, **options)
 
     return ClippingFromCache

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from opacus_pi.gradients.clipping import joint_norms
+from opacus_pi.gradients.clipping import example_norms
 from opacus_pi.integration.fast import FastGradSampleModule
 
 KINDS = [False, True]  # use_reentrant
@@ -44,11 +44,11 @@ def heard(use_reentrant):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # such as that of the slow route
         model(torch.randn(5, 4)).square().sum().backward()
-        (batch,) = model.book.batches
+        (batch,) = model.taps.caches
         found = batch.gradients(list(model.parameters()), model._module)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    sums = [gradients.weighted(torch.arange(5.0)) for gradients in found.values()]
-    return joint_norms(found.values()), sums
+    sums = [gradients.weighted_sum(torch.arange(5.0)) for gradients in found.values()]
+    return example_norms(found.values()), sums
 
 
 @pytest.mark.parametrize("use_reentrant", KINDS)
@@ -70,7 +70,7 @@ def test_passes_in_evaluation_mode_stay_plain(use_reentrant):
     model.eval()
     model(torch.randn(5, 4)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert not model.book.batches
+    assert not model.taps.caches
 
 
 @pytest.mark.parametrize("use_reentrant", KINDS)
@@ -101,8 +101,10 @@ def accumulated(use_reentrant, sizes, *, joined=False):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         return {
-            batch.size: joint_norms(batch.gradients(parameters, model._module).values())
-            for batch in model.book.batches
+            batch.size: example_norms(
+                batch.gradients(parameters, model._module).values()
+            )
+            for batch in model.taps.caches
         }
 
 

@@ -188,7 +188,7 @@ def test_dropout_and_evaluation_mode():
     start = [p.detach().clone() for p in net.parameters()]
     one.model.eval()
     one.model(one.data_set.tensors[0]).sum().backward()  # of nobody's training
-    assert not one.model.book.batches
+    assert not one.model.taps.caches
     one.model.train()
     stale = one.model(one.data_set.tensors[0][:3])  # without a backward pass
     one.train(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from opacus_pi.gradients.clipping import Book
+from opacus_pi.gradients.clipping import TrainingTaps
 from tests.integration.fast.training import SLOW
 
 NUM, WIDTH = 4, 3
@@ -35,17 +35,17 @@ def of_both(outputs):
 @pytest.mark.filterwarnings(f"ignore:.*{SLOW}")
 @pytest.mark.parametrize("loss", [of_logits, of_both])
 def test_each_output_counts_once(loss):
-    model, book = Forked(), Book()
-    book.attach(model)
+    model, taps = Forked(), TrainingTaps()
+    taps.attach(model)
     x = torch.randn(NUM, WIDTH, generator=torch.Generator().manual_seed(1))
     outputs = model(x)
     assert outputs["more"][1] == NUM
     loss(outputs).backward()
-    found = book.batches[0].gradients(model.parameters(), model)
+    found = taps.caches[0].gradients(model.parameters(), model)
     for i in range(NUM):
         plain = Forked()
         loss(plain(x[i : i + 1])).backward()
         one = torch.eye(NUM)[i]
         for p, wanted in zip(model.parameters(), plain.parameters(), strict=True):
-            ours = found[p].weighted(one).view(p.shape)
+            ours = found[p].weighted_sum(one).view(p.shape)
             torch.testing.assert_close(ours.detach(), wanted.grad)

@@ -11,7 +11,7 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from opacus_pi.accounting import RenyiFilter
-from opacus_pi.gradients.clipping import Book
+from opacus_pi.gradients.clipping import TrainingTaps
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.integration.fast import FastGradSampleModule
 from tests.integration.fast.models import CLASSES, mlp
@@ -121,7 +121,9 @@ class MixesUp(nn.Module):
 @pytest.mark.filterwarnings(f"ignore:.*{SLOW}")
 def test_parameters_that_cannot_be_told_apart_are_named():
     one = Training(module=MixesUp(), grad_sample_mode="fast")
-    with pytest.raises(ValueError, match="gradients by weight cannot be told") as error:
+    with pytest.raises(
+        ValueError, match="single examples by weight cannot be computed"
+    ) as error:
         one.train(1)
     assert "(vmap: called random operation while in" in str(error.value)
     assert "a parameter outside of layers a layer of its own" in str(error.value)
@@ -148,11 +150,11 @@ def test_one_row_for_the_whole_batch_is_refused_with_remedies(forward, why):
     model = Tagger()
     model.forward = partial(forward, copy.deepcopy(model))
     model.words, model.position, model.out = model.forward.args[0].children()
-    book, ids = Book(), torch.arange(4 * LENGTH).view(4, LENGTH) % 10
-    book.attach(model)
+    taps, ids = TrainingTaps(), torch.arange(4 * LENGTH).view(4, LENGTH) % 10
+    taps.attach(model)
     model(ids).sum().backward()
     with pytest.raises(ValueError, match=f"by position.weight cannot.*{why}") as error:
-        book.batches[0].gradients(model.parameters(), model)
+        taps.caches[0].gradients(model.parameters(), model)
     assert "position_ids=" in str(error.value)
     assert "requires_grad_(False)" in str(error.value)
     assert "hooks" not in str(error.value)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from opacus_pi.gradients import norm_sweep, per_example_grad_norms
-from opacus_pi.gradients.clipping import Book, joint_norms
+from opacus_pi.gradients.clipping import TrainingTaps, example_norms
 from tests.integration.fast.training import SLOW
 
 LENGTH = 5
@@ -62,18 +62,18 @@ def one_at_a_time(model, x, y):
     return torch.stack(norms).double()
 
 
-def heard(book, model, x, y):
-    """What one backward pass leaves in a book."""
-    book.clear()
+def heard(taps, model, x, y):
+    """What one backward pass leaves in a taps."""
+    taps.clear()
     nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
-    found = book.batches[0].gradients(list(model.parameters()), model)
-    return joint_norms(found.values())
+    found = taps.caches[0].gradients(list(model.parameters()), model)
+    return example_norms(found.values())
 
 
 @pytest.mark.parametrize("kind", [Places, Anchors])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_first_batch(kind, size):
-    model, book = made(kind), Book()
+    model, taps = made(kind), TrainingTaps()
     x, y = batch(size)
     wanted = one_at_a_time(model, x, y)
     torch.testing.assert_close(
@@ -82,18 +82,18 @@ def test_the_first_batch(kind, size):
         rtol=1e-5,
         atol=0,
     )
-    book.attach(model)
-    torch.testing.assert_close(heard(book, model, x, y), wanted, rtol=1e-5, atol=0)
+    taps.attach(model)
+    torch.testing.assert_close(heard(taps, model, x, y), wanted, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", [Places, Anchors])
 def test_later_batches(kind):
     """The first of one example alone, of which nothing can be learned."""
-    model, book = made(kind), Book()
+    model, taps = made(kind), TrainingTaps()
     wanted = [one_at_a_time(model, *batch(size)) for size in (1, *SIZES)]
-    book.attach(model)
+    taps.attach(model)
     for size, norms in zip((1, *SIZES), wanted, strict=True):
-        ours = heard(book, model, *batch(size))
+        ours = heard(taps, model, *batch(size))
         torch.testing.assert_close(ours, norms, rtol=1e-5, atol=0)
 
 
@@ -107,21 +107,21 @@ class Once(Places):
 
 
 def test_a_model_that_cannot_be_probed_is_known_by_its_later_batches():
-    model, book = made(Once), Book()
-    book.attach(model)
-    heard(book, model, *batch(LENGTH))
+    model, taps = made(Once), TrainingTaps()
+    taps.attach(model)
+    heard(taps, model, *batch(LENGTH))
     for size in (LENGTH + 1, LENGTH):
         wanted = one_at_a_time(made(Once), *batch(size))
         torch.testing.assert_close(
-            heard(book, model, *batch(size)), wanted, rtol=1e-5, atol=0
+            heard(taps, model, *batch(size)), wanted, rtol=1e-5, atol=0
         )
 
 
 def test_looking_leaves_no_trace():
-    model, book, seen = nn.Sequential(made(Places), nn.Dropout(0.5)), Book(), []
+    model, taps, seen = nn.Sequential(made(Places), nn.Dropout(0.5)), TrainingTaps(), []
     model.register_forward_hook(lambda module, x, y: seen.append(y.detach()))
     x, _ = batch(4)
-    for attach in (lambda: None, lambda: book.attach(model)):
+    for attach in (lambda: None, lambda: taps.attach(model)):
         attach()
         torch.manual_seed(3)
         model(x)

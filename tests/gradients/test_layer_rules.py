@@ -1,14 +1,18 @@
-"""Gradient rules: squares, weighted sums and formed gradients, against autograd."""
+"""Layer rules: squares, weighted sums and formed gradients, against autograd."""
 
 import pytest
 import torch
 from torch import nn
 
 from opacus_pi.gradients import products
+from opacus_pi.gradients.example_gradients import ExplicitGradients, add_up
 from opacus_pi.gradients.layers import conv
-from opacus_pi.gradients.parameter_gradients import Formed, Implied, summed
-from opacus_pi.gradients.registry import gradient_rule, register_gradient_rule
-from tests.gradients.test_routes import CONVOLUTIONS
+from opacus_pi.gradients.layers.registry import (
+    gradients_by_rule,
+    layer_rule,
+    register_layer_rule,
+)
+from tests.gradients.test_exact_formulas import CONVOLUTIONS
 
 B = 7
 
@@ -64,33 +68,42 @@ def test_rules(name, kept, block, monkeypatch):
     x = x.double() if x.is_floating_point() else x
     grad, factors = torch.randn_like(layer(x)), torch.rand(B).double()
     truth = explicit(layer, x, grad)
-    found = gradient_rule(layer)(layer, x, grad, list(truth))
-    assert set(found) == set(truth)
-    for parameter, rows in truth.items():
-        gradients = found[parameter]
-        parts = {
-            "squares": (gradients.squares, rows.square().sum(1)),
-            "weighted": (gradients.weighted(factors).flatten(), factors @ rows),
-            "form": (gradients.form().flatten(1), rows),
-        }
-        for part, (mine, true) in parts.items():
-            torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-12, msg=part)
+    for to_keep in (False, True):  # as a sweep and as clipping use them
+        found = by_rule(layer, x, grad, list(truth))
+        assert set(found) == set(truth)
+        for parameter, rows in truth.items():
+            gradients = found[parameter]
+            gradients = gradients.kept() if to_keep else gradients
+            total = gradients.weighted_sum(factors).flatten()
+            more = torch.rand(B).double()
+            parts = {
+                "squares": (gradients.squares, rows.square().sum(1)),
+                "added": (gradients.add_squares_to(more) - more, gradients.squares),
+                "weighted": (total, factors @ rows),
+                "form": (gradients.form().flatten(1), rows),
+            }
+            for part, (mine, true) in parts.items():
+                torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-12, msg=part)
 
 
-@pytest.mark.parametrize("channels, size, kind", [(4, 8, Formed), (64, 2, Implied)])
-def test_what_is_smaller_is_kept(channels, size, kind):
+def by_rule(layer, x, grad, names):
+    return gradients_by_rule(layer_rule(layer), layer, x, grad, names)
+
+
+@pytest.mark.parametrize("channels, size, is_explicit", [(4, 8, True), (64, 2, False)])
+def test_what_is_smaller_is_kept(channels, size, is_explicit):
     layer = nn.Conv2d(channels, channels, 3, padding=1)
     x, grad = torch.randn(2, B, channels, size, size)
-    found = gradient_rule(layer)(layer, x, grad, ["weight"])
-    assert isinstance(found["weight"], kind)
+    kept = by_rule(layer, x, grad, ["weight"])["weight"].kept()
+    assert isinstance(kept, ExplicitGradients) == is_explicit
 
 
 def test_several_uses_add_up_before_their_squares():
-    parts = [Formed(torch.randn(B, 2, 3).double()) for _ in range(3)]
-    total = summed(parts)
+    parts = [ExplicitGradients(torch.randn(B, 2, 3).double()) for _ in range(3)]
+    total = add_up(parts)
     rows = sum(part.values for part in parts).flatten(1)
     torch.testing.assert_close(total.squares, rows.square().sum(1))
-    assert summed(parts[:1]) is parts[0]
+    assert add_up(parts[:1]) is parts[0]
 
 
 def test_users_rules_serve_layers_that_keep_forward():
@@ -102,15 +115,15 @@ def test_users_rules_serve_layers_that_keep_forward():
         def forward(self, x):
             return self.factor * x
 
-    @register_gradient_rule(Scale)
+    @register_layer_rule(Scale)
     def scale(module, x, grad, names):
-        return {"factor": Formed((x * grad).flatten(1).sum(1))}
+        return {"factor": (x * grad).flatten(1).sum(1)}
 
     class Other(Scale):
         def forward(self, x):
             return 2 * self.factor * x
 
-    assert gradient_rule(Scale()) is scale and gradient_rule(Other()) is None
-    found = scale(Scale(), torch.ones(B, 3), torch.ones(B, 3), ["factor"])["factor"]
+    assert layer_rule(Scale()) is scale and layer_rule(Other()) is None
+    found = by_rule(Scale(), torch.ones(B, 3), torch.ones(B, 3), ["factor"])["factor"]
     assert found.squares.tolist() == [9.0] * B
-    assert found.weighted(torch.ones(B)).tolist() == [3.0 * B]
+    assert found.weighted_sum(torch.ones(B)).tolist() == [3.0 * B]

@@ -1,4 +1,17 @@
-"""Choose, check and run the way in which a model's gradient norms are measured."""
+"""Choose, check and run the way in which a model's gradient norms are measured.
+
+Taps measure most layers in one backward pass (:mod:`~opacus_pi.gradients.norm_taps`),
+per-example gradients are formed of the parameters left over
+(:mod:`~opacus_pi.gradients.fallback`), and the first batch decides how far either can
+be trusted. There, parameters that are not indexed by examples are looked for, and the
+example with the largest norm is differentiated alone by plain autograd. If its norm
+disagrees, a rule or the assumption that the first dimension counts examples is wrong:
+the taps are given up. If it still disagrees, the examples influence each other, and
+every example is differentiated alone, with a warning.
+
+The guarantee: the norms are those that a loop over examples would give, up to rounding.
+What breaks it: a model that behaves otherwise on a later batch than on the first.
+"""
 
 import warnings
 from collections.abc import Mapping
@@ -10,12 +23,17 @@ from torch import Tensor, nn
 
 from opacus_pi._torch_compat import pytree
 from opacus_pi._validate import expect
-from opacus_pi.gradients.bare import BareParameters
-from opacus_pi.gradients.fallback import looped_squares, vmapped_squares
+from opacus_pi.gradients.fallback import (
+    MODEL_ERRORS,
+    looped_squares,
+    raise_if_out_of_memory,
+    vmapped_squares,
+)
 from opacus_pi.gradients.layers.attention import tap_attention
-from opacus_pi.gradients.shared_rows import weights_of_shared_rows
-from opacus_pi.gradients.tapped_layer import tap_layers
-from opacus_pi.gradients.taps import Taps
+from opacus_pi.gradients.norm_taps import NormTaps
+from opacus_pi.gradients.parameters_outside_layers import ParametersOutsideLayers
+from opacus_pi.gradients.position_tables import parameters_not_indexed_by_example
+from opacus_pi.gradients.tapped_layers import tap_layers
 from opacus_pi.models.batches import (
     arguments,
     forward,
@@ -34,17 +52,12 @@ _SLOW = (
 
 
 class NormEngine:
-    """Squared per-example gradient norms, and the outputs they came with.
+    """Measure squared per-example gradient norms, batch by batch.
 
-    Taps measure what they can in one backward pass; per-example gradients are formed
-    only of the parameters left over. The first batch is checked: the example with the
-    largest norm is differentiated alone by plain autograd. Where that disagrees (the
-    first dimension of a layer's input does not count examples) the taps are given up;
-    where it still does, every example is differentiated alone.
-    To be made and used inside :func:`~opacus_pi.models.no_trace.isolated`.
+    Create and use it inside :func:`~opacus_pi.models.no_trace.isolated`.
 
     Args:
-        model: The live model, plain or wrapped; it is copied (sharing its weights).
+        model: The live model, plain or wrapped; a copy that shares its weights is run.
         criterion: ``criterion(outputs, targets)``.
     """
 
@@ -63,17 +76,21 @@ class NormEngine:
         self._trainable = {
             name: p for name, p in self._model.named_parameters() if p.requires_grad
         }
-        self._taps = Taps(self._model)
+        self._taps = NormTaps(self._model)
         tapped = tap_attention(self._taps, self._model)
         tapped |= tap_layers(self._taps, self._model)
-        bare = set(self._trainable.values()) - tapped
-        self._bare_taps = BareParameters(self._taps) if bare else nullcontext()
-        self._vectorised, self._together, self._checked = True, True, False
-        self._knows_rows = False  # that are no example's
+        outside = set(self._trainable.values()) - tapped
+        self._outside_layers = (
+            ParametersOutsideLayers(self._taps) if outside else nullcontext()
+        )
+        # How examples are differentiated; each turns False once it fails.
+        self._vectorised, self._together = True, True
+        self._checked = False
+        self._searched_position_tables = False
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(iter(self._trainable.values())).device
 
     def squares(self, x: Any, y: Any) -> tuple[Tensor, Any]:
@@ -84,15 +101,15 @@ class NormEngine:
             y: Their targets.
         """
         if self._together:
-            if not self._knows_rows and len(y) > 1:
-                self._knows_rows = True
+            if not self._searched_position_tables and len(y) > 1:
+                self._searched_position_tables = True
                 self._taps.leave_over(
-                    weights_of_shared_rows(self._model, arguments(x), len(y))
+                    parameters_not_indexed_by_example(self._model, arguments(x), len(y))
                 )
             squares, outputs = self._batched(x, y)
             if self._checked or self._checks(squares, x, y):
                 return squares, outputs
-            self._taps.give_up()
+            self._taps.leave_all_over()
             squares, outputs = self._batched(x, y)
             if self._checks(squares, x, y):
                 return squares, outputs
@@ -103,9 +120,9 @@ class NormEngine:
 
     def _batched(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         """Measure the examples of a batch together."""
-        settled = False
-        while not settled:
-            with self._taps.listening(len(y)):
+        complete = False
+        while not complete:
+            with self._taps.intercepting(len(y)):
                 outputs = self._forward(x)
                 if not self._checked:
                     require_own_parameters(outputs, self._live)
@@ -113,33 +130,39 @@ class NormEngine:
                 ends, units = reached(outputs, cotangents)
                 if ends:
                     torch.autograd.backward(ends, units)
-            settled = self._taps.settle()
+            complete = self._taps.update_leftover()
         squares = self._taps.squares(like=scales) * scales.square()
         if self._taps.leftover:
             squares = squares + self._leftover_squares(x, y, cotangents, scales)
         return squares, map_tensors(Tensor.detach, outputs)
 
     def _forward(self, x: Any) -> Any:
-        """The outputs; once more if giving positions to each example was wrong."""
+        """Return the outputs.
+
+        If the model fails where shared positions were expanded to the batch, it is run
+        again without that.
+        """
         try:
-            with self._bare_taps:
+            with self._outside_layers:
                 return forward(self._model, x)
-        except Exception:
-            if not self._taps.stop_spreading():
+        except MODEL_ERRORS as error:
+            raise_if_out_of_memory(error)
+            if not self._taps.stop_expanding():
                 raise
         return self._forward(x)
 
     def _leftover_squares(
         self, x: Any, y: Any, cotangents: dict[int, Tensor], scales: Tensor
     ) -> Tensor:
-        """Squares of what the taps do not account for, by per-example gradients."""
+        """Measure the parameters left over, by per-example gradients."""
         names = sorted(self._taps.leftover)
         leftover = {name: self._trainable[name] for name in names}
         if self._vectorised:
             try:
                 found = vmapped_squares(self._model, leftover, x, cotangents)
                 return found * scales.square()
-            except Exception:  # vmap refuses this model in one of many ways
+            except MODEL_ERRORS as error:
+                raise_if_out_of_memory(error)
                 self._vectorised = False
         return self._looped(leftover, x, y)[0]
 
@@ -157,15 +180,15 @@ class NormEngine:
         alone, _ = self._looped(
             self._trainable, rows(x, place, place + 1), rows(y, place, place + 1)
         )
-        there, truth = squares[place].sqrt(), alone[0].sqrt()
+        norm, truth = squares[place].sqrt(), alone[0].sqrt()
         close = torch.allclose(
-            there, truth, rtol=self._tolerance(), atol=0.0, equal_nan=True
+            norm, truth, rtol=self._tolerance(), atol=0.0, equal_nan=True
         )
         self._checked = close and bool(truth > 0)
         return close
 
     def _tolerance(self) -> float:
-        """Relative difference of norms that rounding may cause."""
+        """Return the relative difference of norms that rounding may cause."""
         kinds = [p.dtype for p in self._trainable.values()]
         rounding = max(torch.finfo(kind).eps for kind in kinds)
         return max(1e-3 if self.device.type == "cpu" else 1e-2, 32 * rounding)

@@ -1,4 +1,4 @@
-"""Every exact route gives the norm of the explicit gradient, chosen or not."""
+"""Every exact formula gives the norm of the explicit gradient, chosen or not."""
 
 import pytest
 import torch
@@ -22,20 +22,20 @@ CONVOLUTIONS = {
 }
 
 
-def routes(window):
-    """The routes that a window allows."""
-    found = [conv._grouped, conv._looped]
+def formulas(window):
+    """The formulas that a window allows."""
+    found = [conv.squares_by_groups, conv.squares_one_by_one]
     if window.groups == 1:
-        found.append(conv._unfolded)
+        found.append(conv.squares_of_patches)
         if window.is_dense:
-            found.append(conv._pixel_pairs)
+            found.append(conv.squares_by_pixel_pairs)
         if window.is_point:
-            found.append(conv._point)
+            found.append(conv.squares_of_points)
     return found
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolution_routes(name):
+def test_convolution_formulas(name):
     torch.manual_seed(0)
     layer, sizes = CONVOLUTIONS[name]
     layer = layer.double()
@@ -51,8 +51,8 @@ def test_convolution_routes(name):
     for transposed in (False, True):  # any memory layout
         if transposed:
             padded = padded.transpose(-1, 1).contiguous().transpose(-1, 1)
-        for route in routes(window):
-            found = route(window, padded, grad)
+        for formula in formulas(window):
+            found = formula(window, padded, grad)
             torch.testing.assert_close(found, truth, rtol=1e-10, atol=0)
 
 
@@ -63,12 +63,12 @@ def test_outer_products(t, d, p, monkeypatch):
     truth = torch.einsum("btp,btd->bpd", g, a).flatten(1).square().sum(1)
     for block in (1, 1 << 18):  # one example at a time, or all
         monkeypatch.setattr(products, "_CPU_BLOCK", block)
-        for route in (
+        for formula in (
             products.outer_product_squares,
             products.gram_squares,
             products.direct_squares,
         ):
-            torch.testing.assert_close(route(a, g), truth, rtol=1e-12, atol=0)
+            torch.testing.assert_close(formula(a, g), truth, rtol=1e-12, atol=0)
 
 
 def test_squared_lengths_of_long_rows_are_accurate():

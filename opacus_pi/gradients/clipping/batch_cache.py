@@ -1,0 +1,236 @@
+"""Per-batch cache of layer inputs and output gradients, from which clipping computes.
+
+A backward pass leaves, for every operation that a parameter was used in, the gradients
+of each example by this parameter, explicit or implied
+(:mod:`~opacus_pi.gradients.example_gradients`). Once the pass is over, norms and
+clipped sums of all parameters follow from the cache.
+
+The guarantee: for every parameter, the cache returns each example's whole gradient, or
+raises. Parameters that were used in an operation without a rule are differentiated
+through the whole model, example by example, with a warning; and the sum of those
+gradients is compared with what autograd received
+(:mod:`~opacus_pi.gradients.clipping.completeness`). What breaks it: inputs overwritten
+without a trace in their version counters, and a wrong rule.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from opacus_pi.gradients.clipping.completeness import (
+    BEYOND_THE_OUTPUTS,
+    Remainder,
+    autocast_rounding,
+    expected_remainder,
+)
+from opacus_pi.gradients.example_gradients import (
+    ExampleGradients,
+    ExplicitGradients,
+    add_up,
+)
+from opacus_pi.gradients.fallback import (
+    MODEL_ERRORS,
+    raise_if_out_of_memory,
+    vmapped_gradients,
+)
+from opacus_pi.gradients.taps import SavedInputs
+from opacus_pi.models.copies import same_mode_copy
+
+_OVERWRITTEN = (
+    "A tensor that the model was given, or that one of its layers was given, was "
+    "changed in place before optimizer.step(), which needs it for clipping. Work on a "
+    "copy of it."
+)
+_NOT_USED = (
+    "Parameter {} has no gradient of the last backward pass. Let every parameter of "
+    "the optimizer take part in the loss, freeze it, or take it out of the optimizer."
+)
+_NOT_SEPARABLE = (
+    "The gradients of single examples by {} cannot be computed: these parameters are "
+    "used outside of layers that have one batch as input and one as output, and the "
+    "model cannot be run for each example alone ({}). Give a position embedding a row "
+    "for each example (position_ids=torch.arange(length).expand(batch, -1)) and a "
+    "parameter outside of layers a layer of its own, or freeze these parameters "
+    "(requires_grad_(False))."
+)
+_NO_ROWS = (
+    "the loss is of an output of shape {}, which has no row for each of the {} "
+    "examples, such as a loss made within the model"
+)
+_SLOW = (
+    "{} are used in a way that has no formula: their gradients are formed example by "
+    "example, through the whole model, which is slow."
+)
+
+
+@dataclass
+class WholeCall:
+    """A call of the whole model, and the gradients that arrived at its outputs.
+
+    Attributes:
+        inputs: The arguments.
+        cotangents: By the output's position among the leaves of what was returned.
+    """
+
+    inputs: SavedInputs
+    cotangents: dict[int, Tensor] = field(default_factory=dict)
+
+
+class BatchCache:
+    """The examples' gradients of one physical batch, by parameter.
+
+    Several calls of the model before the first backward pass are views of one batch:
+    sample j of each belongs to example j, as in Opacus.
+
+    Args:
+        size: Number of examples, the first dimension of every tensor with rows.
+
+    Attributes:
+        size: The same.
+        calls: The calls of the whole model.
+        missed: Parameters with a part that neither the cache nor autograd has.
+        remainders: What autograd must have of those parameters that the cache has only
+            in part; known once ``gradients`` was called.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.calls: list[WholeCall] = []
+        self.missed: set[nn.Parameter] = set()
+        self.remainders: dict[nn.Parameter, Remainder] = {}
+        self._parts: dict[nn.Parameter, list[ExampleGradients]] = defaultdict(list)
+        self._needed: list[SavedInputs] = []  # until the step
+        self._leftover: set[nn.Parameter] = set()
+        self._rounding = autocast_rounding()
+
+    # ------------------------------------------------------------ while passes are made
+    def add(
+        self, found: Mapping[nn.Parameter, ExampleGradients], inputs: SavedInputs
+    ) -> None:
+        """Add one operation's part of its parameters' gradients.
+
+        Args:
+            found: By parameter.
+            inputs: What they follow from, which may not change until the step.
+        """
+        for parameter, gradients in found.items():
+            self._parts[parameter].append(gradients)
+        self._needed.append(inputs)
+
+    def leave_over(self, parameter: nn.Parameter) -> None:
+        """Note that autograd has a part of a parameter's gradients."""
+        self._leftover.add(parameter)
+
+    def miss(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note that a part of parameters' gradients is neither here nor in autograd."""
+        self.missed.update(parameters)
+
+    # --------------------------------------------------------------------- for the step
+    def gradients(
+        self, parameters: Iterable[nn.Parameter], model: nn.Module
+    ) -> dict[nn.Parameter, ExampleGradients]:
+        """Return the examples' gradients by some parameters.
+
+        Args:
+            parameters: Those that are trained.
+            model: The live model, in the mode in which it was called.
+
+        Raises:
+            RuntimeError: If an input was overwritten since.
+            ValueError: If a parameter's gradients are unknown, with its name.
+        """
+        if not all(inputs.are_unchanged for inputs in self._needed):
+            raise RuntimeError(_OVERWRITTEN)
+        wanted = list(parameters)
+        if self.size == 0:
+            empty = {p: p.new_zeros(0, p.numel()) for p in wanted}
+            return {p: ExplicitGradients(values) for p, values in empty.items()}
+        formed = self._form_incomplete(wanted, model)
+        return {p: formed[p] if p in formed else self._sum(p, model) for p in wanted}
+
+    def release(self) -> None:
+        """Free everything but the size and the remainders."""
+        self.calls, self._needed, self._leftover = [], [], set()
+        self._parts.clear()
+
+    def _sum(self, parameter: nn.Parameter, model: nn.Module) -> ExampleGradients:
+        """Return the sum of a parameter's parts, which are complete."""
+        if not self._parts[parameter]:
+            raise ValueError(_NOT_USED.format(_names(model)[parameter]))
+        return add_up(self._parts[parameter])
+
+    def _form_incomplete(
+        self, wanted: list[nn.Parameter], model: nn.Module
+    ) -> dict[nn.Parameter, ExampleGradients]:
+        """Form the gradients by parameters of which parts are missing here.
+
+        Autograd must then have what the cache has not; it is compared later.
+        """
+        unknown = self._leftover | self.missed
+        names = _names(model) if unknown else {}
+        incomplete = {names[p]: p for p in wanted if p in unknown}
+        if not incomplete:
+            return {}
+        formed = self._through_the_model(incomplete, model)
+        ones = torch.ones(self.size)
+        for name, parameter in incomplete.items():
+            factors = ones.to(parameter)
+            parts = [part.weighted_sum(factors) for part in self._parts[parameter]]
+            self.remainders[parameter] = expected_remainder(
+                formed[name], parts, self._rounding
+            )
+        return {p: ExplicitGradients(formed[name]) for name, p in incomplete.items()}
+
+    def _through_the_model(
+        self, parameters: dict[str, nn.Parameter], model: nn.Module
+    ) -> dict[str, Tensor]:
+        """Form gradients by differentiating the whole model, example by example."""
+        shown = ", ".join(sorted(parameters))
+        warnings.warn(_SLOW.format(shown), stacklevel=2)
+        copied = same_mode_copy(model)
+        calls = [call for call in self.calls if call.cotangents]
+        if not calls:
+            raise ValueError(BEYOND_THE_OUTPUTS.format(shown))
+        self._require_rows(calls, shown)
+        if not all(call.inputs.are_unchanged for call in calls):
+            raise RuntimeError(_OVERWRITTEN)
+        total: dict[str, Tensor] = {}
+        try:
+            for call in calls:
+                found = vmapped_gradients(
+                    copied, parameters, call.inputs.call, call.cotangents
+                )
+                total = {n: g + total[n] if n in total else g for n, g in found.items()}
+        except MODEL_ERRORS as error:
+            raise_if_out_of_memory(error)
+            why = str(error).partition(". ")[0]  # the first sentence of several
+            raise ValueError(_NOT_SEPARABLE.format(shown, why)) from error
+        return total
+
+    def _require_rows(self, calls: Iterable[WholeCall], shown: str) -> None:
+        """Raise if the loss used an output without one row for each example."""
+        for call in calls:
+            for grad in call.cotangents.values():
+                if grad.shape[:1] != (self.size,):
+                    why = _NO_ROWS.format(tuple(grad.shape), self.size)
+                    raise ValueError(_NOT_SEPARABLE.format(shown, why))
+
+
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Return a model's parameters with their names."""
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
+    r"""Return Opacus's :math:`\min(1, C / (\lVert g \rVert + 10^{-6}))`, ``(b,)``."""
+    return (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+
+
+def example_norms(gradients: Iterable[ExampleGradients]) -> Tensor:
+    """Return the norm of each example's gradient over parameters, float64 ``(b,)``."""
+    squares = [g.squares for g in gradients]
+    return torch.stack([s.to(squares[0].device) for s in squares]).sum(0).sqrt()

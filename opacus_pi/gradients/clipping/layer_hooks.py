@@ -1,0 +1,125 @@
+"""Hooks that tap the layers of a live model while it is trained.
+
+A sweep runs a copy, whose layers it may replace; training runs the user's model, on
+which only hooks may be put. A pre-hook freezes the layer's parameters and a hook makes
+them live again and taps the output. A layer with a rule is differentiated by it, any
+other layer without layers inside by ``torch.func``.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from opacus_pi._torch_compat import own_parameters
+from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
+from opacus_pi.gradients.fallback import (
+    MODEL_ERRORS,
+    raise_if_out_of_memory,
+    vmapped_gradients,
+)
+from opacus_pi.gradients.layers.registry import (
+    LayerRule,
+    gradients_by_rule,
+    layer_rule,
+)
+from opacus_pi.gradients.taps import Call, Taps
+from opacus_pi.models.copies import same_mode_copy
+
+Found = Mapping[str, ExampleGradients] | None
+
+
+def layer_hooks(taps: Taps, module: nn.Module) -> "LayerHooks | None":
+    """Return the hooks of a layer, ``None`` if it cannot be tapped.
+
+    That is a module without parameters of its own, and one without a rule that is not a
+    single operation: it holds other layers, or is a mere container of parameters.
+    """
+    if next(module.parameters(recurse=False), None) is None:
+        return None
+    rule = layer_rule(module)
+    is_container = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+    is_leaf = next(module.children(), None) is None and not is_container
+    return LayerHooks(taps, rule) if rule is not None or is_leaf else None
+
+
+class LayerHooks:
+    """The hooks of one layer: frozen while it runs, its output tapped.
+
+    Copies of the object do nothing, so that a copied model is not tapped.
+
+    Args:
+        taps: What the layer reports to; ``None`` for a copy.
+        rule: The layer's rule; ``None``: differentiated by ``torch.func``.
+    """
+
+    def __init__(self, taps: Taps | None = None, rule: LayerRule | None = None) -> None:
+        self._taps, self._rule = taps, rule
+        self._frozen: dict[str, nn.Parameter] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LayerHooks, ()
+
+    def attach(self, module: nn.Module) -> list[Any]:
+        """Register the hooks; return the handles that remove them."""
+        return [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(
+                self._after, with_kwargs=True, always_call=True
+            ),
+        ]
+
+    def unfreeze(self) -> dict[str, nn.Parameter]:
+        """Make the parameters live again, and return them."""
+        frozen, self._frozen = self._frozen, {}
+        for parameter in frozen.values():
+            parameter.requires_grad_(True)
+        return frozen
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Freeze the layer if it is given a batch."""
+        inputs = (*args, *kwargs.values())
+        if self._taps is None or not any(self._taps.wants(x) for x in inputs):
+            return
+        if self._rule is not None and len(inputs) > 1:
+            return
+        for name, parameter in own_parameters(module).items():
+            if self._taps.is_live(parameter):
+                self._frozen[name] = cast(nn.Parameter, parameter)
+                self._frozen[name].requires_grad_(False)
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Unfreeze the layer and tap its output."""
+        parameters, taps = self.unfreeze(), self._taps
+        if output is None or not parameters or taps is None:
+            return None  # the layer has failed, or is not tapped in this call
+        if not (taps.wants(output) and output.is_floating_point()):
+            taps.miss(parameters)
+            return None
+        if self._rule is None:
+            output = output.clone()  # it may be a view of something
+
+        def gradients(call: Call, grad: Tensor) -> Found:
+            return self._gradients(module, call, grad, parameters)
+
+        return taps.tap(output, (args, kwargs), parameters, gradients)
+
+    def _gradients(
+        self,
+        module: nn.Module,
+        call: Call,
+        grad: Tensor,
+        parameters: Mapping[str, nn.Parameter],
+    ) -> Found:
+        """Return the examples' gradients, ``None`` if they cannot be computed."""
+        if self._rule is not None:
+            args, kwargs = call
+            (x,) = (*args, *kwargs.values())
+            return gradients_by_rule(self._rule, module, x, grad, list(parameters))
+        try:
+            copied = same_mode_copy(module)
+            found = vmapped_gradients(copied, parameters, call, {0: grad})
+        except MODEL_ERRORS as error:
+            raise_if_out_of_memory(error)
+            return None
+        return {name: ExplicitGradients(values) for name, values in found.items()}

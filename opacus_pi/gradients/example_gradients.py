@@ -1,0 +1,134 @@
+r"""Each example's gradient by one parameter, explicit or implied.
+
+Norms and clipping need only two things of the gradients :math:`g_1, \dots, g_b` by a
+parameter: their squared lengths, and one sum :math:`\sum_i c_i g_i` once the clip
+factors are known. Both often follow from a layer's input and the gradient at its output
+without the gradients themselves, which take b times the memory of the parameter. So a
+layer's rule returns an object that knows how to compute either:
+
+>>> import torch
+>>> gradients = ExplicitGradients(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+>>> gradients.squares
+tensor([25.,  1.], dtype=torch.float64)
+>>> gradients.weighted_sum(torch.tensor([1.0, 10.0]))
+tensor([ 3., 14.])
+
+Nothing is computed before it is asked for, so that one rule serves both: a sweep asks
+for the squares and drops the object, clipping keeps it (:meth:`ExampleGradients.kept`).
+What breaks it: tensors that are overwritten in between. Those who call rules compare
+the version counters of the inputs (:class:`opacus_pi.gradients.taps.SavedInputs`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from opacus_pi.gradients.products import squared_lengths
+
+
+class ExampleGradients(ABC):
+    """The gradients of b examples by one parameter."""
+
+    @property
+    @abstractmethod
+    def squares(self) -> Tensor:
+        """Squared L2 norm of each gradient, float64 ``(b,)``."""
+
+    @abstractmethod
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """Return the sum of the gradients with these factors.
+
+        Args:
+            factors: ``(b,)``.
+
+        Returns:
+            One tensor with the entries of the parameter in their order, in any shape.
+        """
+
+    @abstractmethod
+    def form(self) -> Tensor:
+        """Return the gradients themselves, ``(b, ...)``."""
+
+    def add_squares_to(self, total: Tensor) -> Tensor:
+        """Return ``total + squares``, float64 ``(b,)``."""
+        return total + self.squares
+
+    def kept(self) -> "ExampleGradients":
+        """Return what is cheapest to keep until clip factors are known.
+
+        Either this object, its squares computed, or explicit gradients where they take
+        less memory than the tensors that they follow from.
+        """
+        self.squares  # noqa: B018  (computed and cached)
+        return self
+
+
+class ExplicitGradients(ExampleGradients):
+    """Gradients that are there as a tensor.
+
+    Args:
+        values: ``(b, ...)``, the parameter's entries in its order.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """Squared L2 norm of each gradient, float64 ``(b,)``."""
+        return squared_lengths(self._rows)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """Return the sum of the gradients with factors ``(b,)``."""
+        return factors.to(self.values) @ self._rows
+
+    def form(self) -> Tensor:
+        """Return the gradients themselves, ``(b, ...)``."""
+        return self.values
+
+    def kept(self) -> ExampleGradients:
+        """Return this object; its squares are computed when they are asked for."""
+        return self
+
+    @property
+    def _rows(self) -> Tensor:
+        """One flat row for each example."""
+        return self.values.flatten(1) if self.values.dim() > 1 else self.values[:, None]
+
+
+def joint_squares(gradients: Sequence[ExampleGradients]) -> Tensor:
+    """Return squared norms over several parameters of one layer, float64 ``(b,)``.
+
+    Args:
+        gradients: One for each parameter, at least one.
+    """
+    *others, last = gradients
+    total = last.squares
+    for one in reversed(others):
+        total = one.add_squares_to(total)
+    return total
+
+
+def add_up(parts: Sequence[ExampleGradients]) -> ExampleGradients:
+    """Return the gradients of a parameter that was used several times.
+
+    Squared lengths of sums do not follow from those of the parts, so the parts are
+    formed and added, unless there is only one.
+
+    Args:
+        parts: One for each use, of the same examples in the same order.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    total = torch.clone(parts[0].form())
+    for part in parts[1:]:
+        total += part.form().view_as(total)
+    return ExplicitGradients(total)
+
+
+def scaled(values: Tensor, factors: Tensor) -> Tensor:
+    """Multiply each row of ``(b, ...)`` by its factor ``(b,)``."""
+    return values * factors.to(values).view(-1, *[1] * (values.dim() - 1))

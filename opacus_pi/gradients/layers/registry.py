@@ -1,0 +1,78 @@
+"""Which layer types have a rule, and whether a layer computes what its type does."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from opacus_pi._torch_compat import CONVOLUTION_METHOD, forward_pre_hooks
+from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
+
+LayerRule = Callable[
+    [Any, Tensor, Tensor, Collection[str]],
+    Mapping[str, ExampleGradients | Tensor] | None,
+]
+_Rule = TypeVar("_Rule", bound=LayerRule)
+
+_RULES: dict[type[nn.Module], LayerRule] = {}
+
+
+def register_layer_rule(
+    *module_types: type[nn.Module],
+) -> Callable[[_Rule], _Rule]:
+    """Decorate the rule of one or more layer types.
+
+    ``rule(module, x, grad, names)`` receives the layer, its single input ``(b, ...)``,
+    the gradient at its output ``(b, ...)``, and the names of those of the layer's own
+    parameters whose gradients are wanted. It returns, for each name, each example's
+    gradient: a tensor ``(b, ...)`` with the parameter's entries in their order, or
+    ``ExampleGradients`` that compute norms and sums without forming that tensor. It
+    returns ``None`` for a case that it does not cover, such as an unusual input.
+
+    Norm sweeps and ``grad_sample_mode="fast"`` both use the rule. It also serves
+    subclasses that keep ``forward``. What has no rule is differentiated by
+    ``torch.func``, which is slower and takes more memory.
+
+    Args:
+        *module_types: Layers with one tensor as input and one as output, whose output
+            for an example depends on the input of this example only.
+
+    Returns:
+        The decorator; it returns the rule unchanged.
+    """
+
+    def register(rule: _Rule) -> _Rule:
+        _RULES.update(dict.fromkeys(module_types, rule))
+        return rule
+
+    return register
+
+
+def layer_rule(module: nn.Module) -> LayerRule | None:
+    """Return the rule of a layer, ``None`` if what the layer computes may differ.
+
+    That is the case if no rule is registered for a class of the layer, if ``forward``
+    is overridden, or if the parameters are computed (parametrizations, and pre-hooks as
+    weight normalisation sets them).
+    """
+    cls = next((cls for cls in type(module).__mro__ if cls in _RULES), None)
+    if cls is None or hasattr(module, "parametrizations") or forward_pre_hooks(module):
+        return None
+    same = all(
+        getattr(type(module), method, None) is getattr(cls, method, None)
+        for method in ("__call__", "forward", CONVOLUTION_METHOD)
+    )
+    return _RULES[cls] if same and "forward" not in vars(module) else None
+
+
+def gradients_by_rule(
+    rule: LayerRule, module: nn.Module, x: Tensor, grad: Tensor, names: Collection[str]
+) -> dict[str, ExampleGradients] | None:
+    """Apply a rule; the arguments are those of the rule."""
+    found = rule(module, x, grad, names)
+    if found is None:
+        return None
+    return {
+        name: ExplicitGradients(g) if isinstance(g, Tensor) else g
+        for name, g in found.items()
+    }

@@ -1,0 +1,187 @@
+"""Taps of a norm sweep: add up the squared gradient norms of every operation.
+
+Each tapped operation adds the squared norms of its parameters' gradients, and drops its
+input. Two kinds of parameters cannot be added up this way: those that several
+operations share (the norm of a sum does not follow from the norms of its terms), and
+those used by operations without a rule.
+
+The guarantee is that no part of a gradient is lost. Outside tapped operations the
+parameters stay live, so that any other use of them leaves a ``.grad``, which shows that
+something was missed. Such parameters, and shared ones, become ``leftover``: their
+per-example gradients are to be formed in another way, and the pass is repeated without
+them. What breaks it: an operation whose output has one row for each example although
+its rows are not the examples' (:mod:`~opacus_pi.gradients.position_tables`), and a
+wrong rule. :class:`~opacus_pi.gradients.norm_engine.NormEngine` checks for both.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_pi.gradients.example_gradients import joint_squares
+from opacus_pi.gradients.products import at_least_float32
+from opacus_pi.gradients.taps import Call, SavedInputs, TapRule, tapped
+
+
+class NormTaps:
+    """The squared gradient norms measured in one pass, and what was not measured.
+
+    Attributes:
+        leftover: Names of the parameters that the taps do not measure. It only grows.
+
+    Args:
+        model: An evaluation copy; its parameters' ``requires_grad`` belongs to this
+            object from now on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.leftover: set[str] = set()
+        self._names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._squares: Tensor | None = None
+        self._calls: list[Mapping[str, nn.Parameter]] = []
+        self._missed: set[nn.Parameter] = set()
+        self._batch_size: int | None = None
+        self._may_expand, self._has_expanded = True, False
+
+    @contextmanager
+    def intercepting(self, batch_size: int) -> Iterator[None]:
+        """Tap the forward and backward pass made inside.
+
+        Args:
+            batch_size: Number of examples, the first dimension of tapped tensors.
+        """
+        self._batch_size, self._squares = batch_size, None
+        self._calls.clear()
+        self._has_expanded = False
+        try:
+            yield
+        finally:
+            self._batch_size = None
+
+    @property
+    def is_intercepting(self) -> bool:
+        """Whether a pass is being tapped."""
+        return self._batch_size is not None
+
+    def squares(self, like: Tensor) -> Tensor:
+        """Return the squared norms of the last pass, zeros if nothing was tapped."""
+        return torch.zeros_like(like) if self._squares is None else self._squares
+
+    # ----------------------------------------------------- what is not measured by taps
+    def update_leftover(self) -> bool:
+        """Leave over what the last pass did not measure.
+
+        Returns:
+            Whether ``leftover`` is unchanged. If not, the pass must be made again.
+        """
+        once: set[nn.Parameter] = set()
+        shared: set[nn.Parameter] = set()
+        for parameters in self._calls:
+            shared.update(once.intersection(parameters.values()))
+            once.update(parameters.values())
+        touched = {p for p in self._names if p.grad is not None}
+        before = len(self.leftover)
+        self.leave_over(shared | touched | self._missed)
+        self._missed.clear()
+        return len(self.leftover) == before
+
+    def leave_over(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Measure parameters no longer.
+
+        Args:
+            parameters: Of the copy; those that are not trainable are ignored.
+        """
+        for parameter in self._names.keys() & set(parameters):
+            parameter.grad = None
+            parameter.requires_grad_(False)
+            self.leftover.add(self._names[parameter])
+
+    def leave_all_over(self) -> None:
+        """Measure no parameter any longer."""
+        self.leave_over(set(self._names))
+
+    # -------------------------------------------------------- the interface of ``Taps``
+    def is_live(self, parameter: Any) -> bool:
+        """Whether this is a parameter that taps may still measure."""
+        return (
+            isinstance(parameter, nn.Parameter)
+            and parameter.requires_grad
+            and parameter in self._names
+        )
+
+    def wants(self, value: Any) -> bool:
+        """Whether to tap an operation that has this as input or output."""
+        return (
+            self._batch_size is not None
+            and isinstance(value, Tensor)
+            and value.shape[:1] == (self._batch_size,)
+            and torch.is_grad_enabled()
+        )
+
+    def tap(
+        self,
+        output: Tensor,
+        call: Call,
+        parameters: Mapping[str, nn.Parameter],
+        rule: TapRule,
+    ) -> Tensor:
+        """Add up the squared norms that follow from the gradient at an output.
+
+        Arguments and result are those of :meth:`opacus_pi.gradients.taps.Taps.tap`.
+        """
+        saved = SavedInputs(call)
+
+        def measure(grad: Tensor) -> None:
+            self._calls.append(parameters)  # here: checkpointing runs layers twice
+            found = None
+            if saved.are_unchanged:
+                found = rule(saved.widened, at_least_float32(grad))
+            if found is None:
+                self.miss(parameters)
+            else:
+                self._add(joint_squares(list(found.values())))
+
+        return tapped(output, self._anchor, measure)
+
+    def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note that an operation froze parameters and could not be tapped."""
+        self._missed.update(parameters.values())
+
+    def _add(self, squares: Tensor) -> None:
+        """Add what one operation contributes, ``(b,)``."""
+        before = self._squares
+        self._squares = squares.double() if before is None else before + squares
+
+    # ------------------------------------------------------- inputs shared by a batch
+    def expand_shared(self, x: Any) -> Any:
+        """Give each example its own row of whole numbers that all examples share.
+
+        Position numbers ``(1, t)`` usually meet the batch by broadcasting, which sees
+        the same values once they are expanded to ``(b, t)``; but then the gradient of
+        the position table is known for each example. Other values are returned as they
+        are.
+        """
+        if (
+            not self._may_expand
+            or self._batch_size is None
+            or not isinstance(x, Tensor)
+            or x.is_floating_point()
+            or x.shape[:1] != (1,)
+        ):
+            return x
+        self._has_expanded = True
+        return x.expand(self._batch_size, *x.shape[1:])
+
+    def stop_expanding(self) -> bool:
+        """Expand no more, and prepare to repeat the forward pass.
+
+        Returns:
+            Whether anything was expanded in this pass.
+        """
+        self._may_expand = False
+        self._calls.clear()
+        return self._has_expanded

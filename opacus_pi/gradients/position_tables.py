@@ -1,0 +1,121 @@
+"""Detect parameters applied to tensors whose rows do not index examples.
+
+Rules assume that the first dimension of a layer's input counts the examples. A position
+table is looked up for position numbers ``(t,)`` instead, which look like a batch as
+soon as there are as many positions as examples. With one example fewer the batch
+shrinks and the position numbers do not: so the model is run once on one example fewer,
+and a layer or operation that still meets the old number of rows is not indexed by
+examples.
+
+The guarantee: such a parameter is found if it meets those rows in the one forward pass.
+What breaks it: a model that cannot run on fewer examples, of which nothing is found
+(the comparison of the first batch with plain autograd remains), and control flow that
+depends on values.
+
+>>> class Positions(nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.table, self.head = nn.Embedding(3, 2), nn.Linear(2, 1)
+...
+...     def forward(self, x):
+...         return self.head(x + self.table(torch.arange(3)))
+>>> model = Positions()
+>>> found = parameters_not_indexed_by_example(model, ((torch.ones(3, 3, 2),), {}), 3)
+>>> found == {model.table.weight}
+True
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_pi._torch_compat import pytree
+from opacus_pi.gradients.fallback import MODEL_ERRORS, raise_if_out_of_memory
+from opacus_pi.gradients.parameters_outside_layers import ParametersOutsideLayers
+from opacus_pi.gradients.taps import Call, TapRule
+from opacus_pi.models.batches import map_tensors
+from opacus_pi.models.no_trace import random_state_untouched
+
+
+def parameters_not_indexed_by_example(
+    model: nn.Module, call: Call, size: int
+) -> set[nn.Parameter]:
+    """Run a model on one example fewer, and return the parameters that do not notice.
+
+    Args:
+        model: A copy, whose state may change.
+        call: Positional and keyword arguments for ``size`` examples.
+        size: Number of examples, at least 2.
+
+    Returns:
+        Its parameters applied to tensors of ``size`` rows even so; the empty set if the
+        model cannot be run on one example fewer.
+    """
+    observer = _RowObserver(size)
+    handles = [
+        module.register_forward_pre_hook(observer.before_layer, with_kwargs=True)
+        for module in model.modules()
+    ]
+    args, kwargs = map_tensors(lambda t: t[:-1] if t.shape[:1] == (size,) else t, call)
+    try:
+        with (
+            random_state_untouched(),
+            warnings.catch_warnings(),
+            torch.no_grad(),
+            ParametersOutsideLayers(observer),
+        ):
+            warnings.simplefilter("ignore")  # the pass is not the user's
+            model(*args, **kwargs)
+    except MODEL_ERRORS as error:  # the model is made for one number of examples
+        raise_if_out_of_memory(error)
+        return set()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return observer.found
+
+
+class _RowObserver:
+    """Taps that note the parameters that meet a number of rows, and measure nothing.
+
+    Attributes:
+        found: These parameters.
+
+    Args:
+        num_rows: The number.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.found: set[nn.Parameter] = set()
+        self._num_rows = num_rows
+
+    def before_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Forward pre-hook of every module."""
+        if any(self.wants(value) for value in pytree.tree_leaves((args, kwargs))):
+            self.found.update(module.parameters(recurse=False))
+
+    def is_live(self, parameter: Any) -> bool:
+        """Whether this is a parameter."""
+        return isinstance(parameter, nn.Parameter)
+
+    def wants(self, value: Any) -> bool:
+        """Whether this is a tensor of that many rows."""
+        return isinstance(value, Tensor) and value.shape[:1] == (self._num_rows,)
+
+    def tap(
+        self,
+        output: Tensor,
+        call: Call,
+        parameters: Mapping[str, nn.Parameter],
+        rule: TapRule,
+    ) -> Tensor:
+        """Note the parameters of an operation outside of layers."""
+        self.miss(parameters)
+        return output
+
+    def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Note parameters."""
+        self.found.update(parameters.values())

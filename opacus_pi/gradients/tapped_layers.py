@@ -1,0 +1,91 @@
+"""Tap the layers of a copy that have a rule, by replacing their ``forward``.
+
+A tapped layer runs with frozen parameters, and its output is tapped. It runs as it
+always does where its rule cannot apply: called with several arguments, with an input
+that has no row for each example, or outside a tapped pass. Its parameters are live
+then, so that their gradients are found (:mod:`~opacus_pi.gradients.norm_taps`).
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from opacus_pi._torch_compat import own_parameters, replace_own_parameters_
+from opacus_pi.gradients.example_gradients import ExampleGradients
+from opacus_pi.gradients.layers.registry import (
+    LayerRule,
+    gradients_by_rule,
+    layer_rule,
+)
+from opacus_pi.gradients.norm_taps import NormTaps
+from opacus_pi.gradients.taps import Call
+
+
+def tap_layers(taps: NormTaps, model: nn.Module) -> set[nn.Parameter]:
+    """Replace ``forward`` of each layer that has a rule.
+
+    Args:
+        taps: What the layers report to.
+        model: An evaluation copy.
+
+    Returns:
+        The parameters of these layers.
+    """
+    tapped: set[nn.Parameter] = set()
+    for module in model.modules():
+        if (rule := layer_rule(module)) is not None:
+            tapped.update(module.parameters(recurse=False))
+            _TappedLayer(taps, module, rule)
+    return tapped
+
+
+class _TappedLayer:
+    """One layer: frozen while it runs, its output tapped."""
+
+    def __init__(self, taps: NormTaps, module: nn.Module, rule: LayerRule) -> None:
+        self._taps, self._module, self._rule = taps, module, rule
+        self._live = own_parameters(module)
+        self._frozen = {
+            k: p if p is None else p.detach() for k, p in self._live.items()
+        }
+        self._measured: dict[str, nn.Parameter] = {}
+        self._num_leftover = -1  # for which ``_measured`` was computed
+        self._plain_forward = module.forward
+        module.forward = self.forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer, tapped if its one input and its output are batches."""
+        taps = self._taps
+        if not taps.is_intercepting or len(args) + len(kwargs) != 1:
+            return self._plain_forward(*args, **kwargs)
+        parameters = self._parameters()
+        x = taps.expand_shared(*args, *kwargs.values()) if parameters else None
+        if not taps.wants(x):
+            return self._plain_forward(*args, **kwargs)
+        replace_own_parameters_(self._module, self._frozen)
+        try:
+            output = self._plain_forward(x)
+        finally:
+            replace_own_parameters_(self._module, self._live)
+        if not taps.wants(output):
+            taps.miss(parameters)
+            return output
+
+        def gradients(call: Call, grad: Tensor) -> dict[str, ExampleGradients] | None:
+            (x,), _ = call
+            return gradients_by_rule(
+                self._rule, self._module, x, grad, list(parameters)
+            )
+
+        return taps.tap(output, ((x,), {}), parameters, gradients)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """The layer's own parameters that taps still measure."""
+        num_leftover = len(self._taps.leftover)
+        if num_leftover != self._num_leftover:
+            live = self._live.items()
+            self._measured = {
+                k: p for k, p in live if p is not None and self._taps.is_live(p)
+            }
+            self._num_leftover = num_leftover
+        return self._measured
