@@ -1,7 +1,7 @@
-"""Accountants for Opacus that know more than the worst case.
+"""An accountant for Opacus that also knows the privacy loss of each example.
 
-``PerInstanceAccountant`` is registered as ``"per_instance"``. In a pipeline built by
-hand, without an engine:
+``opacus_pi.integration`` registers it as ``"per_instance"``. Use it through an engine,
+``PrivacyEngine(accountant="per_instance")``, or in a pipeline built by hand:
 
 >>> from opacus.optimizers import DPOptimizer
 >>> from opacus_pi.integration.grad_sample import GradSampleModule
@@ -45,10 +45,14 @@ _RECORD = "per_instance_record"
 
 
 def num_steps_of(accountant: IAccountant) -> int:
-    """Updates that an accountant has counted; 0 if it does not say in Opacus's way.
+    """Return the number of updates that an accountant has counted.
 
     Args:
-        accountant: Any accountant; Opacus's keep (noise, rate, number) in ``history``.
+        accountant: Any accountant. Opacus's own keep triples of noise multiplier,
+            sample rate and number of updates in ``history``.
+
+    Returns:
+        0 if ``history`` has another form, which a user's own accountant may choose.
     """
     try:
         return sum(int(count) for _, _, count in accountant.history)
@@ -75,29 +79,31 @@ def noise_std_of(optimizer: DPOptimizer) -> float:
 
 
 class PerInstanceAccountant(RDPAccountant):
-    """The worst case over all examples, and an estimate for each example.
+    """Rényi accounting for the worst case, with an estimate for each example.
 
-    ``get_epsilon`` is plain Rényi accounting, which holds for every example, observed
-    or not. ``privacy_losses`` and ``epsilons`` are the per-example values. They need
-    per-example norms, which reach the accountant in one of two ways:
+    ``get_epsilon`` is plain Rényi accounting. It is a guarantee for every example,
+    whether it was observed or not. ``privacy_losses`` and ``epsilons`` are estimates
+    for the examples of this data set. They need per-example gradient norms, which reach
+    the accountant in one of two ways:
 
     * ``opacus_pi.PrivacyEngine(accountant="per_instance")`` records them;
     * a pipeline built by hand calls ``begin`` once and ``record`` before each
       ``optimizer.step()``, with the hook of ``get_optimizer_hook_fn`` attached.
 
-    Opacus's own engine tells an accountant neither indices nor norms: there
-    ``get_epsilon`` works, and the per-example values are refused unless the loop calls
-    ``begin`` and ``record`` itself.
+    Opacus's own engine passes neither indices nor norms to its accountant. With that
+    engine ``get_epsilon`` works; the per-example values raise an error, unless the
+    training loop calls ``begin`` and ``record`` itself.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._recorder: Recorder | None = None
-        self._fed_by_engine = False
+        # Whether the recorder is an engine's, which reports the updates to it itself.
+        self._is_engines_recorder = False
 
     @classmethod
     def mechanism(cls) -> str:
-        """The name it is registered by."""
+        """Return the name under which the accountant is registered."""
         return "per_instance"
 
     def begin(
@@ -113,11 +119,12 @@ class PerInstanceAccountant(RDPAccountant):
 
         Args:
             num_examples: Number of examples, n.
-            sample_rate: Expected share of the examples in an update.
+            sample_rate: Probability of an example to be in an update, in (0, 1].
             sampling: ``"poisson"``, or ``"fixed"`` for any other schedule that does
                 not look at the data and draws an example at most once an epoch.
             data_set: ``opacus_pi.ledger.fingerprint(data_set)``, or a name.
-            recorder: When rows are written. Default: ``Recorder()``, once an epoch.
+            recorder: Keeps the norms and decides when rows are written. Default:
+                ``Recorder()``.
 
         Raises:
             ValueError: If an argument is outside its domain.
@@ -129,35 +136,37 @@ class PerInstanceAccountant(RDPAccountant):
             sampling=sampling,
             data_set=data_set,
         )
-        self._recorder, self._fed_by_engine = recorder, False
+        self._recorder, self._is_engines_recorder = recorder, False
 
     def record(self, indices: Any, grad_norms: Any) -> None:
-        """Report the rows of a physical batch, before ``optimizer.step()``.
+        """Report the samples of a physical batch, before ``optimizer.step()``.
 
         Args:
-            indices: int64 ``(b,)``, positions in the data set.
-            grad_norms: float ``(b,)``, norms before clipping, as
+            indices: int64 ``(b,)``, their positions in the data set.
+            grad_norms: float ``(b,)``, their gradient norms before clipping, such as
                 ``GradSampleModule.per_sample_gradient_norms``.
 
         Raises:
-            ValueError: If lengths differ or an index is no example's.
-            AccountingError: Before ``begin``.
+            ValueError: If the lengths differ, or an index is not in the data set.
+            AccountingError: If ``begin`` was not called.
         """
-        rows = torch.as_tensor(indices, dtype=torch.int64)
-        self._begun().observe(rows, torch.as_tensor(grad_norms))
+        examples = torch.as_tensor(indices, dtype=torch.int64)
+        self._require_recorder().observe(examples, torch.as_tensor(grad_norms))
 
     def follow(self, recorder: Recorder) -> None:
-        """Let an engine fill the record.
+        """Use the record of an engine.
 
         Args:
-            recorder: The engine's, which it reports every update to.
+            recorder: The engine's recorder, to which it reports every update.
         """
-        self._recorder, self._fed_by_engine = recorder, True
+        self._recorder, self._is_engines_recorder = recorder, True
 
     def get_optimizer_hook_fn(
         self, sample_rate: float
     ) -> Callable[[DPOptimizer], None]:
-        """The hook that counts an optimizer's updates.
+        """Return the hook that counts an optimizer's updates.
+
+        In a pipeline built by hand it also ends the update in the per-example record.
 
         Args:
             sample_rate: Sample rate of one backward pass.
@@ -169,10 +178,12 @@ class PerInstanceAccountant(RDPAccountant):
 
         def hook(optimizer: DPOptimizer) -> None:
             count(optimizer)
-            if self._recorder is not None and not self._fed_by_engine:
+            if self._recorder is not None and not self._is_engines_recorder:
                 self._recorder.step(
                     noise_std=noise_std_of(optimizer),
                     max_grad_norm=float(optimizer.max_grad_norm),
+                    # Opacus has just multiplied the rate of one backward pass by the
+                    # number of passes in this update.
                     sample_rate=min(1.0, self.history[-1][1]),
                 )
 
@@ -180,29 +191,30 @@ class PerInstanceAccountant(RDPAccountant):
 
     @property
     def ledger(self) -> GradNormLedger:
-        """The per-example record, if it holds every update that was counted.
+        """The gradient norms of all examples, if every counted update was recorded.
 
         Raises:
-            AccountingError: If there is none, or it cannot be accounted.
+            AccountingError: If there is no record, updates are missing from it, or the
+                run cannot be accounted for.
         """
-        ledger, counted = self._begun().ledger, num_steps_of(self)
+        ledger, counted = self._require_recorder().ledger, num_steps_of(self)
         if counted > ledger.mechanism.num_steps:
             raise AccountingError(
                 f"{counted} updates were counted and {ledger.mechanism.num_steps} "
-                "recorded. Call begin before the first update, and count updates by "
-                "the hook of get_optimizer_hook_fn."
+                "recorded. Call begin before the first update, and attach the hook of "
+                "get_optimizer_hook_fn to the optimizer, which counts and records."
             )
         return ledger
 
     def privacy_losses(self, order: float, **options: Any) -> NDArray[np.float64]:
-        """Each example's Rényi privacy loss, an estimate.
+        """Return an estimate of each example's Rényi privacy loss.
 
         Args:
             order: Rényi order, above 1.
-            **options: Of ``opacus_pi.accounting.privacy_losses``.
+            **options: Options of ``opacus_pi.accounting.privacy_losses``.
 
         Returns:
-            float64 ``(n,)``.
+            float64 ``(n,)``, in nats.
 
         Raises:
             AccountingError: If there is no per-example record of all updates.
@@ -210,13 +222,13 @@ class PerInstanceAccountant(RDPAccountant):
         return accounting.privacy_losses(self.ledger, order, **options)
 
     def epsilons(self, delta: float) -> NDArray[np.float64]:
-        """Each example's epsilon, an estimate; with Poisson at most ``get_epsilon``.
+        """Return an estimate of each example's epsilon.
 
         Args:
             delta: Failure probability, in (0, 1).
 
         Returns:
-            float64 ``(n,)``.
+            float64 ``(n,)``. Under Poisson sampling at most ``get_epsilon(delta)``.
 
         Raises:
             AccountingError: If there is no per-example record of all updates.
@@ -224,6 +236,8 @@ class PerInstanceAccountant(RDPAccountant):
         ledger = self.ledger
         values = accounting.epsilons(ledger, delta)
         mechanism = ledger.mechanism
+        # get_epsilon is a bound for every example only under Poisson sampling, and for
+        # the recorded updates only if the accountant has counted all of them.
         if (
             mechanism.sampling == "poisson"
             and num_steps_of(self) >= mechanism.num_steps
@@ -232,36 +246,43 @@ class PerInstanceAccountant(RDPAccountant):
         return values
 
     def state_dict(self, destination: dict[str, Any] | None = None) -> dict[str, Any]:
-        """History and, of a pipeline built by hand, the record as bytes.
+        """Return the history and, in a pipeline built by hand, the record as bytes.
 
-        An engine's record travels in the engine's checkpoint.
+        The record of an engine is saved in the engine's checkpoint instead.
 
         Args:
-            destination: A dict to fill; default: a new one.
+            destination: A dict to fill. Default: a new one.
+
+        Returns:
+            The dict, for ``load_state_dict``.
         """
         state: dict[str, Any] = super().state_dict(destination)
-        if self._recorder is not None and not self._fed_by_engine:
+        if self._recorder is not None and not self._is_engines_recorder:
             state[_RECORD] = _comparable(sealed(self._recorder.state_dict()))
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue what ``state_dict`` saved.
+        """Continue from a saved state.
 
         Args:
-            state_dict: What ``state_dict`` returned.
+            state_dict: A dict returned by ``state_dict()``.
 
         Raises:
-            ValueError: If it is no state of this kind of accountant, or damaged.
+            ValueError: If it is not the state of such an accountant, or is damaged.
         """
         super().load_state_dict(state_dict)
         record = state_dict.get(_RECORD)
         if record is not None:
             recorder = self._recorder or Recorder()
             recorder.load_state_dict(unsealed(_as_saved(record)))
-            self._recorder, self._fed_by_engine = recorder, False
+            self._recorder, self._is_engines_recorder = recorder, False
 
-    def _begun(self) -> Recorder:
-        """The recorder, once there is one."""
+    def _require_recorder(self) -> Recorder:
+        """Return the recorder.
+
+        Raises:
+            AccountingError: If there is none yet.
+        """
         if self._recorder is None:
             raise AccountingError(
                 "No per-example norms have reached this accountant. Train with "
@@ -273,14 +294,21 @@ class PerInstanceAccountant(RDPAccountant):
 
 
 def _comparable(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state that ``==`` can compare, as Opacus does: tensors become bytes."""
+    """Return a state with its tensors as bytes.
+
+    Opacus compares saved states with ``==``, which is ambiguous for tensors.
+    """
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     facts = {k: v for k, v in state.items() if k not in tensors}
     return {"facts": facts, "tensors": safetensors.torch.save(tensors)}
 
 
 def _as_saved(record: Any) -> dict[str, Any]:
-    """The state that ``_comparable`` was given; nothing if the record is none."""
+    """Return the state that ``_comparable`` was given.
+
+    Returns:
+        An empty state if the record has another form; loading it then raises.
+    """
     try:
         tensors = safetensors.torch.load(record["tensors"])
         return {**record["facts"], **tensors}

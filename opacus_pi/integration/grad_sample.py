@@ -1,5 +1,9 @@
 """Per-example gradient norms from Opacus's per-example gradients.
 
+Opacus stores the gradients of a batch in the attribute ``grad_sample`` of each
+parameter, one row for each example. The norm of an example's gradient over all
+parameters is the norm of its norms over each of them.
+
 >>> import torch
 >>> from torch import nn
 >>> model = GradSampleModule(nn.Linear(2, 1, bias=False))
@@ -19,7 +23,7 @@ __all__ = ["GradSampleModule"]
 
 
 def grad_sample_norms(grad_samples: Iterable[Tensor]) -> Tensor:
-    """L2 norm of each example's gradient over several parameters.
+    """Return the L2 norm of each example's gradient over several parameters.
 
     Args:
         grad_samples: One tensor ``(b, *shape)`` per parameter, on any devices.
@@ -31,7 +35,15 @@ def grad_sample_norms(grad_samples: Iterable[Tensor]) -> Tensor:
 
 
 def row_norms(grad_sample: Tensor) -> Tensor:
-    """L2 norm ``(b,)`` of each row of ``(b, *shape)``, not in half precision."""
+    """Return the L2 norm of each example's gradient by one parameter.
+
+    Args:
+        grad_sample: Per-example gradients ``(b, *shape)``; half precision is widened
+            to single first, because squares of small gradients would underflow.
+
+    Returns:
+        float ``(b,)``.
+    """
     rows = grad_sample.detach()
     rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
     if rows.dtype.itemsize < 4:
@@ -41,9 +53,16 @@ def row_norms(grad_sample: Tensor) -> Tensor:
 
 
 def joint_norms(norms: Sequence[Tensor]) -> Tensor:
-    """Norms ``(b,)`` over several parameters, from those over each of them.
+    """Return norms over several parameters, from the norms over each of them.
 
-    Of gradients in single or double precision, to the bit what Opacus computes.
+    For gradients in single or double precision the result is what Opacus computes, bit
+    for bit: it takes the same norms in the same order.
+
+    Args:
+        norms: One tensor ``(b,)`` per parameter, on any devices.
+
+    Returns:
+        float ``(b,)``, on the first tensor's device.
     """
     device = norms[0].device
     stacked = torch.stack([n.to(device) for n in norms], dim=1)
@@ -52,33 +71,35 @@ def joint_norms(norms: Sequence[Tensor]) -> Tensor:
 
 
 class GradSampleModule(opacus.GradSampleModule):
-    """Opacus's ``GradSampleModule`` that also tells the norms of what it computed.
+    """Opacus's ``GradSampleModule`` with the norms of the gradients that it computed.
 
-    For pipelines built by hand; ``make_private`` returns Opacus's own class, because
-    Opacus compares the type exactly when a model is prepared twice.
+    It is meant for pipelines built by hand. ``make_private`` returns Opacus's own
+    class, because Opacus compares the exact type when a model is prepared twice.
     """
 
     @property
     def per_sample_gradient_norms(self) -> Tensor:
         r"""Norms of the last backward pass, :math:`\lVert\nabla\ell(w, x_j)\rVert_2`.
 
-        Of each example's own loss if ``loss_reduction`` is the loss's, before clipping
-        and over the trainable parameters. A loss that was scaled (by accumulation or
-        mixed precision) has scaled norms, and those are what Opacus clips.
+        They are norms of the gradient of each example's own loss, if ``loss_reduction``
+        is the one of the criterion; before clipping, and over the trainable parameters.
+        If the loss was scaled (by accumulation or mixed precision), so are the norms:
+        Opacus clips the scaled gradients.
 
         Returns:
             float ``(b,)``.
 
         Raises:
-            RuntimeError: If there are no per-example gradients, before the first
+            RuntimeError: If there are no per-example gradients: before the first
                 backward pass and after ``zero_grad``.
         """
         parameters = [p for p in self._module.parameters() if p.requires_grad]
-        held = [getattr(p, "grad_sample", None) for p in parameters]
-        latest = [g[-1] if isinstance(g, list) else g for g in held if g is not None]
+        stored = [getattr(p, "grad_sample", None) for p in parameters]
+        # After several backward passes Opacus keeps a list with one tensor for each.
+        latest = [g[-1] if isinstance(g, list) else g for g in stored if g is not None]
         if not latest:
             raise RuntimeError(
-                "Per-example gradient norms need per-example gradients, but there are "
-                "none. Ask after loss.backward() and before zero_grad()."
+                "There are no per-example gradients. Read the norms after "
+                "loss.backward() and before zero_grad()."
             )
         return grad_sample_norms(latest)

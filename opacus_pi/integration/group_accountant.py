@@ -1,6 +1,7 @@
-"""An accountant for Opacus that speaks of whole groups of examples.
+"""An accountant for Opacus that bounds the privacy loss of groups of examples.
 
-Registered as ``"group"``. Its ``get_epsilon`` holds for **any** m examples at once:
+``opacus_pi.integration`` registers it as ``"group"``. Its ``get_epsilon`` holds for
+**any** group of m examples that are added or removed together:
 
 >>> accountant = GroupAccountant()
 >>> for _ in range(100):
@@ -25,23 +26,26 @@ from opacus_pi.integration.accountants import num_steps_of
 
 __all__ = ["GroupAccountant"]
 
-GROUP_ORDERS = (*(1 + np.geomspace(0.01, 1, 20)), *np.geomspace(2, 64, 24)[1:])
-_SET_ORDERS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
+# The larger the group, the closer to 1 is the best order: hence many orders below 2.
+_WORST_CASE_ORDERS = (*(1 + np.geomspace(0.01, 1, 20)), *np.geomspace(2, 64, 24)[1:])
+# Fewer orders for a given group: each order evaluates all its Gram matrices.
+_GIVEN_GROUP_ORDERS = (1.1, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 _SIZE = "group_size"
 
 
 class GroupAccountant(RDPAccountant):
     """Group privacy of DP-SGD, and an estimate for removing one given group.
 
-    Opacus's engine makes it for groups of one example, where ``get_epsilon`` is plain
-    Rényi accounting. Set ``group_size`` at any time: the record of updates is the same
-    for all groups. Like Opacus's accountants it assumes Poisson sampling.
+    An engine creates it for groups of one example, for which ``get_epsilon`` is plain
+    Rényi accounting. Set ``group_size`` at any time, also after training: the history
+    of updates does not depend on it. Like Opacus's accountants it assumes Poisson
+    sampling.
 
     Args:
-        group_size: m, examples added or removed together; at least 1.
+        group_size: m, the number of examples added or removed together; at least 1.
 
     Raises:
-        ValueError: If the size is no whole number above 0.
+        ValueError: If the size is not a whole number above 0.
     """
 
     def __init__(self, group_size: int = 1) -> None:
@@ -50,12 +54,12 @@ class GroupAccountant(RDPAccountant):
 
     @classmethod
     def mechanism(cls) -> str:
-        """The name it is registered by."""
+        """Return the name under which the accountant is registered."""
         return "group"
 
     @property
     def group_size(self) -> int:
-        """How many examples ``get_epsilon`` speaks of at once."""
+        """Number of examples in the groups for which ``get_epsilon`` holds."""
         return self._group_size
 
     @group_size.setter
@@ -73,21 +77,25 @@ class GroupAccountant(RDPAccountant):
     def get_privacy_spent(
         self, *, delta: float, alphas: Sequence[float] | None = None
     ) -> tuple[float, float]:
-        """Epsilon for any ``group_size`` examples, and the order that gave it.
+        """Return epsilon for any ``group_size`` examples, and the best Rényi order.
 
         Args:
             delta: Failure probability, in (0, 1).
-            alphas: Rényi orders to choose from.
+            alphas: Rényi orders to choose from. Default: 43 from 1.01 to 64; for
+                groups of one, Opacus's own.
 
         Returns:
-            Epsilon and order. For groups of one, Opacus's own.
+            The smallest epsilon over the orders, and its order. For groups of one these
+            are Opacus's own values.
         """
         if self.group_size == 1 or not self.history:
             spent: tuple[float, float] = super().get_privacy_spent(
                 delta=delta, alphas=alphas
             )
             return spent
-        orders = np.asarray(GROUP_ORDERS if alphas is None else alphas, np.float64)
+        orders = np.asarray(
+            _WORST_CASE_ORDERS if alphas is None else alphas, np.float64
+        )
         each = [float(rdp_to_epsilon([self.divergence(a)], [a], delta)) for a in orders]
         best = int(np.argmin(each))
         return each[best], float(orders[best])
@@ -95,21 +103,23 @@ class GroupAccountant(RDPAccountant):
     def divergence(
         self, order: float, gram_ledger: GramLedger | None = None, **options: Any
     ) -> float:
-        """Rényi divergence of training with a group from training without it.
+        """Return the Rényi divergence between training with and without a group.
 
         Args:
             order: Rényi order, above 1.
-            gram_ledger: Of one group, from ``group_record.gram_ledger``. Default: the
-                worst case over all groups of ``group_size`` examples, which is a bound
-                in both directions.
-            **options: Of ``opacus_pi.accounting.group_divergence``.
+            gram_ledger: The Gram matrices of one group, from
+                ``opacus_pi.recording.group_record.gram_ledger``. Default: the worst
+                case over all groups of ``group_size`` examples, which is a bound in
+                both directions.
+            **options: Options of ``opacus_pi.accounting.group_divergence``.
 
         Returns:
-            The divergence, in nats. A given group's is an estimate of a bound, from
-            one run; it is never above the worst case of its size.
+            The divergence, in nats. For a given group it is an estimate of a bound,
+            from one run; it is never above the worst case of the group's size.
 
         Raises:
-            AccountingError: If the ledger is not of the updates that were counted.
+            AccountingError: If the Gram ledger has another number of updates than were
+                counted.
             ValueError: As ``group_divergence``.
         """
         if gram_ledger is not None:
@@ -130,28 +140,31 @@ class GroupAccountant(RDPAccountant):
         delta: float,
         gram_ledger: GramLedger,
         *,
-        orders: Sequence[float] = _SET_ORDERS,
+        orders: Sequence[float] = _GIVEN_GROUP_ORDERS,
         method: str = "scalar",
         **options: Any,
     ) -> float:
-        """Epsilon of removing one given group: an estimate, as the divergence is.
+        """Return an estimate of epsilon for removing one given group.
 
-        What is estimated is one-sided: with the group every event has at most e^ε times
-        the probability that it has without it, plus δ. Sensitive, like the ledger.
+        The estimate is one-sided: training with the group gives every event at most e^ε
+        times the probability that training without it gives, plus δ. It is sensitive,
+        like the ledger: it says how unusual the group is.
 
         Args:
             delta: Failure probability, in (0, 1).
-            gram_ledger: The group's, from ``group_record.gram_ledger``.
+            gram_ledger: The Gram matrices of the group, as for ``divergence``.
             orders: Rényi orders to choose from.
-            method: Of ``group_divergence``. The default is deterministic; a minimum
-                over orders of Monte Carlo values would choose the lowest error.
-            **options: More of ``group_divergence``.
+            method: Method of ``group_divergence``. The default is deterministic. With a
+                Monte Carlo method the minimum over orders would select the value with
+                the most favourable error.
+            **options: Further options of ``group_divergence``.
 
         Returns:
             Epsilon, at least 0.
 
         Raises:
-            AccountingError: If the ledger is not of the updates that were counted.
+            AccountingError: If the Gram ledger has another number of updates than were
+                counted.
             ValueError: As ``group_divergence``.
         """
         values = [
@@ -161,37 +174,41 @@ class GroupAccountant(RDPAccountant):
         return float(rdp_to_epsilon(values, orders, delta))
 
     def state_dict(self, destination: dict[str, Any] | None = None) -> dict[str, Any]:
-        """History and group size.
+        """Return the history and the group size.
 
         Args:
-            destination: A dict to fill; default: a new one.
+            destination: A dict to fill. Default: a new one.
+
+        Returns:
+            The dict, for ``load_state_dict``.
         """
         state: dict[str, Any] = super().state_dict(destination)
         state[_SIZE] = self.group_size
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue what ``state_dict`` saved.
+        """Continue from a saved state.
 
         Args:
-            state_dict: What ``state_dict`` returned.
+            state_dict: A dict returned by ``state_dict()``.
 
         Raises:
-            ValueError: If it is no state of this kind of accountant.
+            ValueError: If it is not the state of such an accountant.
         """
         super().load_state_dict(state_dict)
         self.group_size = state_dict.get(_SIZE, self.group_size)
 
     def _require_counted(self, gram_ledger: GramLedger) -> None:
-        """Refuse a ledger of other updates."""
+        """Raise unless a Gram ledger has as many updates as were counted."""
         recorded, counted = gram_ledger.mechanism.num_steps, num_steps_of(self)
         if recorded != counted:
             raise AccountingError(
                 f"{counted} updates were counted, and the Gram ledger is of a run of "
-                f"{recorded}. Compute it from the ledger of this training when it ends."
+                f"{recorded}. Compute it from the ledger of this training, after it "
+                "has ended."
             )
 
 
 def _ratio(noise_multiplier: float) -> float:
-    """C / σ; without noise nothing is hidden."""
+    """Return C / σ, the ratio of the clip norm to the noise; infinite without noise."""
     return 1 / noise_multiplier if noise_multiplier > 0 else float("inf")

@@ -5,10 +5,20 @@
     Trainer(callbacks=[private]).fit(model, train_loader)
     engine.epsilons(delta=1e-5)
 
-Needs the extra ``lightning``.
+Install the extra ``lightning`` to use it.
+
+How it works: when ``Trainer.fit`` begins, the optimizer and the data loader exist, but
+no batch has been drawn. At this point the callback has the engine prepare them, and
+gives the trainer the prepared ones. The model itself is not wrapped, so that Lightning
+finds the module that it expects.
+
+This is the only file that knows Lightning. It uses one private name of it, seen in
+Lightning 2.6: ``_data_source`` of the fit loop, from which the trainer takes its
+training data.
 """
 
 import io
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -26,36 +36,35 @@ __all__ = ["PrivacyCallback"]
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
-except ImportError:  # the extra is not installed: said when it is used
+except ImportError:  # PrivacyCallback raises when it is created
     Callback = object  # type: ignore[assignment,misc]
 
 _PREPARATIONS = ("make_private", "make_private_with_epsilon", "make_monitored")
 
 
 class PrivacyCallback(Callback):
-    """Prepares model, optimizer and loader by an engine when ``Trainer.fit`` begins.
+    """Has an engine prepare model, optimizer and loader when ``Trainer.fit`` begins.
 
-    ``training_step`` and ``configure_optimizers`` stay as they are; schedulers go on
-    with the optimizer they were made for. The ledger and the accountant are part of
-    Lightning's checkpoints (random states are not). After the fit the model is a plain
-    one again.
+    ``training_step`` and ``configure_optimizers`` do not change; schedulers go on with
+    the optimizer that they were created for. Lightning's checkpoints contain the ledger
+    and the accountant, but no random states. After the fit the model has no hooks.
 
     Args:
-        engine: Holds the ledger afterwards; one engine for each run.
-        prepare: What is called: ``"make_private"``, ``"make_private_with_epsilon"`` or
-            ``"make_monitored"``.
-        module: Name of the submodule to train so, which ``training_step`` must call
-            itself. Default: the only child with trainable parameters, else the
-            LightningModule, which ``training_step`` must then call, as ``self(x)``.
-        **options: Of the method of the engine (``noise_multiplier``, ``noise_std``,
-            ``poisson_sampling`` ...), but for module, optimizer and loader.
+        engine: The engine, which holds the ledger afterwards. Use one for each run.
+        prepare: The method of the engine that prepares the run: ``"make_private"``,
+            ``"make_private_with_epsilon"`` or ``"make_monitored"``.
+        module: Name of the submodule to train. ``training_step`` must call this
+            submodule itself. Default: the only child with trainable parameters; if
+            there is not exactly one, the LightningModule, which ``training_step`` must
+            then call as ``self(x)``.
+        **options: Arguments of that method (``noise_multiplier``, ``noise_std``,
+            ``poisson_sampling`` ...), without module, optimizer and data loader.
 
     Raises:
         ImportError: If lightning is not installed.
-        ValueError: If ``prepare`` is none of the three; from ``Trainer.fit``, if the
-            trainer does what cannot be accounted (several optimizers or devices,
-            accumulated or clipped gradients, manual optimization).
+        ValueError: If ``prepare`` is not one of the three. ``Trainer.fit`` raises it if
+            the trainer does something that cannot be accounted for (several optimizers
+            or devices, accumulated or clipped gradients, manual optimization).
     """
 
     def __init__(
@@ -76,50 +85,63 @@ class PrivacyCallback(Callback):
             "prepare",
             repr(prepare),
             f"must be one of {_PREPARATIONS}",
-            "It is the method of the engine to call.",
+            "It is the method of the engine that prepares the run.",
         )
         self.engine, self.prepare, self.module = engine, prepare, module
         self.options = options
         self._hooks: AbstractGradSampleHooks | None = None
-        self._handle: RemovableHandle | None = None
-        self._saved: torch.Tensor | None = None
+        self._closure_handle: RemovableHandle | None = None
+        self._loaded: torch.Tensor | None = None  # a checkpoint, as bytes
 
     def on_fit_start(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Prepare what the trainer has set up, and have it use what came out."""
+        """Prepare what the trainer has set up, and give it the prepared objects.
+
+        Args:
+            trainer: The trainer, whose optimizer and training data are replaced.
+            pl_module: The user's module.
+
+        Raises:
+            ValueError: If the run cannot be prepared or accounted for.
+        """
         _check_trainer(trainer, pl_module)
-        fit = trainer.fit_loop
+        optimizer = trainer.optimizers[0]
         is_private = self.prepare != "make_monitored"
         if not is_private:
-            self._handle = trainer.optimizers[0].register_step_pre_hook(_closure_first)
-        made = getattr(self.engine, self.prepare)(
-            module=self._part(pl_module),
-            optimizer=trainer.optimizers[0],
-            data_loader=_only_loader(fit._data_source.dataloader()),
+            # Registered before the engine's hook, which adds noise to the gradients.
+            self._closure_handle = optimizer.register_step_pre_hook(_run_closure_first)
+        prepared = getattr(self.engine, self.prepare)(
+            module=self._trained_module(pl_module),
+            optimizer=optimizer,
+            data_loader=_training_loader(trainer),
             **self.options,
             **({"wrap_model": False} if is_private else {}),
         )
         expect(
-            len(made) == 3,
+            len(prepared) == 3,
             "grad_sample_mode",
             repr(self.options.get("grad_sample_mode")),
-            "must leave the criterion as training_step has it",
-            'Use "hooks": ghost clipping takes its own criterion in two passes.',
+            "must keep the criterion of training_step",
+            'Use "hooks": ghost clipping replaces the criterion by its own.',
         )
-        self._hooks = made[0] if is_private else None
-        trainer.optimizers = [made[1]]
-        fit._data_source = _DataLoaderSource(made[2], "")
-        if self._saved is not None:
-            load: Any = self.engine.load_checkpoint
-            with io.BytesIO(self._saved.numpy().tobytes()) as file:
-                load(path=file, module=nn.Identity())
+        hooks, trainer.optimizers, loader = prepared[0], [prepared[1]], prepared[2]
+        self._hooks = hooks if is_private else None
+        _replace_training_loader(trainer, loader)
+        if self._loaded is not None:
+            with io.BytesIO(self._loaded.numpy().tobytes()) as file:
+                self.engine.load_checkpoint(path=file, module=nn.Identity())
 
     def on_fit_end(self, trainer: "Trainer", pl_module: "LightningModule") -> None:
-        """Take the hooks off model and optimizer."""
+        """Remove the hooks from model and optimizer.
+
+        Args:
+            trainer: The trainer; not used.
+            pl_module: The user's module; not used.
+        """
         if self._hooks is not None:
             self._hooks.cleanup()
-        if self._handle is not None:
-            self._handle.remove()
-        self._hooks = self._handle = None
+        if self._closure_handle is not None:
+            self._closure_handle.remove()
+        self._hooks = self._closure_handle = None
 
     def on_exception(
         self,
@@ -127,23 +149,38 @@ class PrivacyCallback(Callback):
         pl_module: "LightningModule",
         exception: BaseException,
     ) -> None:
-        """Take the hooks off model and optimizer."""
+        """Remove the hooks from model and optimizer when training fails.
+
+        Args:
+            trainer: The trainer; not used.
+            pl_module: The user's module; not used.
+            exception: The error; not used.
+        """
         self.on_fit_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The engine's checkpoint, without the weights, which Lightning saves."""
-        save: Any = self.engine.save_checkpoint
+        """Return the engine's checkpoint, for Lightning to save with its own.
+
+        The checkpoint has no weights, because Lightning saves them itself.
+
+        Returns:
+            The bytes of the checkpoint as a uint8 tensor, under ``"engine"``.
+        """
         with io.BytesIO() as file:
-            save(path=file, module=nn.Identity())
+            self.engine.save_checkpoint(path=file, module=nn.Identity())
             saved = np.frombuffer(file.getvalue(), dtype=np.uint8).copy()
         return {"engine": torch.from_numpy(saved)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the engine's checkpoint until the run is prepared."""
-        self._saved = state_dict["engine"]
+        """Keep an engine's checkpoint until the run is prepared.
 
-    def _part(self, pl_module: "LightningModule") -> nn.Module:
-        """The module whose forward passes and gradients are those of the training."""
+        Args:
+            state_dict: A dict returned by ``state_dict()``.
+        """
+        self._loaded = state_dict["engine"]
+
+    def _trained_module(self, pl_module: "LightningModule") -> nn.Module:
+        """Return the module whose forward passes and gradients are to be recorded."""
         if self.module is not None:
             return pl_module.get_submodule(self.module)
         trained = [
@@ -155,10 +192,17 @@ class PrivacyCallback(Callback):
         return trained[0] if len(trained) == 1 and not own else pl_module
 
 
-def _closure_first(
+def _run_closure_first(
     optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A hook that has the gradients there before noise is added to them."""
+    """Compute the gradients before noise is added to them.
+
+    Lightning runs forward and backward pass in a closure, which an optimizer calls
+    within ``step``, after all pre-hooks. This pre-hook calls it instead.
+
+    Returns:
+        The arguments of ``step`` without the closure.
+    """
     closure = options.pop("closure", None)
     if closure is not None:
         closure()
@@ -166,47 +210,59 @@ def _closure_first(
 
 
 def _check_trainer(trainer: "Trainer", pl_module: "LightningModule") -> None:
-    """Refuse what a trainer does that makes an update something else."""
-    optimizers, clip = len(trainer.optimizers), trainer.gradient_clip_val
-    every = vars(trainer)["reload_dataloaders_every_n_epochs"]
-    automatic, step = pl_module.automatic_optimization, "so that an update is one batch"
-    for name, got, wanted, requirement, remedy in [
-        (
-            "automatic_optimization",
-            automatic,
-            True,
-            f"must be True, {step}",
-            "Call the engine in your own loop.",
-        ),
-        ("num_optimizers", optimizers, 1, "must be 1", "Train one by one."),
-        ("num_devices", trainer.world_size, 1, "must be 1", "Use devices=1."),
-        (
-            "accumulate_grad_batches",
-            trainer.accumulate_grad_batches,
-            1,
-            f"must be 1, {step}",
-            "Use a larger batch_size.",
-        ),
-        (
-            "gradient_clip_val",
-            clip or 0,
-            0,
-            "must be 0",
-            "The engine clips each example.",
-        ),
-        (
-            "reload_dataloaders_every_n_epochs",
-            every,
-            0,
-            "must be 0",
-            "Keep the loader.",
-        ),
-    ]:
-        expect(got == wanted, name, got, requirement, remedy)
+    """Raise if an update would not be one optimizer's step on one batch.
+
+    Raises:
+        ValueError: With the setting that is to be changed.
+    """
+    one_batch = "so that an update is made from one batch"
+    _require(
+        "automatic_optimization",
+        pl_module.automatic_optimization,
+        equals=True,
+        remedy=f"Leave it on, {one_batch}, or call the engine in a loop of your own.",
+    )
+    _require(
+        "num_optimizers",
+        len(trainer.optimizers),
+        equals=1,
+        remedy="Train with one optimizer after the other.",
+    )
+    _require(
+        "num_devices", trainer.world_size, equals=1, remedy="Use Trainer(devices=1)."
+    )
+    _require(
+        "accumulate_grad_batches",
+        trainer.accumulate_grad_batches,
+        equals=1,
+        remedy=f"Use a larger batch_size instead, {one_batch}.",
+    )
+    _require(
+        "gradient_clip_val",
+        trainer.gradient_clip_val or 0,
+        equals=0,
+        remedy="The engine clips the gradient of each example.",
+    )
+    _require(
+        "reload_dataloaders_every_n_epochs",
+        vars(trainer)["reload_dataloaders_every_n_epochs"],
+        equals=0,
+        remedy="The prepared loader must be used in all epochs.",
+    )
 
 
-def _only_loader(loader: Any) -> DataLoader[Any]:
-    """The training data, if they come from one torch loader."""
+def _require(name: str, value: Any, *, equals: Any, remedy: str) -> None:
+    """Raise ``ValueError`` unless a setting of the trainer has the one value."""
+    expect(value == equals, name, value, f"must be {equals}", remedy)
+
+
+def _training_loader(trainer: "Trainer") -> DataLoader[Any]:
+    """Return the loader that the trainer will train from.
+
+    Raises:
+        ValueError: If the training data do not come from one torch loader.
+    """
+    loader = trainer.fit_loop._data_source.dataloader()
     expect(
         isinstance(loader, DataLoader),
         "train_dataloaders",
@@ -215,3 +271,13 @@ def _only_loader(loader: Any) -> DataLoader[Any]:
         "Every update has to draw from one data set.",
     )
     return cast(DataLoader[Any], loader)
+
+
+def _replace_training_loader(trainer: "Trainer", loader: DataLoader[Any]) -> None:
+    """Have the trainer train from a loader, wherever its data came from before.
+
+    The source of a trainer's data is a loader, or a module and the name of a method of
+    it; it becomes the loader.
+    """
+    loop = trainer.fit_loop
+    loop._data_source = replace(loop._data_source, instance=loader, name="")
