@@ -1,17 +1,26 @@
-"""How well a model has forgotten, judged beside a model that never knew.
+"""Metrics that compare an unlearned model with models retrained without the forget set.
 
-Each metric is a pure function of arrays or models; none knows an unlearning method.
+Each metric is a pure function of arrays or models. No metric depends on an unlearning
+method. Loss barriers and permutations are defined in ``opacus_pi.symmetries``,
+``predict`` in ``opacus_pi.models``.
 """
 
-from opacus_pi.evaluation.accuracies import accuracy, unlearning_accuracy
 from opacus_pi.evaluation.gus import GaussianPoison, gaussian_unlearning_score
-from opacus_pi.evaluation.intervals import Interval, epsilon_interval, mean_interval
-from opacus_pi.evaluation.likelihood_ratio import ULira, u_lira
-from opacus_pi.evaluation.margins import klom
+from opacus_pi.evaluation.intervals import (
+    ConfidenceInterval,
+    epsilon_interval,
+    mean_interval,
+)
 from opacus_pi.evaluation.membership import MembershipInference, membership_inference
+from opacus_pi.evaluation.metrics import (
+    accuracy,
+    evaluate,
+    summarise,
+    tug_of_war,
+    unlearning_accuracy,
+)
 from opacus_pi.evaluation.oracle import OracleCache
-from opacus_pi.evaluation.summary import evaluate, summarise
-from opacus_pi.evaluation.tow import tug_of_war
+from opacus_pi.evaluation.shadow_models import ULira, klom, u_lira
 from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
 from opacus_pi.models.predictions import Predictions, predict
 from opacus_pi.symmetries import (
@@ -27,8 +36,8 @@ from opacus_pi.symmetries import (
 )
 
 __all__ = [
+    "ConfidenceInterval",
     "GaussianPoison",
-    "Interval",
     "MembershipInference",
     "OracleCache",
     "PermutationSpec",

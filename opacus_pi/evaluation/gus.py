@@ -1,9 +1,9 @@
-"""Gaussian unlearning score: does the model still know the noise it was poisoned with?
+"""Gaussian unlearning score: does the model still know the noise it trained on?
 
-The protocol: train with the inputs of the forget set replaced by input + noise
-(:class:`GaussianPoison`), unlearn the forget set, and score before, after, and on a
-model retrained without the forget set, which has never seen the noise and scores 0 up
-to a standard error of noise_std / √m.
+The protocol has three steps. Train with noise added to the inputs of the forget set
+(:class:`GaussianPoison`). Unlearn the forget set. Compute the score before and after,
+and for a model retrained without the forget set, which has never seen the noise: its
+score is 0 up to a standard error of noise_std / √m.
 
 >>> data_set = torch.utils.data.TensorDataset(torch.zeros(5, 2), torch.zeros(5).long())
 >>> poisoned = GaussianPoison(data_set, [1, 3], 0.25, torch.Generator().manual_seed(0))
@@ -35,27 +35,28 @@ def gaussian_unlearning_score(
     *,
     batch_size: int = 256,
 ) -> float:
-    r"""Mean inner product of the stored noise with the direction of the input gradient.
+    r"""Compute the mean inner product of the noise with the input gradient's direction.
 
     :math:`\frac1m \sum_i \langle g_i, \xi_i \rangle / \|g_i\|_2` with
     :math:`g_i = \nabla_x \ell(x_i, y_i)` at the clean input. For noise that the model
-    has never seen the mean is 0 and the standard deviation noise_std / √m. An example
-    whose gradient is exactly 0 has no direction and contributes 0.
+    has never seen, the score has mean 0 and standard deviation noise_std / √m. An
+    example whose gradient is exactly 0 has no direction and contributes 0.
 
     Args:
-        model: Plain, or wrapped by Opacus; evaluated in evaluation mode on a copy.
+        model: Plain or wrapped by Opacus. A copy in evaluation mode is evaluated.
         criterion: ``criterion(outputs, labels)``, one loss per example.
-        clean_inputs: Inputs without the noise, floating, ``(m, ...)``.
+        clean_inputs: Inputs without the noise, floating-point, ``(m, ...)``.
         labels: Their labels, ``(m,)``.
-        noise: The noise that was added in training, in the inputs' units, ``(m, ...)``.
+        noise: The noise that was added in training, in the unit of the inputs,
+            ``(m, ...)``.
         batch_size: Batch size; it does not change the result.
 
     Returns:
-        The score, in the noise's units.
+        The score, in the unit of the noise.
 
     Raises:
         ValueError: If shapes disagree, there is no example, or the inputs are not
-            floating.
+            floating-point numbers.
 
     Source: paper, Appendix E; Pawelczyk et al. 2024 (arXiv:2406.17216).
     """
@@ -74,10 +75,10 @@ def gaussian_unlearning_score(
 
 
 def _directions(model: nn.Module, losses: Losses, x: Tensor, y: Tensor) -> Tensor:
-    """Input gradients of unit length (0 where there is none), float64 ``(b, d)``."""
+    """Return input gradients of unit length (or 0), float64 ``(b, d)``."""
     x = x.detach().requires_grad_()
     outputs = model(x)
-    # only the direction counts, and unit cotangents do not underflow
+    # only the direction matters, and cotangents of unit length do not underflow
     units, _ = unit_cotangents(losses, outputs, y)
     (gradients,) = torch.autograd.grad(outputs, x, units[0])
     flat = gradients.double().flatten(1)
@@ -104,23 +105,24 @@ def _check_examples(clean_inputs: Tensor, labels: Tensor, noise: Tensor) -> None
 
 
 class GaussianPoison(Dataset[Any]):
-    """A data set in which some inputs carry fixed Gaussian noise; labels are kept.
+    """A data set with fixed Gaussian noise added to some inputs; labels do not change.
 
     Args:
-        data_set: Pairs ``(input, label)`` with floating tensors of one shape as inputs,
-            the same at every reading: put random augmentation around this wrapper.
+        data_set: Pairs ``(input, label)``. Inputs are floating-point tensors of one
+            shape and the same at every access; apply random augmentation to this
+            wrapper.
         forget_indices: Which examples are poisoned, shape ``(m,)``.
-        noise_std: Standard deviation of the noise on every input entry (the paper's
-            variance is 0.062, the original's 0.32).
+        noise_std: Standard deviation of the noise on every entry of an input. The paper
+            uses variance 0.062, the original article 0.32.
         generator: Source of the noise.
 
     Attributes:
         forget_indices: Sorted int64 ``(m,)``.
-        noise: What was added to each of them, ``(m, ...)``.
+        noise: The noise that was added to each of them, ``(m, ...)``.
 
     Raises:
-        ValueError: If the indices are empty, doubled or out of range, ``noise_std`` is
-            not above 0, or an input is not a floating tensor.
+        ValueError: If the indices are empty, repeated or out of range, ``noise_std`` is
+            not above 0, or an input is not a floating-point tensor.
 
     Source: Pawelczyk et al. 2024 (arXiv:2406.17216), Section 3.
     """
@@ -136,7 +138,7 @@ class GaussianPoison(Dataset[Any]):
         self.forget_indices = distinct_indices("forget_indices", forget_indices, size)
         positive(noise_std=noise_std, remedy="Without noise nothing is poisoned.")
         self._data_set = data_set
-        self._row = {int(i): row for row, i in enumerate(self.forget_indices)}
+        self._position = {int(i): k for k, i in enumerate(self.forget_indices)}
         example = data_set[int(self.forget_indices[0])][0]
         expect(
             isinstance(example, Tensor) and example.is_floating_point(),
@@ -151,17 +153,17 @@ class GaussianPoison(Dataset[Any]):
         ).to(example.device)
 
     def __len__(self) -> int:
-        """The number of examples, poisoned or not."""
+        """Return the number of examples, poisoned or not."""
         return size_of(self._data_set)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        """One example; the input carries its noise if it is poisoned."""
+        """Return one example, with its noise if it is poisoned."""
         x, label = self._data_set[index]
-        row = self._row.get(int(index))
-        return (x if row is None else x + self.noise[row]), label
+        position = self._position.get(int(index))
+        return (x if position is None else x + self.noise[position]), label
 
     def clean(self) -> tuple[Tensor, Tensor]:
-        """The poisoned examples without their noise, in the order of ``noise``.
+        """Return the poisoned examples without their noise, in the order of ``noise``.
 
         Returns:
             Inputs ``(m, ...)`` and labels ``(m,)``.

@@ -1,7 +1,7 @@
-"""Confidence intervals: of a mean over seeds, and of the epsilon that an attack shows.
+"""Confidence intervals of a mean over seeds, and of the epsilon that an attack proves.
 
 >>> mean_interval([1.0, 2.0, 3.0])  # doctest: +ELLIPSIS
-Interval(estimate=2.0, low=-0.484..., high=4.484...)
+ConfidenceInterval(estimate=2.0, low=-0.484..., high=4.484...)
 """
 
 from typing import NamedTuple
@@ -13,23 +13,30 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 
 
-class Interval(NamedTuple):
-    """An estimate with the ends of its confidence interval."""
+class ConfidenceInterval(NamedTuple):
+    """An estimate and the ends of its confidence interval.
+
+    Attributes:
+        estimate: The estimate.
+        low: Lower end.
+        high: Upper end.
+    """
 
     estimate: float
     low: float
     high: float
 
 
-def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
-    """The mean of independent values (seeds) with Student's interval.
+def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> ConfidenceInterval:
+    """Compute the mean of independent values, such as seeds, with Student's interval.
 
     Args:
-        values: At least one number, ``(k,)``; a single one has an infinite interval.
-        confidence: Coverage, if the values are normal.
+        values: At least one number, ``(k,)``. The interval of a single number is
+            infinite.
+        confidence: Coverage of the interval if the values are normally distributed.
 
     Returns:
-        Mean and ends.
+        The mean and the ends of the interval.
 
     Raises:
         ValueError: If there is no value or one is NaN, or ``confidence`` leaves (0, 1).
@@ -45,9 +52,9 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
     in_range(0, 1, closed=False, remedy="0.95 is usual.", confidence=confidence)
     mean = float(array.mean())
     if array.size == 1:
-        return Interval(mean, -np.inf, np.inf)
+        return ConfidenceInterval(mean, -np.inf, np.inf)
     margin = stats.t.ppf((1 + confidence) / 2, array.size - 1) * stats.sem(array)
-    return Interval(mean, mean - float(margin), mean + float(margin))
+    return ConfidenceInterval(mean, mean - float(margin), mean + float(margin))
 
 
 def epsilon_interval(
@@ -58,28 +65,28 @@ def epsilon_interval(
     *,
     delta: float = 1e-5,
     confidence: float = 0.95,
-) -> Interval:
-    r"""The epsilon that the errors of an attack rule out.
+) -> ConfidenceInterval:
+    r"""Compute the epsilon that the error rates of an attack prove.
 
-    (ε, δ)-indistinguishability of unlearned and retrained models forces
-    :math:`1 - \delta - \mathrm{FNR} \le e^\varepsilon \mathrm{FPR}` and the same with
-    the errors exchanged, so every attack shows a lower limit of ε:
+    If unlearned and retrained models are (ε, δ)-indistinguishable, every attack
+    satisfies :math:`1 - \delta - \mathrm{FNR} \le e^\varepsilon \mathrm{FPR}`, and the
+    same with the two rates exchanged. Every attack therefore proves a lower limit of ε,
     :math:`\max(0, \ln\frac{1-\delta-FNR}{FPR}, \ln\frac{1-\delta-FPR}{FNR})`. The ends
-    put Clopper-Pearson limits in place of the rates, each at half the error
-    probability, so that both hold together.
+    of the interval use Clopper-Pearson limits of the rates, each at half the error
+    probability, so that both hold simultaneously.
 
     Args:
-        false_positives: Retrained models called unlearned.
-        num_negatives: Retrained models judged.
-        false_negatives: Unlearned models called retrained.
-        num_positives: Unlearned models judged.
+        false_positives: Number of retrained models that were taken for unlearned.
+        num_negatives: Number of retrained models that were judged.
+        false_negatives: Number of unlearned models that were taken for retrained.
+        num_positives: Number of unlearned models that were judged.
         delta: δ.
-        confidence: Coverage of the interval for an attack fixed beforehand whose
-            judgements are independent.
+        confidence: Coverage of the interval, for an attack that was fixed beforehand
+            and whose judgements are independent.
 
     Returns:
-        The plug-in value and the ends; infinite where an error rate of 0 cannot be
-        ruled out. ``low`` is what may be claimed.
+        The value at the observed rates, and the ends of the interval, which are
+        infinite if an error rate of 0 cannot be excluded. You may claim ``low``.
 
     Raises:
         ValueError: If a count is impossible, or delta or the confidence not in (0, 1).
@@ -103,13 +110,13 @@ def epsilon_interval(
         strict=True,
     )
     shown, high, low = (_shown_epsilon(fpr, fnr, delta) for fpr, fnr in rates)
-    return Interval(shown, low, high)
+    return ConfidenceInterval(shown, low, high)
 
 
 def _rate_and_limits(
     errors: int, total: int, tail: float
 ) -> tuple[float, float, float]:
-    """An error rate with its lower and upper Clopper-Pearson limits."""
+    """Return an error rate with its lower and upper Clopper-Pearson limits."""
     low, high = 0.0, 1.0
     if errors > 0:
         low = float(stats.beta.ppf(tail, errors, total - errors + 1))
@@ -119,7 +126,7 @@ def _rate_and_limits(
 
 
 def _shown_epsilon(fpr: float, fnr: float, delta: float) -> float:
-    """The smallest epsilon that these error rates allow."""
+    """Return the smallest epsilon that these error rates allow."""
     shown = 0.0
     for one, other in ((fpr, fnr), (fnr, fpr)):
         if one < 1 - delta:

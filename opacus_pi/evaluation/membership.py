@@ -1,4 +1,4 @@
-"""Membership inference: does the forget set look like training or like test data?
+"""Membership inference: does the forget set look like training data or test data?
 
 >>> result = membership_inference([0.9, 0.95, 0.99], [0.2, 0.4, 0.3], [0.3, 0.97])
 >>> result
@@ -17,22 +17,23 @@ from opacus_pi._validate import expect, in_range
 
 @dataclass(frozen=True)
 class MembershipInference:
-    """What a membership attacker says; ``float(...)`` gives the first number.
+    """Result of a membership attack; ``float(result)`` is the first number.
 
     Attributes:
-        forget_called_test: Fraction of the forget set that the attacker calls test
-            data. Higher means more forgotten; the value to reach is the one of a model
+        forget_called_test: Fraction of the forget set that the attacker takes for test
+            data. Higher means more forgotten. The value to reach is that of a model
             retrained without the forget set.
-        attacker_accuracy: Balanced accuracy with which the attacker tells the retain
-            set from the test set, on the very examples it was fitted to. Near 1/2 it
-            sees nothing, and ``forget_called_test`` says nothing either way.
+        attacker_accuracy: Balanced accuracy with which the attacker separates the
+            retain set from the test set, on the examples it was fitted to. If it is
+            near 1/2, the attacker cannot separate them, and ``forget_called_test`` has
+            no meaning.
     """
 
     forget_called_test: float
     attacker_accuracy: float
 
     def __float__(self) -> float:
-        """``forget_called_test``."""
+        """Return ``forget_called_test``."""
         return self.forget_called_test
 
 
@@ -41,14 +42,15 @@ def membership_inference(
     test_confidences: ArrayLike,
     forget_confidences: ArrayLike,
 ) -> MembershipInference:
-    """Fit a logistic regression to retain against test and apply it to the forget set.
+    """Fit a logistic regression to retain and test set, and apply it to the forget set.
 
-    The one feature is the confidence (softmax at the label). Both classes weigh the
-    same whatever their sizes, and the feature is standardised, so that neither
-    unbalanced sets nor a narrow range of confidences make the attacker answer always
-    the same. If all retain and test confidences are equal the attacker can only guess:
-    1/2. On scores drawn alike the answer is 1/2 in the mean over draws when the two
-    sets are of one size, and less by O(1/√m) when the smaller one has m examples.
+    The only feature is the confidence (softmax at the label). Both classes have the
+    same weight whatever their sizes, and the feature is standardized. Otherwise
+    unbalanced sets or a narrow range of confidences would make the attacker always give
+    the same answer. If all retain and test confidences are equal, the attacker can only
+    guess, and the result is 1/2. If all scores come from one distribution, the expected
+    result is 1/2 for sets of equal size, and lower by O(1/√m) if the smaller set has m
+    examples.
 
     Args:
         retain_confidences: Confidences on retained training examples, shape ``(r,)``.
@@ -56,12 +58,13 @@ def membership_inference(
         forget_confidences: Confidences on the forget set, shape ``(m,)``.
 
     Returns:
-        The fraction of the forget set called test, and the attacker's own accuracy.
+        The fraction of the forget set that is taken for test data, and the accuracy of
+        the attacker.
 
     Raises:
         ValueError: If a set is empty or a confidence is outside [0, 1] or NaN.
 
-    Source: paper, Section 5.1 and Appendix E; class weights are ours.
+    Source: paper, Section 5.1 and Appendix E; the class weights are our addition.
     """
     retain = _feature(retain_confidences=retain_confidences)
     test = _feature(test_confidences=test_confidences)
@@ -71,7 +74,7 @@ def membership_inference(
     if np.ptp(seen) == 0:
         return MembershipInference(0.5, 0.5)
     is_test = np.repeat([False, True], [len(retain), len(test)])
-    from sklearn.linear_model import LogisticRegression  # slow to import: when used
+    from sklearn.linear_model import LogisticRegression  # imported late: it is slow
     from sklearn.metrics import balanced_accuracy_score
 
     attacker = LogisticRegression(class_weight="balanced")
@@ -84,7 +87,7 @@ def membership_inference(
 
 
 def _feature(**named: ArrayLike) -> NDArray[np.float64]:
-    """Confidences as one column, checked."""
+    """Return the confidences as one column, after checking them."""
     ((name, values),) = named.items()
     array = np.asarray(values, dtype=np.float64).reshape(-1, 1)
     expect(array.size > 0, name, "[]", "must hold an example", "Evaluate on some data.")

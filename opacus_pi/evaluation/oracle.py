@@ -1,7 +1,7 @@
-"""Models retrained without the forget set: what unlearning is judged against.
+"""Oracles: models retrained without the forget set, with which unlearning is compared.
 
-A retrained model costs a whole training, so it is kept on disk under a key made of
-everything that determines it, and trained only where that key is new.
+Each oracle costs a whole training run. It is therefore stored on disk under a key of
+everything that determines it, and trained only if no file has this key.
 """
 
 import hashlib
@@ -35,11 +35,11 @@ Recipe = Callable[[NDArray[np.int64], int], nn.Module | State]
 
 
 class OracleCache:
-    """Retrained models in a directory, each trained once.
+    """A directory of retrained models, each of which is trained once.
 
     Args:
-        directory: Where the weights are kept; made when the first model is stored.
-            The files are as sensitive as the models.
+        directory: Where the weights are stored. It is created with the first model. The
+            files are as sensitive as the models.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -56,35 +56,35 @@ class OracleCache:
         model_factory: Callable[[], nn.Module],
         progress: bool | None = None,
     ) -> list[nn.Module]:
-        """Retrain on the retain set with several seeds, or load what is there.
+        """Retrain on the retain set with several seeds, or load models that are stored.
 
-        Each model is stored as soon as it is trained, so an interrupted call goes on
-        where it stopped. A file that is not whole, or not of this key, is never loaded
-        but trained again, with a warning. The caller's random states are the same
-        afterwards whether models were trained or loaded.
+        Each model is stored as soon as it is trained, so an interrupted call continues
+        where it stopped. A file that is damaged or has another key is never loaded: its
+        model is trained again, with a warning. The random states of the caller do not
+        change, whether models are trained or loaded.
 
         Args:
-            recipe: ``recipe(retain_indices, seed)`` trains a model exactly as the one
-                to be unlearned was trained, but on these examples and with this seed,
-                and returns it (wrapped by Opacus or not) or its state dict. It must
-                seed itself.
+            recipe: ``recipe(retain_indices, seed)`` trains a model exactly as the
+                original model was trained, but on these examples and with this seed. It
+                returns the model (wrapped by Opacus or not) or its state dict, and must
+                set the seed itself.
             key: Everything else that determines the recipe (architecture, epochs,
-                learning rate, noise ...), as JSON. Two recipes under one key are taken
-                for the same.
-            data_set: The whole training set; its labels are part of the key, and an
-                oracle of other inputs is trained again, as far as ``fingerprint`` sees
-                inputs.
-            forget_indices: Positions in it to leave out, shape ``(m,)``.
-            seeds: One model for each; other seeds than the trained model's.
-            model_factory: Makes a fresh model to load the weights into.
-            progress: Whether to show a progress bar; ``None``: on a terminal only.
+                learning rate, noise ...), as JSON. Recipes with equal keys are treated
+                as the same recipe.
+            data_set: The whole training set. Its labels are part of the key. If its
+                inputs changed in a way that ``fingerprint`` detects, the oracle is
+                trained again.
+            forget_indices: Indices of the examples to leave out, shape ``(m,)``.
+            seeds: One model is trained for each; do not use the original model's seed.
+            model_factory: Returns a new model into which the weights are loaded.
+            progress: Whether to show a progress bar; ``None`` shows it on a terminal.
 
         Returns:
-            One model for each seed, in evaluation mode, on the factory's device.
+            One model for each seed, in evaluation mode, on the device of the factory.
 
         Raises:
-            ValueError: If the forget set is empty, out of range or everything, no seed
-                or a seed twice is given, or the key is not JSON.
+            ValueError: If the forget set is empty, out of range or the whole data set,
+                if there is no seed or a repeated seed, or if the key is not JSON.
         """
         forget = distinct_indices("forget_indices", forget_indices, len(data_set))
         retain = retain_indices(len(data_set), forget)
@@ -115,7 +115,7 @@ class OracleCache:
         forget_indices: ArrayLike,
         seed: int,
     ) -> Path:
-        """Where the oracle of this key and seed is kept, trained yet or not.
+        """Return the path of the oracle with this key and seed; it may not exist yet.
 
         Args:
             key: As in ``train``.
@@ -124,13 +124,13 @@ class OracleCache:
             seed: One of the seeds.
 
         Returns:
-            The file's name.
+            The path of the file.
         """
         forget = distinct_indices("forget_indices", forget_indices, len(data_set))
         return self._path(_facts(key, data_set, forget), int(seed))
 
     def _path(self, facts: Mapping[str, str], seed: int) -> Path:
-        """The file of one oracle."""
+        """Return the file of one oracle."""
         content = json.dumps(facts, sort_keys=True).encode()
         digest = hashlib.sha256(content).hexdigest()
         return self.directory / f"oracle-{digest[:32]}-seed{seed}.safetensors"
@@ -144,7 +144,7 @@ class OracleCache:
         inputs: str,
         model: nn.Module,
     ) -> nn.Module:
-        """One retrained model, from the disk or from the recipe."""
+        """Load one retrained model, or train and store it."""
         path = self._path(facts, seed)
         facts = {**facts, "seed": str(seed), _INPUTS: inputs}
         if _load(path, facts, model):
@@ -152,7 +152,7 @@ class OracleCache:
         trained = recipe(retain.copy(), seed)
         if isinstance(trained, nn.Module):
             trained = unwrap(trained).state_dict()
-        model.load_state_dict(trained)  # before it is stored: it must fit
+        model.load_state_dict(trained)  # before it is stored, so that it surely fits
         self.directory.mkdir(parents=True, exist_ok=True)
         arrays = {name: _array(tensor) for name, tensor in trained.items()}
         write_arrays(path, _KIND, _VERSION, arrays, facts)
@@ -162,7 +162,7 @@ class OracleCache:
 def _facts(
     key: Mapping[str, Any], data_set: Any, forget: NDArray[np.int64]
 ) -> dict[str, str]:
-    """Everything that determines an oracle but its seed, as text."""
+    """Return everything that determines an oracle except its seed, as text."""
     try:
         text = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -176,12 +176,12 @@ def _facts(
 
 
 def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
-    """Load an oracle into the model; False if there is none, or none to be trusted."""
+    """Load an oracle into the model; return False if no trustworthy file exists."""
     if not path.exists():
         return False
     try:
         arrays, found = read_arrays(path, _KIND, _VERSION)
-        known = {_INPUTS: facts[_INPUTS], **found}  # files once named no inputs
+        known = {_INPUTS: facts[_INPUTS], **found}  # old files do not name the inputs
         differing = [name for name, value in facts.items() if known.get(name) != value]
         expect(
             not differing,
@@ -201,7 +201,7 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
 def _check_types(
     path: Path, arrays: Mapping[str, NDArray[Any]], model: nn.Module
 ) -> None:
-    """Refuse arrays of other types than this model's, which loading would convert."""
+    """Raise if arrays and model differ in type: loading would convert silently."""
     state = model.state_dict()
     known = {name: array for name, array in arrays.items() if name in state}
     differing = [n for n, a in known.items() if a.dtype != _array(state[n]).dtype]
@@ -215,6 +215,6 @@ def _check_types(
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    """A tensor as an array; half precisions that numpy lacks are widened exactly."""
+    """Return a tensor as an array; bfloat16, which NumPy lacks, becomes float32."""
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

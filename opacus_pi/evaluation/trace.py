@@ -1,4 +1,4 @@
-"""What was measured while a model unlearned, and how long it took to get there.
+"""Traces of unlearning: the metrics of a model over time, and the time to unlearn.
 
 >>> trace = UnlearningTrace()
 >>> for epoch, accuracy in enumerate([0.1, 0.3, 0.44, 0.5]):
@@ -30,14 +30,14 @@ _GUS = "gaussian_unlearning_score"
 
 @dataclass
 class UnlearningTrace:
-    """The metrics of one unlearning run at rising times.
+    """The metrics of one unlearning run at increasing times.
 
     Args:
-        times: Time of each evaluation, ``(k,)``, strictly increasing; 0 is before
-            unlearning. Fractions are fine: several evaluations an epoch.
+        times: Time of each evaluation, ``(k,)``, strictly increasing. Time 0 is before
+            unlearning. Fractions are allowed, for several evaluations in an epoch.
         metrics: Values of each metric at those times, ``(k,)`` each, by name.
-        unit: What ``times`` counts.
-        cost: What the run cost in all, by name, e.g. ``seconds``, ``num_examples``
+        unit: Unit of ``times``.
+        cost: Total cost of the run by name, e.g. ``seconds``, ``num_examples``
             (examples passed through training) or ``num_evaluated``.
 
     Raises:
@@ -75,18 +75,19 @@ class UnlearningTrace:
             )
 
     def __len__(self) -> int:
-        """The number of evaluations."""
+        """Return the number of evaluations."""
         return len(self.times)
 
     def append(self, time: float, metrics: Mapping[str, float]) -> None:
         """Add one evaluation.
 
         Args:
-            time: When it was made, in ``unit``; later than the last one.
-            metrics: The same names at every call.
+            time: Time of the evaluation in ``unit``; later than the previous one.
+            metrics: Value of each metric; the names must be the same at every call.
 
         Raises:
-            ValueError: If time does not rise or the names differ; nothing is added.
+            ValueError: If the time does not increase or the names differ. Nothing is
+                added then.
         """
         expect(
             np.isfinite(time) and (not self.times or time > self.times[-1]),
@@ -108,7 +109,7 @@ class UnlearningTrace:
             self.metrics.setdefault(name, []).append(value)
 
     def __getitem__(self, metric: str) -> NDArray[np.float64]:
-        """The values of one metric, float64 ``(k,)``."""
+        """Return the values of one metric, float64 ``(k,)``."""
         expect(
             metric in self.metrics,
             "metric",
@@ -175,23 +176,23 @@ def time_to_unlearn(
     metric: str,
     tolerance: float = 0.05,
 ) -> float:
-    """First time at which a metric is within the tolerance of the oracle's.
+    """Return the first time at which a metric is within the tolerance of the oracle.
 
-    The first evaluation with abs(trace - oracle) <= tolerance, in the metric's own
-    units (five points of accuracy by default). For ``gaussian_unlearning_score``,
-    which has no natural scale, the tolerance is that fraction of the distance before
-    unlearning: abs(trace - oracle) <= tolerance * abs(before - oracle).
+    This is the first evaluation with abs(trace - oracle) <= tolerance, in the unit of
+    the metric (five points of accuracy by default). ``gaussian_unlearning_score`` has
+    no natural scale; for it the tolerance is a fraction of the distance before
+    unlearning, abs(trace - oracle) <= tolerance * abs(before - oracle).
 
     Args:
         trace: The run.
         oracle: The metric of models retrained without the forget set: a number, an
             array over seeds (their mean is taken), or a mapping from metric to either.
         metric: Name of the metric.
-        tolerance: Largest distance that counts as there.
+        tolerance: Largest distance from the oracle that counts as arrived.
 
     Returns:
-        A time in the trace's unit: 0 if the model was there before unlearning,
-        infinity if it never got there.
+        A time in the unit of the trace: 0 if the metric was within the tolerance before
+        unlearning, infinity if it never was.
 
     Raises:
         ValueError: If the metric was not evaluated, the trace or the oracle is empty
@@ -210,9 +211,13 @@ def arrived(
     metric: str,
     tolerance: float = 0.05,
 ) -> NDArray[np.bool_]:
-    """At which evaluations a metric is within the tolerance of the oracle's.
+    """Return at which evaluations a metric is within the tolerance of the oracle.
 
-    Args, errors: as ``time_to_unlearn``.
+    Args:
+        trace: As for ``time_to_unlearn``.
+        oracle: As for ``time_to_unlearn``.
+        metric: As for ``time_to_unlearn``.
+        tolerance: As for ``time_to_unlearn``.
 
     Returns:
         bool ``(k,)``, one entry for each evaluation.
@@ -238,7 +243,7 @@ def arrived(
 
 
 def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str) -> Any:
-    """The oracle's value of a metric, averaged over seeds."""
+    """Return the oracle's value of a metric, averaged over seeds."""
     if isinstance(oracle, Mapping):
         expect(
             name in oracle,
@@ -260,7 +265,7 @@ def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a clear error."""
+    """Read a JSON object from a file, or raise a clear error."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -276,15 +281,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _require_numbers(times: Any, metrics: Any, cost: Any) -> None:
-    """Refuse texts, and whatever else could be taken for a number."""
+    """Raise unless all columns are lists of numbers."""
     columns = [times, *metrics.values(), list(cost.values())]
     if not all(isinstance(column, list) for column in columns):
-        raise TypeError("a column is none")
+        raise TypeError("expected lists of numbers")
     if {type(value) for column in columns for value in column} - {int, float}:
-        raise TypeError("a value is no number")
+        raise TypeError("expected int or float")
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON object, however it is laid out."""
+    """Return the SHA-256 of a JSON object; layout and order do not matter."""
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -3,8 +3,8 @@ import pytest
 from scipy.optimize import brentq, minimize
 from scipy.special import expit
 
-from opacus_pi.evaluation.accuracies import accuracy, unlearning_accuracy
 from opacus_pi.evaluation.membership import membership_inference
+from opacus_pi.evaluation.metrics import accuracy, unlearning_accuracy
 
 
 def beta(random, a, b, n):

@@ -5,9 +5,8 @@ import pytest
 from scipy import stats
 
 from opacus_pi.evaluation.intervals import epsilon_interval, mean_interval
-from opacus_pi.evaluation.likelihood_ratio import u_lira
-from opacus_pi.evaluation.margins import klom
-from opacus_pi.evaluation.tow import tug_of_war
+from opacus_pi.evaluation.metrics import tug_of_war
+from opacus_pi.evaluation.shadow_models import klom, u_lira
 
 
 def ratio_by_hand(judged, own, other):

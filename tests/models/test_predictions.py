@@ -7,7 +7,7 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_pi.evaluation.summary import evaluate, summarise
+from opacus_pi.evaluation.metrics import evaluate, summarise
 from opacus_pi.models.predictions import Predictions, predict
 
 

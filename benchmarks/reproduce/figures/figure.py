@@ -11,7 +11,7 @@ from benchmarks.report import rank_correlation
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
-from opacus_pi.evaluation.intervals import Interval, mean_interval
+from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
 
 Result = dict[str, Any]
 BORNE_OUT = "borne out"
@@ -82,7 +82,7 @@ def medians(times: np.ndarray) -> str:
     return ", ".join(f"{time:g}" if np.isfinite(time) else "never" for time in middle)
 
 
-def told(found: Interval, digits: int = 3) -> str:
+def told(found: ConfidenceInterval, digits: int = 3) -> str:
     """An estimate with the ends of its interval, in words."""
     middle, low, high = (f"{value:.{digits}f}" for value in found)
     return f"{middle} [{low}, {high}]"

@@ -35,7 +35,7 @@ from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.rank_units import ProxyRanks
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
-from opacus_pi.evaluation.intervals import Interval, mean_interval
+from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
 from opacus_pi.plotting import plot_hardest_sets, plot_proxies
 
 LOSS, BEST = "privacy loss", "mean norm"
@@ -142,7 +142,7 @@ def _longer(
 ) -> Verdict:
     """By the times, or by the gaps left where no run arrived in time."""
 
-    def more(values: Mapping[str, np.ndarray]) -> Interval:
+    def more(values: Mapping[str, np.ndarray]) -> ConfidenceInterval:
         return mean_interval(values[LOSS].mean(1) - values[score].mean(1))
 
     longer = more({name: np.minimum(t, max_time) for name, t in times.items()})
