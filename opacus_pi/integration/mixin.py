@@ -349,7 +349,8 @@ class PerInstanceMixin(OpacusEngine):
             self.renyi_filter is None,
             "renyi_filter",
             self.renyi_filter,
-            "must be None: a monitored training has no per-example gradients",
+            "must be None",
+            "A monitored training has no per-example gradients. "
             "Use make_private to keep budgets.",
         )
         if self.secure_mode:
@@ -384,7 +385,8 @@ class PerInstanceMixin(OpacusEngine):
                 options.get(name) is None,
                 name,
                 options.get(name),
-                "must be None: the engine's secure_mode draws from a secure source",
+                "must be None",
+                "The engine's secure_mode draws from a secure source. "
                 "Leave it out, or make the engine with secure_mode=False.",
             )
             options = {**options, name: self.secure_rng}

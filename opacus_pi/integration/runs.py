@@ -55,7 +55,8 @@ def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
         recorder.mode != "swept" or recorder.criterion is not None,
         "Recorder(criterion=...)",
         None,
-        "must be given: a swept recorder computes losses itself",
+        "must be given",
+        "A swept recorder computes losses itself. "
         'Pass Recorder("swept", criterion=nn.CrossEntropyLoss()).',
     )
     expect(
@@ -63,7 +64,8 @@ def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
         or (recorder.mode == "observed" and recorder.weights_dir is None),
         "Recorder",
         "one that sweeps or keeps weights",
-        "must observe norms: no process has the weights of an FSDP module",
+        "must observe norms",
+        "No process has all weights of an FSDP module. "
         "Use Recorder() without weights_dir, or DistributedDataParallel.",
     )
 
