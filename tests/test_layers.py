@@ -55,7 +55,7 @@ FLOOR = {
 ABOVE_THE_FLOOR = {
     "_torch_compat.py": {"torch"},
     "files/weights_file.py": {"torch"},
-    "files/sealed_state.py": {"torch"},
+    "files/checksummed_state.py": {"torch"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -154,6 +154,16 @@ def test_no_circle_of_rooms():
     rooms = between_rooms(graph(FILES))
     assert set(rooms) == set(LAYER)
     assert circles(rooms) == []
+
+
+def test_only_files_knows_safetensors():
+    users = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in FILES
+        for name, _ in imported(path)
+        if name.split(".")[0] == "safetensors"
+    }
+    assert users == {"files"}
 
 
 def test_the_checks_can_fail(tmp_path):

@@ -44,11 +44,10 @@ from opacus_pi.accounting.trajectory import (
     trajectory_losses,
 )
 from opacus_pi.ledger.fingerprint import fingerprint
-from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
+from opacus_pi.ledger.gap_filling import fill_unobserved
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, filled_by_rank
 from opacus_pi.ledger.gram_ledger import GramLedger
-from opacus_pi.ledger.measurements import fill_unobserved
 from opacus_pi.ledger.mechanism import NoisySGD
-from opacus_pi.ledger.rank_filling import filled_by_rank
 
 __all__ = [
     "GradNormLedger",

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
+from opacus_pi.accounting.assumed_noise import require_real_noise
 from opacus_pi.accounting.conversion import (
     check_delta,
     check_orders,
@@ -29,7 +30,6 @@ from opacus_pi.accounting.losses import (
     total_loss,
     worst_case_loss,
 )
-from opacus_pi.accounting.ranking_only import require_claimable
 from opacus_pi.ledger.grad_norm_ledger import runs_of
 
 Array = NDArray[np.float64]
@@ -69,7 +69,7 @@ def epsilons(
     al. (ICML 2025), Definition 4.2.
     """
     check_delta(delta)
-    require_claimable(runs_of(ledger))
+    require_real_noise(runs_of(ledger))
     choices = np.unique(check_orders(DEFAULT_ORDERS if orders is None else orders))
     offsets = epsilon_offset(choices, delta)
     record = norms_of_runs(ledger, tolerance=tolerance)

@@ -47,8 +47,8 @@ from opacus_pi.accounting.rules import (
     worst_case_over_epochs,
 )
 from opacus_pi.accounting.tables import check_tolerance, upper_log_moments
+from opacus_pi.ledger.gap_filling import fill_unobserved
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
-from opacus_pi.ledger.measurements import fill_unobserved
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 
 Array = NDArray[np.float64]

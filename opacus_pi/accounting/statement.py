@@ -28,7 +28,6 @@ from opacus_pi.accounting.epsilon import DEFAULT_ORDERS, epsilons
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
 from opacus_pi.accounting.guarantee import Assumption, rounded_up
 from opacus_pi.accounting.losses import worst_case_loss
-from opacus_pi.accounting.ranking_only import unfit_norms
 from opacus_pi.ledger.grad_norm_ledger import (
     GradNormLedger,
     columns_of,
@@ -164,9 +163,8 @@ def privacy_statement(
     mine = distinct_indices("rows", rows, np.iinfo(np.int64).max)
     columns = columns_of(runs[0], mine, "rows")
     single, noisy = len(mine) == 1, _noisy(runs[0])
-    unfit = unfit_norms(runs) if single else ()
     epsilon, worst = None, math.inf
-    if noisy.met and single and not unfit:
+    if noisy.met and single:
         own = float(epsilons([run.subset(columns) for run in runs], delta)[0])
         epsilon = own if math.isfinite(own) else None
     if noisy.met:
@@ -177,7 +175,7 @@ def privacy_statement(
         float(delta),
         epsilon,
         worst,
-        (noisy, *unfit, *_assumptions(runs, single)),
+        (noisy, *_assumptions(runs, single)),
     )
 
 

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from opacus_pi._validate import expect, in_range
+from opacus_pi.accounting.assumed_noise import require_real_noise
 from opacus_pi.accounting.composition import (
     mean_over_runs,
 )
@@ -46,7 +47,6 @@ from opacus_pi.accounting.losses import (
     total_loss,
     worst_case_loss,
 )
-from opacus_pi.accounting.ranking_only import require_claimable
 from opacus_pi.accounting.rules import STRATIFIED, UpdateInterval
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
 from opacus_pi.ledger.mechanism import NoisySGD
@@ -165,7 +165,7 @@ def trajectory_limits(
     in_range(0, 1, closed=False, confidence=confidence, remedy=remedy)
     runs = runs_of(ledgers, same_steps=False)
     mechanism = runs[0].mechanism
-    require_claimable(runs)
+    require_real_noise(runs)
     _check_bounded(runs)
     inner = _plain_sum_composition(mechanism, order, kappa, mode)
     power = kappa * (order - 1)

@@ -20,37 +20,16 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from opacus_pi.accounting import GradNormLedger, GramLedger
-from opacus_pi.evaluation import UnlearningTrace
-from opacus_pi.files.sealed_state import unsealed
-from opacus_pi.files.storage import check_file
-from opacus_pi.files.weights_file import read_weights
+from opacus_pi.files.arrays_file import named_kind
+from opacus_pi.files.checksummed_state import verified_state
+from opacus_pi.files.kinds import KINDS, TRACE, kind_in
 from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, FILTER_KEY
 from opacus_pi.unlearning.deletion_record import added_since, verify
 
 RECORD = "deletion record"
 CHECKPOINT = "record in a checkpoint"
-TRACE = "opacus_pi.UnlearningTrace"
-ARRAYS: dict[str, Callable[[Path], Any]] = {
-    "opacus_pi.GradNormLedger": GradNormLedger.load,
-    "opacus_pi.GramLedger": GramLedger.load,
-    "opacus_pi.Oracle": partial(check_file, kind="opacus_pi.Oracle", version=1),
-    "opacus_pi.RecordedWeights": partial(
-        read_weights, kind="opacus_pi.RecordedWeights", version=1
-    ),
-    "opacus_pi.UnlearnedWeights": partial(
-        read_weights, kind="opacus_pi.UnlearnedWeights", version=1
-    ),
-}
-_OF_JSON = {
-    "opacus_pi.Guarantee": "a guarantee",
-    "opacus_pi.PrivacyStatement": "a privacy statement",
-    "opacus_pi.Report": "the JSON of a report",
-    "opacus_pi.cli": "an answer of opacus-pi",
-}
-_TRACE = (TRACE.encode(), b'"unit": "epochs", "cost"')
+_TRACE = (TRACE.name.encode(), b'"unit": "epochs", "cost"')
 _SEALED = re.compile(rb'opacus_pi\.|"checksum":"[0-9a-f]{64}"')
 _LINE = (b'"body":', b'"hash":"', b'"previous":"')  # of a deletion record
 _HEAD = 1 << 20  # bytes that are looked at
@@ -107,18 +86,17 @@ def _arrays(path: Path, start: bytes) -> FileKind:
         return FileKind("safetensors", partial(_cut_off, path, length))
     if not _SEALED.search(start[8 : 8 + length]):
         return FileKind("weights or other arrays (safetensors)")
-    try:
-        with safe_open(path, framework="np") as file:
-            kind = (file.metadata() or {}).get("kind", "")
-    except (SafetensorError, OSError):
-        kind = _claimed(start)
-    load = ARRAYS.get(kind, partial(_refuse, kind))
+    named = named_kind(path)
+    if named is None:  # the header is damaged, but may still name a kind
+        found = kind_in(start)
+        named = found.name if found else ""
+    read = KINDS[named].read if named in KINDS else partial(_refuse, named)
 
     def check() -> dict[str, Any]:
-        load(path)
+        read(path)
         return {}
 
-    return FileKind(kind or "a file of opacus_pi", check, ours=True)
+    return FileKind(named or "a file of opacus_pi", check, ours=True)
 
 
 def _cut_off(path: Path, length: int) -> dict[str, Any]:
@@ -127,11 +105,6 @@ def _cut_off(path: Path, length: int) -> dict[str, Any]:
         f"{path.name} is damaged: it says that its header has {length} bytes, and ends "
         f"after {path.stat().st_size} in all. Restore it from a copy."
     )
-
-
-def _claimed(start: bytes) -> str:
-    """The kind that a damaged header still names."""
-    return next((kind for kind in ARRAYS if kind.encode() in start), "")
 
 
 def _refuse(kind: str, path: Path) -> None:
@@ -158,7 +131,7 @@ def _archive(path: Path) -> FileKind:
         if not sealed:
             raise ValueError(f"{path.name} cannot be read: it is damaged")
         for state in sealed.values():
-            unsealed(state)
+            verified_state(state)
         return {}
 
     return FileKind(CHECKPOINT, check, ours=True)
@@ -176,10 +149,10 @@ def _text(path: Path, start: bytes) -> FileKind:
     if any(mark in start for mark in _TRACE):
 
         def check() -> dict[str, Any]:
-            UnlearningTrace.load(path)
+            TRACE.read(path)
             return {}
 
-        return FileKind(TRACE, check, ours=True)
+        return FileKind(TRACE.name, check, ours=True)
     if start.lstrip()[:9].lower() == b"<!doctype":
         ours = b'content="opacus_pi"' in start
         return FileKind("a report's page" if ours else "a page", ours=ours)
@@ -187,10 +160,9 @@ def _text(path: Path, start: bytes) -> FileKind:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return FileKind("data of an unknown kind" if b"\0" in start else "a text")
-    form = str(content.get("format", "")) if isinstance(content, dict) else ""
-    for name, words in _OF_JSON.items():
-        if form.startswith(f"{name}."):
-            return FileKind(words, ours=True)
+    form = content.get("format") if isinstance(content, dict) else None
+    if kind := kind_in(json.dumps({"format": form}).encode()):
+        return FileKind(kind.words, ours=True)
     if isinstance(content, dict) and {"method", "forget_indices"} <= set(content):
         return FileKind("the record of an unlearning run", ours=True)
     return FileKind("JSON")

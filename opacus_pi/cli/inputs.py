@@ -15,14 +15,13 @@ from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from opacus_pi.cli.errors import BadInput, about, one_line
 from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
+from opacus_pi.files.weights_file import read_plain_weights
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 
 _LEDGER_REMEDY = "Write one with engine.ledger.save(path)."
@@ -167,11 +166,11 @@ def _read_state(flag: str, path: str) -> dict[str, Tensor]:
         raise BadInput(f"{flag}: {path} is a directory. {_WEIGHTS_REMEDY}")
     try:
         if suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return read_plain_weights(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except torch.OutOfMemoryError:
         raise
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except (ValueError, UnpicklingError, RuntimeError, EOFError) as error:
         first = one_line(error).split(". ")[0]
         raise BadInput(
             f"{flag}: {path} is not a readable file of tensors ({first[:160]}). "

@@ -19,6 +19,7 @@ from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.strict_json import json_text
 from opacus_pi.files.weights_file import write_weights
 from opacus_pi.unlearning import UnlearningResult
@@ -81,7 +82,7 @@ def new_directory(path: str) -> Iterator[Path]:
 def save_run(directory: Path, result: UnlearningResult) -> None:
     """Write the result of a run into an empty directory."""
     state = result.model.state_dict()
-    write_weights(directory / WEIGHTS, "opacus_pi.UnlearnedWeights", 1, state, {})
+    write_weights(directory / WEIGHTS, UNLEARNED_WEIGHTS, state, {})
     replace_file(directory / RECORD, json_text(result.record).encode())
     result.trace.save(directory / TRACE)
     replace_file(directory / GUARANTEE, result.guarantee.to_json().encode())

@@ -65,8 +65,8 @@ def _headline(scores: Scores) -> str:
     about = f"{len(scores.ids)} examples, loss in nats at order {scores.order:g}"
     if scores.ranking_only:
         return (
-            f"{about}.\nThe noise was assumed, or the norms were measured for ranking "
-            "only: the losses rank the examples and guarantee nothing."
+            f"{about}.\nThe noise was assumed: the losses rank the examples and "
+            "guarantee nothing."
         )
     return (
         f"{about}, ε at δ = {scores.delta:g} (estimates).\n"

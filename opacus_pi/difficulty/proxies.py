@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
+from opacus_pi.ledger.gap_filling import fill_unobserved
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
-from opacus_pi.ledger.measurements import fill_unobserved
 
 __all__ = [
     "c_proxy",

@@ -21,14 +21,13 @@ from tqdm import tqdm
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.difficulty.forget_sets import retain_indices
-from opacus_pi.files.storage import read_arrays, write_arrays
+from opacus_pi.files.arrays_file import read_arrays, write_arrays
+from opacus_pi.files.kinds import ORACLE
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.models.copies import unwrap
 from opacus_pi.models.no_trace import random_state_untouched
 
 _INPUTS = "data_set_with_inputs"
-_KIND = "opacus_pi.Oracle"
-_VERSION = 1
 
 State = Mapping[str, Tensor]
 Recipe = Callable[[NDArray[np.int64], int], nn.Module | State]
@@ -155,7 +154,7 @@ class OracleCache:
         model.load_state_dict(trained)  # before it is stored, so that it surely fits
         self.directory.mkdir(parents=True, exist_ok=True)
         arrays = {name: _array(tensor) for name, tensor in trained.items()}
-        write_arrays(path, _KIND, _VERSION, arrays, facts)
+        write_arrays(path, ORACLE, arrays, facts)
         return model.eval()
 
 
@@ -180,7 +179,7 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
     if not path.exists():
         return False
     try:
-        arrays, found = read_arrays(path, _KIND, _VERSION)
+        arrays, found = read_arrays(path, ORACLE)
         known = {_INPUTS: facts[_INPUTS], **found}  # old files do not name the inputs
         differing = [name for name, value in facts.items() if known.get(name) != value]
         expect(

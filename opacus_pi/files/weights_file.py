@@ -1,10 +1,14 @@
-"""A safe file for weights: safetensors of torch tensors, versioned and checksummed.
+"""Safetensors files of torch tensors with a kind, a version and a checksum.
+
+The counterpart of ``arrays_file`` for weights, with the same guarantees. It is a module
+of its own because it needs torch, and ledgers are read without torch.
 
 >>> import tempfile
 >>> path = tempfile.mkdtemp() + "/weights.safetensors"
 >>> state = {"weight": torch.ones(2, dtype=torch.bfloat16)}
->>> write_weights(path, "toy", 1, state, {"num_steps": "3"})
->>> read_weights(path, "toy", 1)[1]["num_steps"]
+>>> toy = FileKind("toy", "a toy")
+>>> write_weights(path, toy, state, {"num_steps": "3"})
+>>> read_weights(path, toy)[1]["num_steps"]
 '3'
 """
 
@@ -14,24 +18,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from opacus_pi.files.atomic_file import replace_file
-from opacus_pi.files.storage import (
+from opacus_pi.files.arrays_file import (
     Described,
     checksum,
     opened,
     require_checksum,
 )
+from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.kinds import FileKind
 
-__all__ = ["described", "read_weights", "tensor_bytes", "write_weights"]
+__all__ = [
+    "described",
+    "read_plain_weights",
+    "read_weights",
+    "tensor_bytes",
+    "tensors_from_bytes",
+    "tensors_to_bytes",
+    "write_weights",
+]
 
 
 def write_weights(
     path: str | os.PathLike[str],
-    kind: str,
-    version: int,
+    kind: FileKind,
     state: Mapping[str, Any],
     facts: Mapping[str, str],
 ) -> None:
@@ -39,10 +52,9 @@ def write_weights(
 
     Args:
         path: The file's name.
-        kind: What the file holds.
-        version: Version of that layout.
+        kind: What the file holds; its name and version stand in the header.
         state: Tensors by name. Tied tensors are written once per name; entries that
-            are no tensors (a module's extra state) are left out.
+            are not tensors (a module's extra state) are left out.
         facts: Strings by name; ``kind``, ``version`` and ``checksum`` are taken.
     """
     tensors = {  # a clone each, because safetensors refuses tensors that share memory
@@ -50,20 +62,19 @@ def write_weights(
         for name, value in state.items()
         if isinstance(value, Tensor)
     }
-    header = {**facts, "kind": kind, "version": str(version)}
+    header = {**facts, "kind": kind.name, "version": str(kind.version)}
     header["checksum"] = checksum(described(tensors), header)
     replace_file(Path(path), save(tensors, metadata=header))
 
 
 def read_weights(
-    path: str | os.PathLike[str], kind: str, version: int
+    path: str | os.PathLike[str], kind: FileKind
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read what ``write_weights`` wrote, or refuse.
 
     Args:
         path: The file's name.
-        kind: What the file must hold.
-        version: The version of that layout which the caller understands.
+        kind: What the file must hold, and the version that this release reads.
 
     Returns:
         The tensors and the facts, by name.
@@ -72,24 +83,73 @@ def read_weights(
         FileNotFoundError: If there is no such file.
         ValueError: If the file is truncated, foreign, of another version or edited.
     """
-    with opened(path, kind, version, framework="pt") as (file, header):
+    with opened(path, kind, framework="pt") as (file, header):
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     require_checksum(path, header, described(tensors))
     return tensors, header
 
 
 def described(tensors: Mapping[str, Tensor]) -> Iterator[Described]:
-    """Name, type, shape and bytes of each tensor, in order of name."""
+    """Yield name, type, shape and bytes of each tensor, in order of name."""
     for name in sorted(tensors):
         tensor = tensors[name]
         yield name, str(tensor.dtype), tuple(tensor.shape), [tensor_bytes(tensor)]
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """A tensor's entries, of any type, as they are in memory.
+    """Return a tensor's entries, of any type, as they are in memory.
 
     Args:
-        tensor: On any device.
+        tensor: A tensor on any device.
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().tobytes() if len(flat) else b""
+
+
+def read_plain_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read any safetensors file of tensors, whoever wrote it, without a checksum.
+
+    Args:
+        path: The file's name.
+
+    Returns:
+        The tensors by name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not a whole safetensors file.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"path must be a whole safetensors file, got {os.fspath(path)} ({error}). "
+            "Pass a file of safetensors.torch.save_file."
+        ) from error
+
+
+def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Return tensors as the bytes of a safetensors file.
+
+    Args:
+        tensors: Tensors by name, which share no memory.
+    """
+    return save(dict(tensors))
+
+
+def tensors_from_bytes(content: bytes) -> dict[str, Tensor]:
+    """Return the tensors that ``tensors_to_bytes`` was given.
+
+    Args:
+        content: What it returned.
+
+    Raises:
+        ValueError: If these are not the bytes of a safetensors file.
+    """
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise ValueError(
+            f"content must be the bytes of a safetensors file, got {len(content)} "
+            f"bytes ({error}). Save the tensors again."
+        ) from error

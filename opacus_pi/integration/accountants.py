@@ -26,17 +26,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from opacus.accountants import IAccountant, RDPAccountant
 from opacus.optimizers import DPOptimizer
-from safetensors import SafetensorError
 
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
 from opacus_pi.accounting import GradNormLedger
-from opacus_pi.files.sealed_state import sealed, unsealed
+from opacus_pi.files.checksummed_state import verified_state, with_checksum
+from opacus_pi.files.weights_file import tensors_from_bytes, tensors_to_bytes
 from opacus_pi.recording import Recorder
 
 __all__ = ["PerInstanceAccountant"]
@@ -258,7 +257,7 @@ class PerInstanceAccountant(RDPAccountant):
         """
         state: dict[str, Any] = super().state_dict(destination)
         if self._recorder is not None and not self._is_engines_recorder:
-            state[_RECORD] = _comparable(sealed(self._recorder.state_dict()))
+            state[_RECORD] = _comparable(with_checksum(self._recorder.state_dict()))
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -274,7 +273,7 @@ class PerInstanceAccountant(RDPAccountant):
         record = state_dict.get(_RECORD)
         if record is not None:
             recorder = self._recorder or Recorder()
-            recorder.load_state_dict(unsealed(_as_saved(record)))
+            recorder.load_state_dict(verified_state(_as_saved(record)))
             self._recorder, self._is_engines_recorder = recorder, False
 
     def _require_recorder(self) -> Recorder:
@@ -300,7 +299,7 @@ def _comparable(state: Mapping[str, Any]) -> dict[str, Any]:
     """
     tensors = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
     facts = {k: v for k, v in state.items() if k not in tensors}
-    return {"facts": facts, "tensors": safetensors.torch.save(tensors)}
+    return {"facts": facts, "tensors": tensors_to_bytes(tensors)}
 
 
 def _as_saved(record: Any) -> dict[str, Any]:
@@ -310,7 +309,7 @@ def _as_saved(record: Any) -> dict[str, Any]:
         An empty state if the record has another form; loading it then raises.
     """
     try:
-        tensors = safetensors.torch.load(record["tensors"])
+        tensors = tensors_from_bytes(record["tensors"])
         return {**record["facts"], **tensors}
-    except (SafetensorError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         return {}

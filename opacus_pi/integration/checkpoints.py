@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from opacus_pi._validate import expect
 from opacus_pi.accounting import RenyiFilter
 from opacus_pi.attribution import EpochPosition
-from opacus_pi.files.sealed_state import sealed, unsealed
+from opacus_pi.files.checksummed_state import verified_state, with_checksum
 from opacus_pi.integration.filtering import resume_charges, saved_charges
 from opacus_pi.integration.opacus_compat import has_skipped_last_step
 from opacus_pi.integration.schedules import is_poisson, unknown_schedule
@@ -65,9 +65,9 @@ class Checkpoints:
             return {}
         states = self.run_state.state_dict()
         prefixed = {f"{_RUN_STATE}{name}": value for name, value in states.items()}
-        entries = {CHECKPOINT_KEY: sealed({**recorder.state_dict(), **prefixed})}
+        entries = {CHECKPOINT_KEY: with_checksum({**recorder.state_dict(), **prefixed})}
         if renyi_filter is not None:
-            entries[FILTER_KEY] = sealed(saved_charges(renyi_filter))
+            entries[FILTER_KEY] = with_checksum(saved_charges(renyi_filter))
         return entries
 
     def require_restorable(self, *, restore_rng: bool) -> None:
@@ -114,7 +114,7 @@ class Checkpoints:
         if entry != {}:
             try:
                 require_version(entry)
-                state = unsealed(entry)
+                state = verified_state(entry)
                 recorder.load_state_dict(state)
             except ValueError as error:
                 if restore_rng and not state:

@@ -26,7 +26,7 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import NoisySGD, RenyiFilter
 from opacus_pi.attribution import LEFT_OUT, Tracker
-from opacus_pi.files.sealed_state import unsealed
+from opacus_pi.files.checksummed_state import verified_state
 from opacus_pi.integration.checks import batch_statistics, clipping_without_effect
 from opacus_pi.integration.fast import MODE as FAST_MODE
 from opacus_pi.integration.opacus_compat import DISTRIBUTED, require_unprocessed
@@ -260,6 +260,6 @@ def resume_charges(
     if charges is not None:
         arrays = {
             name: value.cpu().numpy() if isinstance(value, Tensor) else value
-            for name, value in unsealed(charges).items()
+            for name, value in verified_state(charges).items()
         }
         renyi_filter.load_state_dict(arrays)

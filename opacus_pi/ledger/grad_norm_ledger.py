@@ -15,52 +15,33 @@ array([[0.25],
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
-from opacus_pi.files.storage import (
-    Layout,
-    check_file,
-    read_array,
-    read_arrays,
-    read_columns,
-    write_arrays,
-)
-from opacus_pi.ledger.fingerprint import same_data_set
-from opacus_pi.ledger.measurements import (
-    FOR_RANKING,
+from opacus_pi.files.arrays_file import check_file, read_array, read_columns
+from opacus_pi.files.kinds import GRAD_NORM_LEDGER
+from opacus_pi.ledger.checks import (
     checked_ids,
     checked_measurements,
     checked_steps,
     checked_weights,
-    fill_unobserved,
-    is_for_ranking,
 )
-from opacus_pi.ledger.mechanism import (
-    MECHANISM_ARRAYS,
-    MECHANISM_FACTS,
-    MECHANISM_MORE_FACTS,
-    SCHEDULED,
-    NoisySGD,
-)
+from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.ledger.gap_filling import fill_by_rank, fill_unobserved
+from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.ledger.saving import LedgerFile, SavedLedger
 
-_KIND = "opacus_pi.GradNormLedger"
-_VERSION = 1
+__all__ = ["GradNormLedger", "columns_of", "filled_by_rank", "runs_of"]
+
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
-_LAYOUT = Layout(
-    arrays={**MECHANISM_ARRAYS, "steps": "<i8", "grad_norms": "<f4"},
-    facts=(*MECHANISM_FACTS, "source"),
-    more_arrays={"example_ids": "<i8", **dict.fromkeys(_MEASURED[1:], "<f4")},
-    more_facts=(*MECHANISM_MORE_FACTS, "data_set", "weights", "norms"),
-)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GradNormLedger:
+class GradNormLedger(SavedLedger):
     """Per-example gradient norms of one training run. Sensitive: see below.
 
     Args:
@@ -80,8 +61,6 @@ class GradNormLedger:
         weights: Name of the weights after the last update, ``"sha256:…"`` of the
             model's state dict; ``"changed"``: written to since, before they were named;
             None: not known. An engine's ledger names them.
-        ranking_only: Whether norms and the rest were measured in bfloat16: losses then
-            rank examples, and whatever would claim something refuses the ledger.
 
     One ledger is one run: functions that take expectations take several ledgers.
     Norms, not losses, are kept, so every order, noise and convention can be asked for
@@ -91,6 +70,15 @@ class GradNormLedger:
         ValueError: If shapes disagree, steps do not increase within the run, or a norm
             is infinite or negative.
     """
+
+    _FILE: ClassVar[LedgerFile] = LedgerFile(
+        GRAD_NORM_LEDGER,
+        arrays={"steps": "<i8", "grad_norms": "<f4"},
+        texts={"source": "source"},
+        more_arrays={"example_ids": "<i8", **dict.fromkeys(_MEASURED[1:], "<f4")},
+        more_texts={"data_set": "data_set", "weights": "weights"},
+        retired=("norms",),
+    )
 
     mechanism: NoisySGD
     steps: NDArray[np.int64]
@@ -102,7 +90,6 @@ class GradNormLedger:
     errors: NDArray[np.float32] | None = field(default=None, kw_only=True)
     correct: NDArray[np.float32] | None = field(default=None, kw_only=True)
     weights: str | None = field(default=None, kw_only=True)
-    ranking_only: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         steps = checked_steps(self.steps, self.mechanism.num_steps)
@@ -149,7 +136,6 @@ class GradNormLedger:
         return (
             f"GradNormLedger({self.num_rows} rows of {self.num_examples} examples, "
             f"source={self.source!r}, data_set={self.data_set!r}, {self.mechanism!r}; "
-            f"{'for ranking only; ' if self.ranking_only else ''}"
             "sensitive: it says which examples are unusual)"
         )
 
@@ -227,31 +213,6 @@ class GradNormLedger:
             "Its columns speak of other examples; pass the ledger of this data set.",
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ledger to one safetensors file, atomically and with a checksum.
-
-        Args:
-            path: The file's name. The file is as sensitive as the ledger.
-        """
-        arrays, facts = self.mechanism.to_arrays()
-        names = ("steps", "example_ids", *_MEASURED)
-        arrays |= {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-        facts["source"] = self.source
-        norms = FOR_RANKING if self.ranking_only else None
-        known = {"data_set": self.data_set, "weights": self.weights, "norms": norms}
-        facts |= {name: text for name, text in known.items() if text is not None}
-        write_arrays(path, _KIND, _VERSION, arrays, facts)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "GradNormLedger":
-        """Read a ledger that ``save`` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is truncated, edited, of another version or foreign.
-        """
-        return cls._from_file(*read_arrays(path, _KIND, _VERSION, _LAYOUT))
-
     @classmethod
     def load_chunks(
         cls, path: str | os.PathLike[str], num_examples: int = 1 << 14
@@ -273,7 +234,7 @@ class GradNormLedger:
             ValueError: As ``load``, or if ``num_examples`` is not above 0.
         """
         positive(num_examples=num_examples, remedy="Count the examples of a part.")
-        shapes, facts = check_file(path, _KIND, _VERSION, _LAYOUT)
+        shapes, facts = check_file(path, cls._FILE.kind, cls._FILE.layout)
         _check_same_width(path, shapes)
         if "example_ids" in shapes:
             checked_ids(read_array(path, "example_ids"))
@@ -288,16 +249,15 @@ class GradNormLedger:
     def _from_file(
         cls, arrays: dict[str, NDArray[Any]], facts: dict[str, str]
     ) -> "GradNormLedger":
-        """A ledger from what its file holds."""
-        mechanism = NoisySGD.from_arrays(arrays, facts)
-        return cls(
-            mechanism,
-            source=facts["source"],
-            data_set=facts.get("data_set"),
-            weights=facts.get("weights"),
-            ranking_only=is_for_ranking(facts.get("norms")),
-            **arrays,
+        expect(
+            "norms" not in facts,
+            "the file's norms",
+            repr(facts.get("norms")),
+            "must be exact",
+            "An earlier release measured them in bfloat16, to rank examples only. No "
+            "loss may be computed from them: record the run again.",
         )
+        return super()._from_file(arrays, facts)
 
 
 def _check_same_width(
@@ -314,6 +274,29 @@ def _check_same_width(
         "must hold arrays of one shape (N, n), and n ids",
         "Record it again, or restore the file from a copy.",
     )
+
+
+def filled_by_rank(ledger: GradNormLedger) -> GradNormLedger:
+    r"""Return a ledger whose gaps are filled by the ranks of the examples.
+
+    An example that was not drawn since the row before keeps its rank u among the drawn
+    examples, and gets the u-quantile of the norms observed in the row. Compared
+    with the default, its own next norm, the worst undercharge was 16 to 5,000 times
+    smaller in ``benchmarks.observed_vs_exact``, and the largest overcharge about the
+    same. This is an estimate, never a bound. Unlike
+    under the default rule, an example's loss depends on what was observed of others:
+    fill the whole ledger before you take a ``subset``.
+
+    Args:
+        ledger: A ledger of all examples of the run.
+
+    Returns:
+        The same ledger. Gaps remain only for examples that were never observed, and in
+        rows without any observation.
+    """
+    with np.errstate(over="ignore"):
+        filled = fill_by_rank(ledger.grad_norms).astype(np.float32)
+    return replace(ledger, grad_norms=filled)
 
 
 def runs_of(

@@ -12,38 +12,26 @@ array([[0.25  , 0.    ],
        [0.    , 0.0625]])
 """
 
-import os
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.files.storage import Layout, read_arrays, write_arrays
-from opacus_pi.ledger.measurements import checked_steps
-from opacus_pi.ledger.mechanism import (
-    MECHANISM_ARRAYS,
-    MECHANISM_FACTS,
-    MECHANISM_MORE_FACTS,
-    SCHEDULED,
-    NoisySGD,
-    frozen,
-)
+from opacus_pi.files.kinds import GRAM_LEDGER
+from opacus_pi.ledger.checks import checked_steps, frozen
+from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.ledger.saving import LedgerFile, SavedLedger
 
-_KIND = "opacus_pi.GramLedger"
-_VERSION = 1
-_LAYOUT = Layout(
-    arrays={**MECHANISM_ARRAYS, "steps": "<i8", "grams": "<f8"},
-    facts=(*MECHANISM_FACTS, "gram_kind"),
-    more_arrays={"example_ids": "<i8"},
-    more_facts=(*MECHANISM_MORE_FACTS, "data_set"),
-)
+__all__ = ["GramLedger", "scaled_gram"]
+
 _SHAPES = {"forget": "(N, m, m)", "minibatch": "(N, R, J, J)"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class GramLedger:
+class GramLedger(SavedLedger):
     """Inner products of a group's gradients at checkpoints of one run. Sensitive.
 
     Args:
@@ -62,6 +50,14 @@ class GramLedger:
     Raises:
         ValueError: If shapes disagree, or a matrix is no Gram matrix.
     """
+
+    _FILE: ClassVar[LedgerFile] = LedgerFile(
+        GRAM_LEDGER,
+        arrays={"steps": "<i8", "grams": "<f8"},
+        texts={"kind": "gram_kind"},
+        more_arrays={"example_ids": "<i8"},
+        more_texts={"data_set": "data_set"},
+    )
 
     mechanism: NoisySGD
     steps: NDArray[np.int64]
@@ -141,34 +137,6 @@ class GramLedger:
             A ledger with the same matrices, and ``mechanism.assumed_noise`` set.
         """
         return replace(self, mechanism=self.mechanism.with_noise_std(noise_std))
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ledger to one safetensors file, atomically and with a checksum.
-
-        Args:
-            path: The file's name. The file is as sensitive as the ledger.
-        """
-        arrays, facts = self.mechanism.to_arrays()
-        arrays |= {"steps": self.steps, "grams": self.grams}
-        facts["gram_kind"] = self.kind
-        if self.example_ids is not None:
-            arrays["example_ids"] = self.example_ids
-        if self.data_set is not None:
-            facts["data_set"] = self.data_set
-        write_arrays(path, _KIND, _VERSION, arrays, facts)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "GramLedger":
-        """Read a ledger that ``save`` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file is truncated, edited, of another version or foreign.
-        """
-        arrays, facts = read_arrays(path, _KIND, _VERSION, _LAYOUT)
-        mechanism = NoisySGD.from_arrays(arrays, facts)
-        kind, data_set = facts["gram_kind"], facts.get("data_set")
-        return cls(mechanism, kind=kind, data_set=data_set, **arrays)
 
 
 def scaled_gram(gram: NDArray[np.float64], mechanism: NoisySGD) -> NDArray[np.float64]:

@@ -1,5 +1,9 @@
 """The facts of a noisy training run, in the units that its accounting needs.
 
+Noise, clip norm and sample rate come in several conventions (noise per clip norm, on
+the sum or on the mean; batch size or rate). They are converted once, when a
+``NoisySGD`` is made; all later code works in its units.
+
 >>> NoisySGD(num_steps=100, sample_rate=1.2, noise_std=1.0)
 Traceback (most recent call last):
     ...
@@ -16,6 +20,7 @@ from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
+from opacus_pi.ledger.checks import frozen
 
 SCHEDULED = ("sample_rate", "noise_std", "max_grad_norm")
 _ASSUMED = "assumed"  # in a file
@@ -91,7 +96,7 @@ class NoisySGD:
         )
 
     def __eq__(self, other: object) -> bool:
-        """Whether all facts are equal, entry by entry."""
+        """Return whether all facts are equal, entry by entry."""
         if not isinstance(other, NoisySGD):
             return NotImplemented
         return all(
@@ -100,9 +105,9 @@ class NoisySGD:
         )
 
     def ratios(self, norms: ArrayLike) -> NDArray[np.float64]:
-        """Clipped gradient norms in units of the noise, min(‖g‖, C) / noise_std.
+        """Return clipped gradient norms in units of the noise, min(‖g‖, C) / noise_std.
 
-        The one place where units meet.
+        This is the only line of the library in which norms and noise meet.
 
         Args:
             norms: ``(N, n)``, or any shape if nothing is scheduled.
@@ -125,21 +130,35 @@ class NoisySGD:
         return np.minimum(norms, clip) / noise
 
     def with_noise_std(self, noise_std: ArrayLike) -> "NoisySGD":
-        """The same facts with an assumed noise on the sum, marked as assumed."""
+        """Return the same facts with an assumed noise, marked as assumed.
+
+        Args:
+            noise_std: Standard deviation of the noise on the sum of the gradients, a
+                number or ``(N,)``.
+        """
         facts: dict[str, Any] = {"noise_std": noise_std, "assumed_noise": True}
         return replace(self, **facts)
 
     def at_row(self, row: int) -> "NoisySGD":
-        """The same mechanism with the values that a schedule has at one row."""
+        """Return the mechanism with the values that its schedules have at one row.
+
+        Args:
+            row: Index of the row.
+        """
         values = {name: getattr(self, name) for name in SCHEDULED}
         here = {k: v[row] for k, v in values.items() if np.ndim(v)}
         return replace(self, **here) if here else self
 
     def __hash__(self) -> int:
+        # arrays have no hash; equal mechanisms agree in these two facts
         return hash((self.num_steps, self.sampling))
 
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Its numbers and its facts, as a ledger's file stores them."""
+        """Return the numbers and the texts that a ledger's file stores.
+
+        Returns:
+            float64 arrays by name, and texts by name.
+        """
         arrays = {f"mechanism.{name}": getattr(self, name) for name in SCHEDULED}
         facts = {"num_steps": str(self.num_steps), "sampling": self.sampling}
         if self.assumed_noise:
@@ -150,7 +169,15 @@ class NoisySGD:
     def from_arrays(
         cls, arrays: dict[str, NDArray[Any]], facts: dict[str, str]
     ) -> "NoisySGD":
-        """Read what ``to_arrays`` gave, and take its numbers out of ``arrays``."""
+        """Return the mechanism that ``to_arrays`` described.
+
+        Args:
+            arrays: All arrays of a ledger's file; the mechanism's are taken out of it.
+            facts: All texts of the file.
+
+        Raises:
+            ValueError: If a text is not what ``to_arrays`` writes.
+        """
         steps, noise = facts["num_steps"], facts.get("noise", _ASSUMED)
         expect(
             re.fullmatch("[0-9]{1,18}", steps) is not None and noise == _ASSUMED,
@@ -168,7 +195,7 @@ class NoisySGD:
 
 
 def _count(name: str, value: int) -> int:
-    """A whole number, at least 0."""
+    """Return a whole number that is at least 0, or refuse."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -180,7 +207,7 @@ def _count(name: str, value: int) -> int:
 
 
 def _scheduled(name: str, value: ArrayLike) -> float | NDArray[np.float64]:
-    """A float, or a read-only float64 array with one axis."""
+    """Return a float, or a read-only float64 array with one axis."""
     array = np.array(value, dtype=np.float64)
     expect(
         array.ndim <= 1,
@@ -190,9 +217,3 @@ def _scheduled(name: str, value: ArrayLike) -> float | NDArray[np.float64]:
         "A schedule has shape (N,).",
     )
     return float(array) if array.ndim == 0 else frozen(array)
-
-
-def frozen(array: NDArray[Any]) -> NDArray[Any]:
-    """The array, now read-only."""
-    array.setflags(write=False)
-    return array

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from opacus_pi.files.storage import checksum
+from opacus_pi.files.arrays_file import checksum
 from opacus_pi.files.weights_file import described
 from opacus_pi.models.copies import unwrap
 

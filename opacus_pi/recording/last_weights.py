@@ -15,7 +15,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from opacus_pi.ledger.measurements import CHANGED
+from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.models.copies import unwrap
 from opacus_pi.models.weights_name import weights_name
 

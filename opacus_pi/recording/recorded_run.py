@@ -68,7 +68,6 @@ class RecordedRun:
     data_set: str
     num_steps: int = 0
     refusal: str = ""
-    norms: str = ""  # or FOR_RANKING, once a sweep was
     weights: str = ""  # name of the last update's, if it was asked for
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
@@ -186,7 +185,6 @@ class RecordedRun:
             source=self.source,
             data_set=self.data_set,
             weights=self.weights or None,
-            ranking_only=bool(self.norms),
             **measured,
         )
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import GradNormLedger, NoisySGD
-from opacus_pi.ledger.measurements import CHANGED, FOR_RANKING
+from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.recording.last_weights import LastWeights
 from opacus_pi.recording.measured_row import float32_row, require_callable
 from opacus_pi.recording.merging import merge_
@@ -118,8 +118,7 @@ class Recorder(RecorderOptions):
                 not look at the data and draws an example at most once an epoch.
             data_set: Fingerprint of the data set.
             sweep: For mode ``"swept"``: returns an object with ``grad_norms`` and
-                possibly ``confidences``, ``errors``, ``correct``, each ``(n,)``; its
-                ``ranking_only`` marks the ledger for good.
+                possibly ``confidences``, ``errors``, ``correct``, each ``(n,)``.
             weights: For ``weights_dir``: returns the state dict of now.
             processes: Of a distributed run; all begin it. Rows hold what all observed,
                 and the first process keeps the weights.
@@ -313,8 +312,6 @@ class Recorder(RecorderOptions):
         if self.mode == "swept" and not run.refusal:
             measured = cast(Callable[[], Any], self._sweep)()
             row = float32_row(measured, run.num_examples)
-            if getattr(measured, "ranking_only", False):
-                run.norms = FOR_RANKING
             norms = row["grad_norms"]
             self._refuse_unless_finite(norms, np.full(len(norms), run.num_steps))
         if run.refusal:

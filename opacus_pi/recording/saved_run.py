@@ -1,6 +1,6 @@
 """Whether a state dict can be the record of a run, before it becomes one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,11 +8,7 @@ import torch
 from torch import Tensor
 
 from opacus_pi._validate import expect
-from opacus_pi.ledger.measurements import (
-    checked_steps,
-    checked_weights,
-    is_for_ranking,
-)
+from opacus_pi.ledger.checks import checked_steps, checked_weights
 
 VERSION = 1
 _FAR = 2**53  # a count beyond is no count
@@ -27,11 +23,7 @@ _TYPES = {
     "num_steps": (int,),
     "refusal": (str,),
 }
-# texts that older releases do not save
-LATER_TEXTS: dict[str, Callable[[str | None], Any]] = {
-    "weights": checked_weights,
-    "norms": is_for_ranking,
-}
+LATER_TEXTS = ("weights",)  # texts that older releases do not save
 
 
 def require_version(state: Any) -> None:
@@ -68,10 +60,16 @@ def require_whole(state: Mapping[str, Any]) -> None:
     for name, problem in _problems(state):
         _check(False, name, problem)
     checked_steps(state["steps"].cpu().numpy(), state["num_steps"])
-    for name, check in LATER_TEXTS.items():
-        text = state.get(name, "")
-        _check(type(text) is str, name, "of another type")
-        check(text or None)
+    _check(type(state.get("weights", "")) is str, "weights", "of another type")
+    checked_weights(state.get("weights") or None)
+    expect(
+        state.get("norms", "") == "",
+        "the saved record's norms",
+        repr(state.get("norms")),
+        "must be exact",
+        "An earlier release measured them in bfloat16, to rank examples only. No loss "
+        "may be computed from them: start the run again.",
+    )
 
 
 def _problems(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

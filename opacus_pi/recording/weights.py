@@ -7,11 +7,9 @@ from typing import Any
 from torch import nn
 
 from opacus_pi._validate import expect
+from opacus_pi.files.kinds import RECORDED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.ledger.fingerprint import same_data_set
-
-_KIND = "opacus_pi.RecordedWeights"
-_VERSION = 1
 
 
 def save_weights(
@@ -32,7 +30,7 @@ def save_weights(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"weights-{num_steps:08d}.safetensors"
     facts = {"num_steps": str(num_steps), "data_set": data_set}
-    write_weights(path, _KIND, _VERSION, state, facts)
+    write_weights(path, RECORDED_WEIGHTS, state, facts)
     return path
 
 
@@ -63,7 +61,7 @@ def load_weights_(model: nn.Module, path: Path, data_set: str | None = None) -> 
         ValueError: If the file is damaged, not of the updates its name says or of
             another data set, or its tensors are not those of this architecture.
     """
-    state, facts = read_weights(path, _KIND, _VERSION)
+    state, facts = read_weights(path, RECORDED_WEIGHTS)
     _check_facts(path, facts, data_set)
     try:
         missing, surplus = model.load_state_dict(state, strict=False)

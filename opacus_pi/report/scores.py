@@ -25,8 +25,8 @@ from opacus_pi.accounting import (
     privacy_statement,
     worst_case_loss,
 )
+from opacus_pi.accounting.assumed_noise import has_assumed_noise
 from opacus_pi.accounting.guarantee import Assumption
-from opacus_pi.accounting.ranking_only import only_rank
 from opacus_pi.difficulty.forget_sets import difficulty_strata, num_at_top, ranking
 from opacus_pi.ledger.grad_norm_ledger import runs_of
 
@@ -51,7 +51,7 @@ class Scores:
         ids: int64 ``(n,)``, positions in the data set.
         losses: float64 ``(n,)``, in nats.
         epsilons: float64 ``(n,)``; None if the losses only rank the examples, because
-            the noise was assumed or the norms were measured for ranking.
+            the noise was assumed.
         worst_case_loss: Bound on the loss of any example, in nats; ``inf`` if there is
             none.
         worst_case_epsilon: Bound on the ε of any example; ``inf`` if there is none.
@@ -191,7 +191,7 @@ def score(
     losses = privacy_losses(runs, order, tolerance=tolerance)
     statement = privacy_statement(runs, ids[[np.argmax(losses)]], delta)
     mechanism = runs[0].mechanism
-    ranks = only_rank(runs)
+    ranks = has_assumed_noise(runs)
     return Scores(
         order=float(order),
         delta=float(delta),

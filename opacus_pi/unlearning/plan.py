@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.accounting import GradNormLedger, privacy_losses
+from opacus_pi.accounting.assumed_noise import has_assumed_noise
 from opacus_pi.accounting.guarantee import Guarantee
-from opacus_pi.accounting.ranking_only import only_rank
 from opacus_pi.difficulty.forget_sets import ties
 from opacus_pi.ledger.grad_norm_ledger import columns_of
 
@@ -43,8 +43,8 @@ class Plan:
         order: Rényi order of the losses.
         mean_loss: Mean privacy loss of the forget set, the paper's difficulty.
         percentile: Percentage of all examples whose loss is below ``mean_loss``.
-        ranking_only: Whether the loss uses an assumed noise (training added none) or
-            norms for ranking: then it orders sets, and its size means nothing.
+        ranking_only: Whether the loss uses an assumed noise (training added none):
+            then it orders sets, and its size means nothing.
         steps_per_epoch: Updates per pass over the retain set.
         predicted_epochs: Passes until the set is forgotten, or None.
         prediction: How that was predicted, or why it was not.
@@ -215,7 +215,7 @@ def make_plan(
         order=order,
         mean_loss=mean,
         percentile=percentile(mean, losses),
-        ranking_only=only_rank(runs),
+        ranking_only=has_assumed_noise(runs),
         steps_per_epoch=math.ceil(num_retain / batch_size),
         predicted_epochs=epochs,
         prediction=_how_predicted(epochs, len(past_runs), num_unfinished),

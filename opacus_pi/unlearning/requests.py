@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
+from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.models.batches import size_of
 from opacus_pi.unlearning.deletion_record import DeletionRecord, sync_directory
@@ -35,9 +36,6 @@ from opacus_pi.unlearning.request_entries import (
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
 
 __all__ = ["DeletionRequest", "DeletionRequests"]
-
-_KIND = "opacus_pi.UnlearnedWeights"
-_VERSION = 1
 
 
 class DeletionRequests:
@@ -194,7 +192,7 @@ class DeletionRequests:
             "history": unlearner.history.text,
         }
         state = unlearner.model.state_dict()
-        write_weights(self.weights_path, _KIND, _VERSION, state, facts)
+        write_weights(self.weights_path, UNLEARNED_WEIGHTS, state, facts)
         sync_directory(self.weights_path.parent)
 
     def _requests(self) -> Requests:
@@ -209,7 +207,7 @@ class DeletionRequests:
         """
         if not self.weights_path.exists():
             return {}, {"honoured": [], "forgotten": []}, History()
-        state, facts = read_weights(self.weights_path, _KIND, _VERSION)
+        state, facts = read_weights(self.weights_path, UNLEARNED_WEIGHTS)
         lists = {name: _listed(facts.get(name)) for name in ("honoured", "forgotten")}
         rows, history = lists["forgotten"], history_of(facts.get("history"))
         expect(

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_pi import GramLedger, Guarantee, NoisySGD, PrivacyEngine
 from opacus_pi.cli.errors import NOTHING_TO_CHECK
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
+from opacus_pi.files.kinds import UNLEARNED_WEIGHTS, FileKind
 from opacus_pi.files.weights_file import write_weights
 from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning.deletion_record import DeletionRecord
@@ -51,7 +52,7 @@ def recorded_weights(path, project):
 
 def unlearned_weights(path, project):
     state = torch.nn.Linear(2, 2).state_dict()
-    write_weights(path, "opacus_pi.UnlearnedWeights", 1, state, {"honoured": "[]"})
+    write_weights(path, UNLEARNED_WEIGHTS, state, {"honoured": "[]"})
 
 
 def gram_ledger(path, project):
@@ -203,7 +204,7 @@ def test_a_lock_is_no_record_but_an_emptied_record_is_noticed(run, tmp_path):
 
 def test_a_kind_of_a_newer_release(run, tmp_path):
     path = tmp_path / "new.safetensors"
-    write_weights(path, "opacus_pi.Later", 1, {}, {})
+    write_weights(path, FileKind("opacus_pi.Later", "a later kind"), {}, {})
     code, out, _ = run("verify", path)
     assert code == 1 and "a newer release wrote it" in out
 

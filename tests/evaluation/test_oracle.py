@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from opacus_pi.evaluation.oracle import OracleCache
-from opacus_pi.files.storage import read_arrays, write_arrays
+from opacus_pi.files.arrays_file import read_arrays, write_arrays
+from opacus_pi.files.kinds import ORACLE
 
 DATA = TensorDataset(torch.zeros(10, 2), torch.arange(10) % 3)
 FORGET = [7, 1, 4]
@@ -118,17 +119,17 @@ def swap(path):
 
 def misfit(path):
     """Right facts, wrong weights."""
-    _, facts = read_arrays(path, "opacus_pi.Oracle", 1)
+    _, facts = read_arrays(path, ORACLE)
     kept = {k: v for k, v in facts.items() if k not in ("kind", "version")}
-    write_arrays(path, "opacus_pi.Oracle", 1, {"w": np.zeros(3)}, kept)
+    write_arrays(path, ORACLE, {"w": np.zeros(3)}, kept)
 
 
 def rewritten_without(path, name):
     """The file as it was before it held a fact."""
-    arrays, facts = read_arrays(path, "opacus_pi.Oracle", 1)
+    arrays, facts = read_arrays(path, ORACLE)
     kept = {k: v for k, v in facts.items() if k not in ("kind", "version", name)}
     assert len(kept) == len(facts) - 3
-    write_arrays(path, "opacus_pi.Oracle", 1, arrays, kept)
+    write_arrays(path, ORACLE, arrays, kept)
 
 
 def test_oracles_of_other_inputs_are_trained_again(tmp_path):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD, RenyiFilter
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
-from opacus_pi.files.sealed_state import sealed
+from opacus_pi.files.checksummed_state import with_checksum
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.filtering import saved_charges
 from opacus_pi.recording import Recorder
@@ -157,12 +157,12 @@ def checkpoint_key(mode="observed"):
     """What our key in a checkpoint holds."""
     state, *_held = run_state()
     found = {f"run_state.{n}": v for n, v in state.state_dict().items()}
-    return sealed({**recorded(mode).state_dict(), **found})
+    return with_checksum({**recorded(mode).state_dict(), **found})
 
 
 def filter_key():
     """What the filter's key in a checkpoint holds."""
-    return sealed(saved_charges(renyi_filter()))
+    return with_checksum(saved_charges(renyi_filter()))
 
 
 def as_file(state):

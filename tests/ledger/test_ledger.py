@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, fill_unobserved
-from opacus_pi.files.storage import write_arrays
+from opacus_pi.files.arrays_file import write_arrays
+from opacus_pi.files.kinds import FileKind
 from opacus_pi.ledger.grad_norm_ledger import runs_of
 
 NAN = math.nan
@@ -270,7 +271,7 @@ def test_a_foreign_file_is_refused(saved):
     saved.write_bytes(b"hello, this is no ledger at all")
     with pytest.raises(ValueError, match="truncated, or another kind of file"):
         GradNormLedger.load(saved)
-    write_arrays(saved, "another.Kind", 1, {"x": np.ones(3)}, {})
+    write_arrays(saved, FileKind("another.Kind", "another kind"), {"x": np.ones(3)}, {})
     with pytest.raises(
         ValueError, match=r"must hold .*GradNormLedger, got another.Kind"
     ):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.unlearning import FineTune, Unlearner
 from opacus_pi.unlearning.deletion_record import verify
@@ -169,7 +170,7 @@ def test_weights_that_do_not_describe_their_runs_cost_the_claim(tmp_path):
     mine.submit("a", indices=[3])
     facts = {"honoured": '["a"]', "forgotten": "[3]"}
     state = noisy_unlearner().model.state_dict()
-    write_weights(mine.weights_path, "opacus_pi.UnlearnedWeights", 1, state, facts)
+    write_weights(mine.weights_path, UNLEARNED_WEIGHTS, state, facts)
     kind, unmet = claimed(tmp_path)
     assert kind == "empirical" and unmet[LOOKS] == "an earlier run is not described"
 
@@ -231,9 +232,9 @@ def test_weights_that_went_missing_or_were_changed_are_noticed(tmp_path):
     with pytest.raises(ValueError, match="must match its checksum"):
         mine.process(unlearner(), data())
     mine.weights_path.write_bytes(content)
-    state, facts = read_weights(mine.weights_path, "opacus_pi.UnlearnedWeights", 1)
+    state, facts = read_weights(mine.weights_path, UNLEARNED_WEIGHTS)
     other = {name: value + 1 for name, value in state.items()}
-    write_weights(mine.weights_path, facts["kind"], 1, other, facts)
+    write_weights(mine.weights_path, UNLEARNED_WEIGHTS, other, facts)
     with pytest.raises(ValueError, match="3 recorded"):
         mine.process(unlearner(), data())
     mine.weights_path.unlink()
@@ -301,8 +302,7 @@ def test_entries_that_make_no_sense_are_refused(tmp_path, kind, body, message):
 )
 def test_weights_that_say_nothing_clear_are_refused(tmp_path, facts):
     mine = submitted(tmp_path)
-    kind = "opacus_pi.UnlearnedWeights"
-    write_weights(mine.weights_path, kind, 1, {"w": torch.zeros(2)}, facts)
+    write_weights(mine.weights_path, UNLEARNED_WEIGHTS, {"w": torch.zeros(2)}, facts)
     with pytest.raises(ValueError, match="must name the requests it honours"):
         mine.process(unlearner(), data())
 

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import torch
 
-from opacus_pi.files.sealed_state import unsealed
+from opacus_pi.files.checksummed_state import verified_state
 from opacus_pi.integration.filtering import resume_charges
 from opacus_pi.recording.recorded_run import RecordedRun
 from opacus_pi.recording.saved_run import require_version
@@ -28,7 +28,7 @@ def read_key(mode):
     def read(path):
         saved = load_tensors(path)
         require_version(saved)
-        state = unsealed(saved)
+        state = verified_state(saved)
         mine = originals.recorder(mode)
         mine.load_state_dict(state)
         run, *held = originals.run_state()
@@ -68,7 +68,7 @@ def same_states(one, other):
 
 
 def key_equal(mode):
-    wanted = unsealed(originals.checkpoint_key(mode))
+    wanted = verified_state(originals.checkpoint_key(mode))
     return lambda answer: same_states(answer[0], wanted)
 
 

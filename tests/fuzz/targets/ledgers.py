@@ -29,7 +29,6 @@ def ledger_check(run):
     assert run.source in ("swept", "observed")
     assert run.data_set is None or isinstance(run.data_set, str)
     assert re.fullmatch("sha256:[0-9a-f]{64}|changed|None", str(run.weights))
-    assert isinstance(run.ranking_only, bool)
     mechanism_check(run.mechanism, shape[0])
     assert "sensitive" in repr(run)
     if (np.asarray(run.mechanism.noise_std) > 0).all():

@@ -5,7 +5,7 @@ import io
 
 import torch
 
-from opacus_pi.files.sealed_state import sealed
+from opacus_pi.files.checksummed_state import with_checksum
 from tests.fuzz import originals
 from tests.fuzz.mutations import (
     NUMBERS,
@@ -21,7 +21,7 @@ def state_edit(content, chance, *, seal):
     seal_of_before = state.pop("checksum")
     for _ in range(chance.choice([1, 1, 2])):
         _edit_entry(state, chance)
-    state = sealed(state) if seal else {**state, "checksum": seal_of_before}
+    state = with_checksum(state) if seal else {**state, "checksum": seal_of_before}
     return originals.as_file(state)
 
 

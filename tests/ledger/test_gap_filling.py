@@ -9,7 +9,7 @@ from opacus_pi.accounting import (
     filled_by_rank,
     privacy_losses,
 )
-from opacus_pi.ledger.rank_filling import fill_by_rank
+from opacus_pi.ledger.gap_filling import fill_by_rank
 
 NAN = np.nan
 

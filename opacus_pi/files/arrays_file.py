@@ -1,7 +1,13 @@
-"""A safe file for arrays: safetensors, written in one piece, versioned, checksummed.
+"""Safetensors files of NumPy arrays with a kind, a version and a checksum.
 
-Pickle is never used, so opening a file runs no code. A file appears under its name
-only when it is complete.
+A file holds arrays by name and, in its header, short texts ("facts"). Pickle is never
+used, so opening a file runs no code. A file appears under its name only when it is
+complete, and a reader refuses a file that was damaged, edited, or written for another
+purpose. The checksum covers every array and every fact; somebody who edits a file and
+computes the checksum again is not detected.
+
+Files larger than memory are read in parts (``check_file``, ``read_columns``): with
+plain reads instead of a memory map, because mapped pages would stay in memory.
 """
 
 import hashlib
@@ -21,12 +27,22 @@ from safetensors.numpy import save
 
 from opacus_pi._validate import expect
 from opacus_pi.files.atomic_file import replace_file
-from opacus_pi.files.on_disk import OnDisk, arrays_on_disk
+from opacus_pi.files.kinds import FileKind
 
 Arrays = dict[str, NDArray[Any]]
 _AGAIN = "Record it again, or restore the file from a copy."
 _OWN_FACTS = {"kind", "version"}
-_MAX_WIDTH = 1 << 24  # of an array without entries, whose size no file length proves
+# The length of a file proves the size of an array, unless the array has no entries:
+# its other axes could then claim any length, and filling defaults would run out of
+# memory.
+_MAX_WIDTH = 1 << 24
+_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "I64": np.dtype("<i8"),
+}
+# What a checksum covers of one array: name, type, shape, and its bytes in parts.
+Described = tuple[str, str, tuple[int, ...], Iterable[bytes]]
 
 
 @dataclass(frozen=True)
@@ -48,8 +64,7 @@ class Layout:
 
 def write_arrays(
     path: str | os.PathLike[str],
-    kind: str,
-    version: int,
+    kind: FileKind,
     arrays: Mapping[str, NDArray[Any]],
     facts: Mapping[str, str],
 ) -> None:
@@ -60,26 +75,24 @@ def write_arrays(
 
     Args:
         path: The file's name.
-        kind: What the file holds, e.g. ``"opacus_pi.GradNormLedger"``.
-        version: Version of that layout.
+        kind: What the file holds; its name and version stand in the header.
         arrays: Arrays by name.
         facts: Strings by name; ``kind``, ``version`` and ``checksum`` are taken.
     """
     contiguous = {name: np.asarray(a, order="C") for name, a in arrays.items()}
-    header = {**facts, "kind": kind, "version": str(version)}
+    header = {**facts, "kind": kind.name, "version": str(kind.version)}
     header["checksum"] = checksum(_described(contiguous), header)
     replace_file(Path(path), save(contiguous, metadata=header))
 
 
 def read_arrays(
-    path: str | os.PathLike[str], kind: str, version: int, layout: Layout | None = None
+    path: str | os.PathLike[str], kind: FileKind, layout: Layout | None = None
 ) -> tuple[Arrays, dict[str, str]]:
     """Read what ``write_arrays`` wrote, or refuse.
 
     Args:
         path: The file's name.
-        kind: What the file must hold.
-        version: The version of that layout which the caller understands.
+        kind: What the file must hold, and the version that this release reads.
         layout: What such a file holds. Default: any arrays and facts.
 
     Returns:
@@ -89,21 +102,20 @@ def read_arrays(
         FileNotFoundError: If there is no such file.
         ValueError: If the file is truncated, foreign, of another version or edited.
     """
-    with opened(path, kind, version) as (file, header):
+    with opened(path, kind) as (file, header):
         arrays = {key: file.get_tensor(key) for key in file.keys()}
     _check(path, header, arrays, layout)
     return arrays, header
 
 
 def check_file(
-    path: str | os.PathLike[str], kind: str, version: int, layout: Layout | None = None
+    path: str | os.PathLike[str], kind: FileKind, layout: Layout | None = None
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Make the checks of ``read_arrays`` without holding the arrays in memory.
 
     Args:
         path: The file's name.
-        kind: What the file must hold.
-        version: The version of that layout which the caller understands.
+        kind: What the file must hold, and the version that this release reads.
         layout: As of ``read_arrays``.
 
     Returns:
@@ -113,7 +125,7 @@ def check_file(
         FileNotFoundError: If there is no such file.
         ValueError: As ``read_arrays``.
     """
-    with opened(path, kind, version) as (_, header):
+    with opened(path, kind) as (_, header):
         on_disk = arrays_on_disk(path)
     _check(path, header, on_disk, layout)
     return {name: array.shape for name, array in on_disk.items()}, header
@@ -151,17 +163,89 @@ def read_array(path: str | os.PathLike[str], name: str) -> NDArray[Any]:
     return arrays_on_disk(path)[name].read(slice(None))
 
 
+@dataclass(frozen=True)
+class ArrayOnDisk:
+    """The place of an array in a file, from which parts are read."""
+
+    path: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    def rows(self, columns: slice = slice(None)) -> Iterator[NDArray[Any]]:
+        """Yield the chosen columns of each row, one row after the other."""
+        length, (start, stop) = self._length, self._span(columns)
+        with open(self.path, "rb") as file:
+            for row in range(math.prod(self.shape[:-1])):
+                file.seek(self.offset + (row * length + start) * self.dtype.itemsize)
+                yield np.fromfile(file, self.dtype, stop - start)
+
+    def read(self, columns: slice) -> NDArray[Any]:
+        """Return the chosen columns of all rows."""
+        start, stop = self._span(columns)
+        shape = (*self.shape[:-1], stop - start) if self.shape else ()
+        return np.array(list(self.rows(columns)), self.dtype).reshape(shape)
+
+    @property
+    def _length(self) -> int:
+        """Return the number of entries of a row."""
+        return self.shape[-1] if self.shape else 1
+
+    def _span(self, columns: slice) -> tuple[int, int]:
+        """Return where the chosen columns start and stop."""
+        start, stop, _ = columns.indices(self._length)
+        return start, stop
+
+
+def arrays_on_disk(path: str | os.PathLike[str]) -> dict[str, ArrayOnDisk]:
+    """Return the places of all arrays of a safetensors file, from its header.
+
+    Args:
+        path: A file that safetensors itself can open.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        ValueError: If an array has a type that opacus_pi never writes.
+    """
+    name = os.fspath(path)
+    with open(name, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    for key, facts in header.items():
+        expect(
+            facts["dtype"] in _TYPES,
+            "path",
+            f"{facts['dtype']} in {name}",
+            f"must hold {key!r} in one of {', '.join(_TYPES)}",
+            _AGAIN,
+        )
+    return {
+        key: ArrayOnDisk(
+            name,
+            _TYPES[facts["dtype"]],
+            tuple(facts["shape"]),
+            8 + size + facts["data_offsets"][0],
+        )
+        for key, facts in header.items()
+    }
+
+
 @contextmanager
 def opened(
-    path: str | os.PathLike[str], kind: str, version: int, framework: str = "np"
+    path: str | os.PathLike[str], kind: FileKind, framework: str = "np"
 ) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The open file and its header, if they are of the right kind and version.
+    """Open a file and read its header, if kind and version are right.
 
     Args:
         path: The file's name.
-        kind: What the file must hold.
-        version: The version of that layout which the caller understands.
-        framework: Of the tensors, as in ``safetensors.safe_open``.
+        kind: What the file must hold, and the version that this release reads.
+        framework: Which tensors the file gives, as in ``safetensors.safe_open``.
+
+    Yields:
+        The open file and the facts of its header.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -171,19 +255,36 @@ def opened(
     try:
         with safe_open(name, framework=framework) as file:
             header = file.metadata() or {}
-            _check_kind(name, header, kind, version)
+            _check_kind(name, header, kind)
             for key in file.keys():
                 _check_shape(name, key, file.get_slice(key).get_shape())
             yield file, header
     except (SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"path must be a whole {kind} file, got {name} ({error}). It is truncated, "
-            f"or another kind of file. {_AGAIN}"
+            f"path must be a whole {kind.name} file, got {name} ({error}). "
+            f"It is truncated, or another kind of file. {_AGAIN}"
         ) from error
 
 
+def named_kind(path: str | os.PathLike[str]) -> str | None:
+    """Return the kind that a safetensors file names in its header.
+
+    Args:
+        path: The file's name.
+
+    Returns:
+        The kind's name, which may be unknown; empty if the header names none; None if
+        the file cannot be opened.
+    """
+    try:
+        with safe_open(os.fspath(path), framework="np") as file:
+            return str((file.metadata() or {}).get("kind", ""))
+    except (SafetensorError, OSError):
+        return None
+
+
 def _check_shape(path: str, name: str, shape: Sequence[int]) -> None:
-    """Refuse a shape that claims more than the file's length proves."""
+    """Refuse an empty array that claims a length which the file cannot prove."""
     expect(
         math.prod(shape) > 0 or max(shape, default=0) <= _MAX_WIDTH,
         "path",
@@ -193,20 +294,20 @@ def _check_shape(path: str, name: str, shape: Sequence[int]) -> None:
     )
 
 
-def _check_kind(name: str, header: Mapping[str, str], kind: str, version: int) -> None:
+def _check_kind(name: str, header: Mapping[str, str], kind: FileKind) -> None:
     """Refuse a file of another kind or version."""
     expect(
-        header.get("kind") == kind,
+        header.get("kind") == kind.name,
         "path",
         f"{header.get('kind', 'something else')} in {name}",
-        f"must hold {kind}",
+        f"must hold {kind.name}",
         "Pass a file that this class's save wrote.",
     )
     expect(
-        header.get("version") == str(version),
+        header.get("version") == str(kind.version),
         "path",
         f"version {header.get('version')} in {name}",
-        f"must be in format version {version}",
+        f"must be in format version {kind.version}",
         "Read it with the release of opacus_pi that wrote it.",
     )
 
@@ -214,10 +315,10 @@ def _check_kind(name: str, header: Mapping[str, str], kind: str, version: int) -
 def _check(
     path: str | os.PathLike[str],
     header: dict[str, str],
-    arrays: Mapping[str, NDArray[Any] | OnDisk],
+    arrays: Mapping[str, NDArray[Any] | ArrayOnDisk],
     layout: Layout | None,
 ) -> None:
-    """Take the checksum out of the header, and refuse what does not match it."""
+    """Check a file's checksum, take it out of the header, and check the layout."""
     require_checksum(path, header, _described(arrays))
     if layout is not None:
         _check_layout(path, layout, header, {n: a.dtype.str for n, a in arrays.items()})
@@ -251,38 +352,35 @@ def _check_layout(
     facts: Mapping[str, str],
     dtypes: Mapping[str, str],
 ) -> None:
-    """Refuse a file that holds too little, too much, or another type of numbers."""
+    """Refuse a file that lacks something, or holds anything that is not expected."""
     needed, known = set(layout.facts), {*layout.facts, *layout.more_facts, *_OWN_FACTS}
     types = {**layout.more_arrays, **layout.arrays}
-    odd = [
+    unexpected = [
         *(needed - set(facts)),
         *(set(facts) - known),
         *(set(layout.arrays) - set(dtypes)),
         *(name for name, dtype in dtypes.items() if types.get(name) != dtype),
     ]
     expect(
-        not odd,
+        not unexpected,
         "path",
         os.fspath(path),
-        f"must hold what it should in {', '.join(map(repr, sorted(odd)))}",
+        f"must hold what it should in {', '.join(map(repr, sorted(unexpected)))}",
         f"Something is missing, unknown, or of another type. {_AGAIN}",
     )
 
 
-Described = tuple[str, str, tuple[int, ...], Iterable[bytes]]
-
-
-def _described(arrays: Mapping[str, NDArray[Any] | OnDisk]) -> Iterator[Described]:
-    """Name, type, shape and bytes of each array, in order of name."""
+def _described(arrays: Mapping[str, NDArray[Any] | ArrayOnDisk]) -> Iterator[Described]:
+    """Yield what the checksum covers of each array, in order of name."""
     for name in sorted(arrays):
         array = arrays[name]
-        parts = array.rows() if isinstance(array, OnDisk) else [array]
+        parts = array.rows() if isinstance(array, ArrayOnDisk) else [array]
         content = (np.asarray(part, order="C").tobytes() for part in parts)
         yield name, array.dtype.str, array.shape, content
 
 
 def checksum(arrays: Iterable[Described], header: Mapping[str, str]) -> str:
-    """SHA-256 over a header and every array's name, type, shape and bytes.
+    """Return the SHA-256 of a header and of every array's name, type, shape and bytes.
 
     Args:
         arrays: Name, type, shape and bytes (in parts) of each, in order of name.

@@ -1,49 +1,40 @@
-"""Arrays of measurements: checked when they come in, filled where nothing was seen.
+"""Checks of the fields of a ledger, each with an error that names the field.
 
->>> fill_unobserved([[np.nan, 1], [2, np.nan]])
-array([[2., 1.],
-       [2., 1.]])
-"""
+A ledger checks its fields when it is made, so that every function that takes one may
+rely on them. The checked arrays are read-only copies: a ledger cannot change.
+
+>>> checked_steps([1, 3, 2], num_steps=3)
+Traceback (most recent call last):
+    ...
+ValueError: steps must be strictly increasing whole numbers in [0, 3], got [1, 3, 2]. Count the updates done when each row was measured.
+"""  # noqa: E501
 
 import re
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.ledger.mechanism import frozen
 
-CHANGED = "changed"
-FOR_RANKING = "for ranking"  # what a file says of its norms
+CHANGED = "changed"  # in place of a name: the weights were written to since
 _NAME = re.compile(f"sha256:[0-9a-f]{{64}}|{CHANGED}", re.ASCII)
 
 
-def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:
-    """Fill each example's gaps: its next observation, else its last, else infinity.
-
-    Infinity stands for "the clip norm": no gradient enters an update larger than that.
-    So an example that was not seen never counts as harmless.
+def checked_steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
+    """Return the update counts of the rows, checked.
 
     Args:
-        rows: ``(N, n)``, NaN where not observed.
+        value: ``(N,)``, strictly increasing whole numbers in [0, ``num_steps``].
+        num_steps: Number of updates of the run.
 
     Returns:
-        float64 ``(N, n)`` without NaN.
+        int64 ``(N,)``, read-only.
+
+    Raises:
+        ValueError: If the counts do not increase or leave the run.
     """
-    filled = np.array(rows, dtype=np.float64)
-    if not np.isnan(filled).any():
-        return filled
-    for backwards in (True, False):
-        order = range(len(filled) - 2, -1, -1) if backwards else range(1, len(filled))
-        for i in order:
-            neighbour = filled[i + 1 if backwards else i - 1]
-            np.copyto(filled[i], neighbour, where=np.isnan(filled[i]))
-    return np.where(np.isnan(filled), np.inf, filled)
-
-
-def checked_steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
-    """Row positions, checked to be increasing whole numbers within the run."""
     steps = np.array(value)
     whole = steps.ndim == 1 and (steps.size == 0 or steps.dtype.kind in "iu")
     inside = whole and bool(((steps >= 0) & (steps <= num_steps)).all())
@@ -58,7 +49,14 @@ def checked_steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
 
 
 def checked_weights(value: str | None) -> str | None:
-    """The name of a model's weights, or what is known instead."""
+    """Return the name of a model's weights, checked.
+
+    Args:
+        value: ``"sha256:"`` and 64 hexadecimal digits, ``"changed"``, or None.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
     expect(
         value is None or (isinstance(value, str) and bool(_NAME.fullmatch(value))),
         "weights",
@@ -69,22 +67,22 @@ def checked_weights(value: str | None) -> str | None:
     return value
 
 
-def is_for_ranking(norms: str | None) -> bool:
-    """Whether a file's norms only rank examples; None where it says nothing of them."""
-    expect(
-        norms in (None, FOR_RANKING),
-        "the file's norms",
-        repr(norms),
-        f"must be {FOR_RANKING!r}, if anything",
-        "Restore the file from a copy.",
-    )
-    return norms is not None
-
-
 def checked_measurements(
     name: str, value: ArrayLike, num_rows: int
 ) -> NDArray[np.float32]:
-    """Checked measurements, NaN where there is none."""
+    """Return measurements of examples at rows, checked.
+
+    Args:
+        name: The field's name, for the error.
+        value: ``(N, n)``, finite and at least 0; NaN where nothing was observed.
+        num_rows: Number of rows, N.
+
+    Returns:
+        float32 ``(N, n)``, read-only.
+
+    Raises:
+        ValueError: If the shape is wrong, or an entry is negative or infinite.
+    """
     with np.errstate(over="ignore"):
         array = np.array(value, dtype=np.float32)
     expect(
@@ -108,8 +106,28 @@ def checked_measurements(
 
 
 def checked_ids(value: ArrayLike) -> NDArray[np.int64]:
-    """Checked example numbers, in the caller's order."""
+    """Return example numbers, checked, in the caller's order.
+
+    Args:
+        value: ``(n,)``, whole numbers at least 0, each once.
+
+    Returns:
+        int64 ``(n,)``, read-only.
+
+    Raises:
+        ValueError: If a number is negative or occurs twice.
+    """
     limit = np.iinfo(np.int64).max
     if np.size(value):
         distinct_indices("example_ids", value, limit)
     return frozen(np.array(value, dtype=np.int64))
+
+
+def frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """Make an array read-only, and return it.
+
+    Args:
+        array: An array that nobody else writes to; changed in place.
+    """
+    array.setflags(write=False)
+    return array

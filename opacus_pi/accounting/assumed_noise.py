@@ -1,0 +1,40 @@
+"""What may be said of a run whose noise was assumed: a ranking, and no claim.
+
+``with_noise_std`` asks what the losses would have been under another noise. Such losses
+order examples by difficulty. They are not the losses of the run that was made, so no ε,
+guarantee or confidence limit may be derived from them.
+"""
+
+from collections.abc import Iterable
+
+from opacus_pi._validate import expect
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
+
+__all__ = ["has_assumed_noise", "require_real_noise"]
+
+
+def has_assumed_noise(runs: Iterable[GradNormLedger]) -> bool:
+    """Return whether the noise of a run was assumed, so that losses only rank.
+
+    Args:
+        runs: The recorded runs.
+    """
+    return any(run.mechanism.assumed_noise for run in runs)
+
+
+def require_real_noise(runs: Iterable[GradNormLedger]) -> None:
+    """Refuse to claim something from a run whose noise was assumed.
+
+    Args:
+        runs: The recorded runs.
+
+    Raises:
+        ValueError: If the noise of one of them was assumed.
+    """
+    expect(
+        not has_assumed_noise(runs),
+        "noise_std",
+        "an assumed one",
+        "must be the noise that training added",
+        "Rank by privacy_losses: nothing follows from noise that was not added.",
+    )

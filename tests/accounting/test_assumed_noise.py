@@ -1,0 +1,54 @@
+"""Losses of a run with assumed noise rank, and nothing is claimed from them."""
+
+import numpy as np
+import pytest
+from torch import nn
+
+from opacus_pi import GradNormLedger, NoisySGD, Unlearner
+from opacus_pi.accounting import epsilons, privacy_losses, trajectory_limits
+from opacus_pi.difficulty.forget_sets import difficulty_strata
+from opacus_pi.report import score, write_report
+
+CRITERION = nn.CrossEntropyLoss()
+MECHANISM = NoisySGD(2, 0.1, noise_std=2.0, max_grad_norm=1.0)
+MADE = GradNormLedger(MECHANISM, [0, 1], [[0.1, 0.4, 5.0], [0.2, 0.3, 5.0]])
+ASSUMED = MADE.with_noise_std(2.0)
+
+
+@pytest.mark.parametrize("ledger", [ASSUMED, [ASSUMED, ASSUMED]], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "claimed",
+    [
+        lambda ledger: epsilons(ledger, 1e-5),
+        lambda ledger: trajectory_limits(ledger, 2.0, 2.0),
+    ],
+)
+def test_claims_are_refused(ledger, claimed):
+    with pytest.raises(
+        ValueError, match="noise_std must .*got an assumed one.*Rank by"
+    ):
+        claimed(ledger)
+    claimed([MADE, MADE])
+
+
+def test_a_plan_says_that_it_only_ranks():
+    model = nn.Linear(2, 2)
+    plan = Unlearner(model, criterion=CRITERION, ledger=ASSUMED).plan([0])
+    assert plan.ranking_only and "a ranking only" in str(plan)
+    assert not Unlearner(model, criterion=CRITERION, ledger=MADE).plan([0]).ranking_only
+
+
+def test_a_report_is_a_ranking(tmp_path):
+    scores = score(ASSUMED)
+    assert scores.ranking_only and scores.epsilons is None
+    assert not score(MADE).ranking_only
+    facts = write_report(tmp_path / "page.html", ledger=ASSUMED)
+    assert facts["ranking_only"]
+    page = (tmp_path / "page.html").read_text()
+    assert "rank the examples" in page and "bound on" not in page
+
+
+def test_ranking_works():
+    losses = privacy_losses(ASSUMED, 8)
+    assert np.array_equal(losses, privacy_losses(MADE, 8))
+    assert difficulty_strata(losses, 1)["last"].tolist() == [2]
