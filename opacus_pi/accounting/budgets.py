@@ -77,18 +77,24 @@ class RenyiFilter:
     """
 
     def __init__(self, budget: ArrayLike, order: float = 8.0) -> None:
-        in_range(1, np.inf, closed=False, order=order, remedy="Usual: 2 to 64.")
+        in_range(
+            1,
+            np.inf,
+            closed=False,
+            order=order,
+            remedy="Try 8.",
+        )
         budgets = np.array(budget, dtype=np.float64)
         expect(
             budgets.ndim <= 1,
             "budget",
             f"an array of shape {budgets.shape}",
             "must be a number or one number per example",
-            "Per-example budgets have shape (n,).",
+            "Per-example budgets are a flat list, one for each example.",
         )
         positive(
             budget=budgets,
-            remedy="To leave an example out altogether, drop it from the data set.",
+            remedy="To exclude an example altogether, remove it from the data set.",
         )
         self.budget, self.order = frozen(budgets), float(order)
         self._spent: Array | None = None
@@ -111,7 +117,7 @@ class RenyiFilter:
         Raises:
             ValueError: If an argument is outside its domain.
         """
-        positive(epsilon=epsilon, remedy="At epsilon 0 nobody can take part.")
+        positive(epsilon=epsilon, remedy="At epsilon 0 no example could be trained on.")
         return cls(order * gaussian_mu(epsilon, delta) ** 2 / 2, order)
 
     def __repr__(self) -> str:
@@ -188,7 +194,12 @@ class RenyiFilter:
         )
         if r.size == 0:
             return np.zeros(r.shape, dtype=np.bool_)
-        in_range(0, np.inf, ratios=r, remedy="It is a norm over a standard deviation.")
+        in_range(
+            0,
+            np.inf,
+            ratios=r,
+            remedy="A ratio is a gradient norm divided by a standard deviation.",
+        )
         distinct_indices("indices", indices, spent.size)
         examples = np.asarray(indices, dtype=np.int64)
         after = spent[examples] + self.order * r**2 / 2
@@ -244,16 +255,16 @@ class RenyiFilter:
             "the saved budget",
             f"{np.asarray(state['budget'])} at order {state['order']:g}",
             f"must be this filter's, {self.budget} at order {self.order:g}",
-            "Resume with the RenyiFilter of the run saved.",
+            "Resume with the RenyiFilter of the run that was saved.",
         )
         if self._spent is not None:
             self.begin(loaded.size, state["data_set"])
             expect(
                 bool((self._spent <= loaded).all()),
                 "the filter's charges",
-                "more than were saved",
-                "must be no more",
-                "What has been released stays released: load into a new RenyiFilter, "
+                "larger charges",
+                "must be at most those that were saved",
+                "Updates that were released stay charged: load into a new RenyiFilter, "
                 "and discard what was trained since.",
             )
         self._spent, self._data_set = loaded, state["data_set"]
@@ -263,9 +274,9 @@ class RenyiFilter:
         expect(
             self._spent is not None,
             "RenyiFilter",
-            "one without examples",
-            "must have begun",
-            "Call begin(num_examples), or give it to PrivacyEngine(renyi_filter=...) "
+            "a filter without examples",
+            "must know its examples",
+            "Call begin(num_examples), or pass it to PrivacyEngine(renyi_filter=...) "
             "and call make_private.",
         )
         return cast(Array, self._spent)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.special import erfcx, ndtr
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, positive
+from opacus_pi._validate import expect, in_range
 
 Array = NDArray[np.float64]
 _HALVINGS = 100
@@ -96,7 +96,12 @@ def rdp_to_delta(divergences: ArrayLike, orders: ArrayLike, epsilon: float) -> A
     Source: Canonne, Kamath and Steinke (arXiv:2004.00010), Proposition 12.
     """
     values, a = _checked(divergences, orders)
-    in_range(0, math.inf, epsilon=epsilon, remedy="It bounds a log probability ratio.")
+    in_range(
+        0,
+        math.inf,
+        epsilon=epsilon,
+        remedy="An epsilon is never negative.",
+    )
     log_delta = (a - 1) * (values - epsilon) + a * np.log1p(-1 / a) - np.log(a - 1)
     least: NDArray[np.float64] = log_delta.min(axis=0)
     return np.exp(np.minimum(least, 0.0))
@@ -125,8 +130,34 @@ def check_delta(delta: float) -> None:
         ValueError: If it is not in (0, 1).
     """
     in_range(
-        0, 1, closed=False, delta=delta, remedy="Usual: below 1 / (data set size)."
+        0,
+        1,
+        closed=False,
+        delta=delta,
+        remedy="Choose less than 1 / (data set size).",
     )
+
+
+def check_above_one(*, remedy: str, **named: ArrayLike) -> None:
+    """Check that every named number (or array) is above 1; infinity is allowed.
+
+    Args:
+        remedy: One sentence: what the caller can do.
+        **named: The arguments to check, by their public names.
+
+    Raises:
+        ValueError: If an entry is at most 1 or not a number.
+    """
+    for name, value in named.items():
+        numbers = np.asarray(value, dtype=np.float64)
+        wrong = numbers[~(numbers > 1)]
+        expect(
+            wrong.size == 0,
+            name,
+            float(wrong[0]) if wrong.size else None,
+            "must be above 1",
+            remedy,
+        )
 
 
 def check_orders(orders: ArrayLike) -> Array:
@@ -149,7 +180,7 @@ def check_orders(orders: ArrayLike) -> Array:
         "must be a non-empty flat list",
         "Pass one order as [order].",
     )
-    positive(**{"orders - 1": a - 1}, remedy="Rényi orders here are above 1.")
+    check_above_one(orders=a, remedy="The conversion needs Rényi orders above 1.")
     return a
 
 
@@ -162,9 +193,11 @@ def _checked(divergences: ArrayLike, orders: ArrayLike) -> tuple[Array, Array]:
         "divergences",
         f"an array of shape {values.shape}",
         f"must have {len(a)} rows, one per order",
-        "Transpose it if the examples come first.",
+        "Transpose the array if its first axis is the examples.",
     )
-    in_range(0, math.inf, divergences=values, remedy="Divergences are at least 0.")
+    in_range(
+        0, math.inf, divergences=values, remedy="A Rényi divergence is never negative."
+    )
     return values, a.reshape(-1, *[1] * (values.ndim - 1))
 
 
@@ -184,7 +217,12 @@ def gaussian_delta(mu: ArrayLike, epsilon: ArrayLike) -> Array:
     Source: Balle and Wang (arXiv:1805.06530), Theorem 8.
     """
     _check_mu(mu)
-    in_range(0, np.inf, epsilon=epsilon, remedy="It bounds a log probability ratio.")
+    in_range(
+        0,
+        np.inf,
+        epsilon=epsilon,
+        remedy="An epsilon is never negative.",
+    )
     return _delta(np.asarray(mu, np.float64), np.asarray(epsilon, np.float64))
 
 
@@ -233,7 +271,12 @@ def gaussian_mu(epsilon: ArrayLike, delta: float) -> Array:
     Source: Balle and Wang (arXiv:1805.06530), Theorem 8, inverted by bisection.
     """
     largest = np.finfo(np.float64).max
-    in_range(0, largest, epsilon=epsilon, remedy="Without a bound no shift is longest.")
+    in_range(
+        0,
+        largest,
+        epsilon=epsilon,
+        remedy="Any shift has infinite epsilon.",
+    )
     check_delta(delta)
     e = np.asarray(epsilon, dtype=np.float64)
     low, high = np.zeros_like(e), np.ones_like(e)
@@ -264,4 +307,4 @@ def _delta(mu: Array, epsilon: Array) -> Array:
 
 def _check_mu(mu: ArrayLike) -> None:
     """Raise ``ValueError`` for a shift of negative length."""
-    in_range(0, np.inf, mu=mu, remedy="It is a norm over a standard deviation.")
+    in_range(0, np.inf, mu=mu, remedy="Divide a norm by a standard deviation.")

@@ -27,13 +27,17 @@ from typing import Any, cast
 
 import numpy as np
 
-from opacus_pi._validate import expect, positive
-from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
+from opacus_pi._validate import expect
+from opacus_pi.accounting.conversion import (
+    check_above_one,
+    check_delta,
+    rdp_to_epsilon,
+)
 
 __all__ = ["Assumption", "Guarantee", "rounded_up"]
 
 _FORMAT = "opacus_pi.Guarantee.v1"
-_UNEDITED = "Pass what Guarantee.to_json wrote, unedited."
+_UNEDITED = "Pass the unedited text that Guarantee.to_json returned."
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Assumption:
             "met",
             repr(self.met),
             "must be True or False",
-            "What is not known counts as unmet: False.",
+            "Pass False if it is not known.",
         )
 
 
@@ -101,18 +105,17 @@ class Guarantee:
             "divergences",
             f"{len(self.divergences)} numbers",
             f"must be one per order ({len(self.orders)})",
-            "Give D_α for every α of orders.",
+            "Give one divergence for every order.",
         )
-        positive(
-            **{"orders - 1": np.asarray(self.orders) - 1},
-            remedy="A guarantee needs orders above 1.",
+        check_above_one(
+            orders=self.orders, remedy="A guarantee needs Rényi orders above 1."
         )
         expect(
             all(d >= 0 for d in self.divergences),
             "divergences",
             self.divergences,
             "must be at least 0",
-            "A divergence is never negative or NaN; inf means that there is none.",
+            "Pass inf if no divergence is known.",
         )
 
     @property
@@ -200,7 +203,7 @@ class Guarantee:
             "kind",
             facts["kind"],
             f"must be {found.kind!r}, which the assumptions in the text support",
-            "The text was edited: ask for the original.",
+            "The text was edited: use the original.",
         )
         return found
 

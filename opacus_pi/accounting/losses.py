@@ -347,7 +347,7 @@ def norms_of_runs(
         "rule",
         repr(rule),
         f"must be in {ROW_RULES}",
-        "Default: right.",
+        'The default is "right".',
     )
     for run in runs:
         expect(
@@ -355,8 +355,8 @@ def norms_of_runs(
             "rule",
             repr(rule),
             "must be one for observed rows",
-            "An observed row is of whatever update an example last took part in: "
-            "record with Recorder.stratified.",
+            "An observed row mixes updates: each example was last sampled in another "
+            "one. Record with Recorder.stratified.",
         )
     expect(
         first.num_rows > 0 or first.mechanism.num_steps == 0,
@@ -402,18 +402,18 @@ def composition_of(
         "convention",
         repr(convention),
         f"must be in {CONVENTIONS}",
-        "The default is corrected.",
+        'The default is "corrected".',
     )
     expect(
         mode in MODES,
         "mode",
         repr(mode),
         f"must be in {MODES}",
-        "The default is exact.",
+        'The default is "exact".',
     )
     remedy = (
-        "Fix it beforehand (default: 3·num_steps): a p chosen on the runs that are "
-        "averaged degenerates to the plain sum."
+        "Fix it beforehand (default: 3·num_steps): choosing p on the runs that are "
+        "averaged would give the plain sum of their losses."
     )
     p = max(3.0 * mechanism.num_steps, 3.0) if hoelder_p is None else hoelder_p
     numeric = isinstance(p, (int, float, np.number))
@@ -423,7 +423,7 @@ def composition_of(
         "hoelder_p",
         p,
         f"must be finite under {convention}",
-        "The published coefficient grows with p.",
+        "The published coefficient grows without limit in p.",
     )
     highest = float(corrected_order(order, p, mechanism.num_steps))
     expect(
@@ -432,6 +432,6 @@ def composition_of(
         p,
         f"must keep orders below {_HIGHEST_ORDER:g}",
         f"{mechanism.num_steps} updates raise {order} to {highest:.3g}. "
-        "Take one of about num_steps, or larger.",
+        "Choose p of about num_steps or larger.",
     )
     return Composition(float(order), convention, float(p), mode, float(tolerance))

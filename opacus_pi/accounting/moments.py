@@ -141,10 +141,13 @@ def _checked(ratio: ArrayLike, sample_rate: float, order: float, mode: str) -> A
         0,
         math.inf,
         ratio=ratio,
-        remedy="It is a gradient norm over the noise's standard deviation.",
+        remedy="Divide a gradient norm by the noise's standard deviation.",
     )
     in_range(
-        0, 1, sample_rate=sample_rate, remedy="Divide batch size by data set size."
+        0,
+        1,
+        sample_rate=sample_rate,
+        remedy="Divide the batch size by the data set size.",
     )
     in_range(
         1, math.inf, order=order, remedy="Rényi orders of privacy losses start at 1."
@@ -155,7 +158,7 @@ def _checked(ratio: ArrayLike, sample_rate: float, order: float, mode: str) -> A
         "mode",
         repr(mode),
         f"must be in {MODES}",
-        "The default is exact.",
+        'The default is "exact".',
     )
     return np.asarray(ratio, dtype=np.float64).reshape(-1)
 

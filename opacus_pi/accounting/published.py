@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
+from opacus_pi.accounting.conversion import check_above_one
 from opacus_pi.accounting.langevin.contraction import source_bound
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
     "weak_triangle",
 ]
 
-_CONSTANT = "Constants of the process are above 0."
+_CONSTANT = "The formula needs positive constants."
 
 
 def weak_triangle(
@@ -67,8 +68,9 @@ def weak_triangle(
 
     Source: Mironov 2017, Proposition 11 (u = 2).
     """
-    positive(remedy="Orders and factors exceed 1.", **{"order - 1": order - 1})
-    positive(remedy="Orders and factors exceed 1.", **{"factor - 1": factor - 1})
+    check_above_one(
+        order=order, factor=factor, remedy="The inequality needs orders above 1."
+    )
     return (order - 1 / factor) / (order - 1) * first + second
 
 
@@ -209,7 +211,7 @@ def chien_rate(
         "lsi",
         lsi,
         f"must be above σ²/m = {least:g}",
-        "The authors take 2σ²/m.",
+        "The authors use 2σ²/m.",
     )
     largest = 2 / strong_convexity * (1 - least / lsi)
     expect(
@@ -217,7 +219,7 @@ def chien_rate(
         "learning_rate",
         learning_rate,
         f"must be at most (2/m)(1 − σ²/(mC)) = {largest:g}",
-        "Take smaller steps or a larger lsi.",
+        "Use a smaller learning rate or a larger lsi.",
     )
     return 2 * sigma**2 * learning_rate / lsi
 
@@ -268,7 +270,13 @@ def mironov_allowance(epsilon: float, delta: float, orders: ArrayLike) -> NDArra
 
     Source: Mironov 2017, Proposition 3, as Chien et al. use it.
     """
-    in_range(0, 1, closed=False, delta=delta, remedy="A typical δ is 1/n.")
+    in_range(
+        0,
+        1,
+        closed=False,
+        delta=delta,
+        remedy="1 / (data set size) is usual.",
+    )
     return epsilon - math.log(1 / delta) / (np.asarray(orders, dtype=np.float64) - 1)
 
 
@@ -295,7 +303,11 @@ def chien_sequential(
     Source: Chien et al. 2024 (arXiv 2401.10371), sequential unlearning.
     """
     expect(
-        len(log_growths) > 0, "log_growths", "[]", "must hold a request", "Give its ΣR."
+        len(log_growths) > 0,
+        "log_growths",
+        "[]",
+        "must hold a request",
+        "Give the sum of rates of each request.",
     )
     *earlier, growth = log_growths
     if not earlier:
@@ -327,7 +339,7 @@ def order_multiplied_divergence(
 
     Source: Mironov 2017, Propositions 2 and 11; so in Chien et al. 2024, Corollary 3.4.
     """
-    in_range(1, np.inf, group_size=group_size, remedy="Count the group's points.")
+    in_range(1, np.inf, group_size=group_size, remedy="A group has an example.")
     if group_size == 1:
         return float(worst_loss(order))
     half = (group_size + 1) // 2
@@ -357,7 +369,7 @@ def summed_losses(losses: ArrayLike, owners: ArrayLike) -> NDArray[np.float64]:
         "owners",
         f"{who.dtype} of shape {who.shape}",
         f"must be whole numbers of shape {values.shape}",
-        "Name one owner for each loss.",
+        "Give one owner for each loss.",
     )
     in_range(0, np.inf, owners=who, remedy="Number the owners from 0.")
     return np.bincount(who, weights=values).astype(np.float64, copy=False)

@@ -49,7 +49,7 @@ def check_rule(rule: str) -> None:
         "rule",
         repr(rule),
         f"must be in {RULES}",
-        "The default is right.",
+        'The default is "right".',
     )
 
 

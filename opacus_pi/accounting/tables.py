@@ -161,14 +161,14 @@ def check_tolerance(tolerance: float, num_runs: int) -> None:
         "tolerance",
         tolerance,
         f"must be 0 or in [{_LEAST:g}, 1]",
-        "0 is exact; 1e-6 is fast and rounds up.",
+        "Use 0 for exact losses, or 1e-6 for fast ones that are rounded up.",
     )
     expect(
         tolerance == 0 or num_runs == 1,
         "tolerance",
         tolerance,
         f"must be 0 with {num_runs} runs",
-        "A table is a function of one gradient norm; a mean over runs, of several.",
+        "A table holds a function of one norm; a mean over runs depends on several.",
     )
 
 

@@ -114,14 +114,20 @@ def choose_hoelder_p(
         "pilots",
         f"runs {shared} that are also averaged",
         "must be runs of their own",
-        "Split the runs: choose p on some, average the others.",
+        "Split the runs: choose p on some and average the others.",
     )
     num_steps = chosen_on[0].mechanism.num_steps
     if candidates is None:
         candidates = sorted({max(c * num_steps, 1.25) for c in _P_PER_STEP})
     for p in candidates:
         _check_finite_parameter("candidates", p)
-    expect(len(candidates) > 0, "candidates", "[]", "must hold a p", "Default: None.")
+    expect(
+        len(candidates) > 0,
+        "candidates",
+        "[]",
+        "must hold a p",
+        "Pass None for the default list.",
+    )
     losses = np.array(
         [
             privacy_losses(chosen_on, order, hoelder_p=p, rule=rule, mode=mode)
@@ -140,8 +146,8 @@ def _at_least_two_runs(name: str, ledgers: Ledgers) -> tuple[GradNormLedger, ...
         name,
         "one run",
         "must be two or more",
-        "A single run does not show how losses fluctuate: its best parameter gives the "
-        "plain sum of its losses, which is no estimate of a bound.",
+        "A single run does not show how losses vary between runs: its best parameter "
+        "gives the plain sum of its losses, which does not estimate a bound.",
     )
     return runs
 
@@ -153,7 +159,7 @@ def _check_finite_parameter(name: str, value: float) -> None:
         name,
         value,
         "must be in (1, inf)",
-        "At infinity the largest of a few runs would stand for all runs.",
+        "At infinity, the largest of a few runs would be taken for that of all runs.",
     )
 
 

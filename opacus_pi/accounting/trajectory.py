@@ -89,7 +89,7 @@ def trajectory_losses(
         "kappa",
         kappa,
         "must be above 1",
-        "Try 2; a larger one trusts few runs.",
+        "Try 2; a larger value needs more runs.",
     )
     runs = runs_of(ledgers, same_steps=False)
     inner = _plain_sum_composition(runs[0].mechanism, order, kappa, mode)
@@ -159,9 +159,9 @@ def trajectory_limits(
 
     Source: docs/theory.md, Section 3; Hoeffding 1963, Theorem 2.
     """
-    remedy = "Fix it beforehand; near order·(largest sum) = 1, try 2."
+    remedy = "Fix it beforehand; 2 is a good first choice."
     in_range(1, math.inf, closed=False, kappa=kappa, remedy=remedy)
-    remedy = "Usual: 0.95."
+    remedy = "0.95 is usual."
     in_range(0, 1, closed=False, confidence=confidence, remedy=remedy)
     runs = runs_of(ledgers, same_steps=False)
     mechanism = runs[0].mechanism
@@ -211,10 +211,15 @@ def exceedance_limit(
     Source: Clopper and Pearson 1934; Feldman and Zrnic (arXiv:2008.11193) for the run
     that leaves the example out.
     """
-    remedy = "Usual: 0.95."
+    remedy = "0.95 is usual."
     in_range(0, 1, closed=False, confidence=confidence, remedy=remedy)
-    in_range(1, math.inf, num_runs=num_runs, remedy="Count the runs.")
-    in_range(0, num_runs, num_above=num_above, remedy="Count the runs above.")
+    in_range(1, math.inf, num_runs=num_runs, remedy="Pass the number of runs.")
+    in_range(
+        0,
+        num_runs,
+        num_above=num_above,
+        remedy="Pass the number above the budget.",
+    )
     if num_above == num_runs:
         return 1.0
     if num_above == 0:
@@ -257,14 +262,14 @@ def _check_bounded(runs: Sequence[GradNormLedger]) -> None:
         "max_grad_norm",
         mechanism.max_grad_norm,
         "must be finite",
-        "Without clipping a few runs say nothing about the largest losses.",
+        "Without clipping, a few runs do not limit the largest losses.",
     )
     expect(
         mechanism.sampling == "poisson",
         "sampling",
         repr(mechanism.sampling),
         'must be "poisson"',
-        "Other schedules' losses depend on which updates held the example.",
+        "Under fixed sampling, losses depend on which updates contained the example.",
     )
     unknown = sum(int(np.isnan(run.grad_norms).sum()) for run in runs)
     expect(

@@ -105,7 +105,13 @@ def rank_correlations(
     Source: Bonett and Wright 2000, Psychometrika 65, equation 3, for the interval.
     """
     in_range(0, 1, closed=False, remedy="0.95 is usual.", confidence=confidence)
-    expect(len(scores) > 0, "scores", "{}", "must hold a score", "Name at least one.")
+    expect(
+        len(scores) > 0,
+        "scores",
+        "{}",
+        "must contain a score",
+        "Pass at least one score by name.",
+    )
     columns = [_scores(name, values) for name, values in scores.items()]
     sizes = {len(column) for column in columns}
     expect(
@@ -113,7 +119,7 @@ def rank_correlations(
         "scores",
         f"vectors of length {sorted(sizes)}",
         "must have one length, at least 4",
-        "Score the same examples by every name.",
+        "Every score must cover the same examples.",
     )
     ranks = np.array([stats.rankdata(column) for column in columns])
     centred = ranks - ranks.mean(1, keepdims=True)
@@ -155,7 +161,7 @@ def binned_means(
         f"must be one for each of the {len(by)} of x",
         "Pass the same examples in the same order.",
     )
-    in_range(1, len(by), num_bins=num_bins, remedy="A bin holds an example or more.")
+    in_range(1, len(by), num_bins=num_bins, remedy="Every bin needs an example.")
     largest = np.abs(values).max()
     if normalise and largest > 0:
         values = values / largest
@@ -199,7 +205,7 @@ def rank_stability(
         "noise_stds",
         list(noise_stds),
         "must be different",
-        "Name each noise once.",
+        "Give each noise level once.",
     )
     runs = runs_of(ledger)
     losses = {
@@ -220,7 +226,7 @@ def _scores(name: str, values: ArrayLike) -> Array:
         f"an array of shape {array.shape}"
         + (" with NaN" if np.isnan(array).any() else ""),
         "must be one number per example",
-        "Score every example.",
+        "Give a score for every example.",
     )
     return array
 
@@ -233,6 +239,6 @@ def _finite(name: str, values: ArrayLike) -> Array:
         name,
         f"shape {array.shape} with {np.sum(~np.isfinite(array))} not finite",
         "must be finite numbers, one per example",
-        "Leave those examples out of both vectors.",
+        "Remove those examples from both vectors.",
     )
     return array

@@ -40,9 +40,9 @@ _SEED = 0
 _CUT = (
     "A forget set contains only a part of the examples that tie: {cuts}. Which of them "
     "it contains is random (see generator) and says nothing about their difficulty. "
-    "Privacy losses tie at the worst case, the loss of an example that is clipped in "
-    "every update: use a lower order, train with a larger max_grad_norm, or choose a "
-    "size that does not split the tied examples."
+    "Choose a size that does not split the tied examples. Privacy losses may tie at "
+    "the worst case, the loss of an example that is clipped in every update: then use "
+    "a lower order or train with a larger max_grad_norm."
 )
 
 
@@ -248,7 +248,7 @@ def by_class(
         "generator",
         generator,
         "must be a numpy Generator",
-        "Pass numpy.random.default_rng(seed): a part of a class is a random draw.",
+        "Pass numpy.random.default_rng(seed), which chooses a part of the class.",
     )
     return np.sort(_draw(members, size, cast(np.random.Generator, generator)))
 
@@ -300,7 +300,7 @@ def _numbers(scores: ArrayLike) -> NDArray[np.float64]:
         "scores",
         f"NaN at {bad[:3].tolist()}",
         "must be a number for every example",
-        "Fill the ledger's missing observations or score those examples again.",
+        "Fill the missing observations of the ledger, or compute those scores again.",
     )
     return values
 
@@ -312,7 +312,7 @@ def _flat(name: str, values: ArrayLike) -> NDArray[Any]:
         array.ndim == 1 and array.size > 0,
         name,
         f"an array of shape {array.shape}",
-        "must hold one value per example, shape (n,)",
+        "must have one value per example, shape (n,)",
         "Flatten it or average over the other axes first.",
     )
     return array
@@ -326,7 +326,7 @@ def _check_size(size: int, largest: int, why: str) -> None:
         "size",
         size,
         f"must be a whole number in [1, {largest}]",
-        f"The limit here: {why}.",
+        f"The upper limit is {why}.",
     )
 
 

@@ -168,7 +168,7 @@ def _over_runs(ledger: Ledgers, score: Callable[[GradNormLedger], Scores]) -> Sc
         runs[0].num_rows > 0,
         "ledger",
         "a ledger without rows",
-        "must hold a row",
+        "must have a row",
         "Record at least once during training.",
     )
     mean: NDArray[np.float64] = np.mean([score(run) for run in runs], axis=0)
@@ -194,8 +194,8 @@ def _filled(run: GradNormLedger, name: str, hardest: float) -> Scores:
         rows is not None,
         "ledger",
         f"a ledger without {name}",
-        f"must hold {name}",
-        "Record them beside the norms; a gradient norm needs none of them.",
+        f"must contain {name}",
+        "Record them with the norms, or use a score of gradient norms.",
     )
     filled = fill_unobserved(rows)
     return np.where(np.isinf(filled), hardest, filled)

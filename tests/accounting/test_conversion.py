@@ -67,7 +67,7 @@ def test_delta_outside_is_refused(delta):
 
 @pytest.mark.parametrize("order", [1.0, 0.5, math.nan])
 def test_order_of_one_is_refused(order):
-    with pytest.raises(ValueError, match="orders here are above 1"):
+    with pytest.raises(ValueError, match="^orders must be above 1, got"):
         rdp_to_epsilon([0.5], [order], 1e-5)
 
 

@@ -57,7 +57,7 @@ def test_clipped_at_zero_and_infinite_where_unbounded():
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match=r"^delta must be in \(0, 1\), got 0.0"):
         epsilons(run(), 0)
-    with pytest.raises(ValueError, match="orders here are above 1"):
+    with pytest.raises(ValueError, match="^orders must be above 1, got"):
         epsilons(run(), 1e-5, orders=[1, 2])
     with pytest.raises(ValueError, match="noise_std"):
         epsilons(run().with_noise_std(0.0), 1e-5)

@@ -126,9 +126,9 @@ def test_bad_input():
         chien_rate(**good | {"lsi": 0.1})
     with pytest.raises(ValueError, match="learning_rate must be at most .*, got 11.0"):
         chien_rate(**good | {"learning_rate": 11.0})
-    with pytest.raises(ValueError, match="order - 1 must be above 0, got 0"):
+    with pytest.raises(ValueError, match="order must be above 1, got 1.0"):
         weak_triangle(1.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match="factor - 1 must be above 0, got 0"):
+    with pytest.raises(ValueError, match="factor must be above 1, got 1.0"):
         weak_triangle(2.0, 1.0, 1.0, factor=1.0)
     with pytest.raises(ValueError, match="rate must .*got 0"):
         corollary_4_4_steps(2.0, 1.0, 1.0, 1.0, target=1.0, rate=0.0)

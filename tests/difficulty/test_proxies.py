@@ -117,7 +117,7 @@ def test_higher_is_harder_for_every_score():
 )
 def test_a_missing_record_is_one_clear_error(score, name):
     with pytest.raises(
-        ValueError, match=f"must hold {name}, got a ledger without {name}"
+        ValueError, match=f"must contain {name}, got a ledger without {name}"
     ):
         score(ledger([1], [[1.0]]))
 

@@ -40,13 +40,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from opacus_pi._validate import expect, positive
+from opacus_pi._validate import expect
 from opacus_pi.accounting.composition import (
     corrected_order,
     log_order_growth,
     mean_over_runs,
     printed_order,
 )
+from opacus_pi.accounting.conversion import check_above_one
 from opacus_pi.accounting.group.gaussian_mixture import (
     mixture_log_moment,
     operator_norm_law,
@@ -175,7 +176,7 @@ def theorem_b1_estimates(
         int(orders.max()) <= available,
         "gram_ledger",
         f"{available} minibatches",
-        f"must hold at least {orders.max()}, the order reached",
+        f"must have at least {orders.max()}, the order at the last row",
         "Record more minibatches of the whole data set.",
     )
     widths = np.diff(ledger.steps, prepend=0)
@@ -271,7 +272,7 @@ def _operator_norm(K: NDArray[np.float64], rate: float, order: float) -> float:
 def _hoelder_p(value: float | None, num_steps: int) -> float:
     """Return the p given, or 3T."""
     p = max(3.0 * num_steps, 3.0) if value is None else float(value)
-    positive(remedy="Hölder's p exceeds 1; 3T is usual.", **{"hoelder_p - 1": p - 1})
+    check_above_one(hoelder_p=p, remedy="3 times the number of updates is usual.")
     return p
 
 
@@ -282,14 +283,14 @@ def _runs(
     if isinstance(gram_ledger, GramLedger):
         gram_ledger = [gram_ledger]
     runs = tuple(gram_ledger)
-    expect(len(runs) > 0, "gram_ledger", "[]", "must hold a run", "Pass a GramLedger.")
+    expect(len(runs) > 0, "gram_ledger", "[]", "must contain a run", "Pass one.")
     for run in runs:
         expect(
             len(run.steps) > 0,
             "gram_ledger",
             "0 rows",
             "must have a row",
-            "Record at least one checkpoint.",
+            "Record at least one row.",
         )
         expect(
             run.kind == kind,
@@ -304,9 +305,9 @@ def _runs(
             "sampling",
             repr(run.mechanism.sampling),
             'must be "poisson"',
-            "These bounds average over independent participation, and which examples "
-            "shared a batch is not on record. Train with poisson_sampling=True, or use "
-            "method='theorem_b1'.",
+            "These bounds average over independent participation, and the ledger does "
+            "not say which examples shared a batch. Train with poisson_sampling=True, "
+            "or use method='theorem_b1'.",
         )
         same = run.mechanism == runs[0].mechanism
         expect(
@@ -326,13 +327,11 @@ def _method_of(kind: str) -> str:
 
 def _check(order: float, method: str) -> None:
     """Check the domain of order and method."""
-    expect(
-        1 < order < math.inf, "order", order, "must be in (1, inf)", "Orders exceed 1."
-    )
+    expect(1 < order < math.inf, "order", order, "must be in (1, inf)", "Try 8.")
     expect(
         method in METHODS,
         "method",
         repr(method),
         f"must be in {METHODS}",
-        "The default is coupled.",
+        'The default is "coupled".',
     )

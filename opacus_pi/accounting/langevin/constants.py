@@ -140,7 +140,12 @@ def ridge_constants(
         f"must have shape {X.shape[:1]}",
         "Give one target per row of features.",
     )
-    in_range(0, np.finfo(float).max, radius=radius, remedy="Project onto a ball.")
+    in_range(
+        0,
+        np.finfo(float).max,
+        radius=radius,
+        remedy="Project onto a finite ball.",
+    )
     lowest, highest = _spectrum(X)
     norms = np.linalg.norm(X, axis=1)
     smoothness = _rounded_up(highest / N) + regularisation
@@ -165,13 +170,13 @@ def _data(
         "features",
         f"an array of shape {X.shape}",
         "must be a finite matrix of shape (n, d)",
-        "One row per example.",
+        "Give one row per example.",
     )
     N = float(len(X) if denominator is None else denominator)
     positive(
         regularisation=regularisation,
         denominator=N,
-        remedy="Strong convexity comes from the regulariser.",
+        remedy="The bounds need a regulariser, which makes the loss strongly convex.",
     )
     return X, N
 
@@ -219,7 +224,7 @@ class LangevinConstants:
     gradient_bound: float = math.inf
 
     def __post_init__(self) -> None:
-        remedy = "Give the process's constants; inf where there is no bound."
+        remedy = "Give the constants of the process; inf if no bound is known."
         positive(noise_variance=self.noise_variance, radius=self.radius, remedy=remedy)
         positive(gradient_bound=self.gradient_bound, remedy=remedy)
         self.lipschitz  # noqa: B018  (its check)

@@ -163,7 +163,12 @@ def dobrushin_bound(
     Source: contraction of f-divergences, Cohen et al. 1993.
     """
     _check(order, 0.0)
-    in_range(-math.inf, 0, log_coefficient=log_coefficient, remedy="θ is at most 1.")
+    in_range(
+        -math.inf,
+        0,
+        log_coefficient=log_coefficient,
+        remedy="It is the logarithm of a probability.",
+    )
     exponent = (order - 1) * _divergence_at(divergence, order)
     if exponent == 0 or log_coefficient == -math.inf:
         return 0.0
@@ -200,7 +205,7 @@ def first_step(meets: Callable[[int], bool], limit: int) -> float:
 def _divergence_at(divergence: Divergence, order: float) -> float:
     """Return the given divergence at this order."""
     value = float(divergence(order) if callable(divergence) else divergence)
-    in_range(0, math.inf, divergence=value, remedy="Divergences are at least 0.")
+    in_range(0, math.inf, divergence=value, remedy="It is never negative.")
     return value
 
 
@@ -211,6 +216,6 @@ def _check(order: float, log_growth: float) -> None:
         "order",
         order,
         "must be in (1, inf)",
-        "Rényi orders exceed 1.",
+        "Try 8.",
     )
-    in_range(0, math.inf, log_growth=log_growth, remedy="Noise never expands: ln G ≥ 0")
+    in_range(0, math.inf, log_growth=log_growth, remedy="Noise never increases it.")

@@ -81,18 +81,20 @@ def contractive_divergence(
     Source: docs/theory.md, Section 6.
     """
     d, constants, square, s = _checked(shifts, lsi, lipschitz, noise_variance)
-    expect(
-        1 < order < math.inf, "order", order, "must be in (1, inf)", "Orders exceed 1."
-    )
+    expect(1 < order < math.inf, "order", order, "must be in (1, inf)", "Try 8.")
     expect(
         hoelder_p > 1,
         "hoelder_p",
         hoelder_p,
         "must be above 1",
-        "3T is the usual choice.",
+        "3 times the number of steps is usual.",
     )
     in_range(
-        0, 1, closed=False, noise_share=noise_share, remedy="Both parts need noise."
+        0,
+        1,
+        closed=False,
+        noise_share=noise_share,
+        remedy="Both parts need noise: try 0.5.",
     )
     growth = 1.0 if hoelder_p == math.inf else hoelder_p / (hoelder_p - 1)
     a, weight, total = float(order), 1.0, np.zeros(d.shape[2:])
@@ -143,9 +145,7 @@ def halved_noise_divergence(
     """
     column = np.reshape(np.asarray(shifts, dtype=np.float64), (-1, 1))
     d, constants, square, s = _checked(column, lsi, lipschitz, noise_variance)
-    expect(
-        1 < order < math.inf, "order", order, "must be in (1, inf)", "Orders exceed 1."
-    )
+    expect(1 < order < math.inf, "order", order, "must be in (1, inf)", "Try 8.")
     half = s / 2
     kept = (1 + half / (square * constants + half)) ** (-1 / order)
     total = 0.0
@@ -175,7 +175,7 @@ def _checked(
     """Return checked shifts, LSI constants, c² and s of each step."""
     d = np.asarray(shifts, dtype=np.float64)
     constants = np.asarray(lsi, dtype=np.float64)
-    remedy = "Norms and constants are at least 0."
+    remedy = "Distances and constants are never negative."
     in_range(0, math.inf, shifts=d, lsi=constants, remedy=remedy)
     positive(noise_variance=noise_variance, remedy="Every step needs noise.")
     num_steps = len(d) if d.ndim else 0
@@ -184,7 +184,7 @@ def _checked(
         "shifts",
         f"an array of shape {d.shape}",
         "must have shape (T, runs) or (T, runs, n)",
-        "One run: shifts[:, None].",
+        "For one run pass shifts[:, None].",
     )
     expect(
         constants.shape in ((num_steps,), (num_steps + 1,)),

@@ -57,7 +57,7 @@ def gradient_map_lipschitz(
         "strong_convexity",
         strong_convexity,
         f"must be in [-smoothness, smoothness], smoothness={smoothness}",
-        "It is the lower end of the Hessian's spectrum; -smoothness assumes nothing.",
+        "It is the smallest eigenvalue of the Hessian; -smoothness always holds.",
     )
     return max(
         abs(1 - learning_rate * strong_convexity), abs(1 - learning_rate * smoothness)
@@ -83,7 +83,7 @@ def bounded_support_lsi(radius: float, noise_variance: float) -> float:
     Source: Chen, Chewi & Niles-Weed 2021 (arXiv 2102.11476).
     """
     positive(noise_variance=noise_variance, remedy="Without noise there is no bound.")
-    in_range(0, math.inf, radius=radius, remedy="It is the radius of a ball.")
+    in_range(0, math.inf, radius=radius, remedy="A radius is never negative.")
     square = 4 * radius * radius
     with np.errstate(over="ignore"):
         return float(6 * (square + noise_variance) * np.exp(square / noise_variance))
@@ -182,7 +182,7 @@ def schedules(
     Raises:
         ValueError: If a value is negative or a schedule has another length.
     """
-    in_range(0, math.inf, num_steps=num_steps, remedy="Count the steps.")
+    in_range(0, math.inf, num_steps=num_steps, remedy="Pass the number of steps.")
     named: dict[str, Any] = {"lipschitz": lipschitz, "noise_variance": noise_variance}
     in_range(0, math.inf, remedy=_AT_LEAST_0, **named)
     for name, value in named.items():

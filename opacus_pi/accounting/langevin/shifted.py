@@ -78,7 +78,7 @@ def shifted_mu_squared(
         "must share one shape (N,)",
         "Give one number for every step.",
     )
-    remedy = "Distances and Lipschitz constants are at least 0."
+    remedy = "Distances and Lipschitz constants are never negative."
     in_range(
         0, math.inf, lipschitz=c, shifts=d, initial_distance=initial_distance,
         remedy=remedy,
@@ -194,6 +194,6 @@ def _check_equal_steps(
 ) -> None:
     """Check the domain of the closed forms."""
     in_range(0, 1, lipschitz=lipschitz, remedy="Use shifted_mu_squared for c > 1.")
-    in_range(0, math.inf, shift=shift, remedy="A distance is at least 0.")
+    in_range(0, math.inf, shift=shift, remedy="A distance is never negative.")
     positive(noise_variance=noise_variance, remedy="Every step needs noise.")
-    positive(num_steps=num_steps, remedy="Without a step no noise hides anything.")
+    positive(num_steps=num_steps, remedy="The noise of at least one step is needed.")

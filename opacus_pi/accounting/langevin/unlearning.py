@@ -272,7 +272,8 @@ def _evaluator(
     """
     positive(
         initial_lsi=initial_lsi,
-        remedy="Only a point mass has constant 0, and no other law is near one.",
+        remedy="The constant is 0 only for a fixed point, which is infinitely far from "
+        "every other law.",
     )
     tracked = np.zeros(1)
 
@@ -301,7 +302,7 @@ def _best(
     against: str,
 ) -> UnlearningBound:
     """Return the smallest of the forms' bounds."""
-    in_range(0, math.inf, num_steps=num_steps, remedy="Count the steps.")
+    in_range(0, math.inf, num_steps=num_steps, remedy="Pass the number of steps.")
     values = {form: evaluate(form, num_steps) for form in forms}
     form = min(values, key=values.__getitem__)
     return UnlearningBound(
@@ -337,6 +338,6 @@ def _forms(form: str) -> tuple[str, ...]:
         "form",
         repr(form),
         f"must be one of {', '.join((*FORMS, 'best'))}",
-        "best is the smallest of the bounds.",
+        '"best" is the smallest of the bounds.',
     )
     return ("hypercontractive", "dobrushin") if form == "best" else (form,)
