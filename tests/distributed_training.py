@@ -182,7 +182,7 @@ def refused():
 
 
 def one_refuses(rank):
-    """A reason of one process becomes everybody's, and training goes on."""
+    """If one process refuses the record, all do, and training goes on."""
     run = dpddp()
     run.train(
         before_update=lambda step: rank == step == 1 and run.recorder.refuse("no")

@@ -1,7 +1,7 @@
 """A Hugging Face classifier: private training on dict batches, then unlearning.
 
 A tiny BERT with random weights (nothing is downloaded) learns to tell two kinds of
-sentences apart. ``wrap_model=False`` leaves the model the object that it was, so that
+sentences apart. ``wrap_model=False`` leaves the model unwrapped, so that
 ``model(**batch).loss``, ``generate``, ``save_pretrained`` and type checks work.
 
     pip install opacus-pi transformers
@@ -22,11 +22,12 @@ CRITERION = torch.nn.CrossEntropyLoss()
 
 
 class Sentences(Dataset):
-    """Token ids, of which a label's own half is the more frequent; some are wrong.
+    """Sentences of token ids, in which each label prefers one half of the vocabulary.
 
-    What a tokenizer returns, and ``position_ids``: Opacus needs one row of them per
-    example, because without them the model would make one for the whole batch, and the
-    gradients of its position embedding could not be told apart.
+    Five percent of the labels are wrong. A batch has what a tokenizer returns, and
+    ``position_ids`` with one row for each example. Without them the model would create
+    one row for the whole batch, and there would be no per-example gradients of its
+    position embedding.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class Sentences(Dataset):
         return NUM_EXAMPLES
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        """One sentence; the default collate_fn makes a dict of batches of it."""
+        """One sentence; the default collate_fn combines such dicts into a batch."""
         mask = torch.arange(LENGTH) < self.lengths[i]
         return {
             "input_ids": self.ids[i] * mask,
@@ -73,7 +74,7 @@ def tiny_bert() -> BertForSequenceClassification:
 
 
 def main() -> None:
-    """Train, say what each sentence costs, and forget the ten that cost most."""
+    """Train, print the privacy losses, and unlearn the ten most expensive sentences."""
     torch.manual_seed(0)
     data_set, model = Sentences(), tiny_bert()
     engine = PrivacyEngine(accountant="rdp")
@@ -86,7 +87,7 @@ def main() -> None:
         wrap_model=False,
     )
     for _ in range(12):
-        for batch in loader:  # the loop of the transformers documentation
+        for batch in loader:  # the loop in the documentation of transformers
             optimizer.zero_grad()
             model(**batch).loss.backward()
             optimizer.step()
@@ -95,9 +96,11 @@ def main() -> None:
     trained = predict(model, data_set, CRITERION)
     epsilons = engine.epsilons(delta=DELTA)
     print(f"training accuracy {accuracy(trained.correct):.2f}")
-    print(f"epsilon of everybody {engine.get_epsilon(delta=DELTA):.2f}")
-    print(f"epsilon of each, estimated: {epsilons.min():.2f} to {epsilons.max():.2f}")
-    print(f"rows attributed: {engine.attribution}")
+    print(f"epsilon for any example {engine.get_epsilon(delta=DELTA):.2f}")
+    print(
+        f"epsilon per example, estimated: {epsilons.min():.2f} to {epsilons.max():.2f}"
+    )
+    print(f"samples attributed: {engine.attribution}")
 
     forget = top_k(engine.privacy_losses(order=8), 10)
     unlearner = Unlearner(
@@ -111,7 +114,7 @@ def main() -> None:
     part = Subset(data_set, forget.tolist())
     for name, one in [("before", model), ("after", result.model)]:
         confidence = predict(one, part, CRITERION).confidences.mean()
-        print(f"mean confidence on what was to be forgotten, {name}: {confidence:.2f}")
+        print(f"mean confidence on the forget set, {name}: {confidence:.2f}")
     print(f"{result.guarantee.kind} guarantee for {result.guarantee.method}")
 
 

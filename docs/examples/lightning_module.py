@@ -1,4 +1,4 @@
-"""A LightningModule that trains privately, and monitored, with nothing changed in it.
+"""Train a LightningModule with differential privacy, then monitored, without changes.
 
 pip install "opacus-pi[lightning]"
 python docs/examples/lightning_module.py
@@ -20,7 +20,7 @@ DELTA = 1e-4
 
 
 class Digits(LightningModule):
-    """A classifier of handwritten digits, as anybody would write it."""
+    """A classifier of handwritten digits; nothing in it refers to opacus_pi."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Digits(LightningModule):
 
 
 def fit(data_set: TensorDataset, callback: PrivacyCallback) -> Digits:
-    """What the user has written, and one callback more."""
+    """Train with a Lightning trainer; only the callback is new."""
     torch.manual_seed(0)
     model = Digits()
     trainer = Trainer(
@@ -58,7 +58,7 @@ def fit(data_set: TensorDataset, callback: PrivacyCallback) -> Digits:
 
 
 def main() -> None:
-    """Train twice, and forget ten examples of the private training."""
+    """Train twice, and unlearn ten examples of the private training."""
     images, labels = load_digits(return_X_y=True)
     data_set = TensorDataset(torch.tensor(images / 16).float(), torch.tensor(labels))
 
@@ -67,9 +67,11 @@ def main() -> None:
     correct = predict(model, data_set, CRITERION).correct
     epsilons = engine.epsilons(delta=DELTA)
     print(f"private: training accuracy {accuracy(correct):.2f}")
-    print(f"epsilon of everybody {engine.get_epsilon(delta=DELTA):.2f}")
-    print(f"epsilon of each, estimated: {epsilons.min():.2f} to {epsilons.max():.2f}")
-    print(f"rows attributed: {engine.attribution}")
+    print(f"epsilon for any example {engine.get_epsilon(delta=DELTA):.2f}")
+    print(
+        f"epsilon per example, estimated: {epsilons.min():.2f} to {epsilons.max():.2f}"
+    )
+    print(f"samples attributed: {engine.attribution}")
     forget = top_k(engine.privacy_losses(order=8), 10)
     unlearner = Unlearner(engine, criterion=CRITERION, method=FineTune())
     print(unlearner.plan(forget))

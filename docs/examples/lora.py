@@ -1,8 +1,8 @@
 """LoRA with peft: private training of the adapters on a frozen base, then unlearning.
 
-Only adapters and classifier are trained, so only their per-example gradients are formed
-and clipped, and only they are unlearned. The base is a tiny BERT with random weights
-(nothing is downloaded).
+Only the adapters and the classifier are trained, so only their per-example gradients
+are formed and clipped, and only they are unlearned. The base is a tiny BERT with random
+weights (nothing is downloaded).
 
     pip install opacus-pi transformers peft
     python docs/examples/lora.py
@@ -19,7 +19,7 @@ from opacus_pi.evaluation import accuracy, predict
 
 
 def main() -> None:
-    """Train the adapters, and forget the ten sentences that cost most."""
+    """Train the adapters, and unlearn the ten most expensive sentences."""
     torch.manual_seed(0)
     data_set = Sentences()
     adapters = LoraConfig(
@@ -52,9 +52,11 @@ def main() -> None:
     print(f"{weights} of {of_all} weights are trained")
     correct = predict(model, data_set, CRITERION).correct
     print(f"training accuracy {accuracy(correct):.2f}")
-    print(f"epsilon of everybody {engine.get_epsilon(delta=DELTA):.2f}")
-    print(f"epsilon of each, estimated: {epsilons.min():.2f} to {epsilons.max():.2f}")
-    print(f"rows attributed: {engine.attribution}")
+    print(f"epsilon for any example {engine.get_epsilon(delta=DELTA):.2f}")
+    print(
+        f"epsilon per example, estimated: {epsilons.min():.2f} to {epsilons.max():.2f}"
+    )
+    print(f"samples attributed: {engine.attribution}")
 
     forget = top_k(engine.privacy_losses(order=8), 10)
     unlearner = Unlearner(engine, criterion=CRITERION, method=FineTune())
@@ -62,7 +64,7 @@ def main() -> None:
     result = unlearner.unlearn(data_set, forget, num_epochs=1, batch_size=128)
     after = dict(result.model.named_parameters())
     untouched = all(torch.equal(after[name], p) for name, p in frozen.items())
-    print(f"the base is untouched: {untouched}")
+    print(f"the base has not changed: {untouched}")
     print(f"{result.guarantee.kind} guarantee for {result.guarantee.method}")
 
 

@@ -13,7 +13,7 @@ directly where they are used.
 
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from opacus.grad_sample import AbstractGradSampleHooks
@@ -37,9 +37,11 @@ __all__ = [
     "module_of",
     "norms_of_parameters",
     "patch_memory_manager",
+    "pop_removable_handles",
     "removable_handles",
     "require_unprocessed",
     "restore_memory_manager",
+    "set_removable_handles",
 ]
 
 SEEN_IN = ("1.6.0",)
@@ -85,6 +87,26 @@ def removable_handles(module: nn.Module) -> list[RemovableHandle] | None:
         The list itself, or None: ``"ew"`` and ``"no_op"`` register no hooks.
     """
     return getattr(module, "autograd_grad_sample_hooks", None)
+
+
+def set_removable_handles(module: nn.Module, handles: list[RemovableHandle]) -> None:
+    """Mark a module as one with hooks, as Opacus does, and list their handles (1.6.0).
+
+    Args:
+        module: The user's root module.
+        handles: The handles of all hooks that were added.
+    """
+    cast(Any, module).autograd_grad_sample_hooks = handles
+
+
+def pop_removable_handles(module: nn.Module) -> list[RemovableHandle]:
+    """Return the listed handles, and drop the mark that the module has hooks (1.6.0).
+
+    Returns:
+        An empty list if the module has no mark.
+    """
+    handles: list[RemovableHandle] = vars(module).pop("autograd_grad_sample_hooks", [])
+    return handles
 
 
 def keep_handle(module: nn.Module, handle: RemovableHandle) -> None:

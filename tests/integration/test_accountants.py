@@ -19,7 +19,7 @@ from tests.private_training import ADAPTIVE, Net, Training, data
 
 
 class ByHand:
-    """A pipeline without an engine; the data set tells each example's position."""
+    """A pipeline without an engine; the data set also returns each position."""
 
     def __init__(self, accountant=None, optimizer_class=DPOptimizer, **options):
         torch.manual_seed(0)
@@ -115,7 +115,7 @@ def test_opacus_own_engine_has_the_worst_case_only(engine_class):
     assert training.engine.accountant.history
 
 
-def test_opacus_own_engine_with_norms_handed_over():
+def test_opacus_own_engine_with_norms_recorded_by_the_loop():
     engine = opacus.PrivacyEngine(accountant="per_instance")
     training = Training(
         engine=engine,
@@ -218,12 +218,12 @@ def test_adaptive_clipping_by_hand():
         ([-1], [1.0], r"in \[0, 24\)"),
     ],
 )
-def test_reports_that_fit_nobody(indices, norms, message):
+def test_reports_of_impossible_samples_raise(indices, norms, message):
     with pytest.raises(ValueError, match=message):
         begun().record(indices, norms)
 
 
-def test_bad_facts():
+def test_bad_arguments():
     with pytest.raises(ValueError, match="num_examples"):
         PerInstanceAccountant().begin(num_examples=0, sample_rate=0.5)
     with pytest.raises(ValueError, match="sample_rate"):

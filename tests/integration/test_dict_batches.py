@@ -1,4 +1,4 @@
-"""Batches of dicts, as Hugging Face makes them, give what pairs (x, y) give."""
+"""Dict batches, as in Hugging Face, give the same results as pairs (x, y)."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CRITERION = nn.CrossEntropyLoss()
 
 
 class Reader(nn.Module):
-    """A bag of tokens; outputs of the kind that is asked for."""
+    """A bag of tokens; its outputs have the requested type."""
 
     def __init__(self, named):
         super().__init__()
@@ -48,7 +48,7 @@ class Examples(Dataset):
 
 
 def both_ways(function):
-    """What a function of model and data gives on pairs, and on dicts."""
+    """The results of a function of model and data on pairs, and on dicts."""
     results = []
     for as_dicts in (False, True):
         torch.manual_seed(0)

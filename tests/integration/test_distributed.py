@@ -59,7 +59,7 @@ def all_norms(weights):
 
 
 def by_one_process(ranks, mechanism):
-    """The ledger of a recorder that is told of every row, measured slowly."""
+    """The ledger of a recorder to which every sample is reported, measured slowly."""
     recorder = Recorder(every=EVERY)
     recorder.begin(
         num_examples=NUM_EXAMPLES,
@@ -131,7 +131,7 @@ def test_one_process_refuses_for_all(results):
     assert results[0]["one refuses"] == (6, "Process 1: no")
 
 
-def test_what_is_not_supported_is_said(results):
+def test_unsupported_runs_are_refused_with_the_reason(results):
     for one in results:
         assert "no process has the weights of an FSDP" in one["refused"]["fsdp swept"]
         assert "RandomSampler draws from the whole" in one["refused"]["overlapping"]
@@ -157,7 +157,7 @@ def observed(*rows):
 
 
 def merged(*runs):
-    """Merge records as processes do; what each returned."""
+    """Merge records as processes do; return what each got."""
     tables, texts = [], [run.refusal for run in runs]
 
     def gather(rows):

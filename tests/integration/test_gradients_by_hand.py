@@ -1,4 +1,4 @@
-"""Per-example gradients that users make themselves: grad_sample_mode="no_op"."""
+"""Per-example gradients that users compute themselves: grad_sample_mode="no_op"."""
 
 import opacus
 import pytest

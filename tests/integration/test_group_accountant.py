@@ -136,7 +136,7 @@ def test_checkpoints_keep_the_group_size(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "2"])
-def test_sizes_that_are_none(size):
+def test_sizes_that_are_not_whole_numbers_above_0_raise(size):
     with pytest.raises(ValueError, match="group_size must"):
         GroupAccountant(size)
     with pytest.raises(ValueError, match="group_size must"):

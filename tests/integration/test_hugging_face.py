@@ -132,7 +132,7 @@ def test_embeddings_may_be_frozen_instead_of_given_position_ids(mode):
         ("fast", ValueError, "position_embeddings.weight cannot be computed.*own"),
     ],
 )
-def test_neither_is_refused(mode, error, match):
+def test_a_shared_position_embedding_is_refused(mode, error, match):
     data = [drop(example, "position_ids") for example in sentences()]
     with pytest.raises(error, match=match):
         assert_norms(bert, mode, data)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 
 class Classifier(pl.LightningModule):
-    """A user's module: the net is its only child, and the loop says nothing of us."""
+    """A user's module with one child; nothing in it refers to this library."""
 
     def __init__(self, calls_itself=False):
         super().__init__()
@@ -41,7 +41,7 @@ class Classifier(pl.LightningModule):
         return loss
 
     def plain(self):
-        """The net as it is now, without anybody's hooks."""
+        """The net as it is now, without hooks."""
         net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
         net.load_state_dict(self.net.state_dict())
         return net
@@ -141,7 +141,7 @@ def test_the_model_is_a_plain_one_after_the_fit():
     CRITERION(model.net(data()[:][0]), data()[:][1]).backward()
 
 
-def test_hooks_are_taken_off_when_training_fails():
+def test_hooks_are_removed_when_training_fails():
     class Failing(Classifier):
         def training_step(self, batch, batch_idx):
             raise RuntimeError("on purpose")
@@ -170,7 +170,7 @@ def test_make_private_with_epsilon():
     assert engine.get_epsilon(1e-3) == pytest.approx(3.0, abs=0.1)
 
 
-def test_a_checkpoint_of_lightnings_carries_record_and_accountant(tmp_path):
+def test_lightnings_checkpoints_contain_record_and_accountant(tmp_path):
     engine = PrivacyEngine()
     _, first = fit(engine, max_epochs=1)
     first.save_checkpoint(tmp_path / "one.ckpt")
@@ -223,7 +223,7 @@ class TwoOptimizers(Classifier):
         (TwoOptimizers, {}, "optimizers"),
     ],
 )
-def test_what_cannot_be_accounted_is_refused(model, options, message):
+def test_settings_that_cannot_be_accounted_for_raise(model, options, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         fit(PrivacyEngine(), model(), **options)
 

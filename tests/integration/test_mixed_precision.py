@@ -1,4 +1,4 @@
-"""Under autocast and loss scaling, norms on record are those that Opacus clips."""
+"""Under autocast and loss scaling, the recorded norms are those that Opacus clips."""
 
 import numpy as np
 import opacus
@@ -26,7 +26,7 @@ CLIPPINGS = {
 
 
 class Mixed(Training):
-    """A training under autocast; notes the norms by a loop in single precision."""
+    """A training under autocast, and the norms by a loop in single precision."""
 
     def __init__(self, *, dtype=torch.bfloat16, scale=1.0, scaler=None, **options):
         defaults = {"batch_size": 12, "lr": 0.05, "poisson_sampling": False}
@@ -165,7 +165,7 @@ class Overflowing(nn.Module):
         return out
 
 
-def test_updates_that_a_gradient_scaler_leaves_out_are_not_on_record():
+def test_updates_that_a_gradient_scaler_skips_are_not_recorded():
     scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
     net = Overflowing(scaler)
     net.limit = 2048.0
@@ -208,7 +208,7 @@ def test_training_is_opacus_own(mode, scaled):
 
 
 def entered(mode, dtype, count=24):
-    """Norms of what enters the sum when every example is an update of its own."""
+    """Norms of what is added to the sum if every example is an update of its own."""
     training = Mixed(
         dtype=dtype, grad_sample_mode=mode, batch_size=1, noise_multiplier=0.0, lr=0.0
     )

@@ -15,7 +15,13 @@ from torch import nn
 from opacus_pi._torch_compat import compiled_module
 from opacus_pi._validate import expect
 from opacus_pi.gradients.clipping import TrainingTaps
-from opacus_pi.integration.opacus_compat import DISTRIBUTED
+from opacus_pi.integration.opacus_compat import (
+    DISTRIBUTED,
+    module_of,
+    pop_removable_handles,
+    removable_handles,
+    set_removable_handles,
+)
 
 __all__ = [
     "MODE",
@@ -54,10 +60,11 @@ class FastHooks(AbstractGradSampleHooks):
     ) -> None:
         super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
         GradSampleHooks.validate(module=m, strict=True)
-        if hasattr(m, "autograd_grad_sample_hooks"):
+        if removable_handles(m) is not None:
+            # Opacus's own words, for the same mistake in its other modes.
             raise ValueError("Trying to add hooks twice to the same model")
         self.taps = TrainingTaps()
-        cast(Any, m).autograd_grad_sample_hooks = self.taps.attach(m)
+        set_removable_handles(m, self.taps.attach(m))
 
     def set_grad_sample_to_none(self) -> None:
         """Drop the cached batches whose backward pass has run."""
@@ -74,7 +81,7 @@ class FastHooks(AbstractGradSampleHooks):
 
     def remove_hooks(self) -> None:
         """Remove all hooks from the model and drop what the cache holds."""
-        for handle in self._module.__dict__.pop("autograd_grad_sample_hooks", []):
+        for handle in pop_removable_handles(module_of(self)):
             handle.remove()
         self.taps.detach()
 

@@ -86,25 +86,25 @@ def _clipping_from_cache(base: type) -> type:
         def clip_and_accumulate(self) -> None:
             """Add the clipped gradient sum of the batches to ``p.summed_grad``."""
             taps, model = self._pi_hooks.taps, module_of(self._pi_hooks)
-            batches = taps.caches
-            if not batches:
+            caches = taps.caches
+            if not caches:
                 raise ValueError(_NO_BATCH)
-            require_unprocessed(batches)
-            # Norms and sums are exact even where the loop runs in half precision.
+            require_unprocessed(caches)
+            # Norms and sums are not taken in half precision, even if the loop is.
             no_autocast = torch.autocast(self.params[0].device.type, enabled=False)
             with torch.no_grad(), no_autocast:
-                norms = [self._pi_clip(batch) for batch in batches]
+                norms = [self._pi_clip(cache) for cache in caches]
                 taps.require_complete(self.params, model)
             self.per_sample_gradient_norms = torch.cat(norms)
-            self.batch_sizes = [batch.size for batch in batches]
-            mark_as_processed(batches)
+            self.batch_sizes = [cache.size for cache in caches]
+            mark_as_processed(caches)
 
-        def _pi_clip(self, batch: BatchCache) -> Tensor:
+        def _pi_clip(self, cache: BatchCache) -> Tensor:
             """Add one batch's clipped sum; return the norms before clipping, (b,)."""
             hooks = self._pi_hooks
             # A mean loss divided every example's gradient by the batch size.
-            scale = batch.size if hooks.loss_reduction == "mean" else 1
-            found = batch.gradients(self.params, module_of(hooks))
+            scale = cache.size if hooks.loss_reduction == "mean" else 1
+            found = cache.gradients(self.params, module_of(hooks))
             norms = scale * example_norms(found.values())
             factors = scale * clip_factors(norms, self.max_grad_norm)
             for p, gradients in found.items():
@@ -112,11 +112,11 @@ def _clipping_from_cache(base: type) -> type:
                 parameter: Any = p  # Opacus gives parameters the attribute summed_grad
                 before = parameter.summed_grad
                 parameter.summed_grad = grad if before is None else before + grad
-            batch.release()
+            cache.release()
             return norms
 
         def zero_grad(self, *args: Any, **options: Any) -> None:
-            """Clear the gradients and the cached batches that they belong to."""
+            """Clear the gradients and the caches of the batches that they belong to."""
             self._pi_hooks.taps.clear()
             super().zero_grad(*args, **options)
 

@@ -37,7 +37,7 @@ class Tied(nn.Module):
 
 
 class Functional(Tied):
-    """The same by a function."""
+    """The same model, using a function in place of the last layer."""
 
     def forward(self, tokens):
         hidden = torch.tanh(self.words(tokens)).mean(1)
@@ -134,10 +134,10 @@ MODELS = {  # model, inputs
         lambda: nn.Sequential(nn.Flatten(), Doubled(12, 5), nn.Tanh(), Doubled(5, 3)),
         series,
     ),
-    "bare-parameters": (Positions, series),
+    "outside-of-layers": (Positions, series),
     "recurrent": (Sequences, series),
 }
-MORE = {  # which Opacus does not train right
+MORE = {  # models that Opacus itself trains wrongly
     "in-place": (lambda: cnn(inplace=True), series),
     "functional": (Functional, tokens),
 }

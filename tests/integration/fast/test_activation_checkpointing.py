@@ -1,4 +1,4 @@
-"""Layers that run again in the backward pass are listened to there as well."""
+"""Layers that run again in the backward pass are tapped in that run too."""
 
 import warnings
 
@@ -10,12 +10,14 @@ from torch.utils.checkpoint import checkpoint
 from opacus_pi.gradients.clipping import example_norms
 from opacus_pi.integration.fast import FastGradSampleModule
 
-KINDS = [False, True]  # use_reentrant
-NOT_KEPT = [(kind, False) for kind in KINDS]  # and whether losses are joined
+KINDS = [False, True]  # values of use_reentrant
+CHECKPOINTED = [
+    (kind, False) for kind in KINDS
+]  # and whether losses are added up first
 
 
 class Checkpointed(nn.Module):
-    """Segments whose activations are not kept; ``None``: all are."""
+    """A model with checkpointed segments; ``use_reentrant=None``: without."""
 
     def __init__(self, use_reentrant):
         super().__init__()
@@ -36,13 +38,15 @@ class Checkpointed(nn.Module):
         )
 
 
-def heard(use_reentrant):
-    """Norms and sums of one backward pass, with nothing left for the whole model."""
+def norms_and_sums(use_reentrant):
+    """Norms and weighted sums of one backward pass, all from taps on layers."""
     torch.manual_seed(0)
     model = FastGradSampleModule(Checkpointed(use_reentrant), loss_reduction="sum")
     torch.manual_seed(1)  # of dropout
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # such as that of the slow route
+        warnings.simplefilter(
+            "error"
+        )  # such as that of forming gradients through the whole model
         model(torch.randn(5, 4)).square().sum().backward()
         (batch,) = model.taps.caches
         found = batch.gradients(list(model.parameters()), model._module)
@@ -53,8 +57,8 @@ def heard(use_reentrant):
 
 @pytest.mark.parametrize("use_reentrant", KINDS)
 def test_equals_the_model_that_keeps_its_activations(use_reentrant):
-    norms, sums = heard(use_reentrant)
-    expected_norms, expected = heard(None)
+    norms, sums = norms_and_sums(use_reentrant)
+    expected_norms, expected = norms_and_sums(None)
     torch.testing.assert_close(norms, expected_norms, rtol=1e-6, atol=0)
     for ours, theirs in zip(sums, expected, strict=True):
         torch.testing.assert_close(ours.flatten(), theirs.flatten())
@@ -109,7 +113,7 @@ def accumulated(use_reentrant, sizes, *, joined=False):
 
 
 @pytest.mark.parametrize("sizes", [(5, 3), (3, 5)], ids=str)
-@pytest.mark.parametrize(("use_reentrant", "joined"), [*NOT_KEPT, (False, True)])
+@pytest.mark.parametrize(("use_reentrant", "joined"), [*CHECKPOINTED, (False, True)])
 def test_batches_of_several_sizes_before_a_backward_pass(use_reentrant, joined, sizes):
     ours = accumulated(use_reentrant, sizes, joined=joined)
     plain = accumulated(None, sizes, joined=joined)
@@ -118,6 +122,6 @@ def test_batches_of_several_sizes_before_a_backward_pass(use_reentrant, joined, 
         torch.testing.assert_close(ours[size], plain[size], rtol=1e-6, atol=0)
 
 
-def test_layers_heard_only_when_they_run_again_must_be_of_one_batch():
+def test_layers_tapped_only_when_they_run_again_must_belong_to_one_batch():
     with pytest.raises(RuntimeError, match="Use use_reentrant=False, or call backward"):
         accumulated(True, (5, 3), joined=True)

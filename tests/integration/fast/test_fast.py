@@ -187,7 +187,7 @@ def test_dropout_and_evaluation_mode():
     one = Training(module=net, data_set=one.data_set, grad_sample_mode="fast")
     start = [p.detach().clone() for p in net.parameters()]
     one.model.eval()
-    one.model(one.data_set.tensors[0]).sum().backward()  # of nobody's training
+    one.model(one.data_set.tensors[0]).sum().backward()  # in no training
     assert not one.model.taps.caches
     one.model.train()
     stale = one.model(one.data_set.tensors[0][:3])  # without a backward pass

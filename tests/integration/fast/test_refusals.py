@@ -119,7 +119,7 @@ class MixesUp(nn.Module):
 
 
 @pytest.mark.filterwarnings(f"ignore:.*{SLOW}")
-def test_parameters_that_cannot_be_told_apart_are_named():
+def test_parameters_without_per_example_gradients_are_named():
     one = Training(module=MixesUp(), grad_sample_mode="fast")
     with pytest.raises(
         ValueError, match="single examples by weight cannot be computed"
@@ -160,12 +160,12 @@ def test_one_row_for_the_whole_batch_is_refused_with_remedies(forward, why):
     assert "hooks" not in str(error.value)
 
 
-def test_the_slow_way_is_announced():
+def test_forming_gradients_through_the_whole_model_warns():
     with pytest.warns(UserWarning, match=f"words.weight.*{SLOW}"):
         training("fast", "functional").train(1)
 
 
-def test_per_example_gradients_are_not_to_be_had():
+def test_reading_per_example_gradients_raises():
     one = training("fast")
     assert len(one.optimizer.grad_samples) == len(one.optimizer.params)
     with pytest.raises(AttributeError, match="forms no per-example gradients"):
@@ -204,7 +204,7 @@ def test_copies_are_plain_and_removal_leaves_nothing():
 
 
 def test_an_interrupted_forward_pass_leaves_weights_trainable():
-    one = training("fast", "bare-parameters")
+    one = training("fast", "outside-of-layers")
     x, y = one.data_set.tensors
     for error in (RuntimeError, KeyboardInterrupt):
         handle = one.net.mix.register_forward_pre_hook(_raise(error))

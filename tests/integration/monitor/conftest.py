@@ -1,4 +1,4 @@
-"""Runs that cannot be accounted are watched here on purpose: no news in warnings."""
+"""These tests monitor runs without a ledger on purpose: two warnings are expected."""
 
 from pathlib import Path
 

@@ -93,7 +93,7 @@ def test_all_batches_are_the_whole_data_set():
     assert_rate(run, 1.0)  # and no more
 
 
-def test_a_row_carries_the_largest_of_its_updates():
+def test_a_row_has_the_largest_rate_of_its_updates():
     run = quiet()
     for count, (x, y) in enumerate(run.loader, start=1):
         cross_entropy(run.module(x), y).backward()
@@ -126,7 +126,7 @@ def test_passes_of_one_batch_count_once(passes):
     assert_rate(run, 2 / 6)
 
 
-def test_passes_that_cannot_be_told_count_each_and_this_is_said_once():
+def test_unidentified_passes_count_as_a_batch_each_with_one_warning():
     run = quiet()
     with pytest.warns(
         UserWarning, match="2 forward passes, and for 2 .* too large"
@@ -136,7 +136,7 @@ def test_passes_that_cannot_be_told_count_each_and_this_is_said_once():
     assert_rate(run, 2 / 6)
 
 
-def test_evaluations_between_updates_are_no_batches():
+def test_evaluations_between_updates_are_not_counted():
     run = quiet()
     data = linear_data(24)[:]
     for x, y in run.loader:
@@ -154,7 +154,7 @@ def test_evaluations_between_updates_are_no_batches():
 @pytest.mark.parametrize(
     "passes", [lambda x, y: [(x, y)], lambda x, y: [(x.clone(), y)], halves]
 )
-def test_a_loop_that_runs_ahead_of_itself(passes):
+def test_a_loop_that_loads_all_batches_first(passes):
     run = quiet()
     run.loader = list(run.loader)
     accumulate(run, 3, passes=passes)

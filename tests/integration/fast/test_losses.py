@@ -1,4 +1,4 @@
-"""A part of the loss that does not come by the model's outputs is never dropped."""
+"""A part of the loss that does not depend on the model's outputs is never dropped."""
 
 import pytest
 import torch
@@ -14,19 +14,19 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Keeps(nn.Module):
-    """Remembers its features; some of them by a weight outside of layers."""
+    """Keeps its features as attributes; some come from a weight outside of layers."""
 
-    def __init__(self, has_bare_weight):
+    def __init__(self, has_weight_outside):
         torch.manual_seed(0)
         super().__init__()
-        self.bare = nn.Parameter(torch.randn(12, 5)) if has_bare_weight else None
+        self.outside = nn.Parameter(torch.randn(12, 5)) if has_weight_outside else None
         self.first, self.head = nn.Linear(12, 5), nn.Linear(5, CLASSES)
 
     def forward(self, x):
         x = x.flatten(1)
         features = self.first(x)
-        if self.bare is not None:
-            self.part = torch.tanh(torch.einsum("bi,ij->bj", x, self.bare))
+        if self.outside is not None:
+            self.part = torch.tanh(torch.einsum("bi,ij->bj", x, self.outside))
             features = features + self.part
         self.kept = torch.tanh(features)
         return self.head(self.kept)
@@ -57,11 +57,11 @@ def of_weights(model, outputs):
 
 
 def stepped(
-    losses, has_bare_weight=True, between=lambda model, x: None, kind=torch.float32
+    losses, has_weight_outside=True, between=lambda model, x: None, kind=torch.float32
 ):
     """The training after one update, by one backward pass for each loss."""
     one = Training(
-        module=Keeps(has_bare_weight),
+        module=Keeps(has_weight_outside),
         grad_sample_mode="fast",
         loss_reduction="sum",
         noise_multiplier=0.0,
@@ -79,11 +79,11 @@ def stepped(
     return one, x
 
 
-def clipped_sum(loss, has_bare_weight, x):
-    """The same by one backward pass for each example."""
+def clipped_sum(loss, has_weight_outside, x):
+    """The same sum, from one backward pass for each example."""
     total = 0
     for i in range(len(x)):
-        model = Keeps(has_bare_weight)
+        model = Keeps(has_weight_outside)
         loss(model, model(x[i : i + 1])).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         total = total + gradient * (0.5 / gradient.norm()).clamp(max=1)
@@ -91,49 +91,49 @@ def clipped_sum(loss, has_bare_weight, x):
 
 
 @pytest.mark.parametrize(
-    ("loss", "has_bare_weight"),
+    ("loss", "has_weight_outside"),
     [(of_output, True), (of_output, False), (of_both, False)],
 )
-def test_what_can_be_told_apart_is_clipped(loss, has_bare_weight):
-    one, x = stepped([loss], has_bare_weight)
+def test_losses_of_the_outputs_are_clipped_per_example(loss, has_weight_outside):
+    one, x = stepped([loss], has_weight_outside)
     ours = torch.cat([p.summed_grad.flatten() for p in one.net.parameters()])
-    torch.testing.assert_close(ours, clipped_sum(loss, has_bare_weight, x))
+    torch.testing.assert_close(ours, clipped_sum(loss, has_weight_outside, x))
 
 
 @pytest.mark.parametrize(
     ("losses", "name"),
     [
-        ([of_both], "bare"),
-        ([of_output, of_part], "bare"),
-        ([of_what_is_kept], "bare"),
+        ([of_both], "outside"),
+        ([of_output, of_part], "outside"),
+        ([of_what_is_kept], "outside"),
         ([of_weights], "head.weight"),
     ],
     ids=str,
 )
-def test_what_cannot_is_refused_by_name(losses, name):
+def test_other_losses_raise_with_the_parameters_name(losses, name):
     with pytest.raises(ValueError, match=f"autograd has of {name}: the loss") as error:
         stepped(losses)
     assert "Return from forward()" in str(error.value)
 
 
 def attack(model, x):
-    """A backward pass of no training, while another is to come."""
+    """A backward pass in evaluation mode, before the one that trains."""
     model.eval()
     model(x.clone().requires_grad_()).square().sum().backward()
     model.train()
 
 
-@pytest.mark.parametrize("has_bare_weight", [False, True])
-def test_passes_in_evaluation_mode_take_no_part(has_bare_weight):
-    one, x = stepped([of_output], has_bare_weight, attack)
+@pytest.mark.parametrize("has_weight_outside", [False, True])
+def test_passes_in_evaluation_mode_take_no_part(has_weight_outside):
+    one, x = stepped([of_output], has_weight_outside, attack)
     ours = torch.cat([p.summed_grad.flatten() for p in one.net.parameters()])
-    torch.testing.assert_close(ours, clipped_sum(of_output, has_bare_weight, x))
+    torch.testing.assert_close(ours, clipped_sum(of_output, has_weight_outside, x))
 
 
-def test_rounding_of_half_precision_is_no_other_way():
+def test_rounding_of_half_precision_is_not_an_error():
     one, x = stepped([of_output], kind=torch.bfloat16)
     ours = torch.cat([p.summed_grad.flatten() for p in one.net.parameters()])
     wanted = clipped_sum(of_output, True, x)
     assert (ours - wanted).norm() < 0.02 * wanted.norm()
-    with pytest.raises(ValueError, match="autograd has of bare"):
+    with pytest.raises(ValueError, match="autograd has of outside"):
         stepped([of_much], kind=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Rows that are no example's are not taken for examples where there are as many."""
+"""Position tables with as many rows as examples are not mistaken for examples."""
 
 import pytest
 import torch
@@ -62,8 +62,8 @@ def one_at_a_time(model, x, y):
     return torch.stack(norms).double()
 
 
-def heard(taps, model, x, y):
-    """What one backward pass leaves in a taps."""
+def norms_from_cache(taps, model, x, y):
+    """The norms of one batch, from the cache that its backward pass has filled."""
     taps.clear()
     nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
     found = taps.caches[0].gradients(list(model.parameters()), model)
@@ -83,22 +83,24 @@ def test_the_first_batch(kind, size):
         atol=0,
     )
     taps.attach(model)
-    torch.testing.assert_close(heard(taps, model, x, y), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        norms_from_cache(taps, model, x, y), wanted, rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("kind", [Places, Anchors])
 def test_later_batches(kind):
-    """The first of one example alone, of which nothing can be learned."""
+    """The first batch has one example, which reveals nothing."""
     model, taps = made(kind), TrainingTaps()
     wanted = [one_at_a_time(model, *batch(size)) for size in (1, *SIZES)]
     taps.attach(model)
     for size, norms in zip((1, *SIZES), wanted, strict=True):
-        ours = heard(taps, model, *batch(size))
+        ours = norms_from_cache(taps, model, *batch(size))
         torch.testing.assert_close(ours, norms, rtol=1e-5, atol=0)
 
 
 class Once(Places):
-    """A model that cannot be run on one example less."""
+    """A model that cannot run on one example fewer."""
 
     def forward(self, ids):
         if len(ids) == LENGTH - 1:
@@ -109,11 +111,11 @@ class Once(Places):
 def test_a_model_that_cannot_be_probed_is_known_by_its_later_batches():
     model, taps = made(Once), TrainingTaps()
     taps.attach(model)
-    heard(taps, model, *batch(LENGTH))
+    norms_from_cache(taps, model, *batch(LENGTH))
     for size in (LENGTH + 1, LENGTH):
         wanted = one_at_a_time(made(Once), *batch(size))
         torch.testing.assert_close(
-            heard(taps, model, *batch(size)), wanted, rtol=1e-5, atol=0
+            norms_from_cache(taps, model, *batch(size)), wanted, rtol=1e-5, atol=0
         )
 
 
