@@ -1,5 +1,12 @@
 """Everything that knows Opacus: the engine, its parts, and the accountants.
 
+``engine`` has the drop-in ``PrivacyEngine``; ``mixin`` makes any engine of Opacus a
+recording one. A private run is prepared in ``runs``, its optimizer reports each update
+(``optimizers``, ``update``, ``filtering``), and ``checks`` and ``schedules`` say when
+no numbers can be given. ``checkpoints`` saves and resumes. ``fast`` clips without
+per-example gradients, ``monitor`` trains without clipping. ``opacus_compat`` lists the
+private names of Opacus that are used.
+
 Importing this package registers the accountants ``"per_instance"`` and ``"group"``, so
 that Opacus's own ``PrivacyEngine(accountant="per_instance")`` finds them.
 """
@@ -7,9 +14,18 @@ that Opacus's own ``PrivacyEngine(accountant="per_instance")`` finds them.
 from opacus.accountants import register_accountant
 
 from opacus_pi.integration.accountants import PerInstanceAccountant
+from opacus_pi.integration.engine import PrivacyEngine
+from opacus_pi.integration.grad_sample import GradSampleModule
 from opacus_pi.integration.group_accountant import GroupAccountant
+from opacus_pi.integration.mixin import PerInstanceMixin
 
-__all__ = ["GroupAccountant", "PerInstanceAccountant"]
+__all__ = [
+    "GradSampleModule",
+    "GroupAccountant",
+    "PerInstanceAccountant",
+    "PerInstanceMixin",
+    "PrivacyEngine",
+]
 
 # force: a module that is reloaded registers its new class under the same name.
 register_accountant("per_instance", PerInstanceAccountant, force=True)

@@ -76,13 +76,11 @@ class Checkpoints:
         Raises:
             ValueError: If no run has been prepared.
         """
-        expect(
-            self.run_state is not None or not restore_rng,
-            "restore_rng",
-            restore_rng,
-            "must follow make_private or make_monitored",
-            "Prepare the run first: its loader and generators are restored.",
-        )
+        if restore_rng and self.run_state is None:
+            raise ValueError(
+                "restore_rng=True restores the loader and the generators of a run, but "
+                "none has been prepared. Call make_private or make_monitored first."
+            )
 
     def resume(
         self,
@@ -200,8 +198,11 @@ class RunState:
             "obstacle",
             "It holds no random states. Save it by PrivacyEngine.save_checkpoint.",
         )
-        known = obstacle if isinstance(obstacle, str) else "It is damaged."
-        expect(not known, "restore_rng", True, "must be False here", known)
+        if obstacle != "":
+            known = obstacle if isinstance(obstacle, str) else "It is damaged."
+            raise ValueError(
+                f"The run cannot be resumed exactly from this checkpoint. {known}"
+            )
         random_states = _part(state, _RANDOM)
         self._check_settings(state)
         self._position.check(_part(state, _POSITION))

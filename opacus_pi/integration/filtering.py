@@ -64,7 +64,7 @@ class FilterGate:
     def admit(
         self,
         parameters: Sequence[nn.Parameter],
-        positions: NDArray[np.int64],
+        indices: NDArray[np.int64],
         norms: Tensor,
         *,
         noise_std: float,
@@ -78,14 +78,15 @@ class FilterGate:
 
         Args:
             parameters: Parameters with ``grad_sample``, to be clipped next.
-            positions: Indices of the samples into the data set, int64 ``(b,)``.
+            indices: Index of each sample in the data set, int64 ``(b,)``; negative if
+                unattributed.
             norms: Norm of each sample's gradient before clipping, ``(b,)``.
             noise_std: Standard deviation of the noise on the sum, which this update
                 will draw.
             max_grad_norm: What the gradients will be clipped to.
 
         Returns:
-            Positions and norms as they enter: an example's second sample is no longer
+            Indices and norms as they enter: an example's second sample is no longer
             attributed to it, and the norm is 0 where a sample is left out.
 
         Raises:
@@ -97,30 +98,30 @@ class FilterGate:
         if mixed or self.tracker.counts["by_latest"]:
             raise AccountingError(mixed or _UNVERIFIED)
         positive(noise_std=noise_std, remedy="No budget covers a step without noise.")
-        positions = self._without_repetitions(positions)
+        indices = self._without_repetitions(indices)
         lengths = norms.detach().double().cpu().numpy()
-        is_charged = (positions >= 0) & np.isfinite(lengths)
+        is_charged = (indices >= 0) & np.isfinite(lengths)
         step = NoisySGD(1, 1.0, noise_std, max_grad_norm)
-        is_admitted = np.zeros(len(positions), dtype=np.bool_)
+        is_admitted = np.zeros(len(indices), dtype=np.bool_)
         is_admitted[is_charged] = self.renyi_filter.admit(
-            positions[is_charged], step.ratios(lengths[is_charged])
+            indices[is_charged], step.ratios(lengths[is_charged])
         )
         self._charged_noise_std = max(self._charged_noise_std, noise_std)
         if not is_admitted.all():
             left_out = torch.from_numpy(~is_admitted)
             _zero_gradients(parameters, left_out)
             norms = norms.masked_fill(left_out.to(norms.device), 0.0)
-        return positions, norms
+        return indices, norms
 
-    def _without_repetitions(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _without_repetitions(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Take the attribution from samples whose example is in the update already."""
-        so_far = np.concatenate([*self._earlier_batches, positions])
+        so_far = np.concatenate([*self._earlier_batches, indices])
         _, firsts = np.unique(so_far, return_index=True)
         is_first = np.zeros(len(so_far), dtype=np.bool_)
         is_first[firsts] = True
-        is_first = is_first[len(so_far) - len(positions) :]
-        self._earlier_batches.append(positions[positions >= 0])
-        return np.where(is_first | (positions < 0), positions, LEFT_OUT)
+        is_first = is_first[len(so_far) - len(indices) :]
+        self._earlier_batches.append(indices[indices >= 0])
+        return np.where(is_first | (indices < 0), indices, LEFT_OUT)
 
     def close(self, noise_std: float) -> None:
         """Check the noise of a complete update, just before it is drawn.
@@ -177,13 +178,12 @@ def require_filterable(
     Raises:
         ValueError: If an argument rules a filter out; it says why.
     """
-    expect(
-        grad_sample_mode != FAST_MODE and not grad_sample_mode.startswith("ghost"),
-        "grad_sample_mode",
-        repr(grad_sample_mode),
-        "must keep per-example gradients, which a RenyiFilter leaves out one by one",
-        'Use grad_sample_mode="hooks".',
-    )
+    if grad_sample_mode == FAST_MODE or grad_sample_mode.startswith("ghost"):
+        raise ValueError(
+            f"grad_sample_mode={grad_sample_mode!r} keeps no per-example gradients, "
+            "but a RenyiFilter sets them to zero one by one. Use "
+            'grad_sample_mode="hooks".'
+        )
     expect(
         clipping in ("flat", "per_layer"),
         "clipping",
@@ -250,13 +250,12 @@ def resume_charges(
                 stacklevel=3,
             )
         return
-    expect(
-        charges is not None or num_steps == 0,
-        "checkpoint",
-        f"{num_steps} updates without a filter",
-        "must have charged the examples for its updates",
-        "Resume from a checkpoint that was trained with this RenyiFilter.",
-    )
+    if charges is None and num_steps > 0:
+        raise ValueError(
+            f"The checkpoint has {num_steps} updates without a filter, for which no "
+            "example was charged. Resume from a checkpoint that was trained with this "
+            "RenyiFilter."
+        )
     if charges is not None:
         arrays = {
             name: value.cpu().numpy() if isinstance(value, Tensor) else value

@@ -21,7 +21,7 @@ import numpy as np
 import opacus
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
+from opacus.grad_sample import AbstractGradSampleHooks
 from opacus.optimizers import DPOptimizer
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
@@ -29,9 +29,8 @@ from torch.utils.data import DataLoader
 
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
-from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, RenyiFilter, fingerprint
-from opacus_pi.attribution import Tracker, observe, observe_like, probe
+from opacus_pi.attribution import Tracker, observe, observe_like
 from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.files.atomic_file import replacing
 from opacus_pi.integration.accountants import PerInstanceAccountant, num_steps_of
@@ -55,16 +54,12 @@ from opacus_pi.integration.fast import (
 )
 from opacus_pi.integration.filtering import require_filterable
 from opacus_pi.integration.monitor import monitor
-from opacus_pi.integration.opacus_compat import (
-    keep_handle,
-    module_of,
-    patch_memory_manager,
-    removable_handles,
-)
+from opacus_pi.integration.opacus_compat import patch_memory_manager
 from opacus_pi.integration.optimizers import report_updates
 from opacus_pi.integration.runs import (
     Preparation,
     PreparedRun,
+    probe_model,
     require_fitting_recorder,
 )
 from opacus_pi.integration.update import UpdateUnderWay
@@ -345,14 +340,11 @@ class PerInstanceMixin(OpacusEngine):
 
         Source: paper, section 5.1 and Appendix D.
         """
-        expect(
-            self.renyi_filter is None,
-            "renyi_filter",
-            self.renyi_filter,
-            "must be None",
-            "A monitored training has no per-example gradients. "
-            "Use make_private to keep budgets.",
-        )
+        if self.renyi_filter is not None:
+            raise ValueError(
+                "make_monitored cannot keep the budgets of renyi_filter, because it "
+                "computes no per-example gradients. Use make_private to keep budgets."
+            )
         if self.secure_mode:
             options = self._with_secure_generators(options)
         steps_before = self.recorder.num_steps
@@ -381,14 +373,12 @@ class PerInstanceMixin(OpacusEngine):
     def _with_secure_generators(self, options: dict[str, Any]) -> dict[str, Any]:
         """Options in which noise and batches use the engine's secure random numbers."""
         for name in ("noise_generator", "sampling_generator"):
-            expect(
-                options.get(name) is None,
-                name,
-                options.get(name),
-                "must be None",
-                "The engine's secure_mode draws from a secure source. "
-                "Leave it out, or make the engine with secure_mode=False.",
-            )
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{name} was given, but an engine with secure_mode=True draws all "
+                    f"random numbers from a secure source. Leave {name} out, or make "
+                    "the engine with secure_mode=False."
+                )
             options = {**options, name: self.secure_rng}
         return options
 
@@ -484,7 +474,7 @@ class PerInstanceMixin(OpacusEngine):
             add_note(error, _TRAIN_BATCH_NORM)
             raise
         tracker = self._new_tracker(batch_first=options.get("batch_first", True))
-        _probe_model(hooks, tracker)
+        probe_model(hooks, tracker)
         explain_in_place(hooks)
         self._preparation = Preparation(hooks, tracker)
         return hooks
@@ -562,29 +552,6 @@ class PerInstanceMixin(OpacusEngine):
         self._tracker, self._module, self._update = tracker, weakref.ref(module), update
         self.checkpoints.run_state = run_state
         self.checks.begin(self.recorder, steps_before=steps_before)
-
-
-def _probe_model(hooks: AbstractGradSampleHooks, tracker: Tracker) -> None:
-    """Report the forward passes of a prepared model to a tracker.
-
-    Args:
-        hooks: What Opacus made of the model. Removing its hooks removes the probe, too;
-            in modes without hooks (``"ew"``, ``"no_op"``) the probe stays, and has no
-            effect once the tracker is deleted.
-        tracker: Referred to weakly. A second call replaces it.
-    """
-    prepared = weakref.ref(hooks)
-
-    def is_second_backward() -> bool:
-        """Ghost clipping disables its hooks for the second backward pass."""
-        return not getattr(prepared(), "hooks_enabled", True)
-
-    module: Any = hooks
-    if not isinstance(hooks, GradSampleModuleNoOp):  # which skips its module's hooks
-        module = module_of(hooks)
-    handle = probe(module, tracker, is_second_backward=is_second_backward)
-    if handle not in (removable_handles(module) or ()):
-        keep_handle(module, handle)
 
 
 def _warn_if_most_are_equal(values: NDArray[np.float64]) -> None:

@@ -11,21 +11,25 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import opacus
-from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
-from opacus_pi._validate import expect
 from opacus_pi.accounting import RenyiFilter, fingerprint
-from opacus_pi.attribution import Tracker
+from opacus_pi.attribution import Tracker, probe
 from opacus_pi.integration.checks import (
     OutsideChanges,
     batch_norms,
     clipping_without_effect,
 )
 from opacus_pi.integration.filtering import FilterGate
-from opacus_pi.integration.opacus_compat import DISTRIBUTED, module_of
+from opacus_pi.integration.opacus_compat import (
+    DISTRIBUTED,
+    keep_handle,
+    module_of,
+    removable_handles,
+)
 from opacus_pi.integration.schedules import (
     is_poisson,
     overlapping,
@@ -51,23 +55,41 @@ def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
     Raises:
         ValueError: If the recorder needs a criterion, or weights that no process has.
     """
-    expect(
-        recorder.mode != "swept" or recorder.criterion is not None,
-        "Recorder(criterion=...)",
-        None,
-        "must be given",
-        "A swept recorder computes losses itself. "
-        'Pass Recorder("swept", criterion=nn.CrossEntropyLoss()).',
-    )
-    expect(
-        not isinstance(module, FSDPModule)
-        or (recorder.mode == "observed" and recorder.weights_dir is None),
-        "Recorder",
-        "one that sweeps or keeps weights",
-        "must observe norms",
-        "No process has all weights of an FSDP module. "
-        "Use Recorder() without weights_dir, or DistributedDataParallel.",
-    )
+    if recorder.mode == "swept" and recorder.criterion is None:
+        raise ValueError(
+            "Recorder(criterion=...) was not given, but a swept recorder computes "
+            'losses itself. Pass Recorder("swept", criterion=nn.CrossEntropyLoss()).'
+        )
+    needs_weights = recorder.mode == "swept" or recorder.weights_dir is not None
+    if isinstance(module, FSDPModule) and needs_weights:
+        raise ValueError(
+            "A Recorder that sweeps or keeps weights cannot record an FSDP module, "
+            "because no process has all of its weights. Use Recorder() without "
+            "weights_dir, or DistributedDataParallel."
+        )
+
+
+def probe_model(hooks: AbstractGradSampleHooks, tracker: Tracker) -> None:
+    """Report the forward passes of a prepared model to a tracker.
+
+    Args:
+        hooks: What Opacus made of the model. Removing its hooks removes the probe, too;
+            in modes without hooks (``"ew"``, ``"no_op"``) the probe stays, and has no
+            effect once the tracker is deleted.
+        tracker: Referred to weakly. A second call replaces it.
+    """
+    prepared = weakref.ref(hooks)
+
+    def is_second_backward() -> bool:
+        """Ghost clipping disables its hooks for the second backward pass."""
+        return not getattr(prepared(), "hooks_enabled", True)
+
+    module: Any = hooks
+    if not isinstance(hooks, GradSampleModuleNoOp):  # which skips its module's hooks
+        module = module_of(hooks)
+    handle = probe(module, tracker, is_second_backward=is_second_backward)
+    if handle not in (removable_handles(module) or ()):
+        keep_handle(module, handle)
 
 
 @dataclass

@@ -62,7 +62,7 @@ class UpdateUnderWay:
     outside: OutsideChanges | None = None
     is_superseded: bool = False
     _batch_norms: list[nn.Module] = field(init=False)
-    # Positions of the samples so far, and whether one of them is there twice.
+    # Indices of the samples so far, and whether no index can be there twice.
     _examples: list[Sequence[int] | NDArray[np.int64]] = field(
         init=False, default_factory=list
     )
@@ -84,40 +84,40 @@ class UpdateUnderWay:
             clipped_only: Whether only complete passes of ghost clipping count.
         """
         passes = self.tracker.take_attributed(sizes, clipped_only=clipped_only)
-        # nearly always: one batch as it was delivered, whose positions are distinct
+        # nearly always: one batch as it was delivered, whose indices are distinct
         examples = passes[0].distinct_indices() if len(passes) == 1 else None
         if examples is None:
             self.add_samples(indices_of(passes), norms)
         else:
             self._report(examples, norms, distinct=True)
 
-    def add_samples(self, positions: NDArray[np.int64], norms: Tensor) -> None:
+    def add_samples(self, indices: NDArray[np.int64], norms: Tensor) -> None:
         """Report the norms of samples that have been matched to examples.
 
         Args:
-            positions: int64 ``(b,)``, indices into the data set; negative for
+            indices: Index of each sample in the data set, int64 ``(b,)``; negative for
                 unattributed samples, which are left out.
             norms: Their norms, ``(b,)``.
         """
-        if positions.min(initial=0) < 0:
-            known = np.flatnonzero(positions >= 0)
+        if indices.min(initial=0) < 0:
+            known = np.flatnonzero(indices >= 0)
             norms = norms[torch.from_numpy(known).to(norms.device)]
-            positions = positions[known]
-        self._report(positions, norms, distinct=False)
+            indices = indices[known]
+        self._report(indices, norms, distinct=False)
 
     def _report(
         self,
-        positions: Sequence[int] | NDArray[np.int64],
+        indices: Sequence[int] | NDArray[np.int64],
         norms: Tensor,
         *,
         distinct: bool,
     ) -> None:
-        """Hand norms to the recorder. ``distinct=True``: no position is there twice."""
+        """Hand norms to the recorder. ``distinct=True``: no index is there twice."""
         # several batches may overlap even if each of them is distinct
         self._is_distinct = distinct and not self._examples
-        self._examples.append(positions)
-        if len(positions) and not self.is_superseded:
-            self.recorder.report(positions, norms)
+        self._examples.append(indices)
+        if len(indices) and not self.is_superseded:
+            self.recorder.report(indices, norms)
 
     def noise_was_drawn(self, optimizer: DPOptimizer) -> None:
         """Note noise and clip norm now: schedulers may change them before the end."""
@@ -158,6 +158,6 @@ class UpdateUnderWay:
 
 
 def _has_duplicates(batches: Sequence[Sequence[int] | NDArray[np.int64]]) -> bool:
-    """Whether a position is there twice, in one batch or in two."""
+    """Whether an index is there twice, in one batch or in two."""
     ordered = np.sort(np.concatenate([np.empty(0, np.int64), *batches]))
     return bool((ordered[1:] == ordered[:-1]).any())

@@ -9,6 +9,7 @@ from opacus.utils import batch_memory_manager
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from opacus_pi import PrivacyEngine
 from opacus_pi.integration import opacus_compat
 from opacus_pi.integration.mixin import PerInstanceMixin
 
@@ -167,3 +168,12 @@ def test_a_patch_of_others_is_left_alone(unpatched):
     batch_memory_manager.wrap_data_loader = theirs
     opacus_compat.restore_memory_manager()
     assert batch_memory_manager.wrap_data_loader is theirs
+
+
+def test_the_first_engine_patches_and_only_once(unpatched):
+    PrivacyEngine()
+    first = batch_memory_manager.wrap_data_loader
+    PrivacyEngine()
+    assert batch_memory_manager.wrap_data_loader is first is not unpatched
+    opacus_compat.restore_memory_manager()
+    assert batch_memory_manager.wrap_data_loader is unpatched

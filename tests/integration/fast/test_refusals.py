@@ -49,9 +49,7 @@ def test_refused_arguments(options, match):
 
 def test_refused_with_a_filter():
     engine = PrivacyEngine(renyi_filter=RenyiFilter(1.0))
-    with pytest.raises(
-        ValueError, match="must keep per-example gradients.*, got 'fast'"
-    ):
+    with pytest.raises(ValueError, match="'fast' keeps no per-example gradients"):
         Training(engine=engine, grad_sample_mode="fast")
 
 
