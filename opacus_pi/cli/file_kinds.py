@@ -25,13 +25,19 @@ from opacus_pi.files.arrays_file import named_kind
 from opacus_pi.files.checksummed_state import verified_state
 from opacus_pi.files.kinds import KINDS, TRACE, kind_in
 from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, FILTER_KEY
-from opacus_pi.unlearning.deletion_record import added_since, verify
+from opacus_pi.unlearning.deletion_log import (
+    Verification,
+    looks_like_a_log,
+    verify,
+)
+from opacus_pi.unlearning.json_lines_log import FIRST_BYTES, verify_json_lines
 
-RECORD = "deletion record"
+LOG = "deletion log"
+OLD_LOG = "deletion log of JSON lines"
 CHECKPOINT = "record in a checkpoint"
 _TRACE = (TRACE.name.encode(), b'"unit": "epochs", "cost"')
 _SEALED = re.compile(rb'opacus_pi\.|"checksum":"[0-9a-f]{64}"')
-_LINE = (b'"body":', b'"hash":"', b'"previous":"')  # of a deletion record
+_LINE = (b'"body":', b'"hash":"', b'"previous":"')  # of a deletion log
 _HEAD = 1 << 20  # bytes that are looked at
 _MOST = 100_000_000  # bytes of a header that safetensors reads
 
@@ -58,14 +64,17 @@ def recognised(path: Path, head: str | None = None) -> FileKind:
     Args:
         path: The file.
         head: Hash of an entry, where it is given; then an empty file is a deletion
-            record that lost everything.
+            log that lost everything.
     """
     with path.open("rb") as file:
         start = file.read(_HEAD)
     if not start and head is None:
         return FileKind("an empty file")
-    if not start or sum(mark in start for mark in _LINE) > 1:
-        return FileKind(RECORD, partial(_chain, path, head), ours=True)
+    if not start or looks_like_a_log(start):
+        return FileKind(LOG, partial(_chain, verify, path, head), ours=True)
+    if start.startswith(FIRST_BYTES) or sum(mark in start for mark in _LINE) > 1:
+        check = partial(_chain, verify_json_lines, path, head)
+        return FileKind(OLD_LOG, check, ours=True)
     if start[8:9] == b"{" and b"\0" in start[:8]:  # a length, then JSON: safetensors
         return _arrays(path, start)
     if start.startswith(b"PK"):
@@ -73,10 +82,17 @@ def recognised(path: Path, head: str | None = None) -> FileKind:
     return _text(path, start)
 
 
-def _chain(path: Path, head: str | None) -> dict[str, Any]:
-    """The head of a deletion record, and how much was added since an earlier one."""
-    found = {"head": verify(path, head)}
-    return found if head is None else {**found, "added": added_since(path, head)}
+def _chain(
+    check: Callable[[Path, str | None], Verification], path: Path, head: str | None
+) -> dict[str, Any]:
+    """The head of a deletion log, and how much was added since an earlier one."""
+    found = check(path, head)
+    facts: dict[str, Any] = {"head": found.head}
+    if found.num_added is not None:
+        facts["added"] = found.num_added
+    if found.redacted:
+        facts["redacted"] = list(found.redacted)
+    return facts
 
 
 def _arrays(path: Path, start: bytes) -> FileKind:

@@ -215,7 +215,7 @@ SETTING = option(
     default=[],
     action="append",
 )
-RECORD = option("--record", "FILE.jsonl", "deletion log of the model's requests")
+RECORD = option("--record", "FILE.db", "deletion log of the model's requests")
 JSON = switch("--json", "print JSON instead of text")
 JSON_FILE = option(
     "--out", "FILE.json", "write the JSON here, too", writable_file, dest="json_file"
@@ -262,7 +262,7 @@ the guarantee then covers all requests together.""",
       --method langevin --set noise_std=0.02
   opacus-pi plan ledger.safetensors --forget new.txt \\
       --past easy.txt=0.5 --past hard.txt=12
-  opacus-pi plan ledger.safetensors --forget 5 --record deletions.jsonl""",
+  opacus-pi plan ledger.safetensors --forget 5 --record deletions.db""",
         arguments=(
             LEDGERS,
             FORGET,
@@ -305,7 +305,7 @@ requests that are still pending are carried out first, with this command's setti
   opacus-pi unlearn --model my_project:build --weights model.pt \\
       --data my_project:train_set --test my_project:test_set --forget ids.txt \\
       --method langevin --set noise_std=0.02 --epochs 10 \\
-      --ledger ledger.safetensors --record deletions.jsonl --out forgotten""",
+      --ledger ledger.safetensors --record deletions.db --out forgotten""",
         arguments=(
             MODEL,
             WEIGHTS,
@@ -429,8 +429,8 @@ Exit code 0: verified. 1: damaged or edited. 2: bad arguments, or no such file.
 3: not checked, because it is not an opacus_pi file or has no checksum.""",
         examples="""\
   opacus-pi verify ledger.safetensors
-  opacus-pi verify deletions.jsonl
-  opacus-pi verify deletions.jsonl 5f0c...e1""",
+  opacus-pi verify deletions.db
+  opacus-pi verify deletions.db 5f0c...e1""",
         arguments=(
             option("file", "FILE", "file to check"),
             option(

@@ -19,9 +19,8 @@ from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.unlearning.claims import claim
-from opacus_pi.unlearning.deletion_record import read_entries
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
-from opacus_pi.unlearning.request_entries import requests_of
+from opacus_pi.unlearning.requests import requested_indices
 
 
 def run(options: argparse.Namespace) -> int:
@@ -62,9 +61,7 @@ def _requested_before(record: str | None, ledger: GradNormLedger) -> NDArray[np.
     ids = ledger.example_ids
     size = ledger.num_examples if ids is None else int(np.max(ids)) + 1
     with about("--record", "Name what 'opacus-pi unlearn --record' wrote."):
-        requests = requests_of(read_entries(record), size).submitted.values()
-    rows = {row for request in requests for row in request.indices}
-    return np.array(sorted(rows), dtype=np.int64)
+        return requested_indices(record, size)
 
 
 def _past_runs(texts: Sequence[str]) -> list[PastRun]:

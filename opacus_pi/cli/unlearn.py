@@ -16,7 +16,7 @@ import argparse
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -36,15 +36,13 @@ from opacus_pi.cli.output import answer, table
 from opacus_pi.cli.run_files import new_directory, save_run
 from opacus_pi.cli.sets import make_sets, require_unseen
 from opacus_pi.unlearning import Unlearner, UnlearningResult
-from opacus_pi.unlearning.requests import DeletionRequests
-
-Entries = Sequence[dict[str, Any]]
+from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
 
 
 def run(options: argparse.Namespace) -> int:
     """Unlearn, save the result and print it."""
     if options.request_id and not options.record:
-        raise BadInput("--request-id: there is no log. Add --record FILE.jsonl.")
+        raise BadInput("--request-id: there is no log. Add --record FILE.db.")
     method = make_method(options.method, options.settings)
     make_optimizer = _optimizer(options)
     runs = load_ledgers(options.ledger, None, "--ledger") if options.ledger else None
@@ -116,43 +114,30 @@ def _carry_out(
         requests = DeletionRequests(options.record, len(train_set))
     name = options.request_id or _request_name(forget)
     requests.submit(name, indices=forget)
-    entries = requests.record.entries()
-    results = requests.process(unlearner, train_set, **settings(_requested(entries)))
-    runs = _runs(requests.record.entries()[len(entries) :])
-    own = [
-        result
-        for run, result in zip(runs, results, strict=True)
-        if run["ids"] == [name]
-    ]
+    before = requested_indices(options.record, len(train_set)).tolist()
+    results = requests.process(unlearner, train_set, **settings(before))
+    own = [result for result in results if result.record["requests"] == [name]]
     facts = {
         "request_id": name,
         "deletion_record": options.record,
-        "head": requests.record.head,
+        "head": requests.log.head,
         "weights": str(requests.weights_path),
-        "also_carried_out": [_pending(run) for run in runs if run["ids"] != [name]],
+        "also_carried_out": [
+            _pending(result.record)
+            for result in results
+            if result.record["requests"] != [name]
+        ],
     }
     return (own[0] if own else None), facts
 
 
-def _requested(entries: Entries) -> list[int]:
-    """Examples that the requests of a log name."""
-    asked = (entry["body"] for entry in entries if entry["kind"] == "request")
-    return [index for body in asked for index in body["indices"]]
-
-
-def _runs(entries: Entries) -> list[dict[str, Any]]:
-    """What a log says about the unlearning runs among its entries, in order."""
-    done = (entry["body"] for entry in entries if entry["kind"] == "done")
-    return [body for body in done if "run" in body]
-
-
-def _pending(run: dict[str, Any]) -> dict[str, Any]:
+def _pending(record: dict[str, Any]) -> dict[str, Any]:
     """What was done about a request that an earlier command had left pending."""
     return {
-        "request_id": run["ids"][0],
-        "num_forget": len(run["run"]["forget_indices"]),
-        "method": run["run"]["method"],
-        "num_steps": run["run"]["num_steps"],
+        "request_id": record["requests"][0],
+        "num_forget": len(record["forget_indices"]),
+        "method": record["method"],
+        "num_steps": record["num_steps"],
     }
 
 

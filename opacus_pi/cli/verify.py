@@ -17,7 +17,7 @@ from opacus_pi.cli.errors import (
     about,
     one_line,
 )
-from opacus_pi.cli.file_kinds import RECORD, FileKind, recognised
+from opacus_pi.cli.file_kinds import LOG, OLD_LOG, FileKind, recognised
 from opacus_pi.cli.output import answer
 
 
@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
         )
     with about("FILE", "Name a deletion log, ledger or oracle."):
         kind = recognised(Path(options.file), options.head)
-    if options.head is not None and kind.words != RECORD:
+    if options.head is not None and kind.words not in (LOG, OLD_LOG):
         raise BadInput(
             f"HEAD: only a deletion log has one, and {options.file} is {kind.words}. "
             "Leave it out."
@@ -67,7 +67,17 @@ def _text(facts: dict[str, Any]) -> str:
     if not facts["verified"]:
         return f"NOT VERIFIED: {facts['reason']}"
     head = f", head {facts['head']}" if "head" in facts else ""
-    return f"verified: {facts['kind']}{head}{_added(facts.get('added'))}"
+    added = _added(facts.get("added"))
+    return f"verified: {facts['kind']}{head}{added}{_redacted(facts)}"
+
+
+def _redacted(facts: dict[str, Any]) -> str:
+    """Which entries have no payload any more; empty if all have one."""
+    numbers = facts.get("redacted", [])
+    if not numbers:
+        return ""
+    shown = ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
+    return f"; redacted: {len(numbers)} (number {shown})"
 
 
 def _added(added: int | None) -> str:

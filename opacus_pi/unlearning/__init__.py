@@ -1,7 +1,16 @@
-"""Make a trained model forget: methods, the loop that runs them, what they prove."""
+"""Make a trained model forget: methods, the loop that runs them, what they prove.
 
+``Unlearner`` runs a method on a copy of a model. ``DeletionRequests`` keeps the
+requests about a model in a tamper-evident log and carries each out once. The methods
+in ``rivals`` use the forget set, as many published ones do; they are for comparison.
+"""
+
+from opacus_pi.unlearning.deletion_log import DeletionLog
+from opacus_pi.unlearning.json_lines_log import import_log
+from opacus_pi.unlearning.loop import StopWhen
 from opacus_pi.unlearning.methods import FineTune, L1Sparse, Langevin, Method, Task
 from opacus_pi.unlearning.plan import Plan
+from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
 from opacus_pi.unlearning.rivals import (
     SCRUB,
     SSD,
@@ -9,12 +18,14 @@ from opacus_pi.unlearning.rivals import (
     RandomLabels,
     SalUn,
 )
-from opacus_pi.unlearning.stopping import StopWhen
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
 
 __all__ = [
     "SCRUB",
     "SSD",
+    "DeletionLog",
+    "DeletionRequest",
+    "DeletionRequests",
     "FineTune",
     "L1Sparse",
     "Langevin",
@@ -27,4 +38,5 @@ __all__ = [
     "Task",
     "Unlearner",
     "UnlearningResult",
+    "import_log",
 ]

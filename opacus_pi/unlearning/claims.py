@@ -1,7 +1,10 @@
 """What an unlearning run may claim, from what was recorded and what was run."""
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +16,71 @@ from opacus_pi.accounting.guarantee import Assumption, Guarantee
 from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.grad_norm_ledger import columns_of
 from opacus_pi.models.weights_name import weights_name
-from opacus_pi.unlearning.history import History
+from opacus_pi.unlearning.loop import StopWhen
 from opacus_pi.unlearning.methods import Method
-from opacus_pi.unlearning.stopping import StopWhen
 
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 
 _ORDERS = DEFAULT_ORDERS[::3]
+
+
+@dataclass(frozen=True)
+class History:
+    """The runs that a model went through.
+
+    Args:
+        stop: What could have ended one of them early, or None.
+        looked: Why not all of them are known not to have looked at the forget set;
+            empty if they are.
+    """
+
+    stop: StopWhen | None = None
+    looked: str = ""
+
+    def after(self, method: Method, stop: StopWhen | None) -> "History":
+        """The same with one run more.
+
+        Args:
+            method: By which.
+            stop: What could end it early, or None.
+        """
+        looks = f"{type(method).__name__} uses it" if method.needs_forget_set else ""
+        return History(stop or self.stop, looks or self.looked)
+
+    def joined(self, other: "History") -> "History":
+        """The runs of both."""
+        return History(other.stop or self.stop, other.looked or self.looked)
+
+    @property
+    def text(self) -> str:
+        """JSON of it."""
+        return json.dumps(asdict(self))
+
+
+UNKNOWN = History(looked="an earlier run is not described")
+
+
+def history_from_json(text: str | None) -> History | None:
+    """Read what ``text`` wrote.
+
+    Args:
+        text: The JSON; ``None`` of weights that say nothing about it.
+
+    Returns:
+        The runs, ``None`` if the text says nothing of the kind.
+    """
+    if text is None:
+        return UNKNOWN
+    try:
+        found: dict[str, Any] = json.loads(text)
+        stop = found["stop"]
+        rule = None if stop is None else StopWhen(**stop)
+        history = History(rule, found["looked"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return history if isinstance(history.looked, str) else None
+
+
 _NO_RUNS = History()
 _NOBODY = np.empty(0, dtype=np.int64)
 

@@ -1,51 +1,114 @@
-"""Deletion requests: taken down at once, carried out once, in order, across crashes.
+"""Deletion requests: logged at once, carried out once, in order, across crashes.
 
 A request counts from the moment ``submit`` returns. ``process`` unlearns what is
-pending, stores the new weights together with the numbers of the requests that they
-honour in one atomic file, and only then writes "done": whatever moment a crash picks,
-the weights on the disk say which requests they have already forgotten.
+pending, stores the new weights together with the list of requests that they honour in
+one atomic file, and only then logs "done".
+
+*Guarantee.* Whenever a process is killed, the weights on the disk say which requests
+they have forgotten already, so that each request is carried out exactly once and no
+forgotten example comes back. *What breaks it:* removing the weights file, or putting an
+older one in its place; both are noticed and refused.
 """
 
 import fcntl
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
-from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
-from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.models.batches import size_of
-from opacus_pi.unlearning.deletion_record import DeletionRecord, sync_directory
-from opacus_pi.unlearning.history import History, history_of
-from opacus_pi.unlearning.request_entries import (
-    DeletionRequest,
-    Requests,
-    request_of,
-    requests_of,
+from opacus_pi.unlearning.deletion_log import (
+    DeletionLog,
+    Entry,
+    read_entries,
+)
+from opacus_pi.unlearning.honouring_weights import (
+    StoredWeights,
+    load_weights_,
+    sha256_of,
+    store_weights,
+    stored_weights,
+    weights_path_of,
 )
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
+from opacus_pi.unlearning.user_names import UserNames
 
-__all__ = ["DeletionRequest", "DeletionRequests"]
+__all__ = ["DeletionRequest", "DeletionRequests", "requested_indices"]
+
+_LISTS_OF_EXAMPLES = {
+    "forget_indices": "num_forget",
+    "forgotten_before": "num_forgotten_before",
+}
+_HEX = set("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class DeletionRequest:
+    """One request.
+
+    Args:
+        request_id: The caller's name for it, unique within the log.
+        indices: The examples to forget, positions in the training set, sorted.
+    """
+
+    request_id: str
+    indices: tuple[int, ...]
+
+
+@dataclass
+class Requests:
+    """What the entries of a log amount to; requests are known by their entry's number.
+
+    Args:
+        submitted: The requests, oldest first; None for one that was redacted.
+        hashes: The hash of each request's entry.
+        done: The requests that were carried out.
+        weights_sha256: Hash of the weights that honour them; empty if there are none.
+    """
+
+    submitted: dict[int, DeletionRequest | None] = field(default_factory=dict)
+    hashes: dict[int, str] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
+    weights_sha256: str = ""
+
+    @property
+    def pending(self) -> dict[int, DeletionRequest]:
+        """The requests that are not done, oldest first."""
+        return {
+            number: request
+            for number, request in self.submitted.items()
+            if number not in self.done and request is not None
+        }
 
 
 class DeletionRequests:
-    """The requests about one model, kept in two files next to each other.
+    """The requests about one model: a deletion log, and the weights that honour it.
+
+    A user's name is stored as a keyed hash. The key is ``key``, or is read from the
+    file ``PATH.key``, which is made when the first name is hashed. Keep a copy of it
+    apart from the log.
 
     Args:
-        path: The deletion record; made if missing. The weights that honour it are
-            stored under the same name with ``.safetensors`` added.
+        path: The deletion log; made if it does not exist. The weights that honour it
+            are stored under the same name with ``.safetensors`` added.
         num_examples: Length of the training set.
-        rows_of: Each user's rows of the training set, for requests by user.
+        rows_of: Each user's positions in the training set, for requests by user.
+        key: Key of the hashes of users' names, at least 16 bytes; None: the key file.
+        store_names: Whether to store users' names themselves, for all who can read the
+            log.
+
+    Raises:
+        ValueError: If the file is no deletion log, or is damaged.
+        OSError: If it cannot be made or opened.
     """
 
     def __init__(
@@ -53,76 +116,131 @@ class DeletionRequests:
         path: str | os.PathLike[str],
         num_examples: int,
         rows_of: Mapping[str, ArrayLike] | None = None,
+        *,
+        key: bytes | None = None,
+        store_names: bool = False,
     ) -> None:
-        self.record = DeletionRecord(path)
-        self.weights_path = Path(f"{os.fspath(path)}.safetensors")
+        self.log = DeletionLog(path)
+        self.weights_path = weights_path_of(path)
         self.num_examples = num_examples
         self.rows_of = rows_of or {}
+        self._names = UserNames(self.log.path, key, store_names)
 
     def submit(
         self,
-        request_id: str,
+        request_id: str | int,
         *,
         indices: ArrayLike | None = None,
         user: str | None = None,
     ) -> DeletionRequest:
-        """Take down a request; it is on the disk when this returns.
+        """Log a request; it is on the disk when this returns.
 
         Submitting the same request again changes nothing, so after a crash a caller
         may simply repeat it.
 
         Args:
-            request_id: A name for the request.
-            indices: The rows to forget, or
-            user: the user whose rows to forget.
+            request_id: A name for the request: a string, or a whole number, which
+                stands for its decimal digits. It is stored as it is: do not use the
+                name of a person.
+            indices: The examples to forget, positions in the training set, or
+            user: the user whose examples to forget.
 
         Returns:
             The request.
 
         Raises:
-            ValueError: If not exactly one of indices and user is given, the rows are
-                bad, the user is unknown, or the name stands for another request.
+            ValueError: If the name is neither a string nor a whole number, not exactly
+                one of indices and user is given, the indices are bad, the user is
+                unknown, or the name stands for another request. Nothing was written.
+            OSError: If it could not be written.
         """
+        name = plain_name("request_id", request_id)
         rows = tuple(self._rows(indices, user).tolist())
-        body = {"id": request_id, "indices": rows}
+        payload: dict[str, Any] = {"indices": rows}
         if user is not None:
-            body["user"] = user
-        entry = self.record.append_unless(
-            lambda entries: _named(entries, request_id), "request", body
-        )
-        known = request_of(entry, self.num_examples)
+            payload |= self._names.facts(plain_name("user", user))
+        entry = self.log.append("request", payload, name=name)
+        known = _request_of(entry, self.num_examples)
         expect(
             known.indices == rows,
             "request_id",
-            request_id,
+            name,
             "must name one request only",
-            "It was submitted for other rows before: use a new name.",
+            "It was submitted for other examples before: use a new name.",
         )
         return known
 
     @property
     def pending(self) -> list[DeletionRequest]:
         """Requests that are not yet done, oldest first."""
+        return [*self._requests().pending.values()]
+
+    def submitted_by(self, user: str) -> list[DeletionRequest]:
+        """Return the requests of a user that were not redacted, oldest first.
+
+        Args:
+            user: The name, as passed to ``submit``.
+        """
+        name = plain_name("user", user)
+        return [
+            _request_of(entry, self.num_examples)
+            for entry in self.log.entries()
+            if entry.kind == "request" and self._names.match(entry.payload, name)
+        ]
+
+    def redact(self, request_id: str | int, reason: str = "") -> None:
+        """Remove what the log says about a request that was carried out.
+
+        Its name, its user and its indices are removed for good. That there was a
+        request, when, and when it was carried out stays, and the log still verifies.
+        The weights file keeps the positions of all forgotten examples, without saying
+        who asked: no later run may train on them. The name is free again.
+
+        Args:
+            request_id: The request's name.
+            reason: Why, to be stored with the redaction.
+
+        Raises:
+            ValueError: If there is no such request, or it is still pending.
+            OSError: If it could not be written.
+        """
+        name = plain_name("request_id", request_id)
+        entry = self.log.find(name)
         found = self._requests()
-        return [r for n, r in found.submitted.items() if n not in found.done]
+        number = -1 if entry is None else entry.number
+        expect(
+            number in found.submitted,
+            "request_id",
+            name,
+            "must name a request of this log",
+            "It was never submitted, or is redacted already.",
+        )
+        expect(
+            number in found.done,
+            "request_id",
+            name,
+            "must name a request that was carried out",
+            "It is still pending: call process first.",
+        )
+        self.log.redact(number, reason)
 
     def resume(self, unlearner: Unlearner) -> None:
         """Bring an unlearner to where the requests stand; ``process`` does it too.
 
-        It takes the stored weights, if requests were honoured before, and knows what
-        was forgotten and how: only then does its ``plan`` speak of the run that would
-        follow, and its guarantee of all runs before it, by whatever process and method.
+        The unlearner takes the stored weights, if requests were honoured before, and
+        the record of what was forgotten and how. Only then does its ``plan`` describe
+        the run that would follow, and its guarantee cover all runs before it.
 
         Args:
             unlearner: Made from the trained model.
 
         Raises:
-            ValueError: If the stored weights are not those of the record, or do not
-                fit the model.
+            ValueError: If the stored weights are not those of the log, or do not fit
+                the model.
             RuntimeError: If another process is carrying out requests.
         """
         with self._alone():
-            self._resume(unlearner)
+            self._resume(unlearner, self._requests())
 
     def process(
         self,
@@ -139,190 +257,284 @@ class DeletionRequests:
                 it continues from the stored weights.
             train_set: The training set.
             together: Forget all pending requests in one run, instead of one by one.
-            **options: ``num_epochs``, ``evaluate``, ``batch_size`` of ``unlearn``.
+            **options: ``num_epochs``, ``evaluate``, ``batch_size``, ``stop`` of
+                ``unlearn``.
 
         Returns:
-            The result of each run, none if nothing was pending.
+            The result of each run, an empty list if nothing was pending. The names of
+            its requests are in ``record["requests"]``.
+
+        Raises:
+            ValueError: As ``resume``, or if the training set has another length.
+            RuntimeError: If another process is carrying out requests.
         """
         expect(
             size_of(train_set) == self.num_examples,
             "train_set",
             f"{size_of(train_set)} examples",
-            f"must have the {self.num_examples} that the requests speak of",
+            f"must have the {self.num_examples} examples that the requests are about",
             "Pass the set that the model was trained on.",
         )
         with self._alone():
-            honoured = self._resume(unlearner)
-            finished = [r for r in self.pending if r.request_id in honoured]
-            if finished:  # a crash came between the weights and the record
-                self._done(finished, {"found": "in the stored weights"})
-            pending = self.pending
-            groups = [pending] if together and pending else [[r] for r in pending]
-            return [self._carry_out(unlearner, train_set, g, options) for g in groups]
+            found = self._requests()
+            honoured = self._resume(unlearner, found)
+            finished = [number for number in found.pending if number in honoured]
+            if finished:  # the process was killed before it could log "done"
+                self._log_done(finished, {"found": "in the stored weights"})
+            pending = {n: r for n, r in found.pending.items() if n not in honoured}
+            groups = [pending] if pending else []
+            if not together:
+                groups = [{number: request} for number, request in pending.items()]
+            results = []
+            for group in groups:
+                rows = np.unique(np.concatenate([r.indices for r in group.values()]))
+                result = unlearner.unlearn(train_set, rows, **options)
+                honoured |= set(group)
+                store_weights(
+                    self.weights_path,
+                    unlearner,
+                    [found.hashes[number] for number in honoured],
+                )
+                self._log_done([*group], _run_facts(result))
+                names = [request.request_id for request in group.values()]
+                record = {**result.record, "requests": names}
+                results.append(replace(result, record=record))
+        return results
 
-    def _carry_out(
-        self,
-        unlearner: Unlearner,
-        train_set: Dataset[Any],
-        group: list[DeletionRequest],
-        options: Mapping[str, Any],
-    ) -> UnlearningResult:
-        """Unlearn one group, store the weights, then say so."""
-        rows = np.unique(np.concatenate([r.indices for r in group]))
-        result = unlearner.unlearn(train_set, rows, **options)
-        honoured = self._honoured() | {r.request_id for r in group}
-        self._store(unlearner, honoured)
-        self._done(group, {"run": result.record, "guarantee": result.guarantee.kind})
-        return result
-
-    def _done(self, group: list[DeletionRequest], facts: dict[str, Any]) -> None:
-        """Record that requests were carried out, and by which weights."""
-        facts = {
-            "ids": [r.request_id for r in group],
-            "weights_sha256": _sha256(self.weights_path),
-            **facts,
-        }
-        self.record.append("done", facts)
-
-    def _store(self, unlearner: Unlearner, honoured: set[str]) -> None:
-        """Write weights and what they honour in one atomic step."""
-        facts = {
-            "honoured": json.dumps(sorted(honoured)),
-            "forgotten": json.dumps(unlearner.forgotten.tolist()),
-            "history": unlearner.history.text,
-        }
-        state = unlearner.model.state_dict()
-        write_weights(self.weights_path, UNLEARNED_WEIGHTS, state, facts)
-        sync_directory(self.weights_path.parent)
+    def _log_done(self, group: list[int], facts: dict[str, Any]) -> None:
+        """Log that requests were carried out, and by which weights."""
+        digest = sha256_of(self.weights_path)
+        payload = {"requests": group, "weights_sha256": digest, **facts}
+        self.log.append("done", payload)
 
     def _requests(self) -> Requests:
-        """What the record says."""
-        return requests_of(self.record.entries(), self.num_examples)
+        """What the log says."""
+        return requests_of(self.log.entries(), self.num_examples)
 
-    def _stored(self) -> tuple[dict[str, Tensor], dict[str, list[Any]], History]:
-        """The stored weights, what they honour and forgot, and the runs they are of.
-
-        Raises:
-            ValueError: If the file is not whole, or says nothing of the kind.
-        """
-        if not self.weights_path.exists():
-            return {}, {"honoured": [], "forgotten": []}, History()
-        state, facts = read_weights(self.weights_path, UNLEARNED_WEIGHTS)
-        lists = {name: _listed(facts.get(name)) for name in ("honoured", "forgotten")}
-        rows, history = lists["forgotten"], history_of(facts.get("history"))
-        expect(
-            history is not None
-            and all(isinstance(name, str) for name in lists["honoured"])
-            and all(type(row) is int and 0 <= row < self.num_examples for row in rows),
-            "weights_path",
-            self.weights_path,
-            f"must name the requests it honours, which of {self.num_examples} examples "
-            "it forgot, and how",
-            "Restore the file from a copy.",
-        )
-        return state, lists, cast(History, history)
-
-    def _honoured(self) -> set[str]:
-        """Names of the requests that the stored weights honour."""
-        return set(self._stored()[1]["honoured"])
-
-    def _resume(self, unlearner: Unlearner) -> set[str]:
-        """Give the unlearner the stored weights, if there are any; what they honour."""
-        state, lists, history = self._stored()
-        honoured = set(lists["honoured"])
-        self._check_weights(honoured)
+    def _resume(self, unlearner: Unlearner, found: Requests) -> set[int]:
+        """Give the unlearner the stored weights, if any; the requests they honour."""
+        stored = stored_weights(self.weights_path, self.num_examples)
+        honoured = _honoured(stored, found, self.weights_path)
         if honoured:
-            _load_(unlearner.model, state, self.weights_path)
-            forgotten = np.array(lists["forgotten"], dtype=np.int64)
+            load_weights_(unlearner.model, stored.state, self.weights_path)
+            forgotten = np.array(stored.forgotten, dtype=np.int64)
             unlearner.forgotten = np.union1d(unlearner.forgotten, forgotten)
-            unlearner.history = unlearner.history.joined(history)
+            unlearner.history = unlearner.history.joined(stored.history)
         return honoured
-
-    def _check_weights(self, honoured: set[str]) -> None:
-        """Refuse weights that the record does not know or that know less than it."""
-        found = self._requests()
-        good = found.done <= honoured <= set(found.submitted)
-        if good and found.done == honoured and found.done:
-            good = found.weights_sha256 == _sha256(self.weights_path)
-        expect(
-            good,
-            "weights_path",
-            self.weights_path,
-            f"must honour the {len(found.done)} recorded request(s)",
-            "Restore the file from a copy; without it they must be carried out again.",
-        )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """No other process carries out requests about this model meanwhile."""
-        with open(f"{self.record.path}.lock", "w") as file:
+        handle = os.open(f"{self.log.path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RuntimeError(
-                    f"{self.record.path}: another process is carrying out requests. "
+                    f"{self.log.path}: another process is carrying out requests. "
                     "Wait until it is done."
                 ) from error
             yield
+        finally:
+            os.close(handle)
 
     def _rows(self, indices: ArrayLike | None, user: str | None) -> NDArray[np.int64]:
-        """The rows that a request names."""
+        """The examples that a request is about."""
         expect(
             (indices is None) != (user is None),
             "indices, user",
             f"{'both' if indices is not None else 'neither'}",
             "must be one of the two",
-            "Name rows or a user.",
+            "Pass indices or a user.",
         )
         if user is not None:
+            plain_name("user", user)
             expect(
                 user in self.rows_of,
                 "user",
                 user,
                 f"must be one of the {len(self.rows_of)} users of rows_of",
-                "Pass rows_of with this user's rows.",
+                "Pass rows_of with this user's examples.",
             )
             indices = self.rows_of[user]
         return distinct_indices("indices", cast(ArrayLike, indices), self.num_examples)
 
 
-def _named(entries: list[dict[str, Any]], request_id: str) -> dict[str, Any] | None:
-    """The entry that took down a request, or None."""
-    requests = (e for e in entries if e["kind"] == "request")
-    return next((e for e in requests if e["body"].get("id") == request_id), None)
+def requested_indices(
+    path: str | os.PathLike[str], num_examples: int
+) -> NDArray[np.int64]:
+    """Return every example that a log's requests ask to forget, done or pending.
+
+    No file is changed. The examples of redacted requests are known from the weights
+    file beside the log.
+
+    Args:
+        path: The deletion log.
+        num_examples: Length of the training set.
+
+    Returns:
+        int64 ``(m,)``, sorted, each once.
+
+    Raises:
+        FileNotFoundError: If there is no such log.
+        ValueError: If the log or the weights are damaged, or are about another
+            training set, or a request was redacted and there are no weights.
+    """
+    found = requests_of(read_entries(path), num_examples)
+    asked = {i for r in found.submitted.values() if r is not None for i in r.indices}
+    weights = weights_path_of(path)
+    if None in found.submitted.values():
+        expect(
+            weights.exists(),
+            "weights_path",
+            weights,
+            "must exist, because only it knows the examples of redacted requests",
+            "Restore it from a copy.",
+        )
+        asked |= set(stored_weights(weights, num_examples).forgotten)
+    return np.array(sorted(asked), dtype=np.int64)
 
 
-def _listed(text: str | None) -> list[Any]:
-    """A list from its JSON; of anything else something that no list holds."""
-    try:
-        found = json.loads(text or "")
-    except (ValueError, RecursionError):
-        found = None
-    return found if isinstance(found, list) else [None]
-
-
-def _load_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Give a model stored weights, all of them or none."""
-    own = model.state_dict()
-    differing = {
-        name
-        for name in {*own, *state}
-        if name not in own
-        or name not in state
-        or (own[name].shape, own[name].dtype) != (state[name].shape, state[name].dtype)
+def _run_facts(result: UnlearningResult) -> dict[str, Any]:
+    """What the log says about a run."""
+    return {
+        "run": without_indices(result.record),
+        "guarantee": result.guarantee.kind,
     }
+
+
+def without_indices(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's record with the lengths of the lists of examples in their places.
+
+    In a log only the requests name examples: when they are redacted, nothing is left.
+
+    Args:
+        record: Of ``UnlearningResult``.
+    """
+    kept = {name: v for name, v in record.items() if name not in _LISTS_OF_EXAMPLES}
+    counts = {
+        counted: len(record[name])
+        for name, counted in _LISTS_OF_EXAMPLES.items()
+        if isinstance(record.get(name), list)
+    }
+    return {**kept, **counts}
+
+
+def plain_name(argument: str, name: Any) -> str:
+    """Return a string, or a whole number's decimal digits.
+
+    Args:
+        argument: What is named, for the message.
+        name: Of any type.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    whole = isinstance(name, Integral) and not isinstance(name, bool)
     expect(
-        not differing,
+        whole or isinstance(name, str),
+        argument,
+        repr(name),
+        "must be a string or a whole number",
+        "Pass str(...) of it.",
+    )
+    return str(name)
+
+
+# ------------------------------------------------------------------ reading the log
+
+
+def requests_of(entries: Iterable[Entry], num_examples: int) -> Requests:
+    """What a log's entries amount to.
+
+    An unbroken chain shows that nobody edited an entry, not that the entry makes sense:
+    other programs can append to a log. So each is checked here.
+
+    Args:
+        entries: Verified, oldest first.
+        num_examples: Length of the training set.
+
+    Raises:
+        ValueError: If an entry does not belong in a log about this training set.
+    """
+    found = Requests()
+    for entry in entries:
+        if entry.kind == "request":
+            found.hashes[entry.number] = entry.hash
+            found.submitted[entry.number] = (
+                None if entry.redacted else _request_of(entry, num_examples)
+            )
+        elif entry.kind == "done" and entry.payload is not None:
+            found.done |= _done_of(entry, set(found.submitted) - found.done)
+            found.weights_sha256 = entry.payload["weights_sha256"]
+    return found
+
+
+def _request_of(entry: Entry, num_examples: int) -> DeletionRequest:
+    """The request that an entry holds."""
+    rows: Any = (entry.payload or {}).get("indices")
+    named = entry.kind == "request" and entry.name is not None
+    _check(named and isinstance(rows, list), entry, "a request with a name and indices")
+    inside = all(type(row) is int and 0 <= row < num_examples for row in rows)
+    ordered = inside and rows == sorted(set(rows)) and len(rows) > 0
+    _check(
+        ordered, entry, f"about {num_examples} examples, with indices each once, sorted"
+    )
+    return DeletionRequest(cast(str, entry.name), tuple(rows))
+
+
+def _done_of(entry: Entry, still_open: set[int]) -> set[int]:
+    """The requests that an entry says were carried out."""
+    payload = entry.payload or {}
+    numbers, digest = payload.get("requests"), payload.get("weights_sha256")
+    listed = isinstance(numbers, list) and all(type(n) is int for n in numbers)
+    _check(
+        listed and set(cast(list[int], numbers)) <= still_open,
+        entry,
+        "about requests that were open",
+    )
+    hashed = isinstance(digest, str) and len(digest) == 64 and set(digest) <= _HEX
+    _check(hashed, entry, "with the hash of the weights")
+    return set(cast(list[int], numbers))
+
+
+def _check(condition: bool, entry: Entry, what: str) -> None:
+    """Refuse an entry."""
+    expect(
+        condition,
+        "the deletion log's entry",
+        f"number {entry.number}",
+        f"must be {what}",
+        "It is the log of another training set, or was not written by "
+        "DeletionRequests.",
+    )
+
+
+def _honoured(stored: StoredWeights, found: Requests, path: Path) -> set[int]:
+    """The requests that stored weights honour.
+
+    They honour what is logged as done; after a kill before that was logged, also what
+    they list themselves.
+
+    Raises:
+        ValueError: If the log does not know the weights, or they honour less than it
+            says.
+    """
+    if found.done and path.exists() and found.weights_sha256 == sha256_of(path):
+        return set(found.done)
+    honoured = {n for n, h in found.hashes.items() if h in stored.entries}
+    honoured |= {
+        number
+        for number, request in found.submitted.items()
+        if request is not None and request.request_id in stored.names
+    }
+    known = len(honoured) == len(stored.entries) + len(stored.names)
+    newer = found.done < honoured or not (found.done or honoured)
+    expect(
+        known and newer,
         "weights_path",
         path,
-        "must fit the unlearner's model",
-        f"These tensors differ: {sorted(differing)[:5]}. Make the unlearner "
-        "from the model that the requests are about.",
+        f"must be the weights that honour the {len(found.done)} logged request(s)",
+        "Restore the file from a copy; without it they must be carried out again.",
     )
-    model.load_state_dict(state)
-
-
-def _sha256(path: Path) -> str:
-    """The hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return honoured

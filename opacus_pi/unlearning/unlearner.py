@@ -31,12 +31,10 @@ from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.losses import Criterion, per_example_criterion
-from opacus_pi.unlearning.claims import Ledgers, claim, runs_in
-from opacus_pi.unlearning.history import History
-from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, updates
+from opacus_pi.unlearning.claims import History, Ledgers, claim, runs_in
+from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, StopWhen, updates
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
-from opacus_pi.unlearning.stopping import StopWhen
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 _FINE_TUNE = FineTune()

@@ -10,7 +10,7 @@ import torch
 
 from opacus_pi import Guarantee, Langevin, Unlearner
 from opacus_pi.evaluation import UnlearningTrace
-from opacus_pi.unlearning.deletion_record import verify
+from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.requests import DeletionRequests
 from tests.cli.conftest import DATA, MODEL
 
@@ -72,13 +72,13 @@ def test_wrapped_weights_are_the_same_weights(run, tmp_path):
 
 
 def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
-    record = tmp_path / "deletions.jsonl"
+    record = tmp_path / "deletions.db"
     first = answer(*UNLEARN, "3", "--record", record, "--out", tmp_path / "a")
-    assert verify(record) == first["head"]
+    assert verify(record).head == first["head"]
     second = answer(
         *UNLEARN, "5", "--record", record, "--request-id", "x", "--out", tmp_path / "b"
     )
-    assert second["request_id"] == "x" and verify(record) == second["head"]
+    assert second["request_id"] == "x" and verify(record).head == second["head"]
     facts = json.loads((tmp_path / "b" / "record.json").read_text())
     assert facts["forgotten_before"] == [3] and facts["forget_indices"] == [5]
     kept = safetensors.torch.load_file(second["weights"])
@@ -107,7 +107,7 @@ def test_written_weights_can_be_checked(run, answer, tmp_path):
 
 
 def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
-    record = tmp_path / "deletions.jsonl"
+    record = tmp_path / "deletions.db"
     DeletionRequests(record, 120).submit("before", indices=[5, 6])
     words = (*UNLEARN, "3", "--record", record, "--out", tmp_path / "a")
     code, out, err = run(*words, "--request-id", "new")
@@ -153,8 +153,8 @@ def test_interrupted_nothing_is_left(run, tmp_path, monkeypatch):
         (("3", "--method", "magic"), "argument --method: invalid choice"),
         (("3", "--request-id", "x"), "--request-id: there is no log"),
         (("3", "--ledger", "none.safetensors"), "--ledger none.safetensors: no such"),
-        (("3", "--record", "cli_project.py"), "deletion record, got"),
-        (("3", "--record", "ledger.safetensors"), "deletion record, got"),
+        (("3", "--record", "cli_project.py"), "path must be a deletion log, got"),
+        (("3", "--record", "ledger.safetensors"), "path must be a deletion log, got"),
         (("3", "--weights", "retrained.py"), "--weights: retrained.py is not"),
         (("3", "--weights", "ledger.safetensors"), "does not fit the model"),
         (("3", "--model", "cli_project:build_wider"), "does not fit the model"),

@@ -15,7 +15,11 @@ from opacus_pi.evaluation import OracleCache, UnlearningTrace
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS, FileKind
 from opacus_pi.files.weights_file import write_weights
 from opacus_pi.recording.weights import save_weights
-from opacus_pi.unlearning.deletion_record import DeletionRecord
+from opacus_pi.unlearning.deletion_log import DeletionLog
+from tests.fuzz.mutations import edited_log
+from tests.unlearning.test_deletion_log import leave_unfinished_write
+from tests.unlearning.test_json_lines_log import OLD as OLD_LOG
+from tests.unlearning.test_json_lines_log import chained
 
 
 def oracle(path, project):
@@ -40,7 +44,7 @@ def ledger(path, project):
 
 
 def record(path, project):
-    DeletionRecord(path).append("request", {"id": "a", "indices": [1]})
+    DeletionLog(path).append("request", {"indices": [1]}, name="a")
 
 
 def recorded_weights(path, project):
@@ -86,7 +90,7 @@ KINDS = {
     "opacus_pi.Oracle": oracle,
     "opacus_pi.UnlearningTrace": trace,
     "opacus_pi.GradNormLedger": ledger,
-    "deletion record": record,
+    "deletion log": record,
 }
 
 
@@ -115,17 +119,41 @@ def test_whole_and_damaged(run, answer, project, tmp_path, kind):
 
 
 def test_the_head_of_a_record(run, tmp_path):
-    path = tmp_path / "deletions.jsonl"
-    kept = DeletionRecord(path).append("request", {"id": "a", "indices": [1]})["hash"]
+    path = tmp_path / "deletions.db"
+    kept = DeletionLog(path).append("request", {"indices": [1]}, name="a").hash
     assert run("verify", path, kept)[0] == 0
-    DeletionRecord(path).append("request", {"id": "b", "indices": [2]})
+    DeletionLog(path).append("request", {"indices": [2]}, name="b")
     code, out, _ = run("verify", path, kept)
     assert code == 0 and "1 entry was added since HEAD" in out
     code, out, _ = run("verify", path, "f" * 64)
     assert code == 1 and "hash of one of the 2 entries" in out
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[1])
+    DeletionLog(path).redact(0)
+    code, out, _ = run("verify", path, kept)
+    assert code == 0 and out.endswith("since HEAD; redacted: 1 (number 0)\n")
+    assert json.loads(run("verify", path, "--json")[1])["redacted"] == [0]
+    path.write_bytes(
+        edited_log(path.read_bytes(), "DELETE FROM entries WHERE number=0")
+    )
     assert run("verify", path)[0] == 1
+
+
+def test_a_log_of_json_lines(run, tmp_path):
+    path = tmp_path / "deletions.jsonl"
+    path.write_bytes(OLD_LOG.read_bytes())
+    kept = json.loads(path.read_bytes().splitlines()[3])["hash"]
+    code, out, _ = run("verify", path, kept)
+    assert code == 0 and out.startswith("verified: deletion log of JSON lines, head ")
+    assert "; 3 entries were added since HEAD" in out
+    path.write_bytes(path.read_bytes()[:-1])
+    code, out, _ = run("verify", path)
+    assert code == 1 and "unlearning.import_log(old, new) imports the whole" in out
+
+
+def test_a_log_of_json_lines_with_a_long_first_line(run, tmp_path):
+    path = tmp_path / "deletions.jsonl"
+    path.write_text(chained([("request", {"id": "a", "indices": [*range(200_000)]})]))
+    code, out, _ = run("verify", path)
+    assert code == 0 and "verified: deletion log of JSON lines" in out
 
 
 FOREIGN = {
@@ -194,12 +222,12 @@ def test_our_files_without_a_checksum(run, answer_of, project, tmp_path):
 
 
 def test_a_lock_is_no_record_but_an_emptied_record_is_noticed(run, tmp_path):
-    lock = tmp_path / "deletions.jsonl.lock"
+    lock = tmp_path / "deletions.db.lock"
     lock.touch()
     assert run("verify", lock)[0] == 3
-    kept = DeletionRecord(tmp_path / "a").append("request", {"id": "a"})["hash"]
+    kept = DeletionLog(tmp_path / "a").append("request", {}, name="a").hash
     code, out, _ = run("verify", lock, kept)
-    assert code == 1 and "hash of one of the 0 entries" in out
+    assert code == 1 and "must be a deletion log, got" in out
 
 
 def test_a_kind_of_a_newer_release(run, tmp_path):
@@ -228,12 +256,12 @@ def test_a_file_that_ends_in_its_header_is_damaged(run, project, tmp_path, lengt
     assert f"ends after {length} in all" in out
 
 
-def test_a_cut_off_line_names_the_command_that_repairs_it(run, tmp_path):
-    path = tmp_path / "deletions.jsonl"
+def test_an_unfinished_write_names_the_command_that_takes_it_back(run, tmp_path):
+    path = tmp_path / "deletions.db"
     record(path, None)
-    path.write_bytes(path.read_bytes()[:-1])
+    leave_unfinished_write(path)
     code, out, _ = run("verify", path)
-    assert code == 1 and "the next 'opacus-pi unlearn --record' repairs it" in out
+    assert code == 1 and "next 'opacus-pi unlearn --record' takes the unfinished" in out
 
 
 def test_bad_arguments(run, tmp_path):

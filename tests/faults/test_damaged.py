@@ -14,6 +14,7 @@ from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning.requests import DeletionRequests
 from tests.fuzz import originals
 from tests.fuzz.campaign import CLEAR
+from tests.fuzz.mutations import edited_log
 from tests.fuzz.targets import Refused, targets
 from tests.private_training import Training
 
@@ -46,7 +47,7 @@ def test_truncated_anywhere(tmp_path, name):
         (tmp_path / str(end)).mkdir(exist_ok=True)
         path = tmp_path / str(end) / target.name
         found = refused(target, path, content[:end])
-        whole_lines = name == "deletions"  # a prefix of the record is a record
+        whole_lines = name == "json lines"  # a prefix of such a log is a log
         assert found is True or (whole_lines and found == "prefix"), end
 
 
@@ -54,9 +55,11 @@ def test_truncated_anywhere(tmp_path, name):
 def test_of_another_version(tmp_path, name):
     """The version of every format is looked at before anything else."""
     target = TARGETS[name]
-    if name in ("deletions", "filter"):
+    if name in ("json lines", "filter"):
         pytest.skip("each line, or charge, is checked by itself")
-    if name.startswith("checkpoint"):
+    if name == "deletions":
+        content = edited_log(target.original, "PRAGMA user_version = 9")
+    elif name.startswith("checkpoint"):
         state = torch.load(io.BytesIO(target.original), weights_only=True)
         content = originals.as_file({**state, "version": 9})
     else:
@@ -111,9 +114,9 @@ def test_what_is_beside_the_weights_is_not_taken_for_them(tmp_path):
     assert grams(tmp_path, run).grams.shape == (1, 2, 2)
 
 
-def test_a_deletion_record_of_another_data_set(tmp_path):
+def test_a_deletion_log_of_another_data_set(tmp_path):
     originals.deletions(tmp_path / "deletions")
-    with pytest.raises(ValueError, match="record of another training set"):
+    with pytest.raises(ValueError, match="log of another training set"):
         _ = DeletionRequests(tmp_path / "deletions", 3).pending
 
 

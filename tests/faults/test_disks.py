@@ -6,7 +6,7 @@ import pytest
 
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.evaluation import OracleCache
-from opacus_pi.unlearning.deletion_record import DeletionRecord, verify
+from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from tests.faults.killing import mounted, no_file_above, remounted
 from tests.faults.writers import DATA, WRITERS, ledger, net, write_ledger
 from tests.private_training import Recorder, Training
@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:PrivacyEngine detected new dataset"),
     pytest.mark.filterwarnings("ignore:Secure RNG turned off"),
 ]
-REPLACED = [name for name in WRITERS if name not in ("oracle", "record")]
+REPLACED = [name for name in WRITERS if name not in ("oracle", "log")]
 
 
 @pytest.fixture
@@ -53,15 +53,16 @@ def test_a_quota(tmp_path, name):
     assert writer.read(tmp_path) == 1
 
 
-def test_a_quota_on_the_deletion_record(tmp_path):
-    record = DeletionRecord(tmp_path / "deletions")
-    record.append("request", {"id": "a", "indices": [1]})
-    before, head = record.path.read_bytes(), record.head
+def test_a_quota_on_the_deletion_log(tmp_path):
+    log = DeletionLog(tmp_path / "deletions")
+    log.append("request", {"indices": [1]}, name="a")
+    before, head = log.path.read_bytes(), log.head
+    more = {"indices": list(range(3000))}  # for which the file must grow
     with no_file_above(len(before) + 50), pytest.raises(OSError):
-        record.append("request", {"id": "b", "indices": [2]})
-    assert record.path.read_bytes() == before and verify(record.path, head) == head
-    record.append("request", {"id": "b", "indices": [2]})
-    assert [e["kind"] for e in record.entries()] == ["request"] * 2
+        log.append("request", more, name="b")
+    assert log.path.read_bytes() == before and verify(log.path, head).num_added == 0
+    log.append("request", more, name="b")
+    assert [e.name for e in log.entries()] == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", REPLACED)
@@ -78,8 +79,8 @@ def test_a_full_disk(disk, name):
     assert writer.read(disk) == 1
 
 
-def test_a_full_disk_and_the_deletion_record(disk):
-    writer = WRITERS["record"]
+def test_a_full_disk_and_the_deletion_log(disk):
+    writer = WRITERS["log"]
     writer.write(disk, 0)
     fill(disk)
     with pytest.raises(OSError):
@@ -88,8 +89,7 @@ def test_a_full_disk_and_the_deletion_record(disk):
     (disk / "filler").unlink()
     writer.write(disk, 1)
     assert writer.read(disk) == 1
-    kinds = {e["kind"] for e in DeletionRecord(disk / "deletions").entries()}
-    assert kinds == {"request"}  # the part was taken back, so nothing was repaired
+    assert sorted(os.listdir(disk)) == ["deletions"]  # no part of a write is left
 
 
 def test_a_full_device():
@@ -126,11 +126,11 @@ def test_a_read_only_folder(read_only, name):
     WRITERS[name].write(folder, 0)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     protect()
-    if name != "record" or os.geteuid() == 0:  # a file of one's own may be added to
+    if name != "log" or os.geteuid() == 0:  # a file of one's own may be added to
         with pytest.raises((OSError, RuntimeError)):
             WRITERS[name].write(folder, 1)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    if name == "record":
+    if name == "log":
         verify(folder / "deletions")  # checking needs no right to write
     elif name != "oracle":
         assert WRITERS[name].read(folder) == 0
@@ -141,7 +141,7 @@ def test_a_file_where_a_folder_should_be(tmp_path):
     with pytest.raises(OSError, match="file"):
         write_ledger(tmp_path / "file", 1)
     with pytest.raises(OSError, match="file"):
-        DeletionRecord(tmp_path / "file" / "deletions")
+        DeletionLog(tmp_path / "file" / "deletions")
     with pytest.raises(OSError, match="file"):
         OracleCache(tmp_path / "file").train(
             lambda retain, seed: net(1),

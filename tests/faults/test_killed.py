@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from opacus_pi.unlearning.deletion_record import verify
+from opacus_pi.unlearning.deletion_log import verify
 from tests.faults.killing import die_at, ended, fork, killed_throughout, num_moments
 from tests.faults.writers import WRITERS, read_ledger, training, write_ledger
 from tests.unlearning.test_requests import data, requests, submitted, unlearner
@@ -84,9 +84,9 @@ def test_requests_are_carried_out_once_whenever_the_process_is_killed(tmp_path):
         num_done = 3 - len(mine.pending)
         mine.process(last, data(), num_epochs=1)
         assert mine.pending == [] and last.forgotten.tolist() == [2, 3, 5, 8, 9]
-        done = [e for e in mine.record.entries() if e["kind"] == "done"]
-        assert [i for e in done for i in e["body"]["ids"]] == ["a", "b", "c"]
-        verify(mine.record.path)
+        done = [e for e in mine.log.entries() if e.kind == "done"]
+        assert [n for e in done for n in e.payload["requests"]] == [0, 1, 2]
+        verify(mine.log.path)
         shutil.rmtree(folder)
         shutil.copytree(before, folder)
         return num_done

@@ -18,7 +18,7 @@ from benchmarks.report import write_json
 from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
 from opacus_pi.recording.weights import load_weights_, save_weights, saved_weights
-from opacus_pi.unlearning.deletion_record import DeletionRecord, verify
+from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from tests.private_training import Training
 
 
@@ -181,18 +181,18 @@ def read_checkpoint(folder):
     return own["epoch"]
 
 
-def write_record(folder, value):
-    record = DeletionRecord(folder / "deletions")
-    if value or not record.entries():
-        record.append("request", {"id": str(value), "indices": list(range(2000))})
+def write_log(folder, value):
+    log = DeletionLog(folder / "deletions")
+    if value or not [*log.entries()]:
+        log.append("request", {"indices": list(range(2000))}, name=str(value))
 
 
-def read_record(folder):
+def read_log(folder):
     """The entries of before are there, and at most the new one; the chain goes on."""
-    record = DeletionRecord(folder / "deletions")
-    entries = [e for e in record.entries() if e["kind"] != "repaired"]
-    assert [e["body"]["id"] for e in entries] in (["0"], ["0", "1"])
-    assert verify(folder / "deletions") == record.head
+    log = DeletionLog(folder / "deletions")
+    entries = [*log.entries()]
+    assert [e.name for e in entries] in (["0"], ["0", "1"])
+    assert verify(folder / "deletions").head == log.head
     return len(entries) - 1
 
 
@@ -204,5 +204,5 @@ WRITERS = {
     "trace": Writer(write_trace, read_trace, ("trace",)),
     "result": Writer(write_result, read_result, ("results.json",)),
     "checkpoint": Writer(write_checkpoint, read_checkpoint, ("checkpoint.pt",)),
-    "record": Writer(write_record, read_record, ("deletions",)),
+    "log": Writer(write_log, read_log, ("deletions",)),
 }

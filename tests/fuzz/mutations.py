@@ -4,7 +4,12 @@ import copy
 import hashlib
 import json
 import math
+import sqlite3
 import struct
+import tempfile
+from pathlib import Path
+
+from opacus_pi.unlearning import deletion_log
 
 NUMPY = {
     "BOOL": ("|b1", 1),
@@ -259,13 +264,12 @@ def _deep(depth):
 
 
 def written(value):
-    """JSON as the deletion record writes it, however deep."""
+    """JSON as an old deletion log has it, however deep."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def other_chain(content, chance, *, seal):
-    """A deletion record whose lines say something else, in an unbroken chain."""
-    entries = [json.loads(line) for line in content.splitlines()]
+def changed(entries, chance):
+    """A list of entries that says something else."""
     for _ in range(chance.choice([1, 1, 2])):
         place = chance.randrange(len(entries) or 1)
         kind = chance.choice(("edit", "edit", "edit", "again", "gone", "swap"))
@@ -279,6 +283,12 @@ def other_chain(content, chance, *, seal):
             del entries[place]
         else:
             chance.shuffle(entries)
+    return entries
+
+
+def other_chain(content, chance, *, seal):
+    """An old deletion log whose lines say something else, in an unbroken chain."""
+    entries = changed([json.loads(line) for line in content.splitlines()], chance)
     return _chained(entries, chance.random() < 0.9) if seal else _lines(entries)
 
 
@@ -306,3 +316,94 @@ def _chained(entries, renumber):
             entry["hash"] = previous
         lines.append(entry)
     return _lines(lines)
+
+
+# ------------------------------------------------------------------ SQLite
+
+COLUMNS = ("number", "time", "kind", "name", "salt", "body")
+
+
+def edited_log(content, *statements):
+    """A deletion log after some statements; one may come with its values."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "log")
+        path.write_bytes(content)
+        connection = sqlite3.connect(path)
+        for statement in statements:
+            connection.execute(*([statement] if type(statement) is str else statement))
+        connection.commit()
+        connection.close()
+        return path.read_bytes()
+
+
+def rows_of_log(content):
+    """What the entries of a deletion log say, oldest first."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "log")
+        path.write_bytes(content)
+        connection = sqlite3.connect(path)
+        rows = connection.execute(
+            f"SELECT {', '.join(COLUMNS)} FROM entries NATURAL JOIN payloads "
+            "ORDER BY number"
+        ).fetchall()
+        connection.close()
+    return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+
+
+def other_log(content, chance, *, seal):
+    """A deletion log that says something else, in an unbroken chain where sealed."""
+    if not seal:
+        table, names = chance.choice(
+            [("entries", ("number", "time", "kind", "commitment", "previous", "hash"))]
+            + [("payloads", ("number", "name", "salt", "body"))]
+        )
+        value = _stored(chance.choice([*TEXTS, *SIZES, *NUMBERS, None, b"", b"x"]))
+        place = chance.randrange(5)
+        name = chance.choice(names)
+        if name == "number" and type(value) is not int:
+            value = 7
+        statement = f"UPDATE OR IGNORE {table} SET {name} = ? WHERE number = ?"
+        return edited_log(content, (statement, (value, place)))
+    rows = [{**row, "salt": row["salt"].hex()} for row in rows_of_log(content)]
+    rows = [{**row, "body": json.loads(row["body"])} for row in rows]
+    rows = [row for row in changed(rows, chance) if isinstance(row, dict)]
+    statements, previous = ["DELETE FROM entries", "DELETE FROM payloads"], "0" * 64
+    renumber, redacted = chance.random() < 0.9, chance.randrange(20)
+    for number, row in enumerate(rows):
+        if not renumber and type(row.get("number")) is int:
+            number = _stored(row["number"])
+        time, kind = (_stored(row.get(name)) for name in ("time", "kind"))
+        name, body = row.get("name"), _as_text(row.get("body"))
+        name = name if name is None or type(name) is str else _as_text(name)
+        salt = repr(row.get("salt")).encode()
+        commitment = deletion_log._commitment(salt, name, body)
+        chained = deletion_log._hash(number, time, kind, commitment, previous)
+        values = (number, time, kind, commitment, previous, chained)
+        statements.append(
+            ("INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?)", values)
+        )
+        if number != redacted:
+            statements.append(
+                (
+                    "INSERT OR IGNORE INTO payloads VALUES (?, ?, ?, ?)",
+                    (number, name, salt, body),
+                )
+            )
+        previous = chained
+    return edited_log(content, *statements)
+
+
+def _as_text(value):
+    try:
+        return written(value)
+    except RecursionError:
+        return "[" * 3000 + "]" * 3000
+
+
+def _stored(value):
+    """A value that SQLite takes, of the same type where it can be."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return 2**63 - 1
+    if value is None or isinstance(value, str | bytes | int | float):
+        return value
+    return _as_text(value)

@@ -76,7 +76,7 @@ def requests_about(path):
 
 
 def deletions(path):
-    """A record of which a part was carried out, and its weights."""
+    """A log of which a part was carried out, and its weights."""
     mine = requests_about(path)
     mine.submit("a", indices=[4, 1])
     mine.submit("b", indices=[2])

@@ -1,5 +1,9 @@
 """Requests are carried out once each, whenever the process dies."""
 
+import os
+import stat
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +14,16 @@ from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.unlearning import FineTune, Unlearner
-from opacus_pi.unlearning.deletion_record import verify
-from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
+from opacus_pi.unlearning import requests as requests_module
+from opacus_pi.unlearning.deletion_log import verify
+from opacus_pi.unlearning.honouring_weights import stored_weights
+from opacus_pi.unlearning.loop import StopWhen
+from opacus_pi.unlearning.requests import (
+    DeletionRequest,
+    DeletionRequests,
+    requested_indices,
+)
 from opacus_pi.unlearning.rivals import NegGradPlus
-from opacus_pi.unlearning.stopping import StopWhen
 
 SIZE = 20
 _PLAIN = FineTune()
@@ -35,7 +45,7 @@ def unlearner():
 
 
 def requests(path, **options):
-    return DeletionRequests(path / "deletions.jsonl", SIZE, **options)
+    return DeletionRequests(path / "deletions.db", SIZE, **options)
 
 
 def submitted(path):
@@ -55,7 +65,7 @@ def test_submitting_is_durable_and_idempotent(tmp_path):
         DeletionRequest("b", (8, 9)),
         DeletionRequest("c", (3,)),
     ]
-    assert len(again.record.entries()) == 3
+    assert len([*again.log.entries()]) == 3
 
 
 def test_one_by_one(tmp_path):
@@ -64,10 +74,10 @@ def test_one_by_one(tmp_path):
     assert [r.record["forget_indices"] for r in results] == [[2, 5], [8, 9], [3]]
     assert mine.pending == []
     np.testing.assert_array_equal(worker.forgotten, [2, 3, 5, 8, 9])
-    kinds = [e["kind"] for e in mine.record.entries()]
+    kinds = [e.kind for e in mine.log.entries()]
     assert kinds == ["request"] * 3 + ["done"] * 3
     assert mine.process(worker, data(), num_epochs=1) == []
-    verify(mine.record.path)
+    verify(mine.log.path)
 
 
 def test_together(tmp_path):
@@ -180,34 +190,38 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    "where, owner", [("unlearn", Unlearner), ("_store", None), ("_done", None)]
+    "owner, where",
+    [
+        (Unlearner, "unlearn"),
+        (requests_module, "store_weights"),
+        (DeletionRequests, "_log_done"),
+    ],
 )
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("at_call", [1, 2, 3])
 def test_each_request_once_whenever_the_process_dies(
-    tmp_path, monkeypatch, where, owner, after, at_call
+    tmp_path, monkeypatch, owner, where, after, at_call
 ):
     submitted(tmp_path)
-    owner = owner or DeletionRequests
     calls = []
 
-    def dying(self, *args, **kwargs):
+    def dying(*args, **kwargs):
         calls.append(1)
         if len(calls) == at_call and not after:
             raise Killed
-        result = original(self, *args, **kwargs)
+        result = original(*args, **kwargs)
         if len(calls) == at_call and after:
             raise Killed
         return result
 
     stored = []
-    store = DeletionRequests._store
+    store = requests_module.store_weights
 
-    def counting(self, *args):
-        store(self, *args)
+    def counting(*args):
+        store(*args)
         stored.append(1)
 
-    monkeypatch.setattr(DeletionRequests, "_store", counting)
+    monkeypatch.setattr(requests_module, "store_weights", counting)
     original = getattr(owner, where)
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, dying)
@@ -217,10 +231,12 @@ def test_each_request_once_whenever_the_process_dies(
     mine = requests(tmp_path)
     mine.process(last, data(), num_epochs=1)
     assert mine.pending == []
-    done = [e for e in mine.record.entries() if e["kind"] == "done"]
-    assert [i for e in done for i in e["body"]["ids"]] == ["a", "b", "c"]
+    entries = [*mine.log.entries()]
+    done = [n for e in entries if e.kind == "done" for n in e.payload["requests"]]
+    assert [entries[n].name for n in done] == ["a", "b", "c"]
     np.testing.assert_array_equal(last.forgotten, [2, 3, 5, 8, 9])
-    assert mine._honoured() == {"a", "b", "c"}
+    weights = stored_weights(mine.weights_path, SIZE)
+    assert weights.entries == {entries[n].hash for n in done}
     assert len(stored) == 3  # the weights went through one unlearning per request
 
 
@@ -235,10 +251,14 @@ def test_weights_that_went_missing_or_were_changed_are_noticed(tmp_path):
     state, facts = read_weights(mine.weights_path, UNLEARNED_WEIGHTS)
     other = {name: value + 1 for name, value in state.items()}
     write_weights(mine.weights_path, UNLEARNED_WEIGHTS, other, facts)
-    with pytest.raises(ValueError, match="3 recorded"):
+    with pytest.raises(
+        ValueError, match="must be the weights that honour the 3 logged"
+    ):
         mine.process(unlearner(), data())
     mine.weights_path.unlink()
-    with pytest.raises(ValueError, match="3 recorded"):
+    with pytest.raises(
+        ValueError, match="must be the weights that honour the 3 logged"
+    ):
         mine.process(unlearner(), data())
 
 
@@ -257,32 +277,32 @@ def test_weights_of_another_model_are_refused_and_nothing_is_loaded(tmp_path):
 
 def test_a_record_about_another_training_set_is_refused(tmp_path):
     submitted(tmp_path)
-    smaller = DeletionRequests(tmp_path / "deletions.jsonl", 9)
+    smaller = DeletionRequests(tmp_path / "deletions.db", 9)
     with pytest.raises(
-        ValueError, match="entry must be about rows of 9 examples, .*got 1"
+        ValueError, match="entry must be about 9 examples, .*got number 1"
     ):
         _ = smaller.pending
-    with pytest.raises(ValueError, match="record of another training set"):
+    with pytest.raises(ValueError, match="log of another training set"):
         smaller.process(unlearner(), range(9))
 
 
 @pytest.mark.parametrize(
-    ("kind", "body", "message"),
+    ("kind", "name", "payload", "message"),
     [
-        ("request", {"id": "a", "indices": [1]}, "a new request"),
-        ("request", {"id": 1, "indices": [1]}, "with a name and rows"),
-        ("request", {"id": "z"}, "with a name and rows"),
-        ("request", {"id": "z", "indices": [2, 1]}, "each once, sorted"),
-        ("request", {"id": "z", "indices": [True]}, "each once, sorted"),
-        ("request", {"id": "z", "indices": []}, "each once, sorted"),
-        ("done", {"ids": ["z"], "weights_sha256": "0" * 64}, "that were open"),
-        ("done", {"ids": "a", "weights_sha256": "0" * 64}, "that were open"),
-        ("done", {"ids": ["a"]}, "the hash of the weights"),
+        ("request", None, {"indices": [1]}, "with a name and indices"),
+        ("request", "z", {}, "with a name and indices"),
+        ("request", "z", {"indices": [2, 1]}, "each once, sorted"),
+        ("request", "z", {"indices": [True]}, "each once, sorted"),
+        ("request", "z", {"indices": []}, "each once, sorted"),
+        ("done", None, {"requests": [9], "weights_sha256": "0" * 64}, "were open"),
+        ("done", None, {"requests": "a", "weights_sha256": "0" * 64}, "were open"),
+        ("done", None, {"requests": [True], "weights_sha256": "0" * 64}, "were open"),
+        ("done", None, {"requests": [0]}, "the hash of the weights"),
     ],
 )
-def test_entries_that_make_no_sense_are_refused(tmp_path, kind, body, message):
+def test_entries_that_make_no_sense_are_refused(tmp_path, kind, name, payload, message):
     mine = submitted(tmp_path)
-    mine.record.append(kind, body)  # an unbroken chain
+    mine.log.append(kind, payload, name=name)  # an unbroken chain
     with pytest.raises(ValueError, match=message):
         _ = mine.pending
 
@@ -318,7 +338,8 @@ def test_two_processes_do_not_work_at_once(tmp_path):
     [
         ({}, "neither"),
         ({"indices": [1], "user": "ann"}, "both"),
-        ({"user": "eve"}, "user must .*got eve"),
+        ({"user": "eve"}, "user must be one of the 2 users .*got eve"),
+        ({"user": ["ann"]}, "must be a string or a whole number"),
         ({"indices": []}, "at least one index"),
         ({"indices": [1, 1]}, "duplicates"),
         ({"indices": [SIZE]}, r"in \[0, 20\)"),
@@ -328,14 +349,172 @@ def test_bad_requests_are_refused_and_not_written(tmp_path, facts, message):
     mine = submitted(tmp_path)
     with pytest.raises(ValueError, match=message):
         mine.submit("z", **facts)
-    assert len(mine.record.entries()) == 3
+    assert len([*mine.log.entries()]) == 3
+    assert os.listdir(tmp_path) == ["deletions.db", "deletions.db.key"]
+
+
+@pytest.mark.parametrize("name", [None, True, 1.5, (1,), b"a", ["a"], np.bool_(True)])
+def test_a_name_of_another_type_is_refused_and_not_written(tmp_path, name):
+    mine = submitted(tmp_path)
+    before = mine.log.path.read_bytes()
+    for call in (partial(mine.submit, indices=[1]), mine.redact):
+        with pytest.raises(
+            ValueError, match="request_id must be a string or a whole number, got"
+        ):
+            call(name)
+    assert mine.log.path.read_bytes() == before
+
+
+def test_a_whole_number_is_the_name_of_its_digits(tmp_path):
+    mine = submitted(tmp_path)
+    request = DeletionRequest("1042", (3,))
+    for name in (1042, np.int64(1042), "1042"):
+        assert mine.submit(name, indices=[3]) == request
+    assert mine.pending[3:] == [request]
+    for odd in ("", "\ud800", "\0", "ü" * 3000, '"'):
+        assert mine.submit(odd, indices=[4]).request_id == odd
+    assert [r.request_id for r in requests(tmp_path).pending[4:]][1] == "\ud800"
+    verify(mine.log.path)
 
 
 def test_one_name_one_request(tmp_path):
-    with pytest.raises(ValueError, match="request_id must .*got a"):
+    with pytest.raises(
+        ValueError, match="request_id must name one request only, got a"
+    ):
         submitted(tmp_path).submit("a", indices=[7])
 
 
 def test_the_training_set_must_fit(tmp_path):
     with pytest.raises(ValueError, match="train_set"):
         submitted(tmp_path).process(unlearner(), range(7))
+
+
+# ------------------------------------------------------------------ users' names
+
+
+def bytes_of(folder):
+    return b"".join(path.read_bytes() for path in folder.iterdir())
+
+
+def test_a_users_name_is_stored_as_a_keyed_hash(tmp_path):
+    mine = submitted(tmp_path)
+    assert b"ann" not in mine.log.path.read_bytes()
+    key = tmp_path / "deletions.db.key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert key.read_bytes().strip() not in mine.log.path.read_bytes()
+    again = requests(tmp_path, rows_of={"ann": [1]})
+    assert again.submitted_by("ann") == [DeletionRequest("b", (8, 9))]
+    again.submit("e", user="ann")
+    assert [r.request_id for r in again.submitted_by("ann")] == ["b", "e"]
+    assert again.submitted_by("eve") == []
+
+
+def test_the_key_may_be_an_argument(tmp_path):
+    own = {"rows_of": {"ann": [9]}, "key": b"k" * 32}
+    requests(tmp_path, **own).submit("a", user="ann")
+    assert os.listdir(tmp_path) == ["deletions.db"]
+    assert requests(tmp_path, **own).submitted_by("ann")
+    assert not requests(tmp_path, key=b"l" * 32).submitted_by("ann")
+    assert not requests(tmp_path).submitted_by("ann")
+    for key in (b"short", "k" * 32):
+        with pytest.raises(ValueError, match="key must be at least 16 bytes"):
+            requests(tmp_path, key=key)
+
+
+def test_names_are_stored_when_asked(tmp_path):
+    mine = requests(tmp_path, rows_of={"ann": [9]}, store_names=True)
+    mine.submit("a", user="ann")
+    assert b"ann" in mine.log.path.read_bytes()
+    assert os.listdir(tmp_path) == ["deletions.db"]
+    assert mine.submitted_by("ann") == [DeletionRequest("a", (9,))]
+
+
+def test_a_lost_key_is_not_silently_replaced(tmp_path):
+    mine = submitted(tmp_path)
+    key = tmp_path / "deletions.db.key"
+    content = key.read_bytes()
+    key.unlink()
+    fresh = requests(tmp_path, rows_of={"bob": [3]})
+    with pytest.raises(ValueError, match="the key file must exist, because the log"):
+        fresh.submit("e", user="bob")
+    for damaged in (b"", content[:10], b"\xff" * 65, b"my notes"):
+        key.write_bytes(damaged)
+        with pytest.raises(ValueError, match="the key file must hold 32 bytes"):
+            fresh.submit("e", user="bob")
+        assert key.read_bytes() == damaged
+    assert len(mine.pending) == 3
+    key.write_bytes(content)
+    fresh.submit("e", user="bob")
+    assert [r.request_id for r in mine.submitted_by("bob")] == ["c", "e"]
+
+
+# ------------------------------------------------------------------ redaction
+
+
+def test_a_redacted_request_is_gone_and_the_log_verifies(tmp_path):
+    mine = requests(tmp_path, rows_of={"ann": [17, 18]}, store_names=True)
+    mine.submit("a", indices=[2])
+    mine.submit("request-of-annabel", user="ann")
+    mine.process(unlearner(), data(), num_epochs=1)
+    head = mine.log.head
+    assert b"annabel" in bytes_of(tmp_path) and b"[17,18]" in bytes_of(tmp_path)
+    mine.redact("request-of-annabel", "on demand")
+    assert b"ann" not in bytes_of(tmp_path)
+    assert b"[17,18]" not in mine.log.path.read_bytes()
+    found = verify(mine.log.path, head)
+    assert (found.redacted, found.num_added) == ((1,), 1)
+    assert [e.redacted for e in mine.log.entries()] == [False, True, *[False] * 3]
+
+
+def test_what_was_redacted_stays_forgotten(tmp_path):
+    mine = submitted(tmp_path)
+    mine.process(unlearner(), data(), num_epochs=1)
+    for name in ("a", "b"):
+        mine.redact(name)
+    assert requested_indices(mine.log.path, SIZE).tolist() == [2, 3, 5, 8, 9]
+    mine.submit("d", indices=[0])
+    fresh = unlearner()
+    (result,) = requests(tmp_path).process(fresh, data(), num_epochs=0)
+    assert result.record["forgotten_before"] == [2, 3, 5, 8, 9]
+    assert fresh.forgotten.tolist() == [0, 2, 3, 5, 8, 9]
+    mine.weights_path.unlink()
+    with pytest.raises(ValueError, match="only it knows the examples of redacted"):
+        requested_indices(mine.log.path, SIZE)
+
+
+def test_the_name_of_a_redacted_request_is_free(tmp_path):
+    mine = submitted(tmp_path)
+    mine.process(unlearner(), data(), num_epochs=1)
+    mine.redact("a")
+    with pytest.raises(ValueError, match="must name a request of this log"):
+        mine.redact("a")
+    mine.submit("a", indices=[7])
+    assert mine.pending == [DeletionRequest("a", (7,))]
+
+
+def test_a_pending_request_is_not_redacted(tmp_path):
+    mine = submitted(tmp_path)
+    with pytest.raises(ValueError, match="still pending: call process first"):
+        mine.redact("a")
+    with pytest.raises(ValueError, match="must name a request of this log"):
+        mine.redact("z")
+    assert len(mine.pending) == 3
+
+
+def test_only_the_requests_in_a_log_name_examples(tmp_path):
+    mine = submitted(tmp_path)
+    mine.process(unlearner(), data(), num_epochs=1, together=True)
+    (done,) = (e for e in mine.log.entries() if e.kind == "done")
+    run = done.payload["run"]
+    assert (run["num_forget"], run["num_forgotten_before"]) == (5, 0)
+    assert not {"forget_indices", "forgotten_before", "requests"} & run.keys()
+    assert done.payload["requests"] == [0, 1, 2]
+
+
+def test_files_are_the_owners_alone(tmp_path):
+    submitted(tmp_path).process(unlearner(), data(), num_epochs=1)
+    assert sorted(os.listdir(tmp_path)) == [
+        f"deletions.db{end}" for end in ("", ".key", ".lock", ".safetensors")
+    ]
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes == {0o600}

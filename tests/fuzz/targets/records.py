@@ -1,69 +1,117 @@
-"""Readers of records: deletions, what they left half done, and traces."""
+"""Readers of deletion logs, of the weights that honour them, and of traces."""
 
 import hashlib
 import json
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from opacus_pi.evaluation import UnlearningTrace
-from opacus_pi.unlearning.deletion_record import DeletionRecord, verify
-from opacus_pi.unlearning.request_entries import requests_of
+from opacus_pi.unlearning import import_log
+from opacus_pi.unlearning.deletion_log import START, DeletionLog, read_entries, verify
+from opacus_pi.unlearning.requests import requests_of
 from tests.fuzz import originals
 from tests.fuzz.mutations import (
+    edited_log,
     other_chain,
     other_json,
+    other_log,
     written,
 )
 from tests.fuzz.targets.ledgers import N
 from tests.fuzz.targets.target import TORCH_TYPES, Target, safetensors_edit
 from tests.fuzz.targets.weights import state_check, state_equal
 
+OLD_LOG = Path(__file__).parents[2] / "unlearning" / "json_lines" / "deletions.jsonl"
+
 
 def deletion_reader(original):
-    """Whoever kept the head sees every edit; the reader alone sees a broken chain."""
-    head = json.loads(original.splitlines()[-1])["hash"]
+    """Whoever noted the head sees every edit; the reader alone sees a broken chain."""
+    wanted = _head(original)
 
     def read(path):
         before = path.read_bytes()
         try:
-            found = DeletionRecord(path).entries()
+            found = [*DeletionLog(path).entries()]
+            head = verify(path).head
         except ValueError:
-            assert path.read_bytes() == before, "a refused record was changed"
+            assert path.read_bytes() == before, "a refused log was changed"
             raise
-        return requests_of(found, N), found, verify(path) == head
+        assert head == (found[-1].hash if found else START)
+        return requests_of(found, N), found, head == wanted
 
     return read
 
 
+def json_lines_reader(path):
+    """Imports an old log, which is never changed."""
+    before, new = path.read_bytes(), path.with_name("new")
+    try:
+        found = [*import_log(path, new, key=b"k" * 32).entries()]
+    finally:
+        assert path.read_bytes() == before, "an old log was changed"
+        assert new.exists() or not path.with_name("new.key").exists()
+    verify(new)
+    return requests_of(found, 10**40), found, False
+
+
 def deletion_check(answer):
     requests, entries, _ = answer
-    for name, request in requests.submitted.items():
-        assert name == request.request_id and isinstance(name, str)
+    for number, request in requests.submitted.items():
+        if request is None:
+            assert entries[number].redacted
+            continue
+        assert entries[number].name == request.request_id
+        assert isinstance(request.request_id, str)
         rows = request.indices
-        assert rows and all(type(i) is int and 0 <= i < N for i in rows)
+        assert rows and all(type(i) is int and i >= 0 for i in rows)
         assert list(rows) == sorted(set(rows))
     assert requests.done <= set(requests.submitted)
-    assert [e["number"] for e in entries] == list(range(len(entries)))
-    assert all(type(e["number"]) is int for e in entries)
+    assert [e.number for e in entries] == list(range(len(entries)))
+    assert all(type(e.number) is int for e in entries)
 
 
 def deletion_equal(original):
-    wanted = [json.loads(line) for line in original.splitlines()]
-
     def equal(answer):
         _, entries, complete = answer
-        if complete:
-            return entries == wanted
-        kept = [e for e in entries if e["kind"] != "repaired"]
-        return kept == wanted[: len(kept)] and len(entries) - len(kept) <= 1
+        said = [(e.number, e.time, e.kind, e.name, e.payload) for e in entries]
+        return complete and said == wanted
 
+    with _file(original) as path:
+        wanted = [
+            (e.number, e.time, e.kind, e.name, e.payload) for e in read_entries(path)
+        ]
     return equal
 
 
-def deletion_edit(content, chance, *, seal):
-    return other_chain(content, chance, seal=seal)
+def json_lines_equal(original):
+    """The same lines, or fewer of them: of a prefix nothing tells that it is one."""
+
+    def equal(answer):
+        *entries, imported = answer[1]
+        said = [(e.time, e.kind, e.name, e.payload) for e in entries]
+        return imported.kind == "import" and said == wanted[: len(said)]
+
+    with _file(original) as path:
+        *entries, _ = json_lines_reader(path)[1]
+        wanted = [(e.time, e.kind, e.name, e.payload) for e in entries]
+    return equal
+
+
+@contextmanager
+def _file(content):
+    """A file with some content."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "deletions")
+        path.write_bytes(content)
+        yield path
+
+
+def _head(content):
+    with _file(content) as path:
+        return verify(path).head
 
 
 def trace_check(run):
@@ -90,14 +138,19 @@ def trace_edit(content, chance, *, seal):
         return b'{"a":' * 5000
 
 
-def read_unlearned(record):
+def read_unlearned(log):
+    killed = edited_log(  # before it logged "done"
+        log,
+        "DELETE FROM entries WHERE number > 1",
+        "DELETE FROM payloads WHERE number > 1",
+    )
+
     def read(path):
-        lines = record.splitlines(keepends=True)[:2]  # killed before it said "done"
-        (path.parent / "deletions").write_bytes(b"".join(lines))
+        (path.parent / "deletions").write_bytes(killed)
         mine = originals.requests_about(path.parent / "deletions")
         path.rename(mine.weights_path)
         worker = originals.unlearner()
-        mine._resume(worker)
+        mine.resume(worker)
         return worker.model.state_dict()
 
     return read
@@ -129,7 +182,14 @@ def record_targets():
             deletion_reader(deletions),
             deletion_check,
             deletion_equal(deletions),
-            deletion_edit,
+            other_log,
+        ),
+        "json lines": Target(
+            OLD_LOG.read_bytes(),
+            json_lines_reader,
+            deletion_check,
+            json_lines_equal(OLD_LOG.read_bytes()),
+            other_chain,
         ),
         "unlearned": Target(
             unlearned,

@@ -1,0 +1,628 @@
+"""The deletion log: a tamper-evident list of requests and what was done about them.
+
+Every entry stores the hash of the entry before it, so no entry can be changed, removed
+or inserted without breaking that chain. The chain does not cover what an entry says
+(its *payload*: who asked, for which examples) but a salted commitment to it. The
+payload lies beside the chain in the same SQLite file and can be redacted later: the
+commitment stays, and the chain still verifies.
+
+*Guarantee.* An entry is on the disk when ``append`` returns. A process that is killed
+leaves the log with the entry or without it, never with a part of it. Several processes
+may append at once, and an append takes the same time however long the log is.
+
+*What breaks it.* Whoever can write to the file can remove the last entries, put an old
+copy in its place, or write a whole new chain. The chain alone cannot show that: note
+``head`` where the log's keeper cannot write, and pass it to ``verify``.
+
+>>> import tempfile
+>>> log = DeletionLog(tempfile.mkdtemp() + "/deletions.db")
+>>> entry = log.append("request", {"indices": [3, 5]}, name="2026-001")
+>>> log.redact(entry.number).kind
+'redaction'
+>>> found = verify(log.path)
+>>> found.head == log.head, found.num_entries, found.redacted
+(True, 2, (0,))
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from opacus_pi._validate import expect
+
+__all__ = [
+    "START",
+    "DeletionLog",
+    "Entry",
+    "Verification",
+    "read_entries",
+    "verify",
+]
+
+START = "0" * 64  # what the first entry has in place of a hash before it
+REDACTION = "redaction"
+
+_APPLICATION = 0x6F706C67  # SQLite's application_id; the letters "oplg"
+_FORMAT = 1
+_TABLES = {
+    "entries": "CREATE TABLE entries (number INTEGER PRIMARY KEY, time TEXT NOT NULL, "
+    "kind TEXT NOT NULL, commitment TEXT NOT NULL, previous TEXT NOT NULL, "
+    "hash TEXT NOT NULL)",
+    "payloads": "CREATE TABLE payloads (number INTEGER PRIMARY KEY, name TEXT UNIQUE, "
+    "salt BLOB NOT NULL, body TEXT NOT NULL)",
+}
+_COLUMNS = (
+    "SELECT entries.number, time, kind, commitment, previous, hash, "
+    "payloads.number, name, salt, body "
+    "FROM entries LEFT JOIN payloads ON payloads.number = entries.number "
+)
+_ENTRIES_AT_ONCE = 1000  # held in memory while a log is read
+_SECONDS_TO_WAIT = 30.0  # for other processes that write
+# What SQLite says where the place is at fault, not the content of the file.
+_FAULTS_OF_THE_PLACE = {
+    "is full": errno.ENOSPC,
+    "readonly database": errno.EROFS,
+    "unable to open": errno.EACCES,
+    "disk I/O error": errno.EIO,
+    "is locked": errno.ETIMEDOUT,
+}
+_RESTORE = "Restore the file from a copy."
+_SOMETHING_ELSE = "Name a deletion log, or a file that does not exist yet."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a deletion log.
+
+    Args:
+        number: Position in the log, from 0.
+        time: When it was appended, ISO 8601 in UTC.
+        kind: What happened, such as ``"request"``.
+        commitment: SHA-256 of salt, name and payload, hexadecimal.
+        previous: Hash of the entry before; ``START`` for the first.
+        hash: SHA-256 of the five fields above, hexadecimal.
+        name: The entry's unique name within the log, or None.
+        payload: What the entry says; None if it was redacted.
+    """
+
+    number: int
+    time: str
+    kind: str
+    commitment: str
+    previous: str
+    hash: str
+    name: str | None = None
+    payload: dict[str, Any] | None = field(default=None, hash=False)
+
+    @property
+    def redacted(self) -> bool:
+        """Whether the payload was removed."""
+        return self.payload is None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What ``verify`` found in a log whose chain is unbroken.
+
+    Args:
+        head: Hash of the last entry; ``START`` for a log without entries.
+        num_entries: Number of entries.
+        num_added: Entries after the head that was passed; None if none was.
+        redacted: Numbers of the entries whose payload was redacted, increasing.
+    """
+
+    head: str
+    num_entries: int
+    num_added: int | None = None
+    redacted: tuple[int, ...] = ()
+
+
+class DeletionLog:
+    """A deletion log in one SQLite file, which only its owner can read.
+
+    Opening checks that the file is a deletion log, and its last entry. ``entries`` and
+    ``verify`` check all of it. Each call opens the file anew, so one object may be used
+    by several threads and after a fork.
+
+    Args:
+        path: The file; made if it does not exist. It names people's data: guard it.
+
+    Raises:
+        ValueError: If the file is something else, damaged, or of a newer release.
+        OSError: If it cannot be made or opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not os.path.lexists(self.path):
+            put_new_file(self.path, write_new)
+        with _connected(self.path, "rw") as connection:
+            _last(connection, self.path)
+
+    @property
+    def head(self) -> str:
+        """Hash of the last entry; note it elsewhere to notice missing last entries."""
+        with _connected(self.path, "rw") as connection:
+            last = _last(connection, self.path)
+        return last.hash if last else START
+
+    def entries(self) -> Iterator[Entry]:
+        """Read all entries, oldest first, each verified before it is returned.
+
+        Raises:
+            ValueError: If the chain is broken or the file is damaged. What is wrong
+                with a later entry is found when the iteration gets there.
+        """
+        return _read(self.path, "rw")
+
+    def find(self, name: str) -> Entry | None:
+        """Return the entry of a name, or None.
+
+        Args:
+            name: As passed to ``append``. The name of a redacted entry is not found.
+        """
+        with _connected(self.path, "rw") as connection:
+            return _named(connection, self.path, name)
+
+    def append(
+        self, kind: str, payload: Mapping[str, Any], *, name: str | None = None
+    ) -> Entry:
+        """Append an entry; it is on the disk when this returns.
+
+        Args:
+            kind: What happened.
+            payload: The facts, JSON-able.
+            name: A name that no other entry has. If an entry has it already, nothing
+                is appended, and that entry is returned.
+
+        Returns:
+            The new entry, or the one that has the name.
+
+        Raises:
+            TypeError: If the payload is not JSON-able; nothing was written.
+            ValueError: The same, for NaN and infinity; or the log is damaged.
+            OSError: If it could not be written; the log is as it was.
+        """
+        body = payload_text(payload)
+        with writing(self.path) as connection:
+            known = None if name is None else _named(connection, self.path, name)
+            return known or append_within(connection, self.path, kind, body, name)
+
+    def redact(self, number: int, reason: str = "") -> Entry:
+        """Remove the payload of an entry for good; its commitment stays in the chain.
+
+        The redaction is itself an entry. SQLite overwrites the payload with zeros; what
+        the file system or a copy of the file still holds is beyond its reach.
+
+        Args:
+            number: The entry's.
+            reason: Why, to be stored with the redaction.
+
+        Returns:
+            The entry that says so. For a redacted entry: the entry itself, unchanged.
+
+        Raises:
+            ValueError: If there is no such entry, or it is a redaction.
+            OSError: If it could not be written; the log is as it was.
+        """
+        body = payload_text({"entry": number, "reason": reason})
+        with writing(self.path) as connection:
+            known = isinstance(number, int) and 0 <= number < 2**63
+            rows = connection.execute(
+                _COLUMNS + "WHERE entries.number = ?", (number if known else -1,)
+            ).fetchall()
+            expect(
+                len(rows) == 1,
+                "number",
+                number,
+                "must be the number of an entry",
+                "See entries().",
+            )
+            entry = _checked(rows[0], self.path)
+            expect(
+                entry.kind != REDACTION,
+                "number",
+                number,
+                "must not be that of a redaction",
+                "A redaction says which entry was redacted, and nothing else.",
+            )
+            if entry.redacted:
+                return entry
+            connection.execute("DELETE FROM payloads WHERE number = ?", (number,))
+            return append_within(connection, self.path, REDACTION, body)
+
+
+def read_entries(path: str | os.PathLike[str]) -> Iterator[Entry]:
+    """Read the entries of a log without changing the file.
+
+    Args:
+        path: The file.
+
+    Yields:
+        The entries, oldest first, each verified.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As ``verify``.
+    """
+    return _read(Path(path), "ro")
+
+
+def verify(path: str | os.PathLike[str], head: str | None = None) -> Verification:
+    """Check a deletion log without changing the file.
+
+    At most a thousand entries are held in memory at a time.
+
+    Args:
+        path: The file.
+        head: The hash that an entry must have, noted elsewhere when it was the last;
+            None checks the chain only, which cannot show that entries are missing at
+            the end.
+
+    Returns:
+        The head, the number of entries, and which of them were redacted.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If an entry was changed, removed or inserted, a payload was changed
+            or removed without a redaction, the file is damaged or something else, or
+            no entry has the hash.
+    """
+    path = Path(path)
+    with _connected(path, "ro") as connection:
+        ((answer,),) = connection.execute("PRAGMA integrity_check(1)").fetchall()
+        extra = connection.execute(
+            "SELECT number FROM payloads "
+            "WHERE number NOT IN (SELECT number FROM entries) LIMIT 1"
+        ).fetchall()
+    _require_whole(answer == "ok", path, answer)
+    _require_unedited(not extra, path, "It has a payload without an entry.")
+    last, num_entries, place = START, 0, 0 if head == START else None
+    redacted: list[int] = []
+    for entry in _read(path, "ro"):
+        last, num_entries = entry.hash, entry.number + 1
+        if entry.hash == head:
+            place = num_entries
+        if entry.redacted:
+            redacted.append(entry.number)
+    if head is None:
+        return Verification(last, num_entries, None, tuple(redacted))
+    expect(
+        place is not None,
+        "head",
+        head,
+        f"must be the hash of one of the {num_entries} entries",
+        f"The last one has {last}: entries are missing at the end, or this is another "
+        "log.",
+    )
+    return Verification(last, num_entries, num_entries - (place or 0), tuple(redacted))
+
+
+def looks_like_a_log(start: bytes) -> bool:
+    """Whether a file begins like a deletion log, or like a damaged one.
+
+    Args:
+        start: At least the first 4096 bytes, one page of the database.
+    """
+    application = start[68:72]  # SQLite's file format, section 1.3.14
+    return (
+        application == _APPLICATION.to_bytes(4, "big")
+        or _TABLES["payloads"].encode() in start[:4096]
+    )
+
+
+# ------------------------------------------------------------------ the file
+
+
+def put_new_file(path: Path, write: Callable[[Path], None]) -> bool:
+    """Put a file under a name that is not taken; if it is, leave what is there.
+
+    The file is written under a hidden name and then linked to its own: under ``path``
+    it is never half written, and it never replaces another.
+
+    Args:
+        path: The file's name.
+        write: Fills an empty file, which only its owner can read, and syncs it.
+
+    Returns:
+        Whether the name was free.
+    """
+    handle, hidden = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
+    os.close(handle)
+    try:
+        write(Path(hidden))
+        try:
+            os.link(hidden, path)
+        except FileExistsError:
+            return False
+        sync_directory(path.parent)
+        return True
+    finally:
+        os.unlink(hidden)
+
+
+def write_new(path: Path) -> None:
+    """Turn an empty file into a log without entries."""
+    with _opened(path, "rw") as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(f"PRAGMA application_id = {_APPLICATION}")
+        connection.execute(f"PRAGMA user_version = {_FORMAT}")
+        for statement in _TABLES.values():
+            connection.execute(statement)
+        connection.execute("COMMIT")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that is alone in writing; an error takes everything back."""
+    with _connected(path, "rw") as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection  # closing without COMMIT rolls back
+        connection.execute("COMMIT")
+
+
+@contextmanager
+def _connected(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    """A connection to a file that is a deletion log of this format."""
+    expect(
+        os.stat(path).st_size > 0,
+        "path",
+        path,
+        "must be a deletion log",
+        "The file is empty, which a log never is: restore it from a copy, or delete "
+        "the file to begin a new log.",
+    )
+    with _opened(path, mode) as connection:
+        ((application,),) = connection.execute("PRAGMA application_id").fetchall()
+        expect(
+            application == _APPLICATION,
+            "path",
+            path,
+            "must be a deletion log",
+            f"It is an SQLite database of something else. {_SOMETHING_ELSE}",
+        )
+        ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+        expect(
+            version == _FORMAT,
+            "path",
+            path,
+            f"must be a deletion log in format version {_FORMAT}",
+            f"It is in version {version}: read it with the release of opacus_pi that "
+            "wrote it.",
+        )
+        pages = connection.execute(
+            "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+        ).fetchone()
+        complete = os.stat(path).st_size >= pages[0]  # looked at last: it may grow
+        _require_whole(complete, path, "its end is missing")
+        found = dict(
+            connection.execute(
+                "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"
+            ).fetchall()
+        )
+        # Any other table, view or trigger could make a statement do something else.
+        _require_unedited(found == _TABLES, path, "It has other tables or triggers.")
+        yield connection
+
+
+@contextmanager
+def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
+    """A connection to an existing file; what SQLite raises becomes our errors.
+
+    The file is never opened by other means while this process may have a connection to
+    it: closing a file drops all locks that a process holds on it.
+    """
+    place = f"file:{quote(os.path.abspath(path))}?mode={mode}"
+    try:
+        with closing(
+            sqlite3.connect(
+                place, uri=True, timeout=_SECONDS_TO_WAIT, isolation_level=None
+            )
+        ) as connection:
+            for setting in (
+                "synchronous = EXTRA",  # a commit is on the disk, its directory too
+                "secure_delete = ON",  # redacted payloads are overwritten
+                "cell_size_check = ON",
+                "trusted_schema = OFF",
+            ):
+                connection.execute(f"PRAGMA {setting}")
+            yield connection
+    except sqlite3.Error as error:
+        _raise_ours(error, path, mode)
+
+
+def _raise_ours(error: sqlite3.Error, path: Path, mode: str) -> None:
+    """Raise what an error of SQLite means for a deletion log."""
+    said = str(error)
+    if mode == "ro" and ("readonly" in said or "unable to open" in said):
+        expect(
+            not os.path.exists(f"{path}-journal"),
+            "path",
+            path,
+            "must be a deletion log without an unfinished write",
+            "A process was killed while it wrote. The next 'opacus-pi unlearn "
+            "--record' takes the unfinished part back, as does DeletionLog(path).",
+        )
+        # A header that asks for a write-ahead log, which our files never have.
+        odd = path.is_file() and os.access(path, os.R_OK)
+        _require_whole(not odd, path, said)
+    for words, number in _FAULTS_OF_THE_PLACE.items():
+        if words in said:
+            raise OSError(number, f"{os.strerror(number)} ({said})", str(path))
+    if "not a database" in said:
+        with path.open("rb") as file:
+            lines = file.read(8) == b'{"body":'
+        remedy = (
+            "It is a log of JSON lines, which earlier releases wrote. Import it into a "
+            "new file: opacus_pi.unlearning.import_log(old, new)."
+        )
+        expect(
+            False,
+            "path",
+            path,
+            "must be an SQLite deletion log" if lines else "must be a deletion log",
+            remedy if lines else _SOMETHING_ELSE,
+        )
+    _require_whole(False, path, said)
+
+
+def _require_whole(condition: bool, path: Path, damage: str) -> None:
+    """Refuse a damaged file."""
+    remedy = f"It is damaged ({damage}). {_RESTORE}"
+    expect(condition, "path", path, "must be a whole deletion log", remedy)
+
+
+def _require_unedited(condition: bool, path: Path, finding: str) -> None:
+    """Refuse a file that was changed by other means."""
+    remedy = f"{finding} {_RESTORE}"
+    expect(condition, "path", path, "must be an unedited deletion log", remedy)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable, after a file was made or renamed."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ------------------------------------------------------------------ entries
+
+
+def append_within(
+    connection: sqlite3.Connection,
+    path: Path,
+    kind: str,
+    body: str,
+    name: str | None = None,
+    time: str | None = None,
+) -> Entry:
+    """Append an entry in an open transaction.
+
+    Args:
+        connection: Of ``writing``.
+        path: The log, for messages.
+        kind: What happened.
+        body: The payload as JSON text.
+        name: The entry's unique name, or None.
+        time: ISO 8601; default now.
+    """
+    last = _last(connection, path)
+    number, previous = (last.number + 1, last.hash) if last else (0, START)
+    time = time or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    salt = secrets.token_bytes(32)
+    commitment = _commitment(salt, _name_text(name), body)
+    chained = _hash(number, time, kind, commitment, previous)
+    connection.execute(
+        "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)",
+        (number, time, kind, commitment, previous, chained),
+    )
+    connection.execute(
+        "INSERT INTO payloads VALUES (?, ?, ?, ?)",
+        (number, _name_text(name), salt, body),
+    )
+    payload = json.loads(body)
+    return Entry(number, time, kind, commitment, previous, chained, name, payload)
+
+
+def _read(path: Path, mode: str) -> Iterator[Entry]:
+    """Verified entries, some at a time, so that no writer has to wait for the end."""
+    previous, missing = START, set[int]()
+    number = 0
+    while True:
+        with _connected(path, mode) as connection:
+            rows = connection.execute(
+                _COLUMNS + "WHERE entries.number >= ? ORDER BY entries.number LIMIT ?",
+                (number, _ENTRIES_AT_ONCE),
+            ).fetchall()
+        for row in rows:
+            entry = _checked(row, path)
+            follows = (entry.number, entry.previous) == (number, previous)
+            _require_unedited(follows, path, f"Entry {number} breaks the chain.")
+            if entry.redacted:
+                missing.add(number)
+            elif entry.kind == REDACTION:
+                missing.discard((entry.payload or {}).get("entry", -1))
+            yield entry
+            number, previous = number + 1, entry.hash
+        if len(rows) < _ENTRIES_AT_ONCE:
+            break
+    _require_unedited(
+        not missing,
+        path,
+        f"The payload of entry {min(missing, default=0)} was removed, and no entry "
+        "says that it was redacted.",
+    )
+
+
+def _last(connection: sqlite3.Connection, path: Path) -> Entry | None:
+    """The last entry, checked; None if there is none."""
+    row = connection.execute(
+        _COLUMNS + "ORDER BY entries.number DESC LIMIT 1"
+    ).fetchone()
+    return None if row is None else _checked(row, path)
+
+
+def _named(connection: sqlite3.Connection, path: Path, name: str) -> Entry | None:
+    """The entry of a name, checked; None if there is none."""
+    row = connection.execute(
+        _COLUMNS + "WHERE payloads.name = ?", (_name_text(name),)
+    ).fetchone()
+    return None if row is None else _checked(row, path)
+
+
+def _checked(row: tuple[Any, ...], path: Path) -> Entry:
+    """An entry from the tables, if its hash and its payload are right."""
+    number, time, kind, commitment, previous, chained = row[:6]
+    payload_number, name, salt, body = row[6:]
+    texts = (time, kind, commitment, previous, chained)
+    good = type(number) is int and all(type(text) is str for text in texts)
+    good = good and _hash(number, *texts[:-1]) == chained
+    _require_unedited(good, path, f"Entry {number} breaks the chain.")
+    entry = Entry(number, *texts)
+    if payload_number is None:
+        return entry
+    good = type(salt) is bytes and type(body) is str and type(name) in (str, type(None))
+    good = good and _commitment(salt, name, body) == commitment
+    _require_unedited(good, path, f"Entry {number} has another payload.")
+    try:
+        payload = json.loads(body)
+        plain_name = None if name is None else json.loads(name)
+    except (ValueError, RecursionError):
+        payload = plain_name = None
+    good = type(payload) is dict and (name is None or type(plain_name) is str)
+    _require_unedited(good, path, f"The payload of entry {number} is no JSON object.")
+    return replace(entry, name=plain_name, payload=payload)
+
+
+def _hash(number: int, time: str, kind: str, commitment: str, previous: str) -> str:
+    """SHA-256 of everything in an entry but its hash."""
+    content = json.dumps([number, time, kind, commitment, previous])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _commitment(salt: bytes, name: str | None, body: str) -> str:
+    """SHA-256 of a payload behind a random salt, so that it cannot be guessed."""
+    return hashlib.sha256(salt + json.dumps([name, body]).encode()).hexdigest()
+
+
+def _name_text(name: str | None) -> str | None:
+    """A name as it is stored: as JSON, because SQLite does not take every string."""
+    return None if name is None else json.dumps(name)
+
+
+def payload_text(payload: Mapping[str, Any]) -> str:
+    """The one way to write a payload."""
+    return json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,128 @@
+"""The weights that honour the requests of a log, and what their file says about them.
+
+Besides the weights, the file holds which requests they honour, which examples they
+have forgotten and by what kind of runs. It is replaced in one step, so that the weights
+and these facts always belong together.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from opacus_pi._validate import expect
+from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
+from opacus_pi.files.weights_file import read_weights, write_weights
+from opacus_pi.unlearning.claims import History, history_from_json
+from opacus_pi.unlearning.deletion_log import sync_directory
+from opacus_pi.unlearning.unlearner import Unlearner
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights that honour requests, and what their file says about them.
+
+    Args:
+        state: The weights by name.
+        entries: Hashes of the entries of the requests that they honour.
+        names: In files of earlier releases, the names of those requests instead.
+        forgotten: Positions in the training set, sorted.
+        history: The runs that the weights went through.
+    """
+
+    state: dict[str, Tensor] = field(default_factory=dict)
+    entries: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
+    forgotten: tuple[int, ...] = ()
+    history: History = field(default_factory=History)
+
+
+def weights_path_of(path: str | os.PathLike[str]) -> Path:
+    """Where the weights that honour a log's requests are stored."""
+    return Path(f"{os.fspath(path)}.safetensors")
+
+
+def store_weights(path: Path, unlearner: Unlearner, entries: Iterable[str]) -> None:
+    """Write an unlearner's weights and what they honour in one atomic step.
+
+    Args:
+        path: The file.
+        unlearner: Its model, what it has forgotten, and its history are stored.
+        entries: Hashes of the entries of the requests that the weights honour.
+    """
+    facts = {
+        "honoured_entries": json.dumps(sorted(entries)),
+        "forgotten": json.dumps(unlearner.forgotten.tolist()),
+        "history": unlearner.history.text,
+    }
+    write_weights(path, UNLEARNED_WEIGHTS, unlearner.model.state_dict(), facts)
+    sync_directory(path.parent)
+
+
+def stored_weights(path: Path, num_examples: int) -> StoredWeights:
+    """Read the stored weights; without a file those that honour no request.
+
+    Raises:
+        ValueError: If the file is damaged, or does not say what it honours.
+    """
+    if not path.exists():
+        return StoredWeights()
+    state, facts = read_weights(path, UNLEARNED_WEIGHTS)
+    by_hash = "honoured_entries" in facts
+    honoured = _list_from(facts.get("honoured_entries" if by_hash else "honoured"))
+    rows = _list_from(facts.get("forgotten"))
+    history = history_from_json(facts.get("history"))
+    expect(
+        history is not None
+        and all(isinstance(name, str) for name in honoured)
+        and all(type(row) is int and 0 <= row < num_examples for row in rows),
+        "weights_path",
+        path,
+        f"must name the requests it honours, which of {num_examples} examples it "
+        "forgot, and how",
+        "Restore the file from a copy.",
+    )
+    entries, names = (honoured, ()) if by_hash else ((), honoured)
+    return StoredWeights(
+        state, frozenset(entries), frozenset(names), tuple(rows), cast(History, history)
+    )
+
+
+def _list_from(text: str | None) -> list[Any]:
+    """A list from its JSON; for anything else a list that fails every check."""
+    try:
+        found = json.loads(text or "")
+    except (ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, list) else [None]
+
+
+def load_weights_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Give a model stored weights, all of them or none."""
+    own = model.state_dict()
+    differing = {
+        name
+        for name in {*own, *state}
+        if name not in own
+        or name not in state
+        or (own[name].shape, own[name].dtype) != (state[name].shape, state[name].dtype)
+    }
+    expect(
+        not differing,
+        "weights_path",
+        path,
+        "must fit the unlearner's model",
+        f"They differ in {', '.join(sorted(differing)[:5])}: make the unlearner from "
+        "the model that the requests are about.",
+    )
+    model.load_state_dict(state)
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
