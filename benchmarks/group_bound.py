@@ -38,7 +38,7 @@ from opacus_pi.accounting import (
     theorem_b1_estimates,
 )
 from opacus_pi.difficulty.forget_sets import difficulty_strata
-from opacus_pi.recording.group_record import gram_ledger
+from opacus_pi.recording import gram_ledger
 
 CRITERION = nn.CrossEntropyLoss()
 BOUNDS = ("coupled", "scalar", "operator_norm")

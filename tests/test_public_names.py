@@ -38,7 +38,7 @@ ACCOUNTING = {
     "worst_case_loss",
 }
 ELSEWHERE = {
-    "opacus_pi.recording.group_record": {"gram_ledger"},
+    "opacus_pi.recording.gram_recording": {"gram_ledger"},
     "opacus_pi.evaluation": {
         "evaluate",
         "gaussian_unlearning_score",

@@ -29,7 +29,7 @@ from opacus_pi.integration.opacus_compat import has_skipped_last_step
 from opacus_pi.integration.schedules import is_poisson, unknown_schedule
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.random_states import RandomStates
-from opacus_pi.recording.saved_run import require_version
+from opacus_pi.recording.saved_state import require_version
 
 CHECKPOINT_KEY = "opacus_pi"
 FILTER_KEY = "opacus_pi_filter"

@@ -108,7 +108,7 @@ class GroupAccountant(RDPAccountant):
         Args:
             order: Rényi order, above 1.
             gram_ledger: The Gram matrices of one group, from
-                ``opacus_pi.recording.group_record.gram_ledger``. Default: the worst
+                ``opacus_pi.recording.gram_ledger``. Default: the worst
                 case over all groups of ``group_size`` examples, which is a bound in
                 both directions.
             **options: Options of ``opacus_pi.accounting.group_divergence``.

@@ -40,9 +40,8 @@ from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.losses import Criterion
 from opacus_pi.recording import Recorder
-from opacus_pi.recording.last_weights import LastWeights
-from opacus_pi.recording.processes import Processes
-from opacus_pi.recording.shared_sweep import shared_sweep
+from opacus_pi.recording.distributed import Processes, shared_sweep
+from opacus_pi.recording.weights import LastWeights
 
 
 def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:

@@ -1,6 +1,11 @@
-"""From a training loop to a ledger: what to keep of every update, and when."""
+"""From a training loop to a ledger: what is kept of every update, and when.
+
+``Recorder`` says how often a row is written and what it holds. ``gram_ledger``
+computes, after training, what the bounds for a group of examples need.
+"""
 
 from opacus_pi._errors import AccountingError
+from opacus_pi.recording.gram_recording import gram_ledger
 from opacus_pi.recording.recorder import Recorder
 
-__all__ = ["AccountingError", "Recorder"]
+__all__ = ["AccountingError", "Recorder", "gram_ledger"]

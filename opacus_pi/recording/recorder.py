@@ -1,7 +1,13 @@
-"""When a row of the ledger is written, from what a training loop reports.
+"""Decide when a row of the ledger is written, from what a training loop reports.
 
-The recorder knows no model, no order and no mathematics: it is told which examples
-entered an update and with which gradient norm, or it is given a sweep to call.
+A training loop reports which examples entered an update and with which gradient norm,
+and counts the update. The recorder keeps the reports, and closes a row when one is due.
+It knows no model and no accounting: where norms must be measured by an extra pass, it
+calls the function that it was given.
+
+The recorder guarantees that a row holds exactly what was reported or measured for it.
+Where this fails (a norm is not finite, or the loop calls ``refuse``) it gives no ledger
+any more, while training goes on.
 
 >>> import torch
 >>> recorder = Recorder(every=0.5)
@@ -14,9 +20,11 @@ array([[0.5, 2. , nan, nan],
        [nan, nan, 0.5, 2. ]], dtype=float32)
 """
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -27,31 +35,127 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.ledger.checks import CHANGED
-from opacus_pi.recording.last_weights import LastWeights
-from opacus_pi.recording.measured_row import float32_row, require_callable
-from opacus_pi.recording.merging import merge_
-from opacus_pi.recording.options import RecorderOptions
-from opacus_pi.recording.processes import Processes
-from opacus_pi.recording.recorded_run import RecordedRun, Settings
-from opacus_pi.recording.waiting import WaitingReports
-from opacus_pi.recording.weights import save_weights
+from opacus_pi.recording.distributed import Processes, merge_
+from opacus_pi.recording.run import RecordedRun, UpdateSettings, WaitingReports
+from opacus_pi.recording.schedule import (
+    checked_every,
+    evenly_spaced_steps,
+    stratified_steps,
+)
+from opacus_pi.recording.weights import LastWeights, save_weights
+
+__all__ = ["Recorder"]
+
+R = TypeVar("R", bound="RecorderOptions")
+
+_MEASURED = ("grad_norms", "confidences", "errors", "correct")
+
+
+class RecorderOptions:
+    """The options of ``Recorder``, checked; ``Recorder`` documents them."""
+
+    def __init__(
+        self,
+        mode: Literal["observed", "swept"] = "observed",
+        every: float | Sequence[int] = 1.0,
+        *,
+        criterion: Callable[[Any, Any], Tensor] | None = None,
+        strict: bool = False,
+        verify: bool = True,
+        weights_dir: str | os.PathLike[str] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        expect(
+            mode in ("observed", "swept"),
+            "mode",
+            repr(mode),
+            'must be "observed" or "swept"',
+            "It says how the norms are measured.",
+        )
+        positive(batch_size=batch_size, remedy="A sweep measures that many at once.")
+        self.mode = mode
+        self.every = checked_every(every)
+        expect(
+            mode == "swept" or not self._starts_with_a_row,
+            "every",
+            list(every) if isinstance(every, Sequence) else every,
+            "must be above 0 where norms are observed",
+            "Before the first update there is nothing to observe.",
+        )
+        self.criterion = criterion
+        self.strict = strict
+        self.verify = verify
+        self.weights_dir = None if weights_dir is None else Path(weights_dir)
+        self.batch_size = batch_size
+
+    @classmethod
+    def evenly_spaced(
+        cls: type[R], num_checkpoints: int = 35, *, num_steps: int, **options: Any
+    ) -> R:
+        """Return a recorder whose rows are evenly spaced over a run of known length.
+
+        Rows after ``round(num_steps * (i + 1) / num_checkpoints)`` updates, as in the
+        paper, section 5.1 (there 35 checkpoints).
+
+        Args:
+            num_checkpoints: Number of rows, N.
+            num_steps: Number of updates of the whole run, T.
+            **options: The other options of ``Recorder``.
+
+        Raises:
+            ValueError: If there are more rows than updates.
+        """
+        return cls(every=evenly_spaced_steps(num_checkpoints, num_steps), **options)
+
+    @classmethod
+    def stratified(
+        cls: type[R],
+        num_checkpoints: int = 35,
+        *,
+        num_steps: int,
+        generator: torch.Generator,
+        **options: Any,
+    ) -> R:
+        """Return a recorder of swept rows at random, one in each equal part of a run.
+
+        With ``rule="stratified"`` sums over the rows are unbiased for sums over all
+        updates, which no fixed choice of rows is. Losses that average several runs
+        need their rows at the same steps: give each run a generator with the same seed.
+
+        Args:
+            num_checkpoints: Number of rows, N.
+            num_steps: Number of updates of the whole run, T; the rule refuses a run of
+                another length.
+            generator: Source of the random draws.
+            **options: The other options of ``Recorder``.
+
+        Raises:
+            ValueError: If there are more rows than updates.
+        """
+        every = stratified_steps(num_checkpoints, num_steps, generator)
+        return cls("swept", every, **options)
+
+    @property
+    def _starts_with_a_row(self) -> bool:
+        """Whether a row is due before the first update."""
+        return isinstance(self.every, tuple) and self.every[0] == 0
 
 
 class Recorder(RecorderOptions):
-    """Writes rows of per-example gradient norms while a model is being trained.
+    """Record per-example gradient norms while a model is being trained.
 
     Args:
-        mode: ``"observed"``: the norms that training computes anyway, each example's
-            latest participation since the row before. ``"swept"``: at each row, the
+        mode: ``"observed"``: the norms that training computes anyway; a row holds each
+            example's latest norm since the row before. ``"swept"``: at each row, the
             norms of all examples by a pass of their own that leaves no trace.
         every: A number: epochs (``1 / sample_rate`` updates) from row to row, may be
             fractional. A sequence: rows after exactly these updates; 0, for swept
             rows, is before the first.
         criterion: ``criterion(outputs, targets)`` for sweeps, one loss per example.
-        strict: Raise at once where the run can no longer be accounted, instead of
-            training on and refusing the ledger.
-        verify: Whether batches that reach the model as copies are recognised by their
-            content.
+        strict: Whether to raise at once when the run can no longer be accounted,
+            instead of training on without a ledger.
+        verify: Whether samples of batches that were copied are matched to examples by
+            their content.
         weights_dir: Directory for the weights of every row, one safetensors file
             each, ``weights-00000123.safetensors`` after 123 updates; None: not kept.
         batch_size: Examples a sweep measures at once.
@@ -81,11 +185,11 @@ class Recorder(RecorderOptions):
 
     @property
     def ledger(self) -> GradNormLedger:
-        """The record up to now; training may go on.
+        """The ledger of all updates so far; training may go on.
 
-        Where ``noise_std``, ``max_grad_norm`` or ``sample_rate`` changed within the
-        updates of one row, the row carries the least noise and the largest of the
-        others: none of its updates is charged too little.
+        If ``noise_std``, ``max_grad_norm`` or ``sample_rate`` changed within the update
+        interval of a row, the ledger holds the least noise and the largest of the
+        others for it. So none of its updates is charged too little.
 
         Raises:
             AccountingError: If nothing has been recorded, or the run cannot be
@@ -120,9 +224,10 @@ class Recorder(RecorderOptions):
             sweep: For mode ``"swept"``: returns an object with ``grad_norms`` and
                 possibly ``confidences``, ``errors``, ``correct``, each ``(n,)``.
             weights: For ``weights_dir``: returns the state dict of now.
-            processes: Of a distributed run; all begin it. Rows hold what all observed,
-                and the first process keeps the weights.
-            last_weights: Knows the name of the weights that the last update left.
+            processes: The processes of a distributed run, each of which calls this.
+                Rows hold what all of them observed, and the first one saves the
+                weights.
+            last_weights: Gives the name of the weights that the last update left.
 
         Raises:
             ValueError: If an argument is outside its domain or missing, or a loaded
@@ -131,10 +236,10 @@ class Recorder(RecorderOptions):
         positive(num_examples=num_examples, remedy="Count the examples.")
         positive(sample_rate=sample_rate, remedy="Nothing is ever drawn at rate 0.")
         NoisySGD(0, sample_rate, noise_std=0.0, sampling=sampling)  # checks them
-        require_callable(
+        _require_callable(
             "sweep", sweep, self.mode == "swept", "Recorder(criterion=...)"
         )
-        require_callable(
+        _require_callable(
             "weights", weights, self.weights_dir is not None, "a state dict"
         )
         run = RecordedRun(self.mode, num_examples, sample_rate, sampling, data_set)
@@ -151,26 +256,27 @@ class Recorder(RecorderOptions):
             self._write_row()
 
     def observe(self, indices: Tensor, grad_norms: Tensor) -> None:
-        """Report rows that enter the update to come; call before ``step``.
+        """Report the norms of one physical batch of the next update.
 
-        Reports are put down later, many updates at once, unless the recorder is
-        strict. A swept recorder measures for itself and ignores the report. A norm
-        that is not finite makes the ledger refuse.
+        Call it before ``step``, as often as the update has physical batches. The report
+        is checked and copied. It enters the record later, together with others, unless
+        the recorder is strict. A swept recorder measures for itself and ignores
+        reports. After a norm that is not finite there is no ledger any more.
 
         Args:
-            indices: int64 ``(b,)``, which examples; of one named twice the later
-                norm stays.
+            indices: int64 ``(b,)``, positions in the data set. If a position occurs
+                twice, the later norm stays.
             grad_norms: float ``(b,)``, L2 norms before clipping.
 
         Raises:
-            ValueError: If the lengths differ or an index is no example's.
+            ValueError: If the lengths differ or an index is outside the data set.
         """
         expect(
             indices.shape == grad_norms.shape and grad_norms.dim() == 1,
             "grad_norms",
             f"a tensor of shape {tuple(grad_norms.shape)}",
             f"must have one norm per index, shape {tuple(indices.shape)}",
-            "Report one norm for each row of the batch.",
+            "Report one norm for each sample of the batch.",
         )
         if indices.device.type == "cpu":
             self._begun().require_examples(indices.numpy())
@@ -182,7 +288,14 @@ class Recorder(RecorderOptions):
         indices: Tensor | NDArray[np.int64] | Sequence[int],
         grad_norms: Tensor,
     ) -> None:
-        """Do as ``observe``, with what fits and is never written to again."""
+        """Report norms as ``observe`` does, without checks and copies.
+
+        For the optimizer, which reports in every update and made both arguments itself.
+
+        Args:
+            indices: ``(b,)``, positions in the data set, surely within it.
+            grad_norms: float ``(b,)``, on any device; nobody may write to it later.
+        """
         run = self._begun()
         if self.mode == "swept" or run.refusal:
             return
@@ -201,15 +314,17 @@ class Recorder(RecorderOptions):
         """Count one update of the weights, and write a row when one is due.
 
         Args:
-            noise_std: Standard deviation of its noise on the **sum** of the
-                per-example gradients.
-            max_grad_norm: Its clip norm, ``inf`` without clipping.
-            sample_rate: Its sample rate; default: the one of ``begin``.
+            noise_std: Standard deviation of the noise on the **sum** of the
+                per-example gradients in this update.
+            max_grad_norm: The clip norm of this update, ``inf`` without clipping.
+            sample_rate: The sample rate of this update. Default: the one of ``begin``.
         """
         run = self._begun()
         self._resumed = False
         rate = run.sample_rate if sample_rate is None else sample_rate
-        run.count_step(Settings(float(noise_std), float(max_grad_norm), float(rate)))
+        run.count_step(
+            UpdateSettings(float(noise_std), float(max_grad_norm), float(rate))
+        )
         if self._last_weights is not None:
             self._last_weights.updated()
         is_over = run.refusal if self._processes is None else self._all_refuse
@@ -217,22 +332,23 @@ class Recorder(RecorderOptions):
             self._write_row()
 
     def name_weights(self) -> None:
-        """Have the ledger name the weights that the last update left.
+        """Store the name of the weights that the last update left in the ledger.
 
-        They are hashed, once after an update. Without it, or where the model is not
-        known, the ledger does not say whose weights it describes.
+        The weights are hashed, at most once after an update. Without this call, or if
+        the model is not known, the ledger does not say which weights it describes.
         """
         run, last = self._begun(), self._last_weights
         if last is not None and run.weights in ("", CHANGED):
             run.weights = last.name() or run.weights
 
     def merge(self) -> None:
-        """Give every process of a distributed run what all have observed so far.
+        """Give every process of a distributed run what all of them have observed.
 
         Rows are merged when they are written; until the next one, a process has its
         own observations only. Call it in all processes, after the same update, before
         one of them reads the ledger or saves a checkpoint for all. Afterwards their
-        ledgers are equal, and the one of a single process that drew the same batches.
+        ledgers are equal, and equal to that of a single process that drew the same
+        batches.
 
         Raises:
             AccountingError: If nothing is recorded, or the recorder is strict and the
@@ -246,10 +362,10 @@ class Recorder(RecorderOptions):
             self.refuse(reason)
 
     def refuse(self, reason: str) -> None:
-        """Let training go on, but give no ledger of it any more, and warn once.
+        """Give no ledger of this run any more, and warn once; training goes on.
 
         Args:
-            reason: What cannot be accounted, and the remedy. The first one stays.
+            reason: What cannot be accounted, and the remedy. Only the first is kept.
 
         Raises:
             AccountingError: At once, if the recorder is strict.
@@ -262,7 +378,7 @@ class Recorder(RecorderOptions):
             warnings.warn(f"This run has no ledger any more. {reason}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything recorded, as tensors, numbers and strings for a checkpoint."""
+        """Return everything recorded, as tensors, numbers and strings."""
         run = self._begun()
         self._fetch_waiting()
         self.name_weights()
@@ -296,7 +412,7 @@ class Recorder(RecorderOptions):
             self._last_weights.forget()
 
     def _begun(self) -> RecordedRun:
-        """The run, once there is one."""
+        """Return the run, or refuse if none has begun."""
         if self._run is None:
             raise AccountingError(
                 "Nothing is being recorded yet. Call make_private, make_monitored or "
@@ -305,13 +421,13 @@ class Recorder(RecorderOptions):
         return self._run
 
     def _write_row(self) -> None:
-        """Close the interval with a row for the weights of now."""
+        """Write a row for the current weights, which ends the update interval."""
         run = self._begun()
         self.merge()
         row = {"grad_norms": run.observed}
         if self.mode == "swept" and not run.refusal:
             measured = cast(Callable[[], Any], self._sweep)()
-            row = float32_row(measured, run.num_examples)
+            row = _float32_row(measured, run.num_examples)
             norms = row["grad_norms"]
             self._refuse_unless_finite(norms, np.full(len(norms), run.num_steps))
         if run.refusal:
@@ -323,7 +439,7 @@ class Recorder(RecorderOptions):
         run.close_row(row)
 
     def _fetch_waiting(self) -> None:
-        """Keep what waits as the examples' latest observation, in order of reports."""
+        """Put the waiting reports into the record, in the order of reporting."""
         reports = self._waiting.take()
         if reports is not None:
             indices, norms, steps = (column.numpy() for column in reports)
@@ -333,7 +449,7 @@ class Recorder(RecorderOptions):
     def _refuse_unless_finite(
         self, norms: NDArray[np.float32], steps: NDArray[np.int64]
     ) -> None:
-        """A gradient that is no number has no finite loss."""
+        """Refuse the run if a norm is infinite or NaN: it has no finite loss."""
         diverged = ~np.isfinite(norms)
         if diverged.any():
             self.refuse(
@@ -341,3 +457,55 @@ class Recorder(RecorderOptions):
                 "training has diverged, and no privacy loss is finite. Lower the "
                 "learning rate."
             )
+
+
+def _float32_row(measured: Any, num_examples: int) -> dict[str, NDArray[np.float32]]:
+    """Return what a sweep measured, as arrays of the ledger.
+
+    Args:
+        measured: An object with ``grad_norms`` and possibly ``confidences``, ``errors``
+            and ``correct``.
+        num_examples: Number of examples, n.
+
+    Returns:
+        float32 ``(n,)`` by name.
+
+    Raises:
+        ValueError: If one has another shape.
+    """
+    given = {name: getattr(measured, name, None) for name in _MEASURED}
+    row = {
+        name: torch.as_tensor(values).detach().cpu().to(torch.float32).numpy()
+        for name, values in given.items()
+        if values is not None
+    }
+    for name, values in row.items():
+        expect(
+            values.shape == (num_examples,),
+            f"sweep().{name}",
+            f"an array of shape {values.shape}",
+            f"must have shape ({num_examples},)",
+            "A sweep measures every example of the data set.",
+        )
+    return row
+
+
+def _require_callable(name: str, given: Any, needed: bool, remedy: str) -> None:
+    """Refuse a recorder that lacks a function which one of its options needs.
+
+    Args:
+        name: The option's name.
+        given: The function, or None.
+        needed: Whether the option is used.
+        remedy: What to pass.
+
+    Raises:
+        ValueError: If it is needed and not given.
+    """
+    expect(
+        given is not None or not needed,
+        name,
+        given,
+        "must be a function",
+        f"This recorder calls it at every row: pass {remedy} to say how.",
+    )

@@ -1,15 +1,37 @@
-"""The weights of a row, kept on disk for what is computed after training."""
+"""The weights of a run: kept on disk at the rows, and named after the last update.
 
+Some bounds need gradients that training did not compute. They are computed afterwards,
+from the weights that ``save_weights`` kept at every row.
+
+``LastWeights`` tells which weights a ledger describes. A guarantee about a model is
+void if the model was changed after its last recorded update, so the ledger holds a hash
+of the weights, or says that they were changed.
+
+>>> model = nn.Linear(2, 1)
+>>> last = LastWeights(model)
+>>> last.updated()
+>>> last.name() == weights_name(model)
+True
+>>> _ = nn.init.zeros_(model.weight)
+>>> last.name()
+'changed'
+"""
+
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from opacus_pi._validate import expect
 from opacus_pi.files.kinds import RECORDED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
+from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.models.copies import unwrap
+from opacus_pi.models.weights_name import weights_name
 
 
 def save_weights(
@@ -21,7 +43,7 @@ def save_weights(
         directory: Where to; made if missing.
         num_steps: Updates done, part of the file's name.
         state: Tensors by name. Tied tensors are written once per name; entries that
-            are no tensors (a module's extra state) are left out.
+            are not tensors (a module's extra state) are left out.
         data_set: Fingerprint of the data set that was trained on.
 
     Returns:
@@ -35,7 +57,7 @@ def save_weights(
 
 
 def saved_weights(directory: Path) -> dict[int, Path]:
-    """The files that ``save_weights`` wrote to a directory, by number of updates.
+    """Return the files that ``save_weights`` wrote, by number of updates.
 
     Args:
         directory: Where they are.
@@ -49,13 +71,13 @@ def saved_weights(directory: Path) -> dict[int, Path]:
 
 
 def load_weights_(model: nn.Module, path: Path, data_set: str | None = None) -> None:
-    """Give a model the weights of a file that ``save_weights`` wrote.
+    """Load the weights of a file that ``save_weights`` wrote into a model.
 
     Args:
         model: A model of the same architecture; changed in place.
         path: The file.
         data_set: Fingerprint of the data set that it must have been trained on;
-            None: of any.
+            None: any data set.
 
     Raises:
         ValueError: If the file is damaged, not of the updates its name says or of
@@ -79,7 +101,7 @@ def load_weights_(model: nn.Module, path: Path, data_set: str | None = None) -> 
 
 
 def _check_facts(path: Path, facts: Mapping[str, str], data_set: str | None) -> None:
-    """Refuse weights of another moment or another run."""
+    """Refuse weights of another update or another run."""
     found = facts.get("num_steps", "")
     expect(
         path.stem == f"weights-{found:0>8}",
@@ -95,3 +117,56 @@ def _check_facts(path: Path, facts: Mapping[str, str], data_set: str | None) -> 
         f"must be of the data set {data_set}",
         "Use a directory of its own for every run.",
     )
+
+
+_Marks = list[tuple[int, torch.dtype]]
+
+
+class LastWeights:
+    """Whether a model still has the weights that its last update left, and their name.
+
+    After each update it notes autograd's count of writes to every tensor. This needs no
+    pass over the weights; they are hashed only when their name is asked for. Writes
+    that bypass autograd's counts (to ``weight.data``) are not noticed.
+
+    Args:
+        model: The model in training, plain or wrapped; referred to weakly.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(unwrap(model))
+        self._tensors = [weakref.ref(t) for t in _tensors(unwrap(model))]
+        self._marks: _Marks | None = None
+
+    def updated(self) -> None:
+        """Note that an update was made."""
+        held = [reference() for reference in self._tensors]
+        self._marks = [_mark(t) for t in held if t is not None]
+
+    def forget(self) -> None:
+        """Forget the last update: other weights were loaded since."""
+        self._marks = None
+
+    def name(self) -> str | None:
+        """Return the weights' name, or ``"changed"`` if the last update left others.
+
+        Returns:
+            None if no update was seen, or the model no longer exists.
+        """
+        model = self._model()
+        if model is None or self._marks is None:
+            return None
+        now = [_mark(tensor) for tensor in _tensors(model)]
+        return weights_name(model) if now == self._marks else CHANGED
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Return parameters and buffers themselves, in the model's order."""
+    live = model.state_dict(keep_vars=True).values()
+    return [value for value in live if isinstance(value, Tensor)]
+
+
+def _mark(tensor: Tensor) -> tuple[int, torch.dtype]:
+    """Return how often a tensor was written to, and its type."""
+    version = -1 if tensor.is_inference() else tensor._version
+    return version, tensor.dtype

@@ -166,7 +166,7 @@ def _noisy(runs: Sequence[GradNormLedger]) -> Assumption:
 def _one_example(size: int, num_before: int) -> Assumption:
     """The per-example loss covers the set."""
     before = f", {num_before} of them forgotten before" if num_before else ""
-    remedy = "" if size == 1 else "; group_record.gram_ledger measures a group"
+    remedy = "" if size == 1 else "; recording.gram_ledger measures a group"
     return Assumption(
         "the forget set is one example",
         size == 1,

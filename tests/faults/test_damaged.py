@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, fingerprint
-from opacus_pi.recording import AccountingError
-from opacus_pi.recording.group_record import gram_ledger
+from opacus_pi.recording import AccountingError, gram_ledger
 from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning.requests import DeletionRequests
 from tests.fuzz import originals

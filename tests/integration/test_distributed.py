@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from opacus_pi.recording import AccountingError, Recorder
-from opacus_pi.recording.merging import merge_
-from opacus_pi.recording.recorded_run import RecordedRun
+from opacus_pi.recording.distributed import merge_
+from opacus_pi.recording.run import RecordedRun
 from opacus_pi.recording.weights import saved_weights
 from tests.distributed_training import (
     CASES,
@@ -133,7 +133,7 @@ def test_one_process_refuses_for_all(results):
 
 def test_unsupported_runs_are_refused_with_the_reason(results):
     for one in results:
-        assert "no process has the weights of an FSDP" in one["refused"]["fsdp swept"]
+        assert "No process has all weights of an FSDP" in one["refused"]["fsdp swept"]
         assert "RandomSampler draws from the whole" in one["refused"]["overlapping"]
 
 

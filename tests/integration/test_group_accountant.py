@@ -12,7 +12,7 @@ from opacus_pi import AccountingError, GramLedger, GroupAccountant, Recorder
 from opacus_pi.accounting import NoisySGD, group_divergence, rdp_to_epsilon
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
 from opacus_pi.integration.engine import PrivacyEngine
-from opacus_pi.recording.group_record import gram_ledger
+from opacus_pi.recording import gram_ledger
 from tests.private_training import Net, Training, data
 
 

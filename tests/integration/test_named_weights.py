@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_pi import GradNormLedger, PrivacyEngine, Unlearner
 from opacus_pi.accounting import NoisySGD
 from opacus_pi.models.weights_name import weights_name
-from opacus_pi.recording import last_weights
-from opacus_pi.recording.last_weights import LastWeights
+from opacus_pi.recording import weights
+from opacus_pi.recording.weights import LastWeights
 
 
 def data():
@@ -303,7 +303,7 @@ def test_weights_are_hashed_when_they_are_asked_for(monkeypatch, tmp_path):
         calls.append(model)
         return weights_name(model)
 
-    monkeypatch.setattr(last_weights, "weights_name", counted)
+    monkeypatch.setattr(weights, "weights_name", counted)
     train(run)
     engine = run[0]
     engine.privacy_losses(order=8), engine.epsilons(delta=1e-3)

@@ -13,7 +13,7 @@ from opacus_pi.accounting import (
     privacy_losses,
 )
 from opacus_pi.ledger.fingerprint import same_data_set
-from opacus_pi.recording.recorded_run import RecordedRun
+from opacus_pi.recording.run import RecordedRun
 
 LABELS = torch.tensor([0, 1, 2, 1, 0])
 

@@ -193,7 +193,7 @@ def test_a_run_that_was_stopped_by_evaluations_is_remembered():
 
 def test_a_plan_says_how_to_get_a_number_for_a_group():
     mine = unlearner(ledger=ledger_of(data()))
-    assert "group_record.gram_ledger measures a group" in str(mine.plan([1, 2]))
+    assert "recording.gram_ledger measures a group" in str(mine.plan([1, 2]))
     assert "gram_ledger" not in str(mine.plan([1]))
 
 

@@ -36,9 +36,8 @@ from opacus_pi.integration.monitor.sampling import (
 from opacus_pi.integration.schedules import overlapping, unknown_schedule
 from opacus_pi.models.batches import size_of
 from opacus_pi.recording import Recorder
-from opacus_pi.recording.last_weights import LastWeights
-from opacus_pi.recording.processes import Processes
-from opacus_pi.recording.shared_sweep import shared_sweep
+from opacus_pi.recording.distributed import Processes, shared_sweep
+from opacus_pi.recording.weights import LastWeights
 
 __all__ = ["monitor"]
 

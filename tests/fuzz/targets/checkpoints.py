@@ -8,8 +8,8 @@ import torch
 
 from opacus_pi.files.checksummed_state import verified_state
 from opacus_pi.integration.filtering import resume_charges
-from opacus_pi.recording.recorded_run import RecordedRun
-from opacus_pi.recording.saved_run import require_version
+from opacus_pi.recording.run import RecordedRun
+from opacus_pi.recording.saved_state import require_version
 from tests.fuzz import originals
 from tests.fuzz.targets.ledgers import N, ledger_check
 from tests.fuzz.targets.states import state_edit

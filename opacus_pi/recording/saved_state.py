@@ -1,6 +1,12 @@
-"""Whether a state dict can be the record of a run, before it becomes one."""
+"""Check that a state dict is the saved record of a run, before anything uses it.
 
-from collections.abc import Iterator, Mapping
+Checkpoints may be damaged, edited, or written by another program. A state that passes
+``require_whole`` has every entry, in its type, shape and range, so a record that is
+made from it keeps the promises that a recorder gives. The checks cannot see values that
+were changed within their range: the checksum of the checkpoint covers those.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +17,7 @@ from opacus_pi._validate import expect
 from opacus_pi.ledger.checks import checked_steps, checked_weights
 
 VERSION = 1
-_FAR = 2**53  # a count beyond is no count
+_FAR = 2**53  # larger numbers are not exact as floats, and no run counts so far
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 _ROW = "rows."
 _TYPES = {
@@ -57,8 +63,8 @@ def require_whole(state: Mapping[str, Any]) -> None:
     require_version(state)
     for name, types in _TYPES.items():
         _check(type(state.get(name)) in types, name, "missing, or of another type")
-    for name, problem in _problems(state):
-        _check(False, name, problem)
+    _check_facts(state)
+    _check_arrays(state, _measured_rows(state))
     checked_steps(state["steps"].cpu().numpy(), state["num_steps"])
     _check(type(state.get("weights", "")) is str, "weights", "of another type")
     checked_weights(state.get("weights") or None)
@@ -72,8 +78,8 @@ def require_whole(state: Mapping[str, Any]) -> None:
     )
 
 
-def _problems(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with the entries of right types, by name."""
+def _check_facts(state: Mapping[str, Any]) -> None:
+    """Refuse texts and numbers that are unknown or out of range."""
     for name, right in {
         "source": state["source"] in ("observed", "swept"),
         "sampling": state["sampling"] in ("poisson", "fixed"),
@@ -82,28 +88,38 @@ def _problems(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "sample_rate": 0 < state["sample_rate"] <= 1,
         "open_interval": _length(state.get("open_interval")) in (0, 1),
     }.items():
-        if not right:
-            yield name, "unknown or out of range"
+        _check(right, name, "unknown or out of range")
+
+
+def _measured_rows(state: Mapping[str, Any]) -> set[str]:
+    """Return which measurements the rows hold, or refuse unknown or missing ones."""
     names = {name.removeprefix(_ROW) for name in state if name.startswith(_ROW)}
     needed = {"grad_norms"} if _length(state.get("steps")) else set()
     allowed = needed if state["source"] == "observed" else needed and set(_MEASURED)
-    if not needed <= names <= allowed:
-        yield f"{_ROW}grad_norms", "missing, or among unknown rows"
-    for name, (dtype, shape) in _layout(state, names).items():
+    _check(
+        needed <= names <= allowed,
+        f"{_ROW}grad_norms",
+        "missing, or among unknown rows",
+    )
+    return names
+
+
+def _check_arrays(state: Mapping[str, Any], rows: set[str]) -> None:
+    """Refuse arrays of another type or shape, or with numbers out of range."""
+    for name, (dtype, shape) in _layout(state, rows).items():
         value = state.get(name)
-        if not isinstance(value, Tensor) or (value.dtype, value.shape) != (
-            dtype,
-            shape,
-        ):
-            yield name, "missing, or of another type or shape"
-        elif not _is_in_range(name, value, state):
-            yield name, "out of range"
+        _check(
+            isinstance(value, Tensor) and (value.dtype, value.shape) == (dtype, shape),
+            name,
+            "missing, or of another type or shape",
+        )
+        _check(_is_in_range(name, state[name], state), name, "out of range")
 
 
 def _layout(
     state: Mapping[str, Any], rows: set[str]
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Type and shape that the arrays must have."""
+    """Return the type and shape that each array must have."""
     num_rows, num_examples = _length(state.get("steps")), state["num_examples"]
     size = num_examples if state["source"] == "observed" else 0
     return {
@@ -117,12 +133,12 @@ def _layout(
 
 
 def _length(value: Any) -> int:
-    """Of a tensor with dimensions; -1 of anything else."""
+    """Return the length of a tensor with dimensions, -1 for anything else."""
     return len(value) if isinstance(value, Tensor) and value.dim() > 0 else -1
 
 
 def _is_in_range(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
-    """Whether the numbers of one entry can have been recorded."""
+    """Return whether the numbers of one entry can have been recorded."""
     numbers = value.cpu().numpy()
     if name == "observed_at":
         return bool((numbers <= state["num_steps"] + 1).all() and (numbers >= 0).all())
@@ -134,7 +150,7 @@ def _is_in_range(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
 
 
 def _check(condition: bool, name: str, problem: str) -> None:
-    """Refuse an entry."""
+    """Refuse the state because of one entry."""
     expect(
         condition,
         "the saved record",

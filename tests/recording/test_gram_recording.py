@@ -13,7 +13,7 @@ from opacus_pi import PrivacyEngine, Recorder
 from opacus_pi.accounting import GradNormLedger, NoisySGD, privacy_losses
 from opacus_pi.accounting.group.divergence import group_divergence, theorem_b1_estimates
 from opacus_pi.gradients import norm_sweep
-from opacus_pi.recording.group_record import gram_ledger
+from opacus_pi.recording import gram_ledger
 from tests.private_training import Net, Training, data
 
 CRITERION = nn.CrossEntropyLoss()

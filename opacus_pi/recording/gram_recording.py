@@ -1,9 +1,18 @@
-"""A group's Gram matrices along a run, computed after training from saved weights.
+"""Compute a group's Gram matrices along a run, after training, from saved weights.
 
-Train with ``Recorder(weights_dir=...)``; afterwards any forget set can be asked about:
+A bound for a group of examples needs inner products of their gradients, which training
+does not compute. Train with ``Recorder(weights_dir=...)``; afterwards ``gram_ledger``
+loads the weights of every row into a copy of the model and measures there. Any forget
+set can be asked about, and the training is not repeated:
+
+    from opacus_pi.recording import gram_ledger
 
     grams = gram_ledger(directory, model, criterion, train_set, forget, engine.ledger)
     group_divergence(grams, order=8)
+
+The matrices belong to the run only if weights, data set and model do. All three are
+checked: the weights by their number of updates and data set, the data set by its
+fingerprint, the model by the names and shapes of its tensors.
 """
 
 import os
@@ -46,7 +55,7 @@ def gram_ledger(
     generator: np.random.Generator | None = None,
     **options: Any,
 ) -> GramLedger:
-    """Gram matrices of a forget set at every row of a run whose weights were kept.
+    """Return Gram matrices of a forget set at every row whose weights were saved.
 
     Args:
         weights_dir: The directory that ``Recorder(weights_dir=...)`` wrote to.
@@ -55,15 +64,15 @@ def gram_ledger(
         criterion: ``criterion(outputs, targets)`` of training, one loss per example; a
             torch loss module may have any reduction.
         data_set: The training set, in its order.
-        forget_indices: Which examples to forget, ``(m,)``, each once. May be empty:
-            what a bound says of nothing is its floor.
-        ledger: The run's record: its mechanism, its rows, its data set.
+        forget_indices: Which examples to forget, ``(m,)``, each once. It may be empty:
+            the bound of an empty group shows how loose the bound is.
+        ledger: The ledger of the run.
         kind: ``"forget"``: ⟨g_x, g_y⟩ of the forget examples, before clipping.
             ``"minibatch"``: for Theorem B.1, with batches drawn as in training.
         num_minibatches: J batches of the whole data set an estimate, at least the
             Rényi order that the composition reaches (1.4 times the one asked for).
         num_estimates: R, each with batches of its own.
-        generator: Of the minibatches; default: seed 0.
+        generator: Source of the minibatches. Default: a generator with seed 0.
         **options: ``batch_size`` and ``collate_fn`` of ``gradients.gradient_gram``.
 
     Returns:
@@ -115,7 +124,7 @@ def gram_ledger(
 
 @dataclass(frozen=True)
 class _Forget:
-    """Measures the forget examples' own gradients."""
+    """Measures inner products of the forget examples' own gradients."""
 
     indices: NDArray[np.int64]
     options: dict[str, Any]
@@ -127,7 +136,7 @@ class _Forget:
         data_set: Dataset[Any],
         fact: NoisySGD,
     ) -> NDArray[np.float64]:
-        """Gram matrix ``(m, m)``."""
+        """Return the Gram matrix ``(m, m)``."""
         if not self.indices.size:
             return np.zeros((0, 0))
         found = gradient_gram(model, criterion, data_set, self.indices, **self.options)
@@ -144,9 +153,9 @@ class _Draw:
     generator: np.random.Generator
 
     def __call__(self, sample_rate: float, *, retain: bool) -> NDArray[np.int64]:
-        """Positions in a batch of all the data, or of what is retained."""
-        everyone = np.arange(self.size, dtype=np.int64)
-        pool = np.setdiff1d(everyone, self.forget) if retain else everyone
+        """Return positions of a batch drawn from all data, or from the retain set."""
+        all_examples = np.arange(self.size, dtype=np.int64)
+        pool = np.setdiff1d(all_examples, self.forget) if retain else all_examples
         if self.mechanism.sampling == "poisson":
             return pool[self.generator.random(len(pool)) < sample_rate]
         number = min(len(pool), max(1, round(sample_rate * self.size)))
@@ -155,7 +164,7 @@ class _Draw:
 
 @dataclass(frozen=True)
 class _Minibatches:
-    """Measures sums of clipped gradients of minibatches around one of the rest."""
+    """Measures summed clipped gradients of minibatches, minus one of retained data."""
 
     draw: _Draw
     num_minibatches: int
@@ -169,7 +178,7 @@ class _Minibatches:
         data_set: Dataset[Any],
         fact: NoisySGD,
     ) -> NDArray[np.float64]:
-        """Centred Gram matrices ``(R, J, J)``."""
+        """Return centred Gram matrices ``(R, J, J)``."""
         factors = None
         if np.isfinite(fact.max_grad_norm):
             norms = norm_sweep(
@@ -198,7 +207,7 @@ class _Minibatches:
 
 
 def _check_kind(kind: str) -> None:
-    """Refuse a kind that is none."""
+    """Refuse an unknown kind."""
     expect(
         kind in ("forget", "minibatch"),
         "kind",
@@ -211,7 +220,7 @@ def _check_kind(kind: str) -> None:
 def _check_minibatches(
     num_minibatches: int, num_estimates: int, something_is_retained: bool
 ) -> None:
-    """Domain of the options of ``kind="minibatch"``."""
+    """Refuse numbers and forget sets that ``kind="minibatch"`` cannot use."""
     positive(
         num_minibatches=num_minibatches,
         num_estimates=num_estimates,
@@ -227,7 +236,7 @@ def _check_minibatches(
 
 
 def _files_of(directory: Path, ledger: GradNormLedger) -> dict[int, Path]:
-    """The weights of the ledger's rows, by number of updates."""
+    """Return the weights files of the ledger's rows, by number of updates."""
     files = saved_weights(directory)
     expect(
         bool(files),
@@ -248,7 +257,7 @@ def _files_of(directory: Path, ledger: GradNormLedger) -> dict[int, Path]:
 
 
 def _mechanism_at(steps: list[int], ledger: GradNormLedger) -> NoisySGD:
-    """The run's facts, with scheduled values at the rows whose weights were kept."""
+    """Return the mechanism, with scheduled values at the rows that have weights."""
     mechanism = ledger.mechanism
     rows = np.searchsorted(ledger.steps, steps)
     scheduled = {
@@ -260,7 +269,7 @@ def _mechanism_at(steps: list[int], ledger: GradNormLedger) -> NoisySGD:
         not scheduled or len(steps) == len(ledger.steps),
         "weights_dir",
         f"weights of {len(steps)} of {len(ledger.steps)} rows",
-        f"must hold those of every row, because {', '.join(scheduled)} changed",
+        f"must hold the weights of every row, because {', '.join(scheduled)} changed",
         "End training at a row, or record a row at the last update.",
     )
     return replace(mechanism, **scheduled)

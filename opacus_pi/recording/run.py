@@ -1,11 +1,12 @@
-"""What has been recorded of a run so far: rows, intervals, and how to save them.
+"""The record of a run while it is being made: rows, update intervals, waiting reports.
 
-A row is what was measured of every example at one moment; the interval before it is
-what the updates that led there were run with. Nothing here decides when to measure.
+A row holds what was measured of every example after one update. The update interval of
+a row are the updates since the row before; the record keeps the settings they were run
+with. ``RecordedRun`` does not decide when a row is written: the recorder does.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,35 +19,45 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.ledger.fingerprint import same_data_set
-from opacus_pi.recording.saved_run import LATER_TEXTS, VERSION, require_whole
+from opacus_pi.recording.saved_state import LATER_TEXTS, VERSION, require_whole
 from opacus_pi.recording.schedule import Every, num_due
 
 _FACTS = ("source", "num_examples", "sample_rate", "sampling", "data_set")
 _COUNTS = ("num_steps", "refusal")
-_ROW = "rows."
+Indices = Tensor | NDArray[np.int64] | Sequence[int]
+
+_MAX_WAITING = 256  # reports that are put into the record together
+_ROW = "rows."  # before the names of measurements in a saved state
 
 
-class Settings(NamedTuple):
-    """What one update, or every update of an interval, was run with."""
+class UpdateSettings(NamedTuple):
+    """What one update, or every update of an update interval, was run with.
+
+    Args:
+        noise_std: Standard deviation of the noise on the sum of the gradients.
+        max_grad_norm: The clip norm; ``inf`` without clipping.
+        sample_rate: Probability that an example is drawn.
+    """
 
     noise_std: float
     max_grad_norm: float
     sample_rate: float
 
-    def widened(self, other: "Settings") -> "Settings":
-        """The settings no safer than either: least noise, most of the rest.
+    def widened(self, other: "UpdateSettings") -> "UpdateSettings":
+        """Return settings that are no safer than either: least noise, most of the rest.
 
         A loss never decreases in ``max_grad_norm`` or ``sample_rate`` and never
-        increases in ``noise_std``, so an interval is never charged too little.
+        increases in ``noise_std``, so no update of the interval is charged too little.
         """
-        return Settings(
+        return UpdateSettings(
             min(self.noise_std, other.noise_std),
             max(self.max_grad_norm, other.max_grad_norm),
             max(self.sample_rate, other.sample_rate),
         )
 
 
-_NO_UPDATE = Settings(math.inf, 0.0, 0.0)  # the widened of it and another is the other
+# of an interval without updates; widening it by other settings gives the others
+_NO_UPDATE = UpdateSettings(math.inf, 0.0, 0.0)
 
 
 @dataclass
@@ -59,6 +70,14 @@ class RecordedRun:
         sample_rate: Sample rate that the run was announced with.
         sampling: ``"poisson"`` or ``"fixed"``.
         data_set: Fingerprint of the data set.
+        num_steps: Updates counted so far.
+        refusal: Why the run has no ledger; empty if it has one.
+        weights: Name of the weights after the last update, if it was asked for.
+        steps: Updates that were done when each row was written.
+        rows: What was measured, float32 ``(n,)`` by name, for each row.
+        intervals: Settings of each row's update interval.
+        open_interval: Settings of the updates since the last row; None if there were
+            none.
     """
 
     source: str
@@ -68,13 +87,14 @@ class RecordedRun:
     data_set: str
     num_steps: int = 0
     refusal: str = ""
-    weights: str = ""  # name of the last update's, if it was asked for
+    weights: str = ""
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
-    intervals: list[Settings] = field(default_factory=list)
-    open_interval: Settings | None = None
+    intervals: list[UpdateSettings] = field(default_factory=list)
+    open_interval: UpdateSettings | None = None
     observed: NDArray[np.float32] = field(init=False)
-    # in which update, of what other processes have not been told; 0: nothing
+    # update in which each example was observed, if the other processes do not know of
+    # it yet; else 0
     observed_at: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -83,21 +103,24 @@ class RecordedRun:
         self._forget_observations()
 
     def _forget_observations(self) -> None:
-        """Start a row of which nothing has been observed."""
+        """Start a row in which no example has been observed."""
         size = self.num_examples if self.source == "observed" else 0
         self.observed = np.full(size, np.nan, dtype=np.float32)
         self.observed_at = np.zeros(size, dtype=np.int64)
 
     @property
     def num_unmerged(self) -> int:
-        """Of how many examples there is news for other processes."""
+        """Number of examples whose observation other processes do not know."""
         return int(np.count_nonzero(self.observed_at))
 
     def require_examples(self, indices: NDArray[np.int64]) -> None:
         """Refuse positions outside the data set.
 
+        Args:
+            indices: int64 ``(b,)``.
+
         Raises:
-            ValueError: If an index is no example's.
+            ValueError: If an index is outside ``[0, num_examples)``.
         """
         if indices.size and not (
             0 <= indices.min() and indices.max() < self.num_examples
@@ -118,24 +141,37 @@ class RecordedRun:
         *,
         steps: int | NDArray[np.int64],
     ) -> None:
-        """Keep norms as the examples' latest observation, made in these updates.
+        """Keep norms as the examples' latest observations.
+
+        Args:
+            indices: int64 ``(b,)``; if an example occurs twice, the later norm stays.
+            norms: float32 ``(b,)``.
+            steps: In which update each was observed, from 1.
 
         Raises:
-            ValueError: If an index is no example's.
+            ValueError: If an index is outside ``[0, num_examples)``.
         """
         self.require_examples(indices)
         self.observed[indices] = norms  # numpy: of equal indices the last one stays
         self.observed_at[indices] = steps
 
-    def count_step(self, settings: Settings) -> None:
-        """Count one update."""
+    def count_step(self, settings: UpdateSettings) -> None:
+        """Count one update.
+
+        Args:
+            settings: What it was run with.
+        """
         self.num_steps += 1
         self.weights = ""
         interval = self.open_interval
         self.open_interval = interval.widened(settings) if interval else settings
 
     def row_is_due(self, every: Every) -> bool:
-        """Whether rows are due that the last one written does not stand for."""
+        """Return whether more rows are due now than when the last one was written.
+
+        Args:
+            every: The recorder's option.
+        """
         counts = (self.num_steps, self.steps[-1] if self.steps else 0)
         now, then = (
             num_due(count, every=every, sample_rate=self.sample_rate)
@@ -144,7 +180,11 @@ class RecordedRun:
         return now > then
 
     def close_row(self, row: dict[str, NDArray[np.float32]]) -> None:
-        """Add a row for the weights of now; the next interval starts."""
+        """Add a row for the current weights, and start the next update interval.
+
+        Args:
+            row: float32 ``(n,)`` by name.
+        """
         self.steps.append(self.num_steps)
         self.rows.append(row)
         self.intervals.append(self.open_interval or _NO_UPDATE)
@@ -152,23 +192,12 @@ class RecordedRun:
         self._forget_observations()
 
     def ledger(self) -> GradNormLedger:
-        """The record up to now, as a ledger of its own.
-
-        Updates after the last row: what was observed in them is one more row; a swept
-        record has measured nothing since, so the last row's settings are widened.
+        """Return the record up to now as a ledger of its own.
 
         Raises:
             AccountingError: If nothing has been recorded.
         """
-        steps, rows, intervals = list(self.steps), list(self.rows), list(self.intervals)
-        if self.open_interval and self.source == "observed":
-            steps.append(self.num_steps)
-            rows.append({"grad_norms": self.observed})
-            intervals.append(self.open_interval)
-        elif self.open_interval and rows:
-            intervals[-1] = intervals[-1].widened(self.open_interval)
-        if len(rows) > 1 and intervals[0] == _NO_UPDATE:
-            intervals[0] = intervals[1]
+        steps, rows, intervals = self._rows_until_now()
         if not rows or self.num_steps == 0:
             raise AccountingError(
                 f"No row has been recorded after {self.num_steps} updates. Train on, "
@@ -188,8 +217,31 @@ class RecordedRun:
             **measured,
         )
 
+    def _rows_until_now(
+        self,
+    ) -> tuple[list[int], list[dict[str, NDArray[np.float32]]], list[UpdateSettings]]:
+        """Return steps, rows and update intervals, the updates since the last row too.
+
+        What was observed in these updates is one more row. A swept run has measured
+        nothing since its last row, so that row's interval is widened instead.
+        """
+        steps, rows, intervals = list(self.steps), list(self.rows), list(self.intervals)
+        if self.open_interval and self.source == "observed":
+            steps.append(self.num_steps)
+            rows.append({"grad_norms": self.observed})
+            intervals.append(self.open_interval)
+        elif self.open_interval and rows:
+            intervals[-1] = intervals[-1].widened(self.open_interval)
+        if len(rows) > 1 and intervals[0] == _NO_UPDATE:
+            # a row before the first update: no update is charged by it
+            intervals[0] = intervals[1]
+        return steps, rows, intervals
+
     def require_same(self, other: "RecordedRun") -> None:
         """Refuse to continue one run as another.
+
+        Args:
+            other: The run that is about to begin.
 
         Raises:
             ValueError: If what was recorded, the data set or the sampling differ.
@@ -206,7 +258,7 @@ class RecordedRun:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything recorded, as tensors, numbers and strings."""
+        """Return everything recorded, as tensors, numbers and strings."""
         still_open = [self.open_interval] if self.open_interval else []
         names = self.rows[0] if self.rows else ()
         return {
@@ -227,17 +279,20 @@ class RecordedRun:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "RecordedRun":
-        """What ``state_dict`` returned, as a record again.
+        """Return the record that ``state_dict`` saved.
+
+        Args:
+            state: What ``state_dict`` returned.
 
         Raises:
-            ValueError: If the state is of another version, or no run's.
+            ValueError: If the state is of another version, or no run can have saved it.
         """
         require_whole(state)
         later = {name: state.get(name, "") for name in LATER_TEXTS}
         run = cls(**{name: state[name] for name in (*_FACTS, *_COUNTS)}, **later)
         run.steps = state["steps"].tolist()
-        run.intervals = [Settings(*row) for row in state["intervals"].tolist()]
-        still_open = [Settings(*row) for row in state["open_interval"].tolist()]
+        run.intervals = [UpdateSettings(*row) for row in state["intervals"].tolist()]
+        still_open = [UpdateSettings(*row) for row in state["open_interval"].tolist()]
         run.open_interval = still_open[0] if still_open else None
         run.observed = state["observed"].cpu().numpy().copy()
         run.observed_at = state["observed_at"].cpu().numpy().copy()
@@ -253,16 +308,69 @@ class RecordedRun:
         return run
 
 
-def _table(intervals: list[Settings]) -> Tensor:
-    """Settings as float64 ``(N, 3)``."""
+def _table(intervals: list[UpdateSettings]) -> Tensor:
+    """Return settings as float64 ``(N, 3)``."""
     return torch.tensor(intervals, dtype=torch.float64).reshape(-1, 3)
 
 
-def _columns(intervals: list[Settings]) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Each setting's name with its float64 ``(N,)`` values."""
-    return zip(Settings._fields, np.array(intervals, dtype=np.float64).T, strict=True)
+def _columns(intervals: list[UpdateSettings]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Yield each setting's name and its float64 ``(N,)`` values."""
+    return zip(
+        UpdateSettings._fields, np.array(intervals, dtype=np.float64).T, strict=True
+    )
 
 
 def _constant(values: NDArray[Any]) -> float | NDArray[Any]:
-    """One number where all are the same."""
+    """Return one number where all are the same."""
     return float(values[0]) if (values == values[0]).all() else values
+
+
+class WaitingReports:
+    """Reported norms that are not yet in the record.
+
+    Much of the cost of a report does not depend on its size, and waiting for norms that
+    are on an accelerator stops the training. So reports are collected as they come, on
+    whatever device they are, and put into the record many at once.
+
+    >>> reports = WaitingReports()
+    >>> reports.add(torch.tensor([1, 0]), torch.tensor([0.5, 0.25]), step=3)
+    >>> reports.add(torch.tensor([2]), torch.tensor([1.0]), step=4)
+    >>> [values.tolist() for values in reports.take()]
+    [[1, 0, 2], [0.5, 0.25, 1.0], [3, 3, 4]]
+    """
+
+    def __init__(self) -> None:
+        self._reports: list[tuple[Indices, Tensor, int]] = []
+
+    @property
+    def are_many(self) -> bool:
+        """Whether it is time to put them into the record."""
+        return len(self._reports) >= _MAX_WAITING
+
+    def add(self, indices: Indices, norms: Tensor, *, step: int) -> None:
+        """Keep a report, without copying it.
+
+        Args:
+            indices: ``(b,)``, which examples enter the update.
+            norms: float ``(b,)``, their gradient norms.
+            step: Number of the update, from 1.
+        """
+        self._reports.append((indices, norms, step))
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return and drop all waiting reports, in the order of reporting.
+
+        Returns:
+            int64 indices, float32 norms and int64 updates, each ``(k,)`` on the CPU;
+            None if nothing waits.
+        """
+        if not self._reports:
+            return None
+        indices, norms, steps = zip(*self._reports, strict=True)
+        self._reports = []
+        lengths = torch.tensor([len(i) for i in indices])
+        return (
+            torch.cat([torch.as_tensor(i, dtype=torch.int64).cpu() for i in indices]),
+            torch.cat([n.to(torch.float32) for n in norms]).cpu(),
+            torch.tensor(steps).repeat_interleave(lengths),
+        )
