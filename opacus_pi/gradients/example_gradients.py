@@ -4,7 +4,7 @@ Norms and clipping need only two things of the gradients :math:`g_1, \dots, g_b`
 parameter: their squared lengths, and one sum :math:`\sum_i c_i g_i` once the clip
 factors are known. Both often follow from a layer's input and the gradient at its output
 without the gradients themselves, which take b times the memory of the parameter. So a
-layer's rule returns an object that knows how to compute either:
+layer's rule returns an object that can compute either:
 
 >>> import torch
 >>> gradients = ExplicitGradients(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
@@ -21,7 +21,6 @@ the version counters of the inputs (:class:`opacus_pi.gradients.taps.SavedInputs
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,10 +31,18 @@ from opacus_pi.gradients.products import squared_lengths
 class ExampleGradients(ABC):
     """The gradients of b examples by one parameter."""
 
+    _squares: Tensor | None = None
+
     @property
-    @abstractmethod
     def squares(self) -> Tensor:
-        """Squared L2 norm of each gradient, float64 ``(b,)``."""
+        """Squared L2 norm of each gradient, float64 ``(b,)``; computed once."""
+        if self._squares is None:
+            self._squares = self.compute_squares()
+        return self._squares
+
+    @abstractmethod
+    def compute_squares(self) -> Tensor:
+        """Return the squared L2 norm of each gradient, float64 ``(b,)``."""
 
     @abstractmethod
     def weighted_sum(self, factors: Tensor) -> Tensor:
@@ -62,7 +69,7 @@ class ExampleGradients(ABC):
         Either this object, its squares computed, or explicit gradients where they take
         less memory than the tensors that they follow from.
         """
-        self.squares  # noqa: B018  (computed and cached)
+        self._squares = self.squares
         return self
 
 
@@ -76,14 +83,15 @@ class ExplicitGradients(ExampleGradients):
     def __init__(self, values: Tensor) -> None:
         self.values = values
 
-    @cached_property
-    def squares(self) -> Tensor:
-        """Squared L2 norm of each gradient, float64 ``(b,)``."""
-        return squared_lengths(self._rows)
+    def compute_squares(self) -> Tensor:
+        """Return the squared L2 norm of each gradient, float64 ``(b,)``."""
+        values = self.values
+        return squared_lengths(values if values.dim() > 1 else values[:, None])
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """Return the sum of the gradients with factors ``(b,)``."""
-        return factors.to(self.values) @ self._rows
+        rows = self.values.flatten(1) if self.values.dim() > 1 else self.values[:, None]
+        return factors.to(self.values) @ rows
 
     def form(self) -> Tensor:
         """Return the gradients themselves, ``(b, ...)``."""
@@ -92,11 +100,6 @@ class ExplicitGradients(ExampleGradients):
     def kept(self) -> ExampleGradients:
         """Return this object; its squares are computed when they are asked for."""
         return self
-
-    @property
-    def _rows(self) -> Tensor:
-        """One flat row for each example."""
-        return self.values.flatten(1) if self.values.dim() > 1 else self.values[:, None]
 
 
 def joint_squares(gradients: Sequence[ExampleGradients]) -> Tensor:

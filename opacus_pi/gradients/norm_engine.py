@@ -46,8 +46,9 @@ from opacus_pi.models.copies import evaluation_copy, require_own_parameters
 from opacus_pi.models.losses import Criterion, float64_losses, unit_cotangents
 
 _SLOW = (
-    "The examples of a batch influence each other, or the model is random in "
-    "evaluation mode: each example is differentiated alone, which is slow."
+    "The gradient norms of a batch do not agree with those of its examples alone: the "
+    "examples of a batch influence each other, or the model is random in evaluation "
+    "mode. Each example is therefore differentiated alone, which is slow."
 )
 
 
@@ -101,11 +102,7 @@ class NormEngine:
             y: Their targets.
         """
         if self._together:
-            if not self._searched_position_tables and len(y) > 1:
-                self._searched_position_tables = True
-                self._taps.leave_over(
-                    parameters_not_indexed_by_example(self._model, arguments(x), len(y))
-                )
+            self._search_position_tables(x, len(y))
             squares, outputs = self._batched(x, y)
             if self._checked or self._checks(squares, x, y):
                 return squares, outputs
@@ -118,8 +115,23 @@ class NormEngine:
         squares, outputs = self._looped(self._trainable, x, y)
         return squares, pytree.tree_map(lambda *parts: torch.cat(parts), *outputs)
 
+    def _search_position_tables(self, x: Any, size: int) -> None:
+        """Leave over parameters that are not indexed by examples, at the first batch.
+
+        A batch of one example cannot show them, so the next larger one is used.
+        """
+        if self._searched_position_tables or size < 2:
+            return
+        self._searched_position_tables = True
+        found = parameters_not_indexed_by_example(self._model, arguments(x), size)
+        self._taps.leave_over(found)
+
     def _batched(self, x: Any, y: Any) -> tuple[Tensor, Any]:
-        """Measure the examples of a batch together."""
+        """Measure the examples of a batch together.
+
+        The pass is repeated until nothing more is left over. That happens in the first
+        batch only, and at most a few times, because what is left over only grows.
+        """
         complete = False
         while not complete:
             with self._taps.intercepting(len(y)):
@@ -169,13 +181,17 @@ class NormEngine:
     def _looped(
         self, parameters: Mapping[str, Tensor], x: Any, y: Any
     ) -> tuple[Tensor, list[Any]]:
-        """Measure one example after the other."""
+        """Measure one example after the other, by plain autograd."""
         return looped_squares(
             self._model, list(parameters.values()), self._losses, x, y
         )
 
     def _checks(self, squares: Tensor, x: Any, y: Any) -> bool:
-        """Whether plain autograd gives the largest of the squared norms as well."""
+        """Whether plain autograd gives the largest of the squared norms as well.
+
+        The largest, because it has the most significant digits and counts the most. A
+        norm of 0 proves nothing: the next batch is checked again.
+        """
         place = int(squares.argmax())
         alone, _ = self._looped(
             self._trainable, rows(x, place, place + 1), rows(y, place, place + 1)
@@ -188,7 +204,10 @@ class NormEngine:
         return close
 
     def _tolerance(self) -> float:
-        """Return the relative difference of norms that rounding may cause."""
+        """Return the relative difference of norms that rounding may cause.
+
+        On a GPU convolutions may run in TF32, with 10 bits of precision.
+        """
         kinds = [p.dtype for p in self._trainable.values()]
         rounding = max(torch.finfo(kind).eps for kind in kinds)
         return max(1e-3 if self.device.type == "cpu" else 1e-2, 32 * rounding)

@@ -1,13 +1,33 @@
-"""Squared norms of sums of outer products, by the cheapest exact route."""
+r"""Squared norms of sums of outer products, by the cheaper of two exact formulas.
+
+The gradient of a linear layer's weight is :math:`G = \sum_t g_t a_t^\top` over t
+positions, with inputs :math:`a_t` of length d and output gradients :math:`g_t` of
+length p. There are two exact ways to its norm:
+
+* *direct*: form G, :math:`t d p` multiplications, and take its length;
+* *Gram*: the inner products of all pairs of positions, :math:`t^2 (d + p)`
+  multiplications, without forming G (Rochette et al. 2019, arXiv 1912.06015).
+
+Which one is used follows from these counts alone, so that a result repeats bit for bit.
+The Gram formula is the cheaper one for few positions and wide layers.
+
+The guarantee: a norm is never too small by more than rounding, so that clipping by it
+bounds the example. What threatens it are terms that nearly cancel, such as long inputs
+that differ little with opposite gradients: the Gram formula then returns the difference
+of large numbers, of which only rounding is left. Where that happens, the error that may
+have been made is added (:func:`pair_squares`).
+"""
 
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-_CPU_BLOCK = 1 << 18  # elements of an intermediate that stay in cache
-_GPU_BLOCK = 1 << 26
-_SHORT_ROW = 1 << 12  # vector_norm is faster, but adds longer float32 rows naively
+_CPU_BLOCK = 1 << 18  # elements of an intermediate that stay in the CPU's cache
+_GPU_BLOCK = 1 << 26  # elements of an intermediate on a GPU: a quarter of a GiB
+# Up to this length torch's vector_norm is fast and accurate; longer float32 rows are
+# added up naively, and lose digits.
+_SHORT_ROW = 1 << 12
 _CANCELLED = 2.0**-12  # share of the terms' size below which rounding errors count
 _ROUNDING = 16  # units in the last place by which the sum may be wrong, in that size
 
@@ -15,13 +35,19 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision as float32, in which norms can be added up."""
+    """Return half precision as float32, in which norms can be added up."""
     half = values.dtype in (torch.float16, torch.bfloat16)
     return values.float() if half else values
 
 
 def squared_lengths(values: Tensor) -> Tensor:
-    """Squared norm of each row, float64 ``(b,)``."""
+    """Return the squared norm of each row, float64 ``(b,)``.
+
+    Long rows are cut into pieces whose norms are added up in float64.
+
+    Args:
+        values: ``(b, ...)``, flattened to rows.
+    """
     lengths: Tensor
     flat = at_least_float32(values.flatten(1))
     if flat.shape[1] <= _SHORT_ROW:
@@ -35,7 +61,7 @@ def squared_lengths(values: Tensor) -> Tensor:
 
 
 def blocks(values: Tensor, row_size: int) -> Iterator[slice]:
-    """Slices of the examples such that an intermediate of each fits the cache.
+    """Yield slices of the examples such that an intermediate of each fits the cache.
 
     Args:
         values: A tensor with one row per example.
@@ -50,9 +76,8 @@ def blocks(values: Tensor, row_size: int) -> Iterator[slice]:
 def outer_product_squares(a: Tensor, g: Tensor) -> Tensor:
     r"""Return :math:`\|\sum_t g_t a_t^\top\|_F^2` for each example.
 
-    One term: :math:`\|g\|^2 \|a\|^2`. Otherwise either the inner products of all pairs,
-    :math:`\sum_{ts} \langle a_t, a_s\rangle \langle g_t, g_s\rangle` (Rochette et al.
-    2019, arXiv 1912.06015), or the matrix itself, whichever takes fewer operations.
+    For one position this is :math:`\|g\|^2 \|a\|^2`, otherwise whichever of
+    :func:`direct_squares` and :func:`gram_squares` takes fewer operations.
 
     Args:
         a: Inputs, ``(b, t, d)``.
@@ -68,12 +93,12 @@ def outer_product_squares(a: Tensor, g: Tensor) -> Tensor:
 
 
 def _num_operations(t: int, d: int, p: int) -> dict[Product, int]:
-    """Operations of either route, over t."""
+    """Return the number of multiplications of either formula, divided by t."""
     return {gram_squares: t * (d + p), direct_squares: d * p}
 
 
 def direct_squares(a: Tensor, g: Tensor) -> Tensor:
-    """The same by the matrix itself."""
+    """Return the same from the matrices themselves, a block of examples at a time."""
     size = a.shape[2] * g.shape[2]
     return torch.cat(
         [squared_lengths(g[i].mT @ a[i]) for i in blocks(a, row_size=size)]
@@ -81,7 +106,10 @@ def direct_squares(a: Tensor, g: Tensor) -> Tensor:
 
 
 def gram_squares(a: Tensor, g: Tensor) -> Tensor:
-    """The same by the inner products of all pairs of terms."""
+    r"""Return the same from the inner products of all pairs of positions.
+
+    :math:`\sum_{ts} \langle a_t, a_s\rangle \langle g_t, g_s\rangle`.
+    """
     t = a.shape[1]
     return torch.cat(
         [
@@ -92,14 +120,19 @@ def gram_squares(a: Tensor, g: Tensor) -> Tensor:
 
 
 def pair_squares(inputs: Tensor, grads: Tensor) -> Tensor:
-    """Sum the products of two Gram matrices ``(b, t, t)``; ``inputs`` is used up.
+    """Return the sum of the entrywise products of two Gram matrices, float64 ``(b,)``.
 
     Where the terms nearly cancel, what is left is rounding error, and clipping by a
     length that is too small would not bound the example. There the error that may
     have been made is added.
+
+    Args:
+        inputs: Inner products of inputs, ``(b, t, t)``, overwritten.
+        grads: Inner products of output gradients, ``(b, t, t)``.
     """
     inputs, grads = at_least_float32(inputs), at_least_float32(grads)
     lengths = [m.diagonal(dim1=1, dim2=2).double() for m in (inputs, grads)]
+    # The sum that the terms would have if none cancelled: (sum_t |a_t| |g_t|)^2.
     size = (lengths[0] * lengths[1]).clamp_(min=0.0).sqrt_().sum(1).square_()
     squares = inputs.mul_(grads).flatten(1).sum(1).double().clamp_(min=0.0)
     error = size * (_ROUNDING * torch.finfo(inputs.dtype).eps)

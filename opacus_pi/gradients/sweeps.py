@@ -1,8 +1,12 @@
-"""One pass over a data set: every example's gradient norm, confidence and error.
+"""Gradient norms of one batch, or of a whole data set in one pass (a sweep).
+
+A sweep also returns confidence, EL2N and correctness, which come with the same forward
+pass and which the forget sets of the paper are chosen by.
 
 A sweep leaves no trace: weights, gradients, hooks, train/eval flags, buffers, the
-optimizer and all random number generators stay bit for bit as they were. (The data
-set's own ``__getitem__`` runs, under random states that are restored afterwards.)
+optimizer and all random number generators stay bit for bit as they were. The data set's
+own ``__getitem__`` runs under random states that are restored afterwards. What breaks
+this: a data set that changes itself when it is read.
 
 >>> data = [(torch.tensor([3.0, 4.0]), 0), (torch.tensor([0.0, 0.0]), 0)]
 >>> norm_sweep(nn.Linear(2, 1, bias=False), lambda outputs, y: outputs[:, 0], data)
@@ -24,7 +28,7 @@ from opacus_pi.models.batches import inputs_and_targets, to_device
 from opacus_pi.models.losses import Criterion
 from opacus_pi.models.no_trace import isolated
 
-_SECONDS_BEFORE_BAR = 3.0
+_SECONDS_BEFORE_BAR = 3.0  # a short sweep shows no progress bar
 
 
 def per_example_grad_norms(
@@ -36,8 +40,9 @@ def per_example_grad_norms(
     r"""Return the L2 norm of the gradient of each example's own loss.
 
     :math:`\|\nabla_\theta \ell(f_\theta(x_i), y_i)\|_2` over all trainable parameters
-    together, the model in evaluation mode (dropout off, running BatchNorm statistics).
-    Not divided by the batch size, not clipped. The model is left untouched.
+    together, with the model in evaluation mode (no dropout, running BatchNorm
+    statistics). Norms are neither divided by the batch size nor clipped. The model
+    stays as it is.
 
     Args:
         model: A plain module, or one wrapped by Opacus or for distributed training.
@@ -66,7 +71,7 @@ def per_example_grad_norms(
 
 @dataclass(frozen=True)
 class Sweep:
-    """What one pass over a data set saw, in the data set's order.
+    """What one pass over a data set measured, in the data set's order.
 
     Attributes:
         grad_norms: L2 norms of the gradients of each example's own loss, float64
@@ -179,12 +184,12 @@ def _batches(
     device: torch.device,
     progress: bool,
 ) -> Iterator[tuple[Any, Any]]:
-    """The data set's ``(x, y)`` batches in order, on a device."""
+    """Yield the data set's ``(x, y)`` batches in order, on a device."""
     loader = DataLoader(
         data_set,
         batch_size=batch_size,
         collate_fn=collate_fn,
-        generator=torch.Generator(),  # iterating draws a seed from it
+        generator=torch.Generator(),  # a loader draws a seed whenever it is iterated
     )
     for batch in tqdm(
         loader,
@@ -197,14 +202,15 @@ def _batches(
 
 
 def _fit(outputs: Any, y: Any) -> list[Tensor | None]:
-    """Confidence, EL2N and correctness, where outputs are logits of labels."""
+    """Return confidence, EL2N and correctness, if outputs are logits of labels."""
     if not _are_logits_of_labels(outputs, y):
         return [None, None, None]
     labels = y.long()[:, None]
     probabilities = outputs.double().softmax(1)
     confidences = probabilities.gather(1, labels)[:, 0]
     others = probabilities.scatter(1, labels, 0.0)
-    # 1 - p of the label as the sum of the others: no cancellation
+    # The label's error 1 - p is the sum of the other probabilities, which does not
+    # cancel for p near 1.
     errors = torch.hypot(others.norm(dim=1), others.sum(1))
     return [confidences.cpu(), errors.cpu(), (outputs.argmax(1) == y).cpu()]
 
@@ -219,6 +225,6 @@ def _are_logits_of_labels(outputs: Any, y: Any) -> bool:
 
 
 def _joined(column: Sequence[Tensor | None]) -> Tensor | None:
-    """The batches' values as one tensor, ``None`` if a batch had none."""
+    """Join the batches' values, ``None`` if a batch has none."""
     parts = [part for part in column if part is not None]
     return torch.cat(parts) if len(parts) == len(column) else None

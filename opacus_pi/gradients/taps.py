@@ -12,7 +12,7 @@ overwritten before the backward pass arrives is noticed by its version counter, 
 operation counts as not measured. What breaks it: writes that the counter does not see
 (through ``.data`` or NumPy).
 
-:class:`Taps` is the interface of whoever intercepts a pass: sweeps
+:class:`Taps` is the interface of the objects that intercept a pass: sweeps
 (:class:`~opacus_pi.gradients.norm_taps.NormTaps`), training
 (:class:`~opacus_pi.gradients.clipping.training_taps.TrainingTaps`), and the search for
 position tables (:mod:`~opacus_pi.gradients.position_tables`).
@@ -84,12 +84,14 @@ class SavedInputs:
 
     def __init__(self, call: Call) -> None:
         args, kwargs = call
-        self._is_flat = not kwargs and all(isinstance(a, Tensor) for a in args)
-        leaves = list(args)
-        if not self._is_flat:  # flattening is slow; most layers have one tensor
+        # Flattening is slow, and most layers have a single tensor as their input.
+        self._is_single = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
+        if self._is_single:
+            self._leaves = self.tensors = [args[0].detach()]
+        else:
             leaves, self._structure = pytree.tree_flatten(call)
-        self._leaves = [v.detach() if isinstance(v, Tensor) else v for v in leaves]
-        self.tensors = [v for v in self._leaves if isinstance(v, Tensor)]
+            self._leaves = [v.detach() if isinstance(v, Tensor) else v for v in leaves]
+            self.tensors = [v for v in self._leaves if isinstance(v, Tensor)]
         self._num_writes = self._count_writes()
 
     @property
@@ -100,6 +102,8 @@ class SavedInputs:
     @property
     def widened(self) -> Call:
         """The same with half precision turned into single precision."""
+        if self._is_single:
+            return (at_least_float32(self._leaves[0]),), {}
         return self._packed(
             [at_least_float32(v) if isinstance(v, Tensor) else v for v in self._leaves]
         )
@@ -111,7 +115,7 @@ class SavedInputs:
 
     def _packed(self, leaves: list[Any]) -> Call:
         """Return arguments made of their leaves."""
-        if self._is_flat:
+        if self._is_single:
             return tuple(leaves), {}
         call: Call = pytree.tree_unflatten(leaves, self._structure)
         return call

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from opacus_pi._torch_compat import pytree
 
-_TARGETS, _OUTPUTS = "labels", "logits"  # the names that the package transformers uses
+_TARGETS, _OUTPUTS = "labels", "logits"  # as in the package transformers
 
 
 def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -70,7 +70,7 @@ def logits_of(outputs: Any) -> Any:
 
 
 def give_only_logits(module: nn.Module, args: Any, outputs: Any) -> Any:
-    """Forward hook by which a copy returns its logits whoever calls it."""
+    """Forward hook by which a copy returns only its logits, to any caller."""
     return logits_of(outputs)
 
 

@@ -88,8 +88,8 @@ def float64_losses(criterion: Criterion) -> "Losses":
             clipping puts around a criterion is taken off.
 
     Returns:
-        The function, as an object that also knows the loss's gradient where that has a
-        closed form.
+        The function, as an object that also computes the gradient by the outputs where
+        that has a closed form.
     """
     while made_by_opacus(criterion) and hasattr(criterion, "criterion"):
         criterion = criterion.criterion

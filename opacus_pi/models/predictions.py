@@ -30,7 +30,7 @@ Data = Dataset[Any] | Iterable[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier says about each of n examples.
+    """Losses, confidences and correctness of a classifier on n examples.
 
     Attributes:
         losses: Loss, taken on float64 outputs, float64 ``(n,)``.

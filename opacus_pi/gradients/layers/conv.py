@@ -13,7 +13,6 @@ round differently, and a batch of another size where blocks are cut differently.
 import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -106,9 +105,8 @@ class ConvolutionGradients(ExampleGradients):
         self._x, self._window, self._grad = x, window, grad
         self._formula = cheapest_formula(window, x, grad)
 
-    @cached_property
-    def squares(self) -> Tensor:
-        """Squared norms, by the exact formula of the fewest operations."""
+    def compute_squares(self) -> Tensor:
+        """Return squared norms, by the exact formula of the fewest operations."""
         return self._formula(self._window, self._x, self._grad)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:

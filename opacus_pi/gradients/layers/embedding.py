@@ -5,7 +5,6 @@ formed for a norm: :math:`\|\nabla E\|^2 = \sum_v \|\sum_{t: x_t = v} g_t\|^2`.
 """
 
 from collections.abc import Collection
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +50,8 @@ class TableGradients(ExampleGradients):
     def __init__(self, tokens: Tensor, grad: Tensor, num_rows: int) -> None:
         self._tokens, self._grad, self._num_rows = tokens, grad, num_rows
 
-    @cached_property
-    def squares(self) -> Tensor:
-        """Squared norms of the sums over each example's equal tokens.
+    def compute_squares(self) -> Tensor:
+        """Return squared norms of the sums over each example's equal tokens.
 
         Sorting makes equal tokens of an example neighbours; each run of equal tokens is
         one segment, and the output gradients are added up by segment.

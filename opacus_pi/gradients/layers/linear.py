@@ -6,7 +6,6 @@ positions of one example (tokens), :math:`\nabla W = \sum_t g_t a_t^\top` and
 """
 
 from collections.abc import Collection
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -60,28 +59,27 @@ class OuterProducts(ExampleGradients):
     """
 
     def __init__(self, a: Tensor, g: Tensor) -> None:
-        self.a, self.g = a, g
+        self._a, self._g = a, g
 
-    @cached_property
-    def squares(self) -> Tensor:
-        """Squared norms, by whichever exact formula takes fewer operations."""
-        return outer_product_squares(self.a, self.g)
+    def compute_squares(self) -> Tensor:
+        """Return squared norms, by whichever exact formula takes fewer operations."""
+        return outer_product_squares(self._a, self._g)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """Return the weighted sum, one product of matrices, ``(p, d)``."""
-        return scaled(self.g, factors).flatten(0, 1).mT @ self.a.flatten(0, 1)
+        return scaled(self._g, factors).flatten(0, 1).mT @ self._a.flatten(0, 1)
 
     def form(self) -> Tensor:
         """Return the gradients themselves, ``(b, p, d)``."""
-        return self.g.mT @ self.a
+        return self._g.mT @ self._a
 
     def kept(self) -> ExampleGradients:
         """Return explicit gradients where they are smaller than inputs and outputs."""
-        (_, t, d), p = self.a.shape, self.g.shape[2]
+        (_, t, d), p = self._a.shape, self._g.shape[2]
         return ExplicitGradients(self.form()) if d * p < t * (d + p) else super().kept()
 
 
-class SingleOuterProducts(OuterProducts):
+class SingleOuterProducts(ExampleGradients):
     r"""Gradients :math:`g a^\top` of a single position: :math:`\|g\|^2 \|a\|^2`.
 
     Args:
@@ -91,14 +89,25 @@ class SingleOuterProducts(OuterProducts):
     """
 
     def __init__(self, inputs: ExplicitGradients, outputs: ExplicitGradients) -> None:
-        super().__init__(inputs.values[:, None], outputs.values[:, None])
         self._inputs, self._outputs = inputs, outputs
 
-    @cached_property
-    def squares(self) -> Tensor:
-        """Squared norms."""
+    def compute_squares(self) -> Tensor:
+        """Return squared norms."""
         return self._outputs.squares * self._inputs.squares
 
     def add_squares_to(self, total: Tensor) -> Tensor:
         """Return ``total + squares`` by one operation."""
         return torch.addcmul(total, self._outputs.squares, self._inputs.squares)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """Return the weighted sum, one product of matrices, ``(p, d)``."""
+        return scaled(self._outputs.values, factors).mT @ self._inputs.values
+
+    def form(self) -> Tensor:
+        """Return the gradients themselves, ``(b, p, d)``."""
+        return self._outputs.values[:, :, None] @ self._inputs.values[:, None]
+
+    def kept(self) -> ExampleGradients:
+        """Return explicit gradients where they are smaller than inputs and outputs."""
+        d, p = self._inputs.values.shape[1], self._outputs.values.shape[1]
+        return ExplicitGradients(self.form()) if d * p < d + p else super().kept()

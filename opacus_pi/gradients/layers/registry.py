@@ -68,7 +68,15 @@ def layer_rule(module: nn.Module) -> LayerRule | None:
 def gradients_by_rule(
     rule: LayerRule, module: nn.Module, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, ExampleGradients] | None:
-    """Apply a rule; the arguments are those of the rule."""
+    """Return the examples' gradients by name, tensors wrapped as explicit gradients.
+
+    Args:
+        rule: A layer's rule; the other arguments are its own.
+        module: The layer.
+        x: Its input.
+        grad: The gradient at its output.
+        names: Which of its parameters are wanted.
+    """
     found = rule(module, x, grad, names)
     if found is None:
         return None
