@@ -40,9 +40,9 @@ from opacus_pi.accounting.moments import log_moments
 Array = NDArray[np.float64]
 PUBLISHED = ("icml2025", "thudi2024_code")
 _OVERFLOWS = 1e150  # a larger ratio has no float64 square: its loss is infinite
-_BLOCK = 1 << 16  # examples evaluated at a time
-_ORDERS = 16  # orders evaluated at a time
-_DIGITS = 23.0  # nominal interpolation error exp(-23) = 1e-10; measured: 1e-12
+_MAX_EXAMPLES = 1 << 16  # limits the memory of one evaluation
+_MAX_ORDERS = 16
+_NODE_DIGITS = 23.0  # nominal interpolation error exp(-23) = 1e-10; measured: 1e-12
 
 
 def corrected_order(order: float, hoelder_p: float, remaining: ArrayLike) -> Array:
@@ -172,7 +172,7 @@ def _interpolation_rule(after: NDArray[np.int64], reach: float) -> tuple[Array, 
     half = (after[-1] - after[0]) / 2
     if len(after) <= 2:
         return after.astype(np.float64), np.ones(len(after))
-    size = math.ceil(_DIGITS / math.asinh(reach / half)) + 1
+    size = math.ceil(_NODE_DIGITS / math.asinh(reach / half)) + 1
     if size >= len(after):
         return after.astype(np.float64), np.ones(len(after))
     angles = (np.arange(size) + 0.5) * math.pi / size
@@ -252,9 +252,14 @@ def weighted_log_moments(
     """
     blocks = [
         _weighted_sum(
-            ratios[:, i : i + _BLOCK], sample_rate, orders, weights, hoelder_p, mode
+            ratios[:, i : i + _MAX_EXAMPLES],
+            sample_rate,
+            orders,
+            weights,
+            hoelder_p,
+            mode,
         )
-        for i in range(0, ratios.shape[1], _BLOCK)
+        for i in range(0, ratios.shape[1], _MAX_EXAMPLES)
     ]
     return np.concatenate([np.empty(0), *blocks])
 
@@ -276,8 +281,8 @@ def _weighted_sum(
     if q > 0:
         total[~finite] = math.inf
     flat = distinct[:, finite].reshape(-1)
-    for k in range(0, len(orders), _ORDERS):
-        chosen = slice(k, k + _ORDERS)
+    for k in range(0, len(orders), _MAX_ORDERS):
+        chosen = slice(k, k + _MAX_ORDERS)
         moments = log_moments(flat, q, orders[chosen], mode=mode)
         moments = moments.reshape(len(moments), len(ratios), finite.sum())
         total[finite] += weights[chosen] @ mean_over_runs(moments, p)

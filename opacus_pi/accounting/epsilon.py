@@ -72,14 +72,14 @@ def epsilons(
     require_real_noise(runs_of(ledger))
     choices = np.unique(check_orders(DEFAULT_ORDERS if orders is None else orders))
     offsets = epsilon_offset(choices, delta)
-    record = norms_of_runs(ledger, tolerance=tolerance)
-    mechanism, steps = record.mechanism, record.steps
+    runs = norms_of_runs(ledger, tolerance=tolerance)
+    mechanism, steps = runs.mechanism, runs.steps
     worst = [worst_case_loss(mechanism, order, steps=steps) for order in choices]
     blocks = [
         _least_epsilons(
-            record.of_examples(slice(i, i + _BLOCK)), choices, offsets, tolerance
+            runs.of_examples(slice(i, i + _BLOCK)), choices, offsets, tolerance
         )
-        for i in range(0, record.norms.shape[2], _BLOCK)
+        for i in range(0, runs.norms.shape[2], _BLOCK)
     ]
     limit = float((np.array(worst) + offsets).min())
     result: Array = np.clip(np.concatenate([np.empty(0), *blocks]), 0, max(limit, 0.0))
@@ -87,7 +87,7 @@ def epsilons(
 
 
 def _least_epsilons(
-    record: RunNorms, orders: Array, offsets: Array, tolerance: float
+    runs: RunNorms, orders: Array, offsets: Array, tolerance: float
 ) -> Array:
     """Return each example's smallest epsilon over ascending orders, not clipped.
 
@@ -95,17 +95,17 @@ def _least_epsilons(
     the epsilon is convex in the order, so the epsilon falls and then rises. All
     examples advance together; each evaluates only the orders that it visits.
     """
-    examples = np.arange(record.norms.shape[2])
+    examples = np.arange(runs.norms.shape[2])
     known = np.full((len(orders), len(examples)), np.nan)
 
     def at(places: NDArray[np.int64]) -> Array:
         missing = np.isnan(known[places, examples])
         for k in np.unique(places[missing]):
             columns = examples[missing & (places == k)]
-            how = composition_of(
-                record.mechanism, orders[k], "corrected", None, "exact", tolerance
+            composition = composition_of(
+                runs.mechanism, orders[k], "corrected", None, "exact", tolerance
             )
-            losses = total_loss(record.of_examples(columns), how, "right")
+            losses = total_loss(runs.of_examples(columns), composition, "right")
             known[k, columns] = losses + offsets[k]
         return known[places, examples]
 

@@ -55,7 +55,9 @@ Array = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 CONVENTIONS = ("corrected", *PUBLISHED)
 ROW_RULES = (*RULES, STRATIFIED)
-_HIGHEST_ORDER = 1e6
+_HIGHEST_ORDER = 1e6  # only a p far too small for the run raises orders to this
+# The number of the first update: the released code of Thudi et al. counts from 0.
+_FIRST_UPDATE = {"corrected": 1, "icml2025": 1, "thudi2024_code": 0}
 
 
 def privacy_losses(
@@ -103,14 +105,14 @@ def privacy_losses(
     Source: Sepahvand et al. (ICML 2025), Definition 4.2 and Section 5.1, after Thudi
     et al. (arXiv:2307.00310), Theorem 3.3.
     """
-    record = norms_of_runs(ledger, rule, tolerance)
-    how = composition_of(
-        record.mechanism, order, convention, hoelder_p, mode, tolerance
+    runs = norms_of_runs(ledger, rule, tolerance)
+    composition = composition_of(
+        runs.mechanism, order, convention, hoelder_p, mode, tolerance
     )
-    losses = total_loss(record, how, rule)
+    losses = total_loss(runs, composition, rule)
     if convention != "corrected":
         return losses
-    worst = worst_case_loss(record.mechanism, order, steps=record.steps)
+    worst = worst_case_loss(runs.mechanism, order, steps=runs.steps)
     return np.minimum(losses, worst)
 
 
@@ -143,14 +145,14 @@ def per_step_losses(
 
     Source: Sepahvand et al. (ICML 2025), Definition 4.2.
     """
-    record = norms_of_runs(ledger)
-    how = composition_of(record.mechanism, order, convention, hoelder_p, mode)
-    first = 0 if convention == "thudi2024_code" else 1
-    losses = np.empty(record.norms.shape[1:])
-    for row, step in enumerate(record.steps):
+    runs = norms_of_runs(ledger)
+    composition = composition_of(runs.mechanism, order, convention, hoelder_p, mode)
+    first = _FIRST_UPDATE[convention]
+    losses = np.empty(runs.norms.shape[1:])
+    for row, step in enumerate(runs.steps):
         update = max(int(step), first)
         losses[row] = loss_of_interval(
-            record, how, UpdateInterval(update, update, row, row), row
+            runs, composition, UpdateInterval(update, update, row, row), row
         )
     return losses
 
@@ -178,7 +180,7 @@ def worst_case_loss(
 
     Source: Mironov, Talwar and Zhang (arXiv:1908.10530), Section 3.
     """
-    how = composition_of(mechanism, order, "corrected", math.inf, "exact")
+    composition = composition_of(mechanism, order, "corrected", math.inf, "exact")
     scheduled = [name for name in SCHEDULED if np.ndim(getattr(mechanism, name))]
     expect(
         steps is not None or not scheduled,
@@ -196,7 +198,9 @@ def worst_case_loss(
             parts, [float(f.sample_rate) for f in facts], divergences
         )
     unbounded = np.full((1, len(rows), 1), math.inf)
-    return float(total_loss(RunNorms(mechanism, rows, unbounded), how, "right")[0])
+    return float(
+        total_loss(RunNorms(mechanism, rows, unbounded), composition, "right")[0]
+    )
 
 
 @dataclass(frozen=True)
@@ -237,12 +241,12 @@ class RunNorms:
         return replace(self, norms=self.norms[..., columns])
 
 
-def total_loss(record: RunNorms, how: Composition, rule: str) -> Array:
+def total_loss(runs: RunNorms, composition: Composition, rule: str) -> Array:
     """Return the loss of whole runs: the sum over the intervals, float64 ``(n,)``.
 
     Args:
-        record: The runs' norms.
-        how: How updates are composed.
+        runs: The runs' norms.
+        composition: How the updates are composed.
         rule: One of ``ROW_RULES``.
 
     Returns:
@@ -251,19 +255,19 @@ def total_loss(record: RunNorms, how: Composition, rule: str) -> Array:
     Raises:
         ValueError: If the rule is "stratified" and the rows are not.
     """
-    loss = partial(loss_of_interval, record, how)
-    total = np.zeros(record.norms.shape[2])
+    loss = partial(loss_of_interval, runs, composition)
+    total = np.zeros(runs.norms.shape[2])
     if rule == STRATIFIED:
-        for size, drawn in strata(record.steps, record.mechanism.num_steps):
+        for size, drawn in strata(runs.steps, runs.mechanism.num_steps):
             total += size * loss(drawn, drawn.left)
         return total
-    for interval in intervals(record.steps, record.mechanism.num_steps):
+    for interval in intervals(runs.steps, runs.mechanism.num_steps):
         total += loss_under_rule(loss, interval, rule)
     return total
 
 
 def loss_of_interval(
-    record: RunNorms, how: Composition, interval: UpdateInterval, row: int
+    runs: RunNorms, composition: Composition, interval: UpdateInterval, row: int
 ) -> Array:
     """Return one interval's loss if one row's norms held throughout, float64 ``(n,)``.
 
@@ -271,54 +275,59 @@ def loss_of_interval(
     norms.
 
     Args:
-        record: The runs' norms.
-        how: How updates are composed.
+        runs: The runs' norms.
+        composition: How the updates are composed.
         interval: The updates.
         row: Position of the row whose norms are used.
 
     Returns:
         float64 ``(n,)``, in nats.
     """
-    mechanism = record.mechanism.at_row(interval.right)
-    ratios = mechanism.ratios(record.norms[:, row])
-    orders, weights = _orders(record, how, interval, row)
+    mechanism = runs.mechanism.at_row(interval.right)
+    ratios = mechanism.ratios(runs.norms[:, row])
+    orders, weights = _orders(runs, composition, interval, row)
     # Amplification by sampling requires Poisson sampling. For any other schedule the
     # loss is conditioned on the schedule: the example is in a fraction q of the
     # updates, and there with probability 1.
     q = float(mechanism.sample_rate)
-    if how.convention == "corrected" and mechanism.sampling != "poisson":
+    if composition.convention == "corrected" and mechanism.sampling != "poisson":
         q, weights = 1.0, weights * q
-    if how.tolerance:
-        return upper_log_moments(ratios[0], q, orders, weights, how.tolerance)
+    if composition.tolerance:
+        return upper_log_moments(ratios[0], q, orders, weights, composition.tolerance)
     return weighted_log_moments(
-        ratios, q, orders, weights, hoelder_p=how.hoelder_p, mode=how.mode
+        ratios,
+        q,
+        orders,
+        weights,
+        hoelder_p=composition.hoelder_p,
+        mode=composition.mode,
     )
 
 
 def _orders(
-    record: RunNorms, how: Composition, interval: UpdateInterval, row: int
+    runs: RunNorms, composition: Composition, interval: UpdateInterval, row: int
 ) -> tuple[Array, Array]:
     """Return the orders at which an interval is evaluated, and their weights."""
-    mechanism = record.mechanism.at_row(interval.right)
-    if how.convention in PUBLISHED:
-        first = 0 if how.convention == "thudi2024_code" else 1
+    mechanism = runs.mechanism.at_row(interval.right)
+    if composition.convention in PUBLISHED:
+        first = _FIRST_UPDATE[composition.convention]
         orders, weights = published_orders(
-            how.order,
-            max(int(record.steps[row]), first),
-            hoelder_p=how.hoelder_p,
-            convention=how.convention,
+            composition.order,
+            max(int(runs.steps[row]), first),
+            hoelder_p=composition.hoelder_p,
+            convention=composition.convention,
         )
         return orders, weights * interval.num_updates
     num_steps = mechanism.num_steps
     return interval_orders(
-        how.order,
-        how.hoelder_p,
+        composition.order,
+        composition.hoelder_p,
         (num_steps - interval.last, num_steps - interval.first),
         sample_rate=float(mechanism.sample_rate)
         if mechanism.sampling == "poisson"
         else 1.0,
-        mode=how.mode,
-        single_run=len(record.norms) == 1,
+        mode=composition.mode,
+        single_run=len(runs.norms) == 1,
     )
 
 

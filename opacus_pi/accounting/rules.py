@@ -91,8 +91,11 @@ def intervals(steps: ArrayLike, num_steps: int) -> list[UpdateInterval]:
     starts = np.concatenate([[0], ends])[: len(ends)]
     right = np.minimum(np.searchsorted(rows, ends), len(rows) - 1)
     left = np.maximum(np.searchsorted(rows, starts, side="right") - 1, 0)
-    table = np.stack([starts + 1, ends, right, left], axis=1)
-    return [UpdateInterval(*(int(x) for x in line)) for line in table]
+    columns = (column.tolist() for column in (starts + 1, ends, right, left))
+    return [
+        UpdateInterval(first=first, last=last, right=after, left=before)
+        for first, last, after, before in zip(*columns, strict=True)
+    ]
 
 
 def worst_case_over_epochs(

@@ -247,10 +247,11 @@ def _sums_of_runs(
 
 def _largest_sum(mechanism: NoisySGD, num_rows: int, inner: Composition) -> float:
     """Return an upper limit of all sums: every update at C, in the costliest row."""
-    clipped = np.full((1, num_rows, 1), math.inf)
-    record = RunNorms(replace(mechanism, num_steps=1), np.arange(num_rows), clipped)
+    unbounded = np.full((1, num_rows, 1), math.inf)  # ratios() clips these norms to C
+    one_update = replace(mechanism, num_steps=1)
+    clipped = RunNorms(one_update, np.arange(num_rows), unbounded)
     rows = [UpdateInterval(1, 1, row, row) for row in range(num_rows)]
-    each = [float(loss_of_interval(record, inner, row, row.right)[0]) for row in rows]
+    each = [float(loss_of_interval(clipped, inner, row, row.right)[0]) for row in rows]
     return mechanism.num_steps * max(each, default=0.0)
 
 

@@ -54,7 +54,7 @@ def test_a_step_of_ridge_differs_by_the_point_s_gradient():
     assert gap == pytest.approx(float(ridge.moves(residual)), rel=1e-12)
 
 
-def test_whole_runs_say_more_than_their_last_weights():
+def test_whole_runs_reveal_more_than_their_last_weights():
     ridge = Ridge(np.random.default_rng(2))
     laws = [ridge.trajectory(6, with_x=x) for x in (True, False)]
     last = slice(-ridge.dims, None)

@@ -21,7 +21,7 @@ def guarantee(assumptions=(MET,), divergences=DIVERGENCES):
     return Guarantee("Langevin", assumptions, ORDERS, divergences)
 
 
-def test_kind_is_what_the_assumptions_carry():
+def test_kind_follows_from_the_assumptions():
     assert guarantee().kind == "certified"
     assert guarantee((MET, UNMET)).kind == "estimate"
     assert guarantee((), DIVERGENCES).kind == "estimate"

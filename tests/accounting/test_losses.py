@@ -127,7 +127,7 @@ def test_never_seen_counts_as_the_clip_norm():
         assert np.isfinite(losses[1])
 
 
-def test_no_update_costs_nothing():
+def test_no_update_means_no_loss():
     run = one_run(num_steps=0, steps=[], norms=np.empty((0, 2)))
     np.testing.assert_array_equal(privacy_losses(run, 4), [0, 0])
     assert worst_case_loss(run.mechanism, 4) == 0
@@ -213,7 +213,7 @@ any_order = st.floats(1.01, 40)
 
 @LAWS
 @given(norms=norm_tables, order=any_order, factor=st.floats(1, 3))
-def test_larger_norms_cost_more(norms, order, factor):
+def test_larger_norms_have_larger_losses(norms, order, factor):
     small, large = (one_run(norms=np.array(norms) * f) for f in (1, factor))
     for rule in RULES:
         before = privacy_losses(small, order, rule=rule)
@@ -223,7 +223,7 @@ def test_larger_norms_cost_more(norms, order, factor):
 
 @LAWS
 @given(norms=norm_tables, order=any_order, factor=st.floats(1, 3))
-def test_larger_orders_and_longer_runs_cost_more(norms, order, factor):
+def test_larger_orders_and_longer_runs_have_larger_losses(norms, order, factor):
     run = one_run(norms=norms)
     value = privacy_losses(run, order)
     assert (value <= privacy_losses(run, order * factor) * (1 + 1e-10)).all()

@@ -106,7 +106,7 @@ def test_corollary_4_1_prints_these_coefficients():
     assert corollary_4_1(a, loss, far, near, 1.5) == pytest.approx(expected, rel=1e-14)
 
 
-def test_learning_before_stationarity_costs_less():
+def test_learning_before_stationarity_has_a_smaller_divergence():
     shared = {
         "num_points": 1,
         "gradient_bound": 1.0,

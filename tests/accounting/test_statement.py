@@ -72,7 +72,7 @@ def test_several_rows_have_the_group_s_worst_case_only():
     assert "owner" not in statement.sharing and "anyone" in statement.sharing
 
 
-def test_who_may_know_is_said():
+def test_sharing_says_with_whom_each_number_may_be_shared():
     statement = privacy_statement(ledger(), [1], DELTA)
     assert (
         "with the owner only" in statement.sharing

@@ -81,7 +81,7 @@ def test_other_rules_are_biased_for_falling_norms():
     assert privacy_losses(at_ends, 4.0, rule="right") < truth
 
 
-def test_constant_norms_cost_the_same_wherever_the_rows_are():
+def test_constant_norms_have_the_same_loss_wherever_the_rows_are():
     mechanism = NoisySGD(**FACTS, max_grad_norm=1.0)
     worst = worst_case_loss(mechanism, 4.0)
     for steps in every_draw(3, 7):
@@ -99,7 +99,7 @@ def test_published_conventions_multiply_by_the_length_of_the_part():
         np.testing.assert_allclose(total, [2, 3, 2] @ per_step, rtol=1e-12)
 
 
-def test_a_schedule_s_values_are_those_of_the_drawn_update():
+def test_scheduled_values_are_those_of_the_sampled_update():
     """Row i's facts hold from row i-1 to row i, so the drawn update has row i+1's."""
     noise = np.array([1.0, 2.0, 4.0])
     run = GradNormLedger(NoisySGD(6, 1.0, noise), [0, 3, 5], np.ones((3, 1)))
@@ -131,7 +131,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_every_update_of_a_part_is_drawn_equally_often():
+def test_every_update_of_a_stratum_is_sampled_equally_often():
     generator = seeded()
     draws = np.array([stratified_steps(3, 10, generator) for _ in range(6000)])
     for column, (start, end) in zip(draws.T, [(0, 3), (3, 7), (7, 10)], strict=True):
@@ -161,7 +161,7 @@ def record(generator, num_steps=9, total=9, noise=lambda t: 2.0):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_recorder_writes_the_rows_of_the_draw(seed):
+def test_the_recorder_writes_the_sampled_rows(seed):
     steps = stratified_steps(3, 9, seeded(seed))
     ledger = record(seeded(seed)).ledger
     assert tuple(ledger.steps) == steps
@@ -201,7 +201,7 @@ def test_before_the_first_update_there_is_no_ledger():
     assert len(record(seeded(seed), total=1).ledger.steps) == 1
 
 
-def test_rows_that_were_not_drawn_so_are_refused():
+def test_rows_that_are_not_stratified_are_refused():
     run = complete()[0]
     for steps in [(0, 1, 6), (2, 4, 6), (0, 3)]:
         with pytest.raises(ValueError, match="steps must lie one in each of"):

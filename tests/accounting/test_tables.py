@@ -97,7 +97,7 @@ def test_a_table_grows_with_its_argument():
     assert (np.diff(upper) >= -1e-14 * upper[1:]).all()
 
 
-def test_a_coarser_table_costs_fewer_evaluations():
+def test_a_coarser_table_needs_fewer_evaluations():
     counts = []
     for tolerance in (1e-6, 1e-3):
         evaluated = []

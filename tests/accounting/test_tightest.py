@@ -73,7 +73,7 @@ def test_is_the_least_of_its_parts(rule, sampling):
     np.testing.assert_array_equal(value, np.min(parts, axis=0))
 
 
-def test_an_example_never_observed_costs_the_worst_case():
+def test_an_example_never_observed_has_the_worst_case():
     runs = [
         GradNormLedger(run.mechanism, run.steps, np.c_[run.grad_norms, [NAN] * 3])
         for run in random_runs(3)

@@ -109,7 +109,7 @@ def test_limits_never_exceed_the_worst_case_however_large():
     assert limits == pytest.approx(worst_case_loss(runs[0].mechanism, 64.0))
 
 
-def test_limits_of_a_schedule_use_its_dearest_row():
+def test_limits_of_a_schedule_use_its_most_expensive_row():
     facts = {"sample_rate": 0.5, "max_grad_norm": 0.3}
     mechanism = NoisySGD(2, noise_std=[1.0, 0.5], **facts)
     dear = NoisySGD(2, noise_std=0.5, **facts)

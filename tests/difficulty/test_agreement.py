@@ -85,7 +85,7 @@ def test_bins_are_scipys_where_equal_counts_are_equal_widths():
     np.testing.assert_allclose(found.x, [4.5, 14.5, 24.5, 34.5, 44.5, 54.5])
 
 
-def test_bins_lose_nobody_and_are_normalised_to_the_maximum():
+def test_bins_lose_no_example_and_are_normalised_to_the_maximum():
     x, y = np.random.default_rng(2).gamma(1.0, size=(2, 101))
     found = binned_means(x, y)
     assert len(found.mean) == 30 and set(found.count) == {3, 4}

@@ -91,7 +91,7 @@ def test_ranking_without_ties_is_argsort(scores):
     assert ranking(scores).tolist() == np.argsort(scores).tolist()
 
 
-def test_ties_are_in_an_order_drawn_once():
+def test_ties_are_in_one_random_order():
     scores = np.repeat([1.0, 0.0], 50)
     first = ranking(scores)
     assert sorted(first[:50]) == list(range(50, 100))
@@ -143,7 +143,7 @@ def test_a_cut_through_a_tie_is_warned_of():
     assert seen[0].filename == __file__
 
 
-def test_a_whole_tie_is_no_cut():
+def test_a_set_with_all_tied_examples_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         top_k([5.0, 5.0, 1.0, 5.0, 2.0, 3.0], 3)

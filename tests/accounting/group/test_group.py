@@ -83,7 +83,7 @@ def test_monte_carlo_repeats_itself():
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("order", [2, 3])
-def test_line_bounds_are_above_the_coupled_moment(seed, order):
+def test_mixture_bounds_are_above_the_coupled_moment(seed, order):
     rng = np.random.default_rng(seed)
     size, rate = int(rng.integers(1, 6)), float(rng.uniform(0.01, 0.9))
     K = gram(rng, size, scale=rng.uniform(0.05, 1))
@@ -95,7 +95,7 @@ def test_line_bounds_are_above_the_coupled_moment(seed, order):
 
 
 @pytest.mark.parametrize("order", [1.3, 2.5])
-def test_line_bounds_hold_at_real_orders(order):
+def test_mixture_bounds_hold_at_real_orders(order):
     """Kahane's inequality: two orthogonal points against the same on a line."""
     rng, rate = np.random.default_rng(0), 0.3
     axis = np.linspace(-12, 14, 521)
@@ -114,7 +114,7 @@ def test_line_bounds_hold_at_real_orders(order):
         assert mixture_log_moment(*operator_norm_law(largest, 2, rate), order) >= exact
 
 
-def test_rounding_up_keeps_the_bound_and_costs_little():
+def test_rounding_up_keeps_the_bound_and_changes_little():
     rng = np.random.default_rng(0)
     norms = rng.uniform(0.05, 0.3, 12)
     exact = mixture_log_moment(*scalar_law(norms, 0.1), 3.0)
@@ -196,7 +196,7 @@ def test_several_runs_lie_between_the_mean_and_the_largest():
     assert np.mean(each) <= joint <= max(each)
 
 
-def test_an_empty_group_costs_nothing():
+def test_an_empty_group_has_no_loss():
     mechanism = NoisySGD(20, 0.1, 1.0)
     empty = GramLedger(mechanism, [20], np.zeros((1, 0, 0)))
     for method in ("coupled", "scalar", "operator_norm"):

@@ -64,7 +64,7 @@ def moments(K, rate, order):
 
 @few
 @given(rates, real_orders, st.sampled_from(METHODS))
-def test_nothing_costs_nothing(rate, order, method):
+def test_empty_groups_and_zero_gradients_have_no_loss(rate, order, method):
     empty = ledger(np.zeros((2, 0, 3)), rate)
     assert divergence(empty, order, method=method) == 0
     zero = ledger(np.zeros((2, 3, 3)), rate)
@@ -142,7 +142,7 @@ def test_the_order_of_the_examples_does_not_matter(seed, size, rate, order, meth
 
 @few
 @given(seeds, sizes, rates, real_orders, st.sampled_from(METHODS))
-def test_more_noise_costs_less(seed, size, rate, order, method):
+def test_more_noise_lowers_the_loss(seed, size, rate, order, method):
     group = ledger(vectors(seed, size), rate, clip=np.inf)
     found = [
         divergence(group.with_noise_std(s), order, method=method) for s in (2.0, 3.0)

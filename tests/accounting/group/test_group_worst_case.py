@@ -44,7 +44,7 @@ def test_one_update_against_the_definition_in_both_directions(seed):
     assert back <= found * (1 + 1e-7)
 
 
-def test_any_positive_shifts_cost_less_backwards():
+def test_positive_shifts_have_a_smaller_reverse_divergence():
     """Removing is cheaper than adding for every mixture on the positive half-line."""
     rng = np.random.default_rng(0)
     z = np.linspace(-14, 60, 20_001)
@@ -119,7 +119,7 @@ def test_below_the_multiplied_order():
     assert min(ratios) < 0.01
 
 
-def test_no_group_costs_more_than_the_worst():
+def test_no_group_exceeds_the_worst_case():
     """Parallel gradients at the clip norm, composed, stay at the worst case."""
     mechanism = NoisySGD(50, 0.1, 2.0, 1.0)
     parallel = GramLedger(mechanism, [50], np.full((1, 3, 3), 100.0))

@@ -95,7 +95,7 @@ def test_hoelder_p_between_mean_and_largest():
     assert averaged < largest
 
 
-def test_no_shift_costs_nothing_and_extreme_contraction_is_finite():
+def test_no_shift_has_no_loss_and_extreme_contraction_is_finite():
     lsi = lsi_track(0.1, 5, **PROCESS)
     for p in (2.0, math.inf):
         shared = {"lsi": lsi, "hoelder_p": p, **PROCESS}

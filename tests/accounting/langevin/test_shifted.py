@@ -121,7 +121,7 @@ def test_bad_input(call, message):
         call()
 
 
-def test_no_distance_costs_nothing():
+def test_mu_is_zero_without_a_distance():
     assert shifted_mu_squared([1.0], [0.0], [1.0]) == 0
 
 
