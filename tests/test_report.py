@@ -94,7 +94,7 @@ def test_numbers_are_the_librarys(tmp_path):
     assert "unlearning" not in facts and "Guarantee" not in page.text
 
 
-@pytest.mark.filterwarnings("ignore:Scores tie")
+@pytest.mark.filterwarnings("ignore:A forget set contains only a part")
 def test_the_hardest_are_those_of_top_k_where_losses_tie():
     ledger = make_ledger(num_examples=80)
     clipped = np.where(np.arange(80) < 50, 9.0, ledger.grad_norms)

@@ -150,7 +150,7 @@ def test_an_example_of_an_only_batch_is_covered():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_worst_case_of_any_order_of_examples_in_each_epoch(seed):
-    """A schedule of noises: of every epoch, the example is in the dearest update."""
+    """A noise schedule: in every epoch the example is in the most expensive update."""
     rng = np.random.default_rng(seed)
     length, num_steps = int(rng.integers(1, 50)), int(rng.integers(1, 300))
     cuts = rng.choice(num_steps, min(num_steps, 6), replace=False)

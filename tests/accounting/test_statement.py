@@ -1,4 +1,4 @@
-"""What a person may be told: numbers, words, and who may know them."""
+"""Statements for a person: numbers, words, and with whom they may be shared."""
 
 import json
 import math

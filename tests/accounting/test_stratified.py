@@ -100,7 +100,7 @@ def test_published_conventions_multiply_by_the_length_of_the_part():
 
 
 def test_scheduled_values_are_those_of_the_sampled_update():
-    """Row i's facts hold from row i-1 to row i, so the drawn update has row i+1's."""
+    """The sampled update has row i+1's values: row i's hold from row i-1 to row i."""
     noise = np.array([1.0, 2.0, 4.0])
     run = GradNormLedger(NoisySGD(6, 1.0, noise), [0, 3, 5], np.ones((3, 1)))
     loss = privacy_losses(run, 2.0, rule="stratified", hoelder_p=math.inf)

@@ -45,7 +45,7 @@ def test_never_below_the_exact_divergence(chain, order):
 
 
 def random_pilots(chain):
-    """Two runs drawn from the chain, told from its own by a second example."""
+    """Two runs of the chain, made different from its own by a second example."""
     paths = chain.paths()
     chosen = np.random.default_rng(1).integers(len(paths), size=2)
     return [chain.ledger(paths[i][:, None] * (1 - 1e-6)) for i in chosen]

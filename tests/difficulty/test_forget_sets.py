@@ -17,7 +17,7 @@ from opacus_pi.difficulty.forget_sets import (
     top_k,
 )
 
-cutting = pytest.mark.filterwarnings("ignore:Scores tie")
+cutting = pytest.mark.filterwarnings("ignore:A forget set contains only a part")
 
 
 def strata_by_hand(scores, size):

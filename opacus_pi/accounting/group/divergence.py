@@ -135,7 +135,7 @@ def group_divergence(
     if total == totals.get("coupled") and max(shares, default=0.0) > _UNRELIABLE:
         warnings.warn(
             f"One of {num_samples} sampled terms makes up {max(shares):.0%} of its "
-            "sum: the value is unreliable and too low. Use method='scalar' or "
+            "sum: the value is unreliable and probably too low. Use method='scalar' or "
             "'operator_norm' for an upper bound, or more num_samples.",
             stacklevel=2,
         )
