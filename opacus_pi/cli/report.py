@@ -49,14 +49,25 @@ def _evaluation(
     options: argparse.Namespace,
 ) -> tuple[dict[str, Any] | None, Barriers | None]:
     """Metrics of retrained models and barriers to them, None where there are none."""
-    path = options.evaluation
+    path = _evaluation_file(options)
+    return (None, None) if path is None else _read_evaluation(path)
+
+
+def _evaluation_file(options: argparse.Namespace) -> str | Path | None:
+    """The file that ``evaluate`` wrote: the one named, or the one in the directory."""
+    path: str | Path | None = options.evaluation
     if path is None and options.run_dir is not None:
         usual = Path(options.run_dir, EVALUATION)
         path = usual if usual.exists() else None
-    if path is None:
-        return None, None
-    if options.run_dir is None:
+    if path is not None and options.run_dir is None:
         raise BadInput("--evaluation: there is no run to show it with. Name RUN_DIR.")
+    return path
+
+
+def _read_evaluation(
+    path: str | Path,
+) -> tuple[dict[str, Any] | None, Barriers | None]:
+    """Read what ``evaluate`` wrote; every number is converted, so none is a text."""
     found = read_json(f"--evaluation {path}", path)
     try:
         if found.get("format") != FORMAT:
