@@ -215,7 +215,7 @@ SETTING = option(
     default=[],
     action="append",
 )
-RECORD = option("--record", "FILE.db", "deletion log of the model's requests")
+LOG = option("--record", "FILE.db", "deletion log of the model's requests")
 JSON = switch("--json", "print JSON instead of text")
 JSON_FILE = option(
     "--out", "FILE.json", "write the JSON here, too", writable_file, dest="json_file"
@@ -280,7 +280,7 @@ the guarantee then covers all requests together.""",
                 default=[],
                 action="append",
             ),
-            RECORD.but(help="deletion log of earlier requests; it is only read"),
+            LOG.but(help="deletion log of earlier requests; it is only read"),
             BATCH_SIZE,
             JSON,
             JSON_FILE,
@@ -331,7 +331,7 @@ requests that are still pending are carried out first, with this command's setti
             option("--momentum", "X", "of SGD", float, 0.9),
             LEDGERS_BY_FLAG,
             DELTA,
-            RECORD,
+            LOG,
             option(
                 "--request-id",
                 "NAME",

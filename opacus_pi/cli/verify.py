@@ -17,8 +17,8 @@ from opacus_pi.cli.errors import (
     about,
     one_line,
 )
-from opacus_pi.cli.file_kinds import LOG, OLD_LOG, FileKind, recognised
 from opacus_pi.cli.output import answer
+from opacus_pi.cli.recognition import LOG, OLD_LOG, Recognised, recognise
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,33 +29,33 @@ def run(options: argparse.Namespace) -> int:
             "deletion log, a ledger or weights.safetensors."
         )
     with about("FILE", "Name a deletion log, ledger or oracle."):
-        kind = recognised(Path(options.file), options.head)
-    if options.head is not None and kind.words not in (LOG, OLD_LOG):
+        found = recognise(Path(options.file), options.head)
+    if options.head is not None and found.description not in (LOG, OLD_LOG):
         raise BadInput(
-            f"HEAD: only a deletion log has one, and {options.file} is {kind.words}. "
-            "Leave it out."
+            f"HEAD: only a deletion log has one, and {options.file} is "
+            f"{found.description}. Leave it out."
         )
     facts = {
         "format": "opacus_pi.cli.verify.v1",
         "file": options.file,
-        "kind": kind.words,
-        **_checked(kind),
+        "kind": found.description,
+        **_checked(found),
     }
     answer(options, facts, _text(facts))
     return {True: DONE, False: FAILED, None: NOTHING_TO_CHECK}[facts["verified"]]
 
 
-def _checked(kind: FileKind) -> dict[str, Any]:
+def _checked(found: Recognised) -> dict[str, Any]:
     """Whether a file is as it was written; None if this cannot be checked."""
-    if kind.check is None:
+    if found.check is None:
         reason = (
             "it has no checksum; make it again from the ledger"
-            if kind.ours
+            if found.ours
             else "it is not an opacus_pi file"
         )
         return {"verified": None, "reason": reason}
     try:
-        return {"verified": True, **kind.check()}
+        return {"verified": True, **found.check()}
     except ValueError as error:
         return {"verified": False, "reason": one_line(error)}
 

@@ -1,0 +1,197 @@
+"""Recognise the kind of a file from its content, and how it can be checked.
+
+The name of a file proves nothing, so only the content is looked at: the first megabyte
+for a name of ``files.kinds`` and for other marks of the formats that opacus_pi writes.
+Each format has marks in more than one place. A damaged file is therefore still
+recognised as one of opacus_pi, and reported as damaged instead of as foreign.
+
+*What breaks it.* A file whose marks are all damaged counts as foreign (exit code 3, not
+0). No content is ever run: archives are read with ``weights_only=True``.
+
+>>> import tempfile
+>>> path = Path(tempfile.mkdtemp(), "notes.txt")
+>>> _ = path.write_text("buy milk")
+>>> recognise(path).description
+'a text'
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+
+from opacus_pi.files.arrays_file import named_kind
+from opacus_pi.files.checksummed_state import verified_state
+from opacus_pi.files.kinds import KINDS, TRACE, kind_in
+from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, FILTER_KEY
+from opacus_pi.unlearning.deletion_log import (
+    Verification,
+    looks_like_a_log,
+    verify,
+)
+from opacus_pi.unlearning.json_lines_log import FIRST_BYTES, verify_json_lines
+
+LOG = "deletion log"
+OLD_LOG = "deletion log of JSON lines"
+CHECKPOINT = "record in a checkpoint"
+_TRACE = (TRACE.name.encode(), b'"unit": "epochs", "cost"')
+# In the header of a safetensors file of opacus_pi: a kind, or a checksum.
+_OURS = re.compile(rb'opacus_pi\.|"checksum":"[0-9a-f]{64}"')
+_LINE = (b'"body":', b'"hash":"', b'"previous":"')  # of an old deletion log
+_NUM_BYTES = 1 << 20  # of a file that are looked at
+_MAX_HEADER = 100_000_000  # bytes of a header that safetensors reads
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a file is, and how to check it.
+
+    Args:
+        description: The name of its kind if the file can be checked, else a few words.
+        check: Raises ``ValueError`` if the file is damaged or edited, and returns
+            further facts; None if nothing in the file can be checked.
+        ours: Whether opacus_pi wrote the file.
+    """
+
+    description: str
+    check: Callable[[], dict[str, Any]] | None = None
+    ours: bool = False
+
+
+def recognise(path: Path, head: str | None = None) -> Recognised:
+    """Recognise a file.
+
+    Args:
+        path: The file.
+        head: Hash that an entry of a deletion log must have, or None. With a hash, an
+            empty file is a deletion log that lost all of its entries.
+    """
+    with path.open("rb") as file:
+        start = file.read(_NUM_BYTES)
+    if not start and head is None:
+        return Recognised("an empty file")
+    if not start or looks_like_a_log(start):
+        return Recognised(LOG, partial(_chain, verify, path, head), ours=True)
+    if start.startswith(FIRST_BYTES) or sum(mark in start for mark in _LINE) > 1:
+        check = partial(_chain, verify_json_lines, path, head)
+        return Recognised(OLD_LOG, check, ours=True)
+    if start[8:9] == b"{" and b"\0" in start[:8]:  # a length, then JSON: safetensors
+        return _arrays(path, start)
+    if start.startswith(b"PK"):
+        return _archive(path)
+    return _text(path, start)
+
+
+def _chain(
+    check: Callable[[Path, str | None], Verification], path: Path, head: str | None
+) -> dict[str, Any]:
+    """Check a deletion log; its head, and what was added since an earlier head."""
+    found = check(path, head)
+    facts: dict[str, Any] = {"head": found.head}
+    if found.num_added is not None:
+        facts["added"] = found.num_added
+    if found.redacted:
+        facts["redacted"] = list(found.redacted)
+    return facts
+
+
+def _arrays(path: Path, start: bytes) -> Recognised:
+    """Recognise a safetensors file."""
+    length = int.from_bytes(start[:8], "little")
+    if path.stat().st_size < 8 + length <= _MAX_HEADER:
+        return Recognised("safetensors", partial(_cut_off, path, length))
+    if not _OURS.search(start[8 : 8 + length]):
+        return Recognised("weights or other arrays (safetensors)")
+    named = named_kind(path)
+    if named is None:  # the header is damaged, but may still name a kind
+        found = kind_in(start)
+        named = found.name if found else ""
+    read = KINDS[named].read if named in KINDS else partial(_refuse, named)
+
+    def check() -> dict[str, Any]:
+        read(path)
+        return {}
+
+    return Recognised(named or "a file of opacus_pi", check, ours=True)
+
+
+def _cut_off(path: Path, length: int) -> dict[str, Any]:
+    """Report that a file ends inside its header."""
+    raise ValueError(
+        f"{path.name} is damaged: its header must have {length} bytes, but the file "
+        f"ends after {path.stat().st_size} in all. Restore it from a copy."
+    )
+
+
+def _refuse(kind: str, path: Path) -> None:
+    """Report that a file names a kind that this release does not know."""
+    unknown = (
+        f"the kind {kind}, which this release does not know" if kind else "no kind"
+    )
+    raise ValueError(
+        f"{path.name} names {unknown}: the file is damaged, or a newer release wrote it"
+    )
+
+
+def _archive(path: Path) -> Recognised:
+    """Recognise a file of ``torch.save``, or another archive."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
+        content = None
+    states = {}  # those of opacus_pi, which have a checksum
+    if isinstance(content, dict):
+        states = {k: content[k] for k in (CHECKPOINT_KEY, FILTER_KEY) if k in content}
+    if not states and (content is not None or not _has_our_key(path)):
+        return Recognised("an archive or weights, not of a recorded run")
+
+    def check() -> dict[str, Any]:
+        if not states:
+            raise ValueError(f"{path.name} cannot be read: it is damaged")
+        for state in states.values():
+            verified_state(state)
+        return {}
+
+    return Recognised(CHECKPOINT, check, ours=True)
+
+
+def _has_our_key(path: Path) -> bool:
+    """Whether the key of a checkpoint's ledger is anywhere in an unreadable archive."""
+    with path.open("rb") as file:
+        parts = iter(lambda: file.read(_NUM_BYTES), b"")
+        return any(CHECKPOINT_KEY.encode() in part for part in parts)
+
+
+def _text(path: Path, start: bytes) -> Recognised:
+    """Recognise a page, JSON, a text or other data."""
+    if any(mark in start for mark in _TRACE):
+
+        def check() -> dict[str, Any]:
+            TRACE.read(path)
+            return {}
+
+        return Recognised(TRACE.name, check, ours=True)
+    if start.lstrip()[:9].lower() == b"<!doctype":
+        ours = b'content="opacus_pi"' in start
+        return Recognised("a report's page" if ours else "a page", ours=ours)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return Recognised("data of an unknown kind" if b"\0" in start else "a text")
+    return _json(content)
+
+
+def _json(content: Any) -> Recognised:
+    """Recognise JSON that has no checksum."""
+    form = content.get("format") if isinstance(content, dict) else None
+    if kind := kind_in(json.dumps({"format": form}).encode()):
+        return Recognised(kind.words, ours=True)
+    if isinstance(content, dict) and {"method", "forget_indices"} <= set(content):
+        return Recognised("the record of an unlearning run", ours=True)
+    return Recognised("JSON")
