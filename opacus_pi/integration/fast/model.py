@@ -59,6 +59,7 @@ class FastHooks(AbstractGradSampleHooks):
         self, m: nn.Module, *, batch_first: bool = True, loss_reduction: str = "mean"
     ) -> None:
         super().__init__(m, batch_first=batch_first, loss_reduction=loss_reduction)
+        # The same models are refused as in hooks mode, with the same errors.
         GradSampleHooks.validate(module=m, strict=True)
         if removable_handles(m) is not None:
             # Opacus's own words, for the same mistake in its other modes.
@@ -95,9 +96,10 @@ class FastGradSampleModule(FastHooks, AbstractGradSampleModule):
     """
 
     def __init__(self, m: nn.Module, **options: Any) -> None:
+        # nn.Module goes first: it creates the table in which FastHooks puts the model.
         nn.Module.__init__(self)
         FastHooks.__init__(self, m, **options)
-        self.grad_accumulation_hook = None
+        self.grad_accumulation_hook = None  # Opacus's wrapper has it and removes it
 
 
 def require_fast(
@@ -105,7 +107,7 @@ def require_fast(
     module: nn.Module,
     clipping: str = "flat",
     batch_first: bool = True,
-    **_: Any,
+    **other_options: Any,
 ) -> None:
     """Raise for options of ``make_private`` that the fast mode does not support.
 
@@ -113,6 +115,7 @@ def require_fast(
         module: The model.
         clipping: How to clip.
         batch_first: Whether examples are along the first dimension.
+        **other_options: Other options of ``make_private``; any value is supported.
 
     Raises:
         ValueError: If an option rules the mode out; the message says why.
@@ -153,7 +156,7 @@ def prepare_model(
     *,
     loss_reduction: str = "mean",
     wrap_model: bool = True,
-    **_: Any,
+    **other_options: Any,
 ) -> FastHooks:
     """Validate a model as Opacus does, and add the hooks that fill its cache.
 
@@ -162,6 +165,7 @@ def prepare_model(
         module: A plain module, or what an earlier call returned.
         loss_reduction: How the criterion reduces the losses.
         wrap_model: Whether to return a wrapper of the module.
+        **other_options: Other options of ``make_private``; not used.
 
     Returns:
         The hooks, or the wrapper, which is a subclass. A module that an earlier call

@@ -1,7 +1,15 @@
 """Opacus's ``DPOptimizer``, clipping from the per-batch cache.
 
-Only clipping is replaced: the norms of all examples come from the cache, and so does
-the clipped sum of each parameter. Noise, scaling and skipped steps stay Opacus's own.
+Clipping needs two things from a batch: the norm of each example's whole gradient, and
+the sum of all gradients, each times its clip factor min(1, C / norm). Both follow from
+the inputs and output gradients of the layers, which the cache holds, so that no
+per-example gradient is formed: first the norms, then one weighted sum per parameter.
+
+Only clipping is replaced. Noise, scaling and skipped steps stay Opacus's own.
+
+The clipped sum is the one of hooks mode up to rounding, or an error is raised: the
+taps check that they have seen every gradient that autograd computed. What breaks it
+is listed in :mod:`opacus_pi.gradients.clipping.training_taps`.
 """
 
 from collections.abc import Sequence
@@ -94,6 +102,8 @@ def _clipping_from_cache(base: type) -> type:
             no_autocast = torch.autocast(self.params[0].device.type, enabled=False)
             with torch.no_grad(), no_autocast:
                 norms = [self._pi_clip(cache) for cache in caches]
+                # Known only now: clipping may have formed gradients of parameters
+                # that have no taps.
                 taps.require_complete(self.params, model)
             self.per_sample_gradient_norms = torch.cat(norms)
             self.batch_sizes = [cache.size for cache in caches]
@@ -106,6 +116,7 @@ def _clipping_from_cache(base: type) -> type:
             scale = cache.size if hooks.loss_reduction == "mean" else 1
             found = cache.gradients(self.params, module_of(hooks))
             norms = scale * example_norms(found.values())
+            # Scaled again: the cache holds the gradients of the loss as it was.
             factors = scale * clip_factors(norms, self.max_grad_norm)
             for p, gradients in found.items():
                 grad = gradients.weighted_sum(factors).view(p.shape).to(p.dtype)

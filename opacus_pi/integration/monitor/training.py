@@ -2,7 +2,17 @@
 
 The loop itself is not touched. Hooks on the optimizer count its updates and, if there
 is noise, add it to the gradients; a forward hook on the model and an observer of the
-loader establish which batch an update was made from.
+loader establish which batch an update was made from. At the rows of the ledger the
+recorder calls a sweep, which measures the norms of all examples at the present weights.
+
+**What it guarantees.** Without noise, and with the user's own loader, training is bit
+for bit the training without recording. With noise, a recorded update is the noisy
+mechanism of :mod:`~opacus_pi.integration.monitor.noise`.
+
+**What breaks it.** The optimizer's hooks are called by ``optimizer.step()`` only: an
+update that writes the weights in another way is neither counted nor noised. The loss
+must be the mean over the batch; the criterion of the loop is not seen here, and is
+assumed to be the mean of the one that is passed.
 """
 
 import math
@@ -219,6 +229,7 @@ def _add_hooks(
         )
         tracker.end_update()
 
+    # Connects the tensors that enter the model with the backward pass that follows.
     probe = ForwardProbe()
     probe.report_to(tracker)
     _HOOK_HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
@@ -228,7 +239,10 @@ def _add_hooks(
 
 
 def _check_recorder(recorder: Recorder, noise_std: float) -> None:
-    """Raise for a recorder that would wait for norms that are never computed."""
+    """Raise for a recorder that would wait for norms that are never computed.
+
+    Also raise for noise that is not a standard deviation.
+    """
     expect(
         recorder.mode == "swept",
         "recorder.mode",
@@ -247,7 +261,11 @@ def _check_recorder(recorder: Recorder, noise_std: float) -> None:
 
 
 def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -> None:
-    """Raise for a wrapped module, or an optimizer that Opacus or another model made."""
+    """Raise for a wrapped module, or for an optimizer that does not fit the module.
+
+    A parallel wrapper is allowed only where all processes hold equal weights and equal
+    gradients, which their sweeps and the count of updates rely on.
+    """
     expect(
         not isinstance(module, AbstractGradSampleModule),
         "module",
@@ -277,6 +295,8 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
         "must be a plain torch optimizer",
         "Pass the one that make_private was given, original_optimizer.",
     )
+    # Sweeps measure the gradient by the module's parameters. An update of others would
+    # depend on the examples in a way that is not measured.
     own = set(module.parameters())
     held = [p for group in optimizer.param_groups for p in group["params"]]
     expect(
