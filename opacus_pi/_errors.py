@@ -1,8 +1,8 @@
-"""The error of a number that must not be given."""
+"""The error that is raised in place of a number that would be wrong."""
 
 
 class AccountingError(RuntimeError):
-    """Training went on, but what was run cannot be accounted.
+    """The run cannot be accounted, so no privacy loss is given for it.
 
-    The message says why, and what to do.
+    Training itself is not affected. The message says why, and what to do.
     """

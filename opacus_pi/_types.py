@@ -1,4 +1,4 @@
-"""Types under short names, so that ``help`` shows signatures that can be read.
+"""Short names for long types, so that ``help`` shows readable signatures.
 
 >>> import inspect
 >>> def total(values: ArrayLike) -> float: ...

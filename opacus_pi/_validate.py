@@ -1,4 +1,4 @@
-"""One message format for bad input: the argument, what was got, and the remedy.
+"""Checks of arguments, with one message format: what is wrong, what was got, what to do.
 
 >>> in_range(
 ...     0, 1, remedy="Divide the batch size by the data set size.", sample_rate=1.2
@@ -19,13 +19,13 @@ from opacus_pi._types import ArrayLike
 def expect(
     condition: bool, name: str, value: Any, requirement: str, remedy: str
 ) -> None:
-    """Raise ``ValueError`` in the common format unless ``condition`` holds.
+    """Raise ``ValueError`` in the common format unless a condition holds.
 
     Args:
-        condition: What must be true.
+        condition: The condition that must hold.
         name: The argument's name.
-        value: What was got.
-        requirement: What the argument must be, e.g. ``"must be in (0, 1)"``.
+        value: The value that was got, or words for it.
+        requirement: What follows the name in the message, e.g. ``"must be in (0, 1)"``.
         remedy: One sentence: what the caller can do.
 
     Raises:
@@ -80,12 +80,12 @@ def positive(*, remedy: str, **named: ArrayLike) -> None:
 
 
 def _offender(numbers: NDArray[Any], ok: NDArray[Any]) -> float:
-    """The first entry that fails a check (any entry if none does)."""
+    """Return the first entry that fails a check; NaN if all pass."""
     return float(numbers[~ok][0]) if not ok.all() else float("nan")
 
 
 def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int64]:
-    """Check a choice of examples and return it sorted.
+    """Check a selection of examples and return it sorted.
 
     Args:
         name: The argument's name.
@@ -96,7 +96,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         int64 ``(m,)``, increasing.
 
     Raises:
-        ValueError: If the choice is empty, not whole numbers, has duplicates, or
+        ValueError: If the selection is empty, not whole numbers, has duplicates, or
             leaves the range.
     """
     array = np.asarray(values)
@@ -114,7 +114,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         name,
         f"{array.dtype}{list(array.shape)}",
         "must be a flat list of whole numbers",
-        "A mask becomes indices by numpy.flatnonzero.",
+        "Convert a mask with numpy.flatnonzero.",
     )
     inside = (array >= 0) & (array < size)
     expect(

@@ -359,7 +359,7 @@ def test_a_kind_is_not_an_argument():
 def test_what_says_who_is_unusual_says_that_it_is_sensitive(tmp_path):
     training = Training().train(1)
     ledger = training.engine.ledger
-    assert "sensitive: it says which examples are unusual" in repr(ledger)
+    assert "sensitive: it shows which examples are unusual" in repr(ledger)
     assert not any(
         f"{norm:.4f}" in repr(ledger) for norm in np.ravel(ledger.grad_norms)
     )

@@ -1,4 +1,9 @@
-"""A file under a name is the old one or the new one, whenever the process is killed.
+"""Replace a file in one step: readers see the old file or the new one, never a part.
+
+The new content is written to a temporary file in the same directory, flushed to the
+disk, and renamed. Renaming is atomic on POSIX file systems, so this also holds if the
+process is killed at any moment. It does not hold on file systems whose rename is not
+atomic (some network shares).
 
 >>> import os, tempfile
 >>> from pathlib import Path
@@ -21,14 +26,14 @@ __all__ = ["replace_file", "replacing"]
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a name to write to, and at the end put that file under ``path``.
+    """Yield a temporary name to write to, and then move that file to ``path``.
 
-    The file is on disk before it takes the name. A process that is killed meanwhile
+    The file is on the disk before it gets its name. A process that is killed meanwhile
     leaves a hidden ``.name.<process id>.tmp`` beside it, never a part under ``path``.
 
     Args:
-        path: The file's name. What is no regular file (a pipe, a device) is written to
-            directly.
+        path: The file's name. Anything but a regular file (a pipe, a device) is written
+            to directly.
 
     Yields:
         Where to write.
@@ -49,11 +54,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Put bytes under a name in one step, readable by the owner only.
+    """Write bytes to a file in one step, readable by the owner only.
 
     Args:
         path: The file's name.
-        content: All of the file.
+        content: The whole content.
     """
     with replacing(path) as temporary:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC

@@ -1,4 +1,7 @@
-"""JSON that every reader accepts: no NaN, no infinity, no numpy types.
+"""JSON that every reader accepts: no NaN, no infinity, no NumPy types.
+
+Python writes ``NaN`` and ``Infinity`` into JSON, which the standard does not allow and
+other languages refuse. Here such numbers become texts.
 
 >>> json_text({"epsilon": float("inf"), "ids": np.arange(2)}, indent=None)
 '{"epsilon": "inf", "ids": [0, 1]}'
@@ -11,19 +14,25 @@ from typing import Any
 
 import numpy as np
 
+__all__ = ["json_text", "strict"]
+
 
 def json_text(facts: Any, indent: int | None = 1) -> str:
-    """Facts as JSON text; numbers that are not finite become their names.
+    """Return JSON text; numbers that are not finite become texts such as "inf".
 
     Args:
         facts: Mappings, sequences, arrays, dataclasses, strings and numbers.
-        indent: Spaces of a level; None: one line.
+        indent: Spaces of a level. None: one line.
     """
     return json.dumps(strict(facts), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def strict(value: Any) -> Any:
-    """The same facts in JSON's own types."""
+    """Return the same facts in JSON's own types.
+
+    Args:
+        value: What ``json_text`` accepts.
+    """
     if isinstance(value, np.ndarray | np.generic):
         return strict(value.tolist())
     if is_dataclass(value) and not isinstance(value, type):

@@ -1,4 +1,9 @@
-"""A short text that tells one data set from another without asking for an example.
+"""A short text that identifies a data set, computed without loading an example.
+
+A ledger's columns are positions in a data set, so a ledger that is used with another
+data set gives wrong losses without an error. The fingerprint detects this. It is not
+cryptographic evidence: data sets that differ only in inputs that are not hashed, or
+that are loaded on demand, have the same fingerprint.
 
 >>> class Digits:
 ...     targets = [0, 1, 1]
@@ -26,22 +31,22 @@ _INPUTS = re.compile(r":x[0-9a-f]{16}$")
 
 
 def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
-    """Name a data set by its class, its length and hashes of its labels and inputs.
+    """Return a name made of a data set's class, length and hashes of labels and inputs.
 
     Labels are looked for where data sets keep them: ``targets``, ``labels``, the last
     of ``tensors``, and through a subset's ``dataset`` and ``indices``; so are inputs,
-    in ``data`` and the other ``tensors``. Of large inputs only some examples are
-    hashed, evenly spaced, about a million numbers in all: what differs in others is not
-    noticed. No example is ever asked for and no random state is touched, so
-    augmentation and downloads do not run, and data sets that read their files when
-    asked have no hash of inputs. Without labels the class and the length must do.
+    in ``data`` and the other ``tensors``. Of large inputs only evenly spaced examples
+    are hashed, about a million numbers in all: differences in other examples are not
+    noticed. ``__getitem__`` is never called and no random state is touched, so neither
+    augmentation nor downloads run, and data sets that read files on demand have no hash
+    of inputs. Without labels, the name is the class and the length.
 
     Args:
         data_set: Anything with a length.
-        inputs: Whether inputs count.
+        inputs: Whether to include the hash of inputs.
 
     Returns:
-        ``"Class:length:labels:xinputs"``, without what is not found.
+        ``"Class:length:labels:xinputs"``, without the parts that are not found.
 
     Raises:
         ValueError: If the data set has no length.
@@ -65,10 +70,10 @@ def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
 
 
 def same_data_set(one: str, other: str) -> bool:
-    """Whether two fingerprints agree in all that both of them say.
+    """Return whether two fingerprints agree in the parts that both of them have.
 
     Args:
-        one: A fingerprint; of earlier versions it says nothing of inputs.
+        one: A fingerprint. Those of earlier releases have no part for inputs.
         other: Another, or any name that a user gave.
     """
     if _INPUTS.search(one) and _INPUTS.search(other):
@@ -77,18 +82,18 @@ def same_data_set(one: str, other: str) -> bool:
 
 
 def _is_subset(data_set: Any) -> bool:
-    """Whether this is a choice of positions in another data set."""
+    """Return whether this is a choice of positions in another data set."""
     return hasattr(data_set, "dataset") and hasattr(data_set, "indices")
 
 
 def _class_name(data_set: Any) -> str:
-    """The class, with the class of what it is a subset of."""
+    """Return the class name; of a subset, with the class of the whole data set."""
     name = type(data_set).__qualname__
     return f"{name}[{_class_name(data_set.dataset)}]" if _is_subset(data_set) else name
 
 
 def _labels(data_set: Any) -> NDArray[Any] | None:
-    """The label array, or None where there is none."""
+    """Return the label array, or None if there is none."""
     if _is_subset(data_set):
         labels = _labels(data_set.dataset)
         return None if labels is None else labels[np.asarray(data_set.indices)]
@@ -103,9 +108,10 @@ def _labels(data_set: Any) -> NDArray[Any] | None:
 
 
 def _inputs(data_set: Any, places: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """Stored inputs of some of the examples at these places, none if none are stored.
+    """Return stored inputs of some of the examples at these positions.
 
-    Only what the object itself holds: a property might load or compute anything.
+    Only attributes of the object itself count, because a property might load or compute
+    anything. The list is empty if no inputs are stored.
     """
     if _is_subset(data_set):
         return _inputs(data_set.dataset, np.asarray(data_set.indices)[places])
@@ -116,7 +122,7 @@ def _inputs(data_set: Any, places: NDArray[np.int64]) -> list[NDArray[Any]]:
 
 
 def _some(values: Any, places: NDArray[np.int64], size: int) -> NDArray[Any] | None:
-    """Numbers of evenly spaced examples, or None if these are not an array of all."""
+    """Return inputs of evenly spaced examples, or None if this is no array of all."""
     is_tensor = hasattr(values, "detach") and hasattr(values, "is_floating_point")
     shape = tuple(values.shape) if is_tensor or isinstance(values, np.ndarray) else ()
     if shape[:1] != (size,):
@@ -125,12 +131,12 @@ def _some(values: Any, places: NDArray[np.int64], size: int) -> NDArray[Any] | N
     steps = np.linspace(0, len(places) - 1, min(most, len(places))).astype(np.int64)
     rows = values[places[steps].tolist()]
     if is_tensor and rows.is_floating_point():
-        rows = rows.double()  # numpy knows no bfloat16
+        rows = rows.double()  # numpy has no bfloat16
     return _as_array(rows)
 
 
 def _as_array(found: Any) -> NDArray[Any] | None:
-    """An array of numbers or texts, or None if this is not one."""
+    """Return an array of numbers or texts, or None if this is not one."""
     if found is None or callable(found):
         return None
     if hasattr(found, "cpu"):
@@ -143,7 +149,7 @@ def _as_array(found: Any) -> NDArray[Any] | None:
 
 
 def _hash(*arrays: NDArray[Any]) -> str:
-    """Sixteen hexadecimal digits of the values, whatever type stores them."""
+    """Return sixteen hexadecimal digits that depend on values, not on their type."""
     wide = {"b": np.int64, "i": np.int64, "u": np.int64, "f": np.float64}
     digest = hashlib.sha256()
     for array in arrays:

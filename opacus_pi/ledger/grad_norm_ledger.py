@@ -1,7 +1,8 @@
-"""What a training run leaves behind: its mechanism and each example's gradient norms.
+"""The ledger of a training run: its mechanism and each example's gradient norms.
 
-Everything else (losses at any order, any noise, any convention) is a function of this
-record, so no question needs the training to be run again.
+Losses at any order, noise and convention are functions of the ledger, so a new question
+needs no new training. That is why norms are stored and not losses. One ledger is one
+run: functions that average over runs take a list of ledgers.
 
 >>> mechanism = NoisySGD(
 ...     num_steps=100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0
@@ -42,29 +43,28 @@ _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GradNormLedger(SavedLedger):
-    """Per-example gradient norms of one training run. Sensitive: see below.
+    """Per-example gradient norms of one training run.
 
     Args:
         mechanism: The run's facts.
-        steps: int64 ``(N,)``, strictly increasing: updates done when a row was
-            measured; row i speaks of the weights after ``steps[i]`` updates.
+        steps: int64 ``(N,)``, strictly increasing: updates done when each row was
+            measured. Row i holds norms at the weights after ``steps[i]`` updates.
         grad_norms: float32 ``(N, n)``, the raw L2 norm of the gradient of each
             example's own loss, before clipping. NaN: not observed.
         source: ``"swept"`` (all examples measured at ``steps[i]``) or ``"observed"``
-            (each example's latest participation since the row before).
-        example_ids: int64 ``(n,)``, which example of the data set a column is.
+            (each example's latest norm in training since the row before).
+        example_ids: int64 ``(n,)``, which example of the data set each column is.
             Default: column j is example j.
         data_set: The data set's ``fingerprint``, or a name of your own.
         confidences: float32 ``(N, n)``, softmax probability of the label.
         errors: float32 ``(N, n)``, norm of (softmax - one-hot label), EL2N.
         correct: float32 ``(N, n)``, 1 where the prediction was right, else 0.
         weights: Name of the weights after the last update, ``"sha256:…"`` of the
-            model's state dict; ``"changed"``: written to since, before they were named;
-            None: not known. An engine's ledger names them.
+            model's state dict. ``"changed"``: the weights were changed before they
+            were named. None: not known. An engine's ledger names them.
 
-    One ledger is one run: functions that take expectations take several ledgers.
-    Norms, not losses, are kept, so every order, noise and convention can be asked for
-    later. The record says which examples are unusual: guard it like the data.
+    A ledger is sensitive: it shows which examples are unusual. Protect it like the
+    data set.
 
     Raises:
         ValueError: If shapes disagree, steps do not increase within the run, or a norm
@@ -111,7 +111,7 @@ class GradNormLedger(SavedLedger):
         self._check_shapes()
 
     def _check_shapes(self) -> None:
-        """Every array must fit ``grad_norms`` and ``steps``."""
+        """Refuse arrays that do not fit ``grad_norms`` and ``steps``."""
         num_rows, num_examples = self.grad_norms.shape
         wanted: dict[str, tuple[int, ...]] = {
             name: (num_rows, num_examples) for name in _MEASURED
@@ -136,7 +136,7 @@ class GradNormLedger(SavedLedger):
         return (
             f"GradNormLedger({self.num_rows} rows of {self.num_examples} examples, "
             f"source={self.source!r}, data_set={self.data_set!r}, {self.mechanism!r}; "
-            "sensitive: it says which examples are unusual)"
+            "sensitive: it shows which examples are unusual)"
         )
 
     @property
@@ -151,10 +151,10 @@ class GradNormLedger(SavedLedger):
         return result
 
     def ratios(self) -> NDArray[np.float64]:
-        """Each example's clipped gradient norm in units of the noise.
+        """Return each example's clipped gradient norm in units of the noise.
 
-        r = min(‖g‖, C) / noise_std. Entries that were not observed are filled by
-        ``fill_unobserved``, at last with C.
+        r = min(‖g‖, C) / noise_std. Gaps are filled by ``fill_unobserved``; examples
+        that were never observed get C.
 
         Returns:
             float64 ``(N, n)``, dimensionless; ``inf`` only for an example never
@@ -166,27 +166,26 @@ class GradNormLedger(SavedLedger):
         return self.mechanism.ratios(fill_unobserved(self.grad_norms))
 
     def with_noise_std(self, noise_std: ArrayLike) -> "GradNormLedger":
-        """The same run as if its noise had been another one.
+        """Return the ledger that the run would have left with another noise.
 
         Args:
             noise_std: Standard deviation of the noise on the sum of the gradients, a
                 number or ``(N,)``.
 
         Returns:
-            A ledger with the same norms. Its losses rank examples; they are no
-            statement about the run that was made, and ``mechanism.assumed_noise``
-            remembers it.
+            A ledger with the same norms and ``mechanism.assumed_noise`` set. Its losses
+            rank examples, but no guarantee of the run follows from them.
         """
         return replace(self, mechanism=self.mechanism.with_noise_std(noise_std))
 
     def subset(self, indices: ArrayLike) -> "GradNormLedger":
-        """The record of some of the examples, in the order given.
+        """Return the ledger of some of the examples, in the given order.
 
         Args:
             indices: int ``(m,)``, columns of this ledger, each once.
 
         Returns:
-            A ledger of m examples whose ``example_ids`` remember who they are.
+            A ledger of m examples, with their ``example_ids``.
         """
         distinct_indices("indices", indices, self.num_examples)
         columns = np.asarray(indices, dtype=np.int64)
@@ -202,7 +201,7 @@ class GradNormLedger(SavedLedger):
             data_set: The fingerprint (or name) of the data set at hand.
 
         Raises:
-            ValueError: If this ledger names another one. A ledger that names none
+            ValueError: If this ledger names another one. A ledger without a name
                 passes.
         """
         expect(
@@ -210,7 +209,7 @@ class GradNormLedger(SavedLedger):
             "data_set",
             data_set,
             f"must be the ledger's, {self.data_set}",
-            "Its columns speak of other examples; pass the ledger of this data set.",
+            "Its columns are other examples: pass the ledger of this data set.",
         )
 
     @classmethod
@@ -226,8 +225,7 @@ class GradNormLedger(SavedLedger):
             num_examples: Examples of each part; the last may have fewer.
 
         Yields:
-            Ledgers of consecutive examples, whose ``example_ids`` remember who they
-            are.
+            Ledgers of consecutive examples, with their ``example_ids``.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -263,7 +261,7 @@ class GradNormLedger(SavedLedger):
 def _check_same_width(
     path: str | os.PathLike[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse a file whose columns would not be those of the same examples."""
+    """Refuse a file whose arrays have different numbers of rows or columns."""
     wanted = shapes["grad_norms"]
     given = {s for name, s in shapes.items() if name in _MEASURED}
     ids = shapes.get("example_ids", wanted[-1:])
@@ -302,15 +300,15 @@ def filled_by_rank(ledger: GradNormLedger) -> GradNormLedger:
 def runs_of(
     ledgers: "GradNormLedger | Sequence[GradNormLedger]", *, same_steps: bool = True
 ) -> tuple[GradNormLedger, ...]:
-    """One ledger or several independent runs of one training, as a checked tuple.
+    """Return one ledger, or several independent runs, as a checked tuple.
 
     Args:
         ledgers: The runs.
         same_steps: Whether their rows must have been recorded at the same steps.
 
     Raises:
-        ValueError: If there is none, or the runs differ in mechanism, steps, examples
-            or data set.
+        ValueError: If there is no ledger, or the runs differ in mechanism, steps,
+            examples or data set.
     """
     runs = (ledgers,) if isinstance(ledgers, GradNormLedger) else tuple(ledgers)
     expect(
@@ -334,7 +332,7 @@ def runs_of(
 def _agreement(
     a: GradNormLedger, b: GradNormLedger, same_steps: bool
 ) -> dict[str, bool]:
-    """Whether two runs agree, by what they may differ in."""
+    """Return for each property whether two runs agree in it."""
     return {
         "mechanism": a.mechanism == b.mechanism,
         "steps": not same_steps or np.array_equal(a.steps, b.steps),
@@ -347,7 +345,7 @@ def _agreement(
 
 
 def _columns(ledger: GradNormLedger) -> NDArray[np.int64]:
-    """Which example each column is."""
+    """Return which example each column is."""
     ids = ledger.example_ids
     return np.arange(ledger.num_examples) if ids is None else ids
 
@@ -355,10 +353,10 @@ def _columns(ledger: GradNormLedger) -> NDArray[np.int64]:
 def columns_of(
     ledger: GradNormLedger, indices: ArrayLike, name: str = "forget_indices"
 ) -> NDArray[np.int64]:
-    """The ledger's columns that speak of some examples of the data set.
+    """Return the ledger's columns of some examples of the data set.
 
     Args:
-        ledger: The record.
+        ledger: The ledger.
         indices: int ``(m,)``, positions in the data set.
         name: The argument's name, for the error.
 

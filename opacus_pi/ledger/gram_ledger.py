@@ -1,8 +1,9 @@
-"""Gram matrices of a group's gradients along a run: what group bounds need.
+"""Gram matrices of a group's gradients along a run, which group bounds need.
 
-For one example a norm says everything; for a group the bounds depend on how the
-gradients point, which their inner products say. They are computed after training, from
-saved weights, for any forget set.
+For one example the gradient norm is enough. For a group the bounds also depend on the
+directions of the gradients, which their inner products determine. The matrices are
+computed after training, from saved weights, for any forget set
+(``recording.gram_ledger``).
 
 >>> from opacus_pi.ledger.mechanism import NoisySGD
 >>> mechanism = NoisySGD(10, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
@@ -32,23 +33,23 @@ _SHAPES = {"forget": "(N, m, m)", "minibatch": "(N, R, J, J)"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GramLedger(SavedLedger):
-    """Inner products of a group's gradients at checkpoints of one run. Sensitive.
+    """Inner products of a group's gradients at the rows of one run. Sensitive.
 
     Args:
         mechanism: The run's facts.
-        steps: int64 ``(N,)``, strictly increasing: updates done at each checkpoint.
+        steps: int64 ``(N,)``, strictly increasing: updates done at each row.
         grams: float64. ``kind="forget"``: ``(N, m, m)``, ⟨g_x, g_y⟩ of the m forget
             examples' own gradients, before clipping. ``kind="minibatch"``:
             ``(N, R, J, J)``, ⟨U_i − U'_r, U_j − U'_r⟩, where U_1 … U_J are the summed
             (clipped) gradients of minibatches of all the data and U'_r that of a
-            minibatch of the retain set. The differences must be taken **before** the
-            products: afterwards every digit may be lost.
+            minibatch of the retain set. Subtract **before** taking products: after it,
+            rounding may leave no correct digit.
         kind: ``"forget"`` for the coupled bound, ``"minibatch"`` for Theorem B.1.
-        example_ids: int64 ``(m,)``, which examples the group is.
+        example_ids: int64 ``(m,)``, the examples of the group.
         data_set: The data set's ``fingerprint``, or a name of your own.
 
     Raises:
-        ValueError: If shapes disagree, or a matrix is no Gram matrix.
+        ValueError: If shapes disagree, or a matrix is not a Gram matrix.
     """
 
     _FILE: ClassVar[LedgerFile] = LedgerFile(
@@ -84,13 +85,13 @@ class GramLedger(SavedLedger):
                 name,
                 f"an array of shape {shape}",
                 f"must be a number or have shape {steps.shape}",
-                "A schedule has one value per checkpoint.",
+                "A schedule has one value per row.",
             )
         if self.example_ids is not None:
             self._check_ids()
 
     def _check_ids(self) -> None:
-        """Ids must name the rows of a forget Gram matrix."""
+        """Refuse ids that are not one per row of a forget Gram matrix."""
         ids = np.array(self.example_ids, dtype=np.int64)
         distinct_indices("example_ids", ids, np.iinfo(np.int64).max)
         expect(
@@ -105,12 +106,12 @@ class GramLedger(SavedLedger):
     def __repr__(self) -> str:
         return (
             f"GramLedger({self.kind}, grams of shape {self.grams.shape}, "
-            f"data_set={self.data_set!r}, {self.mechanism!r}; sensitive: it says how "
+            f"data_set={self.data_set!r}, {self.mechanism!r}; sensitive: it shows how "
             "unusual the group is)"
         )
 
     def scaled(self) -> NDArray[np.float64]:
-        """The matrices clipped and in units of the noise, K = ⟨g_x, g_y⟩/σ².
+        """Return the matrices, clipped and in units of the noise, K = ⟨g_x, g_y⟩/σ².
 
         Returns:
             float64, shaped as ``grams``. Clipping scales row and column x by
@@ -127,20 +128,21 @@ class GramLedger(SavedLedger):
         return np.reshape(scaled, self.grams.shape)
 
     def with_noise_std(self, noise_std: ArrayLike) -> "GramLedger":
-        """The same run as if its noise had been another one (a ranking, no claim).
+        """Return the ledger of the same run under an assumed noise.
 
         Args:
             noise_std: Standard deviation of the noise on the sum of the gradients, a
                 number or ``(N,)``.
 
         Returns:
-            A ledger with the same matrices, and ``mechanism.assumed_noise`` set.
+            A ledger with the same matrices and ``mechanism.assumed_noise`` set: it
+            ranks groups, and no guarantee follows from it.
         """
         return replace(self, mechanism=self.mechanism.with_noise_std(noise_std))
 
 
 def scaled_gram(gram: NDArray[np.float64], mechanism: NoisySGD) -> NDArray[np.float64]:
-    """One checkpoint's matrix, clipped and in units of a mechanism's noise.
+    """Return one row's matrix, clipped and in units of a mechanism's noise.
 
     Args:
         gram: ``(…, m, m)``, inner products.
@@ -159,7 +161,7 @@ def scaled_gram(gram: NDArray[np.float64], mechanism: NoisySGD) -> NDArray[np.fl
 
 
 def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
-    """Checked Gram matrices, exactly symmetric."""
+    """Return Gram matrices, checked and made exactly symmetric."""
     grams = np.array(value, dtype=np.float64)
     rank = _SHAPES[kind].count(",") + 1
     expect(
@@ -169,7 +171,7 @@ def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
         "grams",
         f"an array of shape {grams.shape}",
         f"must have shape {_SHAPES[kind]} with N = {num_rows}",
-        f'kind="{kind}" holds one matrix per checkpoint'
+        f'kind="{kind}" holds one matrix per row'
         + (" and retain minibatch." if kind == "minibatch" else "."),
     )
     flipped = np.swapaxes(grams, -1, -2)

@@ -1,4 +1,9 @@
-"""The states of the random number generators of a run, as tensors and numbers.
+"""The states of a run's random number generators, as tensors and numbers.
+
+A run that is resumed from a checkpoint ends with the same ledger as an uninterrupted
+one only if all generators continue where they stopped. ``RandomStates`` saves and
+restores them. It does not see generators inside worker processes of a loader, nor those
+that a training loop holds without naming them.
 
 >>> states = RandomStates({})
 >>> saved = states.collect()
@@ -37,7 +42,7 @@ class RandomStates:
         self.generators = dict(generators)
 
     def collect(self) -> dict[str, Any]:
-        """The states of now, as tensors and numbers."""
+        """Return the current states, as tensors and numbers."""
         _, words, gauss = random.getstate()
         states = {
             "python": torch.tensor(words, dtype=torch.int64),
@@ -51,11 +56,14 @@ class RandomStates:
         return states | own
 
     def check(self, states: Mapping[str, Any]) -> None:
-        """Refuse states that this run has not all the generators for.
+        """Refuse states that do not fit the generators of this run.
+
+        Args:
+            states: What ``collect`` returned.
 
         Raises:
-            ValueError: If the generators differ from those that were saved, or what
-                was saved are no states.
+            ValueError: If the run has other generators than the saved one, or a saved
+                state is damaged.
         """
         saved = {key for key in states if key.startswith(_OWN)}
         present = {f"{_OWN}{name}" for name in self.generators}
@@ -64,14 +72,14 @@ class RandomStates:
             "the run's own generators",
             sorted(name.removeprefix(_OWN) for name in present),
             f"must be {sorted(name.removeprefix(_OWN) for name in saved)}",
-            "Give loader, sampler and noise a generator where the run saved had one.",
+            "Give loader, sampler and noise a generator where the saved run had one.",
         )
         expect(
             "numpy" in states,
             "numpy.random's bit generator",
             "one that is not its default",
             "must be MT19937",
-            "Leave numpy's global generator as it is by default, then save again.",
+            "Do not replace numpy's global generator; then save again.",
         )
         wrong = sorted(_wrong(states))
         expect(
@@ -87,11 +95,14 @@ class RandomStates:
             "the number of CUDA devices",
             torch.cuda.device_count(),
             f"must be at least {num_devices}",
-            "Resume on as many devices as the run saved had.",
+            "Resume on as many devices as the saved run had.",
         )
 
     def restore(self, states: Mapping[str, Any]) -> None:
-        """Go back to the states that ``collect`` returned.
+        """Set all generators to the states that ``collect`` returned.
+
+        Args:
+            states: What ``collect`` returned.
 
         Raises:
             ValueError: As ``check`` does; nothing is changed then.
@@ -110,7 +121,7 @@ class RandomStates:
 
 
 def _numpy_states() -> dict[str, Any]:
-    """The state of numpy's global generator; of another than its default, nothing."""
+    """Return the state of numpy's global generator; empty if it is not the default."""
     state = np.random.get_state(legacy=False)
     if state["bit_generator"] != "MT19937":
         return {}
@@ -123,30 +134,42 @@ def _numpy_states() -> dict[str, Any]:
 
 
 def _wrong(states: Mapping[str, Any]) -> Iterator[str]:
-    """Names of entries that are no states."""
-    for name, length, top in (("python", 625, 2**32), ("numpy", 624, 2**32)):
-        words: Any = states.get(name)
-        fits = isinstance(words, Tensor) and words.dtype == torch.int64
-        if not fits or words.shape != (length,):
+    """Yield the names of entries that are not states of generators."""
+    for name, length in (("python", 625), ("numpy", 624)):
+        if not _are_words(states.get(name), length):
             yield name
-        elif not bool(((words >= 0) & (words < top)).all()):
-            yield name
-        elif name == "python" and not 1 <= int(words[-1]) <= 624:
-            yield name
-    numbers = {"numpy_pos": (int, 624), "numpy_has_gauss": (int, 1)}
-    for name, (kind, most) in numbers.items():
-        if type(states.get(name)) is not kind or not 0 <= states[name] <= most:
+        elif name == "python" and not 1 <= int(states[name][-1]) <= 624:
+            yield name  # the last word is a position among the others
+    for name, most in (("numpy_pos", 624), ("numpy_has_gauss", 1)):
+        if type(states.get(name)) is not int or not 0 <= states[name] <= most:
             yield name
     for name in ("python_gauss", "numpy_gauss"):
         if type(states.get(name)) is not float:
             yield name
     for name in ("torch", *(key for key in states if key.startswith(_OWN))):
-        try:
-            torch.Generator().set_state(_bytes(states[name]))
-        except (KeyError, AttributeError, TypeError, RuntimeError):
+        if not _is_torch_state(states.get(name)):
             yield name
 
 
+def _are_words(value: Any, length: int) -> bool:
+    """Return whether a value is an int64 tensor of so many 32-bit words."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == torch.int64
+        and value.shape == (length,)
+        and bool(((value >= 0) & (value < 2**32)).all())
+    )
+
+
+def _is_torch_state(value: Any) -> bool:
+    """Return whether torch accepts a value as the state of a generator."""
+    try:
+        torch.Generator().set_state(_bytes(value))
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    return True
+
+
 def _bytes(state: Tensor) -> Tensor:
-    """A state as generators take it: on the CPU, wherever the checkpoint was loaded."""
+    """Return a state on the CPU, where generators need it."""
     return state.cpu().contiguous()

@@ -1,5 +1,8 @@
 """After which updates a row of the ledger is due.
 
+Three schedules: every so many epochs, after listed updates (evenly spaced or any), and
+at random, one in each equal part of the run.
+
 >>> num_due(7, every=0.5, sample_rate=0.25)  # a row every 2 updates
 3
 >>> num_due(7, every=(1, 5, 10), sample_rate=0.25)
@@ -20,7 +23,7 @@ Every = float | tuple[int, ...]
 
 
 def num_due(num_steps: int, *, every: Every, sample_rate: float) -> int:
-    """Number of rows that should have been written by now.
+    """Return the number of rows that should have been written by now.
 
     Args:
         num_steps: Updates done.
@@ -28,7 +31,7 @@ def num_due(num_steps: int, *, every: Every, sample_rate: float) -> int:
         sample_rate: Share of the examples in an update: 1 / updates of an epoch.
 
     Returns:
-        A count that grows by one or more where rows are due.
+        A count; rows are due when it has grown.
     """
     if isinstance(every, tuple):
         return bisect_right(every, num_steps)
@@ -37,7 +40,10 @@ def num_due(num_steps: int, *, every: Every, sample_rate: float) -> int:
 
 
 def checked_every(every: float | Sequence[int]) -> Every:
-    """The option ``every``, as a float or as a tuple.
+    """Return the option ``every`` as a float or as a tuple, checked.
+
+    Args:
+        every: Epochs from row to row, or the updates after which rows are written.
 
     Raises:
         ValueError: If it is not above 0 and finite, or not increasing.
@@ -60,7 +66,7 @@ def checked_every(every: float | Sequence[int]) -> Every:
 
 
 def evenly_spaced_steps(num_checkpoints: int, num_steps: int) -> tuple[int, ...]:
-    """Evenly spaced rows, the last one after the last update.
+    """Return evenly spaced rows, the last one after the last update.
 
     s_i = round(T · i / N) for i = 1 … N.
 
@@ -81,15 +87,15 @@ def evenly_spaced_steps(num_checkpoints: int, num_steps: int) -> tuple[int, ...]
 def stratified_steps(
     num_checkpoints: int, num_steps: int, generator: torch.Generator
 ) -> tuple[int, ...]:
-    """Rows at random, one in each of N equal parts of a run.
+    """Return rows at random, one in each of N equal parts of a run.
 
-    Of part i, the updates round(T·(i-1)/N) + 1 … round(T·i/N), one is drawn, each with
-    the same chance; its row has the weights from which it starts.
+    Part i are the updates round(T·(i-1)/N) + 1 … round(T·i/N). One of them is drawn
+    uniformly; its row is measured at the weights from which this update starts.
 
     Args:
         num_checkpoints: Number of rows, N.
         num_steps: Number of updates of the whole run, T.
-        generator: Where the draws come from.
+        generator: Source of the random draws.
 
     Returns:
         N increasing update counts, the first possibly 0.
@@ -106,7 +112,7 @@ def stratified_steps(
 
 
 def _check_num_checkpoints(num_checkpoints: int, num_steps: int) -> None:
-    """There must be an update for each row."""
+    """Refuse more rows than updates."""
     in_range(
         1,
         num_steps,

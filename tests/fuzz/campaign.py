@@ -18,8 +18,10 @@ from tests.fuzz.targets import Refused, any_damage, targets
 
 SECONDS = 10.0  # a reader that takes longer hangs
 MEMORY = 1 << 30  # more than this for a file of a few kB is a huge allocation
-# what is wrong, what was got, what to do
-CLEAR = re.compile(r".+ must .+, got .+\. .+", re.DOTALL)
+# what is wrong, what was got, what to do; or why a run cannot be resumed exactly
+CLEAR = re.compile(
+    r".+ must .+, got .+\. .+|The run cannot be resumed exactly .+\. .+", re.DOTALL
+)
 FOLDER = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
