@@ -168,8 +168,8 @@ class OutsideChanges:
 
     A changed sampler, or a step of the optimizer inside Opacus's, makes every number
     wrong, so the ledger is refused. Weights that were written to may be harmless (an
-    average, a projection, public data) or not (training data); that cannot be told from
-    outside, so it is a warning.
+    average, a projection, public data) or not (training data). The engine cannot know
+    which, so it warns.
 
     Args:
         loader: The loader that training iterates over; referred to weakly.

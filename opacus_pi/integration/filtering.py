@@ -51,7 +51,7 @@ class FilterGate:
 
     Args:
         renyi_filter: The budgets.
-        tracker: Tells whether samples were matched to examples with certainty.
+        tracker: Counts the samples that were matched without verification.
         batch_norms: Layers that mix examples while they are in training mode.
     """
 

@@ -57,6 +57,7 @@ from opacus_pi.integration.monitor import monitor
 from opacus_pi.integration.opacus_compat import patch_memory_manager
 from opacus_pi.integration.optimizers import report_updates
 from opacus_pi.integration.runs import (
+    CurrentRun,
     Preparation,
     PreparedRun,
     probe_model,
@@ -95,22 +96,19 @@ _NOT_POISSON = (
 def _shown_as(original: Any, **options: Any) -> Callable[[Method], Method]:
     """Give a method the signature of Opacus's for ``inspect`` and ``help``.
 
-    Type checkers see the annotations of the method itself, which ``functools.wraps``
-    would replace by a type that cannot be bound to an instance.
+    Programs and tests that compare signatures, or fill arguments by them, then see no
+    difference. Type checkers see the annotations of the method itself, which
+    ``functools.wraps`` would replace by a type that cannot be bound to an instance.
+
+    Args:
+        original: Opacus's method.
+        **options: Options of ``functools.wraps``; ``assigned=()`` keeps the docstring.
     """
 
     def decorate(method: Method) -> Method:
         return cast(Method, wraps(original, **options)(method))
 
     return decorate
-
-
-def _no_module() -> None:
-    """Stand in for a reference to a module before there is one."""
-
-
-def _no_update() -> None:
-    """Stand in for a reference to updates, which only a private run has."""
 
 
 class PerInstanceMixin(OpacusEngine):
@@ -142,12 +140,8 @@ class PerInstanceMixin(OpacusEngine):
         self.renyi_filter = renyi_filter
         self.checks, self.checkpoints = RunChecks(), Checkpoints()
         self._has_default_recorder = recorder is None
-        # The run that was prepared last. Models and optimizers are the user's: the
-        # engine does not keep them in memory.
-        self._tracker = Tracker()
-        self._module: Callable[[], nn.Module | None] = _no_module
-        self._update: Callable[[], UpdateUnderWay | None] = _no_update
-        self._preparation: Preparation | None = None
+        self._preparation: Preparation | None = None  # within make_private only
+        self._run: CurrentRun | None = None  # the run that was prepared last
         patch_memory_manager(observe_like)
 
     # ---------------------------------------------------------------- what was recorded
@@ -159,7 +153,7 @@ class PerInstanceMixin(OpacusEngine):
             AccountingError: If no run was prepared, or the module was deleted: the
                 engine does not keep it in memory.
         """
-        module = self._module()
+        module = None if self._run is None else self._run.module()
         if module is None:
             raise AccountingError(
                 "The engine has no module: none was prepared, or it was deleted. Call "
@@ -190,7 +184,8 @@ class PerInstanceMixin(OpacusEngine):
         the latest batch. ``unattributed`` samples are left out: their examples are
         charged by their other observations, or at the clip norm.
         """
-        return dict(self._tracker.counts)
+        tracker = Tracker() if self._run is None else self._run.tracker
+        return dict(tracker.counts)
 
     def privacy_losses(self, order: float, **options: Any) -> NDArray[np.float64]:
         """Return each example's Rényi privacy loss of the run.
@@ -254,7 +249,7 @@ class PerInstanceMixin(OpacusEngine):
             AccountingError: After ``make_monitored``: Opacus's accountants do not count
                 updates without clipping, for which no epsilon holds.
         """
-        if self._has_begun and not self._is_private:
+        if self._run is not None and not self._is_private:
             raise AccountingError(_NO_BOUND)
         if self.recorder.sampling == "fixed" and self._is_private:
             warnings.warn(_NOT_POISSON, stacklevel=2)
@@ -271,14 +266,9 @@ class PerInstanceMixin(OpacusEngine):
         return ledger
 
     @property
-    def _has_begun(self) -> bool:
-        """Whether a run has been prepared."""
-        return self.checkpoints.run_state is not None
-
-    @property
     def _is_private(self) -> bool:
         """Whether the last run was prepared by ``make_private``."""
-        return self._update is not _no_update
+        return self._run is not None and self._run.update is not None
 
     # --------------------------------------------------------------------- make_private
     @_shown_as(opacus.PrivacyEngine.make_private)
@@ -367,7 +357,8 @@ class PerInstanceMixin(OpacusEngine):
             noise_generator=options.get("noise_generator"),
             is_secure=self.secure_mode,
         )
-        self._replace_run(tracker, module, _no_update, run_state, steps_before)
+        run = CurrentRun(tracker, weakref.ref(module), None, run_state)
+        self._replace_run(run, steps_before)
         return prepared
 
     def _with_secure_generators(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -464,6 +455,11 @@ class PerInstanceMixin(OpacusEngine):
     def _prepare_model(
         self, module: nn.Module, **options: Any
     ) -> AbstractGradSampleHooks:
+        """Prepare the model as Opacus does, and observe its forward passes.
+
+        What cannot be recorded is refused first: a module that Opacus has prepared
+        carries hooks, which would be left behind.
+        """
         require_fitting_recorder(self.recorder, module)
         try:
             if options.get("grad_sample_mode") == FAST_MODE:
@@ -482,6 +478,7 @@ class PerInstanceMixin(OpacusEngine):
     def _prepare_data_loader(
         self, data_loader: DataLoader[Any], **options: Any
     ) -> DataLoader[Any]:
+        """Prepare the loader as Opacus does, and observe what it delivers."""
         loader: DataLoader[Any] = super()._prepare_data_loader(data_loader, **options)
         if self._preparation is not None:
             observe(loader, self._preparation.tracker)
@@ -489,6 +486,10 @@ class PerInstanceMixin(OpacusEngine):
         return loader
 
     def _prepare_optimizer(self, **options: Any) -> DPOptimizer:
+        """Prepare the optimizer as Opacus does, begin the record, and report to it.
+
+        Opacus attaches the accountant's hook to the optimizer after this.
+        """
         optimizer = super()._prepare_optimizer(**options)
         preparation, self._preparation = self._preparation, None
         if preparation is None:
@@ -509,6 +510,7 @@ class PerInstanceMixin(OpacusEngine):
         return optimizer
 
     def _prepare_criterion(self, **options: Any) -> Any:
+        """Prepare ghost clipping's criterion as Opacus does; its errors get notes."""
         criterion = super()._prepare_criterion(**options)
         explain_ghost_losses(criterion)
         return criterion
@@ -530,27 +532,29 @@ class PerInstanceMixin(OpacusEngine):
         for reason in run.reasons(self):
             self.checks.add(reason)
         update = run.first_update(recorder, self.renyi_filter)
-        self._replace_run(
-            run.tracker, run.module, weakref.ref(update), run_state, steps_before
-        )
+        module = weakref.ref(run.module)
+        current = CurrentRun(run.tracker, module, weakref.ref(update), run_state)
+        self._replace_run(current, steps_before)
         if isinstance(self.accountant, PerInstanceAccountant):
             self.accountant.follow(recorder)
         return update
 
-    def _replace_run(
-        self,
-        tracker: Tracker,
-        module: nn.Module,
-        update: Callable[[], UpdateUnderWay | None],
-        run_state: RunState,
-        steps_before: int,
-    ) -> None:
-        """Make a run that was prepared the one that the engine answers for."""
-        earlier = self._update()
-        if earlier is not None:
-            earlier.is_superseded = True
-        self._tracker, self._module, self._update = tracker, weakref.ref(module), update
-        self.checkpoints.run_state = run_state
+    def _replace_run(self, run: CurrentRun, steps_before: int) -> None:
+        """Make a run that was prepared the one that the engine answers for.
+
+        An optimizer of an earlier run may still be used. Its updates are then no longer
+        recorded, and the ledger is refused.
+
+        Args:
+            run: The run, whose record has begun.
+            steps_before: Updates that the recorder had recorded before that.
+        """
+        earlier = None if self._run is None else self._run.update
+        update = None if earlier is None else earlier()
+        if update is not None:
+            update.is_superseded = True
+        self._run = run
+        self.checkpoints.run_state = run.run_state
         self.checks.begin(self.recorder, steps_before=steps_before)
 
 

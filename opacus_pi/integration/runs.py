@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe
+from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.checks import (
     OutsideChanges,
     batch_norms,
@@ -91,6 +92,26 @@ def probe_model(hooks: AbstractGradSampleHooks, tracker: Tracker) -> None:
         keep_handle(module, handle)
 
 
+@dataclass(frozen=True)
+class CurrentRun:
+    """The run that an engine answers for.
+
+    Models and optimizers are the user's to delete, so they are referred to weakly.
+
+    Args:
+        tracker: Counts how samples were matched to examples.
+        module: The user's module.
+        update: What the optimizer reports to; None if the training is monitored, where
+            the optimizer is not Opacus's. The optimizer keeps it in memory.
+        run_state: What a checkpoint saves of the run.
+    """
+
+    tracker: Tracker
+    module: weakref.ref[nn.Module]
+    update: weakref.ref[UpdateUnderWay] | None
+    run_state: RunState
+
+
 @dataclass
 class Preparation:
     """What Opacus has prepared so far: the model, then the loader.
@@ -123,7 +144,7 @@ class PreparedRun:
     ) -> None:
         self.hooks, self.tracker, self.loader = hooks, tracker, loader
         self.module = module_of(hooks)
-        self.sample_rate = 1 / len(loader)  # what Opacus's accountant is told
+        self.sample_rate = 1 / len(loader)  # as Opacus computes it for its accountant
         is_distributed = isinstance(self.module, DISTRIBUTED)
         self.processes = Processes() if is_distributed else None
 

@@ -51,7 +51,7 @@ def unknown_schedule(loader: DataLoader[Any]) -> str | None:
     """
     if is_poisson(loader):
         rate = cast(Any, loader.batch_sampler).sample_rate
-        # Opacus's accountant is told 1 / len(loader), whatever the sampler's rate
+        # Opacus passes 1 / len(loader) to its accountant, whatever the sampler's rate
         if rate * len(loader) <= 1.001:
             return None
         return (

@@ -49,7 +49,7 @@ class UpdateUnderWay:
         recorder: Receives the norms and the settings of each update.
         tracker: Matches the samples of a batch to examples.
         hooks: What ``make_private`` returned for the model.
-        sample_rate: The rate of one batch that Opacus's accountant is told.
+        sample_rate: The rate of one batch, as Opacus passes it to its accountant.
         gate: Leaves out examples whose budget is spent, if the engine has a filter.
         outside: Detects changes between updates; None in a distributed run.
     """

@@ -70,7 +70,7 @@ def test_a_data_set_without_positions():
 def check(run, cause):
     counts = run.engine.attribution
     assert counts["by_storage"] + counts["by_content"] < sum(counts.values())
-    assert run.engine._tracker._explained == {cause}
+    assert run.engine._run.tracker._explained == {cause}
 
 
 def test_there_is_a_loop_for_every_cause():

@@ -56,7 +56,7 @@ class Mixed(Training):
             rows = torch.cat([g.double().flatten(1) for g in held], dim=1)
             self.gradients += rows.norm(dim=1).tolist()
         else:  # ghost clipping: the norms that it clipped by
-            hooks = self.engine._update().hooks
+            hooks = self.engine._run.update().hooks
             self.gradients += hooks.per_sample_gradient_norms.tolist()
 
     def norms(self):
@@ -253,7 +253,9 @@ def test_a_model_in_half_precision(mode, dtype):
             rows = torch.cat([g.double().flatten(1) for g in held], dim=1)
             truth += rows.norm(dim=1).tolist()
         else:
-            truth += training.engine._update().hooks.per_sample_gradient_norms.tolist()
+            truth += (
+                training.engine._run.update().hooks.per_sample_gradient_norms.tolist()
+            )
         training.optimizer.step()
     seen = [norm for _, norm in training.recorder.observed]
     np.testing.assert_allclose(seen, truth, rtol=1e-5)
