@@ -109,6 +109,8 @@ class Delivery:
     num_updates: int = 0
 
     def __post_init__(self) -> None:
+        # Whether the indices are those of different, known examples. Then the batch
+        # needs no array of them, and an update no search for repeated examples.
         known = self.indices or []
         lowest = min(known, default=UNATTRIBUTED)
         self.are_distinct = lowest >= 0 and len(set(known)) == len(known)

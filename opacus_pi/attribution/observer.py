@@ -286,11 +286,17 @@ def _observed_loader(base: type) -> type:
 
     class Observed(base):
         @property
-        def _index_sampler(self) -> Any:  # torch reads it once for each iterator
+        def _index_sampler(self) -> Any:
+            """What an iterator draws from: torch reads this once for each iterator.
+
+            So every iterator has a recording of its own, and several iterators, or one
+            that is left and another that follows, cannot be confused.
+            """
             sampler = super()._index_sampler
             return sampler if get_worker_info() else RecordedIndices(sampler)
 
         def _get_iterator(self) -> Any:
+            """Begin a pass with a new iterator."""
             observer, make = self._pi_observer, super()._get_iterator
             if get_worker_info():  # a copy inside another loader's worker process
                 return make()
@@ -301,6 +307,7 @@ def _observed_loader(base: type) -> type:
         def __reduce_ex__(
             self, protocol: SupportsIndex
         ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+            """Copy and pickle as a plain loader of the user's class."""
             plain = next(c for c in type(self).__mro__ if "_pi_swaps" not in vars(c))
             state = {k: v for k, v in vars(self).items() if not k.startswith("_pi_")}
             return _without_state, (plain,), state
@@ -312,18 +319,23 @@ def _observed_iterator(base: type) -> type:
     """Make the subclass of an iterator's class that reports what it returns."""
 
     class Observed(base):
+        # torch calls _reset in the constructor, too, but then the object still has its
+        # own class: this method is only called for the later passes of an iterator
+        # with persistent workers.
         def _reset(self, loader: Any, *first_iter: Any) -> None:
             """Begin another pass with the same worker processes."""
             observer = observer_of(loader) or self._pi_observer
             restart = partial(super()._reset, loader, *first_iter)
             observer.begin_pass(loader, lambda: restart() or self)
 
-        def _get_data(self) -> Any:  # with workers only
+        def _get_data(self) -> Any:
+            """Note which batch a worker has finished, for ``in_order=False``."""
             received = super()._get_data()
             self._pi_received = received[0]
             return received
 
         def __next__(self) -> Any:
+            """Return the next batch, and report it with its indices."""
             indices = index_sampler(self)
             try:
                 batch = super().__next__()
@@ -334,8 +346,13 @@ def _observed_iterator(base: type) -> type:
             return self._pi_observer.deliver(batch, taken, indices.current_pass)
 
         def _pi_take(self, indices: RecordedIndices) -> Any:
-            """The indices of the batch that was returned last."""
-            if not has_workers(self):  # the newest
+            """Return the indices of the batch that was returned last.
+
+            Without workers these are the newest. With workers later batches have been
+            drawn already, and torch's counter says which one was returned; out of
+            order it is the one that a worker has finished last.
+            """
+            if not has_workers(self):
                 return indices.take(indices.num_drawn - 1, in_order=True)
             position = received_position(self)
             if position is None:

@@ -50,8 +50,12 @@ from opacus_pi.attribution.samples import tensors_in
 __all__ = ["EVIDENCE", "Tracker", "indices_of"]
 
 EVIDENCE = ("by_storage", "by_content", "by_latest", "unattributed")
-_MAX_RECENT = 16  # deliveries that a forward pass may still be matched to
-_MAX_PENDING = 64  # forward passes whose gradients no optimizer has taken yet
+# Deliveries that a forward pass may still be matched to. More would recognise batches
+# that a loop keeps longer; each costs a comparison whenever storage does not match.
+_MAX_RECENT = 16
+# Forward passes whose gradients no optimizer has taken yet. Passes whose outputs are
+# never used for a backward pass (a look at the training loss) are dropped this way.
+_MAX_PENDING = 64
 _NO_INDICES = np.empty(0, np.int64)
 
 _CAUSES = {
@@ -155,7 +159,15 @@ class Tracker:
         return forward
 
     def _match(self, inputs: Any) -> ForwardPass:
-        """Find the strongest evidence for which samples these inputs are."""
+        """Find the strongest evidence for which samples these inputs are.
+
+        Storage comes first because it costs nothing and is certain. Content comes
+        second: it reads the inputs back from a GPU. The latest batch is the last resort
+        and never chosen if the inputs belong to a recognised batch.
+
+        Args:
+            inputs: The model's arguments, nested as they are.
+        """
         dim, recent = self.batch_dim, list(self._recent)
         tensors = [t for t in tensors_in(inputs) if t.dim() > dim]
         stored = by_storage(tensors, dim, recent)
@@ -313,7 +325,21 @@ def _backward_order(forward: ForwardPass) -> int:
 
 
 def _with_sizes(done: list[ForwardPass], sizes: list[int]) -> list[ForwardPass]:
-    """Return the passes behind gradients of so many samples each, all with indices."""
+    """Return the passes behind gradients of so many samples each, all with indices.
+
+    Usually each pass left the gradients of one batch. Passes over the same samples
+    count once if there are more passes than gradients: a loss of two views of a batch
+    leaves one gradient for each sample. A pass whose samples are not known takes the
+    size that stands at its place.
+
+    Args:
+        done: Passes whose backward pass has run, in backward order.
+        sizes: Numbers of samples, in the same order.
+
+    Returns:
+        One pass for each size. If numbers or sizes disagree there is no telling which
+        gradient belongs to which pass, and all samples are unattributed.
+    """
     passes = done if len(done) == len(sizes) else _without_repeats(done)
     if len(passes) == len(sizes):
         pairs = list(zip(passes, sizes, strict=True))

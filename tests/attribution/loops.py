@@ -206,7 +206,7 @@ def normalised_in_place(run):
 def zero_grad_between(run):
     for x, y in run.loader:
         out = run.model(x)
-        run.num_rows += len(x)
+        run.num_samples += len(x)
         run.optimizer.zero_grad()
         run.criterion(out, y).backward()
         run.optimizer.step()
@@ -236,7 +236,7 @@ def discarded(run):
         if i % 2:
             run.optimizer.step()
         else:
-            run.num_rows -= len(x)
+            run.num_samples -= len(x)
 
 
 def attacked(run):
@@ -261,7 +261,7 @@ def two_views(run):
         run.optimizer.zero_grad()
         loss = (criterion(run.model(x), y) + criterion(run.model(x), y)) / 2
         loss.backward()
-        run.num_rows += len(x)
+        run.num_samples += len(x)
         run.optimizer.step()
 
 
@@ -273,7 +273,7 @@ def two_batches_in_one_loss(run):
             u, v = before
             loss = criterion(run.model(x), y) + criterion(run.model(u), v)
             loss.backward()
-            run.num_rows += len(x)
+            run.num_samples += len(x)
             run.optimizer.step()
         before = (x, y)
 
@@ -291,7 +291,7 @@ def inner_layers_only(run):
         run.optimizer.zero_grad()
         inner = run.model._module
         criterion(inner.b(torch.tanh(inner.a(x))), y).backward()
-        run.num_rows += len(x)
+        run.num_samples += len(x)
         run.optimizer.step()
 
 

@@ -1,4 +1,4 @@
-"""Private trainings on data whose gradient norms tell who is who.
+"""Private trainings on data whose gradient norms identify them.
 
 With learning rate 0 and no noise the weights never move, so the norm of an example's
 gradient is a fact about the example. Norms of all examples differ, so a norm recorded
@@ -133,10 +133,10 @@ class Run:
         )
         self.criterion = middle[0] if middle else criterion
         self.ghost = bool(middle)
-        self.num_rows = 0
+        self.num_samples = 0
 
     def backward(self, x, y, **keywords):
-        self.num_rows += len(x)
+        self.num_samples += len(x)
         self.criterion(self.model(x, **keywords), y).backward()
 
     def step(self, x, y, **keywords):

@@ -90,7 +90,7 @@ def test_the_delivery_of_gradients():
     tracker.delivered([3, 4], u)
     assert tracker.delivery_of_gradients() is None
     one = tracker.bind([x])
-    assert tracker.delivery_of_gradients() is None  # its backward pass has not come by
+    assert tracker.delivery_of_gradients() is None  # its backward pass has not run
     tracker.mark_backward(one)
     assert tracker.delivery_of_gradients() is first
     tracker.mark_backward(tracker.bind([u]))
@@ -99,7 +99,7 @@ def test_the_delivery_of_gradients():
     assert tracker.delivery_of_gradients() is None
 
 
-def test_rows_made_by_hand_are_followed_only_without_a_backward_pass():
+def test_gradients_made_by_hand_are_matched_only_without_a_backward_pass():
     tracker, x = Tracker(), torch.randn(3, 4)
     tracker.delivered([5, 6, 7], x)
     tracker.bind_gradients(torch.randn(3, 2, 2))

@@ -29,7 +29,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_functional_passes_are_nobodys_and_harmless(name):
+def test_functional_passes_are_ignored_and_harmless(name):
     model, tracker, x, loss = prepared()
     params = {n: p.detach() for n, p in model.named_parameters()}
     TRANSFORMS[name](loss)(params, x)

@@ -1,4 +1,4 @@
-"""Every row of every loop is attributed rightly, or to nobody and counted."""
+"""Every sample of every loop is attributed rightly, or unattributed and counted."""
 
 import warnings
 
@@ -27,10 +27,10 @@ def check(loop, *, evidence, factor=1.0, data=(X, Y), **options):
     truth = runs.true_norms(factor * data[0], data[1])
     assert min(abs(a - b) for i, a in enumerate(truth) for b in truth[:i]) > 1e-4
     wrong = [r for r in run.recorder.reports if abs(truth[r[0]] - r[1]) > 1e-5]
-    assert not wrong, f"{len(wrong)} of {len(run.recorder.reports)} rows are wrong"
+    assert not wrong, f"{len(wrong)} of {len(run.recorder.reports)} samples are wrong"
     counts = run.engine.attribution
-    assert sum(counts.values()) == run.num_rows > 0
-    assert len(run.recorder.reports) == run.num_rows - counts["unattributed"]
+    assert sum(counts.values()) == run.num_samples > 0
+    assert len(run.recorder.reports) == run.num_samples - counts["unattributed"]
     assert {name for name, count in counts.items() if count} == set(evidence.split())
     return run
 
@@ -135,7 +135,7 @@ def test_dict_batches():  # not by Poisson: Opacus takes an example for a sequen
 
 
 @pytest.mark.parametrize("loop", [loops.masked_copies, loops.masked_copies_permuted])
-def test_masks_that_are_alike_in_all_rows_are_no_evidence(loop):
+def test_masks_that_are_alike_in_all_samples_are_no_evidence(loop):
     check(loop, evidence="by_content", data_set=runs.AsDicts(X, Y, mask=True), **FIXED)
 
 
@@ -197,7 +197,7 @@ def test_a_normalisation_in_place_keeps_the_storage():
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("loop", [loops.transformed, loops.transformed_after_peek])
-def test_inputs_transformed_in_the_loop_are_believed(loop, verify):
+def test_inputs_transformed_in_the_loop_are_assumed_the_latest(loop, verify):
     check(loop, evidence="by_latest", factor=2.0, verify=verify, **FIXED)
 
 
@@ -253,16 +253,16 @@ def test_inputs_that_are_recognised_only_sometimes():
         loops.other_loader,
     ],
 )
-def test_rows_that_are_nobodys(loop):
+def test_samples_that_stay_unattributed(loop):
     check(loop, evidence="unattributed", **FIXED)
 
 
-def test_rows_for_empty_batches_are_no_examples():
+def test_padding_of_empty_batches_is_of_no_example():
     run = runs.Run(batch_size=1, rand_on_empty=True)
     for x, y in run.loader:
         run.step(x, y)
     counts = run.engine.attribution
-    assert run.num_rows > counts["by_storage"] == len(run.recorder.reports) > 0
+    assert run.num_samples > counts["by_storage"] == len(run.recorder.reports) > 0
     assert counts["unattributed"] == 0
     truth = runs.true_norms(X, Y)
     assert all(abs(truth[i] - norm) < 1e-5 for i, norm in run.recorder.reports)

@@ -1,4 +1,4 @@
-"""What an observed loader reports, and that nobody else notices that it is observed."""
+"""What an observed loader reports, and that training does not notice it."""
 
 import copy
 import gc
@@ -23,7 +23,7 @@ from opacus_pi.integration.opacus_compat import patch_memory_manager
 
 
 class Log(Tracker):
-    """A tracker that keeps what it was told."""
+    """A tracker that keeps what is reported to it."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -81,7 +81,7 @@ def test_sampler_attributes_stay_reachable():
     assert loader.batch_sampler.batch_size == 4
 
 
-def test_the_latest_tracker_is_told_and_a_dead_one_is_not():
+def test_the_latest_tracker_gets_reports_and_a_deleted_one_does_not():
     first, second, loader = Log(), Log(), DataLoader(numbers(), 4)
     observe(loader, first)
     observe(loader, second)

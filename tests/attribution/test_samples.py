@@ -31,7 +31,7 @@ def test_tensors_in_a_models_output():
     assert list(tensors_in(Output)) == []
 
 
-def test_tensors_without_rows_in_memory_are_left_out():
+def test_tensors_without_samples_in_memory_are_left_out():
     packed = pack_padded_sequence(torch.zeros(2, 3), torch.tensor([2, 3]), True, False)
     nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
     jagged = torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged)
@@ -53,9 +53,9 @@ VIEWS = {
     "backwards by index": (BATCH[3:4], [3]),
     "other shape": (BATCH.view(4, 12), [0, 1, 2, 3]),
     "some columns": (BATCH[:, 1:, 2:], [0, 1, 2, 3]),
-    "one column of one row": (BATCH[2:3, 2, 3:], [2]),
-    "rows twice": (BATCH[1:2].expand(3, 3, 4), [1, 1, 1]),
-    "a column of every row": (BATCH[:, 0, 0], [0, 1, 2, 3]),
+    "one column of one sample": (BATCH[2:3, 2, 3:], [2]),
+    "samples twice": (BATCH[1:2].expand(3, 3, 4), [1, 1, 1]),
+    "a column of every sample": (BATCH[:, 0, 0], [0, 1, 2, 3]),
 }
 
 
@@ -67,10 +67,10 @@ def test_views_are_recognised_by_their_place(name):
 
 OTHERS = {
     "a copy": BATCH.clone(),
-    "across two rows": BATCH.flatten()[6:30].view(2, 12),
-    "finer rows": BATCH.view(12, 4),
+    "across two samples": BATCH.flatten()[6:30].view(2, 12),
+    "finer samples": BATCH.view(12, 4),
     "transposed": BATCH.transpose(0, 1),
-    "no rows": BATCH[:0],
+    "no samples": BATCH[:0],
     "other numbers in the same bytes": BATCH.view(torch.float64),
 }
 
@@ -79,30 +79,30 @@ OTHERS = {
 def test_anything_else_is_not(name):
     view = OTHERS[name]
     found = StoredSamples(BATCH, 0).positions(view, 0)
-    # Elements of one row still tell whose they are; anything else must not.
+    # Entries of one sample still identify it; anything else must not.
     if found is not None:
-        rows = BATCH.flatten(1).tolist()
+        samples = BATCH.flatten(1).tolist()
         assert all(
-            set(part.flatten().tolist()) <= set(rows[i])
+            set(part.flatten().tolist()) <= set(samples[i])
             for i, part in zip(found, view, strict=True)
         )
-    assert name in ("finer rows",) or found is None
+    assert name in ("finer samples",) or found is None
 
 
 def test_an_address_that_is_used_again_is_not_the_same_memory():
     batch = torch.zeros(4, 2)
-    rows = StoredSamples(batch, 0)
+    samples = StoredSamples(batch, 0)
     del batch
     others = [torch.zeros(4, 2) for _ in range(50)]
-    assert all(rows.positions(other, 0) is None for other in others)
+    assert all(samples.positions(other, 0) is None for other in others)
 
 
 def test_writes_are_noticed():
     batch = torch.zeros(4, 2)
-    rows = StoredSamples(batch, 0)
-    assert not rows.modified(batch)
+    samples = StoredSamples(batch, 0)
+    assert not samples.modified(batch)
     batch.add_(1)
-    assert rows.modified(batch)
+    assert samples.modified(batch)
     with torch.inference_mode():
         still = torch.zeros(4, 2)
     assert not StoredSamples(still, 0).modified(still)
@@ -110,9 +110,9 @@ def test_writes_are_noticed():
 
 def test_second_dimension():
     batch = torch.arange(12.0).reshape(3, 4)  # [time, example]
-    rows = StoredSamples(batch, 1)
-    np.testing.assert_array_equal(rows.positions(batch, 1), [0, 1, 2, 3])
-    assert rows.positions(batch, 0) is None
+    samples = StoredSamples(batch, 1)
+    np.testing.assert_array_equal(samples.positions(batch, 1), [0, 1, 2, 3])
+    assert samples.positions(batch, 0) is None
 
 
 def sums(tensor, dim=0):
@@ -138,7 +138,7 @@ def test_checksums_survive_what_copying_does():
     assert sums(half.float()) == sums(half)
 
 
-def test_checksums_tell_rows_apart():
+def test_checksums_distinguish_samples():
     wide = torch.zeros(1, 1000).repeat(1000, 1)
     wide[torch.arange(1000), torch.arange(1000) % 1000] = 1.0
     step = max(1, 1000 // 256)
@@ -150,7 +150,7 @@ def test_checksums_tell_rows_apart():
     assert sums(torch.tensor([[0.0, 1.0]])) != sums(torch.tensor([[1.0, 0.0]]))
 
 
-def test_rows_without_a_checksum():
+def test_samples_without_a_checksum():
     assert sample_checksums(torch.zeros(0, 3), 0)[0] == 0
     assert sample_checksums(torch.zeros(3, 0), 0)[0] == 0
     assert sample_checksums(torch.zeros(3, 2, dtype=torch.complex64), 0)[0] == 0

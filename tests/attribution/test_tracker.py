@@ -20,7 +20,7 @@ class Source:
         self.current_pass = LoaderPass(self)
 
 
-def rows_of(tracker, inputs, size, **options):
+def matched(tracker, inputs, size, **options):
     """What a forward and backward pass over some inputs is attributed to."""
     tracker.mark_backward(tracker.bind(inputs))
     with warnings.catch_warnings():
@@ -32,22 +32,22 @@ def batch(seed, size=3):
     return torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
 
 
-def test_copies_with_equal_rows_stay_unknown_only_where_they_must():
+def test_copies_with_equal_samples_stay_unattributed_only_where_they_must():
     x = batch(0, 4)
     x[1] = x[3]  # two examples that look alike
     tracker = Tracker()
     tracker.delivered([5, 6, 7, 8], x)
-    assert rows_of(tracker, [x.clone()], 4) == [5, 6, 7, 8]  # all in their places
+    assert matched(tracker, [x.clone()], 4) == [5, 6, 7, 8]  # all in their places
     moved = x[[2, 3, 0, 1]].clone()
-    assert rows_of(tracker, [moved], 4) == [7, UNATTRIBUTED, 5, UNATTRIBUTED]
+    assert matched(tracker, [moved], 4) == [7, UNATTRIBUTED, 5, UNATTRIBUTED]
     assert tracker.counts["unattributed"] == 2
 
 
-def test_equal_batches_of_different_examples_stay_unknown():
+def test_equal_batches_of_different_examples_stay_unattributed():
     tracker, x = Tracker(), batch(0)
     tracker.delivered([0, 1, 2], x)
     tracker.delivered([3, 1, 4], x.clone())
-    assert rows_of(tracker, [x.clone()], 3) == [UNATTRIBUTED, 1, UNATTRIBUTED]
+    assert matched(tracker, [x.clone()], 3) == [UNATTRIBUTED, 1, UNATTRIBUTED]
 
 
 def test_a_wider_input_decides_over_a_narrower_one():
@@ -55,57 +55,57 @@ def test_a_wider_input_decides_over_a_narrower_one():
     x, flags = batch(0), torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     tracker.delivered([0, 1, 2], {"flags": flags, "x": x})
     others = flags[[1, 0, 2]].clone()
-    assert rows_of(tracker, [x.clone(), others], 3) == [0, 1, 2]
+    assert matched(tracker, [x.clone(), others], 3) == [0, 1, 2]
 
 
 def test_equally_wide_inputs_are_all_known():
     tracker, x, mask = Tracker(), batch(0), torch.ones(3, 4)
     tracker.delivered([0, 1, 2], {"mask": mask, "x": x})
-    assert rows_of(tracker, {"mask": mask.clone(), "x": x[[2, 0, 1]]}, 3) == [2, 0, 1]
+    assert matched(tracker, {"mask": mask.clone(), "x": x[[2, 0, 1]]}, 3) == [2, 0, 1]
     mask[0, 3] = 0
     tracker.delivered([4, 5, 6], {"mask": mask, "x": x + 1})
-    assert rows_of(tracker, [mask.clone(), (x + 1).clone()], 3) == [4, 5, 6]
+    assert matched(tracker, [mask.clone(), (x + 1).clone()], 3) == [4, 5, 6]
 
 
-def test_inputs_of_two_deliveries_are_nobodys():
+def test_inputs_of_two_deliveries_are_unattributed():
     tracker, x, u = Tracker(), batch(0), batch(1)
     tracker.delivered([0, 1, 2], x)
     tracker.delivered([3, 4, 5], u)
-    assert rows_of(tracker, [x, u], 3) == [UNATTRIBUTED] * 3
-    assert rows_of(tracker, [x.clone(), u.clone()], 3) == [UNATTRIBUTED] * 3
+    assert matched(tracker, [x, u], 3) == [UNATTRIBUTED] * 3
+    assert matched(tracker, [x.clone(), u.clone()], 3) == [UNATTRIBUTED] * 3
 
 
-def test_packed_sequences_are_not_believed_in_order():
+def test_packed_sequences_are_not_assumed_in_order():
     tracker, x = Tracker(), torch.randn(3, 5, 2)
     packed = pack_padded_sequence(
         x + 1, torch.tensor([2, 5, 3]), batch_first=True, enforce_sorted=False
     )
     tracker.delivered([0, 1, 2], x)
-    assert rows_of(tracker, [packed], 3) == [UNATTRIBUTED] * 3
+    assert matched(tracker, [packed], 3) == [UNATTRIBUTED] * 3
 
 
 def test_batches_along_the_second_dimension():
     tracker, x = Tracker(batch_first=False), torch.randn(5, 3, 2)  # [time, example, :]
     tracker.delivered([7, 8, 9], x)
-    assert rows_of(tracker, [x], 3) == [7, 8, 9]
-    assert rows_of(tracker, [x.clone()[:, [2, 0, 1]]], 3) == [9, 7, 8]
+    assert matched(tracker, [x], 3) == [7, 8, 9]
+    assert matched(tracker, [x.clone()[:, [2, 0, 1]]], 3) == [9, 7, 8]
     collated = torch.randn(3, 5, 2)  # by torch's collation; the loop transposes
     tracker.delivered([1, 2, 3], collated)
-    assert rows_of(tracker, [collated.transpose(0, 1)], 3) == [1, 2, 3]
+    assert matched(tracker, [collated.transpose(0, 1)], 3) == [1, 2, 3]
 
 
-def test_latest_is_believed_only_if_it_is_the_only_unused_one():
+def test_latest_is_assumed_only_if_it_is_the_only_unused_one():
     source, tracker, x, u = Source(), Tracker(), batch(1), batch(2)
     tracker.delivered([0, 1, 2], batch(0), source.current_pass)
-    assert rows_of(tracker, [batch(9)], 3) == [0, 1, 2]
-    assert rows_of(tracker, [batch(8)], 3) == [0, 1, 2]  # another view of it
+    assert matched(tracker, [batch(9)], 3) == [0, 1, 2]
+    assert matched(tracker, [batch(8)], 3) == [0, 1, 2]  # another view of it
     tracker.delivered([3, 4, 5], x, source.current_pass)
     tracker.delivered([6, 7, 8], u, source.current_pass)
-    assert rows_of(tracker, [batch(7)], 3) == [UNATTRIBUTED] * 3
-    del x, u  # nobody holds them, and their pass over the loader is over
+    assert matched(tracker, [batch(7)], 3) == [UNATTRIBUTED] * 3
+    del x, u  # no longer held, and their pass over the loader is over
     source.current_pass = LoaderPass(source)
     tracker.delivered([0, 1, 2], batch(3), source.current_pass)
-    assert rows_of(tracker, [batch(6)], 3) == [0, 1, 2]
+    assert matched(tracker, [batch(6)], 3) == [0, 1, 2]
     assert tracker.counts["by_latest"] == 9
 
 
@@ -114,13 +114,13 @@ def test_a_batch_that_is_still_held_may_still_be_used():
     tracker.delivered([0, 1, 2], x, source.current_pass)
     source.current_pass = LoaderPass(source)
     tracker.delivered([3, 4, 5], batch(1), source.current_pass)
-    assert rows_of(tracker, [batch(9)], 3) == [UNATTRIBUTED] * 3
+    assert matched(tracker, [batch(9)], 3) == [UNATTRIBUTED] * 3
     del x
     tracker.delivered([6, 7, 8], batch(2), LoaderPass(source))
-    assert rows_of(tracker, [batch(9)], 3) == [UNATTRIBUTED] * 3  # [3, 4, 5] may come
+    assert matched(tracker, [batch(9)], 3) == [UNATTRIBUTED] * 3  # [3, 4, 5] may come
     source.current_pass = LoaderPass(source)
     tracker.delivered([0, 1, 2], batch(3), source.current_pass)
-    assert rows_of(tracker, [batch(9)], 3) == [0, 1, 2]
+    assert matched(tracker, [batch(9)], 3) == [0, 1, 2]
 
 
 def test_deliveries_long_ago_are_forgotten():
@@ -128,7 +128,7 @@ def test_deliveries_long_ago_are_forgotten():
     tracker.delivered([0, 1, 2], first)
     for seed in range(1, 20):
         tracker.delivered([3, 4, 5], batch(seed))
-    assert rows_of(tracker, [first], 3) == [UNATTRIBUTED] * 3
+    assert matched(tracker, [first], 3) == [UNATTRIBUTED] * 3
 
 
 def test_backward_passes_come_in_any_order():
@@ -143,18 +143,18 @@ def test_backward_passes_come_in_any_order():
 
 def test_one_uncertain_pass_leaves_the_others_attributed():
     tracker, x = Tracker(), batch(0)
-    for rows, delivered in (([0, 1, 2], x), ([3, 4, 5], batch(1)), ([6], batch(2))):
-        tracker.delivered(rows, delivered)
+    for indices, delivered in (([0, 1, 2], x), ([3, 4, 5], batch(1)), ([6], batch(2))):
+        tracker.delivered(indices, delivered)
     for inputs in ([x], [batch(5)]):
         tracker.mark_backward(tracker.bind(inputs))
     with pytest.warns(UserWarning, match="3 samples are unattributed"):
         assert tracker.attribute([3, 3]).tolist() == [0, 1, 2] + [UNATTRIBUTED] * 3
 
 
-def test_gradients_for_more_rows_than_were_passed():
+def test_gradients_for_more_samples_than_were_passed():
     tracker, x = Tracker(), batch(0)
     tracker.delivered([0, 1, 2], x)
-    assert rows_of(tracker, [x], 4) == [UNATTRIBUTED] * 4
+    assert matched(tracker, [x], 4) == [UNATTRIBUTED] * 4
 
 
 def test_strict_names_the_cause():

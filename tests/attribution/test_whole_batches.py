@@ -43,18 +43,18 @@ def test_positions_that_are_no_distinct_examples_are_looked_at(positions):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "rows"),
+    ("inputs", "indices"),
     [
         (lambda x: x[1:], [4, 9]),
         (lambda x: x.clone(), [7, 4, 9]),
         (lambda x: x[[2, 0]].clone(), [9, 7]),
     ],
 )
-def test_parts_and_copies_are_looked_at(inputs, rows):
+def test_parts_and_copies_are_looked_at(inputs, indices):
     tracker, x = Tracker(), batch()
     tracker.delivered([7, 4, 9], x)
-    (forward,) = passes(tracker, [inputs(x)], [len(rows)])
-    assert forward.distinct_indices() is None and forward.indices.tolist() == rows
+    (forward,) = passes(tracker, [inputs(x)], [len(indices)])
+    assert forward.distinct_indices() is None and forward.indices.tolist() == indices
 
 
 def test_a_whole_batch_of_another_size_than_the_gradients():
@@ -76,7 +76,7 @@ def test_an_empty_batch_has_no_distinct_examples():
 def test_checksums_are_of_the_moment_of_delivery(permuted):
     tracker, x = Tracker(), batch(4)
     tracker.delivered([5, 6, 7, 8], x)
-    if permuted:  # in place: the memory is the same, its rows are others
+    if permuted:  # in place: the memory is the same, its samples are others
         x.copy_(x[[1, 0, 3, 2]].clone())
     (forward,) = passes(tracker, [x], [4])
     expected = [6, 5, 8, 7] if permuted else [5, 6, 7, 8]
@@ -85,7 +85,7 @@ def test_checksums_are_of_the_moment_of_delivery(permuted):
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("width", [3, 256, 257, 1000])
-def test_sampled_rows_are_a_small_copy_of_entries(dim, width):
+def test_delayed_checksums_are_of_a_small_copy_of_entries(dim, width):
     x = batch(5, width)
     given = x if dim == 0 else x.T.contiguous()
     sampled = DelayedChecksums(given, dim)
