@@ -1,4 +1,15 @@
-"""What an unlearning run may claim, from what was recorded and what was run."""
+"""What may be claimed after unlearning, from what was recorded and what was run.
+
+The idea: training with noise bounds how far the trained model's distribution is from
+that of a model trained without one example. A run of unlearning that never uses the
+example applies the same random map to both, so by data processing the two cannot move
+further apart. The privacy loss of the example is therefore what may be claimed.
+
+*What it gives:* at most an estimate, because the loss comes from few recorded runs.
+*What breaks it:* a method or a stopping rule that uses the forget set, several
+examples, batch statistics, or a ledger of other weights. Each is an assumption of the
+guarantee, met or not met with its evidence; nothing is taken from the caller.
+"""
 
 import json
 import math
@@ -26,34 +37,40 @@ _ORDERS = DEFAULT_ORDERS[::3]
 
 @dataclass(frozen=True)
 class History:
-    """The runs that a model went through.
+    """The runs that a model went through, as far as a guarantee depends on them.
+
+    A run that used the forget set, or that an evaluation could end early, weakens every
+    later claim about the model, by whatever method the next run is.
+
+    >>> from opacus_pi.unlearning.methods import FineTune
+    >>> History().after(FineTune(), None)
+    History(stop=None, looked='')
 
     Args:
-        stop: What could have ended one of them early, or None.
-        looked: Why not all of them are known not to have looked at the forget set;
-            empty if they are.
+        stop: The rule that could have ended one of them early, or None.
+        looked: Why a run may have used the forget set; empty if no run did.
     """
 
     stop: StopWhen | None = None
     looked: str = ""
 
     def after(self, method: Method, stop: StopWhen | None) -> "History":
-        """The same with one run more.
+        """Return the history with one more run.
 
         Args:
-            method: By which.
-            stop: What could end it early, or None.
+            method: The method of that run.
+            stop: The rule that could end it early, or None.
         """
         looks = f"{type(method).__name__} uses it" if method.needs_forget_set else ""
         return History(stop or self.stop, looks or self.looked)
 
     def joined(self, other: "History") -> "History":
-        """The runs of both."""
+        """Return the runs of both histories."""
         return History(other.stop or self.stop, other.looked or self.looked)
 
     @property
     def text(self) -> str:
-        """JSON of it."""
+        """The history as JSON."""
         return json.dumps(asdict(self))
 
 
@@ -82,11 +99,11 @@ def history_from_json(text: str | None) -> History | None:
 
 
 _NO_RUNS = History()
-_NOBODY = np.empty(0, dtype=np.int64)
+_NO_EXAMPLES = np.empty(0, dtype=np.int64)
 
 
 def runs_in(ledger: Ledgers | None) -> tuple[GradNormLedger, ...]:
-    """The recorded runs, none if there is no ledger."""
+    """Return the recorded runs, an empty tuple if there is no ledger."""
     if ledger is None:
         return ()
     return (ledger,) if isinstance(ledger, GradNormLedger) else tuple(ledger)
@@ -99,7 +116,7 @@ def claim(
     forget_indices: NDArray[np.int64],
     history: History = _NO_RUNS,
     *,
-    forgotten_before: NDArray[np.int64] = _NOBODY,
+    forgotten_before: NDArray[np.int64] = _NO_EXAMPLES,
     has_weights: bool = True,
 ) -> Guarantee:
     """What may be said about unlearning a set from a model by a method.
@@ -114,13 +131,13 @@ def claim(
     Args:
         method: The unlearning method.
         model: The model to unlearn from.
-        ledger: The record of its training (or of several runs), or None.
+        ledger: The ledger of its training (or those of several runs), or None.
         forget_indices: int64 ``(m,)``, positions in the data set.
-        history: The runs that the model went through, and the one in question where a
-            rule may end it before its budget is spent.
-        forgotten_before: What the model has forgotten already. The claim is about all
-            that is missing from it, these and ``forget_indices`` together.
-        has_weights: Whether the model holds its weights, not its architecture alone.
+        history: The runs that the model went through, including the one in question.
+        forgotten_before: int64, examples that the model has forgotten already. The
+            claim covers these and ``forget_indices`` together.
+        has_weights: Whether the model holds the trained weights, or is only an
+            architecture.
 
     Returns:
         The guarantee, at most an estimate.
@@ -129,31 +146,42 @@ def claim(
     """
     runs = runs_in(ledger)
     gone = np.union1d(forgotten_before, forget_indices)
-    assumptions = (
+    # Without these the privacy losses say nothing about the distance to retraining.
+    needed = (
         _noisy(runs),
         _one_example(len(gone), len(forgotten_before)),
-        _blind(method, history),
+        _does_not_look(method, history),
         _fixed_length(history.stop),
         _separable(model),
+    )
+    # These are said, but they do not change that the loss is an estimate.
+    stated = (
         _fixed_denominator(runs),
         _matching(runs, model if has_weights else None),
         Assumption(
             "the privacy loss is an upper bound",
             False,
-            f"an estimate from {len(runs)} recorded run(s)" if runs else "no ledger",
+            _estimated(len(runs)),
         ),
     )
-    said = f"{method} (retrained: trained without the set, then updated alike)"
-    if not all(a.met for a in assumptions[:5]):
-        return Guarantee(said, assumptions)
-    mine = [run.subset(columns_of(run, gone)) for run in runs]
-    losses = [float(privacy_losses(mine, order)[0]) for order in _ORDERS]
+    described = f"{method} (retrained: trained without the set, then updated alike)"
+    if not all(assumption.met for assumption in needed):
+        return Guarantee(described, needed + stated)
+    chosen = [run.subset(columns_of(run, gone)) for run in runs]
+    losses = [float(privacy_losses(chosen, order)[0]) for order in _ORDERS]
     losses = [v if math.isfinite(v) else math.inf for v in losses]
-    return Guarantee(said, assumptions, _ORDERS, tuple(losses))
+    return Guarantee(described, needed + stated, _ORDERS, tuple(losses))
+
+
+def _estimated(num_runs: int) -> str:
+    """From how many runs the losses are estimated."""
+    if num_runs == 0:
+        return "no ledger"
+    return f"an estimate from {num_runs} recorded run{'s' * (num_runs > 1)}"
 
 
 def _noisy(runs: Sequence[GradNormLedger]) -> Assumption:
-    """Training added Gaussian noise."""
+    """Without noise there is no finite privacy loss."""
     statement = "training added noise to every update"
     if not runs:
         return Assumption(statement, False, "no ledger")
@@ -164,19 +192,19 @@ def _noisy(runs: Sequence[GradNormLedger]) -> Assumption:
 
 
 def _one_example(size: int, num_before: int) -> Assumption:
-    """The per-example loss covers the set."""
+    """A sum of per-example losses does not bound a group's loss."""
+    examples = "1 example" if size == 1 else f"{size} examples"
     before = f", {num_before} of them forgotten before" if num_before else ""
-    remedy = "" if size == 1 else "; recording.gram_ledger measures a group"
+    remedy = "" if size == 1 else "; recording.gram_ledger measures groups"
     return Assumption(
         "the forget set is one example",
         size == 1,
-        f"{size} example(s){before}; a sum of per-example losses does not bound a "
-        f"group's{remedy}",
+        f"the set has {examples}{before}{remedy}",
     )
 
 
-def _blind(method: Method, history: History) -> Assumption:
-    """Unlearning is post-processing."""
+def _does_not_look(method: Method, history: History) -> Assumption:
+    """Only then is unlearning a post-processing of the trained model."""
     looked = history.after(method, None).looked
     return Assumption(
         "unlearning never looks at the forget set",
@@ -186,7 +214,7 @@ def _blind(method: Method, history: History) -> Assumption:
 
 
 def _fixed_length(stop: StopWhen | None) -> Assumption:
-    """The number of updates carries nothing about the forget set."""
+    """A number of updates that was chosen by an evaluation reveals its result."""
     return Assumption(
         "the number of updates does not depend on the forget set",
         stop is None,
@@ -197,7 +225,7 @@ def _fixed_length(stop: StopWhen | None) -> Assumption:
 
 
 def _separable(model: nn.Module) -> Assumption:
-    """One example's gradient is its whole influence on an update."""
+    """With batch statistics an example also changes the gradients of others."""
     mixing = [
         name
         for name, module in model.named_modules()
@@ -211,7 +239,7 @@ def _separable(model: nn.Module) -> Assumption:
 
 
 def _fixed_denominator(runs: Sequence[GradNormLedger]) -> Assumption:
-    """Leaving an example out changes nobody else's weight."""
+    """If it did, leaving an example out would change the weights of all others."""
     clipped = bool(runs) and bool(np.isfinite(runs[0].mechanism.max_grad_norm).all())
     return Assumption(
         "training divided by a batch size that does not depend on the example",
@@ -221,7 +249,7 @@ def _fixed_denominator(runs: Sequence[GradNormLedger]) -> Assumption:
 
 
 def _matching(runs: Sequence[GradNormLedger], model: nn.Module | None) -> Assumption:
-    """The ledger belongs to the weights."""
+    """The losses of another run say nothing about these weights."""
     names = {run.weights for run in runs}
     hashed = names - {None, CHANGED}
     met = bool(hashed) and model is not None and weights_name(model) in hashed

@@ -33,7 +33,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -591,9 +591,8 @@ def _checked(row: tuple[Any, ...], path: Path) -> Entry:
     good = type(number) is int and all(type(text) is str for text in texts)
     good = good and _hash(number, *texts[:-1]) == chained
     _require_unedited(good, path, f"Entry {number} breaks the chain.")
-    entry = Entry(number, *texts)
     if payload_number is None:
-        return entry
+        return Entry(number, *texts)
     good = type(salt) is bytes and type(body) is str and type(name) in (str, type(None))
     good = good and _commitment(salt, name, body) == commitment
     _require_unedited(good, path, f"Entry {number} has another payload.")
@@ -604,7 +603,7 @@ def _checked(row: tuple[Any, ...], path: Path) -> Entry:
         payload = plain_name = None
     good = type(payload) is dict and (name is None or type(plain_name) is str)
     _require_unedited(good, path, f"The payload of entry {number} is no JSON object.")
-    return replace(entry, name=plain_name, payload=payload)
+    return Entry(number, *texts, plain_name, payload)
 
 
 def _hash(number: int, time: str, kind: str, commitment: str, previous: str) -> str:

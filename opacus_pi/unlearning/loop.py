@@ -1,4 +1,7 @@
-"""The one loop that runs every unlearning method, and the rule that may end it early.
+"""The loop that runs every unlearning method, and the rule that may end it early.
+
+Methods differ in their batches, losses, penalties and perturbations; the order of one
+update is always the same, so it is written once, here.
 
 >>> trace = UnlearningTrace([0, 1, 2], {"forget_loss": [0.1, 0.5, 0.58]})
 >>> StopWhen("forget_loss", target=0.6).reached(trace)
@@ -29,12 +32,12 @@ def updates(
     make_optimizer: MakeOptimizer,
     make_scheduler: MakeScheduler | None = None,
 ) -> Iterator[int]:
-    """Update ``task.model`` in place, handing back control after each update.
+    """Update ``task.model`` in place, and return control after each update.
 
     Args:
-        method: What is added to fine-tuning.
+        method: The unlearning method.
         task: The model and the data.
-        num_steps: Number of updates; fewer if the method has nothing left to do.
+        num_steps: Number of updates; fewer if a pass of the method has none.
         make_optimizer: ``params -> Optimizer``.
         make_scheduler: ``optimizer -> scheduler``, stepped after each pass.
 
@@ -69,7 +72,7 @@ def _update(
     optimizer: torch.optim.Optimizer,
     progress: float,
 ) -> None:
-    """One update: see ``Method``."""
+    """Make one update, in the order that ``Method`` documents."""
     device = params[0].device
     retain, forget = (
         None if b is None else to_device(inputs_and_targets(b), device) for b in batches
@@ -91,15 +94,15 @@ def _update(
 class StopWhen:
     """Stop once a metric has been near its target for some evaluations in a row.
 
-    "Near" is what ``time_to_unlearn`` counts as there. Stopping by a metric that sees
-    the forget set makes the number of updates depend on it: unlearning then is no mere
-    post-processing of the trained model, and its guarantee is empirical.
+    "Near" means the same as in ``time_to_unlearn``: within the tolerance. If the metric
+    uses the forget set, the number of updates depends on that set. Unlearning is then
+    more than a post-processing of the trained model, and its guarantee is empirical.
 
     Args:
         metric: Name of a number that ``evaluate`` returns.
         target: The value of retrained models, or another goal.
-        tolerance: Largest distance that counts as there, at least 0.
-        patience: Evaluations in a row that must be there, at least 1.
+        tolerance: Largest distance from the target, at least 0.
+        patience: Evaluations in a row that must be within it, at least 1.
 
     Raises:
         ValueError: If a number leaves its range.
@@ -122,7 +125,7 @@ class StopWhen:
         in_range(1, math.inf, patience=self.patience, remedy="1 stops at once.")
 
     def reached(self, trace: UnlearningTrace) -> bool:
-        """Whether the latest evaluations are all there.
+        """Whether the latest evaluations are all near the target.
 
         Args:
             trace: The evaluations so far.
@@ -130,7 +133,5 @@ class StopWhen:
         Raises:
             ValueError: If the metric was not evaluated.
         """
-        there = arrived(
-            trace, self.target, metric=self.metric, tolerance=self.tolerance
-        )
-        return len(there) >= self.patience and bool(there[-self.patience :].all())
+        near = arrived(trace, self.target, metric=self.metric, tolerance=self.tolerance)
+        return len(near) >= self.patience and bool(near[-self.patience :].all())

@@ -33,15 +33,15 @@ Batch = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is given: the copy to change and the data to change it with.
+    """The copy that a method changes, and the data that it changes the copy with.
 
     Args:
         model: The copy, on its device.
         criterion: ``(outputs, targets) -> losses (b,)``.
-        retain_loader: Batches ``(x, y)`` of what stays; x is a tensor, or a tuple or
-            dict of tensors for ``model(*x)`` or ``model(**x)``.
-        forget_loader: Batches of what goes; None unless the method needs it.
-        generator: For everything random.
+        retain_loader: Batches ``(x, y)`` of the retain set; x is a tensor, or a tuple
+            or dict of tensors for ``model(*x)`` or ``model(**x)``.
+        forget_loader: Batches of the forget set; None unless the method uses it.
+        generator: Source of all random numbers of the method.
     """
 
     model: nn.Module
@@ -52,7 +52,7 @@ class Task:
 
     @property
     def forget_batches(self) -> Iterable[Batch]:
-        """The forget loader, for the methods that need one."""
+        """The forget loader, for methods whose ``needs_forget_set`` is true."""
         return cast(Iterable[Batch], self.forget_loader)
 
 
@@ -66,20 +66,22 @@ class Method:
     needs_forget_set: ClassVar[bool] = False
 
     def prepare(self, task: Task) -> "Method":
-        """Look at model and data once before the first update.
+        """Inspect model and data once before the first update.
 
         Returns:
-            The method to run: itself, or a copy that remembers what it saw.
+            The method to run: itself, or a copy that holds what it computed here.
         """
         return self
 
     def batches(
         self, task: Task, num_pass: int
     ) -> Iterator[tuple[Batch | None, Batch | None]]:
-        """The (retain batch, forget batch) of each update of one pass; None: not used.
+        """Yield (retain batch, forget batch) for each update of one pass.
+
+        None stands for a batch that the update does not use.
 
         Args:
-            task: What is being done.
+            task: The model and the data.
             num_pass: Passes done before this one. A pass without updates ends the run.
         """
         num_batches = 0
@@ -91,25 +93,25 @@ class Method:
             "retain_loader",
             "a loader without batches",
             "must yield batches (x, y)",
-            "Pass a loader over the retain set; an iterator serves one pass only.",
+            "Pass a loader over the retain set: an iterator is used up in one pass.",
         )
 
     def pass_length(self, task: Task, num_pass: int) -> int:
-        """Number of updates that ``batches`` yields in a pass over sized loaders."""
+        """Return the number of updates that ``batches`` yields in a pass."""
         return len(cast(Sized, task.retain_loader))
 
     def loss(
         self, task: Task, retain: Batch | None, forget: Batch | None
     ) -> Tensor | None:
-        """The scalar to differentiate, or None for no gradient at all."""
+        """Return the scalar to differentiate, or None for no gradient at all."""
         return mean_loss(task, cast(Batch, retain))
 
     def penalty(self, params: Sequence[Tensor], progress: float) -> Tensor | None:
-        """A scalar added to the loss, or None.
+        """Return a scalar that is added to the loss, or None.
 
         Args:
             params: The trainable weights.
-            progress: Part of the updates done before the current pass, in [0, 1).
+            progress: Fraction of the updates done before the current pass, in [0, 1).
         """
         return None
 
@@ -171,7 +173,7 @@ class Langevin(Method):
         learning_rate: float,
         **options: float | None,
     ) -> "Langevin":
-        """The method whose update adds √(2η) σ W to the weights, W ~ N(0, I).
+        """Return the method whose update adds √(2η) σ W to the weights, W ~ N(0, I).
 
         Args:
             noise_std: σ of the weight-space form, at least 0.
@@ -186,7 +188,7 @@ class Langevin(Method):
         return cls(math.sqrt(2 / learning_rate) * noise_std, **options)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
-        """The mean loss, or its clipped form: see the class."""
+        """Return the mean loss, or its clipped form: see the class."""
         batch = cast(Batch, retain)
         if self.max_grad_norm is None:
             return mean_loss(task, batch)
@@ -244,7 +246,7 @@ class L1Sparse(Method):
         )
 
     def penalty(self, params: Sequence[Tensor], progress: float) -> Tensor | None:
-        """γ(progress) ‖w‖₁, or None where γ is 0."""
+        """Return γ(progress) ‖w‖₁, or None if γ is 0."""
         weight = self.strength
         if self.schedule == "linear":
             weight *= 1 - progress
@@ -254,7 +256,7 @@ class L1Sparse(Method):
 
 
 def mean_loss(task: Task, batch: Batch) -> Tensor:
-    """The mean of the batch's per-example losses; an empty batch has gradient 0."""
+    """Return the mean of a batch's per-example losses; an empty batch gives 0."""
     x, y = batch
     if len(y) == 0:
         return _zero(task.model)
@@ -262,13 +264,14 @@ def mean_loss(task: Task, batch: Batch) -> Tensor:
 
 
 def clipped_loss(task: Task, batch: Batch, max_grad_norm: float) -> Tensor:
-    """A scalar whose gradient is Σ_i min(1, C/‖g_i‖) g_i over the expected batch size.
+    """Return a scalar whose gradient is Σ_i min(1, C/‖g_i‖) g_i / expected batch size.
 
-    Two passes without per-example gradients: the norms first, then one backward pass of
-    the losses so weighted. Leaves the model in evaluation mode.
+    No per-example gradient is stored: the norms are computed first, then one backward
+    pass of the losses weighted by min(1, C/‖g_i‖) gives the clipped sum. Leaves the
+    model in evaluation mode.
 
     Args:
-        task: Model, criterion and the loader that says the expected batch size.
+        task: Model, criterion, and the loader that has the expected batch size.
         batch: ``(x, y)``.
         max_grad_norm: C.
     """
@@ -284,13 +287,16 @@ def clipped_loss(task: Task, batch: Batch, max_grad_norm: float) -> Tensor:
 
 
 def expected_batch_size(loader: Iterable[Batch]) -> float:
-    """The mean size of the batches that a loader draws, known before drawing.
+    """Return the mean size of a loader's batches, as it is known before drawing.
+
+    Dividing by the drawn size instead would make the update depend on how many other
+    examples were drawn, and clipping would not bound the influence of an example.
 
     Args:
         loader: A ``DataLoader``, or a Poisson loader with a ``sample_rate``.
 
     Raises:
-        ValueError: If the loader tells neither.
+        ValueError: If the loader has neither a batch size nor a sample rate.
     """
     owners = (loader, getattr(loader, "batch_sampler", None))
     rates, sizes = (

@@ -1,5 +1,9 @@
 """What to expect of an unlearning run before it is run.
 
+A plan says how difficult the forget set is (its mean privacy loss, and where that
+stands among all examples), how many steps past runs predict, and what may be claimed
+afterwards. It reads ledgers only; nothing is trained.
+
 >>> predict_time(4.0, past_losses=[1.0, 2.0], past_times=[1.0, 2.0])
 3.0
 """
@@ -25,11 +29,11 @@ PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 
 _UNKNOWN = Guarantee("no method chosen", ())
 _TIED = (
-    "{outside} examples outside the forget set have the privacy loss of one in it, to "
-    "rounding. If the set was chosen by loss, which of those that tie is a draw, and "
-    "says nothing of their difficulty. Losses tie at the largest, that of an example "
-    "clipped in every update, to which larger estimates are cut: a lower order, or "
-    "training with a larger max_grad_norm, may tell them apart."
+    "{outside} examples outside the forget set have, up to rounding, the same privacy "
+    "loss as one in it. If you chose the set by loss, the choice among them is "
+    "arbitrary and says nothing about their difficulty. An example that is clipped in "
+    "every update has the worst-case loss, to which larger estimates are cut: a lower "
+    "order, or training with a larger max_grad_norm, may separate such examples."
 )
 
 
@@ -48,13 +52,14 @@ class Plan:
         steps_per_epoch: Updates per pass over the retain set.
         predicted_epochs: Passes until the set is forgotten, or None.
         prediction: How that was predicted, or why it was not.
-        num_unfinished: Of the past runs, how many never got there: they count as their
-            length, so that the prediction is at best a lower bound.
-        num_tied: How many examples outside the set have, to rounding, the loss of one
-            in it: a ranking by loss does not tell them from it.
+        num_unfinished: Number of past runs that ended before the set was forgotten.
+            They count as their length, so the prediction is at best a lower bound.
+        num_tied: Number of examples outside the set that have, up to rounding, the loss
+            of one in it. A ranking by loss cannot separate them.
         guarantee: What may be claimed afterwards, with its unmet assumptions.
-        forgotten_before: int64, sorted: what the model has forgotten already. The
-            guarantee speaks of these and ``forget`` together, the losses of ``forget``.
+        forgotten_before: int64, sorted: examples that the model has forgotten already.
+            The guarantee covers these and ``forget``; the losses are those of
+            ``forget`` alone.
     """
 
     forget: NDArray[np.int64]
@@ -93,14 +98,14 @@ class Plan:
         return math.ceil(self.predicted_epochs * self.num_retain)
 
     def budget(self, *, factor: float = 2.0, default: int = 25) -> int:
-        """Epochs to allow an unlearning run.
+        """Return the number of epochs to allow an unlearning run.
 
-        They follow from the set's own loss where there is a prediction. A guarantee
-        speaks of a number fixed without it: then take the default.
+        Where there is a prediction it depends on the set's own loss. A guarantee needs
+        a number that was fixed without looking at the set: then use the default.
 
         Args:
-            factor: How many times the predicted epochs, above 0.
-            default: What to allow where nothing was predicted.
+            factor: Multiple of the predicted epochs, above 0.
+            default: Epochs to allow if nothing was predicted.
 
         Returns:
             A whole number, at least 1.
@@ -108,24 +113,24 @@ class Plan:
         return budget_of(self.predicted_epochs, factor, default)
 
     def claiming(self, guarantee: Guarantee) -> "Plan":
-        """The same plan with what may be claimed afterwards."""
+        """Return the plan with what may be claimed afterwards."""
         return replace(self, guarantee=guarantee)
 
     def __str__(self) -> str:
         return self.text()
 
     def text(self, delta: float = 1e-5) -> str:
-        """The plan in words.
+        """Return the plan in words.
 
         Args:
-            delta: δ in (0, 1) of the guarantee's ε, where there is one.
+            delta: δ in (0, 1) of the guarantee's ε, if it has one.
         """
         reason = " (assumed noise or norms in bfloat16: a ranking only)"
         ranking = reason if self.ranking_only else ""
         steps = "unknown" if self.predicted_steps is None else f"{self.predicted_steps}"
         least = "at least " if self.num_unfinished and steps != "unknown" else ""
         tied = (
-            f"Examples outside the set that tie with one in it: {self.num_tied}.\n"
+            f"Examples outside the set with the loss of one in it: {self.num_tied}.\n"
             if self.num_tied
             else ""
         )
@@ -151,7 +156,7 @@ class Plan:
         known = f"{again} of the {size} {verb} forgotten before. " if again else ""
         total = before + size - again
         return (
-            f"{known}The guarantee speaks of all {total} forgotten until then, "
+            f"{known}The guarantee covers all {total} examples forgotten by then, "
             f"{before} of them before.\n"
         )
 
@@ -166,31 +171,30 @@ def make_plan(
     batch_size: int = 64,
     forgotten_before: ArrayLike = (),
 ) -> Plan:
-    """Difficulty and cost of a forget set, from the record of training.
+    """Compute difficulty and cost of a forget set from the ledgers of a training.
 
     Args:
         runs: Ledgers of independent runs of one training, at least one.
         forget_indices: Positions in the data set, each once.
         order: Rényi order of the privacy losses.
         assumed_noise_std: Noise on the sum of gradients to assume if there was none.
-        past_runs: ``(forget_indices, epochs it took)``, or with the epochs it ran as a
-            third, which is needed where it never got there (``inf`` epochs).
+        past_runs: ``(forget_indices, epochs it took)``. For a run that ended before its
+            set was forgotten: ``(forget_indices, inf, epochs it ran)``.
         batch_size: Examples per batch.
-        forgotten_before: What the model has forgotten already: it is not kept either.
+        forgotten_before: Examples that the model has forgotten already: they are not
+            in the retain set either.
 
     Raises:
         ValueError: If there is no run, the indices are bad, there was no noise and
-            none is assumed, or the length of a run that never got there is missing.
+            none is assumed, or the length of an unfinished run is missing.
 
     Warns if examples tie across the edge of a set that looks chosen by loss.
     """
-    expect(
-        len(runs) > 0,
-        "ledger",
-        None,
-        "must be given for a plan",
-        "Record the training: Unlearner(..., ledger=engine.ledger).",
-    )
+    if not runs:
+        raise ValueError(
+            "plan() needs a ledger, but none was given. Record the training and pass "
+            "Unlearner(..., ledger=engine.ledger)."
+        )
     positive(batch_size=batch_size, remedy="Pass examples per batch.")
     if (np.asarray(runs[0].mechanism.noise_std) == 0).any():
         runs = _noisy(runs, assumed_noise_std)
@@ -207,8 +211,7 @@ def make_plan(
     )
     columns = columns_of(runs[0], forget)
     mean = float(losses[columns].mean())
-    epochs = _predicted(mean, losses, runs[0], past_runs)
-    num_unfinished = sum(math.isinf(past[1]) for past in past_runs)
+    epochs, prediction = _predicted(mean, losses, runs[0], past_runs)
     return Plan(
         forget=forget,
         num_retain=num_retain,
@@ -218,15 +221,15 @@ def make_plan(
         ranking_only=has_assumed_noise(runs),
         steps_per_epoch=math.ceil(num_retain / batch_size),
         predicted_epochs=epochs,
-        prediction=_how_predicted(epochs, len(past_runs), num_unfinished),
-        num_unfinished=num_unfinished,
+        prediction=prediction,
+        num_unfinished=_num_unfinished(past_runs),
         num_tied=_num_tied(losses, columns),
         forgotten_before=before,
     )
 
 
 def _num_kept(ledger: GradNormLedger, gone: NDArray[np.int64]) -> int:
-    """How many of the recorded examples are not gone."""
+    """Number of recorded examples that stay."""
     ids = ledger.example_ids
     known = np.arange(ledger.num_examples) if ids is None else ids
     return len(np.setdiff1d(known, gone))
@@ -237,34 +240,38 @@ def _predicted(
     losses: NDArray[np.float64],
     ledger: GradNormLedger,
     past_runs: Sequence[PastRun],
-) -> float | None:
-    """Epochs for a set of this mean loss, from past runs."""
+) -> tuple[float | None, str]:
+    """Epochs for a set of this mean loss from past runs, and how they follow."""
     past = [losses[columns_of(ledger, _chosen(ledger, p[0]))].mean() for p in past_runs]
     times = [p[1] for p in past_runs]
     lengths = [p[2] if len(p) == 3 else math.nan for p in past_runs]
-    return predict_time(mean, past, times, past_lengths=lengths)
-
-
-def _how_predicted(
-    epochs: float | None, num_past_runs: int, num_unfinished: int
-) -> str:
-    """How the epochs were predicted, or why they were not."""
+    epochs = predict_time(mean, past, times, past_lengths=lengths)
     if epochs is None:
-        return (
+        return None, (
             "no two past runs of different difficulty to fit: name them by "
             "plan(..., past_runs=[(ids, epochs), ...]), --past on the command line"
         )
-    fit = f"log-linear fit to {num_past_runs} past runs"
+    fit = f"log-linear fit to {len(past_runs)} past runs"
+    num_unfinished = _num_unfinished(past_runs)
     if not num_unfinished:
-        return fit
-    return (
-        f"{fit}, of which {num_unfinished} never got there and count as their length: "
-        "at best a lower bound"
+        return epochs, fit
+    return epochs, (
+        f"{fit}, of which {num_unfinished} ended before the set was forgotten and "
+        "count as their length: at best a lower bound"
     )
 
 
+def _num_unfinished(past_runs: Sequence[PastRun]) -> int:
+    """Number of past runs that ended before their set was forgotten."""
+    return sum(math.isinf(past[1]) for past in past_runs)
+
+
 def _num_tied(losses: NDArray[np.float64], chosen: NDArray[np.int64]) -> int:
-    """How many that were not chosen tie with one that was; warns if it was by loss."""
+    """Number of other examples with the loss of a chosen one.
+
+    Warns if the set looks chosen by loss: no other example lies strictly within the
+    range of its losses. A set that was chosen otherwise almost never looks like that.
+    """
     levels = ties(losses)
     inside = np.zeros(len(levels), dtype=bool)
     inside[chosen] = True
@@ -279,7 +286,7 @@ def _num_tied(losses: NDArray[np.float64], chosen: NDArray[np.int64]) -> int:
 def budget_of(
     predicted_epochs: float | None, factor: float = 2.0, default: int = 25
 ) -> int:
-    """Epochs to allow a run of so many predicted epochs; see ``Plan.budget``."""
+    """Return the epochs to allow a run, from those predicted; see ``Plan.budget``."""
     positive(factor=factor, remedy="2 allows twice the prediction.")
     if predicted_epochs is None:
         return default
@@ -287,7 +294,7 @@ def budget_of(
 
 
 def percentile(value: float, losses: ArrayLike) -> float:
-    """Percentage of ``losses`` below ``value``, ties (to rounding) counted half.
+    """Return the percentage of losses below a value; equal ones count half.
 
     Args:
         value: The set's mean loss.
@@ -309,28 +316,28 @@ def predict_time(
     *,
     past_lengths: ArrayLike | None = None,
 ) -> float | None:
-    """Time to unlearn from past runs: time = a + b ln(loss), b ≥ 0, least squares.
+    """Predict the time to unlearn: time = a + b ln(loss), b ≥ 0, by least squares.
 
-    Corollary 4.4 lets the steps grow with the logarithm of the privacy loss. The
-    answer is at least 0. A run that never got there (an infinite time) counts as its
-    length, which is less than its time would have been: the answer then is at best a
-    lower bound, but nearer than without that run.
+    In Corollary 4.4 the number of steps grows with the logarithm of the privacy loss.
+    The prediction is at least 0. A run that ended before its set was forgotten (an
+    infinite time) counts as its length, which is less than its time would have been.
+    The prediction is then at best a lower bound, but closer than without that run.
 
     Args:
         loss: Mean privacy loss of the set in question, above 0.
         past_losses: Mean losses of sets unlearned before, shape ``(k,)``.
-        past_times: How long each took, shape ``(k,)``, in any unit; ``inf``: it never
-            got there.
+        past_times: How long each took, shape ``(k,)``, in any unit; ``inf`` for a run
+            that ended before its set was forgotten.
         past_lengths: How long each was run, a number or ``(k,)``, in the same unit;
-            only those of infinite times are used. Default: all got there.
+            only those of infinite times are used. Default: all runs were finished.
 
     Returns:
         The time in the unit of ``past_times``; None with fewer than two usable runs of
         different loss.
 
     Raises:
-        ValueError: If a time is NaN or negative, or the length is missing of a run that
-            never got there.
+        ValueError: If a time is NaN or negative, or the length of an unfinished run is
+            missing.
 
     Source: paper Corollary 4.4.
     """
@@ -348,14 +355,14 @@ def predict_time(
 def _counted(
     past_times: ArrayLike, past_lengths: ArrayLike | None
 ) -> NDArray[np.float64]:
-    """Times, in the place of infinite ones the lengths of the runs."""
+    """The times, with the length of the run in place of an infinite time."""
     times = np.asarray(past_times, dtype=np.float64)
     expect(
         bool((times >= 0).all()),
         "past_times",
         times,
         "must be at least 0",
-        "Pass how long each run took, inf if it never got there.",
+        "Pass how long each run took, inf if it ended before its set was forgotten.",
     )
     unfinished = np.isinf(times)
     if not unfinished.any():
@@ -368,8 +375,9 @@ def _counted(
         "past_times",
         math.inf,
         "must come with how long the run was",
-        "It counts as its length: plan(..., past_runs=[(forget_indices, inf, "
-        "epochs_run)]), or predict_time(..., past_lengths=...).",
+        "An unfinished run counts as its length: plan(..., "
+        "past_runs=[(forget_indices, inf, epochs_run)]), or predict_time(..., "
+        "past_lengths=...).",
     )
     return np.where(unfinished, lengths, times)
 
@@ -377,13 +385,13 @@ def _counted(
 def _noisy(
     runs: Sequence[GradNormLedger], assumed_noise_std: float | None
 ) -> list[GradNormLedger]:
-    """Noiseless runs as if they had had the assumed noise."""
+    """Runs without noise, as if they had had the assumed noise."""
     expect(
         assumed_noise_std is not None,
         "assumed_noise_std",
         None,
-        "must be given, as training added no noise",
-        "Any noise gives a ranking (no guarantee): plan(..., assumed_noise_std=1.0).",
+        "must be given, because training added no noise",
+        "Any value gives a ranking, not a guarantee: plan(..., assumed_noise_std=1).",
     )
     noise_std = cast(float, assumed_noise_std)
     positive(assumed_noise_std=noise_std, remedy="It is the std on the sum.")
@@ -391,7 +399,7 @@ def _noisy(
 
 
 def _chosen(ledger: GradNormLedger, indices: ArrayLike) -> NDArray[np.int64]:
-    """A checked choice of the examples that a ledger speaks of."""
+    """Forget indices, checked against the examples of a ledger."""
     ids = ledger.example_ids
     size = ledger.num_examples if ids is None else int(ids.max()) + 1
     return distinct_indices("forget_indices", indices, size)

@@ -1,4 +1,4 @@
-"""Settings of an unlearning method: the fastest of the good ones, by Bayesian search.
+"""Search the settings of an unlearning method: of the good ones, the fastest.
 
 Needs optuna (``pip install "opacus-pi[search]"``). The search is made once, on a random
 forget set; the settings found then serve every forget set:
@@ -31,7 +31,7 @@ from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
 __all__ = ["SearchResult", "Trial", "fastest_good", "gap_to_oracle", "search_settings"]
 
 Settings = dict[str, float]
-_DIVERGED = 1e3  # told to the optimizer where a run has no finite gap
+_DIVERGED = 1e3  # the gap that the optimizer gets for a run that diverged
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Args:
         best: The trial to use.
@@ -76,17 +76,17 @@ def search_settings(
 ) -> SearchResult:
     """Search settings on a logarithmic scale, by a tree-structured Parzen estimator.
 
-    What is minimised is the gap: the mean over the two metrics of
-    abs(after the run - mean of the retrained models). Chosen is, of the trials whose
-    gap is within the margin of the smallest, the one that unlearned fastest.
+    The search minimises the gap: the mean over the two metrics of
+    abs(after the run - mean of the retrained models). Among the trials whose gap is
+    within the margin of the smallest, the one that unlearned fastest is chosen.
 
     Args:
         run: Unlearns a random forget set with some settings and returns its trace.
         ranges: Lowest and highest value of each setting, above 0.
         oracle: Values of both metrics of retrained models, as ``time_to_unlearn`` takes
             them.
-        privacy: The metric that says how far the set is forgotten; its time counts.
-        utility: The metric that says what the model is still worth.
+        privacy: The metric that measures forgetting; its time to unlearn counts.
+        utility: The metric that measures how well the model still performs.
         num_trials: How many settings to try.
         margin: Largest excess gap, in the metrics' own units (0.05: five points).
         seed: Of the search.
@@ -129,7 +129,7 @@ def search_settings(
 def gap_to_oracle(
     trace: UnlearningTrace, oracle: Mapping[str, ArrayLike], metrics: Sequence[str]
 ) -> float:
-    """Mean over metrics of abs(last evaluation - mean of the retrained models).
+    """Return the mean over metrics of abs(last evaluation - mean of retrained models).
 
     Args:
         trace: The run.
@@ -153,7 +153,7 @@ def gap_to_oracle(
 
 
 def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
-    """Of the trials within the margin of the smallest gap, the fastest.
+    """Return the fastest of the trials within the margin of the smallest gap.
 
     Args:
         trials: At least one with a finite gap.

@@ -1,5 +1,10 @@
 """Run an unlearning method on a copy of a model.
 
+``run`` is a generator of updates for callers that decide themselves when to evaluate
+and when to stop. ``unlearn`` is the whole procedure: it splits the training set, runs
+the epochs, evaluates after each, and returns the model with what may be claimed and a
+record of what was run.
+
 >>> import torch
 >>> model = torch.nn.Linear(2, 3)
 >>> unlearner = Unlearner(model, criterion=torch.nn.CrossEntropyLoss())
@@ -39,20 +44,20 @@ from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
 Evaluate = Callable[[nn.Module], dict[str, float]]
 _FINE_TUNE = FineTune()
 _NOTHING_NEW = (
-    "Every example of forget_indices was forgotten before: nothing new is forgotten, "
-    "and the model is trained further on the rest."
+    "Every example of forget_indices was forgotten before: nothing new is forgotten. "
+    "The model is only trained further on the rest."
 )
 
 
 @dataclass(frozen=True)
 class UnlearningResult:
-    """What one call of ``Unlearner.unlearn`` leaves.
+    """What one call of ``Unlearner.unlearn`` returns.
 
     Args:
         model: The unlearned model, in evaluation mode.
         trace: The evaluations, before the first update and after each epoch.
         guarantee: What may be claimed.
-        record: What was run, JSON-able. It names the forgotten examples.
+        record: What was run, JSON-able. It lists the forgotten examples.
     """
 
     model: nn.Module
@@ -73,8 +78,8 @@ class Unlearner:
         optimizer: ``params -> Optimizer``; default SGD, lr 0.01, momentum 0.9. A new
             one is made for every run.
         scheduler: ``optimizer -> scheduler``, stepped after each pass; default none.
-        ledger: The record of the training (or of several runs of it), for ``plan`` and
-            the guarantee; default the engine's, if an engine was given.
+        ledger: The ledger of the training (or those of several runs of it), for
+            ``plan`` and the guarantee; default the engine's, if an engine was given.
         generator: For everything random; default a new one, seeded from torch's.
 
     Attributes:
@@ -82,7 +87,7 @@ class Unlearner:
         trace: The latest ``unlearn``'s trace, readable while it runs and after an
             interrupt.
         forgotten: int64, sorted: every example that ``unlearn`` was asked to forget.
-        history: What its runs were, as far as the guarantee depends on it.
+        history: The runs of this model, as far as the guarantee depends on them.
     """
 
     def __init__(
@@ -131,16 +136,16 @@ class Unlearner:
         *,
         forget_loader: Iterable[Batch] | None = None,
     ) -> Iterator[int]:
-        """Update the copy, handing back control after each update.
+        """Update the copy, and return control to the caller after each update.
 
-        The caller decides when to look and when to stop; ``self.model`` is in train
-        mode during updates and may be evaluated in between.
+        The caller decides when to evaluate and when to stop. ``self.model`` is in
+        training mode during updates and may be evaluated in between.
 
         Args:
-            retain_loader: Batches ``(x, y)`` of what stays; passed over again and
-                again. An empty batch is an update with mean gradient 0.
-            num_steps: Number of updates at most; schedules of the method end there.
-            forget_loader: Batches of what goes, for methods that need it.
+            retain_loader: Batches ``(x, y)`` of the retain set, iterated as often as
+                needed. An empty batch is an update with mean gradient 0.
+            num_steps: Largest number of updates; the method's schedules end there.
+            forget_loader: Batches of the forget set, for methods that use it.
 
         Returns:
             An iterator over 1, 2, ..., the updates done.
@@ -195,9 +200,9 @@ class Unlearner:
             Model, trace, guarantee and record.
 
         Raises:
-            ValueError: If the indices are empty, repeated or outside, nothing would be
-                left, the ledger speaks of another data set, or ``stop`` has no
-                evaluations to judge by.
+            ValueError: If the indices are empty, repeated or out of range, no example
+                would be left, the ledger is of another data set, or ``stop`` is given
+                without ``evaluate``.
         """
         expect(
             stop is None or evaluate is not None,
@@ -206,19 +211,8 @@ class Unlearner:
             "must be given with stop",
             "Stopping judges by what evaluate(model) returns.",
         )
-        for run in runs_in(self.ledger):
-            run.require_data_set(fingerprint(train_set))
-        size = size_of(train_set)
-        forget = distinct_indices("forget_indices", forget_indices, size)
+        forget, retain = self._split(train_set, forget_indices)
         gone = np.union1d(self.forgotten, forget)
-        retain = np.setdiff1d(np.arange(size), gone)
-        expect(
-            len(retain) > 0,
-            "forget_indices",
-            f"all {size} examples",
-            "must leave something to keep",
-            "To forget everything, start from a fresh model.",
-        )
         if len(gone) == len(self.forgotten):
             warnings.warn(_NOTHING_NEW, stacklevel=2)
         self.history = self.history.after(self.method, stop)
@@ -239,6 +233,25 @@ class Unlearner:
         record |= self._fit(loaders, num_epochs, evaluate, stop)
         return UnlearningResult(self.model, self.trace, guarantee, record)
 
+    def _split(
+        self, train_set: Dataset[Any], forget_indices: ArrayLike
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The examples to forget, and those that stay; checked."""
+        for run in runs_in(self.ledger):
+            run.require_data_set(fingerprint(train_set))
+        size = size_of(train_set)
+        forget = distinct_indices("forget_indices", forget_indices, size)
+        gone = np.union1d(self.forgotten, forget)
+        retain = np.setdiff1d(np.arange(size), gone)
+        expect(
+            len(retain) > 0,
+            "forget_indices",
+            f"all {size} examples",
+            "must leave something to keep",
+            "To forget everything, start from a fresh model.",
+        )
+        return forget, retain
+
     def plan(
         self,
         forget_indices: ArrayLike,
@@ -248,10 +261,10 @@ class Unlearner:
         past_runs: Sequence[PastRun] = (),
         batch_size: int = 64,
     ) -> Plan:
-        """Difficulty, cost and kind of guarantee, before anything is run.
+        """Return difficulty, cost and kind of guarantee, before anything is run.
 
-        What this unlearner forgot before is not kept either, and the guarantee speaks
-        of it too, as that of ``unlearn`` does.
+        Examples that this unlearner forgot before are not in the retain set either, and
+        the guarantee covers them too, as that of ``unlearn`` does.
 
         Args:
             forget_indices: The examples to forget.
@@ -260,8 +273,9 @@ class Unlearner:
                 added none; the losses then are a ranking only.
             past_runs: ``(forget_indices, epochs it took)`` of sets unlearned from
                 models of this training; two of different difficulty give a prediction.
-                Of one that never got there, ``(forget_indices, inf, epochs it ran)``:
-                it counts as its length, and the prediction is at best a lower bound.
+                For a run that ended before its set was forgotten, pass
+                ``(forget_indices, inf, epochs it ran)``: it counts as its length, and
+                the prediction is at best a lower bound.
             batch_size: Examples per batch, to count steps.
 
         Returns:
@@ -285,7 +299,7 @@ class Unlearner:
         return plan.claiming(self._claim(plan.forget))
 
     def _claim(self, forget: NDArray[np.int64]) -> Guarantee:
-        """What may be claimed once a set is forgotten, beside those before it."""
+        """What may be claimed once a set and those before it are forgotten."""
         return claim(
             self.method,
             self.model,
@@ -300,7 +314,7 @@ class Unlearner:
         retain_loader: Iterable[Batch],
         forget_loader: Iterable[Batch] | None,
     ) -> Task:
-        """What the method is given."""
+        """The model and the data, as a method takes them."""
         return Task(
             self.model, self._criterion, retain_loader, forget_loader, self._generator
         )
@@ -312,36 +326,36 @@ class Unlearner:
         evaluate: Evaluate | None,
         stop: StopWhen | None,
     ) -> dict[str, Any]:
-        """Run the epochs, evaluating after each; returns what it took."""
+        """Run the epochs, evaluating after each; return the steps and the time."""
         clock = time.perf_counter()
         self.trace = UnlearningTrace(unit="epochs")
-        self._look(0, evaluate)
+        self._evaluate_at(0, evaluate)
         task = self._task(*loaders)
         lengths = [self.method.pass_length(task, i) for i in range(num_epochs)]
         ends = np.cumsum(lengths, dtype=np.int64)
-        idle = num_epochs == 0 or self._enough(stop)
+        idle = num_epochs == 0 or self._may_stop(stop)
         step, num_steps = 0, 0 if idle else int(ends[-1])
         with tqdm(total=num_epochs, desc="unlearning", disable=None) as bar:
             for step in self.run(loaders[0], num_steps, forget_loader=loaders[1]):
                 epoch = int(np.searchsorted(ends, step)) + 1
                 if step == ends[epoch - 1]:
-                    self._look(epoch, evaluate)
+                    self._evaluate_at(epoch, evaluate)
                     bar.update()
-                    if self._enough(stop):
+                    if self._may_stop(stop):
                         break
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
         self.trace.cost["seconds"] = time.perf_counter() - clock
         return {"num_steps": step, **self.trace.cost}
 
-    def _look(self, epoch: int, evaluate: Evaluate | None) -> None:
-        """Evaluate the copy and write the numbers into the trace."""
+    def _evaluate_at(self, epoch: int, evaluate: Evaluate | None) -> None:
+        """Evaluate the copy and append the metrics to the trace."""
         if evaluate is not None:
             self.model.eval()
             self.trace.append(epoch, evaluate(self.model))
 
-    def _enough(self, stop: StopWhen | None) -> bool:
-        """Whether the evidence so far says to stop."""
+    def _may_stop(self, stop: StopWhen | None) -> bool:
+        """Whether the evaluations so far satisfy the stopping rule."""
         return stop is not None and stop.reached(self.trace)
 
     def _loaders(
@@ -351,7 +365,11 @@ class Unlearner:
         forget: NDArray[np.int64],
         batch_size: int,
     ) -> tuple[DataLoader[Any], DataLoader[Any] | None]:
-        """Shuffled loaders of both sets; their order does not depend on the method."""
+        """Shuffled loaders of both sets, in an order that no method changes.
+
+        The order comes from one draw of the generator, whether or not the forget set is
+        used, so that methods are compared on the same batches.
+        """
         place = self._generator.device
         seed = int(torch.randint(2**62, (), generator=self._generator, device=place))
 
@@ -384,5 +402,5 @@ def _default_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _seeded_from_torch() -> torch.Generator:
-    """A generator of its own that follows ``torch.manual_seed``."""
+    """A new generator whose seed is drawn from torch's global one."""
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())))

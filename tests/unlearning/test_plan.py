@@ -97,7 +97,7 @@ def test_a_plan_says_that_its_prediction_is_low():
     plan = plan_of(norms, [5], past_runs=past)
     assert plan.num_unfinished == 1
     assert f"Steps: at least {plan.predicted_steps} (" in str(plan)
-    assert "3 past runs, of which 1 never got there" in str(plan)
+    assert "3 past runs, of which 1 ended before the set was forgotten" in str(plan)
     assert "at best a lower bound" in plan.prediction
     finished = plan_of(norms, [5], past_runs=past[:2])
     assert finished.num_unfinished == 0 and "at least" not in str(finished)
@@ -124,7 +124,7 @@ def test_a_plan_mentions_ties(forget, num_tied, is_warned_of):
         warnings.simplefilter("always")
         plan = plan_of(CLIPPED, forget)
     assert plan.num_tied == num_tied
-    line = f"Examples outside the set that tie with one in it: {num_tied}.\n"
+    line = f"Examples outside the set with the loss of one in it: {num_tied}.\n"
     assert (line in str(plan)) == (num_tied > 0)
     told = [str(w.message) for w in seen]
     assert bool(told) == is_warned_of

@@ -1,7 +1,10 @@
-"""The field's most used methods that look at the forget set, to compare with.
+"""Published methods that use the forget set, for comparison.
 
-None of them comes with a guarantee. Each is one paper's update rule, run by the same
-loop on the same batches as fine-tuning.
+Many papers unlearn by training *against* the forget set: they raise its loss, give it
+wrong labels, or shrink the weights that matter to it. Such a method uses the examples
+that it is to forget, so no bound on its distance from retraining is known, and its
+guarantee here is always empirical. Each class is the update rule of one paper, run by
+the same loop on the same batches as ``FineTune``.
 """
 
 from opacus_pi.unlearning.rivals.paired import NegGradPlus, RandomLabels

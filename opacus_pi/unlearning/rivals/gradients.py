@@ -1,4 +1,4 @@
-"""Gradients of whole sets, for methods that look at them before the first update."""
+"""Gradients over whole sets, for methods that need them before the first update."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,7 @@ from opacus_pi.unlearning.methods import Batch, Task, mean_loss
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The weights that may change."""
+    """Return the weights that may change."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -26,7 +26,7 @@ def _gradients(
 
 
 def mean_gradient(task: Task, params: list[nn.Parameter]) -> list[Tensor]:
-    """The gradient of the forget set's mean loss."""
+    """Return the gradient of the forget set's mean loss."""
     total, size = [torch.zeros_like(p) for p in params], 0
     for num, gradients in _gradients(task, params, task.forget_batches):
         size += num
@@ -38,7 +38,7 @@ def mean_gradient(task: Task, params: list[nn.Parameter]) -> list[Tensor]:
 def mean_squared_gradient(
     task: Task, params: list[nn.Parameter], loader: Iterable[Batch]
 ) -> list[Tensor]:
-    """The squared gradient, mean over batches."""
+    """Return the squared mean-loss gradient of a batch, averaged over batches."""
     total, num_batches = [torch.zeros_like(p) for p in params], 0
     for _, gradients in _gradients(task, params, loader):
         num_batches += 1

@@ -14,7 +14,10 @@ from opacus_pi.unlearning.methods import Batch, Method, Task, mean_loss
 
 
 class _Paired(Method):
-    """A method whose every update uses a batch of each set, the forget set in turns."""
+    """A method whose every update uses a batch of each set.
+
+    A pass is one over the retain set; the forget set is iterated as often as needed.
+    """
 
     needs_forget_set: ClassVar[bool] = True
 
@@ -22,7 +25,7 @@ class _Paired(Method):
         self, task: Task, num_pass: int
     ) -> Iterator[tuple[Batch | None, Batch | None]]:
         """One pass over the retain set, paired with forget batches."""
-        forget = _again_and_again(task.forget_batches)
+        forget = _repeated(task.forget_batches)
         for retain, _ in super().batches(task, num_pass):
             yield retain, next(forget)
 
@@ -85,7 +88,7 @@ class RandomLabels(_Paired):
 
 
 def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Labels drawn uniformly among the wrong ones.
+    """Draw labels uniformly among the wrong ones.
 
     Args:
         y: int64 ``(b,)``, class numbers.
@@ -93,7 +96,7 @@ def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Ten
         generator: Where the draws come from.
 
     Raises:
-        ValueError: If the targets are no class numbers or there is only one class.
+        ValueError: If the targets are not class numbers, or there is only one class.
     """
     expect(
         y.dim() == 1 and not y.is_floating_point() and num_classes > 1,
@@ -108,8 +111,8 @@ def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Ten
     return (y + shift.to(y.device)) % num_classes
 
 
-def _again_and_again(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of a loader, without end."""
+def _repeated(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, pass after pass, without end."""
     while True:
         num_batches = 0
         for batch in loader:
@@ -120,5 +123,5 @@ def _again_and_again(loader: Iterable[Batch]) -> Iterator[Batch]:
             "forget_loader",
             "a loader without batches",
             "must yield batches (x, y)",
-            "Pass a loader over the forget set; an iterator serves one pass only.",
+            "Pass a loader over the forget set: an iterator is used up in one pass.",
         )

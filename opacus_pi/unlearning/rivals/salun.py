@@ -54,7 +54,7 @@ class _SalUnRun(SalUn):
 
     @torch.no_grad()
     def project_(self, params: Sequence[Tensor]) -> None:
-        """Put every weight that is not salient back to its start."""
+        """Set every weight that is not salient back to its value before the run."""
         for p, mask, start in zip(params, self.masks, self.start, strict=True):
             p.copy_(torch.where(mask, p, start))
 

@@ -61,13 +61,13 @@ class SCRUB(Method):
     def batches(
         self, task: Task, num_pass: int
     ) -> Iterator[tuple[Batch | None, Batch | None]]:
-        """The forget set, while it lasts, then the retain set."""
+        """Yield the forget set in the first passes, and the retain set in all."""
         if num_pass < self.num_max_passes:
             yield from ((None, batch) for batch in task.forget_batches)
         yield from super().batches(task, num_pass)
 
     def pass_length(self, task: Task, num_pass: int) -> int:
-        """Batches of both sets, later of the retain set alone."""
+        """Count the batches of both sets, later of the retain set alone."""
         of_retain_set = super().pass_length(task, num_pass)
         if num_pass >= self.num_max_passes:
             return of_retain_set
@@ -76,7 +76,7 @@ class SCRUB(Method):
 
 @dataclass(frozen=True, eq=False)
 class _SCRUBRun(SCRUB):
-    """SCRUB that has a teacher."""
+    """SCRUB with its teacher, the model before the run."""
 
     teacher: nn.Module = field(default_factory=nn.Identity)
 

@@ -1,4 +1,4 @@
-"""Selective synaptic dampening: one look, one multiplication."""
+"""Selective synaptic dampening: importances once, then one multiplication."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -75,12 +75,12 @@ class SSD(Method):
 
 @dataclass(frozen=True, eq=False)
 class _SSDRun(SSD):
-    """SSD that knows its factors."""
+    """SSD with the factor of each weight."""
 
     factors: tuple[Tensor, ...] = ()
 
     @torch.no_grad()
     def project_(self, params: Sequence[Tensor]) -> None:
-        """Dampen."""
+        """Multiply each weight by its factor."""
         for p, factor in zip(params, self.factors, strict=True):
             p.mul_(factor)
