@@ -1,7 +1,14 @@
 """Inner products of gradients: of single examples, and of minibatches' sums.
 
-Norms say how long each gradient is, Gram matrices how they point: what bounds on the
-removal of a whole group need. Nothing here leaves a trace on the model.
+A norm is the length of one gradient. A bound for a whole group of examples also needs
+the angles between them, which the Gram matrix of their gradients contains: examples
+that push the weights in the same direction are revealed more easily than each of them
+alone.
+
+Here the gradients are formed, a part of the weights at a time, so that memory stays
+bounded for any model; inner products are added up over the parts in float64. Nothing
+leaves a trace on the model. What breaks it: a model whose examples influence each
+other, which is not checked here (a sweep of the same model checks it).
 
 >>> data = [(torch.tensor([3.0, 4.0]), 0), (torch.tensor([4.0, -3.0]), 0)]
 >>> model = nn.Linear(2, 1, bias=False)
@@ -36,8 +43,8 @@ from opacus_pi.models.copies import evaluation_copy
 from opacus_pi.models.losses import Criterion, float64_losses
 from opacus_pi.models.no_trace import isolated
 
-_MAX_ELEMENTS = 1 << 27  # float64 entries of per-example gradients held at once
-_VMAP_ELEMENTS = 1 << 26
+_MAX_ELEMENTS = 1 << 27  # entries of gradients held at once, 1 GiB in float64
+_VMAP_ELEMENTS = 1 << 26  # entries of gradients that one call of vmap forms
 
 Collate = Callable[[list[Any]], Any]
 
@@ -51,11 +58,11 @@ def gradient_gram(
     batch_size: int = 64,
     collate_fn: Collate | None = None,
 ) -> Tensor:
-    r"""Inner products of the gradients of each example's own loss.
+    r"""Return the inner products of the gradients of each example's own loss.
 
     :math:`K_{ij} = \langle \nabla_\theta \ell_i, \nabla_\theta \ell_j \rangle`, not
-    clipped. Where the gradients together exceed a gigabyte, the weights are gone
-    through in parts, each with a pass over the examples of its own.
+    clipped. Where the gradients together exceed a gigabyte, the weights are cut into
+    parts, and each part takes a pass over the examples.
 
     Args:
         model: A plain module, or one wrapped by Opacus or for distributed training;
@@ -71,7 +78,8 @@ def gradient_gram(
         float64 ``(m, m)`` on the CPU, in the order of ``indices``.
 
     Raises:
-        ValueError: If an index is no example's, the criterion does not give one loss
+        ValueError: If an index is outside the data set, the criterion does not give one
+        loss
             per example, nothing is trainable, or examples share batch statistics.
     """
     positive(batch_size=batch_size, remedy="64 is a good choice.")
@@ -105,18 +113,18 @@ def minibatch_gram(
     batch_size: int = 256,
     collate_fn: Collate | None = None,
 ) -> Tensor:
-    r"""Inner products of minibatches' summed gradients, centred at another minibatch.
+    r"""Return inner products of minibatches' gradient sums, centred at another one.
 
     :math:`K_{ij} = \langle U_i - U', U_j - U' \rangle` with
     :math:`U_i = \sum_{x \in B_i} c_x \nabla_\theta \ell_x`. The differences are taken
-    in float64 before the products, which afterwards would lose every digit.
+    in float64 before the products: differences of products would lose every digit.
 
     Args:
         model: As for :func:`gradient_gram`.
         criterion: As for :func:`gradient_gram`.
         data_set: As for :func:`gradient_gram`.
         batches: J batches of positions in the data set; an empty one sums to 0.
-        centre: The batch of U'.
+        centre: The batch whose sum is U'.
         factors: c, ``(n,)``, such as the clipping factors min(1, C/‖g‖); default: 1.
         batch_size: Examples at a time; the result does not depend on it.
         collate_fn: As for :func:`gradient_gram`.
@@ -154,7 +162,7 @@ def minibatch_gram(
 
 
 class _Batches:
-    """Batches of chosen examples, on a device; calling it goes through them once."""
+    """Batches of chosen examples, on a device; a call iterates over them once."""
 
     def __init__(
         self,
@@ -170,14 +178,14 @@ class _Batches:
         }
 
     def __call__(self, indices: NDArray[np.int64]) -> Iterator[tuple[Any, Any]]:
-        generator = torch.Generator()  # iterating draws a seed from it
+        generator = torch.Generator()  # a loader draws a seed when it is iterated
         part = Subset(self._data_set, indices.tolist())
         for batch in DataLoader(part, generator=generator, **self._options):
             yield to_device(inputs_and_targets(batch), self._device)
 
 
 class _Gradients:
-    """Gradients of a copy of a model that shares its weights."""
+    """Gradients of an evaluation copy of a model, single or summed."""
 
     def __init__(self, model: nn.Module, criterion: Criterion) -> None:
         self._model = evaluation_copy(model)
@@ -196,7 +204,7 @@ class _Gradients:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return next(iter(self._trainable.values())).device
 
     @property
@@ -205,7 +213,7 @@ class _Gradients:
         return {name: p.numel() for name, p in self._trainable.items()}
 
     def of_examples(self, x: Any, y: Any, names: Sequence[str]) -> Tensor:
-        """Each example's flat gradient by some parameters, float64 ``(b, P)``."""
+        """Return each example's flat gradient by parameters, float64 ``(b, P)``."""
         chosen = {name: self._trainable[name] for name in names}
         if self._vectorised:
             try:
@@ -220,7 +228,7 @@ class _Gradients:
         return torch.stack(found)
 
     def _vmapped(self, x: Any, y: Any, chosen: Mapping[str, Tensor]) -> Tensor:
-        """Many examples at once, each alone."""
+        """Return the same for many examples at once, each alone in its forward pass."""
         values = {name: p.detach() for name, p in chosen.items()}
 
         def loss(values: dict[str, Tensor], x: Any, y: Any) -> Tensor:
@@ -240,7 +248,13 @@ class _Gradients:
     def summed(
         self, loader: _Batches, batch: NDArray[np.int64], factors: NDArray[np.float64]
     ) -> dict[str, Tensor]:
-        """Sum of a batch's weighted gradients, in float64, by parameter."""
+        """Return the sum of a batch's weighted gradients, in float64, by parameter.
+
+        Args:
+            loader: Gives the batch in parts that fit into memory.
+            batch: Positions in the data set.
+            factors: The weights, one for each example of the data set, ``(n,)``.
+        """
         total = {
             name: torch.zeros_like(p, dtype=torch.float64)
             for name, p in self._trainable.items()
@@ -256,13 +270,13 @@ class _Gradients:
         return total
 
     def _loss_sum(self, x: Any, y: Any, weights: Tensor | None) -> Tensor:
-        """Weighted sum of the losses of a batch."""
+        """Return the weighted sum of the losses of a batch."""
         losses = self._losses(forward(self._model, x), y)
         return losses.sum() if weights is None else losses.double() @ weights
 
 
 def _grad(loss: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    """Gradients of one number, dense and in float64; 0 where it does not depend."""
+    """Return the gradients of one number, dense and in float64, zeros if unused."""
     gradients = torch.autograd.grad(
         loss, list(parameters.values()), allow_unused=True, materialize_grads=True
     )
@@ -270,7 +284,16 @@ def _grad(loss: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _parts(sizes: Mapping[str, int], width: int) -> Iterator[tuple[list[str], slice]]:
-    """Cut all weights into parts: parameters, and columns of their joint gradient."""
+    """Cut all weights into parts of at most ``width`` entries.
+
+    Args:
+        sizes: Number of entries of each parameter, in order.
+        width: Entries of a part.
+
+    Yields:
+        The parameters that a part touches, and which columns of their joint flat
+        gradient belong to the part.
+    """
     ends = np.cumsum(list(sizes.values()))
     starts = ends - list(sizes.values())
     for low in range(0, int(ends[-1]), width):

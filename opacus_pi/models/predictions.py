@@ -1,5 +1,9 @@
 """One forward pass over a data set, from which every output-based metric is computed.
 
+Metrics that need outputs only (accuracy, confidence, membership inference) share this
+pass, so that a trace over epochs costs one pass for each set of examples. Losses and
+margins are computed in float64, where those of well-fitted examples do not cancel.
+
 >>> import torch
 >>> model = torch.nn.Linear(2, 3)
 >>> data_set = torch.utils.data.TensorDataset(
@@ -91,7 +95,7 @@ def predict(
 def _batch(
     outputs: Tensor, labels: Tensor, losses_of: Criterion
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Losses, confidences, margins and correctness of one batch."""
+    """Return losses, confidences, margins and correctness of one batch."""
     losses = losses_of(outputs, labels)
     _check_scores(outputs, labels)
     scores = outputs.cpu().double()

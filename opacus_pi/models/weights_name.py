@@ -1,4 +1,8 @@
-"""Name the weights of a model by a hash of its state dict."""
+"""Name the weights of a model by a hash of its state dict.
+
+A ledger keeps the name of the weights that its last update left, so that a model can be
+recognised as the one that was accounted, or refused.
+"""
 
 from torch import Tensor, nn
 
@@ -10,9 +14,9 @@ __all__ = ["weights_name"]
 
 
 def weights_name(model: nn.Module) -> str:
-    """Name a model's parameters and buffers by what they are.
+    """Return the name of a model's parameters and buffers, a hash of their values.
 
-    Whatever wraps the model, and wherever it is: the name is that of its state dict.
+    Wrappers and devices do not change it: it is that of the unwrapped state dict.
 
     Args:
         model: A module, plain or wrapped.

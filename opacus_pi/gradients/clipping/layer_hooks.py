@@ -1,9 +1,14 @@
 """Hooks that tap the layers of a live model while it is trained.
 
 A sweep runs a copy, whose layers it may replace; training runs the user's model, on
-which only hooks may be put. A pre-hook freezes the layer's parameters and a hook makes
+which only hooks may be put. A pre-hook freezes the layer's parameters; a hook makes
 them live again and taps the output. A layer with a rule is differentiated by it, any
 other layer without layers inside by ``torch.func``.
+
+The guarantee: parameters are live again when the layer has returned or failed (an
+interrupt in between is repaired at the model's next call), and the parameters of an
+output that cannot be tapped are reported as missed, so that clipping refuses or forms
+their gradients in another way.
 """
 
 from collections.abc import Mapping
@@ -82,7 +87,7 @@ class LayerHooks:
         if self._taps is None or not any(self._taps.wants(x) for x in inputs):
             return
         if self._rule is not None and len(inputs) > 1:
-            return
+            return  # a rule is for a single input
         for name, parameter in own_parameters(module).items():
             if self._taps.is_live(parameter):
                 self._frozen[name] = cast(nn.Parameter, parameter)

@@ -78,7 +78,7 @@ class TrainingTaps:
         self._reached: list[BatchCache] = []  # by that backward pass
         self._accumulated: dict[nn.Parameter, Tensor] = {}  # by autograd, untapped
         self._left_to_autograd: set[nn.Parameter] | None = None  # None: not yet known
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), requires_grad=True)  # see ``tapped``
         self._outside_layers: ParametersOutsideLayers | None = None
         self._is_training: Callable[[], bool] = bool
         self._layers: list[LayerHooks] = []
@@ -159,7 +159,10 @@ class TrainingTaps:
 
     # ------------------------------------------------------------- hooks of the model
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Open the batch's cache when the model is called."""
+        """Open the batch's cache when the model is called.
+
+        Evaluation, and passes without gradients, stay as they are.
+        """
         self._close()  # an interrupt may have left it open
         self._reached = []
         is_copy = not self._layers and self._outside_layers is None
@@ -223,7 +226,11 @@ class TrainingTaps:
     def _at_output(
         self, cache: BatchCache, call: WholeCall, place: int, grad: Tensor
     ) -> None:
-        """Note the gradient that reached an output of the model."""
+        """Note the gradient that reached an output of the model.
+
+        A backward pass may reach several batches, in parts that torch runs one after
+        the other; its number tells whether it is still the same pass.
+        """
         self._reach(cache)
         call.cotangents[place] = grad
         if self._backward_pass != (backward_pass := current_backward_pass()):
@@ -232,7 +239,12 @@ class TrainingTaps:
             self._reached.append(cache)
 
     def _at_parameter(self, parameter: nn.Parameter, grad: Tensor) -> None:
-        """Note the gradient that reached a parameter by a way that is not tapped."""
+        """Note the gradient that reached a parameter by a way that is not tapped.
+
+        Its sum is kept to be compared with the examples' gradients
+        (:meth:`require_complete`). To which batch it belongs is unknown, so every
+        batch forms this parameter's gradients anew.
+        """
         for cache in {*self.caches, self._latest}:
             if cache is not None:
                 cache.leave_over(parameter)

@@ -40,7 +40,10 @@ def tap_attention(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
 
 
 def _is_standard(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
-    """Whether a layer is batch first, with one input projection and nothing added."""
+    """Whether a layer is batch first, with one input projection and nothing added.
+
+    Others project keys and values by matrices of their own, or append a learned key.
+    """
     return (
         isinstance(module, nn.MultiheadAttention)
         and type(module).forward is nn.MultiheadAttention.forward
@@ -65,7 +68,7 @@ class _TappedAttention:
     def forward(
         self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Attend from a sequence to itself, tapped; or the plain layer."""
+        """Attend from a sequence to itself, tapped, or run the plain layer."""
         usual = not args and kwargs.get("need_weights") is False
         masks = [kwargs.get(name) for name in ("attn_mask", "key_padding_mask")]
         if kwargs.get("is_causal") and masks[0] is None:

@@ -45,7 +45,15 @@ _KEPT = 4
 
 @dataclass(frozen=True)
 class Window:
-    """Which input positions an output position sees, per spatial dimension."""
+    """Which input positions an output position sees, per spatial dimension.
+
+    Args:
+        kernel: Number of positions.
+        stride: Distance between neighbouring outputs, in input positions.
+        padding: Zeros put before and after the input.
+        dilation: Distance between neighbouring positions of the kernel.
+        groups: Number of groups of channels that do not mix.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -64,6 +72,7 @@ class Window:
         return max(self.stride) == 1 and max(self.dilation) == 1
 
 
+# A formula: squared norms ``(b,)`` from window, padded input and output gradient.
 SquaresOf = Callable[[Window, Tensor, Tensor], Tensor]
 
 
@@ -234,8 +243,9 @@ def squares_by_pixel_pairs(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     r"""Squares by inner products of pixels, which those of patches are sums of.
 
     :math:`\langle p_t, p_s\rangle = \sum_\delta \langle x_{t+\delta},
-    x_{s+\delta}\rangle`: a sum along the diagonals of the pixels' Gram matrix, which
-    takes fewer operations than that of the patches by the size of the kernel.
+    x_{s+\delta}\rangle`: a sum along the diagonals of the pixels' Gram matrix. That
+    matrix takes fewer operations than the patches' own, by a factor of the kernel's
+    size, because neighbouring patches share most of their pixels.
     """
     sizes, spans = x.shape[2:], grad.shape[2:]
     found = []
@@ -254,7 +264,17 @@ def squares_by_pixel_pairs(window: Window, x: Tensor, grad: Tensor) -> Tensor:
 def _diagonal_sums(
     gram: Tensor, row: int, column: int, kernel: int, padding: int
 ) -> Tensor:
-    r"""Sum :math:`G_{t+\delta, s+\delta}` over the kernel's :math:`\delta`."""
+    r"""Sum :math:`G_{t+\delta, s+\delta}` over the kernel's :math:`\delta`.
+
+    One spatial dimension at a time: a kernel of k x k takes 2 k shifted additions.
+
+    Args:
+        gram: Inner products of pixels, with two axes for each spatial dimension.
+        row: The axis of t in this dimension.
+        column: The axis of s.
+        kernel: Size of the kernel in this dimension.
+        padding: Padding in this dimension; pixels outside the input count as 0.
+    """
     size = gram.shape[row]
     span = size + 2 * padding - kernel + 1
     if kernel == 1 and padding == 0:

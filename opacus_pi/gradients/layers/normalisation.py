@@ -21,7 +21,7 @@ from opacus_pi.gradients.layers.registry import register_layer_rule
 def group_norm_gradients(
     module: nn.GroupNorm, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """Gradients of scale and shift, one entry per channel: ``(b, c, ...)``."""
+    """Gradients of scale and shift, one entry per channel; inputs ``(b, c, ...)``."""
     normalised = F.group_norm(x, module.num_groups, None, None, module.eps)
     return _channel_gradients(normalised, grad, names)
 
@@ -60,7 +60,10 @@ def instance_norm_gradients(
 def layer_norm_gradients(
     module: nn.LayerNorm, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """Gradients of scale and shift, one entry per feature: ``(b, ..., features)``."""
+    """Gradients of scale and shift, one entry per feature; the last axes are features.
+
+    The number of these axes is that of ``module.normalized_shape``.
+    """
     normalised = F.layer_norm(x, module.normalized_shape, eps=module.eps)
     return _affine_gradients(
         _tokens(normalised, module), _tokens(grad, module), names, shared=1
@@ -71,7 +74,7 @@ def layer_norm_gradients(
 def rms_norm_gradients(
     module: nn.RMSNorm, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """Gradients of the scale, one entry per feature: ``(b, ..., features)``."""
+    """Gradients of the scale, one entry per feature; the last axes are features."""
     normalised = F.rms_norm(x, module.normalized_shape, eps=module.eps)
     return _affine_gradients(
         _tokens(normalised, module), _tokens(grad, module), names, shared=1
