@@ -191,7 +191,7 @@ class Keywords(nn.Module):
 
 
 class Bare(nn.Module):
-    """Bare parameters in all the ways in which they meet a batch."""
+    """Parameters outside of layers, in all the ways in which they meet a batch."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +215,7 @@ class Bare(nn.Module):
 
 
 class BareElsewhere(nn.Module):
-    """Bare parameters whose gradients are not the batch's rows."""
+    """Parameters outside of layers whose gradients are not the batch's rows."""
 
     def __init__(self):
         super().__init__()

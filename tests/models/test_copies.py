@@ -31,10 +31,10 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("copied", COPIES)
 def test_hooks_that_are_methods_belong_to_the_copy(copied):
     live = Counting()
-    twin = copied(live)
-    twin(torch.ones(1, 3))
-    assert (twin.calls, live.calls) == (1, 0)
-    assert (twin.activations, live.activations) == ([1], [])
+    copy = copied(live)
+    copy(torch.ones(1, 3))
+    assert (copy.calls, live.calls) == (1, 0)
+    assert (copy.activations, live.activations) == ([1], [])
 
 
 @pytest.mark.parametrize("copied", COPIES)
@@ -45,30 +45,30 @@ def test_nothing_of_opacus_comes_along(copied):
     wrapped = opacus.GradSampleModule(live)
     wrapped(torch.ones(5, 3)).sum().backward()
     wrapped(torch.ones(5, 3))  # leaves activations behind
-    twin = copied(wrapped)
-    assert type(twin) is nn.Sequential
-    for module in twin.modules():
+    copy = copied(wrapped)
+    assert type(copy) is nn.Sequential
+    for module in copy.modules():
         kept = (len(module._forward_hooks), len(module._backward_hooks))
         backward = int(copied is training_copy)
         assert kept == ((1, backward) if isinstance(module, nn.ReLU) else (0, 0))
         assert not hasattr(module, "activations")
         assert not hasattr(module, "autograd_grad_sample_hooks")
-    for p in twin.parameters():
+    for p in copy.parameters():
         assert p.grad is None and not hasattr(p, "grad_sample")
     assert len(live[0].activations) == 1 and live[0]._forward_hooks
 
 
-def test_a_bare_copy_owns_its_weights_and_keeps_the_mode():
+def test_a_training_copy_owns_its_weights_and_keeps_the_mode():
     live = nn.Sequential(nn.Linear(3, 2), nn.Dropout()).train()
     live[1].eval()
-    twin = training_copy(live)
-    assert (twin[0].training, twin[1].training) == (True, False)
-    assert torch.equal(twin[0].weight, live[0].weight)
-    assert twin[0].weight.data_ptr() != live[0].weight.data_ptr()
+    copy = training_copy(live)
+    assert (copy[0].training, copy[1].training) == (True, False)
+    assert torch.equal(copy[0].weight, live[0].weight)
+    assert copy[0].weight.data_ptr() != live[0].weight.data_ptr()
 
 
 def test_an_evaluation_copy_shares_its_weights():
     live = nn.Sequential(nn.Linear(3, 2), nn.Dropout()).train()
-    twin = evaluation_copy(live)
-    assert not any(module.training for module in twin.modules())
-    assert twin[0].weight.data_ptr() == live[0].weight.data_ptr()
+    copy = evaluation_copy(live)
+    assert not any(module.training for module in copy.modules())
+    assert copy[0].weight.data_ptr() == live[0].weight.data_ptr()
