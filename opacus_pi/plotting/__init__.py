@@ -1,7 +1,7 @@
-"""Figures of the paper: arrays in, matplotlib Axes out.
+"""One function for each figure of the paper: it takes arrays and returns Axes.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers; every curve has its
-own marker; the spread over runs is always drawn.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish.
+Every curve has its own marker, and the spread over runs is always drawn.
 
 | Figure | Function |
 |---|---|
@@ -12,7 +12,7 @@ own marker; the spread over runs is always drawn.
 | 4 | ``plot_group_divergences`` |
 | 5 | ``plot_curves`` |
 | 9 | ``plot_pictures`` |
-| none: any number's histogram over examples | ``plot_distribution`` |
+| not in the paper: histogram of a number over examples | ``plot_distribution`` |
 """
 
 from opacus_pi.plotting.barriers import plot_barriers

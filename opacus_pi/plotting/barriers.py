@@ -28,17 +28,17 @@ def plot_barriers(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """Loss barriers to retrained models before and after unlearning.
+    """Plot loss barriers to retrained models before and after unlearning.
 
-    Every run is a faint point, the mean over runs a line, Student's 95 % interval a
-    bar; the baseline is a band, mean ± one standard deviation over its pairs.
+    Faint points are single runs, lines are means over runs, and bars are Student's 95 %
+    intervals. The band is the baseline, mean ± one standard deviation over pairs.
 
     Args:
         mean_losses: Mean privacy loss of each run's forget sets, ``(runs, sets)``.
         before: Barriers between the trained and a retrained model, ``(runs, sets)``.
         after: Barriers between the unlearned and a retrained model, the same shape.
-        baseline: Barriers between pairs of retrained models: ``(pairs, sets)`` where
-            every forget set has its own, else all of them together, of any shape.
+        baseline: Barriers between pairs of retrained models: ``(pairs, sets)`` if every
+            forget set has its own pairs, otherwise all barriers in any shape.
         ax: Where to draw; a new figure by default.
 
     Returns:
@@ -72,7 +72,7 @@ def plot_barriers(
 
 
 def _draw_baseline(ax: Axes, centre: Array, pairs: Array) -> None:
-    """A band over all sets, or one that follows them."""
+    """Draw one band for all sets, or a band with its own value at each set."""
     of_sets = pairs.ndim == 2 and pairs.shape[1] == len(centre)
     columns = pairs if of_sets else pairs.reshape(-1, 1)
     mean, spread = columns.mean(0), columns.std(0)

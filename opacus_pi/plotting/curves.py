@@ -1,4 +1,4 @@
-"""One metric while models unlearn: Figure 5."""
+"""One metric during unlearning: Figure 5."""
 
 from collections.abc import Mapping
 
@@ -20,16 +20,16 @@ def plot_curves(
     unit: str = "epochs",
     ax: Axes | None = None,
 ) -> Axes:
-    """A metric over unlearning, one curve for each forget set, retraining dashed.
+    """Plot a metric during unlearning, with one curve for each forget set.
 
-    A curve is the mean over runs, its band ± one standard deviation; the dashed line
-    of the same colour is the mean over the models retrained without that set.
+    Curves are means over runs with a band of ± one standard deviation. The dashed line
+    of the same colour is the mean over models retrained without that set.
 
     Args:
         times: Times of the evaluations, ``(k,)``.
         curves: For each forget set the metric, ``(runs, k)``.
         oracles: For each forget set the metric of the retrained models, any shape.
-        metric: What is drawn, for the axis.
+        metric: Name of the metric, for the axis.
         unit: Unit of the times.
         ax: Where to draw; a new figure by default.
 

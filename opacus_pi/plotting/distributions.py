@@ -1,4 +1,4 @@
-"""How one number is spread over examples."""
+"""Histogram of one number over examples."""
 
 from collections.abc import Mapping
 
@@ -10,8 +10,8 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
 from opacus_pi.plotting.style import COLOURS, axes_or_new
 
-_DECADES = 20.0  # largest over smallest from which the axis is logarithmic
-_NARROW = 1e4  # largest over smallest below which more than powers of ten are named
+_DECADES = 20.0  # with a larger ratio of largest to smallest the axis is logarithmic
+_NARROW = 1e4  # with a smaller ratio more than powers of ten get a label
 
 
 def plot_distribution(
@@ -22,16 +22,16 @@ def plot_distribution(
     num_bins: int = 40,
     ax: Axes | None = None,
 ) -> Axes:
-    """Histogram over examples, with lines at numbers to compare with.
+    """Plot a histogram over examples, with lines at numbers to compare with.
 
-    The axis is logarithmic where the values are positive and spread over more than a
-    factor of 20. Infinite values are left out and counted on the axis.
+    The axis is logarithmic if the values are positive and span more than a factor of
+    20. Infinite values are not drawn; the label of the axis gives their number.
 
     Args:
         values: One number per example, ``(n,)``, at least one finite.
-        name: What the numbers are, for the axis.
-        marks: Numbers at which to draw a dashed line, by their names; those that are
-            not finite are left out.
+        name: Meaning of the numbers, for the axis.
+        marks: Numbers at which to draw a dashed line, by name; those that are not
+            finite are not drawn.
         num_bins: Number of bars.
         ax: Where to draw; a new figure by default.
 
@@ -72,7 +72,7 @@ def plot_distribution(
 
 
 def _name_few_ticks(ax: Axes, span: float) -> None:
-    """Names on a logarithmic axis that do not run together."""
+    """Label a logarithmic axis so that the labels do not overlap."""
     ax.xaxis.set_minor_formatter(NullFormatter())
     if span < _NARROW:
         subs = (1.0, 2.0, 5.0) if span < _NARROW / 10 else (1.0, 3.0)

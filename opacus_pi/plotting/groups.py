@@ -16,16 +16,17 @@ def plot_group_divergences(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """Group divergences of forget sets against their mean privacy loss.
+    """Plot group divergences of forget sets against their mean privacy loss.
 
-    Points are means over estimates, bars one standard deviation of the estimates. The
-    axis is logarithmic, to carry methods of different size (linear around 0 if a mean
-    is not positive, as estimates of Theorem B.1 may be).
+    Points are means over estimates, and bars are one standard deviation of the
+    estimates. The axis is logarithmic, because the methods differ by orders of
+    magnitude. It is linear around 0 if a mean is not positive, which happens for
+    Theorem B.1.
 
     Args:
         mean_losses: Mean privacy loss of each forget set, ``(sets,)``.
-        divergences: For each method its estimates, ``(estimates, sets)``; a single
-            estimate may be given as ``(sets,)``.
+        divergences: Estimates of each method, ``(estimates, sets)``; a single estimate
+            may have shape ``(sets,)``.
         ax: Where to draw; a new figure by default.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Examples to look at: Figure 9."""
+"""Pictures of examples: Figure 9."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,12 +14,12 @@ def plot_pictures(
     rows: Mapping[str, ArrayLike],
     titles: Mapping[str, Sequence[str]] | None = None,
 ) -> NDArray[np.object_]:
-    """Rows of pictures, e.g. examples that are easy and that are hard to forget.
+    """Plot rows of pictures, e.g. examples that are easy or hard to forget.
 
     Args:
-        rows: For each row its pictures in [0, 1], ``(m, h, w)`` or ``(m, c, h, w)``
-            with one or three channels; every row has m pictures.
-        titles: For each row a text above each picture, e.g. labels and losses.
+        rows: Pictures of each row, with values in [0, 1], ``(m, h, w)`` or
+            ``(m, c, h, w)`` with one or three channels; m is the same for all rows.
+        titles: Texts above the pictures of each row, e.g. labels and losses.
 
     Returns:
         The Axes, an array ``(rows, m)``.
@@ -54,7 +54,7 @@ def plot_pictures(
 
 
 def _pictures(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    """Pictures as matplotlib wants them, ``(m, h, w)`` or ``(m, h, w, 3)``."""
+    """Return pictures as matplotlib expects them, ``(m, h, w)`` or ``(m, h, w, 3)``."""
     array = np.asarray(values, dtype=np.float64)
     good = array.ndim == 3 or (array.ndim == 4 and array.shape[1] in (1, 3))
     expect(

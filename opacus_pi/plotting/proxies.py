@@ -1,4 +1,4 @@
-"""Cheap scores against privacy losses: Figure 2."""
+"""Difficulty proxies against privacy losses: Figure 2."""
 
 from collections.abc import Mapping
 
@@ -17,14 +17,14 @@ def plot_proxies(
     num_bins: int = 30,
     ax: Axes | None = None,
 ) -> Axes:
-    """Proxies, divided by their maxima, against the privacy loss, in bins.
+    """Plot proxies, divided by their maxima, against the privacy loss, in bins.
 
-    Each bin holds equally many examples; the band is one standard deviation within
-    the bin; the legend gives Spearman's ρ over all examples.
+    All bins hold equally many examples. The band is one standard deviation within the
+    bin. The legend gives Spearman's ρ over all examples.
 
     Args:
         losses: Privacy losses, ``(n,)``.
-        proxies: Score vectors ``(n,)`` of the same examples, by name, finite.
+        proxies: Finite scores of the same examples, ``(n,)`` each, by name.
         num_bins: Number of bins.
         ax: Where to draw; a new figure by default.
 

@@ -1,4 +1,4 @@
-"""What all figures share: colours, markers, runs as points, means with their error."""
+"""Colours, markers and drawing functions that all figures share."""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -22,12 +22,12 @@ GREY = "#777777"
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
-    """The Axes given, or those of a new figure."""
+    """Return the given Axes, or those of a new figure."""
     return ax or plt.subplots(figsize=(5.2, 3.6), layout="constrained")[1]
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Colour and marker of each curve, in turn."""
+    """Return colour and marker of the first curve, the second, and so on."""
     pairs = zip(COLOURS, MARKERS, strict=True)
     return cycle([{"color": c, "marker": m} for c, m in pairs])
 
@@ -35,12 +35,12 @@ def styles() -> Iterator[dict[str, Any]]:
 def runs_and_sets(
     name: str, values: ArrayLike, shape: tuple[int, ...] | None = None
 ) -> Array:
-    """Checked numbers ``(runs, sets)``; one run may be given flat.
+    """Return numbers as an array ``(runs, sets)``, after checking its shape.
 
     Args:
-        name: The argument's name.
-        values: The numbers.
-        shape: The shape that they must have; any if None.
+        name: Name of the argument, for errors.
+        values: The numbers; a single run may have shape ``(sets,)``.
+        shape: The required shape; ``None`` allows any.
     """
     array = np.atleast_2d(np.asarray(values, dtype=np.float64))
     expect(
@@ -54,7 +54,7 @@ def runs_and_sets(
 
 
 def centre_of(losses: Array) -> Array:
-    """The geometric mean over runs of each set's loss, ``(sets,)``."""
+    """Return the geometric mean over runs of the loss of each set, ``(sets,)``."""
     positive = losses[losses > 0]
     floor = positive.min() if positive.size else 1.0
     result: Array = np.exp(np.log(np.maximum(losses, floor)).mean(0))
@@ -64,7 +64,7 @@ def centre_of(losses: Array) -> Array:
 def draw_runs(
     ax: Axes, x: Array, y: Array, style: dict[str, Any], top: float = np.inf
 ) -> None:
-    """Each run as a faint point; hollow at ``top`` where y is not finite."""
+    """Draw runs as faint points, or as hollow ones at ``top`` if y is infinite."""
     never, colour, marker = ~np.isfinite(y), style["color"], style["marker"]
     ax.scatter(x[~never], y[~never], s=14, c=colour, marker=marker, alpha=0.35, lw=0)
     if never.any():
@@ -80,7 +80,7 @@ def draw_means(
     style: dict[str, Any],
     floor: float = -np.inf,
 ) -> None:
-    """The mean over runs, with Student's 95 % interval above a floor (if runs > 1)."""
+    """Draw the mean over runs; for several runs also Student's 95 % interval."""
     mean, error = runs.mean(0), np.zeros(runs.shape[1])
     if len(runs) > 1:
         error = stats.t.ppf(0.975, len(runs) - 1) * stats.sem(runs, axis=0)
@@ -89,7 +89,7 @@ def draw_means(
 
 
 def nested(count: int) -> list[dict[str, float]]:
-    """Sizes of curves drawn one over the other: what lies below is larger."""
+    """Return sizes for overlapping curves: a curve below another is drawn larger."""
     return [
         {"markersize": 5 + 2.5 * level, "linewidth": 1 + 1.4 * level, "elinewidth": 1}
         for level in reversed(range(count))
@@ -97,7 +97,7 @@ def nested(count: int) -> list[dict[str, float]]:
 
 
 def mark_never(ax: Axes, never: bool, max_time: float, unit: str) -> None:
-    """Whole numbers on the axis; if a run never arrived, a line where it ended."""
+    """Use whole numbers on the axis; mark the end of runs that never arrived."""
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     if never:
         text = f"never within {max_time:g} {unit}"
@@ -116,6 +116,6 @@ def mark_never(ax: Axes, never: bool, max_time: float, unit: str) -> None:
 
 
 def losses_below(ax: Axes) -> None:
-    """The axis of privacy losses: logarithmic, named."""
+    """Make the x axis one of privacy losses: logarithmic, with a label."""
     ax.set_xscale("log")
     ax.set_xlabel("mean privacy loss of the forget set")

@@ -1,4 +1,4 @@
-"""How long unlearning took: Figures 1 (left, middle), 3 and 6-8."""
+"""Time to unlearn: Figures 1 (left and middle), 3 and 6-8."""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,18 +27,18 @@ def plot_time_to_unlearn(
     unit: str = "epochs",
     ax: Axes | None = None,
 ) -> Axes:
-    """Time to unlearn against the forget set's mean privacy loss.
+    """Plot the time to unlearn against the mean privacy loss of the forget set.
 
-    Every run is a faint point, the mean over runs a line, Student's 95 % interval a
-    bar (from 0 up); of curves that coincide the earlier one shows around the later one.
-    A run that never came within the tolerance is a hollow point on a dotted line at
-    ``max_time``, and counts as ``max_time`` in the mean, then a lower estimate.
+    Faint points are single runs, lines are means over runs, and bars are Student's 95 %
+    intervals, cut at 0. If curves coincide, the earlier one is visible around the later
+    one. A run that never came within the tolerance is a hollow point on a dotted line
+    at ``max_time``. It counts as ``max_time`` in the mean, which then is too low.
 
     Args:
         mean_losses: Mean privacy loss of each run's forget sets, ``(runs, sets)``.
-        times: For each curve (a measure, noise, method or data set) its times to
-            unlearn, ``(runs, sets)``; ``inf``: never.
-        max_time: How long the runs unlearned.
+        times: Times to unlearn for each curve (a metric, noise level, method or data
+            set), ``(runs, sets)``; ``inf`` means never.
+        max_time: Length of the runs.
         unit: Unit of the times.
         ax: Where to draw; a new figure by default.
 
@@ -78,14 +78,15 @@ def plot_hardest_sets(
     unit: str = "epochs",
     ax: Axes | None = None,
 ) -> Axes:
-    """Time to unlearn the hardest sets by several scores, for several sizes of set.
+    """Plot the time to unlearn the hardest sets by several scores, at several sizes.
 
-    Drawn as in ``plot_time_to_unlearn``; the scores stand side by side at each size.
+    The elements are those of ``plot_time_to_unlearn``; the scores are side by side at
+    each size.
 
     Args:
-        sizes: Sizes of the forget sets, s of them.
-        times: For each score the times to unlearn its hardest sets, ``(runs, s)``.
-        max_time: How long the runs unlearned.
+        sizes: The s sizes of the forget sets.
+        times: Times to unlearn the hardest sets by each score, ``(runs, s)``.
+        max_time: Length of the runs.
         unit: Unit of the times.
         ax: Where to draw; a new figure by default.
 
