@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
-from benchmarks.report import environment, write_json
+from benchmarks.common.report import environment, write_json
 from opacus_pi.accounting import GradNormLedger, NoisySGD, privacy_losses
 from opacus_pi.accounting.composition import printed_order
 

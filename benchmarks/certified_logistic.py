@@ -26,7 +26,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from benchmarks.binary_data import Array, adult, digits_3_8
 from benchmarks.certified_steps import (
     EPSILON,
     ORDERS,
@@ -35,7 +34,8 @@ from benchmarks.certified_steps import (
     our_steps,
     published_steps,
 )
-from benchmarks.report import environment, write_json
+from benchmarks.common.binary_data import Array, adult, digits_3_8
+from benchmarks.common.report import environment, write_json
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
 
 ROOT = Path(__file__).parents[1]

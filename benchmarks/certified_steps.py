@@ -7,7 +7,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.special import expit
 
-from benchmarks.binary_data import Array, BinaryData
+from benchmarks.common.binary_data import Array, BinaryData
 from opacus_pi.accounting import (
     LangevinConstants,
     learn_unlearn_mu_squared,

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import data
-from benchmarks.facts import facts_of
+from benchmarks.common import data
+from benchmarks.common.facts import facts_of
+from benchmarks.common.report import markdown
+from benchmarks.common.seeds import arguments, over_seeds, publish, run_missing
+from benchmarks.common.training import PrivateRecipe, train_privately
 from benchmarks.main_job import SETTINGS, spent
-from benchmarks.report import markdown
-from benchmarks.seeds import arguments, over_seeds, publish, run_missing
-from benchmarks.training import PrivateRecipe, train_privately
 from opacus_pi.difficulty.forget_sets import num_at_top
 
 OUT = Path("benchmarks/results/clip_norms.json")

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import opacus_pi
-from benchmarks.models import mlp, small_cnn
+from benchmarks.common.models import mlp, small_cnn
+from benchmarks.common.report import environment, write_json
+from benchmarks.common.resnet import resnet18
 from benchmarks.overhead.timing import CLOCKS, timed
-from benchmarks.report import environment, write_json
-from benchmarks.resnet import resnet18
 
 SMALL, COLOUR = (1, 28, 28), (3, 32, 32)
 CASES = {  # model, image shape, expected batch size

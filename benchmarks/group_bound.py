@@ -26,10 +26,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from benchmarks import data
+from benchmarks.common import data
+from benchmarks.common.report import environment, write_json
+from benchmarks.common.training import Recipe, train
 from benchmarks.main_job import DIGITS
-from benchmarks.report import environment, write_json
-from benchmarks.training import Recipe, train
 from opacus_pi import GradNormLedger
 from opacus_pi.accounting import (
     GramLedger,

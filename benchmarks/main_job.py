@@ -30,10 +30,10 @@ from torch import nn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from benchmarks import data, report
-from benchmarks.facts import facts_of
-from benchmarks.models import build_model
-from benchmarks.training import Recipe, train, train_privately
+from benchmarks.common import data, report
+from benchmarks.common.facts import facts_of
+from benchmarks.common.models import build_model
+from benchmarks.common.training import Recipe, train, train_privately
 from opacus_pi import Langevin, PrivacyEngine, Unlearner
 from opacus_pi.difficulty.forget_sets import difficulty_strata, retain_indices
 from opacus_pi.evaluation import OracleCache, evaluate, time_to_unlearn

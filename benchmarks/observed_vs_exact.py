@@ -24,10 +24,10 @@ import numpy as np
 from scipy import stats
 from torch import nn
 
-from benchmarks import data
-from benchmarks.report import markdown
-from benchmarks.seeds import arguments, over_seeds, publish, run_missing
-from benchmarks.training import Recipe, train_privately
+from benchmarks.common import data
+from benchmarks.common.report import markdown
+from benchmarks.common.seeds import arguments, over_seeds, publish, run_missing
+from benchmarks.common.training import Recipe, train_privately
 from opacus_pi import GradNormLedger
 from opacus_pi.accounting import filled_by_rank, privacy_losses
 from opacus_pi.gradients import norm_sweep

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks.facts import facts_of
+from benchmarks.common.facts import facts_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.report import rank_correlation, write_json
+from benchmarks.common.report import rank_correlation, write_json
 
 
 def test_rank_correlation_is_spearman_with_never_last():

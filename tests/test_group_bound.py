@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from benchmarks import data
+from benchmarks.common import data
+from benchmarks.common.training import Recipe
 from benchmarks.group_bound import BOUNDS, Settings, flatness, study
-from benchmarks.training import Recipe
 
 
 def stratum(shift, bound, seed):

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common.report import environment, write_json
 from benchmarks.looseness import FAMILIES, cases
 from benchmarks.looseness.case import Case
 from benchmarks.looseness.steps import ETA, LEARNED, SIGMA, TARGET, L, M, step_counts
-from benchmarks.report import environment, write_json
 
 ROOT = Path(__file__).parents[2]
 _MEANINGFUL = 1e-12  # Smaller exact values are rounding.

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.report import write_json
 from benchmarks.overhead import (
     accounts,
     fused,
@@ -32,7 +33,6 @@ from benchmarks.overhead import (
 )
 from benchmarks.overhead.table import Row, markdown
 from benchmarks.overhead.timing import surroundings
-from benchmarks.report import write_json
 
 RESULTS = Path("benchmarks/results")
 

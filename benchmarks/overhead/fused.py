@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from benchmarks.models import small_cnn
+from benchmarks.common.models import small_cnn
 from benchmarks.overhead.table import Row
 from benchmarks.overhead.timing import interleaved
 from opacus_pi import evaluation

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import build_model, mlp, small_cnn
+from benchmarks.common.models import build_model, mlp, small_cnn
+from benchmarks.common.transformer import text_transformer
 from benchmarks.overhead.peers import CONTENDERS, CRITERION, Measure
 from benchmarks.overhead.table import Row
 from benchmarks.overhead.timing import CLOCKS, spread, timed
-from benchmarks.transformer import text_transformer
 from opacus_pi.gradients.norm_engine import NormEngine
 
 Batch = tuple[nn.Module, Tensor, Tensor]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import data
-from benchmarks.models import small_cnn
+from benchmarks.common import data
+from benchmarks.common.models import small_cnn
 from benchmarks.overhead.norms import exact_norms
 from benchmarks.overhead.peers import CONTENDERS, CRITERION
 from benchmarks.overhead.table import Row

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import report
+from benchmarks.common import report
 
 HEAD = ("path", "bar", "measured", "range", "wall", "verdict", "beside it")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import environment
+from benchmarks.common.report import environment
 
 Task = Callable[[], Any]
 CLOCKS = ("busy", "wall")

@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import opacus_pi
-from benchmarks.models import mlp, small_cnn
+from benchmarks.common.models import mlp, small_cnn
+from benchmarks.common.resnet import resnet18
 from benchmarks.overhead.table import Row
 from benchmarks.overhead.timing import Task, interleaved, timed
-from benchmarks.resnet import resnet18
 
 SMALL, COLOUR = (1, 28, 28), (3, 32, 32)
 MODELS = {  # model, image shape, expected batch size

@@ -4,7 +4,6 @@
     python -m benchmarks.reproduce fig1 --scale cpu --data-root DIR
     python -m benchmarks.reproduce fig1 --scale gpu --device cuda --data cifar10 FILE
     python -m benchmarks.reproduce all --scale full --device cuda --data-root DIR
-    python -m benchmarks.reproduce all --scale full --estimate   # GPU hours, no run
 
 Scales: ``smoke`` (embedded digits, everything tiny: it shows that the code runs, not
 what the paper claims), ``cpu`` (10,000 images, a small CNN, 5 seeds, 2 cores), ``gpu``
@@ -14,8 +13,8 @@ kept in the store, so an interrupted command goes on where it stopped (``timeout
 python -m ...``, again and again), and a figure is drawn again from the store in
 seconds.
 
-On ``--device cuda`` several processes share each GPU: see ``devices``. Nothing here has
-been run on a GPU yet, neither for its speed nor for which number of processes pays.
+On ``--device cuda`` several processes share each GPU (see ``pool``). Nothing here has
+been run on a GPU yet.
 """
 
 import argparse
@@ -28,15 +27,12 @@ from pathlib import Path
 import joblib
 import matplotlib
 
-from benchmarks.facts import facts_of
-from benchmarks.report import environment, write_json
-from benchmarks.reproduce.cost import Gpu
-from benchmarks.reproduce.devices import JOBS_PER_GPU, default_jobs
-from benchmarks.reproduce.estimate import table
+from benchmarks.common.facts import facts_of
+from benchmarks.common.report import environment, write_json
 from benchmarks.reproduce.figures import FIGURES, Figure
 from benchmarks.reproduce.figures.figure import NOT_TESTABLE, Verdict
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.pool import run_all
+from benchmarks.reproduce.pool import JOBS_PER_GPU, default_jobs, run_all
 from benchmarks.reproduce.scales import SCALES, Scale
 
 FEWEST_SEEDS = 3  # for a verdict
@@ -126,9 +122,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--device", default="cpu", help="cpu, cuda (all GPUs, in turn), cuda:1, ..."
     )
-    parser.add_argument(
-        "--estimate", action="store_true", help="run nothing: what it would cost"
-    )
     parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a cluster")
     parser.add_argument("--store", type=Path, default=Path("runs/reproduce/store"))
     parser.add_argument("--out", type=Path, help="default: runs/reproduce/SCALE")
@@ -136,9 +129,6 @@ def main(argv: list[str] | None = None) -> None:
     matplotlib.use("Agg")
     os.environ["OMP_NUM_THREADS"] = "1"  # in the processes: one thread each
     figures, scale = chosen(args.figures), SCALES[args.scale]
-    if args.estimate:
-        print(table(figures, scale, Gpu()))
-        return
     arrays = tuple((name, Path(file)) for name, file in args.data)
     lab = Lab(args.store, args.data_root, arrays, args.device)
     with cluster(args.dask):

@@ -6,18 +6,29 @@ every point of the line. Without the matching a barrier between any two models i
 the same, and says nothing of what was forgotten.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from benchmarks.models import build_model
-from benchmarks.reproduce.experiment import Experiment
-from benchmarks.reproduce.judging import CRITERION, probe
+from benchmarks.common.models import build_model
+from benchmarks.reproduce.experiment import Experiment, Facts
+from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.judging import CRITERION, probe, unlearn
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.work import Work
+from benchmarks.reproduce.units import (
+    Oracle,
+    Search,
+    Unit,
+    needs_of_judging,
+    needs_of_run,
+    oracles,
+    run_facts,
+)
 from opacus_pi.evaluation import aligned, loss_barrier, permutation_spec
 from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.symmetries.permutations import PermutationSpec
@@ -25,6 +36,7 @@ from opacus_pi.symmetries.permutations import PermutationSpec
 POINTS = 11  # on the line between two models
 SETS = ("training images", "test images")  # on which the loss is taken
 Barriers = dict[str, float]
+_HOW = {"modulo": "permutation"}
 
 
 def barriers(
@@ -39,13 +51,6 @@ def barriers(
         )
         for name, part in _parts(lab, experiment).items()
     }
-
-
-def work_of_barriers(experiment: Experiment) -> Work:
-    """The examples that one call passes through a model; BatchNorm needs two passes."""
-    seen = sum(min(experiment.num_probe, size) for size in experiment.sizes)
-    passes = 2 if "batch-norm" in experiment.recipe.model else 1
-    return Work(evaluated=passes * POINTS * seen)
 
 
 def _parts(lab: Lab, experiment: Experiment) -> dict[str, Dataset]:
@@ -63,3 +68,95 @@ def _spec(model: str, shape: tuple[int, ...]) -> PermutationSpec:
     with random_state_untouched():
         torch.manual_seed(0)
         return permutation_spec(build_model(model, shape), torch.rand(2, *shape))
+
+
+def opposite(experiment: Experiment, forget_set: ForgetSet, seed: int) -> list[Oracle]:
+    """The oracles that a seed's model meets: its own, or all if they are too few.
+
+    So no two seeds share an oracle unless every seed meets the same ones.
+    """
+    found = oracles(experiment, forget_set)
+    return found if len(found) < experiment.num_seeds else [found[seed]]
+
+
+def to_oracles(
+    lab: Lab, experiment: Experiment, forget_set: ForgetSet, seed: int, model: nn.Module
+) -> list[Barriers]:
+    """Barriers between a model and each oracle that its seed meets."""
+    return [
+        barriers(lab, experiment, model, oracle.model(lab))
+        for oracle in opposite(experiment, forget_set, seed)
+    ]
+
+
+@dataclass(frozen=True)
+class BarrierBefore(Unit):
+    """The barriers between a trained model and its oracles."""
+
+    experiment: Experiment
+    forget_set: ForgetSet
+    seed: int
+
+    def needs(self) -> list[Unit]:
+        """Trainings and oracles."""
+        return needs_of_judging(self.experiment, self.forget_set)
+
+    def facts(self) -> Facts:
+        """Experiment, forget set, seed."""
+        forget = self.forget_set.facts(self.experiment)
+        own = {"forget": forget, "seed": self.seed}
+        return self.experiment.facts() | own | _HOW
+
+    def compute(self, lab: Lab) -> list[Barriers]:
+        """Before anything is unlearned."""
+        model, _ = lab.trained(self.experiment, self.seed)
+        return to_oracles(lab, self.experiment, self.forget_set, self.seed, model)
+
+
+@dataclass(frozen=True)
+class BarrierAfter(Unit):
+    """The barriers between an unlearned model and its oracles."""
+
+    experiment: Experiment
+    forget_set: ForgetSet
+    method: str
+    seed: int
+
+    def needs(self) -> list[Unit]:
+        """Those of the run."""
+        return needs_of_run(self.experiment, self.forget_set, self.method)
+
+    def facts(self) -> Facts:
+        """Those of the run."""
+        own = run_facts(self.experiment, self.forget_set, self.method, self.seed)
+        return own | _HOW
+
+    def compute(self, lab: Lab) -> list[Barriers]:
+        """Unlearn as the run did, to have its model; no model of a run is kept."""
+        settings = Search(self.experiment, self.method).run(lab)["settings"]
+        where = lab, self.experiment, self.forget_set
+        model, _ = unlearn(*where, self.method, settings, self.seed, judged=False)
+        return to_oracles(*where, self.seed, model)
+
+
+@dataclass(frozen=True)
+class BarrierBaseline(Unit):
+    """The barriers between oracles of one forget set, every pair."""
+
+    experiment: Experiment
+    forget_set: ForgetSet
+
+    def needs(self) -> list[Unit]:
+        """The oracles."""
+        return oracles(self.experiment, self.forget_set)
+
+    def facts(self) -> Facts:
+        """Experiment and forget set."""
+        forget = self.forget_set.facts(self.experiment)
+        return self.experiment.facts() | {"forget": forget} | _HOW
+
+    def compute(self, lab: Lab) -> list[Barriers]:
+        """One for each pair."""
+        models = [one.model(lab) for one in oracles(self.experiment, self.forget_set)]
+        pairs = combinations(models, 2)
+        return [barriers(lab, self.experiment, *pair) for pair in pairs]

@@ -4,12 +4,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks import certified_logistic, group_bound
-from benchmarks.binary_data import digits_3_8
 from benchmarks.certified_steps import Problem, Setting
+from benchmarks.common.binary_data import digits_3_8
 from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.units import Unit
-from benchmarks.reproduce.work import Work
 
 _DIGITS_3_8 = Setting(0.01, 0.03, 500)
 
@@ -27,16 +26,6 @@ class GroupBounds(Unit):
         if self.experiment is None:
             return own
         return own | {"experiment": self.experiment.training_facts()}
-
-    def work(self) -> Work:
-        """Training and its sweeps, where it is of images; Gram matrices not counted."""
-        if self.experiment is None:
-            return Work()
-        num_train = self.experiment.sizes[0]
-        return Work(
-            trained=self.experiment.recipe.num_epochs * num_train,
-            swept=self.settings.checkpoints * num_train,
-        )
 
     def compute(self, lab: Lab) -> list[dict[str, Any]]:
         """One row a stratum."""

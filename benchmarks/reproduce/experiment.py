@@ -3,17 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.facts import facts_of
-from benchmarks.training import PrivateRecipe, Recipe
+from benchmarks.common.facts import facts_of
+from benchmarks.common.training import Recipe
 
 Facts = dict[str, Any]
-_SIZES = {  # training and test images
-    "digits": (1_437, 360),
-    "fashion-mnist": (60_000, 10_000),
-    "cifar10": (50_000, 10_000),
-    "svhn": (73_257, 26_032),
-}
-_SHAPES = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28)}
 
 
 @dataclass(frozen=True)
@@ -21,7 +14,7 @@ class Experiment:
     """One data set, one way of training on it, and the sizes of the study.
 
     Attributes:
-        dataset: A name of ``benchmarks.data``.
+        dataset: A name of ``benchmarks.common.data``.
         num_train: Training images, the first so many (0: all).
         num_test: Test images, the first so many (0: all).
         recipe: How the model and its oracles are trained.
@@ -50,22 +43,6 @@ class Experiment:
     num_checkpoints: int = 35
     num_trials: int = 10
     num_probe: int = 2_000
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Training and test images, known before anything is read."""
-        train, test = _SIZES[self.dataset]
-        return min(self.num_train or train, train), min(self.num_test or test, test)
-
-    @property
-    def is_private(self) -> bool:
-        """Whether training is DP-SGD, whose norms are observed and not swept."""
-        return isinstance(self.recipe, PrivateRecipe)
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """``(c, h, w)``, known before anything is read."""
-        return _SHAPES.get(self.dataset, (3, 32, 32))
 
     def training_facts(self) -> Facts:
         """What determines a training but its seed and the examples left out."""

@@ -35,11 +35,6 @@ class ForgetSet:
             return top_k(scores, self.size)
         return difficulty_strata(scores, self.size)[self.rule]
 
-    def judged(self, experiment: Experiment) -> int:
-        """How many examples an evaluation with this set passes through a model."""
-        num_train, num_test = experiment.sizes
-        return self.size + min(experiment.num_probe, num_train - self.size) + num_test
-
     def facts(self, experiment: Experiment) -> Facts:
         """What determines the examples."""
         if self.rule == "random":

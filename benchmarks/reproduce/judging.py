@@ -7,12 +7,11 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from benchmarks.data import ImageData
-from benchmarks.reproduce.autocast import Autocast
+from benchmarks.common.data import ImageData
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.methods import METHODS, Settings, optimizer_of
+from benchmarks.reproduce.methods import METHODS, Autocast, Settings, optimizer_of
 from opacus_pi import GradNormLedger, Unlearner
 from opacus_pi.evaluation import evaluate
 from opacus_pi.evaluation.trace import UnlearningTrace

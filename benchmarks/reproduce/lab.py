@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from benchmarks import data
-from benchmarks.models import build_model
+from benchmarks.common import data
+from benchmarks.common.models import build_model
+from benchmarks.common.training import PrivateRecipe, train, train_privately
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.store import cached_arrays, path_of
-from benchmarks.training import PrivateRecipe, train, train_privately
 from opacus_pi import GradNormLedger, PrivacyEngine
 from opacus_pi.accounting import privacy_losses
 from opacus_pi.difficulty import proxies

@@ -12,10 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reproduce.cost import Gpu
-from benchmarks.reproduce.estimate import table
 from benchmarks.reproduce.figures import FIGURES, Figure
-from benchmarks.reproduce.scales import SCALES
 
 ROOT = Path(__file__).parents[2]
 _HEAD = """# Results
@@ -49,14 +46,6 @@ sets, has few trials and looks no higher than 0.1, near which it found most rate
 | figure | claim | verdict |
 |---|---|---|
 """
-_COST = """## What the paper's scale costs
-
-Nothing of it has been run here, for want of a GPU. `python -m benchmarks.reproduce all
---scale full --estimate` prints this table: each figure alone with everything that it
-needs, and all of them with shared jobs once.
-
-{table}"""
-
 _AGAIN = """## From scratch, once more
 
 The same commands with an empty store (`--store EMPTY --out
@@ -80,10 +69,8 @@ def main() -> None:
     for name, content in found.items():
         if content is not None:
             shutil.copy(args.results / f"{name}.png", pictures)
-    cost = table(list(FIGURES.values()), SCALES["full"], Gpu())
     again = {name: _read(args.again / f"{name}.json") for name in FIGURES}
-    page = page_of(found, args.results) + "\n" + _COST.format(table=cost)
-    page += "\n" + again_of(found, again)
+    page = page_of(found, args.results) + "\n" + again_of(found, again)
     (args.docs / "results.md").write_text(page, encoding="utf-8")
 
 

@@ -6,13 +6,11 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-from benchmarks.data import ImageData
+from benchmarks.common.data import ImageData
 from benchmarks.reproduce.experiment import Facts
 from benchmarks.reproduce.judging import CRITERION, unlearner_of
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.units import oracles
-from benchmarks.reproduce.unlearning_units import Search, Unlearning
-from benchmarks.reproduce.work import Work
+from benchmarks.reproduce.units import Search, Unlearning, oracles
 from opacus_pi.evaluation import GaussianPoison, gaussian_unlearning_score
 
 GUS = "gaussian_unlearning_score"
@@ -30,17 +28,6 @@ class Poisoned(Unlearning):
     def facts(self) -> Facts:
         """Those of unlearning, and the noise."""
         return super().facts() | {"noise_std": self.noise_std}
-
-    def work(self) -> Work:
-        """A training with one row, a run, and the score's gradients by the inputs."""
-        experiment, size = self.experiment, self.forget_set.size
-        num_train, epochs = experiment.sizes[0], experiment.unlearn_epochs
-        scored = (epochs + 1 + experiment.num_oracles) * size
-        return Work(
-            trained=experiment.recipe.num_epochs * num_train,
-            unlearned=epochs * (num_train - size) + scored,
-            swept=0 if experiment.is_private else num_train,
-        )
 
     def compute(self, lab: Lab) -> dict[str, Any]:
         """Poison, train, unlearn, score."""

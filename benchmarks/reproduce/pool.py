@@ -1,25 +1,35 @@
-"""Run units in many processes: joblib's, or a cluster that joblib knows."""
+"""Run units in many processes of joblib, or on a cluster that joblib supports.
 
+With ``--device cuda`` several processes share each GPU. Every process opens its own
+context on its GPU and stays there. joblib starts its workers afresh instead of forking
+them, as CUDA requires. The kernels of different processes alternate unless NVIDIA's MPS
+daemon runs.
+"""
+
+import multiprocessing
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 
 import joblib
+import torch
 from tqdm import tqdm
 
-from benchmarks.reproduce.devices import own_device
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.units import Unit
 
+JOBS_PER_GPU = 3  # small models wait for the processor; not measured on a GPU
+
 
 def run_all(units: Iterable[Unit], lab: Lab, num_jobs: int = 1) -> None:
-    """Run units and all they need, what is needed first; done ones are skipped.
+    """Run units and everything they need, in that order; stored results are reused.
 
     Args:
-        units: What is wanted.
-        lab: Where results go.
-        num_jobs: Processes of joblib's default backend; another one is chosen around
-            the call by ``joblib.parallel_config(backend="dask")``. They share the
-            device, or the GPUs: see ``devices``.
+        units: The units whose results are wanted.
+        lab: Where results are stored.
+        num_jobs: Number of processes of joblib's default backend. To choose another
+            backend, call this inside ``joblib.parallel_config(backend="dask")``.
     """
     for stage in stages(units):
         pool = joblib.Parallel(num_jobs, return_as="generator_unordered")
@@ -30,7 +40,7 @@ def run_all(units: Iterable[Unit], lab: Lab, num_jobs: int = 1) -> None:
 
 
 def stages(units: Iterable[Unit]) -> list[list[Unit]]:
-    """Units and their needs, each once, in stages that need only earlier ones."""
+    """Return units and their needs, once each, in stages that need only earlier ones."""
     level: dict[Unit, int] = {}
 
     def place(unit: Unit) -> int:
@@ -47,5 +57,35 @@ def stages(units: Iterable[Unit]) -> list[list[Unit]]:
 
 
 def _run(unit: Unit, lab: Lab) -> None:
-    """Run a unit for its stored result, on this process's device."""
+    """Run a unit on the device of this process and store its result."""
     unit.run(replace(lab, device=own_device(lab.device)))
+
+
+def default_jobs(device: str) -> int:
+    """Return the number of processes: one a core, at most ``JOBS_PER_GPU`` a GPU."""
+    cores = os.cpu_count() or 1
+    if not device.startswith("cuda"):
+        return cores
+    num_gpus = torch.cuda.device_count() if device == "cuda" else 1
+    return max(1, min(cores, JOBS_PER_GPU * num_gpus))
+
+
+def own_device(device: str) -> str:
+    """Return the device of this process; with several GPUs, by the worker's number."""
+    if device != "cuda":
+        return device
+    name = multiprocessing.current_process().name
+    return device_of_worker(name, torch.cuda.device_count())
+
+
+def device_of_worker(name: str, num_gpus: int) -> str:
+    """Return the GPU of a worker; workers take the GPUs in turn.
+
+    >>> [device_of_worker(f"LokyProcess-{k}", 2) for k in (1, 2, 3)]
+    ['cuda:0', 'cuda:1', 'cuda:0']
+    >>> device_of_worker("MainProcess", 2)
+    'cuda:0'
+    """
+    number = re.search(r"\d+$", name)
+    turn = int(number.group()) - 1 if number else 0
+    return f"cuda:{turn % max(1, num_gpus)}"

@@ -6,9 +6,9 @@ The paper leaves out batch size and momentum: 128 and 0.9 here.
 from dataclasses import dataclass, replace
 
 from benchmarks import group_bound
-from benchmarks.facts import later
+from benchmarks.common.facts import later
+from benchmarks.common.training import PrivateRecipe, Recipe
 from benchmarks.reproduce.experiment import Experiment
-from benchmarks.training import PrivateRecipe, Recipe
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import write_json
+from benchmarks.common.report import write_json
 from opacus_pi.files.atomic_file import replacing
 
 VERSION = 1  # raise it when the meaning of a stored result changes

@@ -5,7 +5,7 @@ its JSON result, from the store if it is there. ``needs()`` are the units that o
 share with it and that are run before, so that no two processes train one model.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,15 @@ from torch.utils.data import Subset
 
 from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.judging import CRITERION, judge
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.judging import CRITERION, judge, unlearn
+from benchmarks.reproduce.lab import Lab, scores_of
+from benchmarks.reproduce.methods import METHODS
 from benchmarks.reproduce.store import cached_json
-from benchmarks.reproduce.work import Work
+from opacus_pi.difficulty.agreement import rank_correlations, rank_stability
 from opacus_pi.evaluation import OracleCache, evaluate
+from opacus_pi.unlearning.search import search_settings
 
+LOSS = "privacy loss"
 _ORACLE_SEED = 10_000
 
 
@@ -39,10 +42,6 @@ class Unit:
         """Do it."""
         raise NotImplementedError
 
-    def work(self) -> Work:
-        """How much that is, what it needs not counted; nothing for a GPU by default."""
-        return Work()
-
     def run(self, lab: Lab) -> Any:
         """The result, JSON-able."""
         torch.set_num_threads(1)
@@ -60,16 +59,6 @@ class Training(Unit):
     def facts(self) -> Facts:
         """Recipe and seed."""
         return self.experiment.facts() | {"seed": self.seed}
-
-    def work(self) -> Work:
-        """Its epochs, the rows of its ledger, and an evaluation."""
-        num_train, num_test = self.experiment.sizes
-        rows = 0 if self.experiment.is_private else self.experiment.num_checkpoints
-        return Work(
-            trained=self.experiment.recipe.num_epochs * num_train,
-            swept=rows * num_train,
-            evaluated=num_train + 2 * num_test,
-        )
 
     def compute(self, lab: Lab) -> dict[str, float]:
         """Train, and test."""
@@ -97,15 +86,6 @@ class Oracle(Unit):
         """Recipe, forget set and seed."""
         forget = self.forget_set.facts(self.experiment)
         return self.experiment.facts() | {"forget": forget, "number": self.number}
-
-    def work(self) -> Work:
-        """Its epochs, the one row of its ledger, and an evaluation."""
-        kept = self.experiment.sizes[0] - self.forget_set.size
-        return Work(
-            trained=self.experiment.recipe.num_epochs * kept,
-            swept=0 if self.experiment.is_private else kept,
-            evaluated=self.forget_set.judged(self.experiment),
-        )
 
     def model(self, lab: Lab) -> nn.Module:
         """The retrained model, from the store if it is there."""
@@ -143,3 +123,172 @@ def trainings(experiment: Experiment) -> list[Training]:
 def needs_of_judging(experiment: Experiment, forget_set: ForgetSet) -> list[Unit]:
     """The trainings that rank, and the oracles of a set."""
     return [*trainings(experiment), *oracles(experiment, forget_set)]
+
+
+@dataclass(frozen=True)
+class Search(Unit):
+    """Settings of a method, found once on a random forget set (Appendix D)."""
+
+    experiment: Experiment
+    method: str
+
+    @property
+    def forget_set(self) -> ForgetSet:
+        """Random, of the size of a stratum."""
+        return ForgetSet("random", self.experiment.stratum_size)
+
+    def needs(self) -> list[Unit]:
+        """The model to unlearn and its oracles."""
+        training = Training(self.experiment, 0)
+        return [training, *oracles(self.experiment, self.forget_set)]
+
+    def facts(self) -> Facts:
+        """Experiment, method and ranges."""
+        ranges = METHODS[self.method].ranges
+        return self.experiment.facts() | {"method": self.method, "ranges": ranges}
+
+    def compute(self, lab: Lab) -> dict[str, Any]:
+        """Search; nothing where nothing is to be found."""
+        ranges = METHODS[self.method].ranges
+        if not ranges:
+            return {"settings": {}, "trials": []}
+        measured = [one.run(lab) for one in oracles(self.experiment, self.forget_set)]
+        found = search_settings(
+            lambda settings: unlearn(
+                lab, self.experiment, self.forget_set, self.method, settings, 0
+            )[1],
+            ranges,
+            {name: [one[name] for one in measured] for name in measured[0]},
+            num_trials=self.experiment.num_trials,
+        )
+        trials = [asdict(trial) for trial in found.trials]
+        return {"settings": found.best.settings, "trials": trials}
+
+
+def needs_of_run(
+    experiment: Experiment, forget_set: ForgetSet, method: str
+) -> list[Unit]:
+    """The trainings that rank, the oracles and the settings of a run of a method."""
+    return [*needs_of_judging(experiment, forget_set), Search(experiment, method)]
+
+
+def run_facts(
+    experiment: Experiment, forget_set: ForgetSet, method: str, seed: int
+) -> Facts:
+    """What determines the run of a method."""
+    own = {"forget": forget_set.facts(experiment), "seed": seed}
+    return Search(experiment, method).facts() | own
+
+
+@dataclass(frozen=True)
+class Unlearning(Unit):
+    """One unlearning run from one trained model, evaluated after every epoch."""
+
+    experiment: Experiment
+    forget_set: ForgetSet
+    method: str
+    seed: int
+
+    def needs(self) -> list[Unit]:
+        """Trainings, oracles, settings."""
+        return needs_of_run(self.experiment, self.forget_set, self.method)
+
+    def facts(self) -> Facts:
+        """Experiment, forget set, method, seed."""
+        return run_facts(self.experiment, self.forget_set, self.method, self.seed)
+
+    def compute(self, lab: Lab) -> dict[str, Any]:
+        """Unlearn; evaluate."""
+        experiment, forget_set = self.experiment, self.forget_set
+        settings = Search(experiment, self.method).run(lab)["settings"]
+        _, trace = unlearn(
+            lab, experiment, forget_set, self.method, settings, self.seed
+        )
+        losses = lab.scores(experiment)["privacy loss"]
+        return {
+            "trace": trace.metrics,
+            "times": trace.times,
+            "cost": trace.cost,
+            "settings": settings,
+            "mean_loss": float(losses[forget_set.indices(lab, experiment)].mean()),
+        }
+
+
+@dataclass(frozen=True)
+class FineTuned(Unit):
+    """One fine-tuning run at one learning rate, evaluated after every epoch."""
+
+    experiment: Experiment
+    forget_set: ForgetSet
+    learning_rate: float
+    seed: int
+
+    def needs(self) -> list[Unit]:
+        """Trainings, and the oracles that judge."""
+        return needs_of_judging(self.experiment, self.forget_set)
+
+    def facts(self) -> Facts:
+        """Experiment, forget set, rate, seed."""
+        return self.experiment.facts() | {
+            "forget": self.forget_set.facts(self.experiment),
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+        }
+
+    def compute(self, lab: Lab) -> dict[str, Any]:
+        """Unlearn; evaluate."""
+        _, trace = unlearn(
+            lab,
+            self.experiment,
+            self.forget_set,
+            "fine-tune",
+            {"learning_rate": self.learning_rate},
+            self.seed,
+        )
+        return {"trace": trace.metrics, "times": trace.times}
+
+
+@dataclass(frozen=True)
+class ProxyRanks(Unit):
+    """Spearman's rho of every proxy with the privacy loss, over all examples."""
+
+    experiment: Experiment
+    seed: int
+
+    def needs(self) -> list[Unit]:
+        """The training."""
+        return [Training(self.experiment, self.seed)]
+
+    def facts(self) -> Facts:
+        """What determines the scores, and the seed."""
+        return self.experiment.ranking_facts() | {"seed": self.seed}
+
+    def compute(self, lab: Lab) -> dict[str, float]:
+        """By name of the proxy."""
+        ledger = lab.ledger(self.experiment, self.seed)
+        scores = scores_of([ledger], self.experiment.order)
+        ranks = rank_correlations(scores)
+        return {n: float(ranks.between(n, LOSS)[0]) for n in scores if n != LOSS}
+
+
+@dataclass(frozen=True)
+class NoiseRanks(Unit):
+    """Spearman's rho between privacy losses at several noises of one ledger."""
+
+    experiment: Experiment
+    seed: int
+    noise_stds: tuple[float, ...]  # on the sum of the gradients
+
+    def needs(self) -> list[Unit]:
+        """The training."""
+        return [Training(self.experiment, self.seed)]
+
+    def facts(self) -> Facts:
+        """What determines the losses, the noises and the seed."""
+        own = {"seed": self.seed, "noise_stds": list(self.noise_stds)}
+        return self.experiment.ranking_facts() | own
+
+    def compute(self, lab: Lab) -> list[list[float]]:
+        """The matrix."""
+        ledger, order = lab.ledger(self.experiment, self.seed), self.experiment.order
+        return rank_stability(ledger, self.noise_stds, order).rho.tolist()

@@ -10,8 +10,9 @@ import time
 import pytest
 from torch.utils.data import TensorDataset
 
-from benchmarks import data, main_job
-from benchmarks.training import Recipe
+from benchmarks import main_job
+from benchmarks.common import data
+from benchmarks.common.training import Recipe
 from tests.faults.killing import ended, fork
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

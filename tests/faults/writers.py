@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.report import write_json
+from benchmarks.common.report import write_json
 from opacus_pi.accounting import GradNormLedger, GramLedger, NoisySGD
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
 from opacus_pi.recording.weights import load_weights_, save_weights, saved_weights

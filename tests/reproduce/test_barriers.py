@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.models import MODELS, build_model
-from benchmarks.reproduce.barrier_units import BarrierAfter, opposite
-from benchmarks.reproduce.barriers import SETS, barriers
+from benchmarks.common.models import MODELS, build_model
+from benchmarks.common.resnet import resnet18
+from benchmarks.common.training import Recipe
+from benchmarks.reproduce.barriers import SETS, BarrierAfter, barriers, opposite
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES
 from benchmarks.reproduce.figures.figure import (
@@ -21,9 +22,7 @@ from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.judging import judge, unlearn
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.pool import run_all
-from benchmarks.reproduce.unlearning_units import Unlearning
-from benchmarks.resnet import resnet18
-from benchmarks.training import Recipe
+from benchmarks.reproduce.units import Unlearning
 from opacus_pi.evaluation import apply_permutation, permutation_spec
 
 TINY = Experiment(

@@ -3,9 +3,13 @@ import pytest
 import torch
 
 from benchmarks.reproduce import devices
-from benchmarks.reproduce.devices import default_jobs, device_of_worker, own_device
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.pool import run_all
+from benchmarks.reproduce.pool import (
+    default_jobs,
+    device_of_worker,
+    own_device,
+    run_all,
+)
 from benchmarks.reproduce.units import Unit
 
 

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks.common.training import Recipe
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES, outcomes
@@ -18,7 +19,6 @@ from benchmarks.reproduce.figures.pictures import NEIGHBOURS, disagreement
 from benchmarks.reproduce.forget import STRATA, ForgetSet, strata
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import SCALES
-from benchmarks.training import Recipe
 
 TINY = Experiment(
     "digits", 120, 60, Recipe("mlp", 2, 32, 0.1), num_seeds=2, num_checkpoints=3

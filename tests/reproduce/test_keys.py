@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.facts import facts_of, later
-from benchmarks.reproduce.estimate import every_job
+from benchmarks.common.facts import facts_of, later
+from benchmarks.common.training import PrivateRecipe, Recipe
 from benchmarks.reproduce.figures import FIGURES
 from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.pool import stages
 from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.store import path_of
-from benchmarks.reproduce.units import Oracle, Training
-from benchmarks.reproduce.unlearning_units import Unlearning
-from benchmarks.training import PrivateRecipe, Recipe
+from benchmarks.reproduce.units import Oracle, Training, Unlearning
 
 CPU = SCALES["cpu"].sgd
 HARDEST = ForgetSet("last", 200)
@@ -45,9 +44,8 @@ def test_models_and_scores_keep_their_keys():
 
 
 def test_every_job_of_a_scale_has_a_key_of_its_own():
-    jobs = every_job(
-        unit for figure in FIGURES.values() for unit in figure.units(SCALES["smoke"])
-    )
+    units = [u for figure in FIGURES.values() for u in figure.units(SCALES["smoke"])]
+    jobs = [job for stage in stages(units) for job in stage]
     keys = {(type(job), key("", job.facts())) for job in jobs}
     assert len(keys) == len(jobs)
 

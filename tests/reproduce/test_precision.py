@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.common.resnet import resnet18
+from benchmarks.common.training import PrivateRecipe, Recipe, train_privately
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.judging import unlearn
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS
 from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.units import Oracle
-from benchmarks.resnet import resnet18
-from benchmarks.training import PrivateRecipe, Recipe, train_privately
 from opacus_pi.gradients import per_example_grad_norms, sweep
 
 CRITERION = nn.CrossEntropyLoss()

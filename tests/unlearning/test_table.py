@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from benchmarks.data import load
-from benchmarks.models import mlp
-from benchmarks.resnet import resnet18
-from benchmarks.transformer import vit
+from benchmarks.common.data import load
+from benchmarks.common.models import mlp
+from benchmarks.common.resnet import resnet18
+from benchmarks.common.transformer import vit
 from opacus_pi import PrivacyEngine, Recorder
 from opacus_pi.difficulty.forget_sets import top_k
 from opacus_pi.evaluation import evaluate, time_to_unlearn

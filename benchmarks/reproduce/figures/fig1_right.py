@@ -16,12 +16,13 @@ import numpy as np
 from matplotlib.figure import Figure as Picture
 from numpy.typing import NDArray
 
-from benchmarks.reproduce.barrier_units import (
+from benchmarks.reproduce.barriers import (
+    SETS,
     BarrierAfter,
     BarrierBaseline,
     BarrierBefore,
+    Barriers,
 )
-from benchmarks.reproduce.barriers import SETS, Barriers
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import outcomes
 from benchmarks.reproduce.figures.figure import (

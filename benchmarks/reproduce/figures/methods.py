@@ -37,8 +37,7 @@ from benchmarks.reproduce.forget import STRATA, strata
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.methods import METHODS
 from benchmarks.reproduce.scales import Scale
-from benchmarks.reproduce.units import Unit
-from benchmarks.reproduce.unlearning_units import Search
+from benchmarks.reproduce.units import Search, Unit
 from opacus_pi.evaluation.intervals import mean_interval
 
 NAMES = [name for name, method in METHODS.items() if method.ranges]

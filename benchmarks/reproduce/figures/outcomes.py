@@ -8,8 +8,7 @@ import numpy as np
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.units import oracles
-from benchmarks.reproduce.unlearning_units import Unlearning
+from benchmarks.reproduce.units import Unlearning, oracles
 from opacus_pi.evaluation import time_to_unlearn
 from opacus_pi.evaluation.trace import UnlearningTrace
 

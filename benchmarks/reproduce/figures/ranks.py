@@ -28,9 +28,8 @@ from benchmarks.reproduce.figures.figure import (
     told,
 )
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.rank_units import NoiseRanks
 from benchmarks.reproduce.scales import Scale
-from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.units import NoiseRanks, Unit
 from opacus_pi.evaluation.intervals import mean_interval
 
 ON_MEAN = (0.1, 0.01, 0.001, 0.0005, 0.0001)

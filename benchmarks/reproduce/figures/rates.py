@@ -28,10 +28,8 @@ from benchmarks.reproduce.figures.figure import (
 )
 from benchmarks.reproduce.forget import strata
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.rate_units import FineTuned
 from benchmarks.reproduce.scales import Scale
-from benchmarks.reproduce.units import Unit
-from benchmarks.reproduce.unlearning_units import Search
+from benchmarks.reproduce.units import FineTuned, Search, Unit
 
 _ENDS = {
     "UA after": (outcomes.UA, -1),

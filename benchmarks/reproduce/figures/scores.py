@@ -32,9 +32,8 @@ from benchmarks.reproduce.figures.figure import (
 )
 from benchmarks.reproduce.forget import ForgetSet
 from benchmarks.reproduce.lab import Lab
-from benchmarks.reproduce.rank_units import ProxyRanks
 from benchmarks.reproduce.scales import Scale
-from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.units import ProxyRanks, Unit
 from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
 from opacus_pi.plotting import plot_hardest_sets, plot_proxies
 

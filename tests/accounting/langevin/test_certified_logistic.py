@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from benchmarks.binary_data import digits_3_8
 from benchmarks.certified_logistic import METHODS, guarantee
 from benchmarks.certified_steps import Problem, Setting, our_steps, published_steps
+from benchmarks.common.binary_data import digits_3_8
 
 PROBLEM = Problem(digits_3_8(), Setting(0.01, 0.03, 500))
 FORGET = np.arange(10)

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from opacus.layers import DPLSTM, DPMultiheadAttention
 from torch import nn
 
-from benchmarks.resnet import resnet18
-from benchmarks.transformer import text_transformer, vit
+from benchmarks.common.resnet import resnet18
+from benchmarks.common.transformer import text_transformer, vit
 from tests.gradients.models import frozen
 
 CLASSES = 3

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.report import environment, write_json
+from benchmarks.common.report import environment, write_json
 
 Facts = dict[str, Any]
 

@@ -5,8 +5,8 @@ from math import prod
 
 from torch import nn
 
-from benchmarks.resnet import resnet18
-from benchmarks.transformer import vit
+from benchmarks.common.resnet import resnet18
+from benchmarks.common.transformer import vit
 
 
 def build_model(

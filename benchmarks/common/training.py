@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.facts import facts_of, later
-from benchmarks.models import build_model
+from benchmarks.common.facts import facts_of, later
+from benchmarks.common.models import build_model
 from opacus_pi import PrivacyEngine, Recorder
 
 warnings.filterwarnings("ignore", message="Secure RNG turned off")
@@ -23,7 +23,7 @@ class Recipe:
     """Everything that determines a training run but its data and its seed.
 
     Attributes:
-        model: A name that ``benchmarks.models.build_model`` knows.
+        model: A name that ``benchmarks.common.models.build_model`` knows.
         num_epochs: Passes over the data set, in expectation.
         batch_size: Expected batch size of the Poisson batches.
         learning_rate: Of plain SGD.

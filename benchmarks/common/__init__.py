@@ -1,0 +1,1 @@
+"""Data, models, training and reports that several benchmarks share."""
