@@ -40,7 +40,7 @@ def run_all(units: Iterable[Unit], lab: Lab, num_jobs: int = 1) -> None:
 
 
 def stages(units: Iterable[Unit]) -> list[list[Unit]]:
-    """Return units and their needs, once each, in stages that need only earlier ones."""
+    """Return units and their needs, once each; a stage needs only earlier stages."""
     level: dict[Unit, int] = {}
 
     def place(unit: Unit) -> int:
