@@ -2,7 +2,7 @@ import joblib
 import pytest
 import torch
 
-from benchmarks.reproduce import devices
+from benchmarks.reproduce import pool
 from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.pool import (
     default_jobs,
@@ -16,7 +16,7 @@ from benchmarks.reproduce.units import Unit
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with 16 cores and 4 GPUs."""
-    monkeypatch.setattr(devices.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(pool.os, "cpu_count", lambda: 16)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
 
@@ -28,7 +28,7 @@ def test_default_number_of_processes(machine, device, jobs):
 
 
 def test_no_more_processes_than_cores(machine, monkeypatch):
-    monkeypatch.setattr(devices.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(pool.os, "cpu_count", lambda: 2)
     assert default_jobs("cuda") == 2
 
 
