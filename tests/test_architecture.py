@@ -1,4 +1,4 @@
-"""The page on the package's structure names every room, at its layer, and no other."""
+"""The page on the structure names every room at its layer, and files that exist."""
 
 import re
 from pathlib import Path
@@ -44,9 +44,27 @@ def test_the_check_can_fail():
     assert layers_of(text) == {0: ["one"], 3: ["two.three"]}
 
 
+WALK = re.compile(
+    r"^\d\. `([\w/]+\.py)`(?: and `([\w/]+\.py)`)?(?:, `([\w.]+)`)?", re.M
+)
+
+
 @pytest.mark.parametrize(
     "path", sorted(set(re.findall(r"`([\w/]+(?:\.py|/))`", TEXT))), ids=str
 )
 def test_files_that_are_named_exist(path):
-    homes = [PACKAGE, PACKAGE.parent, PACKAGE / "gradients"]
+    beside = [PACKAGE / found[0] for found in WALK.findall(TEXT)]
+    homes = [PACKAGE, PACKAGE.parent, *(place.parent for place in beside)]
     assert any((home / path).exists() for home in homes), path
+
+
+def test_walks_have_fewer_than_ten_stops_at_places_that_exist():
+    walks = re.split(
+        r"^### ", TEXT.split("\n## Three walks")[1].split("\n## ")[0], flags=re.M
+    )
+    stops = [WALK.findall(walk) for walk in walks[1:]]
+    assert len(stops) == 3 and all(3 < len(walk) < 10 for walk in stops)
+    for path, _, name in (stop for walk in stops for stop in walk):
+        text = (PACKAGE / path).read_text(encoding="utf-8")
+        last = name.rpartition(".")[2]
+        assert re.search(rf"(def|class) {last}\b", text) or not name, (path, name)

@@ -25,8 +25,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 BY_STRING = {"getattr", "hasattr", "setattr", "delattr"}
 
 
+PUBLIC = {"_asdict", "_fields", "_make", "_replace"}  # documented, of named tuples
+
+
 def is_private(name):
-    return name.startswith("_") and not name.startswith(("__", "_pi_"))
+    ours = name.startswith(("__", "_pi_"))
+    return name.startswith("_") and not ours and name not in PUBLIC
 
 
 def defined(tree):

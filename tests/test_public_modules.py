@@ -53,7 +53,7 @@ MODULES = public_modules()
 
 
 def test_the_modules_are_found():
-    expected = {"opacus_pi", "opacus_pi.cli", "opacus_pi.integration.compatible"}
+    expected = {"opacus_pi", "opacus_pi.cli", "opacus_pi.compatible"}
     assert expected | {"opacus_pi.unlearning.search"} <= set(MODULES)
     assert not [name for name in MODULES if "_types" in name or "__main__" in name]
 

@@ -180,7 +180,9 @@ def _inner(model: nn.Module) -> nn.Module | None:
         inner: nn.Module = model.module
         return inner
     if made_by_opacus(model):
-        parts = {**getattr(model, "_modules", {}), **vars(model)}
+        is_module = isinstance(model, nn.Module)
+        children = dict(model.named_children()) if is_module else {}
+        parts = {**children, **vars(model)}
         return parts.get("_module", parts.get("module"))
     return compiled_module(model)
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_pi._torch_compat import num_writes
 from opacus_pi._validate import expect
 from opacus_pi.files.kinds import RECORDED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
@@ -168,5 +169,5 @@ def _tensors(model: nn.Module) -> list[Tensor]:
 
 def _mark(tensor: Tensor) -> tuple[int, torch.dtype]:
     """Return how often a tensor was written to, and its type."""
-    version = -1 if tensor.is_inference() else tensor._version
+    version = -1 if tensor.is_inference() else num_writes(tensor)
     return version, tensor.dtype

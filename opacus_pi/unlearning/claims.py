@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
@@ -229,7 +230,7 @@ def _separable(model: nn.Module) -> Assumption:
     mixing = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, BatchNormBase)
     ]
     return Assumption(
         "an example acts on an update through its own gradient only",
