@@ -30,17 +30,17 @@ import matplotlib
 from benchmarks.common.facts import facts_of
 from benchmarks.common.report import environment, write_json
 from benchmarks.reproduce.figures import FIGURES, Figure
-from benchmarks.reproduce.figures.figure import NOT_TESTABLE, Verdict
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.figures.verdicts import NOT_TESTABLE, Verdict
 from benchmarks.reproduce.pool import JOBS_PER_GPU, default_jobs, run_all
 from benchmarks.reproduce.scales import SCALES, Scale
+from benchmarks.reproduce.workspace import Workspace
 
 FEWEST_SEEDS = 3  # for a verdict
 
 
-def publish(figure: Figure, scale: Scale, lab: Lab, out: Path) -> None:
+def publish(figure: Figure, scale: Scale, workspace: Workspace, out: Path) -> None:
     """Write a figure's JSON, picture and table; print the verdict."""
-    result = figure.result(scale, lab)
+    result = figure.result(scale, workspace)
     verdict = figure.judge(result)
     if scale.sgd.num_seeds < FEWEST_SEEDS:
         verdict = Verdict(NOT_TESTABLE, verdict.because)
@@ -130,12 +130,14 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # in the processes: one thread each
     figures, scale = chosen(args.figures), SCALES[args.scale]
     arrays = tuple((name, Path(file)) for name, file in args.data)
-    lab = Lab(args.store, args.data_root, arrays, args.device)
+    workspace = Workspace(args.store, args.data_root, arrays, args.device)
     with cluster(args.dask):
         units = [unit for figure in figures for unit in figure.units(scale)]
-        run_all(units, lab, args.jobs or default_jobs(args.device))
+        run_all(units, workspace, args.jobs or default_jobs(args.device))
     for figure in figures:
-        publish(figure, scale, lab, args.out or Path("runs/reproduce") / args.scale)
+        publish(
+            figure, scale, workspace, args.out or Path("runs/reproduce") / args.scale
+        )
 
 
 if __name__ == "__main__":

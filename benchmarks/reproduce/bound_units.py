@@ -7,8 +7,8 @@ from benchmarks import certified_logistic, group_bound
 from benchmarks.certified_steps import Problem, Setting
 from benchmarks.common.binary_data import digits_3_8
 from benchmarks.reproduce.experiment import Experiment, Facts
-from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.workspace import Workspace
 
 _DIGITS_3_8 = Setting(0.01, 0.03, 500)
 
@@ -27,12 +27,12 @@ class GroupBounds(Unit):
             return own
         return own | {"experiment": self.experiment.training_facts()}
 
-    def compute(self, lab: Lab) -> list[dict[str, Any]]:
+    def compute(self, workspace: Workspace) -> list[dict[str, Any]]:
         """One row a stratum."""
         if self.experiment is None:
             return group_bound.study(self.settings)
-        images, recipe = lab.images(self.experiment), self.experiment.recipe
-        return group_bound.study(self.settings, images, recipe, lab.device)
+        images, recipe = workspace.images(self.experiment), self.experiment.recipe
+        return group_bound.study(self.settings, images, recipe, workspace.device)
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Certified(Unit):
         """Seeds and setting."""
         return {"num_seeds": self.num_seeds} | asdict(_DIGITS_3_8)
 
-    def compute(self, lab: Lab) -> list[dict[str, Any]]:
+    def compute(self, workspace: Workspace) -> list[dict[str, Any]]:
         """One row for each size of forget set."""
         problem = Problem(digits_3_8(), _DIGITS_3_8)
         return list(certified_logistic.run(problem, self.num_seeds))

@@ -8,9 +8,9 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.common.data import ImageData
 from benchmarks.reproduce.experiment import Facts
-from benchmarks.reproduce.judging import CRITERION, unlearner_of
-from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.units import Search, Unlearning, oracles
+from benchmarks.reproduce.unlearning_runs import CRITERION, unlearner_of
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation import GaussianPoison, gaussian_unlearning_score
 
 GUS = "gaussian_unlearning_score"
@@ -29,12 +29,12 @@ class Poisoned(Unlearning):
         """Those of unlearning, and the noise."""
         return super().facts() | {"noise_std": self.noise_std}
 
-    def compute(self, lab: Lab) -> dict[str, Any]:
+    def compute(self, workspace: Workspace) -> dict[str, Any]:
         """Poison, train, unlearn, score."""
-        experiment, poison = self.experiment, self._poison(lab)
-        noisy = _materialised(lab.images(experiment), poison)
-        model, engine = lab.train(experiment, noisy, self.seed, 1)
-        settings = Search(experiment, self.method).run(lab)["settings"]
+        experiment, poison = self.experiment, self._poison(workspace)
+        noisy = _materialised(workspace.images(experiment), poison)
+        model, engine = workspace.train(experiment, noisy, self.seed, 1)
+        settings = Search(experiment, self.method).run(workspace)["settings"]
         inputs, labels = poison.clean()
 
         def score(net: torch.nn.Module) -> dict[str, float]:
@@ -53,18 +53,18 @@ class Poisoned(Unlearning):
             evaluate=score,
             batch_size=experiment.recipe.batch_size,
         ).trace
-        judges = [one.model(lab) for one in oracles(experiment, self.forget_set)]
+        judges = [one.model(workspace) for one in oracles(experiment, self.forget_set)]
         return {
             "times": trace.times,
             "trace": trace.metrics,
             "oracle": {GUS: [score(judge)[GUS] for judge in judges]},
         }
 
-    def _poison(self, lab: Lab) -> GaussianPoison:
+    def _poison(self, workspace: Workspace) -> GaussianPoison:
         """The poisoned data set of this seed."""
         return GaussianPoison(
-            lab.images(self.experiment).train,
-            self.forget_set.indices(lab, self.experiment),
+            workspace.images(self.experiment).train,
+            self.forget_set.indices(workspace, self.experiment),
             self.noise_std,
             torch.Generator().manual_seed(self.seed),
         )

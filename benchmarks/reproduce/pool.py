@@ -16,24 +16,24 @@ import joblib
 import torch
 from tqdm import tqdm
 
-from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.workspace import Workspace
 
 JOBS_PER_GPU = 3  # small models wait for the processor; not measured on a GPU
 
 
-def run_all(units: Iterable[Unit], lab: Lab, num_jobs: int = 1) -> None:
+def run_all(units: Iterable[Unit], workspace: Workspace, num_jobs: int = 1) -> None:
     """Run units and everything they need, in that order; stored results are reused.
 
     Args:
         units: The units whose results are wanted.
-        lab: Where results are stored.
+        workspace: Where results are stored.
         num_jobs: Number of processes of joblib's default backend. To choose another
             backend, call this inside ``joblib.parallel_config(backend="dask")``.
     """
     for stage in stages(units):
         pool = joblib.Parallel(num_jobs, return_as="generator_unordered")
-        done = pool(joblib.delayed(_run)(unit, lab) for unit in stage)
+        done = pool(joblib.delayed(_run)(unit, workspace) for unit in stage)
         names = sorted({type(unit).__name__.lower() for unit in stage})
         for _ in tqdm(done, total=len(stage), desc=" + ".join(names), unit="job"):
             pass
@@ -56,9 +56,9 @@ def stages(units: Iterable[Unit]) -> list[list[Unit]]:
     return found
 
 
-def _run(unit: Unit, lab: Lab) -> None:
+def _run(unit: Unit, workspace: Workspace) -> None:
     """Run a unit on the device of this process and store its result."""
-    unit.run(replace(lab, device=own_device(lab.device)))
+    unit.run(replace(workspace, device=own_device(workspace.device)))
 
 
 def default_jobs(device: str) -> int:

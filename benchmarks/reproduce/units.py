@@ -1,8 +1,12 @@
-"""The independent jobs of a study; each is run once and kept.
+"""The independent jobs of a study; each is run once and its result is stored.
 
-A unit is frozen and small, so that it can be sent to any process; ``run(lab)`` returns
-its JSON result, from the store if it is there. ``needs()`` are the units that others
-share with it and that are run before, so that no two processes train one model.
+A unit is a small frozen dataclass: it can be sent to any process, and equal units are
+one job. ``run(workspace)`` returns its JSON result, from the store if it is there.
+``needs()`` lists the units that must be finished before. A shared training is such a
+need: without it, two processes would train the same model at the same time.
+
+The name of a unit's class is part of its key in the store. A renamed class loses all
+stored results of its kind.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,11 +18,11 @@ from torch import nn
 from torch.utils.data import Subset
 
 from benchmarks.reproduce.experiment import Experiment, Facts
-from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.judging import CRITERION, judge, unlearn
-from benchmarks.reproduce.lab import Lab, scores_of
+from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.methods import METHODS
 from benchmarks.reproduce.store import cached_json
+from benchmarks.reproduce.unlearning_runs import CRITERION, judge, unlearn
+from benchmarks.reproduce.workspace import Workspace, scores_of
 from opacus_pi.difficulty.agreement import rank_correlations, rank_stability
 from opacus_pi.evaluation import OracleCache, evaluate
 from opacus_pi.unlearning.search import search_settings
@@ -38,15 +42,17 @@ class Unit:
         """Everything that determines the result."""
         raise NotImplementedError
 
-    def compute(self, lab: Lab) -> Any:
+    def compute(self, workspace: Workspace) -> Any:
         """Do it."""
         raise NotImplementedError
 
-    def run(self, lab: Lab) -> Any:
+    def run(self, workspace: Workspace) -> Any:
         """The result, JSON-able."""
         torch.set_num_threads(1)
         kind = type(self).__name__.lower()
-        return cached_json(lab.directory, kind, self.facts(), lambda: self.compute(lab))
+        return cached_json(
+            workspace.directory, kind, self.facts(), lambda: self.compute(workspace)
+        )
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,10 @@ class Training(Unit):
         """Recipe and seed."""
         return self.experiment.facts() | {"seed": self.seed}
 
-    def compute(self, lab: Lab) -> dict[str, float]:
+    def compute(self, workspace: Workspace) -> dict[str, float]:
         """Train, and test."""
-        model, _ = lab.trained(self.experiment, self.seed)
-        images = lab.images(self.experiment)
+        model, _ = workspace.trained(self.experiment, self.seed)
+        images = workspace.images(self.experiment)
         parts = {"forget": images.test, "retain": images.train, "test": images.test}
         found = evaluate(model, CRITERION, **parts)
         return {name: found[name] for name in ("retain_accuracy", "test_accuracy")}
@@ -87,27 +93,27 @@ class Oracle(Unit):
         forget = self.forget_set.facts(self.experiment)
         return self.experiment.facts() | {"forget": forget, "number": self.number}
 
-    def model(self, lab: Lab) -> nn.Module:
+    def model(self, workspace: Workspace) -> nn.Module:
         """The retrained model, from the store if it is there."""
-        experiment, images = self.experiment, lab.images(self.experiment)
+        experiment, images = self.experiment, workspace.images(self.experiment)
 
         def retrain(kept: np.ndarray, seed: int) -> nn.Module:
-            return lab.train(experiment, Subset(images.train, kept), seed, 1)[0]
+            return workspace.train(experiment, Subset(images.train, kept), seed, 1)[0]
 
-        (model,) = OracleCache(lab.directory / "oracles").train(
+        (model,) = OracleCache(workspace.directory / "oracles").train(
             retrain,
             key=experiment.training_facts(),
             data_set=images.train,
-            forget_indices=self.forget_set.indices(lab, experiment),
+            forget_indices=self.forget_set.indices(workspace, experiment),
             seeds=[_ORACLE_SEED + self.number],
-            model_factory=lambda: lab.fresh_model(experiment),
+            model_factory=lambda: workspace.fresh_model(experiment),
             progress=False,
         )
         return model
 
-    def compute(self, lab: Lab) -> dict[str, float]:
+    def compute(self, workspace: Workspace) -> dict[str, float]:
         """Retrain and evaluate."""
-        return judge(lab, self.experiment, self.forget_set)(self.model(lab))
+        return judge(workspace, self.experiment, self.forget_set)(self.model(workspace))
 
 
 def oracles(experiment: Experiment, forget_set: ForgetSet) -> list[Oracle]:
@@ -147,15 +153,17 @@ class Search(Unit):
         ranges = METHODS[self.method].ranges
         return self.experiment.facts() | {"method": self.method, "ranges": ranges}
 
-    def compute(self, lab: Lab) -> dict[str, Any]:
+    def compute(self, workspace: Workspace) -> dict[str, Any]:
         """Search; nothing where nothing is to be found."""
         ranges = METHODS[self.method].ranges
         if not ranges:
             return {"settings": {}, "trials": []}
-        measured = [one.run(lab) for one in oracles(self.experiment, self.forget_set)]
+        measured = [
+            one.run(workspace) for one in oracles(self.experiment, self.forget_set)
+        ]
         found = search_settings(
             lambda settings: unlearn(
-                lab, self.experiment, self.forget_set, self.method, settings, 0
+                workspace, self.experiment, self.forget_set, self.method, settings, 0
             )[1],
             ranges,
             {name: [one[name] for one in measured] for name in measured[0]},
@@ -197,20 +205,22 @@ class Unlearning(Unit):
         """Experiment, forget set, method, seed."""
         return run_facts(self.experiment, self.forget_set, self.method, self.seed)
 
-    def compute(self, lab: Lab) -> dict[str, Any]:
+    def compute(self, workspace: Workspace) -> dict[str, Any]:
         """Unlearn; evaluate."""
         experiment, forget_set = self.experiment, self.forget_set
-        settings = Search(experiment, self.method).run(lab)["settings"]
+        settings = Search(experiment, self.method).run(workspace)["settings"]
         _, trace = unlearn(
-            lab, experiment, forget_set, self.method, settings, self.seed
+            workspace, experiment, forget_set, self.method, settings, self.seed
         )
-        losses = lab.scores(experiment)["privacy loss"]
+        losses = workspace.scores(experiment)["privacy loss"]
         return {
             "trace": trace.metrics,
             "times": trace.times,
             "cost": trace.cost,
             "settings": settings,
-            "mean_loss": float(losses[forget_set.indices(lab, experiment)].mean()),
+            "mean_loss": float(
+                losses[forget_set.indices(workspace, experiment)].mean()
+            ),
         }
 
 
@@ -235,10 +245,10 @@ class FineTuned(Unit):
             "seed": self.seed,
         }
 
-    def compute(self, lab: Lab) -> dict[str, Any]:
+    def compute(self, workspace: Workspace) -> dict[str, Any]:
         """Unlearn; evaluate."""
         _, trace = unlearn(
-            lab,
+            workspace,
             self.experiment,
             self.forget_set,
             "fine-tune",
@@ -263,9 +273,9 @@ class ProxyRanks(Unit):
         """What determines the scores, and the seed."""
         return self.experiment.ranking_facts() | {"seed": self.seed}
 
-    def compute(self, lab: Lab) -> dict[str, float]:
+    def compute(self, workspace: Workspace) -> dict[str, float]:
         """By name of the proxy."""
-        ledger = lab.ledger(self.experiment, self.seed)
+        ledger = workspace.ledger(self.experiment, self.seed)
         scores = scores_of([ledger], self.experiment.order)
         ranks = rank_correlations(scores)
         return {n: float(ranks.between(n, LOSS)[0]) for n in scores if n != LOSS}
@@ -288,7 +298,10 @@ class NoiseRanks(Unit):
         own = {"seed": self.seed, "noise_stds": list(self.noise_stds)}
         return self.experiment.ranking_facts() | own
 
-    def compute(self, lab: Lab) -> list[list[float]]:
+    def compute(self, workspace: Workspace) -> list[list[float]]:
         """The matrix."""
-        ledger, order = lab.ledger(self.experiment, self.seed), self.experiment.order
+        ledger, order = (
+            workspace.ledger(self.experiment, self.seed),
+            self.experiment.order,
+        )
         return rank_stability(ledger, self.noise_stds, order).rho.tolist()

@@ -10,19 +10,15 @@ import torch
 from benchmarks.common.models import MODELS, build_model
 from benchmarks.common.resnet import resnet18
 from benchmarks.common.training import Recipe
-from benchmarks.reproduce.barriers import SETS, BarrierAfter, barriers, opposite
+from benchmarks.reproduce.barrier_units import SETS, BarrierAfter, barriers, opposite
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES
-from benchmarks.reproduce.figures.figure import (
-    BORNE_OUT,
-    NOT_BORNE_OUT,
-    NOT_TESTABLE,
-)
-from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.judging import judge, unlearn
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.figures.verdicts import BORNE_OUT, NOT_BORNE_OUT, NOT_TESTABLE
+from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.pool import run_all
 from benchmarks.reproduce.units import Unlearning
+from benchmarks.reproduce.unlearning_runs import judge, unlearn
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation import apply_permutation, permutation_spec
 
 TINY = Experiment(
@@ -48,14 +44,14 @@ def test_a_model_with_its_units_in_another_order_has_no_barrier(
     narrow = partial(resnet18, norm="batch", width=4)
     monkeypatch.setitem(MODELS, "narrow-batch-norm", narrow)
     experiment = replace(TINY, recipe=replace(TINY.recipe, model=name), num_probe=6)
-    lab, shape = Lab(tmp_path), (1, 8, 8)
+    workspace, shape = Workspace(tmp_path), (1, 8, 8)
     torch.manual_seed(0)
     model = build_model(name, shape).eval()
     spec = permutation_spec(model, torch.rand(2, *shape))
     other = build_model(name, shape).eval()
     order = spec.random(np.random.default_rng(0))
     other.load_state_dict(apply_permutation(spec, order, model.state_dict()))
-    found = barriers(lab, experiment, model, other)
+    found = barriers(workspace, experiment, model, other)
     assert set(found) == set(SETS)
     assert max(found.values()) == pytest.approx(0, abs=1e-5)
 
@@ -70,14 +66,14 @@ def test_no_two_seeds_share_an_oracle_unless_all_do():
 
 
 def test_a_run_that_is_not_judged_ends_at_the_same_model(tmp_path):
-    lab = Lab(tmp_path)
+    workspace = Workspace(tmp_path)
     unit = Unlearning(TINY, SET, "fine-tune", 1)
-    run_all([unit, BarrierAfter(TINY, SET, "fine-tune", 1)], lab)
-    trace = unit.run(lab)
-    where = (lab, TINY, SET, "fine-tune", trace["settings"], 1)
+    run_all([unit, BarrierAfter(TINY, SET, "fine-tune", 1)], workspace)
+    trace = unit.run(workspace)
+    where = (workspace, TINY, SET, "fine-tune", trace["settings"], 1)
     model, empty = unlearn(*where, judged=False)
     assert not empty.times
-    found = judge(lab, TINY, SET)(model)
+    found = judge(workspace, TINY, SET)(model)
     assert found == {name: values[-1] for name, values in trace["trace"].items()}
 
 

@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from benchmarks.reproduce import pool
-from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.pool import (
     default_jobs,
     device_of_worker,
@@ -11,6 +10,7 @@ from benchmarks.reproduce.pool import (
     run_all,
 )
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.workspace import Workspace
 
 
 @pytest.fixture
@@ -66,11 +66,11 @@ class Where(Unit):
     def facts(self):
         return {}
 
-    def compute(self, lab):
-        return lab.device
+    def compute(self, workspace):
+        return workspace.device
 
 
 def test_a_job_runs_on_the_device_of_its_process(tmp_path, machine):
-    lab = Lab(tmp_path, device="cuda")
-    run_all([Where()], lab)
-    assert Where().run(lab) == "cuda:0"
+    workspace = Workspace(tmp_path, device="cuda")
+    run_all([Where()], workspace)
+    assert Where().run(workspace) == "cuda:0"

@@ -7,18 +7,18 @@ from benchmarks.common.training import Recipe
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES, outcomes
-from benchmarks.reproduce.figures.figure import (
+from benchmarks.reproduce.figures.typicality import NEIGHBOURS, disagreement
+from benchmarks.reproduce.figures.verdicts import (
     BORNE_OUT,
     NOT_BORNE_OUT,
     NOT_TESTABLE,
     Verdict,
-    joined,
+    combined,
     ordering,
 )
-from benchmarks.reproduce.figures.pictures import NEIGHBOURS, disagreement
-from benchmarks.reproduce.forget import STRATA, ForgetSet, strata
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import STRATA, ForgetSet, strata
 from benchmarks.reproduce.scales import SCALES
+from benchmarks.reproduce.workspace import Workspace
 
 TINY = Experiment(
     "digits", 120, 60, Recipe("mlp", 2, 32, 0.1), num_seeds=2, num_checkpoints=3
@@ -72,9 +72,9 @@ def test_rising_times_are_borne_out_and_falling_ones_are_not():
 
 def test_a_claim_over_several_measures_needs_all_of_them():
     yes, no, open_ = (Verdict(v, "") for v in (BORNE_OUT, NOT_BORNE_OUT, NOT_TESTABLE))
-    assert joined({"a": yes, "b": yes}).verdict == BORNE_OUT
-    assert joined({"a": yes, "b": no}).verdict == NOT_BORNE_OUT
-    assert joined({"a": yes, "b": open_}).verdict == NOT_TESTABLE
+    assert combined({"a": yes, "b": yes}).verdict == BORNE_OUT
+    assert combined({"a": yes, "b": no}).verdict == NOT_BORNE_OUT
+    assert combined({"a": yes, "b": open_}).verdict == NOT_TESTABLE
 
 
 def hardest(times, gaps):
@@ -214,20 +214,20 @@ def test_what_is_retained_is_to_end_alike_on_all_sets():
 
 
 def test_strata_are_those_of_the_mean_loss_and_the_same_for_every_seed(tmp_path):
-    lab = Lab(tmp_path)
-    losses = lab.scores(TINY)["privacy loss"]
+    workspace = Workspace(tmp_path)
+    losses = workspace.scores(TINY)["privacy loss"]
     order = np.argsort(losses, kind="stable")
-    easiest, *_, hardest = (one.indices(lab, TINY) for one in strata(TINY, 10))
+    easiest, *_, hardest = (one.indices(workspace, TINY) for one in strata(TINY, 10))
     assert set(easiest) == set(order[:10])
     assert set(hardest) == set(order[-10:])
-    top = ForgetSet("top", 10).indices(lab, TINY)
+    top = ForgetSet("top", 10).indices(workspace, TINY)
     np.testing.assert_array_equal(top, hardest)
 
 
 def test_never_survives_json():
     times = np.array([[0.0, np.inf], [3.0, 1.0]])
-    listed = json.loads(json.dumps(outcomes.listed(times)))
-    np.testing.assert_array_equal(outcomes.array(listed), times)
+    listed = json.loads(json.dumps(outcomes.to_json(times)))
+    np.testing.assert_array_equal(outcomes.from_json(listed), times)
 
 
 def test_full_scale_is_the_papers():

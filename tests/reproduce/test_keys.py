@@ -8,7 +8,7 @@ import pytest
 from benchmarks.common.facts import facts_of, later
 from benchmarks.common.training import PrivateRecipe, Recipe
 from benchmarks.reproduce.figures import FIGURES
-from benchmarks.reproduce.forget import ForgetSet
+from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.pool import stages
 from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.store import path_of

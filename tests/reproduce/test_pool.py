@@ -10,10 +10,10 @@ import joblib
 import pytest
 
 from benchmarks.reproduce.figures import FIGURES
-from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.pool import run_all, stages
 from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Job(Unit):
     def facts(self):
         return {"name": self.name}
 
-    def compute(self, lab: Lab):
+    def compute(self, workspace: Workspace):
         for one in self.required:
-            assert (lab.directory / f"{one.name}.done").exists()
-        died = lab.directory / f"{self.name}.died"
+            assert (workspace.directory / f"{one.name}.done").exists()
+        died = workspace.directory / f"{self.name}.died"
         if self.kill and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        with open(lab.directory / f"{self.name}.done", "a") as file:
+        with open(workspace.directory / f"{self.name}.done", "a") as file:
             file.write("x")
         return self.name
 
@@ -53,9 +53,9 @@ def test_stages_need_only_earlier_ones_and_hold_each_job_once():
 
 
 def test_every_job_runs_once_after_what_it_needs(tmp_path):
-    lab = Lab(tmp_path)
+    workspace = Workspace(tmp_path)
     for _ in range(2):
-        run_all([D, C], lab)
+        run_all([D, C], workspace)
     assert {p.name: p.read_text() for p in tmp_path.glob("*.done")} == {
         f"{name}.done": "x" for name in "abcd"
     }
@@ -81,7 +81,7 @@ def cluster():
 
 def test_a_job_that_kills_its_worker_runs_again_on_another(tmp_path, cluster):
     jobs = [Job(f"job{k}", (A,), kill=k == 1) for k in range(4)]
-    run_all(jobs, Lab(tmp_path))
+    run_all(jobs, Workspace(tmp_path))
     assert (tmp_path / "job1.died").exists()
     assert {p.name: p.read_text() for p in tmp_path.glob("*.done")} == {
         f"{name}.done": "x" for name in ("a", *(f"job{k}" for k in range(4)))
@@ -89,7 +89,7 @@ def test_a_job_that_kills_its_worker_runs_again_on_another(tmp_path, cluster):
 
 
 def test_smoke_on_a_cluster_that_loses_a_worker_in_the_middle(tmp_path, cluster):
-    lab, scale, figure = Lab(tmp_path), SCALES["smoke"], FIGURES["fig5"]
+    workspace, scale, figure = Workspace(tmp_path), SCALES["smoke"], FIGURES["fig5"]
     killed = []
 
     def kill_one():
@@ -101,10 +101,10 @@ def test_smoke_on_a_cluster_that_loses_a_worker_in_the_middle(tmp_path, cluster)
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
-    run_all(figure.units(scale), lab)
+    run_all(figure.units(scale), workspace)
     killer.join(timeout=10)
     assert killed
-    assert figure.result(scale, lab)["curves"]
+    assert figure.result(scale, workspace)["curves"]
     assert all(
         json.loads(path.read_text())["result"] for path in tmp_path.glob("*/*.json")
     )

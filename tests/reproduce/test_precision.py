@@ -9,12 +9,12 @@ from torch import nn
 
 from benchmarks.common.resnet import resnet18
 from benchmarks.common.training import PrivateRecipe, Recipe, train_privately
-from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.judging import unlearn
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.methods import METHODS
 from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.units import Oracle
+from benchmarks.reproduce.unlearning_runs import unlearn
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.gradients import per_example_grad_norms, sweep
 
 CRITERION = nn.CrossEntropyLoss()
@@ -52,15 +52,15 @@ def outputs_seen():
 
 
 def test_only_the_passes_of_updates_are_in_bfloat16(tmp_path, outputs_seen):
-    lab = Lab(tmp_path)
-    model, ledger = lab.trained(FAST, 0)
+    workspace = Workspace(tmp_path)
+    model, ledger = workspace.trained(FAST, 0)
     assert outputs_seen == {True: {torch.bfloat16}, False: {torch.float32}}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert np.isfinite(ledger.grad_norms).all() and len(ledger.grad_norms) == 3
 
 
 def test_the_default_is_float32(tmp_path, outputs_seen):
-    Lab(tmp_path).trained(PLAIN, 0)
+    Workspace(tmp_path).trained(PLAIN, 0)
     assert outputs_seen == {True: {torch.float32}, False: {torch.float32}}
 
 
@@ -68,11 +68,11 @@ def test_the_default_is_float32(tmp_path, outputs_seen):
 def test_every_method_unlearns_in_the_precision_of_the_training(
     tmp_path, outputs_seen, method
 ):
-    lab, forget = Lab(tmp_path), ForgetSet("random", 6)
-    lab.trained(FAST, 0)
+    workspace, forget = Workspace(tmp_path), ForgetSet("random", 6)
+    workspace.trained(FAST, 0)
     for types in outputs_seen.values():
         types.clear()
-    model, trace = unlearn(lab, FAST, forget, method, SETTINGS, 0)
+    model, trace = unlearn(workspace, FAST, forget, method, SETTINGS, 0)
     if method != "SSD":  # it makes no updates
         assert outputs_seen[True] == {torch.bfloat16}
     if method != "SCRUB":  # its teacher is in evaluation mode and takes part
@@ -82,14 +82,14 @@ def test_every_method_unlearns_in_the_precision_of_the_training(
 
 
 def test_models_are_stored_in_the_common_layout_and_placed_in_their_own(tmp_path):
-    lab = Lab(tmp_path)
-    first = lab.trained(FAST, 0)[0]
-    oracle = Oracle(FAST, ForgetSet("random", 6), 0).model(lab)
+    workspace = Workspace(tmp_path)
+    first = workspace.trained(FAST, 0)[0]
+    oracle = Oracle(FAST, ForgetSet("random", 6), 0).model(workspace)
     for model in (first, oracle):
         weight = model[2].weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
         assert not weight.is_contiguous()
-    again = Oracle(FAST, ForgetSet("random", 6), 0).model(lab)
+    again = Oracle(FAST, ForgetSet("random", 6), 0).model(workspace)
     for a, b in zip(oracle.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -110,7 +110,7 @@ def test_sweeps_do_not_depend_on_the_layout_nor_on_autocast_around_them(norm):
 def test_bfloat16_training_is_close_to_float32_but_not_the_same(tmp_path):
     still = {"noise_std": 0.0}
     models = [
-        Lab(tmp_path).trained(replace(e, recipe=replace(e.recipe, **still)), 0)[0]
+        Workspace(tmp_path).trained(replace(e, recipe=replace(e.recipe, **still)), 0)[0]
         for e in (PLAIN, FAST)
     ]
     a, b = (torch.cat([p.flatten() for p in m.parameters()]) for m in models)
@@ -121,6 +121,6 @@ def test_bfloat16_training_is_close_to_float32_but_not_the_same(tmp_path):
 @pytest.mark.parametrize("change", [{"precision": "bfloat16"}, {"channels_last": True}])
 def test_dp_sgd_is_float32_only(tmp_path, change):
     recipe = PrivateRecipe("mlp", 1, 16, 0.1, **change)
-    data_set = Lab(tmp_path).images(PLAIN).train
+    data_set = Workspace(tmp_path).images(PLAIN).train
     with pytest.raises(ValueError, match="for DP-SGD"):
         train_privately(recipe, data_set, (1, 8, 8), 0, 1.0)

@@ -5,11 +5,11 @@ import pytest
 
 from benchmarks.reproduce import figures
 from benchmarks.reproduce.figures import FIGURES
-from benchmarks.reproduce.figures.figure import (
+from benchmarks.reproduce.figures.verdicts import (
     BORNE_OUT,
     NOT_BORNE_OUT,
     NOT_TESTABLE,
-    medians,
+    medians_text,
     ordering,
 )
 
@@ -38,8 +38,8 @@ def test_one_rho_for_all_seeds_is_no_interval():
 
 def test_medians_say_never():
     times = np.array([[0.0, 3.0, np.inf], [0.0, 5.0, 2.0], [1.0, 4.0, np.inf]])
-    assert medians(times) == "0, 4, never"
-    assert medians(times[:2]) == "0, 5, never"  # of two the longer
+    assert medians_text(times) == "0, 4, never"
+    assert medians_text(times[:2]) == "0, 5, never"  # of two the longer
 
 
 def proxies(mean, other):

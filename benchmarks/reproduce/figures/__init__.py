@@ -2,31 +2,31 @@
 
 from benchmarks.reproduce.figures import (
     bounds,
-    fig1,
-    fig1_right,
+    difficulty_scores,
+    learning_rates,
+    loss_barriers,
     methods,
-    more_times,
-    pictures,
-    predicted,
+    other_settings,
+    predicted_times,
     private_models,
-    ranks,
-    rates,
-    scores,
+    rank_stability,
+    times_to_unlearn,
+    typicality,
 )
 from benchmarks.reproduce.figures.figure import Figure
 
 _MODULES = (
-    fig1,
-    fig1_right,
-    scores,
-    pictures,
+    times_to_unlearn,
+    loss_barriers,
+    difficulty_scores,
+    typicality,
     bounds,
-    more_times,
+    other_settings,
     private_models,
-    ranks,
-    rates,
+    rank_stability,
+    learning_rates,
     methods,
-    predicted,
+    predicted_times,
 )
 _FOUND = [figure for module in _MODULES for figure in module.FIGURES]
 _PAPER = sorted((f for f in _FOUND if f.name[:3] == "fig"), key=lambda f: f.name)

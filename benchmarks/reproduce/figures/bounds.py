@@ -19,20 +19,19 @@ import numpy as np
 from matplotlib.figure import Figure as Picture
 
 from benchmarks.reproduce.bound_units import Certified, GroupBounds
-from benchmarks.reproduce.figures.figure import (
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.verdicts import (
     BORNE_OUT,
     NOT_BORNE_OUT,
     NOT_TESTABLE,
-    Figure,
-    Result,
     Verdict,
-    joined,
+    combined,
     ordering,
-    told,
+    text_of,
 )
-from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.plotting import plot_group_divergences
 from opacus_pi.plotting.style import styles
@@ -50,8 +49,8 @@ def _group_units(scale: Scale) -> list[Unit]:
     return [GroupBounds(settings, scale.grouped) for settings in scale.groups]
 
 
-def _groups(scale: Scale, lab: Lab) -> Result:
-    runs = [unit.run(lab)[:-1] for unit in _group_units(scale)]
+def _groups(scale: Scale, workspace: Workspace) -> Result:
+    runs = [unit.run(workspace)[:-1] for unit in _group_units(scale)]
     found = {
         name: [[row[name] for row in rows] for rows in runs]
         for name in ("mean_loss", "b1_std", *SHOWN)
@@ -74,7 +73,7 @@ def _judge_groups(result: Result) -> Verdict:
         ),
         "the same for all": _same(printed, np.array(result["b1_std"])),
     }
-    both = joined(found)
+    both = combined(found)
     return Verdict(both.verdict, f"{both.because}; coupled: {told_of_coupled}")
 
 
@@ -88,7 +87,7 @@ def _same(printed: np.ndarray, spread: np.ndarray) -> Verdict:
     elif ratio.low > 1 - band and ratio.high < 1 + band:
         verdict = BORNE_OUT
     because = (
-        f"hardest / easiest set {told(ratio, 2)}, n = {len(printed)}; one standard "
+        f"hardest / easiest set {text_of(ratio, 2)}, n = {len(printed)}; one standard "
         f"deviation of an estimate is {100 * band:.0f} %"
     )
     return Verdict(verdict, because)
@@ -111,8 +110,8 @@ def _certified_units(scale: Scale) -> list[Unit]:
     return [Certified(scale.sgd.num_seeds)]
 
 
-def _certified(scale: Scale, lab: Lab) -> Result:
-    return {"rows": _certified_units(scale)[0].run(lab)}
+def _certified(scale: Scale, workspace: Workspace) -> Result:
+    return {"rows": _certified_units(scale)[0].run(workspace)}
 
 
 def _judge_certified(result: Result) -> Verdict:

@@ -16,28 +16,31 @@ import numpy as np
 from matplotlib.figure import Figure as Picture
 
 from benchmarks.reproduce.figures import outcomes
-from benchmarks.reproduce.figures.fig1 import draw_panels, judge_times, panel
-from benchmarks.reproduce.figures.fig1_right import (
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.loss_barriers import (
     afters,
     baselines,
     befores,
     between_oracles,
     by_examples,
 )
-from benchmarks.reproduce.figures.figure import (
-    Figure,
-    Result,
+from benchmarks.reproduce.figures.times_to_unlearn import (
+    draw_panels,
+    judge_times,
+    panel,
+)
+from benchmarks.reproduce.figures.verdicts import (
     Verdict,
-    epochs,
-    interval,
-    joined,
+    combined,
+    epochs_text,
+    interval_text,
     of_interval,
 )
-from benchmarks.reproduce.forget import STRATA, strata
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import STRATA, strata
 from benchmarks.reproduce.methods import METHODS
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Search, Unit
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation.intervals import mean_interval
 
 NAMES = [name for name, method in METHODS.items() if method.ranges]
@@ -59,28 +62,28 @@ def _units(scale: Scale) -> list[Unit]:
     return [*runs, *barriers, *baselines(experiment)]
 
 
-def _result(scale: Scale, lab: Lab) -> Result:
+def _result(scale: Scale, workspace: Workspace) -> Result:
     experiment, sets = scale.sgd, strata(scale.sgd)
     return {
-        "panels": {name: panel(lab, experiment, name, sets) for name in NAMES},
+        "panels": {name: panel(workspace, experiment, name, sets) for name in NAMES},
         "settings": {
-            name: Search(experiment, name).run(lab)["settings"] for name in NAMES
+            name: Search(experiment, name).run(workspace)["settings"] for name in NAMES
         },
-        "rows": {name: _rows(scale, lab, name) for name in NAMES},
-        "oracles": [outcomes.oracle_values(lab, experiment, one) for one in sets],
-        "before": by_examples(lab, befores(experiment))[JUDGED],
-        "baseline": between_oracles(lab, baselines(experiment))[JUDGED],
+        "rows": {name: _rows(scale, workspace, name) for name in NAMES},
+        "oracles": [outcomes.oracle_values(workspace, experiment, one) for one in sets],
+        "before": by_examples(workspace, befores(experiment))[JUDGED],
+        "baseline": between_oracles(workspace, baselines(experiment))[JUDGED],
     }
 
 
-def _rows(scale: Scale, lab: Lab, method: str) -> dict[str, Any]:
+def _rows(scale: Scale, workspace: Workspace, method: str) -> dict[str, Any]:
     """Numbers of one method before the first and after the last epoch, by seed."""
-    rows = outcomes.runs(lab, scale.sgd, strata(scale.sgd), method)
+    rows = outcomes.runs(workspace, scale.sgd, strata(scale.sgd), method)
 
     def column(value: Any) -> list[list[float]]:
         return [[value(run) for run in row] for row in rows]
 
-    after = by_examples(lab, afters(scale.sgd, method))[JUDGED]
+    after = by_examples(workspace, afters(scale.sgd, method))[JUDGED]
     found: dict[str, Any] = {"barrier after": after}
     for name, metric in COLUMNS.items():
         found[f"{name} before"] = column(lambda run, m=metric: run["trace"][m][0])
@@ -91,11 +94,11 @@ def _rows(scale: Scale, lab: Lab, method: str) -> dict[str, Any]:
 def _judge(result: Result) -> Verdict:
     found: dict[str, Verdict] = {}
     for name, panel_of in result["panels"].items():
-        times = outcomes.array(panel_of["times"]["UA"])
+        times = outcomes.from_json(panel_of["times"]["UA"])
         order, last = judge_times(times), _hardest_last(times, panel_of["max_time"])
         lost = _accuracy_lost(result["rows"][name])
-        found[name] = joined({"order": order, f"hardest longest{lost}": last})
-    return joined(found)
+        found[name] = combined({"order": order, f"hardest longest{lost}": last})
+    return combined(found)
 
 
 def _hardest_last(times: np.ndarray, most: float) -> Verdict:
@@ -142,17 +145,19 @@ def _table(result: Result) -> str:
 def _cells(result: Result, method: str, number: int) -> list[str]:
     """The numbers of one method and stratum."""
     found, rows = result["panels"][method], result["rows"][method]
-    times = [outcomes.array(found["times"][name])[:, number] for name in ("UA", "MIA")]
-    cells = [epochs(one, found["max_time"]) for one in times]
+    times = [
+        outcomes.from_json(found["times"][name])[:, number] for name in ("UA", "MIA")
+    ]
+    cells = [epochs_text(one, found["max_time"]) for one in times]
     for name in ("UA", "MIA", "TA"):
         before, after = (
-            interval(np.array(rows[f"{name} {when}"])[:, number])
+            interval_text(np.array(rows[f"{name} {when}"])[:, number])
             for when in ("before", "after")
         )
         oracle = np.mean(result["oracles"][number][COLUMNS[name]])
         cells.append(f"{before} → {after} ({oracle:.3f})")
-    before = interval(np.array(result["before"])[:, number])
-    after = interval(np.array(rows["barrier after"])[:, number])
+    before = interval_text(np.array(result["before"])[:, number])
+    after = interval_text(np.array(rows["barrier after"])[:, number])
     cells.append(f"{before} → {after} ({np.mean(result['baseline'][number]):.3f})")
     return cells
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.reproduce.experiment import Experiment
-from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.units import Unlearning, oracles
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation import time_to_unlearn
 from opacus_pi.evaluation.trace import UnlearningTrace
 
@@ -27,27 +27,31 @@ def unlearnings(experiment: Experiment, sets: Sets, method: str) -> list[Unlearn
 
 
 def runs(
-    lab: Lab, experiment: Experiment, sets: Sets, method: str
+    workspace: Workspace, experiment: Experiment, sets: Sets, method: str
 ) -> list[list[dict[str, Any]]]:
     """Results of the runs, ``[seed][set]``."""
-    found = [unit.run(lab) for unit in unlearnings(experiment, sets, method)]
+    found = [unit.run(workspace) for unit in unlearnings(experiment, sets, method)]
     return [found[i : i + len(sets)] for i in range(0, len(found), len(sets))]
 
 
 def oracle_values(
-    lab: Lab, experiment: Experiment, forget_set: ForgetSet
+    workspace: Workspace, experiment: Experiment, forget_set: ForgetSet
 ) -> dict[str, list[float]]:
     """The metrics of a set's oracles."""
-    found = [one.run(lab) for one in oracles(experiment, forget_set)]
+    found = [one.run(workspace) for one in oracles(experiment, forget_set)]
     return {name: [one[name] for one in found] for name in found[0]}
 
 
 def times(
-    lab: Lab, experiment: Experiment, sets: Sets, method: str, metric: str = UA
+    workspace: Workspace,
+    experiment: Experiment,
+    sets: Sets,
+    method: str,
+    metric: str = UA,
 ) -> np.ndarray:
     """Epochs until within five points of the mean oracle, ``(seeds, sets)``."""
-    judges = [oracle_values(lab, experiment, one) for one in sets]
-    return times_of(runs(lab, experiment, sets, method), judges, metric)
+    judges = [oracle_values(workspace, experiment, one) for one in sets]
+    return times_of(runs(workspace, experiment, sets, method), judges, metric)
 
 
 def times_of(
@@ -63,37 +67,43 @@ def times_of(
 
 
 def gaps(
-    lab: Lab, experiment: Experiment, sets: Sets, method: str, metric: str = UA
+    workspace: Workspace,
+    experiment: Experiment,
+    sets: Sets,
+    method: str,
+    metric: str = UA,
 ) -> np.ndarray:
     """How far from the mean oracle every run ends, ``(seeds, sets)``."""
-    judges = [np.mean(oracle_values(lab, experiment, one)[metric]) for one in sets]
+    judges = [
+        np.mean(oracle_values(workspace, experiment, one)[metric]) for one in sets
+    ]
     ends = [
         [run["trace"][metric][-1] for run in row]
-        for row in runs(lab, experiment, sets, method)
+        for row in runs(workspace, experiment, sets, method)
     ]
     return np.abs(np.array(ends) - judges)
 
 
-def mean_losses(lab: Lab, experiment: Experiment, sets: Sets) -> np.ndarray:
+def mean_losses(workspace: Workspace, experiment: Experiment, sets: Sets) -> np.ndarray:
     """Mean privacy loss of each set, ``(sets,)``."""
-    scores = lab.scores(experiment)["privacy loss"]
-    return np.array([scores[one.indices(lab, experiment)].mean() for one in sets])
+    scores = workspace.scores(experiment)["privacy loss"]
+    return np.array([scores[one.indices(workspace, experiment)].mean() for one in sets])
 
 
-def listed(values: np.ndarray) -> list:
+def to_json(values: np.ndarray) -> list:
     """An array as JSON; what is not finite becomes None."""
     return [
-        listed(row) if row.ndim else (float(row) if np.isfinite(row) else None)
+        to_json(row) if row.ndim else (float(row) if np.isfinite(row) else None)
         for row in np.asarray(values, dtype=np.float64)
     ]
 
 
-def array(values: list) -> np.ndarray:
-    """What ``listed`` made of times: None is never, inf."""
+def from_json(values: list) -> np.ndarray:
+    """What ``to_json`` made of times: None is never, inf."""
     numbers = np.array(values, dtype=np.float64)
     return np.where(np.isnan(numbers), np.inf, numbers)
 
 
-def rounded(values: np.ndarray, digits: int = 4) -> list[float]:
+def rounded_to_json(values: np.ndarray, digits: int = 4) -> list[float]:
     """An array as JSON with so many significant digits."""
     return [float(f"{value:.{digits}g}") for value in values]

@@ -19,20 +19,19 @@ from matplotlib.figure import Figure as Picture
 
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import outcomes
-from benchmarks.reproduce.figures.fig1 import draw_panel, judge_panel, panel
-from benchmarks.reproduce.figures.figure import (
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.times_to_unlearn import draw_panel, judge_panel, panel
+from benchmarks.reproduce.figures.verdicts import (
     NOT_TESTABLE,
-    Figure,
-    Result,
     Verdict,
     all_of,
-    joined,
-    told,
+    combined,
+    text_of,
 )
-from benchmarks.reproduce.forget import strata
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import strata
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.accounting import privacy_statement
 from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.evaluation.intervals import mean_interval
@@ -54,30 +53,31 @@ def _units(scale: Scale) -> list[Unit]:
     ]
 
 
-def _panel(lab: Lab, experiment: Experiment) -> Result:
+def _panel(workspace: Workspace, experiment: Experiment) -> Result:
     """Times, ε, ties at the largest loss, and UA before and of the oracles."""
     sets = strata(experiment)
-    rows = outcomes.runs(lab, experiment, sets, _METHOD)
-    losses = lab.scores(experiment)["privacy loss"]
-    return panel(lab, experiment, _METHOD, sets) | {
-        "epsilon": _epsilon(lab, experiment),
+    rows = outcomes.runs(workspace, experiment, sets, _METHOD)
+    losses = workspace.scores(experiment)["privacy loss"]
+    return panel(workspace, experiment, _METHOD, sets) | {
+        "epsilon": _epsilon(workspace, experiment),
         "num_tied": num_at_top(losses),
         "num_examples": len(losses),
         "before": [[run["trace"][outcomes.UA][0] for run in row] for row in rows],
         "oracle": [
-            outcomes.oracle_values(lab, experiment, one)[outcomes.UA] for one in sets
+            outcomes.oracle_values(workspace, experiment, one)[outcomes.UA]
+            for one in sets
         ],
     }
 
 
-def _epsilon(lab: Lab, experiment: Experiment) -> float:
+def _epsilon(workspace: Workspace, experiment: Experiment) -> float:
     """What DP-SGD promises to everybody."""
-    ledger = lab.trained(experiment, 0)[1]
+    ledger = workspace.trained(experiment, 0)[1]
     return privacy_statement(ledger, [0], delta=_DELTA).worst_case
 
 
-def _result(scale: Scale, lab: Lab) -> Result:
-    return {"panels": {_title(one): _panel(lab, one) for one in scale.private}}
+def _result(scale: Scale, workspace: Workspace) -> Result:
+    return {"panels": {_title(one): _panel(workspace, one) for one in scale.private}}
 
 
 def _judge(result: Result) -> Verdict:
@@ -88,7 +88,7 @@ def _judge(result: Result) -> Verdict:
         for title, one in result["panels"].items()
         if not _mostly_tied(one)
     ]
-    return Verdict(all_of(clear) if clear else NOT_TESTABLE, joined(found).because)
+    return Verdict(all_of(clear) if clear else NOT_TESTABLE, combined(found).because)
 
 
 def _mostly_tied(found: Result) -> bool:
@@ -103,7 +103,7 @@ def _judge_one(found: Result) -> Verdict:
     because = (
         f"ε = {found['epsilon']:.3g} at δ = {_DELTA:g}; {tied:,} of {total:,} examples "
         f"share the largest loss; on the hardest set UA of its oracles exceeds that "
-        f"before forgetting by {told(mean_interval(left))}; {order.because}"
+        f"before forgetting by {text_of(mean_interval(left))}; {order.because}"
     )
     return Verdict(NOT_TESTABLE if _mostly_tied(found) else order.verdict, because)
 

@@ -18,17 +18,12 @@ import numpy as np
 from matplotlib.figure import Figure as Picture
 
 from benchmarks.reproduce.figures import outcomes
-from benchmarks.reproduce.figures.figure import (
-    Figure,
-    Result,
-    Verdict,
-    joined,
-    of_interval,
-)
-from benchmarks.reproduce.forget import STRATA, strata
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.verdicts import Verdict, combined, of_interval
+from benchmarks.reproduce.forget_sets import STRATA, strata
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.plotting.style import styles
 from opacus_pi.unlearning.plan import budget_of, predict_time
@@ -48,16 +43,16 @@ def _units(scale: Scale) -> list[Unit]:
     return [u for name in METHODS for u in outcomes.unlearnings(scale.sgd, sets, name)]
 
 
-def _result(scale: Scale, lab: Lab) -> Result:
-    return {"panels": {name: _panel(scale, lab, name) for name in METHODS}}
+def _result(scale: Scale, workspace: Workspace) -> Result:
+    return {"panels": {name: _panel(scale, workspace, name) for name in METHODS}}
 
 
-def _panel(scale: Scale, lab: Lab, method: str) -> Result:
+def _panel(scale: Scale, workspace: Workspace, method: str) -> Result:
     """One method: predictions, times, and what three policies cost and reach."""
     experiment, sets = scale.sgd, strata(scale.sgd)
-    losses = outcomes.mean_losses(lab, experiment, sets)
-    times = outcomes.times(lab, experiment, sets, method)
-    gaps = _gaps(lab, scale, method)
+    losses = outcomes.mean_losses(workspace, experiment, sets)
+    times = outcomes.times(workspace, experiment, sets, method)
+    gaps = _gaps(workspace, scale, method)
     most, seeds = experiment.unlearn_epochs, range(len(times))
     predicted = np.array([_predict(losses, times, seed, most) for seed in seeds])
     budgets = np.minimum([[budget_of(p) for p in row] for row in predicted], most)
@@ -70,7 +65,7 @@ def _panel(scale: Scale, lab: Lab, method: str) -> Result:
     }
     return {
         "mean_losses": losses.tolist(),
-        "times": outcomes.listed(times),
+        "times": outcomes.to_json(times),
         "predicted": predicted.tolist(),
         "max_time": most,
         "policies": {name: _score(gaps, spent) for name, spent in policies.items()},
@@ -89,11 +84,11 @@ def _predict(
     return [0.0 if one is None else one for one in found]
 
 
-def _gaps(lab: Lab, scale: Scale, method: str) -> np.ndarray:
+def _gaps(workspace: Workspace, scale: Scale, method: str) -> np.ndarray:
     """Distance of UA from the mean oracle, ``(seeds, sets, epochs)``."""
     experiment, sets = scale.sgd, strata(scale.sgd)
-    judges = [outcomes.oracle_values(lab, experiment, one) for one in sets]
-    rows = outcomes.runs(lab, experiment, sets, method)
+    judges = [outcomes.oracle_values(workspace, experiment, one) for one in sets]
+    rows = outcomes.runs(workspace, experiment, sets, method)
     return np.array(
         [
             [
@@ -114,15 +109,15 @@ def _score(gaps: np.ndarray, spent: np.ndarray) -> dict[str, Any]:
 
 
 def _judge(result: Result) -> Verdict:
-    return joined({name: _judge_panel(p) for name, p in result["panels"].items()})
+    return combined({name: _judge_panel(p) for name, p in result["panels"].items()})
 
 
 def _judge_panel(found: Result) -> Verdict:
     """Does a budget from the loss leave more sets at the oracle, at equal cost?"""
-    taken = np.minimum(outcomes.array(found["times"]), found["max_time"])
+    taken = np.minimum(outcomes.from_json(found["times"]), found["max_time"])
     error = np.abs(np.array(found["predicted"]) - taken).mean()
     policies = found["policies"]
-    told = "; ".join(
+    counts = "; ".join(
         f"{name}: {np.mean(p['epochs']):.1f} epochs, "
         f"{100 * np.mean(p['unlearned']):.0f} % at the oracle"
         for name, p in policies.items()
@@ -132,7 +127,7 @@ def _judge_panel(found: Result) -> Verdict:
     )
     more = mean_interval(gain)
     because = (
-        f"mean error of the prediction {error:.1f} epochs; {told}; adaptive - fixed "
+        f"mean error of the prediction {error:.1f} epochs; {counts}; adaptive - fixed "
         f"at the same cost {more.estimate:.2f} [{more.low:.2f}, {more.high:.2f}], "
         f"n = {len(gain)}"
     )
@@ -146,7 +141,7 @@ def _draw(result: Result) -> Picture:
     )
     for ax, (method, found) in zip(axes, panels.items(), strict=True):
         most = found["max_time"]
-        taken = np.minimum(outcomes.array(found["times"]), most)
+        taken = np.minimum(outcomes.from_json(found["times"]), most)
         predicted = np.array(found["predicted"])
         for number, (place, style) in enumerate(zip(STRATA, styles(), strict=False)):
             x, y = predicted[:, number], taken[:, number]

@@ -17,9 +17,7 @@ from torch.utils.data import Dataset, Subset
 
 from benchmarks.common.models import build_model
 from benchmarks.reproduce.experiment import Experiment, Facts
-from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.judging import CRITERION, probe, unlearn
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.units import (
     Oracle,
     Search,
@@ -29,6 +27,8 @@ from benchmarks.reproduce.units import (
     oracles,
     run_facts,
 )
+from benchmarks.reproduce.unlearning_runs import CRITERION, probe, unlearn
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation import aligned, loss_barrier, permutation_spec
 from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.symmetries.permutations import PermutationSpec
@@ -40,22 +40,22 @@ _HOW = {"modulo": "permutation"}
 
 
 def barriers(
-    lab: Lab, experiment: Experiment, model: nn.Module, other: nn.Module
+    workspace: Workspace, experiment: Experiment, model: nn.Module, other: nn.Module
 ) -> Barriers:
     """The barrier between two models on a fixed part of each of ``SETS``."""
-    shape = lab.images(experiment).image_shape
+    shape = workspace.images(experiment).image_shape
     matched = aligned(model, other, _spec(experiment.recipe.model, shape))
     return {
         name: loss_barrier(
             model, matched, part, CRITERION, num_points=POINTS, reset_bn=True
         )
-        for name, part in _parts(lab, experiment).items()
+        for name, part in _parts(workspace, experiment).items()
     }
 
 
-def _parts(lab: Lab, experiment: Experiment) -> dict[str, Dataset]:
+def _parts(workspace: Workspace, experiment: Experiment) -> dict[str, Dataset]:
     """The examples on which losses are taken, the same for every pair of models."""
-    images, size = lab.images(experiment), experiment.num_probe
+    images, size = workspace.images(experiment), experiment.num_probe
     train = probe(images, np.empty(0, dtype=np.int64), size).tolist()
     test = range(min(size, len(images.test)))
     parts = Subset(images.train, train), Subset(images.test, test)
@@ -80,11 +80,15 @@ def opposite(experiment: Experiment, forget_set: ForgetSet, seed: int) -> list[O
 
 
 def to_oracles(
-    lab: Lab, experiment: Experiment, forget_set: ForgetSet, seed: int, model: nn.Module
+    workspace: Workspace,
+    experiment: Experiment,
+    forget_set: ForgetSet,
+    seed: int,
+    model: nn.Module,
 ) -> list[Barriers]:
     """Barriers between a model and each oracle that its seed meets."""
     return [
-        barriers(lab, experiment, model, oracle.model(lab))
+        barriers(workspace, experiment, model, oracle.model(workspace))
         for oracle in opposite(experiment, forget_set, seed)
     ]
 
@@ -107,10 +111,10 @@ class BarrierBefore(Unit):
         own = {"forget": forget, "seed": self.seed}
         return self.experiment.facts() | own | _HOW
 
-    def compute(self, lab: Lab) -> list[Barriers]:
+    def compute(self, workspace: Workspace) -> list[Barriers]:
         """Before anything is unlearned."""
-        model, _ = lab.trained(self.experiment, self.seed)
-        return to_oracles(lab, self.experiment, self.forget_set, self.seed, model)
+        model, _ = workspace.trained(self.experiment, self.seed)
+        return to_oracles(workspace, self.experiment, self.forget_set, self.seed, model)
 
 
 @dataclass(frozen=True)
@@ -131,10 +135,10 @@ class BarrierAfter(Unit):
         own = run_facts(self.experiment, self.forget_set, self.method, self.seed)
         return own | _HOW
 
-    def compute(self, lab: Lab) -> list[Barriers]:
+    def compute(self, workspace: Workspace) -> list[Barriers]:
         """Unlearn as the run did, to have its model; no model of a run is kept."""
-        settings = Search(self.experiment, self.method).run(lab)["settings"]
-        where = lab, self.experiment, self.forget_set
+        settings = Search(self.experiment, self.method).run(workspace)["settings"]
+        where = workspace, self.experiment, self.forget_set
         model, _ = unlearn(*where, self.method, settings, self.seed, judged=False)
         return to_oracles(*where, self.seed, model)
 
@@ -155,8 +159,10 @@ class BarrierBaseline(Unit):
         forget = self.forget_set.facts(self.experiment)
         return self.experiment.facts() | {"forget": forget} | _HOW
 
-    def compute(self, lab: Lab) -> list[Barriers]:
+    def compute(self, workspace: Workspace) -> list[Barriers]:
         """One for each pair."""
-        models = [one.model(lab) for one in oracles(self.experiment, self.forget_set)]
+        models = [
+            one.model(workspace) for one in oracles(self.experiment, self.forget_set)
+        ]
         pairs = combinations(models, 2)
-        return [barriers(lab, self.experiment, *pair) for pair in pairs]
+        return [barriers(workspace, self.experiment, *pair) for pair in pairs]

@@ -19,31 +19,34 @@ from matplotlib.figure import Figure as Picture
 
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import outcomes
-from benchmarks.reproduce.figures.figure import (
-    Figure,
-    Result,
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.verdicts import (
     Verdict,
-    joined,
-    medians,
+    combined,
+    medians_text,
     ordering,
 )
-from benchmarks.reproduce.forget import strata
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import strata
 from benchmarks.reproduce.poison_units import GUS, Poisoned
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation import time_to_unlearn
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.plotting import plot_time_to_unlearn
 
 
-def panel(lab: Lab, experiment: Experiment, method: str, sets: outcomes.Sets) -> Result:
+def panel(
+    workspace: Workspace, experiment: Experiment, method: str, sets: outcomes.Sets
+) -> Result:
     """One panel of times by UA and MIA."""
     times = {
-        name: outcomes.listed(outcomes.times(lab, experiment, sets, method, metric))
+        name: outcomes.to_json(
+            outcomes.times(workspace, experiment, sets, method, metric)
+        )
         for name, metric in outcomes.METRICS.items()
     }
-    losses = outcomes.mean_losses(lab, experiment, sets)
+    losses = outcomes.mean_losses(workspace, experiment, sets)
     return {
         "mean_losses": losses.tolist(),
         "times": times,
@@ -53,19 +56,21 @@ def panel(lab: Lab, experiment: Experiment, method: str, sets: outcomes.Sets) ->
 
 def judge_panel(found: Result) -> Verdict:
     """Whether harder strata take longer, by every metric."""
-    times = {name: outcomes.array(t) for name, t in found["times"].items()}
-    return joined({name: judge_times(one) for name, one in times.items()})
+    times = {name: outcomes.from_json(t) for name, t in found["times"].items()}
+    return combined({name: judge_times(one) for name, one in times.items()})
 
 
 def judge_times(times: np.ndarray) -> Verdict:
     """Whether harder strata take longer, ``(seeds, sets)``; and how long they take."""
     order = ordering(times)
-    return Verdict(order.verdict, f"{order.because}; median epochs {medians(times)}")
+    return Verdict(
+        order.verdict, f"{order.because}; median epochs {medians_text(times)}"
+    )
 
 
 def draw_panel(ax: Axes, title: str, found: Result) -> None:
     """Times of every run against the mean privacy loss of its forget set."""
-    times = {name: outcomes.array(t) for name, t in found["times"].items()}
+    times = {name: outcomes.from_json(t) for name, t in found["times"].items()}
     runs = len(next(iter(times.values())))
     losses = np.tile(found["mean_losses"], (runs, 1))
     plot_time_to_unlearn(losses, times, max_time=found["max_time"], ax=ax)
@@ -98,11 +103,11 @@ def _left_units(scale: Scale) -> list[Unit]:
     ]
 
 
-def _left(scale: Scale, lab: Lab) -> Result:
+def _left(scale: Scale, workspace: Workspace) -> Result:
     return {
         "panels": {
             f"SGLD, σ = {experiment.recipe.noise_std:g}": panel(
-                lab, experiment, "SGLD", strata(experiment)
+                workspace, experiment, "SGLD", strata(experiment)
             )
             for experiment in scale.sgld
         }
@@ -110,7 +115,7 @@ def _left(scale: Scale, lab: Lab) -> Result:
 
 
 def _judge_panels(result: Result) -> Verdict:
-    return joined({name: judge_panel(p) for name, p in result["panels"].items()})
+    return combined({name: judge_panel(p) for name, p in result["panels"].items()})
 
 
 def _middle_units(scale: Scale) -> list[Unit]:
@@ -130,9 +135,9 @@ def _poisoned(scale: Scale) -> list[Poisoned]:
     ]
 
 
-def _middle(scale: Scale, lab: Lab) -> Result:
-    found = panel(lab, scale.sgd, "fine-tune", strata(scale.sgd))
-    runs = [unit.run(lab) for unit in _poisoned(scale)]
+def _middle(scale: Scale, workspace: Workspace) -> Result:
+    found = panel(workspace, scale.sgd, "fine-tune", strata(scale.sgd))
+    runs = [unit.run(workspace) for unit in _poisoned(scale)]
     times = [
         time_to_unlearn(
             UnlearningTrace(run["times"], run["trace"]), run["oracle"], metric=GUS
@@ -140,7 +145,7 @@ def _middle(scale: Scale, lab: Lab) -> Result:
         for run in runs
     ]
     shaped = np.reshape(times, (scale.sgd.num_seeds, -1))
-    found["times"]["GUS"] = outcomes.listed(shaped)
+    found["times"]["GUS"] = outcomes.to_json(shaped)
     found["gus"] = {
         "before": [run["trace"][GUS][0] for run in runs],
         "after": [run["trace"][GUS][-1] for run in runs],

@@ -17,19 +17,18 @@ from matplotlib.figure import Figure as Picture
 
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import outcomes
-from benchmarks.reproduce.figures.fig1 import draw_panels, judge_panel
-from benchmarks.reproduce.figures.figure import (
-    Figure,
-    Result,
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.times_to_unlearn import draw_panels, judge_panel
+from benchmarks.reproduce.figures.verdicts import (
     Verdict,
-    epochs,
-    interval,
-    joined,
+    combined,
+    epochs_text,
+    interval_text,
 )
-from benchmarks.reproduce.forget import strata
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import strata
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import FineTuned, Search, Unit
+from benchmarks.reproduce.workspace import Workspace
 
 _ENDS = {
     "UA after": (outcomes.UA, -1),
@@ -52,28 +51,31 @@ def _units(scale: Scale) -> list[Unit]:
     return [*found, Search(scale.sgd, "fine-tune")]
 
 
-def _result(scale: Scale, lab: Lab) -> Result:
+def _result(scale: Scale, workspace: Workspace) -> Result:
     experiment, sets = scale.sgd, strata(scale.sgd)
     return {
-        "searched": Search(experiment, "fine-tune").run(lab)["settings"],
-        "mean_losses": outcomes.mean_losses(lab, experiment, sets).tolist(),
+        "searched": Search(experiment, "fine-tune").run(workspace)["settings"],
+        "mean_losses": outcomes.mean_losses(workspace, experiment, sets).tolist(),
         "max_time": experiment.unlearn_epochs,
         "oracle": [
-            outcomes.oracle_values(lab, experiment, one)[outcomes.UA] for one in sets
+            outcomes.oracle_values(workspace, experiment, one)[outcomes.UA]
+            for one in sets
         ],
-        "rates": {f"{rate:g}": _at(lab, experiment, rate) for rate in scale.rates},
+        "rates": {
+            f"{rate:g}": _at(workspace, experiment, rate) for rate in scale.rates
+        },
     }
 
 
-def _at(lab: Lab, experiment: Experiment, rate: float) -> dict[str, Any]:
+def _at(workspace: Workspace, experiment: Experiment, rate: float) -> dict[str, Any]:
     """Times by every metric; UA and test accuracy at the ends, ``[seed][set]``."""
-    rows = [[unit.run(lab) for unit in row] for row in _runs(experiment, rate)]
+    rows = [[unit.run(workspace) for unit in row] for row in _runs(experiment, rate)]
     judges = [
-        outcomes.oracle_values(lab, experiment, one) for one in strata(experiment)
+        outcomes.oracle_values(workspace, experiment, one) for one in strata(experiment)
     ]
     return {
         "times": {
-            name: outcomes.listed(outcomes.times_of(rows, judges, metric))
+            name: outcomes.to_json(outcomes.times_of(rows, judges, metric))
             for name, metric in outcomes.METRICS.items()
         },
         **{
@@ -84,7 +86,7 @@ def _at(lab: Lab, experiment: Experiment, rate: float) -> dict[str, Any]:
 
 
 def _judge(result: Result) -> Verdict:
-    return joined(
+    return combined(
         {f"rate {rate}": judge_panel(one) for rate, one in result["rates"].items()}
     )
 
@@ -107,9 +109,11 @@ def _table(result: Result) -> str:
         hardest = {name: np.array(one[name])[:, -1] for name in _ENDS}
         cells = [
             rate,
-            epochs(outcomes.array(one["times"]["UA"])[:, -1], most),
-            interval(hardest["UA after"]),
-            f"{interval(hardest['TA before'])} → {interval(hardest['TA after'])}",
+            epochs_text(outcomes.from_json(one["times"]["UA"])[:, -1], most),
+            interval_text(hardest["UA after"]),
+            " → ".join(
+                interval_text(hardest[f"TA {when}"]) for when in ("before", "after")
+            ),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     searched = result["searched"]["learning_rate"]

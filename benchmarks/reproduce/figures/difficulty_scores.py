@@ -21,19 +21,18 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import AutoLocator
 
 from benchmarks.reproduce.figures import outcomes
-from benchmarks.reproduce.figures.figure import (
-    Figure,
-    Result,
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.verdicts import (
     Verdict,
     all_of,
-    joined,
+    combined,
     of_interval,
-    told,
+    text_of,
 )
-from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import ProxyRanks, Unit
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
 from opacus_pi.plotting import plot_hardest_sets, plot_proxies
 
@@ -47,13 +46,15 @@ def _proxy_units(scale: Scale) -> list[ProxyRanks]:
     return [ProxyRanks(scale.sgd, seed) for seed in range(scale.sgd.num_seeds)]
 
 
-def _proxies(scale: Scale, lab: Lab) -> Result:
-    scores = lab.scores(scale.sgd)
-    runs = [unit.run(lab) for unit in _proxy_units(scale)]
+def _proxies(scale: Scale, workspace: Workspace) -> Result:
+    scores = workspace.scores(scale.sgd)
+    runs = [unit.run(workspace) for unit in _proxy_units(scale)]
     shown = np.random.default_rng(0).permutation(len(scores[LOSS]))[:DRAWN]
     return {
         "rho": {name: [run[name] for run in runs] for name in runs[0]},
-        "drawn": {name: outcomes.rounded(v[shown]) for name, v in scores.items()},
+        "drawn": {
+            name: outcomes.rounded_to_json(v[shown]) for name, v in scores.items()
+        },
     }
 
 
@@ -66,9 +67,11 @@ def _judge_proxies(result: Result) -> Verdict:
     ahead = {name: mean_interval(best - values) for name, values in rho.items()}
     first = all_of([of_interval(i.low, i.high) for i in ahead.values()])
     next_best = min(ahead, key=lambda name: ahead[name].estimate)
-    numbers = ", ".join(f"{name} {told(i)}" for name, i in found.items())
-    lead = f"{BEST} ahead of {next_best} by {told(ahead[next_best])}, n = {len(best)}"
-    return joined(
+    numbers = ", ".join(f"{name} {text_of(i)}" for name, i in found.items())
+    lead = (
+        f"{BEST} ahead of {next_best} by {text_of(ahead[next_best])}, n = {len(best)}"
+    )
+    return combined(
         {
             "high": Verdict(high, f"Spearman with the privacy loss: {numbers}"),
             f"{BEST} best": Verdict(first, lead),
@@ -101,12 +104,18 @@ def _hardest_units(scale: Scale) -> list[Unit]:
     ]
 
 
-def _hardest_result(scale: Scale, lab: Lab) -> Result:
+def _hardest_result(scale: Scale, workspace: Workspace) -> Result:
     def of_all(measure: Callable[..., np.ndarray]) -> dict[str, dict[str, list]]:
         return {
             name: {
-                score: outcomes.listed(
-                    measure(lab, scale.sgd, _hardest(scale, score), "fine-tune", metric)
+                score: outcomes.to_json(
+                    measure(
+                        workspace,
+                        scale.sgd,
+                        _hardest(scale, score),
+                        "fine-tune",
+                        metric,
+                    )
                 )
                 for score in HARDEST_BY
             }
@@ -126,11 +135,11 @@ def _judge_hardest(result: Result) -> Verdict:
     found = {}
     for metric, times in result["times"].items():
         gaps = {name: np.array(rows) for name, rows in result["gaps"][metric].items()}
-        arrays = {name: outcomes.array(rows) for name, rows in times.items()}
+        arrays = {name: outcomes.from_json(rows) for name, rows in times.items()}
         for score in HARDEST_BY[1:]:
             name = f"{metric}, {LOSS} - {score}"
             found[name] = _longer(arrays, gaps, score, result["max_time"])
-    return joined(found)
+    return combined(found)
 
 
 def _longer(
@@ -146,12 +155,12 @@ def _longer(
 
     longer = more({name: np.minimum(t, max_time) for name, t in times.items()})
     further = more(gaps)
-    left = f"gap left more by {told(further)}, n = {len(gaps[LOSS])}"
+    left = f"gap left more by {text_of(further)}, n = {len(gaps[LOSS])}"
     if np.isinf([times[LOSS], times[score]]).all():
         verdict = of_interval(further.low, further.high)
         return Verdict(verdict, f"no run arrived in {max_time} epochs; {left}")
     verdict = of_interval(longer.low, longer.high)
-    return Verdict(verdict, f"longer by {told(longer, 2)} epochs; {left}")
+    return Verdict(verdict, f"longer by {text_of(longer, 2)} epochs; {left}")
 
 
 def _draw_hardest(result: Result) -> Picture:
@@ -163,7 +172,7 @@ def _draw_hardest(result: Result) -> Picture:
     for (above, below), metric in zip(axes.T, outcomes.METRICS, strict=True):
         for ax, kind in ((above, "times"), (below, "gaps")):
             rows = result[kind][metric].items()
-            arrays = {score: outcomes.array(values) for score, values in rows}
+            arrays = {score: outcomes.from_json(values) for score, values in rows}
             plot_hardest_sets(sizes, arrays, max_time=most, ax=ax)
         above.set_title(f"by {metric}", fontsize="medium")
         below.yaxis.set_major_locator(AutoLocator())

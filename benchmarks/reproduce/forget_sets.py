@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from benchmarks.reproduce.experiment import Experiment, Facts
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.difficulty.forget_sets import difficulty_strata, random_forget_set, top_k
 
 STRATA = ("first", "q1", "q2", "q3", "last")
@@ -25,12 +25,12 @@ class ForgetSet:
     size: int
     score: str = "privacy loss"
 
-    def indices(self, lab: Lab, experiment: Experiment) -> np.ndarray:
+    def indices(self, workspace: Workspace, experiment: Experiment) -> np.ndarray:
         """The examples, sorted; they are the same for every seed."""
         if self.rule == "random":
-            num_train = len(lab.images(experiment).train)
+            num_train = len(workspace.images(experiment).train)
             return random_forget_set(num_train, self.size, np.random.default_rng(0))
-        scores = lab.scores(experiment)[self.score]
+        scores = workspace.scores(experiment)[self.score]
         if self.rule == "top":
             return top_k(scores, self.size)
         return difficulty_strata(scores, self.size)[self.rule]

@@ -9,9 +9,9 @@ from torch.utils.data import Subset
 
 from benchmarks.common.data import ImageData
 from benchmarks.reproduce.experiment import Experiment
-from benchmarks.reproduce.forget import ForgetSet
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.methods import METHODS, Autocast, Settings, optimizer_of
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi import GradNormLedger, Unlearner
 from opacus_pi.evaluation import evaluate
 from opacus_pi.evaluation.trace import UnlearningTrace
@@ -20,10 +20,10 @@ CRITERION = nn.CrossEntropyLoss()
 Judge = Callable[[nn.Module], dict[str, float]]
 
 
-def judge(lab: Lab, experiment: Experiment, forget_set: ForgetSet) -> Judge:
+def judge(workspace: Workspace, experiment: Experiment, forget_set: ForgetSet) -> Judge:
     """The metrics of a model, on the forget set, retained and test examples."""
-    images = lab.images(experiment)
-    forget = forget_set.indices(lab, experiment)
+    images = workspace.images(experiment)
+    forget = forget_set.indices(workspace, experiment)
     kept = probe(images, forget, experiment.num_probe)
     parts = {
         "forget": Subset(images.train, forget.tolist()),
@@ -34,7 +34,7 @@ def judge(lab: Lab, experiment: Experiment, forget_set: ForgetSet) -> Judge:
 
 
 def unlearn(
-    lab: Lab,
+    workspace: Workspace,
     experiment: Experiment,
     forget_set: ForgetSet,
     method: str,
@@ -43,13 +43,13 @@ def unlearn(
     judged: bool = True,
 ) -> tuple[nn.Module, UnlearningTrace]:
     """One run from the trained model of a seed, judged after every epoch or never."""
-    model, ledger = lab.trained(experiment, seed)
+    model, ledger = workspace.trained(experiment, seed)
     unlearner = unlearner_of(experiment, model, ledger, method, settings, seed)
     result = unlearner.unlearn(
-        lab.images(experiment).train,
-        forget_set.indices(lab, experiment),
+        workspace.images(experiment).train,
+        forget_set.indices(workspace, experiment),
         num_epochs=experiment.unlearn_epochs,
-        evaluate=judge(lab, experiment, forget_set) if judged else None,
+        evaluate=judge(workspace, experiment, forget_set) if judged else None,
         batch_size=experiment.recipe.batch_size,
     )
     return result.model, result.trace

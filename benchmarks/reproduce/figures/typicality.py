@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.neighbors import NearestNeighbors
 
-from benchmarks.reproduce.figures.figure import Figure, Result, Verdict, of_interval
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.verdicts import Verdict, of_interval
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import trainings
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.accounting import privacy_losses
 from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.plotting import plot_pictures
@@ -72,15 +73,15 @@ def disagreement(
     return (labels[others] != labels[:, None]).mean(1)
 
 
-def _pictures(scale: Scale, lab: Lab) -> Result:
-    images, labels = (t.numpy() for t in lab.images(scale.sgd).train.tensors)
-    ledgers, order = lab.ledgers(scale.sgd), scale.sgd.order
+def _pictures(scale: Scale, workspace: Workspace) -> Result:
+    images, labels = (t.numpy() for t in workspace.images(scale.sgd).train.tensors)
+    ledgers, order = workspace.ledgers(scale.sgd), scale.sgd.order
     atypical = disagreement(images, labels)
     by_seed = [
         float(stats.spearmanr(privacy_losses([one], order), atypical).statistic)
         for one in ledgers
     ]
-    losses = lab.scores(scale.sgd)["privacy loss"]
+    losses = workspace.scores(scale.sgd)["privacy loss"]
     ranked = losses.argsort(kind="stable")
     size = scale.sgd.stratum_size
     rows = {"lowest loss": ranked[:SHOWN], "highest loss": ranked[::-1][:SHOWN].copy()}

@@ -19,24 +19,23 @@ from matplotlib.figure import Figure as Picture
 
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import outcomes
-from benchmarks.reproduce.figures.fig1 import (
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.times_to_unlearn import (
     draw_panels,
     judge_panel,
     panel,
 )
-from benchmarks.reproduce.figures.figure import (
+from benchmarks.reproduce.figures.verdicts import (
     NOT_TESTABLE,
-    Figure,
-    Result,
     Verdict,
-    joined,
+    combined,
     of_interval,
-    told,
+    text_of,
 )
-from benchmarks.reproduce.forget import STRATA, strata
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import STRATA, strata
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.plotting import plot_curves
 
@@ -48,9 +47,9 @@ def _fine_tuning(experiment: Experiment, size: int = 0) -> list[Unit]:
     return list(outcomes.unlearnings(experiment, strata(experiment, size), "fine-tune"))
 
 
-def _curves(scale: Scale, lab: Lab) -> Result:
+def _curves(scale: Scale, workspace: Workspace) -> Result:
     experiment, sets = scale.sgd, strata(scale.sgd)
-    rows = outcomes.runs(lab, experiment, sets, "fine-tune")
+    rows = outcomes.runs(workspace, experiment, sets, "fine-tune")
     return {
         "times": rows[0][0]["times"],
         "curves": {
@@ -66,7 +65,7 @@ def _curves(scale: Scale, lab: Lab) -> Result:
         },
         "oracles": {
             name: {
-                one.rule: outcomes.oracle_values(lab, experiment, one)[metric]
+                one.rule: outcomes.oracle_values(workspace, experiment, one)[metric]
                 for one in sets
             }
             for name, metric in outcomes.METRICS.items()
@@ -92,15 +91,16 @@ def _judge_curves(result: Result) -> Verdict:
         found[name] = Verdict(
             of_interval(closer.low, closer.high),
             f"hardest set {gap[:, 0].mean():.3f} from the oracle before, "
-            f"{gap[:, -1].mean():.3f} after; closer by {told(closer)}, n = {len(gap)}",
+            f"{gap[:, -1].mean():.3f} after; closer by {text_of(closer)}, "
+            f"n = {len(gap)}",
         )
         others = np.max([gaps[rule][:, -1] for rule in STRATA if rule != "last"], 0)
         last = mean_interval(gap[:, -1] - others)
         found[f"{name}, hardest last"] = Verdict(
             of_interval(last.low, last.high),
-            f"at the end further from its oracle than any other set by {told(last)}",
+            f"at the end further from its oracle than any other set by {text_of(last)}",
         )
-    return joined(found | _alike(result["utility"]))
+    return combined(found | _alike(result["utility"]))
 
 
 def _alike(utility: dict[str, list[list[float]]]) -> dict[str, Verdict]:
@@ -109,7 +109,7 @@ def _alike(utility: dict[str, list[list[float]]]) -> dict[str, Verdict]:
     for name, ends in utility.items():
         apart = mean_interval(np.ptp(ends, axis=1))
         kind = of_interval(_ALIKE - apart.high, _ALIKE - apart.low)
-        found[f"{name} alike"] = Verdict(kind, f"sets end apart by {told(apart)}")
+        found[f"{name} alike"] = Verdict(kind, f"sets end apart by {text_of(apart)}")
     return found
 
 
@@ -135,10 +135,10 @@ def _other_units(scale: Scale) -> list[Unit]:
     return [unit for experiment in scale.others for unit in _fine_tuning(experiment)]
 
 
-def _others(scale: Scale, lab: Lab) -> Result:
+def _others(scale: Scale, workspace: Workspace) -> Result:
     return {
         "panels": {
-            _title(one): panel(lab, one, "fine-tune", strata(one))
+            _title(one): panel(workspace, one, "fine-tune", strata(one))
             for one in scale.others
         }
     }
@@ -148,11 +148,11 @@ def _size_units(scale: Scale) -> list[Unit]:
     return [u for size in scale.set_sizes for u in _fine_tuning(scale.sgd, size)]
 
 
-def _sizes(scale: Scale, lab: Lab) -> Result:
+def _sizes(scale: Scale, workspace: Workspace) -> Result:
     return {
         "panels": {
             f"forget sets of {size:,}": panel(
-                lab, scale.sgd, "fine-tune", strata(scale.sgd, size)
+                workspace, scale.sgd, "fine-tune", strata(scale.sgd, size)
             )
             for size in scale.set_sizes
         }
@@ -169,22 +169,22 @@ def _judge_sizes(result: Result) -> Verdict:
         verdicts[f"separation by {metric}"] = Verdict(
             of_interval(shrinks.low, shrinks.high),
             f"hardest - easiest {small.mean():.1f} epochs for the smallest sets, "
-            f"{large.mean():.1f} for the largest; shrinks by {told(shrinks, 2)}, "
+            f"{large.mean():.1f} for the largest; shrinks by {text_of(shrinks, 2)}, "
             f"n = {len(small)}",
         )
-    return joined(verdicts)
+    return combined(verdicts)
 
 
 def _separation(found: Result, metric: str) -> np.ndarray:
     """Epochs between the hardest set and the easiest, ``(seeds,)``."""
-    times = np.minimum(outcomes.array(found["times"][metric]), found["max_time"])
+    times = np.minimum(outcomes.from_json(found["times"][metric]), found["max_time"])
     return times[:, -1] - times[:, 0]
 
 
 def _judge_panels(result: Result) -> Verdict:
     if not result["panels"]:
         return Verdict(NOT_TESTABLE, "no other data set at this scale")
-    return joined({name: judge_panel(p) for name, p in result["panels"].items()})
+    return combined({name: judge_panel(p) for name, p in result["panels"].items()})
 
 
 def _draw_panels(result: Result) -> Picture:
@@ -205,7 +205,9 @@ FIGURES = [
         "fig6",
         "L1-sparse unlearning: harder sets take longer.",
         _l1_units,
-        lambda scale, lab: panel(lab, scale.sgd, "L1-sparse", strata(scale.sgd)),
+        lambda scale, workspace: panel(
+            workspace, scale.sgd, "L1-sparse", strata(scale.sgd)
+        ),
         judge_panel,
         lambda result: draw_panels({"L1-sparse": result}),
     ),

@@ -19,17 +19,16 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.image import AxesImage
 
 from benchmarks.reproduce.experiment import Experiment
-from benchmarks.reproduce.figures.figure import (
-    Figure,
-    Result,
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.verdicts import (
     Verdict,
-    joined,
+    combined,
     of_interval,
-    told,
+    text_of,
 )
-from benchmarks.reproduce.lab import Lab
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import NoiseRanks, Unit
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation.intervals import mean_interval
 
 ON_MEAN = (0.1, 0.01, 0.001, 0.0005, 0.0001)
@@ -55,10 +54,10 @@ def _stability_units(scale: Scale) -> list[Unit]:
     return [u for one in (scale.sgd, *scale.others) for u in _of_noises(one)]
 
 
-def _stability(scale: Scale, lab: Lab) -> Result:
+def _stability(scale: Scale, workspace: Workspace) -> Result:
     panels = {
         f"{one.dataset}, {one.recipe.model}": [
-            unit.run(lab) for unit in _of_noises(one)
+            unit.run(workspace) for unit in _of_noises(one)
         ]
         for one in (scale.sgd, *scale.others)
     }
@@ -66,9 +65,11 @@ def _stability(scale: Scale, lab: Lab) -> Result:
     return {"label": "noise on the mean gradient", "names": names, "panels": panels}
 
 
-def _literal(scale: Scale, lab: Lab) -> Result:
+def _literal(scale: Scale, workspace: Workspace) -> Result:
     experiment = scale.sgd
-    panels = {experiment.dataset: [unit.run(lab) for unit in _of_ratios(experiment)]}
+    panels = {
+        experiment.dataset: [unit.run(workspace) for unit in _of_ratios(experiment)]
+    }
     std = f"{experiment.assumed_noise_std:g}"
     names = [f"{std} on\nthe mean", f"{std} on\nthe sum"]
     label = "noise; on the mean: the mechanism's, on the sum: literal"
@@ -78,7 +79,7 @@ def _literal(scale: Scale, lab: Lab) -> Result:
 def _judge(result: Result) -> Verdict:
     """By the pair of noises that agrees least, over seeds."""
     names = [name.replace("\n", " ") for name in result["names"]]
-    return joined(
+    return combined(
         {name: _agreement(np.array(m), names) for name, m in result["panels"].items()}
     )
 
@@ -95,7 +96,7 @@ def _agreement(matrices: np.ndarray, names: list[str]) -> Verdict:
     least = mean_interval(np.clip(matrices[:, i, j], -1, 1))
     verdict = of_interval(least.low - AGREE, least.high - AGREE)
     pair = f"Spearman of the pair that agrees least, {names[i]} and {names[j]}"
-    return Verdict(verdict, f"{pair}: {told(least, 4)}, n = {len(matrices)}")
+    return Verdict(verdict, f"{pair}: {text_of(least, 4)}, n = {len(matrices)}")
 
 
 def _draw(result: Result) -> Picture:

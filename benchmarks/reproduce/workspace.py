@@ -23,7 +23,7 @@ from opacus_pi.models.copies import unwrap
 
 
 @dataclass(frozen=True)
-class Lab:
+class Workspace:
     """A directory for results and the sources of images; small, sent to every process.
 
     Attributes:

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure as Picture
 from numpy.typing import NDArray
 
-from benchmarks.reproduce.barriers import (
+from benchmarks.reproduce.barrier_units import (
     SETS,
     BarrierAfter,
     BarrierBaseline,
@@ -25,20 +25,19 @@ from benchmarks.reproduce.barriers import (
 )
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import outcomes
-from benchmarks.reproduce.figures.figure import (
+from benchmarks.reproduce.figures.figure import Figure, Result
+from benchmarks.reproduce.figures.verdicts import (
     NOT_TESTABLE,
-    Figure,
-    Result,
     Verdict,
-    joined,
+    combined,
     of_interval,
     ordering,
-    told,
+    text_of,
 )
-from benchmarks.reproduce.forget import strata
-from benchmarks.reproduce.lab import Lab
+from benchmarks.reproduce.forget_sets import strata
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.plotting import plot_barriers
 
@@ -65,10 +64,10 @@ def baselines(experiment: Experiment) -> list[BarrierBaseline]:
 
 
 def by_examples(
-    lab: Lab, rows: list[list[BarrierBefore]] | list[list[BarrierAfter]]
+    workspace: Workspace, rows: list[list[BarrierBefore]] | list[list[BarrierAfter]]
 ) -> dict[str, list[list[float]]]:
     """For each set of examples the mean over a model's oracles, ``[seed][set]``."""
-    measured = [[unit.run(lab) for unit in row] for row in rows]
+    measured = [[unit.run(workspace) for unit in row] for row in rows]
     return {
         name: [[_mean(found, name) for found in row] for row in measured]
         for name in SETS
@@ -76,10 +75,10 @@ def by_examples(
 
 
 def between_oracles(
-    lab: Lab, units: list[BarrierBaseline]
+    workspace: Workspace, units: list[BarrierBaseline]
 ) -> dict[str, list[list[float]]]:
     """For each set of examples the barriers of all pairs, ``[set][pair]``."""
-    measured = [unit.run(lab) for unit in units]
+    measured = [unit.run(workspace) for unit in units]
     return {name: [[one[name] for one in row] for row in measured] for name in SETS}
 
 
@@ -92,14 +91,14 @@ def _units(scale: Scale) -> list[Unit]:
     return [*(unit for row in rows for unit in row), *baselines(scale.sgd)]
 
 
-def _result(scale: Scale, lab: Lab) -> Result:
+def _result(scale: Scale, workspace: Workspace) -> Result:
     experiment = scale.sgd
-    losses = outcomes.mean_losses(lab, experiment, strata(experiment))
+    losses = outcomes.mean_losses(workspace, experiment, strata(experiment))
     return {
         "mean_losses": losses.tolist(),
-        "before": by_examples(lab, befores(experiment)),
-        "after": by_examples(lab, afters(experiment, METHOD)),
-        "baseline": between_oracles(lab, baselines(experiment)),
+        "before": by_examples(workspace, befores(experiment)),
+        "after": by_examples(workspace, afters(experiment, METHOD)),
+        "baseline": between_oracles(workspace, baselines(experiment)),
     }
 
 
@@ -117,13 +116,13 @@ def _judge(result: Result) -> Verdict:
             "then that of oracles": _comparable(after[:, -1], baseline),
         }
         found |= {f"{name}, {part}": verdict for part, verdict in parts.items()}
-    return joined(found)
+    return combined(found)
 
 
 def _rises(before: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdict:
     """As it is, which is the claim; and above each set's own baseline, beside it."""
     order, excess = ordering(before), before - baseline.mean(1)
-    more = told(mean_interval(excess[:, -1] - excess[:, 0]))
+    more = text_of(mean_interval(excess[:, -1] - excess[:, 0]))
     beside = f"above each set's own baseline, hardest less easiest: {more}"
     return Verdict(order.verdict, f"{order.because}; {beside}")
 
@@ -131,7 +130,7 @@ def _rises(before: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdic
 def _reduced(before: NDArray[np.float64], after: NDArray[np.float64]) -> Verdict:
     """Paired by seed."""
     less = mean_interval(before - after)
-    numbers = f"{before.mean():.3f} to {after.mean():.3f}, less by {told(less)}"
+    numbers = f"{before.mean():.3f} to {after.mean():.3f}, less by {text_of(less)}"
     because = f"{numbers}, n = {len(before)}"
     return Verdict(of_interval(less.low, less.high), because)
 
@@ -149,7 +148,7 @@ def _comparable(after: NDArray[np.float64], baseline: NDArray[np.float64]) -> Ve
     more = mean_interval(after - baseline[-1].mean())
     verdict = of_interval(spread - more.high, spread - more.low)
     because = (
-        f"above the mean of {baseline.shape[1]} pairs by {told(more)}, "
+        f"above the mean of {baseline.shape[1]} pairs by {text_of(more)}, "
         f"n = {len(after)}; one standard deviation of pairs is {spread:.3f}"
     )
     return Verdict(verdict, because)
