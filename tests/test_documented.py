@@ -92,7 +92,7 @@ def test_packages_say_what_they_are_for(room):
 
 
 def test_the_check_can_fail():
-    def bare(x):
+    def undocumented(x):
         return x
 
     def half(x, y):
@@ -106,5 +106,7 @@ def test_the_check_can_fail():
         """
         return x + y
 
-    assert list(problems("bare", bare)) == ["bare has no docstring"]
+    assert list(problems("undocumented", undocumented)) == [
+        "undocumented has no docstring"
+    ]
     assert list(problems("half", half)) == ["half: y"]

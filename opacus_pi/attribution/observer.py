@@ -48,10 +48,18 @@ __all__ = ["LoaderObserver", "observe", "observe_like", "observer_of", "tracker_
 
 
 class Position(Protocol):
-    """Where a run is in its pass over a loader, as ``EpochPosition`` knows it."""
+    """Where a run is in its pass over a loader, as ``EpochPosition`` knows it.
+
+    A protocol, because ``epoch_position`` imports this file.
+    """
 
     def begin_pass(self, loader_pass: LoaderPass, make: Callable[[], Any]) -> Any:
-        """Begin a pass, whose iterator ``make`` returns; maybe further on."""
+        """Begin a pass at its start, or at the batch where a saved run stopped.
+
+        Args:
+            loader_pass: The pass.
+            make: Returns its iterator.
+        """
 
 
 class LoaderObserver:
@@ -66,10 +74,12 @@ class LoaderObserver:
             of the data set before ``collate_fn``.
 
     Attributes:
-        position: Told when a pass begins, so that it can be resumed; may be None.
+        position: Its ``begin_pass`` is called when a pass begins, so that the pass can
+            be resumed; may be None.
         num_passes: How many passes have begun.
         num_passes_ended: How many of them were iterated to their end.
-        num_unobserved_passes: How many passes had iterators that are not torch's.
+        num_unobserved_passes: How many passes had iterators that are not torch's. Of
+            such a pass nothing else is known: neither its batches nor its end.
         num_deliveries: How many batches the loop received, of all passes. Batches that
             a resumed pass skips are not among them.
     """
@@ -165,7 +175,13 @@ class LoaderObserver:
         return batch
 
     def end_pass(self, loader_pass: LoaderPass) -> None:
-        """Note that an iterator raised ``StopIteration``; again and again is once."""
+        """Note that an iterator raised ``StopIteration``.
+
+        An iterator that is asked again raises again; the pass is counted once.
+
+        Args:
+            loader_pass: The pass that the iterator went through.
+        """
         if not loader_pass.has_ended:
             loader_pass.has_ended = True
             self.num_passes_ended += 1
@@ -210,13 +226,28 @@ def observe_like(
 
 
 def observer_of(loader: DataLoader[Any]) -> LoaderObserver | None:
-    """Return the observer of a loader; None if it is not observed."""
+    """Return the observer of a loader.
+
+    Args:
+        loader: Any loader.
+
+    Returns:
+        The observer of its next pass; None if the loader is not observed.
+    """
     observer: LoaderObserver | None = getattr(loader, "_pi_observer", None)
     return observer
 
 
 def tracker_of(loader: DataLoader[Any]) -> Tracker | None:
-    """Return the tracker that a loader reports to, while it exists; else None."""
+    """Return the tracker that a loader reports its deliveries to.
+
+    Args:
+        loader: Any loader.
+
+    Returns:
+        The tracker; None if the loader is not observed, its observer only counts, or
+        the tracker was deleted.
+    """
     observer = observer_of(loader)
     return None if observer is None else observer.tracker
 
@@ -360,7 +391,12 @@ def _observed_iterator(base: type) -> type:
             return indices.take(position, in_order=True)
 
         def _pi_skip(self, num_batches: int) -> None:
-            """Go past batches without reporting them; without workers unloaded."""
+            """Go past batches without reporting them.
+
+            Without workers only their indices are drawn, and nothing is loaded. With
+            workers torch has handed out the first batches already, so they are loaded
+            and dropped.
+            """
             indices = index_sampler(self)
             try:
                 for _ in range(num_batches):

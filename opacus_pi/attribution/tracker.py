@@ -278,7 +278,21 @@ class Tracker:
     def take_attributed(
         self, sizes: Sequence[int], *, clipped_only: bool = False
     ) -> list[ForwardPass]:
-        """Pop the passes whose samples enter the update; see ``attribute``."""
+        """Pop the passes whose samples enter the update, and count their samples.
+
+        This is ``attribute`` without the array of indices: a pass over a whole batch,
+        which is the usual case, has its indices as a list already.
+
+        Args:
+            sizes: How many samples each backward pass since the last call had.
+            clipped_only: Whether only complete passes of ghost clipping count.
+
+        Returns:
+            One pass for each size, all with indices.
+
+        Raises:
+            AccountingError: If the tracker is strict and a sample is uncertain.
+        """
         passes = _with_sizes(self.take(clipped_only=clipped_only), list(sizes))
         for forward in passes:
             known, unknown = _num_known(forward)
@@ -294,7 +308,12 @@ class Tracker:
         return passes
 
     def _explain(self, cause: str, what: str) -> None:
-        """Warn of a cause once, or raise if the tracker is strict."""
+        """Warn of a cause once, or raise if the tracker is strict.
+
+        Args:
+            cause: Why the samples are uncertain, a key of ``_CAUSES``.
+            what: What follows for them, as a sentence.
+        """
         message = f"{what} {_CAUSES[cause]}"
         if self.strict:
             raise AccountingError(message)
@@ -320,7 +339,7 @@ def _num_known(forward: ForwardPass) -> tuple[int, int]:
 
 
 def _backward_order(forward: ForwardPass) -> int:
-    """When the backward pass reached it."""
+    """Return when the backward pass reached a forward pass; a key for sorting."""
     return forward.backward
 
 

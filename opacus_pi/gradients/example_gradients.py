@@ -60,7 +60,14 @@ class ExampleGradients(ABC):
         """Return the gradients themselves, ``(b, ...)``."""
 
     def add_squares_to(self, total: Tensor) -> Tensor:
-        """Return ``total + squares``, float64 ``(b,)``."""
+        """Return ``total + squares``; a subclass may do it in one operation.
+
+        Args:
+            total: Squared norms over other parameters, float64 ``(b,)``.
+
+        Returns:
+            float64 ``(b,)``.
+        """
         return total + self.squares
 
     def kept(self) -> "ExampleGradients":
@@ -89,7 +96,14 @@ class ExplicitGradients(ExampleGradients):
         return squared_lengths(values if values.dim() > 1 else values[:, None])
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
-        """Return the sum of the gradients with factors ``(b,)``."""
+        """Return the sum of the gradients, each times its factor.
+
+        Args:
+            factors: ``(b,)``, converted to the type of the gradients.
+
+        Returns:
+            The sum, flat: one entry for each entry of the parameter.
+        """
         rows = self.values.flatten(1) if self.values.dim() > 1 else self.values[:, None]
         return factors.to(self.values) @ rows
 

@@ -55,11 +55,19 @@ _SLOW = (
 class NormEngine:
     """Measure squared per-example gradient norms, batch by batch.
 
-    Create and use it inside :func:`~opacus_pi.models.no_trace.isolated`.
+    One engine serves one sweep: what it learns from the first batches (which parameters
+    the taps cannot measure, whether the model runs under ``torch.func.vmap``) holds for
+    the batches that follow. Create and use it inside
+    :func:`~opacus_pi.models.no_trace.isolated`, which puts back what the passes change.
 
     Args:
         model: The live model, plain or wrapped; a copy that shares its weights is run.
-        criterion: ``criterion(outputs, targets)``.
+        criterion: ``criterion(outputs, targets)``, with one loss per example; a torch
+            loss module may have any reduction (it is copied).
+
+    Raises:
+        ValueError: If nothing is trainable, or a layer normalises by statistics of the
+            batch even in evaluation mode.
     """
 
     def __init__(self, model: nn.Module, criterion: Criterion) -> None:
@@ -80,12 +88,16 @@ class NormEngine:
         self._taps = NormTaps(self._model)
         tapped = tap_attention(self._taps, self._model)
         tapped |= tap_layers(self._taps, self._model)
+        # Watching every operation of torch is slow, and most models need it not.
         outside = set(self._trainable.values()) - tapped
         self._outside_layers = (
             ParametersOutsideLayers(self._taps) if outside else nullcontext()
         )
-        # How examples are differentiated; each turns False once it fails.
+        # Whether torch.func.vmap can run the model, and whether a batch's examples may
+        # be differentiated together. Each turns False once it fails, for good.
         self._vectorised, self._together = True, True
+        # Whether plain autograd has confirmed a norm, and whether position tables have
+        # been looked for. Both happen at the first batch that is suited for it.
         self._checked = False
         self._searched_position_tables = False
 
@@ -97,9 +109,17 @@ class NormEngine:
     def squares(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         """Return the squared norms, float64 ``(b,)``, and the detached outputs.
 
+        Until a norm has been confirmed, three ways are tried, from fast to slow: taps,
+        per-example gradients by ``torch.func``, and one example after the other. Each
+        is given up only when plain autograd contradicts it.
+
         Args:
             x: Inputs of ``b`` examples, on the model's device.
             y: Their targets.
+
+        Raises:
+            ValueError: If the criterion does not give one loss per example, or a copy
+                of the model still computes with the parameters of the original.
         """
         if self._together:
             self._search_position_tables(x, len(y))
@@ -131,6 +151,11 @@ class NormEngine:
 
         The pass is repeated until nothing more is left over. That happens in the first
         batch only, and at most a few times, because what is left over only grows.
+
+        Each example's output gradient has unit length when it enters the network, and
+        the norms are multiplied by its length afterwards
+        (:func:`~opacus_pi.models.losses.unit_cotangents`): gradients of well-fitted
+        examples would underflow on their way.
         """
         complete = False
         while not complete:
@@ -166,7 +191,17 @@ class NormEngine:
     def _leftover_squares(
         self, x: Any, y: Any, cotangents: dict[int, Tensor], scales: Tensor
     ) -> Tensor:
-        """Measure the parameters left over, by per-example gradients."""
+        """Measure the parameters left over, by per-example gradients.
+
+        Args:
+            x: Inputs of ``b`` examples.
+            y: Their targets.
+            cotangents: The gradient at each output, at unit length for each example.
+            scales: The lengths before, ``(b,)``.
+
+        Returns:
+            Squared norms over these parameters, float64 ``(b,)``.
+        """
         names = sorted(self._taps.leftover)
         leftover = {name: self._trainable[name] for name in names}
         if self._vectorised:
@@ -181,7 +216,18 @@ class NormEngine:
     def _looped(
         self, parameters: Mapping[str, Tensor], x: Any, y: Any
     ) -> tuple[Tensor, list[Any]]:
-        """Measure one example after the other, by plain autograd."""
+        """Measure one example after the other, by plain autograd.
+
+        This way assumes nothing of the model, and is the reference for the others.
+
+        Args:
+            parameters: The parameters to measure, by name.
+            x: Inputs of ``b`` examples.
+            y: Their targets.
+
+        Returns:
+            Squared norms, float64 ``(b,)``, and the outputs of each example.
+        """
         return looped_squares(
             self._model, list(parameters.values()), self._losses, x, y
         )
@@ -191,6 +237,11 @@ class NormEngine:
 
         The largest, because it has the most significant digits and counts the most. A
         norm of 0 proves nothing: the next batch is checked again.
+
+        Args:
+            squares: Squared norms of a batch, float64 ``(b,)``.
+            x: Its inputs.
+            y: Its targets.
         """
         place = int(squares.argmax())
         alone, _ = self._looped(

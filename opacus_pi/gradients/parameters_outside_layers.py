@@ -7,9 +7,12 @@ for a product), summed over the positions that share an entry of the parameter.
 
 A ``TorchFunctionMode`` sees every operation of torch while the model runs. It taps the
 operations above where one operand is a live parameter and the other a batch, and runs
-all others unchanged; their parameters stay live and are found by their ``.grad``. What
-breaks it: nothing that is known; an operation in another form (``torch.add`` with
-``alpha``, a parameter that is reshaped first) is only measured more slowly.
+all others unchanged; their parameters stay live and are found by their ``.grad``.
+
+The guarantee: results are those of the plain operations, and a gradient is either
+tapped or left to autograd, never lost. Nothing is known to break it. An operation in
+another form (``torch.add`` with ``alpha``, a parameter that is reshaped first) is not
+tapped, and its parameter is measured more slowly.
 """
 
 from collections.abc import Callable
@@ -22,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
 from opacus_pi.gradients.taps import Call, Taps
 
+# Operators arrive under these names, too: ``x + p`` as Tensor.add, ``x += p`` as
+# Tensor.add_. Subtraction and division are not tapped, only measured more slowly.
 _SUMS = {torch.add, Tensor.add, Tensor.add_}
 _PRODUCTS = {torch.mul, Tensor.mul}
 _EXPANSIONS = {Tensor.expand}
@@ -46,7 +51,15 @@ class ParametersOutsideLayers(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operation, tapped if it is one of those above."""
+        """Run an operation, tapped if it is one of those above.
+
+        Args:
+            func: The operation; torch calls this in place of it.
+            types: Not used.
+            args: Its positional arguments. In-place addition is tapped only where the
+                parameter is what is added: otherwise the parameter would be changed.
+            kwargs: Its keyword arguments; with any, the operation runs unchanged.
+        """
         if kwargs:
             return func(*args, **kwargs)
         if func in _EXPANSIONS and self._taps.is_live(args[0]):
@@ -65,7 +78,14 @@ class ParametersOutsideLayers(TorchFunctionMode):
         parameter: nn.Parameter,
         x: Tensor,
     ) -> Tensor:
-        """Return a tapped sum or product of a batch and a parameter."""
+        """Return a tapped sum or product of a batch and a parameter.
+
+        Args:
+            func: The operation.
+            args: Both operands, in their order.
+            parameter: The live one.
+            x: The other one, with a row for each example.
+        """
         if not _is_shared(parameter.shape, x.shape):
             plain: Tensor = func(*args)
             return plain
@@ -73,7 +93,12 @@ class ParametersOutsideLayers(TorchFunctionMode):
         return self._tap(output, (x,) if func in _PRODUCTS else (), parameter)
 
     def _expand(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
-        """Return a parameter expanded to one copy per example, tapped."""
+        """Return a parameter expanded to one copy per example, tapped.
+
+        Class tokens are used this way: ``token.expand(b, -1, -1)`` is concatenated with
+        the sequence. The result is cloned, because the rows of an expanded tensor share
+        memory and the tap changes its tensor in place.
+        """
         parameter, *sizes = args
         output = func(parameter.detach(), *sizes)
         if not (self._taps.wants(output) and _is_shared(parameter.shape, output.shape)):
@@ -84,7 +109,14 @@ class ParametersOutsideLayers(TorchFunctionMode):
     def _tap(
         self, output: Tensor, factors: tuple[Tensor, ...], parameter: nn.Parameter
     ) -> Tensor:
-        """Tap a result; ``factors`` holds the other factor of a product."""
+        """Tap a result.
+
+        Args:
+            output: The result, computed with a detached parameter.
+            factors: The other factor of a product; empty for a sum or an expansion,
+                whose derivative by the parameter is 1.
+            parameter: The live one.
+        """
 
         def gradients(call: Call, grad: Tensor) -> dict[str, ExampleGradients]:
             for x in call[0]:
@@ -95,7 +127,11 @@ class ParametersOutsideLayers(TorchFunctionMode):
 
 
 def _is_shared(shape: torch.Size, batch: torch.Size) -> bool:
-    """Whether each example of a batch sees the whole of a parameter, broadcast."""
+    """Whether each example of a batch sees the whole of a parameter, broadcast.
+
+    Not so if the parameter has as many dimensions as the batch and several entries in
+    the first one: then each example has an entry of its own.
+    """
     pairs = zip(reversed(shape), reversed(batch), strict=False)
     return (
         len(shape) <= len(batch)

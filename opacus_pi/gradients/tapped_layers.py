@@ -4,6 +4,14 @@ A tapped layer runs with frozen parameters, and its output is tapped. It runs as
 always does where its rule cannot apply: called with several arguments, with an input
 that has no row for each example, or outside a tapped pass. Its parameters are live
 then, so that their gradients are found (:mod:`~opacus_pi.gradients.norm_taps`).
+
+The model is a copy that only the sweep runs, so its methods may be replaced. The user's
+own model, while it is trained, gets hooks instead
+(:mod:`~opacus_pi.gradients.clipping.layer_hooks`).
+
+The guarantee: a layer's outputs are those of the plain layer, to the bit. What breaks
+it: a layer whose code asks whether a weight is an ``nn.Parameter`` or requires a
+gradient; in a tapped call it sees detached tensors of the same values.
 """
 
 from typing import Any
@@ -40,7 +48,16 @@ def tap_layers(taps: NormTaps, model: nn.Module) -> set[nn.Parameter]:
 
 
 class _TappedLayer:
-    """One layer: frozen while it runs, its output tapped."""
+    """One layer: frozen while it runs, its output tapped.
+
+    A weight is frozen by exchanging the layer's table of parameters for one with
+    detached tensors, which is one assignment however many weights there are.
+
+    Args:
+        taps: What the layer reports to.
+        module: The layer; its ``forward`` is replaced.
+        rule: The layer's rule.
+    """
 
     def __init__(self, taps: NormTaps, module: nn.Module, rule: LayerRule) -> None:
         self._taps, self._module, self._rule = taps, module, rule
@@ -54,7 +71,15 @@ class _TappedLayer:
         module.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer, tapped if its one input and its output are batches."""
+        """Run the layer, tapped if its one input and its output are batches.
+
+        Args:
+            *args: What the model calls the layer with.
+            **kwargs: The same.
+
+        Returns:
+            The layer's output.
+        """
         taps = self._taps
         if not taps.is_intercepting or len(args) + len(kwargs) != 1:
             return self._plain_forward(*args, **kwargs)
@@ -68,6 +93,8 @@ class _TappedLayer:
         finally:
             replace_own_parameters_(self._module, self._live)
         if not taps.wants(output):
+            # Too late to run the layer live. The taps leave these parameters over, and
+            # the whole pass is repeated without them.
             taps.miss(parameters)
             return output
 
@@ -80,7 +107,11 @@ class _TappedLayer:
         return taps.tap(output, ((x,), {}), parameters, gradients)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        """The layer's own parameters that taps still measure."""
+        """The layer's own parameters that taps still measure, by name.
+
+        The answer changes only when parameters are left over, so it is kept: this runs
+        at every call of every layer.
+        """
         num_leftover = len(self._taps.leftover)
         if num_leftover != self._num_leftover:
             live = self._live.items()

@@ -31,6 +31,8 @@ from opacus_pi.recording import Recorder
 from opacus_pi.recording.random_states import RandomStates
 from opacus_pi.recording.saved_state import require_version
 
+# Where a checkpoint of Opacus has our entries. Opacus ignores keys that it does not
+# know.
 CHECKPOINT_KEY = "opacus_pi"
 FILTER_KEY = "opacus_pi_filter"
 _RUN_STATE = "run_state."  # prefix of the entries that are not the recorder's
@@ -50,6 +52,9 @@ _SECURE = "Random numbers of secure_mode cannot be drawn again."
 class Checkpoints:
     """What an engine adds to Opacus's checkpoints, and takes from them.
 
+    Opacus's ``save_checkpoint`` writes whatever its argument ``checkpoint_dict`` holds,
+    and ``load_checkpoint`` returns it, so both work with Opacus's own engine as well.
+
     Attributes:
         run_state: The state of the run that was prepared last; None before.
     """
@@ -60,7 +65,16 @@ class Checkpoints:
     def entries(
         self, recorder: Recorder, renyi_filter: RenyiFilter | None
     ) -> dict[str, Any]:
-        """Return the entries to add to a checkpoint; none before a run is prepared."""
+        """Return the entries to add to a checkpoint; none before a run is prepared.
+
+        Args:
+            recorder: The engine's recorder, whose record is saved.
+            renyi_filter: The engine's budgets; what was charged to each example is
+                saved.
+
+        Returns:
+            Tensors, numbers and strings, with a checksum over each entry.
+        """
         if self.run_state is None:
             return {}
         states = self.run_state.state_dict()
@@ -72,6 +86,11 @@ class Checkpoints:
 
     def require_restorable(self, *, restore_rng: bool) -> None:
         """Refuse to restore random states before there is a run that has them.
+
+        Called before Opacus loads anything, so that a refusal changes nothing.
+
+        Args:
+            restore_rng: Whether the user asked for it.
 
         Raises:
             ValueError: If no run has been prepared.
@@ -142,6 +161,7 @@ class RunState:
         noise_generator: torch.Generator | None = None,
         is_secure: bool = False,
     ) -> None:
+        # Loader and samplers may each have a generator of their own, or share one.
         own = {name: getattr(loader, name, None) for name in _SAMPLERS}
         self._samplers = {n: s for n, s in own.items() if s is not None}
         holders = {"loader": loader, **self._samplers}
@@ -163,7 +183,16 @@ class RunState:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the present state, as tensors, numbers and strings."""
+        """Return the present state, as tensors, numbers and strings.
+
+        Saving does not raise: where the run could not be resumed exactly from this
+        moment, the state holds the reason under ``"obstacle"`` and nothing else. It is
+        raised when somebody asks for an exact resume, because the checkpoint is good
+        for everything else.
+
+        Returns:
+            One flat dict; the prefix of a name says which part an entry belongs to.
+        """
         obstacle = self._obstacle()
         if obstacle:
             return {"obstacle": obstacle}
@@ -203,6 +232,9 @@ class RunState:
             raise ValueError(
                 f"The run cannot be resumed exactly from this checkpoint. {known}"
             )
+        # Everything is checked before anything is restored. The position comes after
+        # the random states: it needs those of this moment and those of the pass's
+        # start.
         random_states = _part(state, _RANDOM)
         self._check_settings(state)
         self._position.check(_part(state, _POSITION))
@@ -215,7 +247,14 @@ class RunState:
             setattr(optimizer, name, _copied(value))
 
     def _check_settings(self, state: Mapping[str, Any]) -> None:
-        """Refuse epochs of samplers that the run does not have, and wrong settings."""
+        """Refuse epochs of samplers that the run does not have, and wrong settings.
+
+        Args:
+            state: The saved state, which may come from a file that was edited.
+
+        Raises:
+            ValueError: With what was found and what the prepared run has.
+        """
         epochs, settings = _part(state, _EPOCH), _part(state, _SETTING)
         expect(
             set(epochs) <= set(self._samplers)
@@ -239,7 +278,12 @@ class RunState:
 
 
 def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries whose names begin with a prefix, by the rest of their names."""
+    """Return the entries whose names begin with a prefix, by the rest of their names.
+
+    Args:
+        state: A flat state.
+        prefix: One of the prefixes above, with its dot.
+    """
     return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
 
 
@@ -250,7 +294,10 @@ def _is_setting(value: Any) -> bool:
 
 
 def _copied(setting: Any) -> Any:
-    """A copy that later updates do not change; adaptive clipping's is a tensor."""
+    """Return a copy that later updates do not change.
+
+    Adaptive clipping keeps its clip norm as a tensor and changes it in place.
+    """
     return setting.detach().clone() if isinstance(setting, Tensor) else setting
 
 

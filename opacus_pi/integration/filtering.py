@@ -49,6 +49,11 @@ _LESS_NOISE = (
 class FilterGate:
     """Decides which samples of an update may enter it.
 
+    The optimizer calls ``admit`` for each physical batch before it is clipped, and
+    ``close`` once the update is complete, before noise is drawn. What an update charges
+    depends on the noise, which is known before it is drawn, and on the norms, which are
+    a function of the past: this is what the filter's theorem asks for.
+
     Args:
         renyi_filter: The budgets.
         tracker: Counts the samples that were matched without verification.
@@ -106,6 +111,7 @@ class FilterGate:
         is_admitted[is_charged] = self.renyi_filter.admit(
             indices[is_charged], step.ratios(lengths[is_charged])
         )
+        # A charge is right only if at least this noise is drawn: see ``close``.
         self._charged_noise_std = max(self._charged_noise_std, noise_std)
         if not is_admitted.all():
             left_out = torch.from_numpy(~is_admitted)
@@ -114,7 +120,18 @@ class FilterGate:
         return indices, norms
 
     def _without_repetitions(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Take the attribution from samples whose example is in the update already."""
+        """Take the attribution from samples whose example is in the update already.
+
+        The clip norm bounds one sample. An example that entered one update twice would
+        contribute up to twice the clip norm, but be charged for one.
+
+        Args:
+            indices: Index of each sample of this physical batch; negative if
+                unattributed.
+
+        Returns:
+            The same with ``LEFT_OUT`` at repetitions, also of earlier batches.
+        """
         so_far = np.concatenate([*self._earlier_batches, indices])
         _, firsts = np.unique(so_far, return_index=True)
         is_first = np.zeros(len(so_far), dtype=np.bool_)
@@ -138,7 +155,16 @@ class FilterGate:
 
 
 def _zero_gradients(parameters: Sequence[Any], left_out: Tensor) -> None:
-    """Replace per-example gradients by copies with zeros; they may share storage."""
+    """Replace per-example gradients by copies with zeros.
+
+    Copies, because gradients of two parameters, or of a parameter and an activation,
+    may share storage.
+
+    Args:
+        parameters: Parameters with ``grad_sample``: a tensor, or a list of them where
+            several backward passes preceded the step.
+        left_out: Which samples, bool ``(b,)``, over all passes together.
+    """
     for p in parameters:
         # Opacus's mark of gradients that were clipped before is lost in the copies
         require_unprocessed(p.grad_sample)
@@ -218,7 +244,12 @@ def _several_processes(module: nn.Module) -> str | None:
 
 # -------------------------------------------------------------------------- checkpoints
 def saved_charges(renyi_filter: RenyiFilter) -> dict[str, Any]:
-    """Return a filter's state as tensors, numbers and strings, for a checkpoint."""
+    """Return a filter's state as tensors, numbers and strings, for a checkpoint.
+
+    Args:
+        renyi_filter: The filter; its own state has NumPy arrays, which ``torch.load``
+            would refuse without unpickling.
+    """
     return {
         name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for name, value in renyi_filter.state_dict().items()

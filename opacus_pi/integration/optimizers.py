@@ -2,12 +2,21 @@
 
 An optimizer stays the object that Opacus made. Its class is replaced by a subclass of
 the same name that lets Opacus do its work and then reads what it did: the norms of the
-samples that entered the update, and, when noise is drawn, how much. There is one
-subclass for each way in which Opacus gets at norms: from per-example gradients, from
-ghost clipping, and from the fast mode of this package.
+samples that entered the update, and, when noise is drawn, how much. Opacus gets at
+norms in three ways, so there are three such classes:
 
-Gradients, noise and random numbers are Opacus's to the bit. The subclass relies on
-``add_noise`` being called exactly once for each update.
+* :class:`_FromGradSamples`: per-example gradients (hooks, functorch, ew, no_op);
+* :class:`_FromCache`: the fast mode of this package, which keeps the norms of its step;
+* :class:`_FromGhostClipping`: ghost clipping, where the model clips and has the norms.
+
+Each derives from ``DPOptimizer`` and is put in front of the class that the optimizer
+has, which may be any subclass of ``DPOptimizer`` (per-layer, adaptive, distributed):
+``super()`` in a method below is that class.
+
+**Guarantee.** Gradients, noise and random numbers are Opacus's to the bit.
+
+**What breaks it.** An optimizer that does not call ``add_noise`` exactly once for each
+update: every report is attached to that call.
 """
 
 from typing import Any
@@ -52,182 +61,237 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
         update: Receives the reports.
     """
     if isinstance(update.hooks, FastHooks):
-        swap_class(optimizer, _reporting_fast)
+        swap_class(optimizer, _from_cache)
     elif isinstance(optimizer, DPOptimizerFastGradientClipping):
-        swap_class(optimizer, _reporting_ghost)
+        swap_class(optimizer, _from_ghost_clipping)
     else:
-        swap_class(optimizer, _reporting_grad_samples)
+        swap_class(optimizer, _from_grad_samples)
     optimizer._pi_update = update
     if update.outside is not None:
         update.outside.watch(optimizer, module_of(update.hooks))
 
 
-def _reporting(base: type) -> type:
-    """Make the part that all modes share: reports of noise and of finished updates."""
-
-    class Reporting(base):
-        def add_noise(self) -> None:
-            """Report the noise; called once for each update, and not if it is put off.
-
-            ``BatchMemoryManager`` puts the update off until the last physical batch.
-            """
-            if self._pi_update.gate is not None:
-                self._pi_update.gate.close(noise_std_of(self))
-            super().add_noise()
-            self._pi_update.noise_was_drawn(self)
-
-        def step(self, *args: Any, **options: Any) -> float | None:
-            result: float | None = super().step(*args, **options)
-            self._pi_update.finish()
-            return result
-
-    return Reporting
-
-
-def _reporting_grad_samples(base: Any) -> type:
-    """Make an optimizer that has per-example gradients: hooks, functorch, ew, no_op."""
+# ``swap_class`` calls one of these for each class of optimizer that it meets.
+def _from_grad_samples(base: type[DPOptimizer]) -> type:
+    """Return a subclass of an optimizer class with per-example gradients."""
     # Adaptive clipping and the like read the gradients for more than their norms.
     reads_norms_only = base.clip_and_accumulate is DPOptimizer.clip_and_accumulate
-    parent: Any = _reporting(base)
+    attributes = {"_pi_reads_norms_only": reads_norms_only}
+    return type(base.__name__, (_FromGradSamples, base), attributes)
 
-    class Recording(parent):
-        _pi_norms_column: list[Tensor] | None = None
 
-        @property
-        def grad_samples(self) -> list[Tensor]:
-            """Per-example gradients; within ``_pi_clip``, one column of their norms."""
-            if self._pi_norms_column is not None:
-                return self._pi_norms_column
-            gradients: list[Tensor] = super().grad_samples
-            return gradients
+def _from_cache(base: type[DPOptimizer]) -> type:
+    """Return a subclass of an optimizer class that clips from the per-batch cache."""
+    return type(base.__name__, (_FromCache, base), {})
 
-        def clip_and_accumulate(self) -> None:
-            """Clip one physical batch and report its norms."""
-            update = self._pi_update
-            if update.gate is None:
-                norms = self._pi_clip()
-                update.add_batch(norms, self._pi_batch_sizes())
-                return
-            norms = self._pi_joint_norms([row_norms(g) for g in self.grad_samples])
-            positions, norms = update.gate.admit(
-                self.params,
-                update.tracker.attribute(self._pi_batch_sizes()),
-                norms,
-                noise_std=noise_std_of(self),
-                max_grad_norm=float(self.max_grad_norm),
+
+def _from_ghost_clipping(base: type[DPOptimizer]) -> type:
+    """Return a subclass of an optimizer class of ghost clipping."""
+    return type(base.__name__, (_FromGhostClipping, base), {})
+
+
+class _ReportingOptimizer(DPOptimizer):
+    """What all modes share: reports of noise and of finished updates.
+
+    Attributes:
+        _pi_update: Receives the reports; set by ``report_updates``. All names of ours
+            begin with ``_pi_``, so that they cannot meet a name of Opacus or the user.
+    """
+
+    _pi_update: UpdateUnderWay
+
+    def add_noise(self) -> None:
+        """Report the noise; called once for each update, and not if it is put off.
+
+        ``BatchMemoryManager`` puts the update off until the last physical batch.
+        """
+        if self._pi_update.gate is not None:
+            self._pi_update.gate.close(noise_std_of(self))
+        super().add_noise()
+        self._pi_update.noise_was_drawn(self)
+
+    def step(self, *args: Any, **options: Any) -> float | None:
+        """Step as Opacus does, then report that the weights were written.
+
+        Called for every physical batch. ``finish`` does nothing where no noise was
+        drawn, because Opacus has then put the update off.
+        """
+        result: float | None = super().step(*args, **options)
+        self._pi_update.finish()
+        return result
+
+
+class _FromGradSamples(_ReportingOptimizer):
+    """Reports norms that are taken from the per-example gradients.
+
+    The norms are taken before Opacus clips, because clipping does not keep them.
+    """
+
+    # Whether clipping uses ``grad_samples`` only to take each example's norm.
+    _pi_reads_norms_only: bool
+    # While ``_pi_clip`` runs: what ``grad_samples`` returns instead of the gradients.
+    _pi_norms_column: list[Tensor] | None = None
+
+    @property
+    def grad_samples(self) -> list[Tensor]:
+        """Per-example gradients; within ``_pi_clip``, one column of their norms."""
+        if self._pi_norms_column is not None:
+            return self._pi_norms_column
+        gradients: list[Tensor] = super().grad_samples
+        return gradients
+
+    def clip_and_accumulate(self) -> None:
+        """Clip one physical batch and report its norms.
+
+        With a ``RenyiFilter`` the order is another one: samples are matched to examples
+        and charged first, because a sample that cannot pay must not enter the sum.
+        """
+        update = self._pi_update
+        if update.gate is None:
+            norms = self._pi_clip()
+            update.add_batch(norms, self._pi_batch_sizes())
+            return
+        norms = self._pi_joint_norms([row_norms(g) for g in self.grad_samples])
+        positions, norms = update.gate.admit(
+            self.params,
+            update.tracker.attribute(self._pi_batch_sizes()),
+            norms,
+            noise_std=noise_std_of(self),
+            max_grad_norm=float(self.max_grad_norm),
+        )
+        super().clip_and_accumulate()
+        update.add_samples(positions, norms)
+
+    def _pi_clip(self) -> Tensor:
+        """Clip as Opacus does, and return the norms from before, ``(b,)``.
+
+        Opacus's ``clip_and_accumulate`` uses ``self.grad_samples`` only to take each
+        example's norm over all parameters; the gradients that it sums it reads from the
+        parameters. Computing the norms twice would cost a pass over all per-example
+        gradients. Opacus is therefore given one column that holds the norms: the norm
+        of a row with one entry is that entry, to the bit. If Opacus read a gradient
+        from it, the shape would not fit and raise an error.
+
+        Breaks if a subclass overrides ``clip_and_accumulate``, or if the norms have
+        another precision than the gradients; both are excluded here.
+        """
+        held = self.grad_samples
+        by_parameter = [row_norms(g) for g in held]
+        pairs = zip(by_parameter, held, strict=True)
+        has_same_types = all(norms.dtype == g.dtype for norms, g in pairs)
+        del held, pairs  # concatenated copies, if there were several passes
+        norms = self._pi_joint_norms(by_parameter)
+        if self._pi_reads_norms_only and has_same_types:
+            self._pi_norms_column = [norms.unsqueeze(1)]
+        try:
+            super().clip_and_accumulate()
+        finally:
+            self._pi_norms_column = None
+        return norms
+
+    def _pi_joint_norms(self, by_parameter: list[Tensor]) -> Tensor:
+        """Return norms over all parameters, ``(b,)``, from those of each parameter.
+
+        Where parameters have different numbers of gradients, the error names them.
+        """
+        try:
+            return joint_norms(by_parameter)
+        except RuntimeError as error:
+            counts = zip(self.params, map(len, by_parameter), strict=True)
+            model = module_of(self._pi_update.hooks)
+            explain_numbers_of_gradients(error, model, dict(counts))
+            raise
+
+    def _pi_batch_sizes(self) -> list[int]:
+        """Return how many per-example gradients each backward pass left."""
+        first = self.params[0].grad_sample
+        # Opacus keeps a list where several backward passes preceded the step.
+        passes = first if isinstance(first, list) else [first]
+        is_no_op = isinstance(self._pi_update.hooks, GradSampleHooksNoOp)
+        if is_no_op and len(passes) == 1:
+            # the user's loop computed them, maybe without a backward pass
+            self._pi_update.tracker.bind_gradients(first)
+        return [len(g) for g in passes]
+
+    def zero_grad(self, *args: Any, **options: Any) -> None:
+        """Clear the gradients, and forget the forward passes that they came from."""
+        self._pi_update.tracker.discard()
+        super().zero_grad(*args, **options)
+
+
+class _FromCache(_ReportingOptimizer):
+    """Reports the norms that the fast mode keeps of its last step."""
+
+    per_sample_gradient_norms: Tensor
+    batch_sizes: list[int]
+
+    def clip_and_accumulate(self) -> None:
+        """Clip all batches since the last step and report their norms."""
+        super().clip_and_accumulate()
+        # A copy: the recorder keeps it, and the attribute is the user's to change.
+        norms = self.per_sample_gradient_norms.detach().clone()
+        self._pi_update.add_batch(norms, self.batch_sizes)
+
+    def zero_grad(self, *args: Any, **options: Any) -> None:
+        """Clear the gradients, and forget the forward passes that they came from."""
+        self._pi_update.tracker.discard()
+        super().zero_grad(*args, **options)
+
+
+class _FromGhostClipping(_ReportingOptimizer):
+    """Reports the norms by which the model weighted the losses of its last batch.
+
+    Ghost clipping runs two backward passes: the first one leaves the norms in the
+    model, the second one computes the clipped gradient from weighted losses. The
+    optimizer only adds up. It never sees gradients of single examples, so two mistakes
+    that hooks mode would notice go through in silence, and are looked for here: norms
+    that belong to an earlier batch, and a clip norm that differs from the model's.
+    """
+
+    # The norms reported last, as the object that Opacus keeps: a new batch has new
+    # ones.
+    _pi_norms: Tensor | None = None
+    _pi_norms_of_parameters: tuple[Tensor | None, ...] = ()
+
+    def accumulate(self) -> None:
+        """Add one physical batch and report its norms."""
+        super().accumulate()
+        norms = clipped_norms(self._pi_update.hooks)
+        if norms is not None and norms is not self._pi_norms:
+            self._pi_norms = norms
+            self._pi_require_fresh_norms()
+            kept = norms.detach().clone()
+            self._pi_update.add_batch(kept, [len(norms)], clipped_only=True)
+
+    def _pi_require_fresh_norms(self) -> None:
+        """Refuse norms that the last backward pass did not compute.
+
+        Opacus keeps a norm for each parameter until it is overwritten. If a parameter
+        still has the very tensor that it had before, its layer computed none now.
+        """
+        now = tuple(norms_of_parameters(self.params))
+        before, self._pi_norms_of_parameters = self._pi_norms_of_parameters, now
+        if any(a is not None and a is b for a, b in zip(now, before, strict=False)):
+            self._pi_update.recorder.refuse(_STALE_NORMS)
+
+    def zero_grad(self, *args: Any, **options: Any) -> None:
+        """Clear the gradients; refuse the record if one of two batches is lost.
+
+        Opacus's loss calls this between its two backward passes, too. A pass that is
+        then complete belongs to an earlier batch, whose norms the model no longer has.
+        """
+        tracker = self._pi_update.tracker
+        has_incomplete_pass = tracker.awaits_second_backward()
+        if tracker.discard(clipped_only=True) and has_incomplete_pass:
+            self._pi_update.recorder.refuse(_TWO_BACKWARD_PASSES)
+        super().zero_grad(*args, **options)
+
+    def add_noise(self) -> None:
+        """Add noise; refuse the record if it is scaled for another clip norm."""
+        clipped = float(self._pi_update.hooks.max_grad_norm)
+        noised = float(self.max_grad_norm)
+        if clipped != noised:
+            self._pi_update.recorder.refuse(
+                _TWO_CLIP_NORMS.format(clipped=clipped, noised=noised)
             )
-            super().clip_and_accumulate()
-            update.add_samples(positions, norms)
-
-        def _pi_clip(self) -> Tensor:
-            """Clip as Opacus does, and return the norms from before.
-
-            Opacus's ``clip_and_accumulate`` uses ``self.grad_samples`` only to take
-            each example's norm over all parameters; the gradients that it sums it reads
-            from the parameters. Computing the norms twice would cost a pass over all
-            per-example gradients. Opacus is therefore given one column that holds the
-            norms: the norm of a row with one entry is that entry, to the bit. If Opacus
-            read a gradient from it, the shape would not fit and raise an error.
-
-            Breaks if a subclass overrides ``clip_and_accumulate``, or if the norms have
-            another precision than the gradients; both are excluded here.
-            """
-            held = self.grad_samples
-            by_parameter = [row_norms(g) for g in held]
-            pairs = zip(by_parameter, held, strict=True)
-            same_norms = reads_norms_only and all(n.dtype == g.dtype for n, g in pairs)
-            del held, pairs  # concatenated copies, if there were several passes
-            norms = self._pi_joint_norms(by_parameter)
-            self._pi_norms_column = [norms.unsqueeze(1)] if same_norms else None
-            try:
-                super().clip_and_accumulate()
-            finally:
-                self._pi_norms_column = None
-            return norms
-
-        def _pi_joint_norms(self, by_parameter: list[Tensor]) -> Tensor:
-            """Norms over all parameters; an error names parameters of other lengths."""
-            try:
-                return joint_norms(by_parameter)
-            except RuntimeError as error:
-                counts = zip(self.params, map(len, by_parameter), strict=True)
-                model = module_of(self._pi_update.hooks)
-                explain_numbers_of_gradients(error, model, dict(counts))
-                raise
-
-        def _pi_batch_sizes(self) -> list[int]:
-            """How many per-example gradients each backward pass left."""
-            first = self.params[0].grad_sample
-            passes = first if isinstance(first, list) else [first]
-            is_no_op = isinstance(self._pi_update.hooks, GradSampleHooksNoOp)
-            if is_no_op and len(passes) == 1:
-                # the user's loop computed them, maybe without a backward pass
-                self._pi_update.tracker.bind_gradients(first)
-            return [len(g) for g in passes]
-
-        def zero_grad(self, *args: Any, **options: Any) -> None:
-            self._pi_update.tracker.discard()
-            super().zero_grad(*args, **options)
-
-    return Recording
-
-
-def _reporting_fast(base: type) -> type:
-    """Make an optimizer of the fast mode, which keeps the norms of its last step."""
-
-    class Recording(_reporting(base)):  # type: ignore[misc]
-        def clip_and_accumulate(self) -> None:
-            """Clip all batches since the last step and report their norms."""
-            super().clip_and_accumulate()
-            norms = self.per_sample_gradient_norms.detach().clone()
-            self._pi_update.add_batch(norms, self.batch_sizes)
-
-        def zero_grad(self, *args: Any, **options: Any) -> None:
-            self._pi_update.tracker.discard()
-            super().zero_grad(*args, **options)
-
-    return Recording
-
-
-def _reporting_ghost(base: type) -> type:
-    """Make an optimizer of ghost clipping, where the model clips and has the norms."""
-    parent: Any = _reporting(base)
-
-    class Recording(parent):
-        _pi_norms: Tensor | None = None
-        _pi_norms_of_parameters: tuple[Tensor | None, ...] = ()
-
-        def accumulate(self) -> None:
-            """Add one physical batch and report its norms."""
-            super().accumulate()
-            norms = clipped_norms(self._pi_update.hooks)
-            if norms is not None and norms is not self._pi_norms:
-                self._pi_norms = norms
-                self._pi_require_fresh_norms()
-                kept = norms.detach().clone()
-                self._pi_update.add_batch(kept, [len(norms)], clipped_only=True)
-
-        def _pi_require_fresh_norms(self) -> None:
-            """Refuse norms that the last backward pass did not compute."""
-            now = tuple(norms_of_parameters(self.params))
-            before, self._pi_norms_of_parameters = self._pi_norms_of_parameters, now
-            if any(a is not None and a is b for a, b in zip(now, before, strict=False)):
-                self._pi_update.recorder.refuse(_STALE_NORMS)
-
-        def zero_grad(self, *args: Any, **options: Any) -> None:
-            tracker = self._pi_update.tracker
-            has_incomplete_pass = tracker.awaits_second_backward()
-            if tracker.discard(clipped_only=True) and has_incomplete_pass:
-                self._pi_update.recorder.refuse(_TWO_BACKWARD_PASSES)
-            super().zero_grad(*args, **options)
-
-        def add_noise(self) -> None:
-            clipped = float(self._pi_update.hooks.max_grad_norm)
-            noised = float(self.max_grad_norm)
-            if clipped != noised:
-                self._pi_update.recorder.refuse(
-                    _TWO_CLIP_NORMS.format(clipped=clipped, noised=noised)
-                )
-            super().add_noise()
-
-    return Recording
+        super().add_noise()

@@ -42,6 +42,10 @@ _DRAWN_TWICE = (
 class UpdateUnderWay:
     """Reports the updates of one private run to its recorder, one after another.
 
+    Whether an update is one at all is known only at its end: a step may be put off
+    (``BatchMemoryManager``) or interrupted. So norms go to the recorder at once, but
+    the update counts only when noise was drawn and the weights were written.
+
     The optimizer calls ``add_batch`` for each physical batch, ``noise_was_drawn`` once,
     and ``finish`` when the weights have been written.
 
@@ -52,6 +56,8 @@ class UpdateUnderWay:
         sample_rate: The rate of one batch, as Opacus passes it to its accountant.
         gate: Leaves out examples whose budget is spent, if the engine has a filter.
         outside: Detects changes between updates; None in a distributed run.
+        is_superseded: Whether a later ``make_private`` of the same engine has begun
+            another run. Updates of this one are then not recorded but refused.
     """
 
     recorder: Recorder
@@ -112,7 +118,13 @@ class UpdateUnderWay:
         *,
         distinct: bool,
     ) -> None:
-        """Hand norms to the recorder. ``distinct=True``: no index is there twice."""
+        """Hand norms to the recorder, and note which examples are in the update.
+
+        Args:
+            indices: Indices in the data set, none negative.
+            norms: Their norms, ``(b,)``.
+            distinct: Whether no index is there twice.
+        """
         # several batches may overlap even if each of them is distinct
         self._is_distinct = distinct and not self._examples
         self._examples.append(indices)
@@ -120,10 +132,16 @@ class UpdateUnderWay:
             self.recorder.report(indices, norms)
 
     def noise_was_drawn(self, optimizer: DPOptimizer) -> None:
-        """Note noise and clip norm now: schedulers may change them before the end."""
+        """Note noise and clip norm now: schedulers may change them before the end.
+
+        Args:
+            optimizer: The optimizer that has just added noise, before its step.
+        """
         self.finish()  # of an earlier update whose step was interrupted
         if self.outside is not None:
             self.outside.noise_was_drawn(is_current=not self.is_superseded)
+        # As Opacus's accountant does: with accumulated batches an example had as many
+        # chances to be drawn.
         rate = self.sample_rate * optimizer.accumulated_iterations
         self._settings = {
             "noise_std": noise_std_of(optimizer),
@@ -132,7 +150,12 @@ class UpdateUnderWay:
         }
 
     def finish(self) -> None:
-        """Count the update if noise was drawn for it: the weights were written."""
+        """Count the update if noise was drawn for it: the weights were written.
+
+        Called after every step, also after one that was put off; without noise there is
+        no update to count. The recorder may write a row here, which in swept mode takes
+        a pass over the data set.
+        """
         settings, self._settings = self._settings, None
         if settings is None:
             return
@@ -158,6 +181,10 @@ class UpdateUnderWay:
 
 
 def _has_duplicates(batches: Sequence[Sequence[int] | NDArray[np.int64]]) -> bool:
-    """Whether an index is there twice, in one batch or in two."""
+    """Return whether an index occurs twice, in one batch or in two.
+
+    Args:
+        batches: The indices of each physical batch of an update.
+    """
     ordered = np.sort(np.concatenate([np.empty(0, np.int64), *batches]))
     return bool((ordered[1:] == ordered[:-1]).any())

@@ -89,7 +89,7 @@ def test_items_of_different_shapes():
 def test_what_has_no_checksum_has_width_0():
     endless = []
     endless.append(endless)
-    odd = [
+    items = [
         "text",
         None,
         object(),
@@ -103,8 +103,8 @@ def test_what_has_no_checksum_has_width_0():
         endless,
         torch.zeros(0, 3),
     ]
-    found = fingerprint_items(odd)
-    assert found.widths.tolist() == found.checksums.tolist() == [[0]] * len(odd)
+    found = fingerprint_items(items)
+    assert found.widths.tolist() == found.checksums.tolist() == [[0]] * len(items)
     assert fingerprint_items([]).widths.shape == (0, 0)
     assert fingerprint_items({"x": X}).widths.shape == (0, 0)
 

@@ -190,7 +190,7 @@ class Keywords(nn.Module):
         return self.head(torch.tanh(self.left(input=a) * self.right(b)))
 
 
-class Bare(nn.Module):
+class OutsideLayers(nn.Module):
     """Parameters outside of layers, in all the ways in which they meet a batch."""
 
     def __init__(self):
@@ -214,8 +214,8 @@ class Bare(nn.Module):
         return self.head(torch.tanh(h).mean(1))
 
 
-class BareElsewhere(nn.Module):
-    """Parameters outside of layers whose gradients are not the batch's rows."""
+class UntappedOutsideLayers(nn.Module):
+    """Parameters outside of layers, used in ways that no tap intercepts."""
 
     def __init__(self):
         super().__init__()
@@ -226,7 +226,7 @@ class BareElsewhere(nn.Module):
         self.head = nn.Linear(6, NUM_CLASSES)
 
     def forward(self, x):
-        x = x + self.split[:, 0] + self.split[0, 1]  # taken apart
+        x = x + self.split[:, 0] + self.split[0, 1]  # each half is used by itself
         x = torch.tanh(x + self.twice) * self.twice
         y = x + (self.left + self.right).mean(0)  # no batch in the sum
         return self.head(torch.tanh(x + y))

@@ -30,8 +30,13 @@ LEFTOVER = {
     "embedding-bag": {"0"},
     "lstm": {"lstm"},
     "reused": {"first"},
-    "bare-elsewhere": {"split", "twice", "left", "right"},
-    "bare-elsewhere-as-large-as-the-batch": {"split", "twice", "left", "right"},
+    "outside-layers-untapped": {"split", "twice", "left", "right"},
+    "outside-layers-untapped-as-large-as-the-batch": {
+        "split",
+        "twice",
+        "left",
+        "right",
+    },
     "folded-tokens": {"inner"},
     "weight-norm": ALL,
     "forward-overridden": {"0.weight"},
@@ -216,7 +221,9 @@ def test_compiled_models_are_measured_uncompiled():
     assert torch.equal(measured(model, x, y)[1], expected)
 
 
-@pytest.mark.parametrize("name", ["mlp", "linear-3d", "residual-group-norm", "bare"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "linear-3d", "residual-group-norm", "outside-layers"]
+)
 def test_bfloat16_model(name):
     model, x, y = make(name)
     model = model.bfloat16()

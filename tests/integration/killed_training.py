@@ -88,7 +88,7 @@ def train(
         folder: Of the checkpoint.
         kind: ``"private"`` or ``"monitored"``.
         save_every: Updates between checkpoints; None: one after each epoch.
-        report: Told the number of each update.
+        report: Called with the number of each update.
         num_epochs: When to stop.
         **options: Of ``prepared``.
     """

@@ -231,7 +231,7 @@ def test_bad_arguments():
 
 
 def test_counting_an_accountant_that_keeps_its_own_history():
-    class Odd:
+    class OwnHistory:
         history = ["free text"]
 
-    assert num_steps_of(Odd()) == 0
+    assert num_steps_of(OwnHistory()) == 0

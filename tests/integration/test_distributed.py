@@ -170,8 +170,8 @@ def merged(*runs):
     probe = SimpleNamespace(gather=gather, gather_texts=lambda text: [text])
     for run in runs:  # a first pass over copies collects what each will send
         merge_(RecordedRun.from_state_dict(run.state_dict()), probe)
-    told = SimpleNamespace(gather=lambda _: tables, gather_texts=lambda _: texts)
-    return [merge_(run, told) for run in runs]
+    processes = SimpleNamespace(gather=lambda _: tables, gather_texts=lambda _: texts)
+    return [merge_(run, processes) for run in runs]
 
 
 def test_the_latest_update_stays():
@@ -214,7 +214,7 @@ def test_a_strict_recorder_raises_in_every_process():
     recorder = Recorder(strict=True, every=1.0)
     other = observed()
     other.refusal = "why"
-    told = SimpleNamespace(
+    processes = SimpleNamespace(
         rank=0, gather=lambda rows: [rows], gather_texts=lambda text: [text, "why"]
     )
     recorder.begin(
@@ -222,7 +222,7 @@ def test_a_strict_recorder_raises_in_every_process():
         sample_rate=0.5,
         sampling="fixed",
         data_set="toy",
-        processes=told,
+        processes=processes,
     )
     recorder.step(noise_std=1.0, max_grad_norm=1.0)
     with pytest.raises(AccountingError, match="Process 1: why"):

@@ -72,12 +72,12 @@ def test_killed_three_times_and_resumed(tmp_path, kind, save_every):
         )
         process.start()
         there.close()
-        while (told := here.recv()) != "done":
+        while (step := here.recv()) != "done":
             here.send("go on")
-            if at is not None and told >= at:
+            if at is not None and step >= at:
                 break
         if at is not None:
-            assert told in (at, at + 1), f"told {told}, to be killed at update {at}"
+            assert step in (at, at + 1), f"at update {step}, to be killed at {at}"
             time.sleep(chance.uniform(0, 0.02))
             process.kill()
         process.join()

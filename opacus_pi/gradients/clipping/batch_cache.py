@@ -122,11 +122,26 @@ class BatchCache:
         self._needed.append(inputs)
 
     def leave_over(self, parameter: nn.Parameter) -> None:
-        """Note that autograd has a part of a parameter's gradients."""
+        """Note that autograd has a part of a parameter's gradients.
+
+        A hook on the parameter calls this when a gradient arrives that no tap has
+        intercepted. The examples' gradients by this parameter are then formed through
+        the whole model.
+
+        Args:
+            parameter: A parameter of the live model.
+        """
         self._leftover.add(parameter)
 
     def miss(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Note that a part of parameters' gradients is neither here nor in autograd."""
+        """Note that a part of parameters' gradients is neither here nor in autograd.
+
+        The layer was frozen while it ran, so autograd computes nothing for it, and its
+        tap could not be used. There is no sum to compare with then.
+
+        Args:
+            parameters: Parameters of the live model.
+        """
         self.missed.update(parameters)
 
     # --------------------------------------------------------------------- for the step
@@ -226,11 +241,30 @@ def _names(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
-    r"""Return Opacus's :math:`\min(1, C / (\lVert g \rVert + 10^{-6}))`, ``(b,)``."""
+    r"""Return :math:`\min(1, C / (\lVert g \rVert + 10^{-6}))` for each example.
+
+    The small constant is Opacus's. It keeps an example with gradient 0 from a division
+    by zero, and lets clipped gradients stay just below the clip norm.
+
+    Args:
+        norms: Norm of each example's gradient before clipping, ``(b,)``.
+        max_grad_norm: The clip norm C.
+
+    Returns:
+        ``(b,)``, in the type of the norms.
+    """
     return (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
 
 
 def example_norms(gradients: Iterable[ExampleGradients]) -> Tensor:
-    """Return the norm of each example's gradient over parameters, float64 ``(b,)``."""
+    """Return the norm of each example's gradient over several parameters.
+
+    Args:
+        gradients: The examples' gradients by each parameter, at least one. Parameters
+            may be on several devices; the sum is taken on the first one's.
+
+    Returns:
+        float64 ``(b,)``.
+    """
     squares = [g.squares for g in gradients]
     return torch.stack([s.to(squares[0].device) for s in squares]).sum(0).sqrt()

@@ -1,9 +1,10 @@
 """Hooks that tap the layers of a live model while it is trained.
 
 A sweep runs a copy, whose layers it may replace; training runs the user's model, on
-which only hooks may be put. A pre-hook freezes the layer's parameters; a hook makes
-them live again and taps the output. A layer with a rule is differentiated by it, any
-other layer without layers inside by ``torch.func``.
+which only hooks may be put. A pre-hook freezes the layer's parameters, so that the
+backward pass does not form their summed gradients, which clipping could not use. A
+forward hook makes them live again and taps the output. A layer with a rule is
+differentiated by it, any other layer without layers inside by ``torch.func``.
 
 The guarantee: parameters are live again when the layer has returned or failed (an
 interrupt in between is repaired at the model's next call), and the parameters of an
@@ -31,14 +32,21 @@ from opacus_pi.gradients.layers.registry import (
 from opacus_pi.gradients.taps import Call, Taps
 from opacus_pi.models.copies import same_mode_copy
 
-Found = Mapping[str, ExampleGradients] | None
+Found = Mapping[str, ExampleGradients] | None  # by parameter name; None: not known
 
 
 def layer_hooks(taps: Taps, module: nn.Module) -> "LayerHooks | None":
-    """Return the hooks of a layer, ``None`` if it cannot be tapped.
+    """Return the hooks of a layer, or ``None`` where a module cannot be tapped.
 
-    That is a module without parameters of its own, and one without a rule that is not a
-    single operation: it holds other layers, or is a mere container of parameters.
+    Not tapped are modules without parameters of their own, and modules without a rule
+    that hold other layers or are mere containers of parameters. Such a module is not
+    one operation with one output: its parameters are used outside of layers, where
+    :class:`~opacus_pi.gradients.parameters_outside_layers.ParametersOutsideLayers`
+    looks for them.
+
+    Args:
+        taps: What the layer will report to.
+        module: Any module of the model.
     """
     if next(module.parameters(recurse=False), None) is None:
         return None
@@ -66,7 +74,14 @@ class LayerHooks:
         return LayerHooks, ()
 
     def attach(self, module: nn.Module) -> list[Any]:
-        """Register the hooks; return the handles that remove them."""
+        """Register the hooks.
+
+        Args:
+            module: The layer that these hooks were made for.
+
+        Returns:
+            The handles that remove them.
+        """
         return [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(
@@ -75,26 +90,41 @@ class LayerHooks:
         ]
 
     def unfreeze(self) -> dict[str, nn.Parameter]:
-        """Make the parameters live again, and return them."""
+        """Make the parameters live again.
+
+        Called by the forward hook, and at the end of the model's call for a layer whose
+        hook was skipped by an interrupt.
+
+        Returns:
+            The parameters that were frozen, by name; none if the layer was not tapped.
+        """
         frozen, self._frozen = self._frozen, {}
         for parameter in frozen.values():
             parameter.requires_grad_(True)
         return frozen
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Freeze the layer if it is given a batch."""
+        """Freeze the layer if it is given a batch.
+
+        A layer that is given something else, such as one row for the whole batch, stays
+        live. Autograd then has its gradient, and a hook on the parameter reports it.
+        """
         inputs = (*args, *kwargs.values())
         if self._taps is None or not any(self._taps.wants(x) for x in inputs):
             return
         if self._rule is not None and len(inputs) > 1:
-            return  # a rule is for a single input
+            return  # a rule is for a single input; the layer stays live
         for name, parameter in own_parameters(module).items():
             if self._taps.is_live(parameter):
                 self._frozen[name] = cast(nn.Parameter, parameter)
                 self._frozen[name].requires_grad_(False)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Unfreeze the layer and tap its output."""
+        """Unfreeze the layer and tap its output.
+
+        Torch calls this also while an error of ``forward`` is being raised, with
+        ``None`` as output.
+        """
         parameters, taps = self.unfreeze(), self._taps
         if output is None or not parameters or taps is None:
             return None  # the layer has failed, or is not tapped in this call
@@ -102,7 +132,9 @@ class LayerHooks:
             taps.miss(parameters)
             return None
         if self._rule is None:
-            output = output.clone()  # it may be a view of something
+            # The tap changes its tensor in place, which must not reach a tensor that
+            # the output is a view of (a layer may return its input).
+            output = output.clone()
 
         def gradients(call: Call, grad: Tensor) -> Found:
             return self._gradients(module, call, grad, parameters)
@@ -116,7 +148,14 @@ class LayerHooks:
         grad: Tensor,
         parameters: Mapping[str, nn.Parameter],
     ) -> Found:
-        """Return the examples' gradients, ``None`` if they cannot be computed."""
+        """Return the examples' gradients, ``None`` if they cannot be computed.
+
+        Args:
+            module: The layer.
+            call: Its arguments, detached.
+            grad: The gradient at its output, ``(b, ...)``.
+            parameters: Those that were frozen, by name.
+        """
         if self._rule is not None:
             args, kwargs = call
             (x,) = (*args, *kwargs.values())

@@ -72,7 +72,9 @@ class TrainingTaps:
     def __init__(self) -> None:
         self.caches: list[BatchCache] = []
         self.may_accumulate = True
-        self._open: BatchCache | None = None  # while the model runs
+        # The batch that the model is running for now, and the one that it ran for last;
+        # the latter may get further views until its backward pass begins.
+        self._open: BatchCache | None = None
         self._latest: BatchCache | None = None
         self._backward_pass = -1  # the latest one through outputs of the model
         self._reached: list[BatchCache] = []  # by that backward pass
@@ -90,8 +92,12 @@ class TrainingTaps:
     def attach(self, model: nn.Module) -> list[Any]:
         """Intercept a model from now on.
 
+        Parameters that belong to no tapped layer need the slower search among all
+        operations of torch, which is switched on only if there are any.
+
         Args:
-            model: The model; gets forward hooks.
+            model: The model; gets forward hooks. The pre-hook comes before the user's,
+                so that its inputs are those of the training loop.
 
         Returns:
             The handles that remove them.
@@ -161,7 +167,9 @@ class TrainingTaps:
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Open the batch's cache when the model is called.
 
-        Evaluation, and passes without gradients, stay as they are.
+        Evaluation, and passes without gradients, stay as they are. At the first batch
+        of more than one example, parameters that are not indexed by examples are looked
+        for, and left to autograd from then on.
         """
         self._close()  # an interrupt may have left it open
         self._reached = []
@@ -184,7 +192,18 @@ class TrainingTaps:
             self._outside_layers.__enter__()  # type: ignore[no-untyped-call]
 
     def _cache_for(self, inputs: SavedInputs) -> BatchCache:
-        """Return the cache for a call: the latest if this is a view of its batch."""
+        """Return the cache for a call: the latest one, or a new one.
+
+        Two calls before a backward pass with equally many examples are taken for two
+        views of one batch, as Opacus takes them; any other call begins a batch.
+
+        Args:
+            inputs: The arguments of the call. The first tensor with dimensions tells
+                the number of examples.
+
+        Raises:
+            ValueError: If there is no such tensor.
+        """
         sizes = [len(tensor) for tensor in inputs.tensors if tensor.dim()]
         if not sizes:
             args, kwargs = inputs.call
@@ -198,7 +217,13 @@ class TrainingTaps:
     def _after_model(
         self, model: nn.Module, args: Any, kwargs: Any, outputs: Any
     ) -> Any:
-        """Intercept the gradients at the outputs when the model has returned."""
+        """Intercept the gradients at the outputs when the model has returned.
+
+        They are what a whole-model computation needs if some parameter has no rule.
+
+        Returns:
+            Outputs to be used in place of the model's; ``None``: the model's own.
+        """
         cache = self._open
         self._close()
         if cache is None:
@@ -214,7 +239,11 @@ class TrainingTaps:
         return outputs
 
     def _close(self) -> None:
-        """Stop intercepting the forward pass."""
+        """Stop intercepting the forward pass.
+
+        Called when the model has returned or failed, and again at its next call, in
+        case an interrupt kept the forward hook from running.
+        """
         if self._open is None:
             return
         self._open = None
@@ -230,6 +259,12 @@ class TrainingTaps:
 
         A backward pass may reach several batches, in parts that torch runs one after
         the other; its number tells whether it is still the same pass.
+
+        Args:
+            cache: The cache of the batch.
+            call: The call that returned this output.
+            place: Which of the floating outputs it is.
+            grad: The gradient, ``(b, ...)``.
         """
         self._reach(cache)
         call.cotangents[place] = grad
@@ -244,6 +279,11 @@ class TrainingTaps:
         Its sum is kept to be compared with the examples' gradients
         (:meth:`require_complete`). To which batch it belongs is unknown, so every
         batch forms this parameter's gradients anew.
+
+        Args:
+            parameter: A parameter of the live model.
+            grad: The gradient summed over the examples; what autograd adds to
+                ``.grad``.
         """
         for cache in {*self.caches, self._latest}:
             if cache is not None:
@@ -258,7 +298,14 @@ class TrainingTaps:
 
     # -------------------------------------------------------- the interface of ``Taps``
     def is_live(self, parameter: Any) -> bool:
-        """Whether this is a parameter whose gradients are wanted here."""
+        """Whether this is a parameter whose gradients are wanted here.
+
+        A parameter that an earlier pass has left to autograd is not: freezing it would
+        lose the part that no tap sees.
+
+        Args:
+            parameter: Anything.
+        """
         return (
             isinstance(parameter, nn.Parameter)
             and parameter.requires_grad
@@ -266,7 +313,14 @@ class TrainingTaps:
         )
 
     def wants(self, value: Any) -> bool:
-        """Whether this is a tensor with one row for each example."""
+        """Whether this is a tensor with one row for each example.
+
+        The batch is that of the running forward pass, or, where layers run again within
+        a backward pass, any that this backward pass may be computing.
+
+        Args:
+            value: Anything.
+        """
         return (
             isinstance(value, Tensor)
             and torch.is_grad_enabled()
@@ -282,7 +336,15 @@ class TrainingTaps:
     ) -> Tensor:
         """Store what follows from the gradient at an output in the batch's cache.
 
-        Arguments and result are those of :meth:`opacus_pi.gradients.taps.Taps.tap`.
+        Args:
+            output: The output, ``(b, ...)``, computed with frozen parameters.
+            call: The arguments of the operation.
+            parameters: The live parameters, by the names that the rule returns.
+            rule: Returns the examples' gradients from the arguments and the gradient
+                at the output.
+
+        Returns:
+            The output, to be used in place of ``output``.
         """
         candidates, inputs = self._running(), SavedInputs(call)
 
@@ -307,7 +369,15 @@ class TrainingTaps:
         return tapped(output, self._anchor, store)
 
     def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Note that a layer froze its parameters and cannot be tapped."""
+        """Note that a layer froze its parameters and cannot be tapped.
+
+        Its gradients are lost in this pass: neither autograd nor the cache has them, so
+        they are formed through the whole model. From the next pass on the parameters
+        stay live, and autograd has a sum to compare with.
+
+        Args:
+            parameters: The live parameters of the layer, by name.
+        """
         for cache in self._running():
             cache.miss(parameters.values())
         if self._left_to_autograd is not None:
@@ -316,8 +386,9 @@ class TrainingTaps:
     def _running(self) -> list[BatchCache]:
         """Return the cache of the batch that layers run for now.
 
-        In a backward pass, those for which layers may run again because activations
-        were not kept (``torch.utils.checkpoint``).
+        Within a forward pass that is one. Within a backward pass, layers may run again
+        because their activations were not kept (``torch.utils.checkpoint``); then it is
+        each batch that this backward pass has reached. Otherwise there is none.
         """
         if self._open is not None:
             return [self._open]
@@ -327,7 +398,11 @@ class TrainingTaps:
         return self._reached or [self._latest]
 
     def _reach(self, cache: BatchCache) -> None:
-        """Note that a backward pass has reached a batch."""
+        """Note that a backward pass has reached a batch.
+
+        Raises:
+            ValueError: If it is the second one before a step, where Opacus allows one.
+        """
         if cache in self.caches:
             return
         self.caches.append(cache)
@@ -338,7 +413,20 @@ class TrainingTaps:
 def _not_indexed_by_example(
     model: nn.Module, call: Call, size: int
 ) -> set[nn.Parameter]:
-    """Return the live model's parameters applied to rows that are not the examples'."""
+    """Return the live model's parameters applied to rows that are not the examples'.
+
+    The search runs a copy, so that hooks, buffers and random states of the live model
+    stay as they are.
+
+    Args:
+        model: The live model.
+        call: The arguments of its first call.
+        size: Number of examples in that call, at least 2.
+
+    Returns:
+        The parameters; none if the model cannot be copied or run on fewer examples.
+        The comparison with autograd's sums remains then.
+    """
     try:
         copied = same_mode_copy(model)
     except (*MODEL_ERRORS, copy.Error) as error:  # the model cannot be copied

@@ -58,7 +58,12 @@ def _is_standard(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
 
 
 class _TappedAttention:
-    """One attention layer, its projections tapped."""
+    """One attention layer, its projections tapped.
+
+    Args:
+        taps: What the layer reports to.
+        module: The layer; its ``forward`` is replaced.
+    """
 
     def __init__(self, taps: Taps, module: nn.MultiheadAttention) -> None:
         self._taps, self._module = taps, module
@@ -68,7 +73,21 @@ class _TappedAttention:
     def forward(
         self, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Attend from a sequence to itself, tapped, or run the plain layer."""
+        """Attend from a sequence to itself, tapped, or run the plain layer.
+
+        Torch's transformer layers make the usual call: one sequence three times, with
+        ``need_weights=False``. Everything else runs as torch has written it.
+
+        Args:
+            query: The sequence, ``(b, t, d)``.
+            key: The same object in the usual call.
+            value: The same object in the usual call.
+            *args: Further arguments, which rule out the usual call.
+            **kwargs: ``need_weights``, masks and ``is_causal``.
+
+        Returns:
+            The output ``(b, t, d)``, and ``None`` in place of attention weights.
+        """
         usual = not args and kwargs.get("need_weights") is False
         masks = [kwargs.get(name) for name in ("attn_mask", "key_padding_mask")]
         if kwargs.get("is_causal") and masks[0] is None:
@@ -79,7 +98,16 @@ class _TappedAttention:
         return self._attend(query, *masks), None
 
     def _attend(self, x: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor:
-        """Return the self-attention of ``(b, t, d)``."""
+        """Return the self-attention of a sequence.
+
+        The output layer ``out_proj`` is a linear layer, and is called as a module: it
+        is tapped by its own rule. Between the two projections there are no parameters.
+
+        Args:
+            x: The sequence, ``(b, t, d)``.
+            mask: ``attn_mask``, ``(t, t)`` or ``(b * heads, t, t)``.
+            padding: ``key_padding_mask``, ``(b, t)``.
+        """
         b, t, d = x.shape
         heads = self._project(x).view(b, t, 3, self._module.num_heads, -1)
         queries, keys, values = heads.permute(2, 0, 3, 1, 4)
@@ -89,7 +117,11 @@ class _TappedAttention:
         return output
 
     def _project(self, x: Tensor) -> Tensor:
-        """Return queries, keys and values ``(b, t, 3 d)``, from the frozen weights."""
+        """Return queries, keys and values ``(b, t, 3 d)``, from the frozen weights.
+
+        ``in_proj_weight`` stacks the three projections, so together they are one linear
+        layer, whose rule gives the gradients of all three at once.
+        """
         weight, bias = self._module.in_proj_weight, self._module.in_proj_bias
         projected = F.linear(
             x, weight.detach(), None if bias is None else bias.detach()
@@ -109,7 +141,17 @@ class _TappedAttention:
 def _bias(
     mask: Tensor | None, padding: Tensor | None, queries: Tensor
 ) -> Tensor | None:
-    """Return what is added to the scores ``(b, heads, t, t)``, −∞ where masked."""
+    """Return what is added to the scores ``(b, heads, t, t)``, −∞ where masked.
+
+    Args:
+        mask: As for ``_attend``; a boolean mask is true where attention is forbidden, a
+            floating one is added as it is.
+        padding: As for ``_attend``, with the same two kinds.
+        queries: ``(b, heads, t, d / heads)``, for sizes and type.
+
+    Returns:
+        The sum of both; ``None`` without any.
+    """
     b, num_heads, t, _ = queries.shape
     parts = []
     if mask is not None:

@@ -1,4 +1,10 @@
-"""Which layer types have a rule, and whether a layer computes what its type does."""
+"""Which layer types have a rule, and whether a layer computes what its type does.
+
+Rules are kept in one table by layer type. Norm sweeps
+(:mod:`~opacus_pi.gradients.tapped_layers`) and training
+(:mod:`~opacus_pi.gradients.clipping.layer_hooks`) both look a layer up here, so that a
+rule which is registered once serves both.
+"""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
@@ -49,11 +55,20 @@ def register_layer_rule(
 
 
 def layer_rule(module: nn.Module) -> LayerRule | None:
-    """Return the rule of a layer, ``None`` if what the layer computes may differ.
+    """Return the rule of a layer, if the layer computes what the rule assumes.
 
-    That is the case if no rule is registered for a class of the layer, if ``forward``
-    is overridden, or if the parameters are computed (parametrizations, and pre-hooks as
-    weight normalisation sets them).
+    A subclass inherits the rule of its base class, but may compute something else under
+    the same name. A rule that does not fit would give wrong norms without any error, so
+    a layer is trusted only where nothing has been changed.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The rule; ``None`` if no rule is registered for a class of the layer, if
+        ``forward`` is overridden (in the class or on the object), or if the parameters
+        are computed (parametrizations, and pre-hooks as weight normalisation sets
+        them).
     """
     cls = next((cls for cls in type(module).__mro__ if cls in _RULES), None)
     if cls is None or hasattr(module, "parametrizations") or forward_pre_hooks(module):

@@ -73,62 +73,81 @@ class _NotFormed(Sequence[Tensor]):
         raise AttributeError(_NOT_FORMED)
 
 
-def _clipping_from_cache(base: type) -> type:
+def _clipping_from_cache(base: type[DPOptimizer]) -> type:
     """Return a subclass of an optimizer class that clips from the cache."""
+    return type(base.__name__, (_ClippingFromCache, base), {})
 
-    class ClippingFromCache(base):
-        _pi_hooks: FastHooks
-        per_sample_gradient_norms: Tensor
-        batch_sizes: list[int]
 
-        @property
-        def grad_samples(self) -> Sequence[Tensor]:
-            """The number of per-example gradients; they themselves are not formed."""
-            return _NotFormed(len(self.params))
+class _ClippingFromCache(DPOptimizer):
+    """A ``DPOptimizer`` whose clipping reads the per-batch cache of its model.
 
-        @property
-        def accumulated_iterations(self) -> int:
-            """Number of batches in the step."""
-            return len(self._pi_hooks.taps.caches)
+    Opacus's ``step`` calls ``clip_and_accumulate`` once, after all backward passes of
+    the update, and then adds noise to ``p.summed_grad``. Both stay as they are; the
+    parameters have no ``grad_sample``.
 
-        def clip_and_accumulate(self) -> None:
-            """Add the clipped gradient sum of the batches to ``p.summed_grad``."""
-            taps, model = self._pi_hooks.taps, module_of(self._pi_hooks)
-            caches = taps.caches
-            if not caches:
-                raise ValueError(_NO_BATCH)
-            require_unprocessed(caches)
-            # Norms and sums are not taken in half precision, even if the loop is.
-            no_autocast = torch.autocast(self.params[0].device.type, enabled=False)
-            with torch.no_grad(), no_autocast:
-                norms = [self._pi_clip(cache) for cache in caches]
-                # Known only now: clipping may have formed gradients of parameters
-                # that have no taps.
-                taps.require_complete(self.params, model)
-            self.per_sample_gradient_norms = torch.cat(norms)
-            self.batch_sizes = [cache.size for cache in caches]
-            mark_as_processed(caches)
+    Attributes:
+        per_sample_gradient_norms: Norms before clipping of all samples of the last
+            step, float64 ``(b,)``, in the order of the backward passes.
+        batch_sizes: How many samples each of these backward passes had.
+    """
 
-        def _pi_clip(self, cache: BatchCache) -> Tensor:
-            """Add one batch's clipped sum; return the norms before clipping, (b,)."""
-            hooks = self._pi_hooks
-            # A mean loss divided every example's gradient by the batch size.
-            scale = cache.size if hooks.loss_reduction == "mean" else 1
-            found = cache.gradients(self.params, module_of(hooks))
-            norms = scale * example_norms(found.values())
-            # Scaled again: the cache holds the gradients of the loss as it was.
-            factors = scale * clip_factors(norms, self.max_grad_norm)
-            for p, gradients in found.items():
-                grad = gradients.weighted_sum(factors).view(p.shape).to(p.dtype)
-                parameter: Any = p  # Opacus gives parameters the attribute summed_grad
-                before = parameter.summed_grad
-                parameter.summed_grad = grad if before is None else before + grad
-            cache.release()
-            return norms
+    _pi_hooks: FastHooks
+    per_sample_gradient_norms: Tensor
+    batch_sizes: list[int]
 
-        def zero_grad(self, *args: Any, **options: Any) -> None:
-            """Clear the gradients and the caches of the batches that they belong to."""
-            self._pi_hooks.taps.clear()
-            super().zero_grad(*args, **options)
+    @property
+    def grad_samples(self) -> Sequence[Tensor]:
+        """The number of per-example gradients; they themselves are not formed."""
+        return _NotFormed(len(self.params))
 
-    return ClippingFromCache
+    @property
+    def accumulated_iterations(self) -> int:
+        """Number of batches in the step; Opacus counts them by ``grad_sample``."""
+        return len(self._pi_hooks.taps.caches)
+
+    def clip_and_accumulate(self) -> None:
+        """Add the clipped gradient sum of the batches to ``p.summed_grad``.
+
+        Raises:
+            ValueError: If no backward pass has run, the batches were clipped before, or
+                a parameter's gradients are not known completely.
+        """
+        taps, model = self._pi_hooks.taps, module_of(self._pi_hooks)
+        caches = taps.caches
+        if not caches:
+            raise ValueError(_NO_BATCH)
+        require_unprocessed(caches)
+        # Norms and sums are not taken in half precision, even if the loop is.
+        no_autocast = torch.autocast(self.params[0].device.type, enabled=False)
+        with torch.no_grad(), no_autocast:
+            norms = [self._pi_clip(cache) for cache in caches]
+            # Known only now: clipping may have formed gradients of parameters that
+            # have no taps.
+            taps.require_complete(self.params, model)
+        self.per_sample_gradient_norms = torch.cat(norms)
+        self.batch_sizes = [cache.size for cache in caches]
+        # The mark stays until ``zero_grad`` drops the caches: a second step without a
+        # backward pass in between would add the same sum again.
+        mark_as_processed(caches)
+
+    def _pi_clip(self, cache: BatchCache) -> Tensor:
+        """Add one batch's clipped sum; return the norms before clipping, ``(b,)``."""
+        hooks = self._pi_hooks
+        # A mean loss divided every example's gradient by the batch size.
+        scale = cache.size if hooks.loss_reduction == "mean" else 1
+        found = cache.gradients(self.params, module_of(hooks))
+        norms = scale * example_norms(found.values())
+        # Scaled again: the cache holds the gradients of the loss as it was.
+        factors = scale * clip_factors(norms, self.max_grad_norm)
+        for p, gradients in found.items():
+            grad = gradients.weighted_sum(factors).view(p.shape).to(p.dtype)
+            parameter: Any = p  # Opacus gives parameters the attribute summed_grad
+            before = parameter.summed_grad
+            parameter.summed_grad = grad if before is None else before + grad
+        cache.release()  # inputs and output gradients are the bulk of the memory
+        return norms
+
+    def zero_grad(self, *args: Any, **options: Any) -> None:
+        """Clear the gradients and the caches of the batches that they belong to."""
+        self._pi_hooks.taps.clear()
+        super().zero_grad(*args, **options)

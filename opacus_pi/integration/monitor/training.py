@@ -109,6 +109,7 @@ def monitor(
 
     Source: paper, section 5.1 and Appendix D.
     """
+    # First everything that may raise, then everything that changes an object.
     _check_recorder(recorder, noise_std)
     _check_training(module, optimizer, noise_std)
     _check_data(data_loader)
@@ -134,7 +135,7 @@ def monitor(
             noise_std, scheme.mean_batch_size, recorder, tracker, noise_generator
         )
     else:
-        tracker = BatchTracker()
+        tracker = BatchTracker()  # which samples a batch has does not matter here
     _add_hooks(module, optimizer, recorder, tracker, scheme, noise)
     observe(loader, tracker)
     return module, optimizer, loader
@@ -147,7 +148,18 @@ def _sweeps(
     recorder: Recorder,
     processes: Processes | None,
 ) -> Callable[[Dataset[Any]], Sweep]:
-    """Return a function that measures all examples of a data set at present."""
+    """Return a function that measures all examples of a data set at present.
+
+    It is called when a row of the ledger is due, within ``optimizer.step()``, and sees
+    the weights of that moment.
+
+    Args:
+        module: The model; its own ``train()`` mode does not matter, and stays.
+        criterion: One loss per example.
+        data_loader: Has the ``collate_fn`` for the sweep's batches; not iterated.
+        recorder: Has the batch size of a sweep.
+        processes: Those that share the sweep; None: this process sweeps alone.
+    """
 
     def measure(data_set: Dataset[Any]) -> Sweep:
         return shared_sweep(
@@ -170,7 +182,19 @@ def _begin_record(
     measure: Callable[[Dataset[Any]], Sweep],
     processes: Processes | None,
 ) -> None:
-    """Begin the record of a run."""
+    """Begin the record of a run.
+
+    Args:
+        recorder: Begins a run, or continues the record that was loaded into it.
+        module: The model, whose weights a row may be saved with.
+        data_set: The examples, in the order in which the ledger has them.
+        scheme: How the loader samples a batch.
+        measure: Measures all examples of a data set.
+        processes: Those that train together; None: one.
+
+    Raises:
+        ValueError: If a record was loaded, and it is of another run.
+    """
     recorder.begin(
         num_examples=size_of(data_set),
         sample_rate=scheme.sample_rate,
@@ -189,6 +213,12 @@ def _refuse_schedule(
     """Refuse the record if it is not known how often an example is drawn.
 
     Training goes on without a ledger.
+
+    Args:
+        recorder: The recorder, whose record has begun.
+        loader: The loader that the training loop will iterate over.
+        processes: Those that train together. Each must draw from a part of its own:
+            otherwise an example may enter one update several times.
     """
     is_fixed = sampling_scheme(loader).sampling == "fixed"
     reasons = [
@@ -209,7 +239,17 @@ def _add_hooks(
 ) -> None:
     """Add the hooks that count updates and, if there is noise, apply it.
 
-    They replace the hooks of an earlier call.
+    They replace the hooks of an earlier call. Torch calls pre-hooks of ``step`` before
+    the weights are written, which is where noise belongs, and post-hooks afterwards,
+    which is when the update counts: a step that raises is not recorded.
+
+    Args:
+        module: The model; a forward hook reports its inputs to the tracker.
+        optimizer: The optimizer, with a hook before its step and one after it.
+        recorder: Counts the updates.
+        tracker: Follows batches from the loader to the update.
+        scheme: How the loader samples a batch.
+        noise: Adds the noise; None without noise.
     """
     for owner in (module, optimizer):
         for handle in _HOOK_HANDLES.pop(owner, []):
@@ -224,7 +264,7 @@ def _add_hooks(
         num_batches = count_batches() if noise is None else 1
         recorder.step(
             noise_std=noise_std * scheme.mean_batch_size,  # on the sum of gradients
-            max_grad_norm=math.inf,
+            max_grad_norm=math.inf,  # nothing is clipped
             sample_rate=min(1.0, num_batches * scheme.sample_rate),
         )
         tracker.end_update()
@@ -242,6 +282,10 @@ def _check_recorder(recorder: Recorder, noise_std: float) -> None:
     """Raise for a recorder that would wait for norms that are never computed.
 
     Also raise for noise that is not a standard deviation.
+
+    Args:
+        recorder: Must sweep: only training with clipping computes norms by itself.
+        noise_std: Standard deviation of the noise on the mean gradient.
     """
     expect(
         recorder.mode == "swept",
@@ -265,6 +309,11 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
 
     A parallel wrapper is allowed only where all processes hold equal weights and equal
     gradients, which their sweeps and the count of updates rely on.
+
+    Args:
+        module: The model.
+        optimizer: The optimizer, which must update parameters of the model only.
+        noise_std: Standard deviation of the noise; above 0 in one process only.
     """
     expect(
         not isinstance(module, AbstractGradSampleModule),
