@@ -58,6 +58,9 @@ class Barriers:
     def from_json(cls, facts: Mapping[str, Any]) -> "Barriers":
         """Read barriers that were written as JSON.
 
+        Args:
+            facts: The JSON object.
+
         Raises:
             KeyError, TypeError, ValueError: If the facts are something else.
         """

@@ -68,6 +68,9 @@ class Method:
     def prepare(self, task: Task) -> "Method":
         """Inspect model and data once before the first update.
 
+        Args:
+            task: The model and the data.
+
         Returns:
             The method to run: itself, or a copy that holds what it computed here.
         """
@@ -97,13 +100,24 @@ class Method:
         )
 
     def pass_length(self, task: Task, num_pass: int) -> int:
-        """Return the number of updates that ``batches`` yields in a pass."""
+        """Return the number of updates that ``batches`` yields in a pass.
+
+        Args:
+            task: The model and the data.
+            num_pass: Passes done before this one.
+        """
         return len(cast(Sized, task.retain_loader))
 
     def loss(
         self, task: Task, retain: Batch | None, forget: Batch | None
     ) -> Tensor | None:
-        """Return the scalar to differentiate, or None for no gradient at all."""
+        """Return the scalar to differentiate, or None for no gradient at all.
+
+        Args:
+            task: The model and the data.
+            retain: Batch of the retain set, or None if the update does not use one.
+            forget: Batch of the forget set, or None if the update does not use one.
+        """
         return mean_loss(task, cast(Batch, retain))
 
     def penalty(self, params: Sequence[Tensor], progress: float) -> Tensor | None:
@@ -116,10 +130,19 @@ class Method:
         return None
 
     def perturb_(self, params: Sequence[Tensor], generator: torch.Generator) -> None:
-        """Change the gradients ``p.grad`` after the backward pass, in place."""
+        """Change the gradients ``p.grad`` after the backward pass, in place.
+
+        Args:
+            params: The trainable weights.
+            generator: Source of the method's random numbers.
+        """
 
     def project_(self, params: Sequence[Tensor]) -> None:
-        """Change the weights after the optimizer's step, in place."""
+        """Change the weights after the optimizer's step, in place.
+
+        Args:
+            params: The trainable weights.
+        """
 
 
 @dataclass(frozen=True)

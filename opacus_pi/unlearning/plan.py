@@ -113,7 +113,11 @@ class Plan:
         return budget_of(self.predicted_epochs, factor, default)
 
     def claiming(self, guarantee: Guarantee) -> "Plan":
-        """Return the plan with what may be claimed afterwards."""
+        """Return a copy of the plan with another guarantee.
+
+        Args:
+            guarantee: What may be claimed after the run that is planned.
+        """
         return replace(self, guarantee=guarantee)
 
     def __str__(self) -> str:
