@@ -7,7 +7,20 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 
-ROOMS = ("", ".accounting", ".evaluation", ".gradients", ".plotting", ".unlearning")
+ROOMS = (
+    "",
+    ".accounting",
+    ".difficulty",
+    ".evaluation",
+    ".gradients",
+    ".integration",
+    ".ledger",
+    ".plotting",
+    ".recording",
+    ".report",
+    ".symmetries",
+    ".unlearning",
+)
 
 
 def on_page_content(html: str, **_: Any) -> str:
