@@ -85,7 +85,7 @@ class EpochPosition:
     def obstacle(self) -> str:
         """Return why a run cannot be resumed from this moment; empty if it can."""
         if self._observer.num_unobserved_passes:
-            return _UNKNOWN  # nobody knows whether such a pass is under way
+            return _UNKNOWN  # such a pass may be under way, or not: it is not observed
         if self._pass is None or not self.under_way:
             return ""
         if self._pass.in_parts:

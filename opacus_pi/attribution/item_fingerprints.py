@@ -81,7 +81,9 @@ class FingerprintedBatch(NamedTuple):
 
 
 class FingerprintingCollate:
-    """A ``collate_fn`` that fingerprints the items first; pickles if the own one does.
+    """A ``collate_fn`` that fingerprints the items first.
+
+    It can be pickled, for worker processes, if the loader's own can.
 
     Args:
         collate_fn: The loader's own; it keeps its state and sees the same calls.
@@ -102,8 +104,11 @@ def fingerprint_items(items: Any) -> ItemFingerprints:
 
     Args:
         items: What the data set returned: a list of items, each any nesting of lists,
-            tuples, mappings and dataclasses of tensors, arrays and numbers. Of another
-            object (which ``__getitems__`` may return) there are no fingerprints.
+            tuples, mappings and dataclasses of tensors, arrays and numbers. For any
+            other object (``__getitems__`` may return one) there are no fingerprints.
+
+    Returns:
+        One row for each item, and as many columns as the item with the most parts has.
     """
     parts = [_parts(item) for item in items] if isinstance(items, list | tuple) else []
     num_parts = max(map(len, parts), default=0)

@@ -86,7 +86,11 @@ def _fields(nested: Any) -> Iterator[Any]:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor has one place in memory for each of its entries."""
+    """Whether a tensor's entries can be found in memory by sizes and strides.
+
+    Not so for sparse and nested tensors, tensors without data (``meta``), and
+    subclasses that wrap other tensors.
+    """
     return (
         tensor.layout is torch.strided
         and not tensor.is_meta

@@ -3,8 +3,8 @@
 A loader reports each batch that it returns, with its data-set indices. A forward pass
 of the model is matched to such a delivery, by storage, by content or, unverified, as
 the latest batch; when its backward pass has run, its gradients wait for the optimizer.
-When an optimizer takes gradients of so many samples, the tracker answers which
-data-set index each sample has.
+When an optimizer reports how many samples its gradients come from, the tracker returns
+the data-set index of each of them.
 
 *Guarantee.* An index is given only where there is evidence for it; every other sample
 is unattributed, counted, and explained once. The numbers of samples must agree: if the
@@ -344,20 +344,20 @@ def _backward_order(forward: ForwardPass) -> int:
 
 
 def _with_sizes(done: list[ForwardPass], sizes: list[int]) -> list[ForwardPass]:
-    """Return the passes behind gradients of so many samples each, all with indices.
+    """Match forward passes to the gradients that an optimizer has.
 
     Usually each pass left the gradients of one batch. Passes over the same samples
     count once if there are more passes than gradients: a loss of two views of a batch
-    leaves one gradient for each sample. A pass whose samples are not known takes the
-    size that stands at its place.
+    leaves one gradient for each sample. A pass whose samples are not known is taken to
+    have as many samples as the gradients at its position.
 
     Args:
         done: Passes whose backward pass has run, in backward order.
-        sizes: Numbers of samples, in the same order.
+        sizes: How many samples each backward pass left gradients of, in the same order.
 
     Returns:
-        One pass for each size. If numbers or sizes disagree there is no telling which
-        gradient belongs to which pass, and all samples are unattributed.
+        One pass for each size, with indices. If numbers or sizes disagree, it is not
+        known which gradient belongs to which pass, and all samples are unattributed.
     """
     passes = done if len(done) == len(sizes) else _without_repeats(done)
     if len(passes) == len(sizes):

@@ -15,8 +15,8 @@ tensor([ 3., 14.])
 
 Nothing is computed before it is asked for, so that one rule serves both: a sweep asks
 for the squares and drops the object, clipping keeps it (:meth:`ExampleGradients.kept`).
-What breaks it: tensors that are overwritten in between. Those who call rules compare
-the version counters of the inputs (:class:`opacus_pi.gradients.taps.SavedInputs`).
+What breaks it: tensors that are overwritten in between. The taps therefore compare the
+version counters of a rule's inputs (:class:`opacus_pi.gradients.taps.SavedInputs`).
 """
 
 from abc import ABC, abstractmethod
@@ -71,17 +71,17 @@ class ExampleGradients(ABC):
         return total + self.squares
 
     def kept(self) -> "ExampleGradients":
-        """Return what is cheapest to keep until clip factors are known.
+        """Return what takes the least memory until the clip factors are known.
 
-        Either this object, its squares computed, or explicit gradients where they take
-        less memory than the tensors that they follow from.
+        That is this object, with its squares computed, or explicit gradients where they
+        are smaller than the tensors that they follow from.
         """
         self._squares = self.squares
         return self
 
 
 class ExplicitGradients(ExampleGradients):
-    """Gradients that are there as a tensor.
+    """Gradients that are given as a tensor.
 
     Args:
         values: ``(b, ...)``, the parameter's entries in its order.
@@ -121,7 +121,12 @@ def joint_squares(gradients: Sequence[ExampleGradients]) -> Tensor:
 
     Args:
         gradients: One for each parameter, at least one.
+
+    Returns:
+        float64 ``(b,)``.
     """
+    # Starting at the last parameter, usually the bias: a weight's squares may follow
+    # from those of the bias, and are added by one operation then.
     *others, last = gradients
     total = last.squares
     for one in reversed(others):

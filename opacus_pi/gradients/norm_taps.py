@@ -73,7 +73,10 @@ class NormTaps:
 
     # ----------------------------------------------------- what is not measured by taps
     def update_leftover(self) -> bool:
-        """Leave over what the last pass did not measure.
+        """Add to ``leftover`` what the last pass did not measure.
+
+        That is a parameter that several operations used, one that autograd has reached
+        by an operation without a tap, and one whose operation could not be tapped.
 
         Returns:
             Whether ``leftover`` is unchanged. If not, the pass must be made again.
@@ -90,10 +93,11 @@ class NormTaps:
         return len(self.leftover) == before
 
     def leave_over(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Measure parameters no longer.
+        """Stop measuring parameters by taps: they become ``leftover``.
 
         Args:
-            parameters: Of the copy; those that are not trainable are ignored.
+            parameters: Parameters of the copy; those that are not trainable are
+                ignored.
         """
         for parameter in self._names.keys() & set(parameters):
             parameter.grad = None
@@ -101,7 +105,7 @@ class NormTaps:
             self.leftover.add(self._names[parameter])
 
     def leave_all_over(self) -> None:
-        """Measure no parameter any longer."""
+        """Stop measuring any parameter by taps."""
         self.leave_over(set(self._names))
 
     # -------------------------------------------------------- the interface of ``Taps``
@@ -158,12 +162,15 @@ class NormTaps:
 
     # ------------------------------------------------------- inputs shared by a batch
     def expand_shared(self, x: Any) -> Any:
-        """Give each example its own row of whole numbers that all examples share.
+        """Expand a row of whole numbers that all examples share to one row for each.
 
-        Position numbers ``(1, t)`` usually meet the batch by broadcasting, which sees
-        the same values once they are expanded to ``(b, t)``; but then the gradient of
-        the position table is known for each example. Other values are returned as they
-        are.
+        A model usually looks up its position table for ``(1, t)`` numbers and adds the
+        result to the batch by broadcasting. Expanded to ``(b, t)`` the numbers give the
+        same sum, but now the gradient of the table is known for each example.
+
+        Args:
+            x: The input of a layer. Anything but a tensor ``(1, ...)`` of whole numbers
+                is returned as it is.
         """
         if (
             not self._may_expand
@@ -178,6 +185,9 @@ class NormTaps:
 
     def stop_expanding(self) -> bool:
         """Expand no more, and prepare to repeat the forward pass.
+
+        Called when the model has failed, which it may have done because of the
+        expansion.
 
         Returns:
             Whether anything was expanded in this pass.

@@ -8,9 +8,9 @@ and a layer or operation that still meets the old number of rows is not indexed 
 examples.
 
 The guarantee: such a parameter is found if it meets those rows in the one forward pass.
-What breaks it: a model that cannot run on fewer examples, of which nothing is found
-(the comparison of the first batch with plain autograd remains), and control flow that
-depends on values.
+What breaks it: control flow that depends on values, and a model that cannot run on
+fewer examples, for which nothing is found. The comparison of the first batch with plain
+autograd then remains (:class:`~opacus_pi.gradients.norm_engine.NormEngine`).
 
 >>> class Positions(nn.Module):
 ...     def __init__(self):
@@ -43,7 +43,7 @@ from opacus_pi.models.no_trace import random_state_untouched
 def parameters_not_indexed_by_example(
     model: nn.Module, call: Call, size: int
 ) -> set[nn.Parameter]:
-    """Run a model on one example fewer, and return the parameters that do not notice.
+    """Run a model on one example fewer; return parameters whose inputs do not shrink.
 
     Args:
         model: A copy, whose state may change.
@@ -51,8 +51,8 @@ def parameters_not_indexed_by_example(
         size: Number of examples, at least 2.
 
     Returns:
-        Its parameters applied to tensors of ``size`` rows even so; the empty set if the
-        model cannot be run on one example fewer.
+        The model's parameters that are applied to tensors of ``size`` rows even so; the
+        empty set if the model cannot be run on one example fewer.
     """
     observer = _RowObserver(size)
     handles = [
@@ -67,7 +67,8 @@ def parameters_not_indexed_by_example(
             torch.no_grad(),
             ParametersOutsideLayers(observer),
         ):
-            warnings.simplefilter("ignore")  # the pass is not the user's
+            # The user has not made this pass, and could not act on its warnings.
+            warnings.simplefilter("ignore")
             model(*args, **kwargs)
     except MODEL_ERRORS as error:  # the model is made for one number of examples
         raise_if_out_of_memory(error)

@@ -98,7 +98,10 @@ def _num_operations(t: int, d: int, p: int) -> dict[Product, int]:
 
 
 def direct_squares(a: Tensor, g: Tensor) -> Tensor:
-    """Return the same from the matrices themselves, a block of examples at a time."""
+    """Return the norms of :func:`outer_product_squares` from the matrices themselves.
+
+    The matrices are formed for a block of examples at a time.
+    """
     size = a.shape[2] * g.shape[2]
     return torch.cat(
         [squared_lengths(g[i].mT @ a[i]) for i in blocks(a, row_size=size)]
@@ -106,7 +109,7 @@ def direct_squares(a: Tensor, g: Tensor) -> Tensor:
 
 
 def gram_squares(a: Tensor, g: Tensor) -> Tensor:
-    r"""Return the same from the inner products of all pairs of positions.
+    r"""Return the norms of :func:`outer_product_squares` from pairs of positions.
 
     :math:`\sum_{ts} \langle a_t, a_s\rangle \langle g_t, g_s\rangle`.
     """

@@ -1,7 +1,7 @@
 """Gradient norms of one batch, or of a whole data set in one pass (a sweep).
 
 A sweep also returns confidence, EL2N and correctness, which come with the same forward
-pass and which the forget sets of the paper are chosen by.
+pass. The paper chooses forget sets by them as well as by norms.
 
 A sweep leaves no trace: weights, gradients, hooks, train/eval flags, buffers, the
 optimizer and all random number generators stay bit for bit as they were. The data set's
@@ -76,8 +76,9 @@ class Sweep:
     Attributes:
         grad_norms: L2 norms of the gradients of each example's own loss, float64
             ``(n,)``.
-        confidences: Softmax probability of the label, float64 ``(n,)``; ``None``, as
-            the next two, unless outputs are logits ``(b, classes)`` and labels whole.
+        confidences: Softmax probability of the label, float64 ``(n,)``. This field and
+            the next two are ``None`` unless outputs are logits ``(b, classes)`` and
+            targets are whole numbers.
         errors: EL2N, the L2 norm of softmax minus one-hot label (Paul et al. 2021,
             arXiv 2107.07075), float64 ``(n,)``.
         correct: Whether the largest logit is the label's, bool ``(n,)``.
@@ -171,10 +172,10 @@ def sweep(
         engine = NormEngine(model, criterion)
         for x, y in _batches(data_set, batch_size, collate_fn, engine.device, progress):
             squares, outputs = engine.squares(x, y)
-            parts.append([squares.sqrt().cpu(), *_fit(outputs, y)])
+            parts.append([squares.sqrt().cpu(), *_output_scores(outputs, y)])
     columns = zip(*parts, strict=True) if parts else [[torch.empty(0).double()]] * 4
-    facts: list[Any] = [*map(_joined, columns)]
-    return Sweep(*facts)
+    fields: list[Any] = [*map(_joined, columns)]
+    return Sweep(*fields)
 
 
 def _batches(
@@ -201,8 +202,16 @@ def _batches(
         yield to_device(inputs_and_targets(batch), device)
 
 
-def _fit(outputs: Any, y: Any) -> list[Tensor | None]:
-    """Return confidence, EL2N and correctness, if outputs are logits of labels."""
+def _output_scores(outputs: Any, y: Any) -> list[Tensor | None]:
+    """Return confidence, EL2N and correctness, if outputs are logits of labels.
+
+    Args:
+        outputs: The model's outputs on a batch, detached.
+        y: The targets.
+
+    Returns:
+        Three tensors ``(b,)`` on the CPU, or three times ``None``.
+    """
     if not _are_logits_of_labels(outputs, y):
         return [None, None, None]
     labels = y.long()[:, None]

@@ -1,7 +1,7 @@
 """Everything that knows Opacus: the engine, its parts, and the accountants.
 
-``engine`` has the drop-in ``PrivacyEngine``; ``mixin`` makes any engine of Opacus a
-recording one. A private run is prepared in ``runs``, its optimizer reports each update
+``engine`` has the drop-in ``PrivacyEngine``; ``mixin`` makes any engine of Opacus
+record. A private run is prepared in ``runs``, its optimizer reports each update
 (``optimizers``, ``update``, ``filtering``), and ``checks`` and ``schedules`` say when
 no numbers can be given. ``checkpoints`` saves and resumes. ``fast`` clips without
 per-example gradients, ``monitor`` trains without clipping. ``opacus_compat`` lists the

@@ -110,7 +110,11 @@ class RunChecks:
         self._earlier_steps = 0
 
     def add(self, reason: str | None) -> None:
-        """Keep a reason for the record that is about to begin; None is ignored."""
+        """Keep a reason for the record that is about to begin.
+
+        Args:
+            reason: Why its numbers cannot be given; None is ignored.
+        """
         if reason is not None:
             self._reasons.append(reason)
 

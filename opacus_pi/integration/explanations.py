@@ -140,7 +140,13 @@ def _explained_loss(base: type) -> type:
 
 
 def _explain_backward(error: RuntimeError, model: nn.Module) -> None:
-    """Add what ghost clipping left at the parameters when its backward pass failed."""
+    """Explain an error of ghost clipping by the norms that it left at the parameters.
+
+    Args:
+        error: The error, changed in place.
+        model: The user's model. The backward pass has stored norms at some of its
+            parameters before it failed; their lengths show which of them differ.
+    """
     parameters = list(model.parameters())
     norms = zip(parameters, norms_of_parameters(parameters), strict=True)
     counts = {p: len(found) for p, found in norms if found is not None}

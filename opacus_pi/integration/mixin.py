@@ -1,4 +1,4 @@
-"""Makes any engine of Opacus a recording one.
+"""A mixin that makes any engine of Opacus record each example's gradient norms.
 
 ``make_private`` stays Opacus's. The methods that it calls to prepare model, loader and
 optimizer are overridden: each lets Opacus prepare the object and then has it observed
@@ -112,7 +112,7 @@ def _shown_as(original: Any, **options: Any) -> Callable[[Method], Method]:
 
 
 class PerInstanceMixin(OpacusEngine):
-    """Makes an engine of Opacus a recording one; goes before it in the bases.
+    """Makes an engine of Opacus record; goes before the engine's class in the bases.
 
     Args:
         recorder: How to record. Default: ``Recorder()``, the norms that training
@@ -273,9 +273,21 @@ class PerInstanceMixin(OpacusEngine):
     # --------------------------------------------------------------------- make_private
     @_shown_as(opacus.PrivacyEngine.make_private)
     def make_private(self, **options: Any) -> tuple[Any, ...]:
-        """Prepare as Opacus does, once it is clear that budgets can be kept.
+        """Prepare as Opacus does, after checks of what only this package offers.
 
-        ``help`` shows Opacus's documentation of it.
+        A filter needs a run whose charges can be known, and the fast mode supports only
+        some options; both raise before anything is changed. ``help`` shows Opacus's
+        documentation of this method.
+
+        Args:
+            **options: The arguments of Opacus.
+
+        Returns:
+            What Opacus returns: model, optimizer and loader; in the ghost modes also
+            the criterion.
+
+        Raises:
+            ValueError: If the filter or the fast mode cannot serve these arguments.
         """
         if self.renyi_filter is not None:
             require_filterable(self, **options)

@@ -71,14 +71,14 @@ subclass can act without repeating ``make_private``.
 def module_of(hooks: AbstractGradSampleHooks) -> nn.Module:
     """Return the user's module behind what ``make_private`` returned (1.6.0).
 
-    Opacus keeps it as ``_module``, in wrappers and in bare hooks alike.
+    Opacus keeps it as ``_module``, whether it has wrapped the module or only hooked it.
     """
     module: nn.Module = hooks._module
     return module
 
 
 def removable_handles(module: nn.Module) -> list[RemovableHandle] | None:
-    """Return the handles that Opacus removes from a module when it lets go of it.
+    """Return the handles of the hooks that Opacus will remove from a module.
 
     Opacus (1.6.0) lists the hooks that it has registered in an attribute of the user's
     root module, ``autograd_grad_sample_hooks``; ``remove_hooks`` empties the list.

@@ -149,9 +149,14 @@ class PreparedRun:
         self.processes = Processes() if is_distributed else None
 
     def begin_record(self, recorder: Recorder) -> None:
-        """Tell a recorder what is trained, and how to measure and name it.
+        """Begin a recorder's record of this run.
 
-        Model and weights are referred to weakly: they are the user's to delete.
+        The recorder learns what is trained, how a sweep measures it, and how the
+        weights are read for saving and naming. Model and weights are referred to
+        weakly: they are the user's to delete.
+
+        Args:
+            recorder: The engine's recorder.
 
         Raises:
             ValueError: If a record was loaded, and it is of another run.

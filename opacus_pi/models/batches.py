@@ -70,7 +70,11 @@ def logits_of(outputs: Any) -> Any:
 
 
 def give_only_logits(module: nn.Module, args: Any, outputs: Any) -> Any:
-    """Forward hook by which a copy returns only its logits, to any caller."""
+    """Return only the logits; a forward hook for copies of models.
+
+    A copy is called in several ways (directly, by ``torch.func``); with the hook each
+    of them gets logits.
+    """
     return logits_of(outputs)
 
 
@@ -123,7 +127,16 @@ def floating(outputs: Any) -> dict[int, Tensor]:
 def reached(
     outputs: Any, cotangents: Mapping[int, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the outputs that need a gradient, and their cotangents."""
+    """Return the outputs that a backward pass can start from, and their cotangents.
+
+    Args:
+        outputs: The model's outputs.
+        cotangents: The gradient at each floating output, by its position among the
+            leaves.
+
+    Returns:
+        Two lists of one length; empty if no output depends on a live parameter.
+    """
     pairs = [
         (leaf, cotangents[place])
         for place, leaf in floating(outputs).items()

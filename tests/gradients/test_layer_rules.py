@@ -61,7 +61,7 @@ def explicit(layer, x, grad):
 @pytest.mark.parametrize("name", LAYERS)
 def test_rules(name, kept, block, monkeypatch):
     monkeypatch.setattr(products, "_CPU_BLOCK", block)
-    monkeypatch.setattr(conv, "_KEPT", kept)
+    monkeypatch.setattr(conv, "_MAX_KEPT", kept)
     torch.manual_seed(0)
     layer, inputs = LAYERS[name]
     layer, x = layer.double(), inputs()

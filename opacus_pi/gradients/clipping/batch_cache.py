@@ -90,11 +90,12 @@ class BatchCache:
         size: Number of examples, the first dimension of every tensor with rows.
 
     Attributes:
-        size: The same.
+        size: Number of examples.
         calls: The calls of the whole model.
-        missed: Parameters with a part that neither the cache nor autograd has.
-        remainders: What autograd must have of those parameters that the cache has only
-            in part; known once ``gradients`` was called.
+        missed: Parameters of whose gradients a part is neither in the cache nor in
+            autograd.
+        remainders: For parameters whose gradients are only partly in the cache: the sum
+            that autograd must have. Known once ``gradients`` was called.
     """
 
     def __init__(self, size: int) -> None:
@@ -181,9 +182,17 @@ class BatchCache:
     def _form_incomplete(
         self, wanted: list[nn.Parameter], model: nn.Module
     ) -> dict[nn.Parameter, ExampleGradients]:
-        """Form the gradients by parameters of which parts are missing here.
+        """Form the gradients by parameters that taps have not intercepted everywhere.
 
-        Autograd must then have what the cache has not; it is compared later.
+        What taps did not intercept, autograd has summed up. This expected sum is noted,
+        and :meth:`TrainingTaps.require_complete` compares it with autograd's.
+
+        Args:
+            wanted: Those that are trained.
+            model: The live model.
+
+        Returns:
+            Gradients by these parameters only.
         """
         unknown = self._leftover | self.missed
         names = _names(model) if unknown else {}
@@ -203,7 +212,20 @@ class BatchCache:
     def _through_the_model(
         self, parameters: dict[str, nn.Parameter], model: nn.Module
     ) -> dict[str, Tensor]:
-        """Form gradients by differentiating the whole model, example by example."""
+        """Form gradients by differentiating the whole model, example by example.
+
+        Args:
+            parameters: The parameters to differentiate by, by name.
+            model: The live model; a copy of it in the same mode is run.
+
+        Returns:
+            ``(b, *shape)`` by name, added up over the calls of the model.
+
+        Raises:
+            RuntimeError: If an input of the model was overwritten since.
+            ValueError: If no output of the model was used for the loss, or an output
+                has no row for each example, or the model fails for single examples.
+        """
         shown = ", ".join(sorted(parameters))
         warnings.warn(_SLOW.format(shown), stacklevel=2)
         copied = same_mode_copy(model)

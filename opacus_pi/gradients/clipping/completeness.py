@@ -73,15 +73,15 @@ def require_complete(
     batches: Collection[Mapping[nn.Parameter, Remainder]],
     accumulated: Mapping[nn.Parameter, Tensor],
 ) -> None:
-    """Raise if autograd has other sums than the examples' gradients leave for it.
+    """Raise if autograd's sums differ from those that the examples' gradients predict.
 
     Args:
         names: The parameters to compare, with their names.
-        batches: The remainders of each batch.
-        accumulated: What autograd has.
+        batches: The remainders of each batch: the sums that are predicted.
+        accumulated: The sums that autograd has.
 
     Raises:
-        ValueError: If so, with the parameters' names.
+        ValueError: If they differ by more than rounding, with the parameters' names.
     """
     differing = [
         name

@@ -6,7 +6,7 @@ input gradients only. Each tap stores in the batch's cache what the gradients fo
 from; weight gradients are computed once, as clipped sums, when all norms are known.
 
 The guarantee: what clipping takes from the cache is each example's whole gradient, or
-an error. A parameter that autograd reaches by any other way has a hook that notices;
+an error. A hook on each parameter is called when autograd reaches it by any other way;
 its gradients are then formed through the whole model, and from the next pass on it is
 left to autograd. What breaks it: weights changed between the forward pass and the step,
 and layers that draw random numbers and have no rule.
@@ -49,7 +49,8 @@ _ACCUMULATED = (
 
 _AMBIGUOUS_BATCH = (
     "Layers ran again in a backward pass that goes through several batches "
-    "(torch.utils.checkpoint with use_reentrant=True), and it is not known for which. "
+    "(torch.utils.checkpoint with use_reentrant=True), and it is not known which of "
+    "the batches they ran for. "
     "Use use_reentrant=False, or call backward() before the model is given the next "
     "batch."
 )
@@ -142,7 +143,7 @@ class TrainingTaps:
     def require_complete(
         self, parameters: Iterable[nn.Parameter], model: nn.Module
     ) -> None:
-        """Raise if autograd has more than the examples' gradients leave for it.
+        """Raise if autograd's sums contain a part that no example's gradient has.
 
         Args:
             parameters: Those that are trained; the caches have given their gradients.

@@ -1,4 +1,4 @@
-"""Self-attention: ``nn.MultiheadAttention`` uses its weights outside of layers.
+"""Self-attention, whose layer uses its weights without calling layers.
 
 ``nn.MultiheadAttention`` projects its inputs by ``F.linear`` and a fused kernel, which
 no rule of a layer can see. Its most frequent call (one batch-first sequence as query,

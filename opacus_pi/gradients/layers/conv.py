@@ -40,7 +40,7 @@ _FEW_CHANNELS = 3  # input channels up to which unfolding beats the library's ke
 _ROWS = 8  # a block's number of examples is a multiple of this
 # Explicit gradients are kept up to this many times the memory of input and output
 # gradient, if the norm has to form them anyway.
-_KEPT = 4
+_MAX_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -130,14 +130,15 @@ class ConvolutionGradients(ExampleGradients):
     def kept(self) -> ExampleGradients:
         """Return explicit gradients where that is cheaper.
 
-        They are formed where they take less memory than what they follow from, which
-        by the count of operations is also where forming them is cheapest, and where
-        the norm's formula forms them anyway and they take not much more.
+        They are formed in two cases: where they take less memory than what they follow
+        from (by the count of operations, forming them is then also the fastest way to
+        the norm), and where the norm's formula forms them anyway and they do not take
+        much more.
         """
         size = self._grad.shape[1] * _patch_size(self._window, self._x)
         needed = self._x[0].numel() + self._grad[0].numel()
         forms_them = self._formula in (squares_by_groups, squares_one_by_one)
-        if size < needed or (forms_them and size < _KEPT * needed):
+        if size < needed or (forms_them and size < _MAX_KEPT * needed):
             return ExplicitGradients(self.form())
         return super().kept()
 
@@ -321,14 +322,14 @@ def _grouped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor
 
 
 def _looped_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
-    """Yield the same, one example at a time."""
+    """Yield each example's weight gradient, flat, one example at a time."""
     for i in range(len(x)):
         a, g = x[i : i + 1], grad[i : i + 1]
         yield weight_gradient(window, a, g, window.groups).view(1, -1)
 
 
 def _unfolded_weights(window: Window, x: Tensor, grad: Tensor) -> Iterator[Tensor]:
-    """Yield the same, from explicit patches."""
+    """Yield each example's weight gradient, flat, from explicit patches."""
     patch, positions = x.shape[1] * math.prod(window.kernel), grad[0, 0].numel()
     for i in blocks(x, row_size=patch * positions):
         yield (grad[i].flatten(2) @ patches(window, x[i]).mT).flatten(1)

@@ -34,7 +34,7 @@ __all__ = [
 MODE = "fast"
 """The value of ``grad_sample_mode`` that selects this mode."""
 
-_ELSE = 'Use grad_sample_mode="hooks".'
+_ELSE = 'Use grad_sample_mode="hooks".'  # the remedy that each refusal ends with
 _PARALLEL = (*DISTRIBUTED, nn.DataParallel)
 
 
@@ -88,7 +88,10 @@ class FastHooks(AbstractGradSampleHooks):
 
 
 class FastGradSampleModule(FastHooks, AbstractGradSampleModule):
-    """The same, as a wrapper of the model.
+    """A wrapper of a model that fills its per-batch cache, as ``FastHooks`` does.
+
+    ``make_private`` returns it by default, as it returns ``GradSampleModule`` in hooks
+    mode; with ``wrap_model=False`` it returns ``FastHooks``.
 
     Args:
         m: The model.
