@@ -1,9 +1,9 @@
 """Every private name of torch that this package uses, each in one place.
 
 Torch may rename or drop a private name in any release. The rest of the package
-therefore imports from here, so that a new version of torch is tried, and mended, in
-this file alone. Every name below was seen, and meant the same, in torch 2.6 (the
-oldest that ``setup.py`` allows) and in torch 2.14.
+therefore imports from here, so that only this file has to change for a new version of
+torch. Every name below was seen, and had the same meaning, in torch 2.6 (the oldest
+that ``setup.py`` allows) and in torch 2.14.
 
 Some private *methods* of torch are overridden in subclasses, which an import cannot
 show; ``tests/test_torch_compat.py`` checks that torch still calls them.

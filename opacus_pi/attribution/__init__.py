@@ -1,4 +1,4 @@
-"""Which example of the data set is each sample of a physical batch?
+"""Attribution: which example of the data set each sample of a physical batch is.
 
 Between the data loader and the optimizer the user's loop may do anything. A sample is
 attributed by the strongest evidence there is, and stays unattributed where there is

@@ -1,4 +1,4 @@
-"""What is known of a pass over a loader, of a delivered batch, and of a forward pass.
+"""Records of a pass over a loader, of a delivered batch, and of a forward pass.
 
 A ``LoaderPass`` counts the batches that one iterator of a loader returned. A
 ``Delivery`` is one such batch: the data-set indices of its samples, what its tensors
@@ -63,7 +63,13 @@ class LoaderPass:
             self.belongs_to(owner)
 
     def belongs_to(self, owner: Any) -> None:
-        """Name the object that delivers its batches; see the class."""
+        """Name the object that delivers its batches.
+
+        An observer makes the pass before the iterator exists, and names it afterwards.
+
+        Args:
+            owner: As for the class.
+        """
         self._owner = weakref.ref(owner)
 
     @property
@@ -132,7 +138,11 @@ class Delivery:
         return found
 
     def use(self) -> None:
-        """Count a forward pass in training mode that was given this batch."""
+        """Count a forward pass in training mode that was given this batch.
+
+        Its pass has one unused delivery less, which ``by_latest`` relies on: it assumes
+        the latest batch only where no other one is unused.
+        """
         if not self.num_forward_passes:
             self.loader_pass.num_unused -= 1
         self.num_forward_passes += 1
@@ -230,7 +240,12 @@ def describe_delivery(
 def _listed(indices: Any) -> tuple[list[int] | None, bool]:
     """Return a sampler's output as a list, and whether it was a single index.
 
-    The list is None if the output is not whole numbers (keys of a dict, for example).
+    Args:
+        indices: What a ``batch_sampler`` or a ``sampler`` returned.
+
+    Returns:
+        The indices; None if the output is not whole numbers (keys of a dict, for
+        example). And whether it was one index, as without collation.
     """
     if isinstance(indices, Tensor | np.ndarray):
         indices = indices.tolist()

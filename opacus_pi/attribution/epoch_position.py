@@ -1,4 +1,4 @@
-"""Where a training loop is in its pass over a loader, and how to get there again.
+"""The position of a training loop in its pass over a loader, saved and restored.
 
 A pass is a function of the random states with which it began. They are kept, with the
 number of batches that the loop has received. After resuming, the first pass begins with
@@ -49,7 +49,10 @@ _UNKNOWN = (
 
 
 class EpochPosition:
-    """How far the newest pass over a loader has come.
+    """The position in the newest pass over a loader, for exact resuming.
+
+    It is a number of batches together with the random states with which the pass began:
+    a pass drawn again from these states delivers the same batches in the same order.
 
     Args:
         random_states: The generators of the run.
@@ -108,7 +111,13 @@ class EpochPosition:
         return self._is_poisson and is_shared
 
     def state(self) -> dict[str, Any]:
-        """Return what ``resume`` needs besides the random states of this moment."""
+        """Return what ``resume`` needs besides the random states of this moment.
+
+        Returns:
+            ``"num_delivered"``: batches that the loop has received in this pass, -1
+            between passes; and the random states with which the pass began, each under
+            its name with a prefix.
+        """
         if self._pass is None or not self.under_way:
             return {"num_delivered": -1}
         start = {f"{_START}{name}": value for name, value in self._start.items()}

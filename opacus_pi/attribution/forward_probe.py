@@ -21,11 +21,11 @@ __all__ = ["ForwardProbe", "probe"]
 
 
 def _no_tracker() -> None:
-    """The reference of a probe that has no tracker."""
+    """Stand in for the weak reference to a tracker that a probe does not have."""
 
 
 def _never() -> bool:
-    """Whether a backward pass is the second one of ghost clipping: there is none."""
+    """Return False: without ghost clipping no backward pass is its second one."""
     return False
 
 

@@ -48,7 +48,7 @@ __all__ = ["LoaderObserver", "observe", "observe_like", "observer_of", "tracker_
 
 
 class Position(Protocol):
-    """Where a run is in its pass over a loader, as ``EpochPosition`` knows it.
+    """The part of ``EpochPosition`` that an observer calls.
 
     A protocol, because ``epoch_position`` imports this file.
     """

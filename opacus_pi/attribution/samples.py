@@ -1,4 +1,4 @@
-"""What identifies a sample of a batch: where it is stored, and what it contains.
+"""Two ways to recognise a sample of a batch: by its memory, and by its content.
 
 A sample is one position of a physical batch. Two facts tell later which sample a
 tensor holds: the memory that it is stored in, and a checksum of some of its entries.
@@ -100,7 +100,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 class StoredSamples:
-    """Where in memory the samples of a delivered tensor are.
+    """The places in memory of the samples of a delivered tensor.
 
     Args:
         tensor: A dense tensor.
@@ -238,11 +238,11 @@ def spacing(width: int) -> tuple[int, int]:
 
 
 def _layout(tensor: Tensor, dim: int) -> tuple[Any, ...]:
-    """What two views of one memory have in common if they hold the same samples."""
+    """Return what is equal for two views of one memory that hold the same samples."""
     return dim, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def _extent(tensor: Tensor, dim: int) -> int:
-    """How far the last entry of a sample is from its first, in entries."""
+    """Return how far the last entry of a sample is from its first, in entries."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return sum((n - 1) * stride for d, (n, stride) in enumerate(sizes) if d != dim)

@@ -1,13 +1,13 @@
 """Choose, check and run the way in which a model's gradient norms are measured.
 
-Taps measure most layers in one backward pass (:mod:`~opacus_pi.gradients.norm_taps`),
-per-example gradients are formed of the parameters left over
-(:mod:`~opacus_pi.gradients.fallback`), and the first batch decides how far either can
-be trusted. There, parameters that are not indexed by examples are looked for, and the
-example with the largest norm is differentiated alone by plain autograd. If its norm
-disagrees, a rule or the assumption that the first dimension counts examples is wrong:
-the taps are given up. If it still disagrees, the examples influence each other, and
-every example is differentiated alone, with a warning.
+Taps measure most layers in one backward pass (:mod:`~opacus_pi.gradients.norm_taps`).
+For the remaining parameters per-example gradients are formed
+(:mod:`~opacus_pi.gradients.fallback`). The first batch decides how far either can be
+trusted: it is searched for parameters that are not indexed by examples, and the example
+with the largest norm is differentiated alone by plain autograd. If its norm disagrees,
+a rule or the assumption that the first dimension counts examples is wrong, and the taps
+are given up. If it still disagrees, the examples influence each other, and every
+example is differentiated alone, with a warning.
 
 The guarantee: the norms are those that a loop over examples would give, up to rounding.
 What breaks it: a model that behaves otherwise on a later batch than on the first.

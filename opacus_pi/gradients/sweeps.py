@@ -71,7 +71,7 @@ def per_example_grad_norms(
 
 @dataclass(frozen=True)
 class Sweep:
-    """What one pass over a data set measured, in the data set's order.
+    """Measurements of one pass over a data set, in the data set's order.
 
     Attributes:
         grad_norms: L2 norms of the gradients of each example's own loss, float64

@@ -40,13 +40,26 @@ _SECOND_BACKWARD = (
 
 
 class Taps(Protocol):
-    """What intercepts a forward and a backward pass."""
+    """The interface of objects that intercept a forward and a backward pass.
+
+    Code that runs a layer (or another operation with parameters) asks ``wants`` of its
+    input and ``is_live`` of its parameters, runs the layer with frozen parameters, and
+    hands the output to ``tap``, or calls ``miss`` if the output has an unexpected form.
+    """
 
     def is_live(self, parameter: Any) -> bool:
-        """Whether this is a parameter whose gradients are wanted here."""
+        """Whether this is a parameter whose gradients are wanted here.
+
+        Args:
+            parameter: Anything.
+        """
 
     def wants(self, value: Any) -> bool:
-        """Whether this is a tensor with one row for each example of the pass."""
+        """Whether this is a tensor with one row for each example of the pass.
+
+        Args:
+            value: Anything; also False while no pass is intercepted.
+        """
 
     def tap(
         self,
@@ -69,7 +82,12 @@ class Taps(Protocol):
         """
 
     def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Note that an operation froze parameters and cannot be tapped."""
+        """Note that an operation froze parameters and cannot be tapped.
+
+        Args:
+            parameters: The live parameters, by name. Autograd has no gradient of this
+                operation for them.
+        """
 
 
 class SavedInputs:
@@ -101,7 +119,10 @@ class SavedInputs:
 
     @property
     def widened(self) -> Call:
-        """The same with half precision turned into single precision."""
+        """The arguments with half precision turned into single precision.
+
+        Norms of half-precision values would overflow or lose their digits.
+        """
         if self._is_single:
             return (at_least_float32(self._leaves[0]),), {}
         return self._packed(

@@ -50,7 +50,7 @@ _SECURE = "Random numbers of secure_mode cannot be drawn again."
 
 # -------------------------------------------------------------------- the engine's part
 class Checkpoints:
-    """What an engine adds to Opacus's checkpoints, and takes from them.
+    """The engine's part of checkpoints: entries beside Opacus's, written and read.
 
     Opacus's ``save_checkpoint`` writes whatever its argument ``checkpoint_dict`` holds,
     and ``load_checkpoint`` returns it, so both work with Opacus's own engine as well.
@@ -268,7 +268,7 @@ class RunState:
         )
 
     def _obstacle(self) -> str:
-        """Why the run cannot be resumed exactly from this moment; empty if it can."""
+        """Return why a run cannot be resumed exactly from now; empty if it can."""
         if self._is_secure:
             return _SECURE
         optimizer = self._optimizer()

@@ -1,9 +1,8 @@
-"""What makes the numbers of a run wrong although Opacus trains it.
+"""Checks for runs that Opacus trains but that cannot be accounted for each example.
 
-Opacus trains some runs that cannot be accounted for each example: BatchNorm that mixes
-the examples of a batch, a loader that was changed, an optimizer that is stepped without
-noise. Training goes on exactly as with Opacus; the ledger then refuses to give numbers
-and says why.
+Such runs have BatchNorm that mixes the examples of a batch, a loader that was changed,
+or an optimizer that is stepped without noise. Training continues exactly as with
+Opacus; the ledger then refuses to give numbers and says why.
 
 The functions each return a reason with its remedy, or None. ``RunChecks`` collects the
 reasons of one engine, and ``OutsideChanges`` looks at loader and weights at every
@@ -36,9 +35,9 @@ from opacus_pi.integration.schedules import changed_schedule, settings_of_schedu
 from opacus_pi.recording import Recorder
 
 _STEPPED_WITHOUT_NOISE = (
-    "The optimizer that make_private was given was stepped by itself: the weights took "
-    "gradients that were neither clipped nor noised, and no accountant counted it. "
-    "Step the optimizer that make_private returned."
+    "The optimizer that was passed to make_private was stepped directly: the weights "
+    "took gradients that were neither clipped nor noised, and no accountant counted "
+    "the update. Step the optimizer that make_private returned."
 )
 _WEIGHTS_CHANGED = (
     "Weights were changed between two updates, and not by the optimizer that "
@@ -234,12 +233,12 @@ class OutsideChanges:
                 warnings.warn(_WEIGHTS_CHANGED, stacklevel=2)
 
     def weights_were_updated(self) -> None:
-        """Note the weights: they should stay as they are until the next update."""
+        """Note the weights: nothing should write to them until the next update."""
         self._has_noise = False
         self._writes = self._count_writes()
 
     def _count_writes(self) -> list[int]:
-        """How often each weight has been written to."""
+        """Return how often each weight has been written to, as torch counts."""
         return [num_writes(parameter) for parameter in self._parameters]
 
 

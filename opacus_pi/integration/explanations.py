@@ -101,7 +101,7 @@ def unusual_numbers(
 
 
 def _usual_number(counts: Mapping[nn.Parameter, int]) -> int:
-    """The number that most parameters have; the largest if there are several."""
+    """Return the number that most parameters have; the largest of several."""
     frequencies = Counter(counts.values())
     return max(frequencies, key=lambda number: (frequencies[number], number))
 

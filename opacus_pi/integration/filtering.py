@@ -1,4 +1,4 @@
-"""Leaves examples out of private updates once their privacy budget is spent.
+"""Leave examples out of private updates once their privacy budget is spent.
 
 A ``RenyiFilter`` holds a budget for each example. Before a batch is clipped, each of
 its samples is charged for this update; a sample whose example cannot pay has its

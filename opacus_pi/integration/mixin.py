@@ -163,7 +163,9 @@ class PerInstanceMixin(OpacusEngine):
 
     @property
     def ledger(self) -> GradNormLedger:
-        """The record up to now. It is sensitive: it shows which examples are unusual.
+        """The ledger of the run up to now; it shows which examples are unusual.
+
+        It is sensitive, like the training data themselves: do not publish it.
 
         It names the weights that the last update left, by a hash of the model's state
         dict, so that ``Unlearner`` can check that a model has these weights.
@@ -257,7 +259,11 @@ class PerInstanceMixin(OpacusEngine):
         return epsilon
 
     def _complete_ledger(self) -> GradNormLedger:
-        """The ledger, if it holds every update that was made or counted."""
+        """Return the ledger, if it holds every update that was made or counted.
+
+        Raises:
+            AccountingError: If updates are missing, or the run cannot be accounted.
+        """
         ledger = self.recorder.ledger  # not self.ledger: its weights need no name
         num_counted = num_steps_of(self.accountant)
         self.checks.require_all_updates(
@@ -580,7 +586,7 @@ def _warn_if_most_are_equal(values: NDArray[np.float64]) -> None:
         warnings.warn(
             f"{num_equal} of {len(values)} examples share the largest value, that of "
             "an example that is clipped in every update. Estimates above it are cut to "
-            "it, so these examples cannot be told apart. Use a larger max_grad_norm "
+            "it, so these examples cannot be distinguished. Use a larger max_grad_norm "
             "with a smaller learning rate, or a lower order.",
             stacklevel=3,
         )

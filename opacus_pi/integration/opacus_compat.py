@@ -2,7 +2,7 @@
 
 Opacus publishes no list of stable internals, so every attribute, function and hook
 point that may change between its releases is reached through this module and through
-no other: when Opacus changes, this is the file to mend. All names were seen in, and
+no other: when Opacus changes, this file changes. All names were seen in, and
 tested with, Opacus 1.6.0; ``setup.py`` admits releases 1.6 only.
 ``tests/integration/test_opacus_compat.py`` fails if a name is gone or means something
 else, and ``tests/test_private_names.py`` if another file uses such a name.
@@ -69,7 +69,7 @@ subclass can act without repeating ``make_private``.
 
 # ------------------------------------------------------------------------------- models
 def module_of(hooks: AbstractGradSampleHooks) -> nn.Module:
-    """Return the user's module behind what ``make_private`` returned (1.6.0).
+    """Return the user's own module from what ``make_private`` returned (1.6.0).
 
     Opacus keeps it as ``_module``, whether it has wrapped the module or only hooked it.
     """

@@ -47,9 +47,9 @@ _TWO_BACKWARD_PASSES = (
     'last batch. Step after each backward pass, or use grad_sample_mode="hooks".'
 )
 _TWO_CLIP_NORMS = (
-    "Gradients were clipped to {clipped:g} and noised for {noised:g}: with ghost "
-    "clipping a clip scheduler does not reach the model. Use "
-    'grad_sample_mode="hooks".'
+    "Gradients were clipped to {clipped:g}, but the noise was scaled for a clip norm "
+    "of {noised:g}: with ghost clipping, a clip scheduler does not change the model's "
+    'clip norm. Use grad_sample_mode="hooks".'
 )
 
 
@@ -91,7 +91,7 @@ def _from_ghost_clipping(base: type[DPOptimizer]) -> type:
 
 
 class _ReportingOptimizer(DPOptimizer):
-    """What all modes share: reports of noise and of finished updates.
+    """Reports noise and finished updates, which is the same in all modes.
 
     Attributes:
         _pi_update: Receives the reports; set by ``report_updates``. All names of ours
@@ -101,9 +101,10 @@ class _ReportingOptimizer(DPOptimizer):
     _pi_update: UpdateUnderWay
 
     def add_noise(self) -> None:
-        """Report the noise; called once for each update, and not if it is put off.
+        """Add noise as Opacus does, and report it.
 
-        ``BatchMemoryManager`` puts the update off until the last physical batch.
+        Opacus calls this once for each update. Under ``BatchMemoryManager`` that is at
+        the last physical batch only; the steps before are postponed.
         """
         if self._pi_update.gate is not None:
             self._pi_update.gate.close(noise_std_of(self))
@@ -114,7 +115,7 @@ class _ReportingOptimizer(DPOptimizer):
         """Step as Opacus does, then report that the weights were written.
 
         Called for every physical batch. ``finish`` does nothing where no noise was
-        drawn, because Opacus has then put the update off.
+        drawn, because Opacus has then postponed the update.
         """
         result: float | None = super().step(*args, **options)
         self._pi_update.finish()
@@ -243,9 +244,9 @@ class _FromGhostClipping(_ReportingOptimizer):
 
     Ghost clipping runs two backward passes: the first one leaves the norms in the
     model, the second one computes the clipped gradient from weighted losses. The
-    optimizer only adds up. It never sees gradients of single examples, so two mistakes
-    that hooks mode would notice go through in silence, and are looked for here: norms
-    that belong to an earlier batch, and a clip norm that differs from the model's.
+    optimizer only adds up, and never sees gradients of single examples. Two mistakes
+    are therefore checked for here, which in hooks mode cannot happen: norms that belong
+    to an earlier batch, and a clip norm that differs from the model's.
     """
 
     # The norms reported last, as the object that Opacus keeps: a new batch has new

@@ -114,7 +114,10 @@ class CurrentRun:
 
 @dataclass
 class Preparation:
-    """What Opacus has prepared so far: the model, then the loader.
+    """A run within ``make_private``: what Opacus has prepared so far.
+
+    Opacus calls three methods of the engine one after another, and none of them sees
+    what the others returned.
 
     Args:
         hooks: What Opacus made of the model, a wrapper or hooks.

@@ -1,4 +1,4 @@
-"""How often a data loader draws an example, and when that is not known.
+"""Sampling schedules: how often a data loader draws an example, if that is known.
 
 Privacy accounting needs to know the schedule: Poisson sampling (each example is drawn
 independently in each update), or a fixed one (each example at most once an epoch, in an
@@ -138,7 +138,11 @@ def user_collate_fn(loader: DataLoader[Any]) -> Callable[..., Any] | None:
 
 
 def _drawing_sampler(loader: DataLoader[Any]) -> Any:
-    """The sampler that decides which examples are drawn."""
+    """Return the sampler that decides which examples are drawn.
+
+    A plain ``BatchSampler`` only groups the indices of its own sampler; any other batch
+    sampler, Opacus's included, draws by itself.
+    """
     batches = loader.batch_sampler
     if type(batches) in (BatchSampler, type(None)):
         return getattr(batches, "sampler", loader.sampler)

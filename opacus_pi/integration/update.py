@@ -1,4 +1,4 @@
-"""The update under way: which samples entered it, with which norms and which noise.
+"""The current update: which samples entered it, with which norms and which noise.
 
 A norm passes four stations: the optimizer clips and hands over the norms of a physical
 batch; the update matches them to examples; the recorder keeps them until a row is
@@ -42,9 +42,10 @@ _DRAWN_TWICE = (
 class UpdateUnderWay:
     """Reports the updates of one private run to its recorder, one after another.
 
-    Whether an update is one at all is known only at its end: a step may be put off
-    (``BatchMemoryManager``) or interrupted. So norms go to the recorder at once, but
-    the update counts only when noise was drawn and the weights were written.
+    Only its end shows that an update was made at all: Opacus may postpone a step
+    (``BatchMemoryManager``), and an interrupt may end it early. So norms go to the
+    recorder at once, but the update counts only when noise was drawn and the weights
+    were written.
 
     The optimizer calls ``add_batch`` for each physical batch, ``noise_was_drawn`` once,
     and ``finish`` when the weights have been written.
@@ -152,9 +153,9 @@ class UpdateUnderWay:
     def finish(self) -> None:
         """Count the update if noise was drawn for it: the weights were written.
 
-        Called after every step, also after one that was put off; without noise there is
-        no update to count. The recorder may write a row here, which in swept mode takes
-        a pass over the data set.
+        Called after every step, also after one that Opacus has postponed; without noise
+        there is no update to count. The recorder may write a row here, which in swept
+        mode takes a pass over the data set.
         """
         settings, self._settings = self._settings, None
         if settings is None:
@@ -170,7 +171,7 @@ class UpdateUnderWay:
             self.recorder.step(**settings)
 
     def _reasons(self) -> Iterator[str]:
-        """Why this update cannot be accounted."""
+        """Yield the reasons why this update cannot be accounted, each with a remedy."""
         if self.is_superseded:
             yield _SUPERSEDED
         mixed = batch_statistics(self._batch_norms)

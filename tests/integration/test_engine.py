@@ -204,7 +204,7 @@ def test_a_warning_where_most_examples_have_the_same_loss():
     always_clipped = Training(max_grad_norm=1e-3).train(4).engine
     with pytest.warns(UserWarning, match="24 of 24 examples share the largest value"):
         always_clipped.privacy_losses(8)
-    with pytest.warns(UserWarning, match="cannot be told apart"):
+    with pytest.warns(UserWarning, match="cannot be distinguished"):
         always_clipped.epsilons(1e-3)
     never_clipped = Training(max_grad_norm=1e3).train(4).engine
     with warnings.catch_warnings():

@@ -34,7 +34,7 @@ def test_ghost_clipping_with_a_clip_scheduler():
     scheduler = ExponentialGradClip(training.optimizer, gamma=0.1)
     scheduler.step()
     training.train(1)
-    refused(training, "clipped to 1 and noised for 0.1")
+    refused(training, "clipped to 1, but the noise was scaled for a clip norm of 0.1")
 
 
 def test_ghost_clipping_with_two_backward_passes():

@@ -50,8 +50,8 @@ _NOT_USED = (
     "the optimizer take part in the loss, freeze it, or take it out of the optimizer."
 )
 _NOT_SEPARABLE = (
-    "The gradients of single examples by {} cannot be computed: these parameters are "
-    "used outside of layers that have one batch as input and one as output, and the "
+    "The per-example gradients of {} cannot be computed: these parameters are used "
+    "outside of layers that have one batch as input and one as output, and the "
     "model cannot be run for each example alone ({}). Give a position embedding a row "
     "for each example (position_ids=torch.arange(length).expand(batch, -1)) and a "
     "parameter outside of layers a layer of its own, or freeze these parameters "

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 BEYOND_THE_OUTPUTS = (
     "Running the model again for each example does not give the gradients that "
-    "autograd has of {}: the loss reaches them by other ways than what the model "
-    "returned, or the model is random. Return from forward() every tensor that the "
-    "loss uses, such as one that the model only keeps as an attribute; instead of a "
-    "penalty on weights use the optimizer's weight_decay."
+    "autograd computed for {}: the loss depends on them in other ways than through the "
+    "model's outputs, or the model is random. Return from forward() every tensor that "
+    "the loss uses, such as one that the model only keeps as an attribute; instead of "
+    "a penalty on weights use the optimizer's weight_decay."
 )
 
 

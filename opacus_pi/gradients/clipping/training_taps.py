@@ -150,8 +150,8 @@ class TrainingTaps:
             model: The live model.
 
         Raises:
-            ValueError: If a part of the loss was computed by other ways than from what
-                the model returned, with the parameters that this part has reached.
+            ValueError: If a part of the loss does not depend on the model's outputs;
+                the message names the parameters that this part depends on.
         """
         full = [cache for cache in self.caches if cache.size]
         if not full:

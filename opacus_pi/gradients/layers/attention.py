@@ -6,9 +6,10 @@ key and value, no attention weights returned) is therefore computed here in thre
 a projection that is tapped as a linear layer, attention, and the output layer, which
 has a rule of its own.
 
-Any other call runs unchanged, and its parameters are left over: the result is the same
-and takes longer. What breaks it: a new argument of ``nn.MultiheadAttention`` that
-changes the usual call; the comparison of the first batch with autograd notices.
+Any other call runs unchanged, and its parameters are measured in another way: the
+result is the same and takes longer. What breaks it: a new argument of
+``nn.MultiheadAttention`` that changes the usual call. The comparison of the first batch
+with autograd would find that.
 """
 
 from typing import Any, TypeGuard

@@ -45,7 +45,9 @@ _MAX_KEPT = 4
 
 @dataclass(frozen=True)
 class Window:
-    """Which input positions an output position sees, per spatial dimension.
+    """The geometry of a convolution: which input positions an output position sees.
+
+    Each field but the last has one entry for each spatial dimension.
 
     Args:
         kernel: Number of positions.

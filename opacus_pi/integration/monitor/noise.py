@@ -103,7 +103,7 @@ class NoiseHook:
 
 
 def _batch_size(tracker: Tracker) -> int | None:
-    """Return b, the number of examples in the batch behind the present gradients.
+    """Return b, the number of examples in the batch that the gradients come from.
 
     Returns:
         None if the gradients are not those of exactly one whole batch. Padding that

@@ -1,4 +1,4 @@
-"""How often examples are sampled: by a data loader, and by one update.
+"""Sample rates: of a data loader, and of one update, which may use several batches.
 
 The sample rate of a loader is known before it draws anything. An update may use the
 accumulated gradients of several batches, and then an example had as many chances to
@@ -127,7 +127,7 @@ class BatchCounter:
         self._warned = False
 
     def __call__(self) -> int:
-        """Return the number of batches behind the update that was just made.
+        """Return the number of batches whose gradients made the latest update.
 
         Returns:
             At least 1: an update without a forward pass in training mode is taken to

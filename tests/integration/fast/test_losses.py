@@ -111,7 +111,9 @@ def test_losses_of_the_outputs_are_clipped_per_example(loss, has_weight_outside)
     ids=str,
 )
 def test_other_losses_raise_with_the_parameters_name(losses, name):
-    with pytest.raises(ValueError, match=f"autograd has of {name}: the loss") as error:
+    with pytest.raises(
+        ValueError, match=f"autograd computed for {name}: the loss"
+    ) as error:
         stepped(losses)
     assert "Return from forward()" in str(error.value)
 
@@ -135,5 +137,5 @@ def test_rounding_of_half_precision_is_not_an_error():
     ours = torch.cat([p.summed_grad.flatten() for p in one.net.parameters()])
     wanted = clipped_sum(of_output, True, x)
     assert (ours - wanted).norm() < 0.02 * wanted.norm()
-    with pytest.raises(ValueError, match="autograd has of outside"):
+    with pytest.raises(ValueError, match="autograd computed for outside"):
         stepped([of_much], kind=torch.bfloat16)

@@ -120,7 +120,7 @@ class MixesUp(nn.Module):
 def test_parameters_without_per_example_gradients_are_named():
     one = Training(module=MixesUp(), grad_sample_mode="fast")
     with pytest.raises(
-        ValueError, match="single examples by weight cannot be computed"
+        ValueError, match="per-example gradients of weight cannot be computed"
     ) as error:
         one.train(1)
     assert "(vmap: called random operation while in" in str(error.value)
