@@ -151,7 +151,7 @@ def test_one_row_for_the_whole_batch_is_refused_with_remedies(forward, why):
     taps, ids = TrainingTaps(), torch.arange(4 * LENGTH).view(4, LENGTH) % 10
     taps.attach(model)
     model(ids).sum().backward()
-    with pytest.raises(ValueError, match=f"by position.weight cannot.*{why}") as error:
+    with pytest.raises(ValueError, match=f"of position.weight cannot.*{why}") as error:
         taps.caches[0].gradients(model.parameters(), model)
     assert "position_ids=" in str(error.value)
     assert "requires_grad_(False)" in str(error.value)
