@@ -262,7 +262,7 @@ def test_distribution_counts_every_finite_value():
     same = plot_distribution([2.0, 2.0], name="loss")
     assert sum(bar.get_height() for bar in same.patches) == 2
     assert same.get_xscale() == "linear"
-    with pytest.raises(ValueError, match="must hold a finite one"):
+    with pytest.raises(ValueError, match="must contain a finite number"):
         plot_distribution([np.inf], name="loss")
 
 

@@ -105,7 +105,7 @@ def _npz(path: Path) -> tuple[Arrays, Arrays]:
         missing = {"x_train", "y_train", "x_test", "y_test"} - set(found.files)
         if missing:
             raise ValueError(
-                f"data must hold {', '.join(sorted(missing))}, got "
+                f"data must contain {', '.join(sorted(missing))}, got "
                 f"{', '.join(found.files)} in {path}. Save it with numpy.savez."
             )
         return tuple((found[f"x_{split}"], found[f"y_{split}"]) for split in _SPLITS)

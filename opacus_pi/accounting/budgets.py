@@ -294,7 +294,7 @@ def _checked_charges(state: Mapping[str, Any]) -> Array:
         and "budget" in state,
         "the saved filter",
         sorted(state),
-        "must hold budget, order, data_set and one charge of at least 0 per example",
+        "must contain budget, order, data_set and one charge of at least 0 per example",
         "Resume from another checkpoint.",
     )
     charges: Array = spent.copy()

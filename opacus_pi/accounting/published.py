@@ -306,7 +306,7 @@ def chien_sequential(
         len(log_growths) > 0,
         "log_growths",
         "[]",
-        "must hold a request",
+        "must contain a request",
         "Give the sum of rates of each request.",
     )
     *earlier, growth = log_growths

@@ -113,7 +113,7 @@ def choose_hoelder_p(
         not shared,
         "pilots",
         f"runs {shared} that are also averaged",
-        "must be runs of their own",
+        "must be runs that are not averaged",
         "Split the runs: choose p on some and average the others.",
     )
     num_steps = chosen_on[0].mechanism.num_steps
@@ -125,7 +125,7 @@ def choose_hoelder_p(
         len(candidates) > 0,
         "candidates",
         "[]",
-        "must hold a p",
+        "must contain at least one p",
         "Pass None for the default list.",
     )
     losses = np.array(

@@ -286,6 +286,6 @@ def _check_bounded(runs: Sequence[GradNormLedger]) -> None:
         len(steps) > 1 or len(runs) == 1 or complete,
         "ledgers",
         f"{len(runs)} runs with the same steps",
-        "must have draws of their own",
+        "must have rows that were drawn independently",
         "Give each run's Recorder.stratified a generator with another seed.",
     )

@@ -90,7 +90,13 @@ def _feature(**named: ArrayLike) -> NDArray[np.float64]:
     """Return the confidences as one column, after checking them."""
     ((name, values),) = named.items()
     array = np.asarray(values, dtype=np.float64).reshape(-1, 1)
-    expect(array.size > 0, name, "[]", "must hold an example", "Evaluate on some data.")
+    expect(
+        array.size > 0,
+        name,
+        "[]",
+        "must contain at least one example",
+        "Evaluate on some data.",
+    )
     checked: dict[str, Any] = {name: array}
     in_range(0, 1, remedy="Pass the softmax at the label.", **checked)
     return array

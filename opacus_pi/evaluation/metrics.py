@@ -50,7 +50,7 @@ def accuracy(correct: ArrayLike) -> float:
         array.size > 0,
         "correct",
         "[]",
-        "must hold an example",
+        "must contain at least one example",
         "Evaluate on some data.",
     )
     return float(np.mean(array, dtype=np.float64))
@@ -180,7 +180,7 @@ def tug_of_war(
                 name in given,
                 label,
                 sorted(given),
-                f"must hold {name!r}",
+                f"must contain {name!r}",
                 "Pass what evaluate returned.",
             )
         own = float(metrics[name])

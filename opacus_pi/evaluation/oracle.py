@@ -208,7 +208,7 @@ def _check_types(
         not differing,
         "path",
         path,
-        f"must hold the model's types of numbers in {', '.join(differing[:3])}",
+        f"must contain the model's types of numbers in {', '.join(differing[:3])}",
         "It holds another model's oracle.",
     )
 

@@ -57,7 +57,9 @@ class UnlearningTrace:
         }
         self.cost = {name: float(value) for name, value in self.cost.items()}
         remedy = 'Say what the times count, e.g. "epochs".'
-        expect(isinstance(self.unit, str), "unit", self.unit, "must be a word", remedy)
+        expect(
+            isinstance(self.unit, str), "unit", self.unit, "must be a string", remedy
+        )
         expect(
             bool((np.diff(self.times) > 0).all() and np.isfinite(self.times).all()),
             "times",
@@ -150,7 +152,7 @@ class UnlearningTrace:
             found == (_KIND, _VERSION),
             "path",
             f"{found[0]} of version {found[1]} in {os.fspath(path)}",
-            f"must hold {_KIND} of version {_VERSION}",
+            f"must contain {_KIND} of version {_VERSION}",
             "Pass a file that UnlearningTrace.save of this release wrote.",
         )
         expect(
@@ -165,7 +167,7 @@ class UnlearningTrace:
             return cls(**content)
         except (TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(
-                f"path must hold {_KIND}, got {path}: {error}. Unlearn again."
+                f"path must contain {_KIND}, got {path}: {error}. Unlearn again."
             ) from error
 
 
@@ -223,7 +225,7 @@ def arrived(
         bool ``(k,)``, one entry for each evaluation.
     """
     values = trace[metric]
-    expect(len(values) > 0, "trace", "[]", "must hold an evaluation", "Append one.")
+    expect(len(values) > 0, "trace", "[]", "must contain an evaluation", "Append one.")
     expect(
         tolerance >= 0, "tolerance", tolerance, "must be at least 0", "0.05 is usual."
     )
@@ -249,7 +251,7 @@ def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str)
             name in oracle,
             "oracle",
             sorted(oracle),
-            f"must hold {name!r}",
+            f"must contain {name!r}",
             "Evaluate the same metrics on the oracle.",
         )
         oracle = oracle[name]
@@ -258,7 +260,7 @@ def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str)
         values.size > 0 and bool(np.isfinite(values).all()),
         "oracle",
         values,
-        "must hold finite numbers",
+        "must contain finite numbers",
         "Retrain at least one model without the forget set and evaluate it.",
     )
     return values.mean()

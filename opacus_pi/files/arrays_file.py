@@ -92,7 +92,7 @@ def read_arrays(
 
     Args:
         path: The file's name.
-        kind: What the file must hold, and the version that this release reads.
+        kind: What the file must contain, and the version that this release reads.
         layout: What such a file holds. Default: any arrays and facts.
 
     Returns:
@@ -115,7 +115,7 @@ def check_file(
 
     Args:
         path: The file's name.
-        kind: What the file must hold, and the version that this release reads.
+        kind: What the file must contain, and the version that this release reads.
         layout: As of ``read_arrays``.
 
     Returns:
@@ -219,7 +219,7 @@ def arrays_on_disk(path: str | os.PathLike[str]) -> dict[str, ArrayOnDisk]:
             facts["dtype"] in _TYPES,
             "path",
             f"{facts['dtype']} in {name}",
-            f"must hold {key!r} in one of {', '.join(_TYPES)}",
+            f"must contain {key!r} in one of {', '.join(_TYPES)}",
             _AGAIN,
         )
     return {
@@ -241,7 +241,7 @@ def opened(
 
     Args:
         path: The file's name.
-        kind: What the file must hold, and the version that this release reads.
+        kind: What the file must contain, and the version that this release reads.
         framework: Which tensors the file gives, as in ``safetensors.safe_open``.
 
     Yields:
@@ -289,7 +289,7 @@ def _check_shape(path: str, name: str, shape: Sequence[int]) -> None:
         math.prod(shape) > 0 or max(shape, default=0) <= _MAX_WIDTH,
         "path",
         f"shape {list(shape)} in {path}",
-        f"must hold entries in {name!r}",
+        f"must contain entries in {name!r}",
         _AGAIN,
     )
 
@@ -300,7 +300,7 @@ def _check_kind(name: str, header: Mapping[str, str], kind: FileKind) -> None:
         header.get("kind") == kind.name,
         "path",
         f"{header.get('kind', 'something else')} in {name}",
-        f"must hold {kind.name}",
+        f"must contain {kind.name}",
         "Pass a file that this class's save wrote.",
     )
     expect(
@@ -365,8 +365,8 @@ def _check_layout(
         not unexpected,
         "path",
         os.fspath(path),
-        f"must hold what it should in {', '.join(map(repr, sorted(unexpected)))}",
-        f"Something is missing, unknown, or of another type. {_AGAIN}",
+        f"must have valid entries for {', '.join(map(repr, sorted(unexpected)))}",
+        f"An entry is missing, unknown, or of another type. {_AGAIN}",
     )
 
 

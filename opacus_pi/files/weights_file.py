@@ -74,7 +74,7 @@ def read_weights(
 
     Args:
         path: The file's name.
-        kind: What the file must hold, and the version that this release reads.
+        kind: What the file must contain, and the version that this release reads.
 
     Returns:
         The tensors and the facts, by name.

@@ -269,7 +269,7 @@ def _check_same_width(
         len(wanted) == 2 and given == {wanted} and ids == wanted[1:],
         "path",
         f"arrays of shapes {sorted(given)} and ids of shape {ids} in {os.fspath(path)}",
-        "must hold arrays of one shape (N, n), and n ids",
+        "must contain arrays of one shape (N, n), and n ids",
         "Record it again, or restore the file from a copy.",
     )
 
@@ -312,7 +312,7 @@ def runs_of(
     """
     runs = (ledgers,) if isinstance(ledgers, GradNormLedger) else tuple(ledgers)
     expect(
-        len(runs) > 0, "ledger", "[]", "must hold a run", "Pass at least one ledger."
+        len(runs) > 0, "ledger", "[]", "must contain a run", "Pass at least one ledger."
     )
     first = runs[0]
     for number, run in enumerate(runs[1:], start=1):

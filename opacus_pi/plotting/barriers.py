@@ -56,7 +56,7 @@ def plot_barriers(
         pairs.size > 0,
         "baseline",
         "[]",
-        "must hold a barrier",
+        "must contain a barrier",
         "Retrain two models on the same retain set.",
     )
     _draw_baseline(ax, centre_of(losses), pairs)

@@ -47,7 +47,7 @@ def plot_distribution(
         finite.size > 0,
         "values",
         f"{numbers.size} numbers",
-        "must hold a finite one",
+        "must contain a finite number",
         "There is no distribution to draw.",
     )
     ax = axes_or_new(ax)

@@ -242,7 +242,7 @@ def _files_of(directory: Path, ledger: GradNormLedger) -> dict[int, Path]:
         bool(files),
         "weights_dir",
         directory,
-        "must hold weights-*.safetensors",
+        "must contain weights-*.safetensors",
         "Train with Recorder(weights_dir=...).",
     )
     foreign = sorted(set(files) - set(ledger.steps.tolist()))
@@ -250,7 +250,7 @@ def _files_of(directory: Path, ledger: GradNormLedger) -> dict[int, Path]:
         not foreign,
         "weights_dir",
         f"weights after {foreign[:3]} updates in {directory}",
-        "must hold weights of this run's rows only",
+        "must contain weights of this run's rows only",
         "Use a directory of its own for every run.",
     )
     return files
@@ -269,7 +269,7 @@ def _mechanism_at(steps: list[int], ledger: GradNormLedger) -> NoisySGD:
         not scheduled or len(steps) == len(ledger.steps),
         "weights_dir",
         f"weights of {len(steps)} of {len(ledger.steps)} rows",
-        f"must hold the weights of every row, because {', '.join(scheduled)} changed",
+        f"must contain the weights of all rows, because {', '.join(scheduled)} changed",
         "End training at a row, or record a row at the last update.",
     )
     return replace(mechanism, **scheduled)

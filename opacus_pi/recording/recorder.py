@@ -234,7 +234,9 @@ class Recorder(RecorderOptions):
                 record is of another run.
         """
         positive(num_examples=num_examples, remedy="Count the examples.")
-        positive(sample_rate=sample_rate, remedy="Nothing is ever drawn at rate 0.")
+        positive(
+            sample_rate=sample_rate, remedy="At rate 0 no example is ever sampled."
+        )
         NoisySGD(0, sample_rate, noise_std=0.0, sampling=sampling)  # checks them
         _require_callable(
             "sweep", sweep, self.mode == "swept", "Recorder(criterion=...)"

@@ -301,7 +301,11 @@ def _read(data: Data, device: torch.device) -> Batches:
     with random_state_untouched():
         batches = [to_device(inputs_and_targets(batch), device) for batch in loader]
     expect(
-        bool(batches), "data_loader", "[]", "must hold an example", "Check the data."
+        bool(batches),
+        "data_loader",
+        "[]",
+        "must contain at least one example",
+        "Check the data.",
     )
     return batches
 

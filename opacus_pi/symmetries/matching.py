@@ -138,7 +138,7 @@ class _InnerProduct:
                 not missing,
                 label,
                 sorted(params)[:3],
-                f"must hold {missing[:3]}",
+                f"must contain {missing[:3]}",
                 "Pass the state dict of a model of the traced architecture.",
             )
         self.spec = spec

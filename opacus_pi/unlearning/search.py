@@ -144,7 +144,7 @@ def gap_to_oracle(
             name in oracle,
             "oracle",
             sorted(oracle),
-            f"must hold {name!r}",
+            f"must contain {name!r}",
             "Evaluate the same metrics on retrained models.",
         )
     return float(
@@ -171,7 +171,7 @@ def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
         len(finite) > 0,
         "trials",
         f"{len(trials)} trial(s)",
-        "must hold one that did not diverge",
+        "must contain one that did not diverge",
         "Lower the ranges, of the learning rate first.",
     )
     least = min(trial.gap for trial in finite)

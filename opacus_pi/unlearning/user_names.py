@@ -140,7 +140,7 @@ def _read_key(path: Path) -> bytes | None:
         len(key) == _KEY_BYTES,
         "the key file",
         path,
-        f"must hold {_KEY_BYTES} bytes in hexadecimal digits",
+        f"must contain {_KEY_BYTES} bytes in hexadecimal digits",
         "Restore the file from a copy, or pass key=.",
     )
     return key

@@ -148,7 +148,9 @@ def test_bad_parameters_are_refused():
             tightest_losses(runs, 4, kappas=[2.0, value])
         with pytest.raises(ValueError, match=r"^candidates must be in \(1, inf\)"):
             choose_hoelder_p(runs[:2], runs[2:], 4, candidates=[value])
-    with pytest.raises(ValueError, match="candidates must hold a p, got \\[\\]"):
+    with pytest.raises(
+        ValueError, match="candidates must contain at least one p, got \\[\\]"
+    ):
         choose_hoelder_p(runs[:2], runs[2:], 4, candidates=[])
     with pytest.raises(ValueError, match="must agree in mechanism"):
         choose_hoelder_p(runs[:2], random_runs(2, seed=1, noise_std=3.0), 4)

@@ -134,9 +134,8 @@ def test_what_is_not_bounded_is_refused():
     with pytest.raises(ValueError, match="grad_norms must .*got 1 missing"):
         trajectory_limits(chain.ledger([[0.1], [math.nan], [0.1]]), 2, 2)
     shared = draw(chain, rng, 2, 3, steps=[1])
-    with pytest.raises(
-        ValueError, match="must have draws of their own, got .*with the same steps"
-    ):
+    expected = "must have rows that were drawn independently, got .*with the same steps"
+    with pytest.raises(ValueError, match=expected):
         trajectory_limits(shared, 2, 2)
     late = GradNormLedger(runs[0].mechanism, [1, 2, 3], np.ones((3, 1)))
     with pytest.raises(ValueError, match="one in each of 3 equal parts"):

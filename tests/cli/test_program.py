@@ -67,7 +67,7 @@ def test_every_argument_is_explained(name):
         (("score", "x"), "opacus-pi score: LEDGER x: no such file"),
         (("score", "."), "opacus-pi score: LEDGER .: is a directory"),
         (("score", "cli_project.py"), "is truncated, or another kind of file"),
-        (("score", "model.safetensors"), "must hold opacus_pi.GradNormLedger"),
+        (("score", "model.safetensors"), "must contain opacus_pi.GradNormLedger"),
         (
             ("score", "ledger.safetensors", "--order", "1"),
             "--order must be in (1, inf), got 1.0",

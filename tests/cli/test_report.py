@@ -77,7 +77,7 @@ def damaged(done, tmp_path, name, content):
         ("record.json", '{"forget_indices": ["<b>"]}', "has no list forget_indices"),
         ("record.json", "{", "is not a JSON object"),
         ("guarantee.json", "{}", "must be a opacus_pi.Guarantee"),
-        ("trace.json", "{}", "must hold opacus_pi.UnlearningTrace"),
+        ("trace.json", "{}", "must contain opacus_pi.UnlearningTrace"),
     ],
 )
 def test_damaged_runs(run, done, tmp_path, name, content, message):

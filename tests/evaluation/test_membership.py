@@ -98,5 +98,7 @@ def test_accuracies():
     correct = np.array([True, True, False, True])
     assert accuracy(correct) == 0.75
     assert unlearning_accuracy(correct) == 0.25
-    with pytest.raises(ValueError, match=r"correct must hold an example, got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"correct must contain at least one example, got \[\]"
+    ):
         unlearning_accuracy([])

@@ -185,7 +185,7 @@ GOOD = {"unlearning_accuracy": 0.1, "retain_accuracy": 0.9, "test_accuracy": 0.7
         (lambda: klom([[1.0]], [[1.0]], num_bins=0), "num_bins must .*got 0"),
         (
             lambda: tug_of_war({}, GOOD),
-            r"metrics must hold 'unlearning_accuracy', got \[\]",
+            r"metrics must contain 'unlearning_accuracy', got \[\]",
         ),
         (
             lambda: tug_of_war(GOOD, GOOD | {"test_accuracy": 2}),

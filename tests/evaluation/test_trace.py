@@ -124,7 +124,10 @@ def appended(time, metrics):
         ),
         (lambda: time_to_unlearn(trace([0.1]), [], metric=UA), "finite numbers"),
         (lambda: time_to_unlearn(trace([0.1]), [np.nan], metric=UA), "finite numbers"),
-        (lambda: time_to_unlearn(trace([]), 0.1, metric=UA), "must hold an evaluation"),
+        (
+            lambda: time_to_unlearn(trace([]), 0.1, metric=UA),
+            "must contain an evaluation",
+        ),
         (
             lambda: time_to_unlearn(trace([0.1]), 0.1, metric=UA, tolerance=-1),
             "tolerance must be at least 0, got -1",

@@ -273,7 +273,7 @@ def test_a_foreign_file_is_refused(saved):
         GradNormLedger.load(saved)
     write_arrays(saved, FileKind("another.Kind", "another kind"), {"x": np.ones(3)}, {})
     with pytest.raises(
-        ValueError, match=r"must hold .*GradNormLedger, got another.Kind"
+        ValueError, match=r"must contain .*GradNormLedger, got another.Kind"
     ):
         GradNormLedger.load(saved)
 

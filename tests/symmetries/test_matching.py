@@ -162,7 +162,7 @@ def test_bad_input_is_one_clear_error():
     spec = permutation_spec(model, inputs)
     params = model.state_dict()
     less = {name: params[name] for name in params if name != "0.bias"}
-    with pytest.raises(ValueError, match=r"params_b must hold \['0.bias'\]"):
+    with pytest.raises(ValueError, match=r"params_b must contain \['0.bias'\]"):
         weight_matching(spec, params, less)
     with pytest.raises(ValueError, match=r"0.bias.* must have shape \(9,\)"):
         weight_matching(spec, params, params | {"0.bias": torch.zeros(3)})

@@ -439,7 +439,7 @@ def test_a_lost_key_is_not_silently_replaced(tmp_path):
         fresh.submit("e", user="bob")
     for damaged in (b"", content[:10], b"\xff" * 65, b"my notes"):
         key.write_bytes(damaged)
-        with pytest.raises(ValueError, match="the key file must hold 32 bytes"):
+        with pytest.raises(ValueError, match="the key file must contain 32 bytes"):
             fresh.submit("e", user="bob")
         assert key.read_bytes() == damaged
     assert len(mine.pending) == 3

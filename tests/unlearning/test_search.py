@@ -88,7 +88,7 @@ def test_gap_is_the_mean_distance_at_the_end():
     metrics = {"unlearning_accuracy": [0.0, 0.3], "test_accuracy": [0.9, 0.8]}
     trace = UnlearningTrace([0, 1], metrics)
     assert gap_to_oracle(trace, ORACLE, tuple(metrics)) == pytest.approx(0.15)
-    with pytest.raises(ValueError, match="must hold 'other'"):
+    with pytest.raises(ValueError, match="must contain 'other'"):
         gap_to_oracle(trace, ORACLE, ["other"])
 
 
