@@ -1,7 +1,16 @@
-"""The paper's figures, each by one command: see ``python -m benchmarks.reproduce -h``.
+"""Reproduce the paper's figures, each by one command, with a verdict on its claim.
 
-``experiment`` says what is trained; ``units`` are the independent jobs (a training, an
-oracle, an unlearning run), each computed once and kept under a key made of everything
-that determines it; ``figures`` ask for units and turn their results into tables,
-pictures and verdicts.
+The flow, one file or folder each:
+
+1. ``experiment``: the data, the training recipe and the sizes of a study. ``scales``
+   names four of them, from minutes on a laptop to the paper's sizes.
+2. ``units``, ``poison_units``, ``barrier_units``, ``bound_units``: independent jobs,
+   for example one training or one unlearning run. ``pool`` runs them in parallel.
+3. ``store``: every result, stored under a hash of everything that determines it.
+   ``workspace`` adds the images, the trained models, their ledgers and scores.
+4. ``figures``: which units a figure needs, its numbers, its picture.
+5. ``figures.verdicts``: whether the numbers confirm the claim.
+6. ``page``: ``docs/results.md`` from the published figures.
+
+Start reading at ``__main__``; ``python -m benchmarks.reproduce -h`` shows the options.
 """

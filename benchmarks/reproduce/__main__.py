@@ -5,16 +5,23 @@
     python -m benchmarks.reproduce fig1 --scale gpu --device cuda --data cifar10 FILE
     python -m benchmarks.reproduce all --scale full --device cuda --data-root DIR
 
-Scales: ``smoke`` (embedded digits, everything tiny: it shows that the code runs, not
-what the paper claims), ``cpu`` (10,000 images, a small CNN, 5 seeds, 2 cores), ``gpu``
-(figure 1 on half an hour of one GPU: ResNet-18, 20,000 images, 20 epochs, 3 seeds),
-``full`` (the paper's sizes, on GPUs; both in bfloat16 and channels_last). Every job is
-kept in the store, so an interrupted command goes on where it stopped (``timeout 590
-python -m ...``, again and again), and a figure is drawn again from the store in
-seconds.
+What happens: the figures named on the command line list the jobs (units) that they need
+at the chosen scale; jobs without a stored result are run in parallel; then every figure
+is computed from the stored results, judged, and written as JSON and PNG.
 
-On ``--device cuda`` several processes share each GPU (see ``pool``). Nothing here has
-been run on a GPU yet.
+Scales:
+    smoke  embedded digits, tiny sizes; shows that the code runs, not what the paper
+           claims
+    cpu    10,000 images, a small CNN, 5 seeds; hours on 2 cores
+    gpu    figure 1 in about half an hour on one GPU: ResNet-18, 20,000 images, 20
+           epochs, 3 seeds, bfloat16 and channels_last
+    full   the paper's sizes, on GPUs, in bfloat16 and channels_last
+
+The results of finished jobs are stored. If a command is interrupted, give it again: it
+continues where it stopped. A figure whose jobs are all stored is drawn in seconds.
+
+With --device cuda, several processes share each GPU. The scales gpu and full have not
+been run on a GPU yet; their times are estimates.
 """
 
 import argparse
@@ -35,11 +42,18 @@ from benchmarks.reproduce.pool import JOBS_PER_GPU, default_jobs, run_all
 from benchmarks.reproduce.scales import SCALES, Scale
 from benchmarks.reproduce.workspace import Workspace
 
-FEWEST_SEEDS = 3  # for a verdict
+FEWEST_SEEDS = 3  # a scale with fewer seeds gets no verdict
 
 
 def publish(figure: Figure, scale: Scale, workspace: Workspace, out: Path) -> None:
-    """Write a figure's JSON, picture and table; print the verdict."""
+    """Write a figure's JSON, picture and table, and print its verdict.
+
+    Args:
+        figure: The figure; all of its units have been run.
+        scale: The scale at which they were run.
+        workspace: Where their results are stored.
+        out: The folder for ``NAME.json``, ``NAME.png`` and, for some, ``NAME.md``.
+    """
     result = figure.result(scale, workspace)
     verdict = figure.judge(result)
     if scale.sgd.num_seeds < FEWEST_SEEDS:
@@ -65,7 +79,11 @@ def publish(figure: Figure, scale: Scale, workspace: Workspace, out: Path) -> No
 
 
 def chosen(names: list[str]) -> list[Figure]:
-    """Figures by name or by the beginning of it (``fig1``), or ``all``."""
+    """Return the figures named; ``fig1`` names all its parts, ``all`` everything.
+
+    Raises:
+        SystemExit: No figure has this name.
+    """
     found = []
     for name in names:
         matching = [
@@ -75,18 +93,18 @@ def chosen(names: list[str]) -> list[Figure]:
         ]
         if not matching:
             raise SystemExit(
-                f"figure must be all or one of {', '.join(FIGURES)}, got {name}."
+                f"FIGURE must be 'all' or one of {', '.join(FIGURES)}; got {name}."
             )
         found += [figure for figure in matching if figure not in found]
     return found
 
 
 def cluster(address: str | None) -> AbstractContextManager:
-    """Where jobs run: processes of this machine, or a Dask cluster's workers.
+    """Return a context in which jobs run on this machine or on a Dask cluster.
 
     Args:
-        address: Of the scheduler; its workers need this code, and the store and the
-            data under the same paths.
+        address: Address of the scheduler, or None for this machine. The workers need
+            this code, and must see the store and the data under the same paths.
     """
     if address is None:
         return contextlib.nullcontext()
@@ -97,37 +115,39 @@ def cluster(address: str | None) -> AbstractContextManager:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, run what is missing, publish."""
+    """Parse the command line, run the missing jobs, and publish the figures."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.reproduce",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("figures", nargs="+", metavar="FIGURE", help="or all")
+    parser.add_argument("figures", nargs="+", metavar="FIGURE", help="a name, or all")
     parser.add_argument("--scale", choices=SCALES, default="smoke")
-    parser.add_argument("--data-root", type=Path, help="torchvision's folder")
+    parser.add_argument("--data-root", type=Path, help="folder of torchvision's data")
     parser.add_argument(
         "--data",
         nargs=2,
         action="append",
         default=[],
         metavar=("NAME", "NPZ"),
-        help="take a data set from arrays, e.g. --data svhn svhn.npz",
+        help="read a data set from an .npz file, e.g. --data svhn svhn.npz",
     )
     parser.add_argument(
         "--jobs",
         type=int,
-        help=f"processes; default: one a core, {JOBS_PER_GPU} a GPU on --device cuda",
+        help=f"processes; default: one per core, with cuda {JOBS_PER_GPU} per GPU",
     )
     parser.add_argument(
-        "--device", default="cpu", help="cpu, cuda (all GPUs, in turn), cuda:1, ..."
+        "--device", default="cpu", help="cpu, cuda (all GPUs in turn), cuda:1, ..."
     )
-    parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a cluster")
+    parser.add_argument(
+        "--dask", metavar="ADDRESS", help="run on this Dask scheduler's cluster"
+    )
     parser.add_argument("--store", type=Path, default=Path("runs/reproduce/store"))
     parser.add_argument("--out", type=Path, help="default: runs/reproduce/SCALE")
     args = parser.parse_args(argv)
     matplotlib.use("Agg")
-    os.environ["OMP_NUM_THREADS"] = "1"  # in the processes: one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"  # one thread in each process
     figures, scale = chosen(args.figures), SCALES[args.scale]
     arrays = tuple((name, Path(file)) for name, file in args.data)
     workspace = Workspace(args.store, args.data_root, arrays, args.device)
@@ -144,4 +164,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on from here") from None
+        raise SystemExit(
+            "Interrupted. Give the same command again to continue from here."
+        ) from None

@@ -1,9 +1,10 @@
-"""Loss barriers between models, modulo permutation: how they are measured.
+"""Jobs that measure loss barriers between models, modulo permutation.
 
-Hidden units of two trainings stand in another order. The second model's are matched to
-the first's (weight matching), and running statistics of BatchNorm are taken anew at
-every point of the line. Without the matching a barrier between any two models is about
-the same, and says nothing of what was forgotten.
+Two training runs place corresponding hidden units at different positions. The second
+model's units are therefore matched to the first's (weight matching). The running
+statistics of BatchNorm are recomputed at every point of the line. Without matching, the
+barrier between any two models is about the same and says nothing about what was
+forgotten.
 """
 
 from dataclasses import dataclass
@@ -22,27 +23,27 @@ from benchmarks.reproduce.units import (
     Oracle,
     Search,
     Unit,
-    needs_of_judging,
+    needs_of_comparison,
     needs_of_run,
     oracles,
     run_facts,
 )
-from benchmarks.reproduce.unlearning_runs import CRITERION, probe, unlearn
+from benchmarks.reproduce.unlearning_runs import CRITERION, retained_sample, unlearn
 from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation import aligned, loss_barrier, permutation_spec
 from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.symmetries.permutations import PermutationSpec
 
-POINTS = 11  # on the line between two models
-SETS = ("training images", "test images")  # on which the loss is taken
+POINTS = 11  # number of points on the line between two models
+SETS = ("training images", "test images")  # on which the loss is measured
 Barriers = dict[str, float]
-_HOW = {"modulo": "permutation"}
+_MATCHING = {"modulo": "permutation"}
 
 
 def barriers(
     workspace: Workspace, experiment: Experiment, model: nn.Module, other: nn.Module
 ) -> Barriers:
-    """The barrier between two models on a fixed part of each of ``SETS``."""
+    """Return the barrier between two models on a fixed part of each of ``SETS``."""
     shape = workspace.images(experiment).image_shape
     matched = aligned(model, other, _spec(experiment.recipe.model, shape))
     return {
@@ -54,9 +55,9 @@ def barriers(
 
 
 def _parts(workspace: Workspace, experiment: Experiment) -> dict[str, Dataset]:
-    """The examples on which losses are taken, the same for every pair of models."""
+    """Return the examples for the losses, the same for every pair of models."""
     images, size = workspace.images(experiment), experiment.num_probe
-    train = probe(images, np.empty(0, dtype=np.int64), size).tolist()
+    train = retained_sample(images, np.empty(0, dtype=np.int64), size).tolist()
     test = range(min(size, len(images.test)))
     parts = Subset(images.train, train), Subset(images.test, test)
     return dict(zip(SETS, parts, strict=True))
@@ -64,16 +65,19 @@ def _parts(workspace: Workspace, experiment: Experiment) -> dict[str, Dataset]:
 
 @lru_cache(maxsize=4)
 def _spec(model: str, shape: tuple[int, ...]) -> PermutationSpec:
-    """The symmetries of an architecture; its weights do not matter."""
+    """Return the permutation symmetries of an architecture, whatever its weights."""
     with random_state_untouched():
         torch.manual_seed(0)
         return permutation_spec(build_model(model, shape), torch.rand(2, *shape))
 
 
-def opposite(experiment: Experiment, forget_set: ForgetSet, seed: int) -> list[Oracle]:
-    """The oracles that a seed's model meets: its own, or all if they are too few.
+def oracles_of_seed(
+    experiment: Experiment, forget_set: ForgetSet, seed: int
+) -> list[Oracle]:
+    """Return the oracles that a seed's model is compared with.
 
-    So no two seeds share an oracle unless every seed meets the same ones.
+    With at least one oracle per seed, each seed gets its own, and the seeds are
+    independent. With fewer, every seed is compared with all of them.
     """
     found = oracles(experiment, forget_set)
     return found if len(found) < experiment.num_seeds else [found[seed]]
@@ -86,40 +90,40 @@ def to_oracles(
     seed: int,
     model: nn.Module,
 ) -> list[Barriers]:
-    """Barriers between a model and each oracle that its seed meets."""
+    """Return the barriers between a model and each oracle of its seed."""
     return [
         barriers(workspace, experiment, model, oracle.model(workspace))
-        for oracle in opposite(experiment, forget_set, seed)
+        for oracle in oracles_of_seed(experiment, forget_set, seed)
     ]
 
 
 @dataclass(frozen=True)
 class BarrierBefore(Unit):
-    """The barriers between a trained model and its oracles."""
+    """Measure the barriers between a trained model and its oracles."""
 
     experiment: Experiment
     forget_set: ForgetSet
     seed: int
 
     def needs(self) -> list[Unit]:
-        """Trainings and oracles."""
-        return needs_of_judging(self.experiment, self.forget_set)
+        """Return trainings and oracles."""
+        return needs_of_comparison(self.experiment, self.forget_set)
 
     def facts(self) -> Facts:
-        """Experiment, forget set, seed."""
+        """Return experiment, forget set, seed and kind of matching."""
         forget = self.forget_set.facts(self.experiment)
         own = {"forget": forget, "seed": self.seed}
-        return self.experiment.facts() | own | _HOW
+        return self.experiment.facts() | own | _MATCHING
 
     def compute(self, workspace: Workspace) -> list[Barriers]:
-        """Before anything is unlearned."""
+        """Return the barriers before unlearning, one dict per oracle."""
         model, _ = workspace.trained(self.experiment, self.seed)
         return to_oracles(workspace, self.experiment, self.forget_set, self.seed, model)
 
 
 @dataclass(frozen=True)
 class BarrierAfter(Unit):
-    """The barriers between an unlearned model and its oracles."""
+    """Measure the barriers between an unlearned model and its oracles."""
 
     experiment: Experiment
     forget_set: ForgetSet
@@ -127,40 +131,43 @@ class BarrierAfter(Unit):
     seed: int
 
     def needs(self) -> list[Unit]:
-        """Those of the run."""
+        """Return those of the unlearning run."""
         return needs_of_run(self.experiment, self.forget_set, self.method)
 
     def facts(self) -> Facts:
-        """Those of the run."""
+        """Return those of the unlearning run, and the kind of matching."""
         own = run_facts(self.experiment, self.forget_set, self.method, self.seed)
-        return own | _HOW
+        return own | _MATCHING
 
     def compute(self, workspace: Workspace) -> list[Barriers]:
-        """Unlearn as the run did, to have its model; no model of a run is kept."""
+        """Return the barriers after unlearning, one dict per oracle.
+
+        Unlearned models are not stored, so the run is repeated with its seed.
+        """
         settings = Search(self.experiment, self.method).run(workspace)["settings"]
         where = workspace, self.experiment, self.forget_set
-        model, _ = unlearn(*where, self.method, settings, self.seed, judged=False)
+        model, _ = unlearn(*where, self.method, settings, self.seed, evaluated=False)
         return to_oracles(*where, self.seed, model)
 
 
 @dataclass(frozen=True)
 class BarrierBaseline(Unit):
-    """The barriers between oracles of one forget set, every pair."""
+    """Measure the barriers between all pairs of oracles of one forget set."""
 
     experiment: Experiment
     forget_set: ForgetSet
 
     def needs(self) -> list[Unit]:
-        """The oracles."""
+        """Return the oracles."""
         return oracles(self.experiment, self.forget_set)
 
     def facts(self) -> Facts:
-        """Experiment and forget set."""
+        """Return experiment, forget set and kind of matching."""
         forget = self.forget_set.facts(self.experiment)
-        return self.experiment.facts() | {"forget": forget} | _HOW
+        return self.experiment.facts() | {"forget": forget} | _MATCHING
 
     def compute(self, workspace: Workspace) -> list[Barriers]:
-        """One for each pair."""
+        """Return one dict per pair."""
         models = [
             one.model(workspace) for one in oracles(self.experiment, self.forget_set)
         ]

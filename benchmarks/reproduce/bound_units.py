@@ -1,4 +1,8 @@
-"""Units of the studies of bounds, which do not unlearn deep networks."""
+"""Jobs of the studies of bounds; they do not unlearn deep networks.
+
+The work is done by ``benchmarks.group_bound`` and ``benchmarks.certified_logistic``,
+which are commands of their own; here their results are stored like any other.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,20 +19,23 @@ _DIGITS_3_8 = Setting(0.01, 0.03, 500)
 
 @dataclass(frozen=True)
 class GroupBounds(Unit):
-    """Group bounds of five strata, one SGLD training; of digits, if of nothing else."""
+    """Compute group bounds of five strata from one SGLD training.
+
+    Without an experiment, the training is the small one on digits.
+    """
 
     settings: group_bound.Settings
     experiment: Experiment | None = None
 
     def facts(self) -> Facts:
-        """The settings, and what determines the training."""
+        """Return the settings, and what determines the training."""
         own = asdict(self.settings)
         if self.experiment is None:
             return own
         return own | {"experiment": self.experiment.training_facts()}
 
     def compute(self, workspace: Workspace) -> list[dict[str, Any]]:
-        """One row a stratum."""
+        """Return one row per stratum."""
         if self.experiment is None:
             return group_bound.study(self.settings)
         images, recipe = workspace.images(self.experiment), self.experiment.recipe
@@ -37,15 +44,15 @@ class GroupBounds(Unit):
 
 @dataclass(frozen=True)
 class Certified(Unit):
-    """Certified unlearning of logistic regression on two digits."""
+    """Certify the unlearning of logistic regression on the digits 3 and 8."""
 
     num_seeds: int
 
     def facts(self) -> Facts:
-        """Seeds and setting."""
+        """Return number of seeds and setting."""
         return {"num_seeds": self.num_seeds} | asdict(_DIGITS_3_8)
 
     def compute(self, workspace: Workspace) -> list[dict[str, Any]]:
-        """One row for each size of forget set."""
+        """Return one row per size of the forget set."""
         problem = Problem(digits_3_8(), _DIGITS_3_8)
         return list(certified_logistic.run(problem, self.num_seeds))

@@ -1,4 +1,10 @@
-"""What is trained and forgotten: one description, used by every figure."""
+"""What is trained and forgotten: one description, used by every figure.
+
+An ``Experiment`` determines every number of a study. Its fields enter the keys under
+which results are stored. ``training_facts``, ``ranking_facts`` and ``facts`` return the
+fields that a model, a ranking or a measurement depends on: a field that does not affect
+a result must not enter its key, or the result would be computed again for nothing.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,23 +17,23 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Experiment:
-    """One data set, one way of training on it, and the sizes of the study.
+    """A data set, a recipe to train on it, and the sizes of the study.
 
     Attributes:
         dataset: A name of ``benchmarks.common.data``.
-        num_train: Training images, the first so many (0: all).
-        num_test: Test images, the first so many (0: all).
+        num_train: Number of training images; the first ones are used (0: all).
+        num_test: Number of test images; the first ones are used (0: all).
         recipe: How the model and its oracles are trained.
         num_seeds: Independent trainings.
-        num_oracles: Retrained models for each forget set.
+        num_oracles: Models retrained without each forget set.
         stratum_size: Examples in a forget set.
         unlearn_epochs: Epochs of every unlearning run.
-        assumed_noise_std: Noise on the mean gradient that ranks the examples of a
-            training without noise.
+        assumed_noise_std: Noise on the mean gradient, assumed to rank the examples if
+            the recipe trains without noise.
         order: Renyi order of the privacy losses.
         num_checkpoints: Rows of the ledger.
-        num_trials: Settings tried for each method.
-        num_probe: Retained examples on which accuracy and loss are taken.
+        num_trials: Settings that the search tries for each method.
+        num_probe: Retained examples on which accuracy and loss are measured.
     """
 
     dataset: str
@@ -45,7 +51,7 @@ class Experiment:
     num_probe: int = 2_000
 
     def training_facts(self) -> Facts:
-        """What determines a training but its seed and the examples left out."""
+        """What determines a trained model, except seed and examples left out."""
         return {
             "dataset": self.dataset,
             "num_train": self.num_train,
@@ -53,7 +59,7 @@ class Experiment:
         }
 
     def ranking_facts(self) -> Facts:
-        """What determines the scores of the examples."""
+        """What determines the difficulty scores of the examples."""
         return self.training_facts() | {
             "num_seeds": self.num_seeds,
             "num_checkpoints": self.num_checkpoints,
@@ -62,9 +68,9 @@ class Experiment:
         }
 
     def facts(self) -> Facts:
-        """Everything."""
+        """All fields: what determines a measurement."""
         return facts_of(self)
 
     def with_noise(self, noise_std: float) -> "Experiment":
-        """The same with SGLD: this noise on the mean gradient, all else as it was."""
+        """Return a copy that trains by SGLD with this noise on the mean gradient."""
         return replace(self, recipe=replace(self.recipe, noise_std=noise_std))

@@ -1,4 +1,4 @@
-"""The unlearning methods under study, and what is searched for each of them."""
+"""The unlearning methods under study, and the settings searched for each of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,12 +26,12 @@ _RATES = {"learning_rate": (1e-3, 1e-1)}
 
 @dataclass(frozen=True)
 class Candidate:
-    """How a method is built from its settings.
+    """A method: how it is built from its settings, and their ranges.
 
     Attributes:
         build: ``(settings, experiment) -> method``.
         ranges: Lowest and highest value of each setting that is searched, on a
-            logarithmic scale; empty: the settings of training are kept.
+            logarithmic scale. If empty, the settings of training are used.
     """
 
     build: Callable[[Settings, Experiment], Method]
@@ -64,7 +64,7 @@ METHODS = {
 def optimizer_of(
     settings: Settings, experiment: Experiment
 ) -> Callable[[list], torch.optim.Optimizer]:
-    """SGD with the settings' learning rate, or the training's own optimizer."""
+    """Return a factory: SGD at this learning rate, or training's own optimizer."""
     if "learning_rate" not in settings:
         return experiment.recipe.optimizer
     return lambda params: torch.optim.SGD(
@@ -73,28 +73,30 @@ def optimizer_of(
 
 
 class Autocast:
-    """A method whose losses are taken in the recipe's precision; else itself.
+    """A method that computes its losses in the recipe's precision.
+
+    Everything else is passed on to the wrapped method.
 
     Args:
-        method: What is run.
-        recipe: Whose precision counts.
+        method: The wrapped method.
+        recipe: The recipe whose precision is used.
     """
 
     def __init__(self, method: Method, recipe: Recipe) -> None:
         self.method, self.recipe = method, recipe
 
     def __getattr__(self, name: str) -> Any:
-        """What is not changed here is the method's."""
+        """Return the wrapped method's attribute."""
         return getattr(self.method, name)
 
     def prepare(self, task: Task) -> "Autocast":
-        """What the method looks at before the first update stays float32."""
+        """Prepare the wrapped method; this part always runs in float32."""
         return Autocast(self.method.prepare(task), self.recipe)
 
     def loss(
         self, task: Task, retain: Batch | None, forget: Batch | None
     ) -> Tensor | None:
-        """The method's loss under autocast; the backward pass comes after it."""
+        """Return the loss, computed under autocast; backward runs outside of it."""
         device = next(task.model.parameters()).device
         with self.recipe.autocast(device):
             return self.method.loss(task, retain, forget)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.reproduce.page
 
-Reads ``benchmarks/results/reproduce/cpu/*.json`` and copies the pictures beside the
-page. A figure that has not been run at this scale is listed as such.
+Reads ``benchmarks/results/reproduce/cpu/*.json`` and copies the pictures to
+``docs/results``. Figures that have not been run at this scale are listed as not run.
+The sentences after "Found" are stored with the results; the rest is written here.
 """
 
 import argparse
@@ -17,47 +18,66 @@ from benchmarks.reproduce.figures import FIGURES, Figure
 ROOT = Path(__file__).parents[2]
 _HEAD = """# Results
 
-Figure by figure: the paper's claim, what was found here, and the verdict. Made by
-`python -m benchmarks.reproduce all --scale cpu --data-root DIR --data svhn FILE.npz
---out benchmarks/results/reproduce/cpu` and `python -m benchmarks.reproduce.page`; the
-numbers stand in `benchmarks/results/reproduce/cpu`, with seeds, settings and
-environment. Nothing is left out because it disagrees.
+For each figure: the paper's claim, what we found, and a verdict. Results that disagree
+with the paper are reported like all others.
 
-**Scale.** {scale}
+To make this page again:
 
-Intervals are Student's, 95 %, over trainings (seeds). Forget sets are ranked by the
-mean privacy loss over all seeds' ledgers and are the same for every seed; the oracles
-of a set are shared by the seeds, and a method's settings are found once. So intervals
-hold for these sets, oracles and settings: other draws of them are not in the intervals.
-In pictures of times and barriers bars are the same intervals and faint points single
-seeds; bands, and the bars of figure 4, are one standard deviation.
+```bash
+python -m benchmarks.reproduce all --scale cpu --data-root DIR \\
+    --data svhn FILE.npz --out benchmarks/results/reproduce/cpu
+python -m benchmarks.reproduce.page
+```
 
-"Epochs to unlearn" is the first epoch within five points of the mean oracle, 0 if the
-model was there before: where three sets of five are, they tie, and the rank correlation
-mostly tells the sets with something to forget from those without. *Never* counts as
-longer than any time. A claim is *borne out* where every part of it is, by every
-measure; two different things are called *not testable*: an interval that holds 0, and
-times that all tie.
-
-Whether a hard set arrives at all hangs on the learning rate. The search serves random
-sets, has few trials and looks no higher than 0.1, near which it found most rates;
-*rates* has higher ones, at which hard sets arrive, at a cost in test accuracy.
+All numbers, with seeds, settings and environment, are in
+[`benchmarks/results/reproduce/cpu`](../benchmarks/results/reproduce/cpu).
 
 | figure | claim | verdict |
 |---|---|---|
+{verdicts}
+## How to read the results
+
+**Scale.** {scale}
+
+**Verdicts.** A claim is *borne out* if every part of it holds, by every measure. It is
+*not testable* if an interval contains 0, or if all times are equal.
+
+**Intervals** are 95 % Student intervals over trainings (seeds). Forget sets are ranked
+by the mean privacy loss over the ledgers of all seeds, and all seeds use the same sets.
+The seeds also share the oracles of a set, and the settings of a method, which are
+searched once. The intervals therefore hold for these sets, oracles and settings. They
+do not include the variation between other choices of them. In figures of times and
+barriers, bars show these intervals and faint points show single seeds. Bands, and the
+bars of figure 4, show one standard deviation.
+
+**Measures.** UA: unlearning accuracy, the share of the forget set that is classified
+wrongly. MIA: the share of the forget set that a membership attack calls not trained on.
+RA and TA: accuracy on retained and on test images. GUS: Gaussian unlearning score. All
+are compared with the oracles, the models retrained without the set.
+
+**Epochs to unlearn** is the first epoch at which the model is within five points of the
+mean oracle; it is 0 if the model starts there. If three of five sets start there, they
+tie. The rank correlation then mostly separates the sets with something to forget from
+the others. *Never* counts as longer than any time.
+
+**The learning rate** decides whether a hard set reaches the oracles at all. The search
+uses random sets, has few trials, and tries no rate above 0.1; most of the rates it
+found are near 0.1. Figure *rates* uses higher rates. Hard sets then reach the oracles,
+but test accuracy falls.
+
 """
-_AGAIN = """## From scratch, once more
+_AGAIN = """## Repeated from scratch
 
 The same commands with an empty store (`--store EMPTY --out
-benchmarks/results/reproduce/again`): everything was trained again.
+benchmarks/results/reproduce/again`). All models were trained again.
 
-| figure | verdict | verdict again | numbers |
+| figure | verdict | verdict when repeated | numbers |
 |---|---|---|---|
 """
 
 
 def main() -> None:
-    """Write the page."""
+    """Write the page and copy the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=_results())
     parser.add_argument("--again", type=Path, default=_results().parent / "again")
@@ -75,30 +95,30 @@ def main() -> None:
 
 
 def page_of(found: dict[str, dict[str, Any] | None], results: Path) -> str:
-    """The page's text.
+    """Return the text of the page.
 
     Args:
-        found: The published content of each figure, or None.
-        results: Where tables lie.
+        found: The published content of each figure, or None if it has not been run.
+        results: The folder with the figures' tables.
     """
     known = [content for content in found.values() if content]
     scale = _scale(known[0]["scale"]) if known else "nothing has been run."
-    lines = [_HEAD.format(scale=scale)]
+    verdicts = []
     for name, content in found.items():
         verdict = content["verdict"] if content else "not run yet at this scale"
-        lines.append(f"| {name} | {FIGURES[name].claim} | **{verdict}** |\n")
+        verdicts.append(f"| {name} | {FIGURES[name].claim} | **{verdict}** |\n")
     sections = [
         _section(FIGURES[name], content, results / f"{name}.md")
         for name, content in found.items()
         if content
     ]
-    return "".join(lines) + "\n" + "\n".join(sections)
+    return _HEAD.format(scale=scale, verdicts="".join(verdicts)) + "\n".join(sections)
 
 
 def again_of(
     found: dict[str, dict[str, Any] | None], again: dict[str, dict[str, Any] | None]
 ) -> str:
-    """What a second run from scratch said, beside the first."""
+    """Return a table of a second run from scratch beside the first."""
     lines = [_AGAIN]
     for name, second in again.items():
         first = found[name]
@@ -112,7 +132,7 @@ def again_of(
 
 
 def _section(figure: Figure, content: dict[str, Any], table: Path) -> str:
-    """One figure."""
+    """Return the section of one figure."""
     parts = [
         f"## {figure.name}\n",
         f"**Claim.** {figure.claim}\n",
@@ -126,7 +146,7 @@ def _section(figure: Figure, content: dict[str, Any], table: Path) -> str:
 
 
 def _scale(scale: dict[str, Any]) -> str:
-    """The main experiment in words."""
+    """Describe the main experiment."""
     main = scale["sgd"]
     recipe = main["recipe"]
     return (
@@ -134,10 +154,10 @@ def _scale(scale: dict[str, Any]) -> str:
         f"{main['dataset']}, model {recipe['model']}, {recipe['num_epochs']} epochs of "
         f"SGD, learning rate {recipe['learning_rate']}, momentum {recipe['momentum']}, "
         f"Poisson batches of {recipe['batch_size']} in expectation; "
-        f"{main['num_seeds']} trainings, {main['num_oracles']} oracles for each forget "
-        f"set, sets of {main['stratum_size']}, at most {main['unlearn_epochs']} epochs "
-        f"of unlearning; settings of each method by {main['num_trials']} trials of "
-        "Bayesian search on a random set."
+        f"{main['num_seeds']} trainings; {main['num_oracles']} oracles for each forget "
+        f"set; forget sets of {main['stratum_size']} images; at most "
+        f"{main['unlearn_epochs']} epochs of unlearning. The settings of each method "
+        f"were found by {main['num_trials']} trials of Bayesian search on a random set."
     )
 
 
@@ -146,7 +166,7 @@ def _results() -> Path:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A published figure, or None."""
+    """Return a published figure, or None if it has not been run."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

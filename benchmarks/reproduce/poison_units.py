@@ -1,4 +1,8 @@
-"""Units for the Gaussian unlearning score: train on noisy inputs, unlearn, score."""
+"""Jobs for the Gaussian unlearning score: train on noisy inputs, unlearn, score.
+
+The score correlates a model's input gradients with the noise that was added to the
+forget set before training. A model that has forgotten the set shows no correlation.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +22,20 @@ GUS = "gaussian_unlearning_score"
 
 @dataclass(frozen=True)
 class Poisoned(Unlearning):
-    """One training with noise on the inputs of a forget set, then its unlearning.
+    """Train with noise on the inputs of a forget set, then unlearn the set.
 
-    The score is taken after every epoch, and on each oracle, which never saw the noise.
+    The score is measured after every epoch, and on each oracle. Oracles are trained
+    without the set, so they never saw the noise.
     """
 
     noise_std: float
 
     def facts(self) -> Facts:
-        """Those of unlearning, and the noise."""
+        """Return the facts of an unlearning run, and the noise."""
         return super().facts() | {"noise_std": self.noise_std}
 
     def compute(self, workspace: Workspace) -> dict[str, Any]:
-        """Poison, train, unlearn, score."""
+        """Return the trace of scores, and the scores of the oracles."""
         experiment, poison = self.experiment, self._poison(workspace)
         noisy = _materialised(workspace.images(experiment), poison)
         model, engine = workspace.train(experiment, noisy, self.seed, 1)
@@ -53,15 +58,17 @@ class Poisoned(Unlearning):
             evaluate=score,
             batch_size=experiment.recipe.batch_size,
         ).trace
-        judges = [one.model(workspace) for one in oracles(experiment, self.forget_set)]
+        retrained = [
+            one.model(workspace) for one in oracles(experiment, self.forget_set)
+        ]
         return {
             "times": trace.times,
             "trace": trace.metrics,
-            "oracle": {GUS: [score(judge)[GUS] for judge in judges]},
+            "oracle": {GUS: [score(oracle)[GUS] for oracle in retrained]},
         }
 
     def _poison(self, workspace: Workspace) -> GaussianPoison:
-        """The poisoned data set of this seed."""
+        """Return the noisy data set of this seed."""
         return GaussianPoison(
             workspace.images(self.experiment).train,
             self.forget_set.indices(workspace, self.experiment),
@@ -71,7 +78,7 @@ class Poisoned(Unlearning):
 
 
 def _materialised(images: ImageData, poison: GaussianPoison) -> TensorDataset:
-    """The poisoned data set as tensors."""
+    """Return the noisy data set as tensors: faster than adding noise at each access."""
     inputs, labels = images.train.tensors
     inputs = inputs.clone()
     inputs[torch.from_numpy(poison.forget_indices)] += poison.noise

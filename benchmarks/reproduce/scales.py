@@ -1,6 +1,6 @@
-"""How large a study is: which experiments, and the sizes of their forget sets.
+"""Four sizes of the whole study: smoke, cpu, gpu and full.
 
-The paper leaves out batch size and momentum: 128 and 0.9 here.
+The paper does not give batch size and momentum; 128 and 0.9 are used here.
 """
 
 from dataclasses import dataclass, replace
@@ -13,19 +13,20 @@ from benchmarks.reproduce.experiment import Experiment
 
 @dataclass(frozen=True)
 class Scale:
-    """One size of the whole reproduction.
+    """The experiments and forget sets of every figure at one size.
 
     Attributes:
         sgd: The main experiment, without noise.
         sgld: The same with noise on the mean gradient, one for each level.
-        private: DP-SGD in place of SGD, one for each clip norm.
+        private: The same by DP-SGD, one for each clip norm.
         others: Other data sets and models.
-        hardest_sizes: Sizes of the hardest sets by several scores.
-        set_sizes: Sizes of the strata where the size is varied.
-        rates: Learning rates of fine-tuning where they are varied.
-        poison_std: Noise on the inputs for the Gaussian unlearning score.
+        hardest_sizes: Sizes of the sets with the highest scores, for several scores.
+        set_sizes: Sizes of the strata in the figure that varies them.
+        rates: Learning rates of fine-tuning in the figure that varies them.
+        poison_std: Standard deviation of the noise on the inputs for the Gaussian
+            unlearning score.
         groups: Studies of the group bound, one for each seed.
-        grouped: What they train, with noise; None: digits.
+        grouped: The training with noise of these studies; None: a small one on digits.
     """
 
     sgd: Experiment
@@ -79,7 +80,7 @@ FULL = Experiment(
     num_trials=30,
     num_probe=10_000,
 )
-# Figure 1 in half an hour of one large GPU: 20,000 images, 20 epochs
+# Sized for figure 1 in about half an hour on one large GPU (estimated, not measured)
 GPU = replace(
     FULL,
     num_train=20_000,
@@ -96,7 +97,7 @@ GPU = replace(
 
 
 def _private(experiment: Experiment, num_epochs: int) -> tuple[Experiment, ...]:
-    """DP-SGD with much noise and a clip norm that binds; with less of both."""
+    """Return two DP-SGD experiments: strong noise and clipping, and weak ones."""
     model, batch_size = experiment.recipe.model, experiment.recipe.batch_size
     recipes = (
         PrivateRecipe(model, num_epochs, batch_size, 0.5),

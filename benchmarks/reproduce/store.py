@@ -1,4 +1,10 @@
-"""Results on disk under a key made of everything that determines them."""
+"""Results on disk, each under a key made of everything that determines it.
+
+A key is a hash of the kind of result and its facts. Equal facts give the same file, in
+any process and on any machine, so interrupted studies continue and figures share jobs.
+A result whose facts are incomplete would be mistaken for another one: whatever changes
+a number must be in its facts.
+"""
 
 import hashlib
 import json
@@ -16,7 +22,7 @@ VERSION = 1  # raise it when the meaning of a stored result changes
 
 
 def path_of(directory: Path, kind: str, facts: Mapping[str, Any], suffix: str) -> Path:
-    """Where a result of these facts is kept."""
+    """Return the path at which the result of these facts is stored."""
     content = json.dumps([VERSION, kind, facts], sort_keys=True, allow_nan=False)
     digest = hashlib.sha256(content.encode()).hexdigest()[:24]
     return directory / kind / f"{digest}{suffix}"
@@ -25,16 +31,17 @@ def path_of(directory: Path, kind: str, facts: Mapping[str, Any], suffix: str) -
 def cached_json(
     directory: Path, kind: str, facts: Mapping[str, Any], compute: Callable[[], Any]
 ) -> Any:
-    """A JSON result, computed unless it is there.
+    """Return a JSON result, computed if it is not stored yet.
 
     Args:
         directory: The store.
-        kind: What it is, e.g. ``"unlearning"``.
-        facts: Everything that determines it, as JSON; kept beside the result.
-        compute: Makes the result, as JSON.
+        kind: The kind of result, e.g. ``"unlearning"``; a subfolder of the store.
+        facts: Everything that determines the result, as JSON; stored with it.
+        compute: Computes the result, as JSON.
 
     Returns:
-        The result as it reads from the file, computed or not.
+        The result as read back from the file, so that a fresh result and a stored one
+        are the same (JSON turns tuples into lists).
     """
     path = path_of(directory, kind, facts, ".json")
     found = _read(path)
@@ -50,7 +57,7 @@ def cached_arrays(
     facts: Mapping[str, Any],
     compute: Callable[[], dict[str, np.ndarray]],
 ) -> dict[str, np.ndarray]:
-    """Named arrays, computed unless they are there; see ``cached_json``."""
+    """Return named arrays, computed if not stored yet; see ``cached_json``."""
     path = path_of(directory, kind, facts, ".npz")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +69,7 @@ def cached_arrays(
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """A stored result, or None where there is none that is whole."""
+    """Return a stored result, or None if it is missing; delete an unreadable file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

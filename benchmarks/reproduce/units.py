@@ -21,7 +21,7 @@ from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.methods import METHODS
 from benchmarks.reproduce.store import cached_json
-from benchmarks.reproduce.unlearning_runs import CRITERION, judge, unlearn
+from benchmarks.reproduce.unlearning_runs import CRITERION, evaluator, unlearn
 from benchmarks.reproduce.workspace import Workspace, scores_of
 from opacus_pi.difficulty.agreement import rank_correlations, rank_stability
 from opacus_pi.evaluation import OracleCache, evaluate
@@ -32,22 +32,22 @@ _ORACLE_SEED = 10_000
 
 
 class Unit:
-    """One job."""
+    """One independent job with a stored result."""
 
     def needs(self) -> list["Unit"]:
-        """What must be there before."""
+        """Return the units that must be finished before this one runs."""
         return []
 
     def facts(self) -> Facts:
-        """Everything that determines the result."""
+        """Return everything that determines the result, as JSON."""
         raise NotImplementedError
 
     def compute(self, workspace: Workspace) -> Any:
-        """Do it."""
+        """Compute the result; it must be JSON-able."""
         raise NotImplementedError
 
     def run(self, workspace: Workspace) -> Any:
-        """The result, JSON-able."""
+        """Return the result, from the store if it is there."""
         torch.set_num_threads(1)
         kind = type(self).__name__.lower()
         return cached_json(
@@ -57,17 +57,17 @@ class Unit:
 
 @dataclass(frozen=True)
 class Training(Unit):
-    """One training on everything: how good it is."""
+    """Train on all examples and measure the accuracy of the model."""
 
     experiment: Experiment
     seed: int
 
     def facts(self) -> Facts:
-        """Recipe and seed."""
+        """Return experiment and seed."""
         return self.experiment.facts() | {"seed": self.seed}
 
     def compute(self, workspace: Workspace) -> dict[str, float]:
-        """Train, and test."""
+        """Return the accuracies on training and test images."""
         model, _ = workspace.trained(self.experiment, self.seed)
         images = workspace.images(self.experiment)
         parts = {"forget": images.test, "retain": images.train, "test": images.test}
@@ -77,24 +77,24 @@ class Training(Unit):
 
 @dataclass(frozen=True)
 class Oracle(Unit):
-    """One model retrained without a forget set, evaluated."""
+    """Retrain one model without a forget set and evaluate it."""
 
     experiment: Experiment
     forget_set: ForgetSet
     number: int
 
     def needs(self) -> list[Unit]:
-        """The trainings that rank the examples."""
+        """Return the trainings that rank the examples; a random set needs none."""
         ranked = self.forget_set.rule != "random"
         return trainings(self.experiment) if ranked else []
 
     def facts(self) -> Facts:
-        """Recipe, forget set and seed."""
+        """Return experiment, forget set and number of the oracle."""
         forget = self.forget_set.facts(self.experiment)
         return self.experiment.facts() | {"forget": forget, "number": self.number}
 
     def model(self, workspace: Workspace) -> nn.Module:
-        """The retrained model, from the store if it is there."""
+        """Return the retrained model, from the store if it is there."""
         experiment, images = self.experiment, workspace.images(self.experiment)
 
         def retrain(kept: np.ndarray, seed: int) -> nn.Module:
@@ -112,49 +112,54 @@ class Oracle(Unit):
         return model
 
     def compute(self, workspace: Workspace) -> dict[str, float]:
-        """Retrain and evaluate."""
-        return judge(workspace, self.experiment, self.forget_set)(self.model(workspace))
+        """Return the metrics of the retrained model."""
+        return evaluator(workspace, self.experiment, self.forget_set)(
+            self.model(workspace)
+        )
 
 
 def oracles(experiment: Experiment, forget_set: ForgetSet) -> list[Oracle]:
-    """All oracles of a forget set."""
+    """Return all oracles of a forget set."""
     return [Oracle(experiment, forget_set, k) for k in range(experiment.num_oracles)]
 
 
 def trainings(experiment: Experiment) -> list[Training]:
-    """The trainings of all seeds, whose mean loss ranks the examples."""
+    """Return the trainings of all seeds; their mean loss ranks the examples."""
     return [Training(experiment, seed) for seed in range(experiment.num_seeds)]
 
 
-def needs_of_judging(experiment: Experiment, forget_set: ForgetSet) -> list[Unit]:
-    """The trainings that rank, and the oracles of a set."""
+def needs_of_comparison(experiment: Experiment, forget_set: ForgetSet) -> list[Unit]:
+    """Return what a comparison with oracles needs: the trainings and the oracles."""
     return [*trainings(experiment), *oracles(experiment, forget_set)]
 
 
 @dataclass(frozen=True)
 class Search(Unit):
-    """Settings of a method, found once on a random forget set (Appendix D)."""
+    """Search the settings of a method on one random forget set (Appendix D).
+
+    The forget sets under study are not used, so no method is tuned to them.
+    """
 
     experiment: Experiment
     method: str
 
     @property
     def forget_set(self) -> ForgetSet:
-        """Random, of the size of a stratum."""
+        """The random set, of the size of a stratum."""
         return ForgetSet("random", self.experiment.stratum_size)
 
     def needs(self) -> list[Unit]:
-        """The model to unlearn and its oracles."""
+        """Return the training to unlearn from, and the oracles to compare with."""
         training = Training(self.experiment, 0)
         return [training, *oracles(self.experiment, self.forget_set)]
 
     def facts(self) -> Facts:
-        """Experiment, method and ranges."""
+        """Return experiment, method and searched ranges."""
         ranges = METHODS[self.method].ranges
         return self.experiment.facts() | {"method": self.method, "ranges": ranges}
 
     def compute(self, workspace: Workspace) -> dict[str, Any]:
-        """Search; nothing where nothing is to be found."""
+        """Return the best settings and all trials; empty if nothing is searched."""
         ranges = METHODS[self.method].ranges
         if not ranges:
             return {"settings": {}, "trials": []}
@@ -176,21 +181,21 @@ class Search(Unit):
 def needs_of_run(
     experiment: Experiment, forget_set: ForgetSet, method: str
 ) -> list[Unit]:
-    """The trainings that rank, the oracles and the settings of a run of a method."""
-    return [*needs_of_judging(experiment, forget_set), Search(experiment, method)]
+    """Return what an unlearning run needs: trainings, oracles and settings."""
+    return [*needs_of_comparison(experiment, forget_set), Search(experiment, method)]
 
 
 def run_facts(
     experiment: Experiment, forget_set: ForgetSet, method: str, seed: int
 ) -> Facts:
-    """What determines the run of a method."""
+    """Return what determines the run of a method."""
     own = {"forget": forget_set.facts(experiment), "seed": seed}
     return Search(experiment, method).facts() | own
 
 
 @dataclass(frozen=True)
 class Unlearning(Unit):
-    """One unlearning run from one trained model, evaluated after every epoch."""
+    """Unlearn a forget set from one trained model; evaluate after every epoch."""
 
     experiment: Experiment
     forget_set: ForgetSet
@@ -198,15 +203,15 @@ class Unlearning(Unit):
     seed: int
 
     def needs(self) -> list[Unit]:
-        """Trainings, oracles, settings."""
+        """Return trainings, oracles and the search of settings."""
         return needs_of_run(self.experiment, self.forget_set, self.method)
 
     def facts(self) -> Facts:
-        """Experiment, forget set, method, seed."""
+        """Return experiment, forget set, method and seed."""
         return run_facts(self.experiment, self.forget_set, self.method, self.seed)
 
     def compute(self, workspace: Workspace) -> dict[str, Any]:
-        """Unlearn; evaluate."""
+        """Return trace, cost, settings, and the mean privacy loss of the set."""
         experiment, forget_set = self.experiment, self.forget_set
         settings = Search(experiment, self.method).run(workspace)["settings"]
         _, trace = unlearn(
@@ -226,7 +231,7 @@ class Unlearning(Unit):
 
 @dataclass(frozen=True)
 class FineTuned(Unit):
-    """One fine-tuning run at one learning rate, evaluated after every epoch."""
+    """Fine-tune at one given learning rate; evaluate after every epoch."""
 
     experiment: Experiment
     forget_set: ForgetSet
@@ -234,11 +239,11 @@ class FineTuned(Unit):
     seed: int
 
     def needs(self) -> list[Unit]:
-        """Trainings, and the oracles that judge."""
-        return needs_of_judging(self.experiment, self.forget_set)
+        """Return trainings and oracles."""
+        return needs_of_comparison(self.experiment, self.forget_set)
 
     def facts(self) -> Facts:
-        """Experiment, forget set, rate, seed."""
+        """Return experiment, forget set, learning rate and seed."""
         return self.experiment.facts() | {
             "forget": self.forget_set.facts(self.experiment),
             "learning_rate": self.learning_rate,
@@ -246,7 +251,7 @@ class FineTuned(Unit):
         }
 
     def compute(self, workspace: Workspace) -> dict[str, Any]:
-        """Unlearn; evaluate."""
+        """Return the trace of the run."""
         _, trace = unlearn(
             workspace,
             self.experiment,
@@ -260,21 +265,21 @@ class FineTuned(Unit):
 
 @dataclass(frozen=True)
 class ProxyRanks(Unit):
-    """Spearman's rho of every proxy with the privacy loss, over all examples."""
+    """Measure Spearman's rho of every proxy with the privacy loss."""
 
     experiment: Experiment
     seed: int
 
     def needs(self) -> list[Unit]:
-        """The training."""
+        """Return the training of the seed."""
         return [Training(self.experiment, self.seed)]
 
     def facts(self) -> Facts:
-        """What determines the scores, and the seed."""
+        """Return what determines the scores, and the seed."""
         return self.experiment.ranking_facts() | {"seed": self.seed}
 
     def compute(self, workspace: Workspace) -> dict[str, float]:
-        """By name of the proxy."""
+        """Return rho by name of the proxy."""
         ledger = workspace.ledger(self.experiment, self.seed)
         scores = scores_of([ledger], self.experiment.order)
         ranks = rank_correlations(scores)
@@ -283,23 +288,23 @@ class ProxyRanks(Unit):
 
 @dataclass(frozen=True)
 class NoiseRanks(Unit):
-    """Spearman's rho between privacy losses at several noises of one ledger."""
+    """Measure Spearman's rho between losses of one ledger at several noises."""
 
     experiment: Experiment
     seed: int
-    noise_stds: tuple[float, ...]  # on the sum of the gradients
+    noise_stds: tuple[float, ...]  # of the noise on the sum of the gradients
 
     def needs(self) -> list[Unit]:
-        """The training."""
+        """Return the training of the seed."""
         return [Training(self.experiment, self.seed)]
 
     def facts(self) -> Facts:
-        """What determines the losses, the noises and the seed."""
+        """Return what determines the losses, the noises and the seed."""
         own = {"seed": self.seed, "noise_stds": list(self.noise_stds)}
         return self.experiment.ranking_facts() | own
 
     def compute(self, workspace: Workspace) -> list[list[float]]:
-        """The matrix."""
+        """Return the correlation matrix, ``[noise][noise]``."""
         ledger, order = (
             workspace.ledger(self.experiment, self.seed),
             self.experiment.order,

@@ -1,4 +1,8 @@
-"""How a model is unlearned and judged, the same for every method and figure."""
+"""One unlearning run and its evaluation, the same for every method and figure.
+
+All methods start from the same trained models, use the same criterion, batch size and
+probes, and are compared with the same oracles. Only method and settings differ.
+"""
 
 from collections.abc import Callable
 
@@ -17,14 +21,16 @@ from opacus_pi.evaluation import evaluate
 from opacus_pi.evaluation.trace import UnlearningTrace
 
 CRITERION = nn.CrossEntropyLoss()
-Judge = Callable[[nn.Module], dict[str, float]]
+Evaluator = Callable[[nn.Module], dict[str, float]]
 
 
-def judge(workspace: Workspace, experiment: Experiment, forget_set: ForgetSet) -> Judge:
-    """The metrics of a model, on the forget set, retained and test examples."""
+def evaluator(
+    workspace: Workspace, experiment: Experiment, forget_set: ForgetSet
+) -> Evaluator:
+    """Return a function that evaluates a model on forget, retain and test data."""
     images = workspace.images(experiment)
     forget = forget_set.indices(workspace, experiment)
-    kept = probe(images, forget, experiment.num_probe)
+    kept = retained_sample(images, forget, experiment.num_probe)
     parts = {
         "forget": Subset(images.train, forget.tolist()),
         "retain": Subset(images.train, kept.tolist()),
@@ -40,16 +46,29 @@ def unlearn(
     method: str,
     settings: Settings,
     seed: int,
-    judged: bool = True,
+    evaluated: bool = True,
 ) -> tuple[nn.Module, UnlearningTrace]:
-    """One run from the trained model of a seed, judged after every epoch or never."""
+    """Unlearn a forget set from the trained model of a seed.
+
+    Args:
+        workspace: Where the trained model is stored.
+        experiment: The training and the sizes of the study.
+        forget_set: What is forgotten.
+        method: A name of ``METHODS``.
+        settings: Its settings, as found by the search.
+        seed: Of the trained model, and of the random numbers of the run.
+        evaluated: Evaluate the model after every epoch.
+
+    Returns:
+        The unlearned model and the trace of its metrics.
+    """
     model, ledger = workspace.trained(experiment, seed)
     unlearner = unlearner_of(experiment, model, ledger, method, settings, seed)
     result = unlearner.unlearn(
         workspace.images(experiment).train,
         forget_set.indices(workspace, experiment),
         num_epochs=experiment.unlearn_epochs,
-        evaluate=judge(workspace, experiment, forget_set) if judged else None,
+        evaluate=evaluator(workspace, experiment, forget_set) if evaluated else None,
         batch_size=experiment.recipe.batch_size,
     )
     return result.model, result.trace
@@ -63,7 +82,7 @@ def unlearner_of(
     settings: Settings,
     seed: int,
 ) -> Unlearner:
-    """A method with its settings, ready to run on a model."""
+    """Return the unlearner that runs a method with these settings on a model."""
     recipe, device = experiment.recipe, next(model.parameters()).device
     return Unlearner(
         recipe.place(model, device),
@@ -75,7 +94,7 @@ def unlearner_of(
     )
 
 
-def probe(images: ImageData, forget: np.ndarray, size: int) -> np.ndarray:
-    """Some retained examples, drawn alike for every model."""
+def retained_sample(images: ImageData, forget: np.ndarray, size: int) -> np.ndarray:
+    """Return the sorted indices of retained examples, the same for every model."""
     order = np.random.default_rng(0).permutation(len(images.train))
     return np.sort(order[~np.isin(order, forget)][:size])

@@ -1,4 +1,9 @@
-"""Where the images are read, and where models, ledgers and scores are kept."""
+"""The store of a study, and access to its images, models, ledgers and scores.
+
+Everything that more than one job needs is reached through a ``Workspace``: a model is
+trained on first use and read from the store afterwards. A workspace holds paths only,
+so it is cheap to send to another process.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,13 +29,13 @@ from opacus_pi.models.copies import unwrap
 
 @dataclass(frozen=True)
 class Workspace:
-    """A directory for results and the sources of images; small, sent to every process.
+    """A directory of results, the sources of images, and a device.
 
     Attributes:
         directory: The store.
-        data_root: Where torchvision finds or puts its files.
-        arrays: For some data sets an npz in place of them, ``(name, file)``.
-        device: Where models are trained and judged.
+        data_root: Folder where torchvision reads or downloads its files.
+        arrays: ``(name, file)`` of data sets that are read from .npz files instead.
+        device: Where models are trained and evaluated.
     """
 
     directory: Path
@@ -39,7 +44,7 @@ class Workspace:
     device: str = "cpu"
 
     def images(self, experiment: Experiment) -> data.ImageData:
-        """The experiment's images; read once in each process."""
+        """Return the experiment's images; each process reads them once."""
         return _images(
             experiment.dataset,
             self.data_root,
@@ -51,7 +56,10 @@ class Workspace:
     def trained(
         self, experiment: Experiment, seed: int
     ) -> tuple[nn.Module, GradNormLedger]:
-        """The model of one seed in evaluation mode, and its ledger."""
+        """Return the model of a seed, in evaluation mode, and its ledger.
+
+        Both are trained and stored if the store does not have them.
+        """
         facts = experiment.training_facts() | {
             "seed": seed,
             "num_checkpoints": experiment.num_checkpoints,
@@ -75,9 +83,10 @@ class Workspace:
     def train(
         self, experiment: Experiment, data_set: Dataset, seed: int, num_checkpoints: int
     ) -> tuple[nn.Module, PrivacyEngine]:
-        """Train by the experiment's recipe on some data; a bare model, and its engine.
+        """Train by the recipe; return the unwrapped model and the engine.
 
-        A ``PrivateRecipe`` is DP-SGD, whose norms are observed at every step.
+        A ``PrivateRecipe`` trains by DP-SGD, whose norms are observed at every step.
+        Other recipes sweep the norms of all examples ``num_checkpoints`` times.
         """
         recipe, shape = experiment.recipe, self.images(experiment).image_shape
         if isinstance(recipe, PrivateRecipe):
@@ -94,17 +103,17 @@ class Workspace:
         return train(recipe, data_set, shape, seed, num_checkpoints, device=self.device)
 
     def fresh_model(self, experiment: Experiment) -> nn.Module:
-        """A model to load weights into."""
+        """Return a new model, to load weights into."""
         shape = self.images(experiment).image_shape
         model = build_model(experiment.recipe.model, shape)
         return experiment.recipe.place(model, self.device)
 
     def ledgers(self, experiment: Experiment) -> list[GradNormLedger]:
-        """The ledgers of all seeds."""
+        """Return the ledgers of all seeds."""
         return [self.ledger(experiment, seed) for seed in range(experiment.num_seeds)]
 
     def ledger(self, experiment: Experiment, seed: int) -> GradNormLedger:
-        """The ledger of a seed, with the assumed noise where there was none."""
+        """Return a seed's ledger, with assumed noise if training had none."""
         found = self.trained(experiment, seed)[1]
         if (np.asarray(found.mechanism.noise_std) > 0).all():
             return found
@@ -112,7 +121,7 @@ class Workspace:
         return found.with_noise_std(on_sum)
 
     def scores(self, experiment: Experiment) -> dict[str, np.ndarray]:
-        """Every score of difficulty, ``[n]`` each, higher is harder, over all seeds."""
+        """Return the scores over all seeds, ``[n]`` each; higher is harder."""
         return cached_arrays(
             self.directory,
             "scores",
@@ -122,14 +131,14 @@ class Workspace:
 
 
 def scores_of(ledgers: list[GradNormLedger], order: float) -> dict[str, np.ndarray]:
-    """Privacy loss and the proxies of section 5.3, expectations over the runs."""
+    """Return privacy loss and the proxies of section 5.3, averaged over the runs."""
     found = {
         "privacy loss": privacy_losses(ledgers, order),
         "mean norm": proxies.grad_norm_mean(ledgers),
         "mid norm": proxies.grad_norm_mid(ledgers),
         "end norm": proxies.grad_norm_end(ledgers),
     }
-    if ledgers[0].confidences is None:  # gradients were observed, outputs were not
+    if ledgers[0].confidences is None:  # observed ledgers have norms but no outputs
         return found
     return found | {
         "C-Proxy": proxies.c_proxy(ledgers),
@@ -141,6 +150,6 @@ def scores_of(ledgers: list[GradNormLedger], order: float) -> dict[str, np.ndarr
 def _images(
     name: str, root: Path | None, num_train: int, arrays: Path | None, num_test: int
 ) -> data.ImageData:
-    """Images of one data set."""
+    """Load one data set; cached, as every job of a process asks for it."""
     torch.set_num_threads(1)
     return data.load(name, root, num_train, arrays, num_test)

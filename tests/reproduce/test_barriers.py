@@ -10,14 +10,19 @@ import torch
 from benchmarks.common.models import MODELS, build_model
 from benchmarks.common.resnet import resnet18
 from benchmarks.common.training import Recipe
-from benchmarks.reproduce.barrier_units import SETS, BarrierAfter, barriers, opposite
+from benchmarks.reproduce.barrier_units import (
+    SETS,
+    BarrierAfter,
+    barriers,
+    oracles_of_seed,
+)
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES
 from benchmarks.reproduce.figures.verdicts import BORNE_OUT, NOT_BORNE_OUT, NOT_TESTABLE
 from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.pool import run_all
 from benchmarks.reproduce.units import Unlearning
-from benchmarks.reproduce.unlearning_runs import judge, unlearn
+from benchmarks.reproduce.unlearning_runs import evaluator, unlearn
 from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation import apply_permutation, permutation_spec
 
@@ -58,10 +63,10 @@ def test_a_model_with_its_units_in_another_order_has_no_barrier(
 
 def test_no_two_seeds_share_an_oracle_unless_all_do():
     enough = replace(TINY, num_seeds=2, num_oracles=3)
-    met = [opposite(enough, SET, seed) for seed in range(2)]
+    met = [oracles_of_seed(enough, SET, seed) for seed in range(2)]
     assert [[one.number for one in row] for row in met] == [[0], [1]]
     few = replace(TINY, num_seeds=4, num_oracles=3)
-    met = [opposite(few, SET, seed) for seed in range(4)]
+    met = [oracles_of_seed(few, SET, seed) for seed in range(4)]
     assert [[one.number for one in row] for row in met] == [[0, 1, 2]] * 4
 
 
@@ -71,9 +76,9 @@ def test_a_run_that_is_not_judged_ends_at_the_same_model(tmp_path):
     run_all([unit, BarrierAfter(TINY, SET, "fine-tune", 1)], workspace)
     trace = unit.run(workspace)
     where = (workspace, TINY, SET, "fine-tune", trace["settings"], 1)
-    model, empty = unlearn(*where, judged=False)
+    model, empty = unlearn(*where, evaluated=False)
     assert not empty.times
-    found = judge(workspace, TINY, SET)(model)
+    found = evaluator(workspace, TINY, SET)(model)
     assert found == {name: values[-1] for name, values in trace["trace"].items()}
 
 

@@ -57,7 +57,7 @@ def test_table_of_methods_has_a_line_for_each_stratum(published):
 
 
 def test_unknown_figure_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="figure must .*got fig10"):
+    with pytest.raises(SystemExit, match="FIGURE must be 'all' or .*got fig10"):
         main(["fig10", "--store", str(tmp_path), "--out", str(tmp_path)])
 
 
@@ -97,8 +97,11 @@ def test_hardest_sets_are_compared_by_time_and_by_the_gap_only_if_none_arrived()
     assert judge(never).verdict == BORNE_OUT  # the others arrived after one epoch
     never["times"]["UA"] = dict.fromkeys(never["times"]["UA"], [[None]] * 3)
     found = judge(never)
-    assert found.verdict == BORNE_OUT and "no run arrived in 5 epochs" in found.because
-    assert "gap left more by 0.233" in found.because
+    assert (
+        found.verdict == BORNE_OUT
+        and "no run reached the oracle in 5 epochs" in found.because
+    )
+    assert "remaining gap larger by 0.233" in found.because
     never["gaps"]["UA"]["privacy loss"] = [[0.1], [0.2], [0.0]]
     assert judge(never).verdict == NOT_TESTABLE
 
@@ -148,13 +151,13 @@ FALLING = [row[::-1] for row in RISING]
         ([(RISING, 500), (FALLING, 500)], NOT_BORNE_OUT),
     ],
 )
-def test_nobody_is_harder_where_most_examples_are_always_clipped(panels, verdict):
+def test_no_set_is_harder_where_most_examples_are_always_clipped(panels, verdict):
     result = {"panels": {str(i): private(*one) for i, one in enumerate(panels)}}
     found = FIGURES["private"].judge(result)
     assert found.verdict == verdict
     for _, num_tied in panels:
         assert f"{num_tied} of 1,000 examples share" in found.because
-    assert "forgetting by 0.200 [-0.048, 0.448]" in found.because
+    assert "unlearning by 0.200 [-0.048, 0.448]" in found.because
 
 
 def at_rate(times):
@@ -163,7 +166,7 @@ def at_rate(times):
     return {"times": dict.fromkeys(("UA", "MIA"), times)} | ends
 
 
-def test_the_order_is_asked_of_every_learning_rate():
+def test_every_learning_rate_is_judged():
     never = [[*row[:2], None] for row in RISING]
     result = {
         "rates": {"0.1": at_rate(RISING), "0.2": at_rate(never)},
@@ -176,7 +179,10 @@ def test_the_order_is_asked_of_every_learning_rate():
     table = figure.table(result)
     assert "| 0.1 | 3.0 ± 2.5 | 0.500 ± 0.000 |" in table
     assert "| 0.2 | 9.0 ± 0.0, never ×3 |" in table
-    assert "(oracles 0.600)" in table and "The search found 0.0512." in table
+    assert (
+        "(oracles 0.600)" in table
+        and "The search on a random set found the rate 0.0512." in table
+    )
     result["rates"]["0.2"] = at_rate(FALLING)
     assert figure.judge(result).verdict == NOT_BORNE_OUT
 
@@ -203,10 +209,13 @@ def test_hard_sets_approach_last():
     assert judge(curves(away, near)).verdict == NOT_BORNE_OUT
 
 
-def test_what_is_retained_is_to_end_alike_on_all_sets():
+def test_accuracies_must_end_alike_on_all_sets():
     result = curves([[0.9, 0.5], [0.8, 0.4], [0.9, 0.5]], [[0.2, 0.0]] * 3)
     judge = FIGURES["fig5"].judge
-    assert "RA alike: borne out (sets end apart by 0.013" in judge(result).because
+    assert (
+        "RA alike: borne out (accuracies of the sets differ by 0.013"
+        in judge(result).because
+    )
     result["utility"]["RA"] = [[0.9, 0.95], [0.9, 0.95], [0.9, 0.96]]
     assert judge(result).verdict == NOT_TESTABLE
     result["utility"]["RA"] = [[0.9, 0.8], [0.9, 0.8], [0.9, 0.81]]

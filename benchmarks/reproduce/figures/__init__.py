@@ -1,4 +1,20 @@
-"""``FIGURES`` names every figure: the paper's in its order, then the others."""
+"""All figures by name: the paper's in its order, then those beyond the paper.
+
+| file | figures |
+|---|---|
+| ``times_to_unlearn`` | 1 left and middle |
+| ``loss_barriers`` | 1 right |
+| ``difficulty_scores`` | 2 and 3 |
+| ``bounds`` | 4, certified |
+| ``other_settings`` | 5 to 8 |
+| ``typicality`` | 9 |
+| ``private_models``, ``rank_stability`` | private; ranks, literal |
+| ``learning_rates``, ``methods``, ``predicted_times`` | rates; methods; predicted |
+
+Each file starts with claim, data, seeds and settings, and ends with its ``FIGURES``.
+``figure`` says what a figure is, ``outcomes`` turns finished jobs into arrays, and
+``verdicts`` decides about claims.
+"""
 
 from benchmarks.reproduce.figures import (
     bounds,

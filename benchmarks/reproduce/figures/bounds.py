@@ -1,17 +1,17 @@
 """Bounds: figure 4, and beyond the paper the certified benchmark.
 
 Claim of figure 4: the group bound of Theorem B.1 is the same for forget sets of every
-difficulty. Data: digits, MLP; at scale ``full`` CIFAR-10, ResNet-18, as the paper has.
-Seeds: one SGLD training each, five strata, 20 estimates for each stratum.
-Settings: σ = 0.1 on the mean gradient, order 8; see ``benchmarks.group_bound``. Beside
-it the library's coupled value of the same strata: a Monte Carlo mean, and where its
-largest draws carry it (``reliable`` is false) it is too low, hence no bound.
+difficulty. Data: digits and an MLP; at scale ``full`` CIFAR-10 and ResNet-18, as in the
+paper. Seeds: one SGLD training each, five strata, 20 estimates for each stratum.
+Settings: σ = 0.1 on the mean gradient, order 8; see ``benchmarks.group_bound``. The
+library's coupled value of the same strata is shown, too. It is a Monte Carlo mean. If a
+few large draws dominate it (``reliable`` is false), it is too low and not a bound.
 
 Claim of ``certified``, beyond the paper: with every constant computed from the data,
 this library's bounds need fewer steps than Corollary 4.4. Data: digits 3 and 8,
 logistic regression. Settings: steps until (1, 1/n); see
-``benchmarks.certified_logistic``. The steps follow from the constants: they have no
-seeds and no interval (only the accuracies in the JSON have).
+``benchmarks.certified_logistic``. The steps are computed from constants, so they have
+no seeds and no interval (only the accuracies in the JSON have).
 """
 
 import matplotlib.pyplot as plt
@@ -59,7 +59,7 @@ def _groups(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _judge_groups(result: Result) -> Verdict:
-    """By seed: no rise of Theorem B.1 with difficulty, and no change."""
+    """Decide whether Theorem B.1 neither rises nor changes with difficulty."""
     printed, coupled = (np.array(result[name]) for name in ("b1", "coupled"))
     rises = ordering(printed)
     doubtful = np.logical_not(result["reliable"])
@@ -78,7 +78,7 @@ def _judge_groups(result: Result) -> Verdict:
 
 
 def _same(printed: np.ndarray, spread: np.ndarray) -> Verdict:
-    """Hardest set against easiest, within the deviation of one estimate."""
+    """Decide whether hardest and easiest set differ by less than the spread."""
     ratio, within = mean_interval(printed[:, -1] / printed[:, 0]), (spread / printed)
     band = float(within.mean())
     verdict = NOT_TESTABLE
@@ -118,11 +118,11 @@ def _judge_certified(result: Result) -> Verdict:
     rows = result["rows"]
     fewer = all(r["steps"]["shifted"] < r["steps"]["Corollary 4.4"] for r in rows)
     steps = "; ".join(
-        f"{row['num_points']} points: {row['steps']['shifted']} against "
+        f"{row['num_points']} examples: {row['steps']['shifted']} against "
         f"{row['steps']['Corollary 4.4']}"
         for row in rows
     )
-    because = f"steps: {steps}; computed from constants, without chance"
+    because = f"steps: {steps}; computed from constants, not random"
     return Verdict(BORNE_OUT if fewer else NOT_BORNE_OUT, because)
 
 
@@ -132,8 +132,8 @@ def _draw_certified(result: Result) -> Picture:
     for (name, label), style in zip(STEPS.items(), styles(), strict=False):
         steps = [max(row["steps"][name], 0.5) for row in result["rows"]]
         ax.plot(sizes, steps, label=label, **style)
-    ax.set(xscale="log", yscale="log", ylabel="steps until (1, 1/n)")
-    ax.set_xlabel(f"points to forget, of {result['rows'][0]['num_examples']}")
+    ax.set(xscale="log", yscale="log", ylabel="steps to ε = 1 at δ = 1/n")
+    ax.set_xlabel(f"examples to forget, of {result['rows'][0]['num_examples']}")
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize="small")

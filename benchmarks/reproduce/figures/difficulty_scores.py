@@ -4,13 +4,13 @@ Claim of figure 2: the five proxies of section 5.3 correlate highly with the pri
 loss, the mean gradient norm best. Claim of figure 3: the hardest sets by privacy loss
 take longer to unlearn than those by three of the proxies, at several sizes.
 
-Data: all training images of the scale's main experiment. Seeds: for figure 2
-Spearman's ρ of each seed's own ledger, with intervals over seeds (the picture: means
-over the ledgers); for figure 3 ``num_seeds`` trainings, each unlearned once a set, sets
-ranked by means over all ledgers, oracles shared. Settings: proxies from the rows of the
-ledger (the paper has mean norm and confidence at every epoch); fine-tuning as in Figure
-1 (middle). Where no run arrives within the epochs given, what is left of the way is
-compared.
+Data: all training images of the scale's main experiment. Seeds: figure 2 uses
+Spearman's ρ of each seed's own ledger, with intervals over seeds (its picture shows
+means over the ledgers). Figure 3 uses ``num_seeds`` trainings; each set is unlearned
+once per seed, sets are ranked by means over all ledgers, and oracles are shared.
+Settings: proxies are computed from the rows of the ledger (the paper has mean norm and
+confidence at every epoch); fine-tuning as in figure 1 (middle). If no run reaches the
+oracle within its epochs, the remaining distances are compared.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,8 +37,8 @@ from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
 from opacus_pi.plotting import plot_hardest_sets, plot_proxies
 
 LOSS, BEST = "privacy loss", "mean norm"
-HIGH = 0.5  # a Spearman's rho that is called high
-DRAWN = 1_000  # examples in the picture; the correlations are over all
+HIGH = 0.5  # Spearman's rho above this is called high
+DRAWN = 1_000  # examples in the picture; correlations use all examples
 HARDEST_BY = (LOSS, "C-Proxy", "mean norm", "EL2N")
 
 
@@ -59,7 +59,7 @@ def _proxies(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _judge_proxies(result: Result) -> Verdict:
-    """By seed: every rho high, and that of the mean norm above each other."""
+    """Decide, by seed, whether every rho is high and the mean norm's the highest."""
     rho = {name: np.array(values) for name, values in result["rho"].items()}
     found = {name: mean_interval(values) for name, values in rho.items()}
     high = all_of([of_interval(i.low - HIGH, i.high - HIGH) for i in found.values()])
@@ -69,7 +69,8 @@ def _judge_proxies(result: Result) -> Verdict:
     next_best = min(ahead, key=lambda name: ahead[name].estimate)
     numbers = ", ".join(f"{name} {text_of(i)}" for name, i in found.items())
     lead = (
-        f"{BEST} ahead of {next_best} by {text_of(ahead[next_best])}, n = {len(best)}"
+        f"rho of {BEST} exceeds that of {next_best} by {text_of(ahead[next_best])}, "
+        f"n = {len(best)}"
     )
     return combined(
         {
@@ -131,7 +132,7 @@ def _hardest_result(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _judge_hardest(result: Result) -> Verdict:
-    """Mean over sizes, by seed: the privacy loss's sets against each other score's."""
+    """Compare the privacy loss's sets with each other score's, means over sizes."""
     found = {}
     for metric, times in result["times"].items():
         gaps = {name: np.array(rows) for name, rows in result["gaps"][metric].items()}
@@ -148,23 +149,25 @@ def _longer(
     score: str,
     max_time: float,
 ) -> Verdict:
-    """By the times, or by the gaps left where no run arrived in time."""
+    """Compare times, or the remaining gaps if no run reached the oracle."""
 
     def more(values: Mapping[str, np.ndarray]) -> ConfidenceInterval:
         return mean_interval(values[LOSS].mean(1) - values[score].mean(1))
 
     longer = more({name: np.minimum(t, max_time) for name, t in times.items()})
     further = more(gaps)
-    left = f"gap left more by {text_of(further)}, n = {len(gaps[LOSS])}"
+    left = f"remaining gap larger by {text_of(further)}, n = {len(gaps[LOSS])}"
     if np.isinf([times[LOSS], times[score]]).all():
         verdict = of_interval(further.low, further.high)
-        return Verdict(verdict, f"no run arrived in {max_time} epochs; {left}")
+        return Verdict(
+            verdict, f"no run reached the oracle in {max_time} epochs; {left}"
+        )
     verdict = of_interval(longer.low, longer.high)
     return Verdict(verdict, f"longer by {text_of(longer, 2)} epochs; {left}")
 
 
 def _draw_hardest(result: Result) -> Picture:
-    """Above the times, below what is left of the way when the runs end."""
+    """Draw the times above, and the remaining gaps to the oracle below."""
     picture, axes = plt.subplots(
         2, len(outcomes.METRICS), figsize=(8.4, 6.6), layout="constrained"
     )

@@ -1,4 +1,4 @@
-"""What every figure has, and the verdict on the paper's claim."""
+"""What every figure consists of."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,16 +16,19 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the paper, or beyond it.
+    """A figure of the paper, or one beyond it.
+
+    The four functions are called in this order: ``units``, then ``result`` when all
+    units have been run, then ``judge`` and ``draw``, which need the result only.
 
     Attributes:
-        name: What the command line calls it.
+        name: Its name on the command line.
         claim: The paper's claim in one sentence.
-        units: The jobs it needs at a scale.
-        result: Its numbers, JSON, from the finished jobs.
-        judge: The verdict on the claim.
-        draw: The picture of a result.
-        table: A table of a result in Markdown, if it has one.
+        units: Returns the jobs that it needs at a scale.
+        result: Returns its numbers, as JSON, from the stored results of the jobs.
+        judge: Returns the verdict on the claim.
+        draw: Draws a result.
+        table: Returns a Markdown table of a result; None for most figures.
     """
 
     name: str

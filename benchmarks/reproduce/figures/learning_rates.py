@@ -1,13 +1,13 @@
 """Beyond the paper: does the order of difficulty depend on the learning rate?
 
-Claim: at every learning rate of fine-tuning harder sets take longer.
+Claim: at every learning rate of fine-tuning, harder sets take longer.
 
 Data: the scale's main data set; five strata by mean privacy loss over the seeds'
-ledgers. Seeds: ``num_seeds`` trainings, each unlearned once a stratum and rate; its
-oracles are trained once and judge every seed. Settings: the rates of the scale, about
-the one that the search on a random set finds for the other figures; that one is in the
-result. Time: the first epoch within five points of the mean oracle. A rate that reaches
-the oracle by ruining the model shows in the test accuracy beside it.
+ledgers. Seeds: ``num_seeds`` trainings; each stratum is unlearned once per seed and
+rate. Its oracles are trained once and serve all seeds. Settings: the scale's rates,
+around the rate that the search on a random set finds for the other figures; this rate
+is in the result. Time: the first epoch within five points of the mean oracle. A rate
+that reaches the oracle by damaging the model is recognised by its test accuracy.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ _ENDS = {
 
 
 def _runs(experiment: Experiment, rate: float) -> list[list[FineTuned]]:
-    """``[seed][set]``."""
+    """Return the jobs at one rate, ``[seed][set]``."""
     return [
         [FineTuned(experiment, one, rate, seed) for one in strata(experiment)]
         for seed in range(experiment.num_seeds)
@@ -68,7 +68,7 @@ def _result(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _at(workspace: Workspace, experiment: Experiment, rate: float) -> dict[str, Any]:
-    """Times by every metric; UA and test accuracy at the ends, ``[seed][set]``."""
+    """Return times by every metric, and UA and test accuracy, ``[seed][set]``."""
     rows = [[unit.run(workspace) for unit in row] for row in _runs(experiment, rate)]
     judges = [
         outcomes.oracle_values(workspace, experiment, one) for one in strata(experiment)
@@ -98,7 +98,7 @@ def _draw(result: Result) -> Picture:
 
 
 def _table(result: Result) -> str:
-    """Markdown: a line a rate, about the hardest set; mean and 95 % interval."""
+    """Return a Markdown table: a line per rate for the hardest set, with intervals."""
     oracle, most = np.mean(result["oracle"][-1]), result["max_time"]
     lines = [
         "| learning rate | hardest set: epochs by UA | UA after (oracles "
@@ -117,7 +117,10 @@ def _table(result: Result) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     searched = result["searched"]["learning_rate"]
-    return "\n".join(lines) + f"\n\nThe search found {searched:.3g}.\n"
+    return (
+        "\n".join(lines)
+        + f"\n\nThe search on a random set found the rate {searched:.3g}.\n"
+    )
 
 
 FIGURES = [

@@ -1,14 +1,15 @@
 """Figure 1, right: loss barriers before and after unlearning, and between oracles.
 
 Claim: the barrier between the trained model and an oracle rises with the privacy loss
-of the forget set; fine-tuning reduces it, to the level of two oracles.
+of the forget set; fine-tuning reduces it to the level between two oracles.
 
-Data: the scale's main experiment. Barriers are modulo permutation (weight matching),
-as in section 5.2, on two sets of examples, as the paper names none: a fixed part of the
-training images (``num_probe``, forgotten ones among them) and of the test images.
-Seeds: one model a seed, each before and after fine-tuning against the same oracles, or
-against one of its own where there are as many; the baseline is every pair of oracles.
-Settings: 11 points on the line, running statistics of BatchNorm anew at each.
+Data: the scale's main experiment. Barriers are modulo permutation (weight matching), as
+in section 5.2. The paper does not say on which examples the loss is measured, so two
+sets are used: a fixed part of the training images (``num_probe`` of them, forgotten
+ones included) and of the test images. Seeds: one model per seed, before and after
+fine-tuning. It is compared with an oracle of its own if there are enough, else with all
+oracles. The baseline is every pair of oracles. Settings: 11 points on the line; the
+running statistics of BatchNorm are recomputed at each.
 """
 
 import matplotlib.pyplot as plt
@@ -45,13 +46,13 @@ METHOD = "fine-tune"
 
 
 def befores(experiment: Experiment) -> list[list[BarrierBefore]]:
-    """``[seed][set]``."""
+    """Return the jobs before unlearning, ``[seed][set]``."""
     sets, seeds = strata(experiment), range(experiment.num_seeds)
     return [[BarrierBefore(experiment, one, seed) for one in sets] for seed in seeds]
 
 
 def afters(experiment: Experiment, method: str) -> list[list[BarrierAfter]]:
-    """``[seed][set]``."""
+    """Return the jobs after unlearning, ``[seed][set]``."""
     return [
         [BarrierAfter(experiment, one.forget_set, method, one.seed) for one in row]
         for row in befores(experiment)
@@ -59,14 +60,14 @@ def afters(experiment: Experiment, method: str) -> list[list[BarrierAfter]]:
 
 
 def baselines(experiment: Experiment) -> list[BarrierBaseline]:
-    """One a set."""
+    """Return the jobs between oracles, one per set."""
     return [BarrierBaseline(experiment, one) for one in strata(experiment)]
 
 
 def by_examples(
     workspace: Workspace, rows: list[list[BarrierBefore]] | list[list[BarrierAfter]]
 ) -> dict[str, list[list[float]]]:
-    """For each set of examples the mean over a model's oracles, ``[seed][set]``."""
+    """Return, for each set of examples, means over oracles, ``[seed][set]``."""
     measured = [[unit.run(workspace) for unit in row] for row in rows]
     return {
         name: [[_mean(found, name) for found in row] for row in measured]
@@ -77,7 +78,7 @@ def by_examples(
 def between_oracles(
     workspace: Workspace, units: list[BarrierBaseline]
 ) -> dict[str, list[list[float]]]:
-    """For each set of examples the barriers of all pairs, ``[set][pair]``."""
+    """Return, for each set of examples, barriers of all pairs, ``[set][pair]``."""
     measured = [unit.run(workspace) for unit in units]
     return {name: [[one[name] for one in row] for row in measured] for name in SETS}
 
@@ -108,47 +109,56 @@ def _judge(result: Result) -> Verdict:
         before, after = (np.array(result[when][name]) for when in ("before", "after"))
         baseline = np.array(result["baseline"][name])
         if max(before.max(), after.max(), baseline.max()) == 0:
-            found[name] = Verdict(NOT_TESTABLE, "no barrier between any two models")
+            found[name] = Verdict(
+                NOT_TESTABLE, "there is no barrier between any two models"
+            )
             continue
         parts = {
-            "rises before": _rises(before, baseline),
-            "reduced, hardest set": _reduced(before[:, -1], after[:, -1]),
-            "then that of oracles": _comparable(after[:, -1], baseline),
+            "rises with the loss before": _rises(before, baseline),
+            "reduced on the hardest set": _reduced(before[:, -1], after[:, -1]),
+            "then as between oracles": _comparable(after[:, -1], baseline),
         }
         found |= {f"{name}, {part}": verdict for part, verdict in parts.items()}
     return combined(found)
 
 
 def _rises(before: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdict:
-    """As it is, which is the claim; and above each set's own baseline, beside it."""
+    """Decide whether the barrier rises with the difficulty of the set.
+
+    The claim is about the barrier itself. Its excess over each set's own baseline is
+    quoted, too, because the baseline may depend on the set.
+    """
     order, excess = ordering(before), before - baseline.mean(1)
     more = text_of(mean_interval(excess[:, -1] - excess[:, 0]))
-    beside = f"above each set's own baseline, hardest less easiest: {more}"
+    beside = f"excess over the set's own baseline, hardest minus easiest: {more}"
     return Verdict(order.verdict, f"{order.because}; {beside}")
 
 
 def _reduced(before: NDArray[np.float64], after: NDArray[np.float64]) -> Verdict:
-    """Paired by seed."""
+    """Decide whether unlearning reduces the barrier, paired by seed."""
     less = mean_interval(before - after)
-    numbers = f"{before.mean():.3f} to {after.mean():.3f}, less by {text_of(less)}"
+    numbers = f"{before.mean():.3f} to {after.mean():.3f}, reduced by {text_of(less)}"
     because = f"{numbers}, n = {len(before)}"
     return Verdict(of_interval(less.low, less.high), because)
 
 
 def _comparable(after: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdict:
-    """Within one standard deviation of the pairs above their mean, by the interval.
+    """Decide whether the barrier is at most one standard deviation above the baseline.
 
     Args:
-        after: Of the hardest set, ``(seeds,)``.
-        baseline: ``(sets, pairs)``; the deviation is that within sets.
+        after: Barriers of the hardest set, ``(seeds,)``.
+        baseline: Barriers between oracles, ``(sets, pairs)``; the standard deviation
+            is the one within sets.
     """
     if baseline.shape[1] < 2:
-        return Verdict(NOT_TESTABLE, "one pair of oracles has no spread")
+        return Verdict(
+            NOT_TESTABLE, "a single pair of oracles has no standard deviation"
+        )
     spread = float(np.sqrt(baseline.var(1, ddof=1).mean()))
     more = mean_interval(after - baseline[-1].mean())
     verdict = of_interval(spread - more.high, spread - more.low)
     because = (
-        f"above the mean of {baseline.shape[1]} pairs by {text_of(more)}, "
+        f"{text_of(more)} above the mean of {baseline.shape[1]} pairs of oracles, "
         f"n = {len(after)}; one standard deviation of pairs is {spread:.3f}"
     )
     return Verdict(verdict, because)
@@ -172,7 +182,7 @@ FIGURES = [
     Figure(
         "fig1-right",
         "The barrier to an oracle before unlearning rises with the privacy loss; "
-        "unlearning reduces it to that between oracles.",
+        "unlearning reduces it to the barrier between oracles.",
         _units,
         _result,
         _judge,

@@ -1,13 +1,14 @@
 """Beyond the paper: every unlearning method against the difficulty of the forget set.
 
-Claim: for every method harder sets take longer, and the hardest longest.
+Claim: with every method harder sets take longer, and the hardest set takes longest.
 
-Data, model, seeds and strata as in Figure 1 (middle). Settings: of each method, found
-once on a random forget set. For each method and stratum: epochs to unlearn by UA and by
-MIA, UA and MIA at the end beside the oracles', test accuracy, and the loss barrier
-(modulo permutation, as in ``fig1_right``) to the oracles before and after, beside that
-between oracles. A set that is at the oracle before unlearning counts as 0 epochs,
-whatever the method then does to it: read the times beside the ends.
+Data, model, seeds and strata are those of figure 1 (middle). Settings: searched once
+for each method, on a random forget set. For each method and stratum the result has:
+epochs to unlearn by UA and by MIA; UA and MIA at the end, beside the oracles'; test
+accuracy; and the loss barrier to the oracles (modulo permutation, as in
+``loss_barriers``) before and after, beside the barrier between oracles. A set that is
+at the oracle before unlearning counts as 0 epochs, even if the method moves it away
+afterwards. So read the times together with the metrics at the end.
 """
 
 from typing import Any
@@ -44,8 +45,8 @@ from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.evaluation.intervals import mean_interval
 
 NAMES = [name for name, method in METHODS.items() if method.ranges]
-JUDGED = "training images"  # on which the barriers of the table are taken
-TOLERATED = 0.05  # test accuracy lost that is not worth a word
+JUDGED = "training images"  # on which the barriers of the table are measured
+TOLERATED = 0.05  # loss of test accuracy that is not mentioned
 COLUMNS = {
     "UA": outcomes.UA,
     "MIA": outcomes.MIA,
@@ -77,7 +78,7 @@ def _result(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _rows(scale: Scale, workspace: Workspace, method: str) -> dict[str, Any]:
-    """Numbers of one method before the first and after the last epoch, by seed."""
+    """Return a method's numbers before the first and after the last epoch, by seed."""
     rows = outcomes.runs(workspace, scale.sgd, strata(scale.sgd), method)
 
     def column(value: Any) -> list[list[float]]:
@@ -102,7 +103,7 @@ def _judge(result: Result) -> Verdict:
 
 
 def _hardest_last(times: np.ndarray, most: float) -> Verdict:
-    """By seed: the hardest set's time less the longest of the others'."""
+    """Decide whether the hardest set takes longest, by the difference to the next."""
     times = np.minimum(times, most)
     longer = mean_interval(times[:, -1] - times[:, :-1].max(1))
     numbers = f"{longer.estimate:.1f} epochs [{longer.low:.1f}, {longer.high:.1f}]"
@@ -110,7 +111,7 @@ def _hardest_last(times: np.ndarray, most: float) -> Verdict:
 
 
 def _accuracy_lost(rows: dict[str, Any]) -> str:
-    """In words, if a set costs more than five points of test accuracy."""
+    """Return a remark if a set costs more than five points of test accuracy."""
     lost = np.subtract(rows["TA before"], rows["TA after"]).mean(0)
     if lost.max() <= TOLERATED:
         return ""
@@ -123,7 +124,7 @@ def _draw(result: Result) -> Picture:
 
 
 def _table(result: Result) -> str:
-    """Markdown: one line a method and stratum, mean and 95 % interval over seeds."""
+    """Return a Markdown table: a line per method and stratum, means with intervals."""
     header = [
         "method",
         "stratum",
@@ -143,7 +144,7 @@ def _table(result: Result) -> str:
 
 
 def _cells(result: Result, method: str, number: int) -> list[str]:
-    """The numbers of one method and stratum."""
+    """Return the cells of one method and stratum."""
     found, rows = result["panels"][method], result["rows"][method]
     times = [
         outcomes.from_json(found["times"][name])[:, number] for name in ("UA", "MIA")
@@ -166,7 +167,7 @@ FIGURES = [
     Figure(
         "methods",
         "The privacy loss predicts difficulty for every unlearning method: harder "
-        "sets take longer, and the hardest longest.",
+        "sets take longer, and the hardest set takes longest.",
         _units,
         _result,
         _judge,

@@ -1,16 +1,17 @@
 """Time to unlearn in other settings: figures 5 to 8.
 
-Claims. Figure 5: over the epochs of fine-tuning UA and MIA approach the oracle's, hard
-sets last, and RA and TA end alike on all sets (within five points). Figure 6: L1-sparse
+Claims. Figure 5: during fine-tuning UA and MIA approach the oracle's, hard sets last,
+and RA and TA end within five points of each other on all sets. Figure 6: L1-sparse
 unlearning takes longer on harder sets. Figure 7: so does fine-tuning on other data sets
-and models. Figure 8: so it does for small and for large forget sets, less far apart the
-larger they are.
+and models. Figure 8: so does fine-tuning for small and for large forget sets, and the
+difference between hard and easy sets shrinks with their size.
 
-Data: the scale's main data set (figure 7: its others); five strata by mean privacy loss
-over the seeds' ledgers, of the scale's size (figure 8: of several). Seeds:
-``num_seeds`` trainings, each unlearned once a stratum; its oracles are trained once and
-judge every seed. Settings: the learning rate, and L1's strength, found on a random set.
-Time: the first epoch within five points of the mean oracle.
+Data: the scale's main data set (figure 7: its other ones); five strata by mean privacy
+loss over the seeds' ledgers, of the scale's size (figure 8: of several sizes). Seeds:
+``num_seeds`` trainings; each stratum is unlearned once per seed. The oracles of a
+stratum are trained once and serve all seeds. Settings: the learning rate, and L1's
+strength, are searched on a random set. Time: the first epoch within five points of the
+mean oracle.
 """
 
 import matplotlib.pyplot as plt
@@ -40,7 +41,7 @@ from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.plotting import plot_curves
 
 _UTILITY = {"RA": "retain_accuracy", "TA": "test_accuracy"}
-_ALIKE = 0.05  # what accuracies may differ by and be alike
+_ALIKE = 0.05  # accuracies that differ by at most this much are alike
 
 
 def _fine_tuning(experiment: Experiment, size: int = 0) -> list[Unit]:
@@ -74,9 +75,9 @@ def _curves(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _judge_curves(result: Result) -> Verdict:
-    """By seed: the hardest set comes closer to its oracle, and ends the furthest.
+    """Decide, by seed, whether the hardest set comes closer and stays furthest.
 
-    And what is retained is kept alike on every set.
+    A further part asks whether retain and test accuracy end alike on all sets.
     """
     found = {}
     for name, curves in result["curves"].items():
@@ -98,18 +99,20 @@ def _judge_curves(result: Result) -> Verdict:
         last = mean_interval(gap[:, -1] - others)
         found[f"{name}, hardest last"] = Verdict(
             of_interval(last.low, last.high),
-            f"at the end further from its oracle than any other set by {text_of(last)}",
+            f"ends further from its oracle than any other set, by {text_of(last)}",
         )
     return combined(found | _alike(result["utility"]))
 
 
 def _alike(utility: dict[str, list[list[float]]]) -> dict[str, Verdict]:
-    """Whether accuracies, ``[seed][set]``, end within five points of each other."""
+    """Decide whether accuracies, ``[seed][set]``, end within five points."""
     found = {}
     for name, ends in utility.items():
         apart = mean_interval(np.ptp(ends, axis=1))
         kind = of_interval(_ALIKE - apart.high, _ALIKE - apart.low)
-        found[f"{name} alike"] = Verdict(kind, f"sets end apart by {text_of(apart)}")
+        found[f"{name} alike"] = Verdict(
+            kind, f"accuracies of the sets differ by {text_of(apart)}"
+        )
     return found
 
 
@@ -160,7 +163,7 @@ def _sizes(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _judge_sizes(result: Result) -> Verdict:
-    """Every size by itself; are hardest and easiest less apart when large?"""
+    """Decide about every size, and whether the separation shrinks with the size."""
     panels = result["panels"]
     verdicts = {"order": _judge_panels(result)}
     for metric in outcomes.METRICS:
@@ -168,7 +171,7 @@ def _judge_sizes(result: Result) -> Verdict:
         shrinks = mean_interval(small - large)
         verdicts[f"separation by {metric}"] = Verdict(
             of_interval(shrinks.low, shrinks.high),
-            f"hardest - easiest {small.mean():.1f} epochs for the smallest sets, "
+            f"hardest minus easiest: {small.mean():.1f} epochs for the smallest sets, "
             f"{large.mean():.1f} for the largest; shrinks by {text_of(shrinks, 2)}, "
             f"n = {len(small)}",
         )
@@ -176,14 +179,14 @@ def _judge_sizes(result: Result) -> Verdict:
 
 
 def _separation(found: Result, metric: str) -> np.ndarray:
-    """Epochs between the hardest set and the easiest, ``(seeds,)``."""
+    """Return the hardest set's epochs minus the easiest set's, ``(seeds,)``."""
     times = np.minimum(outcomes.from_json(found["times"][metric]), found["max_time"])
     return times[:, -1] - times[:, 0]
 
 
 def _judge_panels(result: Result) -> Verdict:
     if not result["panels"]:
-        return Verdict(NOT_TESTABLE, "no other data set at this scale")
+        return Verdict(NOT_TESTABLE, "this scale has no other data set")
     return combined({name: judge_panel(p) for name, p in result["panels"].items()})
 
 
@@ -194,8 +197,8 @@ def _draw_panels(result: Result) -> Picture:
 FIGURES = [
     Figure(
         "fig5",
-        "Over the epochs UA and MIA approach the oracle's, hard sets last; RA and TA "
-        "end alike on all sets.",
+        "During fine-tuning UA and MIA approach the oracle's, hard sets last; RA and "
+        "TA end alike on all sets.",
         lambda scale: _fine_tuning(scale.sgd),
         _curves,
         _judge_curves,
@@ -213,7 +216,7 @@ FIGURES = [
     ),
     Figure(
         "fig7",
-        "The same on other data sets and models.",
+        "Fine-tuning on other data sets and models: harder sets take longer.",
         _other_units,
         _others,
         _judge_panels,
@@ -221,7 +224,8 @@ FIGURES = [
     ),
     Figure(
         "fig8",
-        "The same for small and large forget sets; the separation shrinks with size.",
+        "Fine-tuning: harder sets take longer, for small and for large forget sets; "
+        "the separation shrinks with size.",
         _size_units,
         _sizes,
         _judge_sizes,

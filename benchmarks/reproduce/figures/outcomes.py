@@ -1,4 +1,4 @@
-"""Arrays from finished jobs: runs by forget sets."""
+"""Arrays from the stored results of jobs: a row per seed, a column per forget set."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +13,12 @@ from opacus_pi.evaluation import time_to_unlearn
 from opacus_pi.evaluation.trace import UnlearningTrace
 
 UA, MIA = "unlearning_accuracy", "membership_inference"
-METRICS = {"UA": UA, "MIA": MIA}  # by which every time to unlearn is taken
+METRICS = {"UA": UA, "MIA": MIA}  # each gives a time to unlearn
 Sets = Sequence[ForgetSet]
 
 
 def unlearnings(experiment: Experiment, sets: Sets, method: str) -> list[Unlearning]:
-    """The runs of every seed on every set."""
+    """Return the runs of every seed on every set, seed by seed."""
     return [
         Unlearning(experiment, one, method, seed)
         for seed in range(experiment.num_seeds)
@@ -29,7 +29,7 @@ def unlearnings(experiment: Experiment, sets: Sets, method: str) -> list[Unlearn
 def runs(
     workspace: Workspace, experiment: Experiment, sets: Sets, method: str
 ) -> list[list[dict[str, Any]]]:
-    """Results of the runs, ``[seed][set]``."""
+    """Return the results of the runs, ``[seed][set]``."""
     found = [unit.run(workspace) for unit in unlearnings(experiment, sets, method)]
     return [found[i : i + len(sets)] for i in range(0, len(found), len(sets))]
 
@@ -37,7 +37,7 @@ def runs(
 def oracle_values(
     workspace: Workspace, experiment: Experiment, forget_set: ForgetSet
 ) -> dict[str, list[float]]:
-    """The metrics of a set's oracles."""
+    """Return the metrics of a set's oracles, one value per oracle."""
     found = [one.run(workspace) for one in oracles(experiment, forget_set)]
     return {name: [one[name] for one in found] for name in found[0]}
 
@@ -49,21 +49,29 @@ def times(
     method: str,
     metric: str = UA,
 ) -> np.ndarray:
-    """Epochs until within five points of the mean oracle, ``(seeds, sets)``."""
-    judges = [oracle_values(workspace, experiment, one) for one in sets]
-    return times_of(runs(workspace, experiment, sets, method), judges, metric)
+    """Return epochs until within five points of the mean oracle, ``(seeds, sets)``."""
+    of_oracles = [oracle_values(workspace, experiment, one) for one in sets]
+    return times_of(runs(workspace, experiment, sets, method), of_oracles, metric)
 
 
 def times_of(
-    rows: list[list[dict[str, Any]]], judges: list[dict[str, list[float]]], metric: str
+    rows: list[list[dict[str, Any]]],
+    of_oracles: list[dict[str, list[float]]],
+    metric: str,
 ) -> np.ndarray:
-    """The same of results ``[seed][set]`` and the metrics of each set's oracles."""
+    """Return epochs to unlearn from given results.
+
+    Args:
+        rows: Results of the runs, ``[seed][set]``.
+        of_oracles: Metrics of each set's oracles.
+        metric: The metric that is compared.
+    """
 
     def time(run: dict[str, Any], oracle: dict[str, list[float]]) -> float:
         trace = UnlearningTrace(run["times"], run["trace"])
         return time_to_unlearn(trace, oracle, metric=metric)
 
-    return np.array([list(map(time, row, judges)) for row in rows])
+    return np.array([list(map(time, row, of_oracles)) for row in rows])
 
 
 def gaps(
@@ -73,25 +81,25 @@ def gaps(
     method: str,
     metric: str = UA,
 ) -> np.ndarray:
-    """How far from the mean oracle every run ends, ``(seeds, sets)``."""
-    judges = [
+    """Return the final distance from the mean oracle, ``(seeds, sets)``."""
+    of_oracles = [
         np.mean(oracle_values(workspace, experiment, one)[metric]) for one in sets
     ]
     ends = [
         [run["trace"][metric][-1] for run in row]
         for row in runs(workspace, experiment, sets, method)
     ]
-    return np.abs(np.array(ends) - judges)
+    return np.abs(np.array(ends) - of_oracles)
 
 
 def mean_losses(workspace: Workspace, experiment: Experiment, sets: Sets) -> np.ndarray:
-    """Mean privacy loss of each set, ``(sets,)``."""
+    """Return the mean privacy loss of each set, ``(sets,)``."""
     scores = workspace.scores(experiment)["privacy loss"]
     return np.array([scores[one.indices(workspace, experiment)].mean() for one in sets])
 
 
 def to_json(values: np.ndarray) -> list:
-    """An array as JSON; what is not finite becomes None."""
+    """Return an array as JSON; values that are not finite become None."""
     return [
         to_json(row) if row.ndim else (float(row) if np.isfinite(row) else None)
         for row in np.asarray(values, dtype=np.float64)
@@ -99,11 +107,11 @@ def to_json(values: np.ndarray) -> list:
 
 
 def from_json(values: list) -> np.ndarray:
-    """What ``to_json`` made of times: None is never, inf."""
+    """Return the times that ``to_json`` stored; None becomes ``inf``, never."""
     numbers = np.array(values, dtype=np.float64)
     return np.where(np.isnan(numbers), np.inf, numbers)
 
 
 def rounded_to_json(values: np.ndarray, digits: int = 4) -> list[float]:
-    """An array as JSON with so many significant digits."""
+    """Return an array as JSON, with this many significant digits."""
     return [float(f"{value:.{digits}g}") for value in values]

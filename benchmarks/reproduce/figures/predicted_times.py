@@ -1,14 +1,15 @@
-"""Beyond the paper: steps predicted before the run against steps taken.
+"""Beyond the paper: epochs predicted before the run against epochs taken.
 
 Claim: at equal cost, budgets from the privacy loss leave more sets at the oracle than
-one budget for all. Data, model, seeds, strata and settings as in Figure 1 (middle), for
-three methods that train on what is kept. Intervals over seeds.
+one budget for all sets.
 
-For each seed the times to unlearn of the other seeds' runs are fitted against ln of the
-privacy loss, as ``Unlearner.plan`` does; a run that never arrived counts as its length.
-Compared over all runs of the seed: stopping at the evidence within a budget of twice
-the prediction, a fixed budget for all sets, and a fixed budget of the adaptive runs'
-own mean.
+Data, model, seeds, strata and settings are those of figure 1 (middle), for three
+methods that train on the retained images. Intervals are over seeds. For each seed, the
+times of the other seeds' runs are fitted against the logarithm of the privacy loss, as
+``Unlearner.plan`` does; a run that never reached the oracle counts as its length. Three
+policies are compared over all runs of the seed: stop when the oracle is reached, within
+a budget of twice the prediction; one fixed budget; and a fixed budget that costs as
+much as the first policy on average.
 """
 
 from typing import Any
@@ -48,7 +49,7 @@ def _result(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _panel(scale: Scale, workspace: Workspace, method: str) -> Result:
-    """One method: predictions, times, and what three policies cost and reach."""
+    """Return predictions and times of a method, and cost and success of each policy."""
     experiment, sets = scale.sgd, strata(scale.sgd)
     losses = outcomes.mean_losses(workspace, experiment, sets)
     times = outcomes.times(workspace, experiment, sets, method)
@@ -75,7 +76,7 @@ def _panel(scale: Scale, workspace: Workspace, method: str) -> Result:
 def _predict(
     losses: np.ndarray, times: np.ndarray, seed: int, length: int
 ) -> list[float]:
-    """Predictions for a seed from all other seeds' runs, each of this length."""
+    """Return predictions for a seed from all other seeds' runs, each of this length."""
     others = np.delete(times, seed, axis=0)
     past = np.tile(losses, len(others))
     found = [
@@ -85,7 +86,7 @@ def _predict(
 
 
 def _gaps(workspace: Workspace, scale: Scale, method: str) -> np.ndarray:
-    """Distance of UA from the mean oracle, ``(seeds, sets, epochs)``."""
+    """Return the distance of UA from the mean oracle, ``(seeds, sets, epochs)``."""
     experiment, sets = scale.sgd, strata(scale.sgd)
     judges = [outcomes.oracle_values(workspace, experiment, one) for one in sets]
     rows = outcomes.runs(workspace, experiment, sets, method)
@@ -101,7 +102,7 @@ def _gaps(workspace: Workspace, scale: Scale, method: str) -> np.ndarray:
 
 
 def _score(gaps: np.ndarray, spent: np.ndarray) -> dict[str, Any]:
-    """Epochs spent and sets that are at the oracle when the run ends, by seed."""
+    """Return epochs spent and share of sets at the oracle in the end, by seed."""
     spent = spent.astype(np.int64)
     final = np.take_along_axis(gaps, spent[..., None], axis=2)[..., 0]
     there = final <= TOLERANCE
@@ -113,7 +114,7 @@ def _judge(result: Result) -> Verdict:
 
 
 def _judge_panel(found: Result) -> Verdict:
-    """Does a budget from the loss leave more sets at the oracle, at equal cost?"""
+    """Decide whether budgets from the loss leave more sets at the oracle."""
     taken = np.minimum(outcomes.from_json(found["times"]), found["max_time"])
     error = np.abs(np.array(found["predicted"]) - taken).mean()
     policies = found["policies"]
@@ -158,8 +159,8 @@ def _draw(result: Result) -> Picture:
 FIGURES = [
     Figure(
         "predicted",
-        "The privacy loss says beforehand how long unlearning takes: at equal cost, "
-        "budgets from it leave more sets at the oracle than one budget for all.",
+        "The privacy loss predicts how long unlearning takes: at equal cost, budgets "
+        "from it leave more sets at the oracle than one budget for all sets.",
         _units,
         _result,
         _judge,

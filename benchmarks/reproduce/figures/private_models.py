@@ -1,15 +1,16 @@
 """Beyond the paper: what there is to forget in models trained by DP-SGD.
 
-Claim: harder sets take longer to unlearn in them too, where clipping leaves harder ones
-to choose: an example that is clipped in every update has the largest loss there is, and
-shares it with all others that are, or whose estimate was cut to it.
+Claim: harder sets take longer to unlearn in these models, too, if clipping leaves
+harder sets to choose. All examples that are clipped in every update share the largest
+possible loss, and so do examples whose estimate was capped at it. If most examples
+share it, there is no ranking.
 
 Data: the scale's main data set; five strata by mean privacy loss over the seeds'
-ledgers, whose norms are those that the batches showed. Seeds: ``num_seeds`` trainings,
-each unlearned once a stratum; its oracles are trained once, by the same DP-SGD, and
-judge every seed. Settings: two clip norms and noise multipliers (``scales``), one pair
-private and binding, one nearly neither; unlearning is fine-tuning without noise, its
-learning rate found on a random set.
+ledgers, from observed norms. Seeds: ``num_seeds`` trainings; each stratum is unlearned
+once per seed. Its oracles are trained once, by the same DP-SGD, and serve all seeds.
+Settings: two pairs of clip norm and noise multiplier (``scales``), one with strong
+privacy and clipping, one with little of both. Unlearning is fine-tuning without noise;
+its learning rate is searched on a random set.
 """
 
 import matplotlib.pyplot as plt
@@ -54,7 +55,7 @@ def _units(scale: Scale) -> list[Unit]:
 
 
 def _panel(workspace: Workspace, experiment: Experiment) -> Result:
-    """Times, ε, ties at the largest loss, and UA before and of the oracles."""
+    """Return times, ε, ties at the largest loss, and UA before and of the oracles."""
     sets = strata(experiment)
     rows = outcomes.runs(workspace, experiment, sets, _METHOD)
     losses = workspace.scores(experiment)["privacy loss"]
@@ -71,7 +72,7 @@ def _panel(workspace: Workspace, experiment: Experiment) -> Result:
 
 
 def _epsilon(workspace: Workspace, experiment: Experiment) -> float:
-    """What DP-SGD promises to everybody."""
+    """Return the worst-case ε of the DP-SGD run."""
     ledger = workspace.trained(experiment, 0)[1]
     return privacy_statement(ledger, [0], delta=_DELTA).worst_case
 
@@ -81,7 +82,7 @@ def _result(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _judge(result: Result) -> Verdict:
-    """By the panels in which most examples differ; every panel says what it found."""
+    """Decide by the panels in which most losses differ; quote the numbers of all."""
     found = {title: _judge_one(one) for title, one in result["panels"].items()}
     clear = [
         found[title].verdict
@@ -96,20 +97,20 @@ def _mostly_tied(found: Result) -> bool:
 
 
 def _judge_one(found: Result) -> Verdict:
-    """Where most examples share the largest loss there are no harder ones to choose."""
+    """Decide about one panel; not testable if most examples share the largest loss."""
     order = judge_panel(found)
     left = np.mean(found["oracle"][-1]) - np.array(found["before"])[:, -1]
     tied, total = found["num_tied"], found["num_examples"]
     because = (
         f"ε = {found['epsilon']:.3g} at δ = {_DELTA:g}; {tied:,} of {total:,} examples "
-        f"share the largest loss; on the hardest set UA of its oracles exceeds that "
-        f"before forgetting by {text_of(mean_interval(left))}; {order.because}"
+        f"share the largest loss; on the hardest set the oracles' UA exceeds the UA "
+        f"before unlearning by {text_of(mean_interval(left))}; {order.because}"
     )
     return Verdict(NOT_TESTABLE if _mostly_tied(found) else order.verdict, because)
 
 
 def _draw(result: Result) -> Picture:
-    """Above the times, below how far the trained models are from the oracles."""
+    """Draw the times above, and the trained models' distance to the oracles below."""
     panels = result["panels"]
     picture, axes = plt.subplots(
         2,
@@ -125,9 +126,9 @@ def _draw(result: Result) -> Picture:
 
 
 def _draw_before(ax: Axes, found: Result) -> None:
-    """UA by stratum with its spread over seeds and over oracles."""
+    """Draw UA by stratum, with its spread over seeds and over oracles."""
     curves = {
-        "before forgetting": np.array(found["before"]).T,
+        "before unlearning": np.array(found["before"]).T,
         "oracles": np.array(found["oracle"]),
     }
     for marker, (label, values) in zip("os", curves.items(), strict=True):

@@ -1,15 +1,15 @@
 """Does the ranking depend on what is assumed? Appendix F.3, and the literal ratio.
 
-Claim of ``ranks``: the ranking by privacy loss hardly depends on the noise assumed; the
-paper has Spearman's ρ .70 between σ = .01 and .001, and .99 between .001, .0005 and
-.0001 (SVHN). Claim of ``literal``, beyond the paper: its printed ratio takes the noise
-on the mean gradient as if it were on the sum, so it is the batch size times that of the
-mechanism which was run; both rank alike.
+Claim of ``ranks``: the ranking by privacy loss hardly depends on the assumed noise. The
+paper reports Spearman's ρ of .70 between σ = .01 and .001, and .99 between .001, .0005
+and .0001 (SVHN). Claim of ``literal``, beyond the paper: the paper's printed ratio uses
+the noise on the mean gradient as if it were on the sum. The ratio is then the batch
+size times the ratio of the mechanism that was run. Both give the same ranking.
 
-Data: all training images of the main experiment and of the scale's others (SVHN among
-them; ``literal``: the main one). Seeds: each seed's own ledger, intervals over seeds.
-Settings: the paper's noise levels, on the mean gradient, and the largest it allows,
-0.1; order as everywhere.
+Data: all training images of the main experiment and of the scale's other ones, SVHN
+among them (``literal``: the main one only). Seeds: each seed's own ledger, with
+intervals over seeds. Settings: the paper's noise levels on the mean gradient, and 0.1,
+the largest level it allows; the order is that of the other figures.
 """
 
 import matplotlib.pyplot as plt
@@ -36,14 +36,14 @@ AGREE = 0.9
 
 
 def _of_noises(experiment: Experiment) -> list[NoiseRanks]:
-    """One a seed, at the paper's noises."""
+    """Return the jobs at the paper's noise levels, one per seed."""
     on_sum = tuple(std * experiment.recipe.batch_size for std in ON_MEAN)
     seeds = range(experiment.num_seeds)
     return [NoiseRanks(experiment, seed, on_sum) for seed in seeds]
 
 
 def _of_ratios(experiment: Experiment) -> list[NoiseRanks]:
-    """One a seed: the mechanism's noise on the sum, and the literal one."""
+    """Return the jobs with the noise on the sum and the literal one, one per seed."""
     std = experiment.assumed_noise_std
     pair = (std * experiment.recipe.batch_size, std)
     seeds = range(experiment.num_seeds)
@@ -77,7 +77,7 @@ def _literal(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _judge(result: Result) -> Verdict:
-    """By the pair of noises that agrees least, over seeds."""
+    """Decide by the pair of noises that agrees least, over seeds."""
     names = [name.replace("\n", " ") for name in result["names"]]
     return combined(
         {name: _agreement(np.array(m), names) for name, m in result["panels"].items()}
@@ -85,11 +85,11 @@ def _judge(result: Result) -> Verdict:
 
 
 def _agreement(matrices: np.ndarray, names: list[str]) -> Verdict:
-    """Above ``AGREE``, by the interval of the least Spearman's rho.
+    """Decide whether the lowest Spearman's rho is above ``AGREE``.
 
     Args:
-        matrices: ``(seeds, noises, noises)``.
-        names: Of the noises.
+        matrices: Correlations, ``(seeds, noises, noises)``.
+        names: Names of the noises.
     """
     mean = matrices.mean(0)
     i, j = np.unravel_index(mean.argmin(), mean.shape)
@@ -118,7 +118,7 @@ def _draw(result: Result) -> Picture:
 
 
 def _draw_matrix(ax: Axes, matrices: np.ndarray, names: list[str]) -> AxesImage:
-    """The means, with the numbers."""
+    """Draw the mean correlations, with their values."""
     rho = matrices.mean(0)
     shown = ax.imshow(rho, vmin=0, vmax=1, cmap="cividis")
     for (i, j), value in np.ndenumerate(rho):

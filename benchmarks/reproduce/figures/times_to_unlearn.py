@@ -1,15 +1,16 @@
 """Figure 1, left and middle: time to unlearn against the privacy loss.
 
-Claim, left: with SGLD, in training and in unlearning, forget sets of higher privacy
-loss take longer, at every noise level. Claim, middle: with SGD and fine-tuning the
-same, by UA, by MIA and by the Gaussian unlearning score.
+Claim, left: with SGLD in training and in unlearning, forget sets of higher privacy loss
+take longer to unlearn, at every noise level. Claim, middle: the same holds for SGD and
+fine-tuning, by UA, by MIA and by the Gaussian unlearning score.
 
 Data: the scale's main data set; five strata by mean privacy loss over the seeds'
-ledgers (Appendix D). Seeds: ``num_seeds`` trainings, each unlearned once a stratum;
-its oracles are trained once and judge every seed; for the Gaussian score one more
-training, on noisy inputs, for every stratum and seed. Settings: the left keeps those
-of training, noise on the mean gradient included; the middle's learning rate is found
-on a random set. Time: the first epoch within five points of the mean oracle.
+ledgers (Appendix D). Seeds: ``num_seeds`` trainings; each stratum is unlearned once per
+seed. The oracles of a stratum are trained once and serve all seeds. The Gaussian score
+needs one more training per stratum and seed, on noisy inputs. Settings: the left panel
+uses those of training, including the noise on the mean gradient; the learning rate of
+the middle panel is searched on a random set. Time: the first epoch within five points
+of the mean oracle.
 """
 
 import matplotlib.pyplot as plt
@@ -39,7 +40,7 @@ from opacus_pi.plotting import plot_time_to_unlearn
 def panel(
     workspace: Workspace, experiment: Experiment, method: str, sets: outcomes.Sets
 ) -> Result:
-    """One panel of times by UA and MIA."""
+    """Return the numbers of one panel: times by UA and MIA, and mean losses."""
     times = {
         name: outcomes.to_json(
             outcomes.times(workspace, experiment, sets, method, metric)
@@ -55,13 +56,17 @@ def panel(
 
 
 def judge_panel(found: Result) -> Verdict:
-    """Whether harder strata take longer, by every metric."""
+    """Decide whether harder strata take longer, by every metric."""
     times = {name: outcomes.from_json(t) for name, t in found["times"].items()}
     return combined({name: judge_times(one) for name, one in times.items()})
 
 
 def judge_times(times: np.ndarray) -> Verdict:
-    """Whether harder strata take longer, ``(seeds, sets)``; and how long they take."""
+    """Decide whether harder strata take longer; quote the median times.
+
+    Args:
+        times: ``(seeds, sets)``, easiest set first.
+    """
     order = ordering(times)
     return Verdict(
         order.verdict, f"{order.because}; median epochs {medians_text(times)}"
@@ -69,7 +74,7 @@ def judge_times(times: np.ndarray) -> Verdict:
 
 
 def draw_panel(ax: Axes, title: str, found: Result) -> None:
-    """Times of every run against the mean privacy loss of its forget set."""
+    """Draw the time of every run against the mean privacy loss of its forget set."""
     times = {name: outcomes.from_json(t) for name, t in found["times"].items()}
     runs = len(next(iter(times.values())))
     losses = np.tile(found["mean_losses"], (runs, 1))
@@ -78,7 +83,7 @@ def draw_panel(ax: Axes, title: str, found: Result) -> None:
 
 
 def draw_panels(panels: dict[str, Result]) -> Picture:
-    """Panels in rows of at most four."""
+    """Draw panels in rows of at most four."""
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     picture, axes = plt.subplots(
@@ -127,7 +132,7 @@ def _middle_units(scale: Scale) -> list[Unit]:
 
 
 def _poisoned(scale: Scale) -> list[Poisoned]:
-    """The poisoned runs, seed by seed."""
+    """Return the jobs with noisy inputs, seed by seed."""
     return [
         Poisoned(scale.sgd, one, "fine-tune", seed, scale.poison_std)
         for seed in range(scale.sgd.num_seeds)
@@ -166,7 +171,8 @@ FIGURES = [
     ),
     Figure(
         "fig1-middle",
-        "SGD and fine-tuning: the same by UA, MIA and GUS.",
+        "SGD and fine-tuning: forget sets of higher privacy loss take longer to "
+        "unlearn, by UA, MIA and GUS.",
         _middle_units,
         _middle,
         judge_panel,

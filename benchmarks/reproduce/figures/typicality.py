@@ -1,13 +1,13 @@
 """Are the examples of high privacy loss atypical? Figure 9, and a number beside it.
 
 Claim: examples that are easy to forget look typical, hard ones atypical. The paper
-shows pictures. What can be counted: how many of an example's nearest training images,
-by Euclidean distance of pixels, bear another label; no model has a say in that.
+shows pictures. We also count how many of an example's nearest training images, by
+Euclidean distance of the pixels, have another label. No model influences this number.
 
-Data: all training images of the scale's main experiment. Seeds: pictures and shares by
-the mean loss over the seeds' ledgers; Spearman's ρ for each seed's own ledger, with an
-interval over seeds. Settings: 10 neighbours; easiest and hardest set of a stratum's
-size; 8 pictures of each kind.
+Data: all training images of the scale's main experiment. Seeds: pictures and shares use
+the mean loss over the seeds' ledgers; Spearman's ρ is computed for each seed's own
+ledger, with an interval over seeds. Settings: 10 neighbours; hardest and easiest set
+have a stratum's size; 8 pictures of each kind.
 """
 
 import numpy as np
@@ -58,7 +58,7 @@ LABELS = {
 def disagreement(
     images: NDArray[np.float64], labels: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """The share of each image's nearest neighbours that bear another label.
+    """Return the share of each image's nearest neighbours that have another label.
 
     Args:
         images: ``(n, ...)``, any shape of pixels.
@@ -69,7 +69,9 @@ def disagreement(
     """
     search = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute")
     search.fit(images.reshape(len(images), -1))
-    others = search.kneighbors(return_distance=False)  # of the fitted: without itself
+    others = search.kneighbors(
+        return_distance=False
+    )  # an image is not its own neighbour
     return (labels[others] != labels[:, None]).mean(1)
 
 
@@ -111,10 +113,10 @@ def _judge_pictures(result: Result) -> Verdict:
     share = {k: f"{100 * v:.0f} %" for k, v in result["of_another_label"].items()}
     because = (
         f"of the {result['neighbours']} nearest training images "
-        f"{share['highest loss']} bear another label in the hardest set, "
+        f"{share['highest loss']} have another label in the hardest set, "
         f"{share['lowest loss']} in the easiest, {share['all']} overall; Spearman with "
         f"the privacy loss {rho.estimate:.2f}, 95 % [{rho.low:.2f}, {rho.high:.2f}], "
-        f"over {len(result['spearman'])} seeds; and see the picture"
+        f"over {len(result['spearman'])} seeds; see also the pictures"
     )
     return Verdict(of_interval(rho.low, rho.high), because)
 

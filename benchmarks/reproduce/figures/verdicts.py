@@ -1,4 +1,9 @@
-"""Verdicts on the paper's claims, and the numbers they quote, in words."""
+"""Verdicts on the paper's claims, and the numbers that they quote, as text.
+
+Every claim is reduced to quantities that must be above 0, one value per seed. It is
+borne out if the 95 % interval of the mean is above 0, not borne out if it is below, and
+not testable if it contains 0. A claim with several parts is borne out only if all are.
+"""
 
 from dataclasses import dataclass
 
@@ -14,11 +19,11 @@ NOT_TESTABLE = "not testable at this scale"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the numbers say about a claim.
+    """Whether the numbers confirm a claim.
 
     Attributes:
         verdict: ``BORNE_OUT``, ``NOT_BORNE_OUT`` or ``NOT_TESTABLE``.
-        because: One sentence with the numbers.
+        because: The numbers behind it, in one sentence.
     """
 
     verdict: str
@@ -26,7 +31,7 @@ class Verdict:
 
 
 def ordering(times: np.ndarray) -> Verdict:
-    """Do harder sets take longer? By the 95 % interval of Spearman's rho over seeds.
+    """Decide whether harder sets take longer, by Spearman's rho over seeds.
 
     Args:
         times: Times to unlearn, ``(seeds, sets)``, easiest set first; inf: never.
@@ -36,37 +41,42 @@ def ordering(times: np.ndarray) -> Verdict:
         return Verdict(NOT_TESTABLE, "all sets are equal in every seed")
     low, high = found["interval"]
     if low is None:
-        because = f"in all seeds but one every set ties; there rho {found['rho']:.2f}"
+        because = f"all sets tie in all seeds but one, where rho is {found['rho']:.2f}"
         return Verdict(NOT_TESTABLE, because)
     seeds, rho = found["num_seeds"], f"Spearman {found['rho']:.2f}"
     numbers = f"{rho}, 95 % [{low:.2f}, {high:.2f}], over {seeds} seeds"
-    if f"{low:.4f}" == f"{high:.4f}":  # an interval of no width would say too much
+    if f"{low:.4f}" == f"{high:.4f}":  # an interval of width 0 would claim too much
         numbers = f"{rho} in each of {seeds} seeds"
     ties = f"{100 * found['tied_pairs']:.0f} % of pairs tie"
     return Verdict(of_interval(low, high), f"{numbers}; {ties}")
 
 
 def medians_text(times: np.ndarray) -> str:
-    """The median time of each set over the seeds, easiest first, in words."""
+    """Return the median time of each set over the seeds, easiest first, as text."""
     middle = np.quantile(times, 0.5, axis=0, method="higher")
     return ", ".join(f"{time:g}" if np.isfinite(time) else "never" for time in middle)
 
 
 def text_of(found: ConfidenceInterval, digits: int = 3) -> str:
-    """An estimate with the ends of its interval, in words."""
+    """Return an estimate with the ends of its interval, as text."""
     middle, low, high = (f"{value:.{digits}f}" for value in found)
     return f"{middle} [{low}, {high}]"
 
 
 def epochs_text(times: np.ndarray, most: float) -> str:
-    """Times in words; never counts as the most, and is said."""
+    """Return mean time and interval as text.
+
+    Args:
+        times: Epochs; ``inf`` is never.
+        most: Epochs of a run; used in place of never, whose number is given.
+    """
     never = int(np.isinf(times).sum())
     text = interval_text(np.minimum(times, most), 1)
     return f"{text}, never ×{never}" if never else text
 
 
 def interval_text(values: np.ndarray, digits: int = 3) -> str:
-    """Mean and half the width of its 95 % interval."""
+    """Return the mean and half the width of its 95 % interval, as text."""
     found = mean_interval(values)
     if not np.isfinite(found.high):
         return f"{found.estimate:.{digits}f}"
@@ -74,14 +84,17 @@ def interval_text(values: np.ndarray, digits: int = 3) -> str:
 
 
 def of_interval(low: float, high: float) -> str:
-    """Borne out above 0, not borne out below, else nothing: also if all is 0."""
+    """Return the verdict on "above 0": borne out, not borne out or not testable.
+
+    An interval that is the point 0 is not testable either.
+    """
     if low > 0:
         return BORNE_OUT
     return NOT_BORNE_OUT if low < 0 and high <= 0 else NOT_TESTABLE
 
 
 def combined(verdicts: dict[str, Verdict]) -> Verdict:
-    """One verdict over several measures: borne out only where all of them are."""
+    """Return one verdict over several parts: borne out only if all of them are."""
     because = "; ".join(
         f"{name}: {one.verdict} ({one.because})" for name, one in verdicts.items()
     )
@@ -89,7 +102,7 @@ def combined(verdicts: dict[str, Verdict]) -> Verdict:
 
 
 def all_of(kinds: list[str]) -> str:
-    """Borne out if all are, not borne out if one is not, else not testable."""
+    """Return borne out if all are, not borne out if one is not, else not testable."""
     if all(kind == BORNE_OUT for kind in kinds):
         return BORNE_OUT
     return NOT_BORNE_OUT if NOT_BORNE_OUT in kinds else NOT_TESTABLE
