@@ -2,15 +2,15 @@
 
     python -m benchmarks.clip_norms                # 2 minutes on one core
 
-No loss is above that of an example which is always clipped. Examples that are clipped
-whenever they are seen have it; so have those whose estimate is cut to it, as it exceeds
-the sum over the updates by far at this order. DP-SGD on digits as in the main job (MLP,
-20 epochs, Poisson batches of 64, noise multiplier 1) at rising clip norms C, with the
-learning rate 0.5 / C, so that the noise on the weights is the same in all of them. The
-norms are those that the engine observes. Mean over seeds [least, largest].
+An example that is clipped in every update has the largest possible loss. Examples that
+were clipped whenever they were observed share it, and so do examples whose estimate was
+capped at it. A small clip norm therefore makes many examples indistinguishable. DP-SGD
+on digits as in the main job (MLP, 20 epochs, Poisson batches of 64, noise multiplier 1)
+at rising clip norms C, with the learning rate 0.5 / C, so that the noise on the weights
+is always the same. The norms are observed. Mean over seeds [least, largest].
 
-Results are kept in ``benchmarks/results/clip_norms.json`` after every seed, and seeds
-that are there are not run again; the table is beside it.
+Results are stored in ``benchmarks/results/clip_norms.json`` after every seed, and
+stored seeds are not run again. The table is written beside this file.
 """
 
 import warnings
@@ -34,7 +34,7 @@ DIGITS = SETTINGS["digits"]
 
 @dataclass(frozen=True)
 class Case:
-    """One DP-SGD recipe, and what is asked of its ledger."""
+    """One DP-SGD recipe, and order and delta of its losses."""
 
     recipe: PrivateRecipe
     order: float = DIGITS.order
@@ -42,7 +42,7 @@ class Case:
 
 
 def _at(max_grad_norm: float) -> Case:
-    """The main job's run at another clip norm, its noise on the weights the same."""
+    """Return the main job's run at another clip norm, with equal weight noise."""
     main = DIGITS.recipe
     recipe = PrivateRecipe(
         main.model,
@@ -59,7 +59,7 @@ CASES = {f"{norm:g}": _at(norm) for norm in (0.5, 1, 2, 5, 10, 20)}
 
 
 def measure(case: Case, seed: int) -> dict[str, Any]:
-    """Train once; who ties, what it cost, and what it is worth."""
+    """Train once; return ties, epsilons and test accuracy."""
     images, recipe = data.load("digits"), case.recipe
     model, engine = train_privately(
         recipe,
@@ -77,7 +77,7 @@ def measure(case: Case, seed: int) -> dict[str, Any]:
 
 
 def table(cases: dict[str, Any]) -> str:
-    """All clip norms as Markdown."""
+    """Return a Markdown table of all clip norms."""
     rows = [
         (
             "clip norm",
@@ -118,7 +118,7 @@ Made by `python -m benchmarks.clip_norms`: DP-SGD on 1,437 digits, observed norm
 
 
 def main() -> None:
-    """Run the seeds that are missing, print the table, write both files."""
+    """Run the missing seeds, print the table, and write both files."""
     args = arguments(__doc__, CASES, OUT).parse_args()
     torch.set_num_threads(1)
     settings = {name: facts_of(CASES[name]) for name in args.cases}

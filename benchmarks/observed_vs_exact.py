@@ -4,15 +4,16 @@
 
 DP-SGD with Poisson batches on digits (MLP; clipped at 1, and at 10, where few examples
 stay at the clip norm) and on 2,000 images of Fashion-MNIST (small CNN; files in
-``DIR``). The engine observes each example only at the updates that draw it; beside it
-every example's norm is measured exactly before every update. All ledgers go through the
-same accounting. For each, against the exact losses: Spearman's correlation over the
-examples, and the least and the largest ratio, which say how far an example is charged
-too little or too much. Observed ledgers under three rules, and with their gaps filled
-by rank; swept ledgers of N evenly spaced rows. Mean over seeds [least, largest].
+``DIR``). The engine observes an example only at the updates that draw it. In the same
+run, the norms of all examples are measured exactly before every update. All ledgers go
+through the same accounting and are compared with the exact losses: by Spearman's
+correlation over the examples, and by the least and largest ratio, which show how far a
+loss is underestimated or overestimated. Compared are observed ledgers under three rules
+and with gaps filled by rank, and swept ledgers of N evenly spaced rows. Mean over seeds
+[least, largest].
 
-Results are kept in ``benchmarks/results/observed_vs_exact.json`` after every seed, and
-seeds that are there are not run again; the table is beside it.
+Results are stored in ``benchmarks/results/observed_vs_exact.json`` after every seed,
+and stored seeds are not run again. The table is written beside this file.
 """
 
 from dataclasses import asdict, dataclass
@@ -39,7 +40,7 @@ OUT = Path("benchmarks/results/observed_vs_exact.json")
 
 @dataclass(frozen=True)
 class Case:
-    """One training: data, recipe, noise and clip norm; and the order of the losses."""
+    """One training (data, recipe, noise, clip norm) and the order of its losses."""
 
     data_set: str
     recipe: Recipe
@@ -49,7 +50,7 @@ class Case:
     order: float = 8.0
 
     def settings(self) -> dict[str, Any]:
-        """Everything but the seed, for the table and to know results again."""
+        """Return all but the seed, for the table and to recognise stored results."""
         facts = {**asdict(self), **asdict(self.recipe)}
         return {name: facts[name] for name in _SETTINGS}
 
@@ -102,7 +103,7 @@ def ledgers(
 
 
 def thinned(exact: GradNormLedger, num_rows: int) -> GradNormLedger:
-    """Evenly spaced rows of the exact ledger, as a sweep after those updates has."""
+    """Return evenly spaced rows of the exact ledger, as sweeps would measure them."""
     last = exact.mechanism.num_steps
     steps = np.round(last * np.arange(1, num_rows + 1) / num_rows)
     rows = np.unique(np.minimum(steps, last - 1).astype(int))
@@ -110,7 +111,7 @@ def thinned(exact: GradNormLedger, num_rows: int) -> GradNormLedger:
 
 
 def compare(losses: np.ndarray, exact: np.ndarray) -> dict[str, float]:
-    """Spearman's correlation and the worst ratio in either direction."""
+    """Return Spearman's correlation and quantiles of the ratio to the exact loss."""
     ratio = losses / exact
     return {
         "spearman": float(stats.spearmanr(losses, exact).statistic),
@@ -124,8 +125,8 @@ def compare(losses: np.ndarray, exact: np.ndarray) -> dict[str, float]:
 def compared(
     observed: GradNormLedger, exact: GradNormLedger, order: float
 ) -> dict[str, dict[str, float]]:
-    """Every way to record the run, against the exact losses."""
-    # the exact row before update t speaks for update t: the left rule
+    """Compare every way to record the run with the exact losses."""
+    # an exact row is measured before the update that it covers: the left rule
     truth = privacy_losses(exact, order, rule="left")
     found = {
         f"observed, {rule}": privacy_losses(observed, order, rule=rule)
@@ -140,7 +141,7 @@ def compared(
 
 
 def table(cases: dict[str, Any]) -> str:
-    """All cases as Markdown."""
+    """Return Markdown tables of all cases."""
     keys = ("spearman", "min_ratio", "tenth_ratio", "max_ratio")
     parts = []
     for name, case in cases.items():
@@ -164,7 +165,7 @@ def table(cases: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the seeds that are missing, print the table, write both files."""
+    """Run the missing seeds, print the table, and write both files."""
     parser = arguments(__doc__, CASES, OUT)
     parser.add_argument("--data-root", type=Path)
     args = parser.parse_args()

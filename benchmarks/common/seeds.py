@@ -1,7 +1,7 @@
-"""Cases by seeds: results kept after every seed, and written as a table.
+"""Run named cases over several seeds; store every seed's result, write a table.
 
-A script names its cases and their settings, and says how one seed of a case is
-measured. Seeds that the file holds under the same settings are not run again.
+A script provides the settings of its cases and a function that measures one seed of a
+case. Seeds that are stored with the same settings are not run again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ Facts = dict[str, Any]
 
 
 def arguments(doc: str, cases: Iterable[str], out: Path) -> argparse.ArgumentParser:
-    """The options that such scripts share."""
+    """Return a parser with the options that such scripts share."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -36,13 +36,13 @@ def run_missing(
     num_seeds: int,
     measure: Callable[[str, int], Facts],
 ) -> dict[str, Facts]:
-    """Measure what the file lacks, and write it after every seed.
+    """Measure the seeds that the file lacks, and write the file after every seed.
 
     Args:
         out: JSON with ``environment`` and ``cases``.
-        settings: What determines each case but its seed, JSON-able, by name.
-        num_seeds: Seeds 0 to one less than this.
-        measure: Results of a case, by name, and a seed; JSON-able.
+        settings: By name of the case, everything but the seed that determines it.
+        num_seeds: The seeds are 0 to ``num_seeds - 1``.
+        measure: Returns the result of a case (by name) and a seed, JSON-able.
 
     Returns:
         ``settings`` and ``seeds`` of every case in the file, by name.
@@ -60,13 +60,13 @@ def run_missing(
 
 
 def publish(out: Path, text: str) -> None:
-    """Print the table, and write it beside the JSON."""
+    """Print the table and write it beside the JSON."""
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 
 def over_seeds(values: Iterable[float], form: str = ".3g") -> str:
-    """Mean and spread."""
+    """Return mean, least and largest value as text."""
     found = list(values)
     shown = (f"{value:{form}}" for value in (np.mean(found), min(found), max(found)))
     return "{} [{}, {}]".format(*shown)
