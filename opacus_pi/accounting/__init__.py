@@ -2,7 +2,7 @@
 
 NumPy arrays in, NumPy arrays out, float64; no model and no Opacus. The way from a
 ledger to a number goes through ``moments`` (one update), ``composition`` (all updates),
-``losses`` (a ledger) and ``epsilon`` or ``statement`` (what to tell a person).
+``losses`` (a ledger) and ``epsilon`` or ``statement`` (for the person concerned).
 ``group`` and ``langevin`` bound groups and noisy unlearning, ``budgets`` limits each
 example's loss during training, and ``published`` has formulas of other papers.
 """

@@ -165,7 +165,7 @@ class RenyiFilter:
         )
 
     def admit(self, indices: ArrayLike, ratios: ArrayLike) -> NDArray[np.bool_]:
-        """Charge the examples that may take part in a step, and leave out the others.
+        """Charge the examples that may be in a step, and leave out the others.
 
         An example is admitted if the charges so far plus order·r²/2 are within its
         budget. Otherwise it is charged nothing and may try again later. Call this
@@ -261,11 +261,11 @@ class RenyiFilter:
             self.begin(loaded.size, state["data_set"])
             expect(
                 bool((self._spent <= loaded).all()),
-                "the filter's charges",
-                "larger charges",
+                "the charges of this filter",
+                "larger ones for some examples",
                 "must be at most those that were saved",
-                "Updates that were released stay charged: load into a new RenyiFilter, "
-                "and discard what was trained since.",
+                "What the filter has charged since the save cannot be taken back. Load "
+                "into a new RenyiFilter, and discard the model trained since.",
             )
         self._spent, self._data_set = loaded, state["data_set"]
 

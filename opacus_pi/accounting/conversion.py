@@ -275,7 +275,7 @@ def gaussian_mu(epsilon: ArrayLike, delta: float) -> Array:
         0,
         largest,
         epsilon=epsilon,
-        remedy="Any shift has infinite epsilon.",
+        remedy="Pass a finite epsilon: an infinite one allows any shift.",
     )
     check_delta(delta)
     e = np.asarray(epsilon, dtype=np.float64)

@@ -186,7 +186,7 @@ def worst_case_loss(
         steps is not None or not scheduled,
         "steps",
         None,
-        f"must show where {', '.join(scheduled)} changes",
+        f"must be given, because {', '.join(scheduled)} follows a schedule",
         "Pass the ledger's steps.",
     )
     rows = np.asarray(steps) if scheduled else np.array([mechanism.num_steps])
@@ -363,9 +363,9 @@ def norms_of_runs(
             rule != STRATIFIED or run.source == "swept",
             "rule",
             repr(rule),
-            "must be one for observed rows",
-            "An observed row mixes updates: each example was last sampled in another "
-            "one. Record with Recorder.stratified.",
+            "must not be 'stratified' for an observed ledger",
+            "The norms of an observed row come from different updates, one for each "
+            "example. Record with Recorder.stratified, which sweeps.",
         )
     expect(
         first.num_rows > 0 or first.mechanism.num_steps == 0,

@@ -157,7 +157,7 @@ def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, UpdateInterval]]
         For each part its number of updates, and the drawn update as an interval of one.
 
     Raises:
-        ValueError: If a part has no row of its own.
+        ValueError: If a part has no row.
     """
     rows = np.asarray(steps, dtype=np.int64)
     ends = np.array(stratum_ends(len(rows), num_steps), dtype=np.int64)
@@ -166,7 +166,7 @@ def strata(steps: ArrayLike, num_steps: int) -> list[tuple[int, UpdateInterval]]
         bool(((starts <= rows) & (rows < ends)).all()),
         "steps",
         rows.tolist(),
-        f"must lie one in each of {len(rows)} equal parts of {num_steps} updates",
+        f"must have one row in each of {len(rows)} equal parts of {num_steps} updates",
         "Record the whole run with Recorder.stratified, or choose another rule.",
     )
     # Scheduled values (noise, sample rate) at the drawn update are those of the row

@@ -1,8 +1,8 @@
-"""Statement for one person about the privacy of their own rows.
+"""Statement for one person about the privacy of their own examples.
 
-A person may learn an estimate of the privacy loss of their own row, and a bound that
-holds for any data. The statement lists what both rest on, and with whom each may be
-shared.
+A person may learn an estimate of the privacy loss of their own example, and a bound
+that holds for any data. The statement lists what both rest on, and with whom each may
+be shared.
 
 >>> from opacus_pi.ledger.mechanism import NoisySGD
 >>> mechanism = NoisySGD(100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
@@ -35,14 +35,15 @@ from opacus_pi.ledger.grad_norm_ledger import (
 )
 
 _FORMAT = "opacus_pi.PrivacyStatement.v1"
-# Fewer orders than for one row: each is a numerical integral, and the best order of a
-# group is often below Opacus's smallest.
+# Fewer orders than for one example: each is a numerical integral, and the best order of
+# a group is often below Opacus's smallest.
 _GROUP_ORDERS = (1 + np.geomspace(0.01, 63, 40)).tolist()
 _OWNER_ONLY = (
     "The estimate depends on the owner's own data: share it with the owner only. "
-    "Sharing it has no privacy cost for other people: apart from the owner's data it "
-    "is computed from the model's updates, whose release their own bounds cover (Yu "
-    "et al. 2023, Theorem 3.2). Averages over people need noise before release."
+    "Showing it to the owner costs other people no privacy: besides the owner's data "
+    "it uses only the model's updates, and the bounds of the other people cover the "
+    "release of these updates (Yu et al. 2023, Theorem 3.2). Averages over people need "
+    "noise before release."
 )
 _PUBLIC = "The bound does not depend on anyone's data and may be shared with anyone."
 
@@ -51,17 +52,17 @@ _PUBLIC = "The bound does not depend on anyone's data and may be shared with any
 class PrivacyStatement:
     """One person's privacy in one training run, with the assumptions it rests on.
 
-    The statement is one-sided: with the rows in the training data every event has at
-    most e^ε times the probability that it has without them, plus δ.
+    The statement is one-sided: with the examples in the training data every event has
+    at most e^ε times the probability that it has without them, plus δ.
 
     Args:
         subject: The person or example it is about.
-        num_rows: Number of rows of the training data that belong to the person.
+        num_rows: Number of training examples that belong to the person.
         delta: δ.
-        epsilon: An estimate for these rows. **For their owner only.** None if no
+        epsilon: An estimate for these examples. **For their owner only.** None if no
             estimate can be given.
-        worst_case: A bound on ε for any person with as many rows; ``inf`` if no bound
-            can be given.
+        worst_case: A bound on ε for any person with as many examples; ``inf`` if no
+            bound can be given.
         assumptions: Assumptions of the numbers, met or not.
     """
 
@@ -90,9 +91,9 @@ class PrivacyStatement:
         return json.dumps(facts, ensure_ascii=False, allow_nan=False)
 
     def __str__(self) -> str:
-        rows = "1 row" if self.num_rows == 1 else f"{self.num_rows} rows"
+        examples = f"{self.num_rows} training example{'s' * (self.num_rows != 1)}"
         lines = [
-            f"Privacy statement for {self.subject} ({rows} of the training data).",
+            f"Privacy statement for {self.subject} ({examples}).",
             self._own(),
             self._anyone(),
             *([self.sharing] if self.sharing else []),
@@ -102,7 +103,7 @@ class PrivacyStatement:
         return "\n".join(lines)
 
     def _own(self) -> str:
-        """Return the line about the rows themselves."""
+        """Return the line about the person's own examples."""
         if self.epsilon is not None:
             return (
                 f"These data: ε ≈ {self.epsilon:.4g} at δ = {self.delta:g}, an "
@@ -110,8 +111,8 @@ class PrivacyStatement:
             )
         if self.num_rows > 1:
             return (
-                "These data: no estimate. The values of single rows do not add up to a "
-                "value for a person."
+                "These data: no estimate. The values of single examples do not add up "
+                "to a value for a person."
             )
         return "These data: no estimate can be given."
 
@@ -122,7 +123,7 @@ class PrivacyStatement:
         return (
             f"Any data: ε ≤ {rounded_up(self.worst_case)} at δ = {self.delta:g}, given "
             "the assumptions. The trained model then makes no event more than e^ε "
-            "times as likely as without these rows, plus δ."
+            "times as likely as a model trained without these examples does, plus δ."
         )
 
 
@@ -133,19 +134,17 @@ def privacy_statement(
     *,
     subject: str | None = None,
 ) -> PrivacyStatement:
-    """Return the privacy of one person's rows, as far as the ledger determines it.
+    """Return the privacy of one person's examples, as far as the ledger determines it.
 
-    For one row: its own ε, estimated from its gradient norms, and beside it the worst
-        case.
-    For several rows: only the worst case of that many rows, because the sum of the
-        rows'
-    own losses is not a bound. No number is given without noise or with assumed noise,
-    and no worst case without clipping.
+    For one example: its own ε, estimated from its gradient norms, and beside it the
+    worst case. For several examples: only the worst case of that many, because the sum
+    of the examples' own losses is not a bound. No number is given without noise or with
+    assumed noise, and no worst case without clipping.
 
     Args:
         ledger: The ledger of one run, or of several independent runs of one training.
         rows: The person's positions in the training set, each once. Always a list: for
-            one row ``[157]``.
+            one example ``[157]``.
         delta: δ in (0, 1).
         subject: Name of the person or example; by default the position.
 
@@ -153,7 +152,7 @@ def privacy_statement(
         The statement; its ``sharing`` says how sensitive it is.
 
     Raises:
-        ValueError: If rows are repeated, out of range or not in the ledger, or
+        ValueError: If positions are repeated, out of range or not in the ledger, or
             ``delta`` is not in (0, 1).
 
     Source: Yu et al. 2023 (arXiv:2206.02617), Section 3; paper, Definition 4.2.
@@ -180,7 +179,7 @@ def privacy_statement(
 
 
 def _worst_case(ledger: GradNormLedger, num_rows: int, delta: float) -> float:
-    """Return the bound on ε for any person with as many rows."""
+    """Return the bound on ε for any person with as many examples."""
     mechanism, steps = ledger.mechanism, ledger.steps
     if num_rows == 1:
         orders = DEFAULT_ORDERS
@@ -220,7 +219,7 @@ def _assumptions(
             True,
             "recorded as Poisson sampling"
             if poisson
-            else "recorded as fixed sampling, every row at most once an epoch; no "
+            else "recorded as fixed sampling, every example at most once an epoch; no "
             "amplification by sampling is used",
         ),
         Assumption(

@@ -38,7 +38,7 @@ def tightest_losses(
 ) -> Array:
     """Return the smallest of Hölder's form, the trajectory form and the worst case.
 
-    Each holds by itself with parameters that are fixed before the data are seen
+    Each is a bound on its own with parameters that are fixed before the data are seen
     (p = 3·num_steps, and each κ of the list), so the smallest of them holds too.
 
     Args:
@@ -159,7 +159,8 @@ def _check_finite_parameter(name: str, value: float) -> None:
         name,
         value,
         "must be in (1, inf)",
-        "At infinity, the largest of a few runs would be taken for that of all runs.",
+        "At infinity the form is the largest loss, and the largest of a few runs may "
+        "be below that of all possible runs.",
     )
 
 

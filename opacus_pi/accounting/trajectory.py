@@ -143,7 +143,7 @@ def trajectory_limits(
             each with its own draws.
         order: Rényi order, above 1.
         kappa: κ, above 1, finite and chosen before looking at the runs.
-        confidence: 1 - β, in (0, 1), for each example by itself. For m statements at
+        confidence: 1 - β, in (0, 1), for each example separately. For m statements at
             once use 1 - β/m.
         mode: As in ``log_moment``.
 
@@ -218,7 +218,7 @@ def exceedance_limit(
         0,
         num_runs,
         num_above=num_above,
-        remedy="Pass the number above the budget.",
+        remedy="Pass how many of the runs exceeded the budget.",
     )
     if num_above == num_runs:
         return 1.0
@@ -246,7 +246,7 @@ def _sums_of_runs(
 
 
 def _largest_sum(mechanism: NoisySGD, num_rows: int, inner: Composition) -> float:
-    """Return an upper limit of all sums: every update at C, in the costliest row."""
+    """Return an upper limit of all sums: each update at C in the worst row."""
     unbounded = np.full((1, num_rows, 1), math.inf)  # ratios() clips these norms to C
     one_update = replace(mechanism, num_steps=1)
     clipped = RunNorms(one_update, np.arange(num_rows), unbounded)

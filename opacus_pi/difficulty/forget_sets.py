@@ -38,19 +38,19 @@ Indices = NDArray[np.int64]
 _SAME = 1e-12  # relative difference of scores that rounding alone explains
 _SEED = 0
 _CUT = (
-    "A forget set contains only a part of the examples that tie: {cuts}. Which of them "
-    "it contains is random (see generator) and says nothing about their difficulty. "
-    "Choose a size that does not split the tied examples. Privacy losses may tie at "
-    "the worst case, the loss of an example that is clipped in every update: then use "
-    "a lower order or train with a larger max_grad_norm."
+    "A forget set contains only some of the examples that have equal scores: {cuts}. "
+    "Which of them it contains is random (see generator) and says nothing about their "
+    "difficulty. Choose a size that includes all of them or none. Privacy losses are "
+    "equal at the worst case, the loss of an example that is clipped in every update: "
+    "then use a lower order or train with a larger max_grad_norm."
 )
 
 
 def ranking(scores: ArrayLike, generator: np.random.Generator | None = None) -> Indices:
     """Return all examples in ascending order of score, with ties in random order.
 
-    Scores tie if they are equal or differ by rounding alone: neighbours in order that
-    differ by at most 1e-12 of the larger. Without ties this is ``argsort``.
+    Scores count as equal (ties) if they differ by rounding alone: neighbours in order
+    that differ by at most 1e-12 of the larger. Without ties this is ``argsort``.
 
     Args:
         scores: Difficulty of each example, shape ``(n,)``; higher is harder.
@@ -130,7 +130,7 @@ def difficulty_strata(
         ValueError: If a score is NaN, or ``size`` is below 1 or above ``n / 2``.
 
     Warns:
-        UserWarning: If a set contains only a part of the examples that tie.
+        UserWarning: If a set contains only some of the examples with equal scores.
 
     Source: paper, Section 5.1 and Appendix D (there 1,000 of 50,000).
     """
@@ -170,7 +170,7 @@ def top_k(
         ValueError: If a score is NaN, or ``size`` is below 1 or not below ``n``.
 
     Warns:
-        UserWarning: If the set contains only a part of the examples that tie.
+        UserWarning: If the set contains only some of the examples with equal scores.
 
     Source: paper, Section 6.4.
     """
@@ -279,7 +279,7 @@ def retain_indices(num_examples: int, forget_indices: ArrayLike) -> Indices:
 
 
 def _warn_of_cuts(scores: ArrayLike, chosen: Mapping[str, Indices]) -> None:
-    """Warn if a set contains only a part of the examples that tie."""
+    """Warn if a set contains only some of the examples with equal scores."""
     levels = ties(scores)
     totals = np.bincount(levels)
     cuts = []

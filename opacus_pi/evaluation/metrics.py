@@ -1,7 +1,7 @@
 """The metrics of one model as named numbers, from one pass over each of three sets.
 
-No metric is good or bad by itself: compare it with its value for models that were
-retrained without the forget set.
+No value of a metric is good or bad alone: compare it with its value for models that
+were retrained without the forget set.
 
 >>> unlearning_accuracy([True, True, False, True])
 0.25

@@ -186,8 +186,8 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
             not differing,
             "path",
             path,
-            f"must agree in {', '.join(differing)}",
-            "It holds another recipe's oracle.",
+            f"must have been retrained with the same {', '.join(differing)}",
+            "The file was saved for other settings: it is not used.",
         )
         _check_types(path, arrays, model)
         model.load_state_dict({k: torch.from_numpy(a) for k, a in arrays.items()})
@@ -208,8 +208,8 @@ def _check_types(
         not differing,
         "path",
         path,
-        f"must contain the model's types of numbers in {', '.join(differing[:3])}",
-        "It holds another model's oracle.",
+        f"must contain the model's dtypes in {', '.join(differing[:3])}",
+        "The file was saved for another model: name another file.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Attacks with many models: can one tell unlearned models from retrained ones?
+"""Attacks with many models: can unlearned models be distinguished from retrained ones?
 
 Both tests compare, for each example, the *margins* ln(p / (1 - p)) of the confidence p
 at the label between many models that unlearned the forget set and many models that were

@@ -277,7 +277,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         "path",
         path,
         f"must be a whole JSON file of {_KIND}",
-        "It is truncated or something else: make it again.",
+        "The file is truncated, or it is not a trace. Unlearn again.",
     )
     return cast(dict[str, Any], content)
 

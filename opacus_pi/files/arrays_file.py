@@ -289,7 +289,7 @@ def _check_shape(path: str, name: str, shape: Sequence[int]) -> None:
         math.prod(shape) > 0 or max(shape, default=0) <= _MAX_WIDTH,
         "path",
         f"shape {list(shape)} in {path}",
-        f"must contain entries in {name!r}",
+        f"must not be empty in {name!r}",
         _AGAIN,
     )
 

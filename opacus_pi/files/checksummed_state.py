@@ -1,4 +1,4 @@
-"""State dicts that carry a checksum of their own content.
+"""State dicts that contain a checksum of their own content.
 
 ``torch.save`` does not check what it reads back: a damaged or edited checkpoint loads
 like a good one. ``with_checksum`` adds a SHA-256 over all names, types and values, and

@@ -1,7 +1,7 @@
 """Safetensors files of torch tensors with a kind, a version and a checksum.
 
 The counterpart of ``arrays_file`` for weights, with the same guarantees. It is a module
-of its own because it needs torch, and ledgers are read without torch.
+separate module because it needs torch, and ledgers are read without torch.
 
 >>> import tempfile
 >>> path = tempfile.mkdtemp() + "/weights.safetensors"
@@ -107,7 +107,7 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def read_plain_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read any safetensors file of tensors, whoever wrote it, without a checksum.
+    """Read any safetensors file of tensors, written by any program, without a checksum.
 
     Args:
         path: The file's name.

@@ -127,7 +127,7 @@ def frozen(array: NDArray[Any]) -> NDArray[Any]:
     """Make an array read-only, and return it.
 
     Args:
-        array: An array that nobody else writes to; changed in place.
+        array: An array without other users; changed in place.
     """
     array.setflags(write=False)
     return array

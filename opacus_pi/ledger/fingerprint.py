@@ -60,7 +60,7 @@ def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
         "data_set",
         type(data_set).__qualname__,
         "must have a length",
-        "Per-example records need a map-style data set, not an iterable one.",
+        "A ledger needs a map-style data set: an iterable one has no positions.",
     )
     name = f"{_class_name(data_set)}:{size}"
     labels = _labels(data_set)

@@ -38,7 +38,7 @@ class NoisySGD:
 
     Args:
         num_steps: Number of updates, T.
-        sample_rate: Probability that an example takes part in an update, in [0, 1]
+        sample_rate: Probability that an example is in an update, in [0, 1]
             (a shuffled loader: batch size over data set size).
         noise_std: Standard deviation of the noise on the **sum** of the per-example
             gradients. Opacus: ``noise_multiplier * max_grad_norm``; noise on the mean:
@@ -85,7 +85,8 @@ class NoisySGD:
             "It is the standard deviation of the noise on the sum of the gradients.",
         )
         positive(
-            max_grad_norm=self.max_grad_norm, remedy="Training without clipping is inf."
+            max_grad_norm=self.max_grad_norm,
+            remedy="Pass inf for training without clipping.",
         )
         expect(
             self.sampling in ("poisson", "fixed"),
@@ -181,7 +182,7 @@ class NoisySGD:
         steps, noise = facts["num_steps"], facts.get("noise", _ASSUMED)
         expect(
             re.fullmatch("[0-9]{1,18}", steps) is not None and noise == _ASSUMED,
-            "the file's num_steps, noise",
+            "num_steps and noise in the file",
             f"{steps}, {noise}",
             f"must be a whole number and {_ASSUMED!r}",
             "Restore the file from a copy.",

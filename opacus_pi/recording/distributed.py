@@ -1,4 +1,4 @@
-"""Collectives that keep the record of a distributed run identical on every process.
+"""Collectives that keep the recorded run identical on every process.
 
 Each process observes its own examples. ``merge_`` gives all of them the observations of
 all, so that their ledgers are equal, and equal to that of a single process that drew
@@ -91,7 +91,7 @@ def merge_(run: RecordedRun, processes: Processes) -> str:
     single process.
 
     Args:
-        run: This process's record; changed in place.
+        run: What this process has recorded; changed in place.
         processes: The processes of the run; all of them must call this.
 
     Returns:

@@ -71,7 +71,7 @@ def gram_ledger(
             ``"minibatch"``: for Theorem B.1, with batches drawn as in training.
         num_minibatches: J batches of the whole data set an estimate, at least the
             Rényi order that the composition reaches (1.4 times the one asked for).
-        num_estimates: R, each with batches of its own.
+        num_estimates: R, each from other batches.
         generator: Source of the minibatches. Default: a generator with seed 0.
         **options: ``batch_size`` and ``collate_fn`` of ``gradients.gradient_gram``.
 

@@ -77,16 +77,16 @@ class RandomStates:
         expect(
             "numpy" in states,
             "numpy.random's bit generator",
-            "one that is not its default",
+            "another one",
             "must be MT19937",
-            "Do not replace numpy's global generator; then save again.",
+            "The saved run replaced numpy's global generator. Save one that keeps it.",
         )
         wrong = sorted(_wrong(states))
         expect(
             not wrong,
             "the saved random states",
             wrong,
-            "must be states of generators",
+            "must be complete states of random generators",
             "Resume from another checkpoint.",
         )
         num_devices = len(states.get("cuda", ()))
@@ -135,20 +135,39 @@ def _numpy_states() -> dict[str, Any]:
 
 def _wrong(states: Mapping[str, Any]) -> Iterator[str]:
     """Yield the names of entries that are not states of generators."""
-    for name, length in (("python", 625), ("numpy", 624)):
-        if not _are_words(states.get(name), length):
-            yield name
-        elif name == "python" and not 1 <= int(states[name][-1]) <= 624:
-            yield name  # the last word is a position among the others
-    for name, most in (("numpy_pos", 624), ("numpy_has_gauss", 1)):
-        if type(states.get(name)) is not int or not 0 <= states[name] <= most:
-            yield name
-    for name in ("python_gauss", "numpy_gauss"):
-        if type(states.get(name)) is not float:
-            yield name
+    yield from _wrong_of_python(states)
+    yield from _wrong_of_numpy(states)
     for name in ("torch", *(key for key in states if key.startswith(_OWN))):
         if not _is_torch_state(states.get(name)):
             yield name
+
+
+def _wrong_of_python(states: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the entries that ``random.setstate`` would refuse or misread.
+
+    Its state is the 624 words of the Mersenne Twister, followed by the position of the
+    next word to use, and a normal number that was drawn in advance (NaN: none).
+    """
+    words = states.get("python")
+    if not _are_words(words, 625) or not 1 <= int(states["python"][-1]) <= 624:
+        yield "python"
+    if type(states.get("python_gauss")) is not float:
+        yield "python_gauss"
+
+
+def _wrong_of_numpy(states: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the entries that ``numpy.random.set_state`` would refuse or misread.
+
+    numpy keeps the 624 words and the position apart, and a flag says whether a normal
+    number was drawn in advance.
+    """
+    if not _are_words(states.get("numpy"), 624):
+        yield "numpy"
+    for name, most in (("numpy_pos", 624), ("numpy_has_gauss", 1)):
+        if type(states.get(name)) is not int or not 0 <= states[name] <= most:
+            yield name
+    if type(states.get("numpy_gauss")) is not float:
+        yield "numpy_gauss"
 
 
 def _are_words(value: Any, length: int) -> bool:

@@ -296,7 +296,7 @@ class Recorder(RecorderOptions):
 
         Args:
             indices: ``(b,)``, positions in the data set, surely within it.
-            grad_norms: float ``(b,)``, on any device; nobody may write to it later.
+            grad_norms: float ``(b,)``, on any device; it must not be written to later.
         """
         run = self._begun()
         if self.mode == "swept" or run.refusal:
@@ -377,7 +377,7 @@ class Recorder(RecorderOptions):
             raise AccountingError(reason)
         if not run.refusal:
             run.refusal = reason
-            warnings.warn(f"This run has no ledger any more. {reason}", stacklevel=2)
+            warnings.warn(f"This run no longer has a ledger. {reason}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything recorded, as tensors, numbers and strings."""
@@ -402,10 +402,10 @@ class Recorder(RecorderOptions):
         loaded = RecordedRun.from_state_dict(state)
         expect(
             loaded.source == self.mode,
-            "the resumed record's mode",
+            "the mode of the resumed run",
             repr(loaded.source),
             f"must be this recorder's, {self.mode!r}",
-            "Resume with the Recorder of the run saved.",
+            "Resume with the Recorder of the saved run.",
         )
         if self._run and not self._resumed:
             loaded.require_same(self._run)
@@ -509,5 +509,5 @@ def _require_callable(name: str, given: Any, needed: bool, remedy: str) -> None:
         name,
         given,
         "must be a function",
-        f"This recorder calls it at every row: pass {remedy} to say how.",
+        f"This recorder calls it at every row: pass {remedy}.",
     )

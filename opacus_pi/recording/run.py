@@ -1,8 +1,8 @@
-"""The record of a run while it is being made: rows, update intervals, waiting reports.
+"""What a run has recorded so far: rows, update intervals, waiting reports.
 
 A row holds what was measured of every example after one update. The update interval of
-a row are the updates since the row before; the record keeps the settings they were run
-with. ``RecordedRun`` does not decide when a row is written: the recorder does.
+a row consists of the updates since the row before; the run keeps the settings of each.
+ ``RecordedRun`` does not decide when a row is written: the recorder does.
 """
 
 import math
@@ -26,7 +26,7 @@ _FACTS = ("source", "num_examples", "sample_rate", "sampling", "data_set")
 _COUNTS = ("num_steps", "refusal")
 Indices = Tensor | NDArray[np.int64] | Sequence[int]
 
-_MAX_WAITING = 256  # reports that are put into the record together
+_MAX_WAITING = 256  # reports that are added to the run together
 _ROW = "rows."  # before the names of measurements in a saved state
 
 
@@ -62,7 +62,7 @@ _NO_UPDATE = UpdateSettings(math.inf, 0.0, 0.0)
 
 @dataclass
 class RecordedRun:
-    """The record of one training run while it is being made.
+    """What one training run has recorded so far; ``ledger`` makes a ledger of it.
 
     Args:
         source: ``"observed"`` or ``"swept"``.
@@ -192,7 +192,7 @@ class RecordedRun:
         self._forget_observations()
 
     def ledger(self) -> GradNormLedger:
-        """Return the record up to now as a ledger of its own.
+        """Return what was recorded up to now as a new ledger.
 
         Raises:
             AccountingError: If nothing has been recorded.
@@ -251,10 +251,10 @@ class RecordedRun:
             is_data_set = name == "data_set"
             expect(
                 same_data_set(ours, others) if is_data_set else ours == others,
-                f"the resumed record's {name}",
+                f"the resumed run's {name}",
                 repr(ours),
                 f"must be this run's, {others!r}",
-                "Resume with the data set, sampling and Recorder of the run saved.",
+                "Resume with the data set, sampling and Recorder of the saved run.",
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,7 +279,7 @@ class RecordedRun:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "RecordedRun":
-        """Return the record that ``state_dict`` saved.
+        """Return the run that ``state_dict`` saved.
 
         Args:
             state: What ``state_dict`` returned.
@@ -326,11 +326,11 @@ def _constant(values: NDArray[Any]) -> float | NDArray[Any]:
 
 
 class WaitingReports:
-    """Reported norms that are not yet in the record.
+    """Reported norms that are not yet added to the run.
 
     Much of the cost of a report does not depend on its size, and waiting for norms that
     are on an accelerator stops the training. So reports are collected as they come, on
-    whatever device they are, and put into the record many at once.
+    whatever device they are, and added to the run many at once.
 
     >>> reports = WaitingReports()
     >>> reports.add(torch.tensor([1, 0]), torch.tensor([0.5, 0.25]), step=3)
@@ -344,7 +344,7 @@ class WaitingReports:
 
     @property
     def are_many(self) -> bool:
-        """Whether it is time to put them into the record."""
+        """Whether it is time to add them to the run."""
         return len(self._reports) >= _MAX_WAITING
 
     def add(self, indices: Indices, norms: Tensor, *, step: int) -> None:

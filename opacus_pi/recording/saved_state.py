@@ -1,7 +1,7 @@
-"""Check that a state dict is the saved record of a run, before anything uses it.
+"""Check that a state dict is the saved state of a run, before anything uses it.
 
 Checkpoints may be damaged, edited, or written by another program. A state that passes
-``require_whole`` has every entry, in its type, shape and range, so a record that is
+``require_whole`` has every entry, in its type, shape and range, so a run
 made from it keeps the promises that a recorder gives. The checks cannot see values that
 were changed within their range: the checksum of the checkpoint covers those.
 """
@@ -33,7 +33,7 @@ LATER_TEXTS = ("weights",)  # texts that older releases do not save
 
 
 def require_version(state: Any) -> None:
-    """Refuse a record that another release saved.
+    """Refuse a state that another release saved.
 
     Args:
         state: What ``RecordedRun.state_dict`` returned.
@@ -44,7 +44,7 @@ def require_version(state: Any) -> None:
     found = state.get("version") if isinstance(state, Mapping) else None
     expect(
         type(found) is int and found == VERSION,
-        "the record's version",
+        "the saved run's version",
         found,
         f"must be {VERSION}",
         "Resume with the release of opacus_pi that saved it.",
@@ -62,15 +62,17 @@ def require_whole(state: Mapping[str, Any]) -> None:
     """
     require_version(state)
     for name, types in _TYPES.items():
-        _check(type(state.get(name)) in types, name, "missing, or of another type")
+        _check(
+            type(state.get(name)) in types, name, "that is missing or of another type"
+        )
     _check_facts(state)
     _check_arrays(state, _measured_rows(state))
     checked_steps(state["steps"].cpu().numpy(), state["num_steps"])
-    _check(type(state.get("weights", "")) is str, "weights", "of another type")
+    _check(type(state.get("weights", "")) is str, "weights", "that is of another type")
     checked_weights(state.get("weights") or None)
     expect(
         state.get("norms", "") == "",
-        "the saved record's norms",
+        "the saved run's norms",
         repr(state.get("norms")),
         "must be exact",
         "An earlier release measured them in bfloat16, to rank examples only. No loss "
@@ -88,7 +90,7 @@ def _check_facts(state: Mapping[str, Any]) -> None:
         "sample_rate": 0 < state["sample_rate"] <= 1,
         "open_interval": _length(state.get("open_interval")) in (0, 1),
     }.items():
-        _check(right, name, "unknown or out of range")
+        _check(right, name, "that is unknown or out of range")
 
 
 def _measured_rows(state: Mapping[str, Any]) -> set[str]:
@@ -99,7 +101,7 @@ def _measured_rows(state: Mapping[str, Any]) -> set[str]:
     _check(
         needed <= names <= allowed,
         f"{_ROW}grad_norms",
-        "missing, or among unknown rows",
+        "that is missing, or beside unknown measurements",
     )
     return names
 
@@ -111,9 +113,9 @@ def _check_arrays(state: Mapping[str, Any], rows: set[str]) -> None:
         _check(
             isinstance(value, Tensor) and (value.dtype, value.shape) == (dtype, shape),
             name,
-            "missing, or of another type or shape",
+            "that is missing, or of another type or shape",
         )
-        _check(_is_in_range(name, state[name], state), name, "out of range")
+        _check(_is_in_range(name, state[name], state), name, "that is out of range")
 
 
 def _layout(
@@ -153,8 +155,8 @@ def _check(condition: bool, name: str, problem: str) -> None:
     """Refuse the state because of one entry."""
     expect(
         condition,
-        "the saved record",
-        f"{name} {problem}",
-        "must be as it was written",
+        "the saved run",
+        f"{name!r} {problem}",
+        "must hold what the recorder saved",
         "Resume from another checkpoint.",
     )

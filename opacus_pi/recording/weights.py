@@ -3,7 +3,7 @@
 Some bounds need gradients that training did not compute. They are computed afterwards,
 from the weights that ``save_weights`` kept at every row.
 
-``LastWeights`` tells which weights a ledger describes. A guarantee about a model is
+``LastWeights`` names the weights that a ledger describes. A guarantee about a model is
 void if the model was changed after its last recorded update, so the ledger holds a hash
 of the weights, or says that they were changed.
 

@@ -165,11 +165,9 @@ def name_symbols(
         axes of the activations in which symbols appear, each with its number in
         ``outputs``.
     """
+    # Merges and splits went on until the run's end: look up what each atom became.
     current = {key: [resolved(dim) for dim in dims] for key, dims in seen.items()}
-    order = {key: number for number, key in enumerate(current)}
-    used_names = [name for name in state if id(state[name]) in order]
-    used_names.sort(key=lambda name: order[id(state[name])])
-    used = {name: current[id(state[name])] for name in used_names}
+    used = _used_tensors(state, current)
     names = _names(used)
     outer_of = _inner_parts(used.values(), current.values())
     symbols = {
@@ -177,17 +175,37 @@ def name_symbols(
         for atom, name in names.items()
     }
     axes = {name: _axes(dims, names) for name, dims in used.items()}
+    return symbols, axes, _sites(outputs, names)
+
+
+def _used_tensors(
+    state: Mapping[str, Tensor], current: Mapping[int, Dims]
+) -> dict[str, Dims]:
+    """Return the dimensions of the parameters and buffers of the run, in order of use.
+
+    The order decides which tensor a symbol is named after.
+    """
+    order = {key: number for number, key in enumerate(current)}
+    used = [name for name in state if id(state[name]) in order]
+    used.sort(key=lambda name: order[id(state[name])])
+    return {name: current[id(state[name])] for name in used}
+
+
+def _sites(
+    outputs: Sequence[Dims | None], names: Mapping[Atom, str]
+) -> tuple[tuple[int, Axes], ...]:
+    """Return the axes of the activations in which a symbol appears, by number."""
     activations = [
         (number, _axes([resolved(dim) for dim in dims], names))
         for number, dims in enumerate(outputs)
         if dims is not None
     ]
-    sites = tuple(
-        (number, found)
-        for number, found in activations
-        if any(factor.symbol for dim in found for factor in dim)
-    )
-    return symbols, axes, sites
+    return tuple((number, axes) for number, axes in activations if _has_symbol(axes))
+
+
+def _has_symbol(axes: Axes) -> bool:
+    """Return whether some factor of the axes may be permuted."""
+    return any(factor.symbol for dim in axes for factor in dim)
 
 
 def _names(used: Mapping[str, Dims]) -> dict[Atom, str]:

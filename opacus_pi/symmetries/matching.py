@@ -25,7 +25,7 @@ a permuted copy of a network is matched back. It is a local optimum, not a globa
 True
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -233,7 +233,7 @@ def _activations(
         "model",
         type(twin).__name__,
         "must run the operations that were traced",
-        "Pass models of the architecture of the spec.",
+        "Pass models of the architecture that the spec was made from.",
     )
     return capture.kept
 
@@ -357,23 +357,54 @@ def _rows_over(
     inner_parts: Collection[str],
     decided: Collection[str] | None = None,
 ) -> tuple[Tensor, str | None]:
-    """Return a tensor as rows over a symbol, and the inner part the rows also cover.
+    """Return a tensor as a matrix whose rows are the indices of a symbol.
 
-    Columns of undecided symbols are sorted, so that the rows do not depend on how these
-    symbols will be permuted. ``decided=None`` means that all symbols are decided.
+    Each row holds all entries that move together when the symbol is permuted. Entries
+    along undecided symbols are sorted, so that the rows do not depend on how these
+    symbols will be permuted.
+
+    Args:
+        tensor: A weight or an activation.
+        axes: Its axes.
+        place: Where the symbol stands in the axes: dimension and factor.
+        inner_parts: Names of the symbol's inner parts. If one of them is in the tensor,
+            the rows are the pairs (index of the symbol, index of the inner part).
+        decided: Symbols whose permutation is already chosen; None: all.
+
+    Returns:
+        The matrix, and the name of the inner part that its rows cover, if any.
     """
     factors = [factor for dim in axes for factor in dim]
     root = sum(len(dim) for dim in axes[: place[0]]) + place[1]
-    inner = [p for p, factor in enumerate(factors) if factor.symbol in inner_parts]
-    front = [root, *sorted(inner, key=lambda p: abs(p - root))[:1]]
-    rest = [p for p in range(len(factors)) if p not in front]
-    is_open = {
-        p: decided is not None and factors[p].symbol not in (None, *decided)
-        for p in rest
-    }
-    known, open_ = ([p for p in rest if is_open[p] is flag] for flag in (False, True))
-    sizes = [prod(factors[p].size for p in group) for group in (front, known, open_)]
+    inner = _nearest(root, factors, inner_parts)
+    rows = [root] if inner is None else [root, inner]
+    columns = [p for p in range(len(factors)) if p not in rows]
+    undecided = [p for p in columns if _is_undecided(factors[p], decided)]
+    settled = [p for p in columns if p not in undecided]
+    sizes = [_num_entries(factors, group) for group in (rows, settled, undecided)]
     cells = tensor.reshape([factor.size for factor in factors])
-    cells = cells.permute(*front, *known, *open_).reshape(sizes)
-    rows = (cells.sort(dim=2).values if open_ else cells).reshape(sizes[0], -1)
-    return rows, factors[front[1]].symbol if len(front) > 1 else None
+    cells = cells.permute(*rows, *settled, *undecided).reshape(sizes)
+    if undecided:
+        cells = cells.sort(dim=2).values
+    name = None if inner is None else factors[inner].symbol
+    return cells.reshape(sizes[0], -1), name
+
+
+def _nearest(
+    root: int, factors: Sequence[Factor], symbols: Collection[str]
+) -> int | None:
+    """Return the position of the factor with one of the symbols nearest to the root."""
+    found = [p for p, factor in enumerate(factors) if factor.symbol in symbols]
+    return min(found, key=lambda p: abs(p - root), default=None)
+
+
+def _is_undecided(factor: Factor, decided: Collection[str] | None) -> bool:
+    """Return whether a factor may still be permuted; a fixed one may not."""
+    if decided is None or factor.symbol is None:
+        return False
+    return factor.symbol not in decided
+
+
+def _num_entries(factors: Sequence[Factor], positions: Iterable[int]) -> int:
+    """Return the product of the sizes of the factors at some positions."""
+    return prod(factors[p].size for p in positions)

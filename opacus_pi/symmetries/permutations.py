@@ -221,7 +221,7 @@ def _check(spec: PermutationSpec, twin: nn.Module, inputs: Any, outputs: Any) ->
         same,
         "model",
         type(twin).__name__,
-        "must compute the same function after a permutation that its run suggests",
+        "must compute the same function after its hidden units are permuted",
         "Its operations depend on the example's values, or are random; "
         "match the parts of it that do not.",
     )

@@ -360,7 +360,9 @@ def test_a_ledger_without_rows_is_refused():
 
 def test_a_schedule_needs_its_steps():
     run = one_run(**SCHEDULE)
-    with pytest.raises(ValueError, match="^steps must show where.*, got None"):
+    with pytest.raises(
+        ValueError, match="^steps must be given, because .* schedule, got None"
+    ):
         worst_case_loss(run.mechanism, 4)
 
 

@@ -53,14 +53,14 @@ def test_rows_are_positions_in_the_data_set():
         privacy_statement(part, [3], DELTA)
 
 
-def test_one_row_is_a_list_too():
+def test_one_example_is_a_list_too():
     with pytest.raises(
         ValueError, match=r"rows must be a flat list, got 4. Write \[4\]."
     ):
         privacy_statement(ledger(), 4, DELTA)
 
 
-def test_several_rows_have_the_group_s_worst_case_only():
+def test_several_examples_have_the_worst_case_of_a_group_only():
     statement = privacy_statement(ledger(), [1, 4, 2], DELTA, subject="Ann")
     assert statement.epsilon is None and statement.num_rows == 3
     single = privacy_statement(ledger(), [1], DELTA).worst_case
@@ -68,7 +68,7 @@ def test_several_rows_have_the_group_s_worst_case_only():
     assert statement.worst_case <= rdp_to_epsilon(losses, [2.0, 4.0, 8.0], DELTA)
     assert statement.worst_case > 1.5 * single
     text = str(statement)
-    assert "Ann (3 rows" in text and "do not add up" in text
+    assert "Ann (3 training examples" in text and "do not add up" in text
     assert "owner" not in statement.sharing and "anyone" in statement.sharing
 
 

@@ -204,13 +204,14 @@ def test_before_the_first_update_there_is_no_ledger():
 def test_rows_that_are_not_stratified_are_refused():
     run = complete()[0]
     for steps in [(0, 1, 6), (2, 4, 6), (0, 3)]:
-        with pytest.raises(ValueError, match="steps must lie one in each of"):
+        with pytest.raises(ValueError, match="steps must have one row in each of"):
             privacy_losses(drawn(run, steps), 4, rule="stratified")
     observed = GradNormLedger(
         run.mechanism, run.steps, run.grad_norms, source="observed"
     )
     with pytest.raises(
-        ValueError, match="rule must be one for observed rows, got 'stratified'"
+        ValueError,
+        match="rule must not be 'stratified' for an observed ledger, got 'stratified'",
     ):
         privacy_losses(observed, 4, rule="stratified")
     short = record(seeded(), total=5).ledger

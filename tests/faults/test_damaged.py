@@ -157,7 +157,9 @@ def test_an_observed_record_has_no_measures_of_sweeps():
     state = Training(batch_size=12).train(1).engine.recorder.state_dict()
     again = Training(batch_size=12).engine.recorder
     state["rows.errors"] = state["rows.grad_norms"].clone()
-    with pytest.raises(ValueError, match="rows.grad_norms.*among unknown rows"):
+    with pytest.raises(
+        ValueError, match="rows.grad_norms.*beside unknown measurements"
+    ):
         again.load_state_dict(state)
 
 

@@ -90,7 +90,7 @@ def test_a_ledger_keeps_everything_else():
     assert filled.mechanism == ledger.mechanism and filled.source == "observed"
     assert filled.data_set == "toy"
     np.testing.assert_array_equal(filled.example_ids, ledger.example_ids)
-    assert np.isnan(ledger.grad_norms).any()  # the record itself is as it was
+    assert np.isnan(ledger.grad_norms).any()  # the ledger itself is unchanged
 
 
 def test_shrinking_gradients_are_charged_as_they_were():

@@ -17,7 +17,7 @@ def test_a_refusal_keeps_its_first_reason_and_stops_sweeping():
     calls = []
     recorder = begun(Recorder("swept", every=[1, 2]), sweep=sweep_of(calls))
     report(recorder)
-    with pytest.warns(UserWarning, match="no ledger any more. first") as warned:
+    with pytest.warns(UserWarning, match="no longer has a ledger. first") as warned:
         recorder.refuse("first")
         recorder.refuse("second")
     assert len(warned) == 1

@@ -1,4 +1,4 @@
-"""Reports are put down together; nobody who reads the record can tell."""
+"""Reports are added together, which makes no difference to the recorded run."""
 
 import pytest
 import torch

@@ -92,10 +92,10 @@ def test_another_run_is_not_resumed(change, name):
     state = begun().state_dict()
     early = Recorder()
     early.load_state_dict(state)
-    with pytest.raises(ValueError, match=f"resumed record's {name} must be this run's"):
+    with pytest.raises(ValueError, match=f"resumed run's {name} must be this run's"):
         begun(early, **change)
     late = begun(Recorder(), **change)
-    with pytest.raises(ValueError, match=f"resumed record's {name} must be this run's"):
+    with pytest.raises(ValueError, match=f"resumed run's {name} must be this run's"):
         late.load_state_dict(state)
     report(late)  # nothing was changed
     assert late.num_steps == 1
@@ -104,11 +104,11 @@ def test_another_run_is_not_resumed(change, name):
 def test_another_version_or_mode_is_not_resumed():
     state = begun().state_dict()
     with pytest.raises(
-        ValueError, match=r"record's version must be 1, got 7\. Resume with"
+        ValueError, match=r"run's version must be 1, got 7\. Resume with"
     ):
         Recorder().load_state_dict({**state, "version": 7})
     with pytest.raises(
-        ValueError, match="record's mode must be this .*, got 'observed'"
+        ValueError, match="mode of the resumed run must be this .*, got 'observed'"
     ):
         Recorder("swept").load_state_dict(state)
 

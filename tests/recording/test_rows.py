@@ -92,7 +92,7 @@ def test_nothing_observed_after_the_last_row_is_lost():
     report(recorder, [(0, 1.0)])
     report(recorder)
     report(recorder, [(5, 9.0)], noise_std=1.0)
-    for _ in range(2):  # asking does not change the record
+    for _ in range(2):  # reading the ledger does not change the run
         ledger = recorder.ledger
         assert ledger.steps.tolist() == [2, 3]
         assert ledger.grad_norms[1, 5] == 9.0

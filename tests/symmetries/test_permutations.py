@@ -164,7 +164,7 @@ def test_an_operation_without_a_rule_keeps_its_inputs_in_place():
 
 def test_a_wrong_rule_would_be_noticed(monkeypatch):
     monkeypatch.setitem(operation_rules.RULES, "cumsum", operation_rules.RULES["clone"])
-    with pytest.raises(ValueError, match="same function after a permutation"):
+    with pytest.raises(ValueError, match="same function after its hidden units"):
         permutation_spec(Cumulative(), torch.randn(3, 4))
 
 

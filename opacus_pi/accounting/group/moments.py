@@ -15,7 +15,7 @@ Carlo estimate.
 
 **What breaks it.** The exponent grows with the square of the group's size, so a few
 rare tuples dominate the expectation of a large group. A sample that misses them is too
-low: ``largest_share`` tells whether to trust it. The expansion needs integer orders.
+low: ``largest_share`` shows whether to trust it. The expansion needs integer orders.
 
 Source: paper, Appendix B.1, for the expansion; docs/theory.md, Section 4.
 

@@ -1,12 +1,13 @@
-"""Worst case of several rows of one person: all gradients clipped and parallel.
+"""Worst case of several examples of one person: all gradients clipped and parallel.
 
-**Idea.** The sum of the rows' clipped gradients is at most C times the number of rows
-in the batch, and parallel gradients are the worst case (``gaussian_mixture``). One
-update is then a mixture of the N(k·C/σ, 1), where k ~ Bin(m, q) under Poisson sampling.
+**Idea.** The sum of the group's clipped gradients is at most C times the number of its
+examples in the batch, and parallel gradients are the worst case (``gaussian_mixture``).
+One update is then a mixture of the N(k·C/σ, 1), where k ~ Bin(m, q) under Poisson
+sampling.
 
-**Guarantee.** A bound for any group of m rows, in both directions: on a line, removing
-shifts of one sign gives no larger divergence than adding them. It is more than m times
-the worst case of one row.
+**Guarantee.** A bound for any group of m examples, in both directions: on a line,
+removing shifts of one sign gives no larger divergence than adding them. It is more than
+m times the worst case of one example.
 
 **What breaks it.** No clipping: the bound is infinite.
 
@@ -37,12 +38,11 @@ def group_worst_case_loss(
     *,
     steps: ArrayLike | None = None,
 ) -> float:
-    """Return the worst case of a group of m rows: a bound on its Rényi divergence.
+    """Return the worst case of a group of m examples: a bound on its Rényi divergence.
 
-    Under Poisson sampling the number of rows in a batch is Bin(m, q). Fixed sampling is
-    conditioned on: each row takes part in one update of every epoch, and the worst case
-        is
-    that all do together, in the most expensive update.
+    Under Poisson sampling the number of the group's examples in a batch is Bin(m, q).
+    Fixed sampling is conditioned on: each example is in one update of every epoch, and
+    the worst case is that all are in the same one, the most expensive.
 
     Args:
         mechanism: Noise, clip norm and sampling of the run.
@@ -58,14 +58,15 @@ def group_worst_case_loss(
 
     Source: docs/theory.md, Section 4.
     """
-    in_range(1, math.inf, group_size=group_size, remedy="A group has at least one row.")
+    remedy = "A group has at least one example."
+    in_range(1, math.inf, group_size=group_size, remedy=remedy)
     in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
     constant = all(np.ndim(getattr(mechanism, name)) == 0 for name in SCHEDULED)
     expect(
         steps is not None or constant,
         "steps",
         None,
-        "must show where the mechanism changes",
+        "must be given, because the mechanism follows a schedule",
         "Pass the ledger's steps.",
     )
     rows = [mechanism.num_steps] if steps is None else steps
@@ -108,5 +109,5 @@ def group_step_divergence(
 
 
 def _rate(facts: NoisySGD) -> float:
-    """Return the probability that a row is sampled, given the schedule."""
+    """Return the probability that an example is sampled, given the schedule."""
     return float(facts.sample_rate) if facts.sampling == "poisson" else 1.0

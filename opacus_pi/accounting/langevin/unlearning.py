@@ -272,8 +272,8 @@ def _evaluator(
     """
     positive(
         initial_lsi=initial_lsi,
-        remedy="The constant is 0 only for a fixed point, which is infinitely far from "
-        "every other law.",
+        remedy="A constant of 0 means that training starts from fixed weights, whose "
+        "divergence from every other distribution is infinite.",
     )
     tracked = np.zeros(1)
 
