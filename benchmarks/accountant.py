@@ -1,4 +1,4 @@
-"""What per-example accounting costs: tables beside exact sums and common ways.
+"""Time, memory and errors of per-example accounting, compared with exact sums.
 
     python -m benchmarks.accountant
 

@@ -1,4 +1,4 @@
-"""Do group bounds tell forget sets of different difficulty apart?
+"""Do group bounds distinguish forget sets of different difficulty?
 
     python -m benchmarks.group_bound          # under three minutes on one core
 
@@ -6,9 +6,9 @@ Claim under test (paper, Figure 4 and Appendix B.1): the group bound of Theorem 
 not rise with the difficulty of the forget set, because it measures the noise of
 minibatches. One SGLD run on digits (MLP) through ``make_monitored`` with its weights
 kept; strata by privacy loss; σ = 0.1 on the mean gradient, order 8, 20 estimates of
-Theorem B.1 as printed for each stratum and for no forget set at all. Beside it the
-library's bounds from the Gram matrices of the forget sets' own gradients (where
-``reliable`` is false, ``coupled`` is a Monte Carlo value that is too low).
+Theorem B.1 as printed for each stratum and for no forget set at all. They are compared
+with the library's bounds from the Gram matrices of the forget sets' own gradients. If
+``reliable`` is false, ``coupled`` is a Monte Carlo value that is too low.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def theorem_b1(grams: GramLedger, order: float) -> dict[str, Any]:
 
 
 def flatness(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How far the strata are apart, by Theorem B.1 and by the library's bounds.
+    """Measure how much the bounds differ between strata.
 
     Returns:
         ``b1_range_over_std``: largest minus smallest mean, over the mean standard

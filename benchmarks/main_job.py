@@ -1,4 +1,4 @@
-"""Train, rank, forget, judge: the whole chain on real data by one command.
+"""Train, rank, unlearn, compare: the complete chain on real data by one command.
 
     python -m benchmarks.main_job                  # digits, under 5 minutes, 2 cores
     python -m benchmarks.main_job --dataset cifar10 --data-root DIR
@@ -8,11 +8,11 @@ unlearn by noisy fine-tuning. For every seed: train with noise (SGLD) through
 ``PrivacyEngine.make_monitored``; rank the training examples by privacy loss; build the
 five strata of Appendix D; for each stratum retrain oracles without it, and unlearn it
 from the trained model by the same noisy gradient descent on the rest; count the epochs
-until the unlearned model is within the tolerance of the mean oracle. Beside it a DP-SGD
-run through ``make_private`` gives each example's own epsilon.
+until the unlearned model is within the tolerance of the mean oracle. In addition, a
+DP-SGD run through ``make_private`` gives each example's own epsilon.
 
-Every seed is saved when it is done and every oracle when it is trained: an interrupted
-run goes on where it stopped. Results: ``OUT/results.json``, ``OUT/figure.png``.
+Every seed and every oracle is saved when it is finished, so an interrupted run
+continues where it stopped. Results: ``OUT/results.json``, ``OUT/figure.png``.
 """
 
 import argparse
@@ -49,9 +49,9 @@ class Settings:
         dataset: Name of the data set.
         num_train: Training images used (0: all).
         recipe: How the model and its oracles are trained, and the model unlearned.
-        stratum_size: Examples a forget set.
-        unlearn_epochs: How long to unlearn.
-        num_oracles: Retrained models a forget set.
+        stratum_size: Examples in each forget set.
+        unlearn_epochs: Epochs of every unlearning run.
+        num_oracles: Models retrained without each forget set.
         order: Renyi order of the privacy losses.
         tolerance: Points of accuracy within which a model counts as unlearned; for
             the loss, the larger of this (nats) and this share times 2 of the oracle's.
@@ -119,7 +119,7 @@ def forget_stratum(
     seed: int,
     out: Path,
 ) -> dict:
-    """Unlearn one forget set and judge it against its oracles."""
+    """Unlearn one forget set and compare the model with its oracles."""
     recipe, train_set = settings.recipe, images.train
     retain = retain_indices(len(train_set), forget)
     probe = np.random.default_rng(seed).permutation(retain)[: len(images.test)]
@@ -204,7 +204,7 @@ def privacy_of(settings: Settings, images: data.ImageData, seed: int) -> dict:
 def spent(
     model: nn.Module, engine: PrivacyEngine, images: data.ImageData, delta: float
 ) -> dict:
-    """What a DP-SGD run cost, for everybody and for each, and what it is worth."""
+    """Return worst-case and per-example epsilons and accuracy of a DP-SGD run."""
     test = evaluate(
         model, CRITERION, forget=images.test, retain=images.train, test=images.test
     )

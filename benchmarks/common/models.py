@@ -1,4 +1,4 @@
-"""THE models of the benchmarks; every script takes them from here."""
+"""The models of the benchmarks; every script takes them from here."""
 
 from functools import partial
 from math import prod

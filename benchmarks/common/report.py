@@ -1,4 +1,4 @@
-"""What a benchmark leaves: a table, JSON with its environment, a figure."""
+"""The outputs of a benchmark: a table, JSON with its environment, a figure."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def markdown(rows: Iterable[Iterable[str]]) -> str:
 
 
 def rank_correlation(times: np.ndarray) -> dict[str, Any]:
-    """Does a harder stratum take longer? Spearman's rho of stratum and time, by seed.
+    """Return Spearman's rho of stratum and time by seed: do harder strata take longer?
 
     Args:
         times: Time to unlearn, ``(seeds, strata)``, easiest stratum first; ``inf``
@@ -129,7 +129,7 @@ def _columns(results: list[dict]) -> dict[str, np.ndarray]:
 
 
 def _table(names: list[str], columns: dict[str, np.ndarray]) -> str:
-    """One line a stratum: mean ± standard deviation over seeds."""
+    """Return a line per stratum: mean ± standard deviation over seeds."""
     header = ["stratum", *columns]
     lines = [header]
     for j, name in enumerate(names):
@@ -154,7 +154,7 @@ def _cell(values: np.ndarray) -> str:
 
 
 def _sentence(name: str, found: dict[str, Any], num_seeds: int) -> str:
-    """The rank correlation in words."""
+    """Describe the rank correlation."""
     if found["rho"] is None:
         return f"epochs by {name}: every stratum took equally long in every seed"
     low, high = found["interval"]
@@ -167,7 +167,7 @@ def _sentence(name: str, found: dict[str, Any], num_seeds: int) -> str:
 
 
 def _privacy(results: list[dict], delta: float) -> str:
-    """The DP-SGD run in words."""
+    """Describe the DP-SGD run."""
     runs = [one["privacy"] for one in results]
     low, tenth, middle, ninth, high = np.mean([r["epsilon_quantiles"] for r in runs], 0)
     worst = np.mean([r["worst_case_epsilon"] for r in runs])
