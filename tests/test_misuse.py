@@ -103,7 +103,7 @@ def test_batches_that_were_joined_are_not_one_update_of_the_sampler():
     batches = list(training.loader)
     with pytest.warns(UserWarning, match="unattributed"):
         training.batch(*map(torch.cat, zip(*batches[:2], strict=True)))
-    ledger = training.engine.ledger  # nobody's rows: everybody is charged the clip norm
+    ledger = training.engine.ledger  # unattributed samples: every example is charged C
     assert np.isnan(ledger.grad_norms).all() and (ledger.ratios() == 1).all()
 
 
@@ -126,7 +126,7 @@ def test_training_on_batches_of_another_loader_is_warned_of():
     assert np.isnan(training.engine.ledger.grad_norms).all()
 
 
-def test_evaluation_data_in_the_middle_of_training_are_nobodys():
+def test_evaluation_data_in_the_middle_of_training_are_no_examples():
     training = Training(poisson_sampling=False).train(1)
     before = training.engine.attribution
     with pytest.warns(UserWarning, match="unattributed"):
@@ -364,7 +364,7 @@ def test_what_says_who_is_unusual_says_that_it_is_sensitive(tmp_path):
         f"{norm:.4f}" in repr(ledger) for norm in np.ravel(ledger.grad_norms)
     )
     ledger.save(tmp_path / "run")
-    assert os.stat(tmp_path / "run").st_mode & 0o077 == 0  # nobody else may read it
+    assert os.stat(tmp_path / "run").st_mode & 0o077 == 0  # only the owner may read it
 
 
 def test_a_statement_is_one_persons():

@@ -1,6 +1,6 @@
 """Two ways to recognise a sample of a batch: by its memory, and by its content.
 
-A sample is one position of a physical batch. Two facts tell later which sample a
+A sample is one position of a physical batch. Two facts show later which sample a
 tensor holds: the memory that it is stored in, and a checksum of some of its entries.
 Views of a delivered batch share its memory; copies on another device, of another shape
 or of a wider type keep the checksum.

@@ -114,7 +114,7 @@ class PerInstanceAccountant(RDPAccountant):
         data_set: str = "",
         recorder: Recorder | None = None,
     ) -> None:
-        """Start the per-example record of a pipeline built by hand.
+        """Start per-example recording in a pipeline built by hand.
 
         Args:
             num_examples: Number of examples, n.
@@ -153,7 +153,7 @@ class PerInstanceAccountant(RDPAccountant):
         self._require_recorder().observe(examples, torch.as_tensor(grad_norms))
 
     def follow(self, recorder: Recorder) -> None:
-        """Use the record of an engine.
+        """Use the recording of an engine.
 
         Args:
             recorder: The engine's recorder, to which it reports every update.
@@ -165,7 +165,7 @@ class PerInstanceAccountant(RDPAccountant):
     ) -> Callable[[DPOptimizer], None]:
         """Return the hook that counts an optimizer's updates.
 
-        In a pipeline built by hand it also ends the update in the per-example record.
+        In a pipeline built by hand it also ends the update that is being recorded.
 
         Args:
             sample_rate: Sample rate of one backward pass.
@@ -193,7 +193,7 @@ class PerInstanceAccountant(RDPAccountant):
         """The gradient norms of all examples, if every counted update was recorded.
 
         Raises:
-            AccountingError: If there is no record, updates are missing from it, or the
+            AccountingError: If nothing was recorded, updates are missing, or the
                 run cannot be accounted for.
         """
         ledger, counted = self._require_recorder().ledger, num_steps_of(self)
@@ -216,7 +216,7 @@ class PerInstanceAccountant(RDPAccountant):
             float64 ``(n,)``, in nats.
 
         Raises:
-            AccountingError: If there is no per-example record of all updates.
+            AccountingError: If not every update was recorded per example.
         """
         return accounting.privacy_losses(self.ledger, order, **options)
 
@@ -230,7 +230,7 @@ class PerInstanceAccountant(RDPAccountant):
             float64 ``(n,)``. Under Poisson sampling at most ``get_epsilon(delta)``.
 
         Raises:
-            AccountingError: If there is no per-example record of all updates.
+            AccountingError: If not every update was recorded per example.
         """
         ledger = self.ledger
         values = accounting.epsilons(ledger, delta)
@@ -245,9 +245,9 @@ class PerInstanceAccountant(RDPAccountant):
         return values
 
     def state_dict(self, destination: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the history and, in a pipeline built by hand, the record as bytes.
+        """Return the history and, in a pipeline built by hand, the norms as bytes.
 
-        The record of an engine is saved in the engine's checkpoint instead.
+        What an engine recorded is saved in the engine's checkpoint instead.
 
         Args:
             destination: A dict to fill. Default: a new one.
@@ -306,7 +306,7 @@ def _as_saved(record: Any) -> dict[str, Any]:
     """Return the state that ``_comparable`` was given.
 
     Returns:
-        An empty state if the record has another form; loading it then raises.
+        An empty state if the recorded run has another form; loading it then raises.
     """
     try:
         tensors = tensors_from_bytes(record["tensors"])

@@ -1,6 +1,6 @@
 """Checkpoints of a recorded run, from which an interrupted run resumes exactly.
 
-Opacus saves weights and accountant. Added under one key are the record, and what
+Opacus saves weights and accountant. Added under one key are the recorded run, and what
 decides how the run goes on: the states of all random number generators, the position in
 the pass over the loader, the epochs of its samplers, and the noise multiplier and clip
 norm that schedules and adaptive clipping have reached. Tensors, numbers and strings
@@ -68,7 +68,7 @@ class Checkpoints:
         """Return the entries to add to a checkpoint; none before a run is prepared.
 
         Args:
-            recorder: The engine's recorder, whose record is saved.
+            recorder: The engine's recorder, whose run is saved.
             renyi_filter: The engine's budgets; what was charged to each example is
                 saved.
 
@@ -115,11 +115,11 @@ class Checkpoints:
 
         Args:
             checkpoint: What Opacus loaded; our entries are removed.
-            recorder: Continues the record, if the checkpoint has one.
+            recorder: Continues the recorded run, if the checkpoint has one.
             renyi_filter: Continues with the charges, if there is a filter.
             num_steps: Updates that the checkpoint's accountant has counted.
             restore_rng: Whether to restore everything that decides how the run goes on.
-            refuse: Called with the reason if the record cannot be continued.
+            refuse: Called with the reason if the run cannot be continued.
 
         Raises:
             ValueError: If the charges do not fit, or ``restore_rng`` is not possible.
@@ -136,14 +136,14 @@ class Checkpoints:
             except ValueError as error:
                 if restore_rng and not state:
                     raise
-                refuse(f"The checkpoint's record cannot be continued: {error}")
+                refuse(f"The checkpoint's recorded run cannot be continued: {error}")
         if restore_rng and self.run_state is not None:
             self.run_state.load_state_dict(_part(state, _RUN_STATE))
 
 
 # ------------------------------------------------------- what decides how a run goes on
 class RunState:
-    """The state of a run that was prepared, beyond its weights and its record.
+    """The state of a run that was prepared, beyond its weights and what was recorded.
 
     Args:
         loader: The loader that training iterates over; its passes are followed from

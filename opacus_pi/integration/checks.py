@@ -99,7 +99,7 @@ def batch_statistics(layers: Sequence[nn.Module]) -> str | None:
 class RunChecks:
     """The reasons why an engine's numbers cannot be given.
 
-    A reason may be found before the record begins (a checkpoint that does not fit). It
+    A reason may be found before recording begins (a checkpoint that does not fit). It
     is kept until then, and handed to the recorder, which refuses the ledger.
     """
 
@@ -109,7 +109,7 @@ class RunChecks:
         self._earlier_steps = 0
 
     def add(self, reason: str | None) -> None:
-        """Keep a reason for the record that is about to begin.
+        """Keep a reason for the run that is about to begin.
 
         Args:
             reason: Why its numbers cannot be given; None is ignored.
@@ -118,18 +118,18 @@ class RunChecks:
             self._reasons.append(reason)
 
     def refuse(self, reason: str) -> None:
-        """Refuse the present record, or the next one if none has begun."""
+        """Refuse the present ledger, or the next one if no run has begun."""
         if self._recorder is None:
             self.add(reason)
         else:
             self._recorder.refuse(reason)
 
     def begin(self, recorder: Recorder, *, steps_before: int) -> None:
-        """Apply the reasons that were kept to a record that has just begun.
+        """Apply the reasons that were kept to a run that has just begun.
 
         Args:
-            recorder: The recorder of the new record.
-            steps_before: Updates that it had recorded before it began. A record that
+            recorder: The recorder of the new run.
+            steps_before: Updates that it had recorded before it began. A run that
                 was loaded goes on counting; one that starts again forgets them.
         """
         if recorder.num_steps < steps_before:

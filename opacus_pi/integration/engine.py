@@ -1,7 +1,7 @@
 """Opacus's ``PrivacyEngine`` that also records each example's gradient norms.
 
 Change the import and nothing else: training, its random numbers and ``get_epsilon``
-stay Opacus's. Afterwards ``engine.ledger`` holds the record of the run, and
+stay Opacus's. Afterwards ``engine.ledger`` holds the norms of the run, and
 ``engine.privacy_losses`` and ``engine.epsilons`` compute each example's privacy loss
 from it.
 

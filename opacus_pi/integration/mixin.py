@@ -400,11 +400,11 @@ class PerInstanceMixin(OpacusEngine):
         checkpoint_dict: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        """Save as Opacus does, with record and random states under a key of its own.
+        """Save as Opacus does, with the recorded run and random states under a new key.
 
         Opacus's engine can load the checkpoint too. After ``make_monitored``, pass the
         plain module and optimizer. In a distributed run in which every process has a
-        record of its own, each process saves a file of its own.
+        recorded run of its own, each process saves a file of its own.
 
         Args:
             path: A file name, or a file object. A named file is replaced only when the
@@ -426,7 +426,7 @@ class PerInstanceMixin(OpacusEngine):
     def load_checkpoint(
         self, *, restore_rng: bool = False, **options: Any
     ) -> dict[str, Any]:
-        """Load as Opacus does, and continue the record if the checkpoint has one.
+        """Load as Opacus does, and continue the recorded run if the checkpoint has one.
 
         Resumed with ``restore_rng=True``, a training loop ends with the weights and the
         ledger of the run that was not interrupted, bit for bit, on the same machine:
@@ -504,7 +504,7 @@ class PerInstanceMixin(OpacusEngine):
         return loader
 
     def _prepare_optimizer(self, **options: Any) -> DPOptimizer:
-        """Prepare the optimizer as Opacus does, begin the record, and report to it.
+        """Prepare the optimizer as Opacus does, begin recording, and report to it.
 
         Opacus attaches the accountant's hook to the optimizer after this.
         """
@@ -533,19 +533,19 @@ class PerInstanceMixin(OpacusEngine):
         explain_ghost_losses(criterion)
         return criterion
 
-    # --------------------------------------------------------------- beginning a record
+    # ----------------------------------------------------------------- begin recording
     def _new_tracker(self, *, batch_first: bool = True) -> Tracker:
         """A tracker with the recorder's options."""
         verify, strict = self.recorder.verify, self.recorder.strict
         return Tracker(verify=verify, strict=strict, batch_first=batch_first)
 
     def _begin(self, run: PreparedRun, run_state: RunState) -> UpdateUnderWay:
-        """Begin the record of a run that Opacus has prepared."""
+        """Begin recording a run that Opacus has prepared."""
         recorder = self.recorder
         steps_before = recorder.num_steps
         try:
             run.begin_record(recorder)
-        except ValueError as error:  # the record that was loaded is of another run
+        except ValueError as error:  # what was loaded is of another run
             self.checks.add(str(error))
         for reason in run.reasons(self):
             self.checks.add(reason)
@@ -564,7 +564,7 @@ class PerInstanceMixin(OpacusEngine):
         recorded, and the ledger is refused.
 
         Args:
-            run: The run, whose record has begun.
+            run: The run, whose recording has begun.
             steps_before: Updates that the recorder had recorded before that.
         """
         earlier = None if self._run is None else self._run.update

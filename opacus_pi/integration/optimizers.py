@@ -276,7 +276,7 @@ class _FromGhostClipping(_ReportingOptimizer):
             self._pi_update.recorder.refuse(_STALE_NORMS)
 
     def zero_grad(self, *args: Any, **options: Any) -> None:
-        """Clear the gradients; refuse the record if one of two batches is lost.
+        """Clear the gradients; refuse the ledger if one of two batches is lost.
 
         Opacus's loss calls this between its two backward passes, too. A pass that is
         then complete belongs to an earlier batch, whose norms the model no longer has.
@@ -288,7 +288,7 @@ class _FromGhostClipping(_ReportingOptimizer):
         super().zero_grad(*args, **options)
 
     def add_noise(self) -> None:
-        """Add noise; refuse the record if it is scaled for another clip norm."""
+        """Add noise; refuse the ledger if it is scaled for another clip norm."""
         clipped = float(self._pi_update.hooks.max_grad_norm)
         noised = float(self.max_grad_norm)
         if clipped != noised:

@@ -1,7 +1,7 @@
 """A run that ``make_private`` has prepared, from its parts to its first update.
 
 Opacus prepares model, loader and optimizer in three calls. ``Preparation`` collects
-what the first two return; when the optimizer is there, it begins the record and makes
+what the first two return; when the optimizer is there, it begins recording and makes
 the object to which the optimizer reports.
 """
 
@@ -131,7 +131,7 @@ class Preparation:
 
 
 class PreparedRun:
-    """Model and loader of a run whose record is about to begin.
+    """Model and loader of a run whose recording is about to begin.
 
     Args:
         hooks: What Opacus made of the model.
@@ -152,7 +152,7 @@ class PreparedRun:
         self.processes = Processes() if is_distributed else None
 
     def begin_record(self, recorder: Recorder) -> None:
-        """Begin a recorder's record of this run.
+        """Let a recorder begin to record this run.
 
         The recorder learns what is trained, how a sweep measures it, and how the
         weights are read for saving and naming. Model and weights are referred to
@@ -162,7 +162,7 @@ class PreparedRun:
             recorder: The engine's recorder.
 
         Raises:
-            ValueError: If a record was loaded, and it is of another run.
+            ValueError: If a saved run was loaded, and it is another one.
         """
         data_set, processes = self.loader.dataset, self.processes
         trained = weakref.ref(self.module)

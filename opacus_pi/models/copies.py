@@ -1,7 +1,7 @@
 """Model copies: the user's own module, without what training wrapped around it.
 
 A model that is trained privately is wrapped (by Opacus, ``DistributedDataParallel`` or
-``torch.compile``), and its modules carry hooks and per-sample gradients of Opacus.
+``torch.compile``), and its modules have hooks and per-sample gradients of Opacus.
 :func:`unwrap` finds the user's module inside. Four functions copy it; the copies differ
 in what they share with the model and in the mode in which they run:
 

@@ -10,9 +10,9 @@ commitment stays, and the chain still verifies.
 leaves the log with the entry or without it, never with a part of it. Several processes
 may append at once, and an append takes the same time however long the log is.
 
-*What breaks it.* Whoever can write to the file can remove the last entries, put an old
-copy in its place, or write a whole new chain. The chain alone cannot show that: note
-``head`` where the log's keeper cannot write, and pass it to ``verify``.
+*What breaks it.* Anyone who can write to the file can remove the last entries, put an
+old copy in its place, or write a whole new chain. The chain alone cannot show that:
+note ``head`` where the log's keeper cannot write, and pass it to ``verify``.
 
 >>> import tempfile
 >>> log = DeletionLog(tempfile.mkdtemp() + "/deletions.db")

@@ -225,7 +225,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _settled(path: Path) -> bytes:
-    """The content of a file that nobody is writing to at the moment."""
+    """The content of a file that no process is writing to."""
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         return file.read()

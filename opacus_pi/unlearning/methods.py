@@ -181,12 +181,12 @@ class Langevin(Method):
         _at_least_zero("noise_std", self.noise_std, "0 is plain fine-tuning.")
         if self.max_grad_norm is not None:
             positive(
-                max_grad_norm=self.max_grad_norm, remedy="None is without clipping."
+                max_grad_norm=self.max_grad_norm, remedy="Pass None for no clipping."
             )
         if self.projection_radius is not None:
             positive(
                 projection_radius=self.projection_radius,
-                remedy="None is without projection.",
+                remedy="Pass None for no projection.",
             )
 
     @classmethod

@@ -447,7 +447,7 @@ def plain_name(argument: str, name: Any) -> str:
 def requests_of(entries: Iterable[Entry], num_examples: int) -> Requests:
     """What a log's entries amount to.
 
-    An unbroken chain shows that nobody edited an entry, not that the entry makes sense:
+    An unbroken chain shows that no entry was edited, not that the entry makes sense:
     other programs can append to a log. So each is checked here.
 
     Args:

@@ -3,10 +3,10 @@
 A plain hash of a name can be guessed by hashing a list of names. An HMAC cannot without
 the key, so the log and the key must not be kept together where others can read. The key
 is an argument, or a file beside the log that only its owner can read; it is never in
-the log. Whoever has the key can still ask for the requests of a user by name.
+the log. Anyone with the key can still ask for the requests of a user by name.
 
 *What breaks it.* A lost key cannot be made again: the hashes stay in the log, but
-nobody can find a user's requests by name any more.
+no one can find a user's requests by name any more.
 """
 
 import hmac

@@ -98,7 +98,7 @@ def test_the_key_is_not_left_in_what_loading_returns():
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_a_record_of_another_version(prepared):
+def test_a_recorded_run_of_another_version(prepared):
     first = Training().train(1)
     content = torch.load(save(first), weights_only=False)
     content[CHECKPOINT_KEY]["version"] = 99
@@ -115,7 +115,7 @@ def test_a_record_of_another_version(prepared):
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_a_record_of_another_data_set(prepared):
+def test_a_recorded_run_of_another_data_set(prepared):
     first = Training().train(1)
     file, second = save(first), Training(batch_size=12)  # another sample rate
     engine = second.engine if prepared else type(first.engine)(accountant="rdp")
@@ -126,7 +126,7 @@ def test_a_record_of_another_data_set(prepared):
         _ = training.engine.ledger
 
 
-def test_a_record_of_another_mode():
+def test_a_recorded_run_of_another_mode():
     file = save(Training().train(1))
     swept = Training(recorder=Recorder("swept", criterion=torch.nn.CrossEntropyLoss()))
     load(swept, file)

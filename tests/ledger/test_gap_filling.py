@@ -50,7 +50,7 @@ def ledger_of(rows, **options):
 @pytest.mark.parametrize("seed", range(3))
 def test_definition(seed, ties):
     rows = gappy(seed, ties=ties)
-    rows[3] = NAN  # a row in which nobody was drawn
+    rows[3] = NAN  # a row in which no example was drawn
     rows[:, 5] = NAN  # an example that never was
     filled = fill_by_rank(rows)
     np.testing.assert_allclose(filled, one_by_one(rows), rtol=1e-12)

@@ -199,8 +199,8 @@ def test_a_file_in_parts_is_the_same_ledger(tmp_path, make, size):
 
 
 def test_an_empty_file_has_no_parts_or_empty_ones(tmp_path):
-    ledger(np.empty((3, 0))).save(tmp_path / "nobody")
-    assert list(GradNormLedger.load_chunks(tmp_path / "nobody")) == []
+    ledger(np.empty((3, 0))).save(tmp_path / "empty")
+    assert list(GradNormLedger.load_chunks(tmp_path / "empty")) == []
     GradNormLedger(mechanism(), [], np.empty((0, 4))).save(tmp_path / "never")
     (part,) = GradNormLedger.load_chunks(tmp_path / "never")
     assert part.grad_norms.shape == (0, 4)

@@ -58,7 +58,7 @@ def test_an_empty_log(tmp_path):
     assert [*log.entries()] == [] and log.head == START
     found = verify(tmp_path / "new.db", START)
     assert (found.head, found.num_entries, found.num_added) == (START, 0, 0)
-    assert os.stat(log.path).st_mode & 0o077 == 0  # nobody else's business
+    assert os.stat(log.path).st_mode & 0o077 == 0  # only the owner may read it
     assert os.listdir(tmp_path) == ["new.db"]
 
 

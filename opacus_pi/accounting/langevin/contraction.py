@@ -1,9 +1,9 @@
-r"""How much a noisy process, applied to two laws, brings them together.
+r"""How much a noisy process, applied to two distributions, brings them together.
 
 **Idea.** Both laws go through the same steps: for unlearning, the law of the model that
 was trained on the forget set and that of the retrained model, both continued on the
 retain set. Gaussian noise of the same size is added to both, which makes them harder to
-tell apart. Three bounds on the divergence afterwards, from the divergence before:
+distinguish. Three bounds on the divergence afterwards, from the divergence before:
 
 * ``hypercontractive_bound``: needs the log-Sobolev constants of the second law,
 * ``source_bound``: the same ingredients, as in the literature; never smaller,

@@ -1,7 +1,7 @@
 r"""Shifted divergence: privacy amplification by iteration, with optimal payments.
 
 **Idea.** Two runs of w ← Π(φ_t(w) + N(0, s_t·I)) have c_t-Lipschitz maps that differ by
-at most d_t in sup-norm (d_t > 0 where the point takes part, 0 during unlearning), and
+at most d_t in sup-norm (d_t > 0 where the point is in the update, 0 in unlearning), and
 start within W_∞ distance z_0. Instead of paying for each difference when it occurs, the
 distance may be carried along, shrink with the maps, and be paid for by the noise of
 later steps. Part of the distance, a_t, is paid for by step t's noise:

@@ -11,7 +11,7 @@ E[B] in every update, so the ratio of its norm to the noise is known.
 
 **What breaks it.** b must be known. It is not where gradients of several batches were
 accumulated, or where the model was given a part of a batch or tensors that cannot be
-traced to one. Training then goes on, with noise, and the record is refused.
+traced to one. Training then goes on, with noise, and the ledger is refused.
 """
 
 from typing import Any
@@ -45,7 +45,7 @@ class NoiseHook:
     Args:
         noise_std: Standard deviation of the noise on the mean gradient, above 0.
         mean_batch_size: E[B], the expected number of examples in a batch.
-        recorder: Its record is refused if an update does not have this form.
+        recorder: Its ledger is refused if an update does not have this form.
         tracker: Identifies the samples behind the update.
         generator: Draws the noise; None: torch's global generator.
     """

@@ -81,7 +81,7 @@ def monitor(
 
     *With noise* every gradient that the optimizer holds gets ``N(0, noise_std²)`` added
     just before its step; a parameter without a gradient is not changed. An empty batch
-    counts as gradient 0. After an update with accumulated gradients the record is
+    counts as gradient 0. After an update with accumulated gradients the ledger is
     refused.
 
     Args:
@@ -182,10 +182,10 @@ def _begin_record(
     measure: Callable[[Dataset[Any]], Sweep],
     processes: Processes | None,
 ) -> None:
-    """Begin the record of a run.
+    """Begin recording a run.
 
     Args:
-        recorder: Begins a run, or continues the record that was loaded into it.
+        recorder: Begins a run, or continues the one that was loaded into it.
         module: The model, whose weights a row may be saved with.
         data_set: The examples, in the order in which the ledger has them.
         scheme: How the loader samples a batch.
@@ -193,7 +193,7 @@ def _begin_record(
         processes: Those that train together; None: one.
 
     Raises:
-        ValueError: If a record was loaded, and it is of another run.
+        ValueError: If a saved run was loaded, and it is another one.
     """
     recorder.begin(
         num_examples=size_of(data_set),
@@ -210,12 +210,12 @@ def _begin_record(
 def _refuse_schedule(
     recorder: Recorder, loader: DataLoader[Any], processes: Processes | None
 ) -> None:
-    """Refuse the record if it is not known how often an example is drawn.
+    """Refuse the ledger if it is not known how often an example is drawn.
 
     Training goes on without a ledger.
 
     Args:
-        recorder: The recorder, whose record has begun.
+        recorder: The recorder, which has begun the run.
         loader: The loader that the training loop will iterate over.
         processes: Those that train together. Each must draw from a part of its own:
             otherwise an example may enter one update several times.
