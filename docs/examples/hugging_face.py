@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import BertConfig, BertForSequenceClassification
 
 from opacus_pi import Langevin, PrivacyEngine, Unlearner
-from opacus_pi.difficulty.forget_sets import top_k
 from opacus_pi.evaluation import accuracy, predict
+from opacus_pi.forget_sets import top_k
 
 NUM_EXAMPLES, LENGTH, VOCABULARY = 1024, 12, 40
 DELTA = 1e-3

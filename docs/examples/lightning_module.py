@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi import FineTune, PrivacyEngine, Unlearner
-from opacus_pi.difficulty.forget_sets import top_k
 from opacus_pi.evaluation import accuracy, predict
+from opacus_pi.forget_sets import top_k
 from opacus_pi.integration.lightning import PrivacyCallback
 
 CRITERION = nn.CrossEntropyLoss()

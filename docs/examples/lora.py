@@ -14,8 +14,8 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch.utils.data import DataLoader
 
 from opacus_pi import FineTune, PrivacyEngine, Unlearner
-from opacus_pi.difficulty.forget_sets import top_k
 from opacus_pi.evaluation import accuracy, predict
+from opacus_pi.forget_sets import top_k
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def contractive_divergence(
     Raises:
         ValueError: If shapes disagree or a value is outside its domain.
 
-    Source: docs/theory.md, Section 6.
+    Source: docs/theory.md, Section 7.
     """
     d, constants, square, s = _checked(shifts, lsi, lipschitz, noise_variance)
     expect(1 < order < math.inf, "order", order, "must be in (1, inf)", "Try 8.")
