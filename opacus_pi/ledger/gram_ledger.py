@@ -91,14 +91,14 @@ class GramLedger(SavedLedger):
             self._check_ids()
 
     def _check_ids(self) -> None:
-        """Refuse ids that are not one per row of a forget Gram matrix."""
+        """Refuse ids unless there is one for each row of a forget Gram matrix."""
         ids = np.array(self.example_ids, dtype=np.int64)
         distinct_indices("example_ids", ids, np.iinfo(np.int64).max)
         expect(
             self.kind != "forget" or len(ids) == self.grams.shape[-1],
             "example_ids",
             f"{len(ids)} ids",
-            f"must be {self.grams.shape[-1]}, one per row of a matrix",
+            f"must be {self.grams.shape[-1]} ids, one per row of a matrix",
             "Give the ids in the order of the matrices' rows.",
         )
         object.__setattr__(self, "example_ids", frozen(ids))

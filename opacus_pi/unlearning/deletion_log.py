@@ -538,7 +538,7 @@ def append_within(
 
 
 def _read(path: Path, mode: str) -> Iterator[Entry]:
-    """Verified entries, some at a time, so that no writer has to wait for the end."""
+    """Yield verified entries in parts, so that a long read blocks no writer."""
     previous, missing = START, set[int]()
     number = 0
     while True:

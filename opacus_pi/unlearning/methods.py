@@ -168,7 +168,7 @@ class Langevin(Method):
             ‖w‖₂ ≤ R around 0, all trainable weights together; None: no projection.
 
     Raises:
-        ValueError: If an argument leaves its range.
+        ValueError: If an argument is outside its range.
 
     Source: Chien et al. 2024 (arXiv:2401.10371); paper section 3.1 and App. D.
     """
@@ -250,7 +250,7 @@ class L1Sparse(Method):
             pass e of E, as the released code does; ``"constant"``: as printed.
 
     Raises:
-        ValueError: If an argument leaves its range.
+        ValueError: If an argument is outside its range.
 
     Source: Liu et al. 2024a (arXiv:2304.04934); OPTML-Group/Unlearn-Sparse.
     """

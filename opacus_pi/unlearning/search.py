@@ -89,7 +89,7 @@ def search_settings(
         utility: The metric that measures how well the model still performs.
         num_trials: How many settings to try.
         margin: Largest excess gap, in the metrics' own units (0.05: five points).
-        seed: Of the search.
+        seed: Seed of the search.
 
     Returns:
         The choice and all trials.
@@ -180,7 +180,7 @@ def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
 
 
 def _optuna() -> ModuleType:
-    """The optional dependency, quiet."""
+    """Import optuna, an optional dependency, and silence its log."""
     try:
         import optuna
     except ImportError as error:

@@ -214,7 +214,7 @@ def test_a_state_of_something_else_changes_nothing():
             made.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="3 examples"):
         made.load_state_dict(begun(1.0, 3).state_dict())
-    with pytest.raises(ValueError, match="Updates that were released stay charged"):
+    with pytest.raises(ValueError, match="charged since the save cannot be taken back"):
         made.load_state_dict(begun(1.0, 2).state_dict())
     assert made.spent == pytest.approx([0.04, 0.0])
 
