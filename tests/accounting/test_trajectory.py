@@ -138,7 +138,7 @@ def test_what_is_not_bounded_is_refused():
     with pytest.raises(ValueError, match=expected):
         trajectory_limits(shared, 2, 2)
     late = GradNormLedger(runs[0].mechanism, [1, 2, 3], np.ones((3, 1)))
-    with pytest.raises(ValueError, match="one in each of 3 equal parts"):
+    with pytest.raises(ValueError, match="one row in each of 3 equal parts"):
         trajectory_limits(late, 2, 2)
     for kappa in (1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="^kappa must"):
