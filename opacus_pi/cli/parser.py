@@ -215,7 +215,7 @@ SETTING = option(
     default=[],
     action="append",
 )
-LOG = option("--record", "FILE.db", "deletion log of the model's requests")
+LOG = option("--log", "FILE.db", "deletion log of the model's requests")
 JSON = switch("--json", "print JSON instead of text")
 JSON_FILE = option(
     "--out", "FILE.json", "write the JSON here, too", writable_file, dest="json_file"
@@ -254,7 +254,7 @@ gives no ε. The output reveals which examples are unusual: protect it like the 
 Predict what forgetting a set will take; nothing is trained. The plan gives the
 percentile of the set's mean privacy loss among all examples, the number of steps that
 past runs predict (--past), and, if the architecture is named (--model), what may be
-claimed afterwards. If there were deletion requests before, name their log (--record):
+claimed afterwards. If there were deletion requests before, name their log (--log):
 the guarantee then covers all requests together.""",
         examples="""\
   opacus-pi plan ledger.safetensors --forget 17
@@ -262,7 +262,7 @@ the guarantee then covers all requests together.""",
       --method langevin --set noise_std=0.02
   opacus-pi plan ledger.safetensors --forget new.txt \\
       --past easy.txt=0.5 --past hard.txt=12
-  opacus-pi plan ledger.safetensors --forget 5 --record deletions.db""",
+  opacus-pi plan ledger.safetensors --forget 5 --log deletions.db""",
         arguments=(
             LEDGERS,
             FORGET,
@@ -296,7 +296,7 @@ DIR gets weights.safetensors, record.json (what was run; it lists the forgotten
 examples), trace.json (metrics over epochs, needs --test) and guarantee.json (what may
 be claimed; stronger with --ledger). Nothing is written before the run has ended.
 
-With --record the request is first entered in a tamper-evident deletion log, and later
+With --log the request is first entered in a tamper-evident deletion log, and later
 requests continue from the weights kept beside it. After a crash repeat the command:
 requests that are still pending are carried out first, with this command's settings.""",
         examples="""\
@@ -305,7 +305,7 @@ requests that are still pending are carried out first, with this command's setti
   opacus-pi unlearn --model my_project:build --weights model.pt \\
       --data my_project:train_set --test my_project:test_set --forget ids.txt \\
       --method langevin --set noise_std=0.02 --epochs 10 \\
-      --ledger ledger.safetensors --record deletions.db --out forgotten""",
+      --ledger ledger.safetensors --log deletions.db --out forgotten""",
         arguments=(
             MODEL,
             WEIGHTS,

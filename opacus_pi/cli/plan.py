@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
             "--model my_project:build."
         )
     runs = load_ledgers(options.ledger, options.noise_std)
-    before = _requested_before(options.record, runs[0])
+    before = _requested_before(options.log, runs[0])
     plan = make_plan(
         runs,
         read_indices(options.forget_indices),
@@ -60,7 +60,7 @@ def _requested_before(record: str | None, ledger: GradNormLedger) -> NDArray[np.
         return np.empty(0, dtype=np.int64)
     ids = ledger.example_ids
     size = ledger.num_examples if ids is None else int(np.max(ids)) + 1
-    with about("--record", "Name what 'opacus-pi unlearn --record' wrote."):
+    with about("--log", "Name what 'opacus-pi unlearn --log' wrote."):
         return requested_indices(record, size)
 
 

@@ -41,8 +41,8 @@ from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
 
 def run(options: argparse.Namespace) -> int:
     """Unlearn, save the result and print it."""
-    if options.request_id and not options.record:
-        raise BadInput("--request-id: there is no log. Add --record FILE.db.")
+    if options.request_id and not options.log:
+        raise BadInput("--request-id: there is no log. Add --log FILE.db.")
     method = make_method(options.method, options.settings)
     make_optimizer = _optimizer(options)
     runs = load_ledgers(options.ledger, None, "--ledger") if options.ledger else None
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
 
     with new_directory(options.out) as directory:
         result: UnlearningResult | None
-        if options.record:
+        if options.log:
             result, request = _carry_out(
                 options, unlearner, train_set, forget, settings
             )
@@ -110,16 +110,16 @@ def _carry_out(
         The result of this command's own request, None if an earlier command carried it
         out; facts about the log and about other requests that were pending.
     """
-    with about("--record", "Restore the file from a copy, or name another."):
-        requests = DeletionRequests(options.record, len(train_set))
+    with about("--log", "Restore the file from a copy, or name another."):
+        requests = DeletionRequests(options.log, len(train_set))
     name = options.request_id or _request_name(forget)
     requests.submit(name, indices=forget)
-    before = requested_indices(options.record, len(train_set)).tolist()
+    before = requested_indices(options.log, len(train_set)).tolist()
     results = requests.process(unlearner, train_set, **settings(before))
     own = [result for result in results if result.record["requests"] == [name]]
     facts = {
         "request_id": name,
-        "deletion_record": options.record,
+        "deletion_log": options.log,
         "head": requests.log.head,
         "weights": str(requests.weights_path),
         "also_carried_out": [
@@ -212,7 +212,7 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
     parts.append(result.guarantee.text(facts["delta"]))
     if "head" in facts:
         parts.append(
-            f"Entered in {facts['deletion_record']} as {facts['request_id']}. Keep the "
+            f"Entered in {facts['deletion_log']} as {facts['request_id']}. Keep the "
             "head of the log elsewhere: it shows whether later entries were removed.\n"
             f"{facts['head']}"
         )

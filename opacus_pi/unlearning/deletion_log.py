@@ -452,7 +452,7 @@ def _raise_ours(error: sqlite3.Error, path: Path, mode: str) -> None:
             path,
             "must be a deletion log without an unfinished write",
             "A process was killed while it wrote. The next 'opacus-pi unlearn "
-            "--record' takes the unfinished part back, as does DeletionLog(path).",
+            "--log' takes the unfinished part back, as does DeletionLog(path).",
         )
         # A header that asks for a write-ahead log, which our files never have.
         odd = path.is_file() and os.access(path, os.R_OK)

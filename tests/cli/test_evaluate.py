@@ -51,7 +51,7 @@ def test_no_model_is_judged_beside_itself(run, oracles, message):
 
 def test_the_training_set_is_no_test_set(run, tmp_path):
     words = ("--forget", "3", "--data", "cli_project:train_set", "--test")
-    out = ("--record", tmp_path / "record", "--out", tmp_path / "run")
+    out = ("--log", tmp_path / "record", "--out", tmp_path / "run")
     for command in (("evaluate",), ("unlearn", *out)):
         code, _, err = run(*command, *MODEL, *words, "cli_project:train_set")
         assert code == 2 and "--test: this is the training set of --data" in err

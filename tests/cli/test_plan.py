@@ -110,29 +110,28 @@ def test_what_was_asked_before_counts(run, answer, ledger, tmp_path):
     content = path.read_bytes()
     langevin = (*BUILD, "--method", "langevin", "--set", "noise_std=.02")
     alone = answer(*PLAN, "3", *langevin)
-    found = answer(*PLAN, "3", *langevin, "--record", path)
+    found = answer(*PLAN, "3", *langevin, "--log", path)
     assert (found["num_retain"], found["num_forgotten_before"]) == (117, 2)
     assert found["mean_loss"] == alone["mean_loss"]
     one = "the forget set is one example"
     for plan, met in ((alone, True), (found, False)):
         said = {a["statement"]: a["met"] for a in plan["guarantee"]["assumptions"]}
         assert said[one] is met
-    _, out, _ = run(*PLAN, "3", "--record", path)
+    _, out, _ = run(*PLAN, "3", "--log", path)
     assert "covers all 3 examples forgotten by then, 2 of them before" in out
     assert path.read_bytes() == content
 
 
 def test_a_bad_record(run, tmp_path):
-    code, _, err = run(*PLAN, "3", "--record", tmp_path / "nothing")
-    assert code == 2 and "--record: no such file" in err
+    code, _, err = run(*PLAN, "3", "--log", tmp_path / "nothing")
+    assert code == 2 and "--log: no such file" in err
     assert list(tmp_path.iterdir()) == []
-    code, _, err = run(*PLAN, "3", "--record", "model.safetensors")
+    code, _, err = run(*PLAN, "3", "--log", "model.safetensors")
     assert (
-        code == 2
-        and "--record: path must be a deletion log, got model.safetensors" in err
+        code == 2 and "--log: path must be a deletion log, got model.safetensors" in err
     )
     DeletionRequests(tmp_path / "other", 500).submit("a", indices=[400])
-    code, _, err = run(*PLAN, "3", "--record", tmp_path / "other")
+    code, _, err = run(*PLAN, "3", "--log", tmp_path / "other")
     assert code == 2 and "It is the log of another training set" in err
 
 

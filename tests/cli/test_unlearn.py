@@ -73,10 +73,10 @@ def test_wrapped_weights_are_the_same_weights(run, tmp_path):
 
 def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
     record = tmp_path / "deletions.db"
-    first = answer(*UNLEARN, "3", "--record", record, "--out", tmp_path / "a")
+    first = answer(*UNLEARN, "3", "--log", record, "--out", tmp_path / "a")
     assert verify(record).head == first["head"]
     second = answer(
-        *UNLEARN, "5", "--record", record, "--request-id", "x", "--out", tmp_path / "b"
+        *UNLEARN, "5", "--log", record, "--request-id", "x", "--out", tmp_path / "b"
     )
     assert second["request_id"] == "x" and verify(record).head == second["head"]
     facts = json.loads((tmp_path / "b" / "record.json").read_text())
@@ -84,10 +84,10 @@ def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
     kept = safetensors.torch.load_file(second["weights"])
     new = safetensors.torch.load_file(tmp_path / "b" / "weights.safetensors")
     assert all(torch.equal(kept[name], new[name]) for name in new)
-    again = answer(*UNLEARN, "3", "--record", record, "--out", tmp_path / "c")
+    again = answer(*UNLEARN, "3", "--log", record, "--out", tmp_path / "c")
     assert again["carried_out"] is False and not (tmp_path / "c").exists()
     assert again["head"] == second["head"]
-    words = (*UNLEARN, "6", "--record", record, "--request-id", "x", "--out")
+    words = (*UNLEARN, "6", "--log", record, "--request-id", "x", "--out")
     code, _, err = run(*words, tmp_path / "d")
     assert code == 2 and "--request-id must name one request only, got x" in err
 
@@ -109,7 +109,7 @@ def test_written_weights_can_be_checked(run, answer, tmp_path):
 def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
     record = tmp_path / "deletions.db"
     DeletionRequests(record, 120).submit("before", indices=[5, 6])
-    words = (*UNLEARN, "3", "--record", record, "--out", tmp_path / "a")
+    words = (*UNLEARN, "3", "--log", record, "--out", tmp_path / "a")
     code, out, err = run(*words, "--request-id", "new")
     assert (code, err) == (0, "")
     pending, own = out.split("\n\n")[:2]
@@ -120,7 +120,7 @@ def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
     assert facts["forget_indices"] == [3] and facts["forgotten_before"] == [5, 6]
     DeletionRequests(record, 120).submit("later", indices=[7])
     again = answer(
-        *(*UNLEARN, "3", "--record", record, "--request-id", "new"),
+        *(*UNLEARN, "3", "--log", record, "--request-id", "new"),
         *(*NOISY, "--out", tmp_path / "b"),
     )
     assert again["carried_out"] is False and not (tmp_path / "b").exists()
@@ -153,8 +153,8 @@ def test_interrupted_nothing_is_left(run, tmp_path, monkeypatch):
         (("3", "--method", "magic"), "argument --method: invalid choice"),
         (("3", "--request-id", "x"), "--request-id: there is no log"),
         (("3", "--ledger", "none.safetensors"), "--ledger none.safetensors: no such"),
-        (("3", "--record", "cli_project.py"), "path must be a deletion log, got"),
-        (("3", "--record", "ledger.safetensors"), "path must be a deletion log, got"),
+        (("3", "--log", "cli_project.py"), "path must be a deletion log, got"),
+        (("3", "--log", "ledger.safetensors"), "path must be a deletion log, got"),
         (("3", "--weights", "retrained.py"), "--weights: retrained.py is not"),
         (("3", "--weights", "ledger.safetensors"), "does not fit the model"),
         (("3", "--model", "cli_project:build_wider"), "does not fit the model"),

@@ -261,7 +261,7 @@ def test_an_unfinished_write_names_the_command_that_takes_it_back(run, tmp_path)
     record(path, None)
     leave_unfinished_write(path)
     code, out, _ = run("verify", path)
-    assert code == 1 and "next 'opacus-pi unlearn --record' takes the unfinished" in out
+    assert code == 1 and "next 'opacus-pi unlearn --log' takes the unfinished" in out
 
 
 def test_bad_arguments(run, tmp_path):
