@@ -79,8 +79,7 @@ def gradient_gram(
 
     Raises:
         ValueError: If an index is outside the data set, the criterion does not give one
-        loss
-            per example, nothing is trainable, or examples share batch statistics.
+            loss per example, nothing is trainable, or examples share batch statistics.
     """
     positive(batch_size=batch_size, remedy="64 is a good choice.")
     distinct_indices("indices", indices, size_of(data_set))
@@ -213,7 +212,19 @@ class _Gradients:
         return {name: p.numel() for name, p in self._trainable.items()}
 
     def of_examples(self, x: Any, y: Any, names: Sequence[str]) -> Tensor:
-        """Return each example's flat gradient by parameters, float64 ``(b, P)``."""
+        """Return each example's flat gradient by some parameters.
+
+        Once ``torch.func.vmap`` has failed, every later batch is differentiated one
+        example after the other.
+
+        Args:
+            x: Inputs of ``b`` examples.
+            y: Their targets.
+            names: The parameters, in the order of their entries.
+
+        Returns:
+            float64 ``(b, P)``, with P the number of entries of these parameters.
+        """
         chosen = {name: self._trainable[name] for name in names}
         if self._vectorised:
             try:
@@ -228,7 +239,10 @@ class _Gradients:
         return torch.stack(found)
 
     def _vmapped(self, x: Any, y: Any, chosen: Mapping[str, Tensor]) -> Tensor:
-        """Return the same for many examples at once, each alone in its forward pass."""
+        """Return these gradients by ``torch.func``, for many examples at once.
+
+        Each example is alone in its forward pass, so that the model cannot mix them.
+        """
         values = {name: p.detach() for name, p in chosen.items()}
 
         def loss(values: dict[str, Tensor], x: Any, y: Any) -> Tensor:

@@ -6,6 +6,10 @@ larger than the parameters, and are formed.
 
 A layer that normalises by statistics of the batch mixes its examples and is not
 covered: BatchNorm and InstanceNorm with running statistics, in training mode.
+
+Each rule normalises the saved input once more, without scale and shift, by torch's own
+function; the normalised input itself is not kept by the layer. All rules have the
+arguments of :func:`~opacus_pi.gradients.layers.register_layer_rule`.
 """
 
 from collections.abc import Collection
@@ -30,7 +34,11 @@ def group_norm_gradients(
 def batch_norm_gradients(
     module: BatchNormBase, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor] | None:
-    """Gradients of scale and shift with running statistics, one entry per channel."""
+    """Gradients of scale and shift with running statistics, one entry per channel.
+
+    Returns:
+        By name, ``(b, c)``; ``None`` where the batch's own statistics are used.
+    """
     if _uses_the_batch(module):
         return None
     normalised = F.batch_norm(
@@ -43,7 +51,11 @@ def batch_norm_gradients(
 def instance_norm_gradients(
     module: InstanceNormBase, x: Tensor, grad: Tensor, names: Collection[str]
 ) -> dict[str, Tensor] | None:
-    """Gradients with statistics of each example and channel, or running ones."""
+    """Gradients with statistics of each example and channel, or running ones.
+
+    Returns:
+        By name, ``(b, c)``; ``None`` where running statistics follow the batch.
+    """
     if _uses_the_batch(module):
         return None
     normalised = F.instance_norm(
@@ -82,7 +94,11 @@ def rms_norm_gradients(
 
 
 def _uses_the_batch(module: BatchNormBase | InstanceNormBase) -> bool:
-    """Whether running statistics follow the batch, as they do in training mode."""
+    """Whether running statistics follow the batch, as they do in training mode.
+
+    An example's output then depends on the others of its batch, now or later, so it has
+    no gradient of its own.
+    """
     return module.training and module.running_mean is not None
 
 
@@ -97,7 +113,12 @@ def _channel_gradients(
 
 
 def _tokens(values: Tensor, module: nn.LayerNorm | nn.RMSNorm) -> Tensor:
-    """Return ``(b, ..., *features)`` as ``(b, t, features)``."""
+    """Return ``(b, ..., *features)`` as ``(b, t, features)``.
+
+    Args:
+        values: Inputs or output gradients of the layer.
+        module: The layer; ``normalized_shape`` lists the axes of the features.
+    """
     return values.flatten(-len(module.normalized_shape)).reshape(
         len(values), -1, module.weight.numel()
     )
