@@ -45,6 +45,18 @@ _MAX_ORDERS = 16
 _NODE_DIGITS = 23.0  # nominal interpolation error exp(-23) = 1e-10; measured: 1e-12
 
 
+def default_hoelder_p(num_steps: int) -> float:
+    """Return Hölder's p where none is given: 3T, the paper's choice.
+
+    The order of the first update then grows by a factor of at most
+    (1 + 1/(3T - 1))^T, about 1.4. A single update would have p = 3.
+
+    Args:
+        num_steps: Number of updates, T.
+    """
+    return max(3.0 * num_steps, 3.0)
+
+
 def corrected_order(order: float, hoelder_p: float, remaining: ArrayLike) -> Array:
     """Return the order at which an update is taken: 1 + (order-1)·(p/(p-1))^i.
 

@@ -32,6 +32,7 @@ from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.composition import (
     PUBLISHED,
     corrected_order,
+    default_hoelder_p,
     interval_orders,
     published_orders,
     weighted_log_moments,
@@ -424,7 +425,7 @@ def composition_of(
         "Fix it beforehand (default: 3·num_steps): choosing p on the runs that are "
         "averaged would give the plain sum of their losses."
     )
-    p = max(3.0 * mechanism.num_steps, 3.0) if hoelder_p is None else hoelder_p
+    p = default_hoelder_p(mechanism.num_steps) if hoelder_p is None else hoelder_p
     numeric = isinstance(p, (int, float, np.number))
     expect(numeric and p > 1, "hoelder_p", p, "must be a number above 1", remedy)
     expect(

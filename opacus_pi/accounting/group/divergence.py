@@ -43,6 +43,7 @@ from scipy.special import logsumexp
 from opacus_pi._validate import expect
 from opacus_pi.accounting.composition import (
     corrected_order,
+    default_hoelder_p,
     log_order_growth,
     mean_over_runs,
     printed_order,
@@ -271,7 +272,7 @@ def _operator_norm(K: NDArray[np.float64], rate: float, order: float) -> float:
 
 def _hoelder_p(value: float | None, num_steps: int) -> float:
     """Return the p given, or 3T."""
-    p = max(3.0 * num_steps, 3.0) if value is None else float(value)
+    p = default_hoelder_p(num_steps) if value is None else float(value)
     check_above_one(hoelder_p=p, remedy="3 times the number of updates is usual.")
     return p
 
