@@ -48,8 +48,7 @@ _NODE_DIGITS = 23.0  # nominal interpolation error exp(-23) = 1e-10; measured: 1
 def default_hoelder_p(num_steps: int) -> float:
     """Return Hölder's p where none is given: 3T, the paper's choice.
 
-    The order of the first update then grows by a factor of at most
-    (1 + 1/(3T - 1))^T, about 1.4. A single update would have p = 3.
+    Over T updates the order minus 1 then grows by (p/(p-1))^T, at most a factor of 1.5.
 
     Args:
         num_steps: Number of updates, T.
