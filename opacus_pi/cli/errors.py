@@ -41,7 +41,7 @@ def about(argument: str, remedy: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException | str) -> str:
-    """A message without line breaks, or the class's name if there is no message."""
+    """Return a message without line breaks, or the class's name if it is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -125,7 +125,7 @@ def _barriers(
 
 
 def _text(facts: dict[str, Any], barriers: Barriers | None) -> str:
-    """The answer for people."""
+    """Return the answer as text for a person."""
     oracle = facts["oracle"]
     header = ["metric", "model"]
     rows = [[name, value] for name, value in facts["metrics"].items()]
@@ -156,7 +156,7 @@ def _text(facts: dict[str, Any], barriers: Barriers | None) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation, or the only value."""
+    """Return mean ± standard deviation as text, or the only value."""
     if len(values) < 2:
         return cell(float(values[0])) if values else "unknown (one model)"
     return f"{cell(np.mean(values))} ± {cell(np.std(values, ddof=1))}"

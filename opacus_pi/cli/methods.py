@@ -66,7 +66,7 @@ def make_method(name: str | None, settings: Sequence[str]) -> "Method":
 
 
 def _parsed(setting: str, method: str, known: Mapping[str, Any]) -> tuple[str, Any]:
-    """Name and value of one setting."""
+    """Split one setting into its name and its value."""
     name, equals, text = setting.partition("=")
     if not equals or name not in known:
         raise BadInput(
@@ -83,7 +83,7 @@ def _parsed(setting: str, method: str, known: Mapping[str, Any]) -> tuple[str, A
 
 
 def _number(text: str) -> Any:
-    """A value as JSON writes it, or a number as people do: .5, 1., +2."""
+    """Read a value: JSON, or a number as people write it, such as .5, 1. or +2."""
     try:
         return json.loads(text)
     except ValueError:
@@ -91,7 +91,7 @@ def _number(text: str) -> Any:
 
 
 def _settings_of(method: str, known: Mapping[str, Any]) -> str:
-    """A sentence that lists the settings of a method with their defaults."""
+    """Return a sentence that lists the settings of a method with their defaults."""
     shown = [
         f"{name} (required)" if field.default is MISSING else f"{name}={field.default}"
         for name, field in known.items()

@@ -468,7 +468,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _suggestion(word: str, known: Sequence[str]) -> str:
-    """The known word that is most like a given one, as the end of a message."""
+    """Return the end of a message that suggests the known word most like this one."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}" if close else ""
 

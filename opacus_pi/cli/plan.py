@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _requested_before(record: str | None, ledger: GradNormLedger) -> NDArray[np.int64]:
-    """Examples that the requests of a deletion log name, done or pending; sorted."""
+    """Return the sorted examples that requests of a deletion log name, done or not."""
     if record is None:
         return np.empty(0, dtype=np.int64)
     ids = ledger.example_ids
@@ -87,7 +87,7 @@ def _past_runs(texts: Sequence[str]) -> list[PastRun]:
 
 
 def _facts(plan: Plan, delta: float) -> dict[str, object]:
-    """The answer for programs."""
+    """Return the answer as JSON facts for a program."""
     return {
         "format": "opacus_pi.cli.plan.v1",
         "num_forget": len(plan.forget),

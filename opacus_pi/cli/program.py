@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explained(error: Exception, options: argparse.Namespace) -> tuple[str, int]:
-    """The message about an error, and its exit code."""
+    """Return the message about an error, and the exit code."""
     if isinstance(error, BadInput):
         return str(error), BAD_INPUT
     if isinstance(error, ValueError):

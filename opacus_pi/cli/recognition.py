@@ -91,7 +91,7 @@ def recognise(path: Path, head: str | None = None) -> Recognised:
 def _chain(
     check: Callable[[Path, str | None], Verification], path: Path, head: str | None
 ) -> dict[str, Any]:
-    """Check a deletion log; its head, and what was added since an earlier head."""
+    """Check a deletion log: return its head, and what was added since another head."""
     found = check(path, head)
     facts: dict[str, Any] = {"head": found.head}
     if found.num_added is not None:

@@ -48,13 +48,13 @@ def run(options: argparse.Namespace) -> int:
 def _evaluation(
     options: argparse.Namespace,
 ) -> tuple[dict[str, Any] | None, Barriers | None]:
-    """Metrics of retrained models and barriers to them, None where there are none."""
+    """Return the metrics of retrained models and the barriers to them, each or None."""
     path = _evaluation_file(options)
     return (None, None) if path is None else _read_evaluation(path)
 
 
 def _evaluation_file(options: argparse.Namespace) -> str | Path | None:
-    """The file that ``evaluate`` wrote: the one named, or the one in the directory."""
+    """Return the path of what ``evaluate`` wrote: as named, or in the directory."""
     path: str | Path | None = options.evaluation
     if path is None and options.run_dir is not None:
         usual = Path(options.run_dir, EVALUATION)

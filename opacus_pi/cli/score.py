@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _text(scores: Scores, facts: dict[str, Any]) -> str:
-    """The answer for people."""
+    """Return the answer as text for a person."""
     quantiles = facts["quantiles"]
     losses, epsilons = quantiles["loss"], quantiles["epsilon"]
     rows = zip(
@@ -61,7 +61,7 @@ def _text(scores: Scores, facts: dict[str, Any]) -> str:
 
 
 def _headline(scores: Scores) -> str:
-    """The unit of the numbers, and the bound."""
+    """Return the first lines of the answer: the unit of the numbers, and the bound."""
     about = f"{len(scores.ids)} examples, loss in nats at order {scores.order:g}"
     if scores.ranking_only:
         return (

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     )
 
     def settings(forgotten_before: Iterable[int]) -> dict[str, Any]:
-        """How to run: the retain set of the metrics depends on earlier requests."""
+        """Return the settings of a run; its retain set excludes earlier requests."""
         found = {"num_epochs": options.num_epochs, "batch_size": options.batch_size}
         if test_set is None:  # nothing to evaluate on
             return found
@@ -132,7 +132,7 @@ def _carry_out(
 
 
 def _pending(record: dict[str, Any]) -> dict[str, Any]:
-    """What was done about a request that an earlier command had left pending."""
+    """Return what was done about a request that an earlier command left pending."""
     return {
         "request_id": record["requests"][0],
         "num_forget": len(record["forget_indices"]),
@@ -142,7 +142,7 @@ def _pending(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _test_set(options: argparse.Namespace, train_set: Any) -> Any:
-    """The test set, checked before a request is entered; None if none is named."""
+    """Import and check the test set before a request is entered; None if not named."""
     if options.test_set is None:
         return None
     test_set = import_data_set("--test", options.test_set)
@@ -151,7 +151,7 @@ def _test_set(options: argparse.Namespace, train_set: Any) -> Any:
 
 
 def _optimizer(options: argparse.Namespace) -> Any:
-    """SGD with the given settings; bad settings are refused before anything runs."""
+    """Return a factory of SGD; raise for bad settings before anything runs."""
     make = functools.partial(
         torch.optim.SGD, lr=options.learning_rate, momentum=options.momentum
     )
@@ -165,13 +165,13 @@ def _optimizer(options: argparse.Namespace) -> Any:
 
 
 def _request_name(forget: NDArray[np.int64]) -> str:
-    """A name made from the ids, so that the same ids are the same request."""
+    """Return a name computed from the ids: equal ids are the same request."""
     ids = json.dumps(sorted(forget.ravel().tolist())).encode()
     return f"ids-{hashlib.sha256(ids).hexdigest()[:16]}"
 
 
 def _run_facts(result: UnlearningResult | None, delta: float) -> dict[str, Any]:
-    """What the run was and what may be claimed, for programs."""
+    """Return what was run and what may be claimed, as JSON facts."""
     if result is None:
         return {"carried_out": False}
     metrics = result.trace.metrics
@@ -188,7 +188,7 @@ def _run_facts(result: UnlearningResult | None, delta: float) -> dict[str, Any]:
 
 
 def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
-    """The answer for people."""
+    """Return the answer as text for a person."""
     parts = [
         f"Request {other['request_id']} was still pending in the log: it was carried "
         f"out too, with the settings of this command. "
@@ -220,5 +220,5 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
 
 
 def _forgot(size: int, method: str, num_steps: int) -> str:
-    """The beginning of a sentence: how many examples were forgotten, and how."""
+    """Return the start of a sentence: how many examples were forgotten, and how."""
     return f"Forgot {size} example{'s' * (size > 1)} by {method}: {num_steps} updates"

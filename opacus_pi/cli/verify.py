@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _checked(found: Recognised) -> dict[str, Any]:
-    """Whether a file is as it was written; None if this cannot be checked."""
+    """Return whether a file is unchanged since it was written, or None if unknown."""
     if found.check is None:
         reason = (
             "it has no checksum; make it again from the ledger"
@@ -61,7 +61,7 @@ def _checked(found: Recognised) -> dict[str, Any]:
 
 
 def _text(facts: dict[str, Any]) -> str:
-    """The answer for people."""
+    """Return the answer as text for a person."""
     if facts["verified"] is None:
         return f"NOT CHECKED: {facts['file']} is {facts['kind']}: {facts['reason']}"
     if not facts["verified"]:
@@ -72,7 +72,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def _redacted(facts: dict[str, Any]) -> str:
-    """Which entries have no payload any more; empty if all have one."""
+    """Return a sentence about the redacted entries; empty if there are none."""
     numbers = facts.get("redacted", [])
     if not numbers:
         return ""
@@ -81,7 +81,7 @@ def _redacted(facts: dict[str, Any]) -> str:
 
 
 def _added(added: int | None) -> str:
-    """How many entries follow the head that was given; empty if none was given."""
+    """Return a sentence about the entries since the given head; empty without one."""
     if added is None:
         return ""
     if added == 0:

@@ -96,7 +96,7 @@ def _histogram(values: NDArray[np.float64], name: str, marks: dict[str, float]) 
 
 
 def _canvas() -> tuple[Figure, Axes]:
-    """A figure that pyplot does not keep, and its Axes."""
+    """Return a new figure that pyplot does not manage, and its Axes."""
     figure = Figure(figsize=_SIZE, layout="constrained")
     return figure, figure.add_subplot()
 

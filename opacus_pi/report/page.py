@@ -51,7 +51,7 @@ def render(
 
 
 def _environment() -> Environment:
-    """The templates with the filters that write numbers."""
+    """Return the template environment with the filters that format numbers."""
     environment = Environment(
         loader=PackageLoader("opacus_pi.report"),
         autoescape=True,
@@ -92,7 +92,7 @@ def _bound(value: Any) -> str:
 
 
 def _quantile_rows(quantiles: Facts) -> list[dict[str, Any]]:
-    """One row for each quantile of loss and ε; ε is None for a ranking."""
+    """Return one row for each quantile of loss and ε; ε is None for a ranking."""
     names = {0.0: "smallest", 0.5: "median", 1.0: "largest"}
     losses = quantiles["loss"]
     return [
@@ -107,7 +107,7 @@ def _quantile_rows(quantiles: Facts) -> list[dict[str, Any]]:
 
 
 def _run_rows(run: Facts) -> dict[str, Any]:
-    """The lists and tables about an unlearning run."""
+    """Return the rows of the lists and tables about an unlearning run."""
     forget = run["forget_set"]
     forgotten = {
         "method": run["method"],
@@ -131,7 +131,7 @@ def _run_rows(run: Facts) -> dict[str, Any]:
 
 
 def _metric_row(metric: Facts) -> dict[str, Any]:
-    """One metric before and after, beside retrained models where there are any."""
+    """Return the row of one metric: before, after, and of retrained models if any."""
     mean, deviation = metric.get("oracle_mean"), metric.get("oracle_std")
     time = metric.get("time")
     return {
@@ -146,7 +146,7 @@ def _metric_row(metric: Facts) -> dict[str, Any]:
 
 
 def _barrier_rows(barriers: Facts) -> list[dict[str, Any]]:
-    """Barriers to retrained models, then those between them, to compare with."""
+    """Return the rows of barriers: to retrained models, and between these."""
     pairs = {
         "unlearned model and retrained model": barriers["to_oracles"],
         "two retrained models, pair": barriers["between_oracles"],
@@ -159,7 +159,7 @@ def _barrier_rows(barriers: Facts) -> list[dict[str, Any]]:
 
 
 def _setting(value: Any) -> Any:
-    """A setting on one line; that of an optimizer is a mapping of its own."""
+    """Return a setting as one line; an optimizer's setting is itself a mapping."""
     if isinstance(value, Mapping):
         shown = [(name, entry) for name, entry in value.items() if entry]
         return ", ".join(

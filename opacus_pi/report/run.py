@@ -105,7 +105,7 @@ def run_facts(
 
 
 def _forget_set(record: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
-    """Size of the forget set, and its difficulty if the ledger knows its examples."""
+    """Return the size of the forget set, and its difficulty if a ledger knows it."""
     forget = np.asarray(record.get("forget_indices", []), dtype=np.int64)
     before = len(record.get("forgotten_before", []))
     if not np.isin(forget, scores.ids).all() or not len(forget):
@@ -123,7 +123,7 @@ def _forget_set(record: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
 def _metrics(
     trace: UnlearningTrace, oracle: Mapping[str, ArrayLike]
 ) -> list[dict[str, Any]]:
-    """Each metric at the first and the last evaluation, beside retrained models."""
+    """Return each metric before and after the run, and of retrained models."""
     return [
         {
             "name": name,
@@ -139,7 +139,7 @@ def _metrics(
 def _oracle_facts(
     trace: UnlearningTrace, name: str, oracle: Mapping[str, ArrayLike]
 ) -> dict[str, Any]:
-    """A metric of the retrained models, and when the run first came near it."""
+    """Return a metric of retrained models, and when the run first came near it."""
     time = time_to_unlearn(trace, oracle, metric=name, tolerance=TOLERANCE)
     values = np.asarray(oracle[name], dtype=np.float64).ravel()
     return {

@@ -74,12 +74,12 @@ class Scores:
 
     @property
     def num_at_bound(self) -> int:
-        """Number of examples whose loss equals the worst case, up to rounding."""
+        """Return how many losses equal the worst case, up to rounding."""
         return int(np.count_nonzero(self.losses >= self.worst_case_loss * _ROUNDING))
 
     @property
     def num_at_top(self) -> int:
-        """Number of examples that share the largest loss, up to rounding."""
+        """Return the number of examples that share the largest loss, up to rounding."""
         return num_at_top(self.losses)
 
     def hardest(self, top: int) -> list[dict[str, Any]]:
@@ -148,7 +148,7 @@ class Scores:
         }
 
     def _stratum(self, name: str, places: NDArray[np.int64]) -> dict[str, Any]:
-        """One row of the table of strata."""
+        """Return one row of the table of strata."""
         own = self.epsilons
         return {
             "name": name,

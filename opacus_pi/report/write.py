@@ -120,7 +120,7 @@ def training_facts(ledger: Ledgers) -> dict[str, Any]:
 
 
 def _forget_loss(facts: Mapping[str, Any]) -> float | None:
-    """Mean loss of the forget set, None where the report has none."""
+    """Return the mean loss of the forget set, or None if there is none."""
     if "unlearning" not in facts:
         return None
     mean: float | None = facts["unlearning"]["forget_set"].get("mean_loss")

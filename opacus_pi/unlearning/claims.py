@@ -71,7 +71,7 @@ class History:
 
     @property
     def text(self) -> str:
-        """The history as JSON."""
+        """Return the history as JSON."""
         return json.dumps(asdict(self))
 
 
@@ -149,7 +149,7 @@ def claim(
     gone = np.union1d(forgotten_before, forget_indices)
     # Without these the privacy losses say nothing about the distance to retraining.
     needed = (
-        _noisy(runs),
+        _adds_noise(runs),
         _one_example(len(gone), len(forgotten_before)),
         _does_not_look(method, history),
         _fixed_length(history.stop),
@@ -175,14 +175,14 @@ def claim(
 
 
 def _estimated(num_runs: int) -> str:
-    """From how many runs the losses are estimated."""
+    """Say from how many runs the losses are estimated."""
     if num_runs == 0:
         return "no ledger"
     return f"an estimate from {num_runs} recorded run{'s' * (num_runs > 1)}"
 
 
-def _noisy(runs: Sequence[GradNormLedger]) -> Assumption:
-    """Without noise there is no finite privacy loss."""
+def _adds_noise(runs: Sequence[GradNormLedger]) -> Assumption:
+    """Assume that training added noise: without noise no privacy loss is finite."""
     statement = "training added noise to every update"
     if not runs:
         return Assumption(statement, False, "no ledger")
@@ -193,7 +193,7 @@ def _noisy(runs: Sequence[GradNormLedger]) -> Assumption:
 
 
 def _one_example(size: int, num_before: int) -> Assumption:
-    """A sum of per-example losses does not bound a group's loss."""
+    """Assume a single example: summed per-example losses do not bound a group's."""
     examples = "1 example" if size == 1 else f"{size} examples"
     before = f", {num_before} of them forgotten before" if num_before else ""
     remedy = "" if size == 1 else "; recording.gram_ledger measures groups"
@@ -205,7 +205,7 @@ def _one_example(size: int, num_before: int) -> Assumption:
 
 
 def _does_not_look(method: Method, history: History) -> Assumption:
-    """Only then is unlearning a post-processing of the trained model."""
+    """Assume that no method used the set: unlearning is then post-processing."""
     looked = history.after(method, None).looked
     return Assumption(
         "unlearning never looks at the forget set",
@@ -215,7 +215,7 @@ def _does_not_look(method: Method, history: History) -> Assumption:
 
 
 def _fixed_length(stop: StopWhen | None) -> Assumption:
-    """A number of updates that was chosen by an evaluation reveals its result."""
+    """Assume a fixed length: a length chosen by evaluations reveals their results."""
     return Assumption(
         "the number of updates does not depend on the forget set",
         stop is None,
@@ -226,7 +226,7 @@ def _fixed_length(stop: StopWhen | None) -> Assumption:
 
 
 def _separable(model: nn.Module) -> Assumption:
-    """With batch statistics an example also changes the gradients of others."""
+    """Assume no batch statistics: with them an example changes other gradients too."""
     mixing = [
         name
         for name, module in model.named_modules()
@@ -240,7 +240,7 @@ def _separable(model: nn.Module) -> Assumption:
 
 
 def _fixed_denominator(runs: Sequence[GradNormLedger]) -> Assumption:
-    """If it did, leaving an example out would change the weights of all others."""
+    """Assume a denominator that does not depend on which examples were sampled."""
     clipped = bool(runs) and bool(np.isfinite(runs[0].mechanism.max_grad_norm).all())
     return Assumption(
         "training divided by a batch size that does not depend on the example",
@@ -250,7 +250,7 @@ def _fixed_denominator(runs: Sequence[GradNormLedger]) -> Assumption:
 
 
 def _matching(runs: Sequence[GradNormLedger], model: nn.Module | None) -> Assumption:
-    """The losses of another run say nothing about these weights."""
+    """Assume that the model has the weights that the recorded runs left."""
     names = {run.weights for run in runs}
     hashed = names - {None, CHANGED}
     met = bool(hashed) and model is not None and weights_name(model) in hashed

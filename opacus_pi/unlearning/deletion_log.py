@@ -365,7 +365,7 @@ def write_new(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that is alone in writing; an error takes everything back."""
+    """Context with exclusive write access; an error rolls everything back."""
     with _connected(path, "rw") as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield connection  # closing without COMMIT rolls back
@@ -374,7 +374,7 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def _connected(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
-    """A connection to a file that is a deletion log of this format."""
+    """Context of a connection to a deletion log, after checking its format."""
     expect(
         os.stat(path).st_size > 0,
         "path",
@@ -568,7 +568,7 @@ def _read(path: Path, mode: str) -> Iterator[Entry]:
 
 
 def _last(connection: sqlite3.Connection, path: Path) -> Entry | None:
-    """The last entry, checked; None if there is none."""
+    """Return the last entry after checking it, or None."""
     row = connection.execute(
         _COLUMNS + "ORDER BY entries.number DESC LIMIT 1"
     ).fetchone()
@@ -576,7 +576,7 @@ def _last(connection: sqlite3.Connection, path: Path) -> Entry | None:
 
 
 def _named(connection: sqlite3.Connection, path: Path, name: str) -> Entry | None:
-    """The entry of a name, checked; None if there is none."""
+    """Return the entry of a name after checking it, or None."""
     row = connection.execute(
         _COLUMNS + "WHERE payloads.name = ?", (_name_text(name),)
     ).fetchone()
@@ -584,7 +584,7 @@ def _named(connection: sqlite3.Connection, path: Path, name: str) -> Entry | Non
 
 
 def _checked(row: tuple[Any, ...], path: Path) -> Entry:
-    """An entry from the tables, if its hash and its payload are right."""
+    """Return an entry from the tables, after checking its hash and its payload."""
     number, time, kind, commitment, previous, chained = row[:6]
     payload_number, name, salt, body = row[6:]
     texts = (time, kind, commitment, previous, chained)
@@ -607,7 +607,7 @@ def _checked(row: tuple[Any, ...], path: Path) -> Entry:
 
 
 def _hash(number: int, time: str, kind: str, commitment: str, previous: str) -> str:
-    """SHA-256 of everything in an entry but its hash."""
+    """Return the SHA-256 of an entry without its hash."""
     content = json.dumps([number, time, kind, commitment, previous])
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -623,5 +623,5 @@ def _name_text(name: str | None) -> str | None:
 
 
 def payload_text(payload: Mapping[str, Any]) -> str:
-    """The one way to write a payload."""
+    """Return the canonical text of a payload."""
     return json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -94,7 +94,7 @@ def stored_weights(path: Path, num_examples: int) -> StoredWeights:
 
 
 def _list_from(text: str | None) -> list[Any]:
-    """A list from its JSON; for anything else a list that fails every check."""
+    """Read a list from JSON; return a list that fails every check for other input."""
     try:
         found = json.loads(text or "")
     except (ValueError, RecursionError):
@@ -124,5 +124,5 @@ def load_weights_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
 
 
 def sha256_of(path: Path) -> str:
-    """The hash of a file's content."""
+    """Return the SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -156,7 +156,7 @@ def verify_json_lines(
 def _converted(
     entries: list[dict[str, Any]], names: UserNames
 ) -> Iterator[tuple[str, str, dict[str, Any], str | None]]:
-    """Time, kind, payload and name of each entry in the new log."""
+    """Yield time, kind, payload and name of each entry for the new log."""
     numbers: dict[str, int] = {}  # of the requests, by their names
     still_open: set[str] = set()
     for entry in entries:
@@ -200,7 +200,7 @@ def _is_done(body: Mapping[str, Any], still_open: set[str]) -> bool:
 
 
 def _with_hashed_user(body: Mapping[str, Any], names: UserNames) -> dict[str, Any]:
-    """A body in which a user's name is stored as the new log stores it."""
+    """Return a payload with the user's name in the form of the new log."""
     if not isinstance(body.get("user"), str):
         return dict(body)
     rest = {name: value for name, value in body.items() if name != "user"}
@@ -215,7 +215,7 @@ def _same_content(path: Path, other: Path) -> bool:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file, to the disk."""
+    """Copy a file and flush it to the disk."""
     shutil.copyfile(source, target)
     with target.open("rb+") as file:
         os.fsync(file.fileno())
@@ -225,14 +225,14 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _settled(path: Path) -> bytes:
-    """The content of a file that no process is writing to."""
+    """Return the content of a file, once no process writes to it."""
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         return file.read()
 
 
 def _parsed(content: bytes, path: Any) -> tuple[list[dict[str, Any]], bytes]:
-    """The verified entries, and what stands after the last whole line."""
+    """Return the verified entries, and the bytes after the last whole line."""
     end = content.rfind(b"\n") + 1
     entries, rest = _verified(content[:end], path), content[end:]
     begins = rest[: len(FIRST_BYTES)] == FIRST_BYTES[: len(rest)]
@@ -241,7 +241,7 @@ def _parsed(content: bytes, path: Any) -> tuple[list[dict[str, Any]], bytes]:
 
 
 def _verified(whole: bytes, path: Any) -> list[dict[str, Any]]:
-    """The entries of whole lines, each checked against its hash and the one before."""
+    """Return the entries of whole lines, after checking the chain of hashes."""
     entries: list[dict[str, Any]] = []
     previous = START
     for number, line in enumerate(whole.split(b"\n")[:-1]):
@@ -269,7 +269,7 @@ def _require(condition: bool, path: Any, *, foreign: bool, number: int = 0) -> N
 
 
 def _entry_of(line: bytes, number: int, previous: str) -> dict[str, Any]:
-    """A line as the entry of this number after that hash; empty if it is not."""
+    """Return the entry in a line; empty unless its number and hashes are right."""
     try:
         entry: dict[str, Any] = json.loads(line)
         good = (
@@ -286,11 +286,11 @@ def _entry_of(line: bytes, number: int, previous: str) -> dict[str, Any]:
 
 
 def _hash(entry: Mapping[str, Any]) -> str:
-    """SHA-256 of everything in an entry but its hash."""
+    """Return the SHA-256 of an entry without its hash."""
     content = {name: value for name, value in entry.items() if name != "hash"}
     return hashlib.sha256(_text(content).encode()).hexdigest()
 
 
 def _text(value: Mapping[str, Any]) -> str:
-    """The one way in which entries were written."""
+    """Return the canonical text of an entry, as earlier versions wrote it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -340,7 +340,7 @@ def expected_batch_size(loader: Iterable[Batch]) -> float:
 
 
 def _zero(model: nn.Module) -> Tensor:
-    """A scalar 0 whose gradient is 0 in every trainable weight."""
+    """Return a scalar 0 whose gradient by every trainable weight is 0."""
     return torch.stack(
         [(p * 0).sum() for p in model.parameters() if p.requires_grad]
     ).sum()

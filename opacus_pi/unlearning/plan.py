@@ -149,7 +149,7 @@ class Plan:
         )
 
     def _before(self) -> str:
-        """The line about what was forgotten before, if anything was."""
+        """Return the line about what was forgotten before; empty if nothing was."""
         size, before = len(self.forget), len(self.forgotten_before)
         again = len(self.forgotten_again)
         if not before:
@@ -201,9 +201,9 @@ def make_plan(
         )
     positive(batch_size=batch_size, remedy="Pass examples per batch.")
     if (np.asarray(runs[0].mechanism.noise_std) == 0).any():
-        runs = _noisy(runs, assumed_noise_std)
+        runs = _with_assumed_noise(runs, assumed_noise_std)
     losses = privacy_losses(list(runs), order)
-    forget = _chosen(runs[0], forget_indices)
+    forget = _checked_indices(runs[0], forget_indices)
     before = np.unique(np.asarray(forgotten_before, dtype=np.int64))
     num_retain = _num_kept(runs[0], np.union1d(before, forget))
     expect(
@@ -227,13 +227,13 @@ def make_plan(
         predicted_epochs=epochs,
         prediction=prediction,
         num_unfinished=_num_unfinished(past_runs),
-        num_tied=_num_tied(losses, columns),
+        num_tied=_num_equal(losses, columns),
         forgotten_before=before,
     )
 
 
 def _num_kept(ledger: GradNormLedger, gone: NDArray[np.int64]) -> int:
-    """Number of recorded examples that stay."""
+    """Return the number of recorded examples that are retained."""
     ids = ledger.example_ids
     known = np.arange(ledger.num_examples) if ids is None else ids
     return len(np.setdiff1d(known, gone))
@@ -245,8 +245,11 @@ def _predicted(
     ledger: GradNormLedger,
     past_runs: Sequence[PastRun],
 ) -> tuple[float | None, str]:
-    """Epochs for a set of this mean loss from past runs, and how they follow."""
-    past = [losses[columns_of(ledger, _chosen(ledger, p[0]))].mean() for p in past_runs]
+    """Predict the epochs for this mean loss from past runs, and say how."""
+    past = [
+        losses[columns_of(ledger, _checked_indices(ledger, p[0]))].mean()
+        for p in past_runs
+    ]
     times = [p[1] for p in past_runs]
     lengths = [p[2] if len(p) == 3 else math.nan for p in past_runs]
     epochs = predict_time(mean, past, times, past_lengths=lengths)
@@ -266,11 +269,11 @@ def _predicted(
 
 
 def _num_unfinished(past_runs: Sequence[PastRun]) -> int:
-    """Number of past runs that ended before their set was forgotten."""
+    """Return the number of past runs that ended before their set was forgotten."""
     return sum(math.isinf(past[1]) for past in past_runs)
 
 
-def _num_tied(losses: NDArray[np.float64], chosen: NDArray[np.int64]) -> int:
+def _num_equal(losses: NDArray[np.float64], chosen: NDArray[np.int64]) -> int:
     """Number of other examples with the loss of a chosen one.
 
     Warns if the set looks chosen by loss: no other example lies strictly within the
@@ -359,7 +362,7 @@ def predict_time(
 def _counted(
     past_times: ArrayLike, past_lengths: ArrayLike | None
 ) -> NDArray[np.float64]:
-    """The times, with the length of the run in place of an infinite time."""
+    """Return the times, with infinite times replaced by the length of the run."""
     times = np.asarray(past_times, dtype=np.float64)
     expect(
         bool((times >= 0).all()),
@@ -386,10 +389,10 @@ def _counted(
     return np.where(unfinished, lengths, times)
 
 
-def _noisy(
+def _with_assumed_noise(
     runs: Sequence[GradNormLedger], assumed_noise_std: float | None
 ) -> list[GradNormLedger]:
-    """Runs without noise, as if they had had the assumed noise."""
+    """Return the runs, with the assumed noise where training added none."""
     expect(
         assumed_noise_std is not None,
         "assumed_noise_std",
@@ -402,8 +405,8 @@ def _noisy(
     return [run.with_noise_std(noise_std) for run in runs]
 
 
-def _chosen(ledger: GradNormLedger, indices: ArrayLike) -> NDArray[np.int64]:
-    """Forget indices, checked against the examples of a ledger."""
+def _checked_indices(ledger: GradNormLedger, indices: ArrayLike) -> NDArray[np.int64]:
+    """Return the forget indices, after checking that the ledger has them."""
     ids = ledger.example_ids
     size = ledger.num_examples if ids is None else int(ids.max()) + 1
     return distinct_indices("forget_indices", indices, size)

@@ -308,7 +308,7 @@ class DeletionRequests:
         self.log.append("done", payload)
 
     def _requests(self) -> Requests:
-        """What the log says."""
+        """Read the log and return its requests."""
         return requests_of(self.log.entries(), self.num_examples)
 
     def _resume(self, unlearner: Unlearner, found: Requests) -> set[int]:
@@ -324,7 +324,7 @@ class DeletionRequests:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other process carries out requests about this model meanwhile."""
+        """Context in which no other process carries out requests about this model."""
         handle = os.open(f"{self.log.path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
@@ -339,7 +339,7 @@ class DeletionRequests:
             os.close(handle)
 
     def _rows(self, indices: ArrayLike | None, user: str | None) -> NDArray[np.int64]:
-        """The examples that a request is about."""
+        """Return the examples that a request is about."""
         expect(
             (indices is None) != (user is None),
             "indices, user",
@@ -396,7 +396,7 @@ def requested_indices(
 
 
 def _run_facts(result: UnlearningResult) -> dict[str, Any]:
-    """What the log says about a run."""
+    """Return what the log stores about a run."""
     return {
         "run": without_indices(result.record),
         "guarantee": result.guarantee.kind,
@@ -471,7 +471,7 @@ def requests_of(entries: Iterable[Entry], num_examples: int) -> Requests:
 
 
 def _request_of(entry: Entry, num_examples: int) -> DeletionRequest:
-    """The request that an entry holds."""
+    """Return the request in an entry."""
     rows: Any = (entry.payload or {}).get("indices")
     named = entry.kind == "request" and entry.name is not None
     _check(named and isinstance(rows, list), entry, "a request with a name and indices")
@@ -484,7 +484,7 @@ def _request_of(entry: Entry, num_examples: int) -> DeletionRequest:
 
 
 def _done_of(entry: Entry, still_open: set[int]) -> set[int]:
-    """The requests that an entry says were carried out."""
+    """Return the numbers of the requests that an entry marks as carried out."""
     payload = entry.payload or {}
     numbers, digest = payload.get("requests"), payload.get("weights_sha256")
     listed = isinstance(numbers, list) and all(type(n) is int for n in numbers)

@@ -236,7 +236,7 @@ class Unlearner:
     def _split(
         self, train_set: Dataset[Any], forget_indices: ArrayLike
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The examples to forget, and those that stay; checked."""
+        """Return the examples to forget and those to retain, after checking them."""
         for run in runs_in(self.ledger):
             run.require_data_set(fingerprint(train_set))
         size = size_of(train_set)
@@ -299,7 +299,7 @@ class Unlearner:
         return plan.claiming(self._claim(plan.forget))
 
     def _claim(self, forget: NDArray[np.int64]) -> Guarantee:
-        """What may be claimed once a set and those before it are forgotten."""
+        """Return what may be claimed once this set and earlier ones are forgotten."""
         return claim(
             self.method,
             self.model,
@@ -314,7 +314,7 @@ class Unlearner:
         retain_loader: Iterable[Batch],
         forget_loader: Iterable[Batch] | None,
     ) -> Task:
-        """The model and the data, as a method takes them."""
+        """Return the model and the data as a task for the method."""
         return Task(
             self.model, self._criterion, retain_loader, forget_loader, self._generator
         )
@@ -382,7 +382,7 @@ class Unlearner:
         return loader(retain, seed), loader(forget, seed + 1) if wanted else None
 
     def _settings(self) -> dict[str, Any]:
-        """Method, optimizer and seed, JSON-able."""
+        """Return method, optimizer and seed, for JSON."""
         optimizer = self._optimizer([nn.Parameter(torch.zeros(1))])
         numbers = {
             name: value
@@ -397,10 +397,10 @@ class Unlearner:
 
 
 def _default_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with the constants of the paper's fine-tuning."""
+    """Return SGD with the constants of the paper's fine-tuning."""
     return torch.optim.SGD(params, lr=0.01, momentum=0.9)
 
 
 def _seeded_from_torch() -> torch.Generator:
-    """A new generator whose seed is drawn from torch's global one."""
+    """Return a new generator whose seed is drawn from torch's global one."""
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())))

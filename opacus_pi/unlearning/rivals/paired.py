@@ -48,7 +48,7 @@ class NegGradPlus(_Paired):
         )
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
-        """The weighted difference of the two mean losses."""
+        """Return the weighted difference of the two mean losses."""
         keep = mean_loss(task, cast(Batch, retain))
         drop = mean_loss(task, cast(Batch, forget))
         return self.retain_weight * keep - (1 - self.retain_weight) * drop
@@ -112,7 +112,7 @@ def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Ten
 
 
 def _repeated(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches of a loader, pass after pass, without end."""
+    """Yield the batches of a loader, pass after pass, without end."""
     while True:
         num_batches = 0
         for batch in loader:

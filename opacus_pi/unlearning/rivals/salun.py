@@ -62,5 +62,5 @@ class _SalUnRun(SalUn):
 def _split(
     flat: Tensor, params: list[nn.Parameter]
 ) -> Iterator[tuple[Tensor, nn.Parameter]]:
-    """The parts of a flat vector that belong to each weight."""
+    """Split a flat vector into the parts that belong to each weight."""
     return zip(flat.split([p.numel() for p in params]), params, strict=True)

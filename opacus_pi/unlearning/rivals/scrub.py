@@ -91,7 +91,7 @@ class _SCRUBRun(SCRUB):
         return self.kl_weight * self._distance(outputs, x) + self.loss_weight * fit
 
     def _distance(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """τ² KL(teacher ‖ student), mean over the batch."""
+        """Return τ² KL(teacher ‖ student), averaged over the batch."""
         with torch.no_grad():
             teacher = functional.log_softmax(
                 forward(self.teacher, x) / self.temperature, dim=-1

@@ -61,16 +61,16 @@ class SSD(Method):
     def batches(
         self, task: Task, num_pass: int
     ) -> Iterator[tuple[Batch | None, Batch | None]]:
-        """A single update that needs no batch."""
+        """Yield a single update without a batch."""
         if num_pass == 0:
             yield None, None
 
     def pass_length(self, task: Task, num_pass: int) -> int:
-        """One update in all."""
+        """Return 1: there is a single update."""
         return int(num_pass == 0)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> None:
-        """Nothing to differentiate."""
+        """Return None: there is nothing to differentiate."""
 
 
 @dataclass(frozen=True, eq=False)
