@@ -46,7 +46,7 @@ def one_line(error: BaseException | str) -> str:
 
 
 def with_flags(error: ValueError, options: argparse.Namespace) -> str:
-    """A message of the library, with the argument named as on the command line.
+    """Return a message of the library, with the argument named as on the command line.
 
     Args:
         error: What the library raised; its messages begin with the argument's name.

@@ -69,7 +69,15 @@ def run(options: argparse.Namespace) -> int:
 def _require_different_weights(
     options: argparse.Namespace, models: list[nn.Module]
 ) -> None:
-    """Refuse an oracle with the weights of the evaluated model or of another one."""
+    """Refuse an oracle with the weights of the evaluated model or of another one.
+
+    Args:
+        options: The parsed arguments, which name the files.
+        models: The evaluated model, then the oracles in the order of ``--oracle``.
+
+    Raises:
+        BadInput: If two of them have equal weights.
+    """
     files = [f"--weights {options.weights}", *options.oracle]
     states = [model.state_dict() for model in models]
     for k in range(1, len(states)):

@@ -66,7 +66,16 @@ def make_method(name: str | None, settings: Sequence[str]) -> "Method":
 
 
 def _parsed(setting: str, method: str, known: Mapping[str, Any]) -> tuple[str, Any]:
-    """Split one setting into its name and its value."""
+    """Split one setting into its name and its value.
+
+    Args:
+        setting: ``NAME=VALUE``.
+        method: Name of the method, for the message.
+        known: The method's fields by name.
+
+    Raises:
+        BadInput: If there is no such field, or the text has another form.
+    """
     name, equals, text = setting.partition("=")
     if not equals or name not in known:
         raise BadInput(

@@ -32,7 +32,12 @@ def answer(options: argparse.Namespace, facts: Mapping[str, Any], text: str) -> 
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Format columns of text: the first one left-aligned, the others right-aligned."""
+    """Format columns of text: the first one left-aligned, the others right-aligned.
+
+    Args:
+        header: One heading per column.
+        rows: The values; each is formatted by ``cell``.
+    """
     lines = [list(header), *([cell(value) for value in row] for row in rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
     return "\n".join(

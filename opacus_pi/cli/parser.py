@@ -55,7 +55,12 @@ a first session:
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument, as ``add_argument`` of argparse takes it."""
+    """One argument, as ``add_argument`` of argparse takes it.
+
+    Args:
+        names: The positional arguments of ``add_argument``: flags, or one plain name.
+        options: Its keyword arguments.
+    """
 
     names: tuple[str, ...]
     options: dict[str, Any]
@@ -468,13 +473,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def _suggestion(word: str, known: Sequence[str]) -> str:
-    """Return the end of a message that suggests the known word most like this one."""
+    """Return the end of a message that suggests the most similar known word.
+
+    Args:
+        word: The word that was not recognised.
+        known: The words that are valid in its place.
+
+    Returns:
+        The suggestion; empty if no known word is similar.
+    """
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}" if close else ""
 
 
 def build_parser() -> Parser:
-    """Return the parser of all commands."""
+    """Return the parser of all commands, made from ``COMMANDS``.
+
+    Every command sets ``flags`` in the options: the name of each argument as the user
+    writes it, by its name in the library. ``errors.with_flags`` uses it in messages.
+    """
     shape: dict[str, Any] = {
         "formatter_class": argparse.RawDescriptionHelpFormatter,
         "allow_abbrev": False,  # an abbreviation would break when an option is added

@@ -54,20 +54,34 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _requested_before(record: str | None, ledger: GradNormLedger) -> NDArray[np.int64]:
-    """Return the sorted examples that requests of a deletion log name, done or not."""
-    if record is None:
+def _requested_before(log: str | None, ledger: GradNormLedger) -> NDArray[np.int64]:
+    """Return the sorted examples that requests of a deletion log name, done or not.
+
+    Args:
+        log: Path of the deletion log; None: there were no requests.
+        ledger: A ledger of the training, which tells the length of the training set.
+    """
+    if log is None:
         return np.empty(0, dtype=np.int64)
     ids = ledger.example_ids
     size = ledger.num_examples if ids is None else int(np.max(ids)) + 1
     with about("--log", "Name what 'opacus-pi unlearn --log' wrote."):
-        return requested_indices(record, size)
+        return requested_indices(log, size)
 
 
 def _past_runs(texts: Sequence[str]) -> list[PastRun]:
-    """Sets that were unlearned before, with the epochs until forgotten and those run.
+    """Return sets that were unlearned before, and how many epochs that took.
 
     ``25+`` means that the set was not forgotten after 25 epochs: the time is infinite.
+
+    Args:
+        texts: ``IDS=EPOCHS`` each, as given with ``--past``.
+
+    Returns:
+        Of each: the ids, the epochs until the set was forgotten, the epochs run.
+
+    Raises:
+        BadInput: If a text has another form.
     """
     past: list[PastRun] = []
     for text in texts:

@@ -102,7 +102,12 @@ def _chain(
 
 
 def _arrays(path: Path, start: bytes) -> Recognised:
-    """Recognise a safetensors file."""
+    """Recognise a safetensors file.
+
+    The file begins with the length of its header, 8 bytes, and the header, in JSON. If
+    the header is cut off, nothing can say whether opacus_pi wrote the file: it has a
+    check that fails, but does not count as ours.
+    """
     length = int.from_bytes(start[:8], "little")
     if path.stat().st_size < 8 + length <= _MAX_HEADER:
         return Recognised("safetensors", partial(_cut_off, path, length))
@@ -140,7 +145,11 @@ def _refuse(kind: str, path: Path) -> None:
 
 
 def _archive(path: Path) -> Recognised:
-    """Recognise a file of ``torch.save``, or another archive."""
+    """Recognise a file of ``torch.save``, or another archive.
+
+    A checkpoint that cannot be read is still recognised by the key of its ledger, which
+    the archive contains as plain text.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
@@ -169,7 +178,12 @@ def _has_our_key(path: Path) -> bool:
 
 
 def _text(path: Path, start: bytes) -> Recognised:
-    """Recognise a page, JSON, a text or other data."""
+    """Recognise a page, JSON, a text or other data.
+
+    Args:
+        path: The file.
+        start: Its first megabyte.
+    """
     if any(mark in start for mark in _TRACE):
 
         def check() -> dict[str, Any]:

@@ -80,7 +80,12 @@ def new_directory(path: str) -> Iterator[Path]:
 
 
 def save_run(directory: Path, result: UnlearningResult) -> None:
-    """Write the result of a run into an empty directory."""
+    """Write the result of a run into an empty directory.
+
+    Args:
+        directory: The directory, such as ``new_directory`` yields.
+        result: What ``Unlearner.unlearn`` returned.
+    """
     state = result.model.state_dict()
     write_weights(directory / WEIGHTS, UNLEARNED_WEIGHTS, state, {})
     replace_file(directory / RECORD, json_text(result.record).encode())
@@ -124,6 +129,9 @@ def read_json(argument: str, path: str | os.PathLike[str]) -> dict[str, Any]:
     Args:
         argument: The argument that names the file, for the error message.
         path: The file.
+
+    Raises:
+        BadInput: If the file is missing or its content is not a JSON object.
     """
     with about(argument, "Name a file that opacus-pi wrote."):
         try:

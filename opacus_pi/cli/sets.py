@@ -1,4 +1,8 @@
-"""The three sets that metrics are computed on: forget set, retain set, test set."""
+"""The three sets that metrics are computed on: forget set, retain set, test set.
+
+``unlearn`` and ``evaluate`` cut them in the same way, so with the same ``--seed`` their
+numbers can be compared.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +66,12 @@ def require_unseen(train_set: Any, test_set: Any) -> None:
 
 
 def _look_equal(one: Any, other: Any) -> bool:
-    """Whether two labelled sets have the same labels and the same first example."""
+    """Whether two labelled sets have the same labels and the same first example.
+
+    Equal fingerprints mean equal class, length and labels, and equal inputs where these
+    are in memory. Inputs that are loaded on demand are not part of a fingerprint, so
+    the first example is compared as well.
+    """
     name = fingerprint(one)
     # A fingerprint without a third part has no hash of labels and proves nothing.
     if name.count(":") < 2 or name != fingerprint(other):

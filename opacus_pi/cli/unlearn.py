@@ -151,7 +151,14 @@ def _test_set(options: argparse.Namespace, train_set: Any) -> Any:
 
 
 def _optimizer(options: argparse.Namespace) -> Any:
-    """Return a factory of SGD; raise for bad settings before anything runs."""
+    """Return a function that makes the optimizer, SGD with the user's settings.
+
+    An optimizer of one dummy weight is made first, because torch checks the settings
+    only then. A bad setting must be found before the request is entered in the log.
+
+    Raises:
+        BadInput: If torch refuses a setting.
+    """
     make = functools.partial(
         torch.optim.SGD, lr=options.learning_rate, momentum=options.momentum
     )
@@ -165,13 +172,22 @@ def _optimizer(options: argparse.Namespace) -> Any:
 
 
 def _request_name(forget: NDArray[np.int64]) -> str:
-    """Return a name computed from the ids: equal ids are the same request."""
+    """Return a name computed from the ids, for a request that was given none.
+
+    Equal ids give the same name, so that the same command, repeated after a crash, does
+    not enter a second request.
+    """
     ids = json.dumps(sorted(forget.ravel().tolist())).encode()
     return f"ids-{hashlib.sha256(ids).hexdigest()[:16]}"
 
 
 def _run_facts(result: UnlearningResult | None, delta: float) -> dict[str, Any]:
-    """Return what was run and what may be claimed, as JSON facts."""
+    """Return what was run and what may be claimed, as JSON facts.
+
+    Args:
+        result: The run; None if the request had been carried out before.
+        delta: δ at which ε is stated.
+    """
     if result is None:
         return {"carried_out": False}
     metrics = result.trace.metrics

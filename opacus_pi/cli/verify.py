@@ -46,7 +46,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _checked(found: Recognised) -> dict[str, Any]:
-    """Return whether a file is unchanged since it was written, or None if unknown."""
+    """Check a file and return the result as facts.
+
+    Returns:
+        ``verified``: True if the file is unchanged since it was written, False if not,
+        None if it cannot be checked; with ``reason`` unless it is True.
+    """
     if found.check is None:
         reason = (
             "it has no checksum; make it again from the ledger"

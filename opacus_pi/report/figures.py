@@ -107,7 +107,11 @@ def _literal(words: str) -> str:
 
 
 def _address(figure: Figure) -> str:
-    """Encode the figure as the data address of an SVG file."""
+    """Return the figure as the data address of an SVG file.
+
+    A data address contains the whole picture, so the page needs no second file, and its
+    content security policy can forbid loading anything.
+    """
     # Letters become paths, so the picture looks alike without the font.
     with plt.rc_context({"svg.hashsalt": "opacus_pi", "svg.fonttype": "path"}):
         buffer = io.BytesIO()

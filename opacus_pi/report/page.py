@@ -51,7 +51,11 @@ def render(
 
 
 def _environment() -> Environment:
-    """Return the template environment with the filters that format numbers."""
+    """Return the template environment with the filters that format numbers.
+
+    ``autoescape`` is what makes the page safe: titles, metric names and settings come
+    from the user and from files, and could contain markup.
+    """
     environment = Environment(
         loader=PackageLoader("opacus_pi.report"),
         autoescape=True,
@@ -92,7 +96,12 @@ def _bound(value: Any) -> str:
 
 
 def _quantile_rows(quantiles: Facts) -> list[dict[str, Any]]:
-    """Return one row for each quantile of loss and ε; ε is None for a ranking."""
+    """Return one row for each quantile of loss and ε.
+
+    Args:
+        quantiles: What ``Scores.quantiles`` returned; ``epsilon`` is None if the losses
+            are only a ranking.
+    """
     names = {0.0: "smallest", 0.5: "median", 1.0: "largest"}
     losses = quantiles["loss"]
     return [

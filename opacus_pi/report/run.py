@@ -1,4 +1,9 @@
-"""The facts of an unlearning run: before, after, and beside retrained models."""
+"""The facts of an unlearning run: before, after, and beside retrained models.
+
+``run_facts`` collects them as a mapping that can be written as JSON. The page is made
+from the same mapping, so the two cannot disagree. The record of a run lists the
+forgotten examples; the report says only how many they are.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -105,7 +110,14 @@ def run_facts(
 
 
 def _forget_set(record: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
-    """Return the size of the forget set, and its difficulty if a ledger knows it."""
+    """Return the size of the forget set, and its difficulty if that is known.
+
+    It is known only if the ledger contains every example of the set.
+
+    Args:
+        record: The record of the run, which lists the forgotten examples.
+        scores: The per-example numbers.
+    """
     forget = np.asarray(record.get("forget_indices", []), dtype=np.int64)
     before = len(record.get("forgotten_before", []))
     if not np.isin(forget, scores.ids).all() or not len(forget):
@@ -139,7 +151,18 @@ def _metrics(
 def _oracle_facts(
     trace: UnlearningTrace, name: str, oracle: Mapping[str, ArrayLike]
 ) -> dict[str, Any]:
-    """Return a metric of retrained models, and when the run first came near it."""
+    """Return a metric of retrained models, and when the run first came near it.
+
+    Args:
+        trace: The metrics of the run over time.
+        name: The metric.
+        oracle: The metrics of retrained models; it must contain this one.
+
+    Returns:
+        Mean, standard deviation (None for a single model) and number of the retrained
+        models' values; the time and its unit, ``inf`` if the run never came within the
+        tolerance.
+    """
     time = time_to_unlearn(trace, oracle, metric=name, tolerance=TOLERANCE)
     values = np.asarray(oracle[name], dtype=np.float64).ravel()
     return {

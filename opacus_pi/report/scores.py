@@ -1,5 +1,9 @@
 """The per-example numbers of a training, and the statistics that describe them.
 
+The single losses and epsilons are estimates, and only the worst case is a bound. If the
+noise was assumed, the losses rank the examples and no ε is computed at all, so that it
+cannot be quoted by mistake.
+
 >>> from opacus_pi.accounting import NoisySGD
 >>> mechanism = NoisySGD(100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
 >>> ledger = GradNormLedger(mechanism, steps=[100], grad_norms=[[0.1, 5.0, 0.4]])
@@ -36,9 +40,7 @@ SENSITIVE = (
 )
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _ROUNDING = 1 - 1e-12  # losses that differ by less are equal
-_STRATUM_DIVISOR = (
-    50  # a stratum has 1 of 50 examples, like the paper's 1,000 of 50,000
-)
+_STRATUM_DIVISOR = 50  # a stratum is 1/50 of the examples: the paper's 1,000 of 50,000
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Scores:
         return num_at_top(self.losses)
 
     def hardest(self, top: int) -> list[dict[str, Any]]:
-        """Id, loss and ε of the examples with the largest losses, largest first.
+        """Return id, loss and ε of the examples with the largest losses, hardest first.
 
         Equal losses are in the random order of ``difficulty.ranking``, so that the
         list does not reproduce the order of the data set.
@@ -116,7 +118,11 @@ class Scores:
         return [self._stratum(name, places) for name, places in sets.items()]
 
     def quantiles(self) -> dict[str, Any]:
-        """Quantiles of loss and ε over the examples; each is a value of an example."""
+        """Return quantiles of loss and ε over the examples.
+
+        Each is the value of an example, not interpolated between two: between two
+        infinite losses an interpolation gives NaN.
+        """
         return {
             "probability": _QUANTILES,
             "loss": np.quantile(self.losses, _QUANTILES, method="lower"),
@@ -126,7 +132,7 @@ class Scores:
         }
 
     def facts(self, top: int) -> dict[str, Any]:
-        """Everything except the list of all examples, to be written as JSON.
+        """Return everything except the list of all examples, to be written as JSON.
 
         Args:
             top: Number of hardest examples to list.
@@ -148,7 +154,12 @@ class Scores:
         }
 
     def _stratum(self, name: str, places: NDArray[np.int64]) -> dict[str, Any]:
-        """Return one row of the table of strata."""
+        """Return one row of the table of strata.
+
+        Args:
+            name: Name of the stratum.
+            places: Positions of its examples in ``losses``.
+        """
         own = self.epsilons
         return {
             "name": name,

@@ -49,7 +49,8 @@ class History:
 
     Args:
         stop: The rule that could have ended one of them early, or None.
-        looked: Why a run may have used the forget set; empty if no run did.
+        looked: Why a run may have used the forget set, as evidence for the reader;
+            empty if no run did.
     """
 
     stop: StopWhen | None = None
@@ -66,7 +67,12 @@ class History:
         return History(stop or self.stop, looks or self.looked)
 
     def joined(self, other: "History") -> "History":
-        """Return the runs of both histories."""
+        """Return the history of a model that went through the runs of both.
+
+        Args:
+            other: The other history. Where both name a rule or a reason, the other's is
+                kept: one of them is enough to weaken the claim.
+        """
         return History(other.stop or self.stop, other.looked or self.looked)
 
     @property
@@ -79,13 +85,16 @@ UNKNOWN = History(looked="an earlier run is not described")
 
 
 def history_from_json(text: str | None) -> History | None:
-    """Read what ``text`` wrote.
+    """Read a history from the JSON in ``History.text``.
+
+    Weights files of early releases contain no history. Their runs may have used the
+    forget set, so ``UNKNOWN`` is returned, with which no number is claimed.
 
     Args:
-        text: The JSON; ``None`` of weights that say nothing about it.
+        text: The JSON text, or None if the weights file has none.
 
     Returns:
-        The runs, ``None`` if the text says nothing of the kind.
+        The history, or None if the text is not one: the file is damaged.
     """
     if text is None:
         return UNKNOWN
@@ -104,7 +113,11 @@ _NO_EXAMPLES = np.empty(0, dtype=np.int64)
 
 
 def runs_in(ledger: Ledgers | None) -> tuple[GradNormLedger, ...]:
-    """Return the recorded runs, an empty tuple if there is no ledger."""
+    """Return the recorded runs as a tuple, so that callers need not tell cases apart.
+
+    Args:
+        ledger: One run, several runs, or None for an empty tuple.
+    """
     if ledger is None:
         return ()
     return (ledger,) if isinstance(ledger, GradNormLedger) else tuple(ledger)
@@ -120,7 +133,7 @@ def claim(
     forgotten_before: NDArray[np.int64] = _NO_EXAMPLES,
     has_weights: bool = True,
 ) -> Guarantee:
-    """What may be said about unlearning a set from a model by a method.
+    """Return what may be claimed about unlearning a set from a model by a method.
 
     For one example, Theorem 4.3 bounds D_α(trained with ‖ trained without) by the
     expected privacy loss. Unlearning that never looks at the example is the same random
@@ -147,7 +160,8 @@ def claim(
     """
     runs = runs_in(ledger)
     gone = np.union1d(forgotten_before, forget_indices)
-    # Without these the privacy losses say nothing about the distance to retraining.
+    # If one of these is not met, the privacy losses say nothing about the distance to
+    # retraining, and the guarantee contains no number at all.
     needed = (
         _adds_noise(runs),
         _one_example(len(gone), len(forgotten_before)),
@@ -155,7 +169,8 @@ def claim(
         _fixed_length(history.stop),
         _separable(model),
     )
-    # These are said, but they do not change that the loss is an estimate.
+    # These are stated for the reader. They are often unknown, and the losses are an
+    # estimate either way, because they come from a few recorded runs.
     stated = (
         _fixed_denominator(runs),
         _matching(runs, model if has_weights else None),
@@ -193,14 +208,18 @@ def _adds_noise(runs: Sequence[GradNormLedger]) -> Assumption:
 
 
 def _one_example(size: int, num_before: int) -> Assumption:
-    """Assume a single example: summed per-example losses do not bound a group's."""
-    examples = "1 example" if size == 1 else f"{size} examples"
-    before = f", {num_before} of them forgotten before" if num_before else ""
+    """Assume a single example: summed per-example losses do not bound a group's.
+
+    Args:
+        size: Number of all examples that the model has forgotten after the run.
+        num_before: How many of them earlier runs have forgotten.
+    """
+    before = f", including {num_before} forgotten before" if num_before else ""
     remedy = "" if size == 1 else "; recording.gram_ledger measures groups"
     return Assumption(
-        "the forget set is one example",
+        "the bound needs a single example",
         size == 1,
-        f"the set has {examples}{before}{remedy}",
+        f"this set has {size}{before}{remedy}",
     )
 
 
@@ -226,7 +245,11 @@ def _fixed_length(stop: StopWhen | None) -> Assumption:
 
 
 def _separable(model: nn.Module) -> Assumption:
-    """Assume no batch statistics: with them an example changes other gradients too."""
+    """Assume no batch statistics: with them an example changes other gradients too.
+
+    The privacy loss is computed from the norm of the example's own gradient. It misses
+    what the example does to the gradients of the others in its batch.
+    """
     mixing = [
         name
         for name, module in model.named_modules()
@@ -240,7 +263,11 @@ def _separable(model: nn.Module) -> Assumption:
 
 
 def _fixed_denominator(runs: Sequence[GradNormLedger]) -> Assumption:
-    """Assume a denominator that does not depend on which examples were sampled."""
+    """Assume a denominator that does not depend on which examples were sampled.
+
+    A mean over the sampled examples changes with the number of them, so that the
+    presence of one example scales the gradients of all others.
+    """
     clipped = bool(runs) and bool(np.isfinite(runs[0].mechanism.max_grad_norm).all())
     return Assumption(
         "training divided by a batch size that does not depend on the example",
@@ -250,7 +277,11 @@ def _fixed_denominator(runs: Sequence[GradNormLedger]) -> Assumption:
 
 
 def _matching(runs: Sequence[GradNormLedger], model: nn.Module | None) -> Assumption:
-    """Assume that the model has the weights that the recorded runs left."""
+    """Assume that the model has the weights that the recorded runs left.
+
+    A ledger of another training says nothing about this model. An engine writes the
+    SHA-256 of the last weights into its ledger; here it is compared with the model's.
+    """
     names = {run.weights for run in runs}
     hashed = names - {None, CHANGED}
     met = bool(hashed) and model is not None and weights_name(model) in hashed

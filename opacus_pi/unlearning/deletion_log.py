@@ -33,7 +33,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -365,7 +365,12 @@ def write_new(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[sqlite3.Connection]:
-    """Context with exclusive write access; an error rolls everything back."""
+    """Context with exclusive write access; an error rolls everything back.
+
+    Args:
+        path: The log. Other processes that want to write wait until the context ends,
+            for half a minute at most.
+    """
     with _connected(path, "rw") as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield connection  # closing without COMMIT rolls back
@@ -418,7 +423,7 @@ def _connected(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
-    """A connection to an existing file; what SQLite raises becomes our errors.
+    """Context of a connection to an existing file; SQLite's errors become ours.
 
     The file is never opened by other means while this process may have a connection to
     it: closing a file drops all locks that a process holds on it.
@@ -443,7 +448,16 @@ def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
 
 
 def _raise_ours(error: sqlite3.Error, path: Path, mode: str) -> None:
-    """Raise what an error of SQLite means for a deletion log."""
+    """Raise what an error of SQLite means for a deletion log.
+
+    A full disk, a lock or a missing permission is an ``OSError``: the file may be good.
+    All other errors concern its content, and become a ``ValueError``.
+
+    Args:
+        error: What SQLite raised.
+        path: The log.
+        mode: ``"ro"`` if the file was opened for reading only, else ``"rw"``.
+    """
     said = str(error)
     if mode == "ro" and ("readonly" in said or "unable to open" in said):
         expect(
@@ -454,9 +468,10 @@ def _raise_ours(error: sqlite3.Error, path: Path, mode: str) -> None:
             "A process was killed while it wrote. The next 'opacus-pi unlearn "
             "--log' takes the unfinished part back, as does DeletionLog(path).",
         )
-        # A header that asks for a write-ahead log, which our files never have.
-        odd = path.is_file() and os.access(path, os.R_OK)
-        _require_whole(not odd, path, said)
+        # The file itself can be read, so its header asks for a write-ahead log. Our
+        # files never have one: the header is damaged.
+        is_readable = path.is_file() and os.access(path, os.R_OK)
+        _require_whole(not is_readable, path, said)
     for words, number in _FAULTS_OF_THE_PLACE.items():
         if words in said:
             raise OSError(number, f"{os.strerror(number)} ({said})", str(path))
@@ -538,7 +553,12 @@ def append_within(
 
 
 def _read(path: Path, mode: str) -> Iterator[Entry]:
-    """Yield verified entries in parts, so that a long read blocks no writer."""
+    """Yield verified entries in parts, so that a long read blocks no writer.
+
+    Between two parts another process may append; the new entries are read as well. A
+    payload may be missing only if a later entry says that it was redacted, so this is
+    decided after the last entry.
+    """
     previous, missing = START, set[int]()
     number = 0
     while True:
@@ -585,25 +605,32 @@ def _named(connection: sqlite3.Connection, path: Path, name: str) -> Entry | Non
 
 def _checked(row: tuple[Any, ...], path: Path) -> Entry:
     """Return an entry from the tables, after checking its hash and its payload."""
-    number, time, kind, commitment, previous, chained = row[:6]
+    number, *texts = row[:6]
     payload_number, name, salt, body = row[6:]
-    texts = (time, kind, commitment, previous, chained)
     good = type(number) is int and all(type(text) is str for text in texts)
-    good = good and _hash(number, *texts[:-1]) == chained
+    good = good and _hash(number, *texts[:-1]) == texts[-1]
     _require_unedited(good, path, f"Entry {number} breaks the chain.")
+    entry = Entry(number, *texts)
     if payload_number is None:
-        return Entry(number, *texts)
+        return entry
     good = type(salt) is bytes and type(body) is str and type(name) in (str, type(None))
-    good = good and _commitment(salt, name, body) == commitment
+    good = good and _commitment(salt, name, body) == entry.commitment
     _require_unedited(good, path, f"Entry {number} has another payload.")
+    return _with_payload(entry, name, body, path)
+
+
+def _with_payload(entry: Entry, name: str | None, body: str, path: Path) -> Entry:
+    """Return an entry with its name and its payload, both read from their JSON."""
     try:
         payload = json.loads(body)
         plain_name = None if name is None else json.loads(name)
     except (ValueError, RecursionError):
         payload = plain_name = None
     good = type(payload) is dict and (name is None or type(plain_name) is str)
-    _require_unedited(good, path, f"The payload of entry {number} is no JSON object.")
-    return Entry(number, *texts, plain_name, payload)
+    _require_unedited(
+        good, path, f"The payload of entry {entry.number} is not a JSON object."
+    )
+    return replace(entry, name=plain_name, payload=payload)
 
 
 def _hash(number: int, time: str, kind: str, commitment: str, previous: str) -> str:
@@ -613,12 +640,20 @@ def _hash(number: int, time: str, kind: str, commitment: str, previous: str) -> 
 
 
 def _commitment(salt: bytes, name: str | None, body: str) -> str:
-    """SHA-256 of a payload behind a random salt, so that it cannot be guessed."""
+    """Return the SHA-256 of a salted payload.
+
+    Without the salt a redacted payload could be guessed: a log has few users and few
+    examples, so all possible payloads could be hashed and compared.
+    """
     return hashlib.sha256(salt + json.dumps([name, body]).encode()).hexdigest()
 
 
 def _name_text(name: str | None) -> str | None:
-    """A name as it is stored: as JSON, because SQLite does not take every string."""
+    """Return a name as it is stored: as JSON.
+
+    SQLite stores text as UTF-8, and Python refuses to encode a string with a lone
+    surrogate, which names of files may contain. JSON escapes such characters.
+    """
     return None if name is None else json.dumps(name)
 
 

@@ -43,7 +43,7 @@ class StoredWeights:
 
 
 def weights_path_of(path: str | os.PathLike[str]) -> Path:
-    """Where the weights that honour a log's requests are stored."""
+    """Return where the weights that honour a log's requests are stored."""
     return Path(f"{os.fspath(path)}.safetensors")
 
 
@@ -65,7 +65,14 @@ def store_weights(path: Path, unlearner: Unlearner, entries: Iterable[str]) -> N
 
 
 def stored_weights(path: Path, num_examples: int) -> StoredWeights:
-    """Read the stored weights; without a file those that honour no request.
+    """Read the stored weights and the facts in their file.
+
+    Args:
+        path: The file.
+        num_examples: Length of the training set, to check the positions.
+
+    Returns:
+        The content of the file. If there is none, an empty one: nothing is honoured.
 
     Raises:
         ValueError: If the file is damaged, or does not say what it honours.
@@ -103,7 +110,16 @@ def _list_from(text: str | None) -> list[Any]:
 
 
 def load_weights_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Give a model stored weights, all of them or none."""
+    """Load stored weights into a model, all of them or none.
+
+    Args:
+        model: Changed in place, but only after every name, shape and type was compared.
+        state: The weights by name.
+        path: Their file, for the message.
+
+    Raises:
+        ValueError: If the weights do not fit the model.
+    """
     own = model.state_dict()
     differing = {
         name

@@ -72,7 +72,17 @@ def _update(
     optimizer: torch.optim.Optimizer,
     progress: float,
 ) -> None:
-    """Make one update, in the order that ``Method`` documents."""
+    """Make one update, in the order that ``Method`` documents.
+
+    Args:
+        method: The method, after ``prepare``.
+        task: The model and the data.
+        batches: Batch of the retain set and batch of the forget set; None for a set
+            that this update does not use.
+        params: The trainable weights.
+        optimizer: Of these weights.
+        progress: Fraction of the updates done before the current pass, in [0, 1).
+    """
     device = params[0].device
     retain, forget = (
         None if b is None else to_device(inputs_and_targets(b), device) for b in batches

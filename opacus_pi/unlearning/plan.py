@@ -273,15 +273,15 @@ def _num_unfinished(past_runs: Sequence[PastRun]) -> int:
     return sum(math.isinf(past[1]) for past in past_runs)
 
 
-def _num_equal(losses: NDArray[np.float64], chosen: NDArray[np.int64]) -> int:
-    """Number of other examples with the loss of a chosen one.
+def _num_equal(losses: NDArray[np.float64], forget: NDArray[np.int64]) -> int:
+    """Return the number of examples outside a set with the loss of one in it.
 
     Warns if the set looks chosen by loss: no other example lies strictly within the
     range of its losses. A set that was chosen otherwise almost never looks like that.
     """
     levels = ties(losses)
     inside = np.zeros(len(levels), dtype=bool)
-    inside[chosen] = True
+    inside[forget] = True
     own, others = levels[inside], levels[~inside]
     outside = int(np.isin(others, own).sum())
     by_loss = not ((own.min() < others) & (others < own.max())).any()

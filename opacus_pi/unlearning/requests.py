@@ -53,7 +53,7 @@ _HEX = set("0123456789abcdef")
 
 @dataclass(frozen=True)
 class DeletionRequest:
-    """One request.
+    """One request to forget some examples, as it stands in the log.
 
     Args:
         request_id: The caller's name for it, unique within the log.
@@ -66,7 +66,10 @@ class DeletionRequest:
 
 @dataclass
 class Requests:
-    """What the entries of a log amount to; requests are known by their entry's number.
+    """The state of all requests, computed from the entries of a log.
+
+    Requests are identified by the number of their entry, because a redacted request
+    has lost its name.
 
     Args:
         submitted: The requests, oldest first; None for one that was redacted.
@@ -142,8 +145,9 @@ class DeletionRequests:
             request_id: A name for the request: a string, or a whole number, which
                 stands for its decimal digits. It is stored as it is: do not use the
                 name of a person.
-            indices: The examples to forget, positions in the training set, or
-            user: the user whose examples to forget.
+            indices: The examples to forget, positions in the training set; None if a
+                user is named.
+            user: The user whose examples to forget; None if indices are given.
 
         Returns:
             The request.
@@ -239,7 +243,7 @@ class DeletionRequests:
                 the model.
             RuntimeError: If another process is carrying out requests.
         """
-        with self._alone():
+        with self._locked():
             self._resume(unlearner, self._requests())
 
     def process(
@@ -275,36 +279,54 @@ class DeletionRequests:
             f"must have the {self.num_examples} examples that the requests are about",
             "Pass the set that the model was trained on.",
         )
-        with self._alone():
+        with self._locked():
             found = self._requests()
             honoured = self._resume(unlearner, found)
             finished = [number for number in found.pending if number in honoured]
             if finished:  # the process was killed before it could log "done"
                 self._log_done(finished, {"found": "in the stored weights"})
             pending = {n: r for n, r in found.pending.items() if n not in honoured}
-            groups = [pending] if pending else []
-            if not together:
-                groups = [{number: request} for number, request in pending.items()]
             results = []
-            for group in groups:
-                rows = np.unique(np.concatenate([r.indices for r in group.values()]))
+            for group in _groups(pending, together):
+                indices = [request.indices for request in group.values()]
+                rows = np.unique(np.concatenate(indices))
                 result = unlearner.unlearn(train_set, rows, **options)
                 honoured |= set(group)
-                store_weights(
-                    self.weights_path,
-                    unlearner,
-                    [found.hashes[number] for number in honoured],
-                )
-                self._log_done([*group], _run_facts(result))
-                names = [request.request_id for request in group.values()]
-                record = {**result.record, "requests": names}
-                results.append(replace(result, record=record))
+                hashes = [found.hashes[number] for number in honoured]
+                results.append(self._complete(group, result, unlearner, hashes))
         return results
 
-    def _log_done(self, group: list[int], facts: dict[str, Any]) -> None:
+    def _complete(
+        self,
+        group: Mapping[int, DeletionRequest],
+        result: UnlearningResult,
+        unlearner: Unlearner,
+        honoured: list[str],
+    ) -> UnlearningResult:
+        """Store the weights of a run, then log that its requests were carried out.
+
+        The order matters. If the process is killed between the two steps, the weights
+        already list the requests, and the next ``process`` only adds the missing log
+        entry. In the other order the log would promise weights that do not exist.
+
+        Args:
+            group: The requests of the run, by the number of their entry.
+            result: The run's result.
+            unlearner: Its weights are stored.
+            honoured: Hashes of the entries of all requests that the weights honour.
+
+        Returns:
+            The result, with the names of its requests in the record.
+        """
+        store_weights(self.weights_path, unlearner, honoured)
+        self._log_done([*group], _run_facts(result))
+        names = [request.request_id for request in group.values()]
+        return replace(result, record={**result.record, "requests": names})
+
+    def _log_done(self, numbers: list[int], facts: dict[str, Any]) -> None:
         """Log that requests were carried out, and by which weights."""
         digest = sha256_of(self.weights_path)
-        payload = {"requests": group, "weights_sha256": digest, **facts}
+        payload = {"requests": numbers, "weights_sha256": digest, **facts}
         self.log.append("done", payload)
 
     def _requests(self) -> Requests:
@@ -312,7 +334,11 @@ class DeletionRequests:
         return requests_of(self.log.entries(), self.num_examples)
 
     def _resume(self, unlearner: Unlearner, found: Requests) -> set[int]:
-        """Give the unlearner the stored weights, if any; the requests they honour."""
+        """Load the stored weights, if any, and return the requests they honour.
+
+        The unlearner's list of forgotten examples and its history are extended too, so
+        that its next guarantee covers the earlier runs.
+        """
         stored = stored_weights(self.weights_path, self.num_examples)
         honoured = _honoured(stored, found, self.weights_path)
         if honoured:
@@ -323,8 +349,13 @@ class DeletionRequests:
         return honoured
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Context in which no other process carries out requests about this model."""
+    def _locked(self) -> Iterator[None]:
+        """Context in which no other process carries out requests about this model.
+
+        Two processes that unlearn at once would each overwrite the other's weights. The
+        lock is a file beside the log; the system releases it when a process ends, even
+        if that was killed.
+        """
         handle = os.open(f"{self.log.path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             try:
@@ -339,7 +370,11 @@ class DeletionRequests:
             os.close(handle)
 
     def _rows(self, indices: ArrayLike | None, user: str | None) -> NDArray[np.int64]:
-        """Return the examples that a request is about."""
+        """Return the examples that a request is about, sorted and checked.
+
+        Raises:
+        ValueError: As ``submit``.
+        """
         expect(
             (indices is None) != (user is None),
             "indices, user",
@@ -381,18 +416,27 @@ def requested_indices(
             training set, or a request was redacted and there are no weights.
     """
     found = requests_of(read_entries(path), num_examples)
-    asked = {i for r in found.submitted.values() if r is not None for i in r.indices}
+    named = {i for r in found.submitted.values() if r is not None for i in r.indices}
     weights = weights_path_of(path)
     if None in found.submitted.values():
         expect(
             weights.exists(),
             "weights_path",
             weights,
-            "must exist, because only it knows the examples of redacted requests",
+            "must exist, because only it contains the examples of redacted requests",
             "Restore it from a copy.",
         )
-        asked |= set(stored_weights(weights, num_examples).forgotten)
-    return np.array(sorted(asked), dtype=np.int64)
+        named |= set(stored_weights(weights, num_examples).forgotten)
+    return np.array(sorted(named), dtype=np.int64)
+
+
+def _groups(
+    pending: dict[int, DeletionRequest], together: bool
+) -> list[dict[int, DeletionRequest]]:
+    """Return the requests that each run is to carry out, in the order of the log."""
+    if together:
+        return [pending] if pending else []
+    return [{number: request} for number, request in pending.items()]
 
 
 def _run_facts(result: UnlearningResult) -> dict[str, Any]:
@@ -404,7 +448,7 @@ def _run_facts(result: UnlearningResult) -> dict[str, Any]:
 
 
 def without_indices(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's record with the lengths of the lists of examples in their places.
+    """Return a run's record with the length of each list of examples in its place.
 
     In a log only the requests name examples: when they are redacted, nothing is left.
 
@@ -445,7 +489,7 @@ def plain_name(argument: str, name: Any) -> str:
 
 
 def requests_of(entries: Iterable[Entry], num_examples: int) -> Requests:
-    """What a log's entries amount to.
+    """Return the state of all requests after a log's entries.
 
     An unbroken chain shows that no entry was edited, not that the entry makes sense:
     other programs can append to a log. So each is checked here.
@@ -471,7 +515,7 @@ def requests_of(entries: Iterable[Entry], num_examples: int) -> Requests:
 
 
 def _request_of(entry: Entry, num_examples: int) -> DeletionRequest:
-    """Return the request in an entry."""
+    """Return the request in an entry, after checking that it can be carried out."""
     rows: Any = (entry.payload or {}).get("indices")
     named = entry.kind == "request" and entry.name is not None
     _check(named and isinstance(rows, list), entry, "a request with a name and indices")
@@ -484,7 +528,15 @@ def _request_of(entry: Entry, num_examples: int) -> DeletionRequest:
 
 
 def _done_of(entry: Entry, still_open: set[int]) -> set[int]:
-    """Return the numbers of the requests that an entry marks as carried out."""
+    """Return the numbers of the requests that an entry marks as carried out.
+
+    Args:
+        entry: Of kind "done", not redacted.
+        still_open: Requests that were submitted before it and are not yet done.
+
+    Raises:
+        ValueError: If it marks any other request, or names no weights.
+    """
     payload = entry.payload or {}
     numbers, digest = payload.get("requests"), payload.get("weights_sha256")
     listed = isinstance(numbers, list) and all(type(n) is int for n in numbers)
@@ -499,7 +551,7 @@ def _done_of(entry: Entry, still_open: set[int]) -> set[int]:
 
 
 def _check(condition: bool, entry: Entry, what: str) -> None:
-    """Refuse an entry."""
+    """Refuse an entry that is not of the described kind."""
     expect(
         condition,
         "the deletion log's entry",
@@ -510,11 +562,33 @@ def _check(condition: bool, entry: Entry, what: str) -> None:
     )
 
 
-def _honoured(stored: StoredWeights, found: Requests, path: Path) -> set[int]:
-    """The requests that stored weights honour.
+def _listed_in(stored: StoredWeights, found: Requests) -> set[int]:
+    """Return the requests of a log that stored weights list, by hash or by name."""
+    by_hash = {n for n, h in found.hashes.items() if h in stored.entries}
+    by_name = {
+        number
+        for number, request in found.submitted.items()
+        if request is not None and request.request_id in stored.names
+    }
+    return by_hash | by_name
 
-    They honour what is logged as done; after a kill before that was logged, also what
-    they list themselves.
+
+def _honoured(stored: StoredWeights, found: Requests, path: Path) -> set[int]:
+    """Return the requests that stored weights honour.
+
+    If the last "done" entry of the log names these weights, they honour what is logged
+    as done. Otherwise a process may have been killed after it stored weights and before
+    it logged that: then the weights' own list counts. It must contain more than the log
+    says, and only requests of this log. Anything else is an older or a foreign file,
+    and with it examples would come back that were forgotten.
+
+    Args:
+        stored: The content of the weights file; empty if there is no file.
+        found: The requests in the log.
+        path: The weights file.
+
+    Returns:
+        Numbers of the requests' entries.
 
     Raises:
         ValueError: If the log does not know the weights, or they honour less than it
@@ -522,12 +596,7 @@ def _honoured(stored: StoredWeights, found: Requests, path: Path) -> set[int]:
     """
     if found.done and path.exists() and found.weights_sha256 == sha256_of(path):
         return set(found.done)
-    honoured = {n for n, h in found.hashes.items() if h in stored.entries}
-    honoured |= {
-        number
-        for number, request in found.submitted.items()
-        if request is not None and request.request_id in stored.names
-    }
+    honoured = _listed_in(stored, found)
     known = len(honoured) == len(stored.entries) + len(stored.names)
     newer = found.done < honoured or not (found.done or honoured)
     expect(

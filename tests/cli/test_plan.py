@@ -113,7 +113,7 @@ def test_what_was_asked_before_counts(run, answer, ledger, tmp_path):
     found = answer(*PLAN, "3", *langevin, "--log", path)
     assert (found["num_retain"], found["num_forgotten_before"]) == (117, 2)
     assert found["mean_loss"] == alone["mean_loss"]
-    one = "the forget set is one example"
+    one = "the bound needs a single example"
     for plan, met in ((alone, True), (found, False)):
         said = {a["statement"]: a["met"] for a in plan["guarantee"]["assumptions"]}
         assert said[one] is met

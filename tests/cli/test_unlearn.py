@@ -72,22 +72,22 @@ def test_wrapped_weights_are_the_same_weights(run, tmp_path):
 
 
 def test_requests_are_recorded_and_go_on_from_each_other(run, answer, tmp_path):
-    record = tmp_path / "deletions.db"
-    first = answer(*UNLEARN, "3", "--log", record, "--out", tmp_path / "a")
-    assert verify(record).head == first["head"]
+    log = tmp_path / "deletions.db"
+    first = answer(*UNLEARN, "3", "--log", log, "--out", tmp_path / "a")
+    assert verify(log).head == first["head"]
     second = answer(
-        *UNLEARN, "5", "--log", record, "--request-id", "x", "--out", tmp_path / "b"
+        *UNLEARN, "5", "--log", log, "--request-id", "x", "--out", tmp_path / "b"
     )
-    assert second["request_id"] == "x" and verify(record).head == second["head"]
+    assert second["request_id"] == "x" and verify(log).head == second["head"]
     facts = json.loads((tmp_path / "b" / "record.json").read_text())
     assert facts["forgotten_before"] == [3] and facts["forget_indices"] == [5]
     kept = safetensors.torch.load_file(second["weights"])
     new = safetensors.torch.load_file(tmp_path / "b" / "weights.safetensors")
     assert all(torch.equal(kept[name], new[name]) for name in new)
-    again = answer(*UNLEARN, "3", "--log", record, "--out", tmp_path / "c")
+    again = answer(*UNLEARN, "3", "--log", log, "--out", tmp_path / "c")
     assert again["carried_out"] is False and not (tmp_path / "c").exists()
     assert again["head"] == second["head"]
-    words = (*UNLEARN, "6", "--log", record, "--request-id", "x", "--out")
+    words = (*UNLEARN, "6", "--log", log, "--request-id", "x", "--out")
     code, _, err = run(*words, tmp_path / "d")
     assert code == 2 and "--request-id must name one request only, got x" in err
 
@@ -107,9 +107,9 @@ def test_written_weights_can_be_checked(run, answer, tmp_path):
 
 
 def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
-    record = tmp_path / "deletions.db"
-    DeletionRequests(record, 120).submit("before", indices=[5, 6])
-    words = (*UNLEARN, "3", "--log", record, "--out", tmp_path / "a")
+    log = tmp_path / "deletions.db"
+    DeletionRequests(log, 120).submit("before", indices=[5, 6])
+    words = (*UNLEARN, "3", "--log", log, "--out", tmp_path / "a")
     code, out, err = run(*words, "--request-id", "new")
     assert (code, err) == (0, "")
     pending, own = out.split("\n\n")[:2]
@@ -118,9 +118,9 @@ def test_what_was_pending_is_carried_out_and_said(run, answer, tmp_path):
     assert own.startswith("Forgot 1 example by FineTune")
     facts = json.loads((tmp_path / "a" / "record.json").read_text())
     assert facts["forget_indices"] == [3] and facts["forgotten_before"] == [5, 6]
-    DeletionRequests(record, 120).submit("later", indices=[7])
+    DeletionRequests(log, 120).submit("later", indices=[7])
     again = answer(
-        *(*UNLEARN, "3", "--log", record, "--request-id", "new"),
+        *(*UNLEARN, "3", "--log", log, "--request-id", "new"),
         *(*NOISY, "--out", tmp_path / "b"),
     )
     assert again["carried_out"] is False and not (tmp_path / "b").exists()

@@ -126,8 +126,8 @@ def test_a_plan_mentions_ties(forget, num_tied, is_warned_of):
     assert plan.num_tied == num_tied
     line = f"Examples outside the set with the loss of one in it: {num_tied}.\n"
     assert (line in str(plan)) == (num_tied > 0)
-    told = [str(w.message) for w in seen]
-    assert bool(told) == is_warned_of
-    if told:
-        assert told[0].startswith(f"{num_tied} examples outside the forget set")
-        assert "max_grad_norm" in told[0]
+    messages = [str(w.message) for w in seen]
+    assert bool(messages) == is_warned_of
+    if messages:
+        assert messages[0].startswith(f"{num_tied} examples outside the forget set")
+        assert "max_grad_norm" in messages[0]

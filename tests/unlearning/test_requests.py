@@ -329,7 +329,7 @@ def test_weights_that_say_nothing_clear_are_refused(tmp_path, facts):
 
 def test_two_processes_do_not_work_at_once(tmp_path):
     mine = submitted(tmp_path)
-    with requests(tmp_path)._alone(), pytest.raises(RuntimeError, match="another"):
+    with requests(tmp_path)._locked(), pytest.raises(RuntimeError, match="another"):
         mine.process(unlearner(), data())
 
 
@@ -371,8 +371,8 @@ def test_a_whole_number_is_the_name_of_its_digits(tmp_path):
     for name in (1042, np.int64(1042), "1042"):
         assert mine.submit(name, indices=[3]) == request
     assert mine.pending[3:] == [request]
-    for odd in ("", "\ud800", "\0", "ü" * 3000, '"'):
-        assert mine.submit(odd, indices=[4]).request_id == odd
+    for name in ("", "\ud800", "\0", "ü" * 3000, '"'):
+        assert mine.submit(name, indices=[4]).request_id == name
     assert [r.request_id for r in requests(tmp_path).pending[4:]][1] == "\ud800"
     verify(mine.log.path)
 
@@ -478,7 +478,7 @@ def test_what_was_redacted_stays_forgotten(tmp_path):
     assert result.record["forgotten_before"] == [2, 3, 5, 8, 9]
     assert fresh.forgotten.tolist() == [0, 2, 3, 5, 8, 9]
     mine.weights_path.unlink()
-    with pytest.raises(ValueError, match="only it knows the examples of redacted"):
+    with pytest.raises(ValueError, match="only it contains the examples of redacted"):
         requested_indices(mine.log.path, SIZE)
 
 

@@ -37,8 +37,8 @@ def unlearner():
 
 def says(*values):
     """An evaluation that returns these numbers one after the other."""
-    told = iter(values)
-    return lambda model: {"score": next(told)}
+    scores = iter(values)
+    return lambda model: {"score": next(scores)}
 
 
 def unlearn(values, stop, num_epochs=5):

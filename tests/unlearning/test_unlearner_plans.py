@@ -13,10 +13,10 @@ from tests.unlearning.unlearners import data, ledger_of, unlearner
 
 
 def test_plan_says_difficulty_and_cost():
-    record = ledger_of(data())
-    losses = privacy_losses(record, 4.0)
+    ledger = ledger_of(data())
+    losses = privacy_losses(ledger, 4.0)
     hardest = np.argsort(losses)[-3:]
-    plan = unlearner(ledger=record).plan(hardest, order=4.0, batch_size=10)
+    plan = unlearner(ledger=ledger).plan(hardest, order=4.0, batch_size=10)
     assert plan.mean_loss == pytest.approx(losses[hardest].mean())
     below = (losses < plan.mean_loss).mean() * 100
     assert plan.percentile == pytest.approx(below)
@@ -27,13 +27,13 @@ def test_plan_says_difficulty_and_cost():
 
 
 def test_plan_predicts_from_past_runs():
-    record = ledger_of(data())
-    losses = privacy_losses(record, 8.0)
+    ledger = ledger_of(data())
+    losses = privacy_losses(ledger, 8.0)
     order = np.argsort(losses)
     easy, hard = order[:3], order[-3:]
     logs = np.log([losses[easy].mean(), losses[hard].mean()])
     middle = order[14:17]
-    plan = unlearner(ledger=record).plan(middle, past_runs=[(easy, 2.0), (hard, 10.0)])
+    plan = unlearner(ledger=ledger).plan(middle, past_runs=[(easy, 2.0), (hard, 10.0)])
     slope = 8.0 / (logs[1] - logs[0])
     expected = 2.0 + slope * (np.log(losses[middle].mean()) - logs[0])
     assert plan.predicted_epochs == pytest.approx(expected)
@@ -51,10 +51,10 @@ def test_plan_without_noise_is_a_ranking():
 
 
 def test_an_assumed_noise_never_looks_real():
-    record = ledger_of(data()).with_noise_std(2.0)
-    mine = unlearner(ledger=record)
+    ledger = ledger_of(data()).with_noise_std(2.0)
+    mine = unlearner(ledger=ledger)
     plan = mine.plan([6])
-    assert plan.ranking_only and plan.mean_loss == privacy_losses(record, 8.0)[6]
+    assert plan.ranking_only and plan.mean_loss == privacy_losses(ledger, 8.0)[6]
     for claim in (plan.guarantee, mine.unlearn(data(), [6], 0).guarantee):
         assert claim.kind == "empirical" and claim.divergences == ()
         assert "assumed noise_std=2 on the sum" in str(claim)
@@ -77,12 +77,12 @@ def test_plan_finds_the_columns_of_a_partial_ledger():
 
 
 def test_one_example_of_a_noisy_run_gives_an_estimate():
-    record = ledger_of(data())
-    claim = unlearner(ledger=record, method=Langevin(0.1)).unlearn(data(), [6], 1)
+    ledger = ledger_of(data())
+    claim = unlearner(ledger=ledger, method=Langevin(0.1)).unlearn(data(), [6], 1)
     claim = claim.guarantee
     assert claim.kind == "estimate"
     for order, divergence in zip(claim.orders, claim.divergences, strict=True):
-        assert divergence == pytest.approx(privacy_losses(record, order)[6])
+        assert divergence == pytest.approx(privacy_losses(ledger, order)[6])
     assert 0 < claim.epsilon(1e-5) < np.inf
     assert any("upper bound" in a.statement for a in claim.unmet)
 
@@ -94,15 +94,15 @@ def batch_norm_net():
 @pytest.mark.parametrize(
     "options, indices, unmet",
     [
-        ({}, [1, 2], "the forget set is one example"),
+        ({}, [1, 2], "the bound needs a single example"),
         ({"noise_std": 0.0}, [1], "training added noise"),
         ({"model": batch_norm_net()}, [1], "its own gradient only"),
         ({"ledger": None}, [1], "training added noise"),
     ],
 )
 def test_otherwise_nothing_finite_is_claimed(options, indices, unmet):
-    record = ledger_of(data(), noise_std=options.pop("noise_std", 2.0))
-    mine = unlearner(**({"ledger": record} | options))
+    ledger = ledger_of(data(), noise_std=options.pop("noise_std", 2.0))
+    mine = unlearner(**({"ledger": ledger} | options))
     claim = mine.unlearn(data(), indices, 0).guarantee
     assert claim.kind == "empirical" and claim.divergences == ()
     assert any(unmet in a.statement for a in claim.unmet)
@@ -179,7 +179,7 @@ def test_forgetting_again_is_said():
     mine.unlearn(data(), [1, 2], 0)
     with pytest.warns(UserWarning, match="forgotten before: nothing new"):
         claim = mine.unlearn(data(), [2], 0).guarantee
-    assert "the set has 2 examples, 2 of them forgotten before" in str(claim)
+    assert "this set has 2, including 2 forgotten before" in str(claim)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mine.unlearn(data(), [2, 3], 0)

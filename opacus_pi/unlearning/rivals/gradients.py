@@ -17,7 +17,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def _gradients(
     task: Task, params: list[nn.Parameter], loader: Iterable[Batch]
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Size and mean-loss gradient of each batch, in evaluation mode."""
+    """Yield size and mean-loss gradient of each batch, in evaluation mode."""
     task.model.eval()
     for batch in loader:
         moved = to_device(inputs_and_targets(batch), params[0].device)
@@ -26,7 +26,16 @@ def _gradients(
 
 
 def mean_gradient(task: Task, params: list[nn.Parameter]) -> list[Tensor]:
-    """Return the gradient of the forget set's mean loss."""
+    """Return the gradient of the forget set's mean loss.
+
+    Args:
+        task: The model and the data.
+        params: The weights to differentiate by.
+
+    Returns:
+        One tensor per weight, of its shape. Batches count by their size, so a short
+        last batch does not weigh more than its examples.
+    """
     total, size = [torch.zeros_like(p) for p in params], 0
     for num, gradients in _gradients(task, params, task.forget_batches):
         size += num
@@ -38,7 +47,14 @@ def mean_gradient(task: Task, params: list[nn.Parameter]) -> list[Tensor]:
 def mean_squared_gradient(
     task: Task, params: list[nn.Parameter], loader: Iterable[Batch]
 ) -> list[Tensor]:
-    """Return the squared mean-loss gradient of a batch, averaged over batches."""
+    """Return the squared mean-loss gradient of a batch, averaged over batches.
+
+    Args:
+        task: The model; its loss is that of evaluation mode.
+        params: The weights to differentiate by.
+        loader: The batches. With batches of one example the result is the diagonal of
+            the empirical Fisher matrix; larger ones are faster and give less.
+    """
     total, num_batches = [torch.zeros_like(p) for p in params], 0
     for _, gradients in _gradients(task, params, loader):
         num_batches += 1

@@ -24,7 +24,7 @@ class _Paired(Method):
     def batches(
         self, task: Task, num_pass: int
     ) -> Iterator[tuple[Batch | None, Batch | None]]:
-        """One pass over the retain set, paired with forget batches."""
+        """Yield each batch of the retain set with the next batch of the forget set."""
         forget = _repeated(task.forget_batches)
         for retain, _ in super().batches(task, num_pass):
             yield retain, next(forget)
@@ -79,7 +79,7 @@ class RandomLabels(_Paired):
         )
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
-        """The loss of the wrong labels plus the weighted loss of the right ones."""
+        """Return the loss of wrong labels plus the weighted loss on the retain set."""
         x, y = cast(Batch, forget)
         outputs = forward(task.model, x)
         wrong = other_labels(y, outputs.shape[-1], task.generator)
@@ -93,7 +93,7 @@ def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Ten
     Args:
         y: int64 ``(b,)``, class numbers.
         num_classes: Number of classes, at least 2.
-        generator: Where the draws come from.
+        generator: Source of the random labels.
 
     Raises:
         ValueError: If the targets are not class numbers, or there is only one class.

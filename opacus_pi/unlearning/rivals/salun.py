@@ -47,7 +47,7 @@ class SalUn(RandomLabels):
 
 @dataclass(frozen=True, eq=False)
 class _SalUnRun(SalUn):
-    """SalUn that knows its mask and its starting point."""
+    """SalUn with the mask and the weights from before the run."""
 
     masks: tuple[Tensor, ...] = ()
     start: tuple[Tensor, ...] = ()

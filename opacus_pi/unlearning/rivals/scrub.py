@@ -81,7 +81,7 @@ class _SCRUBRun(SCRUB):
     teacher: nn.Module = field(default_factory=nn.Identity)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
-        """One step against the teacher or one with it."""
+        """Return the loss of a step away from the teacher, or of one towards it."""
         if retain is None:
             x, _ = cast(Batch, forget)
             return -self._distance(forward(task.model, x), x)
