@@ -1,4 +1,16 @@
-"""Permutation symmetries of networks: tracing, matching, and loss barriers."""
+"""Permutation symmetries of networks: tracing, matching, and loss barriers.
+
+Two networks trained with different seeds list their hidden units in different orders.
+To compare their weights, the orders must first be made to agree:
+
+1. ``permutation_spec`` finds out which dimensions may be permuted together (``tracing``
+   runs the model, ``operation_rules`` and ``axes`` draw the conclusions).
+2. ``weight_matching`` or ``activation_matching`` finds the permutation of one network
+   that is closest to another one, and ``apply_permutation`` applies it.
+3. ``loss_barrier`` measures how far the loss rises on the line between the two.
+
+``aligned`` and ``pairwise_barriers`` are the shortcuts for steps 2 and 3.
+"""
 
 from opacus_pi.symmetries.barriers import (
     aligned,

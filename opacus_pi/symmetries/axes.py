@@ -23,10 +23,20 @@ Dims = list[list["Atom"]]  # the dimensions of a tensor, each a product of atoms
 class Atom:
     """A dimension, or a factor of one: a node of a union-find forest.
 
+    An atom begins as a whole dimension. During the run it can be merged with an atom of
+    another tensor (both need the same permutation), split into an outer and an inner
+    part, or fixed. Code that read an atom before keeps a valid reference: ``leaves``
+    returns what the atom has become.
+
+    >>> pixels = Atom(12)
+    >>> pixels.split(3)
+    >>> [leaf.size for leaf in pixels.leaves()]
+    [3, 4]
+
     Args:
         size: Number of indices.
         fixed: Whether the order of the indices matters, so that they may not be
-            permuted.
+            permuted. An atom that is fixed stays fixed.
         outer: The outer part, if this atom is the inner part of a split atom.
     """
 
@@ -47,12 +57,26 @@ class Atom:
         return [leaf for part in atom._parts for leaf in part.leaves()]
 
     def split(self, outer_size: int) -> None:
-        """Split a leaf into an outer atom of the given size and an inner atom."""
+        """Split a leaf into an outer atom of the given size and an inner atom.
+
+        The parts of a fixed atom are fixed. The inner part remembers the outer one,
+        because it may get one permutation for each index of it: see ``_inner_parts``.
+
+        Args:
+            outer_size: Size of the outer atom; it must divide the size of this one.
+        """
         outer = Atom(outer_size, self.fixed, self.outer)
         self._parts = outer, Atom(self.size // outer_size, self.fixed, outer)
 
     def merge(self, other: "Atom") -> None:
-        """Identify this leaf with another leaf of the same size."""
+        """Identify this leaf with another leaf of the same size.
+
+        If one of them is fixed, both are from now on.
+
+        Args:
+            other: The other leaf. Both must come from ``leaves``: merging an atom that
+                was split or merged before would lose what is known about it.
+        """
         if other is not self:
             other._same = self
             self.fixed |= other.fixed
@@ -67,17 +91,33 @@ class Atom:
 
 
 def fresh(shape: Iterable[int], fixed: bool = False) -> Dims:
-    """Return dimensions with new atoms; a dimension of size 1 has no atom."""
+    """Return dimensions with new atoms; a dimension of size 1 has no atom.
+
+    There is nothing to permute in a dimension of size 1. Without an atom it can be
+    broadcast, inserted and removed without a special case.
+
+    Args:
+        shape: The shape of the tensor.
+        fixed: Whether the order of its indices matters.
+    """
     return [[Atom(size, fixed)] if size != 1 else [] for size in shape]
 
 
 def resolved(dim: Sequence[Atom]) -> list[Atom]:
-    """Return the current leaves of a dimension."""
+    """Return the current leaves of a dimension, outermost first.
+
+    Atoms that were stored before a merge or a split are out of date, so every function
+    here resolves a dimension before it looks at sizes or at ``fixed``.
+    """
     return [leaf for atom in dim for leaf in atom.leaves()]
 
 
 def fix(dims: Iterable[Sequence[Atom]]) -> None:
-    """Fix the order of these dimensions."""
+    """Fix the order of these dimensions, and of all dimensions merged with them.
+
+    This cannot be undone. It is the safe answer wherever a rule does not know better: a
+    permutation is lost, but no wrong one is found.
+    """
     for dim in dims:
         for atom in resolved(dim):
             atom.fixed = True
@@ -86,7 +126,18 @@ def fix(dims: Iterable[Sequence[Atom]]) -> None:
 def unify(first: Sequence[Atom], second: Sequence[Atom]) -> None:
     """Require the same permutation of two dimensions of equal size.
 
-    If their factors cannot be matched, both dimensions are fixed.
+    The factors are compared from the outside in. Where one side has a larger factor
+    that the other side's factor divides, it is split. If the factors cannot be matched,
+    both dimensions are fixed.
+
+    >>> whole, height, width = Atom(6), Atom(2), Atom(3)
+    >>> unify([whole], [height, width])
+    >>> [leaf.size for leaf in whole.leaves()]
+    [2, 3]
+
+    Args:
+        first: Atoms of one dimension.
+        second: Atoms of the other dimension, of the same total size.
     """
     left, right = resolved(first), resolved(second)
     while left and right:
@@ -103,9 +154,21 @@ def unify(first: Sequence[Atom], second: Sequence[Atom]) -> None:
 
 
 def regroup(atoms: Sequence[Atom], shape: Sequence[int]) -> Dims:
-    """Distribute row-major atoms over dimensions of the given sizes.
+    """Distribute row-major atoms over dimensions of the given sizes, as a reshape does.
 
-    If a boundary would cut an atom unevenly, all atoms are fixed.
+    An atom that a boundary cuts evenly is split there. If a boundary would cut an atom
+    unevenly, all atoms are fixed.
+
+    >>> image = [Atom(3), Atom(4), Atom(4)]
+    >>> [[atom.size for atom in dim] for dim in regroup(image, (3, 16))]
+    [[3], [4, 4]]
+
+    Args:
+        atoms: The atoms of all dimensions before the reshape, outermost first.
+        shape: The sizes afterwards; their product is that of the atoms.
+
+    Returns:
+        One dimension for each size.
     """
     queue, dims = resolved(atoms), []
     for size in shape:
@@ -183,7 +246,13 @@ def _used_tensors(
 ) -> dict[str, Dims]:
     """Return the dimensions of the parameters and buffers of the run, in order of use.
 
-    The order decides which tensor a symbol is named after.
+    The order decides which tensor a symbol is named after. A tensor that the run did
+    not use, such as the counter of batches in BatchNorm, is left out and never
+    permuted.
+
+    Args:
+        state: Parameters and buffers by name.
+        current: Dimensions of every tensor of the run by its ``id``, resolved.
     """
     order = {key: number for number, key in enumerate(current)}
     used = [name for name in state if id(state[name]) in order]
@@ -194,7 +263,15 @@ def _used_tensors(
 def _sites(
     outputs: Sequence[Dims | None], names: Mapping[Atom, str]
 ) -> tuple[tuple[int, Axes], ...]:
-    """Return the axes of the activations in which a symbol appears, by number."""
+    """Return the axes of the activations in which a symbol appears, by number.
+
+    ``activation_matching`` compares two networks at these places; activations whose
+    units all have a fixed order would contribute nothing.
+
+    Args:
+        outputs: As in ``name_symbols``.
+        names: Names of the free atoms.
+    """
     activations = [
         (number, _axes([resolved(dim) for dim in dims], names))
         for number, dims in enumerate(outputs)
@@ -209,7 +286,13 @@ def _has_symbol(axes: Axes) -> bool:
 
 
 def _names(used: Mapping[str, Dims]) -> dict[Atom, str]:
-    """Return a name for each free atom of the parameters and buffers."""
+    """Return a name for each free atom of the parameters and buffers.
+
+    The name is that of the first tensor that has the atom, with the number of the
+    dimension, as in ``0.weight[0]``. If the dimension has several factors, the number
+    of the factor follows, as in ``attention.in_proj_weight[0.1]``. An atom that appears
+    in activations only has no name: permuting it would change no weight.
+    """
     names: dict[Atom, str] = {}
     for tensor, dims in used.items():
         for d, dim in enumerate(dims):
@@ -253,24 +336,50 @@ def _inner_parts(used: Iterable[Dims], seen: Iterable[Dims]) -> dict[Atom, Atom]
 def _beside_their_outer_atoms(
     seen: Iterable[Dims],
 ) -> tuple[dict[Atom, Atom], set[Atom]]:
-    """Return inner atoms with their outer atoms, and the atoms that ever lack one."""
+    """Return inner atoms with their outer atoms, and the atoms that ever lack one.
+
+    A tensor that has an inner atom without its outer atom (a weight shared by all
+    heads) cannot be permuted differently for each outer index.
+
+    Args:
+        seen: Dimensions of all tensors of the run.
+    """
     candidates: dict[Atom, Atom] = {}
     broken: set[Atom] = set()
     for dims in seen:
         present = {atom for dim in dims for atom in dim}
         for atom in present:
-            outer = atom.outer.leaves()[-1] if atom.outer is not None else None
-            if outer is None or outer.fixed or atom.fixed or outer not in present:
-                broken.add(atom)
-            else:
+            outer = _free_outer(atom)
+            if outer in present:
                 candidates[atom] = outer
+            else:
+                broken.add(atom)
     return candidates, broken
+
+
+def _free_outer(atom: Atom) -> Atom | None:
+    """Return an inner atom's outer atom; None without one, or if one is fixed."""
+    if atom.outer is None or atom.fixed:
+        return None
+    outer = atom.outer.leaves()[-1]
+    return None if outer.fixed else outer
 
 
 def _keep_one_inner_part_each(
     dims: Dims, candidates: Mapping[Atom, Atom], broken: set[Atom]
 ) -> None:
-    """Within one tensor, let each outer atom keep only one of its inner atoms."""
+    """Within one tensor, let each outer atom keep only one of its inner atoms.
+
+    The rows that ``matching`` compares are pairs (outer index, inner index) of one
+    inner part. A second inner part in the same tensor would make their gains depend on
+    each other. Its atom is added to ``broken`` and gets one permutation for all outer
+    indices.
+
+    Args:
+        dims: Dimensions of the tensor.
+        candidates: The outer atom of each inner atom that may qualify.
+        broken: Atoms that do not qualify; changed in place.
+    """
     taken: dict[Atom, Atom] = {}
     for dim in dims:
         for atom in dim:

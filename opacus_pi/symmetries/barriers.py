@@ -221,7 +221,23 @@ def pairwise_barriers(
 
 
 class _Path:
-    """The straight line between two models, and the mean loss on it."""
+    """The straight line between two models, and the mean loss on it.
+
+    The data are read once and the model is copied once; each point of the line only
+    loads new weights. Keeping the batches in memory is what makes losses at different
+    points comparable: a shuffled or augmented loader would give each point other
+    examples.
+
+    Args:
+        model_a: The model at alpha 1.
+        model_b: The model at alpha 0, of the same architecture.
+        data: A data set or batches.
+        criterion: One loss per example.
+        reset_bn: Whether to recompute the BatchNorm statistics at every point.
+
+    Raises:
+        ValueError: If the models differ in architecture or there are no data.
+    """
 
     def __init__(
         self,
@@ -250,6 +266,10 @@ class _Path:
 def reset_batch_norm_(model: nn.Module, batches: Batches) -> None:
     """Recompute the running statistics of every BatchNorm layer, as means over batches.
 
+    The layers run in training mode, so each is normalised by the batch statistics of
+    the interpolated weights before it. Everything else runs in evaluation mode (no
+    dropout).
+
     Args:
         model: Changed in place; a model without BatchNorm does not change.
         batches: Pairs ``(inputs, labels)`` on the model's device.
@@ -276,7 +296,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """Raise unless two states have the same names and shapes."""
+    """Raise unless two states have the same names and shapes.
+
+    Equal shapes do not prove equal architectures (two activation functions have no
+    weights), but without them there is no line between the weights.
+    """
     shapes = [{k: tuple(v.shape) for k, v in state.items()} for state in (a, b)]
     differing = [
         k for k in shapes[0] | shapes[1] if shapes[0].get(k) != shapes[1].get(k)
@@ -291,12 +315,26 @@ def _check_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def _between(b: Tensor, a: Tensor, alpha: float) -> Tensor:
-    """Return a point of the line, exact at both ends; integers are taken from a."""
+    """Return a point of the line, exact at both ends; integers are taken from a.
+
+    Args:
+        b: The tensor at alpha 0.
+        a: The tensor at alpha 1. Integers are counters of batches, which no computation
+            in evaluation mode uses.
+        alpha: Weight of ``a``, in [0, 1].
+    """
     return torch.lerp(b, a, float(alpha)) if a.is_floating_point() else a
 
 
 def _read(data: Data, device: torch.device) -> Batches:
-    """Read all batches to the device."""
+    """Read all batches to the device.
+
+    The random state is restored afterwards, so that a loader that shuffles does not
+    change the caller's later draws.
+
+    Raises:
+        ValueError: If there is no batch.
+    """
     loader = DataLoader(data, 256) if isinstance(data, Dataset) else data
     with random_state_untouched():
         batches = [to_device(inputs_and_targets(batch), device) for batch in loader]

@@ -128,7 +128,20 @@ def activation_matching(
 
 
 class _InnerProduct:
-    """The inner product of two networks, as a function of a permutation of b."""
+    """The inner product of two networks, as a function of a permutation of b.
+
+    To maximise it is to minimise the Euclidean distance of the parameters, because a
+    permutation does not change the norm of b. Buffers are left out: running statistics
+    follow from the weights and the data.
+
+    Args:
+        spec: The networks' symmetries.
+        a: Parameters to match to, by name.
+        b: Parameters to permute, by name.
+
+    Raises:
+        ValueError: If a tensor of the spec is missing or has another shape.
+    """
 
     def __init__(self, spec: PermutationSpec, a: Params, b: Params) -> None:
         names = [name for name in spec.axes if name not in spec.buffers]
@@ -149,21 +162,40 @@ class _InnerProduct:
     def inner_product(
         self, permutation: Permutation, names: Collection[str] | None = None
     ) -> float:
-        """Return the inner product over some tensors, by default all."""
+        """Return the inner product over some tensors, by default all.
+
+        Args:
+            permutation: Of b; symbols without an array are not permuted.
+            names: Names of the tensors; None: all.
+        """
         return sum(
             float((self.a[n] * permuted(self.b[n], self.axes[n], permutation)).sum())
             for n in (self.axes if names is None else names)
         )
 
     def first_matching(self) -> Permutation:
-        """Decide each symbol in turn from what the undecided symbols cannot change."""
+        """Decide each symbol in turn from what the undecided symbols cannot change.
+
+        Coordinate ascent from the identity can end in a poor optimum, because the first
+        symbols are matched while all others are still in a wrong order. Here the
+        entries along undecided symbols are compared after sorting, which no permutation
+        of them changes.
+        """
         permutation: Permutation = {}
         for root in _outer_symbols(self.spec):
             permutation |= self.assignment(root, permutation).best()
         return permutation
 
     def ascend(self, permutation: Permutation) -> Permutation:
-        """Improve each symbol in turn until no symbol can be improved."""
+        """Improve each symbol in turn until no symbol can be improved.
+
+        Ends after ``_MAX_SWEEPS`` sweeps at the latest. An improvement must exceed
+        rounding: otherwise two optima of equal value could replace each other without
+        end.
+
+        Args:
+            permutation: Where to start, an array for each symbol.
+        """
         for _ in range(_MAX_SWEEPS):
             improved = False
             for root in _outer_symbols(self.spec):
@@ -181,33 +213,56 @@ class _InnerProduct:
         return permutation
 
     def _tensors_with_two(self, root: str) -> list[str]:
-        """Return the tensors of a symbol if it has two positions in one of them."""
+        """Return the tensors of a symbol if it has two positions in one of them.
+
+        The weight of a residual block without an intermediate width has the symbol in
+        rows and columns. The gain is then quadratic, not linear, in the permutation.
+        The assignment problem uses the current permutation at one position, so its
+        value is only a proposal that must be compared by the inner product itself.
+
+        Returns:
+            The names of all tensors with the symbol; empty if it never has two
+            positions.
+        """
         counts = {name: len(_positions(axes, root)) for name, axes in self.axes.items()}
         twice = max(counts.values(), default=0) > 1
         return [name for name, count in counts.items() if count] if twice else []
 
     def assignment(self, root: str, permutation: Permutation) -> "_Assignment":
-        """Return the assignment problem of one symbol, given the others."""
+        """Return the assignment problem of one symbol, given the others.
+
+        Args:
+            root: The symbol, which is not an inner part.
+            permutation: The other symbols' current arrays. Symbols without one are
+                undecided.
+        """
         gains, decided = _Assignment(self.spec, root), set(permutation)
         for name, axes in self.axes.items():
             for place in _positions(axes, root):
                 own = _without(axes, place[0], {root, *gains.inner_parts})
                 b = permuted(self.b[name], own, permutation)
-                rows = [
-                    _rows_over(tensor, axes, place, gains.inner_parts, decided)
-                    for tensor in (self.a[name], b)
-                ]
-                gains.add(rows[0][1], rows[0][0] @ rows[1][0].T)
+                options = axes, place, gains.inner_parts, decided
+                rows_a, inner = _rows_over(self.a[name], *options)
+                rows_b, _ = _rows_over(b, *options)
+                gains.add(inner, rows_a @ rows_b.T)
         return gains
 
 
 def _checked(name: str, tensor: Tensor, axes: Axes) -> Tensor:
-    """Return a tensor on the CPU in float64, after checking its shape."""
+    """Return a tensor on the CPU in float64, after checking its shape.
+
+    Raises:
+        ValueError: If the shape differs from the axes.
+    """
     return permuted(tensor.detach().cpu().double(), axes, {}, name)
 
 
 def _standardised(rows: Tensor) -> Tensor:
-    """Return rows of mean 0 and length 1 (length 0 for a constant row)."""
+    """Return rows of mean 0 and length 1 (length 0 for a constant row).
+
+    The product of two such rows is their correlation. A unit that is never active has a
+    constant row and correlates with no other.
+    """
     centred = rows - rows.mean(dim=1, keepdim=True)
     lengths = centred.norm(dim=1, keepdim=True)
     return centred / torch.where(lengths > 0, lengths, 1.0)
@@ -216,20 +271,23 @@ def _standardised(rows: Tensor) -> Tensor:
 def _activations(
     spec: PermutationSpec, model: nn.Module, inputs: Any
 ) -> dict[int, Tensor]:
-    """Return the activations at the spec's sites, from one run in evaluation mode."""
+    """Return the activations at the spec's sites, from one run in evaluation mode.
+
+    Args:
+        spec: The symmetries, with the numbers of the operations.
+        model: The model; a copy on the CPU in float64 runs.
+        inputs: One batch, of any size.
+
+    Raises:
+        ValueError: If the model does not run the operations that were traced.
+    """
     twin = independent_copy(model).cpu().double()
     inputs = pytree.tree_map_only(Tensor, as_input, inputs)
     capture = OutputCapture(number for number, _ in spec.sites)
     with random_state_untouched(), elementary_operations(), capture:
         forward(twin, inputs)
-    fit = all(
-        number in capture.kept
-        and _sizes(_resized(axes, capture.kept[number].shape))
-        == capture.kept[number].shape
-        for number, axes in spec.sites
-    )
     expect(
-        fit,
+        all(_fits(axes, capture.kept.get(number)) for number, axes in spec.sites),
         "model",
         type(twin).__name__,
         "must run the operations that were traced",
@@ -238,13 +296,25 @@ def _activations(
     return capture.kept
 
 
-def _sizes(axes: Axes) -> torch.Size:
-    """Return the shape of a tensor with these axes."""
-    return torch.Size(prod(factor.size for factor in dim) for dim in axes)
+def _fits(axes: Axes, activation: Tensor | None) -> bool:
+    """Whether an activation has the shape of the traced one, up to the batch size."""
+    if activation is None:
+        return False
+    resized = _resized(axes, activation.shape)
+    return activation.shape == tuple(prod(f.size for f in dim) for dim in resized)
 
 
 def _resized(axes: Axes, shape: torch.Size) -> Axes:
-    """Adapt axes to another batch size: the first fixed factor absorbs the change."""
+    """Adapt axes to another batch size: the first fixed factor absorbs the change.
+
+    The batch is a fixed dimension, and it may have been multiplied into another one (a
+    sequence flattened into the batch). The result fits the shape only if the model is
+    of the traced architecture, which ``_fits`` checks.
+
+    Args:
+        axes: Axes as traced.
+        shape: Shape of the activation with another batch.
+    """
     fitted = []
     for dim, size in zip(axes, shape, strict=False):
         first = next((k for k, factor in enumerate(dim) if factor.symbol is None), None)
@@ -257,6 +327,10 @@ def _resized(axes: Axes, shape: torch.Size) -> Axes:
 
 class _Assignment:
     """The assignment problem of one outer symbol and its inner parts.
+
+    It collects, over all tensors in which the symbol appears, the gain of sending unit
+    j of b to the place of unit i of a. ``best`` then solves for the permutation with
+    the largest sum of gains.
 
     Args:
         spec: The networks' symmetries.
@@ -279,13 +353,21 @@ class _Assignment:
     def add(self, inner: str | None, products: Tensor) -> None:
         """Add the inner products of all rows of a with all rows of b.
 
-        The rows are the indices of the root, or (root, inner part) in row-major order.
+        Args:
+            inner: The inner part that the rows cover; None: only the root.
+            products: ``(r, r)`` on the CPU. The r rows are the indices of the root, or
+                (root, inner part) in row-major order.
         """
         matrix = products.numpy()
         self._total[inner] = self._total.get(inner, 0.0) + matrix
 
     def value(self, permutation: Permutation) -> float:
-        """Return the gain of a permutation of the root and its inner parts."""
+        """Return the gain of a permutation of the root and its inner parts.
+
+        Args:
+            permutation: With arrays for the root, ``(n,)``, and its inner parts, ``(n,
+                m)``.
+        """
         total, order = 0.0, permutation[self.root]
         if None in self._total:
             total += float(self._total[None][np.arange(self.size), order].sum())
@@ -300,7 +382,12 @@ class _Assignment:
         """Return the optimum.
 
         For every pair of root indices the inner parts are assigned first; the root is
-        then assigned by the resulting gains.
+        then assigned by the resulting gains. This is exact, because the inner parts of
+        one root index do not influence those of another. With root size n and inner
+        size m it solves n² problems of size m, and one of size n.
+
+        Returns:
+            int64 ``(n,)`` for the root, and ``(n, m)`` for each inner part.
         """
         n, chosen = self.size, {}
         value = np.zeros((n, n)) + self._total.get(None, 0.0)
@@ -330,7 +417,10 @@ def _outer_symbols(spec: PermutationSpec) -> list[str]:
 
 
 def _positions(axes: Axes, symbol: str) -> list[tuple[int, int]]:
-    """Return the positions of a symbol as pairs (dimension, factor)."""
+    """Return the positions of a symbol as pairs (dimension, factor).
+
+    Most tensors have a symbol once or not at all; see ``_tensors_with_two``.
+    """
     return [
         (d, k)
         for d, factors in enumerate(axes)
@@ -340,7 +430,17 @@ def _positions(axes: Axes, symbol: str) -> list[tuple[int, int]]:
 
 
 def _without(axes: Axes, dimension: int, symbols: Collection[str]) -> Axes:
-    """Return the axes with some symbols of one dimension treated as fixed."""
+    """Return the axes with some symbols of one dimension treated as fixed.
+
+    Before b is compared with a along one dimension, it is permuted in all others. The
+    dimension itself must keep its order, because that order is what is being solved
+    for.
+
+    Args:
+        axes: Axes of a tensor.
+        dimension: Number of the dimension.
+        symbols: The symbols that are not to be permuted there.
+    """
     return tuple(
         tuple(
             Factor(None, f.size) if d == dimension and f.symbol in symbols else f
@@ -375,12 +475,10 @@ def _rows_over(
         The matrix, and the name of the inner part that its rows cover, if any.
     """
     factors = [factor for dim in axes for factor in dim]
-    root = sum(len(dim) for dim in axes[: place[0]]) + place[1]
+    root = sum(map(len, axes[: place[0]])) + place[1]
     inner = _nearest(root, factors, inner_parts)
     rows = [root] if inner is None else [root, inner]
-    columns = [p for p in range(len(factors)) if p not in rows]
-    undecided = [p for p in columns if _is_undecided(factors[p], decided)]
-    settled = [p for p in columns if p not in undecided]
+    settled, undecided = _columns_beside(rows, factors, decided)
     sizes = [_num_entries(factors, group) for group in (rows, settled, undecided)]
     cells = tensor.reshape([factor.size for factor in factors])
     cells = cells.permute(*rows, *settled, *undecided).reshape(sizes)
@@ -390,10 +488,39 @@ def _rows_over(
     return cells.reshape(sizes[0], -1), name
 
 
+def _columns_beside(
+    rows: Collection[int], factors: Sequence[Factor], decided: Collection[str] | None
+) -> tuple[list[int], list[int]]:
+    """Return the positions that are not rows: settled ones, and undecided ones.
+
+    Args:
+        rows: Positions of the factors that the rows of the matrix cover.
+        factors: All factors of a tensor.
+        decided: Symbols whose permutation is already chosen; None: all.
+    """
+    settled: list[int] = []
+    undecided: list[int] = []
+    for position, factor in enumerate(factors):
+        if position not in rows:
+            group = undecided if _is_undecided(factor, decided) else settled
+            group.append(position)
+    return settled, undecided
+
+
 def _nearest(
     root: int, factors: Sequence[Factor], symbols: Collection[str]
 ) -> int | None:
-    """Return the position of the factor with one of the symbols nearest to the root."""
+    """Return the position of the factor with one of the symbols nearest to the root.
+
+    Args:
+        root: Position of the root.
+        factors: All factors of a tensor.
+        symbols: The inner parts of the root. A tensor that has the root twice, such as
+            an attention projection of width to width, has its inner part twice as well.
+
+    Returns:
+        The position; None if the tensor has none of the symbols.
+    """
     found = [p for p, factor in enumerate(factors) if factor.symbol in symbols]
     return min(found, key=lambda p: abs(p - root), default=None)
 

@@ -4,6 +4,14 @@ A rule takes a function from a tensor to its dimensions, the arguments of the op
 by name, and its result. It unifies or fixes atoms and returns the dimensions of the
 outputs that it knows. To support another operation, write a rule and enter it under the
 name that torch gives the operation (``aten::`` removed) in ``_rules``.
+
+A rule must be right for every argument that the operation can have. If it is unsure, it
+fixes the dimension in question: a symmetry is then missed, which is harmless, while a
+wrong symmetry changes the network. ``permutation_spec`` applies a random permutation to
+each result, so a wrong rule is reported as an error for the models that reveal it.
+
+The models are traced in evaluation mode and without gradients, so there are no rules
+for dropout, for the updates of running statistics or for backward operations.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +28,16 @@ Rule = Callable[[DimsOf, Arguments, Any], list[Dims]]
 
 
 def pointwise(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Unify the dimensions that broadcasting aligns."""
+    """Unify the dimensions that broadcasting aligns.
+
+    This serves every operation that torch tags as pointwise (sums, products, activation
+    functions, ``where``, ...): entry i of the output depends on entry i of each input.
+
+    Args:
+        dims: Dimensions of a tensor.
+        given: The arguments; all tensors among them are inputs, in nested lists too.
+        result: The output.
+    """
     out: Dims = [[] for _ in result.shape]
     for tensor in pytree.tree_leaves(list(given.values())):
         if isinstance(tensor, Tensor):
@@ -29,7 +46,15 @@ def pointwise(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _broadcast(out: Dims, own: Dims, tensor: Tensor, result: Tensor) -> None:
-    """Unify the dimensions of a tensor with those of the broadcast result."""
+    """Unify the dimensions of a tensor with those of the broadcast result.
+
+    Args:
+        out: Dimensions of the result so far; the tensor's are entered where it is not
+            repeated. Dimensions of size 1 that are repeated take no part.
+        own: Dimensions of the tensor.
+        tensor: An input, aligned with the result at the last dimension.
+        result: The output of the operation.
+    """
     offset = result.dim() - tensor.dim()
     for i, dim in enumerate(own):
         if tensor.shape[i] == result.shape[i + offset] != 1:
@@ -39,12 +64,20 @@ def _broadcast(out: Dims, own: Dims, tensor: Tensor, result: Tensor) -> None:
 
 
 def _same(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Copies, and softmax, which treats every index of its dimension alike."""
+    """Return the input's dimensions: copies, casts and softmax.
+
+    A softmax treats every index of its dimension alike: if its inputs are permuted, its
+    outputs are permuted in the same way.
+    """
     return [dims(given["self"])]
 
 
 def _view(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Reshapes: the row-major order of the atoms stays."""
+    """Reshapes: the row-major order of the atoms stays.
+
+    Only the distribution over dimensions changes. ``regroup`` splits an atom where a
+    boundary cuts it evenly, as when a projection is cut into heads.
+    """
     flat = [atom for dim in dims(given["self"]) for atom in dim]
     return [regroup(flat, result.shape)]
 
@@ -56,7 +89,11 @@ def _permute(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _transpose(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """``transpose`` swaps two dimensions; ``t`` swaps the only two."""
+    """``transpose`` swaps two dimensions; ``t`` swaps the only two.
+
+    ``t`` has no arguments beside the tensor, and leaves tensors with fewer than two
+    dimensions as they are.
+    """
     own = list(dims(given["self"]))
     i, j = given.get("dim0", 0), given.get("dim1", -1)
     if own:
@@ -65,7 +102,12 @@ def _transpose(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _expand(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """New or expanded dimensions are constant along themselves, hence free."""
+    """New or expanded dimensions are constant along themselves, hence free.
+
+    All entries along such a dimension are the same, so any permutation of it changes
+    nothing. It gets an atom of its own, which other operations may unify with any
+    other.
+    """
     tensor, out = given["self"], fresh(result.shape)
     offset = result.dim() - tensor.dim()
     for i, dim in enumerate(dims(tensor)):
@@ -75,15 +117,26 @@ def _expand(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _constant(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Constants: no permutation changes them."""
+    """Constants: no permutation changes them, so all their dimensions are free.
+
+    All entries are equal. ``arange`` is not constant and has no rule, so it is fixed.
+    """
     return [fresh(result.shape)]
 
 
 def _part(dim: list[Atom], length: int, size: int, start: int = 0) -> list[Atom]:
     """Return ``length`` consecutive indices of a dimension.
 
-    If the range is one of several equal blocks, only the order of the blocks is fixed;
-    otherwise the whole dimension is.
+    If the range is one of several equal blocks, only the order of the blocks is fixed,
+    and all blocks share one permutation of the indices within a block. That is the case
+    for a joint projection of queries, keys and values. Any other range fixes the whole
+    dimension.
+
+    Args:
+        dim: Atoms of the whole dimension.
+        length: Number of indices to take.
+        size: Number of indices of the dimension.
+        start: The first index to take, not negative.
     """
     if length == size:
         return dim
@@ -96,7 +149,11 @@ def _part(dim: list[Atom], length: int, size: int, start: int = 0) -> list[Atom]
 
 
 def _slice(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """``slice``: a range of one dimension."""
+    """``slice``: a range of one dimension.
+
+    Torch gives a start that counts from the end as a negative number. A step other than
+    1 takes indices that are no block, so the dimension is fixed.
+    """
     tensor, d = given["self"], given["dim"]
     own, size, length = list(dims(tensor)), tensor.shape[d], result.shape[d]
     start = given["start"] or 0
@@ -128,7 +185,13 @@ def _select(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
 
 
 def _cat(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """``cat``: the order of the joined dimension matters, the others are unified."""
+    """``cat``: the order of the joined dimension matters, the others are unified.
+
+    The parts could still be permuted within themselves. This is not followed, because
+    an atom describes a whole dimension or a factor of it, never a range. Networks that
+    concatenate features (DenseNet, U-Net) therefore have fewer symmetries here than in
+    truth. Empty tensors of one dimension, which torch skips, are skipped as well.
+    """
     tensors = [t for t in given["tensors"] if t.dim() == result.dim()]
     d = given["dim"] % result.dim()
     out = list(dims(tensors[0]))
@@ -143,7 +206,10 @@ def _cat(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _stack(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """``stack``: the order of the new dimension matters, the others are unified."""
+    """``stack``: the order of the new dimension matters, the others are unified.
+
+    The new dimension lists the tensors, and each of them has its own meaning.
+    """
     first, *others = [dims(tensor) for tensor in given["tensors"]]
     for own in others:
         for left, right in zip(first, own, strict=True):
@@ -155,7 +221,18 @@ def _stack(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _contract(a: Dims, b: Dims) -> Dims:
-    """Return the dimensions of a matrix product, after unifying the contracted ones."""
+    """Return the dimensions of a matrix product, after unifying the contracted ones.
+
+    The product sums over the contracted dimension, so it stays the same if both factors
+    are permuted alike there. Batch dimensions are paired, not summed.
+
+    Args:
+        a: Dimensions of the first factor, ``(..., m, k)``.
+        b: Dimensions of the second factor, ``(..., k, n)``.
+
+    Returns:
+        Dimensions of the product, ``(..., m, n)``.
+    """
     unify(a[-1], b[-2])
     for left, right in zip(a[:-2], b[:-2], strict=True):
         unify(left, right)
@@ -168,7 +245,10 @@ def _matmul(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _addmm(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """``addmm``, ``baddbmm``: a matrix product plus a bias."""
+    """``addmm``, ``baddbmm``: a matrix product plus a bias, which is broadcast.
+
+    Torch names the factors ``mat1`` and ``mat2``, or ``batch1`` and ``batch2``.
+    """
     first = given.get("mat1", given.get("batch1"))
     second = given.get("mat2", given.get("batch2"))
     out = _contract(dims(first), dims(second))
@@ -178,7 +258,13 @@ def _addmm(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _convolution(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Convolutions; grouped channels are (group, channel within the group)."""
+    """Convolutions; grouped channels are (group, channel within the group).
+
+    The input is ``(b, channels, *places)``. The weight is ``(out, in / groups,
+    *kernel)``, of a transposed convolution ``(in, out / groups, *kernel)``. The order
+    of the places and of the kernel's entries matters, because a kernel mixes
+    neighbours.
+    """
     x, weight = list(dims(given["input"])), dims(given["weight"])
     fix([*x[2:], *weight[2:]])
     groups = given["groups"]
@@ -198,7 +284,11 @@ def _convolution(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _batch_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
-    """Batch normalization: each channel has its own statistics, weight and bias."""
+    """Batch normalization: each channel has its own statistics, weight and bias.
+
+    Channels are dimension 1. Only the first of the operation's outputs is returned. The
+    others are saved statistics, which the model does not use.
+    """
     x = dims(given["input"])
     for name in ("weight", "bias", "running_mean", "running_var"):
         if given.get(name) is not None:
@@ -207,7 +297,11 @@ def _batch_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
 
 
 def _layer_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
-    """Layer normalization: statistics do not depend on the order of what they cover."""
+    """Layer normalization: statistics do not depend on the order of what they cover.
+
+    They cover the last dimensions, as many as the weight has. Only the first of the
+    outputs is returned, as in ``_batch_norm``.
+    """
     x = dims(given["input"])
     for name in ("weight", "bias"):
         if given.get(name) is not None:
@@ -218,7 +312,11 @@ def _layer_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
 
 
 def _group_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
-    """Group normalization: channels move within their group, and groups as a whole."""
+    """Group normalization: channels move within their group, and groups as a whole.
+
+    ``regroup`` splits the atom of the channels, so that each group may get its own
+    permutation of the channels within it.
+    """
     x = dims(given["input"])
     groups, channels = given["group"], given["input"].shape[1]
     regroup(x[1], (groups, channels // groups))
@@ -229,14 +327,21 @@ def _group_norm(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
 
 
 def _embedding(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Embeddings: the vocabulary is fixed, the width is free."""
+    """Embeddings: the vocabulary is fixed, the width is free.
+
+    The data name the rows of the table by number, so the rows have to stay in order.
+    """
     vocabulary, width = dims(given["weight"])
     fix([vocabulary])
     return [[*dims(given["indices"]), width]]
 
 
 def _reduce(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Reductions: a mean, sum or maximum does not depend on the order."""
+    """Reductions: a mean, sum or maximum does not depend on the order.
+
+    A reduced dimension is therefore not fixed. Its argument may be one number, a list,
+    or missing; then all dimensions are reduced.
+    """
     own, d = dims(given["self"]), given.get("dim")
     gone = [d] if isinstance(d, int) else d
     gone = {i % len(own) for i in gone} if gone else set(range(len(own)))
@@ -246,7 +351,15 @@ def _reduce(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _spatial(num_dims: int) -> Rule:
-    """Return the rule for pooling and resizing of the last dimensions."""
+    """Return the rule for pooling and resizing of the last dimensions.
+
+    Both combine neighbours, so the order in these dimensions matters before and after.
+    Channels pass through. Max pooling also returns the places of the maxima; only the
+    first output gets dimensions.
+
+    Args:
+        num_dims: How many dimensions are pooled or resized, 2 or 3.
+    """
 
     def rule(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
         own = dims(given["self"])
@@ -258,7 +371,11 @@ def _spatial(num_dims: int) -> Rule:
 
 
 def _pad(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
-    """Padding: a padded dimension is fixed."""
+    """Padding: a padded dimension is fixed.
+
+    ``pad`` lists pairs (before, after), beginning with the last dimension. A pair of
+    zeros pads nothing, so that dimension stays free.
+    """
     own, pad = list(dims(given["self"])), given["pad"]
     for k in range(len(pad) // 2):
         if pad[2 * k] or pad[2 * k + 1]:
@@ -268,7 +385,12 @@ def _pad(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
 
 
 def _rules() -> dict[str, Rule]:
-    """Return the table of rules by the names of the operations."""
+    """Return the table of rules by the names of the operations.
+
+    It is written by rule, so that one line shows everything a rule must be right for.
+    Operations that only decompose into these (linear layers, attention) are not listed:
+    torch dispatches their parts.
+    """
     names: dict[Rule, str] = {
         _same: "clone detach alias _to_copy lift_fresh _softmax _log_softmax "
         "_safe_softmax",

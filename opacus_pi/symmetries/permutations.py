@@ -83,7 +83,12 @@ class PermutationSpec:
         return {name: self._rows(name, generator.permutation) for name in self.symbols}
 
     def _rows(self, name: str, draw: Any) -> NDArray[np.int64]:
-        """Return one permutation, or one for each index of the outer symbol."""
+        """Return one permutation, or one for each index of the outer symbol.
+
+        Args:
+            name: The symbol.
+            draw: From a number n to a permutation of 0, ..., n - 1.
+        """
         symbol = self.symbols[name]
         if symbol.outer is None:
             return np.asarray(draw(symbol.size), dtype=np.int64)
@@ -163,7 +168,19 @@ def apply_permutation(
 def permuted(
     tensor: Tensor, axes: Axes, permutation: Permutation, name: str = "tensor"
 ) -> Tensor:
-    """Permute the dimensions of one tensor; symbols without an array are kept."""
+    """Permute the dimensions of one tensor; symbols without an array are kept.
+
+    With an empty permutation this only checks the shape.
+
+    Args:
+        tensor: The tensor, on any device.
+        axes: Its axes; an empty tuple leaves it as it is.
+        permutation: Arrays by symbol, for all or some of the symbols.
+        name: Name of the tensor, for the message.
+
+    Raises:
+        ValueError: If the shape differs from the axes.
+    """
     for d, factors in enumerate(axes):
         expect(
             tensor.dim() == len(axes)
@@ -195,7 +212,20 @@ def check_permutation(spec: PermutationSpec, permutation: Permutation) -> None:
 
 
 def _order(factors: tuple[Factor, ...], permutation: Permutation) -> NDArray[np.int64]:
-    """Return the order of the indices of a dimension, given its factors."""
+    """Return the order of the indices of a dimension, given its factors.
+
+    The factors are combined as in row-major order: for factors of sizes 2 and 3, index
+    (i, j) is number 3 i + j.
+
+    >>> swap = {"heads": np.array([1, 0])}
+    >>> _order((Factor("heads", 2), Factor(None, 3)), swap)
+    array([3, 4, 5, 0, 1, 2])
+
+    Args:
+        factors: Names and sizes, outermost first.
+        permutation: An array by symbol. An array of two dimensions has one row for each
+            index of the outer symbol, whose factor stands directly before.
+    """
     order = np.zeros(1, dtype=np.int64)
     for symbol, size in factors:
         array = permutation.get(str(symbol), np.arange(size))
@@ -206,7 +236,18 @@ def _order(factors: tuple[Factor, ...], permutation: Permutation) -> NDArray[np.
 
 
 def _check(spec: PermutationSpec, twin: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Raise unless a random permutation leaves the outputs unchanged."""
+    """Raise unless a random permutation leaves the outputs unchanged.
+
+    One draw permutes every symbol, so it reveals a wrong rule unless the wrong
+    dimensions happen to have equal entries. The run is in float64: the tolerance covers
+    sums in another order, and is far below any change by misplaced weights.
+
+    Args:
+        spec: The symmetries to check.
+        twin: The traced copy, in float64.
+        inputs: The example, as in the traced run.
+        outputs: The outputs of the traced run.
+    """
     permutation = spec.random(np.random.default_rng(0))
     moved = copy.deepcopy(twin)
     moved.load_state_dict(apply_permutation(spec, permutation, twin.state_dict()))
@@ -228,11 +269,23 @@ def _check(spec: PermutationSpec, twin: nn.Module, inputs: Any, outputs: Any) ->
 
 
 def _named(model: nn.Module, what: str) -> dict[str, Tensor]:
-    """Return parameters or buffers by name; a shared tensor under each of its names."""
+    """Return parameters or buffers by name; a shared tensor under each of its names.
+
+    A state dict lists a shared tensor under every name. Each of these entries must be
+    permuted.
+
+    Args:
+        model: The model.
+        what: ``"parameters"`` or ``"buffers"``.
+    """
     return dict(getattr(model, f"named_{what}")(remove_duplicate=False))
 
 
 def as_input(tensor: Tensor) -> Tensor:
-    """Return an input on the CPU; floating-point inputs in float64."""
+    """Return an input on the CPU; floating-point inputs in float64.
+
+    Models are traced and compared as float64 copies on the CPU, so that rounding cannot
+    hide or imitate a difference. Token numbers and masks keep their type.
+    """
     tensor = tensor.detach().cpu()
     return tensor.double() if tensor.is_floating_point() else tensor

@@ -32,11 +32,15 @@ _ACTIVATIONS = {"addmm", "mm", "bmm", "baddbmm", "convolution"}
 class AxisTracer(TorchDispatchMode):
     """Assign dimensions, as products of atoms, to every tensor of a run.
 
+    A context manager: it follows every operation that torch dispatches inside it.
+
     Args:
         sources: Tensors whose dimensions may be permuted: parameters and buffers.
 
     Attributes:
-        seen: Each tensor of the run with its dimensions, by its ``id``.
+        seen: Each tensor of the run with its dimensions, by its ``id``. The tensors are
+            kept alive until the run is over, because Python reuses the ``id`` of a
+            tensor that is gone, and the next tensor would get its dimensions.
         outputs: Dimensions of each operation's first output, in order of execution;
             ``None`` unless it is an activation (pointwise, convolution, product).
     """
@@ -48,7 +52,14 @@ class AxisTracer(TorchDispatchMode):
         self._sources = {id(tensor): tensor for tensor in sources}
 
     def dims(self, tensor: Tensor) -> Dims:
-        """Return the dimensions of a tensor; those of an unknown tensor are fixed."""
+        """Return the dimensions of a tensor; those of an unknown tensor are fixed.
+
+        Unknown tensors are the inputs of the model, constants stored outside parameters
+        and buffers, and outputs for which a rule returned nothing.
+
+        Args:
+            tensor: A parameter or buffer, or any tensor of the run.
+        """
         if id(tensor) not in self.seen:
             free = id(tensor) in self._sources
             self.seen[id(tensor)] = tensor, fresh(tensor.shape, fixed=not free)
@@ -57,7 +68,12 @@ class AxisTracer(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run one operation and assign dimensions to its outputs."""
+        """Run one operation and assign dimensions to its outputs.
+
+        Torch calls this for every operation inside the context. ``outputs`` gets one
+        entry for each operation that is counted, so that ``OutputCapture``, which
+        counts the same way, finds an activation of another model by its number.
+        """
         result = func(*args, **(kwargs or {}))
         outputs = _tensors(result)
         found = self._output_dims(func, args, kwargs, result) if outputs else []
@@ -85,11 +101,15 @@ class AxisTracer(TorchDispatchMode):
 class OutputCapture(TorchDispatchMode):
     """Keep the first output of selected operations of a run.
 
+    The operations are numbered as in ``AxisTracer.outputs``. A model of the traced
+    architecture runs the same operations in the same order.
+
     Args:
         numbers: Numbers of the operations, from 0 in order of execution.
 
     Attributes:
-        kept: The outputs, by number.
+        kept: The outputs, by number. They are copies, because a later operation may
+            write to an output in place.
     """
 
     def __init__(self, numbers: Iterable[int]) -> None:
@@ -112,7 +132,12 @@ class OutputCapture(TorchDispatchMode):
 
 @contextlib.contextmanager
 def elementary_operations() -> Iterator[None]:
-    """Context in which attention runs as elementary operations, without gradients."""
+    """Context in which attention runs as elementary operations, without gradients.
+
+    Torch has fused kernels for attention and for whole transformer layers. Each is one
+    operation without a rule, so its dimensions would be fixed. The settings of the
+    process are restored at the end.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -129,7 +154,11 @@ def _base_name(func: Any) -> str:
 
 
 def _is_pointwise(func: Any) -> bool:
-    """Whether each output entry depends only on the input entries at its position."""
+    """Whether each output entry depends only on the input entries at its position.
+
+    Torch tags most such operations. It does not tag all in-place variants, so the
+    variant that is not in place is looked up as well.
+    """
     if torch.Tag.pointwise in func.tags:
         return True
     packet = getattr(torch.ops.aten, _base_name(func), None)
@@ -138,7 +167,11 @@ def _is_pointwise(func: Any) -> bool:
 
 
 def _bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """Return the arguments by the names of the operation's schema, with defaults."""
+    """Return the arguments by the names of the operation's schema, with defaults.
+
+    Rules look up arguments by name. Torch passes some by position, some by name, and
+    leaves out those with their default value.
+    """
     arguments = operation_schema(func).arguments
     names = [argument.name for argument in arguments]
     defaults = {argument.name: argument.default_value for argument in arguments}
