@@ -10,6 +10,7 @@ from mkdocs.exceptions import PluginError
 ROOMS = (
     "",
     ".accounting",
+    ".attribution",
     ".difficulty",
     ".evaluation",
     ".gradients",
@@ -38,6 +39,7 @@ def on_post_build(config: Any, **_: Any) -> None:
     }
     for module in (import_module(f"opacus_pi{room}") for room in ROOMS):
         for name in module.__all__:
-            home = f"{getattr(module, name).__module__}.{name}"
+            place = getattr(getattr(module, name), "__module__", module.__name__)
+            home = f"{place}.{name}"
             if not {f"{module.__name__}.{name}", home} & places:
                 raise PluginError(f"{home} is on no page of docs/api.")

@@ -46,7 +46,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-# Where each promised name is defined. The imports above tell type checkers the same.
+# Where each promised name is defined. The imports above say the same to type checkers.
 _HOMES = {
     "AccountingError": "_errors",
     "FineTune": "unlearning.methods",

@@ -22,7 +22,7 @@ def expect(
     """Raise ``ValueError`` in the common format unless a condition holds.
 
     Args:
-        condition: The condition that must contain.
+        condition: The condition that must hold.
         name: The argument's name.
         value: The value that was got, or words for it.
         requirement: What follows the name in the message, e.g. ``"must be in (0, 1)"``.

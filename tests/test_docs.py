@@ -51,6 +51,7 @@ def documented(text):
     [
         "opacus_pi",
         "opacus_pi.accounting",
+        "opacus_pi.attribution",
         "opacus_pi.evaluation",
         "opacus_pi.gradients",
         "opacus_pi.plotting",

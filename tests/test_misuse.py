@@ -119,7 +119,7 @@ def others():
 
 def test_training_on_batches_of_another_loader_is_warned_of():
     training = Training()
-    with pytest.warns(UserWarning, match="batches made elsewhere"):
+    with pytest.warns(UserWarning, match="batches that your loop made itself"):
         for x, y in DataLoader(others(), batch_size=6):
             training.batch(x, y)
     assert training.engine.attribution["unattributed"] == NUM_EXAMPLES

@@ -29,10 +29,14 @@ __all__ = [
     "describe_delivery",
 ]
 
-UNATTRIBUTED = -1  # in place of an index: the sample's example is not known
-LEFT_OUT = -2  # in place of an index: padding, or a sample that must not be counted
+UNATTRIBUTED = -1
+"""In place of a data-set index: the sample is not attributed, its index is unknown."""
 
-Indices = NDArray[np.int64]  # data-set indices of samples, or one of the two above
+LEFT_OUT = -2
+"""In place of a data-set index: padding, or a sample that must not be counted."""
+
+Indices = NDArray[np.int64]
+"""Data-set indices of samples, with ``UNATTRIBUTED`` and ``LEFT_OUT`` where needed."""
 
 
 class LoaderPass:
@@ -157,8 +161,8 @@ class ForwardPass:
     """One forward pass in training mode: which samples, and by which evidence.
 
     Args:
-        indices: Data-set indices of its samples; None: not known, or those of the
-            whole delivery.
+        indices: Data-set indices of its samples, int64 ``(b,)``; None: not known. For
+            exactly the samples of a delivery, use :meth:`of_whole_delivery`.
         evidence: One of the kinds that ``Tracker.counts`` has; empty: none.
         delivery: The batch that the samples come from.
         cause: Why samples are uncertain; a key of the tracker's explanations.
@@ -179,12 +183,30 @@ class ForwardPass:
         self.backward = 0
         self.clipped = False
         self._indices = indices
+        self._whole_delivery: Delivery | None = None
+
+    @classmethod
+    def of_whole_delivery(
+        cls, delivery: Delivery, evidence: str, cause: str = ""
+    ) -> "ForwardPass":
+        """Return a pass over all samples of a delivery, in their order.
+
+        Its indices are those of the delivery, which are not copied.
+
+        Args:
+            delivery: The batch.
+            evidence: As for the class.
+            cause: As for the class.
+        """
+        forward = cls(None, evidence, delivery, cause)
+        forward._whole_delivery = delivery
+        return forward
 
     @property
     def indices(self) -> Indices | None:
         """Data-set indices of its samples, int64 ``(b,)``; None: not known."""
-        if self._indices is None and self.delivery is not None:
-            return self.delivery.index_array
+        if self._whole_delivery is not None:
+            return self._whole_delivery.index_array
         return self._indices
 
     @property
@@ -201,9 +223,8 @@ class ForwardPass:
         This is nearly always so, and then needs no array and no further checks.
         Otherwise None.
         """
-        if self._indices is None and self.delivery is not None:
-            return self.delivery.indices if self.delivery.are_distinct else None
-        return None
+        delivery = self._whole_delivery
+        return delivery.indices if delivery and delivery.are_distinct else None
 
 
 def describe_delivery(

@@ -30,13 +30,13 @@ __all__ = ["EpochPosition"]
 
 _START = "start."  # of the names of the random states with which the pass began
 _IN_PARTS = (
-    "It was taken within an epoch of BatchMemoryManager's loader, whose batches cannot "
+    "It was saved during an epoch of BatchMemoryManager's loader, whose batches cannot "
     "be skipped. Save between epochs."
 )
 _AHEAD = (
-    "It was taken within an epoch, and workers had drawn later batches from torch's "
-    "global generator. Save between epochs, or use DataLoader(generator=...) with a "
-    "generator of its own."
+    "It was saved during an epoch, when workers had already drawn later batches from "
+    "torch's global generator. Save between epochs, or use DataLoader(generator=...) "
+    "with a generator of its own."
 )
 _PERSISTENT = (
     "Persistent workers keep random states of their own, which no checkpoint contains. "
@@ -44,7 +44,7 @@ _PERSISTENT = (
     "not interrupted. Use persistent_workers=False."
 )
 _UNKNOWN = (
-    "It was taken within an epoch whose order cannot be repeated. Save between epochs."
+    "It was saved during an epoch whose order cannot be repeated. Save between epochs."
 )
 
 
@@ -167,7 +167,8 @@ class EpochPosition:
             The iterator.
 
         Raises:
-            ValueError: If the rest of a pass is to be given in parts.
+            ValueError: If a pass must be continued, but the batches of this loader are
+                given in parts or cannot be skipped.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -177,10 +178,10 @@ class EpochPosition:
             return iterator
         expect(
             not loader_pass.in_parts,
-            "BatchMemoryManager",
-            "the rest of an epoch",
-            "must be given whole epochs",
-            "Resume from a checkpoint that was taken between epochs.",
+            "BatchMemoryManager's loader",
+            "a checkpoint that was saved during an epoch",
+            "must start at the beginning of an epoch",
+            "Resume from a checkpoint that was saved between epochs.",
         )
         num_delivered, self._start, now = pending
         self._random_states.restore(self._start)
@@ -190,8 +191,8 @@ class EpochPosition:
             skip is not None,
             "the loader's iterator",
             type(iterator).__name__,
-            "must be one of torch's, whose batches can be skipped",
-            "Resume from a checkpoint that was taken between epochs.",
+            "must be an iterator of torch's DataLoader, to skip batches used before",
+            "Resume from a checkpoint that was saved between epochs.",
         )
         skip(num_delivered)
         loader_pass.num_delivered = num_delivered

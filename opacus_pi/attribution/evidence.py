@@ -78,7 +78,7 @@ def _whole_latest_batch(
     for stored in recent[0].stored:
         if stored.are_all_of(tensors[0], dim):
             cause = "modified" if stored.modified(tensors[0]) else ""
-            return ForwardPass(None, "by_storage", recent[0], cause)
+            return ForwardPass.of_whole_delivery(recent[0], "by_storage", cause)
     return None
 
 

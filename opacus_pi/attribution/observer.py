@@ -15,8 +15,9 @@ and a loader that is iterated inside another loader's worker process is not obse
 
 *What breaks it.* A subclass of ``DataLoader`` with iterators that are not torch's is
 not observed: its batches have no indices, and its passes cannot be resumed
-(``LoaderObserver.num_unobserved_passes``). A loader that somebody else builds from this
-one (Accelerate, Lightning) is not observed unless ``observe_like`` is called for it.
+(``LoaderObserver.num_unobserved_passes``). A loader that another library (Accelerate,
+Lightning) builds from this one is not observed, unless ``observe_like`` is called for
+it.
 
 The private methods of torch that are overridden here are listed in ``_torch_compat``.
 """

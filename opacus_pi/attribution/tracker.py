@@ -68,13 +68,14 @@ _CAUSES = {
     "for some batches. Transform inputs in the data set or in collate_fn.",
     "unseen": "No forward pass of the model in training mode was seen for these "
     "gradients. Call the model itself, not its layers.",
-    "mismatch": "The gradients do not have the numbers of samples that the forward "
-    "passes had, as when several batches enter one loss. Use one batch per loss.",
+    "mismatch": "The gradients belong to another number of samples than the forward "
+    "passes had. This happens, for example, if several batches enter one loss. Use "
+    "one batch per loss.",
     "alike": "Some examples look alike, so copies of them cannot be distinguished. "
     "Give the model the tensors that the data loader delivered.",
     "indices": "The data loader's batches have no indices in the data set (an "
-    "iterable data set, keys that are not whole numbers, or batches made elsewhere). "
-    "Use a map-style data set and the loader that make_private returned.",
+    "iterable data set, keys that are not whole numbers, or batches that your loop "
+    "made itself). Use a map-style data set and the loader that make_private returned.",
 }
 
 

@@ -164,8 +164,8 @@ def sweep(
         hasattr(data_set, "__len__") and hasattr(data_set, "__getitem__"),
         "data_set",
         type(data_set).__name__,
-        "must have a length and an order",
-        "Put the examples in a list or a map-style data set.",
+        "must be a map-style data set with __len__ and __getitem__",
+        "Put the examples in a list or in such a data set.",
     )
     parts = []
     with isolated():

@@ -199,9 +199,10 @@ class PerInstanceAccountant(RDPAccountant):
         ledger, counted = self._require_recorder().ledger, num_steps_of(self)
         if counted > ledger.mechanism.num_steps:
             raise AccountingError(
-                f"{counted} updates were counted and {ledger.mechanism.num_steps} "
-                "recorded. Call begin before the first update, and attach the hook of "
-                "get_optimizer_hook_fn to the optimizer, which counts and records."
+                f"The accountant counted {counted} updates, but recorded "
+                f"{ledger.mechanism.num_steps}. Call begin before the first update, "
+                "and attach the hook of get_optimizer_hook_fn to the optimizer: it "
+                "counts and records."
             )
         return ledger
 

@@ -42,10 +42,13 @@ _RANDOM, _POSITION, _EPOCH, _SETTING = "random.", "position.", "epoch.", "settin
 _SETTINGS = ("noise_multiplier", "max_grad_norm")
 _SAMPLERS = ("batch_sampler", "sampler")
 _WITHIN_AN_UPDATE = (
-    "It was taken within a batch that was given in parts, and the gradients of the "
-    "earlier parts are not saved. Save after an update."
+    "It was saved between two parts of one batch, and does not contain the gradients "
+    "of the earlier parts. Save right after optimizer.step() has updated the weights."
 )
-_SECURE = "Random numbers of secure_mode cannot be drawn again."
+_SECURE = (
+    "An engine with secure_mode=True draws random numbers that cannot be repeated. "
+    "Load the checkpoint without restore_rng."
+)
 
 
 # -------------------------------------------------------------------- the engine's part
@@ -186,9 +189,9 @@ class RunState:
         """Return the present state, as tensors, numbers and strings.
 
         Saving does not raise: where the run could not be resumed exactly from this
-        moment, the state holds the reason under ``"obstacle"`` and nothing else. It is
-        raised when somebody asks for an exact resume, because the checkpoint is good
-        for everything else.
+        moment, the state holds the reason under ``"obstacle"`` and nothing else. The
+        error is raised when an exact resume is requested, because the checkpoint is
+        good for everything else.
 
         Returns:
             One flat dict; the prefix of a name says which part an entry belongs to.
@@ -225,7 +228,7 @@ class RunState:
         """
         obstacle = state.get(
             "obstacle",
-            "It holds no random states. Save it by PrivacyEngine.save_checkpoint.",
+            "It contains no random states. Save it with PrivacyEngine.save_checkpoint.",
         )
         if obstacle != "":
             known = obstacle if isinstance(obstacle, str) else "It is damaged."
@@ -263,8 +266,9 @@ class RunState:
             and all(_is_setting(value) for value in settings.values()),
             "the checkpoint",
             {**epochs, **settings},
-            f"must hold epochs of {sorted(self._samplers)} and numbers for {_SETTINGS}",
-            "Resume with the loader of the saved run, from its own checkpoint.",
+            f"must hold the epoch numbers of {sorted(self._samplers)}, and numbers for "
+            f"{_SETTINGS}",
+            "Resume a run from its own checkpoint, with the loader of the saved run.",
         )
 
     def _obstacle(self) -> str:

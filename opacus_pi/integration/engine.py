@@ -91,10 +91,10 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     same happens to unattributed samples, to samples whose norm is not finite, and to
     padding. The guarantee is then ``renyi_filter.epsilons`` (Feldman and Zrnic 2021,
     arXiv:2008.11193). ``get_epsilon`` still holds for every example, and ``epsilons``
-    stays an estimate, from the norms that entered. Which examples were left out is
-    sensitive. An ``AccountingError`` stops a training whose charges would be wrong:
-    samples that are attributed without verification, BatchNorm in training mode, noise
-    that is lowered within an update.
+    stays an estimate, computed from the recorded norms. Which examples were left out
+    is sensitive. An ``AccountingError`` stops a training whose charges would be wrong:
+    if samples are attributed without verification, if BatchNorm is in training mode,
+    or if the noise is lowered within an update.
     """
 
     if TYPE_CHECKING:

@@ -33,14 +33,16 @@ from opacus_pi.integration.opacus_compat import DISTRIBUTED, require_unprocessed
 from opacus_pi.integration.schedules import is_poisson, unknown_schedule
 
 _UNVERIFIED = (
-    "A RenyiFilter charges examples, so it must be certain which example each sample "
-    "is. The model's inputs are neither the tensors that the data loader delivered nor "
-    "copies of them. Transform inputs in the data set or in collate_fn instead."
+    "A RenyiFilter charges examples, so every sample must be matched to its example "
+    "with certainty. But the model's inputs are neither the tensors that the data "
+    "loader delivered nor copies of them. Transform inputs in the data set or in "
+    "collate_fn instead."
 )
+_NO_NOISE = "Without noise every privacy loss is infinite, which no budget allows."
 _LESS_NOISE = (
     "The noise was lowered between the physical batches of one update, so its examples "
-    "were charged too little. Step schedulers after optimizer.step() has updated the "
-    "weights."
+    "were charged too little. Call a noise scheduler's step() only after "
+    "optimizer.step() has updated the weights."
 )
 
 
@@ -102,7 +104,7 @@ class FilterGate:
         mixed = batch_statistics(self.batch_norms)
         if mixed or self.tracker.counts["by_latest"]:
             raise AccountingError(mixed or _UNVERIFIED)
-        positive(noise_std=noise_std, remedy="No budget covers a step without noise.")
+        positive(noise_std=noise_std, remedy=_NO_NOISE)
         indices = self._without_repetitions(indices)
         lengths = norms.detach().double().cpu().numpy()
         is_charged = (indices >= 0) & np.isfinite(lengths)
@@ -215,13 +217,10 @@ def require_filterable(
         "clipping",
         repr(clipping),
         'must be "flat" or "per_layer"',
-        "Adaptive clipping also releases how many examples were clipped, which no "
-        "budget covers.",
+        "Adaptive clipping also releases the number of clipped examples, which the "
+        "budgets do not cover.",
     )
-    positive(
-        noise_multiplier=noise_multiplier,
-        remedy="No budget covers steps without noise.",
-    )
+    positive(noise_multiplier=noise_multiplier, remedy=_NO_NOISE)
     keeps_loader = not poisson_sampling and not is_poisson(data_loader)
     reasons = [
         _several_processes(module),
@@ -237,8 +236,8 @@ def _several_processes(module: nn.Module) -> str | None:
     if not isinstance(module, DISTRIBUTED):
         return None
     return (
-        f"With {type(module).__name__} every process has its own filter, and none of "
-        "them sees all charges. Train in one process."
+        f"With {type(module).__name__} every process has its own filter, which sees "
+        "only the charges of that process. Train in one process."
     )
 
 
@@ -276,16 +275,16 @@ def resume_charges(
     if renyi_filter is None:
         if charges is not None:
             warnings.warn(
-                "The checkpoint was trained within budgets, but this engine keeps no "
-                "budgets. Use PrivacyEngine(renyi_filter=...) to keep them.",
+                "The checkpoint's run kept privacy budgets (RenyiFilter), but this "
+                "engine keeps none. Use PrivacyEngine(renyi_filter=...) to keep them.",
                 stacklevel=3,
             )
         return
     if charges is None and num_steps > 0:
         raise ValueError(
-            f"The checkpoint has {num_steps} updates without a filter, for which no "
-            "example was charged. Resume from a checkpoint that was trained with this "
-            "RenyiFilter."
+            f"The checkpoint's run made {num_steps} updates without a RenyiFilter, so "
+            "no example was charged for them. Resume from a checkpoint of a run that "
+            "used this RenyiFilter."
         )
     if charges is not None:
         arrays = {

@@ -126,7 +126,11 @@ class GroupAccountant(RDPAccountant):
             self._require_counted(gram_ledger)
             return group_divergence(gram_ledger, order, **options)
         expect(
-            order > 1, "order", order, "must be above 1", "Rényi orders here exceed 1."
+            order > 1,
+            "order",
+            order,
+            "must be above 1",
+            "Group bounds hold for Rényi orders above 1.",
         )
         total: float = sum(
             num_steps
@@ -203,9 +207,9 @@ class GroupAccountant(RDPAccountant):
         recorded, counted = gram_ledger.mechanism.num_steps, num_steps_of(self)
         if recorded != counted:
             raise AccountingError(
-                f"{counted} updates were counted, and the Gram ledger is of a run of "
-                f"{recorded}. Compute it from the ledger of this training, after it "
-                "has ended."
+                f"The accountant has counted {counted} updates, but the Gram ledger "
+                f"describes a run of {recorded}. After the training has ended, compute "
+                "the Gram ledger from the ledger of this training."
             )
 
 

@@ -85,7 +85,7 @@ class PrivacyCallback(Callback):
             "prepare",
             repr(prepare),
             f"must be one of {_PREPARATIONS}",
-            "It is the method of the engine that prepares the run.",
+            "It names the method of PrivacyEngine that prepares the run.",
         )
         self.engine, self.prepare, self.module = engine, prepare, module
         self.options = options
@@ -120,8 +120,8 @@ class PrivacyCallback(Callback):
             len(prepared) == 3,
             "grad_sample_mode",
             repr(self.options.get("grad_sample_mode")),
-            "must keep the criterion of training_step",
-            'Use "hooks": ghost clipping replaces the criterion by its own.',
+            "must be a mode that keeps the criterion of training_step",
+            'Use "hooks": ghost clipping replaces the criterion by one of its own.',
         )
         hooks, trainer.optimizers, loader = prepared[0], [prepared[1]], prepared[2]
         self._hooks = hooks if is_private else None
@@ -215,18 +215,18 @@ def _check_trainer(trainer: "Trainer", pl_module: "LightningModule") -> None:
     Raises:
         ValueError: With the setting that is to be changed.
     """
-    one_batch = "so that an update is made from one batch"
+    one_batch = "so that each update uses one batch"
     _require(
         "automatic_optimization",
         pl_module.automatic_optimization,
         equals=True,
-        remedy=f"Leave it on, {one_batch}, or call the engine in a loop of your own.",
+        remedy=f"Leave it on, {one_batch}, or write your own training loop.",
     )
     _require(
         "num_optimizers",
         len(trainer.optimizers),
         equals=1,
-        remedy="Train with one optimizer after the other.",
+        remedy="Return a single optimizer from configure_optimizers.",
     )
     _require(
         "num_devices", trainer.world_size, equals=1, remedy="Use Trainer(devices=1)."
@@ -241,13 +241,13 @@ def _check_trainer(trainer: "Trainer", pl_module: "LightningModule") -> None:
         "gradient_clip_val",
         trainer.gradient_clip_val or 0,
         equals=0,
-        remedy="The engine clips the gradient of each example.",
+        remedy="The engine already clips the gradient of each example.",
     )
     _require(
         "reload_dataloaders_every_n_epochs",
         vars(trainer)["reload_dataloaders_every_n_epochs"],
         equals=0,
-        remedy="The prepared loader must be used in all epochs.",
+        remedy="All epochs must use the data loader that the engine prepared.",
     )
 
 
@@ -268,7 +268,7 @@ def _training_loader(trainer: "Trainer") -> DataLoader[Any]:
         "train_dataloaders",
         type(loader).__name__,
         "must be one torch DataLoader",
-        "Every update has to draw from one data set.",
+        "Put all training data into one data set (torch.utils.data.ConcatDataset).",
     )
     return cast(DataLoader[Any], loader)
 

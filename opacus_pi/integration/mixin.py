@@ -157,7 +157,8 @@ class PerInstanceMixin(OpacusEngine):
         if module is None:
             raise AccountingError(
                 "The engine has no module: none was prepared, or it was deleted. Call "
-                "make_private or make_monitored, and keep the model."
+                "make_private or make_monitored, and keep the model that it returns in "
+                "a variable."
             )
         return module
 

@@ -207,7 +207,7 @@ def patch_memory_manager(observe: Callable[[Any, Any], None]) -> None:
 def restore_memory_manager() -> None:
     """Undo ``patch_memory_manager``; loaders that were built stay as they are.
 
-    A function that somebody else has put in its place meanwhile is left there.
+    If other code has replaced the function meanwhile, its function stays.
     """
     present = batch_memory_manager.wrap_data_loader
     batch_memory_manager.wrap_data_loader = _original_of(present)

@@ -38,13 +38,14 @@ from opacus_pi.integration.opacus_compat import (
 from opacus_pi.integration.update import UpdateUnderWay
 
 _STALE_NORMS = (
-    "Ghost clipping used a layer's gradient norms of an earlier batch again. This "
-    "happens for a layer that was not used, and for a Linear layer with a "
-    'four-dimensional input. Use grad_sample_mode="hooks".'
+    "For some layer, ghost clipping used the gradient norms of an earlier batch. This "
+    "happens if a layer was not used, or if a Linear layer has a four-dimensional "
+    'input. Use grad_sample_mode="hooks".'
 )
 _TWO_BACKWARD_PASSES = (
-    "Two backward passes preceded one optimizer.step(): ghost clipping keeps only the "
-    'last batch. Step after each backward pass, or use grad_sample_mode="hooks".'
+    "There were two backward passes before one optimizer.step(), but ghost clipping "
+    "keeps only the last batch. Call optimizer.step() after each backward pass, or use "
+    'grad_sample_mode="hooks".'
 )
 _TWO_CLIP_NORMS = (
     "Gradients were clipped to {clipped:g}, but the noise was scaled for a clip norm "

@@ -29,8 +29,8 @@ from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.recording import Recorder
 
 _SUPERSEDED = (
-    "An optimizer of an earlier make_private call was used after a later one: the "
-    "ledger holds one run. Use one PrivacyEngine for each run."
+    "make_private was called again, but the optimizer of an earlier call was stepped. "
+    "A ledger holds one run only. Use one PrivacyEngine for each run."
 )
 _DRAWN_TWICE = (
     "An example entered one update more than once, so max_grad_norm does not bound "

@@ -18,9 +18,9 @@ function                   weights         mode              for
 *Shared* means that the parameters are new objects on the storage of the live ones:
 gradients and flags of the copy are its own, a write to the weights would be seen by
 both. Modules, buffers and attributes are always the copy's own, and so are the user's
-forward hooks, because they may take part in the computation (weight normalisation
-does). The user's backward hooks come along in a ``training_copy`` only. Hooks, lists
-and gradients of Opacus and of this package are never copied.
+forward hooks, because the forward pass may need them (weight normalisation does). The
+user's backward hooks come along in a ``training_copy`` only. Hooks, lists and gradients
+of Opacus and of this package are never copied.
 
 The guarantee is that running a copy leaves no trace on the live model. It rests on
 ``copy.deepcopy`` and breaks where a module's method is replaced by a closure over the

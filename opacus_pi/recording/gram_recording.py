@@ -213,7 +213,7 @@ def _check_kind(kind: str) -> None:
         "kind",
         repr(kind),
         'must be "forget" or "minibatch"',
-        "Theorem B.1 needs minibatches, the other bounds the forget gradients.",
+        'Theorem B.1 needs "minibatch"; the other bounds need "forget".',
     )
 
 
@@ -224,14 +224,14 @@ def _check_minibatches(
     positive(
         num_minibatches=num_minibatches,
         num_estimates=num_estimates,
-        remedy="The paper has as many minibatches as the order, and 20 estimates.",
+        remedy="The paper uses as many minibatches as the order, and 20 estimates.",
     )
     expect(
         something_is_retained,
         "forget_indices",
         "every example",
-        "must leave an example to retain",
-        "Theorem B.1 compares with a minibatch of the retain set.",
+        "must leave at least one example in the retain set",
+        "Theorem B.1 compares with minibatches of the retain set.",
     )
 
 
@@ -250,8 +250,8 @@ def _files_of(directory: Path, ledger: GradNormLedger) -> dict[int, Path]:
         not foreign,
         "weights_dir",
         f"weights after {foreign[:3]} updates in {directory}",
-        "must contain weights of this run's rows only",
-        "Use a directory of its own for every run.",
+        "must contain only weights that were saved at the ledger's rows",
+        "Use a separate directory for every run.",
     )
     return files
 
@@ -269,7 +269,8 @@ def _mechanism_at(steps: list[int], ledger: GradNormLedger) -> NoisySGD:
         not scheduled or len(steps) == len(ledger.steps),
         "weights_dir",
         f"weights of {len(steps)} of {len(ledger.steps)} rows",
-        f"must contain the weights of all rows, because {', '.join(scheduled)} changed",
-        "End training at a row, or record a row at the last update.",
+        "must contain the weights of all rows, because the training changed "
+        f"{', '.join(scheduled)}",
+        "End the training at an update for which the recorder writes a row.",
     )
     return replace(mechanism, **scheduled)

@@ -72,14 +72,16 @@ class RandomStates:
             "the run's own generators",
             sorted(name.removeprefix(_OWN) for name in present),
             f"must be {sorted(name.removeprefix(_OWN) for name in saved)}",
-            "Give loader, sampler and noise a generator where the saved run had one.",
+            "Pass a generator of your own to the loader, the sampler or the noise "
+            "exactly where the saved run had one.",
         )
         expect(
             "numpy" in states,
-            "numpy.random's bit generator",
-            "another one",
-            "must be MT19937",
-            "The saved run replaced numpy's global generator. Save one that keeps it.",
+            "the saved run's global generator of NumPy",
+            "another generator",
+            "must be MT19937, which is NumPy's default",
+            "The saved run replaced it, and its state was not saved. Resume from a run "
+            "that keeps the default.",
         )
         wrong = sorted(_wrong(states))
         expect(
@@ -95,7 +97,7 @@ class RandomStates:
             "the number of CUDA devices",
             torch.cuda.device_count(),
             f"must be at least {num_devices}",
-            "Resume on as many devices as the saved run had.",
+            "Resume on at least as many devices as the saved run had.",
         )
 
     def restore(self, states: Mapping[str, Any]) -> None:

@@ -70,17 +70,20 @@ class RecorderOptions:
             "mode",
             repr(mode),
             'must be "observed" or "swept"',
-            "It says how the norms are measured.",
+            '"observed" records the norms of sampled examples; "swept" measures all.',
         )
-        positive(batch_size=batch_size, remedy="A sweep measures that many at once.")
+        positive(
+            batch_size=batch_size,
+            remedy="It is the number of examples that a sweep measures at once.",
+        )
         self.mode = mode
         self.every = checked_every(every)
         expect(
             mode == "swept" or not self._starts_with_a_row,
             "every",
             list(every) if isinstance(every, Sequence) else every,
-            "must be above 0 where norms are observed",
-            "Before the first update there is nothing to observe.",
+            'must be above 0 if mode is "observed"',
+            "No norm is observed before the first update.",
         )
         self.criterion = criterion
         self.strict = strict
@@ -233,9 +236,10 @@ class Recorder(RecorderOptions):
             ValueError: If an argument is outside its domain or missing, or a loaded
                 record is of another run.
         """
-        positive(num_examples=num_examples, remedy="Count the examples.")
+        positive(num_examples=num_examples, remedy="Pass the length of the data set.")
         positive(
-            sample_rate=sample_rate, remedy="At rate 0 no example is ever sampled."
+            sample_rate=sample_rate,
+            remedy="Pass the probability with which an update samples an example.",
         )
         NoisySGD(0, sample_rate, noise_std=0.0, sampling=sampling)  # checks them
         _require_callable(
@@ -404,8 +408,8 @@ class Recorder(RecorderOptions):
             loaded.source == self.mode,
             "the mode of the resumed run",
             repr(loaded.source),
-            f"must be this recorder's, {self.mode!r}",
-            "Resume with the Recorder of the saved run.",
+            f"must equal this recorder's mode, {self.mode!r}",
+            "Resume with a Recorder like that of the saved run.",
         )
         if self._run and not self._resumed:
             loaded.require_same(self._run)
@@ -455,9 +459,9 @@ class Recorder(RecorderOptions):
         diverged = ~np.isfinite(norms)
         if diverged.any():
             self.refuse(
-                f"A gradient norm was not finite by update {steps[diverged].min()}: "
-                "training has diverged, and no privacy loss is finite. Lower the "
-                "learning rate."
+                "A gradient norm was not finite at or before update "
+                f"{steps[diverged].min()}: the training has diverged, and the privacy "
+                "loss is infinite. Lower the learning rate."
             )
 
 

@@ -131,7 +131,7 @@ class RecordedRun:
                 "indices",
                 indices[outside][:1],
                 f"must be in [0, {self.num_examples})",
-                "They are positions in the data set that the recorder began with.",
+                "Indices are positions in the data set of the training.",
             )
 
     def observe(
@@ -200,8 +200,9 @@ class RecordedRun:
         steps, rows, intervals = self._rows_until_now()
         if not rows or self.num_steps == 0:
             raise AccountingError(
-                f"No row has been recorded after {self.num_steps} updates. Train on, "
-                "or record more often: Recorder(every=...) counts in epochs."
+                f"No row has been recorded after {self.num_steps} updates. Continue "
+                "the training, or record more often: Recorder(every=...) counts in "
+                "epochs."
             )
         facts: dict[str, Any] = {n: _constant(v) for n, v in _columns(intervals)}
         mechanism = NoisySGD(num_steps=self.num_steps, sampling=self.sampling, **facts)
@@ -253,7 +254,7 @@ class RecordedRun:
                 same_data_set(ours, others) if is_data_set else ours == others,
                 f"the resumed run's {name}",
                 repr(ours),
-                f"must be this run's, {others!r}",
+                f"must equal that of this run, {others!r}",
                 "Resume with the data set, sampling and Recorder of the saved run.",
             )
 

@@ -75,8 +75,8 @@ def require_whole(state: Mapping[str, Any]) -> None:
         "the saved run's norms",
         repr(state.get("norms")),
         "must be exact",
-        "An earlier release measured them in bfloat16, to rank examples only. No loss "
-        "may be computed from them: start the run again.",
+        "An earlier release measured these norms in bfloat16, which is enough to rank "
+        "examples but not to compute losses. Start the run again.",
     )
 
 
@@ -101,7 +101,7 @@ def _measured_rows(state: Mapping[str, Any]) -> set[str]:
     _check(
         needed <= names <= allowed,
         f"{_ROW}grad_norms",
-        "that is missing, or beside unknown measurements",
+        "that is missing, or together with unknown measurements",
     )
     return names
 

@@ -48,7 +48,7 @@ def checked_every(every: float | Sequence[int]) -> Every:
     Raises:
         ValueError: If it is not above 0 and finite, or not increasing.
     """
-    remedy = "It is a number of epochs, or increasing numbers of updates."
+    remedy = "Pass a number of epochs, or increasing numbers of updates."
     if not isinstance(every, Sequence):
         positive(every=every, remedy=remedy)
         in_range(0, np.finfo(np.float64).max, every=every, remedy=remedy)

@@ -95,7 +95,7 @@ def load_weights_(model: nn.Module, path: Path, data_set: str | None = None) -> 
         not differing,
         "model",
         type(model).__name__,
-        f"must have the tensors of {path.name}",
+        f"must have the same tensors as {path.name}",
         f"These differ: {', '.join(differing)[:200]}. Pass a model of the architecture "
         "that was trained.",
     )
@@ -108,15 +108,15 @@ def _check_facts(path: Path, facts: Mapping[str, str], data_set: str | None) -> 
         path.stem == f"weights-{found:0>8}",
         "path",
         path.name,
-        f"must be named after its {found} updates",
-        "Give the file its own name back.",
+        f"must name the number of updates that the file stores, {found}",
+        "Give the file its original name.",
     )
     expect(
         data_set is None or same_data_set(facts.get("data_set", ""), data_set),
         "path",
         f"{facts.get('data_set')} in {path.name}",
         f"must be of the data set {data_set}",
-        "Use a directory of its own for every run.",
+        "Use a separate directory for every run.",
     )
 
 

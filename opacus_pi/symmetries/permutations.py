@@ -263,8 +263,8 @@ def _check(spec: PermutationSpec, twin: nn.Module, inputs: Any, outputs: Any) ->
         "model",
         type(twin).__name__,
         "must compute the same function after its hidden units are permuted",
-        "Its operations depend on the example's values, or are random; "
-        "match the parts of it that do not.",
+        "Some of its operations depend on the example's values, or are random. Match "
+        "only the parts without such operations.",
     )
 
 

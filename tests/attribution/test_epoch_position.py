@@ -77,7 +77,7 @@ def test_passes_that_cannot_be_followed_are_an_obstacle():
     assert "cannot be repeated" in position.obstacle()
     start = {f"start.{name}": value for name, value in states.collect().items()}
     position.resume({"num_delivered": 2, **start}, states.collect())
-    with pytest.raises(ValueError, match="must be one of torch's"):
+    with pytest.raises(ValueError, match="must be an iterator of torch's DataLoader"):
         iter(loader)
 
 

@@ -102,7 +102,9 @@ def test_weights_of_another_data_set_or_moment(tmp_path):
     (path,) = tmp_path.iterdir()
     path.rename(tmp_path / "weights-00000010.safetensors")
     shorter = GradNormLedger(run.mechanism, [10], run.grad_norms, data_set=run.data_set)
-    with pytest.raises(ValueError, match="must be named after its 20 updates"):
+    with pytest.raises(
+        ValueError, match="must name the number of updates that the file stores, 20"
+    ):
         grams(tmp_path, shorter)
 
 
@@ -158,7 +160,7 @@ def test_an_observed_record_has_no_measures_of_sweeps():
     again = Training(batch_size=12).engine.recorder
     state["rows.errors"] = state["rows.grad_norms"].clone()
     with pytest.raises(
-        ValueError, match="rows.grad_norms.*beside unknown measurements"
+        ValueError, match="rows.grad_norms.*together with unknown measurements"
     ):
         again.load_state_dict(state)
 

@@ -87,7 +87,9 @@ def test_data_set_without_length_is_refused():
             yield torch.randn(2), 0
 
     with pytest.raises(
-        ValueError, match="data_set must have a length and an order, got Stream"
+        ValueError,
+        match="data_set must be a map-style data set with __len__ and __getitem__, "
+        "got Stream",
     ):
         norm_sweep(nn.Linear(2, 2), CRITERION, Stream())
 

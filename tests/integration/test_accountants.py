@@ -196,7 +196,9 @@ def test_updates_that_were_not_recorded():
         hand.optimizer.step()
     hand.accountant.begin(num_examples=24, sample_rate=0.25)
     hand.train(1)
-    with pytest.raises(AccountingError, match="8 updates were counted and 4 recorded"):
+    with pytest.raises(
+        AccountingError, match="accountant counted 8 updates, but recorded 4"
+    ):
         hand.accountant.privacy_losses(2)
 
 

@@ -156,11 +156,11 @@ def test_checkpoints_that_do_not_fit():
     with pytest.raises(ValueError, match="the saved budget"):
         other = filtered(2.0)
         load(other.engine, other, save(trained))
-    with pytest.raises(ValueError, match="4 updates without a filter"):
+    with pytest.raises(ValueError, match="4 updates without a RenyiFilter"):
         other = filtered(1.0)
         load(other.engine, other, save(Training().train(1)))
     fresh = filtered(1.0)
     load(fresh.engine, fresh, save(Training()))  # no update was made before
-    with pytest.warns(UserWarning, match="trained within budgets"):
+    with pytest.warns(UserWarning, match="kept privacy budgets"):
         plain = Training()
         load(plain.engine, plain, save(trained))

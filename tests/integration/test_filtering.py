@@ -273,7 +273,7 @@ def test_unverified_samples_stop_the_training_before_anything_is_released():
     x, y = next(iter(training.loader))
     before = copy.deepcopy(training.net.state_dict())
     with pytest.warns(UserWarning, match="without verification"):
-        with pytest.raises(AccountingError, match="must be certain.*collate_fn"):
+        with pytest.raises(AccountingError, match="with certainty.*collate_fn"):
             training.batch(torch.sin(x), y)
     assert (training.engine.renyi_filter.spent == 0).all()
     for name, value in training.net.state_dict().items():

@@ -287,7 +287,7 @@ def test_within_an_epoch_of_the_memory_manager(parts):
             if number == parts:
                 within = saved(engine, model, optimizer)
         between = saved(engine, model, optimizer)
-    reason = {1: "given in parts", 2: "epoch of BatchMemoryManager"}[parts]
+    reason = {1: "two parts of one batch", 2: "epoch of BatchMemoryManager"}[parts]
     with pytest.raises(ValueError, match=reason):
         restored(within, prepared("private", poisson_sampling=False))
     restored(between, prepared("private", poisson_sampling=False))

@@ -39,7 +39,9 @@ def test_a_diverged_run_trains_on_without_a_ledger(norm):
     recorder.observe(torch.tensor([0]), torch.tensor([norm], dtype=torch.float64))
     report(recorder)
     report(recorder, [(0, 1.0)])
-    with pytest.raises(AccountingError, match="not finite by update 1: .*diverged"):
+    with pytest.raises(
+        AccountingError, match="not finite at or before update 1: .*diverged"
+    ):
         _ = recorder.ledger
 
 
@@ -47,7 +49,7 @@ def test_a_diverged_sweep_is_refused():
     bad = SimpleNamespace(grad_norms=torch.full((N,), math.nan))
     recorder = begun(Recorder("swept", every=[1]), sweep=lambda: bad)
     report(recorder)
-    with pytest.raises(AccountingError, match="not finite by update 1"):
+    with pytest.raises(AccountingError, match="not finite at or before update 1"):
         _ = recorder.ledger
 
 
@@ -58,7 +60,9 @@ def test_nothing_recorded_yet():
         _ = begun().ledger
     recorder = begun(Recorder("swept"), sweep=sweep_of([]))
     report(recorder)
-    with pytest.raises(AccountingError, match="after 1 updates. Train on, or record"):
+    with pytest.raises(
+        AccountingError, match="after 1 updates. Continue the training, or record"
+    ):
         _ = recorder.ledger
 
 
@@ -71,7 +75,7 @@ def test_nothing_recorded_yet():
         (lambda: Recorder(every=[]), "every must .* increasing"),
         (
             lambda: Recorder(every=[0, 1]),
-            "every must .* above 0 where norms are observed",
+            'every must .* above 0 if mode is "observed"',
         ),
         (lambda: Recorder("swept", every=[-1, 1]), "every must .* increasing"),
         (lambda: Recorder(every=[2, 2]), "every must .* increasing"),

@@ -61,13 +61,15 @@ def test_the_update_that_diverged_is_named():
         observe(recorder, 0, norm)
         step(recorder)
     with (
-        pytest.warns(UserWarning, match="not finite by update 2"),
-        pytest.raises(AccountingError, match="not finite by update 2: .*diverged"),
+        pytest.warns(UserWarning, match="not finite at or before update 2"),
+        pytest.raises(
+            AccountingError, match="not finite at or before update 2: .*diverged"
+        ),
     ):
         _ = recorder.ledger
 
 
 def test_a_strict_recorder_does_not_wait():
     recorder = begun(strict=True)
-    with pytest.raises(AccountingError, match="not finite by update 1"):
+    with pytest.raises(AccountingError, match="not finite at or before update 1"):
         observe(recorder, 0, float("inf"))

@@ -92,10 +92,14 @@ def test_another_run_is_not_resumed(change, name):
     state = begun().state_dict()
     early = Recorder()
     early.load_state_dict(state)
-    with pytest.raises(ValueError, match=f"resumed run's {name} must be this run's"):
+    with pytest.raises(
+        ValueError, match=f"resumed run's {name} must equal that of this run"
+    ):
         begun(early, **change)
     late = begun(Recorder(), **change)
-    with pytest.raises(ValueError, match=f"resumed run's {name} must be this run's"):
+    with pytest.raises(
+        ValueError, match=f"resumed run's {name} must equal that of this run"
+    ):
         late.load_state_dict(state)
     report(late)  # nothing was changed
     assert late.num_steps == 1
@@ -108,7 +112,7 @@ def test_another_version_or_mode_is_not_resumed():
     ):
         Recorder().load_state_dict({**state, "version": 7})
     with pytest.raises(
-        ValueError, match="mode of the resumed run must be this .*, got 'observed'"
+        ValueError, match="mode of the resumed run must equal this .*, got 'observed'"
     ):
         Recorder("swept").load_state_dict(state)
 

@@ -46,8 +46,8 @@ _OVERWRITTEN = (
     "copy of it."
 )
 _NOT_USED = (
-    "Parameter {} has no gradient of the last backward pass. Let every parameter of "
-    "the optimizer take part in the loss, freeze it, or take it out of the optimizer."
+    "The last backward pass computed no gradient for parameter {}. Use the parameter "
+    "in the loss, freeze it (requires_grad_(False)), or remove it from the optimizer."
 )
 _NOT_SEPARABLE = (
     "The per-example gradients of {} cannot be computed: these parameters are used "

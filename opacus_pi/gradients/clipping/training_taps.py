@@ -199,8 +199,8 @@ class TrainingTaps:
         views of one batch, as Opacus takes them; any other call begins a batch.
 
         Args:
-            inputs: The arguments of the call. The first tensor with dimensions tells
-                the number of examples.
+            inputs: The arguments of the call. The length of the first tensor that has
+                dimensions is the number of examples.
 
         Raises:
             ValueError: If there is no such tensor.
@@ -259,7 +259,7 @@ class TrainingTaps:
         """Note the gradient that reached an output of the model.
 
         A backward pass may reach several batches, in parts that torch runs one after
-        the other; its number tells whether it is still the same pass.
+        the other. Parts of the same pass have the same number.
 
         Args:
             cache: The cache of the batch.

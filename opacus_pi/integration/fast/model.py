@@ -128,7 +128,7 @@ def require_fast(
         "clipping",
         repr(clipping),
         'must be "flat"',
-        "The fast mode has one norm and one clip norm for all parameters. " + _ELSE,
+        "The fast mode clips one norm, that of all parameters together. " + _ELSE,
     )
     expect(
         batch_first,
@@ -147,9 +147,9 @@ def require_fast(
     expect(
         compiled_module(module) is None,
         "module",
-        "a module of torch.compile",
-        "must run layer by layer",
-        "Pass the module that was compiled.",
+        "the result of torch.compile",
+        "must be a module whose layers run one by one",
+        "Pass the module that you gave to torch.compile.",
     )
 
 
@@ -184,8 +184,9 @@ def prepare_model(
             and module.loss_reduction == loss_reduction,
             "module",
             f"{type(module).__name__} with loss_reduction={module.loss_reduction!r}",
-            f"must be prepared for this call, with loss_reduction={loss_reduction!r}",
-            "Pass the vanilla module, module.to_standard_module().",
+            "must be plain, or prepared by an earlier call with the same "
+            f"loss_reduction={loss_reduction!r}",
+            "Pass the plain module: module.to_standard_module().",
         )
         return cast(FastHooks, module)
     made = FastGradSampleModule if wrap_model else FastHooks

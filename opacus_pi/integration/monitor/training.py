@@ -342,7 +342,7 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
         "optimizer",
         type(optimizer).__name__,
         "must be a plain torch optimizer",
-        "Pass the one that make_private was given, original_optimizer.",
+        "Pass the optimizer that make_private wrapped: optimizer.original_optimizer.",
     )
     # Sweeps measure the gradient by the module's parameters. An update of others would
     # depend on the examples in a way that is not measured.
@@ -352,7 +352,7 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
         all(p in own for p in held),
         "optimizer",
         type(optimizer).__name__,
-        "must hold parameters of module",
+        "must hold only parameters of module",
         "Make the optimizer from module.parameters().",
     )
 
@@ -365,6 +365,7 @@ def _check_data(data_loader: DataLoader[Any]) -> None:
         ordered and len(data_loader) > 0,
         "data_loader.dataset",
         type(data_set).__name__,
-        "must have a length, an order and at least one batch",
-        "Use a map-style data set: every example is measured by its position.",
+        "must be a map-style data set with __len__ and __getitem__, and fill at least "
+        "one batch",
+        "Every example is measured at its position in the data set.",
     )

@@ -161,11 +161,11 @@ def wrapped(model):
         (lambda m: {"criterion": scalar_criterion}, 'criterion.*reduction="none"'),
         (
             lambda m: {"data_loader": DataLoader(Stream())},
-            "must have a length.*, got Stream",
+            "must be a map-style data set with __len__.*, got Stream",
         ),
         (
             lambda m: {"data_loader": DataLoader(Endless(), sampler=[0, 1])},
-            "must have a length.*, got Endless",
+            "must be a map-style data set with __len__.*, got Endless",
         ),
         (
             lambda m: {"data_loader": DataLoader(linear_data(2), 4, drop_last=True)},
@@ -178,11 +178,11 @@ def wrapped(model):
         ),
         (
             lambda m: {"optimizer": torch.optim.SGD(small().parameters(), lr=1)},
-            "optimizer must hold parameters of module, got SGD",
+            "optimizer must hold only parameters of module, got SGD",
         ),
         (
             lambda m: {"module": nn.Module()},
-            "optimizer must hold parameters .*, got SGD",
+            "optimizer must hold only parameters .*, got SGD",
         ),
     ],
 )
