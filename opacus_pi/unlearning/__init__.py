@@ -1,8 +1,24 @@
 """Make a trained model forget: methods, the loop that runs them, what they prove.
 
 ``Unlearner`` runs a method on a copy of a model. ``DeletionRequests`` keeps the
-requests about a model in a tamper-evident log and carries each out once. The methods
-in ``rivals`` use the forget set, as many published ones do; they are for comparison.
+requests about a model in a tamper-evident log and carries each out once. The methods in
+``rivals`` use the forget set, as many published ones do; they are for comparison.
+
+| question | file |
+|---|---|
+| what does one update do? | ``methods``, ``rivals`` |
+| in which order, and when does it end? | ``loop``, ``unlearner`` |
+| what may be claimed afterwards? | ``claims`` |
+| how long will it take? | ``plan``, ``search`` |
+| who asked for it, and was it done? | ``requests``, ``deletion_log`` |
+
+>>> import torch
+>>> data_set = torch.utils.data.TensorDataset(torch.randn(8, 2), torch.arange(8) % 3)
+>>> criterion = torch.nn.CrossEntropyLoss()
+>>> unlearner = Unlearner(torch.nn.Linear(2, 3), criterion=criterion)
+>>> result = unlearner.unlearn(data_set, forget_indices=[0, 5], num_epochs=2)
+>>> result.record["forget_indices"], result.record["num_steps"]
+([0, 5], 2)
 """
 
 from opacus_pi.unlearning.deletion_log import DeletionLog

@@ -190,14 +190,22 @@ def claim(
 
 
 def _estimated(num_runs: int) -> str:
-    """Say from how many runs the losses are estimated."""
+    """Say from how many runs the losses are estimated.
+
+    The theorem takes the expectation over all trainings. Even many recorded runs only
+    estimate it, so the assumption that this evidence belongs to is never met.
+    """
     if num_runs == 0:
         return "no ledger"
     return f"an estimate from {num_runs} recorded run{'s' * (num_runs > 1)}"
 
 
 def _adds_noise(runs: Sequence[GradNormLedger]) -> Assumption:
-    """Assume that training added noise: without noise no privacy loss is finite."""
+    """Assume that training added noise: without noise no privacy loss is finite.
+
+    An assumed noise does not count. The losses then rank the examples, but the training
+    that was run has no finite divergence.
+    """
     statement = "training added noise to every update"
     if not runs:
         return Assumption(statement, False, "no ledger")
@@ -224,7 +232,13 @@ def _one_example(size: int, num_before: int) -> Assumption:
 
 
 def _does_not_look(method: Method, history: History) -> Assumption:
-    """Assume that no method used the set: unlearning is then post-processing."""
+    """Assume that no method used the set: unlearning is then post-processing.
+
+    Args:
+        method: The method in question. It is checked here as well, because a plan is
+            made before the run enters the history.
+        history: The earlier runs of this model.
+    """
     looked = history.after(method, None).looked
     return Assumption(
         "unlearning never looks at the forget set",
@@ -234,7 +248,12 @@ def _does_not_look(method: Method, history: History) -> Assumption:
 
 
 def _fixed_length(stop: StopWhen | None) -> Assumption:
-    """Assume a fixed length: a length chosen by evaluations reveals their results."""
+    """Assume a fixed length: a length chosen by evaluations reveals their results.
+
+    Args:
+        stop: A rule that could have ended one of the runs, or None. It counts even if
+            it ended none of them, because whether it does depends on the forget set.
+    """
     return Assumption(
         "the number of updates does not depend on the forget set",
         stop is None,
@@ -281,6 +300,11 @@ def _matching(runs: Sequence[GradNormLedger], model: nn.Module | None) -> Assump
 
     A ledger of another training says nothing about this model. An engine writes the
     SHA-256 of the last weights into its ledger; here it is compared with the model's.
+    The evidence names the reason if they do not agree.
+
+    Args:
+        runs: The recorded runs; one of them must have left these weights.
+        model: The model; None if only its architecture is known.
     """
     names = {run.weights for run in runs}
     hashed = names - {None, CHANGED}

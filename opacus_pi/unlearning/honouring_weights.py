@@ -1,8 +1,12 @@
 """The weights that honour the requests of a log, and what their file says about them.
 
-Besides the weights, the file holds which requests they honour, which examples they
-have forgotten and by what kind of runs. It is replaced in one step, so that the weights
-and these facts always belong together.
+Besides the weights, the file holds which requests they honour, which examples they have
+forgotten and by what kind of runs. It is replaced in one step, so that the weights and
+these facts always belong together.
+
+That is what makes ``requests`` safe against crashes. If the facts were in the log and
+the weights in a file, a crash between the two writes would leave a request that is
+marked as done but not honoured, or one that is carried out twice.
 """
 
 import hashlib
@@ -43,7 +47,14 @@ class StoredWeights:
 
 
 def weights_path_of(path: str | os.PathLike[str]) -> Path:
-    """Return where the weights that honour a log's requests are stored."""
+    """Return where the weights that honour a log's requests are stored.
+
+    It is the log's name with ``.safetensors`` after it, so that a copy or a backup of
+    both is easily made.
+
+    Args:
+        path: The log.
+    """
     return Path(f"{os.fspath(path)}.safetensors")
 
 
@@ -101,7 +112,14 @@ def stored_weights(path: Path, num_examples: int) -> StoredWeights:
 
 
 def _list_from(text: str | None) -> list[Any]:
-    """Read a list from JSON; return a list that fails every check for other input."""
+    """Read a list from JSON; return a list that fails every check for other input.
+
+    ``None`` is neither a name nor a position, so the caller needs only one check, with
+    one message, for content that is missing, damaged or wrong.
+
+    Args:
+        text: JSON text, or None if the file does not have it.
+    """
     try:
         found = json.loads(text or "")
     except (ValueError, RecursionError):
@@ -111,6 +129,9 @@ def _list_from(text: str | None) -> list[Any]:
 
 def load_weights_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Load stored weights into a model, all of them or none.
+
+    ``load_state_dict`` alone would convert other types silently, and would have changed
+    some weights before it reports that others do not fit.
 
     Args:
         model: Changed in place, but only after every name, shape and type was compared.

@@ -74,6 +74,10 @@ def _update(
 ) -> None:
     """Make one update, in the order that ``Method`` documents.
 
+    A method may return neither a loss nor a penalty. The weights then have no gradients
+    (unless ``perturb_`` sets some), and the optimizer leaves weights without a gradient
+    as they are. ``SSD`` works this way: it changes the weights in ``project_``.
+
     Args:
         method: The method, after ``prepare``.
         task: The model and the data.

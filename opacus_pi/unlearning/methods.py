@@ -52,7 +52,11 @@ class Task:
 
     @property
     def forget_batches(self) -> Iterable[Batch]:
-        """The forget loader, for methods whose ``needs_forget_set`` is true."""
+        """The forget loader, for methods whose ``needs_forget_set`` is true.
+
+        ``Unlearner.run`` refuses to start such a method without a forget loader, so it
+        is never None there.
+        """
         return cast(Iterable[Batch], self.forget_loader)
 
 
@@ -61,6 +65,11 @@ class Method:
 
     One update is: ``loss`` and ``penalty`` are added and differentiated, ``perturb_``
     changes the gradients, the optimizer steps, ``project_`` changes the weights.
+
+    Attributes:
+        needs_forget_set: Whether the method uses batches of the forget set. If it does,
+            its guarantee is empirical, so a method that sets this wrongly makes a false
+            claim.
     """
 
     needs_forget_set: ClassVar[bool] = False
@@ -87,17 +96,8 @@ class Method:
             task: The model and the data.
             num_pass: Passes done before this one. A pass without updates ends the run.
         """
-        num_batches = 0
-        for batch in task.retain_loader:
-            num_batches += 1
+        for batch in one_pass(task.retain_loader, "retain"):
             yield batch, None
-        expect(
-            num_batches > 0,
-            "retain_loader",
-            "a loader without batches",
-            "must yield batches (x, y)",
-            "Pass a loader over the retain set: an iterator is used up in one pass.",
-        )
 
     def pass_length(self, task: Task, num_pass: int) -> int:
         """Return the number of updates that ``batches`` yields in a pass.
@@ -178,7 +178,7 @@ class Langevin(Method):
     projection_radius: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least_zero("noise_std", self.noise_std, "0 is plain fine-tuning.")
+        at_least_zero("noise_std", self.noise_std, "0 is plain fine-tuning.")
         if self.max_grad_norm is not None:
             positive(
                 max_grad_norm=self.max_grad_norm, remedy="Pass None for no clipping."
@@ -207,7 +207,7 @@ class Langevin(Method):
             ``Langevin`` with √(2/η) σ on the mean gradient.
         """
         positive(learning_rate=learning_rate, remedy="Pass the optimizer's.")
-        _at_least_zero("noise_std", noise_std, "0 is plain fine-tuning.")
+        at_least_zero("noise_std", noise_std, "0 is plain fine-tuning.")
         return cls(math.sqrt(2 / learning_rate) * noise_std, **options)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
@@ -259,7 +259,7 @@ class L1Sparse(Method):
     schedule: str = "linear"
 
     def __post_init__(self) -> None:
-        _at_least_zero("strength", self.strength, "0 is plain fine-tuning.")
+        at_least_zero("strength", self.strength, "0 is plain fine-tuning.")
         expect(
             self.schedule in ("linear", "constant"),
             "schedule",
@@ -276,6 +276,32 @@ class L1Sparse(Method):
         if weight == 0:
             return None
         return weight * torch.stack([p.abs().sum() for p in params]).sum()
+
+
+def one_pass(loader: Iterable[Batch], name: str) -> Iterator[Batch]:
+    """Yield the batches of one pass over a loader, and refuse a pass without batches.
+
+    A generator or an iterator, passed in place of a loader, is empty in the second
+    pass. Without this check the run would end early and seem complete.
+
+    Args:
+        loader: The loader.
+        name: Name of its set, ``"retain"`` or ``"forget"``, for the message.
+
+    Raises:
+        ValueError: If the loader yields no batch.
+    """
+    num_batches = 0
+    for batch in loader:
+        num_batches += 1
+        yield batch
+    expect(
+        num_batches > 0,
+        f"{name}_loader",
+        "a loader without batches",
+        "must yield batches (x, y)",
+        f"Pass a loader over the {name} set: an iterator is used up in one pass.",
+    )
 
 
 def mean_loss(task: Task, batch: Batch) -> Tensor:
@@ -340,14 +366,27 @@ def expected_batch_size(loader: Iterable[Batch]) -> float:
 
 
 def _zero(model: nn.Module) -> Tensor:
-    """Return a scalar 0 whose gradient by every trainable weight is 0."""
+    """Return a scalar 0 whose gradient by every trainable weight is 0.
+
+    It stands for the loss of an empty batch. A constant could not be differentiated,
+    and the mean over no examples is NaN.
+    """
     return torch.stack(
         [(p * 0).sum() for p in model.parameters() if p.requires_grad]
     ).sum()
 
 
-def _at_least_zero(name: str, value: float, remedy: str) -> None:
-    """Check that a setting is finite and not negative."""
+def at_least_zero(name: str, value: float, remedy: str) -> None:
+    """Check that a setting is finite and not negative.
+
+    Args:
+        name: Name of the setting.
+        value: Its value.
+        remedy: One sentence: what the caller can do.
+
+    Raises:
+        ValueError: If it is negative, infinite or NaN.
+    """
     expect(
         math.isfinite(value) and value >= 0,
         name,

@@ -149,7 +149,11 @@ class Plan:
         )
 
     def _before(self) -> str:
-        """Return the line about what was forgotten before; empty if nothing was."""
+        """Return the line about what was forgotten before; empty if nothing was.
+
+        The guarantee covers all examples that the model has then forgotten, so the
+        number in it can differ from the size of this forget set. The line says why.
+        """
         size, before = len(self.forget), len(self.forgotten_before)
         again = len(self.forgotten_again)
         if not before:
@@ -206,13 +210,7 @@ def make_plan(
     forget = _checked_indices(runs[0], forget_indices)
     before = np.unique(np.asarray(forgotten_before, dtype=np.int64))
     num_retain = _num_kept(runs[0], np.union1d(before, forget))
-    expect(
-        num_retain > 0,
-        "forget_indices",
-        f"all {len(losses)} examples",
-        "must leave something to keep",
-        "To forget everything, start from a fresh model.",
-    )
+    require_rest(num_retain, len(losses))
     columns = columns_of(runs[0], forget)
     mean = float(losses[columns].mean())
     epochs, prediction = _predicted(mean, losses, runs[0], past_runs)
@@ -232,8 +230,33 @@ def make_plan(
     )
 
 
+def require_rest(num_retain: int, num_examples: int) -> None:
+    """Refuse to forget everything: there would be nothing to train on.
+
+    Args:
+        num_retain: Number of examples that remain.
+        num_examples: Number of all examples.
+
+    Raises:
+        ValueError: If no example remains.
+    """
+    expect(
+        num_retain > 0,
+        "forget_indices",
+        f"all {num_examples} examples",
+        "must leave something to keep",
+        "To forget everything, start from a fresh model.",
+    )
+
+
 def _num_kept(ledger: GradNormLedger, gone: NDArray[np.int64]) -> int:
-    """Return the number of recorded examples that are retained."""
+    """Return the number of recorded examples that are retained.
+
+    Args:
+        ledger: A ledger of the training. It may be one of a subset; then only the
+            examples that it contains are counted.
+        gone: Sorted positions of all examples that are forgotten by then.
+    """
     ids = ledger.example_ids
     known = np.arange(ledger.num_examples) if ids is None else ids
     return len(np.setdiff1d(known, gone))
@@ -245,7 +268,17 @@ def _predicted(
     ledger: GradNormLedger,
     past_runs: Sequence[PastRun],
 ) -> tuple[float | None, str]:
-    """Predict the epochs for this mean loss from past runs, and say how."""
+    """Predict the epochs for this mean loss from past runs, and say how.
+
+    Args:
+        mean: Mean loss of the set in question.
+        losses: Losses of all examples, ``(n,)``.
+        ledger: The ledger that they come from, for the positions of the past sets.
+        past_runs: As in ``make_plan``.
+
+    Returns:
+        The epochs and how they were predicted; or None and why there is no prediction.
+    """
     past = [
         losses[columns_of(ledger, _checked_indices(ledger, p[0]))].mean()
         for p in past_runs
@@ -278,6 +311,10 @@ def _num_equal(losses: NDArray[np.float64], forget: NDArray[np.int64]) -> int:
 
     Warns if the set looks chosen by loss: no other example lies strictly within the
     range of its losses. A set that was chosen otherwise almost never looks like that.
+
+    Args:
+        losses: Losses of all examples, ``(n,)``.
+        forget: Positions of the set in ``losses``.
     """
     levels = ties(losses)
     inside = np.zeros(len(levels), dtype=bool)
@@ -293,7 +330,18 @@ def _num_equal(losses: NDArray[np.float64], forget: NDArray[np.int64]) -> int:
 def budget_of(
     predicted_epochs: float | None, factor: float = 2.0, default: int = 25
 ) -> int:
-    """Return the epochs to allow a run, from those predicted; see ``Plan.budget``."""
+    """Return the epochs to allow a run, from those predicted; see ``Plan.budget``.
+
+    It is a function of its own for callers that have a prediction but no plan.
+
+    Args:
+        predicted_epochs: The prediction, or None if there is none.
+        factor: Multiple of the prediction, above 0.
+        default: Epochs to allow if nothing was predicted.
+
+    Raises:
+        ValueError: If the factor is not above 0.
+    """
     positive(factor=factor, remedy="2 allows twice the prediction.")
     if predicted_epochs is None:
         return default
@@ -362,7 +410,14 @@ def predict_time(
 def _counted(
     past_times: ArrayLike, past_lengths: ArrayLike | None
 ) -> NDArray[np.float64]:
-    """Return the times, with infinite times replaced by the length of the run."""
+    """Return the times, with infinite times replaced by the length of the run.
+
+    To leave unfinished runs out would be worse. They are those of the most difficult
+    sets, and a fit without them would predict times that are even shorter.
+
+    Raises:
+        ValueError: If a time is NaN or negative, or a length is missing.
+    """
     times = np.asarray(past_times, dtype=np.float64)
     expect(
         bool((times >= 0).all()),
@@ -392,7 +447,11 @@ def _counted(
 def _with_assumed_noise(
     runs: Sequence[GradNormLedger], assumed_noise_std: float | None
 ) -> list[GradNormLedger]:
-    """Return the runs, with the assumed noise where training added none."""
+    """Return the runs, with the assumed noise where training added none.
+
+    Raises:
+        ValueError: If no noise is given or it is not above 0.
+    """
     expect(
         assumed_noise_std is not None,
         "assumed_noise_std",
@@ -406,7 +465,14 @@ def _with_assumed_noise(
 
 
 def _checked_indices(ledger: GradNormLedger, indices: ArrayLike) -> NDArray[np.int64]:
-    """Return the forget indices, after checking that the ledger has them."""
+    """Return the forget indices, sorted, after checking them.
+
+    A ledger of a subset does not know the length of the training set. Its largest id is
+    then the limit; ``columns_of`` refuses an index that the subset lacks.
+
+    Raises:
+        ValueError: If they are empty, repeated or out of range.
+    """
     ids = ledger.example_ids
     size = ledger.num_examples if ids is None else int(ids.max()) + 1
     return distinct_indices("forget_indices", indices, size)

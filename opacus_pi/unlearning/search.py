@@ -5,15 +5,15 @@ forget set; the settings found then serve every forget set:
 
     def run(settings):
         unlearner = Unlearner(
-            model,
-            criterion=criterion,
-            method=L1Sparse(settings["strength"]),
+            model, criterion=criterion, method=L1Sparse(settings["strength"]),
             optimizer=lambda params: torch.optim.SGD(params, settings["learning_rate"]),
-        )
-        return unlearner.unlearn(train_set, random_set, evaluate=evaluate).trace
+        ) return unlearner.unlearn(train_set, random_set, evaluate=evaluate).trace
 
-    ranges = {"learning_rate": (1e-4, 1e-1), "strength": (1e-6, 1e-3)}
-    best = search_settings(run, ranges, oracle).best.settings
+    ranges = {"learning_rate": (1e-4, 1e-1), "strength": (1e-6, 1e-3)} best =
+    search_settings(run, ranges, oracle).best.settings
+
+To search anew for each forget set would make the times incomparable: a set could look
+easy because its search was lucky.
 """
 
 import math
@@ -180,7 +180,12 @@ def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
 
 
 def _optuna() -> ModuleType:
-    """Import optuna, an optional dependency, and silence its log."""
+    """Import optuna, an optional dependency, and silence its log.
+
+    Raises:
+        ImportError: If it is not installed; the message names the extra that installs
+            it.
+    """
     try:
         import optuna
     except ImportError as error:

@@ -39,7 +39,7 @@ from opacus_pi.models.losses import Criterion, per_example_criterion
 from opacus_pi.unlearning.claims import History, Ledgers, claim, runs_in
 from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, StopWhen, updates
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
-from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
+from opacus_pi.unlearning.plan import PastRun, Plan, make_plan, require_rest
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 _FINE_TUNE = FineTune()
@@ -236,20 +236,27 @@ class Unlearner:
     def _split(
         self, train_set: Dataset[Any], forget_indices: ArrayLike
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the examples to forget and those to retain, after checking them."""
+        """Return the examples to forget and those to retain, after checking them.
+
+        Args:
+            train_set: The training set. Its fingerprint must be that in the ledger,
+                because a position would name another example otherwise.
+            forget_indices: What the caller passed.
+
+        Returns:
+            Sorted positions of the forget set, and of all examples that are retained,
+            which exclude those of earlier calls.
+
+        Raises:
+            ValueError: As ``unlearn``.
+        """
         for run in runs_in(self.ledger):
             run.require_data_set(fingerprint(train_set))
         size = size_of(train_set)
         forget = distinct_indices("forget_indices", forget_indices, size)
         gone = np.union1d(self.forgotten, forget)
         retain = np.setdiff1d(np.arange(size), gone)
-        expect(
-            len(retain) > 0,
-            "forget_indices",
-            f"all {size} examples",
-            "must leave something to keep",
-            "To forget everything, start from a fresh model.",
-        )
+        require_rest(len(retain), size)
         return forget, retain
 
     def plan(
@@ -326,7 +333,21 @@ class Unlearner:
         evaluate: Evaluate | None,
         stop: StopWhen | None,
     ) -> dict[str, Any]:
-        """Run the epochs, evaluating after each; return the steps and the time."""
+        """Run the epochs, evaluating after each; return the steps and the time.
+
+        An epoch ends when the method has made as many updates as ``pass_length``
+        announced for it. The model's gradients are freed at the end, so that a stored
+        result is no larger than the model.
+
+        Args:
+            loaders: Of the retain set, and of the forget set if the method uses it.
+            num_epochs: Passes over the retain set at most.
+            evaluate: ``model -> dict`` of numbers, or None.
+            stop: The rule that may end the run early, or None.
+
+        Returns:
+            ``num_steps`` and the entries of the trace's cost, for the record.
+        """
         clock = time.perf_counter()
         self.trace = UnlearningTrace(unit="epochs")
         self._evaluate_at(0, evaluate)
@@ -349,7 +370,12 @@ class Unlearner:
         return {"num_steps": step, **self.trace.cost}
 
     def _evaluate_at(self, epoch: int, evaluate: Evaluate | None) -> None:
-        """Evaluate the copy and append the metrics to the trace."""
+        """Evaluate the copy and append the metrics to the trace.
+
+        Args:
+            epoch: Epochs done; 0 is before the first update.
+            evaluate: ``model -> dict`` of numbers; None evaluates nothing.
+        """
         if evaluate is not None:
             self.model.eval()
             self.trace.append(epoch, evaluate(self.model))
@@ -369,6 +395,16 @@ class Unlearner:
 
         The order comes from one draw of the generator, whether or not the forget set is
         used, so that methods are compared on the same batches.
+
+        Args:
+            train_set: The training set.
+            retain: Positions of the retain set.
+            forget: Positions of all examples to forget, those of earlier calls
+                included: a method that uses the forget set must not let them come back.
+            batch_size: Examples per batch.
+
+        Returns:
+            The loader of the retain set, and that of the forget set or None.
         """
         place = self._generator.device
         seed = int(torch.randint(2**62, (), generator=self._generator, device=place))
@@ -382,7 +418,11 @@ class Unlearner:
         return loader(retain, seed), loader(forget, seed + 1) if wanted else None
 
     def _settings(self) -> dict[str, Any]:
-        """Return method, optimizer and seed, for JSON."""
+        """Return method, optimizer and seed, for JSON.
+
+        The optimizer is a function of the user's. It is called with a dummy weight to
+        learn its class and its settings, of which the numbers and switches are kept.
+        """
         optimizer = self._optimizer([nn.Parameter(torch.zeros(1))])
         numbers = {
             name: value
@@ -402,5 +442,8 @@ def _default_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _seeded_from_torch() -> torch.Generator:
-    """Return a new generator whose seed is drawn from torch's global one."""
+    """Return a new generator whose seed is drawn from torch's global one.
+
+    A caller who has called ``torch.manual_seed`` gets the same run again.
+    """
     return torch.Generator().manual_seed(int(torch.randint(2**62, ())))

@@ -5,6 +5,10 @@ wrong labels, or shrink the weights that matter to it. Such a method uses the ex
 that it is to forget, so no bound on its distance from retraining is known, and its
 guarantee here is always empirical. Each class is the update rule of one paper, run by
 the same loop on the same batches as ``FineTune``.
+
+A method that computes something from the trained model first (a teacher, a mask, a
+factor for each weight) does so in ``prepare`` and returns a private subclass that holds
+it. The object that the user made holds settings only, and can be used again.
 """
 
 from opacus_pi.unlearning.rivals.paired import NegGradPlus, RandomLabels

@@ -17,7 +17,17 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def _gradients(
     task: Task, params: list[nn.Parameter], loader: Iterable[Batch]
 ) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Yield size and mean-loss gradient of each batch, in evaluation mode."""
+    """Yield size and mean-loss gradient of each batch, in evaluation mode.
+
+    Evaluation mode makes the gradient a function of the data alone: no dropout, and no
+    example changes the normalisation of another one.
+
+    Args:
+        task: The model and its criterion.
+        params: The weights to differentiate by; a weight that a batch does not use has
+            gradient 0.
+        loader: The batches.
+    """
     task.model.eval()
     for batch in loader:
         moved = to_device(inputs_and_targets(batch), params[0].device)

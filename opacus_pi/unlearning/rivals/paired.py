@@ -1,6 +1,5 @@
 """Methods whose every update uses a batch of each set."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, cast
@@ -10,13 +9,21 @@ from torch import Tensor
 
 from opacus_pi._validate import expect, in_range
 from opacus_pi.models.batches import forward
-from opacus_pi.unlearning.methods import Batch, Method, Task, mean_loss
+from opacus_pi.unlearning.methods import (
+    Batch,
+    Method,
+    Task,
+    at_least_zero,
+    mean_loss,
+    one_pass,
+)
 
 
 class _Paired(Method):
     """A method whose every update uses a batch of each set.
 
-    A pass is one over the retain set; the forget set is iterated as often as needed.
+    A pass is one over the retain set; the forget set is iterated as often as needed. It
+    is usually much smaller, so its examples are used many times in a pass.
     """
 
     needs_forget_set: ClassVar[bool] = True
@@ -70,13 +77,8 @@ class RandomLabels(_Paired):
     retain_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        expect(
-            math.isfinite(self.retain_weight) and self.retain_weight >= 0,
-            "retain_weight",
-            self.retain_weight,
-            "must be finite, at least 0",
-            "0 forgets without repairing.",
-        )
+        remedy = "0 forgets without repairing."
+        at_least_zero("retain_weight", self.retain_weight, remedy)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
         """Return the loss of wrong labels plus the weighted loss on the retain set."""
@@ -112,16 +114,13 @@ def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Ten
 
 
 def _repeated(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches of a loader, pass after pass, without end."""
+    """Yield the batches of a loader, pass after pass, without end.
+
+    ``itertools.cycle`` would store the batches of the first pass and repeat them; here
+    a loader that shuffles gives a new order in every pass.
+
+    Raises:
+        ValueError: If a pass yields no batch.
+    """
     while True:
-        num_batches = 0
-        for batch in loader:
-            num_batches += 1
-            yield batch
-        expect(
-            num_batches > 0,
-            "forget_loader",
-            "a loader without batches",
-            "must yield batches (x, y)",
-            "Pass a loader over the forget set: an iterator is used up in one pass.",
-        )
+        yield from one_pass(loader, "forget")

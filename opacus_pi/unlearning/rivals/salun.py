@@ -35,7 +35,17 @@ class SalUn(RandomLabels):
         in_range(0, 1, kept=self.kept, remedy="1 is RandomLabels.")
 
     def prepare(self, task: Task) -> Method:
-        """Find the salient weights."""
+        """Find the salient weights, those with the largest gradients on the forget set.
+
+        All weights are ranked together, not layer by layer, so a layer may be kept as a
+        whole or not at all. Weights that tie at the threshold are all kept.
+
+        Args:
+            task: The model and the data.
+
+        Returns:
+            The method with its mask, and with the weights to set the others back to.
+        """
         params = trainable(task.model)
         salience = torch.cat([g.abs().flatten() for g in mean_gradient(task, params)])
         num_kept = max(1, round(self.kept * salience.numel()))
@@ -47,7 +57,15 @@ class SalUn(RandomLabels):
 
 @dataclass(frozen=True, eq=False)
 class _SalUnRun(SalUn):
-    """SalUn with the mask and the weights from before the run."""
+    """SalUn with the mask and the weights from before the run.
+
+    The other weights are set back after each update. To mask their gradients would not
+    be enough: weight decay also changes weights whose gradient is 0.
+
+    Args:
+        masks: For each weight a tensor of its shape, true where it may change.
+        start: The weights before the run.
+    """
 
     masks: tuple[Tensor, ...] = ()
     start: tuple[Tensor, ...] = ()
@@ -62,5 +80,10 @@ class _SalUnRun(SalUn):
 def _split(
     flat: Tensor, params: list[nn.Parameter]
 ) -> Iterator[tuple[Tensor, nn.Parameter]]:
-    """Split a flat vector into the parts that belong to each weight."""
+    """Split a flat vector into the parts that belong to each weight.
+
+    Args:
+        flat: One number for each entry of all weights, in their order.
+        params: The weights.
+    """
     return zip(flat.split([p.numel() for p in params]), params, strict=True)

@@ -1,6 +1,5 @@
 """SCRUB: a student that selectively disobeys its teacher."""
 
-import math
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from typing import ClassVar, cast
@@ -9,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from opacus_pi._validate import expect, positive
+from opacus_pi._validate import positive
 from opacus_pi.models.batches import forward
 from opacus_pi.models.copies import training_copy
-from opacus_pi.unlearning.methods import Batch, Method, Task
+from opacus_pi.unlearning.methods import Batch, Method, Task, at_least_zero
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,7 @@ class SCRUB(Method):
 
     def __post_init__(self) -> None:
         for name in ("num_max_passes", "kl_weight", "loss_weight"):
-            value = getattr(self, name)
-            expect(
-                math.isfinite(value) and value >= 0,
-                name,
-                value,
-                "must be finite, at least 0",
-                "0 leaves that part out.",
-            )
+            at_least_zero(name, getattr(self, name), "0 leaves that part out.")
         positive(temperature=self.temperature, remedy="1 is the plain softmax.")
 
     def prepare(self, task: Task) -> Method:
@@ -91,7 +83,15 @@ class _SCRUBRun(SCRUB):
         return self.kl_weight * self._distance(outputs, x) + self.loss_weight * fit
 
     def _distance(self, outputs: Tensor, x: Tensor) -> Tensor:
-        """Return τ² KL(teacher ‖ student), averaged over the batch."""
+        """Return τ² KL(teacher ‖ student), averaged over the batch.
+
+        The factor τ² keeps the gradient's size nearly the same whatever the
+        temperature.
+
+        Args:
+            outputs: Logits of the student on the batch.
+            x: The inputs, on which the teacher is evaluated here.
+        """
         with torch.no_grad():
             teacher = functional.log_softmax(
                 forward(self.teacher, x) / self.temperature, dim=-1

@@ -42,7 +42,14 @@ class SSD(Method):
         )
 
     def prepare(self, task: Task) -> Method:
-        """Compute each weight's factor."""
+        """Compute each weight's factor; the only time that the data are used.
+
+        Args:
+            task: The model and the data.
+
+        Returns:
+            The method with the factors, each in [0, 1].
+        """
         params = trainable(task.model)
         forget = mean_squared_gradient(task, params, task.forget_batches)
         everything = mean_squared_gradient(
