@@ -1,7 +1,7 @@
 """Imports point one way, and neither files nor rooms import each other in a circle.
 
-A room is a package or a top-level module of ``opacus_pi``. The checks read the syntax
-tree of every file of the package; nothing is imported.
+A room is a package or a top-level module of ``opacus_pi``, or of ``benchmarks``. The
+checks read the syntax tree of every file; nothing is imported.
 """
 
 import ast
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "opacus_pi"
+BENCHMARKS = PACKAGE.parent / "benchmarks"
 
 LAYER = {
     "_types": 0,
@@ -58,6 +59,7 @@ ABOVE_THE_FLOOR = {
     "files/checksummed_state.py": {"torch"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
+BENCHMARK_FILES = sorted(BENCHMARKS.rglob("*.py"))
 
 
 def room(path: Path) -> str:
@@ -79,19 +81,20 @@ def imported(path: Path):
                 yield f"{node.module}.{alias.name}", node.lineno
 
 
-def dotted(path: Path) -> str:
-    """A file's module name within the package; the package's own is empty."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
+def dotted(path: Path, package: Path) -> str:
+    """A file's module name within its package; the package's own is empty."""
+    parts = path.relative_to(package).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def graph(files):
-    """Which files of the package each file imports, by module name."""
-    modules = {dotted(path) for path in files}
+def graph(files, package=PACKAGE):
+    """Which files of its package each file imports, by module name."""
+    modules = {dotted(path, package) for path in files}
     edges = {}
     for path in files:
-        names = {n.removeprefix("opacus_pi.") for n, _ in imported(path)}
-        edges[dotted(path)] = (names & modules) - {dotted(path)}
+        names = {n.removeprefix(f"{package.name}.") for n, _ in imported(path)}
+        mine = dotted(path, package)
+        edges[mine] = (names & modules) - {mine}
     return edges
 
 
@@ -154,6 +157,15 @@ def test_no_circle_of_rooms():
     rooms = between_rooms(graph(FILES))
     assert set(rooms) == set(LAYER)
     assert circles(rooms) == []
+
+
+def test_no_circle_of_benchmarks():
+    edges = graph(BENCHMARK_FILES, BENCHMARKS)
+    assert len(edges) > 50 and sum(map(len, edges.values())) > 100
+    assert circles(edges) == []
+    rooms = between_rooms(edges)
+    assert {"common", "overhead", "reproduce", "main_job"} <= set(rooms)
+    assert circles(rooms) == [] and not rooms["common"]
 
 
 def test_only_files_knows_safetensors():

@@ -1,15 +1,15 @@
-"""Print the table of overheads: ours and every peer that is installed.
+"""Measure time, memory and precision; compare with targets and other libraries.
 
     python -m benchmarks.overhead                     # measure everything: an hour
     python -m benchmarks.overhead --only norms fused  # some sections
-    python -m benchmarks.overhead --resume            # what is not in the files yet
-    python -m benchmarks.overhead --show              # what is in the files
+    python -m benchmarks.overhead --resume            # only what has no result yet
+    python -m benchmarks.overhead --show              # print stored results
     python -m benchmarks.overhead --device cuda --folder DIR    # sweeps and steps
 
-One thread; its CPU time decides, or the GPU's events (without TF32); ranges are over
-rounds. Every case is written
-to its section's file, ``overhead_<section>.json``, as soon as it is measured, and the
-table to ``overhead.md``.
+Everything runs on one thread. CPU time decides whether a target is met; on a GPU it is
+the time between events of its stream (TF32 is off). Ranges are over rounds. Every case
+is written to the file of its section, overhead_SECTION.json, as soon as it is measured.
+The table is written to overhead.md.
 """
 
 import argparse
@@ -23,12 +23,12 @@ import torch
 
 from benchmarks.common.report import write_json
 from benchmarks.overhead import (
-    accounts,
+    accountant,
+    fast_step,
     fused,
     memory,
     norms,
     precision,
-    steps,
     tracking,
 )
 from benchmarks.overhead.table import Row, markdown
@@ -39,64 +39,93 @@ RESULTS = Path("benchmarks/results")
 
 @dataclass(frozen=True)
 class Section:
-    """Cases that are measured alike, and the table's lines that they make."""
+    """Cases that are measured in the same way.
+
+    Attributes:
+        cases: Their names.
+        measure: Returns the numbers of a case, as JSON.
+        rows: Yields the rows of the table from the numbers of several cases.
+        on_gpu: Whether ``measure`` takes a device.
+    """
 
     cases: list[str]
     measure: Callable[..., dict[str, Any]]
     rows: Callable[[dict[str, Any]], Iterator[Row]]
-    on_gpu: bool = False  # whether ``measure`` takes a device
+    on_gpu: bool = False
 
 
 SECTIONS = {
-    "norms": Section(list(norms.BARS), norms.measure, norms.rows, True),
+    "norms": Section(list(norms.TARGETS), norms.measure, norms.rows, True),
     "memory": Section(list(memory.NAMES), memory.measure, memory.rows, True),
     "precision": Section(list(precision.NAMES), precision.measure, precision.rows),
     "tracking": Section(tracking.CASES, tracking.measure, tracking.rows),
-    "step": Section(steps.CASES, steps.measure, steps.rows, True),
-    "accountant": Section(accounts.CASES, accounts.measure, accounts.rows),
-    "fused": Section(["small-cnn"], fused.measure, fused.rows),
+    "step": Section(fast_step.CASES, fast_step.measure, fast_step.rows, True),
+    "accountant": Section(accountant.CASES, accountant.measure, accountant.rows),
+    "fused": Section(fused.CASES, fused.measure, fused.rows),
 }
 
 
 def run(name: str, path: Path, *, resume: bool, device: str = "cpu") -> None:
-    """Measure a section's cases and write each as soon as it is there."""
+    """Measure the cases of a section, and write each as soon as it is measured.
+
+    Args:
+        name: A key of ``SECTIONS``.
+        path: The section's file.
+        resume: Keep the cases that the file already contains.
+        device: A section that cannot use another device than the CPU is skipped there.
+    """
     section = SECTIONS[name]
     if device != "cpu" and not section.on_gpu:
         return
     where = {"device": device} if section.on_gpu else {}
-    held = _load(path) if resume else {}
+    stored = _load(path) if resume else {}
     for case in section.cases:
-        if case not in held:
+        if case not in stored:
             found = section.measure(case, **where)
-            held[case] = {"found": found, "surroundings": surroundings()}
-            write_json(path, held)
+            stored[case] = {"found": found, "surroundings": surroundings()}
+            write_json(path, stored)
             print(markdown(section.rows({case: found})).split("\n", 2)[2], flush=True)
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """What a section's file holds."""
+    """Return the stored cases of a section."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def table(folder: Path) -> str:
-    """All lines that the files have numbers for."""
+    """Return the table of all stored results."""
     found: list[Row] = []
     for name, section in SECTIONS.items():
-        held = _load(folder / f"overhead_{name}.json")
-        found += section.rows({case: one["found"] for case, one in held.items()})
+        stored = _load(folder / f"overhead_{name}.json")
+        found += section.rows({case: one["found"] for case, one in stored.items()})
     return markdown(found)
 
 
 def main() -> None:
-    """Measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", nargs="+", default=list(SECTIONS), choices=list(SECTIONS)
+    """Parse the command line, measure, and print and write the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.overhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--resume", action="store_true", help="keep what files hold")
-    parser.add_argument("--show", action="store_true", help="measure nothing")
-    parser.add_argument("--folder", type=Path, default=RESULTS)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=list(SECTIONS),
+        choices=list(SECTIONS),
+        metavar="SECTION",
+        help=f"sections to measure: {', '.join(SECTIONS)}; default: all",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the stored results of cases"
+    )
+    parser.add_argument(
+        "--show", action="store_true", help="measure nothing; print stored results"
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=RESULTS, help=f"of the results; {RESULTS}"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1, ...")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False

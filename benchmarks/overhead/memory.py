@@ -1,22 +1,29 @@
-"""Peak memory of a sweep's batch over plain training, each in a process of its own."""
+"""Peak memory of a norm sweep's batch, compared with plain training.
+
+Each contender is measured in a process of its own, so that none profits from memory
+that another has already allocated.
+"""
 
 import multiprocessing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.overhead.norms import make
-from benchmarks.overhead.peers import CONTENDERS
+from benchmarks.overhead.peers import CONTENDERS, Unsupported, rejections
+from benchmarks.overhead.process_memory import peak_increase
 from benchmarks.overhead.table import Row
 
-BAR = 1.1
+TARGET = 1.1
 NAMES = {"resnet18": "ResNet-18"}
 
 
 def measure(case: str, device: str = "cpu") -> dict[str, Any]:
-    """Peak memory of each contender above model and data, in MiB."""
+    """Return the peak memory of each contender above model and data, in MiB.
+
+    A contender that cannot measure the model has the reason instead.
+    """
     context = multiprocessing.get_context("spawn")
     found: dict[str, Any] = {}
     for name in CONTENDERS:
@@ -26,40 +33,24 @@ def measure(case: str, device: str = "cpu") -> dict[str, Any]:
 
 
 def _peak(case: str, name: str, device: str) -> float | str:
-    """MiB above model and data at the peak of two measurements (Linux)."""
+    """Return the peak of two measurements, or why there is none."""
     torch.set_num_threads(1)
     batch = make(case, device)
-    used = allocated if torch.device(device).type == "cuda" else resident
     try:
-        task = CONTENDERS[name](*batch)
-        used("VmHWM", restart=True)
-        before = used("VmRSS")
-        for _ in range(2):
-            task()
-    except Exception as error:  # a peer fails in its own ways
-        return type(error).__name__
-    return used("VmHWM") - before
+        with rejections(name):
+            task = CONTENDERS[name](*batch)
 
+            def twice() -> None:
+                task()
+                task()
 
-def allocated(field: str, *, restart: bool = False) -> float:
-    """What ``resident`` tells, of the GPU's memory that tensors take."""
-    if restart:
-        torch.cuda.reset_peak_memory_stats()
-    peak = field == "VmHWM"
-    read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
-    return read() / 2**20
-
-
-def resident(field: str, *, restart: bool = False) -> float:
-    """This process's memory now (``VmRSS``) or at its peak (``VmHWM``), in MiB."""
-    if restart:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+            return peak_increase(twice, device)
+    except Unsupported as reason:
+        return str(reason)
 
 
 def rows(found: dict[str, Any]) -> Iterator[Row]:
-    """The table's lines."""
+    """Yield the rows of the table."""
     for case, peaks in found.items():
         shares = {
             name: peak / peaks["plain"]
@@ -68,5 +59,5 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
         }
         mine = shares.pop("ours")
         shown = (f"{name} {share:.1f}" for name, share in shares.items())
-        path = f"peak memory of the {NAMES[case]} sweep over plain training"
-        yield Row(path, BAR, mine, "; ".join(shown), form=".2f")
+        quantity = f"peak memory of the {NAMES[case]} sweep over plain training"
+        yield Row(quantity, TARGET, mine, "; ".join(shown), form=".2f")

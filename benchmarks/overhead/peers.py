@@ -1,12 +1,14 @@
-"""Ways to get every example's gradient norm of a batch, and plain training beside them.
+"""The contenders: ways to compute the gradient norm of every example of a batch.
 
-Each takes ``(model, x, y)`` and returns a function that measures the batch once and
-returns the norms, float ``(b,)`` (``plain`` and ``limit`` return ``None``). Models are
-theirs to change. What is not installed raises ``ImportError``; what cannot measure a
-model raises, or has norms that are not ours: both are said instead of a time.
+Each contender is a function of ``(model, x, y)``. It prepares the model, which it may
+change, and returns a function that measures the batch once and returns the norms, float
+``(b,)``. ``plain`` and ``limit`` compute no norms and return None; they show what
+training costs and what no method can undercut. Another library that is not installed,
+or that rejects the model, raises ``Unsupported`` inside ``rejections``.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +19,52 @@ from opacus.grad_sample import (
 )
 from torch import Tensor, nn
 
+from opacus_pi.gradients.fallback import raise_if_out_of_memory
 from opacus_pi.gradients.norm_engine import NormEngine
 
 CRITERION = nn.CrossEntropyLoss()
+OWN = ("plain", "limit", "ours")  # contenders that must be able to measure every model
 Measure = Callable[[], Tensor | None]
+# Errors with which libraries reject a model or its layers
+_REJECTIONS = (
+    ImportError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+)
+
+
+class Unsupported(Exception):
+    """A library is not installed, or it cannot measure the model."""
+
+
+@contextmanager
+def rejections(name: str) -> Iterator[None]:
+    """Turn the errors of another library into ``Unsupported``, with their first line.
+
+    An error of one of ``OWN`` is raised as it is, and so is running out of memory.
+
+    Args:
+        name: The contender that is prepared or measured inside.
+
+    Raises:
+        Unsupported: The library is not installed or rejects the model.
+    """
+    try:
+        yield
+    except _REJECTIONS as error:
+        if name in OWN:
+            raise
+        raise_if_out_of_memory(error)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise Unsupported(reason) from error
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """Forward and backward of the batch's mean loss: what a training step costs."""
+    """Run forward and backward of the batch's mean loss, as a training step does."""
 
     def measure() -> None:
         model.zero_grad(set_to_none=True)
@@ -34,7 +74,7 @@ def plain(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
 
 
 def limit(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """The same with frozen weights: the floor of any method with one backward pass."""
+    """Run the same with frozen weights: the least that one backward pass can cost."""
     model.requires_grad_(False)
     first = next(m for m in model.modules() if list(m.parameters(recurse=False)))
     anchor = torch.zeros((), device=x.device, requires_grad=True)
@@ -47,13 +87,13 @@ def limit(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
 
 
 def ours(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """One batch of ``opacus_pi.gradients.norm_sweep``, after the first."""
+    """Measure as ``opacus_pi.gradients.norm_sweep`` does after its first batch."""
     engine = NormEngine(model, CRITERION)
     return lambda: engine.squares(x, y)[0].sqrt()
 
 
 def _grad_samples(wrapped: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """Per-example gradients of Opacus, and their norms."""
+    """Compute Opacus's per-example gradients, and their norms."""
 
     def measure() -> Tensor:
         wrapped.zero_grad(set_to_none=True)
@@ -64,28 +104,28 @@ def _grad_samples(wrapped: nn.Module, x: Tensor, y: Tensor) -> Measure:
 
 
 def _joint(gradients: Iterable[Tensor]) -> Tensor:
-    """Norms over all parameters, as Opacus takes them."""
+    """Return the norms over all parameters, as Opacus computes them."""
     norms = [g.flatten(1).norm(2, dim=1) for g in gradients]
     return torch.stack(norms, 1).norm(2, dim=1)
 
 
 def opacus_hooks(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """``grad_sample_mode="hooks"``."""
+    """Measure with Opacus's ``grad_sample_mode="hooks"``."""
     return _grad_samples(GradSampleModule(model), x, y)
 
 
 def opacus_functorch(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """``grad_sample_mode="functorch"``."""
+    """Measure with Opacus's ``grad_sample_mode="functorch"``."""
     return _grad_samples(GradSampleModule(model, force_functorch=True), x, y)
 
 
 def opacus_ew(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """``grad_sample_mode="ew"``."""
+    """Measure with Opacus's ``grad_sample_mode="ew"``."""
     return _grad_samples(GradSampleModuleExpandedWeights(model), x, y)
 
 
 def opacus_ghost(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """``grad_sample_mode="ghost"``, up to the norms."""
+    """Measure with Opacus's ``grad_sample_mode="ghost"``, up to the norms."""
     wrapped = GradSampleModuleFastGradientClipping(model)
 
     def measure() -> Tensor:
@@ -97,7 +137,7 @@ def opacus_ghost(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
 
 
 def torch_func(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """``vmap(grad)`` over ``functional_call``, and the norms."""
+    """Compute per-example gradients by ``torch.func``, and their norms."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -109,7 +149,7 @@ def torch_func(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
 
 
 def backpack(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """BackPACK's ``BatchL2Grad``, which knows linear and convolutional layers."""
+    """Measure with BackPACK's ``BatchL2Grad``: linear and convolutional layers only."""
     from backpack import backpack as recording
     from backpack import extend
     from backpack.extensions import BatchL2Grad
@@ -126,14 +166,14 @@ def backpack(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
 
 
 def fast_dp(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """FastDP's norms, with weight gradients of the first layers only."""
+    """Measure with FastDP, which then needs weight gradients of first layers only."""
     from fastDP.autograd_grad_sample import add_hooks
 
     for parameter in model.parameters():
         parameter.initially_requires_grad = True
         parameter.requires_grad_(False)
     layers = [m for m in model.modules() if list(m.parameters(recurse=False))]
-    for layer in layers:  # gradients must reach the inputs' side of each path
+    for layer in layers:  # the backward pass must reach the first layer of each path
         if layer is layers[0] or isinstance(layer, nn.Embedding):
             bias = getattr(layer, "bias", None)
             (layer.weight if bias is None else bias).requires_grad_(True)
@@ -151,7 +191,7 @@ def fast_dp(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
 
 
 def private_transformers(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
-    """The ghost norms of private-transformers."""
+    """Measure with the ghost norms of private-transformers."""
     from private_transformers import autograd_grad_sample as hooks
 
     hooks.set_hooks_mode("ghost_norm")
@@ -166,7 +206,7 @@ def private_transformers(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
 
 
 def _collected(model: nn.Module) -> Tensor:
-    """Norms from those of each parameter, which are taken away."""
+    """Return joint norms from those of each parameter, and delete the latter."""
     norms = []
     for parameter in model.parameters():
         norms.append(parameter.norm_sample)

@@ -1,7 +1,7 @@
-"""Errors of per-example norms against float64, on a network that has learned.
+"""Errors of per-example gradient norms against float64, on a trained network.
 
-Well-fitted examples have probabilities near 1 at the label; in float32 the difference
-to 1 cancels, and the norm with it.
+A well-fitted example has a probability near 1 at its label. In float32 the difference
+to 1 cancels, and the gradient norm loses its digits with it.
 """
 
 import copy
@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from benchmarks.common import data
 from benchmarks.common.models import small_cnn
 from benchmarks.overhead.norms import exact_norms
-from benchmarks.overhead.peers import CONTENDERS, CRITERION
+from benchmarks.overhead.peers import CONTENDERS, CRITERION, Unsupported, rejections
 from benchmarks.overhead.table import Row
 
-BAR = 1e-5
+TARGET = 1e-5
 NUM_EPOCHS = 60
 NAMES = {"digits": "a small CNN trained on the digits"}
 
 
 def measure(case: str) -> dict[str, Any]:
-    """Relative errors of each contender."""
+    """Return quantiles of each contender's relative errors, or why it has none."""
     torch.manual_seed(0)
     images, labels = data.load(case).train.tensors
     images = F.interpolate(images, size=(28, 28), mode="bilinear")
@@ -38,11 +38,12 @@ def measure(case: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in (name for name in CONTENDERS if name not in ("plain", "limit")):
         try:
-            norms = CONTENDERS[name](copy.deepcopy(model), images, labels)().detach()
-        except Exception as error:  # a peer fails in its own ways
-            found[name] = type(error).__name__
+            with rejections(name):
+                norms = CONTENDERS[name](copy.deepcopy(model), images, labels)()
+        except Unsupported as reason:
+            found[name] = str(reason)
             continue
-        errors = (norms / truth - 1).abs()
+        errors = (norms.detach() / truth - 1).abs()
         found[name] = {
             "median": float(errors.median()),
             "p99": float(errors.quantile(0.99)),
@@ -52,10 +53,10 @@ def measure(case: str) -> dict[str, Any]:
 
 
 def rows(found: dict[str, Any]) -> Iterator[Row]:
-    """The table's lines."""
+    """Yield the rows of the table."""
     for case, by_name in found.items():
         p99 = {n: e["p99"] for n, e in by_name.items() if isinstance(e, dict)}
         mine = p99.pop("ours")
         shown = "; ".join(f"{name} {error:.1e}" for name, error in p99.items())
-        path = f"norm error against float64, 99th percentile, {NAMES[case]}"
-        yield Row(path, BAR, mine, shown, form=".1e")
+        quantity = f"norm error against float64, 99th percentile, {NAMES[case]}"
+        yield Row(quantity, TARGET, mine, shown, form=".1e")

@@ -1,7 +1,9 @@
-"""Clocks and ratios: contenders are timed in turn, and compared within a round.
+"""Clocks, and ratios of times that were measured in turn.
 
-``busy`` decides: CPU time of this thread, or on a GPU the time between two events of
-its stream; ``wall`` stands beside it.
+Two clocks are read. ``busy`` decides whether a target is met: on the CPU it is the CPU
+time of this thread, on a GPU the time between two events of its stream. ``wall`` is
+reported beside it. Tasks alternate within a round and are compared within the round, so
+that a change in the machine's load affects both.
 """
 
 import os
@@ -15,11 +17,17 @@ import torch
 from benchmarks.common.report import environment
 
 Task = Callable[[], Any]
+Times = list[dict[str, float]]  # of one task: seconds by clock, one dict per round
 CLOCKS = ("busy", "wall")
 
 
-def timed(task: Task, device: str = "cpu") -> dict[str, float]:
-    """Seconds that a call takes, by clock, where its tensors are on ``device``."""
+def timed(task: Task, device: str | torch.device = "cpu") -> dict[str, float]:
+    """Return the seconds that a call takes, by clock.
+
+    Args:
+        task: The function to time.
+        device: Where its tensors are.
+    """
     if torch.device(device).type == "cuda":
         return _timed_by_events(task)
     busy, wall = time.thread_time(), time.perf_counter()
@@ -28,7 +36,7 @@ def timed(task: Task, device: str = "cpu") -> dict[str, float]:
 
 
 def _timed_by_events(task: Task) -> dict[str, float]:
-    """On the GPU: what was waiting before does not count, what is started does."""
+    """Time a call on the GPU, with the kernels it starts and without earlier ones."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     wall = time.perf_counter()
@@ -41,7 +49,10 @@ def _timed_by_events(task: Task) -> dict[str, float]:
 
 
 def interleaved(base: Task, other: Task, rounds: int) -> dict[str, Any]:
-    """Time of ``other`` over that of ``base``, by clock: base, other, other, base."""
+    """Return the time of ``other`` divided by the time of ``base``, by clock.
+
+    A round calls base, other, other, base: a load that changes linearly cancels.
+    """
     found: dict[str, list[float]] = {name: [] for name in CLOCKS}
     spent: list[float] = []
     for _ in range(rounds):
@@ -54,8 +65,19 @@ def interleaved(base: Task, other: Task, rounds: int) -> dict[str, Any]:
     return {**result, "base_milliseconds": 1e3 * median(spent), "rounds": rounds}
 
 
+def typical(times: Times, clock: str = "busy") -> float:
+    """Return the median time, in seconds."""
+    return median(one[clock] for one in times)
+
+
+def ratios(times: Times, base: Times, clock: str) -> dict[str, Any]:
+    """Return the spread of the ratios to a base, each within one round."""
+    pairs = zip(times, base, strict=False)
+    return spread([own[clock] / other[clock] for own, other in pairs])
+
+
 def spread(values: list[float]) -> dict[str, Any]:
-    """Median, quartiles and range."""
+    """Return median, quartiles and range."""
     ordered = sorted(values)
     n = len(ordered)
     return {
@@ -66,5 +88,5 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def surroundings() -> dict[str, Any]:
-    """Versions and machine, and how busy it is: ratios at high load are noisy."""
+    """Return versions, machine and load; at a high load the ratios are noisy."""
     return {**environment(), "load_average": os.getloadavg()[0]}

@@ -8,9 +8,10 @@ The flow, one file or folder each:
    for example one training or one unlearning run. ``pool`` runs them in parallel.
 3. ``store``: every result, stored under a hash of everything that determines it.
    ``workspace`` adds the images, the trained models, their ledgers and scores.
-4. ``figures``: which units a figure needs, its numbers, its picture.
-5. ``figures.verdicts``: whether the numbers confirm the claim.
-6. ``page``: ``docs/results.md`` from the published figures.
+4. ``outcomes``: arrays from stored results, a row per seed, a column per forget set.
+5. ``figures``: which units a figure needs, its numbers, its picture.
+6. ``figures.verdicts``: whether the numbers confirm the claim.
+7. ``page``: ``docs/results.md`` from the published figures.
 
 Start reading at ``__main__``; ``python -m benchmarks.reproduce -h`` shows the options.
 """

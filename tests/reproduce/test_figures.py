@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from benchmarks.common.training import Recipe
+from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.experiment import Experiment
-from benchmarks.reproduce.figures import FIGURES, outcomes
+from benchmarks.reproduce.figures import FIGURES
 from benchmarks.reproduce.figures.typicality import NEIGHBOURS, disagreement
 from benchmarks.reproduce.figures.verdicts import (
     BORNE_OUT,

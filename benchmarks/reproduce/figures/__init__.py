@@ -12,8 +12,7 @@
 | ``learning_rates``, ``methods``, ``predicted_times`` | rates; methods; predicted |
 
 Each file starts with claim, data, seeds and settings, and ends with its ``FIGURES``.
-``figure`` says what a figure is, ``outcomes`` turns finished jobs into arrays, and
-``verdicts`` decides about claims.
+``figure`` says what a figure is, and ``verdicts`` decides about claims.
 """
 
 from benchmarks.reproduce.figures import (

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure as Picture
 from matplotlib.ticker import AutoLocator
 
-from benchmarks.reproduce.figures import outcomes
+from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.figures.verdicts import (
     Verdict,

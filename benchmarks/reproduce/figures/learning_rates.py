@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
+from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.experiment import Experiment
-from benchmarks.reproduce.figures import outcomes
 from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.figures.times_to_unlearn import draw_panels, judge_panel
 from benchmarks.reproduce.figures.verdicts import (

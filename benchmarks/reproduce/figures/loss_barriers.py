@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure as Picture
 from numpy.typing import NDArray
 
+from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.barrier_units import (
     SETS,
     BarrierAfter,
@@ -25,7 +26,6 @@ from benchmarks.reproduce.barrier_units import (
     Barriers,
 )
 from benchmarks.reproduce.experiment import Experiment
-from benchmarks.reproduce.figures import outcomes
 from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.figures.verdicts import (
     NOT_TESTABLE,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
-from benchmarks.reproduce.figures import outcomes
+from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.figures.loss_barriers import (
     afters,

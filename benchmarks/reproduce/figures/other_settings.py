@@ -18,8 +18,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
+from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.experiment import Experiment
-from benchmarks.reproduce.figures import outcomes
 from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.figures.times_to_unlearn import (
     draw_panels,

@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
-from benchmarks.reproduce.figures import outcomes
+from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.figures.verdicts import Verdict, combined, of_interval
 from benchmarks.reproduce.forget_sets import STRATA, strata
