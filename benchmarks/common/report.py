@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from opacus_pi.files.atomic_file import replacing
+from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.plotting import plot_time_to_unlearn
 
 PACKAGES = ("torch", "opacus", "numpy", "scipy", "scikit-learn", "opacus-pi")
@@ -31,8 +31,7 @@ def environment() -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one piece: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    replace_file(path, json.dumps(content, indent=1).encode())
 
 
 def markdown(rows: Iterable[Iterable[str]]) -> str:

@@ -62,7 +62,7 @@ def cached_arrays(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays = compute()
-        with replacing(path) as part, open(part, "wb") as file:
+        with replacing(path) as file:
             np.savez(file, **arrays)
     with np.load(path, allow_pickle=False) as found:
         return dict(found)

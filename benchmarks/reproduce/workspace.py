@@ -23,7 +23,7 @@ from benchmarks.reproduce.store import cached_arrays, path_of
 from opacus_pi import GradNormLedger, PrivacyEngine
 from opacus_pi.accounting import privacy_losses
 from opacus_pi.difficulty import proxies
-from opacus_pi.files.atomic_file import replacing
+from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.models.copies import unwrap
 
 
@@ -74,8 +74,7 @@ class Workspace:
             weights.parent.mkdir(parents=True, exist_ok=True)
             engine.ledger.save(ledger)
             state = {k: v.contiguous() for k, v in model.state_dict().items()}
-            with replacing(weights) as part:
-                safetensors.torch.save_file(state, part)
+            replace_file(weights, safetensors.torch.save(state))
         model = self.fresh_model(experiment)
         model.load_state_dict(safetensors.torch.load_file(weights))
         return model.eval(), GradNormLedger.load(ledger)

@@ -9,6 +9,7 @@ of its files are complete, so a run that was interrupted leaves nothing behind.
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,10 +65,10 @@ def new_directory(path: str) -> Iterator[Path]:
             f"--out: {path} exists already. Name a new directory: results are never "
             "overwritten."
         )
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with about("--out", "Name a directory that can be made."):
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir(mode=0o700)
+        prefix = f".{target.name[:100]}."
+        part = Path(tempfile.mkdtemp(".tmp", prefix, target.parent))  # mode 0700
     try:
         yield part
         if any(part.iterdir()):

@@ -1,15 +1,21 @@
-"""Replace a file in one step: readers see the old file or the new one, never a part.
+"""Write files in one step, for their owner only, and never through a planted name.
 
-The new content is written to a temporary file in the same directory, flushed to the
-disk, and renamed. Renaming is atomic on POSIX file systems, so this also holds if the
-process is killed at any moment. It does not hold on file systems whose rename is not
-atomic (some network shares).
+``replacing`` writes the new content to a temporary file in the same directory, flushes
+it to the disk, and renames it. Renaming is atomic on POSIX file systems, so readers see
+the old file or the new one, never a part, even if the process is killed at any moment.
+``put_new_file`` does the same for a name that must not be taken yet.
 
->>> import os, tempfile
->>> from pathlib import Path
+*Guarantee.* The temporary file has a random name, is created exclusively and is never
+opened by name again. Threads, and processes with equal ids on a shared volume, cannot
+write into each other's file, and a file or a link that somebody put there beforehand is
+not used. Whatever mode an earlier file had, the new one is readable by its owner only.
+
+*What breaks it.* File systems whose rename is not atomic (some network shares).
+
+>>> import tempfile
 >>> path = Path(tempfile.mkdtemp(), "state")
->>> with replacing(path) as temporary:
-...     _ = Path(temporary).write_text("new")
+>>> with replacing(path) as file:
+...     _ = file.write(b"new")
 ...     path.exists()
 False
 >>> path.read_text()
@@ -17,40 +23,69 @@ False
 """
 
 import contextlib
+import errno
 import os
-from collections.abc import Iterator
+import secrets
+import stat
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["replace_file", "replacing"]
+__all__ = [
+    "put_new_file",
+    "replace_file",
+    "replacing",
+    "restrict_to_owner",
+    "sync_directory",
+]
+
+_OWNER_ONLY = 0o600
+# "w" would follow a link or reuse a file; O_EXCL refuses both. O_NOFOLLOW and O_CLOEXEC
+# do not exist on every system.
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+_NEW |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name to write to, and then move that file to ``path``.
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a new file to write to, and then move it to ``path``.
 
-    The file is on the disk before it gets its name. A process that is killed meanwhile
-    leaves a hidden ``.name.<process id>.tmp`` beside it, never a part under ``path``.
+    The content is on the disk before it gets its name. A process that is killed
+    meanwhile leaves a hidden ``.name.<random>.tmp`` beside it, never a part under
+    ``path``.
 
     Args:
-        path: The file's name. Anything but a regular file (a pipe, a device) is written
-            to directly.
+        path: The file's name. A link of the caller's is followed: what it points to is
+            replaced. Anything but a regular file (a pipe, a device) is written to
+            directly.
 
     Yields:
-        Where to write.
+        The file, open for writing, readable by its owner only.
+
+    Raises:
+        OSError: If it cannot be written, or if ``path`` is a link that another user put
+            into a directory that is not theirs.
     """
+    _require_own_link(os.fspath(path))
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
-        yield target
+        with open(target, "wb") as direct:
+            yield direct
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # Of a long name only a part: the temporary name must not exceed the system's limit.
+    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
+        with os.fdopen(os.open(temporary, _NEW, _OWNER_ONLY), "wb") as file:
+            yield file
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_directory(target.parent)
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
@@ -60,7 +95,97 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
         path: The file's name.
         content: The whole content.
     """
-    with replacing(path) as temporary:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        with os.fdopen(os.open(temporary, flags, 0o600), "wb") as file:
-            file.write(content)
+    with replacing(path) as file:
+        file.write(content)
+
+
+def put_new_file(path: Path, write: Callable[[Path], None]) -> bool:
+    """Put a file under a name that is not taken; if it is, leave what is there.
+
+    The file is written under a hidden name and then linked to its own: under ``path``
+    it is never half written, and it never replaces another.
+
+    Args:
+        path: The file's name.
+        write: Fills an empty file, which only its owner can read, and syncs it.
+
+    Returns:
+        Whether the name was free.
+    """
+    handle, hidden = tempfile.mkstemp(".tmp", f".{path.name[:100]}.", path.parent)
+    os.close(handle)
+    try:
+        write(Path(hidden))
+        try:
+            os.link(hidden, path)
+        except FileExistsError:
+            return False
+        sync_directory(path.parent)
+        return True
+    finally:
+        os.unlink(hidden)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable, after a file was made or renamed.
+
+    Some file systems cannot do that, and a directory that may be written but not read
+    cannot be opened: there the names become durable when the system gets to it.
+    """
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def restrict_to_owner(path: Path) -> None:
+    """Take a file's permissions from all other users, with a warning if they had any.
+
+    A file may have got them when it was restored from a copy, or made beforehand. The
+    file is not opened. If it belongs to another user, it is left as it is.
+
+    Args:
+        path: A file that exists.
+    """
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    if not mode & 0o077 or not stat.S_ISREG(os.stat(path).st_mode):
+        return
+    try:
+        os.chmod(path, mode & 0o700)
+    except PermissionError:
+        return
+    warnings.warn(
+        f"{path} had mode {mode:04o}, so other users of this machine may have read "
+        f"it. It is sensitive: its mode is now {mode & 0o700:04o}.",
+        stacklevel=3,
+    )
+
+
+def _require_own_link(path: str) -> None:
+    """Refuse a link that another user may have planted, as the Linux kernel does.
+
+    In a directory that everybody can write to, such as /tmp, another user can put a
+    link under a name that is about to be written, and so choose which file is replaced.
+    The owner of a directory and the owner of a link in it may use it as they like.
+    """
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return  # there is nothing; other faults show when the file is made
+    if not stat.S_ISLNK(found.st_mode):
+        return
+    directory = os.stat(os.path.dirname(path) or ".")
+    if found.st_uid not in (os.geteuid(), directory.st_uid):
+        raise OSError(
+            errno.ELOOP,
+            f"is a link of user {found.st_uid}, who does not own the directory; "
+            "nothing was written through it. Remove the link or choose another name",
+            path,
+        )

@@ -420,8 +420,8 @@ class PerInstanceMixin(OpacusEngine):
         if not isinstance(path, (str, os.PathLike)):
             save(path=path, checkpoint_dict=filled, **options)
             return
-        with replacing(path) as temporary:
-            save(path=temporary, checkpoint_dict=filled, **options)
+        with replacing(path) as file:
+            save(path=file, checkpoint_dict=filled, **options)
 
     @_shown_as(opacus.PrivacyEngine.load_checkpoint, assigned=())
     def load_checkpoint(

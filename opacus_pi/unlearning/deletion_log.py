@@ -30,8 +30,7 @@ import json
 import os
 import secrets
 import sqlite3
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -40,6 +39,7 @@ from typing import Any
 from urllib.parse import quote
 
 from opacus_pi._validate import expect
+from opacus_pi.files.atomic_file import put_new_file, restrict_to_owner
 
 __all__ = [
     "START",
@@ -149,6 +149,7 @@ class DeletionLog:
             put_new_file(self.path, write_new)
         with _connected(self.path, "rw") as connection:
             _last(connection, self.path)
+        restrict_to_owner(self.path)
 
     @property
     def head(self) -> str:
@@ -325,33 +326,6 @@ def looks_like_a_log(start: bytes) -> bool:
 # ------------------------------------------------------------------ the file
 
 
-def put_new_file(path: Path, write: Callable[[Path], None]) -> bool:
-    """Put a file under a name that is not taken; if it is, leave what is there.
-
-    The file is written under a hidden name and then linked to its own: under ``path``
-    it is never half written, and it never replaces another.
-
-    Args:
-        path: The file's name.
-        write: Fills an empty file, which only its owner can read, and syncs it.
-
-    Returns:
-        Whether the name was free.
-    """
-    handle, hidden = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
-    os.close(handle)
-    try:
-        write(Path(hidden))
-        try:
-            os.link(hidden, path)
-        except FileExistsError:
-            return False
-        sync_directory(path.parent)
-        return True
-    finally:
-        os.unlink(hidden)
-
-
 def write_new(path: Path) -> None:
     """Turn an empty file into a log without entries."""
     with _opened(path, "rw") as connection:
@@ -502,15 +476,6 @@ def _require_unedited(condition: bool, path: Path, finding: str) -> None:
     """Refuse a file that was changed by other means."""
     remedy = f"{finding} {_RESTORE}"
     expect(condition, "path", path, "must be an unedited deletion log", remedy)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable, after a file was made or renamed."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ------------------------------------------------------------------ entries

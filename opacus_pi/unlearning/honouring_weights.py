@@ -23,7 +23,6 @@ from opacus_pi._validate import expect
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.unlearning.claims import History, history_from_json
-from opacus_pi.unlearning.deletion_log import sync_directory
 from opacus_pi.unlearning.unlearner import Unlearner
 
 
@@ -72,7 +71,6 @@ def store_weights(path: Path, unlearner: Unlearner, entries: Iterable[str]) -> N
         "history": unlearner.history.text,
     }
     write_weights(path, UNLEARNED_WEIGHTS, unlearner.model.state_dict(), facts)
-    sync_directory(path.parent)
 
 
 def stored_weights(path: Path, num_examples: int) -> StoredWeights:

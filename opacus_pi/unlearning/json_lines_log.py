@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from opacus_pi._validate import expect
+from opacus_pi.files.atomic_file import put_new_file
 from opacus_pi.unlearning.deletion_log import (
     START,
     DeletionLog,
     Verification,
     append_within,
     payload_text,
-    put_new_file,
     write_new,
     writing,
 )

@@ -356,7 +356,8 @@ class DeletionRequests:
         lock is a file beside the log; the system releases it when a process ends, even
         if that was killed.
         """
-        handle = os.open(f"{self.log.path}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(f"{self.log.path}.lock", flags, 0o600)
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from opacus_pi._validate import expect
-from opacus_pi.unlearning.deletion_log import put_new_file, read_entries
+from opacus_pi.files.atomic_file import put_new_file, restrict_to_owner
+from opacus_pi.unlearning.deletion_log import read_entries
 
 __all__ = ["UserNames", "hashed_name"]
 
@@ -129,6 +130,7 @@ def _read_key(path: Path) -> bytes | None:
         ValueError: If it holds anything but a key.
     """
     try:
+        restrict_to_owner(path)
         text = path.read_bytes()
     except FileNotFoundError:
         return None

@@ -1,4 +1,6 @@
 import io
+import os
+import stat
 
 import numpy as np
 import opacus
@@ -142,3 +144,17 @@ def test_saving_before_anything_is_prepared():
     fresh.save_checkpoint(path=file, module=torch.nn.Linear(2, 1))
     file.seek(0)
     assert CHECKPOINT_KEY not in torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("before", [None, 0o666])
+def test_a_checkpoint_is_the_owners_alone(tmp_path, before):
+    training, path = Training().train(1), tmp_path / "checkpoint.pt"
+    if before is not None:
+        path.touch()
+        path.chmod(before)
+    umask = os.umask(0)
+    try:
+        training.engine.save_checkpoint(path=path, module=training.model)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -518,3 +518,22 @@ def test_files_are_the_owners_alone(tmp_path):
     ]
     modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
     assert modes == {0o600}
+
+
+def test_permissions_that_others_have_are_taken(tmp_path):
+    submitted(tmp_path)
+    places = [tmp_path / "deletions.db", tmp_path / "deletions.db.key"]
+    for place in places:
+        place.chmod(0o644)
+    with pytest.warns(UserWarning, match="mode 0644"):
+        requests(tmp_path, rows_of={"ann": [9, 8]}).submitted_by("ann")
+    assert {stat.S_IMODE(place.stat().st_mode) for place in places} == {0o600}
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    mine, victim = submitted(tmp_path), tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "deletions.db.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        mine.process(unlearner(), data(), num_epochs=1)
+    assert victim.read_text() == "precious" and len(mine.pending) == 3

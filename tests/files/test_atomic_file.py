@@ -1,0 +1,177 @@
+"""Files are replaced in one step, for their owner only, and never through a link."""
+
+import os
+import secrets
+import stat
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.files import atomic_file
+from opacus_pi.files.atomic_file import (
+    put_new_file,
+    replace_file,
+    replacing,
+    restrict_to_owner,
+)
+
+
+def mode_of(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+def ledger(value, num_examples=20_000):
+    mechanism = NoisySGD(num_steps=10, sample_rate=0.1, noise_std=1.0)
+    norms = np.full((1, num_examples), value, np.float32)
+    return GradNormLedger(mechanism, [10], norms)
+
+
+@pytest.fixture
+def known_name(monkeypatch):
+    """The attacker's best case: the random part of temporary names is known."""
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
+    return lambda path: path.with_name(f".{path.name}.{'0' * 16}.tmp")
+
+
+def test_threads_that_save_to_one_name_never_leave_a_part(tmp_path):
+    path, errors, loaded = tmp_path / "ledger", [], set()
+    ledgers = [ledger(1.0), ledger(2.0)]
+    ledgers[0].save(path)
+    done = threading.Event()
+
+    def write(mine):
+        while not done.is_set():
+            try:
+                mine.save(path)
+            except OSError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(mine,)) for mine in ledgers * 2]
+    for thread in threads:
+        thread.start()
+    for _ in range(150):
+        loaded.add(float(GradNormLedger.load(path).grad_norms[0, 0]))
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not errors and loaded <= {1.0, 2.0}
+    assert os.listdir(tmp_path) == ["ledger"]
+
+
+def test_processes_with_one_id_do_not_share_a_temporary_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    path = tmp_path / "state"
+    with replacing(path) as outer:
+        outer.write(b"outer")
+        replace_file(path, b"inner")
+        assert path.read_bytes() == b"inner"
+    assert path.read_bytes() == b"outer" and os.listdir(tmp_path) == ["state"]
+
+
+@pytest.mark.parametrize("planted", ["file", "link", "dangling"])
+def test_a_planted_temporary_name_is_refused_and_not_touched(
+    tmp_path, known_name, planted
+):
+    path, victim = tmp_path / "state", tmp_path / "victim"
+    place = known_name(path)
+    if planted == "file":
+        place.write_bytes(b"planted")
+        place.chmod(0o666)
+    else:
+        place.symlink_to(victim)
+        if planted == "link":
+            victim.write_bytes(b"precious")
+    with pytest.raises(FileExistsError):
+        replace_file(path, b"secret")
+    assert not path.exists()
+    if planted == "link":
+        assert victim.read_bytes() == b"precious"
+    if planted == "dangling":
+        assert not victim.exists()
+
+
+@pytest.mark.parametrize("before", [None, 0o644, 0o666])
+def test_the_new_file_is_the_owners_whatever_was_there(tmp_path, before):
+    path = tmp_path / "state"
+    if before is not None:
+        path.write_bytes(b"old")
+        path.chmod(before)
+    umask = os.umask(0)
+    try:
+        replace_file(path, b"new")
+    finally:
+        os.umask(umask)
+    assert mode_of(path) == 0o600 and path.read_bytes() == b"new"
+
+
+def test_a_link_of_ones_own_is_kept_and_its_target_replaced(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    replace_file(link, b"new")
+    assert link.is_symlink() and target.read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_link_of_another_user_is_not_followed(tmp_path):
+    victim, link = tmp_path / "victim", tmp_path / "link"
+    victim.write_bytes(b"precious")
+    link.symlink_to(victim)
+    os.lchown(link, 12345, 12345)
+    with pytest.raises(OSError, match="link of user 12345"):
+        replace_file(link, b"new")
+    assert victim.read_bytes() == b"precious"
+    os.chown(tmp_path, 12345, 12345)  # now the link is in its owner's own directory
+    replace_file(link, b"new")
+    assert victim.read_bytes() == b"new"
+
+
+def test_long_names_can_be_written(tmp_path):
+    path = tmp_path / ("n" * 250)
+    replace_file(path, b"new")
+    assert path.read_bytes() == b"new"
+    other = tmp_path / ("m" * 250)
+    assert put_new_file(other, lambda hidden: hidden.write_bytes(b"x"))
+
+
+def test_a_device_is_written_to_directly(tmp_path):
+    replace_file(Path(os.devnull), b"gone")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
+    reader.start()
+    replace_file(fifo, b"through")
+    reader.join()
+    assert read == [b"through"] and os.listdir(tmp_path) == ["fifo"]
+
+
+def test_put_new_file_replaces_nothing_and_leaves_no_part(tmp_path):
+    path = tmp_path / "key"
+    write = lambda hidden: hidden.write_bytes(b"first")  # noqa: E731
+    assert put_new_file(path, write) and mode_of(path) == 0o600
+    assert not put_new_file(path, lambda hidden: hidden.write_bytes(b"second"))
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["key"]
+
+
+def test_permissions_of_others_are_taken_and_said(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"x")
+    path.chmod(0o644)
+    with pytest.warns(UserWarning, match="mode 0644.*mode is now 0600"):
+        restrict_to_owner(path)
+    assert mode_of(path) == 0o600
+    restrict_to_owner(path)  # says nothing a second time
+
+
+def test_a_directory_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
+    def refuse(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(atomic_file.os, "fsync", refuse)
+    replace_file(tmp_path / "state", b"new")
+    assert (tmp_path / "state").read_bytes() == b"new"
