@@ -1,7 +1,21 @@
 """The command line ``opacus-pi``: it parses arguments, calls the library, prints text.
 
-``parser`` declares all commands and imports neither torch nor opacus. Each command is
-a module with a function ``run(options)``, imported when that command runs.
+``parser`` declares all commands and imports neither torch nor opacus. Each command is a
+module with a function ``run(options)``, imported when that command runs.
+
+| module | what it does |
+|---|---|
+| ``program`` | runs a command and turns errors into exit codes |
+| ``parser``, ``methods`` | declare commands, arguments and unlearning methods |
+| ``inputs``, ``imports`` | load the files and objects that the arguments name |
+| ``sets`` | cuts forget, retain and test set in the same way for all commands |
+| ``output`` | prints text or JSON, formats tables |
+| ``run_files`` | the directory that ``unlearn`` writes |
+| ``recognition`` | finds out what a file is, for ``verify`` |
+| all others | one command each |
+
+A command computes nothing itself. If its answer needs a number, the library has a
+function that returns it, so that scripts can get the same number.
 """
 
 from opacus_pi.cli.program import main

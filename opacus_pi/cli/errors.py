@@ -1,8 +1,14 @@
-"""Exit codes, and errors that name the argument and the remedy in one line.
+r"""Exit codes, and errors that name the argument and the remedy in one line.
 
 The library names its own arguments in its messages, such as ``noise_std``. On the
 command line the same argument may be called ``--sigma``, so ``about`` and
 ``with_flags`` put the name there that the user wrote.
+
+>>> one_line("cannot\n    be read")
+'cannot be read'
+>>> options = argparse.Namespace(flags={"noise_std": "--sigma"})
+>>> with_flags(ValueError("noise_std must be above 0, got -1."), options)
+'--sigma must be above 0, got -1.'
 """
 
 import argparse
@@ -15,16 +21,24 @@ _NAMED = re.compile(r"^\w+(?= must )")
 
 
 class BadInput(Exception):
-    """An argument or a file cannot be used; the message says what to give instead."""
+    """An argument or a file cannot be used; the message says what to give instead.
+
+    The program prints it as one line, without a traceback, and exits with code 2. Raise
+    it only for what the user can correct; any other error is a failure with code 1.
+    """
 
 
 @contextmanager
 def about(argument: str, remedy: str) -> Iterator[None]:
     """Turn an error about a file or a value into one that names the argument.
 
+    Wrap the smallest part that reads the file: an error of the user's own code inside
+    the block would be reported as a problem of the file. A ``BadInput`` passes through.
+
     Args:
         argument: The argument, as the user writes it.
-        remedy: One sentence: what the user can do about a file.
+        remedy: One sentence: what the user can do about a file. An error of the library
+            about a value has its own remedy.
 
     Raises:
         BadInput: Instead of an ``OSError`` or a ``ValueError``.

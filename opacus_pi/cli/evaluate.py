@@ -38,7 +38,21 @@ _NUM_POINTS = 2000  # of the retain set, on which barriers are measured
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compute the metrics and print them."""
+    """Compute the metrics and print them.
+
+    The models are loaded before the first metric is computed, so that a wrong file is
+    reported at once and not after minutes.
+
+    Args:
+        options: The parsed arguments of ``evaluate``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BadInput: If a file or an object cannot be used, the test set is the training
+            set, or a retrained model has the weights of another model.
+    """
     train_set = import_data_set("--data", options.train_set)
     test_set = import_data_set("--test", options.test_set)
     require_unseen(train_set, test_set)
@@ -91,7 +105,10 @@ def _require_different_weights(
 
 
 def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two state dicts of one architecture have equal tensors."""
+    """Whether two state dicts of one architecture have equal tensors.
+
+    Entries that are not tensors (extra state of a module) are not compared.
+    """
     return all(
         torch.equal(value, other[name])
         for name, value in one.items()
@@ -103,6 +120,9 @@ def _barriers(
     network: nn.Module, oracles: list[nn.Module], sets: Sets, match: bool
 ) -> Barriers | None:
     """Measure loss barriers on a part of the retain set.
+
+    The part is its first 2,000 examples. A barrier needs the loss at eleven points of
+    each line, so the whole set would take most of the command's time.
 
     Args:
         network: The evaluated model.
@@ -133,7 +153,12 @@ def _barriers(
 
 
 def _text(facts: dict[str, Any], barriers: Barriers | None) -> str:
-    """Return the answer as text for a person."""
+    """Return the answer as text for a person.
+
+    Args:
+        facts: The answer for programs.
+        barriers: The barriers in it, or None without retrained models.
+    """
     oracle = facts["oracle"]
     header = ["metric", "model"]
     rows = [[name, value] for name, value in facts["metrics"].items()]
@@ -164,7 +189,13 @@ def _text(facts: dict[str, Any], barriers: Barriers | None) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation as text, or the only value."""
+    """Return mean ± standard deviation as text, or the only value.
+
+    Args:
+        values: One number for each retrained model, or for each pair of them. With a
+            single retrained model there is no pair, and the barrier between pairs is
+            unknown.
+    """
     if len(values) < 2:
         return cell(float(values[0])) if values else "unknown (one model)"
     return f"{cell(np.mean(values))} ± {cell(np.std(values, ddof=1))}"

@@ -126,7 +126,18 @@ def closest_first(name: str, known: Sequence[str]) -> list[str]:
 
 
 def _module(flag: str, name: str) -> ModuleType:
-    """Import the user's module, from the current directory first."""
+    """Import the user's module, from the current directory first.
+
+    An installed program does not search the current directory by itself, as ``python
+    -m`` does. Importing runs the module's code, which may raise anything.
+
+    Args:
+        flag: The argument, for the message.
+        name: The module's name, with dots.
+
+    Raises:
+        BadInput: If the import fails, with the error and with similar names.
+    """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -139,7 +150,16 @@ def _module(flag: str, name: str) -> ModuleType:
 
 
 def _similar_modules(name: str, error: Exception) -> str:
-    """Suggest modules of the current directory if a module was not found."""
+    """Suggest modules of the current directory if a module was not found.
+
+    Args:
+        name: The name that was given.
+        error: What the import raised. If it is about another module, which the user's
+            module imports, the name was right and no suggestion helps.
+
+    Returns:
+        A question with a space after it, or an empty text.
+    """
     if not isinstance(error, ModuleNotFoundError) or str(error.name) not in name:
         return ""
     here = {p.stem for p in Path.cwd().iterdir() if p.suffix == ".py" or p.is_dir()}
@@ -148,7 +168,17 @@ def _similar_modules(name: str, error: Exception) -> str:
 
 
 def _attribute(flag: str, module: ModuleType, name: str, kind: Kind) -> Any:
-    """Look up a name with dots in a module."""
+    """Look up a name with dots in a module.
+
+    Args:
+        flag: The argument, for the message.
+        module: The module.
+        name: Such as ``build`` or ``Models.small``.
+        kind: The kind that is wanted, to list what the module has of it.
+
+    Raises:
+        BadInput: If there is no such name.
+    """
     found = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -161,7 +191,16 @@ def _attribute(flag: str, module: ModuleType, name: str, kind: Kind) -> Any:
 
 
 def _offer(module: ModuleType, name: str, kind: Kind) -> str:
-    """List what a module has of the kind that is wanted, similar names first."""
+    """List what a module has of the kind that is wanted, similar names first.
+
+    Objects of the kind come before functions and classes that could build one, because
+    the latter are a guess. Names with an underscore are left out.
+
+    Args:
+        module: The module.
+        name: The name that was given; names like it are listed first.
+        kind: The kind that is wanted.
+    """
     public = {n: v for n, v in vars(module).items() if not n.startswith("_")}
     named = sorted(n for n, value in public.items() if kind.fits(value))
     named += sorted(
@@ -175,7 +214,17 @@ def _offer(module: ModuleType, name: str, kind: Kind) -> str:
 
 
 def _builds(value: Any, module: ModuleType, kind: Kind) -> bool:
-    """Whether calling an object that the module defines could build what is wanted."""
+    """Whether calling an object that the module defines could build what is wanted.
+
+    The object is not called, because that could take long or have side effects. It must
+    be defined in the module or below it, be callable without arguments, and, if it is a
+    class, be a class of the wanted kind. What a function returns is not known.
+
+    Args:
+        value: The object.
+        module: The module that has it.
+        kind: The kind that is wanted.
+    """
     home = f"{getattr(value, '__module__', '')}."
     if not callable(value) or not home.startswith(f"{module.__name__}."):
         return False

@@ -41,6 +41,10 @@ def load_ledgers(
         noise_std: Assumed standard deviation of the noise on the sum of gradients;
             None: the ledgers' own.
         flag: The argument that names them.
+
+    Raises:
+        BadInput: If a file is not a ledger, or training added no noise and none is
+            assumed. Every number that the commands print would be infinite then.
     """
     runs = []
     for path in paths:
@@ -62,10 +66,20 @@ def load_ledgers(
 def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
     """Return the ids that an argument lists, or those in the file that it names.
 
+    The ids are not checked here: whether they are in the training set, and each once,
+    is checked where its length is known. A file is tried only if the text is not a list
+    of numbers, so a file named ``17`` must be written ``./17``.
+
+    >>> read_indices("3,17 25")
+    array([ 3, 17, 25])
+
     Args:
-        text: Whole numbers separated by commas or spaces, or a file: ``.npy``, or
-            text with one id a line, or a JSON list.
+        text: Whole numbers separated by commas or spaces, or a file: ``.npy``, or text
+            with one id a line, or a JSON list.
         flag: The argument.
+
+    Raises:
+        BadInput: If the file cannot be read or does not hold whole numbers.
     """
     with about(flag, "List ids as 3,17,25, or name a file of them."):
         if Path(text).suffix == ".npy":
@@ -84,12 +98,22 @@ def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
 
 
 def import_data_set(flag: str, path: str) -> Any:
-    """Import a data set by its import path."""
+    """Import a data set by its import path.
+
+    Args:
+        flag: ``--data`` or ``--test``.
+        path: ``package.module:name``.
+
+    Raises:
+        BadInput: If it cannot be imported or is no data set with a length and
+            positions. Data that can only be iterated have no positions that an id could
+            mean.
+    """
     return import_object(flag, path, DATA_SET)
 
 
 def import_criterion(options: argparse.Namespace) -> Any:
-    """Import the loss."""
+    """Import the loss that ``--criterion`` names."""
     return import_object("--criterion", options.criterion, CRITERION)
 
 
@@ -112,6 +136,10 @@ def load_model(
         options: With ``model`` and ``device``.
         weights: The file.
         flag: The argument that names it.
+
+    Raises:
+        BadInput: If the model, the weights or the device cannot be used. Running out of
+            memory is not an error in an argument and stays as it is.
     """
     network = import_model(options)
     try:
@@ -156,7 +184,19 @@ def load_weights(flag: str, path: str, model: nn.Module) -> nn.Module:
 
 
 def _read_state(flag: str, path: str) -> dict[str, Tensor]:
-    """Read the tensors of a file by name."""
+    """Read the tensors of a file by name.
+
+    The suffix decides how the file is read, so that a file of another format is refused
+    with a message that names the formats. Pickled files are read with ``weights_only``:
+    they cannot run code.
+
+    Args:
+        flag: The argument, for the message.
+        path: The file.
+
+    Raises:
+        BadInput: If it is none of the formats, damaged, or holds more than tensors.
+    """
     suffix = Path(path).suffix
     if suffix not in (".safetensors", ".pt", ".pth"):
         raise BadInput(

@@ -92,7 +92,14 @@ def _parsed(setting: str, method: str, known: Mapping[str, Any]) -> tuple[str, A
 
 
 def _number(text: str) -> Any:
-    """Read a value: JSON, or a number as people write it, such as .5, 1. or +2."""
+    """Read a value: JSON, or a number as people write it, such as .5, 1. or +2.
+
+    >>> _number("null"), _number("2"), _number(".5")
+    (None, 2, 0.5)
+
+    Raises:
+        ValueError: If it is neither; the caller then takes it as text.
+    """
     try:
         return json.loads(text)
     except ValueError:
@@ -100,7 +107,16 @@ def _number(text: str) -> Any:
 
 
 def _settings_of(method: str, known: Mapping[str, Any]) -> str:
-    """Return a sentence that lists the settings of a method with their defaults."""
+    """Return a sentence that lists the settings of a method with their defaults.
+
+    >>> from opacus_pi.unlearning import L1Sparse
+    >>> _settings_of("l1", {f.name: f for f in fields(L1Sparse)})
+    'Settings of l1: strength (required), schedule=linear.'
+
+    Args:
+        method: Its name on the command line.
+        known: Its fields by name.
+    """
     shown = [
         f"{name} (required)" if field.default is MISSING else f"{name}={field.default}"
         for name, field in known.items()

@@ -20,10 +20,17 @@ from opacus_pi.files.strict_json import json_text
 def answer(options: argparse.Namespace, facts: Mapping[str, Any], text: str) -> None:
     """Print the text or the JSON, and write the JSON to a file if one was named.
 
+    The file is written first: if that fails, nothing is printed that could be taken for
+    success.
+
     Args:
         options: The parsed arguments, with ``json`` and maybe ``json_file``.
-        facts: The answer for programs.
+        facts: The answer for programs. Infinities are written as words, because JSON
+            has no number for them.
         text: The answer for people.
+
+    Raises:
+        BadInput: If the file cannot be written.
     """
     if getattr(options, "json_file", None):
         with about("--out", "Name a file in a directory that can be written."):
@@ -33,6 +40,10 @@ def answer(options: argparse.Namespace, facts: Mapping[str, Any], text: str) -> 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Format columns of text: the first one left-aligned, the others right-aligned.
+
+    >>> print(table(("metric", "before", "after"), [("test_accuracy", 0.91, 0.9042)]))
+    metric         before   after
+    test_accuracy    0.91  0.9042
 
     Args:
         header: One heading per column.

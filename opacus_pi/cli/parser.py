@@ -66,7 +66,15 @@ class Argument:
     options: dict[str, Any]
 
     def but(self, **options: Any) -> "Argument":
-        """Return the same argument with some options replaced."""
+        """Return the same argument with some options replaced.
+
+        Commands share one declaration of an argument, so that it means the same
+        everywhere. A command that needs it optional, or explains it in its own words,
+        changes only that.
+
+        Args:
+            **options: The options to replace, as ``add_argument`` names them.
+        """
         return Argument(self.names, {**self.options, **options})
 
 
@@ -113,12 +121,27 @@ def option(
 
 
 def switch(flag: str, text: str) -> Argument:
-    """Declare an argument without a value."""
+    """Declare an argument without a value; it is False unless it is given.
+
+    Args:
+        flag: Its name on the command line.
+        text: What it does.
+    """
     return Argument((flag,), {"action": "store_true", "help": text})
 
 
 def whole_number(text: str) -> int:
-    """Convert an argument to a whole number of at least 1."""
+    """Convert an argument to a whole number of at least 1.
+
+    >>> whole_number("12")
+    12
+
+    Args:
+        text: The word on the command line.
+
+    Raises:
+        ArgumentTypeError: If it is anything else; argparse puts the flag before it.
+    """
     number = int(text) if text.strip().isdigit() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
@@ -126,7 +149,14 @@ def whole_number(text: str) -> int:
 
 
 def probability(text: str) -> float:
-    """Convert an argument to a number between 0 and 1, both excluded."""
+    """Convert an argument to a number between 0 and 1, both excluded.
+
+    Args:
+        text: The word on the command line.
+
+    Raises:
+        ArgumentTypeError: If it is anything else, NaN included.
+    """
     try:
         number = float(text)
     except ValueError:
@@ -137,7 +167,17 @@ def probability(text: str) -> float:
 
 
 def writable_file(text: str) -> str:
-    """Accept the name of a file that can be made."""
+    """Accept the name of a file that can be made.
+
+    It is checked while arguments are parsed, so that a misspelled directory is reported
+    before minutes of computation and not after.
+
+    Args:
+        text: The word on the command line.
+
+    Raises:
+        ArgumentTypeError: If it is a directory, or is to be in one that does not exist.
+    """
     if Path(text).is_dir():
         reason = "it is a directory"
     elif not (directory := Path(os.path.abspath(text)).parent).is_dir():
@@ -451,10 +491,20 @@ Exit code 0: verified. 1: damaged or edited. 2: bad arguments, or no such file.
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line that suggests what was meant."""
+    """An argument parser whose errors are one line that suggests what was meant.
+
+    Argparse by itself prints the whole usage before the error, and has no suggestions.
+    """
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with the code of bad input."""
+        """Print one line and exit with the code of bad input.
+
+        Argparse calls this for every error. If a word was not one of the choices, the
+        most similar one is suggested.
+
+        Args:
+            message: The message of argparse.
+        """
         line = one_line(message)
         if choice := _CHOICE.search(line):
             line += _suggestion(choice[1], re.findall(r"[\w-]+", choice[2]))
@@ -462,7 +512,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {line}. {see}\n")
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
-        """Report words that are left over, and what may have been meant."""
+        """Report words that are left over, and what may have been meant.
+
+        Two mistakes are frequent: a misspelled flag, and ids separated by spaces after
+        ``--forget``, of which only the first belongs to the flag.
+
+        Args:
+            words: The words that no argument took.
+        """
         message = f"unrecognized arguments: {' '.join(words)}"
         flags = [flag for action in self._actions for flag in action.option_strings]
         if words[0].startswith("-"):
@@ -490,7 +547,9 @@ def build_parser() -> Parser:
     """Return the parser of all commands, made from ``COMMANDS``.
 
     Every command sets ``flags`` in the options: the name of each argument as the user
-    writes it, by its name in the library. ``errors.with_flags`` uses it in messages.
+    writes it, by its name in the library. ``errors.with_flags`` uses it in messages. It
+    also sets ``refuse``, the method of its own parser that reports words left over: the
+    parser of all commands does not know the flags of one command.
     """
     shape: dict[str, Any] = {
         "formatter_class": argparse.RawDescriptionHelpFormatter,

@@ -24,7 +24,18 @@ from opacus_pi.unlearning.requests import requested_indices
 
 
 def run(options: argparse.Namespace) -> int:
-    """Make the plan and print it."""
+    """Make the plan and print it.
+
+    Args:
+        options: The parsed arguments of ``plan``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BadInput: If a file cannot be used, or a method is named without a model.
+        ValueError: If the library refuses a value; the program names the flag.
+    """
     if options.method is not None and options.model is None:
         raise BadInput(
             "--method: its guarantee depends on the model. Name the architecture too: "
@@ -57,8 +68,10 @@ def run(options: argparse.Namespace) -> int:
 def _requested_before(log: str | None, ledger: GradNormLedger) -> NDArray[np.int64]:
     """Return the sorted examples that requests of a deletion log name, done or not.
 
+    A pending request counts, too: it will be carried out before this one.
+
     Args:
-        log: Path of the deletion log; None: there were no requests.
+        log: Path of the deletion log; None: there were no requests. It is only read.
         ledger: A ledger of the training, which tells the length of the training set.
     """
     if log is None:
@@ -101,7 +114,11 @@ def _past_runs(texts: Sequence[str]) -> list[PastRun]:
 
 
 def _facts(plan: Plan, delta: float) -> dict[str, object]:
-    """Return the answer as JSON facts for a program."""
+    """Return the answer as JSON facts for a program.
+
+    They do not list the examples to forget, which the caller named. Numbers that are
+    not known are null.
+    """
     return {
         "format": "opacus_pi.cli.plan.v1",
         "num_forget": len(plan.forget),

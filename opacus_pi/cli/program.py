@@ -54,7 +54,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _explained(error: Exception, options: argparse.Namespace) -> tuple[str, int]:
-    """Return the message about an error, and the exit code."""
+    """Return the message about an error, and the exit code.
+
+    Code 2 means that other arguments or files will help. The library raises
+    ``ValueError`` for values and ``AccountingError`` for ledgers that do not allow a
+    number; an ``OSError`` is about a file. Everything else is code 1, with the way to
+    see where it happened.
+
+    Args:
+        error: What the command raised.
+        options: The parsed arguments, to name the flag in place of the library's name.
+    """
     if isinstance(error, BadInput):
         return str(error), BAD_INPUT
     if isinstance(error, ValueError):
@@ -69,6 +79,15 @@ def _explained(error: Exception, options: argparse.Namespace) -> tuple[str, int]
 
 
 def _report(options: argparse.Namespace, message: str, code: int) -> int:
-    """Print one line on the error stream, and return the exit code."""
+    """Print one line on the error stream, and return the exit code.
+
+    The standard output remains empty after an error, so that a program that reads JSON
+    from it does not get words.
+
+    Args:
+        options: The parsed arguments, for the command's name.
+        message: One line.
+        code: The exit code.
+    """
     print(f"opacus-pi {options.command}: {message}", file=sys.stderr)
     return code

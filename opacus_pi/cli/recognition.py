@@ -91,7 +91,20 @@ def recognise(path: Path, head: str | None = None) -> Recognised:
 def _chain(
     check: Callable[[Path, str | None], Verification], path: Path, head: str | None
 ) -> dict[str, Any]:
-    """Check a deletion log: return its head, and what was added since another head."""
+    """Check a deletion log: return its head, and what was added since another head.
+
+    Args:
+        check: The function for the log's format.
+        path: The log.
+        head: Hash that an entry must have, or None.
+
+    Returns:
+        ``head``; ``added``, the number of entries after the given head, if one was
+        given; ``redacted``, the numbers of the redacted entries, if there are any.
+
+    Raises:
+        ValueError: If an entry is damaged or missing.
+    """
     found = check(path, head)
     facts: dict[str, Any] = {"head": found.head}
     if found.num_added is not None:
@@ -202,7 +215,12 @@ def _text(path: Path, start: bytes) -> Recognised:
 
 
 def _json(content: Any) -> Recognised:
-    """Recognise JSON that has no checksum."""
+    """Recognise JSON that has no checksum.
+
+    Args:
+        content: The parsed file. Its entry ``format`` names the kind, except in records
+            of unlearning runs, which are known by their entries.
+    """
     form = content.get("format") if isinstance(content, dict) else None
     if kind := kind_in(json.dumps({"format": form}).encode()):
         return Recognised(kind.words, ours=True)

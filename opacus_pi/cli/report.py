@@ -19,7 +19,17 @@ from opacus_pi.report.write import write_report
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the page and its JSON."""
+    """Write the page and its JSON.
+
+    Args:
+        options: The parsed arguments of ``report``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BadInput: If a file cannot be used. Then nothing is written.
+    """
     page = Path(options.out)
     if page.suffix != ".html":
         raise BadInput(f"--out: {page} is not a page. Name it report.html.")
@@ -67,7 +77,21 @@ def _evaluation_file(options: argparse.Namespace) -> str | Path | None:
 def _read_evaluation(
     path: str | Path,
 ) -> tuple[dict[str, Any] | None, Barriers | None]:
-    """Read what ``evaluate`` wrote; every number is converted, so none is a text."""
+    """Read what ``evaluate`` wrote; every number is converted, so none is a text.
+
+    The page shows these values. A file edited by hand could otherwise put words where
+    the reader expects a measurement.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Metrics of retrained models and barriers, each None if there were no such
+        models.
+
+    Raises:
+        BadInput: If the file has another format or is damaged.
+    """
     found = read_json(f"--evaluation {path}", path)
     try:
         if found.get("format") != FORMAT:

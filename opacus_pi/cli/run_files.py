@@ -115,7 +115,16 @@ def load_run(directory: str) -> SavedRun:
 
 
 def _record(argument: str, path: Path) -> dict[str, Any]:
-    """Read what was run; the forgotten examples must be lists of whole numbers."""
+    """Read what was run; the forgotten examples must be lists of whole numbers.
+
+    The record has no checksum, because people may read and archive it as text. The
+    report counts the lists and looks up the losses of the examples, so their form is
+    checked.
+
+    Args:
+        argument: The argument that names the directory, for the message.
+        path: The file.
+    """
     record = read_json(argument, path)
     for name in ("forget_indices", "forgotten_before"):
         ids = record.get(name)

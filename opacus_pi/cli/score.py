@@ -2,6 +2,9 @@
 
 The text shows quantiles, the hardest examples and the strata; the JSON has the numbers
 of all examples as well. The numbers are those of ``report.score``.
+
+The answer begins with a warning that it is sensitive: a list of ids with high losses
+tells which people of a data set are unusual.
 """
 
 import argparse
@@ -15,7 +18,18 @@ from opacus_pi.report.write import training_facts
 
 
 def run(options: argparse.Namespace) -> int:
-    """Score all examples and print a summary."""
+    """Score all examples and print a summary.
+
+    Args:
+        options: The parsed arguments of ``score``.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        BadInput: If a file is not a ledger, or training added no noise and none is
+            assumed.
+    """
     runs = load_ledgers(options.ledger, options.noise_std)
     scores = score(
         runs, order=options.order, delta=options.delta, tolerance=options.tolerance
@@ -35,7 +49,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _text(scores: Scores, facts: dict[str, Any]) -> str:
-    """Return the answer as text for a person."""
+    """Return the answer as text for a person.
+
+    Args:
+        scores: The per-example numbers.
+        facts: The answer for programs, made from them.
+    """
     quantiles = facts["quantiles"]
     losses, epsilons = quantiles["loss"], quantiles["epsilon"]
     rows = zip(
@@ -61,7 +80,10 @@ def _text(scores: Scores, facts: dict[str, Any]) -> str:
 
 
 def _headline(scores: Scores) -> str:
-    """Return the first lines of the answer: the unit of the numbers, and the bound."""
+    """Return the first lines of the answer: the unit of the numbers, and the bound.
+
+    The bound is rounded up, so that what is printed is still a bound.
+    """
     about = f"{len(scores.ids)} examples, loss in nats at order {scores.order:g}"
     if scores.ranking_only:
         return (

@@ -37,7 +37,11 @@ class Sets:
     criterion: Any
 
     def metrics(self, model: nn.Module) -> dict[str, float]:
-        """Compute every metric of one model."""
+        """Compute every metric of one model.
+
+        Args:
+            model: The model, which is not changed.
+        """
         return evaluate(
             model,
             self.criterion,

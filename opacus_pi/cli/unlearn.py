@@ -40,7 +40,19 @@ from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
 
 
 def run(options: argparse.Namespace) -> int:
-    """Unlearn, save the result and print it."""
+    """Unlearn, save the result and print it.
+
+    Args:
+        options: The parsed arguments of ``unlearn``.
+
+    Returns:
+        The exit code. A request that an earlier command carried out is a success, and
+        writes no directory.
+
+    Raises:
+        BadInput: If an argument, a file or an object cannot be used.
+        ValueError: If the library refuses a value, or weights beside the log.
+    """
     if options.request_id and not options.log:
         raise BadInput("--request-id: there is no log. Add --log FILE.db.")
     method = make_method(options.method, options.settings)
@@ -142,7 +154,18 @@ def _pending(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _test_set(options: argparse.Namespace, train_set: Any) -> Any:
-    """Import and check the test set before a request is entered; None if not named."""
+    """Import and check the test set before a request is entered; None if not named.
+
+    Without a test set there are no metrics, because membership inference needs unseen
+    examples.
+
+    Args:
+        options: The parsed arguments.
+        train_set: The training set, which must be another one.
+
+    Raises:
+        BadInput: If the test set cannot be imported or is the training set.
+    """
     if options.test_set is None:
         return None
     test_set = import_data_set("--test", options.test_set)
@@ -204,7 +227,15 @@ def _run_facts(result: UnlearningResult | None, delta: float) -> dict[str, Any]:
 
 
 def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
-    """Return the answer as text for a person."""
+    """Return the answer as text for a person.
+
+    It first reports requests of earlier commands, then this one: what was run, the
+    metrics, what may be claimed, and the head of the log to keep.
+
+    Args:
+        facts: The answer for programs.
+        result: The run; None if an earlier command carried the request out.
+    """
     parts = [
         f"Request {other['request_id']} was still pending in the log: it was carried "
         f"out too, with the settings of this command. "

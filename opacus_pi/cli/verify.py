@@ -22,7 +22,18 @@ from opacus_pi.cli.recognition import LOG, OLD_LOG, Recognised, recognise
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check the file and print the result, which is also the exit code."""
+    """Check the file and print the result, which is also the exit code.
+
+    Args:
+        options: The parsed arguments of ``verify``.
+
+    Returns:
+        0 if the file is unchanged, 1 if not, 3 if it cannot be checked.
+
+    Raises:
+        BadInput: If there is no such file, it is a directory, or a head was given for a
+            file that is not a deletion log.
+    """
     if Path(options.file).is_dir():
         raise BadInput(
             f"FILE: {options.file} is a directory. Name one file in it, such as a "

@@ -13,6 +13,10 @@ Every curve has its own marker, and the spread over runs is always drawn.
 | 5 | ``plot_curves`` |
 | 9 | ``plot_pictures`` |
 | not in the paper: histogram of a number over examples | ``plot_distribution`` |
+
+Nothing here computes a privacy loss or runs a model, and nothing imports torch. A
+figure can therefore be drawn again from saved numbers on any machine, and be part of a
+larger figure: pass ``ax``. No function calls ``show`` or saves a file.
 """
 
 from opacus_pi.plotting.barriers import plot_barriers

@@ -72,7 +72,15 @@ def plot_barriers(
 
 
 def _draw_baseline(ax: Axes, centre: Array, pairs: Array) -> None:
-    """Draw one band for all sets, or a band with its own value at each set."""
+    """Draw one band for all sets, or a band with its own value at each set.
+
+    Args:
+        ax: Where to draw.
+        centre: Mean loss of each set, ``(sets,)``, the places on the x axis.
+        pairs: Barriers between retrained models. With two dimensions, of which the
+            second has one column for each set, every set gets its own value; else all
+            barriers are one sample, in whatever shape they come.
+    """
     of_sets = pairs.ndim == 2 and pairs.shape[1] == len(centre)
     columns = pairs if of_sets else pairs.reshape(-1, 1)
     mean, spread = columns.mean(0), columns.std(0)

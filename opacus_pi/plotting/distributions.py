@@ -8,7 +8,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
-from opacus_pi.plotting.style import COLOURS, axes_or_new
+from opacus_pi.plotting.style import COLOURS, Array, axes_or_new
 
 _DECADES = 20.0  # with a larger ratio of largest to smallest the axis is logarithmic
 _NARROW = 1e4  # with a smaller ratio more than powers of ten get a label
@@ -51,16 +51,8 @@ def plot_distribution(
         "There is no distribution to draw.",
     )
     ax = axes_or_new(ax)
+    ax.hist(finite, bins=_edges(ax, finite, num_bins), color=COLOURS[0], alpha=0.75)
     shown = {k: v for k, v in (marks or {}).items() if np.isfinite(v)}
-    logarithmic = finite.min() > 0 and finite.max() > _DECADES * finite.min()
-    if logarithmic:
-        ax.set_xscale("log")
-        _name_few_ticks(ax, finite.max() / finite.min())
-    space = np.geomspace if logarithmic else np.linspace
-    low, high = finite.min(), finite.max()
-    width = 0.0 if high > low else 0.5
-    edges = space(low - width, high + width, num_bins + 1)
-    ax.hist(finite, bins=edges.tolist(), color=COLOURS[0], alpha=0.75)
     for (label, value), colour in zip(shown.items(), COLOURS[1:], strict=False):
         ax.axvline(value, color=colour, lw=1.5, ls=(0, (4, 3)), label=label)
     left_out = numbers.size - finite.size
@@ -71,8 +63,42 @@ def plot_distribution(
     return ax
 
 
+def _edges(ax: Axes, finite: Array, num_bins: int) -> list[float]:
+    """Return the edges of the bars, after choosing the scale of the axis.
+
+    With a logarithmic axis the bars have equal width on the paper, not in the unit of
+    the values. Equal widths in the unit would put nearly all examples into the first
+    bar.
+
+    Args:
+        ax: Its x axis is made logarithmic if the values are positive and span more than
+            a factor of 20.
+        finite: The values, at least one. If all are equal, the bars cover 0.5 on either
+            side.
+        num_bins: Number of bars.
+    """
+    low, high = finite.min(), finite.max()
+    if low > 0 and high > _DECADES * low:
+        ax.set_xscale("log")
+        _name_few_ticks(ax, high / low)
+        edges = np.geomspace(low, high, num_bins + 1)
+    else:
+        width = 0.0 if high > low else 0.5
+        edges = np.linspace(low - width, high + width, num_bins + 1)
+    return edges.tolist()
+
+
 def _name_few_ticks(ax: Axes, span: float) -> None:
-    """Label a logarithmic axis so that the labels do not overlap."""
+    """Label a logarithmic axis so that the labels do not overlap.
+
+    The labels of minor ticks would overlap, so they are removed. Only powers of ten
+    would then have a label, and a narrow axis may contain a single one. An axis of less
+    than four decades therefore gets two or three labels in each decade.
+
+    Args:
+        ax: The axes with a logarithmic x axis.
+        span: Ratio of the largest value to the smallest.
+    """
     ax.xaxis.set_minor_formatter(NullFormatter())
     if span < _NARROW:
         subs = (1.0, 2.0, 5.0) if span < _NARROW / 10 else (1.0, 3.0)

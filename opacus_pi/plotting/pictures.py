@@ -54,7 +54,17 @@ def plot_pictures(
 
 
 def _pictures(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    """Return pictures as matplotlib expects them, ``(m, h, w)`` or ``(m, h, w, 3)``."""
+    """Return pictures as matplotlib expects them, ``(m, h, w)`` or ``(m, h, w, 3)``.
+
+    Torch has channels before height and width, matplotlib after them.
+
+    Args:
+        name: Name of the row, for the message.
+        values: The pictures of one row.
+
+    Raises:
+        ValueError: If the array has another shape or is empty.
+    """
     array = np.asarray(values, dtype=np.float64)
     good = array.ndim == 3 or (array.ndim == 4 and array.shape[1] in (1, 3))
     expect(

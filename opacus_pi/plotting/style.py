@@ -1,4 +1,8 @@
-"""Colours, markers and drawing functions that all figures share."""
+"""Colours, markers and drawing functions that all figures share.
+
+The look of the paper's figures is decided here, so that they look alike when they stand
+side by side. A figure's own file decides what is drawn.
+"""
 
 from collections.abc import Iterator
 from itertools import cycle
@@ -22,12 +26,19 @@ GREY = "#777777"
 
 
 def axes_or_new(ax: Axes | None) -> Axes:
-    """Return the given Axes, or those of a new figure."""
+    """Return the given Axes, or those of a new figure.
+
+    Args:
+        ax: The caller's Axes; None makes a figure of 5.2 by 3.6 inches.
+    """
     return ax or plt.subplots(figsize=(5.2, 3.6), layout="constrained")[1]
 
 
 def styles() -> Iterator[dict[str, Any]]:
-    """Return colour and marker of the first curve, the second, and so on."""
+    """Return colour and marker of the first curve, the second, and so on.
+
+    After seven curves they begin again, and two curves look alike.
+    """
     pairs = zip(COLOURS, MARKERS, strict=True)
     return cycle([{"color": c, "marker": m} for c, m in pairs])
 
@@ -41,6 +52,9 @@ def runs_and_sets(
         name: Name of the argument, for errors.
         values: The numbers; a single run may have shape ``(sets,)``.
         shape: The required shape; ``None`` allows any.
+
+    Raises:
+        ValueError: If the array is empty or has another shape.
     """
     array = np.atleast_2d(np.asarray(values, dtype=np.float64))
     expect(
@@ -54,7 +68,15 @@ def runs_and_sets(
 
 
 def centre_of(losses: Array) -> Array:
-    """Return the geometric mean over runs of the loss of each set, ``(sets,)``."""
+    """Return the geometric mean over runs of the loss of each set, ``(sets,)``.
+
+    It is the middle of the points on a logarithmic axis, where the arithmetic mean
+    would be too far right. A loss of 0 has no place there: it counts as the smallest
+    positive loss of all runs and sets.
+
+    Args:
+        losses: Mean privacy losses, ``(runs, sets)``.
+    """
     positive = losses[losses > 0]
     floor = positive.min() if positive.size else 1.0
     result: Array = np.exp(np.log(np.maximum(losses, floor)).mean(0))
@@ -64,7 +86,16 @@ def centre_of(losses: Array) -> Array:
 def draw_runs(
     ax: Axes, x: Array, y: Array, style: dict[str, Any], top: float = np.inf
 ) -> None:
-    """Draw runs as faint points, or as hollow ones at ``top`` if y is infinite."""
+    """Draw runs as faint points, or as hollow ones at ``top`` if y is infinite.
+
+    Args:
+        ax: Where to draw.
+        x: Place of each point, ``(runs, sets)``.
+        y: Height of each point, ``(runs, sets)``; infinite for a run that never
+            arrived.
+        style: Colour and marker.
+        top: Height of the hollow points: the length of the runs.
+    """
     never, colour, marker = ~np.isfinite(y), style["color"], style["marker"]
     ax.scatter(x[~never], y[~never], s=14, c=colour, marker=marker, alpha=0.35, lw=0)
     if never.any():
@@ -80,7 +111,16 @@ def draw_means(
     style: dict[str, Any],
     floor: float = -np.inf,
 ) -> None:
-    """Draw the mean over runs; for several runs also Student's 95 % interval."""
+    """Draw the mean over runs; for several runs also Student's 95 % interval.
+
+    Args:
+        ax: Where to draw.
+        x: Place of each set, ``(sets,)``.
+        runs: Finite heights, ``(runs, sets)``.
+        label: Name in the legend.
+        style: Colour, marker and line.
+        floor: Where the interval is cut off below; 0 for times, which are not negative.
+    """
     mean, error = runs.mean(0), np.zeros(runs.shape[1])
     if len(runs) > 1:
         error = stats.t.ppf(0.975, len(runs) - 1) * stats.sem(runs, axis=0)
@@ -89,7 +129,17 @@ def draw_means(
 
 
 def nested(count: int) -> list[dict[str, float]]:
-    """Return sizes for overlapping curves: a curve below another is drawn larger."""
+    """Return sizes for overlapping curves: a curve below another is drawn larger.
+
+    Times to unlearn are whole numbers of epochs, so two methods often have the same
+    curve. If both were drawn in one size, the first would be invisible.
+
+    Args:
+        count: Number of curves.
+
+    Returns:
+        Sizes of marker, line and bar for each curve, in drawing order.
+    """
     return [
         {"markersize": 5 + 2.5 * level, "linewidth": 1 + 1.4 * level, "elinewidth": 1}
         for level in reversed(range(count))
@@ -97,7 +147,14 @@ def nested(count: int) -> list[dict[str, float]]:
 
 
 def mark_never(ax: Axes, never: bool, max_time: float, unit: str) -> None:
-    """Use whole numbers on the axis; mark the end of runs that never arrived."""
+    """Use whole numbers on the axis; mark the end of runs that never arrived.
+
+    Args:
+        ax: Where to draw.
+        never: Whether some run never arrived; without one there is no mark.
+        max_time: Length of the runs.
+        unit: Unit of the times.
+    """
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     if never:
         text = f"never within {max_time:g} {unit}"
@@ -116,6 +173,10 @@ def mark_never(ax: Axes, never: bool, max_time: float, unit: str) -> None:
 
 
 def losses_below(ax: Axes) -> None:
-    """Make the x axis one of privacy losses: logarithmic, with a label."""
+    """Make the x axis one of privacy losses: logarithmic, with a label.
+
+    Losses of sets from easy to hard span orders of magnitude. In the paper the time to
+    unlearn grows with the logarithm of the loss, a straight line on this axis.
+    """
     ax.set_xscale("log")
     ax.set_xlabel("mean privacy loss of the forget set")
