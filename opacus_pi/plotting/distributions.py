@@ -51,7 +51,8 @@ def plot_distribution(
         "There is no distribution to draw.",
     )
     ax = axes_or_new(ax)
-    ax.hist(finite, bins=_edges(ax, finite, num_bins), color=COLOURS[0], alpha=0.75)
+    edges = _edges(ax, finite, num_bins)
+    ax.hist(finite, bins=edges.tolist(), color=COLOURS[0], alpha=0.75)
     shown = {k: v for k, v in (marks or {}).items() if np.isfinite(v)}
     for (label, value), colour in zip(shown.items(), COLOURS[1:], strict=False):
         ax.axvline(value, color=colour, lw=1.5, ls=(0, (4, 3)), label=label)
@@ -63,7 +64,7 @@ def plot_distribution(
     return ax
 
 
-def _edges(ax: Axes, finite: Array, num_bins: int) -> list[float]:
+def _edges(ax: Axes, finite: Array, num_bins: int) -> Array:
     """Return the edges of the bars, after choosing the scale of the axis.
 
     With a logarithmic axis the bars have equal width on the paper, not in the unit of
@@ -81,11 +82,9 @@ def _edges(ax: Axes, finite: Array, num_bins: int) -> list[float]:
     if low > 0 and high > _DECADES * low:
         ax.set_xscale("log")
         _name_few_ticks(ax, high / low)
-        edges = np.geomspace(low, high, num_bins + 1)
-    else:
-        width = 0.0 if high > low else 0.5
-        edges = np.linspace(low - width, high + width, num_bins + 1)
-    return edges.tolist()
+        return np.geomspace(low, high, num_bins + 1)
+    width = 0.0 if high > low else 0.5
+    return np.linspace(low - width, high + width, num_bins + 1)
 
 
 def _name_few_ticks(ax: Axes, span: float) -> None:
