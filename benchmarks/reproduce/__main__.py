@@ -28,54 +28,18 @@ import argparse
 import contextlib
 import os
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 
 import joblib
 import matplotlib
 
 from benchmarks.common.facts import facts_of
-from benchmarks.common.report import environment, write_json
+from benchmarks.common.report import environment
 from benchmarks.reproduce.figures import FIGURES, Figure
-from benchmarks.reproduce.figures.verdicts import NOT_TESTABLE, Verdict
 from benchmarks.reproduce.pool import JOBS_PER_GPU, default_jobs, run_all
-from benchmarks.reproduce.scales import SCALES, Scale
+from benchmarks.reproduce.publication import publish, text_of
+from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.workspace import Workspace
-
-FEWEST_SEEDS = 3  # a scale with fewer seeds gets no verdict
-
-
-def publish(figure: Figure, scale: Scale, workspace: Workspace, out: Path) -> None:
-    """Write a figure's JSON, picture and table, and print its verdict.
-
-    Args:
-        figure: The figure; all of its units have been run.
-        scale: The scale at which they were run.
-        workspace: Where their results are stored.
-        out: The folder for ``NAME.json``, ``NAME.png`` and, for some, ``NAME.md``.
-    """
-    result = figure.result(scale, workspace)
-    verdict = figure.judge(result)
-    if scale.sgd.num_seeds < FEWEST_SEEDS:
-        verdict = Verdict(NOT_TESTABLE, verdict.because)
-    content = {
-        "figure": figure.name,
-        "claim": figure.claim,
-        **asdict(verdict),
-        "environment": environment(),
-        "scale": facts_of(scale),
-        "result": result,
-    }
-    write_json(out / f"{figure.name}.json", content)
-    picture = figure.draw(result)
-    picture.savefig(out / f"{figure.name}.png", dpi=120)
-    matplotlib.pyplot.close(picture)
-    if figure.table:
-        text = figure.table(result)
-        (out / f"{figure.name}.md").write_text(text, encoding="utf-8")
-        print(text)
-    print(f"{figure.name}: {verdict.verdict}\n  claim: {figure.claim}")
-    print(f"  found: {verdict.because}")
 
 
 def chosen(names: list[str]) -> list[Figure]:
@@ -154,10 +118,13 @@ def main(argv: list[str] | None = None) -> None:
     with cluster(args.dask):
         units = [unit for figure in figures for unit in figure.units(scale)]
         run_all(units, workspace, args.jobs or default_jobs(args.device))
+    out = args.out or Path("runs/reproduce") / args.scale
     for figure in figures:
-        publish(
-            figure, scale, workspace, args.out or Path("runs/reproduce") / args.scale
-        )
+        result = figure.result(scale, workspace)
+        content = publish(figure, result, facts_of(scale), environment(), out)
+        print(text_of(content))
+        if figure.table:
+            print(figure.table(result))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Write ``docs/results.md`` from published figures.
+"""Write the page of results, docs/results.md, from stored results.
 
     python -m benchmarks.reproduce.page
 
-Reads ``benchmarks/results/reproduce/cpu/*.json`` and copies the pictures to
-``docs/results``. Figures that have not been run at this scale are listed as not run.
-The sentences after "Found" are stored with the results; the rest is written here.
+Reads the numbers in benchmarks/results/reproduce/cpu/*.json. They are judged and drawn
+again, so that verdicts, tables and pictures belong to the present code; nothing is
+trained. Pictures are copied to docs/results. Figures that have not been run at this
+scale are listed as not run.
 """
 
 import argparse
@@ -13,9 +14,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
 from benchmarks.reproduce.figures import FIGURES, Figure
+from benchmarks.reproduce.figures.verdicts import Verdict, sentences
+from benchmarks.reproduce.publication import Content, publish, verdict_on
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results" / "reproduce" / "cpu"
+AGAIN = RESULTS.parent / "again"  # from an empty store
 _HEAD = """# Results
 
 For each figure: the paper's claim, what we found, and a verdict. Results that disagree
@@ -40,9 +48,12 @@ All numbers, with seeds, settings and environment, are in
 **Scale.** {scale}
 
 **Verdicts.** A claim is *borne out* if every part of it holds, by every measure. It is
-*not testable* if an interval contains 0, or if all times are equal.
+*not testable* if an interval contains 0, or if all times are equal. Median epochs are
+listed from the easiest to the hardest set; tables call these sets *first*, *q1*, *q2*,
+*q3* and *last*. *n* is the number of seeds.
 
-**Intervals** are 95 % Student intervals over trainings (seeds). Forget sets are ranked
+**Intervals**, in brackets or after ±, are 95 % Student intervals over trainings
+(seeds). Forget sets are ranked
 by the mean privacy loss over the ledgers of all seeds, and all seeds use the same sets.
 The seeds also share the oracles of a set, and the settings of a method, which are
 searched once. The intervals therefore hold for these sets, oracles and settings. They
@@ -78,23 +89,42 @@ benchmarks/results/reproduce/again`). All models were trained again.
 
 def main() -> None:
     """Write the page and copy the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=_results())
-    parser.add_argument("--again", type=Path, default=_results().parent / "again")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
-    args = parser.parse_args()
-    found = {name: _read(args.results / f"{name}.json") for name in FIGURES}
-    pictures = args.docs / "results"
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reproduce.page",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args()
+    matplotlib.use("Agg")
+    pictures = DOCS / "results"
     pictures.mkdir(parents=True, exist_ok=True)
-    for name, content in found.items():
-        if content is not None:
-            shutil.copy(args.results / f"{name}.png", pictures)
-    again = {name: _read(args.again / f"{name}.json") for name in FIGURES}
-    page = page_of(found, args.results) + "\n" + again_of(found, again)
-    (args.docs / "results.md").write_text(page, encoding="utf-8")
+    for name, content in stored(RESULTS).items():
+        if content:
+            facts = content["result"], content["scale"], content["environment"]
+            publish(FIGURES[name], *facts, RESULTS)
+            shutil.copy(RESULTS / f"{name}.png", pictures)
+    (DOCS / "results.md").write_text(whole_page(), encoding="utf-8")
 
 
-def page_of(found: dict[str, dict[str, Any] | None], results: Path) -> str:
+def whole_page() -> str:
+    """Return the text of docs/results.md."""
+    found = stored(RESULTS)
+    return page_of(found, RESULTS) + "\n" + again_of(found, stored(AGAIN))
+
+
+def stored(folder: Path) -> dict[str, Content | None]:
+    """Return the stored figures, judged anew; None for those that have not been run."""
+    found: dict[str, Content | None] = dict.fromkeys(FIGURES)
+    for name, figure in FIGURES.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            verdict = verdict_on(figure, content["result"], content["scale"])
+            found[name] = content | {"claim": figure.claim} | verdict.to_json()
+    return found
+
+
+def page_of(found: dict[str, Content | None], results: Path) -> str:
     """Return the text of the page.
 
     Args:
@@ -115,31 +145,33 @@ def page_of(found: dict[str, dict[str, Any] | None], results: Path) -> str:
     return _HEAD.format(scale=scale, verdicts="".join(verdicts)) + "\n".join(sections)
 
 
-def again_of(
-    found: dict[str, dict[str, Any] | None], again: dict[str, dict[str, Any] | None]
-) -> str:
+def again_of(found: dict[str, Content | None], again: dict[str, Content | None]) -> str:
     """Return a table of a second run from scratch beside the first."""
     lines = [_AGAIN]
     for name, second in again.items():
         first = found[name]
         if first and second:
             same = first["result"] == second["result"]
-            numbers = "the same to the last digit" if same else second["because"]
+            because = Verdict.from_json(second).because
+            numbers = "the same to the last digit" if same else because
             lines.append(
                 f"| {name} | {first['verdict']} | {second['verdict']} | {numbers} |\n"
             )
     return "".join(lines)
 
 
-def _section(figure: Figure, content: dict[str, Any], table: Path) -> str:
+def _section(figure: Figure, content: Content, table: Path) -> str:
     """Return the section of one figure."""
+    verdict = Verdict.from_json(content)
     parts = [
         f"## {figure.name}\n",
         f"**Claim.** {figure.claim}\n",
-        f"**Verdict.** {content['verdict'].capitalize()}.\n",
-        f"**Found.** {content['because']}.\n",
-        f"![{figure.name}](results/{figure.name}.png)\n",
+        f"**Verdict.** {sentences(verdict.verdict)}\n",
+        f"**Found.** {sentences(verdict.reason)}".rstrip() + "\n",
     ]
+    if verdict.parts:
+        parts.append("\n".join(verdict.lines()) + "\n")
+    parts.append(f"![{figure.name}](results/{figure.name}.png)\n")
     if table.exists():
         parts.append(table.read_text(encoding="utf-8"))
     return "\n".join(parts)
@@ -159,15 +191,6 @@ def _scale(scale: dict[str, Any]) -> str:
         f"{main['unlearn_epochs']} epochs of unlearning. The settings of each method "
         f"were found by {main['num_trials']} trials of Bayesian search on a random set."
     )
-
-
-def _results() -> Path:
-    return ROOT / "benchmarks" / "results" / "reproduce" / "cpu"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return a published figure, or None if it has not been run."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 if __name__ == "__main__":

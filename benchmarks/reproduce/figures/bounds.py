@@ -28,6 +28,7 @@ from benchmarks.reproduce.figures.verdicts import (
     combined,
     ordering,
     text_of,
+    with_remark,
 )
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
@@ -63,7 +64,7 @@ def _judge_groups(result: Result) -> Verdict:
     printed, coupled = (np.array(result[name]) for name in ("b1", "coupled"))
     rises = ordering(printed)
     doubtful = np.logical_not(result["reliable"])
-    told_of_coupled = (
+    comparison = (
         f"{ordering(coupled).because}; {doubtful.sum()} of {doubtful.size} values are "
         "Monte Carlo means that are too low"
     )
@@ -73,8 +74,7 @@ def _judge_groups(result: Result) -> Verdict:
         ),
         "the same for all": _same(printed, np.array(result["b1_std"])),
     }
-    both = combined(found)
-    return Verdict(both.verdict, f"{both.because}; coupled: {told_of_coupled}")
+    return with_remark(combined(found), "coupled value, for comparison", comparison)
 
 
 def _same(printed: np.ndarray, spread: np.ndarray) -> Verdict:
@@ -87,8 +87,8 @@ def _same(printed: np.ndarray, spread: np.ndarray) -> Verdict:
     elif ratio.low > 1 - band and ratio.high < 1 + band:
         verdict = BORNE_OUT
     because = (
-        f"hardest / easiest set {text_of(ratio, 2)}, n = {len(printed)}; one standard "
-        f"deviation of an estimate is {100 * band:.0f} %"
+        f"hardest set divided by easiest set: {text_of(ratio, 2)}, n = {len(printed)}; "
+        f"one standard deviation of an estimate is {100 * band:.0f} %"
     )
     return Verdict(verdict, because)
 
@@ -117,12 +117,15 @@ def _certified(scale: Scale, workspace: Workspace) -> Result:
 def _judge_certified(result: Result) -> Verdict:
     rows = result["rows"]
     fewer = all(r["steps"]["shifted"] < r["steps"]["Corollary 4.4"] for r in rows)
-    steps = "; ".join(
-        f"{row['num_points']} examples: {row['steps']['shifted']} against "
-        f"{row['steps']['Corollary 4.4']}"
+    steps = ", ".join(
+        f"{row['steps']['shifted']} against {row['steps']['Corollary 4.4']}"
         for row in rows
     )
-    because = f"steps: {steps}; computed from constants, not random"
+    sizes = ", ".join(str(row["num_points"]) for row in rows)
+    because = (
+        f"steps to forget {sizes} examples: {steps}; they are computed from constants, "
+        "not random"
+    )
     return Verdict(BORNE_OUT if fewer else NOT_BORNE_OUT, because)
 
 

@@ -67,14 +67,15 @@ def _judge_proxies(result: Result) -> Verdict:
     ahead = {name: mean_interval(best - values) for name, values in rho.items()}
     first = all_of([of_interval(i.low, i.high) for i in ahead.values()])
     next_best = min(ahead, key=lambda name: ahead[name].estimate)
-    numbers = ", ".join(f"{name} {text_of(i)}" for name, i in found.items())
+    numbers = "Spearman with the privacy loss: "
+    numbers += ", ".join(f"{name} {text_of(i)}" for name, i in found.items())
     lead = (
-        f"rho of {BEST} exceeds that of {next_best} by {text_of(ahead[next_best])}, "
-        f"n = {len(best)}"
+        f"Spearman of {BEST} exceeds that of {next_best} by "
+        f"{text_of(ahead[next_best])}, n = {len(best)}"
     )
     return combined(
         {
-            "high": Verdict(high, f"Spearman with the privacy loss: {numbers}"),
+            "high correlation": Verdict(high, numbers),
             f"{BEST} best": Verdict(first, lead),
         }
     )

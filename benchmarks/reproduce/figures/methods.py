@@ -36,6 +36,7 @@ from benchmarks.reproduce.figures.verdicts import (
     epochs_text,
     interval_text,
     of_interval,
+    text_of,
 )
 from benchmarks.reproduce.forget_sets import STRATA, strata
 from benchmarks.reproduce.methods import METHODS
@@ -106,8 +107,8 @@ def _hardest_last(times: np.ndarray, most: float) -> Verdict:
     """Decide whether the hardest set takes longest, by the difference to the next."""
     times = np.minimum(times, most)
     longer = mean_interval(times[:, -1] - times[:, :-1].max(1))
-    numbers = f"{longer.estimate:.1f} epochs [{longer.low:.1f}, {longer.high:.1f}]"
-    return Verdict(of_interval(longer.low, longer.high), f"by {numbers}")
+    more = f"hardest minus next longest set: {text_of(longer, 1)} epochs"
+    return Verdict(of_interval(longer.low, longer.high), more)
 
 
 def _accuracy_lost(rows: dict[str, Any]) -> str:

@@ -91,15 +91,16 @@ def _judge_curves(result: Result) -> Verdict:
         closer = mean_interval(gap[:, 0] - gap[:, -1])
         found[name] = Verdict(
             of_interval(closer.low, closer.high),
-            f"hardest set {gap[:, 0].mean():.3f} from the oracle before, "
-            f"{gap[:, -1].mean():.3f} after; closer by {text_of(closer)}, "
+            f"distance of the hardest set from the oracle: {gap[:, 0].mean():.3f} "
+            f"before, {gap[:, -1].mean():.3f} after; closer by {text_of(closer)}, "
             f"n = {len(gap)}",
         )
         others = np.max([gaps[rule][:, -1] for rule in STRATA if rule != "last"], 0)
         last = mean_interval(gap[:, -1] - others)
         found[f"{name}, hardest last"] = Verdict(
             of_interval(last.low, last.high),
-            f"ends further from its oracle than any other set, by {text_of(last)}",
+            "final distance of the hardest set from its oracle, minus the largest of "
+            f"the others: {text_of(last)}",
         )
     return combined(found | _alike(result["utility"]))
 

@@ -26,7 +26,6 @@ from benchmarks.reproduce.figures.verdicts import (
     NOT_TESTABLE,
     Verdict,
     all_of,
-    combined,
     text_of,
 )
 from benchmarks.reproduce.forget_sets import strata
@@ -89,7 +88,7 @@ def _judge(result: Result) -> Verdict:
         for title, one in result["panels"].items()
         if not _mostly_tied(one)
     ]
-    return Verdict(all_of(clear) if clear else NOT_TESTABLE, combined(found).because)
+    return Verdict(all_of(clear) if clear else NOT_TESTABLE, parts=found)
 
 
 def _mostly_tied(found: Result) -> bool:
@@ -104,9 +103,10 @@ def _judge_one(found: Result) -> Verdict:
     because = (
         f"ε = {found['epsilon']:.3g} at δ = {_DELTA:g}; {tied:,} of {total:,} examples "
         f"share the largest loss; on the hardest set the oracles' UA exceeds the UA "
-        f"before unlearning by {text_of(mean_interval(left))}; {order.because}"
+        f"before unlearning by {text_of(mean_interval(left))}"
     )
-    return Verdict(NOT_TESTABLE if _mostly_tied(found) else order.verdict, because)
+    verdict = NOT_TESTABLE if _mostly_tied(found) else order.verdict
+    return Verdict(verdict, because, order.parts)
 
 
 def _draw(result: Result) -> Picture:

@@ -116,7 +116,7 @@ def _judge_pictures(result: Result) -> Verdict:
         f"{share['highest loss']} have another label in the hardest set, "
         f"{share['lowest loss']} in the easiest, {share['all']} overall; Spearman with "
         f"the privacy loss {rho.estimate:.2f}, 95 % [{rho.low:.2f}, {rho.high:.2f}], "
-        f"over {len(result['spearman'])} seeds; see also the pictures"
+        f"over {len(result['spearman'])} seeds"
     )
     return Verdict(of_interval(rho.low, rho.high), because)
 

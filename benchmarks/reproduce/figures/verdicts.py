@@ -5,7 +5,8 @@ borne out if the 95 % interval of the mean is above 0, not borne out if it is be
 not testable if it contains 0. A claim with several parts is borne out only if all are.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +23,64 @@ class Verdict:
     """Whether the numbers confirm a claim.
 
     Attributes:
-        verdict: ``BORNE_OUT``, ``NOT_BORNE_OUT`` or ``NOT_TESTABLE``.
-        because: The numbers behind it, in one sentence.
+        verdict: ``BORNE_OUT``, ``NOT_BORNE_OUT`` or ``NOT_TESTABLE``; empty for a
+            remark, which does not count.
+        reason: The numbers behind it, in one sentence.
+        parts: The verdicts on the parts of the claim, by name.
     """
 
     verdict: str
-    because: str
+    reason: str = ""
+    parts: dict[str, "Verdict"] = field(default_factory=dict)
+
+    @property
+    def because(self) -> str:
+        """The reason and those of all parts, in one line."""
+        parts = (
+            f"{name}: {one.verdict} ({one.because})"
+            if one.verdict
+            else f"{name}: {one.because}"
+            for name, one in self.parts.items()
+        )
+        return "; ".join(text for text in (self.reason, *parts) if text)
+
+    def lines(self) -> list[str]:
+        """Return the parts as a nested list in Markdown, an item per line."""
+        found = []
+        for name, one in self.parts.items():
+            found.append(f"- **{name}**: {sentences(one.verdict, one.reason)}")
+            found += [f"    {line}" for line in one.lines()]
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Return verdict, reason and parts as JSON."""
+        found: dict[str, Any] = {"verdict": self.verdict, "because": self.reason}
+        if self.parts:
+            found["parts"] = {name: one.to_json() for name, one in self.parts.items()}
+        return found
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> "Verdict":
+        """Return what ``to_json`` stored; other entries are ignored."""
+        parts = content.get("parts", {}).items()
+        return Verdict(
+            content["verdict"],
+            content["because"],
+            {name: Verdict.from_json(one) for name, one in parts},
+        )
+
+
+def sentences(*texts: str) -> str:
+    """Return texts as sentences; empty ones are left out, and symbols stay small.
+
+    >>> sentences("borne out", "", "ε = 3.3")
+    'Borne out. ε = 3.3.'
+    """
+    found = []
+    for text in filter(None, texts):
+        first = text[0].upper() if text[0].isascii() else text[0]
+        found.append(f"{first}{text[1:]}.")
+    return " ".join(found)
 
 
 def ordering(times: np.ndarray) -> Verdict:
@@ -38,7 +91,7 @@ def ordering(times: np.ndarray) -> Verdict:
     """
     found = rank_correlation(times)
     if found["rho"] is None:
-        return Verdict(NOT_TESTABLE, "all sets are equal in every seed")
+        return Verdict(NOT_TESTABLE, "all sets tie in every seed")
     low, high = found["interval"]
     if low is None:
         because = f"all sets tie in all seeds but one, where rho is {found['rho']:.2f}"
@@ -76,11 +129,19 @@ def epochs_text(times: np.ndarray, most: float) -> str:
 
 
 def interval_text(values: np.ndarray, digits: int = 3) -> str:
-    """Return the mean and half the width of its 95 % interval, as text."""
+    """Return the mean and half the width of its 95 % interval, as text.
+
+    Args:
+        values: One value per seed.
+        digits: Decimal places; fewer if the half width needs fewer for two digits.
+    """
     found = mean_interval(values)
     if not np.isfinite(found.high):
         return f"{found.estimate:.{digits}f}"
-    return f"{found.estimate:.{digits}f} ± {found.high - found.estimate:.{digits}f}"
+    half = found.high - found.estimate
+    if half >= 1e-9:
+        digits = min(digits, max(0, 1 - int(np.floor(np.log10(half)))))
+    return f"{found.estimate:.{digits}f} ± {half:.{digits}f}"
 
 
 def of_interval(low: float, high: float) -> str:
@@ -95,10 +156,13 @@ def of_interval(low: float, high: float) -> str:
 
 def combined(verdicts: dict[str, Verdict]) -> Verdict:
     """Return one verdict over several parts: borne out only if all of them are."""
-    because = "; ".join(
-        f"{name}: {one.verdict} ({one.because})" for name, one in verdicts.items()
-    )
-    return Verdict(all_of([one.verdict for one in verdicts.values()]), because)
+    kind = all_of([one.verdict for one in verdicts.values()])
+    return Verdict(kind, parts=verdicts)
+
+
+def with_remark(verdict: Verdict, name: str, text: str) -> Verdict:
+    """Return a verdict with a further part that does not count."""
+    return replace(verdict, parts=verdict.parts | {name: Verdict("", text)})
 
 
 def all_of(kinds: list[str]) -> str:

@@ -1,0 +1,67 @@
+"""Judge the numbers of a figure, and write its JSON, picture and table."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from benchmarks.common.report import write_json
+from benchmarks.reproduce.figures import Figure
+from benchmarks.reproduce.figures.verdicts import NOT_TESTABLE, Verdict
+
+FEWEST_SEEDS = 3  # with fewer seeds there is no verdict
+Content = dict[str, Any]
+
+
+def publish(
+    figure: Figure,
+    result: Any,
+    scale: dict[str, Any],
+    environment: dict[str, Any],
+    out: Path,
+) -> Content:
+    """Write ``NAME.json``, ``NAME.png`` and, for some figures, ``NAME.md``.
+
+    Args:
+        figure: The figure.
+        result: Its numbers.
+        scale: The sizes at which they were computed, as JSON.
+        environment: Versions and machine with which they were computed.
+        out: The folder.
+
+    Returns:
+        The content of ``NAME.json``.
+    """
+    content = {
+        "figure": figure.name,
+        "claim": figure.claim,
+        **verdict_on(figure, result, scale).to_json(),
+        "environment": environment,
+        "scale": scale,
+        "result": result,
+    }
+    write_json(out / f"{figure.name}.json", content)
+    picture = figure.draw(result)
+    picture.savefig(out / f"{figure.name}.png", dpi=120)
+    plt.close(picture)
+    if figure.table:
+        text = figure.table(result)
+        (out / f"{figure.name}.md").write_text(text, encoding="utf-8")
+    return content
+
+
+def verdict_on(figure: Figure, result: Any, scale: dict[str, Any]) -> Verdict:
+    """Return the verdict on a figure's claim; a few seeds cannot confirm anything."""
+    found = figure.judge(result)
+    if scale["sgd"]["num_seeds"] < FEWEST_SEEDS:
+        return Verdict(NOT_TESTABLE, found.reason, found.parts)
+    return found
+
+
+def text_of(content: Content) -> str:
+    """Return claim, verdict and numbers of a figure as text for the terminal."""
+    verdict = Verdict.from_json(content)
+    lines = [f"{content['figure']}: {verdict.verdict}", f"claim: {content['claim']}"]
+    if verdict.reason:
+        lines.append(f"found: {verdict.reason}")
+    return "\n    ".join([*lines, *verdict.lines()])
