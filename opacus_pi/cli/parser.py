@@ -167,7 +167,7 @@ def probability(text: str) -> float:
 
 
 def writable_file(text: str) -> str:
-    """Accept the name of a file that can be made.
+    """Accept the name of a file that can be created.
 
     It is checked while arguments are parsed, so that a misspelled directory is reported
     before minutes of computation and not after.

@@ -72,7 +72,7 @@ def _requested_before(log: str | None, ledger: GradNormLedger) -> NDArray[np.int
 
     Args:
         log: Path of the deletion log; None: there were no requests. It is only read.
-        ledger: A ledger of the training, which tells the length of the training set.
+        ledger: A ledger of the training, for the length of the training set.
     """
     if log is None:
         return np.empty(0, dtype=np.int64)

@@ -39,7 +39,7 @@ from opacus_pi.unlearning.json_lines_log import FIRST_BYTES, verify_json_lines
 
 LOG = "deletion log"
 OLD_LOG = "deletion log of JSON lines"
-CHECKPOINT = "record in a checkpoint"
+CHECKPOINT = "ledger in a checkpoint"
 _TRACE = (TRACE.name.encode(), b'"unit": "epochs", "cost"')
 # In the header of a safetensors file of opacus_pi: a kind, or a checksum.
 _OURS = re.compile(rb'opacus_pi\.|"checksum":"[0-9a-f]{64}"')
@@ -142,8 +142,8 @@ def _arrays(path: Path, start: bytes) -> Recognised:
 def _cut_off(path: Path, length: int) -> dict[str, Any]:
     """Report that a file ends inside its header."""
     raise ValueError(
-        f"{path.name} is damaged: its header must have {length} bytes, but the file "
-        f"ends after {path.stat().st_size} in all. Restore it from a copy."
+        f"{path.name} is damaged: its header should have {length} bytes, but the whole "
+        f"file has {path.stat().st_size}. Restore it from a copy."
     )
 
 
@@ -171,7 +171,7 @@ def _archive(path: Path) -> Recognised:
     if isinstance(content, dict):
         states = {k: content[k] for k in (CHECKPOINT_KEY, FILTER_KEY) if k in content}
     if not states and (content is not None or not _has_our_key(path)):
-        return Recognised("an archive or weights, not of a recorded run")
+        return Recognised("an archive, or weights without a recorded run")
 
     def check() -> dict[str, Any]:
         if not states:

@@ -32,7 +32,9 @@ def run(options: argparse.Namespace) -> int:
     """
     page = Path(options.out)
     if page.suffix != ".html":
-        raise BadInput(f"--out: {page} is not a page. Name it report.html.")
+        raise BadInput(
+            f"--out: {page} does not end in .html. Name the page report.html."
+        )
     runs = load_ledgers(options.ledger, options.noise_std, "--ledger")
     result = None if options.run_dir is None else load_run(options.run_dir)
     oracle, barriers = _evaluation(options)
@@ -70,7 +72,10 @@ def _evaluation_file(options: argparse.Namespace) -> str | Path | None:
         usual = Path(options.run_dir, EVALUATION)
         path = usual if usual.exists() else None
     if path is not None and options.run_dir is None:
-        raise BadInput("--evaluation: there is no run to show it with. Name RUN_DIR.")
+        raise BadInput(
+            "--evaluation: an evaluation is shown with its unlearning run, but no run "
+            "was named. Name RUN_DIR."
+        )
     return path
 
 
@@ -103,7 +108,7 @@ def _read_evaluation(
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(
-            f"--evaluation: {path} is damaged or something else. "
-            "Name what 'opacus-pi evaluate --out' wrote."
+            f"--evaluation: {path} is damaged, or it is not an evaluation. "
+            "Name the file that 'opacus-pi evaluate --out' wrote."
         ) from error
     return oracle, barriers

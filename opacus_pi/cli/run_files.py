@@ -65,7 +65,7 @@ def new_directory(path: str) -> Iterator[Path]:
             f"--out: {path} exists already. Name a new directory: results are never "
             "overwritten."
         )
-    with about("--out", "Name a directory that can be made."):
+    with about("--out", "Name a directory that can be created."):
         target.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{target.name[:100]}."
         part = Path(tempfile.mkdtemp(".tmp", prefix, target.parent))  # mode 0700
@@ -129,7 +129,10 @@ def _record(argument: str, path: Path) -> dict[str, Any]:
     for name in ("forget_indices", "forgotten_before"):
         ids = record.get(name)
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise BadInput(f"{argument}: {path} has no list {name}. Unlearn again.")
+            raise BadInput(
+                f"{argument}: {path} contains no list of whole numbers {name}. Run "
+                "'opacus-pi unlearn' again."
+            )
     return record
 
 
@@ -149,5 +152,8 @@ def read_json(argument: str, path: str | os.PathLike[str]) -> dict[str, Any]:
         except (json.JSONDecodeError, RecursionError):
             content = None
         if not isinstance(content, dict):
-            raise BadInput(f"{argument}: {path} is not a JSON object. Make it again.")
+            raise BadInput(
+                f"{argument}: {path} is not a JSON object. Run the command that wrote "
+                "it again."
+            )
         return content

@@ -64,8 +64,8 @@ def require_unseen(train_set: Any, test_set: Any) -> None:
     """
     if test_set is train_set or _look_equal(train_set, test_set):
         raise BadInput(
-            "--test: this is the training set of --data, so nothing would be unseen. "
-            "Name examples that the model was not trained on."
+            "--test: this is the training set of --data, but test examples must be "
+            "unseen. Name examples that the model was not trained on."
         )
 
 

@@ -2,7 +2,7 @@
 
 There are three answers: verified, not verified, and not checked. The third one is for
 files without a checksum and for files of other programs: to call them "not verified"
-would suggest that somebody edited them.
+would suggest that they were edited.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def run(options: argparse.Namespace) -> int:
         found = recognise(Path(options.file), options.head)
     if options.head is not None and found.description not in (LOG, OLD_LOG):
         raise BadInput(
-            f"HEAD: only a deletion log has one, and {options.file} is "
-            f"{found.description}. Leave it out."
+            f"HEAD: only a deletion log has a head, but {options.file} is of the kind "
+            f"'{found.description}'. Leave HEAD out."
         )
     facts = {
         "format": "opacus_pi.cli.verify.v1",

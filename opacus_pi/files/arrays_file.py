@@ -3,7 +3,7 @@
 A file holds arrays by name and, in its header, short texts ("facts"). Pickle is never
 used, so opening a file runs no code. A file appears under its name only when it is
 complete, and a reader refuses a file that was damaged, edited, or written for another
-purpose. The checksum covers every array and every fact; somebody who edits a file and
+purpose. The checksum covers every array and every fact; a person who edits a file and
 computes the checksum again is not detected.
 
 Files larger than memory are read in parts (``check_file``, ``read_columns``): with

@@ -3,7 +3,7 @@
 ``torch.save`` does not check what it reads back: a damaged or edited checkpoint loads
 like a good one. ``with_checksum`` adds a SHA-256 over all names, types and values, and
 ``verified_state`` refuses a state that no longer matches it. The checksum detects
-damage and careless edits. It does not stop somebody who computes it again.
+damage and careless edits. It does not stop a person who computes it again.
 
 >>> import torch
 >>> state = with_checksum({"steps": torch.tensor([1, 2]), "rate": 0.5})

@@ -21,7 +21,7 @@ from opacus_pi.unlearning.plan import percentile
 TOLERANCE = 0.05  # a run is near the retrained models when it is that close, absolute
 MEANING = {
     "unlearning_accuracy": "share of the forget set that is misclassified",
-    "retain_accuracy": "accuracy on examples that were kept",
+    "retain_accuracy": "accuracy on the retain set",
     "test_accuracy": "accuracy on unseen data",
     "forget_loss": "mean loss on the forget set",
     "forget_confidence": "mean probability of the correct label, forget set",

@@ -113,7 +113,7 @@ _NO_EXAMPLES = np.empty(0, dtype=np.int64)
 
 
 def runs_in(ledger: Ledgers | None) -> tuple[GradNormLedger, ...]:
-    """Return the recorded runs as a tuple, so that callers need not tell cases apart.
+    """Return the recorded runs as a tuple, so that callers need not handle each case.
 
     Args:
         ledger: One run, several runs, or None for an empty tuple.

@@ -228,7 +228,7 @@ class DeletionLog:
                 "number",
                 number,
                 "must be the number of an entry",
-                "See entries().",
+                "entries() lists the entries with their numbers.",
             )
             entry = _checked(rows[0], self.path)
             expect(
@@ -288,7 +288,7 @@ def verify(path: str | os.PathLike[str], head: str | None = None) -> Verificatio
             "WHERE number NOT IN (SELECT number FROM entries) LIMIT 1"
         ).fetchall()
     _require_whole(answer == "ok", path, answer)
-    _require_unedited(not extra, path, "It has a payload without an entry.")
+    _require_unedited(not extra, path, "The content of some entry has no entry.")
     last, num_entries, place = START, 0, 0 if head == START else None
     redacted: list[int] = []
     for entry in _read(path, "ro"):
@@ -304,8 +304,8 @@ def verify(path: str | os.PathLike[str], head: str | None = None) -> Verificatio
         "head",
         head,
         f"must be the hash of one of the {num_entries} entries",
-        f"The last one has {last}: entries are missing at the end, or this is another "
-        "log.",
+        f"The last entry has {last}. So entries are missing at the end, or this is "
+        "another log.",
     )
     return Verification(last, num_entries, num_entries - (place or 0), tuple(redacted))
 
@@ -359,8 +359,8 @@ def _connected(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
         "path",
         path,
         "must be a deletion log",
-        "The file is empty, which a log never is: restore it from a copy, or delete "
-        "the file to begin a new log.",
+        "The file is empty, but a log never is. Restore it from a copy, or delete the "
+        "file to begin a new log.",
     )
     with _opened(path, mode) as connection:
         ((application,),) = connection.execute("PRAGMA application_id").fetchall()
@@ -369,7 +369,7 @@ def _connected(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
             "path",
             path,
             "must be a deletion log",
-            f"It is an SQLite database of something else. {_SOMETHING_ELSE}",
+            f"It is an SQLite database of another program. {_SOMETHING_ELSE}",
         )
         ((version,),) = connection.execute("PRAGMA user_version").fetchall()
         expect(
@@ -377,7 +377,7 @@ def _connected(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
             "path",
             path,
             f"must be a deletion log in format version {_FORMAT}",
-            f"It is in version {version}: read it with the release of opacus_pi that "
+            f"It has version {version}: read it with the release of opacus_pi that "
             "wrote it.",
         )
         pages = connection.execute(
@@ -439,8 +439,8 @@ def _raise_ours(error: sqlite3.Error, path: Path, mode: str) -> None:
             "path",
             path,
             "must be a deletion log without an unfinished write",
-            "A process was killed while it wrote. The next 'opacus-pi unlearn "
-            "--log' takes the unfinished part back, as does DeletionLog(path).",
+            "A process was killed while it wrote. The next 'opacus-pi unlearn --log', "
+            "or DeletionLog(path), removes the unfinished part.",
         )
         # The file itself can be read, so its header asks for a write-ahead log. Our
         # files never have one: the header is damaged.

@@ -99,8 +99,8 @@ def stored_weights(path: Path, num_examples: int) -> StoredWeights:
         and all(type(row) is int and 0 <= row < num_examples for row in rows),
         "weights_path",
         path,
-        f"must name the requests it honours, which of {num_examples} examples it "
-        "forgot, and how",
+        "must name the requests that the weights honour, the methods, and the "
+        f"forgotten examples, each below {num_examples}",
         "Restore the file from a copy.",
     )
     entries, names = (honoured, ()) if by_hash else ((), honoured)
@@ -152,8 +152,8 @@ def load_weights_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
         "weights_path",
         path,
         "must fit the unlearner's model",
-        f"They differ in {', '.join(sorted(differing)[:5])}: make the unlearner from "
-        "the model that the requests are about.",
+        f"The two differ in {', '.join(sorted(differing)[:5])}. Make the unlearner "
+        "from the model that the requests are about.",
     )
     model.load_state_dict(state)
 

@@ -82,7 +82,7 @@ def import_log(
             "new",
             path,
             "must not exist",
-            "Import into a new file; nothing is ever replaced.",
+            "Import into a new file: an existing file is never replaced.",
         )
     names = UserNames(new, key, store_names)
 
@@ -106,7 +106,7 @@ def import_log(
             lambda hidden: _copy(weights_path_of(old), hidden),
         )
     put = put_new_file(new, write)
-    expect(put, "new", new, "must not exist", "Another process made it meanwhile.")
+    expect(put, "new", new, "must not exist", "Another process has just created it.")
     return DeletionLog(new)
 
 
@@ -134,8 +134,8 @@ def verify_json_lines(
         "path",
         path,
         "must be a deletion log that ends with a whole line",
-        f"{len(rest)} bytes follow line {len(entries)}, because a crash cut a write "
-        "short. opacus_pi.unlearning.import_log(old, new) imports the whole lines.",
+        f"{len(rest)} bytes follow line {len(entries)}: a crash interrupted the last "
+        "write. opacus_pi.unlearning.import_log(old, new) imports the whole lines.",
     )
     hashes = [START, *(entry["hash"] for entry in entries)]
     expect(
@@ -143,8 +143,8 @@ def verify_json_lines(
         "head",
         head,
         f"must be the hash of one of the {len(entries)} entries",
-        f"The last one has {hashes[-1]}: entries are missing at the end, or this is "
-        "another log.",
+        f"The last entry has {hashes[-1]}. So entries are missing at the end, or this "
+        "is another log.",
     )
     added = None if head is None else len(entries) - hashes.index(head)
     return Verification(hashes[-1], len(entries), added)

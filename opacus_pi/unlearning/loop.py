@@ -133,10 +133,15 @@ class StopWhen:
             "target",
             self.target,
             "must be finite",
-            "Take the mean over retrained models.",
+            "Use the metric's mean over retrained models.",
         )
         in_range(0, math.inf, tolerance=self.tolerance, remedy="0.05 is usual.")
-        in_range(1, math.inf, patience=self.patience, remedy="1 stops at once.")
+        in_range(
+            1,
+            math.inf,
+            patience=self.patience,
+            remedy="1 stops at the first evaluation that reaches the target.",
+        )
 
     def reached(self, trace: UnlearningTrace) -> bool:
         """Whether the latest evaluations are all near the target.

@@ -206,7 +206,7 @@ class Langevin(Method):
         Returns:
             ``Langevin`` with √(2/η) σ on the mean gradient.
         """
-        positive(learning_rate=learning_rate, remedy="Pass the optimizer's.")
+        positive(learning_rate=learning_rate, remedy="Pass that of the optimizer.")
         at_least_zero("noise_std", noise_std, "0 is plain fine-tuning.")
         return cls(math.sqrt(2 / learning_rate) * noise_std, **options)
 
@@ -391,6 +391,6 @@ def at_least_zero(name: str, value: float, remedy: str) -> None:
         math.isfinite(value) and value >= 0,
         name,
         value,
-        "must be finite, at least 0",
+        "must be finite and at least 0",
         remedy,
     )

@@ -27,13 +27,14 @@ from opacus_pi.ledger.grad_norm_ledger import columns_of
 
 PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 
-_UNKNOWN = Guarantee("no method chosen", ())
+_UNKNOWN = Guarantee("an unlearning method that was not named", ())
 _TIED = (
     "{outside} examples outside the forget set have, up to rounding, the same privacy "
     "loss as one in it. If you chose the set by loss, the choice among them is "
-    "arbitrary and says nothing about their difficulty. An example that is clipped in "
-    "every update has the worst-case loss, to which larger estimates are cut: a lower "
-    "order, or training with a larger max_grad_norm, may separate such examples."
+    "arbitrary and says nothing about their difficulty. No loss exceeds the worst "
+    "case, that of an example that is clipped in every update; larger estimates are "
+    "replaced by it. A lower order, or training with a larger max_grad_norm, may "
+    "separate such examples."
 )
 
 
@@ -145,7 +146,16 @@ class Plan:
             f"percentile {self.percentile:.1f}{ranking}.\n{tied}"
             f"Steps: {least}{steps} ({self.prediction}); an epoch is "
             f"{self.steps_per_epoch} steps, {self.num_retain} examples.\n"
-            f"{self.guarantee.text(delta)}"
+            f"{self._claim(delta)}"
+        )
+
+    def _claim(self, delta: float) -> str:
+        """Return the guarantee in words, or what it needs to be known."""
+        if self.guarantee != _UNKNOWN:
+            return self.guarantee.text(delta)
+        return (
+            "What may be claimed afterwards depends on the unlearning method and on "
+            "the model, which were not named."
         )
 
     def _before(self) -> str:
@@ -203,7 +213,7 @@ def make_plan(
             "plan() needs a ledger, but none was given. Record the training and pass "
             "Unlearner(..., ledger=engine.ledger)."
         )
-    positive(batch_size=batch_size, remedy="Pass examples per batch.")
+    positive(batch_size=batch_size, remedy="It is the number of examples in a batch.")
     if (np.asarray(runs[0].mechanism.noise_std) == 0).any():
         runs = _with_assumed_noise(runs, assumed_noise_std)
     losses = privacy_losses(list(runs), order)
@@ -244,8 +254,8 @@ def require_rest(num_retain: int, num_examples: int) -> None:
         num_retain > 0,
         "forget_indices",
         f"all {num_examples} examples",
-        "must leave something to keep",
-        "To forget everything, start from a fresh model.",
+        "must leave at least one example to keep",
+        "To forget all examples, start from a new model.",
     )
 
 
@@ -288,16 +298,16 @@ def _predicted(
     epochs = predict_time(mean, past, times, past_lengths=lengths)
     if epochs is None:
         return None, (
-            "no two past runs of different difficulty to fit: name them by "
-            "plan(..., past_runs=[(ids, epochs), ...]), --past on the command line"
+            "a prediction needs two past runs of different difficulty: name them with "
+            "plan(..., past_runs=[(ids, epochs), ...]), or --past on the command line"
         )
     fit = f"log-linear fit to {len(past_runs)} past runs"
     num_unfinished = _num_unfinished(past_runs)
     if not num_unfinished:
         return epochs, fit
     return epochs, (
-        f"{fit}, of which {num_unfinished} ended before the set was forgotten and "
-        "count as their length: at best a lower bound"
+        f"{fit}; {num_unfinished} of them ended before the set was forgotten and count "
+        "with the epochs that they ran, so this is at best a lower bound"
     )
 
 
@@ -424,7 +434,8 @@ def _counted(
         "past_times",
         times,
         "must be at least 0",
-        "Pass how long each run took, inf if it ended before its set was forgotten.",
+        "Pass the time that each run took; inf if it ended before its set was "
+        "forgotten.",
     )
     unfinished = np.isinf(times)
     if not unfinished.any():
@@ -436,8 +447,8 @@ def _counted(
         bool((np.isfinite(lengths) & (lengths >= 0))[unfinished].all()),
         "past_times",
         math.inf,
-        "must come with how long the run was",
-        "An unfinished run counts as its length: plan(..., "
+        "must be given together with the epochs that the run took",
+        "An unfinished run counts with these: plan(..., "
         "past_runs=[(forget_indices, inf, epochs_run)]), or predict_time(..., "
         "past_lengths=...).",
     )
@@ -460,7 +471,10 @@ def _with_assumed_noise(
         "Any value gives a ranking, not a guarantee: plan(..., assumed_noise_std=1).",
     )
     noise_std = cast(float, assumed_noise_std)
-    positive(assumed_noise_std=noise_std, remedy="It is the std on the sum.")
+    positive(
+        assumed_noise_std=noise_std,
+        remedy="It is the standard deviation of the noise on the sum of gradients.",
+    )
     return [run.with_noise_std(noise_std) for run in runs]
 
 

@@ -170,7 +170,7 @@ class DeletionRequests:
             "request_id",
             name,
             "must name one request only",
-            "It was submitted for other examples before: use a new name.",
+            "This name was submitted for other examples before: use a new name.",
         )
         return known
 
@@ -217,7 +217,7 @@ class DeletionRequests:
             "request_id",
             name,
             "must name a request of this log",
-            "It was never submitted, or is redacted already.",
+            "No such request was submitted, or it was redacted.",
         )
         expect(
             number in found.done,
@@ -276,8 +276,8 @@ class DeletionRequests:
             size_of(train_set) == self.num_examples,
             "train_set",
             f"{size_of(train_set)} examples",
-            f"must have the {self.num_examples} examples that the requests are about",
-            "Pass the set that the model was trained on.",
+            f"must have {self.num_examples} examples, as this log's training set has",
+            "Pass the data set that the model was trained on.",
         )
         with self._locked():
             found = self._requests()
@@ -378,10 +378,10 @@ class DeletionRequests:
         """
         expect(
             (indices is None) != (user is None),
-            "indices, user",
+            "exactly one of indices and user",
             f"{'both' if indices is not None else 'neither'}",
-            "must be one of the two",
-            "Pass indices or a user.",
+            "must be given",
+            "Pass either the indices or a user.",
         )
         if user is not None:
             plain_name("user", user)
@@ -390,7 +390,7 @@ class DeletionRequests:
                 "user",
                 user,
                 f"must be one of the {len(self.rows_of)} users of rows_of",
-                "Pass rows_of with this user's examples.",
+                "Add the user's examples to rows_of.",
             )
             indices = self.rows_of[user]
         return distinct_indices("indices", cast(ArrayLike, indices), self.num_examples)
@@ -481,7 +481,7 @@ def plain_name(argument: str, name: Any) -> str:
         argument,
         repr(name),
         "must be a string or a whole number",
-        "Pass str(...) of it.",
+        "Convert it with str(...).",
     )
     return str(name)
 
@@ -523,7 +523,9 @@ def _request_of(entry: Entry, num_examples: int) -> DeletionRequest:
     inside = all(type(row) is int and 0 <= row < num_examples for row in rows)
     ordered = inside and rows == sorted(set(rows)) and len(rows) > 0
     _check(
-        ordered, entry, f"about {num_examples} examples, with indices each once, sorted"
+        ordered,
+        entry,
+        f"a request with sorted indices below {num_examples}, each of them once",
     )
     return DeletionRequest(cast(str, entry.name), tuple(rows))
 
@@ -544,7 +546,7 @@ def _done_of(entry: Entry, still_open: set[int]) -> set[int]:
     _check(
         listed and set(cast(list[int], numbers)) <= still_open,
         entry,
-        "about requests that were open",
+        "about requests that were pending",
     )
     hashed = isinstance(digest, str) and len(digest) == 64 and set(digest) <= _HEX
     _check(hashed, entry, "with the hash of the weights")
@@ -558,7 +560,7 @@ def _check(condition: bool, entry: Entry, what: str) -> None:
         "the deletion log's entry",
         f"number {entry.number}",
         f"must be {what}",
-        "It is the log of another training set, or was not written by "
+        "The log belongs to another training set, or was not written by "
         "DeletionRequests.",
     )
 
@@ -605,6 +607,7 @@ def _honoured(stored: StoredWeights, found: Requests, path: Path) -> set[int]:
         "weights_path",
         path,
         f"must be the weights that honour the {len(found.done)} logged request(s)",
-        "Restore the file from a copy; without it they must be carried out again.",
+        "Restore the file from a copy. Without it, the requests must be carried out "
+        "again.",
     )
     return honoured

@@ -103,14 +103,14 @@ def search_settings(
     (arXiv:1907.10902).
     """
     optuna = _optuna()
-    in_range(1, math.inf, num_trials=num_trials, remedy="Try at least one setting.")
+    in_range(1, math.inf, num_trials=num_trials, remedy="One trial is the least.")
     for name, (low, high) in ranges.items():
         expect(
             0 < low < high < math.inf,
             f"ranges[{name!r}]",
             (low, high),
-            "must rise from above 0 to a finite end",
-            "The scale is logarithmic.",
+            "must be (low, high) with 0 < low < high, both finite",
+            "Settings are drawn on a logarithmic scale.",
         )
     sampler = optuna.samplers.TPESampler(seed=seed)
     study = optuna.create_study(direction="minimize", sampler=sampler)
@@ -145,7 +145,7 @@ def gap_to_oracle(
             "oracle",
             sorted(oracle),
             f"must contain {name!r}",
-            "Evaluate the same metrics on retrained models.",
+            "Evaluate this metric on the retrained models, too.",
         )
     return float(
         np.mean([abs(trace[m][-1] - np.mean(np.asarray(oracle[m]))) for m in metrics])
@@ -165,14 +165,14 @@ def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
     Raises:
         ValueError: If no gap is finite or the margin is negative.
     """
-    in_range(0, math.inf, margin=margin, remedy="0.05 is the paper's.")
+    in_range(0, math.inf, margin=margin, remedy="The paper uses 0.05.")
     finite = [trial for trial in trials if math.isfinite(trial.gap)]
     expect(
         len(finite) > 0,
         "trials",
         f"{len(trials)} trial(s)",
-        "must contain one that did not diverge",
-        "Lower the ranges, of the learning rate first.",
+        "must contain at least one that did not diverge",
+        "Lower the ranges, first that of the learning rate.",
     )
     least = min(trial.gap for trial in finite)
     good = [trial for trial in finite if trial.gap <= least + margin]

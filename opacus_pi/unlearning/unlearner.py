@@ -108,15 +108,15 @@ class Unlearner:
             isinstance(model, nn.Module),
             "model",
             type(model).__name__,
-            "must be a torch module or an engine that holds one",
-            "An engine holds one once it has made a model private.",
+            "must be a torch module, or an engine that has prepared one",
+            "Call engine.make_private or engine.make_monitored first.",
         )
         expect(
             hasattr(method, "needs_forget_set") and not isinstance(method, type),
             "method",
             repr(method),
             "must be an unlearning method",
-            "Pass one, such as FineTune() or Langevin(noise_std=0.02).",
+            "Pass for example FineTune() or Langevin(noise_std=0.02).",
         )
         self.model = training_copy(model)
         self.method = method
@@ -158,14 +158,14 @@ class Unlearner:
             "num_steps",
             num_steps,
             "must be at least 0",
-            "Count updates.",
+            "It is the number of updates.",
         )
         expect(
             forget_loader is not None or not self.method.needs_forget_set,
             "forget_loader",
             None,
-            f"must be given, because {type(self.method).__name__} uses it",
-            "Pass run(..., forget_loader=...) or call unlearn.",
+            f"must be given, because {type(self.method).__name__} uses the forget set",
+            "Call run(..., forget_loader=...), or call unlearn instead.",
         )
         task = self._task(retain_loader, forget_loader)
         return updates(self.method, task, num_steps, self._optimizer, self._scheduler)
@@ -208,8 +208,8 @@ class Unlearner:
             stop is None or evaluate is not None,
             "evaluate",
             None,
-            "must be given with stop",
-            "Stopping judges by what evaluate(model) returns.",
+            "must be given if stop is given",
+            "stop decides by the metrics that evaluate(model) returns.",
         )
         forget, retain = self._split(train_set, forget_indices)
         gone = np.union1d(self.forgotten, forget)

@@ -63,7 +63,7 @@ def test_a_test_set_may_have_the_labels_of_the_training_set():
     one, other = (TensorDataset(torch.full((4, 2), x), labels) for x in (1.0, 2.0))
     require_unseen(one, other)
     require_unseen([(1, 2)], [(1, 2)])  # nothing names them
-    with pytest.raises(BadInput, match="nothing would be unseen"):
+    with pytest.raises(BadInput, match="test examples must be unseen"):
         require_unseen(one, TensorDataset(*one.tensors))
 
 

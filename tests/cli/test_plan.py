@@ -19,7 +19,10 @@ def test_numbers_are_the_librarys(answer, ledger):
     assert found["percentile"] == plan.percentile
     assert found["mean_loss"] == plan.mean_loss
     assert found["steps_per_epoch"] == 12
-    assert found["predicted_epochs"] is None and "no two" in found["prediction"]
+    assert (
+        found["predicted_epochs"] is None
+        and "needs two past runs" in found["prediction"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_text_and_file(run, tmp_path):
         (("3", *BUILD, "--set", "x=1"), "--set: x=1 is not NAME=VALUE"),
         (
             ("3", *BUILD, "--method", "langevin", "--set", "noise_std=-1"),
-            "--set: noise_std must be finite, at least 0, got -1",
+            "--set: noise_std must be finite and at least 0, got -1",
         ),
         (
             ("3", *BUILD, "--method", "langevin", "--set", "noise_std=[1]"),
@@ -132,7 +135,7 @@ def test_a_bad_record(run, tmp_path):
     )
     DeletionRequests(tmp_path / "other", 500).submit("a", indices=[400])
     code, _, err = run(*PLAN, "3", "--log", tmp_path / "other")
-    assert code == 2 and "It is the log of another training set" in err
+    assert code == 2 and "The log belongs to another training set" in err
 
 
 @pytest.mark.parametrize("value", [".02", "+0.02", "2e-2", "0.02"])

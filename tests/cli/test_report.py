@@ -74,7 +74,11 @@ def damaged(done, tmp_path, name, content):
             "}",
             "evaluation.json is damaged",
         ),
-        ("record.json", '{"forget_indices": ["<b>"]}', "has no list forget_indices"),
+        (
+            "record.json",
+            '{"forget_indices": ["<b>"]}',
+            "contains no list of whole numbers forget_indices",
+        ),
         ("record.json", "{", "is not a JSON object"),
         ("guarantee.json", "{}", "must be a opacus_pi.Guarantee"),
         ("trace.json", "{}", "must contain opacus_pi.UnlearningTrace"),
@@ -91,7 +95,7 @@ def test_damaged_runs(run, done, tmp_path, name, content, message):
     ("words", "message"),
     [
         (("nothing", *LEDGER, "--out", "r.html"), "RUN_DIR nothing: no such file"),
-        ((*LEDGER, "--out", "r.json"), "--out: r.json is not a page"),
+        ((*LEDGER, "--out", "r.json"), "--out: r.json does not end in .html"),
         ((*LEDGER, "--out", "no/r.html"), "--out: no/r.html cannot be written"),
         (("--ledger", "model.safetensors", "--out", "r.html"), "--ledger model.safe"),
         ((*LEDGER, "--evaluation", "x.json", "--out", "r.html"), "Name RUN_DIR"),

@@ -117,7 +117,7 @@ def test_what_is_beside_the_weights_is_not_taken_for_them(tmp_path):
 
 def test_a_deletion_log_of_another_data_set(tmp_path):
     originals.deletions(tmp_path / "deletions")
-    with pytest.raises(ValueError, match="log of another training set"):
+    with pytest.raises(ValueError, match="log belongs to another training set"):
         _ = DeletionRequests(tmp_path / "deletions", 3).pending
 
 

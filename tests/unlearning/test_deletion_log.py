@@ -252,7 +252,7 @@ def test_a_database_of_something_else_is_refused_and_left_alone(tmp_path):
         connection.execute("CREATE TABLE entries (a)")
     before = path.read_bytes()
     for read in (DeletionLog, verify):
-        with pytest.raises(ValueError, match="It is an SQLite database of something"):
+        with pytest.raises(ValueError, match="It is an SQLite database of another"):
             read(path)
     assert path.read_bytes() == before
 
@@ -262,7 +262,7 @@ def test_a_log_of_a_newer_release_is_refused(path):
         connection.execute("PRAGMA user_version = 2")
     for read in (DeletionLog, verify):
         with pytest.raises(
-            ValueError, match="format version 1, got .*in version 2: .*release"
+            ValueError, match="format version 1, got .*has version 2: .*release"
         ):
             read(path)
 

@@ -71,7 +71,8 @@ def test_leaving_them_out_would_predict_less():
 @pytest.mark.parametrize("lengths", [None, math.nan, [1.0, math.inf], -1.0])
 def test_a_run_that_never_got_there_needs_its_length(lengths):
     with pytest.raises(
-        ValueError, match="past_times must come with how long .*, got inf"
+        ValueError,
+        match="past_times must be given together with the epochs .*, got inf",
     ):
         predict_time(1.0, [1.0, 2.0], [1.0, math.inf], past_lengths=lengths)
 
@@ -97,7 +98,7 @@ def test_a_plan_says_that_its_prediction_is_low():
     plan = plan_of(norms, [5], past_runs=past)
     assert plan.num_unfinished == 1
     assert f"Steps: at least {plan.predicted_steps} (" in str(plan)
-    assert "3 past runs, of which 1 ended before the set was forgotten" in str(plan)
+    assert "3 past runs; 1 of them ended before the set was forgotten" in str(plan)
     assert "at best a lower bound" in plan.prediction
     finished = plan_of(norms, [5], past_runs=past[:2])
     assert finished.num_unfinished == 0 and "at least" not in str(finished)

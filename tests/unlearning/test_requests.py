@@ -279,10 +279,10 @@ def test_a_record_about_another_training_set_is_refused(tmp_path):
     submitted(tmp_path)
     smaller = DeletionRequests(tmp_path / "deletions.db", 9)
     with pytest.raises(
-        ValueError, match="entry must be about 9 examples, .*got number 1"
+        ValueError, match="entry must be .* sorted indices below 9, .*got number 1"
     ):
         _ = smaller.pending
-    with pytest.raises(ValueError, match="log of another training set"):
+    with pytest.raises(ValueError, match="log belongs to another training set"):
         smaller.process(unlearner(), range(9))
 
 
@@ -291,12 +291,27 @@ def test_a_record_about_another_training_set_is_refused(tmp_path):
     [
         ("request", None, {"indices": [1]}, "with a name and indices"),
         ("request", "z", {}, "with a name and indices"),
-        ("request", "z", {"indices": [2, 1]}, "each once, sorted"),
-        ("request", "z", {"indices": [True]}, "each once, sorted"),
-        ("request", "z", {"indices": []}, "each once, sorted"),
-        ("done", None, {"requests": [9], "weights_sha256": "0" * 64}, "were open"),
-        ("done", None, {"requests": "a", "weights_sha256": "0" * 64}, "were open"),
-        ("done", None, {"requests": [True], "weights_sha256": "0" * 64}, "were open"),
+        (
+            "request",
+            "z",
+            {"indices": [2, 1]},
+            "sorted indices below .*, each of them once",
+        ),
+        (
+            "request",
+            "z",
+            {"indices": [True]},
+            "sorted indices below .*, each of them once",
+        ),
+        ("request", "z", {"indices": []}, "sorted indices below .*, each of them once"),
+        ("done", None, {"requests": [9], "weights_sha256": "0" * 64}, "were pending"),
+        ("done", None, {"requests": "a", "weights_sha256": "0" * 64}, "were pending"),
+        (
+            "done",
+            None,
+            {"requests": [True], "weights_sha256": "0" * 64},
+            "were pending",
+        ),
         ("done", None, {"requests": [0]}, "the hash of the weights"),
     ],
 )
@@ -323,7 +338,9 @@ def test_entries_that_make_no_sense_are_refused(tmp_path, kind, name, payload, m
 def test_weights_that_say_nothing_clear_are_refused(tmp_path, facts):
     mine = submitted(tmp_path)
     write_weights(mine.weights_path, UNLEARNED_WEIGHTS, {"w": torch.zeros(2)}, facts)
-    with pytest.raises(ValueError, match="must name the requests it honours"):
+    with pytest.raises(
+        ValueError, match="must name the requests that the weights honour"
+    ):
         mine.process(unlearner(), data())
 
 

@@ -98,7 +98,9 @@ def test_stopping_costs_the_claim_whether_or_not_the_run_was_ended():
 
 
 def test_stopping_needs_evaluations():
-    with pytest.raises(ValueError, match="evaluate must be given with stop, got None"):
+    with pytest.raises(
+        ValueError, match="evaluate must be given if stop is given, got None"
+    ):
         unlearner().unlearn(data(), [3], stop=StopWhen("score", 0.5))
     with pytest.raises(ValueError, match="metric must .*got 'other'"):
         unlearn([1] * 6, StopWhen("other", 0.5))

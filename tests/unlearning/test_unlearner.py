@@ -228,7 +228,7 @@ def test_the_default_generator_follows_torch():
         ([1, 1], "duplicates"),
         ([30], r"in \[0, 30\)"),
         ([-1], r"in \[0, 30\)"),
-        (list(range(30)), "something to keep"),
+        (list(range(30)), "at least one example to keep"),
         (np.ones(30, dtype=bool), "flatnonzero"),
         (7, r"^forget_indices must be a flat list, got 7. Write \[7\]."),
     ],

@@ -170,7 +170,7 @@ def test_what_was_forgotten_counts_in_a_partial_ledger():
 def test_a_plan_leaves_something_to_keep():
     mine = unlearner(ledger=ledger_of(data()))
     mine.unlearn(data(), range(29), 0)
-    with pytest.raises(ValueError, match="must leave something to keep"):
+    with pytest.raises(ValueError, match="must leave at least one example to keep"):
         mine.plan([29])
 
 

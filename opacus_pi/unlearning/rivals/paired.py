@@ -77,7 +77,7 @@ class RandomLabels(_Paired):
     retain_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        remedy = "0 forgets without repairing."
+        remedy = "With 0 the retain set is not used."
         at_least_zero("retain_weight", self.retain_weight, remedy)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:

@@ -41,7 +41,7 @@ class SCRUB(Method):
 
     def __post_init__(self) -> None:
         for name in ("num_max_passes", "kl_weight", "loss_weight"):
-            at_least_zero(name, getattr(self, name), "0 leaves that part out.")
+            at_least_zero(name, getattr(self, name), "0 switches this part off.")
         positive(temperature=self.temperature, remedy="1 is the plain softmax.")
 
     def prepare(self, task: Task) -> Method:
