@@ -3,6 +3,16 @@
 ``proxies`` computes cheap scores from a ledger, ``agreement`` compares scores with each
 other, and ``forget_sets`` chooses examples by rank, at random or by class. A higher
 score always means a harder example.
+
+The privacy loss (``opacus_pi.accounting``) is the score with a theorem behind it. The
+proxies serve to find out whether something simpler gives the same ranking.
+
+>>> losses, norms = [0.1, 0.3, 0.2, 0.9], [1.0, 4.0, 2.0, 9.0]
+>>> found = rank_correlations({"privacy loss": losses, "gradient norm": norms})
+>>> float(found.between("privacy loss", "gradient norm")[0])
+1.0
+>>> top_k(losses, size=2)
+array([1, 3])
 """
 
 from opacus_pi.difficulty.agreement import (

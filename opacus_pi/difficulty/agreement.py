@@ -218,7 +218,16 @@ def rank_stability(
 
 
 def _scores(name: str, values: ArrayLike) -> Array:
-    """Return one checked score vector."""
+    """Return one checked score vector.
+
+    Args:
+        name: Its name in the mapping, for the message.
+        values: One number per example; infinities are allowed, NaN is not, because it
+            has no rank.
+
+    Raises:
+        ValueError: If it is not a vector, or contains NaN.
+    """
     array = np.asarray(values, dtype=np.float64)
     expect(
         array.ndim == 1 and not np.isnan(array).any(),
@@ -232,7 +241,17 @@ def _scores(name: str, values: ArrayLike) -> Array:
 
 
 def _finite(name: str, values: ArrayLike) -> Array:
-    """Return one checked vector without infinities."""
+    """Return one checked vector without infinities.
+
+    Means in bins need finite values, unlike ranks.
+
+    Args:
+        name: Name of the argument, for the message.
+        values: One number per example.
+
+    Raises:
+        ValueError: If it is not a vector of at least one number, or one is not finite.
+    """
     array = np.asarray(values, dtype=np.float64)
     expect(
         array.ndim == 1 and array.size > 0 and bool(np.isfinite(array).all()),

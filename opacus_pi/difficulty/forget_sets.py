@@ -240,9 +240,9 @@ def by_class(
             "Every example has this label: pass a size.",
         )
         return members
-    _check_size(
-        size, min(members.size, labels.size - 1), f"{members.size} have label {label}"
-    )
+    largest = min(members.size, labels.size - 1)
+    why = f"the number of examples with label {label}, less one if all have it"
+    _check_size(size, largest, why)
     expect(
         generator is not None,
         "generator",
@@ -279,7 +279,15 @@ def retain_indices(num_examples: int, forget_indices: ArrayLike) -> Indices:
 
 
 def _warn_of_cuts(scores: ArrayLike, chosen: Mapping[str, Indices]) -> None:
-    """Warn if a set contains only some of the examples with equal scores."""
+    """Warn if a set contains only some of the examples with equal scores.
+
+    Args:
+        scores: Difficulty of each example.
+        chosen: The sets by name.
+
+    Warns:
+        UserWarning: Shown at the line that chose the size, outside this module.
+    """
     levels = ties(scores)
     totals = np.bincount(levels)
     cuts = []
@@ -319,7 +327,16 @@ def _flat(name: str, values: ArrayLike) -> NDArray[Any]:
 
 
 def _check_size(size: int, largest: int, why: str) -> None:
-    """Raise unless a set of this size exists."""
+    """Raise unless a set of this size exists.
+
+    Args:
+        size: The size, a whole number.
+        largest: The largest possible size.
+        why: Where this limit comes from, for the message.
+
+    Raises:
+        ValueError: If the size is not a whole number from 1 to ``largest``.
+    """
     whole = isinstance(size, int | np.integer) and not isinstance(size, bool)
     expect(
         whole and 1 <= size <= largest,

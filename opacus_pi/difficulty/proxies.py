@@ -138,8 +138,7 @@ def forgetting_events(ledger: Ledgers) -> Scores:
     """Return how often an example changed from correct to wrong between rows.
 
     An example that was correct at no row was never learned: its score is infinite, as
-        in
-    the original.
+    in the original.
 
     Args:
         ledger: The ledger of one run, or of several; it must contain ``correct``.
@@ -162,7 +161,15 @@ def forgetting_events(ledger: Ledgers) -> Scores:
 
 
 def _over_runs(ledger: Ledgers, score: Callable[[GradNormLedger], Scores]) -> Scores:
-    """Return the mean of a score over independent runs."""
+    """Return the mean of a score over independent runs.
+
+    Args:
+        ledger: One run or several.
+        score: From the ledger of one run to one number per example, ``(n,)``.
+
+    Raises:
+        ValueError: If the ledger has no row.
+    """
     runs = runs_of(ledger)
     expect(
         runs[0].num_rows > 0,
@@ -188,7 +195,18 @@ def _norms(run: GradNormLedger) -> Scores:
 
 
 def _filled(run: GradNormLedger, name: str, hardest: float) -> Scores:
-    """Return a quantity ``(N, n)``; for an example never seen, the hardest value."""
+    """Return a quantity ``(N, n)``; for an example never seen, the hardest value.
+
+    The score must not call an example easy only because it was never drawn.
+
+    Args:
+        run: The ledger of one run.
+        name: The column: ``confidences``, ``errors`` or ``correct``.
+        hardest: The value of the hardest example.
+
+    Raises:
+        ValueError: If the ledger lacks the column.
+    """
     rows = getattr(run, name)
     expect(
         rows is not None,

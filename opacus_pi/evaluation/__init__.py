@@ -3,6 +3,17 @@
 Each metric is a pure function of arrays or models. No metric depends on an unlearning
 method. Loss barriers and permutations are defined in ``opacus_pi.symmetries``,
 ``predict`` in ``opacus_pi.models``.
+
+| question | function |
+|---|---|
+| does the model still predict the forget set well? | ``evaluate`` |
+| does it still know the noise that it was trained on? | ``gaussian_unlearning_score`` |
+| when did it begin to behave like a retrained model? | ``time_to_unlearn`` |
+| can an attacker distinguish it from retrained models? | ``u_lira``, ``klom`` |
+| are its weights in the same basin as theirs? | ``loss_barrier`` |
+
+The first two need one model and can be computed after every epoch. The attacks need
+many models of both kinds. No metric proves that a set was forgotten: a guarantee does.
 """
 
 from opacus_pi.evaluation.gus import GaussianPoison, gaussian_unlearning_score

@@ -75,7 +75,15 @@ def gaussian_unlearning_score(
 
 
 def _directions(model: nn.Module, losses: Losses, x: Tensor, y: Tensor) -> Tensor:
-    """Return input gradients of unit length (or 0), float64 ``(b, d)``."""
+    """Return input gradients of unit length (or 0), float64 ``(b, d)``.
+
+    Args:
+        model: In evaluation mode, so that the examples do not influence each other and
+            one backward pass gives the gradient of each.
+        losses: Per-example losses in float64.
+        x: Inputs ``(b, ...)``, flattened to d numbers in the result.
+        y: Labels ``(b,)``.
+    """
     x = x.detach().requires_grad_()
     outputs = model(x)
     # only the direction matters, and cotangents of unit length do not underflow
@@ -87,7 +95,13 @@ def _directions(model: nn.Module, losses: Losses, x: Tensor, y: Tensor) -> Tenso
 
 
 def _check_examples(clean_inputs: Tensor, labels: Tensor, noise: Tensor) -> None:
-    """Raise unless inputs, labels and noise describe the same examples."""
+    """Raise unless inputs, labels and noise describe the same examples.
+
+    Token numbers are refused as well, because nothing can be differentiated by them.
+
+    Raises:
+        ValueError: If shapes disagree, or the inputs are not floating-point numbers.
+    """
     expect(
         noise.shape == clean_inputs.shape and len(labels) == len(noise) > 0,
         "clean_inputs, labels, noise",

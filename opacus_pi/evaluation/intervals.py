@@ -116,7 +116,16 @@ def epsilon_interval(
 def _rate_and_limits(
     errors: int, total: int, tail: float
 ) -> tuple[float, float, float]:
-    """Return an error rate with its lower and upper Clopper-Pearson limits."""
+    """Return an error rate with its lower and upper Clopper-Pearson limits.
+
+    These limits hold for any number of trials and any rate, unlike the normal
+    approximation, which fails for rates near 0. Those are the rates of a good attack.
+
+    Args:
+        errors: Number of errors.
+        total: Number of trials, at least 1.
+        tail: Probability with which each limit may be wrong.
+    """
     low, high = 0.0, 1.0
     if errors > 0:
         low = float(stats.beta.ppf(tail, errors, total - errors + 1))
@@ -126,7 +135,16 @@ def _rate_and_limits(
 
 
 def _shown_epsilon(fpr: float, fnr: float, delta: float) -> float:
-    """Return the smallest epsilon that these error rates allow."""
+    """Return the smallest epsilon that these error rates allow.
+
+    Args:
+        fpr: False positive rate.
+        fnr: False negative rate.
+        delta: δ.
+
+    Returns:
+        At least 0; ``inf`` if one rate is 0 and the other is small enough.
+    """
     shown = 0.0
     for one, other in ((fpr, fnr), (fnr, fpr)):
         if one < 1 - delta:

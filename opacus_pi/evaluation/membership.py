@@ -87,7 +87,17 @@ def membership_inference(
 
 
 def _feature(**named: ArrayLike) -> NDArray[np.float64]:
-    """Return the confidences as one column, after checking them."""
+    """Return the confidences as one column, after checking them.
+
+    Args:
+        **named: One set of confidences, by the name of its argument.
+
+    Returns:
+        float64 ``(size, 1)``, the form in which scikit-learn takes a feature.
+
+    Raises:
+        ValueError: If there is none, or one is outside [0, 1] or NaN.
+    """
     ((name, values),) = named.items()
     array = np.asarray(values, dtype=np.float64).reshape(-1, 1)
     expect(

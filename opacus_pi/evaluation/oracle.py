@@ -2,6 +2,13 @@
 
 Each oracle costs a whole training run. It is therefore stored on disk under a key of
 everything that determines it, and trained only if no file has this key.
+
+The name of a file is a hash of the recipe's key, the labels of the data set and the
+forget set, with the seed after it. The same facts are in the file and are compared when
+it is read. A wrong file is thus trained again, with a warning, and never used.
+
+*What breaks it.* The code of the recipe is not part of the key. If the code changes,
+change the key or name another directory.
 """
 
 import hashlib
@@ -129,7 +136,12 @@ class OracleCache:
         return self._path(_facts(key, data_set, forget), int(seed))
 
     def _path(self, facts: Mapping[str, str], seed: int) -> Path:
-        """Return the file of one oracle."""
+        """Return the file of one oracle.
+
+        Args:
+            facts: What determines the oracle except its seed.
+            seed: Its seed.
+        """
         content = json.dumps(facts, sort_keys=True).encode()
         digest = hashlib.sha256(content).hexdigest()
         return self.directory / f"oracle-{digest[:32]}-seed{seed}.safetensors"
@@ -143,7 +155,22 @@ class OracleCache:
         inputs: str,
         model: nn.Module,
     ) -> nn.Module:
-        """Load one retrained model, or train and store it."""
+        """Load one retrained model, or train and store it.
+
+        Args:
+            recipe: As in ``train``.
+            retain: The examples to train on.
+            seed: The seed.
+            facts: What determines the oracle except its seed, which the file's name is
+                made of.
+            inputs: Fingerprint of the data set with its inputs. It is stored in the
+                file but is not part of its name, because files of early releases lack
+                it.
+            model: A new model, into which the weights are loaded.
+
+        Returns:
+            The model, in evaluation mode.
+        """
         path = self._path(facts, seed)
         facts = {**facts, "seed": str(seed), _INPUTS: inputs}
         if _load(path, facts, model):
@@ -161,7 +188,16 @@ class OracleCache:
 def _facts(
     key: Mapping[str, Any], data_set: Any, forget: NDArray[np.int64]
 ) -> dict[str, str]:
-    """Return everything that determines an oracle except its seed, as text."""
+    """Return everything that determines an oracle except its seed, as text.
+
+    Args:
+        key: The caller's key. Its entries are sorted, so their order does not matter.
+        data_set: The training set; its length and labels count.
+        forget: Sorted positions of the forget set.
+
+    Raises:
+        ValueError: If the key is not JSON.
+    """
     try:
         text = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -175,7 +211,16 @@ def _facts(
 
 
 def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
-    """Load an oracle into the model; return False if no trustworthy file exists."""
+    """Load an oracle into the model; return False if no trustworthy file exists.
+
+    A file that cannot be trusted costs time but must not stop the caller, so it leads
+    to a warning, and the model is trained again.
+
+    Args:
+        path: The file.
+        facts: What it must say about itself.
+        model: Changed in place; if the answer is False, its weights must not be used.
+    """
     if not path.exists():
         return False
     try:
@@ -214,6 +259,10 @@ def _check_types(
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:
-    """Return a tensor as an array; bfloat16, which NumPy lacks, becomes float32."""
+    """Return a tensor as an array; bfloat16, which NumPy lacks, becomes float32.
+
+    Every bfloat16 number is also a float32 number, so nothing is lost, and loading into
+    a bfloat16 model gives the same weights again.
+    """
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -122,6 +122,16 @@ def _ratios(judged: Array, own: Array, other: Array, sign: int) -> Array:
     """Return log likelihoods under the own side minus those under the other side.
 
     Both sides leave out one model: the judged model, and a partner on the other side.
+    If only the judged model were left out, its own side would be estimated from fewer
+    models. The attack would then have an accuracy other than 1/2 even after perfect
+    unlearning.
+
+    Args:
+        judged: Margins of the models to judge, ``(k, m)``.
+        own: Margins of the side they belong to.
+        other: Margins of the other side, ``(j, m)``.
+        sign: 1 if the own side is that of unlearned models, else -1: the result is
+            always positive for models that look unlearned.
     """
     partner = np.arange(len(judged)) % len(other)
     difference = _log_density(judged, *_without_each(own)) - _log_density(
@@ -131,7 +141,18 @@ def _ratios(judged: Array, own: Array, other: Array, sign: int) -> Array:
 
 
 def _without_each(values: Array) -> tuple[Array, Array]:
-    """Return mean and standard deviation of each column without row i, for every i."""
+    """Return mean and standard deviation of each column without row i, for every i.
+
+    Both are updated from the sums over all rows, so the cost is that of one pass and
+    not of n passes. The values are centred first, which avoids cancellation.
+
+    Args:
+        values: ``(k, m)``, k at least 3.
+
+    Returns:
+        Two arrays ``(k, m)``. Standard deviations are at least 1e-6: a smaller one
+        would make the density infinite where all models agree.
+    """
     n = len(values) - 1
     centre = values.mean(axis=0)
     moved = values - centre
@@ -153,7 +174,16 @@ def _positive(ratios: Array) -> Array:
 
 
 def _margins(name: str, values: ArrayLike) -> Array:
-    """Return the margins of several models as an array, after checking them."""
+    """Return the margins of several models as an array, after checking them.
+
+    Args:
+        name: Name of the argument, for the message.
+        values: ``(models, examples)``.
+
+    Raises:
+        ValueError: If there are fewer than 3 models (a standard deviation without one
+            of them needs two), no example, or a margin is not finite.
+    """
     array = np.asarray(values, dtype=np.float64)
     expect(
         array.ndim == 2 and len(array) >= 3 and array.shape[1] >= 1,
@@ -223,7 +253,12 @@ def klom(
 
 
 def _histogram(places: NDArray[np.float64], num_bins: int) -> NDArray[np.float64]:
-    """Return the fractions in each bin, ``(num_bins, n)``."""
+    """Return the fractions in each bin, ``(num_bins, n)``.
+
+    Args:
+        places: Margins in units of a bin, from 0 to ``num_bins``, ``(models, n)``.
+        num_bins: Number of bins. A margin at the upper end belongs to the last one.
+    """
     bins = np.minimum(places.astype(np.int64), num_bins - 1)
     columns = np.broadcast_to(np.arange(places.shape[1]), places.shape)
     counts = np.zeros((num_bins, places.shape[1]))

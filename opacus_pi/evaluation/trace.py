@@ -1,5 +1,9 @@
 """Traces of unlearning: the metrics of a model over time, and the time to unlearn.
 
+The time to unlearn is the first time at which a metric is near its value for retrained
+models. "Near", and not "at least", because a model can also forget too much: accuracy
+on the forget set below that of retrained models reveals the set just as well.
+
 >>> trace = UnlearningTrace()
 >>> for epoch, accuracy in enumerate([0.1, 0.3, 0.44, 0.5]):
 ...     trace.append(epoch, {"unlearning_accuracy": accuracy})
@@ -124,8 +128,11 @@ class UnlearningTrace:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace as JSON, atomically.
 
+        The file has a kind, a version and a checksum. It is JSON and not an array file,
+        because it is small, and other programs should be able to read it.
+
         Args:
-            path: The file's name.
+            path: The file's name; an existing file is replaced in one step.
         """
         content = {"kind": _KIND, "version": _VERSION, **asdict(self)}
         content["checksum"] = _digest(content)
@@ -245,7 +252,15 @@ def arrived(
 
 
 def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str) -> Any:
-    """Return the oracle's value of a metric, averaged over seeds."""
+    """Return the oracle's value of a metric, averaged over seeds.
+
+    Args:
+        oracle: As for ``time_to_unlearn``.
+        name: The metric.
+
+    Raises:
+        ValueError: If it is missing, empty or not finite.
+    """
     if isinstance(oracle, Mapping):
         expect(
             name in oracle,
@@ -267,7 +282,14 @@ def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file, or raise a clear error."""
+    """Read a JSON object from a file, or raise a clear error.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If the file is not a complete JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -283,7 +305,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _require_numbers(times: Any, metrics: Any, cost: Any) -> None:
-    """Raise unless all columns are lists of numbers."""
+    """Raise unless all columns are lists of numbers.
+
+    ``float`` would also convert texts and switches. A file that contains them was not
+    written by ``save``.
+
+    Raises:
+        TypeError: If a column is not a list, or an entry is not an int or a float.
+    """
     columns = [times, *metrics.values(), list(cost.values())]
     if not all(isinstance(column, list) for column in columns):
         raise TypeError("expected lists of numbers")
@@ -292,6 +321,10 @@ def _require_numbers(times: Any, metrics: Any, cost: Any) -> None:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object; layout and order do not matter."""
+    """Return the SHA-256 of a JSON object; layout and order do not matter.
+
+    Args:
+        content: Everything in the file except the checksum.
+    """
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -3,6 +3,10 @@
 ``score`` computes the numbers of every example, which the command ``opacus-pi score``
 prints. ``write_report`` adds an unlearning run, retrained models and the guarantee, and
 writes all of it as one HTML page and one JSON file.
+
+``scores`` and ``run`` collect facts as mappings that can be written as JSON; ``page``
+and ``figures`` only show them. A number in the text of the page is therefore in the
+JSON file, too. Both files name unusual examples: they are not for sharing.
 """
 
 from opacus_pi.report.run import Barriers

@@ -89,20 +89,33 @@ def trace_pictures(
 
 
 def _histogram(values: NDArray[np.float64], name: str, marks: dict[str, float]) -> str:
-    """Draw one histogram and return its address."""
+    """Draw one histogram and return its address.
+
+    Args:
+        values: One number per example, at least one finite.
+        name: Meaning of the numbers, for the axis.
+        marks: Numbers at which to draw a line, by name.
+    """
     figure, ax = _canvas()
     plot_distribution(values, name=name, marks=marks, ax=ax)
     return _address(figure)
 
 
 def _canvas() -> tuple[Figure, Axes]:
-    """Return a new figure that pyplot does not manage, and its Axes."""
+    """Return a new figure that pyplot does not manage, and its Axes.
+
+    Pyplot would keep every figure until it is closed, and might try to open a window.
+    """
     figure = Figure(figsize=_SIZE, layout="constrained")
     return figure, figure.add_subplot()
 
 
 def _literal(words: str) -> str:
-    """Escape dollar signs, so that matplotlib does not read a formula."""
+    """Escape dollar signs, so that matplotlib does not read a formula.
+
+    Metrics and units are named by the user. Text between two dollar signs would be set
+    as mathematics, and an invalid formula raises an error.
+    """
     return words.replace("$", r"\$")
 
 

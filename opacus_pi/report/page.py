@@ -70,7 +70,11 @@ def _environment() -> Environment:
 
 
 def _number(value: Any) -> str:
-    """Write a float with four significant digits and None as a dash."""
+    """Write a float with four significant digits and None as a dash.
+
+    >>> _number(0.123456), _number(float("inf")), _number(12), _number(None)
+    ('0.1235', '∞', '12', '–')
+    """
     if value is None:
         return "–"
     if isinstance(value, float | np.floating):
@@ -79,7 +83,14 @@ def _number(value: Any) -> str:
 
 
 def _span(value: Any) -> str:
-    """Write a number, or the range of a schedule, which is a list."""
+    """Write a number, or the range of a schedule, which is a list.
+
+    Sample rate, noise and clip norm may change from row to row of a ledger. The page
+    has one line for each, so it shows the smallest and the largest value.
+
+    >>> _span([0.5, 2.0, 1.0])
+    '0.5 to 2, by a schedule'
+    """
     if isinstance(value, list):
         return f"{_number(min(value))} to {_number(max(value))}, by a schedule"
     return _number(value)
@@ -91,7 +102,11 @@ def _or_none(value: str) -> str:
 
 
 def _bound(value: Any) -> str:
-    """Write a bound with four digits, rounded up so that it remains a bound."""
+    """Write a bound with four digits, rounded up so that it remains a bound.
+
+    Args:
+        value: The bound; the JSON facts have the word ``inf`` for an infinite one.
+    """
     return _or_none(rounded_up(float(value)))
 
 
@@ -116,7 +131,15 @@ def _quantile_rows(quantiles: Facts) -> list[dict[str, Any]]:
 
 
 def _run_rows(run: Facts) -> dict[str, Any]:
-    """Return the rows of the lists and tables about an unlearning run."""
+    """Return the rows of the lists and tables about an unlearning run.
+
+    Args:
+        run: What ``run_facts`` returned.
+
+    Returns:
+        The arguments of the template: ``forgotten`` and ``settings``, values by name;
+        ``metrics`` and ``barriers``, lists of rows.
+    """
     forget = run["forget_set"]
     forgotten = {
         "method": run["method"],
@@ -140,7 +163,12 @@ def _run_rows(run: Facts) -> dict[str, Any]:
 
 
 def _metric_row(metric: Facts) -> dict[str, Any]:
-    """Return the row of one metric: before, after, and of retrained models if any."""
+    """Return the row of one metric: before, after, and of retrained models if any.
+
+    Args:
+        metric: An entry of ``metrics`` in the facts. ``oracle_std`` is missing or None
+            unless there are at least two retrained models.
+    """
     mean, deviation = metric.get("oracle_mean"), metric.get("oracle_std")
     time = metric.get("time")
     return {
@@ -155,7 +183,11 @@ def _metric_row(metric: Facts) -> dict[str, Any]:
 
 
 def _barrier_rows(barriers: Facts) -> list[dict[str, Any]]:
-    """Return the rows of barriers: to retrained models, and between these."""
+    """Return the rows of barriers: to retrained models, and between these.
+
+    Args:
+        barriers: The facts of ``Barriers``.
+    """
     pairs = {
         "unlearned model and retrained model": barriers["to_oracles"],
         "two retrained models, pair": barriers["between_oracles"],
@@ -168,7 +200,13 @@ def _barrier_rows(barriers: Facts) -> list[dict[str, Any]]:
 
 
 def _setting(value: Any) -> Any:
-    """Return a setting as one line; an optimizer's setting is itself a mapping."""
+    """Return a setting as one line; an optimizer's setting is itself a mapping.
+
+    Entries that are 0 or False are left out: an optimizer has many that are not used.
+
+    >>> _setting({"name": "SGD", "lr": 0.01, "nesterov": False})
+    'SGD, lr 0.01'
+    """
     if isinstance(value, Mapping):
         shown = [(name, entry) for name, entry in value.items() if entry]
         return ", ".join(

@@ -34,7 +34,11 @@ _NOT_SETTINGS = ("method", "forget_indices", "forgotten_before")
 
 
 class Unlearned(Protocol):
-    """What a report needs of the result of ``Unlearner.unlearn``: all but the model."""
+    """What a report needs of the result of ``Unlearner.unlearn``: all but the model.
+
+    A protocol, because the command line reads a run back from files, without loading
+    the weights. Anything with these three attributes can be reported.
+    """
 
     @property
     def trace(self) -> UnlearningTrace: ...  # noqa: D102
@@ -65,6 +69,9 @@ class Barriers:
 
         Args:
             facts: The JSON object.
+
+        Returns:
+            The barriers; every value was converted to a number.
 
         Raises:
             KeyError, TypeError, ValueError: If the facts are something else.
@@ -120,22 +127,26 @@ def _forget_set(record: Mapping[str, Any], scores: Scores) -> dict[str, Any]:
     """
     forget = np.asarray(record.get("forget_indices", []), dtype=np.int64)
     before = len(record.get("forgotten_before", []))
-    if not np.isin(forget, scores.ids).all() or not len(forget):
-        return {"size": len(forget), "forgotten_before": before}
-    places = np.flatnonzero(np.isin(scores.ids, forget))
-    mean = float(scores.losses[places].mean())
-    return {
-        "size": len(forget),
-        "forgotten_before": before,
-        "mean_loss": mean,
-        "percentile": percentile(mean, scores.losses),
-    }
+    facts: dict[str, Any] = {"size": len(forget), "forgotten_before": before}
+    if len(forget) and np.isin(forget, scores.ids).all():
+        mean = float(scores.losses[np.isin(scores.ids, forget)].mean())
+        facts |= {"mean_loss": mean, "percentile": percentile(mean, scores.losses)}
+    return facts
 
 
 def _metrics(
     trace: UnlearningTrace, oracle: Mapping[str, ArrayLike]
 ) -> list[dict[str, Any]]:
-    """Return each metric before and after the run, and of retrained models."""
+    """Return each metric before and after the run, and of retrained models.
+
+    Args:
+        trace: The metrics over time. A metric that was never evaluated is left out.
+        oracle: The metrics of retrained models by name, maybe none.
+
+    Returns:
+        For each metric ``name``, ``before``, ``after``, and what ``_oracle_facts``
+        returns if retrained models have it.
+    """
     return [
         {
             "name": name,

@@ -76,7 +76,12 @@ class Scores:
 
     @property
     def num_at_bound(self) -> int:
-        """Return how many losses equal the worst case, up to rounding."""
+        """Return how many losses equal the worst case, up to rounding.
+
+        These examples were clipped in every update, or their larger estimate was cut to
+        the worst case. The loss cannot distinguish them. If there are many, a lower
+        order or training with a larger clip norm may separate them.
+        """
         return int(np.count_nonzero(self.losses >= self.worst_case_loss * _ROUNDING))
 
     @property
@@ -106,7 +111,12 @@ class Scores:
     def strata(self) -> list[dict[str, Any]]:
         """Five sets of rising loss, each a fiftieth of the examples.
 
-        A ledger of a single example has no strata.
+        They are the forget sets that the paper would form from these losses. A ledger
+        of a single example has no strata.
+
+        Returns:
+            For each stratum its name and size, its smallest, mean and largest loss, and
+            its mean ε, which is None if the losses are only a ranking.
         """
         if len(self.losses) < 2:
             return []
@@ -122,6 +132,10 @@ class Scores:
 
         Each is the value of an example, not interpolated between two: between two
         infinite losses an interpolation gives NaN.
+
+        Returns:
+            ``probability``, ``loss`` and ``epsilon``, one entry for each quantile;
+            ``epsilon`` is None if the losses are only a ranking.
         """
         return {
             "probability": _QUANTILES,

@@ -1,4 +1,12 @@
-"""Write the report about one run: an HTML page, and a JSON file with the same facts."""
+"""Write the report about one run: an HTML page, and a JSON file with the same facts.
+
+The facts are collected once and then both rendered and saved. Before that they pass
+through ``strict_json.strict``, which turns arrays into lists and infinities into words.
+The page is made from what the file contains, so the two cannot disagree.
+
+Nothing is written until everything was computed and rendered, so a wrong argument
+leaves existing files as they were.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -99,8 +107,14 @@ def write_report(
 def training_facts(ledger: Ledgers) -> dict[str, Any]:
     """Return what was recorded, without anything about a single example.
 
+    Several runs of one training share the mechanism, so it is read from the first.
+
     Args:
         ledger: One run, or several runs of one training.
+
+    Returns:
+        Values by name. Sample rate, noise and clip norm are arrays if they follow a
+        schedule.
     """
     runs = runs_of(ledger)
     first = runs[0]
@@ -120,7 +134,14 @@ def training_facts(ledger: Ledgers) -> dict[str, Any]:
 
 
 def _forget_loss(facts: Mapping[str, Any]) -> float | None:
-    """Return the mean loss of the forget set, or None if there is none."""
+    """Return the mean loss of the forget set, or None if there is none.
+
+    It is missing without an unlearning run, and if the ledger lacks an example of the
+    set.
+
+    Args:
+        facts: The facts of the report.
+    """
     if "unlearning" not in facts:
         return None
     mean: float | None = facts["unlearning"]["forget_set"].get("mean_loss")
