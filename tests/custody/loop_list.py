@@ -1,0 +1,164 @@
+"""The loops that are tested, each with the modes that it is run in."""
+
+from tests.custody import hidden_ids, loop_parts, models, oddities
+from tests.custody.loops import Loop
+
+PER_EXAMPLE = ("hooks", "functorch", "ew")
+ALL = (*PER_EXAMPLE, "ghost", "fast")
+FREE = ("hooks", "functorch", "fast")  # the loop's own loss
+MOST = ("hooks", "ghost", "fast")
+FIXED = {"sampling": "fixed"}
+TOKENS = {"data": hidden_ids.Tokens, "model": models.TokenModel}
+TWO = {"model": models.TwoInputs, "forward": loop_parts.two_inputs}
+
+
+def collated(collate_fn, **options):
+    return Loop(collate_fn.__name__, loader={"collate_fn": collate_fn}, **options)
+
+
+def transforming(transform, **options):
+    return Loop(transform.__name__, transform=transform, **options)
+
+
+def using(updates, **options):
+    return Loop(updates.__name__, updates=updates, **options)
+
+
+def of_model(model, **options):
+    return Loop(model.__name__, model=model, **options)
+
+
+def of_loss(criterion, **options):
+    return Loop(criterion.__name__, criterion=criterion, **options)
+
+
+def odd(setup, **options):
+    return Loop(setup.__name__, setup=setup, **options)
+
+
+# ------------------------------------- ordinary loops: recorded in full, without a word
+CONTROLS = [
+    (Loop("plain"), (*ALL, "swept")),
+    (Loop("shuffled", **FIXED), (*ALL, "swept")),
+    (Loop("in_order", loader={"shuffle": False}, **FIXED), MOST),
+    (Loop("last_dropped", loader={"batch_size": 5, "drop_last": True}, **FIXED), MOST),
+    (Loop("two_workers", loader={"num_workers": 2}), ("hooks",)),
+    (Loop("dicts", data=hidden_ids.dict_data, **FIXED), MOST),
+    (Loop("soft_labels", data=hidden_ids.soft_label_data), ALL),
+    (of_model(models.convolutional, data=hidden_ids.image_data), ALL),
+    (of_model(models.normalised), ALL),
+    (of_model(models.with_dropout), MOST),
+    (of_model(models.linear_without_bias), ALL),
+    (of_model(models.Recurrent, data=hidden_ids.sequence_data), ("hooks", "functorch")),
+    (of_model(models.Attentive, data=hidden_ids.sequence_data), ("hooks", "functorch")),
+    (Loop("two_inputs", data=hidden_ids.tripled_data, **TWO), MOST),
+    (
+        Loop(
+            "keyword",
+            data=hidden_ids.tripled_data,
+            model=models.TwoInputs,
+            forward=loop_parts.input_and_keyword,
+        ),
+        MOST,
+    ),
+    (
+        Loop(
+            "by_name", model=models.TwoInputs, forward=loop_parts.keyword_only, **FIXED
+        ),
+        MOST,
+    ),
+    (of_loss(models.Focal), ALL),
+    (of_loss(models.smoothed_cross_entropy), ALL),
+    (of_loss(models.summed_cross_entropy, private={"loss_reduction": "sum"}), ALL),
+    (collated(loop_parts.stacked), MOST),
+    (collated(loop_parts.padded, **TOKENS), MOST),
+    (collated(loop_parts.padded_to_multiple, **TOKENS), MOST),
+    (collated(loop_parts.truncated, **TOKENS), MOST),
+    (transforming(loop_parts.cloned), MOST),
+    (transforming(loop_parts.through_numpy), MOST),
+    (transforming(loop_parts.to_double_and_back), MOST),
+    (transforming(loop_parts.viewed), MOST),
+    (transforming(loop_parts.permuted), MOST),
+    (transforming(loop_parts.sorted_rows), MOST),
+    (transforming(loop_parts.every_other), MOST),
+    (transforming(loop_parts.first_rows), MOST),
+    (using(loop_parts.in_chunks, **FIXED), ("hooks", "functorch", "fast")),
+    (using(loop_parts.accumulated, **FIXED), ("hooks", "functorch", "fast")),
+    (using(loop_parts.memory_managed), MOST),
+    (using(loop_parts.cleared_afterwards), ("hooks", "functorch", "fast")),
+    (using(loop_parts.evaluated_between), MOST),
+    (using(loop_parts.training_loss_looked_at), MOST),
+    (using(loop_parts.some_discarded), ("hooks", "fast")),
+    (using(loop_parts.two_batches_ahead), MOST),
+    (using(loop_parts.all_listed), MOST),
+    (using(loop_parts.listed_backwards), MOST),
+    (Loop("adam", optimizer=oddities.adam), MOST),
+    (Loop("momentum", optimizer=oddities.with_momentum), MOST),
+    (odd(oddities.falling_learning_rate), MOST),
+    (of_model(models.with_frozen_layer), MOST),
+    (odd(oddities.average_kept), MOST),
+    (odd(oddities.summed_gradient_kept), MOST),
+    (odd(oddities.model_copied), MOST),
+    (odd(oddities.noise_changed), MOST),
+    (odd(oddities.clip_norm_changed), ("hooks", "fast")),
+]
+
+# -------------------- right norms exist, but the program may not be sure: it may say so
+UNCERTAIN = [
+    (collated(loop_parts.without_some), MOST),
+    (collated(loop_parts.noisy), MOST),
+    (collated(loop_parts.cropped), MOST),
+    (transforming(loop_parts.doubled), MOST),
+    (transforming(loop_parts.noised), MOST),
+    (transforming(loop_parts.features_flipped), MOST),
+    (transforming(loop_parts.permuted_and_doubled), MOST),
+    (transforming(loop_parts.permuted_and_noised), MOST),
+    (transforming(loop_parts.attacked), ("hooks", "functorch")),
+    (transforming(loop_parts.doubled_in_place), MOST),
+    (transforming(loop_parts.noised_in_place), MOST),
+    (transforming(loop_parts.permuted_in_place), MOST),
+    (transforming(loop_parts.permuted_by_assignment), MOST),
+    (transforming(loop_parts.new_memory_by_data), MOST),
+    (transforming(loop_parts.noise_as_second_input, **TWO), MOST),
+    (transforming(loop_parts.half_as_second_input, **TWO), MOST),
+    (Loop("two_views", forward=loop_parts.two_views), ("hooks", "functorch")),
+    (using(loop_parts.own_loader), MOST),
+    (using(loop_parts.whole_data_set), MOST),
+    (using(loop_parts.own_indices), MOST),
+    (using(loop_parts.loader_and_public_data), MOST),
+    (odd(oddities.clamped_by_data), MOST),
+    (odd(oddities.weights_reloaded), MOST),
+    (
+        of_model(
+            models.BagModel,
+            data=hidden_ids.Tokens,
+            forward=loop_parts.bag_of_tokens,
+            loader={"collate_fn": loop_parts.truncated},
+        ),
+        ("hooks",),
+    ),
+]
+
+# ----------------------------- no norm is right for every example: must be refused/said
+BROKEN = [
+    (collated(loop_parts.each_twice, breaks="identity"), MOST),
+    (collated(loop_parts.each_twice_in_blocks, breaks="identity"), MOST),
+    (transforming(loop_parts.row_overwritten, breaks="identity"), MOST),
+    (transforming(loop_parts.mixed, breaks="identity"), MOST),
+    (transforming(loop_parts.centred_by_batch, breaks="identity"), MOST),
+    (transforming(loop_parts.first_row_twice, breaks="rows"), MOST),
+    (transforming(loop_parts.first_row_only, breaks="rows"), MOST),
+    (transforming(loop_parts.batch_twice, breaks="rows"), MOST),
+    (transforming(loop_parts.drawn_with_replacement, breaks="rows"), MOST),
+    (transforming(loop_parts.differences, breaks="identity"), MOST),
+    (transforming(loop_parts.with_earlier_batch, breaks="identity"), MOST),
+    (using(loop_parts.same_batch_twice_in_an_update, breaks="rows", **FIXED), FREE),
+    (using(loop_parts.overlapping_parts, breaks="rows", **FIXED), FREE),
+]
+
+
+def with_modes(loops, **changes):
+    """Return one loop for each mode."""
+    return [
+        loop.having(mode=mode, **changes) for loop, modes in loops for mode in modes
+    ]
