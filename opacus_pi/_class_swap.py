@@ -5,11 +5,13 @@ would be another object of another type, which ``isinstance``, ``type(x) is ...`
 references and other libraries would notice. Here the object keeps its identity and its
 attributes, and only ``__class__`` becomes a subclass with the name of the class before.
 
-The object behaves as before wherever the subclass does not override a method. Pickling
-breaks if the class is not found under its name; a subclass for objects that are pickled
-therefore defines ``__reduce_ex__``. Python refuses the change for classes with another
-memory layout (``__slots__``, built-in types).
+The object behaves as before wherever the subclass does not override a method. Copies
+and pickles of it are plain: they have the class from before, which can be imported, and
+no attribute that begins with ``_pi_``, because such attributes observe this one object.
+A subclass may define ``__reduce_ex__`` to decide otherwise. Python refuses the change
+for classes with another memory layout (``__slots__``, built-in types).
 
+>>> import copy
 >>> class Greeter:
 ...     def greet(self):
 ...         return "hello"
@@ -19,12 +21,14 @@ memory layout (``__slots__``, built-in types).
 ...             return super().greet().upper()
 ...
 ...     return Louder
->>> swap_class(Greeter(), _louder).greet()
-'HELLO'
+>>> greeter = swap_class(Greeter(), _louder)
+>>> greeter.greet(), copy.copy(greeter).greet()
+('HELLO', 'hello')
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from copyreg import __newobj__ as make_object  # what unpickling calls by default
+from typing import Any, SupportsIndex, TypeVar
 
 T = TypeVar("T")
 _subclasses: dict[tuple[type, Callable[[type], type]], type] = {}
@@ -55,6 +59,43 @@ def swap_class(instance: T, factory: Callable[[type], type]) -> T:
         made._pi_swaps = (*swaps, factory)
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):
             setattr(made, name, getattr(base, name))
+        if made.__reduce_ex__ is base.__reduce_ex__:
+            made.__reduce_ex__ = _reducing_as_plain(base)
         _subclasses[base, factory] = made
     instance.__class__ = _subclasses[base, factory]
     return instance
+
+
+def plain_class(instance: object) -> type:
+    """Return the class that an object had before its class was ever replaced."""
+    return next(c for c in type(instance).__mro__ if "_pi_swaps" not in vars(c))
+
+
+def _made_of(cls: type, *arguments: Any) -> Any:
+    """Make an object of a class without initialising it.
+
+    ``copyreg.__newobj__`` does the same, but pickle knows that name, and requires that
+    the class is the one of the object that is pickled.
+    """
+    return make_object(cls, *arguments)
+
+
+def _reducing_as_plain(base: Any) -> Callable[[Any, SupportsIndex], tuple[Any, ...]]:
+    """Make the method by which objects are copied and pickled with their class before.
+
+    Args:
+        base: The class that the subclass replaces; it may reduce in its own way.
+    """
+
+    def __reduce_ex__(self: Any, protocol: SupportsIndex) -> tuple[Any, ...]:
+        reduced = base.__reduce_ex__(self, max(2, protocol.__index__()))
+        function, arguments, *rest = reduced
+        if function is type(self):  # a __reduce__ that calls the class
+            function = plain_class(self)
+        elif function is make_object:
+            function, arguments = _made_of, (plain_class(self), *arguments[1:])
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {k: v for k, v in rest[0].items() if not k.startswith("_pi_")}
+        return function, arguments, *rest
+
+    return __reduce_ex__

@@ -57,6 +57,7 @@ __all__ = [
     "index_sampler",
     "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass",
+    "load_hooks",
     "makes_own_iterators",
     "next_index",
     "num_writes",
@@ -90,6 +91,14 @@ def forward_hooks(module: nn.Module) -> dict[int, Any]:
 def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
     """Return the live table of forward pre-hooks (``_forward_pre_hooks``)."""
     return module._forward_pre_hooks
+
+
+def load_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return the live table of hooks that are called after a state dict is loaded.
+
+    Source: ``_load_state_dict_post_hooks``.
+    """
+    return module._load_state_dict_post_hooks
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

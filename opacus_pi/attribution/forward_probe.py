@@ -102,11 +102,14 @@ def probe(
     Returns:
         The handle that removes the hook.
     """
-    for hook in forward_hooks(module).values():
-        if isinstance(hook, ForwardProbe):  # prepared before, maybe for another engine
-            hook.report_to(tracker, is_second_backward)
-            handle: RemovableHandle = hook.handle
-            return handle
+    hooks = forward_hooks(module)
+    for key in [k for k, hook in hooks.items() if isinstance(hook, ForwardProbe)]:
+        if hooks[key].handle is None:  # the module is a copy of a prepared one
+            del hooks[key]
+            continue
+        hooks[key].report_to(tracker, is_second_backward)  # prepared before
+        handle: RemovableHandle = hooks[key].handle
+        return handle
     forward_probe = ForwardProbe()
     forward_probe.report_to(tracker, is_second_backward)
     handle = module.register_forward_hook(forward_probe, with_kwargs=True)

@@ -25,7 +25,7 @@ The private methods of torch that are overridden here are listed in ``_torch_com
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, get_worker_info
 
@@ -335,14 +335,6 @@ def _observed_loader(base: type) -> type:
             if observer.fingerprint_items and not makes_own_iterators(base):
                 make = partial(_fingerprinting_iterator, self, base)
             return observer.begin_pass(self, make)
-
-        def __reduce_ex__(
-            self, protocol: SupportsIndex
-        ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-            """Copy and pickle as a plain loader of the user's class."""
-            plain = next(c for c in type(self).__mro__ if "_pi_swaps" not in vars(c))
-            state = {k: v for k, v in vars(self).items() if not k.startswith("_pi_")}
-            return _without_state, (plain,), state
 
     return Observed
 

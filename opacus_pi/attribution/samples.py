@@ -114,6 +114,13 @@ class StoredSamples:
         self._num_samples, self._stride = shape[dim], strides[dim]
         self._num_writes, self._entry_size = num_writes(tensor), tensor.element_size()
 
+    def __reduce__(self) -> Any:
+        """Refuse copies: each would free torch's reference to the memory once more."""
+        raise TypeError(
+            "StoredSamples refers to tensors in the memory of this process, so it can "
+            "be neither copied nor pickled. Copy the tensors instead."
+        )
+
     def positions(self, tensor: Tensor, dim: int) -> NDArray[np.int64] | None:
         """Return the positions of a tensor's samples among these samples.
 

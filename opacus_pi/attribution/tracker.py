@@ -27,6 +27,7 @@ array([9, 7])
 {'by_storage': 0, 'by_content': 2, 'by_latest': 0, 'unattributed': 0}
 """
 
+import copy
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ _MAX_RECENT = 16
 # never used for a backward pass (a look at the training loss) are dropped this way.
 _MAX_PENDING = 64
 _NO_INDICES = np.empty(0, np.int64)
+# Attributes of a tracker that its copies and pickles have.
+_COPIED = ("verify", "strict", "batch_dim", "counts", "_explained")
 
 _CAUSES = {
     "by_latest": "The model's inputs are neither the tensors that the data loader "
@@ -104,6 +107,18 @@ class Tracker:
         self._entered: list[Delivery] = []
         self._num_backward = 0
         self._explained: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: options and counts, and no batches.
+
+        Batches are recognised by the memory that they are stored in, and nothing in a
+        copy is stored there. Nor may torch's references to this memory be copied: each
+        copy would free the same one.
+        """
+        blank = Tracker()
+        for name in _COPIED:
+            setattr(blank, name, copy.copy(getattr(self, name)))
+        return vars(blank)
 
     @property
     def latest(self) -> Delivery | None:

@@ -65,6 +65,10 @@ class Checkpoints:
     def __init__(self) -> None:
         self.run_state: RunState | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy holds: no run, which has another loader."""
+        return {"run_state": None}
+
     def entries(
         self, recorder: Recorder, renyi_filter: RenyiFilter | None
     ) -> dict[str, Any]:

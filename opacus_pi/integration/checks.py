@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._errors import AccountingError
-from opacus_pi._torch_compat import BatchNormBase, num_writes
+from opacus_pi._torch_compat import BatchNormBase, load_hooks, num_writes
 from opacus_pi.accounting import GradNormLedger
-from opacus_pi.integration.opacus_compat import module_of
+from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
 from opacus_pi.recording import Recorder
 
@@ -206,7 +206,13 @@ class OutsideChanges:
                 changes._refuse(_STEPPED_WITHOUT_NOISE)
 
         _HANDLES[inner] = inner.register_step_pre_hook(before_step)
-        module.register_load_state_dict_post_hook(_LoadHook(self))
+        # One hook is enough: those of earlier calls, and of a module that this one is a
+        # copy of, go.
+        table = load_hooks(module)
+        for key in [k for k, hook in table.items() if isinstance(hook, _LoadHook)]:
+            del table[key]
+        handle = module.register_load_state_dict_post_hook(_LoadHook(self))
+        keep_handle(module, handle)
 
     def forget_weights(self) -> None:
         """Accept the weights as they are: a state dict was loaded."""

@@ -156,9 +156,9 @@ class PerInstanceMixin(OpacusEngine):
         module = None if self._run is None else self._run.module()
         if module is None:
             raise AccountingError(
-                "The engine has no module: none was prepared, or it was deleted. Call "
-                "make_private or make_monitored, and keep the model that it returns in "
-                "a variable."
+                "The engine has no module: none was prepared, it was deleted, or the "
+                "engine is a copy, which has no run of its own. Call make_private or "
+                "make_monitored, and keep the model that it returns in a variable."
             )
         return module
 

@@ -19,7 +19,7 @@ has, which may be any subclass of ``DPOptimizer`` (per-layer, adaptive, distribu
 update: every report is attached to that call.
 """
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 from opacus.grad_sample import GradSampleHooksNoOp
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -51,6 +51,13 @@ _TWO_CLIP_NORMS = (
     "Gradients were clipped to {clipped:g}, but the noise was scaled for a clip norm "
     "of {noised:g}: with ghost clipping, a clip scheduler does not change the model's "
     'clip norm. Use grad_sample_mode="hooks".'
+)
+
+_NOT_COPIED = (
+    "{name} of Opacus can be neither copied nor pickled: torch would lose the "
+    "optimizer that it wraps. Copy the model, make a new optimizer for the copy, and "
+    "call make_private with both; optimizer.load_state_dict(other.state_dict()) copies "
+    "momentum and learning rates."
 )
 
 
@@ -100,6 +107,14 @@ class _ReportingOptimizer(DPOptimizer):
     """
 
     _pi_update: UpdateUnderWay
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """Refuse copies and pickles, before torch tries to make one.
+
+        Torch copies of an optimizer only what Opacus's optimizers do not have. The copy
+        cannot be used, and its failure leaves the class without a working ``step``.
+        """
+        raise TypeError(_NOT_COPIED.format(name=type(self).__name__))
 
     def add_noise(self) -> None:
         """Add noise as Opacus does, and report it.

@@ -6,7 +6,7 @@ the object to which the optimizer reports.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -92,6 +92,10 @@ def probe_model(hooks: AbstractGradSampleHooks, tracker: Tracker) -> None:
         keep_handle(module, handle)
 
 
+def _deleted() -> None:
+    """Stand in for a weak reference to an object that does not exist any more."""
+
+
 @dataclass(frozen=True)
 class CurrentRun:
     """The run that an engine answers for.
@@ -103,13 +107,22 @@ class CurrentRun:
         module: The user's module.
         update: What the optimizer reports to; None if the training is monitored, where
             the optimizer is not Opacus's. The optimizer keeps it in memory.
-        run_state: What a checkpoint saves of the run.
+        run_state: What a checkpoint saves of the run; None in a copy of the engine.
     """
 
     tracker: Tracker
-    module: weakref.ref[nn.Module]
-    update: weakref.ref[UpdateUnderWay] | None
-    run_state: RunState
+    module: Callable[[], nn.Module | None]
+    update: Callable[[], UpdateUnderWay | None] | None
+    run_state: RunState | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Reduce to what a copy of the engine may say about the run.
+
+        Model and optimizer of the run are not the copy's: were it to refer to them, its
+        next ``make_private`` would end the recording of the original.
+        """
+        update = None if self.update is None else _deleted
+        return CurrentRun, (self.tracker, _deleted, update, None)
 
 
 @dataclass

@@ -49,6 +49,13 @@ __all__ = ["Recorder"]
 R = TypeVar("R", bound="RecorderOptions")
 
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
+_NO_MODEL = (
+    "The recorder is a copy, or its state was loaded, and it knows no model to sweep "
+    "or to save. Call make_private, make_monitored or Recorder.begin before the next "
+    "update."
+)
+# Attributes of a recorder that belong to the model in training.
+_NOT_COPIED = ("_sweep", "_weights", "_processes", "_last_weights", "_all_refuse")
 
 
 class RecorderOptions:
@@ -175,6 +182,19 @@ class Recorder(RecorderOptions):
     _last_weights: LastWeights | None = None
     _all_refuse = False
     _waiting: WaitingReports  # from begin or load_state_dict on
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles hold: the options, and what was recorded.
+
+        A copy is like a recorder that has loaded the ``state_dict`` of this one: it
+        gives the ledger of the updates until now, and the next ``begin`` continues it.
+        The model that it sweeps or saves is not copied.
+        """
+        if self._run is not None:
+            self._fetch_waiting()
+            self.name_weights()
+        kept = {k: v for k, v in vars(self).items() if k not in _NOT_COPIED}
+        return {**kept, "_resumed": self._run is not None, "_waiting": WaitingReports()}
 
     @property
     def num_steps(self) -> int:
@@ -431,6 +451,9 @@ class Recorder(RecorderOptions):
         run = self._begun()
         self.merge()
         row = {"grad_norms": run.observed}
+        has_model = self._sweep is not None or self.mode == "observed"
+        if not has_model or (self.weights_dir is not None and self._weights is None):
+            self.refuse(_NO_MODEL)
         if self.mode == "swept" and not run.refusal:
             measured = cast(Callable[[], Any], self._sweep)()
             row = _float32_row(measured, run.num_examples)
