@@ -27,10 +27,11 @@ for classes with another memory layout (``__slots__``, built-in types).
 """
 
 from collections.abc import Callable
-from copyreg import __newobj__ as make_object  # what unpickling calls by default
 from typing import Any, SupportsIndex, TypeVar
 
 T = TypeVar("T")
+# What unpickling calls by default to make an object: ``copyreg.__newobj__``.
+_make_object: Any = object().__reduce_ex__(2)[0]
 _subclasses: dict[tuple[type, Callable[[type], type]], type] = {}
 
 
@@ -77,7 +78,7 @@ def _made_of(cls: type, *arguments: Any) -> Any:
     ``copyreg.__newobj__`` does the same, but pickle knows that name, and requires that
     the class is the one of the object that is pickled.
     """
-    return make_object(cls, *arguments)
+    return _make_object(cls, *arguments)
 
 
 def _reducing_as_plain(base: Any) -> Callable[[Any, SupportsIndex], tuple[Any, ...]]:
@@ -92,7 +93,7 @@ def _reducing_as_plain(base: Any) -> Callable[[Any, SupportsIndex], tuple[Any, .
         function, arguments, *rest = reduced
         if function is type(self):  # a __reduce__ that calls the class
             function = plain_class(self)
-        elif function is make_object:
+        elif function is _make_object:
             function, arguments = _made_of, (plain_class(self), *arguments[1:])
         if rest and isinstance(rest[0], dict):
             rest[0] = {k: v for k, v in rest[0].items() if not k.startswith("_pi_")}
