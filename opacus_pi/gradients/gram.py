@@ -224,7 +224,11 @@ class _Gradients:
 
         Returns:
             float64 ``(b, P)``, with P the number of entries of these parameters.
+
+        Raises:
+            CoupledLoss: If the criterion divides by something of the whole batch.
         """
+        self._losses.check_targets(y)
         chosen = {name: self._trainable[name] for name in names}
         if self._vectorised:
             try:

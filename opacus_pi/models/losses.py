@@ -1,8 +1,8 @@
 """One loss per example, in float64, and how each output moves its example's loss.
 
 A user's criterion returns the mean over a batch, or one loss per example; here it is
-always the latter (:func:`per_example_criterion`). Two steps keep the gradient norms of
-well-fitted examples accurate:
+always the latter (:mod:`~opacus_pi.models.own_losses`). Two steps keep the gradient
+norms of well-fitted examples accurate:
 
 * In float32, softmax minus one-hot cancels for an example that is fitted well, so that
   its norm would be noise. The loss is therefore computed on float64 outputs
@@ -12,13 +12,13 @@ well-fitted examples accurate:
   before it enters the network, and the norm is multiplied by that length afterwards
   (:func:`unit_cotangents`).
 
-What breaks this: a criterion that mixes the examples of a batch. Its values have one
-entry per example all the same, and nothing here can notice.
+What breaks this: a criterion that mixes the examples of a batch. On the first batch
+``own_losses`` looks for it, and refuses it.
 """
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,54 +27,11 @@ from torch import Tensor, nn
 from opacus_pi._torch_compat import forward_hooks, forward_pre_hooks
 from opacus_pi.models.batches import floating, map_tensors, to_float64
 from opacus_pi.models.copies import made_by_opacus
+from opacus_pi.models.own_losses import Criterion, OwnLosses
 
-Criterion = Callable[[Any, Any], Tensor]
+__all__ = ["Criterion", "Losses", "float64_losses", "unit_cotangents"]
 
 _TINY = torch.finfo(torch.float64).tiny  # the least divisor: zeros stay zeros
-
-
-def per_example_criterion(criterion: Criterion) -> Criterion:
-    """Return ``criterion`` as a function that gives one loss per example.
-
-    A torch loss module is copied with ``reduction="none"`` (the caller's object stays
-    as it is); any other callable is used as it is and checked at each call.
-
-    Args:
-        criterion: ``criterion(outputs, targets)``, a loss module or a function.
-
-    Returns:
-        A function ``(outputs, targets) -> losses`` with losses of shape ``(b,)``.
-    """
-    if isinstance(criterion, nn.Module) and hasattr(criterion, "reduction"):
-        criterion = copy.deepcopy(criterion)
-        criterion.reduction = "none"  # type: ignore[assignment]  # torch: a Tensor
-
-    def losses(outputs: Any, targets: Any) -> Tensor:
-        values = criterion(outputs, targets)
-        check_losses(values, len(targets))
-        return values.flatten(1).mean(1) if values.dim() > 1 else values
-
-    return losses
-
-
-def check_losses(losses: Any, batch_size: int) -> None:
-    """Raise unless ``losses`` holds one loss per example.
-
-    Args:
-        losses: What a criterion returned, shape ``(b, ...)`` wanted.
-        batch_size: The number of examples ``b``.
-
-    Raises:
-        ValueError: If it is a scalar or its length is not ``batch_size``.
-    """
-    is_tensor = isinstance(losses, Tensor)
-    if not (is_tensor and losses.dim() >= 1 and len(losses) == batch_size):
-        shape = f"shape {tuple(losses.shape)}" if is_tensor else type(losses).__name__
-        raise ValueError(
-            "criterion(outputs, targets) must return one loss per example, shape "
-            f"({batch_size},), got {shape}. Pass a criterion with "
-            'reduction="none".'
-        )
 
 
 def float64_losses(criterion: Criterion) -> "Losses":
@@ -84,16 +41,17 @@ def float64_losses(criterion: Criterion) -> "Losses":
     called in the outputs' type instead, with a warning.
 
     Args:
-        criterion: As for :func:`per_example_criterion`; the wrapper that Opacus's ghost
-            clipping puts around a criterion is taken off.
+        criterion: As for :func:`~opacus_pi.models.own_losses.per_example_criterion`;
+            the wrapper that Opacus's ghost clipping puts around it is taken off.
 
     Returns:
         The function, as an object that also computes the gradient by the outputs where
         that has a closed form.
     """
+    is_of_ghost_clipping = False
     while made_by_opacus(criterion) and hasattr(criterion, "criterion"):
-        criterion = criterion.criterion
-    return Losses(criterion)
+        criterion, is_of_ghost_clipping = criterion.criterion, True
+    return Losses(criterion, averages_each_example=is_of_ghost_clipping)
 
 
 class Losses:
@@ -101,13 +59,22 @@ class Losses:
 
     Args:
         criterion: As for ``per_example_criterion``.
+        averages_each_example: As for ``OwnLosses``.
     """
 
-    def __init__(self, criterion: Criterion) -> None:
+    def __init__(
+        self, criterion: Criterion, *, averages_each_example: bool = False
+    ) -> None:
         self._has_closed_form = _is_plain_cross_entropy(criterion)
         if isinstance(criterion, nn.Module):
             criterion = copy.deepcopy(criterion).double()
-        self._evaluate = per_example_criterion(criterion)
+        self._evaluate = OwnLosses(
+            criterion, averages_each_example=averages_each_example
+        )
+
+    def check_targets(self, targets: Any) -> None:
+        """Refuse targets as ``OwnLosses.check_targets`` does."""
+        self._evaluate.check_targets(targets)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
         """The losses ``(b,)``."""

@@ -35,6 +35,7 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.ledger.checks import CHANGED
+from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording.distributed import Processes, merge_
 from opacus_pi.recording.run import RecordedRun, UpdateSettings, WaitingReports
 from opacus_pi.recording.schedule import (
@@ -455,7 +456,11 @@ class Recorder(RecorderOptions):
         if not has_model or (self.weights_dir is not None and self._weights is None):
             self.refuse(_NO_MODEL)
         if self.mode == "swept" and not run.refusal:
-            measured = cast(Callable[[], Any], self._sweep)()
+            try:
+                measured = cast(Callable[[], Any], self._sweep)()
+            except CoupledLoss as error:  # training goes on
+                self.refuse(str(error))
+                return
             row = _float32_row(measured, run.num_examples)
             norms = row["grad_norms"]
             self._refuse_unless_finite(norms, np.full(len(norms), run.num_steps))

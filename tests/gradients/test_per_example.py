@@ -71,7 +71,7 @@ def test_model_wrapped_by_opacus_in_the_middle_of_training(mode):
 def test_weighted_and_smoothed_criterion():
     model, x, y = make("mlp")
     weight = torch.rand(5)
-    criterion = nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1)
+    criterion = nn.CrossEntropyLoss(weight, reduction="sum", label_smoothing=0.1)
     losses = nn.CrossEntropyLoss(weight.double(), reduction="none", label_smoothing=0.1)
     norms = per_example_grad_norms(model, criterion, x, y)
     torch.testing.assert_close(
