@@ -9,6 +9,7 @@ and is refused.
 
 import argparse
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -94,14 +95,14 @@ def _require_different_weights(
     """
     files = [f"--weights {options.weights}", *options.oracle]
     states = [model.state_dict() for model in models]
-    for k in range(1, len(states)):
-        for i in range(k):
-            if _equal(states[i], states[k]):
-                raise BadInput(
-                    f"--oracle: {files[k]} holds the same weights as {files[i]}, so "
-                    "every distance between them is 0. Name weights of models that "
-                    "were retrained without the forget set, each with its own seed."
-                )
+    pairs = combinations(zip(files, states, strict=True), 2)
+    for (one_file, one), (other_file, other) in pairs:
+        if _equal(one, other):
+            raise BadInput(
+                f"--oracle: {other_file} holds the same weights as {one_file}, so "
+                "every distance between them is 0. Name weights of models that "
+                "were retrained without the forget set, each with its own seed."
+            )
 
 
 def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:

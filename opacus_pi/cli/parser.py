@@ -189,13 +189,8 @@ def writable_file(text: str) -> str:
     )
 
 
-LEDGERS = Argument(
-    ("ledger",),
-    {
-        "nargs": "+",
-        "metavar": "LEDGER",
-        "help": "saved ledger; several: independent runs, averaged",
-    },
+LEDGERS = option(
+    "ledger", "LEDGER", "saved ledger; several: independent runs, averaged", nargs="+"
 )
 LEDGERS_BY_FLAG = Argument(("--ledger",), {**LEDGERS.options, "default": []})
 FORGET = option(

@@ -225,21 +225,44 @@ def _deep_copy(
 def _replacements(
     module: nn.Module, kept_tables: tuple[str, ...], added: tuple[str, ...]
 ) -> dict[int, Any]:
-    """Return what stands in the copy for parts of one module, by the parts' ids."""
+    """Return what stands in the copy for parts of one module, by the parts' ids.
+
+    Args:
+        module: One module of the model, without its children.
+        kept_tables: The hook tables of which only the entries of Opacus are replaced.
+        added: Attributes that Opacus adds to modules.
+    """
     found: dict[int, Any] = {}
     for name, value in vars(module).items():
         if name in kept_tables:
             hooks = [hook for hook in value.values() if _is_hook_of_opacus(hook)]
             found |= {id(hook): _NOT_COPIED for hook in hooks}
-        elif name in _ALL_HOOK_TABLES:
-            found[id(value)] = OrderedDict()
-        elif name == COMPILED_CALL:
-            found[id(value)] = None
-        elif name in added and isinstance(value, list):
-            found[id(value)] = []
-        elif isinstance(value, torch.Tensor) and not value.is_leaf:
-            found[id(value)] = value.detach().clone()  # deepcopy refuses these
+        elif (stand_in := _stand_in(name, value, added)) is not value:
+            found[id(value)] = stand_in
     return found
+
+
+def _stand_in(name: str, value: Any, added: tuple[str, ...]) -> Any:
+    """Return what an attribute becomes in the copy; the value itself if it is copied.
+
+    Hook tables that are not kept become empty, and so do lists of Opacus, such as the
+    activations of the last batch. A compiled call is dropped, because it would run the
+    original module.
+
+    Args:
+        name: Name of the attribute.
+        value: Its value.
+        added: Attributes that Opacus adds to modules.
+    """
+    if name in _ALL_HOOK_TABLES:
+        return OrderedDict()
+    if name == COMPILED_CALL:
+        return None
+    if name in added and isinstance(value, list):
+        return []
+    if isinstance(value, torch.Tensor) and not value.is_leaf:
+        return value.detach().clone()  # deepcopy refuses these
+    return value
 
 
 def _remove_replaced_(hooks: dict[int, Any]) -> None:

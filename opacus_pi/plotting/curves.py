@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from opacus_pi._types import ArrayLike
-from opacus_pi.plotting.style import axes_or_new, runs_and_sets, styles
+from opacus_pi.plotting.style import axes_or_new, runs_at, styles
 
 
 def plot_curves(
@@ -46,9 +46,7 @@ def plot_curves(
     oracles = oracles or {}
     marked = max(1, len(times) // 8)
     for (label, values), style in zip(curves.items(), styles(), strict=False):
-        name = f"curves[{label!r}]"
-        shape = (len(runs_and_sets(name, values)), len(times))
-        runs = runs_and_sets(name, values, shape)
+        runs = runs_at(f"curves[{label!r}]", values, len(times))
         mean, spread, colour = runs.mean(0), runs.std(0), style["color"]
         ax.fill_between(times, mean - spread, mean + spread, color=colour, alpha=0.15)
         ax.plot(times, mean, label=label, ms=4, markevery=marked, **style)

@@ -67,6 +67,24 @@ def runs_and_sets(
     return array
 
 
+def runs_at(name: str, values: ArrayLike, num_places: int) -> Array:
+    """Return numbers as an array ``(runs, places)``, after checking its shape.
+
+    For arguments whose number of runs is free, but not their number of sets, sizes or
+    times.
+
+    Args:
+        name: Name of the argument, for errors.
+        values: The numbers; a single run may have shape ``(places,)``.
+        num_places: How many numbers each run must have.
+
+    Raises:
+        ValueError: If a run has another length.
+    """
+    runs = runs_and_sets(name, values)
+    return runs_and_sets(name, runs, (len(runs), num_places))
+
+
 def centre_of(losses: Array) -> Array:
     """Return the geometric mean over runs of the loss of each set, ``(sets,)``.
 

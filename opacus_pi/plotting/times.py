@@ -6,12 +6,14 @@ counted as their length; a dotted line says so.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from opacus_pi._types import ArrayLike
 from opacus_pi.plotting.style import (
+    Array,
     axes_or_new,
     centre_of,
     draw_means,
@@ -20,6 +22,7 @@ from opacus_pi.plotting.style import (
     mark_never,
     nested,
     runs_and_sets,
+    runs_at,
     styles,
 )
 
@@ -57,17 +60,12 @@ def plot_time_to_unlearn(
     """
     ax = axes_or_new(ax)
     losses = runs_and_sets("mean_losses", mean_losses)
-    centre = centre_of(losses)
-    never, sizes = False, nested(len(times))
+    centre, sizes, never = centre_of(losses), nested(len(times)), False
     for (label, values), style, size in zip(
         times.items(), styles(), sizes, strict=False
     ):
         runs = runs_and_sets(f"times[{label!r}]", values, losses.shape)
-        draw_runs(ax, losses, runs, style, max_time)
-        draw_means(
-            ax, centre, np.minimum(runs, max_time), label, style | size, floor=0.0
-        )
-        never |= bool(np.isinf(runs).any())
+        never |= _draw_curve(ax, losses, centre, runs, max_time, label, style | size)
     losses_below(ax)
     mark_never(ax, never, max_time, unit)
     ax.set_ylabel(f"{unit} to unlearn")
@@ -110,14 +108,11 @@ def plot_hardest_sets(
     for (label, values), style, offset in zip(
         times.items(), styles(), offsets, strict=False
     ):
-        name = f"times[{label!r}]"
-        shape = (len(runs_and_sets(name, values)), len(sizes))
-        runs = runs_and_sets(name, values, shape)
-        x = places + offset
-        draw_runs(ax, np.broadcast_to(x, shape), runs, style, max_time)
+        runs = runs_at(f"times[{label!r}]", values, len(sizes))
+        centre = places + offset
+        x = np.broadcast_to(centre, runs.shape)
         points = {"linestyle": "none", **style}
-        draw_means(ax, x, np.minimum(runs, max_time), label, points, floor=0.0)
-        never |= bool(np.isinf(runs).any())
+        never |= _draw_curve(ax, x, centre, runs, max_time, label, points)
     ax.set_xticks(places, [f"{size:,}" for size in sizes])
     ax.set_xlim(-0.5, len(sizes) - 0.5)
     ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
@@ -126,3 +121,31 @@ def plot_hardest_sets(
     ax.set_ylabel(f"{unit} to unlearn")
     ax.legend(frameon=False, title="hardest by")
     return ax
+
+
+def _draw_curve(
+    ax: Axes,
+    x: Array,
+    centre: Array,
+    runs: Array,
+    max_time: float,
+    label: str,
+    style: dict[str, Any],
+) -> bool:
+    """Draw the runs and the mean of one curve; infinite times are drawn at the end.
+
+    Args:
+        ax: Where to draw.
+        x: Place of each run, ``(runs, sets)``.
+        centre: Place of each mean, ``(sets,)``.
+        runs: Times to unlearn, ``(runs, sets)``; ``inf`` means never.
+        max_time: Length of the runs.
+        label: Name in the legend.
+        style: Colour, marker and line.
+
+    Returns:
+        Whether a run never arrived.
+    """
+    draw_runs(ax, x, runs, style, max_time)
+    draw_means(ax, centre, np.minimum(runs, max_time), label, style, floor=0.0)
+    return bool(np.isinf(runs).any())

@@ -274,8 +274,7 @@ def reset_batch_norm_(model: nn.Module, batches: Batches) -> None:
         model: Changed in place; a model without BatchNorm does not change.
         batches: Pairs ``(inputs, labels)`` on the model's device.
     """
-    layers = [m for m in model.modules() if isinstance(m, BatchNormBase)]
-    layers = [layer for layer in layers if layer.track_running_stats]
+    layers = _with_running_statistics(model)
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
@@ -288,6 +287,15 @@ def reset_batch_norm_(model: nn.Module, batches: Batches) -> None:
             forward(model, inputs)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
+
+
+def _with_running_statistics(model: nn.Module) -> list[BatchNormBase]:
+    """Return the BatchNorm layers that have running statistics to recompute.
+
+    A layer without them normalises by the batch in evaluation mode, too.
+    """
+    layers = [m for m in model.modules() if isinstance(m, BatchNormBase)]
+    return [layer for layer in layers if layer.track_running_stats]
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
