@@ -36,5 +36,5 @@ def require_real_noise(runs: Iterable[GradNormLedger]) -> None:
         "noise_std",
         "an assumed one",
         "must be the noise that training added",
-        "Use privacy_losses to rank the examples: an assumed noise supports no more.",
+        "An assumed noise gives a ranking only: use privacy_losses to rank examples.",
     )

@@ -160,7 +160,8 @@ class RenyiFilter:
             and same_data_set(self._data_set, data_set),
             "data_set",
             f"{data_set!r} with {num_examples} examples",
-            f"must be the filter's, {self._data_set!r} with {self._spent.size}",
+            f"must be the data set of the filter, {self._data_set!r} with "
+            f"{self._spent.size} examples",
             "Make a new RenyiFilter for another data set.",
         )
 
@@ -254,8 +255,8 @@ class RenyiFilter:
             same and state["order"] == self.order,
             "the saved budget",
             f"{np.asarray(state['budget'])} at order {state['order']:g}",
-            f"must be this filter's, {self.budget} at order {self.order:g}",
-            "Resume with the RenyiFilter of the run that was saved.",
+            f"must equal that of this filter, {self.budget} at order {self.order:g}",
+            "Resume with a RenyiFilter like that of the saved run.",
         )
         if self._spent is not None:
             self.begin(loaded.size, state["data_set"])

@@ -195,8 +195,8 @@ class Guarantee:
             found._check_texts()
         except (TypeError, OverflowError) as error:
             raise ValueError(
-                f"text must be a {_FORMAT} in JSON, got other fields ({error}). "
-                f"{_UNEDITED}"
+                f"text must be JSON in the format {_FORMAT}, got other fields "
+                f"({error}). {_UNEDITED}"
             ) from error
         expect(
             facts["kind"] == found.kind,
@@ -274,7 +274,7 @@ def _parsed(text: str) -> dict[str, Any]:
         and set(facts) == known,
         "text",
         text,
-        f"must be a {_FORMAT} in JSON",
+        f"must be JSON in the format {_FORMAT}",
         _UNEDITED,
     )
     return cast(dict[str, Any], facts)

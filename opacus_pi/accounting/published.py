@@ -306,7 +306,7 @@ def chien_sequential(
         len(log_growths) > 0,
         "log_growths",
         "[]",
-        "must contain a request",
+        "must contain at least one request",
         "Give the sum of rates of each request.",
     )
     *earlier, growth = log_growths
@@ -339,7 +339,7 @@ def order_multiplied_divergence(
 
     Source: Mironov 2017, Propositions 2 and 11; so in Chien et al. 2024, Corollary 3.4.
     """
-    in_range(1, np.inf, group_size=group_size, remedy="A group has an example.")
+    in_range(1, np.inf, group_size=group_size, remedy="It counts examples.")
     if group_size == 1:
         return float(worst_loss(order))
     half = (group_size + 1) // 2

@@ -207,7 +207,10 @@ def _offer(module: ModuleType, name: str, kind: Kind) -> str:
         n for n, v in public.items() if not kind.fits(v) and _builds(v, module, kind)
     )
     if not named:
-        return f"{module.__name__} has none, and nothing that could build one."
+        return (
+            f"{module.__name__} has no such object, and no function that could return "
+            "one."
+        )
     shown = closest_first(name, named)[:_MAX_NAMES]
     more = f", and {len(named) - _MAX_NAMES} more" if len(named) > _MAX_NAMES else ""
     return f"{module.__name__} has: {', '.join(shown)}{more}."

@@ -236,7 +236,7 @@ def by_class(
             members.size < labels.size,
             "label",
             label,
-            "must leave an example to retain",
+            "must leave at least one example in the retain set",
             "Every example has this label: pass a size.",
         )
         return members
@@ -272,8 +272,8 @@ def retain_indices(num_examples: int, forget_indices: ArrayLike) -> Indices:
         forget.size < num_examples,
         "forget_indices",
         f"all {num_examples} examples",
-        "must leave an example to retain",
-        "To forget everything, delete the model.",
+        "must leave at least one example in the retain set",
+        "To forget all examples, delete the model.",
     )
     return np.setdiff1d(np.arange(num_examples, dtype=np.int64), forget, True)
 

@@ -98,9 +98,13 @@ def epsilon_interval(
     in_range(0, 1, closed=False, remedy="0.95 is usual.", confidence=confidence)
     for name, total in (("negatives", num_negatives), ("positives", num_positives)):
         expect(
-            total >= 1, f"num_{name}", total, "must be at least 1", "Judge some models."
+            total >= 1,
+            f"num_{name}",
+            total,
+            "must be at least 1",
+            "It is the number of models that were judged.",
         )
-    remedy = "Errors are some of the trials."
+    remedy = "The number of errors is at most the number of models."
     in_range(0, num_negatives, remedy=remedy, false_positives=false_positives)
     in_range(0, num_positives, remedy=remedy, false_negatives=false_negatives)
     tail = (1 - confidence) / 4

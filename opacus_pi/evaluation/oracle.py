@@ -99,8 +99,8 @@ class OracleCache:
             bool(seeds) and len(set(seeds)) == len(seeds),
             "seeds",
             seeds,
-            "must be distinct numbers",
-            "One oracle is trained for each.",
+            "must be distinct numbers, at least one",
+            "One oracle is trained with each seed.",
         )
         facts = _facts(key, data_set, forget)
         inputs = fingerprint(data_set)

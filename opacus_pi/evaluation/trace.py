@@ -121,7 +121,7 @@ class UnlearningTrace:
             "metric",
             repr(metric),
             f"must be one of {sorted(self.metrics)}",
-            "Only what was evaluated during the run can be asked for.",
+            "Only metrics that were evaluated during the run are available.",
         )
         return np.array(self.metrics[metric], dtype=np.float64)
 
@@ -244,7 +244,7 @@ def arrived(
             "trace.times[0]",
             trace.times[0],
             "must be 0",
-            "The distance is measured in units of the one before unlearning.",
+            "The tolerance is relative to the distance before unlearning, at time 0.",
         )
         limit = tolerance * distance[0]
     result: NDArray[np.bool_] = distance <= limit + _ROUNDING

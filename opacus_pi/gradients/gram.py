@@ -146,7 +146,7 @@ def minibatch_gram(
     )
     members = [np.asarray(batch, dtype=np.int64) for batch in (centre, *batches)]
     for batch in members:
-        in_range(0, size - 1, batches=batch, remedy="They are positions.")
+        in_range(0, size - 1, batches=batch, remedy="These are positions.")
     with isolated():
         source = _Gradients(model, criterion)
         loader = _Batches(data_set, batch_size, collate_fn, source.device)

@@ -62,7 +62,7 @@ def checked_weights(value: str | None) -> str | None:
         "weights",
         repr(value),
         f"must be 'sha256:' and 64 hexadecimal digits, {CHANGED!r} or None",
-        "Leave it to the engine: it knows the model.",
+        "Omit this argument: the engine sets it.",
     )
     return value
 

@@ -231,7 +231,9 @@ class GradNormLedger(SavedLedger):
             FileNotFoundError: If there is no such file.
             ValueError: As ``load``, or if ``num_examples`` is not above 0.
         """
-        positive(num_examples=num_examples, remedy="Count the examples of a part.")
+        positive(
+            num_examples=num_examples, remedy="It is the number of examples in a part."
+        )
         shapes, facts = check_file(path, cls._FILE.kind, cls._FILE.layout)
         _check_same_width(path, shapes)
         if "example_ids" in shapes:
@@ -252,8 +254,8 @@ class GradNormLedger(SavedLedger):
             "the file's norms",
             repr(facts.get("norms")),
             "must be exact",
-            "An earlier release measured them in bfloat16, to rank examples only. No "
-            "loss may be computed from them: record the run again.",
+            "An earlier release measured these norms in bfloat16, which is enough to "
+            "rank examples but not to compute losses. Record the run again.",
         )
         return super()._from_file(arrays, facts)
 

@@ -86,7 +86,13 @@ def predict(
             _batch(forward(model, x), y, losses_of)
             for x, y in (to_device(inputs_and_targets(b), device) for b in loader)
         ]
-    expect(bool(batches), "data", "[]", "must hold an example", "Check the data set.")
+    expect(
+        bool(batches),
+        "data",
+        "[]",
+        "must contain at least one example",
+        "Check the data set.",
+    )
     return Predictions(
         *(np.concatenate(column) for column in zip(*batches, strict=True))
     )

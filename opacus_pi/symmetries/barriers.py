@@ -151,7 +151,7 @@ def path_losses(
     Raises:
         ValueError: As :func:`loss_barrier`, or if an alpha leaves [0, 1].
     """
-    in_range(0, 1, remedy="They are weights of model_a.", alphas=alphas)
+    in_range(0, 1, remedy="1 is model_a, 0 is model_b.", alphas=alphas)
     path = _Path(model_a, model_b, data_loader, criterion, reset_bn)
     return np.array([path.loss(alpha) for alpha in np.ravel(alphas)])
 

@@ -26,7 +26,7 @@ ASSUMED = MADE.with_noise_std(2.0)
 def test_claims_are_refused(ledger, claimed):
     with pytest.raises(
         ValueError,
-        match="noise_std must .*got an assumed one.*Use privacy_losses to rank",
+        match="noise_std must .*got an assumed one.*use privacy_losses to rank",
     ):
         claimed(ledger)
     claimed([MADE, MADE])

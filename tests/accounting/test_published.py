@@ -134,7 +134,7 @@ def test_bad_input():
         corollary_4_4_steps(2.0, 1.0, 1.0, 1.0, target=1.0, rate=0.0)
     with pytest.raises(ValueError, match="delta must .*got 1"):
         mironov_allowance(1.0, 1.0, [2.0])
-    with pytest.raises(ValueError, match="must contain a request"):
+    with pytest.raises(ValueError, match="must contain at least one request"):
         chien_sequential(2.0, lambda a: a, [])
     with pytest.raises(ValueError, match="sigma must .*got 0"):
         chien_learning_divergence(

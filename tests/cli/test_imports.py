@@ -57,7 +57,9 @@ def test_a_wrong_name_lists_what_the_module_offers_of_the_kind(
 
 
 def test_a_wrong_name_where_there_is_none_and_where_there_are_many():
-    with pytest.raises(BadInput, match=r"cli\.sets has none, and nothing that could"):
+    with pytest.raises(
+        BadInput, match=r"cli\.sets has no such object, and no function that could"
+    ):
         import_object("--data", "opacus_pi.cli.sets:x", DATA_SET)
     with pytest.raises(BadInput, match=r"has: CrossEntropyLoss, .*, and \d+ more\."):
         import_object("--criterion", "torch.nn:CrosEntropyLoss", CRITERION)

@@ -80,7 +80,7 @@ def damaged(done, tmp_path, name, content):
             "contains no list of whole numbers forget_indices",
         ),
         ("record.json", "{", "is not a JSON object"),
-        ("guarantee.json", "{}", "must be a opacus_pi.Guarantee"),
+        ("guarantee.json", "{}", "must be JSON in the format opacus_pi.Guarantee"),
         ("trace.json", "{}", "must contain opacus_pi.UnlearningTrace"),
     ],
 )

@@ -203,7 +203,10 @@ def test_retain_and_forget_partition_the_examples(n, data):
             "size must .*got 3",
         ),
         (lambda: by_class([0, 1, 1], 2), r"label must .*got 2\. .* labels are \[0 1\]"),
-        (lambda: by_class([1, 1], 1), "label must leave an example to retain, got 1"),
+        (
+            lambda: by_class([1, 1], 1),
+            "label must leave at least one example in the retain set, got 1",
+        ),
         (lambda: by_class([0, 1, 1], 1, size=1), "generator must .*got None"),
         (
             lambda: by_class([0, 1], 1, size=2, generator=np.random.default_rng(0)),

@@ -206,8 +206,11 @@ def test_a_recipe_may_return_a_model_wrapped_by_opacus(tmp_path):
     [
         ({"forget_indices": []}, r"forget_indices must .*got \[\]"),
         ({"forget_indices": range(10)}, "all 10 examples"),
-        ({"seeds": []}, r"seeds must be distinct numbers, got \[\]"),
-        ({"seeds": [1, 1]}, r"seeds must be distinct numbers, got \[1, 1\]"),
+        ({"seeds": []}, r"seeds must be distinct numbers, at least one, got \[\]"),
+        (
+            {"seeds": [1, 1]},
+            r"seeds must be distinct numbers, at least one, got \[1, 1\]",
+        ),
         ({"key": {"model": factory}}, "key must be JSON"),
         ({"key": {"lr": float("nan")}}, "key must be JSON"),
     ],

@@ -114,7 +114,11 @@ def test_a_model_wrapped_by_opacus_says_the_same():
 @pytest.mark.parametrize(
     ("batches", "criterion", "message"),
     [
-        ([], nn.CrossEntropyLoss(), r"data must hold an example, got \[\]"),
+        (
+            [],
+            nn.CrossEntropyLoss(),
+            r"data must contain at least one example, got \[\]",
+        ),
         (
             [(torch.zeros(2, 4), torch.zeros(2).long())],
             lambda outputs, labels: outputs.sum(),

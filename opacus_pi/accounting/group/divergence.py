@@ -284,13 +284,19 @@ def _runs(
     if isinstance(gram_ledger, GramLedger):
         gram_ledger = [gram_ledger]
     runs = tuple(gram_ledger)
-    expect(len(runs) > 0, "gram_ledger", "[]", "must contain a run", "Pass one.")
+    expect(
+        len(runs) > 0,
+        "gram_ledger",
+        "[]",
+        "must contain at least one run",
+        "Pass a Gram ledger, or a list of them.",
+    )
     for run in runs:
         expect(
             len(run.steps) > 0,
             "gram_ledger",
             "0 rows",
-            "must have a row",
+            "must have at least one row",
             "Record at least one row.",
         )
         expect(

@@ -218,4 +218,6 @@ def _check(order: float, log_growth: float) -> None:
         "must be in (1, inf)",
         "Try 8.",
     )
-    in_range(0, math.inf, log_growth=log_growth, remedy="Noise never increases it.")
+    in_range(
+        0, math.inf, log_growth=log_growth, remedy="Noise never increases a divergence."
+    )

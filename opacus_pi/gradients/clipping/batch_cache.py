@@ -41,9 +41,9 @@ from opacus_pi.gradients.taps import SavedInputs
 from opacus_pi.models.copies import same_mode_copy
 
 _OVERWRITTEN = (
-    "A tensor that the model was given, or that one of its layers was given, was "
-    "changed in place before optimizer.step(), which needs it for clipping. Work on a "
-    "copy of it."
+    "An input of the model, or of one of its layers, was changed in place before "
+    "optimizer.step(), which needs the original values for clipping. Change a copy "
+    "instead."
 )
 _NOT_USED = (
     "The last backward pass computed no gradient for parameter {}. Use the parameter "
@@ -58,12 +58,12 @@ _NOT_SEPARABLE = (
     "(requires_grad_(False))."
 )
 _NO_ROWS = (
-    "the loss is of an output of shape {}, which has no row for each of the {} "
-    "examples, such as a loss made within the model"
+    "the loss depends on an output of shape {}, which does not have one row for each "
+    "of the {} examples, as when the model computes the loss itself"
 )
 _SLOW = (
-    "{} are used in a way that has no formula: their gradients are formed example by "
-    "example, through the whole model, which is slow."
+    "{} are used in a way that has no formula. Their gradients are computed for one "
+    "example after another, through the whole model, which is slow."
 )
 
 

@@ -278,7 +278,7 @@ def test_bad_input():
     remedy = r".*kind='forget'\).*method='theorem_b1'\)"
     with pytest.raises(ValueError, match=f"of kind 'forget'{remedy}"):
         group_divergence(minibatches, 2.0)
-    with pytest.raises(ValueError, match="must contain a run"):
+    with pytest.raises(ValueError, match="must contain at least one run"):
         group_divergence([], 2.0)
     with pytest.raises(ValueError, match="agree in mechanism"):
         group_divergence([group, ledgers([0.5], rate=0.3)[1]], 2.0)
@@ -287,7 +287,7 @@ def test_bad_input():
     fixed = GramLedger(NoisySGD(10, 0.1, 1.0, sampling="fixed"), [10], [[[1.0]]])
     with pytest.raises(ValueError, match="sampling must .*got 'fixed'"):
         group_divergence(fixed, 2.0)
-    with pytest.raises(ValueError, match="must have a row"):
+    with pytest.raises(ValueError, match="must have at least one row"):
         group_divergence(GramLedger(fixed.mechanism, [], np.zeros((0, 1, 1))), 2.0)
 
 

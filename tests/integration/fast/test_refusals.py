@@ -139,7 +139,10 @@ def _asks_for_a_value(model, ids):
 @pytest.mark.parametrize(
     "forward, why",
     [
-        (_loss_within, r"output of shape \(\), which has no row for each of the 4"),
+        (
+            _loss_within,
+            r"output of shape \(\), which does not have one row for each of the 4",
+        ),
         (lambda model, ids: nn.functional.dropout(model(ids)), "random operation"),
         (_asks_for_a_value, "data-dependent control flow"),
     ],
