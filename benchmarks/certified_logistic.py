@@ -1,20 +1,25 @@
-"""Certified unlearning of L2-regularised logistic regression, end to end.
+"""How many steps until logistic regression has provably forgotten some points?
 
     python -m benchmarks.certified_logistic                   # digits, a minute
     python -m benchmarks.certified_logistic --data-root DIR   # and UCI Adult in DIR
 
-Claim under test: with every constant computed from the data, forgetting S points to
+Claim under test: with every constant computed from the data, unlearning S points to
 (ε, δ) = (1, 1/n) by projected noisy gradient descent needs far fewer steps by this
-library's bounds than by the published ones, at the accuracy of retraining.
+library's bounds than by published ones, at the accuracy of retraining.
 
-Training, unlearning and retraining are w ← Π(w − η∇f(w) + √(2η)σ·N(0, I)), full batch,
-f(w) = (1/n)Σ ln(1 + exp(−y·xᵀw)) + (λ/2)‖w‖², with a denominator n that stays when
-points leave. Columns: **shifted** (certified in both directions, against retraining
-for T + k steps), for any S points and for the forget set at hand; **hyper-contractive**
-(certified, one direction, same retraining); **Corollary 4.4** with the same loss at
-order 4α and Chien et al.'s rate (against retraining for T steps); **Chien et al.** with
-their own learning bound for replaced points, as published (Mironov's conversion) and
-with the better conversion. Results: ``OUT/certified_logistic.{json,md,png}``.
+Training, unlearning and retraining are w ← Π(w − η∇f(w) + √(2η)σ·N(0, I)) on the full
+batch, with f(w) = (1/n)Σ ln(1 + exp(−y·xᵀw)) + (λ/2)‖w‖². The denominator n stays the
+same when points are removed. The number of steps is computed with these bounds:
+
+shifted             certified in both directions, compared with retraining for T + k
+                    steps; for any S points, and for the chosen set
+hyper-contractive   certified in one direction, compared with the same retraining
+Corollary 4.4       with the same loss at order 4α and the rate of Chien et al.,
+                    compared with retraining for T steps
+Chien et al.        with their own learning bound for replaced points, as published
+                    (Mironov's conversion) and with a better conversion
+
+Results: OUT/certified_logistic.json, .md and .png.
 """
 
 import argparse
@@ -51,7 +56,7 @@ METHODS = (
 
 
 def guarantee(problem: Problem, forget: Array, k: int) -> Guarantee:
-    """What a run of k unlearning steps may claim; every constant was computed."""
+    """Return what may be claimed after k steps; every constant was computed."""
     process, total = problem.process, problem.setting.num_steps
     mu2 = problem.mu_squared(problem.shift(forget, len(forget)), k)
     facts = (
@@ -79,7 +84,7 @@ def guarantee(problem: Problem, forget: Array, k: int) -> Guarantee:
 
 
 def run(problem: Problem, num_seeds: int) -> Iterator[dict[str, Any]]:
-    """One row for each size of forget set."""
+    """Yield one row per size of the forget set: steps, accuracies and ε."""
     total, dims = problem.setting.num_steps, problem.signed.shape[1]
     everyone = np.ones(problem.size, dtype=bool)
     trained = [
@@ -115,16 +120,16 @@ def run(problem: Problem, num_seeds: int) -> Iterator[dict[str, Any]]:
 
 
 def markdown(rows: list[dict], num_seeds: int) -> str:
-    """The table."""
+    """Return the table as a page."""
     heads = ("data", "n", "S", *METHODS, "retraining")
     heads += ("trained", "unlearned", "retrained")
     lines = [
         "# Certified unlearning of logistic regression",
         "",
-        "Made by `python -m benchmarks.certified_logistic`, which says what the "
-        "columns are. Steps until ε ≤ 1 at δ = 1/n, then test accuracy in % (mean ± "
-        f"standard deviation of {num_seeds} seeds); the unlearned model has seen as "
-        "many steps as the column *shifted* says.",
+        "Made by `python -m benchmarks.certified_logistic`; its `--help` explains the "
+        "bounds. First the steps until ε ≤ 1 at δ = 1/n, then test accuracy in % (mean "
+        f"± standard deviation of {num_seeds} seeds). The unlearned model has made as "
+        "many unlearning steps as the column *shifted* requires.",
         "",
         "| " + " | ".join(heads) + " |",
         "|---" + "|--:" * (len(heads) - 1) + "|",
@@ -138,7 +143,7 @@ def markdown(rows: list[dict], num_seeds: int) -> str:
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    """Steps against the number of points, one panel for each data set."""
+    """Draw the steps against the number of points, one panel per data set."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -162,8 +167,12 @@ def figure(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    """Run all data sets and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Parse the command line, run all data sets, and write the results."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.certified_logistic",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--data-root", type=Path, help="folder with UCI Adult's files")
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")

@@ -1,4 +1,9 @@
-"""One convex problem with its constants, and its steps to unlearn by every method."""
+"""Certified steps to unlearn a convex problem, by this library and by published bounds.
+
+``Problem`` is L2-regularised logistic regression with all constants that the bounds
+need, computed from the data. ``our_steps`` and ``published_steps`` return how many
+unlearning steps each bound requires for (ε, δ) = (``EPSILON``, 1/n).
+"""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +38,14 @@ EPSILON = 1.0
 
 @dataclass(frozen=True)
 class Setting:
-    """How one data set is learned."""
+    """How one data set is learned.
+
+    Attributes:
+        regularisation: L2 penalty λ.
+        sigma: Noise level σ; a step adds noise of variance 2ησ².
+        num_steps: Steps of learning.
+        radius: Of the ball onto which the weights are projected.
+    """
 
     regularisation: float
     sigma: float
@@ -42,7 +54,7 @@ class Setting:
 
 
 class Problem:
-    """A data set's objective, its constants and its noisy gradient descent."""
+    """Objective of a data set, its constants and its noisy gradient descent."""
 
     def __init__(self, data: BinaryData, setting: Setting) -> None:
         self.data, self.setting = data, setting
@@ -66,7 +78,7 @@ class Problem:
     def descend(
         self, w: Array, keep: Array, num_steps: int, rng: np.random.Generator
     ) -> Array:
-        """Noisy projected gradient descent on some of the rows."""
+        """Return the weights after noisy projected gradient descent on some rows."""
         rows = self.signed[np.flatnonzero(keep)]
         spread = math.sqrt(self.process.noise_variance)
         for _ in range(num_steps):
@@ -77,15 +89,20 @@ class Problem:
         return w
 
     def accuracy(self, w: Array) -> float:
-        """Share of test rows on the right side."""
+        """Return the share of test rows that are classified correctly."""
         x, y = self.data.test
         return float((y * (x @ w) > 0).mean())
 
     def shift(self, forget: Array | None, size: int) -> float:
-        """How far the points can move one step's mean: η·sup‖Σ ∇ℓ_i‖/n.
+        """Return how far the points can move the mean of a step: η·sup‖Σ ∇ℓ_i‖/n.
 
-        The slopes lie in [0, 1], so a set's sum is at most the sum of its norms, and at
-        most √(λ_max·size) by its Gram matrix.
+        The slopes of the loss lie in [0, 1]. So the sum over a set is at most the sum
+        of its norms, and at most √(λ_max·size), where λ_max is the largest eigenvalue
+        of its Gram matrix.
+
+        Args:
+            forget: The rows to forget; None: any rows.
+            size: Number of rows to forget.
         """
         bounds = np.sort(self.loss.example_bounds)[-size:]
         largest = float(bounds.sum())
@@ -96,7 +113,7 @@ class Problem:
         return self.learning_rate * largest / self.loss.denominator
 
     def mu_squared(self, shift: float, num_unlearning_steps: int) -> float:
-        """μ² of the shifted-divergence bound after learning and unlearning."""
+        """Return μ² of the shifted-divergence bound after learning and unlearning."""
         return float(
             learn_unlearn_mu_squared(
                 self.process.lipschitz,
@@ -109,12 +126,12 @@ class Problem:
 
     @property
     def allowed(self) -> Array:
-        """Divergence that ε leaves at each order."""
+        """Largest divergence at each order that gives ε."""
         return EPSILON - epsilon_offset(ORDERS, self.delta)
 
 
 def our_steps(problem: Problem, forget: Array, size: int) -> dict[str, float]:
-    """Steps to ε by the library's bounds, for any S points and for these."""
+    """Return steps to ε by the library's bounds, for any points and for these."""
     total = problem.setting.num_steps
 
     def shifted(shift: float) -> float:
@@ -150,7 +167,7 @@ def our_steps(problem: Problem, forget: Array, size: int) -> dict[str, float]:
 
 
 def published_steps(problem: Problem, size: int) -> dict[str, float]:
-    """Steps to ε by the published bounds, from the same constants."""
+    """Return steps to ε by the published bounds, from the same constants."""
     sigma, m = problem.setting.sigma, problem.loss.strong_convexity
     rate = chien_rate(
         learning_rate=problem.learning_rate,
@@ -158,7 +175,7 @@ def published_steps(problem: Problem, size: int) -> dict[str, float]:
         strong_convexity=m,
         lsi=2 * sigma**2 / m,
     )
-    # Loss at order 4α, and the distance to stationarity from the ball's diameter.
+    # the loss at order 4α; the distance to stationarity from the diameter of the ball
     learned = problem.mu_squared(problem.shift(None, size), 0) / 2
     far = initial_distance_mu_squared(
         problem.process.lipschitz,

@@ -46,7 +46,7 @@ NOTHING = "no forget set"
 
 
 def bounds_of(grams: GramLedger, order: float) -> dict[str, Any]:
-    """The library's three bounds, and whether the Monte Carlo among them warned."""
+    """Return the library's three bounds; ``reliable`` is false if one warned."""
     found: dict[str, Any] = {"reliable": True}
     for method in BOUNDS:
         with warnings.catch_warnings(record=True) as caught:
@@ -57,7 +57,7 @@ def bounds_of(grams: GramLedger, order: float) -> dict[str, Any]:
 
 
 def theorem_b1(grams: GramLedger, order: float) -> dict[str, Any]:
-    """The estimates of Theorem B.1, their mean and standard deviation."""
+    """Return the estimates of Theorem B.1, their mean and standard deviation."""
     values = theorem_b1_estimates(grams, order)
     spread = float(values.std(ddof=1))
     return {"b1": float(values.mean()), "b1_std": spread, "b1_each": values.tolist()}
@@ -110,7 +110,7 @@ def measure(
     train_set: Dataset,
     settings: Settings,
 ) -> list[dict[str, Any]]:
-    """All numbers for every stratum, and Theorem B.1 without a forget set."""
+    """Return all numbers of every stratum, and Theorem B.1 without a forget set."""
     scores = privacy_losses(ledger, settings.order)
     strata = difficulty_strata(scores, settings.stratum_size) | {NOTHING: []}
     rows = []
@@ -141,12 +141,12 @@ def study(
 
     Args:
         settings: What to measure.
-        images: What to train on; digits by default.
-        recipe: How; with noise.
+        images: The training data; digits by default.
+        recipe: The recipe; it must train with noise.
         device: Where the model is.
 
     Returns:
-        One row a stratum, the last for no forget set.
+        One row per stratum, and one for no forget set.
     """
     torch.set_num_threads(1)
     images = images or data.load("digits")
@@ -168,7 +168,7 @@ def study(
 
 
 def main() -> None:
-    """Train, measure, print a table, write the JSON."""
+    """Parse the command line, train, measure, print a table, and write the JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

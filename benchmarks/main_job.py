@@ -87,7 +87,7 @@ SETTINGS = {
 
 
 def run_seed(settings: Settings, images: data.ImageData, seed: int, out: Path) -> dict:
-    """The whole chain for one seed.
+    """Run the whole chain for one seed.
 
     Returns:
         ``strata`` (one dict each) and ``privacy`` (the DP-SGD run), JSON-able.
@@ -157,7 +157,7 @@ def forget_stratum(
 def retrained(
     settings: Settings, images: data.ImageData, forget: np.ndarray, seed: int, out: Path
 ) -> list[nn.Module]:
-    """The oracles of a forget set: the same recipe on the rest, other seeds."""
+    """Return the oracles of a forget set, trained on the rest with other seeds."""
 
     def retrain(kept: np.ndarray, oracle_seed: int) -> nn.Module:
         part = Subset(images.train, kept)
@@ -175,7 +175,7 @@ def retrained(
 
 
 def times_to_unlearn(settings: Settings, trace: object, oracle: dict) -> dict:
-    """Epochs to unlearn by accuracy on the forget set and by the loss on it."""
+    """Return epochs to unlearn by accuracy and by loss on the forget set."""
     share = 2 * settings.tolerance * float(np.mean(oracle["forget_loss"]))
     tolerances = {
         "unlearning_accuracy": settings.tolerance,
@@ -188,7 +188,7 @@ def times_to_unlearn(settings: Settings, trace: object, oracle: dict) -> dict:
 
 
 def privacy_of(settings: Settings, images: data.ImageData, seed: int) -> dict:
-    """Each example's own epsilon in a DP-SGD run with the drop-in engine."""
+    """Return epsilons of a DP-SGD run with the drop-in engine."""
     recipe = Recipe(
         settings.recipe.model,
         settings.dp_epochs,
@@ -229,7 +229,9 @@ def saved_seed(
             if saved["settings"] == described:
                 return saved["result"]
         except (ValueError, KeyError, TypeError):
-            print(f"{path} is damaged: seed {seed} is run again", file=sys.stderr)
+            print(
+                f"{path} cannot be read, so seed {seed} is run again.", file=sys.stderr
+            )
     result = run_seed(settings, images, seed, out)
     report.write_json(path, {"settings": described, "result": result})
     return result
@@ -265,4 +267,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command goes on from here") from None
+        raise SystemExit(
+            "Interrupted. Give the same command again to continue from here."
+        ) from None

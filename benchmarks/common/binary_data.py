@@ -1,4 +1,4 @@
-"""Two-class tables for the certified benchmark: rows of norm 1, labels ±1."""
+"""Two-class data for the certified benchmark: rows of norm 1, labels ±1."""
 
 import gzip
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 Array = NDArray[np.float64]
-_NUMERIC = (0, 2, 4, 10, 11, 12)  # Adult's columns of numbers; the rest is categories.
+_NUMERIC = (0, 2, 4, 10, 11, 12)  # numeric columns of Adult; the others are categories
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class BinaryData:
 
 
 def digits_3_8() -> BinaryData:
-    """Handwritten 3 against 8 (357 images of 8×8), embedded in scikit-learn."""
+    """Return handwritten 3 and 8 (357 images of 8×8), included in scikit-learn."""
     images, labels = load_digits(return_X_y=True)
     chosen = np.isin(labels, (3, 8))
     parts = train_test_split(
@@ -39,7 +39,7 @@ def digits_3_8() -> BinaryData:
 
 
 def adult(data_root: Path) -> BinaryData:
-    """UCI Adult (32,561 + 16,281 rows): is the income above 50,000 dollars?
+    """Return UCI Adult (32,561 + 16,281 rows): is the income above 50,000 dollars?
 
     Args:
         data_root: Folder with ``adult.data`` and ``adult.test``, gzipped or not.
@@ -57,7 +57,7 @@ def adult(data_root: Path) -> BinaryData:
 
 
 def _rows(data_root: Path, name: str) -> NDArray[np.str_]:
-    """The table's rows of 15 fields."""
+    """Return the rows of a file that have 15 fields."""
     path = data_root / name
     opener = open if path.exists() else gzip.open
     path = path if path.exists() else data_root / f"{name}.gz"
@@ -67,7 +67,7 @@ def _rows(data_root: Path, name: str) -> NDArray[np.str_]:
 
 
 def _encoded(train: NDArray, values: NDArray, numeric: bool) -> Array:
-    """One column: standardised by the training rows, or one 0/1 column a category."""
+    """Return a column standardised by the training rows, or as one 0/1 per category."""
     if numeric:
         known = train.astype(float)
         return ((values.astype(float) - known.mean()) / known.std())[:, None]

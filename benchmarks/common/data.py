@@ -1,8 +1,9 @@
-"""The one place where the benchmarks load data: real images as tensors in [0, 1].
+"""Image data sets as tensors in [0, 1]; all benchmarks load their images here.
 
-``digits`` (1,797 handwritten digits, 8×8) is embedded in scikit-learn; the others come
-through torchvision, which downloads them unless their files are in ``data_root``, or
-from an npz of arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``.
+``digits`` (1,797 handwritten digits, 8×8) is included in scikit-learn. torchvision
+loads the others, and downloads them if their files are not in ``data_root``. They can
+also be read from an .npz file with the arrays ``x_train``, ``y_train``, ``x_test`` and
+``y_test``.
 """
 
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ NAMES = ("digits", "fashion-mnist", "cifar10", "svhn")
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set split as published (digits: 1,437 + 360, stratified, fixed).
+    """A data set with its published split (digits: 1,437 + 360, stratified, fixed).
 
     Attributes:
         name: One of ``NAMES``.
         train: Images ``(n, c, h, w)`` float32 and labels ``(n,)`` int64.
-        test: The same.
+        test: Like ``train``.
         num_classes: Number of labels.
     """
 
@@ -50,20 +51,18 @@ def load(
 
     Args:
         name: One of ``NAMES``.
-        data_root: Where torchvision finds or puts the files; not needed for digits.
-        num_train: Keep only the first so many training images (0: all).
-        arrays: An npz of images ``(n, h, w)`` or ``(n, h, w, c)`` in bytes (uint8) and
-            of labels, read in place of the files in ``data_root``.
-        num_test: Keep only the first so many test images (0: all).
-
-    Returns:
-        The images and labels as tensors.
+        data_root: Folder of torchvision's files; not needed for digits.
+        num_train: Number of training images; the first ones are kept (0: all).
+        arrays: An .npz file with images ``(n, h, w)`` or ``(n, h, w, c)`` in uint8, and
+            labels. It is read instead of the files in ``data_root``.
+        num_test: Number of test images; the first ones are kept (0: all).
 
     Raises:
-        ValueError: For another name, or where neither files nor arrays are named.
+        ValueError: The name is unknown, or neither ``data_root`` nor ``arrays`` is
+            given.
     """
     if name not in NAMES:
-        raise ValueError(f"dataset must be one of {', '.join(NAMES)}, got {name}.")
+        raise ValueError(f"name must be one of {', '.join(NAMES)}; got {name}.")
     if name == "digits":
         train, test = _digits()
     elif arrays is not None:
@@ -72,8 +71,9 @@ def load(
         train, test = _torchvision(name, data_root)
     else:
         raise ValueError(
-            f"data_root must be given for {name}. Pass --data-root DIR or "
-            "--data FILE.npz."
+            f"{name} needs data_root or arrays, but neither was given. Pass "
+            "--data-root DIR, the folder of torchvision's data sets, or --data "
+            f"{name} FILE.npz if the command has this option."
         )
     return ImageData(name, _tensors(*train, num_train), _tensors(*test, num_test))
 
@@ -82,7 +82,7 @@ Arrays = tuple[np.ndarray, np.ndarray]
 
 
 def _digits() -> tuple[Arrays, Arrays]:
-    """scikit-learn's digits in [0, 1], split once and for all."""
+    """Return scikit-learn's digits in [0, 1], with a fixed split."""
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(
         images.reshape(-1, 1, 8, 8) / 16.0,
@@ -96,23 +96,23 @@ def _digits() -> tuple[Arrays, Arrays]:
 
 
 def _npz(path: Path) -> tuple[Arrays, Arrays]:
-    """Arrays from an npz.
+    """Return training and test part from an .npz file.
 
     Raises:
-        ValueError: If one of them is missing.
+        ValueError: An array is missing.
     """
     with np.load(path, allow_pickle=False) as found:
         missing = {"x_train", "y_train", "x_test", "y_test"} - set(found.files)
         if missing:
             raise ValueError(
-                f"data must contain {', '.join(sorted(missing))}, got "
-                f"{', '.join(found.files)} in {path}. Save it with numpy.savez."
+                f"{path} must contain x_train, y_train, x_test and y_test; missing: "
+                f"{', '.join(sorted(missing))}. Write it again with numpy.savez."
             )
         return tuple((found[f"x_{split}"], found[f"y_{split}"]) for split in _SPLITS)
 
 
 def _torchvision(name: str, root: Path) -> tuple[Arrays, Arrays]:
-    """A torchvision data set, training and test part."""
+    """Return training and test part of a torchvision data set."""
     from torchvision import datasets
 
     root = Path(root)
@@ -128,7 +128,7 @@ _SPLITS = ("train", "test")
 
 
 def _tensors(images: np.ndarray, labels: np.ndarray, count: int) -> TensorDataset:
-    """The first ``count`` examples (0: all) as float32 and int64 tensors."""
+    """Return the first ``count`` examples (0: all) as float32 and int64 tensors."""
     images, labels = images[: count or None], labels[: count or None]
     if images.dtype == np.uint8:
         images = _channels_first(images) / np.float32(255)
@@ -139,5 +139,5 @@ def _tensors(images: np.ndarray, labels: np.ndarray, count: int) -> TensorDatase
 
 
 def _channels_first(images: np.ndarray) -> np.ndarray:
-    """Images ``(n, h, w)`` or ``(n, h, w, c)`` as ``(n, c, h, w)``."""
+    """Return images ``(n, h, w)`` or ``(n, h, w, c)`` as ``(n, c, h, w)``."""
     return images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)

@@ -1,9 +1,9 @@
-"""What determines a result, as JSON, for keys that survive the growth of the code.
+"""What determines a result, as JSON; keys stay the same when a field is added.
 
-A stored result is found under a key made of the facts of its description. When a
-description gets a new field, whose default means what was always done, the old results
-stay valid and must keep their keys. So ``later`` marks such a field, and ``facts_of``
-leaves it out while it has its default.
+A stored result is found under a key made of its facts, the fields of a dataclass. If
+the dataclass gets a new field whose default is what was always done, old results are
+still valid and must keep their keys. ``later`` marks such a field, and ``facts_of``
+leaves it out as long as it has its default.
 
 >>> from dataclasses import dataclass
 >>> @dataclass(frozen=True)
@@ -23,16 +23,16 @@ _LATER = "added after results had been stored"
 
 
 def later(default: Any) -> Any:
-    """A field that came after results had been stored.
+    """Return a dataclass field that was added after results had been stored.
 
     Args:
-        default: What was done before there was the field.
+        default: The value that corresponds to what was done before.
     """
     return field(default=default, metadata={_LATER: True})
 
 
 def facts_of(value: Any) -> Any:
-    """A dataclass as ``asdict`` gives it, without later fields at their defaults."""
+    """Return a dataclass as a dict, without later fields that have their default."""
     if isinstance(value, tuple | list):
         return type(value)(map(facts_of, value))
     if not is_dataclass(value):

@@ -1,4 +1,4 @@
-"""The models of the benchmarks; every script takes them from here."""
+"""The models of all benchmarks, by name."""
 
 from functools import partial
 from math import prod
@@ -20,20 +20,20 @@ def build_model(
         num_classes: Number of outputs.
 
     Returns:
-        The model with fresh weights (drawn from torch's global generator).
+        The model with random weights, drawn from torch's global generator.
 
     Raises:
-        ValueError: For another name.
+        ValueError: The name is unknown.
     """
     if name not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name}.")
+        raise ValueError(f"name must be one of {', '.join(MODELS)}; got {name}.")
     return MODELS[name](image_shape, num_classes)
 
 
 def mlp(
     image_shape: tuple[int, ...], num_classes: int = 10, widths: tuple[int, ...] = ()
 ) -> nn.Sequential:
-    """A multi-layer perceptron with ReLU; two hidden layers of 128 by default."""
+    """Build a multi-layer perceptron with ReLU; default: two hidden layers of 128."""
     sizes = (prod(image_shape), *(widths or (128, 128)))
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
@@ -42,7 +42,7 @@ def mlp(
 
 
 def small_cnn(image_shape: tuple[int, ...], num_classes: int = 10) -> nn.Sequential:
-    """Two convolutions and two linear layers; 26,000 weights on 28×28 images."""
+    """Build two convolutions and two linear layers; 26,000 weights on 28×28 images."""
     channels, height, width = image_shape
     features = nn.Sequential(
         nn.Conv2d(channels, 16, 8, stride=2, padding=3),
@@ -63,9 +63,10 @@ def small_cnn(image_shape: tuple[int, ...], num_classes: int = 10) -> nn.Sequent
 
 
 def strided_cnn(image_shape: tuple[int, ...], num_classes: int = 10) -> nn.Sequential:
-    """Two strided convolutions and two linear layers; 115,000 weights on 28×28 images.
+    """Build two strided convolutions and two linear layers.
 
-    Twice as fast as ``small_cnn``, and it fits 10,000 images in 40 epochs.
+    It has 115,000 weights on 28×28 images, is twice as fast as ``small_cnn``, and fits
+    10,000 images in 40 epochs.
     """
     channels, height, width = image_shape
     return nn.Sequential(
@@ -81,12 +82,12 @@ def strided_cnn(image_shape: tuple[int, ...], num_classes: int = 10) -> nn.Seque
 
 
 def _halved(size: int) -> int:
-    """The side of the last feature map of ``strided_cnn``."""
+    """Return the side of the last feature map of ``strided_cnn``."""
     return ((size + 1) // 2 + 1) // 2
 
 
 def _pooled(size: int) -> int:
-    """The side of the last feature map of ``small_cnn``."""
+    """Return the side of the last feature map of ``small_cnn``."""
     first = (size + 2 * 3 - 8) // 2 + 1 - 1
     return (first - 4) // 2 + 1 - 1
 

@@ -1,4 +1,4 @@
-"""The outputs of a benchmark: a table, JSON with its environment, a figure."""
+"""Outputs of a benchmark: tables, JSON with its environment, and a figure."""
 
 import json
 import os
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "opacus", "numpy", "scipy", "scikit-learn", "opacus-pi")
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, without names or paths."""
+    """Return versions and machine, without names or paths."""
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -29,13 +29,13 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one piece: a reader sees the old file or the new one."""
+    """Write JSON atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, json.dumps(content, indent=1).encode())
 
 
 def markdown(rows: Iterable[Iterable[str]]) -> str:
-    """A table of Markdown; the first row is its head."""
+    """Return a Markdown table; the first row is its head."""
     head, *body = (list(row) for row in rows)
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -49,9 +49,10 @@ def rank_correlation(times: np.ndarray) -> dict[str, Any]:
             (never) ranks above every finite time.
 
     Returns:
-        The mean of rho over the seeds where it exists (not all times equal), its 95 %
-        t-interval (none for one seed; where all seeds give one rho it is that point),
-        the number of such seeds, and the share of tied pairs of strata.
+        ``rho``: the mean over the seeds in which not all times are equal; None if
+        there is no such seed. ``interval``: its 95 % Student interval; two times None
+        if there are fewer than two such seeds. ``num_seeds``: the number of such seeds.
+        ``tied_pairs``: the share of pairs of strata with equal times.
     """
     ranks = np.arange(times.shape[1])
     rho = [
@@ -98,7 +99,7 @@ def publish(results: list[dict], settings: dict, max_time: float, out: Path) -> 
 
 
 def _columns(results: list[dict]) -> dict[str, np.ndarray]:
-    """The table's columns, each ``(seeds, strata)``."""
+    """Return the columns of the table, each ``(seeds, strata)``."""
 
     def column(value: Any) -> np.ndarray:
         return np.array([[value(row) for row in one["strata"]] for one in results])
@@ -142,7 +143,7 @@ def _table(names: list[str], columns: dict[str, np.ndarray]) -> str:
 
 
 def _cell(values: np.ndarray) -> str:
-    """Mean ± standard deviation; times that were never reached are counted apart."""
+    """Return mean ± standard deviation; count the runs that never got there."""
     finite = values[np.isfinite(values)]
     never = len(values) - len(finite)
     if not len(finite):

@@ -1,7 +1,7 @@
 """ResNet-18 for small images, with group or batch normalisation.
 
 He et al. 2016 (arXiv 1512.03385) with a 3 × 3 stem and no pooling after it, as is usual
-for 32 × 32 images. Group normalisation serves training with per-example clipping.
+for 32 × 32 images. Per-example clipping needs group normalisation.
 """
 
 import torch.nn.functional as F
@@ -23,15 +23,15 @@ def resnet18(
         width: Channels of the first stage.
 
     Raises:
-        ValueError: For another normalisation.
+        ValueError: ``norm`` is unknown.
     """
     if norm not in ("group", "batch"):
-        raise ValueError(f"norm must be 'group' or 'batch', got {norm}.")
+        raise ValueError(f"norm must be 'group' or 'batch'; got {norm}.")
     return ResNet18(image_shape[0], num_classes, norm, width)
 
 
 class ResNet18(nn.Module):
-    """Four stages of two residual blocks."""
+    """Convolution, four stages of two residual blocks, and a linear layer."""
 
     def __init__(self, channels: int, num_classes: int, norm: str, width: int) -> None:
         super().__init__()
@@ -52,13 +52,13 @@ class ResNet18(nn.Module):
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images ``(b, c, h, w)``."""
+        """Return the logits of images ``(b, c, h, w)``."""
         x = self.stages(F.relu(self.norm(self.conv(x))))
         return self.head(x.mean((2, 3)))
 
 
 class BasicBlock(nn.Module):
-    """Two 3 × 3 convolutions and a shortcut."""
+    """Residual block: two 3 × 3 convolutions and a shortcut."""
 
     def __init__(self, fan_in: int, fan_out: int, stride: int, norm: str) -> None:
         super().__init__()
@@ -73,13 +73,13 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's features."""
+        """Return features ``(b, c, h, w)``."""
         out = F.relu(self.norm1(self.conv1(x)))
         return F.relu(self.norm2(self.conv2(out)) + self.shortcut(x))
 
 
 def _norm(name: str, channels: int) -> nn.Module:
-    """A normalisation layer."""
+    """Build a normalisation layer."""
     if name == "batch":
         return nn.BatchNorm2d(channels)
     return nn.GroupNorm(max(1, min(32, channels // 4)), channels)

@@ -1,4 +1,8 @@
-"""The one training recipe of the benchmarks: SGLD or SGD, watched by the engine."""
+"""The training loops of all benchmarks: SGD, SGLD and DP-SGD, with a ledger.
+
+A ``Recipe`` is everything that determines a training run, except data and seed.
+``train`` follows it without clipping, ``train_privately`` by DP-SGD.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,20 +24,20 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a training run but its data and its seed.
+    """Everything that determines a training run, except its data and its seed.
 
     Attributes:
         model: A name that ``benchmarks.common.models.build_model`` knows.
         num_epochs: Passes over the data set, in expectation.
         batch_size: Expected batch size of the Poisson batches.
-        learning_rate: Of plain SGD.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
+        learning_rate: Learning rate of SGD.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
         noise_std: Standard deviation of the noise on the mean gradient (0: plain SGD).
         milestones: Epochs after which the learning rate is divided by ten.
         precision: ``"float32"``, or ``"bfloat16"``: the forward passes of updates run
             under autocast. Weights, their updates, sweeps and evaluations stay float32.
-        channels_last: Whether weights of convolutions lie channel by channel.
+        channels_last: Whether weights of convolutions have the channels-last layout.
     """
 
     model: str
@@ -50,27 +54,27 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(
-                f"precision must be one of {', '.join(PRECISIONS)}, "
+                f"precision must be one of {', '.join(PRECISIONS)}; "
                 f"got {self.precision}."
             )
 
     def key(self) -> dict:
-        """A description for content-keyed caches."""
+        """Return the recipe as JSON, for keys of stored results."""
         return facts_of(self)
 
     def autocast(self, device: str | torch.device) -> torch.autocast:
-        """Around a forward pass and its loss, never around an optimizer's step."""
+        """Return a context for a forward pass and its loss, not for the optimizer."""
         reduced = self.precision == "bfloat16"
         return torch.autocast(torch.device(device).type, torch.bfloat16, reduced)
 
     def place(self, model: nn.Module, device: str | torch.device) -> nn.Module:
-        """Move a model to where and how it is trained, in place."""
+        """Move a model to the device and layout of its training, in place."""
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return model.to(device)
 
     def optimizer(self, params: Iterator[nn.Parameter]) -> torch.optim.Optimizer:
-        """The recipe's optimizer on some parameters."""
+        """Return the recipe's optimizer of some parameters."""
         return torch.optim.SGD(
             params,
             lr=self.learning_rate,
@@ -81,17 +85,17 @@ class Recipe:
     def scheduler(
         self, optimizer: torch.optim.Optimizer
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The recipe's learning rates, to be stepped after every epoch."""
+        """Return the schedule of learning rates, to be stepped after every epoch."""
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(self.milestones))
 
 
 @dataclass(frozen=True)
 class PrivateRecipe(Recipe):
-    """DP-SGD in place of SGLD.
+    """A recipe that trains by DP-SGD; its ``noise_std`` is not used.
 
     Attributes:
-        noise_multiplier: As Opacus's.
-        max_grad_norm: As Opacus's.
+        noise_multiplier: Noise multiplier, as in Opacus.
+        max_grad_norm: Clip norm, as in Opacus.
     """
 
     noise_multiplier: float = 1.0
@@ -107,15 +111,15 @@ def train(
     weights_dir: Path | None = None,
     device: str = "cpu",
 ) -> tuple[nn.Module, PrivacyEngine]:
-    """Train from scratch, recording gradient norms at evenly spaced checkpoints.
+    """Train without clipping; sweep the norms of all examples at evenly spaced steps.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe.
         data_set: Images and labels.
         image_shape: ``(c, h, w)``.
         seed: Of the initial weights, the batches and the noise.
-        num_checkpoints: Rows of the ledger (1 where nobody reads it).
-        weights_dir: Where to keep the weights of every row (None: nowhere).
+        num_checkpoints: Rows of the ledger; 1 if it is not used.
+        weights_dir: Folder for the weights at every row; None: they are not saved.
         device: Where the model is.
 
     Returns:
@@ -159,15 +163,15 @@ def train_privately(
     before_update: Callable[[nn.Module], None] = lambda model: None,
     device: str = "cpu",
 ) -> tuple[nn.Module, PrivacyEngine]:
-    """Train by DP-SGD with the drop-in engine, norms observed at no extra pass.
+    """Train by DP-SGD with the drop-in engine, which observes the norms of batches.
 
     Args:
-        recipe: What to do; its ``noise_std`` is not used.
+        recipe: The recipe; its ``noise_std`` is not used.
         data_set: Images and labels.
         image_shape: ``(c, h, w)``.
         seed: Of the initial weights, the batches and the noise.
-        noise_multiplier: As Opacus's.
-        max_grad_norm: As Opacus's.
+        noise_multiplier: Noise multiplier, as in Opacus.
+        max_grad_norm: Clip norm, as in Opacus.
         before_update: Called with the model before every update.
         device: Where the model is.
 
@@ -175,8 +179,8 @@ def train_privately(
         The trained model (wrapped by Opacus) in evaluation mode, and the engine.
 
     Raises:
-        ValueError: For another precision or layout than the default one, in which
-            per-example gradients are not exact or wrong.
+        ValueError: Precision or layout are not the defaults. Opacus's per-example
+            gradients would be inexact or wrong.
     """
     _require_plain(recipe)
     torch.manual_seed(seed)
@@ -200,9 +204,9 @@ def train_privately(
 
 
 def _require_plain(recipe: Recipe) -> None:
-    """Refuse what Opacus's per-example gradients are not right for."""
+    """Raise if Opacus's per-example gradients would be inexact or wrong."""
     if recipe.precision != "float32" or recipe.channels_last:
         raise ValueError(
-            "precision and channels_last must be float32 and False for DP-SGD, got "
-            f"{recipe.precision} and {recipe.channels_last}."
+            "DP-SGD needs precision='float32' and channels_last=False; got "
+            f"{recipe.precision!r} and {recipe.channels_last}."
         )

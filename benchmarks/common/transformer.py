@@ -1,7 +1,7 @@
-"""Pre-norm transformers: one that sees images, one that reads tokens.
+"""Pre-norm transformers for images and for token sequences.
 
-Positions are an ``nn.Embedding`` and attention is made of ``nn.Linear`` layers, so that
-every tool that knows these layers can measure the whole model.
+Positions are an ``nn.Embedding``, and attention consists of ``nn.Linear`` layers. Every
+library that supports these layers can therefore measure the whole model.
 """
 
 from math import prod
@@ -42,7 +42,7 @@ def text_transformer(
 
 
 class Transformer(nn.Module):
-    """Words, positions, blocks, and a linear layer on the mean over the sequence."""
+    """Embedding, positions, blocks, and a linear layer on the sequence's mean."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images or tokens."""
+        """Return the logits of images or tokens."""
         words = self.words(x)
         places = torch.arange(words.shape[1], device=x.device).repeat(len(x), 1)
         features = self.norm(self.blocks(words + self.positions(places)))
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a two-layer network, each after a LayerNorm and added."""
+    """Attention and a two-layer network, each with a LayerNorm and a shortcut."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -80,13 +80,13 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features ``(b, t, dim)``."""
+        """Return features ``(b, t, dim)``."""
         x = x + self.attention(self.norm1(x))
         return x + self.feed_forward(self.norm2(x))
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention from linear layers."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.outputs = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features ``(b, t, dim)``."""
+        """Return features ``(b, t, dim)``."""
         b, t, dim = x.shape
         split = self.inputs(x).view(b, t, 3, self.num_heads, dim // self.num_heads)
         queries, keys, values = split.permute(2, 0, 3, 1, 4)
@@ -104,7 +104,7 @@ class Attention(nn.Module):
 
 
 class _Swap(nn.Module):
-    """``(b, dim, t)`` to ``(b, t, dim)``."""
+    """Transposes ``(b, dim, t)`` to ``(b, t, dim)``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mT

@@ -1,4 +1,9 @@
-"""How loose are the bounds? Cases with a known exact divergence, and their table."""
+"""How loose are the bounds? Cases whose exact divergence is known, and their table.
+
+``case`` says what a case is. ``single_steps``, ``gaussians``, ``chains``, ``ridge``,
+``groups``, ``constants`` and ``counterexamples`` generate random cases. ``__main__``
+runs all of them and makes the table, and ``steps`` a second one: steps to unlearn.
+"""
 
 from collections.abc import Iterator
 
@@ -21,7 +26,7 @@ from benchmarks.looseness.single_steps import (
     two_adaptive_steps,
 )
 
-FAMILIES = {
+FAMILIES = {  # generator, and number of its cases in the table
     "subsampled_step": (subsampled_step, 60),
     "two_adaptive_steps": (two_adaptive_steps, 30),
     "constant_gradients": (constant_gradients, 40),
@@ -41,11 +46,11 @@ FAMILIES = {
 
 
 def cases(name: str, number: int, seed: int = 0) -> Iterator[Case]:
-    """Random cases of one generator.
+    """Generate random cases.
 
     Args:
-        name: Key of ``FAMILIES``.
-        number: Settings drawn.
-        seed: Of the settings.
+        name: A key of ``FAMILIES``.
+        number: Number of random settings; some generators yield several cases each.
+        seed: Of the random settings.
     """
     return FAMILIES[name][0](np.random.default_rng(seed), number)

@@ -1,10 +1,10 @@
-"""How loose are the bounds? Prints the table, saves it as JSON and Markdown.
+"""How far are the bounds above the exact divergence? Print and save a table.
 
     python -m benchmarks.looseness          # half a minute on one core
 
 Claim under test: no bound of the library's default convention is ever below the exact
-divergence (the command fails if one is); published formulas stand beside them, and
-where the smallest ratio of one is below 1, it is no bound.
+divergence. If one is, the command fails. Published formulas are shown for comparison;
+a formula whose smallest ratio is below 1 is not a bound.
 """
 
 import argparse
@@ -20,11 +20,12 @@ from benchmarks.looseness.case import Case
 from benchmarks.looseness.steps import ETA, LEARNED, SIGMA, TARGET, L, M, step_counts
 
 ROOT = Path(__file__).parents[2]
-_MEANINGFUL = 1e-12  # Smaller exact values are rounding.
+_MEANINGFUL = 1e-12  # smaller exact values are rounding errors
+_KINDS = {"ours": "this library", "published": "published"}
 
 
 def summarise(found: list[Case]) -> list[dict]:
-    """One row for each family and bound: how many times the exact value it is."""
+    """Return the ratios of bound to exact value, a row for each family and bound."""
     ratios: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for case in found:
         for kind, bounds in (("ours", case.ours), ("published", case.published)):
@@ -46,20 +47,20 @@ def summarise(found: list[Case]) -> list[dict]:
 
 
 def markdown(rows: list[dict], steps: list[dict], seed: int) -> str:
-    """The tables as a page of the documentation."""
+    """Return the tables as a page of the documentation."""
     lines = [
         "# How loose the bounds are",
         "",
         "Made by `python -m benchmarks.looseness`: random cases (seed "
-        f"{seed}) whose exact divergence is known without the library. Numbers are "
-        "bound ÷ exact. *Published* formulas are evaluated as printed; where the "
-        "smallest ratio is below 1, the formula is no bound.",
+        f"{seed}) whose exact divergence is computed without the library. Numbers are "
+        "bounds divided by exact values. *Published* formulas are evaluated as "
+        "printed; a formula whose smallest ratio is below 1 is not a bound.",
         "",
-        "| case | bound | | cases | smallest | median | largest |",
+        "| case | bound | from | cases | smallest | median | largest |",
         "|---|---|---|--:|--:|--:|--:|",
     ]
     lines += [
-        f"| {r['family']} | {r['bound']} | {r['kind']} | {r['cases']} | "
+        f"| {r['family']} | {r['bound']} | {_KINDS[r['kind']]} | {r['cases']} | "
         f"{r['smallest']:.4g} | {r['median']:.4g} | {r['largest']:.4g} |"
         for r in rows
     ]
@@ -69,12 +70,12 @@ def markdown(rows: list[dict], steps: list[dict], seed: int) -> str:
         "",
         f"Noisy gradient descent with η = {ETA}, σ = {SIGMA}, strong convexity {M}, "
         f"smoothness {L}, {LEARNED} learning steps, losses D_α proportional to α, "
-        f"target D_α ≤ {TARGET}. Corollary 4.4 is given its best case (training at "
-        "stationarity) and Chien et al.'s rate; it compares with retraining for T "
-        "steps, the other columns with retraining for T + k steps.",
+        f"target D_α ≤ {TARGET}. Corollary 4.4 is evaluated in its best case (training "
+        "at stationarity), with the rate of Chien et al. It compares with retraining "
+        "for T steps, the other columns with retraining for T + k steps.",
         "",
         "| order | loss at the order | Corollary 4.4 | Chien et al.'s rate | "
-        "ours, loss at that order only | ours |",
+        "this library, from the loss at that order only | this library |",
         "|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [
@@ -86,11 +87,25 @@ def markdown(rows: list[dict], steps: list[dict], seed: int) -> str:
 
 
 def main() -> int:
-    """Run all families; 1 if a bound of ours is ever below the exact value."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "looseness.md")
+    """Run all cases; return 1 if a bound of the library is below an exact value."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.looseness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random cases")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks" / "results",
+        help="folder of looseness.json",
+    )
+    parser.add_argument(
+        "--page",
+        type=Path,
+        default=ROOT / "docs" / "looseness.md",
+        help="file of the tables",
+    )
     args = parser.parse_args()
     found = [
         case

@@ -1,4 +1,4 @@
-"""One case: an exact divergence and what the bounds say about it."""
+"""What a case is: an exact divergence and bounds on it."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,10 +14,10 @@ class Case:
     """An exact Rényi divergence beside bounds on it.
 
     Attributes:
-        family: Which kind of case.
+        family: Name of the kind of case.
         exact: The divergence, computed without the library.
-        ours: The library's bounds of default convention: never below ``exact``.
-        published: Published formulas, for comparison; not all of them are theorems.
+        ours: Bounds of the library's default convention; never below ``exact``.
+        published: Published formulas, for comparison. Not all of them are bounds.
         tolerance: Relative numerical error of ``exact``.
     """
 
@@ -28,7 +28,7 @@ class Case:
     tolerance: float = 1e-9
 
     def violations(self) -> list[str]:
-        """The bounds of ours that are below the exact value."""
+        """Return the names of the library's bounds that are below the exact value."""
         slack = self.tolerance * max(1e-12, self.exact)
         return [name for name, b in self.ours.items() if not b >= self.exact - slack]
 
@@ -36,7 +36,7 @@ class Case:
 def gaussian_divergence(
     mean: Array, cov: Array, other_mean: Array, other_cov: Array, order: float
 ) -> float:
-    """D_α(N(mean, cov) ‖ N(other_mean, other_cov)); ``inf`` where it does not exist."""
+    """Return D_α(N(mean, cov) ‖ N(other_mean, other_cov)); ``inf`` if infinite."""
     mixed = (1 - order) * cov + order * other_cov
     if np.linalg.eigvalsh((mixed + mixed.T) / 2)[0] <= 0:
         return math.inf
@@ -48,7 +48,7 @@ def gaussian_divergence(
 
 
 def grid_divergence(first: Array, second: Array, order: float) -> float:
-    """D_α of two laws given by their masses on one grid."""
+    """Return D_α of two laws, given by their masses on one grid."""
     seen = (first > 1e-280) & (second > 1e-280)
     logs = order * np.log(first[seen]) + (1 - order) * np.log(second[seen])
     top = logs.max()

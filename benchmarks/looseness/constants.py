@@ -1,4 +1,4 @@
-"""Statements about constants: conversion to (ε, δ), LSI constants of bounded laws."""
+"""Cases of single constants: ε at a given δ, and LSI constants of bounded laws."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _ORDERS = np.r_[np.linspace(1.01, 20, 400), np.geomspace(20, 2000, 400)[1:]]
 
 
 def conversions(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """ε of the Gaussian mechanism from its Rényi curve, against its exact δ(ε)."""
+    """Yield ε of the Gaussian mechanism, from its Rényi curve and exactly."""
     for _ in range(number):
         sigma, delta = 10 ** rng.uniform(-0.5, 1), 10 ** rng.uniform(-9, -2)
 
@@ -39,10 +39,10 @@ def conversions(rng: np.random.Generator, number: int) -> Iterator[Case]:
 
 
 def two_point_laws(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """LSI constants of ±R convolved with N(0, s).
+    """Yield LSI constants of ±R plus noise N(0, s).
 
     In one dimension Muckenhoupt's criterion encloses the true constant (Barthe and
-    Roberto 2003); its upper end stands for the exact value here.
+    Roberto 2003). Its upper end is used as the exact value here.
     """
     for _ in range(number):
         noise = float(rng.uniform(0.2, 2))
@@ -55,7 +55,7 @@ def two_point_laws(rng: np.random.Generator, number: int) -> Iterator[Case]:
 
 
 def muckenhoupt(radius: float, noise: float) -> tuple[float, float]:
-    """Lower and upper bound of the constant C in Ent(f²) ≤ 2C·E f'²."""
+    """Return a lower and an upper bound of the constant C in Ent(f²) ≤ 2C·E f'²."""
     x = np.linspace(0, radius + 12 * math.sqrt(noise), 40_001)
     tail = (ndtr((radius - x) / noise**0.5) + ndtr((-radius - x) / noise**0.5)) / 2
     inverse = 1 / two_point_density(x, radius, noise)
@@ -69,6 +69,6 @@ def muckenhoupt(radius: float, noise: float) -> tuple[float, float]:
 
 
 def two_point_density(x: Array, radius: float, noise: float) -> Array:
-    """Density of ±radius with equal chances, plus N(0, noise)."""
+    """Return the density of ±radius with equal chances, plus N(0, noise)."""
     peaks = [np.exp(-((x - m) ** 2) / (2 * noise)) for m in (-radius, radius)]
     return sum(peaks) / (2 * math.sqrt(2 * math.pi * noise))

@@ -1,7 +1,8 @@
-"""Runs in which one outcome decides about all later gradients.
+"""Runs in which the outcome of the first update determines all later gradients.
 
-They show which details of a composition matter: in a rare event, likely only under the
-law tilted by the first update, the later gradients are large.
+Later gradients are large after a rare outcome. That outcome is rare in training but
+likely under the law that the first update tilts, so a composition must get its details
+right to be a bound.
 """
 
 import math
@@ -15,7 +16,8 @@ from benchmarks.looseness.case import Case
 from opacus_pi.accounting import GradNormLedger, NoisySGD, log_moment, privacy_losses
 from opacus_pi.accounting.composition import corrected_order, printed_order
 
-# updates, order, q and critical order of the first update, share of it that is used
+# updates, order, q and critical order of the first update, and the share of the
+# critical order that is used
 _SETTINGS = [
     (20, 16.0, 1e-4, 19.0, 0.9),
     (20, 32.0, 1e-4, 37.0, 0.95),
@@ -25,11 +27,12 @@ _SETTINGS = [
 
 
 def rare_events(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """Two full-batch updates; the second has a gradient only after a rare outcome.
+    """Yield two full-batch updates, the second with a gradient after a rare outcome.
 
-    The outcome has probability 1/R under training with the point, so R runs are the
-    expectation. *Forward index* counts the updates before a step instead of those
-    after it, as the printed definition does, with the coefficient of the theorem.
+    The outcome has probability 1/R under training with the point, so the mean over R
+    runs is the expectation. *Forward index* uses the theorem's coefficients with the
+    number of updates before a step, as the printed definition does, instead of the
+    number after it.
     """
     for _ in range(number):
         num_runs = 2 ** int(rng.integers(8, 12))
@@ -54,7 +57,7 @@ def rare_events(rng: np.random.Generator, number: int) -> Iterator[Case]:
 
 
 def _forward(order: float, p: float, first: float, later: float, share: float) -> float:
-    """The theorem's coefficients with the step's own index, for two updates."""
+    """Return the value of the theorem with the step's own index, for two updates."""
     top = corrected_order(order, p, 1)
     large = p * top * (top - 1) * later**2 / 2
     second = math.log1p(share * math.expm1(large)) / p
@@ -62,11 +65,11 @@ def _forward(order: float, p: float, first: float, later: float, share: float) -
 
 
 def threshold_orders(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """A subsampled update whose moment has a critical order, then full batches.
+    """Yield a subsampled update whose moment has a critical order, then full batches.
 
-    Their squared norms are proportional to ln⁺ of the first update's density ratio L.
-    The exact value leaves out the outcomes L < 1 and is therefore a lower bound; the
-    formulas count all of them and are upper bounds of themselves.
+    The squared norms of the full batches are proportional to ln⁺ of the density ratio
+    L of the first update. The value called exact leaves out outcomes with L < 1, so it
+    is a lower bound. The formulas are evaluated with all outcomes, from above.
     """
     for num_steps, order, rate, critical, share in _SETTINGS[:number]:
         ratio, p = math.sqrt(-2 * math.log(rate) / (critical - 1)), 3.0 * num_steps
@@ -108,7 +111,7 @@ def threshold_orders(rng: np.random.Generator, number: int) -> Iterator[Case]:
 
 
 def _above_one(ratio: float, rate: float, power: float) -> float:
-    """Ln E_Q[L^power; L > 1] of one subsampled update."""
+    """Return ln E_Q[L^power; L > 1] of one subsampled update."""
     z = np.linspace(ratio / 2, power * ratio + 60, 100_001)
     log_ratio = np.logaddexp(
         math.log1p(-rate), math.log(rate) + ratio * (z - ratio / 2)

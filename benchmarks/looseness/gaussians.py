@@ -1,4 +1,4 @@
-"""Whole runs whose laws stay Gaussian: everything in closed form."""
+"""Whole runs whose laws are Gaussian, so that all divergences have a closed form."""
 
 import math
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from opacus_pi.accounting.published import corollary_4_1
 
 
 def constant_gradients(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """A full batch and a gradient that never changes: D_α = T·α·r²/2."""
+    """Yield full batches with a gradient that never changes: D_α = T·α·r²/2."""
     for _ in range(number):
         num_steps, ratio = int(rng.integers(1, 400)), 10 ** rng.uniform(-3, 0)
         order = float(rng.choice([1.5, 2.0, 8.0, 32.0]))
@@ -44,7 +44,7 @@ def constant_gradients(rng: np.random.Generator, number: int) -> Iterator[Case]:
 
 
 def shifted_schedules(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """Scalar linear maps that differ by constants: any schedule of maps and noises."""
+    """Yield scalar linear maps that differ by constants, with any noise schedule."""
     for _ in range(number):
         size = int(rng.integers(1, 60))
         c, s = rng.uniform(0.6, 1.05, size), 10 ** rng.uniform(-2, 0, size)
@@ -65,7 +65,7 @@ def shifted_schedules(rng: np.random.Generator, number: int) -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """w ← (I − ηH)w + ηb + N(0, s·I), with H diagonal; x adds a constant to b."""
+    """Training w ← (I − ηH)w + ηb + N(0, s·I), H diagonal; x adds a constant to b."""
 
     eigenvalues: Array
     learning_rate: float
@@ -74,7 +74,7 @@ class Quadratic:
     extra: Array
 
     def run(self, mean: Array, cov: Array, steps: int, *, with_x: bool) -> tuple:
-        """Mean and (diagonal) covariance after some steps."""
+        """Return mean and diagonal of the covariance after some steps."""
         shrink = 1 - self.learning_rate * self.eigenvalues
         target = self.pull + self.extra if with_x else self.pull
         for _ in range(steps):
@@ -84,7 +84,7 @@ class Quadratic:
 
     @property
     def constants(self) -> LangevinConstants:
-        """What the bounds may know."""
+        """The constants that the bounds use."""
         return LangevinConstants(
             learning_rate=self.learning_rate,
             noise_variance=self.noise,
@@ -94,7 +94,7 @@ class Quadratic:
 
 
 def _random_quadratic(rng: np.random.Generator) -> Quadratic:
-    """Up to three dimensions, contractive steps."""
+    """Draw a problem in up to three dimensions with contractive steps."""
     dims = int(rng.integers(1, 4))
     eigenvalues = rng.uniform(0.1, 1.0, dims)
     return Quadratic(
@@ -108,7 +108,7 @@ def _random_quadratic(rng: np.random.Generator) -> Quadratic:
 
 @dataclass(frozen=True)
 class Scene:
-    """A point learned for some steps and unlearned for others, from N(0, v)."""
+    """Learning with a point and unlearning without it, from weights N(0, v)."""
 
     problem: Quadratic
     order: float
@@ -117,7 +117,7 @@ class Scene:
     unlearned: int
 
     def law(self, *, with_x: bool, unlearned: bool) -> tuple[Array, Array]:
-        """Mean and variances after learning, and after the unlearning steps too."""
+        """Return mean and variances after learning, or after unlearning as well."""
         dims = len(self.problem.pull)
         law = np.zeros(dims), np.full(dims, self.prior)
         law = self.problem.run(*law, self.learned, with_x=with_x)
@@ -126,7 +126,7 @@ class Scene:
 
     @property
     def exact(self) -> float:
-        """D_α(unlearned ‖ retrained), from the means' gap: nothing cancels."""
+        """D_α(unlearned ‖ retrained), from the gap of the means, so nothing cancels."""
         shrink = 1 - self.problem.learning_rate * self.problem.eigenvalues
         moved = self.problem.learning_rate * self.problem.extra
         gap = moved * shrink**self.unlearned * (1 - shrink**self.learned) / (1 - shrink)
@@ -134,7 +134,7 @@ class Scene:
         return self.order / 2 * float((gap**2 / variances).sum())
 
     def loss(self, order: float) -> float:
-        """D_α(trained ‖ trained without the point), exactly."""
+        """Return the exact D_α(trained ‖ trained without the point)."""
         laws = (self.law(with_x=x, unlearned=False) for x in (True, False))
         return _diagonal_divergence(*laws, max(order, 1 + 1e-9))
 
@@ -151,12 +151,12 @@ class Scene:
 
     @property
     def shifts(self) -> Array:
-        """How far the point moves each step's mean."""
+        """How far the point moves the mean in each step."""
         shift = self.problem.learning_rate * float(np.linalg.norm(self.problem.extra))
         return np.r_[np.full(self.learned, shift), np.zeros(self.unlearned)]
 
     def contracted(self, divergence: Divergence, form: str) -> float:
-        """The unlearning bound from a loss."""
+        """Return the bound after unlearning from the divergence after learning."""
         return unlearning_divergence(
             divergence,
             self.order,
@@ -168,9 +168,9 @@ class Scene:
 
 
 def quadratic_unlearning(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """Learning with a point, unlearning without it, on a quadratic loss.
+    """Yield learning with a point and unlearning without it, on a quadratic loss.
 
-    All that the bounds use is a constant of the problem, not the laws' covariances.
+    The bounds use the constants of the problem, not the covariances of the laws.
     """
     for _ in range(number):
         scene = Scene(
@@ -191,7 +191,7 @@ def quadratic_unlearning(rng: np.random.Generator, number: int) -> Iterator[Case
 
 
 def _end_to_end(scene: Scene) -> Case:
-    """Bounds that know the constants only."""
+    """Return a case of bounds from the constants alone."""
     track, learned = scene.track, scene.learned
     steps = np.ones(len(scene.shifts))
     mu2 = shifted_mu_squared(
@@ -211,7 +211,7 @@ def _end_to_end(scene: Scene) -> Case:
 
 
 def _through_stationarity(scene: Scene) -> Iterator[Case]:
-    """Corollary 4.1, with every quantity in it exact."""
+    """Yield Corollary 4.1 with the exact value of every quantity, if it is finite."""
     order, trained = scene.order, scene.law(with_x=False, unlearned=False)
     far = _stationary(scene.problem)
     gaps = [
@@ -235,13 +235,13 @@ def _through_stationarity(scene: Scene) -> Iterator[Case]:
 
 
 def _diagonal_divergence(first: tuple, second: tuple, order: float) -> float:
-    """D_α of two Gaussians with diagonal covariances."""
+    """Return D_α of two Gaussians with diagonal covariances."""
     return gaussian_divergence(
         first[0], np.diag(first[1]), second[0], np.diag(second[1]), order
     )
 
 
 def _stationary(q: Quadratic) -> tuple[Array, Array]:
-    """The law that training without the point converges to."""
+    """Return the law to which training without the point converges."""
     shrink = 1 - q.learning_rate * q.eigenvalues
     return q.pull / q.eigenvalues, q.noise / (1 - shrink**2)

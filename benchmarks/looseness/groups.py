@@ -1,4 +1,4 @@
-"""Groups: one Poisson update by enumeration of all batches, exact by quadrature."""
+"""Groups of examples: one Poisson update, exact by enumeration and quadrature."""
 
 import math
 import warnings
@@ -15,7 +15,7 @@ from opacus_pi.ledger.gram_ledger import GramLedger
 
 
 def _theorem_b1(full: Array, log_full: Array, rest: Array, log_rest: Array) -> float:
-    """Theorem B.1's value of one update at order 2, all minibatches enumerated."""
+    """Return Theorem B.1's value of one update at order 2, over all minibatches."""
     size = len(full)
     pairs = np.stack(np.meshgrid(np.arange(size), np.arange(size)), -1).reshape(-1, 2)
     weights = log_full[pairs].sum(axis=1)
@@ -27,7 +27,7 @@ def _theorem_b1(full: Array, log_full: Array, rest: Array, log_rest: Array) -> f
 
 
 def _mixture(points: Array, means: Array, log_weights: Array) -> Array:
-    """Log density of a mixture of unit Gaussians."""
+    """Return the log density of a mixture of unit Gaussians."""
     square = ((points[:, None, :] - means) ** 2).sum(-1)
     dims = points.shape[1]
     return logsumexp(log_weights - square / 2, axis=1) - dims / 2 * math.log(
@@ -36,7 +36,10 @@ def _mixture(points: Array, means: Array, log_weights: Array) -> Array:
 
 
 def group_steps(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """One update with up to 3 retained and 3 forgotten points, in 1 or 2 dimensions."""
+    """Yield updates with up to 3 retained and 3 forgotten points, in 1 or 2 dimensions.
+
+    The densities of the weights are mixtures over all batches.
+    """
     for _ in range(number):
         dims, order = int(rng.integers(1, 3)), int(rng.integers(2, 4))
         num_retain, num_forget = (int(k) for k in rng.integers(1, 4, size=2))
@@ -45,7 +48,7 @@ def group_steps(rng: np.random.Generator, number: int) -> Iterator[Case]:
         rate = float(rng.choice([0.1, 0.3, 0.6]))
         full, log_full = subset_sums(np.concatenate([retain, forget]), rate)
         rest, log_rest = subset_sums(retain, rate)
-        # The trapezoid rule converges geometrically: coarse grids are enough in 2-D.
+        # the trapezoid rule converges geometrically: a coarse grid is enough in 2-D
         axis = np.linspace(-16, 16, 6401 if dims == 1 else 161)
         points = np.stack(np.meshgrid(*[axis] * dims), -1).reshape(-1, dims)
         log_p, log_q = (
@@ -58,7 +61,7 @@ def group_steps(rng: np.random.Generator, number: int) -> Iterator[Case]:
             NoisySGD(1, rate, 1.0), steps=[1], grams=[forget @ forget.T]
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # These groups are enumerated.
+            warnings.simplefilter("error")  # no Monte Carlo for groups this small
             ours = {
                 method: group_divergence(ledger, order, method=method)
                 for method in ("coupled", "scalar", "operator_norm")

@@ -1,7 +1,7 @@
-"""Ridge regression by noisy gradient descent, nothing clipped: the laws are Gaussian.
+"""Ridge regression by noisy gradient descent without clipping: the laws are Gaussian.
 
-The gradient of the point to forget depends on the weights, linearly; expectations over
-runs are taken at evenly spread points of the law of the residuals.
+The gradient of the point to forget is linear in the weights. Expectations over runs are
+means over evenly spread points of the law of the residuals.
 """
 
 import math
@@ -26,9 +26,9 @@ _KAPPA = 3.0
 
 
 class Ridge:
-    """w ← w − η·(Hw − b) + N(0, s·I) from N(0, v·I); the first point may be left out.
+    """Training w ← w − η·(Hw − b) + N(0, s·I) from N(0, v·I), on random data.
 
-    H = XᵀX/n + λI and b = Xᵀy/n, with the same n in both worlds.
+    H = XᵀX/n + λI and b = Xᵀy/n. If the first point is left out, n stays the same.
     """
 
     def __init__(self, rng: np.random.Generator) -> None:
@@ -41,7 +41,7 @@ class Ridge:
         self.prior = float(rng.uniform(0.02, 0.2))
 
     def map(self, *, with_x: bool) -> tuple[Array, Array]:
-        """A and c of w ← A·w + c + noise."""
+        """Return A and c of the step w ← A·w + c + noise."""
         first = 0 if with_x else 1
         X, y = self.points[first:], self.labels[first:]
         size, eye = len(self.points), np.eye(self.dims)
@@ -49,7 +49,7 @@ class Ridge:
         return eye - self.rate * hessian, self.rate * X.T @ y / size
 
     def trajectory(self, num_steps: int, *, with_x: bool) -> tuple[Array, Array]:
-        """Mean and covariance of (w_0, …, w_T), stacked."""
+        """Return mean and covariance of (w_0, …, w_T), stacked."""
         A, c = self.map(with_x=with_x)
         powers = [np.linalg.matrix_power(A, k) for k in range(num_steps + 1)]
         zero = np.zeros((self.dims, self.dims))
@@ -65,19 +65,19 @@ class Ridge:
         return response @ inputs, response * spread @ response.T
 
     def residuals(self, num_steps: int) -> tuple[Array, Array]:
-        """Mean and covariance of x·w_t − y along training with x, t = 0 … T − 1."""
+        """Return mean and covariance of x·w_t − y in training with x, t = 0 … T − 1."""
         mean, cov = self.trajectory(num_steps - 1, with_x=True)
         along = np.kron(np.eye(num_steps), self.points[:1])
         return along @ mean - self.labels[0], along @ cov @ along.T
 
     def moves(self, residuals: Array) -> Array:
-        """How far x moves the mean of the next weights."""
+        """Return how far x moves the mean of the next weights."""
         length = float(np.linalg.norm(self.points[0]))
         return self.rate * length * np.abs(residuals) / len(self.points)
 
 
 def whole_runs(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """Composition over up to eight updates, against the joint law of all weights."""
+    """Yield compositions of up to eight updates and the joint law of all weights."""
     for _ in range(number):
         ridge, num_steps = Ridge(rng), int(rng.integers(2, 9))
         order = float(rng.choice([1.5, 2.0, 4.0]))
@@ -109,7 +109,7 @@ def whole_runs(rng: np.random.Generator, number: int) -> Iterator[Case]:
 
 
 def last_iterates(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """The contractive recursion over up to a hundred updates."""
+    """Yield the contractive recursion over up to a hundred updates."""
     levels = ndtri((np.arange(_RUNS) + 0.5) / _RUNS)
     for _ in range(number):
         ridge, num_steps = Ridge(rng), int(rng.integers(2, 100))

@@ -1,4 +1,4 @@
-"""One or two updates: subsampled Gaussians by quadrature, mixtures under noise."""
+"""One or two subsampled Gaussian updates, and mixtures under noisy steps."""
 
 import math
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ from scipy.optimize import brentq
 from scipy.special import logsumexp, ndtr
 
 from benchmarks.looseness.case import Array, Case, grid_divergence
+from benchmarks.looseness.contraction import unlearning_bounds
 from opacus_pi.accounting import (
     GradNormLedger,
     NoisySGD,
@@ -16,24 +17,23 @@ from opacus_pi.accounting import (
     trajectory_losses,
 )
 from opacus_pi.accounting.langevin.constants import LangevinConstants
-from opacus_pi.accounting.langevin.unlearning import unlearning_divergence
 
 _Z = np.linspace(-45, 45, 36_001)
 
 
 def _log_normal(z: Array, mean: float = 0.0, variance: float = 1.0) -> Array:
-    """Logarithm of a normal density."""
+    """Return the logarithm of a normal density."""
     return -((z - mean) ** 2) / (2 * variance) - math.log(2 * math.pi * variance) / 2
 
 
 def _log_ratio(z: Array, ratio: float, rate: float) -> Array:
-    """Ln dP/dQ of one subsampled step."""
+    """Return ln dP/dQ of one subsampled step."""
     shifted = math.log(rate) + ratio * z - ratio**2 / 2
     return shifted if rate == 1 else np.logaddexp(math.log1p(-rate), shifted)
 
 
 def _moment(ratio: float, rate: float, order: float) -> float:
-    """Ln E_Q (dP/dQ)^α by the trapezoid rule."""
+    """Return ln E_Q (dP/dQ)^α, by the trapezoid rule."""
     step = math.log(_Z[1] - _Z[0])
     return float(
         logsumexp(order * _log_ratio(_Z, ratio, rate) + _log_normal(_Z) + step)
@@ -41,7 +41,7 @@ def _moment(ratio: float, rate: float, order: float) -> float:
 
 
 def subsampled_step(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """One Poisson-subsampled update at real orders."""
+    """Yield Poisson-subsampled updates at orders that are not whole."""
     for _ in range(number):
         ratio, rate = 10 ** rng.uniform(-0.7, 0.5), 10 ** rng.uniform(-2, -0.1)
         order = 1 + 10 ** rng.uniform(-0.7, 0.9)
@@ -54,14 +54,15 @@ def subsampled_step(rng: np.random.Generator, number: int) -> Iterator[Case]:
             _moment(ratio, rate, order) / (order - 1),
             {mode: moments[mode] / (order - 1) for mode in ("exact", "chord")},
             {"order rounded up": moments["ceil"] / (order - 1)},
-            tolerance=1e-7,  # The plain quadrature loses small moments against 1.
+            tolerance=1e-7,  # this quadrature loses digits of small moments
         )
 
 
 def two_adaptive_steps(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """The first update's outcome decides how large the second gradient is.
+    """Yield two updates; the outcome of the first determines the second gradient.
 
-    The threshold's probability is a multiple of 1/8, so eight runs are the expectation.
+    The probability of a large one is a multiple of 1/8, so the mean over eight runs is
+    the expectation.
     """
     for _ in range(number):
         first, small = rng.uniform(0.3, 1.5, size=2)
@@ -94,12 +95,12 @@ def two_adaptive_steps(rng: np.random.Generator, number: int) -> Iterator[Case]:
                 ),
             },
             {"Definition 4.2": privacy_losses(later, order, convention="icml2025")[0]},
-            tolerance=1e-3,  # One grid cell of the threshold.
+            tolerance=1e-3,  # the threshold lies within one cell of the grid
         )
 
 
 def mixtures(rng: np.random.Generator, number: int) -> Iterator[Case]:
-    """A random mixture against a law of known LSI constant, under k noisy steps."""
+    """Yield a random mixture and a law of known LSI constant, under k noisy steps."""
     x = np.linspace(-30, 30, 12_001)
     dx = x[1] - x[0]
     for _ in range(number):
@@ -120,7 +121,7 @@ def mixtures(rng: np.random.Generator, number: int) -> Iterator[Case]:
             second = _log_normal(x, 0.0, shift**2 + added)
             return np.exp(logsumexp(parts, axis=0)) * dx, np.exp(second) * dx
 
-        # A quadratic loss of curvature (1 − c)/η: the gradient map is exactly c·w.
+        # constants of a quadratic loss whose gradient step is exactly c·w
         constants = LangevinConstants(
             learning_rate=1.0,
             noise_variance=noise,
@@ -129,18 +130,11 @@ def mixtures(rng: np.random.Generator, number: int) -> Iterator[Case]:
         )
 
         def initial(a: float, before: tuple = laws(0)) -> float:
-            return max(0.0, grid_divergence(*before, max(a, 1 + 1e-6)))
+            return max(0.0, grid_divergence(*before, a))
 
-        bounds = {
-            form: unlearning_divergence(
-                initial, order, num_steps, constants, initial_lsi=1.0, form=form
-            ).divergence
-            for form in ("hypercontractive", "source")
-        }
         yield Case(
             "mixtures under Langevin noise",
             grid_divergence(*laws(num_steps), order),
-            {"hypercontractive": bounds["hypercontractive"]},
-            {"D·G^(−1/α)": bounds["source"]},
+            *unlearning_bounds(initial, order, num_steps, constants, initial_lsi=1.0),
             tolerance=1e-6,
         )

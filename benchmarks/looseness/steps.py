@@ -1,4 +1,4 @@
-"""Steps to unlearn on the same constants: ours beside the published."""
+"""Steps to unlearn on the same constants, by this library and by published bounds."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,9 +16,10 @@ ETA, SIGMA, M, L, TARGET, LEARNED = 0.5, 0.03, 0.0119, 0.2619, 0.01, 1000
 
 
 def step_counts() -> Iterator[dict[str, Any]]:
-    """One strongly convex problem, losses D_α = α·μ²/2, several orders and sizes.
+    """Yield the steps on a strongly convex problem, for several orders and losses.
 
-    Corollary 4.4 is given its best case, training at stationarity (both ε are 0).
+    The losses are D_α = α·μ²/2. Corollary 4.4 is evaluated in its best case, training
+    at stationarity (both of its ε are 0).
     """
     constants = LangevinConstants(
         learning_rate=ETA,

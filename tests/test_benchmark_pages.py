@@ -1,0 +1,32 @@
+"""Tables that are kept in the repository are made of the numbers stored beside them."""
+
+import json
+from pathlib import Path
+
+from benchmarks import certified_logistic
+from benchmarks.looseness import __main__ as looseness
+from benchmarks.overhead import __main__ as overhead
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def stored(name):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def test_page_of_looseness():
+    found = stored("looseness.json")
+    page = looseness.markdown(found["table"], found["steps"], found["seed"])
+    assert (ROOT / "docs" / "looseness.md").read_text(encoding="utf-8") == page
+
+
+def test_table_of_overheads():
+    table = (RESULTS / "overhead.md").read_text(encoding="utf-8")
+    assert table == overhead.table(RESULTS) + "\n"
+
+
+def test_table_of_certified_steps():
+    table = (RESULTS / "certified_logistic.md").read_text(encoding="utf-8")
+    rows = stored("certified_logistic.json")["rows"]
+    assert table == certified_logistic.markdown(rows, num_seeds=5)
