@@ -28,6 +28,7 @@ LAYER = {
     "gradients": 1,
     "recording": 2,
     "attribution": 2,
+    "custody": 2,
     "integration": 3,
     "compatible": 3,
     "symmetries": 4,

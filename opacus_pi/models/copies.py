@@ -235,7 +235,7 @@ def _replacements(
     found: dict[int, Any] = {}
     for name, value in vars(module).items():
         if name in kept_tables:
-            hooks = [hook for hook in value.values() if _is_hook_of_opacus(hook)]
+            hooks = [hook for hook in value.values() if is_hook_of_opacus(hook)]
             found |= {id(hook): _NOT_COPIED for hook in hooks}
         elif (stand_in := _stand_in(name, value, added)) is not value:
             found[id(value)] = stand_in
@@ -271,7 +271,7 @@ def _remove_replaced_(hooks: dict[int, Any]) -> None:
         del hooks[key]
 
 
-def _is_hook_of_opacus(hook: Any) -> bool:
+def is_hook_of_opacus(hook: Any) -> bool:
     """Whether a hook is a function, method or object of Opacus or this package."""
     while isinstance(hook, functools.partial):
         hook = hook.func

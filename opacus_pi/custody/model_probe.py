@@ -1,0 +1,503 @@
+"""Find out whether a model treats the examples of a batch separately.
+
+A gradient belongs to one example only if the model's output for it depends on no other
+example. Batch statistics break this, and so does a recurrent layer that takes the first
+dimension for time, if a batch happens to have as many examples as a sequence has steps.
+
+The probe runs a batch again on a copy of the model, with half of its examples replaced
+by their neighbours, once for either half. Shapes and random draws stay the same. The
+outputs of the examples that stay must not change.
+
+* If they are equal bit for bit, which is usual, the model is separable on this batch.
+* If they are not, rounding may be the cause, so the comparison is made again in
+  float64, where a difference above 1e-9 of the largest output is not rounding.
+* If the model cannot be repeated (it keeps a state, or its random draws depend on the
+  content of the batch), nothing is known, and this is said.
+
+**Guarantee.** Nothing of the probe remains: copies share the weights and nothing else,
+and random states are restored. ``ModelProbe`` repeats it only if the shape of an
+example or the mode of a layer changes, at most eight times in a run.
+
+**What breaks it.** A dependence that the first batch does not show: examples that look
+at a neighbour only for certain values, or in shapes beyond the eighth.
+
+>>> x = torch.arange(12.0).view(4, 3)
+>>> probe_separability(nn.Linear(3, 2), (x,), {}).state
+'checked'
+>>> time_first = nn.Sequential(nn.Unflatten(1, (1, 3)), nn.LSTM(3, 2))
+>>> probe_separability(time_first, (x,), {}).state
+'broken'
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import TorchFunctionMode
+
+from opacus_pi._torch_compat import pytree
+from opacus_pi.custody.finding import Finding
+from opacus_pi.custody.separable_layers import separable_by_construction
+from opacus_pi.gradients.fallback import MODEL_ERRORS
+from opacus_pi.models.batches import map_tensors, to_float64
+from opacus_pi.models.copies import same_mode_copy, unwrap
+from opacus_pi.models.no_trace import random_state_untouched
+from opacus_pi.models.own_losses import half_replaced
+
+__all__ = ["ModelProbe", "probe_separability"]
+
+# Probes of one run: for the first kinds of batches, and for more of those in which the
+# number of examples equals another dimension, which may be taken for it.
+_MAX_PROBES, _MAX_OF_EQUAL_SIZES = 4, 8
+_TOLERANCE = 1e-9  # in float64, relative to the largest output
+_DROPOUT = (
+    nn.functional.dropout,
+    nn.functional.dropout1d,
+    nn.functional.dropout2d,
+    nn.functional.dropout3d,
+    nn.functional.alpha_dropout,
+    nn.functional.feature_alpha_dropout,
+    torch.dropout,
+)
+
+_SEPARABLE = (
+    "Replacing half of a batch of {size} examples did not change the model's outputs "
+    "for the others."
+)
+_MIXED = (
+    "The model mixes the examples of a batch: replacing some of {size} examples of "
+    "shape {shape} changed the outputs of the others, by {share:.1g} of the largest "
+    "output. So no gradient belongs to one example, and max_grad_norm does not bound "
+    "what an example contributes. {cause}Use layers that treat each example alone."
+)
+_TIME_FIRST = (
+    "The batch had as many examples as dimension {dim} has entries; a layer that "
+    "expects another order of dimensions (batch_first=False) confuses the two. "
+)
+_OTHER_CAUSES = (
+    "Statistics over the batch and layers that expect another order of dimensions "
+    "(batch_first=False) do this. "
+)
+_UNKNOWN_INPUT = (
+    "Replacing rows of the model's second or a later input changed the outputs of "
+    "other examples. Either the model mixes examples, or this input does not have one "
+    "row for each example. Give such an input a first dimension of another size, or "
+    "keep it in the model."
+)
+_NOT_RUN = (
+    "The model could not be run a second time to see whether it treats examples "
+    "separately: {error}."
+)
+_NOT_REPEATABLE = (
+    "The model gives other outputs when it is run again on the same batch with the "
+    "same random numbers, so it could not be seen whether it treats examples "
+    "separately."
+)
+_RANDOM = (
+    "The model's random numbers depend on the content of the batch, so it could not be "
+    "seen whether it treats examples separately in training mode. In evaluation mode "
+    "it does."
+)
+_NO_OUTPUTS = (
+    "No output of the model has one row for each of the {size} examples, so it could "
+    "not be seen whether it treats examples separately."
+)
+_PACKED = (
+    "The model's input is a packed sequence, whose rows are steps and not examples, so "
+    "it could not be seen whether the model treats examples separately."
+)
+_DECLARE = (
+    " If it does, declare so: Recorder(probe_model=False). engine.audit(criterion) "
+    "compares gradients instead."
+)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the model is called on a batch.
+
+    Args:
+        model: The user's module, unwrapped.
+        args: Positional inputs.
+        kwargs: Inputs by keyword.
+        batch_dim: The dimension of the inputs along which the examples are.
+        size: The number of examples.
+        autocast: The type of automatic mixed precision on a device, if it is on.
+        is_float64: Whether to compute in float64.
+        has_dropout: Whether to drop anything.
+        is_training: Whether layers keep their mode; False: all in evaluation mode.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    batch_dim: int
+    size: int
+    autocast: tuple[str, torch.dtype] | None = None
+    is_float64: bool = False
+    has_dropout: bool = True
+    is_training: bool = True
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The inputs with one entry for each example along their batch dimension."""
+        return [t for t in _tensors((self.args, self.kwargs)) if self._has_examples(t)]
+
+    def _has_examples(self, tensor: Tensor) -> bool:
+        dim = self.batch_dim
+        return tensor.dim() > dim and tensor.shape[dim] == self.size
+
+    def half_replaced(self, kept: int, *, only_first: bool = False) -> "_Call":
+        """Return the call on a batch in which every second example is replaced.
+
+        Args:
+            kept: As for ``half_replaced``.
+            only_first: Whether to replace in the first input only.
+        """
+        first = self.inputs[0]
+
+        def change(tensor: Tensor) -> Tensor:
+            if not self._has_examples(tensor) or (only_first and tensor is not first):
+                return tensor
+            rows = tensor.transpose(0, self.batch_dim)
+            changed: Tensor = half_replaced(rows, self.size, kept=kept)
+            return changed.transpose(0, self.batch_dim).contiguous()
+
+        args, kwargs = map_tensors(change, (self.args, dict(self.kwargs)))
+        return replace(self, args=args, kwargs=kwargs)
+
+    def in_float64(self) -> "_Call":
+        """Return the call in float64, without mixed precision."""
+        args, kwargs = to_float64((self.args, dict(self.kwargs)))
+        return replace(self, args=args, kwargs=kwargs, autocast=None, is_float64=True)
+
+    def outputs(self) -> tuple[list[Tensor], Tensor]:
+        """Run a new copy of the model, always from the same random state.
+
+        Returns:
+            The floating-point tensors among its outputs, and the random state that the
+            run has left.
+        """
+        model = same_mode_copy(self.model)
+        model = model.double() if self.is_float64 else model
+        model = model if self.is_training else model.eval()
+        with ExitStack() as stack:
+            stack.enter_context(random_state_untouched())
+            if self.autocast is not None:
+                device, kind = self.autocast
+                stack.enter_context(torch.autocast(device, dtype=kind))
+            if not self.has_dropout:
+                stack.enter_context(_NoDropout())
+            outputs = model(*self.args, **self.kwargs)
+            state = torch.get_rng_state()
+        return [t for t in _tensors(outputs) if t.is_floating_point()], state
+
+
+class _NoDropout(TorchFunctionMode):
+    """Within this context nothing is dropped by torch's functions for that."""
+
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return the input of a dropout function; call any other one."""
+        options = dict(kwargs or {})
+        if function in _DROPOUT:
+            return args[0] if args else options["input"]
+        if function is nn.functional.scaled_dot_product_attention:
+            args, options = args[:4], {**options, "dropout_p": 0.0}
+        return function(*args, **options)
+
+
+def probe_separability(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    batch_dim: int = 0,
+    autocast: tuple[str, torch.dtype] | None = None,
+) -> Finding:
+    """Run a batch with other examples, and compare the outputs of those that stay.
+
+    Args:
+        model: The model, plain or wrapped, in the mode in which it is to be probed.
+        args: Its positional inputs, for at least two examples.
+        kwargs: Its inputs by keyword.
+        batch_dim: The dimension of the inputs along which the examples are.
+        autocast: Device type and data type of automatic mixed precision, if it is on.
+
+    Returns:
+        Whether the model is separable, with the reason or what was seen.
+    """
+    if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())):
+        return Finding("unchecked", _PACKED + _DECLARE)
+    size = _num_examples((args, kwargs), batch_dim)
+    call = _Call(unwrap(model), tuple(args), kwargs, batch_dim, size, autocast)
+    try:
+        with _no_trace():
+            return _compare_halves(call)
+    except MODEL_ERRORS as error:
+        lines = str(error).splitlines() or [""]
+        what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")
+        return Finding("unchecked", _NOT_RUN.format(error=what) + _DECLARE)
+
+
+def _compare_halves(call: _Call) -> Finding:
+    """Probe a model that can be copied and run."""
+    checked = Finding("checked", _SEPARABLE.format(size=call.size))
+    change = _change(call)
+    if change is None:
+        return Finding("unchecked", _NO_OUTPUTS.format(size=call.size) + _DECLARE)
+    if change.share == 0.0:
+        return checked
+    tolerance = _TOLERANCE
+    try:
+        exact = call.in_float64()
+        change = _change(exact)
+    except MODEL_ERRORS:  # it computes in a type of its own
+        exact, tolerance = call, _rounding(call)
+    if change is None or change.share <= tolerance:
+        return checked
+    if _distance(exact.outputs()[0], exact.outputs()[0]) > tolerance:
+        return Finding("unchecked", _NOT_REPEATABLE + _DECLARE)
+    return _compare_without_draws(exact, tolerance) or checked
+
+
+def _compare_without_draws(call: _Call, tolerance: float) -> Finding | None:
+    """Tell whether outputs change because others got other random numbers.
+
+    What is dropped may be counted off among the entries that are not padding. How many
+    there are in one example then decides which draws the next one gets.
+
+    Args:
+        call: The call whose outputs changed.
+        tolerance: What rounding may change.
+
+    Returns:
+        None if random numbers are the only cause.
+    """
+    calm = replace(call, has_dropout=False)
+    change = _change(calm)
+    if change is None or change.share <= tolerance:
+        return None
+    if not change.same_draws:
+        calm = replace(calm, is_training=False)
+        change = _change(calm)
+        if change is None or change.share <= tolerance or not change.same_draws:
+            return Finding("unchecked", _RANDOM + _DECLARE)
+    return _broken(calm, change.share, tolerance)
+
+
+def _broken(call: _Call, share: float, tolerance: float) -> Finding:
+    """Say what was found, unless only inputs after the first one have an influence.
+
+    Args:
+        call: The call whose outputs change.
+        share: By how much they change, relative to the largest of them.
+        tolerance: What rounding may change.
+    """
+    if len(call.inputs) > 1:
+        of_first = _change(call, only_first=True)
+        if of_first is None or of_first.share <= tolerance:
+            return Finding("unchecked", _UNKNOWN_INPUT)
+    shape = tuple(call.inputs[0].shape)
+    confused = [d for d, n in enumerate(shape) if n == call.size]
+    confused.remove(call.batch_dim)
+    cause = _TIME_FIRST.format(dim=confused[0]) if confused else _OTHER_CAUSES
+    one = _without(shape, call.batch_dim)
+    return Finding(
+        "broken", _MIXED.format(size=call.size, shape=one, share=share, cause=cause)
+    )
+
+
+@dataclass(frozen=True)
+class _Change:
+    """How outputs changed when examples were replaced.
+
+    Attributes:
+        share: The largest change of an output of an example that stayed, relative to
+            the largest output.
+        same_draws: Whether the runs have drawn equally many random numbers.
+    """
+
+    share: float
+    same_draws: bool
+
+
+def _change(call: _Call, *, only_first: bool = False) -> _Change | None:
+    """Compare the outputs of the examples that stay when the others are replaced.
+
+    Args:
+        call: The call on the whole batch.
+        only_first: Whether to replace in the first input only.
+
+    Returns:
+        None if no output has one row for each example.
+    """
+    whole, state = call.outputs()
+    shares, same_draws = [], True
+    for kept in (0, 1):
+        other = call.half_replaced(kept, only_first=only_first)
+        changed, other_state = other.outputs()
+        same_draws &= torch.equal(state, other_state)
+        places = torch.arange(kept, call.size, 2)
+        for one, two in zip(whole, changed, strict=True):
+            found = [_difference(one, two, d, places) for d in _example_dims(one, call)]
+            shares += [min(found)] if found else []
+    return _Change(max(shares), same_draws) if shares else None
+
+
+def _example_dims(outputs: Tensor, call: _Call) -> list[int]:
+    """Return the dimensions of an output along which its examples may be.
+
+    Usually it is one. If several have the right size, the examples may be along any of
+    them: states of recurrent layers have theirs along the second.
+    """
+    return [d for d, n in enumerate(outputs.shape) if n == call.size]
+
+
+def _difference(one: Tensor, other: Tensor, dim: int, places: Tensor) -> float:
+    """Return the largest difference at some examples, relative to the largest output.
+
+    Args:
+        one: Outputs.
+        other: Outputs of the same shape.
+        dim: The dimension of the examples.
+        places: Which examples.
+    """
+    places = places.to(one.device)
+    return _distance([one.index_select(dim, places)], [other.index_select(dim, places)])
+
+
+def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Return the largest relative difference of two lists of tensors.
+
+    Infinity if they have other shapes, or one is not a number where the other is.
+    """
+    largest = 0.0
+    for a, b in zip(one, other, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if torch.equal(a, b) or a.numel() == 0:
+            continue
+        a, b = a.double(), b.double()
+        alike = (a == b) | (a.isnan() & b.isnan())
+        gap = torch.where(alike, 0.0, (a - b).abs()).nan_to_num(float("inf"))
+        scale = torch.where(a.isfinite(), a.abs(), 0.0).max()
+        largest = max(largest, float(gap.max() / scale.clamp(min=1e-300)))
+    return largest
+
+
+def _rounding(call: _Call) -> float:
+    """Return what rounding may change where float64 is not possible."""
+    kinds = [t.dtype for t in call.model.parameters() if t.is_floating_point()]
+    kinds += [call.autocast[1]] if call.autocast else []
+    return 32 * max((torch.finfo(kind).eps for kind in kinds), default=1e-6)
+
+
+@contextmanager
+def _no_trace() -> Iterator[None]:
+    """Run models without gradients, without autocast and without their warnings."""
+    device = "cuda" if torch.cuda.is_initialized() else "cpu"
+    with (
+        torch.no_grad(),
+        torch.autocast(device, enabled=False),
+        torch.autocast("cpu", enabled=False),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in any nesting of lists, tuples, dicts and the like."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _num_examples(inputs: Any, batch_dim: int) -> int:
+    """Return the number of examples of the first input; 0 if there is none."""
+    for tensor in _tensors(inputs):
+        if tensor.dim() > batch_dim:
+            return int(tensor.shape[batch_dim])
+    return 0
+
+
+def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
+    """Return a shape without one of its dimensions: that of one example."""
+    return (*shape[:dim], *shape[dim + 1 :])
+
+
+@dataclass
+class ModelProbe:
+    """Probes a model during training, when it meets a new kind of batch.
+
+    ``saw`` is called at every forward pass in training mode and keeps the inputs of a
+    new kind; ``run`` probes them, at a moment when the weights are still those of the
+    pass and the memory of the backward pass is free again.
+
+    Args:
+        model: Refers weakly to the user's module.
+        report: Receives each finding.
+        batch_dim: The dimension of the inputs along which the examples are.
+    """
+
+    model: weakref.ref[nn.Module]
+    report: Callable[[Finding], None]
+    batch_dim: int = 0
+    _seen: set[Any] = field(init=False, default_factory=set)
+    _waiting: Callable[[], Finding] | None = field(init=False, default=None)
+
+    def saw(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Keep the inputs of a forward pass if they are of a new kind.
+
+        Args:
+            args: The model's positional inputs.
+            kwargs: Its inputs by keyword.
+        """
+        model = self.model()
+        if self._waiting is not None or model is None:
+            return
+        if len(self._seen) >= _MAX_OF_EQUAL_SIZES:
+            return
+        is_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        tensors = list(args) if is_one else _tensors((args, kwargs))
+        size = _num_examples(tensors, self.batch_dim)
+        if size < 2:
+            return
+        dim = self.batch_dim
+        shapes = tuple((_without(t.shape, dim), t.dtype) for t in tensors)
+        equal_sizes = tuple(d for d, n in enumerate(shapes[0][0]) if n == size)
+        kind = (shapes, equal_sizes, tuple(m.training for m in model.modules()))
+        if kind in self._seen:
+            return
+        if len(self._seen) >= _MAX_PROBES and not equal_sizes:
+            return
+        self._seen.add(kind)
+        device = tensors[0].device.type
+        autocast = None
+        if torch.is_autocast_enabled(device):
+            autocast = (device, torch.get_autocast_dtype(device))
+
+        def probe() -> Finding:
+            if separable_by_construction(model, args, kwargs, batch_dim=dim):
+                return Finding("checked", "Every layer treats each example alone.")
+            return probe_separability(
+                model, args, kwargs, batch_dim=dim, autocast=autocast
+            )
+
+        self._waiting = probe
+
+    def run(self) -> None:
+        """Probe the inputs that were kept, and report what was found."""
+        probe, self._waiting = self._waiting, None
+        if probe is not None:
+            self.report(probe())
