@@ -38,6 +38,7 @@ def pickles(source):
 # the command line reads what the user names: arrays and weights only
 ALLOWED = {
     "torch.load": "weights_only=True",
+    "torch.save": "weights_only=True",  # a copy of what that accepted
     "np.load": "allow_pickle=False",
     "allow_pickle": "allow_pickle=False",
     "pickle.UnpicklingError": "UnpicklingError",  # torch's refusal

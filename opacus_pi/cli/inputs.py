@@ -9,7 +9,7 @@ import argparse
 import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,13 +21,19 @@ from torch import Tensor, nn
 
 from opacus_pi.cli.errors import BadInput, about, one_line
 from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
+from opacus_pi.files.torch_file import read_torch_file
 from opacus_pi.files.weights_file import read_plain_weights
+from opacus_pi.integration.checkpoints import ledger_in_checkpoint
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 
-_LEDGER_REMEDY = "Write one with engine.ledger.save(path)."
+_LEDGER_REMEDY = (
+    "Write one with engine.ledger.save(path), or name a checkpoint of "
+    "engine.save_checkpoint."
+)
 _WEIGHTS_REMEDY = (
     "Save some with safetensors.torch.save_file(model.state_dict(), path)."
 )
+_CHECKPOINT_STATE = "module_state_dict"  # in a checkpoint of Opacus
 _WRAPPED = "_module."  # Opacus's GradSampleModule puts it before every name
 
 
@@ -51,7 +57,7 @@ def load_ledgers(
         with about(f"{flag} {path}", _LEDGER_REMEDY):
             if Path(path).is_dir():
                 raise IsADirectoryError("is a directory")
-            runs.append(GradNormLedger.load(path))
+            runs.append(_load_ledger(Path(path)))
     if noise_std is not None:
         return [run.with_noise_std(noise_std) for run in runs]
     silent = [bool((np.asarray(r.mechanism.noise_std) == 0).any()) for r in runs]
@@ -61,6 +67,13 @@ def load_ledgers(
             "is finite. Assume a noise for a ranking without a guarantee: --sigma 1."
         )
     return runs
+
+
+def _load_ledger(path: Path) -> GradNormLedger:
+    """Load a ledger from its own file, or from a checkpoint of its run."""
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"
+    return ledger_in_checkpoint(path) if is_archive else GradNormLedger.load(path)
 
 
 def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
@@ -174,13 +187,38 @@ def load_weights(flag: str, path: str, model: nn.Module) -> nn.Module:
     if wrapped and not all(name.startswith(_WRAPPED) for name in model.state_dict()):
         state = {name.removeprefix(_WRAPPED): value for name, value in state.items()}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict({**_tied(model, state), **state})
     except RuntimeError as error:
         raise BadInput(
             f"{flag}: {path} does not fit the model: {one_line(error)[:300]} "
             "Name the architecture that the weights were trained with."
         ) from error
     return model
+
+
+def _tied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that a file holds under another name of the same tensor.
+
+    A model may use one tensor under several names. Files of safetensors keep one of the
+    names, because they do not store memory that is shared.
+
+    Args:
+        model: The model, whose tensors show which names are tied.
+        state: The weights of the file, by name.
+    """
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.numel():
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            names.setdefault(place, []).append(name)
+    return {
+        missing: state[given]
+        for tied in names.values()
+        for given in tied
+        if given in state
+        for missing in tied
+        if missing not in state
+    }
 
 
 def _read_state(flag: str, path: str) -> dict[str, Tensor]:
@@ -207,7 +245,7 @@ def _read_state(flag: str, path: str) -> dict[str, Tensor]:
     try:
         if suffix == ".safetensors":
             return read_plain_weights(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_torch_file(path, map_location="cpu")
     except torch.OutOfMemoryError:
         raise
     except (ValueError, UnpicklingError, RuntimeError, EOFError) as error:
@@ -216,6 +254,8 @@ def _read_state(flag: str, path: str) -> dict[str, Tensor]:
             f"{flag}: {path} is not a readable file of tensors ({first[:160]}). "
             f"{_WEIGHTS_REMEDY}"
         ) from error
+    if isinstance(state, dict) and isinstance(state.get(_CHECKPOINT_STATE), dict):
+        state = state[_CHECKPOINT_STATE]
     if not isinstance(state, dict) or not all(
         isinstance(value, Tensor) for value in state.values()
     ):

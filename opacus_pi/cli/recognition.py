@@ -2,11 +2,13 @@
 
 The name of a file proves nothing, so only the content is looked at: the first megabyte
 for a name of ``files.kinds`` and for other marks of the formats that opacus_pi writes.
+Only regular files are opened (a pipe would wait for ever), archives may not need more
+memory than their size, and texts are read up to a limit.
 Each format has marks in more than one place. A damaged file is therefore still
 recognised as one of opacus_pi, and reported as damaged instead of as foreign.
 
 *What breaks it.* A file whose marks are all damaged counts as foreign (exit code 3, not
-0). No content is ever run: archives are read with ``weights_only=True``.
+0). No content is ever run: archives are read by ``read_torch_file``.
 
 >>> import tempfile
 >>> path = Path(tempfile.mkdtemp(), "notes.txt")
@@ -17,18 +19,22 @@ recognised as one of opacus_pi, and reported as damaged instead of as foreign.
 
 import json
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-
+from opacus_pi.cli.errors import one_line
 from opacus_pi.files.arrays_file import named_kind
 from opacus_pi.files.checksummed_state import verified_state
 from opacus_pi.files.kinds import KINDS, TRACE, kind_in
+from opacus_pi.files.torch_file import (
+    OtherObjects,
+    read_torch_file,
+    require_bounded,
+)
 from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, FILTER_KEY
 from opacus_pi.unlearning.deletion_log import (
     Verification,
@@ -46,6 +52,7 @@ _OURS = re.compile(rb'opacus_pi\.|"checksum":"[0-9a-f]{64}"')
 _LINE = (b'"body":', b'"hash":"', b'"previous":"')  # of an old deletion log
 _NUM_BYTES = 1 << 20  # of a file that are looked at
 _MAX_HEADER = 100_000_000  # bytes of a header that safetensors reads
+_MAX_TEXT = 1 << 28  # bytes of a text, JSON or old log that are read at once
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,13 @@ class Recognised:
         check: Raises ``ValueError`` if the file is damaged or edited, and returns
             further facts; None if nothing in the file can be checked.
         ours: Whether opacus_pi wrote the file.
+        reason: Why the file cannot be checked, if that is known.
     """
 
     description: str
     check: Callable[[], dict[str, Any]] | None = None
     ours: bool = False
+    reason: str = ""
 
 
 def recognise(path: Path, head: str | None = None) -> Recognised:
@@ -72,20 +81,30 @@ def recognise(path: Path, head: str | None = None) -> Recognised:
         head: Hash that an entry of a deletion log must have, or None. With a hash, an
             empty file is a deletion log that lost all of its entries.
     """
+    if not stat.S_ISREG(path.stat().st_mode):
+        reason = "it can be read only once: save its content to a file first"
+        return Recognised("a pipe or a device", reason=reason)
     with path.open("rb") as file:
         start = file.read(_NUM_BYTES)
     if not start and head is None:
         return Recognised("an empty file")
-    if not start or looks_like_a_log(start):
-        return Recognised(LOG, partial(_chain, verify, path, head), ours=True)
-    if start.startswith(FIRST_BYTES) or sum(mark in start for mark in _LINE) > 1:
-        check = partial(_chain, verify_json_lines, path, head)
-        return Recognised(OLD_LOG, check, ours=True)
+    if log := _log(path, start, head):
+        return log
     if start[8:9] == b"{" and b"\0" in start[:8]:  # a length, then JSON: safetensors
         return _arrays(path, start)
     if start.startswith(b"PK"):
         return _archive(path)
     return _text(path, start)
+
+
+def _log(path: Path, start: bytes, head: str | None) -> Recognised | None:
+    """Recognise a deletion log, of this or an earlier release; None for other files."""
+    if not start or looks_like_a_log(start):
+        return Recognised(LOG, partial(_chain, verify, path, head), ours=True)
+    if start.startswith(FIRST_BYTES) or sum(mark in start for mark in _LINE) > 1:
+        check = partial(_chain, verify_json_lines, path, head)
+        return Recognised(OLD_LOG, partial(_within_limit, path, check), ours=True)
+    return None
 
 
 def _chain(
@@ -112,6 +131,16 @@ def _chain(
     if found.redacted:
         facts["redacted"] = list(found.redacted)
     return facts
+
+
+def _within_limit(path: Path, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a check that reads a whole file, unless the file is too large for that."""
+    if (size := path.stat().st_size) > _MAX_TEXT:
+        raise ValueError(
+            f"{path.name} has {size} bytes. No file of this kind is so large: at most "
+            f"{_MAX_TEXT} are read"
+        )
+    return check()
 
 
 def _arrays(path: Path, start: bytes) -> Recognised:
@@ -163,10 +192,15 @@ def _archive(path: Path) -> Recognised:
     A checkpoint that cannot be read is still recognised by the key of its ledger, which
     the archive contains as plain text.
     """
+    content, fault = None, ""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError):
-        content = None
+        require_bounded(path)
+        content = read_torch_file(path, map_location="cpu", mmap=True)
+    except OtherObjects as error:
+        if _has_our_key(path):
+            return Recognised(CHECKPOINT, ours=True, reason=one_line(error))
+    except (ValueError, RuntimeError, EOFError, OSError, MemoryError) as error:
+        fault = one_line(error)
     states = {}  # those of opacus_pi, which have a checksum
     if isinstance(content, dict):
         states = {k: content[k] for k in (CHECKPOINT_KEY, FILTER_KEY) if k in content}
@@ -175,7 +209,7 @@ def _archive(path: Path) -> Recognised:
 
     def check() -> dict[str, Any]:
         if not states:
-            raise ValueError(f"{path.name} cannot be read: it is damaged")
+            raise ValueError(f"{path.name} cannot be read: {fault}")
         for state in states.values():
             verified_state(state)
         return {}
@@ -203,10 +237,12 @@ def _text(path: Path, start: bytes) -> Recognised:
             TRACE.read(path)
             return {}
 
-        return Recognised(TRACE.name, check, ours=True)
+        return Recognised(TRACE.name, partial(_within_limit, path, check), ours=True)
     if start.lstrip()[:9].lower() == b"<!doctype":
         ours = b'content="opacus_pi"' in start
         return Recognised("a report's page" if ours else "a page", ours=ours)
+    if path.stat().st_size > _MAX_TEXT:
+        return Recognised("a large file of an unknown kind")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

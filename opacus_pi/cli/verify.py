@@ -64,7 +64,7 @@ def _checked(found: Recognised) -> dict[str, Any]:
         None if it cannot be checked; with ``reason`` unless it is True.
     """
     if found.check is None:
-        reason = (
+        reason = found.reason or (
             "it has no checksum; make it again from the ledger"
             if found.ours
             else "it is not an opacus_pi file"

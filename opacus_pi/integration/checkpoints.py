@@ -3,27 +3,37 @@
 Opacus saves weights and accountant. Added under one key are the recorded run, and what
 decides how the run goes on: the states of all random number generators, the position in
 the pass over the loader, the epochs of its samplers, and the noise multiplier and clip
-norm that schedules and adaptive clipping have reached. Tensors, numbers and strings
-only, so nothing is unpickled.
+norm that schedules and adaptive clipping have reached. Our entries are tensors, numbers
+and strings only.
+
+Opacus loads checkpoints with ``weights_only=False``, which unpickles any object and so
+runs whatever code a file holds. ``without_code`` reads the file with
+``weights_only=True`` first and gives Opacus only what that accepted.
 
 A resumed run ends with the weights and the ledger of the uninterrupted one, bit for
 bit, on the same machine. That breaks where a state cannot be read: secure random
 numbers, generators inside persistent workers, objects of the user's own.
 """
 
+import io
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from opacus.accountants import RDPAccountant
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
-from opacus_pi.accounting import RenyiFilter
+from opacus_pi.accounting import GradNormLedger, RenyiFilter
 from opacus_pi.attribution import EpochPosition
 from opacus_pi.files.checksummed_state import verified_state, with_checksum
+from opacus_pi.files.torch_file import read_torch_file
+from opacus_pi.integration.accountants import num_steps_of
 from opacus_pi.integration.filtering import resume_charges, saved_charges
 from opacus_pi.integration.opacus_compat import has_skipped_last_step
 from opacus_pi.integration.schedules import is_poisson, unknown_schedule
@@ -49,6 +59,80 @@ _SECURE = (
     "An engine with secure_mode=True draws random numbers that cannot be repeated. "
     "Load the checkpoint without restore_rng."
 )
+_OTHER_OBJECTS = (
+    "Nothing was loaded. If you trust whoever wrote the file, pass torch_load_kwargs="
+    '{"weights_only": False} to load it as Opacus does, which runs its code; or allow '
+    "these types by torch.serialization.add_safe_globals([...])."
+)
+
+
+# ----------------------------------------------------------- reading without running it
+def without_code(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of ``load_checkpoint`` with a file from which no code can run.
+
+    Opacus unpickles the file itself. So the content is read safely, and Opacus gets a
+    copy in memory that holds just that content. The copy exists only while the
+    checkpoint is loaded.
+
+    Args:
+        options: Options of Opacus's ``load_checkpoint``. A user who passes
+            ``weights_only=False`` in ``torch_load_kwargs``, or a ``pickle_module``,
+            gets Opacus's own loading: the path stays the same.
+
+    Raises:
+        ValueError: If the file holds objects that only unpickling can load.
+    """
+    how = dict(options.get("torch_load_kwargs") or {})
+    is_safe = how.pop("weights_only", "pickle_module" not in how)
+    if not is_safe or "path" not in options:
+        return {**options, "torch_load_kwargs": how}
+    content = read_torch_file(options["path"], remedy=_OTHER_OBJECTS, **how)
+    copy = io.BytesIO()
+    torch.save(content, copy)  # what weights_only=True has accepted
+    copy.seek(0)
+    return {**options, "path": copy, "torch_load_kwargs": None}
+
+
+def ledger_in_checkpoint(path: str | os.PathLike[str]) -> GradNormLedger:
+    """Return the ledger of the run that a checkpoint recorded, without an engine.
+
+    Args:
+        path: A file of ``save_checkpoint``; no code from it is run.
+
+    Raises:
+        ValueError: If the file is something else, damaged, or holds no recorded run.
+        AccountingError: If the run cannot be accounted.
+    """
+    try:
+        content = read_torch_file(path, map_location="cpu")
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"path must be a whole checkpoint, got {os.fspath(path)}. It is damaged, "
+            "or another kind of archive. Restore it from a copy."
+        ) from error
+    entry = content.get(CHECKPOINT_KEY) if isinstance(content, dict) else None
+    expect(
+        isinstance(entry, Mapping),
+        "path",
+        os.fspath(path),
+        "must be a checkpoint with a recorded run",
+        "Save it by opacus_pi.PrivacyEngine.save_checkpoint, or save engine.ledger.",
+    )
+    require_version(entry)
+    state = verified_state(entry)
+    recorder = Recorder(mode="swept" if state.get("source") == "swept" else "observed")
+    recorder.load_state_dict(state)
+    ledger, accountant = recorder.ledger, RDPAccountant()
+    saved = content.get("privacy_accountant_state_dict")
+    accountant.history = saved.get("history", []) if isinstance(saved, dict) else []
+    counted, recorded = num_steps_of(accountant), ledger.mechanism.num_steps
+    if counted > recorded:
+        raise AccountingError(
+            f"The checkpoint's accountant has counted {counted} updates, and its "
+            f"ledger holds {recorded}: it does not cover the whole training. Use one "
+            "engine for each run, and resume from its own checkpoints."
+        )
+    return ledger
 
 
 # -------------------------------------------------------------------- the engine's part

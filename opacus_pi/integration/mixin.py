@@ -34,7 +34,7 @@ from opacus_pi.attribution import Tracker, observe, observe_like
 from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.files.atomic_file import replacing
 from opacus_pi.integration.accountants import PerInstanceAccountant, num_steps_of
-from opacus_pi.integration.checkpoints import Checkpoints, RunState
+from opacus_pi.integration.checkpoints import Checkpoints, RunState, without_code
 from opacus_pi.integration.checks import (
     RunChecks,
 )
@@ -429,6 +429,13 @@ class PerInstanceMixin(OpacusEngine):
     ) -> dict[str, Any]:
         """Load as Opacus does, and continue the recorded run if the checkpoint has one.
 
+        No code from the file is run: it is read with ``weights_only=True``, which loads
+        tensors, containers, numbers and texts (NumPy's too). Opacus itself unpickles
+        every checkpoint with ``weights_only=False``, which runs whatever code the file
+        holds. A checkpoint with objects of other types needs that: pass
+        ``torch_load_kwargs={"weights_only": False}`` if you trust its source, or allow
+        the types by ``torch.serialization.add_safe_globals``.
+
         Resumed with ``restore_rng=True``, a training loop ends with the weights and the
         ledger of the run that was not interrupted, bit for bit, on the same machine:
 
@@ -453,13 +460,15 @@ class PerInstanceMixin(OpacusEngine):
             The checkpoint, with your own entries.
 
         Raises:
+            ValueError: If the file has objects that only unpickling can load (nothing
+                is loaded then).
             ValueError: If ``restore_rng`` cannot be done: no run is prepared (nothing
                 is loaded then), or the checkpoint has no states, is damaged, or was
                 taken at a moment from which a run cannot be resumed exactly; or if a
                 ``RenyiFilter`` cannot go on with the budgets that were saved.
         """
         self.checkpoints.require_restorable(restore_rng=restore_rng)
-        checkpoint: dict[str, Any] = super().load_checkpoint(**options)
+        checkpoint: dict[str, Any] = super().load_checkpoint(**without_code(options))
         self.checkpoints.resume(
             checkpoint,
             self.recorder,

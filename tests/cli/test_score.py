@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from opacus_pi.accounting import NoisySGD, epsilons, privacy_losses, worst_case_loss
 from opacus_pi.difficulty.forget_sets import ranking
+from tests.private_training import Training
 
 LEDGER = "ledger.safetensors"
 
@@ -114,3 +116,14 @@ def test_tiny_ledgers(answer, ledger, tmp_path, size):
     ledger.subset(range(size)).save(tmp_path / "tiny.safetensors")
     found = answer("score", tmp_path / "tiny.safetensors")
     assert found["num_examples"] == size and len(found["strata"]) == 5 * (size > 1)
+
+
+def test_a_checkpoint_is_as_good_as_its_ledger(answer, run, tmp_path):
+    training, path = Training().train(2), tmp_path / "checkpoint.pt"
+    training.engine.save_checkpoint(path=path, module=training.model)
+    training.engine.ledger.save(tmp_path / "ledger")
+    from_ledger = answer("score", tmp_path / "ledger")
+    assert answer("score", path) == from_ledger
+    torch.save({"w": torch.ones(1)}, tmp_path / "weights.pt")
+    code, _, err = run("score", tmp_path / "weights.pt")
+    assert code == 2 and "must be a checkpoint with a recorded run" in err

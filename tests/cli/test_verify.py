@@ -1,7 +1,11 @@
 """Complete files are verified, edited ones are not; the exit code says so."""
 
 import json
+import os
 import shutil
+import tracemalloc
+import zipfile
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,8 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_pi import GramLedger, Guarantee, NoisySGD, PrivacyEngine
 from opacus_pi.cli.errors import NOTHING_TO_CHECK
 from opacus_pi.evaluation import OracleCache, UnlearningTrace
+from opacus_pi.files.checksummed_state import with_checksum
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS, FileKind
 from opacus_pi.files.weights_file import write_weights
+from opacus_pi.integration.checkpoints import CHECKPOINT_KEY
 from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning.deletion_log import DeletionLog
 from tests.fuzz.mutations import edited_log
@@ -244,7 +250,7 @@ def test_nothing_in_a_file_is_run(run, tmp_path, capsys):
 
     torch.save({"opacus_pi": Loud()}, tmp_path / "loud.pt")
     code, out, _ = run("verify", tmp_path / "loud.pt")
-    assert code == 1 and "ran" not in out.split() and "cannot be read" in out
+    assert code == 3 and "ran" not in out.split() and "builtins.print" in out
 
 
 @pytest.mark.parametrize("length", [9, 20, 60])
@@ -274,3 +280,56 @@ def test_bad_arguments(run, tmp_path):
     trace(tmp_path / "trace.json", None)
     code, _, err = run("verify", tmp_path / "trace.json", "abc")
     assert code == 2 and "HEAD: only a deletion log has a head" in err
+
+
+# ------------------------------------------------------------------ bounded input
+
+
+def test_a_pipe_is_not_waited_for(answer_of, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        code, found = answer_of(path)
+        assert code == 3 and "save its content to a file" in found["reason"]
+
+
+def test_a_small_archive_that_grows_is_not_unpacked(answer_of, tmp_path):
+    with zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 28))
+    tracemalloc.start()
+    code, found = answer_of(tmp_path / "b.pt")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert code == 3 and peak < 1 << 25
+
+
+def test_large_files_of_no_kind_are_not_read(answer_of, tmp_path):
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(1 << 40)
+    assert answer_of(tmp_path / "sparse")[0] == 3
+    with open(tmp_path / "old.jsonl", "wb") as file:
+        file.write(b'{"body":')
+        file.truncate(1 << 40)
+    code, found = answer_of(tmp_path / "old.jsonl")
+    assert code == 1 and "no file of this kind" in found["reason"].lower()
+
+
+def test_a_state_that_seems_larger_than_it_is(answer_of, tmp_path):
+    """A tensor that repeats one number, and a text without end, are no state."""
+    endless = "x"
+    for _ in range(200):
+        endless = [endless, endless]
+    for value in (torch.zeros(1).expand(1 << 40), endless):
+        state = {"version": 1, "a": value, "checksum": "0" * 64}
+        torch.save({CHECKPOINT_KEY: state}, tmp_path / "state.pt")
+        assert answer_of(tmp_path / "state.pt")[0] == 1
+
+
+def test_a_good_checkpoint_with_the_users_own_objects_is_not_called_damaged(
+    answer_of, tmp_path
+):
+    state = with_checksum({"version": 1})
+    content = {CHECKPOINT_KEY: state, "mine": Fraction(1, 2)}
+    torch.save(content, tmp_path / "own.pt")
+    code, found = answer_of(tmp_path / "own.pt")
+    assert code == 3 and found["kind"] == "ledger in a checkpoint"
+    assert "fractions.Fraction" in found["reason"]

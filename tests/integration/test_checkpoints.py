@@ -7,7 +7,7 @@ import opacus
 import pytest
 import torch
 
-from opacus_pi.integration.checkpoints import CHECKPOINT_KEY
+from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, ledger_in_checkpoint
 from opacus_pi.recording import AccountingError, Recorder
 from tests.private_training import Training
 
@@ -158,3 +158,112 @@ def test_a_checkpoint_is_the_owners_alone(tmp_path, before):
     finally:
         os.umask(umask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+# ---------------------------------------------------------------- code in a checkpoint
+
+
+class Settings:
+    """An object of the user's own in a checkpoint."""
+
+    rate = 0.5
+
+
+def hostile(path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(path),)
+
+    return Hostile()
+
+
+@pytest.mark.parametrize("options", [{}, {"torch_load_kwargs": {"weights_only": True}}])
+def test_no_code_of_a_checkpoint_is_run(tmp_path, options):
+    training, made = Training().train(1), tmp_path / "made"
+    before = {k: v.clone() for k, v in training.model.state_dict().items()}
+    file = io.BytesIO()
+    torch.save({"module_state_dict": hostile(made)}, file)
+    file.seek(0)
+    with pytest.raises(ValueError, match="mkdir. Nothing was loaded"):
+        training.engine.load_checkpoint(path=file, module=training.model, **options)
+    assert not made.exists()
+    after = training.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("writer", [Training, vanilla], ids=["ours", "opacus"])
+def test_objects_of_the_users_own_are_loaded_when_allowed(tmp_path, writer):
+    first, path = writer().train(1), tmp_path / "checkpoint.pt"
+    own = {"settings": Settings(), "best": np.float32(0.25)}
+    first.engine.save_checkpoint(path=path, module=first.model, checkpoint_dict=own)
+    second = Training()
+    arguments = {"path": path, "module": second.model}
+    with pytest.raises(ValueError, match=r"Settings.*weights_only.*add_safe_globals"):
+        second.engine.load_checkpoint(**arguments)
+    as_opacus = {"torch_load_kwargs": {"weights_only": False}}
+    found = second.engine.load_checkpoint(**arguments, **as_opacus)
+    assert found["settings"].rate == 0.5 and found["best"] == np.float32(0.25)
+    with torch.serialization.safe_globals([Settings]):
+        again = Training()
+        found = again.engine.load_checkpoint(path=path, module=again.model)
+    assert found["settings"].rate == 0.5
+    for one, other in zip(
+        first.model.state_dict().values(),
+        again.model.state_dict().values(),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_options_of_torch_load_are_the_users(tmp_path):
+    training, path = Training().train(1), tmp_path / "checkpoint.pt"
+    training.engine.save_checkpoint(path=path, module=training.model)
+    seen = []
+
+    def place(storage, location):
+        seen.append(location)
+        return storage
+
+    training.engine.load_checkpoint(
+        path=path,
+        module=training.model,
+        torch_load_kwargs={"map_location": place, "mmap": True},
+    )
+    assert set(seen) == {"cpu"}
+
+
+def test_a_ledger_is_read_from_a_checkpoint_without_an_engine(tmp_path):
+    training, path = Training().train(2), tmp_path / "checkpoint.pt"
+    training.engine.save_checkpoint(path=path, module=training.model)
+    one, other = training.engine.ledger, ledger_in_checkpoint(path)
+    np.testing.assert_array_equal(one.grad_norms, other.grad_norms)
+    assert one.mechanism == other.mechanism and one.data_set == other.data_set
+
+
+def test_a_ledger_of_a_part_of_the_training_is_not_read_from_a_checkpoint(tmp_path):
+    training, path = Training().train(1), tmp_path / "checkpoint.pt"
+    training.engine.save_checkpoint(path=path, module=training.model)
+    content = torch.load(path, weights_only=True)
+    noise, rate, count = content["privacy_accountant_state_dict"]["history"][0]
+    content["privacy_accountant_state_dict"]["history"] = [(noise, rate, count + 1)]
+    torch.save(content, path)
+    with pytest.raises(AccountingError, match="does not cover the whole training"):
+        ledger_in_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"w": torch.ones(1)}, "with a recorded run"),
+        (3, "with a recorded run"),
+        ({CHECKPOINT_KEY: 5}, "with a recorded run"),
+        ({CHECKPOINT_KEY: {"version": 1}}, "checksum"),
+    ],
+)
+def test_other_archives_have_no_ledger(tmp_path, content, message):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=message):
+        ledger_in_checkpoint(tmp_path / "other.pt")
+    (tmp_path / "damaged.pt").write_bytes(b"PK\3\4damaged")
+    with pytest.raises(ValueError, match="damaged"):
+        ledger_in_checkpoint(tmp_path / "damaged.pt")

@@ -1,0 +1,207 @@
+"""Read files of ``torch.save`` without running code from them.
+
+``torch.load`` can unpickle any object, and so run any code. With ``weights_only=True``
+it accepts tensors, containers, numbers and texts only. Programs often put a NumPy
+number or their parsed arguments beside the weights, so a few types that cannot run
+anything are accepted as well (``_HARMLESS``), and what the user has allowed by
+``torch.serialization.add_safe_globals``.
+
+*Guarantee.* No code from a file is run. *What breaks it*: a function that the user
+allowed.
+
+>>> import datetime, io
+>>> file = io.BytesIO()
+>>> torch.save({"accuracy": np.float64(0.5), "when": datetime.date(2024, 1, 1)}, file)
+>>> _ = file.seek(0)
+>>> read_torch_file(file)
+Traceback (most recent call last):
+    ...
+ValueError: path: The open file cannot be read without running code from it, because it holds datetime.date. Save tensors, numbers and texts.
+"""  # noqa: E501
+
+import argparse
+import os
+import pathlib
+import re
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from pickletools import genops
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+
+__all__ = ["OtherObjects", "read_torch_file", "require_bounded"]
+
+Source = str | os.PathLike[str] | IO[bytes]
+
+# NumPy pickles its numbers and arrays by two functions that have no public name; they
+# moved between NumPy 1 and 2, and files of both are read.
+_NUMPY = {
+    "scalar": np.float64(0).__reduce__()[0],
+    "_reconstruct": np.empty(0).__reduce__()[0],
+}
+_HARMLESS: list[Any] = [
+    *(
+        (function, f"numpy.{core}.multiarray.{name}")
+        for name, function in _NUMPY.items()
+        for core in ("core", "_core")
+    ),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+    argparse.Namespace,
+    pathlib.PosixPath,
+    pathlib.WindowsPath,
+]
+_MAX_PICKLE = 1 << 24  # bytes, without the tensors, which are members of their own
+# Types that a pickle can make with any length, which torch itself never asks for.
+_OF_ANY_LENGTH = re.compile(r".*(bytearray|Tensor|[Tt]ypedStorage)")
+# What a damaged pickle can raise besides UnpicklingError.
+_DAMAGED = (
+    struct.error,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    AssertionError,
+    RecursionError,
+)
+
+
+class OtherObjects(ValueError):
+    """The file is whole, but holds objects that only unpickling can load."""
+
+
+def read_torch_file(
+    source: Source,
+    *,
+    remedy: str = "Save tensors, numbers and texts.",
+    **options: Any,
+) -> Any:
+    """Return what ``torch.save`` wrote, if it can be read without running code.
+
+    Args:
+        source: A file's name, or an open file; if it cannot be read, the file is left
+            where it was.
+        remedy: One sentence: what the caller can do about a file with other objects.
+        **options: Options of ``torch.load`` but ``weights_only``.
+
+    Raises:
+        OtherObjects: If it holds objects of other types; the message names them.
+        ValueError: If it is damaged.
+        RuntimeError, EOFError, OSError: As ``torch.load``, if it is damaged or cannot
+            be opened.
+    """
+    is_open = not isinstance(source, (str, os.PathLike))
+    start = cast(IO[bytes], source).tell() if is_open else 0
+    try:
+        with _harmless_types():
+            return torch.load(source, **options, weights_only=True)
+    except UnpicklingError as error:
+        name = "The open file" if is_open else source
+        if found := _other_types(source, start):
+            raise OtherObjects(
+                f"path: {name} cannot be read without running code from it, because "
+                f"it holds {', '.join(found)}. {remedy}"
+            ) from error
+        raise ValueError(
+            f"path: {name} is damaged, or cannot be read without running code from it "
+            f"({_cause(error)}). {remedy}"
+        ) from error
+    except _DAMAGED as error:
+        raise ValueError(
+            f"path must be a whole file of torch.save, got {source} "
+            f"({type(error).__name__}: {error}). Restore it from a copy."
+        ) from error
+
+
+@contextmanager
+def _harmless_types() -> Iterator[None]:
+    """Context in which torch accepts the harmless types as well.
+
+    Types that the user has allowed stay allowed afterwards.
+    """
+    known = set(torch.serialization.get_safe_globals())
+    more = [one for one in _HARMLESS if one not in known]
+    with torch.serialization.safe_globals(more):
+        yield
+
+
+def require_bounded(path: Path) -> None:
+    """Refuse an archive that needs much more memory than its size when it is read.
+
+    ``torch.save`` stores every member once and uncompressed, so a whole archive is at
+    least as large as its content. A few pickled bytes could still ask for an object of
+    any length: the types that allow that are refused as well.
+
+    Args:
+        path: A file that begins like an archive.
+
+    Raises:
+        ValueError: If it is not such an archive.
+    """
+    try:
+        is_bounded = _is_bounded(path)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, *_DAMAGED) as error:
+        raise ValueError(f"{path.name} is not a whole file of torch.save") from error
+    if not is_bounded:
+        raise ValueError(
+            f"{path.name} is not an archive of torch.save: it is compressed, or asks "
+            "for more memory than its size"
+        )
+
+
+def _is_bounded(path: Path) -> bool:
+    """Whether reading an archive takes about as much memory as the file is long."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        size = sum(member.file_size for member in members)
+        if size > path.stat().st_size:
+            return False
+        pickles = [one for one in members if one.filename.endswith("data.pkl")]
+        return (
+            all(one.compress_type == zipfile.ZIP_STORED for one in members)
+            and all(one.file_size <= _MAX_PICKLE for one in pickles)
+            and not any(_has_sized_type(archive.read(one)) for one in pickles)
+        )
+
+
+def _has_sized_type(content: bytes) -> bool:
+    """Whether a pickle names a type that could be made with any length."""
+    named = (name for op, name, _ in genops(content) if op.name == "GLOBAL")
+    return any(_OF_ANY_LENGTH.fullmatch(str(name)) for name in named)
+
+
+def _other_types(source: Source, start: int) -> list[str]:
+    """Return the names of the types in a file that are not accepted, if it has any.
+
+    Args:
+        source: The file.
+        start: Where it begins, if it is open; it is left there.
+    """
+    is_open = not isinstance(source, (str, os.PathLike))
+    try:
+        if is_open:
+            cast(IO[bytes], source).seek(start)
+        with _harmless_types():
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(
+                cast(Any, source)
+            )
+    except (UnpicklingError, RuntimeError, OSError, *_DAMAGED):  # an older format
+        return []
+    finally:
+        if is_open:
+            cast(IO[bytes], source).seek(start)
+    return sorted(found)
+
+
+def _cause(error: BaseException) -> str:
+    """Return the part of torch's message that says what it did not accept."""
+    text = " ".join(str(error).split())
+    _, _, cause = text.rpartition("WeightsUnpickler error:")
+    return (cause or text).strip().split(". ")[0].split(" Check the")[0]
