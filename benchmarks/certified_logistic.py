@@ -22,7 +22,6 @@ Chien et al.        with their own learning bound for replaced points, as publis
 Results: OUT/certified_logistic.json, .md and .png.
 """
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +39,7 @@ from benchmarks.certified_steps import (
     published_steps,
 )
 from benchmarks.common.binary_data import Array, adult, digits_3_8
+from benchmarks.common.command_line import parser_of
 from benchmarks.common.report import environment, write_json
 from opacus_pi.accounting.guarantee import Assumption, Guarantee
 
@@ -168,11 +168,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     """Parse the command line, run all data sets, and write the results."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.certified_logistic",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.certified_logistic", __doc__)
     parser.add_argument("--data-root", type=Path, help="folder with UCI Adult's files")
     parser.add_argument("--num-seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")

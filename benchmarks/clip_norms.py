@@ -14,18 +14,19 @@ stored seeds are not run again. The table is written beside this file.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import data
+from benchmarks.common.command_line import parser_of
 from benchmarks.common.facts import facts_of
 from benchmarks.common.report import markdown
-from benchmarks.common.seeds import arguments, over_seeds, publish, run_missing
+from benchmarks.common.seeds import add_options, over_seeds, publish, run_missing
 from benchmarks.common.training import PrivateRecipe, train_privately
-from benchmarks.main_job import SETTINGS, spent
+from benchmarks.main_job import SETTINGS, private_recipe, spent
 from opacus_pi.difficulty.forget_sets import num_at_top
 
 OUT = Path("benchmarks/results/clip_norms.json")
@@ -43,16 +44,9 @@ class Case:
 
 def _at(max_grad_norm: float) -> Case:
     """Return the main job's run at another clip norm, with equal weight noise."""
-    main = DIGITS.recipe
-    recipe = PrivateRecipe(
-        main.model,
-        DIGITS.dp_epochs,
-        main.batch_size,
-        DIGITS.dp_learning_rate / max_grad_norm,
-        noise_multiplier=DIGITS.noise_multiplier,
-        max_grad_norm=max_grad_norm,
-    )
-    return Case(recipe)
+    rate = DIGITS.dp_learning_rate / max_grad_norm
+    recipe = private_recipe(DIGITS)
+    return Case(replace(recipe, learning_rate=rate, max_grad_norm=max_grad_norm))
 
 
 CASES = {f"{norm:g}": _at(norm) for norm in (0.5, 1, 2, 5, 10, 20)}
@@ -60,15 +54,8 @@ CASES = {f"{norm:g}": _at(norm) for norm in (0.5, 1, 2, 5, 10, 20)}
 
 def measure(case: Case, seed: int) -> dict[str, Any]:
     """Train once; return ties, epsilons and test accuracy."""
-    images, recipe = data.load("digits"), case.recipe
-    model, engine = train_privately(
-        recipe,
-        images.train,
-        images.image_shape,
-        seed,
-        recipe.noise_multiplier,
-        recipe.max_grad_norm,
-    )
+    images = data.load("digits")
+    model, engine = train_privately(case.recipe, images.train, images.image_shape, seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*share the largest value")
         losses = engine.privacy_losses(order=case.order)
@@ -84,7 +71,7 @@ def table(cases: dict[str, Any]) -> str:
             "learning rate",
             "share the largest loss",
             "test accuracy",
-            "ε for everybody",
+            "worst-case ε",
             "own ε: 10 %",
             "median",
         )
@@ -119,7 +106,9 @@ Made by `python -m benchmarks.clip_norms`: DP-SGD on 1,437 digits, observed norm
 
 def main() -> None:
     """Run the missing seeds, print the table, and write both files."""
-    args = arguments(__doc__, CASES, OUT).parse_args()
+    parser = parser_of("benchmarks.clip_norms", __doc__)
+    add_options(parser, CASES, OUT)
+    args = parser.parse_args()
     torch.set_num_threads(1)
     settings = {name: facts_of(CASES[name]) for name in args.cases}
     found = run_missing(

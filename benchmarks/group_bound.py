@@ -11,7 +11,6 @@ with the library's bounds from the Gram matrices of the forget sets' own gradien
 ``reliable`` is false, ``coupled`` is a Monte Carlo value that is too low.
 """
 
-import argparse
 import tempfile
 import time
 import warnings
@@ -27,6 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from benchmarks.common import data
+from benchmarks.common.command_line import parser_of
 from benchmarks.common.report import environment, write_json
 from benchmarks.common.training import Recipe, train
 from benchmarks.main_job import DIGITS
@@ -169,9 +169,7 @@ def study(
 
 def main() -> None:
     """Parse the command line, train, measure, print a table, and write the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("benchmarks.group_bound", __doc__)
     for field in fields(Settings):
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, type=field.type, default=field.default)

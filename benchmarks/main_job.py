@@ -15,7 +15,6 @@ Every seed and every oracle is saved when it is finished, so an interrupted run
 continues where it stopped. Results: ``OUT/results.json``, ``OUT/figure.png``.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -31,9 +30,15 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from benchmarks.common import data, report
+from benchmarks.common.command_line import parser_of
 from benchmarks.common.facts import facts_of
 from benchmarks.common.models import build_model
-from benchmarks.common.training import Recipe, train, train_privately
+from benchmarks.common.training import (
+    PrivateRecipe,
+    Recipe,
+    train,
+    train_privately,
+)
 from opacus_pi import Langevin, PrivacyEngine, Unlearner
 from opacus_pi.difficulty.forget_sets import difficulty_strata, retain_indices
 from opacus_pi.evaluation import OracleCache, evaluate, time_to_unlearn
@@ -189,16 +194,21 @@ def times_to_unlearn(settings: Settings, trace: object, oracle: dict) -> dict:
 
 def privacy_of(settings: Settings, images: data.ImageData, seed: int) -> dict:
     """Return epsilons of a DP-SGD run with the drop-in engine."""
-    recipe = Recipe(
+    model, engine = train_privately(
+        private_recipe(settings), images.train, images.image_shape, seed
+    )
+    return spent(model, engine, images, settings.delta)
+
+
+def private_recipe(settings: Settings) -> PrivateRecipe:
+    """Return the recipe of the DP-SGD run, at clip norm 1."""
+    return PrivateRecipe(
         settings.recipe.model,
         settings.dp_epochs,
         settings.recipe.batch_size,
         settings.dp_learning_rate,
+        noise_multiplier=settings.noise_multiplier,
     )
-    model, engine = train_privately(
-        recipe, images.train, images.image_shape, seed, settings.noise_multiplier
-    )
-    return spent(model, engine, images, settings.delta)
 
 
 def spent(
@@ -239,9 +249,7 @@ def saved_seed(
 
 def main() -> None:
     """Parse the command line, run the seeds, print the table, write JSON and figure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("benchmarks.main_job", __doc__)
     parser.add_argument("--dataset", choices=data.NAMES, default="digits")
     parser.add_argument("--data-root", type=Path, help="where the data set's files are")
     parser.add_argument("--seeds", type=int, default=5, help="how many (at least 3)")

@@ -26,9 +26,10 @@ from scipy import stats
 from torch import nn
 
 from benchmarks.common import data
+from benchmarks.common.command_line import parser_of
 from benchmarks.common.report import markdown
-from benchmarks.common.seeds import arguments, over_seeds, publish, run_missing
-from benchmarks.common.training import Recipe, train_privately
+from benchmarks.common.seeds import add_options, over_seeds, publish, run_missing
+from benchmarks.common.training import PrivateRecipe, train_privately
 from opacus_pi import GradNormLedger
 from opacus_pi.accounting import filled_by_rank, privacy_losses
 from opacus_pi.gradients import norm_sweep
@@ -40,13 +41,11 @@ OUT = Path("benchmarks/results/observed_vs_exact.json")
 
 @dataclass(frozen=True)
 class Case:
-    """One training (data, recipe, noise, clip norm) and the order of its losses."""
+    """One training and the order of its losses."""
 
     data_set: str
-    recipe: Recipe
+    recipe: PrivateRecipe
     num_train: int = 0
-    noise_multiplier: float = 1.0
-    max_grad_norm: float = 1.0
     order: float = 8.0
 
     def settings(self) -> dict[str, Any]:
@@ -67,12 +66,12 @@ _SETTINGS = (
     "order",
 )
 CASES = {
-    "digits": Case("digits", Recipe("mlp", 20, 64, 0.5)),
+    "digits": Case("digits", PrivateRecipe("mlp", 20, 64, 0.5)),
     "digits, clipped at 10": Case(
-        "digits", Recipe("mlp", 20, 64, 0.1), max_grad_norm=10.0
+        "digits", PrivateRecipe("mlp", 20, 64, 0.1, max_grad_norm=10.0)
     ),
     "fashion-mnist": Case(
-        "fashion-mnist", Recipe("small-cnn", 20, 128, 0.5), num_train=2000
+        "fashion-mnist", PrivateRecipe("small-cnn", 20, 128, 0.5), num_train=2000
     ),
 }
 
@@ -93,8 +92,6 @@ def ledgers(
         images.train,
         images.image_shape,
         seed,
-        case.noise_multiplier,
-        case.max_grad_norm,
         before_update=measure,
     )
     observed = engine.ledger
@@ -166,8 +163,9 @@ def table(cases: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the missing seeds, print the table, and write both files."""
-    parser = arguments(__doc__, CASES, OUT)
-    parser.add_argument("--data-root", type=Path)
+    parser = parser_of("benchmarks.observed_vs_exact", __doc__)
+    add_options(parser, CASES, OUT)
+    parser.add_argument("--data-root", type=Path, help="folder of torchvision's data")
     args = parser.parse_args()
     images = cache(
         lambda case: data.load(case.data_set, args.data_root, case.num_train)

@@ -18,16 +18,16 @@ from benchmarks.common.report import environment, write_json
 Facts = dict[str, Any]
 
 
-def arguments(doc: str, cases: Iterable[str], out: Path) -> argparse.ArgumentParser:
-    """Return a parser with the options that such scripts share."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_options(
+    parser: argparse.ArgumentParser, cases: Iterable[str], out: Path
+) -> None:
+    """Add the options that such scripts share."""
     names = list(cases)
-    parser.add_argument("--cases", nargs="+", choices=names, default=names)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=out)
-    return parser
+    parser.add_argument(
+        "--cases", nargs="+", choices=names, default=names, help="default: all"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--out", type=Path, default=out, help="the file of the results")
 
 
 def run_missing(

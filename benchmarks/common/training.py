@@ -154,24 +154,20 @@ def train(
 
 
 def train_privately(
-    recipe: Recipe,
+    recipe: PrivateRecipe,
     data_set: Dataset,
     image_shape: tuple[int, ...],
     seed: int,
-    noise_multiplier: float,
-    max_grad_norm: float = 1.0,
     before_update: Callable[[nn.Module], None] = lambda model: None,
     device: str = "cpu",
 ) -> tuple[nn.Module, PrivacyEngine]:
     """Train by DP-SGD with the drop-in engine, which observes the norms of batches.
 
     Args:
-        recipe: The recipe; its ``noise_std`` is not used.
+        recipe: The recipe.
         data_set: Images and labels.
         image_shape: ``(c, h, w)``.
         seed: Of the initial weights, the batches and the noise.
-        noise_multiplier: Noise multiplier, as in Opacus.
-        max_grad_norm: Clip norm, as in Opacus.
         before_update: Called with the model before every update.
         device: Where the model is.
 
@@ -190,8 +186,8 @@ def train_privately(
         module=model,
         optimizer=recipe.optimizer(model.parameters()),
         data_loader=DataLoader(data_set, batch_size=recipe.batch_size, shuffle=True),
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
+        noise_multiplier=recipe.noise_multiplier,
+        max_grad_norm=recipe.max_grad_norm,
     )
     criterion = nn.CrossEntropyLoss()
     for _ in range(recipe.num_epochs):

@@ -7,13 +7,13 @@ divergence. If one is, the command fails. Published formulas are shown for compa
 a formula whose smallest ratio is below 1 is not a bound.
 """
 
-import argparse
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common.command_line import parser_of
 from benchmarks.common.report import environment, write_json
 from benchmarks.looseness import FAMILIES, cases
 from benchmarks.looseness.case import Case
@@ -88,11 +88,7 @@ def markdown(rows: list[dict], steps: list[dict], seed: int) -> str:
 
 def main() -> int:
     """Run all cases; return 1 if a bound of the library is below an exact value."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.looseness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.looseness", __doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the random cases")
     parser.add_argument(
         "--out",

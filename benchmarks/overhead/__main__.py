@@ -12,7 +12,6 @@ is written to the file of its section, overhead_SECTION.json, as soon as it is m
 The table is written to overhead.md.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common.command_line import parser_of
 from benchmarks.common.report import write_json
 from benchmarks.overhead import (
     accountant,
@@ -103,11 +103,7 @@ def table(folder: Path) -> str:
 
 def main() -> None:
     """Parse the command line, measure, and print and write the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.overhead", __doc__)
     parser.add_argument(
         "--only",
         nargs="+",

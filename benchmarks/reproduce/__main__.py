@@ -24,7 +24,6 @@ With --device cuda, several processes share each GPU. The scales gpu and full ha
 been run on a GPU yet; their times are estimates.
 """
 
-import argparse
 import contextlib
 import os
 from contextlib import AbstractContextManager
@@ -33,6 +32,7 @@ from pathlib import Path
 import joblib
 import matplotlib
 
+from benchmarks.common.command_line import parser_of
 from benchmarks.common.facts import facts_of
 from benchmarks.common.report import environment
 from benchmarks.reproduce.figures import FIGURES, Figure
@@ -80,11 +80,7 @@ def cluster(address: str | None) -> AbstractContextManager:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run the missing jobs, and publish the figures."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reproduce",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.reproduce", __doc__)
     parser.add_argument("figures", nargs="+", metavar="FIGURE", help="a name, or all")
     parser.add_argument("--scale", choices=SCALES, default="smoke")
     parser.add_argument("--data-root", type=Path, help="folder of torchvision's data")

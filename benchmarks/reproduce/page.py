@@ -8,7 +8,6 @@ trained. Pictures are copied to docs/results. Figures that have not been run at 
 scale are listed as not run.
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import matplotlib
 
+from benchmarks.common.command_line import parser_of
 from benchmarks.reproduce.figures import FIGURES, Figure
 from benchmarks.reproduce.figures.verdicts import Verdict, sentences
 from benchmarks.reproduce.publication import Content, publish, verdict_on
@@ -89,11 +89,7 @@ benchmarks/results/reproduce/again`). All models were trained again.
 
 def main() -> None:
     """Write the page and copy the pictures."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.reproduce.page",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("benchmarks.reproduce.page", __doc__)
     parser.parse_args()
     matplotlib.use("Agg")
     pictures = DOCS / "results"

@@ -90,13 +90,7 @@ class Workspace:
         recipe, shape = experiment.recipe, self.images(experiment).image_shape
         if isinstance(recipe, PrivateRecipe):
             model, engine = train_privately(
-                recipe,
-                data_set,
-                shape,
-                seed,
-                recipe.noise_multiplier,
-                recipe.max_grad_norm,
-                device=self.device,
+                recipe, data_set, shape, seed, device=self.device
             )
             return unwrap(model), engine
         return train(recipe, data_set, shape, seed, num_checkpoints, device=self.device)
