@@ -98,7 +98,16 @@ def recognise(path: Path, head: str | None = None) -> Recognised:
 
 
 def _log(path: Path, start: bytes, head: str | None) -> Recognised | None:
-    """Recognise a deletion log, of this or an earlier release; None for other files."""
+    """Recognise a deletion log, of this or an earlier release; None for other files.
+
+    Every line of a log of early releases has three known keys. Two of them suffice, so
+    that a log with a damaged first line is still checked, and reported as damaged.
+
+    Args:
+        path: The file.
+        start: Its first megabyte.
+        head: Hash that an entry must have, or None.
+    """
     if not start or looks_like_a_log(start):
         return Recognised(LOG, partial(_chain, verify, path, head), ours=True)
     if start.startswith(FIRST_BYTES) or sum(mark in start for mark in _LINE) > 1:
@@ -169,7 +178,15 @@ def _arrays(path: Path, start: bytes) -> Recognised:
 
 
 def _cut_off(path: Path, length: int) -> dict[str, Any]:
-    """Report that a file ends inside its header."""
+    """Report that a file ends inside its header.
+
+    Args:
+        path: The file.
+        length: Bytes that the header must have, as the file itself says.
+
+    Raises:
+        ValueError: Always.
+    """
     raise ValueError(
         f"{path.name} is damaged: its header should have {length} bytes, but the whole "
         f"file has {path.stat().st_size}. Restore it from a copy."
@@ -177,7 +194,15 @@ def _cut_off(path: Path, length: int) -> dict[str, Any]:
 
 
 def _refuse(kind: str, path: Path) -> None:
-    """Report that a file names a kind that this release does not know."""
+    """Report that a file names a kind that this release does not know.
+
+    Args:
+        kind: What the file names; empty if it has a checksum but names no kind.
+        path: The file.
+
+    Raises:
+        ValueError: Always.
+    """
     unknown = (
         f"the kind {kind}, which this release does not know" if kind else "no kind"
     )

@@ -66,7 +66,20 @@ def _evaluation(
 
 
 def _evaluation_file(options: argparse.Namespace) -> str | Path | None:
-    """Return the path of what ``evaluate`` wrote: as named, or in the directory."""
+    """Return the path of what ``evaluate`` wrote: as named, or in the directory.
+
+    ``evaluate --out RUN_DIR/evaluation.json`` is the usual place, so it is found
+    without being named again.
+
+    Args:
+        options: The parsed arguments.
+
+    Returns:
+        The path, or None if nothing was named and the directory has no such file.
+
+    Raises:
+        BadInput: If a file was named but no directory of a run.
+    """
     path: str | Path | None = options.evaluation
     if path is None and options.run_dir is not None:
         usual = Path(options.run_dir, EVALUATION)

@@ -77,7 +77,12 @@ def _checked(found: Recognised) -> dict[str, Any]:
 
 
 def _text(facts: dict[str, Any]) -> str:
-    """Return the answer as text for a person."""
+    """Return the answer as text for a person.
+
+    Args:
+        facts: The answer for programs. ``added`` and ``redacted`` are in it for
+            deletion logs only.
+    """
     if facts["verified"] is None:
         return f"NOT CHECKED: {facts['file']} is {facts['kind']}: {facts['reason']}"
     if not facts["verified"]:

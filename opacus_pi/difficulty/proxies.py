@@ -188,7 +188,14 @@ def _mid(run: GradNormLedger) -> int:
 
 
 def _norms(run: GradNormLedger) -> Scores:
-    """Return gradient norms ``(N, n)``; for an example never seen, the clip norm."""
+    """Return gradient norms ``(N, n)``; for an example never seen, the clip norm.
+
+    The clip norm is the largest norm that counts in an update. Without clipping there
+    is no such number, and the score of an example that was never seen is infinite.
+
+    Args:
+        run: The ledger of one run.
+    """
     norms = fill_unobserved(run.grad_norms)
     clip = np.reshape(run.mechanism.max_grad_norm, (-1, 1))
     return np.where(np.isinf(norms), clip, norms)

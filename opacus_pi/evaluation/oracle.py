@@ -245,7 +245,18 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
 def _check_types(
     path: Path, arrays: Mapping[str, NDArray[Any]], model: nn.Module
 ) -> None:
-    """Raise if arrays and model differ in type: loading would convert silently."""
+    """Raise if arrays and model differ in type: loading would convert silently.
+
+    Rounding to fewer digits would give a model that is close to the oracle, but not it.
+
+    Args:
+        path: The file, for the message.
+        arrays: Its arrays by name.
+        model: The model that they are to be loaded into.
+
+    Raises:
+        ValueError: If a type differs.
+    """
     state = model.state_dict()
     known = {name: array for name, array in arrays.items() if name in state}
     differing = [n for n, a in known.items() if a.dtype != _array(state[n]).dtype]

@@ -163,7 +163,15 @@ def _without_each(values: Array) -> tuple[Array, Array]:
 
 
 def _log_density(values: Array, mean: Array, std: Array) -> Array:
-    """Return the log density of a normal distribution, up to a constant."""
+    """Return the log density of a normal distribution, up to a constant.
+
+    The constant is the same for both sides and cancels in their ratio.
+
+    Args:
+        values: Margins, ``(k, m)``.
+        mean: Means, one for each margin, ``(k, m)``.
+        std: Standard deviations, ``(k, m)``.
+    """
     return -np.log(std) - ((values - mean) / std) ** 2 / 2
 
 

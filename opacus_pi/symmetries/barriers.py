@@ -255,7 +255,11 @@ class _Path:
         self._reset_bn = reset_bn
 
     def loss(self, alpha: float) -> float:
-        """Return the mean loss at alpha times the first plus the rest of the second."""
+        """Return the mean loss at alpha times the first plus the rest of the second.
+
+        Args:
+            alpha: Weight of the first model, in [0, 1].
+        """
         b, a = self._ends
         self._model.load_state_dict({k: _between(b[k], a[k], alpha) for k in b})
         if self._reset_bn:

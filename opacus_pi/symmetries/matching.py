@@ -297,7 +297,12 @@ def _activations(
 
 
 def _fits(axes: Axes, activation: Tensor | None) -> bool:
-    """Whether an activation has the shape of the traced one, up to the batch size."""
+    """Whether an activation has the shape of the traced one, up to the batch size.
+
+    Args:
+        axes: Axes of the activation, as traced.
+        activation: What the model computed there; None if it ran fewer operations.
+    """
     if activation is None:
         return False
     resized = _resized(axes, activation.shape)

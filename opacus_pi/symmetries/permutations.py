@@ -197,7 +197,18 @@ def permuted(
 
 
 def check_permutation(spec: PermutationSpec, permutation: Permutation) -> None:
-    """Raise unless there is one valid array for each symbol of the spec."""
+    """Raise unless there is one valid array for each symbol of the spec.
+
+    An array with a repeated index would copy one hidden unit and lose another, and the
+    network would compute something else without any error.
+
+    Args:
+        spec: The symmetries.
+        permutation: Arrays by symbol. Further entries are ignored.
+
+    Raises:
+        ValueError: If an array is missing, has another shape or is not a permutation.
+    """
     for name, wanted in spec.identity().items():
         array = permutation.get(name)
         expect(

@@ -13,7 +13,7 @@ guarantee, met or not met with its evidence; nothing is taken from the caller.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -309,20 +309,27 @@ def _matching(runs: Sequence[GradNormLedger], model: nn.Module | None) -> Assump
     names = {run.weights for run in runs}
     hashed = names - {None, CHANGED}
     met = bool(hashed) and model is not None and weights_name(model) in hashed
-    if met:
-        evidence = "the ledger names them, by their SHA-256"
-    elif not runs:
-        evidence = "no ledger"
-    elif hashed:
-        evidence = (
-            "the model's weights are not known here"
-            if model is None
-            else "the ledger names others: they were changed since, or of another run"
-        )
-    elif CHANGED in names:
-        evidence = "they were written to after the last recorded update"
-    else:
-        evidence = "a ledger does not name the weights"
     return Assumption(
-        "the model holds the last weights of the recorded training", met, evidence
+        "the model holds the last weights of the recorded training",
+        met,
+        "the ledger names them, by their SHA-256" if met else _unmatched(names, model),
     )
+
+
+def _unmatched(names: Collection[str | None], model: nn.Module | None) -> str:
+    """Say why the recorded runs are not known to have left the model's weights.
+
+    Args:
+        names: What each run says about the weights that it left: their SHA-256, that
+            they were changed afterwards, or nothing (None).
+        model: The model; None if only its architecture is known.
+    """
+    if not names:
+        return "no ledger"
+    if set(names) <= {None}:
+        return "a ledger does not name the weights"
+    if set(names) <= {None, CHANGED}:
+        return "they were written to after the last recorded update"
+    if model is None:
+        return "the model's weights are not known here"
+    return "the ledger names others: they were changed since, or of another run"

@@ -305,7 +305,12 @@ def one_pass(loader: Iterable[Batch], name: str) -> Iterator[Batch]:
 
 
 def mean_loss(task: Task, batch: Batch) -> Tensor:
-    """Return the mean of a batch's per-example losses; an empty batch gives 0."""
+    """Return the mean of a batch's per-example losses; an empty batch gives 0.
+
+    Args:
+        task: The model and its criterion.
+        batch: ``(x, y)``; Poisson sampling draws empty batches now and then.
+    """
     x, y = batch
     if len(y) == 0:
         return _zero(task.model)

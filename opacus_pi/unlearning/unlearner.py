@@ -307,7 +307,14 @@ class Unlearner:
         return plan.claiming(self._claim(plan.forget))
 
     def _claim(self, forget: NDArray[np.int64]) -> Guarantee:
-        """Return what may be claimed once this set and earlier ones are forgotten."""
+        """Return what may be claimed once this set and earlier ones are forgotten.
+
+        It is computed before the first update, so that no result of the run can
+        influence it.
+
+        Args:
+            forget: Sorted positions of the forget set.
+        """
         return claim(
             self.method,
             self.model,

@@ -45,7 +45,14 @@ class SCRUB(Method):
         positive(temperature=self.temperature, remedy="1 is the plain softmax.")
 
     def prepare(self, task: Task) -> Method:
-        """Keep a copy of the model as the teacher."""
+        """Keep a copy of the model as the teacher.
+
+        Args:
+            task: The model as trained, before the first update.
+
+        Returns:
+            The method with its teacher.
+        """
         teacher = training_copy(task.model).eval().requires_grad_(False)
         settings = (self.num_max_passes, self.kl_weight, self.loss_weight)
         return _SCRUBRun(*settings, self.temperature, teacher)
@@ -73,7 +80,13 @@ class _SCRUBRun(SCRUB):
     teacher: nn.Module = field(default_factory=nn.Identity)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
-        """Return the loss of a step away from the teacher, or of one towards it."""
+        """Return the loss of a step away from the teacher, or of one towards it.
+
+        Args:
+            task: The student and the data.
+            retain: Batch of the retain set: towards the teacher. None: away from it.
+            forget: Batch of the forget set if ``retain`` is None, else None.
+        """
         if retain is None:
             x, _ = cast(Batch, forget)
             return -self._distance(forward(task.model, x), x)
