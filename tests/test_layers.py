@@ -26,6 +26,7 @@ LAYER = {
     "forget_sets": 0,
     "models": 1,
     "gradients": 1,
+    "custody": 2,
     "recording": 2,
     "attribution": 2,
     "custody": 2,

@@ -21,6 +21,7 @@ Bounds are written rounded up, so that the text never claims less than the numbe
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from decimal import ROUND_CEILING, Context
 from typing import Any, cast
@@ -33,8 +34,10 @@ from opacus_pi.accounting.conversion import (
     check_delta,
     rdp_to_epsilon,
 )
+from opacus_pi.ledger.custody import LINKS
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 
-__all__ = ["Assumption", "Guarantee", "rounded_up"]
+__all__ = ["Assumption", "Guarantee", "rounded_up", "unchecked_links"]
 
 _FORMAT = "opacus_pi.Guarantee.v1"
 _UNEDITED = "Pass the unedited text that Guarantee.to_json returned."
@@ -295,3 +298,24 @@ def rounded_up(value: float, num_digits: int = 4) -> str:
         return nearest
     up = Context(prec=num_digits, rounding=ROUND_CEILING)
     return f"{float(up.create_decimal_from_float(float(value))):.{num_digits}g}"
+
+
+def unchecked_links(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
+    """Return an assumption for each link of custody that was not checked in a run.
+
+    A ledger that was made by hand has no chain of custody, and adds none: its maker
+    answers for it.
+
+    Args:
+        runs: The ledgers that a claim rests on.
+
+    Returns:
+        The assumptions, none of them met; each link once.
+    """
+    links = {
+        link.name: link
+        for run in runs
+        if run.custody is not None
+        for link in run.custody.unchecked
+    }
+    return tuple(Assumption(LINKS[n], False, k.sentence) for n, k in links.items())

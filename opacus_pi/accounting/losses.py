@@ -45,11 +45,15 @@ from opacus_pi.accounting.rules import (
     intervals,
     loss_under_rule,
     strata,
-    worst_case_over_epochs,
+    worst_case_of_fixed,
 )
 from opacus_pi.accounting.tables import check_tolerance, upper_log_moments
 from opacus_pi.ledger.gap_filling import fill_unobserved
-from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
+from opacus_pi.ledger.grad_norm_ledger import (
+    GradNormLedger,
+    joint_mechanism,
+    runs_of,
+)
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 
 Array = NDArray[np.float64]
@@ -164,8 +168,10 @@ def worst_case_loss(
     """Return the worst case: the loss of an example whose norm is C at every update.
 
     This is the Rényi differential privacy of the mechanism, a bound for any example.
-    Under fixed sampling an example is in one update of every epoch, and which one is
-    not known: the most expensive update counts, and an incomplete epoch counts in full.
+    Under fixed sampling the mechanism may say in how many updates the most drawn
+    example was; these are taken to be the most expensive updates. Otherwise an example
+    is in one update of every epoch, and which one is not known: the most expensive
+    counts, and an incomplete epoch counts in full.
 
     Args:
         mechanism: Noise, clip norm and sampling of the run.
@@ -195,9 +201,7 @@ def worst_case_loss(
         parts = intervals(rows, mechanism.num_steps)
         facts = [mechanism.at_row(part.right) for part in parts]
         divergences = [order * float(f.ratios(math.inf)) ** 2 / 2 for f in facts]
-        return worst_case_over_epochs(
-            parts, [float(f.sample_rate) for f in facts], divergences
-        )
+        return worst_case_of_fixed(parts, facts, divergences)
     unbounded = np.full((1, len(rows), 1), math.inf)
     return float(
         total_loss(RunNorms(mechanism, rows, unbounded), composition, "right")[0]
@@ -231,15 +235,39 @@ class RunNorms:
         mechanism: The mechanism that the runs share.
         steps: int64 ``(N,)``, updates done at each row.
         norms: float64 ``(R, N, n)`` for R runs, raw norms without NaN.
+        participations: float64 ``(N, n)``, in how many updates of each row's interval
+            an example was, in the mean over the runs; None: not counted.
     """
 
     mechanism: NoisySGD
     steps: NDArray[np.int64]
     norms: Array
+    participations: Array | None = None
 
     def of_examples(self, columns: NDArray[Any] | slice) -> "RunNorms":
         """Return the same runs restricted to some examples (columns)."""
-        return replace(self, norms=self.norms[..., columns])
+        counts = self.participations
+        chosen = None if counts is None else counts[..., columns]
+        return replace(self, norms=self.norms[..., columns], participations=chosen)
+
+    def share_of_updates(self, interval: UpdateInterval) -> Array | float:
+        """Return which share of an interval's updates each example was in.
+
+        For fixed sampling. Several intervals may belong to one row (those after the
+        last one); the example's updates are taken to be spread evenly over them.
+
+        Args:
+            interval: The updates.
+
+        Returns:
+            float64 ``(n,)`` as counted, or the sample rate if nothing was counted.
+        """
+        if self.participations is None:
+            return float(self.mechanism.at_row(interval.right).sample_rate)
+        parts = intervals(self.steps, self.mechanism.num_steps)
+        together = [p.num_updates for p in parts if p.right == interval.right]
+        counts: Array = self.participations[interval.right]
+        return counts / sum(together)
 
 
 def total_loss(runs: RunNorms, composition: Composition, rule: str) -> Array:
@@ -288,14 +316,15 @@ def loss_of_interval(
     ratios = mechanism.ratios(runs.norms[:, row])
     orders, weights = _orders(runs, composition, interval, row)
     # Amplification by sampling requires Poisson sampling. For any other schedule the
-    # loss is conditioned on the schedule: the example is in a fraction q of the
-    # updates, and there with probability 1.
-    q = float(mechanism.sample_rate)
+    # loss is conditioned on the schedule: the example is in a share of the updates,
+    # and there with probability 1.
+    q, share = float(mechanism.sample_rate), np.float64(1.0)
     if composition.convention == "corrected" and mechanism.sampling != "poisson":
-        q, weights = 1.0, weights * q
+        q, share = 1.0, np.asarray(runs.share_of_updates(interval))
     if composition.tolerance:
-        return upper_log_moments(ratios[0], q, orders, weights, composition.tolerance)
-    return weighted_log_moments(
+        upper = upper_log_moments(ratios[0], q, orders, weights, composition.tolerance)
+        return np.where(share > 0, share * upper, 0.0)
+    whole = weighted_log_moments(
         ratios,
         q,
         orders,
@@ -303,6 +332,8 @@ def loss_of_interval(
         hoelder_p=composition.hoelder_p,
         mode=composition.mode,
     )
+    with np.errstate(invalid="ignore"):  # an infinite loss of an update it was not in
+        return np.where(share > 0, share * whole, 0.0)
 
 
 def _orders(
@@ -378,7 +409,9 @@ def norms_of_runs(
     first.mechanism.ratios(np.empty((first.num_rows, 0)))  # refuses noise_std = 0
     filled = [fill_unobserved(run.grad_norms) for run in runs]
     norms = filled[0][None] if len(filled) == 1 else np.stack(filled)
-    return RunNorms(first.mechanism, first.steps, norms)
+    counts = [run.participations for run in runs if run.participations is not None]
+    mean = np.mean(counts, axis=0) if len(counts) == len(runs) else None
+    return RunNorms(joint_mechanism(runs), first.steps, norms, mean)
 
 
 def composition_of(

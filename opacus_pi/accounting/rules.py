@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
+from opacus_pi.ledger.mechanism import NoisySGD
 
 RULES = ("right", "left", "trapezoid", "max")
 STRATIFIED = "stratified"
@@ -96,6 +97,56 @@ def intervals(steps: ArrayLike, num_steps: int) -> list[UpdateInterval]:
         UpdateInterval(first=first, last=last, right=after, left=before)
         for first, last, after, before in zip(*columns, strict=True)
     ]
+
+
+def worst_case_of_fixed(
+    parts: Sequence[UpdateInterval],
+    facts: Sequence[NoisySGD],
+    divergences: Sequence[float],
+) -> float:
+    """Bound the loss of an example under fixed sampling.
+
+    Args:
+        parts: All updates of a run, as from ``intervals``.
+        facts: The mechanism at each part.
+        divergences: Divergence of one update of each part for an example in its batch,
+            in nats.
+
+    Returns:
+        By the count of participations if there is one, else by epochs; in nats.
+    """
+    if not facts or facts[0].max_participations is None:
+        rates = [float(fact.sample_rate) for fact in facts]
+        return worst_case_over_epochs(parts, rates, divergences)
+    return worst_case_of_count(parts, facts[0].max_participations, divergences)
+
+
+def worst_case_of_count(
+    parts: Sequence[UpdateInterval], num_participations: int, divergences: ArrayLike
+) -> float:
+    """Bound the loss of an example that is in a known number of updates.
+
+    In which updates it was is not used: the most expensive ones count.
+
+    Args:
+        parts: All updates of a run, as from ``intervals``.
+        num_participations: In how many updates the example was at most.
+        divergences: Divergence of one update of each part for an example in its batch,
+            ``(len(parts),)``, in nats.
+
+    Returns:
+        The sum of the largest divergences, in nats.
+    """
+    total, left = 0.0, num_participations
+    values = np.asarray(divergences, float)
+    sizes = (part.num_updates for part in parts)
+    by_cost = sorted(zip(values, sizes, strict=True), reverse=True)
+    for value, num_updates in by_cost:
+        taken = min(left, num_updates)
+        if taken:
+            total += taken * value
+        left -= taken
+    return float(total)
 
 
 def worst_case_over_epochs(

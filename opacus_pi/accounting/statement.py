@@ -20,19 +20,26 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices
 from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS, epsilons
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
-from opacus_pi.accounting.guarantee import Assumption, rounded_up
+from opacus_pi.accounting.guarantee import (
+    Assumption,
+    rounded_up,
+    unchecked_links,
+)
 from opacus_pi.accounting.losses import worst_case_loss
 from opacus_pi.ledger.grad_norm_ledger import (
     GradNormLedger,
     columns_of,
+    joint_mechanism,
     runs_of,
 )
+from opacus_pi.ledger.mechanism import NoisySGD
 
 _FORMAT = "opacus_pi.PrivacyStatement.v1"
 # Fewer orders than for one example: each is a numerical integral, and the best order of
@@ -154,6 +161,7 @@ def privacy_statement(
     Raises:
         ValueError: If positions are repeated, out of range or not in the ledger, or
             ``delta`` is not in (0, 1).
+        AccountingError: If a link of the chain of custody is broken.
 
     Source: Yu et al. 2023 (arXiv:2206.02617), Section 3; paper, Definition 4.2.
     """
@@ -167,7 +175,7 @@ def privacy_statement(
         own = float(epsilons([run.subset(columns) for run in runs], delta)[0])
         epsilon = own if math.isfinite(own) else None
     if noisy.met:
-        worst = _worst_case(runs[0], len(mine), delta)
+        worst = _worst_case(joint_mechanism(runs), runs[0].steps, len(mine), delta)
     return PrivacyStatement(
         f"example {mine[0]}" if subject is None and single else subject or "one person",
         len(mine),
@@ -178,9 +186,10 @@ def privacy_statement(
     )
 
 
-def _worst_case(ledger: GradNormLedger, num_rows: int, delta: float) -> float:
+def _worst_case(
+    mechanism: NoisySGD, steps: NDArray[np.int64], num_rows: int, delta: float
+) -> float:
     """Return the bound on ε for any person with as many examples."""
-    mechanism, steps = ledger.mechanism, ledger.steps
     if num_rows == 1:
         orders = DEFAULT_ORDERS
         losses = [worst_case_loss(mechanism, a, steps=steps) for a in orders]
@@ -207,9 +216,8 @@ def _assumptions(
     runs: Sequence[GradNormLedger], single: bool
 ) -> tuple[Assumption, ...]:
     """Return the other assumptions of the numbers."""
-    mechanism = runs[0].mechanism
+    mechanism = joint_mechanism(runs)
     clip = float(np.max(mechanism.max_grad_norm))
-    poisson = mechanism.sampling == "poisson"
     found = [
         Assumption(
             "every gradient was clipped", math.isfinite(clip), f"max_grad_norm={clip:g}"
@@ -217,11 +225,9 @@ def _assumptions(
         Assumption(
             "batches were sampled independently of the data",
             True,
-            "recorded as Poisson sampling"
-            if poisson
-            else "recorded as fixed sampling, every example at most once an epoch; no "
-            "amplification by sampling is used",
+            _sampling(mechanism),
         ),
+        *unchecked_links(runs),
         Assumption(
             "nothing else computed from the data was released (tuning, other models)",
             False,
@@ -243,3 +249,16 @@ def _assumptions(
 def _line(assumption: Assumption) -> str:
     """Return an assumption with its evidence."""
     return f"{assumption.statement} ({assumption.evidence})"
+
+
+def _sampling(mechanism: NoisySGD) -> str:
+    """Say how batches were drawn, and how often an example was in an update."""
+    if mechanism.sampling == "poisson":
+        return "recorded as Poisson sampling"
+    most = mechanism.max_participations
+    how_often = (
+        "every example at most once an epoch"
+        if most is None
+        else f"no example in more than {most} updates, as counted"
+    )
+    return f"recorded as fixed sampling, {how_often}; no amplification is used"

@@ -47,6 +47,7 @@ from opacus_pi.attribution.delivery import (
 from opacus_pi.attribution.evidence import by_content, by_latest, by_storage
 from opacus_pi.attribution.item_fingerprints import ItemFingerprints
 from opacus_pi.attribution.samples import tensors_in
+from opacus_pi.custody import SampleCounts
 
 __all__ = ["EVIDENCE", "Tracker", "indices_of"]
 
@@ -322,6 +323,15 @@ class Tracker:
                     "by_latest", "Samples are attributed without verification."
                 )
         return passes
+
+    def sample_counts(self) -> SampleCounts:
+        """Return how many samples entered updates, and of how many nothing is known."""
+        causes = [cause for cause in self._explained if cause != "by_latest"]
+        return SampleCounts(
+            sum(self.counts.values()),
+            self.counts["unattributed"],
+            " ".join(_CAUSES[cause] for cause in sorted(causes)),
+        )
 
     def _explain(self, cause: str, what: str) -> None:
         """Warn of a cause once, or raise if the tracker is strict.

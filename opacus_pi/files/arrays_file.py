@@ -39,6 +39,7 @@ _MAX_WIDTH = 1 << 24
 _TYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
+    "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
 }
 # What a checksum covers of one array: name, type, shape, and its bytes in parts.
@@ -303,11 +304,12 @@ def _check_kind(name: str, header: Mapping[str, str], kind: FileKind) -> None:
         f"must contain {kind.name}",
         "Pass a file that this class's save wrote.",
     )
+    readable = [str(version) for version in kind.readable_versions]
     expect(
-        header.get("version") == str(kind.version),
+        header.get("version") in readable,
         "path",
         f"version {header.get('version')} in {name}",
-        f"must be in format version {kind.version}",
+        f"must be in format version {' or '.join(readable)}",
         "Read it with the release of opacus_pi that wrote it.",
     )
 

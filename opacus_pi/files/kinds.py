@@ -43,17 +43,24 @@ class FileKind:
     Args:
         name: What the file calls itself, e.g. ``"opacus_pi.GradNormLedger"``.
         words: What to call it in a sentence, e.g. ``"a ledger of gradient norms"``.
-        version: The format version that this release writes and reads.
+        version: The format version that this release writes.
         reader: The function that reads the file and checks it, as
             ``"module:attribute"``; empty if nothing in the file can be checked. It is
             a text because readers live in rooms above this one, and because a look-up
             must not import torch.
+        earlier_versions: The format versions of earlier releases that are read too.
     """
 
     name: str
     words: str
     version: int = 1
     reader: str = ""
+    earlier_versions: tuple[int, ...] = ()
+
+    @property
+    def readable_versions(self) -> tuple[int, ...]:
+        """The format versions that this release reads, the one that it writes last."""
+        return (*self.earlier_versions, self.version)
 
     def read(self, path: Path) -> Any:
         """Read the file and check it.
@@ -84,11 +91,15 @@ _WEIGHTS = "opacus_pi.files.weights_file:read_weights"
 GRAD_NORM_LEDGER = FileKind(
     "opacus_pi.GradNormLedger",
     "a ledger of gradient norms",
+    version=2,  # since 2: the chain of custody, and counts of participations
+    earlier_versions=(1,),
     reader="opacus_pi.ledger.grad_norm_ledger:GradNormLedger.load",
 )
 GRAM_LEDGER = FileKind(
     "opacus_pi.GramLedger",
     "a ledger of Gram matrices",
+    version=2,  # since 2: counts of participations
+    earlier_versions=(1,),
     reader="opacus_pi.ledger.gram_ledger:GramLedger.load",
 )
 ORACLE = FileKind("opacus_pi.Oracle", "a retrained model", reader=_ARRAYS)

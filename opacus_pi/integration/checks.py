@@ -10,9 +10,8 @@ update. Writes to a weight are counted by torch; a write through ``weight.data``
 counted and is therefore not seen.
 """
 
-import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from opacus_pi._errors import AccountingError
 from opacus_pi._torch_compat import BatchNormBase, load_hooks, num_writes
 from opacus_pi.accounting import GradNormLedger
+from opacus_pi.custody import Chain
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
 from opacus_pi.recording import Recorder
@@ -176,16 +176,16 @@ class OutsideChanges:
 
     Args:
         loader: The loader that training iterates over; referred to weakly.
-        refuse: Called with the reason if the run can no longer be accounted.
+        chain: The chain of custody of the run, whose links are told what was found.
     """
 
-    def __init__(self, loader: DataLoader[Any], refuse: Callable[[str], None]) -> None:
+    def __init__(self, loader: DataLoader[Any], chain: Chain) -> None:
         self._loader = weakref.ref(loader)
         self._schedule = settings_of_schedule(loader)
-        self._refuse = refuse
+        self._chain = chain
         self._parameters: Sequence[nn.Parameter] = ()
         self._writes: list[int] | None = None
-        self._has_warned = self._has_noise = False
+        self._has_noise = False
 
     def watch(self, optimizer: DPOptimizer, module: nn.Module) -> None:
         """Watch an optimizer's weights, and the optimizer that it wraps.
@@ -203,7 +203,7 @@ class OutsideChanges:
         def before_step(*_: Any) -> None:
             changes = reference()
             if changes is not None and not changes._has_noise:
-                changes._refuse(_STEPPED_WITHOUT_NOISE)
+                changes._chain.break_link("noise", _STEPPED_WITHOUT_NOISE)
 
         _HANDLES[inner] = inner.register_step_pre_hook(before_step)
         # One hook is enough: those of earlier calls, and of a module that this one is a
@@ -231,12 +231,10 @@ class OutsideChanges:
         loader = self._loader()
         reason = loader and changed_schedule(self._schedule, loader)
         if reason:
-            self._refuse(reason)
+            self._chain.break_link("schedule", reason)
         if self._writes is not None and self._writes != self._count_writes():
             self._writes = None
-            if not self._has_warned:
-                self._has_warned = True
-                warnings.warn(_WEIGHTS_CHANGED, stacklevel=2)
+            self._chain.leave_unchecked("weights", _WEIGHTS_CHANGED)
 
     def weights_were_updated(self) -> None:
         """Note the weights: nothing should write to them until the next update."""

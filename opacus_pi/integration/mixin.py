@@ -557,8 +557,7 @@ class PerInstanceMixin(OpacusEngine):
             run.begin_record(recorder)
         except ValueError as error:  # what was loaded is of another run
             self.checks.add(str(error))
-        for reason in run.reasons(self):
-            self.checks.add(reason)
+        run.begin_chain(self)
         update = run.first_update(recorder, self.renyi_filter)
         module = weakref.ref(run.module)
         current = CurrentRun(run.tracker, module, weakref.ref(update), run_state)

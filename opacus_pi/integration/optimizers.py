@@ -289,7 +289,7 @@ class _FromGhostClipping(_ReportingOptimizer):
         now = tuple(norms_of_parameters(self.params))
         before, self._pi_norms_of_parameters = self._pi_norms_of_parameters, now
         if any(a is not None and a is b for a, b in zip(now, before, strict=False)):
-            self._pi_update.recorder.refuse(_STALE_NORMS)
+            self._pi_update.chain.break_link("norm", _STALE_NORMS)
 
     def zero_grad(self, *args: Any, **options: Any) -> None:
         """Clear the gradients; refuse the ledger if one of two batches is lost.
@@ -300,7 +300,7 @@ class _FromGhostClipping(_ReportingOptimizer):
         tracker = self._pi_update.tracker
         has_incomplete_pass = tracker.awaits_second_backward()
         if tracker.discard(clipped_only=True) and has_incomplete_pass:
-            self._pi_update.recorder.refuse(_TWO_BACKWARD_PASSES)
+            self._pi_update.chain.break_link("norm", _TWO_BACKWARD_PASSES)
         super().zero_grad(*args, **options)
 
     def add_noise(self) -> None:
@@ -308,7 +308,6 @@ class _FromGhostClipping(_ReportingOptimizer):
         clipped = float(self._pi_update.hooks.max_grad_norm)
         noised = float(self.max_grad_norm)
         if clipped != noised:
-            self._pi_update.recorder.refuse(
-                _TWO_CLIP_NORMS.format(clipped=clipped, noised=noised)
-            )
+            reason = _TWO_CLIP_NORMS.format(clipped=clipped, noised=noised)
+            self._pi_update.chain.break_link("noise", reason)
         super().add_noise()

@@ -6,7 +6,7 @@ the object to which the optimizer reports.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe
+from opacus_pi.custody import Chain
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.checks import (
     OutsideChanges,
@@ -163,6 +164,7 @@ class PreparedRun:
         self.sample_rate = 1 / len(loader)  # as Opacus computes it for its accountant
         is_distributed = isinstance(self.module, DISTRIBUTED)
         self.processes = Processes() if is_distributed else None
+        self.chain = Chain()
 
     def begin_record(self, recorder: Recorder) -> None:
         """Let a recorder begin to record this run.
@@ -178,6 +180,10 @@ class PreparedRun:
             ValueError: If a saved run was loaded, and it is another one.
         """
         data_set, processes = self.loader.dataset, self.processes
+        self.chain = Chain(
+            self.tracker.sample_counts,
+            allows_unattributed=recorder.unattributed == "worst_case",
+        )
         trained = weakref.ref(self.module)
         collate_fn = user_collate_fn(self.loader)
         # no process of FSDP has all weights to name
@@ -198,18 +204,25 @@ class PreparedRun:
             weights=lambda: cast(nn.Module, trained()).state_dict(),
             processes=processes,
             last_weights=LastWeights(self.module) if has_weights else None,
+            chain=self.chain,
         )
 
-    def reasons(self, engine: opacus.PrivacyEngine) -> Iterator[str | None]:
-        """Yield why the run cannot be accounted, from what is known before it starts.
+    def begin_chain(self, engine: opacus.PrivacyEngine) -> None:
+        """Tell the chain of custody what is known before the run starts.
 
         Args:
             engine: The engine that prepared it.
         """
-        yield clipping_without_effect(engine)
-        yield unknown_schedule(self.loader)
-        if self.processes is not None:
-            yield overlapping(self.loader, self.processes.size)
+        shared = self.processes
+        for link, reason in (
+            ("norm", clipping_without_effect(engine)),
+            ("schedule", unknown_schedule(self.loader)),
+            ("rows", overlapping(self.loader, shared.size) if shared else None),
+        ):
+            if reason is not None:
+                self.chain.break_link(link, reason)
+        kind = "Poisson sampling" if is_poisson(self.loader) else "a fixed schedule"
+        self.chain.check("schedule", f"The loader's samplers are known: {kind}.")
 
     def first_update(
         self, recorder: Recorder, renyi_filter: RenyiFilter | None
@@ -220,10 +233,12 @@ class PreparedRun:
             recorder: Receives what the optimizer reports.
             renyi_filter: The engine's budgets, if it has any.
         """
-        update = UpdateUnderWay(recorder, self.tracker, self.hooks, self.sample_rate)
+        update = UpdateUnderWay(
+            recorder, self.tracker, self.hooks, self.sample_rate, self.chain
+        )
         if renyi_filter is not None:
             layers = batch_norms(self.hooks)
             update.gate = FilterGate(renyi_filter, self.tracker, layers)
         if self.processes is None:
-            update.outside = OutsideChanges(self.loader, recorder.refuse)
+            update.outside = OutsideChanges(self.loader, self.chain)
         return update

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.tracker import indices_of
+from opacus_pi.custody import Chain
 from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.checks import (
     OutsideChanges,
@@ -55,6 +56,7 @@ class UpdateUnderWay:
         tracker: Matches the samples of a batch to examples.
         hooks: What ``make_private`` returned for the model.
         sample_rate: The rate of one batch, as Opacus passes it to its accountant.
+        chain: The chain of custody of the run.
         gate: Leaves out examples whose budget is spent, if the engine has a filter.
         outside: Detects changes between updates; None in a distributed run.
         is_superseded: Whether a later ``make_private`` of the same engine has begun
@@ -65,6 +67,7 @@ class UpdateUnderWay:
     tracker: Tracker
     hooks: AbstractGradSampleHooks
     sample_rate: float
+    chain: Chain
     gate: FilterGate | None = None
     outside: OutsideChanges | None = None
     is_superseded: bool = False
@@ -163,22 +166,21 @@ class UpdateUnderWay:
         self.tracker.end_update()
         if self.outside is not None:
             self.outside.weights_were_updated()
-        reasons = list(self._reasons())
+        for link, reason in self._reasons():
+            self.chain.break_link(link, reason)
         self._examples, self._is_distinct = [], True
-        for reason in reasons:
-            self.recorder.refuse(reason)
         if not self.is_superseded:
             self.recorder.step(**settings)
 
-    def _reasons(self) -> Iterator[str]:
-        """Yield the reasons why this update cannot be accounted, each with a remedy."""
+    def _reasons(self) -> Iterator[tuple[str, str]]:
+        """Yield each link that this update breaks, and the reason with its remedy."""
         if self.is_superseded:
-            yield _SUPERSEDED
+            yield "draw", _SUPERSEDED
         mixed = batch_statistics(self._batch_norms)
         if mixed:
-            yield mixed
+            yield "model", mixed
         if not self._is_distinct and _has_duplicates(self._examples):
-            yield _DRAWN_TWICE
+            yield "rows", _DRAWN_TWICE
 
 
 def _has_duplicates(batches: Sequence[Sequence[int] | NDArray[np.int64]]) -> bool:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
+from opacus_pi.ledger.custody import Custody
 
 CHANGED = "changed"  # in place of a name: the weights were written to since
 _NAME = re.compile(f"sha256:[0-9a-f]{{64}}|{CHANGED}", re.ASCII)
@@ -103,6 +104,58 @@ def checked_measurements(
             "An exploded gradient has no finite loss: clip it, or drop the example.",
         )
     return frozen(array)
+
+
+def checked_custody(value: Custody | None) -> Custody | None:
+    """Return a chain of custody, checked.
+
+    Args:
+        value: The chain, or None.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    expect(
+        value is None or isinstance(value, Custody),
+        "custody",
+        repr(value),
+        "must be a Custody or None",
+        "Leave it to the engine that records the run.",
+    )
+    return value
+
+
+def checked_participations(
+    value: ArrayLike, *, sampling: str, limit: int
+) -> NDArray[np.int32]:
+    """Return counts of the updates that each example was in, checked.
+
+    Args:
+        value: ``(N, n)``, whole numbers at least 0.
+        sampling: How the run drew its batches.
+        limit: The largest count that an example can have over the run.
+
+    Returns:
+        int32 ``(N, n)``, read-only.
+
+    Raises:
+        ValueError: If sampling is not fixed, a count is not a whole number, or an
+            example's counts add up to more than the limit.
+    """
+    counts = np.array(value)
+    whole = counts.ndim == 2 and counts.dtype.kind in "iu"
+    totals = counts.sum(axis=0, dtype=np.int64) if whole else np.empty(0)
+    expect(
+        sampling == "fixed"
+        and whole
+        and bool((counts >= 0).all() and (totals <= limit).all()),
+        "participations",
+        f"an array of shape {counts.shape} and type {counts.dtype}",
+        f"must be whole numbers (N, n) whose columns sum to at most {limit}, under "
+        "fixed sampling",
+        "Count the updates that each example was in.",
+    )
+    return frozen(counts.astype(np.int32))
 
 
 def checked_ids(value: ArrayLike) -> NDArray[np.int64]:

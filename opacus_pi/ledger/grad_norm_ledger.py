@@ -26,17 +26,26 @@ from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.files.arrays_file import check_file, read_array, read_columns
 from opacus_pi.files.kinds import GRAD_NORM_LEDGER
 from opacus_pi.ledger.checks import (
+    checked_custody,
     checked_ids,
     checked_measurements,
+    checked_participations,
     checked_steps,
     checked_weights,
 )
+from opacus_pi.ledger.custody import Custody
 from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.ledger.gap_filling import fill_by_rank, fill_unobserved
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 from opacus_pi.ledger.saving import LedgerFile, SavedLedger
 
-__all__ = ["GradNormLedger", "columns_of", "filled_by_rank", "runs_of"]
+__all__ = [
+    "GradNormLedger",
+    "columns_of",
+    "filled_by_rank",
+    "joint_mechanism",
+    "runs_of",
+]
 
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 
@@ -62,6 +71,12 @@ class GradNormLedger(SavedLedger):
         weights: Name of the weights after the last update, ``"sha256:…"`` of the
             model's state dict. ``"changed"``: the weights were changed before they
             were named. None: not known. An engine's ledger names them.
+        custody: What is known about how the norms came to be; functions of the ledger
+            refuse to give numbers if a link of it is broken. None: the maker of the
+            ledger declares that every link holds.
+        participations: int32 ``(N, n)``, in how many updates of its interval (those
+            since the row before, for the last row all that follow, too) each example
+            was. Only under fixed sampling; None: not counted.
 
     A ledger is sensitive: it shows which examples are unusual. Protect it like the
     data set.
@@ -75,8 +90,13 @@ class GradNormLedger(SavedLedger):
         GRAD_NORM_LEDGER,
         arrays={"steps": "<i8", "grad_norms": "<f4"},
         texts={"source": "source"},
-        more_arrays={"example_ids": "<i8", **dict.fromkeys(_MEASURED[1:], "<f4")},
+        more_arrays={
+            "example_ids": "<i8",
+            "participations": "<i4",
+            **dict.fromkeys(_MEASURED[1:], "<f4"),
+        },
         more_texts={"data_set": "data_set", "weights": "weights"},
+        objects={"custody": Custody},
         retired=("norms",),
     )
 
@@ -90,6 +110,8 @@ class GradNormLedger(SavedLedger):
     errors: NDArray[np.float32] | None = field(default=None, kw_only=True)
     correct: NDArray[np.float32] | None = field(default=None, kw_only=True)
     weights: str | None = field(default=None, kw_only=True)
+    custody: Custody | None = field(default=None, kw_only=True)
+    participations: NDArray[np.int32] | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         steps = checked_steps(self.steps, self.mechanism.num_steps)
@@ -108,6 +130,15 @@ class GradNormLedger(SavedLedger):
         if self.example_ids is not None:
             object.__setattr__(self, "example_ids", checked_ids(self.example_ids))
         checked_weights(self.weights)
+        checked_custody(self.custody)
+        if self.participations is not None:
+            most = self.mechanism.max_participations
+            counts = checked_participations(
+                self.participations,
+                sampling=self.mechanism.sampling,
+                limit=self.mechanism.num_steps if most is None else most,
+            )
+            object.__setattr__(self, "participations", counts)
         self._check_shapes()
 
     def _check_shapes(self) -> None:
@@ -116,6 +147,7 @@ class GradNormLedger(SavedLedger):
         wanted: dict[str, tuple[int, ...]] = {
             name: (num_rows, num_examples) for name in _MEASURED
         }
+        wanted["participations"] = (num_rows, num_examples)
         wanted["example_ids"] = (num_examples,)
         given = {name: getattr(self, name) for name in wanted}
         for name in SCHEDULED:
@@ -190,9 +222,18 @@ class GradNormLedger(SavedLedger):
         distinct_indices("indices", indices, self.num_examples)
         columns = np.asarray(indices, dtype=np.int64)
         ids = columns if self.example_ids is None else self.example_ids[columns]
-        rows = {name: getattr(self, name) for name in _MEASURED}
+        rows = {name: getattr(self, name) for name in (*_MEASURED, "participations")}
         kept = {name: a[:, columns] for name, a in rows.items() if a is not None}
         return replace(self, example_ids=ids, **kept)
+
+    def require_intact(self) -> None:
+        """Refuse to give numbers if a link of the chain of custody is broken.
+
+        Raises:
+            AccountingError: If so; it says what was broken, and what to do.
+        """
+        if self.custody is not None:
+            self.custody.require_intact()
 
     def require_data_set(self, data_set: str) -> None:
         """Refuse a ledger that was recorded on another data set.
@@ -241,7 +282,8 @@ class GradNormLedger(SavedLedger):
         total = shapes["grad_norms"][1]
         for start in range(0, total, num_examples):
             part = slice(start, min(start + num_examples, total))
-            arrays = read_columns(path, part, (*_MEASURED, "example_ids"))
+            names = (*_MEASURED, "participations", "example_ids")
+            arrays = read_columns(path, part, names)
             arrays.setdefault("example_ids", np.arange(part.start, part.stop))
             yield cls._from_file(arrays, facts)
 
@@ -265,7 +307,8 @@ def _check_same_width(
 ) -> None:
     """Refuse a file whose arrays have different numbers of rows or columns."""
     wanted = shapes["grad_norms"]
-    given = {s for name, s in shapes.items() if name in _MEASURED}
+    rows = (*_MEASURED, "participations")
+    given = {s for name, s in shapes.items() if name in rows}
     ids = shapes.get("example_ids", wanted[-1:])
     expect(
         len(wanted) == 2 and given == {wanted} and ids == wanted[1:],
@@ -311,8 +354,11 @@ def runs_of(
     Raises:
         ValueError: If there is no ledger, or the runs differ in mechanism, steps,
             examples or data set.
+        AccountingError: If a link of a run's chain of custody is broken.
     """
     runs = (ledgers,) if isinstance(ledgers, GradNormLedger) else tuple(ledgers)
+    for run in runs:
+        run.require_intact()
     expect(
         len(runs) > 0, "ledger", "[]", "must contain a run", "Pass at least one ledger."
     )
@@ -336,7 +382,7 @@ def _agreement(
 ) -> dict[str, bool]:
     """Return for each property whether two runs agree in it."""
     return {
-        "mechanism": a.mechanism == b.mechanism,
+        "mechanism": _without_counts(a.mechanism) == _without_counts(b.mechanism),
         "steps": not same_steps or np.array_equal(a.steps, b.steps),
         "number of examples": a.num_examples == b.num_examples,
         "example_ids": np.array_equal(_columns(a), _columns(b)),
@@ -344,6 +390,24 @@ def _agreement(
         or b.data_set is None
         or same_data_set(a.data_set, b.data_set),
     }
+
+
+def _without_counts(mechanism: NoisySGD) -> NoisySGD:
+    """Return a mechanism as it was before any run: its shuffles were not counted."""
+    return replace(mechanism, max_participations=None)
+
+
+def joint_mechanism(runs: Sequence[GradNormLedger]) -> NoisySGD:
+    """Return the mechanism of several runs of one training.
+
+    Args:
+        runs: What ``runs_of`` returned. They differ in nothing but the counts of
+            participations, of which the largest is taken.
+    """
+    counts = [run.mechanism.max_participations for run in runs]
+    known = [count for count in counts if count is not None]
+    most = max(known) if len(known) == len(counts) else None
+    return replace(runs[0].mechanism, max_participations=most)
 
 
 def _columns(ledger: GradNormLedger) -> NDArray[np.int64]:

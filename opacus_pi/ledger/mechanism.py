@@ -12,7 +12,7 @@ ValueError: sample_rate must be in [0, 1], got 1.2. Divide the batch size by the
 
 import operator
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ SCHEDULED = ("sample_rate", "noise_std", "max_grad_norm")
 _ASSUMED = "assumed"  # in a file
 MECHANISM_ARRAYS = {f"mechanism.{name}": "<f8" for name in SCHEDULED}
 MECHANISM_FACTS = ("num_steps", "sampling")
-MECHANISM_MORE_FACTS = ("noise",)
+MECHANISM_MORE_FACTS = ("noise", "max_participations")
+_WHOLE = "[0-9]{1,18}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,9 @@ class NoisySGD:
             (``1 / sample_rate`` updates).
         assumed_noise: Whether ``noise_std`` is an assumption, not what training added
             (``with_noise_std`` sets it): losses then rank examples and claim nothing.
+        max_participations: Under fixed sampling, in how many updates the example was
+            that was in most, as counted. None: not counted, so an example is taken to
+            be in one update of every epoch.
 
     ``sample_rate``, ``noise_std`` and ``max_grad_norm`` may be arrays ``(N,)`` where a
     schedule changes them: the value of the interval that a ledger's row covers.
@@ -64,6 +68,7 @@ class NoisySGD:
     max_grad_norm: float | NDArray[np.float64] = float("inf")
     sampling: str = "poisson"
     assumed_noise: bool = False
+    max_participations: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_steps", _count("num_steps", self.num_steps))
@@ -95,6 +100,16 @@ class NoisySGD:
             'must be "poisson" or "fixed"',
             'A shuffled loader is "fixed".',
         )
+        if self.max_participations is not None:
+            most = _count("max_participations", self.max_participations)
+            object.__setattr__(self, "max_participations", most)
+            expect(
+                self.sampling == "fixed" and most <= self.num_steps,
+                "max_participations",
+                most,
+                f"must be at most num_steps ({self.num_steps}), under fixed sampling",
+                "Poisson sampling is accounted by the sample rate: leave it out there.",
+            )
 
     def __eq__(self, other: object) -> bool:
         """Return whether all facts are equal, entry by entry."""
@@ -164,6 +179,8 @@ class NoisySGD:
         facts = {"num_steps": str(self.num_steps), "sampling": self.sampling}
         if self.assumed_noise:
             facts["noise"] = _ASSUMED
+        if self.max_participations is not None:
+            facts["max_participations"] = str(self.max_participations)
         return arrays, facts
 
     @classmethod
@@ -180,17 +197,20 @@ class NoisySGD:
             ValueError: If a text is not what ``to_arrays`` writes.
         """
         steps, noise = facts["num_steps"], facts.get("noise", _ASSUMED)
+        most = facts.get("max_participations")
+        whole = all(re.fullmatch(_WHOLE, text) for text in (steps, most or "0"))
         expect(
-            re.fullmatch("[0-9]{1,18}", steps) is not None and noise == _ASSUMED,
-            "num_steps and noise in the file",
-            f"{steps}, {noise}",
-            f"must be a whole number and {_ASSUMED!r}",
+            whole and noise == _ASSUMED,
+            "num_steps, max_participations and noise in the file",
+            f"{steps}, {most}, {noise}",
+            f"must be whole numbers and {_ASSUMED!r}",
             "Restore the file from a copy.",
         )
         return cls(
             num_steps=int(steps),
             sampling=facts["sampling"],
             assumed_noise="noise" in facts,
+            max_participations=None if most is None else int(most),
             **{name: arrays.pop(f"mechanism.{name}") for name in SCHEDULED},
         )
 

@@ -5,8 +5,7 @@ arrays, and texts. ``SavedLedger`` turns them into one safetensors file and back
 ledger class declares in a ``LedgerFile`` which of its fields are arrays, which are
 texts, and what the file calls the texts.
 
-The file format is fixed: files that earlier releases wrote are read, and this release
-writes the same bytes for the same ledger.
+Files that earlier releases wrote are read; ``files.kinds`` has the versions.
 """
 
 import os
@@ -37,6 +36,8 @@ class LedgerFile:
         texts: Name in the file of each text that every file holds, by field.
         more_arrays: Type of each array that a file may hold, by field.
         more_texts: Name in the file of each text that a file may hold, by field.
+        objects: Type of each field that a file may hold as a JSON text of its own, by
+            field. The type has ``to_json`` and ``from_json``.
         retired: Names of texts that only files of earlier releases hold.
     """
 
@@ -45,6 +46,7 @@ class LedgerFile:
     texts: Mapping[str, str]
     more_arrays: Mapping[str, str] = field(default_factory=dict)
     more_texts: Mapping[str, str] = field(default_factory=dict)
+    objects: Mapping[str, Any] = field(default_factory=dict)
     retired: tuple[str, ...] = ()
 
     @property
@@ -57,6 +59,7 @@ class LedgerFile:
             more_facts=(
                 *MECHANISM_MORE_FACTS,
                 *self.more_texts.values(),
+                *self.objects,
                 *self.retired,
             ),
         )
@@ -82,6 +85,9 @@ class SavedLedger:
         for name, in_file in {**file.texts, **file.more_texts}.items():
             if getattr(self, name) is not None:
                 facts[in_file] = getattr(self, name)
+        for name in file.objects:
+            if getattr(self, name) is not None:
+                facts[name] = getattr(self, name).to_json()
         write_arrays(path, file.kind, arrays, facts)
 
     @classmethod
@@ -110,4 +116,9 @@ class SavedLedger:
             for name, in_file in {**cls._FILE.texts, **cls._FILE.more_texts}.items()
             if in_file in facts
         }
-        return cast(Self, cast(Any, cls)(mechanism, **texts, **arrays))
+        objects = {
+            name: kind.from_json(facts[name])
+            for name, kind in cls._FILE.objects.items()
+            if name in facts
+        }
+        return cast(Self, cast(Any, cls)(mechanism, **texts, **objects, **arrays))

@@ -11,6 +11,7 @@ wait for each other forever.
 >>> class Alone:
 ...     gather = staticmethod(lambda rows: [rows])
 ...     gather_texts = staticmethod(lambda text: [text])
+...     sum = staticmethod(lambda values: values)
 >>> run = RecordedRun("observed", 3, 0.5, "fixed", "toy")
 >>> run.observe(np.array([2]), np.array([0.5], np.float32), steps=1)
 >>> merge_(run, Alone()), run.observed, run.num_unmerged
@@ -104,6 +105,7 @@ def merge_(run: RecordedRun, processes: Processes) -> str:
     index, step = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64)
     run.observed[index] = rows[:, 2]  # numpy: of equal indices the last one stays
     run.observed_at[:] = 0
+    _merge_counts(run, processes)
     for rank, refusal in enumerate(processes.gather_texts(run.refusal)):
         if refusal:
             return refusal if refusal == run.refusal else f"Process {rank}: {refusal}"
@@ -112,6 +114,13 @@ def merge_(run: RecordedRun, processes: Processes) -> str:
         first = twice.argmax()
         return _TWICE.format(index=index[first], step=step[first])
     return ""
+
+
+def _merge_counts(run: RecordedRun, processes: Processes) -> None:
+    """Give every process the participations that the others have counted."""
+    if run.participations is not None:
+        mine = run.participations.take_unmerged()
+        run.participations.add_of_others((processes.sum(mine) - mine).numpy())
 
 
 def shared_sweep(

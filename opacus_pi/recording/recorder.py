@@ -34,7 +34,9 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.custody import Chain
 from opacus_pi.ledger.checks import CHANGED
+from opacus_pi.ledger.custody import Custody
 from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording.distributed import Processes, merge_
 from opacus_pi.recording.run import RecordedRun, UpdateSettings, WaitingReports
@@ -72,7 +74,15 @@ class RecorderOptions:
         verify: bool = True,
         weights_dir: str | os.PathLike[str] | None = None,
         batch_size: int = 64,
+        unattributed: Literal["refuse", "worst_case"] = "refuse",
     ) -> None:
+        expect(
+            unattributed in ("refuse", "worst_case"),
+            "unattributed",
+            repr(unattributed),
+            'must be "refuse" or "worst_case"',
+            "It says how samples are charged whose example is not known.",
+        )
         expect(
             mode in ("observed", "swept"),
             "mode",
@@ -98,6 +108,7 @@ class RecorderOptions:
         self.verify = verify
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         self.batch_size = batch_size
+        self.unattributed = unattributed
 
     @classmethod
     def evenly_spaced(
@@ -170,6 +181,10 @@ class Recorder(RecorderOptions):
         weights_dir: Directory for the weights of every row, one safetensors file
             each, ``weights-00000123.safetensors`` after 123 updates; None: not kept.
         batch_size: Examples a sweep measures at once.
+        unattributed: What happens if for more than 1 % of the samples it is not known
+            which example they are. ``"refuse"``: there is no ledger. ``"worst_case"``:
+            in every row with such samples, an example that was not observed is charged
+            as if it was clipped.
 
     Raises:
         ValueError: If an option is outside its domain.
@@ -181,6 +196,7 @@ class Recorder(RecorderOptions):
     _weights: Callable[[], Mapping[str, Any]] | None = None
     _processes: Processes | None = None
     _last_weights: LastWeights | None = None
+    _chain: Chain | None = None
     _all_refuse = False
     _waiting: WaitingReports  # from begin or load_state_dict on
 
@@ -223,7 +239,12 @@ class Recorder(RecorderOptions):
         self._fetch_waiting()
         if run.refusal:
             raise AccountingError(run.refusal)
-        return run.ledger()
+        custody = None if self._chain is None else self._chain.custody()
+        if run.refusal:  # found while the chain was read
+            raise AccountingError(run.refusal)
+        if custody is not None:
+            custody.require_intact()
+        return run.ledger(custody)
 
     def begin(
         self,
@@ -236,6 +257,7 @@ class Recorder(RecorderOptions):
         weights: Callable[[], Mapping[str, Any]] | None = None,
         processes: Processes | None = None,
         last_weights: LastWeights | None = None,
+        chain: Chain | None = None,
     ) -> None:
         """Start the record of a run, or continue the one that was just loaded.
 
@@ -252,6 +274,8 @@ class Recorder(RecorderOptions):
                 Rows hold what all of them observed, and the first one saves the
                 weights.
             last_weights: Gives the name of the weights that the last update left.
+            chain: What is known about how the norms come to be. None: the caller
+                answers for that.
 
         Raises:
             ValueError: If an argument is outside its domain or missing, or a loaded
@@ -274,6 +298,7 @@ class Recorder(RecorderOptions):
             self._begun().require_same(run)
         else:
             self._run = run
+        self._follow(chain)
         self._resumed = False
         self._sweep, self._weights = sweep, weights
         self._processes, self._all_refuse = processes, False
@@ -281,6 +306,14 @@ class Recorder(RecorderOptions):
         self._waiting = WaitingReports()
         if self._starts_with_a_row and not self._begun().steps:
             self._write_row()
+
+    def _follow(self, chain: Chain | None) -> None:
+        """Refuse the run when a link of this chain breaks, and store it when read."""
+        self._chain, saved = chain, self._begun().custody
+        if chain is not None:
+            if saved:
+                chain.resume(Custody.from_json(saved))
+            chain.on_break(self.refuse)
 
     def observe(self, indices: Tensor, grad_norms: Tensor) -> None:
         """Report the norms of one physical batch of the next update.
@@ -324,7 +357,8 @@ class Recorder(RecorderOptions):
             grad_norms: float ``(b,)``, on any device; it must not be written to later.
         """
         run = self._begun()
-        if self.mode == "swept" or run.refusal:
+        is_counted = run.participations is not None
+        if run.refusal or (self.mode == "swept" and not is_counted):
             return
         self._waiting.add(indices, grad_norms, step=run.num_steps + 1)
         is_here = grad_norms.device.type == "cpu"
@@ -409,6 +443,8 @@ class Recorder(RecorderOptions):
         run = self._begun()
         self._fetch_waiting()
         self.name_weights()
+        if self._chain is not None:
+            run.custody = self._chain.custody().to_json()
         return run.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -437,6 +473,7 @@ class Recorder(RecorderOptions):
         self._run, self._resumed, self._waiting = loaded, True, WaitingReports()
         if self._last_weights is not None:
             self._last_weights.forget()
+        self._follow(self._chain)
 
     def _begun(self) -> RecordedRun:
         """Return the run, or refuse if none has begun."""
@@ -474,10 +511,15 @@ class Recorder(RecorderOptions):
 
     def _fetch_waiting(self) -> None:
         """Put the waiting reports into the record, in the order of reporting."""
-        reports = self._waiting.take()
-        if reports is not None:
-            indices, norms, steps = (column.numpy() for column in reports)
-            self._begun().observe(indices, norms, steps=steps)
+        reports, run = self._waiting.take(), self._begun()
+        if reports is None:
+            return
+        indices, norms, steps = (column.numpy() for column in reports)
+        run.require_examples(indices)
+        if run.participations is not None:
+            run.participations.add(indices)
+        if self.mode == "observed":
+            run.observe(indices, norms, steps=steps)
             self._refuse_unless_finite(norms, steps)
 
     def _refuse_unless_finite(

@@ -18,7 +18,9 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.ledger.custody import Custody
 from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.recording.participations import Participations
 from opacus_pi.recording.saved_state import LATER_TEXTS, VERSION, require_whole
 from opacus_pi.recording.schedule import Every, num_due
 
@@ -73,6 +75,7 @@ class RecordedRun:
         num_steps: Updates counted so far.
         refusal: Why the run has no ledger; empty if it has one.
         weights: Name of the weights after the last update, if it was asked for.
+        custody: The chain of custody as JSON, as it was saved; empty if there is none.
         steps: Updates that were done when each row was written.
         rows: What was measured, float32 ``(n,)`` by name, for each row.
         intervals: Settings of each row's update interval.
@@ -88,6 +91,7 @@ class RecordedRun:
     num_steps: int = 0
     refusal: str = ""
     weights: str = ""
+    custody: str = ""
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
     intervals: list[UpdateSettings] = field(default_factory=list)
@@ -96,10 +100,15 @@ class RecordedRun:
     # update in which each example was observed, if the other processes do not know of
     # it yet; else 0
     observed_at: NDArray[np.int64] = field(init=False)
+    # in how many updates of each interval, and of the open one, each example was; None
+    # if that was not counted from the first update on
+    participations: Participations | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_examples = int(self.num_examples)
         self.sample_rate = float(self.sample_rate)
+        is_fixed = self.sampling == "fixed"
+        self.participations = Participations(self.num_examples) if is_fixed else None
         self._forget_observations()
 
     def _forget_observations(self) -> None:
@@ -189,10 +198,15 @@ class RecordedRun:
         self.rows.append(row)
         self.intervals.append(self.open_interval or _NO_UPDATE)
         self.open_interval = None
+        if self.participations is not None:
+            self.participations.close_row()
         self._forget_observations()
 
-    def ledger(self) -> GradNormLedger:
+    def ledger(self, custody: Custody | None = None) -> GradNormLedger:
         """Return what was recorded up to now as a new ledger.
+
+        Args:
+            custody: What is known about how it came to be.
 
         Raises:
             AccountingError: If nothing has been recorded.
@@ -205,6 +219,10 @@ class RecordedRun:
                 "epochs."
             )
         facts: dict[str, Any] = {n: _constant(v) for n, v in _columns(intervals)}
+        counts = self._counted(len(steps))
+        if self.participations is not None and counts is not None:
+            most = self.participations.largest(counts)
+            facts["max_participations"] = min(most, self.num_steps)
         mechanism = NoisySGD(num_steps=self.num_steps, sampling=self.sampling, **facts)
         measured: dict[str, Any] = {
             name: np.stack([row[name] for row in rows]) for name in rows[0]
@@ -215,8 +233,16 @@ class RecordedRun:
             source=self.source,
             data_set=self.data_set,
             weights=self.weights or None,
+            custody=custody,
+            participations=counts,
             **measured,
         )
+
+    def _counted(self, num_rows: int) -> NDArray[np.int32] | None:
+        """Return the participations of each row's interval; None if not counted."""
+        if self.participations is None or not self.participations.were_reported:
+            return None
+        return self.participations.by_row(num_rows)
 
     def _rows_until_now(
         self,
@@ -270,6 +296,7 @@ class RecordedRun:
             "open_interval": _table(still_open),
             "observed": torch.from_numpy(self.observed.copy()),
             "observed_at": torch.from_numpy(self.observed_at.copy()),
+            **({} if self.participations is None else self.participations.state_dict()),
             **{
                 f"{_ROW}{name}": torch.from_numpy(
                     np.stack([r[name] for r in self.rows])
@@ -297,6 +324,8 @@ class RecordedRun:
         run.open_interval = still_open[0] if still_open else None
         run.observed = state["observed"].cpu().numpy().copy()
         run.observed_at = state["observed_at"].cpu().numpy().copy()
+        if run.participations is not None:
+            run.participations = Participations.from_state_dict(state)
         measured = {
             key.removeprefix(_ROW): value.cpu().numpy().copy()
             for key, value in state.items()

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from opacus_pi._validate import expect
 from opacus_pi.ledger.checks import checked_steps, checked_weights
+from opacus_pi.ledger.custody import Custody
 
 VERSION = 1
 _FAR = 2**53  # larger numbers are not exact as floats, and no run counts so far
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 _ROW = "rows."
+_OPEN = "open_participations"
 _TYPES = {
     "source": (str,),
     "num_examples": (int,),
@@ -29,7 +31,7 @@ _TYPES = {
     "num_steps": (int,),
     "refusal": (str,),
 }
-LATER_TEXTS = ("weights",)  # texts that older releases do not save
+LATER_TEXTS = ("weights", "custody")  # texts that older releases do not save
 
 
 def require_version(state: Any) -> None:
@@ -68,8 +70,11 @@ def require_whole(state: Mapping[str, Any]) -> None:
     _check_facts(state)
     _check_arrays(state, _measured_rows(state))
     checked_steps(state["steps"].cpu().numpy(), state["num_steps"])
-    _check(type(state.get("weights", "")) is str, "weights", "that is of another type")
+    for name in LATER_TEXTS:
+        _check(type(state.get(name, "")) is str, name, "that is of another type")
     checked_weights(state.get("weights") or None)
+    if state.get("custody"):
+        Custody.from_json(state["custody"])
     expect(
         state.get("norms", "") == "",
         "the saved run's norms",
@@ -131,6 +136,11 @@ def _layout(
         "observed": (torch.float32, (size,)),
         "observed_at": (torch.int64, (size,)),
         **{f"{_ROW}{row}": (torch.float32, (num_rows, num_examples)) for row in rows},
+        **{
+            name: (torch.int32, (*rows_of, num_examples))
+            for name, rows_of in (("participations", (num_rows,)), (_OPEN, ()))
+            if name in state
+        },
     }
 
 
@@ -144,7 +154,7 @@ def _is_in_range(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
     numbers = value.cpu().numpy()
     if name == "observed_at":
         return bool((numbers <= state["num_steps"] + 1).all() and (numbers >= 0).all())
-    if name in ("intervals", "open_interval"):
+    if name in ("intervals", "open_interval", "participations", _OPEN):
         return bool((numbers >= 0).all())  # not NaN either
     may_be_infinite = name == "observed" and bool(state["refusal"])
     bad = (numbers < 0) | (np.isinf(numbers) & (not may_be_infinite))

@@ -24,8 +24,9 @@ from torch import nn
 from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
-from opacus_pi.accounting.guarantee import Assumption, Guarantee
+from opacus_pi.accounting.guarantee import Assumption, Guarantee, unchecked_links
 from opacus_pi.ledger.checks import CHANGED
+from opacus_pi.ledger.custody import LINKS
 from opacus_pi.ledger.grad_norm_ledger import columns_of
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning.loop import StopWhen
@@ -168,10 +169,12 @@ def claim(
         _does_not_look(method, history),
         _fixed_length(history.stop),
         _separable(model),
+        *_broken_links(runs),
     )
     # These are stated for the reader. They are often unknown, and the losses are an
     # estimate either way, because they come from a few recorded runs.
     stated = (
+        *unchecked_links(runs),
         _fixed_denominator(runs),
         _matching(runs, model if has_weights else None),
         Assumption(
@@ -187,6 +190,16 @@ def claim(
     losses = [float(privacy_losses(chosen, order)[0]) for order in _ORDERS]
     losses = [v if math.isfinite(v) else math.inf for v in losses]
     return Guarantee(described, needed + stated, _ORDERS, tuple(losses))
+
+
+def _broken_links(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
+    """Return an assumption for each link of custody that is broken in a run."""
+    return tuple(
+        Assumption(LINKS[link.name], False, link.sentence)
+        for run in runs
+        if run.custody is not None
+        for link in run.custody.broken
+    )
 
 
 def _estimated(num_runs: int) -> str:

@@ -161,16 +161,24 @@ def observed(*rows):
 
 def merged(*runs):
     """Merge records as processes do; return what each got."""
-    tables, texts = [], [run.refusal for run in runs]
+    tables, counts, texts = [], [], [run.refusal for run in runs]
 
     def gather(rows):
         tables.append(rows)
         return [rows]
 
-    probe = SimpleNamespace(gather=gather, gather_texts=lambda text: [text])
+    def add(values):
+        counts.append(values)
+        return values
+
+    probe = SimpleNamespace(gather=gather, gather_texts=lambda text: [text], sum=add)
     for run in runs:  # a first pass over copies collects what each will send
         merge_(RecordedRun.from_state_dict(run.state_dict()), probe)
-    processes = SimpleNamespace(gather=lambda _: tables, gather_texts=lambda _: texts)
+    processes = SimpleNamespace(
+        gather=lambda _: tables,
+        gather_texts=lambda _: texts,
+        sum=lambda _: torch.stack(counts).sum(dim=0),
+    )
     return [merge_(run, processes) for run in runs]
 
 
@@ -215,7 +223,10 @@ def test_a_strict_recorder_raises_in_every_process():
     other = observed()
     other.refusal = "why"
     processes = SimpleNamespace(
-        rank=0, gather=lambda rows: [rows], gather_texts=lambda text: [text, "why"]
+        rank=0,
+        gather=lambda rows: [rows],
+        gather_texts=lambda text: [text, "why"],
+        sum=lambda values: values,
     )
     recorder.begin(
         num_examples=5,

@@ -7,6 +7,7 @@ from torch import nn
 
 from opacus_pi import GradSampleModule
 from opacus_pi.attribution import Tracker
+from opacus_pi.custody import Chain
 from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.recording import AccountingError, Recorder
 
@@ -29,8 +30,10 @@ class Settings:
 
 def update():
     recorder, tracker = Recorder(), Tracker()
-    recorder.begin(num_examples=4, sample_rate=0.5, sampling="fixed", data_set="toy")
-    return UpdateUnderWay(recorder, tracker, GradSampleModule(nn.Linear(2, 1)), 0.5)
+    chain, hooks = Chain(), GradSampleModule(nn.Linear(2, 1))
+    facts = {"num_examples": 4, "sample_rate": 0.5, "sampling": "fixed"}
+    recorder.begin(**facts, data_set="toy", chain=chain)
+    return UpdateUnderWay(recorder, tracker, hooks, 0.5, chain)
 
 
 def add(under_way, indices):

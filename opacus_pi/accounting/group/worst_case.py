@@ -27,7 +27,7 @@ import numpy as np
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.group.gaussian_mixture import binomial_law, mixture_log_moment
-from opacus_pi.accounting.rules import intervals, worst_case_over_epochs
+from opacus_pi.accounting.rules import intervals, worst_case_of_fixed
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 
 
@@ -77,9 +77,9 @@ def group_worst_case_loss(
         for f in facts
     ]
     if mechanism.sampling != "poisson":
-        return worst_case_over_epochs(
-            parts, [float(f.sample_rate) for f in facts], divergences
-        )
+        # With j members in an update its divergence grows as j², so members who are
+        # always in the same updates are the worst case.
+        return worst_case_of_fixed(parts, facts, divergences)
     return sum(
         (part.num_updates * c for part, c in zip(parts, divergences, strict=True)), 0.0
     )

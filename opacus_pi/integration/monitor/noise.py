@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from opacus_pi._validate import expect
 from opacus_pi.attribution import LEFT_OUT, UNATTRIBUTED, Tracker
+from opacus_pi.custody import Chain
 from opacus_pi.recording import Recorder
 
 __all__ = ["NoiseHook"]
@@ -45,7 +46,8 @@ class NoiseHook:
     Args:
         noise_std: Standard deviation of the noise on the mean gradient, above 0.
         mean_batch_size: E[B], the expected number of examples in a batch.
-        recorder: Its ledger is refused if an update does not have this form.
+        recorder: Has the number of the update.
+        chain: Its link "noise" is broken if an update does not have this form.
         tracker: Identifies the samples behind the update.
         generator: Draws the noise; None: torch's global generator.
     """
@@ -55,12 +57,13 @@ class NoiseHook:
         noise_std: float,
         mean_batch_size: float,
         recorder: Recorder,
+        chain: Chain,
         tracker: Tracker,
         generator: torch.Generator | None = None,
     ) -> None:
         self.noise_std = noise_std
         self.mean_batch_size = mean_batch_size
-        self.recorder = recorder
+        self.recorder, self.chain = recorder, chain
         self.tracker = tracker
         self.generator = generator
 
@@ -82,7 +85,8 @@ class NoiseHook:
         batch_size = _batch_size(self.tracker)
         if batch_size is None or not gradients:
             reason = _NO_GRADIENTS if not gradients else _UNKNOWN_BATCH_SIZE
-            self.recorder.refuse(reason.format(step=self.recorder.num_steps + 1))
+            step = self.recorder.num_steps + 1
+            self.chain.break_link("noise", reason.format(step=step))
         for gradient in gradients:
             if batch_size == 0:
                 gradient.zero_()  # the mean over no samples is NaN

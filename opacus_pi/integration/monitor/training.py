@@ -35,6 +35,7 @@ from torch.utils.hooks import RemovableHandle
 from opacus_pi._validate import expect
 from opacus_pi.accounting import fingerprint
 from opacus_pi.attribution import ForwardProbe, Tracker, observe
+from opacus_pi.custody import Chain
 from opacus_pi.gradients import Sweep
 from opacus_pi.integration.monitor.noise import NoiseHook
 from opacus_pi.integration.monitor.sampling import (
@@ -127,15 +128,16 @@ def monitor(
             distributed=processes is not None,
         )
     scheme = sampling_scheme(loader)
-    _begin_record(recorder, module, data_set, scheme, measure, processes)
-    _refuse_schedule(recorder, loader, processes)
+    if noise_std == 0:
+        tracker = BatchTracker()  # which samples a batch has does not matter here
+    chain = Chain()
+    _begin_record(recorder, module, data_set, scheme, measure, processes, chain)
+    _break_schedule(chain, loader, processes)
     noise = None
     if noise_std > 0:
         noise = NoiseHook(
-            noise_std, scheme.mean_batch_size, recorder, tracker, noise_generator
+            noise_std, scheme.mean_batch_size, recorder, chain, tracker, noise_generator
         )
-    else:
-        tracker = BatchTracker()  # which samples a batch has does not matter here
     _add_hooks(module, optimizer, recorder, tracker, scheme, noise)
     observe(loader, tracker)
     return module, optimizer, loader
@@ -181,6 +183,7 @@ def _begin_record(
     scheme: SamplingScheme,
     measure: Callable[[Dataset[Any]], Sweep],
     processes: Processes | None,
+    chain: Chain,
 ) -> None:
     """Begin recording a run.
 
@@ -191,6 +194,7 @@ def _begin_record(
         scheme: How the loader samples a batch.
         measure: Measures all examples of a data set.
         processes: Those that train together; None: one.
+        chain: The chain of custody of the run.
 
     Raises:
         ValueError: If a saved run was loaded, and it is another one.
@@ -204,29 +208,30 @@ def _begin_record(
         weights=module.state_dict,
         processes=processes,
         last_weights=LastWeights(module),
+        chain=chain,
     )
 
 
-def _refuse_schedule(
-    recorder: Recorder, loader: DataLoader[Any], processes: Processes | None
+def _break_schedule(
+    chain: Chain, loader: DataLoader[Any], processes: Processes | None
 ) -> None:
     """Refuse the ledger if it is not known how often an example is drawn.
 
     Training goes on without a ledger.
 
     Args:
-        recorder: The recorder, which has begun the run.
+        chain: The chain of custody of the run, which has begun.
         loader: The loader that the training loop will iterate over.
         processes: Those that train together. Each must draw from a part of its own:
             otherwise an example may enter one update several times.
     """
     is_fixed = sampling_scheme(loader).sampling == "fixed"
-    reasons = [
-        unknown_schedule(loader) if is_fixed else None,
-        overlapping(loader, processes.size) if processes else None,
-    ]
-    for reason in filter(None, reasons):
-        recorder.refuse(reason)
+    for link, reason in (
+        ("schedule", unknown_schedule(loader) if is_fixed else None),
+        ("rows", overlapping(loader, processes.size) if processes else None),
+    ):
+        if reason is not None:
+            chain.break_link(link, reason)
 
 
 def _add_hooks(

@@ -1,0 +1,197 @@
+"""The chain of custody of one run, while it is being recorded.
+
+Each link is told three kinds of things: that it was seen to hold (``check``), that
+something could not be seen (``leave_unchecked``), or that it does not hold
+(``break_link``). The strongest statement wins: a broken link stays broken, and a doubt
+is not removed by later observations that found nothing.
+
+Who tells which link:
+
+========== =========================================================================
+draw       ``draws`` in this room: deliveries of the loader, and what used them
+schedule   the recorder, which counts participations; the loader's settings
+identity   ``opacus_pi.attribution``: evidence for each sample
+rows       ``opacus_pi.attribution`` and the update: one example, one row
+model      ``model_probe`` in this room: a forward pass with one example replaced
+loss       ``loss_probe`` in this room, or ``engine.audit``
+norm       the optimizer: what was clipped, how, and over which parameters
+noise      the optimizer: draws of noise, and steps without
+weights    ``weights`` in this room: writes between two updates
+========== =========================================================================
+
+>>> chain = Chain()
+>>> chain.check("draw", "All batches came from the prepared loader.")
+>>> chain.break_link("draw", "A batch was used twice. Draw a new one for each update.")
+>>> chain.custody().broken[0].name
+'draw'
+"""
+
+import warnings
+from collections.abc import Callable
+
+from opacus_pi.ledger.custody import (
+    BROKEN,
+    CHECKED,
+    LINKS,
+    UNCHECKED,
+    Custody,
+    Link,
+)
+
+__all__ = ["Chain", "SampleCounts"]
+
+# What a link says that nobody has looked at, where more is known than that.
+_NOT_LOOKED_AT = {
+    "loss": "The loss is computed in the training loop, where it is not seen. "
+    "engine.audit(criterion) checks it.",
+}
+
+
+class SampleCounts:
+    """How many samples entered updates, and of how many the example is not known.
+
+    Args:
+        num_samples: Samples that entered updates.
+        num_unattributed: Those of them whose example is not known.
+        cause: Why, as a sentence; empty if there are none.
+    """
+
+    def __init__(
+        self, num_samples: int = 0, num_unattributed: int = 0, cause: str = ""
+    ) -> None:
+        self.num_samples, self.num_unattributed = num_samples, num_unattributed
+        self.cause = cause
+
+    def plus(self, other: "SampleCounts") -> "SampleCounts":
+        """Return the counts of both, with the cause of the first that has one."""
+        return SampleCounts(
+            self.num_samples + other.num_samples,
+            self.num_unattributed + other.num_unattributed,
+            self.cause or other.cause,
+        )
+
+
+class Chain:
+    """What is known about each link of one run.
+
+    Args:
+        count_samples: Returns the counts of the run so far. Default: none are counted.
+        allows_unattributed: Whether any share of unattributed samples is allowed,
+            because the recorder was told how to charge them.
+    """
+
+    def __init__(
+        self,
+        count_samples: Callable[[], SampleCounts] = SampleCounts,
+        *,
+        allows_unattributed: bool = False,
+    ) -> None:
+        self._count_samples = count_samples
+        self._allows_unattributed = allows_unattributed
+        self._before = SampleCounts()  # of the run that was resumed
+        self._evidence: dict[str, str] = {}
+        self._doubts: dict[str, list[str]] = {}
+        self._reasons: dict[str, str] = {}
+        self._refuse: Callable[[str], None] | None = None
+        self._observers: list[Callable[[], None]] = []
+
+    def on_break(self, refuse: Callable[[str], None]) -> None:
+        """Call a function when a link breaks, and for each that is broken already.
+
+        Args:
+            refuse: Called with the reason.
+        """
+        self._refuse = refuse
+        for reason in self._reasons.values():
+            refuse(reason)
+
+    def on_read(self, observe: Callable[[], None]) -> None:
+        """Call a function whenever the chain is about to be read.
+
+        For what is looked at only now and then, such as results that wait on an
+        accelerator.
+
+        Args:
+            observe: Called without arguments; it reports to this chain.
+        """
+        self._observers.append(observe)
+
+    def check(self, link: str, evidence: str) -> None:
+        """Note that a link was seen to hold.
+
+        Args:
+            link: One of ``LINKS``.
+            evidence: What was seen, as a sentence.
+        """
+        self._evidence[link] = evidence
+
+    def leave_unchecked(self, link: str, cause: str, *, warn: bool = True) -> None:
+        """Note that a link could not be checked, and warn of it once.
+
+        Args:
+            link: One of ``LINKS``.
+            cause: What could not be seen and why, and what to do, in sentences.
+            warn: Whether to warn. False where the cause was said already.
+        """
+        doubts = self._doubts.setdefault(link, [])
+        if cause not in doubts:
+            doubts.append(cause)
+            if warn:
+                warnings.warn(f"Taken to hold: {LINKS[link]}. {cause}", stacklevel=3)
+
+    def break_link(self, link: str, reason: str) -> None:
+        """Note that a link does not hold: no number of this run is given any more.
+
+        Args:
+            link: One of ``LINKS``.
+            reason: What was found, what follows, and the remedy, in sentences. Only
+                the first of a link is kept.
+        """
+        if link not in self._reasons:
+            self._reasons[link] = reason
+            if self._refuse is not None:
+                self._refuse(reason)
+
+    def resume(self, saved: Custody) -> None:
+        """Go on with the chain of a run that was saved and loaded.
+
+        Args:
+            saved: What ``custody`` returned when it was saved.
+        """
+        counts = (saved.num_samples, saved.num_unattributed, saved.cause)
+        self._before = SampleCounts(*counts)
+        for link in saved.links:
+            if link.state == BROKEN:
+                self._reasons.setdefault(link.name, link.sentence)
+            elif link.state == UNCHECKED and link.sentence not in _sentences(link.name):
+                self._doubts.setdefault(link.name, []).append(link.sentence)
+            elif link.state == CHECKED:
+                self._evidence.setdefault(link.name, link.sentence)
+
+    def custody(self) -> Custody:
+        """Return what is known now, for a ledger."""
+        for observe in self._observers:
+            observe()
+        counts = self._before.plus(self._count_samples())
+        return Custody(
+            tuple(self._link(name) for name in LINKS),
+            counts.num_samples,
+            counts.num_unattributed,
+            self._allows_unattributed,
+            counts.cause,
+        )
+
+    def _link(self, name: str) -> Link:
+        """Return the state of one link, with the sentence that decides it."""
+        if name in self._reasons:
+            return Link(name, BROKEN, self._reasons[name])
+        if name in self._doubts:
+            return Link(name, UNCHECKED, " ".join(self._doubts[name]))
+        if name in self._evidence:
+            return Link(name, CHECKED, self._evidence[name])
+        return Link(name, UNCHECKED, _sentences(name)[0])
+
+
+def _sentences(name: str) -> list[str]:
+    """Return what a link says that was not looked at."""
+    return [_NOT_LOOKED_AT.get(name, "It was not looked at.")]

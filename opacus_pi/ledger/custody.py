@@ -1,0 +1,200 @@
+"""The chain of custody of a ledger: what is known about how its numbers came to be.
+
+A recorded gradient norm is the norm of one example's loss only if several things hold:
+the batch came from the data loader, its samples are the examples they are taken for,
+the model treats examples separately, and so on. Each of these is a *link*. During
+training every link is watched by ``opacus_pi.custody``; what was found is stored in the
+ledger, and every function that reads the ledger looks at it.
+
+A link is in one of three states:
+
+* *checked*: it was observed to hold;
+* *unchecked*: it could not be observed, and is taken to hold. Whoever uses the numbers
+  declares it;
+* *broken*: it does not hold. No number is given, and the error says why.
+
+A ledger without a chain (``custody=None``) was made by hand or by an earlier release:
+its maker declares all links, and numbers are given.
+
+>>> chain = Custody((Link("loss", "unchecked", "The criterion was not seen."),))
+>>> chain.unchecked[0].sentence
+'The criterion was not seen.'
+>>> Custody((Link("draw", "broken", "A batch was used twice."),)).require_intact()
+Traceback (most recent call last):
+    ...
+opacus_pi._errors.AccountingError: A batch was used twice.
+"""
+
+import json
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from opacus_pi._errors import AccountingError
+from opacus_pi._validate import expect
+
+__all__ = [
+    "BROKEN",
+    "CHECKED",
+    "LINKS",
+    "MAX_UNATTRIBUTED",
+    "UNCHECKED",
+    "Custody",
+    "Link",
+]
+
+CHECKED, UNCHECKED, BROKEN = "checked", "unchecked", "broken"
+_STATES = (CHECKED, UNCHECKED, BROKEN)
+#: What each link says, by name, in the order in which an update passes them.
+LINKS = MappingProxyType(
+    {
+        "draw": "every batch came from the prepared data loader, and was used in one "
+        "update only",
+        "schedule": "each example was drawn as often as the accounting assumes",
+        "identity": "each sample of a batch is the example that it is taken for",
+        "rows": "each example was in an update once, with one row of every input",
+        "model": "the model's output for one example depends on that example only",
+        "loss": "the loss is the mean or the sum of the examples' own losses",
+        "norm": "the norm is over the parameters that the update changed, clipped as "
+        "Opacus clips",
+        "noise": "each update had one draw of noise of the recorded size",
+        "weights": "nothing but the recorded updates wrote to the weights",
+    }
+)
+#: Largest share of samples without a known example with which numbers are given.
+MAX_UNATTRIBUTED = 0.01
+
+
+@dataclass(frozen=True)
+class Link:
+    """What is known about one link of the chain.
+
+    Args:
+        name: One of ``LINKS``.
+        state: ``"checked"``, ``"unchecked"`` or ``"broken"``.
+        sentence: How it was checked, why it could not be, or what broke it and what to
+            do about it.
+
+    Raises:
+        ValueError: If the name or the state is unknown.
+    """
+
+    name: str
+    state: str
+    sentence: str
+
+    def __post_init__(self) -> None:
+        for field, known in (("name", tuple(LINKS)), ("state", _STATES)):
+            value = getattr(self, field)
+            expect(
+                value in known,
+                f"the link's {field}",
+                repr(value),
+                f"must be one of {', '.join(known)}",
+                "Leave the chain of custody to the engine that recorded the run.",
+            )
+
+
+@dataclass(frozen=True)
+class Custody:
+    """The links of one run, and how many of its samples have no known example.
+
+    Args:
+        links: What is known, at most one entry for each name; a link that is not there
+            is unchecked.
+        num_samples: Samples that entered updates.
+        num_unattributed: Those of them whose example is not known.
+        allows_unattributed: Whether the recorder was told how to charge unattributed
+            samples, so that any share of them is allowed.
+        cause: Why samples are unattributed, as a sentence; empty if none are.
+    """
+
+    links: tuple[Link, ...] = ()
+    num_samples: int = 0
+    num_unattributed: int = 0
+    allows_unattributed: bool = False
+    cause: str = ""
+
+    @property
+    def share_unattributed(self) -> float:
+        """Share of the samples whose example is not known, in [0, 1]."""
+        return self.num_unattributed / max(1, self.num_samples)
+
+    @property
+    def broken(self) -> tuple[Link, ...]:
+        """The links that do not hold."""
+        found = [link for link in self.links if link.state == BROKEN]
+        if self.share_unattributed > MAX_UNATTRIBUTED and not self.allows_unattributed:
+            found.append(Link("identity", BROKEN, self._too_many_unattributed()))
+        return tuple(found)
+
+    @property
+    def unchecked(self) -> tuple[Link, ...]:
+        """The links that are taken to hold without having been observed."""
+        known = {link.name: link for link in self.links}
+        missing = (
+            Link(name, UNCHECKED, "It was not looked at.")
+            for name in LINKS
+            if name not in known
+        )
+        found = (link for link in self.links if link.state == UNCHECKED)
+        return (*found, *missing)
+
+    def require_intact(self) -> None:
+        """Refuse to give numbers if a link is broken.
+
+        Raises:
+            AccountingError: With the reason that was established first, and its remedy.
+        """
+        for link in self.broken:
+            raise AccountingError(link.sentence)
+
+    def _too_many_unattributed(self) -> str:
+        """Say how many samples are unattributed, why, and what can be done."""
+        return (
+            f"For {self.num_unattributed} of {self.num_samples} samples it is not "
+            f"known which example they are, more than {MAX_UNATTRIBUTED:.0%}. "
+            f"{self.cause} "
+            'Or pass Recorder(unattributed="worst_case"), which charges examples that '
+            "may be among them as if they were clipped."
+        )
+
+    def to_json(self) -> str:
+        """Return the chain as the text that a ledger's file stores."""
+        facts: dict[str, Any] = {
+            "links": [[link.name, link.state, link.sentence] for link in self.links],
+            "num_samples": self.num_samples,
+            "num_unattributed": self.num_unattributed,
+        }
+        if self.allows_unattributed:
+            facts["allows_unattributed"] = True
+        if self.cause:
+            facts["cause"] = self.cause
+        return json.dumps(facts, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Custody":
+        """Return the chain that ``to_json`` described.
+
+        Args:
+            text: The text from a ledger's file.
+
+        Raises:
+            ValueError: If it is not such a text.
+        """
+        try:
+            facts = json.loads(text)
+            links = tuple(Link(*map(str, entry)) for entry in facts["links"])
+            counts = [int(facts[name]) for name in ("num_samples", "num_unattributed")]
+            allows = bool(facts.get("allows_unattributed", False))
+            cause = str(facts.get("cause", ""))
+        except (KeyError, TypeError, RecursionError, json.JSONDecodeError):
+            links, counts, allows, cause = (), [-1, -1], False, ""
+        expect(
+            0 <= counts[1] <= counts[0],
+            "the file's chain of custody",
+            repr(text[:80]),
+            "must be what the ledger wrote",
+            "Restore the file from a copy.",
+        )
+        return cls(links, counts[0], counts[1], allows, cause)
