@@ -29,7 +29,6 @@ LAYER = {
     "custody": 2,
     "recording": 2,
     "attribution": 2,
-    "custody": 2,
     "integration": 3,
     "compatible": 3,
     "symmetries": 4,
