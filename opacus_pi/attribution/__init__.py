@@ -15,6 +15,7 @@ a run can be resumed within an epoch (``epoch_position``). Nothing here knows Op
 ``opacus_pi.integration`` connects an engine's loaders, models and optimizers.
 """
 
+from opacus_pi.attribution.collate_identity import keeps_order
 from opacus_pi.attribution.delivery import LEFT_OUT, UNATTRIBUTED
 from opacus_pi.attribution.epoch_position import EpochPosition
 from opacus_pi.attribution.forward_probe import ForwardProbe, probe
@@ -34,6 +35,7 @@ __all__ = [
     "ForwardProbe",
     "LoaderObserver",
     "Tracker",
+    "keeps_order",
     "observe",
     "observe_like",
     "observer_of",

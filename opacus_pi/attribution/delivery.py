@@ -7,17 +7,19 @@ samples the model was given, by which evidence, and from which delivery.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opacus_pi.attribution.item_fingerprints import ItemFingerprints
-from opacus_pi.attribution.samples import DelayedChecksums, StoredSamples, tensors_in
+from opacus_pi.attribution.causes import Cause
+from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
+from opacus_pi.attribution.samples import DeliveredTensor, tensors_in
 
 __all__ = [
     "LEFT_OUT",
@@ -27,6 +29,8 @@ __all__ = [
     "Indices",
     "LoaderPass",
     "describe_delivery",
+    "differ",
+    "sample_dim",
 ]
 
 UNATTRIBUTED = -1
@@ -37,6 +41,12 @@ LEFT_OUT = -2
 
 Indices = NDArray[np.int64]
 """Data-set indices of samples, with ``UNATTRIBUTED`` and ``LEFT_OUT`` where needed."""
+
+# Of a pass over a loader: which batches on an accelerator are compared with their
+# content at delivery although torch has counted no write to them. A comparison waits
+# for the device.
+_AUDIT_EVERY = 32
+_NO_CAUSES: Mapping[Cause, int] = MappingProxyType({})
 
 
 class LoaderPass:
@@ -98,24 +108,24 @@ class Delivery:
     """One physical batch that a loader returned to the training loop.
 
     Args:
-        indices: Data-set indices of its samples, in order; None: not known.
+        indices: Data-set indices of its samples, in order, ``UNATTRIBUTED`` where
+            ``collate_fn`` made the sample of several items; None: not known.
         loader_pass: The pass over the loader that it belongs to.
         number: Which batch of this pass it is, from 1.
-        stored: Where its tensors are in memory.
-        checksummed: What its tensors that are more than one number a sample contain.
-        item_fingerprints: What the data set returned for these indices, before
-            ``collate_fn``; None: not fingerprinted.
+        tensors: Its tensors that have one entry, or more, for each sample.
+        identity: What is known of ``collate_fn``'s work on this batch.
         num_forward_passes: How many forward passes in training mode used it.
+        num_recognised: How many of them were recognised by storage or content.
         num_updates: How many updates its samples entered.
     """
 
     indices: list[int] | None
     loader_pass: LoaderPass
     number: int = 0
-    stored: list[StoredSamples] = field(default_factory=list)
-    checksummed: list[DelayedChecksums] = field(default_factory=list)
-    item_fingerprints: ItemFingerprints | None = None
+    tensors: list[DeliveredTensor] = field(default_factory=list)
+    identity: CollateIdentity = BY_CONSTRUCTION
     num_forward_passes: int = 0
+    num_recognised: int = 0
     num_updates: int = 0
 
     def __post_init__(self) -> None:
@@ -135,26 +145,39 @@ class Delivery:
     def checksums(self) -> dict[int, list[Indices]]:
         """Checksums of each tensor that differ between samples, by entries a sample."""
         found: dict[int, list[Indices]] = {}
-        for delayed in self.checksummed:
-            sums = delayed.checksums()
-            if _differ_between_samples(delayed.width, sums):
-                found.setdefault(delayed.width, []).append(sums)
+        for tensor in self.tensors:
+            content = tensor.content
+            if content is not None and differ(content.width, content.checksums):
+                found.setdefault(content.width, []).append(content.checksums)
         return found
 
-    def use(self) -> None:
+    def use(self, *, is_recognised: bool) -> None:
         """Count a forward pass in training mode that was given this batch.
 
-        Its pass has one unused delivery less, which ``by_latest`` relies on: it assumes
+        Its pass has one unused delivery less, which ``assumed`` relies on: it takes
         the latest batch only where no other one is unused.
+
+        Args:
+            is_recognised: Whether the samples were recognised by storage or content.
         """
         if not self.num_forward_passes:
             self.loader_pass.num_unused -= 1
         self.num_forward_passes += 1
+        self.num_recognised += is_recognised
 
     def may_be_waiting(self) -> bool:
         """Whether the loop could still give this batch, or a copy, to the model."""
-        held = any(not stored.expired() for stored in self.stored)
+        held = any(not tensor.stored.expired() for tensor in self.tensors)
         return not self.num_forward_passes and (held or not self.loader_pass.is_over)
+
+    def release(self) -> None:
+        """Free what the batch is recognised by: no forward pass is compared any more.
+
+        Gradients of many batches may wait for one update, and each of them keeps its
+        delivery.
+        """
+        self.tensors = []
+        self.__dict__.pop("checksums", None)
 
 
 class ForwardPass:
@@ -165,7 +188,12 @@ class ForwardPass:
             exactly the samples of a delivery, use :meth:`of_whole_delivery`.
         evidence: One of the kinds that ``Tracker.counts`` has; empty: none.
         delivery: The batch that the samples come from.
-        cause: Why samples are uncertain; a key of the tracker's explanations.
+        cause: Why samples are unattributed or assumed.
+        is_assumed: Which of the attributed samples nothing confirms, bool ``(b,)``;
+            None: none of them, except where the evidence is ``by_latest``.
+        unattributed: Why samples are unattributed, and how many.
+        notes: Causes that concern all of the attributed samples.
+        num_inputs: How many samples the inputs have; None: not known.
 
     Attributes:
         backward: When the backward pass reached it, counted by the tracker; 0: not yet.
@@ -177,18 +205,23 @@ class ForwardPass:
         indices: Indices | None,
         evidence: str,
         delivery: Delivery | None = None,
-        cause: str = "",
+        cause: Cause | None = None,
+        *,
+        is_assumed: NDArray[np.bool_] | None = None,
+        unattributed: Mapping[Cause, int] = _NO_CAUSES,
+        notes: tuple[Cause, ...] = (),
+        num_inputs: int | None = None,
     ) -> None:
         self.evidence, self.delivery, self.cause = evidence, delivery, cause
+        self.is_assumed, self.unattributed = is_assumed, unattributed
+        self.notes, self.num_inputs = notes, num_inputs
         self.backward = 0
         self.clipped = False
         self._indices = indices
         self._whole_delivery: Delivery | None = None
 
     @classmethod
-    def of_whole_delivery(
-        cls, delivery: Delivery, evidence: str, cause: str = ""
-    ) -> "ForwardPass":
+    def of_whole_delivery(cls, delivery: Delivery, evidence: str) -> "ForwardPass":
         """Return a pass over all samples of a delivery, in their order.
 
         Its indices are those of the delivery, which are not copied.
@@ -196,11 +229,15 @@ class ForwardPass:
         Args:
             delivery: The batch.
             evidence: As for the class.
-            cause: As for the class.
         """
-        forward = cls(None, evidence, delivery, cause)
+        forward = cls(None, evidence, delivery, notes=delivery.identity.notes)
         forward._whole_delivery = delivery
         return forward
+
+    @property
+    def is_recognised(self) -> bool:
+        """Whether storage or content shows at least one of its samples."""
+        return self.evidence in ("by_storage", "by_content")
 
     @property
     def indices(self) -> Indices | None:
@@ -226,9 +263,21 @@ class ForwardPass:
         delivery = self._whole_delivery
         return delivery.indices if delivery and delivery.are_distinct else None
 
+    def without_indices(self, cause: Cause) -> "ForwardPass":
+        """Return the same pass with no sample attributed."""
+        other = ForwardPass(None, "", None, cause, num_inputs=self.num_inputs)
+        other.backward, other.clipped = self.backward, self.clipped
+        return other
+
 
 def describe_delivery(
-    indices: Any, batch: Any, loader_pass: LoaderPass, *, batch_dim: int, verify: bool
+    indices: Any,
+    batch: Any,
+    loader_pass: LoaderPass,
+    *,
+    batch_dim: int,
+    verify: bool,
+    identity: CollateIdentity = BY_CONSTRUCTION,
 ) -> Delivery:
     """Note what a delivered batch can be recognised by later.
 
@@ -238,6 +287,7 @@ def describe_delivery(
         loader_pass: The pass over the loader that it belongs to.
         batch_dim: The dimension that should run over the samples.
         verify: Whether to keep what checksums are computed from.
+        identity: Which item each sample of the batch is.
     """
     tensors = list(tensors_in(batch))
     known, is_single = _listed(indices)
@@ -248,13 +298,17 @@ def describe_delivery(
         tensors = [t.unsqueeze(0) for t in tensors]
     if not known and tensors and tensors[0].dim() and tensors[0].shape[0]:
         known = [LEFT_OUT] * tensors[0].shape[0]  # padding of an empty Poisson batch
-    delivery, num_samples = Delivery(known, loader_pass, number), len(known)
+    elif identity.items is not None:
+        items = identity.items.tolist()
+        known = [known[i] if i >= 0 else UNATTRIBUTED for i in items]
+    delivery = Delivery(known, loader_pass, number, identity=identity)
+    is_audited = number % _AUDIT_EVERY <= 1
     for tensor in tensors:
-        dim = _sample_dim(tensor, num_samples, batch_dim)
+        dim = sample_dim(tensor, len(known), batch_dim)
         if dim is not None:
-            delivery.stored.append(StoredSamples(tensor, dim))
-            if verify and tensor.numel() > num_samples:  # many samples share a label
-                delivery.checksummed.append(DelayedChecksums(tensor, dim))
+            delivery.tensors.append(
+                DeliveredTensor(tensor, dim, verify=verify, is_audited=is_audited)
+            )
     return delivery
 
 
@@ -279,7 +333,7 @@ def _listed(indices: Any) -> tuple[list[int] | None, bool]:
     return listed, is_single
 
 
-def _sample_dim(tensor: Tensor, num_samples: int, preferred: int) -> int | None:
+def sample_dim(tensor: Tensor, num_samples: int, preferred: int) -> int | None:
     """Return which of the first two dimensions runs over the samples, if one does."""
     for dim in (preferred, 1 - preferred):
         if tensor.dim() > dim and tensor.shape[dim] == num_samples:
@@ -287,6 +341,11 @@ def _sample_dim(tensor: Tensor, num_samples: int, preferred: int) -> int | None:
     return None
 
 
-def _differ_between_samples(width: int, sums: Indices) -> bool:
-    """Whether checksums are evidence: those of masks and labels are often all alike."""
+def differ(width: int, sums: Indices) -> bool:
+    """Whether checksums are evidence: those of masks and labels are often all alike.
+
+    Args:
+        width: Number of entries in a sample; of one number each, many are equal.
+        sums: The checksums of all samples.
+    """
     return width > 1 and len(sums) > 0 and (len(sums) == 1 or (sums != sums[0]).any())

@@ -1,195 +1,515 @@
 """Which samples a model was given: by storage, by content, or from the latest batch.
 
 Between the loader and the model the training loop may do anything: copy a batch, cut
-it, permute it, put it aside. Each function compares the model's inputs with the recent
-deliveries by one kind of evidence, and returns a ``ForwardPass`` with the data-set
-index of each sample. A sample about which the evidence disagrees stays unattributed;
-it is never guessed.
+it, permute it, write to it, put it aside. Each input of the model is compared with the
+recent deliveries: first by its memory, and where that does not match by the checksums
+of its samples. What all inputs agree on is the answer, with the data-set index of each
+sample. A sample about which the evidence disagrees is unattributed; it is never
+guessed.
 
-*Guarantee.* ``by_storage`` and ``by_content`` attribute a sample only if its memory, or
-the checksum of its content, is that of a delivered sample, and if no other delivered
-sample fits as well. ``by_latest`` does not verify anything: it assumes that the inputs
-were computed from the latest batch, in its order, and only where no other batch is
-waiting to be used.
+*Guarantee.* A sample counts as recognised only if its memory is that of a delivered
+sample and the entries that are compared are as they were at delivery, or if its
+checksum is that of one delivered sample. Every input that is recognised must have the
+same example in the same position. ``assumed`` verifies nothing: it takes inputs that
+were not recognised for the latest batch, in its order, and only where no other batch
+is waiting to be used and the batch itself was not given to the model.
 
-*What breaks it.* Content that was changed behind torch's back (``.data``, NumPy) keeps
-the storage. Two inputs of one model that carry the same samples in different orders are
-unattributed where both are recognised, but an input that is not recognised is not
-compared. A loop that permutes samples and also computes new inputs from them is
-attributed wrongly by ``by_latest``.
+*What breaks it.* At most 256 entries of a sample are compared. A change of a share f of
+them, at places that do not depend on these entries, is missed with a probability of
+about ``(1 - f)**256``; a permutation of samples that differ in most entries is not
+missed. On an accelerator, content of delivered memory is compared where torch has
+counted a write, and in one of 32 batches: a write through ``.data`` to the memory of
+single other batches is missed. Inputs of one number a sample, and masks and positions,
+say nothing about the order of examples unless the loader delivered them. A loop that
+permutes samples and also computes new inputs from them is attributed wrongly where
+the order is assumed; such samples are counted as ``by_latest``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from opacus_pi.attribution.causes import (
+    ALIKE,
+    ANOTHER_INPUT,
+    CHANGED_IN_PLACE,
+    COMPUTED,
+    INPUTS_DISAGREE,
+    MOVED_AND_CHANGED,
+    NO_INDICES,
+    NOT_DELIVERED,
+    SEVERAL_BATCHES,
+    UNTRACED,
+    Cause,
+)
 from opacus_pi.attribution.delivery import (
     UNATTRIBUTED,
     Delivery,
     ForwardPass,
     Indices,
 )
-from opacus_pi.attribution.samples import StoredSamples, sample_checksums
+from opacus_pi.attribution.samples import DelayedChecksums
 
-__all__ = ["by_content", "by_latest", "by_storage"]
+__all__ = ["assumed", "recognised"]
+
+# Instead of a position in a delivery.
+_UNKNOWN = -1  # no sample of the delivery is like this one
+_ALIKE = -2  # several are
 
 
-# ------------------------------------------------------------------------- by storage
-def by_storage(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> ForwardPass:
-    """Attribute samples whose memory is that of a delivered sample.
+# -------------------------------------------------------------- one input, one delivery
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What one input of the model shows about one delivery.
+
+    Args:
+        delivery: The delivery.
+        positions: int64 ``(b,)``: position of each sample in it, or a negative code.
+        by_storage: Whether memory shows it; otherwise content.
+        is_assumed: Samples whose memory is known and whose content was changed, bool
+            ``(b,)``; None: none.
+        cause: Why samples are unknown or assumed.
+    """
+
+    delivery: Delivery
+    positions: Indices
+    by_storage: bool
+    is_assumed: NDArray[np.bool_] | None = None
+    cause: Cause = NOT_DELIVERED
+
+    @cached_property
+    def is_known(self) -> NDArray[np.bool_]:
+        """Which samples are recognised, bool ``(b,)``."""
+        known: NDArray[np.bool_] = self.positions >= 0
+        return known if self.is_assumed is None else known & ~self.is_assumed
+
+    @cached_property
+    def num_known(self) -> int:
+        """How many samples are recognised."""
+        return int(np.count_nonzero(self.is_known))
+
+    @property
+    def is_as_large(self) -> bool:
+        """Whether the input has as many samples as the delivery."""
+        return len(self.positions) == len(self.delivery.indices or [])
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it is as large, and the recognised samples are in their places."""
+        places = np.arange(len(self.positions))
+        same = (self.positions == places)[self.is_known]
+        return self.is_as_large and bool(same.all())
+
+
+@dataclass(eq=False)
+class Input:
+    """One tensor among the model's inputs, and what it shows.
+
+    Args:
+        tensor: The tensor.
+        dim: Its dimension that runs over the samples.
+    """
+
+    tensor: Tensor
+    dim: int
+    findings: list[Finding] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.tensor.shape[self.dim]
+
+    @cached_property
+    def content(self) -> DelayedChecksums:
+        """What it contains."""
+        return DelayedChecksums(self.tensor, self.dim)
+
+    @cached_property
+    def is_pattern(self) -> bool:
+        """Whether it looks like a mask or like positions, computed from other inputs.
+
+        That is: all samples are alike, have one entry, have two different numbers
+        only, or whole numbers that rise by at most one, as positions do.
+        """
+        if self.content.width <= 1:
+            return True
+        entries, sums = self.content.entries, self.content.checksums
+        if len(entries) > 1 and (sums == sums[0]).all():
+            return True
+        other = entries[entries != entries.flat[0]]
+        if not other.size or (other == other.flat[0]).all():
+            return True
+        if self.tensor.is_floating_point():
+            return False
+        rises = np.diff(entries, axis=1)
+        width = max(1, self.content.width // entries.shape[1])
+        falls = np.count_nonzero((rises < 0) | (rises > width), axis=1)
+        return bool((falls <= 1).all() and (entries <= self.content.width + 1).all())
+
+    def finding_in(self, delivery: Delivery) -> Finding | None:
+        """Return what it shows about a delivery, if anything."""
+        return next((f for f in self.findings if f.delivery is delivery), None)
+
+    def look(self, recent: Sequence[Delivery], *, verify: bool) -> None:
+        """Compare it with deliveries: by its memory, else by its content.
+
+        Args:
+            recent: Deliveries, the newest first.
+            verify: Whether samples are recognised by content.
+        """
+        stored = self._in_storage(recent, verify=verify)
+        if stored is not None and (stored.num_known or not verify):
+            self.findings = [stored]
+            return
+        self.findings = self._in_content(recent) if verify else []
+        if stored is not None and not any(f.num_known for f in self.findings):
+            self.findings = [stored]  # written to, and unlike all that was delivered
+
+    def _in_storage(
+        self, recent: Sequence[Delivery], *, verify: bool
+    ) -> Finding | None:
+        """Find the delivery in whose memory it is."""
+        for delivery in recent:
+            for delivered in delivery.tensors:
+                where = delivered.stored.positions(self.tensor, self.dim)
+                if where is not None:
+                    changed = delivered.changed(self.tensor)
+                    if changed is None or not changed[where].any():
+                        return Finding(delivery, where, True)
+                    found = np.full(len(where), _UNKNOWN)
+                    if delivered.content is not None:
+                        now = delivered.content_now(self.tensor).checksums
+                        found = positions_of(now, delivered.content.checksums)[where]
+                    return _changed_in_place(delivery, where, changed[where], found)
+        return None
+
+    def _in_content(self, recent: Sequence[Delivery]) -> list[Finding]:
+        """Find the deliveries that have samples with its checksums."""
+        width, sums = self.content.width, self.content.checksums
+        findings = []
+        for delivery in recent:
+            found = [
+                Finding(delivery, positions_of(sums, known), False)
+                for known in delivery.checksums.get(width, ())
+            ]
+            if found:
+                best = max(found, key=lambda f: f.num_known)
+                if (best.positions != _UNKNOWN).any():
+                    findings.append(best)
+        return findings
+
+
+def _changed_in_place(
+    delivery: Delivery, where: Indices, changed: NDArray[np.bool_], found: Indices
+) -> Finding:
+    """Return what an input shows whose memory was written to since the delivery.
+
+    Args:
+        delivery: The delivery in whose memory it is.
+        where: Position of each sample, by its memory.
+        changed: Whether its content has changed.
+        found: Position of each sample, by its content.
+    """
+    positions = np.where(changed, found, where)
+    is_unknown = positions < 0
+    has_moved = bool((positions != where)[~is_unknown].any())
+    if not is_unknown.any() or has_moved:
+        return Finding(delivery, positions, not has_moved, None, MOVED_AND_CHANGED)
+    return Finding(delivery, where, True, is_unknown, CHANGED_IN_PLACE)
+
+
+# ------------------------------------------------------------------ all inputs together
+def recognised(
+    tensors: list[Tensor], dim: int, recent: list[Delivery], *, verify: bool
+) -> ForwardPass | None:
+    """Attribute samples whose memory or content is that of a delivered sample.
 
     Args:
         tensors: The model's inputs.
         dim: Their dimension that runs over the samples.
         recent: Deliveries, the newest first.
+        verify: Whether samples are recognised by content.
 
     Returns:
-        A pass with the indices; cause ``"modified"`` if the memory was written to since
-        the delivery; without evidence where nothing matched.
+        A pass with the index of each sample that is recognised, and causes for the
+        others; None if no sample is recognised.
     """
-    whole = _whole_latest_batch(tensors, dim, recent)
-    if whole is not None:
-        return whole
-    found, modified = [], False
-    for tensor in tensors:
-        for delivery, stored in _all_stored(recent):
-            where = stored.positions(tensor, dim)
-            if where is not None:
-                found.append((delivery, cast(Indices, delivery.index_array)[where]))
-                modified |= stored.modified(tensor)
-                break
-    forward = _agreed(found, "by_storage")
-    if modified and not forward.cause:
-        forward.cause = "modified"
-    return forward
+    if _are_whole_latest_batch(tensors, dim, recent):
+        return ForwardPass.of_whole_delivery(recent[0], "by_storage")
+    inputs = [Input(tensor, dim) for tensor in tensors]
+    for given in inputs:
+        given.look(recent, verify=verify)
+    strong = [given for given in inputs if not (verify and given.is_pattern)]
+    deciding = [given for given in strong if given.findings]
+    if not deciding:  # then masks are evidence, too, if all of them is recognised
+        deciding = [g for g in inputs if any(f.num_known == len(g) for f in g.findings)]
+        if not deciding:
+            return None
+    delivery = _explaining(deciding, recent)
+    if delivery is None:
+        size = max(map(len, deciding))
+        return ForwardPass(None, "", None, SEVERAL_BATCHES, num_inputs=size)
+    if any(len(given) != len(deciding[0]) for given in deciding):
+        size = max(map(len, deciding))
+        return ForwardPass(None, "", None, INPUTS_DISAGREE, num_inputs=size)
+    beside = [g for g in inputs if g not in deciding and len(g) == len(deciding[0])]
+    return _agreed(deciding, beside if verify else [], delivery, recent)
 
 
-def _whole_latest_batch(
+def _are_whole_latest_batch(
     tensors: list[Tensor], dim: int, recent: list[Delivery]
-) -> ForwardPass | None:
-    """Return the pass if its one input is a tensor of the latest batch, untouched.
+) -> bool:
+    """Whether all inputs are tensors of the latest batch, untouched.
 
     This is what nearly every loop does, and it needs no array of indices.
     """
-    if len(tensors) != 1 or not recent or not recent[0].are_distinct:
-        return None
-    for stored in recent[0].stored:
-        if stored.are_all_of(tensors[0], dim):
-            cause = "modified" if stored.modified(tensors[0]) else ""
-            return ForwardPass.of_whole_delivery(recent[0], "by_storage", cause)
-    return None
+    if not tensors or not recent or not recent[0].are_distinct:
+        return False
+    for tensor in tensors:
+        whole = [d for d in recent[0].tensors if d.stored.are_all_of(tensor, dim)]
+        if not whole or whole[0].changed(tensor) is not None:
+            return False
+    return True
 
 
-def _all_stored(recent: list[Delivery]) -> Iterator[tuple[Delivery, StoredSamples]]:
-    """Yield each tensor of each delivery, the newest delivery first."""
-    for delivery in recent:
-        for stored in delivery.stored:
-            yield delivery, stored
-
-
-# ------------------------------------------------------------------------- by content
-def by_content(tensors: list[Tensor], dim: int, recent: list[Delivery]) -> ForwardPass:
-    """Attribute samples whose checksums are those of delivered samples.
-
-    The widest inputs that are recognised decide, because short ones (masks, flags) are
-    often alike. Of the deliveries, those count that explain the most of these inputs;
-    samples about which such deliveries disagree stay unattributed.
+def _explaining(inputs: list[Input], recent: list[Delivery]) -> Delivery | None:
+    """Return the delivery that all inputs come from; None if there are several.
 
     Args:
-        tensors: The model's inputs.
-        dim: Their dimension that runs over the samples.
-        recent: Deliveries, the newest first.
+        inputs: Inputs with findings.
+        recent: Deliveries, the newest first. Of two that explain equally much, such as
+            batches that have the same examples, the newer one is returned.
     """
-    by_width: dict[int, list[Indices]] = {}
-    for width, sums in (sample_checksums(tensor, dim) for tensor in tensors):
-        by_width.setdefault(width, []).append(sums)
-    for width in sorted(by_width, reverse=True):
-        forward = _by_content_of_width(width, by_width[width], recent)
-        if forward is not None:
-            return forward
-    return ForwardPass(None, "")
+
+    def score(delivery: Delivery) -> tuple[int, int]:
+        known = [f for given in inputs if (f := given.finding_in(delivery))]
+        return len(known), sum(f.num_known for f in known)
+
+    best = max(recent, key=score)
+    for given in inputs:
+        own = given.finding_in(best)
+        missing = np.ones(len(given), np.bool_) if own is None else ~own.is_known
+        if any((missing & f.is_known).any() for f in given.findings):
+            return None
+    return best
 
 
-def _by_content_of_width(
-    width: int, inputs: list[Indices], recent: list[Delivery]
-) -> ForwardPass | None:
-    """Attribute samples by the inputs of one width; None if they decide nothing.
+def _agreed(
+    deciding: list[Input],
+    beside: list[Input],
+    delivery: Delivery,
+    recent: list[Delivery],
+) -> ForwardPass:
+    """Return what all inputs agree on about one delivery.
 
     Args:
-        width: Number of entries in a sample.
-        inputs: Checksums of each input of this width.
+        deciding: The inputs that show which samples they are.
+        beside: Inputs with as many samples that do not show it.
+        delivery: The delivery that explains the inputs.
         recent: Deliveries, the newest first.
     """
-    candidates = []  # delivery, the inputs that it explains, the indices of its samples
-    for delivery in recent:
-        if width in delivery.checksums:
-            explained, indices = _explain(inputs, delivery, width)
-            candidates.append((delivery, explained, indices))
-    most = max((len(explained) for _, explained, _ in candidates), default=0)
-    together = set().union(*(explained for _, explained, _ in candidates))
-    if len(together) > most:  # inputs of several batches in one forward pass
-        return ForwardPass(None, "unattributed", None, "mismatch")
-    best = [
-        (delivery, indices)
-        for delivery, explained, indices in candidates
-        if indices is not None and len(explained) == most
-    ]
-    forward = _agreed(best, "by_content")
-    known = forward.indices is not None and (forward.indices != UNATTRIBUTED).any()
-    return forward if known else None
+    found = [f for given in deciding if (f := given.finding_in(delivery)) is not None]
+    by_index = cast(Indices, delivery.index_array)
+    positions, disagree = _joined(found, by_index)
+    for given in beside:
+        disagree |= _is_of_others(given, positions, delivery)
+    indices = _at(by_index, positions)
+    unattributed = Counter[Cause]()
+
+    def leave_out(which: NDArray[np.bool_], cause: Cause) -> None:
+        which = which & (indices != UNATTRIBUTED)
+        if which.any():
+            unattributed[cause] += int(np.count_nonzero(which))
+            indices[which] = UNATTRIBUTED
+
+    for_collate = (positions >= 0) & (indices == UNATTRIBUTED)
+    if for_collate.any():
+        unattributed[delivery.identity.cause] += int(np.count_nonzero(for_collate))
+    leave_out(disagree, INPUTS_DISAGREE)
+    leave_out(_is_ambiguous(deciding, delivery, indices, recent), ALIKE)
+    rest = positions < 0
+    is_assumed: NDArray[np.bool_] | None = None
+    places, cause = _assumed_places(found, rest)
+    if places is None:
+        unattributed.update(_causes_of(found, rest))
+    elif rest.any():
+        is_assumed, indices[rest] = rest, _at(by_index, places)[rest]
+    is_masked = all(given.is_pattern for given in deciding)
+    is_unseen = any(not given.is_pattern for given in beside)
+    if is_unseen and is_masked:  # only a mask was recognised
+        is_assumed, cause = np.ones(len(rest), np.bool_), ANOTHER_INPUT
+    is_partial = len(found) > 1 and any(f.num_known < len(rest) for f in found)
+    unchecked = (ANOTHER_INPUT,) if (is_unseen and not is_masked) or is_partial else ()
+    evidence = "by_storage" if any(f.by_storage for f in found) else "by_content"
+    return ForwardPass(
+        indices,
+        "by_latest" if is_assumed is not None and is_assumed.all() else evidence,
+        delivery,
+        cause,
+        is_assumed=is_assumed,
+        unattributed=unattributed,
+        notes=(*delivery.identity.notes, *unchecked),
+    )
 
 
-def _explain(
-    inputs: list[Indices], delivery: Delivery, width: int
-) -> tuple[set[int], Indices | None]:
-    """Find the inputs that consist of a delivery's samples, and of which.
+def _joined(
+    found: list[Finding], by_index: Indices
+) -> tuple[Indices, NDArray[np.bool_]]:
+    """Join the findings of several inputs about one delivery.
 
     Returns:
-        The positions of these inputs, and the indices of their samples; none and None
-        if there are no such inputs, or if they have different numbers of samples.
+        Position of each sample, ``_UNKNOWN`` where no input shows it; and whether two
+        inputs show different examples, bool ``(b,)``.
     """
-    delivered = delivery.checksums[width]
-    indices = cast(Indices, delivery.index_array)
-    pairs = {
-        (i, j): (given, known)
-        for i, given in enumerate(inputs)
-        for j, known in enumerate(delivered)
-        if _consists_of(given, known)
-    }
-    if len({len(given) for given, _ in pairs.values()}) != 1:
-        return set(), None
-    explained = {i for i, _ in pairs}
-    if all(np.array_equal(given, known) for given, known in pairs.values()):
-        return explained, indices  # all samples in their places, even equal ones
-    found = np.stack([_look_up(*pair, indices) for pair in pairs.values()])
-    top = found.max(axis=0)
-    agree = ((found == top) | (found == UNATTRIBUTED)).all(axis=0)
-    return explained, np.where(agree, top, UNATTRIBUTED)
+    positions = np.full(len(found[0].positions), _UNKNOWN)
+    disagree = np.zeros(len(positions), dtype=np.bool_)
+    for finding in found:
+        own = np.where(finding.is_known, finding.positions, _UNKNOWN)
+        both = (own >= 0) & (positions >= 0)
+        disagree |= both & (_at(by_index, own) != _at(by_index, positions))
+        positions = np.where(positions < 0, own, positions)
+    return positions, disagree
 
 
-def _consists_of(given: Indices, known: Indices) -> bool:
-    """Whether there are checksums, and each of them is among the known ones."""
-    return bool(len(given) and given[0] in known and np.isin(given, known).all())
+def _at(by_index: Indices, positions: Indices) -> Indices:
+    """Return the indices at positions; ``UNATTRIBUTED`` where there is no position."""
+    return np.where(positions >= 0, by_index[np.maximum(positions, 0)], UNATTRIBUTED)
 
 
-def _look_up(sums: Indices, delivered: Indices, indices: Indices) -> Indices:
-    """Return the indices of the samples with these checksums.
+def _is_of_others(
+    given: Input, positions: Indices, delivery: Delivery
+) -> NDArray[np.bool_]:
+    """Whether an input that shows no order by itself has a delivered one, but another.
 
-    Where a checksum occurs twice, in the delivery or among the inputs, the samples look
-    alike and stay unattributed.
+    Labels and masks are alike in many samples, so they cannot be looked up. But if an
+    input has the very values that a delivered tensor has for these samples, in another
+    order, then it belongs to other examples.
+
+    Args:
+        given: The input.
+        positions: Position of each sample in the delivery.
+        delivery: The delivery.
+
+    Returns:
+        bool ``(b,)``: which samples have the value of another one.
     """
+    none = np.zeros(len(positions), dtype=np.bool_)
+    if (positions < 0).any():
+        return none
+    sums, differing = given.content.checksums, []
+    for delivered in delivery.tensors:
+        content = delivered.content
+        if content is not None and content.width == given.content.width:
+            expected = content.checksums[positions]
+            if np.array_equal(sums, expected):
+                return none
+            if np.array_equal(np.sort(sums), np.sort(expected)):
+                differing.append(sums != expected)
+    return differing[0] if differing else none
+
+
+def _is_ambiguous(
+    deciding: list[Input], delivery: Delivery, indices: Indices, recent: list[Delivery]
+) -> NDArray[np.bool_]:
+    """Which samples another delivery explains as well, by another example."""
+    ambiguous = np.zeros(len(indices), dtype=np.bool_)
+    for other in recent:
+        found = [given.finding_in(other) for given in deciding]
+        others = [f for f in found if f is not None and f.is_known.all()]
+        if other is not delivery and len(others) == len(deciding):
+            own = _at(cast(Indices, other.index_array), others[0].positions)
+            ambiguous |= own != indices
+    return ambiguous
+
+
+def _assumed_places(
+    found: list[Finding], rest: NDArray[np.bool_]
+) -> tuple[Indices | None, Cause | None]:
+    """Decide whether samples that no input shows may be assumed to be in their places.
+
+    They may if their memory is that of a delivered sample. Otherwise they may if the
+    batch has as many samples as were delivered, all others are in their places, and
+    unknown ones lie between known ones: so look batches of which some samples were
+    transformed, and not batches that were put together from two sources.
+
+    Args:
+        found: What the inputs show.
+        rest: Which samples they do not show.
+
+    Returns:
+        The positions that are assumed, and why they are uncertain; None and None if
+        they may not be assumed.
+    """
+    for finding in found:
+        if finding.is_assumed is not None and finding.is_assumed[rest].all():
+            return finding.positions, CHANGED_IN_PLACE
+    is_alike = any((f.positions[rest] == _ALIKE).any() for f in found)
+    num_changes = np.count_nonzero(np.diff(rest.astype(np.int8)))
+    if not is_alike and num_changes > 1 and all(f.is_in_place for f in found):
+        return np.arange(len(rest)), COMPUTED
+    return None, None
+
+
+def _causes_of(found: list[Finding], rest: NDArray[np.bool_]) -> Counter[Cause]:
+    """Count why samples that no input shows, and that are not assumed, are unknown."""
+    causes = Counter[Cause]()
+    is_alike = np.zeros(len(rest), dtype=np.bool_)
+    for finding in found:
+        is_alike |= rest & (finding.positions == _ALIKE)
+    causes[ALIKE] = int(np.count_nonzero(is_alike))
+    has_moved = any(
+        f.cause is MOVED_AND_CHANGED or (f.is_as_large and not f.is_in_place)
+        for f in found
+    )
+    cause = MOVED_AND_CHANGED if has_moved else NOT_DELIVERED
+    causes[cause] = int(np.count_nonzero(rest & ~is_alike))
+    return +causes
+
+
+def positions_of(given: Indices, delivered: Indices) -> Indices:
+    """Look up samples by their checksums.
+
+    Where a checksum occurs twice among the delivered ones, these samples look alike,
+    and it is not known which of them was given. If all that can be told are in their
+    places, so are these.
+
+    Args:
+        given: Checksums of the samples that were given.
+        delivered: Checksums of a delivered tensor.
+
+    Returns:
+        int64 ``(b,)``: positions in the delivery, or negative codes.
+    """
+    if np.array_equal(given, delivered):
+        return np.arange(len(delivered))
     values, first, counts = np.unique(delivered, return_index=True, return_counts=True)
-    place = np.searchsorted(values, sums)
-    _, back, given = np.unique(sums, return_inverse=True, return_counts=True)
-    alone = (counts[place] == 1) & (given[back] == 1)
-    return np.where(alone, indices[first[place]], UNATTRIBUTED)
+    place = np.minimum(np.searchsorted(values, given), len(values) - 1)
+    is_there = values[place] == given
+    positions = np.where(is_there, first[place], _UNKNOWN)
+    is_alike = is_there & (counts[place] > 1)
+    if is_alike.any():
+        same = np.zeros(len(given), dtype=np.bool_)
+        if len(given) == len(delivered):
+            same = given == delivered
+        stay = bool(same[is_there].all()) and bool((is_there & ~is_alike).any())
+        codes = np.arange(len(given)) if stay else np.full(len(given), _ALIKE)
+        positions = np.where(is_alike, codes, positions)
+    return positions
 
 
-# -------------------------------------------------------------------------- by latest
-def by_latest(
-    tensors: list[Tensor], dim: int, recent: list[Delivery], *, usually_known: bool
+# --------------------------------------------------------------------- nothing is known
+def assumed(
+    tensors: list[Tensor],
+    dim: int,
+    recent: list[Delivery],
+    *,
+    usually_known: bool,
+    is_view: bool = False,
+    cause: Cause = COMPUTED,
 ) -> ForwardPass:
     """Assume the latest batch, if these inputs cannot be made of another one.
 
@@ -199,16 +519,35 @@ def by_latest(
         recent: Deliveries, the newest first.
         usually_known: Whether this loop's inputs were recognised before. Inputs that
             are not recognised now are then not assumed to be the latest batch.
+        is_view: Whether they may be another view of a batch that was recognised.
+        cause: Why nothing is known.
     """
+    sizes = [tensor.shape[dim] for tensor in tensors]
+    size = max(sizes, default=None)
     if not recent or recent[0].index_array is None:
-        return ForwardPass(None, "unattributed", None, "indices")
+        return ForwardPass(None, "", None, NO_INDICES, num_inputs=size)
     latest = recent[0]
+    if latest.num_recognised and not is_view:
+        return ForwardPass(None, "", None, NOT_DELIVERED, num_inputs=size)
     indices = cast(Indices, latest.index_array)
     is_surprising = usually_known and bool(latest.checksums)
-    fits = any(tensor.shape[dim] == len(indices) for tensor in tensors)
-    if is_surprising or not fits or not _is_only_candidate(latest, recent):
-        return ForwardPass(None, "unattributed", None, "reordered")
-    return ForwardPass(indices, "by_latest", latest)
+    if (
+        is_surprising
+        or len(indices) not in sizes
+        or not _is_only_candidate(latest, recent)
+    ):
+        return ForwardPass(None, "", None, UNTRACED, num_inputs=size)
+    unattributed = Counter[Cause]()
+    if num_unknown := int(np.count_nonzero(indices == UNATTRIBUTED)):
+        unattributed[latest.identity.cause] = num_unknown
+    return ForwardPass(
+        indices,
+        "by_latest",
+        latest,
+        cause,
+        unattributed=unattributed,
+        notes=latest.identity.notes,
+    )
 
 
 def _is_only_candidate(latest: Delivery, recent: list[Delivery]) -> bool:
@@ -221,18 +560,3 @@ def _is_only_candidate(latest: Delivery, recent: list[Delivery]) -> bool:
     num_waiting = latest.loader_pass.num_unused
     num_waiting += sum(delivery.may_be_waiting() for delivery in others)
     return num_waiting == (0 if latest.num_forward_passes else 1)
-
-
-# --------------------------------------------------------------------------- agreeing
-def _agreed(found: Iterable[tuple[Delivery, Indices]], evidence: str) -> ForwardPass:
-    """Return what all findings agree on; where they disagree, unattributed samples."""
-    findings = list(found)
-    if not findings:
-        return ForwardPass(None, "")
-    delivery, indices = findings[0]
-    if any(len(other) != len(indices) for _, other in findings):
-        return ForwardPass(None, "unattributed", None, "mismatch")
-    for _, other in findings[1:]:
-        indices = np.where(other == indices, indices, UNATTRIBUTED)
-    cause = "alike" if UNATTRIBUTED in indices else ""
-    return ForwardPass(indices, evidence, delivery, cause)

@@ -21,10 +21,10 @@ array([[2, 1],
        [2, 1]])
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,18 +32,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opacus_pi.attribution.samples import (
+    DelayedChecksums,
     checksums_of_entries,
+    children_of,
     is_dense,
-    sample_checksums,
     spacing,
 )
 
-__all__ = [
-    "FingerprintedBatch",
-    "FingerprintingCollate",
-    "ItemFingerprints",
-    "fingerprint_items",
-]
+__all__ = ["ItemFingerprints", "fingerprint_items"]
 
 _MAX_DEPTH = 6  # of nested items; a list may contain itself
 _MAX_PARTS = 64  # of an item that are fingerprinted
@@ -63,40 +59,19 @@ class ItemFingerprints:
             the item has no such part, or a part that has no checksum.
         checksums: int64 ``(b, m)``: checksums of these parts, comparable with
             ``sample_checksums`` of the collated batch; 0 where the width is 0.
+        entries: For each of the m parts, the entries that the checksums look at,
+            float32 ``(b, k)``, with zeros after the last one.
+        shapes: For each item the shapes of its parts; ``()`` for a number and for
+            what has no checksum.
     """
 
     widths: NDArray[np.int64]
     checksums: NDArray[np.int64]
+    entries: list[NDArray[np.float32]]
+    shapes: list[list[tuple[int, ...]]]
 
-
-class FingerprintedBatch(NamedTuple):
-    """A batch on its way from the worker process to the iterator.
-
-    A named tuple, because torch's pinning of memory goes into tuples and leaves the
-    fingerprints alone.
-    """
-
-    batch: Any
-    item_fingerprints: ItemFingerprints
-
-
-class FingerprintingCollate:
-    """A ``collate_fn`` that fingerprints the items first.
-
-    It can be pickled, for worker processes, if the loader's own can.
-
-    Args:
-        collate_fn: The loader's own; it keeps its state and sees the same calls.
-        is_single: Whether it is given one item instead of a list (``batch_size=None``).
-    """
-
-    def __init__(self, collate_fn: Callable[[Any], Any], *, is_single: bool) -> None:
-        self.collate_fn, self.is_single = collate_fn, is_single
-
-    def __call__(self, items: Any) -> FingerprintedBatch:
-        """Collate items, and return their fingerprints beside the batch."""
-        fingerprints = fingerprint_items([items] if self.is_single else items)
-        return FingerprintedBatch(self.collate_fn(items), fingerprints)
+    def __len__(self) -> int:
+        return len(self.widths)
 
 
 def fingerprint_items(items: Any) -> ItemFingerprints:
@@ -104,7 +79,7 @@ def fingerprint_items(items: Any) -> ItemFingerprints:
 
     Args:
         items: What the data set returned: a list of items, each any nesting of lists,
-            tuples, mappings and dataclasses of tensors, arrays and numbers. For any
+            tuples, mappings and plain objects of tensors, arrays and numbers. For any
             other object (``__getitems__`` may return one) there are no fingerprints.
 
     Returns:
@@ -115,53 +90,73 @@ def fingerprint_items(items: Any) -> ItemFingerprints:
     if any(len(own) != num_parts for own in parts):
         parts = [own + [None] * (num_parts - len(own)) for own in parts]
     widths = np.zeros((len(parts), num_parts), dtype=np.int64)
-    checksums = np.zeros((len(parts), num_parts), dtype=np.int64)
+    checksums, entries = np.zeros_like(widths), []
     with torch.no_grad():  # an item may require a gradient
         for j, column in enumerate(zip(*parts, strict=True)):
-            widths[:, j], checksums[:, j] = _column_checksums(column)
-    return ItemFingerprints(widths, checksums)
+            widths[:, j], found = _column(column)
+            checksums[:, j] = checksums_of_entries(found)
+            entries.append(found)
+    shapes = [[_shape(part) for part in own] for own in parts]
+    return ItemFingerprints(widths, checksums, entries, shapes)
 
 
 def _parts(item: Any) -> list[Any]:
     """List the parts of an item that have one checksum each; of very many, the first.
 
-    A list of more than a few numbers, such as token ids, is one part.
+    A list of numbers, such as token ids, is one part.
     """
-    if type(item) in (tuple, list) and _SIMPLE.issuperset(map(type, item)):
+    is_plain = type(item) in (tuple, list) and _SIMPLE.issuperset(map(type, item))
+    if is_plain and not _is_list_of_numbers(item):
         return list(item[:_MAX_PARTS])  # nearly always, and then no recursion is needed
     return list(islice(_leaves(item, _MAX_DEPTH), _MAX_PARTS))
 
 
+def _is_list_of_numbers(part: Any) -> bool:
+    """Whether a part is a list, or a long tuple, of numbers only."""
+    is_long = type(part) is tuple and len(part) > _FEW_NUMBERS
+    is_sequence = type(part) is list or is_long
+    return is_sequence and bool(part) and _NUMBERS.issuperset(map(type, part))
+
+
 def _leaves(nested: Any, depth: int) -> Iterator[Any]:
-    """Yield what a nesting of lists, tuples, mappings and dataclasses consists of."""
-    children: Any = None
-    if isinstance(nested, list | tuple):
-        if len(nested) <= _FEW_NUMBERS or not _NUMBERS.issuperset(map(type, nested)):
-            children = nested
-    elif isinstance(nested, Mapping):
-        children = nested.values()
-    elif is_dataclass(nested) and not isinstance(nested, type):
-        children = (getattr(nested, field.name) for field in fields(nested))
-    if children is None or depth == 0:
+    """Yield what a nesting of containers and plain objects consists of.
+
+    The inside of an object without tensors, such as an image, yields parts without a
+    checksum, or numbers that are equal in all items.
+    """
+    if isinstance(nested, Tensor) or _is_list_of_numbers(nested) or depth == 0:
         yield nested
-    else:
-        for child in children:
-            yield from _leaves(child, depth - 1)
+        return
+    is_empty = True
+    for child in islice(children_of(nested), _MAX_PARTS):
+        is_empty = False
+        yield from _leaves(child, depth - 1)
+    if is_empty:
+        yield nested
 
 
-def _column_checksums(column: Sequence[Any]) -> tuple[Any, NDArray[np.int64]]:
-    """Compute widths and checksums of the same part of all items."""
+def _column(column: Sequence[Any]) -> tuple[Any, NDArray[np.float32]]:
+    """Return widths of the same part of all items, and the entries looked at."""
     kinds = set(map(type, column))
     if kinds == {Tensor} and _can_be_stacked(column):
-        return sample_checksums(torch.stack(list(column)), 0)
+        stacked = DelayedChecksums(torch.stack(list(column)), 0)
+        if stacked.width:
+            return stacked.width, stacked.entries
     if kinds <= _NUMBERS and (numbers := np.array(column)).dtype.kind in "biuf":
-        return 1, checksums_of_entries(_as_float32(numbers)[:, None])
+        return 1, _as_float32(numbers)[:, None]
     found = [_entries(part) for part in column]
     lengths = [len(entries) for _, entries in found]
     matrix = np.zeros((len(found), max(lengths)), dtype=np.float32)
     for row, (_, entries) in zip(matrix, found, strict=True):
         row[: len(entries)] = entries
-    return [width for width, _ in found], checksums_of_entries(matrix)
+    return [width for width, _ in found], matrix
+
+
+def _shape(part: Any) -> tuple[int, ...]:
+    """Return the shape of a part; ``()`` for what is no array."""
+    if isinstance(part, Tensor | np.ndarray):
+        return tuple(part.shape)
+    return (len(part),) if _is_list_of_numbers(part) else ()
 
 
 def _can_be_stacked(column: Sequence[Tensor]) -> bool:

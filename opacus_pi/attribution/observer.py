@@ -4,7 +4,7 @@ The loader stays the user's object. Its class is replaced by a subclass whose it
 keep the sampler's output, in the main process and before any worker sees it, and report
 a batch together with its indices at the moment when the training loop receives it. The
 same subclass counts passes, lets an ``EpochPosition`` start them where a saved run
-stopped, and can have items fingerprinted before ``collate_fn``.
+stopped, and can have items followed through ``collate_fn``.
 
 *Guarantee.* Training is the same to the bit: data set, sampler, ``collate_fn``, worker
 processes and random numbers are the loader's own, and the loop receives the objects
@@ -38,11 +38,13 @@ from opacus_pi._torch_compat import (
     next_index,
     received_position,
 )
-from opacus_pi.attribution.delivery import LoaderPass
-from opacus_pi.attribution.item_fingerprints import (
-    FingerprintedBatch,
-    FingerprintingCollate,
+from opacus_pi.attribution.collate_identity import (
+    BY_CONSTRUCTION,
+    UNCHECKED,
+    FollowedBatch,
+    FollowingCollate,
 )
+from opacus_pi.attribution.delivery import LoaderPass
 from opacus_pi.attribution.tracker import Tracker
 
 __all__ = ["LoaderObserver", "observe", "observe_like", "observer_of", "tracker_of"]
@@ -71,10 +73,11 @@ class LoaderObserver:
     Args:
         tracker: Receives every delivery; referred to weakly. None: deliveries are
             counted only.
-        fingerprint_items: Whether passes that begin from now on fingerprint the items
-            of the data set before ``collate_fn``.
+        follow_items: Whether ``collate_fn`` may change the order of the items. Passes
+            that begin from now on then follow them (``collate_identity``).
 
     Attributes:
+        batch_dim: The dimension that should run over the samples of a batch.
         position: Its ``begin_pass`` is called when a pass begins, so that the pass can
             be resumed; may be None.
         num_passes: How many passes have begun.
@@ -86,10 +89,11 @@ class LoaderObserver:
     """
 
     def __init__(
-        self, tracker: Tracker | None = None, *, fingerprint_items: bool = False
+        self, tracker: Tracker | None = None, *, follow_items: bool = False
     ) -> None:
         self._tracker = None if tracker is None else weakref.ref(tracker)
-        self.fingerprint_items = fingerprint_items
+        self.follow_items = follow_items
+        self.batch_dim = 0 if tracker is None else tracker.batch_dim
         self.position: Position | None = None
         self.num_passes = self.num_passes_ended = self.num_unobserved_passes = 0
         self.num_deliveries = 0
@@ -156,23 +160,21 @@ class LoaderObserver:
         """Report a batch that the loop is about to receive.
 
         Args:
-            batch: What the iterator returned, with fingerprints or without.
+            batch: What the iterator returned, with an identity or without.
             indices: What the sampler returned for it.
             loader_pass: The pass that it belongs to.
 
         Returns:
             The batch as ``collate_fn`` returned it.
         """
-        fingerprints = None
-        if type(batch) is FingerprintedBatch:
-            batch, fingerprints = batch
+        identity = UNCHECKED if self.follow_items else BY_CONSTRUCTION
+        if type(batch) is FollowedBatch:
+            batch, identity = batch
         loader_pass.num_delivered += 1
         self.num_deliveries += 1
         tracker = self.tracker
         if tracker is not None:
-            tracker.delivered(
-                indices, batch, loader_pass, item_fingerprints=fingerprints
-            )
+            tracker.delivered(indices, batch, loader_pass, identity=identity)
         return batch
 
     def end_pass(self, loader_pass: LoaderPass) -> None:
@@ -192,20 +194,20 @@ def observe(
     loader: DataLoader[Any],
     tracker: Tracker | None = None,
     *,
-    fingerprint_items: bool = False,
+    follow_items: bool = False,
 ) -> LoaderObserver:
     """Observe a loader from its next pass on.
 
     Args:
         loader: The loader, changed in place. Copies and pickles of it are plain.
         tracker: Receives every delivery; referred to weakly.
-        fingerprint_items: Whether to fingerprint items before ``collate_fn``.
+        follow_items: Whether ``collate_fn`` may change the order of the items.
 
     Returns:
         The new observer. It replaces an earlier one, which goes on observing only the
         iterators that it knows already.
     """
-    observer = LoaderObserver(tracker, fingerprint_items=fingerprint_items)
+    observer = LoaderObserver(tracker, follow_items=follow_items)
     _attach(loader, observer, in_parts=False)
     return observer
 
@@ -332,8 +334,8 @@ def _observed_loader(base: type) -> type:
             observer, make = self._pi_observer, super()._get_iterator
             if get_worker_info():  # a copy inside another loader's worker process
                 return make()
-            if observer.fingerprint_items and not makes_own_iterators(base):
-                make = partial(_fingerprinting_iterator, self, base)
+            if observer.follow_items and not makes_own_iterators(base):
+                make = partial(_following_iterator, self, base, observer.batch_dim)
             return observer.begin_pass(self, make)
 
     return Observed
@@ -404,8 +406,8 @@ def _observed_iterator(base: type) -> type:
     return Observed
 
 
-def _fingerprinting_iterator(loader: Any, base: Any) -> Any:
-    """Make an iterator whose ``collate_fn`` fingerprints the items first.
+def _following_iterator(loader: Any, base: Any, batch_dim: int) -> Any:
+    """Make an iterator whose ``collate_fn`` also finds out which item is which sample.
 
     Torch reads the loader's attributes while it makes an iterator. It is given a
     shallow copy, so that the user's loader keeps its own ``collate_fn`` at all times:
@@ -413,8 +415,10 @@ def _fingerprinting_iterator(loader: Any, base: Any) -> Any:
     """
     copy = _without_state(type(loader))
     vars(copy).update(vars(loader))
-    vars(copy)["collate_fn"] = FingerprintingCollate(
-        loader.collate_fn, is_single=loader.batch_sampler is None
+    vars(copy)["collate_fn"] = FollowingCollate(
+        loader.collate_fn,
+        is_single=loader.batch_sampler is None,
+        batch_dim=batch_dim,
     )
     return base._get_iterator(copy)
 

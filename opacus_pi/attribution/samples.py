@@ -25,14 +25,16 @@ array([ True,  True])
 """
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from functools import cached_property
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._torch_compat import (
     StorageWeakRef,
@@ -43,8 +45,10 @@ from opacus_pi._torch_compat import (
 
 __all__ = [
     "DelayedChecksums",
+    "DeliveredTensor",
     "StoredSamples",
     "checksums_of_entries",
+    "children_of",
     "is_dense",
     "sample_checksums",
     "spacing",
@@ -52,37 +56,71 @@ __all__ = [
 ]
 
 _MAX_DEPTH = 6  # of nested batches; a list may contain itself
+_MAX_NODES = 4096  # of a nesting that are looked at: a batch may refer to a vocabulary
+# Objects that are not entered in search of tensors.
+_CLOSED = (
+    *(str, bytes, int, float, complex, bool, type(None), np.ndarray, np.generic),
+    *(PackedSequence, nn.Module, Dataset, DataLoader, ModuleType, type),
+)
 _MAX_ENTRIES = 256  # of a sample that its checksum looks at
 _WEIGHTS = (  # odd, so that no entry is lost modulo 2^64
     np.random.default_rng(0).integers(1, 2**62, _MAX_ENTRIES, dtype=np.int64) * 2 + 1
 )
 
 
-def tensors_in(nested: Any, depth: int = _MAX_DEPTH) -> Iterator[Tensor]:
-    """Yield the dense tensors in any nesting of lists, tuples and dict-like objects.
+def tensors_in(nested: Any) -> Iterator[Tensor]:
+    """Yield the dense tensors in any nesting of containers and plain objects.
 
     Packed sequences are left out, because their first dimension runs over time steps
     of all samples together.
 
     Args:
-        nested: A tensor, a list, tuple, dataclass or an object with ``values()``.
-        depth: How many levels are entered.
+        nested: A tensor; a list, tuple or dict-like object; or an object with
+            attributes, such as a dataclass or a batch class of the user's.
     """
+    return _tensors_in(nested, _MAX_DEPTH, [_MAX_NODES])
+
+
+def _tensors_in(nested: Any, depth: int, left: list[int]) -> Iterator[Tensor]:
+    """Yield tensors, ``depth`` levels deep, while ``left[0]`` objects are left."""
     if isinstance(nested, Tensor):
         if is_dense(nested):
             yield nested
-    elif depth > 0 and not isinstance(nested, str | bytes | PackedSequence):
-        if not isinstance(nested, list | tuple):  # dict, UserDict, BatchEncoding
-            values = getattr(nested, "values", None)
-            nested = values() if callable(values) else _fields(nested)
-        for item in nested:
-            yield from tensors_in(item, depth - 1)
+    elif depth > 0:
+        for child in children_of(nested):
+            left[0] -= 1
+            if left[0] < 0:
+                return
+            yield from _tensors_in(child, depth - 1, left)
 
 
-def _fields(nested: Any) -> Iterator[Any]:
-    """Yield the values of a dataclass; of any other object, nothing."""
-    if is_dataclass(nested) and not isinstance(nested, type):
-        yield from (getattr(nested, field.name) for field in fields(nested))
+def children_of(nested: Any) -> Iterator[Any]:
+    """Yield what a container or an object holds; nothing for text, numbers and code.
+
+    Not entered are objects that hold much that belongs to no batch: modules, data sets,
+    loaders and classes.
+
+    Args:
+        nested: Any object that is not a tensor.
+    """
+    if isinstance(nested, _CLOSED):
+        return
+    if isinstance(nested, list | tuple):
+        yield from nested
+    elif hasattr(nested, "keys") and callable(getattr(nested, "values", None)):
+        yield from nested.values()  # dict, UserDict, BatchEncoding
+    else:
+        yield from _attributes(nested)
+
+
+def _attributes(nested: Any) -> Iterator[Any]:
+    """Yield the values of an object's attributes, in ``__dict__`` and in slots."""
+    yield from list(getattr(nested, "__dict__", {}).values())
+    for cls in type(nested).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if hasattr(nested, name):
+                yield getattr(nested, name)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -111,7 +149,7 @@ class StoredSamples:
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._layout = _layout(tensor, dim)
         _, _, self._start, shape, strides = self._layout
-        self._num_samples, self._stride = shape[dim], strides[dim]
+        self.num_samples, self._stride = shape[dim], strides[dim]
         self._num_writes, self._entry_size = num_writes(tensor), tensor.element_size()
 
     def __reduce__(self) -> Any:
@@ -135,13 +173,13 @@ class StoredSamples:
         if not self._is_memory_of(tensor):
             return None
         if _layout(tensor, dim) == self._layout:
-            return np.arange(self._num_samples)
+            return np.arange(self.num_samples)
         if self._stride <= 0 or not tensor.shape[dim] or tensor.numel() == 0:
             return None
         offset = tensor.storage_offset() - self._start
         starts = offset + np.arange(tensor.shape[dim]) * tensor.stride(dim)
         found, within = np.divmod(starts, self._stride)
-        inside = (found >= 0) & (found < self._num_samples)
+        inside = (found >= 0) & (found < self.num_samples)
         # A view that reaches from one sample into the next has no one position.
         inside &= within + _extent(tensor, dim) < self._stride
         return found if inside.all() else None
@@ -161,6 +199,18 @@ class StoredSamples:
             tensor: A tensor that lives in this memory.
         """
         return num_writes(tensor) != self._num_writes
+
+    def now(self, tensor: Tensor) -> Tensor:
+        """Return these samples as they are now, as a view of a tensor's memory.
+
+        Args:
+            tensor: A tensor that lives in this memory.
+        """
+        _, dtype, start, shape, strides = self._layout
+        same_type = tensor.detach()
+        if tensor.dtype is not dtype:
+            same_type = same_type.view(dtype)
+        return same_type.as_strided(shape, strides, start)
 
     def _is_memory_of(self, tensor: Tensor) -> bool:
         """Whether the tensor lives in this memory, with entries of the same size."""
@@ -184,25 +234,100 @@ class DelayedChecksums:
     """
 
     def __init__(self, tensor: Tensor, dim: int) -> None:
-        self._num_samples = tensor.shape[dim]
-        self.width = tensor.numel() // self._num_samples if self._num_samples else 0
-        if tensor.is_complex():
-            self.width = 0
+        self._num_samples, self.width = tensor.shape[dim], width_of(tensor, dim)
         if self.width:
-            samples = tensor.detach() if dim == 0 else tensor.detach().movedim(dim, 0)
-            samples, (count, step) = samples.contiguous(), spacing(self.width)
-            shape, strides = (self._num_samples, count), (self.width, step)
-            start = samples.storage_offset()
-            self._entries = samples.as_strided(shape, strides, start).clone()
+            self._entries = entries_looked_at(tensor, dim).clone()
 
+    @cached_property
     def checksums(self) -> NDArray[np.int64]:
-        """Return one checksum for each sample, int64 ``(b,)``.
+        """One checksum for each sample, int64 ``(b,)``.
 
         They survive copying, moving to another device, reshaping and widening.
         """
         if not self.width:
             return np.zeros(self._num_samples, dtype=np.int64)
-        return checksums_of_entries(self._entries.cpu().float().contiguous().numpy())
+        return checksums_of_entries(self.entries)
+
+    @property
+    def entries(self) -> NDArray[np.float32]:
+        """The entries that the checksums look at, float32 ``(b, k)``."""
+        return self._entries.cpu().float().contiguous().numpy()
+
+    def are_entries_of(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a tensor of the same shape has equal numbers in these places."""
+        return torch.equal(self._entries, entries_looked_at(tensor, dim))
+
+
+def width_of(tensor: Tensor, dim: int) -> int:
+    """Return the number of entries in a sample; 0 if samples cannot be recognised."""
+    num_samples = tensor.shape[dim]
+    return (
+        0 if tensor.is_complex() or not num_samples else tensor.numel() // num_samples
+    )
+
+
+def entries_looked_at(tensor: Tensor, dim: int) -> Tensor:
+    """Return the entries of each sample that its checksum looks at, ``(b, k)``.
+
+    Args:
+        tensor: A dense tensor with entries.
+        dim: Its dimension that runs over the samples.
+    """
+    samples = tensor.detach() if dim == 0 else tensor.detach().movedim(dim, 0)
+    samples = samples.contiguous()
+    width = samples.numel() // len(samples)
+    count, step = spacing(width)
+    shape, strides = (len(samples), count), (width, step)
+    return samples.as_strided(shape, strides, samples.storage_offset())
+
+
+class DeliveredTensor:
+    """One tensor of a delivered batch: where it is in memory, and what it contains.
+
+    Args:
+        tensor: A dense tensor.
+        dim: Its dimension that runs over the samples.
+        verify: Whether to look at its content. Otherwise a change is noticed only if
+            torch has counted a write.
+        is_audited: Whether to compare content although torch has counted no write and
+            the comparison has to wait for an accelerator.
+    """
+
+    def __init__(
+        self, tensor: Tensor, dim: int, *, verify: bool, is_audited: bool = True
+    ) -> None:
+        self.dim, self.stored = dim, StoredSamples(tensor, dim)
+        self.content = DelayedChecksums(tensor, dim) if verify else None
+        self._is_audited = is_audited
+
+    def changed(self, tensor: Tensor) -> NDArray[np.bool_] | None:
+        """Return which samples have another content now than at delivery.
+
+        Args:
+            tensor: A tensor that lives in this memory.
+
+        Returns:
+            bool ``(b,)``; None if no sample was changed.
+        """
+        was_written = self.stored.modified(tensor)
+        if self.content is None or not self.content.width:
+            return np.ones(self.stored.num_samples, np.bool_) if was_written else None
+        if not (tensor.is_cpu or was_written or self._is_audited):
+            return None
+        if self.content.are_entries_of(self.stored.now(tensor), self.dim):
+            return None
+        changed: NDArray[np.bool_] = (
+            self.content.checksums != self.content_now(tensor).checksums
+        )
+        return changed if changed.any() else None  # NaN is not equal to itself
+
+    def content_now(self, tensor: Tensor) -> DelayedChecksums:
+        """Return what these samples contain now.
+
+        Args:
+            tensor: A tensor that lives in this memory.
+        """
+        return DelayedChecksums(self.stored.now(tensor), self.dim)
 
 
 def sample_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
@@ -217,7 +342,7 @@ def sample_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:
         ``(b,)``.
     """
     delayed = DelayedChecksums(tensor, dim)
-    return delayed.width, delayed.checksums()
+    return delayed.width, delayed.checksums
 
 
 def checksums_of_entries(entries: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -11,6 +11,9 @@ is unattributed, counted, and explained once. The numbers of samples must agree:
 passes that wait do not have the numbers of samples that the gradients have, all samples
 of the update are unattributed.
 
+A pass whose backward pass has not run is kept by the graph of its outputs alone, so any
+number of passes may be accumulated, and those that are never used leave nothing behind.
+
 *What breaks it.* Gradients that were computed from other tensors than the model's
 inputs and outputs (layers called one by one), losses that combine several batches, and
 whatever breaks the evidence itself (``evidence.py``).
@@ -29,13 +32,22 @@ array([9, 7])
 
 import copy
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 
 from opacus_pi._errors import AccountingError
+from opacus_pi.attribution.causes import (
+    BY_HAND,
+    CAUSES,
+    COMPUTED,
+    NO_INDICES,
+    REPEATED,
+    Cause,
+)
+from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
 from opacus_pi.attribution.delivery import (
     UNATTRIBUTED,
     Delivery,
@@ -44,8 +56,8 @@ from opacus_pi.attribution.delivery import (
     LoaderPass,
     describe_delivery,
 )
-from opacus_pi.attribution.evidence import by_content, by_latest, by_storage
-from opacus_pi.attribution.item_fingerprints import ItemFingerprints
+from opacus_pi.attribution.evidence import assumed, recognised
+from opacus_pi.attribution.gradients import with_sizes
 from opacus_pi.attribution.samples import tensors_in
 from opacus_pi.custody import SampleCounts
 
@@ -55,31 +67,13 @@ EVIDENCE = ("by_storage", "by_content", "by_latest", "unattributed")
 # Deliveries that a forward pass may still be matched to. More would recognise batches
 # that a loop keeps longer; each costs a comparison whenever storage does not match.
 _MAX_RECENT = 16
-# Forward passes whose gradients no optimizer has taken yet. Passes whose outputs are
-# never used for a backward pass (a look at the training loss) are dropped this way.
-_MAX_PENDING = 64
 _NO_INDICES = np.empty(0, np.int64)
 # Attributes of a tracker that its copies and pickles have.
-_COPIED = ("verify", "strict", "batch_dim", "counts", "_explained")
-
-_CAUSES = {
-    "by_latest": "The model's inputs are neither the tensors that the data loader "
-    "delivered nor copies of them, so samples are assumed to be in the order of the "
-    "latest batch. If your loop reorders or mixes samples after loading, this is "
-    "wrong. Transform inputs in the data set or in collate_fn instead.",
-    "reordered": "The model's inputs cannot be traced to one delivered batch: the loop "
-    "computed them while several batches were in use, from a part of a batch, or only "
-    "for some batches. Transform inputs in the data set or in collate_fn.",
-    "unseen": "No forward pass of the model in training mode was seen for these "
-    "gradients. Call the model itself, not its layers.",
-    "mismatch": "The gradients belong to another number of samples than the forward "
-    "passes had. This happens, for example, if several batches enter one loss. Use "
-    "one batch per loss.",
-    "alike": "Some examples look alike, so copies of them cannot be distinguished. "
-    "Give the model the tensors that the data loader delivered.",
-    "indices": "The data loader's batches have no indices in the data set (an "
-    "iterable data set, keys that are not whole numbers, or batches that your loop "
-    "made itself). Use a map-style data set and the loader that make_private returned.",
+_COPIED = ("verify", "strict", "batch_dim", "counts", "causes")
+_CONSEQUENCES = {
+    "unattributed": "{num} samples are unattributed. ",
+    "unchecked": "Samples are attributed without verification. ",
+    "repeated": "",
 }
 
 
@@ -94,6 +88,8 @@ class Tracker:
 
     Attributes:
         counts: How many samples were attributed, by evidence.
+        causes: How many samples were uncertain, by the name of the cause. A sample may
+            have several causes. ``explanation`` has the sentences.
     """
 
     def __init__(
@@ -102,12 +98,14 @@ class Tracker:
         self.verify, self.strict = verify, strict
         self.batch_dim = 0 if batch_first else 1
         self.counts = dict.fromkeys(EVIDENCE, 0)
-        self._recent: deque[Delivery] = deque(maxlen=_MAX_RECENT)
+        self.causes: dict[str, int] = {}
+        self._recent: deque[Delivery] = deque()
         self._default_pass = LoaderPass()
-        self._pending: deque[ForwardPass] = deque(maxlen=_MAX_PENDING)
+        # Passes whose gradients no optimizer has taken yet. A pass whose backward pass
+        # has not run is kept by the graph of its outputs alone, and goes with them.
+        self._pending: list[ForwardPass] = []
         self._entered: list[Delivery] = []
         self._num_backward = 0
-        self._explained: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles hold: options and counts, and no batches.
@@ -133,7 +131,7 @@ class Tracker:
         batch: Any,
         loader_pass: LoaderPass | None = None,
         *,
-        item_fingerprints: ItemFingerprints | None = None,
+        identity: CollateIdentity = BY_CONSTRUCTION,
     ) -> Delivery:
         """Note that a loader returns a batch to the training loop.
 
@@ -142,7 +140,7 @@ class Tracker:
             batch: Tensors in any nesting of lists, tuples and dicts.
             loader_pass: The pass over a loader that it belongs to; default: one that
                 all such calls share.
-            item_fingerprints: Of the items before ``collate_fn``, if they were made.
+            identity: Which item each sample is, if ``collate_fn`` was followed.
 
         Returns:
             What is known of the batch.
@@ -153,10 +151,12 @@ class Tracker:
             loader_pass or self._default_pass,
             batch_dim=self.batch_dim,
             verify=self.verify,
+            identity=identity,
         )
-        delivery.item_fingerprints = item_fingerprints
         delivery.loader_pass.num_unused += 1
         self._recent.appendleft(delivery)
+        if len(self._recent) > _MAX_RECENT:
+            self._recent.pop().release()
         return delivery
 
     # ------------------------------------------------------- what the model reports
@@ -171,35 +171,26 @@ class Tracker:
         """
         forward = self._match(inputs)
         if forward.delivery is not None:
-            forward.delivery.use()
-        self._pending.append(forward)
+            forward.delivery.use(is_recognised=forward.is_recognised)
         return forward
 
     def _match(self, inputs: Any) -> ForwardPass:
         """Find the strongest evidence for which samples these inputs are.
 
-        Storage comes first because it costs nothing and is certain. Content comes
-        second: it reads the inputs back from a GPU. The latest batch is the last resort
-        and never chosen if the inputs belong to a recognised batch.
-
         Args:
             inputs: The model's arguments, nested as they are.
         """
-        dim, recent = self.batch_dim, list(self._recent)
+        dim, recent = self.batch_dim, self._described()
         tensors = [t for t in tensors_in(inputs) if t.dim() > dim]
-        stored = by_storage(tensors, dim, recent)
-        if stored.evidence and stored.cause != "modified":
-            return stored
-        # Memory that was written to may hold other samples now, in which case their
-        # content says which. If the content is not recognised, the loop has probably
-        # transformed the batch in place, and the samples are where they were.
-        copied = by_content(tensors, dim, recent) if self.verify else stored
-        if copied.evidence:
-            return copied
-        if stored.evidence:
-            return stored
+        found = recognised(tensors, dim, recent, verify=self.verify)
+        if found is not None:
+            return found
         known = self.verify and self.counts["by_storage"] + self.counts["by_content"]
-        return by_latest(tensors, dim, recent, usually_known=bool(known))
+        return assumed(tensors, dim, list(self._recent), usually_known=bool(known))
+
+    def _described(self) -> list[Delivery]:
+        """Return the recent deliveries with indices, the newest first."""
+        return [d for d in self._recent if d.indices is not None]
 
     def mark_backward(self, forward: ForwardPass, *, clipping: bool = False) -> None:
         """Note that the backward pass has reached the output of a forward pass.
@@ -209,6 +200,8 @@ class Tracker:
             clipping: Whether it was the second backward pass of ghost clipping.
         """
         self._num_backward += 1
+        if not forward.backward:
+            self._pending.append(forward)
         forward.backward = self._num_backward
         forward.clipped |= clipping
 
@@ -224,14 +217,13 @@ class Tracker:
         Returns:
             How many passes were forgotten.
         """
-        gone = [
-            forward
-            for forward in self._pending
-            if forward.clipped or (forward.backward and not clipped_only)
-        ]
-        for forward in gone:
-            self._pending.remove(forward)
-        return len(gone)
+        kept = [f for f in self._pending if clipped_only and not f.clipped]
+        num_gone = len(self._pending) - len(kept)
+        for forward in self._pending:
+            if forward not in kept:
+                forward.backward = 0
+        self._pending = kept
+        return num_gone
 
     def take(self, *, clipped_only: bool = False) -> list[ForwardPass]:
         """Pop the forward passes whose backward pass has run, in backward order.
@@ -242,7 +234,7 @@ class Tracker:
             clipped_only: Return only complete passes of ghost clipping; the others are
                 forgotten.
         """
-        done = sorted((f for f in self._pending if f.backward), key=_backward_order)
+        done = sorted(self._pending, key=_backward_order)
         self.discard()
         done = [f for f in done if f.clipped or not clipped_only]
         self._entered += [f.delivery for f in done if f.delivery is not None]
@@ -256,7 +248,7 @@ class Tracker:
 
     def delivery_of_gradients(self) -> Delivery | None:
         """Return the one batch that all present gradients are of; None if not one."""
-        found = {id(f.delivery): f.delivery for f in self._pending if f.backward}
+        found = {id(f.delivery): f.delivery for f in self._pending}
         return next(iter(found.values())) if len(found) == 1 else None
 
     def bind_gradients(self, gradients: Any) -> None:
@@ -268,12 +260,22 @@ class Tracker:
         Args:
             gradients: A tensor ``(b, ...)`` with one gradient for each sample.
         """
-        if not any(forward.backward for forward in self._pending):
-            self.mark_backward(self.bind([gradients]))
+        if not self._pending:
+            forward = assumed(
+                list(tensors_in(gradients)),
+                0,
+                list(self._recent),
+                usually_known=False,
+                is_view=True,
+                cause=BY_HAND,
+            )
+            if forward.delivery is not None:
+                forward.delivery.use(is_recognised=False)
+            self.mark_backward(forward)
 
     def awaits_second_backward(self) -> bool:
         """Whether a pass waits for the second backward pass of ghost clipping."""
-        return any(f.backward and not f.clipped for f in self._pending)
+        return any(not f.clipped for f in self._pending)
 
     # --------------------------------------------------------------- what it answers
     def attribute(self, sizes: Sequence[int], *, clipped_only: bool = False) -> Indices:
@@ -310,42 +312,73 @@ class Tracker:
         Raises:
             AccountingError: If the tracker is strict and a sample is uncertain.
         """
-        passes = _with_sizes(self.take(clipped_only=clipped_only), list(sizes))
+        passes = with_sizes(self.take(clipped_only=clipped_only), list(sizes))
         for forward in passes:
-            known, unknown = _num_known(forward)
-            self.counts["unattributed"] += unknown
-            if known:
-                self.counts[forward.evidence] += known
-            if unknown:
-                self._explain(forward.cause, f"{unknown} samples are unattributed.")
-            elif known and forward.evidence == "by_latest":
-                self._explain(
-                    "by_latest", "Samples are attributed without verification."
-                )
+            self._count(forward)
         return passes
 
     def sample_counts(self) -> SampleCounts:
         """Return how many samples entered updates, and of how many nothing is known."""
-        causes = [cause for cause in self._explained if cause != "by_latest"]
-        return SampleCounts(
-            sum(self.counts.values()),
-            self.counts["unattributed"],
-            " ".join(_CAUSES[cause] for cause in sorted(causes)),
-        )
+        found = (CAUSES[name] for name in self.causes)
+        reasons = [c.explanation for c in found if c.state == "unattributed"]
+        unattributed = self.counts["unattributed"]
+        total = sum(self.counts.values())
+        return SampleCounts(total, unattributed, " ".join(reasons))
 
-    def _explain(self, cause: str, what: str) -> None:
-        """Warn of a cause once, or raise if the tracker is strict.
+    def _count(self, forward: ForwardPass) -> None:
+        """Count the samples of a pass by evidence and by cause.
 
         Args:
-            cause: Why the samples are uncertain, a key of ``_CAUSES``.
-            what: What follows for them, as a sentence.
+            forward: A pass with indices.
         """
-        message = f"{what} {_CAUSES[cause]}"
+        distinct = forward.distinct_indices()
+        indices = cast(Indices, forward.indices) if distinct is None else _NO_INDICES
+        num_known = len(distinct or ()) + int(np.count_nonzero(indices >= 0))
+        num_unknown = int(np.count_nonzero(indices == UNATTRIBUTED))
+        num_assumed = 0
+        if forward.evidence == "by_latest":
+            num_assumed = num_known
+        elif forward.is_assumed is not None:
+            num_assumed = int(np.count_nonzero((indices >= 0) & forward.is_assumed))
+        causes = Counter(dict.fromkeys(forward.notes, num_known))
+        causes.update(forward.unattributed)
+        num_explained = sum(forward.unattributed.values())
+        causes[forward.cause or NO_INDICES] += num_unknown - num_explained
+        causes[forward.cause or COMPUTED] += num_assumed
+        causes[REPEATED] += _num_repeated(indices)
+        self.counts["unattributed"] += num_unknown
+        self.counts["by_latest"] += num_assumed
+        if num_known > num_assumed:
+            self.counts[forward.evidence] += num_known - num_assumed
+        for cause, num in causes.items():
+            if num:
+                self._note(cause, num)
+
+    def _note(self, cause: Cause, num: int) -> None:
+        """Count samples with a cause, and say it once, or raise if strict.
+
+        Args:
+            cause: Why the samples are uncertain.
+            num: How many they are.
+        """
+        is_new = cause.name not in self.causes
+        self.causes[cause.name] = self.causes.get(cause.name, 0) + num
+        if not cause.is_said:
+            return
+        message = _CONSEQUENCES[cause.state].format(num=num) + cause.explanation
         if self.strict:
             raise AccountingError(message)
-        if cause not in self._explained:
-            self._explained.add(cause)
+        if is_new:
             warnings.warn(message, stacklevel=2)
+
+    @staticmethod
+    def explanation(cause: str) -> str:
+        """Return what a cause means and what to do about it, in sentences.
+
+        Args:
+            cause: A name that ``causes`` has.
+        """
+        return CAUSES[cause].explanation
 
 
 def indices_of(passes: list[ForwardPass]) -> Indices:
@@ -354,66 +387,12 @@ def indices_of(passes: list[ForwardPass]) -> Indices:
     return parts[0] if len(parts) == 1 else np.concatenate([_NO_INDICES, *parts])
 
 
-def _num_known(forward: ForwardPass) -> tuple[int, int]:
-    """Count the attributed and the unattributed samples of a pass."""
-    distinct = forward.distinct_indices()
-    if distinct is not None:
-        return len(distinct), 0
-    indices = cast(Indices, forward.indices)
-    unknown = np.count_nonzero(indices == UNATTRIBUTED)
-    return int(np.count_nonzero(indices >= 0)), int(unknown)
+def _num_repeated(indices: Indices) -> int:
+    """Count the samples whose example is in the pass already."""
+    known = np.sort(indices[indices >= 0])
+    return int(np.count_nonzero(known[1:] == known[:-1]))
 
 
 def _backward_order(forward: ForwardPass) -> int:
     """Return when the backward pass reached a forward pass; a key for sorting."""
     return forward.backward
-
-
-def _with_sizes(done: list[ForwardPass], sizes: list[int]) -> list[ForwardPass]:
-    """Match forward passes to the gradients that an optimizer has.
-
-    Usually each pass left the gradients of one batch. Passes over the same samples
-    count once if there are more passes than gradients: a loss of two views of a batch
-    leaves one gradient for each sample. A pass whose samples are not known is taken to
-    have as many samples as the gradients at its position.
-
-    Args:
-        done: Passes whose backward pass has run, in backward order.
-        sizes: How many samples each backward pass left gradients of, in the same order.
-
-    Returns:
-        One pass for each size, with indices. If numbers or sizes disagree, it is not
-        known which gradient belongs to which pass, and all samples are unattributed.
-    """
-    passes = done if len(done) == len(sizes) else _without_repeats(done)
-    if len(passes) == len(sizes):
-        pairs = list(zip(passes, sizes, strict=True))
-        if all(f.num_samples in (None, size) for f, size in pairs):
-            return [
-                _unattributed(size, f.cause) if f.num_samples is None else f
-                for f, size in pairs
-            ]
-    causes = [f.cause for f in done if f.indices is None]
-    cause = causes[0] if causes else "mismatch" if done else "unseen"
-    return [_unattributed(size, cause) for size in sizes]
-
-
-def _unattributed(size: int, cause: str) -> ForwardPass:
-    """Return a pass of which no sample is attributed."""
-    return ForwardPass(np.full(size, UNATTRIBUTED), "unattributed", None, cause)
-
-
-def _without_repeats(passes: list[ForwardPass]) -> list[ForwardPass]:
-    """Drop passes over the same samples as the pass before: two views of one batch."""
-    kept: list[ForwardPass] = []
-    for forward in passes:
-        if not (kept and _are_same_samples(kept[-1].indices, forward.indices)):
-            kept.append(forward)
-    return kept
-
-
-def _are_same_samples(one: Indices | None, other: Indices | None) -> bool:
-    """Whether two passes have the same known samples, in the same order."""
-    if one is None or other is None or UNATTRIBUTED in other:
-        return False
-    return np.array_equal(one, other)

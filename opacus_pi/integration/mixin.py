@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
 from opacus_pi.accounting import GradNormLedger, RenyiFilter, fingerprint
-from opacus_pi.attribution import Tracker, observe, observe_like
+from opacus_pi.attribution import Tracker, keeps_order, observe, observe_like
 from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.files.atomic_file import replacing
 from opacus_pi.integration.accountants import PerInstanceAccountant, num_steps_of
@@ -63,6 +63,7 @@ from opacus_pi.integration.runs import (
     probe_model,
     require_fitting_recorder,
 )
+from opacus_pi.integration.schedules import user_collate_fn
 from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.recording import Recorder
 
@@ -509,7 +510,8 @@ class PerInstanceMixin(OpacusEngine):
         """Prepare the loader as Opacus does, and observe what it delivers."""
         loader: DataLoader[Any] = super()._prepare_data_loader(data_loader, **options)
         if self._preparation is not None:
-            observe(loader, self._preparation.tracker)
+            is_own_collate = not keeps_order(user_collate_fn(loader))
+            observe(loader, self._preparation.tracker, follow_items=is_own_collate)
             self._preparation.loader = loader
         return loader
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from opacus_pi.attribution.tracker import _CAUSES, Tracker
+from opacus_pi.attribution import causes
+from opacus_pi.attribution.tracker import Tracker
 from tests.attribution import loops, runs
 
 pytestmark = pytest.mark.filterwarnings(
@@ -12,10 +13,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 FIXED = {"poisson": False}
 LOOPS = {  # cause: a loop that has it, and what its warning must say
-    "by_latest": (loops.transformed, "without verification.*collate_fn"),
-    "reordered": (loops.look_ahead_transformed, "several batches.*collate_fn"),
-    "unseen": (loops.inner_layers_only, "No forward pass.*Call the model itself"),
-    "mismatch": (loops.two_batches_in_one_loss, "Use one batch per loss"),
+    causes.COMPUTED: (loops.transformed, "without verification.*collate_fn"),
+    causes.UNTRACED: (loops.look_ahead_transformed, "several batches.*collate_fn"),
+    causes.UNSEEN: (loops.inner_layers_only, "No forward pass.*Call the model itself"),
+    causes.MISMATCH: (loops.two_batches_in_one_loss, "Use one batch per loss"),
 }
 
 
@@ -40,7 +41,7 @@ def twins():
     return torch.utils.data.TensorDataset(x, y)
 
 
-@pytest.mark.parametrize("cause", LOOPS)
+@pytest.mark.parametrize("cause", LOOPS, ids=lambda c: c.name)
 def test_loops(cause):
     loop, message = LOOPS[cause]
     run = runs.Run(**FIXED)
@@ -55,7 +56,7 @@ def test_examples_that_are_alike():
         UserWarning, match="2 samples .*look alike.*that the data loader"
     ):
         alike(run)
-    check(run, "alike")
+    check(run, causes.ALIKE)
     assert run.engine.attribution["unattributed"] == 2
 
 
@@ -64,17 +65,17 @@ def test_a_data_set_without_positions():
     run = runs.Run(loader=loader, data_set=loader.dataset, **FIXED)
     with pytest.warns(UserWarning, match="no indices.*Use a map-style"):
         loops.plain(run)
-    check(run, "indices")
+    check(run, causes.NO_INDICES)
 
 
 def check(run, cause):
     counts = run.engine.attribution
     assert counts["by_storage"] + counts["by_content"] < sum(counts.values())
-    assert run.engine._run.tracker._explained == {cause}
-
-
-def test_there_is_a_loop_for_every_cause():
-    assert set(_CAUSES) == {*LOOPS, "alike", "indices"}
+    tracker = run.engine._run.tracker
+    assert set(tracker.causes) == {cause.name}
+    assert tracker.explanation(cause.name) == cause.explanation
+    uncertain = counts["by_latest"] + counts["unattributed"]
+    assert tracker.causes[cause.name] == uncertain
 
 
 def test_complete_attribution_says_nothing(recwarn):

@@ -8,13 +8,13 @@ from opacus_pi.attribution import EpochPosition, Tracker, observe
 from opacus_pi.recording.random_states import RandomStates
 
 
-def prepared(cls=DataLoader, *, fingerprint_items=False, **options):
+def prepared(cls=DataLoader, *, follow_items=False, **options):
     """A loader with a generator of its own, its observer, tracker and position."""
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.arange(12.0))
     loader = cls(data, 3, shuffle=True, generator=generator, **options)
     tracker = Tracker()
-    observer = observe(loader, tracker, fingerprint_items=fingerprint_items)
+    observer = observe(loader, tracker, follow_items=follow_items)
     states = RandomStates({"loader": generator})
     return loader, observer, tracker, states, EpochPosition(states, loader)
 
@@ -30,7 +30,7 @@ class Doubled(DataLoader):
 WORKERS = {"num_workers": 1}
 
 
-@pytest.mark.parametrize("fingerprint_items", [False, True])
+@pytest.mark.parametrize("follow_items", [False, True])
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
@@ -40,8 +40,8 @@ WORKERS = {"num_workers": 1}
         (Doubled, WORKERS),
     ],
 )
-def test_the_rest_of_a_pass(cls, options, fingerprint_items):
-    options = {"fingerprint_items": fingerprint_items, **options}
+def test_the_rest_of_a_pass(cls, options, follow_items):
+    options = {"follow_items": follow_items, **options}
     loader, _, _, states, position = prepared(cls, **options)
     whole = []
     for (x,) in loader:

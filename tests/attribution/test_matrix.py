@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import WeightedRandomSampler
 
+from opacus_pi.attribution.causes import CHANGED_IN_PLACE
 from opacus_pi.recording import AccountingError
 from tests.attribution import loops, runs
 
@@ -177,7 +178,6 @@ BY_CONTENT = [
     loops.copied,
     loops.widened,
     loops.permuted,
-    loops.permuted_in_place,
     loops.half_batches_copied,
     loops.look_ahead_copies,
 ]
@@ -191,8 +191,14 @@ def test_copies(loop, poisson):
     check(loop, evidence="by_content", poisson=poisson)
 
 
-def test_a_normalisation_in_place_keeps_the_storage():
-    check(loops.normalised_in_place, evidence="by_storage", factor=2.0, **FIXED)
+def test_a_permutation_in_place_is_followed():
+    evidence = "by_content by_storage"  # samples that happen to stay
+    check(loops.permuted_in_place, evidence=evidence, **FIXED)
+
+
+def test_a_normalisation_in_place_is_assumed_to_keep_the_order():
+    run = check(loops.normalised_in_place, evidence="by_latest", factor=2.0, **FIXED)
+    assert set(run.engine._run.tracker.causes) == {CHANGED_IN_PLACE.name}
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from opacus.data_loader import DPDataLoader
@@ -19,6 +18,8 @@ from opacus_pi.attribution import (
     observer_of,
     tracker_of,
 )
+from opacus_pi.attribution.causes import COLLATE
+from opacus_pi.attribution.collate_identity import FollowingCollate
 from opacus_pi.integration.opacus_compat import patch_memory_manager
 
 
@@ -61,13 +62,13 @@ def test_batches_are_reported_when_they_are_handed_out(workers):
     assert len(list(loader)) == len(loader) == 3
 
 
-@pytest.mark.parametrize("fingerprint_items", [False, True])
-def test_it_draws_the_same_numbers(fingerprint_items):
+@pytest.mark.parametrize("follow_items", [False, True])
+def test_it_draws_the_same_numbers(follow_items):
     def order(observed):
         torch.manual_seed(0)
         loader, log = DataLoader(numbers(), 4, shuffle=True), Log()
         if observed:
-            observe(loader, log, fingerprint_items=fingerprint_items)
+            observe(loader, log, follow_items=follow_items)
         return [b[0].tolist() for b in loader], torch.get_rng_state()
 
     (plain, before), (observed, after) = order(False), order(True)
@@ -102,7 +103,7 @@ def test_the_latest_tracker_gets_reports_and_a_deleted_one_does_not():
 def test_copies_are_plain_loaders(duplicate):
     log = Log()
     for loader in (DataLoader(numbers(), 4), DPDataLoader(numbers(), sample_rate=0.3)):
-        observe(loader, log, fingerprint_items=True)
+        observe(loader, log, follow_items=True)
         other = duplicate(loader)
         assert type(other) in (DataLoader, DPDataLoader)
         assert not [name for name in vars(other) if name.startswith("_pi_")]
@@ -125,7 +126,7 @@ class HoldsALoader(Dataset):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_a_loader_inside_a_worker_process_is_not_observed(context):
     log, inner = Log(), DataLoader(numbers(), 4)
-    observe(inner, log, fingerprint_items=True)
+    observe(inner, log, follow_items=True)
     outer = DataLoader(
         HoldsALoader(inner), 2, num_workers=1, multiprocessing_context=context
     )
@@ -227,7 +228,7 @@ class Doubled(DataLoader):
 
 def test_a_loader_with_a_generator_of_its_own_around_torchs_iterator():
     log, loader = Log(), Doubled(numbers(4), 2)
-    observer = observe(loader, log, fingerprint_items=True)
+    observer = observe(loader, log, follow_items=True)
     assert [x.tolist() for x in loader] == [[0, 2], [4, 6]]
     assert matches(log) and counts(observer) == (1, 1, 0, 0, 2)
 
@@ -241,7 +242,7 @@ class Other(DataLoader):
 
 def test_iterators_that_are_not_torchs_are_left_alone_and_counted():
     log, loader = Log(), Other(numbers(3))
-    observer = observe(loader, log, fingerprint_items=True)
+    observer = observe(loader, log, follow_items=True)
     assert [x.tolist() for (x,) in loader] == [[0], [1], [2]]
     assert not log.seen and observer.num_unobserved_passes == 1
 
@@ -271,7 +272,7 @@ def test_uses_are_counted_by_update():
     assert first.num_updates == 2 and second.num_updates == 1
 
 
-# -------------------------------------------------------------------- fingerprints
+# --------------------------------------------------------- following of collate_fn
 class Sequences(Dataset):
     """Items of different lengths."""
 
@@ -279,11 +280,11 @@ class Sequences(Dataset):
         return 6
 
     def __getitem__(self, index):
-        return {"x": torch.arange(float(index + 1)) + index, "y": index % 2}
+        return {"x": torch.arange(float(index + 1)) + 10 * index + 1, "y": index % 2}
 
 
 class Sorting:
-    """A collate_fn with a state, which sorts, and changes its items in place."""
+    """A collate_fn with a state, which sorts, pads, and changes its items in place."""
 
     def __init__(self):
         self.num_calls = 0
@@ -291,9 +292,10 @@ class Sorting:
     def __call__(self, items):
         self.num_calls += 1
         items.sort(key=lambda item: -len(item["x"]))
+        padded = torch.nn.utils.rnn.pad_sequence([i["x"] for i in items], True)
         for item in items:
             item["x"] += 100
-        return Collated([item["x"] for item in items], self.num_calls)
+        return Collated(padded, self.num_calls)
 
 
 class Collated:
@@ -312,52 +314,45 @@ WORKERS = [
 
 
 @pytest.mark.parametrize("options", WORKERS, ids=str)
-def test_items_are_fingerprinted_before_collation(options):
+def test_items_are_followed_through_collate(options):
     log, collate = Log(), Sorting()
     loader = DataLoader(Sequences(), 3, collate_fn=collate, **options)
-    observe(loader, log, fingerprint_items=True)
+    observe(loader, log, follow_items=True)
+    firsts = []
     for _ in range(2):
         for batch in loader:
             assert type(batch) is Collated
-            assert [x.min() >= 100 for x in batch.sequences]
+            firsts.append(batch.sequences[:, 0].tolist())
     assert loader.collate_fn is collate
     if not options:
         assert batch.number == collate.num_calls == 4
-    for delivery in log.deliveries:
-        items = [Sequences()[i] for i in delivery.indices]
-        fingerprints = delivery.item_fingerprints
-        assert fingerprints.widths[:, 0].tolist() == [len(i["x"]) for i in items]
-        again = Log().delivered([0], items[0]["x"][None])
-        if fingerprints.widths[0, 0] > 1:
-            sums = again.checksums[int(fingerprints.widths[0, 0])][0]
-            assert fingerprints.checksums[0, 0] == sums[0]
+    assert [d.indices for d in log.deliveries] == [[2, 1, 0], [5, 4, 3]] * 2
+    for delivery, first in zip(log.deliveries, firsts, strict=True):
+        assert first == [10 * i + 1 for i in delivery.indices]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_fingerprints_agree_with_the_samples_of_the_batch(workers):
+def test_a_collate_that_keeps_the_order_is_proven(workers):
     log, generator = Log(), torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(12, 3, 5, generator=generator), torch.arange(12))
     loader = DataLoader(data, 4, shuffle=True, num_workers=workers)
-    observe(loader, log, fingerprint_items=True)
-    for x, y in loader:
-        assert type(x) is torch.Tensor and y.dtype == torch.int64
-    for delivery in log.deliveries:
-        fingerprints = delivery.item_fingerprints
-        assert fingerprints.widths.tolist() == [[15, 1]] * 4
-        (sums,) = delivery.checksums[15]
-        np.testing.assert_array_equal(fingerprints.checksums[:, 0], sums)
+    observe(loader, log, follow_items=True)
+    for _, y in loader:
+        assert y.tolist() == log.deliveries[-1].indices
+    assert all(d.identity.items is None for d in log.deliveries)
+    assert not any(d.identity.notes for d in log.deliveries)
 
 
 def test_single_items_and_empty_batches():
     log, loader = Log(), DataLoader(numbers(3), batch_size=None)
-    observe(loader, log, fingerprint_items=True)
+    observe(loader, log, follow_items=True)
     assert [x.item() for (x,) in loader] == [0, 1, 2]
-    assert [d.item_fingerprints.widths.tolist() for d in log.deliveries] == [[[1]]] * 3
+    assert [d.indices for d in log.deliveries] == [[0], [1], [2]]
     log, loader = Log(), DPDataLoader(numbers(), sample_rate=0.05)
-    observe(loader, log, fingerprint_items=True)
-    list(loader)
-    sizes = [len(d.item_fingerprints.widths) for d in log.deliveries]
-    assert sizes == [len(d.indices) for d in log.deliveries] and 0 in sizes
+    observe(loader, log, follow_items=True)
+    for (x,) in loader:
+        assert x.tolist() == log.deliveries[-1].indices
+    assert 0 in [len(d.indices) for d in log.deliveries]
 
 
 class Streamed(IterableDataset):
@@ -368,29 +363,31 @@ class Streamed(IterableDataset):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_iterable_data_sets(workers):
     log, loader = Log(), DataLoader(Streamed(), 4, num_workers=workers)
-    observer = observe(loader, log, fingerprint_items=True)
+    observer = observe(loader, log, follow_items=True)
     assert [x.tolist() for x in loader] == [[0, 1, 2, 3], [4, 5]]
     assert [d.indices for d in log.deliveries] == [None, None]
-    assert [len(d.item_fingerprints.widths) for d in log.deliveries] == [4, 2]
     assert counts(observer) == (1, 1, 0, 0, 2)
 
 
-def test_pinned_memory_leaves_types_and_fingerprints_alone(monkeypatch):
+def test_pinned_memory_leaves_types_and_identities_alone(monkeypatch):
     from torch.utils.data._utils.pin_memory import pin_memory
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
-    from opacus_pi.attribution.item_fingerprints import FingerprintingCollate
-
-    collate = FingerprintingCollate(tuple, is_single=False)
+    collate = FollowingCollate(tuple, is_single=False)
     batch = collate([torch.arange(3.0), torch.arange(2.0)])
     pinned = pin_memory(batch, "cuda")
     assert type(pinned) is type(batch) and type(pinned.batch) is tuple
-    assert pinned.item_fingerprints is batch.item_fingerprints
+    assert pinned.identity is batch.identity
     assert pinned.batch[0] is not batch.batch[0]
 
 
-def test_observers_without_fingerprints_have_none():
-    log, loader = Log(), DataLoader(numbers(), 4)
-    observe(loader, log)
-    list(loader)
-    assert [d.item_fingerprints for d in log.deliveries] == [None] * 3
+def test_a_loader_with_iterators_of_its_own_is_not_followed():
+    class Own(DataLoader):
+        def _get_iterator(self):
+            return super()._get_iterator()
+
+    for follow_items, notes in ((False, ()), (True, (COLLATE,))):
+        log, loader = Log(), Own(numbers(), 4)
+        observe(loader, log, follow_items=follow_items)
+        list(loader)
+        assert [d.identity.notes for d in log.deliveries] == [notes] * 3

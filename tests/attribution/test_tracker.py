@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from opacus_pi.attribution import UNATTRIBUTED, Tracker, probe
+from opacus_pi.attribution.causes import INPUTS_DISAGREE
 from opacus_pi.attribution.delivery import LoaderPass
 from opacus_pi.attribution.forward_probe import ForwardProbe
 from opacus_pi.recording import AccountingError
@@ -50,12 +51,17 @@ def test_equal_batches_of_different_examples_stay_unattributed():
     assert matched(tracker, [x.clone()], 3) == [UNATTRIBUTED, 1, UNATTRIBUTED]
 
 
-def test_a_wider_input_decides_over_a_narrower_one():
+def test_flags_are_no_evidence_by_themselves_but_must_agree():
     tracker = Tracker()
     x, flags = batch(0), torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     tracker.delivered([0, 1, 2], {"flags": flags, "x": x})
-    others = flags[[1, 0, 2]].clone()
-    assert matched(tracker, [x.clone(), others], 3) == [0, 1, 2]
+    assert matched(tracker, [x.clone(), flags.clone()], 3) == [0, 1, 2]
+    assert matched(tracker, [x[[2, 0, 1]], flags[[2, 0, 1]]], 3) == [2, 0, 1]
+    assert matched(tracker, [x.clone(), 1 - flags], 3) == [0, 1, 2]
+    others = flags[[1, 0, 2]]
+    for inputs in ([x, others], [x.clone(), others]):
+        assert matched(tracker, inputs, 3) == [UNATTRIBUTED, UNATTRIBUTED, 2]
+    assert tracker.causes == {INPUTS_DISAGREE.name: 4}
 
 
 def test_equally_wide_inputs_are_all_known():

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.delivery import ForwardPass
-from opacus_pi.attribution.evidence import by_content, by_latest, by_storage
+from opacus_pi.attribution.evidence import assumed, recognised
 from opacus_pi.attribution.samples import tensors_in
 from opacus_pi.models.batches import size_of
 
@@ -86,16 +86,18 @@ class BatchTracker(Tracker):
     """
 
     def _match(self, inputs: Any) -> ForwardPass:
-        dim, recent = self.batch_dim, list(self._recent)
+        dim, recent = self.batch_dim, self._described()
         tensors = [t for t in tensors_in(inputs) if t.dim() > dim]
-        found = by_storage(tensors, dim, recent)
-        if found.delivery is None:
-            found = by_latest(tensors, dim, recent, usually_known=False)
+        found = recognised(tensors, dim, recent, verify=False)
+        if found is None or found.delivery is None:
+            latest = list(self._recent)
+            found = assumed(tensors, dim, latest, usually_known=False, is_view=True)
         # Without a batch, or with one that an earlier pass used already, the inputs
         # may be copies of another batch. Content is compared last, as it costs most.
         if found.delivery is None or found.delivery.num_forward_passes:
-            copied = by_content(tensors, dim, recent)
-            found = found if copied.delivery is None else copied
+            copied = recognised(tensors, dim, recent, verify=True)
+            if copied is not None and copied.delivery is not None:
+                return copied
         return found
 
 

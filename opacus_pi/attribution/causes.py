@@ -1,0 +1,197 @@
+"""Why it is uncertain, or unknown, which example a sample is: every cause, in words.
+
+A cause belongs to a link of the chain of custody: *identity* (position i of the batch
+is the example that it is taken for) or *rows* (every input has each example once, in
+one order). Its state says what follows for the samples that have it:
+
+* *unattributed*: their example is not known, so their norms are left out;
+* *unchecked*: they are taken for the examples of the delivered batch in its order,
+  which nothing confirms;
+* *repeated*: their example is known, and is in the batch a second time.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "ALIKE",
+    "ANOTHER_INPUT",
+    "ANOTHER_PASS",
+    "BY_HAND",
+    "CAUSES",
+    "CHANGED_IN_COLLATE",
+    "CHANGED_IN_PLACE",
+    "COLLATE",
+    "COMPUTED",
+    "INPUTS_DISAGREE",
+    "MISMATCH",
+    "MIXED_IN_COLLATE",
+    "MOVED_AND_CHANGED",
+    "NOT_DELIVERED",
+    "NO_INDICES",
+    "REPEATED",
+    "SEVERAL_BATCHES",
+    "UNSEEN",
+    "UNTRACED",
+    "Cause",
+]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One reason why samples are uncertain.
+
+    Args:
+        name: What was found, as a phrase.
+        state: What follows for the samples; see the module.
+        explanation: What was found and what to do about it, in sentences.
+        link: The link of the chain of custody that is concerned.
+        is_said: Whether a warning says it when it is found for the first time. Where
+            it is not, another message says it.
+    """
+
+    name: str
+    state: Literal["unattributed", "unchecked", "repeated"]
+    explanation: str
+    link: Literal["identity", "rows"] = "identity"
+    is_said: bool = True
+
+
+_IN_THE_DATA_SET = "Transform inputs in the data set instead."
+
+# -------------------------------------------------------------- between batch and model
+COMPUTED = Cause(
+    "the training loop computed the model's inputs",
+    "unchecked",
+    "The model's inputs are neither the tensors that the data loader delivered nor "
+    "copies of them, so samples are assumed to be in the order of the latest batch. If "
+    "your loop reorders or mixes samples after loading, this is wrong. Transform "
+    "inputs in the data set or in collate_fn instead.",
+)
+CHANGED_IN_PLACE = Cause(
+    "the delivered batch was changed in place",
+    "unchecked",
+    "The loop wrote to the delivered batch before the model saw it, so samples are "
+    "assumed to have kept their positions. If the loop also reorders or mixes samples, "
+    "this is wrong. " + _IN_THE_DATA_SET,
+)
+MOVED_AND_CHANGED = Cause(
+    "some samples were moved and others were changed",
+    "unattributed",
+    "The loop moved some samples of a batch to other positions and changed others, so "
+    "the changed ones cannot be followed. " + _IN_THE_DATA_SET,
+)
+UNTRACED = Cause(
+    "the model's inputs cannot be traced to one batch",
+    "unattributed",
+    "The model's inputs cannot be traced to one delivered batch: the loop computed "
+    "them while several batches were in use, from a part of a batch, or only for some "
+    "batches. Transform inputs in the data set or in collate_fn.",
+)
+NOT_DELIVERED = Cause(
+    "the data loader did not deliver these inputs",
+    "unattributed",
+    "Beside samples that the data loader delivered, the model was given others, such "
+    "as generated ones. They belong to no example that is known. If they were computed "
+    "from examples of the data set, compute them in the data set instead.",
+)
+SEVERAL_BATCHES = Cause(
+    "samples of several batches entered the model together",
+    "unattributed",
+    "One forward pass was given samples of several delivered batches, so it belongs to "
+    "none of them. Call the model once for each batch.",
+)
+ALIKE = Cause(
+    "examples look alike",
+    "unattributed",
+    "Some examples look alike, so copies of them cannot be distinguished. Give the "
+    "model the tensors that the data loader delivered.",
+)
+# ------------------------------------------------------------- between model and update
+UNSEEN = Cause(
+    "no forward pass was seen",
+    "unattributed",
+    "No forward pass of the model in training mode was seen for these gradients. Call "
+    "the model itself, not its layers.",
+)
+MISMATCH = Cause(
+    "gradients and forward passes have different numbers of samples",
+    "unattributed",
+    "The gradients belong to another number of samples than the forward passes had. "
+    "This happens, for example, if several batches enter one loss. Use one batch per "
+    "loss.",
+)
+BY_HAND = Cause(
+    "the training loop computed the per-example gradients",
+    "unchecked",
+    "The per-example gradients were set by the training loop, without a backward pass "
+    "of the model, so they are assumed to be those of the latest batch, in its order. "
+    'Use grad_sample_mode="hooks" to have them computed and followed.',
+)
+ANOTHER_PASS = Cause(
+    "another forward pass entered the same loss",
+    "unchecked",
+    "The loss also used a forward pass over inputs that the data loader did not "
+    "deliver, such as generated ones. They are assumed not to be made of the batch's "
+    "examples in another order.",
+    link="rows",
+    is_said=False,  # a GAN's discriminator is trained like this, rightly
+)
+# ------------------------------------------------------------------ the rows of a batch
+NO_INDICES = Cause(
+    "the batches have no indices",
+    "unattributed",
+    "The data loader's batches have no indices in the data set (an iterable data set, "
+    "keys that are not whole numbers, or batches that your loop made itself). Use a "
+    "map-style data set and the loader that make_private returned.",
+)
+INPUTS_DISAGREE = Cause(
+    "the model's inputs have different examples in the same position",
+    "unattributed",
+    "Two inputs of one forward pass carry different examples in the same position, so "
+    "one gradient depends on two examples and max_grad_norm bounds neither. Give every "
+    "input the same examples in the same order, or build such pairs in the data set.",
+    link="rows",
+)
+ANOTHER_INPUT = Cause(
+    "another input of the model could not be checked",
+    "unchecked",
+    "The loop computed one of the model's inputs, so it is assumed to carry the same "
+    "examples in the same order as the others. Compute it in the data set, or within "
+    "the model.",
+    link="rows",
+)
+REPEATED = Cause(
+    "an example is in a batch more than once",
+    "repeated",
+    "An example occurs more than once in the samples of one forward pass, so "
+    "max_grad_norm does not bound what it contributes. Use each delivered sample once.",
+    link="rows",
+    is_said=False,  # the update that it enters is refused, and says so
+)
+# --------------------------------------------------------------------------- collate_fn
+COLLATE = Cause(
+    "collate_fn could not be checked",
+    "unchecked",
+    "What collate_fn returns cannot be compared with the items of the data set (text, "
+    "images, or items that it transforms), so samples are assumed to be in the order "
+    "in which their items were loaded. If collate_fn sorts, drops or mixes items, this "
+    "is wrong. Do such transforms in the data set; samples can then be followed.",
+)
+MIXED_IN_COLLATE = Cause(
+    "collate_fn mixes examples",
+    "unattributed",
+    "collate_fn returned samples that are made of several items of the data set, as "
+    "mixup and cutmix do, so they belong to no single example. Use a collate_fn that "
+    "keeps each item to itself.",
+)
+CHANGED_IN_COLLATE = Cause(
+    "collate_fn moves some items and changes others",
+    "unattributed",
+    "collate_fn returned some items in other positions and changed others, so the "
+    "changed ones cannot be followed. " + _IN_THE_DATA_SET,
+)
+
+CAUSES: dict[str, Cause] = {
+    value.name: value for value in list(vars().values()) if isinstance(value, Cause)
+}

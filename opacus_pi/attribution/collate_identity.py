@@ -1,0 +1,425 @@
+"""Which item of the data set each sample of a collated batch is.
+
+``collate_fn`` may sort, pad, drop, replace or mix the items that the data set returned,
+and the batch does not show it. So the items are fingerprinted where they are loaded, in
+the worker process, before ``collate_fn`` sees them; the samples of its batch are
+fingerprinted after it, and each is looked up among the items. Only the answer travels
+beside the batch. torch's own collate functions keep the order by construction; for them
+nothing is computed.
+
+*Guarantee.* A sample is taken for an item only if the checksum of one of its tensors is
+that of the item, or if the tensor begins with the item's entries (padding), and if no
+other tensor of the batch shows another item. Samples that are made of several items are
+no item. What cannot be compared at all (text that becomes numbers, images that become
+tensors, transforms within ``collate_fn``) is *unchecked*: samples are taken to be in
+the order of the items.
+
+*What breaks it.* At most 256 entries of an item are compared (``samples.py``). Mixtures
+are found if a sample is a sum of two items, or consists of entries of two items; a
+transform that is not linear hides them. A tensor that is computed from all items
+together (a mean over the batch) is compared with nothing. A data set whose
+``__getitems__`` returns items in another order than it was asked for is not noticed.
+
+>>> import torch
+>>> items = fingerprint_items([torch.tensor([1.0, 2.0]), torch.tensor([3.0])])
+>>> follow(items, torch.tensor([[3.0, 0.0], [1.0, 2.0]]), batch_dim=0).items
+array([1, 0])
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import default_collate, default_convert
+
+from opacus_pi.attribution.causes import (
+    CHANGED_IN_COLLATE,
+    COLLATE,
+    MIXED_IN_COLLATE,
+    Cause,
+)
+from opacus_pi.attribution.item_fingerprints import ItemFingerprints, fingerprint_items
+from opacus_pi.attribution.samples import (
+    DelayedChecksums,
+    checksums_of_entries,
+    spacing,
+    tensors_in,
+)
+
+__all__ = [
+    "BY_CONSTRUCTION",
+    "UNCHECKED",
+    "CollateIdentity",
+    "FollowedBatch",
+    "FollowingCollate",
+    "follow",
+    "keeps_order",
+]
+
+Mask = NDArray[np.bool_]
+_CLOSE = 1e-4  # of a sample's length, which a sum of two items may differ from it
+_MIN_ENTRIES = 4  # with fewer, every sample is a sum of two items
+_MAX_COMPARED = 128  # items that are compared with all others, to find mixtures
+
+
+@dataclass(frozen=True, eq=False)
+class CollateIdentity:
+    """What is known of ``collate_fn``'s work on one batch.
+
+    Args:
+        items: int64 ``(b,)``: which item each sample is, -1 if none; None: sample i is
+            item i.
+        notes: Causes that concern all samples.
+        cause: Why samples are no item.
+    """
+
+    items: NDArray[np.int64] | None = None
+    notes: tuple[Cause, ...] = ()
+    cause: Cause = CHANGED_IN_COLLATE
+
+
+BY_CONSTRUCTION = CollateIdentity()
+UNCHECKED = CollateIdentity(notes=(COLLATE,))
+
+
+class FollowedBatch(NamedTuple):
+    """A batch on its way from the worker process to the iterator.
+
+    A named tuple, because torch's pinning of memory goes into tuples and leaves the
+    identity alone.
+    """
+
+    batch: Any
+    identity: CollateIdentity
+
+
+class FollowingCollate:
+    """A ``collate_fn`` that also finds out which item each sample is.
+
+    It can be pickled, for worker processes, if the loader's own can.
+
+    Args:
+        collate_fn: The loader's own; it keeps its state and sees the same calls.
+        is_single: Whether it is given one item instead of a list (``batch_size=None``).
+        batch_dim: The dimension that should run over the samples.
+    """
+
+    def __init__(
+        self, collate_fn: Callable[[Any], Any], *, is_single: bool, batch_dim: int = 0
+    ) -> None:
+        self.collate_fn = collate_fn
+        self.is_single, self.batch_dim = is_single, batch_dim
+
+    def __call__(self, items: Any) -> FollowedBatch:
+        """Collate items, and return beside the batch which items its samples are."""
+        if self.is_single:  # one item is one sample, whatever becomes of it
+            return FollowedBatch(self.collate_fn(items), BY_CONSTRUCTION)
+        fingerprints = fingerprint_items(items)
+        batch = self.collate_fn(items)
+        with torch.no_grad():
+            return FollowedBatch(batch, follow(fingerprints, batch, self.batch_dim))
+
+
+def keeps_order(collate_fn: Callable[..., Any] | None) -> bool:
+    """Whether sample i of a batch is item i by construction.
+
+    Args:
+        collate_fn: A loader's, without wrappers.
+    """
+    return collate_fn in (None, default_collate, default_convert)
+
+
+# ------------------------------------------------------------------------ all tensors
+def follow(items: ItemFingerprints, batch: Any, batch_dim: int) -> CollateIdentity:
+    """Find out which item each sample of a batch is.
+
+    Args:
+        items: Fingerprints of the items, from before ``collate_fn``.
+        batch: What ``collate_fn`` returned.
+        batch_dim: The dimension that should run over the samples.
+    """
+    tensors = [t for t in tensors_in(batch) if t.dim()]
+    if not len(items):
+        return BY_CONSTRUCTION
+    if not tensors:
+        return UNCHECKED
+    samples = [_as_samples(items, tensor, batch_dim) for tensor in tensors]
+    found = [c for s in samples if (c := s.candidates(items)) is not None]
+    size = max(map(len, found), default=len(samples[0]))
+    found = [candidates for candidates in found if len(candidates) == size]
+    if not found:
+        return _without_content(items, samples, size)
+    samples = [s for s in samples if len(s) == size]
+    joint = np.logical_and.reduce(found)
+    for by_part in (s.numbers(items) for s in samples):
+        agreeing = [m for m in by_part if (m & joint).any(axis=1).all()]
+        moved = [m for m in by_part if _are_same_values(m)]
+        for by_number in agreeing or moved[:1]:
+            joint = joint & by_number
+    return _chosen(items, samples, joint, found)
+
+
+def _are_same_values(matches: Mask) -> bool:
+    """Whether the samples have the numbers of the items, each as often as they do."""
+    per_sample, per_item = matches.sum(axis=1), matches.sum(axis=0)
+    return bool(per_sample.all()) and np.array_equal(
+        np.sort(per_sample), np.sort(per_item)
+    )
+
+
+def _without_content(
+    items: ItemFingerprints, samples: "list[Samples]", size: int
+) -> CollateIdentity:
+    """Return what is known if no sample has the content of an item."""
+    nothing = np.full(size, -1)
+    if size != len(items):  # or it is a list with some tensors for each sample
+        return UNCHECKED if len(samples) >= len(items) else CollateIdentity(nothing)
+    if _are_mixtures(items, samples).any():
+        return CollateIdentity(nothing, cause=MIXED_IN_COLLATE)
+    is_wide = any(s.width > 1 for s in samples)
+    for by_part in (s.numbers(items) for s in samples if len(s) == size):
+        moved = [m for m in by_part if _are_same_values(m)]
+        clear = [m for m in moved if (m.sum(axis=1) == 1).all()]
+        if moved and not any(m.diagonal().all() for m in moved):
+            return CollateIdentity(clear[0].argmax(axis=1) if clear else nothing)
+        if clear and not is_wide:
+            return BY_CONSTRUCTION
+    return UNCHECKED
+
+
+def _chosen(
+    items: ItemFingerprints, samples: "list[Samples]", joint: Mask, found: list[Mask]
+) -> CollateIdentity:
+    """Choose one item for each sample.
+
+    Args:
+        items: The items.
+        samples: The tensors of the batch.
+        joint: Which item each sample may be, bool ``(b, n)``.
+        found: The same by single tensors.
+    """
+    is_known = joint.any(axis=1)
+    is_in_place = len(joint) == len(items) and joint.diagonal()[is_known].all()
+    if is_in_place and is_known.all():
+        return BY_CONSTRUCTION
+    is_mixed = ~is_known & np.logical_and.reduce([c.any(axis=1) for c in found])
+    if not is_known.all():
+        is_mixed |= ~is_known & _are_mixtures(items, samples)
+    if is_in_place:
+        if not is_mixed.any():
+            return UNCHECKED  # some samples were transformed, the others have not moved
+        chosen = np.where(is_known, np.arange(len(items)), -1)
+    else:
+        chosen = np.fromiter(_assigned(items, joint), np.int64, len(joint))
+    cause = MIXED_IN_COLLATE if is_mixed.any() else CHANGED_IN_COLLATE
+    return CollateIdentity(chosen, cause=cause)
+
+
+def _assigned(items: ItemFingerprints, joint: Mask) -> Iterator[int]:
+    """Yield one item for each sample, -1 where it is not known which.
+
+    Padding makes a short item look like the beginning of a longer one, so the longest
+    counts. Items that are equal in all their parts may stand for each other; each is
+    used once before one of them is used again.
+    """
+    total_widths, num_uses = items.widths.sum(axis=1), np.zeros(len(items), np.int64)
+    for row in joint:
+        possible = np.flatnonzero(row)
+        if len(possible) > 1:
+            widths = total_widths[possible]
+            possible = possible[widths == widths.max()]
+        if (
+            not len(possible)
+            or (items.checksums[possible] != items.checksums[possible[0]]).any()
+        ):
+            yield -1
+            continue
+        item = possible[num_uses[possible].argmin()]
+        num_uses[item] += 1
+        yield int(item)
+
+
+# ------------------------------------------------------------------------- one tensor
+class Samples:
+    """One tensor of a batch, to be compared with the items.
+
+    Args:
+        tensor: The tensor.
+        dim: Its dimension that runs over the samples.
+    """
+
+    def __init__(self, tensor: Tensor, dim: int) -> None:
+        self._by_sample = tensor.detach().movedim(dim, 0)
+        self.content = DelayedChecksums(tensor, dim)
+        self.shape = tuple(self._by_sample.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._by_sample)
+
+    @property
+    def width(self) -> int:
+        """Number of entries in a sample."""
+        return self.content.width
+
+    def candidates(self, items: ItemFingerprints) -> Mask | None:
+        """Return which items each sample may be, by the part that fits best.
+
+        Returns:
+            bool ``(b, n)``; None if this tensor is no part of the items, or if its
+            samples are all alike.
+        """
+        if self.width <= 1 or _are_all_alike(self.content.checksums):
+            return None
+        best: Mask | None = None
+        for part in range(items.widths.shape[1]):
+            matches = self._matches(items, part)
+            if matches is None:
+                continue
+            if len(self) == len(items) and matches.diagonal().all():
+                return np.eye(len(items), dtype=np.bool_)
+            num = matches.any(axis=1).sum()
+            if best is None or num > best.any(axis=1).sum():
+                best = matches
+        return best
+
+    def _matches(self, items: ItemFingerprints, part: int) -> Mask | None:
+        """Compare all samples with one part of all items.
+
+        Returns:
+            bool ``(b, n)``; None if no sample, or only some short ones, agree.
+        """
+        widths, sums = items.widths[:, part], items.checksums[:, part]
+        if widths.max() < 2 or (len(items) > 1 and _are_all_alike(sums)):
+            return None
+        shapes = [own[part] for own in items.shapes]
+        matches = (widths == self.width) & (self.content.checksums[:, None] == sums)
+        for shape in {s for s in shapes if _is_smaller(s, self.shape)}:
+            is_of_shape = np.array([s == shape for s in shapes])
+            begin = checksums_of_entries(self._beginning(shape))
+            matches |= is_of_shape & (begin[:, None] == sums)
+        is_clear = (matches & (widths >= _MIN_ENTRIES)).any()
+        return matches if matches.any(axis=1).all() or is_clear else None
+
+    def _beginning(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """Return the entries that an item of a smaller shape would be recognised by."""
+        flat = self._by_sample.reshape(len(self), -1)
+        places = torch.from_numpy(_places(shape, self.shape)).to(flat.device)
+        return flat[:, places].cpu().float().numpy()
+
+    def numbers(self, items: ItemFingerprints) -> list[Mask]:
+        """Return which items have the same number, for each part that is a number.
+
+        Returns:
+            bool ``(b, n)`` each; none if samples are more than a number each.
+        """
+        if self.width != 1:
+            return []
+        sums = self.content.checksums[:, None]
+        parts = np.flatnonzero((items.widths == 1).all(axis=0))
+        return [
+            sums == items.checksums[:, part]
+            for part in parts
+            if not _are_all_alike(items.checksums[:, part])
+        ]
+
+
+def _as_samples(items: ItemFingerprints, tensor: Tensor, batch_dim: int) -> Samples:
+    """Choose the dimension of a tensor that runs over the samples.
+
+    It is the one along which the items are found; else one as long as their number.
+    """
+    dims = [d for d in (batch_dim, 1 - batch_dim) if d < tensor.dim()]
+    if not tensor.numel():
+        return Samples(tensor, dims[0])
+    as_long = [d for d in dims if tensor.shape[d] == len(items)]
+    ordered = [
+        Samples(tensor, d) for d in as_long + [d for d in dims if d not in as_long]
+    ]
+    for samples in ordered[:-1]:
+        if samples.candidates(items) is not None:
+            return samples
+    found = ordered[-1].candidates(items) is not None
+    return ordered[-1] if found else ordered[0]
+
+
+def _are_all_alike(sums: NDArray[np.int64]) -> bool:
+    """Whether there are several checksums and all are equal, as those of masks."""
+    return len(sums) > 1 and bool((sums == sums[0]).all())
+
+
+def _is_smaller(shape: tuple[int, ...], padded: tuple[int, ...]) -> bool:
+    """Whether an item of a shape fits into a padded one, in all dimensions."""
+    return (
+        0 < len(shape) == len(padded)
+        and 0 not in shape
+        and shape != padded
+        and all(a <= b for a, b in zip(shape, padded, strict=True))
+    )
+
+
+@lru_cache(maxsize=4096)
+def _places(shape: tuple[int, ...], padded: tuple[int, ...]) -> NDArray[np.int64]:
+    """Return where in a padded sample the entries are that an item's checksum uses."""
+    count, step = spacing(int(np.prod(shape)))
+    within = np.unravel_index(np.arange(count) * step, shape)
+    places: NDArray[np.int64] = np.ravel_multi_index(within, padded)
+    return places
+
+
+# --------------------------------------------------------------------------- mixtures
+def _are_mixtures(items: ItemFingerprints, samples: list[Samples]) -> Mask:
+    """Which samples are made of two items, their own and another one.
+
+    Returns:
+        bool ``(b,)``; all False where samples and items are not equally many, or too
+        many to compare each with each.
+    """
+    mixed = np.zeros(len(items), dtype=np.bool_)
+    if len(items) > _MAX_COMPARED:
+        return mixed
+    for own in (s for s in samples if len(s) == len(items)):
+        for part in range(items.widths.shape[1]):
+            is_as_wide = (items.widths[:, part] == own.width).all()
+            if is_as_wide and own.width >= _MIN_ENTRIES:
+                given, made_of = own.content.entries, items.entries[part]
+                mixed |= _are_sums(given, made_of) | _are_spliced(given, made_of)
+    return mixed
+
+
+def _are_sums(given: NDArray[np.float32], items: NDArray[np.float32]) -> Mask:
+    """Which samples are a sum of multiples of their own item and of another one.
+
+    For each pair of items the two factors follow from least squares, which needs only
+    the scalar products of samples and items.
+    """
+    y, x = given.astype(np.float64), items.astype(np.float64)
+    squares, products = (x * x).sum(axis=1), x @ x.T
+    with_own, with_all = (y * x).sum(axis=1), y @ x.T
+    lengths = (y * y).sum(axis=1)
+    with np.errstate(all="ignore"):  # equal items, zeros, infinite entries
+        determinant = squares[:, None] * squares - products**2
+        a = (with_own[:, None] * squares - with_all * products) / determinant
+        b = (with_all * squares[:, None] - with_own[:, None] * products) / determinant
+        rest = lengths[:, None] - a * with_own[:, None] - b * with_all
+        is_sum = rest <= _CLOSE**2 * lengths[:, None]
+        # beside a multiple of the own item alone
+        is_own = lengths - with_own**2 / squares <= _CLOSE**2 * lengths
+    np.fill_diagonal(is_sum, False)
+    mixed: Mask = is_sum.any(axis=1) & ~is_own
+    return mixed
+
+
+def _are_spliced(given: NDArray[np.float32], items: NDArray[np.float32]) -> Mask:
+    """Which samples have some entries of their own item and the rest of another one."""
+    is_other = given != items
+    num_other = is_other.sum(axis=1)
+    mixed = np.zeros(len(given), dtype=np.bool_)
+    for i in np.flatnonzero((num_other > 0) & (num_other < items.shape[1])):
+        rest = is_other[i]
+        mixed[i] = (items[:, rest] == given[i, rest]).all(axis=1).any()
+    return mixed

@@ -1,0 +1,101 @@
+"""Matches forward passes to the gradients that an optimizer has.
+
+Usually each pass leaves the gradients of one batch. Several passes that enter one loss
+leave one gradient for each sample: two views of a batch, or the real and the generated
+samples of a GAN's discriminator. Such passes are joined, and the pass that was
+recognised speaks for all of them.
+
+*Guarantee.* The numbers of samples must agree. Otherwise it is not known which gradient
+belongs to which pass, and all samples are unattributed. A pass that was only assumed to
+be of a batch counts as not delivered where the same batch was recognised in another
+pass.
+"""
+
+import numpy as np
+
+from opacus_pi.attribution.causes import (
+    ANOTHER_PASS,
+    MISMATCH,
+    NOT_DELIVERED,
+    UNSEEN,
+    Cause,
+)
+from opacus_pi.attribution.delivery import UNATTRIBUTED, ForwardPass, Indices
+
+__all__ = ["with_sizes"]
+
+
+def with_sizes(done: list[ForwardPass], sizes: list[int]) -> list[ForwardPass]:
+    """Return one pass, with indices, for each set of gradients.
+
+    Args:
+        done: Passes whose backward pass has run, in backward order. A pass whose
+            samples are not known is taken to have as many samples as the gradients at
+            its position.
+        sizes: How many samples each backward pass left gradients of, in the same order.
+    """
+    if len(done) != 1:
+        done = _without_guesses(done)
+    passes = done if len(done) == len(sizes) else _joined(done)
+    if len(passes) == len(sizes):
+        pairs = list(zip(passes, sizes, strict=True))
+        if all(f.num_samples in (None, size) for f, size in pairs):
+            return [
+                _unattributed(size, f.cause or UNSEEN) if f.num_samples is None else f
+                for f, size in pairs
+            ]
+    causes = [f.cause for f in done if f.indices is None and f.cause]
+    cause = causes[0] if causes else MISMATCH if done else UNSEEN
+    return [_unattributed(size, cause) for size in sizes]
+
+
+def _without_guesses(done: list[ForwardPass]) -> list[ForwardPass]:
+    """Withdraw what was assumed about a batch that another pass has for certain."""
+    certain = {id(f.delivery) for f in done if f.is_recognised}
+    return [
+        f.without_indices(NOT_DELIVERED)
+        if f.evidence == "by_latest" and id(f.delivery) in certain
+        else f
+        for f in done
+    ]
+
+
+def _unattributed(size: int, cause: Cause) -> ForwardPass:
+    """Return a pass of which no sample is attributed."""
+    return ForwardPass(np.full(size, UNATTRIBUTED), "unattributed", None, cause)
+
+
+def _joined(passes: list[ForwardPass]) -> list[ForwardPass]:
+    """Join passes that entered one loss with the pass before them.
+
+    These are passes over the same samples, and passes over as many samples that the
+    loader did not deliver. The stronger evidence stays.
+    """
+    kept: list[ForwardPass] = []
+    for forward in passes:
+        joint = _joint(kept[-1], forward) if kept else None
+        if joint is None:
+            kept.append(forward)
+        else:
+            kept[-1] = joint
+    return kept
+
+
+def _joint(one: ForwardPass, other: ForwardPass) -> ForwardPass | None:
+    """Return the stronger of two passes that may be joined; None if they may not."""
+    if _are_same_samples(one.indices, other.indices):
+        return other if other.is_recognised and not one.is_recognised else one
+    for known, beside in ((one, other), (other, one)):
+        is_beside = beside.indices is None and beside.cause is NOT_DELIVERED
+        if known.is_recognised and is_beside and beside.num_inputs == known.num_samples:
+            if ANOTHER_PASS not in known.notes:
+                known.notes = (*known.notes, ANOTHER_PASS)
+            return known
+    return None
+
+
+def _are_same_samples(one: Indices | None, other: Indices | None) -> bool:
+    """Whether two passes have the same known samples, in the same order."""
+    if one is None or other is None or UNATTRIBUTED in other:
+        return False
+    return np.array_equal(one, other)
