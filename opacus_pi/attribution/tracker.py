@@ -240,11 +240,17 @@ class Tracker:
         self._entered += [f.delivery for f in done if f.delivery is not None]
         return done
 
-    def end_update(self) -> None:
-        """Count one more update for each delivery that entered it, once for each."""
+    def end_update(self) -> list[Delivery]:
+        """Count one more update for each delivery that entered it, once for each.
+
+        Returns:
+            These deliveries.
+        """
         entered, self._entered = self._entered, []
-        for delivery in {id(delivery): delivery for delivery in entered}.values():
+        distinct = list({id(delivery): delivery for delivery in entered}.values())
+        for delivery in distinct:
             delivery.num_updates += 1
+        return distinct
 
     def delivery_of_gradients(self) -> Delivery | None:
         """Return the one batch that all present gradients are of; None if not one."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.tracker import indices_of
 from opacus_pi.custody import Chain
+from opacus_pi.custody.draws import DrawLink
 from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.checks import (
     OutsideChanges,
@@ -57,6 +58,7 @@ class UpdateUnderWay:
         hooks: What ``make_private`` returned for the model.
         sample_rate: The rate of one batch, as Opacus passes it to its accountant.
         chain: The chain of custody of the run.
+        draws: Its link that watches how delivered batches are used.
         gate: Leaves out examples whose budget is spent, if the engine has a filter.
         outside: Detects changes between updates; None in a distributed run.
         is_superseded: Whether a later ``make_private`` of the same engine has begun
@@ -68,6 +70,7 @@ class UpdateUnderWay:
     hooks: AbstractGradSampleHooks
     sample_rate: float
     chain: Chain
+    draws: DrawLink
     gate: FilterGate | None = None
     outside: OutsideChanges | None = None
     is_superseded: bool = False
@@ -93,6 +96,7 @@ class UpdateUnderWay:
             sizes: How many samples each backward pass contributed; their sum is b.
             clipped_only: Whether only complete passes of ghost clipping count.
         """
+        self.chain.check("norm", "The norms are those by which Opacus clipped.")
         passes = self.tracker.take_attributed(sizes, clipped_only=clipped_only)
         # nearly always: one batch as it was delivered, whose indices are distinct
         examples = passes[0].distinct_indices() if len(passes) == 1 else None
@@ -142,6 +146,7 @@ class UpdateUnderWay:
             optimizer: The optimizer that has just added noise, before its step.
         """
         self.finish()  # of an earlier update whose step was interrupted
+        self.chain.check("noise", "Opacus drew noise once for every update.")
         if self.outside is not None:
             self.outside.noise_was_drawn(is_current=not self.is_superseded)
         # As Opacus's accountant does: with accumulated batches an example had as many
@@ -163,7 +168,7 @@ class UpdateUnderWay:
         settings, self._settings = self._settings, None
         if settings is None:
             return
-        self.tracker.end_update()
+        self.draws.update_was_made(self.tracker.end_update())
         if self.outside is not None:
             self.outside.weights_were_updated()
         for link, reason in self._reasons():

@@ -224,6 +224,15 @@ class Recorder(RecorderOptions):
         return self._run.sampling if self._run else ""
 
     @property
+    def refusal(self) -> str:
+        """Why the run has no ledger; empty if it has one, or has not begun."""
+        if self._run is None:
+            return ""
+        self._fetch_waiting()
+        broken = () if self._chain is None else self._chain.custody().broken
+        return self._run.refusal or (broken[0].sentence if broken else "")
+
+    @property
     def ledger(self) -> GradNormLedger:
         """The ledger of all updates so far; training may go on.
 
