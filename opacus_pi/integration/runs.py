@@ -8,6 +8,7 @@ the object to which the optimizer reports.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import opacus
@@ -186,6 +187,7 @@ class PreparedRun:
             self.tracker.sample_counts,
             allows_unattributed=recorder.unattributed == "worst_case",
         )
+        self.chain.on_read(partial(self.tracker.report_to, self.chain))
         trained = weakref.ref(self.module)
         collate_fn = user_collate_fn(self.loader)
         last_weights = None

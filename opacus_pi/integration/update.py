@@ -81,6 +81,7 @@ class UpdateUnderWay:
     )
     _is_distinct: bool = field(init=False, default=True)
     _settings: dict[str, float] | None = field(init=False, default=None)
+    _num_unattributed: int = field(init=False, default=0)  # up to the last update
 
     def __post_init__(self) -> None:
         self._batch_norms = batch_norms(self.hooks)
@@ -169,6 +170,10 @@ class UpdateUnderWay:
         if settings is None:
             return
         self.draws.update_was_made(self.tracker.end_update())
+        num_unattributed = self.tracker.counts["unattributed"]
+        if num_unattributed > self._num_unattributed and not self.is_superseded:
+            self.recorder.note_unattributed()
+        self._num_unattributed = num_unattributed
         if self.outside is not None:
             self.outside.weights_were_updated()
         for link, reason in self._reasons():

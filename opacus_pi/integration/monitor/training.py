@@ -36,6 +36,7 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting import fingerprint
 from opacus_pi.attribution import ForwardProbe, Tracker, observe
 from opacus_pi.custody import Chain
+from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.weights import WEIGHTS_CHANGED, SampledEntries
 from opacus_pi.gradients import Sweep
 from opacus_pi.integration.monitor.noise import NoiseHook
@@ -56,6 +57,17 @@ __all__ = ["monitor"]
 # Hooks that a call of ``monitor`` added to a module or an optimizer. The next call
 # with the same object removes them: a second set would add noise twice.
 _HOOK_HANDLES: WeakKeyDictionary[Any, list[RemovableHandle]] = WeakKeyDictionary()
+
+
+_SWEPT = "Sweeps over the data set measured the norms, one example at a time."
+_EVIDENCE = {
+    "schedule": "The loader's samplers are known.",
+    "identity": _SWEPT,
+    "rows": _SWEPT,
+    "norm": _SWEPT,
+    "noise": "A hook on optimizer.step added the recorded noise once for each update.",
+    "weights": "Every update was compared with the one before.",
+}
 
 
 def monitor(
@@ -141,7 +153,10 @@ def monitor(
         noise = NoiseHook(
             noise_std, scheme.mean_batch_size, recorder, chain, tracker, noise_generator
         )
-    _add_hooks(module, optimizer, recorder, tracker, scheme, noise)
+    for link, evidence in _EVIDENCE.items():
+        chain.check(link, evidence)
+    draws = DrawLink(chain, is_poisson=scheme.sampling == "poisson")
+    _add_hooks(module, optimizer, recorder, tracker, scheme, noise, draws)
     _watch_weights(optimizer, chain, entries)
     observe(loader, tracker)
     return module, optimizer, loader
@@ -247,6 +262,7 @@ def _add_hooks(
     tracker: Tracker,
     scheme: SamplingScheme,
     noise: NoiseHook | None,
+    draws: DrawLink,
 ) -> None:
     """Add the hooks that count updates and, if there is noise, apply it.
 
@@ -261,6 +277,7 @@ def _add_hooks(
         tracker: Follows batches from the loader to the update.
         scheme: How the loader samples a batch.
         noise: Adds the noise; None without noise.
+        draws: Told which batches entered each update.
     """
     for owner in (module, optimizer):
         for handle in _HOOK_HANDLES.pop(owner, []):
@@ -278,7 +295,7 @@ def _add_hooks(
             max_grad_norm=math.inf,  # nothing is clipped
             sample_rate=min(1.0, num_batches * scheme.sample_rate),
         )
-        tracker.end_update()
+        draws.update_was_made(tracker.end_update())
 
     # Connects the tensors that enter the model with the backward pass that follows.
     probe = ForwardProbe()
