@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from opacus_pi._errors import AccountingError
     from opacus_pi.accounting.guarantee import Guarantee
     from opacus_pi.integration.accountants import PerInstanceAccountant
-    from opacus_pi.integration.engine import PrivacyEngine
+    from opacus_pi.integration.engine import PrivacyEngine, audit
     from opacus_pi.integration.grad_sample import GradSampleModule
     from opacus_pi.integration.group_accountant import GroupAccountant
     from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
@@ -42,6 +42,7 @@ __all__ = [
     "PrivacyEngine",
     "Recorder",
     "Unlearner",
+    "audit",
 ]
 
 __version__ = "0.1.0"
@@ -62,6 +63,7 @@ _HOMES = {
     "PrivacyEngine": "integration.engine",
     "Recorder": "recording.recorder",
     "Unlearner": "unlearning.unlearner",
+    "audit": "integration.engine",
 }
 # Sub-packages that can be reached as attributes after ``import opacus_pi``.
 _ROOMS = {

@@ -22,6 +22,7 @@ TOP = {
     "PrivacyEngine",
     "Recorder",
     "Unlearner",
+    "audit",
 }
 ACCOUNTING = {
     "epsilons",

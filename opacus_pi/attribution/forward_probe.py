@@ -19,9 +19,12 @@ from opacus_pi.attribution.tracker import Tracker
 
 __all__ = ["ForwardProbe", "probe"]
 
+# What is called with the positional and keyword inputs of a forward pass.
+SawInputs = Callable[[tuple[Any, ...], dict[str, Any]], None]
 
-def _no_tracker() -> None:
-    """Stand in for the weak reference to a tracker that a probe does not have."""
+
+def _none() -> None:
+    """Stand in for a weak reference to what a probe does not have."""
 
 
 def _never() -> bool:
@@ -37,12 +40,16 @@ class ForwardProbe:
     """
 
     def __init__(self) -> None:
-        self._tracker: Callable[[], Tracker | None] = _no_tracker
+        self._tracker: Callable[[], Tracker | None] = _none
+        self._saw_inputs: Callable[[], SawInputs | None] = _none
         self._is_second_backward: Callable[[], bool] = _never
         self.handle: Any = None
 
     def report_to(
-        self, tracker: Tracker, is_second_backward: Callable[[], bool] = _never
+        self,
+        tracker: Tracker,
+        is_second_backward: Callable[[], bool] = _never,
+        saw_inputs: SawInputs | None = None,
     ) -> None:
         """Report to this tracker from now on.
 
@@ -50,8 +57,11 @@ class ForwardProbe:
             tracker: Referred to weakly.
             is_second_backward: Asked during each backward pass: whether it is the
                 second one of ghost clipping, which computes the clipped gradient.
+            saw_inputs: A method that is called with the inputs of each pass; its object
+                is referred to weakly.
         """
         self._tracker = weakref.ref(tracker)
+        self._saw_inputs = weakref.WeakMethod(saw_inputs) if saw_inputs else _none
         self._is_second_backward = is_second_backward
 
     def __call__(
@@ -71,6 +81,8 @@ class ForwardProbe:
         if any(map(is_functorch_wrapped_tensor, tensors_in((args, kwargs, out)))):
             return  # within vmap or grad: no storage, and no backward pass will follow
         forward = tracker.bind((args, kwargs))
+        if (saw_inputs := self._saw_inputs()) is not None:
+            saw_inputs(args, kwargs)
         to_tracker, is_second_backward = self._tracker, self._is_second_backward
 
         def mark_backward(_: Tensor) -> None:
@@ -91,6 +103,7 @@ def probe(
     tracker: Tracker,
     *,
     is_second_backward: Callable[[], bool] = _never,
+    saw_inputs: SawInputs | None = None,
 ) -> RemovableHandle:
     """Report a model's forward passes to a tracker.
 
@@ -98,6 +111,7 @@ def probe(
         module: The model; not a wrapper of it, whose hooks might be skipped.
         tracker: Referred to weakly. A second call replaces the tracker of the first.
         is_second_backward: Of ``ForwardProbe.report_to``.
+        saw_inputs: Of ``ForwardProbe.report_to``.
 
     Returns:
         The handle that removes the hook.
@@ -107,11 +121,12 @@ def probe(
         if hooks[key].handle is None:  # the module is a copy of a prepared one
             del hooks[key]
             continue
-        hooks[key].report_to(tracker, is_second_backward)  # prepared before
+        # prepared before
+        hooks[key].report_to(tracker, is_second_backward, saw_inputs)
         handle: RemovableHandle = hooks[key].handle
         return handle
     forward_probe = ForwardProbe()
-    forward_probe.report_to(tracker, is_second_backward)
+    forward_probe.report_to(tracker, is_second_backward, saw_inputs)
     handle = module.register_forward_hook(forward_probe, with_kwargs=True)
     forward_probe.handle = handle
     return handle

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from opacus_pi.custody.chain import Chain
+
 __all__ = ["Finding"]
 
 
@@ -19,3 +21,17 @@ class Finding:
 
     state: Literal["checked", "unchecked", "broken"]
     sentence: str
+
+    def tell(self, chain: Chain, link: str) -> None:
+        """Report the finding to a chain of custody.
+
+        Args:
+            chain: The chain of the run.
+            link: The link that was looked at.
+        """
+        if self.state == "checked":
+            chain.check(link, self.sentence)
+        elif self.state == "unchecked":
+            chain.leave_unchecked(link, self.sentence)
+        else:
+            chain.break_link(link, self.sentence)

@@ -50,7 +50,7 @@ from opacus_pi.models.copies import same_mode_copy, unwrap
 from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.models.own_losses import half_replaced
 
-__all__ = ["ModelProbe", "probe_separability"]
+__all__ = ["ModelProbe", "NoDropout", "probe_separability"]
 
 # Probes of one run: for the first kinds of batches, and for more of those in which the
 # number of examples equals another dimension, which may be taken for it.
@@ -193,13 +193,13 @@ class _Call:
                 device, kind = self.autocast
                 stack.enter_context(torch.autocast(device, dtype=kind))
             if not self.has_dropout:
-                stack.enter_context(_NoDropout())
+                stack.enter_context(NoDropout())
             outputs = model(*self.args, **self.kwargs)
             state = torch.get_rng_state()
         return [t for t in _tensors(outputs) if t.is_floating_point()], state
 
 
-class _NoDropout(TorchFunctionMode):
+class NoDropout(TorchFunctionMode):
     """Within this context nothing is dropped by torch's functions for that."""
 
     def __torch_function__(
@@ -436,7 +436,7 @@ def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
     return (*shape[:dim], *shape[dim + 1 :])
 
 
-@dataclass
+@dataclass(eq=False)
 class ModelProbe:
     """Probes a model during training, when it meets a new kind of batch.
 
@@ -446,15 +446,14 @@ class ModelProbe:
 
     Args:
         model: Refers weakly to the user's module.
-        report: Receives each finding.
         batch_dim: The dimension of the inputs along which the examples are.
     """
 
     model: weakref.ref[nn.Module]
-    report: Callable[[Finding], None]
     batch_dim: int = 0
     _seen: set[Any] = field(init=False, default_factory=set)
     _waiting: Callable[[], Finding] | None = field(init=False, default=None)
+    _layers: list[weakref.ref[nn.Module]] = field(init=False, default_factory=list)
 
     def saw(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep the inputs of a forward pass if they are of a new kind.
@@ -473,21 +472,18 @@ class ModelProbe:
         size = _num_examples(tensors, self.batch_dim)
         if size < 2:
             return
-        dim = self.batch_dim
-        shapes = tuple((_without(t.shape, dim), t.dtype) for t in tensors)
-        equal_sizes = tuple(d for d, n in enumerate(shapes[0][0]) if n == size)
-        kind = (shapes, equal_sizes, tuple(m.training for m in model.modules()))
+        kind, equal_sizes = self._kind(model, tensors, size)
         if kind in self._seen:
             return
         if len(self._seen) >= _MAX_PROBES and not equal_sizes:
             return
         self._seen.add(kind)
         device = tensors[0].device.type
-        autocast = None
-        if torch.is_autocast_enabled(device):
-            autocast = (device, torch.get_autocast_dtype(device))
+        is_mixed = torch.is_autocast_enabled(device)
+        autocast = (device, torch.get_autocast_dtype(device)) if is_mixed else None
 
         def probe() -> Finding:
+            dim = self.batch_dim
             if separable_by_construction(model, args, kwargs, batch_dim=dim):
                 return Finding("checked", "Every layer treats each example alone.")
             return probe_separability(
@@ -496,8 +492,33 @@ class ModelProbe:
 
         self._waiting = probe
 
-    def run(self) -> None:
-        """Probe the inputs that were kept, and report what was found."""
+    def _kind(
+        self, model: nn.Module, tensors: Sequence[Tensor], size: int
+    ) -> tuple[Any, tuple[int, ...]]:
+        """Return what two batches have in common that need not both be probed.
+
+        Args:
+            model: The model.
+            tensors: Its inputs.
+            size: The number of examples.
+
+        Returns:
+            Shapes and types of one example with the modes of all layers, and which of
+            its dimensions are as large as the batch.
+        """
+        if not self._layers:  # a walk over the layers in every pass would be slow
+            self._layers = [weakref.ref(module) for module in model.modules()]
+        modes = tuple([getattr(layer(), "training", None) for layer in self._layers])
+        shapes = tuple([(_without(t.shape, self.batch_dim), t.dtype) for t in tensors])
+        equal_sizes = tuple([d for d, n in enumerate(shapes[0][0]) if n == size])
+        return (shapes, equal_sizes, modes), equal_sizes
+
+    def run(self) -> Finding | None:
+        """Probe the inputs that were kept.
+
+        Returns:
+            What was found; None if no inputs of a new kind were seen since the last
+            call.
+        """
         probe, self._waiting = self._waiting, None
-        if probe is not None:
-            self.report(probe())
+        return None if probe is None else probe()

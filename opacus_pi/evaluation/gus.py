@@ -22,8 +22,9 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.models.batches import device_of, size_of
 from opacus_pi.models.copies import evaluation_copy
-from opacus_pi.models.losses import Criterion, Losses, float64_losses, unit_cotangents
+from opacus_pi.models.losses import Losses, float64_losses, unit_cotangents
 from opacus_pi.models.no_trace import random_state_untouched
+from opacus_pi.models.own_losses import Criterion
 
 
 def gaussian_unlearning_score(

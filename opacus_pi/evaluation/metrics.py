@@ -20,7 +20,7 @@ from torch import nn
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.evaluation.membership import membership_inference
-from opacus_pi.models.losses import Criterion
+from opacus_pi.models.own_losses import Criterion
 from opacus_pi.models.predictions import Data, Predictions, predict
 
 __all__ = ["accuracy", "evaluate", "summarise", "tug_of_war", "unlearning_accuracy"]

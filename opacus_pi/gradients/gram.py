@@ -40,8 +40,9 @@ from opacus_pi.models.batches import (
     unsqueeze,
 )
 from opacus_pi.models.copies import evaluation_copy
-from opacus_pi.models.losses import Criterion, float64_losses
+from opacus_pi.models.losses import float64_losses
 from opacus_pi.models.no_trace import isolated
+from opacus_pi.models.own_losses import Criterion
 
 _MAX_ELEMENTS = 1 << 27  # entries of gradients held at once, 1 GiB in float64
 _VMAP_ELEMENTS = 1 << 26  # entries of gradients that one call of vmap forms

@@ -43,7 +43,8 @@ from opacus_pi.models.batches import (
     rows,
 )
 from opacus_pi.models.copies import evaluation_copy, require_own_parameters
-from opacus_pi.models.losses import Criterion, float64_losses, unit_cotangents
+from opacus_pi.models.losses import float64_losses, unit_cotangents
+from opacus_pi.models.own_losses import Criterion
 
 _SLOW = (
     "The gradient norms of a batch do not agree with those of its examples alone: the "

@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from opacus_pi._validate import expect, positive
 from opacus_pi.gradients.norm_engine import NormEngine
 from opacus_pi.models.batches import inputs_and_targets, to_device
-from opacus_pi.models.losses import Criterion
 from opacus_pi.models.no_trace import isolated
+from opacus_pi.models.own_losses import Criterion
 
 _SECONDS_BEFORE_BAR = 3.0  # a short sweep shows no progress bar
 

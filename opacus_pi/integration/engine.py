@@ -38,9 +38,10 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.utils.data import DataLoader
 
+from opacus_pi.integration.audit import Audit, AuditedRun, audit_batch
 from opacus_pi.integration.mixin import PerInstanceMixin
 
-__all__ = ["PerInstanceMixin", "PrivacyEngine"]
+__all__ = ["PerInstanceMixin", "PrivacyEngine", "audit"]
 
 # What make_private returns: a wrapper of the module, or hooks if wrap_model=False.
 Hooks: TypeAlias = AbstractGradSampleHooks
@@ -208,3 +209,50 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
             Returns:
                 As ``make_private``.
             """
+
+
+def audit(
+    model: nn.Module,
+    criterion: Any,
+    batch: Any,
+    *,
+    grad_sample_mode: str = "hooks",
+    loss_reduction: str = "mean",
+    batch_first: bool = True,
+) -> Audit:
+    """Compare the norms that private training would record with single gradients.
+
+    Use it before anything is prepared, or for a model that another program trains;
+    ``engine.audit`` does the same for a run that was prepared. The model stays as it
+    is.
+
+    Args:
+        model: The model, plain or wrapped by Opacus.
+        criterion: What the training loop calls as ``criterion(model(x), y)``.
+        batch: ``(x, y)`` or a dict with ``"labels"``, of at least two examples.
+        grad_sample_mode: As in ``make_private``.
+        loss_reduction: As in ``make_private``.
+        batch_first: As in ``make_private``.
+
+    Returns:
+        The comparisons; ``print`` shows them as a table.
+
+    Raises:
+        ValueError: If the batch has fewer than two examples, or Opacus does not accept
+            the model.
+
+    >>> x, y = torch.randn(6, 2), torch.tensor([0, 1, 0, 1, 1, 1])
+    >>> audit(nn.Linear(2, 2), nn.CrossEntropyLoss(), (x, y)).passed
+    True
+    >>> weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0]))
+    >>> audit(nn.Linear(2, 2), weighted, (x, y))["loss"].passed
+    False
+    """
+    run = AuditedRun(grad_sample_mode, loss_reduction, batch_first)
+    return audit_batch(
+        model,
+        criterion,
+        batch,
+        run=run,
+        new_engine=lambda recorder: PrivacyEngine(recorder=recorder),
+    )

@@ -34,6 +34,14 @@ from opacus_pi.attribution import Tracker, keeps_order, observe, observe_like
 from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.files.atomic_file import replacing
 from opacus_pi.integration.accountants import PerInstanceAccountant, num_steps_of
+from opacus_pi.integration.audit import (
+    Audit,
+    AuditedRun,
+    audit_batch,
+    audited_run,
+    finding_of,
+    joined,
+)
 from opacus_pi.integration.checkpoints import Checkpoints, RunState, without_code
 from opacus_pi.integration.checks import (
     RunChecks,
@@ -60,6 +68,7 @@ from opacus_pi.integration.runs import (
     CurrentRun,
     Preparation,
     PreparedRun,
+    new_model_probe,
     probe_model,
     require_fitting_recorder,
 )
@@ -86,14 +95,6 @@ _NO_BOUND = (
     "and Opacus's accountant has not counted these updates. With noise, "
     "engine.epsilons(delta) estimates the privacy loss of each example of this data "
     "set; train by make_private for a guarantee."
-)
-_NOT_COUNTED = (
-    "The accountant has counted {} of {} updates, so its epsilon is too small. "
-    "optimizer.attach_step_hook replaces the accountant's own hook: call both in one "
-    "function."
-)
-_BROKEN = (
-    "get_epsilon is Opacus's number, but the training was not what it accounts for: {}"
 )
 _NOT_POISSON = (
     "get_epsilon is Opacus's number, and assumes Poisson sampling. This loader draws "
@@ -151,6 +152,7 @@ class PerInstanceMixin(OpacusEngine):
         self._has_default_recorder = recorder is None
         self._preparation: Preparation | None = None  # within make_private only
         self._run: CurrentRun | None = None  # the run that was prepared last
+        self._audited: AuditedRun | None = None  # what an audit of it repeats
         patch_memory_manager(observe_like)
 
     # ---------------------------------------------------------------- what was recorded
@@ -252,8 +254,7 @@ class PerInstanceMixin(OpacusEngine):
     def get_epsilon(self, delta: float) -> float:
         """Return Opacus's epsilon, which assumes Poisson sampling.
 
-        Warns if another sampling was done, if a link of the chain of custody is broken,
-        or if the accountant did not count every update.
+        Warns if another sampling was done.
 
         Args:
             delta: Failure probability, in (0, 1).
@@ -266,18 +267,8 @@ class PerInstanceMixin(OpacusEngine):
             raise AccountingError(_NO_BOUND)
         if self.recorder.sampling == "fixed" and self._is_private:
             warnings.warn(_NOT_POISSON, stacklevel=2)
-        self._warn_of_doubts()
         epsilon: float = super().get_epsilon(delta)
         return epsilon
-
-    def _warn_of_doubts(self) -> None:
-        """Warn if Opacus's epsilon is not that of the run that was made."""
-        num_made, num_counted = self.recorder.num_steps, num_steps_of(self.accountant)
-        if self._is_private and num_counted < num_made:
-            warnings.warn(_NOT_COUNTED.format(num_counted, num_made), stacklevel=3)
-        refusal = self.recorder.refusal
-        if refusal:
-            warnings.warn(_BROKEN.format(refusal), stacklevel=3)
 
     def _complete_ledger(self) -> GradNormLedger:
         """Return the ledger, if it holds every update that was made or counted.
@@ -323,6 +314,7 @@ class PerInstanceMixin(OpacusEngine):
         if options.get("grad_sample_mode") == FAST_MODE:
             require_fast(**options)
         prepared: tuple[Any, ...] = super().make_private(**options)
+        self._audited = audited_run(prepared[-1], recorder=self.recorder, **options)
         return prepared
 
     @classmethod
@@ -398,6 +390,7 @@ class PerInstanceMixin(OpacusEngine):
         )
         run = CurrentRun(tracker, weakref.ref(module), None, run_state)
         self._replace_run(run, steps_before)
+        self._audited = audited_run(prepared[-1], recorder=self.recorder)
         return prepared
 
     def _with_secure_generators(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -411,6 +404,44 @@ class PerInstanceMixin(OpacusEngine):
                 )
             options = {**options, name: self.secure_rng}
         return options
+
+    # ---------------------------------------------------------------------------- audit
+    def audit(self, criterion: Any, batches: int = 1) -> Audit:
+        """Compare the norms that are recorded with gradients of single examples.
+
+        Call it after ``make_private`` or ``make_monitored``, before training or later.
+        It takes examples from the data set, trains a copy of the model on them for one
+        update, and leaves no trace on the run. ``print`` shows the result as a table.
+        What it finds about loss, model and norms enters the chain of custody: the
+        ledger is refused if one of them fails.
+
+        Args:
+            criterion: What the training loop calls as ``criterion(model(x), y)``.
+            batches: How many batches of at most 32 examples to look at.
+
+        Returns:
+            The comparisons; ``.passed`` tells whether none failed.
+
+        Raises:
+            AccountingError: If no run is prepared.
+            ValueError: If ``grad_sample_mode="no_op"``, or the data set has fewer than
+                two examples.
+        """
+        module, run = self.module, self._audited
+        if run is None or run.examples is None:
+            raise AccountingError(
+                "There is nothing to audit. Call make_private or make_monitored first."
+            )
+        found = [
+            audit_batch(module, criterion, batch, run=run, new_engine=_auditing_engine)
+            for batch in run.examples.batches(batches)
+        ]
+        audit = joined(found)
+        chain = self.recorder.chain
+        if chain is not None:
+            for name, link in (("loss", "loss"), ("model", "model"), ("norms", "norm")):
+                finding_of(audit[name]).tell(chain, link)
+        return audit
 
     # ---------------------------------------------------------------------- checkpoints
     @_shown_as(opacus.PrivacyEngine.save_checkpoint, assigned=())
@@ -517,10 +548,12 @@ class PerInstanceMixin(OpacusEngine):
         except UnsupportedModuleError as error:
             add_note(error, _TRAIN_BATCH_NORM)
             raise
-        tracker = self._new_tracker(batch_first=options.get("batch_first", True))
-        probe_model(hooks, tracker)
+        batch_first = options.get("batch_first", True)
+        tracker = self._new_tracker(batch_first=batch_first)
+        model_probe = new_model_probe(self.recorder, hooks, batch_first=batch_first)
+        probe_model(hooks, tracker, model_probe)
         explain_in_place(hooks)
-        self._preparation = Preparation(hooks, tracker)
+        self._preparation = Preparation(hooks, tracker, model_probe)
         return hooks
 
     def _prepare_data_loader(
@@ -553,7 +586,10 @@ class PerInstanceMixin(OpacusEngine):
                 is_secure=self.secure_mode,
             )
             run = PreparedRun(
-                preparation.hooks, preparation.tracker, preparation.loader
+                preparation.hooks,
+                preparation.tracker,
+                preparation.loader,
+                preparation.model_probe,
             )
             report_updates(optimizer, self._begin(run, run_state))
         return optimizer
@@ -604,6 +640,15 @@ class PerInstanceMixin(OpacusEngine):
         self._run = run
         self.checkpoints.run_state = run.run_state
         self.checks.begin(self.recorder, steps_before=steps_before)
+
+
+class _AuditingEngine(PerInstanceMixin, opacus.PrivacyEngine):
+    """The engine with which an audit trains a copy of the model."""
+
+
+def _auditing_engine(recorder: Recorder) -> _AuditingEngine:
+    """Return an engine that reports to a recorder, and to nothing else."""
+    return _AuditingEngine(recorder=recorder)
 
 
 def _warn_if_most_are_equal(values: NDArray[np.float64]) -> None:

@@ -8,20 +8,19 @@ the object to which the optimizer reports.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import opacus
 from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe
 from opacus_pi.custody import Chain
-from opacus_pi.custody.draws import DrawLink
-from opacus_pi.custody.weights import SampledEntries
+from opacus_pi.custody.model_probe import ModelProbe
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.checks import (
     OutsideChanges,
@@ -43,10 +42,15 @@ from opacus_pi.integration.schedules import (
 )
 from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.models.batches import size_of
-from opacus_pi.models.losses import Criterion
+from opacus_pi.models.own_losses import Criterion
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.distributed import Processes, shared_sweep
 from opacus_pi.recording.weights import LastWeights
+
+_MODEL_NOT_RUN = (
+    "The model was not run a second time to see whether it treats examples separately: "
+    "the recorder was told not to do so, or the weights are sharded."
+)
 
 
 def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
@@ -73,7 +77,32 @@ def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
         )
 
 
-def probe_model(hooks: AbstractGradSampleHooks, tracker: Tracker) -> None:
+def new_model_probe(
+    recorder: Recorder, hooks: AbstractGradSampleHooks, *, batch_first: bool
+) -> ModelProbe | None:
+    """Return what finds out whether a model mixes the examples of a batch.
+
+    Args:
+        recorder: The engine's recorder, which may declare that the model does not.
+        hooks: What Opacus made of the model.
+        batch_first: Whether examples are along the first dimension of the inputs.
+
+    Returns:
+        None if the model is not to be run a second time, or no process could run it
+        alone because its weights are sharded.
+    """
+    module = module_of(hooks)
+    is_sharded = isinstance(module, FSDPModule) or any(
+        isinstance(parameter, DTensor) for parameter in module.parameters()
+    )
+    if is_sharded or not recorder.probe_model:
+        return None
+    return ModelProbe(weakref.ref(module), 0 if batch_first else 1)
+
+
+def probe_model(
+    hooks: AbstractGradSampleHooks, tracker: Tracker, model_probe: ModelProbe | None
+) -> None:
     """Report the forward passes of a prepared model to a tracker.
 
     Args:
@@ -81,6 +110,7 @@ def probe_model(hooks: AbstractGradSampleHooks, tracker: Tracker) -> None:
             in modes without hooks (``"ew"``, ``"no_op"``) the probe stays, and has no
             effect once the tracker is deleted.
         tracker: Referred to weakly. A second call replaces it.
+        model_probe: Sees the inputs of the passes; referred to weakly.
     """
     prepared = weakref.ref(hooks)
 
@@ -91,7 +121,12 @@ def probe_model(hooks: AbstractGradSampleHooks, tracker: Tracker) -> None:
     module: Any = hooks
     if not isinstance(hooks, GradSampleModuleNoOp):  # which skips its module's hooks
         module = module_of(hooks)
-    handle = probe(module, tracker, is_second_backward=is_second_backward)
+    handle = probe(
+        module,
+        tracker,
+        is_second_backward=is_second_backward,
+        saw_inputs=None if model_probe is None else model_probe.saw,
+    )
     if handle not in (removable_handles(module) or ()):
         keep_handle(module, handle)
 
@@ -139,11 +174,13 @@ class Preparation:
     Args:
         hooks: What Opacus made of the model, a wrapper or hooks.
         tracker: Matches the samples of this run to examples.
+        model_probe: Finds out whether the model mixes examples; None: it is not run.
         loader: The loader that training will iterate over; None until it is prepared.
     """
 
     hooks: AbstractGradSampleHooks
     tracker: Tracker
+    model_probe: ModelProbe | None
     loader: DataLoader[Any] | None = None
 
 
@@ -154,6 +191,7 @@ class PreparedRun:
         hooks: What Opacus made of the model.
         tracker: Matches the samples of this run to examples.
         loader: The loader that training will iterate over.
+        model_probe: Finds out whether the model mixes examples; None: it is not run.
     """
 
     def __init__(
@@ -161,13 +199,15 @@ class PreparedRun:
         hooks: AbstractGradSampleHooks,
         tracker: Tracker,
         loader: DataLoader[Any],
+        model_probe: ModelProbe | None = None,
     ) -> None:
         self.hooks, self.tracker, self.loader = hooks, tracker, loader
+        self.model_probe = model_probe
         self.module = module_of(hooks)
         self.sample_rate = 1 / len(loader)  # as Opacus computes it for its accountant
         is_distributed = isinstance(self.module, DISTRIBUTED)
         self.processes = Processes() if is_distributed else None
-        self.chain, self.entries = Chain(), SampledEntries()
+        self.chain = Chain()
 
     def begin_record(self, recorder: Recorder) -> None:
         """Let a recorder begin to record this run.
@@ -187,12 +227,10 @@ class PreparedRun:
             self.tracker.sample_counts,
             allows_unattributed=recorder.unattributed == "worst_case",
         )
-        self.chain.on_read(partial(self.tracker.report_to, self.chain))
         trained = weakref.ref(self.module)
         collate_fn = user_collate_fn(self.loader)
-        last_weights = None
-        if not isinstance(self.module, FSDPModule):  # no process has all weights
-            last_weights = LastWeights(self.module, self.entries)
+        # no process of FSDP has all weights to name
+        has_weights = not isinstance(self.module, FSDPModule)
         recorder.begin(
             num_examples=size_of(data_set),
             sample_rate=self.sample_rate,
@@ -208,7 +246,7 @@ class PreparedRun:
             ),
             weights=lambda: cast(nn.Module, trained()).state_dict(),
             processes=processes,
-            last_weights=last_weights,
+            last_weights=LastWeights(self.module) if has_weights else None,
             chain=self.chain,
         )
 
@@ -226,6 +264,8 @@ class PreparedRun:
         ):
             if reason is not None:
                 self.chain.break_link(link, reason)
+        if self.model_probe is None:
+            self.chain.leave_unchecked("model", _MODEL_NOT_RUN, warn=False)
         kind = "Poisson sampling" if is_poisson(self.loader) else "a fixed schedule"
         self.chain.check("schedule", f"The loader's samplers are known: {kind}.")
 
@@ -238,13 +278,13 @@ class PreparedRun:
             recorder: Receives what the optimizer reports.
             renyi_filter: The engine's budgets, if it has any.
         """
-        draws = DrawLink(self.chain, is_poisson=is_poisson(self.loader))
         update = UpdateUnderWay(
-            recorder, self.tracker, self.hooks, self.sample_rate, self.chain, draws
+            recorder, self.tracker, self.hooks, self.sample_rate, self.chain
         )
+        update.model_probe = self.model_probe
         if renyi_filter is not None:
             layers = batch_norms(self.hooks)
             update.gate = FilterGate(renyi_filter, self.tracker, layers)
         if self.processes is None:
-            update.outside = OutsideChanges(self.loader, self.chain, self.entries)
+            update.outside = OutsideChanges(self.loader, self.chain)
         return update

@@ -29,8 +29,6 @@ from opacus_pi.models.batches import floating, map_tensors, to_float64
 from opacus_pi.models.copies import made_by_opacus
 from opacus_pi.models.own_losses import Criterion, OwnLosses
 
-__all__ = ["Criterion", "Losses", "float64_losses", "unit_cotangents"]
-
 _TINY = torch.finfo(torch.float64).tiny  # the least divisor: zeros stay zeros
 
 

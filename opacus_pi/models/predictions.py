@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi._validate import expect
 from opacus_pi.models.batches import device_of, forward, inputs_and_targets, to_device
-from opacus_pi.models.losses import Criterion, float64_losses
+from opacus_pi.models.losses import float64_losses
 from opacus_pi.models.no_trace import evaluating
+from opacus_pi.models.own_losses import Criterion
 
 Data = Dataset[Any] | Iterable[tuple[Tensor, Tensor]]
 

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset, Subset
 
 from opacus_pi.gradients.sweeps import Sweep, sweep
 from opacus_pi.models.batches import size_of
-from opacus_pi.models.losses import Criterion
+from opacus_pi.models.own_losses import Criterion
 from opacus_pi.recording.run import RecordedRun
 
 __all__ = ["Processes", "merge_", "shared_sweep"]

@@ -33,7 +33,7 @@ from opacus_pi.gradients import gradient_gram, minibatch_gram, norm_sweep
 from opacus_pi.ledger.mechanism import SCHEDULED
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import training_copy
-from opacus_pi.models.losses import Criterion
+from opacus_pi.models.own_losses import Criterion
 from opacus_pi.recording.weights import load_weights_, saved_weights
 
 __all__ = ["gram_ledger"]

@@ -72,6 +72,7 @@ class RecorderOptions:
         criterion: Callable[[Any, Any], Tensor] | None = None,
         strict: bool = False,
         verify: bool = True,
+        probe_model: bool = True,
         weights_dir: str | os.PathLike[str] | None = None,
         batch_size: int = 64,
         unattributed: Literal["refuse", "worst_case"] = "refuse",
@@ -106,6 +107,7 @@ class RecorderOptions:
         self.criterion = criterion
         self.strict = strict
         self.verify = verify
+        self.probe_model = probe_model
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         self.batch_size = batch_size
         self.unattributed = unattributed
@@ -178,6 +180,9 @@ class Recorder(RecorderOptions):
             instead of training on without a ledger.
         verify: Whether samples of batches that were copied are matched to examples by
             their content.
+        probe_model: Whether a model that is trained privately is run again on its first
+            batch, with other examples in it, to see that it treats examples separately.
+            False: you declare that it does.
         weights_dir: Directory for the weights of every row, one safetensors file
             each, ``weights-00000123.safetensors`` after 123 updates; None: not kept.
         batch_size: Examples a sweep measures at once.
@@ -214,6 +219,11 @@ class Recorder(RecorderOptions):
         return {**kept, "_resumed": self._run is not None, "_waiting": WaitingReports()}
 
     @property
+    def chain(self) -> Chain | None:
+        """What is known about how the norms of the run come to be."""
+        return self._chain
+
+    @property
     def num_steps(self) -> int:
         """Updates counted so far."""
         return self._run.num_steps if self._run else 0
@@ -222,16 +232,6 @@ class Recorder(RecorderOptions):
     def sampling(self) -> str:
         """How the run draws its batches; empty before it begins."""
         return self._run.sampling if self._run else ""
-
-    @property
-    def refusal(self) -> str:
-        """Why the run has no ledger; empty if it has one, or has not begun."""
-        if self._run is None:
-            return ""
-        self._fetch_waiting()
-        custody = self._custody()
-        broken = () if custody is None else custody.broken
-        return self._run.refusal or (broken[0].sentence if broken else "")
 
     @property
     def ledger(self) -> GradNormLedger:
@@ -249,19 +249,12 @@ class Recorder(RecorderOptions):
         self._fetch_waiting()
         if run.refusal:
             raise AccountingError(run.refusal)
-        custody = self._custody()
+        custody = None if self._chain is None else self._chain.custody()
         if run.refusal:  # found while the chain was read
             raise AccountingError(run.refusal)
         if custody is not None:
             custody.require_intact()
-        return run.ledger(custody, fills_unattributed=self.unattributed == "worst_case")
-
-    def _custody(self) -> Custody | None:
-        """Return the chain of custody of now, or the one that was loaded with a run."""
-        if self._chain is not None:
-            return self._chain.custody()
-        saved = self._begun().custody
-        return Custody.from_json(saved) if saved else None
+        return run.ledger(custody)
 
     def begin(
         self,
@@ -381,15 +374,6 @@ class Recorder(RecorderOptions):
         is_here = grad_norms.device.type == "cpu"
         if self._waiting.are_many or (self.strict and is_here):
             self._fetch_waiting()
-
-    def note_unattributed(self) -> None:
-        """Note that the next update contains samples whose example is not known.
-
-        Any example may be among them: under fixed sampling each one may have been in
-        one more update than was counted, and with ``unattributed="worst_case"`` the
-        next row has no gaps.
-        """
-        self._begun().note_unattributed()
 
     def step(
         self,

@@ -42,8 +42,9 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.models.batches import device_of, forward, inputs_and_targets, to_device
 from opacus_pi.models.copies import independent_copy, unwrap
-from opacus_pi.models.losses import Criterion, float64_losses
+from opacus_pi.models.losses import float64_losses
 from opacus_pi.models.no_trace import evaluating, random_state_untouched
+from opacus_pi.models.own_losses import Criterion
 from opacus_pi.models.predictions import Data
 from opacus_pi.symmetries.matching import weight_matching
 from opacus_pi.symmetries.permutations import PermutationSpec, apply_permutation

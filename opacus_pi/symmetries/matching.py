@@ -218,8 +218,7 @@ class _InnerProduct:
         The weight of a residual block without an intermediate width has the symbol in
         rows and columns. The gain is then quadratic, not linear, in the permutation.
         The assignment problem uses the current permutation at one position, so its
-        solution is only a proposal: the inner product itself decides whether it is
-        better.
+        value is only a proposal that must be compared by the inner product itself.
 
         Returns:
             The names of all tensors with the symbol; empty if it never has two

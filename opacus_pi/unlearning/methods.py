@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from opacus_pi._validate import expect, positive
 from opacus_pi.gradients import per_example_grad_norms
 from opacus_pi.models.batches import forward, size_of
-from opacus_pi.models.losses import Criterion
+from opacus_pi.models.own_losses import Criterion
 
 Batch = tuple[Any, Any]
 

@@ -35,8 +35,7 @@ from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import training_copy
-from opacus_pi.models.losses import Criterion
-from opacus_pi.models.own_losses import per_example_criterion
+from opacus_pi.models.own_losses import Criterion, per_example_criterion
 from opacus_pi.unlearning.claims import History, Ledgers, claim, runs_in
 from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, StopWhen, updates
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task

@@ -154,21 +154,6 @@ BROKEN = [
     (transforming(loop_parts.with_earlier_batch, breaks="identity"), MOST),
     (using(loop_parts.same_batch_twice_in_an_update, breaks="rows", **FIXED), FREE),
     (using(loop_parts.overlapping_parts, breaks="rows", **FIXED), FREE),
-    (transforming(loop_parts.labels_permuted, breaks="loss"), ("hooks", "fast")),
-    (transforming(loop_parts.inputs_permuted, breaks="loss"), ("hooks", "fast")),
-    *(
-        (of_loss(criterion, breaks="loss"), FREE)
-        for criterion in (
-            models.Contrastive,
-            models.HardestHalf,
-            models.WorstGroup,
-            models.LossOfMean,
-            models.Decorrelated,
-            models.summed_cross_entropy,
-        )
-    ),
-    (of_loss(models.weighted_cross_entropy, breaks="loss"), ("hooks", "fast", "swept")),
-    (of_loss(models.ignoring_cross_entropy, breaks="loss"), ("hooks", "fast", "swept")),
 ]
 
 

@@ -68,6 +68,11 @@ def _dropped_tokens(m, x):
     return m.head(out.mean(1))
 
 
+def _block(m, x):
+    x = x + m.attend(x, x, x)[0]
+    return m.outer(torch.relu(m.inner(m.norm(x)))).mean(1)
+
+
 def _tied(m, x):
     return F.linear(m.embed(x).mean(1), m.embed.weight)
 
@@ -183,6 +188,16 @@ HONEST = {
             lambda m, x: m.h(m.a(x, x, x)[0].mean(1)),
             a=DPMultiheadAttention(4, 2, batch_first=True),
             h=nn.Linear(4, 3),
+        ),
+        (sequences(),),
+    ),
+    "transformer block": lambda: (
+        Calls(
+            _block,
+            attend=DPMultiheadAttention(4, 2, batch_first=True),
+            norm=nn.LayerNorm(4),
+            inner=nn.Linear(4, 8),
+            outer=nn.Linear(8, 4),
         ),
         (sequences(),),
     ),

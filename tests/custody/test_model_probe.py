@@ -5,7 +5,9 @@ gradient by their inputs.
 """
 
 import copy
+import gc
 import random
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -207,52 +209,57 @@ def test_it_leaves_no_trace(name):
 
 
 def watching(model):
-    import weakref
+    """A probe of a model, with a function that shows it a batch."""
+    probe = ModelProbe(weakref.ref(model))
 
-    found = []
-    return ModelProbe(weakref.ref(model), found.append), found
+    def show(*inputs):
+        probe.saw(inputs, {})
+        finding = probe.run()
+        assert probe.run() is None
+        return finding
+
+    return show
 
 
 def test_it_is_repeated_for_new_shapes_and_modes_only():
     model = Calls(lambda m, x: m.a(x).mean(1), a=nn.Linear(4, 3), d=nn.Dropout())
-    probe, found = watching(model)
-    for size, length in ((0, 5), (1, 5), (2, 5), (7, 5), (3, 9), (2, 9)):
-        probe.saw((sequences(size, length),), {})
-        probe.run()
-    assert len(found) == 2  # of lengths 5 and 9, at the first batch of two or more
+    show = watching(model)
+    sizes = ((0, 5), (1, 5), (2, 5), (7, 5), (3, 9), (2, 9))
+    found = [show(sequences(*size)) for size in sizes]
+    # of lengths 5 and 9, at the first batch of two examples or more
+    assert [finding is not None for finding in found] == [0, 0, 1, 0, 1, 0]
     model.d.eval()
-    probe.saw((sequences(2, 9),), {})
-    probe.run()
-    assert len(found) == 3
-    for length in range(10, 60):
-        probe.saw((sequences(2, length),), {})
-        probe.run()
-    assert len(found) == 4
-    for length in range(10, 60):  # as many examples as steps: four more
-        probe.saw((sequences(length, length),), {})
-        probe.run()
-    assert len(found) == 8
+    assert show(sequences(2, 9)).state == "checked"
+    found = [show(sequences(2, length)) for length in range(10, 60)]
+    assert sum(finding is not None for finding in found) == 1
+    # as many examples as steps: four more
+    found = [show(sequences(length, length)) for length in range(10, 60)]
+    assert sum(finding is not None for finding in found) == 4
 
 
 def test_a_batch_as_long_as_its_sequences_is_probed_although_the_shape_is_known():
     model = Calls(lambda m, x: m.r(x)[0], r=nn.LSTM(4, 5))
-    probe, found = watching(model)
+    show = watching(model)
     model.function = lambda m, x: m.r(x.transpose(0, 1))[0].transpose(0, 1)
-    probe.saw((sequences(4, 6),), {})
-    probe.run()
+    assert show(sequences(4, 6)).state == "checked"
     model.function = lambda m, x: m.r(x)[0]
-    probe.saw((sequences(6, 6),), {})
-    probe.run()
-    assert [finding.state for finding in found] == ["checked", "broken"]
+    finding = show(sequences(6, 6))
+    assert finding.state == "broken" and "batch_first=False" in finding.sentence
 
 
 def test_chains_of_known_layers_are_not_run():
     model, inputs = made(HONEST, "cnn")
-    probe, found = watching(model)
-    probe.saw(inputs, {})
     with mock.patch.object(nn.Conv2d, "forward", side_effect=AssertionError):
-        probe.run()
-    assert found[0].sentence == "Every layer treats each example alone."
+        finding = watching(model)(*inputs)
+    assert finding.sentence == "Every layer treats each example alone."
+
+
+def test_a_model_that_was_deleted_is_not_probed():
+    model = nn.LSTM(4, 5)
+    show = watching(model)
+    del model
+    gc.collect()
+    assert show(sequences()) is None
 
 
 @pytest.mark.parametrize(

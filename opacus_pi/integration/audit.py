@@ -1,0 +1,551 @@
+"""Compare what is recorded for a batch with the gradients of its examples alone.
+
+An audit answers one question before a training is trusted: is a recorded norm the norm
+of one example's own gradient? It trains a copy of the model for one update on a few
+examples, exactly as the engine does, and differentiates each of these examples alone by
+plain autograd. Four things are compared:
+
+* ``norms``: the recorded norms, with those of the examples alone;
+* ``loss``: the loss of the batch, with the mean or the sum of the examples' own losses;
+* ``model``: the outputs for some examples, before and after others are replaced;
+* ``order``: the recorded norms, with those of the batch in reverse order.
+
+**Guarantee.** Model, optimizer, loader, ledger and random states stay as they are.
+
+**What it cannot see.** How the training loop calls model and criterion: it is taken to
+call ``criterion(model(x), y)``. Dropout is switched off, because an example alone would
+draw other random numbers than in a batch.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from opacus_pi._validate import expect
+from opacus_pi.custody.finding import Finding
+from opacus_pi.custody.model_probe import NoDropout, probe_separability
+from opacus_pi.gradients import per_example_grad_norms
+from opacus_pi.integration.schedules import user_collate_fn
+from opacus_pi.models.batches import (
+    arguments,
+    device_of,
+    forward,
+    inputs_and_targets,
+    map_tensors,
+    size_of,
+    to_device,
+)
+from opacus_pi.models.copies import independent_copy, training_copy
+from opacus_pi.models.no_trace import isolated
+from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
+from opacus_pi.recording import Recorder
+
+__all__ = [
+    "Audit",
+    "AuditRow",
+    "AuditedRun",
+    "audit_batch",
+    "audited_run",
+    "finding_of",
+    "joined",
+]
+
+_MAX_EXAMPLES = 32  # of one batch: each is differentiated alone
+_SWEPT = "swept"  # in place of a grad_sample_mode: norms of a sweep
+_STATES = {True: "ok", False: "FAILED", None: "not seen"}
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One comparison of an audit.
+
+    Attributes:
+        name: ``"norms"``, ``"loss"``, ``"model"`` or ``"order"``.
+        passed: Whether the two sides agree; None if they could not be compared.
+        sentence: What was compared and what was found, with the remedy if it failed.
+    """
+
+    name: str
+    passed: bool | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The result of an audit; ``print`` shows it as a table.
+
+    Attributes:
+        mode: The ``grad_sample_mode`` that was audited, or ``"swept"``.
+        num_examples: How many examples were differentiated alone.
+        rows: The comparisons.
+        recorded: The norms that are recorded, float64 ``(num_examples,)``.
+        expected: The norms of the examples alone, float64 ``(num_examples,)``.
+    """
+
+    mode: str
+    num_examples: int
+    rows: tuple[AuditRow, ...]
+    recorded: Tensor
+    expected: Tensor
+
+    @property
+    def passed(self) -> bool:
+        """Whether no comparison failed."""
+        return all(row.passed is not False for row in self.rows)
+
+    def __getitem__(self, name: str) -> AuditRow:
+        """Return the row with this name."""
+        return next(row for row in self.rows if row.name == name)
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        head = f"Audit of {self.num_examples} examples, mode {self.mode!r}: {verdict}"
+        lines = [
+            f"  {row.name:6} {_STATES[row.passed]:9} {row.sentence}"
+            for row in self.rows
+        ]
+        return "\n".join([head, *lines])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Where the batches of an audit come from.
+
+    Attributes:
+        data_set: The training set.
+        collate_fn: Makes a batch of a list of examples; None: torch's own.
+        batch_size: The expected number of examples of a batch.
+    """
+
+    data_set: Dataset[Any]
+    collate_fn: Callable[[list[Any]], Any] | None
+    batch_size: int
+
+    def batches(self, num_batches: int) -> Iterator[Any]:
+        """Yield batches of different examples, drawn by a generator of their own.
+
+        Args:
+            num_batches: How many; fewer if the data set is smaller.
+        """
+        num_examples = size_of(self.data_set)
+        size = min(_MAX_EXAMPLES, max(2, self.batch_size), num_examples)
+        collate = self.collate_fn or default_collate
+        order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
+        for start in range(0, min(num_batches * size, num_examples - 1), size):
+            chosen = order[start : start + size].tolist()
+            with isolated():
+                batch = collate([self.data_set[index] for index in chosen])
+            yield batch
+
+
+@dataclass(frozen=True)
+class AuditedRun:
+    """What an engine has prepared, as far as an audit repeats it.
+
+    Attributes:
+        mode: The ``grad_sample_mode``, or ``"swept"``.
+        loss_reduction: What ``make_private`` was told of the criterion.
+        batch_first: Whether examples are along the first dimension.
+        examples: Where batches come from; None if they are given.
+    """
+
+    mode: str = "hooks"
+    loss_reduction: str = "mean"
+    batch_first: bool = True
+    examples: Examples | None = None
+
+    @property
+    def batch_dim(self) -> int:
+        """The dimension of the inputs along which the examples are."""
+        return 0 if self.batch_first else 1
+
+
+def audited_run(
+    loader: DataLoader[Any],
+    *,
+    recorder: Recorder,
+    grad_sample_mode: str = "hooks",
+    loss_reduction: str = "mean",
+    batch_first: bool = True,
+    **_: Any,
+) -> AuditedRun:
+    """Return what an audit repeats of a run that was prepared.
+
+    Args:
+        loader: The loader that training will iterate over.
+        recorder: The engine's recorder.
+        grad_sample_mode: As it was passed to ``make_private``.
+        loss_reduction: As it was passed to ``make_private``.
+        batch_first: As it was passed to ``make_private``.
+        **_: Its other options.
+    """
+    batch_size = math.ceil(size_of(loader.dataset) / len(loader))
+    return AuditedRun(
+        _SWEPT if recorder.mode == _SWEPT else grad_sample_mode,
+        loss_reduction,
+        batch_first,
+        Examples(loader.dataset, user_collate_fn(loader), batch_size),
+    )
+
+
+def audit_batch(
+    model: nn.Module,
+    criterion: Any,
+    batch: Any,
+    *,
+    run: AuditedRun,
+    new_engine: Callable[[Recorder], Any],
+) -> Audit:
+    """Audit one batch.
+
+    Args:
+        model: The model, plain or wrapped; it is copied.
+        criterion: As the training loop calls it on outputs and targets.
+        batch: ``(x, y)``, or a dict with ``"labels"``.
+        run: How the batch is trained on.
+        new_engine: Returns an engine that reports to a recorder.
+
+    Raises:
+        ValueError: If the batch has fewer than two examples, or the mode leaves the
+            gradients to the training loop.
+    """
+    expect(
+        run.mode != "no_op",
+        "grad_sample_mode",
+        "'no_op'",
+        "must be one that computes per-example gradients",
+        "The training loop computes them itself here. opacus_pi.audit(model, "
+        "criterion, batch) audits model and criterion in another mode.",
+    )
+    x, y = to_device(inputs_and_targets(batch), device_of(model))
+    expect(
+        len(y) > 1,
+        "batch",
+        f"{len(y)} examples",
+        "must have at least 2 examples",
+        "One example alone does not show whether examples influence each other.",
+    )
+    if isinstance(criterion, DPLossFastGradientClipping):
+        criterion = criterion.criterion
+    loss = _TrainedLoss(criterion, run)
+    with _measuring():
+        expected = _norms_alone(_quiet_copy(model, run), loss, x, y, run.batch_dim)
+        recorded = _recorded_norms(model, loss, (x, y), run, new_engine)
+        size, dim = len(y), run.batch_dim
+        turned = _rows((x, y), range(size - 1, -1, -1), size, dim)
+        reverse = _recorded_norms(model, loss, turned, run, new_engine).flip(0)
+        outputs = forward(_quiet_copy(model, run), x)
+        rows = (
+            _compare_norms(recorded, expected, model),
+            _compare_loss(loss, outputs, y, run),
+            _model_row(_quiet_copy(model, run), x, run),
+            _compare_order(recorded, reverse, model),
+        )
+    return Audit(run.mode, len(y), rows, recorded, expected)
+
+
+def joined(audits: Sequence[Audit]) -> Audit:
+    """Return one audit of several batches: of each comparison the worst row.
+
+    Args:
+        audits: At least one.
+    """
+    order = (False, None, True)
+    rows = [
+        min(found, key=lambda row: order.index(row.passed))
+        for found in zip(*(audit.rows for audit in audits), strict=True)
+    ]
+    return Audit(
+        audits[0].mode,
+        sum(audit.num_examples for audit in audits),
+        tuple(rows),
+        torch.cat([audit.recorded for audit in audits]),
+        torch.cat([audit.expected for audit in audits]),
+    )
+
+
+class _TrainedLoss:
+    """The criterion as training uses it: one number for a batch, or for one example.
+
+    Args:
+        criterion: Returns one number, or one loss for each example, which training
+            then reduces as ``make_private`` was told.
+        run: How the batch is trained on.
+    """
+
+    def __init__(self, criterion: Any, run: AuditedRun) -> None:
+        self.criterion = criterion
+        self._reduction = run.loss_reduction
+        is_ghost = run.mode.startswith("ghost")
+        self._losses: Criterion | None = None
+        if is_ghost:  # which reduces the examples' losses itself
+            self._losses = OwnLosses(criterion, averages_each_example=True)
+
+    def __call__(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of a batch, a scalar.
+
+        Raises:
+            CoupledLoss: If the examples have no losses of their own. Only in the ghost
+                modes, where this is known without a comparison.
+        """
+        evaluate = self._losses or self.criterion
+        values = cast(Tensor, evaluate(outputs, targets))
+        if values.dim() == 0:
+            return values
+        return values.mean() if self._reduction == "mean" else values.sum()
+
+
+def _quiet_copy(model: nn.Module, run: AuditedRun) -> nn.Module:
+    """Return a copy of the model in the mode in which it is measured.
+
+    Args:
+        model: The model.
+        run: How it is trained. A sweep measures in evaluation mode.
+    """
+    if run.mode == _SWEPT:
+        return independent_copy(model)
+    copied = training_copy(model)
+    if not copied.training:  # otherwise single layers stay in evaluation mode
+        copied.train()
+    for module in copied.modules():
+        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+            module.dropout = 0.0
+    return copied
+
+
+def _norms_alone(
+    model: nn.Module, loss: "_TrainedLoss", x: Any, y: Any, dim: int
+) -> Tensor:
+    """Return the norm of each example's gradient, one after the other by autograd.
+
+    Args:
+        model: A copy of the model.
+        loss: The criterion.
+        x: Inputs of b examples.
+        y: Their targets.
+        dim: The dimension of the inputs along which the examples are.
+
+    Returns:
+        float64 ``(b,)`` on the CPU.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norms = []
+    for i in range(len(y)):
+        one, target = _rows((x, y), [i], len(y), dim)
+        value = loss(forward(model, one), target)
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        squares = [g.double().square().sum() for g in gradients if g is not None]
+        norms.append(torch.stack(squares).sum().sqrt().cpu())
+    return torch.stack(norms)
+
+
+class _ListeningRecorder(Recorder):
+    """Keeps the norms that an optimizer reports, whatever becomes of the ledger."""
+
+    def __init__(self) -> None:
+        super().__init__(probe_model=False)
+        self.norms = torch.empty(0)
+
+    def report(self, indices: Any, grad_norms: Tensor) -> None:
+        """Keep the norms of the only batch."""
+        self.norms = grad_norms.detach().double().cpu()
+        super().report(indices, grad_norms)
+
+
+def _recorded_norms(
+    model: nn.Module,
+    loss: _TrainedLoss,
+    batch: tuple[Any, Any],
+    run: AuditedRun,
+    new_engine: Callable[[Recorder], Any],
+) -> Tensor:
+    """Train a copy for one update without noise or step size, and return the norms.
+
+    Args:
+        model: The model.
+        loss: The criterion.
+        batch: Inputs and targets of b examples.
+        run: How they are trained on.
+        new_engine: Returns an engine that reports to a recorder.
+
+    Returns:
+        float64 ``(b,)`` on the CPU.
+    """
+    size = len(batch[1])
+    if run.mode == _SWEPT:
+        try:
+            return per_example_grad_norms(model, loss.criterion, *batch).cpu()
+        except CoupledLoss:  # which the row of the loss explains
+            return torch.full((size,), torch.nan, dtype=torch.float64)
+    recorder = _ListeningRecorder()
+    copied = _quiet_copy(model, run)
+
+    def chosen(positions: list[int]) -> tuple[Any, Any]:
+        rows: tuple[Any, Any] = _rows(batch, positions, size, run.batch_dim)
+        return rows
+
+    is_ghost = run.mode.startswith("ghost")
+    options = {"criterion": loss.criterion} if is_ghost else {}
+    wrapped, optimizer, *criterion, loader = new_engine(recorder).make_private(
+        module=copied,
+        optimizer=torch.optim.SGD(copied.parameters(), lr=0.0),
+        data_loader=DataLoader(range(size), size, collate_fn=chosen),  # type: ignore[arg-type]  # torch: a range is map-style
+        noise_multiplier=0.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode=run.mode,
+        loss_reduction=run.loss_reduction,
+        batch_first=run.batch_first,
+        **options,
+    )
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        outputs = forward(wrapped, inputs)
+        (criterion[0] if criterion else loss)(outputs, targets).backward()
+        optimizer.step()
+    return recorder.norms
+
+
+def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> AuditRow:
+    """Compare the recorded norms with those of the examples alone."""
+    if len(recorded) != len(expected):
+        return AuditRow(
+            "norms",
+            False,
+            f"{len(recorded)} norms were recorded for {len(expected)} examples.",
+        )
+    if recorded.isnan().any():
+        return AuditRow("norms", None, "There are no norms to compare.")
+    gap = _largest_gap(recorded, expected)
+    if gap <= _tolerance(model):
+        return AuditRow(
+            "norms",
+            True,
+            "The recorded norms are those of each example's own gradient (largest "
+            f"difference {gap:.1g} of the norm).",
+        )
+    ratios = recorded / expected.clamp(min=1e-300)
+    return AuditRow(
+        "norms",
+        False,
+        "The recorded norms are not those of each example's own gradient: they are "
+        f"{float(ratios.min()):.3g} to {float(ratios.max()):.3g} times as large. The "
+        "rows below say why, or a layer has another gradient than Opacus assumes.",
+    )
+
+
+def _compare_loss(
+    loss: _TrainedLoss, outputs: Any, y: Any, run: AuditedRun
+) -> AuditRow:
+    """Compare the loss of the batch with the mean or the sum of the own losses."""
+    size = len(y)
+    parts = [_rows((outputs, y), [i], size, run.batch_dim) for i in range(size)]
+    try:
+        whole, *alone = [float(loss(*part)) for part in [(outputs, y), *parts]]
+    except CoupledLoss as error:
+        return AuditRow("loss", False, str(error))
+    found = {"mean": sum(alone) / len(alone), "sum": sum(alone)}
+    scale = max(map(abs, alone), default=0.0) * 1e-4
+    fits = [how for how, value in found.items() if abs(whole - value) <= scale]
+    wanted = run.loss_reduction
+    if wanted in fits or (run.mode == _SWEPT and fits):
+        how = wanted if wanted in fits else fits[0]
+        text = f"The loss of the batch is the {how} of the examples' own losses."
+        return AuditRow("loss", True, text)
+    if fits:
+        return AuditRow(
+            "loss",
+            False,
+            f"The criterion returns the {fits[0]} of the examples' losses, but "
+            f'make_private was told loss_reduction="{wanted}". Pass '
+            f'loss_reduction="{fits[0]}".',
+        )
+    return AuditRow(
+        "loss",
+        False,
+        f"The loss of the batch, {whole:.4g}, is neither the mean nor the sum of the "
+        f"examples' own losses ({found['mean']:.4g}, {found['sum']:.4g}). The "
+        "criterion divides by something of the whole batch, or compares its examples. "
+        "Train with the mean of one loss for each example.",
+    )
+
+
+def _model_row(model: nn.Module, x: Any, run: AuditedRun) -> AuditRow:
+    """Say whether the outputs for one example depend on others."""
+    args, kwargs = arguments(x)
+    finding = probe_separability(model, args, kwargs, batch_dim=run.batch_dim)
+    states = {"checked": True, "unchecked": None, "broken": False}
+    return AuditRow("model", states[finding.state], finding.sentence)
+
+
+def _compare_order(recorded: Tensor, reverse: Tensor, model: nn.Module) -> AuditRow:
+    """Compare the recorded norms with those of the batch in reverse order."""
+    if recorded.isnan().any():
+        return AuditRow("order", None, "There are no norms to compare.")
+    same_size = len(recorded) == len(reverse)
+    if same_size and _largest_gap(recorded, reverse) <= _tolerance(model):
+        return AuditRow(
+            "order", True, "The order of the examples in the batch does not matter."
+        )
+    return AuditRow(
+        "order",
+        False,
+        "Other norms are recorded for the same examples in reverse order, so a norm "
+        "belongs to a place in the batch and not to an example.",
+    )
+
+
+def finding_of(row: AuditRow) -> Finding:
+    """Return what a row says about a link of the chain of custody."""
+    states: dict[bool | None, Any] = {True: "checked", None: "unchecked"}
+    return Finding(states.get(row.passed, "broken"), f"engine.audit: {row.sentence}")
+
+
+def _largest_gap(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two norms, relative to the largest norm."""
+    scale = float(torch.maximum(one, other).max())
+    return float((one - other).abs().max()) / max(scale, 1e-300)
+
+
+def _tolerance(model: nn.Module) -> float:
+    """Return the relative difference of norms that rounding may cause."""
+    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    rounding = max((torch.finfo(kind).eps for kind in kinds), default=1e-7)
+    is_cpu = device_of(model).type == "cpu"
+    return max(1e-3 if is_cpu else 1e-2, 32 * rounding)
+
+
+def _rows(batch: Any, positions: Sequence[int], size: int, dim: int = 0) -> Any:
+    """Return some examples of each tensor of a batch, in this order.
+
+    Args:
+        batch: Tensors in any nesting. Those without a dimension for the examples are
+            shared by all of them, and stay as they are.
+        positions: Which examples.
+        size: The number of examples.
+        dim: The dimension of the examples, where a tensor has such a size there;
+            otherwise it is the first or the second.
+    """
+
+    def chosen(tensor: Tensor) -> Tensor:
+        found = [d for d in (dim, 0, 1) if tensor.shape[d : d + 1] == (size,)]
+        places = torch.tensor(list(positions), device=tensor.device)
+        return tensor.index_select(found[0], places) if found else tensor
+
+    return map_tensors(chosen, batch)
+
+
+@contextmanager
+def _measuring() -> Iterator[None]:
+    """Restore random states and switches at the end; show no warnings, drop nothing."""
+    with isolated(), NoDropout(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,285 @@
+"""An audit passes exactly if recorded norms are those of each example's own gradient.
+
+The oracle is one-at-a-time ``torch.autograd.grad`` in this file.
+"""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import opacus_pi
+from opacus_pi import AccountingError, PrivacyEngine, Recorder
+from tests.custody.probed_models import MIXING, Calls, sequences, vectors
+
+CLASSES = 3
+MODES = ("hooks", "functorch", "ew", "ghost", "fast")
+
+
+def data_set(num_examples=24):
+    generator = torch.Generator().manual_seed(5)
+    inputs = torch.randn(num_examples, 5, generator=generator)
+    scales = torch.linspace(0.5, 2, num_examples)[:, None]
+    labels = torch.randint(0, CLASSES, (num_examples,), generator=generator)
+    return TensorDataset(inputs * scales, labels)
+
+
+def net(*layers):
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 6), *layers, nn.Tanh(), nn.Linear(6, CLASSES))
+
+
+def prepared(mode="hooks", model=None, criterion=None, recorder=None, **options):
+    model = net() if model is None else model
+    engine = PrivacyEngine(recorder=recorder)
+    if mode == "ghost":
+        options["criterion"] = criterion or nn.CrossEntropyLoss()
+    parts = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data_set(), batch_size=8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode=mode,
+        **options,
+    )
+    return engine, parts
+
+
+def alone_norms(model, criterion, x, y):
+    norms = []
+    for i in range(len(y)):
+        loss = criterion(model(x[i : i + 1]), y[i : i + 1])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        norms.append(torch.cat([g.flatten() for g in gradients]).norm())
+    return torch.stack(norms).double()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_sound_run_passes_in_every_mode(mode, reduction):
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    options = {"loss_reduction": reduction, "criterion": criterion}
+    engine, (model, *_) = prepared(mode, net(nn.Dropout(0.3)), **options)
+    result = engine.audit(criterion)
+    assert result.passed and all(row.passed for row in result.rows), str(result)
+    assert result.num_examples == 8 and result.mode == mode
+    drawn = torch.randperm(24, generator=torch.Generator().manual_seed(0))[:8]
+    x, y = data_set()[drawn]
+    without_dropout = net()
+    expected = alone_norms(without_dropout, criterion, x, y)
+    torch.testing.assert_close(result.recorded, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.expected, expected, rtol=1e-5, atol=0)
+
+
+WEIGHTS = torch.tensor([1.0, 5.0, 20.0])
+
+
+def contrastive(outputs, targets):
+    partners = (torch.arange(len(outputs)) + 1) % len(outputs)
+    return F.cross_entropy(2 * outputs @ outputs.T, partners)
+
+
+def ignoring(outputs, targets):
+    return F.cross_entropy(outputs, targets.masked_fill(targets == 0, -100))
+
+
+def hardest_half(outputs, targets):
+    losses = F.cross_entropy(outputs, targets, reduction="none")
+    return losses.topk(max(1, len(losses) // 2)).values.mean()
+
+
+def group_robust(outputs, targets):
+    losses = F.cross_entropy(outputs, targets, reduction="none")
+    return (losses.detach().softmax(0) * losses).sum()
+
+
+COUPLED = {
+    "weights": nn.CrossEntropyLoss(WEIGHTS),
+    "contrastive": contrastive,
+    "ignored": ignoring,
+    "top": hardest_half,
+    "robust": group_robust,
+    "centred": lambda z, y: F.cross_entropy(z - z.mean(0), y),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "fast"])
+def test_losses_that_couple_examples_fail_and_break_the_ledger(mode, name):
+    engine, (model, optimizer, loader) = prepared(mode, poisson_sampling=False)
+    with pytest.warns(UserWarning, match="no longer has a ledger"):
+        result = engine.audit(COUPLED[name])
+    assert not result.passed and result["loss"].passed is False
+    assert result["model"].passed
+    assert "FAILED" in str(result) and "one loss for each example" in str(result)
+    for x, y in loader:  # training goes on
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    with pytest.raises(AccountingError, match="engine.audit: The loss of the batch"):
+        _ = engine.ledger
+    assert engine.get_epsilon(1e-5) > 0
+
+
+def test_ghost_clipping_weights_each_loss_on_its_own():
+    criterion = nn.CrossEntropyLoss(WEIGHTS)
+    engine, _ = prepared("ghost", criterion=criterion)
+    assert engine.audit(criterion).passed
+
+
+def test_the_criterion_that_ghost_clipping_returns_is_audited_too():
+    engine, (_, _, criterion, _) = prepared("ghost")
+    assert engine.audit(criterion).passed
+
+
+def test_ghost_clipping_with_a_coupled_criterion_fails():
+    class Robust(nn.Module):
+        reduction = "mean"
+
+        def forward(self, outputs, targets):
+            losses = F.cross_entropy(outputs, targets, reduction="none")
+            losses = losses * len(losses) * losses.detach().softmax(0)
+            return losses if self.reduction == "none" else losses.mean()
+
+    engine, _ = prepared("ghost", criterion=Robust())
+    with pytest.warns(UserWarning, match="ledger"):
+        result = engine.audit(Robust())
+    assert result["loss"].passed is False
+
+
+def test_a_reduction_that_make_private_was_not_told_of():
+    engine, _ = prepared()
+    with pytest.warns(UserWarning, match='Pass loss_reduction="sum"'):
+        result = engine.audit(nn.CrossEntropyLoss(reduction="sum"))
+    assert [row.passed for row in result.rows] == [False, False, True, True]
+
+
+def test_a_model_that_mixes_examples():
+    x, y = sequences(), torch.randint(0, CLASSES, (6,))
+    for name in ("time-first lstm", "standardised"):
+        torch.manual_seed(0)
+        model, inputs = MIXING[name]()
+        result = opacus_pi.audit(model, nn.CrossEntropyLoss(), (inputs[0], y))
+        assert result["norms"].passed is False and result["model"].passed is False
+    assert len(x) == 6
+
+
+def test_an_order_that_matters():
+    class Ranked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.layer(x * torch.arange(1.0, len(x) + 1)[:, None])
+
+    batch = vectors(), torch.randint(0, CLASSES, (6,))
+    result = opacus_pi.audit(Ranked(), nn.CrossEntropyLoss(), batch)
+    assert result["order"].passed is False and result["norms"].passed is False
+
+
+def test_losses_without_a_reduction_are_reduced_as_training_does():
+    criterion = nn.CrossEntropyLoss(reduction="none")
+    engine, _ = prepared()
+    assert engine.audit(criterion).passed
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_batches_of_dicts_and_several_inputs(wrapped):
+    model = Calls(lambda m, a, b: m.a(a) * m.b(b), a=nn.Linear(5, 3), b=nn.Linear(5, 3))
+    y = torch.randint(0, CLASSES, (6,))
+    batch = {"a": vectors(), "b": 2 * vectors(), "labels": y}
+    if wrapped:
+        batch = ((vectors(), 2 * vectors()), y)
+    assert opacus_pi.audit(model, nn.CrossEntropyLoss(), batch).passed
+
+
+def test_examples_along_the_second_dimension():
+    model = Calls(lambda m, x: m.h(x).mean(0), h=nn.Linear(4, 3))
+    x, y = sequences(6, 9).transpose(0, 1), torch.randint(0, CLASSES, (6,))
+    criterion = nn.CrossEntropyLoss()
+    assert opacus_pi.audit(model, criterion, (x, y), batch_first=False).passed
+
+
+def test_several_batches_and_the_table():
+    engine, _ = prepared()
+    result = engine.audit(nn.CrossEntropyLoss(), batches=2)
+    assert result.num_examples == 16 and result.passed
+    lines = str(result).splitlines()
+    assert lines[0] == "Audit of 16 examples, mode 'hooks': passed"
+    assert [line.split()[:2] for line in lines[1:]] == [
+        [name, "ok"] for name in ("norms", "loss", "model", "order")
+    ]
+
+
+def test_monitored_and_swept_runs_are_audited_as_they_are_swept():
+    model = net(nn.BatchNorm1d(6))
+    engine = PrivacyEngine()
+    engine.make_monitored(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data_set(), batch_size=8),
+        noise_std=0.01,
+        criterion=nn.CrossEntropyLoss(),
+    )
+    result = engine.audit(nn.CrossEntropyLoss())
+    assert result.passed and result.mode == "swept"
+    coupled = engine.audit(nn.CrossEntropyLoss(WEIGHTS))
+    assert [row.passed for row in coupled.rows] == [None, False, True, None]
+
+
+def test_an_audit_leaves_no_trace():
+    recorder = Recorder()
+    engine, (model, optimizer, loader) = prepared(recorder=recorder)
+    twin, (other, other_optimizer, other_loader) = prepared()
+
+    def train(model, optimizer, loader, engine=None):
+        torch.manual_seed(7), random.seed(7), np.random.seed(7)
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            if engine is not None:
+                assert engine.audit(nn.CrossEntropyLoss()).passed
+            loss.backward()
+            if engine is not None:
+                engine.audit(nn.CrossEntropyLoss())
+            optimizer.step()
+        return torch.rand(3), random.random(), np.random.rand()
+
+    drawn = train(model, optimizer, loader, engine)
+    expected = train(other, other_optimizer, other_loader)
+    assert torch.equal(drawn[0], expected[0]) and drawn[1:] == expected[1:]
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    np.testing.assert_array_equal(engine.ledger.grad_norms, twin.ledger.grad_norms)
+    assert engine.attribution == twin.attribution
+
+
+def test_what_is_not_audited_is_said():
+    with pytest.raises(AccountingError, match="none was prepared"):
+        PrivacyEngine().audit(nn.CrossEntropyLoss())
+    engine, _ = prepared("no_op")
+    with pytest.raises(ValueError, match="training loop computes them itself"):
+        engine.audit(nn.CrossEntropyLoss())
+    one = vectors(1), torch.tensor([0])
+    with pytest.raises(ValueError, match="at least 2 examples"):
+        opacus_pi.audit(net(), nn.CrossEntropyLoss(), one)
+
+
+def test_the_loss_is_a_link_that_an_audit_checks():
+    engine, (model, optimizer, loader) = prepared()
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    unchecked = {link.name for link in engine.ledger.custody.unchecked}
+    assert "loss" in unchecked and "model" not in unchecked
+    before = copy.deepcopy(engine.ledger.grad_norms)
+    assert engine.audit(nn.CrossEntropyLoss()).passed
+    assert "loss" not in {link.name for link in engine.ledger.custody.unchecked}
+    np.testing.assert_array_equal(engine.ledger.grad_norms, before)
