@@ -35,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
+from opacus_pi._validate import expect
 from opacus_pi.accounting.moments import log_moments
 
 Array = NDArray[np.float64]
@@ -42,6 +43,8 @@ PUBLISHED = ("icml2025", "thudi2024_code")
 _OVERFLOWS = 1e150  # a larger ratio has no float64 square: its loss is infinite
 _MAX_EXAMPLES = 1 << 16  # limits the memory of one evaluation
 _MAX_ORDERS = 16
+_MAX_TERMS = 1_000_000  # updates or parts of an interval that are summed one by one
+_LONG = 4096  # updates; from here on the sum of a polynomial needs its ends only
 _NODE_DIGITS = 23.0  # nominal interpolation error exp(-23) = 1e-10; measured: 1e-12
 
 
@@ -124,75 +127,179 @@ def interval_orders(
         to them. For a single run the orders of "ceil" and "chord" are integers (if
         q < 1), so that a moment at them is the same in every mode.
     """
-    after = np.arange(remaining[0], remaining[1] + 1)
-    if math.isinf(hoelder_p):
-        visited = np.array([float(order)])
-        shares = np.array([len(after) / (order - 1)])
-    else:
-        visited = corrected_order(order, hoelder_p, after)
-        shares = 1 / (visited - 1)  # w^(-i) / (order-1)
+    low, high = (float(corrected_order(order, hoelder_p, i)) for i in remaining)
+    count = remaining[1] - remaining[0] + 1
     if mode == "ceil":
-        return _add_equal_orders(np.ceil(visited), shares)
+        corners = np.arange(math.ceil(low), math.ceil(high) + 1, dtype=np.float64)
+        sums = _pieces(order, hoelder_p, remaining, corners)[1]
+        return corners, sums
     if mode == "chord" and sample_rate < 1:
         # The chord of one run is linear between integer orders: its values there
         # suffice. A power mean over runs bends it, so every order is kept.
-        if not single_run:
-            return visited, shares
-        below = np.floor(visited)
-        upper = (visited - below) * shares
-        corners = np.concatenate([below, below + 1])
-        return _add_equal_orders(corners, np.concatenate([shares - upper, upper]))
+        if single_run:
+            top = max(math.ceil(high), math.floor(low) + 1)
+            corners = np.arange(math.floor(low), top + 1, dtype=np.float64)
+            return corners, linear_weights(order, hoelder_p, remaining, corners)
+        expect(
+            count <= _MAX_TERMS,
+            "num_steps",
+            f"{count} updates between two rows",
+            f"must be at most {_MAX_TERMS} between rows for several runs and 'chord'",
+            "Every update is evaluated by itself in this mode. Use mode='exact' or "
+            "'ceil'.",
+        )
+        visited = corrected_order(order, hoelder_p, np.arange(*remaining))
+        visited = np.append(visited, high)
+        return visited, 1 / (visited - 1)
     if math.isinf(hoelder_p):
-        return visited, shares
+        return np.array([low]), np.array([count / (order - 1)])
     # How far, in updates, the log moment is analytic off the real line: the zeros of
     # the moment lie about π/ln(1/q) from real orders, and one update moves the order
     # by (order - 1)·ln w. A mean over runs is less smooth: a quarter is used for it.
-    reach = math.pi / (visited[-1] * max(-math.log(sample_rate or 1), 1.0))
+    reach = math.pi / (high * max(-math.log(sample_rate or 1), 1.0))
     reach *= log_order_growth(hoelder_p) ** -1 * (1.0 if single_run else 0.25)
     rules = [
-        _interpolation_rule(panel, reach) for panel in _split_interval(after, reach)
+        _interpolation_rule(first, last, reach)
+        for first, last in _split_interval(remaining, reach)
     ]
     nodes = np.concatenate([nodes for nodes, _ in rules])
     orders = corrected_order(order, hoelder_p, nodes)
     return orders, np.concatenate([weights for _, weights in rules]) / (orders - 1)
 
 
-def _add_equal_orders(orders: Array, shares: Array) -> tuple[Array, Array]:
-    """Return distinct orders, each with the sum of its shares."""
-    distinct, places = np.unique(orders, return_inverse=True)
-    return distinct, np.bincount(places, weights=shares).astype(np.float64, copy=False)
+def linear_weights(
+    order: float, hoelder_p: float, remaining: tuple[int, int], corners: Array
+) -> Array:
+    """Return how often each corner of a piecewise linear function counts in a sum.
+
+    For every f that is linear between the corners, Σ_k weights[k]·f(corners[k]) is the
+    sum of f(order_i)/(order_i - 1) over the updates of an interval. The updates between
+    two corners are summed in closed form, however many they are.
+
+    Args:
+        order: Rényi order of the whole composition, above 1.
+        hoelder_p: p, above 1, or ``inf``.
+        remaining: Fewest and most updates that follow one of the interval's updates.
+        corners: Increasing orders ``(K,)``; the first is at most, and the last at
+            least, every order of the interval.
+
+    Returns:
+        float64 ``(K,)``, at least 0.
+    """
+    counts, sums = _pieces(order, hoelder_p, remaining, corners)
+    weights = sums.copy()
+    if len(corners) > 1:
+        # Σ (order_i - c)/(order_i - 1) = count - (c-1)·Σ 1/(order_i - 1)
+        above = (counts[1:] - (corners[:-1] - 1) * sums[1:]) / np.diff(corners)
+        above = np.clip(above, 0, sums[1:])
+        weights[1:] = above
+        weights[:-1] += sums[1:] - above
+    return weights
 
 
-def _split_interval(after: NDArray[np.int64], reach: float) -> list[NDArray[np.int64]]:
+def _pieces(
+    order: float, hoelder_p: float, remaining: tuple[int, int], corners: Array
+) -> tuple[Array, Array]:
+    """Return the number of updates whose order is in each piece, and Σ 1/(order - 1).
+
+    Args:
+        order: Rényi order of the whole composition, above 1.
+        hoelder_p: p, above 1, or ``inf``.
+        remaining: Fewest and most updates that follow one of the interval's updates.
+        corners: Increasing orders ``(K,)``; the last is at least every order. Piece k
+            holds the orders above corner k - 1 and up to corner k.
+
+    Returns:
+        Two arrays ``(K,)``.
+    """
+    fewest, most = remaining
+    # The last update whose order is at most each corner, by bisection: orders rise.
+    last, beyond = np.full(len(corners), fewest - 1), np.full(len(corners), most + 1)
+    while (beyond - last > 1).any():
+        middle = (last + beyond) // 2
+        inside = corrected_order(order, hoelder_p, middle) <= corners
+        last, beyond = np.where(inside, middle, last), np.where(inside, beyond, middle)
+    last[-1] = most
+    first = np.append(fewest - 1, last[:-1]) + 1
+    counts = (last - first + 1).astype(np.float64)
+    # 1/(order_i - 1) = w^(-i)/(order - 1), a geometric series
+    growth = log_order_growth(hoelder_p)
+    series = np.expm1(-growth * counts) / math.expm1(-growth) if growth else counts
+    return counts, np.exp(-growth * first) * series / (order - 1)
+
+
+def _split_interval(remaining: tuple[int, int], reach: float) -> list[tuple[int, int]]:
     """Cut an interval into parts that a few interpolation nodes serve.
 
     ``reach`` is the distance, in updates, over which the divergence is analytic off the
     real line: the wider the part in units of it, the more nodes it needs.
+
+    Returns:
+        First and last of each part.
     """
-    return np.array_split(after, math.ceil(len(after) / (0.8 * reach + 1)))
+    count = remaining[1] - remaining[0] + 1
+    num_parts = math.ceil(count / (0.8 * reach + 1))
+    expect(
+        num_parts <= _MAX_TERMS,
+        "hoelder_p and num_steps",
+        f"{count} updates between two rows",
+        f"must allow a sum in at most {_MAX_TERMS} parts",
+        "Choose p of about 3·num_steps, the default.",
+    )
+    short, longer = divmod(count, num_parts)
+    sizes = [short + 1] * longer + [short] * (num_parts - longer)
+    starts = remaining[0] + np.cumsum([0, *sizes])
+    ends = starts[1:] - 1
+    return list(zip(starts[:-1].tolist(), ends.tolist(), strict=True))
 
 
-def _interpolation_rule(after: NDArray[np.int64], reach: float) -> tuple[Array, Array]:
+def _interpolation_rule(first: int, last: int, reach: float) -> tuple[Array, Array]:
     """Return Chebyshev nodes over a range of updates, and their weights in its sum.
 
-    The interpolating polynomial is summed over all updates in closed form: each weight
-        is
-    the sum of one Lagrange polynomial, computed by the barycentric formula. Where the
+    The interpolating polynomial is summed over all updates in closed form. Where the
     rule would need as many nodes as there are updates, every update is its own node.
+
+    Args:
+        first: First of the range.
+        last: Last of the range, included.
+        reach: As in ``_split_interval``.
     """
-    half = (after[-1] - after[0]) / 2
-    if len(after) <= 2:
-        return after.astype(np.float64), np.ones(len(after))
-    size = math.ceil(_NODE_DIGITS / math.asinh(reach / half)) + 1
-    if size >= len(after):
-        return after.astype(np.float64), np.ones(len(after))
+    half, count = (last - first) / 2, last - first + 1
+    size = math.ceil(_NODE_DIGITS / math.asinh(reach / half)) + 1 if half else 1
+    if count <= max(size, 2):
+        return np.arange(first, last + 1, dtype=np.float64), np.ones(count)
     angles = (np.arange(size) + 0.5) * math.pi / size
-    nodes = after[0] + half * (1 + np.cos(angles))
-    gaps = after[:, None] - nodes
+    nodes = first + half * (1 + np.cos(angles))
+    if count > _LONG:
+        return nodes, _chebyshev_weights(angles, count)
+    # Each weight is the sum of one Lagrange polynomial, by the barycentric formula.
+    gaps = np.arange(first, last + 1)[:, None] - nodes
     parts = (
         (-1.0) ** np.arange(size) * np.sin(angles) / np.where(gaps == 0, 1e-30, gaps)
     )
     return nodes, (parts / parts.sum(axis=1, keepdims=True)).sum(axis=0)
+
+
+def _chebyshev_weights(angles: Array, count: int) -> Array:
+    """Return the weights of Chebyshev nodes in a sum over many equally spaced points.
+
+    The interpolating polynomial is a sum of Chebyshev polynomials T_k, whose sums over
+    the points follow from the Euler-Maclaurin formula: the integral, half the end
+    values, and corrections by derivatives at the ends. For thousands of points and a
+    few nodes, two corrections are exact to rounding.
+
+    Args:
+        angles: arccos of the nodes on [-1, 1], ``(m,)``, m up to some dozens.
+        count: Number of points, from -1 to 1.
+    """
+    k = np.arange(0, len(angles), 2, dtype=np.float64)  # sums of odd T_k vanish
+    width = 2 / (count - 1)
+    slope = k**2  # first derivative at 1; the third:
+    third = k**2 * (k**2 - 1) * (k**2 - 4) / 15
+    sums = (count - 1) / (1 - k**2) + 1 + width * slope / 6 - width**3 * third / 360
+    sums[1:] *= 2
+    weights: Array = np.cos(np.outer(angles, k)) @ sums / len(angles)
+    return weights
 
 
 def hoelder_losses(

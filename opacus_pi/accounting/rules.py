@@ -171,14 +171,16 @@ def worst_case_over_epochs(
     num_epochs = np.cumsum([p.num_updates for p in parts] * rates)
     slack = rates / 1000  # rounding moves the end of an epoch by less than one update
     # Each part touches the epochs first … end - 1; in each of them it may hold the
-    # example's one update.
-    firsts = np.floor(np.append(0.0, num_epochs)[:-1] + slack).astype(int)
-    ends = np.ceil(num_epochs - slack).astype(int)
-    largest = np.zeros(max(ends, default=0))
-    for first, end, rate, value in zip(firsts, ends, rates, values, strict=True):
-        if rate > 0:
-            largest[first:end] = np.maximum(largest[first:end], value)
-    return float(largest.sum())
+    # example's one update. It shares only the first and the last with other parts, so
+    # the others are counted and not listed: a run may have any number of epochs.
+    used = rates > 0
+    firsts = np.floor(np.append(0.0, num_epochs)[:-1] + slack).astype(int)[used]
+    lasts = np.ceil(num_epochs - slack).astype(int)[used] - 1
+    values, inner = values[used], np.maximum(lasts - firsts - 1, 0)
+    shared, places = np.unique(np.append(firsts, lasts), return_inverse=True)
+    largest = np.zeros(len(shared))
+    np.maximum.at(largest, places.reshape(-1), np.append(values, values))
+    return float(largest.sum() + (inner * values)[inner > 0].sum())
 
 
 def stratum_ends(num_strata: int, num_steps: int) -> tuple[int, ...]:

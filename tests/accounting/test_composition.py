@@ -1,6 +1,7 @@
 """Order schedules, and sums over an interval against the sum one by one."""
 
 import math
+from decimal import Decimal, localcontext
 
 import mpmath
 import numpy as np
@@ -111,3 +112,50 @@ def test_power_mean_over_runs():
     assert mean_over_runs(values, math.inf).tolist() == [2.0, math.inf]
     assert mean_over_runs(values[:1], 3.0).tolist() == [1.0, 5.0]
     assert mean_over_runs(np.array([[1e5], [2e5]]), 1e5) == pytest.approx(2e5)
+
+
+# ------------------------------------------------------------------ very long runs
+
+
+@pytest.mark.parametrize("num_steps", [5000, 10**6, 10**12, 10**17])
+@pytest.mark.parametrize("order", [1.3, 8.0, 60.0])
+def test_sums_over_any_number_of_updates(num_steps, order):
+    """Without sampling ln M = a(a-1)·r²/2, whose sum over updates has a closed form."""
+    p = 3.0 * num_steps
+    orders, weights = interval_orders(
+        order, p, (0, num_steps - 1), sample_rate=1.0, mode="exact", single_run=True
+    )
+    assert len(orders) < 2000 and (weights > 0).all()
+    got = weights @ (orders * (orders - 1) / 2)
+    with localcontext() as context:
+        context.prec = 60
+        growth = Decimal(p) / (Decimal(p) - 1)
+        series = (growth**num_steps - 1) / (growth - 1)
+        exact = (num_steps + Decimal(order - 1) * series) / 2
+    assert got == pytest.approx(float(exact), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["chord", "ceil"])
+@pytest.mark.parametrize("order", [1.2, 2.0, 7.9, 40.0])
+def test_closed_sums_between_integer_orders(mode, order):
+    """Against the sum over each update, for a function that is no polynomial."""
+    num_steps = 50_000
+    p, remaining = 0.9 * num_steps, (100, num_steps)
+    visited = corrected_order(order, p, np.arange(remaining[0], remaining[1] + 1))
+    values = np.ceil(visited) if mode == "ceil" else visited
+    top = int(values.max()) + 1
+    knots = np.arange(1, top + 1, dtype=float)
+    heights = np.sin(knots) + knots**2
+    slow = (np.interp(values, knots, heights) / (visited - 1)).sum()
+    orders, weights = interval_orders(
+        order, p, remaining, sample_rate=0.1, mode=mode, single_run=True
+    )
+    assert len(orders) <= top and (weights >= 0).all()
+    assert weights @ np.interp(orders, knots, heights) == pytest.approx(slow, rel=1e-12)
+
+
+def test_what_would_be_summed_one_by_one_is_refused_for_long_runs():
+    with pytest.raises(ValueError, match="num_steps must be at most 1000000 between"):
+        interval_orders(
+            8.0, 3e12, (0, 10**12), sample_rate=0.1, mode="chord", single_run=False
+        )

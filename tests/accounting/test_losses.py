@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -386,3 +387,34 @@ def test_runs_that_do_not_belong_together_are_refused():
             privacy_losses([run, other], 4)
     with pytest.raises(ValueError, match="at least one ledger"):
         privacy_losses([], 4)
+
+
+# ------------------------------------------------------------------ very long runs
+
+
+def long_run(num_steps, sampling, rows=2):
+    mechanism = NoisySGD(
+        num_steps=num_steps,
+        sample_rate=1e-3,
+        noise_std=1.0,
+        max_grad_norm=1.0,
+        sampling=sampling,
+    )
+    steps = [num_steps * (i + 1) // rows for i in range(rows)]
+    return GradNormLedger(mechanism, steps, [[0.1, 0.5, 2.0]] * rows)
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "fixed"])
+@pytest.mark.parametrize("mode", ["exact", "chord", "ceil"])
+def test_a_long_run_loses_in_proportion_to_its_length(sampling, mode):
+    """p grows with the run, so that the orders are those of any other long run."""
+    short, long = (long_run(t, sampling) for t in (10**6, 10**12))
+    one = privacy_losses(short, 8.0, mode=mode)
+    tracemalloc.start()
+    other = privacy_losses(long, 8.0, mode=mode)
+    worst = worst_case_loss(long.mechanism, 8.0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_allclose(other / 1e6, one, rtol=1e-5)
+    assert worst == pytest.approx(1e6 * worst_case_loss(short.mechanism, 8.0), 1e-9)
+    assert peak < 1 << 24

@@ -9,6 +9,7 @@ import torch
 
 from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, ledger_in_checkpoint
 from opacus_pi.recording import AccountingError, Recorder
+from tests.files.test_torch_file import touching
 from tests.private_training import Training
 
 pytestmark = pytest.mark.filterwarnings(
@@ -169,20 +170,12 @@ class Settings:
     rate = 0.5
 
 
-def hostile(path):
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(path),)
-
-    return Hostile()
-
-
 @pytest.mark.parametrize("options", [{}, {"torch_load_kwargs": {"weights_only": True}}])
 def test_no_code_of_a_checkpoint_is_run(tmp_path, options):
     training, made = Training().train(1), tmp_path / "made"
     before = {k: v.clone() for k, v in training.model.state_dict().items()}
     file = io.BytesIO()
-    torch.save({"module_state_dict": hostile(made)}, file)
+    torch.save({"module_state_dict": touching(made)}, file)
     file.seek(0)
     with pytest.raises(ValueError, match="mkdir. Nothing was loaded"):
         training.engine.load_checkpoint(path=file, module=training.model, **options)

@@ -44,6 +44,7 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting.composition import (
     corrected_order,
     default_hoelder_p,
+    linear_weights,
     log_order_growth,
     mean_over_runs,
     printed_order,
@@ -208,15 +209,16 @@ def _compose(
     mechanism = runs[0].mechanism
 
     def loss(interval: UpdateInterval, row: int) -> NDArray[np.float64]:
-        last = mechanism.num_steps - np.arange(interval.first, interval.last + 1)
-        visited = corrected_order(order, p, last)
+        total = mechanism.num_steps
+        remaining = (total - interval.last, total - interval.first)
+        visited = corrected_order(order, p, np.array(remaining))
         facts = mechanism.at_row(interval.right)
         rate = float(facts.sample_rate)
         nodes = _nodes(visited, whole and rate < 1)
         grams = [scaled_gram(run.grams[row], facts) for run in runs]
         values = [[[moment(K, rate, a)] for K in grams] for a in nodes]
         means = mean_over_runs(np.array(values), p)[:, 0]
-        return np.asarray(np.sum(np.interp(visited, nodes, means) / (visited - 1)))
+        return np.asarray(linear_weights(order, p, remaining, nodes) @ means)
 
     parts = [
         loss_under_rule(loss, interval, rule)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, positive
 
+_MAX_STEPS = 10_000_000
 _AT_LEAST_0 = "Pass 0 for a fixed point, a constant map or no noise."
 
 
@@ -182,7 +183,8 @@ def schedules(
     Raises:
         ValueError: If a value is negative or a schedule has another length.
     """
-    in_range(0, math.inf, num_steps=num_steps, remedy="Pass the number of steps.")
+    remedy = "Every step is computed by itself. Ask for fewer."
+    in_range(0, _MAX_STEPS, num_steps=num_steps, remedy=remedy)
     named: dict[str, Any] = {"lipschitz": lipschitz, "noise_variance": noise_variance}
     in_range(0, math.inf, remedy=_AT_LEAST_0, **named)
     for name, value in named.items():
