@@ -187,7 +187,7 @@ def linear_weights(
         float64 ``(K,)``, at least 0.
     """
     counts, sums = _pieces(order, hoelder_p, remaining, corners)
-    weights = sums.copy()
+    weights: Array = sums.copy()
     if len(corners) > 1:
         # Σ (order_i - c)/(order_i - 1) = count - (c-1)·Σ 1/(order_i - 1)
         above = (counts[1:] - (corners[:-1] - 1) * sums[1:]) / np.diff(corners)
@@ -225,7 +225,8 @@ def _pieces(
     # 1/(order_i - 1) = w^(-i)/(order - 1), a geometric series
     growth = log_order_growth(hoelder_p)
     series = np.expm1(-growth * counts) / math.expm1(-growth) if growth else counts
-    return counts, np.exp(-growth * first) * series / (order - 1)
+    sums: Array = np.exp(-growth * first) * series / (order - 1)
+    return counts, sums
 
 
 def _split_interval(remaining: tuple[int, int], reach: float) -> list[tuple[int, int]]:
