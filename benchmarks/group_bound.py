@@ -172,7 +172,12 @@ def main() -> None:
     parser = parser_of("benchmarks.group_bound", __doc__)
     for field in fields(Settings):
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=field.type, default=field.default)
+        parser.add_argument(
+            name,
+            type=field.type,
+            default=field.default,
+            help=f"default: {field.default}",
+        )
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/group_bound.json")
     )

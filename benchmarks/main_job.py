@@ -251,8 +251,10 @@ def main() -> None:
     """Parse the command line, run the seeds, print the table, write JSON and figure."""
     parser = parser_of("benchmarks.main_job", __doc__)
     parser.add_argument("--dataset", choices=data.NAMES, default="digits")
-    parser.add_argument("--data-root", type=Path, help="where the data set's files are")
-    parser.add_argument("--seeds", type=int, default=5, help="how many (at least 3)")
+    parser.add_argument("--data-root", type=Path, help="folder of the data set's files")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="number of seeds (at least 3)"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, help="default: runs/DATASET")
     args = parser.parse_args()

@@ -11,7 +11,8 @@ The flow, one file or folder each:
 4. ``outcomes``: arrays from stored results, a row per seed, a column per forget set.
 5. ``figures``: which units a figure needs, its numbers, its picture.
 6. ``figures.verdicts``: whether the numbers confirm the claim.
-7. ``page``: ``docs/results.md`` from the published figures.
+7. ``publication``: writes a figure's numbers, verdict, picture and table.
+8. ``page``: ``docs/results.md`` from stored numbers, without training anything.
 
 Start reading at ``__main__``; ``python -m benchmarks.reproduce -h`` shows the options.
 """

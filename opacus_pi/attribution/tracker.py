@@ -43,6 +43,8 @@ from opacus_pi.attribution.causes import (
     BY_HAND,
     CAUSES,
     COMPUTED,
+    INPUTS_DISAGREE,
+    MIXED_IN_COLLATE,
     NO_INDICES,
     REPEATED,
     Cause,
@@ -59,7 +61,7 @@ from opacus_pi.attribution.delivery import (
 from opacus_pi.attribution.evidence import assumed, recognised
 from opacus_pi.attribution.gradients import with_sizes
 from opacus_pi.attribution.samples import tensors_in
-from opacus_pi.custody import SampleCounts
+from opacus_pi.custody import Chain, SampleCounts
 
 __all__ = ["EVIDENCE", "Tracker", "indices_of"]
 
@@ -69,6 +71,10 @@ EVIDENCE = ("by_storage", "by_content", "by_latest", "unattributed")
 _MAX_RECENT = 16
 _NO_INDICES = np.empty(0, np.int64)
 # Attributes of a tracker that its copies and pickles have.
+_EVIDENCE = {
+    "identity": "Samples were recognised by their memory or their content.",
+    "rows": "The inputs of each forward pass carried the same examples in one order.",
+}
 _COPIED = ("verify", "strict", "batch_dim", "counts", "causes")
 _CONSEQUENCES = {
     "unattributed": "{num} samples are unattributed. ",
@@ -240,11 +246,17 @@ class Tracker:
         self._entered += [f.delivery for f in done if f.delivery is not None]
         return done
 
-    def end_update(self) -> None:
-        """Count one more update for each delivery that entered it, once for each."""
+    def end_update(self) -> list[Delivery]:
+        """Count one more update for each delivery that entered it, once for each.
+
+        Returns:
+            These deliveries.
+        """
         entered, self._entered = self._entered, []
-        for delivery in {id(delivery): delivery for delivery in entered}.values():
+        distinct = list({id(delivery): delivery for delivery in entered}.values())
+        for delivery in distinct:
             delivery.num_updates += 1
+        return distinct
 
     def delivery_of_gradients(self) -> Delivery | None:
         """Return the one batch that all present gradients are of; None if not one."""
@@ -324,6 +336,24 @@ class Tracker:
         unattributed = self.counts["unattributed"]
         total = sum(self.counts.values())
         return SampleCounts(total, unattributed, " ".join(reasons))
+
+    def report_to(self, chain: Chain) -> None:
+        """Tell the links "identity" and "rows" what was found up to now.
+
+        Inputs that carry different examples in one position break the link, however
+        few they are: clipping then does not bound what one example contributes.
+
+        Args:
+            chain: The chain of custody of the run.
+        """
+        if sum(self.counts.values()):
+            for link in ("identity", "rows"):
+                chain.check(link, _EVIDENCE[link])
+        for cause in (CAUSES[name] for name in self.causes):
+            if cause in (INPUTS_DISAGREE, MIXED_IN_COLLATE):
+                chain.break_link("rows", cause.explanation)
+            elif cause.state != "repeated":
+                chain.leave_unchecked(cause.link, cause.explanation, warn=False)
 
     def _count(self, forward: ForwardPass) -> None:
         """Count the samples of a pass by evidence and by cause.

@@ -28,6 +28,7 @@ weights    ``weights`` in this room: writes between two updates
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from opacus_pi.ledger.custody import (
     BROKEN,
@@ -47,6 +48,7 @@ _NOT_LOOKED_AT = {
 }
 
 
+@dataclass(frozen=True)
 class SampleCounts:
     """How many samples entered updates, and of how many the example is not known.
 
@@ -56,14 +58,16 @@ class SampleCounts:
         cause: Why, as a sentence; empty if there are none.
     """
 
-    def __init__(
-        self, num_samples: int = 0, num_unattributed: int = 0, cause: str = ""
-    ) -> None:
-        self.num_samples, self.num_unattributed = num_samples, num_unattributed
-        self.cause = cause
+    num_samples: int = 0
+    num_unattributed: int = 0
+    cause: str = ""
 
     def plus(self, other: "SampleCounts") -> "SampleCounts":
-        """Return the counts of both, with the cause of the first that has one."""
+        """Return the counts of both, with the cause of the first that has one.
+
+        Args:
+            other: The counts of another part of the run.
+        """
         return SampleCounts(
             self.num_samples + other.num_samples,
             self.num_unattributed + other.num_unattributed,

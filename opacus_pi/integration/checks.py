@@ -6,12 +6,12 @@ Opacus; the ledger then refuses to give numbers and says why.
 
 The functions each return a reason with its remedy, or None. ``RunChecks`` collects the
 reasons of one engine, and ``OutsideChanges`` looks at loader and weights at every
-update. Writes to a weight are counted by torch; a write through ``weight.data`` is not
-counted and is therefore not seen.
+update. Writes to a weight are counted by torch; ``custody.weights`` finds those that
+are not.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +30,7 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._torch_compat import BatchNormBase, load_hooks, num_writes
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.custody import Chain
+from opacus_pi.custody.weights import WEIGHTS_CHANGED, SampledEntries
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
 from opacus_pi.recording import Recorder
@@ -38,12 +39,6 @@ _STEPPED_WITHOUT_NOISE = (
     "The optimizer that was passed to make_private was stepped directly: the weights "
     "took gradients that were neither clipped nor noised, and no accountant counted "
     "the update. Step the optimizer that make_private returned."
-)
-_WEIGHTS_CHANGED = (
-    "Weights were changed between two updates, and not by the optimizer that "
-    "make_private returned. If training data were used for that change, neither "
-    "get_epsilon nor the ledger covers the model; an average, a projection or public "
-    "data are fine."
 )
 # Hooks of the last make_private call on each optimizer. The next call replaces them.
 _HANDLES: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
@@ -177,12 +172,17 @@ class OutsideChanges:
     Args:
         loader: The loader that training iterates over; referred to weakly.
         chain: The chain of custody of the run, whose links are told what was found.
+        entries: Of the weights, which show writes that torch does not count.
     """
 
-    def __init__(self, loader: DataLoader[Any], chain: Chain) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], chain: Chain, entries: SampledEntries
+    ) -> None:
         self._loader = weakref.ref(loader)
         self._schedule = settings_of_schedule(loader)
-        self._chain = chain
+        self._chain, self._entries = chain, entries
+        chain.check("weights", "Every update was compared with the one before.")
+        chain.on_read(_SoftCall(self._report_late))
         self._parameters: Sequence[nn.Parameter] = ()
         self._writes: list[int] | None = None
         self._has_noise = False
@@ -196,6 +196,7 @@ class OutsideChanges:
                 reported.
         """
         self._parameters = optimizer.params
+        self._entries.watch(self._parameters)
         inner, reference = optimizer.original_optimizer, weakref.ref(self)
         if handle := _HANDLES.pop(inner, None):
             handle.remove()
@@ -217,6 +218,7 @@ class OutsideChanges:
     def forget_weights(self) -> None:
         """Accept the weights as they are: a state dict was loaded."""
         self._writes = None
+        self._entries.forget()
 
     def noise_was_drawn(self, *, is_current: bool = True) -> None:
         """Check loader and weights: the weights are about to be updated.
@@ -232,18 +234,38 @@ class OutsideChanges:
         reason = loader and changed_schedule(self._schedule, loader)
         if reason:
             self._chain.break_link("schedule", reason)
-        if self._writes is not None and self._writes != self._count_writes():
-            self._writes = None
-            self._chain.leave_unchecked("weights", _WEIGHTS_CHANGED)
+        if self._writes is None:
+            return
+        if self._writes != self._count_writes() or self._entries.have_changed():
+            self.forget_weights()
+            self._chain.leave_unchecked("weights", WEIGHTS_CHANGED)
+
+    def _report_late(self) -> None:
+        """Report a change that was found on an accelerator."""
+        if self._entries.have_changed_late():
+            self._chain.leave_unchecked("weights", WEIGHTS_CHANGED)
 
     def weights_were_updated(self) -> None:
         """Note the weights: nothing should write to them until the next update."""
         self._has_noise = False
         self._writes = self._count_writes()
+        self._entries.keep()
 
     def _count_writes(self) -> list[int]:
         """Return how often each weight has been written to, as torch counts."""
         return [num_writes(parameter) for parameter in self._parameters]
+
+
+class _SoftCall:
+    """Calls a method while its object exists, without keeping the object."""
+
+    def __init__(self, method: Callable[[], None]) -> None:
+        self._method = weakref.WeakMethod(method)
+
+    def __call__(self) -> None:
+        method = self._method()
+        if method is not None:
+            method()
 
 
 class _LoadHook:

@@ -96,6 +96,14 @@ _NO_BOUND = (
     "engine.epsilons(delta) estimates the privacy loss of each example of this data "
     "set; train by make_private for a guarantee."
 )
+_NOT_COUNTED = (
+    "The accountant has counted {} of {} updates, so its epsilon is too small. "
+    "optimizer.attach_step_hook replaces the accountant's own hook: call both in one "
+    "function."
+)
+_BROKEN = (
+    "get_epsilon is Opacus's number, but the training was not what it accounts for: {}"
+)
 _NOT_POISSON = (
     "get_epsilon is Opacus's number, and assumes Poisson sampling. This loader draws "
     "otherwise (poisson_sampling=False), so it is no bound. engine.epsilons accounts "
@@ -254,7 +262,8 @@ class PerInstanceMixin(OpacusEngine):
     def get_epsilon(self, delta: float) -> float:
         """Return Opacus's epsilon, which assumes Poisson sampling.
 
-        Warns if another sampling was done.
+        Warns if another sampling was done, if a link of the chain of custody is broken,
+        or if the accountant did not count every update.
 
         Args:
             delta: Failure probability, in (0, 1).
@@ -267,8 +276,18 @@ class PerInstanceMixin(OpacusEngine):
             raise AccountingError(_NO_BOUND)
         if self.recorder.sampling == "fixed" and self._is_private:
             warnings.warn(_NOT_POISSON, stacklevel=2)
+        self._warn_of_doubts()
         epsilon: float = super().get_epsilon(delta)
         return epsilon
+
+    def _warn_of_doubts(self) -> None:
+        """Warn if Opacus's epsilon is not that of the run that was made."""
+        num_made, num_counted = self.recorder.num_steps, num_steps_of(self.accountant)
+        if self._is_private and num_counted < num_made:
+            warnings.warn(_NOT_COUNTED.format(num_counted, num_made), stacklevel=3)
+        refusal = self.recorder.refusal
+        if refusal:
+            warnings.warn(_BROKEN.format(refusal), stacklevel=3)
 
     def _complete_ledger(self) -> GradNormLedger:
         """Return the ledger, if it holds every update that was made or counted.

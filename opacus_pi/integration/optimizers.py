@@ -47,6 +47,13 @@ _TWO_BACKWARD_PASSES = (
     "keeps only the last batch. Call optimizer.step() after each backward pass, or use "
     'grad_sample_mode="hooks".'
 )
+_OTHER_PARAMETERS = (
+    "The parameters that the update changed are not those that ghost clipping took "
+    "the gradient norms of: requires_grad was changed after make_private, or a "
+    "parameter is not in the optimizer. So gradients were not clipped to "
+    "max_grad_norm. Call make_private after freezing or thawing layers, or use "
+    'grad_sample_mode="hooks".'
+)
 _TWO_CLIP_NORMS = (
     "Gradients were clipped to {clipped:g}, but the noise was scaled for a clip norm "
     "of {noised:g}: with ghost clipping, a clip scheduler does not change the model's "
@@ -272,6 +279,7 @@ class _FromGhostClipping(_ReportingOptimizer):
 
     def accumulate(self) -> None:
         """Add one physical batch and report its norms."""
+        self._pi_require_same_parameters()
         super().accumulate()
         norms = clipped_norms(self._pi_update.hooks)
         if norms is not None and norms is not self._pi_norms:
@@ -279,6 +287,22 @@ class _FromGhostClipping(_ReportingOptimizer):
             self._pi_require_fresh_norms()
             kept = norms.detach().clone()
             self._pi_update.add_batch(kept, [len(norms)], clipped_only=True)
+
+    def _pi_require_same_parameters(self) -> None:
+        """Break the link "norm" if norm and update are of different parameters.
+
+        Opacus adds up the norms of all parameters that have one, also if a parameter
+        was frozen since; and a parameter that was thawed since has a gradient, but no
+        norm. A parameter that the loss does not depend on has neither.
+        """
+        module = module_of(self._pi_update.hooks)
+        parameters = list(module.parameters())
+        norms = norms_of_parameters(parameters)
+        held = {id(p) for p in self.params}
+        for parameter, norm in zip(parameters, norms, strict=True):
+            is_updated = parameter.grad is not None and id(parameter) in held
+            if is_updated != (norm is not None):
+                self._pi_update.chain.break_link("norm", _OTHER_PARAMETERS)
 
     def _pi_require_fresh_norms(self) -> None:
         """Refuse norms that the last backward pass did not compute.

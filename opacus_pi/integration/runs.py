@@ -8,6 +8,7 @@ the object to which the optimizer reports.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import opacus
@@ -20,7 +21,9 @@ from torch.utils.data import DataLoader
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe
 from opacus_pi.custody import Chain
+from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.model_probe import ModelProbe
+from opacus_pi.custody.weights import SampledEntries
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.checks import (
     OutsideChanges,
@@ -207,7 +210,7 @@ class PreparedRun:
         self.sample_rate = 1 / len(loader)  # as Opacus computes it for its accountant
         is_distributed = isinstance(self.module, DISTRIBUTED)
         self.processes = Processes() if is_distributed else None
-        self.chain = Chain()
+        self.chain, self.entries = Chain(), SampledEntries()
 
     def begin_record(self, recorder: Recorder) -> None:
         """Let a recorder begin to record this run.
@@ -227,10 +230,12 @@ class PreparedRun:
             self.tracker.sample_counts,
             allows_unattributed=recorder.unattributed == "worst_case",
         )
+        self.chain.on_read(partial(self.tracker.report_to, self.chain))
         trained = weakref.ref(self.module)
         collate_fn = user_collate_fn(self.loader)
-        # no process of FSDP has all weights to name
-        has_weights = not isinstance(self.module, FSDPModule)
+        last_weights = None
+        if not isinstance(self.module, FSDPModule):  # no process has all weights
+            last_weights = LastWeights(self.module, self.entries)
         recorder.begin(
             num_examples=size_of(data_set),
             sample_rate=self.sample_rate,
@@ -246,7 +251,7 @@ class PreparedRun:
             ),
             weights=lambda: cast(nn.Module, trained()).state_dict(),
             processes=processes,
-            last_weights=LastWeights(self.module) if has_weights else None,
+            last_weights=last_weights,
             chain=self.chain,
         )
 
@@ -278,13 +283,14 @@ class PreparedRun:
             recorder: Receives what the optimizer reports.
             renyi_filter: The engine's budgets, if it has any.
         """
+        draws = DrawLink(self.chain, is_poisson=is_poisson(self.loader))
         update = UpdateUnderWay(
-            recorder, self.tracker, self.hooks, self.sample_rate, self.chain
+            recorder, self.tracker, self.hooks, self.sample_rate, self.chain, draws
         )
         update.model_probe = self.model_probe
         if renyi_filter is not None:
             layers = batch_norms(self.hooks)
             update.gate = FilterGate(renyi_filter, self.tracker, layers)
         if self.processes is None:
-            update.outside = OutsideChanges(self.loader, self.chain)
+            update.outside = OutsideChanges(self.loader, self.chain, self.entries)
         return update

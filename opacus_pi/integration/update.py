@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.tracker import indices_of
 from opacus_pi.custody import Chain
+from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.model_probe import ModelProbe
 from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.checks import (
@@ -58,6 +59,7 @@ class UpdateUnderWay:
         hooks: What ``make_private`` returned for the model.
         sample_rate: The rate of one batch, as Opacus passes it to its accountant.
         chain: The chain of custody of the run.
+        draws: Its link that watches how delivered batches are used.
         gate: Leaves out examples whose budget is spent, if the engine has a filter.
         outside: Detects changes between updates; None in a distributed run.
         model_probe: Finds out whether the model mixes examples; None: it is not run.
@@ -70,6 +72,7 @@ class UpdateUnderWay:
     hooks: AbstractGradSampleHooks
     sample_rate: float
     chain: Chain
+    draws: DrawLink
     gate: FilterGate | None = None
     outside: OutsideChanges | None = None
     model_probe: ModelProbe | None = None
@@ -81,6 +84,7 @@ class UpdateUnderWay:
     )
     _is_distinct: bool = field(init=False, default=True)
     _settings: dict[str, float] | None = field(init=False, default=None)
+    _num_unattributed: int = field(init=False, default=0)  # up to the last update
 
     def __post_init__(self) -> None:
         self._batch_norms = batch_norms(self.hooks)
@@ -96,6 +100,7 @@ class UpdateUnderWay:
             sizes: How many samples each backward pass contributed; their sum is b.
             clipped_only: Whether only complete passes of ghost clipping count.
         """
+        self.chain.check("norm", "The norms are those by which Opacus clipped.")
         passes = self.tracker.take_attributed(sizes, clipped_only=clipped_only)
         # nearly always: one batch as it was delivered, whose indices are distinct
         examples = passes[0].distinct_indices() if len(passes) == 1 else None
@@ -145,6 +150,7 @@ class UpdateUnderWay:
             optimizer: The optimizer that has just added noise, before its step.
         """
         self.finish()  # of an earlier update whose step was interrupted
+        self.chain.check("noise", "Opacus drew noise once for every update.")
         # The weights are still those of the forward pass, and its memory is free again.
         finding = None if self.model_probe is None else self.model_probe.run()
         if finding is not None and not batch_statistics(self._batch_norms):
@@ -170,7 +176,11 @@ class UpdateUnderWay:
         settings, self._settings = self._settings, None
         if settings is None:
             return
-        self.tracker.end_update()
+        self.draws.update_was_made(self.tracker.end_update())
+        num_unattributed = self.tracker.counts["unattributed"]
+        if num_unattributed > self._num_unattributed and not self.is_superseded:
+            self.recorder.note_unattributed()
+        self._num_unattributed = num_unattributed
         if self.outside is not None:
             self.outside.weights_were_updated()
         for link, reason in self._reasons():

@@ -234,6 +234,16 @@ class Recorder(RecorderOptions):
         return self._run.sampling if self._run else ""
 
     @property
+    def refusal(self) -> str:
+        """Why the run has no ledger; empty if it has one, or has not begun."""
+        if self._run is None:
+            return ""
+        self._fetch_waiting()
+        custody = self._custody()
+        broken = () if custody is None else custody.broken
+        return self._run.refusal or (broken[0].sentence if broken else "")
+
+    @property
     def ledger(self) -> GradNormLedger:
         """The ledger of all updates so far; training may go on.
 
@@ -249,12 +259,19 @@ class Recorder(RecorderOptions):
         self._fetch_waiting()
         if run.refusal:
             raise AccountingError(run.refusal)
-        custody = None if self._chain is None else self._chain.custody()
+        custody = self._custody()
         if run.refusal:  # found while the chain was read
             raise AccountingError(run.refusal)
         if custody is not None:
             custody.require_intact()
-        return run.ledger(custody)
+        return run.ledger(custody, fills_unattributed=self.unattributed == "worst_case")
+
+    def _custody(self) -> Custody | None:
+        """Return the chain of custody of now, or the one that was loaded with a run."""
+        if self._chain is not None:
+            return self._chain.custody()
+        saved = self._begun().custody
+        return Custody.from_json(saved) if saved else None
 
     def begin(
         self,
@@ -374,6 +391,15 @@ class Recorder(RecorderOptions):
         is_here = grad_norms.device.type == "cpu"
         if self._waiting.are_many or (self.strict and is_here):
             self._fetch_waiting()
+
+    def note_unattributed(self) -> None:
+        """Note that the next update contains samples whose example is not known.
+
+        Any example may be among them: under fixed sampling each one may have been in
+        one more update than was counted, and with ``unattributed="worst_case"`` the
+        next row has no gaps.
+        """
+        self._begun().note_unattributed()
 
     def step(
         self,

@@ -29,6 +29,7 @@ _COUNTS = ("num_steps", "refusal")
 Indices = Tensor | NDArray[np.int64] | Sequence[int]
 
 _MAX_WAITING = 256  # reports that are added to the run together
+_FLAGS = "has_unattributed"  # in a saved state, the open interval last
 _ROW = "rows."  # before the names of measurements in a saved state
 
 
@@ -81,6 +82,9 @@ class RecordedRun:
         intervals: Settings of each row's update interval.
         open_interval: Settings of the updates since the last row; None if there were
             none.
+        has_unattributed: Whether the updates of each row's interval contained samples
+            whose example is not known.
+        open_has_unattributed: Whether those since the last row did.
     """
 
     source: str
@@ -96,6 +100,8 @@ class RecordedRun:
     rows: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
     intervals: list[UpdateSettings] = field(default_factory=list)
     open_interval: UpdateSettings | None = None
+    has_unattributed: list[bool] = field(default_factory=list)
+    open_has_unattributed: bool = False
     observed: NDArray[np.float32] = field(init=False)
     # update in which each example was observed, if the other processes do not know of
     # it yet; else 0
@@ -198,15 +204,27 @@ class RecordedRun:
         self.rows.append(row)
         self.intervals.append(self.open_interval or _NO_UPDATE)
         self.open_interval = None
+        self.has_unattributed.append(self.open_has_unattributed)
+        self.open_has_unattributed = False
         if self.participations is not None:
             self.participations.close_row()
         self._forget_observations()
 
-    def ledger(self, custody: Custody | None = None) -> GradNormLedger:
+    def note_unattributed(self) -> None:
+        """Note that the next update contains samples whose example is not known."""
+        self.open_has_unattributed = True
+        if self.participations is not None:
+            self.participations.num_unknown_updates += 1
+
+    def ledger(
+        self, custody: Custody | None = None, *, fills_unattributed: bool = False
+    ) -> GradNormLedger:
         """Return what was recorded up to now as a new ledger.
 
         Args:
             custody: What is known about how it came to be.
+            fills_unattributed: Whether examples that were not observed get the clip
+                norm in rows with samples whose example is not known.
 
         Raises:
             AccountingError: If nothing has been recorded.
@@ -227,6 +245,11 @@ class RecordedRun:
         measured: dict[str, Any] = {
             name: np.stack([row[name] for row in rows]) for name in rows[0]
         }
+        if fills_unattributed and self.source == "observed":
+            norms, flags = measured["grad_norms"], self._rows_with_unattributed()
+            clips = np.array([interval.max_grad_norm for interval in intervals])
+            gaps = np.isnan(norms) & np.array(flags)[:, None]
+            measured["grad_norms"] = np.where(gaps, clips[:, None], norms)
         return GradNormLedger(
             mechanism,
             np.array(steps, dtype=np.int64),
@@ -237,6 +260,11 @@ class RecordedRun:
             participations=counts,
             **measured,
         )
+
+    def _rows_with_unattributed(self) -> list[bool]:
+        """Return for each row of the ledger whether it has unattributed samples."""
+        flags = list(self.has_unattributed)
+        return [*flags, self.open_has_unattributed] if self.open_interval else flags
 
     def _counted(self, num_rows: int) -> NDArray[np.int32] | None:
         """Return the participations of each row's interval; None if not counted."""
@@ -296,6 +324,9 @@ class RecordedRun:
             "open_interval": _table(still_open),
             "observed": torch.from_numpy(self.observed.copy()),
             "observed_at": torch.from_numpy(self.observed_at.copy()),
+            _FLAGS: torch.tensor(
+                [*self.has_unattributed, self.open_has_unattributed], dtype=torch.int64
+            ),
             **({} if self.participations is None else self.participations.state_dict()),
             **{
                 f"{_ROW}{name}": torch.from_numpy(
@@ -324,6 +355,12 @@ class RecordedRun:
         run.open_interval = still_open[0] if still_open else None
         run.observed = state["observed"].cpu().numpy().copy()
         run.observed_at = state["observed_at"].cpu().numpy().copy()
+        if _FLAGS in state:
+            *run.has_unattributed, run.open_has_unattributed = map(
+                bool, state[_FLAGS].tolist()
+            )
+        else:
+            run.has_unattributed = [False] * len(run.steps)
         if run.participations is not None:
             run.participations = Participations.from_state_dict(state)
         measured = {

@@ -21,7 +21,7 @@ VERSION = 1
 _FAR = 2**53  # larger numbers are not exact as floats, and no run counts so far
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 _ROW = "rows."
-_OPEN = "open_participations"
+_OPEN, _FLAGS = "open_participations", "has_unattributed"
 _TYPES = {
     "source": (str,),
     "num_examples": (int,),
@@ -141,6 +141,7 @@ def _layout(
             for name, rows_of in (("participations", (num_rows,)), (_OPEN, ()))
             if name in state
         },
+        **({_FLAGS: (torch.int64, (num_rows + 1,))} if _FLAGS in state else {}),
     }
 
 
@@ -154,7 +155,7 @@ def _is_in_range(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
     numbers = value.cpu().numpy()
     if name == "observed_at":
         return bool((numbers <= state["num_steps"] + 1).all() and (numbers >= 0).all())
-    if name in ("intervals", "open_interval", "participations", _OPEN):
+    if name in ("intervals", "open_interval", "participations", _OPEN, _FLAGS):
         return bool((numbers >= 0).all())  # not NaN either
     may_be_infinite = name == "observed" and bool(state["refusal"])
     bad = (numbers < 0) | (np.isinf(numbers) & (not may_be_infinite))

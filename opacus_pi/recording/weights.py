@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from opacus_pi._torch_compat import num_writes
 from opacus_pi._validate import expect
+from opacus_pi.custody.weights import SampledEntries
 from opacus_pi.files.kinds import RECORDED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.ledger.checks import CHANGED
@@ -128,13 +129,16 @@ class LastWeights:
 
     After each update it notes autograd's count of writes to every tensor. This needs no
     pass over the weights; they are hashed only when their name is asked for. Writes
-    that bypass autograd's counts (to ``weight.data``) are not noticed.
+    that are not counted (to ``weight.data``) are seen by ``entries``.
 
     Args:
         model: The model in training, plain or wrapped; referred to weakly.
+        entries: Of the model's weights, kept after each update by the optimizer, which
+            owns them; referred to weakly. None: uncounted writes are not noticed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, entries: SampledEntries | None = None) -> None:
+        self._entries = None if entries is None else weakref.ref(entries)
         self._model = weakref.ref(unwrap(model))
         self._tensors = [weakref.ref(t) for t in _tensors(unwrap(model))]
         self._marks: _Marks | None = None
@@ -157,8 +161,11 @@ class LastWeights:
         model = self._model()
         if model is None or self._marks is None:
             return None
+        entries = None if self._entries is None else self._entries()
         now = [_mark(tensor) for tensor in _tensors(model)]
-        return weights_name(model) if now == self._marks else CHANGED
+        if now != self._marks or (entries and entries.have_changed_now()):
+            return CHANGED
+        return weights_name(model)
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

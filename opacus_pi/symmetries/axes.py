@@ -25,8 +25,7 @@ class Atom:
 
     An atom begins as a whole dimension. During the run it can be merged with an atom of
     another tensor (both need the same permutation), split into an outer and an inner
-    part, or fixed. Code that read an atom before keeps a valid reference: ``leaves``
-    returns what the atom has become.
+    part, or fixed. References to it stay valid: ``leaves`` returns what it has become.
 
     >>> pixels = Atom(12)
     >>> pixels.split(3)

@@ -218,7 +218,8 @@ class _InnerProduct:
         The weight of a residual block without an intermediate width has the symbol in
         rows and columns. The gain is then quadratic, not linear, in the permutation.
         The assignment problem uses the current permutation at one position, so its
-        value is only a proposal that must be compared by the inner product itself.
+        solution is only a proposal: the inner product itself decides whether it is
+        better.
 
         Returns:
             The names of all tensors with the symbol; empty if it never has two

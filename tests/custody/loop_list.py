@@ -73,7 +73,6 @@ CONTROLS = [
     (collated(loop_parts.stacked), MOST),
     (collated(loop_parts.padded, **TOKENS), MOST),
     (collated(loop_parts.padded_to_multiple, **TOKENS), MOST),
-    (collated(loop_parts.truncated, **TOKENS), MOST),
     (transforming(loop_parts.cloned), MOST),
     (transforming(loop_parts.through_numpy), MOST),
     (transforming(loop_parts.to_double_and_back), MOST),
@@ -105,6 +104,7 @@ CONTROLS = [
 
 # -------------------- right norms exist, but the program may not be sure: it may say so
 UNCERTAIN = [
+    (collated(loop_parts.truncated, **TOKENS), MOST),
     (collated(loop_parts.without_some), MOST),
     (collated(loop_parts.noisy), MOST),
     (collated(loop_parts.cropped), MOST),
@@ -154,6 +154,21 @@ BROKEN = [
     (transforming(loop_parts.with_earlier_batch, breaks="identity"), MOST),
     (using(loop_parts.same_batch_twice_in_an_update, breaks="rows", **FIXED), FREE),
     (using(loop_parts.overlapping_parts, breaks="rows", **FIXED), FREE),
+    (transforming(loop_parts.labels_permuted, breaks="loss"), ("hooks", "fast")),
+    (transforming(loop_parts.inputs_permuted, breaks="loss"), ("hooks", "fast")),
+    *(
+        (of_loss(criterion, breaks="loss"), FREE)
+        for criterion in (
+            models.Contrastive,
+            models.HardestHalf,
+            models.WorstGroup,
+            models.LossOfMean,
+            models.Decorrelated,
+            models.summed_cross_entropy,
+        )
+    ),
+    (of_loss(models.weighted_cross_entropy, breaks="loss"), ("hooks", "fast", "swept")),
+    (of_loss(models.ignoring_cross_entropy, breaks="loss"), ("hooks", "fast", "swept")),
 ]
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from opacus_pi import PrivacyEngine, Recorder
 from tests.custody import hidden_ids, models
 
-MOST_UPDATES = 60
+EACH_UPDATE = tuple(range(1, 60))
 LARGE = 1e3  # a clip norm that clips nothing
 
 
@@ -74,6 +74,7 @@ class Loop:
         control: Whether it is an ordinary loop, which must be recorded in full and
             without a word.
         mode: ``grad_sample_mode``, or ``"swept"``.
+        every: When a row of the ledger is written.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Loop:
     breaks: str = ""
     control: bool = False
     mode: str = "hooks"
+    every: Any = EACH_UPDATE
 
     def __str__(self):
         return f"{self.name}-{self.mode}"
@@ -144,10 +146,10 @@ class Run:
             loop.setup(self)
 
     def _recorder(self):
-        rows = range(1, MOST_UPDATES)
         if self.loop.mode == "swept":
-            return Recorder("swept", rows, criterion=self.loop.criterion())
-        return Recorder(every=rows)
+            criterion = self.loop.criterion()
+            return Recorder("swept", self.loop.every, criterion=criterion)
+        return Recorder(every=self.loop.every)
 
     def _prepare(self):
         loop = self.loop
@@ -158,10 +160,10 @@ class Run:
             module=self.module,
             optimizer=self.inner_optimizer,
             data_loader=self.user_loader,
-            noise_multiplier=1e-4,
             poisson_sampling=loop.sampling == "poisson",
             grad_sample_mode=mode,
-            **{"max_grad_norm": LARGE, **ghost, **loop.private},
+            **{"max_grad_norm": LARGE, "noise_multiplier": 1e-4, **loop.private},
+            **ghost,
         )
         self.train_criterion = middle[0] if middle else self.criterion
 

@@ -15,7 +15,7 @@ from tests.custody import loop_list, oracle
 from tests.custody.loops import Run
 
 _OF_OTHERS = re.compile("Secure RNG|backward hook is firing|detected new dataset")
-_GENERIC = re.compile("could not (be )?check", re.IGNORECASE)
+_GENERIC = re.compile("could not (be )?check|was not looked at", re.IGNORECASE)
 RIGHT, REFUSED, SAID, SILENT = "right", "refused", "said", "SILENT"
 
 

@@ -18,10 +18,9 @@ from matplotlib.figure import Figure as Picture
 from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures.figure import Figure, Result
-from benchmarks.reproduce.figures.times_to_unlearn import draw_panels, judge_panel
+from benchmarks.reproduce.figures.times_to_unlearn import draw_panels, judge_panels
 from benchmarks.reproduce.figures.verdicts import (
     Verdict,
-    combined,
     epochs_text,
     interval_text,
 )
@@ -86,9 +85,7 @@ def _at(workspace: Workspace, experiment: Experiment, rate: float) -> dict[str, 
 
 
 def _judge(result: Result) -> Verdict:
-    return combined(
-        {f"rate {rate}": judge_panel(one) for rate, one in result["rates"].items()}
-    )
+    return judge_panels({f"rate {rate}": one for rate, one in result["rates"].items()})
 
 
 def _draw(result: Result) -> Picture:

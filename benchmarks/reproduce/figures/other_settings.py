@@ -24,6 +24,7 @@ from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.figures.times_to_unlearn import (
     draw_panels,
     judge_panel,
+    judge_panels,
     panel,
 )
 from benchmarks.reproduce.figures.verdicts import (
@@ -188,7 +189,7 @@ def _separation(found: Result, metric: str) -> np.ndarray:
 def _judge_panels(result: Result) -> Verdict:
     if not result["panels"]:
         return Verdict(NOT_TESTABLE, "this scale has no other data set")
-    return combined({name: judge_panel(p) for name, p in result["panels"].items()})
+    return judge_panels(result["panels"])
 
 
 def _draw_panels(result: Result) -> Picture:

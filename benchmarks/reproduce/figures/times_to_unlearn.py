@@ -61,6 +61,11 @@ def judge_panel(found: Result) -> Verdict:
     return combined({name: judge_times(one) for name, one in times.items()})
 
 
+def judge_panels(panels: dict[str, Result]) -> Verdict:
+    """Decide whether harder strata take longer in every panel."""
+    return combined({name: judge_panel(one) for name, one in panels.items()})
+
+
 def judge_times(times: np.ndarray) -> Verdict:
     """Decide whether harder strata take longer; quote the median times.
 
@@ -119,10 +124,6 @@ def _left(scale: Scale, workspace: Workspace) -> Result:
     }
 
 
-def _judge_panels(result: Result) -> Verdict:
-    return combined({name: judge_panel(p) for name, p in result["panels"].items()})
-
-
 def _middle_units(scale: Scale) -> list[Unit]:
     experiment = scale.sgd
     return [
@@ -166,7 +167,7 @@ FIGURES = [
         "noise level.",
         _left_units,
         _left,
-        _judge_panels,
+        lambda result: judge_panels(result["panels"]),
         lambda result: draw_panels(result["panels"]),
     ),
     Figure(

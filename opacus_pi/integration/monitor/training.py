@@ -36,6 +36,8 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting import fingerprint
 from opacus_pi.attribution import ForwardProbe, Tracker, observe
 from opacus_pi.custody import Chain
+from opacus_pi.custody.draws import DrawLink
+from opacus_pi.custody.weights import WEIGHTS_CHANGED, SampledEntries
 from opacus_pi.gradients import Sweep
 from opacus_pi.integration.monitor.noise import NoiseHook
 from opacus_pi.integration.monitor.sampling import (
@@ -55,6 +57,17 @@ __all__ = ["monitor"]
 # Hooks that a call of ``monitor`` added to a module or an optimizer. The next call
 # with the same object removes them: a second set would add noise twice.
 _HOOK_HANDLES: WeakKeyDictionary[Any, list[RemovableHandle]] = WeakKeyDictionary()
+
+
+_SWEPT = "Sweeps over the data set measured the norms, one example at a time."
+_EVIDENCE = {
+    "schedule": "The loader's samplers are known.",
+    "identity": _SWEPT,
+    "rows": _SWEPT,
+    "norm": _SWEPT,
+    "noise": "A hook on optimizer.step added the recorded noise once for each update.",
+    "weights": "Every update was compared with the one before.",
+}
 
 
 def monitor(
@@ -130,15 +143,21 @@ def monitor(
     scheme = sampling_scheme(loader)
     if noise_std == 0:
         tracker = BatchTracker()  # which samples a batch has does not matter here
-    chain = Chain()
-    _begin_record(recorder, module, data_set, scheme, measure, processes, chain)
+    chain, entries = Chain(), SampledEntries()
+    _begin_record(
+        recorder, module, data_set, scheme, measure, processes, chain, entries
+    )
     _break_schedule(chain, loader, processes)
     noise = None
     if noise_std > 0:
         noise = NoiseHook(
             noise_std, scheme.mean_batch_size, recorder, chain, tracker, noise_generator
         )
-    _add_hooks(module, optimizer, recorder, tracker, scheme, noise)
+    for link, evidence in _EVIDENCE.items():
+        chain.check(link, evidence)
+    draws = DrawLink(chain, is_poisson=scheme.sampling == "poisson")
+    _add_hooks(module, optimizer, recorder, tracker, scheme, noise, draws)
+    _watch_weights(optimizer, chain, entries)
     observe(loader, tracker)
     return module, optimizer, loader
 
@@ -184,6 +203,7 @@ def _begin_record(
     measure: Callable[[Dataset[Any]], Sweep],
     processes: Processes | None,
     chain: Chain,
+    entries: SampledEntries,
 ) -> None:
     """Begin recording a run.
 
@@ -195,6 +215,7 @@ def _begin_record(
         measure: Measures all examples of a data set.
         processes: Those that train together; None: one.
         chain: The chain of custody of the run.
+        entries: Of the weights, kept after each update.
 
     Raises:
         ValueError: If a saved run was loaded, and it is another one.
@@ -207,7 +228,7 @@ def _begin_record(
         sweep=lambda: measure(data_set),
         weights=module.state_dict,
         processes=processes,
-        last_weights=LastWeights(module),
+        last_weights=LastWeights(module, entries),
         chain=chain,
     )
 
@@ -241,6 +262,7 @@ def _add_hooks(
     tracker: Tracker,
     scheme: SamplingScheme,
     noise: NoiseHook | None,
+    draws: DrawLink,
 ) -> None:
     """Add the hooks that count updates and, if there is noise, apply it.
 
@@ -255,6 +277,7 @@ def _add_hooks(
         tracker: Follows batches from the loader to the update.
         scheme: How the loader samples a batch.
         noise: Adds the noise; None without noise.
+        draws: Told which batches entered each update.
     """
     for owner in (module, optimizer):
         for handle in _HOOK_HANDLES.pop(owner, []):
@@ -272,7 +295,7 @@ def _add_hooks(
             max_grad_norm=math.inf,  # nothing is clipped
             sample_rate=min(1.0, num_batches * scheme.sample_rate),
         )
-        tracker.end_update()
+        draws.update_was_made(tracker.end_update())
 
     # Connects the tensors that enter the model with the backward pass that follows.
     probe = ForwardProbe()
@@ -281,6 +304,29 @@ def _add_hooks(
     _HOOK_HANDLES[optimizer] = [optimizer.register_step_post_hook(count_update)]
     if noise is not None:
         _HOOK_HANDLES[optimizer].append(optimizer.register_step_pre_hook(noise))
+
+
+def _watch_weights(optimizer: Optimizer, chain: Chain, entries: SampledEntries) -> None:
+    """Watch for writes to the weights that are not the optimizer's.
+
+    Args:
+        optimizer: Its weights are watched from its next step on.
+        chain: The chain of custody of the run.
+        entries: Will be of the optimizer's weights.
+    """
+    entries.watch(p for group in optimizer.param_groups for p in group["params"])
+
+    def before_step(*_: Any) -> None:
+        if entries.have_changed():
+            chain.leave_unchecked("weights", WEIGHTS_CHANGED)
+
+    def after_step(*_: Any) -> None:
+        entries.keep()
+
+    _HOOK_HANDLES[optimizer] += [
+        optimizer.register_step_pre_hook(before_step),
+        optimizer.register_step_post_hook(after_step),
+    ]
 
 
 def _check_recorder(recorder: Recorder, noise_std: float) -> None:

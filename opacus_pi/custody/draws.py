@@ -1,0 +1,66 @@
+"""The link "draw": each batch that a loader delivered serves one update only.
+
+Under Poisson sampling the accounting multiplies the privacy loss of single updates,
+each on a draw of its own. Two updates on one draw have an example in both or in
+neither, and their loss is that of one update with twice the signal: for ten updates on
+one draw up to a hundred times as much. So a second update on a delivered batch breaks
+the link. Under fixed sampling nothing is amplified and participations are counted, so
+there it is allowed.
+
+*What breaks it.* A batch of which nothing is known any more: it was copied and changed,
+or delivered long ago. Its samples are then unattributed, which the link "identity"
+counts.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from opacus_pi.custody.chain import Chain
+
+__all__ = ["DrawLink"]
+
+_USED_TWICE = (
+    "A batch that the loader delivered was used for more than one update. Poisson "
+    "sampling is accounted as a fresh draw for every update, and the privacy loss of "
+    "several updates on one draw is much larger. Make one optimizer.step() for each "
+    "batch that the loader yields, and iterate over the loader again instead of "
+    "keeping its batches. Or pass poisson_sampling=False, for which every "
+    "participation is counted."
+)
+
+
+class Delivered(Protocol):
+    """The part of a delivered batch that this link looks at."""
+
+    num_updates: int
+
+
+class DrawLink:
+    """Watches that delivered batches are not used again.
+
+    Args:
+        chain: The chain of custody of the run.
+        is_poisson: Whether every update needs a draw of its own.
+    """
+
+    def __init__(self, chain: Chain, *, is_poisson: bool) -> None:
+        self._chain, self._is_poisson = chain, is_poisson
+        self._has_checked = False
+
+    def update_was_made(self, batches: Iterable[Delivered]) -> None:
+        """Note which delivered batches have entered an update.
+
+        Args:
+            batches: Each with the number of updates that it has entered, this one
+                included.
+        """
+        if not self._is_poisson:
+            evidence = "Under fixed sampling every participation is counted."
+        elif any(batch.num_updates > 1 for batch in batches):
+            self._chain.break_link("draw", _USED_TWICE)
+            return
+        else:
+            evidence = "No delivered batch was used for more than one update."
+        if not self._has_checked:
+            self._has_checked = True
+            self._chain.check("draw", evidence)

@@ -1,0 +1,230 @@
+"""Loops that break or strain the links draw, weights, norm and noise."""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from opacus_pi import AccountingError, PrivacyEngine, Recorder
+from opacus_pi.ledger.custody import Custody
+
+NUM, BATCH = 48, 6
+
+
+class Run:
+    def __init__(self, mode="hooks", poisson=True, recorder=None):
+        torch.manual_seed(0)
+        data = TensorDataset(torch.randn(NUM, 4), torch.arange(NUM) % 3)
+        self.data = data.tensors
+        self.plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.criterion = nn.CrossEntropyLoss()
+        self.engine = PrivacyEngine(accountant="rdp", recorder=recorder)
+        prepared = self.engine.make_private(
+            module=self.plain,
+            optimizer=torch.optim.SGD(self.plain.parameters(), lr=0.05),
+            data_loader=DataLoader(data, batch_size=BATCH, shuffle=True),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=poisson,
+            grad_sample_mode=mode,
+            criterion=self.criterion,
+        )
+        self.model, self.optimizer, self.loader = prepared[0], prepared[1], prepared[-1]
+        if mode == "ghost":
+            self.criterion = prepared[2]
+
+    def step(self, x, y):
+        self.optimizer.zero_grad()
+        self.criterion(self.model(x), y).backward()
+        self.optimizer.step()
+
+    @property
+    def custody(self) -> Custody:
+        return self.engine.ledger.custody
+
+    def unchecked(self):
+        return {link.name for link in self.custody.unchecked}
+
+
+def quietly(loop, run):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loop(run)
+
+
+def once_each(run):
+    for batch in run.loader:
+        run.step(*batch)
+
+
+def restarted(run):
+    for _ in range(10):
+        run.step(*next(iter(run.loader)))
+
+
+def left_early(run):
+    for _ in range(5):
+        for batch in itertools.islice(run.loader, 3):
+            run.step(*batch)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "fast"])
+@pytest.mark.parametrize("loop", [once_each, restarted, left_early])
+def test_fresh_draws_are_fine(loop, mode):
+    run = Run(mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "Full backward hook")
+        loop(run)
+        found = run.unchecked()
+    assert found <= {"model", "loss"}
+
+
+def inner_loop(run):
+    for batch in run.loader:
+        for _ in range(2):
+            run.step(*batch)
+
+
+def cycled(run):
+    for batch in itertools.islice(itertools.cycle(run.loader), 20):
+        run.step(*batch)
+
+
+def kept_in_a_list(run):
+    for batch in list(run.loader) * 2:
+        run.step(*batch)
+
+
+def a_copy_later(run):
+    kept = None
+    for x, y in run.loader:
+        run.step(x, y)
+        if kept is not None:
+            run.step(*kept)
+        kept = (x.clone(), y.clone())
+
+
+def in_parts(run):
+    for x, y in run.loader:
+        for part in zip(x.split(2), y.split(2), strict=True):
+            run.step(*part)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "fast"])
+@pytest.mark.parametrize(
+    "loop", [inner_loop, cycled, kept_in_a_list, a_copy_later, in_parts]
+)
+def test_a_draw_that_serves_two_updates_is_refused(loop, mode):
+    run = Run(mode)
+    quietly(loop, run)
+    for read in (
+        lambda: run.engine.ledger,
+        lambda: run.engine.epsilons(1e-5),
+        lambda: run.engine.privacy_losses(8),
+    ):
+        with pytest.raises(AccountingError, match="used for more than one update"):
+            read()
+    with pytest.warns(UserWarning, match="not what it accounts for: A batch that"):
+        assert run.engine.get_epsilon(1e-5) > 0
+
+
+def test_batches_of_another_loader_are_refused():
+    run = Run()
+    quietly(lambda run: [run.step(*run.data) for _ in range(5)], run)
+    with pytest.raises(AccountingError, match="For 240 of 240 samples"):
+        run.engine.epsilons(1e-5)
+
+
+def test_a_recorder_can_be_told_how_to_charge():
+    run = Run(recorder=Recorder(unattributed="worst_case"))
+
+    def loop(run):
+        run.step(*next(iter(run.loader)))
+        run.step(torch.randn(6, 4), torch.zeros(6, dtype=torch.int64))
+
+    quietly(loop, run)
+    norms = run.engine.ledger.grad_norms
+    assert not torch.from_numpy(norms).isnan().any()
+    assert (norms == 1.0).sum() >= NUM - 20  # those that were not observed: C
+
+
+def clamped(run):
+    for parameter in run.plain.parameters():
+        parameter.data.clamp_(-0.1, 0.1)
+
+
+def averaged(run):
+    for parameter in run.plain.parameters():
+        parameter.data = parameter.data * 0.9
+
+
+def by_numpy(run):
+    for parameter in run.plain.parameters():
+        parameter.data.numpy()[...] *= 0.5
+
+
+@pytest.mark.parametrize("write", [clamped, averaged, by_numpy])
+def test_writes_to_weights_are_said(write):
+    run = Run()
+    batches = iter(run.loader)
+    run.step(*next(batches))
+    write(run)
+    with pytest.warns(UserWarning, match="Weights were changed between two updates"):
+        run.step(*next(batches))
+    assert "weights" in run.unchecked()
+
+
+@pytest.mark.parametrize("write", [clamped, averaged, by_numpy])
+def test_weights_that_were_changed_after_the_last_update_are_not_named(write):
+    run = Run()
+    run.step(*next(iter(run.loader)))
+    assert run.engine.ledger.weights.startswith("sha256:")
+    run.step(*next(iter(run.loader)))
+    write(run)
+    assert run.engine.ledger.weights == "changed"
+
+
+def frozen(run):
+    for parameter in run.plain[0].parameters():
+        parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize("frozen_first", [True, False])
+def test_ghost_clipping_after_requires_grad_changed(frozen_first):
+    torch.manual_seed(0)
+    run = Run.__new__(Run)
+    run.plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    if frozen_first:
+        frozen(run)
+    data = TensorDataset(torch.randn(NUM, 4), torch.arange(NUM) % 3)
+    run.engine = PrivacyEngine(accountant="rdp")
+    run.model, run.optimizer, run.criterion, run.loader = run.engine.make_private(
+        module=run.plain,
+        optimizer=torch.optim.SGD(run.plain.parameters(), lr=0.05),
+        data_loader=DataLoader(data, batch_size=BATCH),
+        noise_multiplier=1.0,
+        max_grad_norm=0.05,
+        poisson_sampling=False,
+        grad_sample_mode="ghost",
+        criterion=nn.CrossEntropyLoss(),
+    )
+    quietly(once_each, run)
+    assert run.unchecked() <= {"model", "loss"}  # so far nothing was changed
+    for parameter in run.plain[0].parameters():
+        parameter.requires_grad_(frozen_first)
+    quietly(once_each, run)
+    with pytest.raises(AccountingError, match="requires_grad was changed"):
+        run.engine.ledger  # noqa: B018
+
+
+def test_a_step_hook_of_the_user_replaces_the_accountants():
+    run = Run()
+    run.optimizer.attach_step_hook(lambda _: None)
+    quietly(once_each, run)
+    with pytest.warns(UserWarning, match="has counted 0 of 8 updates"):
+        run.engine.get_epsilon(1e-5)
+    assert run.engine.epsilons(1e-5).max() > 0
