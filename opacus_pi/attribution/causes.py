@@ -25,6 +25,7 @@ __all__ = [
     "COMPUTED",
     "INPUTS_DISAGREE",
     "MISMATCH",
+    "MIXED",
     "MIXED_IN_COLLATE",
     "MOVED_AND_CHANGED",
     "NOT_DELIVERED",
@@ -80,6 +81,13 @@ MOVED_AND_CHANGED = Cause(
     "unattributed",
     "The loop moved some samples of a batch to other positions and changed others, so "
     "the changed ones cannot be followed. " + _IN_THE_DATA_SET,
+)
+MIXED = Cause(
+    "the training loop mixes examples",
+    "unattributed",
+    "The loop made each input of the model from several examples, as mixup and cutmix "
+    "do, so its gradient belongs to no single example. Give the model samples of one "
+    "example each.",
 )
 UNTRACED = Cause(
     "the model's inputs cannot be traced to one batch",

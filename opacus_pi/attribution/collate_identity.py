@@ -44,6 +44,7 @@ from opacus_pi.attribution.causes import (
     Cause,
 )
 from opacus_pi.attribution.item_fingerprints import ItemFingerprints, fingerprint_items
+from opacus_pi.attribution.mixtures import are_mixtures
 from opacus_pi.attribution.samples import (
     DelayedChecksums,
     checksums_of_entries,
@@ -62,9 +63,7 @@ __all__ = [
 ]
 
 Mask = NDArray[np.bool_]
-_CLOSE = 1e-4  # of a sample's length, which a sum of two items may differ from it
-_MIN_ENTRIES = 4  # with fewer, every sample is a sum of two items
-_MAX_COMPARED = 128  # items that are compared with all others, to find mixtures
+_MIN_ENTRIES = 4  # of an item that is found in a part of a batch by itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,53 +372,10 @@ def _places(shape: tuple[int, ...], padded: tuple[int, ...]) -> NDArray[np.int64
 
 # --------------------------------------------------------------------------- mixtures
 def _are_mixtures(items: ItemFingerprints, samples: list[Samples]) -> Mask:
-    """Which samples are made of two items, their own and another one.
-
-    Returns:
-        bool ``(b,)``; all False where samples and items are not equally many, or too
-        many to compare each with each.
-    """
+    """Which samples are made of two items, their own and another one, bool ``(b,)``."""
     mixed = np.zeros(len(items), dtype=np.bool_)
-    if len(items) > _MAX_COMPARED:
-        return mixed
     for own in (s for s in samples if len(s) == len(items)):
         for part in range(items.widths.shape[1]):
-            is_as_wide = (items.widths[:, part] == own.width).all()
-            if is_as_wide and own.width >= _MIN_ENTRIES:
-                given, made_of = own.content.entries, items.entries[part]
-                mixed |= _are_sums(given, made_of) | _are_spliced(given, made_of)
-    return mixed
-
-
-def _are_sums(given: NDArray[np.float32], items: NDArray[np.float32]) -> Mask:
-    """Which samples are a sum of multiples of their own item and of another one.
-
-    For each pair of items the two factors follow from least squares, which needs only
-    the scalar products of samples and items.
-    """
-    y, x = given.astype(np.float64), items.astype(np.float64)
-    squares, products = (x * x).sum(axis=1), x @ x.T
-    with_own, with_all = (y * x).sum(axis=1), y @ x.T
-    lengths = (y * y).sum(axis=1)
-    with np.errstate(all="ignore"):  # equal items, zeros, infinite entries
-        determinant = squares[:, None] * squares - products**2
-        a = (with_own[:, None] * squares - with_all * products) / determinant
-        b = (with_all * squares[:, None] - with_own[:, None] * products) / determinant
-        rest = lengths[:, None] - a * with_own[:, None] - b * with_all
-        is_sum = rest <= _CLOSE**2 * lengths[:, None]
-        # beside a multiple of the own item alone
-        is_own = lengths - with_own**2 / squares <= _CLOSE**2 * lengths
-    np.fill_diagonal(is_sum, False)
-    mixed: Mask = is_sum.any(axis=1) & ~is_own
-    return mixed
-
-
-def _are_spliced(given: NDArray[np.float32], items: NDArray[np.float32]) -> Mask:
-    """Which samples have some entries of their own item and the rest of another one."""
-    is_other = given != items
-    num_other = is_other.sum(axis=1)
-    mixed = np.zeros(len(given), dtype=np.bool_)
-    for i in np.flatnonzero((num_other > 0) & (num_other < items.shape[1])):
-        rest = is_other[i]
-        mixed[i] = (items[:, rest] == given[i, rest]).all(axis=1).any()
+            if (items.widths[:, part] == own.width).all():
+                mixed |= are_mixtures(own.content.entries, items.entries[part])
     return mixed

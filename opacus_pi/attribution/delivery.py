@@ -194,6 +194,7 @@ class ForwardPass:
         unattributed: Why samples are unattributed, and how many.
         notes: Causes that concern all of the attributed samples.
         num_inputs: How many samples the inputs have; None: not known.
+        latest: Of inputs that were not recognised: the batch that was delivered last.
 
     Attributes:
         backward: When the backward pass reached it, counted by the tracker; 0: not yet.
@@ -211,10 +212,11 @@ class ForwardPass:
         unattributed: Mapping[Cause, int] = _NO_CAUSES,
         notes: tuple[Cause, ...] = (),
         num_inputs: int | None = None,
+        latest: Delivery | None = None,
     ) -> None:
         self.evidence, self.delivery, self.cause = evidence, delivery, cause
         self.is_assumed, self.unattributed = is_assumed, unattributed
-        self.notes, self.num_inputs = notes, num_inputs
+        self.notes, self.num_inputs, self.latest = notes, num_inputs, latest
         self.backward = 0
         self.clipped = False
         self._indices = indices

@@ -26,9 +26,6 @@ the order is assumed; such samples are counted as ``by_latest``.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -54,172 +51,16 @@ from opacus_pi.attribution.delivery import (
     ForwardPass,
     Indices,
 )
+from opacus_pi.attribution.model_inputs import (
+    LOOKS_ALIKE,
+    UNKNOWN,
+    Finding,
+    Input,
+    lost_order,
+)
 from opacus_pi.attribution.samples import DelayedChecksums
 
 __all__ = ["assumed", "recognised"]
-
-# Instead of a position in a delivery.
-_UNKNOWN = -1  # no sample of the delivery is like this one
-_ALIKE = -2  # several are
-
-
-# -------------------------------------------------------------- one input, one delivery
-@dataclass(frozen=True, eq=False)
-class Finding:
-    """What one input of the model shows about one delivery.
-
-    Args:
-        delivery: The delivery.
-        positions: int64 ``(b,)``: position of each sample in it, or a negative code.
-        by_storage: Whether memory shows it; otherwise content.
-        is_assumed: Samples whose memory is known and whose content was changed, bool
-            ``(b,)``; None: none.
-        cause: Why samples are unknown or assumed.
-    """
-
-    delivery: Delivery
-    positions: Indices
-    by_storage: bool
-    is_assumed: NDArray[np.bool_] | None = None
-    cause: Cause = NOT_DELIVERED
-
-    @cached_property
-    def is_known(self) -> NDArray[np.bool_]:
-        """Which samples are recognised, bool ``(b,)``."""
-        known: NDArray[np.bool_] = self.positions >= 0
-        return known if self.is_assumed is None else known & ~self.is_assumed
-
-    @cached_property
-    def num_known(self) -> int:
-        """How many samples are recognised."""
-        return int(np.count_nonzero(self.is_known))
-
-    @property
-    def is_as_large(self) -> bool:
-        """Whether the input has as many samples as the delivery."""
-        return len(self.positions) == len(self.delivery.indices or [])
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether it is as large, and the recognised samples are in their places."""
-        places = np.arange(len(self.positions))
-        same = (self.positions == places)[self.is_known]
-        return self.is_as_large and bool(same.all())
-
-
-@dataclass(eq=False)
-class Input:
-    """One tensor among the model's inputs, and what it shows.
-
-    Args:
-        tensor: The tensor.
-        dim: Its dimension that runs over the samples.
-    """
-
-    tensor: Tensor
-    dim: int
-    findings: list[Finding] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return self.tensor.shape[self.dim]
-
-    @cached_property
-    def content(self) -> DelayedChecksums:
-        """What it contains."""
-        return DelayedChecksums(self.tensor, self.dim)
-
-    @cached_property
-    def is_pattern(self) -> bool:
-        """Whether it looks like a mask or like positions, computed from other inputs.
-
-        That is: all samples are alike, have one entry, have two different numbers
-        only, or whole numbers that rise by at most one, as positions do.
-        """
-        if self.content.width <= 1:
-            return True
-        entries, sums = self.content.entries, self.content.checksums
-        if len(entries) > 1 and (sums == sums[0]).all():
-            return True
-        other = entries[entries != entries.flat[0]]
-        if not other.size or (other == other.flat[0]).all():
-            return True
-        if self.tensor.is_floating_point():
-            return False
-        rises = np.diff(entries, axis=1)
-        width = max(1, self.content.width // entries.shape[1])
-        falls = np.count_nonzero((rises < 0) | (rises > width), axis=1)
-        return bool((falls <= 1).all() and (entries <= self.content.width + 1).all())
-
-    def finding_in(self, delivery: Delivery) -> Finding | None:
-        """Return what it shows about a delivery, if anything."""
-        return next((f for f in self.findings if f.delivery is delivery), None)
-
-    def look(self, recent: Sequence[Delivery], *, verify: bool) -> None:
-        """Compare it with deliveries: by its memory, else by its content.
-
-        Args:
-            recent: Deliveries, the newest first.
-            verify: Whether samples are recognised by content.
-        """
-        stored = self._in_storage(recent, verify=verify)
-        if stored is not None and (stored.num_known or not verify):
-            self.findings = [stored]
-            return
-        self.findings = self._in_content(recent) if verify else []
-        if stored is not None and not any(f.num_known for f in self.findings):
-            self.findings = [stored]  # written to, and unlike all that was delivered
-
-    def _in_storage(
-        self, recent: Sequence[Delivery], *, verify: bool
-    ) -> Finding | None:
-        """Find the delivery in whose memory it is."""
-        for delivery in recent:
-            for delivered in delivery.tensors:
-                where = delivered.stored.positions(self.tensor, self.dim)
-                if where is not None:
-                    changed = delivered.changed(self.tensor)
-                    if changed is None or not changed[where].any():
-                        return Finding(delivery, where, True)
-                    found = np.full(len(where), _UNKNOWN)
-                    if delivered.content is not None:
-                        now = delivered.content_now(self.tensor).checksums
-                        found = positions_of(now, delivered.content.checksums)[where]
-                    return _changed_in_place(delivery, where, changed[where], found)
-        return None
-
-    def _in_content(self, recent: Sequence[Delivery]) -> list[Finding]:
-        """Find the deliveries that have samples with its checksums."""
-        width, sums = self.content.width, self.content.checksums
-        findings = []
-        for delivery in recent:
-            found = [
-                Finding(delivery, positions_of(sums, known), False)
-                for known in delivery.checksums.get(width, ())
-            ]
-            if found:
-                best = max(found, key=lambda f: f.num_known)
-                if (best.positions != _UNKNOWN).any():
-                    findings.append(best)
-        return findings
-
-
-def _changed_in_place(
-    delivery: Delivery, where: Indices, changed: NDArray[np.bool_], found: Indices
-) -> Finding:
-    """Return what an input shows whose memory was written to since the delivery.
-
-    Args:
-        delivery: The delivery in whose memory it is.
-        where: Position of each sample, by its memory.
-        changed: Whether its content has changed.
-        found: Position of each sample, by its content.
-    """
-    positions = np.where(changed, found, where)
-    is_unknown = positions < 0
-    has_moved = bool((positions != where)[~is_unknown].any())
-    if not is_unknown.any() or has_moved:
-        return Finding(delivery, positions, not has_moved, None, MOVED_AND_CHANGED)
-    return Finding(delivery, where, True, is_unknown, CHANGED_IN_PLACE)
 
 
 # ------------------------------------------------------------------ all inputs together
@@ -313,31 +154,22 @@ def _agreed(
         recent: Deliveries, the newest first.
     """
     found = [f for given in deciding if (f := given.finding_in(delivery)) is not None]
-    by_index = cast(Indices, delivery.index_array)
-    positions, disagree = _joined(found, by_index)
+    positions, disagree = _joined(found, cast(Indices, delivery.index_array))
     for given in beside:
         disagree |= _is_of_others(given, positions, delivery)
-    indices = _at(by_index, positions)
-    unattributed = Counter[Cause]()
-
-    def leave_out(which: NDArray[np.bool_], cause: Cause) -> None:
-        which = which & (indices != UNATTRIBUTED)
-        if which.any():
-            unattributed[cause] += int(np.count_nonzero(which))
-            indices[which] = UNATTRIBUTED
-
-    for_collate = (positions >= 0) & (indices == UNATTRIBUTED)
-    if for_collate.any():
-        unattributed[delivery.identity.cause] += int(np.count_nonzero(for_collate))
-    leave_out(disagree, INPUTS_DISAGREE)
-    leave_out(_is_ambiguous(deciding, delivery, indices, recent), ALIKE)
     rest = positions < 0
-    is_assumed: NDArray[np.bool_] | None = None
     places, cause = _assumed_places(found, rest)
-    if places is None:
-        unattributed.update(_causes_of(found, rest))
-    elif rest.any():
-        is_assumed, indices[rest] = rest, _at(by_index, places)[rest]
+    is_assumed = rest if places is not None and rest.any() else None
+    positions = positions if places is None else np.where(rest, places, positions)
+    indices = _at(cast(Indices, delivery.index_array), positions)
+    unattributed = _causes_of(found, positions < 0)
+    for which, reason in (
+        ((positions >= 0) & (indices == UNATTRIBUTED), delivery.identity.cause),
+        (disagree & (indices != UNATTRIBUTED), INPUTS_DISAGREE),
+        (_is_ambiguous(deciding, delivery, indices, recent) & ~disagree, ALIKE),
+    ):
+        unattributed[reason] += int(np.count_nonzero(which))
+        indices = np.where(which, UNATTRIBUTED, indices)
     is_masked = all(given.is_pattern for given in deciding)
     is_unseen = any(not given.is_pattern for given in beside)
     if is_unseen and is_masked:  # only a mask was recognised
@@ -351,7 +183,7 @@ def _agreed(
         delivery,
         cause,
         is_assumed=is_assumed,
-        unattributed=unattributed,
+        unattributed=+unattributed,
         notes=(*delivery.identity.notes, *unchecked),
     )
 
@@ -362,13 +194,13 @@ def _joined(
     """Join the findings of several inputs about one delivery.
 
     Returns:
-        Position of each sample, ``_UNKNOWN`` where no input shows it; and whether two
+        Position of each sample, ``UNKNOWN`` where no input shows it; and whether two
         inputs show different examples, bool ``(b,)``.
     """
-    positions = np.full(len(found[0].positions), _UNKNOWN)
+    positions = np.full(len(found[0].positions), UNKNOWN)
     disagree = np.zeros(len(positions), dtype=np.bool_)
     for finding in found:
-        own = np.where(finding.is_known, finding.positions, _UNKNOWN)
+        own = np.where(finding.is_known, finding.positions, UNKNOWN)
         both = (own >= 0) & (positions >= 0)
         disagree |= both & (_at(by_index, own) != _at(by_index, positions))
         positions = np.where(positions < 0, own, positions)
@@ -415,14 +247,14 @@ def _is_of_others(
 def _is_ambiguous(
     deciding: list[Input], delivery: Delivery, indices: Indices, recent: list[Delivery]
 ) -> NDArray[np.bool_]:
-    """Which samples another delivery explains as well, by another example."""
+    """Which recognised samples another delivery explains as well, by other examples."""
     ambiguous = np.zeros(len(indices), dtype=np.bool_)
     for other in recent:
         found = [given.finding_in(other) for given in deciding]
         others = [f for f in found if f is not None and f.is_known.all()]
         if other is not delivery and len(others) == len(deciding):
             own = _at(cast(Indices, other.index_array), others[0].positions)
-            ambiguous |= own != indices
+            ambiguous |= (own != indices) & (indices != UNATTRIBUTED)
     return ambiguous
 
 
@@ -447,7 +279,9 @@ def _assumed_places(
     for finding in found:
         if finding.is_assumed is not None and finding.is_assumed[rest].all():
             return finding.positions, CHANGED_IN_PLACE
-    is_alike = any((f.positions[rest] == _ALIKE).any() for f in found)
+    is_alike = any((f.positions[rest] == LOOKS_ALIKE).any() for f in found)
+    if any(f.cause is not NOT_DELIVERED for f in found):
+        return None, None
     num_changes = np.count_nonzero(np.diff(rest.astype(np.int8)))
     if not is_alike and num_changes > 1 and all(f.is_in_place for f in found):
         return np.arange(len(rest)), COMPUTED
@@ -459,46 +293,14 @@ def _causes_of(found: list[Finding], rest: NDArray[np.bool_]) -> Counter[Cause]:
     causes = Counter[Cause]()
     is_alike = np.zeros(len(rest), dtype=np.bool_)
     for finding in found:
-        is_alike |= rest & (finding.positions == _ALIKE)
+        is_alike |= rest & (finding.positions == LOOKS_ALIKE)
     causes[ALIKE] = int(np.count_nonzero(is_alike))
-    has_moved = any(
-        f.cause is MOVED_AND_CHANGED or (f.is_as_large and not f.is_in_place)
-        for f in found
-    )
+    established = [f.cause for f in found if f.cause is not NOT_DELIVERED]
+    has_moved = any(f.is_as_large and not f.is_in_place for f in found)
     cause = MOVED_AND_CHANGED if has_moved else NOT_DELIVERED
+    cause = established[0] if established else cause
     causes[cause] = int(np.count_nonzero(rest & ~is_alike))
     return +causes
-
-
-def positions_of(given: Indices, delivered: Indices) -> Indices:
-    """Look up samples by their checksums.
-
-    Where a checksum occurs twice among the delivered ones, these samples look alike,
-    and it is not known which of them was given. If all that can be told are in their
-    places, so are these.
-
-    Args:
-        given: Checksums of the samples that were given.
-        delivered: Checksums of a delivered tensor.
-
-    Returns:
-        int64 ``(b,)``: positions in the delivery, or negative codes.
-    """
-    if np.array_equal(given, delivered):
-        return np.arange(len(delivered))
-    values, first, counts = np.unique(delivered, return_index=True, return_counts=True)
-    place = np.minimum(np.searchsorted(values, given), len(values) - 1)
-    is_there = values[place] == given
-    positions = np.where(is_there, first[place], _UNKNOWN)
-    is_alike = is_there & (counts[place] > 1)
-    if is_alike.any():
-        same = np.zeros(len(given), dtype=np.bool_)
-        if len(given) == len(delivered):
-            same = given == delivered
-        stay = bool(same[is_there].all()) and bool((is_there & ~is_alike).any())
-        codes = np.arange(len(given)) if stay else np.full(len(given), _ALIKE)
-        positions = np.where(is_alike, codes, positions)
-    return positions
 
 
 # --------------------------------------------------------------------- nothing is known
@@ -536,7 +338,10 @@ def assumed(
         or len(indices) not in sizes
         or not _is_only_candidate(latest, recent)
     ):
-        return ForwardPass(None, "", None, UNTRACED, num_inputs=size)
+        return ForwardPass(None, "", None, UNTRACED, num_inputs=size, latest=latest)
+    cause_of_loss = _lost_order_of(tensors, dim, latest)
+    if cause_of_loss is not None:
+        return ForwardPass(None, "", latest, cause_of_loss, num_inputs=size)
     unattributed = Counter[Cause]()
     if num_unknown := int(np.count_nonzero(indices == UNATTRIBUTED)):
         unattributed[latest.identity.cause] = num_unknown
@@ -547,7 +352,21 @@ def assumed(
         cause,
         unattributed=unattributed,
         notes=latest.identity.notes,
+        num_inputs=size,
+        latest=latest,
     )
+
+
+def _lost_order_of(tensors: list[Tensor], dim: int, latest: Delivery) -> Cause | None:
+    """Return what shows that inputs do not have the order of the latest batch."""
+    for tensor in tensors:
+        given = DelayedChecksums(tensor, dim)
+        for delivered in latest.tensors:
+            if delivered.content is not None and given.width > 1:
+                cause = lost_order(given, delivered.content)
+                if cause is not None:
+                    return cause
+    return None
 
 
 def _is_only_candidate(latest: Delivery, recent: list[Delivery]) -> bool:

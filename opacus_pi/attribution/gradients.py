@@ -50,13 +50,14 @@ def with_sizes(done: list[ForwardPass], sizes: list[int]) -> list[ForwardPass]:
 
 
 def _without_guesses(done: list[ForwardPass]) -> list[ForwardPass]:
-    """Withdraw what was assumed about a batch that another pass has for certain."""
+    """Withdraw what was assumed about a batch that another pass has for certain.
+
+    Inputs that were not recognised are not delivered ones, if the batch that they could
+    be made of was itself given to the model.
+    """
     certain = {id(f.delivery) for f in done if f.is_recognised}
     return [
-        f.without_indices(NOT_DELIVERED)
-        if f.evidence == "by_latest" and id(f.delivery) in certain
-        else f
-        for f in done
+        f.without_indices(NOT_DELIVERED) if id(f.latest) in certain else f for f in done
     ]
 
 

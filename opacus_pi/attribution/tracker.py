@@ -362,6 +362,9 @@ class Tracker:
             forward: A pass with indices.
         """
         distinct = forward.distinct_indices()
+        if distinct is not None and forward.is_recognised and not forward.notes:
+            self.counts[forward.evidence] += len(distinct)  # nearly always
+            return
         indices = cast(Indices, forward.indices) if distinct is None else _NO_INDICES
         num_known = len(distinct or ()) + int(np.count_nonzero(indices >= 0))
         num_unknown = int(np.count_nonzero(indices == UNATTRIBUTED))

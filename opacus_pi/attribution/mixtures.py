@@ -1,0 +1,121 @@
+"""Whether samples that changed are made of other samples than their own.
+
+A transform may change every sample, so that none is recognised. These functions compare
+the entries of all samples before and after it. They find the two changes by which the
+order of a batch is lost most often: mixtures of two samples (mixup, cutmix), and
+samples that were moved and scaled.
+
+*Guarantee.* What is reported as mixed or moved is explained by another sample to within
+rounding, and not by its own.
+
+*What breaks it.* Other changes look like augmentation of each sample by itself. With
+fewer than four entries in a sample, and in batches of more than 128, nothing is found.
+
+>>> import numpy as np
+>>> before = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
+>>> are_mixtures(0.7 * before + 0.3 * np.roll(before, 1, 0), before)
+array([ True,  True,  True,  True])
+>>> are_moved(2 * before[[1, 0, 2, 3]] + 1, before)
+array([ True,  True, False, False])
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["are_mixtures", "are_moved"]
+
+Entries = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+_CLOSE = 1e-4  # of a sample's length: what is closer than this is equal to it
+_MIN_ENTRIES = 4  # with fewer, every sample is a sum of two others
+_MAX_COMPARED = 128  # samples that are compared with all others
+
+
+def are_mixtures(now: Entries, before: Entries) -> Mask:
+    """Which samples are made of their own and one other sample.
+
+    Args:
+        now: Entries of each sample after the change, ``(b, k)``.
+        before: The same entries before it.
+
+    Returns:
+        bool ``(b,)``.
+    """
+    if not _are_comparable(now, before):
+        return np.zeros(len(now), dtype=np.bool_)
+    is_own = _are_scaled(now, before).diagonal()
+    mixed: Mask = (_are_sums(now, before) | _are_spliced(now, before)) & ~is_own
+    return mixed
+
+
+def are_moved(now: Entries, before: Entries) -> Mask:
+    """Which samples are another sample, scaled and shifted, and not their own.
+
+    Args:
+        now: Entries of each sample after the change, ``(b, k)``.
+        before: The same entries before it.
+
+    Returns:
+        bool ``(b,)``.
+    """
+    if not _are_comparable(now, before):
+        return np.zeros(len(now), dtype=np.bool_)
+    scaled = _are_scaled(now, before)
+    moved: Mask = scaled.any(axis=1) & ~scaled.diagonal()
+    return moved
+
+
+def _are_comparable(now: Entries, before: Entries) -> bool:
+    """Whether there are entries enough, and not too many samples."""
+    return (
+        now.shape == before.shape
+        and len(now) <= _MAX_COMPARED
+        and now.shape[1] >= _MIN_ENTRIES
+    )
+
+
+def _are_scaled(now: Entries, before: Entries) -> Mask:
+    """Whether sample i is a multiple of sample j and a constant, bool ``(b, b)``."""
+    y, x = now.astype(np.float64), before.astype(np.float64)
+    with np.errstate(all="ignore"):  # constant samples, infinite entries
+        y, x = y - y.mean(axis=1, keepdims=True), x - x.mean(axis=1, keepdims=True)
+        lengths = (y * y).sum(axis=1)[:, None] * (x * x).sum(axis=1)
+        scaled: Mask = (y @ x.T) ** 2 >= (1 - _CLOSE**2) * lengths
+        scaled &= lengths > 0
+    return scaled
+
+
+def _are_sums(now: Entries, before: Entries) -> Mask:
+    """Which samples are a sum of multiples of their own and of another sample.
+
+    For each pair the two factors follow from least squares, which needs only scalar
+    products.
+    """
+    y, x = now.astype(np.float64), before.astype(np.float64)
+    with np.errstate(all="ignore"):  # equal samples, zeros, infinite entries
+        squares, products = (x * x).sum(axis=1), x @ x.T
+        with_own, with_all = (y * x).sum(axis=1)[:, None], y @ x.T
+        lengths = (y * y).sum(axis=1)[:, None]
+        determinant = squares[:, None] * squares - products**2
+        own = (with_own * squares - with_all * products) / determinant
+        other = (with_all * squares[:, None] - with_own * products) / determinant
+        rest = lengths - own * with_own - other * with_all
+        is_sum = (rest <= _CLOSE**2 * lengths) & (determinant > 0)
+    np.fill_diagonal(is_sum, False)
+    found: Mask = is_sum.any(axis=1)
+    return found
+
+
+def _are_spliced(now: Entries, before: Entries) -> Mask:
+    """Which samples have some entries of their own and the rest of another sample.
+
+    Entries that all have one value may have been erased, and are not counted.
+    """
+    is_other = now != before
+    num_other = is_other.sum(axis=1)
+    spliced = np.zeros(len(now), dtype=np.bool_)
+    for i in np.flatnonzero((num_other > 1) & (num_other < now.shape[1])):
+        rest = now[i, is_other[i]]
+        if (rest != rest[0]).any():
+            spliced[i] = (before[:, is_other[i]] == rest).all(axis=1).any()
+    return spliced
