@@ -39,6 +39,7 @@ from benchmarks.reproduce.figures import FIGURES, Figure
 from benchmarks.reproduce.pool import JOBS_PER_GPU, default_jobs, run_all
 from benchmarks.reproduce.publication import publish, text_of
 from benchmarks.reproduce.scales import SCALES
+from benchmarks.reproduce.units import Unit
 from benchmarks.reproduce.workspace import Workspace
 
 
@@ -61,6 +62,23 @@ def chosen(names: list[str]) -> list[Figure]:
             )
         found += [figure for figure in matching if figure not in found]
     return found
+
+
+def require_used(names: list[str], units: list[Unit], scale: str) -> None:
+    """Refuse data sets that no job reads, which would silently be replaced by others.
+
+    Raises:
+        SystemExit: A name is not that of a data set of the chosen figures.
+    """
+    experiments = [getattr(unit, "experiment", None) for unit in units]
+    used = sorted({one.dataset for one in experiments if one is not None})
+    for name in names:
+        if name not in used:
+            raise SystemExit(
+                f"--data {name}: at scale {scale} the chosen figures read "
+                f"{', '.join(used) or 'no data set'}, and would ignore this file. Name "
+                "one of these data sets, or choose another scale."
+            )
 
 
 def cluster(address: str | None) -> AbstractContextManager:
@@ -111,8 +129,9 @@ def main(argv: list[str] | None = None) -> None:
     figures, scale = chosen(args.figures), SCALES[args.scale]
     arrays = tuple((name, Path(file)) for name, file in args.data)
     workspace = Workspace(args.store, args.data_root, arrays, args.device)
+    units = [unit for figure in figures for unit in figure.units(scale)]
+    require_used([name for name, _ in arrays], units, args.scale)
     with cluster(args.dask):
-        units = [unit for figure in figures for unit in figure.units(scale)]
         run_all(units, workspace, args.jobs or default_jobs(args.device))
     out = args.out or Path("runs/reproduce") / args.scale
     for figure in figures:

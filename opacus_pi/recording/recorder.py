@@ -57,6 +57,11 @@ _NO_MODEL = (
     "or to save. Call make_private, make_monitored or Recorder.begin before the next "
     "update."
 )
+_CHANGED = (
+    "The data set had {length} examples when the recording began, and has another "
+    "length now: the norms of new examples have no place in the ledger. Prepare a new "
+    "run after the data set has changed."
+)
 # Attributes of a recorder that belong to the model in training.
 _NOT_COPIED = ("_sweep", "_weights", "_processes", "_last_weights", "_all_refuse")
 
@@ -534,6 +539,9 @@ class Recorder(RecorderOptions):
             except CoupledLoss as error:  # training goes on
                 self.refuse(str(error))
                 return
+            if len(measured.grad_norms) != run.num_examples:
+                self.refuse(_CHANGED.format(length=run.num_examples))
+                return
             row = _float32_row(measured, run.num_examples)
             norms = row["grad_norms"]
             self._refuse_unless_finite(norms, np.full(len(norms), run.num_steps))
@@ -551,7 +559,9 @@ class Recorder(RecorderOptions):
         if reports is None:
             return
         indices, norms, steps = (column.numpy() for column in reports)
-        run.require_examples(indices)
+        if indices.size and not 0 <= indices.min() <= indices.max() < run.num_examples:
+            self.refuse(_CHANGED.format(length=run.num_examples))
+            return
         if run.participations is not None:
             run.participations.add(indices)
         if self.mode == "observed":

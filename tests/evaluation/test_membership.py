@@ -102,3 +102,21 @@ def test_accuracies():
         ValueError, match=r"correct must contain at least one example, got \[\]"
     ):
         unlearning_accuracy([])
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-150, 1e-300, 2.0**-1040])
+def test_confidences_of_a_collapsed_model(scale):
+    """Confidences whose squares underflow are separated as well as larger ones."""
+    random = np.random.default_rng(2)
+    sets = [random.uniform(low, low + 0.3, 40) for low in (0.5, 0.2, 0.35)]
+    expected = membership_inference(*sets)
+    found = membership_inference(*(part * scale for part in sets))
+    assert found.forget_called_test == pytest.approx(expected.forget_called_test)
+    assert found.attacker_accuracy == pytest.approx(expected.attacker_accuracy)
+
+
+@pytest.mark.parametrize("tiny", [5e-324, 1e-300, 1e-45])
+def test_a_forget_set_far_from_tiny_confidences(tiny):
+    found = membership_inference([0.0] * 5, [tiny] * 5, [0.0, tiny, 1.0])
+    assert found.forget_called_test == pytest.approx(2 / 3)
+    assert found.attacker_accuracy == 1.0

@@ -116,7 +116,28 @@ def test_bad_reports():
         ValueError, match=r"grad_norms must .*shape \(1,\), got .*shape \(2,\)"
     ):
         recorder.observe(torch.tensor([0]), torch.tensor([1.0, 2.0]))
-    short = SimpleNamespace(grad_norms=torch.zeros(N - 1))
-    recorder = begun(Recorder("swept", every=[1]), sweep=lambda: short)
-    with pytest.raises(ValueError, match=r"sweep\(\).grad_norms must .*shape \(6,\)"):
+    flat = SimpleNamespace(grad_norms=torch.zeros(N), correct=torch.zeros(N - 1))
+    recorder = begun(Recorder("swept", every=[1]), sweep=lambda: flat)
+    with pytest.raises(ValueError, match=r"sweep\(\).correct must .*shape \(6,\)"):
         report(recorder)
+
+
+@pytest.mark.parametrize("length", [N - 1, N + 4])
+def test_a_data_set_that_changed_its_length_is_refused_and_training_goes_on(length):
+    other = SimpleNamespace(grad_norms=torch.zeros(length))
+    recorder = begun(Recorder("swept", every=[1]), sweep=lambda: other)
+    with pytest.warns(UserWarning, match=f"had {N} examples when the recording began"):
+        report(recorder)
+    for _ in range(2):
+        with pytest.raises(AccountingError, match="has another length now"):
+            _ = recorder.ledger
+
+
+def test_samples_of_a_data_set_that_grew_give_the_same_error_each_time():
+    recorder = begun()
+    recorder.report(torch.tensor([N + 3]), torch.tensor([1.0]))
+    recorder.step(noise_std=1.0, max_grad_norm=1.0)
+    with pytest.warns(UserWarning, match="no longer has a ledger"):
+        for _ in range(2):
+            with pytest.raises(AccountingError, match="has another length now"):
+                _ = recorder.ledger

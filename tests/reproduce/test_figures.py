@@ -255,3 +255,10 @@ def test_disagreement_counts_the_nearest_of_another_label():
         away = [(np.linalg.norm(flat[j] - flat[i]), j) for j in range(40) if j != i]
         nearest = [j for _, j in sorted(away)[:NEIGHBOURS]]
         assert found == np.mean([labels[j] != labels[i] for j in nearest])
+
+
+def test_a_data_set_that_no_figure_reads_is_refused(tmp_path):
+    words = ["all", "--store", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="--data mine: at scale smoke .* read digits"):
+        main([*words, "--data", "mine", str(tmp_path / "x.npz")])
+    assert list(tmp_path.iterdir()) == []
