@@ -134,6 +134,24 @@ class RunChecks:
         for reason in reasons:
             recorder.refuse(reason)
 
+    def require_begun(self, num_counted: int) -> None:
+        """Give the reason why nothing has been recorded, if there is a known one.
+
+        Args:
+            num_counted: Updates that the engine's accountant has counted.
+
+        Raises:
+            AccountingError: If a reason was kept, or there were updates.
+        """
+        if self._reasons:
+            raise AccountingError(self._reasons[0])
+        if num_counted:
+            raise AccountingError(
+                f"The accountant has counted {num_counted} updates, and none was "
+                "recorded: this engine's make_private has not prepared them. Call it, "
+                "and train with the model, optimizer and loader that it returns."
+            )
+
     def require_all_updates(
         self, ledger: GradNormLedger, num_counted: int, *, is_private: bool
     ) -> None:

@@ -47,6 +47,7 @@ from opacus_pi.integration.checks import (
     RunChecks,
 )
 from opacus_pi.integration.compatible import make_compatible
+from opacus_pi.integration.derived import Preparation, record_overrides, records
 from opacus_pi.integration.explanations import (
     REPLACE_LAYERS,
     add_note,
@@ -62,11 +63,10 @@ from opacus_pi.integration.fast import (
 )
 from opacus_pi.integration.filtering import require_filterable
 from opacus_pi.integration.monitor import monitor
-from opacus_pi.integration.opacus_compat import patch_memory_manager
+from opacus_pi.integration.opacus_compat import module_of, patch_memory_manager
 from opacus_pi.integration.optimizers import report_updates
 from opacus_pi.integration.runs import (
     CurrentRun,
-    Preparation,
     PreparedRun,
     new_model_probe,
     probe_model,
@@ -74,6 +74,7 @@ from opacus_pi.integration.runs import (
 )
 from opacus_pi.integration.schedules import user_collate_fn
 from opacus_pi.integration.update import UpdateUnderWay
+from opacus_pi.integration.wrong_layers import layers_opacus_gets_wrong, watch_inputs
 from opacus_pi.recording import Recorder
 
 if TYPE_CHECKING:
@@ -90,6 +91,17 @@ _TRAIN_BATCH_NORM = (
     "To keep such layers, train without clipping: engine.make_monitored(...). To train "
     f"with differential privacy, replace them first: {REPLACE_LAYERS}"
 )
+# Attributes that are used before anything else of ours.
+_PARTS = (
+    "recorder",
+    "renyi_filter",
+    "checks",
+    "checkpoints",
+    "_preparation",
+    "_run",
+    "_audited",
+)
+_NO_BUDGETS = "A RenyiFilter cannot keep budgets here. {reason}"
 _NO_BOUND = (
     "make_monitored trains without clipping, so no epsilon holds for every example, "
     "and Opacus's accountant has not counted these updates. With noise, "
@@ -137,6 +149,7 @@ class PerInstanceMixin(OpacusEngine):
             computes anyway; ``make_monitored`` sweeps by default.
         renyi_filter: Budgets; an example is left out of the updates that would exceed
             its own. Default: none.
+        *arguments: Those of the engine's class, if it takes any by position.
         **opacus_options: The engine's own options.
 
     Attributes:
@@ -148,12 +161,18 @@ class PerInstanceMixin(OpacusEngine):
 
     def __init__(
         self,
-        *,
+        *arguments: Any,
         recorder: Recorder | None = None,
         renyi_filter: RenyiFilter | None = None,
         **opacus_options: Any,
     ) -> None:
-        super().__init__(**opacus_options)
+        super().__init__(*arguments, **opacus_options)
+        self._add_parts(recorder, renyi_filter)
+
+    def _add_parts(
+        self, recorder: Recorder | None = None, renyi_filter: RenyiFilter | None = None
+    ) -> None:
+        """Add everything that Opacus's engine does not have."""
         self.recorder = Recorder() if recorder is None else recorder
         self.renyi_filter = renyi_filter
         self.checks, self.checkpoints = RunChecks(), Checkpoints()
@@ -162,6 +181,18 @@ class PerInstanceMixin(OpacusEngine):
         self._run: CurrentRun | None = None  # the run that was prepared last
         self._audited: AuditedRun | None = None  # what an audit of it repeats
         patch_memory_manager(observe_like)
+
+    if not TYPE_CHECKING:  # type checkers would take any name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """Add our parts to an engine whose class does not call our ``__init__``.
+
+            A class that an engine is mixed with may call Opacus's ``__init__`` itself.
+            """
+            if name not in _PARTS:
+                return object.__getattribute__(self, name)  # raises, and names it
+            self._add_parts()
+            return vars(self)[name]
 
     # ---------------------------------------------------------------- what was recorded
     @property
@@ -194,6 +225,7 @@ class PerInstanceMixin(OpacusEngine):
             AccountingError: If nothing was recorded, or the run cannot be accounted;
                 the message says why.
         """
+        self._require_begun()
         self.recorder.name_weights()
         return self.recorder.ledger
 
@@ -254,7 +286,8 @@ class PerInstanceMixin(OpacusEngine):
         mechanism = ledger.mechanism
         num_counted = num_steps_of(self.accountant)
         if mechanism.sampling == "poisson" and num_counted == mechanism.num_steps:
-            worst = float(self.get_epsilon(delta))
+            # not self.get_epsilon, which a derived class may define in another way
+            worst = float(self.accountant.get_epsilon(delta))
             values = np.minimum(values, max(0.0, worst))
         return values
 
@@ -295,6 +328,7 @@ class PerInstanceMixin(OpacusEngine):
         Raises:
             AccountingError: If updates are missing, or the run cannot be accounted.
         """
+        self._require_begun()
         ledger = self.recorder.ledger  # not self.ledger: its weights need no name
         num_counted = num_steps_of(self.accountant)
         self.checks.require_all_updates(
@@ -302,13 +336,24 @@ class PerInstanceMixin(OpacusEngine):
         )
         return ledger
 
+    def _require_begun(self) -> None:
+        """Refuse numbers with the reason that is known, if no recording has begun."""
+        if not self.recorder.sampling:
+            self.checks.require_begun(num_steps_of(self.accountant))
+
     @property
     def _is_private(self) -> bool:
         """Whether the last run was prepared by ``make_private``."""
         return self._run is not None and self._run.update is not None
 
     # --------------------------------------------------------------------- make_private
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Have a derived class record, whatever it overrides or is mixed with."""
+        super().__init_subclass__(**options)
+        record_overrides(cls, opacus.PrivacyEngine)
+
     @_shown_as(opacus.PrivacyEngine.make_private)
+    @records
     def make_private(self, **options: Any) -> tuple[Any, ...]:
         """Prepare as Opacus does, after checks of what only this package offers.
 
@@ -327,9 +372,7 @@ class PerInstanceMixin(OpacusEngine):
             ValueError: If the filter or the fast mode cannot serve these arguments.
         """
         if self.renyi_filter is not None:
-            require_filterable(self, **options)
-            data_set = options["data_loader"].dataset
-            self.renyi_filter.begin(len(data_set), fingerprint(data_set))
+            self._require_budgets(**options)
         if options.get("grad_sample_mode") == FAST_MODE:
             require_fast(**options)
         prepared: tuple[Any, ...] = super().make_private(**options)
@@ -567,59 +610,119 @@ class PerInstanceMixin(OpacusEngine):
         except UnsupportedModuleError as error:
             add_note(error, _TRAIN_BATCH_NORM)
             raise
-        batch_first = options.get("batch_first", True)
-        tracker = self._new_tracker(batch_first=batch_first)
-        model_probe = new_model_probe(self.recorder, hooks, batch_first=batch_first)
-        probe_model(hooks, tracker, model_probe)
-        explain_in_place(hooks)
-        self._preparation = Preparation(hooks, tracker, model_probe)
+        if self._preparation is not None:
+            self._preparation.hooks = hooks
         return hooks
 
     def _prepare_data_loader(
         self, data_loader: DataLoader[Any], **options: Any
     ) -> DataLoader[Any]:
-        """Prepare the loader as Opacus does, and observe what it delivers."""
+        """Prepare the loader as Opacus does, and note it."""
         loader: DataLoader[Any] = super()._prepare_data_loader(data_loader, **options)
         if self._preparation is not None:
-            is_own_collate = not keeps_order(user_collate_fn(loader))
-            observe(loader, self._preparation.tracker, follow_items=is_own_collate)
             self._preparation.loader = loader
         return loader
 
     def _prepare_optimizer(self, **options: Any) -> DPOptimizer:
-        """Prepare the optimizer as Opacus does, begin recording, and report to it.
+        """Prepare the optimizer as Opacus does, and note it.
 
         Opacus attaches the accountant's hook to the optimizer after this.
         """
         optimizer = super()._prepare_optimizer(**options)
-        preparation, self._preparation = self._preparation, None
-        if preparation is None:
-            return optimizer
-        if isinstance(preparation.hooks, FastHooks):
-            clip_from_cache(optimizer, preparation.hooks)
-        if preparation.loader is not None:
-            run_state = RunState(
-                preparation.loader,
-                optimizer=optimizer,
-                noise_generator=optimizer.generator,
-                is_secure=self.secure_mode,
-            )
-            run = PreparedRun(
-                preparation.hooks,
-                preparation.tracker,
-                preparation.loader,
-                preparation.model_probe,
-            )
-            report_updates(optimizer, self._begin(run, run_state))
+        if self._preparation is not None:
+            self._preparation.optimizer = optimizer
         return optimizer
 
     def _prepare_criterion(self, **options: Any) -> Any:
         """Prepare ghost clipping's criterion as Opacus does; its errors get notes."""
         criterion = super()._prepare_criterion(**options)
+        if self._preparation is not None:
+            self._preparation.criterion = criterion
         explain_ghost_losses(criterion)
         return criterion
 
     # ----------------------------------------------------------------- begin recording
+    def _prepare_and_record(self, prepare: Callable[[], Any]) -> Any:
+        """Have a run prepared, and begin recording it.
+
+        Args:
+            prepare: A method of the engine, or of a class derived from it; it may call
+                others that end here, too.
+
+        Returns:
+            What it returned.
+
+        Raises:
+            ValueError: If there is a filter, and its budgets cannot be kept.
+        """
+        outer = self._preparation
+        self._preparation = preparation = outer or Preparation()
+        try:
+            result = prepare()
+        finally:
+            self._preparation = outer
+        if preparation.take(result):
+            self._record(preparation)
+        reason = preparation.unrecordable(self) if outer is None else None
+        if reason is not None and self.renyi_filter is not None:
+            raise ValueError(_NO_BUDGETS.format(reason=reason))
+        if reason is not None:
+            warnings.warn(f"This run has no ledger. {reason}", stacklevel=3)
+            self.checks.refuse(reason)
+        return result
+
+    def _record(self, preparation: Preparation) -> None:
+        """Record a run, or refuse its numbers if it clips in a way that is not known.
+
+        Args:
+            preparation: Model, optimizer and loader of the run.
+        """
+        hooks: Any = preparation.hooks
+        optimizer: Any = preparation.optimizer
+        loader: Any = preparation.loader
+        own_rule = preparation.own_rule()
+        if self.renyi_filter is not None:
+            if own_rule is not None:
+                raise ValueError(_NO_BUDGETS.format(reason=own_rule))
+            self._require_budgets(**preparation.options())
+        require_fitting_recorder(self.recorder, module_of(hooks))
+        tracker = self._new_tracker(batch_first=hooks.batch_first)
+        model_probe = new_model_probe(
+            self.recorder, hooks, batch_first=hooks.batch_first
+        )
+        probe_model(hooks, tracker, model_probe)
+        explain_in_place(hooks)
+        is_own_collate = not keeps_order(user_collate_fn(loader))
+        observe(loader, tracker, follow_items=is_own_collate)
+        if isinstance(hooks, FastHooks):
+            clip_from_cache(optimizer, hooks)
+        run_state = RunState(
+            loader,
+            optimizer=optimizer,
+            noise_generator=optimizer.generator,
+            is_secure=self.secure_mode,
+        )
+        self.checks.add(own_rule)
+        for reason in layers_opacus_gets_wrong(hooks):
+            self.checks.add(reason)
+        update = self._begin(
+            PreparedRun(hooks, tracker, loader, model_probe), run_state
+        )
+        watch_inputs(hooks, self.recorder.refuse)
+        if own_rule is None:  # else training goes on without any of our code in it
+            report_updates(optimizer, update)
+
+    def _require_budgets(self, **options: Any) -> None:
+        """Begin the filter, if its budgets can be kept with these arguments.
+
+        Args:
+            **options: Those of ``make_private``.
+        """
+        renyi_filter = cast(RenyiFilter, self.renyi_filter)
+        require_filterable(self, **options)
+        data_set = options["data_loader"].dataset
+        renyi_filter.begin(len(data_set), fingerprint(data_set))
+
     def _new_tracker(self, *, batch_first: bool = True) -> Tracker:
         """A tracker with the recorder's options."""
         verify, strict = self.recorder.verify, self.recorder.strict

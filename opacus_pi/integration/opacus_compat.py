@@ -11,15 +11,35 @@ Public names of Opacus (its classes, documented methods and arguments) are impor
 directly where they are used.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, cast
 
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
-from opacus.grad_sample import AbstractGradSampleHooks
-from opacus.optimizers import DPOptimizer
+from opacus.grad_sample import (
+    AbstractGradSampleHooks,
+    GradSampleHooks,
+    GradSampleHooksFastGradientClipping,
+    GradSampleHooksFastGradientClippingFSDP,
+    GradSampleHooksFastGradientClippingTP,
+    GradSampleModuleExpandedWeights,
+)
+from opacus.optimizers import (
+    AdaClipDPOptimizer,
+    DistributedDPOptimizer,
+    DistributedDPOptimizerFastGradientClipping,
+    DPOptimizer,
+    DPOptimizerFastGradientClipping,
+    DPPerLayerOptimizer,
+    FSDPOptimizerFastGradientClipping,
+    SimpleDistributedPerLayerOptimizer,
+)
 from opacus.optimizers import optimizer as _optimizer_module
 from opacus.utils import batch_memory_manager
+from opacus.utils.adaptive_clipping.adaptive_clipping_utils import (
+    DPLossFastGradientAdaptiveClipping,
+)
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -27,7 +47,10 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 __all__ = [
+    "CRITERIA",
     "DISTRIBUTED",
+    "GHOST_METHODS",
+    "OPTIMIZER_METHODS",
     "OVERRIDDEN_METHODS",
     "SEEN_IN",
     "clipped_norms",
@@ -42,6 +65,7 @@ __all__ = [
     "require_unprocessed",
     "restore_memory_manager",
     "set_removable_handles",
+    "uses_opacus_gradients",
 ]
 
 SEEN_IN = ("1.6.0",)
@@ -51,12 +75,12 @@ DISTRIBUTED = (DDP, DPDDP, FSDPModule)
 """Wrappers for which Opacus 1.6.0 prepares a distributed run in ``make_private``."""
 
 OVERRIDDEN_METHODS = {
-    "_prepare_model": "Checks the recorder first and installs the forward hook after. "
-    "Called first by make_private; returns the wrapper or the hooks.",
-    "_prepare_data_loader": "Observes the loader that the training loop will get. "
-    "Called second; returns Opacus's Poisson loader, or the user's own.",
-    "_prepare_optimizer": "Gives the optimizer a recording subclass and begins the "
-    "record. Called third, before the accountant's step hook is attached.",
+    "_prepare_model": "Checks the recorder first, and prepares the fast mode. Called "
+    "first by make_private; returns the wrapper or the hooks.",
+    "_prepare_data_loader": "Notes the loader. Called second; returns Opacus's Poisson "
+    "loader, or the user's own.",
+    "_prepare_optimizer": "Notes the optimizer, and has it clip in the fast mode. "
+    "Called third, before the accountant's step hook is attached.",
     "_prepare_criterion": "Adds explanations to the errors of ghost clipping. Called "
     "last, in the ghost modes only.",
 }
@@ -65,6 +89,66 @@ OVERRIDDEN_METHODS = {
 They are the only places between the model, the loader and the optimizer at which a
 subclass can act without repeating ``make_private``.
 """
+
+
+def _functions(
+    classes: Sequence[type], names: Sequence[str]
+) -> dict[str, frozenset[Any]]:
+    """Return the functions that classes of Opacus define, by name.
+
+    A function that somebody else has put into a class is not among them.
+
+    Args:
+        classes: Classes of Opacus.
+        names: Of methods and properties.
+    """
+    found: dict[str, set[Any]] = {name: set() for name in names}
+    for cls in classes:
+        for name in found.keys() & vars(cls).keys():
+            defined = vars(cls)[name]
+            function = defined.fget if isinstance(defined, property) else defined
+            if function.__module__ == cls.__module__:
+                found[name].add(defined)
+    return {name: frozenset(functions) for name, functions in found.items()}
+
+
+OPTIMIZER_METHODS = _functions(
+    [
+        DPOptimizer,
+        DPPerLayerOptimizer,
+        AdaClipDPOptimizer,
+        DistributedDPOptimizer,
+        SimpleDistributedPerLayerOptimizer,
+        DPOptimizerFastGradientClipping,
+        DistributedDPOptimizerFastGradientClipping,
+        FSDPOptimizerFastGradientClipping,
+    ],
+    (
+        "clip_and_accumulate",
+        "accumulate",
+        "grad_samples",
+        "_get_flat_grad_sample",
+        "add_noise",
+    ),
+)
+"""What clips and adds noise in Opacus's optimizers (1.6.0), by name.
+
+The norms that are recorded, and the noise that is accounted, are those of these
+functions. An optimizer with another one contributes something else to an update.
+"""
+
+GHOST_METHODS = _functions(
+    [
+        GradSampleHooksFastGradientClipping,
+        GradSampleHooksFastGradientClippingFSDP,
+        GradSampleHooksFastGradientClippingTP,
+    ],
+    ("get_clipping_coef", "get_norm_sample", "capture_backprops_hook"),
+)
+"""What clips in the models of ghost clipping (1.6.0), by name."""
+
+CRITERIA = (DPLossFastGradientClipping, DPLossFastGradientAdaptiveClipping)
+"""Criteria of ghost clipping whose weighting of the losses is known (1.6.0)."""
 
 
 # ------------------------------------------------------------------------------- models
@@ -119,6 +203,29 @@ def keep_handle(module: nn.Module, handle: RemovableHandle) -> None:
     handles = removable_handles(module)
     if handles is not None:
         handles.append(handle)
+
+
+def uses_opacus_gradients(hooks: AbstractGradSampleHooks, layer: nn.Module) -> bool:
+    """Return whether a function of Opacus computes a layer's per-example gradients.
+
+    Opacus (1.6.0) looks the function up by the exact type of the layer in
+    ``GRAD_SAMPLERS``, where users register their own. For all other layers it puts
+    ``ft_compute_sample_grad`` into the layer, and torch computes the gradients.
+    Torch's expanded weights make the same mistakes for ``nn.Embedding``, which are
+    counted as Opacus's.
+
+    Args:
+        hooks: What ``make_private`` returned for the model.
+        layer: A layer of it.
+    """
+    if isinstance(hooks, GradSampleModuleExpandedWeights):
+        return isinstance(layer, nn.Embedding)
+    if not isinstance(hooks, GradSampleHooks) or hasattr(
+        layer, "ft_compute_sample_grad"
+    ):
+        return False
+    function = hooks.GRAD_SAMPLERS.get(hooks._get_module_type(layer))
+    return function is not None and function.__module__.startswith("opacus.")
 
 
 def clipped_norms(hooks: AbstractGradSampleHooks) -> Tensor | None:

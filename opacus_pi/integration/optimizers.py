@@ -27,6 +27,7 @@ from torch import Tensor
 
 from opacus_pi._class_swap import swap_class
 from opacus_pi.integration.accountants import noise_std_of
+from opacus_pi.integration.derived import shadowed_method
 from opacus_pi.integration.explanations import explain_numbers_of_gradients
 from opacus_pi.integration.fast import FastHooks
 from opacus_pi.integration.grad_sample import joint_norms, row_norms
@@ -132,6 +133,9 @@ class _ReportingOptimizer(DPOptimizer):
         if self._pi_update.gate is not None:
             self._pi_update.gate.close(noise_std_of(self))
         super().add_noise()
+        reason = shadowed_method(self)
+        if reason is not None:
+            self._pi_update.recorder.refuse(reason)
         self._pi_update.noise_was_drawn(self)
 
     def step(self, *args: Any, **options: Any) -> float | None:

@@ -1,8 +1,7 @@
 """A run that ``make_private`` has prepared, from its parts to its first update.
 
-Opacus prepares model, loader and optimizer in three calls. ``Preparation`` collects
-what the first two return; when the optimizer is there, it begins recording and makes
-the object to which the optimizer reports.
+``derived`` collects what an engine prepares, from the model to the optimizer;
+``PreparedRun`` begins recording and makes the object to which the optimizer reports.
 """
 
 import weakref
@@ -165,26 +164,6 @@ class CurrentRun:
         """
         update = None if self.update is None else _deleted
         return CurrentRun, (self.tracker, _deleted, update, None)
-
-
-@dataclass
-class Preparation:
-    """A run within ``make_private``: what Opacus has prepared so far.
-
-    Opacus calls three methods of the engine one after another, and none of them sees
-    what the others returned.
-
-    Args:
-        hooks: What Opacus made of the model, a wrapper or hooks.
-        tracker: Matches the samples of this run to examples.
-        model_probe: Finds out whether the model mixes examples; None: it is not run.
-        loader: The loader that training will iterate over; None until it is prepared.
-    """
-
-    hooks: AbstractGradSampleHooks
-    tracker: Tracker
-    model_probe: ModelProbe | None
-    loader: DataLoader[Any] | None = None
 
 
 class PreparedRun:

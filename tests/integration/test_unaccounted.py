@@ -44,7 +44,7 @@ def test_ghost_clipping_with_two_backward_passes():
     for x, y in batches[:2]:
         training.criterion(training.model(x), y).backward()
     training.optimizer.step()
-    refused(training, "Two backward passes")
+    refused(training, "two backward passes")
 
 
 def test_ghost_clipping_after_gradients_were_discarded_on_purpose():
