@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from opacus.grad_sample import AbstractGradSampleHooks
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -36,6 +36,7 @@ from opacus_pi.integration.opacus_compat import (
 
 __all__ = ["Preparation", "record_overrides", "shadowed_method"]
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 _KINDS: dict[str, type] = {
     "hooks": AbstractGradSampleHooks,
     "optimizer": DPOptimizer,
@@ -185,7 +186,7 @@ _PREPARE = ("make_private", "make_private_with_epsilon")
 _RECORDS = "_pi_records"  # mark of a method after which recording begins
 
 
-def records(method: Callable[..., Any]) -> Callable[..., Any]:
+def records(method: Method) -> Method:
     """Have an engine record what a method of it prepares.
 
     Args:
@@ -197,7 +198,7 @@ def records(method: Callable[..., Any]) -> Callable[..., Any]:
         return self._prepare_and_record(lambda: method(self, *arguments, **options))
 
     vars(prepare)[_RECORDS] = True
-    return prepare
+    return cast(Method, prepare)
 
 
 def record_overrides(engine: type, original: type) -> None:
