@@ -63,7 +63,14 @@ _CHANGED = (
     "run after the data set has changed."
 )
 # Attributes of a recorder that belong to the model in training.
-_NOT_COPIED = ("_sweep", "_weights", "_processes", "_last_weights", "_all_refuse")
+_NOT_COPIED = (
+    "_sweep",
+    "_weights",
+    "_processes",
+    "_last_weights",
+    "_all_refuse",
+    "_chain",
+)
 
 
 class RecorderOptions:
@@ -218,8 +225,7 @@ class Recorder(RecorderOptions):
         The model that it sweeps or saves is not copied.
         """
         if self._run is not None:
-            self._fetch_waiting()
-            self.name_weights()
+            self.state_dict()  # what waits or is known elsewhere enters the run
         kept = {k: v for k, v in vars(self).items() if k not in _NOT_COPIED}
         return {**kept, "_resumed": self._run is not None, "_waiting": WaitingReports()}
 
@@ -273,6 +279,13 @@ class Recorder(RecorderOptions):
 
     def _custody(self) -> Custody | None:
         """Return the chain of custody of now, or the one that was loaded with a run."""
+        if self._chain is not None:
+            return self._chain.custody()
+        saved = self._begun().custody
+        return Custody.from_json(saved) if saved else None
+
+    def _custody(self) -> Custody | None:
+        """Return what is known about the links: now, or when the run was saved."""
         if self._chain is not None:
             return self._chain.custody()
         saved = self._begun().custody

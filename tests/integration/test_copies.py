@@ -114,6 +114,13 @@ def test_a_copy_that_trains_on_leaves_the_original_alone(copied):
     np.testing.assert_array_equal(resumed.engine.ledger.grad_norms[:2], first[:2])
 
 
+def test_a_copy_knows_the_chain_of_custody(copied):
+    training = Training().train(1)
+    custody = copied(training.engine).ledger.custody
+    assert custody == training.engine.ledger.custody is not None
+    assert custody.num_samples > 0
+
+
 def test_a_copy_refuses_what_the_original_refuses(copied):
     training = Training().train(1)
     training.recorder.refuse("This was found out.")
