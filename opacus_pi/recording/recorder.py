@@ -284,13 +284,6 @@ class Recorder(RecorderOptions):
         saved = self._begun().custody
         return Custody.from_json(saved) if saved else None
 
-    def _custody(self) -> Custody | None:
-        """Return what is known about the links: now, or when the run was saved."""
-        if self._chain is not None:
-            return self._chain.custody()
-        saved = self._begun().custody
-        return Custody.from_json(saved) if saved else None
-
     def begin(
         self,
         *,
