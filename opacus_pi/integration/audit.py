@@ -162,6 +162,13 @@ class AuditedRun:
     batch_first: bool = True
     examples: Examples | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Reduce to what a copy of the engine has: it has no run to be audited.
+
+        Nor can every data set and ``collate_fn`` be pickled.
+        """
+        return AuditedRun, (self.mode, self.loss_reduction, self.batch_first)
+
     @property
     def batch_dim(self) -> int:
         """The dimension of the inputs along which the examples are."""

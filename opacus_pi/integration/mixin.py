@@ -656,6 +656,8 @@ class PerInstanceMixin(OpacusEngine):
             ValueError: If there is a filter, and its budgets cannot be kept.
         """
         outer = self._preparation
+        if outer is None:
+            self._audited = None
         self._preparation = preparation = outer or Preparation()
         try:
             result = prepare()
@@ -702,13 +704,20 @@ class PerInstanceMixin(OpacusEngine):
             noise_generator=optimizer.generator,
             is_secure=self.secure_mode,
         )
-        self.checks.add(own_rule)
-        for reason in layers_opacus_gets_wrong(hooks):
-            self.checks.add(reason)
         update = self._begin(
             PreparedRun(hooks, tracker, loader, model_probe), run_state
         )
-        watch_inputs(hooks, self.recorder.refuse)
+        for reason in filter(None, [own_rule, *layers_opacus_gets_wrong(hooks)]):
+            update.chain.break_link("norm", reason)
+        watch_inputs(hooks, update.chain)
+        if self._audited is None:  # a derived class has not called our make_private
+            self._audited = audited_run(
+                loader,
+                recorder=self.recorder,
+                grad_sample_mode=preparation.options()["grad_sample_mode"],
+                loss_reduction=hooks.loss_reduction,
+                batch_first=hooks.batch_first,
+            )
         if own_rule is None:  # else training goes on without any of our code in it
             report_updates(optimizer, update)
 

@@ -25,6 +25,7 @@ rules, which are right for all of these layers or raise an error.
 ``tests/integration/test_wrong_layers.py`` compares all layers of Opacus with autograd.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ from opacus_pi._torch_compat import (
     forward_hooks,
     is_functorch_wrapped_tensor,
 )
+from opacus_pi.custody import Chain
 from opacus_pi.integration.opacus_compat import (
     keep_handle,
     module_of,
@@ -72,13 +74,13 @@ def layers_opacus_gets_wrong(hooks: AbstractGradSampleHooks) -> Iterator[str]:
                     yield _reason(name, layer, what, remedy)
 
 
-def watch_inputs(hooks: AbstractGradSampleHooks, refuse: Callable[[str], None]) -> None:
+def watch_inputs(hooks: AbstractGradSampleHooks, chain: Chain) -> None:
     """Look at the inputs of layers that Opacus handles for some inputs only.
 
     Args:
         hooks: What ``make_private`` returned for the model. Removing its hooks removes
-            these, too. A second call replaces the function.
-        refuse: Called with the reason when there is one.
+            these, too. A second call replaces the chain.
+        chain: Its link ``"norm"`` breaks when there is a reason; referred to weakly.
     """
     for name, layer in _trainable_layers(hooks):
         table = forward_hooks(layer)
@@ -86,7 +88,7 @@ def watch_inputs(hooks: AbstractGradSampleHooks, refuse: Callable[[str], None]) 
             del table[key]
         for kind, check in _INPUTS.items():
             if isinstance(layer, kind) and _needs_check(layer):
-                hook = _InputCheck(name, check, refuse)
+                hook = _InputCheck(name, check, chain)
                 handle = layer.register_forward_hook(hook, with_kwargs=True)
                 keep_handle(module_of(hooks), handle)
 
@@ -156,23 +158,25 @@ class _InputCheck:
         check: Called with the layer, its arguments, its output and a function that
             takes what was found and the remedy. It may call that at once, or in the
             backward pass.
-        refuse: Called with the reason.
+        chain: Its link breaks.
     """
 
     def __init__(
         self,
         name: str = "",
         check: Callable[..., None] | None = None,
-        refuse: Callable[[str], None] | None = None,
+        chain: Chain | None = None,
     ) -> None:
-        self._name, self._check, self._refuse = name, check, refuse
+        self._name, self._check = name, check
+        self._chain = None if chain is None else weakref.ref(chain)
 
     def __call__(
         self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         """Check a pass in training mode that a backward pass can follow."""
-        check, refuse = self._check, self._refuse
-        if check is None or refuse is None or not layer.training:
+        check = self._check
+        chain = None if self._chain is None else self._chain()
+        if check is None or chain is None or not layer.training:
             return
         if not torch.is_grad_enabled() or is_functorch_wrapped_tensor(out):
             return
@@ -180,7 +184,7 @@ class _InputCheck:
 
         def found(what: str, remedy: str) -> None:
             self._check = None  # the first reason is enough
-            refuse(_reason(name, layer, what, remedy))
+            chain.break_link("norm", _reason(name, layer, what, remedy))
 
         check(layer, args, kwargs, out, found)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torch.utils.data import default_collate as collate
 
 from opacus_pi._torch_compat import load_hooks
 from opacus_pi.attribution.samples import StoredSamples
@@ -119,6 +120,17 @@ def test_a_copy_knows_the_chain_of_custody(copied):
     custody = copied(training.engine).ledger.custody
     assert custody == training.engine.ledger.custody is not None
     assert custody.num_samples > 0
+
+
+def test_a_loader_that_cannot_be_pickled_does_not_matter(copied):
+    whole = data()
+    loader = DataLoader(whole, batch_size=6, collate_fn=lambda rows: collate(rows))
+    training = Training(data_set=whole, loader=loader).train(1)
+    copied(Training(engine=opacus.PrivacyEngine(), loader=loader).engine)
+    made = copied(training.engine)
+    assert made.ledger.mechanism.num_steps == 4
+    with pytest.raises(AccountingError, match="the engine is a copy"):
+        made.audit(nn.CrossEntropyLoss())
 
 
 def test_a_copy_refuses_what_the_original_refuses(copied):

@@ -177,6 +177,13 @@ def test_an_override_that_returns_another_optimizer():
     assert found.mechanism == plain.ledger.mechanism
 
 
+@pytest.mark.parametrize("override", [OwnParts, OwnMakePrivate])
+def test_derived_engines_are_audited(override):
+    training = Training(engine=derived(override)["ours last"]())
+    audit = training.engine.audit(nn.functional.cross_entropy)
+    assert audit.passed and "norms" in str(audit)
+
+
 def test_the_signature_of_an_override_stays():
     cls = derived(OwnMakePrivate)["derived"]
     assert list(inspect.signature(cls.make_private).parameters)[1:4] == [

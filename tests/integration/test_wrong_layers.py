@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from opacus_pi.compatible import make_compatible
+from opacus_pi.custody import Chain
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.integration.fast import FastGradSampleModule, clip_from_cache
 from opacus_pi.integration.wrong_layers import layers_opacus_gets_wrong, watch_inputs
@@ -331,7 +332,9 @@ def test_opacus_agrees_with_autograd_or_is_refused(name):
             continue  # Opacus refuses it
         inputs, model = prepared(name, mode)
         reasons = list(layers_opacus_gets_wrong(model))
-        watch_inputs(model, reasons.append)
+        chain = Chain()
+        chain.on_break(reasons.append)
+        watch_inputs(model, chain)
         found = norms_of_opacus(model, inputs, mode)
         if found is None:
             continue  # training stops, which is no wrong number
@@ -476,9 +479,10 @@ def test_a_function_of_the_users_own_is_not_opacus(monkeypatch):
 
 def test_hooks_are_replaced_removed_and_not_copied():
     found, model = [], GradSampleModule(Use(nn.EmbeddingBag(7, 4, mode="sum")))
-    counts = []
+    counts, chain = [], Chain()
+    chain.on_break(found.append)
     for _ in range(3):
-        watch_inputs(model, found.append)
+        watch_inputs(model, chain)
         counts.append(len(model._module.layer._forward_hooks))
     assert counts == counts[:1] * 3
     copied = copy.deepcopy(model).to_standard_module()
