@@ -117,6 +117,7 @@ class Delivery:
         num_forward_passes: How many forward passes in training mode used it.
         num_recognised: How many of them were recognised by storage or content.
         num_updates: How many updates its samples entered.
+        batch: What the loop received, if the tracker keeps batches; else None.
     """
 
     indices: list[int] | None
@@ -127,6 +128,7 @@ class Delivery:
     num_forward_passes: int = 0
     num_recognised: int = 0
     num_updates: int = 0
+    batch: Any = None
 
     def __post_init__(self) -> None:
         # Whether the indices are those of different, known examples. Then the batch

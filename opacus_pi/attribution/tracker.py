@@ -94,6 +94,7 @@ class Tracker:
 
     Attributes:
         counts: How many samples were attributed, by evidence.
+        keeps_batches: Whether the recent batches are kept in memory.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
     """
@@ -104,6 +105,7 @@ class Tracker:
         self.verify, self.strict = verify, strict
         self.batch_dim = 0 if batch_first else 1
         self.counts = dict.fromkeys(EVIDENCE, 0)
+        self.keeps_batches = False
         self.causes: dict[str, int] = {}
         self._recent: deque[Delivery] = deque()
         self._default_pass = LoaderPass()
@@ -159,6 +161,7 @@ class Tracker:
             verify=self.verify,
             identity=identity,
         )
+        delivery.batch = batch if self.keeps_batches else None
         delivery.loader_pass.num_unused += 1
         self._recent.appendleft(delivery)
         if len(self._recent) > _MAX_RECENT:

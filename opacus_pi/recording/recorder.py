@@ -403,6 +403,16 @@ class Recorder(RecorderOptions):
         if self._waiting.are_many or (self.strict and is_here):
             self._fetch_waiting()
 
+    def count_participations(self, indices: NDArray[np.int64]) -> None:
+        """Count examples that were in an update, where no norms are reported.
+
+        Args:
+            indices: int64 ``(b,)``, positions in the data set.
+        """
+        counts = self._begun().participations
+        if counts is not None:
+            counts.add(indices)
+
     def note_unattributed(self) -> None:
         """Note that the next update contains samples whose example is not known.
 

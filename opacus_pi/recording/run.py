@@ -18,7 +18,7 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
-from opacus_pi.ledger.custody import Custody
+from opacus_pi.ledger.custody import MAX_UNATTRIBUTED, Custody
 from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.recording.participations import Participations
 from opacus_pi.recording.saved_state import LATER_TEXTS, VERSION, require_whole
@@ -237,10 +237,12 @@ class RecordedRun:
                 "epochs."
             )
         facts: dict[str, Any] = {n: _constant(v) for n, v in _columns(intervals)}
-        counts = self._counted(len(steps))
-        if self.participations is not None and counts is not None:
-            most = self.participations.largest(counts)
-            facts["max_participations"] = min(most, self.num_steps)
+        counted, counts = self.participations, None
+        if counted is not None and counted.were_reported:
+            counts = counted.by_row(len(steps))
+            facts["max_participations"] = min(counted.largest(counts), self.num_steps)
+            if counted.num_unknown_updates > MAX_UNATTRIBUTED * self.num_steps:
+                counts = None  # too many are missing for a value of one example
         mechanism = NoisySGD(num_steps=self.num_steps, sampling=self.sampling, **facts)
         measured: dict[str, Any] = {
             name: np.stack([row[name] for row in rows]) for name in rows[0]
@@ -265,12 +267,6 @@ class RecordedRun:
         """Return for each row of the ledger whether it has unattributed samples."""
         flags = list(self.has_unattributed)
         return [*flags, self.open_has_unattributed] if self.open_interval else flags
-
-    def _counted(self, num_rows: int) -> NDArray[np.int32] | None:
-        """Return the participations of each row's interval; None if not counted."""
-        if self.participations is None or not self.participations.were_reported:
-            return None
-        return self.participations.by_row(num_rows)
 
     def _rows_until_now(
         self,

@@ -144,3 +144,30 @@ def test_poisson_ledgers_have_no_counts():
         GradNormLedger(
             NoisySGD(6, 0.5, 1.0), [6], norms, participations=np.ones((1, 2), int)
         )
+
+
+@pytest.mark.parametrize("loop", [full_passes, left_early, restarted])
+@pytest.mark.parametrize("noise_std", [0.0, 0.5])
+def test_monitored_runs_count_too(loop, noise_std):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.arange(NUM).float()[:, None], torch.arange(NUM) % 3)
+    model = nn.Linear(1, 3)
+    engine = PrivacyEngine(accountant="rdp", recorder=Recorder("swept", every=0.5))
+    model, optimizer, loader = engine.make_monitored(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1e-4),
+        data_loader=DataLoader(data, batch_size=BATCH, shuffle=True),
+        noise_std=noise_std,
+        criterion=nn.CrossEntropyLoss(),
+        poisson_sampling=False,
+    )
+    counted = np.zeros(NUM, int)
+
+    def step(inputs, targets):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        np.add.at(counted, inputs[:, 0].long().numpy(), 1)
+
+    loop(loader, step)
+    np.testing.assert_array_equal(engine.ledger.participations.sum(axis=0), counted)

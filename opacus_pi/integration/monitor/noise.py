@@ -17,12 +17,13 @@ traced to one. Training then goes on, with noise, and the ledger is refused.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opacus_pi._validate import expect
 from opacus_pi.attribution import LEFT_OUT, UNATTRIBUTED, Tracker
 from opacus_pi.custody import Chain
+from opacus_pi.integration.monitor.gradient_scale import GradientScale
 from opacus_pi.recording import Recorder
 
 __all__ = ["NoiseHook"]
@@ -49,6 +50,7 @@ class NoiseHook:
         recorder: Has the number of the update.
         chain: Its link "noise" is broken if an update does not have this form.
         tracker: Identifies the samples behind the update.
+        scale: Compares the gradients with those of the criterion; None: it does not.
         generator: Draws the noise; None: torch's global generator.
     """
 
@@ -59,12 +61,13 @@ class NoiseHook:
         recorder: Recorder,
         chain: Chain,
         tracker: Tracker,
+        scale: GradientScale | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         self.noise_std = noise_std
         self.mean_batch_size = mean_batch_size
         self.recorder, self.chain = recorder, chain
-        self.tracker = tracker
+        self.tracker, self.scale = tracker, scale
         self.generator = generator
 
     def __call__(
@@ -81,7 +84,10 @@ class NoiseHook:
             ValueError: If the step would not use the gradients as they are now.
         """
         _check_step(optimizer, args[1] if len(args) > 1 else kwargs.get("closure"))
-        gradients = _gradients(optimizer)
+        parameters = _parameters(optimizer)
+        if self.scale is not None:
+            self.scale.compare(parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
         batch_size = _batch_size(self.tracker)
         if batch_size is None or not gradients:
             reason = _NO_GRADIENTS if not gradients else _UNKNOWN_BATCH_SIZE
@@ -124,10 +130,9 @@ def _batch_size(tracker: Tracker) -> int | None:
     return int((samples != LEFT_OUT).sum())
 
 
-def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    """Return the gradients that the step will use."""
-    params = (p for group in optimizer.param_groups for p in group["params"])
-    return [p.grad for p in params if p.grad is not None]
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters whose gradients the step will use."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _check_step(optimizer: Optimizer, closure: Any) -> None:

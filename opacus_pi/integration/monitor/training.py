@@ -11,15 +11,17 @@ mechanism of :mod:`~opacus_pi.integration.monitor.noise`.
 
 **What breaks it.** The optimizer's hooks are called by ``optimizer.step()`` only: an
 update that writes the weights in another way is neither counted nor noised. The loss
-must be the mean over the batch; the criterion of the loop is not seen here, and is
-assumed to be the mean of the one that is passed.
+must be the mean over the batch of the criterion that is passed: with noise, the first
+updates are compared with it (``gradient_scale``).
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from opacus.data_loader import DPDataLoader
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
@@ -39,6 +41,7 @@ from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.weights import WEIGHTS_CHANGED, SampledEntries
 from opacus_pi.gradients import Sweep
+from opacus_pi.integration.monitor.gradient_scale import GradientScale
 from opacus_pi.integration.monitor.noise import NoiseHook
 from opacus_pi.integration.monitor.sampling import (
     BatchCounter,
@@ -60,6 +63,11 @@ _HOOK_HANDLES: WeakKeyDictionary[Any, list[RemovableHandle]] = WeakKeyDictionary
 
 
 _SWEPT = "Sweeps over the data set measured the norms, one example at a time."
+_TWICE = (
+    "An example was in several of the batches whose gradients were accumulated for one "
+    "update, so its gradient entered that update more than once, and is charged once. "
+    "Step before the loader's next pass."
+)
 _EVIDENCE = {
     "schedule": "The loader's samplers are known.",
     "identity": _SWEPT,
@@ -68,6 +76,34 @@ _EVIDENCE = {
     "noise": "A hook on optimizer.step added the recorded noise once for each update.",
     "weights": "Every update was compared with the one before.",
 }
+
+
+@dataclass(frozen=True)
+class _Custody:
+    """The chain of custody of a monitored run, and what watches its links.
+
+    Args:
+        chain: The chain.
+        draws: Watches how delivered batches are used.
+        entries: Of the weights, kept after each update.
+    """
+
+    chain: Chain
+    draws: DrawLink
+    entries: SampledEntries
+
+    @classmethod
+    def of(cls, scheme: SamplingScheme) -> "_Custody":
+        """Begin the chain of a run, with what is known before it starts.
+
+        Args:
+            scheme: How the loader samples a batch.
+        """
+        chain = Chain()
+        for link, evidence in _EVIDENCE.items():
+            chain.check(link, evidence)
+        draws = DrawLink(chain, is_poisson=scheme.sampling == "poisson")
+        return cls(chain, draws, SampledEntries())
 
 
 def monitor(
@@ -143,21 +179,16 @@ def monitor(
     scheme = sampling_scheme(loader)
     if noise_std == 0:
         tracker = BatchTracker()  # which samples a batch has does not matter here
-    chain, entries = Chain(), SampledEntries()
-    _begin_record(
-        recorder, module, data_set, scheme, measure, processes, chain, entries
-    )
-    _break_schedule(chain, loader, processes)
-    noise = None
+    custody = _Custody.of(scheme)
+    _begin_record(recorder, module, data_set, scheme, measure, processes, custody)
+    _break_schedule(custody.chain, loader, processes)
+    noise, chain = None, custody.chain
     if noise_std > 0:
-        noise = NoiseHook(
-            noise_std, scheme.mean_batch_size, recorder, chain, tracker, noise_generator
-        )
-    for link, evidence in _EVIDENCE.items():
-        chain.check(link, evidence)
-    draws = DrawLink(chain, is_poisson=scheme.sampling == "poisson")
-    _add_hooks(module, optimizer, recorder, tracker, scheme, noise, draws)
-    _watch_weights(optimizer, chain, entries)
+        scale = GradientScale(module, criterion, tracker, chain)
+        size, generator = scheme.mean_batch_size, noise_generator
+        noise = NoiseHook(noise_std, size, recorder, chain, tracker, scale, generator)
+    _add_hooks(module, optimizer, recorder, tracker, scheme, noise, custody)
+    _watch_weights(optimizer, custody)
     observe(loader, tracker)
     return module, optimizer, loader
 
@@ -202,8 +233,7 @@ def _begin_record(
     scheme: SamplingScheme,
     measure: Callable[[Dataset[Any]], Sweep],
     processes: Processes | None,
-    chain: Chain,
-    entries: SampledEntries,
+    custody: "_Custody",
 ) -> None:
     """Begin recording a run.
 
@@ -214,8 +244,7 @@ def _begin_record(
         scheme: How the loader samples a batch.
         measure: Measures all examples of a data set.
         processes: Those that train together; None: one.
-        chain: The chain of custody of the run.
-        entries: Of the weights, kept after each update.
+        custody: What is known about how the numbers of the run come to be.
 
     Raises:
         ValueError: If a saved run was loaded, and it is another one.
@@ -228,8 +257,8 @@ def _begin_record(
         sweep=lambda: measure(data_set),
         weights=module.state_dict,
         processes=processes,
-        last_weights=LastWeights(module, entries),
-        chain=chain,
+        last_weights=LastWeights(module, custody.entries),
+        chain=custody.chain,
     )
 
 
@@ -262,7 +291,7 @@ def _add_hooks(
     tracker: Tracker,
     scheme: SamplingScheme,
     noise: NoiseHook | None,
-    draws: DrawLink,
+    custody: "_Custody",
 ) -> None:
     """Add the hooks that count updates and, if there is noise, apply it.
 
@@ -277,8 +306,9 @@ def _add_hooks(
         tracker: Follows batches from the loader to the update.
         scheme: How the loader samples a batch.
         noise: Adds the noise; None without noise.
-        draws: Told which batches entered each update.
+        custody: Told which batches entered each update.
     """
+    chain, draws = custody.chain, custody.draws
     for owner in (module, optimizer):
         for handle in _HOOK_HANDLES.pop(owner, []):
             handle.remove()
@@ -295,25 +325,38 @@ def _add_hooks(
             max_grad_norm=math.inf,  # nothing is clipped
             sample_rate=min(1.0, num_batches * scheme.sample_rate),
         )
-        draws.update_was_made(tracker.end_update())
+        batches = tracker.end_update()
+        draws.update_was_made(batches)
+        known = [b.index_array for b in batches if b.index_array is not None]
+        if len(known) < len(batches) or not batches:
+            recorder.note_unattributed()
+        together = np.concatenate([np.empty(0, np.int64), *known])
+        examples, counts = np.unique(together[together >= 0], return_counts=True)
+        recorder.count_participations(examples)
+        if (counts > 1).any():
+            chain.leave_unchecked("rows", _TWICE)
 
     # Connects the tensors that enter the model with the backward pass that follows.
     probe = ForwardProbe()
     probe.report_to(tracker)
     _HOOK_HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
     _HOOK_HANDLES[optimizer] = [optimizer.register_step_post_hook(count_update)]
+    if noise is not None and noise.scale is not None:
+        before_forward = noise.scale.before_forward
+        handle = module.register_forward_pre_hook(before_forward, with_kwargs=True)
+        _HOOK_HANDLES[module].append(handle)
     if noise is not None:
         _HOOK_HANDLES[optimizer].append(optimizer.register_step_pre_hook(noise))
 
 
-def _watch_weights(optimizer: Optimizer, chain: Chain, entries: SampledEntries) -> None:
+def _watch_weights(optimizer: Optimizer, custody: "_Custody") -> None:
     """Watch for writes to the weights that are not the optimizer's.
 
     Args:
         optimizer: Its weights are watched from its next step on.
-        chain: The chain of custody of the run.
-        entries: Will be of the optimizer's weights.
+        custody: Its entries will be of the optimizer's weights.
     """
+    chain, entries = custody.chain, custody.entries
     entries.watch(p for group in optimizer.param_groups for p in group["params"])
 
     def before_step(*_: Any) -> None:

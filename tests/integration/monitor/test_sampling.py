@@ -59,8 +59,11 @@ def test_the_record_is_the_one_made_by_hand():
     assert len(norms) == 4
     rate = 3 / 6  # an example is in one batch of six, and in half of the updates
     mechanism = NoisySGD(4, rate, noise_std=SIGMA, sampling="fixed")
-    by_hand = GradNormLedger(mechanism, [2, 4], np.array([norms[1], norms[3]]))
     found = run.recorder.ledger.with_noise_std(SIGMA)
+    counts = found.participations
+    assert (counts.sum(axis=0) == 2).all()  # two epochs
+    norms = np.array([norms[1], norms[3]])
+    by_hand = GradNormLedger(mechanism, [2, 4], norms, participations=counts)
     for order in (2.0, 8.0):
         np.testing.assert_allclose(
             privacy_losses(found, order), privacy_losses(by_hand, order), rtol=1e-5

@@ -1,0 +1,162 @@
+"""Compares the gradient of the loop's loss with that of the mean of the criterion.
+
+In monitored training the noise is compared with the gradients of single examples, which
+sweeps measure by the criterion. That is right only if the training loop takes the mean
+of this criterion over the batch. A loop that sums its losses, or multiplies gradients
+after the backward pass, trains another mechanism: with a batch of 64, the sum has 64
+times the gradient beside the same noise.
+
+So in the first updates the gradient is computed again, by a copy of the model in the
+same mode, with the random numbers of the forward pass. The two are equal, or a multiple
+of each other (the link "noise" is broken), or different (another loss, the link "loss"
+is unchecked).
+
+*What breaks it.* A loop that changes its loss after the first updates. Models whose
+forward pass cannot be repeated, and batches without targets, are not compared.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_pi.attribution import Tracker
+from opacus_pi.custody import Chain
+from opacus_pi.models.batches import inputs_and_targets
+from opacus_pi.models.copies import training_copy
+from opacus_pi.models.losses import Criterion
+from opacus_pi.models.no_trace import random_state_untouched
+from opacus_pi.models.own_losses import CoupledLoss, per_example_criterion
+
+__all__ = ["GradientScale"]
+
+Gradients = list[Tensor | None]  # None where a parameter did not enter the loss
+
+_NUM_COMPARISONS = 2
+_TOLERANCE = 0.02  # relative; gradients in reduced precision differ by less
+_SCALED = (
+    "The gradient of an update was {ratio:.4g} times that of the mean of the criterion "
+    "over the batch, so the noise is not noise_std on the mean gradient. Take the mean "
+    "of the losses over the batch, and do not multiply gradients after the backward "
+    "pass. To sum the losses, divide learning rate and noise accordingly."
+)
+_ANOTHER_LOSS = (
+    "The gradient of an update was not that of the criterion that make_monitored was "
+    "given, so the norms are of another loss than the one that was trained. Pass the "
+    "criterion that the loop uses, penalties included."
+)
+_SAME = "The gradients of the first updates were those of the mean of the criterion."
+
+
+class GradientScale:
+    """Compares gradients in the first updates of a monitored training with noise.
+
+    Args:
+        module: The model that is trained; ``before_forward`` is a pre-hook of it.
+        criterion: One loss per example, or a torch loss module.
+        tracker: Keeps the delivered batches until the comparisons are done.
+        chain: Its links "noise" and "loss" are told the result.
+    """
+
+    def __init__(
+        self, module: nn.Module, criterion: Criterion, tracker: Tracker, chain: Chain
+    ) -> None:
+        self._module, self._chain, self._tracker = module, chain, tracker
+        self._criterion = per_example_criterion(criterion)
+        self._num_left = _NUM_COMPARISONS
+        self._passes: list[tuple[Any, Any, Tensor, list[Tensor]]] = []
+        tracker.keeps_batches = True
+
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Keep the arguments and random states of a forward pass in training mode.
+
+        Args:
+            module: The model.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+        """
+        if self._num_left and module.training and torch.is_grad_enabled():
+            on_cuda = torch.cuda.is_initialized()
+            states = torch.cuda.get_rng_state_all() if on_cuda else []
+            self._passes.append((args, kwargs, torch.get_rng_state(), states))
+
+    def compare(self, parameters: list[nn.Parameter]) -> None:
+        """Compare the gradients of the update that is about to be made.
+
+        Args:
+            parameters: Those that the optimizer updates, with their gradients.
+        """
+        if not self._num_left:
+            return
+        passes, self._passes = self._passes, []
+        delivery = self._tracker.delivery_of_gradients()
+        batch = None if delivery is None else delivery.batch
+        if len(passes) != 1 or batch is None:
+            return
+        expected = self._gradients(passes[0], batch, parameters)
+        if expected is None:
+            return
+        self._num_left -= 1
+        self._tracker.keeps_batches = bool(self._num_left)
+        given = [p.grad for p in parameters]
+        self._report(_flat(given, parameters), _flat(expected, parameters))
+
+    def _report(self, found: Tensor, expected: Tensor) -> None:
+        """Tell the chain how two gradients, float64 ``(d,)``, compare."""
+        size = float(expected.norm())
+        if size == 0 or not bool(torch.isfinite(found).all()):
+            return
+        ratio = float(found @ expected) / size**2
+        rest = float((found - ratio * expected).norm())
+        if rest > _TOLERANCE * max(float(found.norm()), _TOLERANCE * size):
+            self._chain.leave_unchecked("loss", _ANOTHER_LOSS)
+        elif abs(ratio - 1) > _TOLERANCE:
+            self._chain.break_link("noise", _SCALED.format(ratio=ratio))
+        else:
+            self._chain.check("loss", _SAME)
+
+    def _gradients(
+        self,
+        forward: tuple[Any, Any, Tensor, list[Tensor]],
+        batch: Any,
+        parameters: list[nn.Parameter],
+    ) -> Gradients | None:
+        """Compute the mean criterion's gradients again; None if that is impossible."""
+        args, kwargs, state, states = forward
+        model = training_copy(self._module)
+        pairs = zip(self._module.parameters(), model.parameters(), strict=True)
+        copies = {id(live): copy for live, copy in pairs}
+        try:
+            _, targets = inputs_and_targets(batch)
+            with random_state_untouched(), torch.enable_grad():
+                torch.set_rng_state(state)
+                if states:
+                    torch.cuda.set_rng_state_all(states)
+                outputs = model(*args, **kwargs)
+                losses = self._criterion(outputs, _beside(targets, outputs))
+                found = torch.autograd.grad(
+                    losses.mean(),
+                    [copies[id(p)] for p in parameters],
+                    allow_unused=True,
+                )
+        except (CoupledLoss, ValueError, TypeError, RuntimeError) as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            return None
+        return list(found)
+
+
+def _beside(targets: Any, outputs: Any) -> Any:
+    """Return targets on the device of the outputs, as the loop will have done."""
+    if isinstance(targets, Tensor) and isinstance(outputs, Tensor):
+        return targets.to(outputs.device)
+    return targets
+
+
+def _flat(gradients: Gradients, parameters: list[nn.Parameter]) -> Tensor:
+    """Return gradients as one float64 vector on the CPU, with 0 where there is none."""
+    pairs = zip(gradients, parameters, strict=True)
+    parts = (torch.zeros_like(p) if g is None else g.detach() for g, p in pairs)
+    return torch.cat([part.reshape(-1).double().cpu() for part in parts])
