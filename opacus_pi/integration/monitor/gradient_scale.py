@@ -24,9 +24,12 @@ from opacus_pi.attribution import Tracker
 from opacus_pi.custody import Chain
 from opacus_pi.models.batches import inputs_and_targets
 from opacus_pi.models.copies import training_copy
-from opacus_pi.models.losses import Criterion
 from opacus_pi.models.no_trace import random_state_untouched
-from opacus_pi.models.own_losses import CoupledLoss, per_example_criterion
+from opacus_pi.models.own_losses import (
+    CoupledLoss,
+    Criterion,
+    per_example_criterion,
+)
 
 __all__ = ["GradientScale"]
 
