@@ -100,6 +100,9 @@ CONTROLS = [
     (odd(oddities.model_copied), MOST),
     (odd(oddities.noise_changed), MOST),
     (odd(oddities.clip_norm_changed), ("hooks", "fast")),
+    (collated(loop_parts.reversed_rows), MOST),
+    (collated(loop_parts.sorted_by_size), MOST),
+    (collated(loop_parts.padded_sorted, **TOKENS), MOST),
 ]
 
 # -------------------- right norms exist, but the program may not be sure: it may say so
@@ -137,6 +140,18 @@ UNCERTAIN = [
         ),
         ("hooks",),
     ),
+    (collated(loop_parts.shuffled_rows), MOST),
+    (transforming(loop_parts.permuted_by_data), MOST),
+    (transforming(loop_parts.permuted_by_numpy), MOST),
+    (transforming(loop_parts.permuted_and_doubled_in_place), MOST),
+    (transforming(loop_parts.two_swapped_by_numpy), MOST),
+    (
+        odd(oddities.layer_thawed_later, model=models.with_frozen_layer, **FIXED),
+        ("ghost", "fast"),
+    ),
+    (odd(oddities.layer_frozen_later, **FIXED), MOST),
+    (odd(oddities.layer_taken_out), ("ghost", "fast")),
+    (odd(oddities.gradients_doubled), ("hooks", "functorch")),
 ]
 
 # ----------------------------- no norm is right for every example: must be refused/said
@@ -155,6 +170,10 @@ BROKEN = [
     (using(loop_parts.same_batch_twice_in_an_update, breaks="rows", **FIXED), FREE),
     (using(loop_parts.overlapping_parts, breaks="rows", **FIXED), FREE),
     (transforming(loop_parts.labels_permuted, breaks="loss"), ("hooks", "fast")),
+    (
+        transforming(loop_parts.labels_permuted_in_place, breaks="loss"),
+        ("hooks", "fast"),
+    ),
     (transforming(loop_parts.inputs_permuted, breaks="loss"), ("hooks", "fast")),
     *(
         (of_loss(criterion, breaks="loss"), FREE)
@@ -169,6 +188,54 @@ BROKEN = [
     ),
     (of_loss(models.weighted_cross_entropy, breaks="loss"), ("hooks", "fast", "swept")),
     (of_loss(models.ignoring_cross_entropy, breaks="loss"), ("hooks", "fast", "swept")),
+    (collated(loop_parts.refilled, breaks="identity"), MOST),
+    (collated(loop_parts.mixed_up, breaks="identity"), MOST),
+    (collated(loop_parts.centred, breaks="identity"), MOST),
+    (collated(loop_parts.inputs_sorted_only, breaks="identity"), MOST),
+    (collated(loop_parts.with_negatives, breaks="identity", **TWO), MOST),
+    (transforming(loop_parts.row_overwritten_by_numpy, breaks="identity"), MOST),
+    (transforming(loop_parts.mixed_in_place, breaks="identity"), MOST),
+    (transforming(loop_parts.mixed_by_numpy, breaks="identity"), MOST),
+    (transforming(loop_parts.mixed_by_data, breaks="identity"), MOST),
+    (transforming(loop_parts.cut_and_mixed_in_place, breaks="identity"), MOST),
+    (transforming(loop_parts.centred_by_batch_in_place, breaks="identity"), MOST),
+    (
+        transforming(loop_parts.other_order_as_second_input, breaks="rows", **TWO),
+        MOST,
+    ),
+    (
+        transforming(loop_parts.earlier_batch_as_second_input, breaks="rows", **TWO),
+        MOST,
+    ),
+    (
+        transforming(
+            loop_parts.second_input_permuted,
+            breaks="rows",
+            data=hidden_ids.tripled_data,
+            **TWO,
+        ),
+        MOST,
+    ),
+    *(
+        (of_model(model, breaks="model"), MOST)
+        for model in (
+            models.Centred,
+            models.FunctionalBatchNorm,
+            models.SoftmaxOverBatch,
+            models.AttendsOverBatch,
+            models.Rolled,
+            models.ScaledByBatch,
+        )
+    ),
+    *(
+        (
+            of_model(model, breaks="model", data=hidden_ids.sequence_data, **FIXED),
+            ("hooks", "functorch"),
+        )
+        for model in (models.time_first_lstm, models.time_first_attention)
+    ),
+    (using(loop_parts.weights_stepped_by_data, breaks="weights"), MOST),
+    (using(loop_parts.sharpness_aware, breaks="weights"), MOST),
 ]
 
 

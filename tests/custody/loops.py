@@ -128,6 +128,7 @@ class Run:
         self.rng = torch.Generator().manual_seed(5)
         self.passes, self.entered = [], []
         self.updates, self.weights_after = [], []
+        self.gradient_factor = 1.0  # of per-example gradients, before they are clipped
         self.has_harmless_writes = False  # the loop writes weights, without data
         self.data_set = loop.data()
         torch.manual_seed(3)

@@ -75,7 +75,7 @@ def layer_taken_out(run):
 
 def gradients_doubled(run):
     """Per-example gradients are changed before they are clipped."""
-    clip = run.optimizer.pre_step
+    clip, run.gradient_factor = run.optimizer.pre_step, 2.0
 
     def changed(*args, **options):
         for parameter in run.module.parameters():

@@ -120,7 +120,7 @@ def true_norms(run):
     try:
         for row, passes in zip(norms, run.updates, strict=True):
             for k, norm in norms_of_update(run.loop, passes).items():
-                row[k] = norm
+                row[k] = norm * run.gradient_factor
         require_same_weights(run)
     except NoTruth as reason:
         return str(reason)

@@ -11,6 +11,7 @@ carries in its data.
 import io
 import itertools
 import random
+import re
 import warnings
 
 import numpy as np
@@ -256,6 +257,19 @@ FRESH = [
     scheduled(left_early, mode="ghost"),
     scheduled(left_early, mode="fast"),
 ]
+REUSED = [
+    scheduled(each_batch_three_times),
+    scheduled(copies_of_each_batch),
+    scheduled(permuted_again),
+    scheduled(cycled),
+    scheduled(list_reused),
+    scheduled(replayed),
+    scheduled(replayed_much_later),
+    scheduled(half_now_half_later),
+    scheduled(each_batch_three_times, mode="ghost"),
+    scheduled(each_batch_three_times, mode="fast"),
+    scheduled(cycled, mode="ghost"),
+]
 
 
 def name_of(loop):
@@ -291,6 +305,13 @@ def test_fresh_poisson_draws_are_accounted_as_opacus_does(loop):
     worst = worst_case_loss(ledger.mechanism, ORDER, steps=ledger.steps)
     assert worst == pytest.approx(exact[0])
     assert privacy_losses(ledger, ORDER).max() <= worst * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("loop", REUSED, ids=name_of)
+def test_a_poisson_draw_that_is_used_again_is_refused(loop):
+    run = trained(loop.having(sampling="poisson"))
+    with pytest.raises(AccountingError, match=re.compile("draw|batch", re.IGNORECASE)):
+        _ = run.engine.ledger
 
 
 @pytest.mark.parametrize(
