@@ -28,7 +28,7 @@ array([1, 0])
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +48,7 @@ from opacus_pi.attribution.mixtures import are_mixtures
 from opacus_pi.attribution.samples import (
     DelayedChecksums,
     checksums_of_entries,
+    running_checksums,
     spacing,
     tensors_in,
 )
@@ -63,6 +64,7 @@ __all__ = [
 ]
 
 Mask = NDArray[np.bool_]
+Indices = NDArray[np.int64]
 _MIN_ENTRIES = 4  # of an item that is found in a part of a batch by itself
 
 
@@ -256,6 +258,8 @@ class Samples:
         self._by_sample = tensor.detach().movedim(dim, 0)
         self.content = DelayedChecksums(tensor, dim)
         self.shape = tuple(self._by_sample.shape[1:])
+        self._is_compared = False
+        self._candidates: Mask | None = None
 
     def __len__(self) -> int:
         return len(self._by_sample)
@@ -268,10 +272,19 @@ class Samples:
     def candidates(self, items: ItemFingerprints) -> Mask | None:
         """Return which items each sample may be, by the part that fits best.
 
+        Args:
+            items: Always the same; the answer is kept.
+
         Returns:
             bool ``(b, n)``; None if this tensor is no part of the items, or if its
             samples are all alike.
         """
+        if not self._is_compared:
+            self._is_compared, self._candidates = True, self._compare(items)
+        return self._candidates
+
+    def _compare(self, items: ItemFingerprints) -> Mask | None:
+        """Compute what ``candidates`` returns."""
         if self.width <= 1 or _are_all_alike(self.content.checksums):
             return None
         best: Mask | None = None
@@ -295,20 +308,41 @@ class Samples:
         widths, sums = items.widths[:, part], items.checksums[:, part]
         if widths.max() < 2 or (len(items) > 1 and _are_all_alike(sums)):
             return None
-        shapes = [own[part] for own in items.shapes]
         matches = (widths == self.width) & (self.content.checksums[:, None] == sums)
-        for shape in {s for s in shapes if _is_smaller(s, self.shape)}:
-            is_of_shape = np.array([s == shape for s in shapes])
-            begin = checksums_of_entries(self._beginning(shape))
-            matches |= is_of_shape & (begin[:, None] == sums)
+        if (widths != self.width).any():
+            matches |= self._padded(items, part)
         is_clear = (matches & (widths >= _MIN_ENTRIES)).any()
         return matches if matches.any(axis=1).all() or is_clear else None
 
-    def _beginning(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Return the entries that an item of a smaller shape would be recognised by."""
-        flat = self._by_sample.reshape(len(self), -1)
-        places = torch.from_numpy(_places(shape, self.shape)).to(flat.device)
-        return flat[:, places].cpu().float().numpy()
+    def _padded(self, items: ItemFingerprints, part: int) -> Mask:
+        """Compare the beginnings of all samples with items of smaller shapes."""
+        widths, sums = items.widths[:, part], items.checksums[:, part]
+        shapes = items.shapes[part]
+        matches = np.zeros((len(self), len(items)), dtype=np.bool_)
+        is_smaller = np.array([_is_smaller(shape, self.shape) for shape in shapes])
+        is_run = is_smaller & np.array([s[1:] == self.shape[1:] for s in shapes])
+        count, step = _spacings(widths)
+        for size in np.unique(step[is_run]):  # padded at the end: a run of entries
+            of_size = np.flatnonzero(is_run & (step == size))
+            run = self._flat[:, ::size][:, : count[of_size].max()]
+            begin = running_checksums(_numbers(run))[:, count[of_size] - 1]
+            matches[:, of_size] = begin == sums[of_size]
+        others = {
+            s
+            for s, is_other in zip(shapes, is_smaller & ~is_run, strict=True)
+            if is_other
+        }
+        for shape in others:  # padded in several dimensions, as images are
+            places = torch.from_numpy(_places(shape, self.shape))
+            begin = checksums_of_entries(_numbers(self._flat[:, places]))
+            of_shape = np.array([s == shape for s in shapes])
+            matches |= of_shape & (begin[:, None] == sums)
+        return matches
+
+    @cached_property
+    def _flat(self) -> Tensor:
+        """The samples, ``(b, width)``."""
+        return self._by_sample.reshape(len(self), -1)
 
     def numbers(self, items: ItemFingerprints) -> list[Mask]:
         """Return which items have the same number, for each part that is a number.
@@ -359,6 +393,17 @@ def _is_smaller(shape: tuple[int, ...], padded: tuple[int, ...]) -> bool:
         and shape != padded
         and all(a <= b for a, b in zip(shape, padded, strict=True))
     )
+
+
+def _spacings(widths: NDArray[np.int64]) -> tuple[Indices, Indices]:
+    """Return what ``spacing`` does for each width; widths of 0 are taken for 1."""
+    pairs = np.array([spacing(max(1, int(width))) for width in widths])
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _numbers(entries: Tensor) -> NDArray[np.float32]:
+    """Return entries as checksums use them."""
+    return entries.cpu().float().contiguous().numpy()
 
 
 @lru_cache(maxsize=4096)

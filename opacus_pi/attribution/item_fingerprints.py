@@ -1,18 +1,17 @@
 """Fingerprints of the items of a data set, taken before ``collate_fn``.
 
-``collate_fn`` may sort, drop or mix the items that the data set returned, and the batch
-does not show it. So the items are fingerprinted where they are loaded, in the worker
-process, by the same checksums as the samples of the finished batch, and the
-fingerprints travel beside the batch. Sample i of the batch is item k if their checksums
-agree.
+The items are fingerprinted where they are loaded, in the worker process, by the same
+checksums as the samples of a finished batch. ``collate_identity`` looks the samples up
+among them.
 
-*Guarantee.* The loop receives the object that ``collate_fn`` returned: same type, same
-tensors, same random numbers. Nothing is fingerprinted after ``collate_fn`` ran, so an
-item that it changes in place is fingerprinted as the data set returned it.
+*Guarantee.* Nothing is changed and nothing is drawn, and nothing is kept of an item
+that ``collate_fn`` could change: an item that it changes in place has the fingerprint
+of what the data set returned.
 
 *What breaks it.* Images, strings, sparse or complex tensors, and tensors on a GPU have
 no fingerprint (width 0). Two items that differ only in such parts, or only in entries
-that checksums do not look at, have the same fingerprint.
+that checksums do not look at (256 evenly spaced ones are looked at), have the same
+fingerprint. Otherwise two items have the same one with a probability of about 2^-64.
 
 >>> import torch
 >>> items = [(torch.tensor([1.0, 2.0]), 5), (torch.tensor([3.0, 4.0]), 5)]
@@ -61,8 +60,8 @@ class ItemFingerprints:
             ``sample_checksums`` of the collated batch; 0 where the width is 0.
         entries: For each of the m parts, the entries that the checksums look at,
             float32 ``(b, k)``, with zeros after the last one.
-        shapes: For each item the shapes of its parts; ``()`` for a number and for
-            what has no checksum.
+        shapes: For each of the m parts its shape in each item; ``()`` for a number and
+            for what has no checksum.
     """
 
     widths: NDArray[np.int64]
@@ -90,13 +89,13 @@ def fingerprint_items(items: Any) -> ItemFingerprints:
     if any(len(own) != num_parts for own in parts):
         parts = [own + [None] * (num_parts - len(own)) for own in parts]
     widths = np.zeros((len(parts), num_parts), dtype=np.int64)
-    checksums, entries = np.zeros_like(widths), []
+    checksums, entries, shapes = np.zeros_like(widths), [], []
     with torch.no_grad():  # an item may require a gradient
         for j, column in enumerate(zip(*parts, strict=True)):
-            widths[:, j], found = _column(column)
+            widths[:, j], found, shapes_of_part = _column(column)
             checksums[:, j] = checksums_of_entries(found)
             entries.append(found)
-    shapes = [[_shape(part) for part in own] for own in parts]
+            shapes.append(shapes_of_part)
     return ItemFingerprints(widths, checksums, entries, shapes)
 
 
@@ -135,21 +134,24 @@ def _leaves(nested: Any, depth: int) -> Iterator[Any]:
         yield nested
 
 
-def _column(column: Sequence[Any]) -> tuple[Any, NDArray[np.float32]]:
-    """Return widths of the same part of all items, and the entries looked at."""
+def _column(
+    column: Sequence[Any],
+) -> tuple[Any, NDArray[np.float32], list[tuple[int, ...]]]:
+    """Return the widths, the entries looked at, and the shapes of one part of all."""
     kinds = set(map(type, column))
     if kinds == {Tensor} and _can_be_stacked(column):
         stacked = DelayedChecksums(torch.stack(list(column)), 0)
         if stacked.width:
-            return stacked.width, stacked.entries
+            shapes = [tuple(column[0].shape)] * len(column)
+            return stacked.width, stacked.entries, shapes
     if kinds <= _NUMBERS and (numbers := np.array(column)).dtype.kind in "biuf":
-        return 1, _as_float32(numbers)[:, None]
+        return 1, _as_float32(numbers)[:, None], [()] * len(column)
     found = [_entries(part) for part in column]
     lengths = [len(entries) for _, entries in found]
     matrix = np.zeros((len(found), max(lengths)), dtype=np.float32)
     for row, (_, entries) in zip(matrix, found, strict=True):
         row[: len(entries)] = entries
-    return [width for width, _ in found], matrix
+    return [width for width, _ in found], matrix, [_shape(part) for part in column]
 
 
 def _shape(part: Any) -> tuple[int, ...]:

@@ -7,14 +7,19 @@ or of a wider type keep the checksum.
 
 *Guarantee.* Storage that matches is the very memory that was delivered: it is referred
 to by a weak reference to torch's storage object, never by an address, which the
-allocator reuses within a few updates. Equal checksums of different samples have a
-chance of about 2^-64 where the entries that are looked at differ.
+allocator reuses within a few updates. Whether it still has the content that was
+delivered is told by comparing the entries, however they were written to
+(``DeliveredTensor.changed``). Equal checksums of different samples have a chance of
+about 2^-64 where the entries that are looked at differ.
 
-*What breaks it.* A write to the memory through ``.data`` or through NumPy is not
-counted by torch, so the storage still matches while the content has changed. Samples
-that differ only in entries that the checksum does not look at (it looks at 256, evenly
-spaced) have the same checksum. Types that cannot hold the values, such as ``half``
-after ``float``, change the checksum, and the sample is not recognised.
+*What breaks it.* At most 256 evenly spaced entries of a sample are looked at. Samples
+that differ only in others have the same checksum. A write to a share f of the entries,
+at places that do not depend on this spacing, goes unseen with a probability of about
+``(1 - f)**256``. On an accelerator a comparison waits for the device, so it is made
+only where torch has counted a write, and for the batches that are audited. Numbers are
+compared in single precision: whole numbers above 2^24 may be equal to their neighbours,
+and types that cannot hold the values, such as ``half`` after ``float``, change the
+checksum, so that the sample is not recognised.
 
 >>> import torch
 >>> batch = torch.arange(8.0).reshape(4, 2)
@@ -50,6 +55,7 @@ __all__ = [
     "checksums_of_entries",
     "children_of",
     "is_dense",
+    "running_checksums",
     "sample_checksums",
     "spacing",
     "tensors_in",
@@ -357,6 +363,20 @@ def checksums_of_entries(entries: NDArray[np.float32]) -> NDArray[np.int64]:
     """
     bits = entries.view(np.int32).astype(np.int64)
     return bits @ _WEIGHTS[: bits.shape[1]]
+
+
+def running_checksums(entries: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Compute the checksums of all beginnings of each row of a matrix.
+
+    Args:
+        entries: As for ``checksums_of_entries``.
+
+    Returns:
+        int64 ``(b, k)``: in column j the checksum of the first j + 1 entries.
+    """
+    bits = entries.view(np.int32).astype(np.int64)
+    running: NDArray[np.int64] = (bits * _WEIGHTS[: bits.shape[1]]).cumsum(axis=1)
+    return running
 
 
 def spacing(width: int) -> tuple[int, int]:

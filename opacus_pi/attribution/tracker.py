@@ -6,17 +6,20 @@ the latest batch; when its backward pass has run, its gradients wait for the opt
 When an optimizer reports how many samples its gradients come from, the tracker returns
 the data-set index of each of them.
 
-*Guarantee.* An index is given only where there is evidence for it; every other sample
-is unattributed, counted, and explained once. The numbers of samples must agree: if the
-passes that wait do not have the numbers of samples that the gradients have, all samples
-of the update are unattributed.
-
+*Guarantee.* A sample has an index only if there is evidence for it (``evidence.py``);
+where the evidence is an assumption, it is counted as ``by_latest``. Every other sample
+is unattributed. Whatever is uncertain has a cause, which is counted in ``causes`` and
+said once. The numbers of samples must agree: if the passes that wait do not have the
+numbers of samples that the gradients have, all samples of the update are unattributed.
 A pass whose backward pass has not run is kept by the graph of its outputs alone, so any
 number of passes may be accumulated, and those that are never used leave nothing behind.
 
 *What breaks it.* Gradients that were computed from other tensors than the model's
-inputs and outputs (layers called one by one), losses that combine several batches, and
-whatever breaks the evidence itself (``evidence.py``).
+inputs and outputs (layers called one by one), losses that combine several batches, an
+order that is only assumed, and whatever breaks the evidence itself. A batch is
+recognised only until 16 others have been delivered. A pass that entered one loss
+together with a recognised pass, over as many samples that the loader did not deliver,
+is taken to be made of no other examples (cause ``ANOTHER_PASS``).
 
 >>> import torch
 >>> tracker = Tracker()
