@@ -47,6 +47,7 @@ from opacus_pi.attribution.causes import (
     CAUSES,
     COMPUTED,
     INPUTS_DISAGREE,
+    MIXED,
     MIXED_IN_COLLATE,
     NO_INDICES,
     REPEATED,
@@ -73,11 +74,11 @@ EVIDENCE = ("by_storage", "by_content", "by_latest", "unattributed")
 # that a loop keeps longer; each costs a comparison whenever storage does not match.
 _MAX_RECENT = 16
 _NO_INDICES = np.empty(0, np.int64)
-# Attributes of a tracker that its copies and pickles have.
 _EVIDENCE = {
     "identity": "Samples were recognised by their memory or their content.",
     "rows": "The inputs of each forward pass carried the same examples in one order.",
 }
+# Attributes of a tracker that its copies and pickles have.
 _COPIED = ("verify", "strict", "batch_dim", "counts", "causes")
 _CONSEQUENCES = {
     "unattributed": "{num} samples are unattributed. ",
@@ -346,8 +347,8 @@ class Tracker:
     def report_to(self, chain: Chain) -> None:
         """Tell the links "identity" and "rows" what was found up to now.
 
-        Inputs that carry different examples in one position break the link, however
-        few they are: clipping then does not bound what one example contributes.
+        Inputs that carry different examples in one position, or mixtures of several,
+        break the link, however few they are: clipping then does not bound what one example contributes.
 
         Args:
             chain: The chain of custody of the run.
@@ -356,7 +357,7 @@ class Tracker:
             for link in ("identity", "rows"):
                 chain.check(link, _EVIDENCE[link])
         for cause in (CAUSES[name] for name in self.causes):
-            if cause in (INPUTS_DISAGREE, MIXED_IN_COLLATE):
+            if cause in (INPUTS_DISAGREE, MIXED, MIXED_IN_COLLATE):
                 chain.break_link("rows", cause.explanation)
             elif cause.state != "repeated":
                 chain.leave_unchecked(cause.link, cause.explanation, warn=False)
