@@ -348,7 +348,8 @@ class Tracker:
         """Tell the links "identity" and "rows" what was found up to now.
 
         Inputs that carry different examples in one position, or mixtures of several,
-        break the link, however few they are: clipping then does not bound what one example contributes.
+        break the link, however few they are: clipping then does not bound what one
+        example contributes.
 
         Args:
             chain: The chain of custody of the run.
