@@ -50,8 +50,12 @@ from opacus_pi.models.copies import same_mode_copy, unwrap
 from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.models.own_losses import half_replaced
 
-__all__ = ["ModelProbe", "NoDropout", "probe_separability"]
+__all__ = ["MODEL_NOT_RUN", "ModelProbe", "NoDropout", "probe_separability"]
 
+MODEL_NOT_RUN = (
+    "The model was not run a second time to see whether it treats examples separately: "
+    "the recorder was told not to do so, or the weights are sharded."
+)
 # Probes of one run: for the first kinds of batches, and for more of those in which the
 # number of examples equals another dimension, which may be taken for it.
 _MAX_PROBES, _MAX_OF_EQUAL_SIZES = 4, 8

@@ -69,6 +69,7 @@ from opacus_pi.integration.runs import (
     CurrentRun,
     PreparedRun,
     new_model_probe,
+    probe_losses,
     probe_model,
     require_fitting_recorder,
 )
@@ -710,6 +711,8 @@ class PerInstanceMixin(OpacusEngine):
         for reason in filter(None, [own_rule, *layers_opacus_gets_wrong(hooks)]):
             update.chain.break_link("norm", reason)
         watch_inputs(hooks, update.chain)
+        if preparation.criterion is not None:
+            probe_losses(preparation.criterion, update.chain)
         if self._audited is None:  # a derived class has not called our make_private
             self._audited = audited_run(
                 loader,

@@ -12,16 +12,19 @@ from typing import Any, cast
 
 import opacus
 from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from opacus_pi._class_swap import swap_class
 from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, probe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
-from opacus_pi.custody.model_probe import ModelProbe
+from opacus_pi.custody.loss_probe import LossProbe
+from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
 from opacus_pi.custody.weights import SampledEntries
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.checks import (
@@ -48,11 +51,6 @@ from opacus_pi.models.own_losses import Criterion
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.distributed import Processes, shared_sweep
 from opacus_pi.recording.weights import LastWeights
-
-_MODEL_NOT_RUN = (
-    "The model was not run a second time to see whether it treats examples separately: "
-    "the recorder was told not to do so, or the weights are sharded."
-)
 
 
 def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
@@ -135,6 +133,35 @@ def probe_model(
 
 def _deleted() -> None:
     """Stand in for a weak reference to an object that does not exist any more."""
+
+
+def probe_losses(criterion: DPLossFastGradientClipping, chain: Chain) -> None:
+    """Find out, when it is first called, whether a criterion couples examples.
+
+    Args:
+        criterion: What Opacus made of the user's criterion for ghost clipping; its
+            class is replaced.
+        chain: The chain of custody of the run.
+    """
+    swap_class(criterion, _reporting_calls)
+    criterion._pi_loss_probe = LossProbe(
+        criterion.criterion, chain, averages_each_example=True
+    )
+
+
+def _reporting_calls(base: type) -> type:
+    """Make a criterion that shows its arguments to a probe."""
+
+    class Criterion(base):
+        _pi_loss_probe: LossProbe
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            loss = super().__call__(*args, **options)
+            if len(args) == 2:
+                self._pi_loss_probe.saw(*args)
+            return loss
+
+    return Criterion
 
 
 @dataclass(frozen=True)
@@ -249,7 +276,7 @@ class PreparedRun:
             if reason is not None:
                 self.chain.break_link(link, reason)
         if self.model_probe is None:
-            self.chain.leave_unchecked("model", _MODEL_NOT_RUN, warn=False)
+            self.chain.leave_unchecked("model", MODEL_NOT_RUN, warn=False)
         kind = "Poisson sampling" if is_poisson(self.loader) else "a fixed schedule"
         self.chain.check("schedule", f"The loader's samplers are known: {kind}.")
 

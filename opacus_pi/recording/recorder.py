@@ -553,7 +553,7 @@ class Recorder(RecorderOptions):
             try:
                 measured = cast(Callable[[], Any], self._sweep)()
             except CoupledLoss as error:  # training goes on
-                self.refuse(str(error))
+                self._break_loss(str(error))
                 return
             if len(measured.grad_norms) != run.num_examples:
                 self.refuse(_CHANGED.format(length=run.num_examples))
@@ -568,6 +568,13 @@ class Recorder(RecorderOptions):
             weights = cast(Callable[[], Mapping[str, Any]], self._weights)
             save_weights(self.weights_dir, run.num_steps, weights(), run.data_set)
         run.close_row(row)
+
+    def _break_loss(self, reason: str) -> None:
+        """Note that the examples have no losses of their own, and refuse the run."""
+        if self._chain is None:
+            self.refuse(reason)
+        else:
+            self._chain.break_link("loss", reason)
 
     def _fetch_waiting(self) -> None:
         """Put the waiting reports into the record, in the order of reporting."""

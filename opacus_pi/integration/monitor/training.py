@@ -16,6 +16,7 @@ updates are compared with it (``gradient_scale``).
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,13 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torch.utils.hooks import RemovableHandle
 
+from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi._validate import expect
 from opacus_pi.accounting import fingerprint
 from opacus_pi.attribution import ForwardProbe, Tracker, observe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
+from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
 from opacus_pi.custody.weights import WEIGHTS_CHANGED, SampledEntries
 from opacus_pi.gradients import Sweep
 from opacus_pi.integration.monitor.gradient_scale import GradientScale
@@ -51,11 +54,17 @@ from opacus_pi.integration.monitor.sampling import (
 )
 from opacus_pi.integration.schedules import overlapping, unknown_schedule
 from opacus_pi.models.batches import size_of
+from opacus_pi.models.copies import unwrap
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.distributed import Processes, shared_sweep
 from opacus_pi.recording.weights import LastWeights
 
 __all__ = ["monitor"]
+
+_BATCH_NORM = (
+    "BatchNorm layers are in training mode, so the gradient of an update for one "
+    "example depends on the others. The recorded norms are those of evaluation mode."
+)
 
 # Hooks that a call of ``monitor`` added to a module or an optimizer. The next call
 # with the same object removes them: a second set would add noise twice.
@@ -86,24 +95,31 @@ class _Custody:
         chain: The chain.
         draws: Watches how delivered batches are used.
         entries: Of the weights, kept after each update.
+        model_probe: Finds out whether the model mixes examples; None: it is not run.
     """
 
     chain: Chain
     draws: DrawLink
     entries: SampledEntries
+    model_probe: ModelProbe | None
 
     @classmethod
-    def of(cls, scheme: SamplingScheme) -> "_Custody":
+    def of(
+        cls, scheme: SamplingScheme, module: nn.Module, recorder: Recorder
+    ) -> "_Custody":
         """Begin the chain of a run, with what is known before it starts.
 
         Args:
             scheme: How the loader samples a batch.
+            module: The model.
+            recorder: May declare that the model does not mix examples.
         """
         chain = Chain()
         for link, evidence in _EVIDENCE.items():
             chain.check(link, evidence)
         draws = DrawLink(chain, is_poisson=scheme.sampling == "poisson")
-        return cls(chain, draws, SampledEntries())
+        model_probe = _new_model_probe(recorder, module, chain)
+        return cls(chain, draws, SampledEntries(), model_probe)
 
 
 def monitor(
@@ -179,7 +195,7 @@ def monitor(
     scheme = sampling_scheme(loader)
     if noise_std == 0:
         tracker = BatchTracker()  # which samples a batch has does not matter here
-    custody = _Custody.of(scheme)
+    custody = _Custody.of(scheme, module, recorder)
     _begin_record(recorder, module, data_set, scheme, measure, processes, custody)
     _break_schedule(custody.chain, loader, processes)
     noise, chain = None, custody.chain
@@ -308,7 +324,7 @@ def _add_hooks(
         noise: Adds the noise; None without noise.
         custody: Told which batches entered each update.
     """
-    chain, draws = custody.chain, custody.draws
+    chain, draws, model_probe = custody.chain, custody.draws, custody.model_probe
     for owner in (module, optimizer):
         for handle in _HOOK_HANDLES.pop(owner, []):
             handle.remove()
@@ -318,6 +334,9 @@ def _add_hooks(
     def count_update(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        finding = None if model_probe is None else model_probe.run()
+        if finding is not None:
+            finding.tell(chain, "model")
         # With noise, an update of several batches was refused by the noise hook.
         num_batches = count_batches() if noise is None else 1
         recorder.step(
@@ -338,7 +357,8 @@ def _add_hooks(
 
     # Connects the tensors that enter the model with the backward pass that follows.
     probe = ForwardProbe()
-    probe.report_to(tracker)
+    saw_inputs = None if model_probe is None else model_probe.saw
+    probe.report_to(tracker, saw_inputs=saw_inputs)
     _HOOK_HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
     _HOOK_HANDLES[optimizer] = [optimizer.register_step_post_hook(count_update)]
     if noise is not None and noise.scale is not None:
@@ -370,6 +390,30 @@ def _watch_weights(optimizer: Optimizer, custody: "_Custody") -> None:
         optimizer.register_step_pre_hook(before_step),
         optimizer.register_step_post_hook(after_step),
     ]
+
+
+def _new_model_probe(
+    recorder: Recorder, module: nn.Module, chain: Chain
+) -> ModelProbe | None:
+    """Return what finds out whether the model mixes the examples of a batch.
+
+    Args:
+        recorder: May declare that the model does not.
+        module: The model. BatchNorm, which is known to mix them, is allowed here: the
+            link then stays unchecked, and says so.
+        chain: The chain of custody of the run.
+
+    Returns:
+        None if the model is not to be run a second time.
+    """
+    layers = (m for m in module.modules() if isinstance(m, BatchNormBase))
+    if any(layer.training for layer in layers):
+        chain.leave_unchecked("model", _BATCH_NORM, warn=False)
+    elif recorder.probe_model:
+        return ModelProbe(weakref.ref(unwrap(module)))
+    else:
+        chain.leave_unchecked("model", MODEL_NOT_RUN, warn=False)
+    return None
 
 
 def _check_recorder(recorder: Recorder, noise_std: float) -> None:

@@ -1,0 +1,90 @@
+"""Find out whether a known criterion gives each example a loss of its own.
+
+Training by ghost clipping knows the criterion. On the first batch with at least two
+examples it is evaluated again, with other examples in the batch, and compared with its
+own reduction (:class:`~opacus_pi.models.own_losses.OwnLosses` does both, for sweeps,
+too). Where the criterion is
+called in the training loop only, ``engine.audit(criterion)`` makes the same comparison
+on request.
+
+**Guarantee.** The criterion is copied, outputs are detached, and random states are
+restored.
+
+**What breaks it.** A criterion that couples examples only for certain values.
+
+>>> chain, outputs, labels = Chain(), torch.eye(3), torch.arange(3)
+>>> LossProbe(nn.CrossEntropyLoss(), chain).saw(outputs, labels)
+>>> [link.state for link in chain.custody().links if link.name == "loss"]
+['checked']
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_pi.custody.chain import Chain
+from opacus_pi.custody.finding import Finding
+from opacus_pi.gradients.fallback import MODEL_ERRORS
+from opacus_pi.models.batches import map_tensors
+from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
+
+__all__ = ["LossProbe"]
+
+_CHECKED = (
+    "The criterion was evaluated with other examples in the batch: each example has a "
+    "loss of its own."
+)
+_NOT_EVALUATED = (
+    "The criterion could not be evaluated a second time to see whether each example "
+    "has a loss of its own: {error}. engine.audit(criterion) compares gradients "
+    "instead."
+)
+
+
+class LossProbe:
+    """Probes a criterion at the first batch with at least two examples.
+
+    Args:
+        criterion: ``criterion(outputs, targets)``; it is copied if it is a module.
+        chain: The chain of custody of the run, whose link ``"loss"`` is told.
+        averages_each_example: As for ``OwnLosses``.
+    """
+
+    def __init__(
+        self, criterion: Criterion, chain: Chain, *, averages_each_example: bool = False
+    ) -> None:
+        is_module = isinstance(criterion, nn.Module)
+        self._criterion = copy.deepcopy(criterion) if is_module else criterion
+        self._chain = chain
+        self._averages_each_example = averages_each_example
+        self._is_done = False
+
+    def saw(self, outputs: Any, targets: Any) -> None:
+        """Probe the criterion on a batch, if this was not done before.
+
+        Args:
+            outputs: What the criterion was given, ``(b, ...)``; only read.
+            targets: Its targets, length ``b``.
+        """
+        if self._is_done or not isinstance(targets, Tensor) or len(targets) < 2:
+            return
+        self._is_done = True
+        self._probe(outputs, targets).tell(self._chain, "loss")
+
+    def _probe(self, outputs: Any, targets: Tensor) -> Finding:
+        """Evaluate the criterion as ``OwnLosses`` does."""
+        try:
+            losses = OwnLosses(
+                self._criterion, averages_each_example=self._averages_each_example
+            )
+            with torch.no_grad():
+                losses(map_tensors(Tensor.detach, outputs), targets)
+        except CoupledLoss as error:
+            return Finding("broken", str(error))
+        except MODEL_ERRORS as error:
+            lines = str(error).splitlines() or [""]
+            what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")
+            return Finding("unchecked", _NOT_EVALUATED.format(error=what))
+        return Finding("checked", _CHECKED)
