@@ -8,11 +8,13 @@ Traceback (most recent call last):
 ValueError: sample_rate must be in [0, 1], got 1.2. Divide the batch size by the data set size.
 """  # noqa: E501
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opacus_pi._printable import printable
 from opacus_pi._types import ArrayLike
 
 
@@ -37,8 +39,53 @@ def expect(
 
 def _short(value: Any) -> str:
     """Return a value's text as one line of at most 80 characters."""
-    text = " ".join(str(value).split()) or repr(value)
+    text = printable(" ".join(str(value).split()) or repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    """Return real numbers as float64, or refuse what NumPy would turn into some.
+
+    NumPy drops the mask of a masked array and the imaginary part of complex numbers,
+    and reads the text "1" and the flag True as the number 1.
+
+    Args:
+        name: The argument's name.
+        value: A number or an array of any shape.
+
+    Returns:
+        float64 in the shape of the value; not a copy if it is such an array already.
+
+    Raises:
+        ValueError: If it is masked, or holds anything but real numbers that float64 can
+            represent.
+    """
+    expect(
+        not isinstance(value, np.ma.MaskedArray),
+        name,
+        "a masked array",
+        "must be a number or a plain array",
+        "Select the entries that count, or put NaN where nothing is known.",
+    )
+    array = np.asarray(value)
+    is_real = array.dtype.kind in "iuf" or array.size == 0
+    if array.dtype.kind == "O":
+        is_real = all(
+            isinstance(one, Real) and not isinstance(one, bool | np.bool_)
+            for one in array.ravel().tolist()
+        )
+    expect(
+        is_real,
+        name,
+        f"{array.dtype.name} {array.ravel()[:1].tolist() if array.size else ''}",
+        "must hold real numbers only",
+        "Convert texts, flags and complex numbers yourself.",
+    )
+    try:
+        return array.astype(np.float64, copy=False)
+    except (OverflowError, TypeError):
+        expect(False, name, value, "must fit into a float64", "Pass a smaller number.")
+        raise
 
 
 def in_range(
@@ -59,12 +106,12 @@ def in_range(
     brackets = "[]" if closed else "()"
     requirement = f"must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
     for name, value in named.items():
-        numbers = np.asarray(value, dtype=np.float64)
+        array = numbers(name, value)
         if closed:
-            ok = (numbers >= low) & (numbers <= high)
+            ok = (array >= low) & (array <= high)
         else:
-            ok = (numbers > low) & (numbers < high)
-        expect(bool(ok.all()), name, _offender(numbers, ok), requirement, remedy)
+            ok = (array > low) & (array < high)
+        expect(bool(ok.all()), name, _offender(array, ok), requirement, remedy)
 
 
 def positive(*, remedy: str, **named: ArrayLike) -> None:
@@ -74,9 +121,9 @@ def positive(*, remedy: str, **named: ArrayLike) -> None:
         ValueError: If an entry is 0, negative or not a number.
     """
     for name, value in named.items():
-        numbers = np.asarray(value, dtype=np.float64)
-        ok = numbers > 0
-        expect(bool(ok.all()), name, _offender(numbers, ok), "must be above 0", remedy)
+        array = numbers(name, value)
+        ok = array > 0
+        expect(bool(ok.all()), name, _offender(array, ok), "must be above 0", remedy)
 
 
 def _offender(numbers: NDArray[Any], ok: NDArray[Any]) -> float:
@@ -99,6 +146,13 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         ValueError: If the selection is empty, not whole numbers, has duplicates, or
             leaves the range.
     """
+    expect(
+        not isinstance(values, np.ma.MaskedArray),
+        name,
+        "a masked array",
+        "must be a flat list of whole numbers",
+        "Select the entries that count (values.compressed()).",
+    )
     array = np.asarray(values)
     if array.ndim == 0 and np.issubdtype(array.dtype, np.integer):
         expect(False, name, array, "must be a flat list", f"Write [{array}].")

@@ -16,6 +16,7 @@ BENCHMARKS = PACKAGE.parent / "benchmarks"
 LAYER = {
     "_types": 0,
     "_validate": 0,
+    "_printable": 0,
     "_errors": 0,
     "_class_swap": 0,
     "_torch_compat": 0,

@@ -20,7 +20,8 @@ from opacus_pi.files.strict_json import json_text
 from opacus_pi.plotting import plot_distribution
 from opacus_pi.report import Barriers, score, write_report
 
-HOSTILE = '<script>alert("x")</script><img src=http://evil onerror=1>&$\\frac{'
+ACTING = "\0\x1b[2J\x9b\x7f\u202e\u2028\ud800"  # on a terminal or a page
+HOSTILE = '<script>alert("x")</script><img src=http://evil onerror=1>&$\\frac{' + ACTING
 EMPTY = {"meta", "img", "br", "hr", "link", "input"}
 
 
@@ -167,6 +168,9 @@ def test_everything_from_a_file_is_escaped(tmp_path):
     for _, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on")]
     assert page.text.count('<script>alert("x")</script>') >= 6
+    written = (tmp_path / "r.html").read_text() + (tmp_path / "r.json").read_text()
+    assert not set(ACTING) - set("[2J") & set(written)
+    assert json.loads((tmp_path / "r.json").read_text())["title"] == HOSTILE
 
 
 def test_the_page_loads_nothing(tmp_path):

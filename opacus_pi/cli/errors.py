@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from opacus_pi._printable import printable
+
 DONE, FAILED, BAD_INPUT, NOTHING_TO_CHECK, INTERRUPTED = 0, 1, 2, 3, 130
 _NAMED = re.compile(r"^\w+(?= must )")
 
@@ -55,8 +57,8 @@ def about(argument: str, remedy: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException | str) -> str:
-    """Return a message without line breaks, or the class's name if it is empty."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return a message in one printable line, or the class's name if it is empty."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def with_flags(error: ValueError, options: argparse.Namespace) -> str:

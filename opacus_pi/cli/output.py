@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from opacus_pi._printable import printable
 from opacus_pi.cli.errors import about
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.strict_json import json_text
@@ -35,7 +36,7 @@ def answer(options: argparse.Namespace, facts: Mapping[str, Any], text: str) -> 
     if getattr(options, "json_file", None):
         with about("--out", "Name a file in a directory that can be written."):
             replace_file(Path(options.json_file), json_text(facts).encode() + b"\n")
-    print(json_text(facts) if options.json else text)
+    print(json_text(facts) if options.json else printable(text))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from opacus_pi._errors import AccountingError
+from opacus_pi._printable import printable
 from opacus_pi.cli.errors import (
     BAD_INPUT,
     DONE,
@@ -89,5 +90,5 @@ def _report(options: argparse.Namespace, message: str, code: int) -> int:
         message: One line.
         code: The exit code.
     """
-    print(f"opacus-pi {options.command}: {message}", file=sys.stderr)
+    print(f"opacus-pi {options.command}: {printable(message)}", file=sys.stderr)
     return code

@@ -139,6 +139,8 @@ def _chain(
         facts["added"] = found.num_added
     if found.redacted:
         facts["redacted"] = list(found.redacted)
+    if found.back_in_time:
+        facts["back_in_time"] = list(found.back_in_time)
     return facts
 
 

@@ -89,7 +89,17 @@ def _text(facts: dict[str, Any]) -> str:
         return f"NOT VERIFIED: {facts['reason']}"
     head = f", head {facts['head']}" if "head" in facts else ""
     added = _added(facts.get("added"))
-    return f"verified: {facts['kind']}{head}{added}{_redacted(facts)}"
+    notes = f"{added}{_redacted(facts)}{_back_in_time(facts)}"
+    return f"verified: {facts['kind']}{head}{notes}"
+
+
+def _back_in_time(facts: dict[str, Any]) -> str:
+    """Return a sentence about entries whose time goes back; empty if there are none."""
+    numbers = facts.get("back_in_time", [])
+    if not numbers:
+        return ""
+    shown = ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
+    return f"; times go back at {len(numbers)} (number {shown}): a clock was wrong"
 
 
 def _redacted(facts: dict[str, Any]) -> str:

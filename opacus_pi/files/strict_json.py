@@ -20,11 +20,21 @@ __all__ = ["json_text", "strict"]
 def json_text(facts: Any, indent: int | None = 1) -> str:
     """Return JSON text; numbers that are not finite become texts such as "inf".
 
+    Characters that are not printable are escaped, so that a text from elsewhere cannot
+    act on the terminal that shows the answer.
+
     Args:
         facts: Mappings, sequences, arrays, dataclasses, strings and numbers.
         indent: Spaces of a level. None: one line.
     """
-    return json.dumps(strict(facts), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(strict(facts), indent=indent, ensure_ascii=False, allow_nan=False)
+    if text.isprintable():
+        return text
+    # Only texts can hold such characters, and JSON's escapes leave them as they were.
+    return "".join(
+        one if one in "\n " or one.isprintable() else json.dumps(one)[1:-1]
+        for one in text
+    )
 
 
 def strict(value: Any) -> Any:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from opacus_pi._printable import printable
 from opacus_pi._types import ArrayLike
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.plotting import plot_curves, plot_distribution
@@ -116,7 +117,7 @@ def _literal(words: str) -> str:
     Metrics and units are named by the user. Text between two dollar signs would be set
     as mathematics, and an invalid formula raises an error.
     """
-    return words.replace("$", r"\$")
+    return printable(words).replace("$", r"\$")
 
 
 def _address(figure: Figure) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from opacus_pi._printable import printable
 from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.report.run import TOLERANCE
 from opacus_pi.report.scores import tie_sentence
@@ -60,6 +61,7 @@ def _environment() -> Environment:
         loader=PackageLoader("opacus_pi.report"),
         autoescape=True,
         undefined=StrictUndefined,  # a misspelled name is an error, not an empty cell
+        finalize=_shown,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -67,6 +69,11 @@ def _environment() -> Environment:
         number=_number, span=_span, bound=_bound, or_none=_or_none
     )
     return environment
+
+
+def _shown(value: Any) -> Any:
+    """Return what the page shows of a value: texts without control characters."""
+    return printable(value) if type(value) is str else value
 
 
 def _number(value: Any) -> str:

@@ -30,6 +30,7 @@ import json
 import os
 import secrets
 import sqlite3
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,11 @@ from urllib.parse import quote
 
 from opacus_pi._validate import expect
 from opacus_pi.files.atomic_file import put_new_file, restrict_to_owner
+from opacus_pi.unlearning.entry_checks import (
+    payload_text,
+    require_kind,
+    require_name,
+)
 
 __all__ = [
     "START",
@@ -67,6 +73,7 @@ _COLUMNS = (
     "payloads.number, name, salt, body "
     "FROM entries LEFT JOIN payloads ON payloads.number = entries.number "
 )
+_EARLIEST = datetime.min.replace(tzinfo=timezone.utc)
 _ENTRIES_AT_ONCE = 1000  # held in memory while a log is read
 _SECONDS_TO_WAIT = 30.0  # for other processes that write
 # What SQLite says where the place is at fault, not the content of the file.
@@ -120,12 +127,16 @@ class Verification:
         num_entries: Number of entries.
         num_added: Entries after the head that was passed; None if none was.
         redacted: Numbers of the entries whose payload was redacted, increasing.
+        back_in_time: Numbers of the entries whose time is before that of an earlier
+            entry, or is no time at all, increasing. The chain orders entries by number;
+            their times are those of the machine's clock.
     """
 
     head: str
     num_entries: int
     num_added: int | None = None
     redacted: tuple[int, ...] = ()
+    back_in_time: tuple[int, ...] = ()
 
 
 class DeletionLog:
@@ -181,8 +192,12 @@ class DeletionLog:
     ) -> Entry:
         """Append an entry; it is on the disk when this returns.
 
+        The entry is checked before it is written: what is in the log can be read back.
+        If the machine's clock is behind the last entry, a warning says so, and the
+        entry gets the clock's time.
+
         Args:
-            kind: What happened.
+            kind: What happened, a printable word; ``"redaction"`` is for ``redact``.
             payload: The facts, JSON-able.
             name: A name that no other entry has. If an entry has it already, nothing
                 is appended, and that entry is returned.
@@ -192,10 +207,20 @@ class DeletionLog:
 
         Raises:
             TypeError: If the payload is not JSON-able; nothing was written.
-            ValueError: The same, for NaN and infinity; or the log is damaged.
+            ValueError: The same, for NaN, infinity and a payload that could not be read
+                back, or for kind or name; or the log is damaged.
             OSError: If it could not be written; the log is as it was.
         """
         body = payload_text(payload)
+        require_kind(kind)
+        expect(
+            kind != REDACTION,
+            "kind",
+            repr(kind),
+            "must be another kind",
+            "Call redact, which also removes the payload.",
+        )
+        require_name(name)
         with writing(self.path) as connection:
             known = None if name is None else _named(connection, self.path, name)
             return known or append_within(connection, self.path, kind, body, name)
@@ -217,6 +242,13 @@ class DeletionLog:
             ValueError: If there is no such entry, or it is a redaction.
             OSError: If it could not be written; the log is as it was.
         """
+        expect(
+            isinstance(reason, str),
+            "reason",
+            repr(reason),
+            "must be a string",
+            "Say why.",
+        )
         body = payload_text({"entry": number, "reason": reason})
         with writing(self.path) as connection:
             known = isinstance(number, int) and 0 <= number < 2**63
@@ -291,14 +323,21 @@ def verify(path: str | os.PathLike[str], head: str | None = None) -> Verificatio
     _require_unedited(not extra, path, "The content of some entry has no entry.")
     last, num_entries, place = START, 0, 0 if head == START else None
     redacted: list[int] = []
+    back_in_time: list[int] = []
+    latest = _EARLIEST
     for entry in _read(path, "ro"):
+        time = _time_of(entry)
+        if time is None or time < latest:
+            back_in_time.append(entry.number)
+        latest = max(latest, time or latest)
         last, num_entries = entry.hash, entry.number + 1
         if entry.hash == head:
             place = num_entries
         if entry.redacted:
             redacted.append(entry.number)
+    found = Verification(last, num_entries, None, tuple(redacted), tuple(back_in_time))
     if head is None:
-        return Verification(last, num_entries, None, tuple(redacted))
+        return found
     expect(
         place is not None,
         "head",
@@ -307,7 +346,7 @@ def verify(path: str | os.PathLike[str], head: str | None = None) -> Verificatio
         f"The last entry has {last}. So entries are missing at the end, or this is "
         "another log.",
     )
-    return Verification(last, num_entries, num_entries - (place or 0), tuple(redacted))
+    return replace(found, num_added=num_entries - (place or 0))
 
 
 def looks_like_a_log(start: bytes) -> bool:
@@ -501,7 +540,10 @@ def append_within(
     """
     last = _last(connection, path)
     number, previous = (last.number + 1, last.hash) if last else (0, START)
-    time = time or datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if time is None:
+        now = datetime.now(timezone.utc)
+        time = now.isoformat(timespec="seconds")
+        _warn_if_back_in_time(now, last, path)
     salt = secrets.token_bytes(32)
     commitment = _commitment(salt, _name_text(name), body)
     chained = _hash(number, time, kind, commitment, previous)
@@ -539,7 +581,9 @@ def _read(path: Path, mode: str) -> Iterator[Entry]:
             if entry.redacted:
                 missing.add(number)
             elif entry.kind == REDACTION:
-                missing.discard((entry.payload or {}).get("entry", -1))
+                removed = (entry.payload or {}).get("entry", -1)
+                if isinstance(removed, int):
+                    missing.discard(removed)
             yield entry
             number, previous = number + 1, entry.hash
         if len(rows) < _ENTRIES_AT_ONCE:
@@ -622,6 +666,26 @@ def _name_text(name: str | None) -> str | None:
     return None if name is None else json.dumps(name)
 
 
-def payload_text(payload: Mapping[str, Any]) -> str:
-    """Return the canonical text of a payload."""
-    return json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
+# ------------------------------------------------------------------ times
+
+
+def _time_of(entry: Entry) -> datetime | None:
+    """Return the time of an entry, or None if its text is not a time with a zone."""
+    try:
+        time = datetime.fromisoformat(entry.time)
+    except ValueError:
+        return None
+    return None if time.tzinfo is None else time
+
+
+def _warn_if_back_in_time(now: datetime, last: Entry | None, path: Path) -> None:
+    """Warn if the clock is behind the last entry by more than its rounding."""
+    before = None if last is None else _time_of(last)
+    if before is not None and now < before:
+        warnings.warn(
+            f"{path}: the clock of this machine says {now:%Y-%m-%d %H:%M:%S} UTC, "
+            f"which is before the last entry, {before:%Y-%m-%d %H:%M:%S}. The new "
+            "entry keeps its place in the chain, and verify lists it. Set the clock "
+            "right.",
+            stacklevel=4,
+        )

@@ -23,10 +23,10 @@ from opacus_pi.unlearning.deletion_log import (
     DeletionLog,
     Verification,
     append_within,
-    payload_text,
     write_new,
     writing,
 )
+from opacus_pi.unlearning.entry_checks import payload_text
 from opacus_pi.unlearning.honouring_weights import weights_path_of
 from opacus_pi.unlearning.requests import plain_name, without_indices
 from opacus_pi.unlearning.user_names import UserNames

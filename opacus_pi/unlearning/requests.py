@@ -48,6 +48,7 @@ _LISTS_OF_EXAMPLES = {
     "forget_indices": "num_forget",
     "forgotten_before": "num_forgotten_before",
 }
+_MAX_DIGITS = 1000  # of a whole number as a name
 _HEX = set("0123456789abcdef")
 
 
@@ -118,7 +119,7 @@ class DeletionRequests:
         self,
         path: str | os.PathLike[str],
         num_examples: int,
-        rows_of: Mapping[str, ArrayLike] | None = None,
+        rows_of: Mapping[Any, ArrayLike] | None = None,
         *,
         key: bytes | None = None,
         store_names: bool = False,
@@ -134,7 +135,7 @@ class DeletionRequests:
         request_id: str | int,
         *,
         indices: ArrayLike | None = None,
-        user: str | None = None,
+        user: str | int | None = None,
     ) -> DeletionRequest:
         """Log a request; it is on the disk when this returns.
 
@@ -179,7 +180,7 @@ class DeletionRequests:
         """Requests that are not yet done, oldest first."""
         return [*self._requests().pending.values()]
 
-    def submitted_by(self, user: str) -> list[DeletionRequest]:
+    def submitted_by(self, user: str | int) -> list[DeletionRequest]:
         """Return the requests of a user that were not redacted, oldest first.
 
         Args:
@@ -370,11 +371,13 @@ class DeletionRequests:
         finally:
             os.close(handle)
 
-    def _rows(self, indices: ArrayLike | None, user: str | None) -> NDArray[np.int64]:
+    def _rows(
+        self, indices: ArrayLike | None, user: str | int | None
+    ) -> NDArray[np.int64]:
         """Return the examples that a request is about, sorted and checked.
 
         Raises:
-        ValueError: As ``submit``.
+            ValueError: As ``submit``.
         """
         expect(
             (indices is None) != (user is None),
@@ -384,16 +387,25 @@ class DeletionRequests:
             "Pass either the indices or a user.",
         )
         if user is not None:
-            plain_name("user", user)
-            expect(
-                user in self.rows_of,
-                "user",
-                user,
-                f"must be one of the {len(self.rows_of)} users of rows_of",
-                "Add the user's examples to rows_of.",
-            )
-            indices = self.rows_of[user]
+            indices = self._rows_of_user(plain_name("user", user))
         return distinct_indices("indices", cast(ArrayLike, indices), self.num_examples)
+
+    def _rows_of_user(self, name: str) -> ArrayLike:
+        """Return the examples of a user, whose key may be a number or its digits."""
+        keys: list[Any] = [name]
+        if name.lstrip("-").isdecimal() and str(int(name)) == name:
+            keys.append(int(name))
+        known = [key for key in keys if key in self.rows_of]
+        expect(
+            len(known) == 1,
+            "user",
+            name,
+            f"must be one of the {len(self.rows_of)} users of rows_of",
+            "rows_of has this user twice, as a number and as a text: keep one."
+            if known
+            else "Add the user's examples to rows_of.",
+        )
+        return self.rows_of[known[0]]
 
 
 def requested_indices(
@@ -475,11 +487,13 @@ def plain_name(argument: str, name: Any) -> str:
     Raises:
         ValueError: If it is neither.
     """
-    whole = isinstance(name, Integral) and not isinstance(name, bool)
+    whole = isinstance(name, Integral) and abs(int(name)) < 10**_MAX_DIGITS
     expect(
-        whole or isinstance(name, str),
+        (whole and not isinstance(name, bool)) or isinstance(name, str),
         argument,
-        repr(name),
+        f"a number of more than {_MAX_DIGITS} digits"
+        if isinstance(name, Integral) and not whole
+        else repr(name),
         "must be a string or a whole number",
         "Convert it with str(...).",
     )

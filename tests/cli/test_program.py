@@ -1,5 +1,7 @@
 """Help that teaches, exit codes, one-line errors, the program as a process."""
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +136,26 @@ def test_the_version(run):
 
 def test_the_entry_point_is_declared():
     assert '"opacus-pi=opacus_pi.cli:main"' in (ROOT / "setup.py").read_text()
+
+
+ACTING = "\x1b[2J\x9b\u202e\u2028\udc80"
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_names_from_elsewhere_do_not_act_on_the_terminal(run, tmp_path, words):
+    """Names of files and texts in files may hold any character."""
+    path = tmp_path / f"a{ACTING}.txt"
+    path.write_text("x")
+    code, out, err = run("verify", path, *words)
+    assert code == 3 and "x1b" in out or "u001b" in out
+    assert not set(ACTING) - set("[2J") & set(out + err)
+    code, out, err = run("verify", tmp_path / f"none{ACTING}", *words)
+    assert code == 2 and not set(ACTING) - set("[2J") & set(out + err)
+
+
+def test_a_ledger_that_names_its_data_set_so(run, tmp_path, ledger):
+    ledger = dataclasses.replace(ledger, data_set=f"mine{ACTING[:-1]}")
+    ledger.save(tmp_path / "ledger")
+    code, out, err = run("score", tmp_path / "ledger", "--json")
+    assert (code, err) == (0, "") and not set(ACTING) - set("[2J") & set(out)
+    assert json.loads(out)["training"]["data_set"] == ledger.data_set

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import closing, contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from opacus_pi.unlearning import deletion_log
 from opacus_pi.unlearning.deletion_log import (
     START,
     DeletionLog,
+    append_within,
     read_entries,
     verify,
 )
@@ -446,3 +449,92 @@ def test_an_append_does_not_depend_on_the_length_of_the_log(path, monkeypatch):
     log.append("request", {}, name="new")
     log.append("request", {}, name="r0")
     assert len(checked) <= 3
+
+
+# ------------------------------------------------------------------ checked first
+
+
+def deep(levels):
+    value = 1
+    for _ in range(levels):
+        value = [value]
+    return {"x": value}
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "name"),
+    [
+        ("note", [1, 2], None),
+        ("note", "text", None),
+        ("note", None, None),
+        ("note", {1: 2}, None),
+        ("note", {"x": float("nan")}, None),
+        ("note", {"x": {1, 2}}, None),
+        ("note", deep(101), None),
+        ("note", deep(5000), None),
+        ("", {}, None),
+        (None, {}, None),
+        ("x" * 101, {}, None),
+        ("a\0b", {}, None),
+        ("\x1b[31m", {}, None),
+        ("\ud800", {}, None),
+        ("redaction", {"entry": [0]}, None),
+        ("redaction", {"entry": 0}, None),
+        ("note", {}, 5),
+        ("note", {}, b"x"),
+        ("note", {}, "x" * 70_000),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(path, kind, payload, name):
+    log, before = DeletionLog(path), path.read_bytes()
+    with pytest.raises((TypeError, ValueError, RecursionError)):
+        log.append(kind, payload, name=name)
+    assert path.read_bytes() == before
+    assert verify(path).num_entries == 4
+    assert log.append("note", deep(90), name="\0\x1b \ud800").number == 4
+    assert [entry.number for entry in log.entries()] == [0, 1, 2, 3, 4]
+
+
+def test_a_reason_that_is_no_text_is_not_written(path):
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="reason must be a string"):
+        DeletionLog(path).redact(0, reason=5)
+    assert path.read_bytes() == before
+
+
+# ------------------------------------------------------------------ times
+
+
+class Clock(datetime):
+    """A clock that can be set."""
+
+    hour_now = 12
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime(2026, 1, 1, cls.hour_now, 30, 0, 500, tzinfo=tz)
+
+
+def test_a_clock_that_goes_back_is_said_and_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(deletion_log, "datetime", Clock)
+    log = DeletionLog(tmp_path / "log.db")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log.append("note", {"x": 1})
+        log.append("note", {"x": 2})  # within the same second: no warning
+    monkeypatch.setattr(Clock, "hour_now", 9)
+    with pytest.warns(UserWarning, match=r"09:30:00 UTC, which is before .* 12:30:00"):
+        log.append("note", {"x": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log.append("note", {"x": 4})  # not before its predecessor, which was said
+    found = verify(log.path, log.head)
+    assert found.num_entries == 4 and found.back_in_time == (2, 3)
+    assert [entry.payload["x"] for entry in log.entries()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("time", ["", "yesterday", "2026-01-01T00:00:00"])
+def test_a_text_that_is_no_time_is_listed(path, time):
+    with deletion_log.writing(path) as connection:
+        append_within(connection, path, "note", "{}", time=time)
+    assert verify(path).back_in_time == (4,)

@@ -554,3 +554,49 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="symbolic links"):
         mine.process(unlearner(), data(), num_epochs=1)
     assert victim.read_text() == "precious" and len(mine.pending) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    [None, True, 1.5, float("nan"), b"x", ("a",), ["a"], {"a"}, 10**5000, -(10**1000)],
+    ids=lambda name: type(name).__name__,
+)
+def test_ids_of_other_types_are_refused_before_anything_is_written(tmp_path, name):
+    mine = submitted(tmp_path)
+    before = mine.log.path.read_bytes()
+    with pytest.raises(ValueError, match=r"request_id must be a string or a whole"):
+        mine.submit(name, indices=[1])
+    if name is not None:
+        with pytest.raises(ValueError, match=r"user must be a string or a whole"):
+            mine.submit("d", user=name)
+    assert mine.log.path.read_bytes() == before and len(mine.pending) == 3
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [
+        *([], [True], [1.0], ["1"], [1, 1], [-1], [SIZE], [10**30], [[1]], 3, "3"),
+        *(None, {1}, [None], [1j], np.ma.masked_array([1, 2], [False, True])),
+    ],
+)
+def test_indices_of_other_kinds_are_refused_before_anything_is_written(
+    tmp_path, indices
+):
+    mine = submitted(tmp_path)
+    before = mine.log.path.read_bytes()
+    with pytest.raises(ValueError, match="indices"):
+        mine.submit("d", indices=indices)
+    assert mine.log.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("user", [7, "7", np.int64(7)])
+def test_people_may_be_numbers(tmp_path, user):
+    for key in (7, "7", np.int64(7)):
+        mine = requests(tmp_path, rows_of={key: [4], 70: [5]})
+        assert mine.submit("a", user=user).indices == (4,)
+    assert [r.request_id for r in mine.submitted_by(user)] == ["a"]
+    mine = requests(tmp_path, rows_of={7: [4], "7": [5]})
+    with pytest.raises(ValueError, match="has this user twice"):
+        mine.submit("b", user=user)
+    with pytest.raises(ValueError, match="must be one of the 2 users"):
+        mine.submit("b", user="07")
