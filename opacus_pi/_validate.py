@@ -60,6 +60,19 @@ def numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
         ValueError: If it is masked, or holds anything but real numbers that float64 can
             represent.
     """
+    return real_array(name, value).astype(np.float64, copy=False)
+
+
+def real_array(name: str, value: ArrayLike) -> NDArray[Any]:
+    """Return a value as an array of its own type, or refuse what is no real number.
+
+    Args:
+        name: The argument's name.
+        value: A number or an array of any shape.
+
+    Raises:
+        ValueError: As ``numbers``.
+    """
     expect(
         not isinstance(value, np.ma.MaskedArray),
         name,
@@ -81,11 +94,15 @@ def numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
         "must hold real numbers only",
         "Convert texts, flags and complex numbers yourself.",
     )
+    if array.dtype.kind != "O":
+        return array
     try:
-        return array.astype(np.float64, copy=False)
-    except (OverflowError, TypeError):
-        expect(False, name, value, "must fit into a float64", "Pass a smaller number.")
-        raise
+        return array.astype(np.float64)
+    except OverflowError as error:
+        raise ValueError(
+            f"{name} must hold numbers that fit into a float64 ({error}). Pass smaller "
+            "ones."
+        ) from error
 
 
 def in_range(

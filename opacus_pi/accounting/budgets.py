@@ -51,7 +51,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import distinct_indices, expect, in_range, positive
+from opacus_pi._validate import distinct_indices, expect, in_range, numbers, positive
 from opacus_pi.accounting.conversion import gaussian_epsilon, gaussian_mu
 from opacus_pi.ledger.checks import frozen
 from opacus_pi.ledger.fingerprint import same_data_set
@@ -84,7 +84,7 @@ class RenyiFilter:
             order=order,
             remedy="Try 8.",
         )
-        budgets = np.array(budget, dtype=np.float64)
+        budgets = numbers("budget", budget).copy()
         expect(
             budgets.ndim <= 1,
             "budget",
@@ -185,7 +185,7 @@ class RenyiFilter:
                 or not a number. Nothing is charged then.
         """
         spent = self._checked_spent()
-        r = np.asarray(ratios, dtype=np.float64)
+        r = numbers("ratios", ratios)
         expect(
             r.shape == np.shape(indices),
             "ratios",

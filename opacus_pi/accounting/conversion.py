@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.special import erfcx, ndtr
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range
+from opacus_pi._validate import expect, in_range, numbers
 
 Array = NDArray[np.float64]
 _HALVINGS = 100
@@ -149,8 +149,8 @@ def check_above_one(*, remedy: str, **named: ArrayLike) -> None:
         ValueError: If an entry is at most 1 or not a number.
     """
     for name, value in named.items():
-        numbers = np.asarray(value, dtype=np.float64)
-        wrong = numbers[~(numbers > 1)]
+        array = numbers(name, value)
+        wrong = array[~(array > 1)]
         expect(
             wrong.size == 0,
             name,
@@ -172,7 +172,7 @@ def check_orders(orders: ArrayLike) -> Array:
     Raises:
         ValueError: If it is not a flat list, is empty, or an order is not above 1.
     """
-    a = np.asarray(orders, dtype=np.float64)
+    a = numbers("orders", orders)
     expect(
         a.ndim == 1 and a.size > 0,
         "orders",
@@ -186,7 +186,7 @@ def check_orders(orders: ArrayLike) -> Array:
 
 def _checked(divergences: ArrayLike, orders: ArrayLike) -> tuple[Array, Array]:
     """Return checked divergences ``(K, …)``, and orders that broadcast against them."""
-    values = np.asarray(divergences, dtype=np.float64)
+    values = numbers("divergences", divergences)
     a = check_orders(orders)
     expect(
         values.ndim in (1, 2) and len(values) == len(a),
@@ -223,7 +223,7 @@ def gaussian_delta(mu: ArrayLike, epsilon: ArrayLike) -> Array:
         epsilon=epsilon,
         remedy="An epsilon is never negative.",
     )
-    return _delta(np.asarray(mu, np.float64), np.asarray(epsilon, np.float64))
+    return _delta(numbers("mu", mu), numbers("epsilon", epsilon))
 
 
 def gaussian_epsilon(mu: ArrayLike, delta: float) -> Array:
@@ -243,7 +243,7 @@ def gaussian_epsilon(mu: ArrayLike, delta: float) -> Array:
     """
     _check_mu(mu)
     check_delta(delta)
-    m = np.asarray(mu, dtype=np.float64)
+    m = numbers("mu", mu)
     # δ(ε) falls with ε. At this ε the first term is Φ(-√(2 ln 1/δ)) ≤ δ already, so
     # the bisection starts with a bracket and keeps its upper end on the safe side.
     high = m * (m / 2 + np.sqrt(-2 * np.log(delta)))
@@ -278,7 +278,7 @@ def gaussian_mu(epsilon: ArrayLike, delta: float) -> Array:
         remedy="Pass a finite epsilon: an infinite one allows any shift.",
     )
     check_delta(delta)
-    e = np.asarray(epsilon, dtype=np.float64)
+    e = numbers("epsilon", epsilon)
     low, high = np.zeros_like(e), np.ones_like(e)
     while (_delta(high, e) <= delta).any():
         high = np.where(_delta(high, e) <= delta, 2 * high, high)

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range
+from opacus_pi._validate import expect, in_range, numbers
 from opacus_pi.accounting.quadrature import real_order_divergences, softplus
 
 Array = NDArray[np.float64]
@@ -160,7 +160,7 @@ def _checked(ratio: ArrayLike, sample_rate: float, order: float, mode: str) -> A
         f"must be in {MODES}",
         'The default is "exact".',
     )
-    return np.asarray(ratio, dtype=np.float64).reshape(-1)
+    return numbers("ratio", ratio).reshape(-1)
 
 
 def _divergences(ratios: Array, q: float, orders: Array) -> Array:

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, positive
+from opacus_pi._validate import expect, in_range, numbers, positive
 from opacus_pi.accounting.conversion import check_above_one
 from opacus_pi.accounting.langevin.contraction import source_bound
 
@@ -277,7 +277,7 @@ def mironov_allowance(epsilon: float, delta: float, orders: ArrayLike) -> NDArra
         delta=delta,
         remedy="1 / (data set size) is usual.",
     )
-    return epsilon - math.log(1 / delta) / (np.asarray(orders, dtype=np.float64) - 1)
+    return epsilon - math.log(1 / delta) / (numbers("orders", orders) - 1)
 
 
 def chien_sequential(
@@ -363,7 +363,7 @@ def summed_losses(losses: ArrayLike, owners: ArrayLike) -> NDArray[np.float64]:
     Raises:
         ValueError: If the shapes differ.
     """
-    values, who = np.asarray(losses, dtype=np.float64), np.asarray(owners)
+    values, who = numbers("losses", losses), np.asarray(owners)
     expect(
         values.ndim == 1 and values.shape == who.shape and who.dtype.kind in "iu",
         "owners",

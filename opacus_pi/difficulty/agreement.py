@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range
+from opacus_pi._validate import expect, in_range, numbers
 from opacus_pi.accounting.losses import privacy_losses
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
 
@@ -228,7 +228,7 @@ def _scores(name: str, values: ArrayLike) -> Array:
     Raises:
         ValueError: If it is not a vector, or contains NaN.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = numbers(f"scores[{name!r}]", values)
     expect(
         array.ndim == 1 and not np.isnan(array).any(),
         f"scores[{name!r}]",
@@ -252,7 +252,7 @@ def _finite(name: str, values: ArrayLike) -> Array:
     Raises:
         ValueError: If it is not a vector of at least one number, or one is not finite.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = numbers(name, values)
     expect(
         array.ndim == 1 and array.size > 0 and bool(np.isfinite(array).all()),
         name,

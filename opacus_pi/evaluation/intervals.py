@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range
+from opacus_pi._validate import expect, in_range, numbers
 
 
 class ConfidenceInterval(NamedTuple):
@@ -41,7 +41,7 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> ConfidenceI
     Raises:
         ValueError: If there is no value or one is NaN, or ``confidence`` leaves (0, 1).
     """
-    array = np.asarray(values, dtype=np.float64).ravel()
+    array = numbers("values", values).ravel()
     expect(
         array.size > 0 and not np.isnan(array).any(),
         "values",

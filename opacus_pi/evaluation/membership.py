@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range
+from opacus_pi._validate import expect, in_range, numbers
 
 _FAR = 1e100  # standard deviations; the attacker's answer no longer changes
 
@@ -108,7 +108,7 @@ def _feature(**named: ArrayLike) -> NDArray[np.float64]:
         ValueError: If there is none, or one is outside [0, 1] or NaN.
     """
     ((name, values),) = named.items()
-    array = np.asarray(values, dtype=np.float64).reshape(-1, 1)
+    array = numbers(name, values).reshape(-1, 1)
     expect(
         array.size > 0,
         name,

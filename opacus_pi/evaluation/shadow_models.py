@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, numbers
 from opacus_pi.evaluation.intervals import ConfidenceInterval, epsilon_interval
 
 __all__ = ["ULira", "klom", "u_lira"]
@@ -192,7 +192,7 @@ def _margins(name: str, values: ArrayLike) -> Array:
         ValueError: If there are fewer than 3 models (a standard deviation without one
             of them needs two), no example, or a margin is not finite.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = numbers("values", values)
     expect(
         array.ndim == 2 and len(array) >= 3 and array.shape[1] >= 1,
         name,
@@ -238,8 +238,8 @@ def klom(
     """
     expect(num_bins >= 1, "num_bins", num_bins, "must be at least 1", "20 is usual.")
     limits = -_LARGEST_MARGIN, _LARGEST_MARGIN
-    unlearned = np.clip(np.asarray(unlearned_margins, dtype=np.float64), *limits)
-    oracle = np.clip(np.asarray(oracle_margins, dtype=np.float64), *limits)
+    unlearned = np.clip(numbers("unlearned_margins", unlearned_margins), *limits)
+    oracle = np.clip(numbers("oracle_margins", oracle_margins), *limits)
     expect(
         unlearned.ndim == oracle.ndim == 2
         and unlearned.shape[1] == oracle.shape[1]

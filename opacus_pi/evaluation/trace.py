@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, numbers
 from opacus_pi.files.atomic_file import replace_file
 
 _KIND = "opacus_pi.UnlearningTrace"
@@ -270,7 +270,7 @@ def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str)
             "Evaluate the same metrics on the oracle.",
         )
         oracle = oracle[name]
-    values = np.asarray(oracle, dtype=np.float64)
+    values = numbers("oracle", oracle)
     expect(
         values.size > 0 and bool(np.isfinite(values).all()),
         "oracle",

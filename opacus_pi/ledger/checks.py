@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import distinct_indices, expect
+from opacus_pi._validate import distinct_indices, expect, real_array
 from opacus_pi.ledger.custody import Custody
 
 CHANGED = "changed"  # in place of a name: the weights were written to since
@@ -36,7 +36,7 @@ def checked_steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
     Raises:
         ValueError: If the counts do not increase or leave the run.
     """
-    steps = np.array(value)
+    steps = np.array(real_array("steps", value))
     whole = steps.ndim == 1 and (steps.size == 0 or steps.dtype.kind in "iu")
     inside = whole and bool(((steps >= 0) & (steps <= num_steps)).all())
     expect(
@@ -84,8 +84,10 @@ def checked_measurements(
     Raises:
         ValueError: If the shape is wrong, or an entry is negative or infinite.
     """
+    if name == "correct" and np.asarray(value).dtype == np.bool_:  # flags by nature
+        value = np.asarray(value, dtype=np.float32)
     with np.errstate(over="ignore"):
-        array = np.array(value, dtype=np.float32)
+        array = np.array(real_array(name, value), dtype=np.float32)
     expect(
         array.ndim == 2 and len(array) == num_rows,
         name,

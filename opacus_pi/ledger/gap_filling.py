@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
+from opacus_pi._validate import numbers
 
 __all__ = ["fill_by_rank", "fill_unobserved"]
 
@@ -43,7 +44,7 @@ def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:
     Returns:
         float64 ``(N, n)`` without NaN.
     """
-    filled = np.array(rows, dtype=np.float64)
+    filled = np.array(numbers("rows", rows))
     if not np.isnan(filled).any():
         return filled
     for backwards in (True, False):
@@ -67,7 +68,7 @@ def fill_by_rank(rows: ArrayLike) -> NDArray[np.float64]:
     Returns:
         float64 ``(N, n)``; NaN only where an example, or a row, has no observation.
     """
-    filled = np.array(rows, dtype=np.float64)
+    filled = np.array(numbers("rows", rows))
     ranks = fill_unobserved([_ranks(row) for row in filled])
     for row, rank in zip(filled, ranks, strict=True):
         seen = np.sort(row[~np.isnan(row)])

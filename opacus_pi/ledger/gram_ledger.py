@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import distinct_indices, expect
+from opacus_pi._validate import distinct_indices, expect, numbers
 from opacus_pi.files.kinds import GRAM_LEDGER
 from opacus_pi.ledger.checks import checked_steps, frozen
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
@@ -162,7 +162,7 @@ def scaled_gram(gram: NDArray[np.float64], mechanism: NoisySGD) -> NDArray[np.fl
 
 def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
     """Return Gram matrices, checked and made exactly symmetric."""
-    grams = np.array(value, dtype=np.float64)
+    grams = numbers("grams", value).copy()
     rank = _SHAPES[kind].count(",") + 1
     expect(
         grams.ndim == rank

@@ -19,10 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, positive
+from opacus_pi._validate import expect, in_range, numbers, positive
 from opacus_pi.ledger.checks import frozen
 
 SCHEDULED = ("sample_rate", "noise_std", "max_grad_norm")
+_MOST_UPDATES = 10**18  # a file holds at most 18 digits
 _ASSUMED = "assumed"  # in a file
 MECHANISM_ARRAYS = {f"mechanism.{name}": "<f8" for name in SCHEDULED}
 MECHANISM_FACTS = ("num_steps", "sampling")
@@ -216,20 +217,27 @@ class NoisySGD:
 
 
 def _count(name: str, value: int) -> int:
-    """Return a whole number that is at least 0, or refuse."""
+    """Return a whole number that a ledger's file can hold, or refuse."""
     try:
-        number = operator.index(value)
+        number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = -1
     expect(
         number >= 0, name, value, "must be a whole number, at least 0", "Count updates."
+    )
+    expect(
+        number < _MOST_UPDATES,
+        name,
+        f"a number of {number.bit_length()} bits",
+        f"must be below {_MOST_UPDATES:.0e}",
+        "No run is so long.",
     )
     return number
 
 
 def _scheduled(name: str, value: ArrayLike) -> float | NDArray[np.float64]:
     """Return a float, or a read-only float64 array with one axis."""
-    array = np.array(value, dtype=np.float64)
+    array = numbers(name, value).copy()
     expect(
         array.ndim <= 1,
         name,

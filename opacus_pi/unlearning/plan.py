@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi._validate import distinct_indices, expect, numbers, positive
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
 from opacus_pi.accounting.guarantee import Guarantee
@@ -368,7 +368,7 @@ def percentile(value: float, losses: ArrayLike) -> float:
     Returns:
         A number in [0, 100].
     """
-    losses = np.asarray(losses, dtype=np.float64)
+    losses = numbers("losses", losses)
     tied = np.isclose(losses, value, rtol=1e-12, atol=0)
     below = np.count_nonzero((losses < value) & ~tied) + np.count_nonzero(tied) / 2
     return float(100 * below / losses.size)
@@ -406,7 +406,7 @@ def predict_time(
 
     Source: paper Corollary 4.4.
     """
-    losses = np.asarray(past_losses, dtype=np.float64)
+    losses = numbers("past_losses", past_losses)
     times = _counted(past_times, past_lengths)
     usable = (losses > 0) & np.isfinite(losses)
     logs, times = np.log(losses[usable]), times[usable]
@@ -428,7 +428,7 @@ def _counted(
     Raises:
         ValueError: If a time is NaN or negative, or a length is missing.
     """
-    times = np.asarray(past_times, dtype=np.float64)
+    times = numbers("past_times", past_times)
     expect(
         bool((times >= 0).all()),
         "past_times",

@@ -37,6 +37,7 @@ from scipy.special import logsumexp
 from scipy.stats import binom
 
 from opacus_pi._types import ArrayLike
+from opacus_pi._validate import numbers
 from opacus_pi.accounting.group.moments import subset_sums
 from opacus_pi.accounting.quadrature import log_psi, log_sum, softplus
 
@@ -74,7 +75,7 @@ def scalar_law(norms: ArrayLike, sample_rate: float) -> LengthLaw:
     Returns:
         Lengths a ``(J,)`` and the logarithms of their probabilities ``(J,)``.
     """
-    lengths = np.asarray(norms, dtype=np.float64)
+    lengths = numbers("norms", norms)
     lengths = lengths[lengths > 0]
     if len(lengths) <= _ENUMERATED:
         return LengthLaw(*subset_sums(lengths, sample_rate))
@@ -136,7 +137,7 @@ def mixture_log_moment(
         The log moment in nats, also where it is tiny or exceeds float64's range as a
         moment.
     """
-    a, w = np.asarray(lengths, np.float64), np.asarray(log_weights, np.float64)
+    a, w = numbers("lengths", lengths), numbers("log_weights", log_weights)
     a, w = a[w > -math.inf], w[w > -math.inf]
     if order <= 1 or not a.any():
         return 0.0

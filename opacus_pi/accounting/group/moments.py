@@ -36,6 +36,7 @@ from scipy.special import gammaln, logsumexp
 from scipy.stats import binom
 
 from opacus_pi._types import ArrayLike
+from opacus_pi._validate import numbers
 
 EXACT_LIMIT = 100_000  # number of multisets of subsets up to which all are enumerated
 _CHUNK_ENTRIES = 4_000_000  # entries of sampled subsets held in memory at a time
@@ -87,7 +88,7 @@ def log_mean_exp(exponents: ArrayLike, log_weights: ArrayLike) -> float:
     Returns:
         The logarithm.
     """
-    x, w = np.broadcast_arrays(np.asarray(exponents, np.float64), log_weights)
+    x, w = np.broadcast_arrays(numbers("exponents", exponents), log_weights)
     with np.errstate(divide="ignore", over="ignore"):
         # ln|e^x − 1| = max(x, 0) + ln(1 − e^{−|x|})
         excess = w + np.maximum(x, 0) + np.log(-np.expm1(-np.abs(x)))
@@ -122,7 +123,7 @@ def coupled_log_moment(
     Returns:
         The moment with its reliability. A sampled one is not a bound: it is biased low.
     """
-    K = np.asarray(gram, dtype=np.float64)
+    K = numbers("gram", gram)
     size = len(K)
     if size == 0 or order <= 1 or sample_rate == 0 or not K.any():
         return MomentEstimate(0.0)
@@ -147,7 +148,7 @@ def subset_sums(
     Returns:
         Sums ``(2^m, …)`` and log probabilities ``(2^m,)``.
     """
-    rows = np.asarray(vectors, dtype=np.float64)
+    rows = numbers("vectors", vectors)
     bits = np.array(list(itertools.product((0.0, 1.0), repeat=len(rows))))
     chosen = bits.sum(axis=1)
     return np.tensordot(bits, rows, 1), subset_log_probability(
@@ -168,7 +169,7 @@ def subset_log_probability(
     Returns:
         float64 in the shape of ``chosen``.
     """
-    k = np.asarray(chosen, dtype=np.float64)
+    k = numbers("chosen", chosen)
     with np.errstate(divide="ignore", invalid="ignore"):
         inside = np.where(k > 0, k * np.log(sample_rate), 0.0)
         outside = np.where(k < size, (size - k) * np.log1p(-sample_rate), 0.0)

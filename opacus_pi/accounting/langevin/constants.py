@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, positive
+from opacus_pi._validate import expect, in_range, numbers, positive
 from opacus_pi.accounting.langevin.contraction import log_dobrushin_coefficient
 from opacus_pi.accounting.langevin.lsi import (
     bounded_support_lsi,
@@ -132,7 +132,7 @@ def ridge_constants(
     Source: the Hessian XᵀX/N + λI of the squared loss.
     """
     X, N = _data(features, regularisation, denominator)
-    y = np.asarray(targets, dtype=np.float64)
+    y = numbers("targets", targets)
     expect(
         y.shape == X.shape[:1],
         "targets",
@@ -164,7 +164,7 @@ def _data(
     features: ArrayLike, regularisation: float, denominator: float | None
 ) -> tuple[NDArray[np.float64], float]:
     """Return checked features and denominator."""
-    X = np.asarray(features, dtype=np.float64)
+    X = numbers("features", features)
     expect(
         X.ndim == 2 and X.size > 0 and bool(np.isfinite(X).all()),
         "features",

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, positive
+from opacus_pi._validate import expect, in_range, numbers, positive
 from opacus_pi.accounting.langevin.lsi import schedules
 
 
@@ -143,7 +143,7 @@ def halved_noise_divergence(
     Source: the learning phase of Chien et al. 2024 (arXiv 2401.10371), in general form.
     ``contractive_divergence`` is tighter.
     """
-    column = np.reshape(np.asarray(shifts, dtype=np.float64), (-1, 1))
+    column = np.reshape(numbers("shifts", shifts), (-1, 1))
     d, constants, square, s = _checked(column, lsi, lipschitz, noise_variance)
     expect(1 < order < math.inf, "order", order, "must be in (1, inf)", "Try 8.")
     half = s / 2
@@ -173,8 +173,8 @@ def _checked(
     shifts: ArrayLike, lsi: ArrayLike, lipschitz: ArrayLike, noise_variance: ArrayLike
 ) -> tuple[NDArray[np.float64], ...]:
     """Return checked shifts, LSI constants, c² and s of each step."""
-    d = np.asarray(shifts, dtype=np.float64)
-    constants = np.asarray(lsi, dtype=np.float64)
+    d = numbers("shifts", shifts)
+    constants = numbers("lsi", lsi)
     remedy = "Distances and constants are never negative."
     in_range(0, math.inf, shifts=d, lsi=constants, remedy=remedy)
     positive(noise_variance=noise_variance, remedy="Every step needs noise.")

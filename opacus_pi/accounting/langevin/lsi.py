@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, positive
+from opacus_pi._validate import expect, in_range, numbers, positive
 
 _MAX_STEPS = 10_000_000
 _AT_LEAST_0 = "Pass 0 for a fixed point, a constant map or no noise."
@@ -151,7 +151,7 @@ def log_growth(
 
     Source: docs/theory.md, Section 6.
     """
-    track = np.asarray(constants, dtype=np.float64)
+    track = numbers("constants", constants)
     in_range(0, math.inf, constants=track, remedy="Pass what lsi_track returns.")
     squares, variances = schedules(len(track) - 1, lipschitz, noise_variance)
     before = np.array(
@@ -195,6 +195,6 @@ def schedules(
             f"must be a number or have shape ({num_steps},)",
             "Give one value for all steps or one for each.",
         )
-    c = np.broadcast_to(np.asarray(lipschitz, dtype=np.float64), (num_steps,))
-    s = np.broadcast_to(np.asarray(noise_variance, dtype=np.float64), (num_steps,))
+    c = np.broadcast_to(numbers("lipschitz", lipschitz), (num_steps,))
+    s = np.broadcast_to(numbers("noise_variance", noise_variance), (num_steps,))
     return c * c, s

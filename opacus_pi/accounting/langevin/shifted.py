@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, positive
+from opacus_pi._validate import expect, in_range, numbers, positive
 
 __all__ = [
     "initial_distance_mu_squared",
@@ -152,7 +152,7 @@ def learn_unlearn_mu_squared(
     """
     total = num_learning_steps + num_unlearning_steps
     _check_equal_steps(lipschitz, shift, noise_variance, total)
-    d = np.asarray(shift, dtype=np.float64)
+    d = numbers("shift", shift)
     gathered = d * _geometric(lipschitz, num_learning_steps)
     gathered = gathered * lipschitz**num_unlearning_steps
     return gathered**2 / (noise_variance * _geometric(lipschitz**2, total))

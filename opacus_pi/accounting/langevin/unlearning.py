@@ -41,7 +41,7 @@ from functools import partial
 import numpy as np
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, positive
+from opacus_pi._validate import expect, in_range, numbers, positive
 from opacus_pi.accounting.langevin.constants import LangevinConstants
 from opacus_pi.accounting.langevin.contraction import (
     Divergence,
@@ -200,7 +200,7 @@ def steps_to_rewind(
     Source: docs/theory.md, Section 7.
     """
     positive(target=target, remedy=_TARGET)
-    lsi = None if lsi is None else np.asarray(lsi, dtype=np.float64)
+    lsi = None if lsi is None else numbers("lsi", lsi)
     total = (num_steps or 0) if lsi is None else lsi.size - 1
     expect(
         total >= 1,
