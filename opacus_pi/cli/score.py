@@ -13,6 +13,7 @@ from typing import Any
 from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.cli.inputs import load_ledgers
 from opacus_pi.cli.output import answer, table
+from opacus_pi.ledger.custody import LINKS
 from opacus_pi.report.scores import Scores, score, tie_sentence
 from opacus_pi.report.write import training_facts
 
@@ -93,5 +94,15 @@ def _headline(scores: Scores) -> str:
     return (
         f"{about}, ε at δ = {scores.delta:g} (estimates).\n"
         f"Worst case (bound for any example): loss {rounded_up(scores.worst_case_loss)}"
-        f", ε {rounded_up(scores.worst_case_epsilon)}."
+        f", ε {rounded_up(scores.worst_case_epsilon)}." + _not_checked(scores)
+    )
+
+
+def _not_checked(scores: Scores) -> str:
+    """Return a line for each link of custody that the numbers rest on unchecked."""
+    statements = set(LINKS.values())
+    return "".join(
+        f"\nTaken to hold, not checked: {a.statement}. {a.evidence}"
+        for a in scores.assumptions
+        if a.statement in statements and not a.met
     )

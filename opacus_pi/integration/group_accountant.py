@@ -23,6 +23,7 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting import GramLedger, group_divergence, rdp_to_epsilon
 from opacus_pi.accounting.group.worst_case import group_step_divergence
 from opacus_pi.integration.accountants import num_steps_of
+from opacus_pi.recording import Recorder
 
 __all__ = ["GroupAccountant"]
 
@@ -48,9 +49,26 @@ class GroupAccountant(RDPAccountant):
         ValueError: If the size is not a whole number above 0.
     """
 
+    # None: not the accountant of a run that an engine records
+    _recorder: Recorder | None = None
+
     def __init__(self, group_size: int = 1) -> None:
         super().__init__()
         self.group_size = group_size
+
+    def follow(self, recorder: Recorder) -> None:
+        """Refuse numbers of groups where the recorded run has a broken link.
+
+        Args:
+            recorder: The engine's recorder.
+        """
+        self._recorder = recorder
+
+    def _require_intact(self) -> None:
+        """Raise ``AccountingError`` if the run was not what the history describes."""
+        reason = "" if self._recorder is None else self._recorder.refusal
+        if reason:
+            raise AccountingError(reason)
 
     @classmethod
     def mechanism(cls) -> str:
@@ -87,6 +105,10 @@ class GroupAccountant(RDPAccountant):
         Returns:
             The smallest epsilon over the orders, and its order. For groups of one these
             are Opacus's own values.
+
+        Raises:
+            AccountingError: If groups are larger, and a link of the chain of custody is
+                broken.
         """
         if self.group_size == 1 or not self.history:
             spent: tuple[float, float] = super().get_privacy_spent(
@@ -119,9 +141,10 @@ class GroupAccountant(RDPAccountant):
 
         Raises:
             AccountingError: If the Gram ledger has another number of updates than were
-                counted.
+                counted, or a link of the chain of custody is broken.
             ValueError: As ``group_divergence``.
         """
+        self._require_intact()
         if gram_ledger is not None:
             self._require_counted(gram_ledger)
             return group_divergence(gram_ledger, order, **options)

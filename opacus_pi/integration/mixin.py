@@ -62,6 +62,7 @@ from opacus_pi.integration.fast import (
     require_fast,
 )
 from opacus_pi.integration.filtering import require_filterable
+from opacus_pi.integration.group_accountant import GroupAccountant
 from opacus_pi.integration.monitor import monitor
 from opacus_pi.integration.opacus_compat import module_of, patch_memory_manager
 from opacus_pi.integration.optimizers import report_updates
@@ -753,7 +754,7 @@ class PerInstanceMixin(OpacusEngine):
         module = weakref.ref(run.module)
         current = CurrentRun(run.tracker, module, weakref.ref(update), run_state)
         self._replace_run(current, steps_before)
-        if isinstance(self.accountant, PerInstanceAccountant):
+        if isinstance(self.accountant, PerInstanceAccountant | GroupAccountant):
             self.accountant.follow(recorder)
         return update
 

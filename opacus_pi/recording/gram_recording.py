@@ -82,10 +82,12 @@ def gram_ledger(
     Raises:
         ValueError: If there are no weights, or they, the data set, the model or the
             forget set do not belong to the run.
+        AccountingError: If a link of the ledger's chain of custody is broken.
 
     Source: paper, Theorem B.1 and Appendix B.1.
     """
     _check_kind(kind)
+    ledger.require_intact()
     size = size_of(data_set)
     forget = np.asarray(forget_indices)
     forget = distinct_indices("forget_indices", forget, size) if forget.size else forget

@@ -15,13 +15,13 @@ NUM, BATCH = 48, 6
 
 
 class Run:
-    def __init__(self, mode="hooks", poisson=True, recorder=None):
+    def __init__(self, mode="hooks", poisson=True, recorder=None, accountant="rdp"):
         torch.manual_seed(0)
         data = TensorDataset(torch.randn(NUM, 4), torch.arange(NUM) % 3)
         self.data = data.tensors
         self.plain = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
         self.criterion = nn.CrossEntropyLoss()
-        self.engine = PrivacyEngine(accountant="rdp", recorder=recorder)
+        self.engine = PrivacyEngine(accountant=accountant, recorder=recorder)
         prepared = self.engine.make_private(
             module=self.plain,
             optimizer=torch.optim.SGD(self.plain.parameters(), lr=0.05),
@@ -228,3 +228,19 @@ def test_a_step_hook_of_the_user_replaces_the_accountants():
     with pytest.warns(UserWarning, match="has counted 0 of 8 updates"):
         run.engine.get_epsilon(1e-5)
     assert run.engine.epsilons(1e-5).max() > 0
+
+
+def test_the_group_accountant_refuses_too():
+    run = Run(accountant="group")
+    engine = run.engine
+    quietly(once_each, run)
+    engine.accountant.group_size = 2
+    assert engine.accountant.divergence(4.0) > 0
+    quietly(inner_loop, run)
+    with pytest.raises(AccountingError, match="used for more than one update"):
+        engine.accountant.divergence(4.0)
+    with pytest.raises(AccountingError, match="used for more than one update"):
+        engine.get_epsilon(1e-5)
+    engine.accountant.group_size = 1
+    with pytest.warns(UserWarning, match="not what it accounts for"):
+        assert engine.get_epsilon(1e-5) > 0
