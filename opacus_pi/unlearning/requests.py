@@ -10,6 +10,7 @@ forgotten example comes back. *What breaks it:* removing the weights file, or pu
 older one in its place; both are noticed and refused.
 """
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -357,8 +358,15 @@ class DeletionRequests:
         lock is a file beside the log; the system releases it when a process ends, even
         if that was killed.
         """
+        place = f"{self.log.path}.lock"
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        handle = os.open(f"{self.log.path}.lock", flags, 0o600)
+        try:
+            handle = os.open(place, flags, 0o600)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            words = "is a link, which is never followed. Remove it and process again"
+            raise OSError(errno.ELOOP, words, place) from error
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
