@@ -37,6 +37,7 @@ from opacus_pi.integration.accountants import num_steps_of
 from opacus_pi.integration.filtering import resume_charges, saved_charges
 from opacus_pi.integration.opacus_compat import has_skipped_last_step
 from opacus_pi.integration.schedules import is_poisson, unknown_schedule
+from opacus_pi.ledger.custody import Custody
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.random_states import RandomStates
 from opacus_pi.recording.saved_state import require_version
@@ -120,7 +121,11 @@ def ledger_in_checkpoint(path: str | os.PathLike[str]) -> GradNormLedger:
     )
     require_version(entry)
     state = verified_state(entry)
-    recorder = Recorder(mode="swept" if state.get("source") == "swept" else "observed")
+    custody = Custody.from_json(state["custody"]) if state.get("custody") else Custody()
+    recorder = Recorder(
+        mode="swept" if state.get("source") == "swept" else "observed",
+        unattributed="worst_case" if custody.allows_unattributed else "refuse",
+    )
     recorder.load_state_dict(state)
     ledger, accountant = recorder.ledger, RDPAccountant()
     saved = content.get("privacy_accountant_state_dict")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, ledger_in_checkpoint
+from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.recording import AccountingError, Recorder
 from tests.files.test_torch_file import touching
 from tests.private_training import Training
@@ -225,12 +226,17 @@ def test_options_of_torch_load_are_the_users(tmp_path):
     assert set(seen) == {"cpu"}
 
 
-def test_a_ledger_is_read_from_a_checkpoint_without_an_engine(tmp_path):
-    training, path = Training().train(2), tmp_path / "checkpoint.pt"
+@pytest.mark.parametrize("unattributed", ["refuse", "worst_case"])
+def test_a_ledger_is_read_from_a_checkpoint_without_an_engine(tmp_path, unattributed):
+    recorder = Recorder(unattributed=unattributed)
+    engine = PrivacyEngine(accountant="rdp", recorder=recorder)
+    training, path = Training(engine=engine).train(2), tmp_path / "checkpoint.pt"
     training.engine.save_checkpoint(path=path, module=training.model)
     one, other = training.engine.ledger, ledger_in_checkpoint(path)
     np.testing.assert_array_equal(one.grad_norms, other.grad_norms)
     assert one.mechanism == other.mechanism and one.data_set == other.data_set
+    assert one.custody == other.custody
+    assert one.custody.allows_unattributed == (unattributed == "worst_case")
 
 
 def test_a_ledger_of_a_part_of_the_training_is_not_read_from_a_checkpoint(tmp_path):
