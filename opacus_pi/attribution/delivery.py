@@ -115,7 +115,8 @@ class Delivery:
         tensors: Its tensors that have one entry, or more, for each sample.
         identity: What is known of ``collate_fn``'s work on this batch.
         num_forward_passes: How many forward passes in training mode used it.
-        num_recognised: How many of them were recognised by storage or content.
+        num_recognised: How many of them were recognised by storage or content, those
+            not counted whose gradients were cleared.
         num_updates: How many updates its samples entered.
         batch: What the loop received, if the tracker keeps batches; else None.
     """

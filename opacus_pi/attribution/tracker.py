@@ -231,12 +231,19 @@ class Tracker:
             How many passes were forgotten.
         """
         kept = [f for f in self._pending if clipped_only and not f.clipped]
-        num_gone = len(self._pending) - len(kept)
+        gone = [f for f in self._pending if not clipped_only or f.clipped]
+        for forward in gone:
+            if forward.is_recognised and forward.delivery is not None:
+                forward.delivery.num_recognised -= 1
+        self._keep(kept)
+        return len(gone)
+
+    def _keep(self, kept: list[ForwardPass]) -> None:
+        """Keep these passes; the others wait for a backward pass again."""
         for forward in self._pending:
             if forward not in kept:
                 forward.backward = 0
         self._pending = kept
-        return num_gone
 
     def take(self, *, clipped_only: bool = False) -> list[ForwardPass]:
         """Pop the forward passes whose backward pass has run, in backward order.
@@ -248,7 +255,7 @@ class Tracker:
                 forgotten.
         """
         done = sorted(self._pending, key=_backward_order)
-        self.discard()
+        self._keep([])
         done = [f for f in done if f.clipped or not clipped_only]
         self._entered += [f.delivery for f in done if f.delivery is not None]
         return done

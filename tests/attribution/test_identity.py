@@ -17,7 +17,9 @@ from opacus_pi.attribution.causes import (
     BY_HAND,
     CHANGED_IN_COLLATE,
     COLLATE,
+    COMPUTED,
     INPUTS_DISAGREE,
+    MIXED_IN_COLLATE,
     NOT_DELIVERED,
     REPEATED,
 )
@@ -158,7 +160,16 @@ def together(gan, real):
     gan.criterion(out, target).backward()
 
 
-@pytest.mark.parametrize("step", [real_then_fake, fake_then_real, together])
+def two_updates(gan, real):
+    gan.loss(gan.model(real), 1.0).backward()
+    gan.optimizer.step()
+    gan.optimizer.zero_grad()
+    gan.loss(gan.model(torch.randn_like(real)), 0.0).backward()
+
+
+@pytest.mark.parametrize(
+    "step", [real_then_fake, fake_then_real, together, two_updates]
+)
 def test_generated_samples_belong_to_no_example(step):
     gan = Discriminator()
     for (real,) in gan.loader:
@@ -169,6 +180,16 @@ def test_generated_samples_belong_to_no_example(step):
     assert counts["by_storage"] + counts["by_content"] == counts["unattributed"] == 32
     assert counts["by_latest"] == 0
     assert causes_of(gan) == {NOT_DELIVERED.name: 32}
+
+
+def test_adversarial_samples_are_assumed_to_be_of_the_attacked_batch():
+    run = runs.Run(**FIXED)
+    for x, y in run.loader:
+        attacked = x.clone().requires_grad_(True)
+        runs.criterion(run.model(attacked), y).backward()
+        run.step((attacked + 0.1 * attacked.grad.sign()).detach(), y)
+    assert run.engine.attribution["by_latest"] == 24
+    assert set(causes_of(run)) == names(COMPUTED)
 
 
 # ------------------------------------------------------------------- several inputs
@@ -320,6 +341,28 @@ def test_text_is_unchecked_unless_its_labels_have_moved(collate, unattributed):
     assert run.engine.attribution["unattributed"] == unattributed
     causes = {COLLATE.name: 24 - unattributed, CHANGED_IN_COLLATE.name: unattributed}
     assert causes_of(run) == {name: num for name, num in causes.items() if num}
+
+
+def labels_shifted(items):
+    x, y = default_collate(items)
+    return x, y.roll(1)
+
+
+def negatives_beside(items):
+    x, y = default_collate(items)
+    return x, y, x.roll(1, 0)
+
+
+@pytest.mark.parametrize("collate", [labels_shifted, negatives_beside])
+def test_tensors_of_a_batch_in_different_orders_are_mixed_by_collate(collate):
+    run = runs.Run(collate_fn=collate, shuffle=False, **FIXED)
+    for x, y, *_ in run.loader:
+        run.step(x, y)
+    counts, causes = run.engine.attribution, causes_of(run)
+    assert set(causes) == names(MIXED_IN_COLLATE)
+    assert counts["unattributed"] == causes[MIXED_IN_COLLATE.name] > 12
+    truth = runs.true_norms(*runs.tensors())
+    assert all(abs(truth[i] - norm) < 1e-5 for i, norm in run.recorder.reports)
 
 
 def test_an_unchecked_collate_is_said_once_and_raised_if_strict():
