@@ -36,6 +36,7 @@ from torch.utils import swap_tensors
 
 from opacus_pi._class_swap import swap_class
 from opacus_pi._torch_compat import has_backward_hooks
+from opacus_pi.integration.attention import Attention
 
 __all__ = ["make_compatible"]
 
@@ -46,7 +47,9 @@ def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
     What is replaced:
 
     * layers that Opacus cannot train, by its own ``ModuleValidator.fix``: BatchNorm by
-      GroupNorm, LSTM by Opacus's ``DPLSTM``, and others;
+      GroupNorm, LSTM and GRU by Opacus's ``DPLSTM`` and ``DPGRU``, and others;
+    * ``nn.MultiheadAttention``, also within torch's transformer layers, by our
+      ``Attention`` (Opacus's computes something else with ``batch_first=True``);
     * the flag ``inplace=True`` of layers, by False. A layer whose result the model does
       not use (``self.relu(out)`` alone on a line) has no effect any more;
     * the outputs of hooked layers that an operation in ``forward`` would overwrite, by
@@ -59,9 +62,12 @@ def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
     ``model.train()``), operations with ``out=...``, and in-place operations outside of
     the model's ``forward``, such as in a training loop that calls its layers directly.
 
-    Weights are kept, under the same names, except in replaced layers: a GroupNorm
-    begins with scale 1 and shift 0, and BatchNorm's running statistics are dropped. A
-    pre-trained model has to be fine-tuned.
+    The copy computes the function of the model, in training and in evaluation mode
+    (dropout draws other random numbers), with two exceptions. A GroupNorm is not the
+    function of the BatchNorm that it replaces: it begins with scale 1 and shift 0, and
+    running statistics are dropped, so a pre-trained model has to be fine-tuned. And an
+    InstanceNorm that tracks running statistics does so no more. Weights are kept; those
+    of replaced layers have the names of the replacement.
 
     Args:
         module: The model, not wrapped yet; it is not changed.
@@ -71,9 +77,15 @@ def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
         The copy, of the same class (if it has layers, of a subclass with the same
         name).
 
+    Raises:
+        ValueError: If a layer has no replacement that computes the same: an LSTM with
+            ``proj_size``.
+
     Source: Wu and He 2018, arXiv:1803.08494; pytorch/opacus issue 828.
     """
-    module = ModuleValidator.fix(module, **options)
+    original = dict(module.named_modules(remove_duplicate=False))
+    _require_replaceable(original)
+    module = _as_original(ModuleValidator.fix(module, **options), original)
     for layer in module.modules():
         if vars(layer).get("inplace") is True:
             vars(layer)["inplace"] = False
@@ -81,6 +93,58 @@ def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
             layer.register_forward_pre_hook(_make_input_contiguous)
     has_layers = next(module.children(), None) is not None
     return swap_class(module, _copying_before_overwriting) if has_layers else module
+
+
+def _require_replaceable(original: dict[str, nn.Module]) -> None:
+    """Refuse layers for which Opacus has no replacement that computes the same.
+
+    Args:
+        original: The model's layers by name.
+
+    Raises:
+        ValueError: With the layer's name and a remedy.
+    """
+    for name, layer in original.items():
+        is_trained = any(p.requires_grad for p in layer.parameters())
+        if type(layer) is nn.LSTM and layer.proj_size and is_trained:
+            raise ValueError(
+                f"The layer {name!r} is an LSTM with proj_size={layer.proj_size}, "
+                "which Opacus's DPLSTM does not have. Use an LSTM without proj_size, "
+                "followed by a Linear layer."
+            )
+
+
+def _as_original(module: nn.Module, original: dict[str, nn.Module]) -> nn.Module:
+    """Have replaced layers compute what the original layers compute.
+
+    Opacus makes replacements in training mode and in single precision, and replaces a
+    layer that has several names under the first of them only.
+
+    Args:
+        module: What Opacus's fixers returned; changed in place.
+        original: The layers of the model from before, by every name.
+
+    Returns:
+        The module; another one if it is itself a layer that is replaced.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, layer in original.items():
+        made = replaced.get(layer) or module.get_submodule(name)
+        if type(made) is type(layer):
+            continue
+        if layer not in replaced:
+            if isinstance(layer, nn.MultiheadAttention):
+                made = Attention.replacing(layer)
+            else:
+                made.train(layer.training).to(next(layer.parameters()))
+            if isinstance(layer, nn.RNNBase):
+                made.load_state_dict(layer.state_dict())
+            replaced[layer] = made
+        if not name:
+            return made
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, made)
+    return module
 
 
 def _make_input_contiguous(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
