@@ -51,7 +51,8 @@ class Attention(DPMultiheadAttention):
                 linear.bias.requires_grad_(original.in_proj_bias.requires_grad)
         for name, parameter in original.out_proj.named_parameters():
             made.out_proj.get_parameter(name).requires_grad_(parameter.requires_grad)
-        return made.train(original.training)
+        made.train(original.training)
+        return made
 
     def forward(
         self,
