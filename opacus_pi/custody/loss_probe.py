@@ -1,6 +1,6 @@
 """Find out whether a known criterion gives each example a loss of its own.
 
-Training by ghost clipping knows the criterion. On the first batch with at least two
+Training by ghost clipping knows the criterion. On the first batches with at least two
 examples it is evaluated again, with other examples in the batch, and compared with its
 own reduction (:class:`~opacus_pi.models.own_losses.OwnLosses` does both, for sweeps,
 too). Where the criterion is
@@ -10,7 +10,9 @@ on request.
 **Guarantee.** The criterion is copied, outputs are detached, and random states are
 restored.
 
-**What breaks it.** A criterion that couples examples only for certain values.
+**What breaks it.** A criterion that couples examples only for certain values. The mean
+over the hardest half of a batch does: a batch of 8 shows it in 95 % of the cases, a
+batch of 3 in 26 %, three batches of 3 in 63 %.
 
 >>> chain, outputs, labels = Chain(), torch.eye(3), torch.arange(3)
 >>> LossProbe(nn.CrossEntropyLoss(), chain).saw(outputs, labels)
@@ -32,6 +34,8 @@ from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
 
 __all__ = ["LossProbe"]
 
+_NUM_BATCHES = 3
+
 _CHECKED = (
     "The criterion was evaluated with other examples in the batch: each example has a "
     "loss of its own."
@@ -44,7 +48,7 @@ _NOT_EVALUATED = (
 
 
 class LossProbe:
-    """Probes a criterion at the first batch with at least two examples.
+    """Probes a criterion at the first batches with at least two examples.
 
     Args:
         criterion: ``criterion(outputs, targets)``; it is copied if it is a module.
@@ -59,19 +63,22 @@ class LossProbe:
         self._criterion = copy.deepcopy(criterion) if is_module else criterion
         self._chain = chain
         self._averages_each_example = averages_each_example
-        self._is_done = False
+        self._num_left = _NUM_BATCHES
 
     def saw(self, outputs: Any, targets: Any) -> None:
-        """Probe the criterion on a batch, if this was not done before.
+        """Probe the criterion on a batch, if few were probed before.
 
         Args:
             outputs: What the criterion was given, ``(b, ...)``; only read.
             targets: Its targets, length ``b``.
         """
-        if self._is_done or not isinstance(targets, Tensor) or len(targets) < 2:
+        if not self._num_left or not isinstance(targets, Tensor) or len(targets) < 2:
             return
-        self._is_done = True
-        self._probe(outputs, targets).tell(self._chain, "loss")
+        self._num_left -= 1
+        finding = self._probe(outputs, targets)
+        if finding.state != "checked":
+            self._num_left = 0
+        finding.tell(self._chain, "loss")
 
     def _probe(self, outputs: Any, targets: Tensor) -> Finding:
         """Evaluate the criterion as ``OwnLosses`` does."""

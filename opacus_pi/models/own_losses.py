@@ -25,6 +25,7 @@ tensor([1., 1.])
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -193,8 +194,9 @@ class OwnLosses:
         size = len(targets)
         with torch.no_grad(), random_state_untouched():
             losses = self._own(outputs, targets)
-        for kept in (0, 1):
-            others = half_replaced((outputs, targets), size, kept=kept)
+        for kept, by_one in itertools.product((0, 1), (False, True)):
+            batch = (outputs, targets)
+            others = half_replaced(batch, size, kept=kept, by_one=by_one)
             with torch.no_grad(), random_state_untouched():
                 changed = self._own(*others)
             if not _are_close(losses[kept::2], changed[kept::2]):
@@ -257,8 +259,8 @@ def check_losses(losses: Any, batch_size: int) -> None:
         )
 
 
-def half_replaced(batch: Any, size: int, *, kept: int) -> Any:
-    """Return a batch in which every second example is replaced by its neighbour.
+def half_replaced(batch: Any, size: int, *, kept: int, by_one: bool = False) -> Any:
+    """Return a batch in which every second example is replaced by another one.
 
     What is computed for the examples that stay may change only if it depends on those
     that were replaced. Half of the examples is replaced, and not one, so that also a
@@ -270,15 +272,22 @@ def half_replaced(batch: Any, size: int, *, kept: int) -> Any:
             ``size`` entries stay as they are.
         size: The number of examples, at least 2.
         kept: 0 to keep the examples 0, 2, 4, ..., 1 to keep 1, 3, 5, ...
+        by_one: Whether all are replaced by the first example that is kept; otherwise
+            each is replaced by its neighbour. Neighbours leave the ranks of the
+            examples nearly as they were, which a loss of the hardest half depends on.
 
     >>> half_replaced(torch.tensor([1, 2, 3, 4, 5]), 5, kept=0)
     tensor([1, 1, 3, 3, 5])
     >>> half_replaced(torch.tensor([1, 2, 3, 4, 5]), 5, kept=1)
     tensor([2, 2, 4, 4, 4])
+    >>> half_replaced(torch.tensor([1, 2, 3, 4, 5]), 5, kept=1, by_one=True)
+    tensor([2, 2, 2, 4, 2])
     """
     places = torch.arange(size)
     last = size - 1 - (size - 1 - kept) % 2  # the last example that is kept
     sources = (places - places % 2 + kept).clamp(max=last)
+    if by_one:
+        sources = torch.where(places % 2 == kept, places, kept)
 
     def replaced(tensor: Tensor) -> Tensor:
         if tensor.dim() == 0 or len(tensor) != size:

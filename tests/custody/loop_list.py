@@ -236,6 +236,16 @@ BROKEN = [
     ),
     (using(loop_parts.weights_stepped_by_data, breaks="weights"), MOST),
     (using(loop_parts.sharpness_aware, breaks="weights"), MOST),
+    *(
+        (of_loss(criterion, breaks="loss"), ("ghost",))
+        for criterion in (
+            models.Contrastive,
+            models.HardestHalf,
+            models.WorstGroup,
+            models.LossOfMean,
+            models.Decorrelated,
+        )
+    ),
 ]
 
 

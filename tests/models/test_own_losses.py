@@ -270,3 +270,23 @@ def test_a_sweep_measures_what_ghost_clipping_trains(weight):
     swept = norm_sweep(model, ghost, data_set(), progress=False)
     expected = alone_norms(net(), each, data_set())
     torch.testing.assert_close(swept, expected, rtol=1e-5, atol=0)
+
+
+def hardest_half(outputs, targets):
+    """One loss per example, 0 for the easier half of the batch."""
+    losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+    hardest = losses.topk(len(losses) // 2).indices
+    return losses * torch.zeros_like(losses).index_fill(0, hardest, 1.0)
+
+
+def test_a_loss_of_the_hardest_half_is_found_in_most_batches_of_16():
+    found = 0
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        outputs = torch.randn(16, 5, generator=generator)
+        targets = torch.randint(5, (16,), generator=generator)
+        try:
+            per_example_criterion(hardest_half)(outputs, targets)
+        except CoupledLoss:
+            found += 1
+    assert found >= 45
