@@ -13,7 +13,7 @@ from opacus.accountants.utils import get_noise_multiplier
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
-from opacus_pi import FineTune, Guarantee, Langevin, PrivacyEngine, Unlearner
+from opacus_pi import FineTune, Guarantee, Langevin, PrivacyEngine, Recorder, Unlearner
 from opacus_pi.accounting import NoisySGD, privacy_losses, worst_case_loss
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.accounting.statement import privacy_statement
@@ -41,13 +41,15 @@ def test_a_shuffled_loader_is_not_accounted_as_poisson():
     shuffled = Training(poisson_sampling=False, noise_multiplier=4.0).train(2)
     mechanism = shuffled.engine.ledger.mechanism
     assert mechanism.sampling == "fixed"
-    amplified = dataclasses.replace(mechanism, sampling="poisson")
+    poisson = {"sampling": "poisson", "max_participations": None}
+    amplified = dataclasses.replace(mechanism, **poisson)
     # every example takes part twice, each time for sure: 2 α r² / 2 with r = 1/4
     assert worst_case_loss(mechanism, 4) == pytest.approx(2 * 4 / 16 / 2)
     assert worst_case_loss(amplified, 4) < worst_case_loss(mechanism, 4) / 2
     losses = shuffled.engine.privacy_losses(4)
+    drawn = {"mechanism": amplified, "participations": None}
     amplified_losses = privacy_losses(
-        dataclasses.replace(shuffled.engine.ledger, mechanism=amplified), 4
+        dataclasses.replace(shuffled.engine.ledger, **drawn), 4
     )
     assert (losses > amplified_losses).all()
 
@@ -99,12 +101,19 @@ def test_torch_itself_forbids_the_obvious_way():
 
 
 def test_batches_that_were_joined_are_not_one_update_of_the_sampler():
-    training = Training(poisson_sampling=False)
+    told = Recorder(unattributed="worst_case")
+    training = Training(poisson_sampling=False, recorder=told)
     batches = list(training.loader)
     with pytest.warns(UserWarning, match="unattributed"):
         training.batch(*map(torch.cat, zip(*batches[:2], strict=True)))
     ledger = training.engine.ledger  # unattributed samples: every example is charged C
-    assert np.isnan(ledger.grad_norms).all() and (ledger.ratios() == 1).all()
+    assert (ledger.grad_norms == 1).all() and (ledger.ratios() == 1).all()
+    training = Training(poisson_sampling=False)
+    batches = list(training.loader)
+    with pytest.warns(UserWarning, match="unattributed"):
+        training.batch(*map(torch.cat, zip(*batches[:2], strict=True)))
+    with pytest.raises(AccountingError, match="12 of 12 samples.*several delivered"):
+        _ = training.engine.ledger
 
 
 # ------------------------------------------------------------------ data
@@ -123,7 +132,8 @@ def test_training_on_batches_of_another_loader_is_warned_of():
         for x, y in DataLoader(others(), batch_size=6):
             training.batch(x, y)
     assert training.engine.attribution["unattributed"] == NUM_EXAMPLES
-    assert np.isnan(training.engine.ledger.grad_norms).all()
+    with pytest.raises(AccountingError, match="24 of 24 samples.*made itself"):
+        _ = training.engine.ledger
 
 
 def test_evaluation_data_in_the_middle_of_training_are_no_examples():
