@@ -24,6 +24,7 @@ from typing import Any, SupportsIndex
 from opacus.grad_sample import GradSampleHooksNoOp
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from opacus_pi._class_swap import swap_class
 from opacus_pi.integration.accountants import noise_std_of
@@ -54,6 +55,10 @@ _OTHER_PARAMETERS = (
     "parameter is not in the optimizer. So gradients were not clipped to "
     "max_grad_norm. Call make_private after freezing or thawing layers, or use "
     'grad_sample_mode="hooks".'
+)
+_SHARDED = (
+    "Under FSDP the gradient norms are kept at parameters that exist only during a "
+    "pass, so they are not compared with the parameters that the update changes."
 )
 _TWO_CLIP_NORMS = (
     "Gradients were clipped to {clipped:g}, but the noise was scaled for a clip norm "
@@ -302,10 +307,14 @@ class _FromGhostClipping(_ReportingOptimizer):
         module = module_of(self._pi_update.hooks)
         parameters = list(module.parameters())
         norms = norms_of_parameters(parameters)
+        if isinstance(module, FSDPModule):
+            self._pi_update.chain.leave_unchecked("norm", _SHARDED, warn=False)
+            return
         held = {id(p) for p in self.params}
         for parameter, norm in zip(parameters, norms, strict=True):
-            is_updated = parameter.grad is not None and id(parameter) in held
-            if is_updated != (norm is not None):
+            is_trained = parameter.requires_grad and id(parameter) in held
+            lacks_norm = norm is None and is_trained and parameter.grad is not None
+            if lacks_norm or (norm is not None and not is_trained):
                 self._pi_update.chain.break_link("norm", _OTHER_PARAMETERS)
 
     def _pi_require_fresh_norms(self) -> None:

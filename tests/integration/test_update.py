@@ -8,6 +8,7 @@ from torch import nn
 from opacus_pi import GradSampleModule
 from opacus_pi.attribution import Tracker
 from opacus_pi.custody import Chain
+from opacus_pi.custody.draws import DrawLink
 from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.recording import AccountingError, Recorder
 
@@ -31,9 +32,10 @@ class Settings:
 def update():
     recorder, tracker = Recorder(), Tracker()
     chain, hooks = Chain(), GradSampleModule(nn.Linear(2, 1))
+    draws = DrawLink(chain, is_poisson=False)
     facts = {"num_examples": 4, "sample_rate": 0.5, "sampling": "fixed"}
     recorder.begin(**facts, data_set="toy", chain=chain)
-    return UpdateUnderWay(recorder, tracker, hooks, 0.5, chain)
+    return UpdateUnderWay(recorder, tracker, hooks, 0.5, chain, draws)
 
 
 def add(under_way, indices):
