@@ -4,9 +4,10 @@ A gradient belongs to one example only if the model's output for it depends on n
 example. Batch statistics break this, and so does a recurrent layer that takes the first
 dimension for time, if a batch happens to have as many examples as a sequence has steps.
 
-The probe runs a batch again on a copy of the model, with half of its examples replaced
-by their neighbours, once for either half. Shapes and random draws stay the same. The
-outputs of the examples that stay must not change.
+The probe runs a batch again on a copy of the model, with half of its examples, chosen
+at random, replaced by others, once for either half. Shapes and random draws stay the
+same. The outputs of the examples that stay must not change, and neither must what the
+model keeps in its buffers: a later output would depend on earlier examples.
 
 * If they are equal bit for bit, which is usual, the model is separable on this batch.
 * If they are not, rounding may be the cause, so the comparison is made again in
@@ -19,7 +20,10 @@ and random states are restored. ``ModelProbe`` repeats it only if the shape of a
 example or the mode of a layer changes, at most eight times in a run.
 
 **What breaks it.** A dependence that the first batch does not show: examples that look
-at a neighbour only for certain values, or in shapes beyond the eighth.
+at another one only for certain values, or in shapes beyond the eighth. If only one
+example looks at one other, both are in the same half with probability 1/2. A model that
+looks at nothing but the number of examples is not found, nor is a state that is not a
+buffer.
 
 >>> x = torch.arange(12.0).view(4, 3)
 >>> probe_separability(nn.Linear(3, 2), (x,), {}).state
@@ -41,7 +45,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
-from opacus_pi._torch_compat import pytree
+from opacus_pi._torch_compat import BatchNormBase, pytree
 from opacus_pi.custody.finding import Finding
 from opacus_pi.custody.separable_layers import separable_by_construction
 from opacus_pi.gradients.fallback import MODEL_ERRORS
@@ -59,6 +63,7 @@ MODEL_NOT_RUN = (
 # Probes of one run: for the first kinds of batches, and for more of those in which the
 # number of examples equals another dimension, which may be taken for it.
 _MAX_PROBES, _MAX_OF_EQUAL_SIZES = 4, 8
+_ROUNDED = 1e-5  # relative change of a buffer that rounding may cause
 _TOLERANCE = 1e-9  # in float64, relative to the largest output
 _DROPOUT = (
     nn.functional.dropout,
@@ -102,6 +107,12 @@ _NOT_REPEATABLE = (
     "The model gives other outputs when it is run again on the same batch with the "
     "same random numbers, so it could not be seen whether it treats examples "
     "separately."
+)
+_KEEPS_EXAMPLES = (
+    "In a forward pass in training mode the model computes a buffer from the examples "
+    "of the batch, such as a running mean or a codebook. Later outputs then depend on "
+    "earlier examples without any noise, so neither get_epsilon nor the ledger covers "
+    "the model. Keep the buffer fixed during training, or make it a parameter."
 )
 _RANDOM = (
     "The model's random numbers depend on the content of the batch, so it could not be "
@@ -170,7 +181,9 @@ class _Call:
             if not self._has_examples(tensor) or (only_first and tensor is not first):
                 return tensor
             rows = tensor.transpose(0, self.batch_dim)
-            changed: Tensor = half_replaced(rows, self.size, kept=kept)
+            changed: Tensor = half_replaced(
+                rows, self.size, kept=kept, order=_order(self.size)
+            )
             return changed.transpose(0, self.batch_dim).contiguous()
 
         args, kwargs = map_tensors(change, (self.args, dict(self.kwargs)))
@@ -182,11 +195,17 @@ class _Call:
         return replace(self, args=args, kwargs=kwargs, autocast=None, is_float64=True)
 
     def outputs(self) -> tuple[list[Tensor], Tensor]:
+        """Run a new copy of the model as ``run`` does, without its buffers."""
+        outputs, state, _ = self.run()
+        return outputs, state
+
+    def run(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """Run a new copy of the model, always from the same random state.
 
         Returns:
-            The floating-point tensors among its outputs, and the random state that the
-            run has left.
+            The floating-point tensors among its outputs, the random state that the run
+            has left, and the floating-point buffers after it, without those of batch
+            normalisation, which has a check of its own.
         """
         model = same_mode_copy(self.model)
         model = model.double() if self.is_float64 else model
@@ -200,7 +219,14 @@ class _Call:
                 stack.enter_context(NoDropout())
             outputs = model(*self.args, **self.kwargs)
             state = torch.get_rng_state()
-        return [t for t in _tensors(outputs) if t.is_floating_point()], state
+        buffers = [
+            buffer
+            for module in model.modules()
+            if not isinstance(module, BatchNormBase)
+            for buffer in module.buffers(recurse=False)
+            if buffer.is_floating_point()
+        ]
+        return [t for t in _tensors(outputs) if t.is_floating_point()], state, buffers
 
 
 class NoDropout(TorchFunctionMode):
@@ -261,6 +287,8 @@ def _compare_halves(call: _Call) -> Finding:
     change = _change(call)
     if change is None:
         return Finding("unchecked", _NO_OUTPUTS.format(size=call.size) + _DECLARE)
+    if not change.same_buffers:
+        return Finding("broken", _KEEPS_EXAMPLES)
     if change.share == 0.0:
         return checked
     tolerance = _TOLERANCE
@@ -331,10 +359,12 @@ class _Change:
         share: The largest change of an output of an example that stayed, relative to
             the largest output.
         same_draws: Whether the runs have drawn equally many random numbers.
+        same_buffers: Whether the runs have left equal buffers, up to rounding.
     """
 
     share: float
     same_draws: bool
+    same_buffers: bool
 
 
 def _change(call: _Call, *, only_first: bool = False) -> _Change | None:
@@ -347,17 +377,23 @@ def _change(call: _Call, *, only_first: bool = False) -> _Change | None:
     Returns:
         None if no output has one row for each example.
     """
-    whole, state = call.outputs()
-    shares, same_draws = [], True
+    whole, state, buffers = call.run()
+    shares, same_draws, same_buffers = [], True, True
     for kept in (0, 1):
         other = call.half_replaced(kept, only_first=only_first)
-        changed, other_state = other.outputs()
+        changed, other_state, other_buffers = other.run()
         same_draws &= torch.equal(state, other_state)
-        places = torch.arange(kept, call.size, 2)
+        same_buffers &= _distance(buffers, other_buffers) <= _ROUNDED
+        places = _order(call.size)[kept::2]
         for one, two in zip(whole, changed, strict=True):
             found = [_difference(one, two, d, places) for d in _example_dims(one, call)]
             shares += [min(found)] if found else []
-    return _Change(max(shares), same_draws) if shares else None
+    return _Change(max(shares), same_draws, same_buffers) if shares else None
+
+
+def _order(size: int) -> Tensor:
+    """Return a random order of examples, always the same for one number of them."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(size))
 
 
 def _example_dims(outputs: Tensor, call: _Call) -> list[int]:

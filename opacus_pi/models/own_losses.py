@@ -259,7 +259,14 @@ def check_losses(losses: Any, batch_size: int) -> None:
         )
 
 
-def half_replaced(batch: Any, size: int, *, kept: int, by_one: bool = False) -> Any:
+def half_replaced(
+    batch: Any,
+    size: int,
+    *,
+    kept: int,
+    by_one: bool = False,
+    order: Tensor | None = None,
+) -> Any:
     """Return a batch in which every second example is replaced by another one.
 
     What is computed for the examples that stay may change only if it depends on those
@@ -275,6 +282,7 @@ def half_replaced(batch: Any, size: int, *, kept: int, by_one: bool = False) -> 
         by_one: Whether all are replaced by the first example that is kept; otherwise
             each is replaced by its neighbour. Neighbours leave the ranks of the
             examples nearly as they were, which a loss of the hardest half depends on.
+        order: The order in which examples are counted, a permutation; default: theirs.
 
     >>> half_replaced(torch.tensor([1, 2, 3, 4, 5]), 5, kept=0)
     tensor([1, 1, 3, 3, 5])
@@ -282,12 +290,17 @@ def half_replaced(batch: Any, size: int, *, kept: int, by_one: bool = False) -> 
     tensor([2, 2, 4, 4, 4])
     >>> half_replaced(torch.tensor([1, 2, 3, 4, 5]), 5, kept=1, by_one=True)
     tensor([2, 2, 2, 4, 2])
+    >>> order = torch.tensor([4, 0, 1, 3, 2])
+    >>> half_replaced(torch.tensor([1, 2, 3, 4, 5]), 5, kept=0, order=order)
+    tensor([5, 2, 3, 2, 5])
     """
     places = torch.arange(size)
     last = size - 1 - (size - 1 - kept) % 2  # the last example that is kept
     sources = (places - places % 2 + kept).clamp(max=last)
     if by_one:
         sources = torch.where(places % 2 == kept, places, kept)
+    if order is not None:
+        sources = torch.empty_like(sources).scatter_(0, order, order[sources])
 
     def replaced(tensor: Tensor) -> Tensor:
         if tensor.dim() == 0 or len(tensor) != size:

@@ -20,9 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Participations"]
+__all__ = ["SAVED", "Participations"]
 
 _BY_ROW, _OPEN, _UNKNOWN = "participations", "open_participations", "unknown_updates"
+_UNMERGED, _REPORTED = "unmerged_participations", "counts_participations"
+SAVED = (_BY_ROW, _OPEN, _UNMERGED, _UNKNOWN, _REPORTED)
+"""Names of what ``state_dict`` returns."""
 
 
 class Participations:
@@ -103,15 +106,15 @@ class Participations:
         self._open += counts.astype(np.int32)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counts as tensors; nothing if nothing was counted."""
-        if not self.were_reported:
-            return {}
+        """Return the counts as tensors."""
         shape = (len(self._closed), len(self._open))
         closed = np.stack(self._closed) if self._closed else np.zeros(shape, np.int32)
         return {
             _BY_ROW: torch.from_numpy(closed.astype(np.int32)),
             _OPEN: torch.from_numpy(self._open.copy()),
+            _UNMERGED: torch.from_numpy(self._unmerged.copy()),
             _UNKNOWN: self.num_unknown_updates,
+            _REPORTED: self.were_reported,
         }
 
     @classmethod
@@ -128,8 +131,9 @@ class Participations:
         if _OPEN in state:
             counts._closed = list(state[_BY_ROW].cpu().numpy().copy())
             counts._open = state[_OPEN].cpu().numpy().copy()
+            counts._unmerged = state[_UNMERGED].cpu().numpy().copy()
             counts.num_unknown_updates = int(state[_UNKNOWN])
-            counts.were_reported = True
+            counts.were_reported = bool(state[_REPORTED])
         elif state["num_steps"]:
             return None
         return counts

@@ -16,6 +16,7 @@ from torch import Tensor
 from opacus_pi._validate import expect
 from opacus_pi.ledger.checks import checked_steps, checked_weights
 from opacus_pi.ledger.custody import Custody
+from opacus_pi.recording.participations import SAVED
 
 VERSION = 1
 _FAR = 2**53  # larger numbers are not exact as floats, and no run counts so far
@@ -73,6 +74,13 @@ def require_whole(state: Mapping[str, Any]) -> None:
     for name in LATER_TEXTS:
         _check(type(state.get(name, "")) is str, name, "that is of another type")
     checked_weights(state.get("weights") or None)
+    counts = [state[name] for name in SAVED if name in state]
+    whole = not counts or (
+        len(counts) == len(SAVED)
+        and isinstance(state["unknown_updates"], int)
+        and isinstance(state["counts_participations"], bool)
+    )
+    _check(whole, "participations", "that is missing or of another type")
     if state.get("custody"):
         Custody.from_json(state["custody"])
     expect(
@@ -138,7 +146,11 @@ def _layout(
         **{f"{_ROW}{row}": (torch.float32, (num_rows, num_examples)) for row in rows},
         **{
             name: (torch.int32, (*rows_of, num_examples))
-            for name, rows_of in (("participations", (num_rows,)), (_OPEN, ()))
+            for name, rows_of in (
+                ("participations", (num_rows,)),
+                (_OPEN, ()),
+                ("unmerged_participations", ()),
+            )
             if name in state
         },
         **({_FLAGS: (torch.int64, (num_rows + 1,))} if _FLAGS in state else {}),
@@ -155,7 +167,7 @@ def _is_in_range(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
     numbers = value.cpu().numpy()
     if name == "observed_at":
         return bool((numbers <= state["num_steps"] + 1).all() and (numbers >= 0).all())
-    if name in ("intervals", "open_interval", "participations", _OPEN, _FLAGS):
+    if name in ("intervals", "open_interval", *SAVED, _FLAGS):
         return bool((numbers >= 0).all())  # not NaN either
     may_be_infinite = name == "observed" and bool(state["refusal"])
     bad = (numbers < 0) | (np.isinf(numbers) & (not may_be_infinite))

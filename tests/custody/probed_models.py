@@ -305,6 +305,10 @@ MIXING = {
         Calls(lambda m, x: m.a(x + x.roll(1, 0)), a=nn.Linear(5, 3)),
         (vectors(),),
     ),
+    "the example before the previous one": lambda: (
+        Calls(lambda m, x: m.a(x + x.roll(2, 0)), a=nn.Linear(5, 3)),
+        (vectors(),),
+    ),
     "mirrored example": lambda: (
         Calls(lambda m, x: m.a(x + x.flip(0)), a=nn.Linear(5, 3)),
         (vectors(),),

@@ -288,3 +288,33 @@ def test_a_hook_may_change_what_a_known_layer_computes():
 def test_functional_dropout_hides_nothing():
     model = Calls(lambda m, x: F.dropout(m.a(x), 0.9), a=nn.Linear(5, 3))
     assert probe_separability(model, (vectors(),), {}).state == "checked"
+
+
+class Remembers(nn.Module):
+    """Keeps a running mean of what a function returns for the batch."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = nn.Linear(5, 3), function
+        self.register_buffer("kept", torch.zeros(5))
+
+    def forward(self, x):
+        if self.training:
+            self.kept = 0.9 * self.kept + self.function(x.detach())
+        return self.linear(x - self.kept.clone().detach() * 0)
+
+
+@pytest.mark.parametrize(
+    "function, state",
+    [
+        (lambda x: x.mean(0), "broken"),
+        (lambda x: 1e-3 * x[0], "broken"),
+        (lambda x: torch.full((5,), 0.1), "checked"),
+    ],
+)
+def test_buffers_that_keep_something_of_the_examples(function, state):
+    finding = probe_separability(Remembers(function), (vectors(),), {})
+    assert finding.state == state
+    assert ("computes a buffer from the examples" in finding.sentence) == (
+        state == "broken"
+    )

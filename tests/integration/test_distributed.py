@@ -1,5 +1,6 @@
 """Two processes keep one record: that of a single process with the same batches."""
 
+import copy
 import multiprocessing
 from types import SimpleNamespace
 
@@ -173,7 +174,7 @@ def merged(*runs):
 
     probe = SimpleNamespace(gather=gather, gather_texts=lambda text: [text], sum=add)
     for run in runs:  # a first pass over copies collects what each will send
-        merge_(RecordedRun.from_state_dict(run.state_dict()), probe)
+        merge_(copy.deepcopy(run), probe)
     processes = SimpleNamespace(
         gather=lambda _: tables,
         gather_texts=lambda _: texts,

@@ -124,3 +124,35 @@ def test_a_refusal_survives_resuming():
     other.load_state_dict(recorder.state_dict())
     with pytest.raises(AccountingError, match="the loader was rebuilt"):
         _ = other.ledger
+
+
+def test_counts_of_participations_are_saved_whole():
+    recorder = Recorder()
+    recorder.begin(num_examples=4, sample_rate=0.5, sampling="fixed", data_set="toy")
+    recorder.observe(torch.tensor([0, 1]), torch.ones(2))
+    recorder.step(noise_std=1.0, max_grad_norm=1.0)
+    state = recorder.state_dict()
+    again = Recorder()
+    again.load_state_dict(state)
+    assert again.ledger.participations.tolist() == [[1, 1, 0, 0]]
+    for name in ("participations", "unmerged_participations", "unknown_updates"):
+        part = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(ValueError, match="participations"):
+            Recorder().load_state_dict(part)
+    negative = {**state, "open_participations": torch.full((4,), -1, dtype=torch.int32)}
+    with pytest.raises(ValueError, match="open_participations"):
+        Recorder().load_state_dict(negative)
+
+
+def test_states_of_earlier_releases_have_no_counts():
+    recorder = Recorder()
+    recorder.begin(num_examples=4, sample_rate=0.5, sampling="fixed", data_set="toy")
+    recorder.observe(torch.tensor([0, 1]), torch.ones(2))
+    recorder.step(noise_std=1.0, max_grad_norm=1.0)
+    state = recorder.state_dict()
+    old = {k: v for k, v in state.items() if "participations" not in k}
+    old.pop("unknown_updates")
+    again = Recorder()
+    again.load_state_dict(old)
+    assert again.ledger.participations is None
+    assert again.ledger.mechanism.max_participations is None
