@@ -78,9 +78,11 @@ class ForwardProbe:
         tracker = self._tracker()
         if tracker is None or not (module.training and is_grad_enabled()):
             return
-        if any(map(is_functorch_wrapped_tensor, tensors_in((args, kwargs, out)))):
+        inputs: Any = (args, kwargs) if kwargs else args
+        outputs = list(tensors_in(out))
+        if any(map(is_functorch_wrapped_tensor, (*tensors_in(inputs), *outputs))):
             return  # within vmap or grad: no storage, and no backward pass will follow
-        forward = tracker.bind((args, kwargs))
+        forward = tracker.bind(inputs)
         if (saw_inputs := self._saw_inputs()) is not None:
             saw_inputs(args, kwargs)
         to_tracker, is_second_backward = self._tracker, self._is_second_backward
@@ -90,7 +92,7 @@ class ForwardProbe:
             if tracker is not None:
                 tracker.mark_backward(forward, clipping=is_second_backward())
 
-        for tensor in tensors_in(out):
+        for tensor in outputs:
             if tensor.requires_grad:
                 tensor.register_hook(mark_backward)
 

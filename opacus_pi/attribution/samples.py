@@ -84,6 +84,12 @@ def tensors_in(nested: Any) -> Iterator[Tensor]:
         nested: A tensor; a list, tuple or dict-like object; or an object with
             attributes, such as a dataclass or a batch class of the user's.
     """
+    # Nearly always a tensor or a few of them, for which recursion would be slow: this
+    # is called several times in each update.
+    if type(nested) is Tensor:
+        nested = (nested,)
+    if type(nested) in (tuple, list) and all([type(t) is Tensor for t in nested]):
+        return iter([t for t in nested if is_dense(t)])
     return _tensors_in(nested, _MAX_DEPTH, [_MAX_NODES])
 
 

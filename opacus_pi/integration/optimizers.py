@@ -23,7 +23,7 @@ from typing import Any, SupportsIndex
 
 from opacus.grad_sample import GradSampleHooksNoOp
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from opacus_pi._class_swap import swap_class
@@ -285,6 +285,8 @@ class _FromGhostClipping(_ReportingOptimizer):
     # ones.
     _pi_norms: Tensor | None = None
     _pi_norms_of_parameters: tuple[Tensor | None, ...] = ()
+    # The module's parameters, once they were listed.
+    _pi_parameters: list[nn.Parameter] | None = None
 
     def accumulate(self) -> None:
         """Add one physical batch and report its norms."""
@@ -304,14 +306,16 @@ class _FromGhostClipping(_ReportingOptimizer):
         was frozen since; and a parameter that was thawed since has a gradient, but no
         norm. A parameter that the loss does not depend on has neither.
         """
-        module = module_of(self._pi_update.hooks)
-        parameters = list(module.parameters())
-        norms = norms_of_parameters(parameters)
-        if isinstance(module, FSDPModule):
-            self._pi_update.chain.leave_unchecked("norm", _SHARDED, warn=False)
-            return
-        held = {id(p) for p in self.params}
-        for parameter, norm in zip(parameters, norms, strict=True):
+        if self._pi_parameters is None:
+            module = module_of(self._pi_update.hooks)
+            if isinstance(module, FSDPModule):
+                self._pi_update.chain.leave_unchecked("norm", _SHARDED, warn=False)
+            is_sharded = isinstance(module, FSDPModule)
+            self._pi_parameters = [] if is_sharded else list(module.parameters())
+        groups = self.param_groups
+        held = {id(p) for group in groups for p in group["params"]}
+        norms = norms_of_parameters(self._pi_parameters)
+        for parameter, norm in zip(self._pi_parameters, norms, strict=True):
             is_trained = parameter.requires_grad and id(parameter) in held
             lacks_norm = norm is None and is_trained and parameter.grad is not None
             if lacks_norm or (norm is not None and not is_trained):
