@@ -15,7 +15,8 @@ A loader is observed (``observer``), its items are followed through ``collate_fn
 passes are described (``delivery``), compared (``samples``, ``model_inputs``,
 ``evidence``, ``mixtures``) and joined (``tracker``, ``gradients``); whatever is
 uncertain has a cause (``causes``). A run can be resumed within an epoch
-(``epoch_position``). Nothing here knows Opacus: ``opacus_pi.integration`` connects an
+(``epoch_position``). The targets of a known criterion are compared, too
+(``targets``). Nothing here knows Opacus: ``opacus_pi.integration`` connects an
 engine's loaders, models and optimizers.
 """
 
@@ -30,6 +31,7 @@ from opacus_pi.attribution.observer import (
     observer_of,
     tracker_of,
 )
+from opacus_pi.attribution.targets import TargetOrder
 from opacus_pi.attribution.tracker import Tracker
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "EpochPosition",
     "ForwardProbe",
     "LoaderObserver",
+    "TargetOrder",
     "Tracker",
     "keeps_order",
     "observe",

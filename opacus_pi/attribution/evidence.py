@@ -56,6 +56,7 @@ from opacus_pi.attribution.model_inputs import (
     UNKNOWN,
     Finding,
     Input,
+    SharedRows,
     lost_order,
 )
 from opacus_pi.attribution.samples import DelayedChecksums
@@ -65,7 +66,12 @@ __all__ = ["assumed", "recognised"]
 
 # ------------------------------------------------------------------ all inputs together
 def recognised(
-    tensors: list[Tensor], dim: int, recent: list[Delivery], *, verify: bool
+    tensors: list[Tensor],
+    dim: int,
+    recent: list[Delivery],
+    *,
+    verify: bool,
+    shared_rows: SharedRows | None = None,
 ) -> ForwardPass | None:
     """Attribute samples whose memory or content is that of a delivered sample.
 
@@ -74,6 +80,8 @@ def recognised(
         dim: Their dimension that runs over the samples.
         recent: Deliveries, the newest first.
         verify: Whether samples are recognised by content.
+        shared_rows: What earlier inputs were whose samples were all alike.
+            None: such inputs are taken for masks or tables.
 
     Returns:
         A pass with the index of each sample that is recognised, and causes for the
@@ -84,6 +92,8 @@ def recognised(
     inputs = [Input(tensor, dim) for tensor in tensors]
     for given in inputs:
         given.look(recent, verify=verify)
+    if verify and shared_rows is not None and len(inputs) > 1:
+        shared_rows.saw(inputs)
     strong = [given for given in inputs if not (verify and given.is_pattern)]
     deciding = [given for given in strong if given.findings]
     if not deciding:  # then masks are evidence, too, if all of them is recognised

@@ -24,7 +24,7 @@ from opacus_pi.attribution.delivery import Delivery, Indices
 from opacus_pi.attribution.mixtures import are_mixtures, are_moved
 from opacus_pi.attribution.samples import DelayedChecksums
 
-__all__ = ["LOOKS_ALIKE", "UNKNOWN", "Finding", "Input", "lost_order"]
+__all__ = ["LOOKS_ALIKE", "UNKNOWN", "Finding", "Input", "SharedRows", "lost_order"]
 
 UNKNOWN = -1
 """In place of a position in a delivery: no sample of the delivery is like this one."""
@@ -92,11 +92,14 @@ class Input:
     Args:
         tensor: The tensor.
         dim: Its dimension that runs over the samples.
+        findings: What it shows about each delivery that it has samples of.
+        changes: Whether its samples are all alike, and were others in another batch.
     """
 
     tensor: Tensor
     dim: int
     findings: list[Finding] = field(default_factory=list)
+    changes: bool = False
 
     def __len__(self) -> int:
         return self.tensor.shape[self.dim]
@@ -110,14 +113,24 @@ class Input:
     def is_pattern(self) -> bool:
         """Whether it looks like a mask or like positions, computed from other inputs.
 
-        That is: all samples are alike, have one entry, have two different numbers
-        only, or whole numbers that rise by at most one, as positions do.
+        That is: all samples are alike, and the same in each batch; or they have one
+        entry, two different numbers only, or whole numbers that rise by at most one,
+        as positions do.
         """
+        return self.has_pattern or (self.is_alike and not self.changes)
+
+    @cached_property
+    def is_alike(self) -> bool:
+        """Whether there are several samples, and all of them are alike."""
+        sums = self.content.checksums
+        return len(sums) > 1 and bool((sums == sums[0]).all())
+
+    @cached_property
+    def has_pattern(self) -> bool:
+        """Whether its numbers are those of a mask or of positions."""
         if self.content.width <= 1:
             return True
-        entries, sums = self.content.entries, self.content.checksums
-        if len(entries) > 1 and (sums == sums[0]).all():
-            return True
+        entries = self.content.entries
         other = entries[entries != entries.flat[0]]
         if not other.size or (other == other.flat[0]).all():
             return True
@@ -182,6 +195,31 @@ class Input:
                 if (best.positions != UNKNOWN).any():
                     findings.append(best)
         return findings
+
+
+class SharedRows:
+    """Remembers inputs whose samples were all alike, by their place among the inputs.
+
+    A table or a mask is the same in each batch. An input whose samples are alike in one
+    batch and others in the next one was computed, perhaps from all examples of the
+    batch, as their mean is.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[int, int], int] = {}
+
+    def saw(self, inputs: Sequence[Input]) -> None:
+        """Note which inputs are not what they were in an earlier batch.
+
+        Args:
+            inputs: All inputs of a forward pass, compared with the deliveries already.
+        """
+        for place, given in enumerate(inputs):
+            if given.findings or given.has_pattern or not given.is_alike:
+                continue
+            row = int(given.content.checksums[0])
+            key = place, given.content.width
+            given.changes = self._rows.setdefault(key, row) != row
 
 
 def lost_order(now: DelayedChecksums, before: DelayedChecksums) -> Cause | None:

@@ -35,6 +35,7 @@ array([9, 7])
 
 import copy
 import warnings
+import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any, cast
@@ -64,6 +65,7 @@ from opacus_pi.attribution.delivery import (
 )
 from opacus_pi.attribution.evidence import assumed, recognised
 from opacus_pi.attribution.gradients import with_sizes
+from opacus_pi.attribution.model_inputs import SharedRows
 from opacus_pi.attribution.samples import tensors_in
 from opacus_pi.custody import Chain, SampleCounts
 
@@ -116,6 +118,8 @@ class Tracker:
         # Passes whose gradients no optimizer has taken yet. A pass whose backward pass
         # has not run is kept by the graph of its outputs alone, and goes with them.
         self._pending: list[ForwardPass] = []
+        self._bound: deque[weakref.ref[ForwardPass]] = deque(maxlen=_MAX_RECENT)
+        self._shared_rows = SharedRows()
         self._entered: list[Delivery] = []
         self._num_backward = 0
 
@@ -185,7 +189,13 @@ class Tracker:
         forward = self._match(inputs)
         if forward.delivery is not None:
             forward.delivery.use(is_recognised=forward.is_recognised)
+        self._bound.append(weakref.ref(forward))
         return forward
+
+    def awaiting_backward(self) -> list[ForwardPass]:
+        """Return the recent passes of which a loss may still be computed."""
+        passes = (bound() for bound in self._bound)
+        return [f for f in passes if f is not None and not f.backward]
 
     def _match(self, inputs: Any) -> ForwardPass:
         """Find the strongest evidence for which samples these inputs are.
@@ -195,7 +205,9 @@ class Tracker:
         """
         dim, recent = self.batch_dim, self._described()
         tensors = [t for t in tensors_in(inputs) if t.dim() > dim]
-        found = recognised(tensors, dim, recent, verify=self.verify)
+        found = recognised(
+            tensors, dim, recent, verify=self.verify, shared_rows=self._shared_rows
+        )
         if found is not None:
             return found
         known = self.verify and self.counts["by_storage"] + self.counts["by_content"]

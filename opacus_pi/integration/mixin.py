@@ -713,7 +713,7 @@ class PerInstanceMixin(OpacusEngine):
             update.chain.break_link("norm", reason)
         watch_inputs(hooks, update.chain)
         if preparation.criterion is not None:
-            probe_losses(preparation.criterion, update.chain)
+            probe_losses(preparation.criterion, update.chain, tracker)
         if self._audited is None:  # a derived class has not called our make_private
             self._audited = audited_run(
                 loader,

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi._class_swap import swap_class
 from opacus_pi.accounting import RenyiFilter, fingerprint
-from opacus_pi.attribution import Tracker, probe
+from opacus_pi.attribution import TargetOrder, Tracker, probe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.loss_probe import LossProbe
@@ -135,18 +135,22 @@ def _deleted() -> None:
     """Stand in for a weak reference to an object that does not exist any more."""
 
 
-def probe_losses(criterion: DPLossFastGradientClipping, chain: Chain) -> None:
-    """Find out, when it is first called, whether a criterion couples examples.
+def probe_losses(
+    criterion: DPLossFastGradientClipping, chain: Chain, tracker: Tracker
+) -> None:
+    """Have a criterion probed when it is called, and its targets compared.
 
     Args:
         criterion: What Opacus made of the user's criterion for ghost clipping; its
             class is replaced.
         chain: The chain of custody of the run.
+        tracker: Knows the samples of the forward passes.
     """
     swap_class(criterion, _reporting_calls)
     criterion._pi_loss_probe = LossProbe(
         criterion.criterion, chain, averages_each_example=True
     )
+    criterion._pi_target_order = TargetOrder(tracker, chain)
 
 
 def _reporting_calls(base: type) -> type:
@@ -154,11 +158,14 @@ def _reporting_calls(base: type) -> type:
 
     class Criterion(base):
         _pi_loss_probe: LossProbe
+        _pi_target_order: TargetOrder
 
         def __call__(self, *args: Any, **options: Any) -> Any:
             loss = super().__call__(*args, **options)
             if len(args) == 2:
                 self._pi_loss_probe.saw(*args)
+            targets = args[1] if len(args) > 1 else options.get("target")
+            self._pi_target_order.saw(targets)
             return loss
 
     return Criterion

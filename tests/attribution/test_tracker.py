@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from opacus_pi.attribution import UNATTRIBUTED, Tracker, probe
-from opacus_pi.attribution.causes import INPUTS_DISAGREE
+from opacus_pi.attribution.causes import ANOTHER_INPUT, INPUTS_DISAGREE
 from opacus_pi.attribution.delivery import LoaderPass
 from opacus_pi.attribution.forward_probe import ForwardProbe
 from opacus_pi.recording import AccountingError
@@ -199,3 +199,25 @@ def test_probes_without_a_tracker_do_nothing():
     for duplicate in (copy.deepcopy(hook), pickle.loads(pickle.dumps(hook))):
         duplicate(model, (batch(0),), {}, model(batch(0)))
     assert tracker.take() == []
+
+
+@pytest.mark.parametrize(
+    ("second", "causes"),
+    [
+        (lambda x: x.mean(0).expand(len(x), -1).clone(), {ANOTHER_INPUT.name: 3}),
+        (lambda x: torch.linspace(0, 1, 5).expand(len(x), -1).clone(), {}),
+        (lambda x: torch.full((len(x), 5), float(x[0, 0])), {}),
+    ],
+    ids=["mean", "table", "constant"],
+)
+@pytest.mark.filterwarnings("ignore:Samples are attributed without verification")
+def test_a_second_input_alike_in_all_samples_must_be_alike_in_all_batches(
+    second, causes
+):
+    tracker, generator = Tracker(), torch.Generator().manual_seed(2)
+    for k in range(2):
+        x = torch.randn(3, 5, generator=generator)
+        tracker.delivered([3 * k, 3 * k + 1, 3 * k + 2], x)
+        tracker.mark_backward(tracker.bind((x, second(x))))
+        tracker.attribute([3])
+    assert tracker.causes == causes

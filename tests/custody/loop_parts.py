@@ -301,6 +301,30 @@ def labels_permuted_in_place(run, batch):
     return batch[0], batch[1].copy_(batch[1][_order(run, batch)])
 
 
+def labels_copied(run, batch):
+    return batch[0], batch[1].clone()
+
+
+def labels_widened(run, batch):
+    return batch[0], batch[1].to(torch.int32).long()
+
+
+def labels_as_column(run, batch):
+    return batch[0], batch[1].unsqueeze(1)
+
+
+def squeezed(batch):
+    return batch[-1].squeeze(1)
+
+
+def labels_as_probabilities(run, batch):
+    return batch[0], torch.nn.functional.one_hot(batch[1], CLASSES).float()
+
+
+def labels_smoothed(run, batch):
+    return batch[0], 0.9 * labels_as_probabilities(run, batch)[1] + 0.1 / CLASSES
+
+
 def inputs_permuted(run, batch):
     return batch[0][_order(run, batch)], batch[1]
 

@@ -1,0 +1,246 @@
+"""Whether the targets of a loss belong to the samples that the model was given.
+
+Ghost clipping knows the criterion, so the targets of each loss can be compared with the
+delivered batch. The forward pass says which delivered sample is in each position; the
+targets must be those of the same samples. Targets that are one-hot or probabilities are
+compared by their largest entry, too.
+
+*Guarantee.* Targets that are delivered values in the order of the samples are never
+reported. The link "rows" is broken only if the targets are the values of the delivered
+batch in another order, and this cannot be a new name for each value: a value got two
+targets, the loop gave delivered targets before, or more values than a batch holds were
+seen and each batch kept its own.
+
+*What breaks it.* Targets that the loop computed in another way, such as scaled ones,
+cannot be compared, and are said to be unchecked. Equal targets may be exchanged without
+notice, which changes no loss. On an accelerator, only the first three batches are
+compared, because a comparison waits for the device.
+"""
+
+import weakref
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from opacus_pi.attribution.delivery import Delivery, ForwardPass, Indices, sample_dim
+from opacus_pi.attribution.samples import (
+    DelayedChecksums,
+    checksums_of_entries,
+    is_dense,
+)
+from opacus_pi.attribution.tracker import Tracker
+from opacus_pi.custody import Chain
+
+__all__ = ["TargetOrder"]
+
+_NUM_ON_ACCELERATOR = 3  # batches
+_MAX_CODES = 4096  # values whose targets are remembered
+_OTHER_ORDER = (
+    "The criterion was given the targets of the delivered batch in another order than "
+    "the model's inputs, so each loss depends on two examples and max_grad_norm bounds "
+    "neither. Give the criterion the targets of the same samples, in the same order."
+)
+_UNCLEAR = (
+    "The criterion was given targets that have the values of the delivered batch in "
+    "other positions. They are assumed to be other names for the same targets, such as "
+    "exchanged labels, and not those of other samples. Compute targets in the data set "
+    "instead; their order can then be compared."
+)
+_COMPUTED = (
+    "The training loop computed the targets that the criterion was given, so they are "
+    "assumed to be in the order of the model's inputs. Compute targets in the data set "
+    "instead; their order can then be compared."
+)
+
+Order = Literal["same", "other", "computed"]
+
+
+class TargetOrder:
+    """Compares the targets of each loss with the samples of its forward pass.
+
+    Args:
+        tracker: Knows the forward passes; referred to weakly.
+        chain: The chain of custody of the run, whose link ``"rows"`` is told.
+    """
+
+    def __init__(self, tracker: Tracker, chain: Chain) -> None:
+        self._tracker, self._chain = weakref.ref(tracker), chain
+        self._num_seen = self._largest_batch = 0
+        self._was_delivered = self._was_computed = self._is_broken = False
+        # Of targets in another order: the target that each delivered value got.
+        self._codes: dict[int, int] = {}
+
+    def saw(self, targets: Any) -> None:
+        """Compare the targets of a loss that was just computed.
+
+        Args:
+            targets: What the criterion was given; only read.
+        """
+        tracker = self._tracker()
+        if tracker is None or self._is_broken or not isinstance(targets, Tensor):
+            return
+        if not is_dense(targets) or targets.is_complex() or not targets.dim():
+            return
+        self._num_seen += 1
+        passes = tracker.awaiting_backward()
+        if any(_is_delivered(f, targets, tracker.batch_dim) for f in passes):
+            self._was_delivered = True
+            return
+        if not targets.is_cpu and self._num_seen > _NUM_ON_ACCELERATOR:
+            return
+        found = [_Comparison(f, targets, tracker.batch_dim) for f in passes]
+        compared = [c for c in found if c.order is not None]
+        if not compared or any(c.order == "same" for c in compared):
+            return
+        if any(c.order == "computed" for c in compared):
+            self._was_computed = True
+            self._chain.leave_unchecked("rows", _COMPUTED)
+        elif self._is_new_order(compared[0]):
+            self._is_broken = True
+            self._chain.break_link("rows", _OTHER_ORDER)
+        else:
+            self._chain.leave_unchecked("rows", _UNCLEAR)
+
+    def _is_new_order(self, comparison: "_Comparison") -> bool:
+        """Whether the targets were moved, and values were not given other names."""
+        if self._was_delivered:
+            return True
+        self._largest_batch = max(self._largest_batch, len(comparison.given))
+        delivered, given = comparison.delivered.tolist(), comparison.given.tolist()
+        for value, target in zip(delivered, given, strict=True):
+            if self._codes.setdefault(value, target) != target:
+                return True
+        is_large = self._largest_batch < len(self._codes) and not self._was_computed
+        if len(self._codes) > _MAX_CODES:
+            self._codes.clear()
+        return is_large
+
+
+class _Comparison:
+    """Targets compared with the samples of one forward pass.
+
+    Attributes:
+        order: None if nothing can be compared.
+        delivered: Checksum of the delivered value of each sample, int64 ``(k,)``.
+        given: Checksum of the value that the criterion was given for it.
+    """
+
+    def __init__(self, forward: ForwardPass, targets: Tensor, batch_dim: int) -> None:
+        self.order: Order | None = None
+        self.delivered = self.given = np.empty(0, np.int64)
+        delivery, positions = forward.delivery, _positions(forward)
+        if delivery is None or positions is None or not delivery.tensors:
+            return
+        rows = _by_sample(targets, len(positions), batch_dim)
+        known = positions >= 0
+        if rows is None or np.count_nonzero(known) < 2:
+            return
+        self._compare(DelayedChecksums(*rows), delivery, positions, known)
+
+    def _compare(
+        self,
+        content: DelayedChecksums,
+        delivery: Delivery,
+        positions: Indices,
+        known: NDArray[np.bool_],
+    ) -> None:
+        """Find the order of the values; the same order with one tensor is enough."""
+        if not content.width:
+            return
+        for tensor in delivery.tensors:
+            if tensor.content is None or not tensor.content.width:
+                continue
+            if self.order is None:
+                self.order = "computed"
+            for before, now in _comparable(tensor.content, content):
+                delivered, given = before[positions[known]], now[known]
+                if np.array_equal(delivered, given):
+                    self.order = "same"
+                    return
+                if np.array_equal(np.sort(delivered), np.sort(given)):
+                    self.order, self.delivered, self.given = "other", delivered, given
+
+
+def _is_delivered(forward: ForwardPass, targets: Tensor, batch_dim: int) -> bool:
+    """Whether the targets are an untouched tensor of a batch that is used whole.
+
+    This is what nearly every loop does.
+    """
+    if forward.distinct_indices() is None or forward.delivery is None:
+        return False
+    delivered = forward.delivery.tensors
+    whole = [
+        d
+        for d in delivered
+        if d.dim < targets.dim() and d.stored.are_all_of(targets, d.dim)
+    ]
+    return bool(whole) and whole[0].changed(targets) is None
+
+
+def _positions(forward: ForwardPass) -> Indices | None:
+    """Return where each sample of a pass is in its delivery; -1: not known.
+
+    Args:
+        forward: The pass.
+
+    Returns:
+        int64 ``(b,)``; None if nothing is known.
+    """
+    distinct, delivery = forward.distinct_indices(), forward.delivery
+    if distinct is not None:
+        return np.arange(len(distinct))
+    if forward.indices is None or delivery is None or delivery.indices is None:
+        return None
+    places: dict[int, int] = {}
+    for place, index in enumerate(delivery.indices):
+        places[index] = -1 if index in places or index < 0 else place
+    return np.array([places.get(i, -1) for i in forward.indices.tolist()], np.int64)
+
+
+def _by_sample(
+    targets: Tensor, num_samples: int, batch_dim: int
+) -> tuple[Tensor, int] | None:
+    """Return targets with a dimension that runs over the samples, and which it is.
+
+    Targets of all tokens may be in one row, those of a sample next to each other.
+    """
+    dim = sample_dim(targets, num_samples, batch_dim)
+    if dim is not None:
+        return targets, dim
+    if targets.dim() == 1 and num_samples and not len(targets) % num_samples:
+        return targets.reshape(num_samples, -1), 0
+    return None
+
+
+def _comparable(
+    before: DelayedChecksums, now: DelayedChecksums
+) -> list[tuple[Indices, Indices]]:
+    """Return the checksums by which two tensors can be compared, ``(b,)`` each."""
+    pairs = []
+    if before.width == now.width:
+        pairs.append((before.checksums, now.checksums))
+    classes_before, classes_now = _classes(before), _classes(now)
+    if classes_before is not None and classes_now is not None:
+        pairs.append((classes_before, classes_now))
+    entries, width = before.entries, now.width
+    if 1 < width < before.width == entries.shape[1]:  # tokens shifted by one, say
+        for part in (entries[:, -width:], entries[:, :width]):
+            sums = checksums_of_entries(np.ascontiguousarray(part))
+            pairs.append((sums, now.checksums))
+    return pairs
+
+
+def _classes(content: DelayedChecksums) -> Indices | None:
+    """Return checksums of the classes, ``(b,)``, of labels or probabilities."""
+    if content.width == 1:
+        return content.checksums
+    entries = content.entries
+    if entries.shape[1] != content.width or (entries < 0).any():
+        return None
+    if not np.allclose(entries.sum(axis=1), 1.0, atol=1e-3):
+        return None
+    largest = torch.from_numpy(entries).argmax(dim=1, keepdim=True)
+    return checksums_of_entries(largest.float().numpy())
