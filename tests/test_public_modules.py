@@ -11,7 +11,7 @@ import opacus_pi
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "opacus_pi"
-LONGEST = 750  # characters of a signature as help shows it
+LONGEST = 850  # characters of a signature as help shows it
 SPELT_OUT = ("numpy._typing", "_NestedSequence")  # what an array-like is made of
 
 

@@ -118,6 +118,8 @@ class Delivery:
         num_recognised: How many of them were recognised by storage or content, those
             not counted whose gradients were cleared.
         num_updates: How many updates its samples entered.
+        num_samples_used: How many samples entered updates, of all its forward passes.
+        num_left: How many of its samples no update used, when it last entered one.
         batch: What the loop received, if the tracker keeps batches; else None.
     """
 
@@ -129,6 +131,8 @@ class Delivery:
     num_forward_passes: int = 0
     num_recognised: int = 0
     num_updates: int = 0
+    num_samples_used: int = 0
+    num_left: int = 0
     batch: Any = None
 
     def __post_init__(self) -> None:
@@ -137,6 +141,11 @@ class Delivery:
         known = self.indices or []
         lowest = min(known, default=UNATTRIBUTED)
         self.are_distinct = lowest >= 0 and len(set(known)) == len(known)
+
+    @property
+    def size(self) -> int:
+        """How many samples it has, padding not counted; 0 if that is not known."""
+        return sum(index != LEFT_OUT for index in self.indices or ())
 
     @cached_property
     def index_array(self) -> Indices | None:
@@ -200,6 +209,7 @@ class ForwardPass:
         latest: Of inputs that were not recognised: the batch that was delivered last.
 
     Attributes:
+        output_storages: Addresses of the memory of its outputs, while these exist.
         backward: When the backward pass reached it, counted by the tracker; 0: not yet.
         clipped: Whether the second backward pass of ghost clipping reached it.
     """
@@ -220,6 +230,7 @@ class ForwardPass:
         self.evidence, self.delivery, self.cause = evidence, delivery, cause
         self.is_assumed, self.unattributed = is_assumed, unattributed
         self.notes, self.num_inputs, self.latest = notes, num_inputs, latest
+        self.output_storages: list[int] = []
         self.backward = 0
         self.clipped = False
         self._indices = indices

@@ -13,7 +13,11 @@ from typing import Any
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils.hooks import RemovableHandle
 
-from opacus_pi._torch_compat import forward_hooks, is_functorch_wrapped_tensor
+from opacus_pi._torch_compat import (
+    forward_hooks,
+    is_functorch_wrapped_tensor,
+    storage_address,
+)
 from opacus_pi.attribution.samples import tensors_in
 from opacus_pi.attribution.tracker import Tracker
 
@@ -83,6 +87,9 @@ class ForwardProbe:
         if any(map(is_functorch_wrapped_tensor, (*tensors_in(inputs), *outputs))):
             return  # within vmap or grad: no storage, and no backward pass will follow
         forward = tracker.bind(inputs)
+        forward.output_storages = [
+            storage_address(tensor.untyped_storage()) for tensor in outputs
+        ]
         if (saw_inputs := self._saw_inputs()) is not None:
             saw_inputs(args, kwargs)
         to_tracker, is_second_backward = self._tracker, self._is_second_backward

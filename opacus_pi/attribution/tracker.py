@@ -41,8 +41,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
+from torch import Tensor
 
 from opacus_pi._errors import AccountingError
+from opacus_pi._torch_compat import storage_address
 from opacus_pi.attribution.causes import (
     BY_HAND,
     CAUSES,
@@ -66,7 +68,7 @@ from opacus_pi.attribution.delivery import (
 from opacus_pi.attribution.evidence import assumed, recognised
 from opacus_pi.attribution.gradients import with_sizes
 from opacus_pi.attribution.model_inputs import SharedRows
-from opacus_pi.attribution.samples import tensors_in
+from opacus_pi.attribution.samples import is_dense, tensors_in
 from opacus_pi.custody import Chain, SampleCounts
 
 __all__ = ["EVIDENCE", "Tracker", "indices_of"]
@@ -76,6 +78,12 @@ EVIDENCE = ("by_storage", "by_content", "by_latest", "unattributed")
 # that a loop keeps longer; each costs a comparison whenever storage does not match.
 _MAX_RECENT = 16
 _NO_INDICES = np.empty(0, np.int64)
+_LEFT_OUT = (
+    "The training loop used only a part of some delivered batches. If it chose that "
+    "part by looking at the examples, as by their losses, one example decides whether "
+    "others are used, and no accounting covers that. Choose examples in the sampler, "
+    "independently of the data."
+)
 _EVIDENCE = {
     "identity": "Samples were recognised by their memory or their content.",
     "rows": "The inputs of each forward pass carried the same examples in one order.",
@@ -100,6 +108,7 @@ class Tracker:
 
     Attributes:
         counts: How many samples were attributed, by evidence.
+        num_left_out: How many samples the loop did not use of the batches that it used.
         keeps_batches: Whether the recent batches are kept in memory.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
@@ -111,7 +120,7 @@ class Tracker:
         self.verify, self.strict = verify, strict
         self.batch_dim = 0 if batch_first else 1
         self.counts = dict.fromkeys(EVIDENCE, 0)
-        self.keeps_batches = False
+        self.keeps_batches, self.num_left_out = False, 0
         self.causes: dict[str, int] = {}
         self._recent: deque[Delivery] = deque()
         self._default_pass = LoaderPass()
@@ -269,7 +278,10 @@ class Tracker:
         done = sorted(self._pending, key=_backward_order)
         self._keep([])
         done = [f for f in done if f.clipped or not clipped_only]
-        self._entered += [f.delivery for f in done if f.delivery is not None]
+        for forward in done:
+            if forward.delivery is not None:
+                self._entered.append(forward.delivery)
+                forward.delivery.num_samples_used += forward.num_samples or 0
         return done
 
     def end_update(self) -> list[Delivery]:
@@ -280,9 +292,23 @@ class Tracker:
         """
         entered, self._entered = self._entered, []
         distinct = list({id(delivery): delivery for delivery in entered}.values())
+        self._note_left_out(distinct)
         for delivery in distinct:
             delivery.num_updates += 1
         return distinct
+
+    def _note_left_out(self, entered: list[Delivery]) -> None:
+        """Count the samples of delivered batches that the loop did not use.
+
+        Args:
+            entered: The deliveries of an update.
+        """
+        for delivery in entered:
+            before = delivery.num_left
+            delivery.num_left = max(0, delivery.size - delivery.num_samples_used)
+            self.num_left_out += delivery.num_left
+            if delivery.num_updates:  # it was counted when it entered an update before
+                self.num_left_out -= before
 
     def delivery_of_gradients(self) -> Delivery | None:
         """Return the one batch that all present gradients are of; None if not one."""
@@ -363,6 +389,18 @@ class Tracker:
         total = sum(self.counts.values())
         return SampleCounts(total, unattributed, " ".join(reasons))
 
+    def is_output(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is in the memory of an output of the model.
+
+        Args:
+            tensor: For example, what a criterion was given.
+        """
+        if not is_dense(tensor):
+            return False
+        address = storage_address(tensor.untyped_storage())
+        passes = self.awaiting_backward()
+        return any(address in forward.output_storages for forward in passes)
+
     def report_to(self, chain: Chain) -> None:
         """Tell the links "identity" and "rows" what was found up to now.
 
@@ -376,6 +414,9 @@ class Tracker:
         if sum(self.counts.values()):
             for link in ("identity", "rows"):
                 chain.check(link, _EVIDENCE[link])
+        latest = 0 if self.latest is None else self.latest.num_left  # perhaps to come
+        if self.num_left_out > latest:
+            chain.leave_unchecked("draw", _LEFT_OUT)
         for cause in (CAUSES[name] for name in self.causes):
             if cause in (INPUTS_DISAGREE, MIXED, MIXED_IN_COLLATE):
                 chain.break_link("rows", cause.explanation)

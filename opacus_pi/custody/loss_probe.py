@@ -21,6 +21,7 @@ batch of 3 in 26 %, three batches of 3 in 63 %.
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,11 +41,21 @@ _CHECKED = (
     "The criterion was evaluated with other examples in the batch: each example has a "
     "loss of its own."
 )
+_COMPUTED = (
+    "The criterion was given a tensor that the training loop computed from the model's "
+    "outputs, so it could not be seen whether that mixes the examples of the batch. "
+    "Move the computation into the model or the criterion."
+)
 _NOT_EVALUATED = (
     "The criterion could not be evaluated a second time to see whether each example "
     "has a loss of its own: {error}. engine.audit(criterion) compares gradients "
     "instead."
 )
+
+
+def _always(_: Tensor) -> bool:
+    """Return True."""
+    return True
 
 
 class LossProbe:
@@ -54,11 +65,18 @@ class LossProbe:
         criterion: ``criterion(outputs, targets)``; it is copied if it is a module.
         chain: The chain of custody of the run, whose link ``"loss"`` is told.
         averages_each_example: As for ``OwnLosses``.
+        is_output: Returns whether a tensor is an output of the model; default: all are.
     """
 
     def __init__(
-        self, criterion: Criterion, chain: Chain, *, averages_each_example: bool = False
+        self,
+        criterion: Criterion,
+        chain: Chain,
+        *,
+        averages_each_example: bool = False,
+        is_output: Callable[[Tensor], bool] = _always,
     ) -> None:
+        self._is_output = is_output
         is_module = isinstance(criterion, nn.Module)
         self._criterion = copy.deepcopy(criterion) if is_module else criterion
         self._chain = chain
@@ -72,6 +90,8 @@ class LossProbe:
             outputs: What the criterion was given, ``(b, ...)``; only read.
             targets: Its targets, length ``b``.
         """
+        if isinstance(outputs, Tensor) and not self._is_output(outputs):
+            self._chain.leave_unchecked("loss", _COMPUTED, warn=False)
         if not self._num_left or not isinstance(targets, Tensor) or len(targets) < 2:
             return
         self._num_left -= 1

@@ -22,8 +22,8 @@ example or the mode of a layer changes, at most eight times in a run.
 **What breaks it.** A dependence that the first batch does not show: examples that look
 at another one only for certain values, or in shapes beyond the eighth. If only one
 example looks at one other, both are in the same half with probability 1/2. A model that
-looks at nothing but the number of examples is not found, nor is a state that is not a
-buffer.
+looks at nothing but the number of examples is not found, nor is a state that is
+kept outside its layers.
 
 >>> x = torch.arange(12.0).view(4, 3)
 >>> probe_separability(nn.Linear(3, 2), (x,), {}).state
@@ -114,6 +114,12 @@ _KEEPS_EXAMPLES = (
     "earlier examples without any noise, so neither get_epsilon nor the ledger covers "
     "the model. Keep the buffer fixed during training, or make it a parameter."
 )
+_REMEMBERS = (
+    "The model keeps something of a batch, such as a hidden state, and its outputs for "
+    "the next batch depend on it. So an example is in the gradients of later updates, "
+    "too, which clipping does not bound and no accountant counts. Reset the state "
+    "before every batch."
+)
 _RANDOM = (
     "The model's random numbers depend on the content of the batch, so it could not be "
     "seen whether it treats examples separately in training mode. In evaluation mode "
@@ -195,17 +201,15 @@ class _Call:
         return replace(self, args=args, kwargs=kwargs, autocast=None, is_float64=True)
 
     def outputs(self) -> tuple[list[Tensor], Tensor]:
-        """Run a new copy of the model as ``run`` does, without its buffers."""
-        outputs, state, _ = self.run()
-        return outputs, state
+        """Run a new copy of the model as ``run`` does, without what it keeps."""
+        found = self.run()
+        return found.outputs, found.random_state
 
-    def run(self) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    def run(self, before: "_Call | None" = None) -> "_Run":
         """Run a new copy of the model, always from the same random state.
 
-        Returns:
-            The floating-point tensors among its outputs, the random state that the run
-            has left, and the floating-point buffers after it, without those of batch
-            normalisation, which has a check of its own.
+        Args:
+            before: A call that the same copy gets before this one.
         """
         model = same_mode_copy(self.model)
         model = model.double() if self.is_float64 else model
@@ -217,16 +221,63 @@ class _Call:
                 stack.enter_context(torch.autocast(device, dtype=kind))
             if not self.has_dropout:
                 stack.enter_context(NoDropout())
+            if before is not None:
+                model(*before.args, **before.kwargs)
             outputs = model(*self.args, **self.kwargs)
             state = torch.get_rng_state()
-        buffers = [
-            buffer
-            for module in model.modules()
-            if not isinstance(module, BatchNormBase)
-            for buffer in module.buffers(recurse=False)
-            if buffer.is_floating_point()
-        ]
-        return [t for t in _tensors(outputs) if t.is_floating_point()], state, buffers
+        found = [t for t in _tensors(outputs) if t.is_floating_point()]
+        return _Run(found, state, *_kept_by(model))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run of a model has returned and left.
+
+    Attributes:
+        outputs: The floating-point tensors among its outputs.
+        random_state: The random state that the run has left.
+        buffers: The floating-point buffers after it, without those of batch
+            normalisation, which has a check of its own.
+        memory: Other floating-point tensors that are attributes of its layers.
+    """
+
+    outputs: list[Tensor]
+    random_state: Tensor
+    buffers: list[Tensor]
+    memory: list[Tensor]
+
+
+def _kept_by(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the buffers of a model, and the tensors in attributes of its layers."""
+    buffers: list[Tensor] = []
+    memory: list[Tensor] = []
+    for module in model.modules():
+        if not isinstance(module, BatchNormBase):
+            buffers += module.buffers(recurse=False)
+        own = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+        memory += _tensors(own)
+    return (
+        [tensor for tensor in buffers if tensor.is_floating_point()],
+        [tensor for tensor in memory if tensor.is_floating_point()],
+    )
+
+
+def _what_is_kept(call: _Call, change: "_Change") -> str:
+    """Say that a model keeps something of the examples of a batch; empty if not.
+
+    What it keeps in a buffer is part of the model. What it keeps in other attributes
+    matters only if its outputs for the next batch depend on it.
+
+    Args:
+        call: A call on the whole batch, in the precision of the training.
+        change: What replacing half of it has changed.
+    """
+    if not change.same_buffers:
+        return _KEEPS_EXAMPLES
+    if change.same_memory:
+        return ""
+    one, other = (call.run(call.half_replaced(kept)).outputs for kept in (0, 1))
+    return _REMEMBERS if _distance(one, other) > _ROUNDED else ""
 
 
 class NoDropout(TorchFunctionMode):
@@ -287,8 +338,9 @@ def _compare_halves(call: _Call) -> Finding:
     change = _change(call)
     if change is None:
         return Finding("unchecked", _NO_OUTPUTS.format(size=call.size) + _DECLARE)
-    if not change.same_buffers:
-        return Finding("broken", _KEEPS_EXAMPLES)
+    kept = _what_is_kept(call, change)
+    if kept:
+        return Finding("broken", kept)
     if change.share == 0.0:
         return checked
     tolerance = _TOLERANCE
@@ -360,11 +412,13 @@ class _Change:
             the largest output.
         same_draws: Whether the runs have drawn equally many random numbers.
         same_buffers: Whether the runs have left equal buffers, up to rounding.
+        same_memory: Whether the layers have kept equal tensors in their attributes.
     """
 
     share: float
     same_draws: bool
     same_buffers: bool
+    same_memory: bool
 
 
 def _change(call: _Call, *, only_first: bool = False) -> _Change | None:
@@ -377,18 +431,21 @@ def _change(call: _Call, *, only_first: bool = False) -> _Change | None:
     Returns:
         None if no output has one row for each example.
     """
-    whole, state, buffers = call.run()
-    shares, same_draws, same_buffers = [], True, True
+    whole = call.run()
+    shares, same_draws, same_buffers, same_memory = [], True, True, True
     for kept in (0, 1):
         other = call.half_replaced(kept, only_first=only_first)
-        changed, other_state, other_buffers = other.run()
-        same_draws &= torch.equal(state, other_state)
-        same_buffers &= _distance(buffers, other_buffers) <= _ROUNDED
+        changed = other.run()
+        same_draws &= torch.equal(whole.random_state, changed.random_state)
+        same_buffers &= _distance(whole.buffers, changed.buffers) <= _ROUNDED
+        same_memory &= _distance(whole.memory, changed.memory) <= _ROUNDED
         places = _order(call.size)[kept::2]
-        for one, two in zip(whole, changed, strict=True):
+        for one, two in zip(whole.outputs, changed.outputs, strict=True):
             found = [_difference(one, two, d, places) for d in _example_dims(one, call)]
             shares += [min(found)] if found else []
-    return _Change(max(shares), same_draws, same_buffers) if shares else None
+    if not shares:
+        return None
+    return _Change(max(shares), same_draws, same_buffers, same_memory)
 
 
 def _order(size: int) -> Tensor:

@@ -16,7 +16,7 @@ allowed.
 >>> read_torch_file(file)
 Traceback (most recent call last):
     ...
-ValueError: path: The open file cannot be read without running code from it, because it holds datetime.date. Save tensors, numbers and texts.
+opacus_pi.files.torch_file.OtherObjects: path: The open file cannot be read without running code from it, because it holds datetime.date. Save tensors, numbers and texts.
 """  # noqa: E501
 
 import argparse

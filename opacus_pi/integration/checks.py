@@ -40,6 +40,11 @@ _STEPPED_WITHOUT_NOISE = (
     "took gradients that were neither clipped nor noised, and no accountant counted "
     "the update. Step the optimizer that make_private returned."
 )
+_CHANGED_AFTER_NOISE = (
+    "Gradients were changed after noise was added to them and before the weights were "
+    "updated. That is fine if only the noised gradients were used for it. If others "
+    "were, the update is not private, and neither get_epsilon nor the ledger covers it."
+)
 # Hooks of the last make_private call on each optimizer. The next call replaces them.
 _HANDLES: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
 
@@ -203,6 +208,8 @@ class OutsideChanges:
         chain.on_read(_SoftCall(self._report_late))
         self._parameters: Sequence[nn.Parameter] = ()
         self._writes: list[int] | None = None
+        self._noised_parameters: Sequence[nn.Parameter] = ()
+        self._noised: list[tuple[int, int]] = []
         self._has_noise = False
 
     def watch(self, optimizer: DPOptimizer, module: nn.Module) -> None:
@@ -221,8 +228,12 @@ class OutsideChanges:
 
         def before_step(*_: Any) -> None:
             changes = reference()
-            if changes is not None and not changes._has_noise:
+            if changes is None:
+                return
+            if not changes._has_noise:
                 changes._chain.break_link("noise", _STEPPED_WITHOUT_NOISE)
+            elif changes._noised != _versions(changes._noised_parameters):
+                changes._chain.leave_unchecked("noise", _CHANGED_AFTER_NOISE)
 
         _HANDLES[inner] = inner.register_step_pre_hook(before_step)
         # One hook is enough: those of earlier calls, and of a module that this one is a
@@ -232,6 +243,15 @@ class OutsideChanges:
             del table[key]
         handle = module.register_load_state_dict_post_hook(_LoadHook(self))
         keep_handle(module, handle)
+
+    def gradients_were_noised(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Note the gradients that now have noise: the step should use them as they are.
+
+        Args:
+            parameters: Those that the optimizer updates.
+        """
+        self._noised_parameters = parameters
+        self._noised = _versions(parameters)
 
     def forget_weights(self) -> None:
         """Accept the weights as they are: a state dict was loaded."""
@@ -272,6 +292,12 @@ class OutsideChanges:
     def _count_writes(self) -> list[int]:
         """Return how often each weight has been written to, as torch counts."""
         return [num_writes(parameter) for parameter in self._parameters]
+
+
+def _versions(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
+    """Return which gradients parameters have, and how often each was written to."""
+    gradients = [p.grad for p in parameters]
+    return [(id(g), num_writes(g)) for g in gradients if g is not None]
 
 
 class _SoftCall:

@@ -143,6 +143,16 @@ class _ReportingOptimizer(DPOptimizer):
             self._pi_update.recorder.refuse(reason)
         self._pi_update.noise_was_drawn(self)
 
+    def scale_grad(self) -> None:
+        """Scale the noised gradients as Opacus does, and note them.
+
+        Opacus calls this after ``add_noise``, and then the step hooks and the optimizer
+        that writes the weights. Nothing else should write to the gradients in between.
+        """
+        super().scale_grad()
+        if self._pi_update.outside is not None:
+            self._pi_update.outside.gradients_were_noised(self.params)
+
     def step(self, *args: Any, **options: Any) -> float | None:
         """Step as Opacus does, then report that the weights were written.
 

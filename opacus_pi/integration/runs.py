@@ -148,7 +148,10 @@ def probe_losses(
     """
     swap_class(criterion, _reporting_calls)
     criterion._pi_loss_probe = LossProbe(
-        criterion.criterion, chain, averages_each_example=True
+        criterion.criterion,
+        chain,
+        averages_each_example=True,
+        is_output=tracker.is_output,
     )
     criterion._pi_target_order = TargetOrder(tracker, chain)
 

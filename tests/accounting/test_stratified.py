@@ -223,7 +223,7 @@ def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="num_checkpoints must .*got 10"):
         Recorder.stratified(10, num_steps=9, generator=seeded())
     with pytest.raises(
-        ValueError, match=r"every must be above 0 where norms .*, got \[0, 3\]"
+        ValueError, match=r"every must be above 0 if mode .*, got \[0, 3\]"
     ):
         Recorder("observed", every=[0, 3])
 

@@ -244,3 +244,72 @@ def test_the_group_accountant_refuses_too():
     engine.accountant.group_size = 1
     with pytest.warns(UserWarning, match="not what it accounts for"):
         assert engine.get_epsilon(1e-5) > 0
+
+
+def ghost_with(change):
+    """A loop that computes the criterion's input from the model's outputs."""
+
+    def loop(run):
+        for x, y in run.loader:
+            run.optimizer.zero_grad()
+            run.criterion(change(run.model(x)), y).backward()
+            run.optimizer.step()
+
+    return loop
+
+
+@pytest.mark.parametrize(
+    "change, is_said",
+    [
+        (lambda z: z, False),
+        (lambda z: z.view(len(z), -1), False),
+        (lambda z: z + z.flip(0), True),
+        (lambda z: z + z.flip(0).detach(), True),
+        (lambda z: z.flip(0), True),
+        (lambda z: z - z.mean(0), True),
+    ],
+)
+def test_what_ghost_clipping_s_criterion_is_given(change, is_said):
+    run = Run("ghost")
+    quietly(ghost_with(change), run)
+    assert ("loss" in run.unchecked()) == is_said
+
+
+def hardest(run):
+    for x, y in run.loader:
+        with torch.no_grad():
+            losses = nn.functional.cross_entropy(run.model(x), y, reduction="none")
+        chosen = losses.topk(2).indices
+        run.step(x[chosen], y[chosen])
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "fast"])
+def test_examples_that_the_loop_chooses_from_a_batch(mode):
+    run = Run(mode, poisson=False)
+    quietly(hardest, run)
+    with pytest.warns(UserWarning, match="only a part of some delivered batches"):
+        assert "draw" in run.unchecked()
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "fast"])
+def test_all_parts_of_a_batch_may_be_used_one_after_another(mode):
+    run = Run(mode, poisson=False)
+    quietly(in_parts, run)
+    assert "draw" not in run.unchecked()
+
+
+def without_noise(run):
+    def write(optimizer):
+        for parameter in optimizer.params:
+            parameter.grad.copy_(parameter.summed_grad.view_as(parameter) / BATCH)
+
+    run.optimizer.attach_step_hook(write)
+    once_each(run)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "fast"])
+def test_gradients_that_are_changed_after_the_noise(mode):
+    run = Run(mode)
+    with pytest.warns(UserWarning, match="changed after noise was added"):
+        without_noise(run)
+    assert "noise" in run.unchecked()

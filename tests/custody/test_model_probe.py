@@ -318,3 +318,30 @@ def test_buffers_that_keep_something_of_the_examples(function, state):
     assert ("computes a buffer from the examples" in finding.sentence) == (
         state == "broken"
     )
+
+
+class Carries(nn.Module):
+    """Keeps its hidden layer, and may use it for the next batch."""
+
+    def __init__(self, uses_it):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.uses_it, self.hidden = uses_it, None
+
+    def forward(self, x):
+        hidden = self.first(x)
+        if self.uses_it and self.hidden is not None:
+            hidden = hidden + self.hidden
+        self.hidden = hidden.detach()
+        return self.last(hidden.tanh())
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+@pytest.mark.parametrize("uses_it, state", [(True, "broken"), (False, "checked")])
+def test_a_state_that_is_carried_to_the_next_batch(uses_it, state, seen_before):
+    model = Carries(uses_it)
+    if seen_before:
+        model(vectors())
+    finding = probe_separability(model, (vectors(),), {})
+    assert finding.state == state
+    assert ("outputs for the next batch depend" in finding.sentence) == uses_it

@@ -15,6 +15,7 @@ is unchecked).
 forward pass cannot be repeated, and batches without targets, are not compared.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
 from opacus_pi.custody import Chain
-from opacus_pi.models.batches import inputs_and_targets
+from opacus_pi.models.batches import device_of, inputs_and_targets
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.models.own_losses import (
@@ -51,6 +52,45 @@ _ANOTHER_LOSS = (
 _SAME = "The gradients of the first updates were those of the mean of the criterion."
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What a forward pass needs to be repeated.
+
+    Args:
+        args: The model's positional inputs.
+        kwargs: Its inputs by keyword.
+        state: Torch's random state before the pass, on the CPU.
+        states: Those of the CUDA devices.
+        precision: The automatic mixed precision of the pass.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    state: Tensor
+    states: list[Tensor]
+    precision: torch.autocast
+
+    @classmethod
+    def now(
+        cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> "_Pass":
+        """Return what the pass that is about to be made needs.
+
+        Args:
+            module: The model.
+            args: Its positional inputs.
+            kwargs: Its inputs by keyword.
+        """
+        states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        device = device_of(module).type
+        precision = torch.autocast(
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+        )
+        return cls(args, kwargs, torch.get_rng_state(), states, precision)
+
+
 class GradientScale:
     """Compares gradients in the first updates of a monitored training with noise.
 
@@ -67,7 +107,7 @@ class GradientScale:
         self._module, self._chain, self._tracker = module, chain, tracker
         self._criterion = per_example_criterion(criterion)
         self._num_left = _NUM_COMPARISONS
-        self._passes: list[tuple[Any, Any, Tensor, list[Tensor]]] = []
+        self._passes: list[_Pass] = []
         tracker.keeps_batches = True
 
     def before_forward(
@@ -81,9 +121,7 @@ class GradientScale:
             kwargs: Its keyword arguments.
         """
         if self._num_left and module.training and torch.is_grad_enabled():
-            on_cuda = torch.cuda.is_initialized()
-            states = torch.cuda.get_rng_state_all() if on_cuda else []
-            self._passes.append((args, kwargs, torch.get_rng_state(), states))
+            self._passes.append(_Pass.now(module, args, kwargs))
 
     def compare(self, parameters: list[nn.Parameter]) -> None:
         """Compare the gradients of the update that is about to be made.
@@ -122,23 +160,23 @@ class GradientScale:
 
     def _gradients(
         self,
-        forward: tuple[Any, Any, Tensor, list[Tensor]],
+        forward: "_Pass",
         batch: Any,
         parameters: list[nn.Parameter],
     ) -> Gradients | None:
         """Compute the mean criterion's gradients again; None if that is impossible."""
-        args, kwargs, state, states = forward
         model = training_copy(self._module)
         pairs = zip(self._module.parameters(), model.parameters(), strict=True)
         copies = {id(live): copy for live, copy in pairs}
         try:
             _, targets = inputs_and_targets(batch)
             with random_state_untouched(), torch.enable_grad():
-                torch.set_rng_state(state)
-                if states:
-                    torch.cuda.set_rng_state_all(states)
-                outputs = model(*args, **kwargs)
-                losses = self._criterion(outputs, _beside(targets, outputs))
+                torch.set_rng_state(forward.state)
+                if forward.states:
+                    torch.cuda.set_rng_state_all(forward.states)
+                with forward.precision:
+                    outputs = model(*forward.args, **forward.kwargs)
+                    losses = self._criterion(outputs, _beside(targets, outputs))
                 found = torch.autograd.grad(
                     losses.mean(),
                     [copies[id(p)] for p in parameters],
