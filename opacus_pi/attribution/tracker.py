@@ -416,7 +416,7 @@ class Tracker:
                 chain.check(link, _EVIDENCE[link])
         latest = 0 if self.latest is None else self.latest.num_left  # perhaps to come
         if self.num_left_out > latest:
-            chain.leave_unchecked("draw", _LEFT_OUT)
+            chain.leave_unchecked("draw", _LEFT_OUT, warn=False)
         for cause in (CAUSES[name] for name in self.causes):
             if cause in (INPUTS_DISAGREE, MIXED, MIXED_IN_COLLATE):
                 chain.break_link("rows", cause.explanation)
