@@ -99,15 +99,15 @@ UNTRACED = Cause(
 NOT_DELIVERED = Cause(
     "the data loader did not deliver these inputs",
     "unattributed",
-    "Beside samples that the data loader delivered, the model was given others, such "
-    "as generated ones. They belong to no example that is known. If they were computed "
+    "The model was given samples that the data loader did not deliver, for example "
+    "generated samples, so they cannot be matched to examples. If they were computed "
     "from examples of the data set, compute them in the data set instead.",
 )
 SEVERAL_BATCHES = Cause(
     "samples of several batches entered the model together",
     "unattributed",
-    "One forward pass was given samples of several delivered batches, so it belongs to "
-    "none of them. Call the model once for each batch.",
+    "One forward pass was given samples of several delivered batches, so they cannot "
+    "be matched to one batch. Call the model once for each batch.",
 )
 ALIKE = Cause(
     "examples look alike",

@@ -102,7 +102,7 @@ def _not_checked(scores: Scores) -> str:
     """Return a line for each link of custody that the numbers rest on unchecked."""
     statements = set(LINKS.values())
     return "".join(
-        f"\nTaken to hold, not checked: {a.statement}. {a.evidence}"
+        f"\nAssumed, not checked: {a.statement}. {a.evidence}"
         for a in scores.assumptions
         if a.statement in statements and not a.met
     )

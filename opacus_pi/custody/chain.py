@@ -43,8 +43,8 @@ __all__ = ["Chain", "SampleCounts"]
 
 # What a link says that nobody has looked at, where more is known than that.
 _NOT_LOOKED_AT = {
-    "loss": "The loss is computed in the training loop, where it is not seen. "
-    "engine.audit(criterion) checks it.",
+    "loss": "The engine does not see the loss that the training loop computes. Call "
+    "engine.audit(criterion) to check it.",
 }
 
 
@@ -134,14 +134,16 @@ class Chain:
 
         Args:
             link: One of ``LINKS``.
-            cause: What could not be seen and why, and what to do, in sentences.
-            warn: Whether to warn. False where the cause was said already.
+            cause: What could not be checked and why, and what to do, in sentences.
+            warn: Whether to warn. False if another warning has named the cause.
         """
         doubts = self._doubts.setdefault(link, [])
         if cause not in doubts:
             doubts.append(cause)
             if warn:
-                warnings.warn(f"Taken to hold: {LINKS[link]}. {cause}", stacklevel=3)
+                warnings.warn(
+                    f"Assumed, not checked: {LINKS[link]}. {cause}", stacklevel=3
+                )
 
     def break_link(self, link: str, reason: str) -> None:
         """Note that a link does not hold: no number of this run is given any more.
@@ -198,4 +200,4 @@ class Chain:
 
 def _sentences(name: str) -> list[str]:
     """Return what a link says that was not looked at."""
-    return [_NOT_LOOKED_AT.get(name, "It was not looked at.")]
+    return [_NOT_LOOKED_AT.get(name, "It was not checked.")]

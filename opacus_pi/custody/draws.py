@@ -20,12 +20,12 @@ from opacus_pi.custody.chain import Chain
 __all__ = ["DrawLink"]
 
 _USED_TWICE = (
-    "A batch that the loader delivered was used for more than one update. Poisson "
-    "sampling is accounted as a fresh draw for every update, and the privacy loss of "
-    "several updates on one draw is much larger. Make one optimizer.step() for each "
-    "batch that the loader yields, and iterate over the loader again instead of "
-    "keeping its batches. Or pass poisson_sampling=False, for which every "
-    "participation is counted."
+    "A batch that the loader delivered was used for more than one update. The "
+    "accounting assumes that every update draws a fresh batch; several updates on one "
+    "batch have a much larger privacy loss. Make one optimizer.step() for each batch "
+    "that the loader yields, and iterate over the loader again instead of keeping its "
+    "batches. Alternatively, pass poisson_sampling=False: every participation is then "
+    "counted."
 )
 
 

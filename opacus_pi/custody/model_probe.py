@@ -57,8 +57,9 @@ from opacus_pi.models.own_losses import half_replaced
 __all__ = ["MODEL_NOT_RUN", "ModelProbe", "NoDropout", "probe_separability"]
 
 MODEL_NOT_RUN = (
-    "The model was not run a second time to see whether it treats examples separately: "
-    "the recorder was told not to do so, or the weights are sharded."
+    "The model was not run a second time to check whether it treats examples "
+    "separately, because Recorder(probe_model=False) was passed or its weights are "
+    "sharded. engine.audit(criterion) on an unsharded model compares gradients."
 )
 # Probes of one run: for the first kinds of batches, and for more of those in which the
 # number of examples equals another dimension, which may be taken for it.
@@ -95,9 +96,9 @@ _OTHER_CAUSES = (
 )
 _UNKNOWN_INPUT = (
     "Replacing rows of the model's second or a later input changed the outputs of "
-    "other examples. Either the model mixes examples, or this input does not have one "
-    "row for each example. Give such an input a first dimension of another size, or "
-    "keep it in the model."
+    "other examples. Either the model mixes examples: then use layers that treat each "
+    "example alone. Or this input does not have one row for each example, like a table "
+    "of positions: then make it a buffer of the model."
 )
 _NOT_RUN = (
     "The model could not be run a second time to see whether it treats examples "

@@ -31,8 +31,9 @@ __all__ = ["WEIGHTS_CHANGED", "SampledEntries"]
 
 WEIGHTS_CHANGED = (
     "Weights were changed between two updates, and not by the optimizer of the run. "
-    "If training data were used for that change, neither get_epsilon nor the ledger "
-    "covers the model; an average, a projection or public data are fine."
+    "If the change used training data, neither get_epsilon nor the ledger covers the "
+    "model: leave it out. If it was an average or a projection of weights, or used "
+    "public data only, nothing needs to be done."
 )
 
 _NUM_ENTRIES = 16  # of a parameter

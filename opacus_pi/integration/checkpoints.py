@@ -61,9 +61,9 @@ _SECURE = (
     "Load the checkpoint without restore_rng."
 )
 _OTHER_OBJECTS = (
-    "Nothing was loaded. If you trust whoever wrote the file, pass torch_load_kwargs="
-    '{"weights_only": False} to load it as Opacus does, which runs its code; or allow '
-    "these types by torch.serialization.add_safe_globals([...])."
+    "Nothing was loaded. If you trust the author of the file, pass torch_load_kwargs="
+    '{"weights_only": False}: it is then loaded as by Opacus, which runs code from it. '
+    "Or allow these types by torch.serialization.add_safe_globals([...])."
 )
 
 

@@ -116,12 +116,12 @@ _NOT_COUNTED = (
     "function."
 )
 _BROKEN = (
-    "get_epsilon is Opacus's number, but the training was not what it accounts for: {}"
+    "get_epsilon returns Opacus's number, but it is not a bound for this training. {}"
 )
 _NOT_POISSON = (
-    "get_epsilon is Opacus's number, and assumes Poisson sampling. This loader draws "
-    "otherwise (poisson_sampling=False), so it is no bound. engine.epsilons accounts "
-    "for the sampling that was done."
+    "get_epsilon returns Opacus's number, which assumes Poisson sampling. This loader "
+    "draws otherwise (poisson_sampling=False), so the number is no bound. For a bound, "
+    "use accounting.worst_case_loss(engine.ledger.mechanism, order)."
 )
 
 

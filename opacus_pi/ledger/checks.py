@@ -93,7 +93,7 @@ def checked_measurements(
         name,
         f"an array of shape {array.shape}",
         f"must have shape (N, n) with N = {num_rows}, the number of steps",
-        "Rows are the steps, columns the examples.",
+        "Pass one row for each step and one column for each example.",
     )
     bad = (array < 0) | np.isinf(array)
     if bad.any():
@@ -147,15 +147,27 @@ def checked_participations(
     counts = np.array(value)
     whole = counts.ndim == 2 and counts.dtype.kind in "iu"
     totals = counts.sum(axis=0, dtype=np.int64) if whole else np.empty(0)
+    given = f"an array of shape {counts.shape} and type {counts.dtype}"
     expect(
-        sampling == "fixed"
-        and whole
-        and bool((counts >= 0).all() and (totals <= limit).all()),
+        sampling == "fixed",
         "participations",
-        f"an array of shape {counts.shape} and type {counts.dtype}",
-        f"must be whole numbers (N, n) whose columns sum to at most {limit}, under "
-        "fixed sampling",
+        given,
+        f"must be None for sampling={sampling!r}",
+        "Leave it out: under Poisson sampling the sample rate is charged.",
+    )
+    expect(
+        whole and bool((counts >= 0).all()),
+        "participations",
+        given,
+        "must be whole numbers of shape (N, n), at least 0",
         "Count the updates that each example was in.",
+    )
+    expect(
+        bool((totals <= limit).all()),
+        "participations",
+        totals.max(initial=0),
+        f"must sum to at most {limit} for each example",
+        "An example is in each update at most once.",
     )
     return frozen(counts.astype(np.int32))
 

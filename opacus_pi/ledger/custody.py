@@ -51,12 +51,12 @@ LINKS = MappingProxyType(
         "draw": "every batch came from the prepared data loader, and was used in one "
         "update only",
         "schedule": "each example was drawn as often as the accounting assumes",
-        "identity": "each sample of a batch is the example that it is taken for",
+        "identity": "each sample of a batch is matched to the right example",
         "rows": "each example was in an update once, with one row of every input",
         "model": "the model's output for one example depends on that example only",
         "loss": "the loss is the mean or the sum of the examples' own losses",
-        "norm": "the norm is over the parameters that the update changed, clipped as "
-        "Opacus clips",
+        "norm": "the norm covers exactly the parameters that the update changed, and "
+        "Opacus clipped by it",
         "noise": "each update had one draw of noise of the recorded size",
         "weights": "nothing but the recorded updates wrote to the weights",
     }
@@ -133,7 +133,7 @@ class Custody:
         """The links that are taken to hold without having been observed."""
         known = {link.name: link for link in self.links}
         missing = (
-            Link(name, UNCHECKED, "It was not looked at.")
+            Link(name, UNCHECKED, "It was not checked.")
             for name in LINKS
             if name not in known
         )
@@ -152,11 +152,11 @@ class Custody:
     def _too_many_unattributed(self) -> str:
         """Say how many samples are unattributed, why, and what can be done."""
         return (
-            f"For {self.num_unattributed} of {self.num_samples} samples it is not "
-            f"known which example they are, more than {MAX_UNATTRIBUTED:.0%}. "
-            f"{self.cause} "
-            'Or pass Recorder(unattributed="worst_case"), which charges examples that '
-            "may be among them as if they were clipped."
+            f"{self.num_unattributed} of {self.num_samples} samples are unattributed: "
+            "it is not known which example each of them is. At most "
+            f"{MAX_UNATTRIBUTED:.0%} are allowed. {self.cause} Alternatively, pass "
+            'Recorder(unattributed="worst_case"): it charges every example that may be '
+            "among them at the clip norm."
         )
 
     def to_json(self) -> str:

@@ -125,7 +125,7 @@ class GradNormLedger(SavedLedger):
             "source",
             repr(self.source),
             'must be "swept" or "observed"',
-            "It says how the norms were measured.",
+            '"swept": by a pass over the data set; "observed": during training.',
         )
         if self.example_ids is not None:
             object.__setattr__(self, "example_ids", checked_ids(self.example_ids))
@@ -161,7 +161,7 @@ class GradNormLedger(SavedLedger):
                 name,
                 f"an array of shape {getattr(value, 'shape', None)}",
                 f"must have shape {shape}",
-                "Rows are the steps, columns the examples.",
+                "Pass one row for each step and one column for each example.",
             )
 
     def __repr__(self) -> str:
@@ -250,7 +250,7 @@ class GradNormLedger(SavedLedger):
             "data_set",
             data_set,
             f"must be the ledger's, {self.data_set}",
-            "Its columns are other examples: pass the ledger of this data set.",
+            "The ledger belongs to another data set: pass the one of this data set.",
         )
 
     @classmethod
@@ -436,7 +436,7 @@ def columns_of(
         name,
         missing[:1],
         "must be examples of the ledger",
-        "Its columns are the examples that training was recorded on.",
+        "Pass positions in the data set for which the ledger has a column.",
     )
     order = np.argsort(known)
     return order[np.searchsorted(known, indices, sorter=order)]

@@ -73,7 +73,7 @@ class GramLedger(SavedLedger):
             "kind",
             repr(self.kind),
             'must be "forget" or "minibatch"',
-            "It says whose gradients the matrices hold.",
+            '"forget": the gradients of the forget set; "minibatch": of minibatches.',
         )
         steps = checked_steps(self.steps, self.mechanism.num_steps)
         object.__setattr__(self, "steps", steps)

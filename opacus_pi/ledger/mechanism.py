@@ -105,11 +105,18 @@ class NoisySGD:
             most = _count("max_participations", self.max_participations)
             object.__setattr__(self, "max_participations", most)
             expect(
-                self.sampling == "fixed" and most <= self.num_steps,
+                self.sampling == "fixed",
                 "max_participations",
                 most,
-                f"must be at most num_steps ({self.num_steps}), under fixed sampling",
-                "Poisson sampling is accounted by the sample rate: leave it out there.",
+                f"must be None for sampling={self.sampling!r}",
+                "Leave it out: under Poisson sampling the sample rate is charged.",
+            )
+            expect(
+                most <= self.num_steps,
+                "max_participations",
+                most,
+                f"must be at most num_steps ({self.num_steps})",
+                "Count the updates that each example was in.",
             )
 
     def __eq__(self, other: object) -> bool:
@@ -230,7 +237,7 @@ def _count(name: str, value: int) -> int:
         name,
         f"a number of {number.bit_length()} bits",
         f"must be below {_MOST_UPDATES:.0e}",
-        "No run is so long.",
+        "Check the unit: num_steps counts updates of the weights.",
     )
     return number
 

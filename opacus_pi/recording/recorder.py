@@ -94,7 +94,8 @@ class RecorderOptions:
             "unattributed",
             repr(unattributed),
             'must be "refuse" or "worst_case"',
-            "It says how samples are charged whose example is not known.",
+            '"refuse" gives no ledger if more than 1 % of the samples are '
+            'unattributed; "worst_case" charges them at the clip norm.',
         )
         expect(
             mode in ("observed", "swept"),
@@ -198,10 +199,9 @@ class Recorder(RecorderOptions):
         weights_dir: Directory for the weights of every row, one safetensors file
             each, ``weights-00000123.safetensors`` after 123 updates; None: not kept.
         batch_size: Examples a sweep measures at once.
-        unattributed: What happens if for more than 1 % of the samples it is not known
-            which example they are. ``"refuse"``: there is no ledger. ``"worst_case"``:
-            in every row with such samples, an example that was not observed is charged
-            as if it was clipped.
+        unattributed: What to do if more than 1 % of the samples are unattributed.
+            ``"refuse"``: give no ledger. ``"worst_case"``: in every row with such
+            samples, charge each example that was not observed at the clip norm.
 
     Raises:
         ValueError: If an option is outside its domain.
@@ -278,7 +278,7 @@ class Recorder(RecorderOptions):
         return run.ledger(custody, fills_unattributed=self.unattributed == "worst_case")
 
     def _custody(self) -> Custody | None:
-        """Return the chain of custody of now, or the one that was loaded with a run."""
+        """Return the current chain of custody, or the one loaded with a run."""
         if self._chain is not None:
             return self._chain.custody()
         saved = self._begun().custody
@@ -630,7 +630,7 @@ def _float32_row(measured: Any, num_examples: int) -> dict[str, NDArray[np.float
             f"sweep().{name}",
             f"an array of shape {values.shape}",
             f"must have shape ({num_examples},)",
-            "A sweep measures every example of the data set.",
+            "Return one value for each example, in the order of the data set.",
         )
     return row
 

@@ -128,14 +128,14 @@ def test_a_draw_that_serves_two_updates_is_refused(loop, mode):
     ):
         with pytest.raises(AccountingError, match="used for more than one update"):
             read()
-    with pytest.warns(UserWarning, match="not what it accounts for: A batch that"):
+    with pytest.warns(UserWarning, match="not a bound for this training. A batch that"):
         assert run.engine.get_epsilon(1e-5) > 0
 
 
 def test_batches_of_another_loader_are_refused():
     run = Run()
     quietly(lambda run: [run.step(*run.data) for _ in range(5)], run)
-    with pytest.raises(AccountingError, match="For 240 of 240 samples"):
+    with pytest.raises(AccountingError, match="240 of 240 samples are unattributed"):
         run.engine.epsilons(1e-5)
 
 
@@ -242,7 +242,7 @@ def test_the_group_accountant_refuses_too():
     with pytest.raises(AccountingError, match="used for more than one update"):
         engine.get_epsilon(1e-5)
     engine.accountant.group_size = 1
-    with pytest.warns(UserWarning, match="not what it accounts for"):
+    with pytest.warns(UserWarning, match="not a bound for this training"):
         assert engine.get_epsilon(1e-5) > 0
 
 

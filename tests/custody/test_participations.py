@@ -137,10 +137,10 @@ def test_the_most_expensive_updates_count():
 
 
 def test_poisson_ledgers_have_no_counts():
-    with pytest.raises(ValueError, match="max_participations must be at most"):
+    with pytest.raises(ValueError, match="max_participations must be None for"):
         NoisySGD(6, 0.5, 1.0, max_participations=3)
     norms = np.ones((1, 2))
-    with pytest.raises(ValueError, match="participations must be whole numbers"):
+    with pytest.raises(ValueError, match="participations must be None for"):
         GradNormLedger(
             NoisySGD(6, 0.5, 1.0), [6], norms, participations=np.ones((1, 2), int)
         )
