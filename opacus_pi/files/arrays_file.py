@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -250,9 +251,17 @@ def opened(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, foreign or of another version.
+        ValueError: If the file is truncated, foreign or of another version, or is no
+            regular file.
     """
     name = os.fspath(path)
+    expect(
+        stat.S_ISREG(os.stat(name).st_mode),
+        "path",
+        name,
+        "must be a regular file",
+        "A directory, a pipe or a device holds no ledger: pass the file's name.",
+    )
     try:
         with safe_open(name, framework=framework) as file:
             header = file.metadata() or {}

@@ -20,6 +20,7 @@ opacus_pi.files.torch_file.OtherObjects: path: The open file cannot be read with
 """  # noqa: E501
 
 import argparse
+import errno
 import os
 import pathlib
 import re
@@ -113,7 +114,9 @@ def read_torch_file(
             f"path: {name} is damaged, or cannot be read without running code from it "
             f"({_cause(error)}). {remedy}"
         ) from error
-    except _DAMAGED as error:
+    except (OSError, *_DAMAGED) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # the file cannot be opened; EINVAL is torch's for a cut archive
         raise ValueError(
             f"path must be a whole file of torch.save, got {source} "
             f"({type(error).__name__}: {error}). Restore it from a copy."

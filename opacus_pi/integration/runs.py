@@ -46,11 +46,18 @@ from opacus_pi.integration.schedules import (
     user_collate_fn,
 )
 from opacus_pi.integration.update import UpdateUnderWay
+from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.own_losses import Criterion
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.distributed import Processes, shared_sweep
 from opacus_pi.recording.weights import LastWeights
+
+_DATA_CHANGED = (
+    "What the data set stores has changed since recording began. If examples were "
+    "replaced or moved to other positions, norms of different examples are in one "
+    "column. Call make_private again after changing the data set."
+)
 
 
 def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
@@ -129,6 +136,21 @@ def probe_model(
     )
     if handle not in (removable_handles(module) or ()):
         keep_handle(module, handle)
+
+
+def _compare_data(
+    loader: Callable[[], DataLoader[Any] | None], before: str, chain: Chain
+) -> None:
+    """Leave the link "identity" unchecked if what the data set stores has changed.
+
+    Args:
+        loader: Returns the loader that training iterates over, while it exists.
+        before: The fingerprint of its data set when recording began.
+        chain: The chain of custody of the run.
+    """
+    present = loader()
+    if present is not None and not same_data_set(before, fingerprint(present.dataset)):
+        chain.leave_unchecked("identity", _DATA_CHANGED)
 
 
 def _deleted() -> None:
@@ -247,6 +269,8 @@ class PreparedRun:
             allows_unattributed=recorder.unattributed == "worst_case",
         )
         self.chain.on_read(partial(self.tracker.report_to, self.chain))
+        loader, name = weakref.ref(self.loader), fingerprint(data_set)
+        self.chain.on_read(partial(_compare_data, loader, name, self.chain))
         trained = weakref.ref(self.module)
         collate_fn = user_collate_fn(self.loader)
         last_weights = None
@@ -256,7 +280,7 @@ class PreparedRun:
             num_examples=size_of(data_set),
             sample_rate=self.sample_rate,
             sampling="poisson" if is_poisson(self.loader) else "fixed",
-            data_set=fingerprint(data_set),
+            data_set=name,
             sweep=lambda: shared_sweep(
                 cast(nn.Module, trained()),
                 cast(Criterion, recorder.criterion),

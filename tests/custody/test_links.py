@@ -314,3 +314,19 @@ def test_gradients_that_are_changed_after_the_noise(mode):
     with pytest.warns(UserWarning, match="changed after noise was added"):
         without_noise(run)
     assert "noise" in run.unchecked()
+
+
+def permuted_between_epochs(run):
+    once_each(run)
+    for tensor in run.data:
+        tensor.copy_(tensor.flip(0))
+    once_each(run)
+
+
+def test_a_data_set_that_is_changed_in_training_is_said():
+    run = Run()
+    once_each(run)
+    assert "identity" not in run.unchecked()
+    quietly(permuted_between_epochs, run)
+    with pytest.warns(UserWarning, match="What the data set stores has changed"):
+        assert "identity" in run.unchecked()

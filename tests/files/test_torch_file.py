@@ -149,3 +149,14 @@ def test_what_torch_saves_is_within_bounds(tmp_path):
         "n": np.float64(2),
     }
     require_bounded(stored(content, tmp_path / "good.pt"))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_file_that_was_cut_is_refused_by_name(tmp_path, share):
+    whole = tmp_path / "whole.pt"
+    torch.save({"weights": torch.randn(1000)}, whole)
+    content = whole.read_bytes()
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(content[: int(share * len(content))])
+    with pytest.raises((ValueError, RuntimeError), match="cut.pt|archive"):
+        read_torch_file(cut)

@@ -1,7 +1,9 @@
 """The ledger: checks, gaps, units, choice of examples, files."""
 
 import math
+import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,3 +349,16 @@ def test_other_bad_facts_are_refused():
     ]:
         with pytest.raises(ValueError, match=f"{name} must"):
             mechanism(**{name: value})
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind):
+    path = tmp_path / "it"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path = Path(os.devnull)
+    with pytest.raises(ValueError, match="path must be a regular file, got"):
+        GradNormLedger.load(path)
