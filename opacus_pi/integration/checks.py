@@ -157,6 +157,31 @@ class RunChecks:
                 "and train with the model, optimizer and loader that it returns."
             )
 
+    def missing_updates(
+        self, recorded: int, num_counted: int, *, is_private: bool
+    ) -> str:
+        """Say that a ledger holds only a part of the engine's updates.
+
+        Args:
+            recorded: Updates that the ledger holds.
+            num_counted: Updates that the engine's accountant has counted.
+            is_private: Whether the accountant counts the updates of this ledger, which
+                it does after ``make_private`` only.
+
+        Returns:
+            The reason; empty if no updates are missing.
+        """
+        others = self._earlier_steps + num_counted - (recorded if is_private else 0)
+        if others <= 0:
+            return ""
+        return (
+            f"The ledger holds {recorded} updates, but there were others: the "
+            f"accountant has counted {num_counted}, and {self._earlier_steps} were "
+            "recorded before the last make_private or make_monitored call. Use one "
+            "engine for each run, and resume from its own checkpoints; "
+            "engine.ledger holds what was recorded last."
+        )
+
     def require_all_updates(
         self, ledger: GradNormLedger, num_counted: int, *, is_private: bool
     ) -> None:
@@ -164,23 +189,16 @@ class RunChecks:
 
         Args:
             ledger: The engine's ledger.
-            num_counted: Updates that the engine's accountant has counted.
-            is_private: Whether the accountant counts the updates of this ledger, which
-                it does after ``make_private`` only.
+            num_counted: As for ``missing_updates``.
+            is_private: As for ``missing_updates``.
 
         Raises:
             AccountingError: If updates are missing.
         """
         recorded = ledger.mechanism.num_steps
-        others = self._earlier_steps + num_counted - (recorded if is_private else 0)
-        if others > 0:
-            raise AccountingError(
-                f"The ledger holds {recorded} updates, but there were others: the "
-                f"accountant has counted {num_counted}, and {self._earlier_steps} were "
-                "recorded before the last make_private or make_monitored call. Use one "
-                "engine for each run, and resume from its own checkpoints; "
-                "engine.ledger holds what was recorded last."
-            )
+        reason = self.missing_updates(recorded, num_counted, is_private=is_private)
+        if reason:
+            raise AccountingError(reason)
 
 
 # --------------------------------------------------------- between two updates of a run

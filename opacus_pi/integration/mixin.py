@@ -229,6 +229,13 @@ class PerInstanceMixin(OpacusEngine):
         """
         self._require_begun()
         self.recorder.name_weights()
+        reason = self.checks.missing_updates(
+            self.recorder.num_steps,
+            num_steps_of(self.accountant),
+            is_private=self._is_private,
+        )
+        if reason and self.recorder.chain is not None:
+            self.recorder.chain.leave_unchecked("schedule", reason)
         return self.recorder.ledger
 
     @property

@@ -330,3 +330,14 @@ def test_a_data_set_that_is_changed_in_training_is_said():
     quietly(permuted_between_epochs, run)
     with pytest.warns(UserWarning, match="What the data set stores has changed"):
         assert "identity" in run.unchecked()
+
+
+def test_a_ledger_that_lacks_updates_of_the_accountant_says_so():
+    before = Run()
+    quietly(once_each, before)
+    after = Run()
+    # as a checkpoint that plain Opacus has saved: with a history, without a record
+    after.engine.accountant.load_state_dict(before.engine.accountant.state_dict())
+    quietly(once_each, after)
+    with pytest.warns(UserWarning, match="holds 8 updates, but there were others"):
+        assert "schedule" in after.unchecked()
