@@ -54,6 +54,11 @@ _UNUSUAL_NUMBERS = (
     "torch.func.vmap can run the whole model: without dropout, without an attention "
     "mask, and with the loss computed outside of the model."
 )
+_FROZEN_SINCE = (
+    "Parameters were frozen (requires_grad_(False)) after make_private. Ghost clipping "
+    "still adds their gradient norms, which are those of an earlier batch. Call "
+    'make_private after freezing layers, or use grad_sample_mode="hooks".'
+)
 _EXPANDED_INDICES = (
     "Ghost clipping cannot read indices that are one row expanded to the batch, such "
     "as the token types that a model makes by itself. Put them into each example "
@@ -150,7 +155,9 @@ def _explain_backward(error: RuntimeError, model: nn.Module) -> None:
     parameters = list(model.parameters())
     norms = zip(parameters, norms_of_parameters(parameters), strict=True)
     counts = {p: len(found) for p, found in norms if found is not None}
-    if _VIEW_ERROR in str(error):
+    if any(not parameter.requires_grad for parameter in counts):
+        add_note(error, _FROZEN_SINCE)
+    elif _VIEW_ERROR in str(error):
         add_note(error, _EXPANDED_INDICES)
     elif counts:
         explain_numbers_of_gradients(error, model, counts)

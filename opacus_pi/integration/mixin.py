@@ -89,6 +89,7 @@ __all__ = ["PerInstanceMixin"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
+_EVALUATION_MODE = "Call module.train() before make_private."
 _TRAIN_BATCH_NORM = (
     "To keep such layers, train without clipping: engine.make_monitored(...). To train "
     f"with differential privacy, replace them first: {REPLACE_LAYERS}"
@@ -617,7 +618,7 @@ class PerInstanceMixin(OpacusEngine):
             else:
                 hooks = super()._prepare_model(module, **options)
         except UnsupportedModuleError as error:
-            add_note(error, _TRAIN_BATCH_NORM)
+            add_note(error, _TRAIN_BATCH_NORM if module.training else _EVALUATION_MODE)
             raise
         if self._preparation is not None:
             self._preparation.hooks = hooks

@@ -341,3 +341,22 @@ def test_a_ledger_that_lacks_updates_of_the_accountant_says_so():
     quietly(once_each, after)
     with pytest.warns(UserWarning, match="holds 8 updates, but there were others"):
         assert "schedule" in after.unchecked()
+
+
+def test_the_notes_of_errors_name_the_cause():
+    with pytest.raises(Exception, match="training mode") as caught:
+        PrivacyEngine().make_private(
+            module=(plain := nn.Linear(4, 3)).eval(),
+            optimizer=torch.optim.SGD(plain.parameters(), lr=0.1),
+            data_loader=DataLoader(TensorDataset(torch.randn(6, 4)), batch_size=2),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+        )
+    assert caught.value.__notes__ == ["Call module.train() before make_private."]
+    run = Run("ghost")
+    with pytest.raises(RuntimeError) as caught:
+        for _ in range(6):
+            once_each(run)
+            frozen(run)
+    (note,) = caught.value.__notes__
+    assert "were frozen" in note and "earlier batch" in note
