@@ -148,7 +148,7 @@ def test_the_probe_can_be_declared_unnecessary():
         warnings.filterwarnings("error", message=".*examples separately")
         train(engine, HONEST, "mlp")
     unchecked = {link.name: link.sentence for link in engine.ledger.custody.unchecked}
-    assert "was told not to do so" in unchecked["model"]
+    assert "probe_model=False) was passed" in unchecked["model"]
 
 
 def test_a_model_that_cannot_be_repeated_is_warned_of_once():
