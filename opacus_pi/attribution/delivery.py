@@ -145,7 +145,10 @@ class Delivery:
     @property
     def size(self) -> int:
         """How many samples it has, padding not counted; 0 if that is not known."""
-        return sum(index != LEFT_OUT for index in self.indices or ())
+        indices = self.indices or ()
+        if self.are_distinct:  # nearly always; then none stands for padding
+            return len(indices)
+        return sum(index != LEFT_OUT for index in indices)
 
     @cached_property
     def index_array(self) -> Indices | None:

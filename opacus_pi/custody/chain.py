@@ -26,9 +26,12 @@ weights    ``weights`` in this room: writes between two updates
 'draw'
 """
 
+import inspect
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from opacus_pi.ledger.custody import (
     BROKEN,
@@ -75,11 +78,26 @@ class SampleCounts:
         )
 
 
+@dataclass(frozen=True)
+class _Observer:
+    """A function that is called before a chain is read.
+
+    Args:
+        reference: Returns it; None if its object does not exist any more.
+        can_break: Whether it may break a link.
+    """
+
+    reference: Callable[[], Callable[[], None] | None]
+    can_break: bool
+
+
 class Chain:
     """What is known about each link of one run.
 
     Args:
         count_samples: Returns the counts of the run so far. Default: none are counted.
+
+    Attributes:
         allows_unattributed: Whether any share of unattributed samples is allowed,
             because the recorder was told how to charge them.
     """
@@ -87,17 +105,19 @@ class Chain:
     def __init__(
         self,
         count_samples: Callable[[], SampleCounts] = SampleCounts,
-        *,
-        allows_unattributed: bool = False,
     ) -> None:
         self._count_samples = count_samples
-        self._allows_unattributed = allows_unattributed
+        self.allows_unattributed = False
         self._before = SampleCounts()  # of the run that was resumed
         self._evidence: dict[str, str] = {}
         self._doubts: dict[str, list[str]] = {}
         self._reasons: dict[str, str] = {}
         self._refuse: Callable[[str], None] | None = None
-        self._observers: list[Callable[[], None]] = []
+        self._observers: list[_Observer] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies keep: what was reported, and nothing that reports more."""
+        return {**self.__dict__, "_observers": []}
 
     def on_break(self, refuse: Callable[[str], None]) -> None:
         """Call a function when a link breaks, and for each that is broken already.
@@ -109,16 +129,21 @@ class Chain:
         for reason in self._reasons.values():
             refuse(reason)
 
-    def on_read(self, observe: Callable[[], None]) -> None:
+    def on_read(self, observe: Callable[[], None], *, can_break: bool = True) -> None:
         """Call a function whenever the chain is about to be read.
 
         For what is looked at only now and then, such as results that wait on an
         accelerator.
 
         Args:
-            observe: Called without arguments; it reports to this chain.
+            observe: Called without arguments; it reports to this chain. A method is
+                referred to weakly, so that the chain keeps no weights in memory.
+            can_break: Whether it may break a link. One that only leaves links unchecked
+                is not called for ``refusal``.
         """
-        self._observers.append(observe)
+        is_method = inspect.ismethod(observe)
+        reference = weakref.WeakMethod(observe) if is_method else lambda: observe
+        self._observers.append(_Observer(reference, can_break))
 
     def check(self, link: str, evidence: str) -> None:
         """Note that a link was seen to hold.
@@ -169,21 +194,37 @@ class Chain:
         for link in saved.links:
             if link.state == BROKEN:
                 self._reasons.setdefault(link.name, link.sentence)
-            elif link.state == UNCHECKED and link.sentence not in _sentences(link.name):
+            elif link.state == UNCHECKED and link.sentence != _not_checked(link.name):
                 self._doubts.setdefault(link.name, []).append(link.sentence)
             elif link.state == CHECKED:
                 self._evidence.setdefault(link.name, link.sentence)
 
+    def refusal(self) -> str:
+        """Return why no number may be given now; empty if one may."""
+        self._look(only_breaking=True)
+        broken = self._known().broken
+        return broken[0].sentence if broken else ""
+
     def custody(self) -> Custody:
         """Return what is known now, for a ledger."""
-        for observe in self._observers:
-            observe()
+        self._look(only_breaking=False)
+        return self._known()
+
+    def _look(self, *, only_breaking: bool) -> None:
+        """Call the functions of ``on_read``, or those that can break a link."""
+        for observer in self._observers:
+            observe = observer.reference()
+            if observe is not None and (observer.can_break or not only_breaking):
+                observe()
+
+    def _known(self) -> Custody:
+        """Return what was reported up to now."""
         counts = self._before.plus(self._count_samples())
         return Custody(
             tuple(self._link(name) for name in LINKS),
             counts.num_samples,
             counts.num_unattributed,
-            self._allows_unattributed,
+            self.allows_unattributed,
             counts.cause,
         )
 
@@ -195,9 +236,9 @@ class Chain:
             return Link(name, UNCHECKED, " ".join(self._doubts[name]))
         if name in self._evidence:
             return Link(name, CHECKED, self._evidence[name])
-        return Link(name, UNCHECKED, _sentences(name)[0])
+        return Link(name, UNCHECKED, _not_checked(name))
 
 
-def _sentences(name: str) -> list[str]:
+def _not_checked(name: str) -> str:
     """Return what a link says that was not looked at."""
-    return [_NOT_LOOKED_AT.get(name, "It was not checked.")]
+    return _NOT_LOOKED_AT.get(name, "It was not checked.")

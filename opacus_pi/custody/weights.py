@@ -27,9 +27,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["WEIGHTS_CHANGED", "SampledEntries"]
+from opacus_pi.custody.chain import Chain
 
-WEIGHTS_CHANGED = (
+__all__ = ["SampledEntries", "WeightsLink"]
+
+_COMPARED = "Every update was compared with the one before."
+_CHANGED = (
     "Weights were changed between two updates, and not by the optimizer of the run. "
     "If the change used training data, neither get_epsilon nor the ledger covers the "
     "model: leave it out. If it was an average or a projection of weights, or used "
@@ -105,6 +108,46 @@ class SampledEntries:
         for parameter in self._parameters:
             views = self._views.setdefault(parameter.device, [])
             views.append(_entries_of(parameter.detach()))
+
+
+class WeightsLink:
+    """Watches that nothing but the updates of a run writes to its weights.
+
+    The weights that were written to may be harmless (an average, a projection, public
+    data) or not (training data). Which it is cannot be known, so the link is left
+    unchecked.
+
+    Args:
+        chain: The chain of custody of the run.
+        entries: Of its weights, which show writes that torch does not count.
+    """
+
+    def __init__(self, chain: Chain, entries: SampledEntries) -> None:
+        self._chain, self._entries = chain, entries
+        chain.check("weights", _COMPARED)
+        chain.on_read(self._report_late, can_break=False)
+
+    def before_update(self, *, was_written: bool = False) -> None:
+        """Compare the weights with those that the last update left.
+
+        Args:
+            was_written: Whether writes were counted since.
+        """
+        if was_written or self._entries.have_changed():
+            self._chain.leave_unchecked("weights", _CHANGED)
+
+    def after_update(self) -> None:
+        """Note the weights: nothing should write to them until the next update."""
+        self._entries.keep()
+
+    def forget(self) -> None:
+        """Accept the weights as they are."""
+        self._entries.forget()
+
+    def _report_late(self) -> None:
+        """Report a change that was found on an accelerator."""
+        if self._entries.have_changed_late():
+            self._chain.leave_unchecked("weights", _CHANGED)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ are not.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,7 +30,7 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._torch_compat import BatchNormBase, load_hooks, num_writes
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.custody import Chain
-from opacus_pi.custody.weights import WEIGHTS_CHANGED, SampledEntries
+from opacus_pi.custody.weights import SampledEntries, WeightsLink
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
 from opacus_pi.recording import Recorder
@@ -206,9 +206,8 @@ class OutsideChanges:
     """Detects changes to loader and weights that the private optimizer did not make.
 
     A changed sampler, or a step of the optimizer inside Opacus's, makes every number
-    wrong, so the ledger is refused. Weights that were written to may be harmless (an
-    average, a projection, public data) or not (training data). The engine cannot know
-    which, so it warns.
+    wrong, so the ledger is refused. Weights that were written to may be harmless, so
+    this is only said (``custody.weights``).
 
     Args:
         loader: The loader that training iterates over; referred to weakly.
@@ -222,8 +221,7 @@ class OutsideChanges:
         self._loader = weakref.ref(loader)
         self._schedule = settings_of_schedule(loader)
         self._chain, self._entries = chain, entries
-        chain.check("weights", "Every update was compared with the one before.")
-        chain.on_read(_SoftCall(self._report_late))
+        self._weights = WeightsLink(chain, entries)
         self._parameters: Sequence[nn.Parameter] = ()
         self._writes: list[int] | None = None
         self._noised_parameters: Sequence[nn.Parameter] = ()
@@ -274,7 +272,7 @@ class OutsideChanges:
     def forget_weights(self) -> None:
         """Accept the weights as they are: a state dict was loaded."""
         self._writes = None
-        self._entries.forget()
+        self._weights.forget()
 
     def noise_was_drawn(self, *, is_current: bool = True) -> None:
         """Check loader and weights: the weights are about to be updated.
@@ -290,22 +288,15 @@ class OutsideChanges:
         reason = loader and changed_schedule(self._schedule, loader)
         if reason:
             self._chain.break_link("schedule", reason)
-        if self._writes is None:
-            return
-        if self._writes != self._count_writes() or self._entries.have_changed():
-            self.forget_weights()
-            self._chain.leave_unchecked("weights", WEIGHTS_CHANGED)
-
-    def _report_late(self) -> None:
-        """Report a change that was found on an accelerator."""
-        if self._entries.have_changed_late():
-            self._chain.leave_unchecked("weights", WEIGHTS_CHANGED)
+        if self._writes is not None:
+            was_written = self._writes != self._count_writes()
+            self._weights.before_update(was_written=was_written)
 
     def weights_were_updated(self) -> None:
         """Note the weights: nothing should write to them until the next update."""
         self._has_noise = False
         self._writes = self._count_writes()
-        self._entries.keep()
+        self._weights.after_update()
 
     def _count_writes(self) -> list[int]:
         """Return how often each weight has been written to, as torch counts."""
@@ -316,18 +307,6 @@ def _versions(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
     """Return which gradients parameters have, and how often each was written to."""
     gradients = [p.grad for p in parameters]
     return [(id(g), num_writes(g)) for g in gradients if g is not None]
-
-
-class _SoftCall:
-    """Calls a method while its object exists, without keeping the object."""
-
-    def __init__(self, method: Callable[[], None]) -> None:
-        self._method = weakref.WeakMethod(method)
-
-    def __call__(self) -> None:
-        method = self._method()
-        if method is not None:
-            method()
 
 
 class _LoadHook:

@@ -140,7 +140,7 @@ class _ReportingOptimizer(DPOptimizer):
         super().add_noise()
         reason = shadowed_method(self)
         if reason is not None:
-            self._pi_update.recorder.refuse(reason)
+            self._pi_update.chain.break_link("norm", reason)
         self._pi_update.noise_was_drawn(self)
 
     def scale_grad(self) -> None:
@@ -318,9 +318,9 @@ class _FromGhostClipping(_ReportingOptimizer):
         """
         if self._pi_parameters is None:
             module = module_of(self._pi_update.hooks)
-            if isinstance(module, FSDPModule):
-                self._pi_update.chain.leave_unchecked("norm", _SHARDED, warn=False)
             is_sharded = isinstance(module, FSDPModule)
+            if is_sharded:
+                self._pi_update.chain.leave_unchecked("norm", _SHARDED, warn=False)
             self._pi_parameters = [] if is_sharded else list(module.parameters())
         groups = self.param_groups
         held = {id(p) for group in groups for p in group["params"]}

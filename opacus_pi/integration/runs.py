@@ -248,7 +248,7 @@ class PreparedRun:
         self.sample_rate = 1 / len(loader)  # as Opacus computes it for its accountant
         is_distributed = isinstance(self.module, DISTRIBUTED)
         self.processes = Processes() if is_distributed else None
-        self.chain, self.entries = Chain(), SampledEntries()
+        self.chain, self.entries = Chain(tracker.sample_counts), SampledEntries()
 
     def begin_record(self, recorder: Recorder) -> None:
         """Let a recorder begin to record this run.
@@ -264,13 +264,11 @@ class PreparedRun:
             ValueError: If a saved run was loaded, and it is another one.
         """
         data_set, processes = self.loader.dataset, self.processes
-        self.chain = Chain(
-            self.tracker.sample_counts,
-            allows_unattributed=recorder.unattributed == "worst_case",
-        )
+        self.chain.allows_unattributed = recorder.unattributed == "worst_case"
         self.chain.on_read(partial(self.tracker.report_to, self.chain))
         loader, name = weakref.ref(self.loader), fingerprint(data_set)
-        self.chain.on_read(partial(_compare_data, loader, name, self.chain))
+        compare = partial(_compare_data, loader, name, self.chain)
+        self.chain.on_read(compare, can_break=False)  # it reads the whole data set
         trained = weakref.ref(self.module)
         collate_fn = user_collate_fn(self.loader)
         last_weights = None

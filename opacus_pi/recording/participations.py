@@ -20,12 +20,45 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["SAVED", "Participations"]
+__all__ = ["Participations", "has_whole_counts", "layout_of_counts"]
 
 _BY_ROW, _OPEN, _UNKNOWN = "participations", "open_participations", "unknown_updates"
 _UNMERGED, _REPORTED = "unmerged_participations", "counts_participations"
-SAVED = (_BY_ROW, _OPEN, _UNMERGED, _UNKNOWN, _REPORTED)
-"""Names of what ``state_dict`` returns."""
+_SAVED = (_BY_ROW, _OPEN, _UNMERGED, _UNKNOWN, _REPORTED)
+
+
+def has_whole_counts(state: Mapping[str, Any]) -> bool:
+    """Return whether a saved state has all that ``Participations.state_dict`` saves.
+
+    Args:
+        state: The saved state of a run; that of an earlier release has none of it.
+    """
+    names = [name for name in _SAVED if name in state]
+    if not names:
+        return True
+    types = type(state.get(_UNKNOWN)), type(state.get(_REPORTED))
+    return len(names) == len(_SAVED) and types == (int, bool)
+
+
+def layout_of_counts(
+    state: Mapping[str, Any], num_rows: int, num_examples: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return type and shape of the arrays of counts in a saved state.
+
+    Args:
+        state: The saved state of a run.
+        num_rows: Its number of rows, N.
+        num_examples: Its number of examples, n.
+
+    Returns:
+        By name, for the arrays that are there. None of their entries is below 0.
+    """
+    shapes = {_BY_ROW: (num_rows,), _OPEN: (), _UNMERGED: ()}
+    return {
+        name: (torch.int32, (*shape, num_examples))
+        for name, shape in shapes.items()
+        if name in state
+    }
 
 
 class Participations:

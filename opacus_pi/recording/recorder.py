@@ -250,9 +250,13 @@ class Recorder(RecorderOptions):
         if self._run is None:
             return ""
         self._fetch_waiting()
-        custody = self._custody()
-        broken = () if custody is None else custody.broken
-        return self._run.refusal or (broken[0].sentence if broken else "")
+        if self._chain is not None:
+            reason = self._chain.refusal()
+        else:
+            custody = self._custody()
+            broken = () if custody is None else custody.broken
+            reason = broken[0].sentence if broken else ""
+        return self._run.refusal or reason
 
     @property
     def ledger(self) -> GradNormLedger:

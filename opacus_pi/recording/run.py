@@ -21,7 +21,12 @@ from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.ledger.custody import MAX_UNATTRIBUTED, Custody
 from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.recording.participations import Participations
-from opacus_pi.recording.saved_state import LATER_TEXTS, VERSION, require_whole
+from opacus_pi.recording.saved_state import (
+    FLAGS,
+    LATER_TEXTS,
+    VERSION,
+    require_whole,
+)
 from opacus_pi.recording.schedule import Every, num_due
 
 _FACTS = ("source", "num_examples", "sample_rate", "sampling", "data_set")
@@ -29,7 +34,6 @@ _COUNTS = ("num_steps", "refusal")
 Indices = Tensor | NDArray[np.int64] | Sequence[int]
 
 _MAX_WAITING = 256  # reports that are added to the run together
-_FLAGS = "has_unattributed"  # in a saved state, the open interval last
 _ROW = "rows."  # before the names of measurements in a saved state
 
 
@@ -320,7 +324,7 @@ class RecordedRun:
             "open_interval": _table(still_open),
             "observed": torch.from_numpy(self.observed.copy()),
             "observed_at": torch.from_numpy(self.observed_at.copy()),
-            _FLAGS: torch.tensor(
+            FLAGS: torch.tensor(
                 [*self.has_unattributed, self.open_has_unattributed], dtype=torch.int64
             ),
             **({} if self.participations is None else self.participations.state_dict()),
@@ -351,9 +355,9 @@ class RecordedRun:
         run.open_interval = still_open[0] if still_open else None
         run.observed = state["observed"].cpu().numpy().copy()
         run.observed_at = state["observed_at"].cpu().numpy().copy()
-        if _FLAGS in state:
+        if FLAGS in state:
             *run.has_unattributed, run.open_has_unattributed = map(
-                bool, state[_FLAGS].tolist()
+                bool, state[FLAGS].tolist()
             )
         else:
             run.has_unattributed = [False] * len(run.steps)

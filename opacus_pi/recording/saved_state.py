@@ -16,13 +16,13 @@ from torch import Tensor
 from opacus_pi._validate import expect
 from opacus_pi.ledger.checks import checked_steps, checked_weights
 from opacus_pi.ledger.custody import Custody
-from opacus_pi.recording.participations import SAVED
+from opacus_pi.recording.participations import has_whole_counts, layout_of_counts
 
 VERSION = 1
 _FAR = 2**53  # larger numbers are not exact as floats, and no run counts so far
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 _ROW = "rows."
-_OPEN, _FLAGS = "open_participations", "has_unattributed"
+FLAGS = "has_unattributed"  # of each row's interval, and last of the open one
 _TYPES = {
     "source": (str,),
     "num_examples": (int,),
@@ -74,13 +74,11 @@ def require_whole(state: Mapping[str, Any]) -> None:
     for name in LATER_TEXTS:
         _check(type(state.get(name, "")) is str, name, "that is of another type")
     checked_weights(state.get("weights") or None)
-    counts = [state[name] for name in SAVED if name in state]
-    whole = not counts or (
-        len(counts) == len(SAVED)
-        and isinstance(state["unknown_updates"], int)
-        and isinstance(state["counts_participations"], bool)
+    _check(
+        has_whole_counts(state),
+        "participations",
+        "that is missing or of another type",
     )
-    _check(whole, "participations", "that is missing or of another type")
     if state.get("custody"):
         Custody.from_json(state["custody"])
     expect(
@@ -144,16 +142,8 @@ def _layout(
         "observed": (torch.float32, (size,)),
         "observed_at": (torch.int64, (size,)),
         **{f"{_ROW}{row}": (torch.float32, (num_rows, num_examples)) for row in rows},
-        **{
-            name: (torch.int32, (*rows_of, num_examples))
-            for name, rows_of in (
-                ("participations", (num_rows,)),
-                (_OPEN, ()),
-                ("unmerged_participations", ()),
-            )
-            if name in state
-        },
-        **({_FLAGS: (torch.int64, (num_rows + 1,))} if _FLAGS in state else {}),
+        **layout_of_counts(state, num_rows, num_examples),
+        **({FLAGS: (torch.int64, (num_rows + 1,))} if FLAGS in state else {}),
     }
 
 
@@ -167,7 +157,7 @@ def _is_in_range(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
     numbers = value.cpu().numpy()
     if name == "observed_at":
         return bool((numbers <= state["num_steps"] + 1).all() and (numbers >= 0).all())
-    if name in ("intervals", "open_interval", *SAVED, _FLAGS):
+    if name != "observed" and not name.startswith(_ROW):
         return bool((numbers >= 0).all())  # not NaN either
     may_be_infinite = name == "observed" and bool(state["refusal"])
     bad = (numbers < 0) | (np.isinf(numbers) & (not may_be_infinite))

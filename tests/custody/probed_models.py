@@ -44,6 +44,20 @@ class Calls(nn.Module):
         return self.function(self, *args, **kwargs)
 
 
+class Counting(nn.Module):
+    """Its outputs depend on how often it was run, by any copy of it."""
+
+    runs = 0
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x):
+        Counting.runs += 1
+        return self.layer(x) * Counting.runs
+
+
 def encoder(**options):
     return nn.TransformerEncoder(
         nn.TransformerEncoderLayer(4, 2, 8, **options), 2, enable_nested_tensor=False

@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi import AccountingError, PrivacyEngine, Recorder
+from opacus_pi.accounting import fingerprint
+from opacus_pi.integration import runs
 from opacus_pi.ledger.custody import Custody
 
 NUM, BATCH = 48, 6
@@ -360,3 +362,17 @@ def test_the_notes_of_errors_name_the_cause():
             frozen(run)
     (note,) = caught.value.__notes__
     assert "were frozen" in note and "earlier batch" in note
+
+
+def test_get_epsilon_does_not_read_the_data_set(monkeypatch):
+    run, reads = Run(), []
+    quietly(once_each, run)
+
+    def counted(data_set):
+        reads.append(data_set)
+        return fingerprint(data_set)
+
+    monkeypatch.setattr(runs, "fingerprint", counted)
+    run.engine.get_epsilon(1e-5)
+    assert not reads
+    assert run.engine.ledger.custody.unchecked and reads

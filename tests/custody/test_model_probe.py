@@ -18,7 +18,15 @@ from torch.nn import functional as F
 
 from opacus_pi.custody.model_probe import ModelProbe, probe_separability
 from opacus_pi.custody.separable_layers import separable_by_construction
-from tests.custody.probed_models import HONEST, MIXING, SIZE, Calls, sequences, vectors
+from tests.custody.probed_models import (
+    HONEST,
+    MIXING,
+    SIZE,
+    Calls,
+    Counting,
+    sequences,
+    vectors,
+)
 
 
 def made(table, name):
@@ -126,20 +134,6 @@ def test_inputs_by_keyword_and_shared_inputs():
     assert (
         finding.state == "unchecked" and "second or a later input" in finding.sentence
     )
-
-
-class Counting(nn.Module):
-    """Its outputs depend on how often it was run, by any process."""
-
-    runs = 0
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(5, 3)
-
-    def forward(self, x):
-        Counting.runs += 1
-        return self.layer(x) * Counting.runs
 
 
 class Unbatched(nn.Module):

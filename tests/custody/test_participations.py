@@ -52,6 +52,22 @@ def inner_loop(loader, step):
 LOOPS = [full_passes, left_early, restarted, kept_in_a_list, inner_loop]
 
 
+def counting_step(model, optimizer):
+    """One update on a batch, and how often each example was in one.
+
+    The last entry of an example's inputs is its number.
+    """
+    counted = np.zeros(NUM, int)
+
+    def step(inputs, targets):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        np.add.at(counted, inputs[:, -1].long().numpy(), 1)
+
+    return step, counted
+
+
 def run(loop, *, shuffle=True, recorder=None, **options):
     """Train by a loop; return the engine, and how often the loop used each example."""
     torch.manual_seed(0)
@@ -69,14 +85,7 @@ def run(loop, *, shuffle=True, recorder=None, **options):
         poisson_sampling=False,
         **options,
     )
-    counted = np.zeros(NUM, int)
-
-    def step(inputs, targets):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs), targets).backward()
-        optimizer.step()
-        np.add.at(counted, inputs[:, -1].long().numpy(), 1)
-
+    step, counted = counting_step(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loop(loader, step)
@@ -161,13 +170,6 @@ def test_monitored_runs_count_too(loop, noise_std):
         criterion=nn.CrossEntropyLoss(),
         poisson_sampling=False,
     )
-    counted = np.zeros(NUM, int)
-
-    def step(inputs, targets):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs), targets).backward()
-        optimizer.step()
-        np.add.at(counted, inputs[:, 0].long().numpy(), 1)
-
+    step, counted = counting_step(model, optimizer)
     loop(loader, step)
     np.testing.assert_array_equal(engine.ledger.participations.sum(axis=0), counted)

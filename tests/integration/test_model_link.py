@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi import AccountingError, PrivacyEngine, Recorder
 from opacus_pi.custody.model_probe import ModelProbe
-from tests.custody.probed_models import HONEST, MIXING, SIZE, Calls
+from tests.custody.probed_models import HONEST, MIXING, SIZE, Calls, Counting
 
 # What Opacus or a mode of it cannot train, for reasons of its own.
 _NOT_BY_OPACUS = {
@@ -152,17 +152,6 @@ def test_the_probe_can_be_declared_unnecessary():
 
 
 def test_a_model_that_cannot_be_repeated_is_warned_of_once():
-    class Counting(nn.Module):
-        runs = 0
-
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(5, 3)
-
-        def forward(self, x):
-            Counting.runs += 1
-            return self.layer(x) * Counting.runs
-
     table = {"counting": lambda: (Counting(), HONEST["mlp"]()[1])}
     engine = PrivacyEngine()
     with pytest.warns(UserWarning, match="other outputs when it is run again") as shown:

@@ -126,12 +126,17 @@ def test_a_refusal_survives_resuming():
         _ = other.ledger
 
 
-def test_counts_of_participations_are_saved_whole():
+def state_with_counts():
+    """The state after one update under fixed sampling, with examples 0 and 1."""
     recorder = Recorder()
     recorder.begin(num_examples=4, sample_rate=0.5, sampling="fixed", data_set="toy")
     recorder.observe(torch.tensor([0, 1]), torch.ones(2))
     recorder.step(noise_std=1.0, max_grad_norm=1.0)
-    state = recorder.state_dict()
+    return recorder.state_dict()
+
+
+def test_counts_of_participations_are_saved_whole():
+    state = state_with_counts()
     again = Recorder()
     again.load_state_dict(state)
     assert again.ledger.participations.tolist() == [[1, 1, 0, 0]]
@@ -145,11 +150,7 @@ def test_counts_of_participations_are_saved_whole():
 
 
 def test_states_of_earlier_releases_have_no_counts():
-    recorder = Recorder()
-    recorder.begin(num_examples=4, sample_rate=0.5, sampling="fixed", data_set="toy")
-    recorder.observe(torch.tensor([0, 1]), torch.ones(2))
-    recorder.step(noise_std=1.0, max_grad_norm=1.0)
-    state = recorder.state_dict()
+    state = state_with_counts()
     old = {k: v for k, v in state.items() if "participations" not in k}
     old.pop("unknown_updates")
     again = Recorder()

@@ -42,7 +42,7 @@ from opacus_pi.attribution import ForwardProbe, Tracker, observe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
-from opacus_pi.custody.weights import WEIGHTS_CHANGED, SampledEntries
+from opacus_pi.custody.weights import SampledEntries, WeightsLink
 from opacus_pi.gradients import Sweep
 from opacus_pi.integration.monitor.gradient_scale import GradientScale
 from opacus_pi.integration.monitor.noise import NoiseHook
@@ -83,7 +83,6 @@ _EVIDENCE = {
     "rows": _SWEPT,
     "norm": _SWEPT,
     "noise": "A hook on optimizer.step added the recorded noise once for each update.",
-    "weights": "Every update was compared with the one before.",
 }
 
 
@@ -94,12 +93,14 @@ class _Custody:
     Args:
         chain: The chain.
         draws: Watches how delivered batches are used.
+        weights: Watches for writes to the weights that are not the optimizer's.
         entries: Of the weights, kept after each update.
         model_probe: Finds out whether the model mixes examples; None: it is not run.
     """
 
     chain: Chain
     draws: DrawLink
+    weights: WeightsLink
     entries: SampledEntries
     model_probe: ModelProbe | None
 
@@ -118,8 +119,10 @@ class _Custody:
         for link, evidence in _EVIDENCE.items():
             chain.check(link, evidence)
         draws = DrawLink(chain, is_poisson=scheme.sampling == "poisson")
+        entries = SampledEntries()
+        weights = WeightsLink(chain, entries)
         model_probe = _new_model_probe(recorder, module, chain)
-        return cls(chain, draws, SampledEntries(), model_probe)
+        return cls(chain, draws, weights, entries, model_probe)
 
 
 def monitor(
@@ -376,15 +379,15 @@ def _watch_weights(optimizer: Optimizer, custody: "_Custody") -> None:
         optimizer: Its weights are watched from its next step on.
         custody: Its entries will be of the optimizer's weights.
     """
-    chain, entries = custody.chain, custody.entries
-    entries.watch(p for group in optimizer.param_groups for p in group["params"])
+    weights = custody.weights
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    custody.entries.watch(parameters)
 
     def before_step(*_: Any) -> None:
-        if entries.have_changed():
-            chain.leave_unchecked("weights", WEIGHTS_CHANGED)
+        weights.before_update()
 
     def after_step(*_: Any) -> None:
-        entries.keep()
+        weights.after_update()
 
     _HOOK_HANDLES[optimizer] += [
         optimizer.register_step_pre_hook(before_step),
