@@ -1,17 +1,37 @@
 """What may be claimed after unlearning, with the assumptions that it needs.
 
-A ``Guarantee`` joins a number (or none) with the assumptions it rests on. Its kind is
-computed from them and cannot be passed in: a claim is "certified" only if every
-assumption is met, and an unknown assumption counts as not met. What can break a
-guarantee is therefore an assumption that is missing from the list.
+A ``Guarantee`` joins numbers (or none) with the assumptions they rest on. Its kind is
+computed from both and cannot be passed in. What decides it is *who established* each
+part:
+
+* *observed*: the library saw it while it trained or unlearned;
+* *derived*: it follows from what is recorded, or it is proved;
+* *declared*: the user says so, or uses the number as if it were so.
+
+A bound with declarations is "certified if" they hold, and its text lists them; only a
+bound without any is "certified". Whatever a caller makes by hand is declared:
 
 >>> fixed = Assumption("The example was clipped", met=True, evidence="max_grad_norm=1")
 >>> single = Assumption("The loss is an upper bound", met=False, evidence="one run")
 >>> claim = Guarantee("Langevin", (fixed, single), orders=(2.0,), divergences=(0.5,))
 >>> claim.kind
 'estimate'
->>> Guarantee("FineTune", (fixed,)).kind
-'empirical'
+>>> mine = Guarantee("Langevin", (fixed,), orders=(2.0,), divergences=(0.5,))
+>>> mine.kind, [a.statement for a in mine.declarations][-1]
+('certified if', 'The example was clipped')
+
+``observed``, ``derived`` and ``guarantee_of_run`` make the other kinds. They are for
+the runners of this library, which call them only with what they have seen or computed
+themselves; they are not promised to users, and a guarantee made with them by anyone
+else is worth nothing.
+
+>>> clipped = observed("The example was clipped", "max_grad_norm=1")
+>>> guarantee_of_run("Langevin", (clipped,), orders=(2.0,), divergences=(0.5,)).kind
+'certified'
+
+*What breaks it:* an assumption that is missing from the list. The text of a guarantee
+has a checksum, which finds accidental changes; it does not stop a forger, so keep the
+ledger that the numbers come from.
 
 Bounds are written rounded up, so that the text never claims less than the number:
 
@@ -19,16 +39,17 @@ Bounds are written rounded up, so that the text never claims less than the numbe
 ('1.235', '0.1', 'inf')
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from decimal import ROUND_CEILING, Context
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.conversion import (
     check_above_one,
     check_delta,
@@ -37,10 +58,36 @@ from opacus_pi.accounting.conversion import (
 from opacus_pi.ledger.custody import LINKS
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 
-__all__ = ["Assumption", "Guarantee", "rounded_up", "unchecked_links"]
+__all__ = [
+    "DECLARED",
+    "DERIVED",
+    "OBSERVED",
+    "Assumption",
+    "EpsilonDelta",
+    "Guarantee",
+    "rounded_up",
+    "unchecked_links",
+]
 
-_FORMAT = "opacus_pi.Guarantee.v1"
+OBSERVED, DERIVED, DECLARED = "observed", "derived", "declared"
+_WHO = (OBSERVED, DERIVED, DECLARED)
+_FORMAT = "opacus_pi.Guarantee.v2"
+_FORMAT_1 = "opacus_pi.Guarantee.v1"  # before it was recorded who established what
+_FIELDS_1 = {"format", "kind", "method", "assumptions", "orders", "divergences"}
+_CURVES = ("divergences", "reverse_divergences", "estimates")
+_FIELDS = _FIELDS_1 | {*_CURVES, "statements", "established", "checksum"}
 _UNEDITED = "Pass the unedited text that Guarantee.to_json returned."
+_HEADS = {
+    "certified": "Certified guarantee for {}.",
+    "certified if": "Certified-if guarantee for {}: certified if the declarations "
+    "below hold.",
+    "estimate": "Estimate guarantee for {}.",
+    "empirical": "Empirical guarantee for {}.",
+}
+_BY_HAND = "the ledger describes the training as it was run"
+_ONE_SIDED = "One-sided: Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ."
+_EXCHANGED = "Pr[retrained ∈ E] ≤ e^ε · Pr[unlearned ∈ E] + δ"
+Established = TypeVar("Established", "Assumption", "Guarantee")
 
 
 @dataclass(frozen=True)
@@ -49,8 +96,12 @@ class Assumption:
 
     Args:
         statement: The condition, as a sentence.
-        met: Whether it is known to hold; False if it is unknown.
-        evidence: Why it is known to hold, or why not.
+        met: Whether it is known to hold, or declared; False if it is unknown.
+        evidence: Why it is known to hold, why not, or why it can only be declared.
+
+    Attributes:
+        established: Who established it: ``"observed"``, ``"derived"`` or
+            ``"declared"``. An assumption that a caller makes is always declared.
 
     Raises:
         ValueError: If ``met`` is not a bool.
@@ -59,6 +110,7 @@ class Assumption:
     statement: str
     met: bool
     evidence: str
+    established: str = field(default=DECLARED, init=False)
 
     def __post_init__(self) -> None:
         expect(
@@ -69,22 +121,70 @@ class Assumption:
             "Pass False if it is not known.",
         )
 
+    @property
+    def is_declared(self) -> bool:
+        """Whether it is taken to hold because it was declared."""
+        return self.met and self.established == DECLARED
+
+    @property
+    def standing(self) -> str:
+        """In words: ``"not met"``, ``"declared"``, ``"observed"`` or ``"derived"``."""
+        return self.established if self.met else "not met"
+
+    def __str__(self) -> str:
+        return f"{self.standing}: {self.statement} ({self.evidence})"
+
+
+@dataclass(frozen=True)
+class EpsilonDelta:
+    """One pair (ε, δ) that was computed directly, not from Rényi divergences.
+
+    Args:
+        epsilon: ε, at least 0 and finite.
+        delta: δ in [0, 1). The pair holds at every larger δ too.
+        source: What computed it, as a noun: ``"the engine's PRV accountant"``.
+        both_directions: Whether it also holds with the two laws exchanged.
+
+    Raises:
+        ValueError: If a number is outside its domain.
+    """
+
+    epsilon: float
+    delta: float
+    source: str
+    both_directions: bool = False
+
+    def __post_init__(self) -> None:
+        largest = np.finfo(np.float64).max
+        in_range(0, largest, epsilon=self.epsilon, remedy="Leave the pair out.")
+        in_range(0, 1, delta=self.delta, remedy="Choose less than 1 / (examples).")
+
 
 @dataclass(frozen=True)
 class Guarantee:
     """Bound or estimate of how far an unlearned model's law is from a retrained one's.
 
     ``divergences[i]`` bounds (or estimates) D_α(unlearned ‖ retrained) at
-    α = ``orders[i]``. Every statement is one-sided:
-    Pr[unlearned ∈ E] ≤ e^ε Pr[retrained ∈ E] + δ for every event E; the reverse
-    inequality would need the divergence in the other direction.
+    α = ``orders[i]``. It gives one direction:
+    Pr[unlearned ∈ E] ≤ e^ε Pr[retrained ∈ E] + δ for every event E. The other one,
+    with the two exchanged, follows from ``reverse_divergences``.
 
     Args:
         method: What was run, in words.
-        assumptions: Everything the number rests on, met or not.
-        orders: Rényi orders, each above 1; empty if there is no number.
+        assumptions: Everything the numbers rest on, met or not.
+        orders: Rényi orders, each above 1; empty if there are no divergences.
         divergences: One divergence per order, at least 0, in nats; ``inf`` if no
             divergence is known.
+        reverse_divergences: D_α(retrained ‖ unlearned), one per order; empty if nothing
+            is known about this direction.
+        estimates: Estimates of D_α(unlearned ‖ retrained) for this forget set that
+            stand beside a bound, one per order; empty if there are none. They are
+            sensitive, unlike a worst case. They decide nothing about the kind.
+        statements: Pairs (ε, δ) that were computed directly, if there are any.
+
+    Attributes:
+        established: ``"derived"`` if a runner of the library computed the numbers;
+            ``"declared"`` if a caller passed them.
 
     Raises:
         ValueError: If orders and divergences have different lengths or are outside
@@ -97,52 +197,78 @@ class Guarantee:
     assumptions: tuple[Assumption, ...]
     orders: tuple[float, ...] = ()
     divergences: tuple[float, ...] = ()
+    reverse_divergences: tuple[float, ...] = field(default=(), kw_only=True)
+    estimates: tuple[float, ...] = field(default=(), kw_only=True)
+    statements: tuple[EpsilonDelta, ...] = field(default=(), kw_only=True)
+    established: str = field(default=DECLARED, init=False)
 
     def __post_init__(self) -> None:
-        for name in ("orders", "divergences"):
+        for name in ("orders", *_CURVES):
             numbers = tuple(float(v) for v in getattr(self, name))
             object.__setattr__(self, name, numbers)
-        object.__setattr__(self, "assumptions", tuple(self.assumptions))
-        expect(
-            len(self.orders) == len(self.divergences),
-            "divergences",
-            f"{len(self.divergences)} numbers",
-            f"must be one per order ({len(self.orders)})",
-            "Give one divergence for every order.",
-        )
+        for name in ("assumptions", "statements"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         check_above_one(
             orders=self.orders, remedy="A guarantee needs Rényi orders above 1."
         )
-        expect(
-            all(d >= 0 for d in self.divergences),
-            "divergences",
-            self.divergences,
-            "must be at least 0",
-            "Pass inf if no divergence is known.",
-        )
+        for name in _CURVES:
+            values, optional = getattr(self, name), name != "divergences"
+            expect(
+                len(self.orders) == len(values) or (optional and not values),
+                name,
+                f"{len(values)} numbers",
+                f"must be one per order ({len(self.orders)})",
+                "Give one divergence for every order.",
+            )
+            expect(
+                all(d >= 0 for d in values),
+                name,
+                values,
+                "must be at least 0",
+                "Pass inf if no divergence is known.",
+            )
 
     @property
     def kind(self) -> str:
         """Kind of the claim, computed from the numbers and assumptions.
 
         Returns:
-            ``"certified"``: a finite bound, and every assumption is met;
+            ``"certified"``: a finite bound, every assumption is met, and nothing is
+            declared; ``"certified if"``: a finite bound, given ``declarations``;
             ``"estimate"``: a finite number with an assumption that is not met or
             unknown; ``"empirical"``: no finite number, only comparison with retrained
             models.
         """
-        if not any(math.isfinite(d) for d in self.divergences):
+        if not self._has_number:
             return "empirical"
-        proven = bool(self.assumptions) and all(a.met for a in self.assumptions)
-        return "certified" if proven else "estimate"
+        if not self.assumptions or self.unmet:
+            return "estimate"
+        return "certified if" if self.declarations else "certified"
+
+    @property
+    def _has_number(self) -> bool:
+        """Whether a finite divergence or a pair (ε, δ) is known."""
+        return bool(self.statements) or any(map(math.isfinite, self.divergences))
 
     @property
     def unmet(self) -> tuple[Assumption, ...]:
         """The assumptions that do not hold or are not known to hold."""
         return tuple(a for a in self.assumptions if not a.met)
 
+    @property
+    def declarations(self) -> tuple[Assumption, ...]:
+        """What is taken to hold because the user declares it, as a list to check.
+
+        It begins with the numbers themselves, if a caller passed them.
+        """
+        own = Assumption(
+            "the numbers of this guarantee are bounds", True, "passed by the caller"
+        )
+        of_numbers = (own,) if self._has_number and self.established == DECLARED else ()
+        return (*of_numbers, *(a for a in self.assumptions if a.is_declared))
+
     def epsilon(self, delta: float) -> float:
-        """Return ε of the one-sided (ε, δ) statement, the smallest over the orders.
+        """Return ε of the (ε, δ) statement, the smallest that is known.
 
         Args:
             delta: δ in (0, 1).
@@ -154,12 +280,54 @@ class Guarantee:
         Raises:
             ValueError: If δ is outside (0, 1).
         """
-        if self.kind == "empirical":
-            return math.inf
-        finite = [i for i, d in enumerate(self.divergences) if math.isfinite(d)]
-        divergences = np.array([self.divergences[i] for i in finite])
-        orders = np.array([self.orders[i] for i in finite])
-        return float(rdp_to_epsilon(divergences, orders, delta))
+        return self._least(self.divergences, self.statements, delta)
+
+    def reverse_epsilon(self, delta: float) -> float:
+        """Return ε of the statement with the two laws exchanged.
+
+        Args:
+            delta: δ in (0, 1).
+
+        Returns:
+            ε, at least 0; ``inf`` if nothing is known about this direction.
+
+        Raises:
+            ValueError: If δ is outside (0, 1).
+        """
+        both = [s for s in self.statements if s.both_directions]
+        return self._least(self.reverse_divergences, both, delta)
+
+    def estimated_epsilon(self, delta: float) -> float:
+        """Return the estimate of ε for this forget set that stands beside the bound.
+
+        It is sensitive: show it only to the owner of the examples.
+
+        Args:
+            delta: δ in (0, 1).
+
+        Returns:
+            ε, at least 0; ``inf`` if there is no estimate beside the bound.
+
+        Raises:
+            ValueError: If δ is outside (0, 1).
+        """
+        return self._least(self.estimates, (), delta)
+
+    def _least(
+        self,
+        divergences: Sequence[float],
+        statements: Iterable[EpsilonDelta],
+        delta: float,
+    ) -> float:
+        """Return the smallest ε that a curve and pairs (ε, δ) give at one δ."""
+        check_delta(delta)
+        known = zip(self.orders, divergences, strict=False)
+        finite = [(a, d) for a, d in known if math.isfinite(d)]
+        found = [s.epsilon for s in statements if s.delta <= delta]
+        if finite:
+            orders, values = np.array(finite).T
+            found.append(float(rdp_to_epsilon(values, orders, delta)))
+        return min(found, default=math.inf)
 
     def to_json(self) -> str:
         """Return the guarantee as JSON text; ``kind`` is written for readers only.
@@ -167,15 +335,24 @@ class Guarantee:
         Returns:
             One line of JSON.
         """
-        facts = {"format": _FORMAT, "kind": self.kind, **asdict(self)}
-        facts["divergences"] = [
-            d if math.isfinite(d) else "inf" for d in self.divergences
-        ]
+        facts = self._facts()
+        facts["checksum"] = _checksum(facts)
         return json.dumps(facts, ensure_ascii=False, allow_nan=False)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return everything that the text contains but its checksum."""
+        facts = {"format": _FORMAT, "kind": self.kind, **asdict(self)}
+        for name in _CURVES:
+            values = getattr(self, name)
+            facts[name] = [d if math.isfinite(d) else "inf" for d in values]
+        return facts
 
     @classmethod
     def from_json(cls, text: str) -> "Guarantee":
         """Read the text that ``to_json`` wrote and compute the kind again.
+
+        Texts of version 1 do not say who established an assumption: there, everything
+        counts as declared.
 
         Args:
             text: The JSON text.
@@ -184,39 +361,37 @@ class Guarantee:
             The guarantee.
 
         Raises:
-            ValueError: If the text is not a guarantee, or states a kind that its own
-                numbers and assumptions do not support.
+            ValueError: If the text is not a guarantee, states a kind that its own
+                numbers and assumptions do not support, or does not have the checksum
+                that it was written with.
         """
         facts = _parsed(text)
         try:
-            found = cls(
-                facts["method"],
-                tuple(Assumption(**a) for a in facts["assumptions"]),
-                facts["orders"],
-                tuple(float(d) for d in facts["divergences"]),
-            )
-            found._check_texts()
-        except (TypeError, OverflowError) as error:
+            found = _guarantee_in(facts)
+            kind = found.kind
+            if facts["format"] == _FORMAT_1 and kind == "certified if":
+                kind = "certified"  # version 1 had one word for both
+        except (TypeError, KeyError, OverflowError) as error:
             raise ValueError(
                 f"text must be JSON in the format {_FORMAT}, got other fields "
                 f"({error}). {_UNEDITED}"
             ) from error
         expect(
-            facts["kind"] == found.kind,
+            facts["kind"] == kind,
             "kind",
             facts["kind"],
-            f"must be {found.kind!r}, which the assumptions in the text support",
+            f"must be {kind!r}, which the assumptions in the text support",
+            "The text was edited: use the original.",
+        )
+        expect(
+            facts["format"] == _FORMAT_1
+            or facts["checksum"] == _checksum(found._facts()),
+            "checksum",
+            facts.get("checksum"),
+            "must be that of the text",
             "The text was edited: use the original.",
         )
         return found
-
-    def _check_texts(self) -> None:
-        """Raise ``TypeError`` unless method, statements and evidence are strings."""
-        texts = [self.method]
-        for assumption in self.assumptions:
-            texts += [assumption.statement, assumption.evidence]
-        if not all(isinstance(text, str) for text in texts):
-            raise TypeError("method, statements and evidence must be strings")
 
     def text(self, delta: float = 1e-5) -> str:
         """Return the claim in words, with every assumption it rests on.
@@ -226,42 +401,156 @@ class Guarantee:
                 number of examples.
 
         Returns:
-            Several lines; the first states the kind, the second the number, if any.
+            Several lines; the first states the kind, the next ones the numbers, if
+            any. A line for each assumption follows: first those that are not met, then
+            those that are declared.
 
         Raises:
             ValueError: If δ is outside (0, 1).
         """
         check_delta(delta)
-        lines = [
-            f"{self.kind.capitalize()} guarantee for {self.method}.",
-            *self._number(delta),
-        ]
-        lines += [f"  not met: {a.statement} ({a.evidence})" for a in self.unmet]
-        lines += [
-            f"  met: {a.statement} ({a.evidence})" for a in self.assumptions if a.met
-        ]
-        return "\n".join(lines)
+        listed = [*self.unmet, *self.declarations]
+        listed += [a for a in self.assumptions if a not in listed]
+        return "\n".join(
+            [
+                _HEADS[self.kind].format(self.method),
+                *self._number(delta),
+                *(f"  {assumption}" for assumption in listed),
+            ]
+        )
 
     def __str__(self) -> str:
         return self.text()
 
     def _number(self, delta: float) -> list[str]:
-        """Return the lines of the text that state the number."""
+        """Return the lines of the text that state the numbers."""
         if self.kind == "empirical":
             return [
                 "No finite divergence from retraining is claimed: judge the result "
                 "only by comparison with retrained models."
             ]
-        divergence, order = min(zip(self.divergences, self.orders, strict=True))
-        if self.kind == "certified":
-            sign, worth, write = "≤", "a bound", rounded_up
-        else:
-            sign, worth, write = "≈", "an estimate, not a bound", "{:.4g}".format
-        return [
-            f"D_α(unlearned ‖ retrained) {sign} {write(divergence)} at α = {order:g}; "
-            f"ε {sign} {write(self.epsilon(delta))} at δ = {delta:g} ({worth}).",
-            "One-sided: Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ.",
+        is_bound = self.kind in ("certified", "certified if")
+        sign, write = ("≤", rounded_up) if is_bound else ("≈", "{:.4g}".format)
+        curve = min(zip(self.divergences, self.orders, strict=True), default=None)
+        first = (
+            ""
+            if curve is None
+            else f"D_α(unlearned ‖ retrained) {sign} {write(curve[0])} at "
+            f"α = {curve[1]:g}; "
+        )
+        lines = [
+            f"{first}ε {sign} {write(self.epsilon(delta))} at δ = {delta:g} "
+            f"({'a bound' if is_bound else 'an estimate, not a bound'}"
+            f"{self._source(delta)})."
         ]
+        lines += self._direction(delta, sign, write)
+        if any(map(math.isfinite, self.estimates)):
+            lines.append(
+                f"Beside it, an estimate for this set: ε ≈ "
+                f"{self.estimated_epsilon(delta):.4g} at δ = {delta:g}. It is not a "
+                "bound, and it is sensitive: show it to the owner of the data only."
+            )
+        return lines
+
+    def _source(self, delta: float) -> str:
+        """Say which computation gave ε, if it was not the conversion of divergences."""
+        from_curve = self._least(self.divergences, (), delta)
+        best = min(
+            (s for s in self.statements if s.delta <= delta),
+            key=lambda statement: statement.epsilon,
+            default=None,
+        )
+        if best is None or best.epsilon > from_curve:
+            return ""
+        return f", by {best.source}"
+
+    def _direction(self, delta: float, sign: str, write: Any) -> list[str]:
+        """Return the lines that say in which directions the statement holds."""
+        forward, reverse = self.epsilon(delta), self.reverse_epsilon(delta)
+        if math.isinf(reverse):
+            return [_ONE_SIDED]
+        line = "Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ"
+        if reverse <= forward:
+            return [f"Both directions: {line}, and {_EXCHANGED}."]
+        return [
+            f"Both directions: {line}. "
+            f"With ε {sign} {write(reverse)} also {_EXCHANGED}."
+        ]
+
+
+def _established(item: Established, who: str) -> Established:
+    """Return an assumption or a guarantee with who established it written in."""
+    expect(who in _WHO, "established", repr(who), f"must be one of {_WHO}", _UNEDITED)
+    object.__setattr__(item, "established", who)
+    return item
+
+
+def observed(statement: str, evidence: str, *, met: bool = True) -> Assumption:
+    """Return an assumption about which a runner of the library saw the facts itself.
+
+    For runners of this library only: call it where the fact is seen, never with what a
+    caller says about it.
+
+    Args:
+        statement: The condition, as a sentence.
+        evidence: What was seen.
+        met: Whether the condition holds by what was seen.
+    """
+    return _established(Assumption(statement, met, evidence), OBSERVED)
+
+
+def derived(statement: str, evidence: str, *, met: bool = True) -> Assumption:
+    """Return an assumption that follows from recorded facts, or is proved.
+
+    For runners of this library only.
+
+    Args:
+        statement: The condition, as a sentence.
+        evidence: From what it follows, or where it is proved.
+        met: Whether the condition holds by that.
+    """
+    return _established(Assumption(statement, met, evidence), DERIVED)
+
+
+def guarantee_of_run(
+    method: str,
+    assumptions: Iterable[Assumption],
+    orders: Iterable[float] = (),
+    divergences: Iterable[float] = (),
+    *,
+    reverse_divergences: Iterable[float] = (),
+    estimates: Iterable[float] = (),
+    statements: Iterable[EpsilonDelta] = (),
+) -> Guarantee:
+    """Return a guarantee whose numbers a runner of the library computed.
+
+    For runners of this library only: the numbers must be bounds if every assumption
+    holds, or one assumption must say that they are estimates and be not met. An exact
+    result has all divergences 0 and ``EpsilonDelta(0.0, 0.0, source, True)``.
+
+    Args:
+        method: As in ``Guarantee``, as are the other arguments.
+        assumptions: Made by ``observed``, ``derived``, or by ``Assumption`` if the user
+            declares them.
+        orders: Rényi orders above 1.
+        divergences: One per order.
+        reverse_divergences: One per order, or none.
+        estimates: One per order, or none.
+        statements: Pairs (ε, δ).
+
+    Raises:
+        ValueError: As ``Guarantee``.
+    """
+    found = Guarantee(
+        method,
+        tuple(assumptions),
+        tuple(orders),
+        tuple(divergences),
+        reverse_divergences=tuple(reverse_divergences),
+        estimates=tuple(estimates),
+        statements=tuple(statements),
+    )
+    return _established(found, DERIVED)
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -270,17 +559,55 @@ def _parsed(text: str) -> dict[str, Any]:
         facts = json.loads(text)
     except (ValueError, TypeError, RecursionError):
         facts = None
-    known = {"format", "kind", "method", "assumptions", "orders", "divergences"}
+    known = {_FORMAT: _FIELDS, _FORMAT_1: _FIELDS_1}
     expect(
         isinstance(facts, dict)
-        and facts.get("format") == _FORMAT
-        and set(facts) == known,
+        and isinstance(facts.get("format"), str)
+        and set(facts) == known.get(facts["format"]),
         "text",
         text,
         f"must be JSON in the format {_FORMAT}",
         _UNEDITED,
     )
     return cast(dict[str, Any], facts)
+
+
+def _guarantee_in(facts: dict[str, Any]) -> Guarantee:
+    """Return the guarantee that parsed fields describe, of either version.
+
+    Raises:
+        TypeError, KeyError: If a field has another form.
+        ValueError: If a value is outside its domain.
+    """
+    curves = {
+        name: tuple(float(d) for d in facts.get(name, ())) for name in _CURVES[1:]
+    }
+    found = Guarantee(
+        facts["method"],
+        tuple(_assumption_in(dict(a)) for a in facts["assumptions"]),
+        facts["orders"],
+        tuple(float(d) for d in facts["divergences"]),
+        statements=tuple(EpsilonDelta(**s) for s in facts.get("statements", ())),
+        **curves,
+    )
+    texts = [found.method, *(s.source for s in found.statements)]
+    for assumption in found.assumptions:
+        texts += [assumption.statement, assumption.evidence]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("method, statements, evidence and sources must be strings")
+    return _established(found, facts.get("established", DECLARED))
+
+
+def _assumption_in(facts: dict[str, Any]) -> Assumption:
+    """Return the assumption that parsed fields describe, of either version."""
+    who = facts.pop("established", DECLARED)
+    return _established(Assumption(**facts), who)
+
+
+def _checksum(facts: dict[str, Any]) -> str:
+    """Return the SHA-256 of a guarantee's fields, independent of their order."""
+    text = json.dumps(facts, sort_keys=True, allow_nan=False)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def rounded_up(value: float, num_digits: int = 4) -> str:
@@ -301,16 +628,16 @@ def rounded_up(value: float, num_digits: int = 4) -> str:
 
 
 def unchecked_links(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
-    """Return an assumption for each link of custody that was not checked in a run.
+    """Return a declared assumption for each link of custody that was not checked.
 
-    A ledger that was made by hand has no chain of custody, and adds none: its maker
-    answers for it.
+    A ledger that was made by hand has no chain of custody: its maker declares all of it
+    in one assumption.
 
     Args:
         runs: The ledgers that a claim rests on.
 
     Returns:
-        The assumptions, none of them met; each link once.
+        The assumptions, all of them declared; each link once.
     """
     links = {
         link.name: link
@@ -318,4 +645,7 @@ def unchecked_links(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
         if run.custody is not None
         for link in run.custody.unchecked
     }
-    return tuple(Assumption(LINKS[n], False, k.sentence) for n, k in links.items())
+    found = [Assumption(LINKS[n], True, k.sentence) for n, k in links.items()]
+    if any(run.custody is None for run in runs):
+        found.append(Assumption(_BY_HAND, True, "the ledger has no chain of custody"))
+    return tuple(found)

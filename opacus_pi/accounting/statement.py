@@ -29,6 +29,8 @@ from opacus_pi.accounting.epsilon import DEFAULT_ORDERS, epsilons
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
 from opacus_pi.accounting.guarantee import (
     Assumption,
+    derived,
+    observed,
     rounded_up,
     unchecked_links,
 )
@@ -41,7 +43,7 @@ from opacus_pi.ledger.grad_norm_ledger import (
 )
 from opacus_pi.ledger.mechanism import NoisySGD
 
-_FORMAT = "opacus_pi.PrivacyStatement.v1"
+_FORMAT = "opacus_pi.PrivacyStatement.v2"
 # Fewer orders than for one example: each is a numerical integral, and the best order of
 # a group is often below Opacus's smallest.
 _GROUP_ORDERS = (1 + np.geomspace(0.01, 63, 40)).tolist()
@@ -70,7 +72,10 @@ class PrivacyStatement:
             estimate can be given.
         worst_case: A bound on ε for any person with as many examples; ``inf`` if no
             bound can be given.
-        assumptions: Assumptions of the numbers, met or not.
+        assumptions: Assumptions of the worst case, met or not, with who established
+            each.
+        estimated_from: From what the estimate was computed, in words; empty if there is
+            none.
     """
 
     subject: str
@@ -79,6 +84,20 @@ class PrivacyStatement:
     epsilon: float | None
     worst_case: float
     assumptions: tuple[Assumption, ...]
+    estimated_from: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the worst case, computed from the numbers and assumptions.
+
+        Returns:
+            ``"certified if"``: a bound, given the declarations, of which there is at
+            least one: nothing else was released. ``"estimate"``: only an estimate is
+            given. ``"empirical"``: no number is given.
+        """
+        if math.isfinite(self.worst_case) and all(a.met for a in self.assumptions):
+            return "certified if"
+        return "empirical" if self.epsilon is None else "estimate"
 
     @property
     def sharing(self) -> str:
@@ -92,7 +111,8 @@ class PrivacyStatement:
         Returns:
             One line of JSON.
         """
-        facts = {"format": _FORMAT, **asdict(self), "sharing": self.sharing}
+        facts = {"format": _FORMAT, "kind": self.kind, **asdict(self)}
+        facts["sharing"] = self.sharing
         if math.isinf(self.worst_case):
             facts["worst_case"] = "inf"
         return json.dumps(facts, ensure_ascii=False, allow_nan=False)
@@ -104,8 +124,9 @@ class PrivacyStatement:
             self._own(),
             self._anyone(),
             *([self.sharing] if self.sharing else []),
-            *(f"  not met: {_line(a)}" for a in self.assumptions if not a.met),
-            *(f"  met: {_line(a)}" for a in self.assumptions if a.met),
+            *(f"  {a}" for a in self.assumptions if not a.met),
+            *(f"  {a}" for a in self.assumptions if a.is_declared),
+            *(f"  {a}" for a in self.assumptions if a.met and not a.is_declared),
         ]
         return "\n".join(lines)
 
@@ -114,7 +135,7 @@ class PrivacyStatement:
         if self.epsilon is not None:
             return (
                 f"These data: ε ≈ {self.epsilon:.4g} at δ = {self.delta:g}, an "
-                "estimate, not a bound."
+                f"estimate, not a bound ({self.estimated_from})."
             )
         if self.num_rows > 1:
             return (
@@ -128,9 +149,10 @@ class PrivacyStatement:
         if math.isinf(self.worst_case):
             return "Any data: no bound can be given."
         return (
-            f"Any data: ε ≤ {rounded_up(self.worst_case)} at δ = {self.delta:g}, given "
-            "the assumptions. The trained model then makes no event more than e^ε "
-            "times as likely as a model trained without these examples does, plus δ."
+            f"Any data: ε ≤ {rounded_up(self.worst_case)} at δ = {self.delta:g}, "
+            "certified if the declarations below hold. The trained model then makes no "
+            "event more than e^ε times as likely as a model trained without these "
+            "examples does, plus δ."
         )
 
 
@@ -182,7 +204,8 @@ def privacy_statement(
         float(delta),
         epsilon,
         worst,
-        (noisy, *_assumptions(runs, single)),
+        (noisy, *_assumptions(runs)),
+        "" if epsilon is None else _estimated_from(runs),
     )
 
 
@@ -205,50 +228,40 @@ def _noisy(ledger: GradNormLedger) -> Assumption:
     """Return the assumption that training added the recorded noise."""
     mechanism = ledger.mechanism
     noise, assumed = float(np.min(mechanism.noise_std)), mechanism.assumed_noise
-    return Assumption(
+    return observed(
         "training added noise to every update",
-        noise > 0 and not assumed,
         f"{'assumed' if assumed else 'recorded'} noise_std={noise:g} on the sum",
+        met=noise > 0 and not assumed,
     )
 
 
-def _assumptions(
-    runs: Sequence[GradNormLedger], single: bool
-) -> tuple[Assumption, ...]:
-    """Return the other assumptions of the numbers."""
+def _assumptions(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
+    """Return the other assumptions of the worst case."""
     mechanism = joint_mechanism(runs)
     clip = float(np.max(mechanism.max_grad_norm))
-    found = [
-        Assumption(
-            "every gradient was clipped", math.isfinite(clip), f"max_grad_norm={clip:g}"
+    return (
+        observed(
+            "every gradient was clipped",
+            f"max_grad_norm={clip:g}",
+            met=math.isfinite(clip),
         ),
-        Assumption(
-            "batches were sampled independently of the data",
-            True,
-            _sampling(mechanism),
-        ),
+        derived("batches were sampled independently of the data", _sampling(mechanism)),
         *unchecked_links(runs),
         Assumption(
             "nothing else computed from the data was released (tuning, other models)",
-            False,
-            "not recorded",
+            True,
+            "this cannot be seen from the training",
         ),
-    ]
-    if single:
-        found.append(
-            Assumption(
-                "for the estimate: the recorded norms represent all runs and updates",
-                False,
-                f"{runs[0].num_rows} rows of {len(runs)} "
-                f"run{'s' if len(runs) > 1 else ''}",
-            )
-        )
-    return tuple(found)
+    )
 
 
-def _line(assumption: Assumption) -> str:
-    """Return an assumption with its evidence."""
-    return f"{assumption.statement} ({assumption.evidence})"
+def _estimated_from(runs: Sequence[GradNormLedger]) -> str:
+    """Say what stands for all runs and updates in the estimate."""
+    plural = "s" if len(runs) > 1 else ""
+    return (
+        f"{runs[0].num_rows} rows of {len(runs)} run{plural} stand for all runs and "
+        "updates"
+    )
 
 
 def _sampling(mechanism: NoisySGD) -> str:

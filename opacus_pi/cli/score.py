@@ -104,5 +104,5 @@ def _not_checked(scores: Scores) -> str:
     return "".join(
         f"\nAssumed, not checked: {a.statement}. {a.evidence}"
         for a in scores.assumptions
-        if a.statement in statements and not a.met
+        if a.statement in statements and a.is_declared
     )

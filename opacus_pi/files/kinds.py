@@ -114,8 +114,18 @@ TRACE = FileKind(
     "the trace of an unlearning run",
     reader="opacus_pi.evaluation.trace:UnlearningTrace.load",
 )
-GUARANTEE = FileKind("opacus_pi.Guarantee", "a guarantee")
-PRIVACY_STATEMENT = FileKind("opacus_pi.PrivacyStatement", "a privacy statement")
+GUARANTEE = FileKind(
+    "opacus_pi.Guarantee",
+    "a guarantee",
+    version=2,  # since 2: who established each assumption, both directions
+    earlier_versions=(1,),
+)
+PRIVACY_STATEMENT = FileKind(
+    "opacus_pi.PrivacyStatement",
+    "a privacy statement",
+    version=2,  # since 2: the kind, and who established each assumption
+    earlier_versions=(1,),
+)
 REPORT = FileKind("opacus_pi.Report", "the JSON of a report")
 ANSWER = FileKind("opacus_pi.cli", "an answer of opacus-pi")
 

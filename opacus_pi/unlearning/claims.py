@@ -24,7 +24,14 @@ from torch import nn
 from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
-from opacus_pi.accounting.guarantee import Assumption, Guarantee, unchecked_links
+from opacus_pi.accounting.guarantee import (
+    Assumption,
+    Guarantee,
+    derived,
+    guarantee_of_run,
+    observed,
+    unchecked_links,
+)
 from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import LINKS
 from opacus_pi.ledger.grad_norm_ledger import columns_of
@@ -177,25 +184,21 @@ def claim(
         *unchecked_links(runs),
         _fixed_denominator(runs),
         _matching(runs, model if has_weights else None),
-        Assumption(
-            "the privacy loss is an upper bound",
-            False,
-            _estimated(len(runs)),
-        ),
+        derived("the privacy loss is an upper bound", _estimated(len(runs)), met=False),
     )
     described = f"{method} (retrained: trained without the set, then updated alike)"
     if not all(assumption.met for assumption in needed):
-        return Guarantee(described, needed + stated)
+        return guarantee_of_run(described, needed + stated)
     chosen = [run.subset(columns_of(run, gone)) for run in runs]
     losses = [float(privacy_losses(chosen, order)[0]) for order in _ORDERS]
     losses = [v if math.isfinite(v) else math.inf for v in losses]
-    return Guarantee(described, needed + stated, _ORDERS, tuple(losses))
+    return guarantee_of_run(described, needed + stated, _ORDERS, losses)
 
 
 def _broken_links(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
     """Return an assumption for each link of custody that is broken in a run."""
     return tuple(
-        Assumption(LINKS[link.name], False, link.sentence)
+        observed(LINKS[link.name], link.sentence, met=False)
         for run in runs
         if run.custody is not None
         for link in run.custody.broken
@@ -221,11 +224,11 @@ def _adds_noise(runs: Sequence[GradNormLedger]) -> Assumption:
     """
     statement = "training added noise to every update"
     if not runs:
-        return Assumption(statement, False, "no ledger")
+        return observed(statement, "no ledger", met=False)
     mechanism = runs[0].mechanism
     noise, assumed = float(np.min(mechanism.noise_std)), mechanism.assumed_noise
     evidence = f"{'assumed' if assumed else 'recorded'} noise_std={noise:g} on the sum"
-    return Assumption(statement, noise > 0 and not assumed, evidence)
+    return observed(statement, evidence, met=noise > 0 and not assumed)
 
 
 def _one_example(size: int, num_before: int) -> Assumption:
@@ -237,10 +240,10 @@ def _one_example(size: int, num_before: int) -> Assumption:
     """
     before = f", including {num_before} forgotten before" if num_before else ""
     remedy = "" if size == 1 else "; recording.gram_ledger measures groups"
-    return Assumption(
+    return observed(
         "the bound needs a single example",
-        size == 1,
         f"this set has {size}{before}{remedy}",
+        met=size == 1,
     )
 
 
@@ -253,10 +256,10 @@ def _does_not_look(method: Method, history: History) -> Assumption:
         history: The earlier runs of this model.
     """
     looked = history.after(method, None).looked
-    return Assumption(
+    return observed(
         "unlearning never looks at the forget set",
-        not looked,
         looked or f"{type(method).__name__} sees the retain set only",
+        met=not looked,
     )
 
 
@@ -267,12 +270,12 @@ def _fixed_length(stop: StopWhen | None) -> Assumption:
         stop: A rule that could have ended one of the runs, or None. It counts even if
             it ended none of them, because whether it does depends on the forget set.
     """
-    return Assumption(
+    return observed(
         "the number of updates does not depend on the forget set",
-        stop is None,
         "fixed before the run"
         if stop is None
         else f"ended by {stop.metric!r}, an evaluation that may look at it",
+        met=stop is None,
     )
 
 
@@ -287,10 +290,10 @@ def _separable(model: nn.Module) -> Assumption:
         for name, module in model.named_modules()
         if isinstance(module, BatchNormBase)
     ]
-    return Assumption(
+    return observed(
         "an example acts on an update through its own gradient only",
-        not mixing,
         f"batch statistics in {mixing[0]!r}" if mixing else "no BatchNorm in the model",
+        met=not mixing,
     )
 
 
@@ -301,10 +304,10 @@ def _fixed_denominator(runs: Sequence[GradNormLedger]) -> Assumption:
     presence of one example scales the gradients of all others.
     """
     clipped = bool(runs) and bool(np.isfinite(runs[0].mechanism.max_grad_norm).all())
-    return Assumption(
+    return derived(
         "training divided by a batch size that does not depend on the example",
-        clipped,
         "DP-SGD divides by the expected one" if clipped else "not recorded",
+        met=clipped,
     )
 
 
@@ -322,10 +325,10 @@ def _matching(runs: Sequence[GradNormLedger], model: nn.Module | None) -> Assump
     names = {run.weights for run in runs}
     hashed = names - {None, CHANGED}
     met = bool(hashed) and model is not None and weights_name(model) in hashed
-    return Assumption(
+    return observed(
         "the model holds the last weights of the recorded training",
-        met,
         "the ledger names them, by their SHA-256" if met else _unmatched(names, model),
+        met=met,
     )
 
 

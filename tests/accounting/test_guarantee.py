@@ -9,20 +9,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opacus_pi.accounting.guarantee import Assumption, Guarantee, rounded_up
+from opacus_pi.accounting.guarantee import (
+    Assumption,
+    EpsilonDelta,
+    Guarantee,
+    derived,
+    guarantee_of_run,
+    observed,
+    rounded_up,
+)
 
-MET = Assumption("the weights stay in a ball", True, "projection")
+MET = derived("the weights stay in a ball", "projection")
+DECLARED = Assumption("the noise is secret", True, "not recorded")
 UNMET = Assumption("the loss is an upper bound", False, "one run")
 ORDERS = (2.0, 8.0, 32.0)
 DIVERGENCES = (0.1, 0.5, 3.0)
 
 
 def guarantee(assumptions=(MET,), divergences=DIVERGENCES):
+    return guarantee_of_run("Langevin", assumptions, ORDERS, divergences)
+
+
+def by_hand(assumptions=(MET,), divergences=DIVERGENCES):
     return Guarantee("Langevin", assumptions, ORDERS, divergences)
 
 
 def test_kind_follows_from_the_assumptions():
     assert guarantee().kind == "certified"
+    assert guarantee((MET, DECLARED)).kind == "certified if"
+    assert guarantee((MET, DECLARED, UNMET)).kind == "estimate"
     assert guarantee((MET, UNMET)).kind == "estimate"
     assert guarantee((), DIVERGENCES).kind == "estimate"
     assert guarantee((MET,), (math.inf,) * 3).kind == "empirical"
@@ -34,6 +49,133 @@ def test_kind_cannot_be_passed_in_or_set():
         Guarantee("Langevin", (UNMET,), ORDERS, DIVERGENCES, kind="certified")
     with pytest.raises(dataclasses.FrozenInstanceError):
         guarantee().kind = "certified"
+
+
+def test_a_caller_cannot_make_a_guarantee_certified():
+    mine = by_hand((DECLARED,))
+    assert mine.kind == "certified if"
+    assert [a.statement for a in mine.declarations] == [
+        "the numbers of this guarantee are bounds",
+        "the noise is secret",
+    ]
+    # assumptions of a certified guarantee, or the guarantee itself, with other numbers
+    assert by_hand().kind == "certified if"
+    for changes in ({"divergences": (0.0, 0.0, 0.0)}, {"method": "mine"}):
+        assert dataclasses.replace(guarantee(), **changes).kind == "certified if"
+    changed = dataclasses.replace(MET, statement="everything holds")
+    assert changed.is_declared
+    for make in (
+        lambda: Assumption("x", True, "y", "observed"),
+        lambda: Assumption("x", True, "y", established="observed"),
+        lambda: dataclasses.replace(DECLARED, established="observed"),
+        lambda: Guarantee("x", (MET,), ORDERS, DIVERGENCES, established="derived"),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            make()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DECLARED.established = "observed"
+
+
+def test_an_edited_text_is_refused():
+    def text(claim, **changes):
+        facts = json.loads(claim.to_json())
+        for name, value in changes.items():
+            facts[name] = value
+        return json.dumps(facts)
+
+    certified = [{**dataclasses.asdict(DECLARED), "established": "observed"}]
+    edits = (
+        (by_hand((DECLARED,)), {"kind": "certified", "established": "derived"}),
+        (
+            guarantee((DECLARED,)),
+            {"kind": "certified", "assumptions": certified},
+        ),
+        (guarantee(), {"divergences": [0.0, 0.0, 0.0]}),
+        (guarantee(), {"checksum": None}),
+        (guarantee(), {"statements": [{"epsilon": 0.0, "delta": 0.0, "source": "me"}]}),
+        (guarantee(), {"established": "seen"}),
+        (guarantee(), {"statements": [{"epsilon": 0.0}]}),
+    )
+    for claim, changes in edits:
+        assert Guarantee.from_json(text(claim)) == claim
+        with pytest.raises(ValueError, match="edited|unedited"):
+            Guarantee.from_json(text(claim, **changes))
+
+
+def test_texts_of_version_1_are_read_and_count_as_declared():
+    def old(kind, met):
+        return json.dumps(
+            {
+                "format": "opacus_pi.Guarantee.v1",
+                "kind": kind,
+                "method": "Langevin",
+                "assumptions": [{"statement": "a", "met": met, "evidence": "b"}],
+                "orders": [2.0],
+                "divergences": [0.5],
+            }
+        )
+
+    assert Guarantee.from_json(old("certified", True)).kind == "certified if"
+    assert Guarantee.from_json(old("estimate", False)).kind == "estimate"
+    with pytest.raises(ValueError, match="kind must be"):
+        Guarantee.from_json(old("certified", False))
+
+
+def test_a_pair_of_epsilon_and_delta_counts_at_its_delta_and_above():
+    pair = EpsilonDelta(0.25, 1e-5, "the engine's PRV accountant")
+    claim = guarantee_of_run(
+        *("Langevin", (MET,), ORDERS, DIVERGENCES), statements=[pair]
+    )
+    alone = guarantee()
+    assert claim.epsilon(1e-5) == claim.epsilon(1e-3) == 0.25
+    assert claim.epsilon(1e-6) == alone.epsilon(1e-6) > 0.25
+    assert "≤ 0.25 at δ = 1e-05 (a bound, by the engine's PRV acc" in claim.text(1e-5)
+    assert "PRV" not in claim.text(1e-6)
+    exact = guarantee_of_run(
+        "rewind", (MET,), statements=[EpsilonDelta(0.0, 0.0, "exact", True)]
+    )
+    assert exact.kind == "certified" and exact.epsilon(1e-300) == 0
+    assert exact.reverse_epsilon(1e-9) == 0 and "Both directions" in str(exact)
+    assert claim.reverse_epsilon(1e-5) == math.inf and "One-sided" in str(claim)
+    for epsilon, delta in ((math.inf, 0.1), (-1.0, 0.1), (1.0, 1.5)):
+        with pytest.raises(ValueError, match="epsilon|delta"):
+            EpsilonDelta(epsilon, delta, "me")
+
+
+def test_both_directions_are_stated_where_they_are_known():
+    def both(reverse):
+        return guarantee_of_run(
+            *("Langevin", (MET,), ORDERS, DIVERGENCES), reverse_divergences=reverse
+        )
+
+    same, larger = both(DIVERGENCES), both((0.2, 0.9, 5.0))
+    assert same.reverse_epsilon(1e-5) == same.epsilon(1e-5)
+    assert "Both directions" in str(same) and "≤ e^ε · Pr[unlearned" in str(same)
+    words = str(larger)
+    assert f"With ε ≤ {rounded_up(larger.reverse_epsilon(1e-5))} also" in words
+    assert "Both directions" not in str(both((math.inf,) * 3))
+
+
+def test_an_estimate_beside_a_bound_is_named_an_estimate():
+    claim = guarantee_of_run(
+        *("Langevin", (MET,), ORDERS, DIVERGENCES), estimates=(0.01, 0.05, 0.3)
+    )
+    assert claim.kind == "certified"
+    assert claim.epsilon(1e-5) == guarantee().epsilon(1e-5)
+    estimate = claim.estimated_epsilon(1e-5)
+    assert estimate == guarantee(divergences=(0.01, 0.05, 0.3)).epsilon(1e-5)
+    assert f"estimate for this set: ε ≈ {estimate:.4g}" in str(claim)
+    assert guarantee().estimated_epsilon(1e-5) == math.inf
+
+
+def test_the_text_lists_what_is_declared():
+    words = guarantee((MET, DECLARED, observed("it ran", "seen"))).text()
+    assert words.startswith("Certified-if guarantee for Langevin: certified if")
+    assert words.splitlines()[-3:] == [
+        "  declared: the noise is secret (not recorded)",
+        "  derived: the weights stay in a ball (projection)",
+        "  observed: it ran (seen)",
+    ]
 
 
 def test_epsilon_is_the_smallest_over_the_finite_orders():
@@ -77,7 +219,15 @@ def test_epsilon_refuses_a_delta_outside_0_1(delta):
     [
         guarantee(),
         guarantee((MET, UNMET)),
+        guarantee((MET, DECLARED)),
+        by_hand(),
         guarantee(divergences=(0.1, math.inf, math.inf)),
+        guarantee_of_run(
+            *("FineTune", (MET,), ORDERS, DIVERGENCES),
+            reverse_divergences=(0.1, 0.2, math.inf),
+            estimates=DIVERGENCES,
+            statements=[EpsilonDelta(1.0, 1e-5, "PRV", True)],
+        ),
         Guarantee("FineTune", ()),
     ],
 )
@@ -103,9 +253,9 @@ def test_foreign_text_is_refused(text):
 
 def test_a_bound_is_written_rounded_up_and_an_estimate_to_nearest():
     for d in np.random.default_rng(0).uniform(0.1, 9, 50):
-        words = str(Guarantee("Langevin", (MET,), (2.0,), (d,)))
+        words = str(guarantee_of_run("Langevin", (MET,), (2.0,), (d,)))
         assert d <= float(words.split("≤ ")[1].split()[0]) <= d * 1.001
-        words = str(Guarantee("Langevin", (MET, UNMET), (2.0,), (d,)))
+        words = str(guarantee_of_run("Langevin", (MET, UNMET), (2.0,), (d,)))
         assert f"≈ {d:.4g} at" in words
 
 
@@ -141,8 +291,8 @@ def test_unknown_is_no_truth_value():
 
 def test_arrays_are_taken_and_frozen():
     claim = Guarantee("Langevin", [MET], np.array(ORDERS), np.array(DIVERGENCES))
-    assert claim == guarantee()
-    assert hash(claim) == hash(guarantee())
+    assert claim == by_hand()
+    assert hash(claim) == hash(by_hand())
 
 
 @given(st.floats(0, 1e300), st.integers(1, 12))

@@ -123,6 +123,6 @@ def test_unchecked_links_are_assumptions_of_a_statement():
     chain = Custody((Link("loss", "unchecked", "It was not seen."),))
     found = privacy_statement(ledger(chain), [0], 1e-5).assumptions
     (loss,) = [a for a in found if a.statement == LINKS["loss"]]
-    assert not loss.met and loss.evidence == "It was not seen."
+    assert loss.is_declared and loss.evidence == "It was not seen."
     by_hand = privacy_statement(ledger(), [0], 1e-5).assumptions
     assert not [a for a in by_hand if a.statement in LINKS.values()]
