@@ -18,7 +18,7 @@ iterator of a            ``_reset``, ``_get_data``          ``attribution.observ
 =======================  =================================  ==========================
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -48,6 +48,7 @@ __all__ = [
     "TorchDispatchMode",
     "both_sides_padding",
     "compiled_module",
+    "counts_of_writes",
     "current_backward_pass",
     "forward_hooks",
     "forward_pre_hooks",
@@ -142,6 +143,18 @@ def num_writes(tensor: Tensor) -> int:
     its count is always 0.
     """
     return 0 if tensor.is_inference() else tensor._version
+
+
+def counts_of_writes(tensors: Sequence[Tensor]) -> list[int]:
+    """Return ``num_writes`` of each tensor.
+
+    Args:
+        tensors: Any tensors. Torch may raise for those of ``torch.inference_mode``.
+    """
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [num_writes(tensor) for tensor in tensors]
 
 
 def current_backward_pass() -> int:

@@ -1,35 +1,41 @@
-"""Writes to the weights that torch does not count: through ``.data`` or NumPy.
+"""What the last update left of the weights, to see that nothing else writes to them.
 
 Torch counts writes to a tensor, which shows most changes between two updates at no
-cost. A write to ``weight.data`` is not counted. So a few entries of every parameter are
-kept after an update and compared before the next one.
+cost. A write to ``weight.data``, or through NumPy, is not counted. So the counts, the
+places in memory and a few entries of every parameter are kept after an update and
+compared before the next one.
 
-*Guarantee.* A change of a whole parameter (an average of weights, a projection, a step
-of another optimizer) is found, and so is a parameter whose memory was replaced.
+*Guarantee.* A write that torch counts is found, a change of a whole parameter is found
+(an average of weights, a projection, a step of another optimizer), and so is a
+parameter whose memory was replaced.
 
 *What breaks it.* 16 evenly spaced entries of a parameter are compared. A write that
-changes a share s of its entries, at places that have nothing to do with these, is
-missed with a probability of (1 - s)^16: .2 for a tenth of the entries. A change that
-was undone before the next update is not seen.
+torch does not count, and that changes a share s of the entries at places that have
+nothing to do with these, is missed with a probability of (1 - s)^16: .2 for a tenth of
+the entries. A change that was undone before the next update is not seen if torch did
+not count it.
 
 >>> weight = torch.zeros(100)
->>> entries = SampledEntries()
->>> entries.watch([weight])
->>> entries.keep()
+>>> snapshot = WeightSnapshot()
+>>> snapshot.watch([weight])
+>>> snapshot.take()
 >>> _ = weight.data.add_(1)
->>> entries.have_changed()
+>>> snapshot.has_changed()
 True
 """
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
+from opacus_pi._torch_compat import counts_of_writes
 from opacus_pi.custody.chain import Chain
 
-__all__ = ["SampledEntries", "WeightsLink"]
+__all__ = ["WeightSnapshot", "WeightsLink"]
 
 _COMPARED = "Every update was compared with the one before."
 _CHANGED = (
@@ -40,16 +46,22 @@ _CHANGED = (
 )
 
 _NUM_ENTRIES = 16  # of a parameter
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
-class SampledEntries:
-    """A few entries of each parameter, compared from one update to the next."""
+class WeightSnapshot:
+    """Counts of writes, addresses and a few entries of parameters at one moment."""
 
     def __init__(self) -> None:
         self._parameters: list[Tensor] = []
-        self._views: dict[torch.device, list[Tensor]] = {}
+        self._writes: list[int] | None = None  # None: no snapshot was taken
         self._addresses: list[int] = []
-        self._kept: dict[torch.device, Tensor] = {}
+        # Views of the sampled entries: as NumPy arrays of their bits where that is
+        # possible, because that is what is read fastest; else by device.
+        self._on_host: list[NDArray[np.generic]] = []
+        self._elsewhere: dict[torch.device, list[Tensor]] = {}
+        self._bits = b""
+        self._entries: dict[torch.device, Tensor] = {}
         self._late: dict[torch.device, Tensor] = {}
 
     def watch(self, parameters: Iterable[Tensor]) -> None:
@@ -59,55 +71,63 @@ class SampledEntries:
             parameters: They are kept in memory, as an optimizer does.
         """
         self._parameters = [p for p in parameters if _is_plain(p) and p.numel()]
+        self._addresses = []
         self.forget()
 
     def forget(self) -> None:
         """Accept the parameters as they are."""
-        self._kept, self._late = {}, {}
+        self._writes, self._entries, self._late = None, {}, {}
 
-    def keep(self) -> None:
-        """Keep the entries: an update has just been made."""
-        self._find_views()
-        self._kept = {d: _together(views) for d, views in self._views.items()}
+    def take(self) -> None:
+        """Take the snapshot: an update has just been made."""
+        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            self._make_views()
+        self._writes = counts_of_writes(self._parameters)
+        self._bits = _bits_of(self._on_host)
+        if self._elsewhere:
+            self._entries = {d: _joined(v) for d, v in self._elsewhere.items()}
 
-    def have_changed(self) -> bool:
-        """Return whether entries differ from those that were kept.
+    def has_changed(self) -> bool:
+        """Return whether the parameters are not as they were.
 
-        On an accelerator the comparison is left running, and its result is reported by
-        ``have_changed_late``, so that training does not wait for it.
+        On an accelerator the comparison of entries is left running, and its result is
+        reported by ``has_changed_late``, so that training does not wait for it.
         """
-        changed = bool(self._kept) and self._addresses != self._present_addresses()
-        for device, kept in self._kept.items():
-            now = _together(self._views[device])
-            if device.type == "cpu":
-                changed |= not torch.equal(now, kept)
-            else:
-                differs = (now != kept).any()
-                earlier = self._late.get(device)
-                self._late[device] = differs if earlier is None else earlier | differs
-        return changed
+        if self._writes is None:
+            return False
+        if (
+            self._writes != counts_of_writes(self._parameters)
+            or self._addresses
+            != [parameter.data_ptr() for parameter in self._parameters]
+            or self._bits != _bits_of(self._on_host)
+        ):
+            return True
+        for device, kept in self._entries.items():
+            differs = (_joined(self._elsewhere[device]) != kept).any()
+            earlier = self._late.get(device)
+            self._late[device] = differs if earlier is None else earlier | differs
+        return False
 
-    def have_changed_late(self) -> bool:
+    def has_changed_late(self) -> bool:
         """Return whether a comparison on an accelerator has found a change."""
         return any(bool(found) for found in self._late.values())
 
-    def have_changed_now(self) -> bool:
-        """Return what ``have_changed`` does, and wait for accelerators."""
-        return self.have_changed() or self.have_changed_late()
+    def has_changed_now(self) -> bool:
+        """Return what ``has_changed`` does, and wait for accelerators."""
+        return self.has_changed() or self.has_changed_late()
 
-    def _present_addresses(self) -> list[int]:
-        """Return where the parameters are in memory now."""
-        return [parameter.data_ptr() for parameter in self._parameters]
-
-    def _find_views(self) -> None:
-        """Make views of the sampled entries, if parameters have moved in memory."""
-        addresses = self._present_addresses()
-        if addresses == self._addresses and self._views:
-            return
-        self._addresses, self._views = addresses, {}
+    def _make_views(self) -> None:
+        """Make views of the sampled entries, in the present memory of parameters."""
+        self._on_host, self._elsewhere = [], {}
         for parameter in self._parameters:
-            views = self._views.setdefault(parameter.device, [])
-            views.append(_entries_of(parameter.detach()))
+            entries = _entries_of(parameter.detach())
+            bits = _BITS.get(entries.element_size())
+            if entries.is_cpu and bits is not None:
+                self._on_host.append(np.from_dlpack(entries.view(bits)))
+            else:
+                self._elsewhere.setdefault(entries.device, []).append(entries)
 
 
 class WeightsLink:
@@ -119,34 +139,30 @@ class WeightsLink:
 
     Args:
         chain: The chain of custody of the run.
-        entries: Of its weights, which show writes that torch does not count.
+        snapshot: Of its weights, taken after each update.
     """
 
-    def __init__(self, chain: Chain, entries: SampledEntries) -> None:
-        self._chain, self._entries = chain, entries
+    def __init__(self, chain: Chain, snapshot: WeightSnapshot) -> None:
+        self._chain, self._snapshot = chain, snapshot
         chain.check("weights", _COMPARED)
         chain.on_read(self._report_late, can_break=False)
 
-    def before_update(self, *, was_written: bool = False) -> None:
-        """Compare the weights with those that the last update left.
-
-        Args:
-            was_written: Whether writes were counted since.
-        """
-        if was_written or self._entries.have_changed():
+    def before_update(self) -> None:
+        """Compare the weights with those that the last update left."""
+        if self._snapshot.has_changed():
             self._chain.leave_unchecked("weights", _CHANGED)
 
     def after_update(self) -> None:
         """Note the weights: nothing should write to them until the next update."""
-        self._entries.keep()
+        self._snapshot.take()
 
     def forget(self) -> None:
         """Accept the weights as they are."""
-        self._entries.forget()
+        self._snapshot.forget()
 
     def _report_late(self) -> None:
         """Report a change that was found on an accelerator."""
-        if self._entries.have_changed_late():
+        if self._snapshot.has_changed_late():
             self._chain.leave_unchecked("weights", _CHANGED)
 
 
@@ -167,7 +183,12 @@ def _entries_of(tensor: Tensor) -> Tensor:
     return diagonal[:_NUM_ENTRIES]
 
 
-def _together(views: list[Tensor]) -> Tensor:
+def _bits_of(views: list[NDArray[np.generic]]) -> bytes:
+    """Return the bits of all entries in host memory."""
+    return b"".join([view.tobytes() for view in views])
+
+
+def _joined(views: list[Tensor]) -> Tensor:
     """Return copies of all entries as one tensor of float64 or their common type."""
     return torch.cat(views) if len({v.dtype for v in views}) == 1 else _widened(views)
 

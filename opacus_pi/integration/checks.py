@@ -6,8 +6,7 @@ Opacus; the ledger then refuses to give numbers and says why.
 
 The functions each return a reason with its remedy, or None. ``RunChecks`` collects the
 reasons of one engine, and ``OutsideChanges`` looks at loader and weights at every
-update. Writes to a weight are counted by torch; ``custody.weights`` finds those that
-are not.
+update.
 """
 
 import weakref
@@ -27,10 +26,10 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._errors import AccountingError
-from opacus_pi._torch_compat import BatchNormBase, load_hooks, num_writes
+from opacus_pi._torch_compat import BatchNormBase, counts_of_writes, load_hooks
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.custody import Chain
-from opacus_pi.custody.weights import SampledEntries, WeightsLink
+from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
 from opacus_pi.recording import Recorder
@@ -212,20 +211,18 @@ class OutsideChanges:
     Args:
         loader: The loader that training iterates over; referred to weakly.
         chain: The chain of custody of the run, whose links are told what was found.
-        entries: Of the weights, which show writes that torch does not count.
+        snapshot: Of the weights, taken after each update.
     """
 
     def __init__(
-        self, loader: DataLoader[Any], chain: Chain, entries: SampledEntries
+        self, loader: DataLoader[Any], chain: Chain, snapshot: WeightSnapshot
     ) -> None:
         self._loader = weakref.ref(loader)
         self._schedule = settings_of_schedule(loader)
-        self._chain, self._entries = chain, entries
-        self._weights = WeightsLink(chain, entries)
-        self._parameters: Sequence[nn.Parameter] = ()
-        self._writes: list[int] | None = None
+        self._chain, self._snapshot = chain, snapshot
+        self._weights = WeightsLink(chain, snapshot)
         self._noised_parameters: Sequence[nn.Parameter] = ()
-        self._noised: list[tuple[int, int]] = []
+        self._noised: tuple[list[int], list[int]] = ([], [])
         self._has_noise = False
 
     def watch(self, optimizer: DPOptimizer, module: nn.Module) -> None:
@@ -236,8 +233,7 @@ class OutsideChanges:
             module: The module with these weights. Loading a state dict into it is not
                 reported.
         """
-        self._parameters = optimizer.params
-        self._entries.watch(self._parameters)
+        self._snapshot.watch(optimizer.params)
         inner, reference = optimizer.original_optimizer, weakref.ref(self)
         if handle := _HANDLES.pop(inner, None):
             handle.remove()
@@ -271,7 +267,6 @@ class OutsideChanges:
 
     def forget_weights(self) -> None:
         """Accept the weights as they are: a state dict was loaded."""
-        self._writes = None
         self._weights.forget()
 
     def noise_was_drawn(self, *, is_current: bool = True) -> None:
@@ -288,25 +283,18 @@ class OutsideChanges:
         reason = loader and changed_schedule(self._schedule, loader)
         if reason:
             self._chain.break_link("schedule", reason)
-        if self._writes is not None:
-            was_written = self._writes != self._count_writes()
-            self._weights.before_update(was_written=was_written)
+        self._weights.before_update()
 
     def weights_were_updated(self) -> None:
         """Note the weights: nothing should write to them until the next update."""
         self._has_noise = False
-        self._writes = self._count_writes()
         self._weights.after_update()
 
-    def _count_writes(self) -> list[int]:
-        """Return how often each weight has been written to, as torch counts."""
-        return [num_writes(parameter) for parameter in self._parameters]
 
-
-def _versions(parameters: Sequence[nn.Parameter]) -> list[tuple[int, int]]:
+def _versions(parameters: Sequence[nn.Parameter]) -> tuple[list[int], list[int]]:
     """Return which gradients parameters have, and how often each was written to."""
-    gradients = [p.grad for p in parameters]
-    return [(id(g), num_writes(g)) for g in gradients if g is not None]
+    gradients = [g for p in parameters if (g := p.grad) is not None]
+    return [id(g) for g in gradients], counts_of_writes(gradients)
 
 
 class _LoadHook:

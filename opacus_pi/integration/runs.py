@@ -25,7 +25,7 @@ from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.loss_probe import LossProbe
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
-from opacus_pi.custody.weights import SampledEntries
+from opacus_pi.custody.weights import WeightSnapshot
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.checks import (
     OutsideChanges,
@@ -248,7 +248,7 @@ class PreparedRun:
         self.sample_rate = 1 / len(loader)  # as Opacus computes it for its accountant
         is_distributed = isinstance(self.module, DISTRIBUTED)
         self.processes = Processes() if is_distributed else None
-        self.chain, self.entries = Chain(tracker.sample_counts), SampledEntries()
+        self.chain, self.snapshot = Chain(tracker.sample_counts), WeightSnapshot()
 
     def begin_record(self, recorder: Recorder) -> None:
         """Let a recorder begin to record this run.
@@ -273,7 +273,7 @@ class PreparedRun:
         collate_fn = user_collate_fn(self.loader)
         last_weights = None
         if not isinstance(self.module, FSDPModule):  # no process has all weights
-            last_weights = LastWeights(self.module, self.entries)
+            last_weights = LastWeights(self.module, self.snapshot)
         recorder.begin(
             num_examples=size_of(data_set),
             sample_rate=self.sample_rate,
@@ -330,5 +330,5 @@ class PreparedRun:
             layers = batch_norms(self.hooks)
             update.gate = FilterGate(renyi_filter, self.tracker, layers)
         if self.processes is None:
-            update.outside = OutsideChanges(self.loader, self.chain, self.entries)
+            update.outside = OutsideChanges(self.loader, self.chain, self.snapshot)
         return update

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opacus_pi._torch_compat import num_writes
+from opacus_pi._torch_compat import counts_of_writes
 from opacus_pi._validate import expect
-from opacus_pi.custody.weights import SampledEntries
+from opacus_pi.custody.weights import WeightSnapshot
 from opacus_pi.files.kinds import RECORDED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.ledger.checks import CHANGED
@@ -121,7 +121,7 @@ def _check_facts(path: Path, facts: Mapping[str, str], data_set: str | None) -> 
     )
 
 
-_Marks = list[tuple[int, torch.dtype]]
+_Marks = tuple[list[int], list[torch.dtype]]
 
 
 class LastWeights:
@@ -129,16 +129,18 @@ class LastWeights:
 
     After each update it notes autograd's count of writes to every tensor. This needs no
     pass over the weights; they are hashed only when their name is asked for. Writes
-    that are not counted (to ``weight.data``) are seen by ``entries``.
+    that are not counted (to ``weight.data``) are seen by ``snapshot``.
 
     Args:
         model: The model in training, plain or wrapped; referred to weakly.
-        entries: Of the model's weights, kept after each update by the optimizer, which
-            owns them; referred to weakly. None: uncounted writes are not noticed.
+        snapshot: Of the model's weights, taken after each update by the optimizer,
+            which owns it; referred to weakly. None: uncounted writes are not noticed.
     """
 
-    def __init__(self, model: nn.Module, entries: SampledEntries | None = None) -> None:
-        self._entries = None if entries is None else weakref.ref(entries)
+    def __init__(
+        self, model: nn.Module, snapshot: WeightSnapshot | None = None
+    ) -> None:
+        self._snapshot = None if snapshot is None else weakref.ref(snapshot)
         self._model = weakref.ref(unwrap(model))
         self._tensors = [weakref.ref(t) for t in _tensors(unwrap(model))]
         self._marks: _Marks | None = None
@@ -146,7 +148,7 @@ class LastWeights:
     def updated(self) -> None:
         """Note that an update was made."""
         held = [reference() for reference in self._tensors]
-        self._marks = [_mark(t) for t in held if t is not None]
+        self._marks = _marks([tensor for tensor in held if tensor is not None])
 
     def forget(self) -> None:
         """Forget the last update: other weights were loaded since."""
@@ -161,9 +163,9 @@ class LastWeights:
         model = self._model()
         if model is None or self._marks is None:
             return None
-        entries = None if self._entries is None else self._entries()
-        now = [_mark(tensor) for tensor in _tensors(model)]
-        if now != self._marks or (entries and entries.have_changed_now()):
+        snapshot = None if self._snapshot is None else self._snapshot()
+        is_marked = _marks(_tensors(model)) == self._marks
+        if not is_marked or (snapshot is not None and snapshot.has_changed_now()):
             return CHANGED
         return weights_name(model)
 
@@ -174,7 +176,6 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [value for value in live if isinstance(value, Tensor)]
 
 
-def _mark(tensor: Tensor) -> tuple[int, torch.dtype]:
-    """Return how often a tensor was written to, and its type."""
-    version = -1 if tensor.is_inference() else num_writes(tensor)
-    return version, tensor.dtype
+def _marks(tensors: list[Tensor]) -> _Marks:
+    """Return how often tensors were written to, and their types."""
+    return counts_of_writes(tensors), [tensor.dtype for tensor in tensors]

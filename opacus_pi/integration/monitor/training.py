@@ -42,7 +42,7 @@ from opacus_pi.attribution import ForwardProbe, Tracker, observe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
-from opacus_pi.custody.weights import SampledEntries, WeightsLink
+from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.gradients import Sweep
 from opacus_pi.integration.monitor.gradient_scale import GradientScale
 from opacus_pi.integration.monitor.noise import NoiseHook
@@ -94,14 +94,14 @@ class _Custody:
         chain: The chain.
         draws: Watches how delivered batches are used.
         weights: Watches for writes to the weights that are not the optimizer's.
-        entries: Of the weights, kept after each update.
+        snapshot: Of the weights, taken after each update.
         model_probe: Finds out whether the model mixes examples; None: it is not run.
     """
 
     chain: Chain
     draws: DrawLink
     weights: WeightsLink
-    entries: SampledEntries
+    snapshot: WeightSnapshot
     model_probe: ModelProbe | None
 
     @classmethod
@@ -119,10 +119,10 @@ class _Custody:
         for link, evidence in _EVIDENCE.items():
             chain.check(link, evidence)
         draws = DrawLink(chain, is_poisson=scheme.sampling == "poisson")
-        entries = SampledEntries()
-        weights = WeightsLink(chain, entries)
+        snapshot = WeightSnapshot()
+        weights = WeightsLink(chain, snapshot)
         model_probe = _new_model_probe(recorder, module, chain)
-        return cls(chain, draws, weights, entries, model_probe)
+        return cls(chain, draws, weights, snapshot, model_probe)
 
 
 def monitor(
@@ -276,7 +276,7 @@ def _begin_record(
         sweep=lambda: measure(data_set),
         weights=module.state_dict,
         processes=processes,
-        last_weights=LastWeights(module, custody.entries),
+        last_weights=LastWeights(module, custody.snapshot),
         chain=custody.chain,
     )
 
@@ -377,11 +377,11 @@ def _watch_weights(optimizer: Optimizer, custody: "_Custody") -> None:
 
     Args:
         optimizer: Its weights are watched from its next step on.
-        custody: Its entries will be of the optimizer's weights.
+        custody: Its snapshots will be of the optimizer's weights.
     """
     weights = custody.weights
     parameters = (p for group in optimizer.param_groups for p in group["params"])
-    custody.entries.watch(parameters)
+    custody.snapshot.watch(parameters)
 
     def before_step(*_: Any) -> None:
         weights.before_update()
