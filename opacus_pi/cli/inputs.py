@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from opacus_pi.cli.errors import BadInput, about, one_line
 from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
+from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.torch_file import read_torch_file
 from opacus_pi.files.weights_file import read_plain_weights
 from opacus_pi.integration.checkpoints import ledger_in_checkpoint
@@ -55,8 +56,6 @@ def load_ledgers(
     runs = []
     for path in paths:
         with about(f"{flag} {path}", _LEDGER_REMEDY):
-            if Path(path).is_dir():
-                raise IsADirectoryError("is a directory")
             runs.append(_load_ledger(Path(path)))
     if noise_std is not None:
         return [run.with_noise_std(noise_std) for run in runs]
@@ -71,6 +70,7 @@ def load_ledgers(
 
 def _load_ledger(path: Path) -> GradNormLedger:
     """Load a ledger from its own file, or from a checkpoint of its run."""
+    require_regular(path)
     with path.open("rb") as file:
         is_archive = file.read(2) == b"PK"
     return ledger_in_checkpoint(path) if is_archive else GradNormLedger.load(path)
@@ -95,9 +95,11 @@ def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
         BadInput: If the file cannot be read or does not hold whole numbers.
     """
     with about(flag, "List ids as 3,17,25, or name a file of them."):
+        listed = re.fullmatch(r"[\d\s,]+", text) is not None
+        if not listed:
+            require_regular(text)
         if Path(text).suffix == ".npy":
             return np.asarray(np.load(text, allow_pickle=False))
-        listed = re.fullmatch(r"[\d\s,]+", text) is not None
         content = text if listed else Path(text).read_text(encoding="utf-8")
     try:
         if not listed and content.lstrip().startswith("["):

@@ -21,6 +21,7 @@ from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
+from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.strict_json import json_text
 from opacus_pi.files.weights_file import write_weights
 from opacus_pi.unlearning import UnlearningResult
@@ -60,7 +61,7 @@ def new_directory(path: str) -> Iterator[Path]:
         BadInput: If something exists there, or the directory cannot be made.
     """
     target = Path(os.path.realpath(path))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise BadInput(
             f"--out: {path} exists already. Name a new directory: results are never "
             "overwritten."
@@ -106,6 +107,7 @@ def load_run(directory: str) -> SavedRun:
     place = Path(directory)
     remedy = "Name the directory that 'opacus-pi unlearn --out' wrote."
     with about(f"RUN_DIR {directory}", remedy):
+        require_regular(place / GUARANTEE)
         text = (place / GUARANTEE).read_text(encoding="utf-8")
         return SavedRun(
             trace=UnlearningTrace.load(place / TRACE),
@@ -147,6 +149,7 @@ def read_json(argument: str, path: str | os.PathLike[str]) -> dict[str, Any]:
         BadInput: If the file is missing or its content is not a JSON object.
     """
     with about(argument, "Name a file that opacus-pi wrote."):
+        require_regular(path)
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, RecursionError):

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, numbers
 from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.regular_file import require_regular
 
 _KIND = "opacus_pi.UnlearningTrace"
 _VERSION = 1
@@ -290,6 +291,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file is not a complete JSON object.
     """
+    require_regular(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from safetensors.numpy import save
 from opacus_pi._validate import expect
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.kinds import FileKind
+from opacus_pi.files.regular_file import require_regular
 
 Arrays = dict[str, NDArray[Any]]
 _AGAIN = "Record it again, or restore the file from a copy."
@@ -255,13 +255,7 @@ def opened(
             regular file.
     """
     name = os.fspath(path)
-    expect(
-        stat.S_ISREG(os.stat(name).st_mode),
-        "path",
-        name,
-        "must be a regular file",
-        "A directory, a pipe or a device holds no ledger: pass the file's name.",
-    )
+    require_regular(name)
     try:
         with safe_open(name, framework=framework) as file:
             header = file.metadata() or {}

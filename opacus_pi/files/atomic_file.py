@@ -25,13 +25,15 @@ False
 import contextlib
 import errno
 import os
-import secrets
 import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from opacus_pi.files.regular_file import replaceable
+from opacus_pi.files.unfinished import locked, remove_unfinished, temporary_name
 
 __all__ = [
     "put_new_file",
@@ -54,12 +56,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     The content is on the disk before it gets its name. A process that is killed
     meanwhile leaves a hidden ``.name.<random>.tmp`` beside it, never a part under
-    ``path``.
+    ``path``. The first write to ``path`` after an hour removes such files.
 
     Args:
         path: The file's name. A link of the caller's is followed: what it points to is
-            replaced. Anything but a regular file (a pipe, a device) is written to
-            directly.
+            replaced.
 
     Yields:
         The file, open for writing, readable by its owner only.
@@ -67,25 +68,36 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OSError: If it cannot be written, or if ``path`` is a link that another user put
             into a directory that is not theirs.
+        ValueError: If the name is that of a directory, a pipe, a device, a socket or a
+            link that leads back to itself.
     """
     _require_own_link(os.fspath(path))
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        with open(target, "wb") as direct:
-            yield direct
-        return
-    # Of a long name only a part: the temporary name must not exceed the system's limit.
-    temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
+    target = replaceable(path)
+    remove_unfinished(target)
+    temporary, handle = _new_temporary_file(target)
     try:
-        with os.fdopen(os.open(temporary, _NEW, _OWNER_ONLY), "wb") as file:
+        with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+            if os.name == "posix":  # while the file is locked
+                os.replace(temporary, target)
+        if os.name != "posix":  # Windows cannot rename an open file
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(target.parent)
+
+
+def _new_temporary_file(target: Path) -> tuple[Path, int]:
+    """Make a file beside another one; return its name and its handle, locked."""
+    while True:
+        temporary = temporary_name(target)
+        handle = os.open(temporary, _NEW, _OWNER_ONLY)
+        if locked(handle):
+            return temporary, handle
+        os.close(handle)
 
 
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:

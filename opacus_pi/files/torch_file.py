@@ -36,6 +36,8 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
+from opacus_pi.files.regular_file import require_regular
+
 __all__ = ["OtherObjects", "read_torch_file", "require_bounded"]
 
 Source = str | os.PathLike[str] | IO[bytes]
@@ -94,12 +96,14 @@ def read_torch_file(
 
     Raises:
         OtherObjects: If it holds objects of other types; the message names them.
-        ValueError: If it is damaged.
+        ValueError: If it is damaged, or no regular file.
         RuntimeError, EOFError, OSError: As ``torch.load``, if it is damaged or cannot
             be opened.
     """
     is_open = not isinstance(source, (str, os.PathLike))
     start = cast(IO[bytes], source).tell() if is_open else 0
+    if not is_open:
+        require_regular(cast(str, source))
     try:
         with _harmless_types():
             return torch.load(source, **options, weights_only=True)

@@ -30,6 +30,7 @@ from opacus_pi.files.arrays_file import (
 )
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.kinds import FileKind
+from opacus_pi.files.regular_file import require_regular
 
 __all__ = [
     "described",
@@ -119,6 +120,7 @@ def read_plain_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a whole safetensors file.
     """
+    require_regular(path)
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -41,6 +41,7 @@ from urllib.parse import quote
 
 from opacus_pi._validate import expect
 from opacus_pi.files.atomic_file import put_new_file, restrict_to_owner
+from opacus_pi.files.regular_file import require_regular
 from opacus_pi.unlearning.entry_checks import (
     payload_text,
     require_kind,
@@ -441,6 +442,7 @@ def _opened(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
     The file is never opened by other means while this process may have a connection to
     it: closing a file drops all locks that a process holds on it.
     """
+    require_regular(path)
     place = f"file:{quote(os.path.abspath(path))}?mode={mode}"
     try:
         with closing(

@@ -18,6 +18,7 @@ from typing import Any
 
 from opacus_pi._validate import expect
 from opacus_pi.files.atomic_file import put_new_file
+from opacus_pi.files.regular_file import require_regular
 from opacus_pi.unlearning.deletion_log import (
     START,
     DeletionLog,
@@ -226,6 +227,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _settled(path: Path) -> bytes:
     """Return the content of a file, once no process writes to it."""
+    require_regular(path)
     with path.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         return file.read()

@@ -18,6 +18,7 @@ from typing import Any
 
 from opacus_pi._validate import expect
 from opacus_pi.files.atomic_file import put_new_file, restrict_to_owner
+from opacus_pi.files.regular_file import require_regular
 from opacus_pi.unlearning.deletion_log import read_entries
 
 __all__ = ["UserNames", "hashed_name"]
@@ -130,6 +131,7 @@ def _read_key(path: Path) -> bytes | None:
         ValueError: If it holds anything but a key.
     """
     try:
+        require_regular(path)
         restrict_to_owner(path)
         text = path.read_bytes()
     except FileNotFoundError:

@@ -67,7 +67,10 @@ def test_every_argument_is_explained(name):
         (("score", "x", "--order", "high"), "argument --order: invalid float value"),
         (("score", "x", "--ord", "8"), "unrecognized arguments: --ord"),
         (("score", "x"), "opacus-pi score: LEDGER x: no such file"),
-        (("score", "."), "opacus-pi score: LEDGER .: is a directory"),
+        (
+            ("score", "."),
+            "LEDGER .: path must name a regular file, not a directory",
+        ),
         (("score", "cli_project.py"), "is truncated, or another kind of file"),
         (("score", "model.safetensors"), "must contain opacus_pi.GradNormLedger"),
         (

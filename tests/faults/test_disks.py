@@ -8,7 +8,7 @@ from opacus_pi.accounting import GradNormLedger
 from opacus_pi.evaluation import OracleCache
 from opacus_pi.unlearning.deletion_log import DeletionLog, verify
 from tests.faults.killing import mounted, no_file_above, remounted
-from tests.faults.writers import DATA, WRITERS, ledger, net, write_ledger
+from tests.faults.writers import DATA, WRITERS, net, write_ledger
 from tests.private_training import Recorder, Training
 
 pytestmark = [
@@ -92,9 +92,30 @@ def test_a_full_disk_and_the_deletion_log(disk):
     assert sorted(os.listdir(disk)) == ["deletions"]  # no part of a write is left
 
 
-def test_a_full_device():
-    with pytest.raises(OSError, match="No space left"):
-        ledger(0).save("/dev/full")
+ODD_KINDS = {
+    "pipe": os.mkfifo,
+    "directory": os.mkdir,
+    "loop": lambda path: os.symlink(path, path),
+    "device": lambda path: os.symlink("/dev/full", path),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_KINDS)
+@pytest.mark.parametrize("name", [*REPLACED, "log"])
+def test_a_name_that_is_not_that_of_a_file(tmp_path, name, kind):
+    """Neither writing nor reading waits, and what is there stays as it is."""
+    writer = WRITERS[name]
+    place = tmp_path / writer.names[0]
+    ODD_KINDS[kind](place)
+    before = os.lstat(place)
+    with pytest.raises((ValueError, OSError)):
+        writer.write(tmp_path, 0)
+    if name != "result":  # which only its own test reads
+        with pytest.raises((ValueError, OSError)):
+            writer.read(tmp_path)
+    after = os.lstat(place)
+    assert (before.st_ino, before.st_mode) == (after.st_ino, after.st_mode)
+    assert os.listdir(tmp_path) == [place.name]
 
 
 def test_an_oracle_that_cannot_be_stored_is_not_lost_without_a_word(disk):

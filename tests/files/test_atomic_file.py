@@ -1,9 +1,12 @@
 """Files are replaced in one step, for their owner only, and never through a link."""
 
+import fcntl
 import os
 import secrets
+import signal
 import stat
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from opacus_pi.files.atomic_file import (
     replacing,
     restrict_to_owner,
 )
+from opacus_pi.files.regular_file import require_regular
 
 
 def mode_of(path):
@@ -137,16 +141,76 @@ def test_long_names_can_be_written(tmp_path):
     assert put_new_file(other, lambda hidden: hidden.write_bytes(b"x"))
 
 
-def test_a_device_is_written_to_directly(tmp_path):
-    replace_file(Path(os.devnull), b"gone")
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    read = []
-    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
-    reader.start()
-    replace_file(fifo, b"through")
-    reader.join()
-    assert read == [b"through"] and os.listdir(tmp_path) == ["fifo"]
+@pytest.mark.parametrize("kind", ["directory", "pipe", "device"])
+def test_what_is_no_regular_file_is_refused_with_its_kind(tmp_path, kind):
+    path = tmp_path / "it"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path = Path(os.devnull)
+    with pytest.raises(ValueError, match=f"a regular file, not a {kind}, got"):
+        replace_file(path, b"new")
+    with pytest.raises(ValueError, match=f"a regular file, not a {kind}, got"):
+        require_regular(path)
+
+
+def leave_unfinished(path):
+    """Be killed while writing; return the temporary file, an hour and more old."""
+    if (child := os.fork()) == 0:
+        with replacing(path) as file:
+            file.write(b"secret")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = set(path.parent.glob(f".{path.name}.*.tmp"))
+    os.utime(left, (time.time() - 4000,) * 2)
+    return left
+
+
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path):
+    path = tmp_path / "state"
+    left = leave_unfinished(path)
+    replace_file(tmp_path / "other", b"of another name")
+    assert left.read_bytes() == b"secret"
+    replace_file(path, b"new")
+    assert sorted(os.listdir(tmp_path)) == ["other", "state"]
+
+
+@pytest.mark.parametrize("case", ["young", "locked", "other name", "other user"])
+def test_a_temporary_file_that_may_be_in_use_stays(tmp_path, case):
+    path = tmp_path / "state"
+    left = leave_unfinished(path)
+    with open(left, "rb") as file:
+        if case == "young":
+            os.utime(left)
+        elif case == "locked":
+            fcntl.flock(file, fcntl.LOCK_EX)
+        elif case == "other name":
+            left = left.rename(tmp_path / ".state.mine.tmp")
+        elif os.geteuid() == 0:
+            os.chown(left, 12345, 12345)
+        else:
+            pytest.skip("only root can give files away")
+        replace_file(path, b"new")
+    assert left.read_bytes() == b"secret" and path.read_bytes() == b"new"
+
+
+def test_a_new_file_that_was_taken_for_a_stale_one_is_made_again(tmp_path, monkeypatch):
+    """Another process removes it after it was made, before it was locked."""
+    path, made, plain = tmp_path / "state", [], os.open
+
+    def removed_at_once(name, flags, mode=0o777):
+        handle = plain(name, flags, mode)
+        if flags & os.O_EXCL and not made:
+            made.append(name)
+            os.unlink(name)
+        return handle
+
+    monkeypatch.setattr(atomic_file.os, "open", removed_at_once)
+    replace_file(path, b"new")
+    assert made and path.read_bytes() == b"new" and os.listdir(tmp_path) == ["state"]
 
 
 def test_put_new_file_replaces_nothing_and_leaves_no_part(tmp_path):

@@ -360,5 +360,5 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, kind):
         os.mkfifo(path)
     else:
         path = Path(os.devnull)
-    with pytest.raises(ValueError, match="path must be a regular file, got"):
+    with pytest.raises(ValueError, match="path must name a regular file, not a"):
         GradNormLedger.load(path)

@@ -291,12 +291,12 @@ def test_a_truncated_file_is_refused_and_left_alone(path, part):
     assert path.read_bytes() == before
 
 
-def test_what_cannot_be_opened_is_an_error_of_the_system(tmp_path, path):
+def test_what_cannot_be_opened_is_refused_with_the_cause(tmp_path, path):
     with pytest.raises(FileNotFoundError):
         verify(tmp_path / "none.db")
     with pytest.raises(FileNotFoundError):
         DeletionLog(tmp_path / "no folder" / "deletions.db")
-    with pytest.raises(OSError, match="a directory|unable to open"):
+    with pytest.raises(ValueError, match="a regular file, not a directory"):
         DeletionLog(tmp_path)
     with pytest.raises(NotADirectoryError):
         DeletionLog(path / "deletions.db")

@@ -1,0 +1,89 @@
+"""Refuse names of anything but a regular file, before it is opened.
+
+Opening a pipe waits until another program opens its other end, perhaps for ever. A
+device may never end, and what is written to it is lost. A link that leads back to
+itself names nothing, and renaming a file to it would silently remove the link. So
+every function of the package that reads or writes a named file calls one of the two
+functions here first.
+
+**What breaks it.** Another program that exchanges the file after it was looked at.
+
+>>> require_regular("/dev/null")
+Traceback (most recent call last):
+    ...
+ValueError: path must name a regular file, not a device, got /dev/null. It can be read only once or never ends: save its content to a file first.
+"""  # noqa: E501
+
+import os
+import stat
+from pathlib import Path
+
+from opacus_pi._validate import expect
+
+__all__ = ["replaceable", "require_regular"]
+
+_READ_ONCE = "It can be read only once or never ends: save its content to a file first."
+_NOT_REPLACED = "Nothing was written. Pass the name of a new or an existing file."
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFLNK: "a link that leads back to itself",
+}
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse to read anything but a regular file.
+
+    Args:
+        path: The file's name. Links are followed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: If it cannot be looked at, because of permissions or a link that leads
+            back to itself.
+        ValueError: If it is a directory, a pipe, a device or a socket.
+    """
+    _require(path, os.stat(path).st_mode, {stat.S_IFDIR: "Pass the file's name."})
+
+
+def replaceable(path: str | os.PathLike[str]) -> Path:
+    """Return the file that a writer replaces or makes, or refuse anything else.
+
+    Args:
+        path: The file's name; it need not exist. A link is followed.
+
+    Returns:
+        The name without links.
+
+    Raises:
+        ValueError: If a directory, a pipe, a device, a socket or a link that leads back
+            to itself has the name.
+    """
+    target = os.path.realpath(path)
+    try:
+        mode = os.lstat(target).st_mode
+    except OSError:
+        return Path(target)  # there is nothing; other faults show when it is made
+    _require(path, mode, dict.fromkeys(_KINDS, _NOT_REPLACED))
+    return Path(target)
+
+
+def _require(path: str | os.PathLike[str], mode: int, remedies: dict[int, str]) -> None:
+    """Refuse what is not a regular file.
+
+    Args:
+        path: The name, for the message.
+        mode: Its type and permissions, as ``os.stat`` returns them.
+        remedies: What to do, by the type of file.
+    """
+    kind = stat.S_IFMT(mode)
+    expect(
+        kind == stat.S_IFREG,
+        "path",
+        os.fspath(path),
+        f"must name a regular file, not {_KINDS.get(kind, 'another kind of file')}",
+        remedies.get(kind, _READ_ONCE),
+    )
