@@ -210,3 +210,24 @@ def double_wells(rng: np.random.Generator, number: int) -> Iterator[Case]:
             *bounds,
             tolerance=1e-6,
         )
+        yield _delta_case(laws, after, k, constants)
+
+
+def _delta_case(
+    before: list[Array], after: list[Array], k: int, constants: LangevinConstants
+) -> Case:
+    """Return a case of δ at ε = 0.1 after k steps, from its exact value before them."""
+    epsilon = 0.1
+
+    def delta(laws: list[Array]) -> float:
+        return float(np.maximum(laws[0] - math.exp(epsilon) * laws[1], 0).sum())
+
+    exact, start = delta(after), delta(before)
+    ours = constants.delta_after(epsilon, k, initial_delta=start)
+    return Case(
+        "double well on an interval, δ",
+        exact if exact > 1e-12 else 0.0,
+        {"hockey-stick": float(ours)},
+        {"δ·θ^k": start * math.exp(k * constants.log_dobrushin)},
+        tolerance=1e-6,
+    )

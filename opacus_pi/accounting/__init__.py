@@ -17,6 +17,10 @@ from opacus_pi.accounting.langevin.constants import (
     logistic_constants,
     ridge_constants,
 )
+from opacus_pi.accounting.langevin.hockey_stick import (
+    contraction_noise_std,
+    hockey_stick_contraction,
+)
 from opacus_pi.accounting.langevin.learning_phase import contractive_divergence
 from opacus_pi.accounting.langevin.lsi import lsi_track
 from opacus_pi.accounting.langevin.shifted import (
@@ -58,6 +62,7 @@ __all__ = [
     "RenyiFilter",
     "UnlearningBound",
     "choose_hoelder_p",
+    "contraction_noise_std",
     "contractive_divergence",
     "epsilons",
     "exceedance_limit",
@@ -66,6 +71,7 @@ __all__ = [
     "fingerprint",
     "group_divergence",
     "group_worst_case_loss",
+    "hockey_stick_contraction",
     "learn_unlearn_mu_squared",
     "log_moment",
     "logistic_constants",

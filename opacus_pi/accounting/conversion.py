@@ -25,13 +25,14 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import erfcx, ndtr
+from scipy.special import erf, erfcx, ndtr
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, numbers
 
 Array = NDArray[np.float64]
 _HALVINGS = 100
+_ULPS = 1e-15  # upper limit of the relative rounding error of one special function
 
 
 def rdp_to_epsilon(
@@ -290,19 +291,54 @@ def gaussian_mu(epsilon: ArrayLike, delta: float) -> Array:
 
 
 def _delta(mu: Array, epsilon: Array) -> Array:
-    """Return delta without cancellation, both terms as multiples of exp(−a²/2).
-
-    With a = μ/2 - ε/μ and b = -μ/2 - ε/μ, e^ε·Φ(b) = exp(−a²/2)·erfcx(-b/√2)/2, because
-    b² - a² = 2ε. The scaled function erfcx neither overflows nor underflows.
-    """
+    """Return delta without cancellation, both terms as multiples of exp(−a²/2)."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        a, b = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
-        far = erfcx(-b / np.sqrt(2)) / 2  # e^ε·Φ(b) / exp(−a²/2)
+        a, near, far = _scaled_terms(mu, epsilon)
         scale = np.exp(-np.square(a) / 2)
-        below = scale * (erfcx(-a / np.sqrt(2)) / 2 - far)
-        values = np.where(a < 0, below, ndtr(a) - scale * far)
+        values = np.where(a < 0, scale * (near - far), ndtr(a) - scale * far)
     values = np.where(np.isinf(mu), np.where(np.isinf(epsilon), 0.0, 1.0), values)
     return np.where(mu == 0, 0.0, np.clip(values, 0.0, 1.0))
+
+
+def _scaled_terms(mu: Array, epsilon: Array) -> tuple[Array, Array, Array]:
+    """Return a = μ/2 - ε/μ, and both terms of delta divided by exp(−a²/2).
+
+    With b = -μ/2 - ε/μ, e^ε·Φ(b) = exp(−a²/2)·erfcx(-b/√2)/2, because b² - a² = 2ε. The
+    scaled function erfcx does not underflow, and overflows in the first term only,
+    where a is large and the term is Φ(a) without scaling.
+    """
+    a, b = mu / 2 - epsilon / mu, -mu / 2 - epsilon / mu
+    return a, erfcx(-a / np.sqrt(2)) / 2, erfcx(-b / np.sqrt(2)) / 2
+
+
+def log_gaussian_delta(mu: Array, epsilon: Array) -> Array:
+    """Return the logarithm of delta of a Gaussian shift, rounded up.
+
+    It does not underflow, and it lies above the exact value by a small multiple of the
+    rounding error, so that products of many of them are bounds.
+
+    Args:
+        mu: As in ``gaussian_delta``; not checked here.
+        epsilon: As in ``gaussian_delta``; not checked here.
+
+    Returns:
+        float64 in the common shape, at most 0; ``-inf`` where δ = 0.
+
+    Source: Balle and Wang (arXiv:1805.06530), Theorem 8.
+    """
+    m, e = mu, epsilon
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        a, near, far = _scaled_terms(m, e)
+        error = _ULPS * (4 + m + e / m)  # relative error of each term
+        below = near * (1 + error) - far * (1 - error)
+        tail = np.log(below) - np.square(a) / 2 + np.abs(a) * error
+        rest = ndtr(-a) + np.exp(-np.square(a) / 2) * far  # 1 - δ, for a ≥ 0
+        bulk = np.log1p(-rest * (1 - (1 + np.abs(a)) * error))
+        at_zero = np.log(erf(m / np.sqrt(8)) * (1 + _ULPS))
+        values = np.where(a < 0, tail, np.where((e == 0) & (m < 1), at_zero, bulk))
+    values = np.where(np.isinf(m), np.where(np.isinf(e), -np.inf, 0.0), values)
+    values = np.where((m == 0) | np.isinf(e), -np.inf, values)
+    return np.minimum(values, 0.0)
 
 
 def _check_mu(mu: ArrayLike) -> None:

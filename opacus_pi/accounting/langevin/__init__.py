@@ -2,8 +2,8 @@
 
 ``constants`` holds what the bounds need to know about objective and process, ``lsi``
 tracks log-Sobolev constants, ``contraction`` has the three ways in which noise shrinks
-a divergence. ``unlearning`` answers how many steps are enough; ``learning_phase`` and
-``shifted`` bound what learning leaves behind.
+a divergence, ``hockey_stick`` how it shrinks δ itself. ``unlearning`` answers how many
+steps are enough; ``learning_phase`` and ``shifted`` bound what learning leaves behind.
 """
 
 from opacus_pi.accounting.langevin.constants import (
@@ -17,6 +17,10 @@ from opacus_pi.accounting.langevin.contraction import (
     hypercontractive_bound,
     log_dobrushin_coefficient,
     source_bound,
+)
+from opacus_pi.accounting.langevin.hockey_stick import (
+    contraction_noise_std,
+    hockey_stick_contraction,
 )
 from opacus_pi.accounting.langevin.learning_phase import (
     contractive_divergence,
@@ -46,10 +50,12 @@ __all__ = [
     "LossConstants",
     "UnlearningBound",
     "bounded_support_lsi",
+    "contraction_noise_std",
     "contractive_divergence",
     "dobrushin_bound",
     "gradient_map_lipschitz",
     "halved_noise_divergence",
+    "hockey_stick_contraction",
     "hypercontractive_bound",
     "initial_distance_mu_squared",
     "learn_unlearn_mu_squared",

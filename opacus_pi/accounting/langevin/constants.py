@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, numbers, positive
 from opacus_pi.accounting.langevin.contraction import log_dobrushin_coefficient
+from opacus_pi.accounting.langevin.hockey_stick import Start, hockey_stick_contraction
 from opacus_pi.accounting.langevin.lsi import (
     bounded_support_lsi,
     gradient_map_lipschitz,
@@ -255,6 +256,38 @@ class LangevinConstants:
     def log_dobrushin(self) -> float:
         """Logarithm of one step's Dobrushin coefficient; 0 on an unbounded domain."""
         return log_dobrushin_coefficient(2 * self.map_radius, self.noise_variance)
+
+    def delta_after(
+        self, epsilon: ArrayLike, num_steps: int, *, initial_delta: Start = 1.0
+    ) -> NDArray[np.float64]:
+        """Return a bound on δ(ε) between two laws after k steps of the process.
+
+        It needs a bounded domain, like ``log_dobrushin``, and never exceeds what that
+        coefficient gives. Smoothness makes it smaller.
+
+        Args:
+            epsilon: ε ≥ 0, any shape.
+            num_steps: k ≥ 1.
+            initial_delta: A bound on δ before them, as in
+                ``hockey_stick_contraction``; 1 holds for any two laws.
+
+        Returns:
+            float64 in the shape of ``epsilon``.
+
+        Raises:
+            ValueError: If an argument is outside its domain.
+
+        Source: ``hockey_stick_contraction``; docs/theory.md, Section 8.
+        """
+        positive(num_steps=num_steps, remedy="Without a step, δ is that of the start.")
+        return hockey_stick_contraction(
+            epsilon,
+            np.full(num_steps, 2 * self.map_radius),
+            math.sqrt(self.noise_variance),
+            initial_delta=initial_delta,
+            block_length="best" if math.isfinite(self.lipschitz) else 1,
+            lipschitz=self.lipschitz,
+        )
 
     def log_growth(self, initial_lsi: float, num_steps: int) -> NDArray[np.float64]:
         """Return the growth of the contraction, ln G_0 … ln G_k.
