@@ -1,0 +1,15 @@
+"""Linear heads on frozen features that forget with a certificate.
+
+| question | file |
+|---|---|
+| how do I get features, and how are they scaled? | ``features`` |
+| what does every head do? | ``noisy_head`` |
+| ridge: exact certificates | ``ridge``, ``ridge_laws``, ``gaussian_pairs`` |
+| ridge: all examples at once | ``compression`` |
+"""
+
+from opacus_pi.unlearning.heads.features import extract_features, unit_rows
+from opacus_pi.unlearning.heads.noisy_head import ForgettingCost
+from opacus_pi.unlearning.heads.ridge import RidgeHead
+
+__all__ = ["ForgettingCost", "RidgeHead", "extract_features", "unit_rows"]
