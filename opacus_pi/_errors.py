@@ -2,7 +2,7 @@
 
 
 class AccountingError(RuntimeError):
-    """The run cannot be accounted, so no privacy loss is given for it.
+    """The run cannot be accounted for, so no privacy loss is given for it.
 
     Training itself is not affected. The message says why, and what to do.
     """

@@ -92,7 +92,7 @@ def real_array(name: str, value: ArrayLike) -> NDArray[Any]:
         name,
         f"{array.dtype.name} {array.ravel()[:1].tolist() if array.size else ''}",
         "must hold real numbers only",
-        "Convert texts, flags and complex numbers yourself.",
+        "Convert texts, flags and complex numbers to real numbers first.",
     )
     if array.dtype.kind != "O":
         return array
@@ -193,7 +193,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         name,
         array[~inside][0] if not inside.all() else None,
         f"must be in [0, {size})",
-        "Indices are positions in the training set.",
+        "Pass positions in the training set.",
     )
     ordered, counts = np.unique(array.astype(np.int64), return_counts=True)
     expect(

@@ -1,4 +1,4 @@
-"""The page on programs that cannot be accounted says what really happens."""
+"""The page on programs that cannot be accounted for says what really happens."""
 
 import re
 import warnings

@@ -90,7 +90,7 @@ class RenyiFilter:
             "budget",
             f"an array of shape {budgets.shape}",
             "must be a number or one number per example",
-            "Per-example budgets are a flat list, one for each example.",
+            "Pass one number for all, or a flat list with one for each example.",
         )
         positive(
             budget=budgets,
@@ -117,7 +117,10 @@ class RenyiFilter:
         Raises:
             ValueError: If an argument is outside its domain.
         """
-        positive(epsilon=epsilon, remedy="At epsilon 0 no example could be trained on.")
+        positive(
+            epsilon=epsilon,
+            remedy=("Pass a larger epsilon: at 0 no example could be trained on."),
+        )
         return cls(order * gaussian_mu(epsilon, delta) ** 2 / 2, order)
 
     def __repr__(self) -> str:
@@ -199,7 +202,7 @@ class RenyiFilter:
             0,
             np.inf,
             ratios=r,
-            remedy="A ratio is a gradient norm divided by a standard deviation.",
+            remedy="Divide each gradient norm by the noise's standard deviation.",
         )
         distinct_indices("indices", indices, spent.size)
         examples = np.asarray(indices, dtype=np.int64)

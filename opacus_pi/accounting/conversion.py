@@ -66,7 +66,7 @@ def rdp_to_epsilon(
         "conversion",
         repr(conversion),
         'must be "best" or "mironov"',
-        "The default is best.",
+        'Try "best", the default.',
     )
     offset = (
         epsilon_offset(a, delta)
@@ -101,7 +101,7 @@ def rdp_to_delta(divergences: ArrayLike, orders: ArrayLike, epsilon: float) -> A
         0,
         math.inf,
         epsilon=epsilon,
-        remedy="An epsilon is never negative.",
+        remedy="Check the sign: an epsilon is never negative.",
     )
     log_delta = (a - 1) * (values - epsilon) + a * np.log1p(-1 / a) - np.log(a - 1)
     least: NDArray[np.float64] = log_delta.min(axis=0)
@@ -181,7 +181,7 @@ def check_orders(orders: ArrayLike) -> Array:
         "must be a non-empty flat list",
         "Pass one order as [order].",
     )
-    check_above_one(orders=a, remedy="The conversion needs Rényi orders above 1.")
+    check_above_one(orders=a, remedy="Pass Rényi orders above 1.")
     return a
 
 
@@ -197,7 +197,10 @@ def _checked(divergences: ArrayLike, orders: ArrayLike) -> tuple[Array, Array]:
         "Transpose the array if its first axis is the examples.",
     )
     in_range(
-        0, math.inf, divergences=values, remedy="A Rényi divergence is never negative."
+        0,
+        math.inf,
+        divergences=values,
+        remedy=("Check the sign: a Rényi divergence is never negative."),
     )
     return values, a.reshape(-1, *[1] * (values.ndim - 1))
 
@@ -222,7 +225,7 @@ def gaussian_delta(mu: ArrayLike, epsilon: ArrayLike) -> Array:
         0,
         np.inf,
         epsilon=epsilon,
-        remedy="An epsilon is never negative.",
+        remedy="Check the sign: an epsilon is never negative.",
     )
     return _delta(numbers("mu", mu), numbers("epsilon", epsilon))
 

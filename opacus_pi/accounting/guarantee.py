@@ -208,9 +208,7 @@ class Guarantee:
             object.__setattr__(self, name, numbers)
         for name in ("assumptions", "statements"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_above_one(
-            orders=self.orders, remedy="A guarantee needs Rényi orders above 1."
-        )
+        check_above_one(orders=self.orders, remedy="Pass Rényi orders above 1.")
         for name in _CURVES:
             values, optional = getattr(self, name), name != "divergences"
             expect(

@@ -388,7 +388,7 @@ def norms_of_runs(
         "rule",
         repr(rule),
         f"must be in {ROW_RULES}",
-        'The default is "right".',
+        'Try "right", the default.',
     )
     for run in runs:
         expect(
@@ -445,14 +445,14 @@ def composition_of(
         "convention",
         repr(convention),
         f"must be in {CONVENTIONS}",
-        'The default is "corrected".',
+        'Try "corrected", the default.',
     )
     expect(
         mode in MODES,
         "mode",
         repr(mode),
         f"must be in {MODES}",
-        'The default is "exact".',
+        'Try "exact", the default.',
     )
     remedy = (
         "Fix it beforehand (default: 3·num_steps): choosing p on the runs that are "
@@ -466,7 +466,7 @@ def composition_of(
         "hoelder_p",
         p,
         f"must be finite under {convention}",
-        "The published coefficient grows without limit in p.",
+        "Pass a finite p: the published coefficient grows without limit in p.",
     )
     highest = float(corrected_order(order, p, mechanism.num_steps))
     expect(

@@ -149,16 +149,14 @@ def _checked(ratio: ArrayLike, sample_rate: float, order: float, mode: str) -> A
         sample_rate=sample_rate,
         remedy="Divide the batch size by the data set size.",
     )
-    in_range(
-        1, math.inf, order=order, remedy="Rényi orders of privacy losses start at 1."
-    )
+    in_range(1, math.inf, order=order, remedy="Pass a Rényi order of at least 1.")
     expect(math.isfinite(order), "order", order, "must be finite", "Try 64.")
     expect(
         mode in MODES,
         "mode",
         repr(mode),
         f"must be in {MODES}",
-        'The default is "exact".',
+        'Try "exact", the default.',
     )
     return numbers("ratio", ratio).reshape(-1)
 

@@ -44,7 +44,7 @@ __all__ = [
     "weak_triangle",
 ]
 
-_CONSTANT = "The formula needs positive constants."
+_CONSTANT = "Pass a constant above 0."
 
 
 def weak_triangle(
@@ -68,9 +68,7 @@ def weak_triangle(
 
     Source: Mironov 2017, Proposition 11 (u = 2).
     """
-    check_above_one(
-        order=order, factor=factor, remedy="The inequality needs orders above 1."
-    )
+    check_above_one(order=order, factor=factor, remedy="Pass an order above 1.")
     return (order - 1 / factor) / (order - 1) * first + second
 
 
@@ -211,7 +209,7 @@ def chien_rate(
         "lsi",
         lsi,
         f"must be above σ²/m = {least:g}",
-        "The authors use 2σ²/m.",
+        "Try 2σ²/m, as the authors do.",
     )
     largest = 2 / strong_convexity * (1 - least / lsi)
     expect(
@@ -275,7 +273,7 @@ def mironov_allowance(epsilon: float, delta: float, orders: ArrayLike) -> NDArra
         1,
         closed=False,
         delta=delta,
-        remedy="1 / (data set size) is usual.",
+        remedy="Try 1 / (data set size).",
     )
     return epsilon - math.log(1 / delta) / (numbers("orders", orders) - 1)
 

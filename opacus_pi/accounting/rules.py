@@ -50,7 +50,7 @@ def check_rule(rule: str) -> None:
         "rule",
         repr(rule),
         f"must be in {RULES}",
-        'The default is "right".',
+        'Try "right", the default.',
     )
 
 

@@ -250,7 +250,7 @@ def _assumptions(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
         Assumption(
             "nothing else computed from the data was released (tuning, other models)",
             True,
-            "this cannot be seen from the training",
+            "this cannot be checked from the training",
         ),
     )
 

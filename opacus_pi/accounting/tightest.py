@@ -146,8 +146,9 @@ def _at_least_two_runs(name: str, ledgers: Ledgers) -> tuple[GradNormLedger, ...
         name,
         "one run",
         "must be two or more",
-        "A single run does not show how losses vary between runs: its best parameter "
-        "gives the plain sum of its losses, which does not estimate a bound.",
+        "Record another run. A single one does not show how losses vary between runs: "
+        "its best parameter gives the plain sum of its losses, which does not estimate "
+        "a bound.",
     )
     return runs
 
@@ -159,8 +160,8 @@ def _check_finite_parameter(name: str, value: float) -> None:
         name,
         value,
         "must be in (1, inf)",
-        "At infinity the form is the largest loss, and the largest of a few runs may "
-        "be below that of all possible runs.",
+        "Pass a finite number. At infinity the form is the largest loss, and the "
+        "largest of a few runs may be below that of all possible runs.",
     )
 
 

@@ -263,14 +263,16 @@ def _check_bounded(runs: Sequence[GradNormLedger]) -> None:
         "max_grad_norm",
         mechanism.max_grad_norm,
         "must be finite",
-        "Without clipping, a few runs do not limit the largest losses.",
+        "Record runs that clip: without clipping, a few runs do not limit the largest "
+        "losses.",
     )
     expect(
         mechanism.sampling == "poisson",
         "sampling",
         repr(mechanism.sampling),
         'must be "poisson"',
-        "Under fixed sampling, losses depend on which updates contained the example.",
+        "Record runs with poisson_sampling=True: under fixed sampling, losses depend "
+        "on which updates contained the example.",
     )
     unknown = sum(int(np.isnan(run.grad_norms).sum()) for run in runs)
     expect(

@@ -10,7 +10,7 @@ unattributed where there is none:
 3. *latest*: it was given something computed from the one batch that is still unused.
    This is assumed, not verified: samples are taken to be in the order of delivery.
 
-A loader is observed (``observer``), its items are followed through ``collate_fn``
+A loader is observed (``observer``), its items are matched through ``collate_fn``
 (``item_fingerprints``, ``collate_identity``), its deliveries and the model's forward
 passes are described (``delivery``), compared (``samples``, ``model_inputs``,
 ``evidence``, ``mixtures``) and joined (``tracker``, ``gradients``); whatever is

@@ -80,7 +80,7 @@ MOVED_AND_CHANGED = Cause(
     "some samples were moved and others were changed",
     "unattributed",
     "The loop moved some samples of a batch to other positions and changed others, so "
-    "the changed ones cannot be followed. " + _IN_THE_DATA_SET,
+    "the changed ones cannot be matched. " + _IN_THE_DATA_SET,
 )
 MIXED = Cause(
     "the training loop mixes examples",
@@ -134,7 +134,7 @@ BY_HAND = Cause(
     "unchecked",
     "The per-example gradients were set by the training loop, without a backward pass "
     "of the model, so they are assumed to be those of the latest batch, in its order. "
-    'Use grad_sample_mode="hooks" to have them computed and followed.',
+    'Use grad_sample_mode="hooks" to have them computed and matched.',
 )
 ANOTHER_PASS = Cause(
     "another forward pass entered the same loss",
@@ -184,7 +184,7 @@ COLLATE = Cause(
     "What collate_fn returns cannot be compared with the items of the data set (text, "
     "images, or items that it transforms), so samples are assumed to be in the order "
     "in which their items were loaded. If collate_fn sorts, drops or mixes items, this "
-    "is wrong. Do such transforms in the data set; samples can then be followed.",
+    "is wrong. Do such transforms in the data set; samples can then be matched.",
 )
 MIXED_IN_COLLATE = Cause(
     "collate_fn mixes examples",
@@ -197,7 +197,7 @@ CHANGED_IN_COLLATE = Cause(
     "collate_fn moves some items and changes others",
     "unattributed",
     "collate_fn returned some items in other positions and changed others, so the "
-    "changed ones cannot be followed. " + _IN_THE_DATA_SET,
+    "changed ones cannot be matched. " + _IN_THE_DATA_SET,
 )
 
 CAUSES: dict[str, Cause] = {

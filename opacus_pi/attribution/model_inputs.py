@@ -259,8 +259,8 @@ def _positions_of(given: Indices, delivered: Indices) -> Indices:
     """Look up samples by their checksums.
 
     Where a checksum occurs twice among the delivered ones, these samples look alike,
-    and it is not known which of them was given. If all that can be told are in their
-    places, so are these.
+    and it is not known which of them was given. If all the others are in their
+    places, these are taken to be in theirs.
 
     Args:
         given: Checksums of the samples that were given.

@@ -4,7 +4,7 @@ The loader stays the user's object. Its class is replaced by a subclass whose it
 keep the sampler's output, in the main process and before any worker sees it, and report
 a batch together with its indices at the moment when the training loop receives it. The
 same subclass counts passes, lets an ``EpochPosition`` start them where a saved run
-stopped, and can have items followed through ``collate_fn``.
+stopped, and can have items matched through ``collate_fn``.
 
 *Guarantee.* Training is the same to the bit: data set, sampler, ``collate_fn``, worker
 processes and random numbers are the loader's own, and the loop receives the objects

@@ -8,7 +8,7 @@ or of a wider type keep the checksum.
 *Guarantee.* Storage that matches is the very memory that was delivered: it is referred
 to by a weak reference to torch's storage object, never by an address, which the
 allocator reuses within a few updates. Whether it still has the content that was
-delivered is told by comparing the entries, however they were written to
+delivered is checked by comparing the entries, however they were written to
 (``DeliveredTensor.changed``). Equal checksums of different samples have a chance of
 about 2^-64 where the entries that are looked at differ.
 

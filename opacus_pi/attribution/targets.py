@@ -63,7 +63,7 @@ class TargetOrder:
 
     Args:
         tracker: Knows the forward passes; referred to weakly.
-        chain: The chain of custody of the run, whose link ``"rows"`` is told.
+        chain: The chain of custody; gets the result as its link "rows".
     """
 
     def __init__(self, tracker: Tracker, chain: Chain) -> None:

@@ -165,7 +165,7 @@ class Tracker:
             batch: Tensors in any nesting of lists, tuples and dicts.
             loader_pass: The pass over a loader that it belongs to; default: one that
                 all such calls share.
-            identity: Which item each sample is, if ``collate_fn`` was followed.
+            identity: Which item each sample is, if ``collate_fn`` was observed.
 
         Returns:
             What is known of the batch.

@@ -1,11 +1,11 @@
 """The chain of custody of one run, while it is being recorded.
 
-Each link is told three kinds of things: that it was seen to hold (``check``), that
-something could not be seen (``leave_unchecked``), or that it does not hold
-(``break_link``). The strongest statement wins: a broken link stays broken, and a doubt
-is not removed by later observations that found nothing.
+Three kinds of findings are reported for a link: it holds (``check``), it could not be
+checked (``leave_unchecked``), or it does not hold (``break_link``). The strongest
+statement wins: a broken link stays broken, and a doubt is not removed by later
+observations that found nothing.
 
-Who tells which link:
+What reports on which link:
 
 ========== =========================================================================
 draw       ``draws`` in this room: deliveries of the loader, and what used them
@@ -99,7 +99,7 @@ class Chain:
 
     Attributes:
         allows_unattributed: Whether any share of unattributed samples is allowed,
-            because the recorder was told how to charge them.
+            because the recorder has an option that says how to charge them.
     """
 
     def __init__(

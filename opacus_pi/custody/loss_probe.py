@@ -43,13 +43,13 @@ _CHECKED = (
 )
 _COMPUTED = (
     "The criterion was given a tensor that the training loop computed from the model's "
-    "outputs, so it could not be seen whether that mixes the examples of the batch. "
+    "outputs. Whether that mixes the examples of the batch could not be checked. "
     "Move the computation into the model or the criterion."
 )
 _NOT_EVALUATED = (
-    "The criterion could not be evaluated a second time to see whether each example "
-    "has a loss of its own: {error}. engine.audit(criterion) compares gradients "
-    "instead."
+    "The criterion could not be evaluated a second time to check whether each example "
+    "has a loss of its own: {error}. Call engine.audit(criterion), which compares "
+    "gradients instead."
 )
 
 
@@ -63,7 +63,7 @@ class LossProbe:
 
     Args:
         criterion: ``criterion(outputs, targets)``; it is copied if it is a module.
-        chain: The chain of custody of the run, whose link ``"loss"`` is told.
+        chain: The chain of custody of the run; gets the result as its link "loss".
         averages_each_example: As for ``OwnLosses``.
         is_output: Returns whether a tensor is an output of the model; default: all are.
     """

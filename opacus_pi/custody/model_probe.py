@@ -101,12 +101,12 @@ _UNKNOWN_INPUT = (
     "of positions: then make it a buffer of the model."
 )
 _NOT_RUN = (
-    "The model could not be run a second time to see whether it treats examples "
+    "The model could not be run a second time to check whether it treats examples "
     "separately: {error}."
 )
 _NOT_REPEATABLE = (
     "The model gives other outputs when it is run again on the same batch with the "
-    "same random numbers, so it could not be seen whether it treats examples "
+    "same random numbers, so it could not be checked whether it treats examples "
     "separately."
 )
 _KEEPS_EXAMPLES = (
@@ -123,16 +123,16 @@ _REMEMBERS = (
 )
 _RANDOM = (
     "The model's random numbers depend on the content of the batch, so it could not be "
-    "seen whether it treats examples separately in training mode. In evaluation mode "
-    "it does."
+    "checked whether it treats examples separately in training mode. In evaluation "
+    "mode it does."
 )
 _NO_OUTPUTS = (
     "No output of the model has one row for each of the {size} examples, so it could "
-    "not be seen whether it treats examples separately."
+    "not be checked whether it treats examples separately."
 )
 _PACKED = (
     "The model's input is a packed sequence, whose rows are steps and not examples, so "
-    "it could not be seen whether the model treats examples separately."
+    "it could not be checked whether the model treats examples separately."
 )
 _DECLARE = (
     " If it does, declare so: Recorder(probe_model=False). engine.audit(criterion) "

@@ -115,7 +115,8 @@ def _check_examples(clean_inputs: Tensor, labels: Tensor, noise: Tensor) -> None
         "clean_inputs",
         clean_inputs.dtype,
         "must be floating",
-        "The score differentiates by the input; token numbers have no gradient.",
+        "Pass inputs of a floating-point type: the score differentiates by them, and "
+        "token numbers have no gradient.",
     )
 
 
@@ -151,7 +152,10 @@ class GaussianPoison(Dataset[Any]):
     ) -> None:
         size = size_of(data_set)
         self.forget_indices = distinct_indices("forget_indices", forget_indices, size)
-        positive(noise_std=noise_std, remedy="Without noise nothing is poisoned.")
+        positive(
+            noise_std=noise_std,
+            remedy=("Pass a noise above 0: without noise nothing is poisoned."),
+        )
         self._data_set = data_set
         self._position = {int(i): k for k, i in enumerate(self.forget_indices)}
         example = data_set[int(self.forget_indices[0])][0]

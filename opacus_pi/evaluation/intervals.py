@@ -102,9 +102,9 @@ def epsilon_interval(
             f"num_{name}",
             total,
             "must be at least 1",
-            "It is the number of models that were judged.",
+            "Pass the number of models that were judged.",
         )
-    remedy = "The number of errors is at most the number of models."
+    remedy = "Count at most one error for each model."
     in_range(0, num_negatives, remedy=remedy, false_positives=false_positives)
     in_range(0, num_positives, remedy=remedy, false_negatives=false_negatives)
     tail = (1 - confidence) / 4

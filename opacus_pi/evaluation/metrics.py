@@ -186,6 +186,6 @@ def tug_of_war(
         own = float(metrics[name])
         retrained = float(np.mean(np.asarray(oracle[name], dtype=np.float64)))
         values: dict[str, Any] = {name: (own, retrained)}
-        in_range(0, 1, remedy="It is a fraction of examples.", **values)
+        in_range(0, 1, remedy="Pass a fraction of examples.", **values)
         product *= 1 - abs(own - retrained)
     return product

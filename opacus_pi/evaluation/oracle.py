@@ -100,7 +100,7 @@ class OracleCache:
             "seeds",
             seeds,
             "must be distinct numbers, at least one",
-            "One oracle is trained with each seed.",
+            "Pass a seed for each oracle to train, all different.",
         )
         facts = _facts(key, data_set, forget)
         inputs = fingerprint(data_set)

@@ -236,7 +236,7 @@ def klom(
     Source: Georgiev et al. 2024 (arXiv:2410.23232), Appendix E.1. The released code
     drops the largest margin from its histogram; here it belongs to the last bin.
     """
-    expect(num_bins >= 1, "num_bins", num_bins, "must be at least 1", "20 is usual.")
+    expect(num_bins >= 1, "num_bins", num_bins, "must be at least 1", "Try 20.")
     limits = -_LARGEST_MARGIN, _LARGEST_MARGIN
     unlearned = np.clip(numbers("unlearned_margins", unlearned_margins), *limits)
     oracle = np.clip(numbers("oracle_margins", oracle_margins), *limits)

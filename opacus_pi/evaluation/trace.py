@@ -122,7 +122,7 @@ class UnlearningTrace:
             "metric",
             repr(metric),
             f"must be one of {sorted(self.metrics)}",
-            "Only metrics that were evaluated during the run are available.",
+            "Name a metric that was evaluated during the run.",
         )
         return np.array(self.metrics[metric], dtype=np.float64)
 
@@ -234,9 +234,7 @@ def arrived(
     """
     values = trace[metric]
     expect(len(values) > 0, "trace", "[]", "must contain an evaluation", "Append one.")
-    expect(
-        tolerance >= 0, "tolerance", tolerance, "must be at least 0", "0.05 is usual."
-    )
+    expect(tolerance >= 0, "tolerance", tolerance, "must be at least 0", "Try 0.05.")
     distance = np.abs(values - _mean_oracle(oracle, metric))
     limit = tolerance
     if metric == _GUS:
@@ -245,7 +243,8 @@ def arrived(
             "trace.times[0]",
             trace.times[0],
             "must be 0",
-            "The tolerance is relative to the distance before unlearning, at time 0.",
+            "Evaluate before unlearning, too: the tolerance is relative to the "
+            "distance at time 0.",
         )
         limit = tolerance * distance[0]
     result: NDArray[np.bool_] = distance <= limit + _ROUNDING

@@ -31,7 +31,7 @@ from opacus_pi.files.kinds import FileKind
 from opacus_pi.files.regular_file import require_regular
 
 Arrays = dict[str, NDArray[Any]]
-_AGAIN = "Record it again, or restore the file from a copy."
+_AGAIN = "Write the file again, or restore it from a copy."
 _OWN_FACTS = {"kind", "version"}
 # The length of a file proves the size of an array, unless the array has no entries:
 # its other axes could then claim any length, and filling defaults would run out of

@@ -122,7 +122,7 @@ def read_torch_file(
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise  # the file cannot be opened; EINVAL is torch's for a cut archive
         raise ValueError(
-            f"path must be a whole file of torch.save, got {source} "
+            f"path must be a complete file of torch.save, got {source} "
             f"({type(error).__name__}: {error}). Restore it from a copy."
         ) from error
 
@@ -155,7 +155,9 @@ def require_bounded(path: Path) -> None:
     try:
         is_bounded = _is_bounded(path)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, *_DAMAGED) as error:
-        raise ValueError(f"{path.name} is not a whole file of torch.save") from error
+        raise ValueError(
+            f"{path.name} is cut short or damaged, or torch.save did not write it"
+        ) from error
     if not is_bounded:
         raise ValueError(
             f"{path.name} is not an archive of torch.save: it is compressed, or asks "

@@ -82,7 +82,7 @@ def gradient_gram(
         ValueError: If an index is outside the data set, the criterion does not give one
             loss per example, nothing is trainable, or examples share batch statistics.
     """
-    positive(batch_size=batch_size, remedy="64 is a good choice.")
+    positive(batch_size=batch_size, remedy="Try 64.")
     distinct_indices("indices", indices, size_of(data_set))
     chosen = np.asarray(indices, dtype=np.int64)
     with isolated():
@@ -135,7 +135,7 @@ def minibatch_gram(
     Raises:
         ValueError: As :func:`gradient_gram` does.
     """
-    positive(batch_size=batch_size, remedy="256 is a good choice.")
+    positive(batch_size=batch_size, remedy="Try 256.")
     size = size_of(data_set)
     weights = np.ones(size) if factors is None else np.asarray(factors, np.float64)
     expect(

@@ -159,7 +159,7 @@ def sweep(
             does not give one loss per example, nothing is trainable, or examples
             share batch statistics.
     """
-    positive(batch_size=batch_size, remedy="64 is a good choice.")
+    positive(batch_size=batch_size, remedy="Try 64.")
     expect(
         hasattr(data_set, "__len__") and hasattr(data_set, "__getitem__"),
         "data_set",

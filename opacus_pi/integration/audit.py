@@ -152,7 +152,7 @@ class AuditedRun:
 
     Attributes:
         mode: The ``grad_sample_mode``, or ``"swept"``.
-        loss_reduction: What ``make_private`` was told of the criterion.
+        loss_reduction: The ``loss_reduction`` that ``make_private`` was given.
         batch_first: Whether examples are along the first dimension.
         examples: Where batches come from; None if they are given.
     """
@@ -229,8 +229,8 @@ def audit_batch(
         "grad_sample_mode",
         "'no_op'",
         "must be one that computes per-example gradients",
-        "The training loop computes them itself here. opacus_pi.audit(model, "
-        "criterion, batch) audits model and criterion in another mode.",
+        "Here the training loop computes them. Call opacus_pi.audit(model, criterion, "
+        "batch), which audits model and criterion in another mode.",
     )
     x, y = to_device(inputs_and_targets(batch), device_of(model))
     expect(
@@ -238,7 +238,8 @@ def audit_batch(
         "batch",
         f"{len(y)} examples",
         "must have at least 2 examples",
-        "One example alone does not show whether examples influence each other.",
+        "Pass a larger batch: one example alone does not show whether examples "
+        "influence each other.",
     )
     if isinstance(criterion, DPLossFastGradientClipping):
         criterion = criterion.criterion
@@ -284,7 +285,7 @@ class _TrainedLoss:
 
     Args:
         criterion: Returns one number, or one loss for each example, which training
-            then reduces as ``make_private`` was told.
+            then reduces as ``make_private`` was asked to.
         run: How the batch is trained on.
     """
 
@@ -472,7 +473,7 @@ def _compare_loss(
             "loss",
             False,
             f"The criterion returns the {fits[0]} of the examples' losses, but "
-            f'make_private was told loss_reduction="{wanted}". Pass '
+            f'make_private was given loss_reduction="{wanted}". Pass '
             f'loss_reduction="{fits[0]}".',
         )
     return AuditRow(

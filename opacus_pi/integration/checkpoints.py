@@ -102,7 +102,7 @@ def ledger_in_checkpoint(path: str | os.PathLike[str]) -> GradNormLedger:
 
     Raises:
         ValueError: If the file is something else, damaged, or holds no recorded run.
-        AccountingError: If the run cannot be accounted.
+        AccountingError: If the run cannot be accounted for.
     """
     try:
         content = read_torch_file(path, map_location="cpu")
@@ -242,7 +242,7 @@ class RunState:
     """The state of a run that was prepared, beyond its weights and what was recorded.
 
     Args:
-        loader: The loader that training iterates over; its passes are followed from
+        loader: The loader that training iterates over; its passes are counted from
             now on.
         optimizer: The optimizer; only Opacus's have settings to save.
         noise_generator: Generator of the noise; None: torch's global one.

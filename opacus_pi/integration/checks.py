@@ -205,12 +205,12 @@ class OutsideChanges:
     """Detects changes to loader and weights that the private optimizer did not make.
 
     A changed sampler, or a step of the optimizer inside Opacus's, makes every number
-    wrong, so the ledger is refused. Weights that were written to may be harmless, so
-    this is only said (``custody.weights``).
+    wrong, so the ledger is refused. Writes to weights may be harmless, so they are only
+    listed as an assumption (``custody.weights``).
 
     Args:
         loader: The loader that training iterates over; referred to weakly.
-        chain: The chain of custody of the run, whose links are told what was found.
+        chain: The chain of custody of the run, to which findings are reported.
         snapshot: Of the weights, taken after each update.
     """
 

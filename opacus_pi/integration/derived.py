@@ -56,7 +56,7 @@ _NOT_PREPARED = (
 _OWN_METHOD = (
     "{owner} has a method {method} of its own, so it is not known what enters an "
     "update. Only the clipping and the noise of Opacus's own optimizers can be "
-    "accounted. Override step instead, or account for the training by hand with "
+    "accounted for. Override step instead, or account for the training by hand with "
     'accountant="per_instance" (begin, record).'
 )
 
@@ -85,7 +85,7 @@ class Preparation:
         """Prefer what ``make_private`` returned to what the methods that it calls did.
 
         Args:
-            result: Usually a tuple; its objects are told apart by their types.
+            result: Usually a tuple; its objects are distinguished by their types.
 
         Returns:
             Whether there is now a run to be recorded, other than the one at the last
@@ -120,7 +120,7 @@ class Preparation:
         )
 
     def own_rule(self) -> str | None:
-        """Return why the run cannot be accounted: something clips in its own way."""
+        """Return which method clips in its own way and rules accounting out."""
         for owner, method in self._own_methods():
             return _OWN_METHOD.format(owner=owner, method=method)
         return None
@@ -169,7 +169,7 @@ def _overriding(
 
 
 def shadowed_method(optimizer: DPOptimizer) -> str | None:
-    """Return why an update cannot be accounted: the object has a method of its own.
+    """Return why an update cannot be accounted for, if the optimizer has own methods.
 
     Args:
         optimizer: The optimizer, which may have been changed since it was prepared.

@@ -61,7 +61,7 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
             ``accountant="per_instance"`` is available too.
 
     Recording changes no weight and no random number. Opacus trains some runs that
-    cannot be accounted: frozen BatchNorm in training mode, samplers that weight
+    cannot be accounted for: frozen BatchNorm in training mode, samplers that weight
     examples, ghost clipping with a clip scheduler or with two backward passes a step.
     These train on as with Opacus; only ``ledger``, ``privacy_losses`` and ``epsilons``
     raise an error, which says why.

@@ -46,13 +46,12 @@ _IN_PLACE = (
 )
 _UNUSUAL_NUMBERS = (
     "Every parameter needs one gradient per example. The batch has {size} examples, "
-    "but these parameters have another number of gradients: {unusual}. A layer that is "
-    "given one row for the whole batch causes this, such as the position embedding of "
-    "a model that makes its position ids by itself. Give each example its own row "
+    "but these parameters have another number of gradients: {unusual}. The usual cause "
+    "is a layer that is given one row for the whole batch, such as a position "
+    "embedding. Give each example its own row "
     "(position_ids=torch.arange(length).expand(batch, -1)), or freeze these parameters "
-    '(requires_grad_(False)). grad_sample_mode="fast" needs that too, unless '
-    "torch.func.vmap can run the whole model: without dropout, without an attention "
-    "mask, and with the loss computed outside of the model."
+    '(requires_grad_(False)), or try grad_sample_mode="fast", which works if '
+    "torch.func.vmap can run the model."
 )
 _FROZEN_SINCE = (
     "Parameters were frozen (requires_grad_(False)) after make_private. Ghost clipping "

@@ -38,7 +38,10 @@ _UNVERIFIED = (
     "loader delivered nor copies of them. Transform inputs in the data set or in "
     "collate_fn instead."
 )
-_NO_NOISE = "Without noise every privacy loss is infinite, which no budget allows."
+_NO_NOISE = (
+    "Train with noise: without it every privacy loss is infinite, which no budget "
+    "allows."
+)
 _LESS_NOISE = (
     "The noise was lowered between the physical batches of one update, so its examples "
     "were charged too little. Call a noise scheduler's step() only after "
@@ -217,8 +220,8 @@ def require_filterable(
         "clipping",
         repr(clipping),
         'must be "flat" or "per_layer"',
-        "Adaptive clipping also releases the number of clipped examples, which the "
-        "budgets do not cover.",
+        'Use "flat". Adaptive clipping also releases the number of clipped examples, '
+        "which the budgets do not cover.",
     )
     positive(noise_multiplier=noise_multiplier, remedy=_NO_NOISE)
     keeps_loader = not poisson_sampling and not is_poisson(data_loader)

@@ -153,7 +153,7 @@ class GroupAccountant(RDPAccountant):
             "order",
             order,
             "must be above 1",
-            "Group bounds hold for Rényi orders above 1.",
+            "Pass a Rényi order above 1: group bounds hold for no others.",
         )
         total: float = sum(
             num_steps

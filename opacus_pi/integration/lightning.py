@@ -85,7 +85,7 @@ class PrivacyCallback(Callback):
             "prepare",
             repr(prepare),
             f"must be one of {_PREPARATIONS}",
-            "It names the method of PrivacyEngine that prepares the run.",
+            "Name the method of PrivacyEngine that prepares the run.",
         )
         self.engine, self.prepare, self.module = engine, prepare, module
         self.options = options
@@ -213,7 +213,7 @@ def _check_trainer(trainer: "Trainer", pl_module: "LightningModule") -> None:
     """Raise if an update would not be one optimizer's step on one batch.
 
     Raises:
-        ValueError: With the setting that is to be changed.
+        ValueError: If a setting must be changed; the message names it.
     """
     one_batch = "so that each update uses one batch"
     _require(
@@ -241,13 +241,19 @@ def _check_trainer(trainer: "Trainer", pl_module: "LightningModule") -> None:
         "gradient_clip_val",
         trainer.gradient_clip_val or 0,
         equals=0,
-        remedy="The engine already clips the gradient of each example.",
+        remedy=(
+            "Leave it out of the Trainer: the engine already clips the gradient of "
+            "each example."
+        ),
     )
     _require(
         "reload_dataloaders_every_n_epochs",
         vars(trainer)["reload_dataloaders_every_n_epochs"],
         equals=0,
-        remedy="All epochs must use the data loader that the engine prepared.",
+        remedy=(
+            "Leave it out of the Trainer: all epochs must use the data loader that the "
+            "engine prepared."
+        ),
     )
 
 

@@ -225,8 +225,8 @@ class PerInstanceMixin(OpacusEngine):
         dict, so that ``Unlearner`` can check that a model has these weights.
 
         Raises:
-            AccountingError: If nothing was recorded, or the run cannot be accounted;
-                the message says why.
+            AccountingError: If nothing was recorded, or the run cannot be accounted
+                for; the message says why.
         """
         self._require_begun()
         self.recorder.name_weights()
@@ -264,7 +264,7 @@ class PerInstanceMixin(OpacusEngine):
             float64 ``(n,)``.
 
         Raises:
-            AccountingError: If the run, or a part of it, cannot be accounted.
+            AccountingError: If the run, or a part of it, cannot be accounted for.
         """
         losses = accounting.privacy_losses(self._complete_ledger(), order, **options)
         _warn_if_most_are_equal(losses)
@@ -288,7 +288,7 @@ class PerInstanceMixin(OpacusEngine):
             float64 ``(n,)``.
 
         Raises:
-            AccountingError: If the run, or a part of it, cannot be accounted.
+            AccountingError: If the run, or a part of it, cannot be accounted for.
         """
         ledger = self._complete_ledger()
         values = accounting.epsilons(ledger, delta)
@@ -336,7 +336,7 @@ class PerInstanceMixin(OpacusEngine):
         """Return the ledger, if it holds every update that was made or counted.
 
         Raises:
-            AccountingError: If updates are missing, or the run cannot be accounted.
+            AccountingError: If updates are missing, or the run cannot be accounted for.
         """
         self._require_begun()
         ledger = self.recorder.ledger  # not self.ledger: its weights need no name

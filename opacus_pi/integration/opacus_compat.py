@@ -133,7 +133,7 @@ OPTIMIZER_METHODS = _functions(
 )
 """What clips and adds noise in Opacus's optimizers (1.6.0), by name.
 
-The norms that are recorded, and the noise that is accounted, are those of these
+The norms that are recorded, and the noise that is accounted for, are those of these
 functions. An optimizer with another one contributes something else to an update.
 """
 

@@ -19,6 +19,7 @@ has, which may be any subclass of ``DPOptimizer`` (per-layer, adaptive, distribu
 update: every report is attached to that call.
 """
 
+from itertools import islice
 from typing import Any, SupportsIndex
 
 from opacus.grad_sample import GradSampleHooksNoOp
@@ -40,9 +41,9 @@ from opacus_pi.integration.opacus_compat import (
 from opacus_pi.integration.update import UpdateUnderWay
 
 _STALE_NORMS = (
-    "For some layer, ghost clipping used the gradient norms of an earlier batch. This "
-    "happens if a layer was not used, or if a Linear layer has a four-dimensional "
-    'input. Use grad_sample_mode="hooks".'
+    "For {}, ghost clipping used the gradient norms of an earlier batch. This happens "
+    "if a layer was not used, or if a Linear layer has a four-dimensional input. Use "
+    'grad_sample_mode="hooks".'
 )
 _TWO_BACKWARD_PASSES = (
     "There were two backward passes before one optimizer.step(), but ghost clipping "
@@ -339,8 +340,16 @@ class _FromGhostClipping(_ReportingOptimizer):
         """
         now = tuple(norms_of_parameters(self.params))
         before, self._pi_norms_of_parameters = self._pi_norms_of_parameters, now
-        if any(a is not None and a is b for a, b in zip(now, before, strict=False)):
-            self._pi_update.chain.break_link("norm", _STALE_NORMS)
+        stale = {
+            id(parameter)
+            for parameter, new, old in zip(self.params, now, before, strict=False)
+            if new is not None and new is old
+        }
+        if stale:
+            model = module_of(self._pi_update.hooks)
+            names = (n for n, p in model.named_parameters() if id(p) in stale)
+            listed = ", ".join(islice(names, 3))
+            self._pi_update.chain.break_link("norm", _STALE_NORMS.format(listed))
 
     def zero_grad(self, *args: Any, **options: Any) -> None:
         """Clear the gradients; refuse the ledger if one of two batches is lost.

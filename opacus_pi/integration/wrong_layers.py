@@ -104,7 +104,7 @@ def _trainable_layers(
 
 
 def _reason(name: str, layer: nn.Module, what: str, remedy: str) -> str:
-    """Return why the run cannot be accounted."""
+    """Return why the run cannot be accounted for."""
     return _REASON.format(
         name=name, layer=type(layer).__name__, what=what, remedy=remedy
     )

@@ -104,8 +104,8 @@ class Custody:
             is unchecked.
         num_samples: Samples that entered updates.
         num_unattributed: Those of them whose example is not known.
-        allows_unattributed: Whether the recorder was told how to charge unattributed
-            samples, so that any share of them is allowed.
+        allows_unattributed: Whether any share of unattributed samples is allowed,
+            because the recorder had an option that says how to charge them.
         cause: Why samples are unattributed, as a sentence; empty if none are.
     """
 

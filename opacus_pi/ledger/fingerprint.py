@@ -60,7 +60,8 @@ def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
         "data_set",
         type(data_set).__qualname__,
         "must have a length",
-        "A ledger needs a map-style data set: an iterable one has no positions.",
+        "Pass a map-style data set: the examples of an iterable one have no positions, "
+        "which a ledger needs.",
     )
     name = f"{_class_name(data_set)}:{size}"
     labels = _labels(data_set)

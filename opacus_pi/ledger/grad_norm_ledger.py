@@ -125,7 +125,8 @@ class GradNormLedger(SavedLedger):
             "source",
             repr(self.source),
             'must be "swept" or "observed"',
-            '"swept": by a pass over the data set; "observed": during training.',
+            'Pass "swept" for norms measured by a pass over the data set, "observed" '
+            "for norms measured during training.",
         )
         if self.example_ids is not None:
             object.__setattr__(self, "example_ids", checked_ids(self.example_ids))
@@ -273,7 +274,8 @@ class GradNormLedger(SavedLedger):
             ValueError: As ``load``, or if ``num_examples`` is not above 0.
         """
         positive(
-            num_examples=num_examples, remedy="It is the number of examples in a part."
+            num_examples=num_examples,
+            remedy=("Pass the number of examples of each part."),
         )
         shapes, facts = check_file(path, cls._FILE.kind, cls._FILE.layout)
         _check_same_width(path, shapes)
@@ -315,7 +317,7 @@ def _check_same_width(
         "path",
         f"arrays of shapes {sorted(given)} and ids of shape {ids} in {os.fspath(path)}",
         "must contain arrays of one shape (N, n), and n ids",
-        "Record it again, or restore the file from a copy.",
+        "Write the file again, or restore it from a copy.",
     )
 
 

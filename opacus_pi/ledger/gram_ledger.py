@@ -73,7 +73,8 @@ class GramLedger(SavedLedger):
             "kind",
             repr(self.kind),
             'must be "forget" or "minibatch"',
-            '"forget": the gradients of the forget set; "minibatch": of minibatches.',
+            'Pass "forget" for gradients of the forget set, "minibatch" for gradients '
+            "of minibatches.",
         )
         steps = checked_steps(self.steps, self.mechanism.num_steps)
         object.__setattr__(self, "steps", steps)
@@ -85,7 +86,7 @@ class GramLedger(SavedLedger):
                 name,
                 f"an array of shape {shape}",
                 f"must be a number or have shape {steps.shape}",
-                "A schedule has one value per row.",
+                "Pass one number for all rows, or one for each.",
             )
         if self.example_ids is not None:
             self._check_ids()

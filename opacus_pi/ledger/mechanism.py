@@ -88,7 +88,7 @@ class NoisySGD:
             "noise_std",
             noise[~ok][:1],
             "must be at least 0 and finite",
-            "It is the standard deviation of the noise on the sum of the gradients.",
+            "Pass the standard deviation of the noise on the sum of the gradients.",
         )
         positive(
             max_grad_norm=self.max_grad_norm,
@@ -99,7 +99,7 @@ class NoisySGD:
             "sampling",
             repr(self.sampling),
             'must be "poisson" or "fixed"',
-            'A shuffled loader is "fixed".',
+            'Pass "fixed" for a shuffled loader.',
         )
         if self.max_participations is not None:
             most = _count("max_participations", self.max_participations)
@@ -250,6 +250,6 @@ def _scheduled(name: str, value: ArrayLike) -> float | NDArray[np.float64]:
         name,
         f"an array of shape {array.shape}",
         "must be a number or one number per row",
-        "A schedule has shape (N,).",
+        "Pass one number, or a schedule of shape (N,).",
     )
     return float(array) if array.ndim == 0 else frozen(array)

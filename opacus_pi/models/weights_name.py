@@ -1,7 +1,7 @@
 """Name the weights of a model by a hash of its state dict.
 
 A ledger keeps the name of the weights that its last update left, so that a model can be
-recognised as the one that was accounted, or refused.
+recognised as the one that was accounted for, or refused.
 """
 
 from torch import Tensor, nn

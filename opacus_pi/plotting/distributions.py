@@ -48,7 +48,7 @@ def plot_distribution(
         "values",
         f"{numbers.size} numbers",
         "must contain a finite number",
-        "There is no distribution to draw.",
+        "Leave this figure out: there is no distribution to draw.",
     )
     ax = axes_or_new(ax)
     edges = _edges(ax, finite, num_bins)

@@ -72,7 +72,7 @@ def _pictures(name: str, values: ArrayLike) -> NDArray[np.float64]:
         f"rows[{name!r}]",
         f"an array of shape {array.shape}",
         "must have shape (m, h, w) or (m, c, h, w) with c = 1 or 3",
-        "Channels come before height and width.",
+        "Put the channels before height and width.",
     )
     if array.ndim == 3:
         return array

@@ -215,7 +215,7 @@ def _check_kind(kind: str) -> None:
         "kind",
         repr(kind),
         'must be "forget" or "minibatch"',
-        'Theorem B.1 needs "minibatch"; the other bounds need "forget".',
+        'Pass "minibatch" for Theorem B.1, "forget" for the other bounds.',
     )
 
 
@@ -226,14 +226,17 @@ def _check_minibatches(
     positive(
         num_minibatches=num_minibatches,
         num_estimates=num_estimates,
-        remedy="The paper uses as many minibatches as the order, and 20 estimates.",
+        remedy=(
+            "Try as many minibatches as the order, and 20 estimates, as in the paper."
+        ),
     )
     expect(
         something_is_retained,
         "forget_indices",
         "every example",
         "must leave at least one example in the retain set",
-        "Theorem B.1 compares with minibatches of the retain set.",
+        "Leave some examples out of forget_indices: Theorem B.1 compares with "
+        "minibatches of the retain set.",
     )
 
 

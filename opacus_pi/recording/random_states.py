@@ -78,10 +78,11 @@ class RandomStates:
         expect(
             "numpy" in states,
             "the saved run's global generator of NumPy",
-            "another generator",
-            "must be MT19937, which is NumPy's default",
-            "The saved run replaced it, and its state was not saved. Resume from a run "
-            "that keeps the default.",
+            "one of another type",
+            "must be MT19937, NumPy's default",
+            "The saved run had replaced it, so its state is not in the checkpoint, and "
+            "the run cannot be resumed exactly. Load the checkpoint without "
+            "restore_rng, or train anew with NumPy's default.",
         )
         wrong = sorted(_wrong(states))
         expect(

@@ -102,11 +102,12 @@ class RecorderOptions:
             "mode",
             repr(mode),
             'must be "observed" or "swept"',
-            '"observed" records the norms of sampled examples; "swept" measures all.',
+            'Pass "observed" to record the norms of sampled examples, "swept" to '
+            "measure all examples.",
         )
         positive(
             batch_size=batch_size,
-            remedy="It is the number of examples that a sweep measures at once.",
+            remedy="Pass the number of examples that a sweep measures at once.",
         )
         self.mode = mode
         self.every = checked_every(every)
@@ -115,7 +116,7 @@ class RecorderOptions:
             "every",
             list(every) if isinstance(every, Sequence) else every,
             'must be above 0 if mode is "observed"',
-            "No norm is observed before the first update.",
+            "Leave out row 0: no norm is observed before the first update.",
         )
         self.criterion = criterion
         self.strict = strict
@@ -189,7 +190,7 @@ class Recorder(RecorderOptions):
             fractional. A sequence: rows after exactly these updates; 0, for swept
             rows, is before the first.
         criterion: ``criterion(outputs, targets)`` for sweeps, one loss per example.
-        strict: Whether to raise at once when the run can no longer be accounted,
+        strict: Whether to raise at once when the run can no longer be accounted for,
             instead of training on without a ledger.
         verify: Whether samples of batches that were copied are matched to examples by
             their content.
@@ -268,7 +269,7 @@ class Recorder(RecorderOptions):
 
         Raises:
             AccountingError: If nothing has been recorded, or the run cannot be
-                accounted; it says why.
+                accounted for; it says why.
         """
         run = self._begun()
         self._fetch_waiting()
@@ -474,7 +475,7 @@ class Recorder(RecorderOptions):
 
         Raises:
             AccountingError: If nothing is recorded, or the recorder is strict and the
-                run cannot be accounted.
+                run cannot be accounted for.
         """
         run = self._begun()
         self._fetch_waiting()
@@ -484,10 +485,11 @@ class Recorder(RecorderOptions):
             self.refuse(reason)
 
     def refuse(self, reason: str) -> None:
-        """Give no ledger of this run any more, and warn once; training goes on.
+        """Refuse the ledger of this run from now on, and warn once; training goes on.
 
         Args:
-            reason: What cannot be accounted, and the remedy. Only the first is kept.
+            reason: What cannot be accounted for, and the remedy. Only the first is
+                kept.
 
         Raises:
             AccountingError: At once, if the recorder is strict.

@@ -150,7 +150,7 @@ class RecordedRun:
                 "indices",
                 indices[outside][:1],
                 f"must be in [0, {self.num_examples})",
-                "Indices are positions in the data set of the training.",
+                "Report positions in the data set of the training.",
             )
 
     def observe(

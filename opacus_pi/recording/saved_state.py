@@ -55,7 +55,7 @@ def require_version(state: Any) -> None:
 
 
 def require_whole(state: Mapping[str, Any]) -> None:
-    """Refuse a state dict that no run can have saved.
+    """Refuse the state dict of a run with a missing or damaged entry.
 
     Args:
         state: What ``RecordedRun.state_dict`` returned.
@@ -65,19 +65,17 @@ def require_whole(state: Mapping[str, Any]) -> None:
     """
     require_version(state)
     for name, types in _TYPES.items():
-        _check(
-            type(state.get(name)) in types, name, "that is missing or of another type"
-        )
+        _check(type(state.get(name)) in types, name, "missing or of another type")
     _check_facts(state)
     _check_arrays(state, _measured_rows(state))
     checked_steps(state["steps"].cpu().numpy(), state["num_steps"])
     for name in LATER_TEXTS:
-        _check(type(state.get(name, "")) is str, name, "that is of another type")
+        _check(type(state.get(name, "")) is str, name, "of another type")
     checked_weights(state.get("weights") or None)
     _check(
         has_whole_counts(state),
         "participations",
-        "that is missing or of another type",
+        "missing or of another type",
     )
     if state.get("custody"):
         Custody.from_json(state["custody"])
@@ -101,7 +99,7 @@ def _check_facts(state: Mapping[str, Any]) -> None:
         "sample_rate": 0 < state["sample_rate"] <= 1,
         "open_interval": _length(state.get("open_interval")) in (0, 1),
     }.items():
-        _check(right, name, "that is unknown or out of range")
+        _check(right, name, "unknown or out of range")
 
 
 def _measured_rows(state: Mapping[str, Any]) -> set[str]:
@@ -112,7 +110,7 @@ def _measured_rows(state: Mapping[str, Any]) -> set[str]:
     _check(
         needed <= names <= allowed,
         f"{_ROW}grad_norms",
-        "that is missing, or together with unknown measurements",
+        "missing, or beside unknown measurements",
     )
     return names
 
@@ -124,9 +122,9 @@ def _check_arrays(state: Mapping[str, Any], rows: set[str]) -> None:
         _check(
             isinstance(value, Tensor) and (value.dtype, value.shape) == (dtype, shape),
             name,
-            "that is missing, or of another type or shape",
+            "missing, or of another type or shape",
         )
-        _check(_is_in_range(name, state[name], state), name, "that is out of range")
+        _check(_is_in_range(name, state[name], state), name, "out of range")
 
 
 def _layout(
@@ -169,7 +167,7 @@ def _check(condition: bool, name: str, problem: str) -> None:
     expect(
         condition,
         "the saved run",
-        f"{name!r} {problem}",
-        "must hold what the recorder saved",
+        f"one whose {name!r} is {problem}",
+        "must be complete and undamaged",
         "Resume from another checkpoint.",
     )

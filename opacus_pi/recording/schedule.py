@@ -117,5 +117,5 @@ def _check_num_checkpoints(num_checkpoints: int, num_steps: int) -> None:
         1,
         num_steps,
         num_checkpoints=num_checkpoints,
-        remedy="At most one row is written for each of the num_steps updates.",
+        remedy="Ask for at most one row for each of the num_steps updates.",
     )

@@ -80,7 +80,7 @@ def write_report(
         "result",
         None,
         "must be given with an oracle or barriers",
-        "Retrained models are shown beside an unlearning run.",
+        "Pass the result of the unlearning run beside which they are shown.",
     )
     in_range(0, float("inf"), top=top, remedy="Pass 0 to list no example.")
     scores = score(ledger, order=order, delta=delta, tolerance=tolerance)

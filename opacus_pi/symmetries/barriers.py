@@ -102,9 +102,7 @@ def loss_barrier(
     Source: paper, equation (2); Frankle et al. 2020; reset: Jordan et al. 2023
     (arXiv:2211.08403).
     """
-    expect(
-        num_points >= 2, "num_points", num_points, "must be at least 2", "11 is usual."
-    )
+    expect(num_points >= 2, "num_points", num_points, "must be at least 2", "Try 11.")
     path = _Path(model_a, model_b, data_loader, criterion, reset_bn)
     alphas = np.union1d(np.linspace(0, 1, num_points), 0.5)
     losses = np.array([path.loss(alpha) for alpha in alphas])
@@ -152,7 +150,12 @@ def path_losses(
     Raises:
         ValueError: As :func:`loss_barrier`, or if an alpha leaves [0, 1].
     """
-    in_range(0, 1, remedy="1 is model_a, 0 is model_b.", alphas=alphas)
+    in_range(
+        0,
+        1,
+        remedy="Pass 1 for model_a, 0 for model_b, or a number between.",
+        alphas=alphas,
+    )
     path = _Path(model_a, model_b, data_loader, criterion, reset_bn)
     return np.array([path.loss(alpha) for alpha in np.ravel(alphas)])
 
@@ -206,7 +209,13 @@ def pairwise_barriers(
 
     Source: paper, Section 5.2 and Figure 1 (right).
     """
-    expect(len(models) >= 2, "models", len(models), "must be at least 2", "Train more.")
+    expect(
+        len(models) >= 2,
+        "models",
+        len(models),
+        "must be at least 2",
+        ("Pass at least two models, trained with different seeds."),
+    )
     return np.array(
         [
             loss_barrier(
@@ -323,7 +332,8 @@ def _check_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         "model_a, model_b",
         f"models that differ in {differing[:3]}",
         "must have one architecture",
-        "There is a straight line only between weights of the same shapes.",
+        "Pass two models with the same layers: there is a straight line only between "
+        "weights of the same shapes.",
     )
 
 

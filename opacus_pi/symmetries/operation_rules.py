@@ -187,7 +187,7 @@ def _select(dims: DimsOf, given: Arguments, result: Any) -> list[Dims]:
 def _cat(dims: DimsOf, given: Arguments, result: Tensor) -> list[Dims]:
     """``cat``: the order of the joined dimension matters, the others are unified.
 
-    The parts could still be permuted within themselves. This is not followed, because
+    The parts could still be permuted within themselves. This is not traced, because
     an atom describes a whole dimension or a factor of it, never a range. Networks that
     concatenate features (DenseNet, U-Net) therefore have fewer symmetries here than in
     truth. Empty tensors of one dimension, which torch skips, are skipped as well.

@@ -99,7 +99,7 @@ class PermutationSpec:
 def permutation_spec(model: nn.Module, example_input: Any) -> PermutationSpec:
     """Trace the permutation symmetries of a network from one run in evaluation mode.
 
-    Every operation is followed, so residual connections, convolutions (grouped ones
+    Every operation is traced, so residual connections, convolutions (grouped ones
     too), linear, normalization and embedding layers and attention heads need no special
     case. The dimensions of an operation without a rule are not permuted. The result is
     checked: a random permutation must not change the outputs on the example.

@@ -269,7 +269,8 @@ class DeletionLog:
                 "number",
                 number,
                 "must not be that of a redaction",
-                "A redaction says which entry was redacted, and nothing else.",
+                "Pass the number of another entry. A redaction contains only the "
+                "number of the entry that was redacted.",
             )
             if entry.redacted:
                 return entry

@@ -49,7 +49,7 @@ def payload_text(payload: Mapping[str, Any]) -> str:
         "payload",
         "more",
         f"must have at most {_MAX_DEPTH} levels",
-        "Lists within lists as deep as that could not be read back.",
+        "Flatten it: lists within lists as deep as that could not be read back.",
     )
     return text
 

@@ -107,7 +107,13 @@ def import_log(
             lambda hidden: _copy(weights_path_of(old), hidden),
         )
     put = put_new_file(new, write)
-    expect(put, "new", new, "must not exist", "Another process has just created it.")
+    expect(
+        put,
+        "new",
+        new,
+        "must not exist",
+        ("Another process has just created it. Import into another new file."),
+    )
     return DeletionLog(new)
 
 

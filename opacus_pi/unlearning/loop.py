@@ -140,7 +140,7 @@ class StopWhen:
             1,
             math.inf,
             patience=self.patience,
-            remedy="1 stops at the first evaluation that reaches the target.",
+            remedy="Pass 1 to stop at the first evaluation that reaches the target.",
         )
 
     def reached(self, trace: UnlearningTrace) -> bool:

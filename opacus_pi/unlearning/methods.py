@@ -178,7 +178,7 @@ class Langevin(Method):
     projection_radius: float | None = None
 
     def __post_init__(self) -> None:
-        at_least_zero("noise_std", self.noise_std, "0 is plain fine-tuning.")
+        at_least_zero("noise_std", self.noise_std, "Pass 0 for plain fine-tuning.")
         if self.max_grad_norm is not None:
             positive(
                 max_grad_norm=self.max_grad_norm, remedy="Pass None for no clipping."
@@ -206,8 +206,11 @@ class Langevin(Method):
         Returns:
             ``Langevin`` with √(2/η) σ on the mean gradient.
         """
-        positive(learning_rate=learning_rate, remedy="Pass that of the optimizer.")
-        at_least_zero("noise_std", noise_std, "0 is plain fine-tuning.")
+        positive(
+            learning_rate=learning_rate,
+            remedy=("Pass the learning rate of the optimizer."),
+        )
+        at_least_zero("noise_std", noise_std, "Pass 0 for plain fine-tuning.")
         return cls(math.sqrt(2 / learning_rate) * noise_std, **options)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
@@ -259,13 +262,13 @@ class L1Sparse(Method):
     schedule: str = "linear"
 
     def __post_init__(self) -> None:
-        at_least_zero("strength", self.strength, "0 is plain fine-tuning.")
+        at_least_zero("strength", self.strength, "Pass 0 for plain fine-tuning.")
         expect(
             self.schedule in ("linear", "constant"),
             "schedule",
             repr(self.schedule),
             'must be "linear" or "constant"',
-            "The released code decays the strength linearly to 0.",
+            'Try "linear": like the released code, it decays the strength to 0.',
         )
 
     def penalty(self, params: Sequence[Tensor], progress: float) -> Tensor | None:

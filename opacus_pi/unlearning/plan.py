@@ -213,7 +213,7 @@ def make_plan(
             "plan() needs a ledger, but none was given. Record the training and pass "
             "Unlearner(..., ledger=engine.ledger)."
         )
-    positive(batch_size=batch_size, remedy="It is the number of examples in a batch.")
+    positive(batch_size=batch_size, remedy="Pass the number of examples in a batch.")
     if (np.asarray(runs[0].mechanism.noise_std) == 0).any():
         runs = _with_assumed_noise(runs, assumed_noise_std)
     losses = privacy_losses(list(runs), order)
@@ -352,7 +352,7 @@ def budget_of(
     Raises:
         ValueError: If the factor is not above 0.
     """
-    positive(factor=factor, remedy="2 allows twice the prediction.")
+    positive(factor=factor, remedy="Pass 2 to allow twice the prediction.")
     if predicted_epochs is None:
         return default
     return max(1, math.ceil(factor * predicted_epochs))
@@ -468,12 +468,13 @@ def _with_assumed_noise(
         "assumed_noise_std",
         None,
         "must be given, because training added no noise",
-        "Any value gives a ranking, not a guarantee: plan(..., assumed_noise_std=1).",
+        "Call plan(..., assumed_noise_std=1): any value gives a ranking, and none a "
+        "guarantee.",
     )
     noise_std = cast(float, assumed_noise_std)
     positive(
         assumed_noise_std=noise_std,
-        remedy="It is the standard deviation of the noise on the sum of gradients.",
+        remedy="Pass the standard deviation of the noise on the sum of the gradients.",
     )
     return [run.with_noise_std(noise_std) for run in runs]
 

@@ -365,7 +365,7 @@ class DeletionRequests:
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            words = "is a link, which is never followed. Remove it and process again"
+            words = "is a link, which is not opened. Remove it and process again"
             raise OSError(errno.ELOOP, words, place) from error
         try:
             try:
@@ -583,7 +583,7 @@ def _check(condition: bool, entry: Entry, what: str) -> None:
         f"number {entry.number}",
         f"must be {what}",
         "The log belongs to another training set, or was not written by "
-        "DeletionRequests.",
+        "DeletionRequests. Open the log of this training set.",
     )
 
 

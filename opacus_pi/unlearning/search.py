@@ -103,7 +103,7 @@ def search_settings(
     (arXiv:1907.10902).
     """
     optuna = _optuna()
-    in_range(1, math.inf, num_trials=num_trials, remedy="One trial is the least.")
+    in_range(1, math.inf, num_trials=num_trials, remedy="Run at least one trial.")
     for name, (low, high) in ranges.items():
         expect(
             0 < low < high < math.inf,
@@ -165,7 +165,7 @@ def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
     Raises:
         ValueError: If no gap is finite or the margin is negative.
     """
-    in_range(0, math.inf, margin=margin, remedy="The paper uses 0.05.")
+    in_range(0, math.inf, margin=margin, remedy="Try 0.05, as in the paper.")
     finite = [trial for trial in trials if math.isfinite(trial.gap)]
     expect(
         len(finite) > 0,

@@ -158,7 +158,7 @@ class Unlearner:
             "num_steps",
             num_steps,
             "must be at least 0",
-            "It is the number of updates.",
+            "Pass the number of updates.",
         )
         expect(
             forget_loader is not None or not self.method.needs_forget_set,

@@ -169,5 +169,8 @@ def _make_key(path: Path) -> bytes:
     put_new_file(path, write)
     key = _read_key(path)
     if key is None:
-        raise FileNotFoundError(f"{path}: the key file was removed at once.")
+        raise FileNotFoundError(
+            f"{path}: another process removed the key file while it was being made. "
+            "Call again, or pass key=."
+        )
     return key

@@ -81,7 +81,7 @@ def test_the_parameter_and_the_remedies_are_named(mode, options):
     assert note.count("Every parameter needs one gradient per example") == 1
     assert "another number of gradients: 'position.weight' (1)." in note
     assert "position_ids" in note and "requires_grad_(False)" in note
-    assert 'grad_sample_mode="fast" needs that too, unless' in note
+    assert 'try grad_sample_mode="fast", which works if' in note
 
 
 class Typed(Tagger):

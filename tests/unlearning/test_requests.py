@@ -551,7 +551,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     mine, victim = submitted(tmp_path), tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / "deletions.db.lock").symlink_to(victim)
-    with pytest.raises(OSError, match="is a link, which is never followed"):
+    with pytest.raises(OSError, match="is a link, which is not opened"):
         mine.process(unlearner(), data(), num_epochs=1)
     assert victim.read_text() == "precious" and len(mine.pending) == 3
 

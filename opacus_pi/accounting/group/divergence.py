@@ -275,7 +275,7 @@ def _operator_norm(K: NDArray[np.float64], rate: float, order: float) -> float:
 def _hoelder_p(value: float | None, num_steps: int) -> float:
     """Return the p given, or 3T."""
     p = default_hoelder_p(num_steps) if value is None else float(value)
-    check_above_one(hoelder_p=p, remedy="3 times the number of updates is usual.")
+    check_above_one(hoelder_p=p, remedy="Try 3 times the number of updates.")
     return p
 
 
@@ -342,5 +342,5 @@ def _check(order: float, method: str) -> None:
         "method",
         repr(method),
         f"must be in {METHODS}",
-        'The default is "coupled".',
+        'Try "coupled", the default.',
     )

@@ -58,7 +58,7 @@ def group_worst_case_loss(
 
     Source: docs/theory.md, Section 4.
     """
-    remedy = "A group has at least one example."
+    remedy = "Pass the number of examples in the group."
     in_range(1, math.inf, group_size=group_size, remedy=remedy)
     in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
     constant = all(np.ndim(getattr(mechanism, name)) == 0 for name in SCHEDULED)

@@ -177,7 +177,10 @@ def _data(
     positive(
         regularisation=regularisation,
         denominator=N,
-        remedy="The bounds need a regulariser, which makes the loss strongly convex.",
+        remedy=(
+            "Train with an L2 regulariser, divided by a positive number of examples: "
+            "the bounds need a strongly convex loss."
+        ),
     )
     return X, N
 

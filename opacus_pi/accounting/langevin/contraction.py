@@ -167,7 +167,7 @@ def dobrushin_bound(
         -math.inf,
         0,
         log_coefficient=log_coefficient,
-        remedy="It is the logarithm of a probability.",
+        remedy="Pass the logarithm of a probability.",
     )
     exponent = (order - 1) * _divergence_at(divergence, order)
     if exponent == 0 or log_coefficient == -math.inf:
@@ -205,7 +205,12 @@ def first_step(meets: Callable[[int], bool], limit: int) -> float:
 def _divergence_at(divergence: Divergence, order: float) -> float:
     """Return the given divergence at this order."""
     value = float(divergence(order) if callable(divergence) else divergence)
-    in_range(0, math.inf, divergence=value, remedy="It is never negative.")
+    in_range(
+        0,
+        math.inf,
+        divergence=value,
+        remedy=("Check the sign: a divergence is never negative."),
+    )
     return value
 
 
@@ -218,6 +223,4 @@ def _check(order: float, log_growth: float) -> None:
         "must be in (1, inf)",
         "Try 8.",
     )
-    in_range(
-        0, math.inf, log_growth=log_growth, remedy="Noise never increases a divergence."
-    )
+    in_range(0, math.inf, log_growth=log_growth, remedy="Pass what log_growth returns.")

@@ -87,7 +87,7 @@ def contractive_divergence(
         "hoelder_p",
         hoelder_p,
         "must be above 1",
-        "3 times the number of steps is usual.",
+        "Try 3 times the number of steps.",
     )
     in_range(
         0,
@@ -175,9 +175,9 @@ def _checked(
     """Return checked shifts, LSI constants, c² and s of each step."""
     d = numbers("shifts", shifts)
     constants = numbers("lsi", lsi)
-    remedy = "Distances and constants are never negative."
+    remedy = "Check the signs: distances and constants are never negative."
     in_range(0, math.inf, shifts=d, lsi=constants, remedy=remedy)
-    positive(noise_variance=noise_variance, remedy="Every step needs noise.")
+    positive(noise_variance=noise_variance, remedy="Give every step a noise above 0.")
     num_steps = len(d) if d.ndim else 0
     expect(
         d.ndim in (2, 3) and d.size > 0,

@@ -2,7 +2,7 @@
 
 **Idea.** A law ν satisfies LSI(C) if Ent_ν(f²) ≤ 2C·E_ν‖∇f‖² for every smooth f;
 N(0, C·I) does so with exactly this C. The constant determines how fast Gaussian noise
-brings other laws towards ν. It can be followed through training: a c-Lipschitz map
+brings other laws towards ν. It can be tracked through training: a c-Lipschitz map
 multiplies it by c², and noise of variance s adds s.
 
 **Guarantee.** Every constant returned is valid (an upper bound). It is needed along the
@@ -52,13 +52,14 @@ def gradient_map_lipschitz(
     Raises:
         ValueError: If the learning rate is not positive or m > L.
     """
-    positive(learning_rate=learning_rate, remedy="It is the step size of the update.")
+    positive(learning_rate=learning_rate, remedy="Pass the step size of the update.")
     expect(
         abs(strong_convexity) <= smoothness,
         "strong_convexity",
         strong_convexity,
         f"must be in [-smoothness, smoothness], smoothness={smoothness}",
-        "It is the smallest eigenvalue of the Hessian; -smoothness always holds.",
+        "Pass a lower bound on the eigenvalues of the Hessian; -smoothness always is "
+        "one.",
     )
     return max(
         abs(1 - learning_rate * strong_convexity), abs(1 - learning_rate * smoothness)
@@ -83,8 +84,16 @@ def bounded_support_lsi(radius: float, noise_variance: float) -> float:
 
     Source: Chen, Chewi & Niles-Weed 2021 (arXiv 2102.11476).
     """
-    positive(noise_variance=noise_variance, remedy="Without noise there is no bound.")
-    in_range(0, math.inf, radius=radius, remedy="A radius is never negative.")
+    positive(
+        noise_variance=noise_variance,
+        remedy=("Pass the noise of the update: without noise there is no bound."),
+    )
+    in_range(
+        0,
+        math.inf,
+        radius=radius,
+        remedy=("Check the sign: a radius is never negative."),
+    )
     square = 4 * radius * radius
     with np.errstate(over="ignore"):
         return float(6 * (square + noise_variance) * np.exp(square / noise_variance))

@@ -78,12 +78,12 @@ def shifted_mu_squared(
         "must share one shape (N,)",
         "Give one number for every step.",
     )
-    remedy = "Distances and Lipschitz constants are never negative."
+    remedy = "Check the signs: distances and Lipschitz constants are never negative."
     in_range(
         0, math.inf, lipschitz=c, shifts=d, initial_distance=initial_distance,
         remedy=remedy,
     )  # fmt: skip
-    positive(noise_variances=s, remedy="Every step needs noise.")
+    positive(noise_variances=s, remedy="Give every step a noise above 0.")
     constant = np.flatnonzero(c == 0)
     if constant.size:  # a constant map erases all earlier differences
         c, d, s = c[constant[-1] :], d[constant[-1] :], s[constant[-1] :]
@@ -194,6 +194,11 @@ def _check_equal_steps(
 ) -> None:
     """Check the domain of the closed forms."""
     in_range(0, 1, lipschitz=lipschitz, remedy="Use shifted_mu_squared for c > 1.")
-    in_range(0, math.inf, shift=shift, remedy="A distance is never negative.")
-    positive(noise_variance=noise_variance, remedy="Every step needs noise.")
-    positive(num_steps=num_steps, remedy="The noise of at least one step is needed.")
+    in_range(
+        0,
+        math.inf,
+        shift=shift,
+        remedy=("Check the sign: a distance is never negative."),
+    )
+    positive(noise_variance=noise_variance, remedy="Give every step a noise above 0.")
+    positive(num_steps=num_steps, remedy="Pass the noise of at least one step.")

@@ -272,8 +272,10 @@ def _evaluator(
     """
     positive(
         initial_lsi=initial_lsi,
-        remedy="A constant of 0 means that training starts from fixed weights, whose "
-        "divergence from every other distribution is infinite.",
+        remedy=(
+            "Pass the log-Sobolev constant of the initial weights. It is 0 only for "
+            "fixed weights, whose divergence from every other distribution is infinite."
+        ),
     )
     tracked = np.zeros(1)
 
@@ -338,6 +340,6 @@ def _forms(form: str) -> tuple[str, ...]:
         "form",
         repr(form),
         f"must be one of {', '.join((*FORMS, 'best'))}",
-        '"best" is the smallest of the bounds.',
+        'Try "best", the smallest of the bounds.',
     )
     return ("hypercontractive", "dobrushin") if form == "best" else (form,)

@@ -98,7 +98,7 @@ class GradientScale:
         module: The model that is trained; ``before_forward`` is a pre-hook of it.
         criterion: One loss per example, or a torch loss module.
         tracker: Keeps the delivered batches until the comparisons are done.
-        chain: Its links "noise" and "loss" are told the result.
+        chain: The chain of custody, which gets the results as "noise" and "loss".
     """
 
     def __init__(

@@ -29,11 +29,11 @@ from opacus_pi.recording import Recorder
 __all__ = ["NoiseHook"]
 
 _UNKNOWN_BATCH_SIZE = (
-    "In update {step} it is not known how many examples the mean gradient was taken "
-    "over, so the noise cannot be compared with one example's gradient. For each "
-    "optimizer.step, pass one batch of the returned data loader through the model, "
-    "once and in training mode, and transform inputs in the data set. Instead of "
-    "accumulating gradients, use a larger batch size."
+    "It is not known over how many examples update {step} averaged its gradients, so "
+    "the effect of the noise on one example is not known either. For each "
+    "optimizer.step(), pass one batch of the returned data loader through the model, "
+    "once and in training mode. Transform inputs in the data set, and use a larger "
+    "batch size instead of accumulating gradients."
 )
 _NO_GRADIENTS = (
     "Update {step} had no gradients to which noise could be added. Call backward for "

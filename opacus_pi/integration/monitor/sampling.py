@@ -26,11 +26,11 @@ from opacus_pi.models.batches import size_of
 __all__ = ["BatchCounter", "BatchTracker", "SamplingScheme", "sampling_scheme"]
 
 _UNKNOWN_BATCHES = (
-    "An update used the gradients of {num_passes} forward passes, and for {unknown} of "
-    "them the batch could not be identified; each of these counts as a batch of its "
-    "own. If several came from one batch, the recorded sample rate, and with it every "
-    "loss, is too large, never too small. Transform inputs in the data set, or give "
-    "the model whole batches."
+    "An update used the gradients of {num_passes} forward passes. The batches of "
+    "{unknown} of them could not be identified, so each counts as a batch of its own. "
+    "If several came from one batch, the recorded sample rate and every loss are too "
+    "large, but never too small. Transform inputs in the data set, or give the model "
+    "whole batches."
 )
 
 

@@ -440,7 +440,7 @@ def _check_recorder(recorder: Recorder, noise_std: float) -> None:
         "noise_std",
         noise_std,
         "must be finite and at least 0",
-        "It is the standard deviation of the noise on the mean gradient; 0 is plain "
+        "Pass the standard deviation of the noise on the mean gradient, or 0 for plain "
         "SGD.",
     )
 
@@ -508,5 +508,6 @@ def _check_data(data_loader: DataLoader[Any]) -> None:
         type(data_set).__name__,
         "must be a map-style data set with __len__ and __getitem__, and fill at least "
         "one batch",
-        "Every example is measured at its position in the data set.",
+        "Put the examples in a list or in such a data set, and choose a batch_size "
+        "that it can fill.",
     )

@@ -51,7 +51,10 @@ class NegGradPlus(_Paired):
 
     def __post_init__(self) -> None:
         in_range(
-            0, 1, retain_weight=self.retain_weight, remedy="1 is plain fine-tuning."
+            0,
+            1,
+            retain_weight=self.retain_weight,
+            remedy=("Pass 1 for plain fine-tuning."),
         )
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
@@ -77,7 +80,7 @@ class RandomLabels(_Paired):
     retain_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        remedy = "With 0 the retain set is not used."
+        remedy = "Pass 0 to train on the forget set only."
         at_least_zero("retain_weight", self.retain_weight, remedy)
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
@@ -105,7 +108,7 @@ def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Ten
         "targets",
         f"{y.dtype}{list(y.shape)} for {num_classes} outputs",
         "must be class numbers (b,) of two or more classes",
-        "Random labels are for classifiers.",
+        "Use another method: random labels are for classifiers.",
     )
     shift = torch.randint(
         1, num_classes, y.shape, generator=generator, device=generator.device

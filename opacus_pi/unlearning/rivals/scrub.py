@@ -41,8 +41,8 @@ class SCRUB(Method):
 
     def __post_init__(self) -> None:
         for name in ("num_max_passes", "kl_weight", "loss_weight"):
-            at_least_zero(name, getattr(self, name), "0 switches this part off.")
-        positive(temperature=self.temperature, remedy="1 is the plain softmax.")
+            at_least_zero(name, getattr(self, name), "Pass 0 to switch this part off.")
+        positive(temperature=self.temperature, remedy="Pass 1 for the plain softmax.")
 
     def prepare(self, task: Task) -> Method:
         """Keep a copy of the model as the teacher.

@@ -38,7 +38,7 @@ class SSD(Method):
         positive(
             selection_weight=self.selection_weight,
             dampening=self.dampening,
-            remedy="The paper uses 10 and 1.",
+            remedy="Try 10 and 1, as in the paper.",
         )
 
     def prepare(self, task: Task) -> Method:
