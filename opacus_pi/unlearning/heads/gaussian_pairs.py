@@ -41,7 +41,7 @@ from opacus_pi.accounting.conversion import check_delta, epsilon_offset
 Array = NDArray[np.float64]
 Complex = NDArray[np.complexfloating[Any, Any]]
 
-ORDERS: Array = 1 + np.geomspace(0.02, 2000.0, 100)
+ORDERS: Array = 1 + np.geomspace(0.02, 1e6, 140)
 """Rényi orders at which divergences are converted to ε."""
 _BLOCK = 100_000  # numbers in one block of orders
 _NODES = (64, 512, 4096)  # half-lines of these sizes are tried in turn

@@ -34,6 +34,7 @@ from opacus_pi.unlearning.heads.features import checked_matrix, checked_rows
 Array = NDArray[np.float64]
 Indices = NDArray[np.int64]
 _MOST_STEPS = 100_000_000
+_MOST_DOUBLINGS = 27  # about as many steps
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,76 @@ class NoisyHead(ABC):
         num_steps: int | Sequence[int] = 0,
         indices: ArrayLike | None = None,
     ) -> Array:
-        """Return ε of forgetting each example alone, after some unlearning steps."""
+        """Return ε of forgetting each example alone, after some unlearning steps.
+
+        Args:
+            delta: δ in (0, 1).
+            num_steps: Unlearning steps, or several numbers of them.
+            indices: Positions in the training set; None: all in ``remaining``.
+
+        Returns:
+            float64 ``(n,)``, or ``(K, n)`` for K numbers of steps.
+
+        Raises:
+            ValueError: If the head is not fitted or an argument is outside its domain.
+        """
+
+    def steps_to(
+        self,
+        epsilon: float = 1.0,
+        delta: float = 1e-5,
+        *,
+        indices: ArrayLike | None = None,
+    ) -> Indices:
+        """Return the unlearning steps after which each example's ε is at most a target.
+
+        Args:
+            epsilon: Target, above 0.
+            delta: δ in (0, 1).
+            indices: As in ``epsilons``.
+
+        Returns:
+            int64 ``(n,)``, the fewest steps of each.
+
+        Raises:
+            ValueError: As ``epsilons``.
+        """
+        check_target(epsilon)
+        positions = self.remaining[self._chosen(indices)]
+        low = np.full(len(positions), -1)
+        high = np.zeros(len(positions), dtype=np.int64)
+        active = np.ones(len(positions), dtype=bool)
+        for doubling in range(_MOST_DOUBLINGS):
+            at = 2**doubling - 1
+            found = self.epsilons(delta, num_steps=at, indices=positions[active])
+            high[active] = at
+            missed = np.flatnonzero(active)[found > epsilon]
+            active[:] = False
+            active[missed] = True
+            low[missed] = at
+            if not active.any():
+                break
+        return self._bisected(positions, low, high, epsilon, delta)
+
+    def _bisected(
+        self,
+        positions: Indices,
+        low: Indices,
+        high: Indices,
+        epsilon: float,
+        delta: float,
+    ) -> Indices:
+        """Return the fewest steps between two numbers, the upper of which is enough."""
+        while (high - low > 1).any():
+            middle = (low + high) // 2
+            for at in np.unique(middle[high - low > 1]):
+                some = (middle == at) & (high - low > 1)
+                enough = epsilon >= self.epsilons(
+                    delta, num_steps=int(at), indices=positions[some]
+                )
+                high[some] = np.where(enough, at, high[some])
+                low[some] = np.where(enough, low[some], at)
+        return high
 
     def ranking(self, delta: float = 1e-5, *, num_steps: int = 0) -> Indices:
         """Return the positions of the remaining examples, hardest to forget first.
@@ -386,6 +456,17 @@ class NoisyHead(ABC):
         )
         return np.searchsorted(self.remaining, wanted)
 
+    def _chosen(self, indices: ArrayLike | None) -> Indices:
+        """Return places among the remaining rows; None means all."""
+        self._check_fitted("epsilons")
+        if indices is None:
+            return np.arange(len(self.remaining))
+        wanted = np.asarray(indices)
+        order = np.argsort(wanted, kind="stable")
+        places = np.empty(len(wanted), dtype=np.int64)
+        places[order] = self._places(wanted, "epsilons", leave_one=False)
+        return places
+
     def _check_fitted(self, caller: str) -> None:
         """Raise ``ValueError`` before ``fit``."""
         expect(
@@ -462,6 +543,20 @@ class NoisyHead(ABC):
     @abstractmethod
     def _remove(self, places: Indices, num_steps: int) -> None:
         """Note for later requests what is done now; the rows are still there."""
+
+
+def counts_of(num_steps: int | Sequence[int]) -> list[int]:
+    """Return numbers of unlearning steps as a list.
+
+    Args:
+        num_steps: One number, or several.
+
+    Raises:
+        ValueError: If one is negative or not whole.
+    """
+    values = np.atleast_1d(np.asarray(num_steps))
+    in_range(0, _MOST_STEPS, num_steps=values, remedy="0 is before unlearning.")
+    return [_whole("num_steps", value) for value in values.tolist()]
 
 
 def check_target(epsilon: float) -> None:

@@ -28,7 +28,7 @@ from functools import partial
 import numpy as np
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range
+from opacus_pi._validate import expect
 from opacus_pi.accounting.conversion import check_delta
 from opacus_pi.accounting.guarantee import (
     EpsilonDelta,
@@ -42,12 +42,11 @@ from opacus_pi.unlearning.heads.noisy_head import (
     Array,
     Indices,
     NoisyHead,
-    check_target,
+    counts_of,
 )
 from opacus_pi.unlearning.heads.ridge_laws import Descent, Gap, Process
 
 _CHUNK = 128  # examples that are compared at once
-_MOST_DOUBLINGS = 40
 _MOST_WIDENED = 1e-6  # τ above which an example is compared in all dimensions
 
 
@@ -74,7 +73,7 @@ class RidgeHead(NoisyHead):
     Source: docs/theory.md, "Ridge heads".
     """
 
-    _compressed_descent: Compression | None
+    _compressed_descent: Compression | None = None
     _gram: Array
     _slope: Array
 
@@ -131,8 +130,7 @@ class RidgeHead(NoisyHead):
         """
         check_delta(delta)
         _check_method(method)
-        counts = np.atleast_1d(np.asarray(num_steps)).astype(int).tolist()
-        in_range(0, np.inf, num_steps=counts, remedy="0 is before unlearning.")
+        counts = counts_of(num_steps)
         places = self._chosen(indices)
         rows = [places[i : i + _CHUNK] for i in range(0, len(places), _CHUNK)]
         options = (counts, delta, method)
@@ -143,68 +141,6 @@ class RidgeHead(NoisyHead):
             parts = pool.map(lambda some: compare(some, *options), rows)
             found = np.concatenate(list(parts), axis=1)
         return found if np.ndim(num_steps) else found[0]
-
-    def steps_to(
-        self,
-        epsilon: float = 1.0,
-        delta: float = 1e-5,
-        *,
-        indices: ArrayLike | None = None,
-        method: str = "hockey-stick",
-    ) -> Indices:
-        """Return the unlearning steps after which each example's ε is at most a target.
-
-        Args:
-            epsilon: Target, above 0.
-            delta: δ in (0, 1).
-            indices: As in ``epsilons``, as is ``method``.
-            method: How ε is computed.
-
-        Returns:
-            int64 ``(n,)``, the fewest steps of each.
-
-        Raises:
-            ValueError: As ``epsilons``.
-        """
-        check_target(epsilon)
-        positions = self.remaining[self._chosen(indices)]
-        low = np.full(len(positions), -1)
-        high = np.zeros(len(positions), dtype=np.int64)
-        active = np.ones(len(positions), dtype=bool)
-        for doubling in range(_MOST_DOUBLINGS):
-            at = 2**doubling - 1
-            found = self.epsilons(
-                delta, num_steps=at, indices=positions[active], method=method
-            )
-            high[active] = at
-            missed = np.flatnonzero(active)[found > epsilon]
-            active[:] = False
-            active[missed] = True
-            low[missed] = at
-            if not active.any():
-                break
-        return self._bisected(positions, low, high, epsilon, delta, method)
-
-    def _bisected(
-        self,
-        positions: Indices,
-        low: Indices,
-        high: Indices,
-        epsilon: float,
-        delta: float,
-        method: str,
-    ) -> Indices:
-        """Return the fewest steps between two numbers, the upper of which is enough."""
-        while (high - low > 1).any():
-            middle = (low + high) // 2
-            for at in np.unique(middle[high - low > 1]):
-                some = (middle == at) & (high - low > 1)
-                enough = epsilon >= self.epsilons(
-                    delta, num_steps=int(at), indices=positions[some], method=method
-                )
-                high[some] = np.where(enough, at, high[some])
-                low[some] = np.where(enough, low[some], at)
-        return high
 
     def _compression(self) -> Compression:
         """Return the compression of the descent on all rows, made once."""
@@ -247,17 +183,6 @@ class RidgeHead(NoisyHead):
             for row, k in enumerate(counts):
                 found[row, column] = _two_sided(gap.pair(k), delta, method)[0]
         return found
-
-    def _chosen(self, indices: ArrayLike | None) -> Indices:
-        """Return places among the remaining rows; None means all."""
-        self._check_fitted("epsilons")
-        if indices is None:
-            return np.arange(len(self.remaining))
-        wanted = np.asarray(indices)
-        order = np.argsort(wanted, kind="stable")
-        places = np.empty(len(wanted), dtype=np.int64)
-        places[order] = self._places(wanted, "epsilons", leave_one=False)
-        return places
 
     def _coded(self, targets: ArrayLike, size: int) -> Array:
         coded = super()._coded(targets, size)
