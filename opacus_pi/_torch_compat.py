@@ -19,6 +19,7 @@ iterator of a            ``_reset``, ``_get_data``          ``attribution.observ
 """
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -145,6 +146,9 @@ def num_writes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+_VERSION = attrgetter("_version")
+
+
 def counts_of_writes(tensors: Sequence[Tensor]) -> list[int]:
     """Return ``num_writes`` of each tensor.
 
@@ -152,7 +156,7 @@ def counts_of_writes(tensors: Sequence[Tensor]) -> list[int]:
         tensors: Any tensors. Torch may raise for those of ``torch.inference_mode``.
     """
     try:
-        return [tensor._version for tensor in tensors]
+        return list(map(_VERSION, tensors))
     except RuntimeError:
         return [num_writes(tensor) for tensor in tensors]
 

@@ -46,6 +46,7 @@ Indices = NDArray[np.int64]
 # content at delivery although torch has counted no write to them. A comparison waits
 # for the device.
 _AUDIT_EVERY = 32
+_INT = frozenset({int})
 _NO_CAUSES: Mapping[Cause, int] = MappingProxyType({})
 
 
@@ -138,9 +139,9 @@ class Delivery:
     def __post_init__(self) -> None:
         # Whether the indices are those of different, known examples. Then the batch
         # needs no array of them, and an update no search for repeated examples.
-        known = self.indices or []
-        lowest = min(known, default=UNATTRIBUTED)
-        self.are_distinct = lowest >= 0 and len(set(known)) == len(known)
+        known = self.indices or ()
+        is_distinct = len(set(known)) == len(known) > 0
+        self.are_distinct = is_distinct and min(known) >= 0
 
     @property
     def size(self) -> int:
@@ -238,6 +239,7 @@ class ForwardPass:
         self.clipped = False
         self._indices = indices
         self._whole_delivery: Delivery | None = None
+        self._distinct: list[int] | None = None
 
     @classmethod
     def of_whole_delivery(cls, delivery: Delivery, evidence: str) -> "ForwardPass":
@@ -251,6 +253,7 @@ class ForwardPass:
         """
         forward = cls(None, evidence, delivery, notes=delivery.identity.notes)
         forward._whole_delivery = delivery
+        forward._distinct = delivery.indices if delivery.are_distinct else None
         return forward
 
     @property
@@ -268,9 +271,8 @@ class ForwardPass:
     @property
     def num_samples(self) -> int | None:
         """How many samples it has; None: not known."""
-        distinct = self.distinct_indices()
-        if distinct is not None:
-            return len(distinct)
+        if self._distinct is not None:
+            return len(self._distinct)
         return None if self.indices is None else len(self.indices)
 
     def distinct_indices(self) -> list[int] | None:
@@ -279,8 +281,7 @@ class ForwardPass:
         This is nearly always so, and then needs no array and no further checks.
         Otherwise None.
         """
-        delivery = self._whole_delivery
-        return delivery.indices if delivery and delivery.are_distinct else None
+        return self._distinct
 
     def without_indices(self, cause: Cause) -> "ForwardPass":
         """Return the same pass with no sample attributed."""
@@ -308,7 +309,7 @@ def describe_delivery(
         verify: Whether to keep what checksums are computed from.
         identity: Which item each sample of the batch is.
     """
-    tensors = list(tensors_in(batch))
+    tensors = tensors_in(batch)
     known, is_single = _listed(indices)
     number = loader_pass.num_delivered
     if known is None:
@@ -341,11 +342,13 @@ def _listed(indices: Any) -> tuple[list[int] | None, bool]:
         The indices; None if the output is not whole numbers (keys of a dict, for
         example). And whether it was one index, as without collation.
     """
-    if isinstance(indices, Tensor | np.ndarray):
-        indices = indices.tolist()
-    is_single = not isinstance(indices, list | tuple)
+    is_single = False
+    if type(indices) is not list:
+        if isinstance(indices, Tensor | np.ndarray):
+            indices = indices.tolist()
+        is_single = not isinstance(indices, list | tuple)
     listed = [indices] if is_single else list(indices)
-    if set(map(type, listed)) - {int}:  # rare: NumPy's integers, or other keys
+    if set(map(type, listed)) - _INT:  # rare: NumPy's integers, or other keys
         if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in listed):
             return None, is_single
         listed = [int(i) for i in listed]

@@ -26,6 +26,7 @@ the order is assumed; such samples are counted as ``by_latest``.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -68,7 +69,7 @@ __all__ = ["assumed", "recognised"]
 def recognised(
     tensors: list[Tensor],
     dim: int,
-    recent: list[Delivery],
+    recent: Sequence[Delivery],
     *,
     verify: bool,
     shared_rows: SharedRows | None = None,
@@ -78,7 +79,7 @@ def recognised(
     Args:
         tensors: The model's inputs.
         dim: Their dimension that runs over the samples.
-        recent: Deliveries, the newest first.
+        recent: Deliveries, the newest first. Those without indices are left out.
         verify: Whether samples are recognised by content.
         shared_rows: What earlier inputs were whose samples were all alike.
             None: such inputs are taken for masks or tables.
@@ -87,8 +88,9 @@ def recognised(
         A pass with the index of each sample that is recognised, and causes for the
         others; None if no sample is recognised.
     """
-    if _are_whole_latest_batch(tensors, dim, recent):
+    if recent and _are_whole_batch(tensors, dim, recent[0]):
         return ForwardPass.of_whole_delivery(recent[0], "by_storage")
+    recent = [d for d in recent if d.indices is not None]
     inputs = [Input(tensor, dim) for tensor in tensors]
     for given in inputs:
         given.look(recent, verify=verify)
@@ -111,18 +113,18 @@ def recognised(
     return _agreed(deciding, beside if verify else [], delivery, recent)
 
 
-def _are_whole_latest_batch(
-    tensors: list[Tensor], dim: int, recent: list[Delivery]
-) -> bool:
+def _are_whole_batch(tensors: list[Tensor], dim: int, latest: Delivery) -> bool:
     """Whether all inputs are tensors of the latest batch, untouched.
 
     This is what nearly every loop does, and it needs no array of indices.
     """
-    if not tensors or not recent or not recent[0].are_distinct:
+    if not tensors or not latest.are_distinct:
         return False
     for tensor in tensors:
-        whole = [d for d in recent[0].tensors if d.stored.are_all_of(tensor, dim)]
-        if not whole or whole[0].changed(tensor) is not None:
+        for delivered in latest.tensors:
+            if delivered.is_whole(tensor, dim):
+                break
+        else:
             return False
     return True
 
@@ -317,7 +319,7 @@ def _causes_of(found: list[Finding], rest: NDArray[np.bool_]) -> Counter[Cause]:
 def assumed(
     tensors: list[Tensor],
     dim: int,
-    recent: list[Delivery],
+    recent: Sequence[Delivery],
     *,
     usually_known: bool,
     is_view: bool = False,
@@ -379,7 +381,7 @@ def _lost_order_of(tensors: list[Tensor], dim: int, latest: Delivery) -> Cause |
     return None
 
 
-def _is_only_candidate(latest: Delivery, recent: list[Delivery]) -> bool:
+def _is_only_candidate(latest: Delivery, recent: Sequence[Delivery]) -> bool:
     """Whether no other batch than the latest may still be waiting to be used.
 
     Batches of the same pass are counted; those of other passes may be waiting as long

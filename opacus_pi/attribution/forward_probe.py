@@ -83,13 +83,14 @@ class ForwardProbe:
         if tracker is None or not (module.training and is_grad_enabled()):
             return
         inputs: Any = (args, kwargs) if kwargs else args
-        outputs = list(tensors_in(out))
-        if any(map(is_functorch_wrapped_tensor, (*tensors_in(inputs), *outputs))):
+        given, outputs = tensors_in(inputs), tensors_in(out)
+        if any(map(is_functorch_wrapped_tensor, given + outputs)):
             return  # within vmap or grad: no storage, and no backward pass will follow
-        forward = tracker.bind(inputs)
-        forward.output_storages = [
-            storage_address(tensor.untyped_storage()) for tensor in outputs
-        ]
+        forward = tracker.bind_tensors(given)
+        if tracker.keeps_outputs:
+            forward.output_storages = [
+                storage_address(tensor.untyped_storage()) for tensor in outputs
+            ]
         if (saw_inputs := self._saw_inputs()) is not None:
             saw_inputs(args, kwargs)
         to_tracker, is_second_backward = self._tracker, self._is_second_backward

@@ -74,8 +74,8 @@ _WEIGHTS = (  # odd, so that no entry is lost modulo 2^64
 )
 
 
-def tensors_in(nested: Any) -> Iterator[Tensor]:
-    """Yield the dense tensors in any nesting of containers and plain objects.
+def tensors_in(nested: Any) -> list[Tensor]:
+    """Return the dense tensors in any nesting of containers and plain objects.
 
     Packed sequences are left out, because their first dimension runs over time steps
     of all samples together.
@@ -87,10 +87,17 @@ def tensors_in(nested: Any) -> Iterator[Tensor]:
     # Nearly always a tensor or a few of them, for which recursion would be slow: this
     # is called several times in each update.
     if type(nested) is Tensor:
-        nested = (nested,)
-    if type(nested) in (tuple, list) and all([type(t) is Tensor for t in nested]):
-        return iter([t for t in nested if is_dense(t)])
-    return _tensors_in(nested, _MAX_DEPTH, [_MAX_NODES])
+        return [nested] if is_dense(nested) else []
+    if type(nested) is tuple or type(nested) is list:
+        found = []
+        for tensor in nested:
+            if type(tensor) is not Tensor:
+                break
+            if is_dense(tensor):
+                found.append(tensor)
+        else:
+            return found
+    return list(_tensors_in(nested, _MAX_DEPTH, [_MAX_NODES]))
 
 
 def _tensors_in(nested: Any, depth: int, left: list[int]) -> Iterator[Tensor]:
@@ -160,9 +167,7 @@ class StoredSamples:
     def __init__(self, tensor: Tensor, dim: int) -> None:
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._layout = _layout(tensor, dim)
-        _, _, self._start, shape, strides = self._layout
-        self.num_samples, self._stride = shape[dim], strides[dim]
-        self._num_writes, self._entry_size = num_writes(tensor), tensor.element_size()
+        self._num_writes = num_writes(tensor)
 
     def __reduce__(self) -> Any:
         """Refuse copies: each would free torch's reference to the memory once more."""
@@ -170,6 +175,12 @@ class StoredSamples:
             "StoredSamples refers to tensors in the memory of this process, so it can "
             "be neither copied nor pickled. Copy the tensors instead."
         )
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples there are."""
+        dim, _, _, shape, _ = self._layout
+        return int(shape[dim])
 
     def positions(self, tensor: Tensor, dim: int) -> NDArray[np.int64] | None:
         """Return the positions of a tensor's samples among these samples.
@@ -186,14 +197,16 @@ class StoredSamples:
             return None
         if _layout(tensor, dim) == self._layout:
             return np.arange(self.num_samples)
-        if self._stride <= 0 or not tensor.shape[dim] or tensor.numel() == 0:
+        own_dim, _, start, _, strides = self._layout
+        stride = strides[own_dim]
+        if stride <= 0 or not tensor.shape[dim] or tensor.numel() == 0:
             return None
-        offset = tensor.storage_offset() - self._start
+        offset = tensor.storage_offset() - start
         starts = offset + np.arange(tensor.shape[dim]) * tensor.stride(dim)
-        found, within = np.divmod(starts, self._stride)
+        found, within = np.divmod(starts, stride)
         inside = (found >= 0) & (found < self.num_samples)
         # A view that reaches from one sample into the next has no one position.
-        inside &= within + _extent(tensor, dim) < self._stride
+        inside &= within + _extent(tensor, dim) < stride
         return found if inside.all() else None
 
     def are_all_of(self, tensor: Tensor, dim: int) -> bool:
@@ -227,7 +240,7 @@ class StoredSamples:
     def _is_memory_of(self, tensor: Tensor) -> bool:
         """Whether the tensor lives in this memory, with entries of the same size."""
         same = storage_address(tensor.untyped_storage()) == self._storage.cdata
-        return same and tensor.element_size() == self._entry_size
+        return same and bool(tensor.dtype.itemsize == self._layout[1].itemsize)
 
 
 class DelayedChecksums:
@@ -246,9 +259,11 @@ class DelayedChecksums:
     """
 
     def __init__(self, tensor: Tensor, dim: int) -> None:
-        self._num_samples, self.width = tensor.shape[dim], width_of(tensor, dim)
+        self._num_samples = size = tensor.shape[dim]
+        is_countable = size > 0 and not tensor.dtype.is_complex
+        self.width = tensor.numel() // size if is_countable else 0
         if self.width:
-            self._entries = entries_looked_at(tensor, dim).clone()
+            self._entries = entries_looked_at(tensor, dim, self.width).clone()
 
     @cached_property
     def checksums(self) -> NDArray[np.int64]:
@@ -263,33 +278,35 @@ class DelayedChecksums:
     @property
     def entries(self) -> NDArray[np.float32]:
         """The entries that the checksums look at, float32 ``(b, k)``."""
-        return self._entries.cpu().float().contiguous().numpy()
+        entries = self._entries.cpu().float().reshape(self._num_samples, -1)
+        return entries.contiguous().numpy()
 
     def are_entries_of(self, tensor: Tensor, dim: int) -> bool:
         """Whether a tensor of the same shape has equal numbers in these places."""
-        return torch.equal(self._entries, entries_looked_at(tensor, dim))
+        return torch.equal(self._entries, entries_looked_at(tensor, dim, self.width))
 
 
-def width_of(tensor: Tensor, dim: int) -> int:
-    """Return the number of entries in a sample; 0 if samples cannot be recognised."""
-    num_samples = tensor.shape[dim]
-    return (
-        0 if tensor.is_complex() or not num_samples else tensor.numel() // num_samples
-    )
+def entries_looked_at(tensor: Tensor, dim: int, width: int) -> Tensor:
+    """Return the entries of each sample that its checksum looks at.
 
-
-def entries_looked_at(tensor: Tensor, dim: int) -> Tensor:
-    """Return the entries of each sample that its checksum looks at, ``(b, k)``.
+    Every operation costs time in each update, so that only those are called that are
+    needed.
 
     Args:
         tensor: A dense tensor with entries.
         dim: Its dimension that runs over the samples.
+        width: Number of entries in a sample.
+
+    Returns:
+        ``(b, ...)``, all entries, or ``(b, k)``; in memory of its own or the tensor's.
     """
-    samples = tensor.detach() if dim == 0 else tensor.detach().movedim(dim, 0)
-    samples = samples.contiguous()
-    width = samples.numel() // len(samples)
+    samples = tensor.detach() if tensor.requires_grad else tensor
+    samples = samples.movedim(dim, 0) if dim else samples
+    samples = samples if samples.is_contiguous() else samples.contiguous()
     count, step = spacing(width)
-    shape, strides = (len(samples), count), (width, step)
+    if count == width:
+        return samples
+    shape, strides = (samples.shape[0], count), (width, step)
     return samples.as_strided(shape, strides, samples.storage_offset())
 
 
@@ -311,6 +328,20 @@ class DeliveredTensor:
         self.dim, self.stored = dim, StoredSamples(tensor, dim)
         self.content = DelayedChecksums(tensor, dim) if verify else None
         self._is_audited = is_audited
+
+    def is_whole(self, tensor: Tensor, dim: int) -> bool:
+        """Whether a tensor is all of this one, in its order, and was not changed.
+
+        Args:
+            tensor: Any tensor.
+            dim: Its dimension that runs over the samples.
+        """
+        if not self.stored.are_all_of(tensor, dim):
+            return False
+        content = self.content if tensor.is_cpu else None
+        if content and content.width and content.are_entries_of(tensor, dim):
+            return True  # nearly always
+        return self.changed(tensor) is None
 
     def changed(self, tensor: Tensor) -> NDArray[np.bool_] | None:
         """Return which samples have another content now than at delivery.
@@ -391,8 +422,9 @@ def spacing(width: int) -> tuple[int, int]:
     Args:
         width: Number of entries in the sample, at least 1.
     """
-    step = max(1, width // _MAX_ENTRIES)
-    return min(width // step, _MAX_ENTRIES), step
+    if width < 2 * _MAX_ENTRIES:
+        return min(width, _MAX_ENTRIES), 1
+    return _MAX_ENTRIES, width // _MAX_ENTRIES
 
 
 def _layout(tensor: Tensor, dim: int) -> tuple[Any, ...]:

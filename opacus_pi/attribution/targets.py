@@ -86,9 +86,10 @@ class TargetOrder:
             return
         self._num_seen += 1
         passes = tracker.awaiting_backward()
-        if any(_is_delivered(f, targets, tracker.batch_dim) for f in passes):
-            self._was_delivered = True
-            return
+        for forward in passes:
+            if _is_delivered(forward, targets):
+                self._was_delivered = True
+                return
         if not targets.is_cpu and self._num_seen > _NUM_ON_ACCELERATOR:
             return
         found = [_Comparison(f, targets, tracker.batch_dim) for f in passes]
@@ -164,20 +165,17 @@ class _Comparison:
                     self.order, self.delivered, self.given = "other", delivered, given
 
 
-def _is_delivered(forward: ForwardPass, targets: Tensor, batch_dim: int) -> bool:
+def _is_delivered(forward: ForwardPass, targets: Tensor) -> bool:
     """Whether the targets are an untouched tensor of a batch that is used whole.
 
     This is what nearly every loop does.
     """
     if forward.distinct_indices() is None or forward.delivery is None:
         return False
-    delivered = forward.delivery.tensors
-    whole = [
-        d
-        for d in delivered
-        if d.dim < targets.dim() and d.stored.are_all_of(targets, d.dim)
-    ]
-    return bool(whole) and whole[0].changed(targets) is None
+    for delivered in forward.delivery.tensors:
+        if delivered.dim < targets.ndim and delivered.is_whole(targets, delivered.dim):
+            return True
+    return False
 
 
 def _positions(forward: ForwardPass) -> Indices | None:

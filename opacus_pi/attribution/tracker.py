@@ -77,6 +77,7 @@ EVIDENCE = ("by_storage", "by_content", "by_latest", "unattributed")
 # Deliveries that a forward pass may still be matched to. More would recognise batches
 # that a loop keeps longer; each costs a comparison whenever storage does not match.
 _MAX_RECENT = 16
+_FEW = 4  # forward passes that are remembered although they may exist no longer
 _NO_INDICES = np.empty(0, np.int64)
 _LEFT_OUT = (
     "The training loop used only a part of some delivered batches. If it chose that "
@@ -110,6 +111,7 @@ class Tracker:
         counts: How many samples were attributed, by evidence.
         num_left_out: How many samples the loop did not use of the batches that it used.
         keeps_batches: Whether the recent batches are kept in memory.
+        keeps_outputs: Whether it is noted where outputs are, for ``is_output``.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
     """
@@ -120,7 +122,8 @@ class Tracker:
         self.verify, self.strict = verify, strict
         self.batch_dim = 0 if batch_first else 1
         self.counts = dict.fromkeys(EVIDENCE, 0)
-        self.keeps_batches, self.num_left_out = False, 0
+        self.keeps_batches = self.keeps_outputs = False
+        self.num_left_out = 0
         self.causes: dict[str, int] = {}
         self._recent: deque[Delivery] = deque()
         self._default_pass = LoaderPass()
@@ -195,36 +198,43 @@ class Tracker:
         Returns:
             The pass, which waits for its backward pass and for an optimizer.
         """
+        return self.bind_tensors(tensors_in(inputs))
+
+    def bind_tensors(self, inputs: list[Tensor]) -> ForwardPass:
+        """Match a forward pass in training mode to a delivery, as ``bind`` does.
+
+        Args:
+            inputs: The dense tensors among the model's arguments.
+        """
         forward = self._match(inputs)
         if forward.delivery is not None:
             forward.delivery.use(is_recognised=forward.is_recognised)
+        if len(self._bound) > _FEW:
+            present = [bound for bound in self._bound if bound() is not None]
+            self._bound = deque(present, maxlen=_MAX_RECENT)
         self._bound.append(weakref.ref(forward))
         return forward
 
     def awaiting_backward(self) -> list[ForwardPass]:
         """Return the recent passes of which a loss may still be computed."""
-        passes = (bound() for bound in self._bound)
+        passes = [bound() for bound in self._bound]
         return [f for f in passes if f is not None and not f.backward]
 
-    def _match(self, inputs: Any) -> ForwardPass:
+    def _match(self, inputs: list[Tensor]) -> ForwardPass:
         """Find the strongest evidence for which samples these inputs are.
 
         Args:
-            inputs: The model's arguments, nested as they are.
+            inputs: The tensors among the model's arguments.
         """
-        dim, recent = self.batch_dim, self._described()
-        tensors = [t for t in tensors_in(inputs) if t.dim() > dim]
+        dim, recent = self.batch_dim, self._recent
+        tensors = [t for t in inputs if t.ndim > dim]
         found = recognised(
             tensors, dim, recent, verify=self.verify, shared_rows=self._shared_rows
         )
         if found is not None:
             return found
         known = self.verify and self.counts["by_storage"] + self.counts["by_content"]
-        return assumed(tensors, dim, list(self._recent), usually_known=bool(known))
-
-    def _described(self) -> list[Delivery]:
-        """Return the recent deliveries with indices, the newest first."""
-        return [d for d in self._recent if d.indices is not None]
+        return assumed(tensors, dim, recent, usually_known=bool(known))
 
     def mark_backward(self, forward: ForwardPass, *, clipping: bool = False) -> None:
         """Note that the backward pass has reached the output of a forward pass.
@@ -251,8 +261,12 @@ class Tracker:
         Returns:
             How many passes were forgotten.
         """
-        kept = [f for f in self._pending if clipped_only and not f.clipped]
-        gone = [f for f in self._pending if not clipped_only or f.clipped]
+        gone, kept = self._pending, list[ForwardPass]()
+        if clipped_only:
+            gone = [f for f in self._pending if f.clipped]
+            kept = [f for f in self._pending if not f.clipped]
+        if not gone:
+            return 0
         for forward in gone:
             if forward.is_recognised and forward.delivery is not None:
                 forward.delivery.num_recognised -= 1
@@ -262,7 +276,7 @@ class Tracker:
     def _keep(self, kept: list[ForwardPass]) -> None:
         """Keep these passes; the others wait for a backward pass again."""
         for forward in self._pending:
-            if forward not in kept:
+            if not kept or forward not in kept:
                 forward.backward = 0
         self._pending = kept
 
@@ -275,9 +289,12 @@ class Tracker:
             clipped_only: Return only complete passes of ghost clipping; the others are
                 forgotten.
         """
-        done = sorted(self._pending, key=_backward_order)
+        done = self._pending
         self._keep([])
-        done = [f for f in done if f.clipped or not clipped_only]
+        if len(done) > 1:
+            done = sorted(done, key=_backward_order)
+        if clipped_only:
+            done = [forward for forward in done if forward.clipped]
         for forward in done:
             if forward.delivery is not None:
                 self._entered.append(forward.delivery)
@@ -290,8 +307,9 @@ class Tracker:
         Returns:
             These deliveries.
         """
-        entered, self._entered = self._entered, []
-        distinct = list({id(delivery): delivery for delivery in entered}.values())
+        distinct, self._entered = self._entered, []
+        if len(distinct) > 1:
+            distinct = list({id(delivery): delivery for delivery in distinct}.values())
         self._note_left_out(distinct)
         for delivery in distinct:
             delivery.num_updates += 1
@@ -305,7 +323,8 @@ class Tracker:
         """
         for delivery in entered:
             before = delivery.num_left
-            delivery.num_left = max(0, delivery.size - delivery.num_samples_used)
+            left = delivery.size - delivery.num_samples_used
+            delivery.num_left = left if left > 0 else 0
             self.num_left_out += delivery.num_left
             if delivery.num_updates:  # it was counted when it entered an update before
                 self.num_left_out -= before
@@ -326,9 +345,9 @@ class Tracker:
         """
         if not self._pending:
             forward = assumed(
-                list(tensors_in(gradients)),
+                tensors_in(gradients),
                 0,
-                list(self._recent),
+                self._recent,
                 usually_known=False,
                 is_view=True,
                 cause=BY_HAND,
@@ -339,7 +358,7 @@ class Tracker:
 
     def awaits_second_backward(self) -> bool:
         """Whether a pass waits for the second backward pass of ghost clipping."""
-        return any(not f.clipped for f in self._pending)
+        return any([not f.clipped for f in self._pending])
 
     # --------------------------------------------------------------- what it answers
     def attribute(self, sizes: Sequence[int], *, clipped_only: bool = False) -> Indices:
@@ -394,12 +413,14 @@ class Tracker:
 
         Args:
             tensor: For example, what a criterion was given.
+
+        Outputs are known from ``keeps_outputs`` on.
         """
         if not is_dense(tensor):
             return False
         address = storage_address(tensor.untyped_storage())
-        passes = self.awaiting_backward()
-        return any(address in forward.output_storages for forward in passes)
+        outputs = [f.output_storages for f in self.awaiting_backward()]
+        return any([address in storages for storages in outputs])
 
     def report_to(self, chain: Chain) -> None:
         """Tell the links "identity" and "rows" what was found up to now.

@@ -28,6 +28,9 @@ _USED_TWICE = (
     "counted."
 )
 
+_ONCE = "No delivered batch was used for more than one update."
+_COUNTED = "Under fixed sampling every participation is counted."
+
 
 class Delivered(Protocol):
     """The part of a delivered batch that this link looks at."""
@@ -54,13 +57,11 @@ class DrawLink:
             batches: Each with the number of updates that it has entered, this one
                 included.
         """
-        if not self._is_poisson:
-            evidence = "Under fixed sampling every participation is counted."
-        elif any(batch.num_updates > 1 for batch in batches):
-            self._chain.break_link("draw", _USED_TWICE)
-            return
-        else:
-            evidence = "No delivered batch was used for more than one update."
+        if self._is_poisson:
+            for batch in batches:
+                if batch.num_updates > 1:
+                    self._chain.break_link("draw", _USED_TWICE)
+                    return
         if not self._has_checked:
             self._has_checked = True
-            self._chain.check("draw", evidence)
+            self._chain.check("draw", _ONCE if self._is_poisson else _COUNTED)

@@ -322,7 +322,7 @@ def probe_separability(
     """
     if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())):
         return Finding("unchecked", _PACKED + _DECLARE)
-    size = _num_examples((args, kwargs), batch_dim)
+    size = _num_examples(_tensors((args, kwargs)), batch_dim)
     call = _Call(unwrap(model), tuple(args), kwargs, batch_dim, size, autocast)
     try:
         with _no_trace():
@@ -521,10 +521,10 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _num_examples(inputs: Any, batch_dim: int) -> int:
+def _num_examples(inputs: Sequence[Tensor], batch_dim: int) -> int:
     """Return the number of examples of the first input; 0 if there is none."""
-    for tensor in _tensors(inputs):
-        if tensor.dim() > batch_dim:
+    for tensor in inputs:
+        if tensor.ndim > batch_dim:
             return int(tensor.shape[batch_dim])
     return 0
 
@@ -566,7 +566,7 @@ class ModelProbe:
         if len(self._seen) >= _MAX_OF_EQUAL_SIZES:
             return
         is_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        tensors = list(args) if is_one else _tensors((args, kwargs))
+        tensors = args if is_one else _tensors((args, kwargs))
         size = _num_examples(tensors, self.batch_dim)
         if size < 2:
             return
@@ -606,10 +606,16 @@ class ModelProbe:
         """
         if not self._layers:  # a walk over the layers in every pass would be slow
             self._layers = [weakref.ref(module) for module in model.modules()]
-        modes = tuple([getattr(layer(), "training", None) for layer in self._layers])
-        shapes = tuple([(_without(t.shape, self.batch_dim), t.dtype) for t in tensors])
-        equal_sizes = tuple([d for d, n in enumerate(shapes[0][0]) if n == size])
-        return (shapes, equal_sizes, modes), equal_sizes
+        kind: list[Any] = [getattr(layer(), "training", None) for layer in self._layers]
+        dim = self.batch_dim
+        for tensor in tensors:
+            shape = tensor.shape
+            kind += (shape[:dim] + shape[dim + 1 :], tensor.dtype)
+        equal_sizes: tuple[int, ...] = ()
+        one = kind[len(self._layers)]
+        if size in one:
+            equal_sizes = tuple([d for d, n in enumerate(one) if n == size])
+        return (*kind, equal_sizes), equal_sizes
 
     def run(self) -> Finding | None:
         """Probe the inputs that were kept.

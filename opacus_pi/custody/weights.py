@@ -80,7 +80,7 @@ class WeightSnapshot:
 
     def take(self) -> None:
         """Take the snapshot: an update has just been made."""
-        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        addresses = list(map(Tensor.data_ptr, self._parameters))
         if addresses != self._addresses:
             self._addresses = addresses
             self._make_views()
@@ -99,8 +99,7 @@ class WeightSnapshot:
             return False
         if (
             self._writes != counts_of_writes(self._parameters)
-            or self._addresses
-            != [parameter.data_ptr() for parameter in self._parameters]
+            or self._addresses != list(map(Tensor.data_ptr, self._parameters))
             or self._bits != _bits_of(self._on_host)
         ):
             return True
@@ -185,7 +184,7 @@ def _entries_of(tensor: Tensor) -> Tensor:
 
 def _bits_of(views: list[NDArray[np.generic]]) -> bytes:
     """Return the bits of all entries in host memory."""
-    return b"".join([view.tobytes() for view in views])
+    return b"".join(map(np.ndarray.tobytes, views))
 
 
 def _joined(views: list[Tensor]) -> Tensor:

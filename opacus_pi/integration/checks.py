@@ -11,6 +11,7 @@ update.
 
 import weakref
 from collections.abc import Sequence
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from opacus.optimizers import DPOptimizer
 from opacus.utils.adaptive_clipping.adaptive_clipping_utils import (
     PrivacyEngineAdaptiveClipping,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
@@ -221,8 +222,8 @@ class OutsideChanges:
         self._schedule = settings_of_schedule(loader)
         self._chain, self._snapshot = chain, snapshot
         self._weights = WeightsLink(chain, snapshot)
-        self._noised_parameters: Sequence[nn.Parameter] = ()
-        self._noised: tuple[list[int], list[int]] = ([], [])
+        self._noised: list[Tensor] = []
+        self._writes_to_noised: list[int] = []
         self._has_noise = False
 
     def watch(self, optimizer: DPOptimizer, module: nn.Module) -> None:
@@ -244,7 +245,7 @@ class OutsideChanges:
                 return
             if not changes._has_noise:
                 changes._chain.break_link("noise", _STEPPED_WITHOUT_NOISE)
-            elif changes._noised != _versions(changes._noised_parameters):
+            elif not changes._are_as_noised(_gradients(inner)):
                 changes._chain.leave_unchecked("noise", _CHANGED_AFTER_NOISE)
 
         _HANDLES[inner] = inner.register_step_pre_hook(before_step)
@@ -256,14 +257,22 @@ class OutsideChanges:
         handle = module.register_load_state_dict_post_hook(_LoadHook(self))
         keep_handle(module, handle)
 
-    def gradients_were_noised(self, parameters: Sequence[nn.Parameter]) -> None:
+    def gradients_were_noised(self, optimizer: Optimizer) -> None:
         """Note the gradients that now have noise: the step should use them as they are.
 
         Args:
-            parameters: Those that the optimizer updates.
+            optimizer: It is about to write the weights.
         """
-        self._noised_parameters = parameters
-        self._noised = _versions(parameters)
+        self._noised = _gradients(optimizer)
+        self._writes_to_noised = counts_of_writes(self._noised)
+
+    def _are_as_noised(self, gradients: list[Tensor]) -> bool:
+        """Whether gradients are those with noise, and nothing has written to them."""
+        return (
+            len(gradients) == len(self._noised)
+            and all(map(is_, gradients, self._noised))
+            and counts_of_writes(gradients) == self._writes_to_noised
+        )
 
     def forget_weights(self) -> None:
         """Accept the weights as they are: a state dict was loaded."""
@@ -280,21 +289,22 @@ class OutsideChanges:
         if not is_current:
             return
         loader = self._loader()
-        reason = loader and changed_schedule(self._schedule, loader)
-        if reason:
-            self._chain.break_link("schedule", reason)
+        if loader is not None:  # its truth value would be computed from its length
+            reason = changed_schedule(self._schedule, loader)
+            if reason:
+                self._chain.break_link("schedule", reason)
         self._weights.before_update()
 
     def weights_were_updated(self) -> None:
         """Note the weights: nothing should write to them until the next update."""
-        self._has_noise = False
+        self._has_noise, self._noised = False, []
         self._weights.after_update()
 
 
-def _versions(parameters: Sequence[nn.Parameter]) -> tuple[list[int], list[int]]:
-    """Return which gradients parameters have, and how often each was written to."""
-    gradients = [g for p in parameters if (g := p.grad) is not None]
-    return [id(g) for g in gradients], counts_of_writes(gradients)
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    """Return the gradients that an optimizer would use."""
+    groups = optimizer.param_groups
+    return [g for group in groups for p in group["params"] if (g := p.grad) is not None]
 
 
 class _LoadHook:

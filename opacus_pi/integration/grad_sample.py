@@ -44,8 +44,9 @@ def row_norms(grad_sample: Tensor) -> Tensor:
     Returns:
         float ``(b,)``.
     """
-    rows = grad_sample.detach()
-    rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+    rows = grad_sample.detach() if grad_sample.requires_grad else grad_sample
+    if rows.ndim != 2:
+        rows = rows.flatten(1) if rows.ndim > 1 else rows.unsqueeze(1)
     if rows.dtype.itemsize < 4:
         rows = rows.float()
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
@@ -65,7 +66,9 @@ def joint_norms(norms: Sequence[Tensor]) -> Tensor:
         float ``(b,)``, on the first tensor's device.
     """
     device = norms[0].device
-    stacked = torch.stack([n.to(device) for n in norms], dim=1)
+    if any([n.device != device for n in norms]):
+        norms = [n.to(device) for n in norms]
+    stacked = torch.stack(list(norms), dim=1)
     joint: Tensor = torch.linalg.vector_norm(stacked, dim=1)
     return joint
 

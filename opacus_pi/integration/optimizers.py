@@ -19,10 +19,10 @@ has, which may be any subclass of ``DPOptimizer`` (per-layer, adaptive, distribu
 update: every report is attached to that call.
 """
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any, SupportsIndex
 
-from opacus.grad_sample import GradSampleHooksNoOp
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -152,7 +152,7 @@ class _ReportingOptimizer(DPOptimizer):
         """
         super().scale_grad()
         if self._pi_update.outside is not None:
-            self._pi_update.outside.gradients_were_noised(self.params)
+            self._pi_update.outside.gradients_were_noised(self.original_optimizer)
 
     def step(self, *args: Any, **options: Any) -> float | None:
         """Step as Opacus does, then report that the weights were written.
@@ -221,9 +221,8 @@ class _FromGradSamples(_ReportingOptimizer):
         """
         held = self.grad_samples
         by_parameter = [row_norms(g) for g in held]
-        pairs = zip(by_parameter, held, strict=True)
-        has_same_types = all(norms.dtype == g.dtype for norms, g in pairs)
-        del held, pairs  # concatenated copies, if there were several passes
+        has_same_types = [n.dtype for n in by_parameter] == [g.dtype for g in held]
+        del held  # concatenated copies, if there were several passes
         norms = self._pi_joint_norms(by_parameter)
         if self._pi_reads_norms_only and has_same_types:
             self._pi_norms_column = [norms.unsqueeze(1)]
@@ -248,14 +247,14 @@ class _FromGradSamples(_ReportingOptimizer):
 
     def _pi_batch_sizes(self) -> list[int]:
         """Return how many per-example gradients each backward pass left."""
-        first = self.params[0].grad_sample
-        # Opacus keeps a list where several backward passes preceded the step.
-        passes = first if isinstance(first, list) else [first]
-        is_no_op = isinstance(self._pi_update.hooks, GradSampleHooksNoOp)
-        if is_no_op and len(passes) == 1:
+        trained = (p for g in self.param_groups for p in g["params"] if p.requires_grad)
+        first = next(trained).grad_sample
+        if isinstance(first, list):  # several backward passes preceded the step
+            return [len(gradients) for gradients in first]
+        if self._pi_update.has_gradients_by_hand:
             # the user's loop computed them, maybe without a backward pass
             self._pi_update.tracker.bind_gradients(first)
-        return [len(g) for g in passes]
+        return [len(first)]
 
     def zero_grad(self, *args: Any, **options: Any) -> None:
         """Clear the gradients, and forget the forward passes that they came from."""
@@ -295,27 +294,31 @@ class _FromGhostClipping(_ReportingOptimizer):
     # The norms reported last, as the object that Opacus keeps: a new batch has new
     # ones.
     _pi_norms: Tensor | None = None
-    _pi_norms_of_parameters: tuple[Tensor | None, ...] = ()
+    _pi_norms_of_parameters: Sequence[Tensor | None] = ()
     # The module's parameters, once they were listed.
     _pi_parameters: list[nn.Parameter] | None = None
 
     def accumulate(self) -> None:
         """Add one physical batch and report its norms."""
-        self._pi_require_same_parameters()
+        by_parameter = self._pi_require_same_parameters()
         super().accumulate()
         norms = clipped_norms(self._pi_update.hooks)
         if norms is not None and norms is not self._pi_norms:
             self._pi_norms = norms
-            self._pi_require_fresh_norms()
+            self._pi_require_fresh_norms(by_parameter)
             kept = norms.detach().clone()
             self._pi_update.add_batch(kept, [len(norms)], clipped_only=True)
 
-    def _pi_require_same_parameters(self) -> None:
+    def _pi_require_same_parameters(self) -> list[Tensor | None]:
         """Break the link "norm" if norm and update are of different parameters.
 
         Opacus adds up the norms of all parameters that have one, also if a parameter
         was frozen since; and a parameter that was thawed since has a gradient, but no
         norm. A parameter that the loss does not depend on has neither.
+
+        Returns:
+            The norms of each parameter of the module; of a sharded one, of each that
+            the optimizer updates.
         """
         if self._pi_parameters is None:
             module = module_of(self._pi_update.hooks)
@@ -323,31 +326,34 @@ class _FromGhostClipping(_ReportingOptimizer):
             if is_sharded:
                 self._pi_update.chain.leave_unchecked("norm", _SHARDED, warn=False)
             self._pi_parameters = [] if is_sharded else list(module.parameters())
-        groups = self.param_groups
-        held = {id(p) for group in groups for p in group["params"]}
+        if not self._pi_parameters:
+            return norms_of_parameters(self.params)
+        held = {id(p) for group in self.param_groups for p in group["params"]}
         norms = norms_of_parameters(self._pi_parameters)
         for parameter, norm in zip(self._pi_parameters, norms, strict=True):
             is_trained = parameter.requires_grad and id(parameter) in held
             lacks_norm = norm is None and is_trained and parameter.grad is not None
             if lacks_norm or (norm is not None and not is_trained):
                 self._pi_update.chain.break_link("norm", _OTHER_PARAMETERS)
+        return norms
 
-    def _pi_require_fresh_norms(self) -> None:
+    def _pi_require_fresh_norms(self, now: list[Tensor | None]) -> None:
         """Refuse norms that the last backward pass did not compute.
 
         Opacus keeps a norm for each parameter until it is overwritten. If a parameter
         still has the very tensor that it had before, its layer computed none now.
+
+        Args:
+            now: The norms of each parameter.
         """
-        now = tuple(norms_of_parameters(self.params))
         before, self._pi_norms_of_parameters = self._pi_norms_of_parameters, now
-        stale = {
-            id(parameter)
-            for parameter, new, old in zip(self.params, now, before, strict=False)
-            if new is not None and new is old
-        }
+        pairs = enumerate(zip(now, before, strict=False))
+        stale = [i for i, (new, old) in pairs if new is not None and new is old]
         if stale:
+            parameters = self._pi_parameters or self.params
+            ids = {id(parameters[i]) for i in stale}
             model = module_of(self._pi_update.hooks)
-            names = (n for n, p in model.named_parameters() if id(p) in stale)
+            names = (n for n, p in model.named_parameters() if id(p) in ids)
             listed = ", ".join(islice(names, 3))
             self._pi_update.chain.break_link("norm", _STALE_NORMS.format(listed))
 
@@ -358,8 +364,8 @@ class _FromGhostClipping(_ReportingOptimizer):
         then complete belongs to an earlier batch, whose norms the model no longer has.
         """
         tracker = self._pi_update.tracker
-        has_incomplete_pass = tracker.awaits_second_backward()
-        if tracker.discard(clipped_only=True) and has_incomplete_pass:
+        # Passes that wait for their second backward pass are not discarded.
+        if tracker.discard(clipped_only=True) and tracker.awaits_second_backward():
             self._pi_update.chain.break_link("norm", _TWO_BACKWARD_PASSES)
         super().zero_grad(*args, **options)
 

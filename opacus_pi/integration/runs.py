@@ -168,6 +168,7 @@ def probe_losses(
         chain: The chain of custody of the run.
         tracker: Knows the samples of the forward passes.
     """
+    tracker.keeps_outputs = True
     swap_class(criterion, _reporting_calls)
     criterion._pi_loss_probe = LossProbe(
         criterion.criterion,

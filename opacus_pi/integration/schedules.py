@@ -87,8 +87,12 @@ def settings_of_schedule(loader: DataLoader[Any]) -> tuple[Any, ...]:
     example as often as when it was prepared.
     """
     batches = loader.batch_sampler
-    names = ("sample_rate", "batch_size")
-    return len(loader), *(getattr(batches, name, None) for name in names)
+    is_drawn = batches is not None and not isinstance(loader.dataset, IterableDataset)
+    return (
+        len(cast(Any, batches)) if is_drawn else len(loader),  # the same, but quicker
+        getattr(batches, "sample_rate", None),
+        getattr(batches, "batch_size", None),
+    )
 
 
 def changed_schedule(before: tuple[Any, ...], loader: DataLoader[Any]) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.grad_sample import AbstractGradSampleHooks, GradSampleHooksNoOp
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
@@ -65,6 +65,9 @@ class UpdateUnderWay:
         model_probe: Finds out whether the model mixes examples; None: it is not run.
         is_superseded: Whether a later ``make_private`` of the same engine has begun
             another run. Updates of this one are then not recorded but refused.
+
+    Attributes:
+        has_gradients_by_hand: Whether the user's loop computes per-example gradients.
     """
 
     recorder: Recorder
@@ -77,6 +80,7 @@ class UpdateUnderWay:
     outside: OutsideChanges | None = None
     model_probe: ModelProbe | None = None
     is_superseded: bool = False
+    has_gradients_by_hand: bool = field(init=False)
     _batch_norms: list[nn.Module] = field(init=False)
     # Indices of the samples so far, and whether no index can be there twice.
     _examples: list[Sequence[int] | NDArray[np.int64]] = field(
@@ -85,8 +89,10 @@ class UpdateUnderWay:
     _is_distinct: bool = field(init=False, default=True)
     _settings: dict[str, float] | None = field(init=False, default=None)
     _num_unattributed: int = field(init=False, default=0)  # up to the last update
+    _has_checked: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        self.has_gradients_by_hand = isinstance(self.hooks, GradSampleHooksNoOp)
         self._batch_norms = batch_norms(self.hooks)
 
     def add_batch(
@@ -100,7 +106,6 @@ class UpdateUnderWay:
             sizes: How many samples each backward pass contributed; their sum is b.
             clipped_only: Whether only complete passes of ghost clipping count.
         """
-        self.chain.check("norm", "The norms are those by which Opacus clipped.")
         passes = self.tracker.take_attributed(sizes, clipped_only=clipped_only)
         # nearly always: one batch as it was delivered, whose indices are distinct
         examples = passes[0].distinct_indices() if len(passes) == 1 else None
@@ -149,8 +154,12 @@ class UpdateUnderWay:
         Args:
             optimizer: The optimizer that has just added noise, before its step.
         """
-        self.finish()  # of an earlier update whose step was interrupted
-        self.chain.check("noise", "Opacus drew noise once for every update.")
+        if self._settings is not None:
+            self.finish()  # an earlier update, whose step was interrupted
+        if not self._has_checked:
+            self._has_checked = True
+            self.chain.check("norm", "The norms are those by which Opacus clipped.")
+            self.chain.check("noise", "Opacus drew noise once for every update.")
         # The weights are still those of the forward pass, and its memory is free again.
         finding = None if self.model_probe is None else self.model_probe.run()
         if finding is not None and not batch_statistics(self._batch_norms):
@@ -183,8 +192,9 @@ class UpdateUnderWay:
         self._num_unattributed = num_unattributed
         if self.outside is not None:
             self.outside.weights_were_updated()
-        for link, reason in self._reasons():
-            self.chain.break_link(link, reason)
+        if self.is_superseded or self._batch_norms or not self._is_distinct:
+            for link, reason in self._reasons():
+                self.chain.break_link(link, reason)
         self._examples, self._is_distinct = [], True
         if not self.is_superseded:
             self.recorder.step(**settings)

@@ -39,7 +39,7 @@ from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import Custody
 from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording.distributed import Processes, merge_
-from opacus_pi.recording.run import RecordedRun, UpdateSettings, WaitingReports
+from opacus_pi.recording.run import RecordedRun, WaitingReports
 from opacus_pi.recording.schedule import (
     checked_every,
     evenly_spaced_steps,
@@ -445,9 +445,7 @@ class Recorder(RecorderOptions):
         run = self._begun()
         self._resumed = False
         rate = run.sample_rate if sample_rate is None else sample_rate
-        run.count_step(
-            UpdateSettings(float(noise_std), float(max_grad_norm), float(rate))
-        )
+        run.count_step(float(noise_std), float(max_grad_norm), float(rate))
         if self._last_weights is not None:
             self._last_weights.updated()
         is_over = run.refusal if self._processes is None else self._all_refuse

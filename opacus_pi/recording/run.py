@@ -174,16 +174,22 @@ class RecordedRun:
         self.observed[indices] = norms  # numpy: of equal indices the last one stays
         self.observed_at[indices] = steps
 
-    def count_step(self, settings: UpdateSettings) -> None:
+    def count_step(
+        self, noise_std: float, max_grad_norm: float, sample_rate: float
+    ) -> None:
         """Count one update.
 
         Args:
-            settings: What it was run with.
+            noise_std: As for ``UpdateSettings``.
+            max_grad_norm: As for ``UpdateSettings``.
+            sample_rate: As for ``UpdateSettings``.
         """
         self.num_steps += 1
         self.weights = ""
-        interval = self.open_interval
-        self.open_interval = interval.widened(settings) if interval else settings
+        interval, settings = self.open_interval, (noise_std, max_grad_norm, sample_rate)
+        if interval != settings:  # as the tuples that they are
+            new = UpdateSettings(*settings)
+            self.open_interval = interval.widened(new) if interval else new
 
     def row_is_due(self, every: Every) -> bool:
         """Return whether more rows are due now than when the last one was written.
@@ -191,12 +197,9 @@ class RecordedRun:
         Args:
             every: The recorder's option.
         """
-        counts = (self.num_steps, self.steps[-1] if self.steps else 0)
-        now, then = (
-            num_due(count, every=every, sample_rate=self.sample_rate)
-            for count in counts
-        )
-        return now > then
+        last, rate = self.steps[-1] if self.steps else 0, self.sample_rate
+        then = num_due(last, every=every, sample_rate=rate)
+        return num_due(self.num_steps, every=every, sample_rate=rate) > then
 
     def close_row(self, row: dict[str, NDArray[np.float32]]) -> None:
         """Add a row for the current weights, and start the next update interval.

@@ -19,6 +19,7 @@ True
 
 import weakref
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,8 @@ class LastWeights:
 
     def updated(self) -> None:
         """Note that an update was made."""
-        held = [reference() for reference in self._tensors]
-        self._marks = _marks([tensor for tensor in held if tensor is not None])
+        references = self._tensors
+        self._marks = _marks([t for r in references if (t := r()) is not None])
 
     def forget(self) -> None:
         """Forget the last update: other weights were loaded since."""
@@ -176,6 +177,9 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [value for value in live if isinstance(value, Tensor)]
 
 
+_TYPE = attrgetter("dtype")
+
+
 def _marks(tensors: list[Tensor]) -> _Marks:
     """Return how often tensors were written to, and their types."""
-    return counts_of_writes(tensors), [tensor.dtype for tensor in tensors]
+    return counts_of_writes(tensors), list(map(_TYPE, tensors))

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from opacus.data_loader import DPDataLoader
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.delivery import ForwardPass
 from opacus_pi.attribution.evidence import assumed, recognised
-from opacus_pi.attribution.samples import tensors_in
 from opacus_pi.models.batches import size_of
 
 __all__ = ["BatchCounter", "BatchTracker", "SamplingScheme", "sampling_scheme"]
@@ -85,13 +85,12 @@ class BatchTracker(Tracker):
     enough than for attribution: it takes the cheapest that leads to an unused batch.
     """
 
-    def _match(self, inputs: Any) -> ForwardPass:
-        dim, recent = self.batch_dim, self._described()
-        tensors = [t for t in tensors_in(inputs) if t.dim() > dim]
+    def _match(self, inputs: list[Tensor]) -> ForwardPass:
+        dim, recent = self.batch_dim, self._recent
+        tensors = [t for t in inputs if t.ndim > dim]
         found = recognised(tensors, dim, recent, verify=False)
         if found is None or found.delivery is None:
-            latest = list(self._recent)
-            found = assumed(tensors, dim, latest, usually_known=False, is_view=True)
+            found = assumed(tensors, dim, recent, usually_known=False, is_view=True)
         # Without a batch, or with one that an earlier pass used already, the inputs
         # may be copies of another batch. Content is compared last, as it costs most.
         if found.delivery is None or found.delivery.num_forward_passes:
