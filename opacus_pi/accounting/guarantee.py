@@ -55,7 +55,7 @@ from opacus_pi.accounting.conversion import (
     check_delta,
     rdp_to_epsilon,
 )
-from opacus_pi.ledger.custody import LINKS
+from opacus_pi.ledger.custody import LINKS, unchecked_in
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 
 __all__ = [
@@ -637,13 +637,8 @@ def unchecked_links(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
     Returns:
         The assumptions, all of them declared; each link once.
     """
-    links = {
-        link.name: link
-        for run in runs
-        if run.custody is not None
-        for link in run.custody.unchecked
-    }
-    found = [Assumption(LINKS[n], True, k.sentence) for n, k in links.items()]
+    links = unchecked_in([run.custody for run in runs])
+    found = [Assumption(LINKS[link.name], True, link.sentence) for link in links]
     if any(run.custody is None for run in runs):
         found.append(Assumption(_BY_HAND, True, "the ledger has no chain of custody"))
     return tuple(found)

@@ -168,10 +168,10 @@ def worst_case_loss(
     """Return the worst case: the loss of an example whose norm is C at every update.
 
     This is the Rényi differential privacy of the mechanism, a bound for any example.
-    Under fixed sampling the mechanism may say in how many updates the most drawn
-    example was; these are taken to be the most expensive updates. Otherwise an example
-    is in one update of every epoch, and which one is not known: the most expensive
-    counts, and an incomplete epoch counts in full.
+    Under fixed sampling ``mechanism.max_participations`` is the largest number of
+    updates that any example was in; the bound takes the most expensive updates of the
+    run, as many as that. Without it, an example is in one update of every epoch: the
+    bound takes the most expensive one, and an incomplete epoch counts in full.
 
     Args:
         mechanism: Noise, clip norm and sampling of the run.

@@ -144,10 +144,11 @@ def _blocks(ratios: Array, order: float, q: float) -> list[NDArray[np.int64]]:
 def _grid(ratio: float, order: float, q: float) -> tuple[Array, float]:
     """Return trapezoid points and their distance, for ratios up to the one given.
 
-    Shifting the path of integration by i·d costs a factor exp(d²/2) and reduces the
-    error by exp(-2πd/step). The step is chosen so that the error is exp(-34) at the
-    largest shift that the strip allows. The integrand's last peak is at order·r, or at
-    2r (that of y²) where P/Q is close to 1 there.
+    The error of the trapezoid rule is bounded by shifting the path of integration by
+    i·d into the complex plane. The shift multiplies the bound by exp(d²/2), and the
+    distance of the points multiplies it by exp(-2πd/step). The shift is π/ratio, up to
+    which the integrand is analytic, or less where exp(d²/2) would be too large; the step is chosen so that the error is exp(-34). The points reach beyond the
+    last peak of the integrand, at order·r, or at 2r, the peak of y², where P/Q is close to 1.
     """
     shift = min(math.pi / ratio, math.sqrt(2 * _DIGITS))
     step = 2 * math.pi * shift / (_DIGITS + shift**2 / 2)

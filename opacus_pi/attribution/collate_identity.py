@@ -44,7 +44,7 @@ from opacus_pi.attribution.causes import (
     Cause,
 )
 from opacus_pi.attribution.item_fingerprints import ItemFingerprints, fingerprint_items
-from opacus_pi.attribution.mixtures import are_mixtures
+from opacus_pi.attribution.mixtures import made_of_others
 from opacus_pi.attribution.samples import (
     DelayedChecksums,
     checksums_of_entries,
@@ -422,5 +422,6 @@ def _are_mixtures(items: ItemFingerprints, samples: list[Samples]) -> Mask:
     for own in (s for s in samples if len(s) == len(items)):
         for part in range(items.widths.shape[1]):
             if (items.widths[:, part] == own.width).all():
-                mixed |= are_mixtures(own.content.entries, items.entries[part])
+                entries = own.content.entries
+                mixed |= made_of_others(entries, items.entries[part]).mixed
     return mixed

@@ -1,9 +1,9 @@
 """Whether samples that changed are made of other samples than their own.
 
-A transform may change every sample, so that none is recognised. These functions compare
-the entries of all samples before and after it. They find the two changes by which the
-order of a batch is lost most often: mixtures of two samples (mixup, cutmix), and
-samples that were moved and scaled.
+A transform may change every sample, so that none is recognised. ``made_of_others``
+compares the entries of all samples before and after it. It finds the two changes by
+which the order of a batch is lost most often: mixtures of two samples (mixup, cutmix),
+and samples that were moved and scaled.
 
 *Guarantee.* What is reported as mixed or moved is explained by another sample to within
 rounding, and not by its own.
@@ -13,16 +13,18 @@ fewer than four entries in a sample, and in batches of more than 128, nothing is
 
 >>> import numpy as np
 >>> before = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
->>> are_mixtures(0.7 * before + 0.3 * np.roll(before, 1, 0), before)
+>>> made_of_others(0.7 * before + 0.3 * np.roll(before, 1, 0), before).mixed
 array([ True,  True,  True,  True])
->>> are_moved(2 * before[[1, 0, 2, 3]] + 1, before)
+>>> made_of_others(2 * before[[1, 0, 2, 3]] + 1, before).moved
 array([ True,  True, False, False])
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["are_mixtures", "are_moved"]
+__all__ = ["OtherSamples", "made_of_others"]
 
 Entries = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -31,38 +33,32 @@ _MIN_ENTRIES = 4  # with fewer, every sample is a sum of two others
 _MAX_COMPARED = 128  # samples that are compared with all others
 
 
-def are_mixtures(now: Entries, before: Entries) -> Mask:
-    """Which samples are made of their own and one other sample.
+class OtherSamples(NamedTuple):
+    """Which samples are made of others, each bool ``(b,)``.
+
+    Attributes:
+        mixed: Made of their own and one other sample.
+        moved: Another sample, scaled and shifted, and not their own.
+    """
+
+    mixed: Mask
+    moved: Mask
+
+
+def made_of_others(now: Entries, before: Entries) -> OtherSamples:
+    """Find the samples that are made of other samples than their own.
 
     Args:
         now: Entries of each sample after the change, ``(b, k)``.
         before: The same entries before it.
-
-    Returns:
-        bool ``(b,)``.
     """
     if not _are_comparable(now, before):
-        return np.zeros(len(now), dtype=np.bool_)
-    is_own = _are_scaled(now, before).diagonal()
-    mixed: Mask = (_are_sums(now, before) | _are_spliced(now, before)) & ~is_own
-    return mixed
-
-
-def are_moved(now: Entries, before: Entries) -> Mask:
-    """Which samples are another sample, scaled and shifted, and not their own.
-
-    Args:
-        now: Entries of each sample after the change, ``(b, k)``.
-        before: The same entries before it.
-
-    Returns:
-        bool ``(b,)``.
-    """
-    if not _are_comparable(now, before):
-        return np.zeros(len(now), dtype=np.bool_)
+        none = np.zeros(len(now), dtype=np.bool_)
+        return OtherSamples(none, none)
     scaled = _are_scaled(now, before)
-    moved: Mask = scaled.any(axis=1) & ~scaled.diagonal()
-    return moved
+    is_own = scaled.diagonal()
+    mixed = (_are_sums(now, before) | _are_spliced(now, before)) & ~is_own
+    return OtherSamples(mixed, scaled.any(axis=1) & ~is_own)
 
 
 def _are_comparable(now: Entries, before: Entries) -> bool:

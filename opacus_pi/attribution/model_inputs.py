@@ -21,7 +21,7 @@ from opacus_pi.attribution.causes import (
     Cause,
 )
 from opacus_pi.attribution.delivery import Delivery, Indices
-from opacus_pi.attribution.mixtures import are_mixtures, are_moved
+from opacus_pi.attribution.mixtures import made_of_others
 from opacus_pi.attribution.samples import DelayedChecksums
 
 __all__ = ["LOOKS_ALIKE", "UNKNOWN", "Finding", "Input", "SharedRows", "lost_order"]
@@ -231,9 +231,10 @@ def lost_order(now: DelayedChecksums, before: DelayedChecksums) -> Cause | None:
     """
     if now.width != before.width:
         return None
-    if are_moved(now.entries, before.entries).any():
+    others = made_of_others(now.entries, before.entries)
+    if others.moved.any():
         return MOVED_AND_CHANGED
-    return MIXED if are_mixtures(now.entries, before.entries).any() else None
+    return MIXED if others.mixed.any() else None
 
 
 def _changed_in_place(

@@ -100,9 +100,7 @@ def _headline(scores: Scores) -> str:
 
 def _not_checked(scores: Scores) -> str:
     """Return a line for each link of custody that the numbers rest on unchecked."""
-    statements = set(LINKS.values())
     return "".join(
-        f"\nAssumed, not checked: {a.statement}. {a.evidence}"
-        for a in scores.assumptions
-        if a.statement in statements and a.is_declared
+        f"\nAssumed, not checked: {LINKS[link.name]}. {link.sentence}"
+        for link in scores.unchecked_links
     )

@@ -356,7 +356,7 @@ def _norms_alone(
 
 
 class _ListeningRecorder(Recorder):
-    """Keeps the norms that an optimizer reports, whatever becomes of the ledger."""
+    """Keeps the norms that an optimizer reports, also if the ledger is refused."""
 
     def __init__(self) -> None:
         super().__init__(probe_model=False)

@@ -118,7 +118,7 @@ class RunChecks:
             self._reasons.append(reason)
 
     def refuse(self, reason: str) -> None:
-        """Refuse the present ledger, or the next one if no run has begun."""
+        """Refuse the ledger of the present run; before one, that of the next run."""
         if self._recorder is None:
             self.add(reason)
         else:

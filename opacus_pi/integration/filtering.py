@@ -207,7 +207,7 @@ def require_filterable(
         poisson_sampling: Whether Opacus replaces the loader's sampler.
 
     Raises:
-        ValueError: If an argument rules a filter out; it says why.
+        ValueError: If a filter cannot work with an argument; the message says why.
     """
     if grad_sample_mode == FAST_MODE or grad_sample_mode.startswith("ghost"):
         raise ValueError(

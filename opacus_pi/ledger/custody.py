@@ -26,6 +26,7 @@ opacus_pi._errors.AccountingError: A batch was used twice.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +42,7 @@ __all__ = [
     "UNCHECKED",
     "Custody",
     "Link",
+    "unchecked_in",
 ]
 
 CHECKED, UNCHECKED, BROKEN = "checked", "unchecked", "broken"
@@ -198,3 +200,13 @@ class Custody:
             "Restore the file from a copy.",
         )
         return cls(links, counts[0], counts[1], allows, cause)
+
+
+def unchecked_in(custodies: Iterable[Custody | None]) -> tuple[Link, ...]:
+    """Return the links that any of several runs left unchecked, each name once.
+
+    Args:
+        custodies: The chains of the runs; None for a ledger that was made by hand.
+    """
+    known = (custody for custody in custodies if custody is not None)
+    return tuple({k.name: k for custody in known for k in custody.unchecked}.values())

@@ -32,6 +32,7 @@ from opacus_pi.accounting import (
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.difficulty.forget_sets import difficulty_strata, num_at_top, ranking
+from opacus_pi.ledger.custody import Link, unchecked_in
 from opacus_pi.ledger.grad_norm_ledger import runs_of
 
 SENSITIVE = (
@@ -58,6 +59,7 @@ class Scores:
             none.
         worst_case_epsilon: Bound on the ε of any example; ``inf`` if there is none.
         assumptions: The assumptions of ε, met or not.
+        unchecked_links: The links of custody that the numbers rest on unchecked.
     """
 
     order: float
@@ -68,6 +70,7 @@ class Scores:
     worst_case_loss: float
     worst_case_epsilon: float
     assumptions: tuple[Assumption, ...]
+    unchecked_links: tuple[Link, ...] = ()
 
     @property
     def ranking_only(self) -> bool:
@@ -210,7 +213,9 @@ def score(
             examples, or if it has no noise, not even an assumed one.
     """
     runs = list(runs_of(ledger))
-    positive(num_examples=runs[0].num_examples, remedy="The ledger has no examples.")
+    positive(
+        num_examples=runs[0].num_examples, remedy="Pass a ledger that has examples."
+    )
     ids = runs[0].example_ids
     ids = np.arange(runs[0].num_examples) if ids is None else ids
     losses = privacy_losses(runs, order, tolerance=tolerance)
@@ -228,6 +233,7 @@ def score(
         else worst_case_loss(mechanism, order, steps=runs[0].steps),
         worst_case_epsilon=statement.worst_case,
         assumptions=statement.assumptions,
+        unchecked_links=unchecked_in([run.custody for run in runs]),
     )
 
 
