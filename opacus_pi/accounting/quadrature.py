@@ -147,8 +147,9 @@ def _grid(ratio: float, order: float, q: float) -> tuple[Array, float]:
     The error of the trapezoid rule is bounded by shifting the path of integration by
     i·d into the complex plane. The shift multiplies the bound by exp(d²/2), and the
     distance of the points multiplies it by exp(-2πd/step). The shift is π/ratio, up to
-    which the integrand is analytic, or less where exp(d²/2) would be too large; the step is chosen so that the error is exp(-34). The points reach beyond the
-    last peak of the integrand, at order·r, or at 2r, the peak of y², where P/Q is close to 1.
+    which the integrand is analytic, or less where exp(d²/2) would be too large; the
+    step is chosen so that the error is exp(-34). The points reach beyond the last peak
+    of the integrand, at order·r, or at 2r, the peak of y², where P/Q is close to 1.
     """
     shift = min(math.pi / ratio, math.sqrt(2 * _DIGITS))
     step = 2 * math.pi * shift / (_DIGITS + shift**2 / 2)
