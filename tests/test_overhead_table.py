@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.overhead import __main__ as overhead
 from benchmarks.overhead.table import Row, markdown
-from benchmarks.overhead.timing import interleaved, spread, timed
+from benchmarks.overhead.timing import interleaved, interval, spread, timed
+from benchmarks.overhead.tracking import num_calls
 
 
 def measured(ratio):
@@ -32,6 +34,28 @@ def test_verdicts(row, verdict):
 def test_spread():
     assert spread([3.0, 1.0, 2.0])["ratio"] == 2.0
     assert spread([3.0, 1.0, 2.0])["range"] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("n", [6, 9, 30, 101])
+def test_intervals_contain_the_median_as_often_as_they_say(n):
+    draws = torch.rand(2000, n, generator=torch.Generator().manual_seed(0))
+    found = [interval(row) for row in draws.tolist()]
+    assert np.mean([low <= 0.5 <= high for low, high in found]) > 0.94
+
+
+def test_what_is_added_is_the_difference_of_a_step_each():
+    found = interleaved(lambda: None, lambda: sum(range(200_000)), 9)
+    least, most = found["added_microseconds"]["interval"]
+    assert 100 < least <= found["added_microseconds"]["median"] <= most
+
+
+def test_calls_of_a_step_are_counted():
+    class Training:
+        def step(self):
+            len("")
+            max(1, 2)
+
+    assert num_calls(Training()) == 3 + 1  # and that which ends the count
 
 
 def test_on_a_gpu_the_time_between_its_events_is_taken(monkeypatch):

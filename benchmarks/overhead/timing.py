@@ -6,6 +6,7 @@ reported beside it. Tasks alternate within a round and are compared within the r
 that a change in the machine's load affects both.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -55,14 +56,22 @@ def interleaved(base: Task, other: Task, rounds: int) -> dict[str, Any]:
     """
     found: dict[str, list[float]] = {name: [] for name in CLOCKS}
     spent: list[float] = []
+    added: list[float] = []
     for _ in range(rounds):
         times = [timed(task) for task in (base, other, other, base)]
-        spent += [times[0]["busy"], times[3]["busy"]]
+        busy = [t["busy"] for t in times]
+        spent += [busy[0], busy[3]]
+        added.append(1e6 * (busy[1] + busy[2] - busy[0] - busy[3]) / 2)
         for name, ratios in found.items():
             first, second, third, fourth = (t[name] for t in times)
             ratios.append((second + third) / (first + fourth))
     result: dict[str, Any] = {n: spread(ratios) for n, ratios in found.items()}
-    return {**result, "base_milliseconds": 1e3 * median(spent), "rounds": rounds}
+    return {
+        **result,
+        "added_microseconds": {"median": median(added), "interval": interval(added)},
+        "base_milliseconds": 1e3 * median(spent),
+        "rounds": rounds,
+    }
 
 
 def typical(times: Times, clock: str = "busy") -> float:
@@ -77,14 +86,27 @@ def ratios(times: Times, base: Times, clock: str) -> dict[str, Any]:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Return median, quartiles and range."""
+    """Return median, its 95 % confidence interval, quartiles and range."""
     ordered = sorted(values)
     n = len(ordered)
     return {
         "ratio": median(ordered),
+        "interval": interval(ordered),
         "quartiles": [ordered[n // 4], ordered[(3 * n) // 4]],
         "range": [ordered[0], ordered[-1]],
     }
+
+
+def interval(values: list[float]) -> list[float]:
+    """Return a 95 % confidence interval of the median of independent values.
+
+    Its ends are order statistics: each value is above the median with probability 1/2,
+    so that the number of those above is binomial. Of five values or fewer it is the
+    range, which covers less.
+    """
+    ordered, n = sorted(values), len(values)
+    k = max(0, math.floor((n - 1) / 2 - 0.98 * math.sqrt(n)))
+    return [ordered[k], ordered[n - 1 - k]]
 
 
 def surroundings() -> dict[str, Any]:
