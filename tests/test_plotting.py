@@ -197,7 +197,7 @@ def test_pictures_in_rows():
     "rows, message",
     [
         ({"a": np.zeros((2, 4, 4)), "b": np.zeros((3, 4, 4))}, "rows of one length"),
-        ({"a": np.zeros((2, 4, 4, 3))}, "Channels come before"),
+        ({"a": np.zeros((2, 4, 4, 3))}, "Put the channels before"),
         ({}, "rows of"),
     ],
 )

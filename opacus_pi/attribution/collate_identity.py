@@ -156,13 +156,24 @@ def follow(items: ItemFingerprints, batch: Any, batch_dim: int) -> CollateIdenti
     if not found:
         return _without_content(items, samples, size)
     samples = [s for s in samples if len(s) == size]
-    joint = np.logical_and.reduce(found)
+    joint = _narrowed(np.logical_and.reduce(found), items, samples)
+    return _chosen(items, samples, joint, found)
+
+
+def _narrowed(joint: Mask, items: ItemFingerprints, samples: "list[Samples]") -> Mask:
+    """Return which items each sample may be if its numbers, such as labels, count too.
+
+    Args:
+        joint: Which item each sample may be by its content, bool ``(b, n)``.
+        items: The items.
+        samples: The tensors of the batch, with as many samples.
+    """
     for by_part in (s.numbers(items) for s in samples):
         agreeing = [m for m in by_part if (m & joint).any(axis=1).all()]
         moved = [m for m in by_part if _are_same_values(m)]
         for by_number in agreeing or moved[:1]:
             joint = joint & by_number
-    return _chosen(items, samples, joint, found)
+    return joint
 
 
 def _are_same_values(matches: Mask) -> bool:

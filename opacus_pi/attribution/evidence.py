@@ -96,21 +96,34 @@ def recognised(
         given.look(recent, verify=verify)
     if verify and shared_rows is not None and len(inputs) > 1:
         shared_rows.saw(inputs)
-    strong = [given for given in inputs if not (verify and given.is_pattern)]
-    deciding = [given for given in strong if given.findings]
-    if not deciding:  # then masks are evidence, too, if all of them is recognised
-        deciding = [g for g in inputs if any(f.num_known == len(g) for f in g.findings)]
-        if not deciding:
-            return None
+    deciding = _deciding(inputs, verify=verify)
+    if not deciding:
+        return None
     delivery = _explaining(deciding, recent)
-    if delivery is None:
-        size = max(map(len, deciding))
-        return ForwardPass(None, "", None, SEVERAL_BATCHES, num_inputs=size)
-    if any(len(given) != len(deciding[0]) for given in deciding):
-        size = max(map(len, deciding))
-        return ForwardPass(None, "", None, INPUTS_DISAGREE, num_inputs=size)
+    sizes = {len(given) for given in deciding}
+    if delivery is None or len(sizes) > 1:
+        cause = SEVERAL_BATCHES if delivery is None else INPUTS_DISAGREE
+        return ForwardPass(None, "", None, cause, num_inputs=max(sizes))
     beside = [g for g in inputs if g not in deciding and len(g) == len(deciding[0])]
     return _agreed(deciding, beside if verify else [], delivery, recent)
+
+
+def _deciding(inputs: list[Input], *, verify: bool) -> list[Input]:
+    """Return the inputs that show which samples they are.
+
+    Masks and tables count only if no other input was recognised, and only if all of
+    their samples were.
+
+    Args:
+        inputs: The model's inputs, compared with the deliveries.
+        verify: Whether samples are recognised by content.
+    """
+    strong = [given for given in inputs if not (verify and given.is_pattern)]
+    return [given for given in strong if given.findings] or [
+        given
+        for given in inputs
+        if any(finding.num_known == len(given) for finding in given.findings)
+    ]
 
 
 def _are_whole_batch(tensors: list[Tensor], dim: int, latest: Delivery) -> bool:
