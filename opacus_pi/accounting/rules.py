@@ -113,7 +113,8 @@ def worst_case_of_fixed(
             in nats.
 
     Returns:
-        By the count of participations if there is one, else by epochs; in nats.
+        The bound in nats: from the largest count of participations if it was recorded,
+        otherwise from one participation in every epoch.
     """
     if not facts or facts[0].max_participations is None:
         rates = [float(fact.sample_rate) for fact in facts]

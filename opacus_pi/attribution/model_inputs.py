@@ -223,7 +223,7 @@ class SharedRows:
 
 
 def lost_order(now: DelayedChecksums, before: DelayedChecksums) -> Cause | None:
-    """Return what shows that samples that were changed are not in their places.
+    """Return the cause if samples that were changed are not at their own positions.
 
     Args:
         now: What the samples contain.

@@ -653,14 +653,14 @@ class PerInstanceMixin(OpacusEngine):
 
     # ----------------------------------------------------------------- begin recording
     def _prepare_and_record(self, prepare: Callable[[], Any]) -> Any:
-        """Have a run prepared, and begin recording it.
+        """Call a method that prepares a run, and begin recording the run.
 
         Args:
             prepare: A method of the engine, or of a class derived from it; it may call
-                others that end here, too.
+                other methods that call this one.
 
         Returns:
-            What it returned.
+            What ``prepare`` returned.
 
         Raises:
             ValueError: If there is a filter, and its budgets cannot be kept.

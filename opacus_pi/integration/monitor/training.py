@@ -291,7 +291,7 @@ def _break_schedule(
     Args:
         chain: The chain of custody of the run, which has begun.
         loader: The loader that the training loop will iterate over.
-        processes: Those that train together. Each must draw from a part of its own:
+        processes: The processes that train together. Each must draw from its own part:
             otherwise an example may enter one update several times.
     """
     is_fixed = sampling_scheme(loader).sampling == "fixed"
