@@ -450,9 +450,9 @@ class Tracker:
         Args:
             forward: A pass with indices.
         """
-        distinct = forward.distinct_indices()
-        if distinct is not None and forward.is_recognised and not forward.notes:
-            self.counts[forward.evidence] += len(distinct)  # nearly always
+        distinct, evidence = forward.distinct_indices(), forward.evidence
+        if distinct is not None and evidence == "by_storage" and not forward.notes:
+            self.counts[evidence] += len(distinct)  # nearly always
             return
         indices = cast(Indices, forward.indices) if distinct is None else _NO_INDICES
         num_known = len(distinct or ()) + int(np.count_nonzero(indices >= 0))

@@ -97,8 +97,11 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
 def _from_grad_samples(base: type[DPOptimizer]) -> type:
     """Return a subclass of an optimizer class with per-example gradients."""
     # Adaptive clipping and the like read the gradients for more than their norms.
-    reads_norms_only = base.clip_and_accumulate is DPOptimizer.clip_and_accumulate
-    attributes = {"_pi_reads_norms_only": reads_norms_only}
+    attributes = {
+        "_pi_reads_norms_only": base.clip_and_accumulate
+        is DPOptimizer.clip_and_accumulate,
+        "_pi_clips_first": base.pre_step is DPOptimizer.pre_step,
+    }
     return type(base.__name__, (_FromGradSamples, base), attributes)
 
 
@@ -173,16 +176,32 @@ class _FromGradSamples(_ReportingOptimizer):
 
     # Whether clipping uses ``grad_samples`` only to take each example's norm.
     _pi_reads_norms_only: bool
-    # While ``_pi_clip`` runs: what ``grad_samples`` returns instead of the gradients.
-    _pi_norms_column: list[Tensor] | None = None
+    # Whether ``pre_step`` changes no gradients before it clips.
+    _pi_clips_first: bool
+    # What ``grad_samples`` returns instead of a new list: from ``pre_step`` on the
+    # gradients, and during ``_pi_clip`` a column of norms, if Opacus reads only norms.
+    _pi_listed: list[Tensor] | None = None
 
     @property
     def grad_samples(self) -> list[Tensor]:
         """Per-example gradients; within ``_pi_clip``, one column of their norms."""
-        if self._pi_norms_column is not None:
-            return self._pi_norms_column
+        if self._pi_listed is not None:
+            return self._pi_listed
         gradients: list[Tensor] = super().grad_samples
         return gradients
+
+    def pre_step(self, *args: Any, **options: Any) -> bool | None:
+        """Clip and add noise as Opacus does, which lists the gradients several times.
+
+        Listing them takes time, and copies them where there were several passes.
+        """
+        if self._pi_clips_first:
+            self._pi_listed = super().grad_samples
+        try:
+            goes_on: bool | None = super().pre_step(*args, **options)
+        finally:
+            self._pi_listed = None
+        return goes_on
 
     def clip_and_accumulate(self) -> None:
         """Clip one physical batch and report its norms.
@@ -196,6 +215,7 @@ class _FromGradSamples(_ReportingOptimizer):
             update.add_batch(norms, self._pi_batch_sizes())
             return
         norms = self._pi_joint_norms([row_norms(g) for g in self.grad_samples])
+        self._pi_listed = None  # the filter changes them
         positions, norms = update.gate.admit(
             self.params,
             update.tracker.attribute(self._pi_batch_sizes()),
@@ -222,14 +242,14 @@ class _FromGradSamples(_ReportingOptimizer):
         held = self.grad_samples
         by_parameter = [row_norms(g) for g in held]
         has_same_types = [n.dtype for n in by_parameter] == [g.dtype for g in held]
-        del held  # concatenated copies, if there were several passes
         norms = self._pi_joint_norms(by_parameter)
-        if self._pi_reads_norms_only and has_same_types:
-            self._pi_norms_column = [norms.unsqueeze(1)]
+        del held  # concatenated copies, if there were several passes
+        is_column = self._pi_reads_norms_only and has_same_types
+        self._pi_listed = [norms.unsqueeze(1)] if is_column else None
         try:
             super().clip_and_accumulate()
         finally:
-            self._pi_norms_column = None
+            self._pi_listed = None
         return norms
 
     def _pi_joint_norms(self, by_parameter: list[Tensor]) -> Tensor:

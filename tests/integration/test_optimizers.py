@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi import PrivacyEngine
 from opacus_pi.integration.grad_sample import grad_sample_norms
+from opacus_pi.integration.optimizers import report_updates
 
 SHAPES = [(5,), (5, 1), (5, 7), (5, 3, 4, 2), (5, 1, 1)]
 
@@ -86,5 +87,25 @@ def test_norms_are_taken_once(monkeypatch):
         return original(self, p)
 
     monkeypatch.setattr(base, "_get_flat_grad_sample", counted)
-    optimizer.clip_and_accumulate()
+    optimizer.step()
     assert len(read) == 2 * len(optimizer.params)  # for the norms and for the sums
+
+
+@pytest.mark.parametrize("method", ["pre_step", "clip_and_accumulate"])
+def test_gradients_that_a_subclass_changes_are_those_that_opacus_clips(method):
+    def halve_first(self, *args):
+        for p in self.params:
+            p.grad_sample = p.grad_sample / 2
+        return getattr(super(Halving, self), method)(*args)
+
+    base = opacus.optimizers.DPOptimizer
+    Halving = type("Halving", (base,), {method: halve_first})
+    theirs, ours = prepared(opacus.PrivacyEngine()), prepared(PrivacyEngine())
+    update = ours._pi_update
+    theirs.__class__ = ours.__class__ = Halving
+    report_updates(ours, update)
+    for optimizer in (theirs, ours):
+        optimizer.step()
+    pairs = zip(theirs.params, ours.params, strict=True)
+    assert all(torch.equal(a.summed_grad, b.summed_grad) for a, b in pairs)
+    assert all(p.summed_grad.any() for p in ours.params)
