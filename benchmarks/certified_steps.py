@@ -1,8 +1,9 @@
 """Certified steps to unlearn a convex problem, by this library and by published bounds.
 
-``Problem`` is L2-regularised logistic regression with all constants that the bounds
-need, computed from the data. ``our_steps`` and ``published_steps`` return how many
-unlearning steps each bound requires for (ε, δ) = (``EPSILON``, 1/n).
+``Problem`` is L2-regularised logistic regression on rows of norm at most 1. Its
+constants follow from this norm, the number of examples and the setting: none of them
+looks at a row. ``our_steps`` and ``published_steps`` return how many unlearning steps
+each bound requires for (``EPSILON``, δ).
 """
 
 import math
@@ -16,12 +17,11 @@ from benchmarks.common.binary_data import Array, BinaryData
 from opacus_pi.accounting import (
     LangevinConstants,
     learn_unlearn_mu_squared,
-    logistic_constants,
     lsi_track,
-    rdp_to_epsilon,
+    public_logistic_constants,
     steps_to_unlearn,
 )
-from opacus_pi.accounting.conversion import epsilon_offset
+from opacus_pi.accounting.conversion import epsilon_offset, gaussian_epsilon
 from opacus_pi.accounting.langevin.contraction import first_step
 from opacus_pi.accounting.langevin.shifted import initial_distance_mu_squared
 from opacus_pi.accounting.published import (
@@ -38,19 +38,46 @@ EPSILON = 1.0
 
 @dataclass(frozen=True)
 class Setting:
-    """How one data set is learned.
+    """How one data set is learned; chosen without looking at its rows.
 
     Attributes:
         regularisation: L2 penalty λ.
         sigma: Noise level σ; a step adds noise of variance 2ησ².
         num_steps: Steps of learning.
         radius: Of the ball onto which the weights are projected.
+        delta: δ of all claims.
     """
 
     regularisation: float
     sigma: float
     num_steps: int
     radius: float = 20.0
+    delta: float = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """One run of noisy gradient descent, as it was seen while it ran.
+
+    Attributes:
+        start: Weights before.
+        end: Weights after.
+        rows: Bool ``(n,)``, the rows that were used.
+        num_steps: Steps made.
+        noise_std: Standard deviation of the noise that each step added.
+        learning_rate: η of each step.
+        denominator: What the sum over rows was divided by.
+        longest_row: Largest norm of the rows that were used.
+    """
+
+    start: Array
+    end: Array
+    rows: Array
+    num_steps: int
+    noise_std: float
+    learning_rate: float
+    denominator: float
+    longest_row: float
 
 
 class Problem:
@@ -60,10 +87,10 @@ class Problem:
         self.data, self.setting = data, setting
         x, y = data.train
         self.size = len(x)
-        self.delta = 1 / self.size
+        self.delta = setting.delta
         self.signed = csr_matrix(x * y[:, None])
-        self.loss = logistic_constants(
-            x, regularisation=setting.regularisation, radius=setting.radius
+        self.loss = public_logistic_constants(
+            self.size, regularisation=setting.regularisation, radius=setting.radius
         )
         self.learning_rate = 1 / self.loss.smoothness
         self.process = LangevinConstants(
@@ -76,17 +103,22 @@ class Problem:
         )
 
     def descend(
-        self, w: Array, keep: Array, num_steps: int, rng: np.random.Generator
-    ) -> Array:
-        """Return the weights after noisy projected gradient descent on some rows."""
+        self, start: Array, keep: Array, num_steps: int, rng: np.random.Generator
+    ) -> Phase:
+        """Run noisy projected gradient descent on some rows, and say what was done."""
         rows = self.signed[np.flatnonzero(keep)]
         spread = math.sqrt(self.process.noise_variance)
+        w = start
         for _ in range(num_steps):
             slope = -(rows.T @ expit(-(rows @ w))) / self.size
             gradient = slope + self.setting.regularisation * w
             w = w - self.learning_rate * gradient + spread * rng.normal(size=w.shape)
-            w *= min(1.0, self.setting.radius / np.linalg.norm(w))
-        return w
+            w = w * min(1.0, self.setting.radius / np.linalg.norm(w))
+        longest = math.sqrt(rows.multiply(rows).sum(axis=1).max())
+        return Phase(
+            start, w, keep.copy(), num_steps, spread, self.learning_rate, self.size,
+            longest,
+        )  # fmt: skip
 
     def accuracy(self, w: Array) -> float:
         """Return the share of test rows that are classified correctly."""
@@ -101,15 +133,14 @@ class Problem:
         of its Gram matrix.
 
         Args:
-            forget: The rows to forget; None: any rows.
+            forget: The rows to forget; None: any rows of norm at most 1.
             size: Number of rows to forget.
         """
-        bounds = np.sort(self.loss.example_bounds)[-size:]
-        largest = float(bounds.sum())
+        largest = float(self.loss.example_bounds[:size].sum())
         if forget is not None:
             rows = self.signed[forget].toarray()
             top = np.linalg.norm(rows, 2) * math.sqrt(size) * (1 + 1e-12)
-            largest = min(float(self.loss.example_bounds[forget].sum()), top)
+            largest = min(largest, top)
         return self.learning_rate * largest / self.loss.denominator
 
     def mu_squared(self, shift: float, num_unlearning_steps: int) -> float:
@@ -136,8 +167,8 @@ def our_steps(problem: Problem, forget: Array, size: int) -> dict[str, float]:
 
     def shifted(shift: float) -> float:
         def meets(k: int) -> bool:
-            divergences = ORDERS * problem.mu_squared(shift, k) / 2
-            return bool(rdp_to_epsilon(divergences, ORDERS, problem.delta) <= EPSILON)
+            mu = math.sqrt(problem.mu_squared(shift, k))
+            return bool(gaussian_epsilon(mu, problem.delta) <= EPSILON)
 
         return first_step(meets, total)
 

@@ -1,4 +1,9 @@
-"""Two-class data for the certified benchmark: rows of norm 1, labels ±1."""
+"""Two-class data for the certified benchmark: rows of norm 1, labels ±1.
+
+Every row is encoded by a rule that looks at this row only, with constants from the
+description of the data, never from the data. So removing a row changes no other one,
+and a value out of range cannot move anything but its own row.
+"""
 
 import gzip
 from dataclasses import dataclass
@@ -10,7 +15,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 Array = NDArray[np.float64]
-_NUMERIC = (0, 2, 4, 10, 11, 12)  # numeric columns of Adult; the others are categories
+# Numeric columns of Adult: position, typical value, width; logarithmic if width is None
+_NUMERIC = ((0, 40, 20), (2, 2e5, 1e5), (4, 10, 4), (12, 40, 15))
+_AMOUNTS = (10, 11)  # capital gain and loss, in dollars
+_CATEGORIES = (1, 3, 5, 6, 7, 8, 9, 13)
 
 
 @dataclass(frozen=True)
@@ -26,61 +34,73 @@ def digits_3_8() -> BinaryData:
     """Return handwritten 3 and 8 (357 images of 8×8), included in scikit-learn."""
     images, labels = load_digits(return_X_y=True)
     chosen = np.isin(labels, (3, 8))
-    parts = train_test_split(
+    x_train, x_test, y_train, y_test = train_test_split(
         images[chosen],
         np.where(labels[chosen] == 8, 1.0, -1.0),
         test_size=71,
         stratify=labels[chosen],
         random_state=0,
     )
-    x_train, x_test, y_train, y_test = parts
-    centre = x_train.mean(axis=0)
-    return _on_sphere("digits 3/8", x_train - centre, y_train, x_test - centre, y_test)
+    train, test = (encoded_digits(x) for x in (x_train, x_test))
+    return BinaryData("digits 3/8", (train, y_train), (test, y_test))
+
+
+def encoded_digits(images: Array) -> Array:
+    """Return rows of norm 1 from images ``(n, 64)`` whose pixels go from 0 to 16."""
+    return on_sphere(images / 8 - 1)
 
 
 def adult(data_root: Path) -> BinaryData:
     """Return UCI Adult (32,561 + 16,281 rows): is the income above 50,000 dollars?
 
     Args:
-        data_root: Folder with ``adult.data`` and ``adult.test``, gzipped or not.
+        data_root: Folder with ``adult.data``, ``adult.test`` and ``adult.names``,
+            gzipped or not.
     """
-    train, test = (_rows(data_root, name) for name in ("adult.data", "adult.test"))
-    features = []
-    for part in (train, test):
-        columns = [_encoded(train[:, j], part[:, j], j in _NUMERIC) for j in range(14)]
-        features.append(np.concatenate(columns, axis=1))
-    labels = [
-        np.where(np.char.startswith(part[:, -1], ">"), 1.0, -1.0)
-        for part in (train, test)
+    categories = _documented(data_root)
+    parts = []
+    for name in ("adult.data", "adult.test"):
+        rows = [line.split(", ") for line in _lines(data_root, name)]
+        fields = np.array([row for row in rows if len(row) == 15])
+        labels = np.where(np.char.startswith(fields[:, -1], ">"), 1.0, -1.0)
+        parts.append((encoded_adult(fields, categories), labels))
+    return BinaryData("Adult", *parts)
+
+
+def encoded_adult(fields: NDArray[np.str_], categories: list[list[str]]) -> Array:
+    """Return rows of norm 1 from texts ``(n, 15)``; unknown categories are all 0."""
+    columns = [
+        (fields[:, [j]].astype(float) - typical) / width
+        for j, typical, width in _NUMERIC
     ]
-    return _on_sphere("Adult", features[0], labels[0], features[1], labels[1])
+    columns += [np.log1p(fields[:, [j]].astype(float)) / 10 for j in _AMOUNTS]
+    columns += [
+        (fields[:, [j]] == np.array(names)).astype(float)
+        for j, names in zip(_CATEGORIES, categories, strict=True)
+    ]
+    return on_sphere(np.concatenate(columns, axis=1))
 
 
-def _rows(data_root: Path, name: str) -> NDArray[np.str_]:
-    """Return the rows of a file that have 15 fields."""
+def on_sphere(rows: Array) -> Array:
+    """Add an intercept to each row, and scale the row to norm 1, never above."""
+    whole = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+    return whole / (np.linalg.norm(whole, axis=1, keepdims=True) * (1 + 1e-12))
+
+
+def _documented(data_root: Path) -> list[list[str]]:
+    """Return each category column's values as the data's documentation lists them."""
+    listed = [
+        line.rstrip(".").split(": ")[1].split(", ")
+        for line in _lines(data_root, "adult.names")
+        if line[:1].isalpha() and ": " in line
+    ]
+    return [names for names in listed if names != ["continuous"]]
+
+
+def _lines(data_root: Path, name: str) -> list[str]:
+    """Return the lines of a file without the white space around them."""
     path = data_root / name
     opener = open if path.exists() else gzip.open
     path = path if path.exists() else data_root / f"{name}.gz"
     with opener(path, "rt", encoding="ascii") as file:
-        rows = [line.strip().split(", ") for line in file]
-    return np.array([row for row in rows if len(row) == 15])
-
-
-def _encoded(train: NDArray, values: NDArray, numeric: bool) -> Array:
-    """Return a column standardised by the training rows, or as one 0/1 per category."""
-    if numeric:
-        known = train.astype(float)
-        return ((values.astype(float) - known.mean()) / known.std())[:, None]
-    return (values[:, None] == np.unique(train)).astype(float)
-
-
-def _on_sphere(
-    name: str, x_train: Array, y_train: Array, x_test: Array, y_test: Array
-) -> BinaryData:
-    """Add an intercept and scale every row to norm 1."""
-    weight = np.abs(x_train).mean()
-    rows = []
-    for x in (x_train, x_test):
-        whole = np.concatenate([x, np.full((len(x), 1), weight)], axis=1)
-        rows.append(whole / np.linalg.norm(whole, axis=1, keepdims=True))
-    return BinaryData(name, (rows[0], y_train), (rows[1], y_test))
+        return [line.strip() for line in file]

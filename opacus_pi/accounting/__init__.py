@@ -15,6 +15,7 @@ from opacus_pi.accounting.group.worst_case import group_worst_case_loss
 from opacus_pi.accounting.langevin.constants import (
     LangevinConstants,
     logistic_constants,
+    public_logistic_constants,
     ridge_constants,
 )
 from opacus_pi.accounting.langevin.hockey_stick import (
@@ -79,6 +80,7 @@ __all__ = [
     "per_step_losses",
     "privacy_losses",
     "privacy_statement",
+    "public_logistic_constants",
     "rdp_to_delta",
     "rdp_to_epsilon",
     "renyi_divergence",

@@ -10,6 +10,7 @@ from opacus_pi.accounting.langevin.constants import (
     LangevinConstants,
     LossConstants,
     logistic_constants,
+    public_logistic_constants,
     ridge_constants,
 )
 from opacus_pi.accounting.langevin.contraction import (
@@ -63,6 +64,7 @@ __all__ = [
     "log_growth",
     "logistic_constants",
     "lsi_track",
+    "public_logistic_constants",
     "ridge_constants",
     "shifted_mu_squared",
     "source_bound",

@@ -6,6 +6,10 @@ data. The denominator N is **fixed**: it keeps its value when points are removed
 that removing a point does not change the weight of any other. Constants are rounded in
 the safe direction.
 
+A step size that is computed from the data depends on the points that may have to be
+forgotten, and no bound of this package covers that. Choose it from
+``public_logistic_constants``, which needs a bound on the norm of a row and no data.
+
 ``LangevinConstants`` holds the constants of projected noisy gradient descent, and
 derives what the bounds use: Lipschitz constant, range, log-Sobolev and Dobrushin
 constants. It checks domains only; that the constants hold for the process that was run
@@ -40,6 +44,10 @@ from opacus_pi.accounting.langevin.lsi import (
     lsi_track,
 )
 
+_REGULARISER = (
+    "Train with an L2 regulariser, divided by a positive number of examples: the "
+    "bounds need a strongly convex loss."
+)
 _SLACK = 1e-12  # upper limit of the relative rounding error of an eigenvalue
 
 
@@ -103,6 +111,49 @@ def logistic_constants(
     )
 
 
+def public_logistic_constants(
+    num_examples: int,
+    *,
+    regularisation: float,
+    max_row_norm: float = 1.0,
+    radius: float = math.inf,
+) -> LossConstants:
+    """Return constants of logistic regression that hold for all data with short rows.
+
+    With norms up to B and at most N rows: L = B²/4 + λ, m = λ, ‖∇ℓ_i‖ ≤ B and
+    M ≤ B + λR. They depend on no row, so step sizes and noise may be chosen from them.
+
+    Args:
+        num_examples: N, the fixed denominator, which must be public.
+        regularisation: λ > 0.
+        max_row_norm: B. Scale each row by a rule that looks at this row only.
+        radius: R of the ball around 0 that weights are projected onto.
+
+    Returns:
+        The constants, for any data set of at most N such rows.
+
+    Raises:
+        ValueError: If an argument is outside its domain.
+
+    Source: as ``logistic_constants``, with λ_max(XᵀX) ≤ Σ‖x_i‖² ≤ N·B².
+    """
+    largest = np.finfo(float).max
+    in_range(
+        1, largest, num_examples=num_examples, remedy="Count all rows, of any request."
+    )
+    in_range(
+        0, largest, max_row_norm=max_row_norm, remedy="Scale the rows, e.g. to norm 1."
+    )
+    positive(regularisation=regularisation, remedy=_REGULARISER)
+    return LossConstants(
+        smoothness=_rounded_up(max_row_norm**2 / 4) + regularisation,
+        strong_convexity=regularisation,
+        gradient_bound=_rounded_up(max_row_norm + regularisation * radius),
+        example_bounds=np.full(num_examples, float(max_row_norm)),
+        denominator=float(num_examples),
+    )
+
+
 def ridge_constants(
     features: ArrayLike,
     targets: ArrayLike,
@@ -110,11 +161,12 @@ def ridge_constants(
     regularisation: float,
     radius: float,
     denominator: float | None = None,
+    only_these_rows: bool = False,
 ) -> LossConstants:
     """Return the constants of ridge regression, ℓ_i = (x_iᵀw − y_i)²/2, on a ball.
 
-    L = λ_max(XᵀX)/N + λ, m = λ_min(XᵀX)/N + λ, ‖∇ℓ_i‖ ≤ ‖x_i‖(‖x_i‖R + |y_i|),
-    M ≤ L·R + ‖Xᵀy‖/N. Without a ball no example's gradient is bounded.
+    L = λ_max(XᵀX)/N + λ, m = λ, ‖∇ℓ_i‖ ≤ ‖x_i‖(‖x_i‖R + |y_i|),
+    M ≤ L·R + Σ‖x_i‖|y_i|/N. Without a ball no example's gradient is bounded.
 
     Args:
         features: X ``(n, d)``.
@@ -122,10 +174,13 @@ def ridge_constants(
         regularisation: λ > 0.
         radius: R of the ball around 0 that weights are projected onto.
         denominator: N; default n. Pass the original n for a retain set.
+        only_these_rows: m = λ_min(XᵀX)/N + λ, which is larger and does **not** hold
+            once rows are removed. Use it for the rows of a retain set, never for the
+            data before removal.
 
     Returns:
-        The constants. All but m hold for any part of the data as well; for a retain
-        set, compute m from its own features (or use λ).
+        The constants. They hold for any part of the data as well, unless
+        ``only_these_rows``.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -150,12 +205,11 @@ def ridge_constants(
     lowest, highest = _spectrum(X)
     norms = np.linalg.norm(X, axis=1)
     smoothness = _rounded_up(highest / N) + regularisation
+    own_convexity = max(0.0, lowest - _SLACK * highest) / N if only_these_rows else 0.0
     return LossConstants(
         smoothness=smoothness,
-        strong_convexity=max(0.0, lowest - _SLACK * highest) / N + regularisation,
-        gradient_bound=_rounded_up(
-            smoothness * radius + float(np.linalg.norm(X.T @ y)) / N
-        ),
+        strong_convexity=own_convexity + regularisation,
+        gradient_bound=_rounded_up(smoothness * radius + float(norms @ np.abs(y)) / N),
         example_bounds=_rounded_up(norms * (norms * radius + np.abs(y))),
         denominator=N,
     )
@@ -177,10 +231,7 @@ def _data(
     positive(
         regularisation=regularisation,
         denominator=N,
-        remedy=(
-            "Train with an L2 regulariser, divided by a positive number of examples: "
-            "the bounds need a strongly convex loss."
-        ),
+        remedy=_REGULARISER,
     )
     return X, N
 
