@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from benchmarks import certified_logistic
+from benchmarks import certified_heads, certified_logistic, head_difficulty
 from benchmarks.looseness import __main__ as looseness
 from benchmarks.overhead import __main__ as overhead
 
@@ -30,3 +30,13 @@ def test_table_of_certified_steps():
     table = (RESULTS / "certified_logistic.md").read_text(encoding="utf-8")
     rows = stored("certified_logistic.json")["rows"]
     assert table == certified_logistic.markdown(rows, num_seeds=5)
+
+
+def test_page_of_certified_heads():
+    page = (ROOT / "docs" / "certified-heads.md").read_text(encoding="utf-8")
+    assert page == certified_heads.markdown(stored("certified_heads.json"))
+
+
+def test_table_of_difficulty():
+    table = (RESULTS / "head_difficulty.md").read_text(encoding="utf-8")
+    assert table == head_difficulty.markdown(stored("head_difficulty.json"))
