@@ -10,6 +10,11 @@ example's loss during training, and ``published`` has formulas of other papers.
 from opacus_pi.accounting.budgets import RenyiFilter
 from opacus_pi.accounting.conversion import rdp_to_delta, rdp_to_epsilon
 from opacus_pi.accounting.epsilon import epsilons
+from opacus_pi.accounting.filtered_rewind import (
+    DeletionPolicy,
+    restart_update,
+    restart_updates,
+)
 from opacus_pi.accounting.group.divergence import group_divergence, theorem_b1_estimates
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
 from opacus_pi.accounting.langevin.constants import (
@@ -55,6 +60,7 @@ from opacus_pi.ledger.gram_ledger import GramLedger
 from opacus_pi.ledger.mechanism import NoisySGD
 
 __all__ = [
+    "DeletionPolicy",
     "GradNormLedger",
     "GramLedger",
     "LangevinConstants",
@@ -84,6 +90,8 @@ __all__ = [
     "rdp_to_delta",
     "rdp_to_epsilon",
     "renyi_divergence",
+    "restart_update",
+    "restart_updates",
     "ridge_constants",
     "shifted_mu_squared",
     "steps_to_rewind",

@@ -26,6 +26,7 @@ __all__ = [
     "GUARANTEE",
     "KINDS",
     "ORACLE",
+    "PARTICIPATIONS",
     "PRIVACY_STATEMENT",
     "RECORDED_WEIGHTS",
     "REPORT",
@@ -103,6 +104,9 @@ GRAM_LEDGER = FileKind(
     reader="opacus_pi.ledger.gram_ledger:GramLedger.load",
 )
 ORACLE = FileKind("opacus_pi.Oracle", "a retrained model", reader=_ARRAYS)
+PARTICIPATIONS = FileKind(
+    "opacus_pi.Participations", "participations of one training run", reader=_ARRAYS
+)
 RECORDED_WEIGHTS = FileKind(
     "opacus_pi.RecordedWeights", "weights of one row of a ledger", reader=_WEIGHTS
 )
@@ -135,6 +139,7 @@ KINDS = {
         GRAD_NORM_LEDGER,
         GRAM_LEDGER,
         ORACLE,
+        PARTICIPATIONS,
         RECORDED_WEIGHTS,
         UNLEARNED_WEIGHTS,
         TRACE,

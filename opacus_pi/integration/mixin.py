@@ -75,6 +75,7 @@ from opacus_pi.integration.runs import (
     require_fitting_recorder,
 )
 from opacus_pi.integration.schedules import user_collate_fn
+from opacus_pi.integration.training_states import TrainingStates
 from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.integration.wrong_layers import layers_opacus_gets_wrong, watch_inputs
 from opacus_pi.recording import Recorder
@@ -714,9 +715,9 @@ class PerInstanceMixin(OpacusEngine):
             noise_generator=optimizer.generator,
             is_secure=self.secure_mode,
         )
-        update = self._begin(
-            PreparedRun(hooks, tracker, loader, model_probe), run_state
-        )
+        run = PreparedRun(hooks, tracker, loader, model_probe)
+        run.training = TrainingStates(run.module, optimizer, run_state)
+        update = self._begin(run, run_state)
         for reason in filter(None, [own_rule, *layers_opacus_gets_wrong(hooks)]):
             update.chain.break_link("norm", reason)
         watch_inputs(hooks, update.chain)

@@ -45,6 +45,7 @@ from opacus_pi.integration.schedules import (
     unknown_schedule,
     user_collate_fn,
 )
+from opacus_pi.integration.training_states import TrainingStates
 from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.models.batches import size_of
@@ -245,6 +246,7 @@ class PreparedRun:
     ) -> None:
         self.hooks, self.tracker, self.loader = hooks, tracker, loader
         self.model_probe = model_probe
+        self.training: TrainingStates | None = None  # for a recorder with checkpoints
         self.module = module_of(hooks)
         self.sample_rate = 1 / len(loader)  # as Opacus computes it for its accountant
         is_distributed = isinstance(self.module, DISTRIBUTED)
@@ -292,6 +294,7 @@ class PreparedRun:
             processes=processes,
             last_weights=last_weights,
             chain=self.chain,
+            training=self.training,
         )
 
     def begin_chain(self, engine: opacus.PrivacyEngine) -> None:

@@ -25,6 +25,8 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+from opacus_pi.recording.deletable_last import DeletableLast
+
 _ONCE_PER_EPOCH = (SequentialSampler, SubsetRandomSampler, DistributedSampler)
 
 
@@ -65,6 +67,8 @@ def unknown_schedule(loader: DataLoader[Any]) -> str | None:
             "to examples. Use a map-style data set."
         )
     batches = loader.batch_sampler
+    if type(batches) is DeletableLast:
+        return None  # how often it has drawn each example is counted
     sampler = getattr(batches, "sampler", loader.sampler)
     without_replacement = type(sampler) in _ONCE_PER_EPOCH or (
         type(sampler) is RandomSampler

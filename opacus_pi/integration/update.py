@@ -160,6 +160,8 @@ class UpdateUnderWay:
             self._has_checked = True
             self.chain.check("norm", "The norms are those by which Opacus clipped.")
             self.chain.check("noise", "Opacus drew noise once for every update.")
+        if self.recorder.checkpoints is not None and not self.is_superseded:
+            self.recorder.begin_update()
         # The weights are still those of the forward pass, and its memory is free again.
         finding = None if self.model_probe is None else self.model_probe.run()
         if finding is not None and not batch_statistics(self._batch_norms):
@@ -188,7 +190,7 @@ class UpdateUnderWay:
         self.draws.update_was_made(self.tracker.end_update())
         num_unattributed = self.tracker.counts["unattributed"]
         if num_unattributed > self._num_unattributed and not self.is_superseded:
-            self.recorder.note_unattributed()
+            self.recorder.note_unattributed(num_unattributed - self._num_unattributed)
         self._num_unattributed = num_unattributed
         if self.outside is not None:
             self.outside.weights_were_updated()

@@ -15,11 +15,13 @@ from opacus_pi.ledger.grad_norm_ledger import (
 )
 from opacus_pi.ledger.gram_ledger import GramLedger
 from opacus_pi.ledger.mechanism import NoisySGD
+from opacus_pi.ledger.participation_record import ParticipationRecord
 
 __all__ = [
     "GradNormLedger",
     "GramLedger",
     "NoisySGD",
+    "ParticipationRecord",
     "columns_of",
     "fill_unobserved",
     "filled_by_rank",

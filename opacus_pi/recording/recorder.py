@@ -38,8 +38,9 @@ from opacus_pi.custody import Chain
 from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import Custody
 from opacus_pi.models.own_losses import CoupledLoss
+from opacus_pi.recording.checkpoints import Checkpoints, Training
 from opacus_pi.recording.distributed import Processes, merge_
-from opacus_pi.recording.run import RecordedRun, WaitingReports
+from opacus_pi.recording.run import RecordedRun, UpdateSettings, WaitingReports
 from opacus_pi.recording.schedule import (
     checked_every,
     evenly_spaced_steps,
@@ -70,11 +71,23 @@ _NOT_COPIED = (
     "_last_weights",
     "_all_refuse",
     "_chain",
+    "checkpoints",
+)
+_ONE_PROCESS = (
+    "Recorder(checkpoints=...) saves the states of a training in one process, but this "
+    "one is distributed. Train in one process, or leave checkpoints out."
+)
+_NOT_OURS = (
+    "Recorder(checkpoints=...) needs the state of the training. Let "
+    "PrivacyEngine.make_private or make_monitored begin the run, or pass "
+    "begin(training=...)."
 )
 
 
 class RecorderOptions:
     """The options of ``Recorder``, checked; ``Recorder`` documents them."""
+
+    checkpoints: Checkpoints | None = None  # copies of a recorder have none
 
     def __init__(
         self,
@@ -88,6 +101,7 @@ class RecorderOptions:
         weights_dir: str | os.PathLike[str] | None = None,
         batch_size: int = 64,
         unattributed: Literal["refuse", "worst_case"] = "refuse",
+        checkpoints: Checkpoints | None = None,
     ) -> None:
         expect(
             unattributed in ("refuse", "worst_case"),
@@ -119,12 +133,12 @@ class RecorderOptions:
             "Leave out row 0: no norm is observed before the first update.",
         )
         self.criterion = criterion
-        self.strict = strict
-        self.verify = verify
+        self.strict, self.verify = strict, verify
         self.probe_model = probe_model
         self.weights_dir = None if weights_dir is None else Path(weights_dir)
         self.batch_size = batch_size
         self.unattributed = unattributed
+        self.checkpoints = checkpoints
 
     @classmethod
     def evenly_spaced(
@@ -203,6 +217,8 @@ class Recorder(RecorderOptions):
         unattributed: What to do if more than 1 % of the samples are unattributed.
             ``"refuse"``: give no ledger. ``"worst_case"``: in every row with such
             samples, charge each example that was not observed at the clip norm.
+        checkpoints: Saves states of the training, and every participation, so that
+            ``Unlearner.rewind`` can go back. Default: nothing is saved.
 
     Raises:
         ValueError: If an option is outside its domain.
@@ -301,6 +317,7 @@ class Recorder(RecorderOptions):
         processes: Processes | None = None,
         last_weights: LastWeights | None = None,
         chain: Chain | None = None,
+        training: Training | None = None,
     ) -> None:
         """Start the record of a run, or continue the one that was just loaded.
 
@@ -319,10 +336,11 @@ class Recorder(RecorderOptions):
             last_weights: Gives the name of the weights that the last update left.
             chain: What is known about how the norms come to be. None: the caller
                 answers for that.
+            training: Gives the states that ``checkpoints`` saves.
 
         Raises:
-            ValueError: If an argument is outside its domain or missing, or a loaded
-                record is of another run.
+            ValueError: If an argument is outside its domain or missing, a loaded record
+                is of another run, or ``checkpoints`` cannot save this run.
         """
         positive(num_examples=num_examples, remedy="Pass the length of the data set.")
         positive(
@@ -341,6 +359,7 @@ class Recorder(RecorderOptions):
             self._begun().require_same(run)
         else:
             self._run = run
+        self._begin_checkpoints(self._begun(), training, processes)
         self._follow(chain)
         self._resumed = False
         self._sweep, self._weights = sweep, weights
@@ -349,6 +368,41 @@ class Recorder(RecorderOptions):
         self._waiting = WaitingReports()
         if self._starts_with_a_row and not self._begun().steps:
             self._write_row()
+
+    def _begin_checkpoints(
+        self,
+        run: RecordedRun,
+        training: Training | None,
+        processes: Processes | None,
+    ) -> None:
+        """Begin to save states, if the recorder has an option for it.
+
+        Args:
+            run: The run that begins or goes on; its name is that of the files' run.
+            training: Gives the states.
+            processes: The processes of a distributed run.
+        """
+        if self.checkpoints is None:
+            return
+        for problem, is_there in ((_ONE_PROCESS, processes), (_NOT_OURS, not training)):
+            if is_there:
+                raise ValueError(problem)
+        facts = ("num_examples", "sampling", "sample_rate", "data_set")
+        name = self.checkpoints.begin(
+            facts={fact: getattr(run, fact) for fact in facts},
+            training=cast(Training, training),
+            fetch=self._reports_fetched,
+        )
+        if run.num_steps:
+            self.checkpoints.resume(run.run_name, run.num_steps)
+        else:
+            run.run_name = name
+
+    def _reports_fetched(self) -> str:
+        """Hand waiting reports to the checkpoints; return the name of the weights."""
+        self._fetch_waiting()
+        self.name_weights()
+        return self._begun().weights
 
     def _follow(self, chain: Chain | None) -> None:
         """Refuse the run when a link of this chain breaks, and store it when read."""
@@ -401,31 +455,51 @@ class Recorder(RecorderOptions):
         """
         run = self._begun()
         is_counted = run.participations is not None
-        if run.refusal or (self.mode == "swept" and not is_counted):
+        is_used = is_counted or self.mode == "observed" or self.checkpoints is not None
+        if run.refusal or not is_used:
             return
         self._waiting.add(indices, grad_norms, step=run.num_steps + 1)
         is_here = grad_norms.device.type == "cpu"
         if self._waiting.are_many or (self.strict and is_here):
             self._fetch_waiting()
 
+    def begin_update(self) -> None:
+        """Save the state before the first update, if ``checkpoints`` were asked for.
+
+        Call it when the weights are still those from before the update.
+        """
+        if self.checkpoints is not None:
+            self.checkpoints.begin_update()
+
     def count_participations(self, indices: NDArray[np.int64]) -> None:
-        """Count examples that were in an update, where no norms are reported.
+        """Count examples that were in the last update, where no norms are reported.
 
         Args:
             indices: int64 ``(b,)``, positions in the data set.
         """
-        counts = self._begun().participations
-        if counts is not None:
-            counts.add(indices)
+        run = self._begun()
+        if run.participations is not None:
+            run.participations.add(indices)
+        if self.checkpoints is not None:
+            steps = np.full(len(indices), run.num_steps, dtype=np.int64)
+            self.checkpoints.add(indices, None, steps)
 
-    def note_unattributed(self) -> None:
+    def note_unattributed(self, count: int = 1, *, is_counted: bool = False) -> None:
         """Note that the next update contains samples whose example is not known.
 
         Any example may be among them: under fixed sampling each one may have been in
         one more update than was counted, and with ``unattributed="worst_case"`` the
         next row has no gaps.
+
+        Args:
+            count: How many samples.
+            is_counted: Whether the update has been counted already.
         """
-        self._begun().note_unattributed()
+        run = self._begun()
+        run.note_unattributed()
+        if self.checkpoints is not None:
+            step = run.num_steps + (not is_counted)
+            self.checkpoints.add_unattributed(step, count)
 
     def step(
         self,
@@ -445,9 +519,12 @@ class Recorder(RecorderOptions):
         run = self._begun()
         self._resumed = False
         rate = run.sample_rate if sample_rate is None else sample_rate
-        run.count_step(float(noise_std), float(max_grad_norm), float(rate))
+        settings = float(noise_std), float(max_grad_norm), float(rate)
+        run.count_step(*settings)
         if self._last_weights is not None:
             self._last_weights.updated()
+        if self.checkpoints is not None:
+            self.checkpoints.count_step(UpdateSettings(*settings))
         is_over = run.refusal if self._processes is None else self._all_refuse
         if not is_over and run.row_is_due(self.every):
             self._write_row()
@@ -504,6 +581,8 @@ class Recorder(RecorderOptions):
         run = self._begun()
         self._fetch_waiting()
         self.name_weights()
+        if self.checkpoints is not None:
+            self.checkpoints.flush()
         if self._chain is not None:
             run.custody = self._chain.custody().to_json()
         return run.state_dict()
@@ -531,6 +610,8 @@ class Recorder(RecorderOptions):
         )
         if self._run and not self._resumed:
             loaded.require_same(self._run)
+            if self.checkpoints is not None:
+                self.checkpoints.resume(loaded.run_name, loaded.num_steps)
         self._run, self._resumed, self._waiting = loaded, True, WaitingReports()
         if self._last_weights is not None:
             self._last_weights.forget()
@@ -591,6 +672,8 @@ class Recorder(RecorderOptions):
             return
         if run.participations is not None:
             run.participations.add(indices)
+        if self.checkpoints is not None:
+            self.checkpoints.add(indices, norms, steps)
         if self.mode == "observed":
             run.observe(indices, norms, steps=steps)
             self._refuse_unless_finite(norms, steps)

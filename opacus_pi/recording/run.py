@@ -81,6 +81,7 @@ class RecordedRun:
         refusal: Why the run has no ledger; empty if it has one.
         weights: Name of the weights after the last update, if it was asked for.
         custody: The chain of custody as JSON, as it was saved; empty if there is none.
+        run_name: Name of the run in the files of its checkpoints; empty if it has none.
         steps: Updates that were done when each row was written.
         rows: What was measured, float32 ``(n,)`` by name, for each row.
         intervals: Settings of each row's update interval.
@@ -100,6 +101,7 @@ class RecordedRun:
     refusal: str = ""
     weights: str = ""
     custody: str = ""
+    run_name: str = ""
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
     intervals: list[UpdateSettings] = field(default_factory=list)

@@ -32,7 +32,7 @@ _TYPES = {
     "num_steps": (int,),
     "refusal": (str,),
 }
-LATER_TEXTS = ("weights", "custody")  # texts that older releases do not save
+LATER_TEXTS = ("weights", "custody", "run_name")  # older releases do not save them
 
 
 def require_version(state: Any) -> None:

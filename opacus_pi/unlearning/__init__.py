@@ -10,6 +10,7 @@ requests about a model in a tamper-evident log and carries each out once. The me
 | in which order, and when does it end? | ``loop``, ``unlearner`` |
 | what may be claimed afterwards? | ``claims`` |
 | how long will it take? | ``plan``, ``search`` |
+| how far must a training go back? | ``rewind`` |
 | who asked for it, and was it done? | ``requests``, ``deletion_log`` |
 
 >>> import torch
@@ -27,6 +28,7 @@ from opacus_pi.unlearning.loop import StopWhen
 from opacus_pi.unlearning.methods import FineTune, L1Sparse, Langevin, Method, Task
 from opacus_pi.unlearning.plan import Plan
 from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
+from opacus_pi.unlearning.rewind import RewindPlan
 from opacus_pi.unlearning.rivals import (
     SCRUB,
     SSD,
@@ -49,6 +51,7 @@ __all__ = [
     "NegGradPlus",
     "Plan",
     "RandomLabels",
+    "RewindPlan",
     "SalUn",
     "StopWhen",
     "Task",

@@ -14,6 +14,7 @@ record of what was run.
 """
 
 import copy
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,15 +32,19 @@ from tqdm import tqdm
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting import fingerprint
+from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
+from opacus_pi.integration.rerun import Update
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.own_losses import Criterion, per_example_criterion
+from opacus_pi.recording.checkpoints import Checkpoints
 from opacus_pi.unlearning.claims import History, Ledgers, claim, runs_in
 from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, StopWhen, updates
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan, require_rest
+from opacus_pi.unlearning.rewind import Loop, RecordedTraining, RewindPlan, states_of
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 _FINE_TUNE = FineTune()
@@ -126,6 +131,7 @@ class Unlearner:
         self.history = History()
         self._criterion = per_example_criterion(criterion)
         self._optimizer = optimizer or _default_optimizer
+        self._given_optimizer = optimizer
         self._scheduler = scheduler
         self._generator = generator or _seeded_from_torch()
 
@@ -305,6 +311,109 @@ class Unlearner:
         )
         return plan.claiming(self._claim(plan.forget))
 
+    def plan_rewind(
+        self,
+        forget_indices: ArrayLike,
+        *,
+        checkpoints: Checkpoints | str | os.PathLike[str],
+        deletion_policy: DeletionPolicy | None = None,
+    ) -> RewindPlan:
+        """Return how far ``rewind`` goes back, what it costs, and what it proves.
+
+        Args:
+            forget_indices: The examples to forget.
+            checkpoints: As in ``rewind``, as is ``deletion_policy``.
+            deletion_policy: The policy of the run; None: an exact rewind.
+
+        Returns:
+            The plan; nothing is trained.
+
+        Raises:
+            ValueError: As ``rewind``.
+            AccountingError: As ``rewind``.
+        """
+        training = RecordedTraining.of(
+            self.model, runs_in(self.ledger), states_of(checkpoints)
+        )
+        size = training.record.num_examples
+        forget = distinct_indices("forget_indices", forget_indices, size)
+        require_rest(size - len(np.union1d(self.forgotten, forget)), size)
+        return training.plan(forget, self.forgotten, deletion_policy)
+
+    def rewind(
+        self,
+        train_set: Dataset[Any],
+        forget_indices: ArrayLike,
+        *,
+        checkpoints: Checkpoints | str | os.PathLike[str],
+        deletion_policy: DeletionPolicy | None = None,
+        update: Update | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        evaluate: Evaluate | None = None,
+    ) -> UnlearningResult:
+        """Forget a set by going back to a saved state and training the rest without it.
+
+        Without a policy the rewind is exact: it goes back to the last state from before
+        the set was first drawn. With the deletion policy of the run it goes back to
+        where the set's charges would exceed the policy, which is often nowhere at all.
+        The rest is trained with the recorded noise, clip norm, sample rate and learning
+        rates, and with new random numbers.
+
+        A second call is a second request: it covers the sets of both, and starts from
+        the states of the recorded training again.
+
+        Args:
+            train_set: The data set that the model was trained on.
+            forget_indices: Positions in it, each once, not all of them.
+            checkpoints: The ``Checkpoints`` of the recorder, or their directory.
+            deletion_policy: The policy that was fixed before training. Default: an
+                exact rewind.
+            update: ``update(model, optimizer, batch)`` makes one update, for a training
+                loop that did more than one backward pass of the mean loss. It gets the
+                model and the optimizer as Opacus prepares them, if training was
+                private. It must call ``optimizer.step()`` once.
+            collate_fn: Makes a batch of a list of items. Default: torch's.
+            evaluate: ``model -> dict`` of numbers, called before and after.
+
+        Returns:
+            Model, trace, guarantee and record.
+
+        Raises:
+            ValueError: If the indices are bad, there is no ledger, the states are
+                missing or of another run, no state is from before the first use, the
+                policy was not fixed before training, or the training cannot be
+                repeated.
+            AccountingError: If a link of the chain of custody is broken.
+        """
+        forget, _ = self._split(train_set, forget_indices)
+        training = RecordedTraining.of(
+            self.model, runs_in(self.ledger), states_of(checkpoints)
+        )
+        plan = training.plan(forget, self.forgotten, deletion_policy)
+        rerun = training.rest(
+            plan,
+            train_set,
+            Loop(self._criterion, update, self._given_optimizer, collate_fn),
+            seed=int(torch.randint(2**62, (), generator=self._generator)),
+        )
+        record = {
+            "data_set": fingerprint(train_set),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **plan.facts(),
+        }
+        self.trace, clock = UnlearningTrace(unit="epochs"), time.perf_counter()
+        self._evaluate_at(0, evaluate)
+        self.model = copy.deepcopy(self.model) if rerun is None else rerun.model
+        self.forgotten, self.history = plan.gone, History()
+        if rerun is not None:
+            for _ in tqdm(rerun.run(), total=plan.num_updates, disable=None):
+                pass
+            self._evaluate_at(plan.num_updates / plan.updates_per_epoch, evaluate)
+        self.model.eval()
+        self.trace.cost["seconds"] = time.perf_counter() - clock
+        record |= self.trace.cost
+        return UnlearningResult(self.model, self.trace, plan.guarantee, record)
+
     def _claim(self, forget: NDArray[np.int64]) -> Guarantee:
         """Return what may be claimed once this set and earlier ones are forgotten.
 
@@ -376,7 +485,7 @@ class Unlearner:
         self.trace.cost["seconds"] = time.perf_counter() - clock
         return {"num_steps": step, **self.trace.cost}
 
-    def _evaluate_at(self, epoch: int, evaluate: Evaluate | None) -> None:
+    def _evaluate_at(self, epoch: float, evaluate: Evaluate | None) -> None:
         """Evaluate the copy and append the metrics to the trace.
 
         Args:

@@ -19,6 +19,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -53,6 +54,7 @@ from opacus_pi.integration.monitor.sampling import (
     sampling_scheme,
 )
 from opacus_pi.integration.schedules import overlapping, unknown_schedule
+from opacus_pi.integration.training_states import TrainingStates
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import unwrap
 from opacus_pi.recording import Recorder
@@ -199,7 +201,13 @@ def monitor(
     if noise_std == 0:
         tracker = BatchTracker()  # which samples a batch has does not matter here
     custody = _Custody.of(scheme, module, recorder)
-    _begin_record(recorder, module, data_set, scheme, measure, processes, custody)
+    training = TrainingStates(module, optimizer, mean_batch_size=scheme.mean_batch_size)
+    if recorder.checkpoints is not None:
+        training.remember()  # before a forward pass can change the buffers
+    measured_by = partial(measure, data_set)
+    _begin_record(
+        recorder, module, data_set, scheme, measured_by, processes, custody, training
+    )
     _break_schedule(custody.chain, loader, processes)
     noise, chain = None, custody.chain
     if noise_std > 0:
@@ -250,9 +258,10 @@ def _begin_record(
     module: nn.Module,
     data_set: Dataset[Any],
     scheme: SamplingScheme,
-    measure: Callable[[Dataset[Any]], Sweep],
+    measure: Callable[[], Sweep],
     processes: Processes | None,
     custody: "_Custody",
+    training: TrainingStates,
 ) -> None:
     """Begin recording a run.
 
@@ -261,9 +270,10 @@ def _begin_record(
         module: The model, whose weights a row may be saved with.
         data_set: The examples, in the order in which the ledger has them.
         scheme: How the loader samples a batch.
-        measure: Measures all examples of a data set.
+        measure: Measures all examples of the data set.
         processes: Those that train together; None: one.
         custody: What is known about how the numbers of the run come to be.
+        training: Gives the states that the recorder saves, if it saves any.
 
     Raises:
         ValueError: If a saved run was loaded, and it is another one.
@@ -273,11 +283,12 @@ def _begin_record(
         sample_rate=scheme.sample_rate,
         sampling=scheme.sampling,
         data_set=fingerprint(data_set),
-        sweep=lambda: measure(data_set),
+        sweep=measure,
         weights=module.state_dict,
         processes=processes,
         last_weights=LastWeights(module, custody.snapshot),
         chain=custody.chain,
+        training=training,
     )
 
 
@@ -351,7 +362,7 @@ def _add_hooks(
         draws.update_was_made(batches)
         known = [b.index_array for b in batches if b.index_array is not None]
         if len(known) < len(batches) or not batches:
-            recorder.note_unattributed()
+            recorder.note_unattributed(is_counted=True)
         together = np.concatenate([np.empty(0, np.int64), *known])
         examples, counts = np.unique(together[together >= 0], return_counts=True)
         recorder.count_participations(examples)
@@ -363,7 +374,14 @@ def _add_hooks(
     saw_inputs = None if model_probe is None else model_probe.saw
     probe.report_to(tracker, saw_inputs=saw_inputs)
     _HOOK_HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
-    _HOOK_HANDLES[optimizer] = [optimizer.register_step_post_hook(count_update)]
+
+    def begin_update(*_: Any) -> None:
+        recorder.begin_update()
+
+    _HOOK_HANDLES[optimizer] = [
+        optimizer.register_step_pre_hook(begin_update),
+        optimizer.register_step_post_hook(count_update),
+    ]
     if noise is not None and noise.scale is not None:
         before_forward = noise.scale.before_forward
         handle = module.register_forward_pre_hook(before_forward, with_kwargs=True)

@@ -1,0 +1,375 @@
+"""Save the state of a training at chosen updates, so that it can be rewound.
+
+A rewind takes a model back to a state from before some examples were used, and trains
+the rest again without them. ``Checkpoints`` says where states are saved, how often, and
+how much of the disk they may take. Pass it to a recorder:
+``Recorder(checkpoints=Checkpoints("run/states", every=100))``.
+
+A state holds the weights and buffers, the optimizer, the states of the random
+generators, and the settings of the engine. The state before the first update is always
+saved. Beside the states, every participation is recorded: which example was in which
+update, with which norm.
+
+Which states are kept depends on the numbers of the updates only, never on the data or
+the weights; a decision that is made at a state could otherwise look ahead.
+
+*Guarantee.* Training is the same to the bit with and without checkpoints. Files are
+readable by their owner only, appear in one step, and run no code when they are read.
+
+>>> thinned([0, 10, 20, 30, 35, 40], 4)
+[0, 20, 30, 40]
+"""
+
+import os
+import secrets
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi._validate import expect, positive
+from opacus_pi.accounting.filtered_rewind import DeletionPolicy
+from opacus_pi.ledger.participation_record import ParticipationRecord
+from opacus_pi.recording.participation_log import (
+    ParticipationLog,
+    blocks_in,
+    record_in,
+)
+from opacus_pi.recording.run import UpdateSettings
+from opacus_pi.recording.schedule import checked_every
+from opacus_pi.recording.state_file import read_state, write_state
+
+__all__ = ["Checkpoints"]
+
+_PREFIX = "state-"
+_BLOCK = 4096  # bytes
+
+
+class Training(Protocol):
+    """A training in progress, as far as its state can be saved."""
+
+    def state(self, num_steps: int) -> dict[str, Any]:
+        """Return the present state, which later updates do not change in place.
+
+        Args:
+            num_steps: Updates done.
+        """
+
+    def learning_rates(self) -> tuple[float, ...]:
+        """Return the learning rate of each parameter group."""
+
+
+class Checkpoints:
+    """Where and how often the state of a training is saved; and the states themselves.
+
+    Args:
+        directory: Where the states and the record of participations are. Use one
+            directory for each run; it is made if it is missing.
+        every: A whole number: updates from state to state. A sequence: states after
+            exactly these updates. The state before the first update is always saved.
+        max_bytes: The most that the states may take on the disk. Beyond it, states are
+            deleted so that the kept ones stay evenly spread; the first is always kept.
+            None: no limit.
+        deletion_policy: What deletions by a filtered rewind must guarantee. It is fixed
+            here, before training, and stored with the record. None: only exact rewinds
+            are possible.
+
+    Raises:
+        ValueError: If an option is outside its domain.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        every: int | Sequence[int] = 100,
+        *,
+        max_bytes: int | None = None,
+        deletion_policy: DeletionPolicy | None = None,
+    ) -> None:
+        self.directory = Path(directory)
+        self.every = _checked_every(every)
+        if max_bytes is not None:
+            positive(max_bytes=max_bytes, remedy="Pass None for no limit.")
+        self.max_bytes = max_bytes
+        self.deletion_policy = deletion_policy
+        self._log: ParticipationLog | None = None
+        self._training: Training | None = None
+        self._fetch: Callable[[], Callable[[], str] | None] = lambda: None
+        self._is_started = False
+
+    # ------------------------------------------------------------------- what was saved
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Updates of which a state is in the directory, in increasing order."""
+        return tuple(self._files())
+
+    def load(self, step: int) -> dict[str, Any]:
+        """Return the state after an update.
+
+        Args:
+            step: One of ``steps``.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If its file is damaged, or of another run or update.
+        """
+        path = self._path(step)
+        state = read_state(path)
+        run = self.record.run
+        expect(
+            state.get("num_steps") == step and state.get("run") == run,
+            "checkpoints",
+            f"a state of update {state.get('num_steps')} of run {state.get('run')}",
+            f"must hold update {step} of run {run} in {path.name}",
+            "Use one directory for each run, and leave the names of its files.",
+        )
+        return state
+
+    def size(self, step: int) -> int:
+        """Return the length of a state's file in bytes.
+
+        Args:
+            step: One of ``steps``.
+        """
+        return self._path(step).stat().st_size
+
+    @property
+    def record(self) -> ParticipationRecord:
+        """Every participation up to now, from the files in the directory.
+
+        In the process that trains, what still waits in memory is written first.
+
+        Raises:
+            FileNotFoundError: If the directory has no record.
+            ValueError: If a file is missing, damaged, or of another run.
+        """
+        self.flush()
+        return record_in(self.directory)
+
+    def flush(self) -> None:
+        """Write the participations that still wait in memory.
+
+        Call it after the last update, if another process is going to rewind the model.
+        """
+        if self._log is None or not self._is_started:
+            return
+        fetch = self._fetch()
+        weights = fetch() if fetch is not None else ""
+        self._log.write(self.steps, weights)
+
+    # ---------------------------------------------------------- what the recorder does
+    def begin(
+        self,
+        *,
+        facts: Mapping[str, Any],
+        training: Training,
+        fetch: Callable[[], str],
+    ) -> str:
+        """Begin a run. Nothing is written before its first update.
+
+        Args:
+            facts: ``num_examples``, ``sampling``, ``sample_rate`` and ``data_set``.
+            training: Gives the state of the training.
+            fetch: Brings waiting reports into this object, and returns the name of the
+                present weights; a method, which is referred to weakly.
+
+        Returns:
+            A new random name for the run.
+        """
+        run, policy = secrets.token_hex(16), self.deletion_policy
+        facts = {
+            **facts,
+            "run": run,
+            "policy": "" if policy is None else policy.to_json(),
+            "began": datetime.now(timezone.utc).isoformat(),
+        }
+        self._log = ParticipationLog(self.directory, facts)
+        self._training, self._fetch = training, weakref.WeakMethod(fetch)
+        self._is_started = False
+        return run
+
+    def resume(self, run: str, num_steps: int) -> None:
+        """Go on with a run that was saved, instead of a new one.
+
+        What was saved after that update is deleted: it is going to be made again.
+
+        Args:
+            run: Its name.
+            num_steps: Updates that it had made.
+
+        Raises:
+            ValueError: If the directory holds another run, or the policy is not that
+                with which the run began.
+        """
+        log = self._log
+        if log is None or not num_steps:
+            return
+        has_files = bool(blocks_in(self.directory))
+        saved = record_in(self.directory) if has_files else None
+        expect(
+            saved is not None and saved.run == run,
+            "checkpoints",
+            f"the directory {self.directory} of another run",
+            "must have the states of the run that is resumed",
+            "Resume with the directory of the saved run.",
+        )
+        before = cast(ParticipationRecord, saved)
+        old, new = policy_in(before.policy), policy_in(log.facts["policy"])
+        expect(
+            old == new,
+            "deletion_policy",
+            new,
+            f"must be that with which the run began, {old}",
+            "A policy that is made or changed during a run certifies nothing.",
+        )
+        log.facts |= {"run": run, "policy": before.policy, "began": before.began}
+        log.resume(num_steps)
+        for step, path in self._files().items():
+            if step > num_steps:
+                path.unlink()
+        self._is_started = True
+
+    def begin_update(self) -> None:
+        """Save the state before the first update.
+
+        Raises:
+            ValueError: If the directory holds states of another run.
+        """
+        if self._is_started or self._log is None:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        found = [*self._files().values(), *blocks_in(self.directory).values()]
+        expect(
+            not found,
+            "checkpoints",
+            f"{len(found)} files of an earlier run in {self.directory}",
+            "must have a directory without states of other runs",
+            "Use one directory for each run.",
+        )
+        self._is_started = True
+        self._save()
+
+    def add(
+        self,
+        indices: NDArray[np.int64],
+        norms: NDArray[np.float32] | None,
+        steps: NDArray[np.int64],
+    ) -> None:
+        """Add samples whose example is known.
+
+        Args:
+            indices: int64 ``(b,)``.
+            norms: float32 ``(b,)``; None: not measured.
+            steps: int64 ``(b,)``: the update of each.
+        """
+        if self._log is not None:
+            self._log.add(indices, norms, steps)
+
+    def add_unattributed(self, step: int, count: int) -> None:
+        """Note samples of an update whose example is not known.
+
+        Args:
+            step: The update.
+            count: How many.
+        """
+        if self._log is not None:
+            self._log.add_unattributed(step, count)
+
+    def count_step(self, settings: UpdateSettings) -> None:
+        """Count an update, and save the state that it left if one is due.
+
+        Args:
+            settings: What it was run with.
+        """
+        if self._log is None or self._training is None:
+            return
+        rates = self._training.learning_rates()
+        self._log.count_step(settings, rates)
+        step = self._log.num_steps
+        every = self.every
+        if step in every if isinstance(every, tuple) else step % every == 0:
+            self._save()
+            self.flush()
+
+    def _save(self) -> None:
+        """Save the present state, and delete others if the disk budget is exceeded."""
+        if self._log is None or self._training is None:
+            return
+        step = self._log.num_steps
+        state = {
+            **self._training.state(step),
+            "num_steps": step,
+            "run": self._log.facts["run"],
+        }
+        size = write_state(self._path(step), state)
+        if self.max_bytes is None:
+            return
+        expect(
+            size <= self.max_bytes or step > 0,
+            "max_bytes",
+            self.max_bytes,
+            f"must be at least the size of one state, {size} bytes",
+            "Allow more bytes, or pass None for no limit.",
+        )
+        # whole blocks: a few bytes more or less must not decide which states stay
+        blocks = -(-max(map(self.size, self.steps)) // _BLOCK)
+        files = self._files()
+        kept = thinned(list(files), max(1, self.max_bytes // (_BLOCK * blocks)))
+        for other in set(files) - set(kept):
+            files[other].unlink()
+
+    def _files(self) -> dict[int, Path]:
+        """Return the files of states, by number of updates, in order."""
+        found = sorted(self.directory.glob(f"{_PREFIX}*.pt"))
+        names = {path: path.stem.removeprefix(_PREFIX) for path in found}
+        return {int(name): path for path, name in names.items() if name.isdecimal()}
+
+    def _path(self, step: int) -> Path:
+        """Return the name of a state's file."""
+        return self.directory / f"{_PREFIX}{step:08d}.pt"
+
+
+def policy_in(text: str) -> DeletionPolicy | None:
+    """Return the policy in the text of a record, or None if it is empty.
+
+    Args:
+        text: JSON of a policy, or nothing.
+    """
+    return DeletionPolicy.from_json(text) if text else None
+
+
+def thinned(steps: Sequence[int], most: int) -> list[int]:
+    """Return which states to keep: at most so many, evenly spread, the first always.
+
+    One after another, the state is dropped whose neighbours are closest to each other;
+    the last one counts its distance from the one before twice.
+
+    Args:
+        steps: Increasing numbers of updates.
+        most: How many may stay, at least 1.
+    """
+    kept = list(steps)
+    while len(kept) > most:
+        ends = [*kept[2:], 2 * kept[-1] - kept[-2]]
+        gaps = [after - before for before, after in zip(kept, ends, strict=False)]
+        del kept[1 + int(np.argmin(gaps))]
+    return kept
+
+
+def _checked_every(every: int | Sequence[int]) -> int | tuple[int, ...]:
+    """Return the option ``every``, checked."""
+    checked = checked_every(every)
+    if isinstance(checked, tuple):
+        return checked
+    expect(
+        isinstance(every, int) and not isinstance(every, bool),
+        "every",
+        every,
+        "must be a whole number of updates, or a sequence of them",
+        "Checkpoints(every=...) counts updates; Recorder(every=...) counts epochs.",
+    )
+    return int(checked)

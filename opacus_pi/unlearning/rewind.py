@@ -1,0 +1,529 @@
+"""Which saved state to go back to for a forget set, what that costs, what it proves.
+
+*Exact rewind.* Until an example is drawn for the first time, training with it and
+without it are the same. So a model that goes back to a state from before, and trains
+the rest without the example, has exactly the law of a retrained model: all divergences
+are 0, in both directions, for any network, optimizer and loss.
+
+*Filtered rewind.* With a deletion policy that was fixed before training, examples may
+stay in the updates that they are in, as long as the sum of their charges stays within
+the policy; often nothing has to be trained again at all
+(``accounting.filtered_rewind``).
+
+*What breaks them:* a record that does not know who was in a batch; states of another
+run; hyper-parameters, or requests, that were chosen by looking at the trained model.
+The exact rewind also holds for models with BatchNorm, whose statistics are in the
+state. The filtered one does not: an example then acts on the gradients of others.
+"""
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import Dataset
+
+from opacus_pi._torch_compat import BatchNormBase
+from opacus_pi._validate import expect
+from opacus_pi.accounting import GradNormLedger
+from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
+from opacus_pi.accounting.filtered_rewind import DeletionPolicy, restart_update
+from opacus_pi.accounting.guarantee import (
+    Assumption,
+    EpsilonDelta,
+    Guarantee,
+    derived,
+    guarantee_of_run,
+    observed,
+)
+from opacus_pi.integration.rerun import (
+    MakeOptimizer,
+    Rerun,
+    Update,
+    require_repeatable,
+)
+from opacus_pi.ledger.custody import CHECKED, LINKS, Custody
+from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.ledger.participation_record import ParticipationRecord
+from opacus_pi.models.own_losses import Criterion
+from opacus_pi.models.weights_name import weights_name
+from opacus_pi.recording.checkpoints import Checkpoints, policy_in
+
+__all__ = ["RewindPlan"]
+
+_ORDERS = DEFAULT_ORDERS[::3]
+_OF_DRAWS = ("draw", "schedule", "identity", "rows", "weights")
+_OF_CHARGES = ("model", "norm", "noise")
+_AGAIN = "Train again with Recorder(checkpoints=Checkpoints(directory, every=...))."
+_DECLARED = (
+    (
+        "each update of the training used the gradient of this criterion on its batch, "
+        "and nothing else",
+        "the engine does not see the training loop; learning rates are those recorded",
+    ),
+    (
+        "the number of updates and the hyper-parameters were not chosen from the data",
+        "they are used again as they are",
+    ),
+    (
+        "the forget set was not chosen by looking at the trained model",
+        "requests are made by people, not by results",
+    ),
+    (
+        "random numbers are independent of each other and of the data",
+        "they are pseudo-random; the rest is trained with a new seed",
+    ),
+)
+_MONITORED = (
+    "each update used the batch that the loader had delivered before it",
+    True,
+    "monitored training follows batches, not single samples",
+)
+
+
+@dataclass(frozen=True)
+class RewindPlan:
+    """How far a model must go back to forget a set, and what that costs.
+
+    Args:
+        forget: int64, the examples to forget, sorted.
+        forgotten_before: int64, examples that were forgotten by earlier requests.
+        start: Updates of the state to go back to; ``num_steps`` if the trained model
+            can be kept.
+        num_steps: Updates of the training, T.
+        first_update: Update in which one of the examples may have been drawn first;
+            T + 1 if none was drawn.
+        updates_per_epoch: Updates of an epoch of the training.
+        num_samples: Samples that are trained on again, as an expectation under Poisson
+            sampling.
+        num_bytes: Length of the file of the state; 0 if none is read.
+        policy: The deletion policy, or None for an exact rewind.
+        guarantee: What may be claimed afterwards.
+    """
+
+    forget: NDArray[np.int64]
+    forgotten_before: NDArray[np.int64]
+    start: int
+    num_steps: int
+    first_update: int
+    updates_per_epoch: float
+    num_samples: float
+    num_bytes: int
+    policy: DeletionPolicy | None
+    guarantee: Guarantee
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the trained model can be kept."""
+        return self.start == self.num_steps
+
+    @property
+    def cost(self) -> float:
+        """Share of the updates of the training that must be made again, in [0, 1]."""
+        return 1 - self.start / self.num_steps
+
+    @property
+    def num_updates(self) -> int:
+        """Updates that must be made again."""
+        return self.num_steps - self.start
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is going to be run, as entries of a record for JSON."""
+        return {
+            "method": "exact rewind" if self.policy is None else "filtered rewind",
+            "forget_indices": self.forget.tolist(),
+            "forgotten_before": self.forgotten_before.tolist(),
+            "policy": None if self.policy is None else asdict(self.policy),
+            "start": self.start,
+            "num_steps": self.num_updates,
+        }
+
+    @property
+    def gone(self) -> NDArray[np.int64]:
+        """All examples that are forgotten afterwards, sorted."""
+        return np.union1d(self.forgotten_before, self.forget)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, delta: float | None = None) -> str:
+        """Return the plan in words.
+
+        Args:
+            delta: δ in (0, 1) of the guarantee's ε. Default: that of the policy, or
+                1e-5.
+        """
+        if delta is None:
+            delta = 1e-5 if self.policy is None else self.policy.delta
+        drawn = (
+            "None of them was ever drawn."
+            if self.first_update > self.num_steps
+            else f"One of them may have been drawn first in update {self.first_update}."
+        )
+        if self.is_free:
+            cost = "The trained model can be kept: nothing is trained again."
+        else:
+            cost = (
+                f"Go back to the state after update {self.start} of {self.num_steps} "
+                f"({self.num_bytes} bytes) and make {self.num_updates} "
+                f"updates again: {self.cost:.1%} of the training, about "
+                f"{self.num_samples:.0f} samples."
+            )
+        return (
+            f"Examples to forget: {len(self.forget)}; forgotten before: "
+            f"{len(self.forgotten_before)}. {drawn}\n{cost}\n"
+            f"{self.guarantee.text(delta)}"
+        )
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How the training loop makes one update.
+
+    Args:
+        criterion: ``criterion(outputs, targets)``, one loss per example.
+        update: ``update(model, optimizer, batch)``; None: the mean loss, one step.
+        make_optimizer: ``params -> Optimizer``; None: torch's of the recorded class.
+        collate_fn: Makes a batch of a list of items; None: torch's.
+    """
+
+    criterion: Criterion
+    update: Update | None = None
+    make_optimizer: MakeOptimizer | None = None
+    collate_fn: Callable[[list[Any]], Any] | None = None
+
+
+def states_of(checkpoints: Checkpoints | str | os.PathLike[str]) -> Checkpoints:
+    """Return the saved states that a caller named by themselves or by a directory.
+
+    Args:
+        checkpoints: The object of the recorder, or its directory.
+    """
+    if isinstance(checkpoints, Checkpoints):
+        return checkpoints
+    expect(
+        isinstance(checkpoints, str | os.PathLike),
+        "checkpoints",
+        type(checkpoints).__name__,
+        "must be the Checkpoints of the recorder, or their directory",
+        _AGAIN,
+    )
+    return Checkpoints(checkpoints)
+
+
+@dataclass(frozen=True)
+class RecordedTraining:
+    """A model, the ledger of its training, and the states that were saved.
+
+    Args:
+        model: The model that the caller has.
+        ledger: The ledger of its training.
+        states: The saved states.
+        record: Its participations.
+    """
+
+    model: nn.Module
+    ledger: GradNormLedger
+    states: Checkpoints
+    record: ParticipationRecord
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        ledgers: tuple[GradNormLedger, ...],
+        states: Checkpoints,
+    ) -> "RecordedTraining":
+        """Bring together what belongs to one run, or refuse.
+
+        Args:
+            model: The model that the caller has.
+            ledgers: The ledger of its training, and no other.
+            states: The saved states.
+
+        Raises:
+            ValueError: If there is no ledger or several, or the states are those of
+                another run, or incomplete.
+            AccountingError: If a link of the chain of custody is broken.
+        """
+        expect(
+            len(ledgers) == 1,
+            "ledger",
+            f"{len(ledgers)} ledgers",
+            "must be the ledger of the run whose states were saved",
+            "Pass Unlearner(engine, ...), or Unlearner(..., ledger=engine.ledger).",
+        )
+        ledger, record = ledgers[0], states.record
+        if ledger.custody is not None:
+            ledger.custody.require_intact()
+        mechanism = ledger.mechanism
+        expect(
+            record.num_steps == mechanism.num_steps
+            and record.sampling == mechanism.sampling
+            and same_data_set(record.data_set, ledger.data_set or ""),
+            "checkpoints",
+            f"a run of {record.num_steps} updates on {record.data_set}",
+            f"must be those of the ledger's run, {mechanism.num_steps} updates on "
+            f"{ledger.data_set}",
+            "Pass the checkpoints of this run. If another process trained, call "
+            "recorder.checkpoints.flush() there after the last update.",
+        )
+        expect(
+            not ledger.weights
+            or not record.weights
+            or ledger.weights == record.weights,
+            "checkpoints",
+            f"a run that left the weights {record.weights}",
+            f"must be those of the ledger's run, which left {ledger.weights}",
+            "Pass the checkpoints of this run.",
+        )
+        return cls(model, ledger, states, record)
+
+    def start(self, gone: NDArray[np.int64], policy: DeletionPolicy | None) -> int:
+        """Return after which update these examples must be left out.
+
+        Args:
+            gone: All examples that are forgotten by then.
+            policy: The deletion policy; None: an exact rewind.
+
+        Raises:
+            ValueError: If there is no state to go back to, or the policy is not that of
+                the run.
+        """
+        record, steps = self.record, self.states.steps
+        first = int(record.first_updates()[gone].min())
+        if policy is None:
+            if first > record.num_steps:
+                return record.num_steps
+            before = [step for step in steps if step < first]
+            start = max(before, default=-1)
+        else:
+            self._require_policy(policy)
+            start = restart_update(record, gone, policy.mu, steps)
+        expect(
+            start in steps or start == record.num_steps,
+            "forget_indices",
+            f"an example that was drawn in update {first}",
+            f"must have been drawn after a saved state; those are {list(steps[:5])}",
+            "No state from before its first use exists: train again from the start.",
+        )
+        return start
+
+    def _require_policy(self, policy: DeletionPolicy) -> None:
+        """Refuse a policy that was not fixed before training, or states that lack."""
+        record = self.record
+        fixed = policy_in(record.policy)
+        expect(
+            fixed is not None,
+            "deletion_policy",
+            policy,
+            "must have been fixed before training",
+            "A policy that is made after a run certifies nothing. Use an exact rewind, "
+            "or train with Checkpoints(directory, deletion_policy=...).",
+        )
+        expect(
+            policy == fixed,
+            "deletion_policy",
+            policy,
+            f"must be that of the run, {fixed}",
+            "It cannot be changed after training.",
+        )
+        missing = sorted(set(record.kept) - set(self.states.steps))
+        expect(
+            not missing,
+            "checkpoints",
+            f"no states of the updates {missing[:5]}",
+            "must have all states that the run kept",
+            "Which states exist must not depend on the run. Restore them from a copy.",
+        )
+        layers = [
+            n for n, m in self.model.named_modules() if isinstance(m, BatchNormBase)
+        ]
+        expect(
+            not layers,
+            "model",
+            f"batch statistics in {layers[:1]}",
+            "must have no BatchNorm for a filtered rewind",
+            "There an example acts on the gradients of others. Use an exact rewind.",
+        )
+
+    def rest(
+        self,
+        plan: RewindPlan,
+        train_set: Dataset[Any],
+        loop: "Loop",
+        *,
+        seed: int,
+    ) -> Rerun | None:
+        """Return the training that a plan needs, or None if it needs none.
+
+        Args:
+            plan: Made by ``plan``.
+            train_set: The data set of the run.
+            loop: How one update is made.
+            seed: A seed of the caller's, so that the result can be repeated.
+
+        Raises:
+            ValueError: If the training cannot be repeated, or a state is missing or
+                damaged, or the model that would be kept is not the trained one.
+        """
+        if plan.is_free:
+            self._require_trained()
+            return None
+        state = self.states.load(plan.start)
+        require_repeatable(self.record, state, train_set)
+        return Rerun(
+            model=copy.deepcopy(self.model),
+            criterion=loop.criterion,
+            train_set=train_set,
+            record=self.record,
+            state=state,
+            forget=plan.gone,
+            generator=fresh_generator(self.record, plan.start, seed),
+            update=loop.update,
+            make_optimizer=loop.make_optimizer,
+            collate_fn=loop.collate_fn,
+        )
+
+    def _require_trained(self) -> None:
+        """Refuse to keep a model that has not the weights of the training."""
+        expect(
+            weights_name(self.model) == self.record.weights,
+            "model",
+            "weights that the recorded training did not leave",
+            "must be the trained model, because it can be kept as it is",
+            "Pass the model as the training left it.",
+        )
+
+    def plan(
+        self,
+        forget: NDArray[np.int64],
+        forgotten_before: NDArray[np.int64],
+        policy: DeletionPolicy | None,
+    ) -> RewindPlan:
+        """Return the plan for a set, with what may be claimed afterwards.
+
+        Args:
+            forget: The examples to forget, sorted.
+            forgotten_before: Examples of earlier requests.
+            policy: The deletion policy; None: an exact rewind.
+
+        Raises:
+            ValueError: As ``start``.
+        """
+        record, gone = self.record, np.union1d(forgotten_before, forget)
+        start = self.start(gone, policy)
+        left = record.num_steps - start
+        expected = left * record.sample_rate * (record.num_examples - len(gone))
+        if record.sampling != "poisson":
+            again = (record.steps > start) & ~np.isin(record.indices, gone)
+            expected = float(np.count_nonzero(again))
+        return RewindPlan(
+            forget=forget,
+            forgotten_before=forgotten_before,
+            start=start,
+            num_steps=record.num_steps,
+            first_update=int(record.first_updates()[gone].min()),
+            updates_per_epoch=1 / record.sample_rate,
+            num_samples=expected,
+            num_bytes=self.states.size(start) if left else 0,
+            policy=policy,
+            guarantee=self._guarantee(start, policy),
+        )
+
+    def _guarantee(self, start: int, policy: DeletionPolicy | None) -> Guarantee:
+        """Return what may be claimed for a model that goes back to an update."""
+        facts = [
+            observed(
+                "every use of the examples is in the record of participations",
+                f"{len(self.record.indices)} participations in "
+                f"{self.record.num_steps} updates",
+            ),
+            *_links(self.ledger.custody, charges=policy is not None),
+            *(Assumption(text, True, evidence) for text, evidence in _DECLARED),
+        ]
+        if not np.isfinite(self.record.max_grad_norm).all():
+            facts.append(Assumption(*_MONITORED))
+        alike = "(retrained: the same schedule without the set)"
+        if policy is None:
+            proof = derived(
+                "until its first use an example cannot act on the training",
+                f"the state after update {start} is from before it",
+            )
+            pair = EpsilonDelta(0.0, 0.0, "exact rewind", both_directions=True)
+            zeros = [0.0] * len(_ORDERS)
+            return guarantee_of_run(
+                f"exact rewind {alike}",
+                [proof, *facts],
+                _ORDERS,
+                zeros,
+                reverse_divergences=zeros,
+                statements=[pair],
+            )
+        proof = derived(
+            "the sum of the charges cannot exceed the policy on any path",
+            "decided at a state, with the updates up to the next one at the clip norm",
+        )
+        made = observed(
+            "the policy was fixed before training",
+            f"made {policy_in(self.record.policy).made}, "  # type: ignore[union-attr]
+            f"recording began {self.record.began}",
+        )
+        pair = EpsilonDelta(
+            policy.epsilon, policy.delta, "the deletion policy", both_directions=True
+        )
+        curve = [math.nextafter(a * policy.mu**2 / 2, math.inf) for a in _ORDERS]
+        return guarantee_of_run(
+            f"filtered rewind {alike}",
+            [proof, made, *facts],
+            _ORDERS,
+            curve,
+            reverse_divergences=curve,
+            statements=[pair],
+        )
+
+
+def _links(custody: Custody | None, *, charges: bool) -> Iterator[Assumption]:
+    """Yield an assumption for each link of custody that a rewind depends on.
+
+    Args:
+        custody: The chain of the run; None: its maker declares everything.
+        charges: Whether norms and noise matter too.
+    """
+    if custody is None:
+        yield Assumption(
+            "the ledger describes the training as it was run", True, "made by hand"
+        )
+        return
+    unchecked = {link.name: link.sentence for link in custody.unchecked}
+    evidence = {k.name: k.sentence for k in custody.links if k.state == CHECKED}
+    for name in (*_OF_DRAWS, *(_OF_CHARGES if charges else ())):
+        if name in unchecked:
+            yield Assumption(LINKS[name], True, unchecked[name])
+        else:
+            yield observed(LINKS[name], evidence.get(name, "nothing else was seen"))
+
+
+def fresh_generator(
+    record: ParticipationRecord, start: int, seed: int
+) -> torch.Generator:
+    """Return a generator whose seed no training can have used.
+
+    With the seed of the training the noise would be that of its first updates, which
+    the saved state depends on. The name of the run is random, so its hash is new.
+
+    Args:
+        record: Has the name of the run.
+        start: The update to go back to.
+        seed: A seed of the caller's, so that the result can be repeated.
+    """
+    text = f"{record.run}/{start}/{seed}".encode()
+    number = int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 2
+    return torch.Generator().manual_seed(number)

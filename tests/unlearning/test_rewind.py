@@ -1,0 +1,289 @@
+"""Rewinds by ``Unlearner``: where to, what for, and what is refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from opacus_pi import AccountingError, Unlearner
+from opacus_pi.accounting.filtered_rewind import DeletionPolicy, restart_update
+from opacus_pi.ledger.custody import Custody, Link
+from opacus_pi.recording import Checkpoints
+from tests.integration.rewinding import CRITERION, SIZE, Saved, net, weights
+
+POLICY = DeletionPolicy(2.0, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory):
+    """A private training with a state after every update, and its policy."""
+    return Saved(tmp_path_factory.mktemp("private") / "s", POLICY, noise=3.0)
+
+
+def without(data_set, example):
+    """The data set with zeros in place of one example."""
+    x, y = (t.clone() for t in data_set.tensors)
+    x[example] = 0
+    return TensorDataset(x, y)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_an_exact_rewind_equals_a_training_that_never_saw_the_example(norm, tmp_path):
+    """Without noise, on fixed batches, there is only one such training."""
+    options = {"private": False, "noise": 0.0, "poisson": False, "norm": norm}
+    saved = Saved(tmp_path / "s", every=2, **options)
+    example, first = saved.late(4)
+    result = saved.unlearner().rewind(saved.data, [example], checkpoints=saved.states)
+    assert result.record["start"] == (first - 1) // 2 * 2
+    assert result.record["num_steps"] == 15 - result.record["start"]
+    # the reference: the same batches from the first update on, without the example
+    torch.manual_seed(0)
+    reference = net(norm)
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9)
+    record = saved.states.record
+    for step in range(1, 16):
+        batch = torch.tensor([int(i) for i in record.batch(step) if i != example])
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.5 ** ((step - 1) // 5)
+        optimizer.zero_grad()
+        x, y = saved.data[batch]
+        CRITERION(reference(x), y).backward()
+        optimizer.step()
+    torch.testing.assert_close(
+        weights(result.model), weights(reference), rtol=0, atol=1e-5
+    )
+
+
+def test_an_exact_rewind_claims_divergence_zero_in_both_directions(private):
+    example, first = private.late(4)
+    unlearner = private.unlearner()
+    plan = unlearner.plan_rewind([example], checkpoints=private.states)
+    assert (plan.start, plan.num_steps, plan.first_update) == (first - 1, 15, first)
+    guarantee = plan.guarantee
+    assert guarantee.kind == "certified if"
+    assert guarantee.epsilon(1e-9) == guarantee.reverse_epsilon(1e-9) == 0
+    assert max(guarantee.divergences) == max(guarantee.reverse_divergences) == 0
+    declared = " ".join(a.statement for a in guarantee.declarations)
+    assert "criterion" in declared and "not chosen from the data" in declared
+    assert f"update {first}" in plan.text() and "of the training" in str(plan)
+    assert plan.num_bytes == private.states.size(first - 1)
+    assert 0 < plan.cost == (15 - plan.start) / 15
+
+
+def test_the_result_does_not_depend_on_what_the_example_was(private):
+    """With the same generator, also if the example's values are not there any more."""
+    example, _ = private.late(4)
+    results = []
+    for data_set in (private.data, without(private.data, example)):
+        unlearner = private.unlearner(generator=torch.Generator().manual_seed(5))
+        unlearner._split = lambda *_: (np.array([example]), None)
+        result = unlearner.rewind(data_set, [example], checkpoints=private.states)
+        results.append(weights(result.model))
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], weights(private.net))
+
+
+def test_two_rewinds_draw_different_noise(private):
+    example, _ = private.late(4)
+    unlearner = private.unlearner()
+    one, two = (
+        unlearner.rewind(private.data, [example], checkpoints=private.states).model
+        for _ in range(2)
+    )
+    assert not torch.equal(weights(one), weights(two))
+
+
+def test_the_seed_of_the_training_does_not_give_its_noise_again(tmp_path):
+    """The same seed everywhere, and from the first state: the noise is another."""
+    saved = Saved(tmp_path / "s", seed=0, noise=5.0)
+    generator = torch.Generator().manual_seed(0)
+    first = saved.states.record.first_updates()
+    example = int(np.flatnonzero(first == 1)[0])
+    result = saved.unlearner(generator=generator).rewind(
+        saved.data, [example], checkpoints=saved.states
+    )
+    start = saved.states.load(0)["model"]
+
+    def move(model):
+        return torch.cat(
+            [(p.detach() - start[n]).flatten() for n, p in model.named_parameters()]
+        )
+
+    moves = torch.stack([move(result.model), move(saved.net)])
+    assert abs(float(torch.corrcoef(moves)[0, 1])) < 0.5
+
+
+def by_budget(private, wanted):
+    """An example whose deletion is free, or is not; and where the rule goes back to."""
+    record, states = private.states.record, private.states.steps
+    starts = [restart_update(record, [i], POLICY.mu, states) for i in range(SIZE)]
+    drawn = record.first_updates() <= 15
+    for i in np.flatnonzero(drawn):
+        if (starts[i] == 15) == (wanted == "free"):
+            return int(i), starts[i]
+    pytest.fail("the training must have both kinds")
+
+
+def test_a_free_deletion_keeps_the_trained_model(private):
+    example, _ = by_budget(private, "free")
+    unlearner = private.unlearner()
+    options = {"checkpoints": private.states, "deletion_policy": POLICY}
+    plan = unlearner.plan_rewind([example], **options)
+    assert plan.is_free and plan.cost == 0 and "nothing is trained again" in plan.text()
+    result = unlearner.rewind(private.data, [example], **options)
+    assert torch.equal(weights(result.model), weights(private.net))
+    guarantee = result.guarantee
+    assert guarantee.kind == "certified if"
+    assert guarantee.epsilon(1e-5) == guarantee.reverse_epsilon(1e-5) == 2.0
+    assert guarantee.epsilon(1e-8) > 2.0
+    for order, value in zip(guarantee.orders, guarantee.divergences, strict=True):
+        assert value == pytest.approx(order * POLICY.mu**2 / 2, rel=1e-12)
+        assert value >= order * POLICY.mu**2 / 2
+    assert guarantee.divergences == guarantee.reverse_divergences
+
+
+def test_a_deletion_that_is_not_free_goes_back_to_where_the_rule_says(private):
+    example, start = by_budget(private, "not free")
+    result = private.unlearner().rewind(
+        private.data,
+        [example],
+        checkpoints=str(private.states.directory),
+        deletion_policy=POLICY,
+        evaluate=lambda model: {"norm": float(weights(model).norm())},
+    )
+    assert result.record["start"] == start < 15
+    assert result.record["policy"]["epsilon"] == 2.0
+    assert len(result.trace.metrics["norm"]) == 2
+    assert not torch.equal(weights(result.model), weights(private.net))
+
+
+def test_a_later_request_joins_the_earlier_set(private):
+    free, _ = by_budget(private, "free")
+    other, start = by_budget(private, "not free")
+    unlearner = private.unlearner()
+    options = {"checkpoints": private.states, "deletion_policy": POLICY}
+    unlearner.rewind(private.data, [free], **options)
+    plan = unlearner.plan_rewind([other], **options)
+    both = restart_update(
+        private.states.record, [free, other], POLICY.mu, private.states.steps
+    )
+    assert plan.start == both <= start
+    assert plan.gone.tolist() == sorted([free, other])
+    result = unlearner.rewind(private.data, [other], **options)
+    assert result.record["forgotten_before"] == [free]
+    assert unlearner.forgotten.tolist() == sorted([free, other])
+    # and a third one starts from the states of the training again, not from the result
+    third = int(np.setdiff1d(np.arange(SIZE), [free, other])[0])
+    assert unlearner.plan_rewind([third], **options).start <= both
+
+
+def test_nothing_is_trained_again_for_examples_that_were_never_drawn(tmp_path):
+    saved = Saved(tmp_path / "s", train=False)
+    saved.train(1)
+    never = np.flatnonzero(saved.states.record.first_updates() > 5)
+    plan = saved.unlearner().plan_rewind(never[:1], checkpoints=saved.states)
+    assert plan.is_free and "None of them was ever drawn" in plan.text()
+    assert plan.guarantee.epsilon(1e-9) == 0
+
+
+def refused(saved, match, *, error=ValueError, forget=(0,), **options):
+    options = {"checkpoints": saved.states, **options}
+    unlearner = saved.unlearner()
+    before = weights(unlearner.model)
+    with pytest.raises(error, match=match):
+        unlearner.rewind(saved.data, list(forget), **options)
+    assert torch.equal(weights(unlearner.model), before)
+    assert not len(unlearner.forgotten)
+
+
+def test_a_policy_that_was_made_after_training_is_refused(tmp_path, private):
+    saved = Saved(tmp_path / "s", every=5)
+    refused(saved, "fixed before training", deletion_policy=POLICY)
+    other = DeletionPolicy(7.0, 1e-5)
+    refused(private, "cannot be changed after", deletion_policy=other)
+
+
+def test_no_ledger_and_states_of_other_runs_are_refused(tmp_path, private):
+    bare = Unlearner(private.net, criterion=CRITERION)
+    with pytest.raises(ValueError, match="must be the ledger of the run"):
+        bare.rewind(private.data, [0], checkpoints=private.states)
+    other = Saved(tmp_path / "other", every=5, seed=9)
+    refused(private, "of the ledger's run", checkpoints=other.states)
+    with pytest.raises(FileNotFoundError, match="Recorder\\(checkpoints"):
+        private.unlearner().rewind(private.data, [0], checkpoints=tmp_path / "none")
+    refused(private, "must be the Checkpoints", checkpoints=None)
+
+
+def test_a_directory_that_lacks_the_last_updates_is_refused(tmp_path):
+    saved = Saved(tmp_path / "s", every=7)  # the last update has no state
+    other = Checkpoints(tmp_path / "s")
+    refused(saved, "flush", checkpoints=other)
+    saved.states.flush()
+    example, _ = saved.late(8)
+    saved.unlearner().rewind(saved.data, [example], checkpoints=other)
+
+
+def test_broken_custody_is_refused(private):
+    unlearner = private.unlearner()
+    broken = Custody((Link("draw", "broken", "A batch was used twice."),))
+    unlearner.ledger = unlearner.ledger.__class__(
+        **{
+            **{n: getattr(unlearner.ledger, n) for n in ("mechanism", "steps")},
+            "grad_norms": unlearner.ledger.grad_norms,
+            "source": unlearner.ledger.source,
+            "data_set": unlearner.ledger.data_set,
+            "custody": broken,
+        }
+    )
+    with pytest.raises(AccountingError, match="used twice"):
+        unlearner.rewind(private.data, [0], checkpoints=private.states)
+
+
+def test_missing_states_are_refused_where_they_matter(tmp_path, private):
+    folder = tmp_path / "copy"
+    shutil.copytree(private.states.directory, folder)
+    (folder / "state-00000000.pt").unlink()
+    states = Checkpoints(folder)
+    early = int(np.flatnonzero(private.states.record.first_updates() == 1)[0])
+    refused(private, "drawn after a saved state", forget=[early], checkpoints=states)
+    refused(
+        private,
+        "must have all states",
+        forget=[early],
+        checkpoints=states,
+        deletion_policy=POLICY,
+    )
+
+
+def test_a_block_of_participations_that_is_missing_is_refused(tmp_path, private):
+    folder = tmp_path / "copy"
+    shutil.copytree(private.states.directory, folder)
+    sorted(folder.glob("participations-*"))[3].unlink()
+    refused(private, "without gaps", checkpoints=folder)
+
+
+def test_a_filtered_rewind_of_training_without_clipping_is_refused(tmp_path):
+    saved = Saved(tmp_path / "s", POLICY, private=False, noise=0.1)
+    refused(saved, "exact rewind", deletion_policy=POLICY)
+    normed = Saved(tmp_path / "n", POLICY, private=False, noise=0.1, norm=True)
+    refused(normed, "no BatchNorm", deletion_policy=POLICY)
+
+
+def test_a_model_that_was_changed_is_not_kept(private):
+    example, _ = by_budget(private, "free")
+    unlearner = private.unlearner()
+    torch.nn.init.zeros_(unlearner.model[0].weight)
+    with pytest.raises(ValueError, match="as the training left it"):
+        unlearner.rewind(
+            private.data,
+            [example],
+            checkpoints=private.states,
+            deletion_policy=POLICY,
+        )
+
+
+def test_forgetting_everything_is_refused(private):
+    refused(private, "must leave at least one", forget=range(SIZE))
+    with pytest.raises(ValueError, match="must leave at least one"):
+        private.unlearner().plan_rewind(range(SIZE), checkpoints=private.states)
