@@ -49,6 +49,7 @@ from opacus_pi._torch_compat import BatchNormBase, pytree
 from opacus_pi.custody.finding import Finding
 from opacus_pi.custody.separable_layers import separable_by_construction
 from opacus_pi.gradients.fallback import MODEL_ERRORS
+from opacus_pi.models.accelerators import device_random_states, kinds_in_use
 from opacus_pi.models.batches import map_tensors, to_float64
 from opacus_pi.models.copies import same_mode_copy, unwrap
 from opacus_pi.models.no_trace import random_state_untouched
@@ -225,7 +226,7 @@ class _Call:
             if before is not None:
                 model(*before.args, **before.kwargs)
             outputs = model(*self.args, **self.kwargs)
-            state = torch.get_rng_state()
+            state = torch.cat([torch.get_rng_state(), *device_random_states()])
         found = [t for t in _tensors(outputs) if t.is_floating_point()]
         return _Run(found, state, *_kept_by(model))
 
@@ -487,7 +488,7 @@ def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
             return float("inf")
         if torch.equal(a, b) or a.numel() == 0:
             continue
-        a, b = a.double(), b.double()
+        a, b = a.cpu().double(), b.cpu().double()  # not every device has float64
         alike = (a == b) | (a.isnan() & b.isnan())
         gap = torch.where(alike, 0.0, (a - b).abs()).nan_to_num(float("inf"))
         scale = torch.where(a.isfinite(), a.abs(), 0.0).max()
@@ -505,13 +506,11 @@ def _rounding(call: _Call) -> float:
 @contextmanager
 def _no_trace() -> Iterator[None]:
     """Run models without gradients, without autocast and without their warnings."""
-    device = "cuda" if torch.cuda.is_initialized() else "cpu"
-    with (
-        torch.no_grad(),
-        torch.autocast(device, enabled=False),
-        torch.autocast("cpu", enabled=False),
-        warnings.catch_warnings(),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for device in kinds_in_use():
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
 

@@ -3,6 +3,7 @@
 The rooms that measure, evaluate, align or unlearn a model share these files:
 
 * ``copies``: model copies, without the wrappers of training
+* ``accelerators``: the accelerator of this process, its random states
 * ``no_trace``: contexts that restore random states, modes and switches
 * ``batches``: batches as users have them, tensors or tuples and dicts of tensors
 * ``losses``: one loss per example, in float64, and its gradient by the outputs

@@ -20,12 +20,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from opacus_pi.models.accelerators import (
+    device_random_states,
+    kinds_in_use,
+    set_device_random_states,
+)
+
 __all__ = ["evaluating", "isolated", "random_state_untouched"]
 
 
 @contextmanager
 def random_state_untouched() -> Iterator[None]:
-    """Restore the states of ``random``, numpy and torch (CUDA if in use) at the end.
+    """Restore the states of ``random``, numpy and torch at the end.
+
+    Of torch these are the states of the CPU and of the accelerators that are in use.
 
     >>> with random_state_untouched():
     ...     first = torch.rand(1)
@@ -33,14 +41,14 @@ def random_state_untouched() -> Iterator[None]:
     True
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    has_cuda = torch.cuda.is_initialized()  # without starting it
-    devices = range(torch.cuda.device_count()) if has_cuda else ()
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+    cpu_state, device_states = torch.get_rng_state(), device_random_states()
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu_state)
+        set_device_random_states(device_states)
 
 
 @contextmanager
@@ -72,11 +80,10 @@ def isolated() -> Iterator[None]:
     ...     torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     (True, False)
     """
-    devices = ("cpu", "cuda") if torch.cuda.is_initialized() else ("cpu",)
     with ExitStack() as stack:
         stack.enter_context(random_state_untouched())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device in devices:
+        for device in kinds_in_use():
             stack.enter_context(torch.autocast(device, enabled=False))
         yield

@@ -23,16 +23,23 @@ import torch
 from torch import Tensor
 
 from opacus_pi._validate import expect
+from opacus_pi.models.accelerators import (
+    accelerator_in_use,
+    device_random_states,
+    num_accelerators,
+    set_device_random_states,
+)
 
 _OWN = "generator."
+_DEVICES = "device."
 _REST = ("pos", "has_gauss", "gauss")
 
 
 class RandomStates:
     """Collects and restores the states of all generators that a run draws from.
 
-    These are the global ones of ``random``, numpy and torch, of CUDA if it is in use,
-    and the run's own.
+    These are the global ones of ``random``, numpy and torch, those of the accelerators
+    that are in use, and the run's own.
 
     Args:
         generators: The run's own generators by name.
@@ -50,8 +57,8 @@ class RandomStates:
             **_numpy_states(),
             "torch": torch.get_rng_state(),
         }
-        if torch.cuda.is_initialized():
-            states["cuda"] = torch.stack(torch.cuda.get_rng_state_all())
+        if devices := device_random_states():
+            states[f"{_DEVICES}{accelerator_in_use()}"] = torch.stack(devices)
         own = {f"{_OWN}{n}": g.get_state() for n, g in self.generators.items()}
         return states | own
 
@@ -92,14 +99,15 @@ class RandomStates:
             "must be complete states of random generators",
             "Resume from another checkpoint.",
         )
-        num_devices = len(states.get("cuda", ()))
-        expect(
-            num_devices <= torch.cuda.device_count(),
-            "the number of CUDA devices",
-            torch.cuda.device_count(),
-            f"must be at least {num_devices}",
-            "Resume on at least as many devices as the saved run had.",
-        )
+        for kind, saved_states in _device_states(states):
+            present_devices = num_accelerators(kind)
+            expect(
+                len(saved_states) <= present_devices,
+                f"the number of {kind} devices",
+                present_devices,
+                f"must be at least {len(saved_states)}",
+                "Resume on at least as many devices as the saved run had.",
+            )
 
     def restore(self, states: Mapping[str, Any]) -> None:
         """Set all generators to the states that ``collect`` returned.
@@ -117,10 +125,17 @@ class RandomStates:
         key = states["numpy"].cpu().numpy().astype(np.uint32)
         np.random.set_state(("MT19937", key, *(states[f"numpy_{n}"] for n in _REST)))
         torch.set_rng_state(_bytes(states["torch"]))
-        for device, state in enumerate(states.get("cuda", ())):
-            torch.cuda.set_rng_state(_bytes(state), device)
+        for _, saved_states in _device_states(states):
+            set_device_random_states([_bytes(state) for state in saved_states])
         for name, generator in self.generators.items():
             generator.set_state(_bytes(states[f"{_OWN}{name}"]))
+
+
+def _device_states(states: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield each kind of accelerator with its saved states, ``(devices, bytes)``."""
+    for key, value in states.items():
+        if key.startswith(_DEVICES):
+            yield key.removeprefix(_DEVICES), value
 
 
 def _numpy_states() -> dict[str, Any]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from opacus_pi.models.accelerators import kinds_in_use
+
 BEYOND_THE_OUTPUTS = (
     "Running the model again for each example does not give the gradients that "
     "autograd computed for {}: the loss depends on them in other ways than through the "
@@ -62,7 +64,7 @@ def autocast_rounding() -> float:
     """Return the largest relative rounding that autocast now causes, 0 without it."""
     kinds = [
         torch.get_autocast_dtype(device)
-        for device in ("cpu", "cuda")
+        for device in kinds_in_use()
         if torch.is_autocast_enabled(device)
     ]
     return max((torch.finfo(kind).eps for kind in kinds), default=0.0)

@@ -23,6 +23,10 @@ from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
 from opacus_pi.custody import Chain
+from opacus_pi.models.accelerators import (
+    device_random_states,
+    set_device_random_states,
+)
 from opacus_pi.models.batches import device_of, inputs_and_targets
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.no_trace import random_state_untouched
@@ -60,7 +64,7 @@ class _Pass:
         args: The model's positional inputs.
         kwargs: Its inputs by keyword.
         state: Torch's random state before the pass, on the CPU.
-        states: Those of the CUDA devices.
+        states: Those of the accelerators.
         precision: The automatic mixed precision of the pass.
     """
 
@@ -81,13 +85,13 @@ class _Pass:
             args: Its positional inputs.
             kwargs: Its inputs by keyword.
         """
-        states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         device = device_of(module).type
         precision = torch.autocast(
             device,
             dtype=torch.get_autocast_dtype(device),
             enabled=torch.is_autocast_enabled(device),
         )
+        states = device_random_states()
         return cls(args, kwargs, torch.get_rng_state(), states, precision)
 
 
@@ -172,8 +176,7 @@ class GradientScale:
             _, targets = inputs_and_targets(batch)
             with random_state_untouched(), torch.enable_grad():
                 torch.set_rng_state(forward.state)
-                if forward.states:
-                    torch.cuda.set_rng_state_all(forward.states)
+                set_device_random_states(forward.states)
                 with forward.precision:
                     outputs = model(*forward.args, **forward.kwargs)
                     losses = self._criterion(outputs, _beside(targets, outputs))
@@ -200,4 +203,4 @@ def _flat(gradients: Gradients, parameters: list[nn.Parameter]) -> Tensor:
     """Return gradients as one float64 vector on the CPU, with 0 where there is none."""
     pairs = zip(gradients, parameters, strict=True)
     parts = (torch.zeros_like(p) if g is None else g.detach() for g, p in pairs)
-    return torch.cat([part.reshape(-1).double().cpu() for part in parts])
+    return torch.cat([part.reshape(-1).cpu().double() for part in parts])

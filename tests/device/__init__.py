@@ -1,0 +1,1 @@
+"""Tests on a torch device that is not the CPU, without a GPU."""
