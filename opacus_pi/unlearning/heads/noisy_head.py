@@ -135,7 +135,8 @@ class NoisyHead(ABC):
         """
         rows = checked_rows(features)
         coded = self._coded(targets, len(rows))
-        self._denominator = float(self.denominator or len(rows))
+        given = self.denominator
+        self._denominator = float(len(rows) if given is None else given)
         expect(
             len(rows) <= self._denominator,
             "denominator",
@@ -404,7 +405,7 @@ class NoisyHead(ABC):
             ),
             observed(
                 f"Retraining takes the same number of steps, {total}",
-                f"the number of unlearning steps, {num_steps}, {chosen}",
+                f"{num_steps} unlearning steps; this number {chosen}",
             ),
             Assumption(
                 "Neither the extractor nor the scaling of the features was made from "
@@ -413,9 +414,12 @@ class NoisyHead(ABC):
                 "the head sees only the features",
             ),
             Assumption(
-                "The constants and the number of steps were not chosen from the data",
+                "The constants of the head were not chosen from the rows to forget",
                 True,
-                f"passed by the caller; {self._num_fitted} rows in training are public",
+                f"passed by the caller; so was the denominator, {self._denominator:g}"
+                if self.denominator is not None
+                else "passed by the caller; the denominator is the number of rows, "
+                f"{self._num_fitted}, which is then public",
             ),
             Assumption(
                 "Nothing else was released: no earlier weights, and requests do not "

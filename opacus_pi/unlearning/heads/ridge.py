@@ -47,6 +47,7 @@ from opacus_pi.unlearning.heads.noisy_head import (
 from opacus_pi.unlearning.heads.ridge_laws import Descent, Gap, Process
 
 _CHUNK = 128  # examples that are compared at once
+_MOST_THREADS = 8
 _MOST_WIDENED = 1e-6  # τ above which an example is compared in all dimensions
 
 
@@ -137,7 +138,7 @@ class RidgeHead(NoisyHead):
         compare = self._one_by_one
         if len(self.remaining) == self._num_fitted:
             compare = partial(self._compressed, self._compression())
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
             parts = pool.map(lambda some: compare(some, *options), rows)
             found = np.concatenate(list(parts), axis=1)
         return found if np.ndim(num_steps) else found[0]

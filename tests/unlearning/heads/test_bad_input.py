@@ -53,6 +53,7 @@ def test_one_planted_row_is_refused_and_scaling_looks_at_each_row_alone():
         ({"initial_std": -1.0}, "initial_std must be in"),
         ({"num_classes": 1}, "num_classes must be in"),
         ({"denominator": 11}, "denominator must be at least the number of rows"),
+        ({"denominator": 0}, "denominator must be at least the number of rows"),
     ],
 )
 def test_settings(settings, message):

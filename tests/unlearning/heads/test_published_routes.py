@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from benchmarks import certified_heads, head_difficulty
 from benchmarks.head_routes import (
     NewtonHead,
     chien_steps,
@@ -58,3 +59,36 @@ def test_what_newton_leaves_is_below_the_bound():
     bound = head.residuals(np.array([index]))[0]
     assert 0 < math.sqrt(left) <= bound
     assert newton_noise(bound) == pytest.approx(bound * math.sqrt(2 * math.log(1.5e5)))
+
+
+def test_speed_is_measured_against_all_dimensions():
+    found = certified_heads.speed(12, 50, num_dense=4)
+    assert -1e-11 <= found["largest excess"] < 1e-6
+    assert found["per second"] > 0 and found["functions"] <= 12
+
+
+def test_the_bound_on_recorded_runs_is_above_the_exact_divergence():
+    head = RidgeHead(num_classes=10, num_steps=60, noise_std=0.02, seed=0)
+    head.fit(ROWS, LABELS)
+    bound = head_difficulty.bound(head, np.random.default_rng(1))
+    order = np.array([head_difficulty.ORDER])
+    exact = [
+        head._gap(np.array([i])).pair(0).divergences(order)[0, 0] for i in range(60)
+    ]
+    assert (bound >= exact).all()
+    again = head_difficulty.recorded_loss(head, LABELS, seed=0)
+    assert (again >= exact).all() and again.shape == (60,)
+
+
+def test_simulated_steps_fall_with_the_noise():
+    loud, quiet = (
+        RidgeHead(num_classes=10, num_steps=40, noise_std=std, seed=0)
+        for std in (0.5, 0.002)
+    )
+    few, many = (
+        head_difficulty.simulated_steps(
+            head.fit(ROWS, LABELS), 3, np.random.default_rng(0)
+        )
+        for head in (loud, quiet)
+    )
+    assert few == 0 < many

@@ -135,3 +135,5 @@ def test_the_guarantee_lists_what_only_the_caller_knows():
     assert claim.kind == "certified if"
     assert len(claim.declarations) == 3 and not claim.unmet
     assert "2 noisy ridge steps" in claim.method and "was given" in str(claim)
+    claim = Ridge.random(np.random.default_rng(13)).head().forget([0], epsilon=0.5)
+    assert "this number was computed from the rows to forget" in str(claim)
