@@ -27,7 +27,7 @@ for classes with another memory layout (``__slots__``, built-in types).
 """
 
 from collections.abc import Callable
-from typing import Any, SupportsIndex, TypeVar
+from typing import Any, SupportsIndex, TypeVar, cast
 
 T = TypeVar("T")
 # What unpickling calls by default to make an object: ``copyreg.__newobj__``.
@@ -57,7 +57,7 @@ def swap_class(instance: T, factory: Callable[[type], type]) -> T:
     # one subclass for all objects of a class, so that their types stay comparable
     if (base, factory) not in _subclasses:
         made: Any = factory(base)
-        made._pi_swaps = (*swaps, factory)
+        made._pi_swaps, made._pi_base = (*swaps, factory), base
         for name in ("__name__", "__qualname__", "__module__", "__doc__"):
             setattr(made, name, getattr(base, name))
         if made.__reduce_ex__ is base.__reduce_ex__:
@@ -69,7 +69,10 @@ def swap_class(instance: T, factory: Callable[[type], type]) -> T:
 
 def plain_class(instance: object) -> type:
     """Return the class that an object had before its class was ever replaced."""
-    return next(c for c in type(instance).__mro__ if "_pi_swaps" not in vars(c))
+    cls: Any = type(instance)
+    while "_pi_base" in vars(cls):
+        cls = cls._pi_base
+    return cast(type, cls)
 
 
 def _made_of(cls: type, *arguments: Any) -> Any:

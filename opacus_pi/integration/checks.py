@@ -10,7 +10,7 @@ update.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,6 +31,7 @@ from opacus_pi._torch_compat import BatchNormBase, counts_of_writes, load_hooks
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.custody import Chain
 from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
+from opacus_pi.integration.derived import own_scaling, own_step
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
 from opacus_pi.recording import Recorder
@@ -46,7 +47,9 @@ _CHANGED_AFTER_NOISE = (
     "were, the update is not private, and neither get_epsilon nor the ledger covers it."
 )
 # Hooks of the last make_private call on each optimizer. The next call replaces them.
-_HANDLES: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
+_HANDLES: WeakKeyDictionary[Optimizer, tuple[RemovableHandle, ...]] = (
+    WeakKeyDictionary()
+)
 
 
 # ------------------------------------------------------------------- models and engines
@@ -226,29 +229,47 @@ class OutsideChanges:
         self._writes_to_noised: list[int] = []
         self._has_noise = False
 
-    def watch(self, optimizer: DPOptimizer, module: nn.Module) -> None:
+    def watch(
+        self,
+        optimizer: DPOptimizer,
+        module: nn.Module,
+        stepped: Callable[[], None],
+    ) -> None:
         """Watch an optimizer's weights, and the optimizer that it wraps.
 
         Args:
             optimizer: Opacus's.
             module: The module with these weights. Loading a state dict into it is not
                 reported.
+            stepped: A method that is called when the wrapped optimizer has stepped,
+                also if the training loop has called it itself, after ``pre_step``.
         """
         self._snapshot.watch(optimizer.params)
         inner, reference = optimizer.original_optimizer, weakref.ref(self)
-        if handle := _HANDLES.pop(inner, None):
+        private, finish = weakref.ref(optimizer), weakref.WeakMethod(stepped)
+        for handle in _HANDLES.pop(inner, ()):
             handle.remove()
 
         def before_step(*_: Any) -> None:
             changes = reference()
             if changes is None:
                 return
+            maker = private()
             if not changes._has_noise:
-                changes._chain.break_link("noise", _STEPPED_WITHOUT_NOISE)
+                own = None if maker is None else own_step(maker)
+                changes._chain.break_link("noise", own or _STEPPED_WITHOUT_NOISE)
             elif not changes._are_as_noised(_gradients(inner)):
-                changes._chain.leave_unchecked("noise", _CHANGED_AFTER_NOISE)
+                own = None if maker is None else own_scaling(maker)
+                changes._chain.leave_unchecked("noise", own or _CHANGED_AFTER_NOISE)
 
-        _HANDLES[inner] = inner.register_step_pre_hook(before_step)
+        def after_step(*_: Any) -> None:
+            if (method := finish()) is not None:
+                method()
+
+        _HANDLES[inner] = (
+            inner.register_step_pre_hook(before_step),
+            inner.register_step_post_hook(after_step),
+        )
         # One hook is enough: those of earlier calls, and of a module that this one is a
         # copy of, go.
         table = load_hooks(module)

@@ -31,10 +31,17 @@ from opacus_pi.integration.opacus_compat import (
     CRITERIA,
     GHOST_METHODS,
     OPTIMIZER_METHODS,
+    STEP_METHODS,
     module_of,
 )
 
-__all__ = ["Preparation", "record_overrides", "shadowed_method"]
+__all__ = [
+    "Preparation",
+    "own_scaling",
+    "own_step",
+    "record_overrides",
+    "shadowed_method",
+]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _KINDS: dict[str, type] = {
@@ -58,6 +65,17 @@ _OWN_METHOD = (
     "update. Only the clipping and the noise of Opacus's own optimizers can be "
     "accounted for. Override step instead, or account for the training by hand with "
     'accountant="per_instance" (begin, record).'
+)
+
+_OWN_STEP = (
+    "{owner} has a method {method} of its own, and it updated the weights without "
+    "Opacus's add_noise. The update is then not private, and neither get_epsilon nor "
+    "the ledger covers it. Call the original method in yours, or remove it."
+)
+_OWN_SCALING = (
+    "{owner} has a method {method} of its own, which changed the gradients after noise "
+    "was added to them. That is fine if it only scales them. If it adds others, the "
+    "update is not private, and neither get_epsilon nor the ledger covers it."
 )
 
 
@@ -179,6 +197,40 @@ def shadowed_method(optimizer: DPOptimizer) -> str | None:
     name = next(n for n in OPTIMIZER_METHODS if n in vars(optimizer))
     owner = f"This {type(optimizer).__name__} object"
     return _OWN_METHOD.format(owner=owner, method=name)
+
+
+def own_step(optimizer: DPOptimizer) -> str | None:
+    """Return which method updated the weights without noise, as a reason.
+
+    Args:
+        optimizer: An optimizer whose ``add_noise`` of ours has not run, although the
+            weights are about to be updated.
+
+    Returns:
+        None if all its methods are Opacus's: then something else made the update.
+    """
+    known = {"add_noise": OPTIMIZER_METHODS["add_noise"], **STEP_METHODS}
+    # Learning rate schedulers wrap ``step``, and such wrappers call what they wrap.
+    own = vars(optimizer)
+    known = {n: f for n, f in known.items() if not hasattr(own.get(n), "__wrapped__")}
+    for owner, method in _overriding(optimizer, known):
+        return _OWN_STEP.format(owner=owner, method=method)
+    return None
+
+
+def own_scaling(optimizer: DPOptimizer) -> str | None:
+    """Return that gradients were changed by a ``scale_grad`` that is not Opacus's.
+
+    Args:
+        optimizer: An optimizer whose gradients have changed since noise was added.
+
+    Returns:
+        None if the method is Opacus's: then something else has changed them.
+    """
+    known = {"scale_grad": STEP_METHODS["scale_grad"]}
+    for owner, method in _overriding(optimizer, known):
+        return _OWN_SCALING.format(owner=owner, method=method)
+    return None
 
 
 # ------------------------------------------------------------------- derived engines

@@ -53,6 +53,7 @@ __all__ = [
     "OPTIMIZER_METHODS",
     "OVERRIDDEN_METHODS",
     "SEEN_IN",
+    "STEP_METHODS",
     "clipped_norms",
     "has_skipped_last_step",
     "keep_handle",
@@ -96,7 +97,8 @@ def _functions(
 ) -> dict[str, frozenset[Any]]:
     """Return the functions that classes of Opacus define, by name.
 
-    A function that somebody else has put into a class is not among them.
+    A function that somebody else has put into a class is not among them, unless it
+    wraps Opacus's as torch does: it has the same ``__module__``.
 
     Args:
         classes: Classes of Opacus.
@@ -112,17 +114,18 @@ def _functions(
     return {name: frozenset(functions) for name, functions in found.items()}
 
 
+_OPTIMIZERS = (
+    DPOptimizer,
+    DPPerLayerOptimizer,
+    AdaClipDPOptimizer,
+    DistributedDPOptimizer,
+    SimpleDistributedPerLayerOptimizer,
+    DPOptimizerFastGradientClipping,
+    DistributedDPOptimizerFastGradientClipping,
+    FSDPOptimizerFastGradientClipping,
+)
 OPTIMIZER_METHODS = _functions(
-    [
-        DPOptimizer,
-        DPPerLayerOptimizer,
-        AdaClipDPOptimizer,
-        DistributedDPOptimizer,
-        SimpleDistributedPerLayerOptimizer,
-        DPOptimizerFastGradientClipping,
-        DistributedDPOptimizerFastGradientClipping,
-        FSDPOptimizerFastGradientClipping,
-    ],
+    _OPTIMIZERS,
     (
         "clip_and_accumulate",
         "accumulate",
@@ -135,6 +138,12 @@ OPTIMIZER_METHODS = _functions(
 
 The norms that are recorded, and the noise that is accounted for, are those of these
 functions. An optimizer with another one contributes something else to an update.
+"""
+
+STEP_METHODS = _functions(_OPTIMIZERS, ("scale_grad", "pre_step", "step"))
+"""What makes an update of noised gradients in Opacus's optimizers (1.6.0), by name.
+
+Another function may do anything that calls Opacus's, which is seen by what it does.
 """
 
 GHOST_METHODS = _functions(

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from opacus_pi._class_swap import swap_class
 from opacus_pi.integration.accountants import noise_std_of
-from opacus_pi.integration.derived import shadowed_method
+from opacus_pi.integration.derived import own_scaling, shadowed_method
 from opacus_pi.integration.explanations import explain_numbers_of_gradients
 from opacus_pi.integration.fast import FastHooks
 from opacus_pi.integration.grad_sample import joint_norms, row_norms
@@ -82,6 +82,7 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
         optimizer: What Opacus made, changed in place.
         update: Receives the reports.
     """
+    has_own_scaling = own_scaling(optimizer) is not None
     if isinstance(update.hooks, FastHooks):
         swap_class(optimizer, _from_cache)
     elif isinstance(optimizer, DPOptimizerFastGradientClipping):
@@ -89,8 +90,9 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
     else:
         swap_class(optimizer, _from_grad_samples)
     optimizer._pi_update = update
+    optimizer._pi_has_own_scaling = has_own_scaling
     if update.outside is not None:
-        update.outside.watch(optimizer, module_of(update.hooks))
+        update.outside.watch(optimizer, module_of(update.hooks), update.finish)
 
 
 # ``swap_class`` calls one of these for each class of optimizer that it meets.
@@ -121,9 +123,11 @@ class _ReportingOptimizer(DPOptimizer):
     Attributes:
         _pi_update: Receives the reports; set by ``report_updates``. All names of ours
             begin with ``_pi_``, so that they cannot meet a name of Opacus or the user.
+        _pi_has_own_scaling: Whether the class overrides Opacus's ``scale_grad``.
     """
 
     _pi_update: UpdateUnderWay
+    _pi_has_own_scaling = False
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """Refuse copies and pickles, before torch tries to make one.
@@ -146,6 +150,8 @@ class _ReportingOptimizer(DPOptimizer):
         if reason is not None:
             self._pi_update.chain.break_link("norm", reason)
         self._pi_update.noise_was_drawn(self)
+        if self._pi_has_own_scaling or "scale_grad" in vars(self):
+            self._pi_note_gradients()
 
     def scale_grad(self) -> None:
         """Scale the noised gradients as Opacus does, and note them.
@@ -154,6 +160,11 @@ class _ReportingOptimizer(DPOptimizer):
         that writes the weights. Nothing else should write to the gradients in between.
         """
         super().scale_grad()
+        if not self._pi_has_own_scaling:  # which may do more than to scale
+            self._pi_note_gradients()
+
+    def _pi_note_gradients(self) -> None:
+        """Note the gradients as they are: they have noise."""
         if self._pi_update.outside is not None:
             self._pi_update.outside.gradients_were_noised(self.original_optimizer)
 

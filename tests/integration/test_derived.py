@@ -396,6 +396,95 @@ def test_methods_of_the_object(name, before):
     require_refused(training, f"DPOptimizer object has a method {name} of its own")
 
 
+def take_plain_gradients(optimizer, *_):
+    """Give the parameters the mean gradient, neither clipped nor noised."""
+    for parameter in optimizer.params:
+        if isinstance(parameter.grad_sample, torch.Tensor):
+            parameter.grad = parameter.grad_sample.mean(0)
+    return True
+
+
+def step_plainly(optimizer, *_):
+    take_plain_gradients(optimizer)
+    optimizer.original_optimizer.step()
+
+
+def leave_out_noise(optimizer):
+    for parameter in optimizer.params:
+        parameter.grad = parameter.summed_grad.view_as(parameter).clone()
+
+
+UNNOISED = {
+    "step": step_plainly,
+    "pre_step": take_plain_gradients,
+    "add_noise": leave_out_noise,
+}
+
+
+@pytest.mark.filterwarnings("ignore:This run no longer has a ledger")
+@pytest.mark.parametrize("has_scheduler", [False, True])
+@pytest.mark.parametrize("name", UNNOISED)
+def test_the_reason_names_the_method_that_leaves_out_noise(name, has_scheduler):
+    training = Training()
+    optimizer = training.optimizer
+    if has_scheduler:  # it wraps ``step``
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    setattr(optimizer, name, lambda *arguments: UNNOISED[name](optimizer, *arguments))
+    training.train(1)
+    with pytest.raises(
+        AccountingError, match=f"DPOptimizer object has a method {name}"
+    ):
+        _ = training.engine.ledger
+
+
+@pytest.mark.filterwarnings("ignore:This run no longer has a ledger")
+@pytest.mark.parametrize("name", ["step", "pre_step"])
+def test_the_reason_names_the_class_that_leaves_out_noise(name):
+    own = type("Plain", (DPOptimizer,), {name: UNNOISED[name]})
+    training = Training(engine=engine_with(own)()).train(1)
+    with pytest.raises(AccountingError, match=f"Plain has a method {name} of its own"):
+        _ = training.engine.ledger
+
+
+@pytest.mark.parametrize("is_class", [False, True])
+def test_a_scaling_that_may_leave_out_noise_is_said(is_class):
+    own = type("Own", (DPOptimizer,), {"scale_grad": leave_out_noise})
+    training = Training(engine=engine_with(own)() if is_class else None)
+    optimizer = training.optimizer
+    if not is_class:
+        optimizer.scale_grad = lambda: leave_out_noise(optimizer)
+    with pytest.warns(UserWarning, match="has a method scale_grad of its own"):
+        training.train(1)
+    (link,) = (c for c in training.engine.ledger.custody.links if c.name == "noise")
+    assert link.state == "unchecked" and "method scale_grad" in link.sentence
+
+
+@pytest.mark.filterwarnings("error:Assumed, not checked")
+@pytest.mark.parametrize("name", ["step", "pre_step", "scale_grad"])
+def test_a_method_that_calls_the_original_changes_nothing(name):
+    plain = Training().train(2).engine.ledger
+    training = Training()
+    original = getattr(training.optimizer, name)
+    setattr(training.optimizer, name, lambda *arguments: original(*arguments))
+    ledger = training.train(2).engine.ledger
+    np.testing.assert_array_equal(ledger.grad_norms, plain.grad_norms)
+
+
+def test_a_loop_that_steps_by_hand_after_pre_step():
+    plain = Training().train(2).engine.ledger
+    training = Training()
+    optimizer = training.optimizer
+
+    def step():
+        if optimizer.pre_step():
+            optimizer.original_optimizer.step()
+
+    optimizer.step = step
+    ledger = training.train(2).engine.ledger
+    np.testing.assert_array_equal(ledger.grad_norms, plain.grad_norms)
+    assert ledger.mechanism.num_steps == plain.mechanism.num_steps == 8
+
+
 @pytest.mark.filterwarnings("ignore:This run no longer has a ledger")
 def test_a_method_that_was_put_into_opacus_class(monkeypatch):
     def clip_and_accumulate(self):
