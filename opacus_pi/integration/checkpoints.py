@@ -15,16 +15,20 @@ bit, on the same machine. That breaks where a state cannot be read: secure rando
 numbers, generators inside persistent workers, objects of the user's own.
 """
 
+import copy
 import io
+import json
+import math
 import os
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
-from opacus.accountants import RDPAccountant
+from opacus.accountants import IAccountant, RDPAccountant
 from opacus.optimizers import DPOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from opacus_pi._errors import AccountingError
@@ -46,15 +50,23 @@ from opacus_pi.recording.saved_state import require_version
 # know.
 CHECKPOINT_KEY = "opacus_pi"
 FILTER_KEY = "opacus_pi_filter"
+_HISTORY = "accountant_history"
 _RUN_STATE = "run_state."  # prefix of the entries that are not the recorder's
 
 # Prefixes of the parts of a run state, and the settings of an optimizer in it.
 _RANDOM, _POSITION, _EPOCH, _SETTING = "random.", "position.", "epoch.", "setting."
+_MECHANISMS = ("rdp", "gdp", "prv", "per_instance", "group")  # of known histories
 _SETTINGS = ("noise_multiplier", "max_grad_norm")
 _SAMPLERS = ("batch_sampler", "sampler")
 _WITHIN_AN_UPDATE = (
     "It was saved between two parts of one batch, and does not contain the gradients "
     "of the earlier parts. Save right after optimizer.step() has updated the weights."
+)
+_OTHER_HISTORY = (
+    "The accountant's history in the checkpoint ({} updates) is not the one that was "
+    "saved together with the recorded run: the file was edited, or put together from "
+    "two checkpoints. Neither get_epsilon nor the ledger covers such a run. Resume "
+    "from an unchanged checkpoint."
 )
 _SECURE = (
     "An engine with secure_mode=True draws random numbers that cannot be repeated. "
@@ -81,17 +93,123 @@ def without_code(options: Mapping[str, Any]) -> dict[str, Any]:
             gets Opacus's own loading: the path stays the same.
 
     Raises:
-        ValueError: If the file holds objects that only unpickling can load.
+        ValueError: If the file holds objects that only unpickling can load, or is no
+            checkpoint of an engine.
     """
     how = dict(options.get("torch_load_kwargs") or {})
     is_safe = how.pop("weights_only", "pickle_module" not in how)
     if not is_safe or "path" not in options:
         return {**options, "torch_load_kwargs": how}
     content = read_torch_file(options["path"], remedy=_OTHER_OBJECTS, **how)
-    copy = io.BytesIO()
-    torch.save(content, copy)  # what weights_only=True has accepted
-    copy.seek(0)
-    return {**options, "path": copy, "torch_load_kwargs": None}
+    _require_checkpoint(content, options["path"])
+    safe = io.BytesIO()
+    torch.save(content, safe)  # what weights_only=True has accepted
+    safe.seek(0)
+    return {**options, "path": safe, "torch_load_kwargs": None}
+
+
+def _require_checkpoint(content: Any, path: Any) -> None:
+    """Refuse a file of ``torch.save`` that no engine has saved.
+
+    Args:
+        content: What the file holds.
+        path: Its name, for the message.
+
+    Raises:
+        ValueError: If an entry that Opacus loads is missing or of another type.
+    """
+    found = content if isinstance(content, Mapping) else {}
+    wrong = [
+        name
+        for name, is_right in {
+            "module_state_dict": _is_state_of_module,
+            "privacy_accountant_state_dict": _is_state_of_accountant,
+            "optimizer_state_dict": _is_state_of_optimizer,
+        }.items()
+        if not is_right(found.get(name))
+    ]
+    is_bare = bool(found) and _is_state_of_module(found)
+    kind = "a state dict" if is_bare else f"a {type(content).__name__}"
+    expect(
+        not wrong,
+        "path",
+        f"{kind} in {path}",
+        "must be a checkpoint of PrivacyEngine.save_checkpoint with whole entries "
+        f"{', '.join(wrong)}",
+        "Nothing was loaded. "
+        + (
+            "Load weights alone by module.load_state_dict(torch.load(path))."
+            if is_bare
+            else "Resume from another checkpoint."
+        ),
+    )
+
+
+def _is_state_of_module(state: Any) -> bool:
+    """Whether a value has the form of a module's state dict."""
+    return isinstance(state, Mapping) and all(
+        isinstance(name, str) and (isinstance(value, Tensor) or "extra_state" in name)
+        for name, value in state.items()
+    )
+
+
+def _is_state_of_optimizer(state: Any) -> bool:
+    """Whether a value has the form of an optimizer's state dict, or is empty."""
+    if not state:
+        return state is None or isinstance(state, Mapping)
+    return isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys()
+
+
+def _is_state_of_accountant(state: Any) -> bool:
+    """Whether a value has the form of an accountant's state dict.
+
+    The history of Opacus's accountants is checked. A user's own accountant may have
+    another one, or none.
+    """
+    if not isinstance(state, Mapping):
+        return False
+    if state.get("mechanism") not in _MECHANISMS:
+        return True
+    history = state.get("history")
+    return isinstance(history, list) and all(map(_is_counted, history))
+
+
+def _is_counted(entry: Any) -> bool:
+    """Whether an entry of a history is noise multiplier, sample rate and a count."""
+    if not isinstance(entry, tuple | list) or len(entry) != 3:
+        return False
+    if not all(isinstance(number, int | float) for number in entry):
+        return False
+    noise, rate, count = entry
+    return 0 <= noise < math.inf and 0 <= rate <= 1 and 0 <= count == int(count)
+
+
+@contextmanager
+def all_or_nothing(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, accountant: IAccountant
+) -> Iterator[None]:
+    """Context that undoes what was loaded, if an error ends it.
+
+    Opacus loads one object after the other, and torch loads the weights that fit before
+    it refuses the others.
+
+    Args:
+        module: What Opacus made of the model, or the model.
+        optimizer: Opacus's or a plain one.
+        accountant: The engine's.
+    """
+    weights = {n: _copied(value) for n, value in module.state_dict().items()}
+    counted = copy.copy(vars(accountant))
+    counted["history"] = list(getattr(accountant, "history", []))
+    parts = optimizer and (optimizer.state, optimizer.param_groups)
+    try:
+        yield
+    except BaseException:
+        module.load_state_dict(weights)
+        vars(accountant).update(counted)
+        if optimizer is not None and parts is not None:
+            cast(Any, optimizer).state, optimizer.param_groups = parts
+        raise
 
 
 def ledger_in_checkpoint(path: str | os.PathLike[str]) -> GradNormLedger:
@@ -159,7 +277,10 @@ class Checkpoints:
         return {"run_state": None}
 
     def entries(
-        self, recorder: Recorder, renyi_filter: RenyiFilter | None
+        self,
+        recorder: Recorder,
+        renyi_filter: RenyiFilter | None,
+        accountant: IAccountant,
     ) -> dict[str, Any]:
         """Return the entries to add to a checkpoint; none before a run is prepared.
 
@@ -167,6 +288,8 @@ class Checkpoints:
             recorder: The engine's recorder, whose run is saved.
             renyi_filter: The engine's budgets; what was charged to each example is
                 saved.
+            accountant: The engine's; a copy of its history shows whether Opacus's entry
+                was changed.
 
         Returns:
             Tensors, numbers and strings, with a checksum over each entry.
@@ -175,7 +298,8 @@ class Checkpoints:
             return {}
         states = self.run_state.state_dict()
         prefixed = {f"{_RUN_STATE}{name}": value for name, value in states.items()}
-        entries = {CHECKPOINT_KEY: with_checksum({**recorder.state_dict(), **prefixed})}
+        state = {**recorder.state_dict(), **prefixed, _HISTORY: _history_of(accountant)}
+        entries = {CHECKPOINT_KEY: with_checksum(state)}
         if renyi_filter is not None:
             entries[FILTER_KEY] = with_checksum(saved_charges(renyi_filter))
         return entries
@@ -203,7 +327,7 @@ class Checkpoints:
         recorder: Recorder,
         renyi_filter: RenyiFilter | None,
         *,
-        num_steps: int,
+        accountant: IAccountant,
         restore_rng: bool,
         refuse: Callable[[str], None],
     ) -> None:
@@ -213,7 +337,7 @@ class Checkpoints:
             checkpoint: What Opacus loaded; our entries are removed.
             recorder: Continues the recorded run, if the checkpoint has one.
             renyi_filter: Continues with the charges, if there is a filter.
-            num_steps: Updates that the checkpoint's accountant has counted.
+            accountant: The engine's, with the history from the checkpoint.
             restore_rng: Whether to restore everything that decides how the run goes on.
             refuse: Called with the reason if the run cannot be continued.
 
@@ -221,7 +345,7 @@ class Checkpoints:
             ValueError: If the charges do not fit, or ``restore_rng`` is not possible.
         """
         charges = checkpoint.pop(FILTER_KEY, None)
-        resume_charges(renyi_filter, charges, num_steps)
+        resume_charges(renyi_filter, charges, num_steps_of(accountant))
         entry = checkpoint.pop(CHECKPOINT_KEY, {})
         state: dict[str, Any] = {}
         if entry != {}:
@@ -229,6 +353,8 @@ class Checkpoints:
                 require_version(entry)
                 state = verified_state(entry)
                 recorder.load_state_dict(state)
+                if state.get(_HISTORY, found := _history_of(accountant)) != found:
+                    refuse(_OTHER_HISTORY.format(num_steps_of(accountant)))
             except ValueError as error:
                 if restore_rng and not state:
                     raise
@@ -382,6 +508,14 @@ def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         prefix: One of the prefixes above, with its dot.
     """
     return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+
+
+def _history_of(accountant: IAccountant) -> str:
+    """Return what an accountant has counted, as text; empty if it cannot be known."""
+    try:
+        return json.dumps([[*map(float, e)] for e in accountant.history])
+    except (TypeError, ValueError):  # a user's own accountant
+        return ""
 
 
 def _is_setting(value: Any) -> bool:

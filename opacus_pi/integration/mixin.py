@@ -42,7 +42,12 @@ from opacus_pi.integration.audit import (
     finding_of,
     joined,
 )
-from opacus_pi.integration.checkpoints import Checkpoints, RunState, without_code
+from opacus_pi.integration.checkpoints import (
+    Checkpoints,
+    RunState,
+    all_or_nothing,
+    without_code,
+)
 from opacus_pi.integration.checks import (
     RunChecks,
 )
@@ -113,9 +118,9 @@ _NO_BOUND = (
     "set; train by make_private for a guarantee."
 )
 _NOT_COUNTED = (
-    "The accountant has counted {} of {} updates, so its epsilon is too small. "
-    "optimizer.attach_step_hook replaces the accountant's own hook: call both in one "
-    "function."
+    "The accountant has counted {} of {} updates, so its epsilon is too small. The "
+    "cause is not known: optimizer.attach_step_hook may have replaced the accountant's "
+    "own hook (call both in one function), or its history was changed."
 )
 _BROKEN = (
     "get_epsilon returns Opacus's number, but it is not a bound for this training. {}"
@@ -539,7 +544,9 @@ class PerInstanceMixin(OpacusEngine):
             **options: Options of Opacus: ``module``, ``optimizer``, and more.
         """
         filled = checkpoint_dict or {}
-        filled.update(self.checkpoints.entries(self.recorder, self.renyi_filter))
+        filled.update(
+            self.checkpoints.entries(self.recorder, self.renyi_filter, self.accountant)
+        )
         save = super().save_checkpoint
         if not isinstance(path, (str, os.PathLike)):
             save(path=path, checkpoint_dict=filled, **options)
@@ -584,20 +591,23 @@ class PerInstanceMixin(OpacusEngine):
             The checkpoint, with your own entries.
 
         Raises:
-            ValueError: If the file has objects that only unpickling can load (nothing
-                is loaded then).
+            ValueError: If the file has objects that only unpickling can load, or is no
+                checkpoint of an engine (nothing is loaded then).
             ValueError: If ``restore_rng`` cannot be done: no run is prepared (nothing
                 is loaded then), or the checkpoint has no states, is damaged, or was
                 taken at a moment from which a run cannot be resumed exactly; or if a
                 ``RenyiFilter`` cannot go on with the budgets that were saved.
         """
         self.checkpoints.require_restorable(restore_rng=restore_rng)
-        checkpoint: dict[str, Any] = super().load_checkpoint(**without_code(options))
+        safe = without_code(options)
+        parts = (options["module"], options.get("optimizer"), self.accountant)
+        with all_or_nothing(*parts):
+            checkpoint: dict[str, Any] = super().load_checkpoint(**safe)
         self.checkpoints.resume(
             checkpoint,
             self.recorder,
             self.renyi_filter,
-            num_steps=num_steps_of(self.accountant),
+            accountant=self.accountant,
             restore_rng=restore_rng,
             refuse=self.checks.refuse,
         )

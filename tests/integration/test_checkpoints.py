@@ -266,3 +266,85 @@ def test_other_archives_have_no_ledger(tmp_path, content, message):
     (tmp_path / "damaged.pt").write_bytes(b"PK\3\4damaged")
     with pytest.raises(ValueError, match="damaged"):
         ledger_in_checkpoint(tmp_path / "damaged.pt")
+
+
+# -------------------------------------------------- files that no engine has saved so
+def without(name):
+    return lambda content: {k: v for k, v in content.items() if k != name}
+
+
+def having(name, value):
+    return lambda content: {**content, name: value}
+
+
+def having_history(history):
+    state = {"history": history, "mechanism": "rdp"}
+    return having("privacy_accountant_state_dict", state)
+
+
+NO_CHECKPOINTS = {
+    "list": (lambda content: [1, 2], "got a list in"),
+    "tensor": (lambda content: torch.zeros(3), "got a Tensor in"),
+    "numbered": (lambda content: {1: 2}, "whole entries module_state_dict"),
+    "weights": (lambda content: content["module_state_dict"], "Load weights alone by"),
+    "no_accountant": (without("privacy_accountant_state_dict"), "privacy_accountant"),
+    "weights_list": (having("module_state_dict", [1]), "whole entries module_state"),
+    "optimizer_list": (having("optimizer_state_dict", [1]), "optimizer_state_dict"),
+    "optimizer_keys": (having("optimizer_state_dict", {"a": 1}), "optimizer_state"),
+    "history_text": (having_history("abc"), "entries privacy_accountant"),
+    "history_nan": (having_history([(float("nan"), 0.2, 8)]), "privacy_accountant"),
+    "history_negative": (having_history([(1.0, 0.2, -8)]), "privacy_accountant"),
+    "other_optimizer": (
+        having("optimizer_state_dict", {"state": {}, "param_groups": []}),
+        "different number of parameter groups",
+    ),
+    "other_model": (having("module_state_dict", {}), "Missing key"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The content of a checkpoint after two epochs."""
+    path = tmp_path_factory.mktemp("saved") / "checkpoint.pt"
+    run = Training().train(2)
+    run.engine.save_checkpoint(path=path, module=run.model, optimizer=run.optimizer)
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("name", NO_CHECKPOINTS)
+def test_of_another_file_nothing_is_loaded(tmp_path, saved, name, safe):
+    edit, match = NO_CHECKPOINTS[name]
+    if not safe and name.startswith("history"):
+        return  # Opacus takes any history
+    path = tmp_path / "other.pt"
+    torch.save(edit(saved), path)
+    run = Training(seed=1)
+    before = {n: value.clone() for n, value in run.model.state_dict().items()}
+    errors = (ValueError, RuntimeError) if safe else (Exception,)
+    with pytest.raises(errors, match=match if safe else None):
+        run.engine.load_checkpoint(
+            path=path,
+            module=run.model,
+            optimizer=run.optimizer,
+            torch_load_kwargs=None if safe else {"weights_only": False},
+        )
+    after = run.model.state_dict()
+    assert all(torch.equal(value, after[n]) for n, value in before.items())
+    assert not run.engine.accountant.history and not run.optimizer.state
+    assert run.train(1).engine.ledger.mechanism.num_steps == 4
+
+
+@pytest.mark.filterwarnings("ignore:This run no longer has a ledger")
+@pytest.mark.parametrize(
+    "history", [[], [(1.0, 0.25, 3)], [(1.0, 0.25, 30)], [(9.0, 0.25, 8)]]
+)
+def test_a_history_that_was_changed_is_named_as_the_cause(tmp_path, saved, history):
+    path = tmp_path / "edited.pt"
+    torch.save(having_history(history)(saved), path)
+    run = Training(seed=1)
+    run.engine.load_checkpoint(path=path, module=run.model, optimizer=run.optimizer)
+    with pytest.raises(AccountingError, match="history in the checkpoint .* edited"):
+        _ = run.engine.ledger
+    with pytest.warns(UserWarning, match="is not the one that was saved together"):
+        run.engine.get_epsilon(1e-3)
