@@ -181,7 +181,7 @@ def _is_counted(entry: Any) -> bool:
     if not all(isinstance(number, int | float) for number in entry):
         return False
     noise, rate, count = entry
-    return 0 <= noise < math.inf and 0 <= rate <= 1 and 0 <= count == int(count)
+    return bool(0 <= noise < math.inf and 0 <= rate <= 1 and 0 <= count == int(count))
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def all_or_nothing(
     weights = {n: _copied(value) for n, value in module.state_dict().items()}
     counted = copy.copy(vars(accountant))
     counted["history"] = list(getattr(accountant, "history", []))
-    parts = optimizer and (optimizer.state, optimizer.param_groups)
+    parts = None if optimizer is None else (optimizer.state, optimizer.param_groups)
     try:
         yield
     except BaseException:
