@@ -149,6 +149,8 @@ def follow(items: ItemFingerprints, batch: Any, batch_dim: int) -> CollateIdenti
         return BY_CONSTRUCTION
     if not tensors:
         return UNCHECKED
+    if _are_in_place(items, tensors, batch_dim):
+        return BY_CONSTRUCTION
     samples = [_as_samples(items, tensor, batch_dim) for tensor in tensors]
     found = [c for s in samples if (c := s.candidates(items)) is not None]
     size = max(map(len, found), default=len(samples[0]))
@@ -174,6 +176,44 @@ def _narrowed(joint: Mask, items: ItemFingerprints, samples: "list[Samples]") ->
         for by_number in agreeing or moved[:1]:
             joint = joint & by_number
     return joint
+
+
+def _are_in_place(
+    items: ItemFingerprints, tensors: list[Tensor], batch_dim: int
+) -> bool:
+    """Whether every tensor has the entries of the items, in their places.
+
+    This is what most collate functions do. Comparing entries takes less time than
+    computing checksums of them.
+    """
+    is_shown = False
+    for tensor in tensors:
+        if tensor.ndim <= batch_dim or tensor.shape[batch_dim] != len(items):
+            return False
+        content = DelayedChecksums(tensor, batch_dim)
+        if not _has_equal_part(items, content):
+            return False
+        is_shown = is_shown or (content.width > 1 and _differ(content))
+    return is_shown
+
+
+def _has_equal_part(items: ItemFingerprints, content: DelayedChecksums) -> bool:
+    """Whether the samples of a tensor are one part of the items at their positions."""
+    if not content.width:
+        return False
+    own = content.entries.view(np.int32)
+    return any(
+        entries.shape == own.shape
+        and np.array_equal(entries.view(np.int32), own)
+        and bool((items.widths[:, part] == content.width).all())
+        for part, entries in enumerate(items.entries)
+    )
+
+
+def _differ(content: DelayedChecksums) -> bool:
+    """Whether there are several samples, and not all of them are alike."""
+    bits = content.entries.view(np.int32)
+    return len(bits) > 1 and bool((bits[0] != bits).any())
 
 
 def _are_same_values(matches: Mask) -> bool:
@@ -240,15 +280,13 @@ def _assigned(items: ItemFingerprints, joint: Mask) -> Iterator[int]:
     used once before one of them is used again.
     """
     total_widths, num_uses = items.widths.sum(axis=1), np.zeros(len(items), np.int64)
+    sums = items.checksums
     for row in joint:
         possible = np.flatnonzero(row)
         if len(possible) > 1:
             widths = total_widths[possible]
             possible = possible[widths == widths.max()]
-        if (
-            not len(possible)
-            or (items.checksums[possible] != items.checksums[possible[0]]).any()
-        ):
+        if not len(possible) or (sums[possible] != sums[possible[0]]).any():
             yield -1
             continue
         item = possible[num_uses[possible].argmin()]
@@ -296,7 +334,11 @@ class Samples:
 
     def _compare(self, items: ItemFingerprints) -> Mask | None:
         """Compute what ``candidates`` returns."""
-        if self.width <= 1 or _are_all_alike(self.content.checksums):
+        if self.width <= 1:
+            return None
+        if _has_equal_part(items, self.content) and _differ(self.content):
+            return np.eye(len(items), dtype=np.bool_)
+        if _are_all_alike(self.content.checksums):
             return None
         best: Mask | None = None
         for part in range(items.widths.shape[1]):
@@ -316,7 +358,7 @@ class Samples:
         Returns:
             bool ``(b, n)``; None if no sample, or only some short ones, agree.
         """
-        widths, sums = items.widths[:, part], items.checksums[:, part]
+        widths, sums = items.widths[:, part], items.checksums_of(part)
         if widths.max() < 2 or (len(items) > 1 and _are_all_alike(sums)):
             return None
         matches = (widths == self.width) & (self.content.checksums[:, None] == sums)
@@ -327,7 +369,7 @@ class Samples:
 
     def _padded(self, items: ItemFingerprints, part: int) -> Mask:
         """Compare the beginnings of all samples with items of smaller shapes."""
-        widths, sums = items.widths[:, part], items.checksums[:, part]
+        widths, sums = items.widths[:, part], items.checksums_of(part)
         shapes = items.shapes[part]
         matches = np.zeros((len(self), len(items)), dtype=np.bool_)
         is_smaller = np.array([_is_smaller(shape, self.shape) for shape in shapes])
@@ -366,9 +408,9 @@ class Samples:
         sums = self.content.checksums[:, None]
         parts = np.flatnonzero((items.widths == 1).all(axis=0))
         return [
-            sums == items.checksums[:, part]
+            sums == items.checksums_of(part)
             for part in parts
-            if not _are_all_alike(items.checksums[:, part])
+            if not _are_all_alike(items.checksums_of(part))
         ]
 
 

@@ -22,6 +22,7 @@ array([[2, 1],
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -56,8 +57,6 @@ class ItemFingerprints:
     Args:
         widths: int64 ``(b, m)``: number of entries in the j-th part of item i; 0 if
             the item has no such part, or a part that has no checksum.
-        checksums: int64 ``(b, m)``: checksums of these parts, comparable with
-            ``sample_checksums`` of the collated batch; 0 where the width is 0.
         entries: For each of the m parts, the entries that the checksums look at,
             float32 ``(b, k)``, with zeros after the last one.
         shapes: For each of the m parts its shape in each item; ``()`` for a number and
@@ -65,12 +64,37 @@ class ItemFingerprints:
     """
 
     widths: NDArray[np.int64]
-    checksums: NDArray[np.int64]
     entries: list[NDArray[np.float32]]
     shapes: list[list[tuple[int, ...]]]
 
     def __len__(self) -> int:
         return len(self.widths)
+
+    @cached_property
+    def _by_part(self) -> dict[int, NDArray[np.int64]]:
+        """The checksums that were asked for."""
+        return {}
+
+    def checksums_of(self, part: int) -> NDArray[np.int64]:
+        """Return the checksums of one part, int64 ``(b,)``; 0 where the width is 0.
+
+        They are comparable with ``sample_checksums`` of the collated batch, and
+        computed when they are asked for.
+
+        Args:
+            part: Which of the m parts.
+        """
+        if part not in self._by_part:
+            self._by_part[part] = checksums_of_entries(self.entries[part])
+        return self._by_part[part]
+
+    @property
+    def checksums(self) -> NDArray[np.int64]:
+        """The checksums of all parts, int64 ``(b, m)``."""
+        sums = np.zeros_like(self.widths)
+        for part in range(sums.shape[1]):
+            sums[:, part] = self.checksums_of(part)
+        return sums
 
 
 def fingerprint_items(items: Any) -> ItemFingerprints:
@@ -89,14 +113,13 @@ def fingerprint_items(items: Any) -> ItemFingerprints:
     if any(len(own) != num_parts for own in parts):
         parts = [own + [None] * (num_parts - len(own)) for own in parts]
     widths = np.zeros((len(parts), num_parts), dtype=np.int64)
-    checksums, entries, shapes = np.zeros_like(widths), [], []
+    entries, shapes = [], []
     with torch.no_grad():  # an item may require a gradient
         for j, column in enumerate(zip(*parts, strict=True)):
             widths[:, j], found, shapes_of_part = _column(column)
-            checksums[:, j] = checksums_of_entries(found)
             entries.append(found)
             shapes.append(shapes_of_part)
-    return ItemFingerprints(widths, checksums, entries, shapes)
+    return ItemFingerprints(widths, entries, shapes)
 
 
 def _parts(item: Any) -> list[Any]:
