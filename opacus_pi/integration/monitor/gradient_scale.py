@@ -12,7 +12,9 @@ of each other (the link "noise" is broken), or different (another loss, the link
 is unchecked).
 
 *What breaks it.* A loop that changes its loss after the first updates. Models whose
-forward pass cannot be repeated, and batches without targets, are not compared.
+forward pass cannot be repeated, and batches without targets, are not compared. Batches
+are kept in memory until the comparisons are done, so after 100 updates that cannot be
+compared no further one is tried.
 """
 
 from dataclasses import dataclass
@@ -41,6 +43,7 @@ __all__ = ["GradientScale"]
 Gradients = list[Tensor | None]  # None where a parameter did not enter the loss
 
 _NUM_COMPARISONS = 2
+_MAX_ATTEMPTS = 100  # updates
 _TOLERANCE = 0.02  # relative; gradients in reduced precision differ by less
 _SCALED = (
     "The gradient of an update was {ratio:.4g} times that of the mean of the criterion "
@@ -110,7 +113,7 @@ class GradientScale:
     ) -> None:
         self._module, self._chain, self._tracker = module, chain, tracker
         self._criterion = per_example_criterion(criterion)
-        self._num_left = _NUM_COMPARISONS
+        self._num_left, self._num_attempts = _NUM_COMPARISONS, 0
         self._passes: list[_Pass] = []
         tracker.keeps_batches = True
 
@@ -124,7 +127,9 @@ class GradientScale:
             args: Its arguments.
             kwargs: Its keyword arguments.
         """
-        if self._num_left and module.training and torch.is_grad_enabled():
+        # The gradients of several passes are not compared: then two show that.
+        is_needed = self._num_left and len(self._passes) < 2
+        if is_needed and module.training and torch.is_grad_enabled():
             self._passes.append(_Pass.now(module, args, kwargs))
 
     def compare(self, parameters: list[nn.Parameter]) -> None:
@@ -135,18 +140,31 @@ class GradientScale:
         """
         if not self._num_left:
             return
+        self._num_attempts += 1
         passes, self._passes = self._passes, []
+        if self._compare(passes, parameters):
+            self._num_left -= 1
+        elif self._num_attempts >= _MAX_ATTEMPTS:
+            self._num_left = 0
+        self._tracker.keeps_batches = bool(self._num_left)
+
+    def _compare(self, passes: list[_Pass], parameters: list[nn.Parameter]) -> bool:
+        """Compare the gradients, and return whether that was possible.
+
+        Args:
+            passes: The forward passes since the last update.
+            parameters: As for ``compare``.
+        """
         delivery = self._tracker.delivery_of_gradients()
         batch = None if delivery is None else delivery.batch
         if len(passes) != 1 or batch is None:
-            return
+            return False
         expected = self._gradients(passes[0], batch, parameters)
         if expected is None:
-            return
-        self._num_left -= 1
-        self._tracker.keeps_batches = bool(self._num_left)
+            return False
         given = [p.grad for p in parameters]
         self._report(_flat(given, parameters), _flat(expected, parameters))
+        return True
 
     def _report(self, found: Tensor, expected: Tensor) -> None:
         """Tell the chain how two gradients, float64 ``(d,)``, compare."""

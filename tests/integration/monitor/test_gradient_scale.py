@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from opacus_pi.attribution import Tracker
+from opacus_pi.custody import Chain
+from opacus_pi.integration.monitor.gradient_scale import GradientScale
 from opacus_pi.recording import AccountingError
 from tests.integration.monitor.training import Augmented, monitored, net, small
 
@@ -95,3 +98,18 @@ def test_training_is_the_same_to_the_bit(poisson_sampling):
         values = model.state_dict().values()
         weights.append(torch.cat([value.flatten().double() for value in values]))
     assert torch.equal(*weights)
+
+
+def test_batches_are_not_kept_for_ever_if_nothing_can_be_compared():
+    tracker, module = Tracker(), small()
+    scale = GradientScale(module, cross_entropy, tracker, Chain())
+    x = torch.ones(2, 1)
+    for i in range(100):
+        assert tracker.keeps_batches, i
+        for _ in range(3):  # several passes, whose gradients are not compared
+            scale.before_forward(module, (x,), {})
+        assert len(scale._passes) == 2
+        scale.compare(list(module.parameters()))
+    assert not tracker.keeps_batches
+    scale.before_forward(module, (x,), {})
+    assert not scale._passes
