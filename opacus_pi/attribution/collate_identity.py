@@ -406,7 +406,7 @@ class Samples:
         if self.width != 1:
             return []
         sums = self.content.checksums[:, None]
-        parts = np.flatnonzero((items.widths == 1).all(axis=0))
+        parts = np.flatnonzero((items.widths == 1).all(axis=0)).tolist()
         return [
             sums == items.checksums_of(part)
             for part in parts
