@@ -79,3 +79,33 @@ def sampled(pair, rng, number):
     mean, cov = (part.astype(float) for part in pair)
     noise = rng.normal(size=(number, *mean.shape))
     return mean + np.linalg.cholesky(cov) @ noise
+
+
+def log_moments(first, second, z):
+    """Λ(z) = ln E exp(z·L) under the second law, from the full covariances."""
+    (m1, S1), (m2, S2) = [
+        tuple(p.astype(float) for p in pair) for pair in (first, second)
+    ]
+    z = z[:, None, None]
+    mixed = z * S2 + (1 - z) * S1
+    gap = (m1 - m2).astype(complex)
+    pull = (gap * np.linalg.solve(mixed, gap)).sum(axis=(1, 2))
+    z = z[:, 0, 0]
+    logs = np.log(np.linalg.eigvals(np.linalg.solve(S2, mixed))).sum(axis=1)
+    own = np.linalg.slogdet(S1)[1] - np.linalg.slogdet(S2)[1]
+    return z * (z - 1) / 2 * pull - gap.shape[1] / 2 * (logs - (1 - z) * own)
+
+
+def delta_at(first, second, epsilon, num_nodes=3000):
+    """δ(ε) by a fine rule on a long line, its slope in ε, and what may be missing."""
+    lines = 1 + np.geomspace(1e-2, 1e3, 150)
+    finite = np.isfinite(divergences(first, second, lines))
+    lines = lines[finite]
+    sizes = log_moments(first, second, lines + 0j).real - (lines - 1) * epsilon
+    c = lines[sizes.argmin()]
+    step = (c - 1) / 20
+    z = c + 1j * step * np.arange(num_nodes)
+    F = np.exp(log_moments(first, second, z) - (z - 1) * epsilon) / (z * (z - 1))
+    total = step / np.pi * (F.real.sum() - F[0].real / 2)
+    slope = step / np.pi * (((z - 1) * F).real.sum() - ((c - 1) * F[0]).real / 2)
+    return total, slope, abs(F[-1]) * step * num_nodes

@@ -6,6 +6,7 @@ import pytest
 from opacus_pi.accounting.conversion import rdp_to_epsilon
 from tests.unlearning.heads.extended_precision import (
     MORE_PRECISE,
+    delta_at,
     divergences,
     log_ratio,
     sampled,
@@ -13,6 +14,7 @@ from tests.unlearning.heads.extended_precision import (
 from tests.unlearning.heads.problems import Ridge
 
 PROBLEMS = 200
+FEW = 60  # of them, for the slowest comparison
 TOLERANCE = 1e-8
 DELTA = 1e-2  # large enough to be simulated
 
@@ -54,6 +56,24 @@ def test_divergences_equal_those_of_extended_precision(cases):
                 for values in (own, exact[finite])
             )
             assert next(pair) == pytest.approx(next(pair), rel=TOLERANCE, abs=1e-12)
+
+
+def test_reported_epsilon_is_the_one_at_which_delta_is_reached(cases):
+    """δ(ε) from the full laws, on a line and with a step that are not the library's."""
+    compared = 0
+    for claim, *laws in cases[:FEW]:
+        epsilon, found = both(claim, DELTA), []
+        for first, second in (laws, laws[::-1]):
+            delta, slope, missing = delta_at(first, second, epsilon)
+            if missing < 1e-10 * DELTA:
+                found.append((delta, slope))
+        if len(found) < 2 or epsilon == 0:
+            continue  # the integrand falls slowly: few columns and dimensions
+        compared += 1
+        delta, slope = max(found)
+        assert delta <= DELTA * (1 + 1e-9)
+        assert (DELTA - delta) / slope <= TOLERANCE * epsilon
+    assert compared > FEW / 3
 
 
 def test_epsilon_is_never_below_a_simulation_by_more_than_its_error(cases):
