@@ -275,9 +275,12 @@ class DelayedChecksums:
             return np.zeros(self._num_samples, dtype=np.int64)
         return checksums_of_entries(self.entries)
 
-    @property
+    @cached_property
     def entries(self) -> NDArray[np.float32]:
-        """The entries that the checksums look at, float32 ``(b, k)``."""
+        """The entries that the checksums look at, float32 ``(b, k)``.
+
+        Fetched from an accelerator once, which waits for it.
+        """
         entries = self._entries.cpu().float().reshape(self._num_samples, -1)
         return entries.contiguous().numpy()
 

@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from opacus_pi.models.accelerators import widened
+
 _CPU_BLOCK = 1 << 18  # elements of an intermediate that stay in the CPU's cache
 _GPU_BLOCK = 1 << 26  # elements of an intermediate on a GPU: a quarter of a GiB
 # Up to this length torch's vector_norm is fast and accurate; longer float32 rows are
@@ -52,11 +54,11 @@ def squared_lengths(values: Tensor) -> Tensor:
     flat = at_least_float32(values.flatten(1))
     if flat.shape[1] <= _SHORT_ROW:
         lengths = torch.linalg.vector_norm(flat, dim=1)
-        return lengths.double().square()
+        return widened(lengths).square()
     whole = flat.shape[1] - flat.shape[1] % _SHORT_ROW
     pieces = flat[:, :whole].unflatten(1, (-1, _SHORT_ROW))
     lengths = torch.linalg.vector_norm(pieces, dim=2)
-    squares = lengths.double().square().sum(1)
+    squares = widened(lengths).square().sum(1)
     return squares + squared_lengths(flat[:, whole:])
 
 
@@ -134,9 +136,9 @@ def pair_squares(inputs: Tensor, grads: Tensor) -> Tensor:
         grads: Inner products of output gradients, ``(b, t, t)``.
     """
     inputs, grads = at_least_float32(inputs), at_least_float32(grads)
-    lengths = [m.diagonal(dim1=1, dim2=2).double() for m in (inputs, grads)]
+    lengths = [widened(m.diagonal(dim1=1, dim2=2)) for m in (inputs, grads)]
     # The sum that the terms would have if none cancelled: (sum_t |a_t| |g_t|)^2.
     size = (lengths[0] * lengths[1]).clamp_(min=0.0).sqrt_().sum(1).square_()
-    squares = inputs.mul_(grads).flatten(1).sum(1).double().clamp_(min=0.0)
+    squares = widened(inputs.mul_(grads).flatten(1).sum(1)).clamp_(min=0.0)
     error = size * (_ROUNDING * torch.finfo(inputs.dtype).eps)
     return torch.where(squares < _CANCELLED * size, squares + error, squares)

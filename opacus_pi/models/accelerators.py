@@ -15,6 +15,7 @@ True
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from torch import Tensor
 __all__ = [
     "accelerator_in_use",
     "device_random_states",
+    "has_float64",
     "kinds_in_use",
     "num_accelerators",
     "set_device_random_states",
+    "widened",
 ]
 
 
@@ -86,3 +89,29 @@ def set_device_random_states(states: Sequence[Tensor]) -> None:
         return
     for device, state in enumerate(states):
         module.set_rng_state(state, device)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64; in float32 on a device without float64, such as MPS.
+
+    Args:
+        tensor: Of floating-point numbers.
+
+    >>> widened(torch.ones(2)).dtype
+    torch.float64
+    """
+    return tensor.double() if has_float64(tensor.device.type) else tensor.float()
+
+
+@cache
+def has_float64(kind: str) -> bool:
+    """Whether devices of a kind have float64.
+
+    Args:
+        kind: Such as ``"mps"``.
+    """
+    try:
+        torch.empty(1, dtype=torch.float64, device=kind)
+    except TypeError:
+        return False
+    return True

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from opacus_pi.models.accelerators import has_float64
+
 NAME = "simulated"
 _KINDS = ("to_host", "to_host_later", "to_device", "scalar", "shape", "synchronize")
 _WAITS = ("to_host", "scalar", "shape", "synchronize")
@@ -82,7 +84,9 @@ def without_waits() -> Iterator[None]:
 def without_float64() -> Iterator[None]:
     """Make the device refuse float64, as Apple's MPS does."""
     torch.ops.simulated_device.refuse_float64(True)
+    has_float64.cache_clear()
     try:
         yield
     finally:
         torch.ops.simulated_device.refuse_float64(False)
+        has_float64.cache_clear()

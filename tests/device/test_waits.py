@@ -1,0 +1,72 @@
+"""How often training waits for the device, and devices without float64.
+
+A data set on the device costs no wait in an update, once the probes of the first
+updates are over, except that each pass over the data begins with one audited batch and
+a row that is written is fetched once. A batch that the loop copies to the device has to
+be recognised by its content, which is fetched once in each update.
+"""
+
+import opacus
+import pytest
+import torch
+
+from opacus_pi.attribution.samples import DelayedChecksums
+from tests.device.simulated import NAME, Counts, without_float64, without_waits
+from tests.device.test_training import assert_same_ledgers
+from tests.device.trainings import MODES, train_privately
+
+AUDITED, ROW = 0, 3  # positions in a pass of four updates
+
+
+def settled(mode, **options):
+    """Return the counts of the updates after the first pass, by position."""
+    counts = train_privately(NAME, mode, **options).counts[4:]
+    return [(place % 4, found) for place, found in enumerate(counts)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_update_waits_if_the_data_are_on_the_device(mode):
+    for place, found in settled(mode, is_there=True):
+        if place == AUDITED:
+            assert set(found) == {"shape"}
+        elif place == ROW:
+            assert found == {"to_host": 1}
+        else:
+            assert found == {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copied_batch_is_fetched_once(mode):
+    for place, found in settled(mode):
+        assert found == {"to_host": 2 if place == ROW else 1}
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_opacus_itself_never_waits(mode):
+    for _, found in settled(mode, engine=opacus.PrivacyEngine()):
+        assert found == {}
+
+
+def test_entries_are_fetched_once():
+    content = DelayedChecksums(torch.randn(3, 400, device=NAME), 0)
+    before = Counts()
+    assert content.checksums.shape == (3,)
+    assert content.entries.shape[0] == 3
+    assert before.waits() == 1
+
+
+def test_a_wait_can_be_made_an_error():
+    value = torch.ones(2, device=NAME)
+    with without_waits(), pytest.raises(RuntimeError, match="would wait"):
+        value.sum().item()
+    assert value.sum().item() == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_on_a_device_without_float64(mode):
+    """Norms agree with those of the CPU to a relative 1e-4."""
+    here = train_privately("cpu", mode)
+    with without_float64():
+        assert_same_ledgers(train_privately(NAME, mode), here)
+        with pytest.raises(TypeError, match="no float64"):
+            torch.zeros(1, dtype=torch.float64, device=NAME)
