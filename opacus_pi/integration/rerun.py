@@ -290,15 +290,7 @@ def require_repeatable(
         f"must be the data set of the run, with {record.num_examples} examples",
         "Positions would name other examples.",
     )
-    clipping = state["settings"]["clipping"]
-    is_private = "expected_batch_size" in state["settings"]
-    expect(
-        not is_private or clipping in _FLAT,
-        "checkpoints",
-        f"a run with {clipping}",
-        "must be of a run with flat clipping at a fixed clip norm",
-        "Adaptive clip norms depend on the data. Train with clipping='flat'.",
-    )
+    require_flat_clipping(state)
     after = slice(state["num_steps"], None)
     expect(
         bool((record.sample_rates[after] <= record.sample_rate * (1 + 1e-9)).all()),
@@ -313,6 +305,29 @@ def require_repeatable(
         f"{int(record.num_unattributed[after].sum())} unattributed samples",
         "must know every sample of the batches that are used again",
         "Transform inputs in the data set, or train with Poisson sampling.",
+    )
+
+
+def require_flat_clipping(state: Mapping[str, Any]) -> None:
+    """Refuse a private run whose clip norm is not the same for all gradients.
+
+    Adaptive clipping also releases how many gradients were clipped. That is neither
+    repeated here, nor charged by the norm of the gradient alone.
+
+    Args:
+        state: Any state of the run.
+
+    Raises:
+        ValueError: If it did not clip each gradient as a whole, at a given clip norm.
+    """
+    clipping = state["settings"]["clipping"]
+    is_private = "expected_batch_size" in state["settings"]
+    expect(
+        not is_private or clipping in _FLAT,
+        "checkpoints",
+        f"a run with {clipping}",
+        "must be of a run with flat clipping at a given clip norm",
+        'Train with clipping="flat".',
     )
 
 

@@ -100,12 +100,29 @@ class ParticipationRecord:
     kept: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        expect(
+            self.sampling in ("poisson", "fixed")
+            and 0 < self.sample_rate <= 1
+            and 0 < self.num_examples < 2**31,
+            "the record of participations",
+            f"{self.num_examples} examples, {self.sampling!r} sampling at rate "
+            f"{self.sample_rate}",
+            "must name examples, and how they were sampled",
+            _REMEDY,
+        )
         for name, dtype in {**_SAMPLES, **_UPDATES}.items():
             array: NDArray[Any] = np.asarray(getattr(self, name), dtype=dtype)
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         object.__setattr__(self, "kept", tuple(int(step) for step in self.kept))
         self._check_lengths()
+        expect(
+            all(0 <= step <= self.num_steps for step in self.kept),
+            "kept",
+            list(self.kept)[:5],
+            f"must be updates of the run, in [0, {self.num_steps}]",
+            _REMEDY,
+        )
         self._check_ranges()
 
     def _check_lengths(self) -> None:

@@ -47,6 +47,15 @@ __all__ = ["Checkpoints"]
 
 _PREFIX = "state-"
 _BLOCK = 4096  # bytes
+_PARTS = {
+    "model": dict,
+    "optimizer": dict,
+    "optimizer_class": str,
+    "parameters": list,
+    "evaluating": list,
+    "settings": dict,
+    "random": dict,
+}
 
 
 class Training(Protocol):
@@ -126,6 +135,16 @@ class Checkpoints:
             f"a state of update {state.get('num_steps')} of run {state.get('run')}",
             f"must hold update {step} of run {run} in {path.name}",
             "Use one directory for each run, and leave the names of its files.",
+        )
+        wrong = [
+            name for name, kind in _PARTS.items() if type(state.get(name)) is not kind
+        ]
+        expect(
+            not wrong,
+            "checkpoints",
+            f"a state without {wrong}",
+            f"must hold the whole state of a training in {path.name}",
+            "Restore it from a copy, or rewind to an earlier state.",
         )
         return state
 

@@ -216,17 +216,38 @@ def record_in(directory: Path) -> ParticipationRecord:
     }
     arrays["num_unattributed"] = blocks[-1][0]["num_unattributed"]
     rates = [block[_RATES] for block, _ in blocks if _RATES in block]
-    has_all = sum(map(len, rates)) == ends[-1] and len({r.shape[1] for r in rates}) == 1
+    has_all = (
+        sum(map(len, rates)) == ends[-1]
+        and {rate.ndim for rate in rates} == {2}
+        and len({rate.shape[1] for rate in rates}) == 1
+    )
     facts = blocks[-1][1]
     texts: dict[str, Any] = {name: facts[name] for name in _TEXTS}
     return ParticipationRecord(
         num_examples=_whole(facts, "num_examples", directory),
-        sample_rate=float(facts["sample_rate"]),
+        sample_rate=_parsed(facts, "sample_rate", float),
         learning_rates=np.concatenate(rates) if has_all else None,
-        kept=tuple(json.loads(facts["kept"])),
+        kept=tuple(_parsed(facts, "kept", list)),
         **texts,
         **arrays,
     )
+
+
+def _parsed(facts: Mapping[str, str], name: str, kind: type) -> Any:
+    """Return a number or a list of numbers from the texts of a block, or refuse."""
+    try:
+        value = json.loads(facts[name])
+    except (json.JSONDecodeError, RecursionError):
+        value = None
+    whole = isinstance(value, list) and all(type(item) is int for item in value)
+    expect(
+        type(value) is kind and (kind is not list or whole),
+        name,
+        facts[name],
+        "must be what the recorder wrote",
+        _RESTORE,
+    )
+    return value
 
 
 def _whole(facts: Mapping[str, str], name: str, directory: Path) -> int:

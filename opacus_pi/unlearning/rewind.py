@@ -47,6 +47,7 @@ from opacus_pi.integration.rerun import (
     MakeOptimizer,
     Rerun,
     Update,
+    require_flat_clipping,
     require_repeatable,
 )
 from opacus_pi.ledger.custody import CHECKED, LINKS, Custody
@@ -343,6 +344,7 @@ class RecordedTraining:
             "must have all states that the run kept",
             "Which states exist must not depend on the run. Restore them from a copy.",
         )
+        require_flat_clipping(self.states.load(self.states.steps[0]))
         layers = [
             n for n, m in self.model.named_modules() if isinstance(m, BatchNormBase)
         ]

@@ -15,6 +15,8 @@ from opacus_pi.files.checksummed_state import with_checksum
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.filtering import saved_charges
 from opacus_pi.recording import Recorder
+from opacus_pi.recording.participation_log import ParticipationLog
+from opacus_pi.recording.run import UpdateSettings
 from opacus_pi.recording.weights import save_weights
 from opacus_pi.unlearning import Unlearner
 from opacus_pi.unlearning.requests import DeletionRequests
@@ -54,6 +56,20 @@ def gram(kind):
     if kind == "minibatch":
         return GramLedger(mechanism, [10, 30], grams[:, None], kind=kind)
     return GramLedger(mechanism, [10, 30], grams, example_ids=[1, 2, 5], data_set="d")
+
+
+def participations(path):
+    """The block of a run of three updates, written to its place."""
+    facts = {"num_examples": NUM_EXAMPLES, "sampling": "poisson", "sample_rate": 0.5}
+    log = ParticipationLog(path.parent, {**facts, "data_set": "d", "run": "0d"})
+    chance = np.random.default_rng(2)
+    for step in (1, 2, 3):
+        indices = chance.permutation(NUM_EXAMPLES)[:3]
+        norms = chance.exponential(size=3).astype(np.float32)
+        log.add(indices, norms, np.full(3, step))
+        log.count_step(UpdateSettings(2.0, 1.0, 0.5), (0.1,))
+    log.add_unattributed(2, 1)
+    log.write((0, 2), "sha256:0d")
 
 
 def trace():

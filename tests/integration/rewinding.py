@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi import PrivacyEngine, Recorder, Unlearner
 from opacus_pi.recording import Checkpoints
+from tests.private_training import ADAPTIVE
 
 SIZE, CLASSES, EPOCHS = 40, 3, 3
 CRITERION = nn.CrossEntropyLoss()
@@ -41,6 +42,7 @@ class Saved:
         seed: Of everything random.
         train: Whether to train at once.
         recorder: The class of the recorder.
+        clipping: How it clips.
         options: Of ``Checkpoints``.
     """
 
@@ -59,6 +61,7 @@ class Saved:
         seed=0,
         train=True,
         recorder=Recorder,
+        clipping="flat",
         **options,
     ):
         torch.manual_seed(seed)
@@ -79,16 +82,17 @@ class Saved:
             "data_loader": DataLoader(self.data, batch_size=8, shuffle=True),
             "poisson_sampling": poisson,
         }
+        if private:
+            adaptive = ADAPTIVE if clipping == "adaptive" else {}
+            common |= {"noise_multiplier": noise, "max_grad_norm": 1.0}
+            prepare = self.engine.make_private
+            common |= {"clipping": clipping, **adaptive}
+        else:
+            prepare = self.engine.make_monitored
+            common |= {"noise_std": noise, "criterion": CRITERION}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if private:
-                prepared = self.engine.make_private(
-                    **common, noise_multiplier=noise, max_grad_norm=1.0
-                )
-            else:
-                prepared = self.engine.make_monitored(
-                    **common, noise_std=noise, criterion=CRITERION
-                )
+            prepared = prepare(**common)
         self.model, self.optimizer, self.loader = prepared
         if train:
             self.train()

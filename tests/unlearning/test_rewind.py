@@ -270,6 +270,13 @@ def test_a_filtered_rewind_of_training_without_clipping_is_refused(tmp_path):
     refused(normed, "no BatchNorm", deletion_policy=POLICY)
 
 
+def test_a_policy_for_adaptive_clipping_is_refused(tmp_path):
+    """It also releases how many gradients were clipped, which is not charged."""
+    saved = Saved(tmp_path / "s", POLICY, noise=3.0, clipping="adaptive", train=False)
+    saved.train(1)
+    refused(saved, "flat clipping", deletion_policy=POLICY)
+
+
 def test_a_model_that_was_changed_is_not_kept(private):
     example, _ = by_budget(private, "free")
     unlearner = private.unlearner()

@@ -1,11 +1,15 @@
 """Readers of ledgers, whole and in parts, and of Gram ledgers."""
 
 import re
+import tempfile
+from dataclasses import fields
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
 from opacus_pi.accounting import GradNormLedger, GramLedger
+from opacus_pi.recording.participation_log import record_in
 from tests.fuzz import originals
 from tests.fuzz.targets.target import NUMPY_TYPES, Target, safetensors_edit
 
@@ -116,6 +120,36 @@ def gram_equal(kind):
     return equal
 
 
+BLOCK = "participations-00000001.safetensors"
+
+
+def read_block(path):
+    return record_in(path.parent)
+
+
+def block_check(record):
+    size, total = record.num_examples, record.num_steps
+    assert record.sampling in ("poisson", "fixed") and 0 <= record.sample_rate <= 1
+    assert ((record.indices >= 0) & (record.indices < size)).all()
+    assert ((record.steps >= 1) & (record.steps <= total)).all()
+    assert not (record.norms < 0).any() and (record.noise_std >= 0).all()
+    if size < 1000:
+        first = record.first_updates()
+        assert first.shape == (size,) and ((first >= 1) & (first <= total + 1)).all()
+    assert all(0 <= step <= total for step in record.kept)
+
+
+def block_equal(record):
+    with tempfile.TemporaryDirectory() as folder:
+        originals.participations(Path(folder, BLOCK))
+        wanted = record_in(Path(folder))
+    names = [f.name for f in fields(wanted)]
+    arrays = [n for n in names if isinstance(getattr(wanted, n), np.ndarray)]
+    facts = [n for n in names if n not in arrays]
+    same = all(getattr(record, n) == getattr(wanted, n) for n in facts)
+    return same and same_arrays(record, wanted, arrays)
+
+
 def ledger_targets():
     """Whole, in parts, and the two kinds of Gram ledgers."""
     edit = safetensors_edit(NUMPY_TYPES)
@@ -129,4 +163,8 @@ def ledger_targets():
         found[f"gram {kind}"] = Target(
             content, GramLedger.load, gram_check, gram_equal(kind), edit
         )
+    block = originals.content_of(originals.participations, BLOCK)
+    found["participations"] = Target(
+        block, read_block, block_check, block_equal, edit, BLOCK
+    )
     return found
