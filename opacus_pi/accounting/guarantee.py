@@ -304,12 +304,15 @@ class Guarantee:
             delta: δ in (0, 1).
 
         Returns:
-            ε, at least 0; ``inf`` if there is no estimate beside the bound.
+            ε, at least 0 and at most the bound; ``inf`` if there is no estimate beside
+            the bound.
 
         Raises:
             ValueError: If δ is outside (0, 1).
         """
-        return self._least(self.estimates, (), delta)
+        if not any(map(math.isfinite, self.estimates)):
+            return math.inf
+        return min(self._least(self.estimates, (), delta), self.epsilon(delta))
 
     def _least(
         self,

@@ -20,33 +20,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices
-from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
-from opacus_pi.accounting.epsilon import DEFAULT_ORDERS, epsilons
-from opacus_pi.accounting.group.worst_case import group_worst_case_loss
-from opacus_pi.accounting.guarantee import (
-    Assumption,
-    derived,
-    observed,
-    rounded_up,
-    unchecked_links,
+from opacus_pi.accounting.conversion import check_delta
+from opacus_pi.accounting.epsilon import epsilons
+from opacus_pi.accounting.guarantee import Assumption, rounded_up
+from opacus_pi.accounting.training_bound import (
+    declarations,
+    every_gradient_clipped,
+    noise_added,
+    sampling_known,
+    training_epsilon,
 )
-from opacus_pi.accounting.losses import worst_case_loss
-from opacus_pi.ledger.grad_norm_ledger import (
-    GradNormLedger,
-    columns_of,
-    joint_mechanism,
-    runs_of,
-)
-from opacus_pi.ledger.mechanism import NoisySGD
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, columns_of, runs_of
 
 _FORMAT = "opacus_pi.PrivacyStatement.v2"
-# Fewer orders than for one example: each is a numerical integral, and the best order of
-# a group is often below Opacus's smallest.
-_GROUP_ORDERS = (1 + np.geomspace(0.01, 63, 40)).tolist()
 _OWNER_ONLY = (
     "The estimate depends on the owner's own data: share it with the owner only. "
     "Showing it to the owner costs other people no privacy: besides the owner's data "
@@ -191,67 +180,26 @@ def privacy_statement(
     runs = runs_of(ledger)
     mine = distinct_indices("rows", rows, np.iinfo(np.int64).max)
     columns = columns_of(runs[0], mine, "rows")
-    single, noisy = len(mine) == 1, _noisy(runs[0])
+    single, noisy = len(mine) == 1, noise_added(runs)
     epsilon, worst = None, math.inf
     if noisy.met and single:
         own = float(epsilons([run.subset(columns) for run in runs], delta)[0])
         epsilon = own if math.isfinite(own) else None
     if noisy.met:
-        worst = _worst_case(joint_mechanism(runs), runs[0].steps, len(mine), delta)
+        worst = training_epsilon(runs, len(mine), delta)
     return PrivacyStatement(
         f"example {mine[0]}" if subject is None and single else subject or "one person",
         len(mine),
         float(delta),
         epsilon,
         worst,
-        (noisy, *_assumptions(runs)),
+        (
+            noisy,
+            every_gradient_clipped(runs),
+            sampling_known(runs),
+            *declarations(runs),
+        ),
         "" if epsilon is None else _estimated_from(runs),
-    )
-
-
-def _worst_case(
-    mechanism: NoisySGD, steps: NDArray[np.int64], num_rows: int, delta: float
-) -> float:
-    """Return the bound on ε for any person with as many examples."""
-    if num_rows == 1:
-        orders = DEFAULT_ORDERS
-        losses = [worst_case_loss(mechanism, a, steps=steps) for a in orders]
-    else:
-        orders = _GROUP_ORDERS
-        losses = [
-            group_worst_case_loss(mechanism, num_rows, a, steps=steps) for a in orders
-        ]
-    return float(rdp_to_epsilon(losses, orders, delta))
-
-
-def _noisy(ledger: GradNormLedger) -> Assumption:
-    """Return the assumption that training added the recorded noise."""
-    mechanism = ledger.mechanism
-    noise, assumed = float(np.min(mechanism.noise_std)), mechanism.assumed_noise
-    return observed(
-        "training added noise to every update",
-        f"{'assumed' if assumed else 'recorded'} noise_std={noise:g} on the sum",
-        met=noise > 0 and not assumed,
-    )
-
-
-def _assumptions(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
-    """Return the other assumptions of the worst case."""
-    mechanism = joint_mechanism(runs)
-    clip = float(np.max(mechanism.max_grad_norm))
-    return (
-        observed(
-            "every gradient was clipped",
-            f"max_grad_norm={clip:g}",
-            met=math.isfinite(clip),
-        ),
-        derived("batches were sampled independently of the data", _sampling(mechanism)),
-        *unchecked_links(runs),
-        Assumption(
-            "nothing else computed from the data was released (tuning, other models)",
-            True,
-            "this cannot be checked from the training",
-        ),
     )
 
 
@@ -262,16 +210,3 @@ def _estimated_from(runs: Sequence[GradNormLedger]) -> str:
         f"{runs[0].num_rows} rows of {len(runs)} run{plural} stand for all runs and "
         "updates"
     )
-
-
-def _sampling(mechanism: NoisySGD) -> str:
-    """Say how batches were drawn, and how often an example was in an update."""
-    if mechanism.sampling == "poisson":
-        return "recorded as Poisson sampling"
-    most = mechanism.max_participations
-    how_often = (
-        "every example at most once an epoch"
-        if most is None
-        else f"no example in more than {most} updates, as counted"
-    )
-    return f"recorded as fixed sampling, {how_often}; no amplification is used"

@@ -18,7 +18,7 @@ from opacus_pi.cli.inputs import import_model, load_ledgers, read_indices
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
-from opacus_pi.unlearning.claims import claim
+from opacus_pi.unlearning.claims import History, claim
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
 from opacus_pi.unlearning.requests import requested_indices
 
@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
             import_model(options),
             runs,
             plan.forget,
+            # the runs of earlier requests are fine-tuned on what is requested now
+            History(updated=len(before) > 0),
             forgotten_before=before,
             has_weights=False,
         )

@@ -22,23 +22,28 @@
 array([[5. , nan, 0.5, nan]], dtype=float32)
 """
 
+import copy
+import math
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.accountants import IAccountant, RDPAccountant
+from opacus.accountants import IAccountant, PRVAccountant, RDPAccountant
 from opacus.optimizers import DPOptimizer
 
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
-from opacus_pi.accounting import GradNormLedger
+from opacus_pi.accounting import GradNormLedger, NoisySGD
+from opacus_pi.accounting.guarantee import EpsilonDelta
 from opacus_pi.files.checksummed_state import verified_state, with_checksum
 from opacus_pi.files.weights_file import tensors_from_bytes, tensors_to_bytes
 from opacus_pi.recording import Recorder
 
-__all__ = ["PerInstanceAccountant"]
+__all__ = ["AccountantBound", "PerInstanceAccountant", "bound_of"]
 
 _RECORD = "per_instance_record"
 
@@ -57,6 +62,70 @@ def num_steps_of(accountant: IAccountant) -> int:
         return sum(int(count) for _, _, count in accountant.history)
     except (TypeError, ValueError):
         return 0
+
+
+@dataclass(frozen=True)
+class AccountantBound:
+    """What an accountant of Opacus guarantees for any one example, as it stands now.
+
+    Args:
+        accountant: A copy of it, which counts no further updates.
+    """
+
+    accountant: IAccountant
+
+    def at(self, delta: float) -> EpsilonDelta | None:
+        """Return ε at one δ, in the direction with the example against without it.
+
+        The PRV accountant composes the privacy loss of the pair (with, without), so its
+        ε is for this direction only; Rényi divergences hold for both
+        (docs/theory.md, Section 10).
+
+        Args:
+            delta: δ in (0, 1).
+
+        Returns:
+            The pair; None if the accountant cannot compute it for this δ.
+        """
+        name = self.accountant.mechanism()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of orders; any of them gives a bound
+                epsilon = float(self.accountant.get_epsilon(delta))
+        except (RuntimeError, ValueError):  # PRV: the grid is too coarse for this δ
+            return None
+        if not math.isfinite(epsilon):
+            return None
+        source = f"the engine's {name.upper()} accountant"
+        return EpsilonDelta(max(0.0, epsilon), delta, source, name == "rdp")
+
+
+def bound_of(accountant: IAccountant, mechanism: NoisySGD) -> AccountantBound | None:
+    """Return what an engine's accountant guarantees for a recorded training.
+
+    Args:
+        accountant: The accountant.
+        mechanism: Noise, clip norm and sampling of the training, as recorded.
+
+    Returns:
+        None if the accountant gives no bound (the central limit theorem of ``"gdp"`` is
+        an approximation, and a user's own accountant is not known), if batches were not
+        Poisson, or if it counted other updates than were recorded.
+    """
+    if type(accountant) not in (RDPAccountant, PRVAccountant):
+        return None
+    if mechanism.sampling != "poisson" or mechanism.assumed_noise:
+        return None
+    if not num_steps_of(accountant) == mechanism.num_steps > 0:
+        return None
+    noises, rates, _ = np.array(accountant.history, dtype=np.float64).T
+    recorded = np.min(np.divide(mechanism.noise_std, mechanism.max_grad_norm))
+    same_noise = math.isclose(noises.min(), recorded, rel_tol=1e-6)
+    if not same_noise or not math.isclose(
+        rates.max(), np.max(mechanism.sample_rate), rel_tol=1e-6
+    ):
+        return None
+    return AccountantBound(copy.deepcopy(accountant))
 
 
 def noise_std_of(optimizer: DPOptimizer) -> float:

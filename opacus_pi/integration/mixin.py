@@ -33,7 +33,12 @@ from opacus_pi.accounting import GradNormLedger, RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, keeps_order, observe, observe_like
 from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.files.atomic_file import replacing
-from opacus_pi.integration.accountants import PerInstanceAccountant, num_steps_of
+from opacus_pi.integration.accountants import (
+    AccountantBound,
+    PerInstanceAccountant,
+    bound_of,
+    num_steps_of,
+)
 from opacus_pi.integration.audit import (
     Audit,
     AuditedRun,
@@ -306,6 +311,22 @@ class PerInstanceMixin(OpacusEngine):
             worst = float(self.accountant.get_epsilon(delta))
             values = np.minimum(values, max(0.0, worst))
         return values
+
+    def accountant_bound(self) -> AccountantBound | None:
+        """Return what the engine's accountant guarantees for the recorded run.
+
+        ``Unlearner`` states its ε beside the Rényi bound where it is smaller.
+
+        Returns:
+            A copy of the accountant that answers ``at(delta)``; None if its number is
+            not a bound for what was recorded: batches were not Poisson, it is neither
+            ``"prv"`` nor ``"rdp"``, or it counted other updates.
+
+        Raises:
+            AccountingError: If nothing was recorded, or the run cannot be accounted.
+        """
+        mechanism = self.recorder.ledger.mechanism
+        return bound_of(self.accountant, mechanism) if self._is_private else None
 
     @_shown_as(opacus.PrivacyEngine.get_epsilon, assigned=())
     def get_epsilon(self, delta: float) -> float:

@@ -1,21 +1,25 @@
 """What may be claimed after unlearning, from what was recorded and what was run.
 
 The idea: training with noise bounds how far the trained model's distribution is from
-that of a model trained without one example. A run of unlearning that never uses the
-example applies the same random map to both, so by data processing the two cannot move
-further apart. The privacy loss of the example is therefore what may be claimed.
+that of a model trained without the forget set. A run of unlearning that never uses the
+set applies the same random map to both, so by data processing the two cannot move
+further apart. What training guarantees is therefore what may be claimed.
 
-*What it gives:* at most an estimate, because the loss comes from few recorded runs.
-*What breaks it:* a method or a stopping rule that uses the forget set, several
-examples, batch statistics, or a ledger of other weights. Each is an assumption of the
-guarantee, met or not met with its evidence; nothing is taken from the caller.
+*What it gives:* after DP-SGD the worst case of the mechanism, a bound for any set, any
+network and both directions, and beside it an estimate for a single example. After
+training with noise but without clipping only that estimate.
+
+*What breaks it:* a method or a stopping rule that uses the forget set, an earlier run
+that was fine-tuned on it, batch statistics, or a ledger of other weights. Each is an
+assumption of the guarantee with its evidence. What nobody can observe, such as that
+nothing else was released, is declared, and the kind says so.
 """
 
 import json
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,22 +30,51 @@ from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.guarantee import (
     Assumption,
+    EpsilonDelta,
     Guarantee,
     derived,
     guarantee_of_run,
     observed,
     unchecked_links,
 )
+from opacus_pi.accounting.training_bound import (
+    declarations,
+    every_gradient_clipped,
+    noise_added,
+    sampling_known,
+    worst_case_curve,
+)
 from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import LINKS
-from opacus_pi.ledger.grad_norm_ledger import columns_of
+from opacus_pi.ledger.grad_norm_ledger import columns_of, joint_mechanism
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning.loop import StopWhen
-from opacus_pi.unlearning.methods import Method
+from opacus_pi.unlearning.methods import FineTune, L1Sparse, Langevin, Method
 
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 
 _ORDERS = DEFAULT_ORDERS[::3]
+
+
+class AccountantBound(Protocol):
+    """What an engine's accountant guarantees for any one example; from the engine."""
+
+    def at(self, delta: float) -> EpsilonDelta | None:
+        """Return ε at one δ; None if the accountant gives no bound there."""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What only the engine of a training knows, as far as a guarantee needs it.
+
+    Args:
+        is_secure: Whether the noise came from a cryptographically secure generator;
+            None if that is not known.
+        accountant_bound: The bound of the engine's accountant; None if there is none.
+    """
+
+    is_secure: bool | None = None
+    accountant_bound: AccountantBound | None = None
 
 
 @dataclass(frozen=True)
@@ -49,20 +82,32 @@ class History:
     """The runs that a model went through, as far as a guarantee depends on them.
 
     A run that used the forget set, or that an evaluation could end early, weakens every
-    later claim about the model, by whatever method the next run is.
+    later claim about the model, by whatever method the next run is. So does a run that
+    was fine-tuned on an example that is to be forgotten now.
 
     >>> from opacus_pi.unlearning.methods import FineTune
     >>> History().after(FineTune(), None)
-    History(stop=None, looked='')
+    History(stop=None, looked='', updated=False, num_used=0, trained='', left='')
 
     Args:
         stop: The rule that could have ended one of them early, or None.
         looked: Why a run may have used the forget set, as evidence for the reader;
             empty if no run did.
+        updated: Whether a run changed the weights, and so was fine-tuned on all
+            examples that were not forgotten by then.
+        num_used: How many of the forgotten examples an earlier run was fine-tuned on,
+            because they were requested later.
+        trained: Name of the weights from which the first run started; empty: no run.
+        left: Name of the weights that the last run left; empty if there was no run, or
+            it did not end.
     """
 
     stop: StopWhen | None = None
     looked: str = ""
+    updated: bool = False
+    num_used: int = 0
+    trained: str = ""
+    left: str = ""
 
     def after(self, method: Method, stop: StopWhen | None) -> "History":
         """Return the history with one more run.
@@ -72,16 +117,56 @@ class History:
             stop: The rule that could end it early, or None.
         """
         looks = f"{type(method).__name__} uses it" if method.needs_forget_set else ""
-        return History(stop or self.stop, looks or self.looked)
+        return replace(self, stop=stop or self.stop, looked=looks or self.looked)
+
+    def used(self, num_fresh: int) -> int:
+        """Return how many examples earlier runs used, once more are forgotten.
+
+        Args:
+            num_fresh: How many examples are to be forgotten for the first time.
+        """
+        return self.num_used + (num_fresh if self.updated else 0)
+
+    def begun(self, trained: str, num_fresh: int, *, updates: bool) -> "History":
+        """Return the history of a model that a run is about to change.
+
+        Args:
+            trained: Name of the weights that the run starts from.
+            num_fresh: How many examples it forgets for the first time.
+            updates: Whether it makes any update.
+        """
+        return replace(
+            self,
+            updated=self.updated or updates,
+            num_used=self.used(num_fresh),
+            trained=self.trained or trained,
+            left="",
+        )
+
+    def ended(self, left: str) -> "History":
+        """Return the history after a run has ended.
+
+        Args:
+            left: Name of the weights that it left.
+        """
+        return replace(self, left=left)
 
     def joined(self, other: "History") -> "History":
         """Return the history of a model that went through the runs of both.
 
         Args:
             other: The other history. Where both name a rule or a reason, the other's is
-                kept: one of them is enough to weaken the claim.
+                kept: one of them is enough to weaken the claim. The model has the
+                weights that the other left.
         """
-        return History(other.stop or self.stop, other.looked or self.looked)
+        return History(
+            other.stop or self.stop,
+            other.looked or self.looked,
+            self.updated or other.updated,
+            max(self.num_used, other.num_used),
+            self.trained or other.trained,
+            other.left,
+        )
 
     @property
     def text(self) -> str:
@@ -89,14 +174,15 @@ class History:
         return json.dumps(asdict(self))
 
 
-UNKNOWN = History(looked="an earlier run is not described")
+UNKNOWN = History(looked="an earlier run is not described", updated=True)
 
 
 def history_from_json(text: str | None) -> History | None:
     """Read a history from the JSON in ``History.text``.
 
-    Weights files of early releases contain no history. Their runs may have used the
-    forget set, so ``UNKNOWN`` is returned, with which no number is claimed.
+    Weights files of earlier releases contain no history, or one that does not say which
+    examples the runs were fine-tuned on. Their runs may have used the forget set, so no
+    number is claimed with what is returned.
 
     Args:
         text: The JSON text, or None if the weights file has none.
@@ -110,14 +196,23 @@ def history_from_json(text: str | None) -> History | None:
         found: dict[str, Any] = json.loads(text)
         stop = found["stop"]
         rule = None if stop is None else StopWhen(**stop)
-        history = History(rule, found["looked"])
+        if "num_used" not in found:
+            why = found["looked"] or UNKNOWN.looked
+            found = {"looked": why, "updated": True}
+        history = History(**{**found, "stop": rule})
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return history if isinstance(history.looked, str) else None
+    texts = (history.looked, history.trained, history.left)
+    fine = all(isinstance(text, str) for text in texts)
+    fine = fine and type(history.updated) is bool and type(history.num_used) is int
+    return history if fine else None
 
 
 _NO_RUNS = History()
+_NO_FACTS = EngineFacts()
 _NO_EXAMPLES = np.empty(0, dtype=np.int64)
+_BLIND = (FineTune, Langevin, L1Sparse)  # their code reads the retain loader only
+_OF_THE_SET = "the forget set was not chosen by looking at the trained model"
 
 
 def runs_in(ledger: Ledgers | None) -> tuple[GradNormLedger, ...]:
@@ -138,61 +233,156 @@ def claim(
     forget_indices: NDArray[np.int64],
     history: History = _NO_RUNS,
     *,
+    stop: StopWhen | None = None,
     forgotten_before: NDArray[np.int64] = _NO_EXAMPLES,
     has_weights: bool = True,
+    engine_facts: EngineFacts = _NO_FACTS,
+    delta: float = 1e-5,
 ) -> Guarantee:
     """Return what may be claimed about unlearning a set from a model by a method.
 
-    For one example, Theorem 4.3 bounds D_α(trained with ‖ trained without) by the
-    expected privacy loss. Unlearning that never looks at the example is the same random
-    map on both sides, so by data processing the divergence does not grow: the loss
-    stays an estimate of D_α(unlearned ‖ retrained and processed alike). No contraction
-    is claimed, as a deep network has none that is known. For several examples the
-    sum of their losses bounds nothing, so there is no number.
+    Training bounds D_α(trained with ‖ trained without) and its reverse: the worst case
+    of the mechanism, for sets the group bound. Unlearning that never looks at the set
+    is the same random map on both sides, so by data processing neither divergence
+    grows. No contraction is claimed, as a deep network has none that is known. For one
+    example, Theorem 4.3 estimates the first of them from its own privacy loss; the
+    estimate stands beside the bound, or alone if training did not clip.
 
     Args:
         method: The unlearning method.
         model: The model to unlearn from.
         ledger: The ledger of its training (or those of several runs), or None.
         forget_indices: int64 ``(m,)``, positions in the data set.
-        history: The runs that the model went through, including the one in question.
+        history: The runs that the model went through before.
+        stop: The rule that may end the run in question early, or None.
         forgotten_before: int64, examples that the model has forgotten already. The
             claim covers these and ``forget_indices`` together.
         has_weights: Whether the model holds the trained weights, or is only an
             architecture.
+        engine_facts: What the engine of the training knows, if there is one.
+        delta: δ in (0, 1) at which its accountant is asked for ε.
 
     Returns:
-        The guarantee, at most an estimate.
+        The guarantee.
 
-    Source: paper Theorem 4.3 and section 4; Mironov 2017 (arXiv:1702.07476), Prop. 9.
+    Source: paper Theorem 4.3 and section 4; Mironov 2017 (arXiv:1702.07476), Prop. 9;
+    docs/theory.md, Section 10.
     """
     runs = runs_in(ledger)
     gone = np.union1d(forgotten_before, forget_indices)
-    # If one of these is not met, the privacy losses say nothing about the distance to
+    fresh = np.setdiff1d(forget_indices, forgotten_before)
+    matching = _matching(runs, model if has_weights else None, history)
+    # If one of these is not met, training says nothing about the distance to
     # retraining, and the guarantee contains no number at all.
-    needed = (
-        _adds_noise(runs),
-        _one_example(len(gone), len(forgotten_before)),
-        _does_not_look(method, history),
-        _fixed_length(history.stop),
+    needed = [
+        noise_added(runs),
+        _never_used_before(history, len(fresh)),
+        *_does_not_look(method, history),
+        _fixed_length(stop or history.stop),
         _separable(model),
+        *([matching] if runs else []),
         *_broken_links(runs),
+    ]
+    described = (
+        f"{method} (retrained: trained without the set by the same schedule, rate and "
+        "denominator, then updated alike)"
     )
-    # These are stated for the reader. They are often unknown, and the losses are an
-    # estimate either way, because they come from a few recorded runs.
-    stated = (
+    clipped = bool(runs) and every_gradient_clipped(runs).met
+    if runs and not clipped:
+        needed.append(_one_example(len(gone), len(forgotten_before)))
+    if not all(assumption.met for assumption in needed):
+        return guarantee_of_run(described, needed)
+    if not clipped:
+        return _estimated_claim(described, needed, runs, gone)
+    return _bounded_claim(described, needed, runs, gone, engine_facts, delta)
+
+
+def _bounded_claim(
+    described: str,
+    needed: Sequence[Assumption],
+    runs: Sequence[GradNormLedger],
+    gone: NDArray[np.int64],
+    engine_facts: EngineFacts,
+    delta: float,
+) -> Guarantee:
+    """Return the worst case of DP-SGD as a bound, and beside it an estimate."""
+    curve = worst_case_curve(joint_mechanism(runs), len(gone), steps=runs[0].steps)
+    accountant = engine_facts.accountant_bound if len(gone) == 1 else None
+    pair = None if accountant is None else accountant.at(delta)
+    assumptions = (
+        *needed,
+        every_gradient_clipped(runs),
+        sampling_known(runs),
+        derived(
+            "training divided by a batch size that does not depend on the set",
+            "DP-SGD divides by the expected one",
+        ),
+        derived(
+            "unlearning does not increase the divergence",
+            "data processing: it is the same random map with and without the set",
+        ),
+        derived(
+            "the bound is for all examples that the model has then forgotten",
+            f"the worst case of any {len(gone)} example{'s' * (len(gone) > 1)}",
+        ),
+        *declarations(runs, is_secure=engine_facts.is_secure),
+        Assumption(_OF_THE_SET, True, "the bound is for sets that are fixed before"),
+    )
+    estimates = _losses(runs, gone, curve.orders) if len(gone) == 1 else ()
+    return guarantee_of_run(
+        described,
+        assumptions,
+        curve.orders,
+        curve.divergences,
+        reverse_divergences=curve.divergences,
+        estimates=estimates,
+        statements=() if pair is None else (pair,),
+    )
+
+
+def _estimated_claim(
+    described: str,
+    needed: Sequence[Assumption],
+    runs: Sequence[GradNormLedger],
+    gone: NDArray[np.int64],
+) -> Guarantee:
+    """Return the estimate for one example of a training without clipping."""
+    assumptions = (
+        *needed,
         *unchecked_links(runs),
-        _fixed_denominator(runs),
-        _matching(runs, model if has_weights else None),
+        derived(
+            "training divided by a batch size that does not depend on the example",
+            "not recorded",
+            met=False,
+        ),
         derived("the privacy loss is an upper bound", _estimated(len(runs)), met=False),
     )
-    described = f"{method} (retrained: trained without the set, then updated alike)"
-    if not all(assumption.met for assumption in needed):
-        return guarantee_of_run(described, needed + stated)
+    return guarantee_of_run(described, assumptions, _ORDERS, _losses(runs, gone))
+
+
+def _losses(
+    runs: Sequence[GradNormLedger],
+    gone: NDArray[np.int64],
+    orders: Sequence[float] = _ORDERS,
+) -> tuple[float, ...]:
+    """Return the estimated privacy loss of one example at some of the orders.
+
+    Only orders in ``_ORDERS`` are computed: the losses of long runs take time.
+
+    Args:
+        runs: The recorded runs.
+        gone: The example, ``(1,)``.
+        orders: The orders of the result.
+
+    Returns:
+        One loss for each order; ``inf`` where none was computed or none is finite.
+    """
     chosen = [run.subset(columns_of(run, gone)) for run in runs]
-    losses = [float(privacy_losses(chosen, order)[0]) for order in _ORDERS]
-    losses = [v if math.isfinite(v) else math.inf for v in losses]
-    return guarantee_of_run(described, needed + stated, _ORDERS, losses)
+    found = (
+        float(privacy_losses(chosen, order)[0]) if order in _ORDERS else math.inf
+        for order in orders
+    )
+    return tuple(loss if math.isfinite(loss) else math.inf for loss in found)
 
 
 def _broken_links(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
@@ -216,23 +406,10 @@ def _estimated(num_runs: int) -> str:
     return f"an estimate from {num_runs} recorded run{'s' * (num_runs > 1)}"
 
 
-def _adds_noise(runs: Sequence[GradNormLedger]) -> Assumption:
-    """Assume that training added noise: without noise no privacy loss is finite.
-
-    An assumed noise does not count. The losses then rank the examples, but the training
-    that was run has no finite divergence.
-    """
-    statement = "training added noise to every update"
-    if not runs:
-        return observed(statement, "no ledger", met=False)
-    mechanism = runs[0].mechanism
-    noise, assumed = float(np.min(mechanism.noise_std)), mechanism.assumed_noise
-    evidence = f"{'assumed' if assumed else 'recorded'} noise_std={noise:g} on the sum"
-    return observed(statement, evidence, met=noise > 0 and not assumed)
-
-
 def _one_example(size: int, num_before: int) -> Assumption:
-    """Assume a single example: summed per-example losses do not bound a group's.
+    """Assume a single example: without clipping there is no bound for a set.
+
+    Summed losses of single examples do not bound it.
 
     Args:
         size: Number of all examples that the model has forgotten after the run.
@@ -241,25 +418,51 @@ def _one_example(size: int, num_before: int) -> Assumption:
     before = f", including {num_before} forgotten before" if num_before else ""
     remedy = "" if size == 1 else "; recording.gram_ledger measures groups"
     return observed(
-        "the bound needs a single example",
+        "the estimate needs a single example",
         f"this set has {size}{before}{remedy}",
         met=size == 1,
     )
 
 
-def _does_not_look(method: Method, history: History) -> Assumption:
+def _never_used_before(history: History, num_fresh: int) -> Assumption:
+    """Assume that no earlier run was fine-tuned on an example to be forgotten now.
+
+    A run fine-tunes on all examples that are retained then. If one of them is to be
+    forgotten later, what that run learnt from it is not covered by the noise of
+    training.
+
+    Args:
+        history: The earlier runs.
+        num_fresh: How many examples were not forgotten before.
+    """
+    used = history.used(num_fresh)
+    return observed(
+        "no earlier run was fine-tuned on the forget set",
+        f"{used} of the forgotten examples were in the retain set of an earlier run. "
+        "Forget all requested sets in one run, from the trained model"
+        if used
+        else "no earlier run changed the weights"
+        if not history.updated
+        else "earlier runs left the set out",
+        met=not used,
+    )
+
+
+def _does_not_look(method: Method, history: History) -> tuple[Assumption, ...]:
     """Assume that no method used the set: unlearning is then post-processing.
 
     Args:
-        method: The method in question. It is checked here as well, because a plan is
-            made before the run enters the history.
+        method: The method in question.
         history: The earlier runs of this model.
     """
-    looked = history.after(method, None).looked
-    return observed(
-        "unlearning never looks at the forget set",
-        looked or f"{type(method).__name__} sees the retain set only",
-        met=not looked,
+    looked, name = history.after(method, None).looked, type(method).__name__
+    statement = "unlearning never looks at the forget set"
+    if looked:
+        return (observed(statement, looked, met=False),)
+    if type(method) in _BLIND:
+        return (observed(statement, f"{name} sees the retain set only"),)
+    return (
+        Assumption(statement, True, f"{name} is your own method; it says that it does"),
     )
 
 
@@ -297,55 +500,59 @@ def _separable(model: nn.Module) -> Assumption:
     )
 
 
-def _fixed_denominator(runs: Sequence[GradNormLedger]) -> Assumption:
-    """Assume a denominator that does not depend on which examples were sampled.
-
-    A mean over the sampled examples changes with the number of them, so that the
-    presence of one example scales the gradients of all others.
-    """
-    clipped = bool(runs) and bool(np.isfinite(runs[0].mechanism.max_grad_norm).all())
-    return derived(
-        "training divided by a batch size that does not depend on the example",
-        "DP-SGD divides by the expected one" if clipped else "not recorded",
-        met=clipped,
-    )
-
-
-def _matching(runs: Sequence[GradNormLedger], model: nn.Module | None) -> Assumption:
+def _matching(
+    runs: Sequence[GradNormLedger], model: nn.Module | None, history: History
+) -> Assumption:
     """Assume that the model has the weights that the recorded runs left.
 
     A ledger of another training says nothing about this model. An engine writes the
     SHA-256 of the last weights into its ledger; here it is compared with the model's.
-    The evidence names the reason if they do not agree.
+    After runs of unlearning, the weights from which the first of them started are
+    compared, and the model must have those that the last one left.
 
     Args:
         runs: The recorded runs; one of them must have left these weights.
         model: The model; None if only its architecture is known.
+        history: The earlier runs of this model.
+
+    Returns:
+        The assumption: met as observed; declared, if the ledger names no weights or the
+        model's are not known; or not met, with the reason.
     """
+    statement = "the model holds the last weights of the recorded training"
     names = {run.weights for run in runs}
     hashed = names - {None, CHANGED}
-    met = bool(hashed) and model is not None and weights_name(model) in hashed
-    return observed(
-        "the model holds the last weights of the recorded training",
-        "the ledger names them, by their SHA-256" if met else _unmatched(names, model),
-        met=met,
-    )
+    if model is None and hashed:
+        why = "only the architecture is known here; unlearning compares the weights"
+        return Assumption(statement, True, why)
+    name = "" if model is None else weights_name(model)
+    unchanged = not history.trained or name == history.left
+    if names == {None} and unchanged:
+        return Assumption(statement, True, "the ledger does not name the weights")
+    if unchanged and (history.trained or name) in hashed:
+        return observed(statement, _since(history))
+    return observed(statement, _unmatched(names, unchanged=unchanged), met=False)
 
 
-def _unmatched(names: Collection[str | None], model: nn.Module | None) -> str:
+def _since(history: History) -> str:
+    """Say how the weights were recognised."""
+    named = "the ledger names them, by their SHA-256"
+    if not history.trained:
+        return named
+    return f"{named}; since then only runs of this unlearner changed them"
+
+
+def _unmatched(names: Collection[str | None], *, unchanged: bool) -> str:
     """Say why the recorded runs are not known to have left the model's weights.
 
     Args:
         names: What each run says about the weights that it left: their SHA-256, that
             they were changed afterwards, or nothing (None).
-        model: The model; None if only its architecture is known.
+        unchanged: Whether the model has the weights that the last run of unlearning
+            left, if there was one.
     """
-    if not names:
-        return "no ledger"
-    if set(names) <= {None}:
-        return "a ledger does not name the weights"
+    if not unchanged:
+        return "they were changed after the last run of unlearning, or it did not end"
     if set(names) <= {None, CHANGED}:
         return "they were written to after the last recorded update"
-    if model is None:
-        return "the model's weights are not known here"
     return "the ledger names others: they were changed since, or of another run"

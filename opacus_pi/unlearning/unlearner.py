@@ -32,6 +32,7 @@ from tqdm import tqdm
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting import fingerprint
+from opacus_pi.accounting.conversion import check_delta
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
@@ -39,8 +40,15 @@ from opacus_pi.integration.rerun import Update
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.own_losses import Criterion, per_example_criterion
+from opacus_pi.models.weights_name import weights_name
 from opacus_pi.recording.checkpoints import Checkpoints
-from opacus_pi.unlearning.claims import History, Ledgers, claim, runs_in
+from opacus_pi.unlearning.claims import (
+    EngineFacts,
+    History,
+    Ledgers,
+    claim,
+    runs_in,
+)
 from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, StopWhen, updates
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan, require_rest
@@ -106,8 +114,10 @@ class Unlearner:
         ledger: Ledgers | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
+        self._engine_facts = EngineFacts()
         if not isinstance(model, nn.Module) and hasattr(model, "module"):
-            ledger = model.ledger if ledger is None else ledger
+            if ledger is None:
+                ledger, self._engine_facts = model.ledger, _facts_of(model)
             model = model.module
         expect(
             isinstance(model, nn.Module),
@@ -184,6 +194,8 @@ class Unlearner:
         evaluate: Evaluate | None = None,
         batch_size: int = 64,
         stop: StopWhen | None = None,
+        *,
+        delta: float = 1e-5,
     ) -> UnlearningResult:
         """Forget a set: fine-tune on the rest of the training set by the method.
 
@@ -201,15 +213,17 @@ class Unlearner:
             batch_size: Examples per batch.
             stop: Ends the run at the evaluation that satisfies it; the guarantee says
                 what that costs, whether or not the run was ended.
+            delta: δ in (0, 1) at which the engine's accountant is asked for ε.
 
         Returns:
             Model, trace, guarantee and record.
 
         Raises:
             ValueError: If the indices are empty, repeated or out of range, no example
-                would be left, the ledger is of another data set, or ``stop`` is given
-                without ``evaluate``.
+                would be left, the ledger is of another data set, ``delta`` is outside
+                (0, 1), or ``stop`` is given without ``evaluate``.
         """
+        check_delta(delta)
         expect(
             stop is None or evaluate is not None,
             "evaluate",
@@ -221,8 +235,13 @@ class Unlearner:
         gone = np.union1d(self.forgotten, forget)
         if len(gone) == len(self.forgotten):
             warnings.warn(_NOTHING_NEW, stacklevel=2)
-        self.history = self.history.after(self.method, stop)
-        guarantee = self._claim(forget)
+        guarantee = self._claim(forget, delta, stop)
+        history = self.history.after(self.method, stop)
+        self.history = history.begun(
+            weights_name(self.model),
+            len(gone) - len(self.forgotten),
+            updates=num_epochs > 0,
+        )
         record = {
             **self._settings(),
             "data_set": fingerprint(train_set),
@@ -237,6 +256,7 @@ class Unlearner:
         self.model = copy.deepcopy(self.model)
         loaders = self._loaders(train_set, retain, gone, batch_size)
         record |= self._fit(loaders, num_epochs, evaluate, stop)
+        self.history = self.history.ended(weights_name(self.model))
         return UnlearningResult(self.model, self.trace, guarantee, record)
 
     def _split(
@@ -273,6 +293,7 @@ class Unlearner:
         assumed_noise_std: float | None = None,
         past_runs: Sequence[PastRun] = (),
         batch_size: int = 64,
+        delta: float = 1e-5,
     ) -> Plan:
         """Return difficulty, cost and kind of guarantee, before anything is run.
 
@@ -290,16 +311,18 @@ class Unlearner:
                 ``(forget_indices, inf, epochs it ran)``: it counts as its length, and
                 the prediction is at best a lower bound.
             batch_size: Examples per batch, to count steps.
+            delta: δ in (0, 1) at which the engine's accountant is asked for ε.
 
         Returns:
             The plan.
 
         Raises:
-            ValueError: If there is no ledger, or the indices are bad, or training added
-                no noise and none is assumed.
+            ValueError: If there is no ledger, or the indices or ``delta`` are bad, or
+                training added no noise and none is assumed.
 
         Warns if examples tie across the edge of a set that looks chosen by loss.
         """
+        check_delta(delta)
         plan = make_plan(
             runs_in(self.ledger),
             forget_indices,
@@ -309,7 +332,7 @@ class Unlearner:
             batch_size=batch_size,
             forgotten_before=self.forgotten,
         )
-        return plan.claiming(self._claim(plan.forget))
+        return plan.claiming(self._claim(plan.forget, delta))
 
     def plan_rewind(
         self,
@@ -414,7 +437,9 @@ class Unlearner:
         record |= self.trace.cost
         return UnlearningResult(self.model, self.trace, plan.guarantee, record)
 
-    def _claim(self, forget: NDArray[np.int64]) -> Guarantee:
+    def _claim(
+        self, forget: NDArray[np.int64], delta: float, stop: StopWhen | None = None
+    ) -> Guarantee:
         """Return what may be claimed once this set and earlier ones are forgotten.
 
         It is computed before the first update, so that no result of the run can
@@ -422,6 +447,8 @@ class Unlearner:
 
         Args:
             forget: Sorted positions of the forget set.
+            delta: δ at which the engine's accountant is asked.
+            stop: The rule that may end the run early, or None.
         """
         return claim(
             self.method,
@@ -429,7 +456,10 @@ class Unlearner:
             self.ledger,
             forget,
             self.history,
+            stop=stop,
             forgotten_before=self.forgotten,
+            engine_facts=self._engine_facts,
+            delta=delta,
         )
 
     def _task(
@@ -550,6 +580,17 @@ class Unlearner:
             "optimizer": {"name": type(optimizer).__name__, **numbers},
             "seed": self._generator.initial_seed(),
         }
+
+
+def _facts_of(engine: Any) -> EngineFacts:
+    """Return what an engine knows beside its ledger; nothing, if it is not one of ours.
+
+    Args:
+        engine: The engine that an unlearner was made from.
+    """
+    bound = getattr(engine, "accountant_bound", None)
+    is_secure = getattr(engine, "secure_mode", None)
+    return EngineFacts(is_secure, None if bound is None else bound())
 
 
 def _default_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:

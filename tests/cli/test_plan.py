@@ -61,9 +61,9 @@ def kind(answer, *words):
 
 def test_kind_of_guarantee(answer):
     langevin = (*BUILD, "--method", "langevin", "--set", "noise_std=0.1")
-    assert kind(answer, "3", *langevin) == "estimate"
-    assert kind(answer, "3", *BUILD) == "estimate"  # fine-tuning, too
-    assert kind(answer, "3,4", *langevin) == "empirical"
+    assert kind(answer, "3", *langevin) == "certified if"
+    assert kind(answer, "3", *BUILD) == "certified if"  # fine-tuning, too
+    assert kind(answer, "3,4", *langevin) == "certified if"
     assert kind(answer, "3", *BUILD, "--method", "neggrad") == "empirical"
     assert kind(answer, "3") == "empirical"  # no method was named
 
@@ -116,7 +116,7 @@ def test_what_was_asked_before_counts(run, answer, ledger, tmp_path):
     found = answer(*PLAN, "3", *langevin, "--log", path)
     assert (found["num_retain"], found["num_forgotten_before"]) == (117, 2)
     assert found["mean_loss"] == alone["mean_loss"]
-    one = "the bound needs a single example"
+    one = "no earlier run was fine-tuned on the forget set"
     for plan, met in ((alone, True), (found, False)):
         said = {a["statement"]: a["met"] for a in plan["guarantee"]["assumptions"]}
         assert said[one] is met

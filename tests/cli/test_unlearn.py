@@ -24,7 +24,7 @@ def test_weights_are_the_librarys(run, project, tmp_path, ledger):
     out = tmp_path / "run"
     words = ("3", *NOISY, "--seed", "4", "--ledger", "ledger.safetensors", "--out", out)
     code, text, err = run(*UNLEARN, *words)
-    assert (code, err) == (0, "") and "Estimate guarantee" in text
+    assert (code, err) == (0, "") and "Certified-if guarantee" in text
     import cli_project
 
     model = cli_project.build()
@@ -42,7 +42,7 @@ def test_weights_are_the_librarys(run, project, tmp_path, ledger):
     for name, value in result.model.state_dict().items():
         assert torch.equal(found[name], value)
     guarantee = Guarantee.from_json((out / "guarantee.json").read_text())
-    assert guarantee == result.guarantee and guarantee.kind == "estimate"
+    assert guarantee == result.guarantee and guarantee.kind == "certified if"
 
 
 def test_what_is_left(answer, tmp_path):

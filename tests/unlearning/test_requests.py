@@ -137,7 +137,7 @@ def claimed(path):
 
 
 def noisy_unlearner(method=_PLAIN):
-    """Of a run with noise, of which a guarantee can be an estimate."""
+    """Of a run with noise, whose worst case is a bound."""
     torch.manual_seed(0)
     mechanism = NoisySGD(10, sample_rate=0.2, noise_std=1.0, max_grad_norm=1.0)
     return Unlearner(
@@ -169,7 +169,7 @@ def test_earlier_runs_cost_the_claim_in_a_new_process_too(
     options = {"stop": stop, "evaluate": lambda model: {"score": 0.0}}
     mine.process(noisy_unlearner(method), data(), num_epochs=1, **options)
     kind, unmet = claimed(tmp_path)
-    assert kind == ("empirical" if broken else "estimate")
+    assert kind == ("empirical" if broken else "certified if")
     assert unmet.keys() & {LOOKS, ENDS} == broken.keys()
     assert all(evidence in unmet[statement] for statement, evidence in broken.items())
 

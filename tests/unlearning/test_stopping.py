@@ -85,7 +85,7 @@ def test_there_means_what_time_to_unlearn_means():
 
 def test_stopping_costs_the_claim_whether_or_not_the_run_was_ended():
     fixed = unlearn([1] * 6, None).guarantee
-    assert fixed.kind == "estimate"
+    assert fixed.kind == "certified if"
     ended, not_ended = (
         unlearn(values, StopWhen("score", 0.5)).guarantee
         for values in ([1, 0.5], [1] * 6)

@@ -1,0 +1,205 @@
+"""What training by DP-SGD guarantees for any examples, and what that rests on.
+
+The worst case of the mechanism bounds the divergence between training with a set of
+examples and training without it, in both directions, for every model and all data. It
+needs no recorded norm: only noise, clip norm, sampling and the number of updates.
+``privacy_statement`` and ``unlearning.claims`` use the same curve and the same
+assumptions, so that they cannot disagree.
+
+*Guarantee.* A bound in both directions, for the training without the set by the same
+schedule, sample rate and denominator.
+
+*What breaks it.* No clipping (the bound is infinite), or a declaration that is false:
+a number of updates, a learning rate or initial weights that were chosen by looking at
+the data, or another result that was released as well.
+
+Source: docs/theory.md, Sections 4 and 10.
+
+>>> curve = worst_case_curve(NoisySGD(100, 0.01, 1.0, 1.0), group_size=1)
+>>> 0.5 < float(rdp_to_epsilon(curve.divergences, curve.orders, delta=1e-5)) < 1.5
+True
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from opacus_pi._types import ArrayLike
+from opacus_pi.accounting.conversion import rdp_to_epsilon
+from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
+from opacus_pi.accounting.group.worst_case import group_worst_case_loss
+from opacus_pi.accounting.guarantee import (
+    Assumption,
+    derived,
+    observed,
+    unchecked_links,
+)
+from opacus_pi.accounting.losses import worst_case_loss
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, joint_mechanism
+from opacus_pi.ledger.mechanism import NoisySGD
+
+__all__ = [
+    "Curve",
+    "declarations",
+    "every_gradient_clipped",
+    "noise_added",
+    "sampling_known",
+    "training_epsilon",
+    "worst_case_curve",
+]
+
+# The best order of m examples is about 1 + 8/m; more orders than Opacus's for strong
+# and for weak noise.
+_NEAR_ONE = (1.001, 1.003, 1.01, 1.02, 1.05)
+_LARGE = (80.0, 128.0, 256.0, 512.0, 1024.0)
+_SETTINGS = (
+    "the initial weights, the number of updates and all settings were not chosen by "
+    "looking at the data"
+)
+_NOTHING_ELSE = (
+    "nothing else computed from the data was released (tuning runs, other models, "
+    "losses of single examples)"
+)
+_UNPREDICTABLE = "the noise cannot be predicted"
+_CANNOT_SEE = "this cannot be checked from the training"
+
+
+class Curve(NamedTuple):
+    """Divergences over orders.
+
+    Args:
+        orders: Rényi orders, above 1.
+        divergences: One per order, in nats.
+    """
+
+    orders: tuple[float, ...]
+    divergences: tuple[float, ...]
+
+
+def worst_case_curve(
+    mechanism: NoisySGD, group_size: int, *, steps: ArrayLike | None = None
+) -> Curve:
+    """Return the bound on the divergence of m examples at all orders, both directions.
+
+    Args:
+        mechanism: Noise, clip norm and sampling of the training.
+        group_size: m, at least 1.
+        steps: The ledger's steps ``(N,)``; needed if the mechanism has a schedule.
+
+    Returns:
+        The curve; all divergences are ``inf`` without clipping.
+
+    Raises:
+        ValueError: If ``noise_std`` is 0.
+    """
+    if group_size == 1:
+        orders = (*_NEAR_ONE, *DEFAULT_ORDERS, *_LARGE)
+        losses = [worst_case_loss(mechanism, a, steps=steps) for a in orders]
+        return Curve(orders, tuple(losses))
+    orders = tuple((1 + np.geomspace(0.05, 1000, 64) / group_size).tolist())
+    losses = [
+        group_worst_case_loss(mechanism, group_size, a, steps=steps) for a in orders
+    ]
+    return Curve(orders, tuple(losses))
+
+
+def training_epsilon(
+    runs: Sequence[GradNormLedger], group_size: int, delta: float
+) -> float:
+    """Return the bound on ε of any m examples of a recorded training.
+
+    Args:
+        runs: Recorded runs of it, as ``runs_of`` returns them.
+        group_size: m, at least 1.
+        delta: δ in (0, 1).
+
+    Returns:
+        ε; ``inf`` without clipping.
+    """
+    curve = worst_case_curve(joint_mechanism(runs), group_size, steps=runs[0].steps)
+    return float(rdp_to_epsilon(curve.divergences, curve.orders, delta))
+
+
+def noise_added(runs: Sequence[GradNormLedger]) -> Assumption:
+    """Return the assumption that training added the recorded noise to every update.
+
+    An assumed noise does not count: the losses then rank the examples, but the training
+    that was run has no finite divergence.
+
+    Args:
+        runs: Recorded runs of one training, maybe none.
+    """
+    statement = "training added noise to every update"
+    if not runs:
+        return observed(statement, "no ledger", met=False)
+    mechanism = runs[0].mechanism
+    noise, assumed = float(np.min(mechanism.noise_std)), mechanism.assumed_noise
+    evidence = f"{'assumed' if assumed else 'recorded'} noise_std={noise:g} on the sum"
+    return observed(statement, evidence, met=noise > 0 and not assumed)
+
+
+def every_gradient_clipped(runs: Sequence[GradNormLedger]) -> Assumption:
+    """Return the assumption that a clip norm bounds every gradient.
+
+    Args:
+        runs: Recorded runs of one training, at least one.
+    """
+    clip = float(np.max(runs[0].mechanism.max_grad_norm))
+    return observed(
+        "every gradient was clipped", f"max_grad_norm={clip:g}", met=math.isfinite(clip)
+    )
+
+
+def sampling_known(runs: Sequence[GradNormLedger]) -> Assumption:
+    """Return the assumption that batches were sampled as the bound takes them.
+
+    Args:
+        runs: Recorded runs of one training, at least one.
+    """
+    mechanism = joint_mechanism(runs)
+    statement = "batches were sampled independently of the data"
+    if mechanism.sampling == "poisson":
+        return derived(statement, "recorded as Poisson sampling")
+    most = mechanism.max_participations
+    how_often = (
+        "every example at most once an epoch"
+        if most is None
+        else f"no example in more than {most} updates, as counted"
+    )
+    return derived(
+        statement,
+        f"recorded as fixed sampling, {how_often}; no amplification is used",
+    )
+
+
+def declarations(
+    runs: Sequence[GradNormLedger], *, is_secure: bool | None = None
+) -> tuple[Assumption, ...]:
+    """Return what a bound on a recorded training needs and no runner can see.
+
+    Args:
+        runs: Recorded runs of one training, at least one.
+        is_secure: Whether the noise came from a cryptographically secure generator
+            (``secure_mode`` of an engine); None if that is not known.
+
+    Returns:
+        Declared assumptions, one for each link of custody that was not checked among
+        them. The randomness is observed if it is known to be secure.
+    """
+    if is_secure:
+        noise = observed(_UNPREDICTABLE, "secure_mode: a cryptographic generator")
+    else:
+        why = (
+            "whether secure_mode was used is not recorded"
+            if is_secure is None
+            else "secure_mode was off: the noise is pseudo-random"
+        )
+        noise = Assumption(_UNPREDICTABLE, True, why)
+    return (
+        *unchecked_links(runs),
+        Assumption(_SETTINGS, True, _CANNOT_SEE),
+        Assumption(_NOTHING_ELSE, True, _CANNOT_SEE),
+        noise,
+    )
