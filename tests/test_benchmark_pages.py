@@ -3,7 +3,12 @@
 import json
 from pathlib import Path
 
-from benchmarks import certified_heads, certified_logistic, head_difficulty
+from benchmarks import (
+    certified_heads,
+    certified_logistic,
+    head_difficulty,
+    noisy_fine_tuning,
+)
 from benchmarks.looseness import __main__ as looseness
 from benchmarks.overhead import __main__ as overhead
 
@@ -40,3 +45,8 @@ def test_page_of_certified_heads():
 def test_table_of_difficulty():
     table = (RESULTS / "head_difficulty.md").read_text(encoding="utf-8")
     assert table == head_difficulty.markdown(stored("head_difficulty.json"))
+
+
+def test_table_of_noisy_fine_tuning():
+    page = (RESULTS / "noisy_fine_tuning.md").read_text(encoding="utf-8")
+    assert page == noisy_fine_tuning.table(stored("noisy_fine_tuning.json")["cases"])

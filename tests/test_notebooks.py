@@ -32,8 +32,8 @@ def texts(notebook):
             yield output.get("data", {}).get("text/plain", "")
 
 
-def test_there_are_four():
-    assert [path.name[:2] for path in PATHS] == ["1_", "2_", "3_", "4_"]
+def test_there_are_five():
+    assert [path.name[:2] for path in PATHS] == ["1_", "2_", "3_", "4_", "5_"]
 
 
 @every
