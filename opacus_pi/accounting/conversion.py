@@ -30,6 +30,14 @@ from scipy.special import erf, erfcx, ndtr
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, numbers
 
+__all__ = [
+    "gaussian_delta",
+    "gaussian_epsilon",
+    "gaussian_mu",
+    "rdp_to_delta",
+    "rdp_to_epsilon",
+]
+
 Array = NDArray[np.float64]
 _HALVINGS = 100
 _ULPS = 1e-15  # upper limit of the relative rounding error of one special function
