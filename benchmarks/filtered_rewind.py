@@ -337,15 +337,15 @@ deletions are free, or nothing was run. The learning rate of DP-SGD was chosen f
 and 1 on a seed that is not reported.
 
 **A restart wins.** Ordinary SGD from the same start, with as many samples as the mean
-rewind, forgets exactly (ε = 0) and is more accurate than every rewind up to ε = 4,
-because a rewind stays a DP-SGD model. Only at ε = 8 from the public start, where little
-has to be run again, are the two equal within the spread. What a filtered rewind gives
-instead: the free share of the requests needs no computation and no access to the data
-that stay. That share is large only where most gradients are small: below the worst
-case of the accountant (ε = 2.89, above which every deletion is free without any rewind)
-it is 30 to 37 % on Fashion-MNIST from the public start, and below 1 % elsewhere. With
-one state per epoch nearly nothing is free there, and groups of ten go back almost to
-the start.
+rewind, forgets exactly (ε = 0) and is on average more accurate up to ε = 4, because a
+rewound model stays a DP-SGD model, as accurate as before the rewind. Only at ε = 8 from
+the public start, where little has to be run again, are the two equal within the spread.
+What a filtered rewind gives instead: the free share of the requests needs no
+computation and no access to the data that stay. That share is large only where most
+gradients are small: below the worst case of the accountant (ε = 2.89, above which every
+deletion is free without any rewind) it is 30 to 37 % on Fashion-MNIST from the public
+start, and below 1 % elsewhere. With one state per epoch nearly nothing is free there,
+and groups of ten go back almost to the start.
 
 """
 
