@@ -21,10 +21,10 @@ ADAPTIVE = {
 
 
 class Log(Recorder):
-    """A recorder that also keeps what it was told."""
+    """A recorder of a row for each epoch that also keeps what it was told."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
+    def __init__(self, *args, every=1, **options):
+        super().__init__(*args, every=every, **options)
         self.observed, self.updates = [], []
 
     def report(self, indices, grad_norms):

@@ -63,7 +63,7 @@ def main() -> None:
     data_set = TensorDataset(torch.tensor(images / 16).float(), torch.tensor(labels))
 
     engine = PrivacyEngine(accountant="rdp")
-    model = fit(data_set, PrivacyCallback(engine, noise_multiplier=1, max_grad_norm=1))
+    model = fit(data_set, PrivacyCallback(engine, noise_multiplier=1, max_grad_norm=4))
     correct = predict(model, data_set, CRITERION).correct
     epsilons = engine.epsilons(delta=DELTA)
     print(f"private: training accuracy {accuracy(correct):.2f}")

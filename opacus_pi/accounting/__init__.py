@@ -53,6 +53,11 @@ from opacus_pi.accounting.trajectory import (
     trajectory_limits,
     trajectory_losses,
 )
+from opacus_pi.accounting.uncertainty import (
+    epsilon_limits,
+    loss_limits,
+    standard_errors,
+)
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.ledger.gap_filling import fill_unobserved
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, filled_by_rank
@@ -71,6 +76,7 @@ __all__ = [
     "choose_hoelder_p",
     "contraction_noise_std",
     "contractive_divergence",
+    "epsilon_limits",
     "epsilons",
     "exceedance_limit",
     "fill_unobserved",
@@ -82,6 +88,7 @@ __all__ = [
     "learn_unlearn_mu_squared",
     "log_moment",
     "logistic_constants",
+    "loss_limits",
     "lsi_track",
     "per_step_losses",
     "privacy_losses",
@@ -94,6 +101,7 @@ __all__ = [
     "restart_updates",
     "ridge_constants",
     "shifted_mu_squared",
+    "standard_errors",
     "steps_to_rewind",
     "steps_to_unlearn",
     "symmetric_bound",

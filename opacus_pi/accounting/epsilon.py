@@ -45,6 +45,7 @@ def epsilons(
     *,
     orders: ArrayLike | None = None,
     tolerance: float = 0.0,
+    gaps: str = "smoothed",
 ) -> Array:
     """Return per-example epsilons at a given delta, the smallest over Rényi orders.
 
@@ -56,6 +57,7 @@ def epsilons(
         orders: Rényi orders to choose from, above 1. Default: those of Opacus.
         tolerance: As in ``privacy_losses``: losses rounded up. Every order needs
             tables of its own, which pays with some 30,000 examples or more.
+        gaps: As in ``privacy_losses``.
 
     Returns:
         float64 ``(n,)``, at least 0: estimates, as the losses are. Each value is about
@@ -72,7 +74,7 @@ def epsilons(
     require_real_noise(runs_of(ledger))
     choices = np.unique(check_orders(DEFAULT_ORDERS if orders is None else orders))
     offsets = epsilon_offset(choices, delta)
-    runs = norms_of_runs(ledger, tolerance=tolerance)
+    runs = norms_of_runs(ledger, tolerance=tolerance, gaps=gaps)
     mechanism, steps = runs.mechanism, runs.steps
     worst = [worst_case_loss(mechanism, order, steps=steps) for order in choices]
     blocks = [

@@ -20,7 +20,7 @@ for every run is ``worst_case_loss``.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ from opacus_pi.accounting.composition import (
     weighted_log_moments,
 )
 from opacus_pi.accounting.moments import MODES
+from opacus_pi.accounting.predicted_losses import PredictedNorms, mean_over_gaps
 from opacus_pi.accounting.rules import (
     RULES,
     STRATIFIED,
@@ -51,6 +52,7 @@ from opacus_pi.accounting.tables import check_tolerance, upper_log_moments
 from opacus_pi.ledger.gap_filling import fill_unobserved
 from opacus_pi.ledger.grad_norm_ledger import (
     GradNormLedger,
+    filled_by_rank,
     joint_mechanism,
     runs_of,
 )
@@ -60,6 +62,7 @@ Array = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 CONVENTIONS = ("corrected", *PUBLISHED)
 ROW_RULES = (*RULES, STRATIFIED)
+GAPS = ("smoothed", "rank", "next")
 _HIGHEST_ORDER = 1e6  # only a p far too small for the run raises orders to this
 # The number of the first update: the released code of Thudi et al. counts from 0.
 _FIRST_UPDATE = {"corrected": 1, "icml2025": 1, "thudi2024_code": 0}
@@ -74,6 +77,7 @@ def privacy_losses(
     hoelder_p: float | None = None,
     mode: str = "exact",
     tolerance: float = 0.0,
+    gaps: str = "smoothed",
 ) -> Array:
     """Return the Rényi privacy loss of every example over a whole training run.
 
@@ -97,6 +101,11 @@ def privacy_losses(
         tolerance: 0: no rounding. From 1e-8 to 1, for one run: moments are read from
             tables. This makes the losses larger by at most this relative amount, never
             smaller, and is many times faster for tens of thousands of examples.
+        gaps: What an example of an observed ledger is charged where it was not drawn:
+            ``"smoothed"``: the mean loss over what its norm may have been, given all
+            its draws (``ledger.smoothed_ranks``); ``"rank"``: the norm of its next
+            rank; ``"next"``: its next norm, which charges up to 100,000 times too
+            little where norms shrink.
 
     Returns:
         float64 ``(n,)``, in nats: an estimate of a bound on the Rényi divergence of
@@ -110,7 +119,7 @@ def privacy_losses(
     Source: Sepahvand et al. (ICML 2025), Definition 4.2 and Section 5.1, after Thudi
     et al. (arXiv:2307.00310), Theorem 3.3.
     """
-    runs = norms_of_runs(ledger, rule, tolerance)
+    runs = norms_of_runs(ledger, rule, tolerance, gaps)
     composition = composition_of(
         runs.mechanism, order, convention, hoelder_p, mode, tolerance
     )
@@ -128,6 +137,7 @@ def per_step_losses(
     convention: str = "corrected",
     hoelder_p: float | None = None,
     mode: str = "exact",
+    gaps: str = "smoothed",
 ) -> Array:
     """Return the contribution of a single update at each row of the ledger.
 
@@ -141,6 +151,7 @@ def per_step_losses(
         convention: As in ``privacy_losses``.
         hoelder_p: As in ``privacy_losses``.
         mode: As in ``log_moment``.
+        gaps: As in ``privacy_losses``.
 
     Returns:
         float64 ``(N, n)``, in nats: estimates, as from ``privacy_losses``.
@@ -150,7 +161,7 @@ def per_step_losses(
 
     Source: Sepahvand et al. (ICML 2025), Definition 4.2.
     """
-    runs = norms_of_runs(ledger)
+    runs = norms_of_runs(ledger, gaps=gaps)
     composition = composition_of(runs.mechanism, order, convention, hoelder_p, mode)
     first = _FIRST_UPDATE[convention]
     losses = np.empty(runs.norms.shape[1:])
@@ -229,26 +240,37 @@ class Composition:
 
 @dataclass(frozen=True, eq=False)
 class RunNorms:
-    """Gradient norms of one or several runs, with gaps filled, ready for composition.
+    """Gradient norms of one or several runs, ready for composition.
 
     Args:
         mechanism: The mechanism that the runs share.
         steps: int64 ``(N,)``, updates done at each row.
-        norms: float64 ``(R, N, n)`` for R runs, raw norms without NaN.
+        norms: float64 ``(R, N, n)`` for R runs, raw norms; NaN only where predictions
+            say what they may have been.
         participations: float64 ``(N, n)``, in how many updates of each row's interval
             an example was, in the mean over the runs; None: not counted.
+        predictions: For each run, what the norms in its gaps may have been; None for a
+            run without gaps. Empty: no run has gaps.
     """
 
     mechanism: NoisySGD
     steps: NDArray[np.int64]
     norms: Array
     participations: Array | None = None
+    predictions: tuple[PredictedNorms | None, ...] = ()
 
     def of_examples(self, columns: NDArray[Any] | slice) -> "RunNorms":
         """Return the same runs restricted to some examples (columns)."""
         counts = self.participations
         chosen = None if counts is None else counts[..., columns]
-        return replace(self, norms=self.norms[..., columns], participations=chosen)
+        predictions = tuple(p and p.of_examples(columns) for p in self.predictions)
+        return RunNorms(
+            self.mechanism,
+            self.steps,
+            self.norms[..., columns],
+            chosen,
+            predictions,
+        )
 
     def share_of_updates(self, interval: UpdateInterval) -> Array | float:
         """Return which share of an interval's updates each example was in.
@@ -313,7 +335,6 @@ def loss_of_interval(
         float64 ``(n,)``, in nats.
     """
     mechanism = runs.mechanism.at_row(interval.right)
-    ratios = mechanism.ratios(runs.norms[:, row])
     orders, weights = _orders(runs, composition, interval, row)
     # Amplification by sampling requires Poisson sampling. For any other schedule the
     # loss is conditioned on the schedule: the example is in a share of the updates,
@@ -321,17 +342,23 @@ def loss_of_interval(
     q, share = float(mechanism.sample_rate), np.float64(1.0)
     if composition.convention == "corrected" and mechanism.sampling != "poisson":
         q, share = 1.0, np.asarray(runs.share_of_updates(interval))
-    if composition.tolerance:
-        upper = upper_log_moments(ratios[0], q, orders, weights, composition.tolerance)
-        return np.where(share > 0, share * upper, 0.0)
-    whole = weighted_log_moments(
-        ratios,
-        q,
-        orders,
-        weights,
-        hoelder_p=composition.hoelder_p,
-        mode=composition.mode,
-    )
+
+    def loss_at(norms: Array) -> Array:
+        ratios = mechanism.ratios(norms)
+        if composition.tolerance:
+            return upper_log_moments(
+                ratios[0], q, orders, weights, composition.tolerance
+            )
+        return weighted_log_moments(
+            ratios,
+            q,
+            orders,
+            weights,
+            hoelder_p=composition.hoelder_p,
+            mode=composition.mode,
+        )
+
+    whole = mean_over_gaps(runs.norms[:, row], runs.predictions, row, loss_at)
     with np.errstate(invalid="ignore"):  # an infinite loss of an update it was not in
         return np.where(share > 0, share * whole, 0.0)
 
@@ -364,14 +391,18 @@ def _orders(
 
 
 def norms_of_runs(
-    ledger: Ledgers, rule: str = "right", tolerance: float = 0.0
+    ledger: Ledgers,
+    rule: str = "right",
+    tolerance: float = 0.0,
+    gaps: str = "smoothed",
 ) -> RunNorms:
-    """Check that rule and tolerance fit the runs, fill gaps, and return the norms.
+    """Check that the options fit the runs; return the norms and what fills their gaps.
 
     Args:
         ledger: One run, or several independent runs of the same training.
         rule: One of ``ROW_RULES``.
         tolerance: As in ``privacy_losses``.
+        gaps: As in ``privacy_losses``.
 
     Returns:
         The norms of all runs.
@@ -407,11 +438,36 @@ def norms_of_runs(
         "Record at least once during training.",
     )
     first.mechanism.ratios(np.empty((first.num_rows, 0)))  # refuses noise_std = 0
-    filled = [fill_unobserved(run.grad_norms) for run in runs]
+    expect(
+        gaps in GAPS,
+        "gaps",
+        repr(gaps),
+        f"must be in {GAPS}",
+        'The default is "smoothed".',
+    )
+    predictions = _predictions(runs) if gaps == "smoothed" else ()
+    filled = [_norms_of(run, gaps, bool(predictions)) for run in runs]
     norms = filled[0][None] if len(filled) == 1 else np.stack(filled)
     counts = [run.participations for run in runs if run.participations is not None]
     mean = np.mean(counts, axis=0) if len(counts) == len(runs) else None
-    return RunNorms(joint_mechanism(runs), first.steps, norms, mean)
+    return RunNorms(joint_mechanism(runs), first.steps, norms, mean, predictions)
+
+
+def _predictions(
+    runs: Sequence[GradNormLedger],
+) -> tuple[PredictedNorms | None, ...]:
+    """Return what the norms in the gaps of runs may have been; empty without gaps."""
+    predictions = tuple(PredictedNorms.of(run) for run in runs)
+    return predictions if any(p is not None for p in predictions) else ()
+
+
+def _norms_of(run: GradNormLedger, gaps: str, keeps_gaps: bool) -> Array:
+    """Return the norms of a run, float64 ``(N, n)``, with or without its gaps."""
+    if keeps_gaps:
+        return run.grad_norms.astype(np.float64)
+    if gaps == "rank":
+        run = filled_by_rank(run)
+    return fill_unobserved(run.grad_norms)
 
 
 def composition_of(

@@ -33,6 +33,7 @@ from opacus_pi.accounting.training_bound import (
     sampling_known,
     training_epsilon,
 )
+from opacus_pi.accounting.uncertainty import epsilon_limits
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, columns_of, runs_of
 
 _FORMAT = "opacus_pi.PrivacyStatement.v2"
@@ -65,6 +66,9 @@ class PrivacyStatement:
             each.
         estimated_from: From what the estimate was computed, in words; empty if there is
             none.
+        limit: What ε is at most, with 95 % confidence over the chance of which updates
+            drew the example (``epsilon_limits``). **For its owner only.** None if no
+            estimate is given, or it comes from several runs.
     """
 
     subject: str
@@ -74,6 +78,7 @@ class PrivacyStatement:
     worst_case: float
     assumptions: tuple[Assumption, ...]
     estimated_from: str = ""
+    limit: float | None = None
 
     @property
     def kind(self) -> str:
@@ -124,7 +129,7 @@ class PrivacyStatement:
         if self.epsilon is not None:
             return (
                 f"These data: ε ≈ {self.epsilon:.4g} at δ = {self.delta:g}, an "
-                f"estimate, not a bound ({self.estimated_from})."
+                f"estimate, not a bound ({self.estimated_from}).{self._at_most()}"
             )
         if self.num_rows > 1:
             return (
@@ -132,6 +137,15 @@ class PrivacyStatement:
                 "to a value for a person."
             )
         return "These data: no estimate can be given."
+
+    def _at_most(self) -> str:
+        """Return the sentence about the limit of the estimate; empty if none."""
+        if self.limit is None:
+            return ""
+        return (
+            f" In this run it is at most {rounded_up(self.limit)}, with 95 % "
+            "confidence over the chance of which updates drew the example."
+        )
 
     def _anyone(self) -> str:
         """Return the line about the worst case."""
@@ -181,10 +195,14 @@ def privacy_statement(
     mine = distinct_indices("rows", rows, np.iinfo(np.int64).max)
     columns = columns_of(runs[0], mine, "rows")
     single, noisy = len(mine) == 1, noise_added(runs)
-    epsilon, worst = None, math.inf
+    epsilon, limit, worst = None, None, math.inf
     if noisy.met and single:
-        own = float(epsilons([run.subset(columns) for run in runs], delta)[0])
-        epsilon = own if math.isfinite(own) else None
+        own = [run.subset(columns) for run in runs]
+        value = float(epsilons(own, delta)[0])
+        epsilon = value if math.isfinite(value) else None
+        if epsilon is not None and len(own) == 1:
+            at_most = float(epsilon_limits(own[0], delta)[0])
+            limit = at_most if math.isfinite(at_most) else None
     if noisy.met:
         worst = training_epsilon(runs, len(mine), delta)
     return PrivacyStatement(
@@ -200,6 +218,7 @@ def privacy_statement(
             *declarations(runs),
         ),
         "" if epsilon is None else _estimated_from(runs),
+        limit,
     )
 
 

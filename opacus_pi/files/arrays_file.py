@@ -176,27 +176,22 @@ class ArrayOnDisk:
 
     def rows(self, columns: slice = slice(None)) -> Iterator[NDArray[Any]]:
         """Yield the chosen columns of each row, one row after the other."""
-        length, (start, stop) = self._length, self._span(columns)
+        length, (start, stop, step) = self._length, columns.indices(self._length)
         with open(self.path, "rb") as file:
             for row in range(math.prod(self.shape[:-1])):
                 file.seek(self.offset + (row * length + start) * self.dtype.itemsize)
-                yield np.fromfile(file, self.dtype, stop - start)
+                yield np.fromfile(file, self.dtype, stop - start)[::step]
 
     def read(self, columns: slice) -> NDArray[Any]:
         """Return the chosen columns of all rows."""
-        start, stop = self._span(columns)
-        shape = (*self.shape[:-1], stop - start) if self.shape else ()
+        count = len(range(*columns.indices(self._length)))
+        shape = (*self.shape[:-1], count) if self.shape else ()
         return np.array(list(self.rows(columns)), self.dtype).reshape(shape)
 
     @property
     def _length(self) -> int:
         """Return the number of entries of a row."""
         return self.shape[-1] if self.shape else 1
-
-    def _span(self, columns: slice) -> tuple[int, int]:
-        """Return where the chosen columns start and stop."""
-        start, stop, _ = columns.indices(self._length)
-        return start, stop
 
 
 def arrays_on_disk(path: str | os.PathLike[str]) -> dict[str, ArrayOnDisk]:

@@ -290,11 +290,12 @@ class PerInstanceAccountant(RDPAccountant):
         """
         return accounting.privacy_losses(self.ledger, order, **options)
 
-    def epsilons(self, delta: float) -> NDArray[np.float64]:
+    def epsilons(self, delta: float, **options: Any) -> NDArray[np.float64]:
         """Return an estimate of each example's epsilon.
 
         Args:
             delta: Failure probability, in (0, 1).
+            **options: Options of ``opacus_pi.accounting.epsilons``.
 
         Returns:
             float64 ``(n,)``. Under Poisson sampling at most ``get_epsilon(delta)``.
@@ -303,7 +304,7 @@ class PerInstanceAccountant(RDPAccountant):
             AccountingError: If not every update was recorded per example.
         """
         ledger = self.ledger
-        values = accounting.epsilons(ledger, delta)
+        values = accounting.epsilons(ledger, delta, **options)
         mechanism = ledger.mechanism
         # get_epsilon is a bound for every example only under Poisson sampling, and for
         # the recorded updates only if the accountant has counted all of them.

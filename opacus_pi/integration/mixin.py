@@ -281,7 +281,7 @@ class PerInstanceMixin(OpacusEngine):
         _warn_if_most_are_equal(losses)
         return losses
 
-    def epsilons(self, delta: float) -> NDArray[np.float64]:
+    def epsilons(self, delta: float, **options: Any) -> NDArray[np.float64]:
         """Return each example's epsilon at ``delta``, estimated from recorded norms.
 
         With clipping and Poisson sampling no value exceeds ``max(0,
@@ -294,6 +294,7 @@ class PerInstanceMixin(OpacusEngine):
 
         Args:
             delta: Failure probability, in (0, 1).
+            **options: Options of ``opacus_pi.accounting.epsilons``.
 
         Returns:
             float64 ``(n,)``.
@@ -301,10 +302,36 @@ class PerInstanceMixin(OpacusEngine):
         Raises:
             AccountingError: If the run, or a part of it, cannot be accounted for.
         """
-        ledger = self._complete_ledger()
-        values = accounting.epsilons(ledger, delta)
+        values = accounting.epsilons(self._complete_ledger(), delta, **options)
         _warn_if_most_are_equal(values)
-        mechanism = ledger.mechanism
+        return self._at_most_the_worst_case(values, delta)
+
+    def epsilon_limits(self, delta: float, **options: Any) -> NDArray[np.float64]:
+        """Return an upper limit of each example's epsilon, over the chance of draws.
+
+        ``epsilons`` estimates from the updates that drew an example; the limit is not
+        exceeded in 95 % of all draws by what all updates would give. It is no bound
+        for other runs of the training: ``get_epsilon`` is.
+
+        Args:
+            delta: Failure probability, in (0, 1).
+            **options: Options of ``opacus_pi.accounting.epsilon_limits``, such as
+                ``confidence``.
+
+        Returns:
+            float64 ``(n,)``, limited as the values of ``epsilons`` are.
+
+        Raises:
+            AccountingError: If the run, or a part of it, cannot be accounted for.
+        """
+        values = accounting.epsilon_limits(self._complete_ledger(), delta, **options)
+        return self._at_most_the_worst_case(values, delta)
+
+    def _at_most_the_worst_case(
+        self, values: NDArray[np.float64], delta: float
+    ) -> NDArray[np.float64]:
+        """Limit epsilons by the accountant's, where that holds for every example."""
+        mechanism = self.recorder.ledger.mechanism
         num_counted = num_steps_of(self.accountant)
         if mechanism.sampling == "poisson" and num_counted == mechanism.num_steps:
             # not self.get_epsilon, which a derived class may define in another way

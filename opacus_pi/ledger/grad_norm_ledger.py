@@ -38,6 +38,7 @@ from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.ledger.gap_filling import fill_by_rank, fill_unobserved
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 from opacus_pi.ledger.saving import LedgerFile, SavedLedger
+from opacus_pi.ledger.smoothed_ranks import SmoothedRanks, sampling_step
 
 __all__ = [
     "GradNormLedger",
@@ -112,6 +113,7 @@ class GradNormLedger(SavedLedger):
     weights: str | None = field(default=None, kw_only=True)
     custody: Custody | None = field(default=None, kw_only=True)
     participations: NDArray[np.int32] | None = field(default=None, kw_only=True)
+    _learnt: list[SmoothedRanks] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         steps = checked_steps(self.steps, self.mechanism.num_steps)
@@ -183,6 +185,28 @@ class GradNormLedger(SavedLedger):
         result: int = self.grad_norms.shape[1]
         return result
 
+    @property
+    def smoothed_ranks(self) -> SmoothedRanks:
+        """What all draws of the run say about the ranks of norms.
+
+        Learnt when it is first needed; a ``subset`` keeps what the whole ledger learnt.
+        """
+        if not self._learnt:
+            # In a row without gaps examples may have been charged, not drawn.
+            has_gaps = np.isnan(self.grad_norms).any(axis=1, keepdims=True)
+            rows = np.where(has_gaps, self.grad_norms, np.nan)
+            learnt = SmoothedRanks.learnt_from(rows, self.updates_of_rows())
+            self._learnt.append(learnt)
+        return self._learnt[0]
+
+    def updates_of_rows(self) -> NDArray[np.int64]:
+        """Return how many updates each row stands for, int64 ``(N,)``.
+
+        Those since the row before; for the last row all that follow, too.
+        """
+        ends = np.append(self.steps[:-1], self.mechanism.num_steps)
+        return np.maximum(np.diff(ends, prepend=0), 1)
+
     def ratios(self) -> NDArray[np.float64]:
         """Return each example's clipped gradient norm in units of the noise.
 
@@ -209,7 +233,8 @@ class GradNormLedger(SavedLedger):
             A ledger with the same norms and ``mechanism.assumed_noise`` set. Its losses
             rank examples, but no guarantee of the run follows from them.
         """
-        return replace(self, mechanism=self.mechanism.with_noise_std(noise_std))
+        other = replace(self, mechanism=self.mechanism.with_noise_std(noise_std))
+        return other._with_learnt_of(self)
 
     def subset(self, indices: ArrayLike) -> "GradNormLedger":
         """Return the ledger of some of the examples, in the given order.
@@ -225,7 +250,14 @@ class GradNormLedger(SavedLedger):
         ids = columns if self.example_ids is None else self.example_ids[columns]
         rows = {name: getattr(self, name) for name in (*_MEASURED, "participations")}
         kept = {name: a[:, columns] for name, a in rows.items() if a is not None}
-        return replace(self, example_ids=ids, **kept)
+        if np.isnan(self.grad_norms).any():
+            self.smoothed_ranks  # noqa: B018  (learns from the whole ledger)
+        return replace(self, example_ids=ids, **kept)._with_learnt_of(self)
+
+    def _with_learnt_of(self, other: "GradNormLedger") -> "GradNormLedger":
+        """Return this ledger after it has taken over what another one has learnt."""
+        self._learnt[:] = other._learnt
+        return self
 
     def require_intact(self) -> None:
         """Refuse to give numbers if a link of the chain of custody is broken.
@@ -260,7 +292,9 @@ class GradNormLedger(SavedLedger):
     ) -> Iterator["GradNormLedger"]:
         """Read a ledger that ``save`` wrote, some examples at a time.
 
-        For ledgers larger than memory: losses of one example do not depend on another.
+        For ledgers larger than memory. What is learnt from all draws of the run
+        (``smoothed_ranks``) is learnt first, so that a part has the losses of the
+        whole.
 
         Args:
             path: The file's name; it must not change meanwhile.
@@ -282,12 +316,16 @@ class GradNormLedger(SavedLedger):
         if "example_ids" in shapes:
             checked_ids(read_array(path, "example_ids"))
         total = shapes["grad_norms"][1]
+        sampled = slice(0, total, sampling_step(total))
+        names = (*_MEASURED, "participations", "example_ids")
+        sample = cls._from_file(read_columns(path, sampled, names), facts)
         for start in range(0, total, num_examples):
             part = slice(start, min(start + num_examples, total))
-            names = (*_MEASURED, "participations", "example_ids")
             arrays = read_columns(path, part, names)
             arrays.setdefault("example_ids", np.arange(part.start, part.stop))
-            yield cls._from_file(arrays, facts)
+            if np.isnan(sample.grad_norms).any():
+                sample.smoothed_ranks  # noqa: B018  (learns once)
+            yield cls._from_file(arrays, facts)._with_learnt_of(sample)
 
     @classmethod
     def _from_file(

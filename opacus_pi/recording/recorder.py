@@ -84,6 +84,9 @@ _NOT_OURS = (
 )
 
 
+_EVERY = {"observed": 0.2, "swept": 1.0}  # epochs from row to row
+
+
 class RecorderOptions:
     """The options of ``Recorder``, checked; ``Recorder`` documents them."""
 
@@ -92,7 +95,7 @@ class RecorderOptions:
     def __init__(
         self,
         mode: Literal["observed", "swept"] = "observed",
-        every: float | Sequence[int] = 1.0,
+        every: float | Sequence[int] | None = None,
         *,
         criterion: Callable[[Any, Any], Tensor] | None = None,
         strict: bool = False,
@@ -124,7 +127,7 @@ class RecorderOptions:
             remedy="Pass the number of examples that a sweep measures at once.",
         )
         self.mode = mode
-        self.every = checked_every(every)
+        self.every = checked_every(_EVERY[mode] if every is None else every)
         expect(
             mode == "swept" or not self._starts_with_a_row,
             "every",
@@ -202,7 +205,9 @@ class Recorder(RecorderOptions):
             norms of all examples by a pass of their own that leaves no trace.
         every: A number: epochs (``1 / sample_rate`` updates) from row to row, may be
             fractional. A sequence: rows after exactly these updates; 0, for swept
-            rows, is before the first.
+            rows, is before the first. Default: 0.2 for observed rows, which need 20
+            bytes for each example and epoch and show how ranks change; 1 for swept
+            rows, each of which costs a pass over the data.
         criterion: ``criterion(outputs, targets)`` for sweeps, one loss per example.
         strict: Whether to raise at once when the run can no longer be accounted for,
             instead of training on without a ledger.

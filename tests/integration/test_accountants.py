@@ -53,6 +53,7 @@ class ByHand:
 
 def begun(**options):
     accountant = PerInstanceAccountant()
+    options.setdefault("recorder", Recorder(every=1))
     accountant.begin(num_examples=24, sample_rate=0.25, **options)
     return accountant
 
@@ -124,7 +125,10 @@ def test_opacus_own_engine_with_norms_recorded_by_the_loop():
         shuffle=False,
         batch_size=6,
     )
-    engine.accountant.begin(num_examples=24, sample_rate=0.25, sampling="fixed")
+    recorder = Recorder(every=1)
+    engine.accountant.begin(
+        num_examples=24, sample_rate=0.25, sampling="fixed", recorder=recorder
+    )
     for i, (x, y) in enumerate(training.loader):
         training.optimizer.zero_grad()
         training.criterion(training.model(x), y).backward()

@@ -259,7 +259,7 @@ def test_a_swept_recorder_needs_a_criterion_before_anything_is_wrapped():
 
 
 def test_weights_of_the_rows_are_kept(tmp_path):
-    Training(recorder=Recorder(weights_dir=tmp_path)).train(2)
+    Training(recorder=Recorder(every=1, weights_dir=tmp_path)).train(2)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 

@@ -102,8 +102,13 @@ def test_shrinking_gradients_are_charged_as_they_were():
     truth = privacy_losses(ledger_of(rows), 8)
     never = ~drawn.any(axis=0)
     late = ~drawn[0] & ~never
-    default = (privacy_losses(observed, 8) / truth)[late]
-    by_rank = (privacy_losses(filled_by_rank(observed), 8) / truth)[late]
-    assert default.min() < 0.01  # what the default may undercharge
+    of_next, by_rank, smoothed = (
+        (privacy_losses(observed, 8, gaps=gaps) / truth)[late]
+        for gaps in ("next", "rank", "smoothed")
+    )
+    assert of_next.min() < 0.01  # what the next norm may undercharge
     assert by_rank.min() > 0.3  # ranks of a sample are rough, and a loss is steep
-    assert np.abs(np.log(by_rank)).mean() < 0.2 * np.abs(np.log(default)).mean()
+    assert np.abs(np.log(by_rank)).mean() < 0.2 * np.abs(np.log(of_next)).mean()
+    assert smoothed.min() > 0.5
+    filled = privacy_losses(filled_by_rank(observed), 8)
+    np.testing.assert_array_equal(filled, privacy_losses(observed, 8, gaps="rank"))

@@ -14,7 +14,7 @@ INF = float("inf")
 
 
 def begun(recorder=None, **changes):
-    recorder = recorder or Recorder()
+    recorder = recorder or Recorder(every=1)
     facts = {"num_examples": N, "sample_rate": 0.5, "sampling": "poisson"}
     recorder.begin(**{**facts, "data_set": "toy", **changes})
     return recorder

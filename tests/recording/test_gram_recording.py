@@ -24,7 +24,7 @@ FORGET = [7, 2, 11]
 def run(tmp_path_factory):
     """A DP-SGD training with rows after 4 and 8 updates, some gradients clipped."""
     directory = tmp_path_factory.mktemp("weights")
-    recorder = Recorder(weights_dir=directory)
+    recorder = Recorder(every=1, weights_dir=directory)
     training = Training(
         recorder=recorder, batch_size=6, noise_multiplier=2.0, max_grad_norm=0.8
     )

@@ -31,7 +31,7 @@ def test_a_part_of_a_batch_is_refused():
     x, y = next(iter(run.loader))
     cross_entropy(run.module(x[::2]), y[::2]).backward()
     run.optimizer.step()
-    refused(run, "In update 1 ")
+    refused(run, "examples update 1 averaged")
 
 
 def test_accumulated_gradients_are_refused_and_left_as_they_are():
@@ -43,14 +43,14 @@ def test_accumulated_gradients_are_refused_and_left_as_they_are():
         x, y = next(batches)
         cross_entropy(run.module(x), y).backward()
     before = [p.grad.clone() for p in run.module.parameters()]
-    with pytest.warns(UserWarning, match="In update 1 it is not known how many"):
+    with pytest.warns(UserWarning, match="not known over how many examples update 1"):
         run.optimizer.step()
     by_hand = torch.Generator().manual_seed(7)
     for used, total in zip(gradients(run), before, strict=True):
         noise = torch.normal(0.0, 0.5, total.shape, generator=by_hand)
         torch.testing.assert_close(used, total + noise)
     assert run.recorder.num_steps == 1
-    refused(run, "In update 1 .*larger batch size")
+    refused(run, "update 1 .*larger batch size")
 
 
 def test_batches_from_elsewhere_are_refused():
@@ -59,7 +59,7 @@ def test_batches_from_elsewhere_are_refused():
     x, y = next(iter(DataLoader(linear_data(), batch_size=4)))
     cross_entropy(run.module(x + 1), y).backward()
     run.optimizer.step()
-    refused(run, "In update 7")
+    refused(run, "examples update 7 averaged")
 
 
 def test_a_model_in_evaluation_mode_is_refused():

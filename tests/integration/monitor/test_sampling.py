@@ -132,7 +132,7 @@ def test_passes_of_one_batch_count_once(passes):
 def test_unidentified_passes_count_as_a_batch_each_with_one_warning():
     run = quiet()
     with pytest.warns(
-        UserWarning, match="2 forward passes, and for 2 .* too large"
+        UserWarning, match="2 forward passes.* 2 of them .* too large"
     ) as w:
         accumulate(run, 1, passes=lambda x, y: halves(x * 1.01, y))
     assert len([one for one in w if "forward passes" in str(one.message)]) == 1

@@ -1,0 +1,317 @@
+r"""What the norms of an example may have been where it was not drawn: a predictive law.
+
+**Idea.** In every row each drawn example has a rank among those drawn. Ranks change
+slowly: an example with a large gradient now has one of the largest soon after. So
+
+1. every rank u becomes a normal score y = Φ⁻¹(u);
+2. an example's scores are a slowly changing part (variance s², correlation
+   exp(-|Δ|/τ) over a share Δ of the training) and independent noise of variance r;
+3. its part at every row is estimated from *all* its draws, before and after;
+4. an update that did not draw it has a normal score with this mean, and a variance that
+   the prediction errors of the draws themselves show;
+5. the norm is the one that has this rank among the norms of the row.
+
+The number that is charged is the *mean* of the loss over this law, never the loss at
+its mean: losses are convex in the norm, so the second would charge too little.
+
+**Guarantee.** None for a single example: an estimate. It is fair on average, because a
+Poisson draw does not look at the weights: an example that a row did not draw has the
+same law of (prediction, norm) as one that it drew, and the prediction of a drawn
+example, without its own draw, can be compared with its norm.
+
+**What breaks it.** Norms that jump between two draws of an example without any trace in
+its ranks; rows in which a handful of examples were drawn, which show few norms. An
+example that was never drawn has the law of all examples.
+
+Source: own derivation; docs/theory.md, Section 14. The filter is Kalman's (1960), the
+smoother combines a filter from each end (Fraser and Potter 1969).
+
+>>> rows = [[8, 6, np.nan, 2], [8, np.nan, 4, 2], [np.nan, 6, 4, 2]]
+>>> ranks = SmoothedRanks.learnt_from(rows, num_updates=[5, 5, 5])
+>>> scores = ranks.predict(rows)
+>>> scores.mean.shape, bool(scores.mean[2, 0] > scores.mean[2, 2])
+((3, 4), True)
+>>> float(ranks.norms_at(2, np.array([-9.0]))[0].round(9))  # no norm below the row's
+2.0
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi._types import ArrayLike
+
+__all__ = ["PredictedScores", "SmoothedRanks", "sampling_step"]
+
+Array = NDArray[np.float64]
+_MAX_EXAMPLES = 1 << 14  # of which the law is learnt; more change it little
+_TIME_SCALES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1e6)  # shares of the training
+_NUM_LEVELS, _NUM_TIMES = 6, 5  # cells in which the spread is calibrated
+_PRIOR_DRAWS = 50.0  # of the spread that the model says, in each cell
+_LARGEST_SHARE = 0.95  # of the variance that may be the slow part's
+_TINY = 1e-30  # the least norm whose logarithm is taken
+
+
+@dataclass(frozen=True, eq=False)
+class PredictedScores:
+    """Normal scores of the ranks that examples may have had: mean and spread.
+
+    Args:
+        mean: float32 ``(N, n)``.
+        std: float32 ``(N, n)``, of a score: of the slow part and of the noise together.
+        slow_std: float32 ``(N, n)``, of the slow part alone.
+    """
+
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+    slow_std: NDArray[np.float32]
+
+    def of_examples(self, columns: NDArray[np.int64] | slice) -> "PredictedScores":
+        """Return the scores of some examples."""
+        parts = (self.mean, self.std, self.slow_std)
+        return PredictedScores(*(part[:, columns] for part in parts))
+
+
+@dataclass(frozen=True, eq=False)
+class SmoothedRanks:
+    """What a run's draws say about ranks: how they persist, and each row's norms.
+
+    Args:
+        times: float64 ``(N,)``, the middle of each row's updates as a share of the
+            training.
+        time_scale: τ, after which share of the training ranks are forgotten.
+        signal: s², variance of the slowly changing part.
+        noise: r, variance of the rest.
+        num_draws: Mean number of draws of an example.
+        sorted_logs: For each row the ascending logarithms of the norms drawn in it.
+        level_bounds: float64 ``(5,)``, between the levels of the calibration.
+        scales: float64 ``(5, 6)``, for each time and level, by how much prediction
+            errors exceed the variance that the model says.
+    """
+
+    times: Array
+    time_scale: float
+    signal: float
+    noise: float
+    num_draws: float
+    sorted_logs: Sequence[Array]
+    level_bounds: Array
+    scales: Array
+
+    @classmethod
+    def learnt_from(cls, rows: ArrayLike, num_updates: ArrayLike) -> "SmoothedRanks":
+        """Learn from all draws of a run.
+
+        Of more than 16,384 examples, at most as many are used: every k-th.
+
+        Args:
+            rows: ``(N, n)``, raw gradient norms, NaN where not drawn. Infinite norms
+                stand for the clip norm and are not learnt from.
+            num_updates: ``(N,)``, number of updates of each row, at least 1.
+        """
+        norms = np.asarray(rows, dtype=np.float32)
+        norms = norms[:, :: sampling_step(norms.shape[1])]
+        ends = np.cumsum(np.asarray(num_updates, dtype=np.float64))
+        times = (ends - np.asarray(num_updates) / 2) / ends[-1]
+        logs = [_sorted_logs(row) for row in norms]
+        scores = np.stack(
+            [_scores(row, log) for row, log in zip(norms, logs, strict=True)]
+        )
+        time_scale, signal, noise = _persistence(scores, times)
+        fresh = cls(
+            times,
+            time_scale,
+            signal,
+            noise,
+            float(np.isfinite(scores).sum() / max(1, scores.shape[1])),
+            _filled(logs),
+            np.zeros(_NUM_LEVELS - 1),
+            np.ones((_NUM_TIMES, _NUM_LEVELS)),
+        )
+        return fresh._calibrated(scores)
+
+    @property
+    def error_time_scale(self) -> float:
+        """After which share of the training an error in the slow part is forgotten.
+
+        Between draws the slow part drifts, and each draw corrects it: for a continuous
+        stream of draws the error is forgotten at the rate √(1/τ² + 2s²·K/(τ·r)), K the
+        number of draws.
+
+        Source: Kalman and Bucy 1961, for a stationary process of the first order.
+        """
+        rate = 1 / self.time_scale
+        corrected = 2 * rate * self.signal * self.num_draws / self.noise
+        return 1 / math.sqrt(rate**2 + corrected)
+
+    def predict(self, rows: ArrayLike) -> PredictedScores:
+        """Return the law of the scores of examples in updates that did not draw them.
+
+        Args:
+            rows: ``(N, m)``, raw norms of any examples of the run, NaN where not drawn.
+        """
+        norms = np.asarray(rows, dtype=np.float32)
+        scores = np.stack(
+            [
+                _scores(row, log)
+                for row, log in zip(norms, self.sorted_logs, strict=True)
+            ]
+        )
+        others, variance = self._from_other_draws(scores)
+        drawn = ~np.isnan(scores)
+        gain = np.where(drawn, variance / (variance + self.noise), 0.0)
+        mean = others + gain * np.where(drawn, scores - others, 0.0)
+        slow, scale = variance * (1 - gain), self._scale_at(mean)
+        parts = mean, np.sqrt((slow + self.noise) * scale), np.sqrt(slow * scale)
+        return PredictedScores(*(part.astype(np.float32) for part in parts))
+
+    def norms_at(self, row: int, scores: Array) -> Array:
+        """Return the norms that have given normal scores among a row's norms.
+
+        Args:
+            row: Position of the row.
+            scores: Normal scores, any shape.
+
+        Returns:
+            float64 in the shape of ``scores``: between two norms of the row, their
+            geometric interpolation; beyond them the least or the largest.
+        """
+        from scipy.special import ndtr  # takes a quarter of a second
+
+        logs = self.sorted_logs[row]
+        norms: Array = np.exp(np.interp(ndtr(scores), _middles(len(logs)), logs))
+        return norms
+
+    def _from_other_draws(self, scores: Array) -> tuple[Array, Array]:
+        """Return mean and variance of the slow part, without each row's own draw."""
+        ahead, ahead_variance = self._filter(scores, self.times)
+        back, back_variance = (
+            x[::-1] for x in self._filter(scores[::-1], self.times[::-1])
+        )
+        # Two estimates that share nothing but the prior, which is removed once.
+        variance = 1 / (1 / ahead_variance + 1 / back_variance - 1 / self.signal)
+        return variance * (ahead / ahead_variance + back / back_variance), variance
+
+    def _filter(self, scores: Array, times: Array) -> tuple[Array, Array]:
+        """Return what rows before each row say of the slow part at it."""
+        mean = np.zeros(scores.shape[1])
+        variance = np.full(scores.shape[1], self.signal)
+        means, variances = np.empty(scores.shape), np.empty(scores.shape)
+        kept = np.exp(-np.abs(np.diff(times, prepend=times[:1])) / self.time_scale)
+        for row, score in enumerate(scores):
+            mean = mean * kept[row]
+            variance = (variance - self.signal) * kept[row] ** 2 + self.signal
+            means[row], variances[row] = mean, variance
+            gain = np.where(np.isnan(score), 0.0, variance / (variance + self.noise))
+            mean = mean + gain * (np.nan_to_num(score) - mean)
+            variance = variance * (1 - gain)
+        return means, variances
+
+    def _calibrated(self, scores: Array) -> "SmoothedRanks":
+        """Return the same with the spread that the errors of the draws show."""
+        others, variance = self._from_other_draws(scores)
+        row, example = np.nonzero(~np.isnan(scores))
+        if not len(row):
+            return self
+        predicted = others[row, example]
+        errors = (scores[row, example] - predicted) ** 2
+        errors /= variance[row, example] + self.noise
+        shares = np.arange(1, _NUM_LEVELS) / _NUM_LEVELS
+        bounds = np.quantile(predicted, shares)
+        cells = _cells(self.times)[row] * _NUM_LEVELS + np.searchsorted(
+            bounds, predicted
+        )
+        count = _NUM_TIMES * _NUM_LEVELS
+        sums = np.bincount(cells, errors, minlength=count) + _PRIOR_DRAWS
+        scales = sums / (np.bincount(cells, minlength=count) + _PRIOR_DRAWS)
+        scales = scales.reshape(_NUM_TIMES, _NUM_LEVELS)
+        return replace(self, level_bounds=bounds, scales=scales)
+
+    def _scale_at(self, mean: Array) -> Array:
+        """Return the calibration at each row and example, ``(N, n)``."""
+        levels = np.searchsorted(self.level_bounds, mean)
+        scales: Array = self.scales[_cells(self.times)[:, None], levels]
+        return scales
+
+
+def sampling_step(num_examples: int) -> int:
+    """Return k if every k-th example is used to learn the law.
+
+    Args:
+        num_examples: Number of examples of the run.
+    """
+    return max(1, -(-num_examples // _MAX_EXAMPLES))
+
+
+def _sorted_logs(row: NDArray[np.float32]) -> Array:
+    """Return the ascending logarithms of a row's finite norms."""
+    norms = np.sort(row[np.isfinite(row)].astype(np.float64))
+    return np.log(np.maximum(norms, _TINY))
+
+
+def _scores(row: NDArray[np.float32], logs: Array) -> Array:
+    """Return the normal scores of norms among the norms of a row; NaN where not drawn.
+
+    Equal norms share the middle of their ranks.
+    """
+    from scipy.special import ndtri  # takes a quarter of a second
+
+    scores = np.full(len(row), np.nan)
+    drawn = np.isfinite(row)
+    if len(logs):
+        values = np.log(np.maximum(row[drawn].astype(np.float64), _TINY))
+        below = np.searchsorted(logs, values, side="left")
+        upto = np.searchsorted(logs, values, side="right")
+        edge = 0.5 / len(logs)
+        ranks = np.clip((below + upto) / (2 * len(logs)), edge, 1 - edge)
+        scores[drawn] = ndtri(ranks)
+    return scores
+
+
+def _persistence(scores: Array, times: Array) -> tuple[float, float, float]:
+    """Return time scale, variance of the slow part, and variance of the noise.
+
+    The mean product of two scores of one example is s²·exp(-|Δ|/τ), Δ apart. s² is
+    fitted by least squares, weighted by the number of products, for each τ of a list.
+    """
+    drawn = ~np.isnan(scores)
+    filled = np.nan_to_num(scores)
+    counted = drawn.astype(np.float64)
+    # A draw that a few share says little about the variance of scores, which is 1.
+    total = float((filled**2).sum() + _PRIOR_DRAWS) / (drawn.sum() + _PRIOR_DRAWS)
+    first, second = np.triu_indices(len(times), 1)
+    products = (filled @ filled.T)[first, second]
+    counts = (counted @ counted.T)[first, second]
+    apart = np.abs(times[second] - times[first])
+    best = (np.inf, 1.0, 0.0)
+    for scale in _TIME_SCALES:
+        shape = np.exp(-apart / scale)
+        norm = float((shape * shape) @ counts)
+        fitted = float(shape @ products) / norm if norm else 0.0
+        signal = float(np.clip(fitted, 0.01 * total, _LARGEST_SHARE * total))
+        error = signal**2 * norm - 2 * signal * float(shape @ products)
+        best = min(best, (error, scale, signal))
+    return best[1], best[2], total - best[2]
+
+
+def _cells(times: Array) -> NDArray[np.int64]:
+    """Return the time of the calibration that each row is in."""
+    return np.minimum((times * _NUM_TIMES).astype(np.int64), _NUM_TIMES - 1)
+
+
+def _filled(logs: list[Array]) -> list[Array]:
+    """Give rows without any draw the norms of the next row, else of the last."""
+    known = [i for i, log in enumerate(logs) if len(log)]
+    if not known:
+        return [np.array([np.inf])] * len(logs)
+    places = np.minimum(np.searchsorted(known, np.arange(len(logs))), len(known) - 1)
+    return [logs[known[place]] for place in places]
+
+
+def _middles(count: int) -> Array:
+    """Return the ranks of ``count`` different norms: (i + 1/2) / count."""
+    middles: Array = (np.arange(count) + 0.5) / count
+    return middles
