@@ -332,7 +332,7 @@ def test_the_assumption_is_not_lost_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("method", [FineTune(), Langevin(0.0), Langevin(0.1)], ids=str)
-def test_an_estimate_is_never_called_certified(method):
+def test_a_bound_with_declarations_is_never_called_certified(method):
     training = Training().train(1)
     plain = training.plain_copy()
     unlearner = Unlearner(
@@ -344,9 +344,14 @@ def test_an_estimate_is_never_called_certified(method):
     )
     result = unlearner.unlearn(data(), [1, 2], num_epochs=1, batch_size=6)
     claim = result.guarantee
-    assert claim.kind in ("empirical", "estimate")
-    assert claim.unmet or claim.kind == "empirical"
-    assert "certified" not in str(claim).splitlines()[0].lower()
+    assert claim.kind == "certified if" and not claim.unmet
+    assert len(claim.declarations) >= 4
+    assert "certified if the declarations" in str(claim).splitlines()[0]
+    estimates = dataclasses.replace(
+        claim, assumptions=(*claim.assumptions, Assumption("x", False, "unknown"))
+    )
+    assert estimates.kind == "estimate"
+    assert "certified" not in str(estimates).splitlines()[0].lower()
     with pytest.raises((AttributeError, dataclasses.FrozenInstanceError)):
         claim.kind = "certified"
     text = json.loads(claim.to_json()) | {"kind": "certified"}
