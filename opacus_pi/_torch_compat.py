@@ -187,7 +187,7 @@ def both_sides_padding(convolution: nn.Module) -> list[int]:
 
 
 def has_joint_projection(attention: nn.MultiheadAttention) -> bool:
-    """Whether queries, keys and values have one size (``_qkv_same_embed_dim``)."""
+    """Return whether query, key and value sizes are equal (``_qkv_same_embed_dim``)."""
     return cast(bool, attention._qkv_same_embed_dim)
 
 
@@ -201,12 +201,12 @@ def storage_address(storage: UntypedStorage) -> int:
 
 
 def has_workers(iterator: Any) -> bool:
-    """Whether processes load the batches of a loader's iterator (``_num_workers``)."""
+    """Return whether worker processes load an iterator's batches (``_num_workers``)."""
     return bool(iterator._num_workers)
 
 
 def makes_own_iterators(loader_class: type[DataLoader[Any]]) -> bool:
-    """Whether a loader's class makes iterators in another way than torch's loader.
+    """Return whether a loader's class makes iterators differently from torch's loader.
 
     That is, whether it overrides ``_get_iterator``.
     """

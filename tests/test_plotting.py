@@ -196,7 +196,10 @@ def test_pictures_in_rows():
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ({"a": np.zeros((2, 4, 4)), "b": np.zeros((3, 4, 4))}, "rows of one length"),
+        (
+            {"a": np.zeros((2, 4, 4)), "b": np.zeros((3, 4, 4))},
+            "rows of the same length",
+        ),
         ({"a": np.zeros((2, 4, 4, 3))}, "Put the channels before"),
         ({}, "rows of"),
     ],

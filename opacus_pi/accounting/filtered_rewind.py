@@ -197,7 +197,7 @@ def restart_updates(
 
 
 def _exceeds(total: Array, mu: float) -> NDArray[np.bool_]:
-    """Whether sums of charges exceed the budget; rounding counts as exceeding."""
+    """Return whether sums of charges exceed the budget, rounding included."""
     return np.asarray(total * (1 + 1e-9) + 1e-300 > mu**2) & (total > 0)
 
 

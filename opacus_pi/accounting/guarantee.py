@@ -123,7 +123,7 @@ class Assumption:
 
     @property
     def is_declared(self) -> bool:
-        """Whether it is taken to hold because it was declared."""
+        """Return whether it is taken to hold because it was declared."""
         return self.met and self.established == DECLARED
 
     @property
@@ -245,7 +245,7 @@ class Guarantee:
 
     @property
     def _has_number(self) -> bool:
-        """Whether a finite divergence or a pair (ε, δ) is known."""
+        """Return whether a finite divergence or a pair (ε, δ) is known."""
         return bool(self.statements) or any(map(math.isfinite, self.divergences))
 
     @property

@@ -127,7 +127,7 @@ class FollowingCollate:
 
 
 def keeps_order(collate_fn: Callable[..., Any] | None) -> bool:
-    """Whether sample i of a batch is item i by construction.
+    """Return whether sample i of a batch is item i by construction.
 
     Args:
         collate_fn: A loader's, without wrappers.
@@ -181,7 +181,7 @@ def _narrowed(joint: Mask, items: ItemFingerprints, samples: "list[Samples]") ->
 def _are_in_place(
     items: ItemFingerprints, tensors: list[Tensor], batch_dim: int
 ) -> bool:
-    """Whether every tensor has the entries of the items, in their places.
+    """Return whether every tensor has the entries of the items, in their places.
 
     This is what most collate functions do. Comparing entries takes less time than
     computing checksums of them.
@@ -198,7 +198,7 @@ def _are_in_place(
 
 
 def _has_equal_part(items: ItemFingerprints, content: DelayedChecksums) -> bool:
-    """Whether the samples of a tensor are one part of the items at their positions."""
+    """Return whether a tensor's samples are one part of the items there."""
     if not content.width:
         return False
     own = content.entries.view(np.int32)
@@ -211,13 +211,13 @@ def _has_equal_part(items: ItemFingerprints, content: DelayedChecksums) -> bool:
 
 
 def _differ(content: DelayedChecksums) -> bool:
-    """Whether there are several samples, and not all of them are alike."""
+    """Return whether there are several samples, and not all of them are alike."""
     bits = content.entries.view(np.int32)
     return len(bits) > 1 and bool((bits[0] != bits).any())
 
 
 def _are_same_values(matches: Mask) -> bool:
-    """Whether the samples have the numbers of the items, each as often as they do."""
+    """Return whether the samples have the numbers of the items, equally often."""
     per_sample, per_item = matches.sum(axis=1), matches.sum(axis=0)
     return bool(per_sample.all()) and np.array_equal(
         np.sort(per_sample), np.sort(per_item)
@@ -434,12 +434,12 @@ def _as_samples(items: ItemFingerprints, tensor: Tensor, batch_dim: int) -> Samp
 
 
 def _are_all_alike(sums: NDArray[np.int64]) -> bool:
-    """Whether there are several checksums and all are equal, as those of masks."""
+    """Return whether there are several checksums, all equal (as for masks)."""
     return len(sums) > 1 and bool((sums == sums[0]).all())
 
 
 def _is_smaller(shape: tuple[int, ...], padded: tuple[int, ...]) -> bool:
-    """Whether an item of a shape fits into a padded one, in all dimensions."""
+    """Return whether an item of a shape fits into a padded one, in all dimensions."""
     return (
         0 < len(shape) == len(padded)
         and 0 not in shape

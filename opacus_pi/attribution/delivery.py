@@ -89,7 +89,7 @@ class LoaderPass:
 
     @property
     def is_over(self) -> bool:
-        """Whether its iterator was deleted or has begun another pass.
+        """Return whether its iterator was deleted or has begun another pass.
 
         An iterator that has ended and is still held does not count as over: the loop
         may have put some of its batches aside.
@@ -100,7 +100,7 @@ class LoaderPass:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether the loop can still get batches from this pass, as far as is known."""
+        """Return whether the loop may still get batches from this pass."""
         return not self.has_ended and not self.is_over
 
 
@@ -145,7 +145,7 @@ class Delivery:
 
     @property
     def size(self) -> int:
-        """How many samples it has, padding not counted; 0 if that is not known."""
+        """Number of samples without padding; 0 if it is not known."""
         indices = self.indices or ()
         if self.are_distinct:  # nearly always; then none stands for padding
             return len(indices)
@@ -182,7 +182,7 @@ class Delivery:
         self.num_recognised += is_recognised
 
     def may_be_waiting(self) -> bool:
-        """Whether the loop could still give this batch, or a copy, to the model."""
+        """Return whether the model may still be given this batch or a copy."""
         held = any(not tensor.stored.expired() for tensor in self.tensors)
         return not self.num_forward_passes and (held or not self.loader_pass.is_over)
 
@@ -258,7 +258,7 @@ class ForwardPass:
 
     @property
     def is_recognised(self) -> bool:
-        """Whether storage or content shows at least one of its samples."""
+        """Return whether storage or content shows at least one of its samples."""
         return self.evidence in ("by_storage", "by_content")
 
     @property
@@ -270,7 +270,7 @@ class ForwardPass:
 
     @property
     def num_samples(self) -> int | None:
-        """How many samples it has; None: not known."""
+        """Number of samples; None if it is not known."""
         if self._distinct is not None:
             return len(self._distinct)
         return None if self.indices is None else len(self.indices)
@@ -364,7 +364,7 @@ def sample_dim(tensor: Tensor, num_samples: int, preferred: int) -> int | None:
 
 
 def differ(width: int, sums: Indices) -> bool:
-    """Whether checksums are evidence: those of masks and labels are often all alike.
+    """Return whether checksums are evidence; those of masks and labels are often alike.
 
     Args:
         width: Number of entries in a sample; of one number each, many are equal.

@@ -82,7 +82,7 @@ class EpochPosition:
 
     @property
     def under_way(self) -> bool:
-        """Whether a loop has begun a pass, and has neither ended nor left it."""
+        """Return whether a loop has begun a pass, and has neither ended nor left it."""
         return self._pass is not None and self._pass.is_under_way
 
     def obstacle(self) -> str:
@@ -105,7 +105,7 @@ class EpochPosition:
         return _AHEAD if self._draws_ahead(loader) else ""
 
     def _draws_ahead(self, loader: DataLoader[Any]) -> bool:
-        """Whether workers draw batches from a generator that the loop draws from."""
+        """Return whether workers draw batches from a generator that the loop uses."""
         own = getattr(loader.batch_sampler, "generator", None)
         is_shared = own is None or own is self._random_states.generators.get("noise")
         return self._is_poisson and is_shared

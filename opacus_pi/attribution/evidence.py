@@ -10,9 +10,9 @@ guessed.
 *Guarantee.* A sample counts as recognised only if its memory is that of a delivered
 sample and the entries that are compared are as they were at delivery, or if its
 checksum is that of one delivered sample. Every input that is recognised must have the
-same example in the same position. ``assumed`` verifies nothing: it takes inputs that
-were not recognised for the latest batch, in its order, and only where no other batch
-is waiting to be used and the batch itself was not given to the model.
+same example in the same position. ``assumed`` verifies nothing. It assumes that inputs
+that were not recognised are the latest batch, in its order. It does so only if no other
+batch is waiting to be used and the latest batch itself was not given to the model.
 
 *What breaks it.* At most 256 entries of a sample are compared. A change of a share f of
 them, at places that do not depend on these entries, is missed with a probability of
@@ -82,7 +82,7 @@ def recognised(
         recent: Deliveries, the newest first. Those without indices are left out.
         verify: Whether samples are recognised by content.
         shared_rows: What earlier inputs were whose samples were all alike.
-            None: such inputs are taken for masks or tables.
+            None: such inputs are assumed to be masks or tables.
 
     Returns:
         A pass with the index of each sample that is recognised, and causes for the
@@ -127,7 +127,7 @@ def _deciding(inputs: list[Input], *, verify: bool) -> list[Input]:
 
 
 def _are_whole_batch(tensors: list[Tensor], dim: int, latest: Delivery) -> bool:
-    """Whether all inputs are tensors of the latest batch, untouched.
+    """Return whether all inputs are tensors of the latest batch, untouched.
 
     This is what nearly every loop does, and it needs no array of indices.
     """
@@ -240,7 +240,7 @@ def _at(by_index: Indices, positions: Indices) -> Indices:
 def _is_of_others(
     given: Input, positions: Indices, delivery: Delivery
 ) -> NDArray[np.bool_]:
-    """Whether an input that shows no order by itself has a delivered one, but another.
+    """Find samples whose order in an input is that of other delivered examples.
 
     Labels and masks are alike in many samples, so they cannot be looked up. But if an
     input has the very values that a delivered tensor has for these samples, in another
@@ -395,7 +395,7 @@ def _lost_order_of(tensors: list[Tensor], dim: int, latest: Delivery) -> Cause |
 
 
 def _is_only_candidate(latest: Delivery, recent: Sequence[Delivery]) -> bool:
-    """Whether no other batch than the latest may still be waiting to be used.
+    """Return whether no other batch than the latest may still be waiting to be used.
 
     Batches of the same pass are counted; those of other passes may be waiting as long
     as their tensors exist or their pass is not over.

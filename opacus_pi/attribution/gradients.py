@@ -98,7 +98,7 @@ def _joint(one: ForwardPass, other: ForwardPass) -> ForwardPass | None:
 
 
 def _are_same_samples(one: Indices | None, other: Indices | None) -> bool:
-    """Whether two passes have the same known samples, in the same order."""
+    """Return whether two passes have the same known samples, in the same order."""
     if one is None or other is None or UNATTRIBUTED in other:
         return False
     return np.array_equal(one, other)

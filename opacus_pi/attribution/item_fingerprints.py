@@ -134,7 +134,7 @@ def _parts(item: Any) -> list[Any]:
 
 
 def _is_list_of_numbers(part: Any) -> bool:
-    """Whether a part is a list, or a long tuple, of numbers only."""
+    """Return whether a part is a list, or a long tuple, of numbers only."""
     is_long = type(part) is tuple and len(part) > _FEW_NUMBERS
     is_sequence = type(part) is list or is_long
     return is_sequence and bool(part) and _NUMBERS.issuperset(map(type, part))
@@ -185,7 +185,7 @@ def _shape(part: Any) -> tuple[int, ...]:
 
 
 def _can_be_stacked(column: Sequence[Tensor]) -> bool:
-    """Whether tensors are so small and alike that one copy of all is cheapest."""
+    """Return whether tensors are so small and alike that one joint copy is cheapest."""
     first = column[0]
     return (
         is_dense(first)

@@ -1,4 +1,4 @@
-"""Whether samples that changed are made of other samples than their own.
+"""Detect changed samples that are made of other samples than their own.
 
 A transform may change every sample, so that none is recognised. ``made_of_others``
 compares the entries of all samples before and after it. It finds the two changes by
@@ -62,7 +62,7 @@ def made_of_others(now: Entries, before: Entries) -> OtherSamples:
 
 
 def _are_comparable(now: Entries, before: Entries) -> bool:
-    """Whether there are entries enough, and not too many samples."""
+    """Return whether there are entries enough, and not too many samples."""
     return (
         now.shape == before.shape
         and len(now) <= _MAX_COMPARED
@@ -71,7 +71,7 @@ def _are_comparable(now: Entries, before: Entries) -> bool:
 
 
 def _are_scaled(now: Entries, before: Entries) -> Mask:
-    """Whether sample i is a multiple of sample j and a constant, bool ``(b, b)``."""
+    """Find pairs: sample i is a multiple of sample j plus a constant, ``(b, b)``."""
     y, x = now.astype(np.float64), before.astype(np.float64)
     with np.errstate(all="ignore"):  # constant samples, infinite entries
         y, x = y - y.mean(axis=1, keepdims=True), x - x.mean(axis=1, keepdims=True)
@@ -82,7 +82,7 @@ def _are_scaled(now: Entries, before: Entries) -> Mask:
 
 
 def _are_sums(now: Entries, before: Entries) -> Mask:
-    """Which samples are a sum of multiples of their own and of another sample.
+    """Find samples that are a multiple of themselves plus one of another sample.
 
     For each pair the two factors follow from least squares, which needs only scalar
     products.
@@ -103,7 +103,7 @@ def _are_sums(now: Entries, before: Entries) -> Mask:
 
 
 def _are_spliced(now: Entries, before: Entries) -> Mask:
-    """Which samples have some entries of their own and the rest of another sample.
+    """Find samples with some of their own entries and the rest of another sample.
 
     Entries that all have one value may have been erased, and are not counted.
     """

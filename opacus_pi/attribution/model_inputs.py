@@ -60,7 +60,7 @@ class Finding:
 
     @cached_property
     def num_known(self) -> int:
-        """How many samples are recognised."""
+        """Number of recognised samples."""
         return int(np.count_nonzero(self.is_known))
 
     def without_order(self, cause: Cause) -> "Finding":
@@ -74,12 +74,12 @@ class Finding:
 
     @property
     def is_as_large(self) -> bool:
-        """Whether the input has as many samples as the delivery."""
+        """Return whether the input has as many samples as the delivery."""
         return len(self.positions) == len(self.delivery.indices or [])
 
     @property
     def is_in_place(self) -> bool:
-        """Whether it is as large, and the recognised samples are in their places."""
+        """Return whether it has the same size and recognised samples are in place."""
         places = np.arange(len(self.positions))
         same = (self.positions == places)[self.is_known]
         return self.is_as_large and bool(same.all())
@@ -106,12 +106,12 @@ class Input:
 
     @cached_property
     def content(self) -> DelayedChecksums:
-        """What it contains."""
+        """Return what the input contains."""
         return DelayedChecksums(self.tensor, self.dim)
 
     @cached_property
     def is_pattern(self) -> bool:
-        """Whether it looks like a mask or like positions, computed from other inputs.
+        """Return whether it looks like a mask or positions computed from other inputs.
 
         That is: all samples are alike, and the same in each batch; or they have one
         entry, two different numbers only, or whole numbers that rise by at most one,
@@ -121,13 +121,13 @@ class Input:
 
     @cached_property
     def is_alike(self) -> bool:
-        """Whether there are several samples, and all of them are alike."""
+        """Return whether there are several samples, and all of them are alike."""
         sums = self.content.checksums
         return len(sums) > 1 and bool((sums == sums[0]).all())
 
     @cached_property
     def has_pattern(self) -> bool:
-        """Whether its numbers are those of a mask or of positions."""
+        """Return whether its numbers are those of a mask or of positions."""
         if self.content.width <= 1:
             return True
         entries = self.content.entries

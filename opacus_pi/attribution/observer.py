@@ -113,7 +113,7 @@ class LoaderObserver:
 
     @property
     def num_passes_left(self) -> int:
-        """How many passes were left before their end, as by ``break``.
+        """Number of passes that the loop left early, for example by ``break``.
 
         A pass counts from the moment when its iterator is deleted or restarted.
         """
@@ -218,7 +218,7 @@ def observe_like(
     """Observe a loader that was built from another one, if that one is observed.
 
     Args:
-        source: The loader that is perhaps observed.
+        source: Any loader; nothing happens if it is not observed.
         built: A loader over the same data set that draws from the same sampler;
             changed in place.
         in_parts: Whether its batches are parts of the batches of ``source``.

@@ -116,8 +116,8 @@ def _tensors_in(nested: Any, depth: int, left: list[int]) -> Iterator[Tensor]:
 def children_of(nested: Any) -> Iterator[Any]:
     """Yield what a container or an object holds; nothing for text, numbers and code.
 
-    Not entered are objects that hold much that belongs to no batch: modules, data sets,
-    loaders and classes.
+    Modules, data sets, loaders and classes are not entered: most of what they hold
+    belongs to no batch.
 
     Args:
         nested: Any object that is not a tensor.
@@ -143,7 +143,7 @@ def _attributes(nested: Any) -> Iterator[Any]:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's entries can be found in memory by sizes and strides.
+    """Return whether a tensor's entries can be found in memory by sizes and strides.
 
     Not so for sparse and nested tensors, tensors without data (``meta``), and
     subclasses that wrap other tensors.
@@ -178,7 +178,7 @@ class StoredSamples:
 
     @property
     def num_samples(self) -> int:
-        """How many samples there are."""
+        """Number of samples."""
         dim, _, _, shape, _ = self._layout
         return int(shape[dim])
 
@@ -210,15 +210,15 @@ class StoredSamples:
         return found if inside.all() else None
 
     def are_all_of(self, tensor: Tensor, dim: int) -> bool:
-        """Whether a tensor's samples are these samples, all of them, in this order."""
+        """Return whether a tensor's samples are exactly these, in this order."""
         return self._is_memory_of(tensor) and _layout(tensor, dim) == self._layout
 
     def expired(self) -> bool:
-        """Whether the memory was freed, so that no tensor can hold it any more."""
+        """Return whether the memory was freed, so that no tensor can hold it."""
         return bool(self._storage.expired())
 
     def modified(self, tensor: Tensor) -> bool:
-        """Whether the memory was written to in place since these samples were noted.
+        """Return whether the memory was written to after these samples were noted.
 
         Args:
             tensor: A tensor that lives in this memory.
@@ -238,7 +238,7 @@ class StoredSamples:
         return same_type.as_strided(shape, strides, start)
 
     def _is_memory_of(self, tensor: Tensor) -> bool:
-        """Whether the tensor lives in this memory, with entries of the same size."""
+        """Return whether a tensor is in this memory, with entries of the same size."""
         same = storage_address(tensor.untyped_storage()) == self._storage.cdata
         return same and bool(tensor.dtype.itemsize == self._layout[1].itemsize)
 
@@ -285,7 +285,7 @@ class DelayedChecksums:
         return entries.contiguous().numpy()
 
     def are_entries_of(self, tensor: Tensor, dim: int) -> bool:
-        """Whether a tensor of the same shape has equal numbers in these places."""
+        """Return whether a tensor of the same shape has the same numbers here."""
         return torch.equal(self._entries, entries_looked_at(tensor, dim, self.width))
 
 
@@ -333,7 +333,7 @@ class DeliveredTensor:
         self._is_audited = is_audited
 
     def is_whole(self, tensor: Tensor, dim: int) -> bool:
-        """Whether a tensor is all of this one, in its order, and was not changed.
+        """Return whether a tensor is this whole one, in its order and unchanged.
 
         Args:
             tensor: Any tensor.
@@ -406,7 +406,7 @@ def checksums_of_entries(entries: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def running_checksums(entries: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Compute the checksums of all beginnings of each row of a matrix.
+    """Compute the checksums of all prefixes of each row of a matrix.
 
     Args:
         entries: As for ``checksums_of_entries``.

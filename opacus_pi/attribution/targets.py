@@ -1,4 +1,4 @@
-"""Whether the targets of a loss belong to the samples that the model was given.
+"""Check whether the targets of a loss belong to the samples given to the model.
 
 Ghost clipping knows the criterion, so the targets of each loss can be compared with the
 delivered batch. The forward pass says which delivered sample is in each position; the
@@ -106,7 +106,7 @@ class TargetOrder:
             self._chain.leave_unchecked("rows", _UNCLEAR)
 
     def _is_new_order(self, comparison: "_Comparison") -> bool:
-        """Whether the targets were moved, and values were not given other names."""
+        """Return whether the targets were moved, rather than their values renamed."""
         if self._was_delivered:
             return True
         self._largest_batch = max(self._largest_batch, len(comparison.given))
@@ -166,7 +166,7 @@ class _Comparison:
 
 
 def _is_delivered(forward: ForwardPass, targets: Tensor) -> bool:
-    """Whether the targets are an untouched tensor of a batch that is used whole.
+    """Return whether the targets are an untouched tensor of a batch that is used whole.
 
     This is what nearly every loop does.
     """

@@ -81,9 +81,9 @@ _FEW = 4  # forward passes that are remembered although they may exist no longer
 _NO_INDICES = np.empty(0, np.int64)
 _LEFT_OUT = (
     "The training loop used only a part of some delivered batches. If it chose that "
-    "part by looking at the examples, as by their losses, one example decides whether "
-    "others are used, and no accounting covers that. Choose examples in the sampler, "
-    "independently of the data."
+    "part by looking at the examples, for example at their losses, one example decides "
+    "whether others are used, and no accounting covers that. Choose examples in the "
+    "sampler, independently of the data."
 )
 _EVIDENCE = {
     "identity": "Samples were recognised by their memory or their content.",
@@ -251,7 +251,7 @@ class Tracker:
 
     # --------------------------------------------------- what the optimizer reports
     def discard(self, *, clipped_only: bool = False) -> int:
-        """Forget the passes whose gradients were cleared, as by ``zero_grad``.
+        """Forget the passes whose gradients were cleared, for example by ``zero_grad``.
 
         Passes whose backward pass has not run yet have no gradients, and stay.
 
@@ -357,7 +357,7 @@ class Tracker:
             self.mark_backward(forward)
 
     def awaits_second_backward(self) -> bool:
-        """Whether a pass waits for the second backward pass of ghost clipping."""
+        """Return whether a pass waits for the second backward pass (ghost clipping)."""
         return any([not f.clipped for f in self._pending])
 
     # --------------------------------------------------------------- what it answers

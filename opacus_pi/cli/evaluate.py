@@ -106,7 +106,7 @@ def _require_different_weights(
 
 
 def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two state dicts of one architecture have equal tensors.
+    """Return whether two state dicts of one architecture have equal tensors.
 
     Entries that are not tensors (extra state of a module) are not compared.
     """

@@ -45,7 +45,7 @@ class Kind:
 
 
 def _is_data_set(found: Any) -> bool:
-    """Whether an object has a length and can be indexed by position."""
+    """Return whether an object has a length and can be indexed by position."""
     return (
         not isinstance(found, type | nn.Module | str | bytes | Mapping)
         and hasattr(found, "__len__")
@@ -217,7 +217,7 @@ def _offer(module: ModuleType, name: str, kind: Kind) -> str:
 
 
 def _builds(value: Any, module: ModuleType, kind: Kind) -> bool:
-    """Whether calling an object that the module defines could build what is wanted.
+    """Return whether calling an object of the module could build what is wanted.
 
     The object is not called, because that could take long or have side effects. It must
     be defined in the module or below it, be callable without arguments, and, if it is a

@@ -32,7 +32,7 @@ _LEDGER_REMEDY = (
     "engine.save_checkpoint."
 )
 _WEIGHTS_REMEDY = (
-    "Save some with safetensors.torch.save_file(model.state_dict(), path)."
+    "Save the weights with safetensors.torch.save_file(model.state_dict(), path)."
 )
 _CHECKPOINT_STATE = "module_state_dict"  # in a checkpoint of Opacus
 _WRAPPED = "_module."  # Opacus's GradSampleModule puts it before every name
@@ -88,7 +88,7 @@ def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
 
     Args:
         text: Whole numbers separated by commas or spaces, or a file: ``.npy``, or text
-            with one id a line, or a JSON list.
+            with one id per line, or a JSON list.
         flag: The argument.
 
     Raises:
@@ -108,7 +108,7 @@ def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
     except (ValueError, RecursionError) as error:
         raise BadInput(
             f"{flag}: {text} does not hold whole numbers. "
-            "Write positions in the training set, one a line or as a JSON list."
+            "Write positions in the training set, one per line or as a JSON list."
         ) from error
 
 

@@ -144,7 +144,9 @@ def whole_number(text: str) -> int:
     """
     number = int(text) if text.strip().isdigit() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number of at least 1"
+        )
     return number
 
 
@@ -577,11 +579,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command line, or exit with a message.
 
     Args:
-        arguments: The words after the program's name; None: those of the process.
+        arguments: The words after the program's name; None: the words that this
+            process was started with.
 
     Returns:
-        The options, with the command's name as ``command``, and as ``flags`` the name
-        of each argument on the command line by its name in the library.
+        The options. ``command`` is the command's name. ``flags`` is a dict from the
+        library's name of each argument (``"noise_std"``) to its name on the command
+        line (``"--sigma"``).
 
     Raises:
         SystemExit: After ``--help`` and ``--version``, and for bad arguments.

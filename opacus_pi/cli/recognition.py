@@ -148,8 +148,8 @@ def _within_limit(path: Path, check: Callable[[], dict[str, Any]]) -> dict[str, 
     """Run a check that reads a whole file, unless the file is too large for that."""
     if (size := path.stat().st_size) > _MAX_TEXT:
         raise ValueError(
-            f"{path.name} has {size} bytes. No file of this kind is so large: at most "
-            f"{_MAX_TEXT} are read"
+            f"{path.name} has {size} bytes. It was not checked: an unlearning trace or "
+            f"a deletion log in JSON is read only if it has at most {_MAX_TEXT} bytes"
         )
     return check()
 
@@ -245,7 +245,7 @@ def _archive(path: Path) -> Recognised:
 
 
 def _has_our_key(path: Path) -> bool:
-    """Whether the key of a checkpoint's ledger is anywhere in an unreadable archive."""
+    """Return whether an unreadable archive has the key of a checkpoint's ledger."""
     with path.open("rb") as file:
         parts = iter(lambda: file.read(_NUM_BYTES), b"")
         return any(CHECKPOINT_KEY.encode() in part for part in parts)

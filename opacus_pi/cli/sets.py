@@ -70,7 +70,7 @@ def require_unseen(train_set: Any, test_set: Any) -> None:
 
 
 def _look_equal(one: Any, other: Any) -> bool:
-    """Whether two labelled sets have the same labels and the same first example.
+    """Return whether two labelled sets have the same labels and the same first example.
 
     Equal fingerprints mean equal class, length and labels, and equal inputs where these
     are in memory. Inputs that are loaded on demand are not part of a fingerprint, so

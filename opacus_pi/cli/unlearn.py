@@ -51,7 +51,8 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         BadInput: If an argument, a file or an object cannot be used.
-        ValueError: If the library refuses a value, or weights beside the log.
+        ValueError: If the library refuses a value, or the weights file beside the
+            deletion log: it does not belong to the log or does not fit the model.
     """
     if options.request_id and not options.log:
         raise BadInput("--request-id: there is no log. Add --log FILE.db.")

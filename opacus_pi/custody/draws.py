@@ -7,9 +7,9 @@ one draw up to a hundred times as much. So a second update on a delivered batch 
 the link. Under fixed sampling nothing is amplified and participations are counted, so
 there it is allowed.
 
-*What breaks it.* A batch of which nothing is known any more: it was copied and changed,
-or delivered long ago. Its samples are then unattributed, which the link "identity"
-counts.
+*What breaks it.* A second update on a batch that is no longer recognised, because it
+was copied and changed or was delivered long ago. The samples of such a batch are
+unattributed, and the link "identity" counts them.
 """
 
 from collections.abc import Iterable

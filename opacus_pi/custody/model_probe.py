@@ -97,9 +97,9 @@ _OTHER_CAUSES = (
 )
 _UNKNOWN_INPUT = (
     "Replacing rows of the model's second or a later input changed the outputs of "
-    "other examples. Either the model mixes examples: then use layers that treat each "
-    "example alone. Or this input does not have one row for each example, like a table "
-    "of positions: then make it a buffer of the model."
+    "other examples. There are two possible causes. If the model mixes examples, use "
+    "layers that treat each example alone. If the input is a table shared by all "
+    "examples, such as one of positions, make this table a buffer of the model."
 )
 _NOT_RUN = (
     "The model could not be run a second time to check whether it treats examples "

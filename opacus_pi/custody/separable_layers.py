@@ -69,7 +69,7 @@ def separable_by_construction(
     *,
     batch_dim: int = 0,
 ) -> bool:
-    """Whether a model is a chain of layers that are known to treat examples alone.
+    """Return whether a model is a chain of layers known to treat examples separately.
 
     Args:
         model: The user's module, unwrapped.
@@ -119,6 +119,6 @@ def _dims_after(layer: nn.Module, num_dims: int) -> int | None:
 
 
 def _is_changed(layer: nn.Module) -> bool:
-    """Whether a hook of the user or a replaced method may change the outputs."""
+    """Return whether a hook of the user or a replaced method may change the outputs."""
     hooks = [h for name in FORWARD_HOOK_TABLES for h in getattr(layer, name).values()]
     return "forward" in vars(layer) or not all(map(is_hook_of_opacus, hooks))

@@ -118,7 +118,7 @@ def rank_correlations(
         len(sizes) == 1 and min(sizes) > 3,
         "scores",
         f"vectors of length {sorted(sizes)}",
-        "must have one length, at least 4",
+        "must have the same length, at least 4",
         "Every score must cover the same examples.",
     )
     ranks = np.array([stats.rankdata(column) for column in columns])

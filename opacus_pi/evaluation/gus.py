@@ -98,7 +98,8 @@ def _directions(model: nn.Module, losses: Losses, x: Tensor, y: Tensor) -> Tenso
 def _check_examples(clean_inputs: Tensor, labels: Tensor, noise: Tensor) -> None:
     """Raise unless inputs, labels and noise describe the same examples.
 
-    Token numbers are refused as well, because nothing can be differentiated by them.
+    Token ids are refused as well, because no output can be differentiated with respect
+    to them.
 
     Raises:
         ValueError: If shapes disagree, or the inputs are not floating-point numbers.
@@ -114,9 +115,9 @@ def _check_examples(clean_inputs: Tensor, labels: Tensor, noise: Tensor) -> None
         clean_inputs.is_floating_point(),
         "clean_inputs",
         clean_inputs.dtype,
-        "must be floating",
-        "Pass inputs of a floating-point type: the score differentiates by them, and "
-        "token numbers have no gradient.",
+        "must have a floating-point dtype",
+        "Pass floating-point inputs: the score differentiates with respect to them, "
+        "and token ids have no gradient.",
     )
 
 
@@ -163,7 +164,7 @@ class GaussianPoison(Dataset[Any]):
             isinstance(example, Tensor) and example.is_floating_point(),
             "data_set[i][0]",
             getattr(example, "dtype", type(example).__name__),
-            "must be a floating tensor",
+            "must be a tensor with a floating-point dtype",
             "Convert inputs to tensors in the data set's transform.",
         )
         shape = (len(self.forget_indices), *example.shape)

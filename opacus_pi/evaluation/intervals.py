@@ -43,11 +43,19 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> ConfidenceI
     """
     array = numbers("values", values).ravel()
     expect(
-        array.size > 0 and not np.isnan(array).any(),
+        array.size > 0,
         "values",
         array,
-        "must be at least one number",
+        "must contain at least one number",
         "Pass the metric's value for every seed.",
+    )
+    expect(
+        not np.isnan(array).any(),
+        "values",
+        array,
+        "must not contain NaN",
+        "A mean over the other values would be biased: find out why the metric of a "
+        "seed is NaN.",
     )
     in_range(0, 1, closed=False, remedy="0.95 is usual.", confidence=confidence)
     mean = float(array.mean())

@@ -114,7 +114,7 @@ def _feature(**named: ArrayLike) -> NDArray[np.float64]:
         name,
         "[]",
         "must contain at least one example",
-        "Evaluate on some data.",
+        "Pass the values of at least one example.",
     )
     checked: dict[str, Any] = {name: array}
     in_range(0, 1, remedy="Pass the softmax at the label.", **checked)

@@ -51,7 +51,7 @@ def accuracy(correct: ArrayLike) -> float:
         "correct",
         "[]",
         "must contain at least one example",
-        "Evaluate on some data.",
+        "Pass the values of at least one example.",
     )
     return float(np.mean(array, dtype=np.float64))
 

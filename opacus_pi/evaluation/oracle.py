@@ -259,13 +259,18 @@ def _check_types(
     """
     state = model.state_dict()
     known = {name: array for name, array in arrays.items() if name in state}
-    differing = [n for n, a in known.items() if a.dtype != _array(state[n]).dtype]
+    wanted = {name: _array(state[name]).dtype for name in known}
+    differing = [
+        f"{array.dtype} instead of {wanted[name]} for {name}"
+        for name, array in known.items()
+        if array.dtype != wanted[name]
+    ]
     expect(
         not differing,
         "path",
-        path,
-        f"must contain the model's dtypes in {', '.join(differing[:3])}",
-        "The file was saved for another model: name another file.",
+        ", ".join(differing[:3]),
+        "must contain tensors of the model's dtypes",
+        f"{path} was saved for another model, so it is not used.",
     )
 
 

@@ -97,10 +97,17 @@ class UnlearningTrace:
                 added then.
         """
         expect(
-            np.isfinite(time) and (not self.times or time > self.times[-1]),
+            bool(np.isfinite(time)),
             "time",
             time,
-            f"must be later than {self.times[-1] if self.times else -np.inf}",
+            "must be finite",
+            f"Pass the time of the evaluation, in {self.unit}.",
+        )
+        expect(
+            not self.times or time > self.times[-1],
+            "time",
+            time,
+            f"must be later than {self.times[-1] if self.times else None}",
             "Append evaluations in the order in which they were made.",
         )
         expect(
@@ -171,11 +178,12 @@ class UnlearningTrace:
             "It was edited or damaged: unlearn again, or restore the file from a copy.",
         )
         try:
-            _require_numbers(content["times"], content["metrics"], content["cost"])
+            _require_numbers(content)
             return cls(**content)
         except (TypeError, KeyError, AttributeError, OverflowError) as error:
             raise ValueError(
-                f"path must contain {_KIND}, got {path}: {error}. Unlearn again."
+                f"path must contain {_KIND}, got other content in {path}: {error}. "
+                "Pass a file that UnlearningTrace.save wrote."
             ) from error
 
 
@@ -305,20 +313,30 @@ def _read_json(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
-def _require_numbers(times: Any, metrics: Any, cost: Any) -> None:
-    """Raise unless all columns are lists of numbers.
+def _require_numbers(content: Mapping[str, Any]) -> None:
+    """Raise unless the fields exist and hold numbers only.
 
     ``float`` would also convert texts and switches. A file that contains them was not
     written by ``save``.
 
     Raises:
-        TypeError: If a column is not a list, or an entry is not an int or a float.
+        TypeError: If a field is missing, or has a value that is not an int or a float.
     """
-    columns = [times, *metrics.values(), list(cost.values())]
-    if not all(isinstance(column, list) for column in columns):
-        raise TypeError("expected lists of numbers")
-    if {type(value) for column in columns for value in column} - {int, float}:
-        raise TypeError("expected int or float")
+    for name, kind in (("times", list), ("metrics", dict), ("cost", dict)):
+        if name not in content:
+            raise TypeError(f"the field {name} is missing")
+        if not isinstance(content[name], kind):
+            raise TypeError(f"{name} is not a {kind.__name__}")
+    columns = {
+        "times": content["times"],
+        **{f"metrics[{name!r}]": c for name, c in content["metrics"].items()},
+        "cost": list(content["cost"].values()),
+    }
+    for name, column in columns.items():
+        if not isinstance(column, list):
+            raise TypeError(f"{name} is not a list of numbers")
+        if {type(value) for value in column} - {int, float}:
+            raise TypeError(f"{name} has a value that is not an int or a float")
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -79,7 +79,7 @@ def write_arrays(
         path: The file's name.
         kind: What the file holds; its name and version stand in the header.
         arrays: Arrays by name.
-        facts: Strings by name; ``kind``, ``version`` and ``checksum`` are taken.
+        facts: Strings by name; ``kind``, ``version`` and ``checksum`` are reserved.
     """
     contiguous = {name: np.asarray(a, order="C") for name, a in arrays.items()}
     header = {**facts, "kind": kind.name, "version": str(kind.version)}

@@ -57,10 +57,16 @@ def verified_state(state: Any) -> dict[str, Any]:
     found = state if isinstance(state, Mapping) else {}
     content = {name: value for name, value in found.items() if name != _CHECKSUM}
     plain = all(_is_plain(value) for value in content.values())
+    if _CHECKSUM not in found:
+        problem = "a state without a checksum"
+    elif not plain:
+        problem = "values of a type that is never saved"
+    else:
+        problem = "values with another checksum"
     expect(
         plain and found.get(_CHECKSUM) == _digest(content),
         "the saved state",
-        sorted(map(str, found)),
+        problem,
         "must match its checksum",
         "It was edited or damaged: resume from another checkpoint.",
     )
@@ -68,7 +74,7 @@ def verified_state(state: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value may be in a state, and takes as much memory as it seems.
+    """Return whether a value may be in a state, and takes as much memory as it seems.
 
     A file may hold a tensor that repeats one number a million times, or lists within
     lists whose text is endless. Neither is ever saved.

@@ -166,7 +166,7 @@ def require_bounded(path: Path) -> None:
 
 
 def _is_bounded(path: Path) -> bool:
-    """Whether reading an archive takes about as much memory as the file is long."""
+    """Return whether reading an archive takes about as much memory as its length."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         size = sum(member.file_size for member in members)
@@ -181,7 +181,7 @@ def _is_bounded(path: Path) -> bool:
 
 
 def _has_sized_type(content: bytes) -> bool:
-    """Whether a pickle names a type that could be made with any length."""
+    """Return whether a pickle names a type that could be made with any length."""
     named = (name for op, name, _ in genops(content) if op.name == "GLOBAL")
     return any(_OF_ANY_LENGTH.fullmatch(str(name)) for name in named)
 

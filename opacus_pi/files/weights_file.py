@@ -56,7 +56,7 @@ def write_weights(
         kind: What the file holds; its name and version stand in the header.
         state: Tensors by name. Tied tensors are written once per name; entries that
             are not tensors (a module's extra state) are left out.
-        facts: Strings by name; ``kind``, ``version`` and ``checksum`` are taken.
+        facts: Strings by name; ``kind``, ``version`` and ``checksum`` are reserved.
     """
     tensors = {  # a clone each, because safetensors refuses tensors that share memory
         name: value.detach().cpu().contiguous().clone()

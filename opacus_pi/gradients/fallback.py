@@ -78,7 +78,7 @@ def vmapped_squares(
 
     Args:
         model: The model, in evaluation mode.
-        parameters: The parameters to differentiate by, by name.
+        parameters: Parameters to differentiate with respect to, by name.
         x: Inputs of ``b`` examples.
         cotangents: ``u`` from :func:`unit_cotangents`.
 
@@ -100,7 +100,7 @@ def vmapped_squares(
 
     size = sum(p.numel() for p in values.values())
     vectorised = torch.func.vmap(squares, chunk_size=max(1, _MAX_ELEMENTS // size))
-    with _only_trainable(model, []):  # vjp differentiates by the values given
+    with _only_trainable(model, []):  # vjp differentiates w.r.t. the values given
         return vectorised(x, list(cotangents.values()))
 
 
@@ -110,11 +110,11 @@ def vmapped_gradients(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     cotangents: Mapping[int, Tensor],
 ) -> dict[str, Tensor]:
-    """Form each example's gradients by some parameters, by ``torch.func``.
+    """Form each example's gradients of the given parameters with ``torch.func``.
 
     Args:
         model: A module, in the mode in which it was called.
-        parameters: The parameters to differentiate by, by name.
+        parameters: Parameters to differentiate with respect to, by name.
         call: Positional and keyword arguments of the call; tensors whose first
             dimension has the length of the cotangents hold one row per example.
         cotangents: The gradient at each floating output, ``(b, ...)``, by its place

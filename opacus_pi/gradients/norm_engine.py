@@ -234,7 +234,7 @@ class NormEngine:
         )
 
     def _checks(self, squares: Tensor, x: Any, y: Any) -> bool:
-        """Whether plain autograd gives the largest of the squared norms as well.
+        """Return whether plain autograd gives the largest of the squared norms as well.
 
         The largest, because it has the most significant digits and counts the most. A
         norm of 0 proves nothing: the next batch is checked again.

@@ -64,7 +64,7 @@ class NormTaps:
 
     @property
     def is_intercepting(self) -> bool:
-        """Whether a pass is being tapped."""
+        """Return whether a pass is being tapped."""
         return self._batch_size is not None
 
     def squares(self, like: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class NormTaps:
 
     # -------------------------------------------------------- the interface of ``Taps``
     def is_live(self, parameter: Any) -> bool:
-        """Whether this is a parameter that taps may still measure."""
+        """Return whether this is a parameter that taps may still measure."""
         return (
             isinstance(parameter, nn.Parameter)
             and parameter.requires_grad
@@ -118,7 +118,7 @@ class NormTaps:
         )
 
     def wants(self, value: Any) -> bool:
-        """Whether to tap an operation that has this as input or output."""
+        """Return whether to tap an operation that has this as input or output."""
         return (
             self._batch_size is not None
             and isinstance(value, Tensor)

@@ -127,7 +127,7 @@ class ParametersOutsideLayers(TorchFunctionMode):
 
 
 def _is_shared(shape: torch.Size, batch: torch.Size) -> bool:
-    """Whether each example of a batch sees the whole of a parameter, broadcast.
+    """Return whether each example of a batch sees the whole of a parameter, broadcast.
 
     Not so if the parameter has as many dimensions as the batch and several entries in
     the first one: then each example has an entry of its own.

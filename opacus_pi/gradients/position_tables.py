@@ -99,11 +99,11 @@ class _RowObserver:
             self.found.update(module.parameters(recurse=False))
 
     def is_live(self, parameter: Any) -> bool:
-        """Whether this is a parameter."""
+        """Return whether this is a parameter."""
         return isinstance(parameter, nn.Parameter)
 
     def wants(self, value: Any) -> bool:
-        """Whether this is a tensor of that many rows."""
+        """Return whether this is a tensor of that many rows."""
         return isinstance(value, Tensor) and value.shape[:1] == (self._num_rows,)
 
     def tap(

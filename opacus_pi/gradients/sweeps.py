@@ -225,7 +225,7 @@ def _output_scores(outputs: Any, y: Any) -> list[Tensor | None]:
 
 
 def _are_logits_of_labels(outputs: Any, y: Any) -> bool:
-    """Whether outputs are ``(b, classes)`` and targets whole numbers below classes."""
+    """Return whether outputs are ``(b, classes)`` and targets are class indices."""
     if not (isinstance(outputs, Tensor) and isinstance(y, Tensor)):
         return False
     if outputs.dim() != 2 or outputs.shape[1] < 2 or y.shape != outputs.shape[:1]:

@@ -48,14 +48,14 @@ class Taps(Protocol):
     """
 
     def is_live(self, parameter: Any) -> bool:
-        """Whether this is a parameter whose gradients are wanted here.
+        """Return whether this is a parameter whose gradients are wanted here.
 
         Args:
             parameter: Anything.
         """
 
     def wants(self, value: Any) -> bool:
-        """Whether this is a tensor with one row for each example of the pass.
+        """Return whether this is a tensor with one row for each example of the pass.
 
         Args:
             value: Anything; also False while no pass is intercepted.
@@ -131,7 +131,7 @@ class SavedInputs:
 
     @property
     def are_unchanged(self) -> bool:
-        """Whether no tensor was written to since."""
+        """Return whether no tensor was written to since."""
         return self._count_writes() == self._num_writes
 
     def _packed(self, leaves: list[Any]) -> Call:

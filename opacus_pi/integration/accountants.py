@@ -187,7 +187,7 @@ class PerInstanceAccountant(RDPAccountant):
 
         Args:
             num_examples: Number of examples, n.
-            sample_rate: Probability of an example to be in an update, in (0, 1].
+            sample_rate: Probability that an example is in an update, in (0, 1].
             sampling: ``"poisson"``, or ``"fixed"`` for any other schedule that does
                 not look at the data and draws an example at most once an epoch.
             data_set: ``opacus_pi.ledger.fingerprint(data_set)``, or a name.

@@ -98,7 +98,7 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether no comparison failed."""
+        """Return whether no comparison failed."""
         return all(row.passed is not False for row in self.rows)
 
     def __getitem__(self, name: str) -> AuditRow:
@@ -130,10 +130,13 @@ class Examples:
     batch_size: int
 
     def batches(self, num_batches: int) -> Iterator[Any]:
-        """Yield batches of different examples, drawn by a generator of their own.
+        """Yield batches of different examples, in a random order with a fixed seed.
+
+        The order comes from a new generator, so no global random state changes.
 
         Args:
-            num_batches: How many; fewer if the data set is smaller.
+            num_batches: The number of batches; fewer are made if the data set has too
+                few examples.
         """
         num_examples = size_of(self.data_set)
         size = min(_MAX_EXAMPLES, max(2, self.batch_size), num_examples)

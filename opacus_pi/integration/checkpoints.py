@@ -146,7 +146,7 @@ def _require_checkpoint(content: Any, path: Any) -> None:
 
 
 def _is_state_of_module(state: Any) -> bool:
-    """Whether a value has the form of a module's state dict."""
+    """Return whether a value has the form of a module's state dict."""
     return isinstance(state, Mapping) and all(
         isinstance(name, str) and (isinstance(value, Tensor) or "extra_state" in name)
         for name, value in state.items()
@@ -154,14 +154,14 @@ def _is_state_of_module(state: Any) -> bool:
 
 
 def _is_state_of_optimizer(state: Any) -> bool:
-    """Whether a value has the form of an optimizer's state dict, or is empty."""
+    """Return whether a value has the form of an optimizer's state dict, or is empty."""
     if not state:
         return state is None or isinstance(state, Mapping)
     return isinstance(state, Mapping) and {"state", "param_groups"} <= state.keys()
 
 
 def _is_state_of_accountant(state: Any) -> bool:
-    """Whether a value has the form of an accountant's state dict.
+    """Return whether a value has the form of an accountant's state dict.
 
     The history of Opacus's accountants is checked. A user's own accountant may have
     another one, or none.
@@ -175,7 +175,7 @@ def _is_state_of_accountant(state: Any) -> bool:
 
 
 def _is_counted(entry: Any) -> bool:
-    """Whether an entry of a history is noise multiplier, sample rate and a count."""
+    """Return whether a history entry is noise multiplier, sample rate and a count."""
     if not isinstance(entry, tuple | list) or len(entry) != 3:
         return False
     if not all(isinstance(number, int | float) for number in entry):
@@ -519,7 +519,7 @@ def _history_of(accountant: IAccountant) -> str:
 
 
 def _is_setting(value: Any) -> bool:
-    """Whether a value is a number that noise or clipping can be set to."""
+    """Return whether a value is a number that noise or clipping can be set to."""
     is_one = isinstance(value, Tensor) and value.numel() == 1
     return (is_one or type(value) in (int, float)) and 0 <= float(value) < float("inf")
 

@@ -288,7 +288,7 @@ class OutsideChanges:
         self._writes_to_noised = counts_of_writes(self._noised)
 
     def _are_as_noised(self, gradients: list[Tensor]) -> bool:
-        """Whether gradients are those with noise, and nothing has written to them."""
+        """Return whether gradients are the noised ones, not written to since."""
         return (
             len(gradients) == len(self._noised)
             and all(map(is_, gradients, self._noised))

@@ -74,8 +74,9 @@ _OWN_STEP = (
 )
 _OWN_SCALING = (
     "{owner} has a method {method} of its own, which changed the gradients after noise "
-    "was added to them. That is fine if it only scales them. If it adds others, the "
-    "update is not private, and neither get_epsilon nor the ledger covers it."
+    "was added to them. That is fine if it only scales them. If it adds gradients "
+    "without noise, the update is not private, and neither get_epsilon nor the ledger "
+    "covers it."
 )
 
 
@@ -138,7 +139,12 @@ class Preparation:
         )
 
     def own_rule(self) -> str | None:
-        """Return which method clips in its own way and rules accounting out."""
+        """Return why a replaced method rules out accounting.
+
+        Returns:
+            A message that names the method. None if clipping and noise are those of
+            Opacus's own classes and the criterion is a known one.
+        """
         for owner, method in self._own_methods():
             return _OWN_METHOD.format(owner=owner, method=method)
         return None

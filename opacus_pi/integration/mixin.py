@@ -252,7 +252,7 @@ class PerInstanceMixin(OpacusEngine):
 
     @property
     def attribution(self) -> dict[str, int]:
-        """How many samples were matched to examples, by kind of evidence.
+        """Numbers of samples that were matched to examples, by kind of evidence.
 
         ``by_storage`` and ``by_content`` are certain. ``by_latest`` is not verified:
         the loop transformed its inputs, and samples are assumed to be in the order of
@@ -407,7 +407,7 @@ class PerInstanceMixin(OpacusEngine):
 
     @property
     def _is_private(self) -> bool:
-        """Whether the last run was prepared by ``make_private``."""
+        """Return whether the last run was prepared by ``make_private``."""
         return self._run is not None and self._run.update is not None
 
     # --------------------------------------------------------------------- make_private

@@ -58,8 +58,10 @@ _OTHER_PARAMETERS = (
     'grad_sample_mode="hooks".'
 )
 _SHARDED = (
-    "Under FSDP the gradient norms are kept at parameters that exist only during a "
-    "pass, so they are not compared with the parameters that the update changes."
+    "Under FSDP, gradient norms belong to parameters that exist only during a forward "
+    "or backward pass. So it was not checked that the update changes exactly these "
+    "parameters. Do not change requires_grad after make_private, and give every "
+    "trainable parameter to the optimizer."
 )
 _TWO_CLIP_NORMS = (
     "Gradients were clipped to {clipped:g}, but the noise was scaled for a clip norm "

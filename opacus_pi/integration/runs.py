@@ -88,7 +88,7 @@ def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
 def new_model_probe(
     recorder: Recorder, hooks: AbstractGradSampleHooks, *, batch_first: bool
 ) -> ModelProbe | None:
-    """Return what finds out whether a model mixes the examples of a batch.
+    """Return a probe that finds out whether a model mixes the examples of a batch.
 
     Args:
         recorder: The engine's recorder, which may declare that the model does not.
@@ -96,8 +96,8 @@ def new_model_probe(
         batch_first: Whether examples are along the first dimension of the inputs.
 
     Returns:
-        None if the model is not to be run a second time, or no process could run it
-        alone because its weights are sharded.
+        The probe. None if ``recorder.probe_model`` is false, or if no process could run
+        the model alone because its weights are sharded.
     """
     module = module_of(hooks)
     is_sharded = isinstance(module, FSDPModule) or any(
@@ -123,7 +123,10 @@ def probe_model(
     prepared = weakref.ref(hooks)
 
     def is_second_backward() -> bool:
-        """Ghost clipping disables its hooks for the second backward pass."""
+        """Return whether ghost clipping is in its second backward pass.
+
+        Opacus disables the hooks during that pass.
+        """
         return not getattr(prepared(), "hooks_enabled", True)
 
     module: Any = hooks

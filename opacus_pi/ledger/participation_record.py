@@ -134,7 +134,7 @@ class ParticipationRecord:
                 and len(next(iter(shapes.values()))) == 1,
                 "the record of participations",
                 shapes,
-                "must have flat arrays of one length",
+                "must have flat arrays of the same length",
                 _REMEDY,
             )
         rates = self.learning_rates

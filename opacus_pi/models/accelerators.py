@@ -105,7 +105,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 @cache
 def has_float64(kind: str) -> bool:
-    """Whether devices of a kind have float64.
+    """Return whether devices of a kind have float64.
 
     Args:
         kind: Such as ``"mps"``.

@@ -144,7 +144,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def made_by_opacus(value: Any) -> bool:
-    """Whether a class of Opacus, or of this package, is among the value's classes."""
+    """Return whether one of the value's classes is of Opacus or of this package."""
     return any(_in_packages(cls.__module__) for cls in type(value).__mro__)
 
 
@@ -272,7 +272,7 @@ def _remove_replaced_(hooks: dict[int, Any]) -> None:
 
 
 def is_hook_of_opacus(hook: Any) -> bool:
-    """Whether a hook is a function, method or object of Opacus or this package."""
+    """Return whether a hook is defined or made by Opacus or this package."""
     while isinstance(hook, functools.partial):
         hook = hook.func
     owner = getattr(hook, "__self__", None)
@@ -280,7 +280,7 @@ def is_hook_of_opacus(hook: Any) -> bool:
 
 
 def _in_packages(module_name: str | None) -> bool:
-    """Whether a dotted module name lies in Opacus or in this package."""
+    """Return whether a dotted module name lies in Opacus or in this package."""
     return (module_name or "").split(".")[0] in _PACKAGES
 
 

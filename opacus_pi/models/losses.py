@@ -119,7 +119,7 @@ class Losses:
 
 
 def _is_plain_cross_entropy(criterion: Criterion) -> bool:
-    """Whether a criterion is torch's, without weights, smoothing or hooks."""
+    """Return whether a criterion is torch's, without weights, smoothing or hooks."""
     return (
         type(criterion) is nn.CrossEntropyLoss
         and criterion.weight is None

@@ -219,7 +219,7 @@ class OwnLosses:
             raise CoupledLoss(message)
 
     def _takes_mean_of_classes(self, targets: Any) -> bool:
-        """Whether the mean is over labels, of which some may be ignored or weighted."""
+        """Return whether the mean is over labels, which may be ignored or weighted."""
         return (
             self._reduction == "mean"
             and isinstance(self._trained, _TARGETS_OF_CLASSES)
@@ -269,10 +269,10 @@ def half_replaced(
 ) -> Any:
     """Return a batch in which every second example is replaced by another one.
 
-    What is computed for the examples that stay may change only if it depends on those
-    that were replaced. Half of the examples is replaced, and not one, so that also a
-    dependence on few of them (the largest, the neighbour, those before) is seen by two
-    calls, one for each half.
+    If the results of the examples that stay change, they depend on the replaced ones.
+    Two calls, one for each half, replace every example once. So they also detect a
+    dependence on few examples (the largest, the neighbour, those before), which
+    replacing a single example could miss.
 
     Args:
         batch: Tensors in any nesting; those whose first dimension does not have
@@ -282,7 +282,8 @@ def half_replaced(
         by_one: Whether all are replaced by the first example that is kept; otherwise
             each is replaced by its neighbour. Neighbours leave the ranks of the
             examples nearly as they were, which a loss of the hardest half depends on.
-        order: The order in which examples are counted, a permutation; default: theirs.
+        order: Permutation ``(size,)``: the order in which examples are numbered.
+            Default: their order in the batch.
 
     >>> half_replaced(torch.tensor([1, 2, 3, 4, 5]), 5, kept=0)
     tensor([1, 1, 3, 3, 5])
@@ -311,7 +312,7 @@ def half_replaced(
 
 
 def _are_close(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of losses are equal up to rounding, on their own scale."""
+    """Return whether two tensors of losses are equal up to rounding at their scale."""
     scale = float(max(one.abs().max(), other.abs().max()))
     atol = (1e-9 if one.dtype is torch.float64 else 1e-4) * scale
     atol = atol if math.isfinite(atol) else 0.0

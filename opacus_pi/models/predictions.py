@@ -92,7 +92,7 @@ def predict(
         "data",
         "[]",
         "must contain at least one example",
-        "Check the data set.",
+        "Pass a data set or loader that is not empty.",
     )
     return Predictions(
         *(np.concatenate(column) for column in zip(*batches, strict=True))

@@ -35,7 +35,7 @@ def plot_pictures(
         len(lengths) == 1,
         "rows",
         f"rows of {sorted(lengths)} pictures",
-        "must have rows of one length",
+        "must have rows of the same length",
         "Show equally many examples of each kind.",
     )
     shape, titles = (len(pictures), lengths.pop()), titles or {}

@@ -192,7 +192,7 @@ class RecorderOptions:
 
     @property
     def _starts_with_a_row(self) -> bool:
-        """Whether a row is due before the first update."""
+        """Return whether a row is due before the first update."""
         return isinstance(self.every, tuple) and self.every[0] == 0
 
 

@@ -416,7 +416,7 @@ class WaitingReports:
 
     @property
     def are_many(self) -> bool:
-        """Whether it is time to add them to the run."""
+        """Return whether it is time to add them to the run."""
         return len(self._reports) >= _MAX_WAITING
 
     def add(self, indices: Indices, norms: Tensor, *, step: int) -> None:

@@ -28,7 +28,8 @@ def num_due(num_steps: int, *, every: Every, sample_rate: float) -> int:
     Args:
         num_steps: Updates done.
         every: Epochs from row to row, or the updates after which rows are written.
-        sample_rate: Share of the examples in an update: 1 / updates of an epoch.
+        sample_rate: Share of the examples in an update; an epoch has 1 / sample_rate
+            updates.
 
     Returns:
         A count; rows are due when it has grown.

@@ -126,7 +126,7 @@ _Marks = tuple[list[int], list[torch.dtype]]
 
 
 class LastWeights:
-    """Whether a model still has the weights that its last update left, and their name.
+    """Return whether a model still has its last update's weights, and their name.
 
     After each update it notes autograd's count of writes to every tensor. This needs no
     pass over the weights; they are hashed only when their name is asked for. Writes

@@ -74,7 +74,7 @@ class Scores:
 
     @property
     def ranking_only(self) -> bool:
-        """Whether the losses only rank examples and guarantee nothing."""
+        """Return whether the losses only rank examples and guarantee nothing."""
         return self.epsilons is None
 
     @property

@@ -366,7 +366,7 @@ def _read(data: Data, device: torch.device) -> Batches:
         "data_loader",
         "[]",
         "must contain at least one example",
-        "Check the data.",
+        "Pass a data set or loader that is not empty.",
     )
     return batches
 

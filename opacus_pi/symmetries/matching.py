@@ -64,13 +64,14 @@ def weight_matching(
 
     Coordinate ascent: each symbol in turn is set to the optimum of a linear assignment
     problem while the other symbols are held fixed, until no symbol improves. It starts
-    from a matching that compares only what undecided permutations cannot change, or
-    from the identity if that is better.
+    from the identity, or from a first matching if that has the larger inner product.
+    The first matching decides the symbols one after the other. It sorts the entries
+    along the symbols that are not decided yet, so their order does not matter.
 
     Args:
         spec: The networks' symmetries.
-        params_a: Parameters (or state dict) to match to, by name.
-        params_b: Parameters to permute, with ``apply_permutation(spec, found,
+        params_a: Parameters (or state dict) of network a, to match to, by name.
+        params_b: Those of network b, to permute, with ``apply_permutation(spec, found,
             params_b)``.
 
     Returns:
@@ -150,7 +151,7 @@ class _InnerProduct:
             expect(
                 not missing,
                 label,
-                sorted(params)[:3],
+                f"{len(params)} tensors without them",
                 f"must contain {missing[:3]}",
                 "Pass the state dict of a model of the traced architecture.",
             )
@@ -298,7 +299,7 @@ def _activations(
 
 
 def _fits(axes: Axes, activation: Tensor | None) -> bool:
-    """Whether an activation has the shape of the traced one, up to the batch size.
+    """Return whether an activation has the traced shape, up to the batch size.
 
     Args:
         axes: Axes of the activation, as traced.

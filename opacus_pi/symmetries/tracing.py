@@ -154,7 +154,7 @@ def _base_name(func: Any) -> str:
 
 
 def _is_pointwise(func: Any) -> bool:
-    """Whether each output entry depends only on the input entries at its position.
+    """Return whether each output entry depends only on input entries at its position.
 
     Torch tags most such operations. It does not tag all in-place variants, so the
     variant that is not in place is looked up as well.

@@ -115,7 +115,7 @@ class Entry:
 
     @property
     def redacted(self) -> bool:
-        """Whether the payload was removed."""
+        """Return whether the payload was removed."""
         return self.payload is None
 
 
@@ -352,7 +352,7 @@ def verify(path: str | os.PathLike[str], head: str | None = None) -> Verificatio
 
 
 def looks_like_a_log(start: bytes) -> bool:
-    """Whether a file begins like a deletion log, or like a damaged one.
+    """Return whether a file begins like a deletion log, or like a damaged one.
 
     Args:
         start: At least the first 4096 bytes, one page of the database.

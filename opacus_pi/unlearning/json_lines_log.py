@@ -184,7 +184,7 @@ def _converted(
 
 
 def _is_request(body: Mapping[str, Any], known: Mapping[str, int]) -> bool:
-    """Whether ``DeletionRequests`` can carry out what an entry asks for."""
+    """Return whether ``DeletionRequests`` can carry out what an entry asks for."""
     rows = body.get("indices")
     try:
         name = plain_name("request_id", body.get("id"))
@@ -200,7 +200,7 @@ def _is_request(body: Mapping[str, Any], known: Mapping[str, int]) -> bool:
 
 
 def _is_done(body: Mapping[str, Any], still_open: set[str]) -> bool:
-    """Whether an entry says that requests which were open were carried out."""
+    """Return whether an entry says that requests which were open were carried out."""
     ids, digest = body.get("ids"), body.get("weights_sha256")
     listed = isinstance(ids, list) and all(isinstance(one, str) for one in ids)
     return listed and set(ids or ()) <= still_open and isinstance(digest, str)
@@ -215,7 +215,7 @@ def _with_hashed_user(body: Mapping[str, Any], names: UserNames) -> dict[str, An
 
 
 def _same_content(path: Path, other: Path) -> bool:
-    """Whether two files exist and hold the same bytes."""
+    """Return whether two files exist and hold the same bytes."""
     if not (path.exists() and other.exists()):
         return False
     return path.read_bytes() == other.read_bytes()

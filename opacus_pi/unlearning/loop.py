@@ -144,7 +144,7 @@ class StopWhen:
         )
 
     def reached(self, trace: UnlearningTrace) -> bool:
-        """Whether the latest evaluations are all near the target.
+        """Return whether the latest evaluations are all near the target.
 
         Args:
             trace: The evaluations so far.

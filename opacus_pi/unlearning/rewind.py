@@ -122,7 +122,7 @@ class RewindPlan:
 
     @property
     def is_free(self) -> bool:
-        """Whether the trained model can be kept."""
+        """Return whether the trained model can be kept."""
         return self.start == self.num_steps
 
     @property
@@ -136,7 +136,7 @@ class RewindPlan:
         return self.num_steps - self.start
 
     def facts(self) -> dict[str, Any]:
-        """Return what is going to be run, as entries of a record for JSON."""
+        """Return a dict that describes the planned run and can be written as JSON."""
         return {
             "method": "exact rewind" if self.policy is None else "filtered rewind",
             "forget_indices": self.forget.tolist(),

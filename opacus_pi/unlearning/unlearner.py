@@ -527,7 +527,7 @@ class Unlearner:
             self.trace.append(epoch, evaluate(self.model))
 
     def _may_stop(self, stop: StopWhen | None) -> bool:
-        """Whether the evaluations so far satisfy the stopping rule."""
+        """Return whether the evaluations so far satisfy the stopping rule."""
         return stop is not None and stop.reached(self.trace)
 
     def _loaders(

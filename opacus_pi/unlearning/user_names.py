@@ -76,7 +76,7 @@ class UserNames:
         return {"user_hash": hashed_name(user, key)}
 
     def match(self, payload: Mapping[str, Any] | None, user: str) -> bool:
-        """Whether a payload is about a user.
+        """Return whether a payload is about a user.
 
         Args:
             payload: Of an entry; None if it was redacted.
@@ -94,7 +94,7 @@ class UserNames:
         )
 
     def _is_used(self) -> bool:
-        """Whether the log has a name that was hashed."""
+        """Return whether the log has a name that was hashed."""
         if not self.path.exists():
             return False
         entries = read_entries(self.path)

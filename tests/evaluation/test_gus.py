@@ -166,7 +166,7 @@ X, Y, NOISE = examples()
             lambda: gaussian_unlearning_score(
                 nn.Embedding(9, 3), CE, Y[:, None], Y, Y[:, None]
             ),
-            "clean_inputs must be floating, got torch.int64",
+            "clean_inputs must have a floating-point dtype, got torch.int64",
         ),
         (
             lambda: gaussian_unlearning_score(
@@ -188,7 +188,7 @@ X, Y, NOISE = examples()
         ),
         (
             lambda: GaussianPoison(TensorDataset(Y, Y), [1], 1, generator()),
-            "must be a floating tensor",
+            "must be a tensor with a floating-point dtype",
         ),
     ],
 )

@@ -116,6 +116,7 @@ def appended(time, metrics):
         (lambda: trace([0.1, 0.2], times=[1, 1]), "strictly increasing"),
         (lambda: trace([0.1], times=[1, 2]), "one value at each of 2 times"),
         (lambda: appended(1, {UA: 0.1}), "time must be later than 1.0, got 1"),
+        (lambda: appended(np.nan, {UA: 0.1}), "time must be finite, got nan"),
         (lambda: appended(2, {"x": 0.1}), r"metrics must be named .*, got \['x'\]"),
         (lambda: trace([0.1])["x"], "metric must be one of .*, got 'x'"),
         (

@@ -126,8 +126,8 @@ class BatchCache:
         """Note that autograd has a part of a parameter's gradients.
 
         A hook on the parameter calls this when a gradient arrives that no tap has
-        intercepted. The examples' gradients by this parameter are then formed through
-        the whole model.
+        intercepted. The examples' gradients with respect to this parameter are then
+        formed through the whole model.
 
         Args:
             parameter: A parameter of the live model.
@@ -149,10 +149,10 @@ class BatchCache:
     def gradients(
         self, parameters: Iterable[nn.Parameter], model: nn.Module
     ) -> dict[nn.Parameter, ExampleGradients]:
-        """Return the examples' gradients by some parameters.
+        """Return each example's gradients with respect to the given parameters.
 
         Args:
-            parameters: Those that are trained.
+            parameters: The trained parameters.
             model: The live model, in the mode in which it was called.
 
         Raises:

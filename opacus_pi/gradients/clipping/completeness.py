@@ -101,7 +101,7 @@ def _differ(
     parts: list[Remainder],
     accumulated: Mapping[nn.Parameter, Tensor],
 ) -> bool:
-    """Whether a parameter's sums differ by more than rounding."""
+    """Return whether a parameter's sums differ by more than rounding."""
     rest = accumulated.get(parameter, torch.zeros_like(parameter))
     rest = rest - sum(part.total for part in parts)
     return bool(rest.norm() > sum(part.tolerance for part in parts))

@@ -299,7 +299,7 @@ class TrainingTaps:
 
     # -------------------------------------------------------- the interface of ``Taps``
     def is_live(self, parameter: Any) -> bool:
-        """Whether this is a parameter whose gradients are wanted here.
+        """Return whether this is a parameter whose gradients are wanted here.
 
         A parameter that an earlier pass has left to autograd is not: freezing it would
         lose the part that no tap sees.
@@ -314,7 +314,7 @@ class TrainingTaps:
         )
 
     def wants(self, value: Any) -> bool:
-        """Whether this is a tensor with one row for each example.
+        """Return whether this is a tensor with one row for each example.
 
         The batch is that of the running forward pass, or, where layers run again within
         a backward pass, any that this backward pass may be computing.

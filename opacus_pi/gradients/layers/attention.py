@@ -41,7 +41,7 @@ def tap_attention(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
 
 
 def _is_standard(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
-    """Whether a layer is batch first, with one input projection and nothing added.
+    """Return whether a layer is batch first, has one input projection and adds nothing.
 
     Others project keys and values by matrices of their own, or append a learned key.
     """

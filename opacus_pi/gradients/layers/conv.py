@@ -65,12 +65,12 @@ class Window:
 
     @property
     def is_point(self) -> bool:
-        """Whether the kernel is a single position."""
+        """Return whether the kernel is a single position."""
         return max(self.kernel) == 1 and max(self.padding) == 0
 
     @property
     def is_dense(self) -> bool:
-        """Whether neighbouring outputs see neighbouring inputs."""
+        """Return whether neighbouring outputs see neighbouring inputs."""
         return max(self.stride) == 1 and max(self.dilation) == 1
 
 

@@ -94,7 +94,7 @@ def rms_norm_gradients(
 
 
 def _uses_the_batch(module: BatchNormBase | InstanceNormBase) -> bool:
-    """Whether running statistics follow the batch, as they do in training mode.
+    """Return whether running statistics follow the batch, as they do in training mode.
 
     An example's output then depends on the others of its batch, now or later, so it has
     no gradient of its own.

@@ -47,9 +47,11 @@ _MAX_ATTEMPTS = 100  # updates
 _TOLERANCE = 0.02  # relative; gradients in reduced precision differ by less
 _SCALED = (
     "The gradient of an update was {ratio:.4g} times that of the mean of the criterion "
-    "over the batch, so the noise is not noise_std on the mean gradient. Take the mean "
-    "of the losses over the batch, and do not multiply gradients after the backward "
-    "pass. To sum the losses, divide learning rate and noise accordingly."
+    "over the batch. So relative to the mean gradient, the noise did not have the "
+    "standard deviation noise_std. Take the mean of the losses over the batch, and do "
+    "not multiply gradients after the backward pass. With plain SGD, training on the "
+    "sum over b examples is training on their mean with b times the learning rate and "
+    "noise_std / b."
 )
 _ANOTHER_LOSS = (
     "The gradient of an update was not that of the criterion that make_monitored was "

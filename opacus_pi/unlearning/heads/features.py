@@ -74,7 +74,7 @@ def extract_features(
         "data",
         "[]",
         "must contain at least one example",
-        "Check the data set.",
+        "Pass a data set or loader that is not empty.",
     )
     return np.concatenate(features), np.concatenate(labels)
 

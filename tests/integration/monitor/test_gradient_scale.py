@@ -68,7 +68,9 @@ def test_a_multiple_is_refused(loss, after, ratio):
     run = monitored(poisson_sampling=False)
     with pytest.warns(UserWarning, match=f"was {ratio} times that of the mean"):
         train(run, loss, after)
-    with pytest.raises(AccountingError, match="noise is not noise_std"):
+    with pytest.raises(
+        AccountingError, match="noise did not have the standard deviation"
+    ):
         _ = run.recorder.ledger
 
 
