@@ -324,12 +324,14 @@ radius of the ball. Both sides of a difference use the same noise and the same b
 {high:+.2f}, {count} trainings; runs whose control is below {chance:.0f} % are left
 out). The control never saw the training data. What the unlearned models know, they
 learned from the retain set after the noise, or from the public images in the ball's
-centre. Differences of 0.0 are no rounding: where every step projects, the noise is so
-much longer than the ball's radius that two runs with the same noise end at almost the
-same weights. With the
+centre. Differences of 0.0 are not rounded: the accuracies are equal. A likely reason,
+which was not measured: where every step projects, the noise is so much longer than the
+ball's radius that two runs with the same noise end at almost the same weights. With the
 largest noise (gradient clipping, ε = 1) training is unstable, and single runs differ in
-either direction. Where an unlearned model is better than the restart, its control is
-too: that is an effect of the weights' scale, not of what was learned.
+either direction. The radius on digits was chosen after a pilot with one seed in which
+larger balls left most controls below 20 %. Where an unlearned model is better than the
+restart, its control is too: that is an effect of the weights' scale, not of what was
+learned.
 
 {table}
 
