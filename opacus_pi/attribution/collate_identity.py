@@ -470,7 +470,7 @@ def _places(shape: tuple[int, ...], padded: tuple[int, ...]) -> NDArray[np.int64
 
 # --------------------------------------------------------------------------- mixtures
 def _are_mixtures(items: ItemFingerprints, samples: list[Samples]) -> Mask:
-    """Which samples are made of two items, their own and another one, bool ``(b,)``."""
+    """Find samples made of two items, their own and another one, bool ``(b,)``."""
     mixed = np.zeros(len(items), dtype=np.bool_)
     for own in (s for s in samples if len(s) == len(items)):
         for part in range(items.widths.shape[1]):

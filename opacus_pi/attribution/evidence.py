@@ -272,7 +272,7 @@ def _is_of_others(
 def _is_ambiguous(
     deciding: list[Input], delivery: Delivery, indices: Indices, recent: list[Delivery]
 ) -> NDArray[np.bool_]:
-    """Which recognised samples another delivery explains as well, by other examples."""
+    """Find recognised samples that another delivery explains by other examples."""
     ambiguous = np.zeros(len(indices), dtype=np.bool_)
     for other in recent:
         found = [given.finding_in(other) for given in deciding]

@@ -34,7 +34,7 @@ _MAX_COMPARED = 128  # samples that are compared with all others
 
 
 class OtherSamples(NamedTuple):
-    """Which samples are made of others, each bool ``(b,)``.
+    """Masks of the samples that are made of others, each bool ``(b,)``.
 
     Attributes:
         mixed: Made of their own and one other sample.

@@ -54,7 +54,7 @@ class Finding:
 
     @cached_property
     def is_known(self) -> NDArray[np.bool_]:
-        """Which samples are recognised, bool ``(b,)``."""
+        """Mask of the recognised samples, bool ``(b,)``."""
         known: NDArray[np.bool_] = self.positions >= 0
         return known if self.is_assumed is None else known & ~self.is_assumed
 

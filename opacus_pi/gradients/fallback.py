@@ -175,7 +175,7 @@ def looped_squares(
 
     Args:
         model: The model, in evaluation mode.
-        parameters: Parameters of the model to differentiate by.
+        parameters: Parameters of the model to differentiate with respect to.
         losses: Per-example losses, from ``float64_losses``.
         x: Inputs of ``b`` examples.
         y: Their targets.

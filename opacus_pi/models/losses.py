@@ -89,7 +89,7 @@ class Losses:
         return values
 
     def closed_form(self, outputs: Any, targets: Any) -> Tensor | None:
-        r"""Return the gradients by logits: softmax minus one-hot.
+        r"""Return the gradients with respect to the logits: softmax minus one-hot.
 
         The label's entry :math:`p_y - 1` is computed as minus the sum of the others,
         which does not cancel.

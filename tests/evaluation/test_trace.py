@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -99,6 +100,27 @@ def test_a_foreign_or_truncated_file_is_refused(tmp_path):
         UnlearningTrace.load(path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match="truncated, or it is not a trace"):
+        UnlearningTrace.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"times": None}, "the field times is missing"),
+        ({"metrics": [1]}, "metrics is not a dict"),
+        ({"metrics": {UA: 1}}, "metrics.*is not a list of numbers"),
+        ({"times": ["0"]}, "times has a value that is not an int or a float"),
+    ],
+)
+def test_a_file_with_other_fields_names_the_field(tmp_path, change, message):
+    path = tmp_path / "trace.json"
+    trace([0.1]).save(path)
+    content = {**json.loads(path.read_text()), **change}
+    content = {name: value for name, value in content.items() if value is not None}
+    content.pop("checksum")
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**content, "checksum": digest}))
+    with pytest.raises(ValueError, match=f"other content in .*: {message}"):
         UnlearningTrace.load(path)
 
 

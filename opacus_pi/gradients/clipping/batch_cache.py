@@ -182,7 +182,7 @@ class BatchCache:
     def _form_incomplete(
         self, wanted: list[nn.Parameter], model: nn.Module
     ) -> dict[nn.Parameter, ExampleGradients]:
-        """Form the gradients by parameters that taps have not intercepted everywhere.
+        """Form gradients of parameters that taps have not intercepted everywhere.
 
         What taps did not intercept, autograd has summed up. This expected sum is noted,
         and :meth:`TrainingTaps.require_complete` compares it with autograd's.
@@ -215,7 +215,7 @@ class BatchCache:
         """Form gradients by differentiating the whole model, example by example.
 
         Args:
-            parameters: The parameters to differentiate by, by name.
+            parameters: Parameters to differentiate with respect to, by name.
             model: The live model; a copy of it in the same mode is run.
 
         Returns:
@@ -282,7 +282,7 @@ def example_norms(gradients: Iterable[ExampleGradients]) -> Tensor:
     """Return the norm of each example's gradient over several parameters.
 
     Args:
-        gradients: The examples' gradients by each parameter, at least one. Parameters
+        gradients: The examples' gradients of each parameter, at least one. Parameters
             may be on several devices; the sum is taken on the first one's.
 
     Returns:

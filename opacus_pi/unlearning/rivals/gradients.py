@@ -24,8 +24,8 @@ def _gradients(
 
     Args:
         task: The model and its criterion.
-        params: The weights to differentiate by; a weight that a batch does not use has
-            gradient 0.
+        params: The weights to differentiate with respect to; a weight that a batch does
+            not use has gradient 0.
         loader: The batches.
     """
     task.model.eval()
@@ -40,7 +40,7 @@ def mean_gradient(task: Task, params: list[nn.Parameter]) -> list[Tensor]:
 
     Args:
         task: The model and the data.
-        params: The weights to differentiate by.
+        params: The weights to differentiate with respect to.
 
     Returns:
         One tensor per weight, of its shape. Batches count by their size, so a short
@@ -61,7 +61,7 @@ def mean_squared_gradient(
 
     Args:
         task: The model; its loss is that of evaluation mode.
-        params: The weights to differentiate by.
+        params: The weights to differentiate with respect to.
         loader: The batches. With batches of one example the result is the diagonal of
             the empirical Fisher matrix; larger ones are faster and give less.
     """
