@@ -44,7 +44,7 @@ def _short(value: Any) -> str:
 
 
 def numbers(name: str, value: ArrayLike) -> NDArray[np.float64]:
-    """Return real numbers as float64, or refuse what NumPy would turn into some.
+    """Return real numbers as float64; refuse other values that NumPy would convert.
 
     NumPy drops the mask of a masked array and the imaginary part of complex numbers,
     and reads the text "1" and the flag True as the number 1.

@@ -214,14 +214,18 @@ class RidgeHead(NoisyHead):
         return pull - self._slope
 
     def _without(self, places: Indices) -> Descent:
-        """Return the descent on the remaining rows without some."""
+        """Return the descent on the remaining rows without the given ones."""
         rows, targets = self._features[places], self._targets[places]
         gram = self._gram - rows.T @ rows / self._denominator
         slope = self._slope - rows.T @ targets / self._denominator
         return Descent.of(self._process, gram, slope)
 
     def _gap(self, places: Indices) -> Gap:
-        """Return how the weights' law differs from that of retraining without some."""
+        """Return how the law of the weights differs from that of retraining.
+
+        Args:
+            places: The rows that retraining leaves out.
+        """
         return Gap.between(self._law, self._without(places), self._total_steps)
 
     def _curve(self, places: Indices, delta: float) -> Callable[[int], float]:
