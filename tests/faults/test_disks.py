@@ -180,7 +180,7 @@ def test_weights_that_cannot_be_kept_stop_the_training_and_lose_no_row(tmp_path)
     """The update was made and is counted; its row is written with the next update."""
     place = tmp_path / "weights"
     place.write_text("a file")
-    training = Training(recorder=Recorder(weights_dir=place), batch_size=12)
+    training = Training(recorder=Recorder(every=1, weights_dir=place), batch_size=12)
     with pytest.raises(OSError, match="weights"):
         training.train(1)
     assert training.recorder.num_steps == 2

@@ -13,7 +13,7 @@ import torch
 from opacus.grad_sample import GradSampleModule
 from torch import nn
 
-from opacus_pi import PrivacyEngine
+from opacus_pi import PrivacyEngine, Recorder
 from opacus_pi.integration.attention import Attention
 from opacus_pi.integration.compatible import make_compatible
 
@@ -303,7 +303,7 @@ def test_a_transformer_is_trained_and_recorded(mode):
         loss = nn.functional.cross_entropy(net(one[None]), label[None])
         grads = torch.autograd.grad(loss, list(net.parameters()))
         norms.append(torch.cat([g.flatten() for g in grads]).norm().item())
-    engine = PrivacyEngine(accountant="rdp")
+    engine = PrivacyEngine(accountant="rdp", recorder=Recorder(every=1))
     model, optimizer, *middle, loader = engine.make_private(
         module=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.0),

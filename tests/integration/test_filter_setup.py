@@ -13,6 +13,7 @@ from opacus_pi.accounting import RenyiFilter
 from opacus_pi.integration.checkpoints import FILTER_KEY
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.integration.filtering import require_filterable
+from opacus_pi.recording import Recorder
 from tests.integration.filtered_training import filtered
 from tests.private_training import ADAPTIVE, Net, Training, data
 
@@ -127,7 +128,11 @@ def test_a_resumed_run_goes_on_with_the_charges(prepared):
     if prepared:
         load(resumed.engine, resumed, file)
     else:
-        engine = PrivacyEngine(accountant="rdp", renyi_filter=RenyiFilter(1.9))
+        engine = PrivacyEngine(
+            accountant="rdp",
+            renyi_filter=RenyiFilter(1.9),
+            recorder=Recorder(every=1),
+        )
         load(engine, resumed, file)
         weights = copy.deepcopy(resumed.net.state_dict())
         momentum = copy.deepcopy(resumed.optimizer.state_dict())
