@@ -111,7 +111,8 @@ def test_a_set_gets_the_group_bound(engine):
     assert claim.kind == "certified if" and not claim.statements
     mechanism = engine.ledger.mechanism
     for order, bound in zip(claim.orders[::20], claim.divergences[::20], strict=True):
-        assert bound == accounting.group_worst_case_loss(mechanism, 3, order)
+        whole = accounting.group_worst_case_loss(mechanism, 3, order)
+        assert bound == pytest.approx(whole, rel=1e-12)  # summed in another order
     assert claim.reverse_divergences == claim.divergences
     assert "the worst case of any 3 examples" in str(claim)
     assert claim.epsilon(DELTA) > 3 * of(engine).plan([3]).guarantee.epsilon(DELTA)
