@@ -22,7 +22,7 @@ from opacus_pi.cli.inputs import (
     import_criterion,
     import_data_set,
     load_model,
-    read_indices,
+    read_forget_set,
 )
 from opacus_pi.cli.output import answer, cell, table
 from opacus_pi.cli.sets import Sets, make_sets, require_unseen
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     train_set = import_data_set("--data", options.train_set)
     test_set = import_data_set("--test", options.test_set)
     require_unseen(train_set, test_set)
-    forget = read_indices(options.forget_indices)
+    forget = read_forget_set(options)
     criterion = import_criterion(options)
     sets = make_sets(train_set, test_set, forget, criterion, options.seed)
     network = load_model(options, options.weights)

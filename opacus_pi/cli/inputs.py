@@ -112,6 +112,112 @@ def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
         ) from error
 
 
+def read_forget_set(options: argparse.Namespace) -> NDArray[np.int64]:
+    """Return the positions that ``--forget`` or ``--forget-person`` asks to forget.
+
+    Whether they are in the training set is checked where its length is known. Messages
+    about positions that come from ``--owners`` name that argument from here on.
+
+    Args:
+        options: With ``forget_indices``, ``forget_person`` and ``owners``. The parser
+            ensures that one of the first two is given; ``flags`` is replaced.
+
+    Raises:
+        BadInput: If a file cannot be used, a person is not in it or has no examples, a
+            person is named twice, or only one of ``--forget-person`` and ``--owners``
+            is given.
+    """
+    persons: list[str] = options.forget_person
+    if not persons:
+        if options.owners is not None:
+            raise BadInput(
+                "--owners: no person is named. Add --forget-person ID in place of "
+                "--forget."
+            )
+        return read_indices(options.forget_indices)
+    if options.owners is None:
+        raise BadInput(
+            "--forget-person: no file lists the examples. Add --owners FILE.json."
+        )
+    if len(set(persons)) < len(persons):
+        raise BadInput("--forget-person: a person is named twice. Name each once.")
+    owners = _read_owners(options.owners)
+    options.flags = {
+        name: "--owners" if flag == "--forget" else flag
+        for name, flag in options.flags.items()
+    }
+    found = [_examples_of(person, owners, options.owners) for person in persons]
+    return np.unique(np.concatenate(found))
+
+
+def _read_owners(path: str) -> dict[str, list[int]]:
+    """Read which examples belong to which person.
+
+    Args:
+        path: A JSON file: an object from each person's id to a list of positions.
+
+    Raises:
+        BadInput: If the file cannot be read or holds anything else.
+    """
+    remedy = 'Write a JSON object of positions by person: {"p03": [3, 17]}.'
+    with about("--owners", remedy):
+        require_regular(path)
+        content = Path(path).read_bytes()
+    try:
+        pairs = json.loads(content, object_pairs_hook=tuple)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"--owners: {path} is not JSON. {remedy}") from error
+    if not content.lstrip().startswith(b"{") or not all(
+        isinstance(positions, list) and all(type(x) is int for x in positions)
+        for _, positions in pairs
+    ):
+        raise BadInput(
+            f"--owners: {path} does not map persons to lists of whole numbers. {remedy}"
+        )
+    if len(dict(pairs)) < len(pairs):
+        raise BadInput(
+            f"--owners: {path} lists a person twice. Put all positions of a person "
+            "into one list."
+        )
+    return dict(pairs)
+
+
+def _examples_of(
+    person: str, owners: Mapping[str, list[int]], path: str
+) -> NDArray[np.int64]:
+    """Return the positions of one person's examples.
+
+    Args:
+        person: The id.
+        owners: The positions of every person.
+        path: The file that they are from, for the message.
+
+    Raises:
+        BadInput: If the person is unknown, has no examples, or a position twice.
+    """
+    if person not in owners:
+        raise BadInput(
+            f"--forget-person: {person} is not in {path}. Check the spelling, or add "
+            "the person to the file."
+        )
+    positions = owners[person]
+    if not positions:
+        raise BadInput(
+            f"--forget-person: {person} has no examples in {path}, so there is nothing "
+            "to forget. Add the positions to the file."
+        )
+    if len(set(positions)) < len(positions):
+        raise BadInput(
+            f"--owners: {path} lists a position of {person} twice. List each once."
+        )
+    if not all(0 <= x <= np.iinfo(np.int64).max for x in positions):
+        raise BadInput(
+            f"--owners: {path} has a position of {person} that is out of range. "
+            "Positions count the training set's examples from 0."
+        )
+    return np.array(positions, dtype=np.int64)
+
+
 def import_data_set(flag: str, path: str) -> Any:
     """Import a data set by its import path.
 

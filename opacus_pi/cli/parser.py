@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +23,11 @@ from opacus_pi.cli.methods import METHODS
 
 _CHOICE = re.compile(r"invalid choice: '(.*)' \(choose from (.*)\)$")
 # Names that the library's messages use and that are not the name of an argument here.
-_OTHER_FLAGS = {"data_set": "--data", "indices": "--forget"}
+_OTHER_FLAGS = {
+    "data_set": "--data",
+    "indices": "--forget",
+    "user": "--forget-person",
+}
 
 DESCRIPTION = """\
 Per-instance privacy accounting and machine unlearning with Opacus.
@@ -60,10 +64,13 @@ class Argument:
     Args:
         names: The positional arguments of ``add_argument``: flags, or one plain name.
         options: Its keyword arguments.
+        is_choice: Whether exactly one of a command's arguments of this kind must be
+            given.
     """
 
     names: tuple[str, ...]
     options: dict[str, Any]
+    is_choice: bool = False
 
     def but(self, **options: Any) -> "Argument":
         """Return the same argument with some options replaced.
@@ -75,7 +82,7 @@ class Argument:
         Args:
             **options: The options to replace, as ``add_argument`` names them.
         """
-        return Argument(self.names, {**self.options, **options})
+        return replace(self, options={**self.options, **options})
 
 
 @dataclass(frozen=True)
@@ -195,13 +202,26 @@ LEDGERS = option(
     "ledger", "LEDGER", "saved ledger; several: independent runs, averaged", nargs="+"
 )
 LEDGERS_BY_FLAG = Argument(("--ledger",), {**LEDGERS.options, "default": []})
-FORGET = option(
-    "--forget",
-    "IDS|FILE",
-    "positions in the training set: 3,17,25 or a file",
-    dest="forget_indices",
-    required=True,
+FORGET = replace(
+    option(
+        "--forget",
+        "IDS|FILE",
+        "positions in the training set: 3,17,25 or a file",
+        dest="forget_indices",
+    ),
+    is_choice=True,
 )
+FORGET_PERSON = replace(
+    option(
+        "--forget-person",
+        "ID",
+        "in place of --forget: a person in --owners; repeatable",
+        default=[],
+        action="append",
+    ),
+    is_choice=True,
+)
+OWNERS = option("--owners", "FILE.json", 'positions by person: {"p03": [3, 17]}')
 ORDER = option("--order", "X", "Rényi order, above 1", float, 8.0)
 SIGMA = option(
     "--sigma",
@@ -304,10 +324,13 @@ the guarantee then covers all requests together.""",
       --method langevin --set noise_std=0.02
   opacus-pi plan ledger.safetensors --forget new.txt \\
       --past easy.txt=0.5 --past hard.txt=12
-  opacus-pi plan ledger.safetensors --forget 5 --log deletions.db""",
+  opacus-pi plan ledger.safetensors --forget 5 --log deletions.db
+  opacus-pi plan ledger.safetensors --forget-person p03 --owners owners.json""",
         arguments=(
             LEDGERS,
             FORGET,
+            FORGET_PERSON,
+            OWNERS,
             ORDER,
             SIGMA,
             DELTA,
@@ -353,6 +376,8 @@ requests that are still pending are carried out first, with this command's setti
             WEIGHTS,
             DATA,
             FORGET,
+            FORGET_PERSON,
+            OWNERS,
             option("--out", "DIR", "new directory to write", required=True),
             TEST,
             CRITERION,
@@ -403,6 +428,8 @@ reach are those of models that were retrained without the forget set: name their
             DATA,
             TEST.but(required=True),
             FORGET,
+            FORGET_PERSON,
+            OWNERS,
             option(
                 "--oracle",
                 "WEIGHTS",
@@ -566,9 +593,13 @@ def build_parser() -> Parser:
             epilog=f"examples:\n{command.examples}",
             **shape,
         )
+        declarations = (*command.arguments, TRACEBACK)
+        places: dict[bool, Any] = {False: sub}
+        if any(declared.is_choice for declared in declarations):
+            places[True] = sub.add_mutually_exclusive_group(required=True)
         actions = [
-            sub.add_argument(*declared.names, **declared.options)
-            for declared in (*command.arguments, TRACEBACK)
+            places[declared.is_choice].add_argument(*declared.names, **declared.options)
+            for declared in declarations
         ]
         flags = {a.dest: (a.option_strings or [str(a.metavar)])[-1] for a in actions}
         sub.set_defaults(refuse=sub.refuse, flags={**flags, **_OTHER_FLAGS})

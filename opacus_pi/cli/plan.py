@@ -14,7 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi.cli.errors import BadInput, about
-from opacus_pi.cli.inputs import import_model, load_ledgers, read_indices
+from opacus_pi.cli.inputs import (
+    import_model,
+    load_ledgers,
+    read_forget_set,
+    read_indices,
+)
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
@@ -45,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     before = _requested_before(options.log, runs[0])
     plan = make_plan(
         runs,
-        read_indices(options.forget_indices),
+        read_forget_set(options),
         order=options.order,
         past_runs=_past_runs(options.past),
         batch_size=options.batch_size,

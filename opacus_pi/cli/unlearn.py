@@ -16,6 +16,7 @@ import argparse
 import functools
 import hashlib
 import json
+import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,13 +24,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from opacus_pi._validate import distinct_indices
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.inputs import (
     import_criterion,
     import_data_set,
     load_ledgers,
     load_model,
-    read_indices,
+    read_forget_set,
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
@@ -61,7 +63,10 @@ def run(options: argparse.Namespace) -> int:
     runs = load_ledgers(options.ledger, None, "--ledger") if options.ledger else None
     train_set = import_data_set("--data", options.train_set)
     test_set = _test_set(options, train_set)
-    forget = read_indices(options.forget_indices)
+    forget = read_forget_set(options)
+    if options.log:
+        _require_loggable(options.forget_person, options.request_id)
+        distinct_indices("indices", forget, len(train_set))
     criterion = import_criterion(options)
     unlearner = Unlearner(
         load_model(options, options.weights),
@@ -123,10 +128,15 @@ def _carry_out(
         The result of this command's own request, None if an earlier command carried it
         out; facts about the log and about other requests that were pending.
     """
+    person = options.forget_person[0] if options.forget_person else None
     with about("--log", "Restore the file from a copy, or name another."):
-        requests = DeletionRequests(options.log, len(train_set))
-    name = options.request_id or _request_name(forget)
-    requests.submit(name, indices=forget)
+        owned = {} if person is None else {person: forget}
+        requests = DeletionRequests(options.log, len(train_set), owned)
+    if person is None:
+        name = options.request_id or _request_name(forget)
+        requests.submit(name, indices=forget)
+    else:
+        name = _submit_for(requests, person, forget, options.request_id)
     before = requested_indices(options.log, len(train_set)).tolist()
     results = requests.process(unlearner, train_set, **settings(before))
     own = [result for result in results if result.record["requests"] == [name]]
@@ -142,6 +152,67 @@ def _carry_out(
         ],
     }
     return (own[0] if own else None), facts
+
+
+def _require_loggable(persons: list[str], request_id: str | None) -> None:
+    """Refuse what the log could not store as the request of one person.
+
+    Args:
+        persons: The persons of ``--forget-person``; empty if ids are given.
+        request_id: The name of the request, which the log stores as it is.
+
+    Raises:
+        BadInput: If there are several persons, or the name is the person's.
+    """
+    if len(persons) > 1:
+        raise BadInput(
+            "--forget-person: a request in the log belongs to one person, got "
+            f"{len(persons)}. Run the command once for each person."
+        )
+    if request_id in persons:
+        raise BadInput(
+            "--request-id: it is the person's id, and the log would store it in plain "
+            "text. Use another name, or leave it out."
+        )
+
+
+def _submit_for(
+    requests: DeletionRequests,
+    person: str,
+    forget: NDArray[np.int64],
+    request_id: str | None,
+) -> str:
+    """Enter a person's request, under a keyed hash of the person's id.
+
+    If no name is given, an earlier request of the person for the same examples is used
+    again, so that a command can be repeated after a crash. Otherwise the name is
+    random: two persons may own the same examples.
+
+    Args:
+        requests: The requests of the log, which know the person's examples.
+        person: The person's id.
+        forget: The person's examples, sorted.
+        request_id: The name of the request; None: choose one.
+
+    Returns:
+        The request's name.
+
+    Raises:
+        BadInput: If the name belongs to a request that is not this person's.
+        ValueError: If the log refuses the request.
+    """
+    examples = tuple(forget.tolist())
+    earlier = [r for r in requests.submitted_by(person) if r.indices == examples]
+    if request_id is None and earlier:
+        return earlier[0].request_id
+    name = request_id or f"person-{secrets.token_hex(8)}"
+    request = requests.submit(name, user=person)
+    if request not in requests.submitted_by(person):
+        raise BadInput(
+            f"--request-id: {name} was submitted before, not for this person. Use a "
+            "new name."
+        )
+    return name
 
 
 def _pending(record: dict[str, Any]) -> dict[str, Any]:
