@@ -38,7 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import in_range
+from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.assumed_noise import require_real_noise
 from opacus_pi.accounting.conversion import check_delta, check_orders, epsilon_offset
 from opacus_pi.accounting.losses import (
@@ -106,7 +106,7 @@ def standard_errors(
         ValueError: If an argument is outside its domain.
         AccountingError: If a link of the chain of custody is broken.
     """
-    ledger.require_intact()
+    _require_one_run(ledger)
     check_tolerance(tolerance, num_runs=1)
     composition = composition_of(
         ledger.mechanism, order, "corrected", hoelder_p, "exact", tolerance
@@ -161,7 +161,7 @@ def loss_limits(
         AccountingError: If a link of the chain of custody is broken.
     """
     _check_confidence(confidence)
-    ledger.require_intact()
+    _require_one_run(ledger)
     check_tolerance(tolerance, num_runs=1)
     composition = composition_of(
         ledger.mechanism, order, "corrected", hoelder_p, "exact", tolerance
@@ -200,6 +200,7 @@ def epsilon_limits(
         AccountingError: If a link of the chain of custody is broken.
     """
     check_delta(delta)
+    _require_one_run(ledger)
     require_real_noise((ledger,))
     choices = np.unique(check_orders(_LIMIT_ORDERS if orders is None else orders))
     least = np.full(ledger.num_examples, np.inf)
@@ -324,6 +325,9 @@ def _of_draws(
     losses of updates are divided by it: the mean over draws of these is the loss
     divided by the sum of the rates.
     """
+    rows = [row for row in rows if row.rate > 0]
+    if not rows:
+        return np.zeros(ledger.num_examples)
     clipped = [float(loss(row, _CLIPPED)[0]) for row in rows]
     per_rate = [row.rate * row.num_updates for row in rows]
     largest = max(c / r for c, r in zip(clipped, per_rate, strict=True))
@@ -381,6 +385,18 @@ def _quantile_of_mean(
     quantile = betaincinv(mean * weight, (1 - mean) * weight, confidence)
     result: Array = np.where(counts > 0, least + width * quantile, 1.0)
     return np.minimum(result, 1.0)
+
+
+def _require_one_run(ledger: GradNormLedger) -> None:
+    """Refuse several runs, and a run whose chain of custody is broken."""
+    expect(
+        isinstance(ledger, GradNormLedger),
+        "ledger",
+        type(ledger).__name__,
+        "must be one GradNormLedger",
+        "Uncertainty is that of one run's draws: call this for each run.",
+    )
+    ledger.require_intact()
 
 
 def _check_confidence(confidence: float) -> None:

@@ -281,3 +281,18 @@ def test_bad_input_is_refused():
         privacy_losses(observed, 8, gaps="nearest")
     with pytest.raises(ValueError, match="assume"):
         epsilon_limits(observed.with_noise_std(2.0), 1e-5)
+
+
+def test_limits_are_of_one_run():
+    observed, _ = runs(num_rows=3)
+    for reading in (loss_limits, standard_errors, epsilon_limits):
+        with pytest.raises(ValueError, match="ledger must be one GradNormLedger"):
+            reading([observed, observed], 1e-5 if reading is epsilon_limits else 8)
+
+
+def test_nobody_is_drawn_at_rate_0():
+    mechanism = NoisySGD(3, 0.0, noise_std=1.0, max_grad_norm=1.0)
+    rows = np.full((3, 4), NAN)
+    run = GradNormLedger(mechanism, [1, 2, 3], rows, source="observed")
+    assert (loss_limits(run, 8) == 0).all()
+    assert (privacy_losses(run, 8) == 0).all()
