@@ -14,6 +14,7 @@ array([[0.25],
 """
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -48,6 +49,11 @@ __all__ = [
     "runs_of",
 ]
 
+_PART_SAVED = (
+    "The ledger of a part of the examples is saved. The file does not hold what all "
+    "examples show about the norms in its gaps, so the loaded ledger will give other "
+    "estimates than this one. Save the whole ledger, and take the subset after loading."
+)
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 
 
@@ -258,6 +264,19 @@ class GradNormLedger(SavedLedger):
         """Return this ledger after it has taken over what another one has learnt."""
         self._learnt[:] = other._learnt
         return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ledger to one safetensors file, atomically and with a checksum.
+
+        Warns if this is a ``subset`` with gaps: the file does not hold what the whole
+        ledger has learnt, so the estimates of the loaded ledger will be other ones.
+
+        Args:
+            path: The file's name. The file is as sensitive as the ledger.
+        """
+        if self._learnt and self._learnt[0].num_examples != self.num_examples:
+            warnings.warn(_PART_SAVED, stacklevel=2)
+        super().save(path)
 
     def require_intact(self) -> None:
         """Refuse to give numbers if a link of the chain of custody is broken.

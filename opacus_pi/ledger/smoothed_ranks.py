@@ -85,6 +85,7 @@ class SmoothedRanks:
         time_scale: τ, after which share of the training ranks are forgotten.
         signal: s², variance of the slowly changing part.
         noise: r, variance of the rest.
+        num_examples: Number of examples of the run that was learnt from.
         num_draws: Mean number of draws of an example.
         sorted_logs: For each row the ascending logarithms of the norms drawn in it.
         level_bounds: float64 ``(5,)``, between the levels of the calibration.
@@ -96,6 +97,7 @@ class SmoothedRanks:
     time_scale: float
     signal: float
     noise: float
+    num_examples: int
     num_draws: float
     sorted_logs: Sequence[Array]
     level_bounds: Array
@@ -113,7 +115,8 @@ class SmoothedRanks:
             num_updates: ``(N,)``, number of updates of each row, at least 1.
         """
         norms = np.asarray(rows, dtype=np.float32)
-        norms = norms[:, :: sampling_step(norms.shape[1])]
+        num_examples = norms.shape[1]
+        norms = norms[:, :: sampling_step(num_examples)]
         ends = np.cumsum(np.asarray(num_updates, dtype=np.float64))
         times = (ends - np.asarray(num_updates) / 2) / ends[-1]
         logs = [_sorted_logs(row) for row in norms]
@@ -126,6 +129,7 @@ class SmoothedRanks:
             time_scale,
             signal,
             noise,
+            num_examples,
             float(np.isfinite(scores).sum() / max(1, scores.shape[1])),
             _filled(logs),
             np.zeros(_NUM_LEVELS - 1),

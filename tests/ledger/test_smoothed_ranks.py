@@ -147,3 +147,12 @@ def test_parts_of_a_file_keep_what_the_whole_run_learnt(tmp_path, monkeypatch):
         assert [part.num_examples for part in parts] == [130, 130, 130, 10]
         means = [p.smoothed_ranks.predict(p.grad_norms).mean for p in parts]
         np.testing.assert_array_equal(np.concatenate(means, axis=1), whole.mean)
+
+
+def test_a_saved_part_says_what_its_file_lacks(tmp_path, recwarn):
+    run = ledger()
+    run.smoothed_ranks.predict(run.grad_norms)
+    run.save(tmp_path / "whole")
+    assert not [w for w in recwarn if "ledger of a part" in str(w.message)]
+    with pytest.warns(UserWarning, match="ledger of a part"):
+        run.subset([1, 2]).save(tmp_path / "part")

@@ -517,6 +517,7 @@ class NoisyHead(ABC):
             noise = self._random.normal(scale=self.noise_std, size=self.coef_.shape)
             step = self.learning_rate * self._gradient(self.coef_)
             self.coef_ = self.coef_ - step + noise
+        self.coef_.flags.writeable = False  # guarantees are about the steps alone
 
     @abstractmethod
     def _data_smoothness(self) -> float:

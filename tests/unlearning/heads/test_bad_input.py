@@ -147,3 +147,9 @@ def test_regression():
     head = RidgeHead(regularisation=1e-3, noise_std=1e-4, seed=0).fit(rows, values)
     assert head.predict(rows).shape == values.shape
     assert head.score(rows, values) > 0.99
+
+
+def test_the_weights_of_a_guarantee_cannot_be_written_to():
+    head = fitted()
+    with pytest.raises(ValueError, match="read-only"):
+        head.coef_[:] = 5.0
