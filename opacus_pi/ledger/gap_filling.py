@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import numbers
 
-__all__ = ["fill_by_rank", "fill_unobserved"]
+__all__ = ["fill_by_rank", "fill_unobserved", "middle_ranks"]
 
 
 def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:
@@ -74,7 +74,7 @@ def fill_by_rank(rows: ArrayLike) -> NDArray[np.float64]:
         seen = np.sort(row[~np.isnan(row)])
         gaps = np.isnan(row) & np.isfinite(rank)
         if len(seen):
-            row[gaps] = np.interp(rank[gaps], _middles(len(seen)), seen)
+            row[gaps] = np.interp(rank[gaps], middle_ranks(len(seen)), seen)
     return filled
 
 
@@ -89,7 +89,11 @@ def _ranks(row: NDArray[np.float64]) -> NDArray[np.float64]:
     return (ranks - 0.5) / max(1, int(np.count_nonzero(~np.isnan(row))))
 
 
-def _middles(count: int) -> NDArray[np.float64]:
-    """Return the ranks of ``count`` different norms: (i + 1/2) / count."""
+def middle_ranks(count: int) -> NDArray[np.float64]:
+    """Return the ranks of different norms: (i + 1/2) / count.
+
+    Args:
+        count: How many norms there are.
+    """
     middles: NDArray[np.float64] = (np.arange(count) + 0.5) / count
     return middles

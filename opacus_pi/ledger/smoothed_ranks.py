@@ -43,6 +43,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
+from opacus_pi.ledger.gap_filling import middle_ranks
 
 __all__ = ["PredictedScores", "SmoothedRanks", "sampling_step"]
 
@@ -186,7 +187,7 @@ class SmoothedRanks:
         from scipy.special import ndtr  # takes a quarter of a second
 
         logs = self.sorted_logs[row]
-        norms: Array = np.exp(np.interp(ndtr(scores), _middles(len(logs)), logs))
+        norms: Array = np.exp(np.interp(ndtr(scores), middle_ranks(len(logs)), logs))
         return norms
 
     def _from_other_draws(self, scores: Array) -> tuple[Array, Array]:
@@ -313,9 +314,3 @@ def _filled(logs: list[Array]) -> list[Array]:
         return [np.array([np.inf])] * len(logs)
     places = np.minimum(np.searchsorted(known, np.arange(len(logs))), len(known) - 1)
     return [logs[known[place]] for place in places]
-
-
-def _middles(count: int) -> Array:
-    """Return the ranks of ``count`` different norms: (i + 1/2) / count."""
-    middles: Array = (np.arange(count) + 0.5) / count
-    return middles
