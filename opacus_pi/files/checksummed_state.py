@@ -12,7 +12,7 @@ damage and careless edits. It does not stop a person who computes it again.
 >>> verified_state({**state, "rate": 0.25})
 Traceback (most recent call last):
     ...
-ValueError: the saved state must match its checksum, got ['checksum', 'rate', 'steps']. It was edited or damaged: resume from another checkpoint.
+ValueError: the saved state must match its checksum, got values with another checksum. It was edited or damaged: resume from another checkpoint.
 """  # noqa: E501
 
 import hashlib

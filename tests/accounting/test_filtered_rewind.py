@@ -285,7 +285,7 @@ def test_updates_without_noise_or_clipping_have_no_charge(noise, clip):
         ({"indices": [9]}, "indices must be in"),
         ({"norms": [-1.0]}, "norms must be in"),
         ({"noise_std": [np.nan]}, "noise_std must be in"),
-        ({"norms": [1.0, 2.0]}, "one length"),
+        ({"norms": [1.0, 2.0]}, "the same length"),
         ({"learning_rates": np.ones((4, 1))}, "learning_rates"),
     ],
 )
