@@ -9,6 +9,7 @@ method. Loss barriers and permutations are defined in ``opacus_pi.symmetries``,
 | does the model still predict the forget set well? | ``evaluate`` |
 | does it still know the noise that it was trained on? | ``gaussian_unlearning_score`` |
 | when did it begin to behave like a retrained model? | ``time_to_unlearn`` |
+| did it stay there, how far had it to go, what remained on the way? | ``gap_summary`` |
 | can an attacker distinguish it from retrained models? | ``u_lira``, ``klom`` |
 | are its weights in the same basin as theirs? | ``loss_barrier`` |
 
@@ -16,6 +17,7 @@ The first two need one model and can be computed after every epoch. The attacks 
 many models of both kinds. No metric proves that a set was forgotten: a guarantee does.
 """
 
+from opacus_pi.evaluation.gap import GapSummary, gap_path, gap_summary
 from opacus_pi.evaluation.gus import GaussianPoison, gaussian_unlearning_score
 from opacus_pi.evaluation.intervals import (
     ConfidenceInterval,
@@ -48,6 +50,7 @@ from opacus_pi.symmetries import (
 
 __all__ = [
     "ConfidenceInterval",
+    "GapSummary",
     "GaussianPoison",
     "MembershipInference",
     "OracleCache",
@@ -61,6 +64,8 @@ __all__ = [
     "apply_permutation",
     "epsilon_interval",
     "evaluate",
+    "gap_path",
+    "gap_summary",
     "gaussian_unlearning_score",
     "klom",
     "loss_barrier",

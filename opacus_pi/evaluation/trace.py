@@ -31,6 +31,7 @@ _KIND = "opacus_pi.UnlearningTrace"
 _VERSION = 1
 _ROUNDING = 1e-12
 _GUS = "gaussian_unlearning_score"
+OracleValues = float | ArrayLike | Mapping[str, ArrayLike]
 
 
 @dataclass
@@ -189,7 +190,7 @@ class UnlearningTrace:
 
 def time_to_unlearn(
     trace: UnlearningTrace,
-    oracle: float | ArrayLike | Mapping[str, ArrayLike],
+    oracle: OracleValues,
     *,
     metric: str,
     tolerance: float = 0.05,
@@ -224,7 +225,7 @@ def time_to_unlearn(
 
 def arrived(
     trace: UnlearningTrace,
-    oracle: float | ArrayLike | Mapping[str, ArrayLike],
+    oracle: OracleValues,
     *,
     metric: str,
     tolerance: float = 0.05,
@@ -243,7 +244,7 @@ def arrived(
     values = trace[metric]
     expect(len(values) > 0, "trace", "[]", "must contain an evaluation", "Append one.")
     expect(tolerance >= 0, "tolerance", tolerance, "must be at least 0", "Try 0.05.")
-    distance = np.abs(values - _mean_oracle(oracle, metric))
+    distance = np.abs(values - mean_of_oracle(oracle, metric))
     limit = tolerance
     if metric == _GUS:
         expect(
@@ -259,7 +260,7 @@ def arrived(
     return result
 
 
-def _mean_oracle(oracle: float | ArrayLike | Mapping[str, ArrayLike], name: str) -> Any:
+def mean_of_oracle(oracle: OracleValues, name: str) -> Any:
     """Return the oracle's value of a metric, averaged over seeds.
 
     Args:

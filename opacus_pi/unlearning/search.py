@@ -1,25 +1,32 @@
 """Search the settings of an unlearning method: of the good ones, the fastest.
 
-Needs optuna (``pip install "opacus-pi[search]"``). The search is made once, on a random
-forget set; the settings found then serve every forget set:
+Needs optuna (``pip install "opacus-pi[search]"``). The search is made once, on a forget
+set that is not used otherwise; the settings found then serve every forget set. This set
+must have something to forget: if the model already behaves like the retrained models on
+it, all settings look alike, and the search returns one of them by chance. Then
+``informative`` is false, and a warning says so:
 
     def run(settings):
         unlearner = Unlearner(
             model, criterion=criterion, method=L1Sparse(settings["strength"]),
             optimizer=lambda params: torch.optim.SGD(params, settings["learning_rate"]),
-        ) return unlearner.unlearn(train_set, random_set, evaluate=evaluate).trace
+        )
+        return unlearner.unlearn(train_set, held_out_set, evaluate=evaluate).trace
 
-    ranges = {"learning_rate": (1e-4, 1e-1), "strength": (1e-6, 1e-3)} best =
-    search_settings(run, ranges, oracle).best.settings
+    ranges = {"learning_rate": (1e-3, 1.0), "strength": (1e-6, 1e-3)}
+    found = search_settings(run, ranges, oracle)
+    found.best.settings, found.informative
 
 To search anew for each forget set would make the times incomparable: a set could look
 easy because its search was lucky.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -32,6 +39,9 @@ __all__ = ["SearchResult", "Trial", "fastest_good", "gap_to_oracle", "search_set
 
 Settings = dict[str, float]
 _DIVERGED = 1e3  # the gap that the optimizer gets for a run that diverged
+_STARTUP = 5  # random trials before the estimator chooses
+_LEAST_CLOSED = 0.01  # a smaller change of the gap is a few labels of the forget set
+_VIOLATED = 1.0  # added to the gap of a trial that lost utility, so that it ranks last
 
 
 @dataclass(frozen=True)
@@ -43,11 +53,14 @@ class Trial:
         gap: Distance from the retrained models after the run, at least 0; NaN or
             ``inf`` where the run diverged.
         time: Time to unlearn, in the trace's unit; ``inf``: never.
+        lost: How far the utility ended below that of the retrained models; 0: not at
+            all.
     """
 
     settings: Settings
     gap: float
     time: float
+    lost: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,10 +70,20 @@ class SearchResult:
     Args:
         best: The trial to use.
         trials: All trials, in order.
+        initial_gap: The gap before unlearning.
+        noise: Standard error of the gap: how far the mean of the retrained models may
+            be off. 0 for one retrained model, whose error is unknown.
     """
 
     best: Trial
     trials: tuple[Trial, ...]
+    initial_gap: float
+    noise: float
+
+    @property
+    def informative(self) -> bool:
+        """Whether the best trial closed more of the gap than noise explains."""
+        return self.initial_gap - self.best.gap > max(2 * self.noise, _LEAST_CLOSED)
 
 
 def search_settings(
@@ -77,32 +100,40 @@ def search_settings(
     """Search settings on a logarithmic scale, by a tree-structured Parzen estimator.
 
     The search minimises the gap: the mean over the two metrics of
-    abs(after the run - mean of the retrained models). Among the trials whose gap is
-    within the margin of the smallest, the one that unlearned fastest is chosen.
+    abs(after the run - mean of the retrained models). Settings that cost utility, more
+    than ``margin`` below the retrained models, violate a constraint and rank last.
+    Among the trials that keep it and whose gap is within the margin of the smallest,
+    the one that unlearned fastest is chosen. The first five trials are random.
 
     Args:
-        run: Unlearns a random forget set with some settings and returns its trace.
+        run: Unlearns a forget set with some settings and returns its trace. The set
+            must have something to forget, and should not be used otherwise.
         ranges: Lowest and highest value of each setting, above 0.
         oracle: Values of both metrics of retrained models, as ``time_to_unlearn`` takes
-            them.
+            them; at least two models, or the noise of the gap is unknown.
         privacy: The metric that measures forgetting; its time to unlearn counts.
-        utility: The metric that measures how well the model still performs.
-        num_trials: How many settings to try.
-        margin: Largest excess gap, in the metrics' own units (0.05: five points).
+        utility: The metric that measures how well the model still performs; higher is
+            better.
+        num_trials: How many settings to try; with 10 or fewer, half of them or more
+            are random.
+        margin: Largest excess gap, and largest loss of utility, in the metrics' own
+            units (0.05: five points).
         seed: Seed of the search.
 
     Returns:
-        The choice and all trials.
+        The choice, all trials, and whether the search had anything to choose by.
 
     Raises:
         ImportError: If optuna is not installed.
         ValueError: If a range is empty or not above 0, a metric is missing, or every
             run diverged.
 
+    Warns:
+        UserWarning: If no trial closed more of the gap than noise explains.
+
     Source: paper, Appendix D, "Hyperparameter tuning"; Akiba et al. 2019
     (arXiv:1907.10902).
     """
-    optuna = _optuna()
     in_range(1, math.inf, num_trials=num_trials, remedy="Run at least one trial.")
     for name, (low, high) in ranges.items():
         expect(
@@ -112,18 +143,67 @@ def search_settings(
             "must be (low, high) with 0 < low < high, both finite",
             "Settings are drawn on a logarithmic scale.",
         )
-    sampler = optuna.samplers.TPESampler(seed=seed)
-    study = optuna.create_study(direction="minimize", sampler=sampler)
-    trials = []
+    study = _study(seed)
+    trials, before = [], math.nan
     for _ in tqdm(range(num_trials), desc="searching", disable=None):
         asked = study.ask()
         settings = {k: asked.suggest_float(k, *r, log=True) for k, r in ranges.items()}
         trace = run(settings)
-        gap = gap_to_oracle(trace, oracle, (privacy, utility))
-        time = time_to_unlearn(trace, oracle, metric=privacy)
-        trials.append(Trial(settings, gap, time))
-        study.tell(asked, gap if math.isfinite(gap) else _DIVERGED)
-    return SearchResult(fastest_good(trials, margin), tuple(trials))
+        trial = _judged(settings, trace, oracle, (privacy, utility))
+        before = _gap_at(0, trace, oracle, (privacy, utility))
+        trials.append(trial)
+        study.tell(asked, _objective(trial, margin))
+    best = fastest_good(trials, margin)
+    noise = _noise(oracle, (privacy, utility))
+    found = SearchResult(best, tuple(trials), before, noise)
+    if not found.informative:
+        warnings.warn(_uninformative(found), UserWarning, stacklevel=2)
+    return found
+
+
+def _study(seed: int) -> Any:
+    """Return a study that minimises and has few random trials at the start."""
+    optuna = _optuna()
+    sampler = optuna.samplers.TPESampler(n_startup_trials=_STARTUP, seed=seed)
+    return optuna.create_study(direction="minimize", sampler=sampler)
+
+
+def _judged(
+    settings: Settings,
+    trace: UnlearningTrace,
+    oracle: Mapping[str, ArrayLike],
+    metrics: tuple[str, str],
+) -> Trial:
+    """Return a run as a trial; a utility that is not a number is lost altogether."""
+    privacy, utility = metrics
+    gap = gap_to_oracle(trace, oracle, metrics)
+    time = time_to_unlearn(trace, oracle, metric=privacy)
+    lost = float(np.mean(np.asarray(oracle[utility])) - trace[utility][-1])
+    return Trial(settings, gap, time, max(0.0, lost) if math.isfinite(lost) else 1.0)
+
+
+def _objective(trial: Trial, margin: float) -> float:
+    """Return what the estimator minimises: the gap, with penalties."""
+    if not math.isfinite(trial.gap):
+        return _DIVERGED
+    return trial.gap + (_VIOLATED if trial.lost > margin else 0.0)
+
+
+def _noise(oracle: Mapping[str, ArrayLike], metrics: Sequence[str]) -> float:
+    """Return the standard error of the gap that comes from the retrained models."""
+    values = [np.atleast_1d(np.asarray(oracle[name], float)) for name in metrics]
+    errors = [v.std(ddof=1) / math.sqrt(v.size) if v.size > 1 else 0.0 for v in values]
+    return float(np.linalg.norm(errors) / len(metrics))
+
+
+def _uninformative(found: SearchResult) -> str:
+    return (
+        f"The search had nothing to choose by: the gap to the retrained models was "
+        f"{found.initial_gap:.4f} before unlearning and {found.best.gap:.4f} after the "
+        f"best of {len(found.trials)} trials, with a standard error of "
+        f"{found.noise:.4f}. The settings returned are arbitrary. Search on a forget "
+        "set that the model has memorised, run more epochs, or widen the ranges."
+    )
 
 
 def gap_to_oracle(
@@ -147,17 +227,29 @@ def gap_to_oracle(
             f"must contain {name!r}",
             "Evaluate this metric on the retrained models, too.",
         )
+    return _gap_at(-1, trace, oracle, metrics)
+
+
+def _gap_at(
+    when: int,
+    trace: UnlearningTrace,
+    oracle: Mapping[str, ArrayLike],
+    metrics: Sequence[str],
+) -> float:
+    """Return the mean over metrics of the distance at one evaluation."""
     return float(
-        np.mean([abs(trace[m][-1] - np.mean(np.asarray(oracle[m]))) for m in metrics])
+        np.mean([abs(trace[m][when] - np.mean(np.asarray(oracle[m]))) for m in metrics])
     )
 
 
 def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
     """Return the fastest of the trials within the margin of the smallest gap.
 
+    Trials that lost more utility than the margin are left out, unless all did.
+
     Args:
         trials: At least one with a finite gap.
-        margin: Largest excess gap, at least 0.
+        margin: Largest excess gap and largest loss of utility, at least 0.
 
     Returns:
         The trial; of equally fast ones that of the smallest gap.
@@ -174,8 +266,9 @@ def fastest_good(trials: Sequence[Trial], margin: float = 0.05) -> Trial:
         "must contain at least one that did not diverge",
         "Lower the ranges, first that of the learning rate.",
     )
-    least = min(trial.gap for trial in finite)
-    good = [trial for trial in finite if trial.gap <= least + margin]
+    kept = [trial for trial in finite if trial.lost <= margin] or finite
+    least = min(trial.gap for trial in kept)
+    good = [trial for trial in kept if trial.gap <= least + margin]
     return min(good, key=lambda trial: (trial.time, trial.gap))
 
 

@@ -36,8 +36,9 @@ def test_the_fastest_within_the_margin_is_chosen():
     least = min(t.gap for t in found.trials)
     good = [t for t in found.trials if t.gap <= least + 0.05]
     assert found.best in good and found.best.time == min(t.time for t in good)
-    gaps = [t.gap for t in found.trials]  # the first ten are random
-    assert np.mean(gaps[-20:]) < 0.7 * np.mean(gaps[:10])
+    gaps = [t.gap for t in found.trials]  # the first five are random
+    assert np.mean(gaps[-20:]) < 0.7 * np.mean(gaps[:5])
+    assert found.informative and found.initial_gap == pytest.approx(0.25)
     assert found.best.settings["learning_rate"] > 0.02
     for trial in found.trials:
         for name, (low, high) in RANGES.items():
@@ -103,3 +104,60 @@ def test_without_optuna_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ImportError, match=r"opacus-pi\[search\]"):
         search_settings(run, RANGES, ORACLE)
+
+
+def memorised_nothing(settings):
+    """The model is at the retrained models from the start, whatever the settings."""
+    metrics = {"unlearning_accuracy": [0.5, 0.5], "test_accuracy": [0.9, 0.9]}
+    return UnlearningTrace([0, 1], metrics)
+
+
+def test_a_set_with_nothing_to_forget_is_warned_of():
+    pytest.importorskip("optuna")
+    with pytest.warns(UserWarning, match="had nothing to choose by: .* 0.0000 before"):
+        found = search_settings(memorised_nothing, RANGES, ORACLE, num_trials=2)
+    assert not found.informative
+
+
+def test_a_run_that_changes_nothing_is_warned_of():
+    pytest.importorskip("optuna")
+
+    def idle(settings):
+        metrics = {"unlearning_accuracy": [0.0, 0.0], "test_accuracy": [0.9, 0.9]}
+        return UnlearningTrace([0, 1], metrics)
+
+    with pytest.warns(UserWarning, match="0.2500 before unlearning and 0.2500 after"):
+        search_settings(idle, RANGES, ORACLE, num_trials=2)
+
+
+def test_settings_that_destroy_the_model_are_not_chosen():
+    pytest.importorskip("optuna")
+
+    def run_at(settings):
+        rate = settings["learning_rate"]
+        forgotten, kept = (0.5, 0.2) if rate > 0.1 else (0.4 * rate / 0.1, 0.9)
+        metrics = {
+            "unlearning_accuracy": [0.0, forgotten],
+            "test_accuracy": [0.9, kept],
+        }
+        return UnlearningTrace([0, 1], metrics)
+
+    ranges = {"learning_rate": (1e-3, 1.0)}
+    oracle = ORACLE | {"unlearning_accuracy": [0.5]}
+    found = search_settings(run_at, ranges, oracle, num_trials=25)
+    assert found.best.lost == 0 and 0.03 < found.best.settings["learning_rate"] <= 0.1
+    late = [trial.lost > 0 for trial in found.trials[10:]]
+    assert np.mean(late) < 0.5
+
+
+def test_lost_utility_counts_unless_all_lost_it():
+    near, kept = Trial({"lr": 1.0}, 0.0, 1, lost=0.3), Trial({"lr": 2.0}, 0.2, 9)
+    assert fastest_good([near, kept]) is kept
+    assert fastest_good([near]) is near
+
+
+def test_the_noise_is_that_of_the_mean_of_the_retrained_models():
+    pytest.importorskip("optuna")
+    found = search_settings(run, RANGES, ORACLE, num_trials=2)
+    error = np.std([0.4, 0.6], ddof=1) / math.sqrt(2)
+    assert found.noise == pytest.approx(error / 2)  # the other metric has no error
