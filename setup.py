@@ -37,6 +37,7 @@ setup(
     extras_require={
         "benchmarks": ["joblib>=1.4", "optuna>=4"],
         "docs": DOCS,
+        "frames": ["pandas>=2"],
         "lightning": ["lightning>=2.6"],
         "search": ["optuna>=4"],
         "test": [
@@ -49,6 +50,7 @@ setup(
             *DOCS,
             "dask[distributed]>=2024.1",
             "optuna>=4",
+            "pandas>=2",
             "nbclient>=0.10",
             "nbformat>=5.10",
             "ipykernel>=6.29",

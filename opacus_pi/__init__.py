@@ -1,13 +1,36 @@
 """Per-instance privacy accounting and unlearning for Opacus.
 
-``opacus_pi`` records the gradient norm of every training example while a model trains,
-and computes from this record what each example costs in privacy and what it takes to
-make the model forget it.
+Train with this engine in place of Opacus's. It records the gradient norm of every
+example; from this ledger follow each example's privacy loss and what it takes to make
+the model forget it.
 
-Names are imported when they are first used, so that ``import opacus_pi`` is fast and
-the ledger can be read without PyTorch. Using ``PrivacyEngine`` or an accountant, or
-``import opacus_pi.integration``, registers the accountants ``"per_instance"`` and
-``"group"`` with Opacus.
+    from opacus_pi import Langevin, PrivacyEngine, Unlearner
+
+    engine = PrivacyEngine()
+    model, optimizer, loader = engine.make_private(...)  # as with Opacus
+    ...                                                  # your training loop
+    engine.epsilons(delta=1e-5)                          # one for each example
+    engine.ledger.save("ledger.safetensors")
+    unlearner = Unlearner(engine, criterion=criterion, method=Langevin(0.02))
+    result = unlearner.unlearn(train_set, [3, 17])       # .model .guarantee .trace
+
+train      PrivacyEngine, Recorder, audit; by hand: GradSampleModule,
+           PerInstanceAccountant, GroupAccountant
+read       GradNormLedger, GramLedger, NoisySGD; AccountingError if no number holds
+forget     Unlearner with FineTune, Langevin or L1Sparse; Guarantee
+
+accounting  losses, ε, groups, budgets      unlearning   methods, requests, log, heads
+difficulty  forget sets, proxies            evaluation   metrics, retrained models
+plotting    figures                         symmetries   loss barriers, permutations
+report      one HTML page about a run       compatible   models that Opacus can train
+gradients   norms of single examples        integration  all that knows Opacus
+
+help(opacus_pi.Unlearner) explains one name, help(opacus_pi.accounting) one part;
+"opacus-pi --help" in a shell lists the commands.
+
+Names are imported when they are first used, so that the ledger can be read without
+PyTorch. Using PrivacyEngine or an accountant, or "import opacus_pi.integration",
+registers the accountants "per_instance" and "group" with Opacus.
 """
 
 from importlib import import_module
@@ -69,7 +92,9 @@ _HOMES = {
 _ROOMS = {
     "accounting",
     "attribution",
+    "cli",
     "compatible",
+    "custody",
     "difficulty",
     "evaluation",
     "forget_sets",

@@ -18,6 +18,9 @@ LAYER = {
     "_validate": 0,
     "_printable": 0,
     "_errors": 0,
+    "_frames": 0,
+    "_promised": 0,
+    "_shown": 0,
     "_class_swap": 0,
     "_torch_compat": 0,
     "files": 0,
@@ -46,6 +49,7 @@ ONLY_ROOM = {"opacus": "integration", "lightning": "integration"}
 # the lowest layer in which a third-party package may be imported
 FLOOR = {
     "torch": 1,
+    "pandas": 0,
     "torchvision": 5,
     "tqdm": 1,
     "sklearn": 4,

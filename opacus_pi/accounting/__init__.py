@@ -7,6 +7,7 @@ ledger to a number goes through ``moments`` (one update), ``composition`` (all u
 example's loss during training, and ``published`` has formulas of other papers.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.accounting.budgets import RenyiFilter
 from opacus_pi.accounting.conversion import rdp_to_delta, rdp_to_epsilon
 from opacus_pi.accounting.epsilon import epsilons
@@ -112,3 +113,5 @@ __all__ = [
     "unlearning_divergence",
     "worst_case_loss",
 ]
+
+promise(__name__, "conversion", "group", "guarantee", "langevin", "published")

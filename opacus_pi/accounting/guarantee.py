@@ -45,10 +45,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import ROUND_CEILING, Context
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import numpy as np
 
+from opacus_pi._shown import Shown
 from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.conversion import (
     check_above_one,
@@ -160,8 +161,8 @@ class EpsilonDelta:
         in_range(0, 1, delta=self.delta, remedy="Choose less than 1 / (examples).")
 
 
-@dataclass(frozen=True)
-class Guarantee:
+@dataclass(frozen=True, repr=False)
+class Guarantee(Shown):
     """Bound or estimate of how far an unlearned model's law is from a retrained one's.
 
     ``divergences[i]`` bounds (or estimates) D_α(unlearned ‖ retrained) at
@@ -192,6 +193,8 @@ class Guarantee:
 
     Source: Mironov 2017 (arXiv:1702.07476), Definition 4, for the divergence.
     """
+
+    _note: ClassVar[str] = "print it to read every assumption"
 
     method: str
     assumptions: tuple[Assumption, ...]
@@ -264,6 +267,17 @@ class Guarantee:
         )
         of_numbers = (own,) if self._has_number and self.established == DECLARED else ()
         return (*of_numbers, *(a for a in self.assumptions if a.is_declared))
+
+    def _shown(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {"kind": self.kind, "method": self.method}
+        if self.kind.startswith("certified"):  # an estimate would be sensitive
+            facts["epsilon"] = f"≤ {rounded_up(self.epsilon(1e-5))} at δ = 1e-05"
+        return {
+            **facts,
+            "assumptions": len(self.assumptions),
+            "declarations": len(self.declarations),
+            "unmet": len(self.unmet),
+        }
 
     def epsilon(self, delta: float) -> float:
         """Return ε of the (ε, δ) statement, the smallest that is known.

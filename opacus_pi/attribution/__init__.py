@@ -20,6 +20,7 @@ uncertain has a cause (``causes``). A run can be resumed within an epoch
 engine's loaders, models and optimizers.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.attribution.collate_identity import keeps_order
 from opacus_pi.attribution.delivery import LEFT_OUT, UNATTRIBUTED
 from opacus_pi.attribution.epoch_position import EpochPosition
@@ -49,3 +50,5 @@ __all__ = [
     "probe",
     "tracker_of",
 ]
+
+promise(__name__)

@@ -18,6 +18,9 @@ A command computes nothing itself. If its answer needs a number, the library has
 function that returns it, so that scripts can get the same number.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.cli.program import main
 
 __all__ = ["main"]
+
+promise(__name__)

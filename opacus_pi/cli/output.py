@@ -6,6 +6,8 @@ its owner only, and it is replaced in one step.
 """
 
 import argparse
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,24 @@ def answer(options: argparse.Namespace, facts: Mapping[str, Any], text: str) -> 
         with about("--out", "Name a file in a directory that can be written."):
             replace_file(Path(options.json_file), json_text(facts).encode() + b"\n")
     print(json_text(facts) if options.json else printable(text))
+
+
+def write_csv(path: str, columns: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write columns as a CSV file that only its owner can read.
+
+    Args:
+        path: The file's name; an existing file is replaced in one step.
+        columns: The values of each column by its heading, one for each line.
+
+    Raises:
+        BadInput: If the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*(a.tolist() for a in columns.values()), strict=True))
+    with about("--csv", "Name a file in a directory that can be written."):
+        replace_file(Path(path), text.getvalue().encode())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

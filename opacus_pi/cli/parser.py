@@ -282,6 +282,12 @@ JSON = switch("--json", "print JSON instead of text")
 JSON_FILE = option(
     "--out", "FILE.json", "write the JSON here, too", writable_file, dest="json_file"
 )
+CSV = option(
+    "--csv",
+    "FILE.csv",
+    "write loss and ε of every example here, for a spreadsheet",
+    writable_file,
+)
 TRACEBACK = switch("--traceback", "show where an error occurred")
 
 COMMANDS = {
@@ -297,7 +303,7 @@ gives no ε. The output reveals which examples are unusual: protect it like the 
         examples="""\
   opacus-pi score ledger.safetensors
   opacus-pi score run1.safetensors run2.safetensors --order 8 --delta 1e-5
-  opacus-pi score plain_sgd.safetensors --sigma 1 --top 50 --out scores.json""",
+  opacus-pi score plain_sgd.safetensors --sigma 1 --top 50 --csv scores.csv""",
         arguments=(
             LEDGERS,
             ORDER,
@@ -307,6 +313,7 @@ gives no ε. The output reveals which examples are unusual: protect it like the 
             TOP(10),
             JSON,
             JSON_FILE,
+            CSV,
         ),
     ),
     "plan": Command(

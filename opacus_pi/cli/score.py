@@ -12,7 +12,7 @@ from typing import Any
 
 from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.cli.inputs import load_ledgers
-from opacus_pi.cli.output import answer, table
+from opacus_pi.cli.output import answer, table, write_csv
 from opacus_pi.ledger.custody import LINKS
 from opacus_pi.report.scores import Scores, score, tie_sentence
 from opacus_pi.report.write import training_facts
@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
             "epsilons": scores.epsilons,
         },
     }
+    if options.csv:
+        write_csv(options.csv, scores.columns())
     answer(options, facts, _text(scores, facts))
     return 0
 

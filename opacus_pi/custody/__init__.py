@@ -8,6 +8,9 @@ Nothing here knows Opacus: ``opacus_pi.integration`` tells the links what its op
 and loaders do.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.custody.chain import Chain, SampleCounts
 
 __all__ = ["Chain", "SampleCounts"]
+
+promise(__name__)

@@ -15,6 +15,7 @@ proxies serve to find out whether something simpler gives the same ranking.
 array([1, 3])
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.difficulty.agreement import (
     BinnedMeans,
     RankCorrelations,
@@ -62,3 +63,5 @@ __all__ = [
     "ties",
     "top_k",
 ]
+
+promise(__name__, "agreement", "forget_sets", "proxies")

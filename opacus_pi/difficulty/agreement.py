@@ -11,15 +11,22 @@ array([ 0.9 , -0.17,  1.  ])
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from opacus_pi._frames import frame
+from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, numbers
 from opacus_pi.accounting.losses import privacy_losses
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, runs_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "BinnedMeans",
@@ -32,8 +39,8 @@ __all__ = [
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class RankCorrelations:
+@dataclass(frozen=True, eq=False, repr=False)
+class RankCorrelations(Shown):
     """Spearman's ρ of every pair of scores, with confidence intervals.
 
     Args:
@@ -63,6 +70,28 @@ class RankCorrelations:
         """
         i, j = self.names.index(first), self.names.index(second)
         return np.array([self.rho[i, j], self.low[i, j], self.high[i, j]])
+
+    def _shown(self) -> dict[str, Any]:
+        return {"names": ", ".join(self.names)}
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return the correlations as a data frame of pandas.
+
+        Returns:
+            One line for each pair: ``first``, ``second``, ``rho``, ``low``, ``high``.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        pairs = list(combinations(self.names, 2))
+        ends = np.array([self.between(*pair) for pair in pairs]).reshape(-1, 3)
+        return frame(
+            {
+                "first": [first for first, _ in pairs],
+                "second": [second for _, second in pairs],
+                **dict(zip(("rho", "low", "high"), ends.T, strict=True)),
+            }
+        )
 
 
 @dataclass(frozen=True, eq=False)

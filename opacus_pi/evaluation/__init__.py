@@ -17,6 +17,7 @@ The first two need one model and can be computed after every epoch. The attacks 
 many models of both kinds. No metric proves that a set was forgotten: a guarantee does.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.evaluation.gap import GapSummary, gap_path, gap_summary
 from opacus_pi.evaluation.gus import GaussianPoison, gaussian_unlearning_score
 from opacus_pi.evaluation.intervals import (
@@ -82,3 +83,5 @@ __all__ = [
     "unlearning_accuracy",
     "weight_matching",
 ]
+
+promise(__name__)

@@ -17,15 +17,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opacus_pi._frames import frame
+from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, numbers
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.regular_file import require_regular
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _KIND = "opacus_pi.UnlearningTrace"
 _VERSION = 1
@@ -34,8 +39,8 @@ _GUS = "gaussian_unlearning_score"
 OracleValues = float | ArrayLike | Mapping[str, ArrayLike]
 
 
-@dataclass
-class UnlearningTrace:
+@dataclass(repr=False)
+class UnlearningTrace(Shown):
     """The metrics of one unlearning run at increasing times.
 
     Args:
@@ -49,6 +54,8 @@ class UnlearningTrace:
     Raises:
         ValueError: If times do not increase or a metric has another length.
     """
+
+    _note: ClassVar[str] = "to_frame() has the values"
 
     times: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
@@ -81,6 +88,14 @@ class UnlearningTrace:
                 f"must have one value at each of {len(self.times)} times",
                 "Evaluate the same metrics every time.",
             )
+
+    def _shown(self) -> dict[str, Any]:
+        return {
+            "unit": self.unit,
+            "evaluations": len(self),
+            "last_time": self.times[-1] if self.times else None,
+            "metrics": ", ".join(self.metrics),
+        }
 
     def __len__(self) -> int:
         """Return the number of evaluations."""
@@ -133,6 +148,18 @@ class UnlearningTrace:
             "Name a metric that was evaluated during the run.",
         )
         return np.array(self.metrics[metric], dtype=np.float64)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return the metrics as a data frame of pandas.
+
+        Returns:
+            One line for each evaluation, one column for each metric; the index is the
+            time, named by its unit.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return frame({self.unit: self.times, **self.metrics}, index=self.unit)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the trace as JSON, atomically.

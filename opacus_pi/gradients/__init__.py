@@ -7,6 +7,7 @@ gradient (``layers``, ``example_gradients``). What has no rule is differentiated
 by example (``fallback``). ``clipping`` uses the same rules while a model is trained.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.gradients.gram import gradient_gram, minibatch_gram
 from opacus_pi.gradients.layers import register_layer_rule
 from opacus_pi.gradients.sweeps import (
@@ -25,3 +26,5 @@ __all__ = [
     "register_layer_rule",
     "sweep",
 ]
+
+promise(__name__, "clipping", "layers")

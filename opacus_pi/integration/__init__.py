@@ -14,6 +14,7 @@ that Opacus's own ``PrivacyEngine(accountant="per_instance")`` finds them.
 
 from opacus.accountants import register_accountant
 
+from opacus_pi._promised import promise
 from opacus_pi.integration.accountants import PerInstanceAccountant
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.integration.grad_sample import GradSampleModule
@@ -31,3 +32,5 @@ __all__ = [
 # force: a module that is reloaded registers its new class under the same name.
 register_accountant("per_instance", PerInstanceAccountant, force=True)
 register_accountant("group", GroupAccountant, force=True)
+
+promise(__name__, "audit", "fast", "lightning", "monitor")

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
+from opacus_pi._shown import Shown
 from opacus_pi.accounting import GradNormLedger, RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, keeps_order, observe, observe_like
 from opacus_pi.difficulty.forget_sets import num_at_top
@@ -155,7 +156,7 @@ def _shown_as(original: Any, **options: Any) -> Callable[[Method], Method]:
     return decorate
 
 
-class PerInstanceMixin(OpacusEngine):
+class PerInstanceMixin(Shown, OpacusEngine):
     """Makes an engine of Opacus record; goes before the engine's class in the bases.
 
     Args:
@@ -207,6 +208,16 @@ class PerInstanceMixin(OpacusEngine):
                 return object.__getattribute__(self, name)  # raises, and names it
             self._add_parts()
             return vars(self)[name]
+
+    def _shown(self) -> dict[str, Any]:
+        recorder = self.recorder
+        return {
+            "accountant": type(self.accountant).__name__,
+            "recorder": recorder.mode,
+            "sampling": recorder.sampling or None,
+            "num_steps": recorder.num_steps,
+            "budgets": self.renyi_filter is not None,
+        }
 
     # ---------------------------------------------------------------- what was recorded
     @property

@@ -5,6 +5,7 @@ computed from it, so a new question needs no new training. Importing this packag
 not import torch.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.ledger.gap_filling import fill_unobserved
 from opacus_pi.ledger.grad_norm_ledger import (
@@ -28,3 +29,5 @@ __all__ = [
     "fingerprint",
     "runs_of",
 ]
+
+promise(__name__, "custody", "fingerprint")

@@ -142,6 +142,14 @@ class Custody:
         found = (link for link in self.links if link.state == UNCHECKED)
         return (*found, *missing)
 
+    @property
+    def summary(self) -> str:
+        """The names of the links that are broken, else of those left unchecked."""
+        for state, links in ((BROKEN, self.broken), (UNCHECKED, self.unchecked)):
+            if links:
+                return f"{state}: {', '.join(link.name for link in links)}"
+        return "every link checked"
+
     def require_intact(self) -> None:
         """Refuse to give numbers if a link is broken.
 

@@ -17,11 +17,12 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opacus_pi._frames import frame
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, positive
 from opacus_pi.files.arrays_file import check_file, read_array, read_columns
@@ -40,6 +41,9 @@ from opacus_pi.ledger.gap_filling import fill_by_rank, fill_unobserved
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 from opacus_pi.ledger.saving import LedgerFile, SavedLedger
 from opacus_pi.ledger.smoothed_ranks import SmoothedRanks, sampling_step
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "GradNormLedger",
@@ -93,6 +97,7 @@ class GradNormLedger(SavedLedger):
             is infinite or negative.
     """
 
+    _note: ClassVar[str] = "sensitive: it shows which examples are unusual"
     _FILE: ClassVar[LedgerFile] = LedgerFile(
         GRAD_NORM_LEDGER,
         arrays={"steps": "<i8", "grad_norms": "<f4"},
@@ -173,12 +178,15 @@ class GradNormLedger(SavedLedger):
                 "Pass one row for each step and one column for each example.",
             )
 
-    def __repr__(self) -> str:
-        return (
-            f"GradNormLedger({self.num_rows} rows of {self.num_examples} examples, "
-            f"source={self.source!r}, data_set={self.data_set!r}, {self.mechanism!r}; "
-            "sensitive: it shows which examples are unusual)"
-        )
+    def _shown(self) -> dict[str, Any]:
+        return {
+            "num_rows": self.num_rows,
+            "num_examples": self.num_examples,
+            "source": self.source,
+            **self.mechanism._shown(),
+            "data_set": self.data_set,
+            "custody": "declared" if self.custody is None else self.custody.summary,
+        }
 
     @property
     def num_rows(self) -> int:
@@ -277,6 +285,33 @@ class GradNormLedger(SavedLedger):
         if self._learnt and self._learnt[0].num_examples != self.num_examples:
             warnings.warn(_PART_SAVED, stacklevel=2)
         super().save(path)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return the measurements as a data frame of pandas, for your own analysis.
+
+        Returns:
+            One line for each row and example: ``step``, ``example`` (its position in
+            the data set), ``grad_norm`` (NaN: not observed), and what else was
+            measured. It is as sensitive as the ledger.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        names = {
+            "grad_norms": "grad_norm",
+            "confidences": "confidence",
+            "errors": "error",
+            "correct": "correct",
+            "participations": "participations",
+        }
+        measured = {to: getattr(self, name) for name, to in names.items()}
+        return frame(
+            {
+                "step": np.repeat(self.steps, self.num_examples),
+                "example": np.tile(_columns(self), self.num_rows),
+                **{k: a.ravel() for k, a in measured.items() if a is not None},
+            }
+        )
 
     def require_intact(self) -> None:
         """Refuse to give numbers if a link of the chain of custody is broken.

@@ -14,7 +14,7 @@ array([[0.25  , 0.    ],
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ class GramLedger(SavedLedger):
         ValueError: If shapes disagree, or a matrix is not a Gram matrix.
     """
 
+    _note: ClassVar[str] = "sensitive: it shows how unusual the group is"
     _FILE: ClassVar[LedgerFile] = LedgerFile(
         GRAM_LEDGER,
         arrays={"steps": "<i8", "grams": "<f8"},
@@ -104,12 +105,13 @@ class GramLedger(SavedLedger):
         )
         object.__setattr__(self, "example_ids", frozen(ids))
 
-    def __repr__(self) -> str:
-        return (
-            f"GramLedger({self.kind}, grams of shape {self.grams.shape}, "
-            f"data_set={self.data_set!r}, {self.mechanism!r}; sensitive: it shows how "
-            "unusual the group is)"
-        )
+    def _shown(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "shape": self.grams.shape,
+            **self.mechanism._shown(),
+            "data_set": self.data_set,
+        }
 
     def scaled(self) -> NDArray[np.float64]:
         """Return the matrices, clipped and in units of the noise, K = ⟨g_x, g_y⟩/σ².

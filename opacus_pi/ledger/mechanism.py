@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, numbers, positive
 from opacus_pi.ledger.checks import frozen
@@ -31,8 +32,8 @@ MECHANISM_MORE_FACTS = ("noise", "max_participations")
 _WHOLE = "[0-9]{1,18}"
 
 
-@dataclass(frozen=True, eq=False)
-class NoisySGD:
+@dataclass(frozen=True, eq=False, repr=False)
+class NoisySGD(Shown):
     """The facts of a noisy training run that its accounting needs.
 
     One update adds ``N(0, noise_std² I)`` to the sum of the batch's gradients, each
@@ -118,6 +119,10 @@ class NoisySGD:
                 f"must be at most num_steps ({self.num_steps})",
                 "Count the updates that each example was in.",
             )
+
+    def _shown(self) -> dict[str, Any]:
+        facts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in facts.items() if value is not None}
 
     def __eq__(self, other: object) -> bool:
         """Return whether all facts are equal, entry by entry."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, cast
 from numpy.typing import NDArray
 from typing_extensions import Self
 
+from opacus_pi._shown import Shown
 from opacus_pi.files.arrays_file import Layout, read_arrays, write_arrays
 from opacus_pi.files.kinds import FileKind
 from opacus_pi.ledger.mechanism import (
@@ -65,7 +66,7 @@ class LedgerFile:
         )
 
 
-class SavedLedger:
+class SavedLedger(Shown):
     """A ledger that can be saved and loaded; the base of both ledger classes."""
 
     _FILE: ClassVar[LedgerFile]

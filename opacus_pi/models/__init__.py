@@ -13,4 +13,8 @@ The rooms that measure, evaluate, align or unlearn a model share these files:
 Nothing here is promised to users; what is public is exported by the rooms above.
 """
 
+from opacus_pi._promised import promise
+
 __all__: list[str] = []
+
+promise(__name__)

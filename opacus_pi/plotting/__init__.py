@@ -19,6 +19,7 @@ figure can therefore be drawn again from saved numbers on any machine, and be pa
 larger figure: pass ``ax``. No function calls ``show`` or saves a file.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.plotting.barriers import plot_barriers
 from opacus_pi.plotting.curves import plot_curves
 from opacus_pi.plotting.distributions import plot_distribution
@@ -37,3 +38,5 @@ __all__ = [
     "plot_proxies",
     "plot_time_to_unlearn",
 ]
+
+promise(__name__)

@@ -9,8 +9,11 @@ and ``figures`` only show them. A number in the text of the page is therefore in
 JSON file, too. Both files name unusual examples: they are not for sharing.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.report.run import Barriers
 from opacus_pi.report.scores import Scores, score
 from opacus_pi.report.write import training_facts, write_report
 
 __all__ = ["Barriers", "Scores", "score", "training_facts", "write_report"]
+
+promise(__name__)

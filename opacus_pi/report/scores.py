@@ -16,11 +16,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opacus_pi._frames import frame
+from opacus_pi._shown import Shown
 from opacus_pi._validate import positive
 from opacus_pi.accounting import (
     GradNormLedger,
@@ -35,6 +37,9 @@ from opacus_pi.difficulty.forget_sets import difficulty_strata, num_at_top, rank
 from opacus_pi.ledger.custody import Link, unchecked_in
 from opacus_pi.ledger.grad_norm_ledger import runs_of
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 SENSITIVE = (
     "Sensitive: these numbers reveal which examples are unusual. Protect them like the "
     "data itself, and show a value only to the person whose example it is."
@@ -44,8 +49,8 @@ _ROUNDING = 1 - 1e-12  # losses that differ by less are equal
 _STRATUM_DIVISOR = 50  # a stratum is 1/50 of the examples: the paper's 1,000 of 50,000
 
 
-@dataclass(frozen=True)
-class Scores:
+@dataclass(frozen=True, repr=False)
+class Scores(Shown):
     """Privacy loss and ε of every example of a recorded training.
 
     Args:
@@ -62,6 +67,8 @@ class Scores:
         unchecked_links: The links of custody that the numbers rest on unchecked.
     """
 
+    _note: ClassVar[str] = "sensitive: it shows which examples are unusual"
+
     order: float
     delta: float
     ids: NDArray[np.int64]
@@ -71,6 +78,33 @@ class Scores:
     worst_case_epsilon: float
     assumptions: tuple[Assumption, ...]
     unchecked_links: tuple[Link, ...] = ()
+
+    def _shown(self) -> dict[str, Any]:
+        return {
+            "num_examples": len(self.ids),
+            "order": self.order,
+            "delta": self.delta,
+            "worst_case_loss": self.worst_case_loss,
+            "worst_case_epsilon": self.worst_case_epsilon,
+            "ranking_only": self.ranking_only,
+        }
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Return ``example``, ``loss`` and, unless it is a ranking, ``epsilon``."""
+        columns = {"example": self.ids, "loss": self.losses, "epsilon": self.epsilons}
+        return {name: array for name, array in columns.items() if array is not None}
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return the numbers of all examples as a data frame of pandas.
+
+        Returns:
+            One line for each example, by its position in the data set, with ``loss``
+            and, unless the losses are only a ranking, ``epsilon``. It is sensitive.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
+        return frame(self.columns(), index="example")
 
     @property
     def ranking_only(self) -> bool:

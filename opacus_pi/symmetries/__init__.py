@@ -12,6 +12,7 @@ To compare their weights, the orders must first be made to agree:
 ``aligned`` and ``pairwise_barriers`` are the shortcuts for steps 2 and 3.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.symmetries.barriers import (
     aligned,
     loss_barrier,
@@ -36,3 +37,5 @@ __all__ = [
     "permutation_spec",
     "weight_matching",
 ]
+
+promise(__name__)

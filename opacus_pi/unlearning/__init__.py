@@ -22,6 +22,7 @@ requests about a model in a tamper-evident log and carries each out once. The me
 ([0, 5], 2)
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.unlearning.deletion_log import DeletionLog
 from opacus_pi.unlearning.json_lines_log import import_log
 from opacus_pi.unlearning.loop import StopWhen
@@ -59,3 +60,5 @@ __all__ = [
     "UnlearningResult",
     "import_log",
 ]
+
+promise(__name__, "deletion_log", "heads", "requests", "rivals", "search")

@@ -12,11 +12,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, numbers, positive
 from opacus_pi.accounting import GradNormLedger, privacy_losses
@@ -38,8 +39,8 @@ _TIED = (
 )
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """Difficulty, cost and worth of unlearning one forget set.
 
     Args:
@@ -63,6 +64,8 @@ class Plan:
             ``forget`` alone.
     """
 
+    _note: ClassVar[str] = "print it to read the difficulty, which is sensitive"
+
     forget: NDArray[np.int64]
     num_retain: int
     order: float
@@ -78,6 +81,15 @@ class Plan:
     forgotten_before: NDArray[np.int64] = field(
         default_factory=lambda: np.empty(0, np.int64)
     )
+
+    def _shown(self) -> dict[str, Any]:
+        return {
+            "num_forget": len(self.forget),
+            "num_retain": self.num_retain,
+            "order": self.order,
+            "steps_per_epoch": self.steps_per_epoch,
+            "guarantee": self.guarantee.kind if self.guarantee != _UNKNOWN else None,
+        }
 
     @property
     def forgotten_again(self) -> NDArray[np.int64]:

@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting import fingerprint
@@ -62,8 +63,8 @@ _NOTHING_NEW = (
 )
 
 
-@dataclass(frozen=True)
-class UnlearningResult:
+@dataclass(frozen=True, repr=False)
+class UnlearningResult(Shown):
     """What one call of ``Unlearner.unlearn`` returns.
 
     Args:
@@ -77,6 +78,15 @@ class UnlearningResult:
     trace: UnlearningTrace
     guarantee: Guarantee
     record: dict[str, Any]
+
+    def _shown(self) -> dict[str, Any]:
+        run = ("method", "num_epochs", "num_steps")
+        return {
+            "model": type(self.model).__name__,
+            **{name: self.record[name] for name in run if name in self.record},
+            "evaluations": len(self.trace),
+            "guarantee": self.guarantee.kind,
+        }
 
 
 class Unlearner:

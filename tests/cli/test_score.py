@@ -1,5 +1,6 @@
 """Scores on the command line are the library's."""
 
+import csv
 import json
 import stat
 from dataclasses import replace
@@ -39,6 +40,20 @@ def test_json_in_a_file_is_for_the_owner_only(run, tmp_path):
     assert json.loads(path.read_text())["format"] == "opacus_pi.cli.score.v1"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert out.startswith("Sensitive") and "Worst case (bound for any example)" in out
+
+
+def test_a_spreadsheet_has_a_line_for_each_example(run, ledger, tmp_path):
+    path = tmp_path / "scores.csv"
+    assert run("score", LEDGER, "--csv", path)[0] == 0
+    header, *lines = csv.reader(path.read_text().splitlines())
+    assert header == ["example", "loss", "epsilon"]
+    ids, losses, found = np.array(lines, dtype=float).T
+    assert ids.tolist() == list(range(120))
+    np.testing.assert_array_equal(losses, privacy_losses(ledger, 8.0))
+    np.testing.assert_array_equal(found, epsilons(ledger, 1e-5))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert run("score", LEDGER, "--sigma", 3, "--csv", path)[0] == 0
+    assert path.read_text().startswith("example,loss\n")
 
 
 def test_an_assumed_noise_gives_a_ranking_and_no_epsilon(run, answer, ledger):

@@ -83,7 +83,7 @@ def test_repr_hides_the_norms_and_warns():
     text = repr(ledger([[0.123456789] * 2] * 3))
     assert "0.1234" not in text
     assert "sensitive" in text
-    assert "3 rows of 2 examples" in text
+    assert "num_rows=3, num_examples=2" in text
 
 
 def test_gaps_take_the_next_then_the_last_observation():

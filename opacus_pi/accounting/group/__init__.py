@@ -5,6 +5,7 @@ times the divergence of one. ``group_divergence`` computes it from inner product
 the members' gradients, ``group_worst_case_loss`` bounds it for any group of a size.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.accounting.group.divergence import (
     group_divergence,
     theorem_b1_estimates,
@@ -12,3 +13,5 @@ from opacus_pi.accounting.group.divergence import (
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
 
 __all__ = ["group_divergence", "group_worst_case_loss", "theorem_b1_estimates"]
+
+promise(__name__)

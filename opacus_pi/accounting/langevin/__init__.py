@@ -6,6 +6,7 @@ a divergence, ``hockey_stick`` how it shrinks δ itself. ``unlearning`` answers 
 steps are enough; ``learning_phase`` and ``shifted`` bound what learning leaves behind.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.accounting.langevin.constants import (
     LangevinConstants,
     LossConstants,
@@ -73,3 +74,5 @@ __all__ = [
     "symmetric_bound",
     "unlearning_divergence",
 ]
+
+promise(__name__, "shifted")

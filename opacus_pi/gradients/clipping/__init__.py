@@ -6,6 +6,7 @@ takes each example's norm from the cache, then one weighted sum for each paramet
 the clip factors as weights. ``grad_sample_mode="fast"`` is built on it.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.gradients.clipping.batch_cache import (
     BatchCache,
     clip_factors,
@@ -14,3 +15,5 @@ from opacus_pi.gradients.clipping.batch_cache import (
 from opacus_pi.gradients.clipping.training_taps import TrainingTaps
 
 __all__ = ["BatchCache", "TrainingTaps", "clip_factors", "example_norms"]
+
+promise(__name__)

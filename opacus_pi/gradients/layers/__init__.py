@@ -27,6 +27,7 @@ example. A new file of this package is imported below, and gets an entry in
 ``tests/gradients/test_layer_rules.py``.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
 from opacus_pi.gradients.layers import conv, embedding, linear, normalisation
 from opacus_pi.gradients.layers.registry import layer_rule, register_layer_rule
@@ -41,3 +42,5 @@ __all__ = [
     "normalisation",
     "register_layer_rule",
 ]
+
+promise(__name__)

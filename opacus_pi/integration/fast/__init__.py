@@ -8,6 +8,7 @@ examples from it, then one weighted sum per parameter
 (:mod:`~opacus_pi.integration.fast.optimizer`).
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.integration.fast.model import (
     MODE,
     FastGradSampleModule,
@@ -25,3 +26,5 @@ __all__ = [
     "prepare_model",
     "require_fast",
 ]
+
+promise(__name__)

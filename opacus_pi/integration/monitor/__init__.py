@@ -14,7 +14,10 @@ gradients, while sweeps use the running statistics: the norms are then the paper
 estimate, not a bound.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.integration.monitor.sampling import SamplingScheme, sampling_scheme
 from opacus_pi.integration.monitor.training import monitor
 
 __all__ = ["SamplingScheme", "monitor", "sampling_scheme"]
+
+promise(__name__)

@@ -9,6 +9,7 @@
 | softmax: certified bounds | ``softmax`` |
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.unlearning.heads.features import extract_features, unit_rows
 from opacus_pi.unlearning.heads.noisy_head import ForgettingCost
 from opacus_pi.unlearning.heads.ridge import RidgeHead
@@ -21,3 +22,5 @@ __all__ = [
     "extract_features",
     "unit_rows",
 ]
+
+promise(__name__)

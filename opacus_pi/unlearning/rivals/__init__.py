@@ -11,9 +11,12 @@ factor for each weight) does so in ``prepare`` and returns a private subclass th
 it. The object that the user made holds settings only, and can be used again.
 """
 
+from opacus_pi._promised import promise
 from opacus_pi.unlearning.rivals.paired import NegGradPlus, RandomLabels
 from opacus_pi.unlearning.rivals.salun import SalUn
 from opacus_pi.unlearning.rivals.scrub import SCRUB
 from opacus_pi.unlearning.rivals.ssd import SSD
 
 __all__ = ["SCRUB", "SSD", "NegGradPlus", "RandomLabels", "SalUn"]
+
+promise(__name__)
