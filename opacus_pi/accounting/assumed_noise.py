@@ -1,4 +1,4 @@
-"""What may be said of a run whose noise was assumed: a ranking, and no claim.
+"""Rankings of runs whose noise was assumed: no guarantee follows from them.
 
 ``with_noise_std`` asks what the losses would have been under another noise. Such losses
 order examples by difficulty. They are not the losses of the run that was made, so no ε,

@@ -1,4 +1,4 @@
-r"""How much of a private training must be run again so that an example is forgotten.
+r"""The part of a private training that must be run again to forget an example.
 
 ``DeletionPolicy`` fixes, before training, what every later deletion must guarantee.
 ``restart_update`` then says, for a set of examples and one recorded run, from which
@@ -58,7 +58,7 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class DeletionPolicy:
-    """What every deletion from a model must guarantee, fixed before it is trained.
+    """The guarantee of every deletion from a model, fixed before the model is trained.
 
     Args:
         epsilon: ε, above 0 and finite.

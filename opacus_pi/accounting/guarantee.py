@@ -1,4 +1,4 @@
-"""What may be claimed after unlearning, with the assumptions that it needs.
+"""Guarantees of unlearning, with the assumptions that they need.
 
 A ``Guarantee`` joins numbers (or none) with the assumptions they rest on. Its kind is
 computed from both and cannot be passed in. What decides it is *who established* each
@@ -258,7 +258,7 @@ class Guarantee(Shown):
 
     @property
     def declarations(self) -> tuple[Assumption, ...]:
-        """What is taken to hold because the user declares it, as a list to check.
+        """The assumptions that hold only because the user declares them, as a list.
 
         It begins with the numbers themselves, if a caller passed them.
         """

@@ -221,7 +221,7 @@ def worst_case_loss(
 
 @dataclass(frozen=True)
 class Composition:
-    """How the moments of single updates are composed into a loss.
+    """The way in which the moments of single updates are composed into a loss.
 
     Args:
         order: Rényi order of the result, above 1.

@@ -39,7 +39,7 @@ _NUM_NODES = 9
 
 @dataclass(frozen=True, eq=False)
 class PredictedNorms:
-    """What norms a run's examples may have had in updates that did not draw them.
+    """Predicted norms of a run's examples in the updates that did not draw them.
 
     Args:
         ranks: What was learnt from all draws of the run.

@@ -1,4 +1,4 @@
-"""Which row of a ledger is used for which updates.
+"""Rules that say which updates a row of a ledger stands for.
 
 A ledger has a few rows, but every update of the run has a loss. Update t starts from
 the weights after t-1 updates; a row holds the norms at the weights after ``steps[i]``

@@ -1,4 +1,4 @@
-"""What training by DP-SGD guarantees for any examples, and what that rests on.
+"""The guarantee of DP-SGD training for any examples, and its assumptions.
 
 The worst case of the mechanism bounds the divergence between training with a set of
 examples and training without it, in both directions, for every model and all data. It

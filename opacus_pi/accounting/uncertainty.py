@@ -1,4 +1,4 @@
-r"""How far losses from observed norms may be from those of norms at every update.
+r"""Standard errors and upper limits of losses that are estimated from observed norms.
 
 An observed ledger has the norms of an example only where a batch drew it. Which updates
 these were is chance, so the estimate of its loss has a sampling error.

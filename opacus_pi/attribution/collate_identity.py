@@ -1,4 +1,4 @@
-"""Which item of the data set each sample of a collated batch is.
+"""Match each sample of a collated batch to the item of the data set that it is.
 
 ``collate_fn`` may sort, pad, drop, replace or mix the items that the data set returned,
 and the batch does not show it. So the items are fingerprinted where they are loaded, in
@@ -70,7 +70,7 @@ _MIN_ENTRIES = 4  # of an item that is found in a part of a batch by itself
 
 @dataclass(frozen=True, eq=False)
 class CollateIdentity:
-    """What is known of ``collate_fn``'s work on one batch.
+    """The known relation between the items and the samples of one collated batch.
 
     Args:
         items: int64 ``(b,)``: which item each sample is, -1 if none; None: sample i is

@@ -1,4 +1,4 @@
-"""Which samples a model was given: by storage, by content, or from the latest batch.
+"""Recognise the samples that a model was given: by storage, content or latest batch.
 
 Between the loader and the model the training loop may do anything: copy a batch, cut
 it, permute it, write to it, put it aside. Each input of the model is compared with the

@@ -1,4 +1,4 @@
-"""What one input of the model shows: which delivered samples it holds.
+"""Recognise the delivered samples in one input of the model.
 
 An input is compared with the recent deliveries, by its memory and, where this does not
 match or was written to, by the checksums of its samples. ``evidence`` joins what all
@@ -35,7 +35,7 @@ LOOKS_ALIKE = -2
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """What one input of the model shows about one delivery.
+    """The samples of one delivery that were recognised in one input of the model.
 
     Args:
         delivery: The delivery.

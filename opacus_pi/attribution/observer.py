@@ -321,7 +321,7 @@ def _observed_loader(base: type) -> type:
     class Observed(base):
         @property
         def _index_sampler(self) -> Any:
-            """What an iterator draws from: torch reads this once for each iterator.
+            """The sampler of an iterator; torch reads this once for each iterator.
 
             So every iterator has a recording of its own, and several iterators, or one
             that is left and another that follows, cannot be confused.

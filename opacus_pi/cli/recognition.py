@@ -57,7 +57,7 @@ _MAX_TEXT = 1 << 28  # bytes of a text, JSON or old log that are read at once
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a file is, and how to check it.
+    """The kind of a file, and the function that checks it.
 
     Args:
         description: The name of its kind if the file can be checked, else a few words.

@@ -53,7 +53,7 @@ _NOT_LOOKED_AT = {
 
 @dataclass(frozen=True)
 class SampleCounts:
-    """How many samples entered updates, and of how many the example is not known.
+    """Counts of the samples that entered updates and of those without a known example.
 
     Args:
         num_samples: Samples that entered updates.
@@ -92,7 +92,7 @@ class _Observer:
 
 
 class Chain:
-    """What is known about each link of one run.
+    """The links of one run, with the state and the reason of each.
 
     Args:
         count_samples: Returns the counts of the run so far. Default: none are counted.

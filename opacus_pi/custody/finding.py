@@ -1,4 +1,4 @@
-"""What a probe has found out about one link of the chain of custody."""
+"""The result of a probe of one link of the chain of custody."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -143,7 +143,7 @@ _DECLARE = (
 
 @dataclass(frozen=True)
 class _Call:
-    """How the model is called on a batch.
+    """One call of the model, with its arguments.
 
     Args:
         model: The user's module, unwrapped.
@@ -233,7 +233,7 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run of a model has returned and left.
+    """The outputs of one run of a model, and the state that it left.
 
     Attributes:
         outputs: The floating-point tensors among its outputs.
@@ -407,7 +407,7 @@ def _broken(call: _Call, share: float, tolerance: float) -> Finding:
 
 @dataclass(frozen=True)
 class _Change:
-    """How outputs changed when examples were replaced.
+    """The change of outputs when examples were replaced.
 
     Attributes:
         share: The largest change of an output of an example that stayed, relative to

@@ -1,4 +1,4 @@
-"""What the last update left of the weights, to see that nothing else writes to them.
+"""A sample of the weights after each update, to detect that other code wrote to them.
 
 Torch counts writes to a tensor, which shows most changes between two updates at no
 cost. A write to ``weight.data``, or through NumPy, is not counted. So the counts, the

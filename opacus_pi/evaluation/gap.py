@@ -1,4 +1,4 @@
-"""How far an unlearned model is from retrained models, over the whole run.
+"""The gap between an unlearned model and retrained models, over the whole run.
 
 The time to unlearn is one number of a run: the first time at which a metric is near its
 value for retrained models. It does not say whether the model stayed there, how far away
@@ -32,7 +32,7 @@ from opacus_pi.evaluation.trace import (
 
 
 class GapSummary(NamedTuple):
-    """What a run did to the distance of one metric from retrained models.
+    """Summary of one metric's gap to retrained models over a run.
 
     Attributes:
         initial: Distance before unlearning, at least 0, in the unit of the metric.

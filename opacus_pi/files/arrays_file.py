@@ -49,7 +49,7 @@ Described = tuple[str, str, tuple[int, ...], Iterable[bytes]]
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file of one kind holds.
+    """The arrays and facts that a file of one kind holds.
 
     Args:
         arrays: Type of each array that must be there, e.g. ``"<f8"``.

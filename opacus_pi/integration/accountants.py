@@ -66,7 +66,7 @@ def num_steps_of(accountant: IAccountant) -> int:
 
 @dataclass(frozen=True)
 class AccountantBound:
-    """What an accountant of Opacus guarantees for any one example, as it stands now.
+    """The guarantee of an accountant of Opacus for any one example, as it stands now.
 
     Args:
         accountant: A copy of it, which counts no further updates.

@@ -117,7 +117,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Examples:
-    """Where the batches of an audit come from.
+    """Source of the batches of an audit.
 
     Attributes:
         data_set: The training set.
@@ -151,7 +151,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class AuditedRun:
-    """What an engine has prepared, as far as an audit repeats it.
+    """The parts of a prepared run that an audit repeats.
 
     Attributes:
         mode: The ``grad_sample_mode``, or ``"swept"``.

@@ -1,4 +1,4 @@
-"""What an engine has prepared, also if its class overrides how it is done.
+"""Collect what an engine prepares, also if a derived class prepares it in another way.
 
 Programs extend Opacus's engine by subclasses that override ``make_private`` or one of
 the methods that it calls, and return models, optimizers and loaders of their own. So
@@ -82,7 +82,7 @@ _OWN_SCALING = (
 
 @dataclass
 class Preparation:
-    """What an engine has prepared so far.
+    """The objects that an engine has prepared so far.
 
     Opacus calls a method of the engine for each object, and none of these methods sees
     what the others returned.

@@ -38,7 +38,7 @@ _SAME_MODEL = "Pass a model of the architecture that was trained."
 
 @dataclass
 class Rerun:
-    """What is needed to train the rest of a run again.
+    """Everything that is needed to train the rest of a run again.
 
     Args:
         model: A plain module, trained in place.

@@ -1,4 +1,4 @@
-"""What a training run leaves behind, in NumPy alone: ledgers, and what reads them.
+"""Ledgers, the records that training runs leave behind; needs NumPy only.
 
 A ledger is the saved record of one training run. Every loss, bound and ranking is
 computed from it, so a new question needs no new training. Importing this package does

@@ -69,7 +69,7 @@ MAX_UNATTRIBUTED = 0.01
 
 @dataclass(frozen=True)
 class Link:
-    """What is known about one link of the chain.
+    """One link of the chain, with its state and the reason for it.
 
     Args:
         name: One of ``LINKS``.

@@ -201,7 +201,7 @@ class GradNormLedger(SavedLedger):
 
     @property
     def smoothed_ranks(self) -> SmoothedRanks:
-        """What all draws of the run say about the ranks of norms.
+        """The ranks of norms, smoothed over all draws of the run.
 
         Learnt when it is first needed; a ``subset`` keeps what the whole ledger learnt.
         """

@@ -1,4 +1,4 @@
-"""Which examples were in which update, and with which gradient norm.
+"""Record of the examples in each update, with their gradient norms.
 
 A ledger keeps a few rows of norms. A rewind needs more: the update in which an example
 was drawn first, and for a deletion policy every update that it was in. This record

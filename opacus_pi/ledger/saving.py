@@ -1,4 +1,4 @@
-"""How a ledger is written to a file and read again.
+"""Write a ledger to a file, and read it again.
 
 Both ledgers hold the same three kinds of things: the facts of the run (``NoisySGD``),
 arrays, and texts. ``SavedLedger`` turns them into one safetensors file and back. A
@@ -29,7 +29,7 @@ from opacus_pi.ledger.mechanism import (
 
 @dataclass(frozen=True)
 class LedgerFile:
-    """Which fields of a ledger its file holds.
+    """The fields of a ledger that its file holds.
 
     Args:
         kind: The kind of file, an entry of the table in ``files.kinds``.
@@ -52,7 +52,7 @@ class LedgerFile:
 
     @property
     def layout(self) -> Layout:
-        """What the file holds, with the facts of the run."""
+        """The layout of the file, with the facts of the run."""
         return Layout(
             arrays={**MECHANISM_ARRAYS, **self.arrays},
             facts=(*MECHANISM_FACTS, *self.texts.values()),

@@ -1,4 +1,4 @@
-r"""What the norms of an example may have been where it was not drawn: a predictive law.
+r"""Predictive distribution of an example's norms in updates that did not draw it.
 
 **Idea.** In every row each drawn example has a rank among those drawn. Ranks change
 slowly: an example with a large gradient now has one of the largest soon after. So
@@ -78,7 +78,7 @@ class PredictedScores:
 
 @dataclass(frozen=True, eq=False)
 class SmoothedRanks:
-    """What a run's draws say about ranks: how they persist, and each row's norms.
+    """The persistence of ranks in a run's draws, and the norms of each row.
 
     Args:
         times: float64 ``(N,)``, the middle of each row's updates as a share of the

@@ -234,7 +234,7 @@ class OwnLosses:
 
     @property
     def _name(self) -> str:
-        """What messages call the criterion."""
+        """The name of the criterion in messages."""
         name = getattr(self._trained, "__name__", type(self._trained).__name__)
         return "the criterion" if name == "<lambda>" else str(name)
 

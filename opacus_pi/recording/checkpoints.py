@@ -73,7 +73,7 @@ class Training(Protocol):
 
 
 class Checkpoints:
-    """Where and how often the state of a training is saved; and the states themselves.
+    """The saved states of a training, with the rule that says when one is saved.
 
     Args:
         directory: Where the states and the record of participations are. Use one

@@ -253,7 +253,7 @@ class Recorder(RecorderOptions):
 
     @property
     def chain(self) -> Chain | None:
-        """What is known about how the norms of the run come to be."""
+        """The chain of custody of the run's norms."""
         return self._chain
 
     @property
@@ -263,7 +263,7 @@ class Recorder(RecorderOptions):
 
     @property
     def sampling(self) -> str:
-        """How the run draws its batches; empty before it begins."""
+        """The sampling scheme of the run; empty before the run begins."""
         return self._run.sampling if self._run else ""
 
     @property

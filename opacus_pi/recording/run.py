@@ -1,4 +1,4 @@
-"""What a run has recorded so far: rows, update intervals, waiting reports.
+"""The record of an unfinished run: rows, update intervals, waiting reports.
 
 A row holds what was measured of every example after one update. The update interval of
 a row consists of the updates since the row before; the run keeps the settings of each.
@@ -38,7 +38,7 @@ _ROW = "rows."  # before the names of measurements in a saved state
 
 
 class UpdateSettings(NamedTuple):
-    """What one update, or every update of an update interval, was run with.
+    """The settings of one update, or of every update of an update interval.
 
     Args:
         noise_std: Standard deviation of the noise on the sum of the gradients.
@@ -69,7 +69,7 @@ _NO_UPDATE = UpdateSettings(math.inf, 0.0, 0.0)
 
 @dataclass
 class RecordedRun:
-    """What one training run has recorded so far; ``ledger`` makes a ledger of it.
+    """The record of one training run so far; ``ledger`` makes a ledger of it.
 
     Args:
         source: ``"observed"`` or ``"swept"``.

@@ -34,7 +34,7 @@ _NOT_SETTINGS = ("method", "forget_indices", "forgotten_before")
 
 
 class Unlearned(Protocol):
-    """What a report needs of the result of ``Unlearner.unlearn``: all but the model.
+    """The result of ``Unlearner.unlearn`` without its model, as a report needs it.
 
     A protocol, because the command line reads a run back from files, without loading
     the weights. Anything with these three attributes can be reported.

@@ -60,10 +60,11 @@ _ROUNDING = 1e-9
 def weight_matching(
     spec: PermutationSpec, params_a: Params, params_b: Params
 ) -> Permutation:
-    r"""Find the permutation of b whose weights have the largest inner product with a's.
+    r"""Find the permutation of ``params_b`` that is closest to ``params_a``.
 
-    Coordinate ascent: each symbol in turn is set to the optimum of a linear assignment
-    problem while the other symbols are held fixed, until no symbol improves. It starts
+    The closest has the largest inner product. Coordinate ascent: each symbol in turn is
+    set to the optimum of a linear assignment problem while the other symbols are held
+    fixed, until no symbol improves. It starts
     from the identity, or from a first matching if that has the larger inner product.
     The first matching decides the symbols one after the other. It sorts the entries
     along the symbols that are not decided yet, so their order does not matter.
@@ -92,7 +93,7 @@ def weight_matching(
 def activation_matching(
     spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, inputs: Any
 ) -> Permutation:
-    """Find the permutation of b whose activations correlate most with a's.
+    """Find the permutation of ``model_b`` that correlates most with ``model_a``.
 
     For each symbol, correlations over examples and positions are summed over all
     activations in which the symbol appears (outputs of linear layers, convolutions and

@@ -47,7 +47,7 @@ Permutation = dict[str, NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class PermutationSpec:
-    """Which dimensions of a network's tensors are permuted together.
+    """The groups of dimensions of a network's tensors that are permuted together.
 
     Attributes:
         symbols: Each independent permutation by name, with its size and, for an inner

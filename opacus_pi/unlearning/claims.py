@@ -1,4 +1,4 @@
-"""What may be claimed after unlearning, from what was recorded and what was run.
+"""Guarantees of unlearning, derived from what was recorded and what was run.
 
 The idea: training with noise bounds how far the trained model's distribution is from
 that of a model trained without the forget set. A run of unlearning that never uses the
@@ -57,7 +57,7 @@ _ORDERS = DEFAULT_ORDERS[::3]
 
 
 class AccountantBound(Protocol):
-    """What an engine's accountant guarantees for any one example; from the engine."""
+    """The guarantee of an engine's accountant for any one example."""
 
     def at(self, delta: float) -> EpsilonDelta | None:
         """Return ε at one δ; None if the accountant gives no bound there."""
@@ -65,7 +65,7 @@ class AccountantBound(Protocol):
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What only the engine of a training knows, as far as a guarantee needs it.
+    """The facts of a training that only its engine knows and a guarantee needs.
 
     Args:
         is_secure: Whether the noise came from a cryptographically secure generator;

@@ -121,7 +121,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` found in a log whose chain is unbroken.
+    """The result of ``verify`` for a log whose chain is unbroken.
 
     Args:
         head: Hash of the last entry; ``START`` for a log without entries.

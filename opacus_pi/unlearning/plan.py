@@ -1,4 +1,4 @@
-"""What to expect of an unlearning run before it is run.
+"""Plans: the expected difficulty, cost and guarantee of an unlearning run.
 
 A plan says how difficult the forget set is (its mean privacy loss, and where that
 stands among all examples), how many steps past runs predict, and what may be claimed

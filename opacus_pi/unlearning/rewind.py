@@ -1,4 +1,4 @@
-"""Which saved state to go back to for a forget set, what that costs, what it proves.
+"""Plan and run rewinds: go back to a saved state, and train again without a set.
 
 *Exact rewind.* Until an example is drawn for the first time, training with it and
 without it are the same. So a model that goes back to a state from before, and trains
@@ -91,7 +91,7 @@ _MONITORED = (
 
 @dataclass(frozen=True)
 class RewindPlan:
-    """How far a model must go back to forget a set, and what that costs.
+    """The saved state to which a model must go back to forget a set, and the cost.
 
     Args:
         forget: int64, the examples to forget, sorted.
@@ -186,7 +186,7 @@ class RewindPlan:
 
 @dataclass(frozen=True)
 class Loop:
-    """How the training loop makes one update.
+    """One update of the training loop, as a rewind repeats it.
 
     Args:
         criterion: ``criterion(outputs, targets)``, one loss per example.

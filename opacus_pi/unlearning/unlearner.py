@@ -65,7 +65,7 @@ _NOTHING_NEW = (
 
 @dataclass(frozen=True, repr=False)
 class UnlearningResult(Shown):
-    """What one call of ``Unlearner.unlearn`` returns.
+    """The result of one call of ``Unlearner.unlearn``.
 
     Args:
         model: The unlearned model, in evaluation mode.

@@ -1,4 +1,4 @@
-"""How a deletion log refers to a user: by a keyed hash of the name.
+"""Keyed hashes by which a deletion log refers to users.
 
 A plain hash of a name can be guessed by hashing a list of names. An HMAC cannot without
 the key, so the log and the key must not be kept together where others can read. The key
@@ -28,7 +28,7 @@ _SHORTEST_KEY = 16
 
 
 class UserNames:
-    """What the payloads of one log say about users.
+    """The user names in the payloads of one log, as keyed hashes.
 
     Args:
         path: The log. Its key file has the same name with ``.key`` added.

@@ -1,4 +1,4 @@
-r"""How much a noisy process, applied to two distributions, brings them together.
+r"""Bounds on how far a noisy process brings two distributions together.
 
 **Idea.** Both laws go through the same steps: for unlearning, the law of the model that
 was trained on the forget set and that of the retrained model, both continued on the

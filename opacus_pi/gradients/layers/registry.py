@@ -1,4 +1,4 @@
-"""Which layer types have a rule, and whether a layer computes what its type does.
+"""The table of layer types that have a rule, and a check that a layer fits its type.
 
 Rules are kept in one table by layer type. Norm sweeps
 (:mod:`~opacus_pi.gradients.tapped_layers`) and training

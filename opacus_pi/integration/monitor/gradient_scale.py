@@ -63,7 +63,7 @@ _SAME = "The gradients of the first updates were those of the mean of the criter
 
 @dataclass(frozen=True)
 class _Pass:
-    """What a forward pass needs to be repeated.
+    """Everything that is needed to repeat a forward pass.
 
     Args:
         args: The model's positional inputs.

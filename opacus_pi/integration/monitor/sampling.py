@@ -36,7 +36,7 @@ _UNKNOWN_BATCHES = (
 
 @dataclass(frozen=True)
 class SamplingScheme:
-    """How a loader samples the batch of an update.
+    """The sampling scheme of a loader, as the accounting needs it.
 
     Args:
         sample_rate: Probability, or share of the updates, with which an example is in

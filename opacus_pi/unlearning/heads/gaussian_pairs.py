@@ -1,4 +1,4 @@
-r"""How far two Gaussian laws are apart: Rényi divergences and exact hockey-sticks.
+r"""Rényi and hockey-stick divergences of two Gaussian distributions.
 
 Any two Gaussian laws P and Q of weights can be brought to diagonal form by one linear
 map, which changes no divergence. Then every coordinate i of every column c is

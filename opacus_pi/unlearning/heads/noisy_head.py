@@ -1,4 +1,4 @@
-"""What all heads share: noisy full-batch descent, and the rows that are left.
+"""The base of all heads: noisy full-batch descent, and the rows that are left.
 
 A head is one linear layer on frozen features. It is trained by gradient descent on all
 rows, with Gaussian noise in every step. To forget rows, it goes on with the rest. All
@@ -39,7 +39,7 @@ _MOST_DOUBLINGS = 27  # about as many steps
 
 @dataclass(frozen=True)
 class ForgettingCost:
-    """What it takes to forget some examples.
+    """The cost of forgetting some examples.
 
     Attributes:
         epsilon_before: ε without any unlearning step, both directions.

@@ -33,7 +33,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Process:
-    """What noisy gradient descent does, apart from the rows: all of it data-free.
+    """The settings of noisy gradient descent, none of which depends on the data.
 
     Attributes:
         learning_rate: η, at most 1/(1 + λ).
