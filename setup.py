@@ -55,6 +55,7 @@ setup(
             "nbformat>=5.10",
             "ipykernel>=6.29",
             "lightning>=2.6",
+            "accelerate>=1",
             "peft>=0.18",
             "transformers>=5",
         ],

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -37,6 +38,8 @@ def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
         for line, code in blocks(page):
             exec(compile("\n" * line + code, str(page), "exec"), namespace)
     plt.close("all")
+    # what a page sets up with accelerate holds for the whole process
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_blocks_are_found():

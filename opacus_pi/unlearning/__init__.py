@@ -8,6 +8,7 @@ requests about a model in a tamper-evident log and carries each out once. The me
 |---|---|
 | what does one update do? | ``methods``, ``rivals`` |
 | in which order, and when does it end? | ``loop``, ``unlearner`` |
+| what happens meanwhile, and after a crash? | ``callbacks``, ``resuming`` |
 | what may be claimed afterwards? | ``claims`` |
 | how long will it take? | ``plan``, ``search`` |
 | how far must a training go back? | ``rewind`` |
@@ -23,9 +24,10 @@ requests about a model in a tamper-evident log and carries each out once. The me
 """
 
 from opacus_pi._promised import promise
+from opacus_pi.unlearning.callbacks import Callback, LogMetrics
 from opacus_pi.unlearning.deletion_log import DeletionLog
 from opacus_pi.unlearning.json_lines_log import import_log
-from opacus_pi.unlearning.loop import StopWhen
+from opacus_pi.unlearning.loop import StopAtPlateau, StopWhen
 from opacus_pi.unlearning.methods import FineTune, L1Sparse, Langevin, Method, Task
 from opacus_pi.unlearning.plan import Plan
 from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
@@ -42,18 +44,21 @@ from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
 __all__ = [
     "SCRUB",
     "SSD",
+    "Callback",
     "DeletionLog",
     "DeletionRequest",
     "DeletionRequests",
     "FineTune",
     "L1Sparse",
     "Langevin",
+    "LogMetrics",
     "Method",
     "NegGradPlus",
     "Plan",
     "RandomLabels",
     "RewindPlan",
     "SalUn",
+    "StopAtPlateau",
     "StopWhen",
     "Task",
     "Unlearner",

@@ -48,7 +48,7 @@ from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import LINKS
 from opacus_pi.ledger.grad_norm_ledger import columns_of, joint_mechanism
 from opacus_pi.models.weights_name import weights_name
-from opacus_pi.unlearning.loop import StopWhen
+from opacus_pi.unlearning.loop import StopRule, stop_rule
 from opacus_pi.unlearning.methods import FineTune, L1Sparse, Langevin, Method
 
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
@@ -102,14 +102,14 @@ class History:
             it did not end.
     """
 
-    stop: StopWhen | None = None
+    stop: StopRule | None = None
     looked: str = ""
     updated: bool = False
     num_used: int = 0
     trained: str = ""
     left: str = ""
 
-    def after(self, method: Method, stop: StopWhen | None) -> "History":
+    def after(self, method: Method, stop: StopRule | None) -> "History":
         """Return the history with one more run.
 
         Args:
@@ -195,7 +195,7 @@ def history_from_json(text: str | None) -> History | None:
     try:
         found: dict[str, Any] = json.loads(text)
         stop = found["stop"]
-        rule = None if stop is None else StopWhen(**stop)
+        rule = None if stop is None else stop_rule(stop)
         if "num_used" not in found:
             why = found["looked"] or UNKNOWN.looked
             found = {"looked": why, "updated": True}
@@ -233,7 +233,7 @@ def claim(
     forget_indices: NDArray[np.int64],
     history: History = _NO_RUNS,
     *,
-    stop: StopWhen | None = None,
+    stop: StopRule | None = None,
     forgotten_before: NDArray[np.int64] = _NO_EXAMPLES,
     has_weights: bool = True,
     engine_facts: EngineFacts = _NO_FACTS,
@@ -466,7 +466,7 @@ def _does_not_look(method: Method, history: History) -> tuple[Assumption, ...]:
     )
 
 
-def _fixed_length(stop: StopWhen | None) -> Assumption:
+def _fixed_length(stop: StopRule | None) -> Assumption:
     """Assume a fixed length: a length chosen by evaluations reveals their results.
 
     Args:

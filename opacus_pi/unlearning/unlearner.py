@@ -43,6 +43,8 @@ from opacus_pi.models.copies import training_copy
 from opacus_pi.models.own_losses import Criterion, per_example_criterion
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.recording.checkpoints import Checkpoints
+from opacus_pi.recording.random_states import RandomStates
+from opacus_pi.unlearning.callbacks import Callback
 from opacus_pi.unlearning.claims import (
     EngineFacts,
     History,
@@ -50,12 +52,19 @@ from opacus_pi.unlearning.claims import (
     claim,
     runs_in,
 )
-from opacus_pi.unlearning.loop import MakeOptimizer, MakeScheduler, StopWhen, updates
+from opacus_pi.unlearning.loop import (
+    MakeOptimizer,
+    MakeScheduler,
+    StopRule,
+    Updates,
+    updates,
+)
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan, require_rest
+from opacus_pi.unlearning.resuming import RunFile
 from opacus_pi.unlearning.rewind import Loop, RecordedTraining, RewindPlan, states_of
+from opacus_pi.unlearning.watching import Evaluate, Watch
 
-Evaluate = Callable[[nn.Module], dict[str, float]]
 _FINE_TUNE = FineTune()
 _NOTHING_NEW = (
     "Every example of forget_indices was forgotten before: nothing new is forgotten. "
@@ -203,9 +212,12 @@ class Unlearner:
         num_epochs: int = 25,
         evaluate: Evaluate | None = None,
         batch_size: int = 64,
-        stop: StopWhen | None = None,
+        stop: StopRule | None = None,
         *,
         delta: float = 1e-5,
+        callbacks: Sequence[Callback] = (),
+        checkpoint: str | os.PathLike[str] | None = None,
+        progress: bool | None = None,
     ) -> UnlearningResult:
         """Forget a set: fine-tune on the rest of the training set by the method.
 
@@ -221,9 +233,15 @@ class Unlearner:
             evaluate: ``model -> dict`` of numbers, called with the model in evaluation
                 mode before the first update and after each epoch.
             batch_size: Examples per batch.
-            stop: Ends the run at the evaluation that satisfies it; the guarantee says
-                what that costs, whether or not the run was ended.
+            stop: ``StopWhen`` or ``StopAtPlateau``: ends the run at the evaluation that
+                satisfies it; the guarantee says what that costs, whether or not the run
+                was ended.
             delta: δ in (0, 1) at which the engine's accountant is asked for ε.
+            callbacks: Told about the start, each epoch and the end.
+            checkpoint: File that is written after each epoch but the last, and removed
+                at the end. If it exists, the run continues from it, with the random
+                states that it has, and ends as an unbroken run would have ended.
+            progress: Whether to show a progress bar. Default: in a terminal only.
 
         Returns:
             Model, trace, guarantee and record.
@@ -231,7 +249,8 @@ class Unlearner:
         Raises:
             ValueError: If the indices are empty, repeated or out of range, no example
                 would be left, the ledger is of another data set, ``delta`` is outside
-                (0, 1), or ``stop`` is given without ``evaluate``.
+                (0, 1), ``stop`` is given without ``evaluate``, or the checkpoint is of
+                another run.
         """
         check_delta(delta)
         expect(
@@ -245,13 +264,6 @@ class Unlearner:
         gone = np.union1d(self.forgotten, forget)
         if len(gone) == len(self.forgotten):
             warnings.warn(_NOTHING_NEW, stacklevel=2)
-        guarantee = self._claim(forget, delta, stop)
-        history = self.history.after(self.method, stop)
-        self.history = history.begun(
-            weights_name(self.model),
-            len(gone) - len(self.forgotten),
-            updates=num_epochs > 0,
-        )
         record = {
             **self._settings(),
             "data_set": fingerprint(train_set),
@@ -260,12 +272,20 @@ class Unlearner:
             "num_epochs": num_epochs,
             "batch_size": batch_size,
             "stop": None if stop is None else asdict(stop),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": _now(),
         }
+        start = weights_name(self.model)
+        file = None if checkpoint is None else RunFile(checkpoint, start, record)
+        watch = Watch(evaluate, stop, callbacks, progress, file)
+        guarantee = self._claim(forget, delta, stop)
+        self.history = self.history.after(self.method, stop).begun(
+            start, len(gone) - len(self.forgotten), updates=num_epochs > 0
+        )
         self.forgotten = gone
         self.model = copy.deepcopy(self.model)
         loaders = self._loaders(train_set, retain, gone, batch_size)
-        record |= self._fit(loaders, num_epochs, evaluate, stop)
+        costs = self._fit(loaders, num_epochs, watch)
+        record = {**(record if file is None else file.record), **costs}
         self.history = self.history.ended(weights_name(self.model))
         return UnlearningResult(self.model, self.trace, guarantee, record)
 
@@ -431,7 +451,7 @@ class Unlearner:
         )
         record = {
             "data_set": fingerprint(train_set),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": _now(),
             **plan.facts(),
         }
         self.trace, clock = UnlearningTrace(unit="epochs"), time.perf_counter()
@@ -448,7 +468,7 @@ class Unlearner:
         return UnlearningResult(self.model, self.trace, plan.guarantee, record)
 
     def _claim(
-        self, forget: NDArray[np.int64], delta: float, stop: StopWhen | None = None
+        self, forget: NDArray[np.int64], delta: float, stop: StopRule | None = None
     ) -> Guarantee:
         """Return what may be claimed once this set and earlier ones are forgotten.
 
@@ -486,8 +506,7 @@ class Unlearner:
         self,
         loaders: tuple[DataLoader[Any], DataLoader[Any] | None],
         num_epochs: int,
-        evaluate: Evaluate | None,
-        stop: StopWhen | None,
+        watch: Watch,
     ) -> dict[str, Any]:
         """Run the epochs, evaluating after each; return the steps and the time.
 
@@ -498,45 +517,86 @@ class Unlearner:
         Args:
             loaders: Of the retain set, and of the forget set if the method uses it.
             num_epochs: Passes over the retain set at most.
-            evaluate: ``model -> dict`` of numbers, or None.
-            stop: The rule that may end the run early, or None.
+            watch: What is evaluated, told and saved meanwhile.
 
         Returns:
             ``num_steps`` and the entries of the trace's cost, for the record.
         """
-        clock = time.perf_counter()
-        self.trace = UnlearningTrace(unit="epochs")
-        self._evaluate_at(0, evaluate)
+        clock = time.perf_counter() - watch.seconds_before
+        random = self._random_states(loaders)
+        self._begin(watch, random)
         task = self._task(*loaders)
         lengths = [self.method.pass_length(task, i) for i in range(num_epochs)]
         ends = np.cumsum(lengths, dtype=np.int64)
-        idle = num_epochs == 0 or self._may_stop(stop)
-        step, num_steps = 0, 0 if idle else int(ends[-1])
-        with tqdm(total=num_epochs, desc="unlearning", disable=None) as bar:
-            for step in self.run(loaders[0], num_steps, forget_loader=loaders[1]):
+        idle = num_epochs == 0 or self._may_stop(watch.stop)
+        num_steps = 0 if idle else int(ends[-1])
+
+        def save(run: Updates) -> None:
+            self.trace.cost["seconds"] = time.perf_counter() - clock
+            watch.save(random, run, self.trace)
+
+        run = Updates(
+            self.method, task, num_steps, self._optimizer, self._scheduler, save
+        )
+        watch.restore(run, random)
+        with watch.bar(run.step, num_steps) as bar:
+            for step in run:
+                bar.update()
                 epoch = int(np.searchsorted(ends, step)) + 1
                 if step == ends[epoch - 1]:
-                    self._evaluate_at(epoch, evaluate)
-                    bar.update()
-                    if self._may_stop(stop):
+                    metrics = self._evaluate_at(epoch, watch.evaluate)
+                    for callback in watch.callbacks:
+                        callback.on_epoch_end(self, epoch, metrics)
+                    if self._may_stop(watch.stop):
                         break
         self.model.zero_grad(set_to_none=True)
         self.model.eval()
         self.trace.cost["seconds"] = time.perf_counter() - clock
-        return {"num_steps": step, **self.trace.cost}
+        watch.end(self)
+        return {"num_steps": run.step, **self.trace.cost}
 
-    def _evaluate_at(self, epoch: float, evaluate: Evaluate | None) -> None:
-        """Evaluate the copy and append the metrics to the trace.
+    def _begin(self, watch: Watch, random: RandomStates) -> None:
+        """Evaluate the model before the first update, or take the saved evaluations.
+
+        Args:
+            watch: What is evaluated, told and saved.
+            random: All generators of the run.
+        """
+        if watch.saved is None:
+            self.trace = UnlearningTrace(unit="epochs")
+            metrics = self._evaluate_at(0, watch.evaluate)
+            for callback in watch.callbacks:
+                callback.on_start(self, metrics)
+        else:
+            self.trace = UnlearningTrace(**watch.saved.trace)
+        if watch.file is not None:
+            watch.file.begin(random, watch.saved)
+
+    def _random_states(
+        self, loaders: tuple[DataLoader[Any], DataLoader[Any] | None]
+    ) -> RandomStates:
+        """Return all generators that a run draws from."""
+        own = {"method": self._generator}
+        for name, loader in zip(("retain", "forget"), loaders, strict=True):
+            if loader is not None:
+                own[name] = loader.generator
+        return RandomStates(own)
+
+    def _evaluate_at(self, epoch: float, evaluate: Evaluate | None) -> dict[str, float]:
+        """Evaluate the copy, append the metrics to the trace, and return them.
 
         Args:
             epoch: Epochs done; 0 is before the first update.
             evaluate: ``model -> dict`` of numbers; None evaluates nothing.
         """
-        if evaluate is not None:
-            self.model.eval()
-            self.trace.append(epoch, evaluate(self.model))
+        if evaluate is None:
+            return {}
+        self.model.eval()
+        metrics = evaluate(self.model)
+        self.trace.append(epoch, metrics)
+        return dict(metrics)
 
-    def _may_stop(self, stop: StopWhen | None) -> bool:
+    def _may_stop(self, stop: StopRule | None) -> bool:
         """Return whether the evaluations so far satisfy the stopping rule."""
         return stop is not None and stop.reached(self.trace)
 
@@ -601,6 +661,11 @@ def _facts_of(engine: Any) -> EngineFacts:
     bound = getattr(engine, "accountant_bound", None)
     is_secure = getattr(engine, "secure_mode", None)
     return EngineFacts(is_secure, None if bound is None else bound())
+
+
+def _now() -> str:
+    """Return the time in UTC, for a record."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _default_optimizer(params: list[nn.Parameter]) -> torch.optim.Optimizer:

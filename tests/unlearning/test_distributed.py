@@ -9,7 +9,7 @@ from opacus import GradSampleModule
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from opacus_pi.unlearning import Langevin, Unlearner
 
@@ -26,14 +26,31 @@ def net():
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def unlearned(model):
-    unlearner = Unlearner(
+def unlearner(model):
+    return Unlearner(
         model,
         criterion=CRITERION,
         method=Langevin(0.1, max_grad_norm=1.0),
         generator=torch.Generator().manual_seed(3),
     )
-    return unlearner.unlearn(data(), [2, 5], 2, batch_size=8).model
+
+
+def unlearned(model):
+    return unlearner(model).unlearn(data(), [2, 5], 2, batch_size=8).model
+
+
+def retain_set():
+    return Subset(data(), [i for i in range(24) if i not in (2, 5)])
+
+
+def unlearned_together():
+    """Each process makes its half of every batch of 8, and DDP averages."""
+    shared = unlearner(net())
+    shared.model = DistributedDataParallel(shared.model)
+    sampler = DistributedSampler(retain_set(), shuffle=False)
+    for _ in shared.run(DataLoader(retain_set(), 4, sampler=sampler), num_steps=5):
+        pass
+    return shared.model.module
 
 
 def train_(model, rank):
@@ -59,6 +76,7 @@ def process(rank, folder):
         "unlearned": unlearned(model).state_dict(),
         "still trained": model.module.state_dict(),
         "private": unlearned(private).state_dict(),
+        "together": unlearned_together().state_dict(),
     }
     torch.save(stages, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -79,3 +97,10 @@ def test_under_ddp_every_process_unlearns_as_a_single_one(tmp_path):
     alone.load_state_dict(first["trained"])
     assert equal(first["unlearned"], unlearned(alone).state_dict())
     assert equal(first["private"], unlearned(net()).state_dict())
+    together = unlearner(net())
+    for _ in together.run(DataLoader(retain_set(), 8), num_steps=5):
+        pass
+    expected = together.model.state_dict()
+    for name, value in first["together"].items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert not equal(expected, net().state_dict())

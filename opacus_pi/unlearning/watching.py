@@ -1,0 +1,85 @@
+"""What is evaluated, told and saved while ``Unlearner.unlearn`` runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from opacus_pi._validate import expect
+from opacus_pi.evaluation.trace import UnlearningTrace
+from opacus_pi.recording.random_states import RandomStates
+from opacus_pi.unlearning.callbacks import Callback, Watched
+from opacus_pi.unlearning.loop import StopRule, Updates
+from opacus_pi.unlearning.resuming import RunFile, SavedRun
+
+__all__ = ["Watch"]
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+@dataclass
+class Watch:
+    """What is evaluated, told and saved while a run goes on.
+
+    Args:
+        evaluate: ``model -> dict`` of numbers, or None.
+        stop: The rule that may end the run early, or None.
+        callbacks: Told about the start, each epoch and the end.
+        progress: Whether to show a bar; None: in a terminal only.
+        file: Where the run is saved after each pass, or None.
+
+    Attributes:
+        saved: A run that is to be continued, if the file has one.
+
+    Raises:
+        ValueError: If a callback is of another class, or the file is of another run.
+    """
+
+    evaluate: Evaluate | None
+    stop: StopRule | None
+    callbacks: Sequence[Callback]
+    progress: bool | None
+    file: RunFile | None
+
+    def __post_init__(self) -> None:
+        for callback in self.callbacks:
+            expect(
+                isinstance(callback, Callback),
+                "callbacks",
+                repr(callback),
+                "must be objects of subclasses of Callback",
+                "Pass for example [LogMetrics(logger)].",
+            )
+        self.saved: SavedRun | None = None if self.file is None else self.file.read()
+
+    @property
+    def seconds_before(self) -> float:
+        """Seconds that the saved run took until it was saved."""
+        return 0.0 if self.saved is None else float(self.saved.trace["cost"]["seconds"])
+
+    def save(self, random: RandomStates, run: Updates, trace: UnlearningTrace) -> None:
+        """Save the run if that was asked for."""
+        if self.file is not None:
+            self.file.write(random, run, trace)
+
+    def restore(self, run: Updates, random: RandomStates) -> None:
+        """Bring a run that has just begun to where it was saved."""
+        if self.saved is not None:
+            run.load_state_dict(self.saved.updates)
+            random.restore(self.saved.random)
+
+    def bar(self, done: int, total: int) -> Any:
+        """Return the progress bar of a run, by updates."""
+        hidden = None if self.progress is None else not self.progress
+        return tqdm(
+            total=total, initial=done, desc="unlearning", unit="update", disable=hidden
+        )
+
+    def end(self, unlearner: Watched) -> None:
+        """Tell the callbacks, and remove the file of a run that is complete."""
+        for callback in self.callbacks:
+            callback.on_end(unlearner)
+        if self.file is not None:
+            self.file.remove()
