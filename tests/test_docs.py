@@ -1,9 +1,11 @@
 """Every Python block of every page runs; every public name has a place in the API."""
 
 import re
+import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import matplotlib.pyplot as plt
 import pytest
@@ -30,13 +32,14 @@ def blocks(page):
 @pytest.mark.parametrize("page", [p for p in PAGES if any(blocks(p))], ids=named)
 def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {"__name__": "page"}
+    module = ModuleType("page")  # so that classes of the page can be pickled
+    monkeypatch.setitem(sys.modules, "page", module)
     if ".to_frame(" in page.read_text(encoding="utf-8"):
         pytest.importorskip("pandas")
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for line, code in blocks(page):
-            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+            exec(compile("\n" * line + code, str(page), "exec"), vars(module))
     plt.close("all")
     # what a page sets up with accelerate holds for the whole process
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -44,6 +47,13 @@ def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
 
 def test_the_blocks_are_found():
     assert sum(len(list(blocks(page))) for page in PAGES) > 20
+
+
+@pytest.mark.parametrize("what", ["data", "metric", "method", "model"])
+def test_what_is_your_own_needs_a_short_page(what):
+    page = DOCS / "how-to" / f"own-{what}.md"
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 40
+    assert len(list(blocks(page))) == 1
 
 
 def documented(text):

@@ -67,9 +67,9 @@ class Method:
     changes the gradients, the optimizer steps, ``project_`` changes the weights.
 
     Attributes:
-        needs_forget_set: Whether the method uses batches of the forget set. If it does,
-            its guarantee is empirical, so a method that sets this wrongly makes a false
-            claim.
+        needs_forget_set: Whether the method uses batches of the forget set. If so,
+            ``loss`` gets one beside each batch of the retain set, and the guarantee is
+            empirical: a method that sets this wrongly makes a false claim.
     """
 
     needs_forget_set: ClassVar[bool] = False
@@ -90,14 +90,18 @@ class Method:
     ) -> Iterator[tuple[Batch | None, Batch | None]]:
         """Yield (retain batch, forget batch) for each update of one pass.
 
-        None stands for a batch that the update does not use.
+        A pass is one over the retain set. If the method needs the forget set, its
+        batches are repeated as often as needed: it is usually much smaller, so its
+        examples are used many times in a pass. None stands for a batch that the update
+        does not use.
 
         Args:
             task: The model and the data.
             num_pass: Passes done before this one. A pass without updates ends the run.
         """
+        forget = repeated(task.forget_batches) if self.needs_forget_set else None
         for batch in one_pass(task.retain_loader, "retain"):
-            yield batch, None
+            yield batch, None if forget is None else next(forget)
 
     def pass_length(self, task: Task, num_pass: int) -> int:
         """Return the number of updates that ``batches`` yields in a pass.
@@ -118,7 +122,7 @@ class Method:
             retain: Batch of the retain set, or None if the update does not use one.
             forget: Batch of the forget set, or None if the update does not use one.
         """
-        return mean_loss(task, cast(Batch, retain))
+        return mean_loss(task, retain)
 
     def penalty(self, params: Sequence[Tensor], progress: float) -> Tensor | None:
         """Return a scalar that is added to the loss, or None.
@@ -307,14 +311,41 @@ def one_pass(loader: Iterable[Batch], name: str) -> Iterator[Batch]:
     )
 
 
-def mean_loss(task: Task, batch: Batch) -> Tensor:
+def repeated(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches of a forget loader, pass after pass, without end.
+
+    ``itertools.cycle`` would store the batches of the first pass and repeat them; here
+    a loader that shuffles gives a new order in every pass.
+
+    Args:
+        loader: The loader.
+
+    Raises:
+        ValueError: If a pass yields no batch.
+    """
+    while True:
+        yield from one_pass(loader, "forget")
+
+
+def mean_loss(task: Task, batch: Batch | None) -> Tensor:
     """Return the mean of a batch's per-example losses; an empty batch gives 0.
 
     Args:
         task: The model and its criterion.
         batch: ``(x, y)``; Poisson sampling draws empty batches now and then.
+
+    Raises:
+        ValueError: If it is None: the update does not use a batch of that set.
     """
-    x, y = batch
+    expect(
+        batch is not None,
+        "batch",
+        None,
+        "must be a batch (x, y)",
+        "This update has no batch of that set. A method whose loss uses the forget set "
+        "says so by needs_forget_set = True in its class.",
+    )
+    x, y = cast(Batch, batch)
     if len(y) == 0:
         return _zero(task.model)
     return task.criterion(forward(task.model, x), y).mean()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from opacus_pi.unlearning import FineTune, L1Sparse, Langevin, Method, Task, Unlearner
-from opacus_pi.unlearning.methods import clipped_loss, expected_batch_size
+from opacus_pi.unlearning.methods import clipped_loss, expected_batch_size, mean_loss
 
 CRITERION = nn.CrossEntropyLoss()
 METHODS = [FineTune(), Langevin(0.1), Langevin(0.1, max_grad_norm=1.0), L1Sparse(1e-3)]
@@ -272,6 +272,37 @@ def test_same_seed_same_weights(method):
     first, _ = trained(method)
     second, _ = trained(method)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Watching(Method):
+    """Needs the forget set, and says nothing else."""
+
+    needs_forget_set = True
+
+    def __init__(self):
+        self.seen = []
+
+    def loss(self, task, retain, forget):
+        self.seen.append(tuple(len(batch[1]) for batch in (retain, forget)))
+        return super().loss(task, retain, forget)
+
+
+def test_a_method_that_only_needs_the_forget_set_gets_its_batches():
+    unlearner = Unlearner(net(), criterion=CRITERION, method=Watching())
+    result = unlearner.unlearn(data(), [1, 2, 3], 2, batch_size=8)
+    assert unlearner.method.seen == [(8, 3), (8, 3), (5, 3)] * 2
+    assert result.guarantee.kind == "empirical"
+
+
+class Mistaken(Method):
+    def loss(self, task, retain, forget):
+        return mean_loss(task, forget)
+
+
+def test_a_loss_on_a_batch_that_the_update_has_not_says_what_to_declare():
+    unlearner = Unlearner(net(), criterion=CRITERION, method=Mistaken())
+    with pytest.raises(ValueError, match="needs_forget_set = True in its class"):
+        unlearner.unlearn(data(), [1], 1)
 
 
 def test_a_method_of_ones_own():

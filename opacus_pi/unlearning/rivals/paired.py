@@ -1,6 +1,5 @@
 """Methods whose every update uses a batch of each set."""
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, cast
 
@@ -15,30 +14,11 @@ from opacus_pi.unlearning.methods import (
     Task,
     at_least_zero,
     mean_loss,
-    one_pass,
 )
 
 
-class _Paired(Method):
-    """A method whose every update uses a batch of each set.
-
-    A pass is one over the retain set; the forget set is iterated as often as needed. It
-    is usually much smaller, so its examples are used many times in a pass.
-    """
-
-    needs_forget_set: ClassVar[bool] = True
-
-    def batches(
-        self, task: Task, num_pass: int
-    ) -> Iterator[tuple[Batch | None, Batch | None]]:
-        """Yield each batch of the retain set with the next batch of the forget set."""
-        forget = _repeated(task.forget_batches)
-        for retain, _ in super().batches(task, num_pass):
-            yield retain, next(forget)
-
-
 @dataclass(frozen=True)
-class NegGradPlus(_Paired):
+class NegGradPlus(Method):
     """Descend on the retain set, ascend on the forget set: β L_keep - (1 - β) L_drop.
 
     Args:
@@ -48,6 +28,8 @@ class NegGradPlus(_Paired):
     """
 
     retain_weight: float = 0.95
+
+    needs_forget_set: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         in_range(
@@ -59,13 +41,13 @@ class NegGradPlus(_Paired):
 
     def loss(self, task: Task, retain: Batch | None, forget: Batch | None) -> Tensor:
         """Return the weighted difference of the two mean losses."""
-        keep = mean_loss(task, cast(Batch, retain))
-        drop = mean_loss(task, cast(Batch, forget))
+        keep = mean_loss(task, retain)
+        drop = mean_loss(task, forget)
         return self.retain_weight * keep - (1 - self.retain_weight) * drop
 
 
 @dataclass(frozen=True)
-class RandomLabels(_Paired):
+class RandomLabels(Method):
     """Fit wrong labels on the forget set: L_forget(x, y') + α L_retain, y' ≠ y uniform.
 
     For classifiers; the wrong labels are drawn anew for every batch.
@@ -79,6 +61,8 @@ class RandomLabels(_Paired):
 
     retain_weight: float = 1.0
 
+    needs_forget_set: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         remedy = "Pass 0 to train on the forget set only."
         at_least_zero("retain_weight", self.retain_weight, remedy)
@@ -89,7 +73,7 @@ class RandomLabels(_Paired):
         outputs = forward(task.model, x)
         wrong = other_labels(y, outputs.shape[-1], task.generator)
         drop = task.criterion(outputs, wrong).mean()
-        return drop + self.retain_weight * mean_loss(task, cast(Batch, retain))
+        return drop + self.retain_weight * mean_loss(task, retain)
 
 
 def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
@@ -114,16 +98,3 @@ def other_labels(y: Tensor, num_classes: int, generator: torch.Generator) -> Ten
         1, num_classes, y.shape, generator=generator, device=generator.device
     )
     return (y + shift.to(y.device)) % num_classes
-
-
-def _repeated(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches of a loader, pass after pass, without end.
-
-    ``itertools.cycle`` would store the batches of the first pass and repeat them; here
-    a loader that shuffles gives a new order in every pass.
-
-    Raises:
-        ValueError: If a pass yields no batch.
-    """
-    while True:
-        yield from one_pass(loader, "forget")

@@ -11,7 +11,7 @@ from torch.nn import functional
 from opacus_pi._validate import positive
 from opacus_pi.models.batches import forward
 from opacus_pi.models.copies import training_copy
-from opacus_pi.unlearning.methods import Batch, Method, Task, at_least_zero
+from opacus_pi.unlearning.methods import Batch, Method, Task, at_least_zero, one_pass
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SCRUB(Method):
         """Yield the forget set in the first passes, and the retain set in all."""
         if num_pass < self.num_max_passes:
             yield from ((None, batch) for batch in task.forget_batches)
-        yield from super().batches(task, num_pass)
+        yield from ((batch, None) for batch in one_pass(task.retain_loader, "retain"))
 
     def pass_length(self, task: Task, num_pass: int) -> int:
         """Count the batches of both sets, later of the retain set alone."""
