@@ -66,9 +66,10 @@ class PrivacyStatement:
             each.
         estimated_from: From what the estimate was computed, in words; empty if there is
             none.
-        limit: What ε is at most, with 95 % confidence over the chance of which updates
-            drew the example (``epsilon_limits``). **For its owner only.** None if no
-            estimate is given, or it comes from several runs.
+        limit: Upper limit of ε at 95 % confidence, because only the updates that drew
+            the example are known (``epsilon_limits``). Never above ``worst_case``, and
+            equal to it if the draws show no more. **For its owner only.** None if no
+            estimate is given, or it comes from swept norms or from several runs.
     """
 
     subject: str
@@ -142,9 +143,11 @@ class PrivacyStatement:
         """Return the sentence about the limit of the estimate; empty if none."""
         if self.limit is None:
             return ""
+        if self.limit >= self.worst_case:
+            return " No upper limit below the bound of the next line can be given."
         return (
-            f" In this run it is at most {rounded_up(self.limit)}, with 95 % "
-            "confidence over the chance of which updates drew the example."
+            f" In this run ε is at most {rounded_up(self.limit)} with 95 % confidence: "
+            "the norms of the example are known only for the updates that drew it."
         )
 
     def _anyone(self) -> str:
@@ -200,11 +203,15 @@ def privacy_statement(
         own = [run.subset(columns) for run in runs]
         value = float(epsilons(own, delta)[0])
         epsilon = value if math.isfinite(value) else None
-        if epsilon is not None and len(own) == 1:
+        if epsilon is not None and len(own) == 1 and own[0].source == "observed":
             at_most = float(epsilon_limits(own[0], delta)[0])
             limit = at_most if math.isfinite(at_most) else None
     if noisy.met:
         worst = training_epsilon(runs, len(mine), delta)
+    if epsilon is not None:  # other orders may give a little more
+        epsilon = min(epsilon, worst)
+    if limit is not None:
+        limit = min(limit, worst)
     return PrivacyStatement(
         f"example {mine[0]}" if subject is None and single else subject or "one person",
         len(mine),

@@ -34,7 +34,10 @@ __all__ = [
 
 def accelerator_in_use() -> str | None:
     """Return the kind of accelerator that this process uses, such as ``"cuda"``."""
-    device = torch.accelerator.current_accelerator()
+    try:
+        device = torch.accelerator.current_accelerator()
+    except RuntimeError:  # torch 2.6 raises where later versions return None
+        return None
     if device is None:
         return None
     module = torch.get_device_module(device)

@@ -87,6 +87,37 @@ def test_sharing_says_with_whom_each_number_may_be_shared():
         assert assumption.statement in text
 
 
+def observed(num_rows, norm):
+    """Norms of forty examples, each drawn in about half of the rows."""
+    random = np.random.default_rng(num_rows)
+    norms = random.gamma(2.0, 0.5 * norm, (num_rows, 40))
+    norms[random.random(norms.shape) < 0.5] = np.nan
+    steps = np.arange(1, num_rows + 1) * 10
+    return GradNormLedger(
+        mechanism(num_steps=int(steps[-1])), steps, norms, source="observed"
+    )
+
+
+def test_an_upper_limit_stands_beside_an_estimate_from_observed_norms():
+    statement = privacy_statement(observed(60, 0.1), [1], DELTA)
+    assert statement.epsilon < statement.limit < statement.worst_case
+    assert "with 95 % confidence" in str(statement)
+
+
+def test_no_number_exceeds_the_worst_case():
+    run = observed(2, 1.0)
+    for row in range(run.num_examples):
+        statement = privacy_statement(run, [row], DELTA)
+        assert statement.epsilon <= statement.worst_case
+        assert statement.limit == statement.worst_case
+        assert "No upper limit below the bound" in str(statement)
+
+
+def test_swept_norms_have_no_limit_over_draws():
+    statement = privacy_statement(ledger(), [1], DELTA)
+    assert statement.limit is None and "95 %" not in str(statement)
+
+
 @pytest.mark.parametrize(
     "run",
     [ledger(noise_std=0.0), ledger().with_noise_std(2.0)],
