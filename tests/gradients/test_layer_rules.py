@@ -15,6 +15,26 @@ from opacus_pi.gradients.layers.registry import (
 from tests.gradients.test_exact_formulas import CONVOLUTIONS
 
 B = 7
+TRANSPOSED = {
+    "plain": (nn.ConvTranspose2d(4, 6, 3), (5, 4)),
+    "strided": (nn.ConvTranspose2d(4, 6, 2, stride=2), (3, 4)),
+    "one-dimension": (nn.ConvTranspose1d(3, 5, 4, stride=2, padding=1), (6,)),
+    "three-dimensions": (nn.ConvTranspose3d(2, 3, (2, 1, 3), stride=2), (2, 3, 2)),
+    "groups": (nn.ConvTranspose2d(4, 6, 3, padding=1, groups=2, bias=False), (4, 5)),
+    "output-padding": (
+        nn.ConvTranspose2d(4, 6, 3, stride=3, padding=1, output_padding=(1, 2)),
+        (3, 2),
+    ),
+    "dilated": (
+        nn.ConvTranspose2d(4, 6, 2, padding=1, output_padding=(2, 1), dilation=3),
+        (4, 3),
+    ),
+    "dilated-groups": (
+        nn.ConvTranspose1d(4, 6, 3, 2, output_padding=2, groups=2, dilation=3),
+        (5,),
+    ),
+    "point": (nn.ConvTranspose2d(4, 6, 1, stride=2, output_padding=1), (3, 4)),
+}
 
 
 def image(layer, sizes):
@@ -25,6 +45,13 @@ LAYERS = {
     **{
         name: (layer, lambda layer=layer, sizes=sizes: image(layer, sizes))
         for name, (layer, sizes) in CONVOLUTIONS.items()
+    },
+    **{
+        f"transposed-{name}": (
+            layer,
+            lambda layer=layer, sizes=sizes: image(layer, sizes),
+        )
+        for name, (layer, sizes) in TRANSPOSED.items()
     },
     "few-channels": (nn.Conv2d(2, 5, 3, stride=2), lambda: torch.randn(B, 2, 9, 7)),
     "reflected": (

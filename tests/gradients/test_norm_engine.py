@@ -16,7 +16,6 @@ from .oracle import loop_norms
 LOSSES = nn.CrossEntropyLoss(reduction="none")
 ALL = "all"
 LEFTOVER = {
-    "conv-transpose": {"0"},
     "transformer-sequence-first": {"attention", "norms", "feed"},
     "sequence-first-as-long-as-the-batch": {"attention", "norms", "feed"},
     "attention-with-weights": {"attention"},

@@ -29,13 +29,20 @@ example. A new file of this package is imported below, and gets an entry in
 
 from opacus_pi._promised import promise
 from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
-from opacus_pi.gradients.layers import conv, embedding, linear, normalisation
+from opacus_pi.gradients.layers import (
+    conv,
+    conv_transpose,
+    embedding,
+    linear,
+    normalisation,
+)
 from opacus_pi.gradients.layers.registry import layer_rule, register_layer_rule
 
 __all__ = [
     "ExampleGradients",
     "ExplicitGradients",
     "conv",
+    "conv_transpose",
     "embedding",
     "layer_rule",
     "linear",
