@@ -21,11 +21,13 @@ version counters of a rule's inputs (:class:`opacus_pi.gradients.taps.SavedInput
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from opacus_pi.gradients.products import squared_lengths
+from opacus_pi.gradients.products import squared_lengths, with_rounding
 
 
 class ExampleGradients(ABC):
@@ -79,6 +81,34 @@ class ExampleGradients(ABC):
         self._squares = self.squares
         return self
 
+    def joins(self, other: "ExampleGradients") -> bool:
+        """Return whether :meth:`joined` can add up these gradients and others.
+
+        Args:
+            other: The gradients of the same parameter from another use of it.
+        """
+        return False
+
+    def joined(self, others: "Sequence[Any]") -> "ExampleGradients":
+        """Return the sums of these gradients and those of other uses.
+
+        Args:
+            others: Gradients for which :meth:`joins` is true, at least one.
+        """
+        raise NotImplementedError
+
+    def inner_products(self, other: "ExampleGradients") -> Tensor | None:
+        """Return each example's inner product with its gradient from another use.
+
+        Args:
+            other: The gradients of the same parameter from another use of it.
+
+        Returns:
+            ``(b,)``, in the type in which it was computed; ``None`` if there is no
+            formula for such a pair.
+        """
+        return None
+
 
 class ExplicitGradients(ExampleGradients):
     """Gradients that are given as a tensor.
@@ -115,6 +145,51 @@ class ExplicitGradients(ExampleGradients):
         """Return this object; its squares are computed when they are asked for."""
         return self
 
+    def joins(self, other: ExampleGradients) -> bool:
+        """Return whether the others are explicit, too."""
+        return isinstance(other, ExplicitGradients)
+
+    def joined(self, others: Sequence[Any]) -> ExampleGradients:
+        """Return the sums, explicit."""
+        return _formed([self, *others])
+
+
+class SummedGradients(ExampleGradients):
+    r"""Sums of gradients from uses of different kinds, of known inner products.
+
+    For an embedding whose table is also the weight of the output layer, the squared
+    norm is :math:`\|E + W\|^2 = \|E\|^2 + \|W\|^2 + 2 \langle E, W\rangle`.
+
+    Args:
+        parts: The gradients from each kind of use.
+        cross: The sum over pairs of parts of their inner products, ``(b,)``, in the
+            type in which it was computed.
+    """
+
+    def __init__(self, parts: Sequence[ExampleGradients], cross: Tensor) -> None:
+        self._parts, self._cross = parts, cross
+
+    def compute_squares(self) -> Tensor:
+        """Return squared norms.
+
+        Where the parts nearly cancel, the rounding error that may have been made is
+        added, so that clipping still bounds the example (see
+        :func:`~opacus_pi.gradients.products.with_rounding`).
+        """
+        squares = torch.stack([part.squares for part in self._parts])
+        size = squares.sqrt().sum(0).square()
+        found = squares.sum(0) + 2 * self._cross
+        return with_rounding(found, size, self._cross.dtype)
+
+    def weighted_sum(self, factors: Tensor) -> Tensor:
+        """Return the weighted sum, flat."""
+        sums = [part.weighted_sum(factors).flatten() for part in self._parts]
+        return torch.stack(sums).sum(0)
+
+    def form(self) -> Tensor:
+        """Return the gradients themselves, ``(b, ...)``."""
+        return _formed(self._parts).values
+
 
 def joint_squares(gradients: Sequence[ExampleGradients]) -> Tensor:
     """Return squared norms over several parameters of one layer, float64 ``(b,)``.
@@ -137,14 +212,33 @@ def joint_squares(gradients: Sequence[ExampleGradients]) -> Tensor:
 def add_up(parts: Sequence[ExampleGradients]) -> ExampleGradients:
     """Return the gradients of a parameter that was used several times.
 
-    Squared lengths of sums do not follow from those of the parts, so the parts are
-    formed and added, unless there is only one.
+    Squared lengths of sums do not follow from those of the parts. Uses of one kind are
+    joined to one use at more positions; uses of different kinds need their inner
+    products. Only where a pair has no formula, the gradients are formed and added.
 
     Args:
         parts: One for each use, of the same examples in the same order.
     """
-    if len(parts) == 1:
-        return parts[0]
+    left, found = list(parts), []
+    while left:
+        first, *rest = left
+        same = [part for part in rest if first.joins(part)]
+        left = [part for part in rest if not first.joins(part)]
+        found.append(first.joined(same) if same else first)
+    if len(found) == 1:
+        return found[0]
+    cross: list[Tensor] = []
+    for one, other in combinations(found, 2):
+        product = one.inner_products(other)
+        product = other.inner_products(one) if product is None else product
+        if product is None:
+            return _formed(found)
+        cross.append(product)
+    return SummedGradients(found, torch.stack(cross).sum(0))
+
+
+def _formed(parts: Sequence[ExampleGradients]) -> ExplicitGradients:
+    """Return the sums of gradients, formed."""
     total = torch.clone(parts[0].form())
     for part in parts[1:]:
         total += part.form().view_as(total)

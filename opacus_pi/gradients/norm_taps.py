@@ -1,19 +1,22 @@
 """Taps of a norm sweep: add up the squared gradient norms of every operation.
 
 Each tapped operation adds the squared norms of its parameters' gradients, and drops its
-input. Two kinds of parameters cannot be added up this way: those that several
-operations share (the norm of a sum does not follow from the norms of its terms), and
-those used by operations without a rule.
+input. The norm of a sum does not follow from the norms of its terms, so the gradients
+of parameters that several operations share are kept until the end of the pass, in the
+form that their rules return, and added before their norm is taken. Parameters used by
+operations without a rule cannot be measured this way.
 
 The guarantee is that no part of a gradient is lost. Outside tapped operations the
 parameters stay live, so that any other use of them leaves a ``.grad``, which shows that
-something was missed. Such parameters, and shared ones, become ``leftover``: their
-per-example gradients are to be formed in another way, and the pass is repeated without
-them. What breaks it: an operation whose output has one row for each example although
-its rows are not the examples' (:mod:`~opacus_pi.gradients.position_tables`), and a
-wrong rule. :class:`~opacus_pi.gradients.norm_engine.NormEngine` checks for both.
+something was missed. Such parameters become ``leftover``: their per-example gradients
+are to be formed in another way, and the pass is repeated without them. It is also
+repeated where parameters turn out to be shared. What breaks it: an operation whose
+output has one row for each example although its rows are not the examples'
+(:mod:`~opacus_pi.gradients.position_tables`), and a wrong rule.
+:class:`~opacus_pi.gradients.norm_engine.NormEngine` checks for both.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opacus_pi.gradients.example_gradients import joint_squares
+from opacus_pi.gradients.example_gradients import (
+    ExampleGradients,
+    add_up,
+    joint_squares,
+)
 from opacus_pi.gradients.products import at_least_float32
 from opacus_pi.gradients.taps import Call, SavedInputs, TapRule, tapped
 
@@ -44,6 +51,9 @@ class NormTaps:
         self._squares: Tensor | None = None
         self._calls: list[Mapping[str, nn.Parameter]] = []
         self._missed: set[nn.Parameter] = set()
+        self._shared: set[nn.Parameter] = set()  # by several operations of a pass
+        self._parts: dict[nn.Parameter, list[ExampleGradients]] = defaultdict(list)
+        self._needed: list[tuple[SavedInputs, Mapping[str, nn.Parameter]]] = []
         self._batch_size: int | None = None
         self._may_expand, self._has_expanded = True, False
 
@@ -55,7 +65,7 @@ class NormTaps:
             batch_size: Number of examples, the first dimension of tapped tensors.
         """
         self._batch_size, self._squares = batch_size, None
-        self._calls.clear()
+        self._forget()
         self._has_expanded = False
         try:
             yield
@@ -69,28 +79,45 @@ class NormTaps:
 
     def squares(self, like: Tensor) -> Tensor:
         """Return the squared norms of the last pass, zeros if nothing was tapped."""
-        return torch.zeros_like(like) if self._squares is None else self._squares
+        found = torch.zeros_like(like) if self._squares is None else self._squares
+        for parameter, parts in self._parts.items():
+            if self.is_live(parameter):
+                found = found + add_up(parts).squares
+        self._forget()
+        return found
+
+    def _forget(self) -> None:
+        """Drop what the last pass has left."""
+        self._calls.clear()
+        self._parts.clear()
+        self._needed.clear()
 
     # ----------------------------------------------------- what is not measured by taps
     def update_leftover(self) -> bool:
         """Add to ``leftover`` what the last pass did not measure.
 
-        That is a parameter that several operations used, one that autograd has reached
-        by an operation without a tap, and one whose operation could not be tapped.
+        That is a parameter that autograd has reached by an operation without a tap, one
+        whose operation could not be tapped, and a shared one whose inputs were
+        overwritten before its gradients could be added.
 
         Returns:
-            Whether ``leftover`` is unchanged. If not, the pass must be made again.
+            Whether the pass has measured everything else. If not, it must be made
+            again: with more ``leftover``, or with the gradients of parameters kept that
+            were found to be shared.
         """
         once: set[nn.Parameter] = set()
-        shared: set[nn.Parameter] = set()
+        num_shared = len(self._shared)
         for parameters in self._calls:
-            shared.update(once.intersection(parameters.values()))
+            self._shared.update(once.intersection(parameters.values()))
             once.update(parameters.values())
+        for inputs, parameters in self._needed:
+            if not inputs.are_unchanged:
+                self.miss(parameters)
         touched = {p for p in self._names if p.grad is not None}
         before = len(self.leftover)
-        self.leave_over(shared | touched | self._missed)
+        self.leave_over(touched | self._missed)
         self._missed.clear()
-        return len(self.leftover) == before
+        return len(self.leftover) == before and len(self._shared) == num_shared
 
     def leave_over(self, parameters: Iterable[nn.Parameter]) -> None:
         """Stop measuring parameters by taps: they become ``leftover``.
@@ -147,7 +174,7 @@ class NormTaps:
             if found is None:
                 self.miss(parameters)
             else:
-                self._add(joint_squares(list(found.values())))
+                self._add(found, parameters, saved)
 
         return tapped(output, self._anchor, measure)
 
@@ -155,10 +182,29 @@ class NormTaps:
         """Note that an operation froze parameters and could not be tapped."""
         self._missed.update(parameters.values())
 
-    def _add(self, squares: Tensor) -> None:
-        """Add what one operation contributes, ``(b,)``."""
-        before = self._squares
-        self._squares = squares.double() if before is None else before + squares
+    def _add(
+        self,
+        found: Mapping[str, ExampleGradients],
+        parameters: Mapping[str, nn.Parameter],
+        inputs: SavedInputs,
+    ) -> None:
+        """Add what one operation contributes, or keep it for shared parameters.
+
+        Args:
+            found: The examples' gradients, by name.
+            parameters: The live parameters, by the same names.
+            inputs: What the gradients follow from.
+        """
+        alone = dict(found)
+        for name in found if self._shared else ():
+            if parameters[name] in self._shared:
+                self._parts[parameters[name]].append(alone.pop(name))
+        if len(alone) < len(found):
+            self._needed.append((inputs, parameters))
+        if alone:
+            squares = joint_squares(list(alone.values()))
+            before = self._squares
+            self._squares = squares.double() if before is None else before + squares
 
     # ------------------------------------------------------- inputs shared by a batch
     def expand_shared(self, x: Any) -> Any:
@@ -193,5 +239,5 @@ class NormTaps:
             Whether anything was expanded in this pass.
         """
         self._may_expand = False
-        self._calls.clear()
+        self._forget()
         return self._has_expanded

@@ -139,6 +139,18 @@ def pair_squares(inputs: Tensor, grads: Tensor) -> Tensor:
     lengths = [widened(m.diagonal(dim1=1, dim2=2)) for m in (inputs, grads)]
     # The sum that the terms would have if none cancelled: (sum_t |a_t| |g_t|)^2.
     size = (lengths[0] * lengths[1]).clamp_(min=0.0).sqrt_().sum(1).square_()
-    squares = widened(inputs.mul_(grads).flatten(1).sum(1)).clamp_(min=0.0)
-    error = size * (_ROUNDING * torch.finfo(inputs.dtype).eps)
+    squares = widened(inputs.mul_(grads).flatten(1).sum(1))
+    return with_rounding(squares, size, inputs.dtype)
+
+
+def with_rounding(squares: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return squared lengths, plus the possible rounding error where terms cancelled.
+
+    Args:
+        squares: What was computed, float64 ``(b,)``.
+        size: What it would be if no terms cancelled, float64 ``(b,)``.
+        dtype: The type in which the terms were computed.
+    """
+    error = size * (_ROUNDING * torch.finfo(dtype).eps)
+    squares = squares.clamp(min=0.0)
     return torch.where(squares < _CANCELLED * size, squares + error, squares)

@@ -133,6 +133,58 @@ def test_several_uses_add_up_before_their_squares():
     assert add_up(parts[:1]) is parts[0]
 
 
+def use(kind):
+    """One use of a matrix of 6 x 4, and the gradients by it."""
+    if kind == "explicit":
+        return ExplicitGradients(torch.randn(B, 24).double())
+    if kind == "table":
+        layer, x = nn.Embedding(6, 4), torch.randint(6, (B, 5))
+        grad = torch.randn(B, 5, 4).double()
+    else:
+        positions = {"single": (), "long": (3, 2)}[kind]
+        layer, x = nn.Linear(4, 6), torch.randn(B, *positions, 4).double()
+        grad = torch.randn(B, *positions, 6).double()
+    return by_rule(layer, x, grad, ["weight"])["weight"]
+
+
+@pytest.mark.parametrize("block", [1, 1 << 18])
+@pytest.mark.parametrize(
+    "kinds, is_formed",
+    [
+        ("single single", False),
+        ("long single long", False),
+        ("table table", False),
+        ("table single", False),
+        ("long table single table", False),
+        ("table explicit", True),
+        ("long explicit", True),
+    ],
+)
+def test_uses_of_several_kinds(kinds, is_formed, block, monkeypatch):
+    monkeypatch.setattr(products, "_CPU_BLOCK", block)
+    torch.manual_seed(0)
+    parts = [use(kind) for kind in kinds.split()]
+    rows = sum(part.form().flatten(1) for part in parts)
+    total, factors = add_up(parts), torch.rand(B).double()
+    assert isinstance(total, ExplicitGradients) == is_formed
+    torch.testing.assert_close(total.squares, rows.square().sum(1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(total.weighted_sum(factors).flatten(), factors @ rows)
+    torch.testing.assert_close(total.form().flatten(1), rows)
+
+
+def test_uses_that_cancel_are_not_too_small():
+    """An embedding and an output layer with opposite gradients, in float32."""
+    torch.manual_seed(0)
+    tokens, hidden = torch.arange(6).expand(B, 6), 1e3 * torch.randn(B, 6, 4)
+    grad = torch.eye(6).expand(B, 6, 6)
+    below = by_rule(nn.Linear(4, 6), hidden, grad, ["weight"])["weight"]
+    small = torch.randn(B, 6, 4)
+    above = by_rule(nn.Embedding(6, 4), tokens, small - hidden, ["weight"])["weight"]
+    truth = (hidden.double() + (small - hidden).double()).flatten(1).square().sum(1)
+    found = add_up([above, below]).squares
+    assert (found >= truth * (1 - 1e-2)).all() and (found < 2e3).all()
+
+
 def test_users_rules_serve_layers_that_keep_forward():
     class Scale(nn.Module):
         def __init__(self):

@@ -4,14 +4,15 @@ Most rows are chosen by no token of an example, so the table of gradients is nev
 formed for a norm: :math:`\|\nabla E\|^2 = \sum_v \|\sum_{t: x_t = v} g_t\|^2`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from opacus_pi.gradients.example_gradients import ExampleGradients, scaled
+from opacus_pi.gradients.layers.linear import OuterProducts
 from opacus_pi.gradients.layers.registry import register_layer_rule
-from opacus_pi.gradients.products import squared_lengths
+from opacus_pi.gradients.products import blocks, squared_lengths
 
 
 @register_layer_rule(nn.Embedding)
@@ -49,6 +50,35 @@ class TableGradients(ExampleGradients):
 
     def __init__(self, tokens: Tensor, grad: Tensor, num_rows: int) -> None:
         self._tokens, self._grad, self._num_rows = tokens, grad, num_rows
+
+    def joins(self, other: ExampleGradients) -> bool:
+        """Return whether the others are sums over tokens, too."""
+        return isinstance(other, TableGradients)
+
+    def joined(self, others: Sequence["TableGradients"]) -> "TableGradients":
+        """Return the sums: a use of the table by more tokens."""
+        parts = [self, *others]
+        tokens = torch.cat([part._tokens for part in parts], 1)
+        grad = torch.cat([part._grad for part in parts], 1)
+        return TableGradients(tokens, grad, self._num_rows)
+
+    def inner_products(self, other: ExampleGradients) -> Tensor | None:
+        r"""Return inner products with the gradients of a linear layer's weight.
+
+        An output layer may use the table as its weight. A token x with gradient e at
+        its row meets, at each position t of that layer with input a and output
+        gradient g, the entry of :math:`g_t` that row x has produced:
+        :math:`\sum_{s t} g_t[x_s] \langle a_t, e_s\rangle`.
+        """
+        if not isinstance(other, OuterProducts):
+            return None
+        found = []
+        for i in blocks(other.a, row_size=self._tokens.shape[1] * other.a.shape[1]):
+            tokens, a, g = self._tokens[i], other.a[i], other.g[i]
+            places = tokens[:, None].expand(-1, a.shape[1], -1)
+            pairs = (a @ self._grad[i].mT).mul_(g.gather(2, places))
+            found.append(pairs.flatten(1).sum(1))
+        return torch.cat(found)
 
     def compute_squares(self) -> Tensor:
         """Return squared norms of the sums over each example's equal tokens.

@@ -5,7 +5,7 @@ positions of one example (tokens), :math:`\nabla W = \sum_t g_t a_t^\top` and
 :math:`\nabla b = \sum_t g_t`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,30 +56,44 @@ class OuterProducts(ExampleGradients):
     Args:
         a: Inputs, ``(b, t, d)``.
         g: Output gradients, ``(b, t, p)``.
+
+    Attributes:
+        a: Inputs.
+        g: Output gradients.
     """
 
     def __init__(self, a: Tensor, g: Tensor) -> None:
-        self._a, self._g = a, g
+        self.a, self.g = a, g
+
+    def joins(self, other: ExampleGradients) -> bool:
+        """Return whether the others are outer products, too."""
+        return isinstance(other, OuterProducts)
+
+    def joined(self, others: Sequence["OuterProducts"]) -> "OuterProducts":
+        """Return the sums: a use of the weight at more positions."""
+        parts = [self, *others]
+        a = torch.cat([part.a for part in parts], 1)
+        return OuterProducts(a, torch.cat([part.g for part in parts], 1))
 
     def compute_squares(self) -> Tensor:
         """Return squared norms, by whichever exact formula takes fewer operations."""
-        return outer_product_squares(self._a, self._g)
+        return outer_product_squares(self.a, self.g)
 
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """Return the weighted sum, one product of matrices, ``(p, d)``."""
-        return scaled(self._g, factors).flatten(0, 1).mT @ self._a.flatten(0, 1)
+        return scaled(self.g, factors).flatten(0, 1).mT @ self.a.flatten(0, 1)
 
     def form(self) -> Tensor:
         """Return the gradients themselves, ``(b, p, d)``."""
-        return self._g.mT @ self._a
+        return self.g.mT @ self.a
 
     def kept(self) -> ExampleGradients:
         """Return explicit gradients where they are smaller than inputs and outputs."""
-        (_, t, d), p = self._a.shape, self._g.shape[2]
+        (_, t, d), p = self.a.shape, self.g.shape[2]
         return ExplicitGradients(self.form()) if d * p < t * (d + p) else super().kept()
 
 
-class SingleOuterProducts(ExampleGradients):
+class SingleOuterProducts(OuterProducts):
     r"""Gradients :math:`g a^\top` of a single position: :math:`\|g\|^2 \|a\|^2`.
 
     Args:
@@ -89,6 +103,7 @@ class SingleOuterProducts(ExampleGradients):
     """
 
     def __init__(self, inputs: ExplicitGradients, outputs: ExplicitGradients) -> None:
+        super().__init__(inputs.values[:, None], outputs.values[:, None])
         self._inputs, self._outputs = inputs, outputs
 
     def compute_squares(self) -> Tensor:
@@ -102,12 +117,3 @@ class SingleOuterProducts(ExampleGradients):
     def weighted_sum(self, factors: Tensor) -> Tensor:
         """Return the weighted sum, one product of matrices, ``(p, d)``."""
         return scaled(self._outputs.values, factors).mT @ self._inputs.values
-
-    def form(self) -> Tensor:
-        """Return the gradients themselves, ``(b, p, d)``."""
-        return self._outputs.values[:, :, None] @ self._inputs.values[:, None]
-
-    def kept(self) -> ExampleGradients:
-        """Return explicit gradients where they are smaller than inputs and outputs."""
-        d, p = self._inputs.values.shape[1], self._outputs.values.shape[1]
-        return ExplicitGradients(self.form()) if d * p < d + p else super().kept()
