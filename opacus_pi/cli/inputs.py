@@ -249,13 +249,13 @@ def import_model(options: argparse.Namespace) -> nn.Module:
 
 
 def load_model(
-    options: argparse.Namespace, weights: str, flag: str = "--weights"
+    options: argparse.Namespace, weights: str | None, flag: str = "--weights"
 ) -> nn.Module:
     """Return the model with weights from a file, on the device of the options.
 
     Args:
         options: With ``model`` and ``device``.
-        weights: The file.
+        weights: The file; None: the model as it is built.
         flag: The argument that names it.
 
     Raises:
@@ -265,7 +265,9 @@ def load_model(
     network = import_model(options)
     try:
         device = torch.device(options.device)
-        return load_weights(flag, weights, network).to(device)
+        if weights is not None:
+            load_weights(flag, weights, network)
+        return network.to(device)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError) as error:  # torch raises both for a device

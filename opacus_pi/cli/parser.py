@@ -40,7 +40,8 @@ runs it, so name only code that you trust."""
 EPILOG = """\
 exit codes:
   0    success; verify: the file is complete and unedited
-  1    verify: the file is damaged or edited; other commands: a failure while running
+  1    verify: the file is damaged or edited; audit: a comparison failed; other
+       commands: a failure while running
   2    bad arguments or unusable files: one line on standard error names the argument
        and the remedy
   3    verify: nothing was checked, because the file is not an opacus_pi file or has
@@ -48,6 +49,7 @@ exit codes:
   130  interrupted
 
 a first session:
+  opacus-pi audit --model my_project:build --data my_project:train_set
   opacus-pi score ledger.safetensors
   opacus-pi plan ledger.safetensors --forget 3,17
   opacus-pi unlearn --model my_project:build --weights model.safetensors \\
@@ -55,6 +57,10 @@ a first session:
   opacus-pi report forgotten --ledger ledger.safetensors --out report.html
 
 'opacus-pi COMMAND --help' explains one command."""
+_CODES = (
+    "exit codes: 0 success, 1 failure, 2 bad arguments or files; "
+    "more in 'opacus-pi --help'"
+)
 
 
 @dataclass(frozen=True)
@@ -265,8 +271,8 @@ SEED = option("--seed", "N", "seed of everything random", int, 0)
 METHOD = option(
     "--method",
     "NAME",
-    f"{', '.join(METHODS)} (default finetune); only the first three never use the "
-    "forget set, which a guarantee needs",
+    f"{', '.join(METHODS)} (default finetune); a guarantee needs one of "
+    "the first three",
     choices=METHODS,
 )
 SETTING = option(
@@ -291,6 +297,44 @@ CSV = option(
 TRACEBACK = switch("--traceback", "show where an error occurred")
 
 COMMANDS = {
+    "audit": Command(
+        summary="whether norms of a model can be recorded, before it is trained",
+        usage="--model M:NAME --data M:NAME [options]",
+        description="""\
+Compare what private training would record for a batch with the gradients of its
+examples one by one. Also tested: whether the loss is the mean of the examples' own
+losses, and whether an output depends on its own example only. Nothing is trained.
+
+Exit code 0: no comparison failed. 1: one failed; its line says what to do.""",
+        examples="""\
+  opacus-pi audit --model my_project:build --data my_project:train_set
+  opacus-pi audit --model my_project:build --data my_project:train_set \\
+      --criterion torch.nn:CrossEntropyLoss --mode fast --examples 32""",
+        arguments=(
+            MODEL,
+            WEIGHTS.but(required=False, help="state dict; default: as it is built"),
+            DATA,
+            CRITERION,
+            option(
+                "--mode",
+                "NAME",
+                "grad_sample_mode of make_private: hooks, fast, functorch or ghost",
+                default="hooks",
+                choices=("hooks", "fast", "functorch", "ghost"),
+            ),
+            option(
+                "--examples",
+                "N",
+                "examples to compare, at most 32",
+                whole_number,
+                16,
+                dest="num_examples",
+            ),
+            DEVICE,
+            JSON,
+            JSON_FILE,
+        ),
+    ),
     "score": Command(
         summary="privacy losses and epsilons of all examples, the hardest by id",
         usage="LEDGER [LEDGER ...] [options]",
@@ -368,9 +412,8 @@ DIR gets weights.safetensors, record.json (what was run; it lists the forgotten
 examples), trace.json (metrics over epochs, needs --test) and guarantee.json (what may
 be claimed; stronger with --ledger). Nothing is written before the run has ended.
 
-With --log the request is first entered in a tamper-evident deletion log, and later
-requests continue from the weights kept beside it. After a crash repeat the command:
-requests that are still pending are carried out first, with this command's settings.""",
+With --log the request is first entered in a tamper-evident deletion log. After a crash
+repeat the command: pending requests are carried out first, with its settings.""",
         examples="""\
   opacus-pi unlearn --model my_project:build --weights model.safetensors \\
       --data my_project:train_set --forget 3,17 --out forgotten
@@ -489,6 +532,67 @@ wrote; without it the report covers the training alone.""",
             JSON,
         ),
     ),
+    "heads": Command(
+        summary="what heads that forget with a certificate would cost",
+        usage="--model M:NAME --data M:NAME --classes N [options]",
+        description="""\
+Train a linear head with noise on the features of a frozen model, and say how accurate
+it is and how many more noisy steps it takes until an example or a set is forgotten with
+a certificate. The model must not have been trained on examples that you may have to
+forget. Nothing is written: to train a head that you release, see
+'Heads that forget with a certificate' in the documentation.""",
+        examples="""\
+  opacus-pi heads --model my_project:features --data my_project:train_set --classes 10
+  opacus-pi heads --model my_project:features --data my_project:train_set \\
+      --test my_project:test_set --classes 10 --head softmax --forget 3,17""",
+        arguments=(
+            MODEL.but(help="import path of the frozen model, which returns features"),
+            WEIGHTS.but(required=False, help="state dict; default: as it is built"),
+            DATA,
+            TEST.but(help="import path of the test set, for the accuracy"),
+            option(
+                "--classes",
+                "N",
+                "number of classes",
+                whole_number,
+                dest="num_classes",
+                required=True,
+            ),
+            option(
+                "--head",
+                "NAME",
+                "ridge (exact ε) or softmax (upper bounds)",
+                default="ridge",
+                choices=("ridge", "softmax"),
+            ),
+            option(
+                "--noise-std",
+                "X",
+                "noise of a step on every weight (ridge 0.001, softmax 0.02)",
+                float,
+            ),
+            option(
+                "--steps",
+                "N",
+                "training steps (ridge 1000, softmax 300)",
+                whole_number,
+                dest="num_steps",
+            ),
+            option(
+                "--regularisation", "X", "penalty (ridge 0.01, softmax 0.003)", float
+            ),
+            option("--epsilon", "X", "ε to reach, in both directions", float, 1.0),
+            DELTA,
+            replace(FORGET, is_choice=False).but(
+                help="a set to forget together: 3,17,25 or a file"
+            ),
+            TOP(10),
+            SEED.but(help="seed of the noise (default 0)"),
+            DEVICE,
+            JSON,
+            JSON_FILE,
+        ),
+    ),
     "verify": Command(
         summary="check a file for damage and edits",
         usage="FILE [HEAD] [options]",
@@ -597,7 +701,7 @@ def build_parser() -> Parser:
             help=command.summary,
             usage=f"opacus-pi {name} {command.usage}",
             description=command.description,
-            epilog=f"examples:\n{command.examples}",
+            epilog=f"examples:\n{command.examples}\n{_CODES}",
             **shape,
         )
         declarations = (*command.arguments, TRACEBACK)

@@ -28,7 +28,14 @@ from opacus_pi.unlearning.callbacks import Callback, LogMetrics
 from opacus_pi.unlearning.deletion_log import DeletionLog
 from opacus_pi.unlearning.json_lines_log import import_log
 from opacus_pi.unlearning.loop import StopAtPlateau, StopWhen
-from opacus_pi.unlearning.methods import FineTune, L1Sparse, Langevin, Method, Task
+from opacus_pi.unlearning.methods import (
+    FineTune,
+    L1Sparse,
+    Langevin,
+    Method,
+    Task,
+    mean_loss,
+)
 from opacus_pi.unlearning.plan import Plan
 from opacus_pi.unlearning.requests import DeletionRequest, DeletionRequests
 from opacus_pi.unlearning.rewind import RewindPlan
@@ -64,6 +71,7 @@ __all__ = [
     "Unlearner",
     "UnlearningResult",
     "import_log",
+    "mean_loss",
 ]
 
 promise(__name__, "deletion_log", "heads", "requests", "rivals", "search")

@@ -12,11 +12,13 @@ from tests.cli.conftest import DATA, MODEL
 PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
 CODES = {0: "DONE", 1: "FAILED", 2: "BAD_INPUT", 3: "NOTHING_TO_CHECK"}
 GOOD = {
+    "audit": ("--model", "cli_project:build", *DATA[:2]),
     "score": ("ledger.safetensors",),
     "plan": ("ledger.safetensors", "--forget", "3"),
     "unlearn": (*MODEL, *DATA, "--forget", "3", "--epochs", "1", "--out", "DIR/run"),
     "evaluate": (*MODEL, *DATA, "--forget", "3"),
     "report": ("--ledger", "ledger.safetensors", "--out", "DIR/report.html"),
+    "heads": ("--model", "cli_project:build", *DATA[:2], "--classes", "10"),
     "verify": ("ledger.safetensors",),
 }
 

@@ -3,17 +3,22 @@
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import warnings
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
-from opacus_pi import unlearning
+from opacus_pi import GradNormLedger, unlearning
 from opacus_pi.cli import main
 from opacus_pi.cli.methods import METHODS
+from opacus_pi.cli.parser import COMMANDS
+from opacus_pi.ledger.grad_norm_ledger import filled_by_rank
 from opacus_pi.report.run import MEANING
+from opacus_pi.unlearning import DeletionLog
 
 PAGE = Path(__file__).parents[2] / "docs" / "command-line.md"
 _NUMBER = re.compile(r"[0-9a-f]{16,}|-?\d[\d.]*(?:e[+-]\d+)?|∞")
@@ -49,14 +54,7 @@ def test_the_session_of_the_page(tmp_path, monkeypatch, capsys):
         warnings.simplefilter("ignore")
         runpy.run_path("my_project.py", run_name="__main__")
     commands = list(session())
-    assert {words[1] for words, _ in commands} == {
-        "score",
-        "plan",
-        "unlearn",
-        "evaluate",
-        "report",
-        "verify",
-    }
+    assert {words[1] for words, _ in commands} == set(COMMANDS)
     for (program, *words), printed in commands:
         assert program == "opacus-pi"
         code = {"NOT VERIFIED": 1, "NOT CHECKED": 3}.get(printed.split(":")[0], 0)
@@ -65,6 +63,32 @@ def test_the_session_of_the_page(tmp_path, monkeypatch, capsys):
         assert err == ""
         assert without_numbers(out) == without_numbers(printed), words
     assert (tmp_path / "report.html").exists()
+    capsys.readouterr()
+    run_examples_of_help(capsys)
+
+
+def run_examples_of_help(capsys):
+    """Run every example of every help in the project of the page."""
+    weights = safetensors.torch.load_file("model.safetensors")
+    whole = filled_by_rank(GradNormLedger.load("ledger.safetensors"))
+    part = whole.subset([3, 5, 17, *range(20, 30), 200, 232])  # to be quick
+    for name in ("ledger", "run1", "run2", "plain_sgd"):
+        part.save(f"{name}.safetensors")
+    torch.save(weights, "model.pt")
+    for number in (1, 2):
+        moved = {name: value + number * 0.01 for name, value in weights.items()}
+        torch.save(moved, f"retrained{number}.pt")
+    names = {"ids": "3 17", "new": "5", "easy": "200", "hard": "232"}
+    for name, ids in names.items():
+        Path(f"{name}.txt").write_text(ids)
+    head = DeletionLog("deletions.db").head
+    for name, command in COMMANDS.items():
+        for line in command.examples.replace("\\\n", " ").strip().split("\n"):
+            words = shlex.split(line.replace("5f0c...e1", head))
+            if name == "unlearn":
+                shutil.rmtree("forgotten")
+            assert main(words[1:]) == 0, (line, capsys.readouterr().err)
+            capsys.readouterr()
 
 
 def rows(title):
