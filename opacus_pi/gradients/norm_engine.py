@@ -30,6 +30,7 @@ from opacus_pi.gradients.fallback import (
     vmapped_squares,
 )
 from opacus_pi.gradients.layers.attention import tap_attention
+from opacus_pi.gradients.layers.recurrent import tap_recurrent
 from opacus_pi.gradients.norm_taps import NormTaps
 from opacus_pi.gradients.parameters_outside_layers import ParametersOutsideLayers
 from opacus_pi.gradients.position_tables import parameters_not_indexed_by_example
@@ -88,6 +89,7 @@ class NormEngine:
         }
         self._taps = NormTaps(self._model)
         tapped = tap_attention(self._taps, self._model)
+        tapped |= tap_recurrent(self._taps, self._model)
         tapped |= tap_layers(self._taps, self._model)
         # Watching every operation of torch is slow, and most models need it not.
         outside = set(self._trainable.values()) - tapped

@@ -65,13 +65,15 @@ def squared_lengths(values: Tensor) -> Tensor:
 def blocks(values: Tensor, row_size: int) -> Iterator[slice]:
     """Yield slices of the examples such that an intermediate of each fits the cache.
 
+    An empty batch has one slice, which is empty.
+
     Args:
         values: A tensor with one row per example.
         row_size: Elements of the intermediate per example.
     """
     limit = _GPU_BLOCK if values.is_cuda else _CPU_BLOCK
     step = max(1, limit // max(1, row_size))
-    for start in range(0, len(values), step):
+    for start in range(0, max(1, len(values)), step):
         yield slice(start, start + step)
 
 

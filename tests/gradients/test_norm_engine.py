@@ -26,7 +26,6 @@ LEFTOVER = {
     "positions-as-many-as-the-batch": {"places"},
     "positions-squeezed": {"places"},
     "embedding-bag": {"0"},
-    "lstm": {"lstm"},
     "outside-layers-untapped": {"split", "left", "right"},
     "outside-layers-untapped-as-large-as-the-batch": {
         "split",
