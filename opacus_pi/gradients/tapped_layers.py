@@ -24,6 +24,7 @@ from opacus_pi.gradients.layers.registry import (
     LayerRule,
     gradients_by_rule,
     layer_rule,
+    takes_whole_calls,
 )
 from opacus_pi.gradients.norm_taps import NormTaps
 from opacus_pi.gradients.taps import Call
@@ -81,15 +82,13 @@ class _TappedLayer:
             The layer's output.
         """
         taps = self._taps
-        if not taps.is_intercepting or len(args) + len(kwargs) != 1:
+        call = self._batched(args, kwargs) if taps.is_intercepting else None
+        if call is None:
             return self._plain_forward(*args, **kwargs)
         parameters = self._parameters()
-        x = taps.expand_shared(*args, *kwargs.values()) if parameters else None
-        if not taps.wants(x):
-            return self._plain_forward(*args, **kwargs)
         replace_own_parameters_(self._module, self._frozen)
         try:
-            output = self._plain_forward(x)
+            output = self._plain_forward(*call[0], **call[1])
         finally:
             replace_own_parameters_(self._module, self._live)
         if not taps.wants(output):
@@ -99,12 +98,27 @@ class _TappedLayer:
             return output
 
         def gradients(call: Call, grad: Tensor) -> dict[str, ExampleGradients] | None:
-            (x,), _ = call
             return gradients_by_rule(
-                self._rule, self._module, x, grad, list(parameters)
+                self._rule, self._module, call, grad, list(parameters)
             )
 
-        return taps.tap(output, ((x,), {}), parameters, gradients)
+        return taps.tap(output, call, parameters, gradients)
+
+    def _batched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Return the arguments to run the layer with, ``None`` if it is not tapped.
+
+        Args:
+            args: What the model calls the layer with.
+            kwargs: The same.
+        """
+        if not self._parameters():
+            return None
+        if len(args) + len(kwargs) == 1:
+            x = self._taps.expand_shared(*args, *kwargs.values())
+            return ((x,), {}) if self._taps.wants(x) else None
+        inputs = (*args, *kwargs.values())
+        known = takes_whole_calls(self._rule) and any(map(self._taps.wants, inputs))
+        return (args, kwargs) if known else None
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters that taps still measure, by name.

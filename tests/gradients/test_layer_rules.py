@@ -63,6 +63,14 @@ LAYERS = {
     "linear-long": (nn.Linear(6, 5), lambda: torch.randn(B, 4, 3, 6)),
     "embedding": (nn.Embedding(6, 4, padding_idx=2), lambda: torch.randint(6, (B, 5))),
     "embedding-single": (nn.Embedding(6, 4), lambda: torch.randint(6, (B,))),
+    **{
+        f"bag-{mode}-{padding}": (
+            nn.EmbeddingBag(6, 4, mode=mode, padding_idx=padding),
+            lambda: torch.randint(6, (B, 5)),
+        )
+        for mode in ("sum", "mean", "max")
+        for padding in (None, 2)
+    },
     "group-norm": (nn.GroupNorm(2, 6), lambda: torch.randn(B, 6, 4)),
     "layer-norm": (nn.LayerNorm([2, 3]), lambda: torch.randn(B, 4, 2, 3)),
     "rms-norm": (nn.RMSNorm(3), lambda: torch.randn(B, 4, 3)),
@@ -114,7 +122,7 @@ def test_rules(name, kept, block, monkeypatch):
 
 
 def by_rule(layer, x, grad, names):
-    return gradients_by_rule(layer_rule(layer), layer, x, grad, names)
+    return gradients_by_rule(layer_rule(layer), layer, ((x,), {}), grad, names)
 
 
 @pytest.mark.parametrize("channels, size, is_explicit", [(4, 8, True), (64, 2, False)])

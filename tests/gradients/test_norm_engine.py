@@ -25,7 +25,6 @@ LEFTOVER = {
     "positions": {"places"},
     "positions-as-many-as-the-batch": {"places"},
     "positions-squeezed": {"places"},
-    "embedding-bag": {"0"},
     "outside-layers-untapped": {"split", "left", "right"},
     "outside-layers-untapped-as-large-as-the-batch": {
         "split",

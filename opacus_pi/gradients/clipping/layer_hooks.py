@@ -28,6 +28,7 @@ from opacus_pi.gradients.layers.registry import (
     LayerRule,
     gradients_by_rule,
     layer_rule,
+    takes_whole_calls,
 )
 from opacus_pi.gradients.taps import Call, Taps
 from opacus_pi.models.copies import same_mode_copy
@@ -112,8 +113,9 @@ class LayerHooks:
         inputs = (*args, *kwargs.values())
         if self._taps is None or not any(self._taps.wants(x) for x in inputs):
             return
-        if self._rule is not None and len(inputs) > 1:
-            return  # a rule is for a single input; the layer stays live
+        if self._rule is not None and not takes_whole_calls(self._rule):
+            if len(inputs) > 1:
+                return  # a rule is for a single input; the layer stays live
         for name, parameter in own_parameters(module).items():
             if self._taps.is_live(parameter):
                 self._frozen[name] = cast(nn.Parameter, parameter)
@@ -157,9 +159,7 @@ class LayerHooks:
             parameters: Those that were frozen, by name.
         """
         if self._rule is not None:
-            args, kwargs = call
-            (x,) = (*args, *kwargs.values())
-            return gradients_by_rule(self._rule, module, x, grad, list(parameters))
+            return gradients_by_rule(self._rule, module, call, grad, list(parameters))
         try:
             copied = same_mode_copy(module)
             found = vmapped_gradients(copied, parameters, call, {0: grad})

@@ -33,6 +33,7 @@ from opacus_pi.gradients.layers import (
     conv,
     conv_transpose,
     embedding,
+    embedding_bag,
     linear,
     normalisation,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "conv",
     "conv_transpose",
     "embedding",
+    "embedding_bag",
     "layer_rule",
     "linear",
     "normalisation",

@@ -13,18 +13,21 @@ from torch import Tensor, nn
 
 from opacus_pi._torch_compat import CONVOLUTION_METHOD, forward_pre_hooks
 from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
+from opacus_pi.gradients.taps import Call
 
 LayerRule = Callable[
-    [Any, Tensor, Tensor, Collection[str]],
+    [Any, Any, Tensor, Collection[str]],
     Mapping[str, ExampleGradients | Tensor] | None,
 ]
 _Rule = TypeVar("_Rule", bound=LayerRule)
 
 _RULES: dict[type[nn.Module], LayerRule] = {}
+_OF_WHOLE_CALLS: set[LayerRule] = set()
 
 
 def register_layer_rule(
     *module_types: type[nn.Module],
+    whole_call: bool = False,
 ) -> Callable[[_Rule], _Rule]:
     """Decorate the rule of one or more layer types.
 
@@ -42,6 +45,8 @@ def register_layer_rule(
     Args:
         *module_types: Layers with one tensor as input and one as output, whose output
             for an example depends on the input of this example only.
+        whole_call: Whether the layer may have several inputs. The rule then receives
+            ``call``, the pair of positional and keyword arguments, in place of ``x``.
 
     Returns:
         The decorator; it returns the rule unchanged.
@@ -49,6 +54,8 @@ def register_layer_rule(
 
     def register(rule: _Rule) -> _Rule:
         _RULES.update(dict.fromkeys(module_types, rule))
+        if whole_call:
+            _OF_WHOLE_CALLS.add(rule)
         return rule
 
     return register
@@ -80,18 +87,31 @@ def layer_rule(module: nn.Module) -> LayerRule | None:
     return _RULES[cls] if same and "forward" not in vars(module) else None
 
 
+def takes_whole_calls(rule: LayerRule) -> bool:
+    """Return whether a rule covers calls with several inputs.
+
+    Args:
+        rule: A layer's rule.
+    """
+    return rule in _OF_WHOLE_CALLS
+
+
 def gradients_by_rule(
-    rule: LayerRule, module: nn.Module, x: Tensor, grad: Tensor, names: Collection[str]
+    rule: LayerRule, module: nn.Module, call: Call, grad: Tensor, names: Collection[str]
 ) -> dict[str, ExampleGradients] | None:
     """Return the examples' gradients by name, tensors wrapped as explicit gradients.
 
     Args:
-        rule: A layer's rule; the other arguments are its own.
+        rule: A layer's rule.
         module: The layer.
-        x: Its input.
+        call: Its arguments; a single input, unless the rule takes whole calls.
         grad: The gradient at its output.
         names: Which of its parameters are wanted.
     """
+    args, kwargs = call
+    x: Any = call
+    if not takes_whole_calls(rule):
+        (x,) = (*args, *kwargs.values())
     found = rule(module, x, grad, names)
     if found is None:
         return None

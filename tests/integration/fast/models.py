@@ -108,6 +108,20 @@ def cnn(inplace=False):
     )
 
 
+def decoder():
+    return nn.Sequential(
+        nn.ConvTranspose1d(2, 4, 3, stride=2, groups=2),
+        nn.Tanh(),
+        nn.ConvTranspose1d(4, 3, 2, dilation=2, bias=False),
+        nn.Flatten(),
+        nn.Linear(45, CLASSES),
+    )
+
+
+def bags():
+    return nn.Sequential(nn.EmbeddingBag(9, 4, mode="sum"), nn.Linear(4, CLASSES))
+
+
 def series(b):
     return torch.randn(b, 2, 6)
 
@@ -137,7 +151,9 @@ MODELS = {  # model, inputs
     "outside-of-layers": (Positions, series),
     "recurrent": (Sequences, series),
 }
-MORE = {  # models that Opacus itself trains wrongly
+MORE = {  # models that Opacus itself trains wrongly, or slowly
     "in-place": (lambda: cnn(inplace=True), series),
     "functional": (Functional, tokens),
+    "decoder": (decoder, series),
+    "bags": (bags, tokens),
 }
