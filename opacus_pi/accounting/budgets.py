@@ -14,11 +14,11 @@ drawn, and leave it out as soon as the next charge would exceed its budget. Beca
 sum of charges is limited on every path, the example's privacy is limited too, although
 the charges depend on the model and therefore on earlier noise.
 
-**Guarantee.** Let P be the law of all outputs with an example and Q without it. A step
-that contains the example adds Gaussian noise to a vector that the example moves by r
-standard deviations, and r is known before the noise is drawn. If every decision depends
-only on past outputs and on the example itself, then Σr² ≤ 2·budget/order on every path,
-and so (Feldman and Zrnic)
+**Guarantee.** Let P be the distribution of all outputs with an example and Q without
+it. A step that contains the example adds Gaussian noise to a vector that the example
+moves by r standard deviations, and r is known before the noise is drawn. If every
+decision depends only on past outputs and on the example itself, then Σr² ≤
+2·budget/order on every path, and so (Feldman and Zrnic)
 
     D_a(P ‖ Q) ≤ a·budget/order  and  D_a(Q ‖ P) ≤ a·budget/order  at every order a > 1.
 

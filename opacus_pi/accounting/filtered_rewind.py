@@ -1,4 +1,4 @@
-r"""The part of a private training that must be run again to forget an example.
+r"""The part of a private training run that must be run again to forget an example.
 
 ``DeletionPolicy`` fixes, before training, what every later deletion must guarantee.
 ``restart_update`` then says, for a set of examples and one recorded run, from which
@@ -7,15 +7,15 @@ saved state the training has to be repeated without the set; often from none at 
 **Idea.** An example that was in update t moved the noised sum by at most
 :math:`r_t = \min(\|g\|, C)/\sigma` standard deviations of the noise. A Rényi filter
 that had been used in training would have dropped the example for good where the sum of
-:math:`r_t^2` was about to exceed :math:`\mu^2`. Up to that moment such a training and
-the one that was recorded are the same. So take the state of that moment and run the
-rest without the example: the result has the law of a model that was trained under the
-filter.
+:math:`r_t^2` was about to exceed :math:`\mu^2`. Up to that moment such a training run
+and the one that was recorded are the same. So take the state of that moment and run the
+rest without the example: the result has the distribution of a model that was trained
+under the filter.
 
-**Guarantee.** For the law U of the result and the law Q of a training without the set,
-:math:`D_a(U\|Q) \le a\mu^2/2` and :math:`D_a(Q\|U) \le a\mu^2/2` at every order a, and
-:math:`\delta(\varepsilon)` is at most that of one Gaussian shift of μ standard
-deviations, for any network and loss, from one run.
+**Guarantee.** For the distribution U of the result and the distribution Q of a training
+run without the set, :math:`D_a(U\|Q) \le a\mu^2/2` and :math:`D_a(Q\|U) \le a\mu^2/2`
+at every order a, and :math:`\delta(\varepsilon)` is at most that of one Gaussian shift
+of μ standard deviations, for any network and loss, from one run.
 
 **What breaks it.** A policy chosen after the run; a decision that looks ahead. With a
 state only every few updates, the decision is made *at* a state, and charges the updates

@@ -144,7 +144,7 @@ class EpsilonDelta:
         epsilon: ε, at least 0 and finite.
         delta: δ in [0, 1). The pair holds at every larger δ too.
         source: What computed it, as a noun: ``"the engine's PRV accountant"``.
-        both_directions: Whether it also holds with the two laws exchanged.
+        both_directions: Whether it also holds with the two distributions exchanged.
 
     Raises:
         ValueError: If a number is outside its domain.
@@ -163,7 +163,9 @@ class EpsilonDelta:
 
 @dataclass(frozen=True, repr=False)
 class Guarantee(Shown):
-    """Bound or estimate of how far an unlearned model's law is from a retrained one's.
+    """Bound or estimate of the distance of an unlearned model from a retrained one.
+
+    The distance is a Rényi divergence between the distributions of the two models.
 
     ``divergences[i]`` bounds (or estimates) D_α(unlearned ‖ retrained) at
     α = ``orders[i]``. It gives one direction:
@@ -295,7 +297,7 @@ class Guarantee(Shown):
         return self._least(self.divergences, self.statements, delta)
 
     def reverse_epsilon(self, delta: float) -> float:
-        """Return ε of the statement with the two laws exchanged.
+        """Return ε of the statement with the two distributions exchanged.
 
         Args:
             delta: δ in (0, 1).

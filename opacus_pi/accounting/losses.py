@@ -82,8 +82,8 @@ def privacy_losses(
     """Return the Rényi privacy loss of every example over a whole training run.
 
     Args:
-        ledger: One run, or several independent runs of the same training, over which
-            the expectations are taken.
+        ledger: One run, or several independent runs of the same training procedure,
+            over which the expectations are taken.
         order: Rényi order, above 1.
         convention: ``"corrected"``: the theorem as its proof gives it, and never above
             the worst case where gradients were clipped. ``"icml2025"`` and
@@ -399,7 +399,7 @@ def norms_of_runs(
     """Check that the options fit the runs; return the norms and what fills their gaps.
 
     Args:
-        ledger: One run, or several independent runs of the same training.
+        ledger: One run, or several independent runs of the same training procedure.
         rule: One of ``ROW_RULES``.
         tolerance: As in ``privacy_losses``.
         gaps: As in ``privacy_losses``.

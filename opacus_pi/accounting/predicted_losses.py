@@ -1,16 +1,16 @@
 r"""Mean losses of updates that did not draw an example, over its possible norms.
 
 **Idea.** ``ledger.smoothed_ranks`` says what the normal score of an example's rank may
-have been: a normal law with a mean and a spread for each example and row. The loss of
-an update is a function of the score alone, because each score has its norm in the row.
-So the function is evaluated once, on a grid of scores, and its mean over a normal law
-is tabulated over mean and spread, for all examples at once.
+have been: a normal distribution with a mean and a spread for each example and row. The
+loss of an update is a function of the score alone, because each score has its norm in
+the row. So the function is evaluated once, on a grid of scores, and its mean over a
+normal distribution is tabulated over mean and spread, for all examples at once.
 
-**Guarantee.** None: the mean of a law that is itself an estimate. The table is within
-0.5 % of direct quadrature, which ``direct`` does, for most examples, and within 10 %
-where a loss changes steeply from rank to rank.
+**Guarantee.** None: the mean of a distribution that is itself an estimate. The table is
+within 0.5 % of direct quadrature, which ``direct`` does, for most examples, and within
+10 % where a loss changes steeply from rank to rank.
 
-**What breaks it.** What breaks the law of the ranks.
+**What breaks it.** What breaks the distribution of the ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class PredictedNorms:
 
     Args:
         ranks: What was learnt from all draws of the run.
-        scores: The law of the examples' normal scores, ``(N, n)``.
+        scores: The distribution of the examples' normal scores, ``(N, n)``.
         drawn: bool ``(N, n)``, where a norm was observed.
         seen_share: float64 ``(N,)``, which share of a row's updates is charged the
             norm that was observed, for an example that was drawn.
@@ -215,7 +215,7 @@ def _mean_over_runs(
 
 @lru_cache(maxsize=1)
 def _nodes() -> tuple[Array, Array]:
-    """Return nodes and weights of the mean over a standard normal law."""
+    """Return nodes and weights of the mean over a standard normal distribution."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NUM_NODES)
     return nodes, weights / weights.sum()
 
@@ -224,8 +224,8 @@ def _nodes() -> tuple[Array, Array]:
 def _means_of_grid() -> "csr_array":
     """Return the matrix that turns a loss at ``_SCORES`` into its means.
 
-    Each row of it is a mean over a normal law with one of ``_MEANS`` and one of
-    ``_STDS``; between two scores of the grid the loss is taken to be linear.
+    Each row of it is a mean over a normal distribution with one of ``_MEANS`` and one
+    of ``_STDS``; between two scores of the grid the loss is taken to be linear.
 
     Returns:
         float64 ``(161 * 33, 721)``, sparse.

@@ -13,7 +13,7 @@ far fewer steps with ``langevin.unlearning.steps_to_unlearn``.
 
 >>> corollary_4_4_steps(4.0, 10.0, 1e-3, 1e-4, target=0.01, rate=0.01)
 5713
->>> def loss(order):  # one point: the Gaussian mechanism
+>>> def loss(order):  # one example: the Gaussian mechanism
 ...     return order * 0.01 / 2
 >>> round(order_multiplied_divergence(loss, 2, 4.0), 4)  # the truth is 4·(2·0.1)²/2
 0.0817
@@ -50,7 +50,7 @@ _CONSTANT = "Pass a constant above 0."
 def weak_triangle(
     order: float, first: float, second: float, *, factor: float = 2.0
 ) -> float:
-    """Return a bound on D_α(P ‖ Q) through a third law R.
+    """Return a bound on D_α(P ‖ Q) through a third distribution R.
 
     D_α(P‖Q) ≤ (α − 1/u)/(α − 1) · D_{uα}(P‖R) + D_{(uα−1)/(u−1)}(R‖Q), any u > 1.
 
@@ -87,7 +87,7 @@ def corollary_4_1(
     Args:
         order: Rényi order α > 1.
         loss_4a: ε'_{4α}, bound on D_{4α}(trained ‖ retrained).
-        stationarity_4a_1: ε_{4α−1}, between retraining and its stationary law.
+        stationarity_4a_1: ε_{4α−1}, between retraining and its stationary distribution.
         stationarity_2a_1: ε_{2α−1}, the same at order 2α − 1.
         log_growth: C·k, the sum of the rates of the k steps.
 
@@ -149,7 +149,7 @@ def chien_learning_divergence(
     num_examples: int,
     learned: float = math.inf,
 ) -> NDArray[np.float64] | float:
-    """Return the divergence after learning when S points are replaced, strongly convex.
+    """Return the divergence after strongly convex learning with S examples replaced.
 
     4αS²M²/(mσ²n²)·(1 − exp(−mηT)), the last factor 1 at stationarity.
 
@@ -191,7 +191,8 @@ def chien_rate(
         learning_rate: η.
         sigma: σ of the Langevin noise √(2η)·σ.
         strong_convexity: m.
-        lsi: C, an LSI constant of the initial law of learning; the authors use 2σ²/m.
+        lsi: C, an LSI constant of the initial distribution of learning; the authors use
+            2σ²/m.
 
     Returns:
         The rate R of D_α·exp(−R·k/α).
@@ -320,12 +321,12 @@ def order_multiplied_divergence(
 ) -> float:
     """Return a group bound by chaining single removals; the order grows with the group.
 
-    Halving the group, D_α over m points ≤ (α−½)/(α−1)·D_{2α} over ⌈m/2⌉ points +
-    D_{2α−1} over ⌊m/2⌋ points (the weak triangle inequality).
+    Halving the group, D_α over m examples ≤ (α−½)/(α−1)·D_{2α} over ⌈m/2⌉ examples +
+    D_{2α−1} over ⌊m/2⌋ examples (the weak triangle inequality).
 
     Args:
-        worst_loss: Bound on the divergence of removing **any** single point from any of
-            the data sets in between, as a function of the order.
+        worst_loss: Bound on the divergence of removing **any** single example from any
+            of the data sets in between, as a function of the order.
         group_size: m ≥ 1.
         order: Rényi order α > 1.
 

@@ -177,7 +177,8 @@ def privacy_statement(
     assumed noise, and no worst case without clipping.
 
     Args:
-        ledger: The ledger of one run, or of several independent runs of one training.
+        ledger: The ledger of one run, or of several independent runs of one training
+            procedure.
         rows: The person's positions in the training set, each once. Always a list: for
             one example ``[157]``.
         delta: δ in (0, 1).

@@ -36,7 +36,7 @@ which increases in a. At a = 1, using 1-p₊ = (ρ-1)/(x²-1), it is a positive 
 (ρ-1)²·(ρ + x²/ρ + 2x) >= 0, because ρ >= 1. ∎
 
 **Straight ends.** Near 0 and far out a single line is enough. Since p² <= 1,
-dlnM/ds <= c = a(a-1). Under the law tilted by e^(2y),
+dlnM/ds <= c = a(a-1). Under the distribution tilted by e^(2y),
 dM/ds = c·q²·e^(2s)·E[(1-q+q·e^(4s+y))^(a-2)], which by Jensen's inequality is at most
 c·q²·e^(max(c, 2)·s); so lnM <= M - 1 is within (e^x - 1)/x, x = max(c, 2)·s, of its
 tangent at 0. For large s, lnM >= c·s - a·ln(1/q) because M >= E[(q·e^y)^a].

@@ -42,7 +42,7 @@ def tightest_losses(
     (p = 3·num_steps, and each κ of the list), so the smallest of them holds too.
 
     Args:
-        ledgers: Two or more independent runs of the same training.
+        ledgers: Two or more independent runs of the same training procedure.
         order: Rényi order, above 1.
         kappas: κ values of the trajectory form, each above 1, finite and fixed
             beforehand.
@@ -87,7 +87,7 @@ def choose_hoelder_p(
     Args:
         pilots: Two or more independent runs, on which p is chosen.
         ledgers: The runs whose losses will be averaged with that p. They are only
-            checked to be other runs of the same training.
+            checked to be other runs of the same training procedure.
         order: Rényi order, above 1.
         candidates: The p to choose from, above 1 and finite. Default: num_steps times
             numbers from 1/4 to 100.

@@ -108,7 +108,7 @@ def worst_case_curve(
 def training_epsilon(
     runs: Sequence[GradNormLedger], group_size: int, delta: float
 ) -> float:
-    """Return the bound on ε of any m examples of a recorded training.
+    """Return the bound on ε of any m examples of a recorded training run.
 
     Args:
         runs: Recorded runs of it, as ``runs_of`` returns them.
@@ -129,7 +129,7 @@ def noise_added(runs: Sequence[GradNormLedger]) -> Assumption:
     that was run has no finite divergence.
 
     Args:
-        runs: Recorded runs of one training, maybe none.
+        runs: Recorded runs of one training procedure, maybe none.
     """
     statement = "training added noise to every update"
     if not runs:
@@ -144,7 +144,7 @@ def every_gradient_clipped(runs: Sequence[GradNormLedger]) -> Assumption:
     """Return the assumption that a clip norm bounds every gradient.
 
     Args:
-        runs: Recorded runs of one training, at least one.
+        runs: Recorded runs of one training procedure, at least one.
     """
     clip = float(np.max(runs[0].mechanism.max_grad_norm))
     return observed(
@@ -156,7 +156,7 @@ def sampling_known(runs: Sequence[GradNormLedger]) -> Assumption:
     """Return the assumption that batches were sampled as the bound takes them.
 
     Args:
-        runs: Recorded runs of one training, at least one.
+        runs: Recorded runs of one training procedure, at least one.
     """
     mechanism = joint_mechanism(runs)
     statement = "batches were sampled independently of the data"
@@ -177,10 +177,10 @@ def sampling_known(runs: Sequence[GradNormLedger]) -> Assumption:
 def declarations(
     runs: Sequence[GradNormLedger], *, is_secure: bool | None = None
 ) -> tuple[Assumption, ...]:
-    """Return what a bound on a recorded training needs and no runner can see.
+    """Return what a bound on a recorded training run needs and no runner can see.
 
     Args:
-        runs: Recorded runs of one training, at least one.
+        runs: Recorded runs of one training procedure, at least one.
         is_secure: Whether the noise came from a cryptographically secure generator
             (``secure_mode`` of an engine); None if that is not known.
 

@@ -68,8 +68,8 @@ def trajectory_losses(
     larger at high orders with small sample rates.
 
     Args:
-        ledgers: Independent runs of the same training, over which the expectation is
-            the mean; each may have its own steps.
+        ledgers: Independent runs of the same training procedure, over which the
+            expectation is the mean; each may have its own steps.
         order: Rényi order, above 1.
         kappa: κ, above 1, chosen before looking at the runs; ``inf``: the largest of
             the runs.
@@ -139,8 +139,8 @@ def trajectory_limits(
     limits.
 
     Args:
-        ledgers: Independent runs of the same training with ``Recorder.stratified``,
-            each with its own draws.
+        ledgers: Independent runs of the same training procedure with
+            ``Recorder.stratified``, each with its own draws.
         order: Rényi order, above 1.
         kappa: κ, above 1, finite and chosen before looking at the runs.
         confidence: 1 - β, in (0, 1), for each example separately. For m statements at

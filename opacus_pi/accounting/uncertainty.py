@@ -12,13 +12,14 @@ losses of all updates, each between 0 and that of the clip norm, F. To the sampl
 more value, F, is added; the values get random weights that are uniform on the simplex
 (Dirichlet(1, …, 1)), and the limit is the 95 % quantile of their weighted mean (Gaffke
 2005). For a sample of 0 and F this is the exact limit of Clopper and Pearson. Instead
-of drawing weights, the quantile is that of the Beta law on [least value, F] with the
-same mean and variance.
+of drawing weights, the quantile is that of the Beta distribution on [least value, F]
+with the same mean and variance.
 
-**Guarantee.** The limit's coverage is conjectured, not proved, for all laws on an
-interval; it is simulated in the tests and measured by ``benchmarks.observed_vs_exact``.
-It is about the sampling of draws alone: another run of the training has other norms. It
-holds for each example, not for all together, and is never above the worst case.
+**Guarantee.** The limit's coverage is conjectured, not proved, for all distributions on
+an interval; it is simulated in the tests and measured by
+``benchmarks.observed_vs_exact``. It is about the sampling of draws alone: another run
+of the training has other norms. It holds for each example, not for all together, and is
+never above the worst case.
 
 **What breaks it.** Draws that depend on the weights; an example whose own draws steer
 its norms; norms that an engine did not observe because samples were unattributed, of
@@ -26,7 +27,7 @@ which each example is taken to have its share, at the clip norm.
 
 Source: Gaffke, "Three test statistics for a nonparametric one-sided hypothesis on the
 mean of a nonnegative variable" (Mathematical Methods of Statistics 14, 2005); own
-derivation of the Beta law, docs/theory.md, Section 14.
+derivation of the Beta distribution, docs/theory.md, Section 14.
 """
 
 import math
@@ -379,7 +380,7 @@ def _quantile_of_mean(
     first = (sums - counts * least) / width + extra
     second = (squares - 2 * least * sums + counts * least**2) / width**2 + extra
     mean = np.clip(first / size, 1e-12, 1 - 1e-12)
-    # The weights have a Dirichlet law, so the weighted mean has this variance.
+    # The weights have a Dirichlet distribution, so the weighted mean has this variance.
     variance = np.maximum(second / size - mean**2, 1e-15) / (size + 1)
     weight = np.maximum(mean * (1 - mean) / variance - 1, 1e-9)
     quantile = betaincinv(mean * weight, (1 - mean) * weight, confidence)

@@ -1,4 +1,4 @@
-"""``opacus-pi score``: the privacy loss and ε of each example of a training.
+"""``opacus-pi score``: the privacy loss and ε of each example of a training run.
 
 The text shows quantiles, the hardest examples and the strata; the JSON has the numbers
 of all examples as well. The numbers are those of ``report.score``.

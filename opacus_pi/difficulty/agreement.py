@@ -213,7 +213,7 @@ def rank_stability(
     """Return how well rankings by privacy loss agree between assumed noise levels.
 
     Args:
-        ledger: One run, or several independent runs of one training.
+        ledger: One run, or several independent runs of one training procedure.
         noise_stds: Standard deviations of the noise on the sum of the gradients, above
             0, each once.
         order: Rényi order, above 1.

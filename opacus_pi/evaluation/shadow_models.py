@@ -218,8 +218,9 @@ def klom(
     :math:`\sum_b p_b \ln (p_b / \max(q_b, 10^{-5}))` with p the histogram under the
     unlearned and q under the retrained models, over ``num_bins`` equal bins from the
     smallest to the largest margin of either, after clipping to ±100. Two samples of the
-    same law do not give 0 but about (bins in use - 1) (1/k + 1/j) / 2 for large k and
-    j. Compare with the value for the retrained models split into two halves.
+    same distribution do not give 0 but about (bins in use - 1) (1/k + 1/j) / 2 for
+    large k and j. Compare with the value for the retrained models split into two
+    halves.
 
     Args:
         unlearned_margins: ln(p / (1 - p)) at the label, ``(k, n)``: k models.

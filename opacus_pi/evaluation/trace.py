@@ -344,7 +344,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _require_numbers(content: Mapping[str, Any]) -> None:
     """Raise unless the fields exist and hold numbers only.
 
-    ``float`` would also convert texts and switches. A file that contains them was not
+    ``float`` would also convert strings and booleans. A file that contains them was not
     written by ``save``.
 
     Raises:

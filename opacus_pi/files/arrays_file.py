@@ -1,6 +1,6 @@
 """Safetensors files of NumPy arrays with a kind, a version and a checksum.
 
-A file holds arrays by name and, in its header, short texts ("facts"). Pickle is never
+A file holds arrays by name and, in its header, short strings ("facts"). Pickle is never
 used, so opening a file runs no code. A file appears under its name only when it is
 complete, and a reader refuses a file that was damaged, edited, or written for another
 purpose. The checksum covers every array and every fact; a person who edits a file and

@@ -1,7 +1,7 @@
 """JSON that every reader accepts: no NaN, no infinity, no NumPy types.
 
 Python writes ``NaN`` and ``Infinity`` into JSON, which the standard does not allow and
-other languages refuse. Here such numbers become texts.
+other languages refuse. Here such numbers become strings.
 
 >>> json_text({"epsilon": float("inf"), "ids": np.arange(2)}, indent=None)
 '{"epsilon": "inf", "ids": [0, 1]}'
@@ -18,7 +18,7 @@ __all__ = ["json_text", "strict"]
 
 
 def json_text(facts: Any, indent: int | None = 1) -> str:
-    """Return JSON text; numbers that are not finite become texts such as "inf".
+    """Return JSON text; numbers that are not finite become strings such as "inf".
 
     Characters that are not printable are escaped, so that a text from elsewhere cannot
     act on the terminal that shows the answer.
@@ -30,7 +30,7 @@ def json_text(facts: Any, indent: int | None = 1) -> str:
     text = json.dumps(strict(facts), indent=indent, ensure_ascii=False, allow_nan=False)
     if text.isprintable():
         return text
-    # Only texts can hold such characters, and JSON's escapes leave them as they were.
+    # Only strings can hold such characters, and JSON's escapes leave them as they were.
     return "".join(
         one if one in "\n " or one.isprintable() else json.dumps(one)[1:-1]
         for one in text

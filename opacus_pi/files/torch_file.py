@@ -1,7 +1,7 @@
 """Read files of ``torch.save`` without running code from them.
 
 ``torch.load`` can unpickle any object, and so run any code. With ``weights_only=True``
-it accepts tensors, containers, numbers and texts only. Programs often put a NumPy
+it accepts tensors, containers, numbers and strings only. Programs often put a NumPy
 number or their parsed arguments beside the weights, so a few types that cannot run
 anything are accepted as well (``_HARMLESS``), and what the user has allowed by
 ``torch.serialization.add_safe_globals``.

@@ -101,7 +101,7 @@ class AccountantBound:
 
 
 def bound_of(accountant: IAccountant, mechanism: NoisySGD) -> AccountantBound | None:
-    """Return what an engine's accountant guarantees for a recorded training.
+    """Return what an engine's accountant guarantees for a recorded training run.
 
     Args:
         accountant: The accountant.

@@ -1,9 +1,9 @@
 """Compare what is recorded for a batch with the gradients of its examples alone.
 
-An audit answers one question before a training is trusted: is a recorded norm the norm
-of one example's own gradient? It trains a copy of the model for one update on a few
-examples, exactly as the engine does, and differentiates each of these examples alone by
-plain autograd. Four things are compared:
+An audit answers one question before a training run is trusted: is a recorded norm the
+norm of one example's own gradient? It trains a copy of the model for one update on a
+few examples, exactly as the engine does, and differentiates each of these examples
+alone by plain autograd. Four things are compared:
 
 * ``norms``: the recorded norms, with those of the examples alone;
 * ``loss``: the loss of the batch, with the mean or the sum of the examples' own losses;

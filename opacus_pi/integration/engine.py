@@ -93,9 +93,9 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     padding. The guarantee is then ``renyi_filter.epsilons`` (Feldman and Zrnic 2021,
     arXiv:2008.11193). ``get_epsilon`` still holds for every example, and ``epsilons``
     stays an estimate, computed from the recorded norms. Which examples were left out
-    is sensitive. An ``AccountingError`` stops a training whose charges would be wrong:
-    if samples are attributed without verification, if BatchNorm is in training mode,
-    or if the noise is lowered within an update.
+    is sensitive. An ``AccountingError`` stops a training run whose charges would be
+    wrong: if samples are attributed without verification, if BatchNorm is in training
+    mode, or if the noise is lowered within an update.
     """
 
     if TYPE_CHECKING:

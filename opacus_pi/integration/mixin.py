@@ -473,7 +473,7 @@ class PerInstanceMixin(Shown, OpacusEngine):
         poisson_sampling: bool = True,
         **options: Any,
     ) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
-        """Record a training without clipping: plain SGD, or with noise on the mean.
+        """Record a training run without clipping: plain SGD, or with noise on the mean.
 
         ``save_checkpoint`` and ``load_checkpoint(..., restore_rng=True)`` work for this
         training too; pass them the plain module and optimizer.
@@ -620,7 +620,7 @@ class PerInstanceMixin(Shown, OpacusEngine):
         """Load as Opacus does, and continue the recorded run if the checkpoint has one.
 
         No code from the file is run: it is read with ``weights_only=True``, which loads
-        tensors, containers, numbers and texts (NumPy's too). Opacus itself unpickles
+        tensors, containers, numbers and strings (NumPy's too). Opacus itself unpickles
         every checkpoint with ``weights_only=False``, which runs whatever code the file
         holds. A checkpoint with objects of other types needs that: pass
         ``torch_load_kwargs={"weights_only": False}`` if you trust its source, or allow

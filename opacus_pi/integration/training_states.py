@@ -1,4 +1,4 @@
-"""The state of a training that a rewind goes back to: weights, optimizer, settings.
+"""The state of a training run that a rewind goes back to: weights, optimizer, settings.
 
 The engine knows how it clips, adds noise and divides; it does not know the loop around
 it. So a state holds everything that one update depends on, but no learning-rate
@@ -35,7 +35,7 @@ class TrainingStates:
         module: The model that is trained, plain or wrapped.
         optimizer: The optimizer of the training, Opacus's or a plain one.
         run_state: Gives its random states; None: they are not saved.
-        settings: More facts by name: numbers and texts.
+        settings: More facts by name: numbers and strings.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TrainingStates:
     def remember(self) -> None:
         """Keep a copy of the present state, as the state before the first update.
 
-        For a training whose forward passes change buffers (BatchNorm): at its first
+        For a training run whose forward passes change buffers (BatchNorm): at its first
         update the state before it is gone.
         """
         self._remembered = copied(self.state(0))

@@ -137,7 +137,7 @@ def _some(values: Any, places: NDArray[np.int64], size: int) -> NDArray[Any] | N
 
 
 def _as_array(found: Any) -> NDArray[Any] | None:
-    """Return an array of numbers or texts, or None if this is not one."""
+    """Return an array of numbers or strings, or None if this is not one."""
     if found is None or callable(found):
         return None
     if hasattr(found, "cpu"):

@@ -492,7 +492,7 @@ def _without_counts(mechanism: NoisySGD) -> NoisySGD:
 
 
 def joint_mechanism(runs: Sequence[GradNormLedger]) -> NoisySGD:
-    """Return the mechanism of several runs of one training.
+    """Return the mechanism of several runs of one training procedure.
 
     Args:
         runs: What ``runs_of`` returned. They differ in nothing but the counts of

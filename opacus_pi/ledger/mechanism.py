@@ -183,10 +183,10 @@ class NoisySGD(Shown):
         return hash((self.num_steps, self.sampling))
 
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return the numbers and the texts that a ledger's file stores.
+        """Return the numbers and the strings that a ledger's file stores.
 
         Returns:
-            float64 arrays by name, and texts by name.
+            float64 arrays by name, and strings by name.
         """
         arrays = {f"mechanism.{name}": getattr(self, name) for name in SCHEDULED}
         facts = {"num_steps": str(self.num_steps), "sampling": self.sampling}
@@ -204,7 +204,7 @@ class NoisySGD(Shown):
 
         Args:
             arrays: All arrays of a ledger's file; the mechanism's are taken out of it.
-            facts: All texts of the file.
+            facts: All strings of the file.
 
         Raises:
             ValueError: If a text is not what ``to_arrays`` writes.

@@ -1,9 +1,9 @@
 """Write a ledger to a file, and read it again.
 
 Both ledgers hold the same three kinds of things: the facts of the run (``NoisySGD``),
-arrays, and texts. ``SavedLedger`` turns them into one safetensors file and back. A
+arrays, and strings. ``SavedLedger`` turns them into one safetensors file and back. A
 ledger class declares in a ``LedgerFile`` which of its fields are arrays, which are
-texts, and what the file calls the texts.
+strings, and what the file calls the strings.
 
 Files that earlier releases wrote are read; ``files.kinds`` has the versions.
 """
@@ -39,7 +39,7 @@ class LedgerFile:
         more_texts: Name in the file of each text that a file may hold, by field.
         objects: Type of each field that a file may hold as a JSON text of its own, by
             field. The type has ``to_json`` and ``from_json``.
-        retired: Names of texts that only files of earlier releases hold.
+        retired: Names of strings that only files of earlier releases hold.
     """
 
     kind: FileKind

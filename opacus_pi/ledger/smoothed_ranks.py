@@ -11,17 +11,17 @@ slowly: an example with a large gradient now has one of the largest soon after. 
    the prediction errors of the draws themselves show;
 5. the norm is the one that has this rank among the norms of the row.
 
-The number that is charged is the *mean* of the loss over this law, never the loss at
-its mean: losses are convex in the norm, so the second would charge too little.
+The number that is charged is the *mean* of the loss over this distribution, never the
+loss at its mean: losses are convex in the norm, so the second would charge too little.
 
 **Guarantee.** None for a single example: an estimate. It is fair on average, because a
 Poisson draw does not look at the weights: an example that a row did not draw has the
-same law of (prediction, norm) as one that it drew, and the prediction of a drawn
-example, without its own draw, can be compared with its norm.
+same distribution of (prediction, norm) as one that it drew, and the prediction of a
+drawn example, without its own draw, can be compared with its norm.
 
 **What breaks it.** Norms that jump between two draws of an example without any trace in
 its ranks; rows in which a handful of examples were drawn, which show few norms. An
-example that was never drawn has the law of all examples.
+example that was never drawn has the distribution of all examples.
 
 Source: own derivation; docs/theory.md, Section 14. The filter is Kalman's (1960), the
 smoother combines a filter from each end (Fraser and Potter 1969).
@@ -48,7 +48,7 @@ from opacus_pi.ledger.gap_filling import middle_ranks
 __all__ = ["PredictedScores", "SmoothedRanks", "sampling_step"]
 
 Array = NDArray[np.float64]
-_MAX_EXAMPLES = 1 << 14  # of which the law is learnt; more change it little
+_MAX_EXAMPLES = 1 << 14  # the distribution is learnt from these; more change little
 _TIME_SCALES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1e6)  # shares of the training
 _NUM_LEVELS, _NUM_TIMES = 6, 5  # cells in which the spread is calibrated
 _PRIOR_DRAWS = 50.0  # of the spread that the model says, in each cell
@@ -153,7 +153,7 @@ class SmoothedRanks:
         return 1 / math.sqrt(rate**2 + corrected)
 
     def predict(self, rows: ArrayLike) -> PredictedScores:
-        """Return the law of the scores of examples in updates that did not draw them.
+        """Return the distribution of each example's scores in updates without it.
 
         Args:
             rows: ``(N, m)``, raw norms of any examples of the run, NaN where not drawn.
@@ -243,7 +243,7 @@ class SmoothedRanks:
 
 
 def sampling_step(num_examples: int) -> int:
-    """Return k if every k-th example is used to learn the law.
+    """Return k if every k-th example is used to learn the distribution.
 
     Args:
         num_examples: Number of examples of the run.

@@ -1,4 +1,4 @@
-"""Save the state of a training at chosen updates, so that it can be rewound.
+"""Save the state of a training run at chosen updates, so that it can be rewound.
 
 A rewind takes a model back to a state from before some examples were used, and trains
 the rest again without them. ``Checkpoints`` says where states are saved, how often, and
@@ -59,7 +59,7 @@ _PARTS = {
 
 
 class Training(Protocol):
-    """A training in progress, as far as its state can be saved."""
+    """A training run in progress, as far as its state can be saved."""
 
     def state(self, num_steps: int) -> dict[str, Any]:
         """Return the present state, which later updates do not change in place.
@@ -73,7 +73,7 @@ class Training(Protocol):
 
 
 class Checkpoints:
-    """The saved states of a training, with the rule that says when one is saved.
+    """The saved states of a training run, with the rule that says when one is saved.
 
     Args:
         directory: Where the states and the record of participations are. Use one

@@ -126,7 +126,7 @@ class ParticipationLog:
         return arrays
 
     def _texts(self, kept: tuple[int, ...], weights: str) -> dict[str, str]:
-        """Return the texts of the next block."""
+        """Return the strings of the next block."""
         texts = {name: str(self.facts.get(name, "")) for name in _TEXTS}
         return texts | {
             "num_examples": str(self.facts["num_examples"]),
@@ -234,7 +234,7 @@ def record_in(directory: Path) -> ParticipationRecord:
 
 
 def _parsed(facts: Mapping[str, str], name: str, kind: type) -> Any:
-    """Return a number or a list of numbers from the texts of a block, or refuse."""
+    """Return a number or a list of numbers from the strings of a block, or refuse."""
     try:
         value = json.loads(facts[name])
     except (json.JSONDecodeError, RecursionError):
@@ -251,7 +251,7 @@ def _parsed(facts: Mapping[str, str], name: str, kind: type) -> Any:
 
 
 def _whole(facts: Mapping[str, str], name: str, directory: Path) -> int:
-    """Return a whole number from the texts of a block, or refuse."""
+    """Return a whole number from the strings of a block, or refuse."""
     expect(
         facts[name].isdecimal(), name, facts[name], "must be a whole number", _RESTORE
     )

@@ -90,7 +90,7 @@ def require_whole(state: Mapping[str, Any]) -> None:
 
 
 def _check_facts(state: Mapping[str, Any]) -> None:
-    """Refuse texts and numbers that are unknown or out of range."""
+    """Refuse strings and numbers that are unknown or out of range."""
     for name, right in {
         "source": state["source"] in ("observed", "swept"),
         "sampling": state["sampling"] in ("poisson", "fixed"),

@@ -1,6 +1,6 @@
 """Files of saved training states, read without running code from them.
 
-A state is a dict whose leaves are tensors, numbers, texts and None, such as the state
+A state is a dict whose leaves are tensors, numbers, strings and None, such as the state
 dicts of models and optimizers. The file is one of ``torch.save``, with a checksum over
 all leaves and their places.
 """
@@ -26,7 +26,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> int:
 
     Args:
         path: The file.
-        state: Nested dicts, lists and tuples of tensors, numbers and texts.
+        state: Nested dicts, lists and tuples of tensors, numbers and strings.
 
     Returns:
         Length of the file in bytes.

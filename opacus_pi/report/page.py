@@ -72,7 +72,7 @@ def _environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """Return what the page shows of a value: texts without control characters."""
+    """Return what the page shows of a value: strings without control characters."""
     return printable(value) if type(value) is str else value
 
 

@@ -1,4 +1,4 @@
-"""The per-example numbers of a training, and the statistics that describe them.
+"""The per-example numbers of a training run, and the statistics that describe them.
 
 The single losses and epsilons are estimates, and only the worst case is a bound. If the
 noise was assumed, the losses rank the examples and no ε is computed at all, so that it
@@ -51,7 +51,7 @@ _STRATUM_DIVISOR = 50  # a stratum is 1/50 of the examples: the paper's 1,000 of
 
 @dataclass(frozen=True, repr=False)
 class Scores(Shown):
-    """Privacy loss and ε of every example of a recorded training.
+    """Privacy loss and ε of every example of a recorded training run.
 
     Args:
         order: Rényi order of the losses.
@@ -229,10 +229,10 @@ def score(
     delta: float = 1e-5,
     tolerance: float = 0.0,
 ) -> Scores:
-    """Compute losses, epsilons and worst case of a recorded training.
+    """Compute losses, epsilons and worst case of a recorded training run.
 
     Args:
-        ledger: One run, or several independent runs of one training.
+        ledger: One run, or several independent runs of one training procedure.
         order: Rényi order of the losses, above 1.
         delta: δ of the epsilons, in (0, 1).
         tolerance: Largest relative error of a loss, always upwards. 0 computes without

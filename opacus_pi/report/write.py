@@ -107,10 +107,11 @@ def write_report(
 def training_facts(ledger: Ledgers) -> dict[str, Any]:
     """Return what was recorded, without anything about a single example.
 
-    Several runs of one training share the mechanism, so it is read from the first.
+    Several runs of one training procedure share the mechanism, so it is read from the
+    first.
 
     Args:
-        ledger: One run, or several runs of one training.
+        ledger: One run, or several runs of one training procedure.
 
     Returns:
         Values by name. Sample rate, noise and clip norm are arrays if they follow a

@@ -11,7 +11,7 @@ requests about a model in a tamper-evident log and carries each out once. The me
 | what happens meanwhile, and after a crash? | ``callbacks``, ``resuming`` |
 | what may be claimed afterwards? | ``claims`` |
 | how long will it take? | ``plan``, ``search`` |
-| how far must a training go back? | ``rewind`` |
+| how far must a training run go back? | ``rewind`` |
 | who asked for it, and was it done? | ``requests``, ``deletion_log`` |
 
 >>> import torch

@@ -65,7 +65,7 @@ class AccountantBound(Protocol):
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """The facts of a training that only its engine knows and a guarantee needs.
+    """The facts of a training run that only its engine knows and a guarantee needs.
 
     Args:
         is_secure: Whether the noise came from a cryptographically secure generator;
@@ -346,7 +346,7 @@ def _estimated_claim(
     runs: Sequence[GradNormLedger],
     gone: NDArray[np.int64],
 ) -> Guarantee:
-    """Return the estimate for one example of a training without clipping."""
+    """Return the estimate for one example of a training run without clipping."""
     assumptions = (
         *needed,
         *unchecked_links(runs),
@@ -505,7 +505,7 @@ def _matching(
 ) -> Assumption:
     """Assume that the model has the weights that the recorded runs left.
 
-    A ledger of another training says nothing about this model. An engine writes the
+    A ledger of another training run says nothing about this model. An engine writes the
     SHA-256 of the last weights into its ledger; here it is compared with the model's.
     After runs of unlearning, the weights from which the first of them started are
     compared, and the model must have those that the last one left.

@@ -201,10 +201,10 @@ def make_plan(
     batch_size: int = 64,
     forgotten_before: ArrayLike = (),
 ) -> Plan:
-    """Compute difficulty and cost of a forget set from the ledgers of a training.
+    """Compute difficulty and cost of a forget set from the ledgers of a training run.
 
     Args:
-        runs: Ledgers of independent runs of one training, at least one.
+        runs: Ledgers of independent runs of one training procedure, at least one.
         forget_indices: Positions in the data set, each once.
         order: Rényi order of the privacy losses.
         assumed_noise_std: Noise on the sum of gradients to assume if there was none.

@@ -2,8 +2,8 @@
 
 *Exact rewind.* Until an example is drawn for the first time, training with it and
 without it are the same. So a model that goes back to a state from before, and trains
-the rest without the example, has exactly the law of a retrained model: all divergences
-are 0, in both directions, for any network, optimizer and loss.
+the rest without the example, has exactly the distribution of a retrained model: all
+divergences are 0, in both directions, for any network, optimizer and loss.
 
 *Filtered rewind.* With a deletion policy that was fixed before training, examples may
 stay in the updates that they are in, as long as the sum of their charges stays within

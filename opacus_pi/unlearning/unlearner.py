@@ -336,8 +336,8 @@ class Unlearner:
             assumed_noise_std: Noise on the sum of gradients to assume where training
                 added none; the losses then are a ranking only.
             past_runs: ``(forget_indices, epochs it took)`` of sets unlearned from
-                models of this training; two of different difficulty give a prediction.
-                For a run that ended before its set was forgotten, pass
+                models of this training run; two of different difficulty give a
+                prediction. For a run that ended before its set was forgotten, pass
                 ``(forget_indices, inf, epochs it ran)``: it counts as its length, and
                 the prediction is at best a lower bound.
             batch_size: Examples per batch, to count steps.

@@ -89,7 +89,7 @@ def group_divergence(
     is interpolated along its chord, which lies above it (it is convex in the order).
 
     Args:
-        gram_ledger: One run, or independent runs of one training, of kind
+        gram_ledger: One run, or independent runs of one training procedure, of kind
             ``"forget"``; for ``"theorem_b1"`` one run of kind ``"minibatch"``.
         order: Rényi order α > 1.
         method: ``"coupled"``, ``"scalar"``, ``"operator_norm"`` or ``"theorem_b1"``,

@@ -51,7 +51,7 @@ _BLOCK = 4_000_000  # entries of the integrand computed at a time
 
 
 class LengthLaw(NamedTuple):
-    """Discrete law of a length: the mixture of N(a, 1) that bounds a group's moment.
+    """Discrete distribution of a length a; the mixture of N(a, 1) bounds a moment.
 
     Args:
         lengths: Possible lengths a, at least 0, float64 ``(J,)``.
@@ -63,7 +63,7 @@ class LengthLaw(NamedTuple):
 
 
 def scalar_law(norms: ArrayLike, sample_rate: float) -> LengthLaw:
-    """Return the law of the sum of the norms of a Poisson-sampled subset, rounded up.
+    """Return the distribution of a Poisson-sampled subset's sum of norms, rounded up.
 
     Up to 12 norms every subset is listed. For more, norms are rounded **up** to a grid
     (by at most a sixteenth of their mean, or an 8192nd of their sum) and convolved.
@@ -91,7 +91,7 @@ def scalar_law(norms: ArrayLike, sample_rate: float) -> LengthLaw:
 def operator_norm_law(
     largest_eigenvalue: float, group_size: int, sample_rate: float
 ) -> LengthLaw:
-    """Return the law of √(λ·|S|), |S| ~ Bin(m, q).
+    """Return the distribution of √(λ·|S|), |S| ~ Bin(m, q).
 
     Args:
         largest_eigenvalue: λ of the scaled Gram matrix K.
@@ -106,7 +106,7 @@ def operator_norm_law(
 
 
 def binomial_law(group_size: int, sample_rate: float) -> LengthLaw:
-    """Return the law of |S|, the number of m examples that are sampled: Bin(m, q).
+    """Return the distribution of |S|, how many of m examples are sampled: Bin(m, q).
 
     Args:
         group_size: m.

@@ -2,11 +2,11 @@
 
 ``logistic_constants`` and ``ridge_constants`` compute the smoothness, convexity and
 gradient bounds of two convex objectives f(w) = (1/N)·Σ_i ℓ_i(w) + (λ/2)‖w‖² from given
-data. The denominator N is **fixed**: it keeps its value when points are removed, so
-that removing a point does not change the weight of any other. Constants are rounded in
-the safe direction.
+data. The denominator N is **fixed**: it keeps its value when examples are removed, so
+that removing an example does not change the weight of any other. Constants are rounded
+in the safe direction.
 
-A step size that is computed from the data depends on the points that may have to be
+A step size that is computed from the data depends on the examples that may have to be
 forgotten, and no bound of this package covers that. Choose it from
 ``public_logistic_constants``, which needs a bound on the norm of a row and no data.
 
@@ -314,7 +314,7 @@ class LangevinConstants:
     def delta_after(
         self, epsilon: ArrayLike, num_steps: int, *, initial_delta: Start = 1.0
     ) -> NDArray[np.float64]:
-        """Return a bound on δ(ε) between two laws after k steps of the process.
+        """Return a bound on δ(ε) between two distributions after k steps.
 
         It needs a bounded domain, like ``log_dobrushin``, and never exceeds what that
         coefficient gives. Smoothness makes it smaller.
@@ -323,7 +323,7 @@ class LangevinConstants:
             epsilon: ε ≥ 0, any shape.
             num_steps: k ≥ 1.
             initial_delta: A bound on δ before them, as in
-                ``hockey_stick_contraction``; 1 holds for any two laws.
+                ``hockey_stick_contraction``; 1 holds for any two distributions.
 
         Returns:
             float64 in the shape of ``epsilon``.
@@ -347,7 +347,8 @@ class LangevinConstants:
         """Return the growth of the contraction, ln G_0 … ln G_k.
 
         Args:
-            initial_lsi: LSI constant of the retrained law where the steps begin.
+            initial_lsi: LSI constant of the retrained distribution where the steps
+                begin.
             num_steps: k.
 
         Returns:

@@ -1,13 +1,14 @@
 r"""Bounds on how far a noisy process brings two distributions together.
 
-**Idea.** Both laws go through the same steps: for unlearning, the law of the model that
-was trained on the forget set and that of the retrained model, both continued on the
-retain set. Gaussian noise of the same size is added to both, which makes them harder to
-distinguish. Three bounds on the divergence afterwards, from the divergence before:
+**Idea.** Both distributions go through the same steps: for unlearning, the distribution
+of the model that was trained on the forget set and that of the retrained model, both
+continued on the retain set. Gaussian noise of the same size is added to both, which
+makes them harder to distinguish. Three bounds on the divergence afterwards, from the
+divergence before:
 
-* ``hypercontractive_bound``: needs the log-Sobolev constants of the second law,
-* ``source_bound``: the same ingredients, as in the literature; never smaller,
-* ``dobrushin_bound``: needs a bounded domain only, no convexity, no smoothness.
+* ``hypercontractive_bound`` needs the log-Sobolev constants of the second distribution.
+* ``source_bound`` needs the same; it is the form of the literature, and never smaller.
+* ``dobrushin_bound`` needs only a bounded domain, no convexity and no smoothness.
 
 The first rests on one fact. While variance grows by dt at log-Sobolev constant C, the
 order may move with α' = (α − 1)/C, and then ((α − 1)/α)·D_α does not increase:
@@ -17,12 +18,12 @@ D_{\alpha_0}(\text{before}),\quad \alpha_0 = 1 + \frac{\alpha - 1}{G}`,
 
 where ln G is the integral of dt/C.
 
-**Guarantee.** Upper bounds for all laws with the given constants; the first is an
-equality for shifted Gaussians.
+**Guarantee.** Upper bounds for all distributions with the given constants; the first is
+an equality for shifted Gaussians.
 
-**What breaks it.** The log-Sobolev constant of the wrong law (it must be the second
-argument's), or random batches, whose mixture has no such constant; the Dobrushin bound
-allows them.
+**What breaks it.** The log-Sobolev constant of the wrong distribution (it must be the
+second argument's), or random batches, whose mixture has no such constant; the Dobrushin
+bound allows them.
 
 Source: own derivation, docs/theory.md, Sections 6 and 8; Vempala and Wibisono 2019 for
 a fixed order.
@@ -60,7 +61,8 @@ def hypercontractive_bound(
             holds at the lower α₀ too), or a function of the order, accepting orders
             down to 1.
         order: Rényi order α > 1 after the steps.
-        log_growth: ln G of the steps, from ``lsi.log_growth`` of the **second** law.
+        log_growth: ln G of the steps, from ``lsi.log_growth`` of the **second**
+            distribution.
 
     Returns:
         Bound on D_α(first ‖ second) after the steps, in nats.
@@ -88,7 +90,7 @@ def source_bound(divergence: Divergence, order: float, log_growth: float) -> flo
     Args:
         divergence: Bound on D_α(first ‖ second) before, or a function of the order.
         order: Rényi order α > 1.
-        log_growth: ln G of the steps along the second law.
+        log_growth: ln G of the steps along the second distribution.
 
     Returns:
         Bound on D_α(first ‖ second) after the steps, in nats.

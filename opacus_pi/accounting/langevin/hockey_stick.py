@@ -2,8 +2,8 @@ r"""Contraction of (ε, δ) itself by noisy steps on a bounded domain.
 
 **Idea.** E_γ(P‖Q) = sup_A P(A) − γ·Q(A) is δ at ε = ln γ. Cut the part that P and γQ
 share; what is left of P has mass δ, what is left of γQ has mass δ + γ − 1. A noisy step
-whose mean has a range of diameter ρ can keep two laws no further apart than two
-Gaussians at that distance. So a step with noise of standard deviation s gives
+whose mean has a range of diameter ρ can keep two distributions no further apart than
+two Gaussians at that distance. So a step with noise of standard deviation s gives
 
 :math:`\delta_{t+1} = \delta_t\, G\!\left(\tfrac{\rho}{s},\
 \ln\!\big(1 + \tfrac{e^\varepsilon - 1}{\delta_t}\big)\right)`,
@@ -64,11 +64,11 @@ def hockey_stick_contraction(
     lipschitz: ArrayLike = math.inf,
     drifts: ArrayLike = 0.0,
 ) -> Array:
-    """Return a bound on δ(ε) between two laws after N noisy steps w ↦ F_t(w) + noise.
+    """Return a bound on δ(ε) between two distributions after N noisy steps.
 
-    Both laws go through the same steps, each perhaps followed by a projection onto a
-    convex set. One number stands for N equal ones; at least one of the first two
-    sequences has the length N.
+    A step is w ↦ F_t(w) + noise. Both distributions go through the same steps; a step
+    may be followed by a projection onto a convex set. One number stands for N equal
+    ones; at least one of the first two sequences has the length N.
 
     Args:
         epsilon: ε ≥ 0 at which δ is wanted, any shape.
@@ -77,7 +77,7 @@ def hockey_stick_contraction(
             projects afterwards has c_t·2R + d_t (see below). Used where a block begins.
         noise_stds: s_t, ``(N,)``, standard deviation of the noise per coordinate.
         initial_delta: A bound on δ before the first step: one number that holds at each
-            of the given ε, or a function of ε. 1 holds for any two laws.
+            of the given ε, or a function of ε. 1 holds for any two distributions.
         block_length: j, steps taken as one block. 1 needs a bounded range in every
             step; longer blocks need it in their first step only, hence suit steps that
             project every j steps. ``"best"`` takes the smallest bound, for steps that

@@ -1,10 +1,11 @@
 """Divergence after learning when later noise hides the contribution of early steps.
 
 **Idea.** Plain composition adds up every step's divergence and grows with the run. With
-a log-Sobolev constant of the other law, each step's noise can do two things: a share of
-it hides the point's own contribution, the rest contracts the divergence accumulated
-before (``contraction``). One schedule covers learning and any number of unlearning
-requests: after its removal a point shifts nothing, and every step only contracts.
+a log-Sobolev constant of the other distribution, each step's noise can do two things: a
+share of it hides the example's own contribution, the rest contracts the divergence
+accumulated before (``contraction``). One schedule covers learning and any number of
+unlearning requests: after its removal an example shifts nothing, and every step only
+contracts.
 
 **Guarantee.** A bound if the mean over the given runs is the expectation; otherwise an
 estimate. On strongly convex losses it stays bounded however long the run is.
@@ -54,19 +55,19 @@ def contractive_divergence(
         D += weight·ln E exp(p·a₀(a₀−1)·shift²/(2θs)) / (p(a₀−1)),
         a ← 1 + (a₀−1)·p/(p−1).
 
-    A step in which the point shifts nothing needs no Hölder split and spends no noise:
-    θ = 0 and a ← a₀ there. Steps must be full-batch, or follow a schedule that does not
-    look at the data.
+    A step in which the example shifts nothing needs no Hölder split and spends no
+    noise: θ = 0 and a ← a₀ there. Steps must be full-batch, or follow a schedule that
+    does not look at the data.
 
     Args:
-        shifts: ‖F(w_t) − F'(w_t)‖, the distance by which the point moves the mean of
+        shifts: ‖F(w_t) − F'(w_t)‖, the distance by which the example moves the mean of
             step t (learning rate times its gradient's norm, divided by the
             denominator): ``(T, runs)`` or ``(T, runs, n)``, along independent runs that
-            **include** the point; 0 where it takes no part.
+            **include** the example; 0 where it takes no part.
         order: Rényi order α > 1 of the result.
         lsi: ``(T + 1,)`` (the last entry is not used) or ``(T,)``, LSI constants of the
-            iterates **without** the point, from ``lsi_track``.
-        lipschitz: c of the map without the point, a number or ``(T,)``.
+            iterates **without** the example, from ``lsi_track``.
+        lipschitz: c of the map without the example, a number or ``(T,)``.
         noise_variance: s on the weights, a number or ``(T,)``.
         hoelder_p: p > 1, fixed beforehand. ``inf`` takes the largest shift over runs.
         noise_share: θ in (0, 1).
@@ -100,7 +101,7 @@ def contractive_divergence(
     a, weight, total = float(order), 1.0, np.zeros(d.shape[2:])
     for t in range(len(d) - 1, -1, -1):
         # One step: contract at the lower order a₀ what came before, then pay for the
-        # point's own shift with the noise that is left for it.
+        # example's own shift with the noise that is left for it.
         moved = bool((d[t] > 0).any())
         paying = noise_share * s[t] if moved else 0.0
         spread = square[t] * constants[t] + paying
@@ -128,9 +129,10 @@ def halved_noise_divergence(
     D ← (D + α·shift²/(2h))·(1 + h/(c²C_t + h))^(−1/α).
 
     Args:
-        shifts: ``(T,)``, largest distance by which the point can move step t's mean.
+        shifts: ``(T,)``, largest distance by which the example can move step t's mean.
         order: Rényi order α > 1.
-        lsi: ``(T,)`` or ``(T + 1,)``, LSI constants of the iterates without the point.
+        lsi: ``(T,)`` or ``(T + 1,)``, LSI constants of the iterates without the
+            example.
         lipschitz: c, a number or ``(T,)``.
         noise_variance: s on the weights, a number or ``(T,)``.
 

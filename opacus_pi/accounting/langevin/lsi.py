@@ -1,16 +1,17 @@
 """Tracking the log-Sobolev constant of noisy gradient descent.
 
-**Idea.** A law ν satisfies LSI(C) if Ent_ν(f²) ≤ 2C·E_ν‖∇f‖² for every smooth f;
-N(0, C·I) does so with exactly this C. The constant determines how fast Gaussian noise
-brings other laws towards ν. It can be tracked through training: a c-Lipschitz map
-multiplies it by c², and noise of variance s adds s.
+**Idea.** A distribution ν satisfies LSI(C) if Ent_ν(f²) ≤ 2C·E_ν‖∇f‖² for every smooth
+f; N(0, C·I) does so with exactly this C. The constant determines how fast Gaussian
+noise brings other distributions towards ν. It can be tracked through training: a
+c-Lipschitz map multiplies it by c², and noise of variance s adds s.
 
 **Guarantee.** Every constant returned is valid (an upper bound). It is needed along the
-**second** argument of the divergence to be contracted, which for unlearning is the law
-of retraining.
+**second** argument of the divergence to be contracted, which for unlearning is the
+distribution of retraining.
 
-**What breaks it.** Random batches: an iterate's law is then a mixture, whose constant
-this recursion does not bound. Steps must be full-batch, or follow a fixed schedule.
+**What breaks it.** Random batches: an iterate's distribution is then a mixture, whose
+constant this recursion does not bound. Steps must be full-batch, or follow a fixed
+schedule.
 
 Source: docs/theory.md, Section 5.
 
@@ -67,13 +68,13 @@ def gradient_map_lipschitz(
 
 
 def bounded_support_lsi(radius: float, noise_variance: float) -> float:
-    """Return an LSI constant of any law in a ball of this radius, plus noise N(0, s·I).
+    """Return an LSI constant of any distribution in a ball, plus noise N(0, s·I).
 
     C = 6(4R² + s)·exp(4R²/s). It does not depend on the dimension, but is astronomical
     for s ≪ R².
 
     Args:
-        radius: R of the ball that contains the law before the noise.
+        radius: R of the ball that contains the distribution before the noise.
         noise_variance: s, per coordinate.
 
     Returns:
@@ -148,7 +149,8 @@ def log_growth(
     steps.
 
     Args:
-        constants: ``(k + 1,)``, LSI constants of the second law, from ``lsi_track``.
+        constants: ``(k + 1,)``, LSI constants of the second distribution, from
+            ``lsi_track``.
         lipschitz: c, a number or ``(k,)``.
         noise_variance: s on the weights, a number or ``(k,)``.
 

@@ -1,9 +1,9 @@
 r"""Shifted divergence: privacy amplification by iteration, with optimal payments.
 
 **Idea.** Two runs of w ← Π(φ_t(w) + N(0, s_t·I)) have c_t-Lipschitz maps that differ by
-at most d_t in sup-norm (d_t > 0 where the point is in the update, 0 in unlearning), and
-start within W_∞ distance z_0. Instead of paying for each difference when it occurs, the
-distance may be carried along, shrink with the maps, and be paid for by the noise of
+at most d_t in sup-norm (d_t > 0 where the example is in the update, 0 in unlearning),
+and start within W_∞ distance z_0. Instead of paying for each difference when it occurs,
+the distance may be carried along, shrink with the maps, and be paid for by the noise of
 later steps. Part of the distance, a_t, is paid for by step t's noise:
 
 :math:`z_t = c_t z_{t-1} + d_t - a_t \ge 0,\quad z_N = 0,\quad
@@ -60,7 +60,7 @@ def shifted_mu_squared(
         shifts: d_t ≥ 0, ``(N,)``, sup-distance between the two runs' maps, e.g.
             η·C/batch_size for an example clipped to C; 0 after its removal.
         noise_variances: s_t > 0 on the weights, ``(N,)``.
-        initial_distance: z_0, W_∞ distance of the two starting laws.
+        initial_distance: z_0, W_∞ distance of the two starting distributions.
 
     Returns:
         μ². Both D_α(P ‖ Q) and D_α(Q ‖ P) are at most α·μ²/2 at every order α.
@@ -131,7 +131,7 @@ def learn_unlearn_mu_squared(
     num_unlearning_steps: int,
     noise_variance: float,
 ) -> float | NDArray[np.float64]:
-    """Return μ² of T equal steps with the point, then K without it, in closed form.
+    """Return μ² of T equal steps with the example, then K without it, in closed form.
 
     μ² = (c^K·d·(1−c^T)/(1−c))²·(1−c²)/((1−c^{2(T+K)})·s); (d·T)²/((T+K)·s) at c = 1.
 
@@ -165,7 +165,7 @@ def initial_distance_mu_squared(
 
     Args:
         lipschitz: c ≤ 1 of every step.
-        distance: Z, W_∞ distance of the two starting laws.
+        distance: Z, W_∞ distance of the two starting distributions.
         num_steps: K ≥ 1.
         noise_variance: s on the weights.
 

@@ -2,8 +2,8 @@
 
 **Idea.** Unlearning runs w ← Π(w − η∇f(w) + N(0, s·I)) on the retain set, starting from
 the model trained on all data. Imagine the same steps applied to the retrained model:
-they contract the divergence between the two laws (``contraction``). Every statement
-here is about one direction,
+they contract the divergence between the two distributions (``contraction``). Every
+statement here is about one direction,
 
     D_α(unlearned ‖ retrained);
 
@@ -11,15 +11,15 @@ here is about one direction,
 statement:
 
 * ``steps_to_unlearn``: retraining for T + k steps, as many as the unlearned model has
-  had in total (the same kernel moves both laws, so no further term remains);
+  had in total (the same kernel moves both distributions, so no further term remains);
 * ``steps_to_rewind``: retraining for exactly T steps, because unlearning starts from
   the checkpoint after T − k of them.
 
 **Guarantee.** A bound if the listed assumptions hold and the divergence that is passed
 in is a bound. A divergence estimated from one run gives an estimate.
 
-**What breaks it.** A log-Sobolev constant of the wrong law (it must be that of the
-retrained model), constants that do not hold on the whole domain, or random batches
+**What breaks it.** A log-Sobolev constant of the wrong distribution (it must be that of
+the retrained model), constants that do not hold on the whole domain, or random batches
 (allowed only in the ``"dobrushin"`` form).
 
 Source: the paper, Corollaries 4.1 and 4.4, with the contraction of docs/theory.md,
@@ -99,8 +99,9 @@ def unlearning_divergence(
         order: Rényi order α > 1.
         num_steps: k.
         constants: The process on the retain set.
-        initial_lsi: LSI constant of the **retrained** law where unlearning starts,
-            the last entry of ``lsi_track`` over its training; ``inf`` if unknown.
+        initial_lsi: LSI constant of the **retrained** distribution where unlearning
+            starts, the last entry of ``lsi_track`` over its training; ``inf`` if
+            unknown.
         form: ``"hypercontractive"``, ``"source"`` (D·G^(−1/α)), ``"dobrushin"``, or
             ``"best"``, the smallest.
 
@@ -179,7 +180,7 @@ def steps_to_rewind(
     exactly T steps: no stationarity is assumed. Without ``lsi`` nothing contracts and
     the bound is the divergence at the checkpoint itself. That holds for **any**
     optimiser and loss, since the remaining steps are the same post-processing of both
-    laws.
+    distributions.
 
     Args:
         divergence_after: Function ``(t, order)`` → bound on D(trained ‖ trained without
@@ -187,7 +188,8 @@ def steps_to_rewind(
         order: Rényi order α > 1.
         target: The divergence to reach, above 0, in nats.
         constants: The process on the retain set.
-        lsi: ``(T + 1,)``, LSI constants of the **retrained** law from ``lsi_track``.
+        lsi: ``(T + 1,)``, LSI constants of the **retrained** distribution from
+            ``lsi_track``.
         num_steps: T; needed only without ``lsi``.
 
     Returns:
@@ -235,7 +237,7 @@ def symmetric_bound(
     Args:
         forward: The bound that the functions of this module return.
         backward: The same call with the roles exchanged: the divergence of the other
-            direction and the LSI constant of the **unlearned** law.
+            direction and the LSI constant of the **unlearned** distribution.
 
     Returns:
         The larger of the two, with the assumptions of both.

@@ -140,7 +140,7 @@ def monitor(
     noise_generator: torch.Generator | None = None,
     sampling_generator: torch.Generator | None = None,
 ) -> tuple[nn.Module, Optimizer, DataLoader[Any]]:
-    """Record a training without clipping, with or without noise.
+    """Record a training run without clipping, with or without noise.
 
     The loader, and the forward passes of the module in training mode, are observed.
 

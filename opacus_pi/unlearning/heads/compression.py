@@ -9,12 +9,12 @@ Q be an orthonormal basis of z times these functions. Then the problem is replac
 one of the same form with QᵀAQ and Qᵀz, of 10 to 30 dimensions. All inner products that
 it needs are products of the squares of z with matrices that the examples share.
 
-**Guarantee.** ``slack`` is a number u such that each of the two laws differs from the
-one that is used by at most u: shifted by at most u standard deviations, and with
-covariances that differ by relative eigenvalues whose sum, over all columns, is at most
-u. It comes from the sum over all powers of the distance of Aʲz from the span, which is
-computed for each example. A statement (ε, δ) about the laws that are used becomes one
-about the true ones with ε + 2τ, where τ ≈ 4u·ln(e^ε/δ) (``widened``).
+**Guarantee.** ``slack`` is a number u such that each of the two distributions differs
+from the one that is used by at most u: shifted by at most u standard deviations, and
+with covariances that differ by relative eigenvalues whose sum, over all columns, is at
+most u. It comes from the sum over all powers of the distance of Aʲz from the span,
+which is computed for each example. A statement (ε, δ) about the distributions that are
+used becomes one about the true ones with ε + 2τ, where τ ≈ 4u·ln(e^ε/δ) (``widened``).
 
 **What breaks it.** More than one row at a time, or an earlier removal: the difference
 then leaves the span. An unusual example may have a large u, or no well-conditioned
@@ -48,10 +48,10 @@ _ROUND_OFF = 1e-6  # relative, for denominators close to 1 in the error's bound
 
 @dataclass(frozen=True)
 class Compression:
-    """A descent on all rows, with the functions that span its powers.
+    """A descent on all examples, with the functions that span its powers.
 
     Attributes:
-        descent: On all rows.
+        descent: On all examples.
         functions: ``(d, r)``, values on the spectrum; orthonormal with the squares of a
             typical z as weights.
         missing: ``(d,)``, at each eigenvalue the sum over all powers j of (j + 1) times
@@ -71,9 +71,10 @@ class Compression:
         """Return the compression of a descent.
 
         Args:
-            descent: On all rows.
-            features: All rows, or some that are typical. They decide how accurate the
-                functions are where; the error of each example is computed in any case.
+            descent: On all examples.
+            features: All feature vectors, or some that are typical. They decide how
+                accurate the functions are where; the error of each example is computed
+                in any case.
         """
         typical = np.sqrt(np.square(features @ descent.basis).mean(axis=0))
         typical = np.maximum(typical, _FLOOR * max(typical.max(), 1e-300))
@@ -97,10 +98,10 @@ class Compression:
     def pairs(
         self, features: Array, targets: Array, num_steps: int, later: list[int]
     ) -> tuple[list[GaussianPair], Array]:
-        """Return the laws of forgetting each row alone, for several numbers of steps.
+        """Return the pairs of forgetting each example alone, for several step counts.
 
         Args:
-            features: Rows of training ``(n, d)``.
+            features: Feature vectors of training ``(n, d)``.
             targets: ``(n, m)``.
             num_steps: T, steps of training.
             later: Numbers k of unlearning steps.
@@ -122,7 +123,7 @@ class Compression:
         return found, slack
 
     def products(self, squares: Array, values: Array) -> Array:
-        """Return Σ z²·value·fᵢ·fⱼ over the spectrum, for each row and all i, j.
+        """Return Σ z²·value·fᵢ·fⱼ over the spectrum, for each example and all i, j.
 
         Args:
             squares: z², ``(n, d)``.
@@ -141,7 +142,7 @@ class Compression:
         return packed[:, places]
 
     def _slack(self, small: "_Small") -> Array:
-        """Return u for every row; docs/theory.md, "Ridge heads", derives it."""
+        """Return u for every example; docs/theory.md, "Ridge heads", derives it."""
         process, squares = self.descent.process, np.square(small.rows)
         eta, penalty = process.learning_rate, process.regularisation
         norm = np.sqrt(squares.sum(axis=1))
@@ -163,17 +164,17 @@ class Compression:
 
 @dataclass(frozen=True)
 class _Small:
-    """The compressed problems of n rows, in the eigenbasis without each row.
+    """The compressed problems of n examples, in the eigenbasis without each example.
 
     Attributes:
         compression: What they come from.
         rows: z in the eigenbasis with all rows, ``(n, d)``.
-        residuals: (y − xᵀw)/√N at the ridge solution w with all rows, ``(n, m)``.
+        residuals: (y − xᵀw)/√N at the ridge solution w with all examples, ``(n, m)``.
         axes: Coefficients of the basis: Q is z times functions times this,
             ``(n, r, r)``.
-        rates: η times the eigenvalues without the row, ``(n, r)``.
-        rates_before: With the row, ``(n, r)``.
-        turn: From the eigenbasis with the row to that without, ``(n, r, r)``.
+        rates: η times the eigenvalues without the example, ``(n, r)``.
+        rates_before: With the example, ``(n, r)``.
+        turn: From the eigenbasis with the example to that without, ``(n, r, r)``.
     """
 
     compression: Compression
@@ -188,7 +189,7 @@ class _Small:
     def of(
         cls, compression: Compression, z: Array, gram: Array, targets: Array
     ) -> "_Small":
-        """Return the problems of rows whose Gram matrices are well-conditioned."""
+        """Return the problems of examples whose Gram matrices are well-conditioned."""
         descent, squares = compression.descent, np.square(z)
         root, eta = (
             math.sqrt(descent.process.denominator),
@@ -235,14 +236,14 @@ class _Small:
         return GaussianPair(betas, np.square(means).sum(axis=2), shift.shape[2])
 
     def _changed(self, num_steps: int) -> Array:
-        """Return the covariance with the row minus that without, after k steps."""
+        """Return the covariance with the example minus that without, after k steps."""
         process = self.compression.descent.process
         before = process.variances(self.rates_before, num_steps)
         with_row = (self.turn * before[:, None, :]) @ _transposed(self.turn)
         return with_row - _diagonal(process.variances(self.rates, num_steps))
 
     def _shift(self, num_steps: int) -> Array:
-        """Return the mean with the row minus that without, after T steps."""
+        """Return the mean with the example minus that without, after T steps."""
         descent, functions = self.compression.descent, self.compression.functions
         left, left_before = (
             decay(rates, num_steps) for rates in (self.rates, self.rates_before)
@@ -260,9 +261,9 @@ class _Small:
 
 
 def widened(epsilons: Array, slack: Array, delta: float) -> Array:
-    """Return τ for each row: ε + 2τ at δ holds for the true laws.
+    """Return τ for each example: ε + 2τ at δ holds for the true distributions.
 
-    It needs ε at (1 − 1e-9)·e^{−τ}·δ of the laws that were used.
+    It needs ε at (1 − 1e-9)·e^{−τ}·δ of the distributions that were used.
 
     Args:
         epsilons: Upper limits of ε at a smaller δ, ``(n,)``.

@@ -1,9 +1,9 @@
-"""Features of a frozen model, and their scaling to norm 1, row by row.
+"""Features of a frozen model, and the scaling of each feature vector to norm 1.
 
 Heads are trained on features that a fixed model computes. The certificate of a head
 covers the head only, so neither the model nor the scaling of its features may depend on
 the training examples of the head. ``extract_features`` runs a model that you trained on
-other data. ``unit_rows`` scales each row by itself and not by the others.
+other data. ``unit_rows`` scales each feature vector by itself and not by the others.
 
 >>> rows = unit_rows([[3.0, 4.0], [0.0, 0.0]], intercept=True)
 >>> np.round(rows, 3).tolist()
@@ -42,7 +42,7 @@ def extract_features(
             ``torch.nn.Sequential(*model[:-1])``.
         data: A data set of ``(input, label)``, read in its own order, or any iterable
             of batches ``(inputs, labels)``, such as a loader. A loader that shuffles
-            gives rows in its own order: then positions are not data-set indices.
+            gives examples in its own order: then positions are not data-set indices.
         batch_size: Batch size for a data set; it does not change the result.
 
     Returns:
@@ -82,18 +82,19 @@ def extract_features(
 def unit_rows(
     features: ArrayLike, *, bound: float | None = None, intercept: bool = False
 ) -> NDArray[np.float64]:
-    """Scale rows to norm at most 1, each by itself.
+    """Scale feature vectors to norm at most 1, each by itself.
 
     Args:
         features: ``(n, d)``.
-        bound: A constant that was not computed from these rows: rows are divided by it,
-            and then shortened to norm 1 if they are longer. None: every row is
-            divided by its own norm.
+        bound: A constant that was not computed from these vectors. They are divided by
+            it, and then shortened to norm 1 if they are longer. None: every feature
+            vector is divided by its own norm.
         intercept: Whether a constant column is appended. Everything is then divided by
             √2, so that the norms are still at most 1.
 
     Returns:
-        float64 ``(n, d)``, or ``(n, d + 1)`` with an intercept. Rows of zeros stay so.
+        float64 ``(n, d)``, or ``(n, d + 1)`` with an intercept. Vectors of
+        zeros stay so.
 
     Raises:
         ValueError: If the features are not a finite matrix or the bound is not above 0.
@@ -139,13 +140,13 @@ def checked_matrix(features: ArrayLike) -> NDArray[np.float64]:
 
 
 def checked_rows(features: ArrayLike) -> NDArray[np.float64]:
-    """Return training rows of norm at most 1, or raise.
+    """Return feature vectors for training, of norm at most 1, or raise.
 
     Args:
         features: ``(n, d)``.
 
     Raises:
-        ValueError: If they are not a finite matrix or a row is longer than 1.
+        ValueError: If they are not a finite matrix or a row has a norm above 1.
     """
     rows = checked_matrix(features)
     norms = np.linalg.norm(rows, axis=1)

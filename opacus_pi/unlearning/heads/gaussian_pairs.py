@@ -1,7 +1,7 @@
 r"""Rényi and hockey-stick divergences of two Gaussian distributions.
 
-Any two Gaussian laws P and Q of weights can be brought to diagonal form by one linear
-map, which changes no divergence. Then every coordinate i of every column c is
+Any two Gaussian distributions P and Q of weights can be brought to diagonal form by one
+linear map, which changes no divergence. Then every coordinate i of every column c is
 independent, N(d_ic, 1 + β_i) under P and N(0, 1) under Q. Two things are left of the
 laws: the β_i, and q_i = Σ_c d_ic². With L = ln(dP/dQ) and m columns
 
@@ -53,7 +53,7 @@ _MARGIN = 1e-10  # relative, added to ε for the end of the root search
 
 @dataclass(frozen=True)
 class GaussianPair:
-    """Pairs of Gaussian laws in diagonal form, one pair for each example or set.
+    """Pairs of Gaussian distributions in diagonal form, one for each example or set.
 
     Attributes:
         variances: β_i, variances under P minus 1, float64 ``(n, r)``, above −1.
@@ -83,7 +83,7 @@ class GaussianPair:
         )
 
     def among(self, chosen: NDArray[np.bool_]) -> "GaussianPair":
-        """Return these pairs at the chosen places, and equal laws elsewhere.
+        """Return these pairs at the chosen places, and equal distributions elsewhere.
 
         Args:
             chosen: bool ``(N,)``, true at n places.

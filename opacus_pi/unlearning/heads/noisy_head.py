@@ -1,10 +1,10 @@
-"""The base of all heads: noisy full-batch descent, and the rows that are left.
+"""The base of all heads: noisy full-batch descent, and the examples that remain.
 
 A head is one linear layer on frozen features. It is trained by gradient descent on all
-rows, with Gaussian noise in every step. To forget rows, it goes on with the rest. All
-that the steps depend on besides the rows is fixed before training: the step size, the
-noise, the penalty, the denominator and the start. So the law of the weights after
-unlearning can be compared with that of retraining for as many steps.
+examples, with Gaussian noise in every step. To forget examples, it goes on with the
+rest. All that the steps depend on besides the examples is fixed before training: the
+step size, the noise, the penalty, the denominator and the start. So the distribution of
+the weights after unlearning can be compared with that of retraining for as many steps.
 
 Subclasses supply the gradient and the comparison.
 """
@@ -66,11 +66,11 @@ class NoisyHead(ABC):
         num_steps: T, number of training steps.
         learning_rate: η, at most 1/L with L of the head; None: 1/L.
         initial_std: Standard deviation of the weights at the start, around 0.
-        num_classes: Number of classes. It is not read from the labels, because a row
-            to forget could be the only one of its class.
+        num_classes: Number of classes. It is not read from the labels, because an
+            example to forget could be the only one of its class.
         denominator: N, the number by which sums over examples are divided, at least
-            the number of rows. It keeps its value when rows are removed. None: the
-            number of rows in ``fit``, which is then public.
+            the number of examples. It keeps its value when examples are removed. None:
+            the number of examples in ``fit``, which is then public.
         seed: Seed, or generator, of the noise; None: from the operating system.
 
     Raises:
@@ -122,7 +122,7 @@ class NoisyHead(ABC):
         """Train the head from its start.
 
         Args:
-            features: ``(n, d)``, rows of norm at most 1; see ``unit_rows``.
+            features: ``(n, d)``, feature vectors of norm at most 1; see ``unit_rows``.
             targets: Labels ``(n,)``, whole numbers from 0 to ``num_classes`` − 1. A
                 head for regression takes numbers, ``(n,)`` or ``(n, m)``.
 
@@ -130,8 +130,8 @@ class NoisyHead(ABC):
             The head itself.
 
         Raises:
-            ValueError: If the rows are not finite or too long, there are more than the
-                denominator, or the targets do not fit.
+            ValueError: If the feature vectors are not finite or too long, there are
+                more than the denominator, or the targets do not fit.
         """
         rows = checked_rows(features)
         coded = self._coded(targets, len(rows))
@@ -154,7 +154,7 @@ class NoisyHead(ABC):
         return self
 
     def predict(self, features: ArrayLike) -> NDArray[np.float64] | NDArray[np.int64]:
-        """Return the classes of some rows, or their values in a regression.
+        """Return the classes of some examples, or their values in a regression.
 
         Args:
             features: ``(n, d)``, scaled as in training.
@@ -163,7 +163,8 @@ class NoisyHead(ABC):
             int64 ``(n,)``, or float64 in the shape of the targets.
 
         Raises:
-            ValueError: If the head is not fitted or the rows have another width.
+            ValueError: If the head is not fitted or the feature vectors have another
+                width.
         """
         values = self.decision_function(features)
         if self.num_classes is not None:
@@ -179,7 +180,8 @@ class NoisyHead(ABC):
             features: ``(n, d)``, scaled as in training.
 
         Raises:
-            ValueError: If the head is not fitted or the rows have another width.
+            ValueError: If the head is not fitted or the feature vectors have another
+                width.
         """
         self._check_fitted("predict")
         rows = checked_matrix(features)
@@ -218,9 +220,9 @@ class NoisyHead(ABC):
         delta: float = 1e-5,
         num_steps: int | None = None,
     ) -> Guarantee:
-        """Remove examples: go on without them, and erase their rows.
+        """Remove examples: go on without them, and erase their feature vectors.
 
-        The head then holds the weights, the remaining rows, and what later requests
+        The head then holds the weights, the remaining examples, and what later requests
         need. Release the weights only.
 
         Args:
@@ -228,7 +230,7 @@ class NoisyHead(ABC):
             epsilon: Take the fewest steps with ε at most this, in both directions.
             delta: δ of that ε.
             num_steps: Take this many steps instead. A number that was fixed beforehand
-                tells nothing about the rows; one computed from ``epsilon`` may.
+                tells nothing about the examples; one computed from ``epsilon`` may.
 
         Returns:
             What may be claimed. The comparison is with training for as many steps in
@@ -440,7 +442,7 @@ class NoisyHead(ABC):
     def _places(
         self, indices: ArrayLike, caller: str, *, leave_one: bool = True
     ) -> Indices:
-        """Return where the given positions are among the remaining rows, sorted."""
+        """Return where the given positions are among the remaining examples, sorted."""
         self._check_fitted(caller)
         wanted = distinct_indices("indices", indices, self._num_fitted)
         gone = np.setdiff1d(wanted, self.remaining)
@@ -461,7 +463,7 @@ class NoisyHead(ABC):
         return np.searchsorted(self.remaining, wanted)
 
     def _chosen(self, indices: ArrayLike | None) -> Indices:
-        """Return places among the remaining rows; None means all."""
+        """Return places among the remaining examples; None means all."""
         self._check_fitted("epsilons")
         if indices is None:
             return np.arange(len(self.remaining))
@@ -512,7 +514,7 @@ class NoisyHead(ABC):
         return np.eye(self.num_classes)[y.astype(np.int64)]
 
     def _descend(self, num_steps: int) -> None:
-        """Make noisy gradient steps on the remaining rows."""
+        """Make noisy gradient steps on the remaining examples."""
         for _ in range(num_steps):
             noise = self._random.normal(scale=self.noise_std, size=self.coef_.shape)
             step = self.learning_rate * self._gradient(self.coef_)
@@ -521,19 +523,19 @@ class NoisyHead(ABC):
 
     @abstractmethod
     def _data_smoothness(self) -> float:
-        """Return L − λ, the largest curvature of the loss on rows of norm 1."""
+        """Return L − λ, the largest curvature of the loss at norm 1."""
 
     @abstractmethod
     def _begin(self) -> None:
-        """Prepare the comparison after new rows were given, before training."""
+        """Prepare the comparison after new examples were given, before training."""
 
     @abstractmethod
     def _begin_phase(self) -> None:
-        """Prepare the gradient after rows were removed."""
+        """Prepare the gradient after examples were removed."""
 
     @abstractmethod
     def _gradient(self, weights: Array) -> Array:
-        """Return the gradient on the remaining rows, with the penalty."""
+        """Return the gradient on the remaining examples, with the penalty."""
 
     @abstractmethod
     def _curve(self, places: Indices, delta: float) -> Callable[[int], float]:
@@ -547,7 +549,7 @@ class NoisyHead(ABC):
 
     @abstractmethod
     def _remove(self, places: Indices, num_steps: int) -> None:
-        """Note for later requests what is done now; the rows are still there."""
+        """Note for later requests what is done now; the examples are still there."""
 
 
 def counts_of(num_steps: int | Sequence[int]) -> list[int]:

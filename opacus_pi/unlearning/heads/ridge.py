@@ -1,9 +1,9 @@
 """A ridge head whose unlearning is certified exactly.
 
 Ridge regression by noisy full-batch gradient descent has Gaussian weights at every
-step. So both laws that a certificate compares are known: that of the weights after what
-was done, and that of retraining. Nothing is bounded and nothing is estimated, for one
-example, for a set, and for any order of requests.
+step. So both distributions that a certificate compares are known: that of the weights
+after what was done, and that of retraining. Nothing is bounded and nothing is
+estimated, for one example, for a set, and for any order of requests.
 
 >>> from opacus_pi.unlearning.heads import unit_rows
 >>> random = np.random.default_rng(0)
@@ -64,7 +64,7 @@ class RidgeHead(NoisyHead):
         learning_rate: η, at most 1/(1 + λ), which is the default.
         initial_std: Standard deviation of the weights at the start, around 0.
         num_classes: Number of classes; None: a regression.
-        denominator: N, fixed when rows are removed; None: the number of rows in
+        denominator: N, fixed when examples are removed; None: the number of examples in
             ``fit``, which is then public.
         seed: Seed, or generator, of the noise; None: from the operating system.
 
@@ -144,7 +144,7 @@ class RidgeHead(NoisyHead):
         return found if np.ndim(num_steps) else found[0]
 
     def _compression(self) -> Compression:
-        """Return the compression of the descent on all rows, made once."""
+        """Return the compression of the descent on all examples, made once."""
         if self._compressed_descent is None:
             descent = Descent.of(self._process, self._gram, self._slope)
             self._compressed_descent = Compression.of(descent, self._features)
@@ -214,17 +214,17 @@ class RidgeHead(NoisyHead):
         return pull - self._slope
 
     def _without(self, places: Indices) -> Descent:
-        """Return the descent on the remaining rows without the given ones."""
+        """Return the descent on the remaining examples without the given ones."""
         rows, targets = self._features[places], self._targets[places]
         gram = self._gram - rows.T @ rows / self._denominator
         slope = self._slope - rows.T @ targets / self._denominator
         return Descent.of(self._process, gram, slope)
 
     def _gap(self, places: Indices) -> Gap:
-        """Return how the law of the weights differs from that of retraining.
+        """Return how the distribution of the weights differs from that of retraining.
 
         Args:
-            places: The rows that retraining leaves out.
+            places: The examples that retraining leaves out.
         """
         return Gap.between(self._law, self._without(places), self._total_steps)
 

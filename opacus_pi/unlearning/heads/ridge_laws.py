@@ -1,4 +1,4 @@
-r"""Exact laws of the weights of ridge regression, trained by noisy gradient descent.
+r"""Exact distributions of ridge regression weights after noisy gradient descent.
 
 **Idea.** One step is w ← w − η(Hw − b) + N(0, s·I) with H = XᵀX/N + λI, b = XᵀY/N. It
 is linear, so every iterate is Gaussian if the start is. With H = V·diag(e)·Vᵀ and
@@ -7,16 +7,16 @@ a = 1 − ηe, k steps turn a mean M and a covariance S, in the basis V, into
 :math:`a^k M + \frac{1-a^k}{e} V^T b, \qquad
 a^k S a^k + s\,\mathrm{diag}\frac{1-a^{2k}}{1-a^2}`.
 
-The columns of w are independent and share S. Two laws are compared exactly: the one of
-the weights after what was done, and the one of retraining for as many steps.
+The columns of w are independent and share S. Two distributions are compared exactly:
+the one of the weights after what was done, and the one of retraining for as many steps.
 
 **Guarantee.** Equalities, up to rounding of float64. The comparison loses few digits
 after many steps, because the differences of means and of covariances are multiplied by
 a^k instead of being subtracted at the end.
 
-**What breaks it.** Rows above norm 1 or more rows than N: then 0 ≤ a < 1 may fail.
-Also anything in the process that depends on a removed row except H and b: its
-scaling, step size, noise or N.
+**What breaks it.** Feature vectors of a norm above 1 or more examples than N: then 0 ≤
+a < 1 may fail. Also anything in the process that depends on a removed example except H
+and b: its scaling, step size, noise or N.
 
 Source: docs/theory.md, "Ridge heads".
 """
@@ -40,7 +40,7 @@ class Process:
         regularisation: λ.
         noise_variance: s, on the weights.
         initial_variance: Variance of every weight at the start.
-        denominator: N, fixed when rows are removed.
+        denominator: N, fixed when examples are removed.
     """
 
     learning_rate: float
@@ -88,7 +88,7 @@ def decay(rates: Array, num_steps: float) -> Array:
 
 @dataclass(frozen=True)
 class Law:
-    """A Gaussian law of weights: columns are independent and share a covariance.
+    """A Gaussian distribution of weights, with independent columns of one covariance.
 
     Attributes:
         mean: ``(d, m)``.
@@ -101,10 +101,10 @@ class Law:
 
 @dataclass(frozen=True)
 class Descent:
-    """Noisy gradient descent on some rows, in the eigenbasis of its Hessian.
+    """Noisy gradient descent on some examples, in the eigenbasis of its Hessian.
 
     Attributes:
-        process: Everything that does not depend on the rows.
+        process: Everything that does not depend on the examples.
         basis: V, ``(d, d)``.
         rates: ηe, ``(d,)``.
         optimum: Vᵀw of the ridge solution w = H⁻¹b, ``(d, m)``.
@@ -117,11 +117,12 @@ class Descent:
 
     @classmethod
     def of(cls, process: Process, gram: Array, slope: Array) -> "Descent":
-        """Return the descent on some rows.
+        """Return the descent on some examples.
 
         Args:
-            process: Everything that does not depend on the rows.
-            gram: XᵀX/N, ``(d, d)``; rows of norm at most 1, at most N of them.
+            process: Everything that does not depend on the examples.
+            gram: XᵀX/N, ``(d, d)``; feature vectors of norm at most 1, at most N of
+                them.
             slope: XᵀY/N, ``(d, m)``.
         """
         values, basis = np.linalg.eigh(gram)
@@ -130,7 +131,7 @@ class Descent:
         return cls(process, basis, rates, basis.T @ slope / eigenvalues[:, None])
 
     def trained(self, num_steps: int) -> Law:
-        """Return the law after k steps from the start."""
+        """Return the distribution after k steps from the start."""
         left = decay(self.rates, num_steps)[:, None]
         variances = self.process.variances(self.rates, num_steps)
         return Law(
@@ -139,7 +140,7 @@ class Descent:
         )
 
     def advanced(self, law: Law, num_steps: int) -> Law:
-        """Return the law after k steps from a given law."""
+        """Return the distribution after k steps from a given distribution."""
         left = decay(self.rates, num_steps)
         mean = self.basis.T @ law.mean
         mean = left[:, None] * mean + (self.optimum - left[:, None] * self.optimum)
@@ -150,11 +151,11 @@ class Descent:
 
 @dataclass(frozen=True)
 class Gap:
-    """The difference of a law from that of retraining, where unlearning begins.
+    """The difference between a distribution and that of retraining.
 
     Attributes:
-        descent: Descent on the rows that stay.
-        num_steps: Steps that both laws have had.
+        descent: Descent on the examples that stay.
+        num_steps: Steps that both distributions have had.
         mean: Difference of the means in the basis of ``descent``, ``(d, m)``.
         covariance: Difference of the covariances, ``(d, d)``.
     """
@@ -166,11 +167,11 @@ class Gap:
 
     @classmethod
     def between(cls, law: Law, descent: Descent, num_steps: int) -> "Gap":
-        """Return the gap between a law and retraining.
+        """Return the gap between a distribution and retraining.
 
         Args:
             law: Of the weights after ``num_steps`` steps in all.
-            descent: On the rows that stay; retraining follows it from the start.
+            descent: On the examples that stay; retraining follows it from the start.
             num_steps: Steps that were made.
         """
         V = descent.basis

@@ -1,13 +1,14 @@
 r"""A softmax head whose unlearning is certified by bounds with data-free constants.
 
-**Idea.** With rows of norm at most 1, the Hessian of the loss lies between λ and ½ + λ
-whatever the rows are, and the gradient of one example has norm at most √2‖x‖. So a step
-contracts by 1 − ηλ, and an example moves it by at most η√2‖x‖/N. The shifted divergence
-(``accounting.langevin.shifted``) turns both into D_α ≤ αμ²/2, in both directions and
-for any order of requests.
+**Idea.** With feature vectors of norm at most 1, the Hessian of the loss lies between λ
+and ½ + λ whatever the feature vectors are, and the gradient of one example has norm at
+most √2‖x‖. So a step contracts by 1 − ηλ, and an example moves it by at most η√2‖x‖/N.
+The shifted divergence (``accounting.langevin.shifted``) turns both into D_α ≤ αμ²/2, in
+both directions and for any order of requests.
 
-**Guarantee.** An upper bound. It depends on an example only by the norm of its row: if
-all rows have norm 1, all examples have the same ε. Use a ridge head to tell them apart.
+**Guarantee.** An upper bound. It depends on an example only by the norm of its feature
+vector: if all feature vectors have norm 1, all examples have the same ε. Use a ridge
+head to distinguish them.
 
 Source: docs/theory.md, Softmax heads.
 
@@ -58,7 +59,7 @@ class SoftmaxHead(NoisyHead):
         num_steps: T, number of training steps.
         learning_rate: η, at most 1/(½ + λ), which is the default.
         initial_std: Standard deviation of the weights at the start, around 0.
-        denominator: N, fixed when rows are removed; None: the number of rows in
+        denominator: N, fixed when examples are removed; None: the number of examples in
             ``fit``, which is then public.
         seed: Seed, or generator, of the noise; None: from the operating system.
 
@@ -154,7 +155,8 @@ class SoftmaxHead(NoisyHead):
     def _pull(self, places: Indices) -> float:
         """Return a bound on the norm of a set's summed gradients, over all weights.
 
-        Every gradient is a residual of norm at most √2 times its row.
+        Every gradient is a residual of norm at most √2 times that of its feature
+        vector.
         """
         rows = self._features[places]
         together = math.sqrt(2 * len(rows)) * float(np.linalg.norm(rows, 2))
@@ -195,7 +197,7 @@ class SoftmaxHead(NoisyHead):
         self._requests: list[tuple[float, int]] = []  # pull, and steps afterwards
 
     def _begin_phase(self) -> None:
-        """Nothing to prepare: the gradient reads the remaining rows."""
+        """Nothing to prepare: the gradient reads the remaining examples."""
 
     def _gradient(self, weights: Array) -> Array:
         residuals = softmax(self._features @ weights, axis=1) - self._targets
