@@ -140,7 +140,7 @@ def loss_limits(
     hoelder_p: float | None = None,
     tolerance: float = 0.0,
 ) -> Array:
-    """Return upper limits of the losses, over the chance of which updates drew whom.
+    """Return upper limits of the losses, over the random draws of the batches.
 
     Args:
         ledger: One run. Of a swept ledger, whose norms no draw chose, the losses
@@ -179,7 +179,7 @@ def epsilon_limits(
     hoelder_p: float | None = None,
     tolerance: float = 0.0,
 ) -> Array:
-    """Return upper limits of the epsilons, over the chance of which updates drew whom.
+    """Return upper limits of the epsilons, over the random draws of the batches.
 
     Each is the smallest over the orders of the limits of ``loss_limits``. The orders
     use the same draws, so the coverage is measured, not derived.

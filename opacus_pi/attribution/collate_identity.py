@@ -130,7 +130,8 @@ def keeps_order(collate_fn: Callable[..., Any] | None) -> bool:
     """Return whether sample i of a batch is item i by construction.
 
     Args:
-        collate_fn: A loader's, without wrappers.
+        collate_fn: The loader's ``collate_fn``, without the wrappers that this library
+            or Opacus puts around it.
     """
     return collate_fn in (None, default_collate, default_convert)
 

@@ -229,7 +229,7 @@ def observe_like(
 
 
 def observer_of(loader: DataLoader[Any]) -> LoaderObserver | None:
-    """Return the observer of a loader.
+    """Return the observer of a loader, which reports every batch that it delivers.
 
     Args:
         loader: Any loader.

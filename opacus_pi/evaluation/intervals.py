@@ -28,7 +28,9 @@ class ConfidenceInterval(NamedTuple):
 
 
 def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> ConfidenceInterval:
-    """Compute the mean of independent values, such as seeds, with Student's interval.
+    """Compute the mean of independent values, such as one per seed.
+
+    The confidence interval is Student's.
 
     Args:
         values: At least one number, ``(k,)``. The interval of a single number is

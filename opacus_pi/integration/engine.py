@@ -58,7 +58,8 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
         recorder: How to record. Default: ``Recorder()``.
         renyi_filter: Individual budgets, see below. Default: none.
         **opacus_options: ``accountant`` and ``secure_mode``, as in Opacus;
-            ``accountant="per_instance"`` is available too.
+            ``accountant`` may also be
+            ``"per_instance"`` or ``"group"``.
 
     Recording changes no weight and no random number. Opacus trains some runs that
     cannot be accounted for: frozen BatchNorm in training mode, samplers that weight
@@ -69,10 +70,10 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     Recorded norms are the norms that Opacus clips. They are the norms of each example's
     own loss if the criterion's reduction is ``loss_reduction`` and the loss is not
     scaled. With clipping by layer the recorded clip norm is the root of the sum of
-    squares, an upper bound. With adaptive clipping the recorded noise is that of the
-    gradient and of the noisy count of unclipped examples together, as Opacus accounts
-    for it: the count is part of the worst case, and of per-example values in proportion
-    to the gradient.
+    squares, an upper bound. Adaptive clipping also releases a noisy count of unclipped
+    examples. The recorded noise covers both releases, as in Opacus's accounting: the
+    worst case includes the count, and per-example values include it in proportion to
+    the gradient.
 
     ``make_private(grad_sample_mode="fast")`` makes the updates of ``"hooks"``, up to
     rounding, from one backward pass and without per-example gradients. The training

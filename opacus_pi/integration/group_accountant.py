@@ -37,10 +37,10 @@ _SIZE = "group_size"
 class GroupAccountant(RDPAccountant):
     """Group privacy of DP-SGD, and an estimate for removing one given group.
 
-    An engine creates it for groups of one example, for which ``get_epsilon`` is plain
-    Rényi accounting. Set ``group_size`` at any time, also after training: the history
-    of updates does not depend on it. Like Opacus's accountants it assumes Poisson
-    sampling.
+    ``PrivacyEngine(accountant="group")`` creates it for groups of one example, for
+    which ``get_epsilon`` is plain Rényi accounting. Set ``group_size`` at any time,
+    also after training: the history of updates does not depend on it. Like Opacus's
+    accountants it assumes Poisson sampling.
 
     Args:
         group_size: m, the number of examples added or removed together; at least 1.
@@ -57,7 +57,7 @@ class GroupAccountant(RDPAccountant):
         self.group_size = group_size
 
     def follow(self, recorder: Recorder) -> None:
-        """Refuse numbers of groups where the recorded run has a broken link.
+        """Make the methods for groups raise if the recorded run has a broken link.
 
         Args:
             recorder: The engine's recorder.

@@ -243,8 +243,8 @@ class PerInstanceMixin(Shown, OpacusEngine):
 
         It is sensitive, like the training data themselves: do not publish it.
 
-        It names the weights that the last update left, by a hash of the model's state
-        dict, so that ``Unlearner`` can check that a model has these weights.
+        It stores the SHA-256 of the final weights, those after the last update, so that
+        ``Unlearner`` can check that a model has these weights.
 
         Raises:
             AccountingError: If nothing was recorded, or the run cannot be accounted
@@ -318,7 +318,7 @@ class PerInstanceMixin(Shown, OpacusEngine):
         return self._at_most_the_worst_case(values, delta)
 
     def epsilon_limits(self, delta: float, **options: Any) -> NDArray[np.float64]:
-        """Return an upper limit of each example's epsilon, over the chance of draws.
+        """Return an upper limit of each example's epsilon, over the random draws.
 
         ``epsilons`` estimates from the updates that drew an example; the limit is not
         exceeded in 95 % of all draws by what all updates would give. It is no bound

@@ -50,10 +50,11 @@ class PermutationSpec:
     """The groups of dimensions of a network's tensors that are permuted together.
 
     Attributes:
-        symbols: Each independent permutation by name, with its size and, for an inner
-            part, its outer symbol. Inner parts are the channels within a group of
-            GroupNorm or the width within an attention head; they have one permutation
-            for each index of the outer symbol.
+        symbols: The independent permutations, called symbols, by name: each with its
+            size and, if it is nested in another symbol, with that outer symbol.
+            The channels within a group of GroupNorm are nested, and the width within an
+            attention head; they have one permutation for each index of the outer
+            symbol.
         axes: The factors of each dimension of each tensor of the state dict, outermost
             first.
         buffers: Names of tensors that are not parameters. They are permuted, but not

@@ -145,8 +145,8 @@ class DeletionRequests:
 
         Args:
             request_id: A name for the request: a string, or a whole number, which
-                stands for its decimal digits. It is stored as it is: do not use the
-                name of a person.
+                is stored as its decimal digits. A string is stored unchanged: do not
+                use the name of a person.
             indices: The examples to forget, positions in the training set; None if a
                 user is named.
             user: The user whose examples to forget; None if indices are given.
@@ -155,8 +155,8 @@ class DeletionRequests:
             The request.
 
         Raises:
-            ValueError: If the name is neither a string nor a whole number, not exactly
-                one of indices and user is given, the indices are bad, the user is
+            ValueError: If the name is neither a string nor a whole number, both or
+                neither of indices and user are given, the indices are bad, the user is
                 unknown, or the name stands for another request. Nothing was written.
             OSError: If it could not be written.
         """
@@ -197,8 +197,8 @@ class DeletionRequests:
     def redact(self, request_id: str | int, reason: str = "") -> None:
         """Remove what the log says about a request that was carried out.
 
-        Its name, its user and its indices are removed for good. That there was a
-        request, when, and when it was carried out stays, and the log still verifies.
+        Its name, its user and its indices are removed for good. The log keeps
+        that a request was made and carried out, with both times, and still verifies.
         The weights file keeps the positions of all forgotten examples, without saying
         who asked: no later run may train on them. The name is free again.
 
@@ -231,7 +231,9 @@ class DeletionRequests:
         self.log.redact(number, reason)
 
     def resume(self, unlearner: Unlearner) -> None:
-        """Bring an unlearner to where the requests stand; ``process`` does it too.
+        """Load the stored weights, to continue from the requests carried out so far.
+
+        ``process`` does this by itself.
 
         The unlearner takes the stored weights, if requests were honoured before, and
         the record of what was forgotten and how. Only then does its ``plan`` describe

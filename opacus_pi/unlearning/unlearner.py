@@ -99,7 +99,7 @@ class UnlearningResult(Shown):
 
 
 class Unlearner:
-    """Runs a method on a deep copy; the caller's model is never changed.
+    """Copy of a model that forgets examples; the caller's model is never changed.
 
     Args:
         model: A module, plain or wrapped by Opacus, or an engine with ``module`` and
@@ -350,7 +350,8 @@ class Unlearner:
             ValueError: If there is no ledger, or the indices or ``delta`` are bad, or
                 training added no noise and none is assumed.
 
-        Warns if examples tie across the edge of a set that looks chosen by loss.
+        Warns if the set seems to be chosen by loss and an example outside it has the
+        same loss as one inside.
         """
         check_delta(delta)
         plan = make_plan(

@@ -118,19 +118,21 @@ def public_logistic_constants(
     max_row_norm: float = 1.0,
     radius: float = math.inf,
 ) -> LossConstants:
-    """Return constants of logistic regression that hold for all data with short rows.
+    """Return constants of logistic regression for all data of norm at most B.
 
     With norms up to B and at most N rows: L = B²/4 + λ, m = λ, ‖∇ℓ_i‖ ≤ B and
-    M ≤ B + λR. They depend on no row, so step sizes and noise may be chosen from them.
+    M ≤ B + λR. They depend on no example, so step sizes and noise may be chosen from
+    them.
 
     Args:
         num_examples: N, the fixed denominator, which must be public.
         regularisation: λ > 0.
-        max_row_norm: B. Scale each row by a rule that looks at this row only.
+        max_row_norm: B, the largest norm of a feature vector. Scale each vector by a
+            rule that looks at this vector only.
         radius: R of the ball around 0 that weights are projected onto.
 
     Returns:
-        The constants, for any data set of at most N such rows.
+        The constants, for any data set of at most N such examples.
 
     Raises:
         ValueError: If an argument is outside its domain.

@@ -127,7 +127,7 @@ def steps_to_unlearn(
     form: str = "best",
     max_num_steps: int = 1_000_000,
 ) -> UnlearningBound:
-    """Return the fewest noisy steps after which D_α(unlearned ‖ retrained) ≤ target.
+    """Compute the fewest noisy steps after which D_α(unlearned ‖ retrained) ≤ target.
 
     Args:
         divergence: As in ``unlearning_divergence``.
@@ -139,7 +139,8 @@ def steps_to_unlearn(
         max_num_steps: Largest k tried.
 
     Returns:
-        The bound at the smallest k; ``num_steps`` is ``inf`` if the limit was reached.
+        A bound whose ``num_steps`` is the smallest k; ``inf`` if no k up to the limit
+        is enough.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -174,7 +175,7 @@ def steps_to_rewind(
     *,
     num_steps: int | None = None,
 ) -> UnlearningBound:
-    """Return the fewest steps k to repeat from the checkpoint T − k on the retain set.
+    """Compute the fewest steps k to repeat from the checkpoint T − k on the retain set.
 
     The unlearned model then has had T steps, and is compared with retraining for
     exactly T steps: no stationarity is assumed. Without ``lsi`` nothing contracts and
@@ -193,8 +194,8 @@ def steps_to_rewind(
         num_steps: T; needed only without ``lsi``.
 
     Returns:
-        The bound at the smallest k. k = T means training again from the start, and
-        ``inf`` that even D at t = 0 exceeds the target.
+        A bound whose ``num_steps`` is the smallest k. T means training again from the
+        start; ``inf`` means that even D at t = 0 exceeds the target.
 
     Raises:
         ValueError: If an argument is outside its domain, or T is not given.

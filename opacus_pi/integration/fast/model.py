@@ -171,8 +171,8 @@ def prepare_model(
         **other_options: Other options of ``make_private``; not used.
 
     Returns:
-        The hooks, or the wrapper, which is a subclass. A module that an earlier call
-        prepared in the same way is returned as it is.
+        ``FastHooks``, or a ``FastGradSampleModule`` that wraps the module. A module
+        that an earlier call prepared in the same way is returned as it is.
 
     Raises:
         ValueError: If the module was prepared in another way before.
