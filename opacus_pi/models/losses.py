@@ -12,6 +12,10 @@ norms of well-fitted examples accurate:
   before it enters the network, and the norm is multiplied by that length afterwards
   (:func:`unit_cotangents`).
 
+Float64 logits over a large vocabulary would be the largest tensors of a sweep, so a
+large batch of outputs is differentiated some examples at a time, once it is known that
+the criterion does not mix examples.
+
 What breaks this: a criterion that mixes the examples of a batch. On the first batch
 ``own_losses`` looks for it, and refuses it.
 """
@@ -29,6 +33,9 @@ from opacus_pi.models.batches import floating, map_tensors, to_float64
 from opacus_pi.models.copies import made_by_opacus
 from opacus_pi.models.own_losses import Criterion, OwnLosses
 
+# Output entries that are differentiated at once; on the CPU they stay in its cache
+_CPU_PART, _GPU_PART = 1 << 18, 1 << 26
+_SAFE = 1e-100  # lengths from it to 1/_SAFE follow from squares without underflow
 _TINY = torch.finfo(torch.float64).tiny  # the least divisor: zeros stay zeros
 
 
@@ -69,6 +76,15 @@ class Losses:
         self._evaluate = OwnLosses(
             criterion, averages_each_example=averages_each_example
         )
+
+    @property
+    def may_be_split(self) -> bool:
+        """Return whether the losses of some examples may be computed without the rest.
+
+        So for torch's cross entropy, and for any other criterion once a whole batch has
+        shown that it does not mix examples.
+        """
+        return self._has_closed_form or self._evaluate.is_checked
 
     def check_targets(self, targets: Any) -> None:
         """Refuse targets as ``OwnLosses.check_targets`` does."""
@@ -146,6 +162,42 @@ def unit_cotangents(
         ``u`` for each tensor of ``floating(outputs)``, in the tensor's type, and the
         lengths ``s``, float64 ``(b,)``.
     """
+    if not _is_worth_splitting(losses, outputs, targets):
+        return _of_batch(losses, outputs, targets)
+    losses.check_targets(targets)
+    outputs = outputs.detach()
+    units, scales = torch.empty_like(outputs), []
+    step = max(1, _part(outputs) // outputs[0].numel())
+    for start in range(0, len(outputs), step):
+        rows = slice(start, start + step)
+        found, lengths = _of_batch(losses, outputs[rows], targets[rows])
+        units[rows] = found[0]
+        scales.append(lengths)
+    return {0: units}, torch.cat(scales)
+
+
+def _part(outputs: Tensor) -> int:
+    """Return how many entries of these outputs are differentiated at once."""
+    return _CPU_PART if outputs.is_cpu else _GPU_PART
+
+
+def _is_worth_splitting(losses: Losses, outputs: Any, targets: Any) -> bool:
+    """Return whether a batch is one large tensor of outputs that may be split."""
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and outputs.is_floating_point()
+        and outputs.dim() > 1
+        and outputs.numel() > _part(outputs)
+        and targets.shape[:1] == outputs.shape[:1]
+        and losses.may_be_split
+    )
+
+
+def _of_batch(
+    losses: Losses, outputs: Any, targets: Any
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Compute what ``unit_cotangents`` returns for all examples together."""
     known = losses.closed_form(outputs, targets)
     if known is not None:
         lengths = _lengths(known)
@@ -197,6 +249,10 @@ def _normalised(
 
 def _lengths(rows: Tensor) -> Tensor:
     """Return Euclidean lengths; the squares of small entries do not underflow."""
+    if rows.is_cpu:  # elsewhere the CPU would have to wait for the comparison
+        plain: Tensor = torch.linalg.vector_norm(rows, dim=1)
+        if bool(((plain > _SAFE) & (plain < 1 / _SAFE)).all()):
+            return plain
     largest = rows.abs().amax(1, keepdim=True).clamp(min=_TINY)
     lengths: Tensor = torch.linalg.vector_norm(rows / largest, dim=1)
     return lengths * largest[:, 0]

@@ -141,6 +141,11 @@ class OwnLosses:
             self._is_checked = True
         return losses
 
+    @property
+    def is_checked(self) -> bool:
+        """Return whether a batch has shown that the criterion does not mix examples."""
+        return self._is_checked
+
     def check_targets(self, targets: Any) -> None:
         """Refuse targets with which the criterion divides by something of the batch.
 

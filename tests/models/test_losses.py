@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from opacus_pi.models import losses as losses_module
 from opacus_pi.models.losses import float64_losses, unit_cotangents
 
 LOGITS = 3 * torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -84,3 +85,57 @@ def test_examples_beyond_doubt_have_units_and_lengths(gap, closed):
         exact = mpmath.sqrt(6) * mpmath.exp(-gap) / (1 + 2 * mpmath.exp(-gap))
         assert float(scales[0]) == pytest.approx(float(exact), rel=1e-12)
         torch.testing.assert_close(unit[0].norm(), torch.ones((), dtype=torch.float64))
+
+
+def rows_of_words(outputs, targets):
+    """The mean over each example's words, by a function."""
+    each = nn.functional.cross_entropy(outputs.mT, targets, reduction="none")
+    return each.mean(1)
+
+
+@pytest.mark.parametrize("part", [1, 25, 60])
+@pytest.mark.parametrize("kind", ["words", "transposed", "function", "labels"])
+def test_large_outputs_are_differentiated_in_parts(kind, part, monkeypatch):
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(7, 3, 4), torch.randint(4, (7, 3))
+    criterion = rows_of_words if kind == "function" else nn.CrossEntropyLoss()
+    if kind == "transposed":
+        outputs = outputs.mT
+    elif kind == "words":
+        outputs = outputs.mT.contiguous()
+    elif kind == "labels":
+        outputs, targets = outputs[:, 0].contiguous(), targets[:, 0]
+    losses = float64_losses(criterion)
+    whole, scales = unit_cotangents(losses, outputs, targets)
+    seen = []
+    plain = losses_module._of_batch
+    monkeypatch.setattr(losses_module, "_CPU_PART", part)
+    monkeypatch.setattr(
+        losses_module,
+        "_of_batch",
+        lambda losses, x, y: seen.append(len(x)) or plain(losses, x, y),
+    )
+    units, lengths = unit_cotangents(losses, outputs, targets)
+    entries = outputs[0].numel()
+    assert max(seen) == max(1, part // entries) or part >= outputs.numel()
+    assert sum(seen) == len(outputs)
+    torch.testing.assert_close(units[0], whole[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(lengths, scales, rtol=1e-14, atol=0)
+    assert units[0].stride() == outputs.stride()
+
+
+def test_the_first_batch_of_an_unknown_criterion_is_not_split(monkeypatch):
+    monkeypatch.setattr(losses_module, "_CPU_PART", 1)
+    outputs, targets = torch.randn(4, 3), torch.zeros(4)
+    couples = float64_losses(lambda outputs, _: outputs[:, 0] - outputs.mean())
+    with pytest.raises(ValueError, match="compares the examples"):
+        unit_cotangents(couples, outputs, targets)
+
+
+def test_different_numbers_of_labels_in_several_parts_are_refused(monkeypatch):
+    monkeypatch.setattr(losses_module, "_CPU_PART", 1)
+    targets = torch.tensor([[0, 1], [1, -100]])
+    with pytest.raises(ValueError, match="ignored"):
+        unit_cotangents(
+            float64_losses(nn.CrossEntropyLoss()), torch.randn(2, 3, 2), targets
+        )
