@@ -29,7 +29,7 @@ from typing import Any
 from opacus_pi.cli.errors import one_line
 from opacus_pi.files.arrays_file import named_kind
 from opacus_pi.files.checksummed_state import verified_state
-from opacus_pi.files.kinds import KINDS, TRACE, kind_in
+from opacus_pi.files.kinds import KINDS, LOG_EXPORT, TRACE, kind_in
 from opacus_pi.files.torch_file import (
     OtherObjects,
     read_torch_file,
@@ -42,9 +42,11 @@ from opacus_pi.unlearning.deletion_log import (
     verify,
 )
 from opacus_pi.unlearning.json_lines_log import FIRST_BYTES, verify_json_lines
+from opacus_pi.unlearning.log_export import verify_export
 
 LOG = "deletion log"
 OLD_LOG = "deletion log of JSON lines"
+EXPORT = LOG_EXPORT.words
 CHECKPOINT = "ledger in a checkpoint"
 _TRACE = (TRACE.name.encode(), b'"unit": "epochs", "cost"')
 # In the header of a safetensors file of opacus_pi: a kind, or a checksum.
@@ -110,6 +112,9 @@ def _log(path: Path, start: bytes, head: str | None) -> Recognised | None:
     """
     if not start or looks_like_a_log(start):
         return Recognised(LOG, partial(_chain, verify, path, head), ours=True)
+    if LOG_EXPORT.name.encode() in start[:200]:
+        check = partial(_chain, verify_export, path, head)
+        return Recognised(EXPORT, partial(_within_limit, path, check), ours=True)
     if start.startswith(FIRST_BYTES) or sum(mark in start for mark in _LINE) > 1:
         check = partial(_chain, verify_json_lines, path, head)
         return Recognised(OLD_LOG, partial(_within_limit, path, check), ours=True)

@@ -18,7 +18,7 @@ from opacus_pi.cli.errors import (
     one_line,
 )
 from opacus_pi.cli.output import answer
-from opacus_pi.cli.recognition import LOG, OLD_LOG, Recognised, recognise
+from opacus_pi.cli.recognition import EXPORT, LOG, OLD_LOG, Recognised, recognise
 
 
 def run(options: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         )
     with about("FILE", "Name a deletion log, ledger or oracle."):
         found = recognise(Path(options.file), options.head)
-    if options.head is not None and found.description not in (LOG, OLD_LOG):
+    if options.head is not None and found.description not in (LOG, OLD_LOG, EXPORT):
         raise BadInput(
             f"HEAD: only a deletion log has a head, but {options.file} is of the kind "
             f"'{found.description}'. Leave HEAD out."

@@ -25,6 +25,7 @@ __all__ = [
     "GRAM_LEDGER",
     "GUARANTEE",
     "KINDS",
+    "LOG_EXPORT",
     "ORACLE",
     "PARTICIPATIONS",
     "PRIVACY_STATEMENT",
@@ -118,6 +119,11 @@ TRACE = FileKind(
     "the trace of an unlearning run",
     reader="opacus_pi.evaluation.trace:UnlearningTrace.load",
 )
+LOG_EXPORT = FileKind(
+    "opacus_pi.DeletionLogExport",
+    "a deletion log for an auditor",
+    reader="opacus_pi.unlearning.log_export:verify_export",
+)
 GUARANTEE = FileKind(
     "opacus_pi.Guarantee",
     "a guarantee",
@@ -143,6 +149,7 @@ KINDS = {
         RECORDED_WEIGHTS,
         UNLEARNED_WEIGHTS,
         TRACE,
+        LOG_EXPORT,
         GUARANTEE,
         PRIVACY_STATEMENT,
         REPORT,

@@ -27,6 +27,11 @@ from opacus_pi._promised import promise
 from opacus_pi.unlearning.callbacks import Callback, LogMetrics
 from opacus_pi.unlearning.deletion_log import DeletionLog
 from opacus_pi.unlearning.json_lines_log import import_log
+from opacus_pi.unlearning.log_export import (
+    export_log,
+    exported_entries,
+    verify_export,
+)
 from opacus_pi.unlearning.loop import StopAtPlateau, StopWhen
 from opacus_pi.unlearning.methods import (
     FineTune,
@@ -70,8 +75,11 @@ __all__ = [
     "Task",
     "Unlearner",
     "UnlearningResult",
+    "export_log",
+    "exported_entries",
     "import_log",
     "mean_loss",
+    "verify_export",
 ]
 
 promise(__name__, "deletion_log", "heads", "requests", "rivals", "search")

@@ -25,7 +25,6 @@ note ``head`` where the log's keeper cannot write, and pass it to ``verify``.
 """
 
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -47,6 +46,7 @@ from opacus_pi.unlearning.entry_checks import (
     require_kind,
     require_name,
 )
+from opacus_pi.unlearning.entry_hashes import commitment_of, entry_hash
 
 __all__ = [
     "START",
@@ -187,6 +187,34 @@ class DeletionLog:
         """
         with _connected(self.path, "rw") as connection:
             return _named(connection, self.path, name)
+
+    def opening(self, number: int) -> tuple[bytes, str | None, str]:
+        """Return what opens the commitment of an entry: salt, name and payload.
+
+        Whoever has the three can check them against the chain; see ``commitment_of``.
+
+        Args:
+            number: The entry's.
+
+        Returns:
+            The salt, the name as JSON text or None, and the payload as JSON text.
+
+        Raises:
+            ValueError: If there is no such entry, or it was redacted.
+        """
+        with _connected(self.path, "rw") as connection:
+            rows = connection.execute(
+                "SELECT salt, name, body FROM payloads WHERE number = ?", (number,)
+            ).fetchall()
+        expect(
+            len(rows) == 1,
+            "number",
+            number,
+            "must be the number of an entry that was not redacted",
+            "entries() lists the entries with their numbers.",
+        )
+        salt, name, body = rows[0]
+        return salt, name, body
 
     def append(
         self, kind: str, payload: Mapping[str, Any], *, name: str | None = None
@@ -548,8 +576,8 @@ def append_within(
         time = now.isoformat(timespec="seconds")
         _warn_if_back_in_time(now, last, path)
     salt = secrets.token_bytes(32)
-    commitment = _commitment(salt, _name_text(name), body)
-    chained = _hash(number, time, kind, commitment, previous)
+    commitment = commitment_of(salt, _name_text(name), body)
+    chained = entry_hash(number, time, kind, commitment, previous)
     connection.execute(
         "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)",
         (number, time, kind, commitment, previous, chained),
@@ -620,13 +648,13 @@ def _checked(row: tuple[Any, ...], path: Path) -> Entry:
     number, *texts = row[:6]
     payload_number, name, salt, body = row[6:]
     good = type(number) is int and all(type(text) is str for text in texts)
-    good = good and _hash(number, *texts[:-1]) == texts[-1]
+    good = good and entry_hash(number, *texts[:-1]) == texts[-1]
     _require_unedited(good, path, f"Entry {number} breaks the chain.")
     entry = Entry(number, *texts)
     if payload_number is None:
         return entry
     good = type(salt) is bytes and type(body) is str and type(name) in (str, type(None))
-    good = good and _commitment(salt, name, body) == entry.commitment
+    good = good and commitment_of(salt, name, body) == entry.commitment
     _require_unedited(good, path, f"Entry {number} has another payload.")
     return _with_payload(entry, name, body, path)
 
@@ -643,21 +671,6 @@ def _with_payload(entry: Entry, name: str | None, body: str, path: Path) -> Entr
         good, path, f"The payload of entry {entry.number} is not a JSON object."
     )
     return replace(entry, name=plain_name, payload=payload)
-
-
-def _hash(number: int, time: str, kind: str, commitment: str, previous: str) -> str:
-    """Return the SHA-256 of an entry without its hash."""
-    content = json.dumps([number, time, kind, commitment, previous])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _commitment(salt: bytes, name: str | None, body: str) -> str:
-    """Return the SHA-256 of a salted payload.
-
-    Without the salt a redacted payload could be guessed: a log has few users and few
-    examples, so all possible payloads could be hashed and compared.
-    """
-    return hashlib.sha256(salt + json.dumps([name, body]).encode()).hexdigest()
 
 
 def _name_text(name: str | None) -> str | None:

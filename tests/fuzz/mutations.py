@@ -9,7 +9,7 @@ import struct
 import tempfile
 from pathlib import Path
 
-from opacus_pi.unlearning import deletion_log
+from opacus_pi.unlearning.entry_hashes import commitment_of, entry_hash
 
 NUMPY = {
     "BOOL": ("|b1", 1),
@@ -376,8 +376,8 @@ def other_log(content, chance, *, seal):
         name, body = row.get("name"), _as_text(row.get("body"))
         name = name if name is None or type(name) is str else _as_text(name)
         salt = repr(row.get("salt")).encode()
-        commitment = deletion_log._commitment(salt, name, body)
-        chained = deletion_log._hash(number, time, kind, commitment, previous)
+        commitment = commitment_of(salt, name, body)
+        chained = entry_hash(number, time, kind, commitment, previous)
         values = (number, time, kind, commitment, previous, chained)
         statements.append(
             ("INSERT OR IGNORE INTO entries VALUES (?, ?, ?, ?, ?, ?)", values)

@@ -26,6 +26,7 @@ from opacus_pi.unlearning.deletion_log import (
     read_entries,
     verify,
 )
+from opacus_pi.unlearning.entry_hashes import entry_hash
 
 
 @pytest.fixture
@@ -141,9 +142,7 @@ def test_readers_notice_an_edit_too(path, edit):
 
 def test_an_entry_rewritten_with_its_own_new_hash_is_noticed(path):
     entry = [*read_entries(path)][1]
-    chained = deletion_log._hash(
-        1, "2020", entry.kind, entry.commitment, entry.previous
-    )
+    chained = entry_hash(1, "2020", entry.kind, entry.commitment, entry.previous)
     with edited(path) as connection:
         connection.execute(
             "UPDATE entries SET time = '2020', hash = ? WHERE number = 1", (chained,)

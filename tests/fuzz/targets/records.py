@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from opacus_pi.evaluation import UnlearningTrace
-from opacus_pi.unlearning import import_log
+from opacus_pi.unlearning import export_log, exported_entries, import_log
 from opacus_pi.unlearning.deletion_log import START, DeletionLog, read_entries, verify
+from opacus_pi.unlearning.entry_hashes import commitment_of, entry_hash
 from opacus_pi.unlearning.requests import requests_of
 from tests.fuzz import originals
 from tests.fuzz.mutations import (
@@ -138,6 +139,47 @@ def trace_edit(content, chance, *, seal):
         return b'{"a":' * 5000
 
 
+def export_check(found):
+    assert [e.number for e in found] == list(range(len(found)))
+    for entry in found:
+        assert all(type(t) is str for t in (entry.time, entry.kind, entry.hash))
+        assert entry.redacted or type(entry.payload) is dict
+
+
+def export_edit(content, chance, *, seal):
+    said = json.loads(content)
+    if seal and chance.random() < 0.5:  # an entry that could have been
+        entry = chance.choice(said["entries"])
+        entry[chance.choice(("time", "kind"))] = chance.choice(["", "x", "2020"])
+    else:
+        said = other_json(said, chance)
+    try:
+        if seal:
+            _seal_export(said["entries"])
+        return written(said).encode()
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError):
+        return b'{"a":' * 5000
+
+
+def _seal_export(entries):
+    """Give edited entries the hashes of an unbroken chain."""
+    previous = START
+    for number, entry in enumerate(entries):
+        entry |= {"number": number, "previous": previous}
+        if content := entry.get("content"):
+            salt = bytes.fromhex(content["salt"])
+            opened = commitment_of(salt, content["name"], content["body"])
+            entry["commitment"] = opened
+        facts = (entry[name] for name in ("time", "kind", "commitment"))
+        entry["hash"] = previous = entry_hash(number, *facts, previous)
+
+
+def _export(deletions, path):
+    """The log of the deletions, half of it disclosed."""
+    with _file(deletions) as log:
+        export_log(DeletionLog(log), path, disclose=[0, 2])
+
+
 def read_unlearned(log):
     killed = edited_log(  # before it logged "done"
         log,
@@ -176,6 +218,9 @@ def record_targets():
     deletions, unlearned = _deletions()
     read = read_unlearned(deletions)
     wanted = _unlearned_state(read, unlearned)
+    export = originals.content_of(lambda path: _export(deletions, path))
+    with _file(export) as path:
+        wanted_export = exported_entries(path)
     return {
         "deletions": Target(
             deletions,
@@ -197,6 +242,14 @@ def record_targets():
             state_check,
             state_equal(wanted),
             safetensors_edit(TORCH_TYPES),
+        ),
+        "export": Target(
+            export,
+            exported_entries,
+            export_check,
+            # nothing in a chain says that it goes on
+            lambda found: found == wanted_export[: len(found)],
+            export_edit,
         ),
         "trace": Target(
             originals.content_of(originals.trace().save),

@@ -1,0 +1,192 @@
+"""A deletion log for an auditor: the whole chain, and only the content that is shown.
+
+The file is JSON. It has every entry with its time, kind and hashes, so that an auditor
+sees how many requests there were and when each was carried out. What an entry says (who
+asked, for which examples) is in the file only for the entries that are disclosed,
+together with the salt that opens the commitment in the chain.
+
+*Guarantee.* A file that ``verify_export`` accepts with a head that was noted elsewhere
+has the entries of that log, and the disclosed content is what was entered.
+*What breaks it:* without such a head, a log can be replaced as a whole. "Redacted" and
+"withheld" are what the log's keeper says; the redaction itself is an entry, which can
+be disclosed.
+
+>>> import tempfile
+>>> folder = Path(tempfile.mkdtemp())
+>>> log = DeletionLog(folder / "deletions.db")
+>>> for name, indices in (("2026-001", [3]), ("2026-002", [5])):
+...     _ = log.append("request", {"indices": indices}, name=name)
+>>> export_log(log, folder / "for_auditor.json", disclose=[1])
+>>> verify_export(folder / "for_auditor.json", log.head).num_entries
+2
+>>> [entry.payload for entry in exported_entries(folder / "for_auditor.json")]
+[None, {'indices': [5]}]
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from opacus_pi._validate import expect
+from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.kinds import LOG_EXPORT
+from opacus_pi.files.regular_file import require_regular
+from opacus_pi.files.strict_json import json_text
+from opacus_pi.unlearning.deletion_log import START, DeletionLog, Entry, Verification
+from opacus_pi.unlearning.entry_hashes import commitment_of, entry_hash
+
+__all__ = ["export_log", "exported_entries", "verify_export"]
+
+_FACTS = ("number", "time", "kind", "commitment", "previous", "hash")
+_DISCLOSED, _WITHHELD, _REDACTED = "disclosed", "withheld", "redacted"
+
+
+def export_log(
+    log: DeletionLog, path: str | os.PathLike[str], *, disclose: Iterable[int] = ()
+) -> None:
+    """Write a log for an auditor, after verifying it.
+
+    Args:
+        log: The log.
+        path: The JSON file; an existing file is replaced in one step.
+        disclose: Numbers of the entries whose content the auditor may read. Default:
+            none, and the file has no personal data but the times of requests.
+
+    Raises:
+        ValueError: If the log is broken, or an entry to disclose is not there or was
+            redacted.
+        OSError: If the file could not be written.
+    """
+    shown = {number: log.opening(number) for number in set(disclose)}
+    entries = []
+    for entry in log.entries():
+        facts: dict[str, Any] = {name: getattr(entry, name) for name in _FACTS}
+        if entry.number in shown:
+            salt, name, body = shown[entry.number]
+            facts["state"] = _DISCLOSED
+            facts["content"] = {"salt": salt.hex(), "name": name, "body": body}
+        else:
+            facts["state"] = _REDACTED if entry.redacted else _WITHHELD
+        entries.append(facts)
+    content = {"kind": LOG_EXPORT.name, "version": LOG_EXPORT.version}
+    text = json_text({**content, "entries": entries})
+    replace_file(path, text.encode())
+
+
+def exported_entries(path: str | os.PathLike[str]) -> list[Entry]:
+    """Read and verify the entries of a file that ``export_log`` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The entries, oldest first; name and payload are None unless it was disclosed.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the chain is broken, or a content is not that of its entry.
+    """
+    return [entry for entry, _ in _verified(Path(path))]
+
+
+def verify_export(
+    path: str | os.PathLike[str], head: str | None = None
+) -> Verification:
+    """Check a file that ``export_log`` wrote.
+
+    Args:
+        path: The file.
+        head: The hash that an entry must have, noted elsewhere when it was the last;
+            None checks the chain only.
+
+    Returns:
+        The head, the number of entries, and which of them are said to be redacted.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As ``exported_entries``, or if no entry has the hash.
+    """
+    found = _verified(Path(path))
+    hashes = [START, *(entry.hash for entry, _ in found)]
+    expect(
+        head is None or head in hashes,
+        "head",
+        head,
+        f"must be the hash of one of the {len(found)} entries",
+        f"The last entry has {hashes[-1]}. So entries are missing at the end, or this "
+        "is another log.",
+    )
+    return Verification(
+        hashes[-1],
+        len(found),
+        None if head is None else len(found) - hashes.index(head),
+        tuple(entry.number for entry, state in found if state == _REDACTED),
+    )
+
+
+def _verified(path: Path) -> list[tuple[Entry, str]]:
+    """Return the entries of a file with what it says about the content of each."""
+    require_regular(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        named = content["kind"], content["version"]
+        rows = [dict(row) for row in content["entries"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        named, rows = (None, None), []
+    wanted = LOG_EXPORT.name, LOG_EXPORT.version
+    expect(
+        named == wanted,
+        "path",
+        path,
+        f"must be a whole file of the kind {wanted[0]}, version {wanted[1]}",
+        "Name a file that export_log wrote.",
+    )
+    previous, entries = START, []
+    for number, row in enumerate(rows):
+        try:
+            entry, state = _entry(row)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            _refuse(path, number)
+        if (entry.number, entry.previous) != (number, previous):
+            _refuse(path, number)
+        entries.append((entry, state))
+        previous = entry.hash
+    return entries
+
+
+def _entry(row: Mapping[str, Any]) -> tuple[Entry, str]:
+    """Return one entry and the state of its content, after checking both hashes.
+
+    Raises:
+        ValueError, TypeError, KeyError, RecursionError: If something is wrong with it.
+    """
+    number, *texts = (row[name] for name in _FACTS)
+    state, content = row["state"], row.get("content")
+    good = type(number) is int and all(type(text) is str for text in texts)
+    if not good or entry_hash(number, *texts[:-1]) != texts[-1]:
+        raise ValueError("another hash")
+    if state not in (_DISCLOSED, _WITHHELD, _REDACTED):
+        raise ValueError("another state")
+    if (content is not None) != (state == _DISCLOSED):
+        raise ValueError("a content that is not disclosed")
+    if content is None:
+        return Entry(number, *texts), state
+    salt, name, body = bytes.fromhex(content["salt"]), content["name"], content["body"]
+    if commitment_of(salt, name, body) != texts[2]:
+        raise ValueError("another content")
+    payload, plain = json.loads(body), None if name is None else json.loads(name)
+    if type(payload) is not dict or type(plain) not in (str, type(None)):
+        raise ValueError("a content that is no payload")
+    return replace(Entry(number, *texts), name=plain, payload=payload), state
+
+
+def _refuse(path: Path, number: int) -> NoReturn:
+    """Raise because an entry is not what was entered."""
+    raise ValueError(
+        f"path must be an unedited export of a deletion log, got {path}. Entry "
+        f"{number} breaks the chain, or its content is another one. Ask for the file "
+        "again."
+    )
