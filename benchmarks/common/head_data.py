@@ -43,31 +43,55 @@ def digits() -> HeadData:
     return HeadData("digits", (rows[0], labels[0]), (rows[1], labels[1]))
 
 
-def fashion(data_root: Path, num_train: int, num_public: int, seed: int) -> HeadData:
+@dataclass(frozen=True)
+class Extractor:
+    """A small network whose last hidden layer gives the features.
+
+    Attributes:
+        title: Name of the data set, for tables.
+        num_public: Images that train the network: those that follow the rows of the
+            head. They also give the mean that is subtracted from all features.
+        num_epochs: Passes over them.
+    """
+
+    title: str
+    num_public: int
+    num_epochs: int
+
+
+EXTRACTORS = {
+    "fashion-mnist": Extractor("Fashion-MNIST", num_public=12_000, num_epochs=4),
+    "cifar10": Extractor("CIFAR-10", num_public=40_000, num_epochs=8),
+}
+
+
+def network_features(
+    name: str, data_root: Path, num_train: int, seed: int = 0
+) -> HeadData:
     """Return features of a small network that was trained on other images.
 
     Args:
+        name: One of ``EXTRACTORS``.
         data_root: Folder of torchvision's data sets.
         num_train: Rows of the head: the first images.
-        num_public: Images after them, which train the network and give the mean that
-            is subtracted from all features.
         seed: Of the network.
     """
-    data = load("fashion-mnist", data_root, num_train=num_train + num_public)
+    extractor = EXTRACTORS[name]
+    data = load(name, data_root, num_train=num_train + extractor.num_public)
     x, y = data.train.tensors
     public = TensorDataset(x[num_train:], y[num_train:])
-    model = _trained(public, data.image_shape, seed)
+    model = _trained(public, data.image_shape, seed, extractor.num_epochs)
     body = nn.Sequential(*list(model)[:-1])
     centre = extract_features(body, public)[0].mean(axis=0)
     parts = []
     for part in (TensorDataset(x[:num_train], y[:num_train]), data.test):
         features, labels = extract_features(body, part)
         parts.append((unit_rows(features - centre, intercept=True), labels))
-    return HeadData("Fashion-MNIST", parts[0], parts[1])
+    return HeadData(extractor.title, parts[0], parts[1])
 
 
 def _trained(
-    data_set: TensorDataset, shape: tuple[int, ...], seed: int, num_epochs: int = 4
+    data_set: TensorDataset, shape: tuple[int, ...], seed: int, num_epochs: int
 ) -> nn.Sequential:
     """Return a small network that was trained on a data set."""
     torch.manual_seed(seed)

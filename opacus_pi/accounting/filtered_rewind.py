@@ -18,8 +18,9 @@ at every order a, and :math:`\delta(\varepsilon)` is at most that of one Gaussia
 of μ standard deviations, for any network and loss, from one run.
 
 **What breaks it.** A policy chosen after the run; a decision that looks ahead. With a
-state only every few updates, the decision is made *at* a state, and charges the updates
-up to the next one at the clip norm. "The last state before the sum went over" looks
+state only every few updates, the decision is made *at* a state. It charges the next
+update by its own norm, which the state determines, and those after it, up to the next
+state, at the clip norm. "The last state before the sum went over" looks
 ahead, and is not covered. Sampling amplifies nothing here: the charge of an update is
 that of an example known to be in it.
 

@@ -243,6 +243,7 @@ class _Row:
     Args:
         place: Its position.
         parts: Those updates.
+        num_updates: Their number.
         rate: Sample rate of each of them.
         norms: float64 ``(n,)``, the clip norm (infinity) where nothing was observed.
         drawn: bool ``(n,)``, where a norm was observed.
@@ -250,23 +251,21 @@ class _Row:
 
     place: int
     parts: list[UpdateInterval]
+    num_updates: int
     rate: float
     norms: Array
     drawn: NDArray[np.bool_]
-
-    @property
-    def num_updates(self) -> int:
-        """Number of updates that the row stands for."""
-        return sum(part.num_updates for part in self.parts)
 
 
 def _rows_of(ledger: GradNormLedger) -> list[_Row]:
     """Return the rows of a ledger that stand for an update."""
     parts = intervals(ledger.steps, ledger.mechanism.num_steps)
+    counts = ledger.updates_of_rows().tolist()
     rows = [
         _Row(
             place,
             [part for part in parts if part.right == place],
+            counts[place],
             float(ledger.mechanism.at_row(place).sample_rate),
             np.nan_to_num(norms.astype(np.float64), nan=np.inf),
             ~np.isnan(norms),

@@ -471,7 +471,8 @@ class RecordedTraining:
             )
         proof = derived(
             "the sum of the charges cannot exceed the policy on any path",
-            "decided at a state, with the updates up to the next one at the clip norm",
+            "decided at a state: the next update by its own norm, those after it up to "
+            "the next state at the clip norm",
         )
         made = observed(
             "the policy was fixed before training",

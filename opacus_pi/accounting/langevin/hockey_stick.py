@@ -215,20 +215,16 @@ class _Steps:
         positive(noise_stds=noise_stds, remedy="Every step needs noise.")
         lengths = {a.size for a in arrays.values() if a.ndim}
         expect(
-            len(lengths - {1}) <= 1 and all(a.ndim <= 1 for a in arrays.values()),
+            len(lengths - {1}) <= 1
+            and 0 not in lengths
+            and all(a.ndim <= 1 for a in arrays.values()),
             ", ".join(arrays),
             f"shapes {', '.join(str(a.shape) for a in arrays.values())}",
-            "must be numbers or share one shape (N,)",
-            "Give one number for every step, or one for all.",
+            "must be numbers or share one shape (N,), with at least one step",
+            "Give one number for every step, or one for all. Without a step, δ is that "
+            "of the start.",
         )
         size = max(lengths, default=1)
-        expect(
-            0 not in lengths,
-            "map_diameters",
-            "no step",
-            "must have at least one step",
-            "Without a step, δ is that of the start.",
-        )
         return cls(*(np.broadcast_to(a, (size,)) for a in arrays.values()))
 
     def shifts(self, length: int) -> Array:

@@ -83,14 +83,14 @@ class NoisyHead(ABC):
     def __init__(
         self,
         *,
-        regularisation: float,
-        noise_std: float,
-        num_steps: int,
-        learning_rate: float | None,
-        initial_std: float,
-        num_classes: int | None,
-        denominator: float | None,
-        seed: int | np.random.Generator | None,
+        regularisation: float = 0.01,
+        noise_std: float = 1e-3,
+        num_steps: int = 1000,
+        learning_rate: float | None = None,
+        initial_std: float = 0.0,
+        num_classes: int | None = None,
+        denominator: float | None = None,
+        seed: int | np.random.Generator | None = None,
     ) -> None:
         positive(
             regularisation=regularisation,
@@ -472,6 +472,17 @@ class NoisyHead(ABC):
         places = np.empty(len(wanted), dtype=np.int64)
         places[order] = self._places(wanted, "epsilons", leave_one=False)
         return places
+
+    def _asked(
+        self,
+        delta: float,
+        num_steps: int | Sequence[int],
+        indices: ArrayLike | None,
+    ) -> tuple[Indices, list[int]]:
+        """Check the arguments of ``epsilons``; return places and numbers of steps."""
+        check_delta(delta)
+        counts = counts_of(num_steps)
+        return self._chosen(indices), counts
 
     def _check_fitted(self, caller: str) -> None:
         """Raise ``ValueError`` before ``fit``."""

@@ -29,7 +29,6 @@ import numpy as np
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
-from opacus_pi.accounting.conversion import check_delta
 from opacus_pi.accounting.guarantee import (
     EpsilonDelta,
     Guarantee,
@@ -42,7 +41,6 @@ from opacus_pi.unlearning.heads.noisy_head import (
     Array,
     Indices,
     NoisyHead,
-    counts_of,
 )
 from opacus_pi.unlearning.heads.ridge_laws import Descent, Gap, Process
 
@@ -78,29 +76,6 @@ class RidgeHead(NoisyHead):
     _gram: Array
     _slope: Array
 
-    def __init__(
-        self,
-        *,
-        regularisation: float = 0.01,
-        noise_std: float = 1e-3,
-        num_steps: int = 1000,
-        learning_rate: float | None = None,
-        initial_std: float = 0.0,
-        num_classes: int | None = None,
-        denominator: float | None = None,
-        seed: int | np.random.Generator | None = None,
-    ) -> None:
-        super().__init__(
-            regularisation=regularisation,
-            noise_std=noise_std,
-            num_steps=num_steps,
-            learning_rate=learning_rate,
-            initial_std=initial_std,
-            num_classes=num_classes,
-            denominator=denominator,
-            seed=seed,
-        )
-
     def epsilons(
         self,
         delta: float = 1e-5,
@@ -129,10 +104,8 @@ class RidgeHead(NoisyHead):
         Raises:
             ValueError: If the head is not fitted or an argument is outside its domain.
         """
-        check_delta(delta)
         _check_method(method)
-        counts = counts_of(num_steps)
-        places = self._chosen(indices)
+        places, counts = self._asked(delta, num_steps, indices)
         rows = [places[i : i + _CHUNK] for i in range(0, len(places), _CHUNK)]
         options = (counts, delta, method)
         compare = self._one_by_one

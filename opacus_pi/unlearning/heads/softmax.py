@@ -29,7 +29,7 @@ import numpy as np
 from scipy.special import softmax
 
 from opacus_pi._types import ArrayLike
-from opacus_pi.accounting.conversion import check_delta, rdp_to_epsilon
+from opacus_pi.accounting.conversion import rdp_to_epsilon
 from opacus_pi.accounting.guarantee import Guarantee, derived, guarantee_of_run
 from opacus_pi.accounting.langevin.shifted import (
     learn_unlearn_mu_squared,
@@ -40,7 +40,6 @@ from opacus_pi.unlearning.heads.noisy_head import (
     Array,
     Indices,
     NoisyHead,
-    counts_of,
 )
 
 _ROUNDED_UP = 1 + 1e-12
@@ -114,9 +113,8 @@ class SoftmaxHead(NoisyHead):
         Raises:
             ValueError: If the head is not fitted or an argument is outside its domain.
         """
-        check_delta(delta)
-        counts = counts_of(num_steps)
-        norms = np.linalg.norm(self._features[self._chosen(indices)], axis=1)
+        places, counts = self._asked(delta, num_steps, indices)
+        norms = np.linalg.norm(self._features[places], axis=1)
         pulls, which = np.unique(math.sqrt(2) * norms, return_inverse=True)
         found = np.array(
             [
