@@ -25,6 +25,7 @@ from opacus_pi.accounting.assumed_noise import has_assumed_noise
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.difficulty.forget_sets import ties
 from opacus_pi.ledger.grad_norm_ledger import columns_of
+from opacus_pi.unlearning.rewind import RewindPlan
 
 PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 
@@ -62,6 +63,8 @@ class Plan(Shown):
         forgotten_before: int64, sorted: examples that the model has forgotten already.
             The guarantee covers these and ``forget``; the losses are those of
             ``forget`` alone.
+        rewind: How far back a rewind goes for the set, and what it costs and proves;
+            None if no saved states were named.
     """
 
     _note: ClassVar[str] = "print it to read the difficulty, which is sensitive"
@@ -81,6 +84,7 @@ class Plan(Shown):
     forgotten_before: NDArray[np.int64] = field(
         default_factory=lambda: np.empty(0, np.int64)
     )
+    rewind: RewindPlan | None = None
 
     def _shown(self) -> dict[str, Any]:
         return {
@@ -158,7 +162,16 @@ class Plan(Shown):
             f"percentile {self.percentile:.1f}{ranking}.\n{tied}"
             f"Steps: {least}{steps} ({self.prediction}); an epoch is "
             f"{self.steps_per_epoch} steps, {self.num_retain} examples.\n"
-            f"{self._claim(delta)}"
+            f"{self._claim(delta)}{self._by_rewind(delta)}"
+        )
+
+    def _by_rewind(self, delta: float) -> str:
+        """Return the lines about the rewind; empty if no states were named."""
+        if self.rewind is None:
+            return ""
+        return (
+            f"\n\nInstead of unlearning steps, a rewind. {self.rewind.cost_text}\n"
+            f"{self.rewind.guarantee.text(delta)}"
         )
 
     def _claim(self, delta: float) -> str:

@@ -26,12 +26,15 @@ from torch.utils.data import Dataset
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
+from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.models.batches import size_of
+from opacus_pi.recording.checkpoints import Checkpoints
 from opacus_pi.unlearning.deletion_log import (
     DeletionLog,
     Entry,
     read_entries,
 )
+from opacus_pi.unlearning.entry_checks import payload_text
 from opacus_pi.unlearning.honouring_weights import (
     StoredWeights,
     load_weights_,
@@ -40,6 +43,7 @@ from opacus_pi.unlearning.honouring_weights import (
     stored_weights,
     weights_path_of,
 )
+from opacus_pi.unlearning.rewind import require_states
 from opacus_pi.unlearning.unlearner import Unlearner, UnlearningResult
 from opacus_pi.unlearning.user_names import UserNames
 
@@ -256,6 +260,8 @@ class DeletionRequests:
         train_set: Dataset[Any],
         *,
         together: bool = False,
+        checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
+        deletion_policy: DeletionPolicy | None = None,
         **options: Any,
     ) -> list[UnlearningResult]:
         """Carry out what is pending, each request once.
@@ -265,15 +271,21 @@ class DeletionRequests:
                 it continues from the stored weights.
             train_set: The training set.
             together: Forget all pending requests in one run, instead of one by one.
+            checkpoints: The saved states of the training. Then each request is carried
+                out by ``Unlearner.rewind``, not by its unlearning method.
+            deletion_policy: The policy of the training, for filtered rewinds; None:
+                exact ones.
             **options: ``num_epochs``, ``evaluate``, ``batch_size``, ``stop`` of
-                ``unlearn``.
+                ``unlearn``; or ``update``, ``collate_fn``, ``evaluate`` of ``rewind``.
 
         Returns:
             The result of each run, an empty list if nothing was pending. The names of
             its requests are in ``record["requests"]``.
 
         Raises:
-            ValueError: As ``resume``, or if the training set has another length.
+            ValueError: As ``resume`` and ``unlearn`` or ``rewind``, or if the training
+                set has another length. What was carried out before it stays; the
+                request in question stays pending.
             RuntimeError: If another process is carrying out requests.
         """
         expect(
@@ -283,6 +295,10 @@ class DeletionRequests:
             f"must have {self.num_examples} examples, as this log's training set has",
             "Pass the data set that the model was trained on.",
         )
+        require_states(checkpoints, deletion_policy)
+        if checkpoints is not None:
+            options |= {"checkpoints": checkpoints, "deletion_policy": deletion_policy}
+        carry_out = unlearner.unlearn if checkpoints is None else unlearner.rewind
         with self._locked():
             found = self._requests()
             honoured = self._resume(unlearner, found)
@@ -294,7 +310,7 @@ class DeletionRequests:
             for group in _groups(pending, together):
                 indices = [request.indices for request in group.values()]
                 rows = np.unique(np.concatenate(indices))
-                result = unlearner.unlearn(train_set, rows, **options)
+                result = carry_out(train_set, rows, **options)
                 honoured |= set(group)
                 hashes = [found.hashes[number] for number in honoured]
                 results.append(self._complete(group, result, unlearner, hashes))
@@ -322,8 +338,10 @@ class DeletionRequests:
         Returns:
             The result, with the names of its requests in the record.
         """
+        facts = _run_facts(result)
+        payload_text(facts)  # what the log would refuse is found before weights change
         store_weights(self.weights_path, unlearner, honoured)
-        self._log_done([*group], _run_facts(result))
+        self._log_done([*group], facts)
         names = [request.request_id for request in group.values()]
         return replace(result, record={**result.record, "requests": names})
 

@@ -8,7 +8,8 @@ divergences are 0, in both directions, for any network, optimizer and loss.
 *Filtered rewind.* With a deletion policy that was fixed before training, examples may
 stay in the updates that they are in, as long as the sum of their charges stays within
 the policy; often nothing has to be trained again at all
-(``accounting.filtered_rewind``).
+(``accounting.filtered_rewind``). Where the policy allows what any set of this size can
+do in the worst case, every deletion is free, and no charge is even looked at.
 
 *What breaks them:* a record that does not know who was in a batch; states of another
 run; hyper-parameters, or requests, that were chosen by looking at the trained model.
@@ -21,7 +22,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,8 @@ from opacus_pi.ledger.participation_record import ParticipationRecord
 from opacus_pi.models.own_losses import Criterion
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.recording.checkpoints import Checkpoints, policy_in
+from opacus_pi.unlearning.claims import EngineFacts, claim
+from opacus_pi.unlearning.methods import FineTune
 
 __all__ = ["RewindPlan"]
 
@@ -82,6 +85,7 @@ _DECLARED = (
         "they are pseudo-random; the rest is trained with a new seed",
     ),
 )
+_ALIKE = "(retrained: the same schedule without the set)"
 _MONITORED = (
     "each update used the batch that the loader had delivered before it",
     True,
@@ -131,6 +135,18 @@ class RewindPlan:
         return 1 - self.start / self.num_steps
 
     @property
+    def cost_text(self) -> str:
+        """How far back it goes, and what is trained again, in words."""
+        if self.is_free:
+            return "The trained model can be kept: nothing is trained again."
+        return (
+            f"Go back to the state after update {self.start} of {self.num_steps} "
+            f"({self.num_bytes} bytes) and make {self.num_updates} "
+            f"updates again: {self.cost:.1%} of the training, about "
+            f"{self.num_samples:.0f} samples."
+        )
+
+    @property
     def num_updates(self) -> int:
         """Updates that must be made again."""
         return self.num_steps - self.start
@@ -168,18 +184,9 @@ class RewindPlan:
             if self.first_update > self.num_steps
             else f"One of them may have been drawn first in update {self.first_update}."
         )
-        if self.is_free:
-            cost = "The trained model can be kept: nothing is trained again."
-        else:
-            cost = (
-                f"Go back to the state after update {self.start} of {self.num_steps} "
-                f"({self.num_bytes} bytes) and make {self.num_updates} "
-                f"updates again: {self.cost:.1%} of the training, about "
-                f"{self.num_samples:.0f} samples."
-            )
         return (
             f"Examples to forget: {len(self.forget)}; forgotten before: "
-            f"{len(self.forgotten_before)}. {drawn}\n{cost}\n"
+            f"{len(self.forgotten_before)}. {drawn}\n{self.cost_text}\n"
             f"{self.guarantee.text(delta)}"
         )
 
@@ -219,6 +226,28 @@ def states_of(checkpoints: Checkpoints | str | os.PathLike[str]) -> Checkpoints:
     return Checkpoints(checkpoints)
 
 
+def require_states(
+    checkpoints: Checkpoints | str | os.PathLike[str] | None,
+    policy: DeletionPolicy | None,
+) -> None:
+    """Refuse a deletion policy without the states that it goes back to.
+
+    Args:
+        checkpoints: The saved states, or None.
+        policy: The deletion policy, or None.
+
+    Raises:
+        ValueError: If there is a policy and no states.
+    """
+    expect(
+        checkpoints is not None or policy is None,
+        "checkpoints",
+        None,
+        "must be given together with deletion_policy",
+        "Pass the Checkpoints of the recorder, or their directory.",
+    )
+
+
 @dataclass(frozen=True)
 class RecordedTraining:
     """A model, the ledger of its training, and the states that were saved.
@@ -228,12 +257,14 @@ class RecordedTraining:
         ledger: The ledger of its training.
         states: The saved states.
         record: Its participations.
+        engine_facts: What the engine of the training knows.
     """
 
     model: nn.Module
     ledger: GradNormLedger
     states: Checkpoints
     record: ParticipationRecord
+    engine_facts: EngineFacts
 
     @classmethod
     def of(
@@ -241,6 +272,7 @@ class RecordedTraining:
         model: nn.Module,
         ledgers: tuple[GradNormLedger, ...],
         states: Checkpoints,
+        engine_facts: EngineFacts,
     ) -> "RecordedTraining":
         """Bring together what belongs to one run, or refuse.
 
@@ -248,6 +280,7 @@ class RecordedTraining:
             model: The model that the caller has.
             ledgers: The ledger of its training, and no other.
             states: The saved states.
+            engine_facts: What the engine of the training knows.
 
         Raises:
             ValueError: If there is no ledger or several, or the states are those of
@@ -285,18 +318,18 @@ class RecordedTraining:
             f"must be those of the ledger's run, which left {ledger.weights}",
             "Pass the checkpoints of this run.",
         )
-        return cls(model, ledger, states, record)
+        return cls(model, ledger, states, record, engine_facts)
 
     def start(self, gone: NDArray[np.int64], policy: DeletionPolicy | None) -> int:
         """Return after which update these examples must be left out.
 
         Args:
             gone: All examples that are forgotten by then.
-            policy: The deletion policy; None: an exact rewind.
+            policy: The deletion policy, which is that of the run; None: an exact
+                rewind.
 
         Raises:
-            ValueError: If there is no state to go back to, or the policy is not that of
-                the run.
+            ValueError: If there is no state to go back to, or a state is missing.
         """
         record, steps = self.record, self.states.steps
         first = int(record.first_updates()[gone].min())
@@ -306,7 +339,7 @@ class RecordedTraining:
             before = [step for step in steps if step < first]
             start = max(before, default=-1)
         else:
-            self._require_policy(policy)
+            self._require_states()
             start = restart_update(record, gone, policy.mu, steps)
         expect(
             start in steps or start == record.num_steps,
@@ -318,9 +351,8 @@ class RecordedTraining:
         return start
 
     def _require_policy(self, policy: DeletionPolicy) -> None:
-        """Refuse a policy that was not fixed before training, or states that lack."""
-        record = self.record
-        fixed = policy_in(record.policy)
+        """Refuse a policy that was not fixed before training, and BatchNorm."""
+        fixed = policy_in(self.record.policy)
         expect(
             fixed is not None,
             "deletion_policy",
@@ -336,15 +368,6 @@ class RecordedTraining:
             f"must be that of the run, {fixed}",
             "It cannot be changed after training.",
         )
-        missing = sorted(set(record.kept) - set(self.states.steps))
-        expect(
-            not missing,
-            "checkpoints",
-            f"no states of the updates {missing[:5]}",
-            "must have all states that the run kept",
-            "Which states exist must not depend on the run. Restore them from a copy.",
-        )
-        require_flat_clipping(self.states.load(self.states.steps[0]))
         layers = [
             n for n, m in self.model.named_modules() if isinstance(m, BatchNormBase)
         ]
@@ -355,6 +378,49 @@ class RecordedTraining:
             "must have no BatchNorm for a filtered rewind",
             "There an example acts on the gradients of others. Use an exact rewind.",
         )
+
+    def _require_states(self) -> None:
+        """Refuse states that are not all there, or of a training that did not clip."""
+        missing = sorted(set(self.record.kept) - set(self.states.steps))
+        expect(
+            not missing,
+            "checkpoints",
+            f"no states of the updates {missing[:5]}",
+            "must have all states that the run kept",
+            "Which states exist must not depend on the run. Restore them from a copy.",
+        )
+        require_flat_clipping(self.states.load(self.states.steps[0]))
+
+    def _worst_case(
+        self,
+        forget: NDArray[np.int64],
+        forgotten_before: NDArray[np.int64],
+        policy: DeletionPolicy,
+    ) -> Guarantee | None:
+        """Return the bound on any set as large as this, if it is within the policy.
+
+        It depends on the size of the set and on the recorded noise and sampling, not
+        on which examples are forgotten. So nothing has to be trained again.
+
+        Args:
+            forget: The examples to forget.
+            forgotten_before: Examples of earlier requests.
+            policy: The deletion policy.
+        """
+        found = claim(
+            FineTune(),
+            self.model,
+            self.ledger,
+            forget,
+            forgotten_before=forgotten_before,
+            engine_facts=self.engine_facts,
+            delta=policy.delta,
+        )
+        most = (found.epsilon(policy.delta), found.reverse_epsilon(policy.delta))
+        known = found.kind in ("certified", "certified if")
+        if not known or any(e is None or e > policy.epsilon for e in most):
+            return None
+        return replace(found, method=f"the trained model, kept {_ALIKE}")
 
     def rest(
         self,
@@ -418,10 +484,14 @@ class RecordedTraining:
             policy: The deletion policy; None: an exact rewind.
 
         Raises:
-            ValueError: As ``start``.
+            ValueError: As ``start``, or if the policy is not that of the run.
         """
         record, gone = self.record, np.union1d(forgotten_before, forget)
-        start = self.start(gone, policy)
+        worst = None
+        if policy is not None:
+            self._require_policy(policy)
+            worst = self._worst_case(forget, forgotten_before, policy)
+        start = record.num_steps if worst is not None else self.start(gone, policy)
         left = record.num_steps - start
         expected = left * record.sample_rate * (record.num_examples - len(gone))
         if record.sampling != "poisson":
@@ -437,7 +507,7 @@ class RecordedTraining:
             num_samples=expected,
             num_bytes=self.states.size(start) if left else 0,
             policy=policy,
-            guarantee=self._guarantee(start, policy),
+            guarantee=worst or self._guarantee(start, policy),
         )
 
     def _guarantee(self, start: int, policy: DeletionPolicy | None) -> Guarantee:
@@ -453,7 +523,6 @@ class RecordedTraining:
         ]
         if not np.isfinite(self.record.max_grad_norm).all():
             facts.append(Assumption(*_MONITORED))
-        alike = "(retrained: the same schedule without the set)"
         if policy is None:
             proof = derived(
                 "until its first use an example cannot act on the training",
@@ -462,7 +531,7 @@ class RecordedTraining:
             pair = EpsilonDelta(0.0, 0.0, "exact rewind", both_directions=True)
             zeros = [0.0] * len(_ORDERS)
             return guarantee_of_run(
-                f"exact rewind {alike}",
+                f"exact rewind {_ALIKE}",
                 [proof, *facts],
                 _ORDERS,
                 zeros,
@@ -484,7 +553,7 @@ class RecordedTraining:
         )
         curve = [math.nextafter(a * policy.mu**2 / 2, math.inf) for a in _ORDERS]
         return guarantee_of_run(
-            f"filtered rewind {alike}",
+            f"filtered rewind {_ALIKE}",
             [proof, made, *facts],
             _ORDERS,
             curve,

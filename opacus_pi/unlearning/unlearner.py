@@ -18,7 +18,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -62,7 +62,13 @@ from opacus_pi.unlearning.loop import (
 from opacus_pi.unlearning.methods import Batch, FineTune, Method, Task
 from opacus_pi.unlearning.plan import PastRun, Plan, make_plan, require_rest
 from opacus_pi.unlearning.resuming import RunFile
-from opacus_pi.unlearning.rewind import Loop, RecordedTraining, RewindPlan, states_of
+from opacus_pi.unlearning.rewind import (
+    Loop,
+    RecordedTraining,
+    RewindPlan,
+    require_states,
+    states_of,
+)
 from opacus_pi.unlearning.watching import Evaluate, Watch
 
 _FINE_TUNE = FineTune()
@@ -324,6 +330,8 @@ class Unlearner:
         past_runs: Sequence[PastRun] = (),
         batch_size: int = 64,
         delta: float = 1e-5,
+        checkpoints: Checkpoints | str | os.PathLike[str] | None = None,
+        deletion_policy: DeletionPolicy | None = None,
     ) -> Plan:
         """Return difficulty, cost and kind of guarantee, before anything is run.
 
@@ -342,13 +350,19 @@ class Unlearner:
                 the prediction is at best a lower bound.
             batch_size: Examples per batch, to count steps.
             delta: δ in (0, 1) at which the engine's accountant is asked for ε.
+            checkpoints: The saved states of the training, as in ``rewind``. The plan
+                then also says how far back a rewind goes and what it costs.
+            deletion_policy: The policy of the run, for a filtered rewind; None: an
+                exact one.
 
         Returns:
             The plan.
 
         Raises:
             ValueError: If there is no ledger, or the indices or ``delta`` are bad, or
-                training added no noise and none is assumed.
+                training added no noise and none is assumed; with ``checkpoints`` also
+                as ``plan_rewind``.
+            AccountingError: With ``checkpoints``, as ``plan_rewind``.
 
         Warns if the set seems to be chosen by loss and an example outside it has the
         same loss as one inside.
@@ -363,7 +377,14 @@ class Unlearner:
             batch_size=batch_size,
             forgotten_before=self.forgotten,
         )
-        return plan.claiming(self._claim(plan.forget, delta))
+        plan = plan.claiming(self._claim(plan.forget, delta))
+        require_states(checkpoints, deletion_policy)
+        if checkpoints is None:
+            return plan
+        rewind = self.plan_rewind(
+            plan.forget, checkpoints=checkpoints, deletion_policy=deletion_policy
+        )
+        return replace(plan, rewind=rewind)
 
     def plan_rewind(
         self,
@@ -386,9 +407,7 @@ class Unlearner:
             ValueError: As ``rewind``.
             AccountingError: As ``rewind``.
         """
-        training = RecordedTraining.of(
-            self.model, runs_in(self.ledger), states_of(checkpoints)
-        )
+        training = self._recorded(checkpoints)
         size = training.record.num_examples
         forget = distinct_indices("forget_indices", forget_indices, size)
         require_rest(size - len(np.union1d(self.forgotten, forget)), size)
@@ -440,9 +459,7 @@ class Unlearner:
             AccountingError: If a link of the chain of custody is broken.
         """
         forget, _ = self._split(train_set, forget_indices)
-        training = RecordedTraining.of(
-            self.model, runs_in(self.ledger), states_of(checkpoints)
-        )
+        training = self._recorded(checkpoints)
         plan = training.plan(forget, self.forgotten, deletion_policy)
         rerun = training.rest(
             plan,
@@ -457,16 +474,29 @@ class Unlearner:
         }
         self.trace, clock = UnlearningTrace(unit="epochs"), time.perf_counter()
         self._evaluate_at(0, evaluate)
-        self.model = copy.deepcopy(self.model) if rerun is None else rerun.model
-        self.forgotten, self.history = plan.gone, History()
         if rerun is not None:
             for _ in tqdm(rerun.run(), total=plan.num_updates, disable=None):
                 pass
+        # Only now: an update that fails leaves the unlearner as it was.
+        self.model = copy.deepcopy(self.model) if rerun is None else rerun.model
+        self.forgotten, self.history = plan.gone, History()
+        if rerun is not None:
             self._evaluate_at(plan.num_updates / plan.updates_per_epoch, evaluate)
         self.model.eval()
         self.trace.cost["seconds"] = time.perf_counter() - clock
         record |= self.trace.cost
         return UnlearningResult(self.model, self.trace, plan.guarantee, record)
+
+    def _recorded(
+        self, checkpoints: Checkpoints | str | os.PathLike[str]
+    ) -> RecordedTraining:
+        """Return the recorded training that a rewind repeats a part of."""
+        return RecordedTraining.of(
+            self.model,
+            runs_in(self.ledger),
+            states_of(checkpoints),
+            self._engine_facts,
+        )
 
     def _claim(
         self, forget: NDArray[np.int64], delta: float, stop: StopRule | None = None

@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 
 from opacus_pi import AccountingError, Unlearner
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy, restart_update
+from opacus_pi.accounting.training_bound import training_epsilon
 from opacus_pi.ledger.custody import Custody, Link
 from opacus_pi.recording import Checkpoints
 from tests.integration.rewinding import CRITERION, SIZE, Saved, net, weights
@@ -19,7 +20,7 @@ POLICY = DeletionPolicy(2.0, 1e-5)
 @pytest.fixture(scope="module")
 def private(tmp_path_factory):
     """A private training with a state after every update, and its policy."""
-    return Saved(tmp_path_factory.mktemp("private") / "s", POLICY, noise=3.0)
+    return Saved(tmp_path_factory.mktemp("private") / "s", POLICY, noise=2.0)
 
 
 def without(data_set, example):
@@ -158,6 +159,62 @@ def test_a_deletion_that_is_not_free_goes_back_to_where_the_rule_says(private):
     assert not torch.equal(weights(result.model), weights(private.net))
 
 
+def test_a_policy_above_the_worst_case_makes_every_deletion_free(tmp_path):
+    """However often it was clipped; a set counts with the bound of its size."""
+    policy = DeletionPolicy(3.0, 1e-5)
+    saved = Saved(tmp_path / "s", policy, every=5, noise=3.0)
+    record, unlearner = saved.states.record, saved.unlearner()
+    worst = [
+        training_epsilon((saved.engine.ledger,), size, policy.delta)
+        for size in (1, 2, 3)
+    ]
+    assert worst[1] < policy.epsilon < worst[2]
+    starts = [restart_update(record, [i], policy.mu, [0, 5, 10]) for i in range(SIZE)]
+    one, two, three = np.argsort(starts, kind="stable")[:3].tolist()
+    assert starts[three] < 15  # by its charges alone none of them would be free
+    options = {"checkpoints": saved.states, "deletion_policy": policy}
+    plan = unlearner.plan_rewind([one], **options)
+    assert plan.is_free and plan.guarantee.kind == "certified if"
+    found = plan.guarantee.epsilon(policy.delta)
+    assert found == pytest.approx(saved.engine.get_epsilon(policy.delta), rel=1e-9)
+    assert plan.guarantee.reverse_epsilon(policy.delta) <= policy.epsilon
+    unlearner.rewind(saved.data, [one], **options)
+    later = unlearner.plan_rewind([two], **options)
+    assert later.is_free
+    assert later.guarantee.epsilon(policy.delta) == pytest.approx(worst[1], rel=1e-9)
+    unlearner.rewind(saved.data, [two], **options)
+    assert unlearner.plan_rewind([three], **options).start < 15
+
+
+def test_a_plan_says_what_a_rewind_would_cost(private):
+    example, start = by_budget(private, "not free")
+    unlearner = private.unlearner()
+    options = {"checkpoints": private.states, "deletion_policy": POLICY}
+    plan = unlearner.plan([example], **options)
+    assert plan.rewind is not None and plan.rewind.start == start
+    assert plan.rewind.cost_text in plan.text() and "after update" in plan.text()
+    exact = unlearner.plan([example], checkpoints=private.states).rewind
+    assert exact is not None and exact.policy is None
+    assert unlearner.plan([example]).rewind is None
+    with pytest.raises(ValueError, match="together with deletion_policy"):
+        unlearner.plan([example], deletion_policy=POLICY)
+
+
+def test_an_update_that_fails_leaves_the_unlearner_as_it_was(private):
+    example, _ = private.late(4)
+    unlearner = private.unlearner()
+
+    def fails(model, optimizer, batch):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        unlearner.rewind(
+            private.data, [example], checkpoints=private.states, update=fails
+        )
+    assert torch.equal(weights(unlearner.model), weights(private.net))
+    assert not len(unlearner.forgotten)
+
+
 def test_a_later_request_joins_the_earlier_set(private):
     free, _ = by_budget(private, "free")
     other, start = by_budget(private, "not free")
@@ -272,9 +329,10 @@ def test_a_filtered_rewind_of_training_without_clipping_is_refused(tmp_path):
 
 def test_a_policy_for_adaptive_clipping_is_refused(tmp_path):
     """It also releases how many gradients were clipped, which is not charged."""
-    saved = Saved(tmp_path / "s", POLICY, noise=3.0, clipping="adaptive", train=False)
+    policy = DeletionPolicy(0.1, 1e-5)
+    saved = Saved(tmp_path / "s", policy, noise=3.0, clipping="adaptive", train=False)
     saved.train(1)
-    refused(saved, "flat clipping", deletion_policy=POLICY)
+    refused(saved, "flat clipping", deletion_policy=policy)
 
 
 def test_a_model_that_was_changed_is_not_kept(private):

@@ -1,0 +1,114 @@
+"""Deletion requests that are carried out by going back to saved states."""
+
+import numpy as np
+import pytest
+import torch
+
+from opacus_pi.accounting.filtered_rewind import DeletionPolicy
+from opacus_pi.unlearning import requests as requests_module
+from opacus_pi.unlearning.deletion_log import verify
+from opacus_pi.unlearning.requests import DeletionRequests
+from tests.integration.rewinding import SIZE, Saved, weights
+
+POLICY = DeletionPolicy(2.0, 1e-5)
+
+
+class Killed(BaseException):
+    """The process dies here."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return Saved(tmp_path_factory.mktemp("private") / "s", POLICY, noise=2.0)
+
+
+def requests(path):
+    return DeletionRequests(path / "deletions.db", SIZE)
+
+
+def submitted(path, saved):
+    first, second = np.argsort(-saved.states.record.first_updates(), kind="stable")[3:5]
+    mine = requests(path)
+    mine.submit("a", indices=[int(first)])
+    mine.submit("b", indices=[int(second)])
+    return mine, [int(first), int(second)]
+
+
+@pytest.mark.parametrize("policy", [None, POLICY])
+def test_each_request_goes_back_for_all_sets_so_far(tmp_path, saved, policy):
+    mine, (first, second) = submitted(tmp_path, saved)
+    worker = saved.unlearner()
+    options = {"checkpoints": saved.states, "deletion_policy": policy}
+    both = worker.plan_rewind([first, second], **options)
+    results = mine.process(worker, saved.data, **options)
+    assert [r.record["requests"] for r in results] == [["a"], ["b"]]
+    assert results[1].record["start"] == both.start <= results[0].record["start"]
+    assert results[1].record["forgotten_before"] == [first]
+    assert results[1].guarantee.kind == "certified if"
+    done = [e.payload for e in mine.log.entries() if e.kind == "done"]
+    assert [d["run"]["start"] for d in done] == [r.record["start"] for r in results]
+    assert all("forget_indices" not in d["run"] for d in done)
+    verify(mine.log.path)
+
+
+def test_a_later_process_starts_from_the_states_again(tmp_path, saved):
+    mine, (first, second) = submitted(tmp_path, saved)
+    mine.process(saved.unlearner(), saved.data, checkpoints=saved.states)
+    early = int(np.argmin(saved.states.record.first_updates()))
+    mine.submit("c", indices=[early])
+    fresh = saved.unlearner()
+    (result,) = requests(tmp_path).process(
+        fresh, saved.data, checkpoints=str(saved.states.directory)
+    )
+    assert result.record["start"] == 0
+    assert fresh.forgotten.tolist() == sorted([first, second, early])
+    assert result.guarantee.epsilon(1e-9) == 0
+
+
+@pytest.mark.parametrize("name", ["store_weights", "sha256_of"])
+def test_each_request_once_if_the_process_dies(tmp_path, saved, monkeypatch, name):
+    """Before the weights are stored, or after it and before the log says so."""
+    mine, rows = submitted(tmp_path, saved)
+
+    def dies(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(requests_module, name, dies)
+        mine.process(saved.unlearner(), saved.data, checkpoints=saved.states)
+    assert len(requests(tmp_path).pending) == 2
+    fresh = saved.unlearner()
+    left = requests(tmp_path).process(fresh, saved.data, checkpoints=saved.states)
+    assert len(left) == (2 if name == "store_weights" else 1)
+    assert requests(tmp_path).pending == []
+    assert fresh.forgotten.tolist() == sorted(rows)
+
+
+def test_what_cannot_be_carried_out_stays_pending_and_nothing_is_written(
+    tmp_path, saved
+):
+    mine, _ = submitted(tmp_path, saved)
+    worker = saved.unlearner()
+    with pytest.raises(ValueError, match="cannot be changed after"):
+        mine.process(
+            worker,
+            saved.data,
+            checkpoints=saved.states,
+            deletion_policy=DeletionPolicy(7.0, 1e-5),
+        )
+    with pytest.raises(ValueError, match="together with deletion_policy"):
+        mine.process(worker, saved.data, deletion_policy=POLICY)
+    assert len(mine.pending) == 2 and not mine.weights_path.exists()
+    assert torch.equal(weights(worker.model), weights(saved.net))
+
+
+def test_an_entry_that_the_log_would_refuse_changes_no_weights(
+    tmp_path, saved, monkeypatch
+):
+    mine, _ = submitted(tmp_path, saved)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="JSON"):
+        patch.setattr(
+            requests_module, "_run_facts", lambda result: {"run": float("nan")}
+        )
+        mine.process(saved.unlearner(), saved.data, checkpoints=saved.states)
+    assert not mine.weights_path.exists() and len(mine.pending) == 2
