@@ -9,7 +9,9 @@ unlearn by noisy fine-tuning. For every seed: train with noise (SGLD) through
 five strata of Appendix D; for each stratum retrain oracles without it, and unlearn it
 from the trained model by the same noisy gradient descent on the rest; count the epochs
 until the unlearned model is within the tolerance of the mean oracle. In addition, a
-DP-SGD run through ``make_private`` gives each example's own epsilon.
+DP-SGD run through ``make_private`` gives each example's own epsilon, with an upper
+limit. The figure shows the epsilons of the first seed, and beside them how far the
+model is from retrained models while it unlearns the easiest and the hardest stratum.
 
 Every seed and every oracle is saved when it is finished, so an interrupted run
 continues where it stopped. Results: ``OUT/results.json``, ``OUT/figure.png``.
@@ -44,6 +46,7 @@ from opacus_pi.difficulty.forget_sets import difficulty_strata, retain_indices
 from opacus_pi.evaluation import OracleCache, evaluate, time_to_unlearn
 
 CRITERION = nn.CrossEntropyLoss()
+NUM_SHOWN = 250  # examples whose own epsilons are stored, for the figure
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,21 @@ def privacy_of(settings: Settings, images: data.ImageData, seed: int) -> dict:
     model, engine = train_privately(
         private_recipe(settings), images.train, images.image_shape, seed
     )
-    return spent(model, engine, images, settings.delta)
+    return spent(model, engine, images, settings.delta) | {
+        "shown": shown_epsilons(engine, settings.delta)
+    }
+
+
+def shown_epsilons(engine: PrivacyEngine, delta: float) -> dict[str, list[float]]:
+    """Return estimates and upper limits of ε, of examples at all quantiles of ε."""
+    epsilons = engine.epsilons(delta=delta)
+    limits = engine.epsilon_limits(delta=delta)
+    places = np.linspace(0, len(epsilons) - 1, NUM_SHOWN).round().astype(int)
+    shown = np.argsort(epsilons, kind="stable")[places]
+    return {
+        "epsilons": epsilons[shown].tolist(),
+        "epsilon_limits": limits[shown].tolist(),
+    }
 
 
 def private_recipe(settings: Settings) -> PrivateRecipe:
@@ -270,7 +287,7 @@ def main() -> None:
     )
     bar = tqdm(done, total=args.seeds, desc="seeds", unit="seed")
     results = sorted(bar, key=lambda one: one["seed"])
-    report.publish(results, facts_of(settings), settings.unlearn_epochs, out)
+    report.publish(results, facts_of(settings), out)
 
 
 if __name__ == "__main__":

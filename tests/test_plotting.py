@@ -13,6 +13,7 @@ from opacus_pi.difficulty.agreement import binned_means
 from opacus_pi.plotting import (
     plot_barriers,
     plot_curves,
+    plot_epsilons,
     plot_group_divergences,
     plot_hardest_sets,
     plot_pictures,
@@ -220,3 +221,29 @@ def test_drawing_into_given_axes_makes_no_figure():
 def test_styles_differ_in_both_colour_and_marker():
     used = list(islice(styles(), len(COLOURS)))
     assert len({s["color"] for s in used}) == len({s["marker"] for s in used}) == 7
+
+
+def test_epsilons_are_drawn_in_increasing_order_with_their_own_limits():
+    ax = plot_epsilons([3.0, 1.0, 2.0], 4.0, [3.5, 1.25, 4.0])
+    dots, worst, line = ax.lines
+    np.testing.assert_array_equal(line.get_ydata(), [1, 2, 3])
+    np.testing.assert_array_equal(dots.get_ydata(), [1.25, 4.0, 3.5])
+    np.testing.assert_allclose(line.get_xdata(), [100 / 6, 50, 500 / 6])
+    assert set(worst.get_ydata()) == {4.0}
+
+
+def test_without_a_bound_there_is_no_line_of_the_worst_case():
+    assert len(plot_epsilons([1.0, 2.0], np.inf).lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("epsilons", "limits", "message"),
+    [
+        ([], None, "epsilons must be finite"),
+        ([1.0, np.inf], None, "2 numbers, 1 of them finite"),
+        ([1.0, 2.0], [1.0], "limits must have one number per example"),
+    ],
+)
+def test_epsilons_and_limits_must_fit(epsilons, limits, message):
+    with pytest.raises(ValueError, match=message):
+        plot_epsilons(epsilons, 1.0, limits)

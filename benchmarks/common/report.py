@@ -13,7 +13,9 @@ import numpy as np
 from scipy import stats
 
 from opacus_pi.files.atomic_file import replace_file
-from opacus_pi.plotting import plot_time_to_unlearn
+from opacus_pi.plotting import plot_curves, plot_epsilons
+
+_ENDS = {"easiest": 0, "hardest": -1}  # places of two strata
 
 PACKAGES = ("torch", "opacus", "numpy", "scipy", "scikit-learn", "opacus-pi")
 
@@ -75,7 +77,48 @@ def rank_correlation(times: np.ndarray) -> dict[str, Any]:
     }
 
 
-def publish(results: list[dict], settings: dict, max_time: float, out: Path) -> None:
+def draw_figure(results: list[dict], path: Path) -> None:
+    """Draw the epsilons of one run, and the gaps of the easiest and hardest set.
+
+    Args:
+        results: One dict per seed, as ``results.json`` has them.
+        path: Name of the picture.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    privacy = results[0]["privacy"]
+    shown = privacy["shown"]
+    plot_epsilons(
+        shown["epsilons"],
+        privacy["worst_case_epsilon"],
+        shown["epsilon_limits"],
+        ax=left,
+    )
+    left.set_title("What each example costs in privacy", fontsize="medium")
+    gaps = {f"{name} examples": _gaps(results, i) for name, i in _ENDS.items()}
+    epochs = np.arange(next(iter(gaps.values())).shape[1])
+    plot_curves(epochs, gaps, metric="gap to retrained models, points", ax=right)
+    right.set_ylim(0, None)
+    right.set_xlabel("epochs of unlearning")
+    right.set_title("What it takes to forget it", fontsize="medium")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _gaps(results: list[dict], stratum: int) -> np.ndarray:
+    """Return the gap of unlearning accuracy to the oracles, in points.
+
+    Returns:
+        ``(seeds, evaluations)``, at least 0.
+    """
+    metric = "unlearning_accuracy"
+    rows = [one["strata"][stratum] for one in results]
+    gaps = [
+        np.array(row["trace"][metric]) - np.mean(row["oracle"][metric]) for row in rows
+    ]
+    return 100 * np.abs(np.array(gaps))
+
+
+def publish(results: list[dict], settings: dict, out: Path) -> None:
     """Print the tables and write ``results.json`` and ``figure.png``."""
     columns = _columns(results)
     names = [row["stratum"] for row in results[0]["strata"]]
@@ -88,10 +131,7 @@ def publish(results: list[dict], settings: dict, max_time: float, out: Path) -> 
     for name, found in correlations.items():
         print(_sentence(name, found, len(results)))
     print(_privacy(results, settings["delta"]))
-    ax = plot_time_to_unlearn(columns["mean loss"], times, max_time=max_time)
-    ax.set_title(f"{settings['dataset']}: {len(results)} seeds", fontsize="medium")
-    ax.figure.savefig(out / "figure.png", dpi=150)
-    plt.close(ax.figure)
+    draw_figure(results, out / "figure.png")
     content = {"settings": settings, "environment": environment()}
     content |= {"rank_correlation": correlations, "seeds": results}
     write_json(out / "results.json", content)

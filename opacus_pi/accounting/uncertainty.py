@@ -42,11 +42,13 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.assumed_noise import require_real_noise
 from opacus_pi.accounting.conversion import check_delta, check_orders, epsilon_offset
+from opacus_pi.accounting.epsilon import epsilons
 from opacus_pi.accounting.losses import (
     Composition,
     RunNorms,
     composition_of,
     loss_of_interval,
+    privacy_losses,
     worst_case_loss,
 )
 from opacus_pi.accounting.predicted_losses import PredictedNorms
@@ -142,6 +144,9 @@ def loss_limits(
 ) -> Array:
     """Return upper limits of the losses, over the random draws of the batches.
 
+    The limit of an example comes from its own draws. Where ``privacy_losses``, which
+    also uses the draws of other examples, gives more, the limit is that value.
+
     Args:
         ledger: One run. Of a swept ledger, whose norms no draw chose, the losses
             themselves are returned.
@@ -167,7 +172,8 @@ def loss_limits(
     composition = composition_of(
         ledger.mechanism, order, "corrected", hoelder_p, "exact", tolerance
     )
-    return _limits(ledger, composition, confidence)
+    estimates = privacy_losses(ledger, order, hoelder_p=hoelder_p, tolerance=tolerance)
+    return np.maximum(_limits(ledger, composition, confidence), estimates)
 
 
 def epsilon_limits(
@@ -181,8 +187,9 @@ def epsilon_limits(
 ) -> Array:
     """Return upper limits of the epsilons, over the random draws of the batches.
 
-    Each is the smallest over the orders of the limits of ``loss_limits``. The orders
-    use the same draws, so the coverage is measured, not derived.
+    Each is the smallest over the orders of the limits of ``loss_limits``, and at least
+    the estimate of ``epsilons``. The orders use the same draws, so the coverage is
+    measured, not derived.
 
     Args:
         ledger: As in ``loss_limits``.
@@ -201,20 +208,19 @@ def epsilon_limits(
         AccountingError: If a link of the chain of custody is broken.
     """
     check_delta(delta)
+    _check_confidence(confidence)
     _require_one_run(ledger)
     require_real_noise((ledger,))
+    check_tolerance(tolerance, num_runs=1)
     choices = np.unique(check_orders(_LIMIT_ORDERS if orders is None else orders))
     least = np.full(ledger.num_examples, np.inf)
     for order, offset in zip(choices, epsilon_offset(choices, delta), strict=True):
-        limits = loss_limits(
-            ledger,
-            order,
-            confidence=confidence,
-            hoelder_p=hoelder_p,
-            tolerance=tolerance,
+        composition = composition_of(
+            ledger.mechanism, order, "corrected", hoelder_p, "exact", tolerance
         )
-        least = np.minimum(least, limits + offset)
-    result: Array = np.maximum(least, 0.0)
+        least = np.minimum(least, _limits(ledger, composition, confidence) + offset)
+    estimates = epsilons(ledger, delta, orders=orders, tolerance=tolerance)
+    result: Array = np.maximum(least, estimates)
     return result
 
 

@@ -13,6 +13,7 @@ Every curve has its own marker, and the spread over runs is always drawn.
 | 5 | ``plot_curves`` |
 | 9 | ``plot_pictures`` |
 | not in the paper: histogram of a number over examples | ``plot_distribution`` |
+| not in the paper: ε of all examples below the worst case | ``plot_epsilons`` |
 
 Nothing here computes a privacy loss or runs a model, and nothing imports torch. A
 figure can therefore be drawn again from saved numbers on any machine, and be part of a
@@ -23,6 +24,7 @@ from opacus_pi._promised import promise
 from opacus_pi.plotting.barriers import plot_barriers
 from opacus_pi.plotting.curves import plot_curves
 from opacus_pi.plotting.distributions import plot_distribution
+from opacus_pi.plotting.epsilons import plot_epsilons
 from opacus_pi.plotting.groups import plot_group_divergences
 from opacus_pi.plotting.pictures import plot_pictures
 from opacus_pi.plotting.proxies import plot_proxies
@@ -32,6 +34,7 @@ __all__ = [
     "plot_barriers",
     "plot_curves",
     "plot_distribution",
+    "plot_epsilons",
     "plot_group_divergences",
     "plot_hardest_sets",
     "plot_pictures",

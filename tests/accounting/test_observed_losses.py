@@ -208,6 +208,15 @@ def test_limits_cover_the_truth_of_redrawn_batches(clip):
     assert np.mean(covered) > 0.95 and np.mean(of_epsilon) > 0.95
 
 
+def test_no_limit_is_below_the_estimate():
+    observed, _ = runs(seed=3, num_rows=20)
+    estimates = privacy_losses(observed, 8)
+    limits = loss_limits(observed, 8, confidence=0.3)  # many would be below it
+    assert (limits >= estimates).all() and (limits == estimates).any()
+    estimates = epsilons(observed, 1e-5, orders=ORDERS)
+    assert (epsilon_limits(observed, 1e-5, orders=ORDERS) >= estimates).all()
+
+
 def test_standard_errors_are_as_large_as_the_errors():
     shares = []
     for seed in range(4):
