@@ -12,6 +12,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+import opacus_pi
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -89,3 +91,16 @@ def test_pages_are_in_the_navigation():
     navigation = (ROOT / ".mkdocs.yml").read_text(encoding="utf-8")
     for page in PAGES:
         assert named(page) in navigation, page
+
+
+def test_no_text_installs_the_package_from_an_index():
+    """It is on none; somebody else could take its name there."""
+    texts = [*ROOT.glob("*.md"), *DOCS.rglob("*.*"), *ROOT.rglob("opacus_pi/**/*.py")]
+    texts = [*texts, *ROOT.glob("notebooks/*.ipynb")]
+    found = re.compile(rb"pip install[^\n]*\bopacus[-_]pi\b(?!/)")
+    assert not [p for p in texts if p.is_file() and found.search(p.read_bytes())]
+
+
+def test_the_citation_has_the_version():
+    lines = (ROOT / "CITATION.cff").read_text(encoding="utf-8").splitlines()
+    assert f"version: {opacus_pi.__version__}" in lines

@@ -4,7 +4,7 @@ A tiny BERT with random weights (nothing is downloaded) learns to tell two kinds
 sentences apart. ``wrap_model=False`` leaves the model unwrapped, so that
 ``model(**batch).loss``, ``generate``, ``save_pretrained`` and type checks work.
 
-    pip install opacus-pi transformers
+    pip install transformers   # and this package, from a checkout
     python docs/examples/hugging_face.py
 """
 

@@ -1,6 +1,6 @@
 """Train a LightningModule with differential privacy, then monitored, without changes.
 
-pip install "opacus-pi[lightning]"
+pip install "lightning>=2.6", and this package from a checkout
 python docs/examples/lightning_module.py
 """
 

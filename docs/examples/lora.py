@@ -4,7 +4,7 @@ Only the adapters and the classifier are trained, so only their per-example grad
 are formed and clipped, and only they are unlearned. The base is a tiny BERT with random
 weights (nothing is downloaded).
 
-    pip install opacus-pi transformers peft
+    pip install transformers peft   # and this package, from a checkout
     python docs/examples/lora.py
 """
 

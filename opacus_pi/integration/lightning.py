@@ -77,7 +77,8 @@ class PrivacyCallback(Callback):
     ) -> None:
         if Callback is object:
             raise ImportError(
-                "PrivacyCallback needs lightning: pip install opacus-pi[lightning]"
+                "PrivacyCallback needs lightning, which is not installed. Run: pip "
+                "install 'lightning>=2.6'"
             )
         super().__init__()
         expect(

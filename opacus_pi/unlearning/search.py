@@ -1,6 +1,6 @@
 """Search the settings of an unlearning method: of the good ones, the fastest.
 
-Needs optuna (``pip install "opacus-pi[search]"``). The search is made once, on a forget
+Needs optuna (``pip install "optuna>=4"``). The search is made once, on a forget
 set that is not used otherwise; the settings found then serve every forget set. This set
 must have something to forget: if the model already behaves like the retrained models on
 it, all settings look alike, and the search returns one of them by chance. Then
@@ -276,14 +276,15 @@ def _optuna() -> ModuleType:
     """Import optuna, an optional dependency, and silence its log.
 
     Raises:
-        ImportError: If it is not installed; the message names the extra that installs
-            it.
+        ImportError: If it is not installed; the message says how to
+            install it.
     """
     try:
         import optuna
     except ImportError as error:
         raise ImportError(
-            "The search of settings needs optuna: pip install 'opacus-pi[search]'."
+            "The search of settings needs optuna, which is not installed. Run: pip "
+            "install 'optuna>=4'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
