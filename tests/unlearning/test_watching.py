@@ -7,7 +7,6 @@ import stat
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -227,7 +226,8 @@ def test_a_function_is_no_callback():
 
 
 def test_a_logger_of_lightning_writes_every_evaluation(tmp_path):
-    logger = CSVLogger(tmp_path)
+    loggers = pytest.importorskip("lightning.pytorch.loggers")
+    logger = loggers.CSVLogger(tmp_path)
     log = [LogMetrics(logger)]
     unlearner().unlearn(data(), [3], 2, values(3.0, 2.0, 1.0), callbacks=log)
     lines = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().split()
@@ -272,7 +272,6 @@ def test_without_metrics_nothing_is_logged():
 
 
 def test_what_cannot_log_is_refused():
-    assert callable(Logger.log_metrics)
     with pytest.raises(ValueError, match="log_metrics, add_scalar, log"):
         LogMetrics(object())
 
