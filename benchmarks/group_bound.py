@@ -28,6 +28,7 @@ from tqdm import tqdm
 from benchmarks.common import data
 from benchmarks.common.command_line import parser_of
 from benchmarks.common.report import environment, write_json
+from benchmarks.common.set_ranges import sets_along_range
 from benchmarks.common.training import Recipe, train
 from benchmarks.main_job import DIGITS
 from opacus_pi import GradNormLedger
@@ -93,6 +94,7 @@ class Settings:
         estimates: Estimates of Theorem B.1 for each stratum.
         checkpoints: Rows of the ledger.
         stratum_size: Examples in a forget set.
+        num_sets: Forget sets along the range of the loss; 0: five strata.
     """
 
     seed: int = 0
@@ -101,6 +103,15 @@ class Settings:
     estimates: int = 20
     checkpoints: int = 12
     stratum_size: int = 60
+    num_sets: int = 0
+
+
+def _forget_sets(scores: np.ndarray, settings: Settings) -> dict[str, np.ndarray]:
+    """Return the forget sets by name, easiest first."""
+    if not settings.num_sets:
+        return difficulty_strata(scores, settings.stratum_size)
+    found = sets_along_range(scores, settings.stratum_size, settings.num_sets)
+    return {str(number): one for number, one in enumerate(found, 1)}
 
 
 def measure(
@@ -112,7 +123,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return all numbers of every stratum, and Theorem B.1 without a forget set."""
     scores = privacy_losses(ledger, settings.order)
-    strata = difficulty_strata(scores, settings.stratum_size) | {NOTHING: []}
+    strata = _forget_sets(scores, settings) | {NOTHING: []}
     rows = []
     for number, (name, forget) in enumerate(tqdm(strata.items(), unit="stratum")):
         shared = (weights, model, CRITERION, train_set, forget, ledger)

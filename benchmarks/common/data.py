@@ -6,6 +6,7 @@ also be read from an .npz file with the arrays ``x_train``, ``y_train``, ``x_tes
 ``y_test``.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class ImageData:
     """A data set with its published split (digits: 1,437 + 360, stratified, fixed).
 
     Attributes:
-        name: One of ``NAMES``.
+        name: Its name.
         train: Images ``(n, c, h, w)`` float32 and labels ``(n,)`` int64.
         test: Like ``train``.
         num_classes: Number of labels.
@@ -50,23 +51,26 @@ def load(
     """Load a data set.
 
     Args:
-        name: One of ``NAMES``.
+        name: One of ``NAMES``; any name if ``arrays`` is given.
         data_root: Folder of torchvision's files; not needed for digits.
         num_train: Number of training images; the first ones are kept (0: all).
         arrays: An .npz file with images ``(n, h, w)`` or ``(n, h, w, c)`` in uint8, and
-            labels. It is read instead of the files in ``data_root``.
+            labels from 0 on. It is read instead of any other file.
         num_test: Number of test images; the first ones are kept (0: all).
 
     Raises:
         ValueError: The name is unknown, or neither ``data_root`` nor ``arrays`` is
             given.
     """
-    if name not in NAMES:
-        raise ValueError(f"name must be one of {', '.join(NAMES)}; got {name}.")
-    if name == "digits":
-        train, test = _digits()
-    elif arrays is not None:
+    if arrays is not None:
         train, test = _npz(arrays)
+    elif name not in NAMES:
+        raise ValueError(
+            f"name must be one of {', '.join(NAMES)}, or arrays must be given; got "
+            f"{name} without arrays."
+        )
+    elif name == "digits":
+        train, test = _digits()
     elif data_root is not None:
         train, test = _torchvision(name, data_root)
     else:
@@ -75,7 +79,19 @@ def load(
             "--data-root DIR, the folder of torchvision's data sets, or --data "
             f"{name} FILE.npz if the command has this option."
         )
-    return ImageData(name, _tensors(*train, num_train), _tensors(*test, num_test))
+    classes = 1 + max(int(labels.max()) for _, labels in (train, test))
+    parts = _tensors(*train, num_train), _tensors(*test, num_test)
+    return ImageData(name, *parts, classes)
+
+
+def digest(images: ImageData) -> str:
+    """Return a digest of all images and labels, the same on every machine."""
+    found = hashlib.sha256()
+    for part in (images.train, images.test):
+        for tensor in part.tensors:
+            found.update(str(tuple(tensor.shape)).encode())
+            found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()[:24]
 
 
 Arrays = tuple[np.ndarray, np.ndarray]

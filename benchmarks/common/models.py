@@ -1,7 +1,10 @@
 """The models of all benchmarks, by name."""
 
+import hashlib
 from functools import partial
+from importlib import import_module
 from math import prod
+from pathlib import Path
 
 from torch import nn
 
@@ -15,7 +18,8 @@ def build_model(
     """Build a model by name.
 
     Args:
-        name: A key of ``MODELS``.
+        name: A key of ``MODELS``, or ``MODULE:FUNCTION``, an own function with the two
+            arguments below.
         image_shape: ``(c, h, w)``.
         num_classes: Number of outputs.
 
@@ -25,9 +29,22 @@ def build_model(
     Raises:
         ValueError: The name is unknown.
     """
+    if ":" in name:
+        module, function = name.split(":", 1)
+        return getattr(import_module(module), function)(image_shape, num_classes)
     if name not in MODELS:
-        raise ValueError(f"name must be one of {', '.join(MODELS)}; got {name}.")
+        raise ValueError(
+            f"name must be one of {', '.join(MODELS)} or MODULE:FUNCTION; got {name}."
+        )
     return MODELS[name](image_shape, num_classes)
+
+
+def source_digest(name: str) -> str:
+    """Return a digest of the file of an own model; empty for a key of ``MODELS``."""
+    if ":" not in name:
+        return ""
+    file = Path(import_module(name.split(":", 1)[0]).__file__)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:24]
 
 
 def mlp(
@@ -99,5 +116,6 @@ MODELS = {
     "resnet18": resnet18,
     "resnet18-w16": partial(resnet18, width=16),
     "resnet18-batch-norm": partial(resnet18, norm="batch"),
+    "resnet18-batch-norm-w16": partial(resnet18, norm="batch", width=16),
     "vit": vit,
 }

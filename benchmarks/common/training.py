@@ -110,6 +110,7 @@ def train(
     num_checkpoints: int = 35,
     weights_dir: Path | None = None,
     device: str = "cpu",
+    num_classes: int = 10,
 ) -> tuple[nn.Module, PrivacyEngine]:
     """Train without clipping; sweep the norms of all examples at evenly spaced steps.
 
@@ -121,12 +122,13 @@ def train(
         num_checkpoints: Rows of the ledger; 1 if it is not used.
         weights_dir: Folder for the weights at every row; None: they are not saved.
         device: Where the model is.
+        num_classes: Number of labels.
 
     Returns:
         The trained model in evaluation mode, and the engine with its ledger.
     """
     torch.manual_seed(seed)
-    model = recipe.place(build_model(recipe.model, image_shape), device)
+    model = recipe.place(build_model(recipe.model, image_shape, num_classes), device)
     loader = DataLoader(data_set, batch_size=recipe.batch_size, shuffle=True)
     num_steps = recipe.num_epochs * len(loader)
     recorder = Recorder.evenly_spaced(
@@ -160,6 +162,7 @@ def train_privately(
     seed: int,
     before_update: Callable[[nn.Module], None] = lambda model: None,
     device: str = "cpu",
+    num_classes: int = 10,
 ) -> tuple[nn.Module, PrivacyEngine]:
     """Train by DP-SGD with the drop-in engine, which observes the norms of batches.
 
@@ -170,6 +173,7 @@ def train_privately(
         seed: Of the initial weights, the batches and the noise.
         before_update: Called with the model before every update.
         device: Where the model is.
+        num_classes: Number of labels.
 
     Returns:
         The trained model (wrapped by Opacus) in evaluation mode, and the engine.
@@ -180,7 +184,7 @@ def train_privately(
     """
     _require_plain(recipe)
     torch.manual_seed(seed)
-    model = build_model(recipe.model, image_shape).to(device)
+    model = build_model(recipe.model, image_shape, num_classes).to(device)
     engine = PrivacyEngine(accountant="rdp")
     model, optimizer, loader = engine.make_private(
         module=model,

@@ -1,9 +1,13 @@
-"""Reproduce the paper's figures.
+r"""Reproduce the paper's figures.
 
     python -m benchmarks.reproduce all --scale smoke        # digits, minutes
     python -m benchmarks.reproduce fig1 --scale cpu --data-root DIR
     python -m benchmarks.reproduce fig1 --scale gpu --device cuda --data cifar10 FILE
     python -m benchmarks.reproduce all --scale full --device cuda --data-root DIR
+    python -m benchmarks.reproduce fig1-middle --scale cpu --dataset mine \
+        --data mine FILE.npz --model my_package.models:build --seeds 3 --without-gus
+    python -m benchmarks.reproduce all --scale cpu-cifar10 --data-root DIR \
+        --minutes 110 --journal benchmarks/results/reproduce/cpu-cifar10.jsonl
 
 What happens: the figures named on the command line list the jobs (units) that they need
 at the chosen scale; jobs without a stored result are run in parallel; then every figure
@@ -12,19 +16,28 @@ is computed from the stored results, judged, and written as JSON and PNG.
 Scales:
     smoke  embedded digits, tiny sizes; shows that the code runs, not what the paper
            claims
-    cpu    10,000 images, a small CNN, 5 seeds; hours on 2 cores
+    cpu    10,000 images, a small CNN, 5 seeds; a day on 2 cores
+    cpu-cifar10
+           20,000 images of CIFAR-10, ResNet-18 of width 16, 5 seeds, 20 forget sets;
+           --plan shows the core-hours
     gpu    figure 1 in about half an hour on one GPU: ResNet-18, 20,000 images, 20
            epochs, 3 seeds, bfloat16 and channels_last
     full   the paper's sizes, on GPUs, in bfloat16 and channels_last
 
 The results of finished jobs are stored. If a command is interrupted, give it again: it
-continues where it stopped. A figure whose jobs are all stored is drawn in seconds.
+continues where it stopped. A figure whose jobs are all stored is drawn in seconds. With
+--minutes no job is started after that time, and figures that lack jobs are listed.
+--journal names one file of all finished results, without models. It is read first and
+written at the end, so that a study can move to another machine. --plan shows what is
+left to do.
 
 With --device cuda, several processes share each GPU. The scales gpu and full have not
 been run on a GPU yet; their times are estimates.
 """
 
+import argparse
 import contextlib
+import math
 import os
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,14 +46,24 @@ import joblib
 import matplotlib
 
 from benchmarks.common.command_line import parser_of
+from benchmarks.common.data import NAMES
 from benchmarks.common.facts import facts_of
+from benchmarks.common.models import MODELS
 from benchmarks.common.report import environment
 from benchmarks.reproduce.figures import FIGURES, Figure
+from benchmarks.reproduce.journal import record, restore
 from benchmarks.reproduce.pool import JOBS_PER_GPU, default_jobs, run_all
+from benchmarks.reproduce.progress import plan
 from benchmarks.reproduce.publication import publish, text_of
-from benchmarks.reproduce.scales import SCALES
+from benchmarks.reproduce.scales import SCALES, Scale, adapted
 from benchmarks.reproduce.units import Unit
 from benchmarks.reproduce.workspace import Workspace
+
+_COUNTS = {
+    "seeds": "trainings of each experiment",
+    "oracles": "retrained models of each forget set",
+    "epochs": "epochs of training",
+}
 
 
 def chosen(names: list[str]) -> list[Figure]:
@@ -96,11 +119,20 @@ def cluster(address: str | None) -> AbstractContextManager:
     return joblib.parallel_config(backend="dask", wait_for_workers_timeout=60)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, run the missing jobs, and publish the figures."""
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser: first what is studied, then how it is run."""
     parser = parser_of("benchmarks.reproduce", __doc__)
     parser.add_argument("figures", nargs="+", metavar="FIGURE", help="a name, or all")
     parser.add_argument("--scale", choices=SCALES, default="smoke")
+    parser.add_argument("--dataset", metavar="NAME", help="another main data set")
+    parser.add_argument(
+        "--model", metavar="NAME", help="another main model, also MODULE:FUNCTION"
+    )
+    for name, what in _COUNTS.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    parser.add_argument(
+        "--without-gus", action="store_true", help="leave out the Gaussian score"
+    )
     parser.add_argument("--data-root", type=Path, help="folder of torchvision's data")
     parser.add_argument(
         "--data",
@@ -110,6 +142,12 @@ def main(argv: list[str] | None = None) -> None:
         metavar=("NAME", "NPZ"),
         help="read a data set from an .npz file, e.g. --data svhn svhn.npz",
     )
+    _add_run_options(parser)
+    return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that change no result."""
     parser.add_argument(
         "--jobs",
         type=int,
@@ -123,23 +161,81 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--store", type=Path, default=Path("runs/reproduce/store"))
     parser.add_argument("--out", type=Path, help="default: runs/reproduce/SCALE")
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="start no job after this time"
+    )
+    parser.add_argument("--journal", type=Path, help="file of all finished results")
+    parser.add_argument("--plan", action="store_true", help="show what is left to do")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line, run the missing jobs, and publish the figures."""
+    args = _parser().parse_args(argv)
     matplotlib.use("Agg")
     os.environ["OMP_NUM_THREADS"] = "1"  # one thread in each process
-    figures, scale = chosen(args.figures), SCALES[args.scale]
     arrays = tuple((name, Path(file)) for name, file in args.data)
+    scale = _scale(args)
+    figures = chosen(args.figures)
     workspace = Workspace(args.store, args.data_root, arrays, args.device)
     units = [unit for figure in figures for unit in figure.units(scale)]
     require_used([name for name, _ in arrays], units, args.scale)
+    if args.journal:
+        restore(args.journal, args.store)
+    if args.plan:
+        print(plan(units, workspace))
+        return
     with cluster(args.dask):
-        run_all(units, workspace, args.jobs or default_jobs(args.device))
+        finished = run_all(
+            units, workspace, args.jobs or default_jobs(args.device), args.minutes
+        )
+    if args.journal:
+        record(args.store, args.journal)
     out = args.out or Path("runs/reproduce") / args.scale
     for figure in figures:
-        result = figure.result(scale, workspace)
-        content = publish(figure, result, facts_of(scale), environment(), out)
-        print(text_of(content))
-        if figure.table:
-            print(figure.table(result))
+        _publish(figure, scale, workspace, out)
+    if not finished:
+        print(plan(units, workspace))
+
+
+def _scale(args: argparse.Namespace) -> Scale:
+    """Return the scale with the options of the command line.
+
+    Raises:
+        SystemExit: An own data set or model cannot be found.
+    """
+    given = [name for name, _ in args.data]
+    if args.dataset and args.dataset not in (*NAMES, *given):
+        raise SystemExit(
+            f"--dataset {args.dataset} is none of {', '.join(NAMES)}, and no file was "
+            f"given for it. Add --data {args.dataset} FILE.npz."
+        )
+    if args.model and ":" not in args.model and args.model not in MODELS:
+        raise SystemExit(
+            f"--model must be one of {', '.join(MODELS)} or MODULE:FUNCTION; got "
+            f"{args.model}."
+        )
+    counts = {name: getattr(args, name) for name in _COUNTS}
+    return adapted(
+        SCALES[args.scale],
+        dataset=args.dataset,
+        model=args.model,
+        without_gus=args.without_gus,
+        **counts,
+    )
+
+
+def _publish(figure: Figure, scale: Scale, workspace: Workspace, out: Path) -> None:
+    """Publish a figure whose jobs are all finished; name one that lacks some."""
+    jobs = figure.units(scale)
+    missing = sum(unit.seconds(workspace) is None for unit in jobs)
+    if missing:
+        print(f"{figure.name}: {missing} of {len(jobs)} jobs are not finished")
+        return
+    result = figure.result(scale, workspace)
+    content = publish(figure, result, facts_of(scale), environment(), out)
+    print(text_of(content))
+    if figure.table:
+        print(figure.table(result))
 
 
 if __name__ == "__main__":

@@ -44,8 +44,9 @@ def barriers(
     workspace: Workspace, experiment: Experiment, model: nn.Module, other: nn.Module
 ) -> Barriers:
     """Return the barrier between two models on a fixed part of each of ``SETS``."""
-    shape = workspace.images(experiment).image_shape
-    matched = aligned(model, other, _spec(experiment.recipe.model, shape))
+    images = workspace.images(experiment)
+    spec = _spec(experiment.recipe.model, images.image_shape, images.num_classes)
+    matched = aligned(model, other, spec)
     return {
         name: loss_barrier(
             model, matched, part, CRITERION, num_points=POINTS, reset_bn=True
@@ -64,11 +65,13 @@ def _parts(workspace: Workspace, experiment: Experiment) -> dict[str, Dataset]:
 
 
 @lru_cache(maxsize=4)
-def _spec(model: str, shape: tuple[int, ...]) -> PermutationSpec:
+def _spec(model: str, shape: tuple[int, ...], num_classes: int) -> PermutationSpec:
     """Return the permutation symmetries of an architecture, whatever its weights."""
     with random_state_untouched():
         torch.manual_seed(0)
-        return permutation_spec(build_model(model, shape), torch.rand(2, *shape))
+        return permutation_spec(
+            build_model(model, shape, num_classes), torch.rand(2, *shape)
+        )
 
 
 def oracles_of_seed(

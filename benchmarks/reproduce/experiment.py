@@ -20,13 +20,14 @@ class Experiment:
     """A data set, a recipe to train on it, and the sizes of the study.
 
     Attributes:
-        dataset: A name of ``benchmarks.common.data``.
+        dataset: A name of ``benchmarks.common.data``, or of an own .npz file.
         num_train: Number of training images; the first ones are used (0: all).
         num_test: Number of test images; the first ones are used (0: all).
         recipe: How the model and its oracles are trained.
         num_seeds: Independent trainings.
         num_oracles: Models retrained without each forget set.
-        stratum_size: Examples in a forget set.
+        set_size: Examples in a forget set.
+        num_sets: Forget sets along the range of difficulty, without common examples.
         unlearn_epochs: Epochs of every unlearning run.
         assumed_noise_std: Noise on the mean gradient, assumed to rank the examples if
             the recipe trains without noise.
@@ -42,12 +43,13 @@ class Experiment:
     recipe: Recipe
     num_seeds: int = 5
     num_oracles: int = 3
-    stratum_size: int = 200
+    set_size: int = 200
+    num_sets: int = 20
     unlearn_epochs: int = 25
     assumed_noise_std: float = 0.01
     order: float = 8.0
     num_checkpoints: int = 35
-    num_trials: int = 10
+    num_trials: int = 25
     num_probe: int = 2_000
 
     def training_facts(self) -> Facts:

@@ -2,18 +2,20 @@
 
 A figure names its forget sets before anything is trained; the examples are known only
 when the trainings that rank them are finished. So a job holds the rule, not the
-indices.
+indices. The indices are stored as soon as they are known, like any other result.
 """
 
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from benchmarks.common.set_ranges import set_apart, sets_along_range
 from benchmarks.reproduce.experiment import Experiment, Facts
+from benchmarks.reproduce.store import cached_json
 from benchmarks.reproduce.workspace import Workspace
-from opacus_pi.difficulty.forget_sets import difficulty_strata, random_forget_set, top_k
+from opacus_pi.difficulty.forget_sets import ranking
 
-STRATA = ("first", "q1", "q2", "q3", "last")
+LOSS = "privacy loss"
 
 
 @dataclass(frozen=True)
@@ -21,38 +23,73 @@ class ForgetSet:
     """A rule that chooses a forget set.
 
     Attributes:
-        rule: A stratum by privacy loss (``STRATA``), ``"top"`` (the highest scores) or
-            ``"random"``.
+        rule: ``"range"``: one of several sets along the range of difficulty;
+            ``"top"``: a random part of the examples of highest score; ``"apart"``: hard
+            examples that belong to no set along the range, for the search of settings.
         size: Number of examples.
-        score: The score by which ``"top"`` ranks.
+        number: Which of the sets, from 0, the easiest one.
+        count: How many sets the rule makes; they have no example in common.
+        score: The score by which examples are ranked.
     """
 
     rule: str
     size: int
-    score: str = "privacy loss"
+    number: int
+    count: int
+    score: str = LOSS
+
+    @property
+    def name(self) -> str:
+        """Its number from 1, for tables."""
+        return f"{self.number + 1} of {self.count}"
 
     def indices(self, workspace: Workspace, experiment: Experiment) -> np.ndarray:
         """Return the sorted indices of the examples, the same for every seed."""
-        if self.rule == "random":
-            num_train = len(workspace.images(experiment).train)
-            return random_forget_set(num_train, self.size, np.random.default_rng(0))
-        scores = workspace.scores(experiment)[self.score]
-        if self.rule == "top":
-            return top_k(scores, self.size)
-        return difficulty_strata(scores, self.size)[self.rule]
+        facts = self.facts(experiment) | workspace.content_facts(experiment)
+        found = cached_json(
+            workspace.directory,
+            "indices",
+            facts,
+            lambda: self._chosen(workspace.scores(experiment)[self.score]).tolist(),
+        )
+        return np.array(found, dtype=np.int64)
+
+    def _chosen(self, scores: np.ndarray) -> np.ndarray:
+        if self.rule == "range":
+            return sets_along_range(scores, self.size, self.count)[self.number]
+        if self.rule == "apart":
+            return set_apart(scores, self.size, self.count)
+        hardest = ranking(scores)[-self.size * self.count :]
+        shuffled = np.random.default_rng(0).permutation(hardest)
+        return np.sort(shuffled[self.number :: self.count])
 
     def facts(self, experiment: Experiment) -> Facts:
         """Return what determines the examples."""
-        if self.rule == "random":
-            return asdict(self) | {"num_train": experiment.num_train}
         return asdict(self) | {"ranking": experiment.ranking_facts()}
 
 
-def strata(experiment: Experiment, size: int = 0) -> list[ForgetSet]:
-    """Return the five strata of Appendix D, easiest first.
+def sets_of(experiment: Experiment, size: int = 0) -> list[ForgetSet]:
+    """Return the sets along the range of difficulty, easiest first.
 
     Args:
         experiment: Whose ranking is used.
-        size: Examples in each stratum; 0: the experiment's stratum size.
+        size: Examples in each set; 0: the experiment's set size.
     """
-    return [ForgetSet(rule, size or experiment.stratum_size) for rule in STRATA]
+    count = experiment.num_sets
+    return [
+        ForgetSet("range", size or experiment.set_size, number, count)
+        for number in range(count)
+    ]
+
+
+def hardest_sets(size: int, score: str, count: int = 4) -> list[ForgetSet]:
+    """Return disjoint sets drawn from the ``size * count`` examples of highest score.
+
+    They are equally hard up to chance; their differences are the noise of a comparison.
+    """
+    return [ForgetSet("top", size, number, count, score) for number in range(count)]
+
+
+def apart(experiment: Experiment) -> ForgetSet:
+    """Return the set on which settings are searched; no figure uses it."""
+    return ForgetSet("apart", experiment.set_size, 0, experiment.num_sets)

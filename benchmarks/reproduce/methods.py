@@ -21,7 +21,7 @@ from opacus_pi.unlearning.rivals import (
 )
 
 Settings = dict[str, float]
-_RATES = {"learning_rate": (1e-3, 1e-1)}
+_RATES = {"learning_rate": (1e-3, 1.0)}
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.units import Unlearning, oracles
 from benchmarks.reproduce.workspace import Workspace
-from opacus_pi.evaluation import time_to_unlearn
-from opacus_pi.evaluation.trace import UnlearningTrace
+from opacus_pi.evaluation import UnlearningTrace, gap_path, time_to_unlearn
 
 UA, MIA = "unlearning_accuracy", "membership_inference"
+UTILITY = "test_accuracy"
 METRICS = {"UA": UA, "MIA": MIA}  # each gives a time to unlearn
 Sets = Sequence[ForgetSet]
 
@@ -42,18 +42,6 @@ def oracle_values(
     return {name: [one[name] for one in found] for name in found[0]}
 
 
-def times(
-    workspace: Workspace,
-    experiment: Experiment,
-    sets: Sets,
-    method: str,
-    metric: str = UA,
-) -> np.ndarray:
-    """Return epochs until within five points of the mean oracle, ``(seeds, sets)``."""
-    of_oracles = [oracle_values(workspace, experiment, one) for one in sets]
-    return times_of(runs(workspace, experiment, sets, method), of_oracles, metric)
-
-
 def times_of(
     rows: list[list[dict[str, Any]]],
     of_oracles: list[dict[str, list[float]]],
@@ -74,22 +62,66 @@ def times_of(
     return np.array([list(map(time, row, of_oracles)) for row in rows])
 
 
-def gaps(
-    workspace: Workspace,
-    experiment: Experiment,
-    sets: Sets,
-    method: str,
-    metric: str = UA,
+def gap_paths(
+    rows: list[list[dict[str, Any]]],
+    of_oracles: list[dict[str, list[float]]],
+    metric: str,
 ) -> np.ndarray:
-    """Return the final distance from the mean oracle, ``(seeds, sets)``."""
-    of_oracles = [
-        np.mean(oracle_values(workspace, experiment, one)[metric]) for one in sets
-    ]
-    ends = [
-        [run["trace"][metric][-1] for run in row]
-        for row in runs(workspace, experiment, sets, method)
-    ]
-    return np.abs(np.array(ends) - of_oracles)
+    """Return metric minus the mean oracle's at every evaluation, from given results.
+
+    Args:
+        rows: Results of the runs, ``[seed][set]``.
+        of_oracles: Metrics of each set's oracles.
+        metric: The metric that is compared.
+
+    Returns:
+        ``(seeds, sets, epochs + 1)``.
+    """
+
+    def path(run: dict[str, Any], oracle: dict[str, list[float]]) -> np.ndarray:
+        return gap_path(
+            UnlearningTrace(run["times"], run["trace"]), oracle, metric=metric
+        )
+
+    return np.array([list(map(path, row, of_oracles)) for row in rows])
+
+
+def panel_of(
+    workspace: Workspace, experiment: Experiment, method: str, sets: Sets
+) -> dict[str, Any]:
+    """Return the numbers of one panel: all that the judges of an order need."""
+    rows = runs(workspace, experiment, sets, method)
+    return {
+        "mean_losses": mean_losses(workspace, experiment, sets).tolist(),
+        **panel_of_rows(rows, oracles_of(workspace, experiment, sets)),
+        "max_time": experiment.unlearn_epochs,
+    }
+
+
+def panel_of_rows(
+    rows: list[list[dict[str, Any]]], of_oracles: list[dict[str, list[float]]]
+) -> dict[str, Any]:
+    """Return first crossings, paths of the gaps, and lost test accuracy.
+
+    Args:
+        rows: Results of the runs, ``[seed][set]``.
+        of_oracles: Metrics of each set's oracles.
+    """
+    times = {m: times_of(rows, of_oracles, metric) for m, metric in METRICS.items()}
+    paths = {m: gap_paths(rows, of_oracles, metric) for m, metric in METRICS.items()}
+    lost = -gap_paths(rows, of_oracles, UTILITY)[:, :, -1]
+    return {
+        "times": {name: to_json(one) for name, one in times.items()},
+        "gaps": {name: np.round(one, 5).tolist() for name, one in paths.items()},
+        "lost": np.round(lost, 5).tolist(),
+    }
+
+
+def oracles_of(
+    workspace: Workspace, experiment: Experiment, sets: Sets
+) -> list[dict[str, list[float]]]:
+    """Return the metrics of the oracles of each set."""
+    return [oracle_values(workspace, experiment, one) for one in sets]
 
 
 def mean_losses(workspace: Workspace, experiment: Experiment, sets: Sets) -> np.ndarray:

@@ -6,9 +6,11 @@ them, as CUDA requires. The kernels of different processes alternate unless NVID
 daemon runs.
 """
 
+import math
 import multiprocessing
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -22,7 +24,12 @@ from benchmarks.reproduce.workspace import Workspace
 JOBS_PER_GPU = 3  # small models wait for the processor; not measured on a GPU
 
 
-def run_all(units: Iterable[Unit], workspace: Workspace, num_jobs: int = 1) -> None:
+def run_all(
+    units: Iterable[Unit],
+    workspace: Workspace,
+    num_jobs: int = 1,
+    minutes: float = math.inf,
+) -> bool:
     """Run units and everything they need, in that order; stored results are reused.
 
     Args:
@@ -30,13 +37,20 @@ def run_all(units: Iterable[Unit], workspace: Workspace, num_jobs: int = 1) -> N
         workspace: Where results are stored.
         num_jobs: Number of processes of joblib's default backend. To choose another
             backend, call this inside ``joblib.parallel_config(backend="dask")``.
+        minutes: No job is started after this time; those that run are finished.
+
+    Returns:
+        Whether all jobs are finished.
     """
+    deadline = time.time() + 60 * minutes
     for stage in stages(units):
         pool = joblib.Parallel(num_jobs, return_as="generator_unordered")
-        done = pool(joblib.delayed(_run)(unit, workspace) for unit in stage)
+        done = pool(joblib.delayed(_run)(unit, workspace, deadline) for unit in stage)
         names = sorted({type(unit).__name__.lower() for unit in stage})
-        for _ in tqdm(done, total=len(stage), desc=" + ".join(names), unit="job"):
-            pass
+        bar = tqdm(done, total=len(stage), desc=" + ".join(names), unit="job")
+        if not all(list(bar)):
+            return False
+    return True
 
 
 def stages(units: Iterable[Unit]) -> list[list[Unit]]:
@@ -56,9 +70,12 @@ def stages(units: Iterable[Unit]) -> list[list[Unit]]:
     return found
 
 
-def _run(unit: Unit, workspace: Workspace) -> None:
-    """Run a unit on the device of this process and store its result."""
+def _run(unit: Unit, workspace: Workspace, deadline: float) -> bool:
+    """Run a unit on the device of this process; return False if it is too late."""
+    if time.time() >= deadline:
+        return False
     unit.run(replace(workspace, device=own_device(workspace.device)))
+    return True
 
 
 def default_jobs(device: str) -> int:

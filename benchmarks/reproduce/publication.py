@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 
 from benchmarks.common.report import write_json
 from benchmarks.reproduce.figures import Figure
-from benchmarks.reproduce.figures.verdicts import NOT_TESTABLE, Verdict
+from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict
 
 FEWEST_SEEDS = 3  # with fewer seeds there is no verdict
 Content = dict[str, Any]
@@ -54,7 +54,8 @@ def verdict_on(figure: Figure, result: Any, scale: dict[str, Any]) -> Verdict:
     """Return the verdict on a figure's claim; a few seeds cannot confirm anything."""
     found = figure.judge(result)
     if scale["sgd"]["num_seeds"] < FEWEST_SEEDS:
-        return Verdict(NOT_TESTABLE, found.reason, found.parts)
+        few = f"fewer than {FEWEST_SEEDS} seeds; {found.reason}".removesuffix("; ")
+        return Verdict(NOT_TESTABLE, few, found.parts)
     return found
 
 

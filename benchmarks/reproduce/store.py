@@ -2,6 +2,7 @@
 
 A key is a hash of the kind of result and its facts. Equal facts give the same file, in
 any process and on any machine, so interrupted studies continue and figures share jobs.
+The name of a data set is not enough: a digest of its content is one of the facts.
 A result whose facts are incomplete would be mistaken for another one: whatever changes
 a number must be in its facts.
 """
@@ -9,6 +10,7 @@ a number must be in its facts.
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 from benchmarks.common.report import write_json
 from opacus_pi.files.atomic_file import replacing
 
-VERSION = 1  # raise it when the meaning of a stored result changes
+VERSION = 2  # raise it when the meaning of a stored result changes
 
 
 def path_of(directory: Path, kind: str, facts: Mapping[str, Any], suffix: str) -> Path:
@@ -36,7 +38,8 @@ def cached_json(
     Args:
         directory: The store.
         kind: The kind of result, e.g. ``"unlearning"``; a subfolder of the store.
-        facts: Everything that determines the result, as JSON; stored with it.
+        facts: Everything that determines the result, as JSON; stored with it, as are
+            the seconds that it took.
         compute: Computes the result, as JSON.
 
     Returns:
@@ -46,9 +49,18 @@ def cached_json(
     path = path_of(directory, kind, facts, ".json")
     found = _read(path)
     if found is None:
-        write_json(path, {"facts": facts, "result": compute()})
+        start = time.perf_counter()
+        result = compute()
+        seconds = round(time.perf_counter() - start, 2)
+        write_json(path, {"facts": facts, "seconds": seconds, "result": result})
         found = _read(path)
     return found["result"]
+
+
+def seconds_of(directory: Path, kind: str, facts: Mapping[str, Any]) -> float | None:
+    """Return how long a JSON result took to compute; None if it is not stored."""
+    found = _read(path_of(directory, kind, facts, ".json"))
+    return None if found is None else float(found["seconds"])
 
 
 def cached_arrays(

@@ -18,16 +18,15 @@ from torch import nn
 from torch.utils.data import Subset
 
 from benchmarks.reproduce.experiment import Experiment, Facts
-from benchmarks.reproduce.forget_sets import ForgetSet
+from benchmarks.reproduce.forget_sets import LOSS, ForgetSet, apart
 from benchmarks.reproduce.methods import METHODS
-from benchmarks.reproduce.store import cached_json
+from benchmarks.reproduce.store import cached_json, seconds_of
 from benchmarks.reproduce.unlearning_runs import CRITERION, evaluator, unlearn
 from benchmarks.reproduce.workspace import Workspace, scores_of
 from opacus_pi.difficulty.agreement import rank_correlations, rank_stability
 from opacus_pi.evaluation import OracleCache, evaluate
 from opacus_pi.unlearning.search import search_settings
 
-LOSS = "privacy loss"
 _ORACLE_SEED = 10_000
 
 
@@ -49,10 +48,25 @@ class Unit:
     def run(self, workspace: Workspace) -> Any:
         """Return the result, from the store if it is there."""
         torch.set_num_threads(1)
-        kind = type(self).__name__.lower()
+        facts = self.facts_in(workspace)
         return cached_json(
-            workspace.directory, kind, self.facts(), lambda: self.compute(workspace)
+            workspace.directory, self.kind(), facts, lambda: self.compute(workspace)
         )
+
+    def kind(self) -> str:
+        """Return the kind of job, a subfolder of the store."""
+        return type(self).__name__.lower()
+
+    def facts_in(self, workspace: Workspace) -> Facts:
+        """Return the facts, with digests of the data set and of an own model."""
+        experiment = getattr(self, "experiment", None)
+        if experiment is None:
+            return self.facts()
+        return self.facts() | workspace.content_facts(experiment)
+
+    def seconds(self, workspace: Workspace) -> float | None:
+        """Return how long the job took; None if its result is not in the store."""
+        return seconds_of(workspace.directory, self.kind(), self.facts_in(workspace))
 
 
 @dataclass(frozen=True)
@@ -84,9 +98,8 @@ class Oracle(Unit):
     number: int
 
     def needs(self) -> list[Unit]:
-        """Return the trainings that rank the examples; a random set needs none."""
-        ranked = self.forget_set.rule != "random"
-        return trainings(self.experiment) if ranked else []
+        """Return the trainings that rank the examples."""
+        return list(trainings(self.experiment))
 
     def facts(self) -> Facts:
         """Return experiment, forget set and number of the oracle."""
@@ -102,7 +115,7 @@ class Oracle(Unit):
 
         (model,) = OracleCache(workspace.directory / "oracles").train(
             retrain,
-            key=experiment.training_facts(),
+            key=experiment.training_facts() | workspace.content_facts(experiment),
             data_set=images.train,
             forget_indices=self.forget_set.indices(workspace, experiment),
             seeds=[_ORACLE_SEED + self.number],
@@ -135,9 +148,10 @@ def needs_of_comparison(experiment: Experiment, forget_set: ForgetSet) -> list[U
 
 @dataclass(frozen=True)
 class Search(Unit):
-    """Search the settings of a method on one random forget set (Appendix D).
+    """Search the settings of a method on one forget set of its own (Appendix D).
 
-    The forget sets under study are not used, so no method is tuned to them.
+    The set consists of hard examples, so that there is something to forget, and none of
+    them belongs to a set under study: no method is tuned to those.
     """
 
     experiment: Experiment
@@ -145,13 +159,14 @@ class Search(Unit):
 
     @property
     def forget_set(self) -> ForgetSet:
-        """The random set, of the size of a stratum."""
-        return ForgetSet("random", self.experiment.stratum_size)
+        """The set of the search."""
+        return apart(self.experiment)
 
     def needs(self) -> list[Unit]:
-        """Return the training to unlearn from, and the oracles to compare with."""
-        training = Training(self.experiment, 0)
-        return [training, *oracles(self.experiment, self.forget_set)]
+        """Return trainings and oracles to compare with; nothing without ranges."""
+        if not METHODS[self.method].ranges:
+            return []
+        return needs_of_comparison(self.experiment, self.forget_set)
 
     def facts(self) -> Facts:
         """Return experiment, method and searched ranges."""
@@ -159,10 +174,13 @@ class Search(Unit):
         return self.experiment.facts() | {"method": self.method, "ranges": ranges}
 
     def compute(self, workspace: Workspace) -> dict[str, Any]:
-        """Return the best settings and all trials; empty if nothing is searched."""
+        """Return the best settings and all trials; empty if nothing is searched.
+
+        ``informative`` is false if no trial closed more of the gap than noise explains.
+        """
         ranges = METHODS[self.method].ranges
         if not ranges:
-            return {"settings": {}, "trials": []}
+            return {"settings": {}, "trials": [], "informative": True}
         measured = [
             one.run(workspace) for one in oracles(self.experiment, self.forget_set)
         ]
@@ -175,7 +193,13 @@ class Search(Unit):
             num_trials=self.experiment.num_trials,
         )
         trials = [asdict(trial) for trial in found.trials]
-        return {"settings": found.best.settings, "trials": trials}
+        return {
+            "settings": found.best.settings,
+            "trials": trials,
+            "informative": found.informative,
+            "initial_gap": found.initial_gap,
+            "noise": found.noise,
+        }
 
 
 def needs_of_run(

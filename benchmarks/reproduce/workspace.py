@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from benchmarks.common import data
-from benchmarks.common.models import build_model
+from benchmarks.common.models import build_model, source_digest
 from benchmarks.common.training import PrivateRecipe, train, train_privately
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.store import cached_arrays, path_of
@@ -45,13 +45,24 @@ class Workspace:
 
     def images(self, experiment: Experiment) -> data.ImageData:
         """Return the experiment's images; each process reads them once."""
-        return _images(
-            experiment.dataset,
-            self.data_root,
-            experiment.num_train,
-            dict(self.arrays).get(experiment.dataset),
-            experiment.num_test,
-        )
+        return _images(*self._source(experiment))
+
+    def content_facts(self, experiment: Experiment) -> dict[str, str]:
+        """Return digests of the data set's content, and of the file of an own model.
+
+        They belong to every key: another file under the same name is another data set.
+        """
+        found = {"data": _digest(*self._source(experiment))}
+        source = source_digest(experiment.recipe.model)
+        return found | ({"model source": source} if source else {})
+
+    def _source(
+        self, experiment: Experiment
+    ) -> tuple[str, Path | None, int, Path | None, int]:
+        """Return the arguments that choose the images."""
+        arrays = dict(self.arrays).get(experiment.dataset)
+        sizes = experiment.num_train, experiment.num_test
+        return experiment.dataset, self.data_root, sizes[0], arrays, sizes[1]
 
     def trained(
         self, experiment: Experiment, seed: int
@@ -64,6 +75,7 @@ class Workspace:
             "seed": seed,
             "num_checkpoints": experiment.num_checkpoints,
         }
+        facts |= self.content_facts(experiment)
         weights = path_of(self.directory, "models", facts, ".safetensors")
         ledger = weights.with_name(f"ledger-{weights.name}")
         images = self.images(experiment)
@@ -87,18 +99,20 @@ class Workspace:
         A ``PrivateRecipe`` trains by DP-SGD, whose norms are observed at every step.
         Other recipes sweep the norms of all examples ``num_checkpoints`` times.
         """
-        recipe, shape = experiment.recipe, self.images(experiment).image_shape
+        recipe, images = experiment.recipe, self.images(experiment)
+        shape, classes = images.image_shape, images.num_classes
+        where = {"device": self.device, "num_classes": classes}
         if isinstance(recipe, PrivateRecipe):
-            model, engine = train_privately(
-                recipe, data_set, shape, seed, device=self.device
-            )
+            model, engine = train_privately(recipe, data_set, shape, seed, **where)
             return unwrap(model), engine
-        return train(recipe, data_set, shape, seed, num_checkpoints, device=self.device)
+        return train(recipe, data_set, shape, seed, num_checkpoints, **where)
 
     def fresh_model(self, experiment: Experiment) -> nn.Module:
         """Return a new model, to load weights into."""
-        shape = self.images(experiment).image_shape
-        model = build_model(experiment.recipe.model, shape)
+        images = self.images(experiment)
+        model = build_model(
+            experiment.recipe.model, images.image_shape, images.num_classes
+        )
         return experiment.recipe.place(model, self.device)
 
     def ledgers(self, experiment: Experiment) -> list[GradNormLedger]:
@@ -118,7 +132,7 @@ class Workspace:
         return cached_arrays(
             self.directory,
             "scores",
-            experiment.ranking_facts(),
+            experiment.ranking_facts() | self.content_facts(experiment),
             lambda: scores_of(self.ledgers(experiment), experiment.order),
         )
 
@@ -146,3 +160,11 @@ def _images(
     """Load one data set; cached, as every job of a process asks for it."""
     torch.set_num_threads(1)
     return data.load(name, root, num_train, arrays, num_test)
+
+
+@lru_cache(maxsize=8)
+def _digest(
+    name: str, root: Path | None, num_train: int, arrays: Path | None, num_test: int
+) -> str:
+    """Return the digest of one data set; cached, as every key needs it."""
+    return data.digest(_images(name, root, num_train, arrays, num_test))

@@ -18,8 +18,8 @@ from benchmarks.reproduce.barrier_units import (
 )
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES
-from benchmarks.reproduce.figures.verdicts import BORNE_OUT, NOT_BORNE_OUT, NOT_TESTABLE
 from benchmarks.reproduce.forget_sets import ForgetSet
+from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE
 from benchmarks.reproduce.pool import run_all
 from benchmarks.reproduce.units import Unlearning
 from benchmarks.reproduce.unlearning_runs import evaluator, unlearn
@@ -33,13 +33,14 @@ TINY = Experiment(
     Recipe("mlp", 3, 32, 0.1),
     num_seeds=2,
     num_oracles=2,
-    stratum_size=10,
+    set_size=10,
+    num_sets=8,
     num_checkpoints=3,
     unlearn_epochs=2,
     num_trials=2,
     num_probe=50,
 )
-SET = ForgetSet("random", 10)
+SET = ForgetSet("range", 10, 7, 8)
 
 
 @pytest.mark.parametrize("name", ["mlp", "narrow-batch-norm"])
@@ -82,33 +83,9 @@ def test_a_run_that_is_not_judged_ends_at_the_same_model(tmp_path):
     assert found == {name: values[-1] for name, values in trace["trace"].items()}
 
 
-def right(before, after, baseline):
-    """What the figure is judged by: seeds by sets, and sets by pairs."""
-    found = {"before": before, "after": after, "baseline": baseline}
-    return {name: {"images": rows} for name, rows in found.items()}
-
-
-RISING = [[0.1, 0.2, 0.50], [0.1, 0.3, 0.52], [0.1, 0.2, 0.49]]
-LOW = [[0.1, 0.1, 0.11], [0.1, 0.1, 0.10], [0.1, 0.1, 0.12]]
-PAIRS = [[0.05, 0.15, 0.10]] * 3
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "baseline", "verdict"),
-    [
-        (RISING, LOW, PAIRS, BORNE_OUT),
-        ([row[::-1] for row in RISING], LOW, PAIRS, NOT_BORNE_OUT),
-        (RISING, RISING, PAIRS, NOT_BORNE_OUT),  # neither less nor that of oracles
-        (RISING, [[0.1, 0.1, x] for x in (0.0, 0.1, 0.3)], PAIRS, NOT_TESTABLE),
-        (RISING, LOW, [[0.1]] * 3, NOT_TESTABLE),  # one pair has no spread
-    ],
-)
-def test_barriers_rise_fall_and_end_at_the_baseline(before, after, baseline, verdict):
-    found = FIGURES["fig1-right"].judge(right(before, after, baseline))
-    assert found.verdict == verdict
-
-
 def test_where_no_line_has_a_barrier_nothing_is_told():
-    none = [[0.0] * 3] * 3
-    found = FIGURES["fig1-right"].judge(right(none, none, none))
+    none = {"training images": [[0.0] * 3] * 3}
+    found = FIGURES["fig1-right"].judge(
+        {"before": none, "after": none, "baseline": none}
+    )
     assert found.verdict == NOT_TESTABLE and "no barrier between" in found.because

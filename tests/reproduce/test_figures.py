@@ -8,21 +8,28 @@ from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.__main__ import main
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES
+from benchmarks.reproduce.figures.difficulty_scores import HARDEST_BY
 from benchmarks.reproduce.figures.typicality import NEIGHBOURS, disagreement
-from benchmarks.reproduce.figures.verdicts import (
+from benchmarks.reproduce.forget_sets import LOSS, apart, hardest_sets, sets_of
+from benchmarks.reproduce.judging.simulated import runs
+from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
     NOT_BORNE_OUT,
     NOT_TESTABLE,
-    Verdict,
-    combined,
-    ordering,
+    UNDECIDED,
 )
-from benchmarks.reproduce.forget_sets import STRATA, ForgetSet, strata
 from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.workspace import Workspace
 
 TINY = Experiment(
-    "digits", 120, 60, Recipe("mlp", 2, 32, 0.1), num_seeds=2, num_checkpoints=3
+    "digits",
+    120,
+    60,
+    Recipe("mlp", 2, 32, 0.1),
+    num_seeds=2,
+    num_checkpoints=3,
+    set_size=5,
+    num_sets=8,
 )
 
 
@@ -51,11 +58,13 @@ def test_from_the_store_the_json_is_the_same(published, name):
     assert first == second
 
 
-def test_table_of_methods_has_a_line_for_each_stratum(published):
+def test_table_of_methods_has_a_line_for_each_method(published):
     lines = (published[0] / "methods.md").read_text().splitlines()
     content = json.loads((published[0] / "methods.json").read_text())
     methods = content["result"]["panels"]
-    assert len(lines) == 2 + len(methods) * len(STRATA)
+    assert [line.split(" | ")[0][2:] for line in lines[2 : 2 + len(methods)]] == list(
+        methods
+    )
 
 
 def test_unknown_figure_is_refused(tmp_path):
@@ -63,84 +72,76 @@ def test_unknown_figure_is_refused(tmp_path):
         main(["fig10", "--store", str(tmp_path), "--out", str(tmp_path)])
 
 
-def test_rising_times_are_borne_out_and_falling_ones_are_not():
-    rising = np.array([[0, 0, 1, 2, 5], [0, 1, 1, 2, np.inf], [0, 0, 0, 3, 4]])
-    assert ordering(rising).verdict == BORNE_OUT
-    assert ordering(rising[:, ::-1]).verdict == NOT_BORNE_OUT
-    assert ordering(np.zeros((3, 5))).verdict == NOT_TESTABLE
-    mixed = np.vstack([rising, rising[:, ::-1]])
-    assert ordering(mixed).verdict == NOT_TESTABLE
-
-
-def test_a_claim_over_several_measures_needs_all_of_them():
-    yes, no, open_ = (Verdict(v, "") for v in (BORNE_OUT, NOT_BORNE_OUT, NOT_TESTABLE))
-    assert combined({"a": yes, "b": yes}).verdict == BORNE_OUT
-    assert combined({"a": yes, "b": no}).verdict == NOT_BORNE_OUT
-    assert combined({"a": yes, "b": open_}).verdict == NOT_TESTABLE
-
-
-def hardest(times, gaps):
-    """What figure 3 is judged by: two scores of equal times and gaps, one of others."""
-    others = dict.fromkeys(["C-Proxy", "mean norm", "EL2N"], ([[1.0]] * 3, [[0.1]] * 3))
-    rows = others | {"privacy loss": (times, gaps)}
+def panel(drawn, **more):
+    """A figure's panel with these runs for both measures."""
+    gaps = drawn.gaps.tolist()
+    times = np.full(drawn.lost.shape, 3.0).tolist()
     return {
-        "times": {"UA": {name: row[0] for name, row in rows.items()}},
-        "gaps": {"UA": {name: row[1] for name, row in rows.items()}},
-        "max_time": 5,
+        "mean_losses": drawn.difficulty.tolist(),
+        "gaps": {"UA": gaps, "MIA": gaps},
+        "times": {"UA": times, "MIA": times},
+        "lost": drawn.lost.tolist(),
+        "max_time": drawn.gaps.shape[2] - 1,
+        **more,
     }
 
 
-def test_hardest_sets_are_compared_by_time_and_by_the_gap_only_if_none_arrived():
+def drawn(**options):
+    return runs(np.random.default_rng(0), **options)
+
+
+RISING, NEITHER, FALLING = ({"slower": s} for s in (2.5, 0.0, -2.5))
+IDLE = {"farther": 0.5, "speed": 0.0}
+
+
+@pytest.mark.parametrize("name", ["fig1-left", "fig7", "rates"])
+def test_every_panel_is_judged(name):
+    judge = FIGURES[name].judge
+    good, bad = panel(drawn(**RISING)), panel(drawn(**FALLING))
+    assert judge({"panels": {"one": good}}).verdict == BORNE_OUT
+    assert judge({"panels": {"one": good, "two": bad}}).verdict == NOT_BORNE_OUT
+    idle = judge({"panels": {"one": good, "two": panel(drawn(**IDLE))}})
+    assert idle.verdict == NOT_TESTABLE and "nothing was unlearned" in idle.because
+    assert judge({"panels": {}}).verdict == NOT_TESTABLE
+
+
+def test_a_score_without_a_scale_needs_a_gap_beyond_its_oracles():
+    one = drawn(**RISING)
+    score = {"gaps": one.gaps.tolist(), "spread": [0.01] * 20}
+    judge = FIGURES["fig1-middle"].judge
+    assert judge(panel(one, gus=score)).verdict == BORNE_OUT
+    found = judge(panel(one, gus=score | {"spread": [9.0] * 20}))
+    assert found.verdict == NOT_TESTABLE and "GUS: not testable yet" in found.because
+    assert judge(panel(one)).verdict == BORNE_OUT  # without the score
+
+
+def hardest(more):
+    """What figure 3 is judged by: four sets of each score, some farther away."""
+    scores = {
+        name: panel(
+            drawn(sets=4, start=0.4 + more * (name == LOSS), slower=0), overlap=0.5
+        )
+        for name in HARDEST_BY
+    }
+    return {"sizes": {"200": scores}}
+
+
+def test_hardest_sets_of_two_scores_are_compared_by_sets():
     judge = FIGURES["fig3"].judge
-    # slower but nearer at the end: time decides
-    assert judge(hardest([[3.0], [3.0], [4.0]], [[0.0]] * 3)).verdict == BORNE_OUT
-    assert judge(hardest([[0.5], [0.4], [0.5]], [[0.9]] * 3)).verdict == NOT_BORNE_OUT
-    never = hardest([[None]] * 3, [[0.3], [0.3], [0.4]])
-    assert judge(never).verdict == BORNE_OUT  # the others arrived after one epoch
-    never["times"]["UA"] = dict.fromkeys(never["times"]["UA"], [[None]] * 3)
-    found = judge(never)
-    assert (
-        found.verdict == BORNE_OUT
-        and "no run reached the oracle in 5 epochs" in found.because
-    )
-    assert "remaining gap larger by 0.233" in found.because
-    never["gaps"]["UA"]["privacy loss"] = [[0.1], [0.2], [0.0]]
-    assert judge(never).verdict == NOT_TESTABLE
-
-
-def sizes(small, large):
-    """What figure 8 is judged by: times of the easiest to the hardest set."""
-    panels = {
-        f"sets of {n}": {"times": dict.fromkeys(("UA", "MIA"), times), "max_time": 9}
-        for n, times in (("few", small), ("many", large))
-    }
-    return {"panels": panels}
+    assert judge(hardest(3.0)).verdict == BORNE_OUT
+    assert judge(hardest(-0.25)).verdict in (NOT_BORNE_OUT, NOT_TESTABLE)
+    same = judge(hardest(0.0))
+    assert same.verdict == UNDECIDED and "50 % of the examples are the" in same.because
+    assert judge(hardest(-0.6)).verdict == NOT_TESTABLE
 
 
 def test_separation_by_size_is_judged_beside_the_order():
-    apart = [[0.0, 3.0, None], [0.0, 4.0, 8.0], [0.0, 3.0, None]]
-    close = [[0.0, 1.0, 2.0], [0.0, 1.0, 3.0], [0.0, 1.0, 2.0]]
-    found = FIGURES["fig8"].judge(sizes(apart, close))
-    assert found.verdict == BORNE_OUT and "shrinks by 6.33" in found.because
-    assert FIGURES["fig8"].judge(sizes(close, apart)).verdict == NOT_BORNE_OUT
-    assert FIGURES["fig8"].judge(sizes(apart, apart)).verdict == NOT_TESTABLE
-
-
-def private(times, num_tied):
-    """One panel of private models: three strata, UA .2 under the hardest's oracles."""
-    return {
-        "times": {"UA": times},
-        "max_time": 9,
-        "epsilon": 3.0,
-        "num_tied": num_tied,
-        "num_examples": 1_000,
-        "before": [[0.0, 0.1, 0.3], [0.0, 0.1, 0.5], [0.0, 0.1, 0.4]],
-        "oracle": [[0.0, 0.0], [0.1, 0.1], [0.5, 0.7]],
-    }
-
-
-RISING = [[0.0, 1.0, 2.0], [0.0, 2.0, 3.0], [0.0, 1.0, 4.0]]
-FALLING = [row[::-1] for row in RISING]
+    judge = FIGURES["fig8"].judge
+    far, near = panel(drawn(farther=0.7)), panel(drawn(farther=0.25))
+    found = judge({"panels": {"few": far, "many": near}})
+    assert found.parts["separation by UA"].verdict == BORNE_OUT
+    back = judge({"panels": {"few": near, "many": far}})
+    assert back.parts["separation by UA"].verdict == NOT_BORNE_OUT
 
 
 @pytest.mark.parametrize(
@@ -154,85 +155,75 @@ FALLING = [row[::-1] for row in RISING]
     ],
 )
 def test_no_set_is_harder_where_most_examples_are_always_clipped(panels, verdict):
-    result = {"panels": {str(i): private(*one) for i, one in enumerate(panels)}}
+    result = {
+        "panels": {
+            str(i): panel(drawn(**one), epsilon=3.0, num_tied=tied, num_examples=1_000)
+            for i, (one, tied) in enumerate(panels)
+        }
+    }
     found = FIGURES["private"].judge(result)
     assert found.verdict == verdict
-    for _, num_tied in panels:
-        assert f"{num_tied} of 1,000 examples share" in found.because
-    assert "unlearning by 0.200 [-0.048, 0.448]" in found.because
+    for _, tied in panels:
+        assert f"{tied} of 1,000 examples share" in found.because
 
 
-def at_rate(times):
-    """What one learning rate left of three strata; the oracles' UA is .6."""
-    ends = dict.fromkeys(("UA after", "TA before", "TA after"), [[0.1, 0.2, 0.5]] * 3)
-    return {"times": dict.fromkeys(("UA", "MIA"), times)} | ends
-
-
-def test_every_learning_rate_is_judged():
-    never = [[*row[:2], None] for row in RISING]
+def test_every_method_is_judged_and_the_table_says_what_it_cost():
+    figure = FIGURES["methods"]
     result = {
-        "rates": {"0.1": at_rate(RISING), "0.2": at_rate(never)},
-        "oracle": [[0.0, 0.0], [0.1, 0.1], [0.5, 0.7]],
-        "max_time": 9,
-        "searched": {"learning_rate": 0.0512},
+        "panels": {"good": panel(drawn(farther=0.7)), "idle": panel(drawn(**IDLE))},
+        "settings": {"good": {"rate": 0.1}, "idle": {}},
+        "informative": {"good": True, "idle": False},
     }
-    figure = FIGURES["rates"]
-    assert figure.judge(result).verdict == BORNE_OUT
-    table = figure.table(result)
-    assert "| 0.1 | 3.0 ± 2.5 | 0.500 ± 0.000 |" in table
-    assert "| 0.2 | 9.0 ± 0.0, never ×3 |" in table
-    assert (
-        "(oracles 0.600)" in table
-        and "The search on a random set found the rate 0.0512." in table
-    )
-    result["rates"]["0.2"] = at_rate(FALLING)
-    assert figure.judge(result).verdict == NOT_BORNE_OUT
-
-
-def curves(hardest, other):
-    """What figure 5 is judged by; every oracle is at 0."""
-    of = {rule: other for rule in STRATA} | {STRATA[-1]: hardest}
-    return {
-        "curves": {"UA": of},
-        "oracles": {"UA": dict.fromkeys(STRATA, [0.0])},
-        "utility": {"RA": [[0.9, 0.92], [0.95, 0.94], [0.9, 0.91]]},
-    }
-
-
-def test_hard_sets_approach_last():
-    judge = FIGURES["fig5"].judge
-    near, far = (
-        [[0.2, 0.0], [0.3, 0.0], [0.2, 0.1]],
-        [[0.9, 0.5], [0.8, 0.4], [0.9, 0.5]],
-    )
-    assert judge(curves(far, near)).verdict == BORNE_OUT
-    assert judge(curves(near, far)).verdict == NOT_BORNE_OUT
-    away = [row[::-1] for row in far]
-    assert judge(curves(away, near)).verdict == NOT_BORNE_OUT
+    found = figure.judge(result)
+    assert found.parts["good"].verdict == BORNE_OUT
+    assert found.parts["idle"].verdict == NOT_TESTABLE
+    lines = figure.table(result).splitlines()
+    assert lines[2].startswith("| good | 19 of 20 |") and "rate 0.1" in lines[-2]
+    assert lines[-1] == "The search had nothing to choose by for idle."
 
 
 def test_accuracies_must_end_alike_on_all_sets():
-    result = curves([[0.9, 0.5], [0.8, 0.4], [0.9, 0.5]], [[0.2, 0.0]] * 3)
     judge = FIGURES["fig5"].judge
-    assert (
-        "RA alike: borne out (accuracies of the sets differ by 0.013"
-        in judge(result).because
-    )
-    result["utility"]["RA"] = [[0.9, 0.95], [0.9, 0.95], [0.9, 0.96]]
-    assert judge(result).verdict == NOT_TESTABLE
-    result["utility"]["RA"] = [[0.9, 0.8], [0.9, 0.8], [0.9, 0.81]]
-    assert judge(result).verdict == NOT_BORNE_OUT
+    same = panel(drawn(farther=0.7), utility={"TA": [[0.9, 0.91] * 10] * 3})
+    found = judge(same)
+    assert found.parts["TA alike"].verdict == BORNE_OUT
+    assert found.parts["UA, approaches the oracle's"].verdict == BORNE_OUT
+    same["utility"]["TA"] = [[0.9] * 10 + [0.7] * 10] * 3
+    assert judge(same).parts["TA alike"].verdict == NOT_BORNE_OUT
 
 
-def test_strata_are_those_of_the_mean_loss_and_the_same_for_every_seed(tmp_path):
+def test_barriers_are_judged_by_sets():
+    rng = np.random.default_rng(0)
+    before = 0.2 + 0.03 * np.arange(20) + 0.01 * rng.normal(size=(5, 20))
+    pairs = 0.1 + 0.02 * rng.normal(size=(20, 10))
+
+    def judged(after, baseline):
+        result = {
+            "mean_losses": np.arange(20.0),
+            "before": {"training images": before},
+            "after": {"training images": after},
+            "baseline": {"training images": baseline},
+        }
+        return FIGURES["fig1-right"].judge(result)
+
+    after = 0.1 + 0.001 * rng.normal(size=(5, 20))
+    assert judged(after, pairs).verdict == BORNE_OUT
+    assert judged(before + 0.01, pairs).verdict == NOT_BORNE_OUT
+    few = judged(after, pairs[:, :3])
+    assert few.verdict == NOT_TESTABLE and "3 pairs of oracles" in few.because
+
+
+def test_sets_are_those_of_the_mean_loss_and_the_same_for_every_seed(tmp_path):
     workspace = Workspace(tmp_path)
-    losses = workspace.scores(TINY)["privacy loss"]
+    losses = workspace.scores(TINY)[LOSS]
     order = np.argsort(losses, kind="stable")
-    easiest, *_, hardest = (one.indices(workspace, TINY) for one in strata(TINY, 10))
-    assert set(easiest) == set(order[:10])
-    assert set(hardest) == set(order[-10:])
-    top = ForgetSet("top", 10).indices(workspace, TINY)
-    np.testing.assert_array_equal(top, hardest)
+    sets = [one.indices(workspace, TINY) for one in sets_of(TINY)]
+    assert set(sets[0]) == set(order[:5]) and set(sets[-1]) == set(order[-5:])
+    assert len(set(np.concatenate(sets))) == 8 * 5
+    tops = [one.indices(workspace, TINY) for one in hardest_sets(5, LOSS)]
+    assert set(np.concatenate(tops)) == set(order[-20:])
+    searched = apart(TINY).indices(workspace, TINY)
+    assert len(searched) == 5 and not set(searched) & set(np.concatenate(sets))
 
 
 def test_never_survives_json():
@@ -244,7 +235,7 @@ def test_never_survives_json():
 def test_full_scale_is_the_papers():
     full = SCALES["full"].sgd
     assert full.recipe.num_epochs == 150 and full.recipe.milestones == (80, 120)
-    assert full.stratum_size == 1_000 and full.num_seeds == 10
+    assert full.set_size == 1_000 and full.num_seeds == 10
 
 
 def test_disagreement_counts_the_nearest_of_another_label():
@@ -262,3 +253,77 @@ def test_a_data_set_that_no_figure_reads_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="--data mine: at scale smoke .* read digits"):
         main([*words, "--data", "mine", str(tmp_path / "x.npz")])
     assert list(tmp_path.iterdir()) == []
+
+
+def npz(path, seed):
+    rng = np.random.default_rng(seed)
+    arrays = {
+        f"{part}_{split}": values
+        for split, number in (("train", 90), ("test", 30))
+        for part, values in (
+            ("x", rng.integers(0, 255, (number, 6, 6), dtype=np.uint8)),
+            ("y", np.arange(number) % 3),
+        )
+    }
+    np.savez(path, **arrays)
+    return path
+
+
+def test_own_data_model_and_numbers_of_runs_appear_under_their_own_names(tmp_path):
+    words = ["fig2", "--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    own = "benchmarks.common.models:mlp"
+    words += ["--dataset", "mine", "--model", own, "--seeds", "3", "--epochs", "2"]
+    files = [npz(tmp_path / f"{seed}.npz", seed) for seed in (0, 1)]
+    found = []
+    for file in files:
+        main([*words, "--jobs", "1", "--data", "mine", str(file)])
+        found.append(json.loads((tmp_path / "out" / "fig2.json").read_text()))
+    assert found[0]["scale"]["sgd"]["dataset"] == "mine"
+    assert found[0]["scale"]["sgd"]["recipe"]["model"] == own
+    assert len(found[0]["result"]["rho"]["EL2N"]) == 3
+    # another file under the same name is another data set
+    assert found[0]["result"] != found[1]["result"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "mine"], "--dataset mine .* no file was given"),
+        (["--model", "own"], "--model must be one of .* got own"),
+    ],
+)
+def test_unknown_data_or_model_is_refused(words, message, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        main(["fig2", *words, "--store", str(tmp_path)])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_data_under_an_unknown_name_is_refused_at_every_scale(scale, tmp_path):
+    words = ["all", "--scale", scale, "--store", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"--data mine: at scale {scale} the chosen"):
+        main([*words, "--data", "mine", str(tmp_path / "x.npz")])
+
+
+def test_without_time_nothing_is_started_and_the_plan_is_shown(tmp_path, capsys):
+    words = ["fig2", "--jobs", "1", "--store", str(tmp_path), "--out", str(tmp_path)]
+    main([*words, "--minutes", "0"])
+    said = capsys.readouterr().out
+    assert "fig2: 2 of 2 jobs are not finished" in said
+    assert "| training | 2 | 0 | not measured |" in said
+    assert not (tmp_path / "fig2.json").exists()
+
+
+def test_a_journal_moves_the_results_to_another_store(tmp_path, capsys):
+    def words(name):
+        return ["fig2", "--jobs", "1", "--journal", str(tmp_path / "journal.jsonl")] + [
+            part
+            for option in ("store", "out")
+            for part in (f"--{option}", str(tmp_path / name / option))
+        ]
+
+    main(words("here"))
+    main([*words("there"), "--plan"])
+    assert "| training | 2 | 2 |" in capsys.readouterr().out
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    main(words("here"))
+    assert (tmp_path / "journal.jsonl").read_bytes() == before

@@ -3,19 +3,22 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.common.facts import facts_of, later
+from benchmarks.common.models import source_digest
 from benchmarks.common.training import PrivateRecipe, Recipe
 from benchmarks.reproduce.figures import FIGURES
-from benchmarks.reproduce.forget_sets import ForgetSet
+from benchmarks.reproduce.forget_sets import sets_of
 from benchmarks.reproduce.pool import stages
 from benchmarks.reproduce.scales import SCALES
 from benchmarks.reproduce.store import path_of
 from benchmarks.reproduce.units import Oracle, Training, Unlearning
+from benchmarks.reproduce.workspace import Workspace
 
 CPU = SCALES["cpu"].sgd
-HARDEST = ForgetSet("last", 200)
+HARDEST = sets_of(CPU)[-1]
 
 
 def key(kind, facts):
@@ -25,11 +28,11 @@ def key(kind, facts):
 @pytest.mark.parametrize(
     ("unit", "known"),
     [
-        (Training(SCALES["smoke"].sgld[0], 0), "4ede7aa58c4e15e82e78c1d4"),
-        (Training(SCALES["cpu"].sgld[0], 0), "6ccf2b5f3a9410756208cdc7"),
-        (Training(SCALES["cpu"].private[0], 1), "5551fe58a3c95c8fa69d945e"),
-        (Oracle(CPU, HARDEST, 2), "ca979238928f842c6cf5b121"),
-        (Unlearning(CPU, HARDEST, "fine-tune", 3), "60bca81f8fb932a5442316d0"),
+        (Training(SCALES["smoke"].sgld[0], 0), "381d2f7d136b99df7f291d3c"),
+        (Training(SCALES["cpu"].sgld[0], 0), "d30ae4f9217ae95584309acc"),
+        (Training(SCALES["cpu"].private[0], 1), "a810aec34286ba8215ef3a22"),
+        (Oracle(CPU, HARDEST, 2), "62783b63c3d2f8b74dfa4c5d"),
+        (Unlearning(CPU, HARDEST, "fine-tune", 3), "910fe0face92780a4a27175f"),
     ],
     ids=lambda one: type(one).__name__,
 )
@@ -39,8 +42,8 @@ def test_results_of_known_experiments_keep_their_keys(unit, known):
 
 def test_models_and_scores_keep_their_keys():
     facts = CPU.training_facts() | {"seed": 0, "num_checkpoints": 35}
-    assert key("models", facts) == "01badc63b7450ec5c29e71be"
-    assert key("scores", CPU.ranking_facts()) == "dbee193236cd923b025d8535"
+    assert key("models", facts) == "46f3c5262a3889d5388c0b26"
+    assert key("scores", CPU.ranking_facts()) == "24a8c765d82dd5475f5a3e1b"
 
 
 def test_every_job_of_a_scale_has_a_key_of_its_own():
@@ -87,3 +90,22 @@ def test_a_private_recipe_says_its_own_facts():
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="precision must .*got int8"):
         Recipe("mlp", 1, 8, 0.1, precision="int8")
+
+
+def test_the_content_of_a_data_set_is_part_of_every_key(tmp_path):
+    rng, found = np.random.default_rng(0), []
+    for name in ("one", "other"):
+        file = tmp_path / f"{name}.npz"
+        images = rng.random((40, 1, 4, 4), dtype=np.float32)
+        labels = np.arange(40) % 2
+        np.savez(file, x_train=images, y_train=labels, x_test=images, y_test=labels)
+        workspace = Workspace(tmp_path, arrays=(("mine", file),))
+        mine = replace(CPU, dataset="mine")
+        found.append(Training(mine, 0).facts_in(workspace))
+        assert workspace.images(mine).num_classes == 2
+    assert found[0] != found[1] and found[0]["dataset"] == found[1]["dataset"]
+
+
+def test_the_file_of_an_own_model_is_part_of_the_key():
+    assert len(source_digest("benchmarks.common.models:mlp")) == 24
+    assert source_digest("mlp") == ""

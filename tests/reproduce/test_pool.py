@@ -104,7 +104,7 @@ def test_smoke_on_a_cluster_that_loses_a_worker_in_the_middle(tmp_path, cluster)
     run_all(figure.units(scale), workspace)
     killer.join(timeout=10)
     assert killed
-    assert figure.result(scale, workspace)["curves"]
+    assert figure.result(scale, workspace)["gaps"]
     assert all(
         json.loads(path.read_text())["result"] for path in tmp_path.glob("*/*.json")
     )

@@ -25,7 +25,8 @@ PLAIN = replace(
     recipe=Recipe("strided-cnn", 2, 16, 0.1, noise_std=0.01),
     num_seeds=1,
     num_oracles=1,
-    stratum_size=6,
+    set_size=6,
+    num_sets=8,
     unlearn_epochs=1,
     num_checkpoints=3,
     num_probe=20,
@@ -68,7 +69,7 @@ def test_the_default_is_float32(tmp_path, outputs_seen):
 def test_every_method_unlearns_in_the_precision_of_the_training(
     tmp_path, outputs_seen, method
 ):
-    workspace, forget = Workspace(tmp_path), ForgetSet("random", 6)
+    workspace, forget = Workspace(tmp_path), ForgetSet("range", 6, 7, 8)
     workspace.trained(FAST, 0)
     for types in outputs_seen.values():
         types.clear()
@@ -84,12 +85,12 @@ def test_every_method_unlearns_in_the_precision_of_the_training(
 def test_models_are_stored_in_the_common_layout_and_placed_in_their_own(tmp_path):
     workspace = Workspace(tmp_path)
     first = workspace.trained(FAST, 0)[0]
-    oracle = Oracle(FAST, ForgetSet("random", 6), 0).model(workspace)
+    oracle = Oracle(FAST, ForgetSet("range", 6, 7, 8), 0).model(workspace)
     for model in (first, oracle):
         weight = model[2].weight
         assert weight.is_contiguous(memory_format=torch.channels_last)
         assert not weight.is_contiguous()
-    again = Oracle(FAST, ForgetSet("random", 6), 0).model(workspace)
+    again = Oracle(FAST, ForgetSet("range", 6, 7, 8), 0).model(workspace)
     for a, b in zip(oracle.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
 

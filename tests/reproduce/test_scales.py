@@ -22,9 +22,11 @@ def test_full_has_the_papers_numbers_of_runs_and_sizes():
     full = SCALES["full"]
     assert full.sgd.num_seeds == full.sgd.num_oracles == 10
     assert full.sgd.num_checkpoints == 35 and full.sgd.unlearn_epochs == 25
-    assert full.sgd.stratum_size == 1_000
+    assert full.sgd.set_size == 1_000 and full.sgd.num_sets == 20
     assert full.hardest_sizes == (600, 1_000, 2_000)
-    assert full.set_sizes == (100, 5_000, 10_000)
+    # the paper's 5,000 and 10,000 leave no room for sets without common examples
+    assert full.set_sizes == (100, 1_000, 2_500)
+    assert max(full.set_sizes) * full.sgd.num_sets <= 50_000
     assert full.poison_std**2 == pytest.approx(0.062)
     assert full.grouped.recipe == replace(full.sgd.recipe, noise_std=0.1)
     assert all(one.noise_std == 0.1 and one.order == 8 for one in full.groups)

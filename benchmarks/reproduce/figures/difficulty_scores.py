@@ -5,38 +5,41 @@ loss, the mean gradient norm best. Claim of figure 3: the hardest sets by privac
 take longer to unlearn than those by three of the proxies, at several sizes.
 
 Data: all training images of the scale's main experiment. Seeds: figure 2 uses
-Spearman's ρ of each seed's own ledger, with intervals over seeds (its picture shows
-means over the ledgers). Figure 3 uses ``num_seeds`` trainings; each set is unlearned
-once per seed, sets are ranked by means over all ledgers, and oracles are shared.
-Settings: proxies are computed from the rows of the ledger (the paper has mean norm and
-confidence at every epoch); fine-tuning as in figure 1 (middle). If no run reaches the
-oracle within its epochs, the remaining distances are compared.
+Spearman's ρ of each seed's own ledger; its intervals cover trainings and the sample of
+examples. Figure 3 uses ``num_seeds`` trainings; examples are ranked by means over all
+ledgers. For each score and size, the hardest examples (four times the size) are divided
+at random into four disjoint sets; each is unlearned once per seed. Settings: proxies
+are computed from the rows of the ledger (the paper has mean norm and confidence at
+every epoch); fine-tuning as in figure 1 (middle). Primary statistics, fixed beforehand:
+ρ; the area under the gap of the four sets of one score against the four of another, by
+permutation of the sets, with the share of examples that both scores chose.
 """
-
-from collections.abc import Callable, Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure as Picture
-from matplotlib.ticker import AutoLocator
 
 from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.figures.figure import Figure, Result
-from benchmarks.reproduce.figures.verdicts import (
+from benchmarks.reproduce.forget_sets import LOSS, hardest_sets
+from benchmarks.reproduce.judging.contrasts import groups_differ
+from benchmarks.reproduce.judging.examples import above, ahead, resample
+from benchmarks.reproduce.judging.order import Runs, cannot_compare
+from benchmarks.reproduce.judging.verdicts import (
+    NOT_TESTABLE,
     Verdict,
     all_of,
     combined,
     of_interval,
     text_of,
 )
-from benchmarks.reproduce.forget_sets import ForgetSet
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import ProxyRanks, Unit
 from benchmarks.reproduce.workspace import Workspace
-from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
-from opacus_pi.plotting import plot_hardest_sets, plot_proxies
+from opacus_pi.plotting import plot_proxies
+from opacus_pi.plotting.style import styles
 
-LOSS, BEST = "privacy loss", "mean norm"
+BEST = "mean norm"
 HIGH = 0.5  # Spearman's rho above this is called high
 DRAWN = 1_000  # examples in the picture; correlations use all examples
 HARDEST_BY = (LOSS, "C-Proxy", "mean norm", "EL2N")
@@ -51,6 +54,7 @@ def _proxies(scale: Scale, workspace: Workspace) -> Result:
     runs = [unit.run(workspace) for unit in _proxy_units(scale)]
     shown = np.random.default_rng(0).permutation(len(scores[LOSS]))[:DRAWN]
     return {
+        "num_examples": len(scores[LOSS]),
         "rho": {name: [run[name] for run in runs] for name in runs[0]},
         "drawn": {
             name: outcomes.rounded_to_json(v[shown]) for name, v in scores.items()
@@ -59,26 +63,23 @@ def _proxies(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _judge_proxies(result: Result) -> Verdict:
-    """Decide, by seed, whether every rho is high and the mean norm's the highest."""
+    """Decide whether every rho is high and the mean norm's the highest."""
     rho = {name: np.array(values) for name, values in result["rho"].items()}
-    found = {name: mean_interval(values) for name, values in rho.items()}
-    high = all_of([of_interval(i.low - HIGH, i.high - HIGH) for i in found.values()])
+    number, drawn = result["num_examples"], result["drawn"]
+    high = {name: above(one, number, HIGH) for name, one in rho.items()}
     best = rho.pop(BEST)
-    ahead = {name: mean_interval(best - values) for name, values in rho.items()}
-    first = all_of([of_interval(i.low, i.high) for i in ahead.values()])
-    next_best = min(ahead, key=lambda name: ahead[name].estimate)
-    numbers = "Spearman with the privacy loss: "
-    numbers += ", ".join(f"{name} {text_of(i)}" for name, i in found.items())
-    lead = (
-        f"Spearman of {BEST} exceeds that of {next_best} by "
-        f"{text_of(ahead[next_best])}, n = {len(best)}"
+    lead = {
+        name: ahead(best, one, resample(drawn[LOSS], drawn[BEST], drawn[name]))
+        for name, one in rho.items()
+    }
+    kinds = [of_interval(one.low, one.high) for one in lead.values()]
+    numbers = ", ".join(f"{name} by {text_of(one)}" for name, one in lead.items())
+    first = Verdict(
+        all_of(kinds),
+        f"Spearman of {BEST} exceeds that of {numbers}; {len(best)} trainings, and "
+        f"resampling of {len(drawn[LOSS]):,} examples",
     )
-    return combined(
-        {
-            "high correlation": Verdict(high, numbers),
-            f"{BEST} best": Verdict(first, lead),
-        }
-    )
+    return combined({"high correlation": combined(high), f"{BEST} best": first})
 
 
 def _draw_proxies(result: Result) -> Picture:
@@ -94,94 +95,87 @@ def _draw_proxies(result: Result) -> Picture:
     return ax.figure
 
 
-def _hardest(scale: Scale, score: str) -> list[ForgetSet]:
-    return [ForgetSet("top", size, score) for size in scale.hardest_sizes]
-
-
 def _hardest_units(scale: Scale) -> list[Unit]:
     return [
         unit
+        for size in scale.hardest_sizes
         for score in HARDEST_BY
-        for unit in outcomes.unlearnings(scale.sgd, _hardest(scale, score), "fine-tune")
+        for unit in outcomes.unlearnings(
+            scale.sgd, hardest_sets(size, score), "fine-tune"
+        )
     ]
 
 
 def _hardest_result(scale: Scale, workspace: Workspace) -> Result:
-    def of_all(measure: Callable[..., np.ndarray]) -> dict[str, dict[str, list]]:
-        return {
-            name: {
-                score: outcomes.to_json(
-                    measure(
-                        workspace,
-                        scale.sgd,
-                        _hardest(scale, score),
-                        "fine-tune",
-                        metric,
-                    )
-                )
-                for score in HARDEST_BY
-            }
-            for name, metric in outcomes.METRICS.items()
-        }
-
     return {
-        "sizes": list(scale.hardest_sizes),
-        "times": of_all(outcomes.times),
-        "gaps": of_all(outcomes.gaps),
-        "max_time": scale.sgd.unlearn_epochs,
+        "sizes": {
+            str(size): {
+                score: _of_score(scale, workspace, size, score) for score in HARDEST_BY
+            }
+            for size in scale.hardest_sizes
+        }
     }
 
 
+def _of_score(scale: Scale, workspace: Workspace, size: int, score: str) -> Result:
+    """Return the panel of a score's sets, and the share of examples of the loss's."""
+    sets = hardest_sets(size, score)
+    chosen, by_loss = (
+        {int(index) for one in some for index in one.indices(workspace, scale.sgd)}
+        for some in (sets, hardest_sets(size, LOSS))
+    )
+    panel = outcomes.panel_of(workspace, scale.sgd, "fine-tune", sets)
+    return panel | {"overlap": len(chosen & by_loss) / len(chosen)}
+
+
 def _judge_hardest(result: Result) -> Verdict:
-    """Compare the privacy loss's sets with each other score's, means over sizes."""
+    """Compare the sets of the privacy loss with those of each other score."""
     found = {}
-    for metric, times in result["times"].items():
-        gaps = {name: np.array(rows) for name, rows in result["gaps"][metric].items()}
-        arrays = {name: outcomes.from_json(rows) for name, rows in times.items()}
-        for score in HARDEST_BY[1:]:
-            name = f"{metric}, {LOSS} - {score}"
-            found[name] = _longer(arrays, gaps, score, result["max_time"])
+    for size, scores in result["sizes"].items():
+        for metric in scores[LOSS]["gaps"]:
+            for score in HARDEST_BY[1:]:
+                name = f"sets of {int(size):,}, {metric}, {LOSS} - {score}"
+                found[name] = _longer(scores[LOSS], scores[score], metric)
     return combined(found)
 
 
-def _longer(
-    times: Mapping[str, np.ndarray],
-    gaps: Mapping[str, np.ndarray],
-    score: str,
-    max_time: float,
-) -> Verdict:
-    """Compare times, or the remaining gaps if no run reached the oracle."""
-
-    def more(values: Mapping[str, np.ndarray]) -> ConfidenceInterval:
-        return mean_interval(values[LOSS].mean(1) - values[score].mean(1))
-
-    longer = more({name: np.minimum(t, max_time) for name, t in times.items()})
-    further = more(gaps)
-    left = f"remaining gap larger by {text_of(further)}, n = {len(gaps[LOSS])}"
-    if np.isinf([times[LOSS], times[score]]).all():
-        verdict = of_interval(further.low, further.high)
-        return Verdict(
-            verdict, f"no run reached the oracle in {max_time} epochs; {left}"
-        )
-    verdict = of_interval(longer.low, longer.high)
-    return Verdict(verdict, f"longer by {text_of(longer, 2)} epochs; {left}")
+def _longer(of_loss: Result, other: Result, metric: str) -> Verdict:
+    """Compare areas under the gap, if there was something to forget and it was."""
+    pair = [Runs.of_panel(one, metric) for one in (of_loss, other)]
+    shared = f"{100 * other['overlap']:.0f} % of the examples are the same"
+    reason = next(filter(None, map(cannot_compare, pair)), "")
+    if reason:
+        return Verdict(NOT_TESTABLE, f"{reason}; {shared}")
+    areas = [one.of_sets()["area"][None] for one in pair]
+    found = groups_differ(*areas, "area under the gap larger by")
+    return Verdict(found.verdict, f"{found.reason}; {shared}")
 
 
 def _draw_hardest(result: Result) -> Picture:
-    """Draw the times above, and the remaining gaps to the oracle below."""
+    """Draw the area under the gap of every set, by score, for each size."""
+    sizes = result["sizes"]
+    metrics = list(next(iter(sizes.values()))[LOSS]["gaps"])
     picture, axes = plt.subplots(
-        2, len(outcomes.METRICS), figsize=(8.4, 6.6), layout="constrained"
+        1,
+        len(metrics),
+        figsize=(4.2 * len(metrics), 3.6),
+        squeeze=False,
+        layout="constrained",
     )
-    sizes, most = result["sizes"], result["max_time"]
-    for (above, below), metric in zip(axes.T, outcomes.METRICS, strict=True):
-        for ax, kind in ((above, "times"), (below, "gaps")):
-            rows = result[kind][metric].items()
-            arrays = {score: outcomes.from_json(values) for score, values in rows}
-            plot_hardest_sets(sizes, arrays, max_time=most, ax=ax)
-        above.set_title(f"by {metric}", fontsize="medium")
-        below.yaxis.set_major_locator(AutoLocator())
-        below.set_ylabel(f"|{metric} - oracle's| after {most} epochs")
-        below.get_legend().remove()
+    for ax, metric in zip(axes[0], metrics, strict=True):
+        for (size, scores), style in zip(sizes.items(), styles(), strict=False):
+            areas = np.array(
+                [
+                    Runs.of_panel(scores[name], metric).of_sets()["area"]
+                    for name in HARDEST_BY
+                ]
+            )
+            places = np.tile(np.arange(len(HARDEST_BY))[:, None], areas.shape[1])
+            label = f"sets of {int(size):,}"
+            ax.scatter(places.ravel(), areas.ravel(), label=label, **style)
+        ax.set_xticks(range(len(HARDEST_BY)), HARDEST_BY, fontsize="small")
+        ax.set(title=f"by {metric}", ylabel="area under the gap (gap × epochs)")
+        ax.legend(frameon=False, fontsize="small")
     return picture
 
 

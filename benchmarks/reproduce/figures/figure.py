@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure as Picture
 
-from benchmarks.reproduce.figures.verdicts import Verdict
+from benchmarks.reproduce.judging.verdicts import Verdict
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
 from benchmarks.reproduce.workspace import Workspace

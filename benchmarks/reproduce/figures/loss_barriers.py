@@ -8,8 +8,11 @@ in section 5.2. The paper does not say on which examples the loss is measured, s
 sets are used: a fixed part of the training images (``num_probe`` of them, forgotten
 ones included) and of the test images. Seeds: one model per seed, before and after
 fine-tuning. It is compared with an oracle of its own if there are enough, else with all
-oracles. The baseline is every pair of oracles. Settings: 11 points on the line; the
-running statistics of BatchNorm are recomputed at each.
+oracles. The baseline is every pair of oracles of a set. Settings: 11 points on the
+line; the running statistics of BatchNorm are recomputed at each. Primary statistics,
+fixed beforehand, with the forget set as the unit: the rank correlation of the barrier
+before with the difficulty; on the harder half of the sets, the mean reduction, and the
+mean excess over the set's own baseline against one standard deviation of the pairs.
 """
 
 import matplotlib.pyplot as plt
@@ -27,27 +30,22 @@ from benchmarks.reproduce.barrier_units import (
 )
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures.figure import Figure, Result
-from benchmarks.reproduce.figures.verdicts import (
-    NOT_TESTABLE,
-    Verdict,
-    combined,
-    of_interval,
-    ordering,
-    text_of,
-)
-from benchmarks.reproduce.forget_sets import strata
+from benchmarks.reproduce.forget_sets import sets_of
+from benchmarks.reproduce.judging.contrasts import positive
+from benchmarks.reproduce.judging.order import FEWEST_SETS, rising
+from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict, combined
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
 from benchmarks.reproduce.workspace import Workspace
-from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.plotting import plot_barriers
 
 METHOD = "fine-tune"
+FEWEST_PAIRS = 10  # of oracles, for the standard deviation between them
 
 
 def befores(experiment: Experiment) -> list[list[BarrierBefore]]:
     """Return the jobs before unlearning, ``[seed][set]``."""
-    sets, seeds = strata(experiment), range(experiment.num_seeds)
+    sets, seeds = sets_of(experiment), range(experiment.num_seeds)
     return [[BarrierBefore(experiment, one, seed) for one in sets] for seed in seeds]
 
 
@@ -61,7 +59,7 @@ def afters(experiment: Experiment, method: str) -> list[list[BarrierAfter]]:
 
 def baselines(experiment: Experiment) -> list[BarrierBaseline]:
     """Return the jobs between oracles, one per set."""
-    return [BarrierBaseline(experiment, one) for one in strata(experiment)]
+    return [BarrierBaseline(experiment, one) for one in sets_of(experiment)]
 
 
 def by_examples(
@@ -94,7 +92,7 @@ def _units(scale: Scale) -> list[Unit]:
 
 def _result(scale: Scale, workspace: Workspace) -> Result:
     experiment = scale.sgd
-    losses = outcomes.mean_losses(workspace, experiment, strata(experiment))
+    losses = outcomes.mean_losses(workspace, experiment, sets_of(experiment))
     return {
         "mean_losses": losses.tolist(),
         "before": by_examples(workspace, befores(experiment)),
@@ -114,54 +112,44 @@ def _judge(result: Result) -> Verdict:
             )
             continue
         parts = {
-            "rises with the loss before": _rises(before, baseline),
-            "reduced on the hardest set": _reduced(before[:, -1], after[:, -1]),
-            "then as between oracles": _comparable(after[:, -1], baseline),
+            "rises with the loss before": rising(result["mean_losses"], before),
+            "reduced on the harder half": _reduced(before, after),
+            "then as between oracles": _comparable(after, baseline),
         }
         found |= {f"{name}, {part}": verdict for part, verdict in parts.items()}
     return combined(found)
 
 
-def _rises(before: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdict:
-    """Decide whether the barrier rises with the difficulty of the set.
-
-    The claim is about the barrier itself. Its excess over each set's own baseline is
-    quoted, too, because the baseline may depend on the set.
-    """
-    order, excess = ordering(before), before - baseline.mean(1)
-    more = text_of(mean_interval(excess[:, -1] - excess[:, 0]))
-    beside = f"excess over the set's own baseline, hardest minus easiest: {more}"
-    return Verdict(order.verdict, f"{order.because}; {beside}")
+def _harder(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the harder half of the sets, ``(seeds, sets)``; at least eight."""
+    number = values.shape[1]
+    return values[:, -max(number // 2, min(number, FEWEST_SETS)) :]
 
 
 def _reduced(before: NDArray[np.float64], after: NDArray[np.float64]) -> Verdict:
-    """Decide whether unlearning reduces the barrier, paired by seed."""
-    less = mean_interval(before - after)
-    numbers = f"{before.mean():.3f} to {after.mean():.3f}, reduced by {text_of(less)}"
-    because = f"{numbers}, n = {len(before)}"
-    return Verdict(of_interval(less.low, less.high), because)
+    """Decide whether unlearning reduces the barrier on the harder sets."""
+    what = f"{_harder(before).mean():.3f} to {_harder(after).mean():.3f}, reduced by"
+    return positive(_harder(before - after), what)
 
 
 def _comparable(after: NDArray[np.float64], baseline: NDArray[np.float64]) -> Verdict:
     """Decide whether the barrier is at most one standard deviation above the baseline.
 
     Args:
-        after: Barriers of the hardest set, ``(seeds,)``.
+        after: Barriers, ``(seeds, sets)``.
         baseline: Barriers between oracles, ``(sets, pairs)``; the standard deviation
             is the one within sets.
     """
-    if baseline.shape[1] < 2:
+    if baseline.shape[1] < FEWEST_PAIRS:
         return Verdict(
-            NOT_TESTABLE, "a single pair of oracles has no standard deviation"
+            NOT_TESTABLE,
+            f"{baseline.shape[1]} pairs of oracles for each set; at least "
+            f"{FEWEST_PAIRS} are needed",
         )
     spread = float(np.sqrt(baseline.var(1, ddof=1).mean()))
-    more = mean_interval(after - baseline[-1].mean())
-    verdict = of_interval(spread - more.high, spread - more.low)
-    because = (
-        f"{text_of(more)} above the mean of {baseline.shape[1]} pairs of oracles, "
-        f"n = {len(after)}; one standard deviation of pairs is {spread:.3f}"
-    )
-    return Verdict(verdict, because)
+    left = spread - _harder(after - baseline.mean(1))
+    what = f"one standard deviation of pairs, {spread:.3f}, minus the excess over them"
+    return positive(left, what)
 
 
 def _draw(result: Result) -> Picture:

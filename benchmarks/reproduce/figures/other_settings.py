@@ -6,12 +6,15 @@ unlearning takes longer on harder sets. Figure 7: so does fine-tuning on other d
 and models. Figure 8: so does fine-tuning for small and for large forget sets, and the
 difference between hard and easy sets shrinks with their size.
 
-Data: the scale's main data set (figure 7: its other ones); five strata by mean privacy
-loss over the seeds' ledgers, of the scale's size (figure 8: of several sizes). Seeds:
-``num_seeds`` trainings; each stratum is unlearned once per seed. The oracles of a
-stratum are trained once and serve all seeds. Settings: the learning rate, and L1's
-strength, are searched on a random set. Time: the first epoch within five points of the
-mean oracle.
+Data: the scale's main data set (figure 7: its other ones); forget sets along the range
+of the mean privacy loss over the seeds' ledgers, of the scale's size (figure 8: of
+several sizes). Seeds: ``num_seeds`` trainings; each set is unlearned once per seed. The
+oracles of a set are trained once and serve all seeds. Settings: the learning rate, and
+L1's strength, are searched on a set of its own. Primary statistics, fixed beforehand:
+those of ``judging.order``. Figure 5 also asks whether the share of the gap that was
+closed on the sets with something to forget is above 0, and whether accuracies of the
+harder and the easier half of the sets differ by less than five points. Figure 8 also
+asks whether the area under the gap separates the halves less for larger sets.
 """
 
 import matplotlib.pyplot as plt
@@ -20,116 +23,102 @@ from matplotlib.figure import Figure as Picture
 
 from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.experiment import Experiment
+from benchmarks.reproduce.figures.drawing import draw_panels
 from benchmarks.reproduce.figures.figure import Figure, Result
-from benchmarks.reproduce.figures.times_to_unlearn import (
-    draw_panels,
+from benchmarks.reproduce.forget_sets import sets_of
+from benchmarks.reproduce.judging.contrasts import alike, positive, shrinks
+from benchmarks.reproduce.judging.order import (
+    LEAST_GAP,
+    Runs,
     judge_panel,
     judge_panels,
-    panel,
+    too_few_sets,
+    verdict_of,
 )
-from benchmarks.reproduce.figures.verdicts import (
-    NOT_TESTABLE,
-    Verdict,
-    combined,
-    of_interval,
-    text_of,
-)
-from benchmarks.reproduce.forget_sets import STRATA, strata
+from benchmarks.reproduce.judging.ranks import rank_test
+from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict, combined
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
 from benchmarks.reproduce.workspace import Workspace
-from opacus_pi.evaluation.intervals import mean_interval
-from opacus_pi.plotting import plot_curves
+from opacus_pi.plotting.style import styles
 
 _UTILITY = {"RA": "retain_accuracy", "TA": "test_accuracy"}
-_ALIKE = 0.05  # accuracies that differ by at most this much are alike
+_ALIKE = 0.05  # accuracies that differ by less than this are alike
 
 
 def _fine_tuning(experiment: Experiment, size: int = 0) -> list[Unit]:
-    return list(outcomes.unlearnings(experiment, strata(experiment, size), "fine-tune"))
+    sets = sets_of(experiment, size)
+    return list(outcomes.unlearnings(experiment, sets, "fine-tune"))
 
 
 def _curves(scale: Scale, workspace: Workspace) -> Result:
-    experiment, sets = scale.sgd, strata(scale.sgd)
+    experiment, sets = scale.sgd, sets_of(scale.sgd)
     rows = outcomes.runs(workspace, experiment, sets, "fine-tune")
-    return {
-        "times": rows[0][0]["times"],
-        "curves": {
-            name: {
-                rule: [row[k]["trace"][metric] for row in rows]
-                for k, rule in enumerate(STRATA)
-            }
-            for name, metric in outcomes.METRICS.items()
-        },
+    return outcomes.panel_of(workspace, experiment, "fine-tune", sets) | {
         "utility": {
             name: [[run["trace"][metric][-1] for run in row] for row in rows]
             for name, metric in _UTILITY.items()
-        },
-        "oracles": {
-            name: {
-                one.rule: outcomes.oracle_values(workspace, experiment, one)[metric]
-                for one in sets
-            }
-            for name, metric in outcomes.METRICS.items()
         },
     }
 
 
 def _judge_curves(result: Result) -> Verdict:
-    """Decide, by seed, whether the hardest set comes closer and stays furthest.
-
-    A further part asks whether retain and test accuracy end alike on all sets.
-    """
+    """Decide whether gaps close, most is left on hard sets, and utility is alike."""
     found = {}
-    for name, curves in result["curves"].items():
-        gaps = {
-            rule: np.abs(
-                np.array(curves[rule]) - np.mean(result["oracles"][name][rule])
-            )
-            for rule in STRATA
-        }
-        gap = gaps["last"]
-        closer = mean_interval(gap[:, 0] - gap[:, -1])
-        found[name] = Verdict(
-            of_interval(closer.low, closer.high),
-            f"distance of the hardest set from the oracle: {gap[:, 0].mean():.3f} "
-            f"before, {gap[:, -1].mean():.3f} after; closer by {text_of(closer)}, "
-            f"n = {len(gap)}",
-        )
-        others = np.max([gaps[rule][:, -1] for rule in STRATA if rule != "last"], 0)
-        last = mean_interval(gap[:, -1] - others)
-        found[f"{name}, hardest last"] = Verdict(
-            of_interval(last.low, last.high),
-            "final distance of the hardest set from its oracle, minus the largest of "
-            f"the others: {text_of(last)}",
-        )
-    return combined(found | _alike(result["utility"]))
+    for name in result["gaps"]:
+        runs = Runs.of_panel(result, name)
+        found[f"{name}, approaches the oracle's"] = _approaches(runs)
+        found[f"{name}, hard sets last"] = _last(runs)
+    for name, ends in result["utility"].items():
+        found[f"{name} alike"] = alike(ends, _ALIKE, "accuracy")
+    return combined(found)
 
 
-def _alike(utility: dict[str, list[list[float]]]) -> dict[str, Verdict]:
-    """Decide whether accuracies, ``[seed][set]``, end within five points."""
-    found = {}
-    for name, ends in utility.items():
-        apart = mean_interval(np.ptp(ends, axis=1))
-        kind = of_interval(_ALIKE - apart.high, _ALIKE - apart.low)
-        found[f"{name} alike"] = Verdict(
-            kind, f"accuracies of the sets differ by {text_of(apart)}"
-        )
-    return found
+def _approaches(runs: Runs) -> Verdict:
+    """Decide whether the gap shrinks on the sets with something to forget."""
+    gap = np.abs(runs.gaps)
+    judged = gap[:, :, 0].mean(0) > LEAST_GAP
+    if not judged.any():
+        return Verdict(NOT_TESTABLE, "no set has something to forget")
+    closed = (gap[:, :, 0] - gap[:, :, -1])[:, judged]
+    before, after = (gap[:, judged, when].mean() for when in (0, -1))
+    return positive(closed, f"gap {before:.3f} before, {after:.3f} after; closer by")
+
+
+def _last(runs: Runs) -> Verdict:
+    """Decide whether the final gap rises with the difficulty of the set."""
+    gap = np.abs(runs.gaps).mean(0)
+    judged = gap[:, 0] > LEAST_GAP
+    reason = too_few_sets(int(judged.sum()))
+    if reason:
+        return Verdict(NOT_TESTABLE, f"sets with something to forget: {reason}")
+    found = rank_test(runs.difficulty[judged], gap[judged, -1])
+    return Verdict(verdict_of(found), f"gap after the run: {found.text()}")
 
 
 def _draw_curves(result: Result) -> Picture:
+    """Draw the gap over the epochs, a curve per quarter of the sets."""
     picture, axes = plt.subplots(
-        1, len(outcomes.METRICS), figsize=(8.4, 3.6), layout="constrained"
+        1,
+        len(result["gaps"]),
+        figsize=(8.4, 3.6),
+        squeeze=False,
+        layout="constrained",
     )
-    for ax, (name, curves) in zip(axes, result["curves"].items(), strict=True):
-        oracles = result["oracles"][name]
-        plot_curves(result["times"], curves, oracles, metric=name, ax=ax)
+    for ax, name in zip(axes[0], result["gaps"], strict=True):
+        path = Runs.of_panel(result, name).gaps.mean(0)
+        parts = np.array_split(path, 4)
+        names = ("easiest quarter", "second", "third", "hardest quarter")
+        for part, label, style in zip(parts, names, styles(), strict=False):
+            ax.plot(range(path.shape[1]), part.mean(0), label=label, **style)
+        ax.axhline(0, color="grey", lw=0.8)
+        ax.set(xlabel="epochs", ylabel=f"{name} minus the oracles'")
+        ax.legend(frameon=False, fontsize="small")
     return picture
 
 
 def _l1_units(scale: Scale) -> list[Unit]:
-    return list(outcomes.unlearnings(scale.sgd, strata(scale.sgd), "L1-sparse"))
+    return list(outcomes.unlearnings(scale.sgd, sets_of(scale.sgd), "L1-sparse"))
 
 
 def _title(experiment: Experiment) -> str:
@@ -143,7 +132,7 @@ def _other_units(scale: Scale) -> list[Unit]:
 def _others(scale: Scale, workspace: Workspace) -> Result:
     return {
         "panels": {
-            _title(one): panel(workspace, one, "fine-tune", strata(one))
+            _title(one): outcomes.panel_of(workspace, one, "fine-tune", sets_of(one))
             for one in scale.others
         }
     }
@@ -156,8 +145,8 @@ def _size_units(scale: Scale) -> list[Unit]:
 def _sizes(scale: Scale, workspace: Workspace) -> Result:
     return {
         "panels": {
-            f"forget sets of {size:,}": panel(
-                workspace, scale.sgd, "fine-tune", strata(scale.sgd, size)
+            f"forget sets of {size:,}": outcomes.panel_of(
+                workspace, scale.sgd, "fine-tune", sets_of(scale.sgd, size)
             )
             for size in scale.set_sizes
         }
@@ -166,30 +155,18 @@ def _sizes(scale: Scale, workspace: Workspace) -> Result:
 
 def _judge_sizes(result: Result) -> Verdict:
     """Decide about every size, and whether the separation shrinks with the size."""
-    panels = result["panels"]
-    verdicts = {"order": _judge_panels(result)}
+    panels = list(result["panels"].values())
+    found = {"order": judge_panels(result["panels"])}
     for metric in outcomes.METRICS:
-        small, *_, large = (_separation(found, metric) for found in panels.values())
-        shrinks = mean_interval(small - large)
-        verdicts[f"separation by {metric}"] = Verdict(
-            of_interval(shrinks.low, shrinks.high),
-            f"hardest minus easiest: {small.mean():.1f} epochs for the smallest sets, "
-            f"{large.mean():.1f} for the largest; shrinks by {text_of(shrinks, 2)}, "
-            f"n = {len(small)}",
-        )
-    return combined(verdicts)
+        small, large = (_areas(panels[k], metric) for k in (0, -1))
+        name = f"separation by {metric}"
+        found[name] = shrinks(small, large, "area under the gap")
+    return combined(found)
 
 
-def _separation(found: Result, metric: str) -> np.ndarray:
-    """Return the hardest set's epochs minus the easiest set's, ``(seeds,)``."""
-    times = np.minimum(outcomes.from_json(found["times"][metric]), found["max_time"])
-    return times[:, -1] - times[:, 0]
-
-
-def _judge_panels(result: Result) -> Verdict:
-    if not result["panels"]:
-        return Verdict(NOT_TESTABLE, "this scale has no other data set")
-    return judge_panels(result["panels"])
+def _areas(panel: Result, metric: str) -> np.ndarray:
+    """Return the area under the gap of each set, ``(1, sets)``."""
+    return Runs.of_panel(panel, metric).of_sets()["area"][None]
 
 
 def _draw_panels(result: Result) -> Picture:
@@ -210,8 +187,8 @@ FIGURES = [
         "fig6",
         "L1-sparse unlearning: harder sets take longer.",
         _l1_units,
-        lambda scale, workspace: panel(
-            workspace, scale.sgd, "L1-sparse", strata(scale.sgd)
+        lambda scale, workspace: outcomes.panel_of(
+            workspace, scale.sgd, "L1-sparse", sets_of(scale.sgd)
         ),
         judge_panel,
         lambda result: draw_panels({"L1-sparse": result}),
@@ -221,7 +198,7 @@ FIGURES = [
         "Fine-tuning on other data sets and models: harder sets take longer.",
         _other_units,
         _others,
-        _judge_panels,
+        lambda result: judge_panels(result["panels"]),
         _draw_panels,
     ),
     Figure(

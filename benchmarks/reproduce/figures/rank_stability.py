@@ -7,9 +7,10 @@ the noise on the mean gradient as if it were on the sum. The ratio is then the b
 size times the ratio of the mechanism that was run. Both give the same ranking.
 
 Data: all training images of the main experiment and of the scale's other ones, SVHN
-among them (``literal``: the main one only). Seeds: each seed's own ledger, with
-intervals over seeds. Settings: the paper's noise levels on the mean gradient, and 0.1,
-the largest level it allows; the order is that of the other figures.
+among them (``literal``: the main one only). Seeds: each seed's own ledger; intervals
+cover trainings and the sample of examples. Settings: the paper's noise levels on the
+mean gradient, and 0.1, the largest level it allows; the order is that of the other
+figures.
 """
 
 import matplotlib.pyplot as plt
@@ -20,16 +21,11 @@ from matplotlib.image import AxesImage
 
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures.figure import Figure, Result
-from benchmarks.reproduce.figures.verdicts import (
-    Verdict,
-    combined,
-    of_interval,
-    text_of,
-)
+from benchmarks.reproduce.judging.examples import above
+from benchmarks.reproduce.judging.verdicts import Verdict, combined
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import NoiseRanks, Unit
 from benchmarks.reproduce.workspace import Workspace
-from opacus_pi.evaluation.intervals import mean_interval
 
 ON_MEAN = (0.1, 0.01, 0.001, 0.0005, 0.0001)
 AGREE = 0.9
@@ -62,7 +58,12 @@ def _stability(scale: Scale, workspace: Workspace) -> Result:
         for one in (scale.sgd, *scale.others)
     }
     names = [f"{std:g}" for std in ON_MEAN]
-    return {"label": "noise on the mean gradient", "names": names, "panels": panels}
+    return {
+        "label": "noise on the mean gradient",
+        "names": names,
+        "num_examples": len(workspace.images(scale.sgd).train),
+        "panels": panels,
+    }
 
 
 def _literal(scale: Scale, workspace: Workspace) -> Result:
@@ -73,30 +74,35 @@ def _literal(scale: Scale, workspace: Workspace) -> Result:
     std = f"{experiment.assumed_noise_std:g}"
     names = [f"{std} on\nthe mean", f"{std} on\nthe sum"]
     label = "noise; on the mean: the mechanism's, on the sum: literal"
-    return {"label": label, "names": names, "panels": panels}
+    number = len(workspace.images(experiment).train)
+    return {"label": label, "names": names, "num_examples": number, "panels": panels}
 
 
 def _judge(result: Result) -> Verdict:
-    """Decide by the pair of noises that agrees least, over seeds."""
+    """Decide by the pair of noises that agrees least."""
     names = [name.replace("\n", " ") for name in result["names"]]
+    number = result["num_examples"]
     return combined(
-        {name: _agreement(np.array(m), names) for name, m in result["panels"].items()}
+        {
+            name: agreement(np.array(matrices), names, number)
+            for name, matrices in result["panels"].items()
+        }
     )
 
 
-def _agreement(matrices: np.ndarray, names: list[str]) -> Verdict:
+def agreement(matrices: np.ndarray, names: list[str], num_examples: int) -> Verdict:
     """Decide whether the lowest Spearman's rho is above ``AGREE``.
 
     Args:
         matrices: Correlations, ``(seeds, noises, noises)``.
         names: Names of the noises.
+        num_examples: Number of examples that were ranked.
     """
     mean = matrices.mean(0)
     i, j = np.unravel_index(mean.argmin(), mean.shape)
-    least = mean_interval(np.clip(matrices[:, i, j], -1, 1))
-    verdict = of_interval(least.low - AGREE, least.high - AGREE)
+    found = above(matrices[:, i, j], num_examples, AGREE, 4)
     pair = f"Spearman of the pair that agrees least, {names[i]} and {names[j]}"
-    return Verdict(verdict, f"{pair}: {text_of(least, 4)}, n = {len(matrices)}")
+    return Verdict(found.verdict, f"{pair}: {found.reason}")
 
 
 def _draw(result: Result) -> Picture:

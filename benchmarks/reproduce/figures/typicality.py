@@ -6,8 +6,9 @@ Euclidean distance of the pixels, have another label. No model influences this n
 
 Data: all training images of the scale's main experiment. Seeds: pictures and shares use
 the mean loss over the seeds' ledgers; Spearman's ρ is computed for each seed's own
-ledger, with an interval over seeds. Settings: 10 neighbours; hardest and easiest set
-have a stratum's size; 8 pictures of each kind.
+ledger, and its interval covers trainings and the sample of examples. Settings: 10
+neighbours; hardest and easiest set have the size of a forget set; 8 pictures of each
+kind.
 """
 
 import numpy as np
@@ -17,12 +18,12 @@ from scipy import stats
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.reproduce.figures.figure import Figure, Result
-from benchmarks.reproduce.figures.verdicts import Verdict, of_interval
+from benchmarks.reproduce.judging.examples import above
+from benchmarks.reproduce.judging.verdicts import Verdict
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import trainings
 from benchmarks.reproduce.workspace import Workspace
 from opacus_pi.accounting import privacy_losses
-from opacus_pi.evaluation.intervals import mean_interval
 from opacus_pi.plotting import plot_pictures
 
 NEIGHBOURS = 10
@@ -85,11 +86,12 @@ def _pictures(scale: Scale, workspace: Workspace) -> Result:
     ]
     losses = workspace.scores(scale.sgd)["privacy loss"]
     ranked = losses.argsort(kind="stable")
-    size = scale.sgd.stratum_size
+    size = scale.sgd.set_size
     rows = {"lowest loss": ranked[:SHOWN], "highest loss": ranked[::-1][:SHOWN].copy()}
     return {
         "dataset": scale.sgd.dataset,
         "neighbours": NEIGHBOURS,
+        "num_examples": len(labels),
         "spearman": by_seed,
         "of_another_label": {
             "lowest loss": float(atypical[ranked[:size]].mean()),
@@ -109,16 +111,15 @@ def _pictures(scale: Scale, workspace: Workspace) -> Result:
 
 
 def _judge_pictures(result: Result) -> Verdict:
-    rho = mean_interval(result["spearman"])
+    found = above(result["spearman"], result["num_examples"], 0.0, 2)
     share = {k: f"{100 * v:.0f} %" for k, v in result["of_another_label"].items()}
     because = (
         f"of the {result['neighbours']} nearest training images "
         f"{share['highest loss']} have another label in the hardest set, "
         f"{share['lowest loss']} in the easiest, {share['all']} overall; Spearman with "
-        f"the privacy loss {rho.estimate:.2f}, 95 % [{rho.low:.2f}, {rho.high:.2f}], "
-        f"over {len(result['spearman'])} seeds"
+        f"the privacy loss {found.reason}"
     )
-    return Verdict(of_interval(rho.low, rho.high), because)
+    return Verdict(found.verdict, because)
 
 
 def _draw_pictures(result: Result) -> Picture:

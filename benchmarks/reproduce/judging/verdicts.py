@@ -1,8 +1,9 @@
 """Verdicts on the paper's claims, and the numbers that they quote, as text.
 
-Every claim is reduced to quantities that must be above 0, one value per seed. It is
-borne out if the 95 % interval of the mean is above 0, not borne out if it is below, and
-not testable if it contains 0. A claim with several parts is borne out only if all are.
+A claim is *borne out* or *not borne out* if a test with a small error probability says
+so. It is *undecided* if the test was made and both answers remain possible, and *not
+testable yet* if the numbers cannot answer it, for example because nothing was
+unlearned. A claim with several parts is borne out only if all of them are.
 """
 
 from dataclasses import dataclass, field, replace
@@ -10,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common.report import rank_correlation
 from opacus_pi.evaluation.intervals import ConfidenceInterval, mean_interval
 
 BORNE_OUT = "borne out"
 NOT_BORNE_OUT = "not borne out"
-NOT_TESTABLE = "not testable at this scale"
+UNDECIDED = "undecided"
+NOT_TESTABLE = "not testable yet"
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Verdict:
     """Whether the numbers confirm a claim.
 
     Attributes:
-        verdict: ``BORNE_OUT``, ``NOT_BORNE_OUT`` or ``NOT_TESTABLE``; empty for a
-            remark, which does not count.
+        verdict: ``BORNE_OUT``, ``NOT_BORNE_OUT``, ``UNDECIDED`` or ``NOT_TESTABLE``;
+            empty for a remark, which does not count.
         reason: The numbers behind it, in one sentence.
         parts: The verdicts on the parts of the claim, by name.
     """
@@ -83,33 +84,6 @@ def sentences(*texts: str) -> str:
     return " ".join(found)
 
 
-def ordering(times: np.ndarray) -> Verdict:
-    """Decide whether harder sets take longer, by Spearman's rho over seeds.
-
-    Args:
-        times: Times to unlearn, ``(seeds, sets)``, easiest set first; inf: never.
-    """
-    found = rank_correlation(times)
-    if found["rho"] is None:
-        return Verdict(NOT_TESTABLE, "all sets tie in every seed")
-    low, high = found["interval"]
-    if low is None:
-        because = f"all sets tie in all seeds but one, where rho is {found['rho']:.2f}"
-        return Verdict(NOT_TESTABLE, because)
-    seeds, rho = found["num_seeds"], f"Spearman {found['rho']:.2f}"
-    numbers = f"{rho}, 95 % [{low:.2f}, {high:.2f}], over {seeds} seeds"
-    if f"{low:.4f}" == f"{high:.4f}":  # an interval of width 0 would claim too much
-        numbers = f"{rho} in each of {seeds} seeds"
-    ties = f"{100 * found['tied_pairs']:.0f} % of pairs tie"
-    return Verdict(of_interval(low, high), f"{numbers}; {ties}")
-
-
-def medians_text(times: np.ndarray) -> str:
-    """Return the median time of each set over the seeds, easiest first, as text."""
-    middle = np.quantile(times, 0.5, axis=0, method="higher")
-    return ", ".join(f"{time:g}" if np.isfinite(time) else "never" for time in middle)
-
-
 def text_of(found: ConfidenceInterval, digits: int = 3) -> str:
     """Return an estimate with the ends of its interval, as text."""
     middle, low, high = (f"{value:.{digits}f}" for value in found)
@@ -145,13 +119,13 @@ def interval_text(values: np.ndarray, digits: int = 3) -> str:
 
 
 def of_interval(low: float, high: float) -> str:
-    """Return the verdict on "above 0": borne out, not borne out or not testable.
+    """Return the verdict on "above 0".
 
-    An interval that is the point 0 is not testable either.
+    An interval that is the point 0 decides nothing, nor does one that ends at 0.
     """
     if low > 0:
         return BORNE_OUT
-    return NOT_BORNE_OUT if low < 0 and high <= 0 else NOT_TESTABLE
+    return NOT_BORNE_OUT if high < 0 else UNDECIDED
 
 
 def combined(verdicts: dict[str, Verdict]) -> Verdict:
@@ -166,7 +140,12 @@ def with_remark(verdict: Verdict, name: str, text: str) -> Verdict:
 
 
 def all_of(kinds: list[str]) -> str:
-    """Return borne out if all are, not borne out if one is not, else not testable."""
-    if all(kind == BORNE_OUT for kind in kinds):
-        return BORNE_OUT
-    return NOT_BORNE_OUT if NOT_BORNE_OUT in kinds else NOT_TESTABLE
+    """Return the verdict on a claim from the verdicts on its parts.
+
+    One part that is not borne out decides. Else one part that cannot be tested leaves
+    the claim untested, and one that is undecided leaves it undecided.
+    """
+    for kind in (NOT_BORNE_OUT, NOT_TESTABLE, UNDECIDED):
+        if kind in kinds:
+            return kind
+    return BORNE_OUT
