@@ -1,11 +1,12 @@
 """The chain of custody: what is known about where the norms of an update come from.
 
-``chain`` holds what is known about each link of a run, and every reading of the ledger
-consults it. The other files watch one link each. ``opacus_pi.ledger.custody`` says what
-the links are, and stores them in the ledger's file.
+A recorded norm belongs to one example only if several conditions hold: the *links* of
+the chain, which ``opacus_pi.ledger.custody`` lists and stores in the ledger's file.
+``chain`` keeps the state of each link during a run, and every function that reads the
+ledger looks at it. The other files watch one link each.
 
-Nothing here knows Opacus: ``opacus_pi.integration`` tells the links what its optimizers
-and loaders do.
+Nothing here depends on Opacus: ``opacus_pi.integration`` reports to the links what
+optimizers and loaders do.
 """
 
 from opacus_pi._promised import promise

@@ -1,11 +1,12 @@
 """The chain of custody of one run, while it is being recorded.
 
-Three kinds of findings are reported for a link: it holds (``check``), it could not be
-checked (``leave_unchecked``), or it does not hold (``break_link``). The strongest
-statement wins: a broken link stays broken, and a doubt is not removed by later
-observations that found nothing.
+A link is a condition that makes recorded norms valid, such as "each batch is used
+once". Three results are reported for a link: it holds (``check``), it could not be
+checked (``leave_unchecked``), or it does not hold (``break_link``). The worst result
+counts: a broken link stays broken, and an unchecked link stays unchecked even if it is
+later seen to hold.
 
-What reports on which link:
+This table shows which code reports on which link:
 
 ========== =========================================================================
 draw       ``draws`` in this room: deliveries of the loader, and what used them
@@ -44,7 +45,7 @@ from opacus_pi.ledger.custody import (
 
 __all__ = ["Chain", "SampleCounts"]
 
-# What a link says that nobody has looked at, where more is known than that.
+# The sentences of links without a report, where more can be said than "not checked".
 _NOT_LOOKED_AT = {
     "loss": "The engine does not see the loss that the training loop computes. Call "
     "engine.audit(criterion) to check it.",
@@ -58,7 +59,7 @@ class SampleCounts:
     Args:
         num_samples: Samples that entered updates.
         num_unattributed: Those of them whose example is not known.
-        cause: Why, as a sentence; empty if there are none.
+        cause: Why they are unattributed, as a sentence; empty if there are none.
     """
 
     num_samples: int = 0
@@ -80,10 +81,10 @@ class SampleCounts:
 
 @dataclass(frozen=True)
 class _Observer:
-    """A function that is called before a chain is read.
+    """A function that a chain calls before it is read.
 
     Args:
-        reference: Returns it; None if its object does not exist any more.
+        reference: Returns the function; None if its object does not exist any more.
         can_break: Whether it may break a link.
     """
 
@@ -108,7 +109,7 @@ class Chain:
     ) -> None:
         self._count_samples = count_samples
         self.allows_unattributed = False
-        self._before = SampleCounts()  # of the run that was resumed
+        self._before = SampleCounts()  # those before the run was resumed
         self._evidence: dict[str, str] = {}
         self._doubts: dict[str, list[str]] = {}
         self._reasons: dict[str, str] = {}
@@ -116,7 +117,7 @@ class Chain:
         self._observers: list[_Observer] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies keep: what was reported, and nothing that reports more."""
+        """Return the state of a copy: the reports, but no functions that report."""
         return {**self.__dict__, "_observers": []}
 
     def on_break(self, refuse: Callable[[str], None]) -> None:
@@ -132,7 +133,7 @@ class Chain:
     def on_read(self, observe: Callable[[], None], *, can_break: bool = True) -> None:
         """Call a function whenever the chain is about to be read.
 
-        For what is looked at only now and then, such as results that wait on an
+        For checks that are not made all the time, such as reading results from an
         accelerator.
 
         Args:
@@ -171,12 +172,12 @@ class Chain:
                 )
 
     def break_link(self, link: str, reason: str) -> None:
-        """Note that a link does not hold: no number of this run is given any more.
+        """Note that a link does not hold: from now on no number is given.
 
         Args:
             link: One of ``LINKS``.
-            reason: What was found, what follows, and the remedy, in sentences. Only
-                the first of a link is kept.
+            reason: What was found, what follows, and the remedy, in sentences. Only the
+                first reason of a link is kept.
         """
         if link not in self._reasons:
             self._reasons[link] = reason
@@ -200,13 +201,13 @@ class Chain:
                 self._evidence.setdefault(link.name, link.sentence)
 
     def refusal(self) -> str:
-        """Return why no number may be given now; empty if one may."""
+        """Return the reason not to give numbers now; empty if there is none."""
         self._look(only_breaking=True)
         broken = self._known().broken
         return broken[0].sentence if broken else ""
 
     def custody(self) -> Custody:
-        """Return what is known now, for a ledger."""
+        """Return the present state of all links, for a ledger."""
         self._look(only_breaking=False)
         return self._known()
 
@@ -218,7 +219,7 @@ class Chain:
                 observe()
 
     def _known(self) -> Custody:
-        """Return what was reported up to now."""
+        """Return the links as reported up to now."""
         counts = self._before.plus(self._count_samples())
         return Custody(
             tuple(self._link(name) for name in LINKS),
@@ -240,5 +241,5 @@ class Chain:
 
 
 def _not_checked(name: str) -> str:
-    """Return what a link says that was not looked at."""
+    """Return the sentence of a link on which nothing was reported."""
     return _NOT_LOOKED_AT.get(name, "It was not checked.")

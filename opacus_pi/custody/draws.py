@@ -1,11 +1,11 @@
 """The link "draw": each batch that a loader delivered serves one update only.
 
 Under Poisson sampling the accounting multiplies the privacy loss of single updates,
-each on a draw of its own. Two updates on one draw have an example in both or in
-neither, and their loss is that of one update with twice the signal: for ten updates on
-one draw up to a hundred times as much. So a second update on a delivered batch breaks
-the link. Under fixed sampling nothing is amplified and participations are counted, so
-there it is allowed.
+each on a draw of its own. If two updates use one draw, an example is in both or in
+neither, so the two together are one update with twice the gradient. The privacy loss
+then grows with the square: for ten updates on one draw it is up to a hundred times as
+large. So a second update on a delivered batch breaks the link. Under fixed sampling
+there is no amplification and participations are counted, so a second update is allowed.
 
 *What breaks it.* A second update on a batch that is no longer recognised, because it
 was copied and changed or was delivered long ago. The samples of such a batch are
@@ -39,7 +39,7 @@ class Delivered(Protocol):
 
 
 class DrawLink:
-    """Watches that delivered batches are not used again.
+    """A watch that no delivered batch is used in a second update.
 
     Args:
         chain: The chain of custody of the run.

@@ -10,7 +10,7 @@ __all__ = ["Finding"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The state of a link, with what was seen.
+    """The state of a link, with the observation that shows it.
 
     Args:
         state: ``"checked"``: it was seen to hold; ``"unchecked"``: it could not be

@@ -1,18 +1,18 @@
 """Find out whether a known criterion gives each example a loss of its own.
 
-Training by ghost clipping knows the criterion. On the first batches with at least two
-examples it is evaluated again, with other examples in the batch, and compared with its
-own reduction (:class:`~opacus_pi.models.own_losses.OwnLosses` does both, for sweeps,
-too). Where the criterion is
-called in the training loop only, ``engine.audit(criterion)`` makes the same comparison
-on request.
+In training with ghost clipping the library is given the criterion. On the first batches
+with at least two examples, the criterion is evaluated again with other examples in the
+batch, and the losses are compared with the loss of the batch
+(:class:`~opacus_pi.models.own_losses.OwnLosses` does both, also for sweeps). If the
+criterion is called only in the training loop, ``engine.audit(criterion)`` makes the
+same comparison on request.
 
 **Guarantee.** The criterion is copied, outputs are detached, and random states are
 restored.
 
-**What breaks it.** A criterion that couples examples only for certain values. The mean
-over the hardest half of a batch does: a batch of 8 shows it in 95 % of the cases, a
-batch of 3 in 26 %, three batches of 3 in 63 %.
+**What breaks it.** A criterion that couples examples only for certain values. An
+example is the mean over the hardest half of a batch: a batch of 8 shows it in 95 % of
+the cases, a batch of 3 in 26 %, three batches of 3 in 63 %.
 
 >>> chain, outputs, labels = Chain(), torch.eye(3), torch.arange(3)
 >>> LossProbe(nn.CrossEntropyLoss(), chain).saw(outputs, labels)
@@ -59,7 +59,7 @@ def _always(_: Tensor) -> bool:
 
 
 class LossProbe:
-    """Probes a criterion at the first batches with at least two examples.
+    """A probe of a criterion on the first batches with at least two examples.
 
     Args:
         criterion: ``criterion(outputs, targets)``; it is copied if it is a module.
@@ -84,10 +84,10 @@ class LossProbe:
         self._num_left = _NUM_BATCHES
 
     def saw(self, outputs: Any, targets: Any) -> None:
-        """Probe the criterion on a batch, if few were probed before.
+        """Probe the criterion on a batch, unless enough batches were probed before.
 
         Args:
-            outputs: What the criterion was given, ``(b, ...)``; only read.
+            outputs: The outputs that the criterion was given, ``(b, ...)``; only read.
             targets: Its targets, length ``b``.
         """
         if isinstance(outputs, Tensor) and not self._is_output(outputs):

@@ -1,29 +1,30 @@
 """Find out whether a model treats the examples of a batch separately.
 
 A gradient belongs to one example only if the model's output for it depends on no other
-example. Batch statistics break this, and so does a recurrent layer that takes the first
-dimension for time, if a batch happens to have as many examples as a sequence has steps.
+example. Batch statistics break this, and so does a recurrent layer that treats the
+first dimension as time, which goes unnoticed if a batch has as many examples as a
+sequence has steps.
 
 The probe runs a batch again on a copy of the model, with half of its examples, chosen
 at random, replaced by others, once for either half. Shapes and random draws stay the
-same. The outputs of the examples that stay must not change, and neither must what the
-model keeps in its buffers: a later output would depend on earlier examples.
+same. The outputs of the examples that stay must not change. The model's buffers must
+not change either: otherwise later outputs would depend on earlier examples.
 
 * If they are equal bit for bit, which is usual, the model is separable on this batch.
 * If they are not, rounding may be the cause, so the comparison is made again in
   float64, where a difference above 1e-9 of the largest output is not rounding.
-* If the model cannot be repeated (it keeps a state, or its random draws depend on the
-  content of the batch), nothing is known, and this is said.
+* If a run of the model cannot be repeated (it keeps a state, or its random draws depend
+  on the content of the batch), the link stays unchecked, with a warning.
 
 **Guarantee.** Nothing of the probe remains: copies share the weights and nothing else,
 and random states are restored. ``ModelProbe`` repeats it only if the shape of an
 example or the mode of a layer changes, at most eight times in a run.
 
-**What breaks it.** A dependence that the first batch does not show: examples that look
-at another one only for certain values, or in shapes beyond the eighth. If only one
-example looks at one other, both are in the same half with probability 1/2. A model that
-looks at nothing but the number of examples is not found, nor is a state that is
-kept outside its layers.
+**What breaks it.** A dependence that the first batch does not show: examples that
+influence each other only for certain values, or in shapes beyond the eighth. If only
+one example depends on only one other, both are in the same half with probability 1/2. A
+model that depends only on the number of examples is not detected, nor is a state that
+is kept outside its layers.
 
 >>> x = torch.arange(12.0).view(4, 3)
 >>> probe_separability(nn.Linear(3, 2), (x,), {}).state
@@ -153,7 +154,7 @@ class _Call:
         size: The number of examples.
         autocast: The type of automatic mixed precision on a device, if it is on.
         is_float64: Whether to compute in float64.
-        has_dropout: Whether to drop anything.
+        has_dropout: Whether dropout is active.
         is_training: Whether layers keep their mode; False: all in evaluation mode.
     """
 
@@ -169,7 +170,7 @@ class _Call:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The inputs with one entry for each example along their batch dimension."""
+        """The input tensors with one entry per example along the batch dimension."""
         return [t for t in _tensors((self.args, self.kwargs)) if self._has_examples(t)]
 
     def _has_examples(self, tensor: Tensor) -> bool:
@@ -203,7 +204,7 @@ class _Call:
         return replace(self, args=args, kwargs=kwargs, autocast=None, is_float64=True)
 
     def outputs(self) -> tuple[list[Tensor], Tensor]:
-        """Run a new copy of the model as ``run`` does, without what it keeps."""
+        """Run a new copy of the model; return outputs and random state afterwards."""
         found = self.run()
         return found.outputs, found.random_state
 
@@ -250,7 +251,7 @@ class _Run:
 
 
 def _kept_by(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the buffers of a model, and the tensors in attributes of its layers."""
+    """Return a model's buffers, and the tensors in attributes of its layers."""
     buffers: list[Tensor] = []
     memory: list[Tensor] = []
     for module in model.modules():
@@ -265,14 +266,14 @@ def _kept_by(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _what_is_kept(call: _Call, change: "_Change") -> str:
-    """Say that a model keeps something of the examples of a batch; empty if not.
+    """Return a sentence if a model stores data of a batch's examples; else empty.
 
-    What it keeps in a buffer is part of the model. What it keeps in other attributes
-    matters only if its outputs for the next batch depend on it.
+    Buffers are part of the model. Tensors in other attributes matter only if the
+    outputs for the next batch depend on them.
 
     Args:
         call: A call on the whole batch, in the precision of the training.
-        change: What replacing half of it has changed.
+        change: The change of the outputs when half of the batch was replaced.
     """
     if not change.same_buffers:
         return _KEEPS_EXAMPLES
@@ -283,7 +284,7 @@ def _what_is_kept(call: _Call, change: "_Change") -> str:
 
 
 class NoDropout(TorchFunctionMode):
-    """Within this context nothing is dropped by torch's functions for that."""
+    """Context in which torch's dropout functions return their input unchanged."""
 
     def __torch_function__(
         self,
@@ -319,7 +320,7 @@ def probe_separability(
         autocast: Device type and data type of automatic mixed precision, if it is on.
 
     Returns:
-        Whether the model is separable, with the reason or what was seen.
+        Whether the model treats examples separately, with the reason.
     """
     if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())):
         return Finding("unchecked", _PACKED + _DECLARE)
@@ -359,10 +360,10 @@ def _compare_halves(call: _Call) -> Finding:
 
 
 def _compare_without_draws(call: _Call, tolerance: float) -> Finding | None:
-    """Tell whether outputs change because others got other random numbers.
+    """Tell whether outputs change only because of other random numbers.
 
-    What is dropped may be counted off among the entries that are not padding. How many
-    there are in one example then decides which draws the next one gets.
+    Dropout may draw one random number for each entry that is not padding. The number of
+    such entries in one example then decides which draws the next example gets.
 
     Args:
         call: The call whose outputs changed.
@@ -384,11 +385,11 @@ def _compare_without_draws(call: _Call, tolerance: float) -> Finding | None:
 
 
 def _broken(call: _Call, share: float, tolerance: float) -> Finding:
-    """Say what was found, unless only inputs after the first one have an influence.
+    """Return "broken", or "unchecked" if only inputs after the first have an influence.
 
     Args:
         call: The call whose outputs change.
-        share: By how much they change, relative to the largest of them.
+        share: The change, relative to the largest output.
         tolerance: What rounding may change.
     """
     if len(call.inputs) > 1:
@@ -412,9 +413,10 @@ class _Change:
     Attributes:
         share: The largest change of an output of an example that stayed, relative to
             the largest output.
-        same_draws: Whether the runs have drawn equally many random numbers.
-        same_buffers: Whether the runs have left equal buffers, up to rounding.
-        same_memory: Whether the layers have kept equal tensors in their attributes.
+        same_draws: Whether both runs drew equally many random numbers.
+        same_buffers: Whether the buffers are equal after both runs, up to rounding.
+        same_memory: Whether the tensors in attributes of layers are equal after both
+            runs.
     """
 
     share: float
@@ -451,7 +453,7 @@ def _change(call: _Call, *, only_first: bool = False) -> _Change | None:
 
 
 def _order(size: int) -> Tensor:
-    """Return a random order of examples, always the same for one number of them."""
+    """Return a random order of examples, always the same for a given number of them."""
     return torch.randperm(size, generator=torch.Generator().manual_seed(size))
 
 
@@ -497,7 +499,7 @@ def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 def _rounding(call: _Call) -> float:
-    """Return what rounding may change where float64 is not possible."""
+    """Return the tolerance for rounding where float64 is not possible."""
     kinds = [t.dtype for t in call.model.parameters() if t.is_floating_point()]
     kinds += [call.autocast[1]] if call.autocast else []
     return 32 * max((torch.finfo(kind).eps for kind in kinds), default=1e-6)
@@ -505,7 +507,7 @@ def _rounding(call: _Call) -> float:
 
 @contextmanager
 def _no_trace() -> Iterator[None]:
-    """Run models without gradients, without autocast and without their warnings."""
+    """Context in which models run without gradients, autocast and warnings."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for device in kinds_in_use():
@@ -535,14 +537,14 @@ def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
 
 @dataclass(eq=False)
 class ModelProbe:
-    """Probes a model during training, when it meets a new kind of batch.
+    """A probe that tests a model during training, at each new kind of batch.
 
-    ``saw`` is called at every forward pass in training mode and keeps the inputs of a
-    new kind; ``run`` probes them, at a moment when the weights are still those of the
-    pass and the memory of the backward pass is free again.
+    ``saw`` is called at every forward pass in training mode and keeps the inputs if the
+    shape of an example or the mode of a layer is new; ``run`` probes them later, when
+    the weights have not changed yet and the memory of the backward pass is free again.
 
     Args:
-        model: Refers weakly to the user's module.
+        model: A weak reference to the user's module.
         batch_dim: The dimension of the inputs along which the examples are.
     """
 
@@ -592,7 +594,7 @@ class ModelProbe:
     def _kind(
         self, model: nn.Module, tensors: Sequence[Tensor], size: int
     ) -> tuple[Any, tuple[int, ...]]:
-        """Return what two batches have in common that need not both be probed.
+        """Return the kind of a batch; of each kind only one batch is probed.
 
         Args:
             model: The model.
@@ -620,8 +622,7 @@ class ModelProbe:
         """Probe the inputs that were kept.
 
         Returns:
-            What was found; None if no inputs of a new kind were seen since the last
-            call.
+            The result; None if no inputs of a new kind were seen since the last call.
         """
         probe, self._waiting = self._waiting, None
         return None if probe is None else probe()

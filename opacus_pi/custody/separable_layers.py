@@ -1,9 +1,9 @@
 """Recognise models whose layers all treat each example alone, whatever the input.
 
 Such a model need not be probed. Only chains of known layers are recognised: in any
-other model an operation between two layers may mix examples. A type is known only if
-its computation cannot take the dimension of the examples for another one, which
-excludes recurrent layers, attention, and normalisation over given shapes.
+other model an operation between two layers may mix examples. A layer type is on the
+list only if its computation cannot confuse the dimension of the examples with another
+one. This excludes recurrent layers, attention, and normalisation over given shapes.
 
 >>> import torch
 >>> x = torch.zeros(4, 3)
@@ -44,7 +44,7 @@ _POINTWISE = (
     nn.LogSigmoid,
     nn.Dropout,
 )
-# Layers with so many dimensions after examples and channels. With one dimension less
+# Layers by the number of dimensions after examples and channels. With one less,
 # torch takes the examples for channels.
 _SPATIAL = {
     nn.Conv1d: 1,

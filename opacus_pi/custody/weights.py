@@ -5,15 +5,15 @@ cost. A write to ``weight.data``, or through NumPy, is not counted. So the count
 places in memory and a few entries of every parameter are kept after an update and
 compared before the next one.
 
-*Guarantee.* A write that torch counts is found, a change of a whole parameter is found
-(an average of weights, a projection, a step of another optimizer), and so is a
-parameter whose memory was replaced.
+*Guarantee.* Three changes are always found: a write that torch counts; a change of a
+whole parameter (an average of weights, a projection, a step of another optimizer); and
+a parameter whose memory was replaced.
 
-*What breaks it.* 16 evenly spaced entries of a parameter are compared. A write that
-torch does not count, and that changes a share s of the entries at places that have
-nothing to do with these, is missed with a probability of (1 - s)^16: .2 for a tenth of
-the entries. A change that was undone before the next update is not seen if torch did
-not count it.
+*What breaks it.* 16 evenly spaced entries of a parameter are compared. Suppose that a
+write which torch does not count changes a share s of the entries, at places unrelated
+to these 16. It is missed with probability (1 - s)^16, which is 0.19 for a tenth of the
+entries. A change that was undone before the next update is not seen if torch did not
+count it.
 
 >>> weight = torch.zeros(100)
 >>> snapshot = WeightSnapshot()
@@ -68,7 +68,8 @@ class WeightSnapshot:
         """Watch these parameters from now on, in place of earlier ones.
 
         Args:
-            parameters: They are kept in memory, as an optimizer does.
+            parameters: The parameters; the snapshot keeps references to them, as an
+                optimizer does.
         """
         self._parameters = [p for p in parameters if _is_plain(p) and p.numel()]
         self._addresses = []
@@ -90,10 +91,10 @@ class WeightSnapshot:
             self._entries = {d: _joined(v) for d, v in self._elsewhere.items()}
 
     def has_changed(self) -> bool:
-        """Return whether the parameters are not as they were.
+        """Return whether the parameters differ from the snapshot.
 
-        On an accelerator the comparison of entries is left running, and its result is
-        reported by ``has_changed_late``, so that training does not wait for it.
+        On an accelerator the entries are compared in the background, so that training
+        does not wait; ``has_changed_late`` returns the result.
         """
         if self._writes is None:
             return False
@@ -130,15 +131,14 @@ class WeightSnapshot:
 
 
 class WeightsLink:
-    """Watches that nothing but the updates of a run writes to its weights.
+    """A watch that only the updates of a run write to its weights.
 
-    The weights that were written to may be harmless (an average, a projection, public
-    data) or not (training data). Which it is cannot be known, so the link is left
-    unchecked.
+    Such a write may be harmless (an average, a projection, public data) or not
+    (training data). Which of them it is cannot be known, so the link is left unchecked.
 
     Args:
         chain: The chain of custody of the run.
-        snapshot: Of its weights, taken after each update.
+        snapshot: A snapshot of the weights, taken after each update.
     """
 
     def __init__(self, chain: Chain, snapshot: WeightSnapshot) -> None:
@@ -147,12 +147,12 @@ class WeightsLink:
         chain.on_read(self._report_late, can_break=False)
 
     def before_update(self) -> None:
-        """Compare the weights with those that the last update left."""
+        """Compare the weights with those after the last update."""
         if self._snapshot.has_changed():
             self._chain.leave_unchecked("weights", _CHANGED)
 
     def after_update(self) -> None:
-        """Note the weights: nothing should write to them until the next update."""
+        """Take a snapshot: the next update should find the weights unchanged."""
         self._snapshot.take()
 
     def forget(self) -> None:

@@ -3,11 +3,11 @@
 A file holds arrays by name and, in its header, short strings ("facts"). Pickle is never
 used, so opening a file runs no code. A file appears under its name only when it is
 complete, and a reader refuses a file that was damaged, edited, or written for another
-purpose. The checksum covers every array and every fact; a person who edits a file and
-computes the checksum again is not detected.
+purpose. The checksum covers every array and every fact; it does not detect a person who
+edits a file and computes the checksum again.
 
-Files larger than memory are read in parts (``check_file``, ``read_columns``): with
-plain reads instead of a memory map, because mapped pages would stay in memory.
+Files larger than memory are read in parts (``check_file``, ``read_columns``), by plain
+reads: the pages of a memory map would stay in memory.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ _TYPES: dict[str, np.dtype[Any]] = {
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
 }
-# What a checksum covers of one array: name, type, shape, and its bytes in parts.
+# The parts of an array that a checksum covers: name, type, shape, and bytes in parts.
 Described = tuple[str, str, tuple[int, ...], Iterable[bytes]]
 
 
@@ -77,7 +77,7 @@ def write_arrays(
 
     Args:
         path: The file's name.
-        kind: What the file holds; its name and version stand in the header.
+        kind: The kind of file; its name and version are stored in the header.
         arrays: Arrays by name.
         facts: Strings by name; ``kind``, ``version`` and ``checksum`` are reserved.
     """
@@ -90,19 +90,20 @@ def write_arrays(
 def read_arrays(
     path: str | os.PathLike[str], kind: FileKind, layout: Layout | None = None
 ) -> tuple[Arrays, dict[str, str]]:
-    """Read what ``write_arrays`` wrote, or refuse.
+    """Read a file that ``write_arrays`` wrote, after checking it.
 
     Args:
         path: The file's name.
         kind: What the file must contain, and the version that this release reads.
-        layout: What such a file holds. Default: any arrays and facts.
+        layout: The arrays and facts of such a file. Default: any.
 
     Returns:
         The arrays and the facts, by name.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, foreign, of another version or edited.
+        ValueError: If the file is truncated, edited, of another version, or not of this
+            kind.
     """
     with opened(path, kind) as (file, header):
         arrays = {key: file.get_tensor(key) for key in file.keys()}
@@ -118,7 +119,7 @@ def check_file(
     Args:
         path: The file's name.
         kind: What the file must contain, and the version that this release reads.
-        layout: As of ``read_arrays``.
+        layout: As for ``read_arrays``.
 
     Returns:
         The arrays' shapes and the facts, by name.
@@ -140,8 +141,8 @@ def read_columns(
 
     Args:
         path: The file's name.
-        columns: Which part of the last axis.
-        names: The arrays that have such an axis; the others are read whole.
+        columns: The slice of the last axis to read.
+        names: Names of the arrays to slice; the others are read whole.
 
     Returns:
         The arrays by name.
@@ -157,10 +158,10 @@ def read_array(path: str | os.PathLike[str], name: str) -> NDArray[Any]:
 
     Args:
         path: The file's name.
-        name: The array's.
+        name: The array's name.
 
     Returns:
-        All of it.
+        The whole array.
     """
     return arrays_on_disk(path)[name].read(slice(None))
 
@@ -239,14 +240,15 @@ def opened(
     Args:
         path: The file's name.
         kind: What the file must contain, and the version that this release reads.
-        framework: Which tensors the file gives, as in ``safetensors.safe_open``.
+        framework: The library whose tensors are returned, as in
+            ``safetensors.safe_open``.
 
     Yields:
         The open file and the facts of its header.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, foreign or of another version, or is no
+        ValueError: If the file is truncated, of another kind or version, or not a
             regular file.
     """
     name = os.fspath(path)
@@ -331,11 +333,11 @@ def require_checksum(
 
     Args:
         path: The file's name.
-        header: What the file says; changed in place.
-        arrays: What it holds.
+        header: The strings in the file's header; changed in place.
+        arrays: The arrays of the file.
 
     Raises:
-        ValueError: If it was edited or damaged.
+        ValueError: If the file was edited or damaged.
     """
     expect(
         header.pop("checksum", None) == checksum(arrays, header),
@@ -352,7 +354,7 @@ def _check_layout(
     facts: Mapping[str, str],
     dtypes: Mapping[str, str],
 ) -> None:
-    """Refuse a file that lacks something, or holds anything that is not expected."""
+    """Refuse a file that lacks an array or string, or holds an unexpected one."""
     needed, known = set(layout.facts), {*layout.facts, *layout.more_facts, *_OWN_FACTS}
     types = {**layout.more_arrays, **layout.arrays}
     unexpected = [

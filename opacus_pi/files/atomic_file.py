@@ -1,9 +1,9 @@
-"""Write files in one step, for their owner only, and never through a planted name.
+"""Write files in one step, readable by their owner only, never through a planted link.
 
 ``replacing`` writes the new content to a temporary file in the same directory, flushes
 it to the disk, and renames it. Renaming is atomic on POSIX file systems, so readers see
 the old file or the new one, never a part, even if the process is killed at any moment.
-``put_new_file`` does the same for a name that must not be taken yet.
+``put_new_file`` does the same for a file that must not exist yet.
 
 *Guarantee.* The temporary file has a random name, is created exclusively and is never
 opened by name again. Threads, and processes with equal ids on a shared volume, cannot
@@ -56,11 +56,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     The content is on the disk before it gets its name. A process that is killed
     meanwhile leaves a hidden ``.name.<random>.tmp`` beside it, never a part under
-    ``path``. The first write to ``path`` after an hour removes such files.
+    ``path``. A write to ``path`` at least an hour later removes such files.
 
     Args:
-        path: The file's name. A link of the caller's is followed: what it points to is
-            replaced.
+        path: The file's name. A link that belongs to the caller is followed, and its
+            target is replaced.
 
     Yields:
         The file, open for writing, readable by its owner only.
@@ -112,14 +112,15 @@ def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def put_new_file(path: Path, write: Callable[[Path], None]) -> bool:
-    """Put a file under a name that is not taken; if it is, leave what is there.
+    """Create a file under a free name; leave a file that already has the name.
 
     The file is written under a hidden name and then linked to its own: under ``path``
     it is never half written, and it never replaces another.
 
     Args:
         path: The file's name.
-        write: Fills an empty file, which only its owner can read, and syncs it.
+        write: Fills an empty file, which only its owner can read, and flushes it to the
+            disk.
 
     Returns:
         Whether the name was free.
@@ -142,7 +143,7 @@ def sync_directory(directory: Path) -> None:
     """Make the names in a directory durable, after a file was made or renamed.
 
     Some file systems cannot do that, and a directory that may be written but not read
-    cannot be opened: there the names become durable when the system gets to it.
+    cannot be opened: there the names become durable when the system writes them.
     """
     try:
         handle = os.open(directory, os.O_RDONLY)
@@ -158,10 +159,11 @@ def sync_directory(directory: Path) -> None:
 
 
 def restrict_to_owner(path: Path) -> None:
-    """Take a file's permissions from all other users, with a warning if they had any.
+    """Remove the permissions of other users from a file, and warn if they had any.
 
-    A file may have got them when it was restored from a copy, or made beforehand. The
-    file is not opened. If it belongs to another user, it is left as it is.
+    A file may have such permissions because it was restored from a copy, or created by
+    another program. The file is not opened. If it belongs to another user, it is left
+    as it is.
 
     Args:
         path: A file that exists.
@@ -185,12 +187,12 @@ def _require_own_link(path: str) -> None:
 
     In a directory that everybody can write to, such as /tmp, another user can put a
     link under a name that is about to be written, and so choose which file is replaced.
-    The owner of a directory and the owner of a link in it may use it as they like.
+    A link is accepted if it belongs to this user, or to the owner of the directory.
     """
     try:
         found = os.lstat(path)
     except OSError:
-        return  # there is nothing; other faults show when the file is made
+        return  # there is no link; other errors are raised when the file is made
     if not stat.S_ISLNK(found.st_mode):
         return
     directory = os.stat(os.path.dirname(path) or ".")

@@ -3,7 +3,8 @@
 ``torch.save`` does not check what it reads back: a damaged or edited checkpoint loads
 like a good one. ``with_checksum`` adds a SHA-256 over all names, types and values, and
 ``verified_state`` refuses a state that no longer matches it. The checksum detects
-damage and careless edits. It does not stop a person who computes it again.
+damage and careless edits. It does not detect a person who edits the state and computes
+the checksum again.
 
 >>> import torch
 >>> state = with_checksum({"steps": torch.tensor([1, 2]), "rate": 0.5})
@@ -74,7 +75,7 @@ def verified_state(state: Any) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value may be in a state, and takes as much memory as it seems.
+    """Return whether a value may be in a state, and cannot expand when it is read.
 
     A file may hold a tensor that repeats one number a million times, or lists within
     lists whose text is endless. Neither is ever saved.

@@ -1,10 +1,10 @@
 """The kinds of files that opacus_pi writes: their names, versions and readers.
 
-This table is the only place that lists them. (A checkpoint is a file of torch, and a
-deletion log has a format of its own; neither names a kind.) A file says what it is in
-its header, so that a renamed file is still recognised: a safetensors file in the
-header's metadata, a JSON file in its entry ``"kind"`` or ``"format"``. ``kind_in``
-looks the name up.
+This table is the only place that lists them. (A checkpoint is a file of ``torch.save``,
+and a deletion log has a format of its own; neither contains a kind.) The kind is stored
+in the file, so that a renamed file is still recognised: a safetensors file has it in
+the header's metadata, a JSON file in its entry ``"kind"`` or ``"format"``. ``kind_in``
+finds it there.
 
 >>> kind_in(b'{"kind": "opacus_pi.UnlearningTrace", "version": 1').words
 'the trace of an unlearning run'
@@ -43,13 +43,13 @@ class FileKind:
     """One kind of file.
 
     Args:
-        name: What the file calls itself, e.g. ``"opacus_pi.GradNormLedger"``.
-        words: What to call it in a sentence, e.g. ``"a ledger of gradient norms"``.
+        name: The name that is stored in the file, e.g. ``"opacus_pi.GradNormLedger"``.
+        words: The kind as words of a sentence, e.g. ``"a ledger of gradient norms"``.
         version: The format version that this release writes.
         reader: The function that reads the file and checks it, as
-            ``"module:attribute"``; empty if nothing in the file can be checked. It is
-            a text because readers live in rooms above this one, and because a look-up
-            must not import torch.
+            ``"module:attribute"``; empty if nothing in the file can be checked. It is a
+            string because readers are defined in packages that import this one, and
+            because a look-up must not import torch.
         earlier_versions: The format versions of earlier releases that are read too.
     """
 
@@ -61,7 +61,7 @@ class FileKind:
 
     @property
     def readable_versions(self) -> tuple[int, ...]:
-        """The format versions that this release reads, the one that it writes last."""
+        """The format versions that this release reads; it writes the last one."""
         return (*self.earlier_versions, self.version)
 
     def read(self, path: Path) -> Any:

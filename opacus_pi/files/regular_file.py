@@ -1,12 +1,12 @@
 """Refuse names of anything but a regular file, before it is opened.
 
-Opening a pipe waits until another program opens its other end, perhaps for ever. A
-device may never end, and what is written to it is lost. A link that leads back to
-itself names nothing, and renaming a file to it would silently remove the link. So
-every function of the package that reads or writes a named file calls one of the two
+Opening a pipe waits until another program opens its other end, perhaps for ever.
+Reading a device may never end, and data written to it are lost. A link that leads back
+to itself points to no file, and renaming a file to it would silently remove the link.
+So every function of the package that reads or writes a named file calls one of the two
 functions here first.
 
-**What breaks it.** Another program that exchanges the file after it was looked at.
+**What breaks it.** Another program that replaces the file after the check.
 
 >>> require_regular("/dev/null")
 Traceback (most recent call last):
@@ -50,13 +50,13 @@ def require_regular(path: str | os.PathLike[str]) -> None:
 
 
 def replaceable(path: str | os.PathLike[str]) -> Path:
-    """Return the file that a writer replaces or makes, or refuse anything else.
+    """Return the path that a writer replaces or creates; refuse all but regular files.
 
     Args:
         path: The file's name; it need not exist. A link is followed.
 
     Returns:
-        The name without links.
+        The path with all links followed.
 
     Raises:
         ValueError: If a directory, a pipe, a device, a socket or a link that leads back
@@ -66,7 +66,7 @@ def replaceable(path: str | os.PathLike[str]) -> Path:
     try:
         mode = os.lstat(target).st_mode
     except OSError:
-        return Path(target)  # there is nothing; other faults show when it is made
+        return Path(target)  # there is no file; other errors are raised when it is made
     _require(path, mode, dict.fromkeys(_KINDS, _NOT_REPLACED))
     return Path(target)
 
@@ -76,8 +76,8 @@ def _require(path: str | os.PathLike[str], mode: int, remedies: dict[int, str]) 
 
     Args:
         path: The name, for the message.
-        mode: Its type and permissions, as ``os.stat`` returns them.
-        remedies: What to do, by the type of file.
+        mode: The file's type and permissions, as ``os.stat`` returns them.
+        remedies: What the user can do, by the type of file.
     """
     kind = stat.S_IFMT(mode)
     expect(

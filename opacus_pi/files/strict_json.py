@@ -1,4 +1,4 @@
-"""JSON that every reader accepts: no NaN, no infinity, no NumPy types.
+"""Write JSON that every reader accepts: without NaN, infinity and NumPy types.
 
 Python writes ``NaN`` and ``Infinity`` into JSON, which the standard does not allow and
 other languages refuse. Here such numbers become strings.
@@ -20,12 +20,12 @@ __all__ = ["json_text", "strict"]
 def json_text(facts: Any, indent: int | None = 1) -> str:
     """Return JSON text; numbers that are not finite become strings such as "inf".
 
-    Characters that are not printable are escaped, so that a text from elsewhere cannot
-    act on the terminal that shows the answer.
+    Characters that are not printable are escaped, so that a string from a file cannot
+    control the terminal on which it is printed.
 
     Args:
         facts: Mappings, sequences, arrays, dataclasses, strings and numbers.
-        indent: Spaces of a level. None: one line.
+        indent: Spaces for each level of nesting. None: everything on one line.
     """
     text = json.dumps(strict(facts), indent=indent, ensure_ascii=False, allow_nan=False)
     if text.isprintable():
@@ -41,7 +41,7 @@ def strict(value: Any) -> Any:
     """Return the same facts in JSON's own types.
 
     Args:
-        value: What ``json_text`` accepts.
+        value: Any value that ``json_text`` accepts.
     """
     if isinstance(value, np.ndarray | np.generic):
         return strict(value.tolist())

@@ -1,13 +1,13 @@
 """Read files of ``torch.save`` without running code from them.
 
 ``torch.load`` can unpickle any object, and so run any code. With ``weights_only=True``
-it accepts tensors, containers, numbers and strings only. Programs often put a NumPy
-number or their parsed arguments beside the weights, so a few types that cannot run
-anything are accepted as well (``_HARMLESS``), and what the user has allowed by
-``torch.serialization.add_safe_globals``.
+it accepts tensors, containers, numbers and strings only. Programs often save a NumPy
+number or their parsed arguments together with the weights. So a few types that cannot
+run code are accepted as well (``_HARMLESS``), and so are the types that the user has
+allowed by ``torch.serialization.add_safe_globals``.
 
-*Guarantee.* No code from a file is run. *What breaks it*: a function that the user
-allowed.
+*Guarantee.* No code from a file is run. *What breaks it*: a type or function that the
+user allowed.
 
 >>> import datetime, io
 >>> file = io.BytesIO()
@@ -62,7 +62,7 @@ _HARMLESS: list[Any] = [
     pathlib.WindowsPath,
 ]
 _MAX_PICKLE = 1 << 24  # bytes, without the tensors, which are members of their own
-# Types that a pickle can make with any length, which torch itself never asks for.
+# Types that a pickle can create with any length; torch itself never pickles them.
 _OF_ANY_LENGTH = re.compile(r".*(bytearray|Tensor|[Tt]ypedStorage)")
 # What a damaged pickle can raise besides UnpicklingError.
 _DAMAGED = (
@@ -77,7 +77,7 @@ _DAMAGED = (
 
 
 class OtherObjects(ValueError):
-    """The file is whole, but holds objects that only unpickling can load."""
+    """The file is not damaged, but holds objects that only unpickling can load."""
 
 
 def read_torch_file(
@@ -89,16 +89,16 @@ def read_torch_file(
     """Return what ``torch.save`` wrote, if it can be read without running code.
 
     Args:
-        source: A file's name, or an open file; if it cannot be read, the file is left
-            where it was.
+        source: A file's name, or an open file. If reading fails, an open file is set
+            back to the position that it had.
         remedy: One sentence: what the caller can do about a file with other objects.
-        **options: Options of ``torch.load`` but ``weights_only``.
+        **options: Options of ``torch.load``, except ``weights_only``.
 
     Raises:
         OtherObjects: If it holds objects of other types; the message names them.
-        ValueError: If it is damaged, or no regular file.
-        RuntimeError, EOFError, OSError: As ``torch.load``, if it is damaged or cannot
-            be opened.
+        ValueError: If the file is damaged, or not a regular file.
+        RuntimeError, EOFError, OSError: As ``torch.load``, if the file is damaged or
+            cannot be opened.
     """
     is_open = not isinstance(source, (str, os.PathLike))
     start = cast(IO[bytes], source).tell() if is_open else 0
@@ -120,7 +120,7 @@ def read_torch_file(
         ) from error
     except (OSError, *_DAMAGED) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # the file cannot be opened; EINVAL is torch's for a cut archive
+            raise  # the file cannot be opened; torch raises EINVAL for a cut archive
         raise ValueError(
             f"path must be a complete file of torch.save, got {source} "
             f"({type(error).__name__}: {error}). Restore it from a copy."
@@ -142,9 +142,10 @@ def _harmless_types() -> Iterator[None]:
 def require_bounded(path: Path) -> None:
     """Refuse an archive that needs much more memory than its size when it is read.
 
-    ``torch.save`` stores every member once and uncompressed, so a whole archive is at
-    least as large as its content. A few pickled bytes could still ask for an object of
-    any length: the types that allow that are refused as well.
+    ``torch.save`` stores every member of the zip archive once and uncompressed, so an
+    undamaged archive is at least as large as its content. A few pickled bytes could
+    still ask for an object of any length: the types that allow that are refused as
+    well.
 
     Args:
         path: A file that begins like an archive.
@@ -191,7 +192,7 @@ def _other_types(source: Source, start: int) -> list[str]:
 
     Args:
         source: The file.
-        start: Where it begins, if it is open; it is left there.
+        start: The position at which the file begins, if it is open; it is restored.
     """
     is_open = not isinstance(source, (str, os.PathLike))
     try:

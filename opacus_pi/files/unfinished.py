@@ -1,18 +1,18 @@
-"""Temporary files of writers that were killed: which they are, and removing them.
+"""Find and remove the temporary files of writers that were killed.
 
 A process that is killed with ``kill -9``, or by a power cut, cannot remove the
 temporary file that it was writing. The file may hold per-example values, so it should
-not stay. A later write to the same name removes it, if it is certain that nobody writes
-to it any more:
+not stay. A later write to the same name removes it, if it is certain that no process
+writes to it any more:
 
 * a writer holds a lock on its temporary file until the file has its final name. The
   system releases the lock when the process ends, however it ends;
-* who removes a file holds this lock meanwhile, so no writer can be at work on it;
+* a process that removes a file holds this lock meanwhile, so no writer can be using it;
 * the file must be an hour old, for network shares whose locks end at one machine.
 
-A writer may find that its new file was taken for a stale one before it had locked it
-(its clock is an hour behind that of the share). ``locked`` says so; then it makes
-another one.
+A new file may be removed as a stale one before its writer has locked it, if the
+writer's clock is an hour behind that of the share. ``locked`` then returns False, and
+the writer creates another file.
 
 **What breaks it.** Systems without ``flock`` (Windows, some shares): there nothing is
 removed.
@@ -40,8 +40,8 @@ def temporary_name(target: Path) -> Path:
     """Return a new name for a temporary file beside its target: hidden, and random.
 
     Args:
-        target: The name that the file will get. Of a long one only a part is used,
-            because systems limit the length of names.
+        target: The name that the file will get. A long name is shortened, because
+            systems limit the length of names.
     """
     return target.with_name(f"{_prefix(target)}{secrets.token_hex(8)}.tmp")
 
@@ -59,11 +59,12 @@ def locked(handle: int) -> bool:
 
 
 def remove_unfinished(target: Path) -> None:
-    """Remove temporary files of killed processes that were to become a file.
+    """Remove the temporary files that killed processes left for a target.
 
     Args:
-        target: The name that they were to get. Only files of this user in its directory
-            are looked at, and only those named by ``temporary_name``.
+        target: The name that the files would have got. Only files of this user in the
+            target's directory are considered, and only those named by
+            ``temporary_name``.
     """
     prefix = _prefix(target)
     try:
@@ -77,7 +78,7 @@ def remove_unfinished(target: Path) -> None:
 
 
 def _prefix(target: Path) -> str:
-    """Return how the temporary names of a target begin."""
+    """Return the beginning of the temporary names of a target."""
     return f".{target.name[:100]}."
 
 

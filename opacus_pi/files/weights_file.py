@@ -1,6 +1,6 @@
 """Safetensors files of torch tensors with a kind, a version and a checksum.
 
-The counterpart of ``arrays_file`` for weights, with the same guarantees. It is a module
+The counterpart of ``arrays_file`` for weights, with the same guarantees. It is a
 separate module because it needs torch, and ledgers are read without torch.
 
 >>> import tempfile
@@ -53,7 +53,7 @@ def write_weights(
 
     Args:
         path: The file's name.
-        kind: What the file holds; its name and version stand in the header.
+        kind: The kind of file; its name and version are stored in the header.
         state: Tensors by name. Tied tensors are written once per name; entries that
             are not tensors (a module's extra state) are left out.
         facts: Strings by name; ``kind``, ``version`` and ``checksum`` are reserved.
@@ -71,7 +71,7 @@ def write_weights(
 def read_weights(
     path: str | os.PathLike[str], kind: FileKind
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what ``write_weights`` wrote, or refuse.
+    """Read a file that ``write_weights`` wrote, after checking it.
 
     Args:
         path: The file's name.
@@ -82,7 +82,8 @@ def read_weights(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, foreign, of another version or edited.
+        ValueError: If the file is truncated, edited, of another version, or not of this
+            kind.
     """
     with opened(path, kind, framework="pt") as (file, header):
         tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -98,7 +99,7 @@ def described(tensors: Mapping[str, Tensor]) -> Iterator[Described]:
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """Return a tensor's entries, of any type, as they are in memory.
+    """Return the bytes of a tensor's entries, of any type, in memory order.
 
     Args:
         tensor: A tensor on any device.
@@ -118,7 +119,7 @@ def read_plain_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a whole safetensors file.
+        ValueError: If it is not a complete safetensors file.
     """
     require_regular(path)
     try:
@@ -134,7 +135,7 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """Return tensors as the bytes of a safetensors file.
 
     Args:
-        tensors: Tensors by name, which share no memory.
+        tensors: Tensors by name; no two of them share memory.
     """
     return save(dict(tensors))
 
@@ -143,7 +144,7 @@ def tensors_from_bytes(content: bytes) -> dict[str, Tensor]:
     """Return the tensors that ``tensors_to_bytes`` was given.
 
     Args:
-        content: What it returned.
+        content: The bytes that it returned.
 
     Raises:
         ValueError: If these are not the bytes of a safetensors file.

@@ -1,6 +1,6 @@
 """Checks of the fields of a ledger, each with an error that names the field.
 
-A ledger checks its fields when it is made, so that every function that takes one may
+A ledger checks its fields when it is created, so that every function that takes one may
 rely on them. The checked arrays are read-only copies: a ledger cannot change.
 
 >>> checked_steps([1, 3, 2], num_steps=3)
@@ -19,7 +19,7 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, real_array
 from opacus_pi.ledger.custody import Custody
 
-CHANGED = "changed"  # in place of a name: the weights were written to since
+CHANGED = "changed"  # in place of a name: the weights were written to after the run
 _NAME = re.compile(f"sha256:[0-9a-f]{{64}}|{CHANGED}", re.ASCII)
 
 
@@ -71,7 +71,7 @@ def checked_weights(value: str | None) -> str | None:
 def checked_measurements(
     name: str, value: ArrayLike, num_rows: int
 ) -> NDArray[np.float32]:
-    """Return measurements of examples at rows, checked.
+    """Return the measurements of each example at each row, checked.
 
     Args:
         name: The field's name, for the error.
@@ -134,7 +134,7 @@ def checked_participations(
 
     Args:
         value: ``(N, n)``, whole numbers at least 0.
-        sampling: How the run drew its batches.
+        sampling: ``"poisson"`` or ``"fixed"``: how the run drew its batches.
         limit: The largest count that an example can have over the run.
 
     Returns:
@@ -173,7 +173,7 @@ def checked_participations(
 
 
 def checked_ids(value: ArrayLike) -> NDArray[np.int64]:
-    """Return example numbers, checked, in the caller's order.
+    """Return positions of examples in the data set, checked, in the caller's order.
 
     Args:
         value: ``(n,)``, whole numbers at least 0, each once.

@@ -9,12 +9,12 @@ ledger, and every function that reads the ledger looks at it.
 A link is in one of three states:
 
 * *checked*: it was observed to hold;
-* *unchecked*: it could not be observed, and is taken to hold. Whoever uses the numbers
-  declares it;
+* *unchecked*: it could not be observed, and is taken to hold. It then stands in the
+  list of assumptions of every guarantee;
 * *broken*: it does not hold. No number is given, and the error says why.
 
-A ledger without a chain (``custody=None``) was made by hand or by an earlier release:
-its maker declares all links, and numbers are given.
+A ledger without a chain (``custody=None``) was made by hand or by an earlier release.
+Whoever made it declares that every link holds, so numbers are given.
 
 >>> chain = Custody((Link("loss", "unchecked", "The criterion was not seen."),))
 >>> chain.unchecked[0].sentence
@@ -47,7 +47,7 @@ __all__ = [
 
 CHECKED, UNCHECKED, BROKEN = "checked", "unchecked", "broken"
 _STATES = (CHECKED, UNCHECKED, BROKEN)
-#: What each link says, by name, in the order in which an update passes them.
+#: The statement that each link makes, by name, in the order of an update.
 LINKS = MappingProxyType(
     {
         "draw": "every batch came from the prepared data loader, and was used in one "
@@ -63,7 +63,7 @@ LINKS = MappingProxyType(
         "weights": "nothing but the recorded updates wrote to the weights",
     }
 )
-#: Largest share of samples without a known example with which numbers are given.
+#: Largest share of unattributed samples for which numbers are still given.
 MAX_UNATTRIBUTED = 0.01
 
 
@@ -102,8 +102,8 @@ class Custody:
     """The links of one run, and how many of its samples have no known example.
 
     Args:
-        links: What is known, at most one entry for each name; a link that is not there
-            is unchecked.
+        links: The links with a known state, at most one for each name; every other link
+            counts as unchecked.
         num_samples: Samples that entered updates.
         num_unattributed: Those of them whose example is not known.
         allows_unattributed: Whether any share of unattributed samples is allowed,
@@ -154,7 +154,8 @@ class Custody:
         """Refuse to give numbers if a link is broken.
 
         Raises:
-            AccountingError: With the reason that was established first, and its remedy.
+            AccountingError: If a link is broken, or too many samples are unattributed;
+                the message gives the first reason that was found, and its remedy.
         """
         for link in self.broken:
             raise AccountingError(link.sentence)

@@ -33,13 +33,14 @@ _INPUTS = re.compile(r":x[0-9a-f]{16}$")
 def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
     """Return a name made of a data set's class, length and hashes of labels and inputs.
 
-    Labels are looked for where data sets keep them: ``targets``, ``labels``, the last
-    of ``tensors``, and through a subset's ``dataset`` and ``indices``; so are inputs,
-    in ``data`` and the other ``tensors``. Of large inputs only evenly spaced examples
-    are hashed, about a million numbers in all: differences in other examples are not
-    noticed. ``__getitem__`` is never called and no random state is touched, so neither
-    augmentation nor downloads run, and data sets that read files on demand have no hash
-    of inputs. Without labels, the name is the class and the length.
+    Labels are taken from the attribute ``targets``, ``labels`` or the last of
+    ``tensors``; inputs from ``data`` or the other ``tensors``. For a ``Subset`` the
+    whole data set is searched, at the positions in ``indices``. Of large inputs only
+    evenly spaced examples are hashed, about a million numbers in all: differences in
+    other examples are not noticed. ``__getitem__`` is never called and no random state
+    is touched, so neither augmentation nor downloads run, and data sets that read files
+    on demand have no hash of inputs. Without labels, the name is the class and the
+    length.
 
     Args:
         data_set: Anything with a length.
@@ -83,7 +84,7 @@ def same_data_set(one: str, other: str) -> bool:
 
 
 def _is_subset(data_set: Any) -> bool:
-    """Return whether this is a choice of positions in another data set."""
+    """Return whether this is a subset: positions of another data set."""
     return hasattr(data_set, "dataset") and hasattr(data_set, "indices")
 
 
@@ -123,7 +124,7 @@ def _inputs(data_set: Any, places: NDArray[np.int64]) -> list[NDArray[Any]]:
 
 
 def _some(values: Any, places: NDArray[np.int64], size: int) -> NDArray[Any] | None:
-    """Return inputs of evenly spaced examples, or None if this is no array of all."""
+    """Return inputs of evenly spaced examples, or None if there is no array of them."""
     is_tensor = hasattr(values, "detach") and hasattr(values, "is_floating_point")
     shape = tuple(values.shape) if is_tensor or isinstance(values, np.ndarray) else ()
     if shape[:1] != (size,):
@@ -137,7 +138,7 @@ def _some(values: Any, places: NDArray[np.int64], size: int) -> NDArray[Any] | N
 
 
 def _as_array(found: Any) -> NDArray[Any] | None:
-    """Return an array of numbers or strings, or None if this is not one."""
+    """Return the object as an array of numbers or strings, or None if it is not one."""
     if found is None or callable(found):
         return None
     if hasattr(found, "cpu"):

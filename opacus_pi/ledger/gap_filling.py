@@ -12,8 +12,8 @@ estimates:
   but the loss of an example then depends on the norms of others.
 
 An example that was never observed is filled with infinity, which later becomes the clip
-norm: it never counts as harmless. What breaks both rules are norms that change quickly
-between two observations of an example.
+norm: it never counts as harmless. Both rules fail if norms change quickly between two
+observations of an example.
 
 >>> fill_unobserved([[8, 6, 4, np.nan], [np.nan, 2, 1, 3]])
 array([[8., 6., 4., 3.],
@@ -35,8 +35,8 @@ __all__ = ["fill_by_rank", "fill_unobserved", "middle_ranks"]
 def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:
     """Fill each example's gaps: its next observation, else its last, else infinity.
 
-    Infinity stands for the clip norm: no gradient enters an update larger than that. So
-    an example that was never observed never counts as harmless.
+    Infinity stands for the clip norm, the largest norm that a gradient can have after
+    clipping. So an example that was never observed never counts as harmless.
 
     Args:
         rows: ``(N, n)``, NaN where not observed.

@@ -1,8 +1,8 @@
 """The ledger of a training run: its mechanism and each example's gradient norms.
 
-Losses at any order, noise and convention are functions of the ledger, so a new question
-needs no new training. That is why norms are stored and not losses. One ledger is one
-run: functions that average over runs take a list of ledgers.
+The ledger stores norms and not losses, because losses at any order and noise level can
+be computed from the norms: a new question needs no new training. One ledger is one run;
+functions that average over runs take a list of ledgers.
 
 >>> mechanism = NoisySGD(
 ...     num_steps=100, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0
@@ -66,28 +66,28 @@ class GradNormLedger(SavedLedger):
     """Per-example gradient norms of one training run.
 
     Args:
-        mechanism: The run's facts.
+        mechanism: Number of updates, sample rate, noise and clip norm of the run.
         steps: int64 ``(N,)``, strictly increasing: updates done when each row was
             measured. Row i holds norms at the weights after ``steps[i]`` updates.
         grad_norms: float32 ``(N, n)``, the raw L2 norm of the gradient of each
             example's own loss, before clipping. NaN: not observed.
         source: ``"swept"`` (all examples measured at ``steps[i]``) or ``"observed"``
             (each example's latest norm in training since the row before).
-        example_ids: int64 ``(n,)``, which example of the data set each column is.
-            Default: column j is example j.
+        example_ids: int64 ``(n,)``, the position in the data set of each column's
+            example. Default: column j is example j.
         data_set: The data set's ``fingerprint``, or a name of your own.
         confidences: float32 ``(N, n)``, softmax probability of the label.
         errors: float32 ``(N, n)``, norm of (softmax - one-hot label), EL2N.
         correct: float32 ``(N, n)``, 1 where the prediction was right, else 0.
-        weights: Name of the weights after the last update, ``"sha256:…"`` of the
-            model's state dict. ``"changed"``: the weights were changed before they
-            were named. None: not known. An engine's ledger names them.
+        weights: Hash of the weights after the last update, ``"sha256:…"`` of the
+            model's state dict. ``"changed"``: the weights were changed before their
+            hash was computed. None: not known. An engine's ledger has the hash.
         custody: What is known about how the norms came to be; functions of the ledger
             refuse to give numbers if a link of it is broken. None: the maker of the
             ledger declares that every link holds.
-        participations: int32 ``(N, n)``, in how many updates of its interval (those
-            since the row before, for the last row all that follow, too) each example
-            was. Only under fixed sampling; None: not counted.
+        participations: int32 ``(N, n)``, the number of updates that drew each example,
+            among those since the row before (for the last row also those after it).
+            Only under fixed sampling; None: not counted.
 
     A ledger is sensitive: it shows which examples are unusual. Protect it like the
     data set.
@@ -203,10 +203,11 @@ class GradNormLedger(SavedLedger):
     def smoothed_ranks(self) -> SmoothedRanks:
         """The ranks of norms, smoothed over all draws of the run.
 
-        Learnt when it is first needed; a ``subset`` keeps what the whole ledger learnt.
+        Fitted when first needed; a ``subset`` keeps the ranks that were fitted to the
+        whole ledger.
         """
         if not self._learnt:
-            # In a row without gaps examples may have been charged, not drawn.
+            # In a row without gaps, charged examples may not have been drawn.
             has_gaps = np.isnan(self.grad_norms).any(axis=1, keepdims=True)
             rows = np.where(has_gaps, self.grad_norms, np.nan)
             learnt = SmoothedRanks.learnt_from(rows, self.updates_of_rows())
@@ -216,7 +217,8 @@ class GradNormLedger(SavedLedger):
     def updates_of_rows(self) -> NDArray[np.int64]:
         """Return how many updates each row stands for, int64 ``(N,)``.
 
-        Those since the row before; for the last row all that follow, too.
+        A row stands for the updates since the row before, the last row also for those
+        that follow it.
         """
         ends = np.append(self.steps[:-1], self.mechanism.num_steps)
         return np.maximum(np.diff(ends, prepend=0), 1)
@@ -237,7 +239,7 @@ class GradNormLedger(SavedLedger):
         return self.mechanism.ratios(fill_unobserved(self.grad_norms))
 
     def with_noise_std(self, noise_std: ArrayLike) -> "GradNormLedger":
-        """Return the ledger that the run would have left with another noise.
+        """Return the same norms under another, assumed noise level.
 
         Args:
             noise_std: Standard deviation of the noise on the sum of the gradients, a
@@ -269,15 +271,15 @@ class GradNormLedger(SavedLedger):
         return replace(self, example_ids=ids, **kept)._with_learnt_of(self)
 
     def _with_learnt_of(self, other: "GradNormLedger") -> "GradNormLedger":
-        """Return this ledger after it has taken over what another one has learnt."""
+        """Take over the fitted ranks of another ledger, and return this ledger."""
         self._learnt[:] = other._learnt
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ledger to one safetensors file, atomically and with a checksum.
 
-        Warns if this is a ``subset`` with gaps: the file does not hold what the whole
-        ledger has learnt, so the estimates of the loaded ledger will be other ones.
+        Warns if this is a ``subset`` with gaps: the file does not hold the ranks that
+        were fitted to the whole ledger, so the loaded ledger gives other estimates.
 
         Args:
             path: The file's name. The file is as sensitive as the ledger.
@@ -291,8 +293,8 @@ class GradNormLedger(SavedLedger):
 
         Returns:
             One line for each row and example: ``step``, ``example`` (its position in
-            the data set), ``grad_norm`` (NaN: not observed), and what else was
-            measured. It is as sensitive as the ledger.
+            the data set), ``grad_norm`` (NaN: not observed), and one column for each
+            other measurement. It is as sensitive as the ledger.
 
         Raises:
             ImportError: If pandas is not installed.
@@ -317,7 +319,7 @@ class GradNormLedger(SavedLedger):
         """Refuse to give numbers if a link of the chain of custody is broken.
 
         Raises:
-            AccountingError: If so; it says what was broken, and what to do.
+            AccountingError: If a link is broken; the message says why, and what to do.
         """
         if self.custody is not None:
             self.custody.require_intact()
@@ -329,8 +331,8 @@ class GradNormLedger(SavedLedger):
             data_set: The fingerprint (or name) of the data set at hand.
 
         Raises:
-            ValueError: If this ledger names another one. A ledger without a name
-                passes.
+            ValueError: If this ledger was recorded on another one. A ledger without a
+                fingerprint passes.
         """
         expect(
             self.data_set is None or same_data_set(self.data_set, data_set),
@@ -346,9 +348,8 @@ class GradNormLedger(SavedLedger):
     ) -> Iterator["GradNormLedger"]:
         """Read a ledger that ``save`` wrote, some examples at a time.
 
-        For ledgers larger than memory. What is learnt from all draws of the run
-        (``smoothed_ranks``) is learnt first, so that a part has the losses of the
-        whole.
+        For ledgers larger than memory. The ``smoothed_ranks``, which need all draws of
+        the run, are fitted first, so that a part gives the same losses as the whole.
 
         Args:
             path: The file's name; it must not change meanwhile.
@@ -417,19 +418,19 @@ def filled_by_rank(ledger: GradNormLedger) -> GradNormLedger:
     r"""Return a ledger whose gaps are filled by the ranks of the examples.
 
     An example that was not drawn since the row before keeps its rank u among the drawn
-    examples, and gets the u-quantile of the norms observed in the row. Compared
-    with the default, its own next norm, the worst undercharge was 16 to 5,000 times
-    smaller in ``benchmarks.observed_vs_exact``, and the largest overcharge about the
-    same. This is an estimate, never a bound. Unlike
-    under the default rule, an example's loss depends on what was observed of others:
-    fill the whole ledger before you take a ``subset``.
+    examples, and gets the u-quantile of the norms observed in the row. The default is
+    the example's own next norm. Compared with it, the worst undercharge was 16 to 5,000
+    times smaller in ``benchmarks.observed_vs_exact``, and the largest overcharge about
+    the same. This is an estimate, never a bound. Unlike with the default rule, an
+    example's loss depends on the norms of others: fill the whole ledger before you take
+    a ``subset``.
 
     Args:
         ledger: A ledger of all examples of the run.
 
     Returns:
-        The same ledger. Gaps remain only for examples that were never observed, and in
-        rows without any observation.
+        A ledger with filled rows. Gaps remain only for examples that were never
+        observed, and in rows without any observation.
     """
     with np.errstate(over="ignore"):
         filled = fill_by_rank(ledger.grad_norms).astype(np.float32)
@@ -487,7 +488,7 @@ def _agreement(
 
 
 def _without_counts(mechanism: NoisySGD) -> NoisySGD:
-    """Return a mechanism as it was before any run: its shuffles were not counted."""
+    """Return a mechanism without the counts of participations of its run."""
     return replace(mechanism, max_participations=None)
 
 
@@ -495,8 +496,8 @@ def joint_mechanism(runs: Sequence[GradNormLedger]) -> NoisySGD:
     """Return the mechanism of several runs of one training procedure.
 
     Args:
-        runs: What ``runs_of`` returned. They differ in nothing but the counts of
-            participations, of which the largest is taken.
+        runs: What ``runs_of`` returned. They differ only in the counts of
+            participations; the largest count is used.
     """
     counts = [run.mechanism.max_participations for run in runs]
     known = [count for count in counts if count is not None]
@@ -505,7 +506,7 @@ def joint_mechanism(runs: Sequence[GradNormLedger]) -> NoisySGD:
 
 
 def _columns(ledger: GradNormLedger) -> NDArray[np.int64]:
-    """Return which example each column is."""
+    """Return the position in the data set of each column's example."""
     ids = ledger.example_ids
     return np.arange(ledger.num_examples) if ids is None else ids
 
@@ -513,7 +514,7 @@ def _columns(ledger: GradNormLedger) -> NDArray[np.int64]:
 def columns_of(
     ledger: GradNormLedger, indices: ArrayLike, name: str = "forget_indices"
 ) -> NDArray[np.int64]:
-    """Return the ledger's columns of some examples of the data set.
+    """Return the columns in which the ledger holds given examples of the data set.
 
     Args:
         ledger: The ledger.

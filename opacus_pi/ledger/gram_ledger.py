@@ -1,9 +1,9 @@
 """Gram matrices of a group's gradients along a run, which group bounds need.
 
-For one example the gradient norm is enough. For a group the bounds also depend on the
-directions of the gradients, which their inner products determine. The matrices are
-computed after training, from saved weights, for any forget set
-(``recording.gram_ledger``).
+A Gram matrix holds the inner products of all pairs of gradients. For one example the
+gradient norm is enough. For a group the bounds also depend on the angles between the
+gradients, which the inner products determine. The matrices are computed after training,
+from saved weights, for any forget set (``recording.gram_ledger``).
 
 >>> from opacus_pi.ledger.mechanism import NoisySGD
 >>> mechanism = NoisySGD(10, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
@@ -33,18 +33,19 @@ _SHAPES = {"forget": "(N, m, m)", "minibatch": "(N, R, J, J)"}
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GramLedger(SavedLedger):
-    """Inner products of a group's gradients at the rows of one run. Sensitive.
+    """Inner products of a group's gradients at the rows of one run; sensitive data.
 
     Args:
-        mechanism: The run's facts.
+        mechanism: Number of updates, sample rate, noise and clip norm of the run.
         steps: int64 ``(N,)``, strictly increasing: updates done at each row.
         grams: float64. ``kind="forget"``: ``(N, m, m)``, ⟨g_x, g_y⟩ of the m forget
-            examples' own gradients, before clipping. ``kind="minibatch"``:
-            ``(N, R, J, J)``, ⟨U_i − U'_r, U_j − U'_r⟩, where U_1 … U_J are the summed
-            (clipped) gradients of minibatches of all the data and U'_r that of a
-            minibatch of the retain set. Subtract **before** taking products: after it,
-            rounding may leave no correct digit.
-        kind: ``"forget"`` for the coupled bound, ``"minibatch"`` for Theorem B.1.
+            examples' own gradients, before clipping. ``kind="minibatch"``: ``(N, R, J,
+            J)``, ⟨U_i − U'_r, U_j − U'_r⟩, where U_1 … U_J are the summed (clipped)
+            gradients of minibatches of all the data and U'_r that of a minibatch of the
+            retain set. Subtract **before** taking products: a difference of products
+            may have no correct digit.
+        kind: ``"forget"`` for the coupled bound, ``"minibatch"`` for the bound of
+            Theorem B.1 (docs/theory.md).
         example_ids: int64 ``(m,)``, the examples of the group.
         data_set: The data set's ``fingerprint``, or a name of your own.
 
@@ -131,7 +132,7 @@ class GramLedger(SavedLedger):
         return np.reshape(scaled, self.grams.shape)
 
     def with_noise_std(self, noise_std: ArrayLike) -> "GramLedger":
-        """Return the ledger of the same run under an assumed noise.
+        """Return the same matrices under another, assumed noise level.
 
         Args:
             noise_std: Standard deviation of the noise on the sum of the gradients, a
@@ -149,7 +150,7 @@ def scaled_gram(gram: NDArray[np.float64], mechanism: NoisySGD) -> NDArray[np.fl
 
     Args:
         gram: ``(…, m, m)``, inner products.
-        mechanism: Facts without a schedule.
+        mechanism: The run's facts at this row, with numbers and no schedules.
 
     Returns:
         float64 in the matrix's shape.

@@ -24,7 +24,7 @@ from opacus_pi._validate import expect, in_range, numbers, positive
 from opacus_pi.ledger.checks import frozen
 
 SCHEDULED = ("sample_rate", "noise_std", "max_grad_norm")
-_MOST_UPDATES = 10**18  # a file holds at most 18 digits
+_MOST_UPDATES = 10**18  # a file stores at most 18 digits
 _ASSUMED = "assumed"  # in a file
 MECHANISM_ARRAYS = {f"mechanism.{name}": "<f8" for name in SCHEDULED}
 MECHANISM_FACTS = ("num_steps", "sampling")
@@ -52,13 +52,15 @@ class NoisySGD(Shown):
             that does not look at the data and draws an example at most once an epoch
             (``1 / sample_rate`` updates).
         assumed_noise: Whether ``noise_std`` is an assumption, not what training added
-            (``with_noise_std`` sets it): losses then rank examples and claim nothing.
-        max_participations: Under fixed sampling, in how many updates the example was
-            that was in most, as counted. None: not counted, so an example is taken to
+            (``with_noise_std`` sets it): losses then rank examples, and no guarantee
+            follows from them.
+        max_participations: Under fixed sampling, the largest number of updates that
+            drew one example, as counted. None: not counted, so an example is assumed to
             be in one update of every epoch.
 
-    ``sample_rate``, ``noise_std`` and ``max_grad_norm`` may be arrays ``(N,)`` where a
-    schedule changes them: the value of the interval that a ledger's row covers.
+    ``sample_rate``, ``noise_std`` and ``max_grad_norm`` may be arrays ``(N,)`` if a
+    schedule changes them: one value for the updates that each row of a ledger stands
+    for.
 
     Raises:
         ValueError: If a value is outside its domain.
@@ -136,10 +138,10 @@ class NoisySGD(Shown):
     def ratios(self, norms: ArrayLike) -> NDArray[np.float64]:
         """Return clipped gradient norms in units of the noise, min(‖g‖, C) / noise_std.
 
-        This is the only line of the library in which norms and noise meet.
+        A ledger converts its norms by this function.
 
         Args:
-            norms: ``(N, n)``, or any shape if nothing is scheduled.
+            norms: ``(N, n)``, or any shape if noise and clip norm are numbers.
 
         Returns:
             float64 in the norms' shape, dimensionless.
@@ -159,7 +161,7 @@ class NoisySGD(Shown):
         return np.minimum(norms, clip) / noise
 
     def with_noise_std(self, noise_std: ArrayLike) -> "NoisySGD":
-        """Return the same facts with an assumed noise, marked as assumed.
+        """Return the same facts with an assumed noise level, marked as assumed.
 
         Args:
             noise_std: Standard deviation of the noise on the sum of the gradients, a

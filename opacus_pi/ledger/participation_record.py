@@ -55,16 +55,17 @@ class ParticipationRecord:
     """Every participation of every example in one training run.
 
     Args:
-        num_examples: Number of examples, n.
+        num_examples: Number of examples of the data set, n.
         sampling: ``"poisson"`` or ``"fixed"``.
         sample_rate: Probability with which an update draws an example, or its expected
             share of the examples under fixed sampling.
         data_set: Fingerprint of the data set.
         run: Random name of the run, the same in all of its files.
-        steps: int32 ``(k,)``: the update of each sample, from 1, in any order.
+        steps: int32 ``(k,)``: the update of each sample, counted from 1; in any order.
         indices: int32 ``(k,)``: the example of each sample.
         norms: float32 ``(k,)``: its gradient norm before clipping; NaN: not measured.
-        noise_std: float64 ``(T,)``: noise of each update on the sum of the gradients.
+        noise_std: float64 ``(T,)``: standard deviation of the noise that each update
+            adds to the sum of the gradients.
         max_grad_norm: float64 ``(T,)``: clip norm of each update; ``inf``: no clipping.
         sample_rates: float64 ``(T,)``: sample rate of each update; larger than
             ``sample_rate`` where gradients of several batches were accumulated.
@@ -72,10 +73,11 @@ class ParticipationRecord:
             known. Any example may be among them.
         learning_rates: float64 ``(T, G)``: learning rate of each parameter group in
             each update; None: not recorded.
-        weights: Name of the weights after the last update; empty if not known.
+        weights: Hash of the weights after the last update (``models.weights_name``);
+            empty if not known.
         policy: The deletion policy as JSON, made before training; empty: none.
         began: When recording began, as an ISO 8601 text.
-        kept: Updates of which a state was kept.
+        kept: The updates after which a state of the training was saved.
 
     Raises:
         ValueError: If lengths differ, or an entry is outside its domain.
@@ -175,12 +177,12 @@ class ParticipationRecord:
         return len(self.noise_std)
 
     def first_updates(self) -> NDArray[np.int64]:
-        """Return the update in which each example may have been drawn first.
+        """Return the first update that may have drawn each example.
 
-        An update with samples whose example is not known may have drawn anybody.
+        An update with unattributed samples may have drawn any example.
 
         Returns:
-            int64 ``(n,)``, from 1; T + 1 for an example that was never drawn.
+            int64 ``(n,)``, counted from 1; T + 1 for an example that was never drawn.
         """
         first = np.full(self.num_examples, self.num_steps + 1, dtype=np.int64)
         np.minimum.at(first, self.indices, self.steps)
@@ -188,10 +190,10 @@ class ParticipationRecord:
         return np.minimum(first, unknown[0] + 1) if unknown.size else first
 
     def batch(self, step: int) -> NDArray[np.int32]:
-        """Return the known examples of one update, in the order of their samples.
+        """Return the attributed examples of one update, in the order of their samples.
 
         Args:
-            step: The update, from 1.
+            step: The update, counted from 1.
         """
         low, high = np.searchsorted(self._steps_in_order, [step, step + 1])
         return self.indices[self._order[low:high]]
@@ -200,7 +202,7 @@ class ParticipationRecord:
         """Return the positions of the samples of some examples, in order of update.
 
         Args:
-            examples: int ``(m,)``.
+            examples: int ``(m,)``, positions in the data set.
         """
         chosen = np.zeros(self.num_examples, dtype=np.bool_)
         chosen[np.asarray(examples, dtype=np.int64)] = True

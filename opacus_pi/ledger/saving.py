@@ -1,6 +1,6 @@
 """Write a ledger to a file, and read it again.
 
-Both ledgers hold the same three kinds of things: the facts of the run (``NoisySGD``),
+Both classes of ledgers hold three kinds of things: the facts of the run (``NoisySGD``),
 arrays, and strings. ``SavedLedger`` turns them into one safetensors file and back. A
 ledger class declares in a ``LedgerFile`` which of its fields are arrays, which are
 strings, and what the file calls the strings.
@@ -110,7 +110,7 @@ class SavedLedger(Shown):
 
     @classmethod
     def _from_file(cls, arrays: dict[str, NDArray[Any]], facts: dict[str, str]) -> Self:
-        """Return the ledger that a file's arrays and facts describe."""
+        """Return the ledger that a file's arrays and strings describe."""
         mechanism = NoisySGD.from_arrays(arrays, facts)
         texts = {
             name: facts[in_file]

@@ -1,26 +1,29 @@
 r"""Predictive distribution of an example's norms in updates that did not draw it.
 
 **Idea.** In every row each drawn example has a rank among those drawn. Ranks change
-slowly: an example with a large gradient now has one of the largest soon after. So
+slowly: an example with a large gradient now probably has one of the largest soon after.
+The norms in other updates are therefore predicted in five steps:
 
-1. every rank u becomes a normal score y = Φ⁻¹(u);
+1. every rank u in (0, 1) becomes a normal score y = Φ⁻¹(u), a value that is normally
+   distributed over the examples;
 2. an example's scores are a slowly changing part (variance s², correlation
    exp(-|Δ|/τ) over a share Δ of the training) and independent noise of variance r;
-3. its part at every row is estimated from *all* its draws, before and after;
-4. an update that did not draw it has a normal score with this mean, and a variance that
-   the prediction errors of the draws themselves show;
+3. the slow part at every row is estimated from *all* draws of the example, earlier and
+   later ones;
+4. in an update that did not draw the example, its score is normally distributed with
+   this mean; the variance is calibrated on the prediction errors of the draws;
 5. the norm is the one that has this rank among the norms of the row.
 
 The number that is charged is the *mean* of the loss over this distribution, never the
 loss at its mean: losses are convex in the norm, so the second would charge too little.
 
-**Guarantee.** None for a single example: an estimate. It is fair on average, because a
-Poisson draw does not look at the weights: an example that a row did not draw has the
-same distribution of (prediction, norm) as one that it drew, and the prediction of a
-drawn example, without its own draw, can be compared with its norm.
+**Guarantee.** None for a single example: this is an estimate. It is fair on average,
+because a Poisson draw does not look at the weights: an example that a row did not draw
+has the same distribution of (prediction, norm) as one that it drew, and the prediction
+for a drawn example, made without this draw, can be compared with its norm.
 
-**What breaks it.** Norms that jump between two draws of an example without any trace in
-its ranks; rows in which a handful of examples were drawn, which show few norms. An
+**What breaks it.** Norms that jump between two draws of an example without any effect
+on its ranks, and rows that drew only a handful of examples, and so have few norms. An
 example that was never drawn has the distribution of all examples.
 
 Source: own derivation; docs/theory.md, Section 14. The filter is Kalman's (1960), the
@@ -31,7 +34,7 @@ smoother combines a filter from each end (Fraser and Potter 1969).
 >>> scores = ranks.predict(rows)
 >>> scores.mean.shape, bool(scores.mean[2, 0] > scores.mean[2, 2])
 ((3, 4), True)
->>> float(ranks.norms_at(2, np.array([-9.0]))[0].round(9))  # no norm below the row's
+>>> float(ranks.norms_at(2, np.array([-9.0]))[0].round(9))  # the row's least
 2.0
 """
 
@@ -48,22 +51,23 @@ from opacus_pi.ledger.gap_filling import middle_ranks
 __all__ = ["PredictedScores", "SmoothedRanks", "sampling_step"]
 
 Array = NDArray[np.float64]
-_MAX_EXAMPLES = 1 << 14  # the distribution is learnt from these; more change little
+_MAX_EXAMPLES = 1 << 14  # the distribution is fitted to so many; more change little
 _TIME_SCALES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1e6)  # shares of the training
 _NUM_LEVELS, _NUM_TIMES = 6, 5  # cells in which the spread is calibrated
-_PRIOR_DRAWS = 50.0  # of the spread that the model says, in each cell
-_LARGEST_SHARE = 0.95  # of the variance that may be the slow part's
+_PRIOR_DRAWS = 50.0  # weight of the model's own spread in each cell, in draws
+_LARGEST_SHARE = 0.95  # of the variance; the slow part has at most this
 _TINY = 1e-30  # the least norm whose logarithm is taken
 
 
 @dataclass(frozen=True, eq=False)
 class PredictedScores:
-    """Normal scores of the ranks that examples may have had: mean and spread.
+    """Mean and spread of the normal scores that examples may have had.
 
     Args:
         mean: float32 ``(N, n)``.
-        std: float32 ``(N, n)``, of a score: of the slow part and of the noise together.
-        slow_std: float32 ``(N, n)``, of the slow part alone.
+        std: float32 ``(N, n)``, standard deviation of a score: slow part and noise
+            together.
+        slow_std: float32 ``(N, n)``, standard deviation of the slow part alone.
     """
 
     mean: NDArray[np.float32]
@@ -83,15 +87,17 @@ class SmoothedRanks:
     Args:
         times: float64 ``(N,)``, the middle of each row's updates as a share of the
             training.
-        time_scale: τ, after which share of the training ranks are forgotten.
+        time_scale: τ, the share of the training after which the correlation of an
+            example's ranks has fallen to 1/e.
         signal: s², variance of the slowly changing part.
         noise: r, variance of the rest.
-        num_examples: Number of examples of the run that was learnt from.
+        num_examples: Number of examples of the run to which this was fitted.
         num_draws: Mean number of draws of an example.
         sorted_logs: For each row the ascending logarithms of the norms drawn in it.
-        level_bounds: float64 ``(5,)``, between the levels of the calibration.
-        scales: float64 ``(5, 6)``, for each time and level, by how much prediction
-            errors exceed the variance that the model says.
+        level_bounds: float64 ``(5,)``, the bounds between the six levels of predicted
+            scores that are calibrated separately.
+        scales: float64 ``(5, 6)``, for each part of the training and level, the factor
+            by which prediction errors exceed the variance of the model.
     """
 
     times: Array
@@ -106,13 +112,13 @@ class SmoothedRanks:
 
     @classmethod
     def learnt_from(cls, rows: ArrayLike, num_updates: ArrayLike) -> "SmoothedRanks":
-        """Learn from all draws of a run.
+        """Fit the distribution to all draws of a run.
 
-        Of more than 16,384 examples, at most as many are used: every k-th.
+        At most 16,384 examples are used: of more, every k-th.
 
         Args:
             rows: ``(N, n)``, raw gradient norms, NaN where not drawn. Infinite norms
-                stand for the clip norm and are not learnt from.
+                stand for the clip norm and are not used.
             num_updates: ``(N,)``, number of updates of each row, at least 1.
         """
         norms = np.asarray(rows, dtype=np.float32)
@@ -140,11 +146,11 @@ class SmoothedRanks:
 
     @property
     def error_time_scale(self) -> float:
-        """After which share of the training an error in the slow part is forgotten.
+        """The share of the training after which an error in the slow part is forgotten.
 
         Between draws the slow part drifts, and each draw corrects it: for a continuous
-        stream of draws the error is forgotten at the rate √(1/τ² + 2s²·K/(τ·r)), K the
-        number of draws.
+        stream of draws the error decays at the rate √(1/τ² + 2s²·K/(τ·r)), where K is
+        the number of draws.
 
         Source: Kalman and Bucy 1961, for a stationary process of the first order.
         """
@@ -174,15 +180,15 @@ class SmoothedRanks:
         return PredictedScores(*(part.astype(np.float32) for part in parts))
 
     def norms_at(self, row: int, scores: Array) -> Array:
-        """Return the norms that have given normal scores among a row's norms.
+        """Return the norms at which a row's norms have given normal scores.
 
         Args:
             row: Position of the row.
             scores: Normal scores, any shape.
 
         Returns:
-            float64 in the shape of ``scores``: between two norms of the row, their
-            geometric interpolation; beyond them the least or the largest.
+            float64 in the shape of ``scores``: a geometric interpolation between two
+            norms of the row; beyond its norms the least or the largest of them.
         """
         from scipy.special import ndtr  # takes a quarter of a second
 
@@ -201,7 +207,7 @@ class SmoothedRanks:
         return variance * (ahead / ahead_variance + back / back_variance), variance
 
     def _filter(self, scores: Array, times: Array) -> tuple[Array, Array]:
-        """Return what rows before each row say of the slow part at it."""
+        """Return mean and variance of the slow part, from the rows before each row."""
         mean = np.zeros(scores.shape[1])
         variance = np.full(scores.shape[1], self.signal)
         means, variances = np.empty(scores.shape), np.empty(scores.shape)
@@ -216,7 +222,7 @@ class SmoothedRanks:
         return means, variances
 
     def _calibrated(self, scores: Array) -> "SmoothedRanks":
-        """Return the same with the spread that the errors of the draws show."""
+        """Return these ranks with the spread calibrated on the errors of the draws."""
         others, variance = self._from_other_draws(scores)
         row, example = np.nonzero(~np.isnan(scores))
         if not len(row):
@@ -236,14 +242,14 @@ class SmoothedRanks:
         return replace(self, level_bounds=bounds, scales=scales)
 
     def _scale_at(self, mean: Array) -> Array:
-        """Return the calibration at each row and example, ``(N, n)``."""
+        """Return the calibration factor at each row and example, ``(N, n)``."""
         levels = np.searchsorted(self.level_bounds, mean)
         scales: Array = self.scales[_cells(self.times)[:, None], levels]
         return scales
 
 
 def sampling_step(num_examples: int) -> int:
-    """Return k if every k-th example is used to learn the distribution.
+    """Return k, where every k-th example is used to fit the distribution.
 
     Args:
         num_examples: Number of examples of the run.
@@ -279,13 +285,13 @@ def _scores(row: NDArray[np.float32], logs: Array) -> Array:
 def _persistence(scores: Array, times: Array) -> tuple[float, float, float]:
     """Return time scale, variance of the slow part, and variance of the noise.
 
-    The mean product of two scores of one example is s²·exp(-|Δ|/τ), Δ apart. s² is
-    fitted by least squares, weighted by the number of products, for each τ of a list.
+    The mean product of two scores of one example, Δ apart, is s²·exp(-|Δ|/τ). For each
+    τ of a list, s² is fitted by least squares, weighted by the number of products.
     """
     drawn = ~np.isnan(scores)
     filled = np.nan_to_num(scores)
     counted = drawn.astype(np.float64)
-    # A draw that a few share says little about the variance of scores, which is 1.
+    # The scores of a row with few draws say little about their variance, which is 1.
     total = float((filled**2).sum() + _PRIOR_DRAWS) / (drawn.sum() + _PRIOR_DRAWS)
     first, second = np.triu_indices(len(times), 1)
     products = (filled @ filled.T)[first, second]
@@ -303,7 +309,7 @@ def _persistence(scores: Array, times: Array) -> tuple[float, float, float]:
 
 
 def _cells(times: Array) -> NDArray[np.int64]:
-    """Return the time of the calibration that each row is in."""
+    """Return the part of the training, for the calibration, in which each row lies."""
     return np.minimum((times * _NUM_TIMES).astype(np.int64), _NUM_TIMES - 1)
 
 

@@ -1,6 +1,6 @@
 """Run a torch model without changing it: copies, contexts, batches, losses.
 
-The rooms that measure, evaluate, align or unlearn a model share these files:
+The packages that measure, evaluate, align or unlearn a model share these files:
 
 * ``copies``: model copies, without the wrappers of training
 * ``accelerators``: the accelerator of this process, its random states
@@ -10,7 +10,8 @@ The rooms that measure, evaluate, align or unlearn a model share these files:
 * ``predictions``: one forward pass over a data set
 * ``weights_name``: the name of a model's weights, a hash
 
-Nothing here is promised to users; what is public is exported by the rooms above.
+Everything here is private and may change; the packages above export the public
+functions.
 """
 
 from opacus_pi._promised import promise

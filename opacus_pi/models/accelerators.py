@@ -6,8 +6,8 @@ is present, so that no other file has to name one. A process has at most one kin
 
 *Guarantee.* An accelerator that the process has not used yet is not started.
 
-*What breaks it.* Extensions that give no ``get_rng_state`` and ``set_rng_state``: the
-states of their generators are neither saved nor restored.
+*What breaks it.* Extensions whose torch module lacks ``get_rng_state`` and
+``set_rng_state``: the states of their generators are neither saved nor restored.
 
 >>> import torch
 >>> torch.accelerator.is_available() or kinds_in_use() == ("cpu",)
@@ -41,7 +41,7 @@ def accelerator_in_use() -> str | None:
     if device is None:
         return None
     module = torch.get_device_module(device)
-    # MPS has nothing to start, and can be used as soon as it is there.
+    # MPS needs no start: it counts as in use wherever it is available.
     is_started = getattr(module, "is_initialized", torch.accelerator.is_available)
     return device.type if is_started() else None
 
@@ -56,7 +56,7 @@ def num_accelerators(kind: str) -> int:
     """Return how many devices of a kind there are; 0 if torch does not know the kind.
 
     Args:
-        kind: Such as ``"cuda"``.
+        kind: The kind of device, such as ``"cuda"``.
     """
     try:
         return int(torch.get_device_module(kind).device_count())
@@ -81,7 +81,7 @@ def set_device_random_states(states: Sequence[Tensor]) -> None:
 
     Args:
         states: What ``device_random_states`` returned. Devices that were added since
-            keep theirs.
+            keep their own states.
     """
     kind = accelerator_in_use() if states else None
     if kind is None:
@@ -98,7 +98,7 @@ def widened(tensor: Tensor) -> Tensor:
     """Return a tensor in float64; in float32 on a device without float64, such as MPS.
 
     Args:
-        tensor: Of floating-point numbers.
+        tensor: A tensor of floating-point numbers.
 
     >>> widened(torch.ones(2)).dtype
     torch.float64
@@ -111,7 +111,7 @@ def has_float64(kind: str) -> bool:
     """Return whether devices of a kind have float64.
 
     Args:
-        kind: Such as ``"mps"``.
+        kind: The kind of device, such as ``"mps"``.
     """
     try:
         torch.empty(1, dtype=torch.float64, device=kind)

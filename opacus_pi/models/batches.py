@@ -36,8 +36,8 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     """Return the inputs and the targets of a batch.
 
     Args:
-        batch: A pair ``(x, y)``, or a mapping with ``"labels"``, the rest of which is
-            x.
+        batch: A pair ``(x, y)``, or a mapping with ``"labels"``, whose other entries
+            are x.
 
     Raises:
         ValueError: If it is neither.
@@ -72,8 +72,8 @@ def logits_of(outputs: Any) -> Any:
 def give_only_logits(module: nn.Module, args: Any, outputs: Any) -> Any:
     """Return only the logits; a forward hook for copies of models.
 
-    A copy is called in several ways (directly, by ``torch.func``); with the hook each
-    of them gets logits.
+    A copy is called in several ways (directly, by ``torch.func``); with this hook every
+    caller gets logits.
     """
     return logits_of(outputs)
 
@@ -127,7 +127,7 @@ def floating(outputs: Any) -> dict[int, Tensor]:
 def reached(
     outputs: Any, cotangents: Mapping[int, Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the outputs that a backward pass can start from, and their cotangents.
+    """Return the outputs from which a backward pass can start, with their gradients.
 
     Args:
         outputs: The model's outputs.
@@ -135,7 +135,8 @@ def reached(
             leaves.
 
     Returns:
-        Two lists of one length; empty if no output depends on a live parameter.
+        Two lists of one length; empty if no output depends on a parameter that requires
+        gradients.
     """
     pairs = [
         (leaf, cotangents[place])

@@ -15,15 +15,15 @@ function                   weights         mode              for
 :func:`independent_copy`   own             evaluation        changing the weights
 =========================  ==============  ================  ======================
 
-*Shared* means that the parameters are new objects on the storage of the live ones:
-gradients and flags of the copy are its own, a write to the weights would be seen by
-both. Modules, buffers and attributes are always the copy's own, and so are the user's
-forward hooks, because the forward pass may need them (weight normalisation does). The
-user's backward hooks come along in a ``training_copy`` only. Hooks, lists and gradients
-of Opacus and of this package are never copied.
+*Shared* means that the parameters are new objects on the storage of the live model's
+parameters: the copy has gradients and flags of its own, but a write to the weights
+changes both models. Modules, buffers and attributes are always the copy's own, and so
+are the user's forward hooks, because the forward pass may need them (weight
+normalisation does). The user's backward hooks are copied by ``training_copy`` only.
+Hooks, lists and gradients of Opacus and of this package are never copied.
 
 The guarantee is that running a copy leaves no trace on the live model. It rests on
-``copy.deepcopy`` and breaks where a module's method is replaced by a closure over the
+``copy.deepcopy`` and breaks if a module's method was replaced by a closure over the
 live module: the copy then computes with the live parameters.
 :func:`require_own_parameters` finds this in the autograd graph of the outputs.
 
@@ -55,7 +55,7 @@ _PACKAGES = ("opacus", "opacus_pi")
 _ALL_HOOK_TABLES = (*FORWARD_HOOK_TABLES, *BACKWARD_HOOK_TABLES)
 # The attribute in which Opacus keeps the handles of its hooks: it marks a hooked model.
 _HANDLES_OF_OPACUS = "autograd_grad_sample_hooks"
-# What Opacus adds to the modules of a hooked model.
+# The attributes that Opacus adds to the modules of a hooked model.
 _ADDED_BY_OPACUS = (
     _HANDLES_OF_OPACUS,
     "activations",
@@ -67,7 +67,7 @@ _NOT_COPIED = object()  # stands in the copy for a hook that is removed afterwar
 
 
 def training_copy(model: nn.Module) -> nn.Module:
-    """Return a copy to train: own weights and buffers, equal in value, and own hooks.
+    """Return a copy to train, with its own weights, buffers and hooks, equal in value.
 
     Args:
         model: A module, plain or wrapped; it is only read.
@@ -79,7 +79,7 @@ def training_copy(model: nn.Module) -> nn.Module:
 
 
 def evaluation_copy(model: nn.Module) -> nn.Module:
-    """Return a copy to measure: in evaluation mode, on the storage of the live weights.
+    """Return a copy to measure, in evaluation mode, on the storage of the live weights.
 
     An embedding with ``max_norm`` gets weights of its own, because its forward pass
     rescales them in place.
@@ -144,7 +144,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def made_by_opacus(value: Any) -> bool:
-    """Return whether one of the value's classes is of Opacus or of this package."""
+    """Return whether a class of the value is defined in Opacus or in this package."""
     return any(_in_packages(cls.__module__) for cls in type(value).__mro__)
 
 
@@ -175,7 +175,7 @@ def require_own_parameters(outputs: Any, live: Iterable[nn.Parameter]) -> None:
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
-    """Return what a wrapper wraps, ``None`` if the model is not a wrapper."""
+    """Return the module inside a wrapper, ``None`` if the model is not a wrapper."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         inner: nn.Module = model.module
         return inner
@@ -203,7 +203,7 @@ def _deep_copy(
 
     Args:
         model: An unwrapped model.
-        memo: What to put in the place of objects, by their ids, as in ``deepcopy``.
+        memo: The replacements of objects, by the objects' ids, as in ``deepcopy``.
         kept_tables: The hook tables whose entries, if the user's, are copied.
     """
     is_hooked = any(_HANDLES_OF_OPACUS in vars(module) for module in model.modules())
@@ -225,7 +225,7 @@ def _deep_copy(
 def _replacements(
     module: nn.Module, kept_tables: tuple[str, ...], added: tuple[str, ...]
 ) -> dict[int, Any]:
-    """Return what stands in the copy for parts of one module, by the parts' ids.
+    """Return the replacements for parts of one module in the copy, by the parts' ids.
 
     Args:
         module: One module of the model, without its children.
@@ -243,7 +243,7 @@ def _replacements(
 
 
 def _stand_in(name: str, value: Any, added: tuple[str, ...]) -> Any:
-    """Return what an attribute becomes in the copy; the value itself if it is copied.
+    """Return an attribute's replacement in the copy; the value itself if it is copied.
 
     Hook tables that are not kept become empty, and so do lists of Opacus, such as the
     activations of the last batch. A compiled call is dropped, because it would run the
@@ -285,7 +285,7 @@ def _in_packages(module_name: str | None) -> bool:
 
 
 def _require_running_statistics(model: nn.Module) -> None:
-    """Raise if a layer normalises by statistics of the batch even in evaluation."""
+    """Raise if a layer uses statistics of the batch even in evaluation mode."""
     for name, module in model.named_modules():
         if isinstance(module, BatchNormBase) and module.running_mean is None:
             raise ValueError(

@@ -1,23 +1,23 @@
-"""One loss per example, in float64, and how each output moves its example's loss.
+"""One loss per example, in float64, and the gradients of the losses by the outputs.
 
 A user's criterion returns the mean over a batch, or one loss per example; here it is
 always the latter (:mod:`~opacus_pi.models.own_losses`). Two steps keep the gradient
 norms of well-fitted examples accurate:
 
 * In float32, softmax minus one-hot cancels for an example that is fitted well, so that
-  its norm would be noise. The loss is therefore computed on float64 outputs
-  (:func:`float64_losses`).
-* A vanishing gradient would underflow on its way through a float32 network. Norms are
-  proportional to the loss, so each example's output gradient is divided by its length
-  before it enters the network, and the norm is multiplied by that length afterwards
-  (:func:`unit_cotangents`).
+  its norm would consist of rounding errors. The loss is therefore computed on float64
+  outputs (:func:`float64_losses`).
+* A vanishing gradient would underflow on its way through a float32 network. The
+  gradient of the weights is proportional to the gradient by the outputs, so each
+  example's output gradient is divided by its length before it enters the network, and
+  the norm is multiplied by that length afterwards (:func:`unit_cotangents`).
 
 Float64 logits over a large vocabulary would be the largest tensors of a sweep, so a
 large batch of outputs is differentiated some examples at a time, once it is known that
 the criterion does not mix examples.
 
-What breaks this: a criterion that mixes the examples of a batch. On the first batch
-``own_losses`` looks for it, and refuses it.
+What breaks this: a criterion that mixes the examples of a batch. ``own_losses`` checks
+this on the first batch, and raises an error.
 """
 
 import copy
@@ -35,7 +35,7 @@ from opacus_pi.models.own_losses import Criterion, OwnLosses
 
 # Output entries that are differentiated at once; on the CPU they stay in its cache
 _CPU_PART, _GPU_PART = 1 << 18, 1 << 26
-_SAFE = 1e-100  # lengths from it to 1/_SAFE follow from squares without underflow
+_SAFE = 1e-100  # squares of lengths from it to 1/_SAFE do not underflow or overflow
 _TINY = torch.finfo(torch.float64).tiny  # the least divisor: zeros stay zeros
 
 
@@ -81,8 +81,8 @@ class Losses:
     def may_be_split(self) -> bool:
         """Return whether the losses of some examples may be computed without the rest.
 
-        So for torch's cross entropy, and for any other criterion once a whole batch has
-        shown that it does not mix examples.
+        This holds for torch's cross entropy, and for any other criterion once a whole
+        batch has shown that it does not mix examples.
         """
         return self._has_closed_form or self._evaluate.is_checked
 
@@ -91,7 +91,7 @@ class Losses:
         self._evaluate.check_targets(targets)
 
     def __call__(self, outputs: Any, targets: Any) -> Tensor:
-        """The losses ``(b,)``."""
+        """Return the losses ``(b,)``."""
         try:
             return self._evaluate(to_float64(outputs), to_float64(targets))
         except RuntimeError:
@@ -111,9 +111,9 @@ class Losses:
         which does not cancel.
 
         Returns:
-            float64 ``(b, classes)``; ``None`` for another criterion, other kinds of
-            targets and labels out of range (ignored ones are), and on other devices
-            than the CPU, where checking the labels would make the CPU wait.
+            float64 ``(b, classes)``; ``None`` for other criteria, other kinds of
+            targets, and labels out of range (such as ignored labels). ``None`` also on
+            an accelerator, where checking the labels would make the CPU wait.
         """
         if not (
             self._has_closed_form
@@ -197,7 +197,7 @@ def _is_worth_splitting(losses: Losses, outputs: Any, targets: Any) -> bool:
 def _of_batch(
     losses: Losses, outputs: Any, targets: Any
 ) -> tuple[dict[int, Tensor], Tensor]:
-    """Compute what ``unit_cotangents`` returns for all examples together."""
+    """Compute the result of ``unit_cotangents`` for all examples together."""
     known = losses.closed_form(outputs, targets)
     if known is not None:
         lengths = _lengths(known)
@@ -221,7 +221,7 @@ def _of_batch(
 
 
 def _leaf(values: Tensor) -> Tensor:
-    """Return a tensor detached from its graph, ready to be differentiated by."""
+    """Return a tensor detached from its graph, as a leaf that requires gradients."""
     values = values.detach()
     return values.requires_grad_() if values.is_floating_point() else values
 
@@ -231,8 +231,8 @@ def _normalised(
 ) -> tuple[list[Tensor], Tensor]:
     """Divide each example's gradients by their joint length.
 
-    An output without one row for each example cannot be scaled example by example; the
-    lengths are 1 then.
+    If an output does not have one row for each example, it cannot be scaled example by
+    example; the lengths are then 1.
     """
     separate = all(g.dim() > 0 and len(g) == batch_size for g in gradients)
     if not gradients or not separate:
@@ -259,5 +259,5 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def _divided(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Divide rows by their lengths; rows of zeros stay."""
+    """Divide rows by their lengths; rows of zeros stay zero."""
     return rows / lengths.clamp(min=_TINY)[:, None]

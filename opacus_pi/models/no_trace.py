@@ -71,7 +71,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Turn gradients on and autocast off, whatever surrounds the call.
+    """Turn gradients on and autocast off, whatever contexts surround the call.
 
     Norms must not depend on where a sweep is called from: under ``no_grad`` there would
     be none, under autocast they would be rounded. Random states are restored.

@@ -11,8 +11,8 @@ once, and honours the criterion's ``reduction``:
 
 **Guarantee.** Either the losses are those that were trained, or :class:`CoupledLoss` is
 raised. Some criteria divide by something of the whole batch (class weights, labels that
-are ignored in some examples only), and others compare the examples with each other. No
-example has a loss of its own then.
+are ignored in some examples only), and others compare the examples with each other.
+Then no example has a loss of its own.
 
 **What breaks it.** A criterion that behaves otherwise on later batches: the comparison
 with the trained loss is made on the first batch that has at least two examples.
@@ -106,8 +106,8 @@ class OwnLosses:
     Args:
         criterion: As for ``per_example_criterion``.
         averages_each_example: Whether training takes the mean over each example's own
-            labels before the mean over the batch, as Opacus's ghost clipping does. No
-            weights and no ignored labels couple the examples then.
+            labels before the mean over the batch, as Opacus's ghost clipping does.
+            Class weights and ignored labels then do not couple the examples.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class OwnLosses:
         return self._is_checked
 
     def check_targets(self, targets: Any) -> None:
-        """Refuse targets with which the criterion divides by something of the batch.
+        """Raise if the criterion divides by a number that depends on the whole batch.
 
         Args:
             targets: Targets of a batch.
@@ -187,7 +187,7 @@ class OwnLosses:
         return entries.mean(1)
 
     def _check(self, outputs: Any, targets: Any) -> None:
-        """Compare with the loss that is trained, and with a batch of other examples.
+        """Compare the losses with the trained loss, and with those in another batch.
 
         Args:
             outputs: The model's outputs on at least two examples.
@@ -248,8 +248,9 @@ def check_losses(losses: Any, batch_size: int) -> None:
     """Raise unless ``losses`` holds one loss per example.
 
     Args:
-        losses: What a criterion returned, shape ``(b, ...)`` wanted.
-        batch_size: The number of examples ``b``.
+        losses: The tensor that a criterion returned; it should have the shape ``(b,
+            ...)``.
+        batch_size: Number of examples, ``b``.
 
     Raises:
         ValueError: If it is a scalar or its length is not ``batch_size``.
@@ -283,7 +284,7 @@ def half_replaced(
         batch: Tensors in any nesting; those whose first dimension does not have
             ``size`` entries stay as they are.
         size: The number of examples, at least 2.
-        kept: 0 to keep the examples 0, 2, 4, ..., 1 to keep 1, 3, 5, ...
+        kept: 0 to keep the examples 0, 2, 4, ...; 1 to keep 1, 3, 5, ...
         by_one: Whether all are replaced by the first example that is kept; otherwise
             each is replaced by its neighbour. Neighbours leave the ranks of the
             examples nearly as they were, which a loss of the hardest half depends on.

@@ -38,8 +38,8 @@ class Predictions:
     """Losses, confidences and correctness of a classifier on n examples.
 
     Attributes:
-        losses: Loss, taken on float64 outputs, float64 ``(n,)``.
-        confidences: Softmax at the label, float64 ``(n,)``, in [0, 1].
+        losses: Loss of each example, computed from float64 outputs; float64 ``(n,)``.
+        confidences: Softmax probability of the label, float64 ``(n,)``, in [0, 1].
         margins: ``ln(p / (1 - p))`` of the confidence p, computed without the
             cancellation at p near 1, float64 ``(n,)``.
         correct: Whether the label has the largest output, bool ``(n,)``.
@@ -51,23 +51,24 @@ class Predictions:
     correct: NDArray[np.bool_]
 
     def __len__(self) -> int:
-        """The number of examples."""
+        """Return the number of examples."""
         return len(self.losses)
 
 
 def predict(
     model: nn.Module, data: Data, criterion: Criterion, *, batch_size: int = 256
 ) -> Predictions:
-    """Evaluate a classifier on every example, leaving no trace.
+    """Evaluate a classifier on every example, without changing any training state.
 
     The model runs in evaluation mode without gradients, on the device where its
-    parameters are. Its training flags and every random state are put back.
+    parameters are. Its training flags and every random state are restored.
 
     Args:
         model: Classifier with outputs ``(b, num_classes)``; plain or wrapped by Opacus.
-        data: A data set of ``(input, label)``, read in its own order; or any iterable
-            of batches ``(inputs, labels)``, such as a loader, read in the order in
-            which it gives them. Or of dicts with ``"labels"``, as of Hugging Face.
+        data: A data set of pairs ``(input, label)``, read in its own order; or an
+            iterable of batches ``(inputs, labels)``, such as a loader, read in the
+            order in which it returns them. A batch may also be a dict with
+            ``"labels"``, as in Hugging Face.
         criterion: ``criterion(outputs, labels)``, one loss per example; a torch loss
             module may have any reduction.
         batch_size: Batch size for a data set; it does not change the result.

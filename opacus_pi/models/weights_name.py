@@ -1,7 +1,7 @@
 """Name the weights of a model by a hash of its state dict.
 
-A ledger keeps the name of the weights that its last update left, so that a model can be
-recognised as the one that was accounted for, or refused.
+A ledger stores this hash for the weights after its last update. So it can be checked
+whether a model is the one that the ledger accounts for.
 """
 
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ __all__ = ["weights_name"]
 def weights_name(model: nn.Module) -> str:
     """Return the name of a model's parameters and buffers, a hash of their values.
 
-    Wrappers and devices do not change it: it is that of the unwrapped state dict.
+    Wrappers and devices do not change the hash: it is computed from the state dict of
+    the unwrapped model.
 
     Args:
         model: A module, plain or wrapped.
@@ -25,7 +26,7 @@ def weights_name(model: nn.Module) -> str:
         ``"sha256:"`` and 64 hexadecimal digits.
     """
     state = {
-        name.replace("_orig_mod.", ""): value  # torch.compile's, of a layer
+        name.replace("_orig_mod.", ""): value  # the prefix of a compiled layer
         for name, value in unwrap(model).state_dict().items()
         if isinstance(value, Tensor)
     }
