@@ -1,12 +1,12 @@
-"""Why it is uncertain, or unknown, which example a sample is: every cause, in words.
+"""The causes for which the example of a sample is uncertain or unknown, in words.
 
 A cause belongs to a link of the chain of custody: *identity* (position i of the batch
 is the example that it is taken for) or *rows* (every input has each example once, in
-one order). Its state says what follows for the samples that have it:
+one order). Its state says what follows for the samples concerned:
 
 * *unattributed*: their example is not known, so their norms are left out;
-* *unchecked*: they are taken for the examples of the delivered batch in its order,
-  which nothing confirms;
+* *unchecked*: they are assumed to be the examples of the delivered batch in its order,
+  without confirmation;
 * *repeated*: their example is known, and is in the batch a second time.
 """
 
@@ -44,11 +44,12 @@ class Cause:
 
     Args:
         name: What was found, as a phrase.
-        state: What follows for the samples; see the module.
+        state: ``"unattributed"``, ``"unchecked"`` or ``"repeated"``: what follows for
+            the samples (see above in this module).
         explanation: What was found and what to do about it, in sentences.
         link: The link of the chain of custody that is concerned.
-        is_said: Whether a warning says it when it is found for the first time. Where
-            it is not, another message says it.
+        is_said: Whether a warning is given when the cause is found for the first time.
+            If not, another message reports it.
     """
 
     name: str

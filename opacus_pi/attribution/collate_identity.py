@@ -3,22 +3,22 @@
 ``collate_fn`` may sort, pad, drop, replace or mix the items that the data set returned,
 and the batch does not show it. So the items are fingerprinted where they are loaded, in
 the worker process, before ``collate_fn`` sees them; the samples of its batch are
-fingerprinted after it, and each is looked up among the items. Only the answer travels
-beside the batch. torch's own collate functions keep the order by construction; for them
-nothing is computed.
+fingerprinted after it, and each is looked up among the items. Only the resulting item
+numbers are sent with the batch. torch's own collate functions keep the order by
+construction, so nothing is computed for them.
 
 *Guarantee.* A sample is taken for an item only if the checksum of one of its tensors is
 that of the item, or if the tensor begins with the item's entries (padding), and if no
-other tensor of the batch shows another item. Samples that are made of several items are
-no item. What cannot be compared at all (text that becomes numbers, images that become
-tensors, transforms within ``collate_fn``) is *unchecked*: samples are taken to be in
-the order of the items.
+other tensor of the batch shows another item. A sample that is made of several items
+matches no item. What cannot be compared at all (text that becomes numbers, images that
+become tensors, transforms within ``collate_fn``) is *unchecked*: samples are taken to
+be in the order of the items.
 
 *What breaks it.* At most 256 entries of an item are compared (``samples.py``). Mixtures
 are found if a sample is a sum of two items, or consists of entries of two items; a
 transform that is not linear hides them. A tensor that is computed from all items
-together (a mean over the batch) is compared with nothing. A data set whose
-``__getitems__`` returns items in another order than it was asked for is not noticed.
+together (a mean over the batch) is not compared. A data set whose ``__getitems__``
+returns items in another order than it was asked for is not noticed.
 
 >>> import torch
 >>> items = fingerprint_items([torch.tensor([1.0, 2.0]), torch.tensor([3.0])])
@@ -73,10 +73,10 @@ class CollateIdentity:
     """The known relation between the items and the samples of one collated batch.
 
     Args:
-        items: int64 ``(b,)``: which item each sample is, -1 if none; None: sample i is
-            item i.
+        items: int64 ``(b,)``: the item number of each sample, -1 if it matches none;
+            None: sample i is item i.
         notes: Causes that concern all samples.
-        cause: Why samples are no item.
+        cause: Why samples match no item.
     """
 
     items: NDArray[np.int64] | None = None
@@ -91,8 +91,8 @@ UNCHECKED = CollateIdentity(notes=(COLLATE,))
 class FollowedBatch(NamedTuple):
     """A batch on its way from the worker process to the iterator.
 
-    A named tuple, because torch's pinning of memory goes into tuples and leaves the
-    identity alone.
+    A named tuple, because torch's memory pinning handles the entries of tuples and does
+    not change the identity.
     """
 
     batch: Any
@@ -105,7 +105,8 @@ class FollowingCollate:
     It can be pickled, for worker processes, if the loader's own can.
 
     Args:
-        collate_fn: The loader's own; it keeps its state and sees the same calls.
+        collate_fn: The loader's own ``collate_fn``; it keeps its state and gets the
+            same calls.
         is_single: Whether it is given one item instead of a list (``batch_size=None``).
         batch_dim: The dimension that should run over the samples.
     """
@@ -118,7 +119,7 @@ class FollowingCollate:
 
     def __call__(self, items: Any) -> FollowedBatch:
         """Collate items, and return beside the batch which items its samples are."""
-        if self.is_single:  # one item is one sample, whatever becomes of it
+        if self.is_single:  # one item is one sample, whatever collate_fn does
             return FollowedBatch(self.collate_fn(items), BY_CONSTRUCTION)
         fingerprints = fingerprint_items(items)
         batch = self.collate_fn(items)
@@ -199,7 +200,7 @@ def _are_in_place(
 
 
 def _has_equal_part(items: ItemFingerprints, content: DelayedChecksums) -> bool:
-    """Return whether a tensor's samples are one part of the items there."""
+    """Return whether a tensor's samples equal one part of all items."""
     if not content.width:
         return False
     own = content.entries.view(np.int32)
@@ -228,7 +229,7 @@ def _are_same_values(matches: Mask) -> bool:
 def _without_content(
     items: ItemFingerprints, samples: "list[Samples]", size: int
 ) -> CollateIdentity:
-    """Return what is known if no sample has the content of an item."""
+    """Return the relation if no sample has the content of an item."""
     nothing = np.full(size, -1)
     if size != len(items):  # or it is a list with some tensors for each sample
         return UNCHECKED if len(samples) >= len(items) else CollateIdentity(nothing)
@@ -254,7 +255,7 @@ def _chosen(
         items: The items.
         samples: The tensors of the batch.
         joint: Which item each sample may be, bool ``(b, n)``.
-        found: The same by single tensors.
+        found: The same for each single tensor.
     """
     is_known = joint.any(axis=1)
     is_in_place = len(joint) == len(items) and joint.diagonal()[is_known].all()
@@ -277,8 +278,8 @@ def _assigned(items: ItemFingerprints, joint: Mask) -> Iterator[int]:
     """Yield one item for each sample, -1 where it is not known which.
 
     Padding makes a short item look like the beginning of a longer one, so the longest
-    counts. Items that are equal in all their parts may stand for each other; each is
-    used once before one of them is used again.
+    matching item is chosen. Items that are equal in all their parts are
+    interchangeable; each is used once before one of them is used again.
     """
     total_widths, num_uses = items.widths.sum(axis=1), np.zeros(len(items), np.int64)
     sums = items.checksums
@@ -323,7 +324,7 @@ class Samples:
         """Return which items each sample may be, by the part that fits best.
 
         Args:
-            items: Always the same; the answer is kept.
+            items: The items; always the same ones, because the result is cached.
 
         Returns:
             bool ``(b, n)``; None if this tensor is no part of the items, or if its

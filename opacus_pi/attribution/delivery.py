@@ -1,9 +1,10 @@
 """Records of a pass over a loader, of a delivered batch, and of a forward pass.
 
 A ``LoaderPass`` counts the batches that one iterator of a loader returned. A
-``Delivery`` is one such batch: the data-set indices of its samples, what its tensors
-can be recognised by later, and how often it was used. A ``ForwardPass`` says which
-samples the model was given, by which evidence, and from which delivery.
+``Delivery`` is one such batch: the data-set indices of its samples, the memory and
+checksums by which its tensors can be recognised later, and the number of times it was
+used. A ``ForwardPass`` says which samples the model was given, by which evidence, and
+from which delivery.
 """
 
 import weakref
@@ -54,8 +55,8 @@ class LoaderPass:
     """One pass over a loader, from ``iter(loader)`` on.
 
     Args:
-        owner: The object that delivers the batches, with the pass that it is in as
-            ``current_pass``; referred to weakly. None: a pass that is never over.
+        owner: The object that delivers the batches, whose attribute ``current_pass`` is
+            its present pass; held by a weak reference. None: a pass that is never over.
         number: Which pass over the loader it is, from 1.
         in_parts: Whether its batches are parts of the batches of an update, as
             ``BatchMemoryManager`` makes them.
@@ -78,9 +79,10 @@ class LoaderPass:
             self.belongs_to(owner)
 
     def belongs_to(self, owner: Any) -> None:
-        """Name the object that delivers its batches.
+        """Set the object that delivers its batches.
 
-        An observer makes the pass before the iterator exists, and names it afterwards.
+        An observer creates the pass before the iterator exists, and sets the iterator
+        afterwards.
 
         Args:
             owner: As for the class.
@@ -114,10 +116,11 @@ class Delivery:
         loader_pass: The pass over the loader that it belongs to.
         number: Which batch of this pass it is, from 1.
         tensors: Its tensors that have one entry, or more, for each sample.
-        identity: What is known of ``collate_fn``'s work on this batch.
+        identity: The item of the data set that each sample is, as far as ``collate_fn``
+            could be followed.
         num_forward_passes: How many forward passes in training mode used it.
-        num_recognised: How many of them were recognised by storage or content, those
-            not counted whose gradients were cleared.
+        num_recognised: How many of them were recognised by storage or content, without
+            those whose gradients were cleared.
         num_updates: How many updates its samples entered.
         num_samples_used: How many samples entered updates, of all its forward passes.
         num_left: How many of its samples no update used, when it last entered one.
@@ -187,7 +190,7 @@ class Delivery:
         return not self.num_forward_passes and (held or not self.loader_pass.is_over)
 
     def release(self) -> None:
-        """Free what the batch is recognised by: no forward pass is compared any more.
+        """Free the data for recognising the batch: it is not compared any more.
 
         Gradients of many batches may wait for one update, and each of them keeps its
         delivery.
@@ -197,7 +200,7 @@ class Delivery:
 
 
 class ForwardPass:
-    """One forward pass in training mode: which samples, and by which evidence.
+    """The samples of one forward pass in training mode, and the evidence for them.
 
     Args:
         indices: Data-set indices of its samples, int64 ``(b,)``; None: not known. For
@@ -205,8 +208,8 @@ class ForwardPass:
         evidence: One of the kinds that ``Tracker.counts`` has; empty: none.
         delivery: The batch that the samples come from.
         cause: Why samples are unattributed or assumed.
-        is_assumed: Which of the attributed samples nothing confirms, bool ``(b,)``;
-            None: none of them, except where the evidence is ``by_latest``.
+        is_assumed: Mask of the attributed samples that are only assumed, bool ``(b,)``;
+            None: no sample, or all of them if the evidence is ``by_latest``.
         unattributed: Why samples are unattributed, and how many.
         notes: Causes that concern all of the attributed samples.
         num_inputs: How many samples the inputs have; None: not known.
@@ -299,7 +302,7 @@ def describe_delivery(
     verify: bool,
     identity: CollateIdentity = BY_CONSTRUCTION,
 ) -> Delivery:
-    """Note what a delivered batch can be recognised by later.
+    """Describe a delivered batch so that it can be recognised later.
 
     Args:
         indices: What the sampler returned for it: indices, or one index.

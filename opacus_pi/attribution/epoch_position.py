@@ -1,17 +1,17 @@
 """The position of a training loop in its pass over a loader, saved and restored.
 
-A pass is a function of the random states with which it began. They are kept, with the
-number of batches that the loop has received. After resuming, the first pass begins with
-these states, skips the batches that were used before the checkpoint, and goes on with
-the random states of the moment when the checkpoint was taken.
+The random states at the start of a pass determine its batches. These states are kept,
+with the number of batches that the loop has received. After resuming, the first pass
+begins with these states, skips the batches that were used before the checkpoint, and
+goes on with the random states of the moment when the checkpoint was taken.
 
 *Guarantee.* The rest of the epoch consists of the same batches, to the bit, and so does
-everything that is drawn from the generators after it.
+everything that is drawn from the random generators afterwards.
 
 *What breaks it.* Batches that are parts of others (``BatchMemoryManager``); workers
 that draw ahead from a generator that the loop also draws from; iterators that are not
 torch's. Then ``obstacle`` says why, and nothing can be resumed. Persistent workers with
-random data sets cannot be noticed in time: ``resume`` warns of them.
+random data sets cannot be detected in time: ``resume`` warns of them.
 """
 
 import warnings
@@ -56,8 +56,8 @@ class EpochPosition:
 
     Args:
         random_states: The generators of the run.
-        loader: The loader that is trained from; observed from now on, and referred to
-            weakly.
+        loader: The loader of the training loop; observed from now on, and held by a
+            weak reference.
         is_repeatable: Whether the same random states give the same batches again.
         is_poisson: Whether batches are drawn one by one while the pass goes on, so that
             workers draw them ahead of the loop.
@@ -127,7 +127,7 @@ class EpochPosition:
         """Refuse a state that ``state`` cannot have returned.
 
         Args:
-            state: What was saved.
+            state: The saved state.
 
         Raises:
             ValueError: If it is damaged, or of a run with other generators.
@@ -144,7 +144,7 @@ class EpochPosition:
             self._random_states.check(_start_of(state))
 
     def resume(self, state: Mapping[str, Any], now: dict[str, Any]) -> None:
-        """Make the next pass the rest of the one that was saved, if there was one.
+        """Make the next pass continue the saved one, if a pass was saved.
 
         Args:
             state: What ``state`` returned.

@@ -3,9 +3,8 @@
 Between the loader and the model the training loop may do anything: copy a batch, cut
 it, permute it, write to it, put it aside. Each input of the model is compared with the
 recent deliveries: first by its memory, and where that does not match by the checksums
-of its samples. What all inputs agree on is the answer, with the data-set index of each
-sample. A sample about which the evidence disagrees is unattributed; it is never
-guessed.
+of its samples. A sample gets the data-set index on which all inputs agree. A sample for
+which they disagree is unattributed; nothing is guessed.
 
 *Guarantee.* A sample counts as recognised only if its memory is that of a delivered
 sample and the entries that are compared are as they were at delivery, or if its
@@ -81,8 +80,8 @@ def recognised(
         dim: Their dimension that runs over the samples.
         recent: Deliveries, the newest first. Those without indices are left out.
         verify: Whether samples are recognised by content.
-        shared_rows: What earlier inputs were whose samples were all alike.
-            None: such inputs are assumed to be masks or tables.
+        shared_rows: The earlier inputs whose samples were all alike. None: such inputs
+            are assumed to be masks or tables.
 
     Returns:
         A pass with the index of each sample that is recognised, and causes for the
@@ -146,7 +145,8 @@ def _explaining(inputs: list[Input], recent: list[Delivery]) -> Delivery | None:
     """Return the delivery that all inputs come from; None if there are several.
 
     Args:
-        inputs: Inputs with findings.
+        inputs: Inputs with findings: the samples of a delivery that were recognised in
+            them.
         recent: Deliveries, the newest first. Of two that explain equally much, such as
             batches that have the same examples, the newer one is returned.
     """
@@ -170,11 +170,12 @@ def _agreed(
     delivery: Delivery,
     recent: list[Delivery],
 ) -> ForwardPass:
-    """Return what all inputs agree on about one delivery.
+    """Return the pass whose samples are those on which all inputs agree.
 
     Args:
         deciding: The inputs that show which samples they are.
-        beside: Inputs with as many samples that do not show it.
+        beside: Inputs with the same number of samples that do not show which samples
+            they are.
         delivery: The delivery that explains the inputs.
         recent: Deliveries, the newest first.
     """
@@ -240,7 +241,7 @@ def _at(by_index: Indices, positions: Indices) -> Indices:
 def _is_of_others(
     given: Input, positions: Indices, delivery: Delivery
 ) -> NDArray[np.bool_]:
-    """Find samples whose order in an input is that of other delivered examples.
+    """Find samples whose values in an input are those of other delivered examples.
 
     Labels and masks are alike in many samples, so they cannot be looked up. But if an
     input has the very values that a delivered tensor has for these samples, in another
@@ -290,12 +291,12 @@ def _assumed_places(
 
     They may if their memory is that of a delivered sample. Otherwise they may if the
     batch has as many samples as were delivered, all others are in their places, and
-    unknown ones lie between known ones: so look batches of which some samples were
-    transformed, and not batches that were put together from two sources.
+    unknown ones lie between known ones. A batch in which some samples were transformed
+    looks like this; a batch put together from two sources does not.
 
     Args:
-        found: What the inputs show.
-        rest: Which samples they do not show.
+        found: The findings of the inputs.
+        rest: Mask of the samples that the inputs do not show.
 
     Returns:
         The positions that are assumed, and why they are uncertain; None and None if
@@ -347,7 +348,7 @@ def assumed(
         usually_known: Whether this loop's inputs were recognised before. Inputs that
             are not recognised now are then not assumed to be the latest batch.
         is_view: Whether they may be another view of a batch that was recognised.
-        cause: Why nothing is known.
+        cause: Why no sample was recognised.
     """
     sizes = [tensor.shape[dim] for tensor in tensors]
     size = max(sizes, default=None)

@@ -1,4 +1,4 @@
-"""Reports every forward pass of a model in training mode to a tracker.
+"""Hooks that report every forward pass of a model in training mode to a tracker.
 
 A forward hook on the model sees its inputs, and a hook on each of its outputs sees the
 backward pass. The hooks change nothing. Passes in evaluation mode or without gradients,
@@ -28,7 +28,7 @@ SawInputs = Callable[[tuple[Any, ...], dict[str, Any]], None]
 
 
 def _none() -> None:
-    """Stand in for a weak reference to what a probe does not have."""
+    """Return None, in place of a weak reference that a probe does not have."""
 
 
 def _never() -> bool:
@@ -58,11 +58,11 @@ class ForwardProbe:
         """Report to this tracker from now on.
 
         Args:
-            tracker: Referred to weakly.
-            is_second_backward: Asked during each backward pass: whether it is the
-                second one of ghost clipping, which computes the clipped gradient.
+            tracker: The tracker of the run; held by a weak reference.
+            is_second_backward: Called during each backward pass; returns whether it is
+                the second one of ghost clipping, which computes the clipped gradient.
             saw_inputs: A method that is called with the inputs of each pass; its object
-                is referred to weakly.
+                is held by a weak reference.
         """
         self._tracker = weakref.ref(tracker)
         self._saw_inputs = weakref.WeakMethod(saw_inputs) if saw_inputs else _none
@@ -75,9 +75,9 @@ class ForwardProbe:
 
         Args:
             module: The model.
-            args: What it was called with.
-            kwargs: The keywords it was called with.
-            out: What it returned; a hook is put on each tensor in it.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            out: Its outputs; a hook is put on each tensor in them.
         """
         tracker = self._tracker()
         if tracker is None or not (module.training and is_grad_enabled()):
@@ -119,7 +119,8 @@ def probe(
 
     Args:
         module: The model; not a wrapper of it, whose hooks might be skipped.
-        tracker: Referred to weakly. A second call replaces the tracker of the first.
+        tracker: The tracker of the run; held by a weak reference. A second call
+            replaces the tracker of the first.
         is_second_backward: Of ``ForwardProbe.report_to``.
         saw_inputs: Of ``ForwardProbe.report_to``.
 

@@ -1,14 +1,14 @@
-"""Matches forward passes to the gradients that an optimizer has.
+"""Match forward passes to the gradients that an optimizer has.
 
 Usually each pass leaves the gradients of one batch. Several passes that enter one loss
 leave one gradient for each sample: two views of a batch, or the real and the generated
-samples of a GAN's discriminator. Such passes are joined, and the pass that was
-recognised speaks for all of them.
+samples of a GAN's discriminator. Such passes are joined, and the samples of the
+recognised pass are used for all of them.
 
 *Guarantee.* The numbers of samples must agree. Otherwise it is not known which gradient
-belongs to which pass, and all samples are unattributed. A pass that was only assumed to
-be of a batch counts as not delivered where the same batch was recognised in another
-pass.
+belongs to which pass, and all samples are unattributed. If a pass was only assumed to
+be of a batch, and the same batch was recognised in another pass, the first counts as
+not delivered.
 """
 
 import numpy as np
@@ -52,10 +52,10 @@ def with_sizes(done: list[ForwardPass], sizes: list[int]) -> list[ForwardPass]:
 
 
 def _without_guesses(done: list[ForwardPass]) -> list[ForwardPass]:
-    """Withdraw what was assumed about a batch that another pass has for certain.
+    """Withdraw assumptions about a batch that was recognised in another pass.
 
-    Inputs that were not recognised are not delivered ones, if the batch that they could
-    be made of was itself given to the model.
+    Inputs that were not recognised do not come from a batch that was itself given to
+    the model.
     """
     certain = {id(f.delivery) for f in done if f.is_recognised}
     return [

@@ -4,14 +4,14 @@ The items are fingerprinted where they are loaded, in the worker process, by the
 checksums as the samples of a finished batch. ``collate_identity`` looks the samples up
 among them.
 
-*Guarantee.* Nothing is changed and nothing is drawn, and nothing is kept of an item
-that ``collate_fn`` could change: an item that it changes in place has the fingerprint
-of what the data set returned.
+*Guarantee.* No item is changed and no random number is drawn. No reference to an item
+is kept, so ``collate_fn`` cannot change a fingerprint: an item that it changes in place
+has the fingerprint of what the data set returned.
 
 *What breaks it.* Images, strings, sparse or complex tensors, and tensors on a GPU have
 no fingerprint (width 0). Two items that differ only in such parts, or only in entries
-that checksums do not look at (256 evenly spaced ones are looked at), have the same
-fingerprint. Otherwise two items have the same one with a probability of about 2^-64.
+that checksums do not use (they use 256 evenly spaced ones), have the same fingerprint.
+Other items have the same fingerprint with a probability of about 2^-64.
 
 >>> import torch
 >>> items = [(torch.tensor([1.0, 2.0]), 5), (torch.tensor([3.0, 4.0]), 5)]
@@ -141,7 +141,7 @@ def _is_list_of_numbers(part: Any) -> bool:
 
 
 def _leaves(nested: Any, depth: int) -> Iterator[Any]:
-    """Yield what a nesting of containers and plain objects consists of.
+    """Yield the innermost parts of nested containers and plain objects.
 
     The inside of an object without tensors, such as an image, yields parts without a
     checksum, or numbers that are equal in all items.
@@ -178,7 +178,7 @@ def _column(
 
 
 def _shape(part: Any) -> tuple[int, ...]:
-    """Return the shape of a part; ``()`` for what is no array."""
+    """Return the shape of a part; ``()`` if it is not an array."""
     if isinstance(part, Tensor | np.ndarray):
         return tuple(part.shape)
     return (len(part),) if _is_list_of_numbers(part) else ()
@@ -201,7 +201,7 @@ def _entries(part: Any) -> tuple[int, NDArray[np.float32]]:
     """Return the number of entries of one part, and those that its checksum looks at.
 
     Returns:
-        Width and float32 entries; 0 and none for what has no checksum.
+        Width and float32 entries; 0 and an empty array for a part without a checksum.
     """
     if isinstance(part, Tensor):
         if not (is_dense(part) and part.is_cpu and part.numel()) or part.is_complex():
@@ -219,7 +219,7 @@ def _entries(part: Any) -> tuple[int, NDArray[np.float32]]:
 
 
 def _array_entries(part: Any) -> tuple[int, NDArray[np.float32]]:
-    """Return what ``_entries`` does, of an array, a number or a list of numbers."""
+    """Do the same as ``_entries``, for an array, a number or a list of numbers."""
     array = np.asarray(part)
     if array.dtype.kind not in "biuf" or not array.size:  # text, objects, dates
         return 0, _NO_ENTRIES

@@ -1,15 +1,16 @@
-"""Detect changed samples that are made of other samples than their own.
+"""Detect samples that were changed into mixtures or copies of other samples.
 
 A transform may change every sample, so that none is recognised. ``made_of_others``
 compares the entries of all samples before and after it. It finds the two changes by
 which the order of a batch is lost most often: mixtures of two samples (mixup, cutmix),
 and samples that were moved and scaled.
 
-*Guarantee.* What is reported as mixed or moved is explained by another sample to within
-rounding, and not by its own.
+*Guarantee.* A sample that is reported as mixed or moved equals, up to rounding, a
+mixture with or a copy of another sample, and is not explained by its own old values.
 
-*What breaks it.* Other changes look like augmentation of each sample by itself. With
-fewer than four entries in a sample, and in batches of more than 128, nothing is found.
+*What breaks it.* Other changes look like an augmentation of each sample on its own.
+With fewer than four entries in a sample, or more than 128 samples in a batch, nothing
+is detected.
 
 >>> import numpy as np
 >>> before = np.random.default_rng(0).normal(size=(4, 9)).astype(np.float32)
@@ -62,7 +63,7 @@ def made_of_others(now: Entries, before: Entries) -> OtherSamples:
 
 
 def _are_comparable(now: Entries, before: Entries) -> bool:
-    """Return whether there are entries enough, and not too many samples."""
+    """Return whether there are enough entries, and not too many samples."""
     return (
         now.shape == before.shape
         and len(now) <= _MAX_COMPARED

@@ -40,7 +40,7 @@ class Finding:
     Args:
         delivery: The delivery.
         positions: int64 ``(b,)``: position of each sample in it, or a negative code.
-        by_storage: Whether memory shows it; otherwise content.
+        by_storage: Whether the memory matched; otherwise the content did.
         is_assumed: Samples whose memory is known and whose content was changed, bool
             ``(b,)``; None: none.
         cause: Why samples are unknown or assumed.
@@ -79,7 +79,7 @@ class Finding:
 
     @property
     def is_in_place(self) -> bool:
-        """Return whether it has the same size and recognised samples are in place."""
+        """Return whether sizes agree and all recognised samples are in their places."""
         places = np.arange(len(self.positions))
         same = (self.positions == places)[self.is_known]
         return self.is_as_large and bool(same.all())
@@ -87,13 +87,14 @@ class Finding:
 
 @dataclass(eq=False)
 class Input:
-    """One tensor among the model's inputs, and what it shows.
+    """One tensor among the model's inputs, with the samples recognised in it.
 
     Args:
         tensor: The tensor.
         dim: Its dimension that runs over the samples.
-        findings: What it shows about each delivery that it has samples of.
-        changes: Whether its samples are all alike, and were others in another batch.
+        findings: The finding for each delivery whose samples it contains.
+        changes: Whether its samples are all alike, but different from those of an
+            earlier batch.
     """
 
     tensor: Tensor
@@ -142,11 +143,11 @@ class Input:
         return bool((falls <= 1).all() and (entries <= self.content.width + 1).all())
 
     def finding_in(self, delivery: Delivery) -> Finding | None:
-        """Return what it shows about a delivery, if anything."""
+        """Return the finding for a delivery; None if there is none."""
         return next((f for f in self.findings if f.delivery is delivery), None)
 
     def look(self, recent: Sequence[Delivery], *, verify: bool) -> None:
-        """Compare it with deliveries: by its memory, else by its content.
+        """Compare the input with deliveries: by its memory, else by its content.
 
         Args:
             recent: Deliveries, the newest first.
@@ -163,7 +164,7 @@ class Input:
     def _in_storage(
         self, recent: Sequence[Delivery], *, verify: bool
     ) -> Finding | None:
-        """Find the delivery in whose memory it is."""
+        """Find the delivery whose memory contains the input."""
         for delivery in recent:
             for delivered in delivery.tensors:
                 where = delivered.stored.positions(self.tensor, self.dim)
@@ -182,7 +183,7 @@ class Input:
         return None
 
     def _in_content(self, recent: Sequence[Delivery]) -> list[Finding]:
-        """Find the deliveries that have samples with its checksums."""
+        """Find the deliveries that have samples with the input's checksums."""
         width, sums = self.content.width, self.content.checksums
         findings = []
         for delivery in recent:
@@ -198,18 +199,18 @@ class Input:
 
 
 class SharedRows:
-    """Remembers inputs whose samples were all alike, by their place among the inputs.
+    """Store of the inputs whose samples were all alike, by their place in the call.
 
-    A table or a mask is the same in each batch. An input whose samples are alike in one
-    batch and others in the next one was computed, perhaps from all examples of the
-    batch, as their mean is.
+    A table or a mask is the same in each batch. If an input's samples are all alike,
+    but differ from batch to batch, it was computed, perhaps from all examples of the
+    batch (such as their mean).
     """
 
     def __init__(self) -> None:
         self._rows: dict[tuple[int, int], int] = {}
 
     def saw(self, inputs: Sequence[Input]) -> None:
-        """Note which inputs are not what they were in an earlier batch.
+        """Note which of these inputs differ from those of an earlier batch.
 
         Args:
             inputs: All inputs of a forward pass, compared with the deliveries already.
@@ -240,7 +241,7 @@ def lost_order(now: DelayedChecksums, before: DelayedChecksums) -> Cause | None:
 def _changed_in_place(
     delivery: Delivery, where: Indices, changed: NDArray[np.bool_], found: Indices
 ) -> Finding:
-    """Return what an input shows whose memory was written to since the delivery.
+    """Return the finding for an input that was written to after its delivery.
 
     Args:
         delivery: The delivery in whose memory it is.

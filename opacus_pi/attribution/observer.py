@@ -1,8 +1,8 @@
-"""One observer of a data loader: which batches it returned, of which passes.
+"""Observe which batches a data loader returns, and in which pass over it.
 
-The loader stays the user's object. Its class is replaced by a subclass whose iterators
-keep the sampler's output, in the main process and before any worker sees it, and report
-a batch together with its indices at the moment when the training loop receives it. The
+The loader stays the user's object, but its class is replaced by a subclass. Its
+iterators keep the sampler's output, in the main process and before any worker gets it.
+They report a batch together with its indices when the training loop receives it. The
 same subclass counts passes, lets an ``EpochPosition`` start them where a saved run
 stopped, and can have items matched through ``collate_fn``.
 
@@ -71,15 +71,15 @@ class LoaderObserver:
     Loaders that are built from the observed one (``observe_like``) share its observer.
 
     Args:
-        tracker: Receives every delivery; referred to weakly. None: deliveries are
-            counted only.
+        tracker: Receives every delivery; held by a weak reference. None: deliveries are
+            only counted.
         follow_items: Whether ``collate_fn`` may change the order of the items. Passes
             that begin from now on then follow them (``collate_identity``).
 
     Attributes:
         batch_dim: The dimension that should run over the samples of a batch.
-        position: Its ``begin_pass`` is called when a pass begins, so that the pass can
-            be resumed; may be None.
+        position: The ``EpochPosition`` whose ``begin_pass`` is called when a pass
+            begins, so that the pass can be resumed; may be None.
         num_passes: How many passes have begun.
         num_passes_ended: How many of them were iterated to their end.
         num_unobserved_passes: How many passes had iterators that are not torch's. Of
@@ -199,8 +199,8 @@ def observe(
     """Observe a loader from its next pass on.
 
     Args:
-        loader: The loader, changed in place. Copies and pickles of it are plain.
-        tracker: Receives every delivery; referred to weakly.
+        loader: The loader, changed in place. Copies and pickles of it are not observed.
+        tracker: Receives every delivery; held by a weak reference.
         follow_items: Whether ``collate_fn`` may change the order of the items.
 
     Returns:
@@ -258,7 +258,7 @@ def tracker_of(loader: DataLoader[Any]) -> Tracker | None:
 def _attach(
     loader: DataLoader[Any], observer: LoaderObserver, *, in_parts: bool
 ) -> None:
-    """Have a loader's next passes observed."""
+    """Let an observer observe a loader's next passes."""
     swap_class(loader, _observed_loader)
     vars(loader).update(_pi_observer=observer, _pi_in_parts=in_parts)
 
@@ -297,7 +297,7 @@ class RecordedIndices:
         return getattr(self.__dict__["sampler"], name)
 
     def begin_pass(self, loader_pass: LoaderPass) -> None:
-        """Make a pass the one that deliveries belong to; an earlier one is over."""
+        """Set the pass to which deliveries belong; an earlier pass is over."""
         loader_pass.belongs_to(self)
         self.current_pass = loader_pass
 
@@ -386,7 +386,7 @@ def _observed_iterator(base: type) -> type:
             return indices.take(position, in_order=True)
 
         def _pi_skip(self, num_batches: int) -> None:
-            """Go past batches without reporting them.
+            """Skip batches without reporting them.
 
             Without workers only their indices are drawn, and nothing is loaded. With
             workers torch has handed out the first batches already, so they are loaded

@@ -1,4 +1,4 @@
-"""Two ways to recognise a sample of a batch: by its memory, and by its content.
+"""Recognise a sample of a batch by its memory or by its content.
 
 A sample is one position of a physical batch. Two facts show later which sample a
 tensor holds: the memory that it is stored in, and a checksum of some of its entries.
@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 _MAX_DEPTH = 6  # of nested batches; a list may contain itself
-_MAX_NODES = 4096  # of a nesting that are looked at: a batch may refer to a vocabulary
+_MAX_NODES = 4096  # of a nesting that are searched: a batch may refer to a vocabulary
 # Objects that are not entered in search of tensors.
 _CLOSED = (
     *(str, bytes, int, float, complex, bool, type(None), np.ndarray, np.generic),
@@ -145,7 +145,7 @@ def _attributes(nested: Any) -> Iterator[Any]:
 def is_dense(tensor: Tensor) -> bool:
     """Return whether a tensor's entries can be found in memory by sizes and strides.
 
-    Not so for sparse and nested tensors, tensors without data (``meta``), and
+    This is false for sparse and nested tensors, tensors without data (``meta``), and
     subclasses that wrap other tensors.
     """
     return (
@@ -269,7 +269,8 @@ class DelayedChecksums:
     def checksums(self) -> NDArray[np.int64]:
         """One checksum for each sample, int64 ``(b,)``.
 
-        They survive copying, moving to another device, reshaping and widening.
+        Copying, moving to another device, reshaping and converting to a wider type do
+        not change them.
         """
         if not self.width:
             return np.zeros(self._num_samples, dtype=np.int64)
@@ -279,7 +280,7 @@ class DelayedChecksums:
     def entries(self) -> NDArray[np.float32]:
         """The entries that the checksums look at, float32 ``(b, k)``.
 
-        Fetched from an accelerator once, which waits for it.
+        They are copied from an accelerator once, and the CPU waits for the copy.
         """
         entries = self._entries.cpu().float().reshape(self._num_samples, -1)
         return entries.contiguous().numpy()
@@ -292,8 +293,7 @@ class DelayedChecksums:
 def entries_looked_at(tensor: Tensor, dim: int, width: int) -> Tensor:
     """Return the entries of each sample that its checksum looks at.
 
-    Every operation costs time in each update, so that only those are called that are
-    needed.
+    Every operation costs time in each update, so only the necessary ones are called.
 
     Args:
         tensor: A dense tensor with entries.
@@ -347,7 +347,7 @@ class DeliveredTensor:
         return self.changed(tensor) is None
 
     def changed(self, tensor: Tensor) -> NDArray[np.bool_] | None:
-        """Return which samples have another content now than at delivery.
+        """Return which samples have changed since the delivery.
 
         Args:
             tensor: A tensor that lives in this memory.
@@ -431,7 +431,7 @@ def spacing(width: int) -> tuple[int, int]:
 
 
 def _layout(tensor: Tensor, dim: int) -> tuple[Any, ...]:
-    """Return what is equal for two views of one memory that hold the same samples."""
+    """Return a key that is equal for two views of one memory with the same samples."""
     return dim, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 

@@ -7,12 +7,12 @@ compared by their largest entry, too.
 
 *Guarantee.* Targets that are delivered values in the order of the samples are never
 reported. The link "rows" is broken only if the targets are the values of the delivered
-batch in another order, and this cannot be a new name for each value: a value got two
-targets, the loop gave delivered targets before, or more values than a batch holds were
-seen and each batch kept its own.
+batch in another order, and if a consistent renaming of the values cannot explain this:
+one value got two targets, the loop used delivered targets before, or more values than
+one batch holds were seen and each batch kept its own.
 
 *What breaks it.* Targets that the loop computed in another way, such as scaled ones,
-cannot be compared, and are said to be unchecked. Equal targets may be exchanged without
+cannot be compared, and leave the link unchecked. Equal targets may be exchanged without
 notice, which changes no loss. On an accelerator, only the first three batches are
 compared, because a comparison waits for the device.
 """
@@ -59,10 +59,10 @@ Order = Literal["same", "other", "computed"]
 
 
 class TargetOrder:
-    """Compares the targets of each loss with the samples of its forward pass.
+    """A comparison of each loss's targets with the samples of its forward pass.
 
     Args:
-        tracker: Knows the forward passes; referred to weakly.
+        tracker: The tracker of the forward passes; held by a weak reference.
         chain: The chain of custody; gets the result as its link "rows".
     """
 
@@ -77,7 +77,7 @@ class TargetOrder:
         """Compare the targets of a loss that was just computed.
 
         Args:
-            targets: What the criterion was given; only read.
+            targets: The targets that the criterion was given; only read.
         """
         tracker = self._tracker()
         if tracker is None or self._is_broken or not isinstance(targets, Tensor):
@@ -166,7 +166,7 @@ class _Comparison:
 
 
 def _is_delivered(forward: ForwardPass, targets: Tensor) -> bool:
-    """Return whether the targets are an untouched tensor of a batch that is used whole.
+    """Return whether the targets are an unchanged tensor of a batch that is used whole.
 
     This is what nearly every loop does.
     """

@@ -1,4 +1,4 @@
-"""Follows batches from the loader through the model to the optimizer.
+"""Follow batches from the loader through the model to the optimizer.
 
 A loader reports each batch that it returns, with its data-set indices. A forward pass
 of the model is matched to such a delivery, by storage, by content or, unverified, as
@@ -8,11 +8,12 @@ the data-set index of each of them.
 
 *Guarantee.* A sample has an index only if there is evidence for it (``evidence.py``);
 where the evidence is an assumption, it is counted as ``by_latest``. Every other sample
-is unattributed. Whatever is uncertain has a cause, which is counted in ``causes`` and
-said once. The numbers of samples must agree: if the passes that wait do not have the
-numbers of samples that the gradients have, all samples of the update are unattributed.
-A pass whose backward pass has not run is kept by the graph of its outputs alone, so any
-number of passes may be accumulated, and those that are never used leave nothing behind.
+is unattributed. Every uncertainty has a cause, which is counted in ``causes`` and
+reported in one warning. The numbers of samples must agree: if the passes that wait do
+not have the numbers of samples that the gradients have, all samples of the update are
+unattributed. A pass whose backward pass has not run is kept by the graph of its outputs
+alone, so any number of passes may be accumulated, and those that are never used leave
+nothing behind.
 
 *What breaks it.* Gradients that were computed from other tensors than the model's
 inputs and outputs (layers called one by one), losses that combine several batches, an
@@ -99,7 +100,7 @@ _CONSEQUENCES = {
 
 
 class Tracker:
-    """Attributes the samples of physical batches to examples of the data set.
+    """Attribution of the samples of physical batches to examples of the data set.
 
     Args:
         verify: Whether copies of the delivered tensors are recognised by content.
@@ -109,9 +110,10 @@ class Tracker:
 
     Attributes:
         counts: How many samples were attributed, by evidence.
-        num_left_out: How many samples the loop did not use of the batches that it used.
+        num_left_out: Of the batches that the loop used, the number of samples that it
+            did not use.
         keeps_batches: Whether the recent batches are kept in memory.
-        keeps_outputs: Whether it is noted where outputs are, for ``is_output``.
+        keeps_outputs: Whether the addresses of outputs are noted, for ``is_output``.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
     """
@@ -171,7 +173,7 @@ class Tracker:
             identity: Which item each sample is, if ``collate_fn`` was observed.
 
         Returns:
-            What is known of the batch.
+            The description of the batch.
         """
         delivery = describe_delivery(
             indices,
@@ -216,7 +218,7 @@ class Tracker:
         return forward
 
     def awaiting_backward(self) -> list[ForwardPass]:
-        """Return the recent passes of which a loss may still be computed."""
+        """Return the recent passes from which a loss may still be computed."""
         passes = [bound() for bound in self._bound]
         return [f for f in passes if f is not None and not f.backward]
 
@@ -274,7 +276,7 @@ class Tracker:
         return len(gone)
 
     def _keep(self, kept: list[ForwardPass]) -> None:
-        """Keep these passes; the others wait for a backward pass again."""
+        """Keep these passes as done; let the others wait for a backward pass again."""
         for forward in self._pending:
             if not kept or forward not in kept:
                 forward.backward = 0
@@ -330,7 +332,7 @@ class Tracker:
                 self.num_left_out -= before
 
     def delivery_of_gradients(self) -> Delivery | None:
-        """Return the one batch that all present gradients are of; None if not one."""
+        """Return the batch from which all present gradients come; None if not one."""
         found = {id(f.delivery): f.delivery for f in self._pending}
         return next(iter(found.values())) if len(found) == 1 else None
 
@@ -401,7 +403,7 @@ class Tracker:
         return passes
 
     def sample_counts(self) -> SampleCounts:
-        """Return how many samples entered updates, and of how many nothing is known."""
+        """Count the samples that entered updates, and those that are unattributed."""
         found = (CAUSES[name] for name in self.causes)
         reasons = [c.explanation for c in found if c.state == "unattributed"]
         unattributed = self.counts["unattributed"]
@@ -412,7 +414,7 @@ class Tracker:
         """Return whether a tensor is in the memory of an output of the model.
 
         Args:
-            tensor: For example, what a criterion was given.
+            tensor: A tensor, for example an argument of the criterion.
 
         Outputs are known from ``keeps_outputs`` on.
         """
@@ -423,7 +425,7 @@ class Tracker:
         return any([address in storages for storages in outputs])
 
     def report_to(self, chain: Chain) -> None:
-        """Tell the links "identity" and "rows" what was found up to now.
+        """Report to the links "identity" and "rows" what was found up to now.
 
         Inputs that carry different examples in one position, or mixtures of several,
         break the link, however few they are: clipping then does not bound what one
@@ -477,7 +479,7 @@ class Tracker:
                 self._note(cause, num)
 
     def _note(self, cause: Cause, num: int) -> None:
-        """Count samples with a cause, and say it once, or raise if strict.
+        """Count samples with a cause, and warn of it once, or raise if strict.
 
         Args:
             cause: Why the samples are uncertain.

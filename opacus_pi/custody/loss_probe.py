@@ -10,8 +10,8 @@ same comparison on request.
 **Guarantee.** The criterion is copied, outputs are detached, and random states are
 restored.
 
-**What breaks it.** A criterion that couples examples only for certain values. An
-example is the mean over the hardest half of a batch: a batch of 8 shows it in 95 % of
+**What breaks it.** A criterion that couples examples only for certain values. One such
+criterion is the mean over the hardest half of a batch: a batch of 8 shows it in 95 % of
 the cases, a batch of 3 in 26 %, three batches of 3 in 63 %.
 
 >>> chain, outputs, labels = Chain(), torch.eye(3), torch.arange(3)

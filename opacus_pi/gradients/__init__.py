@@ -1,10 +1,11 @@
 """Per-example gradient norms without per-example gradients, and Gram matrices.
 
-A norm sweep runs a copy of the model (``norm_engine``). Taps intercept the gradient at
-each layer's output (``taps``, ``norm_taps``, ``tapped_layers``,
-``parameters_outside_layers``), and a rule of the layer turns it into each example's
-gradient (``layers``, ``example_gradients``). What has no rule is differentiated example
-by example (``fallback``). ``clipping`` uses the same rules while a model is trained.
+A norm sweep, one pass over a data set that measures norms, runs a copy of the model
+(``norm_engine``). *Taps* intercept the gradient at each layer's output (``taps``,
+``norm_taps``, ``tapped_layers``, ``parameters_outside_layers``), and the layer's *rule*
+turns it into each example's gradient (``layers``, ``example_gradients``). Parameters
+without a rule are differentiated example by example (``fallback``). ``clipping`` uses
+the same rules while a model is trained.
 """
 
 from opacus_pi._promised import promise

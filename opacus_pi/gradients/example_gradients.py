@@ -1,4 +1,4 @@
-r"""Each example's gradient by one parameter, explicit or implied.
+r"""Each example's gradient by one parameter, as a tensor or by a formula.
 
 Norms and clipping need only two things of the gradients :math:`g_1, \dots, g_b` by a
 parameter: their squared lengths, and one sum :math:`\sum_i c_i g_i` once the clip
@@ -13,9 +13,9 @@ tensor([25.,  1.], dtype=torch.float64)
 >>> gradients.weighted_sum(torch.tensor([1.0, 10.0]))
 tensor([ 3., 14.])
 
-Nothing is computed before it is asked for, so that one rule serves both: a sweep asks
-for the squares and drops the object, clipping keeps it (:meth:`ExampleGradients.kept`).
-What breaks it: tensors that are overwritten in between. The taps therefore compare the
+Nothing is computed before it is needed, so that one rule serves both: a sweep reads the
+squares and drops the object, clipping keeps it (:meth:`ExampleGradients.kept`). What
+breaks it: tensors that are overwritten before that. The taps therefore compare the
 version counters of a rule's inputs (:class:`opacus_pi.gradients.taps.SavedInputs`).
 """
 
@@ -73,7 +73,7 @@ class ExampleGradients(ABC):
         return total + self.squares
 
     def kept(self) -> "ExampleGradients":
-        """Return what takes the least memory until the clip factors are known.
+        """Return the form that takes the least memory until the clip factors are known.
 
         That is this object, with its squares computed, or explicit gradients where they
         are smaller than the tensors that they follow from.
@@ -142,7 +142,7 @@ class ExplicitGradients(ExampleGradients):
         return self.values
 
     def kept(self) -> ExampleGradients:
-        """Return this object; its squares are computed when they are asked for."""
+        """Return this object; its squares are computed when they are needed."""
         return self
 
     def joins(self, other: ExampleGradients) -> bool:
@@ -150,12 +150,12 @@ class ExplicitGradients(ExampleGradients):
         return isinstance(other, ExplicitGradients)
 
     def joined(self, others: Sequence[Any]) -> ExampleGradients:
-        """Return the sums, explicit."""
+        """Return the sums, as explicit gradients."""
         return _formed([self, *others])
 
 
 class SummedGradients(ExampleGradients):
-    r"""Sums of gradients from uses of different kinds, of known inner products.
+    r"""Sums of gradients from uses of different kinds, with known inner products.
 
     For an embedding whose table is also the weight of the output layer, the squared
     norm is :math:`\|E + W\|^2 = \|E\|^2 + \|W\|^2 + 2 \langle E, W\rangle`.
@@ -172,8 +172,8 @@ class SummedGradients(ExampleGradients):
     def compute_squares(self) -> Tensor:
         """Return squared norms.
 
-        Where the parts nearly cancel, the rounding error that may have been made is
-        added, so that clipping still bounds the example (see
+        Where the parts nearly cancel, the possible rounding error is added, so that
+        clipping still bounds the example (see
         :func:`~opacus_pi.gradients.products.with_rounding`).
         """
         squares = torch.stack([part.squares for part in self._parts])
@@ -212,9 +212,9 @@ def joint_squares(gradients: Sequence[ExampleGradients]) -> Tensor:
 def add_up(parts: Sequence[ExampleGradients]) -> ExampleGradients:
     """Return the gradients of a parameter that was used several times.
 
-    Squared lengths of sums do not follow from those of the parts. Uses of one kind are
-    joined to one use at more positions; uses of different kinds need their inner
-    products. Only where a pair has no formula, the gradients are formed and added.
+    The squared length of a sum does not follow from those of its parts. Uses of one
+    kind are joined to one use at more positions; uses of different kinds need their
+    inner products. Only if a pair has no formula are the gradients formed and added.
 
     Args:
         parts: One for each use, of the same examples in the same order.

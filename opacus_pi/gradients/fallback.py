@@ -1,9 +1,10 @@
-"""Per-example gradients of any parameters of any model: slow, and always right.
+"""Per-example gradients of any parameters of any model, computed slowly and exactly.
 
-What the taps cannot measure is differentiated example by example, in one of two ways:
-all at once by ``torch.func.vmap`` (:func:`vmapped_squares`, :func:`vmapped_gradients`),
-or, where a model cannot be run under vmap, one after the other by plain autograd
-(:func:`looped_squares`), which serves as the reference for everything else, too.
+Parameters that the taps cannot measure are differentiated example by example, in one of
+two ways: all at once by ``torch.func.vmap`` (:func:`vmapped_squares`,
+:func:`vmapped_gradients`), or, where a model cannot be run under vmap, one after the
+other by plain autograd (:func:`looped_squares`). The second way is also the reference
+for all other computations of norms.
 
 The guarantee: each example is alone in its forward pass, so whatever the model does
 across a batch cannot mix examples. What breaks it: randomness that differs between the
@@ -50,10 +51,10 @@ _NO_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
 def raise_if_out_of_memory(error: BaseException) -> None:
     """Raise an error again if it says that memory ran out.
 
-    A slower way would need the memory, too, or hide from the user why it is slow.
+    A slower way would also run out of memory, or hide from the user why it is slow.
 
     Args:
-        error: An error that is otherwise handled by going another way.
+        error: An error for which the caller otherwise uses a slower way.
 
     Raises:
         RuntimeError: The error itself, as ``torch.OutOfMemoryError`` or of the CPU's

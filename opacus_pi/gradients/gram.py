@@ -5,10 +5,10 @@ the angles between them, which the Gram matrix of their gradients contains: exam
 that push the weights in the same direction are revealed more easily than each of them
 alone.
 
-Here the gradients are formed, a part of the weights at a time, so that memory stays
-bounded for any model; inner products are added up over the parts in float64. Nothing
-leaves a trace on the model. What breaks it: a model whose examples influence each
-other, which is not checked here (a sweep of the same model checks it).
+The gradients are formed for a part of the weights at a time, so that memory stays
+bounded for any model; inner products are added up over the parts in float64. The model
+is not changed. What breaks it: a model whose examples influence each other, which is
+not checked here (a sweep of the same model checks it).
 
 >>> data = [(torch.tensor([3.0, 4.0]), 0), (torch.tensor([4.0, -3.0]), 0)]
 >>> model = nn.Linear(2, 1, bias=False)
@@ -71,7 +71,7 @@ def gradient_gram(
         criterion: ``criterion(outputs, targets)`` with one loss per example; a torch
             loss module may have any reduction (it is copied).
         data_set: A map-style data set of ``(x, y)``.
-        indices: Which examples, ``(m,)``, each once.
+        indices: Positions in the data set, ``(m,)``, each once.
         batch_size: Examples at a time; the result does not depend on it.
         collate_fn: Makes ``(x, y)`` batches of lists of examples; torch's by default.
 
@@ -227,7 +227,8 @@ class _Gradients:
             float64 ``(b, P)``, with P the number of entries of these parameters.
 
         Raises:
-            CoupledLoss: If the criterion divides by something of the whole batch.
+            CoupledLoss: If the criterion divides by a number that depends on the whole
+                batch.
         """
         self._losses.check_targets(y)
         chosen = {name: self._trainable[name] for name in names}
@@ -270,7 +271,7 @@ class _Gradients:
         """Return the sum of a batch's weighted gradients, in float64, by parameter.
 
         Args:
-            loader: Gives the batch in parts that fit into memory.
+            loader: Returns the batch in parts that fit into memory.
             batch: Positions in the data set.
             factors: The weights, one for each example of the data set, ``(n,)``.
         """

@@ -91,7 +91,7 @@ class NormEngine:
         tapped = tap_attention(self._taps, self._model)
         tapped |= tap_recurrent(self._taps, self._model)
         tapped |= tap_layers(self._taps, self._model)
-        # Watching every operation of torch is slow, and most models need it not.
+        # Intercepting every operation of torch is slow, and most models do not need it.
         outside = set(self._trainable.values()) - tapped
         self._outside_layers = (
             ParametersOutsideLayers(self._taps) if outside else nullcontext()
@@ -139,9 +139,9 @@ class NormEngine:
         return squares, pytree.tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def _search_position_tables(self, x: Any, size: int) -> None:
-        """Leave over parameters that are not indexed by examples, at the first batch.
+        """Exclude from the taps the parameters that are not indexed by examples.
 
-        A batch of one example cannot show them, so the next larger one is used.
+        This is done at the first batch of more than one example, which can show them.
         """
         if self._searched_position_tables or size < 2:
             return
@@ -152,8 +152,9 @@ class NormEngine:
     def _batched(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         """Measure the examples of a batch together.
 
-        The pass is repeated until nothing more is left over. That happens in the first
-        batch only, and at most a few times, because what is left over only grows.
+        Parameters that the taps cannot measure are *left over* and measured in another
+        way. The pass is repeated until no more are found. That happens in the first
+        batch only, and at most a few times, because the set only grows.
 
         Each example's output gradient has unit length when it enters the network, and
         the norms are multiplied by its length afterwards
@@ -238,8 +239,8 @@ class NormEngine:
     def _checks(self, squares: Tensor, x: Any, y: Any) -> bool:
         """Return whether plain autograd gives the largest of the squared norms as well.
 
-        The largest, because it has the most significant digits and counts the most. A
-        norm of 0 proves nothing: the next batch is checked again.
+        The largest norm is compared, because it has the most significant digits and
+        counts the most. A norm of 0 proves nothing: then the next batch is checked.
 
         Args:
             squares: Squared norms of a batch, float64 ``(b,)``.

@@ -34,7 +34,7 @@ from opacus_pi.gradients.taps import Call, SavedInputs, TapRule, tapped
 
 
 class NormTaps:
-    """The squared gradient norms measured in one pass, and what was not measured.
+    """Squared gradient norms of one pass, and the parameters that were not measured.
 
     Attributes:
         leftover: Names of the parameters that the taps do not measure. It only grows.
@@ -87,18 +87,18 @@ class NormTaps:
         return found
 
     def _forget(self) -> None:
-        """Drop what the last pass has left."""
+        """Drop the results of the last pass."""
         self._calls.clear()
         self._parts.clear()
         self._needed.clear()
 
     # ----------------------------------------------------- what is not measured by taps
     def update_leftover(self) -> bool:
-        """Add to ``leftover`` what the last pass did not measure.
+        """Add to ``leftover`` the parameters that the last pass did not measure.
 
-        That is a parameter that autograd has reached by an operation without a tap, one
-        whose operation could not be tapped, and a shared one whose inputs were
-        overwritten before its gradients could be added.
+        There are three kinds: a parameter that autograd has reached through an
+        operation without a tap, one whose operation could not be tapped, and a shared
+        one whose inputs were overwritten before its gradients could be added.
 
         Returns:
             Whether the pass has measured everything else. If not, it must be made
@@ -188,12 +188,12 @@ class NormTaps:
         parameters: Mapping[str, nn.Parameter],
         inputs: SavedInputs,
     ) -> None:
-        """Add what one operation contributes, or keep it for shared parameters.
+        """Add the squares of one operation, or keep gradients of shared parameters.
 
         Args:
             found: The examples' gradients, by name.
             parameters: The live parameters, by the same names.
-            inputs: What the gradients follow from.
+            inputs: The tensors from which the gradients are computed.
         """
         alone = dict(found)
         for name in found if self._shared else ():

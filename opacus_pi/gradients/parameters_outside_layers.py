@@ -7,7 +7,7 @@ for a product), summed over the positions that share an entry of the parameter.
 
 A ``TorchFunctionMode`` sees every operation of torch while the model runs. It taps the
 operations above where one operand is a live parameter and the other a batch, and runs
-all others unchanged; their parameters stay live and are found by their ``.grad``.
+all others unchanged; their parameters stay live and are recognised by their ``.grad``.
 
 The guarantee: results are those of the plain operations, and a gradient is either
 tapped or left to autograd, never lost. Nothing is known to break it. An operation in
@@ -37,7 +37,7 @@ class ParametersOutsideLayers(TorchFunctionMode):
     """Tap the operations above on live parameters, while the mode is entered.
 
     Args:
-        taps: What the operations report to.
+        taps: The object to which the operations report.
     """
 
     def __init__(self, taps: Taps) -> None:
@@ -84,7 +84,7 @@ class ParametersOutsideLayers(TorchFunctionMode):
             func: The operation.
             args: Both operands, in their order.
             parameter: The live one.
-            x: The other one, with a row for each example.
+            x: The other operand, with a row for each example.
         """
         if not _is_shared(parameter.shape, x.shape):
             plain: Tensor = func(*args)
@@ -127,10 +127,10 @@ class ParametersOutsideLayers(TorchFunctionMode):
 
 
 def _is_shared(shape: torch.Size, batch: torch.Size) -> bool:
-    """Return whether each example of a batch sees the whole of a parameter, broadcast.
+    """Return whether each example of a batch uses the whole of a parameter, broadcast.
 
-    Not so if the parameter has as many dimensions as the batch and several entries in
-    the first one: then each example has an entry of its own.
+    This is false if the parameter has as many dimensions as the batch and several
+    entries in the first one: then each example has an entry of its own.
     """
     pairs = zip(reversed(shape), reversed(batch), strict=False)
     return (

@@ -4,13 +4,13 @@ Rules assume that the first dimension of a layer's input counts the examples. A 
 table is looked up for position numbers ``(t,)`` instead, which look like a batch as
 soon as there are as many positions as examples. With one example fewer the batch
 shrinks and the position numbers do not: so the model is run once on one example fewer,
-and a layer or operation that still meets the old number of rows is not indexed by
+and a layer or operation whose input still has the old number of rows is not indexed by
 examples.
 
-The guarantee: such a parameter is found if it meets those rows in the one forward pass.
-What breaks it: control flow that depends on values, and a model that cannot run on
-fewer examples, for which nothing is found. The comparison of the first batch with plain
-autograd then remains (:class:`~opacus_pi.gradients.norm_engine.NormEngine`).
+The guarantee: such a parameter is found if it is applied to such rows in this forward
+pass. What breaks it: control flow that depends on values, and a model that cannot run
+on fewer examples, for which nothing is found. The comparison of the first batch with
+plain autograd then remains (:class:`~opacus_pi.gradients.norm_engine.NormEngine`).
 
 >>> class Positions(nn.Module):
 ...     def __init__(self):
@@ -80,13 +80,13 @@ def parameters_not_indexed_by_example(
 
 
 class _RowObserver:
-    """Taps that note the parameters that meet a number of rows, and measure nothing.
+    """Taps that only note which parameters are applied to a given number of rows.
 
     Attributes:
         found: These parameters.
 
     Args:
-        num_rows: The number.
+        num_rows: The number of rows.
     """
 
     def __init__(self, num_rows: int) -> None:

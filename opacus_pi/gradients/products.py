@@ -2,7 +2,7 @@ r"""Squared norms of sums of outer products, by the cheaper of two exact formula
 
 The gradient of a linear layer's weight is :math:`G = \sum_t g_t a_t^\top` over t
 positions, with inputs :math:`a_t` of length d and output gradients :math:`g_t` of
-length p. There are two exact ways to its norm:
+length p. There are two exact ways to compute its norm:
 
 * *direct*: form G, :math:`t d p` multiplications, and take its length;
 * *Gram*: the inner products of all pairs of positions, :math:`t^2 (d + p)`
@@ -12,10 +12,10 @@ Which one is used follows from these counts alone, so that a result repeats bit 
 The Gram formula is the cheaper one for few positions and wide layers.
 
 The guarantee: a norm is never too small by more than rounding, so that clipping by it
-bounds the example. What threatens it are terms that nearly cancel, such as long inputs
-that differ little with opposite gradients: the Gram formula then returns the difference
-of large numbers, of which only rounding is left. Where that happens, the error that may
-have been made is added (:func:`pair_squares`).
+bounds the example. The danger is terms that nearly cancel, such as long inputs that
+differ little with opposite gradients: the Gram formula then returns a difference of
+large numbers, which is mostly rounding error. In this case the largest possible error
+is added (:func:`pair_squares`).
 """
 
 from collections.abc import Callable, Iterator
@@ -129,9 +129,9 @@ def gram_squares(a: Tensor, g: Tensor) -> Tensor:
 def pair_squares(inputs: Tensor, grads: Tensor) -> Tensor:
     """Return the sum of the entrywise products of two Gram matrices, float64 ``(b,)``.
 
-    Where the terms nearly cancel, what is left is rounding error, and clipping by a
-    length that is too small would not bound the example. There the error that may
-    have been made is added.
+    Where the terms nearly cancel, the result is mostly rounding error, and clipping by
+    a length that is too small would not bound the example. In this case the possible
+    error is added.
 
     Args:
         inputs: Inner products of inputs, ``(b, t, t)``, overwritten.
@@ -149,8 +149,8 @@ def with_rounding(squares: Tensor, size: Tensor, dtype: torch.dtype) -> Tensor:
     """Return squared lengths, plus the possible rounding error where terms cancelled.
 
     Args:
-        squares: What was computed, float64 ``(b,)``.
-        size: What it would be if no terms cancelled, float64 ``(b,)``.
+        squares: The computed squared lengths, float64 ``(b,)``.
+        size: Their values if no terms cancelled, float64 ``(b,)``.
         dtype: The type in which the terms were computed.
     """
     error = size * (_ROUNDING * torch.finfo(dtype).eps)

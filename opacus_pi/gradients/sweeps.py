@@ -1,7 +1,7 @@
 """Gradient norms of one batch, or of a whole data set in one pass (a sweep).
 
-A sweep also returns confidence, EL2N and correctness, which come with the same forward
-pass. The paper chooses forget sets by them as well as by norms.
+A sweep also returns the confidence, error (EL2N) and correctness of each prediction,
+from the same forward pass. Forget sets can be chosen by them as well as by norms.
 
 A sweep leaves no trace: weights, gradients, hooks, train/eval flags, buffers, the
 optimizer and all random number generators stay bit for bit as they were. The data set's

@@ -1,9 +1,10 @@
 """Tap the layers of a copy that have a rule, by replacing their ``forward``.
 
-A tapped layer runs with frozen parameters, and its output is tapped. It runs as it
-always does where its rule cannot apply: called with several arguments, with an input
-that has no row for each example, or outside a tapped pass. Its parameters are live
-then, so that their gradients are found (:mod:`~opacus_pi.gradients.norm_taps`).
+A tapped layer runs with frozen parameters, and its output is tapped. It runs unchanged
+where its rule does not apply: if it is called with several arguments, with an input
+that has no row for each example, or outside a tapped pass. Its parameters then keep
+``requires_grad``, so that autograd shows that they were used
+(:mod:`~opacus_pi.gradients.norm_taps`).
 
 The model is a copy that only the sweep runs, so its methods may be replaced. The user's
 own model, while it is trained, gets hooks instead
@@ -34,7 +35,7 @@ def tap_layers(taps: NormTaps, model: nn.Module) -> set[nn.Parameter]:
     """Replace ``forward`` of each layer that has a rule.
 
     Args:
-        taps: What the layers report to.
+        taps: The object to which the layers report.
         model: An evaluation copy.
 
     Returns:
@@ -55,7 +56,7 @@ class _TappedLayer:
     detached tensors, which is one assignment however many weights there are.
 
     Args:
-        taps: What the layer reports to.
+        taps: The object to which the layer reports.
         module: The layer; its ``forward`` is replaced.
         rule: The layer's rule.
     """
@@ -123,8 +124,8 @@ class _TappedLayer:
     def _parameters(self) -> dict[str, nn.Parameter]:
         """The layer's own parameters that taps still measure, by name.
 
-        The answer changes only when parameters are left over, so it is kept: this runs
-        at every call of every layer.
+        The result changes only when parameters become ``leftover``, so it is cached:
+        this runs at every call of every layer.
         """
         num_leftover = len(self._taps.leftover)
         if num_leftover != self._num_leftover:

@@ -8,7 +8,7 @@ the parameters' gradients follow. No parameter gradient is formed.
 
 The guarantee: each operation is measured at most once, with the input that it had. A
 second backward pass through the same forward pass is an error; an input that was
-overwritten before the backward pass arrives is noticed by its version counter, and the
+overwritten before the backward pass arrives is detected by its version counter, and the
 operation counts as not measured. What breaks it: writes that the counter does not see
 (through ``.data`` or NumPy).
 
@@ -131,7 +131,7 @@ class SavedInputs:
 
     @property
     def are_unchanged(self) -> bool:
-        """Return whether no tensor was written to since."""
+        """Return whether no tensor was written to since the call."""
         return self._count_writes() == self._num_writes
 
     def _packed(self, leaves: list[Any]) -> Call:

@@ -39,11 +39,11 @@ class GramLedger(SavedLedger):
         mechanism: Number of updates, sample rate, noise and clip norm of the run.
         steps: int64 ``(N,)``, strictly increasing: updates done at each row.
         grams: float64. ``kind="forget"``: ``(N, m, m)``, ⟨g_x, g_y⟩ of the m forget
-            examples' own gradients, before clipping. ``kind="minibatch"``: ``(N, R, J,
-            J)``, ⟨U_i − U'_r, U_j − U'_r⟩, where U_1 … U_J are the summed (clipped)
-            gradients of minibatches of all the data and U'_r that of a minibatch of the
-            retain set. Subtract **before** taking products: a difference of products
-            may have no correct digit.
+            examples' own gradients, before clipping. ``kind="minibatch"``: of shape
+            ``(N, R, J, J)``, ⟨U_i − U'_r, U_j − U'_r⟩, where U_1 … U_J are the summed
+            (clipped) gradients of minibatches of all the data and U'_r that of a
+            minibatch of the retain set. Subtract **before** taking products: a
+            difference of products may have no correct digit.
         kind: ``"forget"`` for the coupled bound, ``"minibatch"`` for the bound of
             Theorem B.1 (docs/theory.md).
         example_ids: int64 ``(m,)``, the examples of the group.

@@ -248,8 +248,7 @@ def check_losses(losses: Any, batch_size: int) -> None:
     """Raise unless ``losses`` holds one loss per example.
 
     Args:
-        losses: The tensor that a criterion returned; it should have the shape ``(b,
-            ...)``.
+        losses: The tensor that a criterion returned; should be ``(b, ...)``.
         batch_size: Number of examples, ``b``.
 
     Raises:

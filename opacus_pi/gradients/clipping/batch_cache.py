@@ -1,9 +1,9 @@
 """Per-batch cache of layer inputs and output gradients, from which clipping computes.
 
-A backward pass leaves, for every operation that a parameter was used in, the gradients
-of each example by this parameter, explicit or implied
-(:mod:`~opacus_pi.gradients.example_gradients`). Once the pass is over, norms and
-clipped sums of all parameters follow from the cache.
+For every operation that uses a parameter, a backward pass adds to the cache each
+example's gradient by this parameter: as a tensor, or as the input and output gradient
+from which it follows (:mod:`~opacus_pi.gradients.example_gradients`). Once the pass is
+over, norms and clipped sums of all parameters follow from the cache.
 
 The guarantee: for every parameter, the cache returns each example's whole gradient, or
 raises. Parameters that were used in an operation without a rule are differentiated
@@ -73,7 +73,8 @@ class WholeCall:
 
     Attributes:
         inputs: The arguments.
-        cotangents: By the output's position among the leaves of what was returned.
+        cotangents: The gradients, by the output's position among the tensors that the
+            call returned.
     """
 
     inputs: SavedInputs
@@ -81,7 +82,7 @@ class WholeCall:
 
 
 class BatchCache:
-    """The examples' gradients of one physical batch, by parameter.
+    """The gradients of each example of one physical batch, by parameter.
 
     Several calls of the model before the first backward pass are views of one batch:
     sample j of each belongs to example j, as in Opacus.
@@ -92,10 +93,10 @@ class BatchCache:
     Attributes:
         size: Number of examples.
         calls: The calls of the whole model.
-        missed: Parameters of whose gradients a part is neither in the cache nor in
-            autograd.
+        missed: Parameters for which a part of the gradient is neither in the cache nor
+            in autograd's sum.
         remainders: For parameters whose gradients are only partly in the cache: the sum
-            that autograd must have. Known once ``gradients`` was called.
+            that autograd must have for the rest. Filled by ``gradients``.
     """
 
     def __init__(self, size: int) -> None:
@@ -115,19 +116,20 @@ class BatchCache:
         """Add one operation's part of its parameters' gradients.
 
         Args:
-            found: By parameter.
-            inputs: What they follow from, which may not change until the step.
+            found: The examples' gradients, by parameter.
+            inputs: The tensors from which they are computed, which may not change until
+                the step.
         """
         for parameter, gradients in found.items():
             self._parts[parameter].append(gradients)
         self._needed.append(inputs)
 
     def leave_over(self, parameter: nn.Parameter) -> None:
-        """Note that autograd has a part of a parameter's gradients.
+        """Note that autograd has summed up a part of a parameter's gradients.
 
         A hook on the parameter calls this when a gradient arrives that no tap has
-        intercepted. The examples' gradients with respect to this parameter are then
-        formed through the whole model.
+        intercepted. The examples' gradients by this parameter are then computed by
+        differentiating the whole model.
 
         Args:
             parameter: A parameter of the live model.
@@ -138,7 +140,7 @@ class BatchCache:
         """Note that a part of parameters' gradients is neither here nor in autograd.
 
         The layer was frozen while it ran, so autograd computes nothing for it, and its
-        tap could not be used. There is no sum to compare with then.
+        tap could not be used. Then there is no sum to compare with.
 
         Args:
             parameters: Parameters of the live model.
@@ -156,7 +158,7 @@ class BatchCache:
             model: The live model, in the mode in which it was called.
 
         Raises:
-            RuntimeError: If an input was overwritten since.
+            RuntimeError: If an input was overwritten after the forward pass.
             ValueError: If a parameter's gradients are unknown, with its name.
         """
         if not all(inputs.are_unchanged for inputs in self._needed):
@@ -174,7 +176,7 @@ class BatchCache:
         self._parts.clear()
 
     def _sum(self, parameter: nn.Parameter, model: nn.Module) -> ExampleGradients:
-        """Return the sum of a parameter's parts, which are complete."""
+        """Return the sum of a parameter's parts, none of which is missing."""
         if not self._parts[parameter]:
             raise ValueError(_NOT_USED.format(_names(model)[parameter]))
         return add_up(self._parts[parameter])
@@ -184,15 +186,16 @@ class BatchCache:
     ) -> dict[nn.Parameter, ExampleGradients]:
         """Form gradients of parameters that taps have not intercepted everywhere.
 
-        What taps did not intercept, autograd has summed up. This expected sum is noted,
-        and :meth:`TrainingTaps.require_complete` compares it with autograd's.
+        The parts that taps did not intercept were summed up by autograd. The expected
+        sum is noted, and :meth:`TrainingTaps.require_complete` compares it with
+        autograd's.
 
         Args:
-            wanted: Those that are trained.
+            wanted: The trained parameters.
             model: The live model.
 
         Returns:
-            Gradients by these parameters only.
+            The gradients of the incomplete parameters only.
         """
         unknown = self._leftover | self.missed
         names = _names(model) if unknown else {}
@@ -222,7 +225,8 @@ class BatchCache:
             ``(b, *shape)`` by name, added up over the calls of the model.
 
         Raises:
-            RuntimeError: If an input of the model was overwritten since.
+            RuntimeError: If an input of the model was overwritten after the forward
+                pass.
             ValueError: If no output of the model was used for the loss, or an output
                 has no row for each example, or the model fails for single examples.
         """
@@ -265,8 +269,8 @@ def _names(model: nn.Module) -> dict[nn.Parameter, str]:
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
     r"""Return :math:`\min(1, C / (\lVert g \rVert + 10^{-6}))` for each example.
 
-    The small constant is Opacus's. It keeps an example with gradient 0 from a division
-    by zero, and lets clipped gradients stay just below the clip norm.
+    The small constant is Opacus's. It avoids a division by zero for an example with
+    gradient 0, and keeps clipped gradients just below the clip norm.
 
     Args:
         norms: Norm of each example's gradient before clipping, ``(b,)``.

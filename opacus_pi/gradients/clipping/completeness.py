@@ -1,13 +1,13 @@
-"""Check that the examples' gradients are all that a backward pass has produced.
+"""Check that the examples' gradients include everything that a backward pass produced.
 
 Where a parameter's gradients are formed by running the model again, only the part of
 the loss that was computed from the model's outputs is known. A loss may have another
 part, such as a penalty on the weights, that no example's gradient contains and clipping
 would drop silently.
 
-The idea: the parameter stayed live, so autograd has accumulated a sum. It must equal
-the sum over examples of the formed gradients less the parts that taps intercepted; this
-is the *remainder*. The guarantee: a difference of more than rounding raises. What
+The idea: the parameter was not frozen, so autograd has accumulated a sum. It must equal
+the *remainder*: the sum over examples of their whole gradients, minus the parts that
+taps intercepted. The guarantee: a difference above rounding raises an error. What
 breaks it: a part of the loss smaller than the rounding.
 """
 
@@ -30,10 +30,11 @@ BEYOND_THE_OUTPUTS = (
 
 @dataclass(frozen=True)
 class Remainder:
-    """The sum over examples that autograd has of a parameter, if nothing is missing.
+    """The sum that autograd must have for a parameter, if nothing is missing.
 
     Args:
-        total: The examples' gradients less what taps intercepted of them, summed.
+        total: The sum of the examples' gradients, minus the parts that taps
+            intercepted.
         tolerance: The distance that rounding may cause.
     """
 
@@ -44,12 +45,12 @@ class Remainder:
 def expected_remainder(
     formed: Tensor, intercepted: Iterable[Tensor], rounding: float
 ) -> Remainder:
-    """Return what autograd must have of one parameter from one batch.
+    """Return the sum that autograd must have for one parameter and one batch.
 
     Args:
         formed: Each example's whole gradient, ``(b, *shape)``.
         intercepted: Sums over examples of parts of it, in the parameter's order.
-        rounding: What ``autocast_rounding`` was when the model was called.
+        rounding: The value of ``autocast_rounding()`` when the model was called.
     """
     rows = formed.flatten(1) if formed.dim() > 1 else formed[:, None]
     total = formed.sum(0)

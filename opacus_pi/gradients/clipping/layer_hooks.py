@@ -4,12 +4,13 @@ A sweep runs a copy, whose layers it may replace; training runs the user's model
 which only hooks may be put. A pre-hook freezes the layer's parameters, so that the
 backward pass does not form their summed gradients, which clipping could not use. A
 forward hook makes them live again and taps the output. A layer with a rule is
-differentiated by it, any other layer without layers inside by ``torch.func``.
+differentiated by this rule; a layer without a rule, and without layers inside, by
+``torch.func``.
 
-The guarantee: parameters are live again when the layer has returned or failed (an
-interrupt in between is repaired at the model's next call), and the parameters of an
-output that cannot be tapped are reported as missed, so that clipping refuses or forms
-their gradients in another way.
+The guarantee: parameters are live (they require gradients) again when the layer has
+returned or failed (an interrupt in between is repaired at the model's next call), and
+the parameters of an output that cannot be tapped are reported as missed, so that
+clipping refuses or forms their gradients in another way.
 """
 
 from collections.abc import Mapping
@@ -46,7 +47,7 @@ def layer_hooks(taps: Taps, module: nn.Module) -> "LayerHooks | None":
     looks for them.
 
     Args:
-        taps: What the layer will report to.
+        taps: The object to which the layer will report.
         module: Any module of the model.
     """
     if next(module.parameters(recurse=False), None) is None:
@@ -63,7 +64,7 @@ class LayerHooks:
     Copies of the object do nothing, so that a copied model is not tapped.
 
     Args:
-        taps: What the layer reports to; ``None`` for a copy.
+        taps: The object to which the layer reports; ``None`` for a copy.
         rule: The layer's rule; ``None``: differentiated by ``torch.func``.
     """
 
@@ -156,7 +157,7 @@ class LayerHooks:
             module: The layer.
             call: Its arguments, detached.
             grad: The gradient at its output, ``(b, ...)``.
-            parameters: Those that were frozen, by name.
+            parameters: The frozen parameters, by name.
         """
         if self._rule is not None:
             return gradients_by_rule(self._rule, module, call, grad, list(parameters))

@@ -2,14 +2,14 @@
 
 While the model runs in training mode, its layers are frozen and tapped
 (:mod:`~opacus_pi.gradients.clipping.layer_hooks`), so that the backward pass computes
-input gradients only. Each tap stores in the batch's cache what the gradients follow
-from; weight gradients are computed once, as clipped sums, when all norms are known.
+input gradients only. Each tap stores in the batch's cache the layer's input and output
+gradient; weight gradients are computed once, as clipped sums, when all norms are known.
 
-The guarantee: what clipping takes from the cache is each example's whole gradient, or
-an error. A hook on each parameter is called when autograd reaches it by any other way;
-its gradients are then formed through the whole model, and from the next pass on it is
-left to autograd. What breaks it: weights changed between the forward pass and the step,
-and layers that draw random numbers and have no rule.
+The guarantee: clipping gets each example's whole gradient from the cache, or an error.
+A hook on each parameter is called when autograd reaches it in any other way. Its
+per-example gradients are then computed by differentiating the whole model, and from the
+next pass on it is no longer frozen. What breaks it: weights changed between the forward
+pass and the step, and layers that draw random numbers and have no rule.
 
 >>> import torch
 >>> model, taps = nn.Linear(2, 1, bias=False), TrainingTaps()
@@ -45,7 +45,7 @@ _ACCUMULATED = (
     "Poisson sampling is not compatible with grad accumulation. You need to call "
     "optimizer.step() after every forward/backward pass or consider using "
     "BatchMemoryManager"
-)  # Opacus's own words
+)  # the wording of Opacus
 
 _AMBIGUOUS_BATCH = (
     "Layers ran again in a backward pass that goes through several batches "
@@ -93,8 +93,8 @@ class TrainingTaps:
     def attach(self, model: nn.Module) -> list[Any]:
         """Intercept a model from now on.
 
-        Parameters that belong to no tapped layer need the slower search among all
-        operations of torch, which is switched on only if there are any.
+        Parameters that belong to no tapped layer need a slower search among all
+        operations of torch. It is switched on only if there are such parameters.
 
         Args:
             model: The model; gets forward hooks. The pre-hook comes before the user's,
@@ -146,7 +146,8 @@ class TrainingTaps:
         """Raise if autograd's sums contain a part that no example's gradient has.
 
         Args:
-            parameters: Those that are trained; the caches have given their gradients.
+            parameters: The trained parameters, whose gradients the caches have
+                returned.
             model: The live model.
 
         Raises:
@@ -168,9 +169,9 @@ class TrainingTaps:
     def _before_model(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Open the batch's cache when the model is called.
 
-        Evaluation, and passes without gradients, stay as they are. At the first batch
-        of more than one example, parameters that are not indexed by examples are looked
-        for, and left to autograd from then on.
+        Passes in evaluation mode or without gradients are not changed. At the first
+        batch of more than one example, parameters that are not indexed by examples are
+        looked for, and left to autograd from then on.
         """
         self._close()  # an interrupt may have left it open
         self._reached = []
@@ -220,7 +221,7 @@ class TrainingTaps:
     ) -> Any:
         """Intercept the gradients at the outputs when the model has returned.
 
-        They are what a whole-model computation needs if some parameter has no rule.
+        Differentiating the whole model, for parameters without a rule, needs them.
 
         Returns:
             Outputs to be used in place of the model's; ``None``: the model's own.
@@ -275,7 +276,7 @@ class TrainingTaps:
             self._reached.append(cache)
 
     def _at_parameter(self, parameter: nn.Parameter, grad: Tensor) -> None:
-        """Note the gradient that reached a parameter by a way that is not tapped.
+        """Note a gradient that reached a parameter through an operation without a tap.
 
         Its sum is kept to be compared with the examples' gradients
         (:meth:`require_complete`). To which batch it belongs is unknown, so every
@@ -335,7 +336,7 @@ class TrainingTaps:
         parameters: Mapping[str, nn.Parameter],
         rule: TapRule,
     ) -> Tensor:
-        """Store what follows from the gradient at an output in the batch's cache.
+        """Store the gradients that follow from an output's gradient in the cache.
 
         Args:
             output: The output, ``(b, ...)``, computed with frozen parameters.
@@ -434,7 +435,7 @@ def _not_indexed_by_example(
         raise_if_out_of_memory(error)
         return set()
     for module in copied.modules():
-        forward_hooks(module).clear()  # those of the user may collect what they see
+        forward_hooks(module).clear()  # hooks of the user may store tensors
     found = parameters_not_indexed_by_example(copied, call, size)
     pairs = zip(copied.parameters(), model.parameters(), strict=True)
     return {ours for theirs, ours in pairs if theirs in found}

@@ -1,15 +1,14 @@
-"""Self-attention, whose layer uses its weights without calling layers.
+"""The rule of self-attention, whose layer uses its weights without calling layers.
 
 ``nn.MultiheadAttention`` projects its inputs by ``F.linear`` and a fused kernel, which
-no rule of a layer can see. Its most frequent call (one batch-first sequence as query,
+layer rules cannot intercept. Its most frequent call (one batch-first sequence as query,
 key and value, no attention weights returned) is therefore computed here in three steps:
 a projection that is tapped as a linear layer, attention, and the output layer, which
 has a rule of its own.
 
-Any other call runs unchanged, and its parameters are measured in another way: the
-result is the same and takes longer. What breaks it: a new argument of
-``nn.MultiheadAttention`` that changes the usual call. The comparison of the first batch
-with autograd would find that.
+Any other call runs unchanged, and its parameters are measured more slowly, with the
+same result. What breaks it: a new argument of ``nn.MultiheadAttention`` that changes
+the usual call. The comparison of the first batch with autograd would find that.
 """
 
 from typing import Any, TypeGuard
@@ -28,7 +27,7 @@ def tap_attention(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
     """Replace ``forward`` of each attention layer that computes the standard form.
 
     Args:
-        taps: What the layers report to.
+        taps: The object to which the layers report.
         model: An evaluation copy.
 
     Returns:
@@ -43,7 +42,7 @@ def tap_attention(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
 def _is_standard(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Return whether a layer is batch first, has one input projection and adds nothing.
 
-    Others project keys and values by matrices of their own, or append a learned key.
+    Other layers project keys and values by separate matrices, or append a learned key.
     """
     return (
         isinstance(module, nn.MultiheadAttention)
@@ -62,7 +61,7 @@ class _TappedAttention:
     """One attention layer, its projections tapped.
 
     Args:
-        taps: What the layer reports to.
+        taps: The object to which the layer reports.
         module: The layer; its ``forward`` is replaced.
     """
 
@@ -142,7 +141,7 @@ class _TappedAttention:
 def _bias(
     mask: Tensor | None, padding: Tensor | None, queries: Tensor
 ) -> Tensor | None:
-    """Return what is added to the scores ``(b, heads, t, t)``, −∞ where masked.
+    """Return the term added to the scores ``(b, heads, t, t)``, −∞ where masked.
 
     Args:
         mask: As for ``_attend``; a boolean mask is true where attention is forbidden, a

@@ -1,4 +1,4 @@
-r"""Convolutions: linear layers on patches, and what is cheaper than unfolding them.
+r"""Convolutions as linear layers on patches, and formulas cheaper than unfolding them.
 
 The gradient of the weight is :math:`\sum_t g_t p_t^\top` over output positions
 :math:`t` with patches :math:`p_t` of the input. Several exact formulas give its norm:
@@ -45,7 +45,7 @@ _MAX_KEPT = 4
 
 @dataclass(frozen=True)
 class Window:
-    """The geometry of a convolution: which input positions an output position sees.
+    """The geometry of a convolution: the input positions that an output depends on.
 
     Each field but the last has one entry for each spatial dimension.
 
@@ -70,7 +70,7 @@ class Window:
 
     @property
     def is_dense(self) -> bool:
-        """Return whether neighbouring outputs see neighbouring inputs."""
+        """Return whether neighbouring outputs depend on neighbouring inputs."""
         return max(self.stride) == 1 and max(self.dilation) == 1
 
 
@@ -108,7 +108,7 @@ class ConvolutionGradients(ExampleGradients):
 
     Args:
         x: The layer's padded input.
-        window: What an output position sees, both from :func:`window_of`.
+        window: The window of the convolution, from :func:`window_of`, as is ``x``.
         grad: The gradient at the layer's output.
     """
 
@@ -193,12 +193,12 @@ def cheapest_formula(window: Window, x: Tensor, grad: Tensor) -> SquaresOf:
 
 
 def _patch_size(window: Window, x: Tensor) -> int:
-    """Entries of the input that one output sees: those of one filter."""
+    """Return the number of inputs of one output: the entries of one filter."""
     return x.shape[1] // window.groups * math.prod(window.kernel)
 
 
 def _pixel_operations(x: Tensor, grad: Tensor) -> int:
-    """Number of operations of ``squares_by_pixel_pairs``."""
+    """Return the number of operations of ``squares_by_pixel_pairs``."""
     pixels, positions = x[0, 0].numel(), grad[0, 0].numel()
     return pixels**2 * x.shape[1] + positions**2 * grad.shape[1]
 

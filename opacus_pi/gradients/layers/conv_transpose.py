@@ -1,4 +1,4 @@
-r"""Transposed convolutions: convolutions in which input and output change places.
+r"""Transposed convolutions: convolutions with input and output exchanged.
 
 A transposed convolution is the derivative of a convolution by its input, so
 :math:`\langle g, \mathrm{convT}_W(x)\rangle = \langle \mathrm{conv}_W(g), x\rangle`.
@@ -50,7 +50,7 @@ def _mirrored(module: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Window]:
     ``output_padding`` appends positions to the output, which the last window may not
     reach. If they are fewer than the stride, a convolution ignores them by itself.
     Otherwise (dilation may exceed the stride) it would find room for a further window,
-    so the gradient is cut or padded to exactly what the windows see.
+    so the gradient is cut or padded to exactly the positions that the windows cover.
 
     Args:
         module: The layer.

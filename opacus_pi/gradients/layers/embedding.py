@@ -40,7 +40,7 @@ def embedding_gradients(
 
 
 class TableGradients(ExampleGradients):
-    """Gradients of a table of which each token has chosen a row.
+    """Gradients of a table from which each token has chosen a row.
 
     Args:
         tokens: ``(b, t)``, from 0 to ``num_rows - 1``.
@@ -65,10 +65,10 @@ class TableGradients(ExampleGradients):
     def inner_products(self, other: ExampleGradients) -> Tensor | None:
         r"""Return inner products with the gradients of a linear layer's weight.
 
-        An output layer may use the table as its weight. A token x with gradient e at
-        its row meets, at each position t of that layer with input a and output
-        gradient g, the entry of :math:`g_t` that row x has produced:
-        :math:`\sum_{s t} g_t[x_s] \langle a_t, e_s\rangle`.
+        An output layer may use the table as its weight. Take a token x with gradient e
+        at its row, and a position t of the output layer with input a and output
+        gradient g. Row x of the weight produced the entry :math:`g_t[x]`, so the inner
+        product is :math:`\sum_{s t} g_t[x_s] \langle a_t, e_s\rangle`.
         """
         if not isinstance(other, OuterProducts):
             return None

@@ -31,7 +31,7 @@ def embedding_bag_gradients(
     Args:
         module: The layer.
         call: Its arguments: token numbers ``(b, t)``, or ``(total,)`` with the offset
-            of each bag; in ``"sum"`` maybe a weight for each token.
+            of each bag; with mode ``"sum"`` possibly a weight for each token.
         grad: The gradient at its output, ``(b, d)``.
         names: ``["weight"]``.
 
@@ -92,7 +92,7 @@ def _in_rows(
 
 
 class BagGradients(ExampleGradients):
-    """Gradients of a table of which each bag has added up some rows.
+    """Gradients of a table from which each bag has added up some rows.
 
     Args:
         tokens: ``(b, t)``, from 0 to ``num_rows - 1``.
@@ -135,13 +135,13 @@ class BagGradients(ExampleGradients):
         return first.joined(rest)
 
     def _by_token(self) -> TableGradients:
-        """Return the same with a gradient for each token."""
+        """Return the same gradients with a separate output gradient for each token."""
         grad = self._weights[..., None] * self._grad[:, None]
         return TableGradients(self._tokens, grad, self._num_rows)
 
 
 class LargestGradients(ExampleGradients):
-    """Gradients of a table of which each bag has taken the largest entries.
+    """Gradients of a table from which each bag has taken the largest entries.
 
     Args:
         table: The table, ``(rows, d)``.

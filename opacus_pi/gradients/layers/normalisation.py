@@ -1,4 +1,4 @@
-r"""Normalisation layers: what is learned is a scale and a shift of normalised inputs.
+r"""Normalisation layers, which learn a scale and a shift of normalised inputs.
 
 :math:`y = w \hat x + b`, so that :math:`\nabla w = \sum g \hat x` and
 :math:`\nabla b = \sum g` over the positions that share an entry. The gradients are no

@@ -1,4 +1,4 @@
-r"""Recurrent layers, unrolled so that the gradient at their gates can be seen.
+r"""Recurrent layers, unrolled so that the gradient at their gates can be intercepted.
 
 ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` run all steps in one kernel, which returns no
 gradient at the gates. Here a layer is computed step by step. The projection of the
@@ -48,7 +48,7 @@ def tap_recurrent(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
     """Replace ``forward`` of each recurrent layer of torch.
 
     Args:
-        taps: What the layers report to.
+        taps: The object to which the layers report.
         model: An evaluation copy.
 
     Returns:
@@ -73,7 +73,7 @@ def _is_standard(module: nn.Module) -> TypeGuard[nn.RNNBase]:
 
 @dataclass
 class _Steps:
-    """What the steps of one layer in one direction have computed, by step.
+    """States and gates that the steps of one layer in one direction have computed.
 
     Attributes:
         states: The states before each step, ``(b, h)``.
@@ -92,7 +92,7 @@ class _TappedRecurrent:
     """One recurrent layer, unrolled.
 
     Args:
-        taps: What the layer reports to.
+        taps: The object to which the layer reports.
         module: The layer; its ``forward`` is replaced.
     """
 
@@ -111,7 +111,7 @@ class _TappedRecurrent:
             hx: The initial state, with ``(layers * directions, b, h)``.
 
         Returns:
-            What the plain layer returns.
+            The outputs and the state that the plain layer returns.
         """
         live = any(self._taps.is_live(p) for p in self._module.parameters())
         is_random = self._module.training and self._module.dropout > 0
@@ -157,8 +157,8 @@ class _TappedRecurrent:
 
         Args:
             x: The layer's input.
-            hx: What the caller has given, for all layers.
-            place: Which of them this one is.
+            hx: The initial states that the caller has passed, for all layers.
+            place: The index of this layer and direction in ``hx``.
         """
         if hx is not None:
             parts = hx if isinstance(hx, tuple) else (hx,)
@@ -274,7 +274,7 @@ def _gradients(
     Args:
         x: Its input, ``(b, t, d)``.
         grad: The gradient at its gates, ``(b, t, gates)``.
-        steps: What its steps have computed.
+        steps: The states and gates of its steps.
         names: Which of its parameters are wanted.
         backwards: Whether the last step came first.
     """
