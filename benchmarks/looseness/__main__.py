@@ -51,10 +51,13 @@ def markdown(rows: list[dict], steps: list[dict], seed: int) -> str:
     lines = [
         "# How loose the bounds are",
         "",
-        "Made by `python -m benchmarks.looseness`: random cases (seed "
-        f"{seed}) whose exact divergence is computed without the library. Numbers are "
-        "bounds divided by exact values. *Published* formulas are evaluated as "
-        "printed; a formula whose smallest ratio is below 1 is not a bound.",
+        "This page shows how far each bound lies above the exact divergence. Each "
+        "number is a bound divided by the exact value: at 1 the bound is exact. "
+        "*Published* formulas are evaluated as printed; a formula whose smallest ratio "
+        "is below 1 is not a bound.",
+        "",
+        f"`python -m benchmarks.looseness` made the page from random cases (seed {seed}"
+        "), whose exact divergence is computed without the library.",
         "",
         "| case | bound | from | cases | smallest | median | largest |",
         "|---|---|---|--:|--:|--:|--:|",
@@ -70,9 +73,11 @@ def markdown(rows: list[dict], steps: list[dict], seed: int) -> str:
         "",
         f"Noisy gradient descent with η = {ETA}, σ = {SIGMA}, strong convexity {M}, "
         f"smoothness {L}, {LEARNED} learning steps, losses D_α proportional to α, "
-        f"target D_α ≤ {TARGET}. Corollary 4.4 is evaluated in its best case (training "
-        "at stationarity), with the rate of Chien et al. It compares with retraining "
-        "for T steps, the other columns with retraining for T + k steps.",
+        f"target D_α ≤ {TARGET}. The table has the unlearning steps k that each bound "
+        "requires. Corollary 4.4 is evaluated in its best case (training at "
+        "stationarity), with the rate of Chien et al. It compares with a model "
+        "retrained for T steps; the other columns compare with a model retrained for "
+        "T + k steps.",
         "",
         "| order | loss at the order | Corollary 4.4 | Chien et al.'s rate | "
         "this library, from the loss at that order only | this library |",

@@ -1,4 +1,4 @@
-"""Cases of single constants: ε at a given δ, and LSI constants of bounded laws."""
+"""Cases of constants: ε at a given δ, and LSI constants of bounded distributions."""
 
 import math
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def two_point_laws(rng: np.random.Generator, number: int) -> Iterator[Case]:
         noise = float(rng.uniform(0.2, 2))
         radius = float(rng.uniform(0.1, 1.2)) * math.sqrt(noise)
         yield Case(
-            "LSI constant, bounded law and noise",
+            "LSI constant, bounded distribution plus noise",
             muckenhoupt(radius, noise)[1],
             {"bounded support": bounded_support_lsi(radius, noise)},
         )

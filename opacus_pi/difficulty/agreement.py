@@ -117,7 +117,8 @@ def rank_correlations(
     """Return Spearman's rank correlation of every pair of scores, with intervals.
 
     Ties get their mean rank. The interval is tanh(atanh ρ ± z √((1 + ρ²/2)/(n - 3))).
-    It covers the choice of other examples in the same training, not other trainings.
+    It covers another choice of examples in the same training run, not other training
+    runs.
 
     Args:
         scores: Score vectors ``(n,)`` of the same n examples, by name; infinities are

@@ -1,7 +1,7 @@
-"""From a training loop to a ledger: what is kept of every update, and when.
+"""Record a training loop in a ledger: which data of each update is kept, and when.
 
-``Recorder`` says how often a row is written and what it holds. ``gram_ledger``
-computes, after training, what the bounds for a group of examples need.
+``Recorder`` decides how often a row is written and what it contains. After training,
+``gram_ledger`` computes the inner products that bounds for a group of examples need.
 """
 
 from opacus_pi._errors import AccountingError

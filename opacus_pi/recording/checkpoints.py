@@ -11,7 +11,7 @@ saved. Beside the states, every participation is recorded: which example was in 
 update, with which norm.
 
 Which states are kept depends on the numbers of the updates only, never on the data or
-the weights; a decision that is made at a state could otherwise look ahead.
+the weights. Otherwise a decision made at a state could depend on what happened later.
 
 *Guarantee.* Training is the same to the bit with and without checkpoints. Files are
 readable by their owner only, appear in one step, and run no code when they are read.
@@ -83,9 +83,9 @@ class Checkpoints:
         max_bytes: The most that the states may take on the disk. Beyond it, states are
             deleted so that the kept ones stay evenly spread; the first is always kept.
             None: no limit.
-        deletion_policy: What deletions by a filtered rewind must guarantee. It is fixed
-            here, before training, and stored with the record. None: only exact rewinds
-            are possible.
+        deletion_policy: The guarantee that deletions by a filtered rewind must give. It
+            is fixed here, before training, and stored with the record. None: only exact
+            rewinds are possible.
 
     Raises:
         ValueError: If an option is outside its domain.
@@ -113,7 +113,7 @@ class Checkpoints:
     # ------------------------------------------------------------------- what was saved
     @property
     def steps(self) -> tuple[int, ...]:
-        """Updates of which a state is in the directory, in increasing order."""
+        """The updates whose states are in the directory, in increasing order."""
         return tuple(self._files())
 
     def load(self, step: int) -> dict[str, Any]:
@@ -188,13 +188,13 @@ class Checkpoints:
         training: Training,
         fetch: Callable[[], str],
     ) -> str:
-        """Begin a run. Nothing is written before its first update.
+        """Begin a run; nothing is written before its first update.
 
         Args:
             facts: ``num_examples``, ``sampling``, ``sample_rate`` and ``data_set``.
-            training: Gives the state of the training.
-            fetch: Brings waiting reports into this object, and returns the name of the
-                present weights; a method, which is referred to weakly.
+            training: The training run, whose state is saved.
+            fetch: A method that adds the waiting reports to this object and returns the
+                hash of the present weights; held by a weak reference.
 
         Returns:
             A new random name for the run.
@@ -214,15 +214,16 @@ class Checkpoints:
     def resume(self, run: str, num_steps: int) -> None:
         """Go on with a run that was saved, instead of a new one.
 
-        What was saved after that update is deleted: it is going to be made again.
+        States and blocks saved after that update are deleted: the resumed run makes
+        them again.
 
         Args:
-            run: Its name.
-            num_steps: Updates that it had made.
+            run: Name of the run.
+            num_steps: Updates that the run had made.
 
         Raises:
-            ValueError: If the directory holds another run, or the policy is not that
-                with which the run began.
+            ValueError: If the directory holds another run, or the run began with
+                another policy.
         """
         log = self._log
         if log is None or not num_steps:
@@ -289,7 +290,7 @@ class Checkpoints:
             self._log.add(indices, norms, steps)
 
     def add_unattributed(self, step: int, count: int) -> None:
-        """Note samples of an update whose example is not known.
+        """Note unattributed samples of an update.
 
         Args:
             step: The update.
@@ -299,10 +300,10 @@ class Checkpoints:
             self._log.add_unattributed(step, count)
 
     def count_step(self, settings: UpdateSettings) -> None:
-        """Count an update, and save the state that it left if one is due.
+        """Count an update, and save the state after it if one is due.
 
         Args:
-            settings: What it was run with.
+            settings: The settings of the update.
         """
         if self._log is None or self._training is None:
             return
@@ -364,8 +365,8 @@ def policy_in(text: str) -> DeletionPolicy | None:
 def thinned(steps: Sequence[int], most: int) -> list[int]:
     """Return which states to keep: at most so many, evenly spread, the first always.
 
-    One after another, the state is dropped whose neighbours are closest to each other;
-    the last one counts its distance from the one before twice.
+    States are dropped one at a time, each time the one whose neighbours are closest to
+    each other. For the last state, twice the distance from the one before is used.
 
     Args:
         steps: Increasing numbers of updates.

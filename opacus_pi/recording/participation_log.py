@@ -36,7 +36,7 @@ class ParticipationLog:
 
     Args:
         directory: Where the blocks are.
-        facts: What does not change in a run: ``num_examples``, ``sampling``,
+        facts: The facts that do not change in a run: ``num_examples``, ``sampling``,
             ``sample_rate``, ``data_set``, ``run``, ``policy``, ``began``.
     """
 
@@ -92,10 +92,10 @@ class ParticipationLog:
         self._is_new = True
 
     def write(self, kept: tuple[int, ...], weights: str = "") -> None:
-        """Write what was added since the last block, if anything was.
+        """Write the samples and updates added since the last block, if there are any.
 
         Args:
-            kept: Updates of which a state is kept.
+            kept: Updates whose states are kept.
             weights: Name of the weights after the last update, if it is known.
         """
         if not self._is_new:
@@ -141,7 +141,8 @@ class ParticipationLog:
         """Go on after an update of a run that was saved.
 
         Blocks of later updates, which the resumed run will make again, are deleted. If
-        updates are missing that were not written, anybody may have been in them.
+        updates are missing because they were not written, any example may have been in
+        them.
 
         Args:
             num_steps: Updates of the saved run.

@@ -1,8 +1,8 @@
-"""In how many updates each example was, under fixed sampling.
+"""Count the updates that drew each example, under fixed sampling.
 
 A shuffled loader shows every example once an epoch, unless the loop leaves the epoch
 early, starts it again, or goes through a list of batches several times. So the updates
-that an example was in are counted, row by row, and accounting charges what was counted.
+that drew an example are counted for each row, and the accounting uses these counts.
 
 >>> counts = Participations(3)
 >>> counts.add(np.array([0, 1]))
@@ -113,7 +113,7 @@ class Participations:
         return np.stack(rows).astype(np.int32)
 
     def largest(self, by_row: NDArray[np.int32]) -> int:
-        """Return in how many updates an example may have been at most.
+        """Return the largest number of updates that may have drawn one example.
 
         Args:
             by_row: What ``by_row`` returned.
@@ -122,7 +122,7 @@ class Participations:
         return most + self.num_unknown_updates
 
     def take_unmerged(self) -> torch.Tensor:
-        """Return what was counted since the last call, and forget it.
+        """Return the counts since the last call, and reset them.
 
         Returns:
             int64 ``(n,)``.
@@ -131,7 +131,7 @@ class Participations:
         return torch.from_numpy(unmerged.astype(np.int64))
 
     def add_of_others(self, counts: NDArray[np.int64]) -> None:
-        """Add what the other processes of a distributed run counted.
+        """Add the counts of the other processes of a distributed run.
 
         Args:
             counts: int64 ``(n,)``.

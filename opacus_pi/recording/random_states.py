@@ -2,8 +2,8 @@
 
 A run that is resumed from a checkpoint ends with the same ledger as an uninterrupted
 one only if all generators continue where they stopped. ``RandomStates`` saves and
-restores them. It does not see generators inside worker processes of a loader, nor those
-that a training loop holds without naming them.
+restores them. It does not cover generators in a loader's worker processes, nor
+generators of the training loop that are not in ``generators``.
 
 >>> states = RandomStates({})
 >>> saved = states.collect()

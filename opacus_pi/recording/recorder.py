@@ -2,12 +2,12 @@
 
 A training loop reports which examples entered an update and with which gradient norm,
 and counts the update. The recorder keeps the reports, and closes a row when one is due.
-It knows no model and no accounting: where norms must be measured by an extra pass, it
-calls the function that it was given.
+It does not depend on the model or the accounting: if norms must be measured by an extra
+pass, it calls a function that the caller passed.
 
 The recorder guarantees that a row holds exactly what was reported or measured for it.
-Where this fails (a norm is not finite, or the loop calls ``refuse``) it gives no ledger
-any more, while training goes on.
+If this fails (a norm is not finite, or the loop calls ``refuse``), reading ``ledger``
+raises an error from then on, while training goes on.
 
 >>> import torch
 >>> recorder = Recorder(every=0.5)
@@ -202,7 +202,8 @@ class Recorder(RecorderOptions):
     Args:
         mode: ``"observed"``: the norms that training computes anyway; a row holds each
             example's latest norm since the row before. ``"swept"``: at each row, the
-            norms of all examples by a pass of their own that leaves no trace.
+            norms of all examples, measured by an extra pass that does not change the
+            training.
         every: A number: epochs (``1 / sample_rate`` updates) from row to row, may be
             fractional. A sequence: rows after exactly these updates; 0, for swept
             rows, is before the first. Default: 0.2 for observed rows, which need 20
@@ -338,10 +339,10 @@ class Recorder(RecorderOptions):
             processes: The processes of a distributed run, each of which calls this.
                 Rows hold what all of them observed, and the first one saves the
                 weights.
-            last_weights: Gives the name of the weights that the last update left.
-            chain: What is known about how the norms come to be. None: the caller
-                answers for that.
-            training: Gives the states that ``checkpoints`` saves.
+            last_weights: Returns the hash of the weights after the last update.
+            chain: The chain of custody: what is known about how the norms come to be.
+                None: the caller declares that every link holds.
+            training: The training run, whose states ``checkpoints`` saves.
 
         Raises:
             ValueError: If an argument is outside its domain or missing, a loaded record
@@ -455,7 +456,7 @@ class Recorder(RecorderOptions):
         For the optimizer, which reports in every update and made both arguments itself.
 
         Args:
-            indices: ``(b,)``, positions in the data set, surely within it.
+            indices: ``(b,)``, valid positions in the data set; not checked.
             grad_norms: float ``(b,)``, on any device; it must not be written to later.
         """
         run = self._begun()
@@ -490,7 +491,7 @@ class Recorder(RecorderOptions):
             self.checkpoints.add(indices, None, steps)
 
     def note_unattributed(self, count: int = 1, *, is_counted: bool = False) -> None:
-        """Note that the next update contains samples whose example is not known.
+        """Note that the next update contains unattributed samples.
 
         Any example may be among them: under fixed sampling each one may have been in
         one more update than was counted, and with ``unattributed="worst_case"`` the
@@ -535,7 +536,7 @@ class Recorder(RecorderOptions):
             self._write_row()
 
     def name_weights(self) -> None:
-        """Store the name of the weights that the last update left in the ledger.
+        """Store the hash of the weights after the last update in the ledger.
 
         The weights are hashed, at most once after an update. Without this call, or if
         the model is not known, the ledger does not say which weights it describes.
@@ -697,7 +698,7 @@ class Recorder(RecorderOptions):
 
 
 def _float32_row(measured: Any, num_examples: int) -> dict[str, NDArray[np.float32]]:
-    """Return what a sweep measured, as arrays of the ledger.
+    """Return the measurements of a sweep, as arrays of the ledger.
 
     Args:
         measured: An object with ``grad_norms`` and possibly ``confidences``, ``errors``

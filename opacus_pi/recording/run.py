@@ -51,7 +51,7 @@ class UpdateSettings(NamedTuple):
     sample_rate: float
 
     def widened(self, other: "UpdateSettings") -> "UpdateSettings":
-        """Return settings that are no safer than either: least noise, most of the rest.
+        """Return settings no safer than either: least noise, largest of the others.
 
         A loss never decreases in ``max_grad_norm`` or ``sample_rate`` and never
         increases in ``noise_std``, so no update of the interval is charged too little.
@@ -79,7 +79,7 @@ class RecordedRun:
         data_set: Fingerprint of the data set.
         num_steps: Updates counted so far.
         refusal: Why the run has no ledger; empty if it has one.
-        weights: Name of the weights after the last update, if it was asked for.
+        weights: Hash of the weights after the last update, if it was computed.
         custody: The chain of custody as JSON, as it was saved; empty if there is none.
         run_name: Name of the run in the files of its checkpoints; empty if it has none.
         steps: Updates that were done when each row was written.
@@ -220,7 +220,7 @@ class RecordedRun:
         self._forget_observations()
 
     def note_unattributed(self) -> None:
-        """Note that the next update contains samples whose example is not known."""
+        """Note that the next update contains unattributed samples."""
         self.open_has_unattributed = True
         if self.participations is not None:
             self.participations.num_unknown_updates += 1
@@ -231,7 +231,7 @@ class RecordedRun:
         """Return what was recorded up to now as a new ledger.
 
         Args:
-            custody: What is known about how it came to be.
+            custody: The chain of custody of the norms.
             fills_unattributed: Whether examples that were not observed get the clip
                 norm in rows with samples whose example is not known.
 
@@ -282,7 +282,7 @@ class RecordedRun:
     ) -> tuple[list[int], list[dict[str, NDArray[np.float32]]], list[UpdateSettings]]:
         """Return steps, rows and update intervals, the updates since the last row too.
 
-        What was observed in these updates is one more row. A swept run has measured
+        The norms observed in these updates are one more row. A swept run has measured
         nothing since its last row, so that row's interval is widened instead.
         """
         steps, rows, intervals = list(self.steps), list(self.rows), list(self.intervals)

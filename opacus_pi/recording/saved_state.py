@@ -1,9 +1,9 @@
 """Check that a state dict is the saved state of a run, before anything uses it.
 
 Checkpoints may be damaged, edited, or written by another program. A state that passes
-``require_whole`` has every entry, in its type, shape and range, so a run
-made from it keeps the promises that a recorder gives. The checks cannot see values that
-were changed within their range: the checksum of the checkpoint covers those.
+``require_whole`` has every entry, in its type, shape and range, so a run made from it
+has the guarantees of a recorder. The checks cannot see values that were changed within
+their range: the checksum of the checkpoint covers those.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
-"""After which updates a row of the ledger is due.
+"""Schedules that say after which updates a row of the ledger is due.
 
-Three schedules: every so many epochs, after listed updates (evenly spaced or any), and
-at random, one in each equal part of the run.
+There are three: at a fixed distance in epochs, after listed updates (evenly spaced or
+any), and at random, one row in each equal part of the run.
 
 >>> num_due(7, every=0.5, sample_rate=0.25)  # a row every 2 updates
 3

@@ -1,4 +1,4 @@
-"""What is called while ``Unlearner.unlearn`` runs, and a logger for its metrics.
+"""Callbacks of ``Unlearner.unlearn``, and one that logs its metrics.
 
 A callback is told about the start of a run, each evaluation and the end. It only
 watches: it must not change the model, because what may be claimed was computed before
@@ -27,7 +27,7 @@ _METHODS = ("log_metrics", "add_scalar", "log")
 
 
 class Watched(Protocol):
-    """What a callback may read: an ``Unlearner`` while it runs.
+    """The attributes of a running ``Unlearner`` that a callback may read.
 
     Attributes:
         model: The copy that is being changed.
@@ -39,10 +39,10 @@ class Watched(Protocol):
 
 
 class Callback:
-    """Base of callbacks: override the methods that you need."""
+    """Base class of callbacks: override the methods that you need."""
 
     def on_start(self, unlearner: Watched, metrics: Metrics) -> None:
-        """Take note that a run begins; not called where a run is continued.
+        """Handle the start of a run; not called when a saved run is continued.
 
         Args:
             unlearner: The unlearner; ``unlearner.model`` has not changed yet.
@@ -50,7 +50,7 @@ class Callback:
         """
 
     def on_epoch_end(self, unlearner: Watched, epoch: int, metrics: Metrics) -> None:
-        """Take note that an epoch has ended.
+        """Handle the end of an epoch.
 
         Args:
             unlearner: The unlearner; ``unlearner.trace`` has all evaluations so far.
@@ -59,7 +59,7 @@ class Callback:
         """
 
     def on_end(self, unlearner: Watched) -> None:
-        """Take note that the run has ended, whether or not it was stopped early.
+        """Handle the end of the run, whether or not it was stopped early.
 
         Args:
             unlearner: The unlearner.
@@ -67,7 +67,7 @@ class Callback:
 
 
 class LogMetrics(Callback):
-    """Sends every evaluation to a logger, with the epoch as its step.
+    """Callback that sends every evaluation to a logger, with the epoch as its step.
 
     Args:
         logger: A logger of Lightning (anything with ``log_metrics(metrics, step)``,

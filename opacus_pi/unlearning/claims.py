@@ -7,12 +7,13 @@ further apart. What training guarantees is therefore what may be claimed.
 
 *What it gives:* after DP-SGD the worst case of the mechanism, a bound for any set, any
 network and both directions, and beside it an estimate for a single example. After
-training with noise but without clipping only that estimate.
+training with noise but without clipping it gives only that estimate.
 
 *What breaks it:* a method or a stopping rule that uses the forget set, an earlier run
 that was fine-tuned on it, batch statistics, or a ledger of other weights. Each is an
-assumption of the guarantee with its evidence. What nobody can observe, such as that
-nothing else was released, is declared, and the kind says so.
+assumption of the guarantee with its evidence. An assumption that cannot be observed,
+such as that nothing else was released, must be declared by the user; the guarantee's
+kind then says so.
 """
 
 import json
@@ -398,8 +399,8 @@ def _broken_links(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
 def _estimated(num_runs: int) -> str:
     """Say from how many runs the losses are estimated.
 
-    The theorem takes the expectation over all trainings. Even many recorded runs only
-    estimate it, so the assumption that this evidence belongs to is never met.
+    The theorem takes the expectation over all training runs. Even many recorded runs
+    only estimate it, so the assumption that this evidence belongs to is never met.
     """
     if num_runs == 0:
         return "no ledger"

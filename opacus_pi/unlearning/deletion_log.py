@@ -191,7 +191,8 @@ class DeletionLog:
     def opening(self, number: int) -> tuple[bytes, str | None, str]:
         """Return what opens the commitment of an entry: salt, name and payload.
 
-        Whoever has the three can check them against the chain; see ``commitment_of``.
+        A person who has all three can check them against the chain; see
+        ``commitment_of``.
 
         Args:
             number: The entry's.

@@ -33,7 +33,7 @@ Batch = tuple[Any, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """The copy that a method changes, and the data that it changes the copy with.
+    """The model copy that a method changes, with the criterion and the data to use.
 
     Args:
         model: The copy, on its device.

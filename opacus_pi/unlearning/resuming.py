@@ -118,7 +118,7 @@ class RunFile:
         return saved
 
     def begin(self, random: RandomStates, saved: SavedRun | None) -> None:
-        """Take note of the random states from before the method is prepared.
+        """Note the random states before the method is prepared, or restore saved ones.
 
         Args:
             random: All generators of the run. They are set to the states with which the

@@ -1,4 +1,4 @@
-"""What is evaluated, told and saved while ``Unlearner.unlearn`` runs."""
+"""Evaluation, callbacks, progress and saving while ``Unlearner.unlearn`` runs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,17 +21,18 @@ Evaluate = Callable[[nn.Module], dict[str, float]]
 
 @dataclass
 class Watch:
-    """What is evaluated, told and saved while a run goes on.
+    """The evaluation, stop rule, callbacks and file of one unlearning run.
 
     Args:
         evaluate: ``model -> dict`` of numbers, or None.
         stop: The rule that may end the run early, or None.
-        callbacks: Told about the start, each epoch and the end.
+        callbacks: Objects that are called at the start, after each epoch and at the
+            end.
         progress: Whether to show a bar; None: in a terminal only.
         file: Where the run is saved after each pass, or None.
 
     Attributes:
-        saved: A run that is to be continued, if the file has one.
+        saved: The run to continue, if the file holds one; else None.
 
     Raises:
         ValueError: If a callback is of another class, or the file is of another run.

@@ -1,8 +1,8 @@
 """Divergence from training without a whole group, from its Gram matrices.
 
-**Idea.** Removing a group removes its clipped gradients from every batch. With the rest
-of the batch the same in both trainings, only the inner products of the group's own
-gradients matter (the Gram matrix). Updates are composed as for single examples
+**Idea.** Removing a group removes its clipped gradients from every batch. If the rest
+of the batch is the same in both training runs, only the inner products of the group's
+own gradients matter (the Gram matrix). Updates are composed as for single examples
 (``composition``); the order is not multiplied by the group's size.
 
 Methods:

@@ -1,7 +1,7 @@
 r"""Log moments of one update that may contain members of a whole group.
 
 **Idea.** The batch is (a batch of the rest) ∪ S, where S contains each of the m forget
-examples with probability q. With the rest held equal in both trainings, joint convexity
+examples with probability q. If the rest is equal in both training runs, joint convexity
 removes it from the formula, and expanding the power gives
 
 :math:`\ln M(a) \le \ln E_{S_1 \dots S_a} \exp \sum_{i<j} \langle V_{S_i},
