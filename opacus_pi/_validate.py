@@ -8,6 +8,8 @@ Traceback (most recent call last):
 ValueError: sample_rate must be in [0, 1], got 1.2. Divide the batch size by the data set size.
 """  # noqa: E501
 
+import math
+import sys
 from numbers import Real
 from typing import Any
 
@@ -35,6 +37,21 @@ def expect(
     """
     if not condition:
         raise ValueError(f"{name} {requirement}, got {_short(value)}. {remedy}")
+
+
+def require(condition: bool, problem: str, remedy: str) -> None:
+    """Raise ``ValueError`` unless a condition holds that is not about one argument.
+
+    Args:
+        condition: The condition that must hold.
+        problem: What is wrong, as a full sentence with the values that were got.
+        remedy: One sentence: what the caller can do.
+
+    Raises:
+        ValueError: If ``condition`` is false.
+    """
+    if not condition:
+        raise ValueError(f"{printable(problem)} {remedy}")
 
 
 def _short(value: Any) -> str:
@@ -92,7 +109,7 @@ def real_array(name: str, value: ArrayLike) -> NDArray[Any]:
         name,
         f"{array.dtype.name} {array.ravel()[:1].tolist() if array.size else ''}",
         "must hold real numbers only",
-        "Convert texts, flags and complex numbers to real numbers first.",
+        "Convert strings, booleans and complex numbers to real numbers first.",
     )
     if array.dtype.kind != "O":
         return array
@@ -120,8 +137,7 @@ def in_range(
     Raises:
         ValueError: If an entry is outside, or is not a number.
     """
-    brackets = "[]" if closed else "()"
-    requirement = f"must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
+    requirement = _range_in_words(low, high, closed=closed)
     for name, value in named.items():
         array = numbers(name, value)
         if closed:
@@ -129,6 +145,17 @@ def in_range(
         else:
             ok = (array > low) & (array < high)
         expect(bool(ok.all()), name, _offender(array, ok), requirement, remedy)
+
+
+def _range_in_words(low: float, high: float, *, closed: bool) -> str:
+    """Return what a number of a range must be, such as ``"must be in [0, 1]"``."""
+    bound = f"{'at least' if closed else 'above'} {low:g}"
+    if high == math.inf:
+        return f"must be {bound}" if closed else f"must be finite and {bound}"
+    if high == sys.float_info.max:
+        return f"must be finite and {bound}" if low > -high else "must be finite"
+    brackets = "[]" if closed else "()"
+    return f"must be in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
 
 
 def positive(*, remedy: str, **named: ArrayLike) -> None:
@@ -174,7 +201,11 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
     if array.ndim == 0 and np.issubdtype(array.dtype, np.integer):
         expect(False, name, array, "must be a flat list", f"Write [{array}].")
     expect(
-        array.size > 0, name, "[]", "must name an example", "Pass at least one index."
+        array.size > 0,
+        name,
+        "[]",
+        "must contain an example",
+        "Pass at least one index.",
     )
     whole = array.ndim == 1 and (
         np.issubdtype(array.dtype, np.integer)
@@ -201,6 +232,6 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         name,
         ordered[counts > 1][:1],
         "must not have duplicates",
-        "Name each example once (numpy.unique).",
+        "Pass each example once (numpy.unique).",
     )
     return ordered

@@ -221,7 +221,7 @@ def test_files_are_for_the_owner_and_the_same_twice(tmp_path):
             {"oracle": {"forget_loss": 1.0}},
             "result must be given with an oracle or barriers, got None",
         ),
-        ({"top": -1}, "top must be in [0, inf], got -1"),
+        ({"top": -1}, "top must be at least 0, got -1"),
         ({"order": 1.0}, "order must be in (1, inf), got 1.0"),
         ({"delta": 0.0}, "delta must be in (0, 1), got 0.0"),
         ({"result": make_result(), "oracle": {"forget_loss": []}}, "oracle must"),

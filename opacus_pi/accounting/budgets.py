@@ -153,7 +153,7 @@ class RenyiFilter:
             self.budget.ndim == 0 or self.budget.size == num_examples,
             "budget",
             f"{self.budget.size} numbers",
-            f"must be one for each of {num_examples} examples",
+            f"must be one number, or one for each of {num_examples} examples",
             "Give one number for all, or one for each example of the data set.",
         )
         if self._spent is None:

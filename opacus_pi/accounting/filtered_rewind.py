@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range, positive
+from opacus_pi._validate import expect, in_range, positive, require
 from opacus_pi.accounting.conversion import check_delta, gaussian_mu
 from opacus_pi.ledger.participation_record import ParticipationRecord
 
@@ -169,11 +169,10 @@ def restart_updates(
         ValueError: If an update had no noise, did not clip, or had unattributed
             samples.
     """
-    expect(
+    require(
         not record.num_unattributed.any(),
-        "record",
-        f"{int(record.num_unattributed.sum())} unattributed samples",
-        "must know the example of every sample",
+        f"{int(record.num_unattributed.sum())} samples of the record could not be "
+        "matched to examples, so the sums of all examples are not known.",
         "Call restart_update for one set at a time.",
     )
     starts = _starts(states, record.num_steps)

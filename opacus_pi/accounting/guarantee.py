@@ -54,6 +54,7 @@ from opacus_pi._validate import expect, in_range
 from opacus_pi.accounting.conversion import (
     check_above_one,
     check_delta,
+    epsilon_offset,
     rdp_to_epsilon,
 )
 from opacus_pi.ledger.custody import LINKS, unchecked_in
@@ -157,7 +158,9 @@ class EpsilonDelta:
 
     def __post_init__(self) -> None:
         largest = np.finfo(np.float64).max
-        in_range(0, largest, epsilon=self.epsilon, remedy="Leave the pair out.")
+        in_range(
+            0, largest, epsilon=self.epsilon, remedy="Leave this pair of ε and δ out."
+        )
         in_range(0, 1, delta=self.delta, remedy="Choose less than 1 / (examples).")
 
 
@@ -219,8 +222,8 @@ class Guarantee(Shown):
             expect(
                 len(self.orders) == len(values) or (optional and not values),
                 name,
-                f"{len(values)} numbers",
-                f"must be one per order ({len(self.orders)})",
+                len(values),
+                f"must have one value for each of the {len(self.orders)} orders",
                 "Give one divergence for every order.",
             )
             expect(
@@ -448,13 +451,14 @@ class Guarantee(Shown):
             ]
         is_bound = self.kind in ("certified", "certified if")
         sign, write = ("≤", rounded_up) if is_bound else ("≈", "{:.4g}".format)
-        curve = min(zip(self.divergences, self.orders, strict=True), default=None)
-        first = (
-            ""
-            if curve is None
-            else f"D_α(unlearned ‖ retrained) {sign} {write(curve[0])} at "
-            f"α = {curve[1]:g}; "
-        )
+        first = ""
+        if self.orders:  # the order at which the divergences give the least ε
+            offsets = epsilon_offset(np.array(self.orders), delta)
+            best = int(np.argmin(np.array(self.divergences) + offsets))
+            first = (
+                f"D_α(unlearned ‖ retrained) {sign} {write(self.divergences[best])} at "
+                f"α = {self.orders[best]:g}; "
+            )
         lines = [
             f"{first}ε {sign} {write(self.epsilon(delta))} at δ = {delta:g} "
             f"({'a bound' if is_bound else 'an estimate, not a bound'}"

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range
+from opacus_pi._validate import expect, in_range, require
 from opacus_pi.accounting.composition import (
     PUBLISHED,
     corrected_order,
@@ -422,11 +422,9 @@ def norms_of_runs(
         'Try "right", the default.',
     )
     for run in runs:
-        expect(
+        require(
             rule != STRATIFIED or run.source == "swept",
-            "rule",
-            repr(rule),
-            "must not be 'stratified' for an observed ledger",
+            "rule='stratified' cannot be used for an observed ledger.",
             "The norms of an observed row come from different updates, one for each "
             "example. Record with Recorder.stratified, which sweeps.",
         )
@@ -525,12 +523,10 @@ def composition_of(
         "Pass a finite p: the published coefficient grows without limit in p.",
     )
     highest = float(corrected_order(order, p, mechanism.num_steps))
-    expect(
+    require(
         highest <= _HIGHEST_ORDER,
-        "hoelder_p",
-        p,
-        f"must keep orders below {_HIGHEST_ORDER:g}",
-        f"{mechanism.num_steps} updates raise {order} to {highest:.3g}. "
-        "Choose p of about num_steps or larger.",
+        f"With {mechanism.num_steps} updates and hoelder_p={p:g}, order {order:g} "
+        f"becomes {highest:.3g}, which must be at most {_HIGHEST_ORDER:g}.",
+        "Choose hoelder_p of about num_steps or larger.",
     )
     return Composition(float(order), convention, float(p), mode, float(tolerance))

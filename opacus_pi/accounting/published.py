@@ -44,7 +44,7 @@ __all__ = [
     "weak_triangle",
 ]
 
-_CONSTANT = "Pass a constant above 0."
+_CONSTANT = "Pass the constant of the loss and the process."
 
 
 def weak_triangle(
@@ -68,7 +68,8 @@ def weak_triangle(
 
     Source: Mironov 2017, Proposition 11 (u = 2).
     """
-    check_above_one(order=order, factor=factor, remedy="Pass an order above 1.")
+    check_above_one(order=order, remedy="Pass an order above 1.")
+    check_above_one(factor=factor, remedy="Pass a factor above 1, such as 2.")
     return (order - 1 / factor) / (order - 1) * first + second
 
 
@@ -338,7 +339,7 @@ def order_multiplied_divergence(
 
     Source: Mironov 2017, Propositions 2 and 11; so in Chien et al. 2024, Corollary 3.4.
     """
-    in_range(1, np.inf, group_size=group_size, remedy="It counts examples.")
+    in_range(1, np.inf, group_size=group_size, remedy="Pass the number of examples.")
     if group_size == 1:
         return float(worst_loss(order))
     half = (group_size + 1) // 2

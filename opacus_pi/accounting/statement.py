@@ -129,15 +129,15 @@ class PrivacyStatement:
         """Return the line about the person's own examples."""
         if self.epsilon is not None:
             return (
-                f"These data: ε ≈ {self.epsilon:.4g} at δ = {self.delta:g}, an "
+                f"For these data: ε ≈ {self.epsilon:.4g} at δ = {self.delta:g}, an "
                 f"estimate, not a bound ({self.estimated_from}).{self._at_most()}"
             )
         if self.num_rows > 1:
             return (
-                "These data: no estimate. The values of single examples do not add up "
-                "to a value for a person."
+                "For these data: no estimate. The values of single examples do not add "
+                "up to a value for a person."
             )
-        return "These data: no estimate can be given."
+        return "For these data: no estimate can be given."
 
     def _at_most(self) -> str:
         """Return the sentence about the limit of the estimate; empty if none."""
@@ -153,12 +153,12 @@ class PrivacyStatement:
     def _anyone(self) -> str:
         """Return the line about the worst case."""
         if math.isinf(self.worst_case):
-            return "Any data: no bound can be given."
+            return "For any data: no bound can be given."
         return (
-            f"Any data: ε ≤ {rounded_up(self.worst_case)} at δ = {self.delta:g}, "
-            "certified if the declarations below hold. The trained model then makes no "
-            "event more than e^ε times as likely as a model trained without these "
-            "examples does, plus δ."
+            f"For any data: ε ≤ {rounded_up(self.worst_case)} at δ = {self.delta:g}, "
+            "certified if the declarations below hold. The probability of any event is "
+            "then at most e^ε times that for a model trained without these examples, "
+            "plus δ."
         )
 
 
@@ -234,6 +234,6 @@ def _estimated_from(runs: Sequence[GradNormLedger]) -> str:
     """Say what stands for all runs and updates in the estimate."""
     plural = "s" if len(runs) > 1 else ""
     return (
-        f"{runs[0].num_rows} rows of {len(runs)} run{plural} stand for all runs and "
+        f"from {len(runs)} run{plural}, with norms recorded at {runs[0].num_rows} "
         "updates"
     )

@@ -145,7 +145,7 @@ def _at_least_two_runs(name: str, ledgers: Ledgers) -> tuple[GradNormLedger, ...
         len(runs) > 1,
         name,
         "one run",
-        "must be two or more",
+        "must contain at least two runs",
         "Record another run. A single one does not show how losses vary between runs: "
         "its best parameter gives the plain sum of its losses, which does not estimate "
         "a bound.",

@@ -194,7 +194,7 @@ def declarations(
         why = (
             "whether secure_mode was used is not recorded"
             if is_secure is None
-            else "secure_mode was off: the noise is pseudo-random"
+            else "secure_mode was off: you declare that the random seed stays secret"
         )
         noise = Assumption(_UNPREDICTABLE, True, why)
     return (

@@ -141,8 +141,8 @@ ANOTHER_PASS = Cause(
     "another forward pass entered the same loss",
     "unchecked",
     "The loss also used a forward pass over inputs that the data loader did not "
-    "deliver, such as generated ones. They are assumed not to be made of the batch's "
-    "examples in another order.",
+    "deliver, such as generated ones. It is assumed that they were not computed from "
+    "the examples of the batch.",
     link="rows",
     is_said=False,  # a GAN's discriminator is trained like this, rightly
 )

@@ -45,9 +45,9 @@ _OTHER_ORDER = (
 )
 _UNCLEAR = (
     "The criterion was given targets that have the values of the delivered batch in "
-    "other positions. They are assumed to be other names for the same targets, such as "
-    "exchanged labels, and not those of other samples. Compute targets in the data set "
-    "instead; their order can then be compared."
+    "other positions. They are assumed to be relabelled targets of the same samples "
+    "(such as two classes exchanged), and not those of other samples. Compute targets "
+    "in the data set instead; their order can then be compared."
 )
 _COMPUTED = (
     "The training loop computed the targets that the criterion was given, so they are "

@@ -240,7 +240,8 @@ DELTA = option("--delta", "X", "δ of every ε", probability, 1e-5)
 TOLERANCE = option(
     "--tolerance",
     "X",
-    "relative error of losses, upwards only; 1e-3 is faster from 30,000 examples",
+    "relative error allowed in losses, which then come out too large, never too small; "
+    "1e-3 is faster with 30,000 examples or more",
     float,
     0.0,
 )
@@ -391,8 +392,8 @@ the guarantee then covers all requests together.""",
             option(
                 "--past",
                 "IDS|FILE=EPOCHS",
-                "set forgotten before and the epochs it took; 25+ if it was not "
-                "forgotten after 25. Two sets of different difficulty are needed",
+                "a set that was forgotten before, and the epochs that took; write 25+ "
+                "if it was not forgotten after 25. Give sets of different difficulty",
                 default=[],
                 action="append",
             ),

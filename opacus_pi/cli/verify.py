@@ -99,7 +99,10 @@ def _back_in_time(facts: dict[str, Any]) -> str:
     if not numbers:
         return ""
     shown = ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
-    return f"; times go back at {len(numbers)} (number {shown}): a clock was wrong"
+    return (
+        f"; {len(numbers)} entries have a time before that of an earlier entry (number "
+        f"{shown}): a clock was wrong"
+    )
 
 
 def _redacted(facts: dict[str, Any]) -> str:
@@ -108,7 +111,7 @@ def _redacted(facts: dict[str, Any]) -> str:
     if not numbers:
         return ""
     shown = ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
-    return f"; redacted: {len(numbers)} (number {shown})"
+    return f"; {len(numbers)} entries are redacted (number {shown})"
 
 
 def _added(added: int | None) -> str:

@@ -41,8 +41,8 @@ _COMPARED = "Every update was compared with the one before."
 _CHANGED = (
     "Weights were changed between two updates, and not by the optimizer of the run. "
     "If the change used training data, neither get_epsilon nor the ledger covers the "
-    "model: leave it out. If it was an average or a projection of weights, or used "
-    "public data only, nothing needs to be done."
+    "model: do not make this change. If it was an average or a projection of weights, "
+    "or used public data only, nothing needs to be done."
 )
 
 _NUM_ENTRIES = 16  # of a parameter

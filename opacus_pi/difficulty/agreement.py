@@ -187,8 +187,8 @@ def binned_means(
     expect(
         len(by) == len(values),
         "y",
-        f"{len(values)} values",
-        f"must be one for each of the {len(by)} of x",
+        len(values),
+        f"must have one value for each of the {len(by)} values of x",
         "Pass the same examples in the same order.",
     )
     in_range(1, len(by), num_bins=num_bins, remedy="Every bin needs an example.")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import distinct_indices, expect
+from opacus_pi._validate import distinct_indices, expect, require
 from opacus_pi.difficulty.forget_sets import retain_indices
 from opacus_pi.files.arrays_file import read_arrays, write_arrays
 from opacus_pi.files.kinds import ORACLE
@@ -227,12 +227,10 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
         arrays, found = read_arrays(path, ORACLE)
         known = {_INPUTS: facts[_INPUTS], **found}  # old files do not name the inputs
         differing = [name for name, value in facts.items() if known.get(name) != value]
-        expect(
+        require(
             not differing,
-            "path",
-            path,
-            f"must have been retrained with the same {', '.join(differing)}",
-            "The file was saved for other settings: it is not used.",
+            f"The model in {path} was trained with another {', '.join(differing)}.",
+            "It is not used.",
         )
         _check_types(path, arrays, model)
         model.load_state_dict({k: torch.from_numpy(a) for k, a in arrays.items()})
@@ -265,12 +263,10 @@ def _check_types(
         for name, array in known.items()
         if array.dtype != wanted[name]
     ]
-    expect(
+    require(
         not differing,
-        "path",
-        ", ".join(differing[:3]),
-        "must contain tensors of the model's dtypes",
-        f"{path} was saved for another model, so it is not used.",
+        f"The model in {path} has tensors of other dtypes: {', '.join(differing[:3])}.",
+        "It was saved for another model, so it is not used.",
     )
 
 

@@ -108,8 +108,8 @@ def u_lira(unlearned_margins: ArrayLike, oracle_margins: ArrayLike) -> ULira:
     expect(
         unlearned.shape[1] == oracle.shape[1],
         "oracle_margins",
-        f"{oracle.shape[1]} examples",
-        f"must have {unlearned.shape[1]}, as unlearned_margins",
+        oracle.shape[1],
+        f"must have {unlearned.shape[1]} examples, as unlearned_margins has",
         "Evaluate both on the same forget set.",
     )
     return ULira(

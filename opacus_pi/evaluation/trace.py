@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from opacus_pi._frames import frame
 from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, numbers
+from opacus_pi._validate import expect, numbers, require
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.regular_file import require_regular
 
@@ -198,11 +198,9 @@ class UnlearningTrace(Shown):
             f"must contain {_KIND} of version {_VERSION}",
             "Pass a file that UnlearningTrace.save of this release wrote.",
         )
-        expect(
+        require(
             checksum == _digest({"kind": _KIND, "version": _VERSION, **content}),
-            "path",
-            os.fspath(path),
-            "must match its checksum",
+            f"{os.fspath(path)} does not match its checksum.",
             "It was edited or damaged: unlearn again, or restore the file from a copy.",
         )
         try:

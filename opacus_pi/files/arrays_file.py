@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, require
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.kinds import FileKind
 from opacus_pi.files.regular_file import require_regular
@@ -286,11 +286,9 @@ def named_kind(path: str | os.PathLike[str]) -> str | None:
 
 def _check_shape(path: str, name: str, shape: Sequence[int]) -> None:
     """Refuse an empty array that claims a length which the file cannot prove."""
-    expect(
+    require(
         math.prod(shape) > 0 or max(shape, default=0) <= _MAX_WIDTH,
-        "path",
-        f"shape {list(shape)} in {path}",
-        f"must not be empty in {name!r}",
+        f"{path} has an entry {name!r} without values, of shape {list(shape)}.",
         _AGAIN,
     )
 
@@ -339,11 +337,9 @@ def require_checksum(
     Raises:
         ValueError: If the file was edited or damaged.
     """
-    expect(
+    require(
         header.pop("checksum", None) == checksum(arrays, header),
-        "path",
-        os.fspath(path),
-        "must match its checksum",
+        f"{os.fspath(path)} does not match its checksum.",
         f"It was edited or damaged. {_AGAIN}",
     )
 
@@ -363,12 +359,11 @@ def _check_layout(
         *(set(layout.arrays) - set(dtypes)),
         *(name for name, dtype in dtypes.items() if types.get(name) != dtype),
     ]
-    expect(
+    require(
         not unexpected,
-        "path",
-        os.fspath(path),
-        f"must have valid entries for {', '.join(map(repr, sorted(unexpected)))}",
-        f"An entry is missing, unknown, or of another type. {_AGAIN}",
+        f"{os.fspath(path)} has entries that are missing, unknown or of another type: "
+        f"{', '.join(map(repr, sorted(unexpected)))}.",
+        _AGAIN,
     )
 
 

@@ -13,7 +13,7 @@ the checksum again.
 >>> verified_state({**state, "rate": 0.25})
 Traceback (most recent call last):
     ...
-ValueError: the saved state must match its checksum, got values with another checksum. It was edited or damaged: resume from another checkpoint.
+ValueError: The saved state does not match its checksum: its values have another checksum. It was edited or damaged: resume from another checkpoint.
 """  # noqa: E501
 
 import hashlib
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opacus_pi._validate import expect
+from opacus_pi._validate import require
 from opacus_pi.files.weights_file import tensor_bytes
 
 __all__ = ["verified_state", "with_checksum"]
@@ -59,16 +59,14 @@ def verified_state(state: Any) -> dict[str, Any]:
     content = {name: value for name, value in found.items() if name != _CHECKSUM}
     plain = all(_is_plain(value) for value in content.values())
     if _CHECKSUM not in found:
-        problem = "a state without a checksum"
+        problem = "it has none"
     elif not plain:
-        problem = "values of a type that is never saved"
+        problem = "it has values of a type that is never saved"
     else:
-        problem = "values with another checksum"
-    expect(
+        problem = "its values have another checksum"
+    require(
         plain and found.get(_CHECKSUM) == _digest(content),
-        "the saved state",
-        problem,
-        "must match its checksum",
+        f"The saved state does not match its checksum: {problem}.",
         "It was edited or damaged: resume from another checkpoint.",
     )
     return content

@@ -147,7 +147,7 @@ def minibatch_gram(
     )
     members = [np.asarray(batch, dtype=np.int64) for batch in (centre, *batches)]
     for batch in members:
-        in_range(0, size - 1, batches=batch, remedy="These are positions.")
+        in_range(0, size - 1, batches=batch, remedy="Pass positions in data_set.")
     with isolated():
         source = _Gradients(model, criterion)
         loader = _Batches(data_set, batch_size, collate_fn, source.device)
@@ -197,7 +197,7 @@ class _Gradients:
         expect(
             bool(self._trainable),
             "model",
-            type(model).__name__,
+            f"a {type(model).__name__} without one",
             "must have a trainable parameter",
             "Set requires_grad on the parameters to measure.",
         )

@@ -77,7 +77,7 @@ class NormEngine:
         expect(
             any(p.requires_grad for p in self._live),
             "model",
-            type(model).__name__,
+            f"a {type(model).__name__} without one",
             "must have a trainable parameter",
             "Set requires_grad on the parameters to measure.",
         )

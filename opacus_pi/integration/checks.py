@@ -155,9 +155,10 @@ class RunChecks:
             raise AccountingError(self._reasons[0])
         if num_counted:
             raise AccountingError(
-                f"The accountant has counted {num_counted} updates, and none was "
-                "recorded: this engine's make_private has not prepared them. Call it, "
-                "and train with the model, optimizer and loader that it returns."
+                f"The accountant has counted {num_counted} updates, but none was "
+                "recorded, because this engine did not prepare the model. Call its "
+                "make_private, and train with the model, optimizer and loader that it "
+                "returns."
             )
 
     def missing_updates(

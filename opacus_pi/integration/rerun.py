@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, require
 from opacus_pi.ledger.participation_record import ParticipationRecord
 from opacus_pi.models.batches import inputs_and_targets, size_of, to_device
 
@@ -288,7 +288,8 @@ def require_repeatable(
         "train_set",
         f"{size_of(train_set)} examples",
         f"must be the data set of the run, with {record.num_examples} examples",
-        "Positions would name other examples.",
+        "Pass the data set that was trained on: in another one the same positions are "
+        "other examples.",
     )
     require_flat_clipping(state)
     after = slice(state["num_steps"], None)
@@ -299,11 +300,10 @@ def require_repeatable(
         "must be of a run with one batch for each update",
         "Use larger batches with BatchMemoryManager.",
     )
-    expect(
+    require(
         record.sampling == "poisson" or not record.num_unattributed[after].any(),
-        "checkpoints",
-        f"{int(record.num_unattributed[after].sum())} unattributed samples",
-        "must know every sample of the batches that are used again",
+        f"{int(record.num_unattributed[after].sum())} samples of the batches that are "
+        "used again could not be matched to examples.",
         "Transform inputs in the data set, or train with Poisson sampling.",
     )
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from opacus_pi._torch_compat import BatchNormBase, num_writes
-from opacus_pi._validate import expect
+from opacus_pi._validate import require
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.models.copies import unwrap
 from opacus_pi.recording.state_file import copied
@@ -111,11 +111,10 @@ class TrainingStates:
         if first is not None and _writes(module) == self._marks:
             return first
         mixing = any(isinstance(m, BatchNormBase) for m in module.modules())
-        expect(
+        require(
             not mixing,
-            "the model",
-            "weights that were changed after make_monitored",
-            "must have its weights when the run begins, because it has BatchNorm",
+            "The weights were changed after make_monitored, and the model has "
+            "BatchNorm, so its state before the first update is not known.",
             "Load weights before make_monitored, or leave checkpoints out.",
         )
         return self.state(0)

@@ -122,7 +122,7 @@ def checked_custody(value: Custody | None) -> Custody | None:
         "custody",
         repr(value),
         "must be a Custody or None",
-        "Leave it to the engine that records the run.",
+        "Do not set it: the engine that records the run fills it in.",
     )
     return value
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from opacus_pi._frames import frame
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi._validate import distinct_indices, expect, positive, require
 from opacus_pi.files.arrays_file import check_file, read_array, read_columns
 from opacus_pi.files.kinds import GRAD_NORM_LEDGER
 from opacus_pi.ledger.checks import (
@@ -54,9 +54,10 @@ __all__ = [
 ]
 
 _PART_SAVED = (
-    "The ledger of a part of the examples is saved. The file does not hold what all "
-    "examples show about the norms in its gaps, so the loaded ledger will give other "
-    "estimates than this one. Save the whole ledger, and take the subset after loading."
+    "The ledger of a part of the examples is saved. Where an example was not "
+    "drawn, its norms are estimated from those of all examples, which the file lacks, "
+    "so the loaded ledger will give other estimates than this one. Save the whole "
+    "ledger, and take the subset after loading."
 )
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 
@@ -461,11 +462,10 @@ def runs_of(
     for number, run in enumerate(runs[1:], start=1):
         agreement = _agreement(first, run, same_steps)
         differing = [name for name, same in agreement.items() if not same]
-        expect(
+        require(
             not differing,
-            "ledger",
-            f"runs 0 and {number}",
-            f"must agree in {', '.join(differing)}",
+            f"The runs of the ledger must have the same {', '.join(differing)}, but "
+            f"run {number} differs from run 0.",
             "Average only independent runs of the same training, recorded at the same "
             "steps, over the same examples.",
         )

@@ -190,7 +190,7 @@ def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
     expect(
         bool(sound.all() and (diagonal >= 0).all()),
         "grams",
-        "an array",
+        "others",
         "must contain symmetric matrices of inner products (|K_xy| ≤ √(K_xx·K_yy))",
         "Compute them in float64 as G·Gᵀ.",
     )

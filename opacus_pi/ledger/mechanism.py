@@ -237,7 +237,11 @@ def _count(name: str, value: int) -> int:
     except TypeError:
         number = -1
     expect(
-        number >= 0, name, value, "must be a whole number, at least 0", "Count updates."
+        number >= 0,
+        name,
+        value,
+        "must be a whole number, at least 0",
+        "Pass the number of updates.",
     )
     expect(
         number < _MOST_UPDATES,

@@ -40,7 +40,7 @@ from opacus_pi._validate import expect
 
 __all__ = ["ParticipationRecord"]
 
-_REMEDY = "Leave the record to the Recorder that watched the training."
+_REMEDY = "Do not make a record by hand: the Recorder of the training does."
 _SAMPLES = {"steps": np.int32, "indices": np.int32, "norms": np.float32}
 _UPDATES = {
     "noise_std": np.float64,

@@ -31,7 +31,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from opacus_pi._validate import expect, positive
+from opacus_pi._validate import expect, positive, require
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.ledger.participation_record import ParticipationRecord
 from opacus_pi.recording.participation_log import (
@@ -263,11 +263,10 @@ class Checkpoints:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         found = [*self._files().values(), *blocks_in(self.directory).values()]
-        expect(
+        require(
             not found,
-            "checkpoints",
-            f"{len(found)} files of an earlier run in {self.directory}",
-            "must have a directory without states of other runs",
+            f"The directory {self.directory} contains {len(found)} files of an earlier "
+            "run.",
             "Use one directory for each run.",
         )
         self._is_started = True

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from opacus_pi._validate import distinct_indices, expect, positive
+from opacus_pi._validate import distinct_indices, expect, positive, require
 
 __all__ = ["DeletableLast"]
 
@@ -82,11 +82,10 @@ class DeletableLast(Sampler[list[int]]):
         Raises:
             ValueError: If all passes were made.
         """
-        expect(
+        require(
             self._num_begun < self.num_passes,
-            "DeletableLast",
-            f"a pass after {self.num_passes} passes",
-            f"must be used for {self.num_passes} passes over the loader",
+            f"The loader began pass {self._num_begun + 1}, but num_passes of "
+            f"DeletableLast is {self.num_passes}.",
             "Set num_passes to the number of epochs of the training.",
         )
         first = self._num_begun * len(self)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, require
 from opacus_pi.ledger.checks import checked_steps, checked_weights
 from opacus_pi.ledger.custody import Custody
 from opacus_pi.recording.participations import has_whole_counts, layout_of_counts
@@ -164,10 +164,8 @@ def _is_in_range(name: str, value: Tensor, state: Mapping[str, Any]) -> bool:
 
 def _check(condition: bool, name: str, problem: str) -> None:
     """Refuse the state because of one entry."""
-    expect(
+    require(
         condition,
-        "the saved run",
-        f"one whose {name!r} is {problem}",
-        "must be complete and undamaged",
+        f"The saved run is incomplete or damaged: its entry {name!r} is {problem}.",
         "Resume from another checkpoint.",
     )

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_pi._torch_compat import counts_of_writes
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, require
 from opacus_pi.custody.weights import WeightSnapshot
 from opacus_pi.files.kinds import RECORDED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
@@ -106,18 +106,16 @@ def load_weights_(model: nn.Module, path: Path, data_set: str | None = None) -> 
 def _check_facts(path: Path, facts: Mapping[str, str], data_set: str | None) -> None:
     """Refuse weights of another update or another run."""
     found = facts.get("num_steps", "")
-    expect(
+    require(
         path.stem == f"weights-{found:0>8}",
-        "path",
-        path.name,
-        f"must name the number of updates that the file stores, {found}",
+        f"{path.name} has the weights after {found} updates, but its name says "
+        "otherwise.",
         "Give the file its original name.",
     )
-    expect(
+    require(
         data_set is None or same_data_set(facts.get("data_set", ""), data_set),
-        "path",
-        f"{facts.get('data_set')} in {path.name}",
-        f"must be of the data set {data_set}",
+        f"{path.name} is from a run on another data set ({facts.get('data_set')}, not "
+        f"{data_set}).",
         "Use a separate directory for every run.",
     )
 

@@ -72,8 +72,8 @@ def write_report(
         page_path.suffix != ".json",
         "path",
         page_path,
-        "must be the name of the page",
-        "Name it report.html; the JSON file is written beside it.",
+        "must not end in .json, because the JSON file is written beside the page",
+        "Pass for example report.html.",
     )
     expect(
         result is not None or (oracle is None and barriers is None),

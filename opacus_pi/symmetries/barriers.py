@@ -213,8 +213,8 @@ def pairwise_barriers(
         len(models) >= 2,
         "models",
         len(models),
-        "must be at least 2",
-        ("Pass at least two models, trained with different seeds."),
+        "must contain at least 2 models",
+        "Pass models that were trained with different seeds.",
     )
     return np.array(
         [

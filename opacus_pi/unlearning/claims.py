@@ -285,8 +285,8 @@ def claim(
         *_broken_links(runs),
     ]
     described = (
-        f"{method} (retrained: trained without the set by the same schedule, rate and "
-        "denominator, then updated alike)"
+        f"{method} (compared with a model that was trained without the set, with the "
+        "same schedule, rate and denominator, and then fine-tuned in the same way)"
     )
     clipped = bool(runs) and every_gradient_clipped(runs).met
     if runs and not clipped:
@@ -316,18 +316,20 @@ def _bounded_claim(
         sampling_known(runs),
         derived(
             "training divided by a batch size that does not depend on the set",
-            "DP-SGD divides by the expected one",
+            "DP-SGD divides by the expected batch size",
         ),
         derived(
             "unlearning does not increase the divergence",
-            "data processing: it is the same random map with and without the set",
+            "post-processing: it is the same random procedure with and without the set",
         ),
         derived(
-            "the bound is for all examples that the model has then forgotten",
-            f"the worst case of any {len(gone)} example{'s' * (len(gone) > 1)}",
+            "the bound covers all examples that are forgotten by then",
+            f"it is the worst case of any {len(gone)} example{'s' * (len(gone) > 1)}",
         ),
         *declarations(runs, is_secure=engine_facts.is_secure),
-        Assumption(_OF_THE_SET, True, "the bound is for sets that are fixed before"),
+        Assumption(
+            _OF_THE_SET, True, "the bound is for sets that are fixed before training"
+        ),
     )
     estimates = _losses(runs, gone, curve.orders) if len(gone) == 1 else ()
     return guarantee_of_run(
@@ -463,7 +465,7 @@ def _does_not_look(method: Method, history: History) -> tuple[Assumption, ...]:
     if type(method) in _BLIND:
         return (observed(statement, f"{name} sees the retain set only"),)
     return (
-        Assumption(statement, True, f"{name} is your own method; it says that it does"),
+        Assumption(statement, True, f"{name} is your own method, which declares it"),
     )
 
 
@@ -529,7 +531,7 @@ def _matching(
     name = "" if model is None else weights_name(model)
     unchanged = not history.trained or name == history.left
     if names == {None} and unchanged:
-        return Assumption(statement, True, "the ledger does not name the weights")
+        return Assumption(statement, True, "the ledger has no SHA-256 of the weights")
     if unchanged and (history.trained or name) in hashed:
         return observed(statement, _since(history))
     return observed(statement, _unmatched(names, unchanged=unchanged), met=False)
@@ -537,7 +539,7 @@ def _matching(
 
 def _since(history: History) -> str:
     """Say how the weights were recognised."""
-    named = "the ledger names them, by their SHA-256"
+    named = "their SHA-256 is the one in the ledger"
     if not history.trained:
         return named
     return f"{named}; since then only runs of this unlearner changed them"
@@ -553,7 +555,12 @@ def _unmatched(names: Collection[str | None], *, unchanged: bool) -> str:
             left, if there was one.
     """
     if not unchanged:
-        return "they were changed after the last run of unlearning, or it did not end"
+        return (
+            "the last unlearning run did not end, or the weights were changed after it"
+        )
     if set(names) <= {None, CHANGED}:
         return "they were written to after the last recorded update"
-    return "the ledger names others: they were changed since, or of another run"
+    return (
+        "their SHA-256 is not the one in the ledger: the weights were changed since, "
+        "or belong to another run"
+    )

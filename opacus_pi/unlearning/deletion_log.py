@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, require
 from opacus_pi.files.atomic_file import put_new_file, restrict_to_owner
 from opacus_pi.files.regular_file import require_regular
 from opacus_pi.unlearning.entry_checks import (
@@ -243,11 +243,9 @@ class DeletionLog:
         """
         body = payload_text(payload)
         require_kind(kind)
-        expect(
+        require(
             kind != REDACTION,
-            "kind",
-            repr(kind),
-            "must be another kind",
+            f"kind {kind!r} is reserved for entries that redact others.",
             "Call redact, which also removes the payload.",
         )
         require_name(name)
@@ -277,7 +275,7 @@ class DeletionLog:
             "reason",
             repr(reason),
             "must be a string",
-            "Say why.",
+            "Pass a text that says why the payload is removed.",
         )
         body = payload_text({"entry": number, "reason": reason})
         with writing(self.path) as connection:
@@ -351,7 +349,9 @@ def verify(path: str | os.PathLike[str], head: str | None = None) -> Verificatio
             "WHERE number NOT IN (SELECT number FROM entries) LIMIT 1"
         ).fetchall()
     _require_whole(answer == "ok", path, answer)
-    _require_unedited(not extra, path, "The content of some entry has no entry.")
+    _require_unedited(
+        not extra, path, "The log contains a payload that belongs to no entry."
+    )
     last, num_entries, place = START, 0, 0 if head == START else None
     redacted: list[int] = []
     back_in_time: list[int] = []

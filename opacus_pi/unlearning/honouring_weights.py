@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, require
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.unlearning.claims import History, history_from_json
@@ -147,13 +147,11 @@ def load_weights_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
         or name not in state
         or (own[name].shape, own[name].dtype) != (state[name].shape, state[name].dtype)
     }
-    expect(
+    require(
         not differing,
-        "weights_path",
-        path,
-        "must fit the unlearner's model",
-        f"The two differ in {', '.join(sorted(differing)[:5])}. Make the unlearner "
-        "from the model that the requests are about.",
+        f"The weights in {path} do not fit the unlearner's model: they differ in "
+        f"{', '.join(sorted(differing)[:5])}.",
+        "Make the unlearner from the model that the requests are about.",
     )
     model.load_state_dict(state)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from opacus_pi._shown import Shown
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import distinct_indices, expect, numbers, positive
+from opacus_pi._validate import distinct_indices, expect, numbers, positive, require
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
 from opacus_pi.accounting.guarantee import Guarantee
@@ -323,7 +323,7 @@ def _predicted(
     epochs = predict_time(mean, past, times, past_lengths=lengths)
     if epochs is None:
         return None, (
-            "a prediction needs two past runs of different difficulty: name them with "
+            "a prediction needs two past runs of different difficulty: pass them with "
             "plan(..., past_runs=[(ids, epochs), ...]), or --past on the command line"
         )
     fit = f"log-linear fit to {len(past_runs)} past runs"
@@ -468,14 +468,11 @@ def _counted(
     lengths = np.broadcast_to(
         np.asarray(math.nan if past_lengths is None else past_lengths), times.shape
     )
-    expect(
+    require(
         bool((np.isfinite(lengths) & (lengths >= 0))[unfinished].all()),
-        "past_times",
-        math.inf,
-        "must be given together with the epochs that the run took",
-        "An unfinished run counts with these: plan(..., "
-        "past_runs=[(forget_indices, inf, epochs_run)]), or predict_time(..., "
-        "past_lengths=...).",
+        "A past run took inf, and how long it was run is not known.",
+        "Pass its length: plan(..., past_runs=[(forget_indices, inf, epochs_run)]), or "
+        "predict_time(..., past_lengths=...).",
     )
     return np.where(unfinished, lengths, times)
 

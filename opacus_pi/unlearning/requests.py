@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import distinct_indices, expect
+from opacus_pi._validate import distinct_indices, expect, require
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.models.batches import size_of
 from opacus_pi.recording.checkpoints import Checkpoints
@@ -171,12 +171,10 @@ class DeletionRequests:
             payload |= self._names.facts(plain_name("user", user))
         entry = self.log.append("request", payload, name=name)
         known = _request_of(entry, self.num_examples)
-        expect(
+        require(
             known.indices == rows,
-            "request_id",
-            name,
-            "must name one request only",
-            "This name was submitted for other examples before: use a new name.",
+            f"request_id {name!r} was submitted before for other examples.",
+            "Use a new name.",
         )
         return known
 
@@ -644,11 +642,10 @@ def _honoured(stored: StoredWeights, found: Requests, path: Path) -> set[int]:
     honoured = _listed_in(stored, found)
     known = len(honoured) == len(stored.entries) + len(stored.names)
     newer = found.done < honoured or not (found.done or honoured)
-    expect(
+    require(
         known and newer,
-        "weights_path",
-        path,
-        f"must be the weights that honour the {len(found.done)} logged request(s)",
+        f"{path} does not have the weights that honour the {len(found.done)} logged "
+        "request(s).",
         "Restore the file from a copy. Without it, the requests must be carried out "
         "again.",
     )

@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from opacus_pi._torch_compat import BatchNormBase
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, require
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy, restart_update
@@ -85,7 +85,7 @@ _DECLARED = (
         "they are pseudo-random; the rest is trained with a new seed",
     ),
 )
-_ALIKE = "(retrained: the same schedule without the set)"
+_ALIKE = "(compared with a model trained without the set, by the same schedule)"
 _MONITORED = (
     "each update used the batch that the loader had delivered before it",
     True,
@@ -341,12 +341,11 @@ class RecordedTraining:
         else:
             self._require_states()
             start = restart_update(record, gone, policy.mu, steps)
-        expect(
+        require(
             start in steps or start == record.num_steps,
-            "forget_indices",
-            f"an example that was drawn in update {first}",
-            f"must have been drawn after a saved state; those are {list(steps[:5])}",
-            "No state from before its first use exists: train again from the start.",
+            f"An example of forget_indices was first drawn in update {first}, and no "
+            f"state was saved before it (the first saved states: {list(steps[:5])}).",
+            "Train again from the start.",
         )
         return start
 
@@ -387,7 +386,7 @@ class RecordedTraining:
             "checkpoints",
             f"no states of the updates {missing[:5]}",
             "must have all states that the run kept",
-            "Which states exist must not depend on the run. Restore them from a copy.",
+            "Restore them from a copy: the proof does not hold if states were removed.",
         )
         require_flat_clipping(self.states.load(self.states.steps[0]))
 
@@ -462,12 +461,10 @@ class RecordedTraining:
 
     def _require_trained(self) -> None:
         """Refuse to keep a model that has not the weights of the training."""
-        expect(
+        require(
             weights_name(self.model) == self.record.weights,
-            "model",
-            "weights that the recorded training did not leave",
-            "must be the trained model, because it can be kept as it is",
-            "Pass the model as the training left it.",
+            "The trained model can be kept as it is, but this model has other weights.",
+            "Pass the model as it was at the end of training.",
         )
 
     def plan(
@@ -540,8 +537,8 @@ class RecordedTraining:
             )
         proof = derived(
             "the sum of the charges cannot exceed the policy on any path",
-            "decided at a state: the next update by its own norm, those after it up to "
-            "the next state at the clip norm",
+            "it is decided at saved states: the next update is charged by its own "
+            "norm, those up to the next state at the clip norm",
         )
         made = observed(
             "the policy was fixed before training",
@@ -580,7 +577,7 @@ def _links(custody: Custody | None, *, charges: bool) -> Iterator[Assumption]:
         if name in unchecked:
             yield Assumption(LINKS[name], True, unchecked[name])
         else:
-            yield observed(LINKS[name], evidence.get(name, "nothing else was seen"))
+            yield observed(LINKS[name], evidence.get(name, "no violation was seen"))
 
 
 def fresh_generator(

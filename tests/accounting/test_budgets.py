@@ -237,7 +237,7 @@ def test_what_it_shows_cannot_change_it():
         (([1.0, -1.0],), "budget must be above 0, got -1.0"),
         ((np.nan,), "budget must .*got nan"),
         (([[1.0]],), "one number per example"),
-        ((1.0, 1.0), r"order must be in \(1, inf\), got 1.0"),
+        ((1.0, 1.0), r"order must be finite and above 1, got 1.0"),
         ((1.0, np.inf), "order must .*got inf"),
     ],
 )

@@ -260,7 +260,7 @@ def test_unattributed_samples_charge_everybody_who_was_not_seen():
     assert restart_update(record, [1], 1.2, range(3)) == 2
     assert restart_update(record, [0], 1.2, range(3)) == 3  # it was seen in update 1
     assert record.first_updates().tolist() == [1, 1]
-    with pytest.raises(ValueError, match="unattributed samples"):
+    with pytest.raises(ValueError, match="could not be matched to examples"):
         restart_updates(record, 1.0, range(3))
 
 

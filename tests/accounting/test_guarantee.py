@@ -261,7 +261,7 @@ def test_a_bound_is_written_rounded_up_and_an_estimate_to_nearest():
 
 def test_text_says_what_it_is_worth_and_which_way():
     certified, estimate = str(guarantee()), str(guarantee((MET, UNMET)))
-    assert "≤ 0.1 at α = 2" in certified and "(a bound)" in certified
+    assert "≤ 0.5 at α = 8" in certified and "(a bound)" in certified
     assert "not a bound" in estimate and "≤ 0.1" not in estimate
     assert "not met: the loss is an upper bound (one run)" in estimate
     for text in (certified, estimate):

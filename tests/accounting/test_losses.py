@@ -307,7 +307,7 @@ def test_order_of_one_or_less_is_refused(order):
         lambda: per_step_losses(run, order),
         lambda: worst_case_loss(run.mechanism, order),
     ):
-        with pytest.raises(ValueError, match=r"^order must be in \(1, inf\)"):
+        with pytest.raises(ValueError, match=r"^order must be finite and above 1"):
             call()
 
 
@@ -329,9 +329,7 @@ def test_a_p_that_is_no_number_above_one_is_refused(p):
 
 def test_a_p_that_lets_orders_explode_is_refused():
     run = one_run(num_steps=900, steps=[300, 600, 900])
-    with pytest.raises(
-        ValueError, match="hoelder_p must keep orders below 1e.*, got 3.0"
-    ):
+    with pytest.raises(ValueError, match="hoelder_p=3, order 4 becomes"):
         privacy_losses(run, 4, hoelder_p=3.0)
 
 
@@ -382,7 +380,7 @@ def test_runs_that_do_not_belong_together_are_refused():
         (run.subset([1, 0]), "example_ids"),
     ]:
         with pytest.raises(
-            ValueError, match=f"must agree in .*{word}.*, got runs 0 and 1"
+            ValueError, match=f"must have the same .*{word}.* run 1 differs from run 0"
         ):
             privacy_losses([run, other], 4)
     with pytest.raises(ValueError, match="at least one ledger"):

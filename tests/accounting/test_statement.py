@@ -81,7 +81,7 @@ def test_sharing_says_with_whom_each_number_may_be_shared():
     text = str(statement)
     assert statement.sharing in text
     assert "not a bound" in text
-    written = float(text.split("Any data: ε ≤ ")[1].split()[0])
+    written = float(text.split("For any data: ε ≤ ")[1].split()[0])
     assert statement.worst_case <= written <= statement.worst_case * 1.001
     for assumption in statement.assumptions:
         assert assumption.statement in text

@@ -211,7 +211,7 @@ def test_rows_that_are_not_stratified_are_refused():
     )
     with pytest.raises(
         ValueError,
-        match="rule must not be 'stratified' for an observed ledger, got 'stratified'",
+        match="rule='stratified' cannot be used for an observed ledger",
     ):
         privacy_losses(observed, 4, rule="stratified")
     short = record(seeded(), total=5).ledger

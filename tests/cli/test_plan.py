@@ -97,7 +97,7 @@ def test_text_and_file(run, tmp_path):
             "--set: noise_std=[1] does not fit langevin",
         ),
         (("3", "--batch-size", "0"), "argument --batch-size: '0' is not a whole"),
-        (("3", "--order", "1"), "--order must be in (1, inf), got 1.0"),
+        (("3", "--order", "1"), "--order must be finite and above 1, got 1.0"),
     ],
 )
 def test_errors(run, words, message):

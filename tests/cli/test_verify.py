@@ -135,7 +135,7 @@ def test_the_head_of_a_record(run, tmp_path):
     assert code == 1 and "hash of one of the 2 entries" in out
     DeletionLog(path).redact(0)
     code, out, _ = run("verify", path, kept)
-    assert code == 0 and out.endswith("since HEAD; redacted: 1 (number 0)\n")
+    assert code == 0 and out.endswith("since HEAD; 1 entries are redacted (number 0)\n")
     assert json.loads(run("verify", path, "--json")[1])["redacted"] == [0]
     path.write_bytes(
         edited_log(path.read_bytes(), "DELETE FROM entries WHERE number=0")

@@ -100,7 +100,7 @@ def test_bins_lose_no_example_and_are_normalised_to_the_maximum():
     "x, y, bins, message",
     [
         ([1, 2], [1, np.inf], 1, "y must .*got .* 1 not finite"),
-        ([1, 2], [1], 1, "one for each of the 2"),
+        ([1, 2], [1], 1, "one value for each of the 2"),
         ([1, 2], [1, 2], 3, "num_bins must .*got 3"),
         ([], [], 1, "x must"),
     ],

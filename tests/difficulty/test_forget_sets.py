@@ -214,7 +214,7 @@ def test_retain_and_forget_partition_the_examples(n, data):
         ),
         (
             lambda: retain_indices(4, []),
-            r"forget_indices must name an example, got \[\]",
+            r"forget_indices must contain an example, got \[\]",
         ),
         (lambda: retain_indices(4, [1, 1]), "must not have duplicates"),
         (lambda: retain_indices(4, [4]), r"forget_indices must be in \[0, 4\), got 4"),

@@ -176,7 +176,7 @@ X, Y, NOISE = examples()
         ),
         (
             lambda: GaussianPoison(TensorDataset(X, Y), [], 1, generator()),
-            r"must name an example, got \[\]",
+            r"must contain an example, got \[\]",
         ),
         (
             lambda: GaussianPoison(TensorDataset(X, Y), [17], 1, generator()),

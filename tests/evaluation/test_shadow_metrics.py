@@ -166,7 +166,7 @@ GOOD = {"unlearning_accuracy": 0.1, "retain_accuracy": 0.9, "test_accuracy": 0.7
         (lambda: u_lira(np.ones((3, 1)), np.ones((2, 1))), "at least 3 models"),
         (
             lambda: u_lira(np.ones((3, 1)), np.ones((3, 2))),
-            "oracle_margins must .*got 2 examples",
+            "oracle_margins must have 1 examples, .*got 2",
         ),
         (lambda: u_lira(np.full((3, 1), np.inf), np.ones((3, 1))), "not finite"),
         (

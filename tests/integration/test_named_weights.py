@@ -68,7 +68,7 @@ def matching(model, ledger=None):
 
 
 def is_vouched_for(model, ledger=None):
-    return matching(model, ledger) == (True, "the ledger names them, by their SHA-256")
+    return matching(model, ledger) == (True, "their SHA-256 is the one in the ledger")
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_weight_changed_after_it_was_named(run):
         model._module[2].bias[1] += 1e-6
     assert engine.ledger.weights == ledger.weights  # still those of the update
     for found in (matching(engine), matching(model, ledger)):
-        assert found[0] is False and found[1].startswith("the ledger names others")
+        assert found[0] is False and found[1].startswith("their SHA-256 is not the one")
     assert is_vouched_for(module, ledger)
 
 
@@ -149,7 +149,7 @@ def test_a_model_that_was_unlearned_is_another(run):
     assert met == [[True], [True]]  # only runs of the unlearner changed it
     unlearner = Unlearner(unlearner.model, criterion=nn.CrossEntropyLoss())
     met, evidence = matching(unlearner.model, engine.ledger)
-    assert not met and evidence.startswith("the ledger names others")
+    assert not met and evidence.startswith("their SHA-256 is not the one")
 
 
 def test_a_ledger_without_a_name_is_checked_against_no_weights(run, tmp_path):
@@ -157,7 +157,7 @@ def test_a_ledger_without_a_name_is_checked_against_no_weights(run, tmp_path):
     old = replace(engine.ledger, weights=None)
     old.save(tmp_path / "old.safetensors")
     old = GradNormLedger.load(tmp_path / "old.safetensors")
-    assert matching(model, old) == (True, "the ledger does not name the weights")
+    assert matching(model, old) == (True, "the ledger has no SHA-256 of the weights")
     (found,) = (
         a
         for a in Unlearner(model, criterion=nn.CrossEntropyLoss(), ledger=old)
@@ -196,7 +196,7 @@ def test_checkpoints_keep_the_name(run, tmp_path):
     assert is_vouched_for(again[0])  # without an update of its own
     with torch.no_grad():
         again[1]._module[0].weight.mul_(1.01)
-    assert matching(again[0])[1].startswith("the ledger names others")
+    assert matching(again[0])[1].startswith("their SHA-256 is not the one")
     train(again, 1)
     assert is_vouched_for(again[0])
 
@@ -209,7 +209,7 @@ def test_a_checkpoint_of_an_earlier_release_names_nothing(run, tmp_path, monkeyp
     path = tmp_path / "run.pt"
     engine.save_checkpoint(path=path, module=model, optimizer=optimizer)
     again = resumed(path)
-    assert matching(again[0]) == (True, "the ledger does not name the weights")
+    assert matching(again[0]) == (True, "the ledger has no SHA-256 of the weights")
 
 
 @pytest.mark.parametrize("name", ["sha256:xyz", 7, None])

@@ -196,7 +196,7 @@ def test_runs_that_cannot_be_repeated_are_refused(tmp_path):
 
     counts = np.zeros(15)
     counts[9] = 2
-    with pytest.raises(ValueError, match="must know every sample"):
+    with pytest.raises(ValueError, match="could not be matched to examples"):
         require_repeatable(changed(num_unattributed=counts), state, saved.data)
     rates = record.sample_rates.copy()
     rates[9] *= 2

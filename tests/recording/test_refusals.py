@@ -71,7 +71,7 @@ def test_nothing_recorded_yet():
     [
         (lambda: Recorder("sweeping"), "mode must .*got 'sweeping'"),
         (lambda: Recorder(every=0), "every must be above 0, got 0.0"),
-        (lambda: Recorder(every=INF), "every must be in .*, got inf"),
+        (lambda: Recorder(every=INF), "every must be finite and at least 0, got inf"),
         (lambda: Recorder(every=[]), "every must .* increasing"),
         (
             lambda: Recorder(every=[0, 1]),

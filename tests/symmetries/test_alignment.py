@@ -58,5 +58,5 @@ def test_a_permuted_copy_is_the_model_again():
 
 
 def test_one_model_has_no_pair():
-    with pytest.raises(ValueError, match="models must be at least 2, got 1"):
+    with pytest.raises(ValueError, match="at least 2 models, got 1"):
         pairwise_barriers([nn.Linear(2, 2)], circles(4), CE)

@@ -303,7 +303,7 @@ def test_missing_states_are_refused_where_they_matter(tmp_path, private):
     (folder / "state-00000000.pt").unlink()
     states = Checkpoints(folder)
     early = int(np.flatnonzero(private.states.record.first_updates() == 1)[0])
-    refused(private, "drawn after a saved state", forget=[early], checkpoints=states)
+    refused(private, "no state was saved before it", forget=[early], checkpoints=states)
     refused(
         private,
         "must have all states",
@@ -339,7 +339,7 @@ def test_a_model_that_was_changed_is_not_kept(private):
     example, _ = by_budget(private, "free")
     unlearner = private.unlearner()
     torch.nn.init.zeros_(unlearner.model[0].weight)
-    with pytest.raises(ValueError, match="as the training left it"):
+    with pytest.raises(ValueError, match="at the end of training"):
         unlearner.rewind(
             private.data,
             [example],

@@ -102,7 +102,7 @@ def test_ranges_are_checked_first(ends):
 
 def test_without_optuna_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ImportError, match=r"opacus-pi\[search\]"):
+    with pytest.raises(ImportError, match=r"optuna"):
         search_settings(run, RANGES, ORACLE)
 
 

@@ -40,7 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, require
 from opacus_pi.accounting.composition import (
     corrected_order,
     default_hoelder_p,
@@ -177,8 +177,8 @@ def theorem_b1_estimates(
     expect(
         int(orders.max()) <= available,
         "gram_ledger",
-        f"{available} minibatches",
-        f"must have at least {orders.max()}, the order at the last row",
+        available,
+        f"must have at least {orders.max()} minibatches, the order at the last row",
         "Record more minibatches of the whole data set.",
     )
     widths = np.diff(ledger.steps, prepend=0)
@@ -293,7 +293,7 @@ def _runs(
         "must contain at least one run",
         "Pass a Gram ledger, or a list of them.",
     )
-    for run in runs:
+    for number, run in enumerate(runs):
         expect(
             len(run.steps) > 0,
             "gram_ledger",
@@ -319,11 +319,10 @@ def _runs(
             "or use method='theorem_b1'.",
         )
         same = run.mechanism == runs[0].mechanism
-        expect(
+        require(
             same and np.array_equal(run.steps, runs[0].steps),
-            "gram_ledger",
-            "runs",
-            "must agree in mechanism and steps",
+            "The runs of gram_ledger must have the same mechanism and steps, but run "
+            f"{number} differs from run 0.",
             "Average only independent runs of the same training.",
         )
     return runs

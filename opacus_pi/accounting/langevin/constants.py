@@ -141,7 +141,7 @@ def public_logistic_constants(
     """
     largest = np.finfo(float).max
     in_range(
-        1, largest, num_examples=num_examples, remedy="Count all rows, of any request."
+        1, largest, num_examples=num_examples, remedy="Pass the number of all rows."
     )
     in_range(
         0, largest, max_row_norm=max_row_norm, remedy="Scale the rows, e.g. to norm 1."
@@ -281,9 +281,15 @@ class LangevinConstants:
     gradient_bound: float = math.inf
 
     def __post_init__(self) -> None:
-        remedy = "Give the constants of the process; inf if no bound is known."
-        positive(noise_variance=self.noise_variance, radius=self.radius, remedy=remedy)
-        positive(gradient_bound=self.gradient_bound, remedy=remedy)
+        positive(
+            noise_variance=self.noise_variance,
+            remedy="Pass the variance of the noise of one step.",
+        )
+        positive(
+            radius=self.radius,
+            gradient_bound=self.gradient_bound,
+            remedy="Pass inf if no bound is known.",
+        )
         self.lipschitz  # noqa: B018  (its check)
 
     @property
@@ -335,7 +341,7 @@ class LangevinConstants:
 
         Source: ``hockey_stick_contraction``; docs/theory.md, Section 8.
         """
-        positive(num_steps=num_steps, remedy="Without a step, δ is that of the start.")
+        positive(num_steps=num_steps, remedy="Pass the number of steps.")
         return hockey_stick_contraction(
             epsilon,
             np.full(num_steps, 2 * self.map_radius),

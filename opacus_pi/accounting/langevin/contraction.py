@@ -128,8 +128,13 @@ def log_dobrushin_coefficient(map_diameter: float, noise_variance: float) -> flo
         0,
         math.inf,
         map_diameter=map_diameter,
+        remedy="Pass inf if no bound is known.",
+    )
+    in_range(
+        0,
+        math.inf,
         noise_variance=noise_variance,
-        remedy="Pass inf for an unbounded map, 0 for no noise.",
+        remedy="Pass 0 for a process without noise.",
     )
     if map_diameter == 0:
         return -math.inf

@@ -212,7 +212,9 @@ class _Steps:
             0, math.inf, remedy=remedy, map_diameters=map_diameters,
             lipschitz=lipschitz, drifts=drifts,
         )  # fmt: skip
-        positive(noise_stds=noise_stds, remedy="Every step needs noise.")
+        positive(
+            noise_stds=noise_stds, remedy="Pass the std of the noise of every step."
+        )
         lengths = {a.size for a in arrays.values() if a.ndim}
         expect(
             len(lengths - {1}) <= 1
@@ -221,8 +223,7 @@ class _Steps:
             ", ".join(arrays),
             f"shapes {', '.join(str(a.shape) for a in arrays.values())}",
             "must be numbers or share one shape (N,), with at least one step",
-            "Give one number for every step, or one for all. Without a step, δ is that "
-            "of the start.",
+            "Give one number for every step, or one for all.",
         )
         size = max(lengths, default=1)
         return cls(*(np.broadcast_to(a, (size,)) for a in arrays.values()))
@@ -267,7 +268,7 @@ def _lengths(block_length: int | str, steps: _Steps) -> list[int]:
         "block_length",
         repr(block_length),
         'must be a whole number of at least 1, or "best"',
-        "1 needs no Lipschitz constants.",
+        "Pass 1 if no Lipschitz constants are known.",
     )
     known = bool(np.isfinite(steps.lipschitz).all())
     expect(
@@ -299,7 +300,7 @@ def _log_start(epsilon: Array, initial_delta: Start) -> Array:
             "Pass a function if it differs between the epsilons.",
         )
         values = np.full(epsilon.shape, one)
-    in_range(0, 1, initial_delta=values, remedy="It is a bound on a probability.")
+    in_range(0, 1, initial_delta=values, remedy="Pass a probability.")
     with np.errstate(divide="ignore"):
         return np.log(values)
 

@@ -29,7 +29,7 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, in_range, numbers, positive
 
 _MAX_STEPS = 10_000_000
-_AT_LEAST_0 = "Pass 0 for a fixed point, a constant map or no noise."
+_AT_LEAST_0 = "Pass numbers of at least 0."
 
 
 def gradient_map_lipschitz(

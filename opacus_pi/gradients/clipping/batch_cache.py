@@ -62,8 +62,8 @@ _NO_ROWS = (
     "of the {} examples, as when the model computes the loss itself"
 )
 _SLOW = (
-    "{} are used in a way that has no formula. Their gradients are computed for one "
-    "example after another, through the whole model, which is slow."
+    "{} are used in a way for which there is no formula. Their gradients are computed "
+    "one example after another, through the whole model, which is slow."
 )
 
 

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._torch_compat import BatchNormBase
-from opacus_pi._validate import expect
+from opacus_pi._validate import expect, require
 from opacus_pi.accounting import fingerprint
 from opacus_pi.attribution import ForwardProbe, Tracker, observe
 from opacus_pi.custody import Chain
@@ -77,7 +77,7 @@ _SWEPT = "Sweeps over the data set measured the norms, one example at a time."
 _TWICE = (
     "An example was in several of the batches whose gradients were accumulated for one "
     "update, so its gradient entered that update more than once, and is charged once. "
-    "Step before the loader's next pass."
+    "Call optimizer.step() before the loader begins its next pass."
 )
 _EVIDENCE = {
     "schedule": "The loader's samplers are known.",
@@ -510,8 +510,8 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
     expect(
         all(p in own for p in held),
         "optimizer",
-        type(optimizer).__name__,
-        "must hold only parameters of module",
+        f"a {type(optimizer).__name__} with others",
+        "must have only parameters of module",
         "Make the optimizer from module.parameters().",
     )
 
@@ -521,11 +521,14 @@ def _check_data(data_loader: DataLoader[Any]) -> None:
     data_set = data_loader.dataset
     ordered = hasattr(data_set, "__len__") and not isinstance(data_set, IterableDataset)
     expect(
-        ordered and len(data_loader) > 0,
+        ordered,
         "data_loader.dataset",
         type(data_set).__name__,
-        "must be a map-style data set with __len__ and __getitem__, and fill at least "
-        "one batch",
-        "Put the examples in a list or in such a data set, and choose a batch_size "
-        "that it can fill.",
+        "must be a map-style data set with __len__ and __getitem__",
+        "Put the examples in a list or in such a data set.",
+    )
+    require(
+        len(data_loader) > 0,
+        f"data_loader has no batch: its data set has {len(data_set)} examples.",  # type: ignore[arg-type]
+        "Choose a batch_size that the data set can fill.",
     )

@@ -25,6 +25,7 @@ from opacus_pi._validate import (
     in_range,
     numbers,
     positive,
+    require,
 )
 from opacus_pi.accounting.conversion import check_delta
 from opacus_pi.accounting.guarantee import Assumption, Guarantee, observed
@@ -99,7 +100,12 @@ class NoisyHead(ABC):
             remedy="A head needs a penalty, noise and a step, or nothing is forgotten.",
         )
         largest = np.finfo(np.float64).max
-        in_range(0, largest, initial_std=initial_std, remedy="0 starts at 0.")
+        in_range(
+            0,
+            largest,
+            initial_std=initial_std,
+            remedy="Pass 0 to start at zero weights.",
+        )
         limit = 1 / (self._data_smoothness() + regularisation)
         self.learning_rate = limit if learning_rate is None else float(learning_rate)
         positive(learning_rate=self.learning_rate, remedy="Leave it out for 1/L.")
@@ -114,7 +120,12 @@ class NoisyHead(ABC):
         self.num_classes = num_classes
         if num_classes is not None:
             self.num_classes = _whole("num_classes", num_classes)
-            in_range(2, math.inf, num_classes=num_classes, remedy="Count the classes.")
+            in_range(
+                2,
+                math.inf,
+                num_classes=num_classes,
+                remedy="Pass the number of classes.",
+            )
         self.denominator = denominator
         self._random = np.random.default_rng(seed)
 
@@ -245,7 +256,12 @@ class NoisyHead(ABC):
         if num_steps is None:
             num_steps = self._steps(places, epsilon, delta)
         else:
-            in_range(0, _MOST_STEPS, num_steps=num_steps, remedy="0 takes no step.")
+            in_range(
+                0,
+                _MOST_STEPS,
+                num_steps=num_steps,
+                remedy="Pass the number of steps to take.",
+            )
             num_steps = _whole("num_steps", num_steps)
         claim = self._claim(places, num_steps, delta, given)
         self._remove(places, num_steps)
@@ -374,11 +390,9 @@ class NoisyHead(ABC):
         check_delta(delta)
         curve = self._curve(places, delta)
         found = first_step(lambda k: curve(k) <= epsilon, _MOST_STEPS)
-        expect(
+        require(
             math.isfinite(found),
-            "epsilon",
-            epsilon,
-            f"must be reached within {_MOST_STEPS} steps",
+            f"epsilon={epsilon:g} is not reached within {_MOST_STEPS} steps.",
             "Choose a larger epsilon, or retrain without the examples.",
         )
         return int(found)
@@ -573,7 +587,12 @@ def counts_of(num_steps: int | Sequence[int]) -> list[int]:
         ValueError: If one is negative or not whole.
     """
     values = np.atleast_1d(np.asarray(num_steps))
-    in_range(0, _MOST_STEPS, num_steps=values, remedy="0 is before unlearning.")
+    in_range(
+        0,
+        _MOST_STEPS,
+        num_steps=values,
+        remedy="Pass numbers of steps, 0 for the head before unlearning.",
+    )
     return [_whole("num_steps", value) for value in values.tolist()]
 
 

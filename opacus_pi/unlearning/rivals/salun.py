@@ -31,8 +31,13 @@ class SalUn(RandomLabels):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(kept=self.kept, remedy="1 is RandomLabels.")
-        in_range(0, 1, kept=self.kept, remedy="1 is RandomLabels.")
+        positive(kept=self.kept, remedy="Pass a share above 0.")
+        in_range(
+            0,
+            1,
+            kept=self.kept,
+            remedy="Pass a share of at most 1; with 1 all weights are trained.",
+        )
 
     def prepare(self, task: Task) -> Method:
         """Find the salient weights, those with the largest gradients on the forget set.

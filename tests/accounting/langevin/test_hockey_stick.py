@@ -261,8 +261,8 @@ def test_delta_of_a_shift_against_many_digits():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"epsilon": -1.0}, "epsilon must be in"),
-        ({"map_diameters": -1.0}, "map_diameters must be in"),
+        ({"epsilon": -1.0}, "epsilon must be at least 0"),
+        ({"map_diameters": -1.0}, "map_diameters must be at least 0"),
         ({"noise_stds": 0.0}, "noise_stds must be above 0"),
         ({"noise_stds": [1.0, 1.0]}, r"share one shape \(N,\)"),
         ({"map_diameters": []}, "at least one step"),

@@ -169,7 +169,7 @@ def wrapped(model):
         ),
         (
             lambda m: {"data_loader": DataLoader(linear_data(2), 4, drop_last=True)},
-            "at least one batch",
+            "has no batch",
         ),
         (lambda m: {"module": wrapped(m)[0]}, r"module must .*to_standard_module\(\)"),
         (
@@ -178,11 +178,11 @@ def wrapped(model):
         ),
         (
             lambda m: {"optimizer": torch.optim.SGD(small().parameters(), lr=1)},
-            "optimizer must hold only parameters of module, got SGD",
+            "optimizer must have only parameters of module, got a SGD with others",
         ),
         (
             lambda m: {"module": nn.Module()},
-            "optimizer must hold only parameters .*, got SGD",
+            "optimizer must have only parameters .*, got a SGD",
         ),
     ],
 )
