@@ -60,6 +60,15 @@ def test_what_is_your_own_needs_a_short_page(what):
     assert len(list(blocks(page))) == 1
 
 
+def test_each_snippet_of_the_decision_page_has_fewer_than_ten_lines():
+    found = [code for _, code in blocks(DOCS / "how-to" / "which-certificate.md")]
+    lines = [
+        sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in lines)
+        for lines in (code.splitlines() for code in found)
+    ]
+    assert len(lines) >= 9 and 0 < min(lines) and max(lines) < 10
+
+
 def documented(text):
     """Names of modules that a page of the API documents."""
     return re.findall(r"^::: (\S+)", text, re.MULTILINE)

@@ -272,17 +272,24 @@ SEED = option("--seed", "N", "seed of everything random", int, 0)
 METHOD = option(
     "--method",
     "NAME",
-    f"{', '.join(METHODS)} (default finetune); a guarantee needs one of "
-    "the first three",
+    f"{', '.join(METHODS)} (default finetune); guarantee: first three",
     choices=METHODS,
 )
 SETTING = option(
     "--set",
     "NAME=VALUE",
-    "setting of the method, repeatable; an unknown NAME lists all",
+    "setting of the method; an unknown NAME lists all",
     dest="settings",
     default=[],
     action="append",
+)
+CHECKPOINTS = option(
+    "--checkpoints",
+    "DIR",
+    "saved states of the training: go back to one",
+)
+POLICY = switch("--policy", "go back by the training's deletion policy").but(
+    dest="use_policy"
 )
 LOG = option("--log", "FILE.db", "deletion log of the model's requests")
 JSON = switch("--json", "print JSON instead of text")
@@ -409,9 +416,10 @@ the guarantee then covers all requests together.""",
         "                         --out DIR [options]",
         description="""\
 Train a model further on the retain set, by a method that makes it forget the rest.
-DIR gets weights.safetensors, record.json (what was run; it lists the forgotten
-examples), trace.json (metrics over epochs, needs --test) and guarantee.json (what may
-be claimed; stronger with --ledger). Nothing is written before the run has ended.
+When the run has ended, DIR gets weights.safetensors, record.json (lists the forgotten
+examples), trace.json (needs --test) and guarantee.json (stronger with --ledger).
+With --checkpoints the model goes back to a state from before the examples were used and
+repeats the rest without them, or as far as the deletion policy demands (--policy).
 
 With --log the request is first entered in a tamper-evident deletion log. After a crash
 repeat the command: pending requests are carried out first, with its settings.""",
@@ -431,7 +439,7 @@ repeat the command: pending requests are carried out first, with its settings.""
             OWNERS,
             option("--out", "DIR", "new directory to write", required=True),
             TEST,
-            CRITERION,
+            CRITERION.but(help="import path of the loss (default cross-entropy)"),
             DEVICE,
             SEED,
             METHOD,
@@ -448,6 +456,8 @@ repeat the command: pending requests are carried out first, with its settings.""
             option("--learning-rate", "X", "of SGD", float, 0.01),
             option("--momentum", "X", "of SGD", float, 0.9),
             LEDGERS_BY_FLAG,
+            CHECKPOINTS,
+            POLICY,
             DELTA,
             LOG,
             option(

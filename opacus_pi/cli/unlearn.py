@@ -5,6 +5,9 @@ checked first: settings, ledgers, data sets, ids, weights. Only then is the requ
 entered in the deletion log, because an entry cannot be taken back. Then the library
 unlearns, and at last the result directory gets its name.
 
+With ``--checkpoints`` nothing is fine-tuned: the library goes back to a saved state of
+the training, and trains the rest without the examples.
+
 *Guarantee.* If the command fails or is killed, no incomplete result exists. A request
 that was entered stays pending, and repeating the command carries it out once.
 
@@ -37,6 +40,7 @@ from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
 from opacus_pi.cli.run_files import new_directory, save_run
 from opacus_pi.cli.sets import make_sets, require_unseen
+from opacus_pi.recording.checkpoints import Checkpoints, policy_in
 from opacus_pi.unlearning import Unlearner, UnlearningResult
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
 
@@ -58,8 +62,9 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.request_id and not options.log:
         raise BadInput("--request-id: there is no log. Add --log FILE.db.")
+    going_back = rewind_options(options)
     method = make_method(options.method, options.settings)
-    make_optimizer = _optimizer(options)
+    make_optimizer = None if going_back else _optimizer(options)
     runs = load_ledgers(options.ledger, None, "--ledger") if options.ledger else None
     train_set = import_data_set("--data", options.train_set)
     test_set = _test_set(options, train_set)
@@ -77,9 +82,15 @@ def run(options: argparse.Namespace) -> int:
         generator=torch.Generator().manual_seed(options.seed),
     )
 
+    if going_back:  # what cannot be rewound is found before the request is entered
+        unlearner.plan_rewind(forget, **going_back)
+
     def settings(forgotten_before: Iterable[int]) -> dict[str, Any]:
         """Return the settings of a run; its retain set excludes earlier requests."""
-        found = {"num_epochs": options.num_epochs, "batch_size": options.batch_size}
+        found = going_back or {
+            "num_epochs": options.num_epochs,
+            "batch_size": options.batch_size,
+        }
         if test_set is None:  # nothing to evaluate on
             return found
         sets = make_sets(
@@ -95,7 +106,8 @@ def run(options: argparse.Namespace) -> int:
                 options, unlearner, train_set, forget, settings
             )
         else:
-            result = unlearner.unlearn(train_set, forget, **settings(()))
+            carry_out = unlearner.rewind if going_back else unlearner.unlearn
+            result = carry_out(train_set, forget, **settings(()))
             request = {}
         if result is not None:
             save_run(directory, result)
@@ -103,6 +115,45 @@ def run(options: argparse.Namespace) -> int:
     facts |= _run_facts(result, options.delta)
     answer(options, facts, _text(facts, result))
     return 0
+
+
+def rewind_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of a rewind, or an empty dict if no states are named.
+
+    Args:
+        options: The parsed arguments.
+
+    Raises:
+        BadInput: If the directory has no states, something else is missing, or an
+            unlearning method is named too.
+    """
+    if options.checkpoints is None:
+        if options.use_policy:
+            raise BadInput(
+                "--policy: it is the policy of a training whose states were saved. Add "
+                "--checkpoints DIR."
+            )
+        return {}
+    if options.method is not None:
+        raise BadInput(
+            "--method: a rewind repeats the training, and uses no unlearning method. "
+            "Leave out --method or --checkpoints."
+        )
+    if not options.ledger:
+        raise BadInput(
+            "--checkpoints: a rewind needs the ledger of the training. Add --ledger "
+            "LEDGER."
+        )
+    with about("--checkpoints", "Name the directory that the Recorder wrote."):
+        states = Checkpoints(options.checkpoints)
+        policy = policy_in(states.record.policy)
+    if options.use_policy and policy is None:
+        raise BadInput(
+            "--policy: the training had no deletion policy, and one that is made later "
+            "proves nothing. Leave it out for an exact rewind."
+        )
+    used = policy if options.use_policy else None
+    return {"checkpoints": states, "deletion_policy": used}
 
 
 def _carry_out(

@@ -1,0 +1,114 @@
+"""Rewinds from the command line: exact, by policy, and as requests of a log."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from torch.utils.data import DataLoader
+
+from opacus_pi import PrivacyEngine, Recorder
+from opacus_pi.accounting import DeletionPolicy
+from opacus_pi.recording import Checkpoints
+from opacus_pi.unlearning.requests import DeletionRequests
+from tests.cli.conftest import DATA
+
+POLICY = DeletionPolicy(1000.0, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(project, tmp_path_factory):
+    """A directory with weights, ledger and states of one training."""
+    import cli_project
+
+    folder = tmp_path_factory.mktemp("rewinds")
+    torch.manual_seed(0)
+    model = cli_project.build()
+    states = Checkpoints(folder / "states", every=1, deletion_policy=POLICY)
+    engine = PrivacyEngine(recorder=Recorder(checkpoints=states))
+    prepared, optimizer, loader = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.2),
+        data_loader=DataLoader(cli_project.train_set(), batch_size=20),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    for x, y in loader:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(prepared(x), y).backward()
+        optimizer.step()
+    states.flush()
+    engine.ledger.save(folder / "ledger.safetensors")
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    return folder, states.record.first_updates()
+
+
+def words(folder, *more):
+    return (
+        *("unlearn", "--model", "cli_project:build", *DATA),
+        *("--weights", folder / "model.safetensors"),
+        *("--checkpoints", folder / "states", *more),
+    )
+
+
+def test_an_exact_rewind(answer, trained, tmp_path):
+    folder, first = trained
+    example = int(first.argmin())
+    ledger = ("--ledger", folder / "ledger.safetensors")
+    found = answer(
+        *words(folder, *ledger, "--forget", example, "--out", tmp_path / "run")
+    )
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert record["method"] == "exact rewind" and record["start"] == 0
+    assert found["num_steps"] == record["num_steps"] == 6
+    assert found["epsilon"] == 0 and found["guarantee"]["kind"] == "certified if"
+    before, after = (
+        safetensors.torch.load_file(path / name)
+        for path, name in (
+            (folder, "model.safetensors"),
+            (tmp_path / "run", "weights.safetensors"),
+        )
+    )
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_requests_by_policy(answer, trained, tmp_path):
+    folder, first = trained
+    ledger = ("--ledger", folder / "ledger.safetensors")
+    log = tmp_path / "deletions.db"
+    for name, example in zip("ab", first.argsort()[:2].tolist(), strict=True):
+        found = answer(
+            *words(folder, *ledger, "--policy", "--log", log, "--forget", example),
+            *("--request-id", name, "--out", tmp_path / name),
+        )
+        assert found["num_steps"] == 0 and found["epsilon"] <= POLICY.epsilon
+    requests = DeletionRequests(log, 120)
+    assert requests.pending == []
+    runs = [e.payload["run"] for e in requests.log.entries() if e.kind == "done"]
+    assert [run["method"] for run in runs] == ["filtered rewind"] * 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "needs the ledger"),
+        (("--method", "finetune"), "no unlearning method"),
+        (("--ledger", "ledger.safetensors", "--checkpoints", "none"), "--checkpoints"),
+        (("--ledger", "ledger.safetensors"), "must be those of the ledger's run"),
+    ],
+)
+def test_what_cannot_be_rewound_leaves_nothing(run, trained, tmp_path, more, message):
+    folder, _ = trained
+    log = ("--log", tmp_path / "deletions.db")
+    code, text, err = run(
+        *words(folder, "--forget", "3", "--out", tmp_path / "run", *more, *log)
+    )
+    assert (code, text) == (2, "") and message in err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_policy_without_states_is_refused(run, trained, tmp_path):
+    folder, _ = trained
+    head = words(folder)[:-2]
+    code, _, err = run(*head, "--policy", "--forget", "3", "--out", tmp_path / "run")
+    assert code == 2 and "--checkpoints DIR" in err
