@@ -71,10 +71,10 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Attention and a two-layer network, each with a LayerNorm and a shortcut."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, is_causal: bool = False) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = Attention(dim, num_heads)
+        self.attention = Attention(dim, num_heads, is_causal)
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
         )
@@ -88,9 +88,9 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention from linear layers."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, is_causal: bool = False) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.is_causal = num_heads, is_causal
         self.inputs = nn.Linear(dim, 3 * dim)
         self.outputs = nn.Linear(dim, dim)
 
@@ -99,7 +99,9 @@ class Attention(nn.Module):
         b, t, dim = x.shape
         split = self.inputs(x).view(b, t, 3, self.num_heads, dim // self.num_heads)
         queries, keys, values = split.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(queries, keys, values)
+        seen = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=self.is_causal
+        )
         return self.outputs(seen.transpose(1, 2).reshape(b, t, dim))
 
 

@@ -56,7 +56,7 @@ class Section:
 
 SECTIONS = {
     "norms": Section(list(norms.TARGETS), norms.measure, norms.rows, True),
-    "memory": Section(list(memory.NAMES), memory.measure, memory.rows, True),
+    "memory": Section(list(norms.TARGETS), memory.measure, memory.rows, True),
     "precision": Section(list(precision.NAMES), precision.measure, precision.rows),
     "tracking": Section(tracking.CASES, tracking.measure, tracking.rows),
     "step": Section(fast_step.CASES, fast_step.measure, fast_step.rows, True),

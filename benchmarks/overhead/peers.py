@@ -9,6 +9,7 @@ or that rejects the model, raises ``Unsupported`` inside ``rejections``.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from opacus_pi.gradients.fallback import raise_if_out_of_memory
 from opacus_pi.gradients.norm_engine import NormEngine
+from opacus_pi.models.batches import map_tensors
 
 CRITERION = nn.CrossEntropyLoss()
 OWN = ("plain", "limit", "ours")  # contenders that must be able to measure every model
@@ -78,7 +80,11 @@ def limit(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
     model.requires_grad_(False)
     first = next(m for m in model.modules() if list(m.parameters(recurse=False)))
     anchor = torch.zeros((), device=x.device, requires_grad=True)
-    first.register_forward_hook(lambda module, args, output: output + anchor)
+
+    def anchored(module: nn.Module, args: Any, output: Any) -> Any:
+        return map_tensors(lambda tensor: tensor + anchor, output)
+
+    first.register_forward_hook(anchored)
 
     def measure() -> None:
         CRITERION(model(x), y).backward()

@@ -71,6 +71,7 @@ class Losses:
         self, criterion: Criterion, *, averages_each_example: bool = False
     ) -> None:
         self._has_closed_form = _is_plain_cross_entropy(criterion)
+        self._reduction = str(getattr(criterion, "reduction", "none"))
         if isinstance(criterion, nn.Module):
             criterion = copy.deepcopy(criterion).double()
         self._evaluate = OwnLosses(
@@ -110,28 +111,38 @@ class Losses:
         The label's entry :math:`p_y - 1` is computed as minus the sum of the others,
         which does not cancel.
 
+        The loss of an example with several labels is their sum, or their mean where
+        training takes the mean.
+
         Returns:
-            float64 ``(b, classes)``; ``None`` for other criteria, other kinds of
-            targets, and labels out of range (such as ignored labels). ``None`` also on
-            an accelerator, where checking the labels would make the CPU wait.
+            float64, in the shape of the outputs; ``None`` for other criteria, other
+            kinds of targets, and labels out of range (such as ignored labels). ``None``
+            also on an accelerator, where checking the labels would make the CPU wait.
         """
         if not (
             self._has_closed_form
             and isinstance(outputs, Tensor)
             and isinstance(targets, Tensor)
-            and outputs.dim() == 2
+            and outputs.dim() >= 2
             and targets.dtype is torch.int64
-            and targets.shape == outputs.shape[:1]
+            and targets.shape == (*outputs.shape[:1], *outputs.shape[2:])
             and outputs.is_cpu
             and targets.is_cpu
+            and (outputs.dim() == 2 or self._reduction != "none")
         ):
             return None
-        gradients, labels = outputs.detach().double().softmax(1), targets[:, None]
+        # The logits of a label are neighbours in memory then, if the model has
+        # transposed them, as language models do.
+        logits = outputs.detach().movedim(1, -1)
+        gradients, labels = logits.double().softmax(-1), targets[..., None]
         try:
-            gradients.scatter_(1, labels, 0.0)
+            gradients.scatter_(-1, labels, 0.0)
         except RuntimeError:  # a label out of range
             return None
-        return gradients.scatter_(1, labels, -gradients.sum(1, keepdim=True))
+        gradients.scatter_(-1, labels, -gradients.sum(-1, keepdim=True))
+        if outputs.dim() > 2 and self._reduction == "mean":
+            gradients /= max(1, outputs[0, 0].numel())
+        return gradients.movedim(-1, 1)
 
 
 def _is_plain_cross_entropy(criterion: Criterion) -> bool:
@@ -248,16 +259,21 @@ def _normalised(
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    """Return Euclidean lengths; the squares of small entries do not underflow."""
+    """Return the Euclidean length of each row ``(...)`` of ``(b, ...)``.
+
+    The squares of small entries do not underflow.
+    """
+    entries = tuple(range(1, rows.dim()))
+    lengths: Tensor
     if rows.is_cpu:  # elsewhere the CPU would have to wait for the comparison
-        plain: Tensor = torch.linalg.vector_norm(rows, dim=1)
-        if bool(((plain > _SAFE) & (plain < 1 / _SAFE)).all()):
-            return plain
-    largest = rows.abs().amax(1, keepdim=True).clamp(min=_TINY)
-    lengths: Tensor = torch.linalg.vector_norm(rows / largest, dim=1)
-    return lengths * largest[:, 0]
+        lengths = torch.linalg.vector_norm(rows, dim=entries)
+        if bool(((lengths > _SAFE) & (lengths < 1 / _SAFE)).all()):
+            return lengths
+    largest = rows.abs().amax(entries, keepdim=True).clamp(min=_TINY)
+    lengths = torch.linalg.vector_norm(rows / largest, dim=entries)
+    return lengths * largest.flatten()
 
 
 def _divided(rows: Tensor, lengths: Tensor) -> Tensor:
     """Divide rows by their lengths; rows of zeros stay zero."""
-    return rows / lengths.clamp(min=_TINY)[:, None]
+    return rows / lengths.clamp(min=_TINY).view(-1, *[1] * (rows.dim() - 1))

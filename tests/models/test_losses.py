@@ -139,3 +139,24 @@ def test_different_numbers_of_labels_in_several_parts_are_refused(monkeypatch):
         unit_cotangents(
             float64_losses(nn.CrossEntropyLoss()), torch.randn(2, 3, 2), targets
         )
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_closed_form_of_several_labels(shape, reduction, transposed):
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(5, 4, *shape).double(), torch.randint(4, (5, *shape))
+    if transposed:
+        outputs = outputs.movedim(1, -1).contiguous().movedim(-1, 1)
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    known = float64_losses(criterion).closed_form(outputs, targets)
+    leaf = outputs.clone().requires_grad_()
+    for i in range(5):
+        loss = criterion(leaf[i : i + 1], targets[i : i + 1])
+        (truth,) = torch.autograd.grad(loss, leaf)
+        torch.testing.assert_close(known[i], truth[i], rtol=1e-12, atol=1e-15)
+    units, lengths = unit_cotangents(float64_losses(criterion), outputs, targets)
+    found = units[0] * lengths.view(-1, *[1] * (outputs.dim() - 1))
+    torch.testing.assert_close(found, known)
+    assert float64_losses(each()).closed_form(outputs, targets) is None
