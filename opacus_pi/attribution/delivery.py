@@ -124,7 +124,7 @@ class Delivery:
         num_updates: How many updates its samples entered.
         num_samples_used: How many samples entered updates, of all its forward passes.
         num_left: How many of its samples no update used, when it last entered one.
-        batch: What the loop received, if the tracker keeps batches; else None.
+        batch: A copy of what the loop received, if the tracker keeps batches.
     """
 
     indices: list[int] | None
@@ -216,6 +216,7 @@ class ForwardPass:
         latest: Of inputs that were not recognised: the batch that was delivered last.
 
     Attributes:
+        call: The forward pass with its outputs, while it may be repeated; else None.
         output_storages: Addresses of the memory of its outputs, while these exist.
         backward: When the backward pass reached it, counted by the tracker; 0: not yet.
         clipped: Whether the second backward pass of ghost clipping reached it.
@@ -237,6 +238,7 @@ class ForwardPass:
         self.evidence, self.delivery, self.cause = evidence, delivery, cause
         self.is_assumed, self.unattributed = is_assumed, unattributed
         self.notes, self.num_inputs, self.latest = notes, num_inputs, latest
+        self.call: Any = None
         self.output_storages: list[int] = []
         self.backward = 0
         self.clipped = False

@@ -91,6 +91,8 @@ class ForwardProbe:
             forward.output_storages = [
                 storage_address(tensor.untyped_storage()) for tensor in outputs
             ]
+        if tracker.saw_pass is not None:
+            tracker.saw_pass(forward, out)
         if (saw_inputs := self._saw_inputs()) is not None:
             saw_inputs(args, kwargs)
         to_tracker, is_second_backward = self._tracker, self._is_second_backward

@@ -34,7 +34,7 @@ from opacus_pi.attribution.samples import (
 from opacus_pi.attribution.tracker import Tracker
 from opacus_pi.custody import Chain
 
-__all__ = ["TargetOrder"]
+__all__ = ["TargetOrder", "positions_in_delivery"]
 
 _NUM_ON_ACCELERATOR = 3  # batches
 _MAX_CODES = 4096  # values whose targets are remembered
@@ -132,7 +132,7 @@ class _Comparison:
     def __init__(self, forward: ForwardPass, targets: Tensor, batch_dim: int) -> None:
         self.order: Order | None = None
         self.delivered = self.given = np.empty(0, np.int64)
-        delivery, positions = forward.delivery, _positions(forward)
+        delivery, positions = forward.delivery, positions_in_delivery(forward)
         if delivery is None or positions is None or not delivery.tensors:
             return
         rows = _by_sample(targets, len(positions), batch_dim)
@@ -178,7 +178,7 @@ def _is_delivered(forward: ForwardPass, targets: Tensor) -> bool:
     return False
 
 
-def _positions(forward: ForwardPass) -> Indices | None:
+def positions_in_delivery(forward: ForwardPass) -> Indices | None:
     """Return where each sample of a pass is in its delivery; -1: not known.
 
     Args:

@@ -38,7 +38,7 @@ import copy
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -71,6 +71,7 @@ from opacus_pi.attribution.gradients import with_sizes
 from opacus_pi.attribution.model_inputs import SharedRows
 from opacus_pi.attribution.samples import is_dense, tensors_in
 from opacus_pi.custody import Chain, SampleCounts
+from opacus_pi.models.batches import map_tensors
 
 __all__ = ["EVIDENCE", "Tracker", "indices_of"]
 
@@ -112,7 +113,8 @@ class Tracker:
         counts: How many samples were attributed, by evidence.
         num_left_out: Of the batches that the loop used, the number of samples that it
             did not use.
-        keeps_batches: Whether the recent batches are kept in memory.
+        keeps_batches: Whether copies of the recent batches are kept in memory.
+        saw_pass: Called with each forward pass and its outputs; None: not called.
         keeps_outputs: Whether the addresses of outputs are noted, for ``is_output``.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
@@ -125,6 +127,7 @@ class Tracker:
         self.batch_dim = 0 if batch_first else 1
         self.counts = dict.fromkeys(EVIDENCE, 0)
         self.keeps_batches = self.keeps_outputs = False
+        self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
         self.num_left_out = 0
         self.causes: dict[str, int] = {}
         self._recent: deque[Delivery] = deque()
@@ -183,7 +186,7 @@ class Tracker:
             verify=self.verify,
             identity=identity,
         )
-        delivery.batch = batch if self.keeps_batches else None
+        delivery.batch = _copy_of(batch) if self.keeps_batches else None
         delivery.loader_pass.num_unused += 1
         self._recent.appendleft(delivery)
         if len(self._recent) > _MAX_RECENT:
@@ -520,3 +523,9 @@ def _num_repeated(indices: Indices) -> int:
 def _backward_order(forward: ForwardPass) -> int:
     """Return when the backward pass reached a forward pass; a key for sorting."""
     return forward.backward
+
+
+def _copy_of(batch: Any) -> Any:
+    """Return a batch with copies of its tensors, which the loop cannot change."""
+    parts = dict(batch) if isinstance(batch, Mapping) else batch
+    return map_tensors(Tensor.clone, parts)

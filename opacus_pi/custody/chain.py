@@ -113,6 +113,7 @@ class Chain:
         self._evidence: dict[str, str] = {}
         self._doubts: dict[str, list[str]] = {}
         self._reasons: dict[str, str] = {}
+        self._awaited: dict[str, str] = {}
         self._refuse: Callable[[str], None] | None = None
         self._observers: list[_Observer] = []
 
@@ -154,6 +155,17 @@ class Chain:
             evidence: What was seen, as a sentence.
         """
         self._evidence[link] = evidence
+
+    def await_check(self, link: str, sentence: str) -> None:
+        """Say what is known of a link that is looked at later in the run.
+
+        The link is unchecked until something is reported for it.
+
+        Args:
+            link: One of ``LINKS``.
+            sentence: What was seen so far, and what was not, in sentences.
+        """
+        self._awaited[link] = sentence
 
     def leave_unchecked(self, link: str, cause: str, *, warn: bool = True) -> None:
         """Note that a link could not be checked, and warn of it once.
@@ -237,7 +249,8 @@ class Chain:
             return Link(name, UNCHECKED, " ".join(self._doubts[name]))
         if name in self._evidence:
             return Link(name, CHECKED, self._evidence[name])
-        return Link(name, UNCHECKED, _not_checked(name))
+        sentence = self._awaited.get(name) or _not_checked(name)
+        return Link(name, UNCHECKED, sentence)
 
 
 def _not_checked(name: str) -> str:

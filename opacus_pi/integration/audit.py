@@ -20,7 +20,7 @@ draw other random numbers than in a batch.
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,6 +39,7 @@ from opacus_pi.models.batches import (
     device_of,
     forward,
     inputs_and_targets,
+    logits_of,
     map_tensors,
     size_of,
     to_device,
@@ -52,10 +53,15 @@ __all__ = [
     "Audit",
     "AuditRow",
     "AuditedRun",
+    "TrainedLoss",
     "audit_batch",
     "audited_run",
     "finding_of",
     "joined",
+    "measuring",
+    "norms_of_update",
+    "rounding_of",
+    "rows_of",
 ]
 
 _MAX_EXAMPLES = 32  # of one batch: each is differentiated alone
@@ -173,6 +179,11 @@ class AuditedRun:
         return AuditedRun, (self.mode, self.loss_reduction, self.batch_first)
 
     @property
+    def is_swept(self) -> bool:
+        """Whether norms are measured by sweeps, and not where training clips."""
+        return self.mode == _SWEPT
+
+    @property
     def batch_dim(self) -> int:
         """The dimension of the inputs along which the examples are."""
         return 0 if self.batch_first else 1
@@ -246,12 +257,12 @@ def audit_batch(
     )
     if isinstance(criterion, DPLossFastGradientClipping):
         criterion = criterion.criterion
-    loss = _TrainedLoss(criterion, run)
-    with _measuring():
+    loss = TrainedLoss(criterion, run)
+    with measuring():
         expected = _norms_alone(_quiet_copy(model, run), loss, x, y, run.batch_dim)
         recorded = _recorded_norms(model, loss, (x, y), run, new_engine)
         size, dim = len(y), run.batch_dim
-        turned = _rows((x, y), range(size - 1, -1, -1), size, dim)
+        turned = rows_of((x, y), range(size - 1, -1, -1), size, dim)
         reverse = _recorded_norms(model, loss, turned, run, new_engine).flip(0)
         outputs = forward(_quiet_copy(model, run), x)
         rows = (
@@ -283,7 +294,7 @@ def joined(audits: Sequence[Audit]) -> Audit:
     )
 
 
-class _TrainedLoss:
+class TrainedLoss:
     """The criterion as training uses it: one number for a batch, or for one example.
 
     Args:
@@ -333,7 +344,7 @@ def _quiet_copy(model: nn.Module, run: AuditedRun) -> nn.Module:
 
 
 def _norms_alone(
-    model: nn.Module, loss: "_TrainedLoss", x: Any, y: Any, dim: int
+    model: nn.Module, loss: TrainedLoss, x: Any, y: Any, dim: int
 ) -> Tensor:
     """Return the norm of each example's gradient, one after the other by autograd.
 
@@ -350,7 +361,7 @@ def _norms_alone(
     parameters = [p for p in model.parameters() if p.requires_grad]
     norms = []
     for i in range(len(y)):
-        one, target = _rows((x, y), [i], len(y), dim)
+        one, target = rows_of((x, y), [i], len(y), dim)
         value = loss(forward(model, one), target)
         gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         squares = [g.double().square().sum() for g in gradients if g is not None]
@@ -373,7 +384,7 @@ class _ListeningRecorder(Recorder):
 
 def _recorded_norms(
     model: nn.Module,
-    loss: _TrainedLoss,
+    loss: TrainedLoss,
     batch: tuple[Any, Any],
     run: AuditedRun,
     new_engine: Callable[[Recorder], Any],
@@ -396,19 +407,40 @@ def _recorded_norms(
             return per_example_grad_norms(model, loss.criterion, *batch).cpu()
         except CoupledLoss:  # which the row of the loss explains
             return torch.full((size,), torch.nan, dtype=torch.float64)
-    recorder = _ListeningRecorder()
-    copied = _quiet_copy(model, run)
+    x, y = batch
+    quiet = _quiet_copy(model, run)
+    norms, _ = norms_of_update(quiet, loss, (*arguments(x), y), run, new_engine)
+    return norms
 
-    def chosen(positions: list[int]) -> tuple[Any, Any]:
-        rows: tuple[Any, Any] = _rows(batch, positions, size, run.batch_dim)
-        return rows
 
+def norms_of_update(
+    copied: nn.Module,
+    loss: TrainedLoss,
+    batch: tuple[tuple[Any, ...], dict[str, Any], Any],
+    run: AuditedRun,
+    new_engine: Callable[[Recorder], Any],
+    surroundings: AbstractContextManager[None] | None = None,
+) -> tuple[Tensor, Any]:
+    """Train a copy of a model for one update without noise or step size.
+
+    Args:
+        copied: The copy, which is changed.
+        loss: The criterion.
+        batch: Positional inputs, inputs by keyword, and targets of b examples.
+        run: How they are trained on.
+        new_engine: Returns an engine that reports to a recorder.
+        surroundings: Entered for the forward pass and the loss.
+
+    Returns:
+        The recorded norms, float64 ``(b,)`` on the CPU, and the outputs.
+    """
+    size, recorder = len(batch[2]), _ListeningRecorder()
     is_ghost = run.mode.startswith("ghost")
     options = {"criterion": loss.criterion} if is_ghost else {}
     wrapped, optimizer, *criterion, loader = new_engine(recorder).make_private(
         module=copied,
         optimizer=torch.optim.SGD(copied.parameters(), lr=0.0),
-        data_loader=DataLoader(range(size), size, collate_fn=chosen),  # type: ignore[arg-type]  # torch: a range is map-style
+        data_loader=DataLoader(range(size), size, collate_fn=lambda _: batch),  # type: ignore[arg-type]  # torch: a range is map-style
         noise_multiplier=0.0,
         max_grad_norm=1.0,
         poisson_sampling=False,
@@ -417,12 +449,16 @@ def _recorded_norms(
         batch_first=run.batch_first,
         **options,
     )
-    for inputs, targets in loader:
+    outputs: Any = None
+    for args, kwargs, targets in loader:
         optimizer.zero_grad()
-        outputs = forward(wrapped, inputs)
-        (criterion[0] if criterion else loss)(outputs, targets).backward()
+        with surroundings or nullcontext():
+            outputs = wrapped(*args, **kwargs)
+            evaluate = criterion[0] if criterion else loss
+            value = evaluate(logits_of(outputs), targets)
+        value.backward()
         optimizer.step()
-    return recorder.norms
+    return recorder.norms, outputs
 
 
 def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> AuditRow:
@@ -436,7 +472,7 @@ def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> Audi
     if recorded.isnan().any():
         return AuditRow("norms", None, "There are no norms to compare.")
     gap = _largest_gap(recorded, expected)
-    if gap <= _tolerance(model):
+    if gap <= rounding_of(model):
         return AuditRow(
             "norms",
             True,
@@ -453,12 +489,10 @@ def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> Audi
     )
 
 
-def _compare_loss(
-    loss: _TrainedLoss, outputs: Any, y: Any, run: AuditedRun
-) -> AuditRow:
+def _compare_loss(loss: TrainedLoss, outputs: Any, y: Any, run: AuditedRun) -> AuditRow:
     """Compare the loss of the batch with the mean or the sum of the own losses."""
     size = len(y)
-    parts = [_rows((outputs, y), [i], size, run.batch_dim) for i in range(size)]
+    parts = [rows_of((outputs, y), [i], size, run.batch_dim) for i in range(size)]
     try:
         whole, *alone = [float(loss(*part)) for part in [(outputs, y), *parts]]
     except CoupledLoss as error:
@@ -502,7 +536,7 @@ def _compare_order(recorded: Tensor, reverse: Tensor, model: nn.Module) -> Audit
     if recorded.isnan().any():
         return AuditRow("order", None, "There are no norms to compare.")
     same_size = len(recorded) == len(reverse)
-    if same_size and _largest_gap(recorded, reverse) <= _tolerance(model):
+    if same_size and _largest_gap(recorded, reverse) <= rounding_of(model):
         return AuditRow(
             "order", True, "The order of the examples in the batch does not matter."
         )
@@ -526,7 +560,7 @@ def _largest_gap(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max()) / max(scale, 1e-300)
 
 
-def _tolerance(model: nn.Module) -> float:
+def rounding_of(model: nn.Module) -> float:
     """Return the relative difference of norms that rounding may cause."""
     kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
     rounding = max((torch.finfo(kind).eps for kind in kinds), default=1e-7)
@@ -534,7 +568,7 @@ def _tolerance(model: nn.Module) -> float:
     return max(1e-3 if is_cpu else 1e-2, 32 * rounding)
 
 
-def _rows(batch: Any, positions: Sequence[int], size: int, dim: int = 0) -> Any:
+def rows_of(batch: Any, positions: Sequence[int], size: int, dim: int = 0) -> Any:
     """Return some examples of each tensor of a batch, in this order.
 
     Args:
@@ -555,8 +589,13 @@ def _rows(batch: Any, positions: Sequence[int], size: int, dim: int = 0) -> Any:
 
 
 @contextmanager
-def _measuring() -> Iterator[None]:
-    """Restore random states and switches at the end; show no warnings, drop nothing."""
-    with isolated(), NoDropout(), warnings.catch_warnings():
+def measuring(*, drops: bool = False) -> Iterator[None]:
+    """Restore random states and switches at the end, and show no warnings.
+
+    Args:
+        drops: Whether torch's dropout functions drop anything.
+    """
+    calm = nullcontext() if drops else NoDropout()
+    with isolated(), calm, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

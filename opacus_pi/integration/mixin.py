@@ -32,6 +32,7 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._shown import Shown
 from opacus_pi.accounting import GradNormLedger, RenyiFilter, fingerprint
 from opacus_pi.attribution import Tracker, keeps_order, observe, observe_like
+from opacus_pi.custody import Chain
 from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.files.atomic_file import replacing
 from opacus_pi.integration.accountants import (
@@ -74,12 +75,14 @@ from opacus_pi.integration.fast import (
 )
 from opacus_pi.integration.filtering import require_filterable
 from opacus_pi.integration.group_accountant import GroupAccountant
+from opacus_pi.integration.loop_loss import LoopLoss
 from opacus_pi.integration.monitor import monitor
 from opacus_pi.integration.opacus_compat import module_of, patch_memory_manager
 from opacus_pi.integration.optimizers import report_updates
 from opacus_pi.integration.runs import (
     CurrentRun,
     PreparedRun,
+    called_module,
     new_model_probe,
     probe_losses,
     probe_model,
@@ -550,7 +553,9 @@ class PerInstanceMixin(Shown, OpacusEngine):
         It takes examples from the data set, trains a copy of the model on them for one
         update, and leaves no trace on the run. ``print`` shows the result as a table.
         What it finds about loss, model and norms enters the chain of custody: the
-        ledger is refused if one of them fails.
+        ledger is refused if one of them fails. Of the updates that follow, the first
+        and a few later ones are compared with the criterion, so that the ledger is also
+        refused if the training loop computes another loss.
 
         Args:
             criterion: What the training loop calls as ``criterion(model(x), y)``.
@@ -576,9 +581,34 @@ class PerInstanceMixin(Shown, OpacusEngine):
         audit = joined(found)
         chain = self.recorder.chain
         if chain is not None:
-            for name, link in (("loss", "loss"), ("model", "model"), ("norms", "norm")):
+            if not (audit["loss"].passed and self._compare_loop(criterion, chain)):
+                finding_of(audit["loss"]).tell(chain, "loss")
+            for name, link in (("model", "model"), ("norms", "norm")):
                 finding_of(audit[name]).tell(chain, link)
         return audit
+
+    def _compare_loop(self, criterion: Any, chain: Chain) -> bool:
+        """Have a few updates compared with a criterion that was audited.
+
+        Args:
+            criterion: The criterion.
+            chain: The chain of custody of the run.
+
+        Returns:
+            Whether they will be: the norms of a sweep are not those of the loop.
+        """
+        run, audited = self._run, self._audited
+        update = None if run is None or run.update is None else run.update()
+        if update is None or audited is None or audited.is_swept:
+            return False
+        if update.loop_loss is not None:
+            update.loop_loss.end()
+        update.loop_loss = LoopLoss(
+            criterion, audited, update.tracker, chain, _auditing_engine
+        )
+        update.loop_loss.optimizer = update.optimizer
+        update.loop_loss.begin(called_module(update.hooks), self.module)
+        return True
 
     # ---------------------------------------------------------------------- checkpoints
     @_shown_as(opacus.PrivacyEngine.save_checkpoint, assigned=())

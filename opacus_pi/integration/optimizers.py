@@ -19,6 +19,7 @@ has, which may be any subclass of ``DPOptimizer`` (per-layer, adaptive, distribu
 update: every report is attached to that call.
 """
 
+import weakref
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, SupportsIndex
@@ -92,6 +93,7 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
     else:
         swap_class(optimizer, _from_grad_samples)
     optimizer._pi_update = update
+    update.optimizer = weakref.ref(optimizer)
     optimizer._pi_has_own_scaling = has_own_scaling
     if update.outside is not None:
         update.outside.watch(optimizer, module_of(update.hooks), update.finish)

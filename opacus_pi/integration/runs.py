@@ -129,9 +129,7 @@ def probe_model(
         """
         return not getattr(prepared(), "hooks_enabled", True)
 
-    module: Any = hooks
-    if not isinstance(hooks, GradSampleModuleNoOp):  # which skips its module's hooks
-        module = module_of(hooks)
+    module = called_module(hooks)
     handle = probe(
         module,
         tracker,
@@ -140,6 +138,17 @@ def probe_model(
     )
     if handle not in (removable_handles(module) or ()):
         keep_handle(module, handle)
+
+
+def called_module(hooks: AbstractGradSampleHooks) -> nn.Module:
+    """Return the module whose forward hooks run when the loop calls the model.
+
+    Args:
+        hooks: What Opacus made of the model.
+    """
+    if isinstance(hooks, GradSampleModuleNoOp):  # which skips its module's hooks
+        return cast(nn.Module, hooks)
+    return module_of(hooks)
 
 
 def _compare_data(

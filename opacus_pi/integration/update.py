@@ -7,6 +7,7 @@ written; the ledger stores that row. An update consists of one or more physical 
 to the weights.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ from opacus_pi.integration.checks import (
     batch_statistics,
 )
 from opacus_pi.integration.filtering import FilterGate
+from opacus_pi.integration.loop_loss import LoopLoss
 from opacus_pi.recording import Recorder
 
 _SUPERSEDED = (
@@ -63,10 +65,12 @@ class UpdateUnderWay:
         gate: Leaves out examples whose budget is spent, if the engine has a filter.
         outside: Detects changes between updates; None in a distributed run.
         model_probe: Finds out whether the model mixes examples; None: it is not run.
+        loop_loss: Compares updates with a criterion that was audited; None: none was.
         is_superseded: Whether a later ``make_private`` of the same engine has begun
             another run. Updates of this one are then not recorded but refused.
 
     Attributes:
+        optimizer: The optimizer that reports; referred to weakly.
         has_gradients_by_hand: Whether the user's loop computes per-example gradients.
     """
 
@@ -79,7 +83,9 @@ class UpdateUnderWay:
     gate: FilterGate | None = None
     outside: OutsideChanges | None = None
     model_probe: ModelProbe | None = None
+    loop_loss: LoopLoss | None = None
     is_superseded: bool = False
+    optimizer: weakref.ref[DPOptimizer] | None = field(init=False, default=None)
     has_gradients_by_hand: bool = field(init=False)
     _batch_norms: list[nn.Module] = field(init=False)
     # Indices of the samples so far, and whether no index can be there twice.
@@ -107,6 +113,8 @@ class UpdateUnderWay:
             clipped_only: Whether only complete passes of ghost clipping count.
         """
         passes = self.tracker.take_attributed(sizes, clipped_only=clipped_only)
+        if self.loop_loss is not None:
+            self.loop_loss.compare(passes, norms)
         # nearly always: one batch as it was delivered, whose indices are distinct
         examples = passes[0].distinct_indices() if len(passes) == 1 else None
         if examples is None:
@@ -194,6 +202,8 @@ class UpdateUnderWay:
         self._num_unattributed = num_unattributed
         if self.outside is not None:
             self.outside.weights_were_updated()
+        if self.loop_loss is not None:
+            self.loop_loss.update_was_made()
         if self.is_superseded or self._batch_norms or not self._is_distinct:
             for link, reason in self._reasons():
                 self.chain.break_link(link, reason)

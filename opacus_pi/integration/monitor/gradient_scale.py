@@ -17,7 +17,6 @@ are kept in memory until the comparisons are done, so after 100 updates that can
 compared no further one is tried.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +24,9 @@ from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
 from opacus_pi.custody import Chain
-from opacus_pi.models.accelerators import (
-    device_random_states,
-    set_device_random_states,
-)
-from opacus_pi.models.batches import device_of, inputs_and_targets
+from opacus_pi.models.batches import inputs_and_targets
 from opacus_pi.models.copies import training_copy
+from opacus_pi.models.forward_call import ForwardCall
 from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.models.own_losses import (
     CoupledLoss,
@@ -61,45 +57,6 @@ _ANOTHER_LOSS = (
 _SAME = "The gradients of the first updates were those of the mean of the criterion."
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """Everything that is needed to repeat a forward pass.
-
-    Args:
-        args: The model's positional inputs.
-        kwargs: Its inputs by keyword.
-        state: Torch's random state before the pass, on the CPU.
-        states: Those of the accelerators.
-        precision: The automatic mixed precision of the pass.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    state: Tensor
-    states: list[Tensor]
-    precision: torch.autocast
-
-    @classmethod
-    def now(
-        cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> "_Pass":
-        """Return what the pass that is about to be made needs.
-
-        Args:
-            module: The model.
-            args: Its positional inputs.
-            kwargs: Its inputs by keyword.
-        """
-        device = device_of(module).type
-        precision = torch.autocast(
-            device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-        )
-        states = device_random_states()
-        return cls(args, kwargs, torch.get_rng_state(), states, precision)
-
-
 class GradientScale:
     """Compares gradients in the first updates of a monitored training with noise.
 
@@ -116,7 +73,7 @@ class GradientScale:
         self._module, self._chain, self._tracker = module, chain, tracker
         self._criterion = per_example_criterion(criterion)
         self._num_left, self._num_attempts = _NUM_COMPARISONS, 0
-        self._passes: list[_Pass] = []
+        self._passes: list[ForwardCall] = []
         tracker.keeps_batches = True
 
     def before_forward(
@@ -132,7 +89,7 @@ class GradientScale:
         # The gradients of several passes are not compared: then two show that.
         is_needed = self._num_left and len(self._passes) < 2
         if is_needed and module.training and torch.is_grad_enabled():
-            self._passes.append(_Pass.now(module, args, kwargs))
+            self._passes.append(ForwardCall.now(module, args, kwargs))
 
     def compare(self, parameters: list[nn.Parameter]) -> None:
         """Compare the gradients of the update that is about to be made.
@@ -150,7 +107,9 @@ class GradientScale:
             self._num_left = 0
         self._tracker.keeps_batches = bool(self._num_left)
 
-    def _compare(self, passes: list[_Pass], parameters: list[nn.Parameter]) -> bool:
+    def _compare(
+        self, passes: list[ForwardCall], parameters: list[nn.Parameter]
+    ) -> bool:
         """Compare the gradients, and return whether that was possible.
 
         Args:
@@ -184,7 +143,7 @@ class GradientScale:
 
     def _gradients(
         self,
-        forward: "_Pass",
+        forward: ForwardCall,
         batch: Any,
         parameters: list[nn.Parameter],
     ) -> Gradients | None:
@@ -195,9 +154,7 @@ class GradientScale:
         try:
             _, targets = inputs_and_targets(batch)
             with random_state_untouched(), torch.enable_grad():
-                torch.set_rng_state(forward.state)
-                set_device_random_states(forward.states)
-                with forward.precision:
+                with forward.surroundings():
                     outputs = model(*forward.args, **forward.kwargs)
                     losses = self._criterion(outputs, _beside(targets, outputs))
                 found = torch.autograd.grad(

@@ -1,0 +1,447 @@
+"""Compares the loss that the training loop computes with the criterion of an audit.
+
+``engine.audit(criterion)`` looks at batches of its own, and takes the loop to call
+``criterion(model(x), y)``. Whether it does is seen in its updates: a few of them are
+repeated before they are made, by a copy of the model with the same weights, modes,
+inputs and random numbers, and with the targets as the loader delivered them. The norms
+of this copy must be those by which the update clipped.
+
+*When.* In the first three updates after the audit, and in one update of each of the
+periods 4 to 9, 10 to 99, 100 to 999 and 1,000 to 9,999 after it, which a generator of
+this file draws. Of each such update the first physical batch with at least two examples
+is compared. If it cannot be, the next 20 updates are tried.
+
+*Guarantee.* Nothing of the comparison remains in the training: the copy shares nothing
+with the model, and random states are restored.
+
+*What breaks it.* A loop that computes another loss in a share s of the updates from 4
+to 9,999, and not in the first three, is missed with a probability of about (1 - s)^4.
+The same holds for a loss that differs on a share s of the batches only. Other gradients
+with the same norms are not noticed. In mixed precision, neither are differences within
+its rounding.
+"""
+
+import random
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opacus_pi.attribution import Tracker
+from opacus_pi.attribution.delivery import ForwardPass
+from opacus_pi.attribution.targets import positions_in_delivery
+from opacus_pi.custody import Chain
+from opacus_pi.gradients.fallback import MODEL_ERRORS
+from opacus_pi.integration.audit import (
+    AuditedRun,
+    TrainedLoss,
+    measuring,
+    norms_of_update,
+    rounding_of,
+    rows_of,
+)
+from opacus_pi.models.batches import floating, inputs_and_targets, to_device
+from opacus_pi.models.copies import training_copy
+from opacus_pi.models.forward_call import ForwardCall
+from opacus_pi.recording import Recorder
+
+__all__ = ["LoopLoss"]
+
+_FIRST_OF_PERIODS = (4, 10, 100, 1_000, 10_000)
+_MAX_ATTEMPTS = 20  # updates
+_ZERO = 1e-6  # of the largest norm
+_ALIKE = 1e-3  # relative difference of two ratios of norms
+
+_AWAITED = (
+    "engine.audit found the criterion to be right, but whether the training loop "
+    "computes this loss was not compared: {cause}"
+)
+_NO_UPDATE = (
+    "no update was made since the audit. Call engine.audit(criterion) before training."
+)
+_SAME = (
+    "engine.audit found the criterion to be right, and the training loop used it: the "
+    "norms of {count} compared update(s) were those of criterion(model(x), y)."
+)
+_CONSEQUENCE = (
+    "So the loss of the training loop is not the one that was audited, or gradients "
+    "were changed between backward() and step(). Whether a gradient belongs to one "
+    "example is not known. {remedy}"
+)
+_REMEDY = (
+    "Call criterion(model(x), y) with the targets of the same samples, put every other "
+    "step of the loss into the criterion, and audit that criterion."
+)
+_ORDER = (
+    "The training loop gave the model the samples of a delivered batch in another "
+    "order than it gave the criterion their targets: the norms of an update were those "
+    "of inputs with the targets of other examples. So each loss depends on two "
+    "examples, and max_grad_norm bounds neither. Apply one permutation to inputs and "
+    "targets."
+)
+_LEFT_OUT = (
+    "In an update, {count} of {size} examples had no gradient, although the audited "
+    "criterion gives them one. " + _CONSEQUENCE + " If the loop chooses examples by "
+    "their losses, one example decides whether others are used, and no accounting "
+    "covers that."
+)
+_OTHER = (
+    "In an update, the norms by which gradients were clipped were {low:.3g} to "
+    "{high:.3g} times those of the audited criterion. " + _CONSEQUENCE
+)
+_VARYING = (
+    "All norms of an update were {ratio:.4g} times those of the audited criterion, "
+    "and in another update {before:.4g} times. So the loop multiplies its loss or its "
+    "gradients by something that changes, and if that depends on the batch, no "
+    "gradient belongs to one example. Call criterion(model(x), y) without a factor, "
+    "or audit a criterion that has it."
+)
+_SCALED = (
+    "All norms of an update were {ratio:.4g} times those of the audited criterion. "
+    "This is right if the loop multiplies its loss by a constant, and wrong if the "
+    "factor depends on the batch, which could not be checked: a sum of losses in place "
+    "of their mean has such a factor. Put the factor into the criterion, and audit "
+    "that."
+)
+_ASSUMED_ORDER = (
+    "The norms of an update were not those of the audited criterion, but the order of "
+    "its samples is only assumed, because the loop computed its inputs anew. So it is "
+    "not known whether the loop computes the audited loss. Compute inputs in the data "
+    "set instead."
+)
+_NOT_SEEN = (
+    "the samples of the compared updates could not be matched to a batch that the "
+    "loader delivered since the audit."
+)
+_NO_TARGETS = (
+    "the delivered batch is neither a pair (x, y) nor a dict with "
+    '"labels", so its targets are not known.'
+)
+_NOT_REPEATABLE = (
+    "a copy of the model gave other outputs for the same inputs and random numbers."
+)
+_NOT_RUN = "a copy of the model could not be trained: {error}."
+
+
+class _NotCompared(Exception):
+    """An update cannot be compared; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A forward pass of the loop, with copies of its outputs.
+
+    Args:
+        call: The pass.
+        outputs: Its floating-point outputs.
+    """
+
+    call: ForwardCall
+    outputs: list[Tensor]
+
+
+class _BeforeForward:
+    """The pre-hook of the model; copies and pickles of it do nothing.
+
+    Args:
+        begin: A method that is called with model, inputs and inputs by keyword; its
+            object is referred to weakly.
+    """
+
+    def __init__(self, begin: Callable[..., None] | None = None) -> None:
+        self._begin = None if begin is None else weakref.WeakMethod(begin)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Note that a forward pass begins."""
+        begin = None if self._begin is None else self._begin()
+        if begin is not None:
+            begin(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _BeforeForward, ()
+
+
+class LoopLoss:
+    """Compares a few updates with a criterion that was audited.
+
+    Args:
+        criterion: What was audited.
+        run: How the run was prepared.
+        tracker: Knows the forward passes and the delivered batches.
+        chain: The chain of custody; gets the results as its link "loss".
+        new_engine: Returns an engine that reports to a recorder.
+
+    Attributes:
+        optimizer: The optimizer of the run, referred to weakly.
+    """
+
+    def __init__(
+        self,
+        criterion: Any,
+        run: AuditedRun,
+        tracker: Tracker,
+        chain: Chain,
+        new_engine: Callable[[Recorder], Any],
+    ) -> None:
+        self._loss, self._run = TrainedLoss(criterion, run), run
+        self._tracker, self._chain, self._new_engine = tracker, chain, new_engine
+        draws = random.Random(0)  # no secret: it only spreads the checks
+        periods = zip(_FIRST_OF_PERIODS, _FIRST_OF_PERIODS[1:], strict=False)
+        self._due = [1, 2, 3, *(draws.randrange(*period) for period in periods)]
+        self._num_updates = self._num_compared = self._num_attempts = 0
+        self._ratios: list[float] = []
+        self._begun: ForwardCall | None = None
+        self._handle: RemovableHandle | None = None
+        self._module: weakref.ref[nn.Module] | None = None
+        self.optimizer: weakref.ref[Any] | None = None
+
+    # ------------------------------------------------------------ what the run reports
+    def begin(self, hooked: nn.Module, module: nn.Module) -> None:
+        """Compare updates from now on.
+
+        Args:
+            hooked: What the loop calls, and whose hooks run.
+            module: The user's module.
+        """
+        self._module = weakref.ref(module)
+        self._handle = hooked.register_forward_pre_hook(
+            _BeforeForward(self._forward_begins), prepend=True, with_kwargs=True
+        )
+        self._chain.await_check("loss", _AWAITED.format(cause=_NO_UPDATE))
+        self._arm()
+
+    def end(self) -> None:
+        """Compare no further update."""
+        self._due = []
+        if self._handle is not None:
+            self._handle.remove()
+        self._arm()
+
+    @property
+    def _is_armed(self) -> bool:
+        """Whether the update under way is to be compared."""
+        return bool(self._due) and self._num_updates + 1 >= self._due[0]
+
+    def _arm(self) -> None:
+        """Have batches and passes kept if the update under way is to be compared."""
+        # one update ahead: a loop may get its next batch before it steps
+        is_near = bool(self._due) and self._num_updates + 2 >= self._due[0]
+        self._tracker.keeps_batches = is_near
+        self._tracker.saw_pass = self._saw_pass if self._is_armed else None
+
+    def _forward_begins(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Note the random state and the inputs of a pass in training mode."""
+        self._begun = None
+        if self._is_armed and module.training and torch.is_grad_enabled():
+            self._begun = ForwardCall.now(module, args, kwargs).with_copied_inputs()
+
+    def _saw_pass(self, forward: ForwardPass, outputs: Any) -> None:
+        """Keep what a pass needs to be repeated, with the pass itself."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            copies = [x.detach().clone() for x in floating(outputs).values()]
+            forward.call = _Kept(begun, copies)
+
+    def update_was_made(self) -> None:
+        """Note that an update is complete."""
+        if not self._due:
+            return
+        if self._is_armed and self._num_attempts >= _MAX_ATTEMPTS:
+            self._next()
+        self._num_attempts += self._is_armed
+        self._num_updates += 1
+        self._arm()
+
+    def _next(self) -> None:
+        """Wait for the next update that is to be compared."""
+        self._due, self._num_attempts = self._due[1:], 0
+        if not self._due:
+            self.end()
+
+    # ------------------------------------------------------------------ the comparison
+    def compare(self, passes: Sequence[ForwardPass], norms: Tensor) -> None:
+        """Compare the norms of a physical batch, if its update was chosen for that.
+
+        Args:
+            passes: The forward passes whose gradients were clipped.
+            norms: Their norms before clipping, ``(b,)``.
+        """
+        if not self._is_armed or len(norms) < 2:
+            return
+        try:
+            found = [self._expected(forward) for forward in passes]
+        except _NotCompared as reason:
+            cause = str(reason)
+            self._chain.await_check("loss", _AWAITED.format(cause=cause))
+            return
+        expected = torch.cat(found)
+        if len(expected) != len(norms):
+            return
+        self._num_compared += 1
+        self._judge(norms.double().cpu(), expected, passes)
+        self._next()
+        self._arm()
+
+    def _expected(self, forward: ForwardPass, *, moved: bool = False) -> Tensor:
+        """Return the norms that the audited criterion gives the samples of a pass.
+
+        Args:
+            forward: The pass.
+            moved: Whether to give the criterion the targets in the delivered order.
+
+        Raises:
+            _NotCompared: If that is impossible.
+        """
+        kept, targets = forward.call, self._targets(forward, moved=moved)
+        if not isinstance(kept, _Kept):
+            raise _NotCompared(_NOT_SEEN)
+        call, model = kept.call, self._copy()
+        try:
+            with measuring(drops=True):
+                norms, outputs = norms_of_update(
+                    model,
+                    self._loss,
+                    (call.args, call.kwargs, to_device(targets, _device_of(kept))),
+                    self._run,
+                    self._new_engine,
+                    call.surroundings(),
+                )
+        except MODEL_ERRORS as error:
+            lines = str(error).splitlines() or [""]
+            what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")
+            raise _NotCompared(_NOT_RUN.format(error=what)) from None
+        if not _are_close(kept.outputs, list(floating(outputs).values())):
+            raise _NotCompared(_NOT_REPEATABLE)
+        return norms
+
+    def _targets(self, forward: ForwardPass, *, moved: bool) -> Any:
+        """Return the delivered targets of the samples of a pass, in its order.
+
+        Args:
+            forward: The pass.
+            moved: Whether to return them in the order of the delivery.
+
+        Raises:
+            _NotCompared: If they are not known.
+        """
+        positions, delivery = positions_in_delivery(forward), forward.delivery
+        if positions is None or delivery is None or delivery.batch is None:
+            raise _NotCompared(_NOT_SEEN)
+        if not len(positions) or positions.min() < 0:
+            raise _NotCompared(_NOT_SEEN)
+        try:
+            _, targets = inputs_and_targets(delivery.batch)
+        except ValueError:
+            raise _NotCompared(_NO_TARGETS) from None
+        if moved:
+            positions = np.sort(positions)
+        size = len(delivery.indices or ())
+        return rows_of(targets, positions.tolist(), size, self._run.batch_dim)
+
+    def _copy(self) -> nn.Module:
+        """Return a copy of the model that trains what the run trains."""
+        module = None if self._module is None else self._module()
+        optimizer = None if self.optimizer is None else self.optimizer()
+        if module is None or optimizer is None:
+            raise _NotCompared(_NOT_SEEN)
+        copied = training_copy(module)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for live, own in zip(module.parameters(), copied.parameters(), strict=False):
+            own.requires_grad_(live.requires_grad and id(live) in held)
+        return copied
+
+    def _judge(
+        self, norms: Tensor, expected: Tensor, passes: Sequence[ForwardPass]
+    ) -> None:
+        """Tell the chain how the norms of an update compare with those expected."""
+        tolerance = self._tolerance(passes)
+        if _gap(norms, expected) <= tolerance:
+            self._accept(1.0)
+            return
+        ratio = float(norms.norm() / expected.norm().clamp(min=1e-300))
+        if ratio > 0 and _gap(norms / ratio, expected) <= tolerance:
+            is_accumulated = abs(ratio * len(passes) - 1) < _ALIKE
+            self._accept(1.0 if is_accumulated else ratio)
+        elif not all(forward.is_recognised for forward in passes):
+            self._chain.leave_unchecked("loss", _ASSUMED_ORDER)
+        else:
+            self._chain.break_link("loss", self._reason(norms, expected, passes))
+
+    def _accept(self, ratio: float) -> None:
+        """Tell the chain that all norms are a multiple of those expected."""
+        before = self._ratios[-1] if self._ratios else ratio
+        self._ratios.append(ratio)
+        if abs(before - ratio) > _ALIKE * max(before, ratio):
+            text = _VARYING.format(ratio=ratio, before=before)
+            self._chain.break_link("loss", text)
+        elif ratio == 1.0:
+            self._chain.check("loss", _SAME.format(count=self._num_compared))
+        else:
+            self._chain.leave_unchecked("loss", _SCALED.format(ratio=ratio))
+
+    def _reason(
+        self, norms: Tensor, expected: Tensor, passes: Sequence[ForwardPass]
+    ) -> str:
+        """Say why norms are not those expected."""
+        if self._has_moved_targets(norms, passes):
+            return _ORDER
+        least = _ZERO * float(expected.max())
+        is_left_out = (norms <= least) & (expected > least)
+        if is_left_out.any():
+            count = int(is_left_out.sum())
+            return _LEFT_OUT.format(count=count, size=len(norms), remedy=_REMEDY)
+        ratios = norms / expected.clamp(min=1e-300)
+        low, high = float(ratios.min()), float(ratios.max())
+        return _OTHER.format(low=low, high=high, remedy=_REMEDY)
+
+    def _has_moved_targets(self, norms: Tensor, passes: Sequence[ForwardPass]) -> bool:
+        """Return whether the targets were those of the batch in its delivered order."""
+        try:
+            moved = torch.cat([self._expected(f, moved=True) for f in passes])
+        except _NotCompared:
+            return False
+        return _gap(norms, moved) <= self._tolerance(passes)
+
+    def _tolerance(self, passes: Sequence[ForwardPass]) -> float:
+        """Return the difference, relative to the largest norm, that rounding causes."""
+        module = None if self._module is None else self._module()
+        tolerance = 1e-3 if module is None else rounding_of(module)
+        for forward in passes:
+            kind = forward.call.call.mixed_type
+            if kind is not None:
+                tolerance = max(tolerance, 8 * torch.finfo(kind).eps)
+        return tolerance
+
+
+def _gap(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two norms, relative to the largest norm."""
+    if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
+        return float("inf")
+    scale = float(torch.maximum(one, other).max())
+    return float((one - other).abs().max()) / max(scale, 1e-300)
+
+
+def _device_of(kept: _Kept) -> torch.device:
+    """Return the device of the outputs of a pass."""
+    return kept.outputs[0].device if kept.outputs else torch.device("cpu")
+
+
+def _are_close(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Return whether two lists of outputs are equal up to rounding."""
+    if [x.shape for x in one] != [x.shape for x in other]:
+        return False
+    for a, b in zip(one, other, strict=True):
+        rounding = 64 * torch.finfo(a.dtype).eps
+        scale = float(a.abs().max()) if a.numel() else 0.0
+        if not torch.allclose(a, b, rtol=0.0, atol=rounding * scale, equal_nan=True):
+            return False
+    return True

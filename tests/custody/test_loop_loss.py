@@ -1,0 +1,281 @@
+"""After an audit, a loop that computes another loss is refused, or it is said.
+
+The loops below audit a plain cross entropy and then train on something else. The
+controls train on what was audited, and must stay recorded in full and without a word.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.custody import hidden_ids, loop_list, loop_parts, models, oracle
+from tests.custody.loops import Loop
+from tests.custody.test_generated_loops import (
+    REFUSED,
+    RIGHT,
+    SAID,
+    trained,
+    verdict,
+)
+
+FREE, ALL = ("hooks", "functorch", "ew", "fast"), loop_list.ALL
+PER_EXAMPLE = loop_list.PER_EXAMPLE
+
+
+def audited(run):
+    assert run.engine.audit(run.criterion).passed
+
+
+def losses_of(outputs, targets):
+    return F.cross_entropy(outputs, targets, reduction="none")
+
+
+# ------------------------------------------- losses that are not the audited criterion
+def hardest_half(_, outputs, targets):
+    return losses_of(outputs, targets).topk(max(1, len(targets) // 2)).values.mean()
+
+
+def above_the_median(_, outputs, targets):
+    losses = losses_of(outputs, targets)
+    return (losses * (losses >= losses.median())).mean()
+
+
+def weighted_by_hardness(_, outputs, targets):
+    losses = losses_of(outputs, targets)
+    return (losses * losses.detach().softmax(0)).sum()
+
+
+def class_weighted(_, outputs, targets):
+    return F.cross_entropy(outputs, targets, weight=models.class_weights())
+
+
+def balanced_in_the_batch(_, outputs, targets):
+    groups = targets % 2  # every example of the data has a label of its own
+    counts = torch.bincount(groups, minlength=2)
+    return (losses_of(outputs, targets) / counts[groups]).mean()
+
+
+def even_classes_ignored(_, outputs, targets):
+    return F.cross_entropy(outputs, targets.masked_fill(targets % 2 == 0, -100))
+
+
+def divided_by_the_largest(_, outputs, targets):
+    losses = losses_of(outputs, targets)
+    return (losses / losses.max()).mean()
+
+
+def divided_by_its_value(_, outputs, targets):
+    loss = F.cross_entropy(outputs, targets)
+    return loss / loss.detach()
+
+
+def summed(_, outputs, targets):
+    return F.cross_entropy(outputs, targets, reduction="sum")
+
+
+def of_centred_outputs(_, outputs, targets):
+    return F.cross_entropy(outputs - outputs.mean(0), targets)
+
+
+def with_a_contrastive_term(_, outputs, targets):
+    spread = (outputs[:, None] - outputs[None]).square().mean()
+    return F.cross_entropy(outputs, targets) - 0.1 * spread
+
+
+def of_mean_targets(_, outputs, targets):
+    hot = F.one_hot(targets, outputs.shape[1]).float()
+    return F.cross_entropy(outputs, 0.8 * hot + 0.2 * hot.mean(0))
+
+
+def with_the_next_targets(_, outputs, targets):
+    return F.cross_entropy(outputs, targets.roll(1))
+
+
+# ------------------------------------------------ per-example gradients that it changes
+def changing(change):
+    def updates(run):
+        for batch in run.loader:
+            run.zero_grad()
+            run.backward(batch)
+            for parameter in run.module.parameters():
+                parameter.grad_sample = change(parameter.grad_sample)
+            run.step()
+
+    return updates
+
+
+def changed_in_place(run):
+    for batch in run.loader:
+        run.zero_grad()
+        run.backward(batch)
+        for parameter in run.module.parameters():
+            parameter.grad_sample.div_(parameter.grad_sample.norm())
+        run.step()
+
+
+def other_loss_later(run):
+    for _ in range(2):
+        for batch in run.loader:
+            run.zero_grad()
+            run.keep(tuple(batch))
+            outputs = run.model(batch[0])
+            is_late = len(run.updates) > 2 and len(outputs)
+            half = hardest_half(None, outputs, batch[1]) if is_late else None
+            loss = run.criterion(outputs, batch[1]) if half is None else half
+            loss.backward()
+            run.step()
+
+
+LOSSES = (
+    hardest_half,
+    above_the_median,
+    weighted_by_hardness,
+    class_weighted,
+    balanced_in_the_batch,
+    even_classes_ignored,
+    divided_by_the_largest,
+    divided_by_its_value,
+    summed,
+    of_centred_outputs,
+    with_a_contrastive_term,
+    of_mean_targets,
+    with_the_next_targets,
+)
+CHANGES = {
+    "normalised": lambda g: g / g.norm(),
+    "rows_of_one_norm": lambda g: F.normalize(g.flatten(1), dim=1).view_as(g),
+    "rows_permuted": lambda g: g.roll(1, 0),
+    "centred": lambda g: g - g.mean(0),
+}
+FOOLING = [
+    *(Loop(f.__name__, loss=f, mode=m) for f in LOSSES for m in FREE),
+    *(
+        Loop(name, updates=changing(change), mode=mode)
+        for name, change in CHANGES.items()
+        for mode in PER_EXAMPLE
+    ),
+    *(Loop("in_place", updates=changed_in_place, mode=mode) for mode in PER_EXAMPLE),
+    *(
+        Loop(f.__name__, transform=f, mode=mode)
+        for f in (
+            loop_parts.labels_permuted,
+            loop_parts.labels_permuted_in_place,
+            loop_parts.inputs_permuted,
+        )
+        for mode in FREE
+    ),
+]
+
+
+@pytest.mark.parametrize("loop", FOOLING, ids=str)
+def test_a_loop_with_another_loss_is_refused_or_said(loop):
+    run = trained(loop.having(setup=audited))
+    outcome, reason = verdict(run, "no norm of it is right")
+    assert outcome in (REFUSED, SAID)
+    assert "update" in reason
+
+
+def test_a_loop_that_changes_its_loss_later_is_refused():
+    run = trained(Loop("later", updates=other_loss_later, setup=audited))
+    assert verdict(run, "separability")[0] == REFUSED
+    assert "had no gradient" in run.refusal
+
+
+def autocast(model, batch):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(batch[0]).float()
+
+
+def constant_factor(criterion, outputs, targets):
+    return 0.5 * criterion(outputs, targets)
+
+
+FIXED = {"sampling": "fixed"}
+SUM = {"private": {"loss_reduction": "sum"}}
+CONTROLS = [
+    (Loop("plain"), ALL),
+    (Loop("shuffled", **FIXED), ALL),
+    (Loop("small_batches", loader={"batch_size": 2}), ("hooks", "ghost")),
+    (Loop("dropout", model=models.with_dropout), ALL),
+    (Loop("summed", criterion=models.summed_cross_entropy, **SUM), ALL),
+    (Loop("smoothed", criterion=models.smoothed_cross_entropy), ALL),
+    (Loop("focal", criterion=models.Focal), ("hooks", "ghost")),
+    (Loop("memory_managed", updates=loop_parts.memory_managed), loop_list.MOST),
+    (Loop("accumulated", updates=loop_parts.accumulated, **FIXED), ("hooks", "fast")),
+    (Loop("in_chunks", updates=loop_parts.in_chunks, **FIXED), ("hooks", "fast")),
+    (Loop("ahead", updates=loop_parts.two_batches_ahead), ("hooks", "ghost")),
+    (Loop("evaluated", updates=loop_parts.evaluated_between), loop_list.MOST),
+    (Loop("looked_at", updates=loop_parts.training_loss_looked_at), loop_list.MOST),
+    (Loop("cloned", transform=loop_parts.cloned), loop_list.MOST),
+    (Loop("permuted", transform=loop_parts.permuted), loop_list.MOST),
+    (Loop("half", transform=loop_parts.every_other), ("hooks", "ghost")),
+    (Loop("frozen", model=models.with_frozen_layer), loop_list.MOST),
+    (
+        Loop("images", model=models.convolutional, data=hidden_ids.image_data),
+        ("hooks", "ghost"),
+    ),
+]
+
+
+@pytest.mark.parametrize("loop", loop_list.with_modes(CONTROLS), ids=str)
+def test_a_loop_with_the_audited_loss_is_recorded_without_a_word(loop):
+    run = trained(loop.having(setup=audited))
+    assert verdict(run, oracle.true_norms(run)) == (RIGHT, "")
+    assert run.said == []
+    (link,) = [x for x in run.ledger.custody.links if x.name == "loss"]
+    assert link.state == "checked", link.sentence
+
+
+def test_automatic_mixed_precision_is_repeated():
+    run = trained(Loop("autocast", forward=autocast, setup=audited))
+    assert run.said == [] and run.refusal == ""
+    assert state_of_loss(run) == "checked"
+
+
+def state_of_loss(run):
+    (link,) = [x for x in run.ledger.custody.links if x.name == "loss"]
+    return link.state
+
+
+def test_a_constant_factor_is_said_and_the_norms_are_right():
+    run = trained(Loop("constant", loss=constant_factor, setup=audited))
+    assert state_of_loss(run) == "unchecked"
+    (text,) = run.said
+    assert "were 0.5 times those of the audited criterion" in text
+
+
+def test_an_audit_without_a_later_update_says_so():
+    loop = Loop("audited afterwards")
+    run = trained(loop)
+    audited(run)
+    (link,) = [x for x in run.engine.ledger.custody.links if x.name == "loss"]
+    assert link.state == "unchecked"
+    assert "no update was made since the audit" in link.sentence
+
+
+@pytest.mark.parametrize("mode", ALL)
+def test_comparisons_leave_no_trace(mode):
+    def seeded(run):
+        torch.manual_seed(7)
+        random.seed(7)
+        np.random.seed(7)
+
+    def audited_and_seeded(run):
+        audited(run)
+        seeded(run)
+
+    found = []
+    for setup in (seeded, audited_and_seeded):
+        loop = Loop("plain", model=models.with_dropout, setup=setup, mode=mode)
+        run = trained(loop)
+        drawn = torch.rand(3), random.random(), np.random.rand()
+        found.append((run, drawn))
+    (plain, before), (other, after) = found
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    weights = plain.module.parameters(), other.module.parameters()
+    assert all(map(torch.equal, *weights))
+    np.testing.assert_array_equal(plain.ledger.grad_norms, other.ledger.grad_norms)
+    assert state_of_loss(other) == "checked"
