@@ -50,7 +50,7 @@ from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
 from opacus_pi.recording import Recorder
 
-__all__ = ["LoopLoss"]
+__all__ = ["LoopLoss", "not_compared"]
 
 _FIRST_OF_PERIODS = (4, 10, 100, 1_000, 10_000)
 _MAX_ATTEMPTS = 20  # updates
@@ -64,6 +64,11 @@ _AWAITED = (
 _NO_UPDATE = (
     "no update was made since the audit. Call engine.audit(criterion) before training."
 )
+_NO_SAMPLES = (
+    "no update since the audit clipped two or more samples of one batch at once, as "
+    "with a RenyiFilter, which chooses the samples of each update."
+)
+_SWEPT = "the recorded norms are measured by sweeps, and are not those of the updates."
 _SAME = (
     "engine.audit found the criterion to be right, and the training loop used it: the "
     "norms of {count} compared update(s) were those of criterion(model(x), y)."
@@ -126,6 +131,15 @@ _NOT_REPEATABLE = (
     "a copy of the model gave other outputs for the same inputs and random numbers."
 )
 _NOT_RUN = "a copy of the model could not be trained: {error}."
+
+
+def not_compared(chain: Chain) -> None:
+    """Say that the loop of a run whose norms are swept is not compared.
+
+    Args:
+        chain: The chain of custody of the run.
+    """
+    chain.await_check("loss", _AWAITED.format(cause=_SWEPT))
 
 
 class _NotCompared(Exception):
@@ -196,6 +210,7 @@ class LoopLoss:
         periods = zip(_FIRST_OF_PERIODS, _FIRST_OF_PERIODS[1:], strict=False)
         self._due = [1, 2, 3, *(draws.randrange(*period) for period in periods)]
         self._num_updates = self._num_compared = self._num_attempts = 0
+        self._had_samples = False
         self._ratios: list[float] = []
         self._begun: ForwardCall | None = None
         self._handle: RemovableHandle | None = None
@@ -257,6 +272,8 @@ class LoopLoss:
             return
         if self._is_armed and self._num_attempts >= _MAX_ATTEMPTS:
             self._next()
+        if not self._had_samples:
+            self._chain.await_check("loss", _AWAITED.format(cause=_NO_SAMPLES))
         self._num_attempts += self._is_armed
         self._num_updates += 1
         self._arm()
@@ -277,6 +294,7 @@ class LoopLoss:
         """
         if not self._is_armed or len(norms) < 2:
             return
+        self._had_samples = True
         try:
             found = [self._expected(forward) for forward in passes]
         except _NotCompared as reason:

@@ -75,7 +75,7 @@ from opacus_pi.integration.fast import (
 )
 from opacus_pi.integration.filtering import require_filterable
 from opacus_pi.integration.group_accountant import GroupAccountant
-from opacus_pi.integration.loop_loss import LoopLoss
+from opacus_pi.integration.loop_loss import LoopLoss, not_compared
 from opacus_pi.integration.monitor import monitor
 from opacus_pi.integration.opacus_compat import module_of, patch_memory_manager
 from opacus_pi.integration.optimizers import report_updates
@@ -595,12 +595,16 @@ class PerInstanceMixin(Shown, OpacusEngine):
             chain: The chain of custody of the run.
 
         Returns:
-            Whether they will be: the norms of a sweep are not those of the loop.
+            Whether the link "loss" waits for the loop; False after ``make_monitored``,
+            which compares gradients of the loop by itself.
         """
         run, audited = self._run, self._audited
         update = None if run is None or run.update is None else run.update()
-        if update is None or audited is None or audited.is_swept:
+        if update is None or audited is None:
             return False
+        if audited.is_swept:
+            not_compared(chain)
+            return True
         if update.loop_loss is not None:
             update.loop_loss.end()
         update.loop_loss = LoopLoss(

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import opacus_pi
 from opacus_pi import AccountingError, PrivacyEngine, Recorder
+from opacus_pi.accounting import RenyiFilter
 from tests.custody.probed_models import MIXING, Calls, sequences, vectors
 
 CLASSES = 3
@@ -289,3 +290,32 @@ def test_the_loss_is_a_link_that_an_audit_checks():
     assert "loss" in {link.name for link in engine.ledger.custody.unchecked}
     train()
     assert "loss" not in {link.name for link in engine.ledger.custody.unchecked}
+
+
+def reason_of_the_loss(engine, model, optimizer, loader):
+    """Train an audited run, and return why its loss is unchecked."""
+    assert engine.audit(nn.CrossEntropyLoss()).passed
+    for x, y in loader:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return {k.name: k.sentence for k in engine.ledger.custody.unchecked}["loss"]
+
+
+def test_norms_of_sweeps_say_nothing_about_the_loss_of_the_loop():
+    recorder = Recorder("swept", criterion=nn.CrossEntropyLoss())
+    engine, parts = prepared(recorder=recorder)
+    assert "measured by sweeps" in reason_of_the_loss(engine, *parts)
+
+
+def test_a_filter_that_chooses_samples_is_named():
+    model = net()
+    engine = PrivacyEngine(renyi_filter=RenyiFilter(1e6))
+    parts = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(data_set(), batch_size=8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    assert "RenyiFilter" in reason_of_the_loss(engine, *parts)
