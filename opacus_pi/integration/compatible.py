@@ -26,6 +26,7 @@ operation, as it does without this module, and a note on the error says what to 
 the first case the plain model fails as well, in its backward pass.)
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, SupportsIndex
 
@@ -65,7 +66,9 @@ def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
     The copy computes the function of the model, in training and in evaluation mode
     (dropout draws other random numbers), with two exceptions. A GroupNorm is not the
     function of the BatchNorm that it replaces: it begins with scale 1 and shift 0, and
-    running statistics are dropped, so a pre-trained model has to be fine-tuned. And an
+    running statistics are dropped, so a pre-trained model has to be fine-tuned. (In
+    place of a BatchNorm1d of at most 32 features it may give the same outputs for all
+    inputs: a warning then names the remedy.) And an
     InstanceNorm that tracks running statistics does so no more. Weights are kept; those
     of replaced layers have the names of the replacement.
 
@@ -91,6 +94,8 @@ def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
             vars(layer)["inplace"] = False
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
             layer.register_forward_pre_hook(_make_input_contiguous)
+        if isinstance(layer, nn.GroupNorm) and layer not in original.values():
+            layer.register_forward_pre_hook(_warn_if_constant)
     has_layers = next(module.children(), None) is not None
     return swap_class(module, _copying_before_overwriting) if has_layers else module
 
@@ -150,6 +155,19 @@ def _as_original(module: nn.Module, original: dict[str, nn.Module]) -> nn.Module
 def _make_input_contiguous(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return a convolution's inputs in the memory order that Opacus reads."""
     return (args[0].contiguous(), *args[1:])
+
+
+def _warn_if_constant(layer: nn.GroupNorm, args: tuple[Any, ...]) -> None:
+    """Warn if each value is normalised alone, which makes it 0 whatever it was."""
+    size = args[0][0].numel() // layer.num_groups if len(args[0]) else 2
+    if size == 1:
+        warnings.warn(
+            f"A GroupNorm replaced a BatchNorm of {layer.num_channels} features and "
+            "normalises each of them alone, so its outputs do not depend on its inputs "
+            "and the layers before it learn nothing. Put "
+            f"nn.LayerNorm({layer.num_channels}) there before make_compatible.",
+            stacklevel=2,
+        )
 
 
 class _CopyBeforeOverwriting(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import numpy as np
 import opacus
@@ -295,3 +296,26 @@ def test_a_layer_alone_keeps_its_class():
 
 def test_options_reach_opacus():
     assert make_compatible(Residual(), num_groups=1).norm1.num_groups == 1
+
+
+def test_a_group_norm_whose_outputs_are_constant_is_warned_of():
+    model = make_compatible(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)))
+    with pytest.warns(UserWarning, match="do not depend .*LayerNorm.8. there"):
+        outputs = model(torch.randn(4, 3))
+    torch.testing.assert_close(outputs, torch.zeros(4, 8), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.BatchNorm1d(8), (4, 8, 5)),
+        (nn.BatchNorm1d(64), (4, 64)),
+        (nn.BatchNorm2d(8), (4, 8, 2, 2)),
+        (nn.BatchNorm2d(8), (0, 8, 2, 2)),
+    ],
+)
+def test_other_group_norms_are_not_warned_of(layer, shape):
+    model = make_compatible(nn.Sequential(layer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(shape))
