@@ -222,7 +222,7 @@ def test_files_are_for_the_owner_and_the_same_twice(tmp_path):
             "result must be given with an oracle or barriers, got None",
         ),
         ({"top": -1}, "top must be at least 0, got -1"),
-        ({"order": 1.0}, "order must be in (1, inf), got 1.0"),
+        ({"order": 1.0}, "order must be finite and above 1, got 1.0"),
         ({"delta": 0.0}, "delta must be in (0, 1), got 0.0"),
         ({"result": make_result(), "oracle": {"forget_loss": []}}, "oracle must"),
     ],
@@ -234,7 +234,7 @@ def test_errors_write_nothing(tmp_path, options, message):
 
 
 def test_the_page_is_not_the_json(tmp_path):
-    with pytest.raises(ValueError, match=r"Name it report\.html"):
+    with pytest.raises(ValueError, match=r"must not end in \.json"):
         write_report(tmp_path / "r.json", ledger=make_ledger())
 
 

@@ -246,9 +246,9 @@ def test_updates_that_only_the_accountant_knows():
     with pytest.raises(AccountingError, match="Call make_private"):
         _ = engine.ledger
     engine.accountant.step(noise_multiplier=1.0, sample_rate=0.1)
-    with pytest.raises(AccountingError, match="has counted 1 updates, and none"):
+    with pytest.raises(AccountingError, match="has counted 1 updates, but none"):
         _ = engine.ledger
-    with pytest.raises(AccountingError, match="has counted 1 updates, and none"):
+    with pytest.raises(AccountingError, match="has counted 1 updates, but none"):
         engine.epsilons(1e-3)
 
 

@@ -123,7 +123,7 @@ def test_embeddings_may_be_frozen_instead_of_given_position_ids(mode):
     assert_norms(lambda: freeze(gpt2(), "wpe"), mode, without())
 
 
-@pytest.mark.filterwarnings("ignore:.* are used in a way that has no formula")
+@pytest.mark.filterwarnings("ignore:.* are used in a way for which there is no formula")
 @pytest.mark.parametrize(
     ("mode", "error", "match"),
     [

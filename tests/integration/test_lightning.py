@@ -241,5 +241,5 @@ def test_other_refusals():
 
 def test_without_lightning_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr("opacus_pi.integration.lightning.Callback", object)
-    with pytest.raises(ImportError, match=r"opacus-pi\[lightning\]"):
+    with pytest.raises(ImportError, match=r"lightning>=2"):
         PrivacyCallback(PrivacyEngine())
