@@ -149,6 +149,7 @@ class RunFile:
             asdict(trace),
         )
         with replacing(self.path) as file:
+            # ``read`` loads it with weights_only=True.
             torch.save({"format": _FORMAT, **vars(state)}, file)
 
     def remove(self) -> None:
