@@ -33,7 +33,7 @@ from opacus_pi.accounting.training_bound import (
     sampling_known,
     training_epsilon,
 )
-from opacus_pi.accounting.uncertainty import epsilon_limits
+from opacus_pi.accounting.uncertainty import epsilon_limits_of_draws
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, columns_of, runs_of
 
 _FORMAT = "opacus_pi.PrivacyStatement.v2"
@@ -205,8 +205,8 @@ def privacy_statement(
         value = float(epsilons(own, delta)[0])
         epsilon = value if math.isfinite(value) else None
         if epsilon is not None and len(own) == 1 and own[0].source == "observed":
-            at_most = float(epsilon_limits(own[0], delta)[0])
-            limit = at_most if math.isfinite(at_most) else None
+            at_most = float(epsilon_limits_of_draws(own[0], delta)[0])
+            limit = max(at_most, epsilon) if math.isfinite(at_most) else None
     if noisy.met:
         worst = training_epsilon(runs, len(mine), delta)
     if epsilon is not None:  # other orders may give a little more

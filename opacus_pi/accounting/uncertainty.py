@@ -207,6 +207,45 @@ def epsilon_limits(
             assumed.
         AccountingError: If a link of the chain of custody is broken.
     """
+    least = epsilon_limits_of_draws(
+        ledger,
+        delta,
+        confidence=confidence,
+        orders=orders,
+        hoelder_p=hoelder_p,
+        tolerance=tolerance,
+    )
+    estimates = epsilons(ledger, delta, orders=orders, tolerance=tolerance)
+    result: Array = np.maximum(least, estimates)
+    return result
+
+
+def epsilon_limits_of_draws(
+    ledger: GradNormLedger,
+    delta: float,
+    *,
+    confidence: float = 0.95,
+    orders: ArrayLike | None = None,
+    hoelder_p: float | None = None,
+    tolerance: float = 0.0,
+) -> Array:
+    """Return the limits that follow from the draws alone, maybe below the estimates.
+
+    Args:
+        ledger: As in ``epsilon_limits``, and so are the others.
+        delta: δ in (0, 1).
+        confidence: Probability that the limit of an example is not exceeded.
+        orders: Rényi orders to choose from, above 1.
+        hoelder_p: As in ``privacy_losses``.
+        tolerance: As in ``privacy_losses``.
+
+    Returns:
+        float64 ``(n,)``.
+
+    Raises:
+        ValueError: As ``epsilon_limits``.
+        AccountingError: As ``epsilon_limits``.
+    """
     check_delta(delta)
     _check_confidence(confidence)
     _require_one_run(ledger)
@@ -219,9 +258,7 @@ def epsilon_limits(
             ledger.mechanism, order, "corrected", hoelder_p, "exact", tolerance
         )
         least = np.minimum(least, _limits(ledger, composition, confidence) + offset)
-    estimates = epsilons(ledger, delta, orders=orders, tolerance=tolerance)
-    result: Array = np.maximum(least, estimates)
-    return result
+    return least
 
 
 def _limits(

@@ -58,6 +58,7 @@ __all__ = [
     "audited_run",
     "finding_of",
     "joined",
+    "largest_gap",
     "measuring",
     "norms_of_update",
     "rounding_of",
@@ -471,7 +472,7 @@ def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> Audi
         )
     if recorded.isnan().any():
         return AuditRow("norms", None, "There are no norms to compare.")
-    gap = _largest_gap(recorded, expected)
+    gap = largest_gap(recorded, expected)
     if gap <= rounding_of(model):
         return AuditRow(
             "norms",
@@ -536,7 +537,7 @@ def _compare_order(recorded: Tensor, reverse: Tensor, model: nn.Module) -> Audit
     if recorded.isnan().any():
         return AuditRow("order", None, "There are no norms to compare.")
     same_size = len(recorded) == len(reverse)
-    if same_size and _largest_gap(recorded, reverse) <= rounding_of(model):
+    if same_size and largest_gap(recorded, reverse) <= rounding_of(model):
         return AuditRow(
             "order", True, "The order of the examples in the batch does not matter."
         )
@@ -554,8 +555,13 @@ def finding_of(row: AuditRow) -> Finding:
     return Finding(states.get(row.passed, "broken"), f"engine.audit: {row.sentence}")
 
 
-def _largest_gap(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference of two norms, relative to the largest norm."""
+def largest_gap(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference of two norms, relative to the largest norm.
+
+    Infinity if a norm is not finite.
+    """
+    if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
+        return float("inf")
     scale = float(torch.maximum(one, other).max())
     return float((one - other).abs().max()) / max(scale, 1e-300)
 

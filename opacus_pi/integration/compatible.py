@@ -26,6 +26,7 @@ operation, as it does without this module, and a note on the error says what to 
 the first case the plain model fails as well, in its backward pass.)
 """
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, SupportsIndex
@@ -94,8 +95,6 @@ def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
             vars(layer)["inplace"] = False
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
             layer.register_forward_pre_hook(_make_input_contiguous)
-        if isinstance(layer, nn.GroupNorm) and layer not in original.values():
-            layer.register_forward_pre_hook(_warn_if_constant)
     has_layers = next(module.children(), None) is not None
     return swap_class(module, _copying_before_overwriting) if has_layers else module
 
@@ -144,6 +143,8 @@ def _as_original(module: nn.Module, original: dict[str, nn.Module]) -> nn.Module
                 made.train(layer.training).to(next(layer.parameters()))
             if isinstance(layer, nn.RNNBase):
                 made.load_state_dict(layer.state_dict())
+            if isinstance(made, nn.GroupNorm) and made.num_groups == made.num_channels:
+                made.register_forward_pre_hook(_warn_if_constant)
             replaced[layer] = made
         if not name:
             return made
@@ -158,9 +159,13 @@ def _make_input_contiguous(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any
 
 
 def _warn_if_constant(layer: nn.GroupNorm, args: tuple[Any, ...]) -> None:
-    """Warn if each value is normalised alone, which makes it 0 whatever it was."""
-    size = args[0][0].numel() // layer.num_groups if len(args[0]) else 2
-    if size == 1:
+    """Warn if each value is normalised alone, which makes it 0 whatever it was.
+
+    Args:
+        layer: A layer with one channel in each group.
+        args: Its input, ``(b, channels, ...)``.
+    """
+    if math.prod(args[0].shape[2:]) == 1:
         warnings.warn(
             f"A GroupNorm replaced a BatchNorm of {layer.num_channels} features and "
             "normalises each of them alone, so its outputs do not depend on its inputs "

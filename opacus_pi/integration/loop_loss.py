@@ -40,6 +40,7 @@ from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audit import (
     AuditedRun,
     TrainedLoss,
+    largest_gap,
     measuring,
     norms_of_update,
     rounding_of,
@@ -382,11 +383,11 @@ class LoopLoss:
     ) -> None:
         """Tell the chain how the norms of an update compare with those expected."""
         tolerance = self._tolerance(passes)
-        if _gap(norms, expected) <= tolerance:
+        if largest_gap(norms, expected) <= tolerance:
             self._accept(1.0)
             return
         ratio = float(norms.norm() / expected.norm().clamp(min=1e-300))
-        if ratio > 0 and _gap(norms / ratio, expected) <= tolerance:
+        if ratio > 0 and largest_gap(norms / ratio, expected) <= tolerance:
             is_accumulated = abs(ratio * len(passes) - 1) < _ALIKE
             self._accept(1.0 if is_accumulated else ratio)
         elif not all(forward.is_recognised for forward in passes):
@@ -427,7 +428,7 @@ class LoopLoss:
             moved = torch.cat([self._expected(f, moved=True) for f in passes])
         except _NotCompared:
             return False
-        return _gap(norms, moved) <= self._tolerance(passes)
+        return largest_gap(norms, moved) <= self._tolerance(passes)
 
     def _tolerance(self, passes: Sequence[ForwardPass]) -> float:
         """Return the difference, relative to the largest norm, that rounding causes."""
@@ -438,14 +439,6 @@ class LoopLoss:
             if kind is not None:
                 tolerance = max(tolerance, 8 * torch.finfo(kind).eps)
         return tolerance
-
-
-def _gap(one: Tensor, other: Tensor) -> float:
-    """Return the largest difference of two norms, relative to the largest norm."""
-    if not bool(torch.isfinite(one).all() and torch.isfinite(other).all()):
-        return float("inf")
-    scale = float(torch.maximum(one, other).max())
-    return float((one - other).abs().max()) / max(scale, 1e-300)
 
 
 def _device_of(kept: _Kept) -> torch.device:

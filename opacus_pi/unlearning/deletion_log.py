@@ -30,7 +30,7 @@ import os
 import secrets
 import sqlite3
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -369,15 +369,46 @@ def verify(path: str | os.PathLike[str], head: str | None = None) -> Verificatio
     found = Verification(last, num_entries, None, tuple(redacted), tuple(back_in_time))
     if head is None:
         return found
+    require_head(head, num_entries, last, known=place is not None)
+    return replace(found, num_added=num_entries - (place or 0))
+
+
+def num_added_since(head: str | None, hashes: Sequence[str]) -> int | None:
+    """Return how many entries follow the one whose hash was noted; None if none was.
+
+    Args:
+        head: The noted hash.
+        hashes: ``START`` and those of all entries, oldest first.
+
+    Raises:
+        ValueError: If no entry has the hash.
+    """
+    if head is None:
+        return None
+    require_head(head, len(hashes) - 1, hashes[-1], known=head in hashes)
+    return len(hashes) - 1 - hashes.index(head)
+
+
+def require_head(head: str, num_entries: int, last: str, *, known: bool) -> None:
+    """Refuse a log in which no entry has a hash that was noted elsewhere.
+
+    Args:
+        head: The noted hash.
+        num_entries: Number of entries.
+        last: Hash of the last one.
+        known: Whether an entry has the noted hash.
+
+    Raises:
+        ValueError: If none has.
+    """
     expect(
-        place is not None,
+        known,
         "head",
         head,
         f"must be the hash of one of the {num_entries} entries",
         f"The last entry has {last}. So entries are missing at the end, or this is "
         "another log.",
     )
-    return replace(found, num_added=num_entries - (place or 0))
 
 
 def looks_like_a_log(start: bytes) -> bool:

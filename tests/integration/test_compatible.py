@@ -312,6 +312,7 @@ def test_a_group_norm_whose_outputs_are_constant_is_warned_of():
         (nn.BatchNorm1d(64), (4, 64)),
         (nn.BatchNorm2d(8), (4, 8, 2, 2)),
         (nn.BatchNorm2d(8), (0, 8, 2, 2)),
+        (nn.GroupNorm(8, 8), (4, 8)),  # the user's own replaced nothing
     ],
 )
 def test_other_group_norms_are_not_warned_of(layer, shape):

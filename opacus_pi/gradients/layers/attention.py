@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_pi._torch_compat import forward_pre_hooks, has_joint_projection
+from opacus_pi._torch_compat import has_joint_projection
 from opacus_pi.gradients.example_gradients import ExampleGradients
 from opacus_pi.gradients.layers.linear import linear_gradients
+from opacus_pi.gradients.layers.registry import computes_as
 from opacus_pi.gradients.taps import Call, Taps
 
 
@@ -46,10 +47,7 @@ def _is_standard(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """
     return (
         isinstance(module, nn.MultiheadAttention)
-        and type(module).forward is nn.MultiheadAttention.forward
-        and "forward" not in vars(module)
-        and not hasattr(module, "parametrizations")
-        and not forward_pre_hooks(module)
+        and computes_as(nn.MultiheadAttention, module)
         and module.batch_first
         and has_joint_projection(module)
         and module.bias_k is None

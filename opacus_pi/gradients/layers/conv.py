@@ -93,11 +93,39 @@ def convolution_gradients(
     Returns:
         By name; ``None`` for an input without a batch dimension.
     """
+    return gradients_of(
+        module,
+        x,
+        grad,
+        names,
+        lambda: ConvolutionGradients(*window_of(module, x), grad),
+    )
+
+
+def gradients_of(
+    module: Any,
+    x: Tensor,
+    grad: Tensor,
+    names: Collection[str],
+    of_weight: Callable[[], ExampleGradients],
+) -> dict[str, ExampleGradients] | None:
+    """Gradients for a convolution, transposed or not.
+
+    Args:
+        module: The layer.
+        x: Its input, ``(b, channels, ...)``.
+        grad: The gradient at its output, ``(b, channels, ...)``.
+        names: Which of ``"weight"``, ``"bias"`` are wanted.
+        of_weight: Returns those of the weight.
+
+    Returns:
+        By name; ``None`` for an input without a batch dimension.
+    """
     if x.dim() != 2 + len(module.kernel_size):
         return None
     found: dict[str, ExampleGradients] = {}
     if "weight" in names:
-        found["weight"] = ConvolutionGradients(*window_of(module, x), grad)
+        found["weight"] = of_weight()
     if "bias" in names:
         found["bias"] = ExplicitGradients(grad.flatten(2).sum(2))
     return found

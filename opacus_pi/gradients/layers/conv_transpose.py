@@ -8,13 +8,14 @@ Groups, strides and dilation are the same on both sides.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
-from opacus_pi.gradients.layers.conv import ConvolutionGradients, Window
+from opacus_pi.gradients.example_gradients import ExampleGradients
+from opacus_pi.gradients.layers.conv import ConvolutionGradients, Window, gradients_of
 from opacus_pi.gradients.layers.registry import register_layer_rule
 
 
@@ -33,15 +34,13 @@ def transposed_convolution_gradients(
     Returns:
         By name; ``None`` for an input without a batch dimension.
     """
-    if x.dim() != 2 + len(module.kernel_size):
-        return None
-    found: dict[str, ExampleGradients] = {}
-    if "weight" in names:
-        seen, window = _mirrored(module, x, grad)
-        found["weight"] = ConvolutionGradients(seen, window, x)
-    if "bias" in names:
-        found["bias"] = ExplicitGradients(grad.flatten(2).sum(2))
-    return found
+    return gradients_of(
+        module,
+        x,
+        grad,
+        names,
+        lambda: ConvolutionGradients(*_mirrored(module, x, grad), x),
+    )
 
 
 def _mirrored(module: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Window]:
@@ -85,7 +84,4 @@ def _mirrored(module: Any, x: Tensor, grad: Tensor) -> tuple[Tensor, Window]:
         return grad, window
     pads = zip(reversed(window.padding), reversed(behind), strict=True)
     grad = F.pad(grad, [n for pair in pads for n in pair])
-    unpadded = (0,) * len(window.kernel)
-    return grad, Window(
-        window.kernel, window.stride, unpadded, window.dilation, window.groups
-    )
+    return grad, replace(window, padding=(0,) * len(window.kernel))

@@ -33,13 +33,12 @@ from torch.nn.utils.rnn import (
     pad_packed_sequence,
 )
 
-from opacus_pi._torch_compat import forward_pre_hooks
 from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
 from opacus_pi.gradients.layers.linear import OuterProducts, linear_gradients
+from opacus_pi.gradients.layers.registry import computes_as
 from opacus_pi.gradients.products import at_least_float32
 from opacus_pi.gradients.taps import Call, Taps
 
-_FORWARDS = (nn.LSTM.forward, nn.GRU.forward, nn.RNN.forward)
 _GATED = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 State = tuple[Tensor, ...]  # (h,), or (h, c) of an LSTM
 
@@ -62,13 +61,7 @@ def tap_recurrent(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
 
 def _is_standard(module: nn.Module) -> TypeGuard[nn.RNNBase]:
     """Return whether a module computes what the class of torch computes."""
-    return (
-        isinstance(module, (nn.LSTM, nn.GRU, nn.RNN))
-        and type(module).forward in _FORWARDS
-        and "forward" not in vars(module)
-        and not hasattr(module, "parametrizations")
-        and not forward_pre_hooks(module)
-    )
+    return any(computes_as(cls, module) for cls in (nn.LSTM, nn.GRU, nn.RNN))
 
 
 @dataclass

@@ -78,13 +78,31 @@ def layer_rule(module: nn.Module) -> LayerRule | None:
         them).
     """
     cls = next((cls for cls in type(module).__mro__ if cls in _RULES), None)
-    if cls is None or hasattr(module, "parametrizations") or forward_pre_hooks(module):
-        return None
-    same = all(
-        getattr(type(module), method, None) is getattr(cls, method, None)
-        for method in ("__call__", "forward", CONVOLUTION_METHOD)
+    return _RULES[cls] if cls is not None and computes_as(cls, module) else None
+
+
+def computes_as(cls: type[nn.Module], module: nn.Module) -> bool:
+    """Return whether a layer is of a class and computes what that class computes.
+
+    Args:
+        cls: The class.
+        module: Any module.
+
+    Returns:
+        False also if ``forward`` is overridden, in a subclass or on the object, or if
+        parameters are computed (parametrizations, and pre-hooks as weight normalisation
+        sets them).
+    """
+    return (
+        isinstance(module, cls)
+        and all(
+            getattr(type(module), method, None) is getattr(cls, method, None)
+            for method in ("__call__", "forward", CONVOLUTION_METHOD)
+        )
+        and "forward" not in vars(module)
+        and not hasattr(module, "parametrizations")
+        and not forward_pre_hooks(module)
     )
-    return _RULES[cls] if same and "forward" not in vars(module) else None
 
 
 def takes_whole_calls(rule: LayerRule) -> bool:
