@@ -49,14 +49,16 @@ def epsilons(
 ) -> Array:
     """Return per-example epsilons at a given delta, the smallest over Rényi orders.
 
-    Uses the corrected convention and the rule "right".
+    The losses are those of ``privacy_losses`` with ``convention="corrected"`` and
+    ``rule="right"``.
 
     Args:
         ledger: As in ``privacy_losses``.
         delta: δ in (0, 1).
         orders: Rényi orders to choose from, above 1. Default: those of Opacus.
-        tolerance: As in ``privacy_losses``: losses rounded up. Every order needs
-            tables of its own, which pays with some 30,000 examples or more.
+        tolerance: As in ``privacy_losses``: losses rounded up. A value above 0
+            builds one table for each order, which is faster from about 30,000 examples
+            on.
         gaps: As in ``privacy_losses``.
 
     Returns:

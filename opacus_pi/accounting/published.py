@@ -44,7 +44,10 @@ __all__ = [
     "weak_triangle",
 ]
 
-_CONSTANT = "Pass the constant of the loss and the process."
+_TARGET = "Pass a target above 0: noise never brings a divergence down to 0."
+_NOISE = "Pass the std of the noise."
+_CONVEXITY = "Pass the loss's strong convexity, such as its L2 penalty."
+_RATE = "Pass the rate at which divergences shrink in a step."
 
 
 def weak_triangle(
@@ -135,7 +138,7 @@ def corollary_4_4_steps(
 
     Source: paper, Corollary 4.4.
     """
-    positive(target=target, remedy=_CONSTANT)
+    positive(target=target, remedy=_TARGET)
     start = corollary_4_1(order, loss_4a, stationarity_4a_1, 0.0, 0.0)
     return steps_at_rate(start, 2 * order, target - stationarity_2a_1, rate)
 
@@ -171,13 +174,10 @@ def chien_learning_divergence(
 
     Source: Chien et al. 2024 (arXiv 2401.10371).
     """
-    positive(
-        strong_convexity=strong_convexity,
-        sigma=sigma,
-        num_examples=num_examples,
-        learned=learned,
-        remedy=_CONSTANT,
-    )
+    positive(strong_convexity=strong_convexity, remedy=_CONVEXITY)
+    positive(sigma=sigma, remedy=_NOISE)
+    positive(num_examples=num_examples, remedy="Pass the number of examples.")
+    positive(learned=learned, remedy="Pass the sum of the learning rates of training.")
     moved = num_points * gradient_bound / (sigma * num_examples)
     factor = -math.expm1(-strong_convexity * learned)
     return 4 * np.asarray(order) * moved**2 / strong_convexity * factor
@@ -203,8 +203,9 @@ def chien_rate(
 
     Source: Chien et al. 2024 (arXiv 2401.10371).
     """
-    positive(learning_rate=learning_rate, sigma=sigma, remedy=_CONSTANT)
-    positive(strong_convexity=strong_convexity, remedy=_CONSTANT)
+    positive(learning_rate=learning_rate, remedy="Pass the step size.")
+    positive(sigma=sigma, remedy=_NOISE)
+    positive(strong_convexity=strong_convexity, remedy=_CONVEXITY)
     least = sigma**2 / strong_convexity
     expect(
         lsi > least,
@@ -243,7 +244,7 @@ def steps_at_rate(
     Raises:
         ValueError: If the rate is not positive.
     """
-    positive(rate=rate, remedy=_CONSTANT)
+    positive(rate=rate, remedy=_RATE)
     start, left = np.atleast_1d(divergences), np.atleast_1d(allowed)
     usable = left > 0
     if not usable.any():

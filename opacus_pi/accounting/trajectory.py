@@ -71,8 +71,9 @@ def trajectory_losses(
         ledgers: Independent runs of the same training procedure, over which the
             expectation is the mean; each may have its own steps.
         order: Rényi order, above 1.
-        kappa: κ, above 1, chosen before looking at the runs; ``inf``: the largest of
-            the runs.
+        kappa: κ, above 1, the exponent of Hölder's inequality: 2 is usual, and a larger
+            one needs more runs. Choose it before looking at the runs. ``inf`` takes,
+            instead of a mean over the runs, the largest of them.
         rule: As in ``privacy_losses``.
         mode: As in ``log_moment``.
 

@@ -66,8 +66,8 @@ _NO_UPDATE = (
     "no update was made since the audit. Call engine.audit(criterion) before training."
 )
 _NO_SAMPLES = (
-    "no update since the audit clipped two or more samples of one batch at once, as "
-    "with a RenyiFilter, which chooses the samples of each update."
+    "every update since the audit clipped fewer than two samples of a batch at once. "
+    "A RenyiFilter, which chooses the samples of each update, has this effect."
 )
 _SWEPT = "the recorded norms are measured by sweeps, and are not those of the updates."
 _SAME = (
@@ -109,10 +109,9 @@ _VARYING = (
 )
 _SCALED = (
     "All norms of an update were {ratio:.4g} times those of the audited criterion. "
-    "This is right if the loop multiplies its loss by a constant, and wrong if the "
-    "factor depends on the batch, which could not be checked: a sum of losses in place "
-    "of their mean has such a factor. Put the factor into the criterion, and audit "
-    "that."
+    "A factor that is constant is right. One that depends on the batch is wrong, such "
+    "as that of a sum of losses in place of their mean. Which of the two this one is "
+    "could not be checked. Put the factor into the criterion, and audit that."
 )
 _ASSUMED_ORDER = (
     "The norms of an update were not those of the audited criterion, but the order of "

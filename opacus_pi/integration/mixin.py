@@ -137,7 +137,8 @@ _BROKEN = (
 _NOT_POISSON = (
     "get_epsilon returns Opacus's number, which assumes Poisson sampling. This loader "
     "draws otherwise (poisson_sampling=False), so the number is no bound. For a bound, "
-    "use accounting.worst_case_loss(engine.ledger.mechanism, order)."
+    "use accounting.worst_case_loss(engine.ledger.mechanism, order): it is a Rényi "
+    "divergence, which accounting.rdp_to_epsilon converts to ε."
 )
 
 

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 _PART_SAVED = (
-    "The ledger of a part of the examples is saved. Where an example was not "
+    "You are saving the ledger of a part of the examples. Where an example was not "
     "drawn, its norms are estimated from those of all examples, which the file lacks, "
     "so the loaded ledger will give other estimates than this one. Save the whole "
     "ledger, and take the subset after loading."

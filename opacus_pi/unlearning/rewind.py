@@ -463,7 +463,8 @@ class RecordedTraining:
         """Refuse to keep a model that has not the weights of the training."""
         require(
             weights_name(self.model) == self.record.weights,
-            "The trained model can be kept as it is, but this model has other weights.",
+            "The request needs no training, only the trained model, but this model has "
+            "other weights.",
             "Pass the model as it was at the end of training.",
         )
 

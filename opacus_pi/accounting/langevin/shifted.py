@@ -133,11 +133,15 @@ def learn_unlearn_mu_squared(
 ) -> float | NDArray[np.float64]:
     """Return μ² of T equal steps with the example, then K without it, in closed form.
 
+    With and without the example, the final weights are at most as far apart as two
+    unit Gaussians whose means differ by μ.
+
     μ² = (c^K·d·(1−c^T)/(1−c))²·(1−c²)/((1−c^{2(T+K)})·s); (d·T)²/((T+K)·s) at c = 1.
 
     Args:
-        lipschitz: c ≤ 1 of every step.
-        shift: d of a learning step, a number or one for each example.
+        lipschitz: c ≤ 1, a Lipschitz constant of the map of every step.
+        shift: d, how far the example moves the weights in a learning step at most; a
+            number, or one for each example.
         num_learning_steps: T.
         num_unlearning_steps: K.
         noise_variance: s on the weights.

@@ -34,7 +34,7 @@ def register_layer_rule(
     ``rule(module, x, grad, names)`` receives the layer, its single input ``(b, ...)``,
     the gradient at its output ``(b, ...)``, and the names of those of the layer's own
     parameters whose gradients are wanted. It returns, for each name, each example's
-    gradient: a tensor ``(b, ...)`` with the parameter's entries in their order, or
+    gradient: a tensor ``(b, *parameter.shape)``, flattened after b if you like, or
     ``ExampleGradients`` that compute norms and sums without forming that tensor. It
     returns ``None`` for a case that it does not cover, such as an unusual input.
 
