@@ -8,6 +8,8 @@ import ast
 import hashlib
 import os
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,7 +34,12 @@ def executed(notebook: NotebookNode) -> NotebookNode:
     environment.pop("MPLBACKEND", None)  # figures belong into the notebook
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as settings,
+    ):
+        environment["MPLCONFIGDIR"] = settings
+        _list_fonts(environment)
         client = NotebookClient(
             notebook,
             timeout=TIMEOUT,
@@ -47,6 +54,16 @@ def executed(notebook: NotebookNode) -> NotebookNode:
         "opacus_pi": {"code_sha256": code_hash(notebook)},
     }
     return notebook
+
+
+def _list_fonts(environment: dict[str, str]) -> None:
+    """Let matplotlib look for its fonts once, before the notebook draws with them.
+
+    The list in the user's own folder may name files of an installation that was deleted
+    since: matplotlib then warns of every font that it misses.
+    """
+    command = [sys.executable, "-c", "import matplotlib.font_manager"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
