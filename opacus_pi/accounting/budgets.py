@@ -1,4 +1,4 @@
-"""Individual privacy budgets: an example is left out where a step would exceed its own.
+"""Individual privacy budgets: leave an example out before it exceeds its budget.
 
 >>> budget = RenyiFilter(budget=1.0, order=8.0)
 >>> budget.begin(num_examples=3)
@@ -130,7 +130,7 @@ class RenyiFilter:
 
     @property
     def spent(self) -> Array:
-        """Charges so far, float64 ``(n,)``; sensitive, and not a bound.
+        """Charges so far in nats, float64 ``(n,)``; sensitive, and not a bound.
 
         Raises:
             ValueError: Before ``begin``.
@@ -139,7 +139,7 @@ class RenyiFilter:
         return spent
 
     def begin(self, num_examples: int, data_set: str = "") -> None:
-        """Set the data set of the budgets; a later call must give the same.
+        """Set the data set of the budgets; later calls must name the same one.
 
         Args:
             num_examples: Number of examples, n.
@@ -214,9 +214,9 @@ class RenyiFilter:
     def epsilons(self, delta: float) -> Array:
         """Return the epsilon that each example's budget guarantees.
 
-        It is known before training and holds afterwards, in both directions, however
-        the steps were chosen: δ(ε) of a Gaussian shift of √(2·budget/order) standard
-        deviations.
+        The epsilon is known before training and holds afterwards, in both directions,
+        however the steps were chosen. It is that of a Gaussian shift of
+        √(2·budget/order) standard deviations.
 
         Args:
             delta: δ in (0, 1).
@@ -249,8 +249,8 @@ class RenyiFilter:
             state: A dict returned by ``state_dict``.
 
         Raises:
-            ValueError: If budgets, order or data set differ, or charges made since then
-                would be lost; nothing is changed in that case.
+            ValueError: If budgets, order or data set differ, or this filter has charged
+                more than was saved; nothing is changed in that case.
         """
         loaded = _checked_charges(state)
         same = np.array_equal(state["budget"], self.budget)

@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect
+from opacus_pi._validate import require
 from opacus_pi.accounting.moments import log_moments
 
 Array = NDArray[np.float64]
@@ -140,13 +140,11 @@ def interval_orders(
             top = max(math.ceil(high), math.floor(low) + 1)
             corners = np.arange(math.floor(low), top + 1, dtype=np.float64)
             return corners, linear_weights(order, hoelder_p, remaining, corners)
-        expect(
+        require(
             count <= _MAX_TERMS,
-            "num_steps",
-            f"{count} updates between two rows",
-            f"must be at most {_MAX_TERMS} between rows for several runs and 'chord'",
-            "Every update is evaluated by itself in this mode. Use mode='exact' or "
-            "'ceil'.",
+            f"With several runs and mode='chord', at most {_MAX_TERMS} updates may lie "
+            f"between two rows of the ledger, got {count}.",
+            "Use mode='exact' or 'ceil'.",
         )
         visited = corrected_order(order, hoelder_p, np.arange(*remaining))
         visited = np.append(visited, high)
@@ -240,12 +238,11 @@ def _split_interval(remaining: tuple[int, int], reach: float) -> list[tuple[int,
     """
     count = remaining[1] - remaining[0] + 1
     num_parts = math.ceil(count / (0.8 * reach + 1))
-    expect(
+    require(
         num_parts <= _MAX_TERMS,
-        "hoelder_p and num_steps",
-        f"{count} updates between two rows",
-        f"must allow a sum in at most {_MAX_TERMS} parts",
-        "Choose p of about 3·num_steps, the default.",
+        f"The loss of the {count} updates between two rows needs a sum of {num_parts} "
+        f"parts with this hoelder_p, and at most {_MAX_TERMS} are computed.",
+        "Choose hoelder_p of about 3·num_steps, the default.",
     )
     short, longer = divmod(count, num_parts)
     sizes = [short + 1] * longer + [short] * (num_parts - longer)

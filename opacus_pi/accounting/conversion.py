@@ -354,4 +354,9 @@ def log_gaussian_delta(mu: Array, epsilon: Array) -> Array:
 
 def _check_mu(mu: ArrayLike) -> None:
     """Raise ``ValueError`` for a shift of negative length."""
-    in_range(0, np.inf, mu=mu, remedy="Divide a norm by a standard deviation.")
+    in_range(
+        0,
+        np.inf,
+        mu=mu,
+        remedy="Divide the length of the shift by the noise's standard deviation.",
+    )

@@ -67,7 +67,7 @@ def epsilons(
 
     Raises:
         ValueError: As for ``privacy_losses``; or if ``delta`` is not in (0, 1), or the
-            ledger supports a ranking only because its noise was assumed.
+            ledger's noise was assumed, so that it supports nothing but a ranking.
 
     Source: Canonne, Kamath and Steinke (arXiv:2004.00010), Proposition 12; Sepahvand et
     al. (ICML 2025), Definition 4.2.

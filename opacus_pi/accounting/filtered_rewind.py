@@ -64,7 +64,7 @@ class DeletionPolicy:
     Args:
         epsilon: ε, above 0 and finite.
         delta: δ in (0, 1); far below one over the number of examples.
-        made: When it was made, as an ISO 8601 text; default: now.
+        made: Time at which the policy was made, as ISO 8601 text; default: now.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -83,7 +83,11 @@ class DeletionPolicy:
             datetime.fromisoformat(self.made)
         except (TypeError, ValueError):
             expect(
-                False, "made", repr(self.made), "must be an ISO 8601 time", "Omit it."
+                False,
+                "made",
+                repr(self.made),
+                "must be an ISO 8601 time",
+                "Omit it: the present time is then used.",
             )
 
     @property
@@ -120,12 +124,13 @@ def restart_update(
     mu: float,
     states: Sequence[int],
 ) -> int:
-    """Return after which update a set must be dropped, by the predictable rule.
+    """Return the update from which training is repeated to forget a set of examples.
 
-    At each state the charges so far are known, and the charge of the next update, which
-    follows from the weights of the state. Later updates before the next state are
-    charged at the clip norm. The first state at which the sum would exceed ``mu²`` is
-    the answer. A set is charged for the sum of its members' ratios in one batch.
+    The answer is the first saved state at which the sum of the set's charges would
+    exceed ``mu²`` before the next state. At a state, two things are known: the charges
+    so far, and the charge of the next update, which follows from the weights of the
+    state. Later updates before the next state are charged at the clip norm. The charge
+    of a set in one update is the square of the sum of its members' ratios r_t.
 
     Args:
         record: Every participation of the run.
@@ -172,8 +177,8 @@ def restart_updates(
     require(
         not record.num_unattributed.any(),
         f"{int(record.num_unattributed.sum())} samples of the record could not be "
-        "matched to examples, so the sums of all examples are not known.",
-        "Call restart_update for one set at a time.",
+        "matched to examples, so the charges of single examples are not known.",
+        "Call restart_update with each forget set instead.",
     )
     starts = _starts(states, record.num_steps)
     clip = _clip_ratios(record)
@@ -216,7 +221,8 @@ def _clip_ratios(record: ParticipationRecord) -> Array:
     """Return what a clipped example is charged in each update, C / σ, ``(T,)``."""
     positive(
         noise_std=record.noise_std,
-        remedy="An update without noise has no finite charge. Use an exact rewind.",
+        remedy="An update without noise has no finite privacy loss. Use an exact "
+        "rewind (without a deletion policy).",
     )
     expect(
         bool(np.isfinite(record.max_grad_norm).all()),
@@ -224,7 +230,7 @@ def _clip_ratios(record: ParticipationRecord) -> Array:
         math.inf,
         "must be finite",
         "Only training that clips (make_private) limits what an example adds. Use an "
-        "exact rewind.",
+        "exact rewind (without a deletion policy).",
     )
     return record.max_grad_norm / record.noise_std
 

@@ -99,7 +99,8 @@ class Assumption:
     Args:
         statement: The condition, as a sentence.
         met: Whether it is known to hold, or declared; False if it is unknown.
-        evidence: Why it is known to hold, why not, or why it can only be declared.
+        evidence: Why it is known to hold, why it does not, or why it can only be
+            declared.
 
     Attributes:
         established: Who established it: ``"observed"``, ``"derived"`` or
@@ -171,9 +172,9 @@ class Guarantee(Shown):
     The distance is a Rényi divergence between the distributions of the two models.
 
     ``divergences[i]`` bounds (or estimates) D_α(unlearned ‖ retrained) at
-    α = ``orders[i]``. It gives one direction:
-    Pr[unlearned ∈ E] ≤ e^ε Pr[retrained ∈ E] + δ for every event E. The other one,
-    with the two exchanged, follows from ``reverse_divergences``.
+    α = ``orders[i]``. These divergences give one direction:
+    Pr[unlearned ∈ E] ≤ e^ε Pr[retrained ∈ E] + δ for every event E. The other
+    direction, with the two models exchanged, follows from ``reverse_divergences``.
 
     Args:
         method: What was run, in words.
@@ -183,9 +184,9 @@ class Guarantee(Shown):
             divergence is known.
         reverse_divergences: D_α(retrained ‖ unlearned), one per order; empty if nothing
             is known about this direction.
-        estimates: Estimates of D_α(unlearned ‖ retrained) for this forget set that
-            stand beside a bound, one per order; empty if there are none. They are
-            sensitive, unlike a worst case. They decide nothing about the kind.
+        estimates: Estimates of D_α(unlearned ‖ retrained) for this forget set, reported
+            in addition to a bound, one per order; empty if there are none. They are
+            sensitive, unlike a worst case, and do not change ``kind``.
         statements: Pairs (ε, δ) that were computed directly, if there are any.
 
     Attributes:
@@ -315,7 +316,7 @@ class Guarantee(Shown):
         return self._least(self.reverse_divergences, both, delta)
 
     def estimated_epsilon(self, delta: float) -> float:
-        """Return the estimate of ε for this forget set that stands beside the bound.
+        """Return the estimate of ε for this forget set, reported beside the bound.
 
         It is sensitive: show it only to the owner of the examples.
 
@@ -323,8 +324,7 @@ class Guarantee(Shown):
             delta: δ in (0, 1).
 
         Returns:
-            ε, at least 0 and at most the bound; ``inf`` if there is no estimate beside
-            the bound.
+            ε, at least 0 and at most the bound; ``inf`` if there is no estimate.
 
         Raises:
             ValueError: If δ is outside (0, 1).
@@ -467,7 +467,7 @@ class Guarantee(Shown):
         lines += self._direction(delta, sign, write)
         if any(map(math.isfinite, self.estimates)):
             lines.append(
-                f"Beside it, an estimate for this set: ε ≈ "
+                "In addition, there is an estimate for this set: ε ≈ "
                 f"{self.estimated_epsilon(delta):.4g} at δ = {delta:g}. It is not a "
                 "bound, and it is sensitive: show it to the owner of the data only."
             )

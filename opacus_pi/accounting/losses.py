@@ -101,11 +101,11 @@ def privacy_losses(
         tolerance: 0: no rounding. From 1e-8 to 1, for one run: moments are read from
             tables. This makes the losses larger by at most this relative amount, never
             smaller, and is many times faster for tens of thousands of examples.
-        gaps: What an example of an observed ledger is charged where it was not drawn:
-            ``"smoothed"``: the mean loss over what its norm may have been, given all
-            its draws (``ledger.smoothed_ranks``); ``"rank"``: the norm of its next
-            rank; ``"next"``: its next norm, which charges up to 100,000 times too
-            little where norms shrink.
+        gaps: How an observed ledger fills updates that did not draw an example.
+            ``"smoothed"``: with the mean loss over the norms that are plausible given
+            all its draws (``ledger.smoothed_ranks``); ``"rank"``: with the norm that
+            has the rank of its next draw; ``"next"``: with the norm of its next draw,
+            which gives losses up to 100,000 times too small where norms shrink.
 
     Returns:
         float64 ``(n,)``, in nats: an estimate of a bound on the Rényi divergence of
@@ -141,9 +141,9 @@ def per_step_losses(
 ) -> Array:
     """Return the contribution of a single update at each row of the ledger.
 
-    Row i is the contribution of update ``steps[i]`` with that row's norms. For a row at
-    0 it is that of the first update (under ``"thudi2024_code"``, which counts from 0,
-    of update number 0).
+    Row i is the contribution of update ``steps[i]`` with that row's norms. A row at 0
+    gives the contribution of the first update (``"thudi2024_code"`` counts updates from
+    0, so there it gives that of update 0).
 
     Args:
         ledger: As in ``privacy_losses``.
@@ -526,7 +526,8 @@ def composition_of(
     require(
         highest <= _HIGHEST_ORDER,
         f"With {mechanism.num_steps} updates and hoelder_p={p:g}, order {order:g} "
-        f"becomes {highest:.3g}, which must be at most {_HIGHEST_ORDER:g}.",
+        f"grows to {highest:.3g} for the first update; at most {_HIGHEST_ORDER:g} is "
+        "allowed.",
         "Choose hoelder_p of about num_steps or larger.",
     )
     return Composition(float(order), convention, float(p), mode, float(tolerance))

@@ -47,7 +47,7 @@ __all__ = [
 _TARGET = "Pass a target above 0: noise never brings a divergence down to 0."
 _NOISE = "Pass the std of the noise."
 _CONVEXITY = "Pass the loss's strong convexity, such as its L2 penalty."
-_RATE = "Pass the rate at which divergences shrink in a step."
+_RATE = "Pass the contraction rate of one step, for example from chien_rate."
 
 
 def weak_triangle(
@@ -308,7 +308,7 @@ def chien_sequential(
         "log_growths",
         "[]",
         "must contain at least one request",
-        "Give the sum of rates of each request.",
+        "Pass one number for each request: the sum of the rates of its steps.",
     )
     *earlier, growth = log_growths
     if not earlier:

@@ -77,7 +77,7 @@ class UpdateInterval:
 
 
 def intervals(steps: ArrayLike, num_steps: int) -> list[UpdateInterval]:
-    """Cut all updates of a run into intervals at the rows.
+    """Divide all updates of a run into intervals at the rows.
 
     Args:
         steps: int ``(N,)``, strictly increasing, at least one row.

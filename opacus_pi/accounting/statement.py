@@ -68,8 +68,8 @@ class PrivacyStatement:
             none.
         limit: Upper limit of ε at 95 % confidence, because only the updates that drew
             the example are known (``epsilon_limits``). Never above ``worst_case``, and
-            equal to it if the draws show no more. **For its owner only.** None if no
-            estimate is given, or it comes from swept norms or from several runs.
+            equal to it if the draws give no lower limit. **For its owner only.** None
+            if no estimate is given, or it comes from swept norms or from several runs.
     """
 
     subject: str
@@ -86,9 +86,9 @@ class PrivacyStatement:
         """Kind of the worst case, computed from the numbers and assumptions.
 
         Returns:
-            ``"certified if"``: a bound, given the declarations, of which there is at
-            least one: nothing else was released. ``"estimate"``: only an estimate is
-            given. ``"empirical"``: no number is given.
+            ``"certified if"``: a bound that holds if the declarations are true; there
+            is always one: that nothing else was released. ``"estimate"``: only an
+            estimate is given. ``"empirical"``: no number is given.
         """
         if math.isfinite(self.worst_case) and all(a.met for a in self.assumptions):
             return "certified if"

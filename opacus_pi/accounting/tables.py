@@ -168,8 +168,8 @@ def check_tolerance(tolerance: float, num_runs: int) -> None:
         "tolerance",
         tolerance,
         f"must be 0 with {num_runs} runs",
-        "Pass 0: a table gives a function of one norm, and a mean over runs depends on "
-        "several.",
+        "Pass 0: a table is a function of one norm, but a mean over runs depends on "
+        "one norm in each run.",
     )
 
 

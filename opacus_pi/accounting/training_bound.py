@@ -177,7 +177,7 @@ def sampling_known(runs: Sequence[GradNormLedger]) -> Assumption:
 def declarations(
     runs: Sequence[GradNormLedger], *, is_secure: bool | None = None
 ) -> tuple[Assumption, ...]:
-    """Return what a bound on a recorded training run needs and no runner can see.
+    """Return the assumptions of a bound on a training run that must be declared.
 
     Args:
         runs: Recorded runs of one training procedure, at least one.

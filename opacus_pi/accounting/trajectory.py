@@ -156,7 +156,7 @@ def trajectory_limits(
     Raises:
         ValueError: As for ``privacy_losses``; or if gradients were not clipped,
             sampling is not Poisson, a norm is missing, the runs share their draws, or a
-            ledger supports a ranking only because its noise was assumed.
+            ledger's noise was assumed, so that it supports nothing but a ranking.
 
     Source: docs/theory.md, Section 3; Hoeffding 1963, Theorem 2.
     """

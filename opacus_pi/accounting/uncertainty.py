@@ -8,8 +8,8 @@ the estimate (``ledger.smoothed_ranks``). ``loss_limits`` and ``epsilon_limits``
 limits that the true value exceeds in at most 5 % of all draws, and need no model.
 
 **Idea of the limit.** The losses of an example's draws are a random sample of the
-losses of all updates, each between 0 and that of the clip norm, F. To the sample one
-more value, F, is added; the values get random weights that are uniform on the simplex
+losses of all updates, each between 0 and that of the clip norm, F. One more value, F,
+is added to the sample; the values get random weights that are uniform on the simplex
 (Dirichlet(1, …, 1)), and the limit is the 95 % quantile of their weighted mean (Gaffke
 2005). For a sample of 0 and F this is the exact limit of Clopper and Pearson. Instead
 of drawing weights, the quantile is that of the Beta distribution on [least value, F]
@@ -22,8 +22,8 @@ of the training has other norms. It holds for each example, not for all together
 never above the worst case.
 
 **What breaks it.** Draws that depend on the weights; an example whose own draws steer
-its norms; norms that an engine did not observe because samples were unattributed, of
-which each example is taken to have its share, at the clip norm.
+its norms; norms that an engine did not observe because samples were unattributed: each
+example is assumed to have its share of these samples, at the clip norm.
 
 Source: Gaffke, "Three test statistics for a nonparametric one-sided hypothesis on the
 mean of a nonnegative variable" (Mathematical Methods of Statistics 14, 2005); own
@@ -89,10 +89,12 @@ def standard_errors(
     hoelder_p: float | None = None,
     tolerance: float = 0.0,
 ) -> Array:
-    """Return the standard errors of ``privacy_losses``, as their model expects them.
+    """Return standard errors of ``privacy_losses`` for a run with observed norms.
 
-    An error in the slow part of an example's scores stays until its next draws correct
-    it, so neighbouring rows share it; the noise of different rows is independent.
+    The model behind the losses (``ledger.smoothed_ranks``) splits an example's rank
+    among the norms into a part that changes slowly and noise. An error in the slow part
+    stays until the next draws of the example correct it, so neighbouring rows share it.
+    The noise of different rows is independent.
 
     Args:
         ledger: One run.
@@ -101,9 +103,9 @@ def standard_errors(
         tolerance: As in ``privacy_losses``.
 
     Returns:
-        float64 ``(n,)``, in nats; 0 for a ledger without gaps. They say how large the
-        error is on average over examples that look alike; ``loss_limits`` is what
-        holds for each.
+        float64 ``(n,)``, in nats; 0 for a ledger without gaps. A standard error is an
+        average over examples with similar norms; use ``loss_limits`` for a limit that
+        holds for each example.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -160,7 +162,7 @@ def loss_limits(
         float64 ``(n,)``, in nats, never above ``worst_case_loss``, which an example
         without any draw gets. Under fixed sampling, where an example is in exactly the
         updates that drew it, participations whose norm is not in the ledger are charged
-        the clip norm. Without clipping ``inf``.
+        the clip norm. ``inf`` without clipping.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -188,7 +190,7 @@ def epsilon_limits(
     """Return upper limits of the epsilons, over the random draws of the batches.
 
     Each is the smallest over the orders of the limits of ``loss_limits``, and at least
-    the estimate of ``epsilons``. The orders use the same draws, so the coverage is
+    the estimate of ``epsilons``. All orders use the same draws, so the coverage was
     measured, not derived.
 
     Args:
@@ -232,7 +234,7 @@ def epsilon_limits_of_draws(
     """Return the limits that follow from the draws alone, maybe below the estimates.
 
     Args:
-        ledger: As in ``epsilon_limits``, and so are the others.
+        ledger: As in ``epsilon_limits``, as are the other arguments.
         delta: δ in (0, 1).
         confidence: Probability that the limit of an example is not exceeded.
         orders: Rényi orders to choose from, above 1.
@@ -437,7 +439,8 @@ def _require_one_run(ledger: GradNormLedger) -> None:
         "ledger",
         type(ledger).__name__,
         "must be one GradNormLedger",
-        "Uncertainty is that of one run's draws: call this for each run.",
+        "Standard errors and limits follow from the draws of one run: call this "
+        "function for each run.",
     )
     ledger.require_intact()
 

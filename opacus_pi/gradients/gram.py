@@ -113,11 +113,11 @@ def minibatch_gram(
     batch_size: int = 256,
     collate_fn: Collate | None = None,
 ) -> Tensor:
-    r"""Return inner products of minibatches' gradient sums, centred at another one.
+    r"""Return inner products of minibatches' gradient sums, minus a centre batch's sum.
 
     :math:`K_{ij} = \langle U_i - U', U_j - U' \rangle` with
     :math:`U_i = \sum_{x \in B_i} c_x \nabla_\theta \ell_x`. The differences are taken
-    in float64 before the products: differences of products would lose every digit.
+    in float64 before the products: subtracting the products would lose every digit.
 
     Args:
         model: As for :func:`gradient_gram`.

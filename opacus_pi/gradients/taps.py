@@ -34,8 +34,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword argument
 TapRule = Callable[[Call, Tensor], Mapping[str, ExampleGradients] | None]
 
 _SECOND_BACKWARD = (
-    "A second backward pass went through the same forward pass, whose examples would "
-    "count twice. Call the model again, or add the losses up before backward()."
+    "A second backward pass went through the same forward pass, so its examples would "
+    "count twice. Call the model again for the second loss, or add the losses and "
+    "call backward() once."
 )
 
 

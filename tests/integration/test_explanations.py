@@ -115,7 +115,7 @@ def losses(engine):
     return privacy_losses(engine.ledger, 8.0)
 
 
-@pytest.mark.filterwarnings("ignore:position.weight are used in a way")
+@pytest.mark.filterwarnings("ignore:There is no formula for .* position.weight")
 def test_each_remedy_is_one():
     wanted = losses(trained(expanded=True))
     assert losses(trained("fast")) == pytest.approx(wanted, rel=1e-5)

@@ -102,7 +102,7 @@ def test_the_estimate_of_the_example_stands_beside_the_bound(engine):
     for order in list(found)[::10]:
         assert found[order] == accounting.privacy_losses(ledger, order)[3]
     assert claim.estimated_epsilon(DELTA) <= claim.epsilon(DELTA)
-    assert "Beside it, an estimate for this set" in str(claim)
+    assert "there is an estimate for this set" in str(claim)
     assert math.isinf(of(engine).plan([3, 4]).guarantee.estimated_epsilon(DELTA))
 
 

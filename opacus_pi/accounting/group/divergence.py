@@ -95,7 +95,8 @@ def group_divergence(
         method: ``"coupled"``, ``"scalar"``, ``"operator_norm"`` or ``"theorem_b1"``,
             explained in the module. ``"coupled"`` is exact for small groups and
             otherwise a Monte Carlo **estimate** that is biased low.
-        rule: Which row is used for an interval: right, left, trapezoid or max.
+        rule: Which row is used for the updates between two rows, as in
+            ``privacy_losses``: right, left, trapezoid or max.
         hoelder_p: p > 1, fixed beforehand; default 3T.
         num_samples: Number of tuples that Monte Carlo samples at each row and order.
         generator: Source of randomness for Monte Carlo; default: seed 0.
@@ -136,9 +137,10 @@ def group_divergence(
     total = min(*totals.values(), _worst_case(runs[0], order))
     if total == totals.get("coupled") and max(shares, default=0.0) > _UNRELIABLE:
         warnings.warn(
-            f"One of {num_samples} sampled terms makes up {max(shares):.0%} of its "
-            "sum: the value is unreliable and probably too low. Use method='scalar' or "
-            "'operator_norm' for an upper bound, or more num_samples.",
+            "The group's divergence is unreliable and probably too low: one of the "
+            f"{num_samples} terms that were sampled to estimate it makes up "
+            f"{max(shares):.0%} of their sum. Use method='scalar' or 'operator_norm' "
+            "for an upper bound, or increase num_samples.",
             stacklevel=2,
         )
     return total
@@ -178,7 +180,8 @@ def theorem_b1_estimates(
         int(orders.max()) <= available,
         "gram_ledger",
         available,
-        f"must have at least {orders.max()} minibatches, the order at the last row",
+        f"must have at least {orders.max()} minibatches, because the order at the last "
+        f"row is {orders.max()}",
         "Record more minibatches of the whole data set.",
     )
     widths = np.diff(ledger.steps, prepend=0)

@@ -45,8 +45,7 @@ from opacus_pi.accounting.langevin.lsi import (
 )
 
 _REGULARISER = (
-    "Train with an L2 regulariser, divided by a positive number of examples: the "
-    "bounds need a strongly convex loss."
+    "Train with an L2 regulariser above 0: the bounds need a strongly convex loss."
 )
 _SLACK = 1e-12  # upper limit of the relative rounding error of an eigenvalue
 
@@ -141,7 +140,7 @@ def public_logistic_constants(
     """
     largest = np.finfo(float).max
     in_range(
-        1, largest, num_examples=num_examples, remedy="Pass the number of all rows."
+        1, largest, num_examples=num_examples, remedy="Pass the number of examples."
     )
     in_range(
         0, largest, max_row_norm=max_row_norm, remedy="Scale the rows, e.g. to norm 1."

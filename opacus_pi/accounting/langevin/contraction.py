@@ -52,9 +52,10 @@ def hypercontractive_bound(
 ) -> float:
     """Return a bound on the Rényi divergence after noisy steps, with a moving order.
 
-    D_α(after) ≤ α/(G + α − 1) · D_{α₀}(before), α₀ = 1 + (α − 1)/G. It is smaller than
-    ``source_bound``, and needs the divergence before at a lower order. Equality holds
-    for shifted Gaussians.
+    D_α(after) ≤ α/(G + α − 1) · D_{α₀}(before), α₀ = 1 + (α − 1)/G. G is the growth of
+    the steps (``log_growth``). The bound is smaller than ``source_bound``, and needs
+    the divergence before the steps at the lower order α₀. Equality holds for shifted
+    Gaussians.
 
     Args:
         divergence: Bound on D(first ‖ second) before the steps: at ``order`` (it then
@@ -152,9 +153,10 @@ def dobrushin_bound(
 ) -> float:
     """Return a bound on the Rényi divergence by Dobrushin's coefficient of the steps.
 
-    exp((α−1)·D_α(after)) − 1 ≤ θ·(exp((α−1)·D_α(before)) − 1). Every f-divergence
-    contracts by the Dobrushin coefficient; this is the one of f(u) = u^α − 1. It holds
-    in both directions, for random batches, and without convexity or smoothness.
+    exp((α−1)·D_α(after)) − 1 ≤ θ·(exp((α−1)·D_α(before)) − 1). θ is the Dobrushin
+    coefficient of all steps together. Every f-divergence contracts by it; this is the
+    case f(u) = u^α − 1. It holds in both directions, for random batches, and without
+    convexity or smoothness.
 
     Args:
         divergence: Bound on D_α before, or a function of the order.

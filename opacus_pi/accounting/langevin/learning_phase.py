@@ -47,7 +47,7 @@ def contractive_divergence(
     hoelder_p: float,
     noise_share: float = 0.5,
 ) -> float | NDArray[np.float64]:
-    """Return the per-instance divergence of the last iterate of a run that contracts.
+    """Return the divergence that one example causes after noisy, contracting steps.
 
     Backwards over the steps t, from a = α and weight 1, with share θ of the noise s:
 

@@ -194,7 +194,7 @@ def schedules(
     Raises:
         ValueError: If a value is negative or a schedule has another length.
     """
-    remedy = "Every step is computed by itself. Ask for fewer."
+    remedy = "Every step is computed separately: ask for fewer steps."
     in_range(0, _MAX_STEPS, num_steps=num_steps, remedy=remedy)
     named: dict[str, Any] = {"lipschitz": lipschitz, "noise_variance": noise_variance}
     in_range(0, math.inf, remedy=_AT_LEAST_0, **named)

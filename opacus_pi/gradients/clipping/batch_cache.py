@@ -50,19 +50,20 @@ _NOT_USED = (
     "in the loss, freeze it (requires_grad_(False)), or remove it from the optimizer."
 )
 _NOT_SEPARABLE = (
-    "The per-example gradients of {} cannot be computed: these parameters are used "
-    "outside of layers that have one batch as input and one as output, and the "
-    "model cannot be run for each example alone ({}). Give a position embedding a row "
-    "for each example (position_ids=torch.arange(length).expand(batch, -1)) and a "
-    "parameter outside of layers a layer of its own, or freeze these parameters "
-    "(requires_grad_(False))."
+    "The per-example gradients of {} cannot be computed. These parameters are used "
+    "outside of layers that turn one batch into another, and the model cannot be run "
+    "for each example alone ({}). For a position embedding, pass one row of positions "
+    "for each example (position_ids=torch.arange(length).expand(batch, -1)). Move a "
+    "parameter that is used outside of layers into a layer of its own. Or freeze "
+    "these parameters (requires_grad_(False))."
 )
 _NO_ROWS = (
     "the loss depends on an output of shape {}, which does not have one row for each "
-    "of the {} examples, as when the model computes the loss itself"
+    "of the {} examples; this happens, for example, if the model computes the loss "
+    "itself"
 )
 _SLOW = (
-    "{} are used in a way for which there is no formula. Their gradients are computed "
+    "There is no formula for the per-example gradients of {}. They are computed for "
     "one example after another, through the whole model, which is slow."
 )
 

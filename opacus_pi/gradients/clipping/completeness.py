@@ -21,10 +21,10 @@ from opacus_pi.models.accelerators import kinds_in_use
 
 BEYOND_THE_OUTPUTS = (
     "Running the model again for each example does not give the gradients that "
-    "autograd computed for {}: the loss depends on them in other ways than through the "
-    "model's outputs, or the model is random. Return from forward() every tensor that "
-    "the loss uses, such as one that the model only keeps as an attribute; instead of "
-    "a penalty on weights use the optimizer's weight_decay."
+    "autograd computed for {}: the loss depends on them in other ways than through "
+    "the model's outputs, or the model is random. Return from forward() every tensor "
+    "that the loss uses, also those that the model stores as attributes. Replace a "
+    "penalty on weights by the optimizer's weight_decay."
 )
 
 

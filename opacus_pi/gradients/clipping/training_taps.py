@@ -48,11 +48,9 @@ _ACCUMULATED = (
 )  # the wording of Opacus
 
 _AMBIGUOUS_BATCH = (
-    "Layers ran again in a backward pass that goes through several batches "
-    "(torch.utils.checkpoint with use_reentrant=True), and it is not known which of "
-    "the batches they ran for. "
-    "Use use_reentrant=False, or call backward() before the model is given the next "
-    "batch."
+    "A backward pass through several batches ran layers again (torch.utils.checkpoint "
+    "with use_reentrant=True), and it is not known for which of these batches. Use "
+    "use_reentrant=False, or call backward() before the model is given the next batch."
 )
 _NO_TENSOR = (
     'grad_sample_mode="fast" needs a tensor with one row for each example among the '

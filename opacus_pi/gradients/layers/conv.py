@@ -91,7 +91,8 @@ def convolution_gradients(
         names: Which of ``"weight"``, ``"bias"`` are wanted.
 
     Returns:
-        By name; ``None`` for an input without a batch dimension.
+        The gradients by parameter name; ``None`` for an input without a batch
+        dimension.
     """
     return gradients_of(
         module,
@@ -119,7 +120,8 @@ def gradients_of(
         of_weight: Returns those of the weight.
 
     Returns:
-        By name; ``None`` for an input without a batch dimension.
+        The gradients by parameter name; ``None`` for an input without a batch
+        dimension.
     """
     if x.dim() != 2 + len(module.kernel_size):
         return None
@@ -197,7 +199,7 @@ def cheapest_formula(window: Window, x: Tensor, grad: Tensor) -> SquaresOf:
     """Return the exact formula for squared norms that takes the fewest operations.
 
     Args:
-        window: What an output position sees.
+        window: The window of the convolution.
         x: The padded input, ``(b, channels, ...)``.
         grad: The gradient at the output, ``(b, channels, ...)``.
     """
@@ -369,7 +371,7 @@ def per_example_weights(window: Window, x: Tensor, grad: Tensor) -> Tensor:
     """Return each example's weight gradient, flat: ``(b, num_out * patch)``.
 
     Args:
-        window: What an output position sees.
+        window: The window of the convolution.
         x: The layer's padded input, both from :func:`window_of`.
         grad: The gradient at its output.
     """
@@ -393,7 +395,7 @@ def weight_gradient(window: Window, x: Tensor, grad: Tensor, groups: int) -> Ten
     """Return the weight gradient summed over the examples, by the library's kernel.
 
     Args:
-        window: What an output position sees.
+        window: The window of the convolution.
         x: The padded input, both from :func:`window_of`.
         grad: The gradient at the output.
         groups: Those of the window; more where examples were folded into channels.

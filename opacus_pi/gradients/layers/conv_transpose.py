@@ -32,7 +32,8 @@ def transposed_convolution_gradients(
         names: Which of ``"weight"``, ``"bias"`` are wanted.
 
     Returns:
-        By name; ``None`` for an input without a batch dimension.
+        The gradients by parameter name; ``None`` for an input without a batch
+        dimension.
     """
     return gradients_of(
         module,

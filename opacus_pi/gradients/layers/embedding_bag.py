@@ -36,8 +36,8 @@ def embedding_bag_gradients(
         names: ``["weight"]``.
 
     Returns:
-        By name; ``None`` if gradients are scaled by the tokens' frequency in the batch,
-        so that examples influence each other.
+        The gradients by parameter name; ``None`` if they are scaled by the tokens'
+        frequency in the batch, so that examples influence each other.
     """
     if module.scale_grad_by_freq:
         return None

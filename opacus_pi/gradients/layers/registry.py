@@ -29,17 +29,17 @@ def register_layer_rule(
     *module_types: type[nn.Module],
     whole_call: bool = False,
 ) -> Callable[[_Rule], _Rule]:
-    """Decorate the rule of one or more layer types.
+    """Register a function that computes per-example gradients of layer types.
 
     ``rule(module, x, grad, names)`` receives the layer, its single input ``(b, ...)``,
-    the gradient at its output ``(b, ...)``, and the names of those of the layer's own
-    parameters whose gradients are wanted. It returns, for each name, each example's
+    the gradient at its output ``(b, ...)``, and the names of the layer's own parameters
+    whose gradients are needed. It returns, for each name, each example's
     gradient: a tensor ``(b, *parameter.shape)``, flattened after b if you like, or
     ``ExampleGradients`` that compute norms and sums without forming that tensor. It
     returns ``None`` for a case that it does not cover, such as an unusual input.
 
     Norm sweeps and ``grad_sample_mode="fast"`` both use the rule. It also serves
-    subclasses that keep ``forward``. What has no rule is differentiated by
+    subclasses that keep ``forward``. A layer without a rule is differentiated by
     ``torch.func``, which is slower and takes more memory.
 
     Args:

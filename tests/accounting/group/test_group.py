@@ -259,7 +259,7 @@ def test_theorem_b1_needs_as_many_minibatches_as_the_order():
         minibatches(np.random.default_rng(0), batches=4),
         kind="minibatch",
     )
-    with pytest.raises(ValueError, match="minibatches, the order .*, got 4"):
+    with pytest.raises(ValueError, match="because the order .*, got 4"):
         theorem_b1_estimates(ledger, 4.0)
 
 

@@ -124,7 +124,7 @@ def test_parameters_without_per_example_gradients_are_named():
     ) as error:
         one.train(1)
     assert "(vmap: called random operation while in" in str(error.value)
-    assert "a parameter outside of layers a layer of its own" in str(error.value)
+    assert "used outside of layers into a layer of its own" in str(error.value)
 
 
 def _loss_within(model, ids):

@@ -6,7 +6,7 @@ from torch.utils.data import TensorDataset
 from tests.integration.fast.models import CLASSES, MODELS, MORE
 from tests.private_training import Training
 
-SLOW = "are used in a way for which there is no formula"
+SLOW = "There is no formula for the per-example gradients of"
 
 
 def training(mode, name="cnn", *, kind=torch.float32, num=24, **options):
