@@ -6,7 +6,7 @@ rely on them. The checked arrays are read-only copies: a ledger cannot change.
 >>> checked_steps([1, 3, 2], num_steps=3)
 Traceback (most recent call last):
     ...
-ValueError: steps must be strictly increasing whole numbers in [0, 3], got [1, 3, 2]. Count the updates done when each row was measured.
+ValueError: steps must be strictly increasing whole numbers in [0, 3], got [1, 3, 2]. For each row, pass the number of updates done before it was measured.
 """  # noqa: E501
 
 import re
@@ -44,7 +44,7 @@ def checked_steps(value: ArrayLike, num_steps: int) -> NDArray[np.int64]:
         "steps",
         steps.tolist(),
         f"must be strictly increasing whole numbers in [0, {num_steps}]",
-        "Count the updates done when each row was measured.",
+        "For each row, pass the number of updates done before it was measured.",
     )
     return frozen(steps.astype(np.int64))
 
@@ -153,7 +153,8 @@ def checked_participations(
         "participations",
         given,
         f"must be None for sampling={sampling!r}",
-        "Leave it out: under Poisson sampling the sample rate is charged.",
+        "Leave it out: under Poisson sampling the accounting uses the sample rate, "
+        "not a count.",
     )
     expect(
         whole and bool((counts >= 0).all()),
@@ -167,7 +168,7 @@ def checked_participations(
         "participations",
         totals.max(initial=0),
         f"must sum to at most {limit} for each example",
-        "An example is in each update at most once.",
+        "Count an example at most once in each update.",
     )
     return frozen(counts.astype(np.int32))
 

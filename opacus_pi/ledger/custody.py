@@ -144,7 +144,7 @@ class Custody:
 
     @property
     def summary(self) -> str:
-        """The names of the links that are broken, else of those left unchecked."""
+        """The names of the broken links; if none is broken, of the unchecked ones."""
         for state, links in ((BROKEN, self.broken), (UNCHECKED, self.unchecked)):
             if links:
                 return f"{state}: {', '.join(link.name for link in links)}"
@@ -164,10 +164,10 @@ class Custody:
         """Say how many samples are unattributed, why, and what can be done."""
         return (
             f"{self.num_unattributed} of {self.num_samples} samples are unattributed: "
-            "it is not known which example each of them is. At most "
-            f"{MAX_UNATTRIBUTED:.0%} are allowed. {self.cause} Alternatively, pass "
-            'Recorder(unattributed="worst_case"): it charges every example that may be '
-            "among them at the clip norm."
+            f"it is not known which examples they are. At most {MAX_UNATTRIBUTED:.0%} "
+            f"are allowed. {self.cause} Alternatively, pass "
+            'Recorder(unattributed="worst_case"): it counts every example that may be '
+            "among them with the clip norm."
         )
 
     def to_json(self) -> str:

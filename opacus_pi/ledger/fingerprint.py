@@ -61,8 +61,8 @@ def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
         "data_set",
         type(data_set).__qualname__,
         "must have a length",
-        "Pass a map-style data set: the examples of an iterable one have no positions, "
-        "which a ledger needs.",
+        "Pass a map-style data set: a ledger needs positions of examples, which an "
+        "iterable data set does not have.",
     )
     name = f"{_class_name(data_set)}:{size}"
     labels = _labels(data_set)

@@ -54,10 +54,10 @@ __all__ = [
 ]
 
 _PART_SAVED = (
-    "You are saving the ledger of a part of the examples. Where an example was not "
-    "drawn, its norms are estimated from those of all examples, which the file lacks, "
-    "so the loaded ledger will give other estimates than this one. Save the whole "
-    "ledger, and take the subset after loading."
+    "You are saving a ledger of only some of the examples. The norms of an example in "
+    "updates that did not draw it are estimated from the norms of all examples. The "
+    "file lacks these, so the loaded ledger will give other estimates than this one. "
+    "Save the whole ledger, and take the subset after loading."
 )
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 
@@ -340,7 +340,7 @@ class GradNormLedger(SavedLedger):
             "data_set",
             data_set,
             f"must be the ledger's, {self.data_set}",
-            "The ledger belongs to another data set: pass the one of this data set.",
+            "Pass the ledger that was recorded on this data set.",
         )
 
     @classmethod
@@ -420,11 +420,11 @@ def filled_by_rank(ledger: GradNormLedger) -> GradNormLedger:
 
     An example that was not drawn since the row before keeps its rank u among the drawn
     examples, and gets the u-quantile of the norms observed in the row. The default is
-    the example's own next norm. Compared with it, the worst undercharge was 16 to 5,000
-    times smaller in ``benchmarks.observed_vs_exact``, and the largest overcharge about
-    the same. This is an estimate, never a bound. Unlike with the default rule, an
-    example's loss depends on the norms of others: fill the whole ledger before you take
-    a ``subset``.
+    the example's own next norm. Compared with it, the largest underestimate of a loss
+    was 16 to 5,000 times smaller in ``benchmarks.observed_vs_exact``, and the largest
+    overestimate about the same. This is an estimate, never a bound. Unlike with the
+    default rule, an example's loss depends on the norms of others: fill the whole
+    ledger before you take a ``subset``.
 
     Args:
         ledger: A ledger of all examples of the run.

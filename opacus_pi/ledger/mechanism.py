@@ -44,10 +44,11 @@ class NoisySGD(Shown):
         sample_rate: Probability that an example is in an update, in [0, 1]
             (a shuffled loader: batch size over data set size).
         noise_std: Standard deviation of the noise on the **sum** of the per-example
-            gradients. Opacus: ``noise_multiplier * max_grad_norm``; noise on the mean:
-            times the expected batch size. 0 is plain SGD, which has no finite loss.
-        max_grad_norm: L2 clip norm C; ``inf`` without clipping; per-layer clipping:
-            the root of the sum of squares.
+            gradients. Opacus: ``noise_multiplier * max_grad_norm``; for noise on the
+            mean, multiply by the expected batch size. 0 is plain SGD, which has no
+            finite loss.
+        max_grad_norm: L2 clip norm C; ``inf`` without clipping; for per-layer clipping,
+            the root of the sum of the squared clip norms.
         sampling: ``"poisson"``, or ``"fixed"`` for shuffling and any other schedule
             that does not look at the data and draws an example at most once an epoch
             (``1 / sample_rate`` updates).
@@ -112,7 +113,8 @@ class NoisySGD(Shown):
                 "max_participations",
                 most,
                 f"must be None for sampling={self.sampling!r}",
-                "Leave it out: under Poisson sampling the sample rate is charged.",
+                "Leave it out: under Poisson sampling the accounting uses the sample "
+                "rate, not a count.",
             )
             expect(
                 most <= self.num_steps,

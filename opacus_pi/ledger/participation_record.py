@@ -40,7 +40,10 @@ from opacus_pi._validate import expect
 
 __all__ = ["ParticipationRecord"]
 
-_REMEDY = "Do not make a record by hand: the Recorder of the training does."
+_REMEDY = (
+    "Do not make this record by hand: use the one that the Recorder wrote during "
+    "training."
+)
 _SAMPLES = {"steps": np.int32, "indices": np.int32, "norms": np.float32}
 _UPDATES = {
     "noise_std": np.float64,
@@ -109,7 +112,7 @@ class ParticipationRecord:
             "the record of participations",
             f"{self.num_examples} examples, {self.sampling!r} sampling at rate "
             f"{self.sample_rate}",
-            "must name examples, and how they were sampled",
+            "must have at least one example, a sampling scheme and a sample rate",
             _REMEDY,
         )
         for name, dtype in {**_SAMPLES, **_UPDATES}.items():

@@ -5,7 +5,7 @@ arrays, and strings. ``SavedLedger`` turns them into one safetensors file and ba
 ledger class declares in a ``LedgerFile`` which of its fields are arrays, which are
 strings, and what the file calls the strings.
 
-Files that earlier releases wrote are read; ``files.kinds`` has the versions.
+Files of earlier releases can be read; ``files.kinds`` lists the versions.
 """
 
 import os

@@ -134,7 +134,7 @@ class Checkpoints:
             "checkpoints",
             f"a state of update {state.get('num_steps')} of run {state.get('run')}",
             f"must hold update {step} of run {run} in {path.name}",
-            "Use one directory for each run, and leave the names of its files.",
+            "Use one directory for each run, and do not rename its files.",
         )
         wrong = [
             name for name, kind in _PARTS.items() if type(state.get(name)) is not kind
@@ -243,8 +243,9 @@ class Checkpoints:
             old == new,
             "deletion_policy",
             new,
-            f"must be that with which the run began, {old}",
-            "A policy that is made or changed during a run certifies nothing.",
+            f"must be the policy with which the run began, {old}",
+            "Resume with that policy: one that is made or changed during a run "
+            "certifies nothing.",
         )
         log.facts |= {"run": run, "policy": before.policy, "began": before.began}
         log.resume(num_steps)
@@ -389,6 +390,7 @@ def _checked_every(every: int | Sequence[int]) -> int | tuple[int, ...]:
         "every",
         every,
         "must be a whole number of updates, or a sequence of them",
-        "Checkpoints(every=...) counts updates; Recorder(every=...) counts epochs.",
+        "Checkpoints(every=...) counts updates, unlike Recorder(every=...), which "
+        "counts epochs.",
     )
     return int(checked)

@@ -27,10 +27,11 @@ __all__ = ["DeletableLast"]
 class DeletableLast(Sampler[list[int]]):
     """A batch sampler that finishes one source of data before the next one begins.
 
-    For ``DataLoader(data_set, batch_sampler=...)`` and ``poisson_sampling=False``. Go
-    through the loader ``num_passes`` times: each pass has equally many batches, and
-    together they are ``num_passes`` shuffled passes over the first source, then as many
-    over the second one, and so on.
+    Pass it as ``DataLoader(data_set, batch_sampler=...)``, train with
+    ``poisson_sampling=False``, and iterate over the loader ``num_passes`` times.
+    Together these iterations are ``num_passes`` shuffled passes over the first source,
+    then as many over the second one, and so on; each of them yields the same number of
+    batches.
 
     Args:
         sources: Positions of the examples of each source, the ones to be kept first.
@@ -65,7 +66,7 @@ class DeletableLast(Sampler[list[int]]):
             "sources",
             "an empty one",
             "must each name an example",
-            "Leave empty sources out.",
+            "Leave out sources without examples.",
         )
         self.batch_size, self.num_passes = batch_size, num_passes
         self.generator = generator

@@ -69,15 +69,17 @@ def gram_ledger(
         ledger: The ledger of the run.
         kind: ``"forget"``: ⟨g_x, g_y⟩ of the forget examples, before clipping.
             ``"minibatch"``: for Theorem B.1, with batches drawn as in training.
-        num_minibatches: J batches of the whole data set an estimate, at least the
-            Rényi order that the composition reaches (1.4 times the one asked for).
-        num_estimates: R, each from other batches.
+        num_minibatches: J, the number of batches of the whole data set in each
+            estimate. Use at least the Rényi order that the composition reaches, about
+            1.4 times the ``order`` of ``group_divergence``.
+        num_estimates: R, the number of estimates, each from other batches.
         generator: Source of the minibatches. Default: a generator with seed 0.
         **options: ``batch_size`` and ``collate_fn`` of ``gradients.gradient_gram``.
 
     Returns:
-        The ledger for ``group_divergence``; sensitive. Clipping is by the norm of the
-        whole gradient: of a run that clipped by layer only ``method="scalar"`` holds.
+        The ledger for ``group_divergence``; sensitive. Gradients are clipped by their
+        norm over all layers, so for a run that clipped per layer only
+        ``method="scalar"`` is valid.
 
     Raises:
         ValueError: If there are no weights, or they, the data set, the model or the
@@ -276,6 +278,8 @@ def _mechanism_at(steps: list[int], ledger: GradNormLedger) -> NoisySGD:
         f"weights of {len(steps)} of {len(ledger.steps)} rows",
         "must contain the weights of all rows, because the training changed "
         f"{', '.join(scheduled)}",
-        "End the training at an update for which the recorder writes a row.",
+        "If training ended between two rows, the last row has no weights: end it at an "
+        "update for which the recorder writes a row. Otherwise restore the missing "
+        "files.",
     )
     return replace(mechanism, **scheduled)

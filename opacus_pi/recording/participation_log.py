@@ -199,16 +199,16 @@ def record_in(directory: Path) -> ParticipationRecord:
     expect(
         len(runs) == 1,
         "checkpoints",
-        f"blocks of {len(runs)} runs in {directory}",
-        "must be of one run",
+        f"participations of {len(runs)} runs in {directory}",
+        "must hold one run",
         _RESTORE,
     )
     firsts = [_whole(facts, "first", directory) for _, facts in blocks]
     expect(
         firsts == ends[:-1],
         "checkpoints",
-        f"blocks from updates {firsts} to {ends[1:]}",
-        "must cover the run without gaps",
+        f"files that begin after updates {firsts} and end with updates {ends[1:]}",
+        "must cover all updates of the run",
         f"Some participations are missing. {_RESTORE}",
     )
     arrays: dict[str, Any] = {

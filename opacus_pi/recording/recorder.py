@@ -54,14 +54,14 @@ R = TypeVar("R", bound="RecorderOptions")
 
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 _NO_MODEL = (
-    "The recorder is a copy, or its state was loaded, and it knows no model to sweep "
-    "or to save. Call make_private, make_monitored or Recorder.begin before the next "
-    "update."
+    "This recorder has no model to sweep or to save, because it is a copy or its "
+    "state was loaded from a checkpoint. Call make_private, make_monitored or "
+    "Recorder.begin before the next update."
 )
 _CHANGED = (
-    "The data set had {length} examples when the recording began, and has another "
-    "length now: the norms of new examples have no place in the ledger. Prepare a new "
-    "run after the data set has changed."
+    "The data set had {length} examples when the recording began, and now it has "
+    "another length. The ledger has no columns for the norms of new examples. Call "
+    "make_private or make_monitored again after changing the data set."
 )
 # Attributes of a recorder that belong to the model in training.
 _NOT_COPIED = (
@@ -74,8 +74,8 @@ _NOT_COPIED = (
     "checkpoints",
 )
 _ONE_PROCESS = (
-    "Recorder(checkpoints=...) saves the states of a training in one process, but this "
-    "one is distributed. Train in one process, or leave checkpoints out."
+    "Recorder(checkpoints=...) saves the states of a training in one process, but "
+    "this training is distributed. Train in one process, or leave checkpoints out."
 )
 _NOT_OURS = (
     "Recorder(checkpoints=...) needs the state of the training. Let "
@@ -111,8 +111,8 @@ class RecorderOptions:
             "unattributed",
             repr(unattributed),
             'must be "refuse" or "worst_case"',
-            '"refuse" gives no ledger if more than 1 % of the samples are '
-            'unattributed; "worst_case" charges them at the clip norm.',
+            'With "refuse" the run has no ledger if more than 1 % of the samples are '
+            'unattributed; with "worst_case" these samples count with the clip norm.',
         )
         expect(
             mode in ("observed", "swept"),
@@ -149,8 +149,8 @@ class RecorderOptions:
     ) -> R:
         """Return a recorder whose rows are evenly spaced over a run of known length.
 
-        Rows after ``round(num_steps * (i + 1) / num_checkpoints)`` updates, as in the
-        paper, section 5.1 (there 35 checkpoints).
+        Rows are written after ``round(num_steps * (i + 1) / num_checkpoints)`` updates,
+        as in section 5.1 of the paper, which uses 35 rows.
 
         Args:
             num_checkpoints: Number of rows, N.
@@ -171,11 +171,12 @@ class RecorderOptions:
         generator: torch.Generator,
         **options: Any,
     ) -> R:
-        """Return a recorder of swept rows at random, one in each equal part of a run.
+        """Return a recorder that sweeps at a random update in each part of a run.
 
-        With ``rule="stratified"`` sums over the rows are unbiased for sums over all
-        updates, which no fixed choice of rows is. Losses that average several runs
-        need their rows at the same steps: give each run a generator with the same seed.
+        With ``rule="stratified"``, sums over these rows are unbiased for sums over all
+        updates; sums over a fixed choice of rows are not. Losses that average several
+        runs need their rows at the same steps: give each run a generator with the same
+        seed.
 
         Args:
             num_checkpoints: Number of rows, N.
@@ -202,7 +203,7 @@ class Recorder(RecorderOptions):
     Args:
         mode: ``"observed"``: the norms that training computes anyway; a row holds each
             example's latest norm since the row before. ``"swept"``: at each row, the
-            norms of all examples, measured by an extra pass that does not change the
+            norms of all examples, measured by an extra pass that does not change
             training.
         every: A number: epochs (``1 / sample_rate`` updates) from row to row, may be
             fractional. A sequence: rows after exactly these updates; 0, for swept
@@ -215,8 +216,8 @@ class Recorder(RecorderOptions):
         verify: Whether samples of batches that were copied are matched to examples by
             their content.
         probe_model: Whether a model that is trained privately is run again on its first
-            batch, with other examples in it, to see that it treats examples separately.
-            False: you declare that it does.
+            batch, with other examples in it, to check that it treats examples
+            separately. False: you declare that the model does.
         weights_dir: Directory for the weights of every row, one safetensors file
             each, ``weights-00000123.safetensors`` after 123 updates; None: not kept.
         batch_size: Examples a sweep measures at once.
@@ -333,13 +334,15 @@ class Recorder(RecorderOptions):
             sampling: ``"poisson"``, or ``"fixed"`` for any other schedule that does
                 not look at the data and draws an example at most once an epoch.
             data_set: Fingerprint of the data set.
-            sweep: For mode ``"swept"``: returns an object with ``grad_norms`` and
-                possibly ``confidences``, ``errors``, ``correct``, each ``(n,)``.
-            weights: For ``weights_dir``: returns the state dict of now.
+            sweep: Function for mode ``"swept"``, which returns an object with
+                ``grad_norms`` and possibly ``confidences``, ``errors``, ``correct``,
+                each ``(n,)``.
+            weights: Function for ``weights_dir``, which returns the present state dict.
             processes: The processes of a distributed run, each of which calls this.
                 Rows hold what all of them observed, and the first one saves the
                 weights.
-            last_weights: Returns the hash of the weights after the last update.
+            last_weights: Function that returns the hash of the weights after the last
+                update.
             chain: The chain of custody: what is known about how the norms come to be.
                 None: the caller declares that every link holds.
             training: The training run, whose states ``checkpoints`` saves.

@@ -162,7 +162,7 @@ class RecordedRun:
         *,
         steps: int | NDArray[np.int64],
     ) -> None:
-        """Keep norms as the examples' latest observations.
+        """Store norms as the latest observations of their examples.
 
         Args:
             indices: int64 ``(b,)``; if an example occurs twice, the later norm stays.

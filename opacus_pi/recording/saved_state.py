@@ -110,7 +110,7 @@ def _measured_rows(state: Mapping[str, Any]) -> set[str]:
     _check(
         needed <= names <= allowed,
         f"{_ROW}grad_norms",
-        "missing, or beside unknown measurements",
+        "missing, or there are unknown measurements",
     )
     return names
 

@@ -124,7 +124,7 @@ _Marks = tuple[list[int], list[torch.dtype]]
 
 
 class LastWeights:
-    """Return whether a model still has its last update's weights, and their name.
+    """Name of the weights after the last update, if the model still has them.
 
     After each update it notes autograd's count of writes to every tensor. This needs no
     pass over the weights; they are hashed only when their name is asked for. Writes

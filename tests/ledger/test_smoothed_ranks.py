@@ -153,6 +153,6 @@ def test_a_saved_part_says_what_its_file_lacks(tmp_path, recwarn):
     run = ledger()
     run.smoothed_ranks.predict(run.grad_norms)
     run.save(tmp_path / "whole")
-    assert not [w for w in recwarn if "ledger of a part" in str(w.message)]
-    with pytest.warns(UserWarning, match="ledger of a part"):
+    assert not [w for w in recwarn if "ledger of only some" in str(w.message)]
+    with pytest.warns(UserWarning, match="ledger of only some"):
         run.subset([1, 2]).save(tmp_path / "part")

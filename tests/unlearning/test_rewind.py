@@ -317,7 +317,7 @@ def test_a_block_of_participations_that_is_missing_is_refused(tmp_path, private)
     folder = tmp_path / "copy"
     shutil.copytree(private.states.directory, folder)
     sorted(folder.glob("participations-*"))[3].unlink()
-    refused(private, "without gaps", checkpoints=folder)
+    refused(private, "must cover all updates", checkpoints=folder)
 
 
 def test_a_filtered_rewind_of_training_without_clipping_is_refused(tmp_path):
