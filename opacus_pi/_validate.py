@@ -118,7 +118,7 @@ def real_array(name: str, value: ArrayLike) -> NDArray[Any]:
     except OverflowError as error:
         raise ValueError(
             f"{name} must hold numbers that fit into a float64 ({error}). Pass smaller "
-            "ones."
+            "numbers."
         ) from error
 
 

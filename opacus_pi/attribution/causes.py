@@ -113,8 +113,8 @@ SEVERAL_BATCHES = Cause(
 ALIKE = Cause(
     "examples look alike",
     "unattributed",
-    "Some examples look alike, so copies of them cannot be distinguished. Give the "
-    "model the tensors that the data loader delivered.",
+    "Some examples of a batch have equal content, so copies of them cannot be "
+    "distinguished. Give the model the tensors that the data loader delivered.",
 )
 # ------------------------------------------------------------- between model and update
 UNSEEN = Cause(
@@ -126,7 +126,7 @@ UNSEEN = Cause(
 MISMATCH = Cause(
     "gradients and forward passes have different numbers of samples",
     "unattributed",
-    "The gradients belong to another number of samples than the forward passes had. "
+    "The number of samples of the gradients differs from that of the forward passes. "
     "This happens, for example, if several batches enter one loss. Use one batch per "
     "loss.",
 )
@@ -157,17 +157,18 @@ NO_INDICES = Cause(
 INPUTS_DISAGREE = Cause(
     "the model's inputs have different examples in the same position",
     "unattributed",
-    "Two inputs of one forward pass carry different examples in the same position, so "
-    "one gradient depends on two examples and max_grad_norm bounds neither. Give every "
-    "input the same examples in the same order, or build such pairs in the data set.",
+    "Two inputs of one forward pass have different examples in the same position, so "
+    "one gradient depends on two examples and max_grad_norm bounds neither. Give "
+    "every input the same examples in the same order, or form pairs of examples in "
+    "the data set.",
     link="rows",
 )
 ANOTHER_INPUT = Cause(
     "another input of the model could not be checked",
     "unchecked",
-    "The loop computed one of the model's inputs, so it is assumed to carry the same "
-    "examples in the same order as the others. Compute it in the data set, or within "
-    "the model.",
+    "The loop computed one of the model's inputs, so it is assumed to have the same "
+    "examples in the same order as the other inputs. Compute this input in the data "
+    "set, or within the model.",
     link="rows",
 )
 REPEATED = Cause(

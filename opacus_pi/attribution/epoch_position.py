@@ -191,7 +191,8 @@ class EpochPosition:
             skip is not None,
             "the loader's iterator",
             type(iterator).__name__,
-            "must be an iterator of torch's DataLoader, to skip batches used before",
+            "must be an iterator of torch's DataLoader, because batches used before "
+            "must be skipped",
             "Resume from a checkpoint that was saved between epochs.",
         )
         skip(num_delivered)

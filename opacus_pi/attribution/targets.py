@@ -44,10 +44,10 @@ _OTHER_ORDER = (
     "neither. Give the criterion the targets of the same samples, in the same order."
 )
 _UNCLEAR = (
-    "The criterion was given targets that have the values of the delivered batch in "
-    "other positions. They are assumed to be relabelled targets of the same samples "
-    "(such as two classes exchanged), and not those of other samples. Compute targets "
-    "in the data set instead; their order can then be compared."
+    "The criterion was given the delivered batch's targets in other positions. Either "
+    "the training loop relabelled the samples (for example exchanged two classes), or "
+    "it moved targets to other samples. The first is assumed. Compute targets in the "
+    "data set instead; their order can then be compared."
 )
 _COMPUTED = (
     "The training loop computed the targets that the criterion was given, so they are "

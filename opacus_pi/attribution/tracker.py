@@ -82,14 +82,14 @@ _MAX_RECENT = 16
 _FEW = 4  # forward passes that are remembered although they may exist no longer
 _NO_INDICES = np.empty(0, np.int64)
 _LEFT_OUT = (
-    "The training loop used only a part of some delivered batches. If it chose that "
-    "part by looking at the examples, for example at their losses, one example decides "
-    "whether others are used, and no accounting covers that. Choose examples in the "
-    "sampler, independently of the data."
+    "The training loop used only a part of some delivered batches. If the loop chose "
+    "that part by looking at the examples, for example at their losses, one example "
+    "decides whether others are used. No accounting covers that. Choose examples in "
+    "the sampler, independently of the data."
 )
 _EVIDENCE = {
     "identity": "Samples were recognised by their memory or their content.",
-    "rows": "The inputs of each forward pass carried the same examples in one order.",
+    "rows": "All inputs of each forward pass had the same examples in the same order.",
 }
 # Attributes of a tracker that its copies and pickles have.
 _COPIED = ("verify", "strict", "batch_dim", "counts", "causes")
@@ -430,9 +430,9 @@ class Tracker:
     def report_to(self, chain: Chain) -> None:
         """Report to the links "identity" and "rows" what was found up to now.
 
-        Inputs that carry different examples in one position, or mixtures of several,
-        break the link, however few they are: clipping then does not bound what one
-        example contributes.
+        Inputs with different examples in one position, or mixtures of several, break
+        the link, however few they are: clipping then does not bound what one example
+        contributes.
 
         Args:
             chain: The chain of custody of the run.

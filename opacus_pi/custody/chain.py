@@ -93,10 +93,11 @@ class _Observer:
 
 
 class Chain:
-    """The links of one run, with the state and the reason of each.
+    """Chain of custody of one run: the state of each link, and the reason for it.
 
     Args:
-        count_samples: Returns the counts of the run so far. Default: none are counted.
+        count_samples: Function that returns the counts of the run so far. Default: all
+            counts are 0.
 
     Attributes:
         allows_unattributed: Whether any share of unattributed samples is allowed,
@@ -134,7 +135,7 @@ class Chain:
     def on_read(self, observe: Callable[[], None], *, can_break: bool = True) -> None:
         """Call a function whenever the chain is about to be read.
 
-        For checks that are not made all the time, such as reading results from an
+        For checks that are made only when needed, such as reading results from an
         accelerator.
 
         Args:

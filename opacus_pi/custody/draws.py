@@ -24,8 +24,8 @@ _USED_TWICE = (
     "accounting assumes that every update draws a fresh batch; several updates on one "
     "batch have a much larger privacy loss. Make one optimizer.step() for each batch "
     "that the loader yields, and iterate over the loader again instead of keeping its "
-    "batches. Alternatively, pass poisson_sampling=False: every participation is then "
-    "counted."
+    "batches. Alternatively, pass poisson_sampling=False: the accounting then counts "
+    "every participation."
 )
 
 _ONCE = "No delivered batch was used for more than one update."
@@ -39,7 +39,7 @@ class Delivered(Protocol):
 
 
 class DrawLink:
-    """A watch that no delivered batch is used in a second update.
+    """Check that no delivered batch is used in a second update.
 
     Args:
         chain: The chain of custody of the run.

@@ -38,13 +38,13 @@ __all__ = ["LossProbe"]
 _NUM_BATCHES = 3
 
 _CHECKED = (
-    "The criterion was evaluated with other examples in the batch: each example has a "
-    "loss of its own."
+    "The criterion was evaluated with other examples in the batch, and each loss "
+    "depended on its own example only."
 )
 _COMPUTED = (
-    "The criterion was given a tensor that the training loop computed from the model's "
-    "outputs. Whether that mixes the examples of the batch could not be checked. "
-    "Move the computation into the model or the criterion."
+    "The criterion was given a tensor that the training loop computed from the "
+    "model's outputs. It could not be checked whether this computation mixes the "
+    "examples of the batch. Move the computation into the model or the criterion."
 )
 _NOT_EVALUATED = (
     "The criterion could not be evaluated a second time to check whether each example "

@@ -84,9 +84,10 @@ _SEPARABLE = (
 )
 _MIXED = (
     "The model mixes the examples of a batch: replacing some of {size} examples of "
-    "shape {shape} changed the outputs of the others, by {share:.1g} of the largest "
-    "output. So no gradient belongs to one example, and max_grad_norm does not bound "
-    "what an example contributes. {cause}Use layers that treat each example alone."
+    "shape {shape} changed the outputs of the others, by {share:.1g} times the "
+    "largest output. So no gradient belongs to one example, and max_grad_norm does "
+    "not bound what an example contributes. {cause}Use layers that treat each example "
+    "alone."
 )
 _TIME_FIRST = (
     "The batch had as many examples as dimension {dim} has entries; a layer that "
@@ -137,8 +138,8 @@ _PACKED = (
     "it could not be checked whether the model treats examples separately."
 )
 _DECLARE = (
-    " If it does, declare so: Recorder(probe_model=False). engine.audit(criterion) "
-    "compares gradients instead."
+    " If you know that it does, pass Recorder(probe_model=False) to declare it. "
+    "engine.audit(criterion) compares gradients instead."
 )
 
 

@@ -131,7 +131,7 @@ class WeightSnapshot:
 
 
 class WeightsLink:
-    """A watch that only the updates of a run write to its weights.
+    """Check that only the updates of a run write to its weights.
 
     Such a write may be harmless (an average, a projection, public data) or not
     (training data). Which of them it is cannot be known, so the link is left unchecked.

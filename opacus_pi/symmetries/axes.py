@@ -187,7 +187,7 @@ def regroup(atoms: Sequence[Atom], shape: Sequence[int]) -> Dims:
 
 
 class Symbol(NamedTuple):
-    """An independent permutation.
+    """An independent permutation of hidden units.
 
     Attributes:
         size: Number of indices.

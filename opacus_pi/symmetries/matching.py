@@ -62,12 +62,13 @@ def weight_matching(
 ) -> Permutation:
     r"""Find the permutation of ``params_b`` that is closest to ``params_a``.
 
-    The closest has the largest inner product. Coordinate ascent: each symbol in turn is
-    set to the optimum of a linear assignment problem while the other symbols are held
-    fixed, until no symbol improves. It starts
-    from the identity, or from a first matching if that has the larger inner product.
-    The first matching decides the symbols one after the other. It sorts the entries
-    along the symbols that are not decided yet, so their order does not matter.
+    Closest means the largest inner product of the parameters. Each symbol of ``spec``
+    (an independent permutation of hidden units) in turn is set to the optimum of a
+    linear assignment problem while the others are held fixed, until none improves. The
+    search starts from the identity, or from a first matching if that has the larger
+    inner product. The first matching decides the symbols one after the other. It sorts
+    the entries along the symbols that are not decided yet, so that their order does not
+    matter.
 
     Args:
         spec: The networks' symmetries.
@@ -95,10 +96,11 @@ def activation_matching(
 ) -> Permutation:
     """Find the permutation of ``model_b`` that correlates most with ``model_a``.
 
-    For each symbol, correlations over examples and positions are summed over all
-    activations in which the symbol appears (outputs of linear layers, convolutions and
-    pointwise operations), and one linear assignment problem is solved. A symbol that
-    appears in no activation is not permuted.
+    For each symbol of ``spec`` (an independent permutation of hidden units),
+    correlations over examples and positions are summed over all activations in which
+    the symbol appears (outputs of linear layers, convolutions and pointwise
+    operations), and one linear assignment problem is solved. A symbol that appears in
+    no activation is not permuted.
 
     Args:
         spec: The networks' symmetries.

@@ -275,8 +275,8 @@ def _check(spec: PermutationSpec, twin: nn.Module, inputs: Any, outputs: Any) ->
         "model",
         type(twin).__name__,
         "must compute the same function after its hidden units are permuted",
-        "Some of its operations depend on the example's values, or are random. Match "
-        "only the parts without such operations.",
+        "Some operations of the model are random, or depend on the values of the "
+        "example. Match only the parts without such operations.",
     )
 
 

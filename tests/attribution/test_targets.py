@@ -101,7 +101,7 @@ def test_inputs_and_targets_in_the_same_other_order_are_checked():
 @pytest.mark.parametrize(
     ("targets", "change", "words"),
     [
-        (BINARY, lambda y: 1 - y, "relabelled targets of the same"),
+        (BINARY, lambda y: 1 - y, "relabelled the samples"),
         (NUMBERS, lambda y: 2 * y + 1, "computed the targets"),
     ],
 )
