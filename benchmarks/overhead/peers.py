@@ -20,12 +20,14 @@ from opacus.grad_sample import (
 )
 from torch import Tensor, nn
 
+from opacus_pi.gradients import per_example_grad_norms
 from opacus_pi.gradients.fallback import raise_if_out_of_memory
 from opacus_pi.gradients.norm_engine import NormEngine
 from opacus_pi.models.batches import map_tensors
 
 CRITERION = nn.CrossEntropyLoss()
-OWN = ("plain", "limit", "ours")  # contenders that must be able to measure every model
+# Contenders that must be able to measure every model
+OWN = ("plain", "limit", "ours", "ours in a loop")
 Measure = Callable[[], Tensor | None]
 # Errors with which libraries reject a model or its layers
 _REJECTIONS = (
@@ -96,6 +98,11 @@ def ours(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
     """Measure as ``opacus_pi.gradients.norm_sweep`` does after its first batch."""
     engine = NormEngine(model, CRITERION)
     return lambda: engine.squares(x, y)[0].sqrt()
+
+
+def in_a_loop(model: nn.Module, x: Tensor, y: Tensor) -> Measure:
+    """Measure as ``per_example_grad_norms`` does when it is called in a loop."""
+    return lambda: per_example_grad_norms(model, CRITERION, x, y)
 
 
 def _grad_samples(wrapped: nn.Module, x: Tensor, y: Tensor) -> Measure:
@@ -226,6 +233,7 @@ CONTENDERS = {
     "plain": plain,
     "limit": limit,
     "ours": ours,
+    "ours in a loop": in_a_loop,
     "Opacus hooks": opacus_hooks,
     "Opacus ghost": opacus_ghost,
     "Opacus functorch": opacus_functorch,

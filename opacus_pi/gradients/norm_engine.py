@@ -14,7 +14,8 @@ What breaks it: a model that behaves otherwise on a later batch than on the firs
 """
 
 import warnings
-from collections.abc import Mapping
+import weakref
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -46,6 +47,7 @@ from opacus_pi.models.batches import (
 from opacus_pi.models.copies import evaluation_copy, require_own_parameters
 from opacus_pi.models.losses import float64_losses, unit_cotangents
 from opacus_pi.models.own_losses import Criterion
+from opacus_pi.models.structure import structure_of, take_buffers
 
 _SLOW = (
     "The gradient norms of a batch do not agree with those of its examples alone: the "
@@ -73,14 +75,15 @@ class NormEngine:
     """
 
     def __init__(self, model: nn.Module, criterion: Criterion) -> None:
-        self._live = list(model.parameters())
         expect(
-            any(p.requires_grad for p in self._live),
+            any(p.requires_grad for p in model.parameters()),
             "model",
             f"a {type(model).__name__} without one",
             "must have a trainable parameter",
             "Set requires_grad on the parameters to measure.",
         )
+        # Weak, because hooks on a parameter may hold the model: a kept engine would.
+        self._live = [weakref.ref(parameter) for parameter in model.parameters()]
         self._model = evaluation_copy(model)
         self._model.register_forward_hook(give_only_logits)
         self._losses = float64_losses(criterion)
@@ -108,6 +111,34 @@ class NormEngine:
     def device(self) -> torch.device:
         """The device of the model."""
         return next(iter(self._trainable.values())).device
+
+    @property
+    def structure(self) -> Hashable | None:
+        """A description of the copy, without its parameters' ``requires_grad``.
+
+        ``None`` if there is none (:func:`~opacus_pi.models.structure.structure_of`).
+        """
+        flags = [(p, p.requires_grad) for p in self._model.parameters()]
+        self._model.requires_grad_(False)
+        try:
+            return structure_of(self._model)
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def take_buffers(self, model: nn.Module) -> None:
+        """Take the present values of the model's buffers.
+
+        Args:
+            model: The unwrapped model, of unchanged structure.
+        """
+        take_buffers(self._model, model)
+
+    def _live_parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of the live model."""
+        for reference in self._live:
+            if (parameter := reference()) is not None:
+                yield parameter
 
     def squares(self, x: Any, y: Any) -> tuple[Tensor, Any]:
         """Return the squared norms, float64 ``(b,)``, and the detached outputs.
@@ -166,7 +197,7 @@ class NormEngine:
             with self._taps.intercepting(len(y)):
                 outputs = self._forward(x)
                 if not self._checked:
-                    require_own_parameters(outputs, self._live)
+                    require_own_parameters(outputs, self._live_parameters())
                 cotangents, scales = unit_cotangents(self._losses, outputs, y)
                 ends, units = reached(outputs, cotangents)
                 if ends:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from opacus_pi._validate import expect, positive
+from opacus_pi.gradients.kept_engine import kept_engine
 from opacus_pi.gradients.norm_engine import NormEngine
 from opacus_pi.models.batches import inputs_and_targets, to_device
 from opacus_pi.models.no_trace import isolated
@@ -44,6 +45,11 @@ def per_example_grad_norms(
     statistics). Norms are neither divided by the batch size nor clipped. The model
     stays as it is.
 
+    In a loop over batches, or over the steps of a training, the first call takes
+    longest: it copies the model and checks its norms by plain autograd. The calls that
+    follow with the same model and criterion use what it has prepared, unless layers,
+    attributes, hooks or ``requires_grad`` have changed since.
+
     Args:
         model: A plain module, or one wrapped by Opacus or for distributed training.
         criterion: ``criterion(outputs, targets)`` with one loss per example; a torch
@@ -64,8 +70,8 @@ def per_example_grad_norms(
         >>> per_example_grad_norms(model, lambda outputs, y: outputs[:, 0], x, [0])
         tensor([5.], dtype=torch.float64)
     """
-    with isolated():
-        squares, _ = NormEngine(model, criterion).squares(x, y)
+    with isolated(), kept_engine(model, criterion, x, y) as engine:
+        squares, _ = engine.squares(x, y)
     return squares.sqrt()
 
 

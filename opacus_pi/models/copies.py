@@ -55,8 +55,8 @@ _PACKAGES = ("opacus", "opacus_pi")
 _ALL_HOOK_TABLES = (*FORWARD_HOOK_TABLES, *BACKWARD_HOOK_TABLES)
 # The attribute in which Opacus keeps the handles of its hooks: it marks a hooked model.
 _HANDLES_OF_OPACUS = "autograd_grad_sample_hooks"
-# The attributes that Opacus adds to the modules of a hooked model.
-_ADDED_BY_OPACUS = (
+# The attributes that Opacus adds to the modules of a hooked model
+ADDED_BY_OPACUS = (
     _HANDLES_OF_OPACUS,
     "activations",
     "max_batch_len",
@@ -207,7 +207,7 @@ def _deep_copy(
         kept_tables: The hook tables whose entries, if the user's, are copied.
     """
     is_hooked = any(_HANDLES_OF_OPACUS in vars(module) for module in model.modules())
-    added = _ADDED_BY_OPACUS if is_hooked else ()
+    added = ADDED_BY_OPACUS if is_hooked else ()
     for module in model.modules():
         memo |= _replacements(module, kept_tables, added)
     for module in model.modules():
