@@ -16,14 +16,14 @@ the model forget it.
 
 train      PrivacyEngine, Recorder, audit; by hand: GradSampleModule,
            PerInstanceAccountant, GroupAccountant
-read       GradNormLedger, GramLedger, NoisySGD; AccountingError if no number holds
+read       GradNormLedger, GramLedger, NoisySGD; AccountingError if a run has no number
 forget     Unlearner with FineTune, Langevin or L1Sparse; Guarantee
 
 accounting  losses, ε, groups, budgets      unlearning   methods, requests, log, heads
 difficulty  forget sets, proxies            evaluation   metrics, retrained models
 plotting    figures                         symmetries   loss barriers, permutations
 report      one HTML page about a run       compatible   models that Opacus can train
-gradients   norms of single examples        integration  all that knows Opacus
+gradients   norms of single examples        integration  code that needs Opacus
 
 help(opacus_pi.Unlearner) explains one name, help(opacus_pi.accounting) one part;
 "opacus-pi --help" in a shell lists the commands.

@@ -214,7 +214,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
     expect(
         whole,
         name,
-        f"{array.dtype}{list(array.shape)}",
+        f"{array.dtype} of shape {array.shape}",
         "must be a flat list of whole numbers",
         "Convert a mask with numpy.flatnonzero.",
     )

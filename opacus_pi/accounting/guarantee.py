@@ -400,7 +400,7 @@ class Guarantee(Shown):
             facts["kind"] == kind,
             "kind",
             facts["kind"],
-            f"must be {kind!r}, which the assumptions in the text support",
+            f"must be {kind!r}, the kind that follows from the assumptions in the text",
             "The text was edited: use the original.",
         )
         expect(
@@ -408,7 +408,7 @@ class Guarantee(Shown):
             or facts["checksum"] == _checksum(found._facts()),
             "checksum",
             facts.get("checksum"),
-            "must be that of the text",
+            "must match the text",
             "The text was edited: use the original.",
         )
         return found

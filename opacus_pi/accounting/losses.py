@@ -509,8 +509,9 @@ def composition_of(
         'Try "exact", the default.',
     )
     remedy = (
-        "Fix it beforehand (default: 3·num_steps): choosing p on the runs that are "
-        "averaged would give the plain sum of their losses."
+        "Leave it out (default: 3·num_steps), or choose it before looking at the "
+        "runs. The best p for the runs that are averaged would give the plain sum of "
+        "their losses, which is not a bound."
     )
     p = default_hoelder_p(mechanism.num_steps) if hoelder_p is None else hoelder_p
     numeric = isinstance(p, (int, float, np.number))

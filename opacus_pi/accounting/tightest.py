@@ -160,8 +160,9 @@ def _check_finite_parameter(name: str, value: float) -> None:
         name,
         value,
         "must be in (1, inf)",
-        "Pass a finite number. At infinity the form is the largest loss, and the "
-        "largest of a few runs may be below that of all possible runs.",
+        "Pass finite numbers above 1. At infinity the result would be the largest "
+        "loss of these runs, and the largest of a few runs may be below that of all "
+        "possible runs.",
     )
 
 

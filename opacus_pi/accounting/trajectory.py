@@ -160,9 +160,9 @@ def trajectory_limits(
 
     Source: docs/theory.md, Section 3; Hoeffding 1963, Theorem 2.
     """
-    remedy = "Fix it beforehand; 2 is a good first choice."
+    remedy = "Choose it before looking at the runs, for example 2."
     in_range(1, math.inf, closed=False, kappa=kappa, remedy=remedy)
-    remedy = "0.95 is usual."
+    remedy = "Pass 0.95, for example."
     in_range(0, 1, closed=False, confidence=confidence, remedy=remedy)
     runs = runs_of(ledgers, same_steps=False)
     mechanism = runs[0].mechanism
@@ -212,7 +212,7 @@ def exceedance_limit(
     Source: Clopper and Pearson 1934; Feldman and Zrnic (arXiv:2008.11193) for the run
     that leaves the example out.
     """
-    remedy = "0.95 is usual."
+    remedy = "Pass 0.95, for example."
     in_range(0, 1, closed=False, confidence=confidence, remedy=remedy)
     in_range(1, math.inf, num_runs=num_runs, remedy="Pass the number of runs.")
     in_range(

@@ -53,6 +53,10 @@ __all__ = [
     "runs_of",
 ]
 
+_SHAPE_REMEDIES = {
+    "example_ids": "Pass one id for each column of grad_norms.",
+    **dict.fromkeys(SCHEDULED, "Pass one number, or one for each row of grad_norms."),
+}
 _PART_SAVED = (
     "You are saving a ledger of only some of the examples. The norms of an example in "
     "updates that did not draw it are estimated from the norms of all examples. The "
@@ -176,7 +180,9 @@ class GradNormLedger(SavedLedger):
                 name,
                 f"an array of shape {getattr(value, 'shape', None)}",
                 f"must have shape {shape}",
-                "Pass one row for each step and one column for each example.",
+                _SHAPE_REMEDIES.get(
+                    name, "Pass one row for each step and one column for each example."
+                ),
             )
 
     def _shown(self) -> dict[str, Any]:

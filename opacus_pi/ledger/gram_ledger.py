@@ -175,8 +175,8 @@ def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
         "grams",
         f"an array of shape {grams.shape}",
         f"must have shape {_SHAPES[kind]} with N = {num_rows}",
-        f'kind="{kind}" holds one matrix per row'
-        + (" and retain minibatch." if kind == "minibatch" else "."),
+        f'A ledger of kind "{kind}" holds one matrix for each row'
+        + (" and each minibatch of the retain set." if kind == "minibatch" else "."),
     )
     flipped = np.swapaxes(grams, -1, -2)
     diagonal = np.diagonal(grams, axis1=-2, axis2=-1)
@@ -190,7 +190,7 @@ def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
     expect(
         bool(sound.all() and (diagonal >= 0).all()),
         "grams",
-        "others",
+        "a matrix that is not one",
         "must contain symmetric matrices of inner products (|K_xy| ≤ √(K_xx·K_yy))",
         "Compute them in float64 as G·Gᵀ.",
     )

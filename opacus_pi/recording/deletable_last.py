@@ -64,8 +64,8 @@ class DeletableLast(Sampler[list[int]]):
         expect(
             all(self.sources),
             "sources",
-            "an empty one",
-            "must each name an example",
+            "an empty source",
+            "must each contain an example",
             "Leave out sources without examples.",
         )
         self.batch_size, self.num_passes = batch_size, num_passes

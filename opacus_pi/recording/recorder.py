@@ -361,7 +361,10 @@ class Recorder(RecorderOptions):
             "sweep", sweep, self.mode == "swept", "Recorder(criterion=...)"
         )
         _require_callable(
-            "weights", weights, self.weights_dir is not None, "a state dict"
+            "weights",
+            weights,
+            self.weights_dir is not None,
+            "a function that returns the state dict",
         )
         run = RecordedRun(self.mode, num_examples, sample_rate, sampling, data_set)
         if self._resumed:

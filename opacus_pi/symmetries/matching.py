@@ -154,7 +154,7 @@ class _InnerProduct:
             expect(
                 not missing,
                 label,
-                f"{len(params)} tensors without them",
+                f"{len(params)} tensors without these names",
                 f"must contain {missing[:3]}",
                 "Pass the state dict of a model of the traced architecture.",
             )

@@ -43,7 +43,7 @@ def test_the_generator_decides_the_order():
     [
         ([[0, 1], [1, 2]], 2, "duplicates"),
         ([[0, 1], [3]], 2, "must be in"),
-        ([[0, 1], []], 2, "name an example"),
+        ([[0, 1], []], 2, "contain an example"),
         ([[0, 1]], 0, "batch_size"),
     ],
 )

@@ -173,7 +173,7 @@ def test_a_random_network_is_refused():
         def forward(self, x):
             return super().forward(x) + torch.rand(2)
 
-    with pytest.raises(ValueError, match="or are random"):
+    with pytest.raises(ValueError, match="are random, or depend"):
         permutation_spec(Noisy(4, 2), torch.randn(3, 4))
 
 

@@ -229,10 +229,9 @@ def _data(
         "Give one row per example.",
     )
     N = float(len(X) if denominator is None else denominator)
+    positive(regularisation=regularisation, remedy=_REGULARISER)
     positive(
-        regularisation=regularisation,
-        denominator=N,
-        remedy=_REGULARISER,
+        denominator=N, remedy="Pass the number of examples before any was removed."
     )
     return X, N
 

@@ -197,7 +197,12 @@ def _check_equal_steps(
     lipschitz: float, shift: ArrayLike, noise_variance: float, num_steps: int
 ) -> None:
     """Check the domain of the closed forms."""
-    in_range(0, 1, lipschitz=lipschitz, remedy="Use shifted_mu_squared for c > 1.")
+    in_range(
+        0,
+        1,
+        lipschitz=lipschitz,
+        remedy="Use shifted_mu_squared for Lipschitz constants above 1.",
+    )
     in_range(
         0,
         math.inf,
