@@ -18,7 +18,7 @@ iterator of a            ``_reset``, ``_get_data``          ``attribution.observ
 =======================  =================================  ==========================
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, cast
 
@@ -47,6 +47,8 @@ __all__ = [
     "LoaderIterator",
     "StorageWeakRef",
     "TorchDispatchMode",
+    "at_end_of_backward",
+    "backward_hooks",
     "both_sides_padding",
     "compiled_module",
     "counts_of_writes",
@@ -93,6 +95,11 @@ def forward_hooks(module: nn.Module) -> dict[int, Any]:
 def forward_pre_hooks(module: nn.Module) -> dict[int, Any]:
     """Return the live table of forward pre-hooks (``_forward_pre_hooks``)."""
     return module._forward_pre_hooks
+
+
+def backward_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return a module's backward hooks: the dict itself, from a number to the hook."""
+    return module._backward_hooks
 
 
 def load_hooks(module: nn.Module) -> dict[int, Any]:
@@ -167,6 +174,15 @@ def current_backward_pass() -> int:
     Source: ``torch._C._current_graph_task_id``.
     """
     return torch._C._current_graph_task_id()
+
+
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call a function when the backward pass that runs in this thread has ended.
+
+    Source: ``torch.autograd.Variable._execution_engine.queue_callback``, which torch's
+    distributed wrappers use.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def has_backward_hooks(tensor: Tensor) -> bool:

@@ -115,6 +115,8 @@ class Tracker:
             did not use.
         keeps_batches: Whether copies of the recent batches are kept in memory.
         saw_pass: Called with each forward pass and its outputs; None: not called.
+        saw_backward: Called during each backward pass, with whether it is the second
+            one of ghost clipping (``is_second``); None: not called.
         keeps_outputs: Whether the addresses of outputs are noted, for ``is_output``.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
@@ -128,6 +130,7 @@ class Tracker:
         self.counts = dict.fromkeys(EVIDENCE, 0)
         self.keeps_batches = self.keeps_outputs = False
         self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
+        self.saw_backward: Callable[..., None] | None = None
         self.num_left_out = 0
         self.causes: dict[str, int] = {}
         self._recent: deque[Delivery] = deque()
@@ -253,6 +256,8 @@ class Tracker:
             self._pending.append(forward)
         forward.backward = self._num_backward
         forward.clipped |= clipping
+        if self.saw_backward is not None:
+            self.saw_backward(is_second=clipping)
 
     # --------------------------------------------------- what the optimizer reports
     def discard(self, *, clipped_only: bool = False) -> int:

@@ -8,7 +8,9 @@ sequence has steps.
 The probe runs a batch again on a copy of the model, with half of its examples, chosen
 at random, replaced by others, once for either half. Shapes and random draws stay the
 same. The outputs of the examples that stay must not change. The model's buffers must
-not change either: otherwise later outputs would depend on earlier examples.
+not change either: otherwise later outputs would depend on earlier examples. Then one
+example is left out, which may not change the outputs of the others either
+(:mod:`~opacus_pi.custody.batch_size_probe`).
 
 * If they are equal bit for bit, which is usual, the model is separable on this batch.
 * If they are not, rounding may be the cause, so the comparison is made again in
@@ -23,8 +25,7 @@ example or the mode of a layer changes, at most eight times in a run.
 **What breaks it.** A dependence that the first batch does not show: examples that
 influence each other only for certain values, or in shapes beyond the eighth. If only
 one example depends on only one other, both are in the same half with probability 1/2. A
-model that depends only on the number of examples is not detected, nor is a state that
-is kept outside its layers.
+state that is kept outside the layers is not detected.
 
 >>> x = torch.arange(12.0).view(4, 3)
 >>> probe_separability(nn.Linear(3, 2), (x,), {}).state
@@ -34,29 +35,34 @@ is kept outside its layers.
 'broken'
 """
 
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode
 
-from opacus_pi._torch_compat import BatchNormBase, pytree
+from opacus_pi.custody.batch_size_probe import compare_without_one
 from opacus_pi.custody.finding import Finding
+from opacus_pi.custody.probed_call import (
+    ProbedCall,
+    ProbedRun,
+    difference,
+    distance,
+    example_dims,
+    no_trace,
+    num_examples,
+    order_of,
+    rounding_of,
+    tensors_of,
+)
 from opacus_pi.custody.separable_layers import separable_by_construction
 from opacus_pi.gradients.fallback import MODEL_ERRORS
-from opacus_pi.models.accelerators import device_random_states, kinds_in_use
-from opacus_pi.models.batches import map_tensors, to_float64
-from opacus_pi.models.copies import same_mode_copy, unwrap
-from opacus_pi.models.no_trace import random_state_untouched
-from opacus_pi.models.own_losses import half_replaced
+from opacus_pi.models.copies import unwrap
 
-__all__ = ["MODEL_NOT_RUN", "ModelProbe", "NoDropout", "probe_separability"]
+__all__ = ["MODEL_NOT_RUN", "ModelProbe", "probe_separability"]
 
 MODEL_NOT_RUN = (
     "The model was not run a second time to check whether it treats examples "
@@ -68,15 +74,6 @@ MODEL_NOT_RUN = (
 _MAX_PROBES, _MAX_OF_EQUAL_SIZES = 4, 8
 _ROUNDED = 1e-5  # relative change of a buffer that rounding may cause
 _TOLERANCE = 1e-9  # in float64, relative to the largest output
-_DROPOUT = (
-    nn.functional.dropout,
-    nn.functional.dropout1d,
-    nn.functional.dropout2d,
-    nn.functional.dropout3d,
-    nn.functional.alpha_dropout,
-    nn.functional.feature_alpha_dropout,
-    torch.dropout,
-)
 
 _SEPARABLE = (
     "Replacing half of a batch of {size} examples did not change the model's outputs "
@@ -143,130 +140,7 @@ _DECLARE = (
 )
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of the model, with its arguments.
-
-    Args:
-        model: The user's module, unwrapped.
-        args: Positional inputs.
-        kwargs: Inputs by keyword.
-        batch_dim: The dimension of the inputs along which the examples are.
-        size: The number of examples.
-        autocast: The type of automatic mixed precision on a device, if it is on.
-        is_float64: Whether to compute in float64.
-        has_dropout: Whether dropout is active.
-        is_training: Whether layers keep their mode; False: all in evaluation mode.
-    """
-
-    model: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    batch_dim: int
-    size: int
-    autocast: tuple[str, torch.dtype] | None = None
-    is_float64: bool = False
-    has_dropout: bool = True
-    is_training: bool = True
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The input tensors with one entry per example along the batch dimension."""
-        return [t for t in _tensors((self.args, self.kwargs)) if self._has_examples(t)]
-
-    def _has_examples(self, tensor: Tensor) -> bool:
-        dim = self.batch_dim
-        return tensor.dim() > dim and tensor.shape[dim] == self.size
-
-    def half_replaced(self, kept: int, *, only_first: bool = False) -> "_Call":
-        """Return the call on a batch in which every second example is replaced.
-
-        Args:
-            kept: As for ``half_replaced``.
-            only_first: Whether to replace in the first input only.
-        """
-        first = self.inputs[0]
-
-        def change(tensor: Tensor) -> Tensor:
-            if not self._has_examples(tensor) or (only_first and tensor is not first):
-                return tensor
-            rows = tensor.transpose(0, self.batch_dim)
-            changed: Tensor = half_replaced(
-                rows, self.size, kept=kept, order=_order(self.size)
-            )
-            return changed.transpose(0, self.batch_dim).contiguous()
-
-        args, kwargs = map_tensors(change, (self.args, dict(self.kwargs)))
-        return replace(self, args=args, kwargs=kwargs)
-
-    def in_float64(self) -> "_Call":
-        """Return the call in float64, without mixed precision."""
-        args, kwargs = to_float64((self.args, dict(self.kwargs)))
-        return replace(self, args=args, kwargs=kwargs, autocast=None, is_float64=True)
-
-    def outputs(self) -> tuple[list[Tensor], Tensor]:
-        """Run a new copy of the model; return outputs and random state afterwards."""
-        found = self.run()
-        return found.outputs, found.random_state
-
-    def run(self, before: "_Call | None" = None) -> "_Run":
-        """Run a new copy of the model, always from the same random state.
-
-        Args:
-            before: A call that the same copy gets before this one.
-        """
-        model = same_mode_copy(self.model)
-        model = model.double() if self.is_float64 else model
-        model = model if self.is_training else model.eval()
-        with ExitStack() as stack:
-            stack.enter_context(random_state_untouched())
-            if self.autocast is not None:
-                device, kind = self.autocast
-                stack.enter_context(torch.autocast(device, dtype=kind))
-            if not self.has_dropout:
-                stack.enter_context(NoDropout())
-            if before is not None:
-                model(*before.args, **before.kwargs)
-            outputs = model(*self.args, **self.kwargs)
-            state = torch.cat([torch.get_rng_state(), *device_random_states()])
-        found = [t for t in _tensors(outputs) if t.is_floating_point()]
-        return _Run(found, state, *_kept_by(model))
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The outputs of one run of a model, and the state that it left.
-
-    Attributes:
-        outputs: The floating-point tensors among its outputs.
-        random_state: The random state that the run has left.
-        buffers: The floating-point buffers after it, without those of batch
-            normalisation, which has a check of its own.
-        memory: Other floating-point tensors that are attributes of its layers.
-    """
-
-    outputs: list[Tensor]
-    random_state: Tensor
-    buffers: list[Tensor]
-    memory: list[Tensor]
-
-
-def _kept_by(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Return a model's buffers, and the tensors in attributes of its layers."""
-    buffers: list[Tensor] = []
-    memory: list[Tensor] = []
-    for module in model.modules():
-        if not isinstance(module, BatchNormBase):
-            buffers += module.buffers(recurse=False)
-        own = {k: v for k, v in vars(module).items() if not k.startswith("_")}
-        memory += _tensors(own)
-    return (
-        [tensor for tensor in buffers if tensor.is_floating_point()],
-        [tensor for tensor in memory if tensor.is_floating_point()],
-    )
-
-
-def _what_is_kept(call: _Call, change: "_Change") -> str:
+def _what_is_kept(call: ProbedCall, change: "_Change") -> str:
     """Return a sentence if a model stores data of a batch's examples; else empty.
 
     Buffers are part of the model. Tensors in other attributes matter only if the
@@ -281,26 +155,7 @@ def _what_is_kept(call: _Call, change: "_Change") -> str:
     if change.same_memory:
         return ""
     one, other = (call.run(call.half_replaced(kept)).outputs for kept in (0, 1))
-    return _REMEMBERS if _distance(one, other) > _ROUNDED else ""
-
-
-class NoDropout(TorchFunctionMode):
-    """Context in which torch's dropout functions return their input unchanged."""
-
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Return the input of a dropout function; call any other one."""
-        options = dict(kwargs or {})
-        if function in _DROPOUT:
-            return args[0] if args else options["input"]
-        if function is nn.functional.scaled_dot_product_attention:
-            args, options = args[:4], {**options, "dropout_p": 0.0}
-        return function(*args, **options)
+    return _REMEMBERS if distance(one, other) > _ROUNDED else ""
 
 
 def probe_separability(
@@ -325,42 +180,56 @@ def probe_separability(
     """
     if any(isinstance(x, PackedSequence) for x in (*args, *kwargs.values())):
         return Finding("unchecked", _PACKED + _DECLARE)
-    size = _num_examples(_tensors((args, kwargs)), batch_dim)
-    call = _Call(unwrap(model), tuple(args), kwargs, batch_dim, size, autocast)
+    size = num_examples(tensors_of((args, kwargs)), batch_dim)
+    call = ProbedCall(unwrap(model), tuple(args), kwargs, batch_dim, size, autocast)
     try:
-        with _no_trace():
-            return _compare_halves(call)
+        with no_trace():
+            return _compare(call)
     except MODEL_ERRORS as error:
         lines = str(error).splitlines() or [""]
         what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")
         return Finding("unchecked", _NOT_RUN.format(error=what) + _DECLARE)
 
 
-def _compare_halves(call: _Call) -> Finding:
+def _compare(call: ProbedCall) -> Finding:
     """Probe a model that can be copied and run."""
-    checked = Finding("checked", _SEPARABLE.format(size=call.size))
     change = _change(call)
     if change is None:
         return Finding("unchecked", _NO_OUTPUTS.format(size=call.size) + _DECLARE)
+    checked = Finding("checked", _SEPARABLE.format(size=call.size))
+    found = _compare_halves(call, change) or compare_without_one(call, change.whole)
+    return checked if found is None else found
+
+
+def _compare_halves(call: ProbedCall, change: "_Change") -> Finding | None:
+    """Compare the outputs of those that stayed when half of the examples was replaced.
+
+    Args:
+        call: A call on the whole batch.
+        change: What changed in the precision of the training.
+
+    Returns:
+        None if the outputs did not change.
+    """
     kept = _what_is_kept(call, change)
     if kept:
         return Finding("broken", kept)
     if change.share == 0.0:
-        return checked
+        return None
     tolerance = _TOLERANCE
     try:
         exact = call.in_float64()
-        change = _change(exact)
+        exact_change = _change(exact)
     except MODEL_ERRORS:  # it computes in a type of its own
-        exact, tolerance = call, _rounding(call)
-    if change is None or change.share <= tolerance:
-        return checked
-    if _distance(exact.outputs()[0], exact.outputs()[0]) > tolerance:
+        exact, exact_change, tolerance = call, change, rounding_of(call)
+    if exact_change is None or exact_change.share <= tolerance:
+        return None
+    if distance(exact.outputs()[0], exact.outputs()[0]) > tolerance:
         return Finding("unchecked", _NOT_REPEATABLE + _DECLARE)
-    return _compare_without_draws(exact, tolerance) or checked
+    return _compare_without_draws(exact, tolerance)
 
 
-def _compare_without_draws(call: _Call, tolerance: float) -> Finding | None:
+def _compare_without_draws(call: ProbedCall, tolerance: float) -> Finding | None:
     """Tell whether outputs change only because of other random numbers.
 
     Dropout may draw one random number for each entry that is not padding. The number of
@@ -385,7 +254,7 @@ def _compare_without_draws(call: _Call, tolerance: float) -> Finding | None:
     return _broken(calm, change.share, tolerance)
 
 
-def _broken(call: _Call, share: float, tolerance: float) -> Finding:
+def _broken(call: ProbedCall, share: float, tolerance: float) -> Finding:
     """Return "broken", or "unchecked" if only inputs after the first have an influence.
 
     Args:
@@ -412,6 +281,7 @@ class _Change:
     """The change of outputs when examples were replaced.
 
     Attributes:
+        whole: The run on the whole batch.
         share: The largest change of an output of an example that stayed, relative to
             the largest output.
         same_draws: Whether both runs drew equally many random numbers.
@@ -420,13 +290,14 @@ class _Change:
             runs.
     """
 
+    whole: ProbedRun
     share: float
     same_draws: bool
     same_buffers: bool
     same_memory: bool
 
 
-def _change(call: _Call, *, only_first: bool = False) -> _Change | None:
+def _change(call: ProbedCall, *, only_first: bool = False) -> _Change | None:
     """Compare the outputs of the examples that stay when the others are replaced.
 
     Args:
@@ -442,93 +313,15 @@ def _change(call: _Call, *, only_first: bool = False) -> _Change | None:
         other = call.half_replaced(kept, only_first=only_first)
         changed = other.run()
         same_draws &= torch.equal(whole.random_state, changed.random_state)
-        same_buffers &= _distance(whole.buffers, changed.buffers) <= _ROUNDED
-        same_memory &= _distance(whole.memory, changed.memory) <= _ROUNDED
-        places = _order(call.size)[kept::2]
+        same_buffers &= distance(whole.buffers, changed.buffers) <= _ROUNDED
+        same_memory &= distance(whole.memory, changed.memory) <= _ROUNDED
+        places = order_of(call.size)[kept::2]
         for one, two in zip(whole.outputs, changed.outputs, strict=True):
-            found = [_difference(one, two, d, places) for d in _example_dims(one, call)]
+            found = [difference(one, two, d, places) for d in example_dims(one, call)]
             shares += [min(found)] if found else []
     if not shares:
         return None
-    return _Change(max(shares), same_draws, same_buffers, same_memory)
-
-
-def _order(size: int) -> Tensor:
-    """Return a random order of examples, always the same for a given number of them."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(size))
-
-
-def _example_dims(outputs: Tensor, call: _Call) -> list[int]:
-    """Return the dimensions of an output along which its examples may be.
-
-    Usually it is one. If several have the right size, the examples may be along any of
-    them: states of recurrent layers have theirs along the second.
-    """
-    return [d for d, n in enumerate(outputs.shape) if n == call.size]
-
-
-def _difference(one: Tensor, other: Tensor, dim: int, places: Tensor) -> float:
-    """Return the largest difference at some examples, relative to the largest output.
-
-    Args:
-        one: Outputs.
-        other: Outputs of the same shape.
-        dim: The dimension of the examples.
-        places: Which examples.
-    """
-    places = places.to(one.device)
-    return _distance([one.index_select(dim, places)], [other.index_select(dim, places)])
-
-
-def _distance(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Return the largest relative difference of two lists of tensors.
-
-    Infinity if they have other shapes, or one is not a number where the other is.
-    """
-    largest = 0.0
-    for a, b in zip(one, other, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if torch.equal(a, b) or a.numel() == 0:
-            continue
-        a, b = a.cpu().double(), b.cpu().double()  # not every device has float64
-        alike = (a == b) | (a.isnan() & b.isnan())
-        gap = torch.where(alike, 0.0, (a - b).abs()).nan_to_num(float("inf"))
-        scale = torch.where(a.isfinite(), a.abs(), 0.0).max()
-        largest = max(largest, float(gap.max() / scale.clamp(min=1e-300)))
-    return largest
-
-
-def _rounding(call: _Call) -> float:
-    """Return the tolerance for rounding where float64 is not possible."""
-    kinds = [t.dtype for t in call.model.parameters() if t.is_floating_point()]
-    kinds += [call.autocast[1]] if call.autocast else []
-    return 32 * max((torch.finfo(kind).eps for kind in kinds), default=1e-6)
-
-
-@contextmanager
-def _no_trace() -> Iterator[None]:
-    """Context in which models run without gradients, autocast and warnings."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        for device in kinds_in_use():
-            stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors in any nesting of lists, tuples, dicts and the like."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _num_examples(inputs: Sequence[Tensor], batch_dim: int) -> int:
-    """Return the number of examples of the first input; 0 if there is none."""
-    for tensor in inputs:
-        if tensor.ndim > batch_dim:
-            return int(tensor.shape[batch_dim])
-    return 0
+    return _Change(whole, max(shares), same_draws, same_buffers, same_memory)
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -568,8 +361,8 @@ class ModelProbe:
         if len(self._seen) >= _MAX_OF_EQUAL_SIZES:
             return
         is_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
-        tensors = args if is_one else _tensors((args, kwargs))
-        size = _num_examples(tensors, self.batch_dim)
+        tensors = args if is_one else tensors_of((args, kwargs))
+        size = num_examples(tensors, self.batch_dim)
         if size < 2:
             return
         kind, equal_sizes = self._kind(model, tensors, size)

@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from opacus_pi._validate import expect
 from opacus_pi.custody.finding import Finding
-from opacus_pi.custody.model_probe import NoDropout, probe_separability
+from opacus_pi.custody.model_probe import probe_separability
+from opacus_pi.custody.probed_call import NoDropout
 from opacus_pi.gradients import per_example_grad_norms
 from opacus_pi.integration.schedules import user_collate_fn
 from opacus_pi.models.batches import (

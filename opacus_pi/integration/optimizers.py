@@ -36,10 +36,12 @@ from opacus_pi.integration.fast import FastHooks
 from opacus_pi.integration.grad_sample import joint_norms, row_norms
 from opacus_pi.integration.opacus_compat import (
     clipped_norms,
+    has_skipped_last_step,
     module_of,
     norms_of_parameters,
 )
 from opacus_pi.integration.update import UpdateUnderWay
+from opacus_pi.integration.written_gradients import WrittenGradients, watch_gradients
 
 _STALE_NORMS = (
     "For {}, ghost clipping used the gradient norms of an earlier batch. This happens "
@@ -95,6 +97,9 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
     optimizer._pi_update = update
     update.optimizer = weakref.ref(optimizer)
     optimizer._pi_has_own_scaling = has_own_scaling
+    optimizer._pi_written = watch_gradients(
+        update.hooks, optimizer, update.tracker, update.chain
+    )
     if update.outside is not None:
         update.outside.watch(optimizer, module_of(update.hooks), update.finish)
 
@@ -128,9 +133,11 @@ class _ReportingOptimizer(DPOptimizer):
         _pi_update: Receives the reports; set by ``report_updates``. All names of ours
             begin with ``_pi_``, so that they cannot meet a name of Opacus or the user.
         _pi_has_own_scaling: Whether the class overrides Opacus's ``scale_grad``.
+        _pi_written: Detects gradients that were changed before they are clipped.
     """
 
     _pi_update: UpdateUnderWay
+    _pi_written: WrittenGradients
     _pi_has_own_scaling = False
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -149,6 +156,7 @@ class _ReportingOptimizer(DPOptimizer):
         """
         if self._pi_update.gate is not None:
             self._pi_update.gate.close(noise_std_of(self))
+        self._pi_written.require_unchanged_sums()
         super().add_noise()
         reason = shadowed_method(self)
         if reason is not None:
@@ -171,6 +179,11 @@ class _ReportingOptimizer(DPOptimizer):
         """Note the gradients as they are: they have noise."""
         if self._pi_update.outside is not None:
             self._pi_update.outside.gradients_were_noised(self.original_optimizer)
+
+    def zero_grad(self, *args: Any, **options: Any) -> None:
+        """Clear the gradients as Opacus does, and forget what was noted of them."""
+        self._pi_written.forget(sums=not has_skipped_last_step(self))
+        super().zero_grad(*args, **options)
 
     def step(self, *args: Any, **options: Any) -> float | None:
         """Step as Opacus does, then report that the weights were written.
@@ -224,10 +237,13 @@ class _FromGradSamples(_ReportingOptimizer):
         With a ``RenyiFilter`` the order is another one: samples are matched to examples
         and charged first, because a sample that cannot pay must not enter the sum.
         """
-        update = self._pi_update
+        update, written = self._pi_update, self._pi_written
+        written.require_unchanged()
+        written.require_unchanged_sums()
         if update.gate is None:
             norms = self._pi_clip()
             update.add_batch(norms, self._pi_batch_sizes())
+            written.note_sums()
             return
         norms = self._pi_joint_norms([row_norms(g) for g in self.grad_samples])
         self._pi_listed = None  # the filter changes them
@@ -240,6 +256,7 @@ class _FromGradSamples(_ReportingOptimizer):
         )
         super().clip_and_accumulate()
         update.add_samples(positions, norms)
+        written.note_sums()
 
     def _pi_clip(self) -> Tensor:
         """Clip as Opacus does, and return the norms from before, ``(b,)``.
@@ -305,7 +322,9 @@ class _FromCache(_ReportingOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Clip all batches since the last step and report their norms."""
+        self._pi_written.require_unchanged_sums()
         super().clip_and_accumulate()
+        self._pi_written.note_sums()
         # A copy: the recorder keeps it, and the attribute is the user's to change.
         norms = self.per_sample_gradient_norms.detach().clone()
         self._pi_update.add_batch(norms, self.batch_sizes)
@@ -336,7 +355,10 @@ class _FromGhostClipping(_ReportingOptimizer):
     def accumulate(self) -> None:
         """Add one physical batch and report its norms."""
         by_parameter = self._pi_require_same_parameters()
+        self._pi_written.require_unchanged()
+        self._pi_written.require_unchanged_sums()
         super().accumulate()
+        self._pi_written.note_sums()
         norms = clipped_norms(self._pi_update.hooks)
         if norms is not None and norms is not self._pi_norms:
             self._pi_norms = norms

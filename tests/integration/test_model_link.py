@@ -175,7 +175,7 @@ def test_autocast_is_repeated():
         model(*x)
         probe.saw(x, {})
     assert probe.run().state == "checked"
-    assert kinds == [torch.bfloat16] * 4
+    assert kinds == [torch.bfloat16] * 5
 
 
 def test_batches_of_one_example_are_waited_out():
@@ -232,4 +232,4 @@ def test_a_loss_of_two_views_is_probed_once():
             optimizer.zero_grad()
             F.cross_entropy(wrapped(x), y).backward()
             optimizer.step()
-    assert len(calls) == 3 + 3  # three passes of training, three of the probe
+    assert len(calls) == 3 + 4  # three passes of training, four of the probe

@@ -1,0 +1,270 @@
+"""Detects gradients that the training loop changed between backward and step.
+
+An optimizer of Opacus clips what backward passes have left at the parameters:
+``p.grad_sample``, one gradient for each example, or, with ghost clipping, ``p.grad``,
+the sum of gradients that were clipped already. Over several physical batches it adds up
+clipped sums in ``p.summed_grad``. A loop can write to all three. So the tensors and
+their counts of writes are noted when they have been computed, and compared when they
+are used.
+
+*Guarantee.* A tensor that was replaced, added, removed or moved to another parameter is
+found, and so is every write that torch counts. Nothing is computed from the tensors:
+the comparison costs less than a microsecond for each parameter, and no accelerator is
+waited for.
+
+*What breaks it.* Writes that torch does not count: to ``p.grad_sample.data``, through a
+NumPy array or DLPack, and to tensors of ``torch.inference_mode``. ``engine.audit``
+finds those that change norms. With ``grad_sample_mode="ew"`` and with ghost clipping,
+gradients are noted when the whole backward pass has ended: hooks of the user that write
+to them during the pass are not seen.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from opacus.grad_sample import AbstractGradSampleHooks, GradSampleHooksNoOp
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from opacus_pi._torch_compat import at_end_of_backward, backward_hooks, num_writes
+from opacus_pi.attribution import Tracker
+from opacus_pi.custody import Chain
+from opacus_pi.integration.fast import FastHooks
+from opacus_pi.integration.opacus_compat import keep_handle, module_of
+from opacus_pi.models.copies import is_hook_of_opacus
+
+__all__ = ["WrittenGradients", "watch_gradients"]
+
+_CHANGED = (
+    "Per-example gradients (p.grad_sample) were replaced or changed in place between "
+    "backward() and step(). The recorded norms are those of the changed gradients. "
+    "They are right only if the change treats each example alone. A change that "
+    "depends on the other examples of the batch, such as a division by the norm of all "
+    "gradients, is not covered by any accounting. Put the change into the loss, so "
+    "that it is applied to each example's own loss, or leave it out."
+)
+_SUM_CHANGED = (
+    "A sum of clipped gradients ({name}) was replaced or changed in place before noise "
+    "was added to it. That is fine if the change adds something that does not depend "
+    "on the training data. Any other change may enlarge what an example contributes "
+    "beyond max_grad_norm, and no accounting covers that. Put the change into the loss "
+    "or leave it out."
+)
+
+# A reference to a tensor, and its count of writes.
+_Noted = tuple[Callable[[], Tensor | None], int]
+
+
+def watch_gradients(
+    hooks: AbstractGradSampleHooks,
+    optimizer: DPOptimizer,
+    tracker: Tracker,
+    chain: Chain,
+) -> "WrittenGradients":
+    """Note the gradients of a prepared model whenever they have been computed.
+
+    Args:
+        hooks: What Opacus made of the model.
+        optimizer: What Opacus made of the optimizer.
+        tracker: Reports the backward passes.
+        chain: The chain of custody of the run.
+    """
+    is_ghost = isinstance(optimizer, DPOptimizerFastGradientClipping)
+    written = WrittenGradients(optimizer.params, chain, is_ghost=is_ghost)
+    module = module_of(hooks)
+    if isinstance(hooks, FastHooks | GradSampleHooksNoOp):
+        written.is_active = False
+    elif is_ghost:  # FSDP moves gradients after the backward pass
+        written.is_active = not isinstance(module, FSDPModule)
+        tracker.saw_backward = written.backward_began
+    elif not _note_after_hooks(module, written):
+        tracker.saw_backward = written.backward_began
+    return written
+
+
+class WrittenGradients:
+    """What backward passes left at parameters, compared when the optimizer uses it.
+
+    Args:
+        parameters: Those that the optimizer updates.
+        chain: The chain of custody of the run.
+        is_ghost: Whether a backward pass leaves clipped sums.
+
+    Attributes:
+        is_active: Whether gradients are noted and compared. The fast mode keeps none at
+            the parameters, and the loop itself computes those of ``"no_op"``.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], chain: Chain, *, is_ghost: bool
+    ) -> None:
+        self._parameters = list(parameters)
+        self._chain, self._is_ghost = chain, is_ghost
+        self._gradients: dict[int, list[_Noted]] = {}
+        self._sums: list[_Noted | None] = []
+        self.is_active = True
+
+    # --------------------------------------------------- what backward passes report
+    def backward_began(self, *, is_second: bool) -> None:
+        """Note the gradients when the backward pass that runs now has ended.
+
+        Args:
+            is_second: Whether it is the second pass of ghost clipping, which computes
+                the clipped gradient.
+        """
+        if is_second or not self._is_ghost:
+            at_end_of_backward(self._note_all)
+
+    def _note_all(self) -> None:
+        """Note the gradients of all parameters."""
+        if self._is_ghost:
+            for parameter in self._parameters:
+                noted = _note(parameter.grad)
+                self._gradients[id(parameter)] = [] if noted is None else [noted]
+        else:
+            self.note(self._parameters)
+
+    def note(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note the per-example gradients that were just written.
+
+        Opacus makes a list of the gradients of several backward passes. A layer that is
+        used several times writes its gradients at the last use.
+
+        Args:
+            parameters: Those of the layer whose gradients were computed.
+        """
+        for parameter in parameters:
+            held: Any = getattr(parameter, "grad_sample", None)
+            is_list = isinstance(held, list)
+            newest = held[-1] if is_list else held
+            noted = self._gradients.get(id(parameter), [])
+            if newest is None or (noted and noted[-1][0]() is newest):
+                continue
+            entry = weakref.ref(newest), num_writes(newest)
+            self._gradients[id(parameter)] = [*noted, entry] if is_list else [entry]
+
+    # -------------------------------------------------------- what the optimizer asks
+    def require_unchanged(self) -> None:
+        """Leave the chain's link unchecked if gradients are not those noted."""
+        if not self.is_active:
+            return
+        for parameter in self._parameters:
+            if self._is_ghost:
+                held: Any = parameter.grad
+            else:
+                held = getattr(parameter, "grad_sample", None)
+            noted = self._gradients.get(id(parameter), [])
+            if not _are_as_noted(held, noted):
+                self._report()
+                return
+
+    def _report(self) -> None:
+        """Say that gradients were changed."""
+        if self._is_ghost:
+            self._chain.leave_unchecked("norm", _SUM_CHANGED.format(name="p.grad"))
+        else:
+            self._chain.leave_unchecked("loss", _CHANGED)
+
+    def note_sums(self) -> None:
+        """Note the sums to which the next physical batch, or noise, is added."""
+        self._sums = [_note(_sum_at(parameter)) for parameter in self._parameters]
+
+    def require_unchanged_sums(self) -> None:
+        """Leave the link "norm" unchecked if the sums are not those noted."""
+        noted, self._sums = self._sums, []
+        pairs = zip(self._parameters, noted, strict=False)
+        if not all([_is_as_noted(_sum_at(p), entry) for p, entry in pairs]):
+            text = _SUM_CHANGED.format(name="p.summed_grad")
+            self._chain.leave_unchecked("norm", text)
+
+    def forget(self, *, sums: bool) -> None:
+        """Forget the gradients: the optimizer has cleared them.
+
+        Args:
+            sums: Whether it has cleared the sums, too.
+        """
+        self._gradients.clear()
+        if sums:
+            self._sums = []
+
+
+class _NoteAfterLayer:
+    """The backward hook of a layer; copies and pickles of it do nothing.
+
+    Args:
+        written: Notes the gradients of the layer; referred to weakly.
+        parameters: The parameters of the layer.
+    """
+
+    def __init__(
+        self,
+        written: WrittenGradients | None = None,
+        parameters: Sequence[nn.Parameter] = (),
+    ) -> None:
+        self._written = None if written is None else weakref.ref(written)
+        self._parameters = parameters
+
+    def __call__(self, *_: Any) -> None:
+        """Note what Opacus's hook, which has run before, has written."""
+        written = None if self._written is None else self._written()
+        if written is not None:
+            written.note(self._parameters)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NoteAfterLayer, ()
+
+
+def _note_after_hooks(module: nn.Module, written: WrittenGradients) -> bool:
+    """Note gradients right after Opacus's hooks have written them.
+
+    Args:
+        module: The user's module.
+        written: Notes the gradients.
+
+    Returns:
+        Whether there are such hooks.
+    """
+    has_hooks = False
+    for layer in module.modules():
+        table = backward_hooks(layer)
+        for key in [k for k, h in table.items() if isinstance(h, _NoteAfterLayer)]:
+            del table[key]  # of an earlier call, or of a module that this is a copy of
+        if any(is_hook_of_opacus(hook) for hook in table.values()):
+            has_hooks = True
+            hook = _NoteAfterLayer(written, tuple(layer.parameters()))
+            keep_handle(module, layer.register_full_backward_hook(hook))
+    return has_hooks
+
+
+def _note(tensor: Tensor | None) -> _Noted | None:
+    """Return a reference to a tensor and its count of writes; None if there is none."""
+    return None if tensor is None else (weakref.ref(tensor), num_writes(tensor))
+
+
+def _sum_at(parameter: nn.Parameter) -> Tensor | None:
+    """Return the sum of clipped gradients that Opacus keeps at a parameter."""
+    found: Tensor | None = getattr(parameter, "summed_grad", None)
+    return found
+
+
+def _is_as_noted(held: Tensor | None, noted: _Noted | None) -> bool:
+    """Return whether a tensor is the one that was noted, and not written to since."""
+    if held is None or noted is None:
+        return held is None and noted is None
+    reference, num = noted
+    return reference() is held and num_writes(held) == num
+
+
+def _are_as_noted(held: Any, noted: list[_Noted]) -> bool:
+    """Return whether gradients are those that were noted, not written to since.
+
+    Args:
+        held: A tensor, a list of tensors, or None.
+        noted: What was noted.
+    """
+    tensors = held if isinstance(held, list) else [] if held is None else [held]
+    if len(tensors) != len(noted):
+        return False
+    return all(map(_is_as_noted, tensors, noted))
