@@ -36,10 +36,12 @@ def tightest_losses(
     rule: str = "right",
     mode: str = "exact",
 ) -> Array:
-    """Return the smallest of Hölder's form, the trajectory form and the worst case.
+    """Return the smallest of three losses: Hölder's form, trajectory form, worst case.
 
-    Each is a bound on its own with parameters that are fixed before the data are seen
-    (p = 3·num_steps, and each κ of the list), so the smallest of them holds too.
+    Hölder's form is ``privacy_losses`` with p = 3·num_steps; the trajectory form is
+    ``trajectory_losses`` with each κ of the list. With exact expectations each of them
+    is a bound, because its parameter is fixed before the data are seen, so the smallest
+    is a bound too.
 
     Args:
         ledgers: Two or more independent runs of the same training procedure.

@@ -124,8 +124,9 @@ def trajectory_limits(
 ) -> Array:
     """Return upper confidence limits of the Rényi divergence, from independent runs.
 
-    X = exp(κ(order-1)·S) lies in [1, b], where b follows from the clip norm. By
-    Hoeffding's inequality, with N runs and β = 1 - confidence,
+    Let S be the sum of an example's losses along one run, at the order that
+    ``trajectory_losses`` uses. X = exp(κ(order-1)·S) lies in [1, b], where b follows
+    from the clip norm. By Hoeffding's inequality, with N runs and β = 1 - confidence,
 
         E X <= mean X + (b-1)·√(ln(1/β) / 2N)   with probability 1 - β.
 

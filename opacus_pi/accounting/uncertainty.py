@@ -150,11 +150,12 @@ def loss_limits(
     also uses the draws of other examples, gives more, the limit is that value.
 
     Args:
-        ledger: One run. Of a swept ledger, whose norms no draw chose, the losses
-            themselves are returned.
+        ledger: One run. For a swept ledger, which has the norms of all examples at
+            every row, the limits are the losses themselves.
         order: Rényi order, above 1.
-        confidence: Probability, in (0, 1), with which the limit of an example is not
-            exceeded by the loss that norms at every update would give.
+        confidence: Probability over the draws of the batches, in (0, 1), that an
+            example's limit is at least its true loss: the loss that its norms at every
+            update would give.
         hoelder_p: As in ``privacy_losses``.
         tolerance: As in ``privacy_losses``.
 

@@ -149,11 +149,13 @@ def group_divergence(
 def theorem_b1_estimates(
     gram_ledger: GramLedger, order: float, *, hoelder_p: float | None = None
 ) -> NDArray[np.float64]:
-    r"""Return Theorem B.1 as printed, once for each retain minibatch.
+    r"""Return Theorem B.1 as the paper prints it, one value a retain-set minibatch.
 
     :math:`\sum_i C_{s_i}\, p \ln \hat G(s_i)\,(s_i - s_{i-1})`, where Ĝ is the mean of
     exp(−Δ/2σ²) over tuples of ⌈o_p^s(α)⌉ distinct minibatches and
-    −Δ/2 = Σ_{i<j}⟨U_i − U', U_j − U'⟩.
+    −Δ/2 = Σ_{i<j}⟨U_i − U', U_j − U'⟩. U_i is the sum of the clipped gradients of
+    minibatch i, and U' that of the minibatch of the retain set. At the row at update s,
+    C_s is the paper's coefficient and o_p^s(α) its order (``printed_order``).
 
     Args:
         gram_ledger: Of kind ``"minibatch"``, Gram matrices ``(N, R, J, J)``. The paper
@@ -163,8 +165,7 @@ def theorem_b1_estimates(
 
     Returns:
         float64 ``(R,)``. Estimates of the printed formula, not bounds; report their
-            mean and spread. An estimate may
-        be negative.
+        mean and spread. An estimate may be negative.
 
     Raises:
         ValueError: If there are fewer minibatches than the order at the last row.

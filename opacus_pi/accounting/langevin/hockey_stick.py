@@ -67,8 +67,8 @@ def hockey_stick_contraction(
     """Return a bound on δ(ε) between two distributions after N noisy steps.
 
     A step is w ↦ F_t(w) + noise. Both distributions go through the same steps; a step
-    may be followed by a projection onto a convex set. One number stands for N equal
-    ones; at least one of the first two sequences has the length N.
+    may be followed by a projection onto a convex set. A single number is used for all N
+    steps; at least one of ``map_diameters`` and ``noise_stds`` has the length N.
 
     Args:
         epsilon: ε ≥ 0 at which δ is wanted, any shape.

@@ -49,7 +49,9 @@ def contractive_divergence(
 ) -> float | NDArray[np.float64]:
     """Return the divergence that one example causes after noisy, contracting steps.
 
-    Backwards over the steps t, from a = α and weight 1, with share θ of the noise s:
+    The divergence D is computed by a recursion backwards over the steps t. It starts
+    from D = 0, a = α and weight 1; θ is the share of the noise s that hides the
+    example:
 
         g = 1 + (1−θ)s/(c²C_t + θs),   a₀ = 1 + (a−1)/g,   weight ← weight·a/(a₀g),
         D += weight·ln E exp(p·a₀(a₀−1)·shift²/(2θs)) / (p(a₀−1)),

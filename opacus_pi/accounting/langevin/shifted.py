@@ -50,10 +50,11 @@ def shifted_mu_squared(
 ) -> float:
     """Return the smallest μ² that shifted divergences can prove; D_α ≤ α·μ²/2.
 
-    Multiplied forward to the end of the run, the payments' running sum must stay below
-    the distance accumulated so far and equal it at the end, with the least energy. This
-    is the taut string: the greatest convex minorant of the accumulated distances as a
-    function of the accumulated noise.
+    P and Q are the distributions of the final weights of the two runs. Each step's
+    noise hides a part a_t of the distance between the runs, at the price a_t²/s_t. The
+    smallest total price that hides the whole distance is μ². The solution is the taut
+    string: the greatest convex minorant of the accumulated distances as a function of
+    the accumulated noise, both multiplied forward to the end of the run.
 
     Args:
         lipschitz: c_t, ``(N,)``; 1 for convex losses, 1 − ηm for strongly convex ones.
@@ -165,10 +166,13 @@ def learn_unlearn_mu_squared(
 def initial_distance_mu_squared(
     lipschitz: float, distance: float, num_steps: int, noise_variance: float
 ) -> float:
-    """Return μ² of K equal steps from a W_∞ distance Z: Z²c^{2K}(1−c²)/((1−c^{2K})·s).
+    """Return μ² of K equal steps that begin at a W_∞ distance Z, in closed form.
+
+    After the steps, two runs that began at this distance are at most as far apart as
+    two unit Gaussians whose means differ by μ. μ² = Z²c^{2K}(1−c²)/((1−c^{2K})·s).
 
     Args:
-        lipschitz: c ≤ 1 of every step.
+        lipschitz: c ≤ 1, a Lipschitz constant of the map of every step.
         distance: Z, W_∞ distance of the two starting distributions.
         num_steps: K ≥ 1.
         noise_variance: s on the weights.
