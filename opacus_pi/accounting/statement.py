@@ -144,7 +144,10 @@ class PrivacyStatement:
         if self.limit is None:
             return ""
         if self.limit >= self.worst_case:
-            return " No upper limit below the bound of the next line can be given."
+            return (
+                " The draws of this run give no upper limit below the bound of the "
+                "next line."
+            )
         return (
             f" In this run ε is at most {rounded_up(self.limit)} with 95 % confidence: "
             "the norms of the example are known only for the updates that drew it."

@@ -57,8 +57,10 @@ LINKS = MappingProxyType(
         "rows": "each example was in an update once, with one row of every input",
         "model": "the model's output for one example depends on that example only",
         "loss": "the loss is the mean or the sum of the examples' own losses",
-        "norm": "the norm covers exactly the parameters that the update changed, and "
-        "Opacus clipped by it",
+        "norm": (
+            "the norm covers exactly the parameters that the update changed, and "
+            "clipping used this norm"
+        ),
         "noise": "each update had one draw of noise of the recorded size",
         "weights": "nothing but the recorded updates wrote to the weights",
     }

@@ -229,7 +229,8 @@ def _check_minibatches(
         num_minibatches=num_minibatches,
         num_estimates=num_estimates,
         remedy=(
-            "Try as many minibatches as the order, and 20 estimates, as in the paper."
+            "Try num_minibatches of 1.4 times the order, and 20 estimates as in the "
+            "paper."
         ),
     )
     expect(

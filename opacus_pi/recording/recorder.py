@@ -615,7 +615,7 @@ class Recorder(RecorderOptions):
         loaded = RecordedRun.from_state_dict(state)
         expect(
             loaded.source == self.mode,
-            "the mode of the resumed run",
+            "the mode of the saved run",
             repr(loaded.source),
             f"must equal this recorder's mode, {self.mode!r}",
             "Resume with a Recorder like that of the saved run.",

@@ -311,9 +311,9 @@ class RecordedRun:
             is_data_set = name == "data_set"
             expect(
                 same_data_set(ours, others) if is_data_set else ours == others,
-                f"the resumed run's {name}",
+                f"the saved run's {name}",
                 repr(ours),
-                f"must equal that of this run, {others!r}",
+                f"must equal that of the run that resumes it, {others!r}",
                 "Resume with the data set, sampling and Recorder of the saved run.",
             )
 

@@ -93,12 +93,12 @@ def test_another_run_is_not_resumed(change, name):
     early = Recorder()
     early.load_state_dict(state)
     with pytest.raises(
-        ValueError, match=f"resumed run's {name} must equal that of this run"
+        ValueError, match=f"saved run's {name} must equal that of the run that"
     ):
         begun(early, **change)
     late = begun(Recorder(), **change)
     with pytest.raises(
-        ValueError, match=f"resumed run's {name} must equal that of this run"
+        ValueError, match=f"saved run's {name} must equal that of the run that"
     ):
         late.load_state_dict(state)
     report(late)  # nothing was changed
@@ -112,7 +112,7 @@ def test_another_version_or_mode_is_not_resumed():
     ):
         Recorder().load_state_dict({**state, "version": 7})
     with pytest.raises(
-        ValueError, match="mode of the resumed run must equal this .*, got 'observed'"
+        ValueError, match="mode of the saved run must equal this .*, got 'observed'"
     ):
         Recorder("swept").load_state_dict(state)
 

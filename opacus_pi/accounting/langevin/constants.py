@@ -143,7 +143,10 @@ def public_logistic_constants(
         1, largest, num_examples=num_examples, remedy="Pass the number of examples."
     )
     in_range(
-        0, largest, max_row_norm=max_row_norm, remedy="Scale the rows, e.g. to norm 1."
+        0,
+        largest,
+        max_row_norm=max_row_norm,
+        remedy="Scale each feature vector, e.g. to norm 1.",
     )
     positive(regularisation=regularisation, remedy=_REGULARISER)
     return LossConstants(
@@ -201,7 +204,7 @@ def ridge_constants(
         0,
         np.finfo(float).max,
         radius=radius,
-        remedy="Project onto a finite ball.",
+        remedy="Pass the radius of the ball that weights are projected onto.",
     )
     lowest, highest = _spectrum(X)
     norms = np.linalg.norm(X, axis=1)

@@ -53,7 +53,7 @@ from opacus_pi.accounting.langevin.contraction import (
 from opacus_pi.accounting.langevin.lsi import log_growth
 
 FORMS = ("hypercontractive", "source", "dobrushin")
-_SAME_STEPS = "retraining for as many steps in all as the unlearned model has seen"
+_SAME_STEPS = "retraining for as many steps as the unlearned model had in total"
 _TARGET = "Noise brings a divergence close to 0, never to 0: choose a small target."
 _REWOUND = "retraining for the steps of the original training"
 

@@ -100,7 +100,7 @@ def test_assumptions_say_what_a_form_needs():
     ball = unlearning_divergence(2.0, 3.0, 5, BALL, form="dobrushin")
     assert not any("log-Sobolev" in text for text in ball.assumptions)
     assert any("radius 1.05" in text for text in ball.assumptions)
-    assert "as many steps in all" in ball.against
+    assert "as many steps as the unlearned model had in total" in ball.against
 
 
 def test_rewind_contracts_from_the_checkpoint():
