@@ -39,6 +39,7 @@ from opacus_pi.accounting.guarantee import (
 from opacus_pi.accounting.losses import worst_case_loss
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, joint_mechanism
 from opacus_pi.ledger.mechanism import NoisySGD
+from opacus_pi.ledger.noise_generator import NOISE_GENERATORS, SECURE, weakest
 
 __all__ = [
     "Curve",
@@ -47,6 +48,7 @@ __all__ = [
     "noise_added",
     "sampling_known",
     "training_epsilon",
+    "unpredictable_noise",
     "worst_case_curve",
 ]
 
@@ -175,31 +177,48 @@ def sampling_known(runs: Sequence[GradNormLedger]) -> Assumption:
 
 
 def declarations(
-    runs: Sequence[GradNormLedger], *, is_secure: bool | None = None
+    runs: Sequence[GradNormLedger],
 ) -> tuple[Assumption, ...]:
     """Return the assumptions of a bound on a training run that must be declared.
 
     Args:
         runs: Recorded runs of one training procedure, at least one.
-        is_secure: Whether the noise came from a cryptographically secure generator
-            (``secure_mode`` of an engine); None if that is not known.
 
     Returns:
         Declared assumptions, one for each link of custody that was not checked among
         them. The randomness is observed if it is known to be secure.
     """
-    if is_secure:
-        noise = observed(_UNPREDICTABLE, "secure_mode: a cryptographic generator")
-    else:
-        why = (
-            "whether secure_mode was used is not recorded"
-            if is_secure is None
-            else "secure_mode was off: you declare that the random seed stays secret"
-        )
-        noise = Assumption(_UNPREDICTABLE, True, why)
     return (
         *unchecked_links(runs),
         Assumption(_SETTINGS, True, _CANNOT_SEE),
         Assumption(_NOTHING_ELSE, True, _CANNOT_SEE),
-        noise,
+        unpredictable_noise(runs),
+    )
+
+
+def unpredictable_noise(
+    runs: Sequence[GradNormLedger], *, has_more_noise: bool = False
+) -> Assumption:
+    """Return the assumption that nobody can compute the noise of a training run.
+
+    It is observed if a secure generator drew all of it. Noise of a pseudo-random
+    generator follows from its seed; that the seed stays secret can only be declared.
+
+    Args:
+        runs: Recorded runs of one training procedure, at least one.
+        has_more_noise: Whether a part of the training was run again, with the noise of
+            a pseudo-random generator.
+    """
+    kind = weakest(*(run.noise_generator for run in runs))
+    if kind is None:
+        why = "the ledger does not say which random generator drew it"
+        return Assumption(_UNPREDICTABLE, True, why)
+    if kind == SECURE and not has_more_noise:
+        return observed(_UNPREDICTABLE, f"it was drawn from {NOISE_GENERATORS[kind]}")
+    drawn = "a pseudo-random generator" if kind == SECURE else NOISE_GENERATORS[kind]
+    where = "the noise of what is trained again" if kind == SECURE else "it"
+    return Assumption(
+        _UNPREDICTABLE,
+        True,
+        f"{where} was drawn from {drawn}: you declare that the seed stays secret",
     )

@@ -93,8 +93,9 @@ _WEIGHTS = "opacus_pi.files.weights_file:read_weights"
 GRAD_NORM_LEDGER = FileKind(
     "opacus_pi.GradNormLedger",
     "a ledger of gradient norms",
-    version=2,  # since 2: the chain of custody, and counts of participations
-    earlier_versions=(1,),
+    # since 2: the chain of custody, and counts of participations
+    version=3,  # since 3: the kind of generator that the noise was drawn from
+    earlier_versions=(1, 2),
     reader="opacus_pi.ledger.grad_norm_ledger:GradNormLedger.load",
 )
 GRAM_LEDGER = FileKind(

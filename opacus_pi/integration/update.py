@@ -10,6 +10,7 @@ to the weights.
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from opacus_pi.integration.checks import (
 )
 from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.loop_loss import LoopLoss
+from opacus_pi.ledger.noise_generator import kind_of
 from opacus_pi.recording import Recorder
 
 _SUPERSEDED = (
@@ -93,7 +95,7 @@ class UpdateUnderWay:
         init=False, default_factory=list
     )
     _is_distinct: bool = field(init=False, default=True)
-    _settings: dict[str, float] | None = field(init=False, default=None)
+    _settings: dict[str, Any] | None = field(init=False, default=None)
     _num_unattributed: int = field(init=False, default=0)  # up to the last update
     _has_checked: bool = field(init=False, default=False)
 
@@ -183,6 +185,9 @@ class UpdateUnderWay:
             "noise_std": noise_std_of(optimizer),
             "max_grad_norm": float(optimizer.max_grad_norm),
             "sample_rate": min(1.0, rate),
+            "noise_generator": kind_of(
+                optimizer.generator, is_secure=optimizer.secure_mode
+            ),
         }
 
     def finish(self) -> None:

@@ -39,6 +39,7 @@ from opacus_pi.ledger.custody import Custody
 from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.ledger.gap_filling import fill_by_rank, fill_unobserved
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.ledger.noise_generator import checked_noise_generator
 from opacus_pi.ledger.saving import LedgerFile, SavedLedger
 from opacus_pi.ledger.smoothed_ranks import SmoothedRanks, sampling_step
 
@@ -93,6 +94,9 @@ class GradNormLedger(SavedLedger):
         participations: int32 ``(N, n)``, the number of updates that drew each example,
             among those since the row before (for the last row also those after it).
             Only under fixed sampling; None: not counted.
+        noise_generator: The kind of random generator that the noise was drawn from:
+            ``"secure"``, ``"passed"`` or ``"global"``
+            (``ledger.noise_generator.NOISE_GENERATORS``). None: not recorded.
 
     A ledger is sensitive: it shows which examples are unusual. Protect it like the
     data set.
@@ -112,7 +116,11 @@ class GradNormLedger(SavedLedger):
             "participations": "<i4",
             **dict.fromkeys(_MEASURED[1:], "<f4"),
         },
-        more_texts={"data_set": "data_set", "weights": "weights"},
+        more_texts={
+            "data_set": "data_set",
+            "weights": "weights",
+            "noise_generator": "noise_generator",
+        },
         objects={"custody": Custody},
         retired=("norms",),
     )
@@ -129,6 +137,7 @@ class GradNormLedger(SavedLedger):
     weights: str | None = field(default=None, kw_only=True)
     custody: Custody | None = field(default=None, kw_only=True)
     participations: NDArray[np.int32] | None = field(default=None, kw_only=True)
+    noise_generator: str | None = field(default=None, kw_only=True)
     _learnt: list[SmoothedRanks] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -150,6 +159,7 @@ class GradNormLedger(SavedLedger):
             object.__setattr__(self, "example_ids", checked_ids(self.example_ids))
         checked_weights(self.weights)
         checked_custody(self.custody)
+        checked_noise_generator(self.noise_generator)
         if self.participations is not None:
             most = self.mechanism.max_participations
             counts = checked_participations(
@@ -192,6 +202,7 @@ class GradNormLedger(SavedLedger):
             "source": self.source,
             **self.mechanism._shown(),
             "data_set": self.data_set,
+            "noise_generator": self.noise_generator,
             "custody": "declared" if self.custody is None else self.custody.summary,
         }
 

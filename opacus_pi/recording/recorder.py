@@ -37,6 +37,7 @@ from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.custody import Chain
 from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import Custody
+from opacus_pi.ledger.noise_generator import checked_noise_generator
 from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording.checkpoints import Checkpoints, Training
 from opacus_pi.recording.distributed import Processes, merge_
@@ -519,6 +520,7 @@ class Recorder(RecorderOptions):
         noise_std: float,
         max_grad_norm: float,
         sample_rate: float | None = None,
+        noise_generator: str | None = None,
     ) -> None:
         """Count one update of the weights, and write a row when one is due.
 
@@ -527,12 +529,18 @@ class Recorder(RecorderOptions):
                 per-example gradients in this update.
             max_grad_norm: The clip norm of this update, ``inf`` without clipping.
             sample_rate: The sample rate of this update. Default: the one of ``begin``.
+            noise_generator: The kind of generator that its noise was drawn from, one of
+                ``ledger.noise_generator.NOISE_GENERATORS``. None: not known.
+
+        Raises:
+            ValueError: If that is no known kind.
         """
         run = self._begun()
         self._resumed = False
         rate = run.sample_rate if sample_rate is None else sample_rate
         settings = float(noise_std), float(max_grad_norm), float(rate)
-        run.count_step(*settings)
+        checked_noise_generator(noise_generator)
+        run.count_step(*settings, noise_generator)
         if self._last_weights is not None:
             self._last_weights.updated()
         if self.checkpoints is not None:

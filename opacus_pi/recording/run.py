@@ -20,6 +20,7 @@ from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.ledger.custody import MAX_UNATTRIBUTED, Custody
 from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.ledger.noise_generator import weakest
 from opacus_pi.recording.participations import Participations
 from opacus_pi.recording.saved_state import (
     FLAGS,
@@ -82,6 +83,8 @@ class RecordedRun:
         weights: Hash of the weights after the last update, if it was computed.
         custody: The chain of custody as JSON, as it was saved; empty if there is none.
         run_name: Name of the run in the files of its checkpoints; empty if it has none.
+        noise_generator: The weakest kind of generator that noise was drawn from; empty
+            if it is not known for every update.
         steps: Updates that were done when each row was written.
         rows: What was measured, float32 ``(n,)`` by name, for each row.
         intervals: Settings of each row's update interval.
@@ -102,6 +105,7 @@ class RecordedRun:
     weights: str = ""
     custody: str = ""
     run_name: str = ""
+    noise_generator: str = ""
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
     intervals: list[UpdateSettings] = field(default_factory=list)
@@ -177,7 +181,11 @@ class RecordedRun:
         self.observed_at[indices] = steps
 
     def count_step(
-        self, noise_std: float, max_grad_norm: float, sample_rate: float
+        self,
+        noise_std: float,
+        max_grad_norm: float,
+        sample_rate: float,
+        noise_generator: str | None = None,
     ) -> None:
         """Count one update.
 
@@ -185,7 +193,12 @@ class RecordedRun:
             noise_std: As for ``UpdateSettings``.
             max_grad_norm: As for ``UpdateSettings``.
             sample_rate: As for ``UpdateSettings``.
+            noise_generator: The kind of generator of its noise; None: not known.
         """
+        if self.num_steps and self.noise_generator != noise_generator:
+            kinds = (self.noise_generator or None, noise_generator)
+            noise_generator = weakest(*kinds)
+        self.noise_generator = noise_generator or ""
         self.num_steps += 1
         self.weights = ""
         interval, settings = self.open_interval, (noise_std, max_grad_norm, sample_rate)
@@ -269,6 +282,7 @@ class RecordedRun:
             weights=self.weights or None,
             custody=custody,
             participations=counts,
+            noise_generator=self.noise_generator or None,
             **measured,
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from opacus_pi._validate import expect, require
 from opacus_pi.ledger.checks import checked_steps, checked_weights
 from opacus_pi.ledger.custody import Custody
+from opacus_pi.ledger.noise_generator import checked_noise_generator
 from opacus_pi.recording.participations import has_whole_counts, layout_of_counts
 
 VERSION = 1
@@ -32,7 +33,8 @@ _TYPES = {
     "num_steps": (int,),
     "refusal": (str,),
 }
-LATER_TEXTS = ("weights", "custody", "run_name")  # older releases do not save them
+# older releases do not save them
+LATER_TEXTS = ("weights", "custody", "run_name", "noise_generator")
 
 
 def require_version(state: Any) -> None:
@@ -72,6 +74,7 @@ def require_whole(state: Mapping[str, Any]) -> None:
     for name in LATER_TEXTS:
         _check(type(state.get(name, "")) is str, name, "of another type")
     checked_weights(state.get("weights") or None)
+    checked_noise_generator(state.get("noise_generator") or None)
     _check(
         has_whole_counts(state),
         "participations",

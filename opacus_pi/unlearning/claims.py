@@ -69,12 +69,9 @@ class EngineFacts:
     """The facts of a training run that only its engine knows and a guarantee needs.
 
     Args:
-        is_secure: Whether the noise came from a cryptographically secure generator;
-            None if that is not known.
         accountant_bound: The bound of the engine's accountant; None if there is none.
     """
 
-    is_secure: bool | None = None
     accountant_bound: AccountantBound | None = None
 
 
@@ -326,7 +323,7 @@ def _bounded_claim(
             "the bound covers all examples that are forgotten by then",
             f"it is the worst case of any {len(gone)} example{'s' * (len(gone) > 1)}",
         ),
-        *declarations(runs, is_secure=engine_facts.is_secure),
+        *declarations(runs),
         Assumption(
             _OF_THE_SET, True, "the bound is for sets that are fixed before training"
         ),

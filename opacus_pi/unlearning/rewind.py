@@ -44,6 +44,7 @@ from opacus_pi.accounting.guarantee import (
     guarantee_of_run,
     observed,
 )
+from opacus_pi.accounting.training_bound import unpredictable_noise
 from opacus_pi.integration.rerun import (
     MakeOptimizer,
     Rerun,
@@ -82,7 +83,7 @@ _DECLARED = (
     ),
     (
         "random numbers are independent of each other and of the data",
-        "they are pseudo-random; the rest is trained with a new seed",
+        "the rest is trained with a new seed",
     ),
 )
 _ALIKE = "(compared with a model trained without the set, by the same schedule)"
@@ -546,13 +547,16 @@ class RecordedTraining:
             f"made {policy_in(self.record.policy).made}, "  # type: ignore[union-attr]
             f"recording began {self.record.began}",
         )
+        noise = unpredictable_noise(
+            [self.ledger], has_more_noise=start < self.record.num_steps
+        )
         pair = EpsilonDelta(
             policy.epsilon, policy.delta, "the deletion policy", both_directions=True
         )
         curve = [math.nextafter(a * policy.mu**2 / 2, math.inf) for a in _ORDERS]
         return guarantee_of_run(
             f"filtered rewind {_ALIKE}",
-            [proof, made, *facts],
+            [proof, made, noise, *facts],
             _ORDERS,
             curve,
             reverse_divergences=curve,

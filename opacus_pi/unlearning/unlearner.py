@@ -690,8 +690,7 @@ def _facts_of(engine: Any) -> EngineFacts:
         engine: The engine that an unlearner was made from.
     """
     bound = getattr(engine, "accountant_bound", None)
-    is_secure = getattr(engine, "secure_mode", None)
-    return EngineFacts(is_secure, None if bound is None else bound())
+    return EngineFacts(None if bound is None else bound())
 
 
 def _now() -> str:

@@ -63,7 +63,7 @@ def test_of_another_version(tmp_path, name):
         content = originals.as_file({**state, "version": 9})
     else:
         content = target.original
-        for version in (b"1", b"2"):
+        for version in (b"1", b"2", b"3"):
             stored = b'"version":"' + version + b'"'
             content = content.replace(stored, b'"version":"9"')
         content = content.replace(b'"version": 1', b'"version": 9')

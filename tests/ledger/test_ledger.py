@@ -263,9 +263,9 @@ def test_an_edited_file_is_refused(saved):
 
 def test_another_version_is_refused(saved):
     content = saved.read_bytes()
-    assert b'"version":"2"' in content
-    saved.write_bytes(content.replace(b'"version":"2"', b'"version":"3"'))
-    with pytest.raises(ValueError, match="in format version 1 or 2, got version 3"):
+    assert b'"version":"3"' in content
+    saved.write_bytes(content.replace(b'"version":"3"', b'"version":"4"'))
+    with pytest.raises(ValueError, match="version 1 or 2 or 3, got version 4"):
         GradNormLedger.load(saved)
 
 

@@ -54,13 +54,27 @@ def parts(path):
     return version, header, content[end:]
 
 
+def test_a_ledger_with_a_chain_of_custody_is_read():
+    run = GradNormLedger.load(FILES / "norms_format_2.safetensors")
+    np.testing.assert_array_equal(run.grad_norms, NORMS)
+    assert run.participations.tolist() == [[2, 0, 3, 1], [1, 3, 2, 0]]
+    assert [link.name for link in run.custody.links] == ["draw", "loss"]
+    assert run.mechanism.max_participations == 5
+    assert run.noise_generator is None
+
+
 @pytest.mark.parametrize(
-    "kind, name", [(GradNormLedger, "norms"), (GramLedger, "grams")]
+    "kind, name, before, after",
+    [
+        (GradNormLedger, "norms", "1", "3"),
+        (GradNormLedger, "norms", "2", "3"),
+        (GramLedger, "grams", "1", "2"),
+    ],
 )
-def test_only_the_version_is_written_anew(tmp_path, kind, name):
-    old, new = FILES / f"{name}_format_1.safetensors", tmp_path / "again"
+def test_only_the_version_is_written_anew(tmp_path, kind, name, before, after):
+    old, new = FILES / f"{name}_format_{before}.safetensors", tmp_path / "again"
     kind.load(old).save(new)
-    assert parts(old)[0] == "1" and parts(new)[0] == "2"
+    assert parts(old)[0] == before and parts(new)[0] == after
     assert parts(new)[1:] == parts(old)[1:]
 
 

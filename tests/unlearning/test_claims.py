@@ -182,18 +182,6 @@ def test_the_accountant_is_asked_at_the_delta_that_was_given(engine):
             of(engine).unlearn(data(), [3], 0, delta=bad)
 
 
-def test_secure_noise_is_observed_not_declared(engine):
-    pretending = trained()
-    pretending.secure_mode = True  # as torchcsprng would be needed for the real one
-    for source, declared in ((pretending, False), (engine, True)):
-        (noise,) = (
-            a
-            for a in of(source).plan([3]).guarantee.assumptions
-            if a.statement == "the noise cannot be predicted"
-        )
-        assert noise.is_declared is declared and noise.met
-
-
 @dataclass(frozen=True)
 class Mine(FineTune):
     """A user's method: what it does is not known."""
