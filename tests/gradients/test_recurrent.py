@@ -1,4 +1,7 @@
-"""Recurrent layers: unrolled and tapped, against one example after the other."""
+"""Recurrent layers: unrolled and tapped, against one example after the other.
+
+In sweeps, and in training (the fast mode).
+"""
 
 import copy
 
@@ -8,6 +11,7 @@ from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from opacus_pi.gradients.clipping import TrainingTaps
 from opacus_pi.gradients.norm_engine import NormEngine
 from opacus_pi.models.no_trace import isolated
 
@@ -162,3 +166,90 @@ def test_outputs_are_those_of_the_plain_layer(kind):
     with isolated():
         _, outputs = NormEngine(model, LOSSES).squares(x, y)
     torch.testing.assert_close(outputs, model.eval()(x).detach())
+
+
+def trained(model, x, y, attached=None):
+    """Squares and one weighted sum of all gradients, from one backward pass."""
+    taps = attached or TrainingTaps()
+    handles = taps.attach(model)
+    inputs = x if isinstance(x, tuple) else (x,)
+    LOSSES(model(*inputs), y).sum().backward()
+    (cache,) = taps.caches
+    found = cache.gradients(model.parameters(), model)
+    taps.require_complete(model.parameters(), model)
+    for handle in handles:
+        handle.remove()
+    taps.detach()
+    factors = torch.linspace(-1, 1, len(y))
+    sums = [found[p].weighted_sum(factors).flatten() for p in model.parameters()]
+    return sum(g.squares for g in found.values()), torch.cat(sums)
+
+
+def alone(model, x, y):
+    """The same from one backward pass for each example."""
+    rows = []
+    for i in range(len(y)):
+        inputs = x if isinstance(x, tuple) else (x,)
+        loss = LOSSES(model(*(one[i : i + 1] for one in inputs)), y[i : i + 1]).sum()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        rows.append(torch.cat([g.flatten() for g in gradients]))
+    rows = torch.stack(rows)
+    return rows.square().sum(1).double(), torch.linspace(-1, 1, len(y)) @ rows
+
+
+def check_training(model, x, y):
+    model.train()
+    squares, total = trained(model, x, y)
+    expected, expected_total = alone(model, x, y)
+    torch.testing.assert_close(squares, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(total, expected_total, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [name for name in LAYERS if name != "dropout"])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn", "relu"])
+@pytest.mark.filterwarnings("error")
+def test_training_clips_from_the_gates(kind, options):
+    check_training(*made(kind, **LAYERS[options]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_training_with_projected_and_initial_states():
+    check_training(*made(proj_size=2, bidirectional=True))
+    check_training(*made("gru", starts=True, num_layers=2))
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru", "rnn"])
+@pytest.mark.filterwarnings("error")
+def test_training_on_packed_sequences(kind):
+    model, x, y = made(kind, packs=True, num_layers=2, bidirectional=True)
+    check_training(model, (x, torch.tensor([3, 6, 1, 4, 2])), y)
+
+
+@pytest.mark.filterwarnings("error")
+def test_training_keeps_hooks_of_the_user_and_modes():
+    model, x, y = made()
+    model.layer.register_forward_hook(lambda m, args, out: (2 * out[0], out[1]))
+    check_training(model, x, y)
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert "forward" not in vars(model.layer)
+
+
+@pytest.mark.filterwarnings("ignore:.*slow")
+def test_training_with_a_weight_that_is_used_elsewhere_too():
+    class Net2(Net):
+        def forward(self, x):
+            weight = self.layer.weight_hh_l0  # also used outside of layers
+            return super().forward(x) + (x[:, 0] @ weight[:D, :3].square())
+
+    torch.manual_seed(0)
+    model = Net2(nn.GRU(D, H, batch_first=True))
+    x, y = torch.randn(B, T, D), torch.randint(3, (B,))
+    with pytest.raises(ValueError, match="weight_hh_l0"):  # torch.func refuses GRUs
+        trained(model, x, y)
+
+
+def test_training_with_dropout_between_layers_is_refused():
+    model, x, y = made(num_layers=2, dropout=0.5)
+    with pytest.raises(ValueError, match="layer.weight_hh_l0"):
+        trained(model.train(), x, y)
+    check_training(*made(num_layers=2, dropout=0.0))

@@ -5,7 +5,8 @@ which only hooks may be put. A pre-hook freezes the layer's parameters, so that 
 backward pass does not form their summed gradients, which clipping could not use. A
 forward hook makes them live again and taps the output. A layer with a rule is
 differentiated by this rule; a layer without a rule, and without layers inside, by
-``torch.func``.
+``torch.func``. The output of a recurrent layer is replaced by one that is computed step
+by step (:mod:`~opacus_pi.gradients.layers.recurrent`).
 
 The guarantee: parameters are live (they require gradients) again when the layer has
 returned or failed (an interrupt in between is repaired at the model's next call), and
@@ -25,6 +26,7 @@ from opacus_pi.gradients.fallback import (
     raise_if_out_of_memory,
     vmapped_gradients,
 )
+from opacus_pi.gradients.layers.recurrent import Unrolled, is_recurrent
 from opacus_pi.gradients.layers.registry import (
     LayerRule,
     gradients_by_rule,
@@ -37,7 +39,7 @@ from opacus_pi.models.copies import same_mode_copy
 Found = Mapping[str, ExampleGradients] | None  # by parameter name; None: not known
 
 
-def layer_hooks(taps: Taps, module: nn.Module) -> "LayerHooks | None":
+def layer_hooks(taps: Taps, module: nn.Module) -> "LayerHooks | RecurrentHooks | None":
     """Return the hooks of a layer, or ``None`` where a module cannot be tapped.
 
     Not tapped are modules without parameters of their own, and modules without a rule
@@ -52,6 +54,8 @@ def layer_hooks(taps: Taps, module: nn.Module) -> "LayerHooks | None":
     """
     if next(module.parameters(recurse=False), None) is None:
         return None
+    if is_recurrent(module):
+        return RecurrentHooks(Unrolled(taps, module))
     rule = layer_rule(module)
     is_container = isinstance(module, (nn.ParameterList, nn.ParameterDict))
     is_leaf = next(module.children(), None) is None and not is_container
@@ -168,3 +172,46 @@ class LayerHooks:
             raise_if_out_of_memory(error)
             return None
         return {name: ExplicitGradients(values) for name, values in found.items()}
+
+
+class RecurrentHooks:
+    """The hook of a recurrent layer: its output is computed once more, step by step.
+
+    Torch's kernel returns no gradients at the gates. What it has computed is dropped,
+    with its graph, so that autograd computes nothing for the layer's parameters.
+
+    Copies of the object do nothing, so that a copied model is not tapped.
+
+    Args:
+        unrolled: Computes the layer; ``None`` for a copy.
+    """
+
+    def __init__(self, unrolled: Unrolled | None = None) -> None:
+        self._unrolled = unrolled
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RecurrentHooks, ()
+
+    def attach(self, module: nn.Module) -> list[Any]:
+        """Register the hook, before those of the user, which may change the output.
+
+        Args:
+            module: The layer that this hook was made for.
+
+        Returns:
+            The handle that removes it.
+        """
+        return [
+            module.register_forward_hook(self._after, with_kwargs=True, prepend=True)
+        ]
+
+    def unfreeze(self) -> dict[str, nn.Parameter]:
+        """Return nothing: the layer is never frozen."""
+        return {}
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """Return the outputs and the state to be used in place of the layer's own.
+
+        ``None``: its own are used, and autograd sums up the gradients.
+        """
+        return None if self._unrolled is None else self._unrolled.run(*args, **kwargs)

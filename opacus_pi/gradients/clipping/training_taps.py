@@ -32,7 +32,11 @@ from torch import Tensor, nn
 from opacus_pi._torch_compat import current_backward_pass, forward_hooks
 from opacus_pi.gradients.clipping.batch_cache import BatchCache, WholeCall
 from opacus_pi.gradients.clipping.completeness import require_complete
-from opacus_pi.gradients.clipping.layer_hooks import LayerHooks, layer_hooks
+from opacus_pi.gradients.clipping.layer_hooks import (
+    LayerHooks,
+    RecurrentHooks,
+    layer_hooks,
+)
 from opacus_pi.gradients.fallback import MODEL_ERRORS, raise_if_out_of_memory
 from opacus_pi.gradients.parameters_outside_layers import ParametersOutsideLayers
 from opacus_pi.gradients.position_tables import parameters_not_indexed_by_example
@@ -82,7 +86,7 @@ class TrainingTaps:
         self._anchor = torch.zeros((), requires_grad=True)  # see ``tapped``
         self._outside_layers: ParametersOutsideLayers | None = None
         self._is_training: Callable[[], bool] = bool
-        self._layers: list[LayerHooks] = []
+        self._layers: list[LayerHooks | RecurrentHooks] = []
         self._parameter_hooks: dict[nn.Parameter, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ layer that is used several times.
 The guarantee: outputs are those of the plain layer up to rounding, for any number of
 layers, both directions, initial states and packed sequences. Calls of another form,
 such as a sequence without a batch dimension, run unchanged and are measured more
-slowly. Dropout between layers is not computed: a sweep runs in evaluation mode.
+slowly. So do layers that draw random numbers: dropout between layers, in training mode.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,14 +53,14 @@ def tap_recurrent(taps: Taps, model: nn.Module) -> set[nn.Parameter]:
     Returns:
         The parameters of these layers.
     """
-    layers = [module for module in model.modules() if _is_standard(module)]
+    layers = [module for module in model.modules() if is_recurrent(module)]
     for module in layers:
         _TappedRecurrent(taps, module)
     return {p for module in layers for p in module.parameters(recurse=False)}
 
 
-def _is_standard(module: nn.Module) -> TypeGuard[nn.RNNBase]:
-    """Return whether a module computes what the class of torch computes."""
+def is_recurrent(module: nn.Module) -> TypeGuard[nn.RNNBase]:
+    """Return whether a module computes what a recurrent class of torch computes."""
     return any(computes_as(cls, module) for cls in (nn.LSTM, nn.GRU, nn.RNN))
 
 
@@ -82,7 +82,7 @@ _Step = Callable[[Tensor, State, Mapping[str, Tensor | None], _Steps], State]
 
 
 class _TappedRecurrent:
-    """One recurrent layer, unrolled.
+    """One recurrent layer of a copy, unrolled.
 
     Args:
         taps: The object to which the layer reports.
@@ -90,9 +90,7 @@ class _TappedRecurrent:
     """
 
     def __init__(self, taps: Taps, module: nn.RNNBase) -> None:
-        self._taps, self._module = taps, module
-        self._num_directions = 2 if module.bidirectional else 1
-        self._step = _STEPS[module.mode]
+        self._unrolled = Unrolled(taps, module)
         self._plain_forward = module.forward
         module.forward = self.forward  # a copy's
 
@@ -106,11 +104,39 @@ class _TappedRecurrent:
         Returns:
             The outputs and the state that the plain layer returns.
         """
+        found = self._unrolled.run(input, hx)
+        return self._plain_forward(input, hx) if found is None else found
+
+
+class Unrolled:
+    """Computes a recurrent layer step by step, its gates tapped.
+
+    Args:
+        taps: The object to which the layer reports.
+        module: The layer.
+    """
+
+    def __init__(self, taps: Taps, module: nn.RNNBase) -> None:
+        self._taps, self._module = taps, module
+        self._num_directions = 2 if module.bidirectional else 1
+        self._step = _STEPS[module.mode]
+
+    def run(self, input: Any, hx: Any = None) -> tuple[Any, Any] | None:
+        """Return the outputs and the state that the plain layer returns.
+
+        Args:
+            input: ``(b, t, d)``, ``(t, b, d)`` without ``batch_first``, or packed.
+            hx: The initial state, with ``(layers * directions, b, h)``.
+
+        Returns:
+            ``None`` if the layer is not given a batch of sequences, no parameter of it
+            is measured, or it draws random numbers.
+        """
         live = any(self._taps.is_live(p) for p in self._module.parameters())
         is_random = self._module.training and self._module.dropout > 0
         x, lengths = self._padded(input) if live and not is_random else (None, None)
         if not (isinstance(x, Tensor) and x.dim() == 3 and self._taps.wants(x)):
-            return self._plain_forward(input, hx)
+            return None
         inside = None
         if lengths is not None:
             inside = torch.arange(x.shape[1])[:, None] < lengths
@@ -189,7 +215,7 @@ class _TappedRecurrent:
             and name.removesuffix(suffix) in (*_GATED, "weight_hr")
         }
         weights: dict[str, Tensor | None] = dict.fromkeys((*_GATED, "weight_hr"))
-        weights.update({name: p.detach() for name, p in own.items()})
+        weights.update({name: self._frozen(p) for name, p in own.items()})
         steps = _Steps()
         gates = self._gates(x, own, weights, steps, backwards=direction == 1)
         outputs: list[Tensor] = []
@@ -221,7 +247,7 @@ class _TappedRecurrent:
         Args:
             x: The layer's input, ``(b, t, d)``.
             own: The layer's parameters, by their names without the layer.
-            weights: The same, detached.
+            weights: The same, frozen.
             steps: Filled by the steps, and read when the gradient arrives.
             backwards: Whether the last step is the first.
         """
@@ -241,9 +267,13 @@ class _TappedRecurrent:
 
         return self._taps.tap(gates, ((x,), {}), live, gradients).unbind(1)
 
+    def _frozen(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter detached, unless it is left to autograd."""
+        return parameter.detach() if self._taps.is_live(parameter) else parameter
+
     def _project(self, state: Tensor, weight: nn.Parameter) -> Tensor:
         """Return a step's state projected to ``proj_size``, tapped."""
-        projected = F.linear(state, weight.detach())
+        projected = F.linear(state, self._frozen(weight))
         if not self._taps.is_live(weight):
             return projected
 
