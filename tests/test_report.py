@@ -219,7 +219,7 @@ def test_files_are_for_the_owner_and_the_same_twice(tmp_path):
     [
         (
             {"oracle": {"forget_loss": 1.0}},
-            "result must be given with an oracle or barriers, got None",
+            "result must be given if oracle or barriers are given, got None",
         ),
         ({"top": -1}, "top must be at least 0, got -1"),
         ({"order": 1.0}, "order must be finite and above 1, got 1.0"),

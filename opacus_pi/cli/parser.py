@@ -205,7 +205,10 @@ def writable_file(text: str) -> str:
 
 
 LEDGERS = option(
-    "ledger", "LEDGER", "saved ledger; several: independent runs, averaged", nargs="+"
+    "ledger",
+    "LEDGER",
+    "saved ledger; independent runs are averaged",
+    nargs="+",
 )
 LEDGERS_BY_FLAG = Argument(("--ledger",), {**LEDGERS.options, "default": []})
 FORGET = replace(
@@ -248,14 +251,17 @@ TOLERANCE = option(
 TOP = partial(option, "--top", "N", "number of hardest examples to list", whole_number)
 BATCH_SIZE = option("--batch-size", "N", "examples in a batch", whole_number, 64)
 MODEL = option(
-    "--model", "M:NAME", "import path of the model, or of a function", required=True
+    "--model",
+    "M:NAME",
+    "import path of the model, or of a function making it",
+    required=True,
 )
 WEIGHTS = option("--weights", "FILE", "state dict, .safetensors or .pt", required=True)
 DEVICE = option("--device", "NAME", "cpu, cuda, cuda:1, ...", default="cpu")
 DATA = option(
     "--data",
     "M:NAME",
-    "import path of the training set, or of a function",
+    "path of the training set, or of a function making it",
     dest="train_set",
     required=True,
 )
@@ -272,13 +278,13 @@ SEED = option("--seed", "N", "seed of everything random", int, 0)
 METHOD = option(
     "--method",
     "NAME",
-    f"{', '.join(METHODS)} (default finetune); guarantee: first three",
+    f"{', '.join(METHODS)} (default finetune); bounds: first 3 only",
     choices=METHODS,
 )
 SETTING = option(
     "--set",
     "NAME=VALUE",
-    "setting of the method; an unknown NAME lists all",
+    "setting of the method; an unknown NAME lists them",
     dest="settings",
     default=[],
     action="append",
@@ -286,9 +292,9 @@ SETTING = option(
 CHECKPOINTS = option(
     "--checkpoints",
     "DIR",
-    "saved states of the training: go back to one",
+    "saved states of the training: go back to one of them",
 )
-POLICY = switch("--policy", "go back by the training's deletion policy").but(
+POLICY = switch("--policy", "go back only as far as the deletion policy demands").but(
     dest="use_policy"
 )
 LOG = option("--log", "FILE.db", "deletion log of the model's requests")
@@ -306,7 +312,7 @@ TRACEBACK = switch("--traceback", "show where an error occurred")
 
 COMMANDS = {
     "audit": Command(
-        summary="whether norms of a model can be recorded, before it is trained",
+        summary="check before training that norms are recorded correctly",
         usage="--model M:NAME --data M:NAME [options]",
         description="""\
 Compare what private training would record for a batch with the gradients of its
@@ -320,7 +326,10 @@ Exit code 0: no comparison failed. 1: one failed; its line says what to do.""",
       --criterion torch.nn:CrossEntropyLoss --mode fast --examples 32""",
         arguments=(
             MODEL,
-            WEIGHTS.but(required=False, help="state dict; default: as it is built"),
+            WEIGHTS.but(
+                required=False,
+                help="state dict (default: the weights that the model is built with)",
+            ),
             DATA,
             CRITERION,
             option(
@@ -399,8 +408,8 @@ the guarantee then covers all requests together.""",
             option(
                 "--past",
                 "IDS|FILE=EPOCHS",
-                "a set that was forgotten before, and the epochs that took; write 25+ "
-                "if it was not forgotten after 25. Give sets of different difficulty",
+                "a set that was forgotten before, and the epochs that this took; write "
+                "25+ if 25 were not enough. Give sets of different difficulty",
                 default=[],
                 action="append",
             ),
@@ -415,11 +424,11 @@ the guarantee then covers all requests together.""",
         usage="--model M:NAME --weights FILE --data M:NAME --forget IDS|FILE\n"
         "                         --out DIR [options]",
         description="""\
-Train a model further on the retain set, by a method that makes it forget the rest.
+Fine-tune a model on the retain set, by a method that makes it forget the forget set.
 When the run has ended, DIR gets weights.safetensors, record.json (lists the forgotten
 examples), trace.json (needs --test) and guarantee.json (stronger with --ledger).
-With --checkpoints the model goes back to a state from before the examples were used and
-repeats the rest without them, or as far as the deletion policy demands (--policy).
+With --checkpoints the model goes back to a state from before the examples were used,
+and the rest of the training is repeated without them.
 
 With --log the request is first entered in a tamper-evident deletion log. After a crash
 repeat the command: pending requests are carried out first, with its settings.""",
@@ -453,8 +462,8 @@ repeat the command: pending requests are carried out first, with its settings.""
                 dest="num_epochs",
             ),
             BATCH_SIZE,
-            option("--learning-rate", "X", "of SGD", float, 0.01),
-            option("--momentum", "X", "of SGD", float, 0.9),
+            option("--learning-rate", "X", "learning rate of SGD", float, 0.01),
+            option("--momentum", "X", "momentum of SGD", float, 0.9),
             LEDGERS_BY_FLAG,
             CHECKPOINTS,
             POLICY,
@@ -544,7 +553,7 @@ wrote; without it the report covers the training alone.""",
         ),
     ),
     "heads": Command(
-        summary="what heads that forget with a certificate would cost",
+        summary="accuracy and cost of heads that forget with a certificate",
         usage="--model M:NAME --data M:NAME --classes N [options]",
         description="""\
 Train a linear head with noise on the features of a frozen model, and say how accurate
@@ -558,7 +567,10 @@ forget. Nothing is written: to train a head that you release, see
       --test my_project:test_set --classes 10 --head softmax --forget 3,17""",
         arguments=(
             MODEL.but(help="import path of the frozen model, which returns features"),
-            WEIGHTS.but(required=False, help="state dict; default: as it is built"),
+            WEIGHTS.but(
+                required=False,
+                help="state dict (default: the weights that the model is built with)",
+            ),
             DATA,
             TEST.but(help="import path of the test set, for the accuracy"),
             option(
@@ -579,7 +591,7 @@ forget. Nothing is written: to train a head that you release, see
             option(
                 "--noise-std",
                 "X",
-                "noise of a step on every weight (ridge 0.001, softmax 0.02)",
+                "noise std of a step, on every weight (ridge 0.001, softmax 0.02)",
                 float,
             ),
             option(
@@ -609,7 +621,7 @@ forget. Nothing is written: to train a head that you release, see
         usage="FILE [HEAD] [options]",
         description="""\
 Recognise the kind of a file from its content, and check that it is complete and
-unedited. Of a deletion log every entry's hash and its link to the entry before are
+unedited. In a deletion log, every entry's hash and its link to the entry before are
 checked. The links cannot show that the last entries were removed: keep the hash of the
 last entry (the head) elsewhere and pass it as HEAD. Ledgers, Gram ledgers, oracles,
 traces, recorded or unlearned weights and the ledger in a checkpoint have a checksum.

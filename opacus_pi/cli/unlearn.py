@@ -130,8 +130,8 @@ def rewind_options(options: argparse.Namespace) -> dict[str, Any]:
     if options.checkpoints is None:
         if options.use_policy:
             raise BadInput(
-                "--policy: it is the policy of a training whose states were saved. Add "
-                "--checkpoints DIR."
+                "--policy: a deletion policy needs the saved states of the training. "
+                "Add --checkpoints DIR."
             )
         return {}
     if options.method is not None:
@@ -149,8 +149,8 @@ def rewind_options(options: argparse.Namespace) -> dict[str, Any]:
         policy = policy_in(states.record.policy)
     if options.use_policy and policy is None:
         raise BadInput(
-            "--policy: the training had no deletion policy, and one that is made later "
-            "proves nothing. Leave it out for an exact rewind."
+            "--policy: the training had no deletion policy, and one that is made "
+            "later proves nothing. Leave --policy out for an exact rewind."
         )
     used = policy if options.use_policy else None
     return {"checkpoints": states, "deletion_policy": used}

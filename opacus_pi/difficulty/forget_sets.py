@@ -40,9 +40,9 @@ _SEED = 0
 _CUT = (
     "A forget set contains only some of the examples that have equal scores: {cuts}. "
     "Which of them it contains is random (see generator) and says nothing about their "
-    "difficulty. Choose a size that includes all of them or none. Privacy losses are "
-    "equal at the worst case, the loss of an example that is clipped in every update: "
-    "then use a lower order or train with a larger max_grad_norm."
+    "difficulty. Choose a size that includes all of them or none. Examples that are "
+    "clipped in every update all have the largest privacy loss, the worst case. To "
+    "separate them, use a lower order or train with a larger max_grad_norm."
 )
 
 

@@ -220,7 +220,8 @@ def _filled(run: GradNormLedger, name: str, hardest: float) -> Scores:
         "ledger",
         f"a ledger without {name}",
         f"must contain {name}",
-        "Record them with the norms, or use a score of gradient norms.",
+        "Record the training of a classifier with Recorder('swept'), which measures "
+        f"{name} too, or use a score of gradient norms, such as grad_norm_mean.",
     )
     filled = fill_unobserved(rows)
     return np.where(np.isinf(filled), hardest, filled)

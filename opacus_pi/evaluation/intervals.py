@@ -41,7 +41,8 @@ def mean_interval(values: ArrayLike, *, confidence: float = 0.95) -> ConfidenceI
         The mean and the ends of the interval.
 
     Raises:
-        ValueError: If there is no value or one is NaN, or ``confidence`` leaves (0, 1).
+        ValueError: If there is no value or one is NaN, or ``confidence`` is outside (0,
+            1).
     """
     array = numbers("values", values).ravel()
     expect(

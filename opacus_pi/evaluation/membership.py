@@ -117,5 +117,5 @@ def _feature(**named: ArrayLike) -> NDArray[np.float64]:
         "Pass the values of at least one example.",
     )
     checked: dict[str, Any] = {name: array}
-    in_range(0, 1, remedy="Pass the softmax at the label.", **checked)
+    in_range(0, 1, remedy="Pass softmax probabilities of the label.", **checked)
     return array

@@ -69,13 +69,13 @@ class AccountantBound:
     """The guarantee of an accountant of Opacus for any one example, as it stands now.
 
     Args:
-        accountant: A copy of it, which counts no further updates.
+        accountant: A copy of the engine's accountant, which counts no further updates.
     """
 
     accountant: IAccountant
 
     def at(self, delta: float) -> EpsilonDelta | None:
-        """Return ε at one δ, in the direction with the example against without it.
+        """Return ε at one δ, for training with an example compared to without it.
 
         The PRV accountant composes the privacy loss of the pair (with, without), so its
         ε is for this direction only; Rényi divergences hold for both
@@ -85,7 +85,7 @@ class AccountantBound:
             delta: δ in (0, 1).
 
         Returns:
-            The pair; None if the accountant cannot compute it for this δ.
+            ε with its δ; None if the accountant cannot compute ε for this δ.
         """
         name = self.accountant.mechanism()
         try:

@@ -17,14 +17,14 @@ __all__ = ["Attention"]
 
 
 class Attention(DPMultiheadAttention):
-    """``nn.MultiheadAttention`` of layers that Opacus has rules for."""
+    """``nn.MultiheadAttention``, built from layers that Opacus has rules for."""
 
     @classmethod
     def replacing(cls, original: nn.MultiheadAttention) -> "Attention":
-        """Return attention with the weights of torch's.
+        """Return an ``Attention`` with the weights of a ``nn.MultiheadAttention``.
 
         Args:
-            original: Torch's; not changed.
+            original: The layer of torch; not changed.
         """
         made = cls(
             original.embed_dim,
@@ -65,7 +65,7 @@ class Attention(DPMultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute what ``nn.MultiheadAttention`` computes; the arguments are its own.
+        """Compute what ``nn.MultiheadAttention`` computes, from the same arguments.
 
         Args:
             query: ``(b, t, e)``, or ``(t, b, e)`` with ``batch_first=False``.
@@ -76,7 +76,7 @@ class Attention(DPMultiheadAttention):
             need_weights: Whether to return the weights.
             attn_mask: ``(t, s)`` or ``(b * heads, t, s)``, as ``key_padding_mask``.
             average_attn_weights: Whether to average the weights over heads.
-            is_causal: That ``attn_mask`` is the causal mask.
+            is_causal: Whether ``attn_mask`` is the causal mask.
 
         Returns:
             The output, as ``query``; and the weights, if they are needed.

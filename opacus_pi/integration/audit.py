@@ -245,8 +245,8 @@ def audit_batch(
         "grad_sample_mode",
         "'no_op'",
         "must be one that computes per-example gradients",
-        "Here the training loop computes them. Call opacus_pi.audit(model, criterion, "
-        "batch), which audits model and criterion in another mode.",
+        "With 'no_op' the training loop computes them. Call opacus_pi.audit(model, "
+        "criterion, batch), which audits model and criterion in another mode.",
     )
     x, y = to_device(inputs_and_targets(batch), device_of(model))
     expect(
@@ -277,7 +277,7 @@ def audit_batch(
 
 
 def joined(audits: Sequence[Audit]) -> Audit:
-    """Return one audit of several batches: of each comparison the worst row.
+    """Join the audits of several batches: keep the worst row of each comparison.
 
     Args:
         audits: At least one.
@@ -479,15 +479,16 @@ def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> Audi
             "norms",
             True,
             "The recorded norms are those of each example's own gradient (largest "
-            f"difference {gap:.1g} of the norm).",
+            f"relative difference {gap:.1g}).",
         )
     ratios = recorded / expected.clamp(min=1e-300)
     return AuditRow(
         "norms",
         False,
         "The recorded norms are not those of each example's own gradient: they are "
-        f"{float(ratios.min()):.3g} to {float(ratios.max()):.3g} times as large. The "
-        "rows below say why, or a layer has another gradient than Opacus assumes.",
+        f"{float(ratios.min()):.3g} to {float(ratios.max()):.3g} times as large. If "
+        "no row below says why, Opacus computes wrong per-example gradients for one "
+        "of the layers.",
     )
 
 
@@ -520,8 +521,8 @@ def _compare_loss(loss: TrainedLoss, outputs: Any, y: Any, run: AuditedRun) -> A
         False,
         f"The loss of the batch, {whole:.4g}, is neither the mean nor the sum of the "
         f"examples' own losses ({found['mean']:.4g}, {found['sum']:.4g}). The "
-        "criterion divides by something of the whole batch, or compares its examples. "
-        "Train with the mean of one loss for each example.",
+        "criterion uses a quantity of the whole batch, or compares examples with "
+        "each other. Train with a loss that is the mean of one loss for each example.",
     )
 
 
@@ -545,8 +546,9 @@ def _compare_order(recorded: Tensor, reverse: Tensor, model: nn.Module) -> Audit
     return AuditRow(
         "order",
         False,
-        "Other norms are recorded for the same examples in reverse order, so a norm "
-        "belongs to a place in the batch and not to an example.",
+        "With the same examples in reverse order, other norms are recorded. So a norm "
+        "belongs to a position in the batch and not to an example. Look for a layer "
+        "or a loss that depends on the position in the batch.",
     )
 
 

@@ -134,7 +134,7 @@ def _require_checkpoint(content: Any, path: Any) -> None:
         not wrong,
         "path",
         f"{kind} in {path}",
-        "must be a checkpoint of PrivacyEngine.save_checkpoint with whole entries "
+        "must be a checkpoint of PrivacyEngine.save_checkpoint with complete entries "
         f"{', '.join(wrong)}",
         "Nothing was loaded. "
         + (
@@ -226,8 +226,8 @@ def ledger_in_checkpoint(path: str | os.PathLike[str]) -> GradNormLedger:
         content = read_torch_file(path, map_location="cpu")
     except (RuntimeError, EOFError) as error:
         raise ValueError(
-            f"path must be a whole checkpoint, got {os.fspath(path)}. It is damaged, "
-            "or another kind of archive. Restore it from a copy."
+            f"path must be a complete checkpoint, got {os.fspath(path)}. The file is "
+            "damaged, or another kind of archive. Restore it from a copy."
         ) from error
     entry = content.get(CHECKPOINT_KEY) if isinstance(content, dict) else None
     expect(
@@ -251,9 +251,9 @@ def ledger_in_checkpoint(path: str | os.PathLike[str]) -> GradNormLedger:
     counted, recorded = num_steps_of(accountant), ledger.mechanism.num_steps
     if counted > recorded:
         raise AccountingError(
-            f"The checkpoint's accountant has counted {counted} updates, and its "
-            f"ledger holds {recorded}: it does not cover the whole training. Use one "
-            "engine for each run, and resume from its own checkpoints."
+            f"The checkpoint's accountant has counted {counted} updates, but its "
+            f"ledger holds {recorded}: the ledger does not cover the whole training. "
+            "Use one engine for each run, and resume from its own checkpoints."
         )
     return ledger
 

@@ -168,9 +168,9 @@ def _warn_if_constant(layer: nn.GroupNorm, args: tuple[Any, ...]) -> None:
     if math.prod(args[0].shape[2:]) == 1:
         warnings.warn(
             f"A GroupNorm replaced a BatchNorm of {layer.num_channels} features and "
-            "normalises each of them alone, so its outputs do not depend on its inputs "
-            "and the layers before it learn nothing. Put "
-            f"nn.LayerNorm({layer.num_channels}) there before make_compatible.",
+            "normalises each of them alone, so its outputs do not depend on its "
+            "inputs and the layers before it learn nothing. Replace that BatchNorm "
+            f"by nn.LayerNorm({layer.num_channels}) before you call make_compatible.",
             stacklevel=2,
         )
 

@@ -88,7 +88,7 @@ class Preparation:
     what the others returned.
 
     Args:
-        hooks: What it made of the model, a wrapper or hooks.
+        hooks: What Opacus made of the model, a wrapper or hooks.
         optimizer: The private optimizer.
         criterion: In the ghost modes, the criterion.
         loader: The loader that training will iterate over.
@@ -101,7 +101,7 @@ class Preparation:
     _recorded: tuple[Any, ...] = ()
 
     def take(self, result: Any) -> bool:
-        """Prefer what ``make_private`` returned to what the methods that it calls did.
+        """Replace prepared objects by those that ``make_private`` returned.
 
         Args:
             result: Usually a tuple; its objects are distinguished by their types.
@@ -206,7 +206,7 @@ def shadowed_method(optimizer: DPOptimizer) -> str | None:
 
 
 def own_step(optimizer: DPOptimizer) -> str | None:
-    """Return which method updated the weights without noise, as a reason.
+    """Return a reason that names the method which updated the weights without noise.
 
     Args:
         optimizer: An optimizer whose ``add_noise`` of ours has not run, although the
@@ -225,7 +225,7 @@ def own_step(optimizer: DPOptimizer) -> str | None:
 
 
 def own_scaling(optimizer: DPOptimizer) -> str | None:
-    """Return that gradients were changed by a ``scale_grad`` that is not Opacus's.
+    """Return a reason if a ``scale_grad`` that is not Opacus's changed the gradients.
 
     Args:
         optimizer: An optimizer whose gradients have changed since noise was added.

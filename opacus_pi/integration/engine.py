@@ -64,16 +64,16 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     Recording changes no weight and no random number. Opacus trains some runs that
     cannot be accounted for: frozen BatchNorm in training mode, samplers that weight
     examples, ghost clipping with a clip scheduler or with two backward passes a step.
-    These train on as with Opacus; only ``ledger``, ``privacy_losses`` and ``epsilons``
+    Such runs train as with Opacus; only ``ledger``, ``privacy_losses`` and ``epsilons``
     raise an error, which says why.
 
-    Recorded norms are the norms that Opacus clips. They are the norms of each example's
-    own loss if the criterion's reduction is ``loss_reduction`` and the loss is not
-    scaled. With clipping by layer the recorded clip norm is the root of the sum of
-    squares, an upper bound. Adaptive clipping also releases a noisy count of unclipped
-    examples. The recorded noise covers both releases, as in Opacus's accounting: the
-    worst case includes the count, and per-example values include it in proportion to
-    the gradient.
+    Recorded norms are the norms that Opacus compares with the clip norm. They belong to
+    the gradient of each example's own loss if the criterion's reduction is
+    ``loss_reduction`` and the loss is not scaled. With clipping by layer the recorded
+    clip norm is the root of the sum of squares, an upper bound. Adaptive clipping also
+    releases a noisy count of unclipped examples. The recorded noise covers both
+    releases, as in Opacus's accounting: the worst case includes the count, and
+    per-example values include it in proportion to the gradient.
 
     ``make_private(grad_sample_mode="fast")`` makes the updates of ``"hooks"``, up to
     rounding, from one backward pass and without per-example gradients. The training
@@ -93,10 +93,10 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     same happens to unattributed samples, to samples whose norm is not finite, and to
     padding. The guarantee is then ``renyi_filter.epsilons`` (Feldman and Zrnic 2021,
     arXiv:2008.11193). ``get_epsilon`` still holds for every example, and ``epsilons``
-    stays an estimate, computed from the recorded norms. Which examples were left out
-    is sensitive. An ``AccountingError`` stops a training run whose charges would be
-    wrong: if samples are attributed without verification, if BatchNorm is in training
-    mode, or if the noise is lowered within an update.
+    stays an estimate, computed from the recorded norms. Which examples were left out is
+    sensitive. An ``AccountingError`` stops training where a spent budget would be
+    computed wrongly: if samples are attributed without verification, if BatchNorm is in
+    training mode, or if the noise is lowered within an update.
     """
 
     if TYPE_CHECKING:

@@ -231,8 +231,9 @@ class GroupAccountant(RDPAccountant):
         if recorded != counted:
             raise AccountingError(
                 f"The accountant has counted {counted} updates, but the Gram ledger "
-                f"describes a run of {recorded}. After the training has ended, compute "
-                "the Gram ledger from the ledger of this training."
+                f"describes a run of {recorded}. After the training has ended, "
+                "compute the Gram ledger from the ledger of this training "
+                "(opacus_pi.recording.gram_ledger)."
             )
 
 

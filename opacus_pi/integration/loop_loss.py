@@ -103,15 +103,15 @@ _OTHER = (
 _VARYING = (
     "All norms of an update were {ratio:.4g} times those of the audited criterion, "
     "and in another update {before:.4g} times. So the loop multiplies its loss or its "
-    "gradients by something that changes, and if that depends on the batch, no "
+    "gradients by a factor that changes. If the factor depends on the batch, no "
     "gradient belongs to one example. Call criterion(model(x), y) without a factor, "
     "or audit a criterion that has it."
 )
 _SCALED = (
-    "All norms of an update were {ratio:.4g} times those of the audited criterion. "
-    "A factor that is constant is right. One that depends on the batch is wrong, such "
-    "as that of a sum of losses in place of their mean. Which of the two this one is "
-    "could not be checked. Put the factor into the criterion, and audit that."
+    "All norms of an update were {ratio:.4g} times those of the audited criterion. A "
+    "constant factor is allowed. A factor that depends on the batch is not: a sum of "
+    "losses in place of their mean has such a factor. Which kind this one is could "
+    "not be checked. Put the factor into the criterion, and audit that."
 )
 _ASSUMED_ORDER = (
     "The norms of an update were not those of the audited criterion, but the order of "

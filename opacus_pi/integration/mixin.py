@@ -128,8 +128,9 @@ _NO_BOUND = (
 )
 _NOT_COUNTED = (
     "The accountant has counted {} of {} updates, so its epsilon is too small. The "
-    "cause is not known: optimizer.attach_step_hook may have replaced the accountant's "
-    "own hook (call both in one function), or its history was changed."
+    "cause is not known: optimizer.attach_step_hook may have replaced the "
+    "accountant's own hook (attach one function that calls both hooks), or its "
+    "history was changed."
 )
 _BROKEN = (
     "get_epsilon returns Opacus's number, but it is not a bound for this training. {}"
@@ -322,11 +323,12 @@ class PerInstanceMixin(Shown, OpacusEngine):
         return self._at_most_the_worst_case(values, delta)
 
     def epsilon_limits(self, delta: float, **options: Any) -> NDArray[np.float64]:
-        """Return an upper limit of each example's epsilon, over the random draws.
+        """Return an upper confidence limit of each example's epsilon.
 
-        ``epsilons`` estimates from the updates that drew an example; the limit is not
-        exceeded in 95 % of all draws by what all updates would give. It is no bound
-        for other runs of the training: ``get_epsilon`` is.
+        ``epsilons`` estimates an example's epsilon from the updates that drew it. In
+        95 % of all random draws, the epsilon that follows from all updates is at most
+        this limit. The limit is no bound for other runs of the training:
+        ``get_epsilon`` is.
 
         Args:
             delta: Failure probability, in (0, 1).
@@ -365,7 +367,8 @@ class PerInstanceMixin(Shown, OpacusEngine):
             ``"prv"`` nor ``"rdp"``, or it counted other updates.
 
         Raises:
-            AccountingError: If nothing was recorded, or the run cannot be accounted.
+            AccountingError: If nothing was recorded, or the run cannot be accounted
+                for.
         """
         mechanism = self.recorder.ledger.mechanism
         return bound_of(self.accountant, mechanism) if self._is_private else None
@@ -374,8 +377,8 @@ class PerInstanceMixin(Shown, OpacusEngine):
     def get_epsilon(self, delta: float) -> float:
         """Return Opacus's epsilon, which assumes Poisson sampling.
 
-        Warns if another sampling was done, if a link of the chain of custody is broken,
-        or if the accountant did not count every update.
+        Warns if batches were not drawn by Poisson sampling, if a link of the chain of
+        custody is broken, or if the accountant did not count every update.
 
         Args:
             delta: Failure probability, in (0, 1).

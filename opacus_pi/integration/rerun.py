@@ -298,7 +298,8 @@ def require_repeatable(
         "checkpoints",
         "a run that accumulated the gradients of several batches",
         "must be of a run with one batch for each update",
-        "Use larger batches with BatchMemoryManager.",
+        "Train with one larger batch for each update; BatchMemoryManager splits it to "
+        "save memory.",
     )
     require(
         record.sampling == "poisson" or not record.num_unattributed[after].any(),

@@ -58,7 +58,7 @@ def unknown_schedule(loader: DataLoader[Any]) -> str | None:
             return None
         return (
             f"The sampler draws at rate {rate:g}, but Opacus accounts for "
-            f"1/{len(loader)}, one over the loader's length. Use "
+            f"1/{len(loader)}, one over the loader's length. Create the sampler with "
             "steps=int(1 / sample_rate)."
         )
     if isinstance(loader.dataset, IterableDataset):

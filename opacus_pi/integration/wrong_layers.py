@@ -259,7 +259,7 @@ def _check_memory_order(
         found(
             "its inputs are in another memory order, such as channels_last",
             "opacus_pi.compatible.make_compatible(model) copies them into the usual "
-            f"one. {_OTHER_MODE}",
+            f"one. Otherwise: {_OTHER_MODE}",
         )
 
 

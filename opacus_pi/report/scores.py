@@ -64,7 +64,8 @@ class Scores(Shown):
             none.
         worst_case_epsilon: Bound on the ε of any example; ``inf`` if there is none.
         assumptions: The assumptions of ε, met or not.
-        unchecked_links: The links of custody that the numbers rest on unchecked.
+        unchecked_links: The links of the chain of custody that were not checked,
+            although the numbers depend on them.
     """
 
     _note: ClassVar[str] = "sensitive: it shows which examples are unusual"

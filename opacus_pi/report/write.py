@@ -79,8 +79,8 @@ def write_report(
         result is not None or (oracle is None and barriers is None),
         "result",
         None,
-        "must be given with an oracle or barriers",
-        "Pass the result of the unlearning run beside which they are shown.",
+        "must be given if oracle or barriers are given",
+        "Pass the unlearning result that they belong to.",
     )
     in_range(0, float("inf"), top=top, remedy="Pass 0 to list no example.")
     scores = score(ledger, order=order, delta=delta, tolerance=tolerance)

@@ -477,7 +477,7 @@ def _fixed_length(stop: StopRule | None) -> Assumption:
         "the number of updates does not depend on the forget set",
         "fixed before the run"
         if stop is None
-        else f"ended by {stop.metric!r}, an evaluation that may look at it",
+        else f"ended by {stop.metric!r}, an evaluation that may look at the forget set",
         met=stop is None,
     )
 
@@ -536,7 +536,7 @@ def _matching(
 
 def _since(history: History) -> str:
     """Say how the weights were recognised."""
-    named = "their SHA-256 is the one in the ledger"
+    named = "the SHA-256 of the weights is the one in the ledger"
     if not history.trained:
         return named
     return f"{named}; since then only runs of this unlearner changed them"
@@ -556,8 +556,8 @@ def _unmatched(names: Collection[str | None], *, unchanged: bool) -> str:
             "the last unlearning run did not end, or the weights were changed after it"
         )
     if set(names) <= {None, CHANGED}:
-        return "they were written to after the last recorded update"
+        return "the weights were written to after the last recorded update"
     return (
-        "their SHA-256 is not the one in the ledger: the weights were changed since, "
-        "or belong to another run"
+        "the SHA-256 of the weights is not the one in the ledger: they were changed "
+        "since, or belong to another run"
     )

@@ -126,7 +126,7 @@ class Verification:
     Args:
         head: Hash of the last entry; ``START`` for a log without entries.
         num_entries: Number of entries.
-        num_added: Entries after the head that was passed; None if none was.
+        num_added: Entries after the head that was passed; None if no head was passed.
         redacted: Numbers of the entries whose payload was redacted, increasing.
         back_in_time: Numbers of the entries whose time is before that of an earlier
             entry, or is no time at all, increasing. The chain orders entries by number;
@@ -143,12 +143,13 @@ class Verification:
 class DeletionLog:
     """A deletion log in one SQLite file, which only its owner can read.
 
-    Opening checks that the file is a deletion log, and its last entry. ``entries`` and
-    ``verify`` check all of it. Each call opens the file anew, so one object may be used
-    by several threads and after a fork.
+    Opening checks that the file is a deletion log and that its last entry is intact.
+    ``entries`` and ``verify`` check the whole log. Each call opens the file anew, so
+    one object may be used by several threads and after a fork.
 
     Args:
-        path: The file; made if it does not exist. It names people's data: guard it.
+        path: The file; made if it does not exist. It holds personal data: restrict
+            access to it.
 
     Raises:
         ValueError: If the file is something else, damaged, or of a newer release.
@@ -180,7 +181,7 @@ class DeletionLog:
         return _read(self.path, "rw")
 
     def find(self, name: str) -> Entry | None:
-        """Return the entry of a name, or None.
+        """Return the entry that has a name, or None.
 
         Args:
             name: As passed to ``append``. The name of a redacted entry is not found.
@@ -189,13 +190,13 @@ class DeletionLog:
             return _named(connection, self.path, name)
 
     def opening(self, number: int) -> tuple[bytes, str | None, str]:
-        """Return what opens the commitment of an entry: salt, name and payload.
+        """Return the salt, name and payload that open the commitment of an entry.
 
         A person who has all three can check them against the chain; see
         ``commitment_of``.
 
         Args:
-            number: The entry's.
+            number: Number of the entry.
 
         Returns:
             The salt, the name as JSON text or None, and the payload as JSON text.
@@ -237,8 +238,8 @@ class DeletionLog:
 
         Raises:
             TypeError: If the payload is not JSON-able; nothing was written.
-            ValueError: The same, for NaN, infinity and a payload that could not be read
-                back, or for kind or name; or the log is damaged.
+            ValueError: If the payload has NaN or infinity or could not be read back, or
+                kind or name is invalid (nothing was written); or if the log is damaged.
             OSError: If it could not be written; the log is as it was.
         """
         body = payload_text(payload)
@@ -256,15 +257,16 @@ class DeletionLog:
     def redact(self, number: int, reason: str = "") -> Entry:
         """Remove the payload of an entry for good; its commitment stays in the chain.
 
-        The redaction is itself an entry. SQLite overwrites the payload with zeros; what
-        the file system or a copy of the file still holds is beyond its reach.
+        The redaction is itself an entry. SQLite overwrites the payload with zeros.
+        Copies that the file system or a backup still holds are not removed.
 
         Args:
-            number: The entry's.
+            number: Number of the entry.
             reason: Why, to be stored with the redaction.
 
         Returns:
-            The entry that says so. For a redacted entry: the entry itself, unchanged.
+            The entry of the redaction. If the entry was redacted before: that entry,
+            unchanged.
 
         Raises:
             ValueError: If there is no such entry, or it is a redaction.
@@ -374,7 +376,7 @@ def verify(path: str | os.PathLike[str], head: str | None = None) -> Verificatio
 
 
 def num_added_since(head: str | None, hashes: Sequence[str]) -> int | None:
-    """Return how many entries follow the one whose hash was noted; None if none was.
+    """Return how many entries follow a noted hash; None if no hash was noted.
 
     Args:
         head: The noted hash.
@@ -406,8 +408,9 @@ def require_head(head: str, num_entries: int, last: str, *, known: bool) -> None
         "head",
         head,
         f"must be the hash of one of the {num_entries} entries",
-        f"The last entry has {last}. So entries are missing at the end, or this is "
-        "another log.",
+        f"The last entry has the hash {last}. So entries are missing at the end, or "
+        "this is another log. Open the log that this head belongs to, or restore the "
+        "file from a copy.",
     )
 
 
@@ -687,7 +690,7 @@ def _checked(row: tuple[Any, ...], path: Path) -> Entry:
         return entry
     good = type(salt) is bytes and type(body) is str and type(name) in (str, type(None))
     good = good and commitment_of(salt, name, body) == entry.commitment
-    _require_unedited(good, path, f"Entry {number} has another payload.")
+    _require_unedited(good, path, f"The payload of entry {number} was changed.")
     return _with_payload(entry, name, body, path)
 
 

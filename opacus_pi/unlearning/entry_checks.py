@@ -48,8 +48,8 @@ def payload_text(payload: Mapping[str, Any]) -> str:
         _depth(payload) <= _MAX_DEPTH,
         "payload",
         "more",
-        f"must have at most {_MAX_DEPTH} levels",
-        "Flatten it: lists within lists as deep as that could not be read back.",
+        f"must be nested at most {_MAX_DEPTH} levels deep",
+        "Flatten the payload: a deeper one could not be read back.",
     )
     return text
 

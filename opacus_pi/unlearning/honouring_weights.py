@@ -99,8 +99,9 @@ def stored_weights(path: Path, num_examples: int) -> StoredWeights:
         and all(type(row) is int and 0 <= row < num_examples for row in rows),
         "weights_path",
         path,
-        "must name the requests that the weights honour, the methods, and the "
-        f"forgotten examples, each below {num_examples}",
+        "must be a file that lists the requests that its weights honour, the "
+        "methods, and the forgotten examples, with indices from 0 to "
+        f"{num_examples - 1}",
         "Restore the file from a copy.",
     )
     entries, names = (honoured, ()) if by_hash else ((), honoured)

@@ -141,9 +141,9 @@ def verify_json_lines(
         not rest,
         "path",
         path,
-        "must be a deletion log that ends with a whole line",
+        "must be a deletion log that ends with a complete line",
         f"{len(rest)} bytes follow line {len(entries)}: a crash interrupted the last "
-        "write. opacus_pi.unlearning.import_log(old, new) imports the whole lines.",
+        "write. opacus_pi.unlearning.import_log(old, new) imports the complete lines.",
     )
     hashes = [START, *(entry["hash"] for entry in entries)]
     return Verification(hashes[-1], len(entries), num_added_since(head, hashes))

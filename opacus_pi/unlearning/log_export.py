@@ -62,7 +62,7 @@ def export_log(
             none, and the file has no personal data but the times of requests.
 
     Raises:
-        ValueError: If the log is broken, or an entry to disclose is not there or was
+        ValueError: If the log is broken, or an entry to disclose does not exist or was
             redacted.
         OSError: If the file could not be written.
     """
@@ -93,7 +93,8 @@ def exported_entries(path: str | os.PathLike[str]) -> list[Entry]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the chain is broken, or a content is not that of its entry.
+        ValueError: If the chain is broken, or disclosed content does not belong to its
+            entry.
     """
     return [entry for entry, _ in _verified(Path(path))]
 
@@ -185,6 +186,6 @@ def _refuse(path: Path, number: int) -> NoReturn:
     """Raise because an entry is not what was entered."""
     raise ValueError(
         f"path must be an unedited export of a deletion log, got {path}. Entry "
-        f"{number} breaks the chain, or its content is another one. Ask for the file "
-        "again."
+        f"{number} breaks the chain, or its content was changed. Ask for a new file, "
+        "written by export_log."
     )

@@ -38,7 +38,7 @@ def updates(
     Args:
         method: The unlearning method.
         task: The model and the data.
-        num_steps: Number of updates; fewer if a pass of the method has none.
+        num_steps: Number of updates; fewer if a pass makes no update.
         make_optimizer: ``params -> Optimizer``.
         make_scheduler: ``optimizer -> scheduler``, stepped after each pass.
 
@@ -54,7 +54,7 @@ class Updates:
     Args:
         method: The unlearning method; it is prepared here.
         task: The model and the data.
-        num_steps: Number of updates; fewer if a pass of the method has none.
+        num_steps: Number of updates; fewer if a pass makes no update.
         make_optimizer: ``params -> Optimizer``.
         make_scheduler: ``optimizer -> scheduler``, stepped after each pass.
         after_pass: Called after each pass but the last one, when no batch of it is left
@@ -191,7 +191,7 @@ class StopWhen:
         patience: Evaluations in a row that must be within it, at least 1.
 
     Raises:
-        ValueError: If a number leaves its range.
+        ValueError: If a number is outside its range.
     """
 
     metric: str
@@ -243,7 +243,7 @@ class StopAtPlateau:
             to which they count as the same, at least 0.
 
     Raises:
-        ValueError: If a number leaves its range.
+        ValueError: If a number is outside its range.
     """
 
     metric: str

@@ -68,7 +68,8 @@ class Method:
 
     Attributes:
         needs_forget_set: Whether the method uses batches of the forget set. If so,
-            ``loss`` gets one beside each batch of the retain set, and the guarantee is
+            ``loss`` gets one together with each batch of the retain set, and the
+            guarantee is
             empirical: a method that sets this wrongly makes a false claim.
     """
 
@@ -90,7 +91,7 @@ class Method:
     ) -> Iterator[tuple[Batch | None, Batch | None]]:
         """Yield (retain batch, forget batch) for each update of one pass.
 
-        A pass is one over the retain set. If the method needs the forget set, its
+        One pass goes over the retain set once. If the method needs the forget set, its
         batches are repeated as often as needed: it is usually much smaller, so its
         examples are used many times in a pass. None stands for a batch that the update
         does not use.
@@ -254,7 +255,7 @@ class L1Sparse(Method):
     Args:
         strength: γ at the start, at least 0.
         schedule: ``"linear"``: γ falls from pass to pass linearly to 0, γ (1 - e/E) in
-            pass e of E, as the released code does; ``"constant"``: as printed.
+            pass e of E, as the released code does; ``"constant"``: as in the paper.
 
     Raises:
         ValueError: If an argument is outside its range.

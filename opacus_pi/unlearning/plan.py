@@ -42,7 +42,7 @@ _TIED = (
 
 @dataclass(frozen=True, repr=False)
 class Plan(Shown):
-    """Difficulty, cost and worth of unlearning one forget set.
+    """Difficulty, cost and guarantee of unlearning one forget set.
 
     Args:
         forget: int64 ``(m,)``, the examples to forget, sorted.
@@ -50,13 +50,14 @@ class Plan(Shown):
         order: Rényi order of the losses.
         mean_loss: Mean privacy loss of the forget set, the paper's difficulty.
         percentile: Percentage of all examples whose loss is below ``mean_loss``.
-        ranking_only: Whether the loss uses an assumed noise (training added none):
-            then it orders sets, and its size means nothing.
+        ranking_only: Whether the loss uses an assumed noise (training added none): then
+            only the order of sets has a meaning, not the size of the loss.
         steps_per_epoch: Updates per pass over the retain set.
         predicted_epochs: Passes until the set is forgotten, or None.
         prediction: How that was predicted, or why it was not.
         num_unfinished: Number of past runs that ended before the set was forgotten.
-            They count as their length, so the prediction is at best a lower bound.
+            They count with the epochs that they ran, so the prediction is at best a
+            lower bound.
         num_tied: Number of examples outside the set that have, up to rounding, the loss
             of one in it. A ranking by loss cannot separate them.
         guarantee: What may be claimed afterwards, with its unmet assumptions.
@@ -151,7 +152,8 @@ class Plan(Shown):
         steps = "unknown" if self.predicted_steps is None else f"{self.predicted_steps}"
         least = "at least " if self.num_unfinished and steps != "unknown" else ""
         tied = (
-            f"Examples outside the set with the loss of one in it: {self.num_tied}.\n"
+            "Examples outside the forget set with the same loss as one inside it: "
+            f"{self.num_tied}.\n"
             if self.num_tied
             else ""
         )
@@ -410,8 +412,9 @@ def predict_time(
 
     In Corollary 4.4 the number of steps grows with the logarithm of the privacy loss.
     The prediction is at least 0. A run that ended before its set was forgotten (an
-    infinite time) counts as its length, which is less than its time would have been.
-    The prediction is then at best a lower bound, but closer than without that run.
+    infinite time) counts with the time that it ran, which is less than it would have
+    needed. The prediction is then at best a lower bound, but closer than without that
+    run.
 
     Args:
         loss: Mean privacy loss of the set in question, above 0.
@@ -470,7 +473,8 @@ def _counted(
     )
     require(
         bool((np.isfinite(lengths) & (lengths >= 0))[unfinished].all()),
-        "A past run took inf, and how long it was run is not known.",
+        "A past run has the time inf (it ended before its set was forgotten), and how "
+        "long it ran is not known.",
         "Pass its length: plan(..., past_runs=[(forget_indices, inf, epochs_run)]), or "
         "predict_time(..., past_lengths=...).",
     )
@@ -490,8 +494,8 @@ def _with_assumed_noise(
         "assumed_noise_std",
         None,
         "must be given, because training added no noise",
-        "Call plan(..., assumed_noise_std=1): any value gives a ranking, and none a "
-        "guarantee.",
+        "Call plan(..., assumed_noise_std=1): any value gives a ranking, but no value "
+        "gives a guarantee.",
     )
     noise_std = cast(float, assumed_noise_std)
     positive(

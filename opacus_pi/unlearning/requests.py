@@ -174,7 +174,7 @@ class DeletionRequests:
         require(
             known.indices == rows,
             f"request_id {name!r} was submitted before for other examples.",
-            "Use a new name.",
+            "Use a new request_id.",
         )
         return known
 
@@ -462,7 +462,8 @@ def requested_indices(
             weights.exists(),
             "weights_path",
             weights,
-            "must exist, because only it contains the examples of redacted requests",
+            "must exist, because only this file contains the examples of redacted "
+            "requests",
             "Restore it from a copy.",
         )
         named |= set(stored_weights(weights, num_examples).forgotten)
@@ -595,11 +596,9 @@ def _done_of(entry: Entry, still_open: set[int]) -> set[int]:
 
 def _check(condition: bool, entry: Entry, what: str) -> None:
     """Refuse an entry that is not of the described kind."""
-    expect(
+    require(
         condition,
-        "the deletion log's entry",
-        f"number {entry.number}",
-        f"must be {what}",
+        f"Entry {entry.number} of the deletion log must be {what}, but is not.",
         "The log belongs to another training set, or was not written by "
         "DeletionRequests. Open the log of this training set.",
     )

@@ -101,15 +101,15 @@ class RewindPlan:
     Args:
         forget: int64, the examples to forget, sorted.
         forgotten_before: int64, examples that were forgotten by earlier requests.
-        start: Updates of the state to go back to; ``num_steps`` if the trained model
-            can be kept.
+        start: Number of updates after which the state to go back to was saved;
+            ``num_steps`` if the trained model can be kept.
         num_steps: Updates of the training, T.
         first_update: Update in which one of the examples may have been drawn first;
             T + 1 if none was drawn.
         updates_per_epoch: Updates of an epoch of the training.
         num_samples: Samples that are trained on again, as an expectation under Poisson
             sampling.
-        num_bytes: Length of the file of the state; 0 if none is read.
+        num_bytes: Size of the state's file; 0 if no file is read.
         policy: The deletion policy, or None for an exact rewind.
         guarantee: What may be claimed afterwards.
     """
@@ -137,7 +137,7 @@ class RewindPlan:
 
     @property
     def cost_text(self) -> str:
-        """How far back it goes, and what is trained again, in words."""
+        """How far back the rewind goes, and what is trained again, in words."""
         if self.is_free:
             return "The trained model can be kept: nothing is trained again."
         return (
@@ -315,8 +315,9 @@ class RecordedTraining:
             or not record.weights
             or ledger.weights == record.weights,
             "checkpoints",
-            f"a run that left the weights {record.weights}",
-            f"must be those of the ledger's run, which left {ledger.weights}",
+            f"a run that ended with the weights {record.weights}",
+            "must be those of the ledger's run, which ended with the weights "
+            f"{ledger.weights}",
             "Pass the checkpoints of this run.",
         )
         return cls(model, ledger, states, record, engine_facts)
@@ -376,7 +377,8 @@ class RecordedTraining:
             "model",
             f"batch statistics in {layers[:1]}",
             "must have no BatchNorm for a filtered rewind",
-            "There an example acts on the gradients of others. Use an exact rewind.",
+            "In BatchNorm layers an example acts on the gradients of others. Use an "
+            "exact rewind.",
         )
 
     def _require_states(self) -> None:
@@ -464,8 +466,8 @@ class RecordedTraining:
         """Refuse to keep a model that has not the weights of the training."""
         require(
             weights_name(self.model) == self.record.weights,
-            "The request needs no training, only the trained model, but this model has "
-            "other weights.",
+            "Nothing has to be trained again for this request, so the trained model "
+            "would be kept. But this model has other weights.",
             "Pass the model as it was at the end of training.",
         )
 
@@ -525,7 +527,7 @@ class RecordedTraining:
         if policy is None:
             proof = derived(
                 "until its first use an example cannot act on the training",
-                f"the state after update {start} is from before it",
+                f"the state after update {start} was saved before the first use",
             )
             pair = EpsilonDelta(0.0, 0.0, "exact rewind", both_directions=True)
             zeros = [0.0] * len(_ORDERS)
@@ -573,7 +575,9 @@ def _links(custody: Custody | None, *, charges: bool) -> Iterator[Assumption]:
     """
     if custody is None:
         yield Assumption(
-            "the ledger describes the training as it was run", True, "made by hand"
+            "the ledger describes the training as it was run",
+            True,
+            "the ledger was made by hand",
         )
         return
     unchecked = {link.name: link.sentence for link in custody.unchecked}

@@ -121,7 +121,7 @@ def search_settings(
         seed: Seed of the search.
 
     Returns:
-        The choice, all trials, and whether the search had anything to choose by.
+        The choice, all trials, and whether the search could distinguish the settings.
 
     Raises:
         ImportError: If optuna is not installed.
@@ -198,11 +198,12 @@ def _noise(oracle: Mapping[str, ArrayLike], metrics: Sequence[str]) -> float:
 
 def _uninformative(found: SearchResult) -> str:
     return (
-        f"The search had nothing to choose by: the gap to the retrained models was "
-        f"{found.initial_gap:.4f} before unlearning and {found.best.gap:.4f} after the "
-        f"best of {len(found.trials)} trials, with a standard error of "
-        f"{found.noise:.4f}. The settings returned are arbitrary. Search on a forget "
-        "set that the model has memorised, run more epochs, or widen the ranges."
+        "The search could not distinguish the settings: the gap to the retrained "
+        f"models was {found.initial_gap:.4f} before unlearning and "
+        f"{found.best.gap:.4f} after the best of {len(found.trials)} trials, with a "
+        f"standard error of {found.noise:.4f}. The settings returned are arbitrary. "
+        "Search on a forget set that the model has memorised, run more epochs, or "
+        "widen the ranges."
     )
 
 

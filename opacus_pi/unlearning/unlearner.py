@@ -240,8 +240,8 @@ class Unlearner:
                 mode before the first update and after each epoch.
             batch_size: Examples per batch.
             stop: ``StopWhen`` or ``StopAtPlateau``: ends the run at the evaluation that
-                satisfies it; the guarantee says what that costs, whether or not the run
-                was ended.
+                satisfies it; the guarantee says what that costs, whether or not it
+                ended the run early.
             delta: δ in (0, 1) at which the engine's accountant is asked for ε.
             callbacks: Told about the start, each epoch and the end.
             checkpoint: File that is written after each epoch but the last, and removed
@@ -346,8 +346,8 @@ class Unlearner:
             past_runs: ``(forget_indices, epochs it took)`` of sets unlearned from
                 models of this training run; two of different difficulty give a
                 prediction. For a run that ended before its set was forgotten, pass
-                ``(forget_indices, inf, epochs it ran)``: it counts as its length, and
-                the prediction is at best a lower bound.
+                ``(forget_indices, inf, epochs it ran)``: it counts with the epochs that
+                it ran, and the prediction is at best a lower bound.
             batch_size: Examples per batch, to count steps.
             delta: δ in (0, 1) at which the engine's accountant is asked for ε.
             checkpoints: The saved states of the training, as in ``rewind``. The plan
@@ -397,7 +397,7 @@ class Unlearner:
 
         Args:
             forget_indices: The examples to forget.
-            checkpoints: As in ``rewind``, as is ``deletion_policy``.
+            checkpoints: As in ``rewind``.
             deletion_policy: The policy of the run; None: an exact rewind.
 
         Returns:
@@ -428,9 +428,9 @@ class Unlearner:
 
         Without a policy the rewind is exact: it goes back to the last state from before
         the set was first drawn. With the deletion policy of the run it goes back to
-        where the set's charges would exceed the policy, which is often nowhere at all.
-        The rest is trained with the recorded noise, clip norm, sample rate and learning
-        rates, and with new random numbers.
+        where the set's charges would exceed the policy. Often they never do, and the
+        trained model is kept. The rest is trained with the recorded noise, clip norm,
+        sample rate and learning rates, and with new random numbers.
 
         A second call is a second request: it covers the sets of both, and starts from
         the states of the recorded training again.

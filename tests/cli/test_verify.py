@@ -152,7 +152,7 @@ def test_a_log_of_json_lines(run, tmp_path):
     assert "; 3 entries were added since HEAD" in out
     path.write_bytes(path.read_bytes()[:-1])
     code, out, _ = run("verify", path)
-    assert code == 1 and "unlearning.import_log(old, new) imports the whole" in out
+    assert code == 1 and "unlearning.import_log(old, new) imports the complete" in out
 
 
 def test_a_log_of_json_lines_with_a_long_first_line(run, tmp_path):

@@ -68,7 +68,10 @@ def matching(model, ledger=None):
 
 
 def is_vouched_for(model, ledger=None):
-    return matching(model, ledger) == (True, "their SHA-256 is the one in the ledger")
+    return matching(model, ledger) == (
+        True,
+        "the SHA-256 of the weights is the one in the ledger",
+    )
 
 
 @pytest.fixture
@@ -120,7 +123,10 @@ def test_a_weight_changed_after_the_last_update(run, tensor):
         getattr(model._module[0], tensor).add_(1e-6)
     assert engine.ledger.weights == "changed"
     met, evidence = matching(engine)
-    assert not met and evidence == "they were written to after the last recorded update"
+    assert (
+        not met
+        and evidence == "the weights were written to after the last recorded update"
+    )
     train(run, 1)
     assert is_vouched_for(engine)
 
@@ -133,7 +139,9 @@ def test_a_weight_changed_after_it_was_named(run):
         model._module[2].bias[1] += 1e-6
     assert engine.ledger.weights == ledger.weights  # still those of the update
     for found in (matching(engine), matching(model, ledger)):
-        assert found[0] is False and found[1].startswith("their SHA-256 is not the one")
+        assert found[0] is False and found[1].startswith(
+            "the SHA-256 of the weights is not the one"
+        )
     assert is_vouched_for(module, ledger)
 
 
@@ -149,7 +157,7 @@ def test_a_model_that_was_unlearned_is_another(run):
     assert met == [[True], [True]]  # only runs of the unlearner changed it
     unlearner = Unlearner(unlearner.model, criterion=nn.CrossEntropyLoss())
     met, evidence = matching(unlearner.model, engine.ledger)
-    assert not met and evidence.startswith("their SHA-256 is not the one")
+    assert not met and evidence.startswith("the SHA-256 of the weights is not the one")
 
 
 def test_a_ledger_without_a_name_is_checked_against_no_weights(run, tmp_path):
@@ -196,7 +204,7 @@ def test_checkpoints_keep_the_name(run, tmp_path):
     assert is_vouched_for(again[0])  # without an update of its own
     with torch.no_grad():
         again[1]._module[0].weight.mul_(1.01)
-    assert matching(again[0])[1].startswith("their SHA-256 is not the one")
+    assert matching(again[0])[1].startswith("the SHA-256 of the weights is not the one")
     train(again, 1)
     assert is_vouched_for(again[0])
 

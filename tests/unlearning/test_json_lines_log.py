@@ -155,7 +155,7 @@ def test_a_line_cut_short_is_left_out_and_said(old, new, length):
     old.write_bytes(first + b'{"body":' + b"1" * length)
     with pytest.raises(
         ValueError,
-        match="ends with a whole line, got .* bytes follow line 1.*import_log",
+        match="ends with a complete line, got .* bytes follow line 1.*import_log",
     ):
         verify_json_lines(old)
     *_, last = import_log(old, new).entries()

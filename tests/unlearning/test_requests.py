@@ -338,9 +338,7 @@ def test_entries_that_make_no_sense_are_refused(tmp_path, kind, name, payload, m
 def test_weights_that_say_nothing_clear_are_refused(tmp_path, facts):
     mine = submitted(tmp_path)
     write_weights(mine.weights_path, UNLEARNED_WEIGHTS, {"w": torch.zeros(2)}, facts)
-    with pytest.raises(
-        ValueError, match="must name the requests that the weights honour"
-    ):
+    with pytest.raises(ValueError, match="lists the requests that its weights honour"):
         mine.process(unlearner(), data())
 
 
@@ -495,7 +493,9 @@ def test_what_was_redacted_stays_forgotten(tmp_path):
     assert result.record["forgotten_before"] == [2, 3, 5, 8, 9]
     assert fresh.forgotten.tolist() == [0, 2, 3, 5, 8, 9]
     mine.weights_path.unlink()
-    with pytest.raises(ValueError, match="only it contains the examples of redacted"):
+    with pytest.raises(
+        ValueError, match="only this file contains the examples of redacted"
+    ):
         requested_indices(mine.log.path, SIZE)
 
 

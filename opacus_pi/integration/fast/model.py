@@ -184,8 +184,8 @@ def prepare_model(
             and module.loss_reduction == loss_reduction,
             "module",
             f"{type(module).__name__} with loss_reduction={module.loss_reduction!r}",
-            "must be plain, or prepared by an earlier call with the same "
-            f"loss_reduction={loss_reduction!r}",
+            "must be a plain module, or one that was prepared by an earlier call "
+            f"with the same loss_reduction={loss_reduction!r}",
             "Pass the plain module: module.to_standard_module().",
         )
         return cast(FastHooks, module)

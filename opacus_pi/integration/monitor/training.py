@@ -152,8 +152,8 @@ def monitor(
 
     *With noise* every gradient that the optimizer holds gets ``N(0, noise_std²)`` added
     just before its step; a parameter without a gradient is not changed. An empty batch
-    counts as gradient 0. After an update with accumulated gradients the ledger is
-    refused.
+    counts as gradient 0. The gradients of several batches must not be accumulated for
+    one update: the ledger of such a run is refused.
 
     Args:
         recorder: A recorder with ``mode="swept"``; it begins a run here.
@@ -510,7 +510,7 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
     expect(
         all(p in own for p in held),
         "optimizer",
-        f"a {type(optimizer).__name__} with others",
+        f"{type(optimizer).__name__} with other parameters",
         "must have only parameters of module",
         "Make the optimizer from module.parameters().",
     )

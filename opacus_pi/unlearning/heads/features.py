@@ -93,8 +93,8 @@ def unit_rows(
             √2, so that the norms are still at most 1.
 
     Returns:
-        float64 ``(n, d)``, or ``(n, d + 1)`` with an intercept. Vectors of
-        zeros stay so.
+        float64 ``(n, d)``, or ``(n, d + 1)`` with an intercept. Vectors of zeros stay
+        zero.
 
     Raises:
         ValueError: If the features are not a finite matrix or the bound is not above 0.

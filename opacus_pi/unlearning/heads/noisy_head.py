@@ -43,7 +43,7 @@ class ForgettingCost:
     """The cost of forgetting some examples.
 
     Attributes:
-        epsilon_before: ε without any unlearning step, both directions.
+        epsilon_before: ε without any unlearning step, in both directions.
         num_steps: Unlearning steps until ε is at most the target.
         num_retraining_steps: Steps that training has had so far; retraining from the
             start without the examples gives ε = 0.
@@ -65,7 +65,8 @@ class NoisyHead(ABC):
         regularisation: λ > 0 of the penalty (λ/2)‖w‖².
         noise_std: Standard deviation of the noise of one step, on every weight.
         num_steps: T, number of training steps.
-        learning_rate: η, at most 1/L with L of the head; None: 1/L.
+        learning_rate: η, at most 1/L, where L bounds the curvature of the head's
+            objective (see the subclass); None: 1/L.
         initial_std: Standard deviation of the weights at the start, around 0.
         num_classes: Number of classes. It is not read from the labels, because an
             example to forget could be the only one of its class.
@@ -97,7 +98,8 @@ class NoisyHead(ABC):
             regularisation=regularisation,
             noise_std=noise_std,
             num_steps=num_steps,
-            remedy="A head needs a penalty, noise and a step, or nothing is forgotten.",
+            remedy="The penalty, the noise and the number of steps must all be above "
+            "0, or the head cannot forget.",
         )
         largest = np.finfo(np.float64).max
         in_range(
@@ -108,12 +110,17 @@ class NoisyHead(ABC):
         )
         limit = 1 / (self._data_smoothness() + regularisation)
         self.learning_rate = limit if learning_rate is None else float(learning_rate)
-        positive(learning_rate=self.learning_rate, remedy="Leave it out for 1/L.")
+        positive(
+            learning_rate=self.learning_rate,
+            remedy="Leave it out to use the default, the largest step size with a "
+            "certificate.",
+        )
         in_range(
             0,
             limit,
             learning_rate=self.learning_rate,
-            remedy="Leave it out: the default, 1/L, holds for all rows of norm 1.",
+            remedy="Leave it out: the default is the largest step size with a "
+            "certificate.",
         )
         self.regularisation, self.noise_std = float(regularisation), float(noise_std)
         self.num_steps, self.initial_std = _whole("num_steps", num_steps), initial_std
@@ -153,7 +160,7 @@ class NoisyHead(ABC):
             "denominator",
             self._denominator,
             f"must be at least the number of rows, {len(rows)}",
-            "Leave it out, or pass an upper limit that is public.",
+            "Leave it out, or pass a public upper limit of the number of rows.",
         )
         self.remaining: Indices = np.arange(len(rows))
         self._num_fitted, self._features, self._targets = len(rows), rows, coded
@@ -231,7 +238,7 @@ class NoisyHead(ABC):
         delta: float = 1e-5,
         num_steps: int | None = None,
     ) -> Guarantee:
-        """Remove examples: go on without them, and erase their feature vectors.
+        """Forget examples: train on without them, and erase their feature vectors.
 
         The head then holds the weights, the remaining examples, and what later requests
         need. Release the weights only.

@@ -214,8 +214,8 @@ class RidgeHead(NoisyHead):
         )
         both = max(forward, backward)
         exact = derived(
-            "Both laws are Gaussian with known means and covariances, so the "
-            "divergence is exact",
+            "Unlearned and retrained weights are Gaussian with known means and "
+            "covariances, so the divergence is exact",
             "docs/theory.md, Ridge heads; computed in float64",
         )
         return guarantee_of_run(

@@ -171,8 +171,8 @@ class SoftmaxHead(NoisyHead):
         mu_squared = self._mu_squared(self._pull(places), num_steps)
         eta, penalty = self.learning_rate, self.regularisation
         bound = derived(
-            "Every step contracts distances, and the forgotten rows move it by a "
-            "bounded distance",
+            "Every step contracts distances, and the forgotten rows move the weights "
+            "by a bounded distance",
             f"factor {1 - eta * penalty:.6g}, at most {eta:.3g}·√2·(norm of a row)/N; "
             "docs/theory.md, Softmax heads",
         )

@@ -19,7 +19,9 @@ from opacus_pi.unlearning.methods import (
 
 @dataclass(frozen=True)
 class NegGradPlus(Method):
-    """Descend on the retain set, ascend on the forget set: β L_keep - (1 - β) L_drop.
+    """Descend on the retain set, ascend on the forget set.
+
+    The loss is β L_retain - (1 - β) L_forget.
 
     Args:
         retain_weight: β in [0, 1].

@@ -18,9 +18,9 @@ from opacus_pi.unlearning.methods import Batch, Method, Task, at_least_zero, one
 class SCRUB(Method):
     """Obey the trained model on the retain set, disobey it on the forget set.
 
-    A pass is, while ``num_max_passes`` lasts, one over the forget set that descends on
-    -KL(teacher ‖ student), then one over the retain set that descends on
-    α KL(teacher ‖ student) + γ L; KL of softmax(logits / τ), times τ².
+    The first ``num_max_passes`` passes begin with the forget set and descend on
+    -KL(teacher ‖ student) there. Every pass then goes over the retain set and descends
+    on α KL(teacher ‖ student) + γ L. KL is that of softmax(logits / τ), times τ².
 
     Args:
         num_max_passes: Passes that begin with the forget set.

@@ -15,7 +15,7 @@ from opacus_pi.unlearning.rivals.gradients import mean_squared_gradient, trainab
 
 @dataclass(frozen=True)
 class SSD(Method):
-    """Selective synaptic dampening: shrink what matters to the forget set alone; once.
+    """Selective synaptic dampening: shrink once what matters to the forget set alone.
 
     Where I_forget > a I_all: θ ← min(λ I_all / I_forget, 1) θ, with importance I the
     mean over batches of the squared gradient of the mean loss (as released; batches of
@@ -23,8 +23,8 @@ class SSD(Method):
     method: one update, then the run ends.
 
     Args:
-        selection_weight: a, above 0: larger touches fewer weights.
-        dampening: λ, above 0: smaller shrinks more.
+        selection_weight: a, above 0; a larger value changes fewer weights.
+        dampening: λ, above 0; a smaller value shrinks more.
 
     Source: Foster et al. 2024 (arXiv:2308.07707), equations 4-6.
     """

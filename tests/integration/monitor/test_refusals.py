@@ -178,7 +178,7 @@ def wrapped(model):
         ),
         (
             lambda m: {"optimizer": torch.optim.SGD(small().parameters(), lr=1)},
-            "optimizer must have only parameters of module, got a SGD with others",
+            "optimizer must have only parameters of module, got SGD with other param",
         ),
         (
             lambda m: {"module": nn.Module()},
