@@ -301,8 +301,9 @@ How to read it:
   except with probability δ/2.
 * Chien et al. bound replaced points, the others removed ones. Their bound is evaluated
   with the tighter conversion.
-* Newton removal makes one step. Its noise hides what the step leaves for the worst
-  example of the sample; the Gaussian constant and the bound are those published.
+* Newton removal makes one step. Its noise is large enough to hide the error of this
+  step for the worst example of the sample. The constant of the Gaussian mechanism and
+  the bound are the published ones.
 
 ## Speed
 

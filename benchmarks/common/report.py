@@ -93,13 +93,15 @@ def draw_figure(results: list[dict], path: Path) -> None:
         shown["epsilon_limits"],
         ax=left,
     )
-    left.set_title("What each example costs in privacy", fontsize="medium")
+    left.set_title("Privacy of each example", fontsize="medium")
     gaps = {f"{name} examples": _gaps(results, i) for name, i in _ENDS.items()}
     epochs = np.arange(next(iter(gaps.values())).shape[1])
-    plot_curves(epochs, gaps, metric="gap to retrained models, points", ax=right)
+    plot_curves(epochs, gaps, metric="gap in accuracy, points", ax=right)
     right.set_ylim(0, None)
     right.set_xlabel("epochs of unlearning")
-    right.set_title("What it takes to forget it", fontsize="medium")
+    right.set_title(
+        "Gap to retrained models while examples are forgotten", fontsize="medium"
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

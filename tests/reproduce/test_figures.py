@@ -179,7 +179,7 @@ def test_every_method_is_judged_and_the_table_says_what_it_cost():
     assert found.parts["idle"].verdict == NOT_TESTABLE
     lines = figure.table(result).splitlines()
     assert lines[2].startswith("| good | 19 of 20 |") and "rate 0.1" in lines[-2]
-    assert lines[-1] == "The search had nothing to choose by for idle."
+    assert lines[-1] == "The search could not distinguish the settings for idle."
 
 
 def test_accuracies_must_end_alike_on_all_sets():

@@ -279,7 +279,7 @@ def test_a_record_about_another_training_set_is_refused(tmp_path):
     submitted(tmp_path)
     smaller = DeletionRequests(tmp_path / "deletions.db", 9)
     with pytest.raises(
-        ValueError, match="entry must be .* sorted indices below 9, .*got number 1"
+        ValueError, match="Entry 1 of the .* must be .* sorted indices below 9"
     ):
         _ = smaller.pending
     with pytest.raises(ValueError, match="log belongs to another training set"):

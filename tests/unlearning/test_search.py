@@ -114,7 +114,9 @@ def memorised_nothing(settings):
 
 def test_a_set_with_nothing_to_forget_is_warned_of():
     pytest.importorskip("optuna")
-    with pytest.warns(UserWarning, match="had nothing to choose by: .* 0.0000 before"):
+    with pytest.warns(
+        UserWarning, match="could not distinguish the settings: .* 0.0000 before"
+    ):
         found = search_settings(memorised_nothing, RANGES, ORACLE, num_trials=2)
     assert not found.informative
 

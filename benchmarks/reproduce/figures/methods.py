@@ -84,7 +84,9 @@ def _table(result: Result) -> str:
     idle = [name for name, one in result["informative"].items() if not one]
     searched = f"\nSettings found by the search: {settings}.\n"
     if idle:
-        searched += f"The search had nothing to choose by for {', '.join(idle)}.\n"
+        searched += (
+            f"The search could not distinguish the settings for {', '.join(idle)}.\n"
+        )
     return table_of(result["panels"], "UA") + searched
 
 
