@@ -16,6 +16,11 @@ from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.plotting import plot_curves, plot_epsilons
 
 _ENDS = {"easiest": 0, "hardest": -1}  # places of two strata
+_LEGEND = """\
+UA: share of the forget set that is misclassified. MIA: share of the forget set that a
+membership attack takes for unseen data. TA: test accuracy. Oracle: the mean of models
+retrained without the forget set. Epochs by UA or loss: epochs of unlearning until this
+metric is near the oracle's. Each cell: mean ± standard deviation over seeds."""
 
 PACKAGES = ("torch", "opacus", "numpy", "scipy", "scikit-learn", "opacus-pi")
 
@@ -125,6 +130,7 @@ def publish(results: list[dict], settings: dict, out: Path) -> None:
     columns = _columns(results)
     names = [row["stratum"] for row in results[0]["strata"]]
     print(_table(names, columns))
+    print(_LEGEND)
     times = {
         "accuracy": columns["epochs by UA"],
         "loss": columns["epochs by loss"],
@@ -154,7 +160,7 @@ def _columns(results: list[dict]) -> dict[str, np.ndarray]:
 
     return {
         "mean loss": column(lambda row: row["mean_loss"]),
-        "pctile": column(lambda row: row["percentile"]),
+        "percentile": column(lambda row: row["percentile"]),
         "UA before": moment("unlearning_accuracy", 0),
         "UA after": moment("unlearning_accuracy", -1),
         "UA oracle": oracle("unlearning_accuracy"),
@@ -198,13 +204,16 @@ def _cell(values: np.ndarray) -> str:
 def _sentence(name: str, found: dict[str, Any], num_seeds: int) -> str:
     """Describe the rank correlation."""
     if found["rho"] is None:
-        return f"epochs by {name}: every stratum took equally long in every seed"
+        return f"Epochs by {name}: every stratum took equally long in every seed."
     low, high = found["interval"]
-    span = f"95 % [{low:.2f}, {high:.2f}]" if low is not None else "no interval"
+    span = (
+        f"95 % interval [{low:.2f}, {high:.2f}]" if low is not None else "no interval"
+    )
     return (
-        f"do harder strata take longer, by {name}? Spearman {found['rho']:.2f}, "
-        f"{span}, over {found['num_seeds']} of {num_seeds} seeds (the others all "
-        f"tied); {100 * found['tied_pairs']:.0f} % of pairs of strata tie"
+        f"Do harder strata take longer to forget, by {name}? Spearman's ρ "
+        f"{found['rho']:.2f}, {span}, over {found['num_seeds']} of {num_seeds} seeds "
+        "(in the others all strata took equally long); "
+        f"{100 * found['tied_pairs']:.0f} % of the pairs of strata took equally long."
     )
 
 
@@ -215,7 +224,7 @@ def _privacy(results: list[dict], delta: float) -> str:
     worst = np.mean([r["worst_case_epsilon"] for r in runs])
     accuracy = np.mean([r["test_accuracy"] for r in runs])
     return (
-        f"DP-SGD beside it: test accuracy {accuracy:.3f}; at delta {delta:g} the worst "
-        f"case is epsilon {worst:.2f}; the examples' own: min {low:.2f}, 10 % "
-        f"{tenth:.2f}, median {middle:.2f}, 90 % {ninth:.2f}, max {high:.2f}"
+        f"DP-SGD on the same data: test accuracy {accuracy:.3f}; at δ = {delta:g} the "
+        f"worst case is ε = {worst:.2f}; ε of single examples: smallest {low:.2f}, "
+        f"10 % {tenth:.2f}, median {middle:.2f}, 90 % {ninth:.2f}, largest {high:.2f}."
     )

@@ -100,8 +100,8 @@ Two more errors were found. The search of settings made 8 trials, all of them ra
 every method with one setting tried the same eight rates, none above 0.061. And it ran
 on a random forget set, on which there was hardly anything to forget. It now has 5
 random trials of 25, rates from 0.001 to 1, and a set of hard examples of its own;
-settings that cost test accuracy are ruled out, and the result says if the search had
-nothing to choose by.
+settings that cost test accuracy are ruled out, and the result says if the search could
+not distinguish the settings.
 
 """
 _AGAIN = """## Repeated from scratch
