@@ -108,7 +108,7 @@ def _check_examples(clean_inputs: Tensor, labels: Tensor, noise: Tensor) -> None
         noise.shape == clean_inputs.shape and len(labels) == len(noise) > 0,
         "clean_inputs, labels, noise",
         f"shapes {[tuple(t.shape) for t in (clean_inputs, labels, noise)]}",
-        "must be (m, ...), (m,) and (m, ...) with m > 0",
+        "must have shapes (m, ...), (m,) and (m, ...) with m > 0",
         "Pass the clean inputs and the noise of the same examples.",
     )
     expect(

@@ -110,8 +110,8 @@ def changed_schedule(before: tuple[Any, ...], loader: DataLoader[Any]) -> str | 
         return None
     return (
         "The loader's batch size, sample rate or length changed after make_private, "
-        "but the accountant still counts with the old one. Make a new loader, and call "
-        "make_private with it."
+        "but the accountant still counts with the earlier sample rate. Make a new "
+        "loader, and call make_private with it."
     )
 
 

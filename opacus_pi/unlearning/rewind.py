@@ -346,7 +346,8 @@ class RecordedTraining:
         require(
             start in steps or start == record.num_steps,
             f"An example of forget_indices was first drawn in update {first}, and no "
-            f"state was saved before it (the first saved states: {list(steps[:5])}).",
+            "state was saved before it (states were saved after the updates "
+            f"{list(steps[:5])}).",
             "Train again from the start.",
         )
         return start

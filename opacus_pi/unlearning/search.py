@@ -141,7 +141,7 @@ def search_settings(
             f"ranges[{name!r}]",
             (low, high),
             "must be (low, high) with 0 < low < high, both finite",
-            "Settings are drawn on a logarithmic scale.",
+            "Pass two numbers above 0: settings are drawn on a logarithmic scale.",
         )
     study = _study(seed)
     trials, before = [], math.nan
