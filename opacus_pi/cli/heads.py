@@ -3,7 +3,7 @@
 A head is trained on the features of a frozen model, and the command says how accurate
 it is, how many steps it takes to forget an example or a set, and which examples are the
 hardest. It is a rehearsal and writes no head: the noise of a head that is released must
-not be drawn again by anybody, so train that one in Python and keep it there.
+never be drawn again, so train that head in Python and keep it there.
 """
 
 import argparse

@@ -87,9 +87,9 @@ def epsilon_interval(
     probability, so that both hold simultaneously.
 
     Args:
-        false_positives: Number of retrained models that were taken for unlearned.
+        false_positives: Number of retrained models that the attack calls unlearned.
         num_negatives: Number of retrained models that were judged.
-        false_negatives: Number of unlearned models that were taken for retrained.
+        false_negatives: Number of unlearned models that the attack calls retrained.
         num_positives: Number of unlearned models that were judged.
         delta: δ.
         confidence: Coverage of the interval, for an attack that was fixed beforehand

@@ -60,8 +60,8 @@ def membership_inference(
         forget_confidences: Confidences on the forget set, shape ``(m,)``.
 
     Returns:
-        The fraction of the forget set that is taken for test data, and the accuracy of
-        the attacker.
+        The fraction of the forget set that the attacker takes for test data, and the
+        accuracy of the attacker.
 
     Raises:
         ValueError: If a set is empty or a confidence is outside [0, 1] or NaN.

@@ -12,9 +12,9 @@ alone by plain autograd. Four things are compared:
 
 **Guarantee.** Model, optimizer, loader, ledger and random states stay as they are.
 
-**What it cannot see.** How the training loop calls model and criterion: it is taken to
-call ``criterion(model(x), y)``. Dropout is switched off, because an example alone would
-draw other random numbers than in a batch.
+**What it cannot see.** How the training loop calls model and criterion. The audit
+assumes ``criterion(model(x), y)``. Dropout is switched off, because an example alone
+would draw other random numbers than in a batch.
 """
 
 import math

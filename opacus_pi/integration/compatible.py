@@ -69,9 +69,9 @@ def make_compatible(module: nn.Module, **options: Any) -> nn.Module:
     function of the BatchNorm that it replaces: it begins with scale 1 and shift 0, and
     running statistics are dropped, so a pre-trained model has to be fine-tuned. (In
     place of a BatchNorm1d of at most 32 features it may give the same outputs for all
-    inputs: a warning then names the remedy.) And an
-    InstanceNorm that tracks running statistics does so no more. Weights are kept; those
-    of replaced layers have the names of the replacement.
+    inputs: a warning then names the remedy.) And an InstanceNorm that tracks running
+    statistics no longer tracks them. Weights are kept; those of replaced layers have
+    the names of the replacement.
 
     Args:
         module: The model, not wrapped yet; it is not changed.

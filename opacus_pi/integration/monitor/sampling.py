@@ -55,8 +55,8 @@ def sampling_scheme(loader: DataLoader[Any]) -> SamplingScheme:
     """Return how a loader will sample, from its settings alone.
 
     Opacus's Poisson loader draws ``sample_rate * n`` examples in expectation; this is
-    not rounded. Any other loader is taken to show an example in one of its
-    ``len(loader)`` batches, as shuffling does.
+    not rounded. For any other loader, each example is assumed to be in one of the
+    ``len(loader)`` batches of a pass, as with shuffling.
 
     >>> sampling_scheme(DataLoader(range(10), batch_size=4))
     SamplingScheme(sample_rate=0.3333333333333333, mean_batch_size=4.0, sampling='fixed')
@@ -131,7 +131,7 @@ class BatchCounter:
         """Return the number of batches whose gradients made the latest update.
 
         Returns:
-            At least 1: an update without a forward pass in training mode is taken to
+            At least 1: an update without a forward pass in training mode is assumed to
             be based on one batch.
         """
         passes = self._tracker.take()
