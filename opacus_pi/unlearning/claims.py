@@ -536,7 +536,7 @@ def _matching(
 
 def _since(history: History) -> str:
     """Say how the weights were recognised."""
-    named = "the SHA-256 of the weights is the one in the ledger"
+    named = "their SHA-256 is the one in the ledger"
     if not history.trained:
         return named
     return f"{named}; since then only runs of this unlearner changed them"

@@ -68,10 +68,7 @@ def matching(model, ledger=None):
 
 
 def is_vouched_for(model, ledger=None):
-    return matching(model, ledger) == (
-        True,
-        "the SHA-256 of the weights is the one in the ledger",
-    )
+    return matching(model, ledger) == (True, "their SHA-256 is the one in the ledger")
 
 
 @pytest.fixture

@@ -182,7 +182,7 @@ def wrapped(model):
         ),
         (
             lambda m: {"module": nn.Module()},
-            "optimizer must have only parameters .*, got a SGD",
+            "optimizer must have only parameters .*, got SGD",
         ),
     ],
 )
