@@ -260,8 +260,8 @@ def _submit_for(
     request = requests.submit(name, user=person)
     if request not in requests.submitted_by(person):
         raise BadInput(
-            f"--request-id: {name} was submitted before, not for this person. Use a "
-            "new name."
+            f"--request-id: {name} was submitted before, but not for this person. Use "
+            "another name."
         )
     return name
 

@@ -241,7 +241,10 @@ def by_class(
         )
         return members
     largest = min(members.size, labels.size - 1)
-    why = f"the number of examples with label {label}, less one if all have it"
+    why = (
+        f"the number of examples with label {label}, less one if every example has "
+        "this label"
+    )
     _check_size(size, largest, why)
     expect(
         generator is not None,

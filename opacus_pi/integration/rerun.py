@@ -305,7 +305,8 @@ def require_repeatable(
         record.sampling == "poisson" or not record.num_unattributed[after].any(),
         f"{int(record.num_unattributed[after].sum())} samples of the batches that are "
         "used again could not be matched to examples.",
-        "Transform inputs in the data set, or train with Poisson sampling.",
+        "Train again with inputs that are transformed in the data set, or with "
+        "Poisson sampling.",
     )
 
 

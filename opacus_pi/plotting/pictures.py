@@ -36,7 +36,7 @@ def plot_pictures(
         "rows",
         f"rows of {sorted(lengths)} pictures",
         "must have rows of the same length",
-        "Show equally many examples of each kind.",
+        "Pass equally many pictures in every row.",
     )
     shape, titles = (len(pictures), lengths.pop()), titles or {}
     size = (1.3 * shape[1] + 0.6, 1.45 * shape[0])
