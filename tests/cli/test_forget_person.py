@@ -54,7 +54,7 @@ def test_the_log_knows_the_person_by_a_keyed_hash(run, answer, owners, tmp_path)
     name = ("--request-id", first["request_id"], "--out", tmp_path / "other")
     owners.write_text(json.dumps({**OWNERS, "twin": [3, 17]}))
     code, _, err = run(*words, "twin", *name)
-    assert code == 2 and "was submitted before, not for this person" in err
+    assert code == 2 and "was submitted before, but not for this person" in err
     assert len([*read_entries(log)]) == 2  # the request, and that it was carried out
     second = answer(*words, "twin", "--out", tmp_path / "twin")
     assert second["request_id"] != first["request_id"] and second["carried_out"]
