@@ -98,8 +98,7 @@ class NoisyHead(ABC):
             regularisation=regularisation,
             noise_std=noise_std,
             num_steps=num_steps,
-            remedy="The penalty, the noise and the number of steps must all be above "
-            "0, or the head cannot forget.",
+            remedy="Without a penalty, noise and steps the head cannot forget.",
         )
         largest = np.finfo(np.float64).max
         in_range(
@@ -110,18 +109,9 @@ class NoisyHead(ABC):
         )
         limit = 1 / (self._data_smoothness() + regularisation)
         self.learning_rate = limit if learning_rate is None else float(learning_rate)
-        positive(
-            learning_rate=self.learning_rate,
-            remedy="Leave it out to use the default, the largest step size with a "
-            "certificate.",
-        )
-        in_range(
-            0,
-            limit,
-            learning_rate=self.learning_rate,
-            remedy="Leave it out: the default is the largest step size with a "
-            "certificate.",
-        )
+        remedy = "Leave it out: the default is the largest rate with a certificate."
+        positive(learning_rate=self.learning_rate, remedy=remedy)
+        in_range(0, limit, learning_rate=self.learning_rate, remedy=remedy)
         self.regularisation, self.noise_std = float(regularisation), float(noise_std)
         self.num_steps, self.initial_std = _whole("num_steps", num_steps), initial_std
         self.num_classes = num_classes
