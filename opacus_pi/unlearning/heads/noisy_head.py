@@ -98,7 +98,7 @@ class NoisyHead(ABC):
             regularisation=regularisation,
             noise_std=noise_std,
             num_steps=num_steps,
-            remedy="Without a penalty, noise and steps the head cannot forget.",
+            remedy="Pass a number above 0, or the head cannot forget.",
         )
         largest = np.finfo(np.float64).max
         in_range(
