@@ -135,8 +135,8 @@ def restart_update(
     Args:
         record: Every participation of the run.
         forget: int ``(m,)``, the whole set that is forgotten by then.
-        mu: The budget, in standard deviations.
-        states: Updates of which a state exists; 0 is always considered.
+        mu: The budget, ``DeletionPolicy.mu``, in standard deviations of the noise.
+        states: Updates after which a state was saved; 0 is always considered.
 
     Returns:
         The update of the state to restart from; T (``record.num_steps``) if the trained
@@ -163,8 +163,8 @@ def restart_updates(
 
     Args:
         record: Every participation of the run.
-        mu: The budget, in standard deviations.
-        states: Updates of which a state exists; 0 is always considered.
+        mu: The budget, ``DeletionPolicy.mu``, in standard deviations of the noise.
+        states: Updates after which a state was saved; 0 is always considered.
 
     Returns:
         int64 ``(n,)``: the update of the state to restart from, T where the trained

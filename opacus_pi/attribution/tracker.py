@@ -340,7 +340,9 @@ class Tracker:
                 self.num_left_out -= before
 
     def delivery_of_gradients(self) -> Delivery | None:
-        """Return the batch from which all present gradients come; None if not one."""
+        """Return the batch that all present gradients come from; None if there are
+        several.
+        """
         found = {id(f.delivery): f.delivery for f in self._pending}
         return next(iter(found.values())) if len(found) == 1 else None
 

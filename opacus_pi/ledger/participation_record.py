@@ -176,7 +176,7 @@ class ParticipationRecord:
 
     @property
     def num_steps(self) -> int:
-        """Updates of the run so far, T."""
+        """Number of updates of the run so far, T."""
         return len(self.noise_std)
 
     def first_updates(self) -> NDArray[np.int64]:

@@ -214,8 +214,8 @@ class Checkpoints:
     def resume(self, run: str, num_steps: int) -> None:
         """Go on with a run that was saved, instead of a new one.
 
-        States and blocks saved after that update are deleted: the resumed run makes
-        them again.
+        States and participations that were saved after update ``num_steps`` are
+        deleted: the resumed run writes them again.
 
         Args:
             run: Name of the run.

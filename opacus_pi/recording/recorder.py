@@ -485,7 +485,7 @@ class Recorder(RecorderOptions):
             self.checkpoints.begin_update()
 
     def count_participations(self, indices: NDArray[np.int64]) -> None:
-        """Count examples that were in the last update, where no norms are reported.
+        """Count examples that were in the last update, if their norms are not reported.
 
         Args:
             indices: int64 ``(b,)``, positions in the data set.
@@ -501,8 +501,8 @@ class Recorder(RecorderOptions):
         """Note that the next update contains unattributed samples.
 
         Any example may be among them: under fixed sampling each one may have been in
-        one more update than was counted, and with ``unattributed="worst_case"`` the
-        next row has no gaps.
+        one more update than was counted, and with ``unattributed="worst_case"`` every
+        example without a norm in the next row gets the clip norm there.
 
         Args:
             count: How many samples.

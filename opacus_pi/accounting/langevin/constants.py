@@ -83,6 +83,7 @@ def logistic_constants(
 
     ℓ_i = ln(1 + exp(−y_i·x_iᵀw)): L = λ_max(XᵀX)/(4N) + λ, m = λ, ‖∇ℓ_i‖ ≤ ‖x_i‖ and
     M ≤ Σ‖x_i‖/N + λR, because the logistic function has slopes up to 1/4.
+    ``LossConstants`` explains L, m and M.
 
     Args:
         features: X ``(n, d)``, including a column of ones if there is an intercept
@@ -119,9 +120,9 @@ def public_logistic_constants(
 ) -> LossConstants:
     """Return constants of logistic regression for all data of norm at most B.
 
-    With norms up to B and at most N rows: L = B²/4 + λ, m = λ, ‖∇ℓ_i‖ ≤ B and
-    M ≤ B + λR. They depend on no example, so step sizes and noise may be chosen from
-    them.
+    With norms up to B and at most N examples: L = B²/4 + λ, m = λ, ‖∇ℓ_i‖ ≤ B and
+    M ≤ B + λR (``LossConstants`` explains L, m and M). These constants depend on no
+    example, so step sizes and noise may be chosen from them.
 
     Args:
         num_examples: N, the fixed denominator, which must be public.
@@ -170,7 +171,8 @@ def ridge_constants(
     """Return the constants of ridge regression, ℓ_i = (x_iᵀw − y_i)²/2, on a ball.
 
     L = λ_max(XᵀX)/N + λ, m = λ, ‖∇ℓ_i‖ ≤ ‖x_i‖(‖x_i‖R + |y_i|),
-    M ≤ L·R + Σ‖x_i‖|y_i|/N. Without a ball no example's gradient is bounded.
+    M ≤ L·R + Σ‖x_i‖|y_i|/N (``LossConstants`` explains L, m and M). Without a ball no
+    example's gradient is bounded.
 
     Args:
         features: X ``(n, d)``.
@@ -256,7 +258,9 @@ def _rounded_up(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class LangevinConstants:
-    """Constants of w ← Π(w − η∇f(w) + N(0, s·I)) on the retain set.
+    """Constants of projected noisy gradient descent on the retain set.
+
+    One step is w ← Π(w − η∇f(w) + N(0, s·I)), where Π projects onto a convex set.
 
     Args:
         learning_rate: η.
@@ -353,7 +357,7 @@ class LangevinConstants:
         )
 
     def log_growth(self, initial_lsi: float, num_steps: int) -> NDArray[np.float64]:
-        """Return the growth of the contraction, ln G_0 … ln G_k.
+        """Return ln G after 0 … k steps; divergences shrink as G grows.
 
         Args:
             initial_lsi: LSI constant of the retrained distribution where the steps

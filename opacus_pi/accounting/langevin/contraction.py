@@ -52,6 +52,7 @@ def hypercontractive_bound(
 ) -> float:
     """Return a bound on the Rényi divergence after noisy steps, with a moving order.
 
+    Two distributions, the first and the second, go through the same noisy steps.
     D_α(after) ≤ α/(G + α − 1) · D_{α₀}(before), α₀ = 1 + (α − 1)/G. G is the growth of
     the steps (``log_growth``). The bound is smaller than ``source_bound``, and needs
     the divergence before the steps at the lower order α₀. Equality holds for shifted

@@ -67,8 +67,8 @@ def contractive_divergence(
             denominator): ``(T, runs)`` or ``(T, runs, n)``, along independent runs that
             **include** the example; 0 where it takes no part.
         order: Rényi order α > 1 of the result.
-        lsi: ``(T + 1,)`` (the last entry is not used) or ``(T,)``, LSI constants of the
-            iterates **without** the example, from ``lsi_track``.
+        lsi: C_t, ``(T + 1,)`` (the last entry is not used) or ``(T,)``: LSI constants
+            of the iterates **without** the example, from ``lsi_track``.
         lipschitz: c of the map without the example, a number or ``(T,)``.
         noise_variance: s on the weights, a number or ``(T,)``.
         hoelder_p: p > 1, fixed beforehand. ``inf`` takes the largest shift over runs.
@@ -133,7 +133,7 @@ def halved_noise_divergence(
     Args:
         shifts: ``(T,)``, largest distance by which the example can move step t's mean.
         order: Rényi order α > 1.
-        lsi: ``(T,)`` or ``(T + 1,)``, LSI constants of the iterates without the
+        lsi: C_t, ``(T,)`` or ``(T + 1,)``: LSI constants of the iterates without the
             example.
         lipschitz: c, a number or ``(T,)``.
         noise_variance: s on the weights, a number or ``(T,)``.

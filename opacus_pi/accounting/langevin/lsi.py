@@ -108,8 +108,9 @@ def lsi_track(
     noise_variance: ArrayLike,
     cap: float = math.inf,
 ) -> NDArray[np.float64]:
-    """Return LSI constants of the iterates of w ← Π(F(w) + N(0, s·I)).
+    """Return log-Sobolev constants (LSI) of the iterates of noisy gradient descent.
 
+    One step is w ← Π(F(w) + N(0, s·I)), where Π projects onto a convex set.
     C_{j+1} = min(c²·C_j + s, cap): a c-Lipschitz push-forward multiplies the constant
     by c², the noise adds s, and a projection onto a convex set changes nothing. The map
     of a step must be one map: full-batch steps, or batches that follow a fixed

@@ -99,9 +99,9 @@ def unlearning_divergence(
         order: Rényi order α > 1.
         num_steps: k.
         constants: The process on the retain set.
-        initial_lsi: LSI constant of the **retrained** distribution where unlearning
-            starts, the last entry of ``lsi_track`` over its training; ``inf`` if
-            unknown.
+        initial_lsi: Log-Sobolev constant (LSI) of the distribution of the **retrained**
+            model where unlearning starts: the last entry of ``lsi_track`` over its
+            training; ``inf`` if unknown.
         form: ``"hypercontractive"``, ``"source"`` (D·G^(−1/α)), ``"dobrushin"``, or
             ``"best"``, the smallest.
 
@@ -175,13 +175,14 @@ def steps_to_rewind(
     *,
     num_steps: int | None = None,
 ) -> UnlearningBound:
-    """Compute the fewest steps k to repeat from the checkpoint T − k on the retain set.
+    """Compute the fewest of the T training steps to repeat without the forget set.
 
-    The unlearned model then has had T steps, and is compared with retraining for
-    exactly T steps: no stationarity is assumed. Without ``lsi`` nothing contracts and
-    the bound is the divergence at the checkpoint itself. That holds for **any**
-    optimiser and loss, since the remaining steps are the same post-processing of both
-    distributions.
+    Unlearning starts from the checkpoint after T − k steps and makes k steps on the
+    retain set. The unlearned model has then had T steps, and is compared with
+    retraining for exactly T steps: no stationarity is assumed. Without ``lsi`` nothing
+    contracts and the bound is the divergence at the checkpoint itself. That holds for
+    **any** optimiser and loss, since the remaining steps are the same post-processing
+    of both distributions.
 
     Args:
         divergence_after: Function ``(t, order)`` → bound on D(trained ‖ trained without
@@ -237,8 +238,9 @@ def symmetric_bound(
 
     Args:
         forward: The bound that the functions of this module return.
-        backward: The same call with the roles exchanged: the divergence of the other
-            direction and the LSI constant of the **unlearned** distribution.
+        backward: The same bound with the roles of the two models exchanged: the
+            divergence of the other direction and the LSI constant of the **unlearned**
+            distribution.
 
     Returns:
         The larger of the two, with the assumptions of both.

@@ -89,11 +89,12 @@ class BatchCache:
     sample j of each belongs to example j, as in Opacus.
 
     Args:
-        size: Number of examples, the first dimension of every tensor with rows.
+        size: Number of examples: the length of the first dimension of tensors that have
+            one row for each example.
 
     Attributes:
         size: Number of examples.
-        calls: The calls of the whole model.
+        calls: The calls of the whole model for this batch, each a ``WholeCall``.
         missed: Parameters for which a part of the gradient is neither in the cache nor
             in autograd's sum.
         remainders: For parameters whose gradients are only partly in the cache: the sum
