@@ -210,7 +210,7 @@ def _starts(states: Sequence[int], num_steps: int) -> NDArray[np.int64]:
     """Return the update counts at which a decision is made, increasing from 0.
 
     Args:
-        states: Updates of which a state exists.
+        states: Updates after which a state was saved.
         num_steps: Updates of the run.
     """
     inside = {int(step) for step in states if 0 <= step < num_steps}

@@ -340,9 +340,7 @@ class Tracker:
                 self.num_left_out -= before
 
     def delivery_of_gradients(self) -> Delivery | None:
-        """Return the batch that all present gradients come from; None if there are
-        several.
-        """
+        """Return the batch that all present gradients come from, if it is only one."""
         found = {id(f.delivery): f.delivery for f in self._pending}
         return next(iter(found.values())) if len(found) == 1 else None
 

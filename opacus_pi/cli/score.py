@@ -103,6 +103,7 @@ def _headline(scores: Scores) -> str:
 def _not_checked(scores: Scores) -> str:
     """Return a line for each link of custody that the numbers rest on unchecked."""
     return "".join(
-        f"\nAssumed, not checked: {LINKS[link.name]}. {link.sentence}"
+        f"\nThe library assumes, without a check, that {LINKS[link.name]}. "
+        f"{link.sentence}"
         for link in scores.unchecked_links
     )

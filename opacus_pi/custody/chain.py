@@ -181,7 +181,9 @@ class Chain:
             doubts.append(cause)
             if warn:
                 warnings.warn(
-                    f"Assumed, not checked: {LINKS[link]}. {cause}", stacklevel=3
+                    f"The library assumes, without a check, that {LINKS[link]}. "
+                    f"{cause}",
+                    stacklevel=3,
                 )
 
     def break_link(self, link: str, reason: str) -> None:

@@ -24,7 +24,9 @@ def test_the_strongest_statement_wins():
     chain = Chain()
     chain.check("model", "It was probed.")
     assert state(chain, "model") == ("checked", "It was probed.")
-    with pytest.warns(UserWarning, match="Assumed, not checked: the model's output"):
+    with pytest.warns(
+        UserWarning, match="assumes, without a check, that the model's output"
+    ):
         chain.leave_unchecked("model", "It is not deterministic.")
     chain.check("model", "It was probed again.")
     assert state(chain, "model") == ("unchecked", "It is not deterministic.")

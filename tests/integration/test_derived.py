@@ -459,7 +459,7 @@ def test_a_scaling_that_may_leave_out_noise_is_said(is_class):
     assert link.state == "unchecked" and "method scale_grad" in link.sentence
 
 
-@pytest.mark.filterwarnings("error:Assumed, not checked")
+@pytest.mark.filterwarnings("error:The library assumes, without a check")
 @pytest.mark.parametrize("name", ["step", "pre_step", "scale_grad"])
 def test_a_method_that_calls_the_original_changes_nothing(name):
     plain = Training().train(2).engine.ledger
