@@ -5,10 +5,10 @@ differently when another one is replaced. But if an example is left out, the gra
 of all others change, so clipping does not bound what the example contributes. The last
 example of a batch is therefore left out, and the outputs of the others must stay.
 
-Dropout and other random draws depend on the shapes of tensors. So both runs are without
-dropout if the model draws, and in evaluation mode if it still does. Kernels may round
-otherwise for another number of rows, so outputs that are not equal bit for bit are
-compared again in float64.
+Dropout and other random draws depend on the shapes of tensors. So if the model draws
+random numbers, both runs are made without dropout, and in evaluation mode if it still
+draws. Kernels may round differently for another number of rows, so outputs that are not
+equal bit for bit are compared again in float64.
 
 **Guarantee.** A model whose outputs, on the given batch, depend on the number of
 examples by more than 1e-9 of the largest output is found.
@@ -49,10 +49,10 @@ _COUNTED = (
     "the model."
 )
 _PERHAPS_COUNTED = (
-    "Without one of {size} examples, the model's outputs for the others changed. There "
-    "are two possible causes. If the model uses the number of examples, remove that. "
-    "If one of its inputs is a table shared by all examples, make this table a buffer "
-    "of the model."
+    "Without one of {size} examples, the model's outputs for the others changed. "
+    "There are two possible causes. If the model uses the number of examples, change "
+    "it so that it does not. If one of its inputs is a table shared by all examples, "
+    "make this table a buffer of the model."
 )
 
 

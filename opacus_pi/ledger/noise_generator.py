@@ -1,6 +1,6 @@
 """The kind of random generator that the noise of a training run was drawn from.
 
-A bound on DP-SGD takes the noise to be random for everybody. Noise of a pseudo-random
+A bound on DP-SGD assumes that nobody can predict the noise. Noise of a pseudo-random
 generator can be computed by anyone who knows its seed, so whether the generator was
 secure belongs to the assumptions of a guarantee. The kind is recorded in every update;
 a run that drew from several kinds has the weakest of them.
@@ -68,7 +68,7 @@ def kind_of(generator: object | None, *, is_secure: bool) -> str:
 
 
 def weakest(*kinds: str | None) -> str | None:
-    """Return what may be said of noise that was drawn from several generators.
+    """Return the weakest kind among several generators of noise.
 
     Args:
         *kinds: The kind of each part of the run; None: not recorded.
