@@ -216,7 +216,7 @@ def unpredictable_noise(
     if kind == SECURE and not has_more_noise:
         return observed(_UNPREDICTABLE, f"it was drawn from {NOISE_GENERATORS[kind]}")
     drawn = "a pseudo-random generator" if kind == SECURE else NOISE_GENERATORS[kind]
-    where = "the noise of what is trained again" if kind == SECURE else "it"
+    where = "the noise of the updates that are made again" if kind == SECURE else "it"
     return Assumption(
         _UNPREDICTABLE,
         True,

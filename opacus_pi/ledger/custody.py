@@ -54,7 +54,10 @@ LINKS = MappingProxyType(
         "update only",
         "schedule": "each example was drawn as often as the accounting assumes",
         "identity": "each sample of a batch is matched to the right example",
-        "rows": "each example was in an update once, with one row of every input",
+        "rows": (
+            "an example was in an update at most once, in the same position of every "
+            "input"
+        ),
         "model": "the model's output for one example depends on that example only",
         "loss": "the loss is the mean or the sum of the examples' own losses",
         "norm": (

@@ -436,12 +436,12 @@ def filled_by_rank(ledger: GradNormLedger) -> GradNormLedger:
     r"""Return a ledger whose gaps are filled by the ranks of the examples.
 
     An example that was not drawn since the row before keeps its rank u among the drawn
-    examples, and gets the u-quantile of the norms observed in the row. The default is
-    the example's own next norm. Compared with it, the largest underestimate of a loss
-    was 16 to 5,000 times smaller in ``benchmarks.observed_vs_exact``, and the largest
-    overestimate about the same. This is an estimate, never a bound. Unlike with the
-    default rule, an example's loss depends on the norms of others: fill the whole
-    ledger before you take a ``subset``.
+    examples, and gets the u-quantile of the norms observed in the row. By default an
+    example gets its own next norm. Compared with this default, the largest
+    underestimate of a loss was 16 to 5,000 times smaller in
+    ``benchmarks.observed_vs_exact``, and the largest overestimate about the same. This
+    is an estimate, never a bound. Unlike with the default rule, an example's loss
+    depends on the norms of others: fill the whole ledger before you take a ``subset``.
 
     Args:
         ledger: A ledger of all examples of the run.

@@ -85,8 +85,9 @@ def group_divergence(
     """Return the Rényi divergence of training with the group from training without it.
 
     Updates are composed by Hölder's inequality as in ``privacy_losses``. The value is
-    never above ``group_worst_case_loss``. Between the orders evaluated the log moment
-    is interpolated along its chord, which lies above it (it is convex in the order).
+    never above ``group_worst_case_loss``. Between the orders that are evaluated, the
+    log moment is interpolated linearly. This is never too low, because the log moment
+    is convex in the order.
 
     Args:
         gram_ledger: One run, or independent runs of one training procedure, of kind
