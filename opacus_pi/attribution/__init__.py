@@ -14,10 +14,11 @@ unattributed if there is none:
 A loader is observed (``observer``), its items are matched through ``collate_fn``
 (``item_fingerprints``, ``collate_identity``), its deliveries and the model's forward
 passes are described (``delivery``), compared (``samples``, ``model_inputs``,
-``evidence``, ``mixtures``) and joined (``tracker``, ``gradients``); every uncertainty
-has a cause (``causes``). A run can be resumed within an epoch (``epoch_position``). The
-targets of a known criterion are compared, too (``targets``). Nothing here depends on
-Opacus: ``opacus_pi.integration`` connects an engine's loaders, models and optimizers.
+``lookalikes``, ``evidence``, ``mixtures``) and joined (``tracker``, ``gradients``);
+every uncertainty has a cause (``causes``). A run can be resumed within an epoch
+(``epoch_position``). The targets of a known criterion are compared, too (``targets``).
+Nothing here depends on Opacus: ``opacus_pi.integration`` connects an engine's loaders,
+models and optimizers.
 """
 
 from opacus_pi._promised import promise

@@ -7,6 +7,8 @@ one order). Its state says what follows for the samples concerned:
 * *unattributed*: their example is not known, so their norms are left out;
 * *unchecked*: they are assumed to be the examples of the delivered batch in its order,
   without confirmation;
+* *largest*: they are several known examples in an order that is not known, and each
+  example is charged the largest of their norms;
 * *repeated*: their example is known, and is in the batch a second time.
 """
 
@@ -23,6 +25,7 @@ __all__ = [
     "CHANGED_IN_PLACE",
     "COLLATE",
     "COMPUTED",
+    "EQUAL_INPUTS",
     "INPUTS_DISAGREE",
     "MISMATCH",
     "MIXED",
@@ -32,6 +35,7 @@ __all__ = [
     "NO_INDICES",
     "REPEATED",
     "SEVERAL_BATCHES",
+    "TRUSTED",
     "UNSEEN",
     "UNTRACED",
     "Cause",
@@ -44,8 +48,8 @@ class Cause:
 
     Args:
         name: What was found, as a phrase.
-        state: ``"unattributed"``, ``"unchecked"`` or ``"repeated"``: what follows for
-            the samples (see above in this module).
+        state: ``"unattributed"``, ``"unchecked"``, ``"largest"`` or ``"repeated"``:
+            what follows for the samples (see above in this module).
         explanation: What was found and what to do about it, in sentences.
         link: The link of the chain of custody that is concerned.
         is_said: Whether a warning is given when the cause is found for the first time.
@@ -53,7 +57,7 @@ class Cause:
     """
 
     name: str
-    state: Literal["unattributed", "unchecked", "repeated"]
+    state: Literal["unattributed", "unchecked", "largest", "repeated"]
     explanation: str
     link: Literal["identity", "rows"] = "identity"
     is_said: bool = True
@@ -115,6 +119,23 @@ ALIKE = Cause(
     "unattributed",
     "Some examples of a batch have equal content, so copies of them cannot be "
     "distinguished. Give the model the tensors that the data loader delivered.",
+)
+EQUAL_INPUTS = Cause(
+    "examples have equal inputs and different targets",
+    "largest",
+    "Some examples of a batch have equal inputs and different targets, and the loop "
+    "gave the model copies of them. So it is not known which of their norms belongs to "
+    "which example: each is charged the largest of them, and a RenyiFilter leaves them "
+    "out. Give the model the tensors that the data loader delivered, or remove such "
+    "examples from the data set.",
+)
+TRUSTED = Cause(
+    "examples with equal inputs were assumed to be in their places",
+    "unchecked",
+    "Some examples of a batch have equal inputs and different targets, and the loop "
+    "gave the model copies of them. They were assumed to be in the delivered order, "
+    "like all other samples until then, but later the loop moved samples. Give the "
+    "model the tensors that the data loader delivered.",
 )
 # ------------------------------------------------------------- between model and update
 UNSEEN = Cause(

@@ -8,7 +8,7 @@ from which delivery.
 """
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from opacus_pi.attribution.causes import Cause
 from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
+from opacus_pi.attribution.lookalikes import Alike
 from opacus_pi.attribution.samples import DeliveredTensor, tensors_in
 
 __all__ = [
@@ -125,6 +126,7 @@ class Delivery:
         num_samples_used: How many samples entered updates, of all its forward passes.
         num_left: How many of its samples no update used, when it last entered one.
         batch: A copy of what the loop received, if the tracker keeps batches.
+        is_described: Whether ``tensors`` are all that the batch has.
     """
 
     indices: list[int] | None
@@ -138,6 +140,7 @@ class Delivery:
     num_samples_used: int = 0
     num_left: int = 0
     batch: Any = None
+    is_described: bool = False
 
     def __post_init__(self) -> None:
         # Whether the indices are those of different, known examples. Then the batch
@@ -169,6 +172,38 @@ class Delivery:
             if content is not None and differ(content.width, content.checksums):
                 found.setdefault(content.width, []).append(content.checksums)
         return found
+
+    def sample_checksums(self) -> list[Indices]:
+        """Return the checksums of all tensors, those of labels and masks included."""
+        contents = [tensor.content for tensor in self.tensors]
+        return [c.checksums for c in contents if c is not None and c.width]
+
+    def has_equal_samples(self, places: Indices) -> bool:
+        """Return whether some samples are equal in all that was delivered.
+
+        Args:
+            places: Their positions.
+        """
+        sums = self.sample_checksums()
+        is_described = self.is_described and len(sums) == len(self.tensors)
+        if len(places) == 1:
+            return True
+        return is_described and all((s[places] == s[places[0]]).all() for s in sums)
+
+    def checksums_alike(self, width: int) -> list[Indices]:
+        """Return the checksums of tensors whose samples are all alike.
+
+        Args:
+            width: The number of entries in a sample, above 1.
+        """
+        contents = [tensor.content for tensor in self.tensors]
+        return [
+            content.checksums
+            for content in contents
+            if content is not None
+            and content.width == width > 1
+            and not differ(width, content.checksums)
+        ]
 
     def use(self, *, is_recognised: bool) -> None:
         """Count a forward pass in training mode that was given this batch.
@@ -216,6 +251,8 @@ class ForwardPass:
         latest: Of inputs that were not recognised: the batch that was delivered last.
 
     Attributes:
+        alike: Groups of samples whose order is not known, because they look alike. Each
+            has one of the examples of its group.
         call: The forward pass with its outputs, while it may be repeated; else None.
         output_storages: Addresses of the memory of its outputs, while these exist.
         backward: When the backward pass reached it, counted by the tracker; 0: not yet.
@@ -238,6 +275,7 @@ class ForwardPass:
         self.evidence, self.delivery, self.cause = evidence, delivery, cause
         self.is_assumed, self.unattributed = is_assumed, unattributed
         self.notes, self.num_inputs, self.latest = notes, num_inputs, latest
+        self.alike: tuple[Alike, ...] = ()
         self.call: Any = None
         self.output_storages: list[int] = []
         self.backward = 0
@@ -272,6 +310,22 @@ class ForwardPass:
         if self._whole_delivery is not None:
             return self._whole_delivery.index_array
         return self._indices
+
+    def settle(self, alike: Sequence[Alike]) -> None:
+        """Note which sample is which example, as far as this is known now.
+
+        Args:
+            alike: Parts of the groups that ``alike`` has; of one sample each, where it
+                is known.
+        """
+        delivery = self.delivery
+        if self._indices is None or delivery is None or delivery.index_array is None:
+            return
+        for group in alike:
+            self._indices[group.rows] = delivery.index_array[group.places]
+        self.alike = tuple(
+            group for group in alike if not delivery.has_equal_samples(group.places)
+        )
 
     @property
     def num_samples(self) -> int | None:
@@ -334,7 +388,22 @@ def describe_delivery(
             delivery.tensors.append(
                 DeliveredTensor(tensor, dim, verify=verify, is_audited=is_audited)
             )
+    delivery.is_described = _has_only(batch, len(delivery.tensors))
     return delivery
+
+
+def _has_only(batch: Any, num_tensors: int) -> bool:
+    """Return whether a batch has only so many tensors and nothing else.
+
+    Args:
+        batch: A tensor, or a list, tuple or dict; of another nesting it is not known.
+        num_tensors: The number of tensors with one entry, or more, for each sample.
+    """
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    elif not isinstance(batch, list | tuple):
+        batch = [batch]
+    return len(batch) == num_tensors and all(isinstance(t, Tensor) for t in batch)
 
 
 def _listed(indices: Any) -> tuple[list[int] | None, bool]:

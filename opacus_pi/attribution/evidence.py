@@ -51,9 +51,15 @@ from opacus_pi.attribution.delivery import (
     ForwardPass,
     Indices,
 )
-from opacus_pi.attribution.model_inputs import (
+from opacus_pi.attribution.lookalikes import (
     LOOKS_ALIKE,
     UNKNOWN,
+    Alike,
+    OrderSoFar,
+    rows_of_all,
+    settled,
+)
+from opacus_pi.attribution.model_inputs import (
     Finding,
     Input,
     SharedRows,
@@ -72,6 +78,7 @@ def recognised(
     *,
     verify: bool,
     shared_rows: SharedRows | None = None,
+    order: OrderSoFar | None = None,
 ) -> ForwardPass | None:
     """Attribute samples whose memory or content is that of a delivered sample.
 
@@ -82,17 +89,20 @@ def recognised(
         verify: Whether samples are recognised by content.
         shared_rows: The earlier inputs whose samples were all alike. None: such inputs
             are assumed to be masks or tables.
+        order: What earlier passes have shown about the order of samples. None: nothing.
 
     Returns:
         A pass with the index of each sample that is recognised, and causes for the
         others; None if no sample is recognised.
     """
-    if recent and _are_whole_batch(tensors, dim, recent[0]):
+    order = order or OrderSoFar()
+    is_kept = bool(recent) and not order.moves_in_place
+    if is_kept and _are_whole_batch(tensors, dim, recent[0]):
         return ForwardPass.of_whole_delivery(recent[0], "by_storage")
     recent = [d for d in recent if d.indices is not None]
     inputs = [Input(tensor, dim) for tensor in tensors]
     for given in inputs:
-        given.look(recent, verify=verify)
+        given.look(recent, verify=verify, moves_in_place=order.moves_in_place)
     if verify and shared_rows is not None and len(inputs) > 1:
         shared_rows.saw(inputs)
     deciding = _deciding(inputs, verify=verify)
@@ -104,7 +114,7 @@ def recognised(
         cause = SEVERAL_BATCHES if delivery is None else INPUTS_DISAGREE
         return ForwardPass(None, "", None, cause, num_inputs=max(sizes))
     beside = [g for g in inputs if g not in deciding and len(g) == len(deciding[0])]
-    return _agreed(deciding, beside if verify else [], delivery, recent)
+    return _agreed(deciding, beside if verify else [], delivery, recent, order)
 
 
 def _deciding(inputs: list[Input], *, verify: bool) -> list[Input]:
@@ -118,11 +128,16 @@ def _deciding(inputs: list[Input], *, verify: bool) -> list[Input]:
         verify: Whether samples are recognised by content.
     """
     strong = [given for given in inputs if not (verify and given.is_pattern)]
-    return [given for given in strong if given.findings] or [
-        given
-        for given in inputs
-        if any(finding.num_known == len(given) for finding in given.findings)
+    deciding = [given for given in strong if given.findings] or [
+        given for given in inputs if any(f.is_whole for f in given.findings)
     ]
+    if deciding or not verify:
+        return deciding
+    wide = [given for given in inputs if given.content.width > 1]
+    are_explained = all(
+        any(f.num_explained == len(given) for f in given.findings) for given in wide
+    )
+    return wide if are_explained else []
 
 
 def _are_whole_batch(tensors: list[Tensor], dim: int, latest: Delivery) -> bool:
@@ -153,12 +168,12 @@ def _explaining(inputs: list[Input], recent: list[Delivery]) -> Delivery | None:
 
     def score(delivery: Delivery) -> tuple[int, int]:
         known = [f for given in inputs if (f := given.finding_in(delivery))]
-        return len(known), sum(f.num_known for f in known)
+        return len(known), sum(f.num_explained for f in known)
 
     best = max(recent, key=score)
     for given in inputs:
         own = given.finding_in(best)
-        missing = np.ones(len(given), np.bool_) if own is None else ~own.is_known
+        missing = np.ones(len(given), np.bool_) if own is None else ~own.is_explained
         if any((missing & f.is_known).any() for f in given.findings):
             return None
     return best
@@ -169,6 +184,7 @@ def _agreed(
     beside: list[Input],
     delivery: Delivery,
     recent: list[Delivery],
+    order: OrderSoFar,
 ) -> ForwardPass:
     """Return the pass whose samples are those on which all inputs agree.
 
@@ -178,11 +194,15 @@ def _agreed(
             they are.
         delivery: The delivery that explains the inputs.
         recent: Deliveries, the newest first.
+        order: What earlier passes have shown about the order of samples.
     """
     found = [f for given in deciding if (f := given.finding_in(delivery)) is not None]
     positions, disagree = _joined(found, cast(Indices, delivery.index_array))
+    positions, alike = _in_order(found, positions, [*deciding, *beside], order)
+    is_clear = np.ones(len(positions), np.bool_)
+    is_clear[rows_of_all(alike)] = False
     for given in beside:
-        disagree |= _is_of_others(given, positions, delivery)
+        disagree |= _is_of_others(given, positions, delivery) & is_clear
     rest = positions < 0
     places, cause = _assumed_places(found, rest)
     is_assumed = rest if places is not None and rest.any() else None
@@ -200,10 +220,10 @@ def _agreed(
     is_unseen = any(not given.is_pattern for given in beside)
     if is_unseen and is_masked:  # only a mask was recognised
         is_assumed, cause = np.ones(len(rest), np.bool_), ANOTHER_INPUT
-    is_partial = len(found) > 1 and any(f.num_known < len(rest) for f in found)
+    is_partial = len(found) > 1 and not all(f.is_explained.all() for f in found)
     unchecked = (ANOTHER_INPUT,) if (is_unseen and not is_masked) or is_partial else ()
     evidence = "by_storage" if any(f.by_storage for f in found) else "by_content"
-    return ForwardPass(
+    forward = ForwardPass(
         indices,
         "by_latest" if is_assumed is not None and is_assumed.all() else evidence,
         delivery,
@@ -212,6 +232,43 @@ def _agreed(
         unattributed=+unattributed,
         notes=(*delivery.identity.notes, *unchecked),
     )
+    forward.alike = tuple(g for g in alike if (indices[g.rows] >= 0).all())
+    return forward
+
+
+def _in_order(
+    found: list[Finding], positions: Indices, inputs: list[Input], order: OrderSoFar
+) -> tuple[Indices, list[Alike]]:
+    """Find the order of samples that look alike, as far as anything shows it.
+
+    Args:
+        found: The findings about the delivery that explains the inputs.
+        positions: Position of each sample that is known; else a negative code.
+        inputs: All inputs of the pass that have as many samples.
+        order: What earlier passes have shown about the order; notes this one.
+
+    Returns:
+        Positions, those of samples that look alike included; and the groups of those
+        whose order is not known and makes a difference.
+    """
+    delivery, size = found[0].delivery, len(positions)
+    groups = next((f.groups for f in found if f.groups), ())
+    given = [g.content.checksums for g in inputs] if groups else []
+    all_delivered = delivery.sample_checksums() if groups else []
+    positions, alike = settled(positions, groups, given, all_delivered)
+    num_delivered = len(cast(list[int], delivery.indices))
+    moves_in_place = any(f.has_moved for f in found)
+    if groups or moves_in_place or not any(f.by_storage for f in found):
+        order.saw(positions, alike, size=num_delivered, in_place=moves_in_place)
+    alike = [g for g in alike if not delivery.has_equal_samples(g.places)]
+    if order.is_kept and size == num_delivered:
+        for stays in (f.stays for f in found if f.stays is not None):
+            is_in_place = stays & (positions == LOOKS_ALIKE)
+            positions = np.where(is_in_place, np.arange(size), positions)
+            order.num_trusted += int(np.count_nonzero(is_in_place))
+        order.num_trusted += len(rows_of_all(alike))
+        alike = []
+    return positions, alike
 
 
 def _joined(
@@ -277,10 +334,16 @@ def _is_ambiguous(
     ambiguous = np.zeros(len(indices), dtype=np.bool_)
     for other in recent:
         found = [given.finding_in(other) for given in deciding]
-        others = [f for f in found if f is not None and f.is_known.all()]
-        if other is not delivery and len(others) == len(deciding):
-            own = _at(cast(Indices, other.index_array), others[0].positions)
-            ambiguous |= (own != indices) & (indices != UNATTRIBUTED)
+        others = [f for f in found if f is not None and f.num_explained == len(indices)]
+        if other is delivery or len(others) < len(deciding):
+            continue
+        own = _at(cast(Indices, other.index_array), others[0].positions)
+        differs = (own != indices) & (indices != UNATTRIBUTED)
+        for group in others[0].groups:  # the same examples, in an order not known
+            own = cast(Indices, other.index_array)[group.places]
+            if np.array_equal(np.sort(own), np.sort(indices[group.rows])):
+                differs[group.rows] = False
+        ambiguous |= differs
     return ambiguous
 
 

@@ -6,7 +6,7 @@ inputs of a forward pass show.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,16 +21,18 @@ from opacus_pi.attribution.causes import (
     Cause,
 )
 from opacus_pi.attribution.delivery import Delivery, Indices
+from opacus_pi.attribution.lookalikes import (
+    LOOKS_ALIKE,
+    UNKNOWN,
+    Alike,
+    Matches,
+    matched,
+    rows_of_all,
+)
 from opacus_pi.attribution.mixtures import made_of_others
-from opacus_pi.attribution.samples import DelayedChecksums
+from opacus_pi.attribution.samples import DelayedChecksums, DeliveredTensor
 
-__all__ = ["LOOKS_ALIKE", "UNKNOWN", "Finding", "Input", "SharedRows", "lost_order"]
-
-UNKNOWN = -1
-"""In place of a position in a delivery: no sample of the delivery is like this one."""
-
-LOOKS_ALIKE = -2
-"""In place of a position in a delivery: several samples are like this one."""
+__all__ = ["Finding", "Input", "SharedRows", "lost_order"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,9 @@ class Finding:
         is_assumed: Samples whose memory is known and whose content was changed, bool
             ``(b,)``; None: none.
         cause: Why samples are unknown or assumed.
+        groups: Samples that look alike, where all such samples were given.
+        stays: Samples that have the content of their own places, bool ``(b,)``; None:
+            not known.
     """
 
     delivery: Delivery
@@ -51,6 +56,8 @@ class Finding:
     by_storage: bool
     is_assumed: NDArray[np.bool_] | None = None
     cause: Cause = NOT_DELIVERED
+    groups: tuple[Alike, ...] = ()
+    stays: NDArray[np.bool_] | None = None
 
     @cached_property
     def is_known(self) -> NDArray[np.bool_]:
@@ -63,14 +70,45 @@ class Finding:
         """Number of recognised samples."""
         return int(np.count_nonzero(self.is_known))
 
+    @cached_property
+    def is_explained(self) -> NDArray[np.bool_]:
+        """Mask of the samples that are like one or several of the delivery."""
+        explained: NDArray[np.bool_] = self.is_known | (self.positions == LOOKS_ALIKE)
+        return explained
+
+    @cached_property
+    def num_explained(self) -> int:
+        """Number of samples that may be different samples of the delivery."""
+        num_alike = np.count_nonzero(self.positions == LOOKS_ALIKE)
+        return len(np.unique(self.positions[self.is_known])) + int(num_alike)
+
+    @property
+    def has_moved(self) -> bool:
+        """Return whether samples were moved within the delivered memory."""
+        is_clear = self.by_storage and bool(self.is_explained.all())
+        return self.cause is MOVED_AND_CHANGED and not is_clear
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether the samples are certain, or all as they were delivered."""
+        size = len(self.positions)
+        is_equal = self.stays is not None and bool(self.stays.all())
+        return self.num_known == size or (self.num_explained == size and is_equal)
+
     def without_order(self, cause: Cause) -> "Finding":
         """Return the same finding with nothing assumed.
 
         Args:
             cause: Why samples cannot be assumed to be in their places.
         """
-        positions = np.where(self.is_known, self.positions, UNKNOWN)
-        return Finding(self.delivery, positions, self.by_storage, None, cause)
+        if self.is_assumed is None:
+            return self
+        return replace(
+            self,
+            positions=np.where(self.is_assumed, UNKNOWN, self.positions),
+            is_assumed=None,
+            cause=cause,
+        )
 
     @property
     def is_as_large(self) -> bool:
@@ -146,54 +184,87 @@ class Input:
         """Return the finding for a delivery; None if there is none."""
         return next((f for f in self.findings if f.delivery is delivery), None)
 
-    def look(self, recent: Sequence[Delivery], *, verify: bool) -> None:
+    def look(
+        self, recent: Sequence[Delivery], *, verify: bool, moves_in_place: bool = False
+    ) -> None:
         """Compare the input with deliveries: by its memory, else by its content.
 
         Args:
             recent: Deliveries, the newest first.
             verify: Whether samples are recognised by content.
+            moves_in_place: Whether the loop moves samples within delivered memory.
         """
-        stored = self._in_storage(recent, verify=verify)
-        if stored is not None and (stored.num_known or not verify):
+        stored = self._in_storage(recent, moves_in_place=moves_in_place)
+        if stored is not None and (stored.is_explained.any() or not verify):
             self.findings = [stored]
             return
         self.findings = self._in_content(recent) if verify else []
-        if stored is not None and not any(f.num_known for f in self.findings):
+        if stored is not None and not any(f.is_explained.any() for f in self.findings):
             self.findings = [stored]  # written to, and unlike all that was delivered
 
     def _in_storage(
-        self, recent: Sequence[Delivery], *, verify: bool
+        self, recent: Sequence[Delivery], *, moves_in_place: bool
     ) -> Finding | None:
         """Find the delivery whose memory contains the input."""
         for delivery in recent:
             for delivered in delivery.tensors:
                 where = delivered.stored.positions(self.tensor, self.dim)
                 if where is not None:
+                    was_written = moves_in_place or delivered.stored.modified(
+                        self.tensor
+                    )
                     changed = delivered.changed(self.tensor)
-                    if changed is None or not changed[where].any():
+                    if changed is not None and changed[where].any():
+                        return self._rewritten(delivery, delivered, where, changed)
+                    if not was_written or delivered.content is None:
                         return Finding(delivery, where, True)
-                    found, cause = np.full(len(where), UNKNOWN), None
-                    if delivered.content is not None:
-                        now = delivered.content_now(self.tensor)
-                        known = delivered.content.checksums
-                        found = _positions_of(now.checksums, known)[where]
-                        cause = lost_order(now, delivered.content)
-                    finding = _changed_in_place(delivery, where, changed[where], found)
-                    return finding if cause is None else finding.without_order(cause)
+                    same = matched(
+                        delivered.content_now(self.tensor).checksums[where],
+                        delivered.content.checksums,
+                    )
+                    is_alike = same.positions == LOOKS_ALIKE
+                    positions = np.where(is_alike, LOOKS_ALIKE, where)
+                    stays = where == np.arange(len(where))
+                    return Finding(
+                        delivery, positions, True, groups=same.groups, stays=stays
+                    )
         return None
+
+    def _rewritten(
+        self,
+        delivery: Delivery,
+        delivered: DeliveredTensor,
+        where: Indices,
+        changed: NDArray[np.bool_],
+    ) -> Finding:
+        """Return the finding for delivered memory whose content has changed.
+
+        Args:
+            delivery: The delivery.
+            delivered: Its tensor in whose memory the input is.
+            where: Position of each sample, by its memory.
+            changed: Whether the content of each delivered sample has changed.
+        """
+        found, cause = Matches(np.full(len(where), UNKNOWN)), None
+        if delivered.content is not None and delivered.content.width:
+            now = delivered.content_now(self.tensor)
+            found = matched(now.checksums[where], delivered.content.checksums)
+            cause = lost_order(now, delivered.content)
+        finding = _changed_in_place(delivery, where, changed[where], found)
+        return finding if cause is None else finding.without_order(cause)
 
     def _in_content(self, recent: Sequence[Delivery]) -> list[Finding]:
         """Find the deliveries that have samples with the input's checksums."""
         width, sums = self.content.width, self.content.checksums
         findings = []
         for delivery in recent:
-            found = [
-                Finding(delivery, _positions_of(sums, known), False)
-                for known in delivery.checksums.get(width, ())
-            ]
+            known = list(delivery.checksums.get(width, ()))
+            if self.is_alike:
+                known += delivery.checksums_alike(width)
+            found = [_by_content(delivery, sums, of_tensor) for of_tensor in known]
             if found:
-                best = max(found, key=lambda f: f.num_known)
-                if (best.positions != UNKNOWN).any():
+                best = max(found, key=lambda f: f.num_explained)
+                if best.is_explained.any():
                     findings.append(best)
         return findings
 
@@ -238,8 +309,23 @@ def lost_order(now: DelayedChecksums, before: DelayedChecksums) -> Cause | None:
     return MIXED if others.mixed.any() else None
 
 
+def _by_content(delivery: Delivery, given: Indices, delivered: Indices) -> Finding:
+    """Return the finding for samples that are compared by their checksums.
+
+    Args:
+        delivery: The delivery.
+        given: Checksums of the samples that were given.
+        delivered: Checksums of a delivered tensor.
+    """
+    found = matched(given, delivered)
+    stays = given == delivered if len(given) == len(delivered) else None
+    if stays is not None and bool((delivered == delivered[0]).all()):
+        stays = None  # a mask, perhaps, which is the same in each batch
+    return Finding(delivery, found.positions, False, groups=found.groups, stays=stays)
+
+
 def _changed_in_place(
-    delivery: Delivery, where: Indices, changed: NDArray[np.bool_], found: Indices
+    delivery: Delivery, where: Indices, changed: NDArray[np.bool_], found: Matches
 ) -> Finding:
     """Return the finding for an input that was written to after its delivery.
 
@@ -247,42 +333,21 @@ def _changed_in_place(
         delivery: The delivery in whose memory it is.
         where: Position of each sample, by its memory.
         changed: Whether its content has changed.
-        found: Position of each sample, by its content.
+        found: Its samples looked up by their content.
     """
-    positions = np.where(changed, found, where)
-    is_unknown = positions < 0
-    has_moved = bool((positions != where)[~is_unknown].any())
-    if not is_unknown.any() or has_moved:
-        return Finding(delivery, positions, not has_moved, None, MOVED_AND_CHANGED)
-    return Finding(delivery, where, True, is_unknown, CHANGED_IN_PLACE)
-
-
-def _positions_of(given: Indices, delivered: Indices) -> Indices:
-    """Look up samples by their checksums.
-
-    Where a checksum occurs twice among the delivered ones, these samples look alike,
-    and it is not known which of them was given. If all the others are in their
-    places, these are taken to be in theirs.
-
-    Args:
-        given: Checksums of the samples that were given.
-        delivered: Checksums of a delivered tensor.
-
-    Returns:
-        int64 ``(b,)``: positions in the delivery, or negative codes.
-    """
-    if np.array_equal(given, delivered):
-        return np.arange(len(delivered))
-    values, first, counts = np.unique(delivered, return_index=True, return_counts=True)
-    place = np.minimum(np.searchsorted(values, given), len(values) - 1)
-    is_there = values[place] == given
-    positions = np.where(is_there, first[place], UNKNOWN)
-    is_alike = is_there & (counts[place] > 1)
-    if is_alike.any():
-        same = np.zeros(len(given), dtype=np.bool_)
-        if len(given) == len(delivered):
-            same = given == delivered
-        stay = bool(same[is_there].all()) and bool((is_there & ~is_alike).any())
-        codes = np.arange(len(given)) if stay else np.full(len(given), LOOKS_ALIKE)
-        positions = np.where(is_alike, codes, positions)
-    return positions
+    positions = found.positions
+    has_moved = (changed & (positions != UNKNOWN) & (positions != where)).any()
+    if has_moved or (positions != UNKNOWN).all():
+        return Finding(
+            delivery,
+            positions,
+            not has_moved,
+            None,
+            MOVED_AND_CHANGED,
+            groups=found.groups,
+        )
+    places = where.copy()
+    places[rows_of_all(found.groups)] = LOOKS_ALIKE
+    return Finding(
+        delivery, places, True, changed, CHANGED_IN_PLACE, groups=found.groups
+    )

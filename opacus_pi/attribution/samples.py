@@ -342,9 +342,10 @@ class DeliveredTensor:
         if not self.stored.are_all_of(tensor, dim):
             return False
         content = self.content if tensor.is_cpu else None
+        was_written = self.stored.modified(tensor)
         if content and content.width and content.are_entries_of(tensor, dim):
-            return True  # nearly always
-        return self.changed(tensor) is None
+            return not was_written  # nearly always
+        return not was_written and self.changed(tensor) is None
 
     def changed(self, tensor: Tensor) -> NDArray[np.bool_] | None:
         """Return which samples have changed since the delivery.

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from opacus_pi.attribution.delivery import Delivery, ForwardPass, Indices, sample_dim
+from opacus_pi.attribution.lookalikes import refined, rows_of_all
 from opacus_pi.attribution.samples import (
     DelayedChecksums,
     checksums_of_entries,
@@ -87,6 +88,8 @@ class TargetOrder:
         self._num_seen += 1
         passes = tracker.awaiting_backward()
         for forward in passes:
+            if forward.alike:
+                _settle(forward, targets, tracker.batch_dim)
             if _is_delivered(forward, targets):
                 self._was_delivered = True
                 return
@@ -137,6 +140,7 @@ class _Comparison:
             return
         rows = _by_sample(targets, len(positions), batch_dim)
         known = positions >= 0
+        known[rows_of_all(forward.alike)] = False  # either order is right
         if rows is None or np.count_nonzero(known) < 2:
             return
         self._compare(DelayedChecksums(*rows), delivery, positions, known)
@@ -176,6 +180,33 @@ def _is_delivered(forward: ForwardPass, targets: Tensor) -> bool:
         if delivered.dim < targets.ndim and delivered.is_whole(targets, delivered.dim):
             return True
     return False
+
+
+def _settle(forward: ForwardPass, targets: Tensor, batch_dim: int) -> None:
+    """Distinguish samples that look alike by their targets.
+
+    Args:
+        forward: A pass with such samples.
+        targets: The targets that the criterion was given.
+        batch_dim: The dimension that should run over the samples.
+    """
+    delivery, positions = forward.delivery, positions_in_delivery(forward)
+    if delivery is None or positions is None:
+        return
+    rows = _by_sample(targets, len(positions), batch_dim)
+    if rows is None:
+        return
+    given = DelayedChecksums(*rows)
+    clear = positions >= 0
+    clear[rows_of_all(forward.alike)] = False
+    contents = [t.content for t in delivery.tensors if t.content and t.content.width]
+    for content in contents if given.width else []:
+        for before, now in _comparable(content, given):
+            if np.array_equal(before[positions[clear]], now[clear]):
+                groups = refined(forward.alike, now, before)
+                if groups is not None:
+                    forward.settle(groups)
+                    return
 
 
 def positions_in_delivery(forward: ForwardPass) -> Indices | None:

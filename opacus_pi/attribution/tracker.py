@@ -50,11 +50,13 @@ from opacus_pi.attribution.causes import (
     BY_HAND,
     CAUSES,
     COMPUTED,
+    EQUAL_INPUTS,
     INPUTS_DISAGREE,
     MIXED,
     MIXED_IN_COLLATE,
     NO_INDICES,
     REPEATED,
+    TRUSTED,
     Cause,
 )
 from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
@@ -68,6 +70,7 @@ from opacus_pi.attribution.delivery import (
 )
 from opacus_pi.attribution.evidence import assumed, recognised
 from opacus_pi.attribution.gradients import with_sizes
+from opacus_pi.attribution.lookalikes import OrderSoFar, alike_of, rows_of_all
 from opacus_pi.attribution.model_inputs import SharedRows
 from opacus_pi.attribution.samples import is_dense, tensors_in
 from opacus_pi.custody import Chain, SampleCounts
@@ -96,6 +99,7 @@ _COPIED = ("verify", "strict", "batch_dim", "counts", "causes")
 _CONSEQUENCES = {
     "unattributed": "{num} samples are unattributed. ",
     "unchecked": "Samples are attributed without verification. ",
+    "largest": "",
     "repeated": "",
 }
 
@@ -139,7 +143,7 @@ class Tracker:
         # has not run is kept by the graph of its outputs alone, and goes with them.
         self._pending: list[ForwardPass] = []
         self._bound: deque[weakref.ref[ForwardPass]] = deque(maxlen=_MAX_RECENT)
-        self._shared_rows = SharedRows()
+        self._shared_rows, self._order = SharedRows(), OrderSoFar()
         self._entered: list[Delivery] = []
         self._num_backward = 0
 
@@ -237,7 +241,12 @@ class Tracker:
         dim, recent = self.batch_dim, self._recent
         tensors = [t for t in inputs if t.ndim > dim]
         found = recognised(
-            tensors, dim, recent, verify=self.verify, shared_rows=self._shared_rows
+            tensors,
+            dim,
+            recent,
+            verify=self.verify,
+            shared_rows=self._shared_rows,
+            order=self._order,
         )
         if found is not None:
             return found
@@ -380,12 +389,18 @@ class Tracker:
 
         Returns:
             int64 ``(sum(sizes),)``; ``UNATTRIBUTED`` or ``LEFT_OUT`` in place of an
-            index where there is none.
+            index where there is none. Samples that look alike have none.
 
         Raises:
             AccountingError: If the tracker is strict and a sample is uncertain.
         """
-        return indices_of(self.take_attributed(sizes, clipped_only=clipped_only))
+        passes = self.take_attributed(sizes, clipped_only=clipped_only)
+        indices = indices_of(passes)
+        alike = alike_of(passes)
+        if len(alike):
+            indices = indices.copy()
+            indices[alike] = UNATTRIBUTED
+        return indices
 
     def take_attributed(
         self, sizes: Sequence[int], *, clipped_only: bool = False
@@ -448,6 +463,8 @@ class Tracker:
         latest = 0 if self.latest is None else self.latest.num_left  # perhaps to come
         if self.num_left_out > latest:
             chain.leave_unchecked("draw", _LEFT_OUT, warn=False)
+        if self._order.is_doubtful:
+            chain.leave_unchecked("identity", TRUSTED.explanation, warn=False)
         for cause in (CAUSES[name] for name in self.causes):
             if cause in (INPUTS_DISAGREE, MIXED, MIXED_IN_COLLATE):
                 chain.break_link("rows", cause.explanation)
@@ -478,6 +495,7 @@ class Tracker:
         causes[forward.cause or NO_INDICES] += num_unknown - num_explained
         causes[forward.cause or COMPUTED] += num_assumed
         causes[REPEATED] += _num_repeated(indices)
+        causes[EQUAL_INPUTS] += len(rows_of_all(forward.alike))
         self.counts["unattributed"] += num_unknown
         self.counts["by_latest"] += num_assumed
         if num_known > num_assumed:

@@ -6,6 +6,9 @@ checked (``leave_unchecked``), or it does not hold (``break_link``). The worst r
 counts: a broken link stays broken, and an unchecked link stays unchecked even if it is
 later seen to hold.
 
+What was checked before a run was saved holds for the updates until then. A run that is
+continued, or a copy that is trained further, must have its links checked again.
+
 This table shows which code reports on which link:
 
 ========== =========================================================================
@@ -50,6 +53,14 @@ _NOT_LOOKED_AT = {
     "loss": "The engine does not see the loss that the training loop computes. Call "
     "engine.audit(criterion) to check it.",
 }
+_ONLY_BEFORE = (
+    "It was checked for the updates before the run was resumed, and not for those "
+    "since. {now}"
+)
+_ONLY_SINCE = (
+    "It was checked for the updates since the run was resumed, and not for those "
+    "before. {before}"
+)
 
 
 @dataclass(frozen=True)
@@ -115,12 +126,14 @@ class Chain:
         self._doubts: dict[str, list[str]] = {}
         self._reasons: dict[str, str] = {}
         self._awaited: dict[str, str] = {}
+        self._earlier: dict[str, Link] = {}  # as they were when the run was saved
+        self._is_continued: Callable[[], bool] = _always
         self._refuse: Callable[[str], None] | None = None
         self._observers: list[_Observer] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy: the reports, but no functions that report."""
-        return {**self.__dict__, "_observers": []}
+        return {**self.__dict__, "_observers": [], "_is_continued": _always}
 
     def on_break(self, refuse: Callable[[str], None]) -> None:
         """Call a function when a link breaks, and for each that is broken already.
@@ -199,21 +212,34 @@ class Chain:
             if self._refuse is not None:
                 self._refuse(reason)
 
-    def resume(self, saved: Custody) -> None:
+    def is_checked(self, link: str) -> bool:
+        """Return whether a link was seen to hold for all updates so far.
+
+        Args:
+            link: One of ``LINKS``.
+        """
+        return self._link(link).state == CHECKED
+
+    def resume(
+        self, saved: Custody, is_continued: Callable[[], bool] | None = None
+    ) -> None:
         """Go on with the chain of a run that was saved and loaded.
 
         Args:
             saved: What ``custody`` returned when it was saved.
+            is_continued: Returns whether an update was made since; until then links are
+                as they were. Default: one was.
         """
         counts = (saved.num_samples, saved.num_unattributed, saved.cause)
         self._before = SampleCounts(*counts)
+        self._is_continued = is_continued or _always
         for link in saved.links:
             if link.state == BROKEN:
                 self._reasons.setdefault(link.name, link.sentence)
             elif link.state == UNCHECKED and link.sentence != _not_checked(link.name):
                 self._doubts.setdefault(link.name, []).append(link.sentence)
-            elif link.state == CHECKED:
-                self._evidence.setdefault(link.name, link.sentence)
+            else:
+                self._earlier[link.name] = link
 
     def refusal(self) -> str:
         """Return the reason not to give numbers now; empty if there is none."""
@@ -250,12 +276,36 @@ class Chain:
             return Link(name, BROKEN, self._reasons[name])
         if name in self._doubts:
             return Link(name, UNCHECKED, " ".join(self._doubts[name]))
-        if name in self._evidence:
-            return Link(name, CHECKED, self._evidence[name])
         sentence = self._awaited.get(name) or _not_checked(name)
-        return Link(name, UNCHECKED, sentence)
+        now = Link(name, UNCHECKED, sentence)
+        if name in self._evidence:
+            now = Link(name, CHECKED, self._evidence[name])
+        earlier = self._earlier.get(name)
+        return now if earlier is None else self._joined(earlier, now)
+
+    def _joined(self, before: Link, now: Link) -> Link:
+        """Return the state of a link over both parts of a run that was resumed.
+
+        Args:
+            before: What was known when it was saved.
+            now: What is known of the updates since.
+        """
+        if not self._is_continued():
+            return before
+        if before.state == now.state:
+            return now
+        if before.state == CHECKED:
+            text = _ONLY_BEFORE.format(now=now.sentence)
+        else:
+            text = _ONLY_SINCE.format(before=before.sentence)
+        return Link(now.name, UNCHECKED, text)
 
 
 def _not_checked(name: str) -> str:
     """Return the sentence of a link on which nothing was reported."""
     return _NOT_LOOKED_AT.get(name, "It was not checked.")
+
+
+def _always() -> bool:
+    """Return True: a run whose updates are not counted is taken to be continued."""
+    return True

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -38,6 +39,7 @@ from opacus_pi.integration.schedules import user_collate_fn
 from opacus_pi.models.batches import (
     arguments,
     device_of,
+    floating,
     forward,
     inputs_and_targets,
     logits_of,
@@ -54,6 +56,7 @@ __all__ = [
     "Audit",
     "AuditRow",
     "AuditedRun",
+    "OutputGradients",
     "TrainedLoss",
     "audit_batch",
     "audited_run",
@@ -411,8 +414,7 @@ def _recorded_norms(
             return torch.full((size,), torch.nan, dtype=torch.float64)
     x, y = batch
     quiet = _quiet_copy(model, run)
-    norms, _ = norms_of_update(quiet, loss, (*arguments(x), y), run, new_engine)
-    return norms
+    return norms_of_update(quiet, loss, (*arguments(x), y), run, new_engine)[0]
 
 
 def norms_of_update(
@@ -422,7 +424,7 @@ def norms_of_update(
     run: AuditedRun,
     new_engine: Callable[[Recorder], Any],
     surroundings: AbstractContextManager[None] | None = None,
-) -> tuple[Tensor, Any]:
+) -> tuple[Tensor, Any, "OutputGradients"]:
     """Train a copy of a model for one update without noise or step size.
 
     Args:
@@ -434,7 +436,8 @@ def norms_of_update(
         surroundings: Entered for the forward pass and the loss.
 
     Returns:
-        The recorded norms, float64 ``(b,)`` on the CPU, and the outputs.
+        The recorded norms, float64 ``(b,)`` on the CPU; the outputs; and the gradients
+        of the loss with respect to them.
     """
     size, recorder = len(batch[2]), _ListeningRecorder()
     is_ghost = run.mode.startswith("ghost")
@@ -451,16 +454,52 @@ def norms_of_update(
         batch_first=run.batch_first,
         **options,
     )
-    outputs: Any = None
+    outputs, gradients = None, OutputGradients(None)
     for args, kwargs, targets in loader:
         optimizer.zero_grad()
         with surroundings or nullcontext():
             outputs = wrapped(*args, **kwargs)
+            gradients = OutputGradients(outputs)
             evaluate = criterion[0] if criterion else loss
             value = evaluate(logits_of(outputs), targets)
         value.backward()
         optimizer.step()
-    return recorder.norms, outputs
+    return recorder.norms, outputs, gradients
+
+
+class OutputGradients:
+    """The gradients that the first backward pass brings to the outputs of a model.
+
+    Ghost clipping has a second backward pass, with other weights of the examples.
+
+    Args:
+        outputs: Tensors in any nesting; None: none.
+    """
+
+    def __init__(self, outputs: Any) -> None:
+        self._found: dict[int, Tensor] = {}
+        for place, tensor in enumerate(floating(outputs).values()):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._saw, place))
+
+    def _saw(self, place: int, gradient: Tensor) -> None:
+        """Keep a copy of the gradient of one output."""
+        self._found.setdefault(place, gradient.detach().clone())
+
+    def by_example(self, size: int, dim: int) -> Tensor:
+        """Return the gradients of all outputs, float64 ``(b, k)`` on the CPU.
+
+        Args:
+            size: The number of examples, b.
+            dim: The dimension along which they are, as in ``rows_of``.
+        """
+        parts = [torch.empty(size, 0, dtype=torch.float64)]
+        for _, gradient in sorted(self._found.items()):
+            along = [d for d in (dim, 0, 1) if gradient.shape[d : d + 1] == (size,)]
+            if along:
+                rows = gradient.movedim(along[0], 0).reshape(size, -1)
+                parts.append(rows.double().cpu())
+        return torch.cat(parts, dim=1)
 
 
 def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> AuditRow:

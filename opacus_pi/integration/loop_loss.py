@@ -4,21 +4,25 @@
 ``criterion(model(x), y)``. Whether it does is seen in its updates: a few of them are
 repeated before they are made, by a copy of the model with the same weights, modes,
 inputs and random numbers, and with the targets as the loader delivered them. The norms
-of this copy must be those by which the update clipped.
+of this copy must be those by which the update clipped, and the gradients of its outputs
+must have the direction of the loop's.
 
 *When.* In the first three updates after the audit, and in one update of each of the
 periods 4 to 9, 10 to 99, 100 to 999 and 1,000 to 9,999 after it, which a generator of
-this file draws. Of each such update the first physical batch with at least two examples
-is compared. If it cannot be, the next 20 updates are tried.
+this file draws. If an update has several forward passes (accumulated gradients,
+``BatchMemoryManager``), at most four of them are compared: the first four in the first
+update, later four that the generator draws. Passes with fewer than two examples are not
+compared. If none of an update can be, the next 20 updates are tried.
 
 *Guarantee.* Nothing of the comparison remains in the training: the copy shares nothing
 with the model, and random states are restored.
 
 *What breaks it.* A loop that computes another loss in a share s of the updates from 4
 to 9,999, and not in the first three, is missed with a probability of about (1 - s)^4.
-The same holds for a loss that differs on a share s of the batches only. Other gradients
-with the same norms are not noticed. In mixed precision, neither are differences within
-its rounding.
+The same holds for a loss that differs on a share s of the batches only. Gradients that
+are changed between ``backward()`` and ``step()``, so that their norms stay the same,
+are not noticed. In mixed precision, neither are differences within its rounding.
+Samples whose order is not known, because they look alike, are left out.
 """
 
 import random
@@ -34,11 +38,13 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.delivery import ForwardPass
+from opacus_pi.attribution.lookalikes import rows_of_all
 from opacus_pi.attribution.targets import positions_in_delivery
 from opacus_pi.custody import Chain
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audit import (
     AuditedRun,
+    OutputGradients,
     TrainedLoss,
     largest_gap,
     measuring,
@@ -55,6 +61,7 @@ __all__ = ["LoopLoss", "not_compared"]
 
 _FIRST_OF_PERIODS = (4, 10, 100, 1_000, 10_000)
 _MAX_ATTEMPTS = 20  # updates
+_MAX_PASSES = 4  # of an update that are compared
 _ZERO = 1e-6  # of the largest norm
 _ALIKE = 1e-3  # relative difference of two ratios of norms
 
@@ -73,6 +80,16 @@ _SWEPT = "the recorded norms are measured by sweeps, and are not those of the up
 _SAME = (
     "engine.audit found the criterion to be right, and the training loop used it: the "
     "norms of {count} compared update(s) were those of criterion(model(x), y)."
+)
+_AVERAGED = (
+    "engine.audit found the criterion to be right, and the training loop used it: the "
+    "norms of {count} compared update(s) were {ratio:.4g} times those of "
+    "criterion(model(x), y), as if each loss were divided by the number of "
+    "accumulated batches."
+)
+_ONLY_SINCE = (
+    "The loss of the first {num} update(s) was not compared, because engine.audit was "
+    "called after them. Call it before training. {found}"
 )
 _CONSEQUENCE = (
     "So the loss of the training loop is not the one that was audited, or gradients "
@@ -96,20 +113,24 @@ _LEFT_OUT = (
     "their losses, one example decides whether others are used, and no accounting "
     "covers that."
 )
+_OTHER_DIRECTION = (
+    "In an update, the gradients of the model's outputs were not those of the audited "
+    "criterion, although their norms were. " + _CONSEQUENCE
+)
 _OTHER = (
     "In an update, the norms by which gradients were clipped were {low:.3g} to "
     "{high:.3g} times those of the audited criterion. " + _CONSEQUENCE
 )
 _VARYING = (
-    "All norms of an update were {ratio:.4g} times those of the audited criterion, "
+    "All gradients of an update were {ratio:.4g} times those of the audited criterion, "
     "and in another update {before:.4g} times. So the loop multiplies its loss or its "
     "gradients by a factor that changes. If the factor depends on the batch, no "
     "gradient belongs to one example. Call criterion(model(x), y) without a factor, "
     "or audit a criterion that has it."
 )
 _SCALED = (
-    "All norms of an update were {ratio:.4g} times those of the audited criterion. A "
-    "constant factor is allowed. A factor that depends on the batch is not: a sum of "
+    "All gradients of an update were {ratio:.4g} times those of the audited criterion. "
+    "A constant factor is allowed. A factor that depends on the batch is not: a sum of "
     "losses in place of their mean has such a factor. Which kind this one is could "
     "not be checked. Put the factor into the criterion, and audit that."
 )
@@ -122,6 +143,9 @@ _ASSUMED_ORDER = (
 _NOT_SEEN = (
     "the samples of the compared updates could not be matched to a batch that the "
     "loader delivered since the audit."
+)
+_ALL_ALIKE = (
+    "the samples of the compared updates look alike, and their order is not known."
 )
 _NO_TARGETS = (
     "the delivered batch is neither a pair (x, y) nor a dict with "
@@ -153,10 +177,33 @@ class _Kept:
     Args:
         call: The pass.
         outputs: Its floating-point outputs.
+        gradients: Their gradients, once there was a backward pass.
     """
 
     call: ForwardCall
     outputs: list[Tensor]
+    gradients: OutputGradients
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one forward pass is compared by.
+
+    Args:
+        forward: The pass.
+        norms: Norms of gradients, float64 ``(b,)``.
+        gradients: Gradients of the outputs, float64 ``(b, k)``.
+    """
+
+    forward: ForwardPass
+    norms: Tensor
+    gradients: Tensor
+
+    def in_known_order(self) -> "_Measured":
+        """Return this without the samples whose order is not known."""
+        keep = torch.ones(len(self.norms), dtype=torch.bool)
+        keep[torch.from_numpy(rows_of_all(self.forward.alike))] = False
+        return _Measured(self.forward, self.norms[keep], self.gradients[keep])
 
 
 class _BeforeForward:
@@ -191,8 +238,10 @@ class LoopLoss:
         tracker: Knows the forward passes and the delivered batches.
         chain: The chain of custody; gets the results as its link "loss".
         new_engine: Returns an engine that reports to a recorder.
+        num_before: The number of earlier updates whose loss nothing has compared.
 
     Attributes:
+        num_compared: The number of updates that were compared.
         optimizer: The optimizer of the run, referred to weakly.
     """
 
@@ -203,15 +252,20 @@ class LoopLoss:
         tracker: Tracker,
         chain: Chain,
         new_engine: Callable[[Recorder], Any],
+        *,
+        num_before: int = 0,
     ) -> None:
         self._loss, self._run = TrainedLoss(criterion, run), run
         self._tracker, self._chain, self._new_engine = tracker, chain, new_engine
-        draws = random.Random(0)  # no secret: it only spreads the checks
+        self.num_before = num_before
+        self._draws = random.Random(0)  # no secret: it only spreads the checks
         periods = zip(_FIRST_OF_PERIODS, _FIRST_OF_PERIODS[1:], strict=False)
-        self._due = [1, 2, 3, *(draws.randrange(*period) for period in periods)]
-        self._num_updates = self._num_compared = self._num_attempts = 0
-        self._had_samples = False
+        self._due = [1, 2, 3, *(self._draws.randrange(*period) for period in periods)]
+        self._num_updates = self.num_compared = self._num_attempts = 0
+        self._had_samples = self._has_compared = False
+        self._num_passes, self._chosen = 0, set(range(_MAX_PASSES))
         self._ratios: list[float] = []
+        self._are_averages: list[bool] = []
         self._begun: ForwardCall | None = None
         self._handle: RemovableHandle | None = None
         self._module: weakref.ref[nn.Module] | None = None
@@ -257,32 +311,43 @@ class LoopLoss:
         """Note the random state and the inputs of a pass in training mode."""
         self._begun = None
         if self._is_armed and module.training and torch.is_grad_enabled():
-            self._begun = ForwardCall.now(module, args, kwargs).with_copied_inputs()
+            if self._num_passes in self._chosen:
+                call = ForwardCall.now(module, args, kwargs)
+                self._begun = call.with_copied_inputs()
+            self._num_passes += 1
 
     def _saw_pass(self, forward: ForwardPass, outputs: Any) -> None:
         """Keep what a pass needs to be repeated, with the pass itself."""
         begun, self._begun = self._begun, None
         if begun is not None:
             copies = [x.detach().clone() for x in floating(outputs).values()]
-            forward.call = _Kept(begun, copies)
+            forward.call = _Kept(begun, copies, OutputGradients(outputs))
 
     def update_was_made(self) -> None:
         """Note that an update is complete."""
         if not self._due:
             return
-        if self._is_armed and self._num_attempts >= _MAX_ATTEMPTS:
-            self._next()
         if not self._had_samples:
             self._chain.await_check("loss", _AWAITED.format(cause=_NO_SAMPLES))
-        self._num_attempts += self._is_armed
+        if self._is_armed:
+            self._choose_passes()
+            self._num_attempts += 1
+            self.num_compared += self._has_compared
+            if self._has_compared or self._num_attempts > _MAX_ATTEMPTS:
+                self._due, self._num_attempts = self._due[1:], 0
+            self._has_compared = False
         self._num_updates += 1
-        self._arm()
-
-    def _next(self) -> None:
-        """Wait for the next update that is to be compared."""
-        self._due, self._num_attempts = self._due[1:], 0
         if not self._due:
             self.end()
+        self._arm()
+
+    def _choose_passes(self) -> None:
+        """Choose the passes of the next update that may be compared."""
+        num, self._num_passes = self._num_passes, 0
+        if num > _MAX_PASSES:
+            self._chosen = set(self._draws.sample(range(num), _MAX_PASSES))
+        else:
+            self._chosen = set(range(_MAX_PASSES))
 
     # ------------------------------------------------------------------ the comparison
     def compare(self, passes: Sequence[ForwardPass], norms: Tensor) -> None:
@@ -295,22 +360,37 @@ class LoopLoss:
         if not self._is_armed or len(norms) < 2:
             return
         self._had_samples = True
-        try:
-            found = [self._expected(forward) for forward in passes]
-        except _NotCompared as reason:
-            cause = str(reason)
-            self._chain.await_check("loss", _AWAITED.format(cause=cause))
-            return
-        expected = torch.cat(found)
-        if len(expected) != len(norms):
-            return
-        self._num_compared += 1
-        self._judge(norms.double().cpu(), expected, passes)
-        self._next()
-        self._arm()
+        made, expected, start = [], [], 0
+        for forward in passes:
+            own = norms[start : start + (forward.num_samples or 0)]
+            start += len(own)
+            if forward.call is None and forward.delivery is not None:
+                continue  # it was not chosen
+            try:
+                wanted = self._expected(forward)
+                if len(wanted.norms) == len(own):
+                    expected.append(wanted)
+                    made.append(self._made(forward, own))
+            except _NotCompared as reason:
+                cause = str(reason)
+                self._chain.await_check("loss", _AWAITED.format(cause=cause))
+        clear = [
+            (one.in_known_order(), other.in_known_order())
+            for one, other in zip(made, expected, strict=True)
+        ]
+        if sum(len(one.norms) for one, _ in clear) > 1:
+            self._has_compared = True
+            self._judge(clear, len(passes))
+        elif made:
+            self._chain.await_check("loss", _AWAITED.format(cause=_ALL_ALIKE))
 
-    def _expected(self, forward: ForwardPass, *, moved: bool = False) -> Tensor:
-        """Return the norms that the audited criterion gives the samples of a pass.
+    def _made(self, forward: ForwardPass, norms: Tensor) -> _Measured:
+        """Return what the loop has made of a pass, with its norms ``(b,)``."""
+        rows = forward.call.gradients.by_example(len(norms), self._run.batch_dim)
+        return _Measured(forward, norms.double().cpu(), rows)
+
+    def _expected(self, forward: ForwardPass, *, moved: bool = False) -> _Measured:
+        """Return what the audited criterion gives the samples of a pass.
 
         Args:
             forward: The pass.
@@ -325,7 +405,7 @@ class LoopLoss:
         call, model = kept.call, self._copy()
         try:
             with measuring(drops=True):
-                norms, outputs = norms_of_update(
+                norms, outputs, gradients = norms_of_update(
                     model,
                     self._loss,
                     (call.args, call.kwargs, to_device(targets, _device_of(kept))),
@@ -339,7 +419,8 @@ class LoopLoss:
             raise _NotCompared(_NOT_RUN.format(error=what)) from None
         if not _are_close(kept.outputs, list(floating(outputs).values())):
             raise _NotCompared(_NOT_REPEATABLE)
-        return norms
+        rows = gradients.by_example(len(norms), self._run.batch_dim)
+        return _Measured(forward, norms, rows)
 
     def _targets(self, forward: ForwardPass, *, moved: bool) -> Any:
         """Return the delivered targets of the samples of a pass, in its order.
@@ -378,39 +459,78 @@ class LoopLoss:
         return copied
 
     def _judge(
-        self, norms: Tensor, expected: Tensor, passes: Sequence[ForwardPass]
+        self, pairs: Sequence[tuple[_Measured, _Measured]], num_passes: int
     ) -> None:
-        """Tell the chain how the norms of an update compare with those expected."""
-        tolerance = self._tolerance(passes)
-        if largest_gap(norms, expected) <= tolerance:
-            self._accept(1.0)
-            return
-        ratio = float(norms.norm() / expected.norm().clamp(min=1e-300))
-        if ratio > 0 and largest_gap(norms / ratio, expected) <= tolerance:
-            is_accumulated = abs(ratio * len(passes) - 1) < _ALIKE
-            self._accept(1.0 if is_accumulated else ratio)
-        elif not all(forward.is_recognised for forward in passes):
-            self._chain.leave_unchecked("loss", _ASSUMED_ORDER)
-        else:
-            self._chain.break_link("loss", self._reason(norms, expected, passes))
+        """Tell the chain how what the loop made compares with what was expected.
 
-    def _accept(self, ratio: float) -> None:
-        """Tell the chain that all norms are a multiple of those expected."""
-        before = self._ratios[-1] if self._ratios else ratio
+        Args:
+            pairs: What was made and expected in each pass.
+            num_passes: The number of passes whose gradients were clipped together.
+        """
+        passes = [made.forward for made, _ in pairs]
+        norms = torch.cat([made.norms for made, _ in pairs])
+        expected = torch.cat([wanted.norms for _, wanted in pairs])
+        tolerance = self._tolerance(passes)
+        ratio = float(norms.norm() / expected.norm().clamp(min=1e-300))
+        ratio = 1.0 if largest_gap(norms, expected) <= tolerance else ratio
+        if ratio > 0 and largest_gap(norms / ratio, expected) <= tolerance:
+            signs = {s for pair in pairs if (s := _sign(*pair, tolerance)) is not None}
+            if 0 in signs:
+                self._refuse_or_doubt(_OTHER_DIRECTION.format(remedy=_REMEDY), passes)
+                return
+            for sign in sorted(signs) or [1]:
+                self._accept(sign * ratio, num_passes)
+        else:
+            self._refuse_or_doubt(self._reason(norms, expected, pairs), passes)
+
+    def _refuse_or_doubt(self, reason: str, passes: Sequence[ForwardPass]) -> None:
+        """Break the link, if the examples of all samples are known."""
+        if all(forward.is_recognised for forward in passes):
+            self._chain.break_link("loss", reason)
+        else:
+            self._chain.leave_unchecked("loss", _ASSUMED_ORDER)
+
+    def _accept(self, ratio: float, num_passes: int) -> None:
+        """Tell the chain that all gradients are a multiple of those expected.
+
+        Args:
+            ratio: The factor.
+            num_passes: The number of passes whose gradients were clipped together.
+        """
+        self._are_averages.append(abs(ratio * num_passes - 1) < _ALIKE)
         self._ratios.append(ratio)
-        if abs(before - ratio) > _ALIKE * max(before, ratio):
-            text = _VARYING.format(ratio=ratio, before=before)
+        count = self.num_compared + 1
+        others = [r for r in self._ratios if abs(r - ratio) > _ALIKE * abs(ratio)]
+        if others and not all(self._are_averages):
+            text = _VARYING.format(ratio=ratio, before=others[-1])
             self._chain.break_link("loss", text)
-        elif ratio == 1.0:
-            self._chain.check("loss", _SAME.format(count=self._num_compared))
+        elif abs(ratio - 1) < _ALIKE and not others:
+            self._check(_SAME.format(count=count))
+        elif any(self._are_averages):
+            self._check(_AVERAGED.format(count=count, ratio=ratio))
         else:
             self._chain.leave_unchecked("loss", _SCALED.format(ratio=ratio))
 
+    def _check(self, found: str) -> None:
+        """Tell the chain that the loop used the criterion.
+
+        Args:
+            found: What was compared.
+        """
+        if self.num_before:
+            text = _ONLY_SINCE.format(num=self.num_before, found=found)
+            self._chain.await_check("loss", text)
+        else:
+            self._chain.check("loss", found)
+
     def _reason(
-        self, norms: Tensor, expected: Tensor, passes: Sequence[ForwardPass]
+        self,
+        norms: Tensor,
+        expected: Tensor,
+        pairs: Sequence[tuple[_Measured, _Measured]],
     ) -> str:
         """Say why norms are not those expected."""
-        if self._has_moved_targets(norms, passes):
+        if all(self._has_moved_targets(made) for made, _ in pairs):
             return _ORDER
         least = _ZERO * float(expected.max())
         is_left_out = (norms <= least) & (expected > least)
@@ -421,13 +541,15 @@ class LoopLoss:
         low, high = float(ratios.min()), float(ratios.max())
         return _OTHER.format(low=low, high=high, remedy=_REMEDY)
 
-    def _has_moved_targets(self, norms: Tensor, passes: Sequence[ForwardPass]) -> bool:
+    def _has_moved_targets(self, made: _Measured) -> bool:
         """Return whether the targets were those of the batch in its delivered order."""
         try:
-            moved = torch.cat([self._expected(f, moved=True) for f in passes])
+            moved = self._expected(made.forward, moved=True)
         except _NotCompared:
             return False
-        return largest_gap(norms, moved) <= self._tolerance(passes)
+        if len(moved.norms) != len(made.norms):  # some samples look alike
+            return False
+        return largest_gap(made.norms, moved.norms) <= self._tolerance([made.forward])
 
     def _tolerance(self, passes: Sequence[ForwardPass]) -> float:
         """Return the difference, relative to the largest norm, that rounding causes."""
@@ -438,6 +560,26 @@ class LoopLoss:
             if kind is not None:
                 tolerance = max(tolerance, 8 * torch.finfo(kind).eps)
         return tolerance
+
+
+def _sign(made: _Measured, expected: _Measured, tolerance: float) -> int | None:
+    """Return the sign of the factor between two sets of gradients of outputs.
+
+    Their scale is not compared: mixed precision changes it before norms are taken.
+
+    Returns:
+        1 or -1; 0 if one is no multiple of the other; None if they cannot be compared.
+    """
+    one, other = made.gradients, expected.gradients
+    if one.shape != other.shape or not bool(torch.isfinite(one).all()):
+        return None
+    length, expected_length = float(one.norm()), float(other.norm())
+    if not length or not expected_length:
+        return None
+    product = float((one * other).sum()) / length / expected_length
+    sign = 1 if product > 0 else -1
+    gap = float((one / length - sign * other / expected_length).norm())
+    return sign if gap <= tolerance else 0
 
 
 def _device_of(kept: _Kept) -> torch.device:

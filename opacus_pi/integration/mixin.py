@@ -609,10 +609,18 @@ class PerInstanceMixin(Shown, OpacusEngine):
         if audited.is_swept:
             not_compared(chain)
             return True
+        num_before = 0 if chain.is_checked("loss") else self.recorder.num_steps
         if update.loop_loss is not None:
             update.loop_loss.end()
+            if update.loop_loss.num_compared:
+                num_before = update.loop_loss.num_before
         update.loop_loss = LoopLoss(
-            criterion, audited, update.tracker, chain, _auditing_engine
+            criterion,
+            audited,
+            update.tracker,
+            chain,
+            _auditing_engine,
+            num_before=num_before,
         )
         update.loop_loss.optimizer = update.optimizer
         update.loop_loss.begin(called_module(update.hooks), self.module)

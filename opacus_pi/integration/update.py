@@ -20,6 +20,7 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
+from opacus_pi.attribution.lookalikes import largest_of_alike
 from opacus_pi.attribution.tracker import indices_of
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
@@ -120,7 +121,7 @@ class UpdateUnderWay:
         # nearly always: one batch as it was delivered, whose indices are distinct
         examples = passes[0].distinct_indices() if len(passes) == 1 else None
         if examples is None:
-            self.add_samples(indices_of(passes), norms)
+            self.add_samples(indices_of(passes), largest_of_alike(norms, passes))
         else:
             self._report(examples, norms, distinct=True)
 

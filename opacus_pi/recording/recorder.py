@@ -22,7 +22,9 @@ array([[0.5, 2. , nan, nan],
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -419,10 +421,11 @@ class Recorder(RecorderOptions):
 
     def _follow(self, chain: Chain | None) -> None:
         """Refuse the run when a link of this chain breaks, and store it when read."""
-        self._chain, saved = chain, self._begun().custody
+        self._chain, run = chain, self._begun()
         if chain is not None:
-            if saved:
-                chain.resume(Custody.from_json(saved))
+            if run.custody and run.num_steps:
+                is_continued = partial(_has_more_steps, weakref.ref(run), run.num_steps)
+                chain.resume(Custody.from_json(run.custody), is_continued)
             chain.on_break(self.refuse)
 
     def observe(self, indices: Tensor, grad_norms: Tensor) -> None:
@@ -709,6 +712,17 @@ class Recorder(RecorderOptions):
                 f"{steps[diverged].min()}: the training has diverged, and the privacy "
                 "loss is infinite. Lower the learning rate."
             )
+
+
+def _has_more_steps(run: weakref.ref[RecordedRun], num_steps: int) -> bool:
+    """Return whether a run has made more updates than so many.
+
+    Args:
+        run: The run.
+        num_steps: The number of updates.
+    """
+    present = run()
+    return present is not None and present.num_steps > num_steps
 
 
 def _float32_row(measured: Any, num_examples: int) -> dict[str, NDArray[np.float32]]:

@@ -21,9 +21,9 @@ LOOPS = {  # cause: a loop that has it, and what its warning must say
 
 
 def alike(run):
-    """Copies, permuted, of a batch in which two examples are the same."""
+    """Parts, copied, of a batch in which two examples have the same input."""
     for x, y in run.loader:
-        order = torch.tensor([2, 0, 1, 3])
+        order = torch.tensor([2, 0, 3])
         run.step(x[order], y[order])
 
 
@@ -37,7 +37,7 @@ class Stream(IterableDataset):
 
 def twins():
     x, y = runs.tensors()
-    x[0], y[0] = x[1], y[1]
+    x[0], y[0], y[1] = x[1], 0, 1
     return torch.utils.data.TensorDataset(x, y)
 
 
@@ -53,11 +53,20 @@ def test_loops(cause):
 def test_examples_that_are_alike():
     run = runs.Run(data_set=twins(), shuffle=False, **FIXED)
     with pytest.warns(
-        UserWarning, match="2 samples .*equal content.*that the data loader"
+        UserWarning, match="1 samples .*equal content.*that the data loader"
     ):
         alike(run)
     check(run, causes.ALIKE)
-    assert run.engine.attribution["unattributed"] == 2
+    assert run.engine.attribution["unattributed"] == 1
+
+
+def test_examples_with_equal_inputs():
+    run = runs.Run(data_set=twins(), shuffle=False, **FIXED)
+    with pytest.warns(UserWarning, match="^Some examples of a batch have equal inputs"):
+        for x, y in run.loader:
+            run.step(x[[2, 1, 0, 3]], y[[2, 1, 0, 3]])
+    assert set(run.engine._run.tracker.causes) == {causes.EQUAL_INPUTS.name}
+    assert run.engine.attribution["unattributed"] == 0
 
 
 def test_a_data_set_without_positions():

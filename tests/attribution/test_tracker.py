@@ -40,8 +40,10 @@ def test_copies_with_equal_samples_stay_unattributed_only_where_they_must():
     tracker.delivered([5, 6, 7, 8], x)
     assert matched(tracker, [x.clone()], 4) == [5, 6, 7, 8]  # all in their places
     moved = x[[2, 3, 0, 1]].clone()
+    assert matched(tracker, [moved], 4) == [7, 6, 5, 8]  # equal examples
+    assert matched(tracker, [moved[:3]], 3) == [7, UNATTRIBUTED, 5]
+    tracker.delivered([5, 6, 7, 8], [x, torch.arange(4)])  # their targets differ
     assert matched(tracker, [moved], 4) == [7, UNATTRIBUTED, 5, UNATTRIBUTED]
-    assert tracker.counts["unattributed"] == 2
 
 
 def test_equal_batches_of_different_examples_stay_unattributed():

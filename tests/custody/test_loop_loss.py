@@ -193,6 +193,114 @@ def constant_factor(criterion, outputs, targets):
     return 0.5 * criterion(outputs, targets)
 
 
+def sign_of_the_batch(criterion, outputs, targets):
+    is_even = int(targets.sum()) % 2 == 0
+    return criterion(outputs, targets) * (1.0 if is_even else -1.0)
+
+
+class Physical:
+    """Updates of several physical batches, one of which has a coupled loss."""
+
+    def __init__(self, num, wrong):
+        self.num, self.wrong = num, wrong
+
+    def __call__(self, run):
+        for number, batch in enumerate(run.loader):
+            place = number % self.num
+            run.keep(tuple(batch))
+            loss = of_centred_outputs if place == self.wrong else None
+            outputs = run.model(batch[0])
+            (loss or run.loop.loss)(run.criterion, outputs, batch[1]).backward()
+            run.optimizer.signal_skip_step(place < self.num - 1)
+            run.step()
+            run.optimizer.zero_grad()
+
+
+def averaged(number):
+    """Updates of so many backward passes, each divided by their number."""
+
+    def updates(run):
+        for _ in range(2):
+            run.zero_grad()
+            batches = list(run.loader)
+            for place, batch in enumerate(batches):
+                run.backward(batch, 1 / number)
+                if place % number == number - 1 or place == len(batches) - 1:
+                    run.step()
+                    run.zero_grad()
+
+    return updates
+
+
+@pytest.mark.parametrize("wrong", range(4))
+def test_every_physical_batch_of_an_update_is_compared(wrong):
+    small = {"loader": {"batch_size": 2}, "sampling": "fixed"}
+    run = trained(Loop("physical", updates=Physical(4, wrong), setup=audited, **small))
+    assert "In an update, the norms" in run.refusal
+    run = trained(Loop("physical", updates=Physical(4, -1), setup=audited, **small))
+    assert run.said == []
+    assert state_of_loss(run) == "checked"
+
+
+def test_of_many_physical_batches_four_are_drawn():
+    options = {"loader": {"batch_size": 2}, "sampling": "fixed", "setup": audited}
+
+    def updates(run):
+        for _ in range(3):
+            Physical(8, 7)(run)
+
+    run = trained(Loop("many", updates=updates, **options))
+    assert "In an update, the norms" in run.refusal
+
+
+@pytest.mark.parametrize("mode", FREE)
+def test_a_sign_that_depends_on_the_batch_is_refused(mode):
+    run = trained(Loop("sign", loss=sign_of_the_batch, setup=audited, mode=mode))
+    assert "multiplies its loss or its gradients by a factor" in run.refusal
+
+
+def test_each_row_has_the_direction_of_its_own_gradient():
+    def mirrored(_, outputs, targets):
+        signs = 1.0 - 2.0 * (torch.arange(len(targets)) % 2)
+        return (losses_of(outputs, targets) * signs).mean()
+
+    run = trained(Loop("mirrored", loss=mirrored, setup=audited))
+    assert "although their norms were" in run.refusal
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_losses_divided_by_the_number_of_passes_are_said(number):
+    options = {"loader": {"batch_size": 3}, "sampling": "fixed", "setup": audited}
+    run = trained(Loop("averaged", updates=averaged(number), **options))
+    assert run.said == []
+    (link,) = [x for x in run.ledger.custody.links if x.name == "loss"]
+    assert link.state == "checked"
+    assert f"were {1 / number:.4g} times those" in link.sentence
+
+
+@pytest.mark.parametrize("mode", ["hooks", "fast"])
+def test_updates_before_the_audit_are_not_covered_by_it(mode):
+    def late(run):
+        for number, batch in enumerate(run.loader):
+            if number == 2:
+                audited(run)
+            run.train(batch)
+
+    run = trained(Loop("late", updates=late, mode=mode))
+    (link,) = [x for x in run.ledger.custody.links if x.name == "loss"]
+    assert link.state == "unchecked"
+    assert link.sentence.startswith("The loss of the first 2 update(s) was not")
+    assert run.said == []
+
+    def twice(run):
+        for number, batch in enumerate(run.loader):
+            if number in (0, 3):
+                audited(run)
+            run.train(batch)
+
+    assert state_of_loss(trained(Loop("twice", updates=twice, mode=mode))) == "checked"
+
+
 FIXED = {"sampling": "fixed"}
 SUM = {"private": {"loss_reduction": "sum"}}
 CONTROLS = [

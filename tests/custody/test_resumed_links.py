@@ -1,0 +1,147 @@
+"""What was checked before a run was saved or copied does not cover later updates."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from opacus_pi import PrivacyEngine, Recorder
+
+CROSS_ENTROPY = nn.CrossEntropyLoss()
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def coupled(outputs, targets):
+    return CROSS_ENTROPY(outputs - outputs.mean(0), targets)
+
+
+class Part:
+    """A part of a run: an engine that trains one epoch, perhaps audited."""
+
+    def __init__(self, engine=None, **recorder):
+        torch.manual_seed(0)
+        x = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
+        self.module = nn.Linear(6, 3)
+        self.engine = engine or PrivacyEngine(recorder=Recorder(**recorder))
+        self.model, self.optimizer, self.loader = self.engine.make_private(
+            module=self.module,
+            optimizer=torch.optim.SGD(self.module.parameters(), lr=0.1),
+            data_loader=DataLoader(
+                TensorDataset(x, torch.arange(24) % 3), batch_size=6
+            ),
+            noise_multiplier=0.5,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+        )
+
+    def audit(self):
+        assert self.engine.audit(CROSS_ENTROPY).passed
+        return self
+
+    def train(self, loss=CROSS_ENTROPY):
+        for x, y in self.loader:
+            self.optimizer.zero_grad()
+            loss(self.model(x), y).backward()
+            self.optimizer.step()
+        return self
+
+    def save(self, path):
+        self.engine.save_checkpoint(
+            path=path, module=self.model, optimizer=self.optimizer
+        )
+        return self
+
+    def load(self, path):
+        self.engine.load_checkpoint(
+            path=path, module=self.model, optimizer=self.optimizer
+        )
+        return self
+
+    def link(self, name="loss"):
+        links = self.engine.ledger.custody.links
+        return next(link for link in links if link.name == name)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoint"
+
+
+def test_a_part_without_an_audit_is_unchecked(path):
+    first = Part().audit().train().save(path)
+    assert first.link().state == "checked"
+    loaded = Part().load(path)
+    assert loaded.link() == first.link()
+    later = loaded.train(coupled)
+    assert later.link().state == "unchecked"
+    assert (
+        "before the run was resumed, and not for those since" in later.link().sentence
+    )
+    assert [k.name for k in later.engine.ledger.custody.unchecked] == ["loss"]
+
+
+def test_it_stays_so_in_a_third_part(path):
+    Part().audit().train().save(path)
+    Part().load(path).train(coupled).save(path)
+    third = Part().load(path).audit().train()
+    assert third.link().state == "unchecked"
+
+
+@pytest.mark.parametrize("audits_first", [False, True])
+def test_two_audited_parts_are_checked(path, audits_first):
+    Part().audit().train().save(path)
+    part = Part()
+    if audits_first:
+        part.audit().load(path)
+    else:
+        part.load(path).audit()
+    assert part.train().link().state == "checked"
+
+
+@pytest.mark.parametrize("audits_first", [False, True])
+def test_a_later_audit_does_not_cover_an_earlier_part(path, audits_first):
+    Part().train(coupled).save(path)
+    part = Part()
+    if audits_first:
+        part.audit().load(path)
+    else:
+        part.load(path).audit()
+    link = part.train().link()
+    assert link.state == "unchecked"
+    assert "not for those before" in link.sentence or "first 4 update" in link.sentence
+
+
+def test_a_checkpoint_without_updates_leaves_nothing_unchecked(path):
+    Part().save(path)
+    assert Part().load(path).audit().train().link().state == "checked"
+    Part().audit().save(path)
+    assert Part().load(path).audit().train().link().state == "checked"
+
+
+def test_a_wrong_part_is_refused_after_a_right_one(path):
+    Part().audit().train().save(path)
+    part = Part().load(path).audit().train(coupled)
+    assert "In an update" in part.engine.recorder.refusal
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))]
+)
+def test_a_copy_of_an_audited_engine_is_not_audited(copied):
+    first = Part().audit().train()
+    engine = copied(first.engine)
+    (link,) = [x for x in engine.ledger.custody.links if x.name == "loss"]
+    assert link.state == "checked"
+    again = Part(engine).train(coupled)
+    assert again.link().state == "unchecked"
+    assert first.link().state == "checked"
+
+
+def test_other_links_are_checked_again_too(path):
+    first = Part().audit().train().save(path)
+    assert first.link("model").state == "checked"
+    part = Part(probe_model=False).load(path).train()
+    assert part.link("model").state == "unchecked"
