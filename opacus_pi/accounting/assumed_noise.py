@@ -2,7 +2,9 @@
 
 ``with_noise_std`` asks what the losses would have been under another noise. Such losses
 order examples by difficulty. They are not the losses of the run that was made, so no ε,
-guarantee or confidence limit may be derived from them.
+guarantee or confidence limit may be derived from them. The same holds for training with
+adaptive clipping: Opacus divides the noisy count of unclipped gradients by the true
+size of the batch, and the noise that it is charged for does not cover that.
 """
 
 from collections.abc import Iterable
@@ -36,5 +38,7 @@ def require_real_noise(runs: Iterable[GradNormLedger]) -> None:
         "noise_std",
         "an assumed one",
         "must be the noise that training added",
-        "An assumed noise gives a ranking only: use privacy_losses to rank examples.",
+        "Noise is assumed after with_noise_std, and after adaptive clipping, whose "
+        "accounting is not proved. It gives a ranking only: use privacy_losses to rank "
+        "examples, or train with another clipping for a guarantee.",
     )

@@ -138,7 +138,12 @@ def noise_added(runs: Sequence[GradNormLedger]) -> Assumption:
         return observed(statement, "no ledger", met=False)
     mechanism = runs[0].mechanism
     noise, assumed = float(np.min(mechanism.noise_std)), mechanism.assumed_noise
-    evidence = f"{'assumed' if assumed else 'recorded'} noise_std={noise:g} on the sum"
+    evidence = (
+        f"assumed noise_std={noise:g} on the sum: with_noise_std set it, or the clip "
+        "norm was adapted to the data"
+        if assumed
+        else f"recorded noise_std={noise:g} on the sum"
+    )
     return observed(statement, evidence, met=noise > 0 and not assumed)
 
 

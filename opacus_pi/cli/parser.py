@@ -384,14 +384,17 @@ gives no ε. The output reveals which examples are unusual: protect it like the 
 Predict what forgetting a set will take; nothing is trained. The plan gives the
 percentile of the set's mean privacy loss among all examples, the number of steps that
 past runs predict (--past), and, if the architecture is named (--model), what may be
-claimed afterwards. If there were deletion requests before, name their log (--log):
-the guarantee then covers all requests together.""",
+claimed afterwards. With the saved states of the training (--checkpoints) it also says
+how far a rewind goes back, what it costs, and what it proves. If there were deletion
+requests before, name their log (--log): the guarantee then covers all requests.""",
         examples="""\
   opacus-pi plan ledger.safetensors --forget 17
   opacus-pi plan ledger.safetensors --forget ids.txt --model my_project:build \\
       --method langevin --set noise_std=0.02
   opacus-pi plan ledger.safetensors --forget new.txt \\
       --past easy.txt=0.5 --past hard.txt=12
+  opacus-pi plan ledger.safetensors --forget 17 --model my_project:build \\
+      --checkpoints states --policy
   opacus-pi plan ledger.safetensors --forget 5 --log deletions.db
   opacus-pi plan ledger.safetensors --forget-person p03 --owners owners.json""",
         arguments=(
@@ -413,6 +416,8 @@ the guarantee then covers all requests together.""",
                 default=[],
                 action="append",
             ),
+            CHECKPOINTS.but(help="saved states of the training, for a rewind"),
+            POLICY.but(help="plan the rewind by the training's deletion policy"),
             LOG.but(help="deletion log of earlier requests; it is only read"),
             BATCH_SIZE,
             JSON,

@@ -2,17 +2,21 @@
 
 Nothing is trained, and no weights are read. The difficulty comes from the ledger, the
 number of steps from past runs that the user lists, and the guarantee from the ledger,
-the method and the model's architecture.
+the method and the model's architecture. With ``--checkpoints`` it also says how far a
+rewind goes back and what it costs.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opacus_pi._validate import distinct_indices
+from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.inputs import (
     import_model,
@@ -22,10 +26,13 @@ from opacus_pi.cli.inputs import (
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer
+from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
-from opacus_pi.unlearning.claims import History, claim
-from opacus_pi.unlearning.plan import PastRun, Plan, make_plan
+from opacus_pi.recording.checkpoints import Checkpoints
+from opacus_pi.unlearning.claims import EngineFacts, History, claim
+from opacus_pi.unlearning.plan import PastRun, Plan, make_plan, require_rest
 from opacus_pi.unlearning.requests import requested_indices
+from opacus_pi.unlearning.rewind import RecordedTraining, RewindPlan
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,6 +53,12 @@ def run(options: argparse.Namespace) -> int:
             "--method: its guarantee depends on the model. Name the architecture too: "
             "--model my_project:build."
         )
+    if options.checkpoints is not None and options.model is None:
+        raise BadInput(
+            "--checkpoints: the guarantee of a rewind depends on the model. Name the "
+            "architecture too: --model my_project:build."
+        )
+    going_back = rewind_options(options)
     runs = load_ledgers(options.ledger, options.noise_std)
     before = _requested_before(options.log, runs[0])
     plan = make_plan(
@@ -68,8 +81,44 @@ def run(options: argparse.Namespace) -> int:
             has_weights=False,
         )
         plan = plan.claiming(guarantee)
+    if going_back:
+        plan = replace(plan, rewind=_rewind(options, runs, plan, **going_back))
     answer(options, _facts(plan, options.delta), plan.text(options.delta))
     return 0
+
+
+def _rewind(
+    options: argparse.Namespace,
+    runs: Sequence[GradNormLedger],
+    plan: Plan,
+    *,
+    checkpoints: Checkpoints,
+    deletion_policy: DeletionPolicy | None,
+) -> RewindPlan:
+    """Return how far back a rewind goes, what it costs, and what it proves.
+
+    Args:
+        options: The parsed arguments, with a model.
+        runs: The ledger of the training, and no other.
+        plan: Has the examples to forget, and those that were forgotten before.
+        checkpoints: The saved states of the training.
+        deletion_policy: Its policy; None: an exact rewind.
+
+    Raises:
+        ValueError: If the states are those of another run, or none is from before the
+            first use of the examples.
+    """
+    training = RecordedTraining.of(
+        import_model(options),
+        tuple(runs),
+        checkpoints,
+        EngineFacts(),
+        has_weights=False,
+    )
+    size = training.record.num_examples
+    distinct_indices("forget_indices", plan.forget, size)
+    require_rest(size - len(np.union1d(plan.forget, plan.forgotten_before)), size)
+    return training.plan(plan.forget, plan.forgotten_before, deletion_policy)
 
 
 def _requested_before(log: str | None, ledger: GradNormLedger) -> NDArray[np.int64]:
@@ -144,4 +193,21 @@ def _facts(plan: Plan, delta: float) -> dict[str, object]:
         "delta": delta,
         "epsilon": plan.guarantee.epsilon(delta),
         "guarantee": json.loads(plan.guarantee.to_json()),
+        "rewind": None if plan.rewind is None else _rewind_facts(plan.rewind, delta),
+    }
+
+
+def _rewind_facts(rewind: RewindPlan, delta: float) -> dict[str, object]:
+    """Return the plan of a rewind as JSON facts, without the examples."""
+    facts = rewind.facts()
+    return {
+        "method": facts["method"],
+        "policy": facts["policy"],
+        "start": rewind.start,
+        "num_updates": rewind.num_updates,
+        "num_samples": rewind.num_samples,
+        "num_bytes": rewind.num_bytes,
+        "cost": rewind.cost,
+        "epsilon": rewind.guarantee.epsilon(delta),
+        "guarantee": json.loads(rewind.guarantee.to_json()),
     }

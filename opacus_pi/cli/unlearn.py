@@ -38,9 +38,9 @@ from opacus_pi.cli.inputs import (
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
+from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.cli.run_files import new_directory, save_run
 from opacus_pi.cli.sets import make_sets, require_unseen
-from opacus_pi.recording.checkpoints import Checkpoints, policy_in
 from opacus_pi.unlearning import Unlearner, UnlearningResult
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
 
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.request_id and not options.log:
         raise BadInput("--request-id: there is no log. Add --log FILE.db.")
-    going_back = rewind_options(options)
+    going_back = _going_back(options)
     method = make_method(options.method, options.settings)
     make_optimizer = None if going_back else _optimizer(options)
     runs = load_ledgers(options.ledger, None, "--ledger") if options.ledger else None
@@ -117,43 +117,27 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def rewind_options(options: argparse.Namespace) -> dict[str, Any]:
+def _going_back(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of a rewind, or an empty dict if no states are named.
 
     Args:
         options: The parsed arguments.
 
     Raises:
-        BadInput: If the directory has no states, something else is missing, or an
-            unlearning method is named too.
+        BadInput: As ``rewind_options``, or if the ledger is missing or an unlearning
+            method is named too.
     """
-    if options.checkpoints is None:
-        if options.use_policy:
-            raise BadInput(
-                "--policy: a deletion policy needs the saved states of the training. "
-                "Add --checkpoints DIR."
-            )
-        return {}
-    if options.method is not None:
+    if options.checkpoints is not None and options.method is not None:
         raise BadInput(
             "--method: a rewind repeats the training, and uses no unlearning method. "
             "Leave out --method or --checkpoints."
         )
-    if not options.ledger:
+    if options.checkpoints is not None and not options.ledger:
         raise BadInput(
             "--checkpoints: a rewind needs the ledger of the training. Add --ledger "
             "LEDGER."
         )
-    with about("--checkpoints", "Name the directory that the Recorder wrote."):
-        states = Checkpoints(options.checkpoints)
-        policy = policy_in(states.record.policy)
-    if options.use_policy and policy is None:
-        raise BadInput(
-            "--policy: the training had no deletion policy, and one that is made "
-            "later proves nothing. Leave --policy out for an exact rewind."
-        )
-    used = policy if options.use_policy else None
-    return {"checkpoints": states, "deletion_policy": used}
+    return rewind_options(options)
 
 
 def _carry_out(

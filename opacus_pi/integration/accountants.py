@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.accountants import IAccountant, PRVAccountant, RDPAccountant
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
@@ -132,8 +132,10 @@ def noise_std_of(optimizer: DPOptimizer) -> float:
     """Return the noise on the summed gradient that an optimizer is charged for.
 
     With adaptive clipping Opacus also releases how many examples were not clipped, and
-    ``noise_multiplier`` describes both releases together: at the clip norm they cost as
-    much as one gradient with that noise. The noise on the gradient itself is larger.
+    takes ``noise_multiplier`` to describe both releases together. The noise on the
+    gradient itself is larger. That holds for a count with terms of ±1/2 and a fixed
+    denominator; Opacus counts with 0 and 1 and divides by the true size of the batch.
+    So the number ranks examples, and no bound follows from it (docs/theory.md).
 
     Args:
         optimizer: The optimizer, with its present settings.
@@ -247,6 +249,8 @@ class PerInstanceAccountant(RDPAccountant):
         def hook(optimizer: DPOptimizer) -> None:
             count(optimizer)
             if self._recorder is not None and not self._is_engines_recorder:
+                if isinstance(optimizer, AdaClipDPOptimizer):
+                    self._recorder.assume_noise()
                 self._recorder.step(
                     noise_std=noise_std_of(optimizer),
                     max_grad_norm=float(optimizer.max_grad_norm),

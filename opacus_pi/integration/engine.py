@@ -71,9 +71,10 @@ class PrivacyEngine(PerInstanceMixin, opacus.PrivacyEngine):
     the gradient of each example's own loss if the criterion's reduction is
     ``loss_reduction`` and the loss is not scaled. With clipping by layer the recorded
     clip norm is the root of the sum of squares, an upper bound. Adaptive clipping also
-    releases a noisy count of unclipped examples. The recorded noise covers both
-    releases, as in Opacus's accounting: the worst case includes the count, and
-    per-example values include it in proportion to the gradient.
+    releases a noisy count of unclipped examples, divided by the true size of the batch.
+    The recorded noise is the one that Opacus charges for both. It is not proved to
+    cover the count, so it is marked as assumed: losses rank the examples, and no
+    guarantee follows from them.
 
     ``make_private(grad_sample_mode="fast")`` makes the updates of ``"hooks"``, up to
     rounding, from one backward pass and without per-example gradients. The training

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus.grad_sample import AbstractGradSampleHooks, GradSampleHooksNoOp
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers import AdaClipDPOptimizer, DPOptimizer
 from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
@@ -182,6 +182,8 @@ class UpdateUnderWay:
         # As Opacus's accountant does: with accumulated batches an example had as many
         # chances to be drawn.
         rate = self.sample_rate * optimizer.accumulated_iterations
+        if isinstance(optimizer, AdaClipDPOptimizer) and not self.is_superseded:
+            self.recorder.assume_noise()
         self._settings = {
             "noise_std": noise_std_of(optimizer),
             "max_grad_norm": float(optimizer.max_grad_norm),

@@ -53,8 +53,8 @@ class NoisySGD(Shown):
             that does not look at the data and draws an example at most once an epoch
             (``1 / sample_rate`` updates).
         assumed_noise: Whether ``noise_std`` is an assumption, not what training added
-            (``with_noise_std`` sets it): losses then rank examples, and no guarantee
-            follows from them.
+            (``with_noise_std`` and adaptive clipping set it): losses then rank
+            examples, and no guarantee follows from them.
         max_participations: Under fixed sampling, the largest number of updates that
             drew one example, as counted. None: not counted, so an example is assumed to
             be in one update of every epoch.

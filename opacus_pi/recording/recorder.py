@@ -44,6 +44,7 @@ from opacus_pi.models.own_losses import CoupledLoss
 from opacus_pi.recording.checkpoints import Checkpoints, Training
 from opacus_pi.recording.distributed import Processes, merge_
 from opacus_pi.recording.run import RecordedRun, UpdateSettings, WaitingReports
+from opacus_pi.recording.saved_state import ASSUMED
 from opacus_pi.recording.schedule import (
     checked_every,
     evenly_spaced_steps,
@@ -551,6 +552,13 @@ class Recorder(RecorderOptions):
         is_over = run.refusal if self._processes is None else self._all_refuse
         if not is_over and run.row_is_due(self.every):
             self._write_row()
+
+    def assume_noise(self) -> None:
+        """Mark the noise of the run as assumed: its losses then only rank examples.
+
+        For updates that release more than their noise is known to cover.
+        """
+        self._begun().noise_is = ASSUMED
 
     def name_weights(self) -> None:
         """Store the hash of the weights after the last update in the ledger.

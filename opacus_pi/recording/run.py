@@ -23,6 +23,7 @@ from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.ledger.noise_generator import weakest
 from opacus_pi.recording.participations import Participations
 from opacus_pi.recording.saved_state import (
+    ASSUMED,
     FLAGS,
     LATER_TEXTS,
     VERSION,
@@ -85,6 +86,8 @@ class RecordedRun:
         run_name: Name of the run in the files of its checkpoints; empty if it has none.
         noise_generator: The weakest kind of generator that noise was drawn from; empty
             if it is not known for every update.
+        noise_is: ``"assumed"`` if no guarantee follows from the recorded noise of some
+            update; empty if it is what training added.
         steps: Updates that were done when each row was written.
         rows: What was measured, float32 ``(n,)`` by name, for each row.
         intervals: Settings of each row's update interval.
@@ -106,6 +109,7 @@ class RecordedRun:
     custody: str = ""
     run_name: str = ""
     noise_generator: str = ""
+    noise_is: str = ""
     steps: list[int] = field(default_factory=list)
     rows: list[dict[str, NDArray[np.float32]]] = field(default_factory=list)
     intervals: list[UpdateSettings] = field(default_factory=list)
@@ -265,7 +269,12 @@ class RecordedRun:
             facts["max_participations"] = min(counted.largest(counts), self.num_steps)
             if counted.num_unknown_updates > MAX_UNATTRIBUTED * self.num_steps:
                 counts = None  # too many are missing for a value of one example
-        mechanism = NoisySGD(num_steps=self.num_steps, sampling=self.sampling, **facts)
+        mechanism = NoisySGD(
+            num_steps=self.num_steps,
+            sampling=self.sampling,
+            assumed_noise=self.noise_is == ASSUMED,
+            **facts,
+        )
         measured: dict[str, Any] = {
             name: np.stack([row[name] for row in rows]) for name in rows[0]
         }

@@ -20,6 +20,7 @@ from opacus_pi.ledger.noise_generator import checked_noise_generator
 from opacus_pi.recording.participations import has_whole_counts, layout_of_counts
 
 VERSION = 1
+ASSUMED = "assumed"
 _FAR = 2**53  # larger numbers are not exact as floats, and no run counts so far
 _MEASURED = ("grad_norms", "confidences", "errors", "correct")
 _ROW = "rows."
@@ -34,7 +35,7 @@ _TYPES = {
     "refusal": (str,),
 }
 # older releases do not save them
-LATER_TEXTS = ("weights", "custody", "run_name", "noise_generator")
+LATER_TEXTS = ("weights", "custody", "run_name", "noise_generator", "noise_is")
 
 
 def require_version(state: Any) -> None:
@@ -75,6 +76,7 @@ def require_whole(state: Mapping[str, Any]) -> None:
         _check(type(state.get(name, "")) is str, name, "of another type")
     checked_weights(state.get("weights") or None)
     checked_noise_generator(state.get("noise_generator") or None)
+    _check(state.get("noise_is", "") in ("", ASSUMED), "noise_is", "unknown")
     _check(
         has_whole_counts(state),
         "participations",

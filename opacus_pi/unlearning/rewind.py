@@ -259,6 +259,8 @@ class RecordedTraining:
         states: The saved states.
         record: Its participations.
         engine_facts: What the engine of the training knows.
+        has_weights: Whether the model holds the trained weights, or is only an
+            architecture.
     """
 
     model: nn.Module
@@ -266,6 +268,7 @@ class RecordedTraining:
     states: Checkpoints
     record: ParticipationRecord
     engine_facts: EngineFacts
+    has_weights: bool = True
 
     @classmethod
     def of(
@@ -274,6 +277,8 @@ class RecordedTraining:
         ledgers: tuple[GradNormLedger, ...],
         states: Checkpoints,
         engine_facts: EngineFacts,
+        *,
+        has_weights: bool = True,
     ) -> "RecordedTraining":
         """Bring together what belongs to one run, or refuse.
 
@@ -282,6 +287,7 @@ class RecordedTraining:
             ledgers: The ledger of its training, and no other.
             states: The saved states.
             engine_facts: What the engine of the training knows.
+            has_weights: As in the class.
 
         Raises:
             ValueError: If there is no ledger or several, or the states are those of
@@ -320,7 +326,7 @@ class RecordedTraining:
             f"{ledger.weights}",
             "Pass the checkpoints of this run.",
         )
-        return cls(model, ledger, states, record, engine_facts)
+        return cls(model, ledger, states, record, engine_facts, has_weights)
 
     def start(self, gone: NDArray[np.int64], policy: DeletionPolicy | None) -> int:
         """Return after which update these examples must be left out.
@@ -416,6 +422,7 @@ class RecordedTraining:
             self.ledger,
             forget,
             forgotten_before=forgotten_before,
+            has_weights=self.has_weights,
             engine_facts=self.engine_facts,
             delta=policy.delta,
         )
@@ -540,6 +547,18 @@ class RecordedTraining:
                 reverse_divergences=zeros,
                 statements=[pair],
             )
+        return self._filtered_guarantee(start, policy, facts)
+
+    def _filtered_guarantee(
+        self, start: int, policy: DeletionPolicy, facts: list[Assumption]
+    ) -> Guarantee:
+        """Return what may be claimed after a filtered rewind.
+
+        Args:
+            start: The update to go back to.
+            policy: The deletion policy of the run.
+            facts: What every rewind assumes.
+        """
         proof = derived(
             "the sum of the charges cannot exceed the policy on any path",
             "it is decided at saved states: the next update is charged by its own "

@@ -1,6 +1,7 @@
-"""Rewinds from the command line: exact, by policy, and as requests of a log."""
+"""Rewinds from the command line: planned, exact, by policy, as requests of a log."""
 
 import json
+import re
 
 import pytest
 import safetensors.torch
@@ -112,3 +113,65 @@ def test_a_policy_without_states_is_refused(run, trained, tmp_path):
     head = words(folder)[:-2]
     code, _, err = run(*head, "--policy", "--forget", "3", "--out", tmp_path / "run")
     assert code == 2 and "--checkpoints DIR" in err
+
+
+def planned(folder, *more):
+    states = ("--checkpoints", folder / "states")
+    return ("plan", folder / "ledger.safetensors", *states, *more)
+
+
+ARCHITECTURE = ("--model", "cli_project:build")
+
+
+@pytest.mark.parametrize("by_policy", [False, True])
+def test_a_planned_rewind_is_the_one_that_is_run(
+    answer, run, trained, tmp_path, by_policy
+):
+    folder, first = trained
+    example, policy = int(first.argmin()), ("--policy",) * by_policy
+    words_of_plan = (*planned(folder, *ARCHITECTURE, *policy), "--forget", example)
+    found = answer(*words_of_plan)["rewind"]
+    out = tmp_path / "run"
+    ledger = ("--ledger", folder / "ledger.safetensors")
+    made = answer(*words(folder, *ledger, *policy), "--forget", example, "--out", out)
+    record = json.loads((out / "record.json").read_text())
+    assert found["method"] == record["method"] and found["start"] == record["start"]
+    assert found["num_updates"] == made["num_steps"] and found["epsilon"] <= 1000
+    assert found["policy"] == record["policy"]
+    assert found["guarantee"]["kind"] == made["guarantee"]["kind"] == "certified if"
+    assert found["cost"] == (0 if by_policy else 1)
+    _, text, _ = run(*words_of_plan)
+    assert "Instead of unlearning steps, a rewind." in text
+
+
+def test_a_plan_without_states_has_no_rewind(answer, trained):
+    folder, _ = trained
+    found = answer("plan", folder / "ledger.safetensors", "--forget", "3")
+    assert found["rewind"] is None
+
+
+def test_what_cannot_be_planned_is_refused(run, trained, tmp_path):
+    folder, _ = trained
+    everything = ",".join(map(str, range(120)))
+    other = tmp_path / "empty"
+    other.mkdir()
+    for arguments, message in (
+        ((*planned(folder), "--forget", "3"), "--checkpoints: the guarantee .*--model"),
+        (
+            (*planned(folder, *ARCHITECTURE), "--forget", everything),
+            "at least one example",
+        ),
+        (("plan", folder / "ledger.safetensors", "--policy", "--forget", "3"), "Add"),
+        (
+            (*planned(folder, *ARCHITECTURE)[:3], other, *ARCHITECTURE, "--forget", 3),
+            "--checkpoints: .*Name the directory that the Recorder wrote",
+        ),
+        (
+            ("plan", "ledger.safetensors", *planned(folder, *ARCHITECTURE)[2:])
+            + ("--forget", "3"),
+            "must be those of the ledger's run",
+        ),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, ""), arguments
+        assert re.search(message, err), err

@@ -1,5 +1,6 @@
 """Rewinds by ``Unlearner``: where to, what for, and what is refused."""
 
+import math
 import shutil
 
 import numpy as np
@@ -327,12 +328,20 @@ def test_a_filtered_rewind_of_training_without_clipping_is_refused(tmp_path):
     refused(normed, "no BatchNorm", deletion_policy=POLICY)
 
 
-def test_a_policy_for_adaptive_clipping_is_refused(tmp_path):
-    """It also releases how many gradients were clipped, which is not charged."""
-    policy = DeletionPolicy(0.1, 1e-5)
+@pytest.mark.parametrize("epsilon", [0.1, 1000.0])
+def test_a_policy_for_adaptive_clipping_is_refused(tmp_path, epsilon):
+    """It also releases how many gradients were clipped, which is not charged.
+
+    No policy is so large that the worst case is within it: there is none.
+    """
+    policy = DeletionPolicy(epsilon, 1e-5)
     saved = Saved(tmp_path / "s", policy, noise=3.0, clipping="adaptive", train=False)
     saved.train(1)
     refused(saved, "flat clipping", deletion_policy=policy)
+    claim = saved.unlearner().plan([3]).guarantee
+    assert claim.kind == "empirical" and claim.epsilon(1e-5) == math.inf
+    (noise,) = (a for a in claim.unmet if "added noise" in a.statement)
+    assert "the clip norm was adapted to the data" in noise.evidence
 
 
 def test_a_model_that_was_changed_is_not_kept(private):
