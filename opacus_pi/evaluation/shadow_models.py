@@ -81,7 +81,7 @@ class ULira:
 
 
 def u_lira(unlearned_margins: ArrayLike, oracle_margins: ArrayLike) -> ULira:
-    """Run the likelihood-ratio attack on each example; all other models judge a model.
+    """Run the likelihood-ratio attack: each model is judged by all the others.
 
     For each model and example, one normal distribution is fitted to the example's
     margins under the unlearned models and one to its margins under the retrained

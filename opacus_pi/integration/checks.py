@@ -179,11 +179,11 @@ class RunChecks:
         if others <= 0:
             return ""
         return (
-            f"The ledger holds {recorded} updates, but there were others: the "
+            f"The ledger holds {recorded} updates, but the training made more: the "
             f"accountant has counted {num_counted}, and {self._earlier_steps} were "
             "recorded before the last make_private or make_monitored call. Use one "
-            "engine for each run, and resume from its own checkpoints; "
-            "engine.ledger holds what was recorded last."
+            "engine for each run, and resume from its own checkpoints; engine.ledger "
+            "holds what was recorded last."
         )
 
     def require_all_updates(

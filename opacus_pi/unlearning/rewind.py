@@ -374,7 +374,7 @@ class RecordedTraining:
             "deletion_policy",
             policy,
             f"must be that of the run, {fixed}",
-            "It cannot be changed after training.",
+            "Pass the policy of the run: it cannot be changed after training.",
         )
         layers = [
             n for n, m in self.model.named_modules() if isinstance(m, BatchNormBase)

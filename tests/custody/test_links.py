@@ -341,7 +341,7 @@ def test_a_ledger_that_lacks_updates_of_the_accountant_says_so():
     # as a checkpoint that plain Opacus has saved: with a history, without a record
     after.engine.accountant.load_state_dict(before.engine.accountant.state_dict())
     quietly(once_each, after)
-    with pytest.warns(UserWarning, match="holds 8 updates, but there were others"):
+    with pytest.warns(UserWarning, match="holds 8 updates, but the training made more"):
         assert "schedule" in after.unchecked()
 
 
