@@ -55,6 +55,7 @@ __all__ = [
     "current_backward_pass",
     "forward_hooks",
     "forward_pre_hooks",
+    "gradient_hooks",
     "has_backward_hooks",
     "has_joint_projection",
     "has_workers",
@@ -183,6 +184,16 @@ def at_end_of_backward(function: Callable[[], None]) -> None:
     distributed wrappers use.
     """
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def gradient_hooks(tensor: Tensor) -> list[Any]:
+    """Return the hooks that run when a tensor's gradient is computed or accumulated.
+
+    Only those that were registered in Python: ``Tensor.register_hook`` and
+    ``Tensor.register_post_accumulate_grad_hook``.
+    """
+    tables = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return [hook for table in tables if table for hook in table.values()]
 
 
 def has_backward_hooks(tensor: Tensor) -> bool:

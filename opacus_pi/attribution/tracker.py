@@ -353,6 +353,10 @@ class Tracker:
         found = {id(f.delivery): f.delivery for f in self._pending}
         return next(iter(found.values())) if len(found) == 1 else None
 
+    def passes_of_gradients(self) -> list[ForwardPass]:
+        """Return the passes whose gradients no optimizer has taken yet."""
+        return list(self._pending)
+
     def bind_gradients(self, gradients: Any) -> None:
         """Match per-example gradients that no backward pass has computed.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from opacus_pi.cli.errors import BadInput, about, one_line
 from opacus_pi.cli.imports import CRITERION, DATA_SET, MODEL, import_object
-from opacus_pi.files.regular_file import require_regular
+from opacus_pi.files.regular_file import require_readable_once, require_regular
 from opacus_pi.files.torch_file import read_torch_file
 from opacus_pi.files.weights_file import read_plain_weights
 from opacus_pi.integration.checkpoints import ledger_in_checkpoint
@@ -88,7 +88,8 @@ def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
 
     Args:
         text: Whole numbers separated by commas or spaces, or a file: ``.npy``, or text
-            with one id per line, or a JSON list.
+            with one id per line, or a JSON list. Text may come from a pipe of the
+            shell: ``<(command)`` or ``/dev/stdin``.
         flag: The argument.
 
     Raises:
@@ -97,7 +98,7 @@ def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
     with about(flag, "List ids as 3,17,25, or name a file of them."):
         listed = re.fullmatch(r"[\d\s,]+", text) is not None
         if not listed:
-            require_regular(text)
+            require_readable_once(text)
         if Path(text).suffix == ".npy":
             return np.asarray(np.load(text, allow_pickle=False))
         content = text if listed else Path(text).read_text(encoding="utf-8")
@@ -161,7 +162,7 @@ def _read_owners(path: str) -> dict[str, list[int]]:
     """
     remedy = 'Write a JSON object of positions by person: {"p03": [3, 17]}.'
     with about("--owners", remedy):
-        require_regular(path)
+        require_readable_once(path)
         content = Path(path).read_bytes()
     try:
         pairs = json.loads(content, object_pairs_hook=tuple)

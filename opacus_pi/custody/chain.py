@@ -33,7 +33,7 @@ weights    ``weights`` in this room: writes between two updates
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,6 +240,20 @@ class Chain:
                 self._doubts.setdefault(link.name, []).append(link.sentence)
             else:
                 self._earlier[link.name] = link
+
+    def doubts(self) -> dict[str, list[str]]:
+        """Return why links are unchecked, in sentences, by name of the link."""
+        return {name: list(causes) for name, causes in self._doubts.items()}
+
+    def share(self, doubts: Mapping[str, Sequence[str]]) -> None:
+        """Leave links unchecked that another process of the run could not check.
+
+        Args:
+            doubts: What its chain returned by ``doubts``. It has warned of them.
+        """
+        for link, causes in doubts.items():
+            for cause in causes:
+                self.leave_unchecked(link, cause, warn=False)
 
     def refusal(self) -> str:
         """Return the reason not to give numbers now; empty if there is none."""

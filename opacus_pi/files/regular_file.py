@@ -20,9 +20,10 @@ from pathlib import Path
 
 from opacus_pi._validate import expect
 
-__all__ = ["replaceable", "require_regular"]
+__all__ = ["replaceable", "require_readable_once", "require_regular"]
 
 _READ_ONCE = "It can be read only once or never ends: save its content to a file first."
+_DESCRIPTORS = ("/dev/fd", "/proc/self/fd")
 _NOT_REPLACED = "Nothing was written. Pass the name of a new or an existing file."
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -47,6 +48,31 @@ def require_regular(path: str | os.PathLike[str]) -> None:
         ValueError: If it is a directory, a pipe, a device or a socket.
     """
     _require(path, os.stat(path).st_mode, {stat.S_IFDIR: "Pass the file's name."})
+
+
+def require_readable_once(path: str | os.PathLike[str]) -> None:
+    """Refuse to read anything but a regular file, or a pipe that is open already.
+
+    A shell passes ``<(command)`` as the name of a pipe that it has opened, such as
+    ``/dev/fd/63``. It can be read once, from beginning to end. A pipe with a name in a
+    directory is refused: opening it would wait until something is written to it.
+
+    Args:
+        path: The file's name. The caller reads it once, and does not go back in it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        OSError: As ``require_regular`` does.
+        ValueError: As ``require_regular`` does, except for open pipes.
+    """
+    if not (_is_open_already(path) and stat.S_ISFIFO(os.stat(path).st_mode)):
+        require_regular(path)
+
+
+def _is_open_already(path: str | os.PathLike[str]) -> bool:
+    """Return whether a name is that of a descriptor that this process has open."""
+    name = os.path.abspath(path)
+    return name == "/dev/stdin" or os.path.dirname(name) in _DESCRIPTORS
 
 
 def replaceable(path: str | os.PathLike[str]) -> Path:

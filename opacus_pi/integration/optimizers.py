@@ -238,6 +238,7 @@ class _FromGradSamples(_ReportingOptimizer):
         and charged first, because a sample that cannot pay must not enter the sum.
         """
         update, written = self._pi_update, self._pi_written
+        update.was_clipped(float(self.max_grad_norm))
         written.require_unchanged()
         written.require_unchanged_sums()
         if update.gate is None:
@@ -322,6 +323,7 @@ class _FromCache(_ReportingOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Clip all batches since the last step and report their norms."""
+        self._pi_update.was_clipped(float(self.max_grad_norm))
         self._pi_written.require_unchanged_sums()
         super().clip_and_accumulate()
         self._pi_written.note_sums()
@@ -355,6 +357,7 @@ class _FromGhostClipping(_ReportingOptimizer):
     def accumulate(self) -> None:
         """Add one physical batch and report its norms."""
         by_parameter = self._pi_require_same_parameters()
+        self._pi_update.was_clipped(float(self._pi_update.hooks.max_grad_norm))
         self._pi_written.require_unchanged()
         self._pi_written.require_unchanged_sums()
         super().accumulate()

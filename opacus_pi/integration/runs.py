@@ -23,6 +23,7 @@ from opacus_pi.accounting import RenyiFilter, fingerprint
 from opacus_pi.attribution import TargetOrder, Tracker, probe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
+from opacus_pi.custody.loss_factors import LossFactors
 from opacus_pi.custody.loss_probe import LossProbe
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
 from opacus_pi.custody.weights import WeightSnapshot
@@ -45,6 +46,7 @@ from opacus_pi.integration.schedules import (
     unknown_schedule,
     user_collate_fn,
 )
+from opacus_pi.integration.sweep_order import InItemOrder
 from opacus_pi.integration.training_states import TrainingStates
 from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.ledger.fingerprint import same_data_set
@@ -190,6 +192,12 @@ def probe_losses(
         is_output=tracker.is_output,
     )
     criterion._pi_target_order = TargetOrder(tracker, chain)
+    prepared = weakref.ref(criterion.module)
+    criterion._pi_loss_factors = LossFactors(
+        chain,
+        is_mean=criterion.loss_reduction == "mean",
+        is_second_backward=lambda: not getattr(prepared(), "hooks_enabled", True),
+    )
 
 
 def _reporting_calls(base: type) -> type:
@@ -198,6 +206,7 @@ def _reporting_calls(base: type) -> type:
     class Criterion(base):
         _pi_loss_probe: LossProbe
         _pi_target_order: TargetOrder
+        _pi_loss_factors: LossFactors
 
         def __call__(self, *args: Any, **options: Any) -> Any:
             loss = super().__call__(*args, **options)
@@ -205,6 +214,7 @@ def _reporting_calls(base: type) -> type:
                 self._pi_loss_probe.saw(*args)
             targets = args[1] if len(args) > 1 else options.get("target")
             self._pi_target_order.saw(targets)
+            self._pi_loss_factors.watch(loss.loss_per_sample, *args[:1])
             return loss
 
     return Criterion
@@ -285,7 +295,8 @@ class PreparedRun:
         compare = partial(_compare_data, loader, name, self.chain)
         self.chain.on_read(compare, can_break=False)  # it reads the whole data set
         trained = weakref.ref(self.module)
-        collate_fn = user_collate_fn(self.loader)
+        collate_fn = InItemOrder(user_collate_fn(self.loader))
+        collate_fn.chain = self.chain
         last_weights = None
         if not isinstance(self.module, FSDPModule):  # no process has all weights
             last_weights = LastWeights(self.module, self.snapshot)

@@ -97,6 +97,7 @@ class UpdateUnderWay:
     )
     _is_distinct: bool = field(init=False, default=True)
     _settings: dict[str, Any] | None = field(init=False, default=None)
+    _largest_clip_norm: float = field(init=False, default=0.0)  # of the update so far
     _num_unattributed: int = field(init=False, default=0)  # up to the last update
     _has_checked: bool = field(init=False, default=False)
 
@@ -124,6 +125,14 @@ class UpdateUnderWay:
             self.add_samples(indices_of(passes), largest_of_alike(norms, passes))
         else:
             self._report(examples, norms, distinct=True)
+
+    def was_clipped(self, max_grad_norm: float) -> None:
+        """Note the clip norm of a physical batch: the next one may have another.
+
+        Args:
+            max_grad_norm: The clip norm.
+        """
+        self._largest_clip_norm = max(self._largest_clip_norm, max_grad_norm)
 
     def add_samples(self, indices: NDArray[np.int64], norms: Tensor) -> None:
         """Report the norms of samples that have been matched to examples.
@@ -184,9 +193,11 @@ class UpdateUnderWay:
         rate = self.sample_rate * optimizer.accumulated_iterations
         if isinstance(optimizer, AdaClipDPOptimizer) and not self.is_superseded:
             self.recorder.assume_noise()
+        self.was_clipped(float(optimizer.max_grad_norm))
+        clip_norm, self._largest_clip_norm = self._largest_clip_norm, 0.0
         self._settings = {
             "noise_std": noise_std_of(optimizer),
-            "max_grad_norm": float(optimizer.max_grad_norm),
+            "max_grad_norm": clip_norm,
             "sample_rate": min(1.0, rate),
             "noise_generator": kind_of(
                 optimizer.generator, is_secure=optimizer.secure_mode

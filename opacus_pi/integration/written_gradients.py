@@ -28,7 +28,12 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from opacus_pi._torch_compat import at_end_of_backward, backward_hooks, num_writes
+from opacus_pi._torch_compat import (
+    at_end_of_backward,
+    backward_hooks,
+    gradient_hooks,
+    num_writes,
+)
 from opacus_pi.attribution import Tracker
 from opacus_pi.custody import Chain
 from opacus_pi.integration.fast import FastHooks
@@ -51,6 +56,14 @@ _SUM_CHANGED = (
     "on the training data. Any other change may enlarge what an example contributes "
     "beyond max_grad_norm, and no accounting covers that. Put the change into the loss "
     "or leave it out."
+)
+
+_HOOKED = (
+    "A parameter has a gradient hook of the training loop. With ghost clipping it runs "
+    "when gradients have been clipped, and before noise is added. That is fine if the "
+    "hook returns nothing and changes nothing. A hook that enlarges gradients enlarges "
+    "what an example contributes beyond max_grad_norm. Remove the hook, or use "
+    'grad_sample_mode="hooks", where it has no effect on the update.'
 )
 
 # A reference to a tensor, and its count of writes.
@@ -150,6 +163,8 @@ class WrittenGradients:
         """Leave the chain's link unchecked if gradients are not those noted."""
         if not self.is_active:
             return
+        if self._is_ghost and any([_is_hooked(p) for p in self._parameters]):
+            self._chain.leave_unchecked("norm", _HOOKED)
         for parameter in self._parameters:
             if self._is_ghost:
                 held: Any = parameter.grad
@@ -236,6 +251,12 @@ def _note_after_hooks(module: nn.Module, written: WrittenGradients) -> bool:
             hook = _NoteAfterLayer(written, tuple(layer.parameters()))
             keep_handle(module, layer.register_full_backward_hook(hook))
     return has_hooks
+
+
+def _is_hooked(parameter: nn.Parameter) -> bool:
+    """Return whether a hook that is not Opacus's runs at a parameter's gradient."""
+    hooks = gradient_hooks(parameter)
+    return bool(hooks) and not all(map(is_hook_of_opacus, hooks))
 
 
 def _note(tensor: Tensor | None) -> _Noted | None:

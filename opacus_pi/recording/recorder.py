@@ -20,6 +20,7 @@ array([[0.5, 2. , nan, nan],
        [nan, nan, 0.5, 2. ]], dtype=float32)
 """
 
+import json
 import os
 import warnings
 import weakref
@@ -587,6 +588,9 @@ class Recorder(RecorderOptions):
         self._fetch_waiting()
         reason = merge_(run, self._processes) if self._processes else ""
         self._all_refuse = bool(reason)
+        if self._processes and self._chain is not None:
+            for text in self._processes.gather_texts(json.dumps(self._chain.doubts())):
+                self._chain.share(json.loads(text))
         if reason:
             self.refuse(reason)
 

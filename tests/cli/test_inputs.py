@@ -1,12 +1,23 @@
 """Weights are loaded from every file that holds them, under the names it gives them."""
 
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
 from opacus_pi.cli.errors import BadInput
-from opacus_pi.cli.inputs import load_weights
+from opacus_pi.cli.inputs import (
+    load_ledgers,
+    load_weights,
+    read_forget_set,
+    read_indices,
+)
 from tests.private_training import Training
 
 
@@ -59,3 +70,57 @@ def test_weights_of_a_checkpoint(tmp_path):
     torch.save({"module_state_dict": {"w": 3}}, path)
     with pytest.raises(BadInput, match="more than a state dict"):
         load_weights("--weights", str(path), nn.Linear(1, 1))
+
+
+# --------------------------------------------------------------------- pipes of a shell
+@pytest.fixture
+def pipe():
+    """Returns the name of an open pipe that holds a text."""
+    opened = []
+
+    def holding(text):
+        reader, writer = os.pipe()
+        os.write(writer, text.encode())
+        os.close(writer)
+        opened.append(reader)
+        return f"/dev/fd/{reader}"
+
+    yield holding
+    for reader in opened:
+        os.close(reader)
+
+
+@pytest.mark.parametrize("text", ["3\n17\n25\n", "[3, 17, 25]", "3,17 25"])
+def test_ids_may_come_from_a_pipe(pipe, text):
+    assert read_indices(pipe(text)).tolist() == [3, 17, 25]
+
+
+def test_owners_may_come_from_a_pipe(pipe):
+    options = argparse.Namespace(
+        forget_person=["p03"], owners=pipe('{"p03": [17, 3]}'), flags={}
+    )
+    assert read_forget_set(options).tolist() == [3, 17]
+
+
+def test_a_ledger_is_read_twice_and_may_not_come_from_a_pipe(pipe):
+    with pytest.raises(BadInput, match="must name a regular file, not a pipe"):
+        load_ledgers([pipe("PK")], noise_std=None)
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "ids")
+    with pytest.raises(BadInput, match="must name a regular file, not a pipe"):
+        read_indices(str(tmp_path / "ids"))
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("ids", ["<(printf '3\\n17\\n')", "/dev/stdin"])
+def test_process_substitution_and_standard_input(ids):
+    code = (
+        "import sys; from opacus_pi.cli.inputs import read_indices; "
+        "print(read_indices(sys.argv[1]).tolist())"
+    )
+    script = f"printf '3\\n17\\n' | '{sys.executable}' -c '{code}' {ids}"
+    command = ["bash", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "[3, 17]\n", done.stderr

@@ -73,7 +73,9 @@ class Loop:
             is right for every example; empty where there are right norms.
         control: Whether it is an ordinary loop, which must be recorded in full and
             without a word.
-        mode: ``grad_sample_mode``, or ``"swept"``.
+        mode: ``grad_sample_mode``, ``"swept"``, or ``"monitored"`` for training without
+            clipping.
+        engine: Makes the engine, with the options of ``PrivacyEngine``.
         every: When a row of the ledger is written.
     """
 
@@ -94,6 +96,7 @@ class Loop:
     breaks: str = ""
     control: bool = False
     mode: str = "hooks"
+    engine: Callable[..., Any] = PrivacyEngine
     every: Any = EACH_UPDATE
 
     def __str__(self):
@@ -140,20 +143,23 @@ class Run:
         generator = torch.Generator().manual_seed(11)
         self.user_loader = DataLoader(self.data_set, generator=generator, **options)
         self.inner_optimizer = loop.optimizer(self.module)
-        self.engine = PrivacyEngine(accountant="rdp", recorder=self._recorder())
+        self.engine = loop.engine(accountant="rdp", recorder=self._recorder())
         self._prepare()
         self.between = lambda number: None
         if loop.setup is not None:
             loop.setup(self)
 
     def _recorder(self):
-        if self.loop.mode == "swept":
+        if self.loop.mode in ("swept", "monitored"):
             criterion = self.loop.criterion()
             return Recorder("swept", self.loop.every, criterion=criterion)
         return Recorder(every=self.loop.every)
 
     def _prepare(self):
         loop = self.loop
+        if loop.mode == "monitored":
+            self._prepare_monitored()
+            return
         mode = "hooks" if loop.mode == "swept" else loop.mode
         ghost = {"criterion": self.criterion} if mode == "ghost" else {}
         torch.manual_seed(17)
@@ -167,6 +173,18 @@ class Run:
             **ghost,
         )
         self.train_criterion = middle[0] if middle else self.criterion
+
+    def _prepare_monitored(self):
+        self.train_criterion = self.criterion
+        torch.manual_seed(17)
+        self.model, self.optimizer, self.loader = self.engine.make_monitored(
+            module=self.module,
+            optimizer=self.inner_optimizer,
+            data_loader=self.user_loader,
+            poisson_sampling=self.loop.sampling == "poisson",
+            criterion=self.loop.criterion(),
+            **{"noise_std": 1e-4, **self.loop.private},
+        )
 
     # ------------------------------------------------------- what a loop is made of
     def backward(self, batch, scale=1.0):

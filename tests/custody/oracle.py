@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tests.custody.hidden_ids import NUM_EXAMPLES, ids_of_batch
-from tests.custody.loops import Pass
+from tests.custody.loops import Pass, apply_criterion
 
 _CLOSE = 2e-4  # relative
 
@@ -74,6 +74,11 @@ def norms_of_pass(loop, kept):
     whole = gradient(loop, kept, kept.tensors) if own else None
     if own and not (whole - sum(own)).norm() <= _CLOSE * sum(g.norm() for g in own):
         raise NoTruth("separability")
+    if loop.mode == "monitored":  # sweeps measure the criterion, not the loop's loss
+        plain = loop.having(loss=apply_criterion)
+        swept = sum(gradient(plain, kept, row) for row in rows)
+        if own and not (whole - swept).norm() <= _CLOSE * whole.norm():
+            raise NoTruth("loss")
     pairs = zip(owners, own, strict=True)  # a row of no example concerns nobody
     named = [(ids.pop(), g.norm().item()) for ids, g in pairs if ids]
     if len(dict(named)) < len(named):
@@ -124,7 +129,7 @@ def true_norms(run):
         require_same_weights(run)
     except NoTruth as reason:
         return str(reason)
-    return swept_norms(run) if run.loop.mode == "swept" else norms
+    return swept_norms(run) if run.loop.mode in ("swept", "monitored") else norms
 
 
 def swept_norms(run):

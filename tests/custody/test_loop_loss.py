@@ -5,10 +5,12 @@ controls train on what was audited, and must stay recorded in full and without a
 """
 
 import random
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tests.custody import hidden_ids, loop_list, loop_parts, models, oracle
@@ -387,3 +389,209 @@ def test_comparisons_leave_no_trace(mode):
     assert all(map(torch.equal, *weights))
     np.testing.assert_array_equal(plain.ledger.grad_norms, other.ledger.grad_norms)
     assert state_of_loss(other) == "checked"
+
+
+# ---------------------------------- ghost clipping, which knows the criterion by itself
+def times_the_inverse_loss(criterion, outputs, targets):
+    value = F.cross_entropy(outputs.detach(), targets) if len(targets) else 1.0
+    return criterion(outputs, targets) / float(value)
+
+
+def times_own_weights(criterion, outputs, targets):
+    return criterion(outputs, targets) * losses_of(outputs.detach(), targets).softmax(0)
+
+
+def times_the_harder_half(criterion, outputs, targets):
+    losses = losses_of(outputs.detach(), targets)
+    is_hard = losses >= losses.median() if len(losses) else losses
+    return criterion(outputs, targets) * is_hard
+
+
+def divided_by_the_size(criterion, outputs, targets):
+    return criterion(outputs, targets) / max(1, len(targets))
+
+
+def without_the_wrapper(_, outputs, targets):
+    return F.cross_entropy(outputs, targets)
+
+
+def plus_one_of_centred_outputs(criterion, outputs, targets):
+    loss = criterion(outputs, targets)
+    return loss + criterion(outputs - outputs.mean(0), targets)
+
+
+def centred_outputs(criterion, outputs, targets):
+    return criterion(outputs - outputs.mean(0), targets)
+
+
+def normalised_on_the_way_back(model, batch):
+    outputs = model(batch[0])
+    if outputs.requires_grad:
+        outputs.register_hook(lambda g: g / g.norm().clamp(min=1e-9))
+    return outputs
+
+
+def hooked_parameters(run):
+    for parameter in run.module.parameters():
+        parameter.register_hook(lambda g: 10 * g)
+
+
+WITHOUT_AUDIT = [
+    *(
+        Loop(f.__name__, loss=f, mode="ghost")
+        for f in (
+            times_the_inverse_loss,
+            times_own_weights,
+            times_the_harder_half,
+            divided_by_the_size,
+            without_the_wrapper,
+        )
+    ),
+    Loop("output_hook", forward=normalised_on_the_way_back, mode="ghost"),
+    Loop("parameter_hook", setup=hooked_parameters, mode="ghost"),
+]
+IN_THE_LEDGER = [
+    Loop(f.__name__, loss=f, mode="ghost")
+    for f in (plus_one_of_centred_outputs, centred_outputs)
+]
+
+
+@pytest.mark.parametrize("loop", WITHOUT_AUDIT, ids=str)
+def test_ghost_clipping_says_without_an_audit_what_the_loop_adds(loop):
+    run = trained(loop)
+    assert verdict(run, "no norm of it is right")[0] in (REFUSED, SAID)
+
+
+@pytest.mark.parametrize("loop", IN_THE_LEDGER, ids=str)
+def test_ghost_clipping_leaves_losses_of_other_tensors_unchecked(loop):
+    assert state_of_loss(trained(loop)) == "unchecked"
+
+
+def both(*setups):
+    def setup(run):
+        for one in setups:
+            one(run)
+
+    return setup
+
+
+@pytest.mark.parametrize("loop", [*WITHOUT_AUDIT, *IN_THE_LEDGER], ids=str)
+def test_ghost_clipping_after_an_audit(loop):
+    setups = [audited] if loop.setup is None else [audited, loop.setup]
+    run = trained(loop.having(setup=both(*setups)))
+    assert run.refusal or run.said
+
+
+def summed_twice(criterion, outputs, targets):
+    return criterion(outputs, targets) + criterion(outputs, targets)
+
+
+@pytest.mark.parametrize("loss", [constant_factor, summed_twice])
+def test_constant_factors_of_ghost_clipping_need_no_word(loss):
+    run = trained(Loop("constant", loss=loss, mode="ghost"))
+    assert run.said == [] and state_of_loss(run) == "checked"
+
+
+# ----------------------------------------------------- batches that are no plain pairs
+class Item(NamedTuple):
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+class ByName(nn.Module):
+    """A model with an input called ``values``."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(hidden_ids.ENTRIES, hidden_ids.CLASSES)
+
+    def forward(self, values):
+        return self.layer(values)
+
+
+class OfTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(hidden_ids.ENTRIES, hidden_ids.CLASSES)
+        self.two = nn.Linear(hidden_ids.ENTRIES, hidden_ids.CLASSES)
+
+    def forward(self, one, two):
+        return self.one(one) + self.two(two)
+
+
+class OfADict(OfTwo):
+    def forward(self, parts):
+        return super().forward(parts["one"], parts["two"])
+
+
+def shaped(make):
+    return lambda: hidden_ids.Shaped(make)
+
+
+# the data set, the model, and (model, batch) -> outputs and targets
+BATCHES = {
+    "dict": (
+        shaped(lambda x, y: {"values": x, "labels": y}),
+        ByName,
+        lambda model, b: (model(values=b["values"]), b["labels"]),
+    ),
+    "named tuple": (
+        shaped(lambda x, y: Item(x, y)),
+        models.perceptron,
+        lambda model, b: (model(b.inputs), b.targets),
+    ),
+    "pair of inputs": (
+        shaped(lambda x, y: ((x, 0.5 * x), y)),
+        OfTwo,
+        lambda model, b: (model(*b[0]), b[1]),
+    ),
+    "nested dict": (
+        shaped(lambda x, y: {"parts": {"one": x, "two": 0.5 * x}, "labels": y}),
+        OfADict,
+        lambda model, b: (model(b["parts"]), b["labels"]),
+    ),
+}
+
+
+def plain(criterion, outputs, targets):
+    return criterion(outputs, targets)
+
+
+def rolled(criterion, outputs, targets):
+    return criterion(outputs, targets.roll(1))
+
+
+def by_parts(parts, loss):
+    def updates(run):
+        for batch in run.loader:
+            run.optimizer.zero_grad()
+            outputs, targets = parts(run.model, batch)
+            loss(run.train_criterion, outputs, targets).backward()
+            run.optimizer.step()
+
+    return updates
+
+
+def of_batches(name, loss, mode):
+    data, model, parts = BATCHES[name]
+    updates = by_parts(parts, loss)
+    return Loop(name, data=data, model=model, updates=updates, setup=audited, mode=mode)
+
+
+@pytest.mark.parametrize("mode", loop_list.MOST)
+@pytest.mark.parametrize("loss", [hardest_half, rolled, centred_outputs])
+@pytest.mark.parametrize("name", BATCHES)
+def test_other_losses_of_batches_that_are_no_pairs_are_refused(name, loss, mode):
+    run = trained(of_batches(name, loss, mode))
+    if mode == "ghost" and loss is hardest_half:  # it is not the wrapped criterion
+        assert any("p.grad" in text for text in run.said)
+    else:
+        assert "criterion" in run.refusal
+
+
+@pytest.mark.parametrize("mode", loop_list.MOST)
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_audited_loss_of_batches_that_are_no_pairs_is_checked(name, mode):
+    run = trained(of_batches(name, plain, mode))
+    assert run.said == [] and run.refusal == ""
+    assert state_of_loss(run) == "checked"

@@ -23,7 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from opacus_pi.attribution import Tracker
+from opacus_pi.attribution.delivery import ForwardPass
+from opacus_pi.attribution.targets import positions_in_delivery
 from opacus_pi.custody import Chain
+from opacus_pi.integration.audit import rows_of
 from opacus_pi.models.batches import inputs_and_targets
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
@@ -53,6 +56,17 @@ _ANOTHER_LOSS = (
     "The gradient of an update was not that of the criterion that make_monitored was "
     "given, so the norms are of another loss than the one that was trained. Pass the "
     "criterion that the loop uses, penalties included."
+)
+_SEVERAL = (
+    "An update used the gradients of several forward passes, so they were not compared "
+    "with that of the mean of the criterion. If the passes were of one batch, their "
+    "gradients were added up, and were too large for the noise. Make one forward pass "
+    "and one backward pass for each update."
+)
+_REPEATED = (
+    "A forward pass had several samples of one example, so its gradient entered an "
+    "update more than once, and is charged once. Give the model each sample of a "
+    "batch once."
 )
 _SAME = "The gradients of the first updates were those of the mean of the criterion."
 
@@ -116,11 +130,17 @@ class GradientScale:
             passes: The forward passes since the last update.
             parameters: As for ``compare``.
         """
-        delivery = self._tracker.delivery_of_gradients()
-        batch = None if delivery is None else delivery.batch
-        if len(passes) != 1 or batch is None:
+        used = self._tracker.passes_of_gradients()
+        if len(used) > 1:
+            self._chain.leave_unchecked("loss", _SEVERAL)
+        if len(used) != 1 or len(passes) != 1:
             return False
-        expected = self._gradients(passes[0], batch, parameters)
+        if _has_repeated(used[0]):
+            self._chain.leave_unchecked("rows", _REPEATED)
+        targets = _targets_of(used[0])
+        if targets is None:
+            return False
+        expected = self._gradients(passes[0], targets, parameters)
         if expected is None:
             return False
         given = [p.grad for p in parameters]
@@ -144,7 +164,7 @@ class GradientScale:
     def _gradients(
         self,
         forward: ForwardCall,
-        batch: Any,
+        targets: Any,
         parameters: list[nn.Parameter],
     ) -> Gradients | None:
         """Compute the mean criterion's gradients again; None if that is impossible."""
@@ -152,7 +172,6 @@ class GradientScale:
         pairs = zip(self._module.parameters(), model.parameters(), strict=True)
         copies = {id(live): copy for live, copy in pairs}
         try:
-            _, targets = inputs_and_targets(batch)
             with random_state_untouched(), torch.enable_grad():
                 with forward.surroundings():
                     outputs = model(*forward.args, **forward.kwargs)
@@ -167,6 +186,34 @@ class GradientScale:
                 raise
             return None
         return list(found)
+
+
+def _has_repeated(forward: ForwardPass) -> bool:
+    """Return whether a pass has two samples of one example."""
+    positions = positions_in_delivery(forward)
+    known = [] if positions is None else positions[positions >= 0].tolist()
+    return len(set(known)) < len(known)
+
+
+def _targets_of(forward: ForwardPass) -> Any:
+    """Return the delivered targets of the samples of a pass, in its order.
+
+    Args:
+        forward: The pass.
+
+    Returns:
+        None if they are not known.
+    """
+    positions, delivery = positions_in_delivery(forward), forward.delivery
+    if positions is None or delivery is None or delivery.batch is None:
+        return None
+    if not len(positions) or positions.min() < 0:
+        return None
+    try:
+        _, targets = inputs_and_targets(delivery.batch)
+    except ValueError:
+        return None
+    return rows_of(targets, positions.tolist(), len(delivery.indices or ()))
 
 
 def _beside(targets: Any, outputs: Any) -> Any:

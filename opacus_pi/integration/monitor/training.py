@@ -53,7 +53,12 @@ from opacus_pi.integration.monitor.sampling import (
     SamplingScheme,
     sampling_scheme,
 )
-from opacus_pi.integration.schedules import overlapping, unknown_schedule
+from opacus_pi.integration.schedules import (
+    overlapping,
+    unknown_schedule,
+    user_collate_fn,
+)
+from opacus_pi.integration.sweep_order import InItemOrder
 from opacus_pi.integration.training_states import TrainingStates
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import unwrap
@@ -185,7 +190,8 @@ def monitor(
     _check_training(module, optimizer, noise_std)
     _check_data(data_loader)
     processes = Processes() if isinstance(module, DDP) else None
-    measure = _sweeps(module, criterion, data_loader, recorder, processes)
+    collate_fn = InItemOrder(user_collate_fn(data_loader))
+    measure = _sweeps(module, criterion, collate_fn, recorder, processes)
     data_set = data_loader.dataset
     # A sweep of two examples raises for what cannot be swept, before anything changes.
     measure(Subset(data_set, range(min(2, size_of(data_set)))))
@@ -201,6 +207,7 @@ def monitor(
     if noise_std == 0:
         tracker = BatchTracker()  # which samples a batch has does not matter here
     custody = _Custody.of(scheme, module, recorder)
+    collate_fn.chain = custody.chain
     training = TrainingStates(module, optimizer, mean_batch_size=scheme.mean_batch_size)
     if recorder.checkpoints is not None:
         training.remember()  # before a forward pass can change the buffers
@@ -223,7 +230,7 @@ def monitor(
 def _sweeps(
     module: nn.Module,
     criterion: Callable[[Any, Any], Tensor],
-    data_loader: DataLoader[Any],
+    collate_fn: InItemOrder,
     recorder: Recorder,
     processes: Processes | None,
 ) -> Callable[[Dataset[Any]], Sweep]:
@@ -235,7 +242,7 @@ def _sweeps(
     Args:
         module: The model; its own ``train()`` mode does not matter, and stays.
         criterion: One loss per example.
-        data_loader: Has the ``collate_fn`` for the sweep's batches; not iterated.
+        collate_fn: Makes the sweep's batches.
         recorder: Has the batch size of a sweep.
         processes: Those that share the sweep; None: this process sweeps alone.
     """
@@ -247,7 +254,7 @@ def _sweeps(
             data_set,
             processes=processes,
             batch_size=recorder.batch_size,
-            collate_fn=data_loader.collate_fn,
+            collate_fn=collate_fn,
         )
 
     return measure
