@@ -72,6 +72,7 @@ __all__ = [
     "pytree",
     "received_position",
     "replace_own_parameters_",
+    "result_is_saved",
     "storage_address",
 ]
 
@@ -194,6 +195,15 @@ def gradient_hooks(tensor: Tensor) -> list[Any]:
     """
     tables = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     return [hook for table in tables if table for hook in table.values()]
+
+
+def result_is_saved(tensor: Tensor) -> bool:
+    """Return whether autograd has kept a tensor itself for its backward pass.
+
+    Such a tensor must not be changed in place. The results of ``tanh``, ``sigmoid`` and
+    some other operations are kept (``grad_fn._saved_result``).
+    """
+    return hasattr(tensor.grad_fn, "_saved_result")
 
 
 def has_backward_hooks(tensor: Tensor) -> bool:

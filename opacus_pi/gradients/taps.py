@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from opacus_pi._torch_compat import num_writes, pytree
+from opacus_pi._torch_compat import num_writes, pytree, result_is_saved
 from opacus_pi.gradients.example_gradients import ExampleGradients
 from opacus_pi.gradients.products import at_least_float32
 
@@ -157,6 +157,8 @@ def tapped(
         anchor: Any leaf that requires a gradient; it will get none.
         on_gradient: Called once, with the gradient at the output.
     """
+    if result_is_saved(output):
+        output = output.clone()
     result: Tensor = _Tap.apply(output, anchor, on_gradient)
     return result
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from opacus_pi.gradients import products
+from opacus_pi.gradients.clipping import TrainingTaps
 from opacus_pi.gradients.example_gradients import ExplicitGradients, add_up
 from opacus_pi.gradients.layers import conv
 from opacus_pi.gradients.layers.registry import (
@@ -12,6 +13,8 @@ from opacus_pi.gradients.layers.registry import (
     layer_rule,
     register_layer_rule,
 )
+from opacus_pi.gradients.norm_engine import NormEngine
+from tests.gradients.oracle import loop_norms
 from tests.gradients.test_exact_formulas import CONVOLUTIONS
 
 B = 7
@@ -74,6 +77,10 @@ LAYERS = {
     "group-norm": (nn.GroupNorm(2, 6), lambda: torch.randn(B, 6, 4)),
     "layer-norm": (nn.LayerNorm([2, 3]), lambda: torch.randn(B, 4, 2, 3)),
     "rms-norm": (nn.RMSNorm(3), lambda: torch.randn(B, 4, 3)),
+    "slope": (nn.PReLU(), lambda: torch.randn(B, 3, 4)),
+    "slopes": (nn.PReLU(3), lambda: torch.randn(B, 3)),
+    "cell": (nn.RNNCell(4, 3, nonlinearity="relu"), lambda: torch.randn(B, 4)),
+    "gated-cell": (nn.GRUCell(4, 3, bias=False), lambda: torch.randn(B, 4)),
     "instance-norm": (nn.InstanceNorm1d(3, affine=True), lambda: torch.randn(B, 3, 4)),
 }
 
@@ -214,3 +221,77 @@ def test_users_rules_serve_layers_that_keep_forward():
     found = by_rule(Scale(), torch.ones(B, 3), torch.ones(B, 3), ["factor"])["factor"]
     assert found.squares.tolist() == [9.0] * B
     assert found.weighted_sum(torch.ones(B)).tolist() == [3.0 * B]
+
+
+class Stepped(nn.Module):
+    """A cell in a loop of the user, from a state that is computed."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(3, 3)
+
+    def forward(self, x):
+        state = torch.tanh(x[:, 0, :3])
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], hx=state)
+        return self.head(state)
+
+
+class Both(nn.Module):
+    """A bilinear layer on vectors and on sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.long, self.short = nn.Bilinear(4, 4, 3), nn.Bilinear(3, 4, 3, bias=False)
+
+    def forward(self, x):
+        return self.short(self.long(x, x.flip(1)).sum(1), input2=x[:, 0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Stepped(nn.GRUCell(4, 3)),
+        lambda: Stepped(nn.RNNCell(4, 3)),
+        lambda: Stepped(nn.RNNCell(4, 3, bias=False, nonlinearity="relu")),
+        Both,
+    ],
+)
+def test_layers_of_two_inputs_in_sweeps_and_in_training(make):
+    torch.manual_seed(0)
+    model, x, y = make().double(), torch.randn(B, 5, 4).double(), torch.arange(B) % 3
+    losses, taps = nn.CrossEntropyLoss(reduction="none"), TrainingTaps()
+    truth = loop_norms(model, losses, x, y)
+    engine = NormEngine(model, losses)
+    torch.testing.assert_close(engine.squares(x, y)[0].sqrt(), truth)
+    assert not engine._taps.leftover
+    taps.attach(model.train())
+    losses(model(x), y).sum().backward()
+    found = taps.caches[0].gradients(model.parameters(), model).values()
+    torch.testing.assert_close(sum(g.squares for g in found).sqrt(), truth)
+
+
+def test_a_rule_of_a_layer_whose_output_autograd_keeps():
+    class Squashed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return torch.tanh(self.factor * x)
+
+    @register_layer_rule(Squashed)
+    def squashed(module, x, grad, names):
+        slope = 1 - torch.tanh(module.factor.detach() * x).square()
+        return {"factor": (x * slope * grad).flatten(1).sum(1)}
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), Squashed(), nn.Linear(4, 3))
+    x, y = torch.randn(B, 4), torch.arange(B) % 3
+    losses = nn.CrossEntropyLoss(reduction="none")
+    engine = NormEngine(model, losses)
+    found = engine.squares(x, y)[0].sqrt()
+    assert not engine._taps.leftover
+    torch.testing.assert_close(
+        found, loop_norms(model, losses, x, y), rtol=1e-5, atol=0
+    )

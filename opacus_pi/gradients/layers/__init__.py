@@ -30,6 +30,7 @@ example. A new file of this package is imported below, and gets an entry in
 from opacus_pi._promised import promise
 from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
 from opacus_pi.gradients.layers import (
+    activation,
     conv,
     conv_transpose,
     embedding,
@@ -42,6 +43,7 @@ from opacus_pi.gradients.layers.registry import layer_rule, register_layer_rule
 __all__ = [
     "ExampleGradients",
     "ExplicitGradients",
+    "activation",
     "conv",
     "conv_transpose",
     "embedding",

@@ -17,6 +17,7 @@ from opacus_pi.gradients.example_gradients import (
 )
 from opacus_pi.gradients.layers.registry import register_layer_rule
 from opacus_pi.gradients.products import outer_product_squares
+from opacus_pi.gradients.taps import Call
 
 
 @register_layer_rule(nn.Linear)
@@ -49,6 +50,27 @@ def linear_gradients(
     if "bias" in names:
         found["bias"] = ExplicitGradients(g.sum(1))
     return found
+
+
+@register_layer_rule(nn.Bilinear, whole_call=True)
+def bilinear_gradients(
+    module: nn.Bilinear, call: Call, grad: Tensor, names: Collection[str]
+) -> dict[str, ExampleGradients] | None:
+    """Gradients of a bilinear layer: a linear layer on the products of two inputs.
+
+    Args:
+        module: The layer.
+        call: Its arguments, ``(b, ..., d)`` and ``(b, ..., e)``.
+        grad: The gradient at its output, ``(b, ..., p)``.
+        names: Which of ``"weight"``, ``"bias"`` are wanted.
+
+    Returns:
+        By name; ``None`` for inputs without a batch dimension.
+    """
+    args, kwargs = call
+    left, right = (*args, *(kwargs[n] for n in ("input1", "input2") if n in kwargs))
+    products = (left[..., :, None] * right[..., None, :]).flatten(-2)
+    return linear_gradients(module, products, grad, names)
 
 
 class OuterProducts(ExampleGradients):

@@ -20,7 +20,7 @@ such as a sequence without a batch dimension, run unchanged and are measured mor
 slowly. So do layers that draw random numbers: dropout between layers, in training mode.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import (
 
 from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
 from opacus_pi.gradients.layers.linear import OuterProducts, linear_gradients
-from opacus_pi.gradients.layers.registry import computes_as
+from opacus_pi.gradients.layers.registry import computes_as, register_layer_rule
 from opacus_pi.gradients.products import at_least_float32
 from opacus_pi.gradients.taps import Call, Taps
 
@@ -322,6 +322,49 @@ def _gradients(
     return found
 
 
+@register_layer_rule(nn.RNNCell, nn.GRUCell, whole_call=True)
+def cell_gradients(
+    module: Any, call: Call, grad: Tensor, names: Collection[str]
+) -> dict[str, ExampleGradients] | None:
+    """Gradients of one step of a cell, which is computed again up to its gates.
+
+    Args:
+        module: The cell.
+        call: Its arguments: the input ``(b, d)`` and, unless it is zero, the state
+            ``(b, h)``.
+        grad: The gradient at its output, ``(b, h)``.
+        names: Which of its parameters are wanted.
+
+    Returns:
+        By name; ``None`` for an input without a batch dimension.
+    """
+    x, h = _arguments(*call[0], **call[1])
+    if x.dim() != 2:
+        return None
+    state = x.new_zeros(len(x), module.hidden_size) if h is None else h
+    weights = {name: getattr(module, name) for name in _GATED}
+    weights = {
+        n: None if w is None else w.detach().to(x.dtype) for n, w in weights.items()
+    }
+    kind = getattr(module, "nonlinearity", None)
+    step = _gru_step if kind is None else _STEPS[f"RNN_{kind.upper()}"]
+    bias = weights["bias_ih"]
+    if kind is not None and bias is not None:
+        bias = bias + weights["bias_hh"]
+    steps = _Steps(states=[state])
+    with torch.enable_grad():
+        gates = F.linear(x, weights["weight_ih"], bias).requires_grad_(True)
+        (after,) = step(gates, (state,), weights, steps)
+        (of_gates,) = torch.autograd.grad(after, gates, grad.to(after))
+    wanted = dict.fromkeys(names)
+    return _gradients(x[:, None], of_gates[:, None], steps, wanted, backwards=False)
+
+
+def _arguments(input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the arguments of a call in the order of a cell's ``forward``."""
+    return input, hx
+
+
 def _lstm_step(
     gates: Tensor, state: State, weights: Mapping[str, Tensor | None], steps: _Steps
 ) -> State:
@@ -329,8 +372,10 @@ def _lstm_step(
     h, c = state
     weight = weights["weight_hh"]
     assert weight is not None
-    i, f, new, o = torch.addmm(gates, h, weight.mT).chunk(4, 1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(new)
+    size = c.shape[1]  # few operations, because each costs more than its arithmetic
+    both, new, o = torch.addmm(gates, h, weight.mT).split([2 * size, size, size], 1)
+    i, f = torch.sigmoid(both).chunk(2, 1)
+    c = torch.addcmul(f * c, i, torch.tanh(new))
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
