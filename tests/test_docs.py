@@ -16,6 +16,11 @@ import opacus_pi
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
+NEEDS = (
+    (".to_frame(", "pandas"),
+    ("import Accel", "accelerate"),
+    ("from transformers import", "transformers"),
+)
 API = {page: page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md")}
 
 
@@ -36,7 +41,7 @@ def test_python_blocks_run_one_after_another(page, tmp_path, monkeypatch):
     module = ModuleType("page")  # so that classes of the page can be pickled
     monkeypatch.setitem(sys.modules, "page", module)
     text = page.read_text(encoding="utf-8")
-    for mark, package in ((".to_frame(", "pandas"), ("import Accel", "accelerate")):
+    for mark, package in NEEDS:
         if mark in text:
             pytest.importorskip(package)
     with torch.random.fork_rng(), warnings.catch_warnings():

@@ -13,6 +13,7 @@ NEEDS = {
     "hugging_face": ["transformers"],
     "lora": ["transformers", "peft"],
     "lightning_module": ["lightning"],
+    "trainer": ["transformers", "accelerate"],
 }
 
 

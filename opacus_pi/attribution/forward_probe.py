@@ -7,7 +7,7 @@ reported.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
@@ -23,8 +23,9 @@ from opacus_pi.attribution.tracker import Tracker
 
 __all__ = ["ForwardProbe", "probe"]
 
-# What is called with the positional and keyword inputs of a forward pass.
-SawInputs = Callable[[tuple[Any, ...], dict[str, Any]], None]
+# What is called with the positional inputs of a forward pass, its inputs by keyword,
+# and its outputs.
+SawPass = Callable[[tuple[Any, ...], dict[str, Any], Any], None]
 
 
 def _none() -> None:
@@ -45,7 +46,7 @@ class ForwardProbe:
 
     def __init__(self) -> None:
         self._tracker: Callable[[], Tracker | None] = _none
-        self._saw_inputs: Callable[[], SawInputs | None] = _none
+        self._saw_pass: list[Callable[[], SawPass | None]] = []
         self._is_second_backward: Callable[[], bool] = _never
         self.handle: Any = None
 
@@ -53,7 +54,7 @@ class ForwardProbe:
         self,
         tracker: Tracker,
         is_second_backward: Callable[[], bool] = _never,
-        saw_inputs: SawInputs | None = None,
+        saw_pass: Sequence[SawPass] = (),
     ) -> None:
         """Report to this tracker from now on.
 
@@ -61,11 +62,11 @@ class ForwardProbe:
             tracker: The tracker of the run; held by a weak reference.
             is_second_backward: Called during each backward pass; returns whether it is
                 the second one of ghost clipping, which computes the clipped gradient.
-            saw_inputs: A method that is called with the inputs of each pass; its object
-                is held by a weak reference.
+            saw_pass: Methods that are called with the inputs and outputs of each pass;
+                their objects are held by weak references.
         """
         self._tracker = weakref.ref(tracker)
-        self._saw_inputs = weakref.WeakMethod(saw_inputs) if saw_inputs else _none
+        self._saw_pass = [weakref.WeakMethod(method) for method in saw_pass]
         self._is_second_backward = is_second_backward
 
     def __call__(
@@ -93,8 +94,9 @@ class ForwardProbe:
             ]
         if tracker.saw_pass is not None:
             tracker.saw_pass(forward, out)
-        if (saw_inputs := self._saw_inputs()) is not None:
-            saw_inputs(args, kwargs)
+        for reference in self._saw_pass:
+            if (saw_pass := reference()) is not None:
+                saw_pass(args, kwargs, out)
         to_tracker, is_second_backward = self._tracker, self._is_second_backward
 
         def mark_backward(_: Tensor) -> None:
@@ -115,7 +117,7 @@ def probe(
     tracker: Tracker,
     *,
     is_second_backward: Callable[[], bool] = _never,
-    saw_inputs: SawInputs | None = None,
+    saw_pass: Sequence[SawPass] = (),
 ) -> RemovableHandle:
     """Report a model's forward passes to a tracker.
 
@@ -124,7 +126,7 @@ def probe(
         tracker: The tracker of the run; held by a weak reference. A second call
             replaces the tracker of the first.
         is_second_backward: Of ``ForwardProbe.report_to``.
-        saw_inputs: Of ``ForwardProbe.report_to``.
+        saw_pass: Of ``ForwardProbe.report_to``.
 
     Returns:
         The handle that removes the hook.
@@ -135,11 +137,11 @@ def probe(
             del hooks[key]
             continue
         # prepared before
-        hooks[key].report_to(tracker, is_second_backward, saw_inputs)
+        hooks[key].report_to(tracker, is_second_backward, saw_pass)
         handle: RemovableHandle = hooks[key].handle
         return handle
     forward_probe = ForwardProbe()
-    forward_probe.report_to(tracker, is_second_backward, saw_inputs)
+    forward_probe.report_to(tracker, is_second_backward, saw_pass)
     handle = module.register_forward_hook(forward_probe, with_kwargs=True)
     forward_probe.handle = handle
     return handle

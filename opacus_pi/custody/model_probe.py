@@ -348,12 +348,15 @@ class ModelProbe:
     _waiting: Callable[[], Finding] | None = field(init=False, default=None)
     _layers: list[weakref.ref[nn.Module]] = field(init=False, default_factory=list)
 
-    def saw(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def saw(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any = None
+    ) -> None:
         """Keep the inputs of a forward pass if they are of a new kind.
 
         Args:
             args: The model's positional inputs.
             kwargs: Its inputs by keyword.
+            outputs: Not used.
         """
         model = self.model()
         if self._waiting is not None or model is None:

@@ -31,6 +31,11 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._validate import expect
 from opacus_pi.integration.engine import PrivacyEngine
+from opacus_pi.integration.trainers import (
+    require_preparation,
+    require_setting,
+    require_three,
+)
 
 __all__ = ["PrivacyCallback"]
 
@@ -38,8 +43,6 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError:  # PrivacyCallback raises when it is created
     Callback = object  # type: ignore[assignment,misc]
-
-_PREPARATIONS = ("make_private", "make_private_with_epsilon", "make_monitored")
 
 
 class PrivacyCallback(Callback):
@@ -81,13 +84,7 @@ class PrivacyCallback(Callback):
                 "install 'lightning>=2.6'"
             )
         super().__init__()
-        expect(
-            prepare in _PREPARATIONS,
-            "prepare",
-            repr(prepare),
-            f"must be one of {_PREPARATIONS}",
-            "Name the method of PrivacyEngine that prepares the run.",
-        )
+        require_preparation(prepare)
         self.engine, self.prepare, self.module = engine, prepare, module
         self.options = options
         self._hooks: AbstractGradSampleHooks | None = None
@@ -117,13 +114,7 @@ class PrivacyCallback(Callback):
             **self.options,
             **({"wrap_model": False} if is_private else {}),
         )
-        expect(
-            len(prepared) == 3,
-            "grad_sample_mode",
-            repr(self.options.get("grad_sample_mode")),
-            "must be a mode that keeps the criterion of training_step",
-            'Use "hooks": ghost clipping replaces the criterion by one of its own.',
-        )
+        require_three(prepared, self.options.get("grad_sample_mode"))
         hooks, trainer.optimizers, loader = prepared[0], [prepared[1]], prepared[2]
         self._hooks = hooks if is_private else None
         _replace_training_loader(trainer, loader)
@@ -217,28 +208,28 @@ def _check_trainer(trainer: "Trainer", pl_module: "LightningModule") -> None:
         ValueError: If a setting must be changed; the message names it.
     """
     one_batch = "so that each update uses one batch"
-    _require(
+    require_setting(
         "automatic_optimization",
         pl_module.automatic_optimization,
         equals=True,
         remedy=f"Leave it on, {one_batch}, or write your own training loop.",
     )
-    _require(
+    require_setting(
         "num_optimizers",
         len(trainer.optimizers),
         equals=1,
         remedy="Return a single optimizer from configure_optimizers.",
     )
-    _require(
+    require_setting(
         "num_devices", trainer.world_size, equals=1, remedy="Use Trainer(devices=1)."
     )
-    _require(
+    require_setting(
         "accumulate_grad_batches",
         trainer.accumulate_grad_batches,
         equals=1,
         remedy=f"Use a larger batch_size instead, {one_batch}.",
     )
-    _require(
+    require_setting(
         "gradient_clip_val",
         trainer.gradient_clip_val or 0,
         equals=0,
@@ -247,7 +238,7 @@ def _check_trainer(trainer: "Trainer", pl_module: "LightningModule") -> None:
             "each example."
         ),
     )
-    _require(
+    require_setting(
         "reload_dataloaders_every_n_epochs",
         vars(trainer)["reload_dataloaders_every_n_epochs"],
         equals=0,
@@ -256,11 +247,6 @@ def _check_trainer(trainer: "Trainer", pl_module: "LightningModule") -> None:
             "engine prepared."
         ),
     )
-
-
-def _require(name: str, value: Any, *, equals: Any, remedy: str) -> None:
-    """Raise ``ValueError`` unless a setting of the trainer has the one value."""
-    expect(value == equals, name, value, f"must be {equals}", remedy)
 
 
 def _training_loader(trainer: "Trainer") -> DataLoader[Any]:

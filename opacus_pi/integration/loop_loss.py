@@ -41,6 +41,7 @@ from opacus_pi.attribution.delivery import ForwardPass
 from opacus_pi.attribution.lookalikes import rows_of_all
 from opacus_pi.attribution.targets import positions_in_delivery
 from opacus_pi.custody import Chain
+from opacus_pi.custody.checked_updates import checked_updates
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audit import (
     AuditedRun,
@@ -59,7 +60,6 @@ from opacus_pi.recording import Recorder
 
 __all__ = ["LoopLoss", "not_compared"]
 
-_FIRST_OF_PERIODS = (4, 10, 100, 1_000, 10_000)
 _MAX_ATTEMPTS = 20  # updates
 _MAX_PASSES = 4  # of an update that are compared
 _ZERO = 1e-6  # of the largest norm
@@ -259,8 +259,7 @@ class LoopLoss:
         self._tracker, self._chain, self._new_engine = tracker, chain, new_engine
         self.num_before = num_before
         self._draws = random.Random(0)  # no secret: it only spreads the checks
-        periods = zip(_FIRST_OF_PERIODS, _FIRST_OF_PERIODS[1:], strict=False)
-        self._due = [1, 2, 3, *(self._draws.randrange(*period) for period in periods)]
+        self._due = checked_updates(self._draws)
         self._num_updates = self.num_compared = self._num_attempts = 0
         self._had_samples = self._has_compared = False
         self._num_passes, self._chosen = 0, set(range(_MAX_PASSES))

@@ -818,7 +818,8 @@ class PerInstanceMixin(Shown, OpacusEngine):
         model_probe = new_model_probe(
             self.recorder, hooks, batch_first=hooks.batch_first
         )
-        probe_model(hooks, tracker, model_probe)
+        run = PreparedRun(hooks, tracker, loader, model_probe)
+        probe_model(hooks, tracker, model_probe, run.loss_probe)
         explain_in_place(hooks)
         is_own_collate = not keeps_order(user_collate_fn(loader))
         observe(loader, tracker, follow_items=is_own_collate)
@@ -830,7 +831,6 @@ class PerInstanceMixin(Shown, OpacusEngine):
             noise_generator=optimizer.generator,
             is_secure=self.secure_mode,
         )
-        run = PreparedRun(hooks, tracker, loader, model_probe)
         run.training = TrainingStates(run.module, optimizer, run_state)
         update = self._begin(run, run_state)
         for reason in filter(None, [own_rule, *layers_opacus_gets_wrong(hooks)]):

@@ -25,6 +25,7 @@ from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.loss_factors import LossFactors
 from opacus_pi.custody.loss_probe import LossProbe
+from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
 from opacus_pi.custody.weights import WeightSnapshot
 from opacus_pi.integration.checkpoints import RunState
@@ -111,7 +112,9 @@ def new_model_probe(
 
 
 def probe_model(
-    hooks: AbstractGradSampleHooks, tracker: Tracker, model_probe: ModelProbe | None
+    hooks: AbstractGradSampleHooks,
+    tracker: Tracker,
+    *probes: ModelProbe | ModelLossProbe | None,
 ) -> None:
     """Report the forward passes of a prepared model to a tracker.
 
@@ -120,7 +123,7 @@ def probe_model(
             in modes without hooks (``"ew"``, ``"no_op"``) the probe stays, and has no
             effect once the tracker is deleted.
         tracker: Referred to weakly. A second call replaces it.
-        model_probe: Sees the inputs of the passes; referred to weakly.
+        *probes: See the passes; referred to weakly. None: no such probe.
     """
     prepared = weakref.ref(hooks)
 
@@ -136,7 +139,7 @@ def probe_model(
         module,
         tracker,
         is_second_backward=is_second_backward,
-        saw_inputs=None if model_probe is None else model_probe.saw,
+        saw_pass=[one.saw for one in probes if one is not None],
     )
     if handle not in (removable_handles(module) or ()):
         keep_handle(module, handle)
@@ -274,6 +277,12 @@ class PreparedRun:
         is_distributed = isinstance(self.module, DISTRIBUTED)
         self.processes = Processes() if is_distributed else None
         self.chain, self.snapshot = Chain(tracker.sample_counts), WeightSnapshot()
+        self.loss_probe: ModelLossProbe | None = None
+        if model_probe is not None and hooks.batch_first:
+            takes_sum = hooks.loss_reduction == "sum"
+            self.loss_probe = ModelLossProbe(
+                model_probe.model, self.chain, takes_sum=takes_sum
+            )
 
     def begin_record(self, recorder: Recorder) -> None:
         """Let a recorder begin to record this run.
@@ -352,7 +361,7 @@ class PreparedRun:
         update = UpdateUnderWay(
             recorder, self.tracker, self.hooks, self.sample_rate, self.chain, draws
         )
-        update.model_probe = self.model_probe
+        update.model_probe, update.loss_probe = self.model_probe, self.loss_probe
         if renyi_filter is not None:
             layers = batch_norms(self.hooks)
             update.gate = FilterGate(renyi_filter, self.tracker, layers)

@@ -24,6 +24,7 @@ from opacus_pi.attribution.lookalikes import largest_of_alike
 from opacus_pi.attribution.tracker import indices_of
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
+from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import ModelProbe
 from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.checks import (
@@ -68,6 +69,7 @@ class UpdateUnderWay:
         gate: Leaves out examples whose budget is spent, if the engine has a filter.
         outside: Detects changes between updates; None in a distributed run.
         model_probe: Finds out whether the model mixes examples; None: it is not run.
+        loss_probe: Looks at losses that the model returns; None: nothing does.
         loop_loss: Compares updates with a criterion that was audited; None: none was.
         is_superseded: Whether a later ``make_private`` of the same engine has begun
             another run. Updates of this one are then not recorded but refused.
@@ -86,6 +88,7 @@ class UpdateUnderWay:
     gate: FilterGate | None = None
     outside: OutsideChanges | None = None
     model_probe: ModelProbe | None = None
+    loss_probe: ModelLossProbe | None = None
     loop_loss: LoopLoss | None = None
     is_superseded: bool = False
     optimizer: weakref.ref[DPOptimizer] | None = field(init=False, default=None)
@@ -186,6 +189,8 @@ class UpdateUnderWay:
         finding = None if self.model_probe is None else self.model_probe.run()
         if finding is not None and not batch_statistics(self._batch_norms):
             finding.tell(self.chain, "model")
+        if self.loss_probe is not None:
+            self.loss_probe.run()
         if self.outside is not None:
             self.outside.noise_was_drawn(is_current=not self.is_superseded)
         # As Opacus's accountant does: with accumulated batches an example had as many

@@ -17,7 +17,9 @@ from torch.utils.data import Dataset
 
 from opacus_pi._torch_compat import pytree
 
-_TARGETS, _OUTPUTS = "labels", "logits"  # as in the package transformers
+# Names as in the package transformers. A model divides the sum of its losses by the
+# number of items, if it is given one.
+_TARGETS, _OUTPUTS, NUM_ITEMS = "labels", "logits", "num_items_in_batch"
 
 
 def arguments(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

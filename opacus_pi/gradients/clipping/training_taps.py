@@ -234,8 +234,10 @@ class TrainingTaps:
             return None
         if len(floating(outputs)) > 1:
             # One output may be computed from another: a view of each has a gradient
-            # of its own.
-            outputs = map_tensors(lambda output: output.view_as(output), outputs)
+            # of its own. Loops scale a scalar loss in place, which views do not follow.
+            outputs = map_tensors(
+                lambda out: out.view_as(out) if out.dim() else out.clone(), outputs
+            )
         for place, leaf in floating(outputs).items():
             if leaf.requires_grad:
                 call = cache.calls[-1]

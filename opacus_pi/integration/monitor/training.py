@@ -378,8 +378,7 @@ def _add_hooks(
 
     # Connects the tensors that enter the model with the backward pass that follows.
     probe = ForwardProbe()
-    saw_inputs = None if model_probe is None else model_probe.saw
-    probe.report_to(tracker, saw_inputs=saw_inputs)
+    probe.report_to(tracker, saw_pass=[model_probe.saw] if model_probe else [])
     _HOOK_HANDLES[module] = [module.register_forward_hook(probe, with_kwargs=True)]
 
     def begin_update(*_: Any) -> None:
