@@ -6,7 +6,12 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 INIT = (HERE / "opacus_pi" / "__init__.py").read_text(encoding="utf-8")
 VERSION = re.search(r'^__version__ = "(.+)"', INIT, re.MULTILINE).group(1)
-DOCS = ["mkdocs>=1.6", "mkdocstrings[python]>=0.30", "pymdown-extensions>=10"]
+DOCS = [
+    "mkdocs>=1.6",
+    "mkdocs-material>=9.5",
+    "mkdocstrings[python]>=0.30",
+    "pymdown-extensions>=10",
+]
 
 setup(
     name="opacus-pi",
@@ -58,6 +63,7 @@ setup(
             "accelerate>=1",
             "peft>=0.18",
             "transformers>=5",
+            "datasets>=3",
         ],
     },
     entry_points={"console_scripts": ["opacus-pi=opacus_pi.cli:main"]},

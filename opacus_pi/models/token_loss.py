@@ -5,6 +5,7 @@ example's gradient then depends on how long the others are, and clipping it boun
 nothing. Here each example has a loss of its own, the mean over its own labels, and the
 loss of the batch is the mean of these.
 
+>>> import torch
 >>> logits = torch.zeros(2, 3, 5)
 >>> labels = torch.tensor([[1, 2, 3], [4, -100, -100]])
 >>> TokenLoss(reduction="none")(logits, labels)
