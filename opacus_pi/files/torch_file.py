@@ -96,9 +96,9 @@ def read_torch_file(
 
     Raises:
         OtherObjects: If it holds objects of other types; the message names them.
-        ValueError: If the file is damaged, or not a regular file.
-        RuntimeError, EOFError, OSError: As ``torch.load``, if the file is damaged or
-            cannot be opened.
+        ValueError: If the file is empty, cut short or damaged, or no regular file.
+        RuntimeError, OSError: As ``torch.load``, if an option does not fit the file, or
+            the file cannot be opened.
     """
     is_open = not isinstance(source, (str, os.PathLike))
     start = cast(IO[bytes], source).tell() if is_open else 0
@@ -118,13 +118,30 @@ def read_torch_file(
             f"path: {name} is damaged, or cannot be read without running code from it "
             f"({_cause(error)}). {remedy}"
         ) from error
-    except (OSError, *_DAMAGED) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # the file cannot be opened; torch raises EINVAL for a cut archive
+    except (OSError, EOFError, RuntimeError, *_DAMAGED) as error:
+        if not _is_damage(error):
+            raise
+        what = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise ValueError(
             f"path must be a complete file of torch.save, got {source} "
-            f"({type(error).__name__}: {error}). Restore it from a copy."
+            f"({type(error).__name__}: {what}). Restore it from a copy."
         ) from error
+
+
+def _is_damage(error: Exception) -> bool:
+    """Return whether an error means that a file is damaged.
+
+    A file that cannot be opened is another matter, and so is an option that does not
+    fit, for which torch raises ``RuntimeError`` as well.
+
+    Args:
+        error: What ``torch.load`` has raised.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.EINVAL  # of an archive that was cut
+    if isinstance(error, RecursionError) or not isinstance(error, RuntimeError):
+        return True
+    return "PytorchStreamReader" in str(error) or "file in archive" in str(error)
 
 
 @contextmanager

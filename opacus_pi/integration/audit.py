@@ -71,6 +71,11 @@ __all__ = [
 
 _MAX_EXAMPLES = 32  # of one batch: each is differentiated alone
 _SWEPT = "swept"  # in place of a grad_sample_mode: norms of a sweep
+_OTHER_NUMBER = (
+    "{num} norms could be matched to {size} examples. A layer that is given only some "
+    "of the examples has this effect, as in a model that routes them. Give every layer "
+    "all examples, and choose between its outputs by torch.where."
+)
 _STATES = {True: "ok", False: "FAILED", None: "not seen"}
 
 
@@ -265,13 +270,18 @@ def audit_batch(
     loss = TrainedLoss(criterion, run)
     with measuring():
         expected = _norms_alone(_quiet_copy(model, run), loss, x, y, run.batch_dim)
-        recorded = _recorded_norms(model, loss, (x, y), run, new_engine)
         size, dim = len(y), run.batch_dim
         turned = rows_of((x, y), range(size - 1, -1, -1), size, dim)
-        reverse = _recorded_norms(model, loss, turned, run, new_engine).flip(0)
+        try:
+            recorded = _recorded_norms(model, loss, (x, y), run, new_engine)
+            reverse = _recorded_norms(model, loss, turned, run, new_engine).flip(0)
+            row_of_norms = _compare_norms(recorded, expected, model)
+        except RuntimeError as error:  # of Opacus or torch, as in training
+            recorded = reverse = torch.empty(0, dtype=torch.float64)
+            row_of_norms = _failed_update(error)
         outputs = forward(_quiet_copy(model, run), x)
         rows = (
-            _compare_norms(recorded, expected, model),
+            row_of_norms,
             _compare_loss(loss, outputs, y, run),
             _model_row(_quiet_copy(model, run), x, run),
             _compare_order(recorded, reverse, model),
@@ -502,14 +512,22 @@ class OutputGradients:
         return torch.cat(parts, dim=1)
 
 
+def _failed_update(error: RuntimeError) -> AuditRow:
+    """Say that an update could not be made, and with which error."""
+    first, *_ = [*str(error).splitlines(), ""]
+    return AuditRow(
+        "norms",
+        False,
+        f"An update with these examples failed ({type(error).__name__}: {first}). "
+        'Training would fail, too. Change the model, or try grad_sample_mode="hooks".',
+    )
+
+
 def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> AuditRow:
     """Compare the recorded norms with those of the examples alone."""
     if len(recorded) != len(expected):
-        return AuditRow(
-            "norms",
-            False,
-            f"{len(recorded)} norms were recorded for {len(expected)} examples.",
-        )
+        text = _OTHER_NUMBER.format(num=len(recorded), size=len(expected))
+        return AuditRow("norms", False, text)
     if recorded.isnan().any():
         return AuditRow("norms", None, "There are no norms to compare.")
     gap = largest_gap(recorded, expected)
@@ -575,7 +593,7 @@ def _model_row(model: nn.Module, x: Any, run: AuditedRun) -> AuditRow:
 
 def _compare_order(recorded: Tensor, reverse: Tensor, model: nn.Module) -> AuditRow:
     """Compare the recorded norms with those of the batch in reverse order."""
-    if recorded.isnan().any():
+    if not len(recorded) or recorded.isnan().any():
         return AuditRow("order", None, "There are no norms to compare.")
     same_size = len(recorded) == len(reverse)
     if same_size and largest_gap(recorded, reverse) <= rounding_of(model):

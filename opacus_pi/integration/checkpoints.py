@@ -41,7 +41,9 @@ from opacus_pi.integration.accountants import num_steps_of
 from opacus_pi.integration.filtering import resume_charges, saved_charges
 from opacus_pi.integration.opacus_compat import has_skipped_last_step
 from opacus_pi.integration.schedules import is_poisson, unknown_schedule
+from opacus_pi.ledger.checks import CHANGED
 from opacus_pi.ledger.custody import Custody
+from opacus_pi.models.weights_name import weights_name
 from opacus_pi.recording import Recorder
 from opacus_pi.recording.random_states import RandomStates
 from opacus_pi.recording.saved_state import require_version
@@ -67,6 +69,12 @@ _OTHER_HISTORY = (
     "saved together with the recorded run: the file was edited, or put together from "
     "two checkpoints. Neither get_epsilon nor the ledger covers such a run. Resume "
     "from an unchanged checkpoint."
+)
+_OTHER_WEIGHTS = (
+    "The weights in the checkpoint are not those that the recorded run had after its "
+    "last update: the file was edited, put together from two checkpoints, or saved "
+    "with another module. The ledger does not cover such a model. Resume from an "
+    "unchanged checkpoint of the module that was trained."
 )
 _SECURE = (
     "An engine with secure_mode=True draws random numbers that cannot be repeated. "
@@ -327,6 +335,7 @@ class Checkpoints:
         recorder: Recorder,
         renyi_filter: RenyiFilter | None,
         *,
+        module: nn.Module,
         accountant: IAccountant,
         restore_rng: bool,
         refuse: Callable[[str], None],
@@ -337,6 +346,7 @@ class Checkpoints:
             checkpoint: What Opacus loaded; our entries are removed.
             recorder: Continues the recorded run, if the checkpoint has one.
             renyi_filter: Continues with the charges, if there is a filter.
+            module: The module, with the weights from the checkpoint.
             accountant: The engine's, with the history from the checkpoint.
             restore_rng: Whether to restore everything that decides how the run goes on.
             refuse: Called with the reason if the run cannot be continued.
@@ -355,6 +365,8 @@ class Checkpoints:
                 recorder.load_state_dict(state)
                 if state.get(_HISTORY, found := _history_of(accountant)) != found:
                     refuse(_OTHER_HISTORY.format(num_steps_of(accountant)))
+                if _has_other_weights(module, checkpoint, state):
+                    refuse(_OTHER_WEIGHTS)
             except ValueError as error:
                 if restore_rng and not state:
                     raise
@@ -508,6 +520,26 @@ def _part(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         prefix: One of the prefixes above, with its dot.
     """
     return {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+
+
+def _has_other_weights(
+    module: nn.Module, checkpoint: Mapping[str, Any], state: Mapping[str, Any]
+) -> bool:
+    """Return whether the loaded weights are not those of the recorded run.
+
+    A checkpoint may have no weights at all, if another program stores them.
+
+    Args:
+        module: The module, with the weights from the checkpoint.
+        checkpoint: What Opacus loaded.
+        state: The recorded run, which has the name of its weights if it is known.
+    """
+    name = state.get("weights") or CHANGED
+    states = (checkpoint.get("module_state_dict", {}), module.state_dict())
+    kinds = [{v.dtype for v in s.values() if isinstance(v, Tensor)} for s in states]
+    has_same_types = kinds[0] == kinds[1]  # else the weights were rounded
+    is_known = name != CHANGED and has_same_types and bool(kinds[0])
+    return is_known and weights_name(module) != name
 
 
 def _history_of(accountant: IAccountant) -> str:

@@ -712,6 +712,7 @@ class PerInstanceMixin(Shown, OpacusEngine):
             checkpoint,
             self.recorder,
             self.renyi_filter,
+            module=options["module"],
             accountant=self.accountant,
             restore_rng=restore_rng,
             refuse=self.checks.refuse,

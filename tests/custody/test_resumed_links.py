@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_pi import PrivacyEngine, Recorder
+from opacus_pi import AccountingError, PrivacyEngine, Recorder
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -145,3 +145,39 @@ def test_other_links_are_checked_again_too(path):
     assert first.link("model").state == "checked"
     part = Part(probe_model=False).load(path).train()
     assert part.link("model").state == "unchecked"
+
+
+def swapped(path, other, *names):
+    """Put entries of another checkpoint into one."""
+    mine, theirs = (torch.load(p, weights_only=False) for p in (path, other))
+    torch.save({**mine, **{name: theirs[name] for name in names}}, path)
+
+
+def test_weights_of_another_run_are_refused(path, tmp_path):
+    Part().audit().train().save(path)
+    torch.manual_seed(9)
+    Part().train(coupled).save(tmp_path / "other")
+    swapped(path, tmp_path / "other", "module_state_dict")
+    part = Part().load(path)
+    with pytest.raises(AccountingError, match="weights in the checkpoint are not"):
+        part.link()
+    with pytest.raises(AccountingError, match="weights in the checkpoint are not"):
+        part.train().link()
+
+
+def test_weights_in_another_precision_are_those_of_the_run(path):
+    Part().audit().train().save(path)
+    part = Part()
+    part.module.double()
+    assert part.load(path).link().state == "checked"
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_a_file_that_was_cut_is_named(path, size):
+    Part().train().save(path)
+    path.write_bytes(path.read_bytes()[:size])
+    before = Part()
+    with pytest.raises(ValueError, match="complete file of torch.save.*from a copy"):
+        before.load(path)
+    before.train()
+    assert before.engine.ledger.mechanism.num_steps == 4

@@ -320,3 +320,39 @@ def test_a_filter_that_chooses_samples_is_named():
         max_grad_norm=1.0,
     )
     assert "RenyiFilter" in reason_of_the_loss(engine, *parts)
+
+
+class Routed(nn.Module):
+    """Gives each of two layers a part of the examples."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        to_one = x[:, 0] > 0
+        outputs = x.new_zeros(len(x), 3)
+        outputs[to_one] = self.one(x[to_one])
+        outputs[~to_one] = self.other(x[~to_one])
+        return outputs
+
+
+@pytest.mark.parametrize(
+    "mode, reason", [("hooks", "routes them"), ("ew", "An update with these examples")]
+)
+def test_a_model_that_routes_examples_has_a_failed_audit(mode, reason):
+    x, module = torch.randn(24, 6), Routed()
+    engine = PrivacyEngine()
+    engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(x, torch.arange(24) % 3), batch_size=7),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode=mode,
+    )
+    audit = engine.audit(nn.CrossEntropyLoss())
+    assert not audit.passed and reason in audit["norms"].sentence
+    assert audit["order"].passed is None
+    batch = x[:7], torch.arange(7) % 3
+    assert not opacus_pi.audit(module, nn.CrossEntropyLoss(), batch).passed
