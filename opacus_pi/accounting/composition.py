@@ -59,16 +59,18 @@ def default_hoelder_p(num_steps: int) -> float:
     return max(3.0 * num_steps, 3.0)
 
 
-def corrected_order(order: float, hoelder_p: float, remaining: ArrayLike) -> Array:
+def corrected_order(
+    order: float | Array, hoelder_p: float, remaining: ArrayLike
+) -> Array:
     """Return the order at which an update is taken: 1 + (order-1)·(p/(p-1))^i.
 
     Args:
-        order: Rényi order of the whole composition, above 1.
+        order: Rényi order of the whole composition, above 1; any shape.
         hoelder_p: p, above 1; ``inf`` leaves the order unchanged.
         remaining: i, the number of updates after this one, any shape.
 
     Returns:
-        float64 in the shape of ``remaining``.
+        float64 in the common shape of ``order`` and ``remaining``.
     """
     return 1 + (order - 1) * np.exp(log_order_growth(hoelder_p) * np.asarray(remaining))
 
@@ -131,7 +133,7 @@ def interval_orders(
     count = remaining[1] - remaining[0] + 1
     if mode == "ceil":
         corners = np.arange(math.ceil(low), math.ceil(high) + 1, dtype=np.float64)
-        sums = _pieces(order, hoelder_p, remaining, corners)[1]
+        sums = pieces(order, hoelder_p, remaining, corners)[1]
         return corners, sums
     if mode == "chord" and sample_rate < 1:
         # The chord of one run is linear between integer orders: its values there
@@ -166,7 +168,10 @@ def interval_orders(
 
 
 def linear_weights(
-    order: float, hoelder_p: float, remaining: tuple[int, int], corners: Array
+    order: float | Array,
+    hoelder_p: float,
+    remaining: tuple[int, int],
+    corners: Array,
 ) -> Array:
     """Return how often each corner of a piecewise linear function counts in a sum.
 
@@ -175,56 +180,85 @@ def linear_weights(
     two corners are summed in closed form, however many they are.
 
     Args:
-        order: Rényi order of the whole composition, above 1.
+        order: Rényi order of the whole composition, above 1; or several, ``(K, 1)``.
         hoelder_p: p, above 1, or ``inf``.
         remaining: Fewest and most updates that follow one of the interval's updates.
-        corners: Increasing orders ``(K,)``; the first is at most, and the last at
-            least, every order of the interval.
+        corners: Increasing orders ``(C,)``, or ``(K, C)``; the first is at most, and
+            the last at least, every order of the interval.
 
     Returns:
-        float64 ``(K,)``, at least 0.
+        float64 ``(C,)``, at least 0; ``(K, C)`` for several orders.
     """
-    counts, sums = _pieces(order, hoelder_p, remaining, corners)
+    counts, sums = pieces(order, hoelder_p, remaining, corners)
     weights: Array = sums.copy()
-    if len(corners) > 1:
+    if corners.shape[-1] > 1:
         # Σ (order_i - c)/(order_i - 1) = count - (c-1)·Σ 1/(order_i - 1)
-        above = (counts[1:] - (corners[:-1] - 1) * sums[1:]) / np.diff(corners)
-        above = np.clip(above, 0, sums[1:])
-        weights[1:] = above
-        weights[:-1] += sums[1:] - above
+        later = sums[..., 1:]
+        above = counts[..., 1:] - (corners[..., :-1] - 1) * later
+        above /= np.diff(corners)
+        above = np.clip(above, 0, later)
+        weights[..., 1:] = above
+        weights[..., :-1] += later - above
     return weights
 
 
-def _pieces(
-    order: float, hoelder_p: float, remaining: tuple[int, int], corners: Array
+def pieces(
+    order: float | Array,
+    hoelder_p: float,
+    remaining: tuple[int, int],
+    corners: Array,
 ) -> tuple[Array, Array]:
     """Return the number of updates whose order is in each piece, and Σ 1/(order - 1).
 
     Args:
-        order: Rényi order of the whole composition, above 1.
+        order: Rényi order of the whole composition, above 1; or several, ``(K, 1)``.
         hoelder_p: p, above 1, or ``inf``.
         remaining: Fewest and most updates that follow one of the interval's updates.
-        corners: Increasing orders ``(K,)``; the last is at least every order. Piece k
-            holds the orders above corner k - 1 and up to corner k.
+        corners: Increasing orders ``(C,)``, or ``(K, C)``; the last is at least every
+            order. Piece k holds the orders above corner k - 1 and up to corner k.
 
     Returns:
-        Two arrays ``(K,)``.
+        Two arrays ``(C,)``; ``(K, C)`` for several orders.
     """
     fewest, most = remaining
-    # The last update whose order is at most each corner, by bisection: orders rise.
-    last, beyond = np.full(len(corners), fewest - 1), np.full(len(corners), most + 1)
-    while (beyond - last > 1).any():
-        middle = (last + beyond) // 2
-        inside = corrected_order(order, hoelder_p, middle) <= corners
-        last, beyond = np.where(inside, middle, last), np.where(inside, beyond, middle)
-    last[-1] = most
-    first = np.append(fewest - 1, last[:-1]) + 1
+    growth = log_order_growth(hoelder_p)
+    last = _last_updates(order, growth, remaining, corners)
+    last[..., -1] = most
+    first = np.empty_like(last)
+    first[..., 0], first[..., 1:] = fewest, last[..., :-1] + 1
     counts = (last - first + 1).astype(np.float64)
     # 1/(order_i - 1) = w^(-i)/(order - 1), a geometric series
-    growth = log_order_growth(hoelder_p)
     series = np.expm1(-growth * counts) / math.expm1(-growth) if growth else counts
     sums: Array = np.exp(-growth * first) * series / (order - 1)
     return counts, sums
+
+
+def _last_updates(
+    order: float | Array, growth: float, remaining: tuple[int, int], corners: Array
+) -> NDArray[np.int64]:
+    """Return the last update whose order is at most each corner; else the one before.
+
+    Args:
+        order: As in ``pieces``.
+        growth: ``log_order_growth`` of p.
+        remaining: As in ``pieces``.
+        corners: As in ``pieces``.
+    """
+    fewest, most = remaining
+
+    def order_of(update: NDArray[np.int64]) -> Array:
+        grown: Array = np.exp(growth * update)
+        return 1 + (order - 1) * grown
+
+    if not growth:
+        inside = np.broadcast_to(order, np.broadcast(order, corners).shape) <= corners
+        return np.where(inside, most, fewest - 1)
+    # The closed form may be one update off by rounding: its neighbours are compared.
+    with np.errstate(divide="ignore"):
+        exact = np.log(np.maximum(corners - 1, 0) / (order - 1)) / growth
+    last = np.floor(np.clip(exact, fewest - 1, most)).astype(np.int64)
+    last = np.where((order_of(last + 1) <= corners) & (last < most), last + 1, last)
+    return np.where((order_of(last) > corners) & (last >= fewest), last - 1, last)
 
 
 def _split_interval(remaining: tuple[int, int], reach: float) -> list[tuple[int, int]]:

@@ -395,6 +395,7 @@ def norms_of_runs(
     rule: str = "right",
     tolerance: float = 0.0,
     gaps: str = "smoothed",
+    columns: slice = slice(None),
 ) -> RunNorms:
     """Check that the options fit the runs; return the norms and what fills their gaps.
 
@@ -403,6 +404,7 @@ def norms_of_runs(
         rule: One of ``ROW_RULES``.
         tolerance: As in ``privacy_losses``.
         gaps: As in ``privacy_losses``.
+        columns: The examples whose norms are returned.
 
     Returns:
         The norms of all runs.
@@ -443,29 +445,33 @@ def norms_of_runs(
         f"must be in {GAPS}",
         'The default is "smoothed".',
     )
-    predictions = _predictions(runs) if gaps == "smoothed" else ()
-    filled = [_norms_of(run, gaps, bool(predictions)) for run in runs]
+    predictions = _predictions(runs, columns) if gaps == "smoothed" else ()
+    filled = [_norms_of(run, gaps, bool(predictions), columns) for run in runs]
     norms = filled[0][None] if len(filled) == 1 else np.stack(filled)
-    counts = [run.participations for run in runs if run.participations is not None]
+    counts = [
+        run.participations[:, columns] for run in runs if run.participations is not None
+    ]
     mean = np.mean(counts, axis=0) if len(counts) == len(runs) else None
     return RunNorms(joint_mechanism(runs), first.steps, norms, mean, predictions)
 
 
 def _predictions(
-    runs: Sequence[GradNormLedger],
+    runs: Sequence[GradNormLedger], columns: slice
 ) -> tuple[PredictedNorms | None, ...]:
     """Return what the norms in the gaps of runs may have been; empty without gaps."""
-    predictions = tuple(PredictedNorms.of(run) for run in runs)
+    predictions = tuple(PredictedNorms.of(run, columns) for run in runs)
     return predictions if any(p is not None for p in predictions) else ()
 
 
-def _norms_of(run: GradNormLedger, gaps: str, keeps_gaps: bool) -> Array:
+def _norms_of(
+    run: GradNormLedger, gaps: str, keeps_gaps: bool, columns: slice
+) -> Array:
     """Return the norms of a run, float64 ``(N, n)``, with or without its gaps."""
     if keeps_gaps:
-        return run.grad_norms.astype(np.float64)
+        return run.grad_norms[:, columns].astype(np.float64)
     if gaps == "rank":
         run = filled_by_rank(run)
-    return fill_unobserved(run.grad_norms)
+    return fill_unobserved(run.grad_norms[:, columns])
 
 
 def composition_of(

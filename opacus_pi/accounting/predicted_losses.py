@@ -27,7 +27,7 @@ from opacus_pi.ledger.smoothed_ranks import PredictedScores, SmoothedRanks
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-__all__ = ["PredictedNorms", "mean_over_gaps"]
+__all__ = ["PredictedNorms", "ScorePlaces", "mean_over_gaps", "means_of_scores"]
 
 Array = NDArray[np.float64]
 Loss = Callable[[Array], Array]
@@ -47,36 +47,41 @@ class PredictedNorms:
         drawn: bool ``(N, n)``, where a norm was observed.
         seen_share: float64 ``(N,)``, which share of a row's updates is charged the
             norm that was observed, for an example that was drawn.
+        is_whole: bool ``(N,)``, whether the row has a norm of every example of the run.
     """
 
     ranks: SmoothedRanks
     scores: PredictedScores
     drawn: NDArray[np.bool_]
     seen_share: Array
+    is_whole: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, ledger: GradNormLedger) -> "PredictedNorms | None":
+    def of(
+        cls, ledger: GradNormLedger, columns: slice = slice(None)
+    ) -> "PredictedNorms | None":
         """Return the predictions of an observed ledger, or None if it has no gaps.
 
         Args:
             ledger: One run. Gaps of a swept one do not come from draws.
+            columns: The examples to predict.
         """
-        drawn = ~np.isnan(ledger.grad_norms)
-        if drawn.all() or ledger.source != "observed":
+        is_whole = np.array([not np.isnan(row).any() for row in ledger.grad_norms])
+        if is_whole.all() or ledger.source != "observed":
             return None
         ranks = ledger.smoothed_ranks
-        num_updates = ledger.updates_of_rows()
         is_counted = ledger.participations is not None
-        shares = np.ones(len(drawn)) if is_counted else 1 / num_updates
+        shares = np.ones(len(is_whole)) if is_counted else 1 / ledger.updates_of_rows()
         # A row without gaps says what every example is charged in all its updates.
-        shares[drawn.all(axis=1)] = 1.0
-        return cls(ranks, ranks.predict(ledger.grad_norms), drawn, shares)
+        shares[is_whole] = 1.0
+        norms = ledger.grad_norms[:, columns]
+        return cls(ranks, ranks.predict(norms), ~np.isnan(norms), shares, is_whole)
 
     def of_examples(self, columns: NDArray[Any] | slice) -> "PredictedNorms":
         """Return the predictions of some examples (columns)."""
         scores = self.scores.of_examples(columns)
         return PredictedNorms(
-            self.ranks, scores, self.drawn[:, columns], self.seen_share
+            self.ranks, scores, self.drawn[:, columns], self.seen_share, self.is_whole
         )
 
     def losses(self, row: int, norms: Array, loss: Loss) -> Array:
@@ -92,13 +97,12 @@ class PredictedNorms:
         """
         share, drawn = self.seen_share[row], self.drawn[row]
         # One call, because each has a cost of its own.
-        grid = self.ranks.norms_at(row, _SCORES)
+        grid = self.norms_on_grid(row)
         on_grid, seen = np.split(
             loss(np.concatenate([grid, norms[drawn]])), [len(grid)]
         )
         if np.isfinite(on_grid).all():
-            table = _means_of_grid() @ on_grid
-            mean = _bilinear(table, self.scores.mean[row], self.scores.std[row])
+            mean = self.places(row).read(means_of_scores(on_grid))
         else:  # the loss is infinite at some norms: nothing lies between two scores
             mean = self.direct(row, loss)
         mean[drawn] += share * (seen - mean[drawn])
@@ -116,19 +120,31 @@ class PredictedNorms:
             share, and the variance that the noise causes, which they do not; float64
             ``(n,)`` each. ``inf`` where the loss is infinite at some norms.
         """
-        on_grid = loss(self.ranks.norms_at(row, _SCORES))
+        on_grid = loss(self.norms_on_grid(row))
         unseen = 1 - self.seen_share[row] * self.drawn[row]
         if not np.isfinite(on_grid).all():
             unknown = np.where(unseen > 0, np.inf, 0.0)
             return unknown, unknown
-        means = _means_of_grid() @ on_grid
-        squares = _means_of_grid() @ on_grid**2
+        means, squares = means_of_scores(on_grid), means_of_scores(on_grid**2)
         mean, slow = self.scores.mean[row], self.scores.slow_std[row]
         noise = np.sqrt(np.maximum(self.scores.std[row] ** 2 - slow**2, 0))
-        above = _bilinear(means, mean + slow, noise)
-        below = _bilinear(means, mean - slow, noise)
-        spread = _bilinear(squares, mean, noise) - _bilinear(means, mean, noise) ** 2
+        above = ScorePlaces.of(mean + slow, noise).read(means)
+        below = ScorePlaces.of(mean - slow, noise).read(means)
+        here = ScorePlaces.of(mean, noise)
+        spread = here.read(squares) - here.read(means) ** 2
         return unseen * (above - below) / 2, unseen**2 * np.maximum(spread, 0)
+
+    def has_means(self, row: int) -> bool:
+        """Return whether an example of the run may be charged a mean in a row."""
+        return not self.is_whole[row] or bool(self.seen_share[row] != 1)
+
+    def norms_on_grid(self, row: int) -> Array:
+        """Return the norms at which ``means_of_scores`` needs the loss of a row."""
+        return self.ranks.norms_at(row, _SCORES)
+
+    def places(self, row: int) -> "ScorePlaces":
+        """Return where the examples' means are read from a table for a row."""
+        return ScorePlaces.of(self.scores.mean[row], self.scores.std[row])
 
     def direct(self, row: int, loss: Loss) -> Array:
         """Return the mean loss of updates that did not draw them, by quadrature.
@@ -181,7 +197,7 @@ def mean_over_gaps(
         return _mean_over_runs(norms, predictions, row, loss)
     (prediction,) = predictions
     assert prediction is not None
-    if prediction.drawn[row].all() and prediction.seen_share[row] == 1:
+    if not prediction.has_means(row):
         return loss(norms)
     return prediction.losses(row, norms[0], lambda given: loss(given[None]))
 
@@ -245,19 +261,66 @@ def _means_of_grid() -> "csr_array":
     return csr_array((values.reshape(-1), columns, ends), shape=shape)
 
 
-def _bilinear(
-    table: Array, means: NDArray[np.float32], stds: NDArray[np.float32]
-) -> Array:
-    """Read a flat table over ``_MEANS`` and ``_STDS`` between its entries."""
-    high, wide = len(_MEANS) - 1.0001, len(_STDS) - 1.0001
-    i = np.clip((means - _MEANS[0]) / _STEP, 0, high)
-    j = np.clip((stds - _STDS[0]) / _STEP, 0, wide)
-    row, column = i.astype(np.int32), j.astype(np.int32)
-    i -= row
-    j -= column
-    place = row * len(_STDS) + column
-    below = table[place] * (1 - j) + table[place + 1] * j
-    place += len(_STDS)
-    above = table[place] * (1 - j) + table[place + 1] * j
-    read: Array = below * (1 - i) + above * i
-    return read
+def means_of_scores(on_grid: Array) -> Array:
+    """Return the table of the means of a loss over normal distributions of scores.
+
+    Args:
+        on_grid: The loss at ``norms_on_grid``, ``(721,)``, or of several orders,
+            ``(721, K)``.
+
+    Returns:
+        float64 ``(5313,)`` or ``(5313, K)``, for ``ScorePlaces.read``.
+    """
+    table: Array = _means_of_grid() @ on_grid
+    return table
+
+
+@dataclass(frozen=True, eq=False)
+class ScorePlaces:
+    """Where means over normal distributions of scores are read from their table.
+
+    Args:
+        entries: int32 ``(n,)``, the entry of the table below mean and spread.
+        rows: float32 ``(n,)``, position between that mean and the next.
+        columns: float32 ``(n,)``, position between that spread and the next.
+    """
+
+    entries: NDArray[np.int32]
+    rows: NDArray[np.float32]
+    columns: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, means: NDArray[np.float32], stds: NDArray[np.float32]) -> "ScorePlaces":
+        """Return the places of distributions with some means and spreads, ``(n,)``."""
+        high, wide = len(_MEANS) - 1.0001, len(_STDS) - 1.0001
+        i = np.clip((means - _MEANS[0]) / _STEP, 0, high)
+        j = np.clip((stds - _STDS[0]) / _STEP, 0, wide)
+        row, column = i.astype(np.int32), j.astype(np.int32)
+        i -= row
+        j -= column
+        return cls(row * len(_STDS) + column, i, j)
+
+    def read(self, table: Array, orders: NDArray[np.int64] | None = None) -> Array:
+        """Read a table of ``means_of_scores`` between its entries.
+
+        Args:
+            table: ``(5313,)``, or ``(5313, K)`` for K orders.
+            orders: For a table of several orders, which of them to read for each
+                example, ``(n,)``.
+
+        Returns:
+            float64 ``(n,)``.
+        """
+        flat, place, width = table.ravel(), self.entries, 1
+        if orders is not None:
+            width = table.shape[1]
+            place = place * width + orders
+        below = flat[place] * (1 - self.columns)
+        below += flat[place + width] * self.columns
+        place = place + len(_STDS) * width
+        above = flat[place] * (1 - self.columns)
+        above += flat[place + width] * self.columns
+        below *= 1 - self.rows
+        above *= self.rows
+        below += above
+        return below

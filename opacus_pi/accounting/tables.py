@@ -53,21 +53,19 @@ from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
 from opacus_pi.accounting.composition import weighted_log_moments
+from opacus_pi.accounting.dyadic_cells import DyadicCells, halved, octaves
 
 Array = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 _MARGIN = 0.01  # share of the tolerance reserved for rounding errors
 _LEAST = 1e-8  # smallest tolerance whose margin exceeds the moments' error, 1e-11
-_MANTISSA = 52  # bits of a float64's mantissa: within an octave, bits are linear in s
 
 
 class UpperTable:
     """Table of a convex function on [0, ∞) with f(0) = 0, never below the function.
 
-    Between nodes the value is that of the chord. A cell is a dyadic part of an octave,
-    halved until its error is certified. Therefore the leading bits of a float64 name
-    its cell, and a look-up takes a few nanoseconds without a search.
+    Between nodes the value is that of the chord. A cell is halved until its error is
+    certified.
 
     Args:
         function: f, vectorised: ascending float64 ``(m,)`` to ``(m,)``, above 0.
@@ -85,45 +83,24 @@ class UpperTable:
         steepest: float,
         tolerance: float,
     ) -> None:
-        nodes = _octaves(low, high)
+        nodes = octaves(low, high)
         values = function(nodes.view(np.float64))
         while True:
             gaps = _gaps(nodes.view(np.float64), values, steepest)
             excess = gaps / (tolerance * (1 - 2 * _MARGIN))
             if excess.max() <= 1:
                 break
-            nodes, values = _refined(function, nodes, values, excess)
+            # Halving a cell divides its error by about 4.
+            halvings = (excess > 1) * 1 + (excess > 4) + (excess > 16)
+            nodes, values = halved(function, nodes, values, halvings)
         # Raise the lines by the margin: rounding must not push a value below f.
         more = 1 + _MARGIN * tolerance
         slopes, intercepts = _lines(
             nodes.view(np.float64), values * more, steepest * more
         )
-        self._lay_out(nodes, slopes, intercepts)
-
-    def _lay_out(self, nodes: Integers, slopes: Array, intercepts: Array) -> None:
-        """Store each cell's line where the leading bits of a float64 find it.
-
-        The range of the nodes is cut into equal buckets (parts of an octave). A bucket
-        has as many equal slots as its smallest cell needs. One more bucket with one
-        slot lies before the first node and one after the last. ``_base`` turns the
-        leading bits of a number directly into its slot.
-        """
-        parts = min(range(_MANTISSA), key=lambda p: _num_slots(nodes, p))
-        shifts = _slot_shifts(nodes, parts)
-        self._bucket_shift = _MANTISSA - parts
-        starts = nodes[0] + (np.arange(len(shifts)) << self._bucket_shift)
-        counts = 1 << (self._bucket_shift - shifts)
-        offsets = np.cumsum(counts) - counts
-        place = np.arange(counts.sum()) - np.repeat(offsets, counts)
-        slots = np.repeat(starts, counts) + (place << np.repeat(shifts, counts))
-        cells = np.searchsorted(nodes, slots, side="right")
-        cells = np.concatenate([[0], cells, [len(nodes)]])
-        self._slope, self._intercept = slopes[cells], intercepts[cells]
-        self._first = (nodes[0] >> self._bucket_shift) - 1
-        self._last = nodes[-1] >> self._bucket_shift
-        self._shift = np.concatenate([[63], shifts, [63]])
-        base = 1 + offsets - (starts >> shifts)  # slot = (bits >> shift) + base
-        self._base = np.concatenate([[0], base, [len(cells) - 1]])
+        self._cells = DyadicCells(nodes)
+        self._slope = slopes[self._cells.of_slots]
+        self._intercept = intercepts[self._cells.of_slots]
 
     def __call__(self, s: Array) -> Array:
         """Return upper bounds of f, within the tolerance.
@@ -134,12 +111,7 @@ class UpperTable:
         Returns:
             float64 in the shape of ``s``.
         """
-        bits = s.view(np.int64)
-        bucket = bits >> self._bucket_shift
-        np.clip(bucket, self._first, self._last, out=bucket)
-        bucket -= self._first
-        slot = bits >> self._shift[bucket]
-        slot += self._base[bucket]
+        slot = self._cells.slots(s)
         values: Array = self._slope[slot]
         values *= s
         values += self._intercept[slot]
@@ -240,12 +212,6 @@ def _log_moment_table(
     return UpperTable(function, low, high, steepest, tolerance)
 
 
-def _octaves(low: float, high: float) -> Integers:
-    """Return the bits of the powers of two around [low, high], at least two."""
-    first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
-    return np.exp2(np.arange(first, max(last, first + 1) + 1)).view(np.int64)
-
-
 def _gaps(nodes: Array, values: Array, steepest: float) -> Array:
     """Return the certified relative error of each chord.
 
@@ -263,49 +229,8 @@ def _gaps(nodes: Array, values: Array, steepest: float) -> Array:
     return result
 
 
-def _refined(
-    function: Callable[[Array], Array], nodes: Integers, values: Array, excess: Array
-) -> tuple[Integers, Array]:
-    """Return nodes with cells halved, up to three times, where the error is too large.
-
-    Halving a cell divides its error by about 4.
-    """
-    halvings = (excess > 1) * 1 + (excess > 4) + (excess > 16)
-    counts = 1 << halvings
-    first = np.cumsum(counts) - counts
-    place = np.arange(counts.sum()) - np.repeat(first, counts)
-    finer = np.repeat(nodes[:-1], counts)
-    finer += place * np.repeat(np.diff(nodes) >> halvings, counts)
-    result = np.empty(len(finer) + 1)
-    result[np.append(first, len(finer))] = values
-    result[:-1][place > 0] = function(finer[place > 0].view(np.float64))
-    return np.append(finer, nodes[-1]), result
-
-
 def _lines(nodes: Array, values: Array, steepest: float) -> tuple[Array, Array]:
     """Return the lines before the first node, of each chord, after the last node."""
     x, y = np.concatenate([[0.0], nodes]), np.concatenate([[0.0], values])
     slopes = np.append(np.diff(y) / np.diff(x), steepest)
     return slopes, y - slopes * x
-
-
-def _slot_shifts(nodes: Integers, parts: int) -> Integers:
-    """Return how many trailing bits do not matter within a slot, for each bucket.
-
-    A bucket is 2^-parts of an octave. Its slots are as wide as its smallest cell.
-    """
-    whole = _MANTISSA - parts
-    buckets = (nodes - nodes[0]) >> whole
-    shifts = np.full(buckets[-1], whole)
-    cell_shifts = np.log2(np.diff(nodes)).astype(np.int64)
-    np.minimum.at(shifts, buckets[:-1], cell_shifts)
-    return shifts
-
-
-def _num_slots(nodes: Integers, parts: int) -> int:
-    """Return the memory, in slots, of a layout with 2^parts buckets an octave."""
-    num_buckets = (nodes[-1] - nodes[0]) >> (_MANTISSA - parts)
-    if num_buckets > 4 * len(nodes):
-        return 1 << 62
-    shifts = _slot_shifts(nodes, parts)
-    return int(num_buckets + (1 << (_MANTISSA - parts - shifts)).sum())
