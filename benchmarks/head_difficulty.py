@@ -1,9 +1,12 @@
 """Does the privacy loss of a recorded run rank examples as the exact ε does?
 
     python -m benchmarks.head_difficulty     # digits, minutes
+    python -m benchmarks.head_difficulty --sets cifar10 --data-root DIR
 
-A ridge head on digits has an exact ε for every example (``unlearning.heads``). A seed
-trains a head on its own random rows. The exact ε before unlearning is compared with
+A ridge head has an exact ε for every example (``unlearning.heads``). The rows are
+pixels of digits, or what a small network sees in images of CIFAR-10; it was trained on
+40,000 other images. A seed trains a head on its own random rows. The exact ε before
+unlearning is compared with
 
 exact steps        unlearning steps until the exact ε is at most 1
 our bound          ``contractive_divergence``, from the residuals along simulated runs
@@ -15,11 +18,15 @@ gradient norm      of the example at the ridge solution, the simplest proxy
 with leverage      the residual times the root of xᵀH⁻¹x, instead of the norm of x
 simulated steps    the first of a grid of steps at which a test on the example's loss
                    does not tell unlearned from retrained weights: AUC at most 0.55
+                   (rows that need more than the largest of the grid count as equal)
 
 Results: OUT/head_difficulty.json and .md, rank correlations with the exact ε; FIGURE.
+The file is written after every seed, and stored seeds are not run again.
 """
 
 import warnings
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +38,15 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common.command_line import parser_of
-from benchmarks.common.head_data import NUM_CLASSES, Array, digits
-from benchmarks.common.report import environment, write_json
+from benchmarks.common.head_data import (
+    NUM_CLASSES,
+    Array,
+    HeadData,
+    digits,
+    network_features,
+)
 from benchmarks.common.report import markdown as table_of
+from benchmarks.common.seeds import publish, run_missing
 from opacus_pi import PrivacyEngine, Recorder
 from opacus_pi.accounting import contractive_divergence, lsi_track, privacy_losses
 from opacus_pi.unlearning.heads import RidgeHead
@@ -42,9 +55,9 @@ from opacus_pi.unlearning.heads.ridge_laws import decay
 ROOT = Path(__file__).parents[1]
 DELTA, EPSILON, ORDER = 1e-5, 1.0, 8.0
 SETTINGS = {"regularisation": 0.01, "num_steps": 300, "noise_std": 3e-3}
-NUM_ROWS, NUM_RUNS, NUM_SIMULATED = 500, 16, 60
+NUM_RUNS = 16
 GRID = (0, 5, 10, 20, 30, 40, 60, 80, 100, 130, 160, 200, 250, 300, 400, 500)
-FIGURE = "head_difficulty.png"
+FIGURE, STORED = "head_difficulty.png", "head_difficulty.json"
 SAMPLES, AUC = 4000, 0.55
 NAMES = (
     "exact steps",
@@ -57,15 +70,54 @@ NAMES = (
 )
 
 
-def measured(seed: int) -> dict[str, Array]:
+@dataclass(frozen=True)
+class Case:
+    """What is measured of one data set.
+
+    Attributes:
+        title: Its name, for tables.
+        num_rows: Rows of the head, drawn anew for every seed.
+        num_simulated: Rows of which unlearning is simulated.
+    """
+
+    title: str
+    num_rows: int
+    num_simulated: int
+
+
+CASES = {
+    "digits": Case("digits", num_rows=500, num_simulated=60),
+    "cifar10": Case("CIFAR-10", num_rows=300, num_simulated=30),
+}
+
+
+@cache
+def rows_of(name: str, data_root: Path | None) -> HeadData:
+    """Return the rows that the heads of all seeds are drawn from.
+
+    Args:
+        name: One of ``CASES``.
+        data_root: Folder of torchvision's data sets; not needed for digits.
+
+    Raises:
+        ValueError: If images are needed and no folder was given.
+    """
+    if name == "digits":
+        return digits()
+    if data_root is None:
+        raise ValueError(f"{name} needs --data-root DIR, the folder of torchvision.")
+    return network_features(name, data_root, num_train=10_000)
+
+
+def measured(case: Case, data: HeadData, seed: int) -> dict[str, Array]:
     """Return every score of every example, for one seed."""
     rng = np.random.default_rng(seed)
-    rows, labels = digits().train
-    chosen = rng.choice(len(rows), NUM_ROWS, replace=False)
+    rows, labels = data.train
+    chosen = rng.choice(len(rows), case.num_rows, replace=False)
     rows, labels = rows[chosen], labels[chosen]
     head = RidgeHead(num_classes=NUM_CLASSES, seed=rng, **SETTINGS).fit(rows, labels)
-    some = np.sort(rng.choice(NUM_ROWS, NUM_SIMULATED, replace=False))
-    steps = np.full(NUM_ROWS, np.nan)
+    some = np.sort(rng.choice(case.num_rows, case.num_simulated, replace=False))
+    steps = np.full(case.num_rows, np.nan)
     steps[some] = [simulated_steps(head, int(i), rng) for i in some]
     descent = head._compression().descent
     optimum = descent.basis @ descent.optimum
@@ -209,37 +261,69 @@ def looseness(scores: dict[str, Array]) -> dict[str, list[float]]:
     }
 
 
+def result_of(scores: dict[str, Array]) -> dict[str, Any]:
+    """Return what is stored of one seed.
+
+    Args:
+        scores: Of every example.
+    """
+    return {
+        "correlations": correlations(scores),
+        "looseness": looseness(scores),
+        "exact quantiles": np.quantile(scores["exact"], [0, 0.5, 1]).tolist(),
+    }
+
+
 def markdown(found: dict[str, Any]) -> str:
-    """Return the table as a page."""
-    rows: list[tuple[str, ...]] = [("score", "rank correlation", "least", "largest")]
-    for name in NAMES:
-        values = [one[name] for one in found["correlations"]]
-        spread = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
-        rows.append((name, spread, f"{min(values):.3f}", f"{max(values):.3f}"))
-    low, middle, high = np.mean(found["exact quantiles"], axis=0)
-    ratios = [
-        np.mean([one[name] for one in found["looseness"]], axis=0)
-        for name in ("our bound", "recorded loss")
+    """Return the tables of all data sets as a page."""
+    sections = [
+        _section(CASES[name], list(stored["seeds"].values()))
+        for name, stored in found["cases"].items()
+        if stored["seeds"]
     ]
     return (
         "# Exact difficulty of examples, and what predicts it\n\n"
         "Made by `python -m benchmarks.head_difficulty`; its `--help` explains the "
-        f"scores. {len(found['correlations'])} seeds, {NUM_ROWS} rows of digits each "
-        f"({NUM_SIMULATED} for simulated steps). The exact ε before unlearning, at "
-        f"δ = {DELTA:g}: smallest {low:.2g}, median {middle:.2g}, largest {high:.2g}. "
-        "Spearman's correlation with it, mean ± standard deviation over seeds:\n\n"
-        + table_of(rows)
-        + f"\n\nAt order {ORDER:g} our bound is {ratios[0][1]:.1f} times the exact "
-        f"divergence in the median and at least {ratios[0][0]:.1f} times; the recorded "
-        f"loss {ratios[1][1]:.1f} and {ratios[1][0]:.1f} times. The bound and the "
-        "recorded loss rank examples hardly better than the final gradient norm does. "
-        "What they miss is the direction of the row. A row in a direction that few "
-        "others share has a high leverage, and with the leverage instead of the norm "
-        "the residual ranks almost as the exact ε does.\n"
+        f"scores. The exact ε is that before unlearning, at δ = {DELTA:g}. The tables "
+        "have Spearman's correlation with it, mean ± standard deviation over seeds.\n\n"
+        + "".join(sections)
+        + _READING
     )
 
 
-def figure(scores: dict[str, Array], found: dict[str, Any], path: Path) -> None:
+_READING = """## Reading
+
+The bound and the recorded loss rank examples hardly better than the final gradient norm
+does. What they miss is the direction of the row. A row in a direction that few others
+share has a high leverage, and with the leverage instead of the norm the residual ranks
+almost as the exact ε does.
+"""
+
+
+def _section(case: Case, seeds: list[dict[str, Any]]) -> str:
+    """Return the part of the page about one data set."""
+    rows: list[tuple[str, ...]] = [("score", "rank correlation", "least", "largest")]
+    for name in NAMES:
+        values = [one["correlations"][name] for one in seeds]
+        spread = f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}"
+        rows.append((name, spread, f"{min(values):.3f}", f"{max(values):.3f}"))
+    low, middle, high = np.mean([one["exact quantiles"] for one in seeds], axis=0)
+    ratios = [
+        np.mean([one["looseness"][name] for one in seeds], axis=0)
+        for name in ("our bound", "recorded loss")
+    ]
+    return (
+        f"## {case.title}\n\n{len(seeds)} seeds, {case.num_rows} rows each "
+        f"({case.num_simulated} for simulated steps). The exact ε: smallest {low:.2g}, "
+        f"median {middle:.2g}, largest {high:.2g}.\n\n"
+        + table_of(rows)
+        + f"\n\nAt order {ORDER:g} our bound is {ratios[0][1]:.1f} times the exact "
+        f"divergence in the median and at least {ratios[0][0]:.1f} times; the recorded "
+        f"loss {ratios[1][1]:.1f} and {ratios[1][0]:.1f} times.\n\n"
+    )
+
+
+def figure(scores: dict[str, Array], seeds: list[dict[str, Any]], path: Path) -> None:
     """Draw every score of one seed against the exact ε."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -247,7 +331,7 @@ def figure(scores: dict[str, Array], found: dict[str, Any], path: Path) -> None:
     fig, axes = plt.subplots(2, 4, figsize=(12, 6), layout="constrained", sharex=True)
     axes[1, 3].set_visible(False)
     for ax, name in zip(axes.flat, NAMES, strict=False):
-        values = [one[name] for one in found["correlations"]]
+        values = [one["correlations"][name] for one in seeds]
         ax.plot(scores["exact"], scores[name], "o", markersize=2.5, alpha=0.6)
         ax.set(ylabel=name, yscale="log" if "steps" not in name else "linear")
         ax.set_title(
@@ -261,28 +345,31 @@ def figure(scores: dict[str, Array], found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line, run all seeds, and write the results."""
+    """Parse the command line, run the missing seeds, and write the results."""
     parser = parser_of("benchmarks.head_difficulty", __doc__)
     parser.add_argument("--num-seeds", type=int, default=5)
+    parser.add_argument("--sets", nargs="+", choices=CASES, default=["digits"])
+    parser.add_argument("--data-root", type=Path, help="torchvision's folder")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / FIGURE)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="Secure RNG turned off")
-    scores = [measured(seed) for seed in range(args.num_seeds)]
-    found: dict[str, Any] = {
-        "settings": SETTINGS | {"delta": DELTA, "order": ORDER, "rows": NUM_ROWS},
-        "correlations": [correlations(one) for one in scores],
-        "looseness": [looseness(one) for one in scores],
-        "exact quantiles": [
-            np.quantile(one["exact"], [0, 0.5, 1]).tolist() for one in scores
-        ],
-        "environment": environment(),
-    }
-    write_json(args.out / "head_difficulty.json", found)
-    page = markdown(found)
-    (args.out / "head_difficulty.md").write_text(page, encoding="utf-8")
-    figure(scores[0], found, args.figure)
-    print(page)
+    first: dict[str, dict[str, Array]] = {}
+
+    def one(name: str, seed: int) -> dict[str, Any]:
+        case = CASES[name]
+        scores = measured(case, rows_of(name, args.data_root), seed)
+        if seed == 0:
+            first[name] = scores
+        return result_of(scores)
+
+    shared = SETTINGS | {"delta": DELTA, "order": ORDER}
+    settings = {name: shared | asdict(CASES[name]) for name in args.sets}
+    cases = run_missing(args.out / STORED, settings, args.num_seeds, one)
+    if "digits" in first:
+        seeds = list(cases["digits"]["seeds"].values())
+        figure(first["digits"], seeds, args.figure)
+    publish(args.out / STORED, markdown({"cases": cases}))
 
 
 if __name__ == "__main__":
