@@ -480,7 +480,8 @@ def norms_of_update(
 class OutputGradients:
     """The gradients that the first backward pass brings to the outputs of a model.
 
-    Ghost clipping has a second backward pass, with other weights of the examples.
+    Ghost clipping has a second backward pass, with other weights of the examples. The
+    gradients are those after all hooks that the loop has put on the outputs.
 
     Args:
         outputs: Tensors in any nesting; None: none.
@@ -489,12 +490,21 @@ class OutputGradients:
     def __init__(self, outputs: Any) -> None:
         self._found: dict[int, Tensor] = {}
         for place, tensor in enumerate(floating(outputs).values()):
-            if tensor.requires_grad:
-                tensor.register_hook(partial(self._saw, place))
+            if tensor.grad_fn is not None:
+                saw = partial(self._saw, place, tensor.output_nr)
+                tensor.grad_fn.register_prehook(saw)
 
-    def _saw(self, place: int, gradient: Tensor) -> None:
-        """Keep a copy of the gradient of one output."""
-        self._found.setdefault(place, gradient.detach().clone())
+    def _saw(self, place: int, number: int, gradients: Sequence[Tensor | None]) -> None:
+        """Keep a copy of the gradient of one output.
+
+        Args:
+            place: The position of the output.
+            number: Its position among the results of the operation that computed it.
+            gradients: The gradients of these results.
+        """
+        gradient = gradients[number]
+        if gradient is not None:
+            self._found.setdefault(place, gradient.detach().clone())
 
     def by_example(self, size: int, dim: int) -> Tensor:
         """Return the gradients of all outputs, float64 ``(b, k)`` on the CPU.

@@ -261,6 +261,18 @@ def test_a_sign_that_depends_on_the_batch_is_refused(mode):
     assert "multiplies its loss or its gradients by a factor" in run.refusal
 
 
+def turned_by_a_hook(criterion, outputs, targets):
+    if int(targets.sum()) % 2:
+        outputs.register_hook(lambda gradient: -gradient)
+    return criterion(outputs, targets)
+
+
+@pytest.mark.parametrize("mode", FREE)
+def test_a_hook_that_turns_some_gradients_is_seen(mode):
+    run = trained(Loop("turned", loss=turned_by_a_hook, setup=audited, mode=mode))
+    assert "multiplies its loss or its gradients by a factor" in run.refusal
+
+
 def test_each_row_has_the_direction_of_its_own_gradient():
     def mirrored(_, outputs, targets):
         signs = 1.0 - 2.0 * (torch.arange(len(targets)) % 2)
