@@ -90,7 +90,8 @@ def test_numbers_are_the_librarys(tmp_path):
     assert [row["id"] for row in facts["hardest"]] == top.tolist()
     assert [row["loss"] for row in facts["hardest"]] == losses[top].tolist()
     assert facts["quantiles"]["epsilon"][-1] == own.max()
-    assert f"{losses.max():.4g}" in page.text and "digits" in page.text
+    assert f"{losses.max():.2g}" in page.text and "digits" in page.text
+    assert "nothing was unlearned" in page.text
     assert "per_example" not in facts  # only the hardest are listed
     assert "unlearning" not in facts and "Guarantee" not in page.text
 
@@ -128,7 +129,11 @@ def test_unlearning_beside_retrained_models(tmp_path):
     assert facts["unlearning"]["forget_set"]["size"] == 2
     assert "forget_indices" not in json.dumps(facts)
     assert "Not met or unknown: plain words" in page.text
-    assert "an estimate, not a bound" in page.text and "0.125" in page.text
+    places = [page.text.index(f" {title} ") for title in ("In short", "Guarantee")]
+    assert places == sorted(places) and places[1] < page.text.index(" Training ")
+    assert "asked forget 2 examples" in page.text
+    assert "not met or unknown plain words" in page.text
+    assert "an estimate, not a bound" in page.text and " 0.12 " in page.text
     assert len(page.all("img")) == 3
 
 
@@ -290,3 +295,20 @@ def test_ties_are_on_the_page(tmp_path):
     tied = np.count_nonzero((norms == norms.max()).all(0))
     assert facts["num_at_top"] == tied > 1 and facts["num_at_bound"] == 0
     assert f"{tied} examples share the largest loss: the loss cannot" in page.text
+    hardest = [row["id"] for row in facts["hardest"] if row["loss"] == tied_loss(facts)]
+    assert ", ".join(map(str, hardest)) in page.text and len(hardest) > 1
+
+
+def tied_loss(facts):
+    return max(row["loss"] for row in facts["hardest"])
+
+
+def test_a_worst_case_far_away_leaves_the_histogram_visible():
+    values = np.linspace(1.0, 2.0, 50)
+    ax = plot_distribution(values, name="loss", marks={"worst case": 90.0, "mean": 2.5})
+    ax.figure.canvas.draw()
+    assert ax.get_xlim()[1] < 5 and len(ax.lines) == 2
+    legend = ax.get_legend()
+    words = [text.get_text() for text in legend.get_texts()]
+    assert words == ["worst case: 90, further right", "mean"]
+    assert legend.get_window_extent().y0 >= ax.get_window_extent().y1 - 1

@@ -27,6 +27,9 @@ def plot_distribution(
     The axis is logarithmic if the values are positive and span more than a factor of
     20. Infinite values are not drawn; the label of the axis gives their number.
 
+    A number to compare with that lies further right than three times the width of the
+    histogram is written into the legend, so that the histogram stays visible.
+
     Args:
         values: One number per example, ``(n,)``, at least one finite.
         name: Meaning of the numbers, for the axis.
@@ -53,14 +56,24 @@ def plot_distribution(
     ax = axes_or_new(ax)
     edges = _edges(ax, finite, num_bins)
     ax.hist(finite, bins=edges.tolist(), color=COLOURS[0], alpha=0.75)
+    right = _right_end(ax, edges)
     shown = {k: v for k, v in (marks or {}).items() if np.isfinite(v)}
     for (label, value), colour in zip(shown.items(), COLOURS[1:], strict=False):
+        if value > right:
+            ax.plot([], [], " ", label=f"{label}: {value:.2g}, further right")
+            continue
         ax.axvline(value, color=colour, lw=1.5, ls=(0, (4, 3)), label=label)
     left_out = numbers.size - finite.size
     ax.set_xlabel(f"{name} ({left_out} infinite, not shown)" if left_out else name)
     ax.set_ylabel("examples")
     if shown:
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(
+            frameon=False,
+            fontsize="small",
+            ncols=len(shown),
+            loc="lower left",  # of the legend, at the upper left corner of the axes
+            bbox_to_anchor=(0.0, 1.0),
+        )
     return ax
 
 
@@ -85,6 +98,18 @@ def _edges(ax: Axes, finite: Array, num_bins: int) -> Array:
         return np.geomspace(low, high, num_bins + 1)
     width = 0.0 if high > low else 0.5
     return np.linspace(low - width, high + width, num_bins + 1)
+
+
+def _right_end(ax: Axes, edges: Array) -> float:
+    """Return the largest number that is drawn beside a histogram.
+
+    Args:
+        ax: Linear, or logarithmic: then everything has room.
+        edges: The edges of the bars.
+    """
+    if ax.get_xscale() == "log":
+        return float("inf")
+    return float(edges[-1] + 3 * (edges[-1] - edges[0]))
 
 
 def _name_few_ticks(ax: Axes, span: float) -> None:

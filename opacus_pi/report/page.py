@@ -7,7 +7,9 @@ marks a value as safe. The page loads nothing: its pictures are data addresses, 
 style sheet is part of it, and its content security policy forbids everything else.
 """
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,8 @@ def render(
         .render(
             facts=facts,
             quantiles=_quantile_rows(facts["quantiles"]),
+            card=_card(facts),
+            hardest=_grouped(facts["hardest"]),
             ties=tie_sentence(facts),
             tolerance=f"{TOLERANCE:g}",
             distribution_pictures=distribution_pictures,
@@ -66,7 +70,11 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=_number, span=_span, bound=_bound, or_none=_or_none
+        number=_number,
+        measured=_measured,
+        span=_span,
+        bound=_bound,
+        or_none=_or_none,
     )
     return environment
 
@@ -87,6 +95,19 @@ def _number(value: Any) -> str:
     if isinstance(value, float | np.floating):
         return f"{value:.4g}".replace("inf", "∞")
     return str(value)
+
+
+def _measured(value: Any) -> str:
+    """Write a measured float with two significant digits, others as ``_number`` does.
+
+    >>> _measured(0.3999), _measured(41.9), _measured(1234.5), _measured(1797)
+    ('0.40', '42', '1200', '1797')
+    """
+    if isinstance(value, float | np.floating) and math.isfinite(value):
+        rounded = float(f"{value:.2g}")
+        is_plain = 1e-4 <= abs(rounded) < 100
+        return f"{rounded:#.2g}".removesuffix(".") if is_plain else f"{rounded:g}"
+    return _number(value)
 
 
 def _span(value: Any) -> str:
@@ -115,6 +136,71 @@ def _bound(value: Any) -> str:
         value: The bound; the JSON facts have the word ``inf`` for an infinite one.
     """
     return _or_none(rounded_up(float(value)))
+
+
+def _card(facts: Facts) -> dict[str, str]:
+    """Return what the page says first: what was asked and done, and what is claimed.
+
+    Args:
+        facts: All facts of the report.
+    """
+    run = facts.get("unlearning")
+    if run is None:
+        epsilon = facts["worst_case_epsilon"]
+        bound = "none: the noise is an assumption"
+        if epsilon is not None:
+            bound = f"ε ≤ {_bound(epsilon)} at δ = {facts['delta']:g}"
+        return {
+            "asked": f"the privacy losses of {facts['num_examples']} examples",
+            "done": "measured; nothing was unlearned",
+            "bound for any example": bound,
+            **_open_conditions(facts["assumptions"]),
+        }
+    guarantee, size = run["guarantee"], run["forget_set"]["size"]
+    claim = guarantee["kind"]
+    if run["epsilon"] is not None:
+        claim += f", ε ≤ {_bound(run['epsilon'])} at δ = {run['delta']:g}"
+    return {
+        "asked": f"forget {size} examples" if size != 1 else "forget one example",
+        "done": f"{run['method'] or 'not named'}",
+        "guarantee": claim,
+        **_open_conditions(guarantee["assumptions"]),
+    }
+
+
+def _open_conditions(assumptions: Sequence[Facts]) -> dict[str, str]:
+    """Return the conditions that are not met, and how many somebody declares.
+
+    Args:
+        assumptions: Those of a claim.
+    """
+    missing = [one["statement"] for one in assumptions if not one["met"]]
+    declared = [one for one in assumptions if one["established"] == "declared"]
+    return {
+        "not met or unknown": "; ".join(missing) or "nothing",
+        "conditions that you declare": str(len(declared)),
+    }
+
+
+def _grouped(rows: Sequence[Facts]) -> list[dict[str, Any]]:
+    """Return rows of examples, with one row for those of equal loss and ε.
+
+    Args:
+        rows: Rows with ``id``, ``loss`` and ``epsilon``, equal ones beside each other.
+
+    >>> rows = [{"id": i, "loss": min(i, 5), "epsilon": None} for i in range(9, 3, -1)]
+    >>> [row["id"] for row in _grouped(rows)]
+    ['9, 8, 7, 6, 5', '4']
+    """
+    groups = itertools.groupby(rows, key=lambda row: (row["loss"], row["epsilon"]))
+    return [
+        {
+            "id": ", ".join(str(row["id"]) for row in group),
+            "loss": loss,
+            "epsilon": epsilon,
+        }
+        for (loss, epsilon), group in groups
+    ]
 
 
 def _quantile_rows(quantiles: Facts) -> list[dict[str, Any]]:
@@ -182,9 +268,9 @@ def _metric_row(metric: Facts) -> dict[str, Any]:
         "name": metric["name"].replace("_", " "),
         "before": metric["before"],
         "after": metric["after"],
-        "retrained": _number(mean)
+        "retrained": _measured(mean)
         if deviation is None
-        else f"{_number(mean)} ± {_number(deviation)}",
+        else f"{_measured(mean)} ± {_measured(deviation)}",
         "time": "never" if time == "inf" else time,
     }
 
