@@ -51,6 +51,7 @@ __all__ = [
     "backward_hooks",
     "both_sides_padding",
     "compiled_module",
+    "count_of_writes",
     "counts_of_writes",
     "current_backward_pass",
     "forward_hooks",
@@ -74,6 +75,7 @@ __all__ = [
     "replace_own_parameters_",
     "result_is_saved",
     "storage_address",
+    "with_gradient_hooks",
 ]
 
 # Autograd function through which torch passes inputs and outputs of a module that has
@@ -155,7 +157,8 @@ def num_writes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-_VERSION = attrgetter("_version")
+# ``num_writes`` without a call; raises for tensors of ``torch.inference_mode``.
+count_of_writes = attrgetter("_version")
 
 
 def counts_of_writes(tensors: Sequence[Tensor]) -> list[int]:
@@ -165,7 +168,7 @@ def counts_of_writes(tensors: Sequence[Tensor]) -> list[int]:
         tensors: Any tensors. Torch may raise for those of ``torch.inference_mode``.
     """
     try:
-        return list(map(_VERSION, tensors))
+        return list(map(count_of_writes, tensors))
     except RuntimeError:
         return [num_writes(tensor) for tensor in tensors]
 
@@ -204,6 +207,11 @@ def result_is_saved(tensor: Tensor) -> bool:
     some other operations are kept (``grad_fn._saved_result``).
     """
     return hasattr(tensor.grad_fn, "_saved_result")
+
+
+def with_gradient_hooks(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters for which ``gradient_hooks`` is not empty."""
+    return [p for p in parameters if p._backward_hooks or p._post_accumulate_grad_hooks]
 
 
 def has_backward_hooks(tensor: Tensor) -> bool:

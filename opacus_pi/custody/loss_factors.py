@@ -115,7 +115,8 @@ class LossFactors:
         if self._is_second_backward():
             return
         hooks = [] if outputs is None else gradient_hooks(outputs)
-        if not all(map(is_hook_of_opacus, hooks)):
+        # one of them reports the backward pass to the tracker
+        if len(hooks) > 1 and not all(map(is_hook_of_opacus, hooks)):
             self._tell(_HOOKED)
         low, high = factors.detach().aminmax()
         size = len(factors) if self._is_mean else 1
@@ -155,6 +156,8 @@ class LossFactors:
             low: The smallest factor.
             high: The largest one.
         """
+        if self._is_told or (low, high) == self._range:
+            return
         before = self._range or (low, high)
         lowest, highest = self._range = min(before[0], low), max(before[1], high)
         if not _are_alike(low, high):

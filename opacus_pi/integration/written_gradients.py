@@ -20,7 +20,8 @@ to them during the pass are not seen.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 from opacus.grad_sample import AbstractGradSampleHooks, GradSampleHooksNoOp
@@ -31,8 +32,10 @@ from torch.distributed.fsdp import FSDPModule
 from opacus_pi._torch_compat import (
     at_end_of_backward,
     backward_hooks,
+    count_of_writes,
+    counts_of_writes,
     gradient_hooks,
-    num_writes,
+    with_gradient_hooks,
 )
 from opacus_pi.attribution import Tracker
 from opacus_pi.custody import Chain
@@ -67,7 +70,7 @@ _HOOKED = (
 )
 
 # A reference to a tensor, and its count of writes.
-_Noted = tuple[Callable[[], Tensor | None], int]
+_Noted = tuple[weakref.ref[Tensor], int]
 
 
 def watch_gradients(
@@ -116,7 +119,8 @@ class WrittenGradients:
         self._parameters = list(parameters)
         self._chain, self._is_ghost = chain, is_ghost
         self._gradients: dict[int, list[_Noted]] = {}
-        self._sums: list[_Noted | None] = []
+        self._sums: list[Tensor] = []
+        self._counts: list[int] = []
         self.is_active = True
 
     # --------------------------------------------------- what backward passes report
@@ -132,12 +136,14 @@ class WrittenGradients:
 
     def _note_all(self) -> None:
         """Note the gradients of all parameters."""
-        if self._is_ghost:
-            for parameter in self._parameters:
-                noted = _note(parameter.grad)
-                self._gradients[id(parameter)] = [] if noted is None else [noted]
-        else:
+        if not self._is_ghost:
             self.note(self._parameters)
+            return
+        for parameter in self._parameters:
+            grad = parameter.grad
+            if grad is not None:
+                entry = weakref.ref(grad), count_of_writes(grad)
+                self._gradients[id(parameter)] = [entry]
 
     def note(self, parameters: Iterable[nn.Parameter]) -> None:
         """Note the per-example gradients that were just written.
@@ -150,47 +156,70 @@ class WrittenGradients:
         """
         for parameter in parameters:
             held: Any = getattr(parameter, "grad_sample", None)
-            is_list = isinstance(held, list)
+            is_list = type(held) is list
             newest = held[-1] if is_list else held
-            noted = self._gradients.get(id(parameter), [])
-            if newest is None or (noted and noted[-1][0]() is newest):
+            if newest is None:
                 continue
-            entry = weakref.ref(newest), num_writes(newest)
-            self._gradients[id(parameter)] = [*noted, entry] if is_list else [entry]
+            noted = self._gradients.get(id(parameter))
+            if noted and noted[-1][0]() is newest:
+                continue
+            entry = weakref.ref(newest), count_of_writes(newest)
+            self._gradients[id(parameter)] = (
+                [*noted, entry] if is_list and noted else [entry]
+            )
 
     # -------------------------------------------------------- what the optimizer asks
     def require_unchanged(self) -> None:
         """Leave the chain's link unchecked if gradients are not those noted."""
         if not self.is_active:
             return
-        if self._is_ghost and any([_is_hooked(p) for p in self._parameters]):
+        if self._is_ghost and any(
+            map(_is_hooked, with_gradient_hooks(self._parameters))
+        ):
             self._chain.leave_unchecked("norm", _HOOKED)
-        for parameter in self._parameters:
-            if self._is_ghost:
-                held: Any = parameter.grad
-            else:
-                held = getattr(parameter, "grad_sample", None)
-            noted = self._gradients.get(id(parameter), [])
-            if not _are_as_noted(held, noted):
-                self._report()
-                return
-
-    def _report(self) -> None:
-        """Say that gradients were changed."""
-        if self._is_ghost:
+        try:
+            is_changed = self._has_changed()
+        except RuntimeError:  # torch counts no writes to a tensor of inference mode
+            is_changed = True
+        if is_changed and self._is_ghost:
             self._chain.leave_unchecked("norm", _SUM_CHANGED.format(name="p.grad"))
-        else:
+        elif is_changed:
             self._chain.leave_unchecked("loss", _CHANGED)
+
+    def _has_changed(self) -> bool:
+        """Return whether gradients are not those noted.
+
+        In every update each parameter is looked at, so nothing else is called here.
+        """
+        noted, name = self._gradients, "grad" if self._is_ghost else "grad_sample"
+        for parameter in self._parameters:
+            held: Any = getattr(parameter, name, None)
+            entries = noted.get(id(parameter))
+            if held is None or entries is None:
+                if held is not None or entries is not None:
+                    return True
+                continue
+            tensors = held if type(held) is list else (held,)
+            if len(tensors) != len(entries):
+                return True
+            for tensor, (reference, count) in zip(tensors, entries, strict=True):
+                if reference() is not tensor or count_of_writes(tensor) != count:
+                    return True
+        return False
 
     def note_sums(self) -> None:
         """Note the sums to which the next physical batch, or noise, is added."""
-        self._sums = [_note(_sum_at(parameter)) for parameter in self._parameters]
+        self._sums = _sums_at(self._parameters)
+        self._counts = counts_of_writes(self._sums)
 
     def require_unchanged_sums(self) -> None:
         """Leave the link "norm" unchecked if the sums are not those noted."""
+        if not self._sums:
+            return
         noted, self._sums = self._sums, []
-        pairs = zip(self._parameters, noted, strict=False)
-        if not all([_is_as_noted(_sum_at(p), entry) for p, entry in pairs]):
+        sums = _sums_at(self._parameters)
+        is_same = len(sums) == len(noted) and all(map(is_, sums, noted))
+        if not is_same or counts_of_writes(sums) != self._counts:
             text = _SUM_CHANGED.format(name="p.summed_grad")
             self._chain.leave_unchecked("norm", text)
 
@@ -255,37 +284,10 @@ def _note_after_hooks(module: nn.Module, written: WrittenGradients) -> bool:
 
 def _is_hooked(parameter: nn.Parameter) -> bool:
     """Return whether a hook that is not Opacus's runs at a parameter's gradient."""
-    hooks = gradient_hooks(parameter)
-    return bool(hooks) and not all(map(is_hook_of_opacus, hooks))
+    return not all(map(is_hook_of_opacus, gradient_hooks(parameter)))
 
 
-def _note(tensor: Tensor | None) -> _Noted | None:
-    """Return a reference to a tensor and its count of writes; None if there is none."""
-    return None if tensor is None else (weakref.ref(tensor), num_writes(tensor))
-
-
-def _sum_at(parameter: nn.Parameter) -> Tensor | None:
-    """Return the sum of clipped gradients that Opacus keeps at a parameter."""
-    found: Tensor | None = getattr(parameter, "summed_grad", None)
-    return found
-
-
-def _is_as_noted(held: Tensor | None, noted: _Noted | None) -> bool:
-    """Return whether a tensor is the one that was noted, and not written to since."""
-    if held is None or noted is None:
-        return held is None and noted is None
-    reference, num = noted
-    return reference() is held and num_writes(held) == num
-
-
-def _are_as_noted(held: Any, noted: list[_Noted]) -> bool:
-    """Return whether gradients are those that were noted, not written to since.
-
-    Args:
-        held: A tensor, a list of tensors, or None.
-        noted: What was noted.
-    """
-    tensors = held if isinstance(held, list) else [] if held is None else [held]
-    if len(tensors) != len(noted):
-        return False
-    return all(map(_is_as_noted, tensors, noted))
+def _sums_at(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the sums of clipped gradients that Opacus keeps at parameters."""
+    found = [getattr(parameter, "summed_grad", None) for parameter in parameters]
+    return [tensor for tensor in found if tensor is not None]

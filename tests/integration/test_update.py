@@ -27,6 +27,7 @@ class Settings:
     """What an update reads from an optimizer."""
 
     noise_multiplier, max_grad_norm, accumulated_iterations = 2.0, 1.0, 1
+    generator, secure_mode = None, False
 
 
 def update():
