@@ -32,6 +32,7 @@ from opacus_pi.models.batches import (
 from opacus_pi.models.losses import Losses, unit_cotangents
 
 _MAX_ELEMENTS = 1 << 26  # of per-example gradients held at once
+_CONVERTED = 1 << 16  # entries of a gradient that are converted to float64 at once
 # What the code of a model raises where it cannot be run on other inputs or by
 # ``torch.func.vmap``, which refuses control flow on values, random layers, in-place
 # writes and operations without a batching rule.
@@ -205,7 +206,8 @@ def _squares(
     total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
     for p in parameters:
         if p.grad is not None:
-            total += p.grad.to_dense().double().square().sum()
+            parts = p.grad.to_dense().flatten().split(_CONVERTED)
+            total += sum(part.double().square().sum() for part in parts)
             p.grad = None
     return total
 

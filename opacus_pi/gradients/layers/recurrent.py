@@ -35,6 +35,7 @@ from torch.nn.utils.rnn import (
 
 from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
 from opacus_pi.gradients.layers.linear import OuterProducts, linear_gradients
+from opacus_pi.gradients.layers.lstm_steps import LSTMSteps
 from opacus_pi.gradients.layers.registry import computes_as, register_layer_rule
 from opacus_pi.gradients.products import at_least_float32
 from opacus_pi.gradients.taps import Call, Taps
@@ -70,10 +71,12 @@ class _Steps:
 
     Attributes:
         states: The states before each step, ``(b, h)``.
+        together: The states in the place of ``states``, ``(b, t, h)``, by time.
         resets: The reset gates of a GRU, ``(b, h)``.
     """
 
     states: list[Tensor] = field(default_factory=list)
+    together: Tensor | None = None
     resets: list[Tensor] = field(default_factory=list)
 
 
@@ -217,7 +220,13 @@ class Unrolled:
         weights: dict[str, Tensor | None] = dict.fromkeys((*_GATED, "weight_hr"))
         weights.update({name: self._frozen(p) for name, p in own.items()})
         steps = _Steps()
-        gates = self._gates(x, own, weights, steps, backwards=direction == 1)
+        together = self._gates(x, own, weights, steps, backwards=direction == 1)
+        if inside is None and self._runs_at_once(together, state, own, weights):
+            stacked, steps.together, h, c = LSTMSteps.apply(
+                together, *state, weights["weight_hh"], direction == 1
+            )
+            return stacked, (h, c)
+        gates = together.unbind(1)
         outputs: list[Tensor] = []
         times = range(x.shape[1])
         for t in reversed(times) if direction else times:
@@ -233,6 +242,33 @@ class Unrolled:
         stacked = torch.stack(outputs[::-1] if direction else outputs, 1)
         return stacked, state
 
+    def _runs_at_once(
+        self,
+        gates: Tensor,
+        state: State,
+        own: Mapping[str, nn.Parameter],
+        weights: Mapping[str, Tensor | None],
+    ) -> bool:
+        """Return whether :class:`LSTMSteps` can run the steps.
+
+        It cannot project states, differentiate by a weight that is left to autograd, or
+        compute in several types, as autocast does.
+
+        Args:
+            gates: The inputs' share of the gates.
+            state: The initial state.
+            own: The layer's parameters, by their names without the layer.
+            weights: The same, frozen.
+        """
+        weight = weights["weight_hh"]
+        assert weight is not None
+        return (
+            self._module.mode == "LSTM"
+            and "weight_hr" not in own
+            and not weight.requires_grad
+            and len({v.dtype for v in (gates, weight, *state)}) == 1
+        )
+
     def _gates(
         self,
         x: Tensor,
@@ -241,8 +277,8 @@ class Unrolled:
         steps: _Steps,
         *,
         backwards: bool,
-    ) -> tuple[Tensor, ...]:
-        """Return the inputs' share of the gates, by step, tapped.
+    ) -> Tensor:
+        """Return the inputs' share of the gates, ``(b, t, gates)``, tapped.
 
         Args:
             x: The layer's input, ``(b, t, d)``.
@@ -259,13 +295,13 @@ class Unrolled:
         gates = F.linear(x, weight, bias)
         live = {n: own[n] for n in _GATED if n in own and self._taps.is_live(own[n])}
         if not live:
-            return gates.unbind(1)
+            return gates
 
         def gradients(call: Call, grad: Tensor) -> dict[str, ExampleGradients]:
             (x,), _ = call
             return _gradients(x, grad, steps, live, backwards=backwards)
 
-        return self._taps.tap(gates, ((x,), {}), live, gradients).unbind(1)
+        return self._taps.tap(gates, ((x,), {}), live, gradients)
 
     def _frozen(self, parameter: nn.Parameter) -> Tensor:
         """Return a parameter detached, unless it is left to autograd."""
@@ -314,7 +350,9 @@ def _gradients(
     if "weight_ih" in names:
         found["weight_ih"] = OuterProducts(x, grad)
     if "weight_hh" in names:
-        found["weight_hh"] = OuterProducts(by_time(steps.states), of_state)
+        states = steps.together
+        states = by_time(steps.states) if states is None else at_least_float32(states)
+        found["weight_hh"] = OuterProducts(states, of_state)
     if "bias_ih" in names:
         found["bias_ih"] = ExplicitGradients(grad.sum(1))
     if "bias_hh" in names:
