@@ -261,11 +261,13 @@ def _in_order(
     if groups or moves_in_place or not any(f.by_storage for f in found):
         order.saw(positions, alike, size=num_delivered, in_place=moves_in_place)
     alike = [g for g in alike if not delivery.has_equal_samples(g.places)]
-    if order.is_kept and size == num_delivered:
-        for stays in (f.stays for f in found if f.stays is not None):
-            is_in_place = stays & (positions == LOOKS_ALIKE)
-            positions = np.where(is_in_place, np.arange(size), positions)
-            order.num_trusted += int(np.count_nonzero(is_in_place))
+    is_rising = bool((np.diff(positions[positions >= 0]) > 0).all())
+    if order.is_kept and is_rising:
+        if size == num_delivered:
+            for stays in (f.stays for f in found if f.stays is not None):
+                is_in_place = stays & (positions == LOOKS_ALIKE)
+                positions = np.where(is_in_place, np.arange(size), positions)
+                order.num_trusted += int(np.count_nonzero(is_in_place))
         order.num_trusted += len(rows_of_all(alike))
         alike = []
     return positions, alike

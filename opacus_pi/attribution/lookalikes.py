@@ -223,18 +223,17 @@ class OrderSoFar:
         is_known = positions >= 0
         is_known[rows_of_all(alike)] = False
         known = positions[is_known]
-        if len(positions) != size:
-            has_moved = bool((known[1:] < known[:-1]).any())
-        else:
-            has_moved = bool((known != np.flatnonzero(is_known)).any())
+        has_moved = bool((known[1:] <= known[:-1]).any())
+        if len(positions) == size:
+            has_moved |= bool((known != np.flatnonzero(is_known)).any())
             has_moved |= any((g.rows != g.places).any() for g in alike)
         if has_moved:
             self.has_moved = True
             self.moves_in_place |= in_place
-        elif len(positions) == size:
+        else:
             unclear = [len(group.rows) for group in alike]
-            unclear.append(size - len(known) - sum(unclear))
-            self._bits += (_log2(size) - sum(map(_log2, unclear))) or 0.0
+            unclear.append(len(positions) - len(known) - sum(unclear))
+            self._bits += _log2(len(positions)) - sum(map(_log2, unclear))
 
 
 def _log2(num: int) -> float:

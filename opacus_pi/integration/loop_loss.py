@@ -238,10 +238,12 @@ class LoopLoss:
         tracker: Knows the forward passes and the delivered batches.
         chain: The chain of custody; gets the results as its link "loss".
         new_engine: Returns an engine that reports to a recorder.
-        num_before: The number of earlier updates whose loss nothing has compared.
+        num_steps: The number of updates that were made before.
+        num_before: How many of them were compared with nothing.
 
     Attributes:
         num_compared: The number of updates that were compared.
+        num_before: The number of earlier updates that were compared with nothing.
         optimizer: The optimizer of the run, referred to weakly.
     """
 
@@ -253,11 +255,12 @@ class LoopLoss:
         chain: Chain,
         new_engine: Callable[[Recorder], Any],
         *,
+        num_steps: int = 0,
         num_before: int = 0,
     ) -> None:
         self._loss, self._run = TrainedLoss(criterion, run), run
         self._tracker, self._chain, self._new_engine = tracker, chain, new_engine
-        self.num_before = num_before
+        self._num_steps, self.num_before = num_steps, num_before
         self._draws = random.Random(0)  # no secret: it only spreads the checks
         self._due = checked_updates(self._draws)
         self._num_updates = self.num_compared = self._num_attempts = 0
@@ -364,7 +367,8 @@ class LoopLoss:
             own = norms[start : start + (forward.num_samples or 0)]
             start += len(own)
             if forward.call is None and forward.delivery is not None:
-                continue  # it was not chosen
+                self._left_out(forward)
+                continue
             try:
                 wanted = self._expected(forward)
                 if len(wanted.norms) == len(own):
@@ -382,6 +386,14 @@ class LoopLoss:
             self._judge(clear, len(passes))
         elif made:
             self._chain.await_check("loss", _AWAITED.format(cause=_ALL_ALIKE))
+
+    def _left_out(self, forward: ForwardPass) -> None:
+        """Note a pass that is not compared, perhaps because it began too early.
+
+        If that was before the audit, the audit does not cover the update.
+        """
+        if not self._num_updates and self._num_passes <= _MAX_PASSES:
+            self.num_before = self._num_steps + 1
 
     def _made(self, forward: ForwardPass, norms: Tensor) -> _Measured:
         """Return what the loop has made of a pass, with its norms ``(b,)``."""

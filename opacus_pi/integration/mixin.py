@@ -609,17 +609,21 @@ class PerInstanceMixin(Shown, OpacusEngine):
         if audited.is_swept:
             not_compared(chain)
             return True
-        num_before = 0 if chain.is_checked("loss") else self.recorder.num_steps
+        num_steps = self.recorder.num_steps
+        num_before = 0 if chain.is_checked("loss") else num_steps
         if update.loop_loss is not None:
             update.loop_loss.end()
             if update.loop_loss.num_compared:
                 num_before = update.loop_loss.num_before
+        if update.has_begun:
+            num_before = num_steps + 1
         update.loop_loss = LoopLoss(
             criterion,
             audited,
             update.tracker,
             chain,
             _auditing_engine,
+            num_steps=num_steps,
             num_before=num_before,
         )
         update.loop_loss.optimizer = update.optimizer

@@ -108,6 +108,11 @@ class UpdateUnderWay:
         self.has_gradients_by_hand = isinstance(self.hooks, GradSampleHooksNoOp)
         self._batch_norms = batch_norms(self.hooks)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a physical batch has entered the update under way."""
+        return bool(self._examples)
+
     def add_batch(
         self, norms: Tensor, sizes: Sequence[int], *, clipped_only: bool = False
     ) -> None:

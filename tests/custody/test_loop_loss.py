@@ -315,6 +315,29 @@ def test_updates_before_the_audit_are_not_covered_by_it(mode):
     assert state_of_loss(trained(Loop("twice", updates=twice, mode=mode))) == "checked"
 
 
+@pytest.mark.parametrize("parts", [1, 2], ids=["one batch", "two batches"])
+def test_an_update_that_began_before_the_audit_is_not_covered(parts):
+    def updates(run):
+        for number, batch in enumerate(run.loader):
+            wrong = number == 0
+            run.keep(tuple(batch))
+            loss = of_centred_outputs if wrong else run.loop.loss
+            outputs = run.model(batch[0])
+            loss(run.criterion, outputs, batch[1]).backward()
+            if wrong and parts == 1:
+                audited(run)
+            run.optimizer.signal_skip_step(number % parts < parts - 1)
+            run.step()
+            if wrong and parts == 2:
+                audited(run)
+            run.optimizer.zero_grad()
+
+    run = trained(Loop("begun", updates=updates, sampling="fixed"))
+    (link,) = [x for x in run.ledger.custody.links if x.name == "loss"]
+    assert link.state == "unchecked"
+    assert link.sentence.startswith("The loss of the first 1 update(s) was not")
+
+
 FIXED = {"sampling": "fixed"}
 SUM = {"private": {"loss_reduction": "sum"}}
 CONTROLS = [
