@@ -6,11 +6,15 @@ a row that is written is fetched once. A batch that the loop copies to the devic
 be recognised by its content, which is fetched once in each update.
 """
 
+import warnings
+
 import opacus
 import pytest
 import torch
 
 from opacus_pi.attribution.samples import DelayedChecksums
+from opacus_pi.custody import Chain
+from opacus_pi.custody.loss_factors import LossFactors
 from tests.device.simulated import NAME, Counts, without_float64, without_waits
 from tests.device.test_training import assert_same_ledgers
 from tests.device.trainings import MODES, train_privately
@@ -70,3 +74,29 @@ def test_training_on_a_device_without_float64(mode):
         assert_same_ledgers(train_privately(NAME, mode), here)
         with pytest.raises(TypeError, match="no float64"):
             torch.zeros(1, dtype=torch.float64, device=NAME)
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], ""),
+        ([[1.0, 1.0, 1.0], [1.0, 2.0, 1.0]], "different factors"),
+        ([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]], "by 1 and that of another by 3"),
+    ],
+)
+def test_factors_of_losses_are_compared_when_the_chain_is_read(weights, says):
+    chain = Chain()
+    factors = LossFactors(chain, is_mean=True)
+    given = [torch.tensor(row, device=NAME) / 3 for row in weights]
+    losses = [torch.ones(3, device=NAME, requires_grad=True) for _ in given]
+    before = Counts()
+    for each, factor in zip(losses, given, strict=True):
+        factors.watch(each)
+        (each * factor).sum().backward()
+    assert before.waits() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (link,) = [x for x in chain.custody().links if x.name == "loss"]
+    assert says in link.sentence
+    (unseen,) = [x for x in Chain().custody().links if x.name == "loss"]
+    assert (link != unseen) == bool(says)
