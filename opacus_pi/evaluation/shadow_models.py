@@ -27,6 +27,7 @@ from opacus_pi.evaluation.intervals import ConfidenceInterval, epsilon_interval
 __all__ = ["ULira", "klom", "u_lira"]
 
 Array = NDArray[np.float64]
+_EXAMPLES_AT_ONCE = 2048  # limits the memory of the attack
 _SMALLEST_STD = 1e-6  # of a fitted normal distribution
 _LARGEST_MARGIN = 100.0  # KLOM clips margins to +- this
 _SMALLEST_FRACTION = 1e-5  # KLOM replaces smaller fractions of retrained models
@@ -72,12 +73,16 @@ class ULira:
         false_positives = (self.retrained >= 0).sum(axis=0)
         false_negatives = (self.unlearned <= 0).sum(axis=0)
         sizes = len(self.retrained), len(self.unlearned)
-        return [
+        counts = np.stack([false_positives, false_negatives], axis=1)
+        # Many examples have the same counts: few intervals have to be computed.
+        distinct, places = np.unique(counts, axis=0, return_inverse=True)
+        intervals = [
             epsilon_interval(
                 int(fp), sizes[0], int(fn), sizes[1], delta=delta, confidence=confidence
             )
-            for fp, fn in zip(false_positives, false_negatives, strict=True)
+            for fp, fn in distinct
         ]
+        return [intervals[place] for place in places.reshape(-1)]
 
 
 def u_lira(unlearned_margins: ArrayLike, oracle_margins: ArrayLike) -> ULira:
@@ -112,10 +117,13 @@ def u_lira(unlearned_margins: ArrayLike, oracle_margins: ArrayLike) -> ULira:
         f"must have {unlearned.shape[1]} examples, as unlearned_margins has",
         "Evaluate both on the same forget set.",
     )
-    return ULira(
-        _ratios(unlearned, unlearned, oracle, sign=1),
-        _ratios(oracle, oracle, unlearned, sign=-1),
-    )
+    found = ULira(np.empty(unlearned.shape), np.empty(oracle.shape))
+    for start in range(0, unlearned.shape[1], _EXAMPLES_AT_ONCE):
+        part = slice(start, start + _EXAMPLES_AT_ONCE)
+        first, second = unlearned[:, part], oracle[:, part]
+        found.unlearned[:, part] = _ratios(first, first, second, sign=1)
+        found.retrained[:, part] = _ratios(second, second, first, sign=-1)
+    return found
 
 
 def _ratios(judged: Array, own: Array, other: Array, sign: int) -> Array:

@@ -17,16 +17,14 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from opacus_pi._validate import expect, require
-from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.atomic_file import replacing
 from opacus_pi.files.kinds import FileKind
 from opacus_pi.files.regular_file import require_regular
 
@@ -38,13 +36,13 @@ _OWN_FACTS = {"kind", "version"}
 # memory.
 _MAX_WIDTH = 1 << 24
 _TYPES: dict[str, np.dtype[Any]] = {
+    "I32": np.dtype("<i4"),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
-    "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
 }
 # The parts of an array that a checksum covers: name, type, shape, and bytes in parts.
-Described = tuple[str, str, tuple[int, ...], Iterable[bytes]]
+Described = tuple[str, str, tuple[int, ...], Iterable[bytes | memoryview]]
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,11 @@ def write_arrays(
     contiguous = {name: np.asarray(a, order="C") for name, a in arrays.items()}
     header = {**facts, "kind": kind.name, "version": str(kind.version)}
     header["checksum"] = checksum(_described(contiguous), header)
-    replace_file(Path(path), save(contiguous, metadata=header))
+    with replacing(path) as file:
+        file.write(_file_header(contiguous, header))
+        for name in _in_file_order(contiguous):
+            for part in _bytes_of(contiguous[name]):
+                file.write(part)
 
 
 def read_arrays(
@@ -105,8 +107,16 @@ def read_arrays(
         ValueError: If the file is truncated, edited, of another version, or not of this
             kind.
     """
-    with opened(path, kind) as (file, header):
-        arrays = {key: file.get_tensor(key) for key in file.keys()}
+    with opened(path, kind):
+        pass
+    # The file may have been replaced since: from here on only one handle is used.
+    with open(path, "rb") as file:
+        entries, start = _entries_of(file)
+        header = entries.pop("__metadata__", {})
+        arrays = {
+            name: _read_whole(file, facts, start) for name, facts in entries.items()
+        }
+    _check_kind(os.fspath(path), header, kind)
     _check(path, header, arrays, layout)
     return arrays, header
 
@@ -209,26 +219,41 @@ def arrays_on_disk(path: str | os.PathLike[str]) -> dict[str, ArrayOnDisk]:
     """
     name = os.fspath(path)
     with open(name, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    for key, facts in header.items():
-        expect(
-            facts["dtype"] in _TYPES,
-            "path",
-            f"{facts['dtype']} in {name}",
-            f"must contain {key!r} in one of {', '.join(_TYPES)}",
-            _AGAIN,
-        )
+        entries, start = _entries_of(file)
+    entries.pop("__metadata__", None)
     return {
         key: ArrayOnDisk(
             name,
             _TYPES[facts["dtype"]],
             tuple(facts["shape"]),
-            8 + size + facts["data_offsets"][0],
+            start + facts["data_offsets"][0],
         )
-        for key, facts in header.items()
+        for key, facts in entries.items()
     }
+
+
+def _entries_of(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Return the header of an open safetensors file, and where the data begins."""
+    size = int.from_bytes(file.read(8), "little")
+    entries = json.loads(file.read(size))
+    for key, facts in entries.items():
+        expect(
+            key == "__metadata__" or facts["dtype"] in _TYPES,
+            "path",
+            f"{facts.get('dtype')} in {file.name}",
+            f"must contain {key!r} in one of {', '.join(_TYPES)}",
+            _AGAIN,
+        )
+    return entries, 8 + size
+
+
+def _read_whole(file: BinaryIO, facts: Mapping[str, Any], start: int) -> NDArray[Any]:
+    """Return an array of an open file, read-only; memory holds it once."""
+    file.seek(start + facts["data_offsets"][0])
+    whole = np.fromfile(file, _TYPES[facts["dtype"]], math.prod(facts["shape"]))
+    whole.resize(facts["shape"], refcheck=False)  # a reshaped view would own no data
+    whole.flags.writeable = False
+    return whole
 
 
 @contextmanager
@@ -372,8 +397,47 @@ def _described(arrays: Mapping[str, NDArray[Any] | ArrayOnDisk]) -> Iterator[Des
     for name in sorted(arrays):
         array = arrays[name]
         parts = array.rows() if isinstance(array, ArrayOnDisk) else [array]
-        content = (np.asarray(part, order="C").tobytes() for part in parts)
+        content = (view for part in parts for view in _bytes_of(part))
         yield name, array.dtype.str, array.shape, content
+
+
+def _bytes_of(array: NDArray[Any]) -> Iterator[memoryview]:
+    """Yield the bytes of an array without copying them, if it is contiguous."""
+    if array.size:
+        yield np.asarray(array, order="C").reshape(-1).view(np.uint8).data
+
+
+def _in_file_order(arrays: Mapping[str, NDArray[Any]]) -> list[str]:
+    """Return the names in the order of the file, as safetensors itself writes them.
+
+    The types come in the reverse order of ``_TYPES``, so every array is aligned.
+    """
+    places = {dtype: place for place, dtype in enumerate(_TYPES.values())}
+    return sorted(arrays, key=lambda name: (-places[arrays[name].dtype], name))
+
+
+def _file_header(arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, str]) -> bytes:
+    """Return what a safetensors file has before the arrays' bytes.
+
+    Args:
+        arrays: The arrays by name.
+        facts: Strings by name.
+    """
+    names = {dtype: name for name, dtype in _TYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": dict(facts)}
+    start = 0
+    for name in _in_file_order(arrays):
+        array = arrays[name]
+        end = start + array.nbytes
+        entries[name] = {
+            "dtype": names[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the arrays are aligned
+    return len(text).to_bytes(8, "little") + text
 
 
 def checksum(arrays: Iterable[Described], header: Mapping[str, str]) -> str:

@@ -86,8 +86,7 @@ def checked_measurements(
     """
     if name == "correct" and np.asarray(value).dtype == np.bool_:  # flags by nature
         value = np.asarray(value, dtype=np.float32)
-    with np.errstate(over="ignore"):
-        array = np.array(real_array(name, value), dtype=np.float32)
+    array = _float32_copy(name, value)
     expect(
         array.ndim == 2 and len(array) == num_rows,
         name,
@@ -95,17 +94,36 @@ def checked_measurements(
         f"must have shape (N, n) with N = {num_rows}, the number of steps",
         "Pass one row for each step and one column for each example.",
     )
-    bad = (array < 0) | np.isinf(array)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
+    for number, row in enumerate(array):  # row by row, to spare memory
+        bad = np.flatnonzero((row < 0) | np.isinf(row))
         expect(
-            False,
+            not len(bad),
             name,
-            f"{array[row, column]} (row {row}, example {column})",
+            f"{row[bad[0]]} (row {number}, example {bad[0]})" if len(bad) else None,
             "must be finite and at least 0 (NaN: not observed)",
             "An exploded gradient has no finite loss: clip it, or drop the example.",
         )
     return frozen(array)
+
+
+def _float32_copy(name: str, value: ArrayLike) -> NDArray[np.float32]:
+    """Return a copy of an array in float32; a read-only one of its own is not copied.
+
+    Args:
+        name: The field's name, for the error.
+        value: The array. One that is read-only and owns its data, such as that of
+            another ledger or of a file, cannot be changed by others.
+    """
+    if (
+        type(value) is np.ndarray
+        and value.dtype == np.float32
+        and value.flags.owndata
+        and value.flags.c_contiguous
+        and not value.flags.writeable
+    ):
+        return value
+    with np.errstate(over="ignore"):
+        return np.array(real_array(name, value), dtype=np.float32)
 
 
 def checked_custody(value: Custody | None) -> Custody | None:

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import numbers
+from opacus_pi._validate import numbers, real_array
 
 __all__ = ["fill_by_rank", "fill_unobserved", "middle_ranks"]
 
@@ -44,15 +44,17 @@ def fill_unobserved(rows: ArrayLike) -> NDArray[np.float64]:
     Returns:
         float64 ``(N, n)`` without NaN.
     """
-    filled = np.array(numbers("rows", rows))
-    if not np.isnan(filled).any():
+    filled = np.array(real_array("rows", rows), dtype=np.float64)
+    if not any(np.isnan(row).any() for row in filled):
         return filled
     for backwards in (True, False):
         order = range(len(filled) - 2, -1, -1) if backwards else range(1, len(filled))
         for i in order:
             neighbour = filled[i + 1 if backwards else i - 1]
             np.copyto(filled[i], neighbour, where=np.isnan(filled[i]))
-    return np.where(np.isnan(filled), np.inf, filled)
+    for row in filled:
+        row[np.isnan(row)] = np.inf
+    return filled
 
 
 def fill_by_rank(rows: ArrayLike) -> NDArray[np.float64]:

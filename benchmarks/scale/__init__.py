@@ -1,0 +1,1 @@
+"""Time and memory of everything that grows with the number of examples."""
