@@ -111,11 +111,12 @@ def _digits() -> tuple[Arrays, Arrays]:
     return (x_train, y_train), (x_test, y_test)
 
 
-def _npz(path: Path) -> tuple[Arrays, Arrays]:
-    """Return training and test part from an .npz file.
+def require_arrays(path: Path) -> None:
+    """Raise unless a file has the four arrays of a data set.
 
     Raises:
-        ValueError: An array is missing.
+        OSError, zipfile.BadZipFile: It cannot be read.
+        ValueError: It is no .npz file, or an array is missing.
     """
     with np.load(path, allow_pickle=False) as found:
         missing = {"x_train", "y_train", "x_test", "y_test"} - set(found.files)
@@ -124,6 +125,16 @@ def _npz(path: Path) -> tuple[Arrays, Arrays]:
                 f"{path} must contain x_train, y_train, x_test and y_test; missing: "
                 f"{', '.join(sorted(missing))}. Write it again with numpy.savez."
             )
+
+
+def _npz(path: Path) -> tuple[Arrays, Arrays]:
+    """Return training and test part from an .npz file.
+
+    Raises:
+        ValueError: An array is missing.
+    """
+    require_arrays(path)
+    with np.load(path, allow_pickle=False) as found:
         return tuple((found[f"x_{split}"], found[f"y_{split}"]) for split in _SPLITS)
 
 

@@ -39,6 +39,7 @@ import argparse
 import contextlib
 import math
 import os
+import zipfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -46,7 +47,7 @@ import joblib
 import matplotlib
 
 from benchmarks.common.command_line import parser_of
-from benchmarks.common.data import NAMES
+from benchmarks.common.data import NAMES, require_arrays
 from benchmarks.common.facts import facts_of
 from benchmarks.common.models import MODELS
 from benchmarks.common.report import environment
@@ -104,6 +105,21 @@ def require_used(names: list[str], units: list[Unit], scale: str) -> None:
             )
 
 
+def require_readable(files: list[list[str]]) -> None:
+    """Refuse files of ``--data`` that are not there, or hold no data set.
+
+    Raises:
+        SystemExit: With the name, the file and the reason.
+    """
+    for name, file in files:
+        try:
+            require_arrays(Path(file))
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise SystemExit(
+                f"--data {name} {file}: this file cannot be used. {error}"
+            ) from None
+
+
 def cluster(address: str | None) -> AbstractContextManager:
     """Return a context in which jobs run on this machine or on a Dask cluster.
 
@@ -122,7 +138,9 @@ def cluster(address: str | None) -> AbstractContextManager:
 def _parser() -> argparse.ArgumentParser:
     """Return the parser: first what is studied, then how it is run."""
     parser = parser_of("benchmarks.reproduce", __doc__)
-    parser.add_argument("figures", nargs="+", metavar="FIGURE", help="a name, or all")
+    parser.add_argument(
+        "figures", nargs="+", metavar="FIGURE", help="all, or: " + ", ".join(FIGURES)
+    )
     parser.add_argument("--scale", choices=SCALES, default="smoke")
     parser.add_argument("--dataset", metavar="NAME", help="another main data set")
     parser.add_argument(
@@ -179,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     workspace = Workspace(args.store, args.data_root, arrays, args.device)
     units = [unit for figure in figures for unit in figure.units(scale)]
     require_used([name for name, _ in arrays], units, args.scale)
+    require_readable(args.data)
     if args.journal:
         restore(args.journal, args.store)
     if args.plan:

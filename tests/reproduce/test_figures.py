@@ -255,6 +255,16 @@ def test_a_data_set_that_no_figure_reads_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_without_a_data_set_is_refused(tmp_path):
+    words = ["fig2", "--store", str(tmp_path / "store"), "--plan"]
+    (tmp_path / "text.npz").write_text("no arrays")
+    np.savez(tmp_path / "part.npz", x_train=np.zeros(3))
+    for name, why in [("none", "No such file"), ("text", ""), ("part", "y_train")]:
+        file = str(tmp_path / f"{name}.npz")
+        with pytest.raises(SystemExit, match=f"cannot be used. .*{why}"):
+            main([*words, "--data", "digits", file])
+
+
 def npz(path, seed):
     rng = np.random.default_rng(seed)
     arrays = {
