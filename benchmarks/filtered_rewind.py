@@ -456,7 +456,7 @@ run by `Unlearner.rewind`.
   samples as the mean rewind, forgets exactly (ε = 0) and is at ε = 1 and 2 far more
   accurate. A rewound model stays a DP-SGD model: as accurate as before, not more.
 * **From the public start the two are close**, at most 2 points apart on average: the
-  private training adds nothing to this start on Fashion-MNIST and about 2 points on
+  private training adds almost nothing to it on Fashion-MNIST, and about 2 points on
   CIFAR-10. That favours the restart, too: no noise, no states, and ε = 0.
 * **What remains for rewinds** is the free share: it needs no computation and no access
   to the data that stay. Use the worst case where it suffices; restart where something
