@@ -151,8 +151,8 @@ def _parts(value: Any) -> Iterable[Any]:
     """Return the parts of an object in a fixed order."""
     if isinstance(value, types.MethodType):
         return value.__func__, value.__self__
-    if isinstance(value, weakref.ref):  # recurrent layers have some
-        return (value(),)
+    if isinstance(value, weakref.ref):  # of recurrent layers; ``deepcopy`` keeps them
+        return ()
     if type(value) in (dict, OrderedDict):
         return itertools.chain.from_iterable(value.items())
     return value if type(value) in (list, tuple) else _copied_parts(value)

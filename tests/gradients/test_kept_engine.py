@@ -120,7 +120,11 @@ def test_recurrent_layers_need_one_engine(engines, layer):
         def forward(self, x):
             return self.head(self.layer(x)[0][:, -1])
 
-    model = Last()
+    original = Last()
+    model = copy.deepcopy(original)  # recurrent layers refer to the original's weights
+    check(model, torch.randn(4, 6, 4), torch.arange(4) % 3)
+    del original
+    gc.collect()
     for _ in range(3):
         check(model, torch.randn(4, 6, 4), torch.arange(4) % 3)
     assert len(engines) == 1
