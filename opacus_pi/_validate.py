@@ -100,16 +100,13 @@ def real_array(name: str, value: ArrayLike) -> NDArray[Any]:
     array = np.asarray(value)
     is_real = array.dtype.kind in "iuf" or array.size == 0
     if array.dtype.kind == "O":
-        is_real = all(
-            isinstance(one, Real) and not isinstance(one, bool | np.bool_)
-            for one in array.ravel().tolist()
-        )
+        is_real = all(map(_is_real, array.ravel().tolist()))
     expect(
         is_real,
         name,
-        f"{array.dtype.name} {array.ravel()[:1].tolist() if array.size else ''}",
+        "" if is_real else repr(_not_real(array)),
         "must hold real numbers only",
-        "Convert strings, booleans and complex numbers to real numbers first.",
+        "Convert other values to real numbers first, for example None to NaN.",
     )
     if array.dtype.kind != "O":
         return array
@@ -120,6 +117,17 @@ def real_array(name: str, value: ArrayLike) -> NDArray[Any]:
             f"{name} must hold numbers that fit into a float64 ({error}). Pass smaller "
             "numbers."
         ) from error
+
+
+def _not_real(array: NDArray[Any]) -> Any:
+    """Return the first entry of an array that is not a real number."""
+    entries = array.ravel().tolist()
+    return next((one for one in entries if not _is_real(one)), entries[0])
+
+
+def _is_real(value: object) -> bool:
+    """Return whether a value is a real number; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
 
 
 def in_range(
@@ -216,7 +224,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         name,
         f"{array.dtype} of shape {array.shape}",
         "must be a flat list of whole numbers",
-        "Convert a mask with numpy.flatnonzero.",
+        "Convert a mask with numpy.flatnonzero, other numbers with astype(int).",
     )
     inside = (array >= 0) & (array < size)
     expect(
@@ -227,10 +235,11 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         "Pass positions in the training set.",
     )
     ordered, counts = np.unique(array.astype(np.int64), return_counts=True)
+    repeated = ordered[counts > 1]
     expect(
-        bool((counts == 1).all()),
+        repeated.size == 0,
         name,
-        ordered[counts > 1][:1],
+        f"{repeated[0]} more than once" if repeated.size else "",
         "must not have duplicates",
         "Pass each example once (numpy.unique).",
     )

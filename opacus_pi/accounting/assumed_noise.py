@@ -40,5 +40,6 @@ def require_real_noise(runs: Iterable[GradNormLedger]) -> None:
         "must be the noise that training added",
         "Noise is assumed after with_noise_std, and after adaptive clipping, whose "
         "accounting is not proved. It gives a ranking only: use privacy_losses to rank "
-        "examples, or train with another clipping for a guarantee.",
+        "examples. For a guarantee, pass the ledger of a private training as it was "
+        "recorded, without adaptive clipping.",
     )

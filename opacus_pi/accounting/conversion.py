@@ -143,7 +143,7 @@ def check_delta(delta: float) -> None:
         1,
         closed=False,
         delta=delta,
-        remedy="Choose less than 1 / (data set size).",
+        remedy="Choose a number above 0 and below 1 / (data set size).",
     )
 
 
@@ -287,7 +287,7 @@ def gaussian_mu(epsilon: ArrayLike, delta: float) -> Array:
         0,
         largest,
         epsilon=epsilon,
-        remedy="Pass a finite epsilon: an infinite one allows any shift.",
+        remedy="Pass a finite epsilon of at least 0: an infinite one allows any shift.",
     )
     check_delta(delta)
     e = numbers("epsilon", epsilon)

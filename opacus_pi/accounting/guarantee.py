@@ -87,7 +87,8 @@ _HEADS = {
     "empirical": "Empirical guarantee for {}.",
 }
 _BY_HAND = "the ledger describes the training as it was run"
-_ONE_SIDED = "One-sided: Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ."
+_EVENT = "Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ"
+_ONE_SIDED = f"One-sided, for every event E: {_EVENT}."
 _EXCHANGED = "Pr[retrained ∈ E] ≤ e^ε · Pr[unlearned ∈ E] + δ"
 Established = TypeVar("Established", "Assumption", "Guarantee")
 
@@ -162,7 +163,8 @@ class EpsilonDelta:
         in_range(
             0, largest, epsilon=self.epsilon, remedy="Leave this pair of ε and δ out."
         )
-        in_range(0, 1, delta=self.delta, remedy="Choose less than 1 / (examples).")
+        remedy = "Choose a number of at least 0, below 1 / (data set size)."
+        in_range(0, 1, delta=self.delta, remedy=remedy)
 
 
 @dataclass(frozen=True, repr=False)
@@ -490,13 +492,10 @@ class Guarantee(Shown):
         forward, reverse = self.epsilon(delta), self.reverse_epsilon(delta)
         if math.isinf(reverse):
             return [_ONE_SIDED]
-        line = "Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ"
+        both = f"Both directions, for every event E: {_EVENT}"
         if reverse <= forward:
-            return [f"Both directions: {line}, and {_EXCHANGED}."]
-        return [
-            f"Both directions: {line}. "
-            f"With ε {sign} {write(reverse)} also {_EXCHANGED}."
-        ]
+            return [f"{both}, and {_EXCHANGED}."]
+        return [f"{both}. With ε {sign} {write(reverse)} also {_EXCHANGED}."]
 
 
 def _established(item: Established, who: str) -> Established:

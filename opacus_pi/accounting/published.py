@@ -340,7 +340,8 @@ def order_multiplied_divergence(
 
     Source: Mironov 2017, Propositions 2 and 11; so in Chien et al. 2024, Corollary 3.4.
     """
-    in_range(1, np.inf, group_size=group_size, remedy="Pass the number of examples.")
+    remedy = "Pass the number of examples in the group."
+    in_range(1, np.inf, group_size=group_size, remedy=remedy)
     if group_size == 1:
         return float(worst_loss(order))
     half = (group_size + 1) // 2

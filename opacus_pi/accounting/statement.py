@@ -149,8 +149,9 @@ class PrivacyStatement:
                 "next line."
             )
         return (
-            f" In this run ε is at most {rounded_up(self.limit)} with 95 % confidence: "
-            "the norms of the example are known only for the updates that drew it."
+            f" In this run ε is at most {rounded_up(self.limit)} with 95 % confidence. "
+            "It is not known exactly, because the norms of the example are known only "
+            "for the updates that drew it."
         )
 
     def _anyone(self) -> str:

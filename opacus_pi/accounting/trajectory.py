@@ -69,7 +69,7 @@ def trajectory_losses(
 
     Args:
         ledgers: Independent runs of the same training procedure, over which the
-            expectation is the mean; each may have its own steps.
+            expectation is the mean; their rows may be at different updates.
         order: Rényi order, above 1.
         kappa: κ, above 1, the exponent of Hölder's inequality: 2 is usual, and a larger
             one needs more runs. Choose it before looking at the runs. ``inf`` takes,
@@ -130,11 +130,11 @@ def trajectory_limits(
 
         E X <= mean X + (b-1)·√(ln(1/β) / 2N)   with probability 1 - β.
 
-    The rows must be stratified: then the sum over the rows is unbiased for S, so that
-    E X is not less than with all updates (Jensen's inequality). A row before every
-    update is the special case of strata of one update. The limits are useful while
-    κ(order-1)·(largest S) is about 1; otherwise the worst case is smaller and is
-    returned.
+    The rows must be stratified. The sum over the rows then takes the place of S: its
+    mean is S, so by Jensen's inequality the mean of X is not smaller than with all
+    updates. A row before every update is the special case of strata of one update. The
+    limits are useful while κ(order-1)·(largest S) is about 1; otherwise the worst case
+    is smaller and is returned.
 
     The swept norms must be the norms that training clips. With dropout or augmented
     inputs the model in evaluation mode has other norms, and these values are not

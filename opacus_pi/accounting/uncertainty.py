@@ -190,8 +190,9 @@ def epsilon_limits(
 ) -> Array:
     """Return upper limits of the epsilons, over the random draws of the batches.
 
-    Each is the smallest over the orders of the limits of ``loss_limits``, and at least
-    the estimate of ``epsilons``. All orders use the same draws, so the coverage was
+    At each order the limit of ``loss_limits`` is converted to ε. The smallest of these
+    is returned, but never less than the estimate of ``epsilons``. The smallest of
+    several limits may hold less often than each of them: how often it holds was
     measured, not derived.
 
     Args:

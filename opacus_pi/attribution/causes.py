@@ -126,8 +126,8 @@ EQUAL_INPUTS = Cause(
     "Some examples of a batch have equal inputs and different targets, and the loop "
     "gave the model copies of them. So it is not known which of their norms belongs to "
     "which example: each is charged the largest of them, and a RenyiFilter leaves them "
-    "out. Give the model the tensors that the data loader delivered, or remove such "
-    "examples from the data set.",
+    "out of the update. Give the model the tensors that the data loader delivered, or "
+    "remove such examples from the data set.",
 )
 TRUSTED = Cause(
     "examples with equal inputs were assumed to be in their places",
@@ -214,7 +214,7 @@ MIXED_IN_COLLATE = Cause(
     "unattributed",
     "collate_fn returned samples that are made of several items of the data set, as "
     "mixup and cutmix do, so they belong to no single example. Use a collate_fn that "
-    "keeps each item to itself.",
+    "does not combine items.",
 )
 CHANGED_IN_COLLATE = Cause(
     "collate_fn moves some items and changes others",

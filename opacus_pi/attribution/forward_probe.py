@@ -125,8 +125,8 @@ def probe(
         module: The model; not a wrapper of it, whose hooks might be skipped.
         tracker: The tracker of the run; held by a weak reference. A second call
             replaces the tracker of the first.
-        is_second_backward: Of ``ForwardProbe.report_to``.
-        saw_pass: Of ``ForwardProbe.report_to``.
+        is_second_backward: As for ``ForwardProbe.report_to``.
+        saw_pass: As for ``ForwardProbe.report_to``.
 
     Returns:
         The handle that removes the hook.

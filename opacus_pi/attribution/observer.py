@@ -73,8 +73,9 @@ class LoaderObserver:
     Args:
         tracker: Receives every delivery; held by a weak reference. None: deliveries are
             only counted.
-        follow_items: Whether ``collate_fn`` may change the order of the items. Passes
-            that begin from now on then follow them (``collate_identity``).
+        follow_items: Whether to follow each item through ``collate_fn``, which may
+            change their order (``collate_identity``); holds for passes that begin
+            later.
 
     Attributes:
         batch_dim: The dimension that should run over the samples of a batch.

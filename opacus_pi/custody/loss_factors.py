@@ -1,7 +1,7 @@
 """Find out whether a loop multiplies the losses of a batch by one constant factor.
 
 With ghost clipping the criterion is known, but the loop may multiply its result before
-it calls ``backward``, drop examples from it, or divide it by something of the batch.
+it calls ``backward``, drop examples from it, or divide it by a quantity of the batch.
 The gradient that arrives at each example's loss is the factor of that loss. So the
 smallest and the largest factor of every backward pass are noted.
 
@@ -52,10 +52,11 @@ _VARYING = (
 
 
 _HOOKED = (
-    "The model's outputs have a gradient hook of the training loop. If it changes "
-    "gradients by something of the whole batch, such as their norm, no gradient "
-    "belongs to one example, and ghost clipping does not clip. That is fine only if "
-    "the hook returns nothing and changes nothing. Remove the hook."
+    "The model's outputs have a gradient hook of the training loop. If it scales "
+    "gradients by a quantity of the whole batch, such as their norm, no gradient "
+    "belongs to one example, and ghost clipping does not bound what an example "
+    "contributes. The hook is harmless only if it returns nothing and changes nothing. "
+    "Remove the hook."
 )
 
 

@@ -50,7 +50,7 @@ _REMEDY = (
 _NOT_THE_MEAN = (
     "The model returned a loss of {got:.6g} for a batch of {size} examples, but the "
     "{how} of the losses of its halves is {expected:.6g}. So the loss divides by "
-    "something of the whole batch, as language models do that divide by the number of "
+    "a quantity of the whole batch, as language models do that divide by the number of "
     "tokens that are not padding. Then no example has a loss of its own, and "
     "max_grad_norm does not bound what it contributes. " + _REMEDY
 )

@@ -116,7 +116,7 @@ _KEEPS_EXAMPLES = (
     "the model. Keep the buffer fixed during training, or make it a parameter."
 )
 _REMEMBERS = (
-    "The model keeps something of a batch, such as a hidden state, and its outputs for "
+    "The model keeps values of a batch, such as a hidden state, and its outputs for "
     "the next batch depend on it. So an example is in the gradients of later updates, "
     "too, which clipping does not bound and no accountant counts. Reset the state "
     "before every batch."

@@ -191,7 +191,8 @@ def binned_means(
         f"must have one value for each of the {len(by)} values of x",
         "Pass the same examples in the same order.",
     )
-    in_range(1, len(by), num_bins=num_bins, remedy="Every bin needs an example.")
+    remedy = "Ask for at least one bin, and at most one for each example."
+    in_range(1, len(by), num_bins=num_bins, remedy=remedy)
     largest = np.abs(values).max()
     if normalise and largest > 0:
         values = values / largest

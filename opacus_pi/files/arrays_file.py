@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from opacus_pi._validate import expect, require
 from opacus_pi.files.atomic_file import replacing
-from opacus_pi.files.kinds import FileKind
+from opacus_pi.files.kinds import KINDS, FileKind
 from opacus_pi.files.regular_file import require_regular
 
 Arrays = dict[str, NDArray[Any]]
@@ -287,7 +287,7 @@ def opened(
             yield file, header
     except (SafetensorError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"path must be a whole {kind.name} file, got {name} ({error}). "
+            f"path must be a whole file with {kind.words}, got {name} ({error}). "
             f"It is truncated, or another kind of file. {_AGAIN}"
         ) from error
 
@@ -320,12 +320,13 @@ def _check_shape(path: str, name: str, shape: Sequence[int]) -> None:
 
 def _check_kind(name: str, header: Mapping[str, str], kind: FileKind) -> None:
     """Refuse a file of another kind or version."""
+    found = KINDS.get(header.get("kind", ""))
     expect(
         header.get("kind") == kind.name,
         "path",
-        f"{header.get('kind', 'something else')} in {name}",
-        f"must contain {kind.name}",
-        "Pass a file that this class's save wrote.",
+        f"{found.words if found else 'something else'} in {name}",
+        f"must contain {kind.words}",
+        f"Pass the name of a file with {kind.words}.",
     )
     readable = [str(version) for version in kind.readable_versions]
     expect(

@@ -199,7 +199,8 @@ def _require_own_link(path: str) -> None:
     if found.st_uid not in (os.geteuid(), directory.st_uid):
         raise OSError(
             errno.ELOOP,
-            f"is a link of user {found.st_uid}, who does not own the directory; "
-            "nothing was written through it. Remove the link or choose another name",
+            f"The file is a link of user {found.st_uid}, who does not own the "
+            "directory; nothing was written through it. Remove the link or choose "
+            "another name",
             path,
         )

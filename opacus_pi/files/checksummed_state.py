@@ -13,7 +13,7 @@ the checksum again.
 >>> verified_state({**state, "rate": 0.25})
 Traceback (most recent call last):
     ...
-ValueError: The saved state does not match its checksum: its values have another checksum. It was edited or damaged: resume from another checkpoint.
+ValueError: The saved state does not match its checksum. It was edited or damaged: resume from another checkpoint.
 """  # noqa: E501
 
 import hashlib
@@ -59,14 +59,14 @@ def verified_state(state: Any) -> dict[str, Any]:
     content = {name: value for name, value in found.items() if name != _CHECKSUM}
     plain = all(_is_plain(value) for value in content.values())
     if _CHECKSUM not in found:
-        problem = "it has none"
+        problem = "has no checksum"
     elif not plain:
-        problem = "it has values of a type that is never saved"
+        problem = "has values of a type that is never saved"
     else:
-        problem = "its values have another checksum"
+        problem = "does not match its checksum"
     require(
         plain and found.get(_CHECKSUM) == _digest(content),
-        f"The saved state does not match its checksum: {problem}.",
+        f"The saved state {problem}.",
         "It was edited or damaged: resume from another checkpoint.",
     )
     return content

@@ -107,6 +107,10 @@ def norm_sweep(
 ) -> Tensor:
     """Return the gradient norm of every example of a data set.
 
+    The norm of the gradient of each example's own loss, not clipped, with the model in
+    evaluation mode. Of :func:`sweep`, which also returns confidences and errors, only
+    the norms.
+
     Args:
         model: As for :func:`sweep`.
         criterion: As for :func:`sweep`.

@@ -101,7 +101,7 @@ def checked_measurements(
             name,
             f"{row[bad[0]]} (row {number}, example {bad[0]})" if len(bad) else None,
             "must be finite and at least 0 (NaN: not observed)",
-            "An exploded gradient has no finite loss: clip it, or drop the example.",
+            _remedy_of(name, row[bad[0]] if len(bad) else 0.0),
         )
     return frozen(array)
 
@@ -124,6 +124,13 @@ def _float32_copy(name: str, value: ArrayLike) -> NDArray[np.float32]:
         return value
     with np.errstate(over="ignore"):
         return np.array(real_array(name, value), dtype=np.float32)
+
+
+def _remedy_of(name: str, value: float) -> str:
+    """Return what to do about a measurement that is negative or infinite."""
+    if name == "grad_norms" and np.isinf(value):
+        return "The training diverged: record it again with a lower learning rate."
+    return "Pass NaN for a value that was not measured."
 
 
 def checked_custody(value: Custody | None) -> Custody | None:

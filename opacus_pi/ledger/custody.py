@@ -171,8 +171,8 @@ class Custody:
             f"{self.num_unattributed} of {self.num_samples} samples are unattributed: "
             f"it is not known which examples they are. At most {MAX_UNATTRIBUTED:.0%} "
             f"are allowed. {self.cause} Alternatively, pass "
-            'Recorder(unattributed="worst_case"): it counts every example that may be '
-            "among them with the clip norm."
+            'Recorder(unattributed="worst_case"): it charges every example that may be '
+            "among them at the clip norm."
         )
 
     def to_json(self) -> str:

@@ -190,8 +190,8 @@ def _grams(value: ArrayLike, kind: str, num_rows: int) -> NDArray[np.float64]:
     expect(
         bool(sound.all() and (diagonal >= 0).all()),
         "grams",
-        "a matrix that is not one",
+        "a matrix with other entries",
         "must contain symmetric matrices of inner products (|K_xy| ≤ √(K_xx·K_yy))",
-        "Compute them in float64 as G·Gᵀ.",
+        "Compute them in float64 as G·Gᵀ, where each row of G is one gradient.",
     )
     return frozen((grams + flipped) / 2)

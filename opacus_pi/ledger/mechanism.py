@@ -215,13 +215,18 @@ class NoisySGD(Shown):
         """
         steps, noise = facts["num_steps"], facts.get("noise", _ASSUMED)
         most = facts.get("max_participations")
-        whole = all(re.fullmatch(_WHOLE, text) for text in (steps, most or "0"))
+        remedy = "Restore the file from a copy."
+        for name, text in (("num_steps", steps), ("max_participations", most or "0")):
+            is_whole = re.fullmatch(_WHOLE, text) is not None
+            expect(
+                is_whole, f"{name} in the file", text, "must be a whole number", remedy
+            )
         expect(
-            whole and noise == _ASSUMED,
-            "num_steps, max_participations and noise in the file",
-            f"{steps}, {most}, {noise}",
-            f"must be whole numbers and {_ASSUMED!r}",
-            "Restore the file from a copy.",
+            noise == _ASSUMED,
+            "noise in the file",
+            noise,
+            f"must be {_ASSUMED!r} or missing",
+            remedy,
         )
         return cls(
             num_steps=int(steps),

@@ -166,8 +166,9 @@ def require_own_parameters(outputs: Any, live: Iterable[nn.Parameter]) -> None:
         if id(getattr(node, "variable", None)) in foreign:
             raise ValueError(
                 "A copy of the model still computes with the parameters of the "
-                "original, so copy.deepcopy does not copy it completely. Bind "
-                "replaced methods with types.MethodType, not in a closure."
+                "original, so copy.deepcopy does not copy it completely. If you "
+                "replaced a method of the model, bind the new one with "
+                "types.MethodType: a function that refers to the model is not copied."
             )
         new = {child for child, _ in getattr(node, "next_functions", ())} - seen
         seen |= new

@@ -10,9 +10,9 @@ once, and honours the criterion's ``reduction``:
 * ``"none"``, and functions: the criterion must return one loss for each example.
 
 **Guarantee.** Either the losses are those that were trained, or :class:`CoupledLoss` is
-raised. Some criteria divide by something of the whole batch (class weights, labels that
-are ignored in some examples only), and others compare the examples with each other.
-Then no example has a loss of its own.
+raised. Some criteria divide by a quantity of the whole batch (class weights, labels
+that are ignored in some examples only), and others compare the examples with each
+other. Then no example has a loss of its own.
 
 **What breaks it.** A criterion that behaves otherwise on later batches: the comparison
 with the trained loss is made on the first batch that has at least two examples.
@@ -67,7 +67,7 @@ _IGNORED = (
 )
 _OTHER_REDUCTION = (
     "On a batch of {size} examples, {name} returned {got:.6g}, but the {how} of the "
-    "examples' own losses is {expected:.6g}. So the loss divides by something of the "
+    "examples' own losses is {expected:.6g}. So the loss divides by a quantity of the "
     "whole batch, and no example has a loss of its own. " + _REMEDY
 )
 _COUPLED = (

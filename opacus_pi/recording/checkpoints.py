@@ -382,7 +382,11 @@ def thinned(steps: Sequence[int], most: int) -> list[int]:
 
 def _checked_every(every: int | Sequence[int]) -> int | tuple[int, ...]:
     """Return the option ``every``, checked."""
-    checked = checked_every(every)
+    checked = checked_every(
+        every,
+        remedy="Pass the number of updates from state to state, or increasing numbers "
+        "of updates.",
+    )
     if isinstance(checked, tuple):
         return checked
     expect(

@@ -65,7 +65,8 @@ def gram_ledger(
             torch loss module may have any reduction.
         data_set: The training set, in its order.
         forget_indices: Which examples to forget, ``(m,)``, each once. It may be empty:
-            the bound of an empty group shows how loose the bound is.
+            the divergence of an empty group is 0, so its bound shows how loose the
+            bound is.
         ledger: The ledger of the run.
         kind: ``"forget"``: ⟨g_x, g_y⟩ of the forget examples, before clipping.
             ``"minibatch"``: for Theorem B.1, with batches drawn as in training.

@@ -226,15 +226,15 @@ def record_in(directory: Path) -> ParticipationRecord:
     texts: dict[str, Any] = {name: facts[name] for name in _TEXTS}
     return ParticipationRecord(
         num_examples=_whole(facts, "num_examples", directory),
-        sample_rate=_parsed(facts, "sample_rate", float),
+        sample_rate=_parsed(facts, "sample_rate", float, directory),
         learning_rates=np.concatenate(rates) if has_all else None,
-        kept=tuple(_parsed(facts, "kept", list)),
+        kept=tuple(_parsed(facts, "kept", list, directory)),
         **texts,
         **arrays,
     )
 
 
-def _parsed(facts: Mapping[str, str], name: str, kind: type) -> Any:
+def _parsed(facts: Mapping[str, str], name: str, kind: type, directory: Path) -> Any:
     """Return a number or a list of numbers from the strings of a block, or refuse."""
     try:
         value = json.loads(facts[name])
@@ -243,9 +243,9 @@ def _parsed(facts: Mapping[str, str], name: str, kind: type) -> Any:
     whole = isinstance(value, list) and all(type(item) is int for item in value)
     expect(
         type(value) is kind and (kind is not list or whole),
-        name,
+        f"{name} of the participations in {directory}",
         facts[name],
-        "must be what the recorder wrote",
+        f"must be {'a list of updates' if kind is list else 'a number'}",
         _RESTORE,
     )
     return value
@@ -254,6 +254,10 @@ def _parsed(facts: Mapping[str, str], name: str, kind: type) -> Any:
 def _whole(facts: Mapping[str, str], name: str, directory: Path) -> int:
     """Return a whole number from the strings of a block, or refuse."""
     expect(
-        facts[name].isdecimal(), name, facts[name], "must be a whole number", _RESTORE
+        facts[name].isdecimal(),
+        f"{name} of the participations in {directory}",
+        facts[name],
+        "must be a whole number",
+        _RESTORE,
     )
     return int(facts[name])

@@ -117,7 +117,8 @@ class RecorderOptions:
             repr(unattributed),
             'must be "refuse" or "worst_case"',
             'With "refuse" the run has no ledger if more than 1 % of the samples are '
-            'unattributed; with "worst_case" these samples count with the clip norm.',
+            'unattributed; with "worst_case" every example that may be among them is '
+            "charged at the clip norm.",
         )
         expect(
             mode in ("observed", "swept"),
@@ -179,9 +180,10 @@ class RecorderOptions:
         """Return a recorder that sweeps at a random update in each part of a run.
 
         With ``rule="stratified"``, sums over these rows are unbiased for sums over all
-        updates; sums over a fixed choice of rows are not. Losses that average several
-        runs need their rows at the same steps: give each run a generator with the same
-        seed.
+        updates; sums over a fixed choice of rows are not. ``privacy_losses`` of
+        several runs needs rows at the same updates: give each run a generator with the
+        same seed. ``trajectory_limits`` needs rows that are drawn independently: give
+        each run another seed.
 
         Args:
             num_checkpoints: Number of rows, N.
@@ -215,11 +217,12 @@ class Recorder(RecorderOptions):
             rows, is before the first. Default: 0.2 for observed rows, which need 20
             bytes for each example and epoch and show how ranks change; 1 for swept
             rows, each of which costs a pass over the data.
-        criterion: ``criterion(outputs, targets)`` for sweeps, one loss per example.
+        criterion: ``criterion(outputs, targets)`` for sweeps, one loss per example;
+            needed if ``mode`` is ``"swept"``.
         strict: Whether to raise at once when the run can no longer be accounted for,
             instead of training on without a ledger.
-        verify: Whether samples of batches that were copied are matched to examples by
-            their content.
+        verify: Whether to match samples to examples by their content if the training
+            loop copied the batch.
         probe_model: Whether a model that is trained privately is run again on its first
             batch, with other examples in it, to check that it treats examples
             separately. False: you declare that the model does.

@@ -40,16 +40,20 @@ def num_due(num_steps: int, *, every: Every, sample_rate: float) -> int:
     return math.floor(num_steps * sample_rate / every * (1 + 1e-12))
 
 
-def checked_every(every: float | Sequence[int]) -> Every:
+def checked_every(
+    every: float | Sequence[int],
+    *,
+    remedy: str = "Pass a number of epochs, or increasing numbers of updates.",
+) -> Every:
     """Return the option ``every`` as a float or as a tuple, checked.
 
     Args:
         every: Epochs from row to row, or the updates after which rows are written.
+        remedy: One sentence: what the caller can do.
 
     Raises:
         ValueError: If it is not above 0 and finite, or not increasing.
     """
-    remedy = "Pass a number of epochs, or increasing numbers of updates."
     if not isinstance(every, Sequence):
         positive(every=every, remedy=remedy)
         in_range(0, np.finfo(np.float64).max, every=every, remedy=remedy)
@@ -118,5 +122,5 @@ def _check_num_checkpoints(num_checkpoints: int, num_steps: int) -> None:
         1,
         num_steps,
         num_checkpoints=num_checkpoints,
-        remedy="Ask for at most one row for each of the num_steps updates.",
+        remedy="Ask for at least one row, and at most one for each update of the run.",
     )

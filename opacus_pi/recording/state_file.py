@@ -56,6 +56,9 @@ def read_state(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"The saved state {path} does not exist. {_RESTORE}")
     try:
         require_bounded(path)
+    except ValueError as error:
+        raise ValueError(f"{error}. {_RESTORE}") from error
+    try:
         found = read_torch_file(path, map_location="cpu", remedy=_RESTORE)
     except (RuntimeError, EOFError) as error:
         raise ValueError(

@@ -116,7 +116,7 @@ def _check_facts(path: Path, facts: Mapping[str, str], data_set: str | None) -> 
         data_set is None or same_data_set(facts.get("data_set", ""), data_set),
         f"{path.name} is from a run on another data set ({facts.get('data_set')}, not "
         f"{data_set}).",
-        "Use a separate directory for every run.",
+        "Pass the data set of that run, or use a separate directory for every run.",
     )
 
 

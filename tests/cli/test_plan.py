@@ -78,7 +78,7 @@ def test_text_and_file(run, tmp_path):
     ("words", "message"),
     [
         (("120",), "--forget must be in [0, 120), got 120"),
-        (("3,3",), "--forget must not have duplicates, got [3]"),
+        (("3,3",), "--forget must not have duplicates, got 3 more than once"),
         (("nobody.txt",), "--forget: no such file: nobody.txt"),
         (("cli_project.py",), "does not hold whole numbers"),
         (("3", "--past", "4"), "--past: 4 is not IDS=EPOCHS"),

@@ -72,7 +72,7 @@ def test_every_argument_is_explained(name):
             "LEDGER .: path must name a regular file, not a directory",
         ),
         (("score", "cli_project.py"), "is truncated, or another kind of file"),
-        (("score", "model.safetensors"), "must contain opacus_pi.GradNormLedger"),
+        (("score", "model.safetensors"), "must contain a ledger of gradient norms"),
         (
             ("score", "ledger.safetensors", "--order", "1"),
             "--order must be finite and above 1, got 1.0",

@@ -159,10 +159,12 @@ def theorem_b1_estimates(
     C_s is the paper's coefficient and o_p^s(α) its order (``printed_order``).
 
     Args:
-        gram_ledger: Of kind ``"minibatch"``, Gram matrices ``(N, R, J, J)``. The paper
-            has R = 20 and J equal to the order; a larger J is cut into disjoint tuples.
+        gram_ledger: Of kind ``"minibatch"``, Gram matrices ``(N, R, J, J)``: N rows, R
+            minibatches of the retain set, J minibatches of the whole data set. The
+            paper has R = 20 and J equal to the order; a larger J is cut into disjoint
+            tuples. σ is the ``noise_std`` of its mechanism.
         order: Rényi order α > 1.
-        hoelder_p: p; default 3T.
+        hoelder_p: p; default 3T, for T updates.
 
     Returns:
         float64 ``(R,)``. Estimates of the printed formula, not bounds; report their
@@ -184,7 +186,7 @@ def theorem_b1_estimates(
         available,
         f"must have at least {orders.max()} minibatches, because the order at the last "
         f"row is {orders.max()}",
-        "Record more minibatches of the whole data set.",
+        f"Pass num_minibatches={orders.max()} or more to gram_ledger.",
     )
     widths = np.diff(ledger.steps, prepend=0)
     coefficients = (p - 1) * np.exp(-log_order_growth(p) * ledger.steps) / (order - 1)

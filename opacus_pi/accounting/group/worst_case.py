@@ -44,8 +44,9 @@ def group_worst_case_loss(
     """Return the worst case of a group of m examples: a bound on its Rényi divergence.
 
     Under Poisson sampling the number of the group's examples in a batch is Bin(m, q).
-    Fixed sampling is conditioned on: each example is in one update of every epoch, and
-    the worst case is that all are in the same one, the most expensive.
+    Under fixed sampling the batches are taken as given: each example is in one update
+    of every epoch, and in the worst case the whole group is in the same update, the
+    most expensive one.
 
     Args:
         mechanism: Noise, clip norm and sampling of the run.

@@ -147,7 +147,7 @@ def public_logistic_constants(
         0,
         largest,
         max_row_norm=max_row_norm,
-        remedy="Scale each feature vector, e.g. to norm 1.",
+        remedy="Pass the largest norm of a feature vector: 1 if each is scaled to 1.",
     )
     positive(regularisation=regularisation, remedy=_REGULARISER)
     return LossConstants(

@@ -141,7 +141,12 @@ def contraction_noise_std(
 
     Source: bisection of ``hockey_stick_contraction``, which falls with the noise.
     """
-    in_range(0, np.finfo(float).max, epsilon=epsilon, remedy="Pass a finite epsilon.")
+    in_range(
+        0,
+        np.finfo(float).max,
+        epsilon=epsilon,
+        remedy="Pass a finite epsilon of at least 0.",
+    )
     check_delta(delta)
     steps = _Steps.of(map_diameters, 1.0, lipschitz, drifts)
     eps, goal = numbers("epsilon", epsilon), math.log(delta)

@@ -113,7 +113,7 @@ def lsi_track(
     One step is w ← Π(F(w) + N(0, s·I)), where Π projects onto a convex set.
     C_{j+1} = min(c²·C_j + s, cap): a c-Lipschitz push-forward multiplies the constant
     by c², the noise adds s, and a projection onto a convex set changes nothing. The map
-    of a step must be one map: full-batch steps, or batches that follow a fixed
+    of a step must not be random: full-batch steps, or batches that follow a fixed
     schedule.
 
     Args:
@@ -195,7 +195,7 @@ def schedules(
     Raises:
         ValueError: If a value is negative or a schedule has another length.
     """
-    remedy = "Every step is computed separately: ask for fewer steps."
+    remedy = f"Pass 0 to {_MAX_STEPS:,} steps: each is computed separately."
     in_range(0, _MAX_STEPS, num_steps=num_steps, remedy=remedy)
     named: dict[str, Any] = {"lipschitz": lipschitz, "noise_variance": noise_variance}
     in_range(0, math.inf, remedy=_AT_LEAST_0, **named)

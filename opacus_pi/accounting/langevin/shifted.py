@@ -50,14 +50,16 @@ def shifted_mu_squared(
 ) -> float:
     """Return the smallest μ² that shifted divergences can prove; D_α ≤ α·μ²/2.
 
-    P and Q are the distributions of the final weights of the two runs. Each step's
-    noise hides a part a_t of the distance between the runs, at the price a_t²/s_t. The
-    smallest total price that hides the whole distance is μ². The solution is the taut
-    string: the greatest convex minorant of the accumulated distances as a function of
-    the accumulated noise, both multiplied forward to the end of the run.
+    P and Q are the distributions of the final weights of two runs of one noisy process,
+    such as training with and without an example. Each step's noise hides a part a_t of
+    the distance between the runs, at the price a_t²/s_t. The smallest total price that
+    hides the whole distance is μ². The solution is the taut string: the greatest convex
+    minorant of the accumulated distances as a function of the accumulated noise, both
+    multiplied forward to the end of the run.
 
     Args:
-        lipschitz: c_t, ``(N,)``; 1 for convex losses, 1 − ηm for strongly convex ones.
+        lipschitz: c_t, ``(N,)``, the Lipschitz constant of each step's map; 1 for
+            convex losses, 1 − ηm for strongly convex ones.
         shifts: d_t ≥ 0, ``(N,)``, sup-distance between the two runs' maps, e.g.
             η·C/batch_size for an example clipped to C; 0 after its removal.
         noise_variances: s_t > 0 on the weights, ``(N,)``.
@@ -205,7 +207,8 @@ def _check_equal_steps(
         0,
         1,
         lipschitz=lipschitz,
-        remedy="Use shifted_mu_squared for Lipschitz constants above 1.",
+        remedy="A Lipschitz constant is never negative. Use shifted_mu_squared for "
+        "constants above 1.",
     )
     in_range(
         0,

@@ -127,7 +127,7 @@ def steps_to_unlearn(
     form: str = "best",
     max_num_steps: int = 1_000_000,
 ) -> UnlearningBound:
-    """Compute the fewest noisy steps after which D_α(unlearned ‖ retrained) ≤ target.
+    """Compute the fewest noisy steps k until D_α(unlearned ‖ retrained) ≤ target.
 
     Args:
         divergence: As in ``unlearning_divergence``.
@@ -139,8 +139,8 @@ def steps_to_unlearn(
         max_num_steps: Largest k tried.
 
     Returns:
-        A bound whose ``num_steps`` is the smallest k; ``inf`` if no k up to the limit
-        is enough.
+        A bound whose ``num_steps`` is the smallest k; ``inf`` if no k up to
+        ``max_num_steps`` is enough.
 
     Raises:
         ValueError: If an argument is outside its domain.
@@ -208,10 +208,11 @@ def steps_to_rewind(
     total = (num_steps or 0) if lsi is None else lsi.size - 1
     expect(
         total >= 1,
-        "num_steps",
-        num_steps if lsi is None else total,
-        "must be at least 1",
-        "Pass lsi of shape (T + 1,), or num_steps=T.",
+        "num_steps" if lsi is None else "lsi",
+        num_steps if lsi is None else f"an array of shape {lsi.shape}",
+        "must be at least 1" if lsi is None else "must have at least 2 entries",
+        "Pass num_steps, the number of updates of training, or lsi with one more entry "
+        "than updates.",
     )
     shared = {
         "lipschitz": constants.lipschitz,
@@ -278,8 +279,10 @@ def _evaluator(
     positive(
         initial_lsi=initial_lsi,
         remedy=(
-            "Pass the log-Sobolev constant of the initial weights. It is 0 only for "
-            "fixed weights, whose divergence from every other distribution is infinite."
+            "Pass the log-Sobolev constant of the retrained model's weights where "
+            "unlearning starts, for example the last entry of lsi_track. It is 0 only "
+            "for fixed weights, whose divergence from every other distribution is "
+            "infinite."
         ),
     )
     tracked = np.zeros(1)
@@ -334,7 +337,8 @@ def _assumptions(form: str, constants: LangevinConstants) -> tuple[str, ...]:
         "each step is one fixed map: full-batch, or batches on a schedule that does "
         "not depend on the data",
         f"the gradient map is {constants.lipschitz:g}-Lipschitz on the whole domain",
-        "the retrained law has the log-Sobolev constant given where unlearning starts",
+        "where unlearning starts, the weights of the retrained model have the "
+        "log-Sobolev constant that was passed",
     )
 
 

@@ -51,11 +51,12 @@ _NOT_USED = (
 )
 _NOT_SEPARABLE = (
     "The per-example gradients of {} cannot be computed. These parameters are used "
-    "outside of layers that turn one batch into another, and the model cannot be run "
-    "for each example alone ({}). For a position embedding, pass one row of positions "
-    "for each example (position_ids=torch.arange(length).expand(batch, -1)). Move a "
-    "parameter that is used outside of layers into a layer of its own. Or freeze "
-    "these parameters (requires_grad_(False))."
+    "outside of layers whose inputs and outputs have one row for each example, and the "
+    "model cannot be run for each example alone ({}). For a position embedding, pass "
+    "one row of positions for each example "
+    "(position_ids=torch.arange(length).expand(batch, -1)). Move a parameter that is "
+    "used outside of layers into a layer of its own. Or freeze these parameters "
+    "(requires_grad_(False))."
 )
 _NO_ROWS = (
     "the loss depends on an output of shape {}, which does not have one row for each "
