@@ -320,11 +320,12 @@ def _check_shape(path: str, name: str, shape: Sequence[int]) -> None:
 
 def _check_kind(name: str, header: Mapping[str, str], kind: FileKind) -> None:
     """Refuse a file of another kind or version."""
-    found = KINDS.get(header.get("kind", ""))
+    written = header.get("kind", "something else")
+    found = KINDS[written].words if written in KINDS else written
     expect(
         header.get("kind") == kind.name,
         "path",
-        f"{found.words if found else 'something else'} in {name}",
+        f"{found} in {name}",
         f"must contain {kind.words}",
         f"Pass the name of a file with {kind.words}.",
     )

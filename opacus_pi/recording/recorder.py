@@ -117,8 +117,7 @@ class RecorderOptions:
             repr(unattributed),
             'must be "refuse" or "worst_case"',
             'With "refuse" the run has no ledger if more than 1 % of the samples are '
-            'unattributed; with "worst_case" every example that may be among them is '
-            "charged at the clip norm.",
+            'unattributed; "worst_case" charges unobserved examples at the clip norm.',
         )
         expect(
             mode in ("observed", "swept"),
