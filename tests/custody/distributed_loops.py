@@ -119,7 +119,7 @@ def outcome(wrapper, mode, name, *, is_audited):
             states, refusal = {link.name: link.state for link in links}, ""
         except AccountingError as error:
             states, refusal = {}, str(error)
-    said = [str(w.message) for w in caught if "Assumed, not checked" in str(w.message)]
+    said = [str(w.message) for w in caught if "without a check" in str(w.message)]
     return {"refusal": refusal, "said": said, "states": states, "passed": passed}
 
 
