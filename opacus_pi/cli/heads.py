@@ -44,7 +44,8 @@ def run(options: argparse.Namespace) -> int:
     model = load_model(options, options.weights)
     rows, labels = _features(model, train_set, "--data")
     head = _head(options)
-    with about("--data", "Labels must be whole numbers from 0 to --classes - 1."):
+    remedy = "Labels must be whole numbers from 0 to one less than --classes."
+    with about("--data", remedy):
         head.fit(rows, labels)
     target = {"epsilon": options.epsilon, "delta": options.delta}
     steps, epsilons = head.steps_to(**target), head.epsilons(options.delta)
@@ -133,7 +134,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"{facts['num_features']} features: accuracy train {accuracy['train']:.4g}"
         f"{on_test}, after {facts['num_training_steps']} steps with noise "
         f"{facts['noise_std']:g}.\nε at δ = {facts['delta']:g} is {exact}. "
-        f"Steps are those until ε ≤ {facts['epsilon']:g}."
+        f"Steps: the number until ε ≤ {facts['epsilon']:g}."
     )
     share = (f"{100 * p:g} %" for p in quantiles["probability"])
     rows = zip(share, quantiles["epsilon"], quantiles["steps"], strict=True)

@@ -59,12 +59,12 @@ MODEL = Kind(
     lambda found: issubclass(found, nn.Module),
 )
 DATA_SET = Kind(
-    "a data set with a length and positions",
+    "a data set with __len__ and __getitem__",
     _is_data_set,
     lambda found: hasattr(found, "__getitem__") and not issubclass(found, nn.Module),
 )
 CRITERION = Kind(
-    "a loss criterion(outputs, targets)",
+    "a loss function, called as criterion(outputs, targets)",
     lambda found: callable(found) and not isinstance(found, type),
     lambda found: issubclass(found, nn.Module),
 )
@@ -104,8 +104,9 @@ def import_object(flag: str, path: str, kind: Kind) -> Any:
             ) from error
     if not kind.fits(found):
         raise BadInput(
-            f"{flag}: {path} is {type(found).__name__}, not {kind.description}. "
-            "Name one, or a function without arguments that returns one. "
+            f"{flag}: {path} is of type {type(found).__name__}, not "
+            f"{kind.description}. Name one, or a function without arguments that "
+            "returns one. "
             f"{_offer(module, name, kind)}"
         )
     return found

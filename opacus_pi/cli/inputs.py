@@ -227,7 +227,7 @@ def import_data_set(flag: str, path: str) -> Any:
         path: ``package.module:name``.
 
     Raises:
-        BadInput: If it cannot be imported or is no data set with a length and
+        BadInput: If it cannot be imported or is not a data set with
             positions. Data that can only be iterated have no positions that an id could
             mean.
     """

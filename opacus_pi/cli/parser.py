@@ -243,7 +243,7 @@ DELTA = option("--delta", "X", "δ of every ε", probability, 1e-5)
 TOLERANCE = option(
     "--tolerance",
     "X",
-    "relative error allowed in losses, which then come out too large, never too small; "
+    "let losses come out too large, by this relative error at most, to save time: "
     "1e-3 is faster with 30,000 examples or more",
     float,
     0.0,
@@ -261,7 +261,7 @@ DEVICE = option("--device", "NAME", "cpu, cuda, cuda:1, ...", default="cpu")
 DATA = option(
     "--data",
     "M:NAME",
-    "path of the training set, or of a function making it",
+    "import path of the training set, or of a function making it",
     dest="train_set",
     required=True,
 )
@@ -278,7 +278,7 @@ SEED = option("--seed", "N", "seed of everything random", int, 0)
 METHOD = option(
     "--method",
     "NAME",
-    f"{', '.join(METHODS)} (default finetune); bounds: first 3 only",
+    f"{', '.join(METHODS)} (default finetune); only the first 3 can give bounds",
     choices=METHODS,
 )
 SETTING = option(
@@ -294,10 +294,15 @@ CHECKPOINTS = option(
     "DIR",
     "saved states of the training: go back to one of them",
 )
-POLICY = switch("--policy", "go back only as far as the deletion policy demands").but(
-    dest="use_policy"
+POLICY = switch(
+    "--policy",
+    "with --checkpoints: go back only as far as the training's deletion policy demands",
+).but(dest="use_policy")
+LOG = option(
+    "--log",
+    "FILE.db",
+    "deletion log of the model's requests; made if it does not exist",
 )
-LOG = option("--log", "FILE.db", "deletion log of the model's requests")
 JSON = switch("--json", "print JSON instead of text")
 JSON_FILE = option(
     "--out", "FILE.json", "write the JSON here, too", writable_file, dest="json_file"
@@ -417,7 +422,7 @@ requests before, name their log (--log): the guarantee then covers all requests.
                 action="append",
             ),
             CHECKPOINTS.but(help="saved states of the training, for a rewind"),
-            POLICY.but(help="plan the rewind by the training's deletion policy"),
+            POLICY,
             LOG.but(help="deletion log of earlier requests; it is only read"),
             BATCH_SIZE,
             JSON,
@@ -512,7 +517,10 @@ reach are those of models that were retrained without the forget set: name their
                 default=[],
                 nargs="+",
             ),
-            switch("--match", "match hidden units before measuring barriers"),
+            switch(
+                "--match",
+                "with --oracle: match hidden units before measuring loss barriers",
+            ),
             CRITERION,
             DEVICE,
             SEED,
@@ -607,9 +615,18 @@ forget. Nothing is written: to train a head that you release, see
                 dest="num_steps",
             ),
             option(
-                "--regularisation", "X", "penalty (ridge 0.01, softmax 0.003)", float
+                "--regularisation",
+                "X",
+                "λ of the penalty (λ/2)‖w‖² (ridge 0.01, softmax 0.003)",
+                float,
             ),
-            option("--epsilon", "X", "ε to reach, in both directions", float, 1.0),
+            option(
+                "--epsilon",
+                "X",
+                "ε to reach, also with unlearned and retrained head exchanged",
+                float,
+                1.0,
+            ),
             DELTA,
             replace(FORGET, is_choice=False).but(
                 help="a set to forget together: 3,17,25 or a file"

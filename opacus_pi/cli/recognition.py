@@ -153,8 +153,8 @@ def _within_limit(path: Path, check: Callable[[], dict[str, Any]]) -> dict[str, 
     """Run a check that reads a whole file, unless the file is too large for that."""
     if (size := path.stat().st_size) > _MAX_TEXT:
         raise ValueError(
-            f"{path.name} has {size} bytes. It was not checked: an unlearning trace or "
-            f"a deletion log in JSON is read only if it has at most {_MAX_TEXT} bytes"
+            f"{path.name} has {size} bytes, too many to be checked. An unlearning "
+            f"trace or a deletion log in JSON may have at most {_MAX_TEXT} bytes"
         )
     return check()
 
@@ -211,10 +211,12 @@ def _refuse(kind: str, path: Path) -> None:
         ValueError: Always.
     """
     unknown = (
-        f"the kind {kind}, which this release does not know" if kind else "no kind"
+        f"names the kind {kind}, which this release does not know"
+        if kind
+        else "does not say of which kind it is"
     )
     raise ValueError(
-        f"{path.name} names {unknown}: the file is damaged, or a newer release wrote it"
+        f"{path.name} {unknown}: the file is damaged, or a newer release wrote it"
     )
 
 

@@ -132,7 +132,7 @@ def _record(argument: str, path: Path) -> dict[str, Any]:
         ids = record.get(name)
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
             raise BadInput(
-                f"{argument}: {path} contains no list of whole numbers {name}. Run "
+                f"{argument}: {path} has no list of whole numbers named {name}. Run "
                 "'opacus-pi unlearn' again."
             )
     return record

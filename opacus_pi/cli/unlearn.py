@@ -296,7 +296,8 @@ def _optimizer(options: argparse.Namespace) -> Any:
         make([torch.nn.Parameter(torch.zeros(1))])
     except ValueError as error:
         raise BadInput(
-            f"--learning-rate, --momentum: {error}. 0.01 and 0.9 are usual."
+            f"--learning-rate, --momentum: {error}. Try --learning-rate 0.01 "
+            "--momentum 0.9."
         ) from error
     return make
 

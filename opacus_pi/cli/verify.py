@@ -100,8 +100,8 @@ def _back_in_time(facts: dict[str, Any]) -> str:
         return ""
     shown = ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
     return (
-        f"; {len(numbers)} entries have a time before that of an earlier entry (number "
-        f"{shown}): a clock was wrong"
+        f"; {_entries(len(numbers), 'has', 'have')} a time before that of an earlier "
+        f"entry (number {shown}): a clock was wrong"
     )
 
 
@@ -111,7 +111,7 @@ def _redacted(facts: dict[str, Any]) -> str:
     if not numbers:
         return ""
     shown = ", ".join(map(str, numbers[:10])) + ", ..." * (len(numbers) > 10)
-    return f"; {len(numbers)} entries are redacted (number {shown})"
+    return f"; {_entries(len(numbers), 'is', 'are')} redacted (number {shown})"
 
 
 def _added(added: int | None) -> str:
@@ -120,5 +120,13 @@ def _added(added: int | None) -> str:
         return ""
     if added == 0:
         return "; HEAD is the hash of the last entry"
-    were = "entry was" if added == 1 else "entries were"
-    return f"; {added} {were} added since HEAD"
+    return f"; {_entries(added, 'was', 'were')} added since HEAD"
+
+
+def _entries(number: int, one: str, more: str) -> str:
+    """Return a number of entries and the verb that fits it.
+
+    >>> _entries(1, "is", "are")
+    '1 entry is'
+    """
+    return f"1 entry {one}" if number == 1 else f"{number} entries {more}"

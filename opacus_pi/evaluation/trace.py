@@ -49,7 +49,8 @@ class UnlearningTrace(Shown):
         metrics: Values of each metric at those times, ``(k,)`` each, by name.
         unit: Unit of ``times``.
         cost: Total cost of the run by name, e.g. ``seconds``, ``num_examples``
-            (examples passed through training) or ``num_evaluated``.
+            (examples passed through training) or ``num_evaluated`` (examples that were
+            evaluated).
 
     Raises:
         ValueError: If times do not increase or a metric has another length.
@@ -186,7 +187,8 @@ class UnlearningTrace(Shown):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is no trace, of another format version, or edited.
+            ValueError: If the file is not a trace, has another format version, or was
+                edited.
         """
         content = _read_json(Path(path))
         checksum = content.pop("checksum", None)

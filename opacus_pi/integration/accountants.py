@@ -239,7 +239,8 @@ class PerInstanceAccountant(RDPAccountant):
         In a pipeline built by hand it also ends the update that is being recorded.
 
         Args:
-            sample_rate: Sample rate of one backward pass.
+            sample_rate: Probability that the batch of one backward pass contains an
+                example.
 
         Returns:
             A function for ``DPOptimizer.attach_step_hook``.

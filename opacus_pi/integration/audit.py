@@ -76,7 +76,7 @@ _OTHER_NUMBER = (
     "of the examples has this effect, as in a model that routes them. Give every layer "
     "all examples, and choose between its outputs by torch.where."
 )
-_STATES = {True: "ok", False: "FAILED", None: "not seen"}
+_STATES = {True: "ok", False: "FAILED", None: "unknown"}
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,8 @@ def _require_checkpoint(content: Any, path: Any) -> None:
         not wrong,
         "path",
         f"{kind} in {path}",
-        "must be a checkpoint of PrivacyEngine.save_checkpoint with complete entries "
-        f"{', '.join(wrong)}",
+        "must be a checkpoint of PrivacyEngine.save_checkpoint, complete in its "
+        f"entries {', '.join(wrong)}",
         "Nothing was loaded. "
         + (
             "Load weights alone by module.load_state_dict(torch.load(path))."
@@ -497,8 +497,9 @@ class RunState:
             and all(_is_setting(value) for value in settings.values()),
             "the checkpoint",
             {**epochs, **settings},
-            f"must hold the epoch numbers of {sorted(self._samplers)}, and numbers for "
-            f"{_SETTINGS}",
+            "must hold an epoch number of each sampler with epochs "
+            f"({', '.join(sorted(self._samplers)) or 'none here'}), and one number for "
+            f"each of {', '.join(_SETTINGS)}",
             "Resume a run from its own checkpoint, with the loader of the saved run.",
         )
 

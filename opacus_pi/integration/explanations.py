@@ -59,7 +59,7 @@ _FROZEN_SINCE = (
     'make_private after freezing layers, or use grad_sample_mode="hooks".'
 )
 _EXPANDED_INDICES = (
-    "Ghost clipping cannot read indices that are one row expanded to the batch, such "
+    "Ghost clipping cannot use indices that are one row shared by all examples, such "
     "as the token types that a model makes by itself. Put them into each example "
     "(token_type_ids=torch.zeros_like(input_ids)), or freeze that embedding "
     "(requires_grad_(False))."

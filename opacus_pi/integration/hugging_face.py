@@ -306,7 +306,8 @@ class PrivacyCallback(TrainerCallback):
             "ignore_data_skip",
             args.ignore_data_skip,
             equals=True,
-            remedy="Batches are drawn anew, so a resumed run has none to skip.",
+            remedy="Pass TrainingArguments(ignore_data_skip=True): a resumed run draws "
+            "new batches, and has none to skip.",
         )
         folder = Path(self.resume_from or _folder(args, state))
         require(
@@ -377,7 +378,7 @@ def _check_loader(loader: Any) -> None:
     expect(
         isinstance(base, DataLoader) and hasattr(base.dataset, "__len__"),
         "train_dataset",
-        type(loader).__name__,
-        "must be a data set with a length, in a loader of Trainer.get_train_dataloader",
+        f"a {type(loader).__name__}",
+        "must have a length, and be loaded by Trainer.get_train_dataloader",
         "Use a map-style data set, and leave get_train_dataloader as it is.",
     )

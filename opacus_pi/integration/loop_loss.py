@@ -73,8 +73,9 @@ _NO_UPDATE = (
     "no update was made since the audit. Call engine.audit(criterion) before training."
 )
 _NO_SAMPLES = (
-    "every update since the audit clipped fewer than two samples of a batch at once. "
-    "A RenyiFilter, which chooses the samples of each update, has this effect."
+    "no update since the audit clipped two or more samples of a batch together, which "
+    "the comparison needs. Use larger batches. Under a RenyiFilter, which chooses the "
+    "samples of each update, none is compared: audit the loop in a run without it."
 )
 _SWEPT = "the recorded norms are measured by sweeps, and are not those of the updates."
 _SAME = (

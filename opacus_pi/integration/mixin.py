@@ -162,7 +162,9 @@ def _shown_as(original: Any, **options: Any) -> Callable[[Method], Method]:
 
 
 class PerInstanceMixin(Shown, OpacusEngine):
-    """Makes an engine of Opacus record; goes before the engine's class in the bases.
+    """Mixin that makes an engine of Opacus record per-example norms.
+
+    List it before the engine: ``class Mine(PerInstanceMixin, TheirEngine)``.
 
     Args:
         recorder: How to record. Default: ``Recorder()``, the norms that training
@@ -325,10 +327,11 @@ class PerInstanceMixin(Shown, OpacusEngine):
     def epsilon_limits(self, delta: float, **options: Any) -> NDArray[np.float64]:
         """Return an upper confidence limit of each example's epsilon.
 
-        ``epsilons`` estimates an example's epsilon from the updates that drew it. In
-        95 % of all random draws, the epsilon that follows from all updates is at most
-        this limit. The limit is no bound for other runs of the training:
-        ``get_epsilon`` is.
+        ``epsilons`` estimates an example's epsilon from the updates that drew it. The
+        norms of the other updates would have given another epsilon. The batches are
+        drawn at random: with a probability of 95 %, as measured and not proved, they
+        are such that this other epsilon is at most the limit. The limit is no bound
+        for other runs of the training: ``get_epsilon`` is.
 
         Args:
             delta: Failure probability, in (0, 1).
@@ -359,7 +362,7 @@ class PerInstanceMixin(Shown, OpacusEngine):
     def accountant_bound(self) -> AccountantBound | None:
         """Return what the engine's accountant guarantees for the recorded run.
 
-        ``Unlearner`` states its ε beside the Rényi bound where it is smaller.
+        ``Unlearner`` states the accountant's ε beside the Rényi bound if it is smaller.
 
         Returns:
             A copy of the accountant that answers ``at(delta)``; None if its number is
@@ -437,11 +440,11 @@ class PerInstanceMixin(Shown, OpacusEngine):
     @_shown_as(opacus.PrivacyEngine.make_private)
     @records
     def make_private(self, **options: Any) -> tuple[Any, ...]:
-        """Prepare as Opacus does, after checks of what only this package offers.
+        """Prepare as Opacus does, after checking the options that Opacus does not have.
 
-        A filter needs a run whose charges can be known, and the fast mode supports only
-        some options; both raise before anything is changed. ``help`` shows Opacus's
-        documentation of this method.
+        A ``RenyiFilter`` needs a run whose charges can be known, and the fast mode
+        supports only some arguments. The error is raised before anything is changed.
+        ``help`` shows Opacus's documentation of this method.
 
         Args:
             **options: The arguments of Opacus.
@@ -493,8 +496,8 @@ class PerInstanceMixin(Shown, OpacusEngine):
             noise_std: Standard deviation of the noise on the MEAN gradient; 0 for plain
                 SGD.
             criterion: Returns one loss per example; a torch loss module will do.
-            poisson_sampling: Whether batches are drawn as Opacus does, or as the
-                loader does.
+            poisson_sampling: True: batches are drawn by Poisson sampling, as Opacus
+                does. False: as the loader draws them.
             **options: Options of ``opacus_pi.integration.monitor.monitor``.
 
         Returns:

@@ -54,9 +54,9 @@ _TWO_BACKWARD_PASSES = (
     'grad_sample_mode="hooks".'
 )
 _OTHER_PARAMETERS = (
-    "The parameters that the update changed are not those that ghost clipping took "
-    "the gradient norms of: requires_grad was changed after make_private, or a "
-    "parameter is not in the optimizer. So gradients were not clipped to "
+    "The update changed other parameters than those whose gradient norms ghost "
+    "clipping computed: requires_grad was changed after make_private, or a parameter "
+    "is not in the optimizer. So gradients were not clipped to "
     "max_grad_norm. Call make_private after freezing or thawing layers, or use "
     'grad_sample_mode="hooks".'
 )

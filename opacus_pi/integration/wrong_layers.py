@@ -52,7 +52,8 @@ _REASON = (
     "({layer}): {what}. {remedy}"
 )
 _OTHER_MODE = (
-    'Use grad_sample_mode="functorch" or "fast", which have other rules for it.'
+    'Use grad_sample_mode="functorch" or "fast", which compute these gradients in '
+    "another way."
 )
 _AS_EMBEDDING = (
     "Use nn.Embedding, and sum or average its output over the tokens of each example."
@@ -130,15 +131,15 @@ def _embedding_options(layer: nn.Embedding) -> Iterator[tuple[str, str]]:
 def _bag_options(layer: nn.EmbeddingBag) -> Iterator[tuple[str, str]]:
     """Yield options of ``nn.EmbeddingBag`` that are ignored."""
     if layer.mode == "max":
-        yield 'it takes no gradient for mode="max"', _AS_EMBEDDING
+        yield 'with mode="max" all of them are zero', _AS_EMBEDDING
     if layer.padding_idx is not None:
-        yield "it ignores padding_idx", _AS_EMBEDDING
+        yield "Opacus ignores padding_idx", _AS_EMBEDDING
 
 
 def _convolution_options(layer: Any) -> Iterator[tuple[str, str]]:
     """Yield options of a convolution that are ignored."""
     if layer.padding_mode != "zeros" and any(both_sides_padding(layer)):
-        yield f"it ignores padding_mode={layer.padding_mode!r}", _OTHER_MODE
+        yield f"Opacus ignores padding_mode={layer.padding_mode!r}", _OTHER_MODE
 
 
 _Convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -206,7 +207,7 @@ def _check_bag(
 ) -> None:
     """Check that no token occurs twice in one bag, and that none has a weight."""
     if kwargs.get("per_sample_weights") is not None:
-        found("it ignores per_sample_weights", _AS_EMBEDDING)
+        found("Opacus ignores per_sample_weights", _AS_EMBEDDING)
         return
     offsets = args[1] if len(args) > 1 else None
     if offsets is None or args[0].dim() != 1:
@@ -217,7 +218,11 @@ def _check_bag(
     # bag and token as one number, of which none may occur twice
     pairs = starts.cumsum(0)[:-1] * layer.num_embeddings + tokens
     if len(pairs.unique()) < len(pairs):
-        found("a token occurs twice in one example", _AS_EMBEDDING)
+        found(
+            "Opacus does not add up the gradients of a token that occurs twice in one "
+            "example",
+            _AS_EMBEDDING,
+        )
 
 
 def _check_padding(
@@ -234,7 +239,7 @@ def _check_padding(
         reached = (gradient != 0).any(dim=-1)
         if bool((reached & is_padding).any()):
             found(
-                "it ignores padding_idx, and the loss depends on the outputs at "
+                "Opacus ignores padding_idx, and the loss depends on the outputs at "
                 "padding tokens",
                 f"Mask these outputs. {_OTHER_MODE}",
             )
@@ -257,7 +262,7 @@ def _check_memory_order(
     padded = nn.functional.pad(images.detach(), both_sides_padding(layer))
     if padded.stride()[-2:] != (padded.shape[-1], 1):
         found(
-            "its inputs are in another memory order, such as channels_last",
+            "Opacus misreads inputs in another memory order, such as channels_last",
             "opacus_pi.compatible.make_compatible(model) copies them into the usual "
             f"one. Otherwise: {_OTHER_MODE}",
         )

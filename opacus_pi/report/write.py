@@ -56,7 +56,7 @@ def write_report(
         order: Rényi order of the losses, above 1.
         delta: δ of every ε, in (0, 1).
         top: Number of hardest examples to list, at least 0.
-        tolerance: As in ``score``.
+        tolerance: Largest relative error of a loss, as in ``opacus_pi.report.score``.
         title: Heading of the page.
 
     Returns:

@@ -283,7 +283,8 @@ def claim(
     ]
     described = (
         f"{method} (compared with a model that was trained without the set, with the "
-        "same schedule, rate and denominator, and then fine-tuned in the same way)"
+        "same schedule, sample rate and denominator, and then fine-tuned in the same "
+        "way)"
     )
     clipped = bool(runs) and every_gradient_clipped(runs).met
     if runs and not clipped:
@@ -477,7 +478,8 @@ def _fixed_length(stop: StopRule | None) -> Assumption:
         "the number of updates does not depend on the forget set",
         "fixed before the run"
         if stop is None
-        else f"ended by {stop.metric!r}, an evaluation that may look at the forget set",
+        else f"a rule could end it at an evaluation of {stop.metric!r}, which may look "
+        "at the forget set",
         met=stop is None,
     )
 

@@ -495,7 +495,11 @@ def _connected(path: Path, mode: str) -> Iterator[sqlite3.Connection]:
             ).fetchall()
         )
         # Any other table, view or trigger could make a statement do something else.
-        _require_unedited(found == _TABLES, path, "It has other tables or triggers.")
+        _require_unedited(
+            found == _TABLES,
+            path,
+            "It has other tables or triggers than a deletion log.",
+        )
         yield connection
 
 

@@ -116,7 +116,7 @@ class DeletionRequests:
             log.
 
     Raises:
-        ValueError: If the file is no deletion log, or is damaged.
+        ValueError: If the file is not a deletion log, or is damaged.
         OSError: If it cannot be made or opened.
     """
 

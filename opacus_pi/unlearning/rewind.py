@@ -561,8 +561,8 @@ class RecordedTraining:
         """
         proof = derived(
             "the sum of the charges cannot exceed the policy on any path",
-            "it is decided at saved states: the next update is charged by its own "
-            "norm, those up to the next state at the clip norm",
+            "summed up at saved states: the next update is charged by its own "
+            "norms, and later ones up to the next state at the clip norm",
         )
         made = observed(
             "the policy was fixed before training",

@@ -125,7 +125,7 @@ class Unlearner:
         trace: The latest ``unlearn``'s trace, readable while it runs and after an
             interrupt.
         forgotten: int64, sorted: every example that ``unlearn`` was asked to forget.
-        history: The runs of this model, as far as the guarantee depends on them.
+        history: What the guarantee needs to know about the runs of this model.
     """
 
     def __init__(
@@ -234,14 +234,15 @@ class Unlearner:
         Args:
             train_set: The data set that the model was trained on.
             forget_indices: Positions in it, each once, not all of them.
-            num_epochs: Passes over the retain set at most; ``plan(...).budget()`` takes
-                them from the forget set's privacy loss.
+            num_epochs: Passes over the retain set at most; ``plan(...).budget()`` gives
+                a number that fits the forget set's privacy loss.
             evaluate: ``model -> dict`` of numbers, called with the model in evaluation
                 mode before the first update and after each epoch.
             batch_size: Examples per batch.
             stop: ``StopWhen`` or ``StopAtPlateau``: ends the run at the evaluation that
-                satisfies it; the guarantee says what that costs, whether or not it
-                ended the run early.
+                satisfies it. The guarantee needs a number of updates that does not
+                depend on the forget set, and lists this as not met, even if the rule
+                did not end the run.
             delta: δ in (0, 1) at which the engine's accountant is asked for ε.
             callbacks: Told about the start, each epoch and the end.
             checkpoint: File that is written after each epoch but the last, and removed

@@ -90,4 +90,4 @@ def test_errors(run):
     assert code == 2 and "--weights" not in err
     assert "--oracle: no such file: nothing.pt" in err
     code, _, err = run(*EVALUATE, "--criterion", "cli_project:number")
-    assert code == 2 and "--criterion: cli_project:number is int" in err
+    assert code == 2 and "--criterion: cli_project:number is of type int" in err

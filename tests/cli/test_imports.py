@@ -17,8 +17,11 @@ from tests.cli.conftest import MODEL as WEIGHTS
             "importing no_such_module_here raised ModuleNotFound",
         ),
         ("cli_project:nothing", "cli_project:nothing does not exist. cli_project has:"),
-        ("cli_project:number", "cli_project:number is int, not a data set"),
-        ("cli_project:build", "cli_project:build is Sequential, not a data set"),
+        ("cli_project:number", "cli_project:number is of type int, not a data set"),
+        (
+            "cli_project:build",
+            "cli_project:build is of type Sequential, not a data set",
+        ),
         ("cli_project:needs_argument", "cli_project:needs_argument() raised TypeError"),
     ],
 )

@@ -77,7 +77,7 @@ def damaged(done, tmp_path, name, content):
         (
             "record.json",
             '{"forget_indices": ["<b>"]}',
-            "contains no list of whole numbers forget_indices",
+            "has no list of whole numbers named forget_indices",
         ),
         ("record.json", "{", "is not a JSON object"),
         ("guarantee.json", "{}", "must be JSON in the format opacus_pi.Guarantee"),

@@ -450,7 +450,9 @@ def test_reasons_name_the_layer_and_the_remedy_helps():
         good = Training(module=make_compatible(Images()), grad_sample_mode=mode)
         assert good.train(1).engine.ledger.num_rows == 1
     options = {"padding": 1, "padding_mode": "reflect"}
-    with pytest.warns(UserWarning, match=r"'conv' \(Conv2d\): it ignores padding_mode"):
+    with pytest.warns(
+        UserWarning, match=r"'conv' \(Conv2d\): Opacus ignores padding_mode"
+    ):
         Training(module=Images(**options))
     for mode in ("functorch", "fast"):
         good = Training(module=Images(**options), grad_sample_mode=mode).train(1)

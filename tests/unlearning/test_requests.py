@@ -157,7 +157,7 @@ ENDS = "the number of updates does not depend on the forget set"
     [
         (FineTune(), None, {}),
         (NegGradPlus(), None, {LOOKS: "NegGradPlus uses it"}),
-        (FineTune(), StopWhen("score", 1.0), {ENDS: "ended by 'score'"}),
+        (FineTune(), StopWhen("score", 1.0), {ENDS: "evaluation of 'score'"}),
     ],
     ids=["plain", "looked", "stopped"],
 )

@@ -191,7 +191,7 @@ def test_a_run_that_was_stopped_by_evaluations_is_remembered():
     mine.unlearn(data(), [8], 1, evaluate=lambda model: {"m": 0.0}, stop=never)
     plan = mine.plan([8])
     assert plan.guarantee.kind == "empirical"
-    assert any("ended by 'm'" in a.evidence for a in plan.guarantee.unmet)
+    assert any("evaluation of 'm'" in a.evidence for a in plan.guarantee.unmet)
 
 
 def test_a_plan_without_clipping_says_how_to_get_a_number_for_a_group():

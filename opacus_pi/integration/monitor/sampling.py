@@ -29,8 +29,8 @@ _UNKNOWN_BATCHES = (
     "An update used the gradients of {num_passes} forward passes. The batches of "
     "{unknown} of them could not be identified, so each counts as a batch of its own. "
     "If several came from one batch, the recorded sample rate and every loss are too "
-    "large, but never too small. Transform inputs in the data set, or give the model "
-    "whole batches."
+    "large, and never too small: an error on the safe side. Transform inputs in the "
+    "data set, or give the model whole batches."
 )
 
 

@@ -435,8 +435,8 @@ class NoisyHead(ABC):
                 f"{self._num_fitted}, which is then public",
             ),
             Assumption(
-                "Nothing else was released: no earlier weights, and requests do not "
-                "depend on them",
+                "Nothing else was released, above all no earlier weights, and no "
+                "request depends on earlier weights",
                 True,
                 "the head cannot see what is released",
             ),

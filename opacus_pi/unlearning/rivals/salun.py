@@ -14,11 +14,11 @@ from opacus_pi.unlearning.rivals.paired import RandomLabels
 
 @dataclass(frozen=True)
 class SalUn(RandomLabels):
-    """``RandomLabels`` on the weights that the forget set is salient for; others stay.
+    """``RandomLabels`` on the weights that are salient for the forget set; others stay.
 
-    θ = m ⊙ (θ₀ + Δ) + (1 - m) ⊙ θ₀ with m = 1[|∇L_forget(θ₀)| ≥ γ], where γ keeps the
-    stated part of all weights; the gradient is of the forget set's mean loss, in
-    evaluation mode.
+    θ = m ⊙ (θ₀ + Δ) + (1 - m) ⊙ θ₀ with m = 1[|∇L_forget(θ₀)| ≥ γ], where γ is such
+    that m is 1 for the part ``kept`` of all weights; the gradient is of the forget
+    set's mean loss, in evaluation mode.
 
     Args:
         retain_weight: α of ``RandomLabels``.
@@ -42,8 +42,9 @@ class SalUn(RandomLabels):
     def prepare(self, task: Task) -> Method:
         """Find the salient weights, those with the largest gradients on the forget set.
 
-        All weights are ranked together, not layer by layer, so a layer may be kept as a
-        whole or not at all. Weights that tie at the threshold are all kept.
+        All weights are ranked together, not layer by layer, so in one layer all
+        weights may change, and in another none. Weights that tie at the threshold may
+        all change.
 
         Args:
             task: The model and the data.

@@ -66,7 +66,7 @@ class SCRUB(Method):
         yield from ((batch, None) for batch in one_pass(task.retain_loader, "retain"))
 
     def pass_length(self, task: Task, num_pass: int) -> int:
-        """Count the batches of both sets, later of the retain set alone."""
+        """Count the batches of a pass: of both sets first, later of the retain set."""
         of_retain_set = super().pass_length(task, num_pass)
         if num_pass >= self.num_max_passes:
             return of_retain_set

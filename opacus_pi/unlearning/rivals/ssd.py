@@ -38,7 +38,7 @@ class SSD(Method):
         positive(
             selection_weight=self.selection_weight,
             dampening=self.dampening,
-            remedy="Try 10 and 1, as in the paper.",
+            remedy="Try selection_weight=10 and dampening=1, as in the paper.",
         )
 
     def prepare(self, task: Task) -> Method:
