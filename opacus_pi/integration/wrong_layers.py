@@ -219,8 +219,8 @@ def _check_bag(
     pairs = starts.cumsum(0)[:-1] * layer.num_embeddings + tokens
     if len(pairs.unique()) < len(pairs):
         found(
-            "Opacus does not add up the gradients of a token that occurs twice in one "
-            "example",
+            "a token occurs twice in one example, and Opacus keeps only one of its "
+            "gradients",
             _AS_EMBEDDING,
         )
 
