@@ -172,8 +172,9 @@ NO_INDICES = Cause(
     "the batches have no indices",
     "unattributed",
     "The data loader's batches have no indices in the data set (an iterable data set, "
-    "keys that are not whole numbers, or batches that your loop made itself). Use a "
-    "map-style data set and the loader that make_private returned.",
+    "keys that are not whole numbers of at least 0, or batches that your loop made "
+    "itself). Use a map-style data set, a sampler of positions from 0, and the loader "
+    "that make_private returned.",
 )
 INPUTS_DISAGREE = Cause(
     "the model's inputs have different examples in the same position",

@@ -414,7 +414,8 @@ def _listed(indices: Any) -> tuple[list[int] | None, bool]:
 
     Returns:
         The indices; None if the output is not whole numbers (keys of a dict, for
-        example). And whether it was one index, as without collation.
+        example), or has negative ones, of which only the data set knows what they mean.
+        And whether it was one index, as without collation.
     """
     is_single = False
     if type(indices) is not list:
@@ -426,6 +427,8 @@ def _listed(indices: Any) -> tuple[list[int] | None, bool]:
         if any(isinstance(i, bool) or not hasattr(i, "__index__") for i in listed):
             return None, is_single
         listed = [int(i) for i in listed]
+    if listed and min(listed) < 0:
+        return None, is_single
     return listed, is_single
 
 

@@ -261,7 +261,7 @@ DEVICE = option("--device", "NAME", "cpu, cuda, cuda:1, ...", default="cpu")
 DATA = option(
     "--data",
     "M:NAME",
-    "import path of the training set, or of a function making it",
+    "import path of the training set, or of its function",
     dest="train_set",
     required=True,
 )
@@ -296,12 +296,12 @@ CHECKPOINTS = option(
 )
 POLICY = switch(
     "--policy",
-    "with --checkpoints: go back only as far as the training's deletion policy demands",
+    "with --checkpoints: no further than its policy demands",
 ).but(dest="use_policy")
 LOG = option(
     "--log",
     "FILE.db",
-    "deletion log of the model's requests; made if it does not exist",
+    "deletion log of the model; made if there is none",
 )
 JSON = switch("--json", "print JSON instead of text")
 JSON_FILE = option(
@@ -439,7 +439,6 @@ When the run has ended, DIR gets weights.safetensors, record.json (lists the for
 examples), trace.json (needs --test) and guarantee.json (stronger with --ledger).
 With --checkpoints the model goes back to a state from before the examples were used,
 and the rest of the training is repeated without them.
-
 With --log the request is first entered in a tamper-evident deletion log. After a crash
 repeat the command: pending requests are carried out first, with its settings.""",
         examples="""\
@@ -447,8 +446,8 @@ repeat the command: pending requests are carried out first, with its settings.""
       --data my_project:train_set --forget 3,17 --out forgotten
   opacus-pi unlearn --model my_project:build --weights model.pt \\
       --data my_project:train_set --test my_project:test_set --forget ids.txt \\
-      --method langevin --set noise_std=0.02 --epochs 10 \\
-      --ledger ledger.safetensors --log deletions.db --out forgotten""",
+      --method langevin --set noise_std=0.02 --ledger ledger.safetensors \\
+      --log deletions.db --out forgotten""",
         arguments=(
             MODEL,
             WEIGHTS,

@@ -42,7 +42,8 @@ _CHANGED = (
     "Weights were changed between two updates, and not by the optimizer of the run. "
     "If the change used training data, neither get_epsilon nor the ledger covers the "
     "model: do not make this change. If it was an average or a projection of weights, "
-    "or used public data only, nothing needs to be done."
+    "brought back earlier weights of this run, or used public data only, nothing needs "
+    "to be done."
 )
 
 _NUM_ENTRIES = 16  # of a parameter
@@ -78,6 +79,11 @@ class WeightSnapshot:
     def forget(self) -> None:
         """Accept the parameters as they are."""
         self._writes, self._entries, self._late = None, {}, {}
+
+    def accept_writes(self) -> None:
+        """Accept the writes so far; values are compared, and may be the same."""
+        if self._writes is not None:
+            self._writes = counts_of_writes(self._parameters)
 
     def take(self) -> None:
         """Take the snapshot: an update has just been made."""
@@ -155,9 +161,9 @@ class WeightsLink:
         """Take a snapshot: the next update should find the weights unchanged."""
         self._snapshot.take()
 
-    def forget(self) -> None:
-        """Accept the weights as they are."""
-        self._snapshot.forget()
+    def state_dict_was_loaded(self) -> None:
+        """Accept the write if it brought the weights back, as after an evaluation."""
+        self._snapshot.accept_writes()
 
     def _report_late(self) -> None:
         """Report a change that was found on an accelerator."""

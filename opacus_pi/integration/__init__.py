@@ -33,4 +33,4 @@ __all__ = [
 register_accountant("per_instance", PerInstanceAccountant, force=True)
 register_accountant("group", GroupAccountant, force=True)
 
-promise(__name__, "audit", "fast", "lightning", "monitor")
+promise(__name__, "audit", "fast", "hugging_face", "lightning", "monitor")

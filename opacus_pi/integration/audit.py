@@ -47,7 +47,7 @@ from opacus_pi.models.batches import (
     size_of,
     to_device,
 )
-from opacus_pi.models.copies import independent_copy, training_copy
+from opacus_pi.models.copies import graph_leaves, independent_copy, training_copy
 from opacus_pi.models.no_trace import isolated
 from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
 from opacus_pi.recording import Recorder
@@ -472,9 +472,32 @@ def norms_of_update(
             gradients = OutputGradients(outputs)
             evaluate = criterion[0] if criterion else loss
             value = evaluate(logits_of(outputs), targets)
-        value.backward()
+        with _gradients_untouched(value, copied):
+            value.backward()
         optimizer.step()
     return recorder.norms, outputs, gradients
+
+
+@contextmanager
+def _gradients_untouched(value: Any, copied: nn.Module) -> Iterator[None]:
+    """Keep the ``.grad`` of all tensors outside a copy, such as a criterion's weights.
+
+    Args:
+        value: The loss; with ghost clipping, what holds the losses of the examples.
+        copied: The copy, whose gradients are wanted.
+    """
+    own = {id(p) for p in copied.parameters()}
+    leaves = graph_leaves(getattr(value, "loss_per_sample", value))
+    # Expanded weights, which stand for the copy's own, are neither of the two types.
+    plain = (leaf for leaf in leaves if type(leaf) in (Tensor, nn.Parameter))
+    others = [(leaf, leaf.grad) for leaf in plain if id(leaf) not in own]
+    for leaf, _ in others:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, gradient in others:
+            leaf.grad = gradient
 
 
 class OutputGradients:

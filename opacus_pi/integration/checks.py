@@ -240,8 +240,8 @@ class OutsideChanges:
 
         Args:
             optimizer: Opacus's.
-            module: The module with these weights. Loading a state dict into it is not
-                reported.
+            module: The module with these weights. Loading a state dict into it is
+                reported if it changes the weights between two updates.
             stepped: A method that is called when the wrapped optimizer has stepped,
                 also if the training loop has called it itself, after ``pre_step``.
         """
@@ -296,9 +296,9 @@ class OutsideChanges:
             and counts_of_writes(gradients) == self._writes_to_noised
         )
 
-    def forget_weights(self) -> None:
-        """Accept the weights as they are: a state dict was loaded."""
-        self._weights.forget()
+    def state_dict_was_loaded(self) -> None:
+        """Note that a state dict was loaded: it may have changed the weights."""
+        self._weights.state_dict_was_loaded()
 
     def noise_was_drawn(self, *, is_current: bool = True) -> None:
         """Check loader and weights: the weights are about to be updated.
@@ -342,7 +342,7 @@ class _LoadHook:
     def __call__(self, *_: Any) -> None:
         changes = None if self._changes is None else self._changes()
         if changes is not None:
-            changes.forget_weights()
+            changes.state_dict_was_loaded()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _LoadHook, ()

@@ -36,7 +36,7 @@ live module: the copy then computes with the live parameters.
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -159,17 +159,27 @@ def require_own_parameters(outputs: Any, live: Iterable[nn.Parameter]) -> None:
         ValueError: If a gradient would flow to one of them.
     """
     foreign = {id(p) for p in live}
+    if any(id(leaf) in foreign for leaf in graph_leaves(outputs)):
+        raise ValueError(
+            "A copy of the model still computes with the parameters of the "
+            "original, so copy.deepcopy does not copy it completely. If you "
+            "replaced a method of the model, bind the new one with "
+            "types.MethodType: a function that refers to the model is not copied."
+        )
+
+
+def graph_leaves(outputs: Any) -> Iterator[torch.Tensor]:
+    """Yield every tensor to whose ``.grad`` a backward pass would add.
+
+    Args:
+        outputs: Tensors with their autograd graph, also nested.
+    """
     pending = [leaf.grad_fn for leaf in floating(outputs).values()]
     seen = set(pending)
     while pending:
         node = pending.pop()
-        if id(getattr(node, "variable", None)) in foreign:
-            raise ValueError(
-                "A copy of the model still computes with the parameters of the "
-                "original, so copy.deepcopy does not copy it completely. If you "
-                "replaced a method of the model, bind the new one with "
-                "types.MethodType: a function that refers to the model is not copied."
-            )
+        if (variable := getattr(node, "variable", None)) is not None:
+            yield variable
         new = {child for child, _ in getattr(node, "next_functions", ())} - seen
         seen |= new
         pending.extend(new)

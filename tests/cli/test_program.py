@@ -162,3 +162,14 @@ def test_a_ledger_that_names_its_data_set_so(run, tmp_path, ledger):
     code, out, err = run("score", tmp_path / "ledger", "--json")
     assert (code, err) == (0, "") and not set(ACTING) - set("[2J") & set(out)
     assert json.loads(out)["training"]["data_set"] == ledger.data_set
+
+
+@pytest.mark.parametrize("option", ["--out", "--csv"])
+def test_a_file_that_is_read_is_not_written_over(run, tmp_path, option):
+    ledger = tmp_path / "ledger"
+    ledger.write_bytes(b"the only copy")
+    (tmp_path / "link").symlink_to(ledger)
+    for written in (ledger, tmp_path / "link"):
+        code, _, err = run("score", str(ledger), option, str(written))
+        assert code == 2 and "named twice" in err
+        assert ledger.read_bytes() == b"the only copy"

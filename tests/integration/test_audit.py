@@ -356,3 +356,24 @@ def test_a_model_that_routes_examples_has_a_failed_audit(mode, reason):
     assert audit["order"].passed is None
     batch = x[:7], torch.arange(7) % 3
     assert not opacus_pi.audit(module, nn.CrossEntropyLoss(), batch).passed
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_of_the_criterion_keep_their_gradients(mode):
+    class Head(nn.Module):
+        reduction = "mean"
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(CLASSES, CLASSES)
+
+        def forward(self, outputs, targets):
+            reduction = self.reduction
+            return F.cross_entropy(self.layer(outputs), targets, reduction=reduction)
+
+    criterion = Head()
+    criterion.layer.bias.grad = gradient = torch.ones(CLASSES)
+    engine, *_ = prepared(mode, criterion=criterion)
+    assert engine.audit(criterion).passed
+    assert criterion.layer.weight.grad is None
+    assert criterion.layer.bias.grad is gradient and bool((gradient == 1).all())

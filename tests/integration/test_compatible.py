@@ -300,7 +300,7 @@ def test_options_reach_opacus():
 
 def test_a_group_norm_whose_outputs_are_constant_is_warned_of():
     model = make_compatible(nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8)))
-    with pytest.warns(UserWarning, match="do not depend .*LayerNorm.8. there"):
+    with pytest.warns(UserWarning, match="do not depend .*LayerNorm.8. before"):
         outputs = model(torch.randn(4, 3))
     torch.testing.assert_close(outputs, torch.zeros(4, 8), atol=1e-3, rtol=0)
 

@@ -131,6 +131,6 @@ def test_several_runs_have_the_weakest_kind_and_new_noise_is_not_secure():
     assert not unpredictable_noise([secure, secure]).is_declared
     assert unpredictable_noise([secure, seeded]).is_declared
     again = unpredictable_noise([secure], has_more_noise=True)
-    assert again.is_declared and "trained again" in again.evidence
+    assert again.is_declared and "made again" in again.evidence
     (unknown,) = (unpredictable_noise([replace(secure, noise_generator=None)]),)
     assert unknown.is_declared and "does not say" in unknown.evidence
