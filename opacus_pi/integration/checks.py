@@ -240,12 +240,15 @@ class OutsideChanges:
 
         Args:
             optimizer: Opacus's.
-            module: The module with these weights. Loading a state dict into it is
-                reported if it changes the weights between two updates.
+            module: The module with these weights. Its other weights are watched, too:
+                another optimizer may train them without noise. Loading a state dict
+                into it is reported if it changes the weights between two updates.
             stepped: A method that is called when the wrapped optimizer has stepped,
                 also if the training loop has called it itself, after ``pre_step``.
         """
-        self._snapshot.watch(optimizer.params)
+        own = set(map(id, optimizer.params))
+        others = (p for p in module.parameters() if id(p) not in own)
+        self._snapshot.watch([*optimizer.params, *others])
         inner, reference = optimizer.original_optimizer, weakref.ref(self)
         private, finish = weakref.ref(optimizer), weakref.WeakMethod(stepped)
         for handle in _HANDLES.pop(inner, ()):

@@ -1,4 +1,4 @@
-"""Loading a state dict in the middle of a run is reported if it changes the weights."""
+"""Writes to weights by others than the optimizer of the run are reported."""
 
 import copy
 
@@ -70,3 +70,36 @@ def test_negative_positions_belong_to_nobody():
         run()
         with pytest.raises(AccountingError, match="unattributed"):
             engine.privacy_losses(2)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_second_optimizer_for_other_layers_is_said(is_first):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(24, 5), torch.randint(0, 3, (24,)))
+    module = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    engine = PrivacyEngine()
+    model, private, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module[2].parameters(), lr=0.1),
+        data_loader=DataLoader(data, 6),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    plain = torch.optim.SGD(module[0].parameters(), lr=0.1)
+    optimizers = [plain, private] if is_first else [private, plain]
+    with pytest.warns(UserWarning, match="not by the optimizer of the run"):
+        for x, y in loader:
+            private.zero_grad()
+            plain.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    assert state_of(engine, "weights") == "unchecked"
+
+
+def test_frozen_layers_are_not():
+    engine, module, run = training()
+    module.register_module("frozen", nn.Linear(2, 2).requires_grad_(False))
+    run()
+    assert state_of(engine, "weights") == "checked"
