@@ -74,10 +74,6 @@ class WeightSnapshot:
         """
         self._parameters = [p for p in parameters if _is_plain(p) and p.numel()]
         self._addresses = []
-        self.forget()
-
-    def forget(self) -> None:
-        """Accept the parameters as they are."""
         self._writes, self._entries, self._late = None, {}, {}
 
     def accept_writes(self) -> None:
