@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opacus_pi._torch_compat import pytree
 from opacus_pi.custody.chain import Chain
 from opacus_pi.custody.checked_updates import checked_updates
+from opacus_pi.custody.probed_call import num_examples
 from opacus_pi.gradients.fallback import MODEL_ERRORS
-from opacus_pi.models.batches import NUM_ITEMS, floating, map_tensors
+from opacus_pi.models.batches import NUM_ITEMS, floating, map_tensors, tensors_of
 from opacus_pi.models.copies import evaluation_copy
 from opacus_pi.models.forward_call import ForwardCall
 from opacus_pi.models.no_trace import random_state_untouched
@@ -129,7 +129,7 @@ class ModelLossProbe:
         is_due = bool(self._due) and self._num_updates + 1 >= self._due[0]
         if not is_due or self._kept is not None or model is None:
             return
-        size = _size((args, kwargs))
+        size = num_examples(tensors_of((args, kwargs)), 0)
         losses = [
             (place, leaf)
             for place, leaf in floating(outputs).items()
@@ -258,17 +258,6 @@ def _loss(model: nn.Module, kept: _Kept, batch: tuple[Any, Any]) -> float:
     return float(floating(outputs)[kept.place])
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors in any nesting."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _size(inputs: Any) -> int:
-    """Return the number of examples of the first input; 0 if there is none."""
-    sizes = [len(tensor) for tensor in _tensors(inputs) if tensor.dim()]
-    return sizes[0] if sizes else 0
-
-
 def _by_number_of_labels(batch: Any, size: int) -> Tensor:
     """Return the order of the examples by their numbers of labels, ``(size,)``.
 
@@ -279,7 +268,7 @@ def _by_number_of_labels(batch: Any, size: int) -> Tensor:
         size: The number of examples.
     """
     counts = torch.zeros(size, dtype=torch.int64)
-    for tensor in _tensors(batch):
+    for tensor in tensors_of(batch):
         if tensor.dim() and len(tensor) == size and not tensor.is_floating_point():
             counts += (tensor.reshape(size, -1) >= 0).sum(1).cpu()
     return counts.argsort(stable=True)

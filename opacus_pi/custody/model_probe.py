@@ -56,10 +56,10 @@ from opacus_pi.custody.probed_call import (
     num_examples,
     order_of,
     rounding_of,
-    tensors_of,
 )
 from opacus_pi.custody.separable_layers import separable_by_construction
 from opacus_pi.gradients.fallback import MODEL_ERRORS
+from opacus_pi.models.batches import tensors_of
 from opacus_pi.models.copies import unwrap
 
 __all__ = ["MODEL_NOT_RUN", "ModelProbe", "probe_separability"]

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from opacus_pi._torch_compat import BatchNormBase, pytree
+from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi.models.accelerators import device_random_states, kinds_in_use
-from opacus_pi.models.batches import map_tensors, to_float64
+from opacus_pi.models.batches import map_tensors, tensors_of, to_float64
 from opacus_pi.models.copies import same_mode_copy
 from opacus_pi.models.no_trace import random_state_untouched
 from opacus_pi.models.own_losses import half_replaced
@@ -41,7 +41,6 @@ __all__ = [
     "num_examples",
     "order_of",
     "rounding_of",
-    "tensors_of",
 ]
 
 _DROPOUT = (
@@ -290,11 +289,6 @@ def no_trace() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         yield
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    """Return the tensors in any nesting of lists, tuples, dicts and the like."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def num_examples(inputs: Sequence[Tensor], batch_dim: int) -> int:

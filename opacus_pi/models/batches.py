@@ -114,6 +114,11 @@ def to_float64(value: Any) -> Any:
     return map_tensors(lambda t: t.double() if t.is_floating_point() else t, value)
 
 
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors in any nesting of lists, tuples, dicts and the like."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def floating(outputs: Any) -> dict[int, Tensor]:
     """Return the floating tensors among the leaves of ``outputs``, by position."""
     alone = isinstance(outputs, Tensor)

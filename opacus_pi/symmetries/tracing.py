@@ -18,8 +18,8 @@ from opacus_pi._torch_compat import (
     TorchDispatchMode,
     operation_overload,
     operation_schema,
-    pytree,
 )
+from opacus_pi.models.batches import tensors_of
 from opacus_pi.symmetries.axes import Dims, fix, fresh
 from opacus_pi.symmetries.operation_rules import RULES, pointwise
 
@@ -75,7 +75,7 @@ class AxisTracer(TorchDispatchMode):
         counts the same way, finds an activation of another model by its number.
         """
         result = func(*args, **(kwargs or {}))
-        outputs = _tensors(result)
+        outputs = tensors_of(result)
         found = self._output_dims(func, args, kwargs, result) if outputs else []
         for tensor, dims in zip(outputs, found, strict=False):
             self.seen[id(tensor)] = tensor, dims
@@ -94,8 +94,8 @@ class AxisTracer(TorchDispatchMode):
             rule = pointwise
         if rule is not None:
             return rule(self.dims, _bound(func, args, kwargs), result)
-        fix(dim for tensor in _tensors((args, kwargs)) for dim in self.dims(tensor))
-        return [fresh(tensor.shape, fixed=True) for tensor in _tensors(result)]
+        fix(dim for tensor in tensors_of((args, kwargs)) for dim in self.dims(tensor))
+        return [fresh(tensor.shape, fixed=True) for tensor in tensors_of(result)]
 
 
 class OutputCapture(TorchDispatchMode):
@@ -125,7 +125,7 @@ class OutputCapture(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if _base_name(func) not in _UNCOUNTED:
             if self._count in self._numbers:
-                self.kept[self._count] = _tensors(result)[0].clone()
+                self.kept[self._count] = tensors_of(result)[0].clone()
             self._count += 1
         return result
 
@@ -176,8 +176,3 @@ def _bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     names = [argument.name for argument in arguments]
     defaults = {argument.name: argument.default_value for argument in arguments}
     return {**defaults, **dict(zip(names, args, strict=False)), **(kwargs or {})}
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    """Return all tensors in nested lists and dicts."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
