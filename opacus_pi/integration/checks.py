@@ -11,7 +11,6 @@ update.
 
 import weakref
 from collections.abc import Callable, Sequence
-from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,13 +26,14 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._errors import AccountingError
-from opacus_pi._torch_compat import BatchNormBase, counts_of_writes, load_hooks
+from opacus_pi._torch_compat import BatchNormBase, load_hooks
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.custody import Chain
 from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.integration.derived import own_scaling, own_step
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
+from opacus_pi.integration.written_gradients import NotedTensors
 from opacus_pi.recording import Recorder
 
 _STEPPED_WITHOUT_NOISE = (
@@ -226,8 +226,7 @@ class OutsideChanges:
         self._schedule = settings_of_schedule(loader)
         self._chain, self._snapshot = chain, snapshot
         self._weights = WeightsLink(chain, snapshot)
-        self._noised: list[Tensor] = []
-        self._writes_to_noised: list[int] = []
+        self._noised = NotedTensors()
         self._has_noise = False
 
     def watch(
@@ -262,7 +261,7 @@ class OutsideChanges:
             if not changes._has_noise:
                 own = None if maker is None else own_step(maker)
                 changes._chain.break_link("noise", own or _STEPPED_WITHOUT_NOISE)
-            elif not changes._are_as_noised(_gradients(inner)):
+            elif not changes._noised.are(_gradients(inner)):
                 own = None if maker is None else own_scaling(maker)
                 changes._chain.leave_unchecked("noise", own or _CHANGED_AFTER_NOISE)
 
@@ -288,16 +287,7 @@ class OutsideChanges:
         Args:
             optimizer: It is about to write the weights.
         """
-        self._noised = _gradients(optimizer)
-        self._writes_to_noised = counts_of_writes(self._noised)
-
-    def _are_as_noised(self, gradients: list[Tensor]) -> bool:
-        """Return whether gradients are the noised ones, not written to since."""
-        return (
-            len(gradients) == len(self._noised)
-            and all(map(is_, gradients, self._noised))
-            and counts_of_writes(gradients) == self._writes_to_noised
-        )
+        self._noised = NotedTensors(_gradients(optimizer))
 
     def state_dict_was_loaded(self) -> None:
         """Note that a state dict was loaded: it may have changed the weights."""
@@ -322,7 +312,7 @@ class OutsideChanges:
 
     def weights_were_updated(self) -> None:
         """Note the weights: nothing should write to them until the next update."""
-        self._has_noise, self._noised = False, []
+        self._has_noise, self._noised = False, NotedTensors()
         self._weights.after_update()
 
 

@@ -43,7 +43,7 @@ from opacus_pi.integration.fast import FastHooks
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.models.copies import is_hook_of_opacus
 
-__all__ = ["WrittenGradients", "watch_gradients"]
+__all__ = ["NotedTensors", "WrittenGradients", "watch_gradients"]
 
 _CHANGED = (
     "Per-example gradients (p.grad_sample) were replaced or changed in place between "
@@ -100,6 +100,28 @@ def watch_gradients(
     return written
 
 
+class NotedTensors:
+    """Tensors, and how often they had been written to, at one moment.
+
+    Args:
+        tensors: The tensors.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor] = ()) -> None:
+        self._tensors, self._writes = tensors, counts_of_writes(tensors)
+
+    def __bool__(self) -> bool:
+        return bool(self._tensors)
+
+    def are(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether these are the same tensors, not written to since."""
+        return (
+            len(tensors) == len(self._tensors)
+            and all(map(is_, tensors, self._tensors))
+            and counts_of_writes(tensors) == self._writes
+        )
+
+
 class WrittenGradients:
     """What backward passes left at parameters, compared when the optimizer uses it.
 
@@ -119,8 +141,7 @@ class WrittenGradients:
         self._parameters = list(parameters)
         self._chain, self._is_ghost = chain, is_ghost
         self._gradients: dict[int, list[_Noted]] = {}
-        self._sums: list[Tensor] = []
-        self._counts: list[int] = []
+        self._sums = NotedTensors()
         self.is_active = True
 
     # --------------------------------------------------- what backward passes report
@@ -209,17 +230,14 @@ class WrittenGradients:
 
     def note_sums(self) -> None:
         """Note the sums to which the next physical batch, or noise, is added."""
-        self._sums = _sums_at(self._parameters)
-        self._counts = counts_of_writes(self._sums)
+        self._sums = NotedTensors(_sums_at(self._parameters))
 
     def require_unchanged_sums(self) -> None:
         """Leave the link "norm" unchecked if the sums are not those noted."""
         if not self._sums:
             return
-        noted, self._sums = self._sums, []
-        sums = _sums_at(self._parameters)
-        is_same = len(sums) == len(noted) and all(map(is_, sums, noted))
-        if not is_same or counts_of_writes(sums) != self._counts:
+        noted, self._sums = self._sums, NotedTensors()
+        if not noted.are(_sums_at(self._parameters)):
             text = _SUM_CHANGED.format(name="p.summed_grad")
             self._chain.leave_unchecked("norm", text)
 
@@ -231,7 +249,7 @@ class WrittenGradients:
         """
         self._gradients.clear()
         if sums:
-            self._sums = []
+            self._sums = NotedTensors()
 
 
 class _NoteAfterLayer:
