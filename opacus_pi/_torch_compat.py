@@ -69,6 +69,7 @@ __all__ = [
     "num_writes",
     "operation_overload",
     "operation_schema",
+    "own_buffers",
     "own_parameters",
     "pytree",
     "received_position",
@@ -112,6 +113,11 @@ def load_hooks(module: nn.Module) -> dict[int, Any]:
     Source: ``_load_state_dict_post_hooks``.
     """
     return module._load_state_dict_post_hooks
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the live table of a module's own buffers (``_buffers``)."""
+    return module._buffers
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

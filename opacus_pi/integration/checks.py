@@ -29,6 +29,7 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._torch_compat import BatchNormBase, load_hooks
 from opacus_pi.accounting import GradNormLedger
 from opacus_pi.custody import Chain
+from opacus_pi.custody.buffers import BufferLink, watch_buffers
 from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.integration.derived import own_scaling, own_step
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
@@ -226,6 +227,7 @@ class OutsideChanges:
         self._schedule = settings_of_schedule(loader)
         self._chain, self._snapshot = chain, snapshot
         self._weights = WeightsLink(chain, snapshot)
+        self._buffers: BufferLink | None = None
         self._noised = NotedTensors()
         self._has_noise = False
 
@@ -240,7 +242,8 @@ class OutsideChanges:
         Args:
             optimizer: Opacus's.
             module: The module with these weights. Its other weights are watched, too:
-                another optimizer may train them without noise. Loading a state dict
+                another optimizer may train them without noise, and so are its buffers,
+                to which the training loop may write. Loading a state dict
                 into it is reported if it changes the weights between two updates.
             stepped: A method that is called when the wrapped optimizer has stepped,
                 also if the training loop has called it itself, after ``pre_step``.
@@ -248,6 +251,9 @@ class OutsideChanges:
         own = set(map(id, optimizer.params))
         others = (p for p in module.parameters() if id(p) not in own)
         self._snapshot.watch([*optimizer.params, *others])
+        self._buffers = watch_buffers(module, self._chain)
+        for handle in () if self._buffers is None else self._buffers.handles:
+            keep_handle(module, handle)
         inner, reference = optimizer.original_optimizer, weakref.ref(self)
         private, finish = weakref.ref(optimizer), weakref.WeakMethod(stepped)
         for handle in _HANDLES.pop(inner, ()):
@@ -292,6 +298,8 @@ class OutsideChanges:
     def state_dict_was_loaded(self) -> None:
         """Note that a state dict was loaded: it may have changed the weights."""
         self._weights.state_dict_was_loaded()
+        if self._buffers is not None:
+            self._buffers.state_dict_was_loaded()
 
     def noise_was_drawn(self, *, is_current: bool = True) -> None:
         """Check loader and weights: the weights are about to be updated.

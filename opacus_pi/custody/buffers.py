@@ -1,0 +1,236 @@
+"""Watch the buffers of a model: only its own forward passes should write to them.
+
+A buffer, such as a mean by which inputs are centred, is part of the model like a
+weight, but no noise is added to it. The probe of the model
+(:mod:`~opacus_pi.custody.model_probe`) looks at what a forward pass writes. What other
+code writes, such as a training loop that keeps a running mean of its batches, is found
+here: buffers are noted when a forward pass ends, and compared when the next one begins
+and when results are read.
+
+Tensors that layers keep in other attributes are watched in the same way.
+
+*Guarantee.* Three changes are found: a write that torch counts, a change of a whole
+buffer, and a buffer that was replaced by one with other values. Nothing is written, and
+no random number is drawn.
+
+*What breaks it.* If torch does not count a write, such as one through ``.data``, only
+16 entries of the buffer are compared. Not watched are writes before the first forward
+pass, tensors that ``make_private`` has not seen, numbers and other attributes that are
+no tensors, and models that are wrapped for distributed training.
+
+>>> import warnings
+>>> model, chain = nn.InstanceNorm1d(2, track_running_stats=True).eval(), Chain()
+>>> link = watch_buffers(model, chain)
+>>> _ = model(torch.ones(1, 2, 3))
+>>> model.running_mean = torch.ones(2)
+>>> with warnings.catch_warnings():
+...     warnings.simplefilter("ignore")
+...     _ = model(torch.ones(1, 2, 3))
+>>> "'running_mean'" in chain.doubts()["weights"][0]
+True
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from opacus_pi._torch_compat import (
+    counts_of_writes,
+    forward_hooks,
+    forward_pre_hooks,
+    is_functorch_wrapped_tensor,
+    own_buffers,
+)
+from opacus_pi.custody.chain import Chain
+from opacus_pi.custody.weights import WeightSnapshot
+
+__all__ = ["BufferLink", "watch_buffers"]
+
+_CHANGED = (
+    "{what} of the model was changed outside of the model's forward passes. If its new "
+    "values depend on training data, such as a running mean of the inputs, the model's "
+    "outputs depend on examples without clipping and without noise, and neither "
+    "get_epsilon nor the ledger covers the model: keep the buffer fixed during "
+    "training. If they do not, as in a count of updates or a schedule, nothing needs "
+    "to be done."
+)
+
+# A layer, what returns one of its tables, and a key of this table.
+_Place = tuple[
+    Callable[[], nn.Module | None], Callable[[nn.Module], dict[str, Any]], str
+]
+
+
+class BufferLink:
+    """Compare the buffers of a model with those after its last forward pass.
+
+    Args:
+        model: The user's module, with buffers; referred to weakly.
+        chain: The chain of custody of the run. A change leaves its link "weights"
+            unchecked, because what was written may be harmless.
+
+    Attributes:
+        handles: Remove the hooks that ``watch_buffers`` has put on the model.
+        num_watched: How many tensors of the model are watched.
+    """
+
+    def __init__(self, model: nn.Module, chain: Chain) -> None:
+        self.handles: tuple[RemovableHandle, ...] = ()
+        self._chain = chain
+        # Where tensors are: a walk over all layers in each pass would be slow.
+        self._places = [
+            (name, place)
+            for prefix, layer in model.named_modules()
+            for name, place in _places(prefix, layer)
+        ]
+        self._noted: dict[str, Tensor] = {}
+        self._ids: list[int] = []
+        self._writes: list[int] = []
+        self._snapshot = WeightSnapshot()
+        self._is_in_pass = False
+        self.num_watched = len(self._places)
+        chain.on_read(self._compare, can_break=False)
+
+    def before_pass(self) -> None:
+        """Compare the buffers: a forward pass is about to begin.
+
+        Writes since a pass that raised an error may be its own, and are accepted.
+        """
+        if not self._is_in_pass:
+            self._compare()
+        self._is_in_pass = True
+
+    def after_pass(self) -> None:
+        """Note the buffers: a forward pass has ended, and may have written to them."""
+        self._is_in_pass = False
+        self._note(self._present())
+
+    def state_dict_was_loaded(self) -> None:
+        """Accept the write if it brought the buffers back, as after an evaluation."""
+        self._snapshot.accept_writes()
+        self._writes = counts_of_writes(list(self._noted.values()))
+
+    def _present(self) -> dict[str, Tensor]:
+        """Return the buffers by name; empty within ``vmap`` or ``grad``."""
+        found = {
+            name: tensor
+            for name, (reference, table, key) in self._places
+            if (layer := reference()) is not None
+            and isinstance(tensor := table(layer).get(key), Tensor)
+            and tensor.grad_fn is None
+        }
+        wrapped = any(map(is_functorch_wrapped_tensor, found.values()))
+        return {} if wrapped else found
+
+    def _note(self, present: dict[str, Tensor]) -> None:
+        """Note these buffers, with their values."""
+        if not present:
+            return
+        ids = list(map(id, present.values()))
+        if ids != self._ids:
+            self._noted, self._ids = present, ids
+            self._snapshot.watch(present.values())
+        self._writes = counts_of_writes(list(present.values()))
+        self._snapshot.take()
+
+    def _compare(self) -> None:
+        """Leave the link unchecked if buffers are not as they were noted."""
+        noted, present = self._noted, self._present()
+        if not noted or not present or self._is_in_pass:
+            return
+        is_changed = self._snapshot.has_changed() or self._snapshot.has_changed_late()
+        if not is_changed and list(map(id, present.values())) == self._ids:
+            return
+        writes = counts_of_writes(list(noted.values()))
+        names = [
+            name
+            for name, before, now in zip(noted, self._writes, writes, strict=True)
+            if before != now
+        ]
+        names += [
+            name
+            for name in {**noted, **present}
+            if not _is_same(noted.get(name), present.get(name))
+        ]
+        if is_changed or names:
+            what = f"The buffer {names[0]!r}" if names else "A buffer"
+            self._chain.leave_unchecked("weights", _CHANGED.format(what=what))
+        self._note(present)
+
+
+def _places(prefix: str, layer: nn.Module) -> Iterator[tuple[str, _Place]]:
+    """Yield the name and the place of each buffer and each other tensor of a layer.
+
+    Args:
+        prefix: The layer's name in the model.
+        layer: The layer.
+    """
+    start, reference = f"{prefix}." if prefix else "", weakref.ref(layer)
+    for key in own_buffers(layer):
+        yield start + key, (reference, own_buffers, key)
+    for key, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            yield start + key, (reference, vars, key)
+
+
+def _is_same(before: Tensor | None, now: Tensor | None) -> bool:
+    """Return whether a buffer is the same object, or one with the same values."""
+    if before is now:
+        return True
+    if before is None or now is None or before.shape != now.shape:
+        return False
+    if before.dtype != now.dtype or {before.layout, now.layout} != {torch.strided}:
+        return False
+    return torch.equal(before.to(now.device), now)
+
+
+class _PassHook:
+    """A hook on the forward passes of a model; copies and pickles of it do nothing.
+
+    Args:
+        link: Compares the buffers; held by a weak reference.
+        is_before: Whether it is called before a pass instead of after it.
+    """
+
+    def __init__(
+        self, link: BufferLink | None = None, *, is_before: bool = False
+    ) -> None:
+        self._link = None if link is None else weakref.ref(link)
+        self._is_before = is_before
+
+    def __call__(self, *_: Any) -> None:
+        link = None if self._link is None else self._link()
+        if link is not None:
+            link.before_pass() if self._is_before else link.after_pass()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _PassHook, ()
+
+
+def watch_buffers(model: nn.Module, chain: Chain) -> BufferLink | None:
+    """Watch a model's buffers from its next forward pass on.
+
+    Args:
+        model: The user's module. Hooks of an earlier call, or of a module that this
+            one is a copy of, are removed.
+        chain: The chain of custody of the run.
+
+    Returns:
+        What the hooks report to, and the only strong reference to it; None if the
+        model has no tensors besides its parameters.
+    """
+    for table in (forward_pre_hooks(model), forward_hooks(model)):
+        for key in [k for k, hook in table.items() if isinstance(hook, _PassHook)]:
+            del table[key]
+    link = BufferLink(model, chain)
+    if not link.num_watched:
+        return None
+    link.handles = (
+        model.register_forward_pre_hook(_PassHook(link, is_before=True)),
+        model.register_forward_hook(_PassHook(link)),
+    )
+    return link

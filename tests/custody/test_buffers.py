@@ -1,0 +1,189 @@
+"""Writes of a training loop to the buffers of its model are reported."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from opacus_pi import PrivacyEngine
+
+
+class Centred(nn.Module):
+    """A linear layer on centred inputs, with a buffer for each way to write one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 3)
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("num_passes", torch.tensor(0), persistent=False)
+        self.register_buffer("later", None)
+        self.offset = torch.zeros(5)
+
+    def forward(self, x):
+        self.num_passes += 1
+        shift = 0.0 if self.later is None else self.later
+        return self.linear(x - self.mean - self.offset - shift)
+
+
+def trained(write):
+    """Train for four updates; ``write`` gets the module and inputs before each."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(24, 5), torch.randint(0, 3, (24,)))
+    module, engine = Centred(), PrivacyEngine()
+    model, optimizer, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(data, 6),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    for x, y in loader:
+        write(module, x)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return engine, module, optimizer
+
+
+def weights_link(engine):
+    return next(k for k in engine.ledger.custody.links if k.name == "weights")
+
+
+def in_place(module, x):
+    module.mean.mul_(0.9).add_(0.1 * x.mean(0))
+
+
+def through_data(module, x):
+    module.mean.data.copy_(x.mean(0))
+
+
+def through_numpy(module, x):
+    module.mean.numpy()[:] = x.mean(0).numpy()
+
+
+def replaced(module, x):
+    module.mean = 0.9 * module.mean + 0.1 * x.mean(0)
+
+
+def first_value(module, x):
+    module.later = x.mean(0)
+
+
+def other_attribute(module, x):
+    module.offset = x.mean(0)
+
+
+def other_attribute_in_place(module, x):
+    module.offset += x.mean(0)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (in_place, "The buffer 'mean'"),
+        (through_data, "A buffer of the model"),
+        (through_numpy, "A buffer of the model"),
+        (replaced, "The buffer 'mean'"),
+        (first_value, "The buffer 'later'"),
+        (other_attribute, "The buffer 'offset'"),
+        (other_attribute_in_place, "The buffer 'offset'"),
+    ],
+)
+def test_writes_of_the_loop_are_said(write, name):
+    with pytest.warns(UserWarning, match=f"{name}.*outside of the model's forward"):
+        engine, _, _ = trained(write)
+    link = weights_link(engine)
+    assert link.state == "unchecked"
+    assert name in link.sentence
+
+
+def test_a_write_after_the_last_update_is_said():
+    engine, module, optimizer = trained(nothing)
+    module.mean += 1
+    with pytest.warns(UserWarning, match="'mean'"):
+        link = weights_link(engine)
+    assert link.state == "unchecked"
+
+
+def nothing(module, x):
+    pass
+
+
+def same_values(module, x):
+    module.mean = module.mean.clone()
+
+
+def evaluated(module, x):
+    module.eval()
+    with torch.no_grad():
+        module(x)
+    module.train()
+
+
+def failed_pass(module, x):
+    with pytest.raises(RuntimeError):
+        module(x[:, :2])
+
+
+def state_loaded(module, x):
+    own = copy.deepcopy(module.state_dict())
+    module.load_state_dict({**own, "mean": own["mean"] + 1})  # to evaluate others
+    module.load_state_dict(own)
+
+
+def in_vmap(module, x):
+    tensors = dict(module.named_parameters()), dict(module.named_buffers())
+    stacked = {name: torch.stack([b, b]) for name, b in tensors[1].items()}
+
+    def call(buffers):
+        return torch.func.functional_call(module, (tensors[0], buffers), (x,))
+
+    module.eval()
+    with torch.no_grad():
+        torch.func.vmap(call)(stacked)
+    module.train()
+
+
+@pytest.mark.parametrize(
+    "write", [nothing, same_values, evaluated, failed_pass, state_loaded, in_vmap]
+)
+def test_writes_of_the_forward_pass_and_equal_values_are_not(write):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*outside of the model's forward")
+        engine, module, optimizer = trained(write)
+        assert weights_link(engine).state == "checked"
+    assert module.num_passes >= 4
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    copied.mean += 1
+    copied.eval()(torch.zeros(2, 5))
+    assert weights_link(engine).state == "checked"
+
+
+def prepared(module):
+    data = DataLoader(TensorDataset(torch.randn(8, 5)), 4)
+    return PrivacyEngine().make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=data,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+
+
+def test_a_model_that_is_prepared_again_has_one_hook_before_its_passes():
+    module = Centred()
+    for _ in range(2):
+        model, *_ = prepared(module)
+        assert len(module._forward_pre_hooks) == 1
+        module = copy.deepcopy(model.to_standard_module())
+
+
+def test_a_model_without_other_tensors_has_none():
+    module = nn.Linear(5, 3)
+    prepared(module)
+    assert not module._forward_pre_hooks
