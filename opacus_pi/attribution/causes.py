@@ -218,10 +218,10 @@ MIXED_IN_COLLATE = Cause(
     "does not combine items.",
 )
 CHANGED_IN_COLLATE = Cause(
-    "collate_fn moves some items and changes others",
+    "collate_fn moves items and changes items",
     "unattributed",
-    "collate_fn returned some items in other positions and changed others, so the "
-    "changed ones cannot be matched. " + _IN_THE_DATA_SET,
+    "collate_fn returned items in other positions, and changed some of them or all, so "
+    "the changed ones cannot be matched. " + _IN_THE_DATA_SET,
 )
 
 CAUSES: dict[str, Cause] = {

@@ -44,7 +44,7 @@ from opacus_pi.attribution.causes import (
     Cause,
 )
 from opacus_pi.attribution.item_fingerprints import ItemFingerprints, fingerprint_items
-from opacus_pi.attribution.mixtures import made_of_others
+from opacus_pi.attribution.mixtures import OtherSamples, made_of_others
 from opacus_pi.attribution.samples import (
     DelayedChecksums,
     checksums_of_entries,
@@ -233,8 +233,11 @@ def _without_content(
     nothing = np.full(size, -1)
     if size != len(items):  # or it is a list with some tensors for each sample
         return UNCHECKED if len(samples) >= len(items) else CollateIdentity(nothing)
-    if _are_mixtures(items, samples).any():
+    others = _made_of_others(items, samples)
+    if others.mixed.any():
         return CollateIdentity(nothing, cause=MIXED_IN_COLLATE)
+    if others.moved.any():
+        return CollateIdentity(nothing)
     is_wide = any(s.width > 1 for s in samples)
     for by_part in (s.numbers(items) for s in samples if len(s) == size):
         moved = [m for m in by_part if _are_same_values(m)]
@@ -262,10 +265,13 @@ def _chosen(
     if is_in_place and is_known.all():
         return BY_CONSTRUCTION
     is_mixed = ~is_known & np.logical_and.reduce([c.any(axis=1) for c in found])
+    is_lost = is_mixed
     if not is_known.all():
-        is_mixed |= ~is_known & _are_mixtures(items, samples)
+        others = _made_of_others(items, samples)
+        is_mixed |= ~is_known & others.mixed
+        is_lost = is_mixed | (~is_known & others.moved)
     if is_in_place:
-        if not is_mixed.any():
+        if not is_lost.any():
             return UNCHECKED  # some samples were transformed, the others have not moved
         chosen = np.where(is_known, np.arange(len(items)), -1)
     else:
@@ -471,12 +477,13 @@ def _places(shape: tuple[int, ...], padded: tuple[int, ...]) -> NDArray[np.int64
 
 
 # --------------------------------------------------------------------------- mixtures
-def _are_mixtures(items: ItemFingerprints, samples: list[Samples]) -> Mask:
-    """Find samples made of two items, their own and another one, bool ``(b,)``."""
-    mixed = np.zeros(len(items), dtype=np.bool_)
+def _made_of_others(items: ItemFingerprints, samples: list[Samples]) -> OtherSamples:
+    """Find samples that are made of two items, or of another item than their own."""
+    mixed, moved = np.zeros((2, len(items)), dtype=np.bool_)
     for own in (s for s in samples if len(s) == len(items)):
         for part in range(items.widths.shape[1]):
             if (items.widths[:, part] == own.width).all():
-                entries = own.content.entries
-                mixed |= made_of_others(entries, items.entries[part]).mixed
-    return mixed
+                others = made_of_others(own.content.entries, items.entries[part])
+                mixed |= others.mixed
+                moved |= others.moved
+    return OtherSamples(mixed, moved)

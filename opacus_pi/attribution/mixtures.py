@@ -6,7 +6,8 @@ which the order of a batch is lost most often: mixtures of two samples (mixup, c
 and samples that were moved and scaled.
 
 *Guarantee.* A sample that is reported as mixed or moved equals, up to rounding, a
-mixture with or a copy of another sample, and is not explained by its own old values.
+mixture with or a copy of another sample, and is not explained by its own old values. A
+copy of another sample is not reported as a mixture.
 
 *What breaks it.* Other changes look like an augmentation of each sample on its own.
 With fewer than four entries in a sample, or more than 128 samples in a batch, nothing
@@ -58,8 +59,9 @@ def made_of_others(now: Entries, before: Entries) -> OtherSamples:
         return OtherSamples(none, none)
     scaled = _are_scaled(now, before)
     is_own = scaled.diagonal()
-    mixed = (_are_sums(now, before) | _are_spliced(now, before)) & ~is_own
-    return OtherSamples(mixed, scaled.any(axis=1) & ~is_own)
+    is_copy = scaled.any(axis=1)
+    mixed = (_are_sums(now, before) | _are_spliced(now, before)) & ~is_copy
+    return OtherSamples(mixed, is_copy & ~is_own)
 
 
 def _are_comparable(now: Entries, before: Entries) -> bool:

@@ -348,6 +348,33 @@ def labels_shifted(items):
     return x, y.roll(1)
 
 
+def reversed_and_scaled(items):
+    x, y = default_collate(items[::-1])
+    return 2 * x, y
+
+
+def two_swapped_and_scaled(items):
+    x, y = default_collate([items[1], items[0], *items[2:]])
+    x[:2] *= 2
+    return x, y
+
+
+@pytest.mark.parametrize(
+    ("collate", "unattributed"),
+    [(reversed_and_scaled, 24), (two_swapped_and_scaled, 12)],
+)
+def test_items_that_collate_moves_and_scales_are_not_called_mixtures(
+    collate, unattributed
+):
+    run = runs.Run(collate_fn=collate, shuffle=False, **FIXED)
+    for x, y in run.loader:
+        run.step(x, y)
+    assert run.engine.attribution["unattributed"] == unattributed
+    assert set(causes_of(run)) == names(CHANGED_IN_COLLATE)
+    with pytest.raises(AccountingError, match="in other positions, and changed"):
+        _ = run.engine.ledger
+
+
 def negatives_beside(items):
     x, y = default_collate(items)
     return x, y, x.roll(1, 0)
