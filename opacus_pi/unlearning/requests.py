@@ -188,12 +188,16 @@ class DeletionRequests:
 
         Args:
             user: The name, as passed to ``submit``.
+
+        Raises:
+            ValueError: If the log has hashed names, and its key is missing, damaged or
+                that of another log.
         """
         name = plain_name("user", user)
+        entries = (entry for entry in self.log.entries() if entry.kind == "request")
         return [
             _request_of(entry, self.num_examples)
-            for entry in self.log.entries()
-            if entry.kind == "request" and self._names.match(entry.payload, name)
+            for entry in self._names.entries_of(name, entries)
         ]
 
     def redact(self, request_id: str | int, reason: str = "") -> None:

@@ -5,6 +5,10 @@ the key, so the log and the key must not be kept together where others can read.
 is an argument, or a file beside the log that only its owner can read; it is never in
 the log. Anyone with the key can still ask for the requests of a user by name.
 
+A payload with a hash also has the *check value* of its key, the HMAC of a fixed text.
+With another key no name would match, and a user who had submitted requests would seem
+to have none. The check value shows this, so such a key is refused.
+
 *What breaks it.* A lost key cannot be made again: the hashes stay in the log, but
 no one can find a user's requests by name any more.
 """
@@ -12,19 +16,25 @@ no one can find a user's requests by name any more.
 import hmac
 import os
 import secrets
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from opacus_pi._validate import expect
 from opacus_pi.files.atomic_file import put_new_file, restrict_to_owner
 from opacus_pi.files.regular_file import require_regular
-from opacus_pi.unlearning.deletion_log import read_entries
+from opacus_pi.unlearning.deletion_log import Entry, read_entries
 
 __all__ = ["UserNames", "hashed_name"]
 
 _KEY_BYTES = 32
 _SHORTEST_KEY = 16
+_CHECKED_TEXT = b"\xffkey of a deletion log"  # no name: it is not valid UTF-8
+_IF_LOST = (
+    "If the key is lost for good, no one can find these requests by name: enter new "
+    "ones with indices=."
+)
 
 
 class UserNames:
@@ -49,6 +59,8 @@ class UserNames:
         if key is not None:
             hashed_name("", key)
         self._key = key
+        self._source_of_key = f"that of {self.key_path}" if key is None else "in key="
+        self._is_checked = False  # whether the log's hashes were made with this key
 
     def facts(self, user: str) -> dict[str, str]:
         """Return what a payload is to say about a user.
@@ -57,48 +69,88 @@ class UserNames:
             user: The name.
 
         Raises:
-            ValueError: If the key file is damaged, or is missing and was used before.
+            ValueError: If the key file is damaged, is missing and was used before, or
+                if the names in the log were hashed with another key.
             OSError: If it could not be made.
         """
         if self.store_names:
             return {"user": user}
-        key = self._key or _read_key(self.key_path)
-        if key is None:
-            expect(
-                not self._is_used(),
-                "the key file",
-                self.key_path,
-                "must exist, because the log has names that were hashed with its key",
-                "Restore the file from a copy, or pass key=.",
-            )
-            key = _make_key(self.key_path)
-        self._key = key
-        return {"user_hash": hashed_name(user, key)}
+        if not self._is_checked and self.path.exists():
+            for entry in read_entries(self.path):
+                if "user_hash" in (entry.payload or {}):
+                    self._require_key_of(entry)
+        self._key = self._key or _read_key(self.key_path) or _make_key(self.key_path)
+        self._is_checked = True
+        return {
+            "user_hash": hashed_name(user, self._key),
+            "user_key": _check_value(self._key),
+        }
 
-    def match(self, payload: Mapping[str, Any] | None, user: str) -> bool:
-        """Return whether a payload is about a user.
+    def entries_of(self, user: str, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """Yield the entries that are about a user and were not redacted.
+
+        Entries of an earlier release have no check value. A warning says so if none of
+        them matches, because this may be due to another key.
 
         Args:
-            payload: Of an entry; None if it was redacted.
             user: The name.
-        """
-        if payload is None:
-            return False
-        if "user" in payload:
-            return bool(payload["user"] == user)
-        if "user_hash" not in payload:
-            return False
-        self._key = self._key or _read_key(self.key_path)
-        return self._key is not None and payload["user_hash"] == hashed_name(
-            user, self._key
-        )
+            entries: Of this log, oldest first.
 
-    def _is_used(self) -> bool:
-        """Return whether the log has a name that was hashed."""
-        if not self.path.exists():
-            return False
-        entries = read_entries(self.path)
-        return any("user_hash" in (entry.payload or {}) for entry in entries)
+        Raises:
+            ValueError: If a name was hashed, and its key is missing, damaged or
+                another one.
+        """
+        num_unchecked, matches = 0, False
+        for entry in entries:
+            payload = entry.payload or {}
+            if "user_hash" in payload:
+                key = self._require_key_of(entry)
+                is_of_user = payload["user_hash"] == hashed_name(user, key)
+                if "user_key" not in payload:
+                    num_unchecked, matches = num_unchecked + 1, matches or is_of_user
+            else:
+                is_of_user = payload.get("user") == user
+            if is_of_user:
+                yield entry
+        if num_unchecked and not matches:
+            warnings.warn(
+                f"{self.path}: {num_unchecked} names were hashed by an earlier "
+                "release, which did not store a check value of its key. None of them "
+                "is the user's if the key is the right one; if it is another, the "
+                "user's requests were not found. Make sure that the key belongs to "
+                "this log.",
+                stacklevel=4,
+            )
+
+    def _require_key_of(self, entry: Entry) -> bytes:
+        """Return the key, after checking that the name in an entry was hashed with it.
+
+        Args:
+            entry: With a hashed name.
+
+        Raises:
+            ValueError: If the key file is missing or damaged, or the key is another.
+        """
+        key = self._key or _read_key(self.key_path)
+        expect(
+            key is not None,
+            "the key file",
+            self.key_path,
+            "must exist, because the log has names that were hashed with its key",
+            f"Restore the file from a copy, or pass key=. {_IF_LOST}",
+        )
+        value = _check_value(cast(bytes, key))
+        expect(
+            (entry.payload or {}).get("user_key", value) == value,
+            "key",
+            f"another one, {self._source_of_key}",
+            f"must be the key with which the user's name in entry {entry.number} of "
+            f"{self.path} was hashed",
+            "Restore the key file of this log from a copy, or pass its key as key=. "
+            + _IF_LOST,
+        )
+        self._key = cast(bytes, key)
+        return self._key
 
 
 def hashed_name(name: str, key: bytes) -> str:
@@ -119,6 +171,11 @@ def hashed_name(name: str, key: bytes) -> str:
         "Use secrets.token_bytes(32).",
     )
     return hmac.new(key, name.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
+
+
+def _check_value(key: bytes) -> str:
+    """Return the value by which a payload says which key its hash was made with."""
+    return hmac.new(key, _CHECKED_TEXT, "sha256").hexdigest()
 
 
 def _read_key(path: Path) -> bytes | None:

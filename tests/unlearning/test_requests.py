@@ -2,6 +2,8 @@
 
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -24,6 +26,7 @@ from opacus_pi.unlearning.requests import (
     requested_indices,
 )
 from opacus_pi.unlearning.rivals import NegGradPlus
+from opacus_pi.unlearning.user_names import hashed_name
 
 SIZE = 20
 _PLAIN = FineTune()
@@ -429,8 +432,10 @@ def test_the_key_may_be_an_argument(tmp_path):
     requests(tmp_path, **own).submit("a", user="ann")
     assert os.listdir(tmp_path) == ["deletions.db"]
     assert requests(tmp_path, **own).submitted_by("ann")
-    assert not requests(tmp_path, key=b"l" * 32).submitted_by("ann")
-    assert not requests(tmp_path).submitted_by("ann")
+    with pytest.raises(ValueError, match="key must be the key .* another one, in key="):
+        requests(tmp_path, key=b"l" * 32).submitted_by("ann")
+    with pytest.raises(ValueError, match="the key file must exist, because the log"):
+        requests(tmp_path).submitted_by("ann")
     for key in (b"short", "k" * 32):
         with pytest.raises(ValueError, match="key must be at least 16 bytes"):
             requests(tmp_path, key=key)
@@ -461,6 +466,73 @@ def test_a_lost_key_is_not_silently_replaced(tmp_path):
     key.write_bytes(content)
     fresh.submit("e", user="bob")
     assert [r.request_id for r in mine.submitted_by("bob")] == ["c", "e"]
+
+
+def test_with_the_key_of_another_log_no_request_seems_to_be_missing(tmp_path):
+    places = [tmp_path / name for name in ("mine", "other")]
+    for place in places:
+        place.mkdir()
+        submitted(place)
+    keys = [place / "deletions.db.key" for place in places]
+    own = keys[0].read_bytes()
+    keys[0].write_bytes(keys[1].read_bytes())
+    fresh = requests(places[0], rows_of={"bob": [3]})
+    before = fresh.log.path.read_bytes()
+    for call in (fresh.submitted_by, lambda name: fresh.submit("e", user=name)):
+        with pytest.raises(
+            ValueError, match=r"entry 1 of .*another one, that of .*If "
+        ):
+            call("bob")
+    assert fresh.log.path.read_bytes() == before and verify(fresh.log.path)
+    assert [r.request_id for r in fresh.pending] == ["a", "b", "c"]
+    fresh.submit("e", indices=[3])  # needs no key
+    keys[0].write_bytes(own)
+    again = requests(places[0], rows_of={"bob": [3]})
+    again.submit("f", user="bob")
+    assert [r.request_id for r in again.submitted_by("bob")] == ["c", "f"]
+
+
+def test_a_log_without_its_key_says_so(tmp_path):
+    mine = submitted(tmp_path)
+    (tmp_path / "deletions.db.key").unlink()
+    with pytest.raises(ValueError, match="the key file must exist.*Restore the file"):
+        requests(tmp_path).submitted_by("ann")
+    assert os.listdir(tmp_path) == ["deletions.db"] and verify(mine.log.path)
+
+
+def test_a_new_key_may_begin_when_no_hashed_name_is_left(tmp_path):
+    mine = submitted(tmp_path)
+    mine.process(unlearner(), data(), num_epochs=1)
+    (tmp_path / "deletions.db.key").unlink()
+    for name in ("b", "c"):
+        mine.redact(name)
+    fresh = requests(tmp_path, rows_of={"ann": [3]})
+    assert fresh.submitted_by("ann") == []
+    fresh.submit("e", user="ann")
+    assert [r.request_id for r in fresh.submitted_by("ann")] == ["e"]
+
+
+def test_an_earlier_release_did_not_say_which_key_it_used(tmp_path):
+    mine = requests(tmp_path, key=b"k" * 32)
+    facts = {"indices": [3], "user_hash": hashed_name("ann", b"k" * 32)}
+    mine.log.append("request", facts, name="a")
+    assert mine.submitted_by("ann") == [DeletionRequest("a", (3,))]
+    with pytest.warns(UserWarning, match="1 names were hashed by an earlier release"):
+        assert requests(tmp_path, key=b"l" * 32).submitted_by("ann") == []
+
+
+def test_processes_that_submit_first_share_one_key(tmp_path):
+    barrier = threading.Barrier(4)
+
+    def submit(number):
+        mine = requests(tmp_path, rows_of={"ann": [number]})
+        barrier.wait()
+        mine.submit(number, user="ann")
+
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(submit, range(4))]
+    found = requests(tmp_path).submitted_by("ann")
+    assert sorted(request.request_id for request in found) == ["0", "1", "2", "3"]
 
 
 # ------------------------------------------------------------------ redaction
