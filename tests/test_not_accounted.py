@@ -21,6 +21,7 @@ EXPECTED = {
     ],
     "Models that mix examples": ["The model mixes the examples of a batch"],
     "Time-first layers": [r"\(batch_first=False\) confuses the two"],
+    "Examples sorted in the model": ["'first' is given the examples in another order"],
     "EmbeddingBag": ["EmbeddingBag"],
     "Ghost clipping after thawing a layer": [
         "requires_grad was changed after make_private"

@@ -46,6 +46,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from opacus_pi.custody.batch_size_probe import compare_without_one
 from opacus_pi.custody.finding import Finding
+from opacus_pi.custody.layer_rows import moved_layers
 from opacus_pi.custody.probed_call import (
     ProbedCall,
     ProbedRun,
@@ -121,6 +122,15 @@ _REMEMBERS = (
     "too, which clipping does not bound and no accountant counts. Reset the state "
     "before every batch."
 )
+_MOVED = (
+    "The layer {name!r} is given the examples in another order than the model: when "
+    "some of {size} examples were replaced, its inputs at the places of the others "
+    "changed. Its per-example gradients are taken for those of the examples at these "
+    "places, so each norm mixes several examples, and max_grad_norm does not bound "
+    "what an example contributes. Do not sort examples in the model. For packed "
+    "sequences, sort each batch by length in collate_fn, and call "
+    "pack_padded_sequence with enforce_sorted=True."
+)
 _RANDOM = (
     "The model's random numbers depend on the content of the batch, so it could not be "
     "checked whether it treats examples separately in training mode. In evaluation "
@@ -165,6 +175,7 @@ def probe_separability(
     *,
     batch_dim: int = 0,
     autocast: tuple[str, torch.dtype] | None = None,
+    layers_in_order: bool = False,
 ) -> Finding:
     """Run a batch with other examples, and compare the outputs of those that stay.
 
@@ -174,6 +185,8 @@ def probe_separability(
         kwargs: Its inputs by keyword.
         batch_dim: The dimension of the inputs along which the examples are.
         autocast: Device type and data type of automatic mixed precision, if it is on.
+        layers_in_order: Whether row i of each layer's input must belong to example i,
+            as Opacus assumes.
 
     Returns:
         Whether the model treats examples separately, with the reason.
@@ -184,21 +197,47 @@ def probe_separability(
     call = ProbedCall(unwrap(model), tuple(args), kwargs, batch_dim, size, autocast)
     try:
         with no_trace():
-            return _compare(call)
+            return _compare(call, layers_in_order=layers_in_order)
     except MODEL_ERRORS as error:
         lines = str(error).splitlines() or [""]
         what = f"{type(error).__name__}: {lines[0]}".rstrip(":. ")
         return Finding("unchecked", _NOT_RUN.format(error=what) + _DECLARE)
 
 
-def _compare(call: ProbedCall) -> Finding:
-    """Probe a model that can be copied and run."""
+def _compare(call: ProbedCall, *, layers_in_order: bool) -> Finding:
+    """Probe a model that can be copied and run.
+
+    Args:
+        call: A call on a whole batch.
+        layers_in_order: As for ``probe_separability``.
+    """
     change = _change(call)
     if change is None:
         return Finding("unchecked", _NO_OUTPUTS.format(size=call.size) + _DECLARE)
-    checked = Finding("checked", _SEPARABLE.format(size=call.size))
-    found = _compare_halves(call, change) or compare_without_one(call, change.whole)
-    return checked if found is None else found
+    found = _compare_halves(call, change)
+    if found is None or found.state != "broken":
+        moved = _compare_layers(call) if layers_in_order and change.moved else None
+        found = moved or found or compare_without_one(call, change.whole)
+    return found or Finding("checked", _SEPARABLE.format(size=call.size))
+
+
+def _compare_layers(call: ProbedCall) -> Finding | None:
+    """Compare the inputs of layers for the examples that stay when others are replaced.
+
+    Args:
+        call: A call on the whole batch whose outputs depend on no other example.
+
+    Returns:
+        None if no layer was given the examples in another order.
+    """
+    calm = replace(call, has_dropout=False)
+    try:
+        change = _change(calm.in_float64(), rounding=_TOLERANCE)
+    except MODEL_ERRORS:  # it computes in a type of its own
+        change = _change(calm, rounding=rounding_of(call))
+    if change is None or not change.same_draws or not change.moved:
+        return None
+    return Finding("broken", _MOVED.format(name=change.moved, size=call.size))
 
 
 def _compare_halves(call: ProbedCall, change: "_Change") -> Finding | None:
@@ -288,6 +327,8 @@ class _Change:
         same_buffers: Whether the buffers are equal after both runs, up to rounding.
         same_memory: Whether the tensors in attributes of layers are equal after both
             runs.
+        moved: The name of a layer whose inputs changed at the places of the examples
+            that stayed; empty if there is none.
     """
 
     whole: ProbedRun
@@ -295,20 +336,25 @@ class _Change:
     same_draws: bool
     same_buffers: bool
     same_memory: bool
+    moved: str
 
 
-def _change(call: ProbedCall, *, only_first: bool = False) -> _Change | None:
+def _change(
+    call: ProbedCall, *, only_first: bool = False, rounding: float = 0.0
+) -> _Change | None:
     """Compare the outputs of the examples that stay when the others are replaced.
 
     Args:
         call: The call on the whole batch.
         only_first: Whether to replace in the first input only.
+        rounding: What rounding may change in the inputs of layers.
 
     Returns:
         None if no output has one row for each example.
     """
     whole = call.run()
     shares, same_draws, same_buffers, same_memory = [], True, True, True
+    moved: list[str] = []
     for kept in (0, 1):
         other = call.half_replaced(kept, only_first=only_first)
         changed = other.run()
@@ -316,12 +362,15 @@ def _change(call: ProbedCall, *, only_first: bool = False) -> _Change | None:
         same_buffers &= distance(whole.buffers, changed.buffers) <= _ROUNDED
         same_memory &= distance(whole.memory, changed.memory) <= _ROUNDED
         places = order_of(call.size)[kept::2]
+        rows = (whole.layers, changed.layers)
+        moved += moved_layers(*rows, places, call.size, rounding)
         for one, two in zip(whole.outputs, changed.outputs, strict=True):
             found = [difference(one, two, d, places) for d in example_dims(one, call)]
             shares += [min(found)] if found else []
     if not shares:
         return None
-    return _Change(whole, max(shares), same_draws, same_buffers, same_memory)
+    name = moved[0] if moved else ""
+    return _Change(whole, max(shares), same_draws, same_buffers, same_memory, name)
 
 
 def _without(shape: Sequence[int], dim: int) -> tuple[int, ...]:
@@ -340,10 +389,12 @@ class ModelProbe:
     Args:
         model: A weak reference to the user's module.
         batch_dim: The dimension of the inputs along which the examples are.
+        layers_in_order: Whether gradients are those of the rows of layers.
     """
 
     model: weakref.ref[nn.Module]
     batch_dim: int = 0
+    layers_in_order: bool = False
     _seen: set[Any] = field(init=False, default_factory=set)
     _waiting: Callable[[], Finding] | None = field(init=False, default=None)
     _layers: list[weakref.ref[nn.Module]] = field(init=False, default_factory=list)
@@ -383,7 +434,12 @@ class ModelProbe:
             if separable_by_construction(model, args, kwargs, batch_dim=dim):
                 return Finding("checked", "Every layer treats each example alone.")
             return probe_separability(
-                model, args, kwargs, batch_dim=dim, autocast=autocast
+                model,
+                args,
+                kwargs,
+                batch_dim=dim,
+                autocast=autocast,
+                layers_in_order=self.layers_in_order,
             )
 
         self._waiting = probe

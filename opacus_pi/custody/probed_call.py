@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from opacus_pi._torch_compat import BatchNormBase
+from opacus_pi.custody.layer_rows import LayerRows, watch_rows
 from opacus_pi.models.accelerators import device_random_states, kinds_in_use
 from opacus_pi.models.batches import map_tensors, tensors_of, to_float64
 from opacus_pi.models.copies import same_mode_copy
@@ -152,13 +153,15 @@ class ProbedCall:
                 stack.enter_context(NoDropout())
             if before is not None:
                 model(*before.args, **before.kwargs)
+            layers: list[LayerRows] = []
+            watch_rows(model, self.model, self.batch_dim, layers)
             first, first_of_others = _random_state(), _other_states()
             outputs = model(*self.args, **self.kwargs)
             state = _random_state()
             has_drawn = not torch.equal(first, state)
             has_drawn |= first_of_others != _other_states()
         found = [t for t in tensors_of(outputs) if t.is_floating_point()]
-        return ProbedRun(found, state, has_drawn, *_kept_by(model))
+        return ProbedRun(found, state, has_drawn, *_kept_by(model), layers)
 
 
 def _random_state() -> Tensor:
@@ -183,6 +186,7 @@ class ProbedRun:
         buffers: The floating-point buffers after it, without those of batch
             normalisation, which has a check of its own.
         memory: Other floating-point tensors that are attributes of its layers.
+        layers: The rows of the inputs of its layers.
     """
 
     outputs: list[Tensor]
@@ -190,6 +194,7 @@ class ProbedRun:
     has_drawn: bool
     buffers: list[Tensor]
     memory: list[Tensor]
+    layers: list[LayerRows]
 
 
 def _kept_by(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -619,7 +619,13 @@ def _compare_loss(loss: TrainedLoss, outputs: Any, y: Any, run: AuditedRun) -> A
 def _model_row(model: nn.Module, x: Any, run: AuditedRun) -> AuditRow:
     """Say whether the outputs for one example depend on others."""
     args, kwargs = arguments(x)
-    finding = probe_separability(model, args, kwargs, batch_dim=run.batch_dim)
+    finding = probe_separability(
+        model,
+        args,
+        kwargs,
+        batch_dim=run.batch_dim,
+        layers_in_order=not run.is_swept,
+    )
     states = {"checked": True, "unchecked": None, "broken": False}
     return AuditRow("model", states[finding.state], finding.sentence)
 

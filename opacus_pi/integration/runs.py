@@ -108,7 +108,9 @@ def new_model_probe(
     )
     if is_sharded or not recorder.probe_model:
         return None
-    return ModelProbe(weakref.ref(module), 0 if batch_first else 1)
+    return ModelProbe(
+        weakref.ref(module), 0 if batch_first else 1, layers_in_order=True
+    )
 
 
 def probe_model(

@@ -14,13 +14,17 @@ both                      ``scale_grad_by_freq``; ``max_norm`` also writes to we
                           outside of the noisy update
 ``nn.Conv1d`` to ``3d``   ``padding_mode`` other than ``"zeros"``
 ``nn.Conv2d``             inputs in another memory order (``channels_last``)
+``DPLSTM, DPGRU, DPRNN``  packed sequences whose lengths were not sorted in the batch
 ========================  ==============================================================
 
 In hooks mode the clipped sum is made of these gradients, so each contribution is still
 bounded, but it is not the gradient of the example's loss. In ghost clipping the sum is
 made of the true gradients, clipped by wrong norms, and no bound holds. Either way the
 ledger is refused. ``grad_sample_mode="functorch"`` and ``"fast"`` and sweeps use other
-rules, which are right for all of these layers or raise an error.
+rules, which are right for all of these layers or raise an error. Only the recurrent
+layers are wrong in ``"functorch"`` mode, too: ``pack_padded_sequence`` with
+``enforce_sorted=False`` sorts the examples, and these layers have their gradients in
+the order of the lengths, while all other layers have them in the order of the batch.
 
 ``tests/integration/test_wrong_layers.py`` compares all layers of Opacus with autograd.
 """
@@ -31,7 +35,9 @@ from typing import Any
 
 import torch
 from opacus.grad_sample import AbstractGradSampleHooks
+from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from opacus_pi._torch_compat import (
     both_sides_padding,
@@ -44,6 +50,7 @@ from opacus_pi.integration.opacus_compat import (
     module_of,
     uses_opacus_gradients,
 )
+from opacus_pi.models.batches import tensors_of
 
 __all__ = ["layers_opacus_gets_wrong", "watch_inputs"]
 
@@ -58,6 +65,7 @@ _OTHER_MODE = (
 _AS_EMBEDDING = (
     "Use nn.Embedding, and sum or average its output over the tokens of each example."
 )
+_Recurrent = (DPLSTM, DPGRU, DPRNN)
 _Layer = nn.Module
 _Rule = Callable[[Any], Iterator[tuple[str, str]]]
 
@@ -97,10 +105,16 @@ def watch_inputs(hooks: AbstractGradSampleHooks, chain: Chain) -> None:
 def _trainable_layers(
     hooks: AbstractGradSampleHooks,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield name and layer where gradients come from a function of Opacus's."""
+    """Yield name and layer where gradients come from a function of Opacus's.
+
+    The weights of recurrent layers belong to the layers inside of them.
+    """
     for name, layer in module_of(hooks).named_modules():
-        own = layer.parameters(recurse=False)
-        if any(p.requires_grad for p in own) and uses_opacus_gradients(hooks, layer):
+        is_recurrent = isinstance(layer, _Recurrent)
+        own = layer.parameters(recurse=is_recurrent)
+        if any(p.requires_grad for p in own) and (
+            is_recurrent or uses_opacus_gradients(hooks, layer)
+        ):
             yield name, layer
 
 
@@ -179,7 +193,8 @@ class _InputCheck:
         chain = None if self._chain is None else self._chain()
         if check is None or chain is None or not layer.training:
             return
-        if not torch.is_grad_enabled() or is_functorch_wrapped_tensor(out):
+        is_wrapped = any(map(is_functorch_wrapped_tensor, tensors_of(out)))
+        if not torch.is_grad_enabled() or is_wrapped:
             return
         name = self._name
 
@@ -268,7 +283,29 @@ def _check_memory_order(
         )
 
 
+def _check_packed(
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    __: Any,
+    found: Callable[[str, str], None],
+) -> None:
+    """Check that a packed sequence has the examples in the order of the batch."""
+    given = args[0] if args else kwargs.get("input")
+    order = given.sorted_indices if isinstance(given, PackedSequence) else None
+    if order is None:
+        return
+    if order.tolist() != list(range(len(order))):
+        found(
+            "its packed sequences were sorted by length, so its gradients are in the "
+            "order of the lengths and those of other layers in the order of the batch",
+            "Sort each batch by length in collate_fn, longest first, and call "
+            "pack_padded_sequence with enforce_sorted=True.",
+        )
+
+
 _INPUTS: dict[Any, Callable[..., None]] = {
+    _Recurrent: _check_packed,
     nn.EmbeddingBag: _check_bag,
     nn.Embedding: _check_padding,
     nn.Conv2d: _check_memory_order,

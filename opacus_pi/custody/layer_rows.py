@@ -1,0 +1,122 @@
+"""Find out whether the layers of a model are given the examples in the batch's order.
+
+Opacus takes row i of a layer's input for example i of the batch. A model may sort the
+examples before a layer and restore their order afterwards, as packed sequences do. Its
+outputs for an example then depend on no other example, but the gradients of this layer
+are added to those that other layers have for other examples.
+
+When half of the examples of a batch is replaced, the rows of the other half must
+therefore stay, in the input of every layer with trainable weights. Rows are compared by
+one number each: their product with a fixed vector.
+
+**What breaks it.** Layers whose input has another number of rows are not compared,
+except those of Opacus's recurrent layers, whose sequences end one after another.
+Opacus raises an error for the others. Nor are inputs compared if the shape of a row
+depends on the content of the batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_pi.models.batches import tensors_of
+
+__all__ = ["LayerRows", "moved_layers", "watch_rows"]
+
+_STEPS = "RNNLinear"  # Opacus's layer that is called once for each time step
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """The rows of the input of one call of a layer.
+
+    Attributes:
+        name: The layer's name in the model.
+        shape: The shape of a row.
+        rows: One number for each row, ``(n,)``, in the precision of the model.
+        may_end: Whether fewer rows than examples are the first examples.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Tensor
+    may_end: bool
+
+
+def watch_rows(
+    copied: nn.Module, model: nn.Module, dim: int, found: list[LayerRows]
+) -> None:
+    """Note the rows of every call of a layer that is trained.
+
+    Args:
+        copied: A copy of the model, which is given hooks.
+        model: The model; which of its weights are trained is read here.
+        dim: The dimension of the examples.
+        found: Calls are added to it, in their order.
+    """
+    layers = zip(model.named_modules(), copied.modules(), strict=True)
+    for (name, layer), ours in layers:
+        own = layer.parameters(recurse=False)
+        if not any(p.requires_grad for p in own) or isinstance(layer, nn.EmbeddingBag):
+            continue
+        may_end = type(layer).__name__ == _STEPS
+        along = 0 if may_end else dim
+        see = partial(_see, name, may_end=may_end, dim=along, add=found.append)
+        ours.register_forward_pre_hook(see, with_kwargs=True)
+
+
+def _see(
+    name: str,
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    may_end: bool,
+    dim: int,
+    add: Callable[[LayerRows], None],
+) -> None:
+    """Note one call of a layer, by its first input."""
+    tensors = tensors_of((args, kwargs))
+    if not tensors or tensors[0].dim() <= dim:
+        return
+    rows = tensors[0].detach().movedim(dim, 0)
+    flat = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+    flat = flat if flat.is_floating_point() else flat.double()
+    places = torch.arange(1, flat.shape[1] + 1, device=flat.device)
+    projected = flat @ places.float().sin().to(flat.dtype)
+    add(LayerRows(name, tuple(rows.shape[1:]), projected, may_end))
+
+
+def moved_layers(
+    whole: Sequence[LayerRows],
+    changed: Sequence[LayerRows],
+    kept: Tensor,
+    size: int,
+    tolerance: float,
+) -> Iterator[str]:
+    """Yield the names of layers in which rows of examples that stayed have changed.
+
+    Args:
+        whole: The calls in a run on a batch.
+        changed: Those in a run on the batch in which half of the examples is replaced.
+        kept: Positions of the examples that stayed.
+        size: The number of examples.
+        tolerance: What rounding may change, relative to the largest row.
+    """
+    for one, other in zip(whole, changed, strict=False):
+        if (one.name, one.shape) != (other.name, other.shape):
+            continue
+        num_rows = min(len(one.rows), len(other.rows))
+        if num_rows > size or (num_rows < size and not one.may_end):
+            continue
+        places = kept[kept < num_rows].to(one.rows.device)
+        before, after = one.rows[places], other.rows[places]
+        alike = (before == after) | (before.isnan() & after.isnan())
+        gap = torch.where(alike, 0.0, (before - after).abs())
+        scale = one.rows.nan_to_num(0.0, 0.0, 0.0).abs().max() if num_rows else 1.0
+        if bool((gap.nan_to_num(torch.inf) > tolerance * scale).any()):
+            yield one.name
