@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
 from opacus_pi import GradNormLedger, Guarantee, NoisySGD
 from opacus_pi.accounting import epsilons, privacy_losses
@@ -17,8 +19,10 @@ from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.difficulty.forget_sets import ranking, top_k
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.files.strict_json import json_text
+from opacus_pi.models.weights_name import weights_name
 from opacus_pi.plotting import plot_distribution
 from opacus_pi.report import Barriers, score, write_report
+from opacus_pi.unlearning import Unlearner
 
 ACTING = "\0\x1b[2J\x9b\x7f\u202e\u2028\ud800"  # on a terminal or a page
 HOSTILE = '<script>alert("x")</script><img src=http://evil onerror=1>&$\\frac{' + ACTING
@@ -312,3 +316,38 @@ def test_a_worst_case_far_away_leaves_the_histogram_visible():
     words = [text.get_text() for text in legend.get_texts()]
     assert words == ["worst case: 90, further right", "mean"]
     assert legend.get_window_extent().y0 >= ax.get_window_extent().y1 - 1
+
+
+@pytest.mark.parametrize("has_weights", [False, True])
+def test_a_result_belongs_to_the_ledger_of_its_training(tmp_path, has_weights):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(60, 3), torch.arange(60) % 2)
+    model = torch.nn.Linear(3, 2)
+    own = make_ledger(weights=weights_name(model) if has_weights else None)
+    worker = Unlearner(model, criterion=torch.nn.CrossEntropyLoss(), ledger=own)
+    results = [worker.unlearn(data, [i], num_epochs=1) for i in (3, 17)]
+    other = replace(own, grad_norms=own.grad_norms * 1.5)
+    foreign = replace(other, weights=f"sha256:{0:064}") if has_weights else other
+    for result in results:
+        for good in (own, own.with_noise_std(2.0), [foreign, own]):
+            facts = write_report(tmp_path / "r.html", ledger=good, result=result)
+            assert facts["unlearning"]["not_checked"] == []
+        (tmp_path / "r.html").unlink()
+        for bad in (foreign, [foreign, foreign]):
+            with pytest.raises(ValueError, match="ledger must be of the training from"):
+                write_report(tmp_path / "r.html", ledger=bad, result=result)
+        assert not (tmp_path / "r.html").exists()
+    if has_weights:  # another ledger of the same training
+        write_report(tmp_path / "r.html", ledger=other, result=results[0])
+
+
+def test_a_result_without_a_ledger_is_known_by_its_weights(tmp_path):
+    data = TensorDataset(torch.randn(60, 3), torch.arange(60) % 2)
+    worker = Unlearner(torch.nn.Linear(3, 2), criterion=torch.nn.CrossEntropyLoss())
+    result = worker.unlearn(data, [3], num_epochs=1)
+    facts = write_report(tmp_path / "r.html", ledger=make_ledger(), result=result)
+    (sentence,) = facts["unlearning"]["not_checked"]
+    assert "the ledger does not name the weights that its training left" in sentence
+    foreign = make_ledger(weights=f"sha256:{0:064}")
+    with pytest.raises(ValueError, match="which left weights with the hash sha256:"):
+        write_report(tmp_path / "r.html", ledger=foreign, result=result)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from opacus_pi.cli.errors import BadInput
+from opacus_pi.cli.evaluated import subject_of
 from opacus_pi.cli.inputs import (
     import_criterion,
     import_data_set,
@@ -68,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
     barriers = _barriers(network, oracles, sets, options.match)
     facts = {
         "format": FORMAT,
+        "subject": subject_of(train_set, forget, network),
         "num_forget": len(sets.forget),
         "num_retain": len(sets.retain),
         "num_test": len(test_set),

@@ -6,14 +6,16 @@ has another form, because the page shows it.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.evaluate import FORMAT
+from opacus_pi.cli.evaluated import require_of_run
 from opacus_pi.cli.inputs import load_ledgers
 from opacus_pi.cli.output import answer
-from opacus_pi.cli.run_files import EVALUATION, load_run, read_json
+from opacus_pi.cli.run_files import EVALUATION, SavedRun, load_run, read_json
 from opacus_pi.report.run import Barriers
 from opacus_pi.report.write import write_report
 
@@ -37,7 +39,9 @@ def run(options: argparse.Namespace) -> int:
         )
     runs = load_ledgers(options.ledger, options.noise_std, "--ledger")
     result = None if options.run_dir is None else load_run(options.run_dir)
-    oracle, barriers = _evaluation(options)
+    oracle, barriers, unchecked = _evaluation(options, result)
+    if result is not None:
+        result = replace(result, unchecked=(*result.unchecked, *unchecked))
     facts = write_report(
         page,
         ledger=runs,
@@ -58,11 +62,27 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _evaluation(
-    options: argparse.Namespace,
-) -> tuple[dict[str, Any] | None, Barriers | None]:
-    """Return the metrics of retrained models and the barriers to them, each or None."""
+    options: argparse.Namespace, result: SavedRun | None
+) -> tuple[dict[str, Any] | None, Barriers | None, tuple[str, ...]]:
+    """Return what was evaluated, and what could not be checked about its file.
+
+    Args:
+        options: The parsed arguments.
+        result: The unlearning run, if one was named.
+
+    Returns:
+        The metrics of retrained models and the barriers to them, each or None, and
+        sentences for the page.
+
+    Raises:
+        BadInput: As ``_read_evaluation``, or if the evaluation is of another run.
+    """
     path = _evaluation_file(options)
-    return (None, None) if path is None else _read_evaluation(path)
+    if result is None or path is None:
+        return None, None, ()
+    found = read_json(f"--evaluation {path}", path)
+    oracle, barriers = _read_evaluation(path, found)
+    return oracle, barriers, require_of_run(found, result.record, path)
 
 
 def _evaluation_file(options: argparse.Namespace) -> str | Path | None:
@@ -93,7 +113,7 @@ def _evaluation_file(options: argparse.Namespace) -> str | Path | None:
 
 
 def _read_evaluation(
-    path: str | Path,
+    path: str | Path, found: dict[str, Any]
 ) -> tuple[dict[str, Any] | None, Barriers | None]:
     """Read what ``evaluate`` wrote; every number is converted, so none is a text.
 
@@ -101,7 +121,8 @@ def _read_evaluation(
     the reader expects a measurement.
 
     Args:
-        path: The file.
+        path: The file, for the message.
+        found: Its content.
 
     Returns:
         Metrics of retrained models and barriers, each None if there were no such
@@ -110,7 +131,6 @@ def _read_evaluation(
     Raises:
         BadInput: If the file has another format or is damaged.
     """
-    found = read_json(f"--evaluation {path}", path)
     try:
         if found.get("format") != FORMAT:
             raise ValueError("another format")

@@ -6,6 +6,7 @@ output of ``opacus-pi evaluate`` is put there. The directory gets its name only 
 of its files are complete, so a run that was interrupted leaves nothing behind.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -38,11 +39,13 @@ class SavedRun:
         trace: The metrics over the run.
         guarantee: What may be claimed about the weights.
         record: What was run, with the forgotten examples.
+        unchecked: Sentences about what could not be checked.
     """
 
     trace: UnlearningTrace
     guarantee: Guarantee
     record: dict[str, Any]
+    unchecked: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -90,9 +93,11 @@ def save_run(directory: Path, result: UnlearningResult) -> None:
     """
     state = result.model.state_dict()
     write_weights(directory / WEIGHTS, UNLEARNED_WEIGHTS, state, {})
-    replace_file(directory / RECORD, json_text(result.record).encode())
     result.trace.save(directory / TRACE)
     replace_file(directory / GUARANTEE, result.guarantee.to_json().encode())
+    files = {name: _sha256(directory / name) for name in (TRACE, GUARANTEE)}
+    record = {**result.record, "files": files}
+    replace_file(directory / RECORD, json_text(record).encode())
 
 
 def load_run(directory: str) -> SavedRun:
@@ -109,11 +114,46 @@ def load_run(directory: str) -> SavedRun:
     with about(f"RUN_DIR {directory}", remedy):
         require_regular(place / GUARANTEE)
         text = (place / GUARANTEE).read_text(encoding="utf-8")
+        record = _record(f"RUN_DIR {directory}", place / RECORD)
         return SavedRun(
             trace=UnlearningTrace.load(place / TRACE),
             guarantee=Guarantee.from_json(text),
-            record=_record(f"RUN_DIR {directory}", place / RECORD),
+            record=record,
+            unchecked=_require_own_files(place, record),
         )
+
+
+def _require_own_files(directory: Path, record: dict[str, Any]) -> tuple[str, ...]:
+    """Refuse a trace or a guarantee that another run wrote.
+
+    Args:
+        directory: The run's directory.
+        record: Its record, which has the hashes of both files.
+
+    Returns:
+        A sentence, if the record is of an earlier release and has no hashes.
+
+    Raises:
+        BadInput: If a file has another hash.
+    """
+    hashes = record.get("files")
+    if not isinstance(hashes, dict):
+        return (
+            f"Whether {TRACE}, {GUARANTEE} and {RECORD} are of the same run is not "
+            "known, because an earlier release wrote them. Compare them yourself.",
+        )
+    for name in (TRACE, GUARANTEE):
+        if hashes.get(name) != _sha256(directory / name):
+            raise BadInput(
+                f"RUN_DIR {directory}: {name} is not the file that {RECORD} names, so "
+                "it is of another run. Restore both from a copy, or unlearn again."
+            )
+    return ()
+
+
+def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a small file, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _record(argument: str, path: Path) -> dict[str, Any]:

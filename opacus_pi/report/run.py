@@ -15,6 +15,8 @@ import numpy as np
 from opacus_pi._types import ArrayLike
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace, time_to_unlearn
+from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
+from opacus_pi.report.belonging import require_same_training
 from opacus_pi.report.scores import Scores
 from opacus_pi.unlearning.plan import percentile
 
@@ -30,7 +32,10 @@ MEANING = {
 }
 # Entries of a record that are not settings: the page shows the method elsewhere, and
 # must not name the forgotten examples.
-_NOT_SETTINGS = ("method", "forget_indices", "forgotten_before")
+_NOT_SETTINGS = (
+    *("method", "forget_indices", "forgotten_before"),
+    *("ledgers", "trained_weights", "unlearned_weights", "files"),
+)
 
 
 class Unlearned(Protocol):
@@ -86,6 +91,7 @@ class Barriers:
 
 def run_facts(
     result: Unlearned,
+    runs: Sequence[GradNormLedger],
     scores: Scores,
     oracle: Mapping[str, ArrayLike] | None,
     barriers: Barriers | None,
@@ -96,15 +102,23 @@ def run_facts(
 
     Args:
         result: The unlearning run.
+        runs: The ledgers of the training that it started from.
         scores: The per-example numbers of the training that it started from.
         oracle: The metrics of retrained models by name, or None.
         barriers: Loss barriers to those models, or None.
+
+    Raises:
+        ValueError: If the run started from another training.
     """
     record = result.record
     return {
         "method": record.get("method"),
         "settings": {k: v for k, v in record.items() if k not in _NOT_SETTINGS},
         "forget_set": _forget_set(record, scores),
+        "not_checked": [
+            *getattr(result, "unchecked", ()),
+            *require_same_training(record, runs),
+        ],
         "metrics": _metrics(result.trace, oracle or {}),
         "trace": result.trace,
         "oracle": {k: np.ravel(v) for k, v in (oracle or {}).items()},

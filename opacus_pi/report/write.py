@@ -49,7 +49,9 @@ def write_report(
         path: Name of the page. The JSON file gets the same name with ``.json``.
         ledger: The ledger of one training run, or of several independent runs.
         result: What ``Unlearner.unlearn`` returned, or any object with its ``trace``,
-            ``guarantee`` and ``record``. None: the report covers the training alone.
+            ``guarantee`` and ``record``. If it has ``unchecked``, the page lists these
+            sentences about files that may not belong together. None: the report covers
+            the training alone.
         oracle: For each metric, its values over models that were retrained without
             the forget set.
         barriers: Loss barriers to those models.
@@ -64,8 +66,8 @@ def write_report(
 
     Raises:
         ValueError: If the ledger has no noise, not even an assumed one, if an oracle
-            is given without a result, or if a number is outside its domain. Then
-            nothing is written.
+            is given without a result, if the result does not come from the training of
+            the ledger, or if a number is outside its domain. Then nothing is written.
     """
     page_path = Path(path)
     expect(
@@ -93,7 +95,9 @@ def write_report(
         }
     )
     if result is not None:
-        facts["unlearning"] = strict(run_facts(result, scores, oracle, barriers))
+        facts["unlearning"] = strict(
+            run_facts(result, runs_of(ledger), scores, oracle, barriers)
+        )
     page = render(
         facts,
         distribution_pictures(scores, _forget_loss(facts)),

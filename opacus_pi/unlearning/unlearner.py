@@ -38,6 +38,7 @@ from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.integration.rerun import Update
+from opacus_pi.ledger.run_identity import RunIdentity
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.own_losses import Criterion, per_example_criterion
@@ -292,8 +293,9 @@ class Unlearner:
         self.model = copy.deepcopy(self.model)
         loaders = self._loaders(train_set, retain, gone, batch_size)
         costs = self._fit(loaders, num_epochs, watch)
-        record = {**(record if file is None else file.record), **costs}
         self.history = self.history.ended(weights_name(self.model))
+        record = {**(record if file is None else file.record), **costs}
+        record |= self._origin(self.history.left)
         return UnlearningResult(self.model, self.trace, guarantee, record)
 
     def _split(
@@ -485,8 +487,20 @@ class Unlearner:
             self._evaluate_at(plan.num_updates / plan.updates_per_epoch, evaluate)
         self.model.eval()
         self.trace.cost["seconds"] = time.perf_counter() - clock
-        record |= self.trace.cost
+        record |= self.trace.cost | self._origin(weights_name(self.model))
         return UnlearningResult(self.model, self.trace, plan.guarantee, record)
+
+    def _origin(self, left: str) -> dict[str, Any]:
+        """Return what ties a run to its training and to its result, for the record.
+
+        Args:
+            left: Name of the weights that the run left.
+        """
+        return {
+            "ledgers": [asdict(RunIdentity.of(run)) for run in runs_in(self.ledger)],
+            "trained_weights": self.history.trained or None,
+            "unlearned_weights": left,
+        }
 
     def _recorded(
         self, checkpoints: Checkpoints | str | os.PathLike[str]

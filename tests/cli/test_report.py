@@ -1,5 +1,6 @@
 """From the run's directory to the page."""
 
+import dataclasses
 import json
 import shutil
 
@@ -105,3 +106,76 @@ def test_damaged_runs(run, done, tmp_path, name, content, message):
 def test_errors(run, words, message):
     code, out, err = run("report", *words)
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+
+
+ABC = "sha256:" + "abc1" * 16
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"weights": ABC},
+            "--ledger must be of the training from which the unlearning",
+        ),
+        ({"data_set": "Other:120"}, "--ledger must be of the data set of the unlearn"),
+    ],
+)
+def test_the_ledger_of_another_training(run, done, ledger, tmp_path, changed, message):
+    dataclasses.replace(ledger, **changed).save(tmp_path / "other.safetensors")
+    words = ("--ledger", tmp_path / "other.safetensors", "--out", tmp_path / "r.html")
+    code, out, err = run("report", done, *words)
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "forget", "message"),
+    [
+        ("model.safetensors", "3,17", "is of another model than the unlearning run"),
+        (None, "40,41", "is of another forget set than the unlearning run"),
+        ("model.safetensors", "3", "of another forget set and another model than"),
+    ],
+)
+def test_the_evaluation_of_another_run(run, done, tmp_path, weights, forget, message):
+    other = ("--weights", weights or done / "weights.safetensors", "--forget", forget)
+    found = ("--out", tmp_path / "ev.json")
+    model = ("--model", "cli_project:build")
+    assert run("evaluate", *model, *other, *DATA, *found)[0] == 0
+    words = ("--evaluation", tmp_path / "ev.json", "--out", tmp_path / "r.html")
+    code, out, err = run("report", done, *LEDGER, *words)
+    assert code == 2 and out == "" and message in err
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("name", ["trace.json", "guarantee.json"])
+def test_files_of_two_runs_in_one_directory(run, done, tmp_path, name):
+    words = ("unlearn", *MODEL, *DATA, "--forget", "5", "--epochs", "2")
+    assert run(*words, *LEDGER, "--out", tmp_path / "other")[0] == 0
+    copied = damaged(done, tmp_path, name, (tmp_path / "other" / name).read_text())
+    code, out, err = run("report", copied, *LEDGER, "--out", tmp_path / "r.html")
+    assert code == 2 and f"{name} is not the file that record.json names" in err
+
+
+def test_the_report_says_what_older_files_leave_open(answer, done, tmp_path):
+    copied = tmp_path / "copied"
+    shutil.copytree(done, copied)
+    for name, added in (
+        ("record.json", ("files", "ledgers", "trained_weights", "unlearned_weights")),
+        ("evaluation.json", ("subject",)),
+    ):
+        facts = json.loads((copied / name).read_text())
+        for entry in added:
+            del facts[entry]
+        (copied / name).write_text(json.dumps(facts))
+    page = tmp_path / "r.html"
+    found = answer("report", copied, *LEDGER, "--out", page)
+    sentences = found["report"]["unlearning"]["not_checked"]
+    assert [one.split(" is not known")[0] for one in sentences] == [
+        "Whether trace.json, guarantee.json and record.json are of the same run",
+        "Whether the evaluation is of this unlearning run",
+        "Whether the unlearning run started from the training of this ledger",
+    ]
+    assert all(one in page.read_text() for one in sentences)
+    found = answer("report", done, *LEDGER, "--out", page)
+    assert found["report"]["unlearning"]["not_checked"] == []

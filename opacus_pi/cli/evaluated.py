@@ -1,0 +1,92 @@
+"""What ties an evaluation to an unlearning run: data set, forget set and weights.
+
+``evaluate`` writes these facts beside its numbers, and ``report`` compares them with
+the record of the run. Otherwise a report could show retrained models for one forget set
+beside a model that forgot another.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from opacus_pi.accounting import fingerprint
+from opacus_pi.cli.errors import BadInput
+from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.models.weights_name import weights_name
+
+_UNCHECKED = (
+    "Whether the evaluation is of this unlearning run is not known, because an earlier "
+    "release wrote {0}. Compare model and forget set yourself."
+)
+
+
+def subject_of(
+    train_set: Any, forget: Iterable[int], model: nn.Module
+) -> dict[str, str]:
+    """Return what an evaluation is about.
+
+    Args:
+        train_set: The training set.
+        forget: Positions of the forget set.
+        model: The evaluated model.
+    """
+    return {
+        "data_set": fingerprint(train_set),
+        "forget_set": name_of_set(forget),
+        "weights": weights_name(model),
+    }
+
+
+def name_of_set(positions: Iterable[int]) -> str:
+    """Return a hash of positions, whatever their order.
+
+    Args:
+        positions: Whole numbers.
+    """
+    text = json.dumps(sorted({int(position) for position in positions}))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def require_of_run(
+    evaluation: Mapping[str, Any], record: Mapping[str, Any], path: Any
+) -> tuple[str, ...]:
+    """Refuse an evaluation of another model, forget set or data set than a run's.
+
+    The forget set may also be that of all requests until then.
+
+    Args:
+        evaluation: What ``evaluate`` wrote.
+        record: Of the unlearning run.
+        path: The evaluation's file, for the message.
+
+    Returns:
+        A sentence, if one of the two files does not say what it is about.
+
+    Raises:
+        BadInput: If they are about different things.
+    """
+    subject = evaluation.get("subject")
+    weights = record.get("unlearned_weights")
+    if not isinstance(subject, dict) or weights is None:
+        older = path if weights is not None else "the run"
+        return (_UNCHECKED.format(older),)
+    asked, before = record["forget_indices"], record["forgotten_before"]
+    sets = [name_of_set(asked), name_of_set([*asked, *before])]
+    agrees = {
+        "data set": same_data_set(
+            str(subject.get("data_set")), str(record.get("data_set"))
+        ),
+        "forget set": subject.get("forget_set") in sets,
+        "model": subject.get("weights") == weights,
+    }
+    differing = [name for name, same in agrees.items() if not same]
+    if differing:
+        raise BadInput(
+            f"--evaluation: {path} is of another {' and another '.join(differing)} "
+            "than the unlearning run. Run 'opacus-pi evaluate' with "
+            "RUN_DIR/weights.safetensors and the forget set of the run."
+        )
+    return ()
