@@ -15,7 +15,7 @@ def test_python_blocks_run(capsys):
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), {})
     out = capsys.readouterr().out
-    assert "Certified-if guarantee for Langevin" in out
+    assert "guarantee for Langevin" in out
     assert "not met" not in out  # nothing but what the user declares is missing
 
 

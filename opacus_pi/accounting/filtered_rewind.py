@@ -134,7 +134,7 @@ def restart_update(
 
     Args:
         record: Every participation of the run.
-        forget: int ``(m,)``, the whole set that is forgotten by then.
+        forget: int ``(m,)``, all examples to forget, with those of earlier requests.
         mu: The budget, ``DeletionPolicy.mu``, in standard deviations of the noise.
         states: Updates after which a state was saved; 0 is always considered.
 
@@ -159,7 +159,10 @@ def restart_update(
 def restart_updates(
     record: ParticipationRecord, mu: float, states: Sequence[int]
 ) -> NDArray[np.int64]:
-    """Return ``restart_update`` for each single example, all at once.
+    """Return for each example where to restart training to forget it alone.
+
+    The result equals ``restart_update`` with one example at a time, and is computed for
+    all of them at once.
 
     Args:
         record: Every participation of the run.

@@ -81,10 +81,9 @@ _FIELDS = _FIELDS_1 | {*_CURVES, "statements", "established", "checksum"}
 _UNEDITED = "Pass the unedited text that Guarantee.to_json returned."
 _HEADS = {
     "certified": "Certified guarantee for {}.",
-    "certified if": "Certified-if guarantee for {}: certified if the declarations "
-    "below hold.",
-    "estimate": "Estimate guarantee for {}.",
-    "empirical": "Empirical guarantee for {}.",
+    "certified if": "Certified if the declarations below hold: guarantee for {}.",
+    "estimate": "Estimate, not a bound, for {}.",
+    "empirical": "Empirical evidence only, no guarantee, for {}.",
 }
 _BY_HAND = "the ledger describes the training as it was run"
 _EVENT = "Pr[unlearned ∈ E] ≤ e^ε · Pr[retrained ∈ E] + δ"
@@ -495,7 +494,8 @@ class Guarantee(Shown):
         both = f"Both directions, for every event E: {_EVENT}"
         if reverse <= forward:
             return [f"{both}, and {_EXCHANGED}."]
-        return [f"{both}. With ε {sign} {write(reverse)} also {_EXCHANGED}."]
+        larger = f"In the other direction, with ε {sign} {write(reverse)}"
+        return [f"{both}. {larger}: {_EXCHANGED}."]
 
 
 def _established(item: Established, who: str) -> Established:

@@ -204,7 +204,7 @@ def worst_case_loss(
         steps is not None or not scheduled,
         "steps",
         None,
-        f"must be given, because {', '.join(scheduled)} follows a schedule",
+        f"must be given, because training changed {', '.join(scheduled)}",
         "Pass the ledger's steps.",
     )
     rows = np.asarray(steps) if scheduled else np.array([mechanism.num_steps])

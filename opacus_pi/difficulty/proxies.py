@@ -220,8 +220,9 @@ def _filled(run: GradNormLedger, name: str, hardest: float) -> Scores:
         "ledger",
         f"a ledger without {name}",
         f"must contain {name}",
-        "Record the training of a classifier with Recorder('swept'), which measures "
-        f"{name} too, or use a score of gradient norms, such as grad_norm_mean.",
+        "Record the training of a classifier with Recorder('swept', criterion=...), "
+        f"which measures {name} too, or use a score of gradient norms, such as "
+        "grad_norm_mean.",
     )
     filled = fill_unobserved(rows)
     return np.where(np.isinf(filled), hardest, filled)

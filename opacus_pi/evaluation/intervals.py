@@ -96,8 +96,9 @@ def epsilon_interval(
             and whose judgements are independent.
 
     Returns:
-        The value at the observed rates, and the ends of the interval, which are
-        infinite if an error rate of 0 cannot be excluded. You may claim ``low``.
+        The value at the observed rates, with ``low`` and ``high``. You may claim
+        ``low``, which is always finite. The other two are infinite if the attack made
+        no error of one of the two kinds.
 
     Raises:
         ValueError: If a count is impossible, or delta or the confidence not in (0, 1).

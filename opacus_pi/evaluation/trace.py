@@ -336,7 +336,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         "path",
         path,
         f"must be a whole JSON file of {_KIND}",
-        "The file is truncated, or it is not a trace. Unlearn again.",
+        "The file is truncated, or it is not a trace. Pass a file that "
+        "UnlearningTrace.save wrote, or restore it from a copy.",
     )
     return cast(dict[str, Any], content)
 

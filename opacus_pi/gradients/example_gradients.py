@@ -75,8 +75,8 @@ class ExampleGradients(ABC):
     def kept(self) -> "ExampleGradients":
         """Return the form that takes the least memory until the clip factors are known.
 
-        That is this object, with its squares computed, or explicit gradients where they
-        are smaller than the tensors that they follow from.
+        That is this object with its squares computed, or the gradients themselves if
+        they take less memory than the tensors from which they are computed.
         """
         self._squares = self.squares
         return self
@@ -98,7 +98,9 @@ class ExampleGradients(ABC):
         raise NotImplementedError
 
     def inner_products(self, other: "ExampleGradients") -> Tensor | None:
-        """Return each example's inner product with its gradient from another use.
+        """Return the inner product of each example's gradients from two uses.
+
+        The uses are that of these gradients and another one of the same parameter.
 
         Args:
             other: The gradients of the same parameter from another use of it.

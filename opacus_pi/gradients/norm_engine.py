@@ -52,7 +52,9 @@ from opacus_pi.models.structure import structure_of, take_buffers
 _SLOW = (
     "The gradient norms of a batch do not agree with those of its examples alone: the "
     "examples of a batch influence each other, or the model is random in evaluation "
-    "mode. Each example is therefore differentiated alone, which is slow."
+    "mode. Each example is therefore differentiated alone: the norms are then right, "
+    "but computing them is slow. Use layers that treat each example alone and draw no "
+    "random numbers in evaluation mode."
 )
 
 

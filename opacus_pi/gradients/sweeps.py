@@ -107,9 +107,9 @@ def norm_sweep(
 ) -> Tensor:
     """Return the gradient norm of every example of a data set.
 
-    The norm of the gradient of each example's own loss, not clipped, with the model in
-    evaluation mode. Of :func:`sweep`, which also returns confidences and errors, only
-    the norms.
+    The gradient is that of the example's own loss, not clipped, with the model in
+    evaluation mode. :func:`sweep` returns these norms together with confidences and
+    errors.
 
     Args:
         model: As for :func:`sweep`.

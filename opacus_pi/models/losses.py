@@ -98,9 +98,10 @@ class Losses:
         except RuntimeError:
             values = self._evaluate(outputs, targets)
         warnings.warn(
-            "The criterion refused float64 outputs, so it was given them in their own "
-            "type, in which the gradient norms of well-fitted examples are "
-            "inaccurate. Let the criterion compute in outputs.dtype.",
+            "The criterion refused float64 outputs, so it was called with the outputs "
+            "in the type that the model returns. In this type the gradient norms of "
+            "well-fitted examples are inaccurate. Let the criterion compute in "
+            "outputs.dtype.",
             stacklevel=2,
         )
         return values

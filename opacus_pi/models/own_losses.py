@@ -61,9 +61,10 @@ _WEIGHTED = (
 _IGNORED = (
     'With ignore_index={index}, {name} with reduction="mean" divides by the number of '
     "labels of the whole batch that are not ignored. The examples of this batch have "
-    "different numbers of them, or none, so no example has a loss of its own. Train "
-    'with reduction="sum" and pass that criterion, or pass a function that returns the '
-    "mean over each example's own labels, and train with the mean of these losses."
+    "different numbers of such labels, or no such label, so no example has a loss of "
+    'its own. Train with reduction="sum" and pass that criterion, or pass a function '
+    "that returns the mean over each example's own labels, and train with the mean of "
+    "these losses."
 )
 _OTHER_REDUCTION = (
     "On a batch of {size} examples, {name} returned {got:.6g}, but the {how} of the "

@@ -49,7 +49,7 @@ def plot_distribution(
     expect(
         finite.size > 0,
         "values",
-        f"{numbers.size} numbers",
+        f"{numbers.size} numbers, none of them finite",
         "must contain a finite number",
         "Leave this figure out: there is no distribution to draw.",
     )

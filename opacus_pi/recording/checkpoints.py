@@ -384,8 +384,8 @@ def _checked_every(every: int | Sequence[int]) -> int | tuple[int, ...]:
     """Return the option ``every``, checked."""
     checked = checked_every(
         every,
-        remedy="Pass the number of updates from state to state, or increasing numbers "
-        "of updates.",
+        remedy="Pass one number, the updates from one state to the next, or a list of "
+        "the updates after which to save a state.",
     )
     if isinstance(checked, tuple):
         return checked

@@ -258,7 +258,7 @@ class RecordedRun:
         steps, rows, intervals = self._rows_until_now()
         if not rows or self.num_steps == 0:
             raise AccountingError(
-                f"No row has been recorded after {self.num_steps} updates. Continue "
+                f"No row was recorded yet (updates so far: {self.num_steps}). Continue "
                 "the training, or record more often: Recorder(every=...) counts in "
                 "epochs."
             )

@@ -331,7 +331,7 @@ def _check_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         not differing,
         "model_a, model_b",
         f"models that differ in {differing[:3]}",
-        "must have one architecture",
+        "must have the same architecture",
         "Pass two models with the same layers: there is a straight line only between "
         "weights of the same shapes.",
     )

@@ -276,7 +276,7 @@ def _check(spec: PermutationSpec, twin: nn.Module, inputs: Any, outputs: Any) ->
         type(twin).__name__,
         "must compute the same function after its hidden units are permuted",
         "Some operations of the model are random, or depend on the values of the "
-        "example. Match only the parts without such operations.",
+        "example. Trace and match only a part of the model without such operations.",
     )
 
 

@@ -92,7 +92,7 @@ class History:
         looked: Why a run may have used the forget set, as evidence for the reader;
             empty if no run did.
         updated: Whether a run changed the weights, and so was fine-tuned on all
-            examples that were not forgotten by then.
+            examples that were not forgotten before that run.
         num_used: How many of the forgotten examples an earlier run was fine-tuned on,
             because they were requested later.
         trained: Name of the weights from which the first run started; empty: no run.
@@ -321,8 +321,10 @@ def _bounded_claim(
             "post-processing: it is the same random procedure with and without the set",
         ),
         derived(
-            "the bound covers all examples that are forgotten by then",
-            f"it is the worst case of any {len(gone)} example{'s' * (len(gone) > 1)}",
+            "the bound covers this set and all examples that were forgotten before",
+            f"it is the worst case of any {len(gone)} examples"
+            if len(gone) > 1
+            else "it is the worst case of any single example",
         ),
         *declarations(runs),
         Assumption(

@@ -147,7 +147,7 @@ class Plan(Shown):
         Args:
             delta: δ in (0, 1) of the guarantee's ε, if it has one.
         """
-        reason = " (assumed noise or norms in bfloat16: a ranking only)"
+        reason = " (the noise is assumed: a ranking only)"
         ranking = reason if self.ranking_only else ""
         steps = "unknown" if self.predicted_steps is None else f"{self.predicted_steps}"
         least = "at least " if self.num_unfinished and steps != "unknown" else ""
@@ -201,8 +201,8 @@ class Plan(Shown):
         known = f"{again} of the {size} {verb} forgotten before. " if again else ""
         total = before + size - again
         return (
-            f"{known}The guarantee covers all {total} examples forgotten by then, "
-            f"{before} of them before.\n"
+            f"{known}The guarantee covers {total} examples: {size - again} new, and "
+            f"{before} forgotten before.\n"
         )
 
 
@@ -292,7 +292,7 @@ def _num_kept(ledger: GradNormLedger, gone: NDArray[np.int64]) -> int:
     Args:
         ledger: A ledger of the training. It may be one of a subset; then only the
             examples that it contains are counted.
-        gone: Sorted positions of all examples that are forgotten by then.
+        gone: Sorted positions of all examples that are forgotten after the run.
     """
     ids = ledger.example_ids
     known = np.arange(ledger.num_examples) if ids is None else ids

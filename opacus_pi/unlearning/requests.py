@@ -387,7 +387,10 @@ class DeletionRequests:
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            words = "is a link, which is not opened. Remove it and process again"
+            words = (
+                "The lock file is a link, which is not opened. Remove it and call "
+                "process again"
+            )
             raise OSError(errno.ELOOP, words, place) from error
         try:
             try:

@@ -222,7 +222,7 @@ def states_of(checkpoints: Checkpoints | str | os.PathLike[str]) -> Checkpoints:
         "checkpoints",
         type(checkpoints).__name__,
         "must be the Checkpoints of the recorder, or their directory",
-        _AGAIN,
+        f"If the training saved no states, a rewind is not possible. {_AGAIN}",
     )
     return Checkpoints(checkpoints)
 
@@ -332,7 +332,7 @@ class RecordedTraining:
         """Return after which update these examples must be left out.
 
         Args:
-            gone: All examples that are forgotten by then.
+            gone: All examples that are forgotten after the rewind.
             policy: The deletion policy, which is that of the run; None: an exact
                 rewind.
 

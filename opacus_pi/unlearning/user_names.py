@@ -115,10 +115,10 @@ class UserNames:
         if num_unchecked and not matches:
             warnings.warn(
                 f"{self.path}: {num_unchecked} names were hashed by an earlier "
-                "release, which did not store a check value of its key. None of them "
-                "is the user's if the key is the right one; if it is another, the "
-                "user's requests were not found. Make sure that the key belongs to "
-                "this log.",
+                "release, which did not store which key it used. With the right key "
+                "this answer is complete: none of these names is the user's. With "
+                "another key, requests of the user may be missing from it. Make sure "
+                "that the key belongs to this log.",
                 stacklevel=4,
             )
 

@@ -152,7 +152,7 @@ def test_both_directions_are_stated_where_they_are_known():
     assert same.reverse_epsilon(1e-5) == same.epsilon(1e-5)
     assert "Both directions" in str(same) and "≤ e^ε · Pr[unlearned" in str(same)
     words = str(larger)
-    assert f"With ε ≤ {rounded_up(larger.reverse_epsilon(1e-5))} also" in words
+    assert f"with ε ≤ {rounded_up(larger.reverse_epsilon(1e-5))}: Pr[r" in words
     assert "Both directions" not in str(both((math.inf,) * 3))
 
 
@@ -170,7 +170,7 @@ def test_an_estimate_beside_a_bound_is_named_an_estimate():
 
 def test_the_text_lists_what_is_declared():
     words = guarantee((MET, DECLARED, observed("it ran", "seen"))).text()
-    assert words.startswith("Certified-if guarantee for Langevin: certified if")
+    assert words.startswith("Certified if the declarations below hold: guar")
     assert words.splitlines()[-3:] == [
         "  declared: the noise is secret (not recorded)",
         "  derived: the weights stay in a ball (projection)",

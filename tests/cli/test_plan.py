@@ -121,7 +121,7 @@ def test_what_was_asked_before_counts(run, answer, ledger, tmp_path):
         said = {a["statement"]: a["met"] for a in plan["guarantee"]["assumptions"]}
         assert said[one] is met
     _, out, _ = run(*PLAN, "3", "--log", path)
-    assert "covers all 3 examples forgotten by then, 2 of them before" in out
+    assert "covers 3 examples: 1 new, and 2 forgotten before" in out
     assert path.read_bytes() == content
 
 

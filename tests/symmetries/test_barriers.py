@@ -153,7 +153,7 @@ def test_a_wrapped_model_counts_as_what_it_wraps():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: loss_barrier(net(1), nn.Linear(4, 3), data(), CE), "one architecture"),
+        (lambda: loss_barrier(net(1), nn.Linear(4, 3), data(), CE), "same arch"),
         (lambda: loss_barrier(net(1), net(2), [], CE), r"data_loader must .*got \[\]"),
         (
             lambda: loss_barrier(net(1), net(2), data(), CE, num_points=1),

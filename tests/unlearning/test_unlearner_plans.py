@@ -138,13 +138,13 @@ def assert_promises_no_more(plan, run, size=30):
     ("before", "request_", "line"),
     [
         ([], [8], "Mean privacy loss"),
-        ([1, 2, 3], [8], "The guarantee covers all 4 examples forgotten by then, 3 of"),
+        ([1, 2, 3], [8], "The guarantee covers 4 examples: 1 new, and 3 forgotten b"),
         (
             [1, 2, 3],
             [2, 3, 8],
             "2 of the 3 were forgotten before. The guarantee covers",
         ),
-        ([1], [1, 8], "1 of the 2 was forgotten before. The guarantee covers all 2"),
+        ([1], [1, 8], "1 of the 2 was forgotten before. The guarantee covers 2 ex"),
         ([8], [8], "All of them were forgotten before: nothing new to forget."),
         ([1, 8], [8], "All of them were forgotten before: nothing new to forget."),
     ],

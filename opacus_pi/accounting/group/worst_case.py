@@ -65,12 +65,12 @@ def group_worst_case_loss(
     remedy = "Pass the number of examples in the group."
     in_range(1, math.inf, group_size=group_size, remedy=remedy)
     in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
-    constant = all(np.ndim(getattr(mechanism, name)) == 0 for name in SCHEDULED)
+    changed = [name for name in SCHEDULED if np.ndim(getattr(mechanism, name))]
     expect(
-        steps is not None or constant,
+        steps is not None or not changed,
         "steps",
         None,
-        "must be given, because the mechanism follows a schedule",
+        "must be given, because training changed " + ", ".join(changed),
         "Pass the ledger's steps.",
     )
     rows = [mechanism.num_steps] if steps is None else steps

@@ -108,7 +108,9 @@ def source_bound(divergence: Divergence, order: float, log_growth: float) -> flo
 
 
 def log_dobrushin_coefficient(map_diameter: float, noise_variance: float) -> float:
-    """Return ln θ, where θ is the worst total variation between two starts of one step.
+    """Return ln θ, the Dobrushin coefficient of one noisy step.
+
+    θ is the largest total variation between the results of the step from two starts.
 
     θ = 2Φ(ρ/(2√s)) − 1 for w ↦ Π(F(w) + N(0, s·I)), where ρ bounds the distance
     between any two values of F.

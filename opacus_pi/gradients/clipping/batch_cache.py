@@ -64,8 +64,10 @@ _NO_ROWS = (
     "itself"
 )
 _SLOW = (
-    "There is no formula for the per-example gradients of {}. They are computed for "
-    "one example after another, through the whole model, which is slow."
+    "There is no formula for the per-example gradients of {}. They are computed by "
+    "running the whole model again for each example (torch.func.vmap), which is slow "
+    "and takes much memory. Give each layer inputs with one row for each example, and "
+    "move a parameter that is used outside of layers into a layer of its own."
 )
 
 

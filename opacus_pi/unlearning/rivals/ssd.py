@@ -15,7 +15,7 @@ from opacus_pi.unlearning.rivals.gradients import mean_squared_gradient, trainab
 
 @dataclass(frozen=True)
 class SSD(Method):
-    """Selective synaptic dampening: shrink once what matters to the forget set alone.
+    """Selective synaptic dampening: shrink weights that matter to the forget set only.
 
     Where I_forget > a I_all: θ ← min(λ I_all / I_forget, 1) θ, with importance I the
     mean over batches of the squared gradient of the mean loss (as released; batches of
