@@ -270,7 +270,8 @@ class Unlearner:
         )
         forget, retain = self._split(train_set, forget_indices)
         gone = np.union1d(self.forgotten, forget)
-        if len(gone) == len(self.forgotten):
+        num_fresh = len(gone) - len(self.forgotten)
+        if num_fresh == 0:
             warnings.warn(_NOTHING_NEW, stacklevel=2)
         record = {
             **self._settings(),
@@ -286,16 +287,14 @@ class Unlearner:
         file = None if checkpoint is None else RunFile(checkpoint, start, record)
         watch = Watch(evaluate, stop, callbacks, progress, file)
         guarantee = self._claim(forget, delta, stop)
-        self.history = self.history.after(self.method, stop).begun(
-            start, len(gone) - len(self.forgotten), updates=num_epochs > 0
-        )
+        history = self.history.after(self.method, stop)
+        self.history = history.begun(start, num_fresh, updates=num_epochs > 0)
         self.forgotten = gone
         self.model = copy.deepcopy(self.model)
         loaders = self._loaders(train_set, retain, gone, batch_size)
         costs = self._fit(loaders, num_epochs, watch)
         self.history = self.history.ended(weights_name(self.model))
-        record = {**(record if file is None else file.record), **costs}
-        record |= self._origin(self.history.left)
+        record |= {**costs, **self._origin(self.history.left)}
         return UnlearningResult(self.model, self.trace, guarantee, record)
 
     def _split(
@@ -566,7 +565,8 @@ class Unlearner:
             watch: What is evaluated, told and saved meanwhile.
 
         Returns:
-            ``num_steps`` and the entries of the trace's cost, for the record.
+            ``num_steps`` and the entries of the trace's cost, for the record; before
+            them what the run recorded at its start, if it is continued from a file.
         """
         clock = time.perf_counter() - watch.seconds_before
         random = self._random_states(loaders)
@@ -599,7 +599,8 @@ class Unlearner:
         self.model.eval()
         self.trace.cost["seconds"] = time.perf_counter() - clock
         watch.end(self)
-        return {"num_steps": run.step, **self.trace.cost}
+        begun = {} if watch.file is None else watch.file.record
+        return {**begun, "num_steps": run.step, **self.trace.cost}
 
     def _begin(self, watch: Watch, random: RandomStates) -> None:
         """Evaluate the model before the first update, or take the saved evaluations.
