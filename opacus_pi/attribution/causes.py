@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
+    "ADDED_IN_COLLATE",
     "ALIKE",
     "ANOTHER_INPUT",
     "ANOTHER_PASS",
@@ -222,6 +223,18 @@ CHANGED_IN_COLLATE = Cause(
     "unattributed",
     "collate_fn returned items in other positions, and changed some of them or all, so "
     "the changed ones cannot be matched. " + _IN_THE_DATA_SET,
+)
+ADDED_IN_COLLATE = Cause(
+    "collate_fn adds to items",
+    "unchecked",
+    "collate_fn returned more than the items of the data set: padding, masks, or "
+    "values that it computed. It was not checked whether what it adds to one example "
+    "depends on the other examples of its batch and changes its gradient, as padding "
+    "to the longest example does if the model averages over it. Call "
+    "engine.audit(criterion), which collates examples with others and compares their "
+    "gradients.",
+    link="rows",
+    is_said=False,  # nearly every padded batch is harmless
 )
 
 CAUSES: dict[str, Cause] = {

@@ -16,9 +16,10 @@ be in the order of the items.
 
 *What breaks it.* At most 256 entries of an item are compared (``samples.py``). Mixtures
 are found if a sample is a sum of two items, or consists of entries of two items; a
-transform that is not linear hides them. A tensor that is computed from all items
-together (a mean over the batch) is not compared. A data set whose ``__getitems__``
-returns items in another order than it was asked for is not noticed.
+transform that is not linear hides them. What a batch has besides its items (padding,
+masks, a mean over the batch) is compared with nothing; ``has_more`` says that there is
+such a thing. A data set whose ``__getitems__`` returns items in another order than it
+was asked for is not noticed.
 
 >>> import torch
 >>> items = fingerprint_items([torch.tensor([1.0, 2.0]), torch.tensor([3.0])])
@@ -27,7 +28,7 @@ array([1, 0])
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -77,15 +78,17 @@ class CollateIdentity:
             None: sample i is item i.
         notes: Causes that concern all samples.
         cause: Why samples match no item.
+        has_more: Whether the batch has entries that its items do not have.
     """
 
     items: NDArray[np.int64] | None = None
     notes: tuple[Cause, ...] = ()
     cause: Cause = CHANGED_IN_COLLATE
+    has_more: bool = False
 
 
 BY_CONSTRUCTION = CollateIdentity()
-UNCHECKED = CollateIdentity(notes=(COLLATE,))
+UNCHECKED = CollateIdentity(notes=(COLLATE,), has_more=True)
 
 
 class FollowedBatch(NamedTuple):
@@ -121,6 +124,8 @@ class FollowingCollate:
         """Collate items, and return beside the batch which items its samples are."""
         if self.is_single:  # one item is one sample, whatever collate_fn does
             return FollowedBatch(self.collate_fn(items), BY_CONSTRUCTION)
+        if not isinstance(items, list | tuple):  # __getitems__ may return anything
+            return FollowedBatch(self.collate_fn(items), UNCHECKED)
         fingerprints = fingerprint_items(items)
         batch = self.collate_fn(items)
         with torch.no_grad():
@@ -146,14 +151,28 @@ def follow(items: ItemFingerprints, batch: Any, batch_dim: int) -> CollateIdenti
         batch: What ``collate_fn`` returned.
         batch_dim: The dimension that should run over the samples.
     """
-    tensors = [t for t in tensors_in(batch) if t.dim()]
+    all_tensors = tensors_in(batch)
+    tensors = [t for t in all_tensors if t.dim()]
     if not len(items):
         return BY_CONSTRUCTION
     if not tensors:
         return UNCHECKED
-    if _are_in_place(items, tensors, batch_dim):
+    is_only_samples = len(tensors) == len(all_tensors)
+    if is_only_samples and _are_in_place(items, tensors, batch_dim):
         return BY_CONSTRUCTION
     samples = [_as_samples(items, tensor, batch_dim) for tensor in tensors]
+    identity = _matched(items, samples)
+    is_whole = is_only_samples and _are_whole_items(items, samples, identity.items)
+    return identity if is_whole else replace(identity, has_more=True)
+
+
+def _matched(items: ItemFingerprints, samples: "list[Samples]") -> CollateIdentity:
+    """Find out which item each sample is.
+
+    Args:
+        items: The items.
+        samples: The tensors of the batch.
+    """
     found = [c for s in samples if (c := s.candidates(items)) is not None]
     size = max(map(len, found), default=len(samples[0]))
     found = [candidates for candidates in found if len(candidates) == size]
@@ -162,6 +181,34 @@ def follow(items: ItemFingerprints, batch: Any, batch_dim: int) -> CollateIdenti
     samples = [s for s in samples if len(s) == size]
     joint = _narrowed(np.logical_and.reduce(found), items, samples)
     return _chosen(items, samples, joint, found)
+
+
+def _are_whole_items(
+    items: ItemFingerprints, samples: "list[Samples]", chosen: Indices | None
+) -> bool:
+    """Return whether every tensor has exactly the entries of one part of the items.
+
+    Args:
+        items: The items.
+        samples: The tensors of the batch.
+        chosen: Which item each sample is, -1 if it matches none; None: in order.
+    """
+    order = np.arange(len(items)) if chosen is None else chosen
+    is_known = order >= 0
+    widths = items.widths[order]
+    for tensor in samples:
+        if len(tensor) != len(order):
+            return False
+        sums = tensor.content.checksums
+        if not any(
+            (
+                (widths[:, part] == tensor.width)
+                & (items.checksums_of(part)[order] == sums)
+            )[is_known].all()
+            for part in range(widths.shape[1])
+        ):
+            return False
+    return True
 
 
 def _narrowed(joint: Mask, items: ItemFingerprints, samples: "list[Samples]") -> Mask:

@@ -47,6 +47,7 @@ from torch import Tensor
 from opacus_pi._errors import AccountingError
 from opacus_pi._torch_compat import storage_address
 from opacus_pi.attribution.causes import (
+    ADDED_IN_COLLATE,
     BY_HAND,
     CAUSES,
     COMPUTED,
@@ -117,6 +118,7 @@ class Tracker:
         counts: How many samples were attributed, by evidence.
         num_left_out: Of the batches that the loop used, the number of samples that it
             did not use.
+        has_additions: Whether ``collate_fn`` returned more than its items.
         keeps_batches: Whether copies of the recent batches are kept in memory.
         saw_pass: Called with each forward pass and its outputs; None: not called.
         saw_backward: Called during each backward pass, with whether it is the second
@@ -136,6 +138,7 @@ class Tracker:
         self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
         self.saw_backward: Callable[..., None] | None = None
         self.num_left_out = 0
+        self.has_additions = False
         self.causes: dict[str, int] = {}
         self._recent: deque[Delivery] = deque()
         self._default_pass = LoaderPass()
@@ -193,6 +196,7 @@ class Tracker:
             verify=self.verify,
             identity=identity,
         )
+        self.has_additions |= identity.has_more
         delivery.batch = _copy_of(batch) if self.keeps_batches else None
         delivery.loader_pass.num_unused += 1
         self._recent.appendleft(delivery)
@@ -467,6 +471,9 @@ class Tracker:
         latest = 0 if self.latest is None else self.latest.num_left  # perhaps to come
         if self.num_left_out > latest:
             chain.leave_unchecked("draw", _LEFT_OUT, warn=False)
+        if self.has_additions:
+            added = ADDED_IN_COLLATE
+            chain.leave_unchecked(added.link, added.explanation, warn=False)
         if self._order.is_doubtful:
             chain.leave_unchecked("identity", TRUSTED.explanation, warn=False)
         for cause in (CAUSES[name] for name in self.causes):

@@ -124,6 +124,7 @@ class Chain:
         self._before = SampleCounts()  # those before the run was resumed
         self._evidence: dict[str, str] = {}
         self._doubts: dict[str, list[str]] = {}
+        self._settled: set[tuple[str, str]] = set()
         self._reasons: dict[str, str] = {}
         self._awaited: dict[str, str] = {}
         self._earlier: dict[str, Link] = {}  # as they were when the run was saved
@@ -133,7 +134,8 @@ class Chain:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copy: the reports, but no functions that report."""
-        return {**self.__dict__, "_observers": [], "_is_continued": _always}
+        changed = {"_observers": [], "_is_continued": _always, "_settled": set()}
+        return {**self.__dict__, **changed}
 
     def on_break(self, refuse: Callable[[str], None]) -> None:
         """Call a function when a link breaks, and for each that is broken already.
@@ -190,7 +192,7 @@ class Chain:
             warn: Whether to warn. False if another warning has named the cause.
         """
         doubts = self._doubts.setdefault(link, [])
-        if cause not in doubts:
+        if cause not in doubts and (link, cause) not in self._settled:
             doubts.append(cause)
             if warn:
                 warnings.warn(
@@ -198,6 +200,18 @@ class Chain:
                     f"{cause}",
                     stacklevel=3,
                 )
+
+    def settle(self, link: str, cause: str) -> None:
+        """Note that what left a link unchecked was looked at, and is no doubt any more.
+
+        Args:
+            link: One of ``LINKS``.
+            cause: The cause that ``leave_unchecked`` was or will be given.
+        """
+        self._settled.add((link, cause))
+        doubts = self._doubts.get(link, [])
+        if cause in doubts:
+            doubts.remove(cause)
 
     def break_link(self, link: str, reason: str) -> None:
         """Note that a link does not hold: from now on no number is given.
@@ -288,7 +302,7 @@ class Chain:
         """Return the state of one link, with the sentence that decides it."""
         if name in self._reasons:
             return Link(name, BROKEN, self._reasons[name])
-        if name in self._doubts:
+        if self._doubts.get(name):
             return Link(name, UNCHECKED, " ".join(self._doubts[name]))
         sentence = self._awaited.get(name) or _not_checked(name)
         now = Link(name, UNCHECKED, sentence)

@@ -10,6 +10,10 @@ alone by plain autograd. Four things are compared:
 * ``model``: the outputs for some examples, before and after others are replaced;
 * ``order``: the recorded norms, with those of the batch in reverse order.
 
+With a ``collate_fn`` of the user's there is a fifth, ``batch``: the norms of the
+examples alone, with those after other items were collated in the places of the others
+(:mod:`~opacus_pi.integration.collate_audit`).
+
 **Guarantee.** Model, optimizer, loader, ledger and random states stay as they are.
 
 **What it cannot see.** How the training loop calls model and criterion. The audit
@@ -17,10 +21,11 @@ assumes ``criterion(model(x), y)``. Dropout is switched off, because an example 
 would draw other random numbers than in a batch.
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -35,6 +40,8 @@ from opacus_pi.custody.finding import Finding
 from opacus_pi.custody.model_probe import probe_separability
 from opacus_pi.custody.probed_call import NoDropout
 from opacus_pi.gradients import per_example_grad_norms
+from opacus_pi.gradients.fallback import MODEL_ERRORS
+from opacus_pi.integration.function_copies import copy_of_function
 from opacus_pi.integration.schedules import user_collate_fn
 from opacus_pi.models.batches import (
     arguments,
@@ -64,7 +71,9 @@ __all__ = [
     "joined",
     "largest_gap",
     "measuring",
+    "norms_alone",
     "norms_of_update",
+    "quiet_copy",
     "rounding_of",
     "rows_of",
 ]
@@ -84,7 +93,7 @@ class AuditRow:
     """One comparison of an audit.
 
     Attributes:
-        name: ``"norms"``, ``"loss"``, ``"model"`` or ``"order"``.
+        name: ``"norms"``, ``"loss"``, ``"model"``, ``"order"`` or ``"batch"``.
         passed: Whether the two sides agree; None if they could not be compared.
         sentence: What was compared and what was found, with the remedy if it failed.
     """
@@ -146,23 +155,43 @@ class Examples:
     batch_size: int
 
     def batches(self, num_batches: int) -> Iterator[Any]:
-        """Yield batches of different examples, in a random order with a fixed seed.
+        """Yield batches of different examples, as training would collate them.
+
+        Args:
+            num_batches: As for ``items``.
+        """
+        for items in self.items(num_batches):
+            yield self.collated(items)
+
+    def collated(self, items: list[Any]) -> Any:
+        """Return a batch of items, collated by a copy of ``collate_fn`` if possible.
+
+        Args:
+            items: Of the data set; ``collate_fn`` may change them.
+        """
+        collate = self.collate_fn or default_collate
+        with suppress(*MODEL_ERRORS, copy.Error):
+            collate = copy_of_function(collate)
+        with isolated():
+            return collate(items)
+
+    def items(self, num_batches: int) -> Iterator[list[Any]]:
+        """Yield lists of different examples, in a random order with a fixed seed.
 
         The order comes from a new generator, so no global random state changes.
 
         Args:
-            num_batches: The number of batches; fewer are made if the data set has too
+            num_batches: The number of lists; fewer are made if the data set has too
                 few examples.
         """
         num_examples = size_of(self.data_set)
         size = min(_MAX_EXAMPLES, max(2, self.batch_size), num_examples)
-        collate = self.collate_fn or default_collate
         order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
         for start in range(0, min(num_batches * size, num_examples - 1), size):
             chosen = order[start : start + size].tolist()
             with isolated():
-                batch = collate([self.data_set[index] for index in chosen])
-            yield batch
+                items = [self.data_set[index] for index in chosen]
+            yield items
 
 
 @dataclass(frozen=True)
@@ -265,11 +294,9 @@ def audit_batch(
         "Pass a larger batch: one example alone does not show whether examples "
         "influence each other.",
     )
-    if isinstance(criterion, DPLossFastGradientClipping):
-        criterion = criterion.criterion
     loss = TrainedLoss(criterion, run)
     with measuring():
-        expected = _norms_alone(_quiet_copy(model, run), loss, x, y, run.batch_dim)
+        expected = norms_alone(quiet_copy(model, run), loss, x, y, run.batch_dim)
         size, dim = len(y), run.batch_dim
         turned = rows_of((x, y), range(size - 1, -1, -1), size, dim)
         try:
@@ -279,11 +306,11 @@ def audit_batch(
         except RuntimeError as error:  # of Opacus or torch, as in training
             recorded = reverse = torch.empty(0, dtype=torch.float64)
             row_of_norms = _failed_update(error)
-        outputs = forward(_quiet_copy(model, run), x)
+        outputs = forward(quiet_copy(model, run), x)
         rows = (
             row_of_norms,
             _compare_loss(loss, outputs, y, run),
-            _model_row(_quiet_copy(model, run), x, run),
+            _model_row(quiet_copy(model, run), x, run),
             _compare_order(recorded, reverse, model),
         )
     return Audit(run.mode, len(y), rows, recorded, expected)
@@ -319,6 +346,8 @@ class TrainedLoss:
     """
 
     def __init__(self, criterion: Any, run: AuditedRun) -> None:
+        if isinstance(criterion, DPLossFastGradientClipping):
+            criterion = criterion.criterion
         self.criterion = criterion
         self._reduction = run.loss_reduction
         is_ghost = run.mode.startswith("ghost")
@@ -340,7 +369,7 @@ class TrainedLoss:
         return values.mean() if self._reduction == "mean" else values.sum()
 
 
-def _quiet_copy(model: nn.Module, run: AuditedRun) -> nn.Module:
+def quiet_copy(model: nn.Module, run: AuditedRun) -> nn.Module:
     """Return a copy of the model in the mode in which it is measured.
 
     Args:
@@ -358,7 +387,7 @@ def _quiet_copy(model: nn.Module, run: AuditedRun) -> nn.Module:
     return copied
 
 
-def _norms_alone(
+def norms_alone(
     model: nn.Module, loss: TrainedLoss, x: Any, y: Any, dim: int
 ) -> Tensor:
     """Return the norm of each example's gradient, one after the other by autograd.
@@ -423,7 +452,7 @@ def _recorded_norms(
         except CoupledLoss:  # which the row of the loss explains
             return torch.full((size,), torch.nan, dtype=torch.float64)
     x, y = batch
-    quiet = _quiet_copy(model, run)
+    quiet = quiet_copy(model, run)
     return norms_of_update(quiet, loss, (*arguments(x), y), run, new_engine)[0]
 
 

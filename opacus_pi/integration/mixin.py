@@ -44,7 +44,6 @@ from opacus_pi.integration.accountants import (
 from opacus_pi.integration.audit import (
     Audit,
     AuditedRun,
-    audit_batch,
     audited_run,
     finding_of,
     joined,
@@ -58,6 +57,7 @@ from opacus_pi.integration.checkpoints import (
 from opacus_pi.integration.checks import (
     RunChecks,
 )
+from opacus_pi.integration.collate_audit import audit_items, tell_of_collate
 from opacus_pi.integration.compatible import make_compatible
 from opacus_pi.integration.derived import Preparation, record_overrides, records
 from opacus_pi.integration.explanations import (
@@ -559,10 +559,10 @@ class PerInstanceMixin(Shown, OpacusEngine):
         Call it after ``make_private`` or ``make_monitored``, before training or later.
         It takes examples from the data set, trains a copy of the model on them for one
         update, and leaves no trace on the run. ``print`` shows the result as a table.
-        What it finds about loss, model and norms enters the chain of custody: the
-        ledger is refused if one of them fails. Of the updates that follow, the first
-        and a few later ones are compared with the criterion, so that the ledger is also
-        refused if the training loop computes another loss.
+        What it finds about loss, model, norms and ``collate_fn`` enters the chain of
+        custody: the ledger is refused if one of them fails. Of the updates that follow,
+        the first and a few later ones are compared with the criterion, so that the
+        ledger is also refused if the training loop computes another loss.
 
         Args:
             criterion: What the training loop calls as ``criterion(model(x), y)``.
@@ -582,8 +582,8 @@ class PerInstanceMixin(Shown, OpacusEngine):
                 "There is nothing to audit. Call make_private or make_monitored first."
             )
         found = [
-            audit_batch(module, criterion, batch, run=run, new_engine=_auditing_engine)
-            for batch in run.examples.batches(batches)
+            audit_items(module, criterion, items, run=run, new_engine=_auditing_engine)
+            for items in run.examples.items(batches)
         ]
         audit = joined(found)
         chain = self.recorder.chain
@@ -592,6 +592,7 @@ class PerInstanceMixin(Shown, OpacusEngine):
                 finding_of(audit["loss"]).tell(chain, "loss")
             for name, link in (("model", "model"), ("norms", "norm")):
                 finding_of(audit[name]).tell(chain, link)
+            tell_of_collate(audit, chain)
         return audit
 
     def _compare_loop(self, criterion: Any, chain: Chain) -> bool:

@@ -25,6 +25,7 @@ import numpy as np
 from torch.utils.data import default_collate
 
 from opacus_pi.attribution import keeps_order
+from opacus_pi.attribution.causes import ADDED_IN_COLLATE
 from opacus_pi.attribution.collate_identity import FollowingCollate
 from opacus_pi.custody import Chain
 from opacus_pi.integration.audit import rows_of
@@ -50,7 +51,8 @@ class InItemOrder:
         collate_fn: The loader's own; None: torch's.
 
     Attributes:
-        chain: The chain of custody of the run; gets doubts as its link "identity".
+        chain: The chain of custody of the run; gets doubts as its links "identity" and
+            "rows".
     """
 
     def __init__(self, collate_fn: Callable[[Any], Any] | None) -> None:
@@ -68,6 +70,9 @@ class InItemOrder:
         order = identity.items
         if identity.notes and self.chain is not None:
             self.chain.leave_unchecked("identity", _ASSUMED)
+        if identity.has_more and self.chain is not None:
+            added = ADDED_IN_COLLATE
+            self.chain.leave_unchecked(added.link, added.explanation, warn=False)
         if order is None:
             return batch
         if sorted(order.tolist()) != list(range(len(items))):

@@ -1,0 +1,309 @@
+"""Batches whose rows depend on other items are said, and found by an audit."""
+
+import copy
+import functools
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from opacus_pi import AccountingError, PrivacyEngine
+
+WIDTH, PAD = 4, 0
+criterion = nn.CrossEntropyLoss()
+
+
+class Tokens(Dataset):
+    """Sequences of 2 to 9 tokens, with a class."""
+
+    def __init__(self):
+        lengths = [2, 3, 4, 3, 2, 9, 3, 2, 5, 6, 2, 3]
+        generator = torch.Generator().manual_seed(1)
+        self.x = [torch.randint(1, 20, (n,), generator=generator) for n in lengths]
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], i % 3
+
+
+class Mean(nn.Module):
+    """The mean of the embeddings, of all tokens or of those that are not padding."""
+
+    def __init__(self, *, is_masked):
+        super().__init__()
+        self.is_masked = is_masked
+        self.embedding, self.linear = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        kept = (x != PAD).unsqueeze(-1) if self.is_masked else torch.ones(1)
+        size = kept.sum(1) if self.is_masked else x.shape[1]
+        return self.linear((self.embedding(x) * kept).sum(1) / size)
+
+
+def padded(items):
+    x, y = zip(*items, strict=True)
+    return pad_sequence(x, batch_first=True, padding_value=PAD), torch.tensor(y)
+
+
+def padded_sorted(items):
+    return padded(sorted(items, key=lambda item: -len(item[0])))
+
+
+def padded_in_place(items):
+    """Empties the lists that it is given, as some collate functions do."""
+    x = [item.pop(0) for item in items]
+    return pad_sequence(x, batch_first=True), torch.tensor([i.pop() for i in items])
+
+
+def masked_at_random(items):
+    x, y = padded(items)
+    return x * (torch.rand(x.shape) < 0.9), y
+
+
+def numbers():
+    torch.manual_seed(2)
+    return TensorDataset(torch.randn(16, WIDTH), torch.arange(16) % 3)
+
+
+def with_mean(items):
+    x, y = default_collate(items)
+    return torch.cat([x, x.mean(0).expand_as(x)], dim=1), y
+
+
+def with_length(items):
+    x, y = default_collate(items)
+    return torch.cat([x, x.sum(1, keepdim=True).expand_as(x)], dim=1), y
+
+
+def centred(items):
+    x, y = default_collate(items)
+    return x - x.mean(0), y
+
+
+def noisy(items):
+    x, y = default_collate(items)
+    return x + 0.1 * torch.randn_like(x), y
+
+
+def noisy_by_numpy(items):
+    x, y = default_collate(items)
+    return x + 0.1 * random.random() + torch.from_numpy(
+        np.random.rand(*x.shape)
+    ).float(), y
+
+
+def mixed_up(items):
+    x, y = default_collate(items)
+    return (0.7 * x + 0.3 * x[torch.randperm(len(x))]) ** 3, y
+
+
+def augmented_and_sorted(items):
+    x, y = default_collate(sorted(items, key=lambda item: -item[0].sum()))
+    return x**3 + 1, y
+
+
+def reordered(items):
+    return default_collate(items[::-1])
+
+
+def prepared(collate, data=None, module=None):
+    data = numbers() if data is None else data
+    torch.manual_seed(0)
+    module = nn.Linear(WIDTH, 3) if module is None else module
+    engine = PrivacyEngine()
+    model, optimizer, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=DataLoader(data, 8, collate_fn=collate),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+
+    def train():
+        for x, y in loader:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+
+    return engine, train, module
+
+
+def on_tokens(collate, *, is_masked):
+    return prepared(collate, Tokens(), Mean(is_masked=is_masked))
+
+
+def wide(collate):
+    return prepared(collate, module=nn.Linear(2 * WIDTH, 3))
+
+
+def rows_link(engine):
+    return next(k for k in engine.ledger.custody.links if k.name == "rows")
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda: on_tokens(padded, is_masked=False),
+        lambda: on_tokens(padded_sorted, is_masked=False),
+        lambda: wide(with_mean),
+        lambda: prepared(centred),
+        lambda: prepared(mixed_up),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*[Ss]amples", "ignore:This run no longer")
+def test_rows_that_depend_on_other_items_are_said_and_then_refused(prepare):
+    engine, train, _ = prepare()
+    train()
+    assert rows_link(engine).state == "unchecked"
+    audit = engine.audit(criterion)
+    assert not audit.passed and audit["batch"].passed is False
+    assert all(row.passed for row in audit.rows if row.name != "batch")
+    with pytest.raises(AccountingError, match="Collated among other items"):
+        _ = engine.ledger
+
+
+class AsLists(Tokens):
+    def __getitem__(self, i):
+        return list(super().__getitem__(i))
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda: on_tokens(padded, is_masked=True),
+        lambda: on_tokens(padded_sorted, is_masked=True),
+        lambda: prepared(padded_in_place, AsLists(), Mean(is_masked=True)),
+        lambda: wide(with_length),
+        lambda: prepared(noisy),
+        lambda: prepared(noisy_by_numpy),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*[Ss]amples")
+def test_harmless_rows_are_said_and_then_checked(prepare):
+    engine, train, _ = prepare()
+    train()
+    assert "collate_fn returned more" in rows_link(engine).sentence
+    assert engine.audit(criterion)["batch"].passed
+    assert rows_link(engine).state == "checked"
+    train()
+    assert rows_link(engine).state == "checked"
+
+
+def test_items_without_additions_are_checked_before_an_audit():
+    engine, train, _ = prepared(reordered)
+    train()
+    assert rows_link(engine).state == "checked"
+    assert engine.audit(criterion)["batch"].passed
+    assert rows_link(engine).state == "checked"
+
+
+def test_torch_collate_has_no_such_row():
+    engine, train, _ = prepared(None)
+    train()
+    assert [row.name for row in engine.audit(criterion).rows][-1] == "order"
+    assert rows_link(engine).state == "checked"
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]amples")
+def test_random_padding_is_not_judged():
+    engine, train, _ = on_tokens(masked_at_random, is_masked=True)
+    train()
+    with pytest.warns(UserWarning, match="draws random numbers or keeps a state"):
+        assert engine.audit(criterion)["batch"].passed is None
+    assert rows_link(engine).state == "unchecked"
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]amples", "ignore:This run no longer")
+def test_sorting_that_cannot_be_followed_is_found():
+    x, y = numbers().tensors
+    engine, train, _ = prepared(augmented_and_sorted, TensorDataset(x, 0 * y))
+    train()
+    assert "another position" in engine.audit(criterion)["batch"].sentence
+    with pytest.raises(AccountingError, match="another position"):
+        _ = engine.ledger
+
+
+@pytest.mark.filterwarnings("ignore:.*[Ss]amples")
+def test_a_collate_fn_that_cannot_be_called_again_is_said():
+    def whole_batches_only(items):
+        assert len({tuple(x.tolist()) for x, _ in items}) == len(items)
+        return with_length(items)
+
+    engine, train, _ = wide(whole_batches_only)
+    with pytest.warns(UserWarning, match="could not be called again.*AssertionError"):
+        engine.audit(criterion)
+    train()
+    assert rows_link(engine).state == "unchecked"
+
+
+# ----------------------------------------------------------------- nothing remains
+NUM_CALLS = 0
+SIZES = []
+
+
+def counts_in_globals(items):
+    global NUM_CALLS
+    NUM_CALLS += 1
+    SIZES.append(len(items))
+    return with_count(items, NUM_CALLS + len(SIZES))
+
+
+def with_count(items, count):
+    x, y = default_collate(items)
+    return x * (1 + count), y
+
+
+class Counts:
+    def __init__(self):
+        self.num_calls = 0
+
+    def __call__(self, items, factor=1):
+        self.num_calls += 1
+        return with_count(items, factor * self.num_calls)
+
+
+def counts_in_a_closure():
+    num_calls, generator = 0, torch.Generator().manual_seed(1)
+
+    def collate(items):
+        nonlocal num_calls
+        num_calls += 1
+        drawn = torch.rand(1, generator=generator)
+        return with_count(items, num_calls + drawn)
+
+    return collate
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: counts_in_globals,
+        Counts,
+        lambda: functools.partial(Counts(), factor=2),
+        lambda: Counts().__call__,
+        counts_in_a_closure,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*[Ss]ample", "ignore:This run no longer")
+def test_an_audit_leaves_the_state_of_collate_fn_as_it_is(make):
+    weights = []
+    for is_audited in (False, True):
+        global NUM_CALLS
+        NUM_CALLS = 0
+        SIZES.clear()
+        engine, train, module = prepared(make())
+        if is_audited:
+            engine.audit(criterion)
+        states = random.getstate()[1], np.random.get_state()[1].tolist()
+        train()
+        weights.append((copy.deepcopy(module.state_dict()), states))
+    assert weights[0][1] == weights[1][1]
+    for name, value in weights[0][0].items():
+        assert torch.equal(value, weights[1][0][name])
