@@ -491,7 +491,8 @@ class PerInstanceMixin(Shown, OpacusEngine):
         Args:
             module: The model, with any layers; returned as it is. May be wrapped in
                 ``DistributedDataParallel`` if there is no noise.
-            optimizer: Any torch optimizer of its parameters.
+            optimizer: Any torch optimizer of its parameters. Norms are over those that
+                it holds, whatever their learning rate.
             data_loader: A loader of a data set with a length, yielding ``(x, y)``.
             noise_std: Standard deviation of the noise on the MEAN gradient; 0 for plain
                 SGD.
@@ -827,7 +828,7 @@ class PerInstanceMixin(Shown, OpacusEngine):
         model_probe = new_model_probe(
             self.recorder, hooks, batch_first=hooks.batch_first
         )
-        run = PreparedRun(hooks, tracker, loader, model_probe)
+        run = PreparedRun(hooks, tracker, loader, optimizer, model_probe)
         probe_model(hooks, tracker, model_probe, run.loss_probe)
         explain_in_place(hooks)
         is_own_collate = not keeps_order(user_collate_fn(loader))

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import opacus
 from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
+from opacus.optimizers import DPOptimizer
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -48,6 +49,7 @@ from opacus_pi.integration.schedules import (
     user_collate_fn,
 )
 from opacus_pi.integration.sweep_order import InItemOrder
+from opacus_pi.integration.swept_model import SweptModel
 from opacus_pi.integration.training_states import TrainingStates
 from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.ledger.fingerprint import same_data_set
@@ -261,6 +263,7 @@ class PreparedRun:
         hooks: What Opacus made of the model.
         tracker: Matches the samples of this run to examples.
         loader: The loader that training will iterate over.
+        optimizer: What Opacus made of the optimizer.
         model_probe: Finds out whether the model mixes examples; None: it is not run.
     """
 
@@ -269,9 +272,11 @@ class PreparedRun:
         hooks: AbstractGradSampleHooks,
         tracker: Tracker,
         loader: DataLoader[Any],
+        optimizer: DPOptimizer,
         model_probe: ModelProbe | None = None,
     ) -> None:
         self.hooks, self.tracker, self.loader = hooks, tracker, loader
+        self.optimizer = optimizer
         self.model_probe = model_probe
         self.training: TrainingStates | None = None  # for a recorder with checkpoints
         self.module = module_of(hooks)
@@ -306,6 +311,7 @@ class PreparedRun:
         compare = partial(_compare_data, loader, name, self.chain)
         self.chain.on_read(compare, can_break=False)  # it reads the whole data set
         trained = weakref.ref(self.module)
+        swept = SweptModel(self.module, self.optimizer)
         collate_fn = InItemOrder(user_collate_fn(self.loader))
         collate_fn.chain = self.chain
         last_weights = None
@@ -317,7 +323,7 @@ class PreparedRun:
             sampling="poisson" if is_poisson(self.loader) else "fixed",
             data_set=name,
             sweep=lambda: shared_sweep(
-                cast(nn.Module, trained()),
+                swept(),
                 cast(Criterion, recorder.criterion),
                 data_set,
                 processes=processes,

@@ -59,6 +59,7 @@ from opacus_pi.integration.schedules import (
     user_collate_fn,
 )
 from opacus_pi.integration.sweep_order import InItemOrder
+from opacus_pi.integration.swept_model import SweptModel
 from opacus_pi.integration.training_states import TrainingStates
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.copies import unwrap
@@ -191,17 +192,16 @@ def monitor(
     _check_data(data_loader)
     processes = Processes() if isinstance(module, DDP) else None
     collate_fn = InItemOrder(user_collate_fn(data_loader))
-    measure = _sweeps(module, criterion, collate_fn, recorder, processes)
-    data_set = data_loader.dataset
+    data_set, swept = data_loader.dataset, SweptModel(module, optimizer)
+    measure = _sweeps(swept, criterion, collate_fn, recorder, processes)
     # A sweep of two examples raises for what cannot be swept, before anything changes.
     measure(Subset(data_set, range(min(2, size_of(data_set)))))
 
     loader = data_loader
     if poisson_sampling:
+        is_shared = processes is not None
         loader = DPDataLoader.from_data_loader(
-            data_loader,
-            generator=sampling_generator,
-            distributed=processes is not None,
+            data_loader, generator=sampling_generator, distributed=is_shared
         )
     scheme = sampling_scheme(loader)
     if noise_std == 0:
@@ -222,13 +222,13 @@ def monitor(
         size, generator = scheme.mean_batch_size, noise_generator
         noise = NoiseHook(noise_std, size, recorder, chain, tracker, scale, generator)
     _add_hooks(module, optimizer, recorder, tracker, scheme, noise, custody)
-    _watch_weights(optimizer, custody)
+    _watch_weights(module, optimizer, custody, swept)
     observe(loader, tracker)
     return module, optimizer, loader
 
 
 def _sweeps(
-    module: nn.Module,
+    swept: SweptModel,
     criterion: Callable[[Any, Any], Tensor],
     collate_fn: InItemOrder,
     recorder: Recorder,
@@ -240,7 +240,7 @@ def _sweeps(
     the weights of that moment.
 
     Args:
-        module: The model; its own ``train()`` mode does not matter, and stays.
+        swept: Returns the model; its own ``train()`` mode does not matter, and stays.
         criterion: One loss per example.
         collate_fn: Makes the sweep's batches.
         recorder: Has the batch size of a sweep.
@@ -249,7 +249,7 @@ def _sweeps(
 
     def measure(data_set: Dataset[Any]) -> Sweep:
         return shared_sweep(
-            module,
+            swept(),
             criterion,
             data_set,
             processes=processes,
@@ -396,22 +396,27 @@ def _add_hooks(
         _HOOK_HANDLES[optimizer].append(optimizer.register_step_pre_hook(noise))
 
 
-def _watch_weights(optimizer: Optimizer, custody: "_Custody") -> None:
+def _watch_weights(
+    module: nn.Module, optimizer: Optimizer, custody: "_Custody", swept: SweptModel
+) -> None:
     """Watch for writes to the weights that are not the optimizer's.
 
     Args:
-        optimizer: Its weights are watched from its next step on.
-        custody: Its snapshots will be of the optimizer's weights.
+        module: All of its weights are watched from the optimizer's next step on:
+            another optimizer may train some of them.
+        optimizer: The optimizer of the run.
+        custody: Its snapshots will be of the model's weights.
+        swept: Knows the weights that the last sweep has measured.
     """
-    weights = custody.weights
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    custody.snapshot.watch(parameters)
+    weights, chain = custody.weights, custody.chain
+    custody.snapshot.watch(module.parameters())
 
     def before_step(*_: Any) -> None:
         weights.before_update()
 
     def after_step(*_: Any) -> None:
         weights.after_update()
+        swept.update_was_made(chain)
 
     _HOOK_HANDLES[optimizer] += [
         optimizer.register_step_pre_hook(before_step),
