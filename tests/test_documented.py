@@ -65,7 +65,7 @@ def _problems_of_class(place, value, docstring):
             for name in sorted(named)
             if not name.startswith("_") and not re.search(rf"\b{name}\b", text)
         )
-    for name, method in vars(value).items():
+    for name, method in _methods_of_ours(value).items():
         function = getattr(method, "__func__", method)
         if name.startswith("_") or not inspect.isfunction(function):
             continue
@@ -76,6 +76,12 @@ def _problems_of_class(place, value, docstring):
         elif function.__doc__ and not _is_explained_by_a_base(value, name):
             text = inspect.cleandoc(function.__doc__)
             yield from (f"{place}.{name}: {n}" for n in unnamed(function, text))
+
+
+def _methods_of_ours(value):
+    """The attributes of a class by name, with those of the bases that are ours."""
+    ours = [b for b in value.__mro__ if b.__module__.startswith("opacus_pi")]
+    return {n: found for b in reversed(ours) for n, found in vars(b).items()}
 
 
 def _is_explained_by_a_base(value, name):

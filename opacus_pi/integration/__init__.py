@@ -1,12 +1,13 @@
 """Everything that knows Opacus: the engine, its parts, and the accountants.
 
 ``engine`` has the drop-in ``PrivacyEngine``; ``mixin`` makes any engine of Opacus
-record. A private run is prepared in ``runs``, its optimizer reports each update
-(``optimizers``, ``update``, ``filtering``), and ``checks`` and ``schedules`` say when
-no numbers can be given. ``checkpoints`` saves and resumes. ``fast`` clips without
-per-example gradients, ``monitor`` trains without clipping, and ``audit`` compares what
-is recorded for a batch with the gradients of its examples alone. ``opacus_compat``
-lists the private names of Opacus that are used.
+record, and ``recorded_engine`` has what a user may ask it. A private run is prepared in
+``runs``, ``probes`` watches its model, its optimizer reports each update
+(``optimizers``, ``update``, ``filtering``), ``checks`` and ``schedules`` say when no
+numbers can be given, and ``readings`` answers. ``checkpoints`` saves and resumes.
+``fast`` clips without per-example gradients, ``monitor`` trains without clipping, and
+``audit`` compares what is recorded for a batch with the gradients of its examples
+alone. ``opacus_compat`` lists the private names of Opacus that are used.
 
 Importing this package registers the accountants ``"per_instance"`` and ``"group"``, so
 that Opacus's own ``PrivacyEngine(accountant="per_instance")`` finds them.

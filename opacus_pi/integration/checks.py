@@ -27,7 +27,6 @@ from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._errors import AccountingError
 from opacus_pi._torch_compat import BatchNormBase, load_hooks
-from opacus_pi.accounting import GradNormLedger
 from opacus_pi.custody import Chain
 from opacus_pi.custody.buffers import BufferLink, watch_buffers
 from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
@@ -186,24 +185,6 @@ class RunChecks:
             "engine for each run, and resume from its own checkpoints; engine.ledger "
             "holds what was recorded last."
         )
-
-    def require_all_updates(
-        self, ledger: GradNormLedger, num_counted: int, *, is_private: bool
-    ) -> None:
-        """Refuse a ledger that holds only a part of the engine's updates.
-
-        Args:
-            ledger: The engine's ledger.
-            num_counted: As for ``missing_updates``.
-            is_private: As for ``missing_updates``.
-
-        Raises:
-            AccountingError: If updates are missing.
-        """
-        recorded = ledger.mechanism.num_steps
-        reason = self.missing_updates(recorded, num_counted, is_private=is_private)
-        if reason:
-            raise AccountingError(reason)
 
 
 # --------------------------------------------------------- between two updates of a run

@@ -40,7 +40,9 @@ __all__ = [
     "own_scaling",
     "own_step",
     "record_overrides",
+    "records",
     "shadowed_method",
+    "shown_as",
 ]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -92,12 +94,14 @@ class Preparation:
         optimizer: The private optimizer.
         criterion: In the ghost modes, the criterion.
         loader: The loader that training will iterate over.
+        asked: The arguments of our ``make_private``; None if it was not called.
     """
 
     hooks: AbstractGradSampleHooks | None = None
     optimizer: DPOptimizer | None = None
     criterion: DPLossFastGradientClipping | None = None
     loader: DataLoader[Any] | None = None
+    asked: dict[str, Any] | None = None
     _recorded: tuple[Any, ...] = ()
 
     def take(self, result: Any) -> bool:
@@ -257,6 +261,24 @@ def records(method: Method) -> Method:
 
     vars(prepare)[_RECORDS] = True
     return cast(Method, prepare)
+
+
+def shown_as(original: Any, **options: Any) -> Callable[[Method], Method]:
+    """Give a method the signature of Opacus's for ``inspect`` and ``help``.
+
+    Programs and tests that compare signatures, or fill arguments by them, then see no
+    difference. Type checkers see the annotations of the method itself, which
+    ``functools.wraps`` would replace by a type that cannot be bound to an instance.
+
+    Args:
+        original: Opacus's method.
+        **options: Options of ``functools.wraps``; ``assigned=()`` keeps the docstring.
+    """
+
+    def decorate(method: Method) -> Method:
+        return cast(Method, wraps(original, **options)(method))
+
+    return decorate
 
 
 def record_overrides(engine: type, original: type) -> None:

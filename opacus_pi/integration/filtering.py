@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect, positive
-from opacus_pi.accounting import NoisySGD, RenyiFilter
+from opacus_pi.accounting import NoisySGD, RenyiFilter, fingerprint
 from opacus_pi.attribution import LEFT_OUT, Tracker
 from opacus_pi.files.checksummed_state import verified_state
 from opacus_pi.integration.checks import batch_statistics, clipping_without_effect
@@ -47,6 +47,9 @@ _LESS_NOISE = (
     "were charged too little. Call a noise scheduler's step() only after "
     "optimizer.step() has updated the weights."
 )
+
+
+NO_BUDGETS = "A RenyiFilter cannot keep budgets here. {reason}"
 
 
 # --------------------------------------------------------------------------- one update
@@ -231,7 +234,25 @@ def require_filterable(
         clipping_without_effect(engine),
     ]
     for reason in filter(None, reasons):
-        raise ValueError(f"A RenyiFilter cannot keep budgets here. {reason}")
+        raise ValueError(NO_BUDGETS.format(reason=reason))
+
+
+def begin_budgets(
+    renyi_filter: RenyiFilter, engine: PrivacyEngine, **options: Any
+) -> None:
+    """Begin a filter, if its budgets can be kept with these arguments.
+
+    Args:
+        renyi_filter: The engine's budgets.
+        engine: The engine whose ``make_private`` was called.
+        **options: Its arguments.
+
+    Raises:
+        ValueError: If the budgets cannot be kept; the message says why.
+    """
+    require_filterable(engine, **options)
+    data_set = options["data_loader"].dataset
+    renyi_filter.begin(len(data_set), fingerprint(data_set))
 
 
 def _several_processes(module: nn.Module) -> str | None:

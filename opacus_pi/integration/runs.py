@@ -1,7 +1,10 @@
 """A run that ``make_private`` has prepared, from its parts to its first update.
 
-``derived`` collects what an engine prepares, from the model to the optimizer;
-``PreparedRun`` begins recording and makes the object to which the optimizer reports.
+``derived`` collects what an engine prepares, from the model to the optimizer. A
+``PreparedRun`` is made of it: it puts observers on model and loader, has the recorder
+begin, tells the chain of custody what is known before the first update, and connects
+the optimizer to the object that it reports to. The engine keeps a ``CurrentRun``, which
+holds on to nothing that is the user's.
 """
 
 import weakref
@@ -11,37 +14,31 @@ from functools import partial
 from typing import Any, cast
 
 import opacus
-from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
-from opacus.optimizers import DPOptimizer
-from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from opacus_pi._class_swap import swap_class
 from opacus_pi.accounting import RenyiFilter, fingerprint
-from opacus_pi.attribution import TargetOrder, Tracker, probe
+from opacus_pi.attribution import Tracker, keeps_order, observe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
-from opacus_pi.custody.loss_factors import LossFactors
-from opacus_pi.custody.loss_probe import LossProbe
 from opacus_pi.custody.model_loss import ModelLossProbe
-from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
+from opacus_pi.custody.model_probe import MODEL_NOT_RUN
 from opacus_pi.custody.weights import WeightSnapshot
+from opacus_pi.integration.audit import AuditedRun, audited_run
 from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.integration.checks import (
     OutsideChanges,
     batch_norms,
     clipping_without_effect,
 )
+from opacus_pi.integration.derived import Preparation
+from opacus_pi.integration.explanations import explain_in_place
+from opacus_pi.integration.fast import FastHooks, clip_from_cache
 from opacus_pi.integration.filtering import FilterGate
-from opacus_pi.integration.opacus_compat import (
-    DISTRIBUTED,
-    keep_handle,
-    module_of,
-    removable_handles,
-)
+from opacus_pi.integration.opacus_compat import DISTRIBUTED, module_of
+from opacus_pi.integration.optimizers import report_updates
+from opacus_pi.integration.probes import new_model_probe, probe_losses, probe_model
 from opacus_pi.integration.schedules import (
     is_poisson,
     overlapping,
@@ -52,6 +49,7 @@ from opacus_pi.integration.sweep_order import InItemOrder
 from opacus_pi.integration.swept_model import SweptModel
 from opacus_pi.integration.training_states import TrainingStates
 from opacus_pi.integration.update import UpdateUnderWay
+from opacus_pi.integration.wrong_layers import layers_opacus_gets_wrong, watch_inputs
 from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.own_losses import Criterion
@@ -90,74 +88,15 @@ def require_fitting_recorder(recorder: Recorder, module: nn.Module) -> None:
         )
 
 
-def new_model_probe(
-    recorder: Recorder, hooks: AbstractGradSampleHooks, *, batch_first: bool
-) -> ModelProbe | None:
-    """Return a probe that finds out whether a model mixes the examples of a batch.
+def new_tracker(recorder: Recorder, *, batch_first: bool = True) -> Tracker:
+    """Return a tracker with a recorder's options.
 
     Args:
-        recorder: The engine's recorder, which may declare that the model does not.
-        hooks: What Opacus made of the model.
+        recorder: The engine's recorder.
         batch_first: Whether examples are along the first dimension of the inputs.
-
-    Returns:
-        The probe. None if ``recorder.probe_model`` is false, or if no process could run
-        the model alone because its weights are sharded.
     """
-    module = module_of(hooks)
-    is_sharded = isinstance(module, FSDPModule) or any(
-        isinstance(parameter, DTensor) for parameter in module.parameters()
-    )
-    if is_sharded or not recorder.probe_model:
-        return None
-    return ModelProbe(
-        weakref.ref(module), 0 if batch_first else 1, layers_in_order=True
-    )
-
-
-def probe_model(
-    hooks: AbstractGradSampleHooks,
-    tracker: Tracker,
-    *probes: ModelProbe | ModelLossProbe | None,
-) -> None:
-    """Report the forward passes of a prepared model to a tracker.
-
-    Args:
-        hooks: What Opacus made of the model. Removing its hooks removes the probe, too;
-            in modes without hooks (``"ew"``, ``"no_op"``) the probe stays, and has no
-            effect once the tracker is deleted.
-        tracker: Referred to weakly. A second call replaces it.
-        *probes: See the passes; referred to weakly. None: no such probe.
-    """
-    prepared = weakref.ref(hooks)
-
-    def is_second_backward() -> bool:
-        """Return whether ghost clipping is in its second backward pass.
-
-        Opacus disables the hooks during that pass.
-        """
-        return not getattr(prepared(), "hooks_enabled", True)
-
-    module = called_module(hooks)
-    handle = probe(
-        module,
-        tracker,
-        is_second_backward=is_second_backward,
-        saw_pass=[one.saw for one in probes if one is not None],
-    )
-    if handle not in (removable_handles(module) or ()):
-        keep_handle(module, handle)
-
-
-def called_module(hooks: AbstractGradSampleHooks) -> nn.Module:
-    """Return the module whose forward hooks run when the loop calls the model.
-
-    Args:
-        hooks: What Opacus made of the model.
-    """
-    if isinstance(hooks, GradSampleModuleNoOp):  # which skips its module's hooks
-        return cast(nn.Module, hooks)
-    return module_of(hooks)
+    verify, strict = recorder.verify, recorder.strict
+    return Tracker(verify=verify, strict=strict, batch_first=batch_first)
 
 
 def _compare_data(
@@ -179,54 +118,6 @@ def _deleted() -> None:
     """Stand in for a weak reference to an object that does not exist any more."""
 
 
-def probe_losses(
-    criterion: DPLossFastGradientClipping, chain: Chain, tracker: Tracker
-) -> None:
-    """Have a criterion probed when it is called, and its targets compared.
-
-    Args:
-        criterion: What Opacus made of the user's criterion for ghost clipping; its
-            class is replaced.
-        chain: The chain of custody of the run.
-        tracker: Knows the samples of the forward passes.
-    """
-    tracker.keeps_outputs = True
-    swap_class(criterion, _reporting_calls)
-    criterion._pi_loss_probe = LossProbe(
-        criterion.criterion,
-        chain,
-        averages_each_example=True,
-        is_output=tracker.is_output,
-    )
-    criterion._pi_target_order = TargetOrder(tracker, chain)
-    prepared = weakref.ref(criterion.module)
-    criterion._pi_loss_factors = LossFactors(
-        chain,
-        is_mean=criterion.loss_reduction == "mean",
-        is_second_backward=lambda: not getattr(prepared(), "hooks_enabled", True),
-    )
-
-
-def _reporting_calls(base: type) -> type:
-    """Make a criterion that shows its arguments to a probe."""
-
-    class Criterion(base):
-        _pi_loss_probe: LossProbe
-        _pi_target_order: TargetOrder
-        _pi_loss_factors: LossFactors
-
-        def __call__(self, *args: Any, **options: Any) -> Any:
-            loss = super().__call__(*args, **options)
-            if len(args) == 2:
-                self._pi_loss_probe.saw(*args)
-            targets = args[1] if len(args) > 1 else options.get("target")
-            self._pi_target_order.saw(targets)
-            self._pi_loss_factors.watch(loss.loss_per_sample, *args[:1])
-            return loss
-
-    return Criterion
-
-
 @dataclass(frozen=True)
 class CurrentRun:
     """The run that an engine answers for.
@@ -239,12 +130,23 @@ class CurrentRun:
         update: What the optimizer reports to; None if the training is monitored, where
             the optimizer is not Opacus's. The optimizer keeps it in memory.
         run_state: What a checkpoint saves of the run; None in a copy of the engine.
+        audited: What an audit repeats of the run; None in a copy of the engine.
     """
 
     tracker: Tracker
     module: Callable[[], nn.Module | None]
     update: Callable[[], UpdateUnderWay | None] | None
     run_state: RunState | None
+    audited: AuditedRun | None = None
+
+    @property
+    def is_private(self) -> bool:
+        """Whether ``make_private`` has prepared the run."""
+        return self.update is not None
+
+    def present_update(self) -> UpdateUnderWay | None:
+        """Return what the optimizer reports to; None if there is no such optimizer."""
+        return None if self.update is None else self.update()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Reduce to what a copy of the engine may say about the run.
@@ -257,41 +159,61 @@ class CurrentRun:
 
 
 class PreparedRun:
-    """Model and loader of a run whose recording is about to begin.
+    """A run of ``make_private`` whose recording is about to begin.
+
+    The engine calls the methods in the order in which they are here.
 
     Args:
-        hooks: What Opacus made of the model.
-        tracker: Matches the samples of this run to examples.
-        loader: The loader that training will iterate over.
-        optimizer: What Opacus made of the optimizer.
-        model_probe: Finds out whether the model mixes examples; None: it is not run.
+        preparation: Model, optimizer and loader of the run.
+        recorder: The engine's recorder.
+        is_secure: Whether the engine draws random numbers that have no state.
     """
 
     def __init__(
-        self,
-        hooks: AbstractGradSampleHooks,
-        tracker: Tracker,
-        loader: DataLoader[Any],
-        optimizer: DPOptimizer,
-        model_probe: ModelProbe | None = None,
+        self, preparation: Preparation, recorder: Recorder, *, is_secure: bool
     ) -> None:
-        self.hooks, self.tracker, self.loader = hooks, tracker, loader
-        self.optimizer = optimizer
-        self.model_probe = model_probe
-        self.training: TrainingStates | None = None  # for a recorder with checkpoints
+        hooks: Any = preparation.hooks
+        loader: Any = preparation.loader
+        self.hooks, self.loader = hooks, loader
+        self.optimizer: Any = preparation.optimizer
+        self._preparation, self._is_secure = preparation, is_secure
+        self._own_rule = preparation.own_rule()
         self.module = module_of(hooks)
         self.sample_rate = 1 / len(loader)  # as Opacus computes it for its accountant
         is_distributed = isinstance(self.module, DISTRIBUTED)
         self.processes = Processes() if is_distributed else None
-        self.chain, self.snapshot = Chain(tracker.sample_counts), WeightSnapshot()
+        self.tracker = new_tracker(recorder, batch_first=hooks.batch_first)
+        self.chain, self.snapshot = Chain(self.tracker.sample_counts), WeightSnapshot()
+        self.model_probe = new_model_probe(
+            recorder, hooks, batch_first=hooks.batch_first
+        )
         self.loss_probe: ModelLossProbe | None = None
-        if model_probe is not None and hooks.batch_first:
+        if self.model_probe is not None and hooks.batch_first:
             takes_sum = hooks.loss_reduction == "sum"
             self.loss_probe = ModelLossProbe(
-                model_probe.model, self.chain, takes_sum=takes_sum
+                self.model_probe.model, self.chain, takes_sum=takes_sum
             )
 
-    def begin_record(self, recorder: Recorder) -> None:
+    def observe(self) -> RunState:
+        """Have the forward passes of the model and the batches of the loader observed.
+
+        Returns:
+            What a checkpoint saves of the run; it counts the passes from now on.
+        """
+        probe_model(self.hooks, self.tracker, self.model_probe, self.loss_probe)
+        explain_in_place(self.hooks)
+        is_own_collate = not keeps_order(user_collate_fn(self.loader))
+        observe(self.loader, self.tracker, follow_items=is_own_collate)
+        if isinstance(self.hooks, FastHooks):
+            clip_from_cache(self.optimizer, self.hooks)
+        return RunState(
+            self.loader,
+            optimizer=self.optimizer,
+            noise_generator=self.optimizer.generator,
+            is_secure=self._is_secure,
+        )
+
+    def begin_record(self, recorder: Recorder, run_state: RunState) -> None:
         """Let a recorder begin to record this run.
 
         The recorder learns what is trained, how a sweep measures it, and how the
@@ -300,6 +222,7 @@ class PreparedRun:
 
         Args:
             recorder: The engine's recorder.
+            run_state: What ``observe`` returned; a recorder with checkpoints saves it.
 
         Raises:
             ValueError: If a saved run was loaded, and it is another one.
@@ -334,7 +257,7 @@ class PreparedRun:
             processes=processes,
             last_weights=last_weights,
             chain=self.chain,
-            training=self.training,
+            training=TrainingStates(self.module, self.optimizer, run_state),
         )
 
     def begin_chain(self, engine: opacus.PrivacyEngine) -> None:
@@ -376,3 +299,37 @@ class PreparedRun:
         if self.processes is None:
             update.outside = OutsideChanges(self.loader, self.chain, self.snapshot)
         return update
+
+    def audited(self, recorder: Recorder) -> AuditedRun:
+        """Return what an audit repeats of this run.
+
+        Args:
+            recorder: The engine's recorder.
+        """
+        asked = self._preparation.asked
+        if asked is None:  # a derived class has not called our make_private
+            asked = {
+                "grad_sample_mode": self._preparation.options()["grad_sample_mode"],
+                "loss_reduction": self.hooks.loss_reduction,
+                "batch_first": self.hooks.batch_first,
+            }
+        return audited_run(self.loader, recorder=recorder, **asked)
+
+    def report_to(self, update: UpdateUnderWay) -> None:
+        """Have the optimizer report its updates, if it clips in a way that is known.
+
+        Otherwise training goes on without any of our code in its optimizer, and the
+        link "norm" is broken.
+
+        Args:
+            update: What ``first_update`` returned.
+        """
+        wrong = layers_opacus_gets_wrong(self.hooks)
+        for reason in filter(None, [self._own_rule, *wrong]):
+            self.chain.break_link("norm", reason)
+        watch_inputs(self.hooks, self.chain)
+        criterion = self._preparation.criterion
+        if criterion is not None:
+            probe_losses(criterion, self.chain, self.tracker)
+        if self._own_rule is None:
+            report_updates(self.optimizer, update)

@@ -1,0 +1,155 @@
+"""Watch the forward passes of a prepared model, and the criterion of ghost clipping.
+
+A run knows which examples a norm is of only if it sees what the loop gives to the
+model. ``probe_model`` puts a hook on the module that the loop calls, and
+``probe_losses`` gives the criterion of ghost clipping a subclass of its class; both
+report to the tracker of the run and to the links of its chain of custody.
+
+**Guarantee.** Outputs, losses and gradients stay what they are without the probes.
+
+**What breaks it.** A loop that calls another module than the prepared one: its passes
+are not seen, and its samples are unattributed.
+"""
+
+import weakref
+from typing import Any, cast
+
+from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
+from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from opacus_pi._class_swap import swap_class
+from opacus_pi.attribution import TargetOrder, Tracker, probe
+from opacus_pi.custody import Chain
+from opacus_pi.custody.loss_factors import LossFactors
+from opacus_pi.custody.loss_probe import LossProbe
+from opacus_pi.custody.model_loss import ModelLossProbe
+from opacus_pi.custody.model_probe import ModelProbe
+from opacus_pi.integration.opacus_compat import (
+    keep_handle,
+    module_of,
+    removable_handles,
+)
+from opacus_pi.recording import Recorder
+
+__all__ = ["called_module", "new_model_probe", "probe_losses", "probe_model"]
+
+
+def new_model_probe(
+    recorder: Recorder, hooks: AbstractGradSampleHooks, *, batch_first: bool
+) -> ModelProbe | None:
+    """Return a probe that finds out whether a model mixes the examples of a batch.
+
+    Args:
+        recorder: The engine's recorder, which may declare that the model does not.
+        hooks: What Opacus made of the model.
+        batch_first: Whether examples are along the first dimension of the inputs.
+
+    Returns:
+        The probe. None if ``recorder.probe_model`` is false, or if no process could run
+        the model alone because its weights are sharded.
+    """
+    module = module_of(hooks)
+    is_sharded = isinstance(module, FSDPModule) or any(
+        isinstance(parameter, DTensor) for parameter in module.parameters()
+    )
+    if is_sharded or not recorder.probe_model:
+        return None
+    return ModelProbe(
+        weakref.ref(module), 0 if batch_first else 1, layers_in_order=True
+    )
+
+
+def probe_model(
+    hooks: AbstractGradSampleHooks,
+    tracker: Tracker,
+    *probes: ModelProbe | ModelLossProbe | None,
+) -> None:
+    """Report the forward passes of a prepared model to a tracker.
+
+    Args:
+        hooks: What Opacus made of the model. Removing its hooks removes the probe, too;
+            in modes without hooks (``"ew"``, ``"no_op"``) the probe stays, and has no
+            effect once the tracker is deleted.
+        tracker: Referred to weakly. A second call replaces it.
+        *probes: See the passes; referred to weakly. None: no such probe.
+    """
+    prepared = weakref.ref(hooks)
+
+    def is_second_backward() -> bool:
+        """Return whether ghost clipping is in its second backward pass.
+
+        Opacus disables the hooks during that pass.
+        """
+        return not getattr(prepared(), "hooks_enabled", True)
+
+    module = called_module(hooks)
+    handle = probe(
+        module,
+        tracker,
+        is_second_backward=is_second_backward,
+        saw_pass=[one.saw for one in probes if one is not None],
+    )
+    if handle not in (removable_handles(module) or ()):
+        keep_handle(module, handle)
+
+
+def called_module(hooks: AbstractGradSampleHooks) -> nn.Module:
+    """Return the module whose forward hooks run when the loop calls the model.
+
+    Args:
+        hooks: What Opacus made of the model.
+    """
+    if isinstance(hooks, GradSampleModuleNoOp):  # which skips its module's hooks
+        return cast(nn.Module, hooks)
+    return module_of(hooks)
+
+
+def probe_losses(
+    criterion: DPLossFastGradientClipping, chain: Chain, tracker: Tracker
+) -> None:
+    """Have a criterion probed when it is called, and its targets compared.
+
+    Args:
+        criterion: What Opacus made of the user's criterion for ghost clipping; its
+            class is replaced.
+        chain: The chain of custody of the run.
+        tracker: Knows the samples of the forward passes.
+    """
+    tracker.keeps_outputs = True
+    swap_class(criterion, _reporting_calls)
+    criterion._pi_loss_probe = LossProbe(
+        criterion.criterion,
+        chain,
+        averages_each_example=True,
+        is_output=tracker.is_output,
+    )
+    criterion._pi_target_order = TargetOrder(tracker, chain)
+    prepared = weakref.ref(criterion.module)
+    criterion._pi_loss_factors = LossFactors(
+        chain,
+        is_mean=criterion.loss_reduction == "mean",
+        is_second_backward=lambda: not getattr(prepared(), "hooks_enabled", True),
+    )
+
+
+def _reporting_calls(base: type) -> type:
+    """Make a criterion that shows its arguments to a probe."""
+
+    class Criterion(base):
+        _pi_loss_probe: LossProbe
+        _pi_target_order: TargetOrder
+        _pi_loss_factors: LossFactors
+
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            loss = super().__call__(*args, **options)
+            if len(args) == 2:
+                self._pi_loss_probe.saw(*args)
+            targets = args[1] if len(args) > 1 else options.get("target")
+            self._pi_target_order.saw(targets)
+            self._pi_loss_factors.watch(loss.loss_per_sample, *args[:1])
+            return loss
+
+    return Criterion

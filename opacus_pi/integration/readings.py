@@ -1,0 +1,235 @@
+"""What may be read of a recorded run, and what its chain of custody says about it.
+
+An engine answers questions with numbers of its ledger and of Opacus's accountant. Both
+are worth what is known about how they came to be, so every question passes the same
+checks before its answer: was anything recorded, does the ledger hold every update that
+was made or counted, and is no link of the chain of custody broken?
+
+**Guarantee.** A number that is wrong for the training that was made is refused with an
+``AccountingError``. The accountant's own ε stays Opacus's number, to the bit; where it
+is not a bound, a warning says why.
+
+**What breaks it.** Updates that neither the recorder nor the accountant has seen.
+"""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from opacus.accountants import IAccountant
+from torch import nn
+
+from opacus_pi import accounting
+from opacus_pi._errors import AccountingError
+from opacus_pi.accounting import GradNormLedger
+from opacus_pi.attribution import Tracker
+from opacus_pi.difficulty.forget_sets import num_at_top
+from opacus_pi.integration.accountants import AccountantBound, bound_of, num_steps_of
+from opacus_pi.integration.checks import RunChecks
+from opacus_pi.integration.runs import CurrentRun
+from opacus_pi.recording import Recorder
+
+__all__ = ["Readings"]
+
+_NO_BOUND = (
+    "make_monitored trains without clipping, so no epsilon holds for every example, "
+    "and Opacus's accountant has not counted these updates. With noise, "
+    "engine.epsilons(delta) estimates the privacy loss of each example of this data "
+    "set; train by make_private for a guarantee."
+)
+_NOT_COUNTED = (
+    "The accountant has counted {} of {} updates, so its epsilon is too small. The "
+    "cause is not known: optimizer.attach_step_hook may have replaced the "
+    "accountant's own hook (attach one function that calls both hooks), or its "
+    "history was changed."
+)
+_BROKEN = (
+    "get_epsilon returns Opacus's number, but it is not a bound for this training. {}"
+)
+_NOT_POISSON = (
+    "get_epsilon returns Opacus's number, which assumes Poisson sampling. This loader "
+    "draws otherwise (poisson_sampling=False), so the number is no bound. For a bound, "
+    "use accounting.worst_case_loss(engine.ledger.mechanism, order): it is a Rényi "
+    "divergence, which accounting.rdp_to_epsilon converts to ε."
+)
+# Of warnings: the line of the user's that has called a method of the engine, which has
+# called the method here that warns.
+_USERS_LINE = 3
+
+
+@dataclass(frozen=True)
+class Readings:
+    """The answers that an engine can give at one moment.
+
+    An engine makes a new one for every question, because its recorder and its
+    accountant may be replaced.
+
+    Args:
+        recorder: What was recorded.
+        checks: The reasons why nothing was, and the updates that are missing.
+        accountant: Opacus's, which counts updates by itself.
+        run: The run that was prepared last; None: none was.
+    """
+
+    recorder: Recorder
+    checks: RunChecks
+    accountant: IAccountant
+    run: CurrentRun | None
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the last run was prepared by ``make_private``."""
+        return self.run is not None and self.run.is_private
+
+    # ---------------------------------------------------------------------- of the run
+    def module(self) -> nn.Module:
+        """Return the module that is being trained, as the user made it.
+
+        Raises:
+            AccountingError: If there is none.
+        """
+        module = None if self.run is None else self.run.module()
+        if module is None:
+            raise AccountingError(
+                "The engine has no module: none was prepared, it was deleted, or the "
+                "engine is a copy, which has no run of its own. Call make_private or "
+                "make_monitored, and keep the model that it returns in a variable."
+            )
+        return module
+
+    def attribution(self) -> dict[str, int]:
+        """Return the numbers of samples by kind of evidence; all 0 before a run."""
+        tracker = Tracker() if self.run is None else self.run.tracker
+        return dict(tracker.counts)
+
+    # ------------------------------------------------------------------ of the ledger
+    def ledger(self) -> GradNormLedger:
+        """Return the ledger of the run up to now, which names the present weights.
+
+        If it holds a part of the updates only, its chain of custody says so.
+
+        Raises:
+            AccountingError: If nothing was recorded, or the run cannot be accounted
+                for.
+        """
+        self._require_begun()
+        self.recorder.name_weights()
+        reason = self._missing_updates(self.recorder.num_steps)
+        if reason and self.recorder.chain is not None:
+            self.recorder.chain.leave_unchecked("schedule", reason)
+        return self.recorder.ledger
+
+    def complete_ledger(self) -> GradNormLedger:
+        """Return the ledger, if it holds every update that was made or counted.
+
+        Raises:
+            AccountingError: If updates are missing, or the run cannot be accounted for.
+        """
+        self._require_begun()
+        ledger = self.recorder.ledger  # not self.ledger: its weights need no name
+        reason = self._missing_updates(ledger.mechanism.num_steps)
+        if reason:
+            raise AccountingError(reason)
+        return ledger
+
+    def privacy_losses(self, order: float, **options: Any) -> NDArray[np.float64]:
+        """Return each example's Rényi privacy loss, float64 ``(n,)``.
+
+        Args:
+            order: Rényi order, above 1.
+            **options: Options of ``accounting.privacy_losses``.
+        """
+        losses = accounting.privacy_losses(self.complete_ledger(), order, **options)
+        _warn_if_most_are_equal(losses)
+        return losses
+
+    def epsilons(self, delta: float, **options: Any) -> NDArray[np.float64]:
+        """Return each example's epsilon, float64 ``(n,)``.
+
+        Args:
+            delta: Failure probability, in (0, 1).
+            **options: Options of ``accounting.epsilons``.
+        """
+        values = accounting.epsilons(self.complete_ledger(), delta, **options)
+        _warn_if_most_are_equal(values)
+        return self._at_most_the_worst_case(values, delta)
+
+    def epsilon_limits(self, delta: float, **options: Any) -> NDArray[np.float64]:
+        """Return an upper confidence limit of each example's epsilon, ``(n,)``.
+
+        Args:
+            delta: Failure probability, in (0, 1).
+            **options: Options of ``accounting.epsilon_limits``.
+        """
+        values = accounting.epsilon_limits(self.complete_ledger(), delta, **options)
+        return self._at_most_the_worst_case(values, delta)
+
+    def _at_most_the_worst_case(
+        self, values: NDArray[np.float64], delta: float
+    ) -> NDArray[np.float64]:
+        """Limit epsilons by the accountant's, where that holds for every example."""
+        mechanism = self.recorder.ledger.mechanism
+        num_counted = num_steps_of(self.accountant)
+        if mechanism.sampling == "poisson" and num_counted == mechanism.num_steps:
+            # not the engine's get_epsilon, which a derived class may define otherwise
+            worst = float(self.accountant.get_epsilon(delta))
+            values = np.minimum(values, max(0.0, worst))
+        return values
+
+    def _missing_updates(self, num_recorded: int) -> str:
+        """Return that the ledger holds a part of the updates only; empty: all of them.
+
+        Args:
+            num_recorded: How many it holds.
+        """
+        num_counted = num_steps_of(self.accountant)
+        return self.checks.missing_updates(
+            num_recorded, num_counted, is_private=self.is_private
+        )
+
+    def _require_begun(self) -> None:
+        """Refuse numbers with the reason that is known, if no recording has begun."""
+        if not self.recorder.sampling:
+            self.checks.require_begun(num_steps_of(self.accountant))
+
+    # -------------------------------------------------------------- of the accountant
+    def accountant_bound(self) -> AccountantBound | None:
+        """Return what the accountant guarantees for the recorded run, if anything."""
+        mechanism = self.recorder.ledger.mechanism
+        return bound_of(self.accountant, mechanism) if self.is_private else None
+
+    def judge_epsilon(self) -> None:
+        """Warn if the accountant's ε is no bound for the training that was made.
+
+        Raises:
+            AccountingError: If the training is monitored, and so not counted.
+        """
+        if self.run is not None and not self.is_private:
+            raise AccountingError(_NO_BOUND)
+        num_made, num_counted = self.recorder.num_steps, num_steps_of(self.accountant)
+        if self.recorder.sampling == "fixed" and self.is_private:
+            warnings.warn(_NOT_POISSON, stacklevel=_USERS_LINE)
+        if self.is_private and num_counted < num_made:
+            text = _NOT_COUNTED.format(num_counted, num_made)
+            warnings.warn(text, stacklevel=_USERS_LINE)
+        refusal = self.recorder.refusal
+        if refusal:
+            warnings.warn(_BROKEN.format(refusal), stacklevel=_USERS_LINE)
+
+
+def _warn_if_most_are_equal(values: NDArray[np.float64]) -> None:
+    """Warn if most examples share the largest value.
+
+    Sorting such values would only reproduce the order of the data set.
+    """
+    num_equal = num_at_top(values)
+    if 1 < num_equal and len(values) < 2 * num_equal:
+        warnings.warn(
+            f"{num_equal} of {len(values)} examples share the largest value, that of "
+            "an example that is clipped in every update. Estimates above it are cut to "
+            "it, so these examples cannot be distinguished. Use a larger max_grad_norm "
+            "with a smaller learning rate, or a lower order.",
+            stacklevel=_USERS_LINE + 1,
+        )
