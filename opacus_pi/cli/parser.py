@@ -44,8 +44,8 @@ exit codes:
        commands: a failure while running
   2    bad arguments or unusable files: one line on standard error names the argument
        and the remedy
-  3    verify: nothing was checked, because the file is not an opacus_pi file or has
-       no checksum
+  3    verify: nothing was checked, because the file is not an opacus_pi file, has no
+       checksum or is too large
   130  interrupted
 
 a first session:
@@ -645,12 +645,12 @@ Recognise the kind of a file from its content, and check that it is complete and
 unedited. In a deletion log, every entry's hash and its link to the entry before are
 checked. The links cannot show that the last entries were removed: keep the hash of the
 last entry (the head) elsewhere and pass it as HEAD. Ledgers, Gram ledgers, oracles,
-traces, recorded or unlearned weights and the ledger in a checkpoint have a checksum.
-Reports, guarantees and records of runs have none: make them again from the ledger. A
-checksum finds damage and careless edits; it is not a signature.
+traces, guarantees, recorded or unlearned weights and the ledger in a checkpoint have a
+checksum. Reports, records of runs and answers have none: make them again and compare.
+A checksum finds damage and careless edits; it is not a signature.
 
-Exit code 0: verified. 1: damaged or edited. 2: bad arguments, or no such file.
-3: not checked, because it is not an opacus_pi file or has no checksum.""",
+Exit code 0: verified. 1: damaged or edited. 2: bad arguments, or no such file. 3: not
+checked: it is not an opacus_pi file, has no checksum or is too large.""",
         examples="""\
   opacus-pi verify ledger.safetensors
   opacus-pi verify deletions.db

@@ -26,10 +26,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.cli.errors import one_line
 from opacus_pi.files.arrays_file import named_kind
 from opacus_pi.files.checksummed_state import verified_state
-from opacus_pi.files.kinds import KINDS, LOG_EXPORT, TRACE, kind_in
+from opacus_pi.files.kinds import GUARANTEE, KINDS, LOG_EXPORT, TRACE, kind_in
 from opacus_pi.files.torch_file import (
     OtherObjects,
     read_torch_file,
@@ -57,14 +58,19 @@ _MAX_HEADER = 100_000_000  # bytes of a header that safetensors reads
 _MAX_TEXT = 1 << 28  # bytes of a text, JSON or old log that are read at once
 
 
+class CannotBeCheckedError(Exception):
+    """A file cannot be checked here, whether or not it is whole."""
+
+
 @dataclass(frozen=True)
 class Recognised:
     """The kind of a file, and the function that checks it.
 
     Args:
         description: The name of its kind if the file can be checked, else a few words.
-        check: Raises ``ValueError`` if the file is damaged or edited, and returns
-            further facts; None if nothing in the file can be checked.
+        check: Raises ``ValueError`` if the file is damaged or edited,
+            ``CannotBeCheckedError`` if it cannot be read here, and returns further
+            facts; None if nothing in the file can be checked.
         ours: Whether opacus_pi wrote the file.
         reason: Why the file cannot be checked, if that is known.
     """
@@ -152,9 +158,8 @@ def _chain(
 def _within_limit(path: Path, check: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Run a check that reads a whole file, unless the file is too large for that."""
     if (size := path.stat().st_size) > _MAX_TEXT:
-        raise ValueError(
-            f"{path.name} has {size} bytes, too many to be checked. An unlearning "
-            f"trace or a deletion log in JSON may have at most {_MAX_TEXT} bytes"
+        raise CannotBeCheckedError(
+            f"it has {size} bytes, and a text or JSON is read up to {_MAX_TEXT} bytes"
         )
     return check()
 
@@ -281,17 +286,25 @@ def _text(path: Path, start: bytes) -> Recognised:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return Recognised("data of an unknown kind" if b"\0" in start else "a text")
-    return _json(content)
+    return _json(path, content)
 
 
-def _json(content: Any) -> Recognised:
-    """Recognise JSON that has no checksum.
+def _json(path: Path, content: Any) -> Recognised:
+    """Recognise JSON. Only a guarantee has a checksum, from its second version on.
 
     Args:
+        path: The file.
         content: The parsed file. Its entry ``format`` names the kind, except in records
             of unlearning runs, which are known by their entries.
     """
     form = content.get("format") if isinstance(content, dict) else None
+    if form == f"{GUARANTEE.name}.v{GUARANTEE.version}":
+
+        def check() -> dict[str, Any]:
+            Guarantee.from_json(path.read_text(encoding="utf-8"))
+            return {}
+
+        return Recognised(GUARANTEE.words, check, ours=True)
     if kind := kind_in(json.dumps({"format": form}).encode()):
         return Recognised(kind.words, ours=True)
     if isinstance(content, dict) and {"method", "forget_indices"} <= set(content):

@@ -18,7 +18,14 @@ from opacus_pi.cli.errors import (
     one_line,
 )
 from opacus_pi.cli.output import answer
-from opacus_pi.cli.recognition import EXPORT, LOG, OLD_LOG, Recognised, recognise
+from opacus_pi.cli.recognition import (
+    EXPORT,
+    LOG,
+    OLD_LOG,
+    CannotBeCheckedError,
+    Recognised,
+    recognise,
+)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -65,13 +72,16 @@ def _checked(found: Recognised) -> dict[str, Any]:
     """
     if found.check is None:
         reason = found.reason or (
-            "it has no checksum; make it again from the ledger"
+            "it has no checksum; make it again and compare the two"
             if found.ours
             else "it is not an opacus_pi file"
         )
         return {"verified": None, "reason": reason}
     try:
         return {"verified": True, **found.check()}
+    except (CannotBeCheckedError, MemoryError) as error:
+        reason = one_line(error) or "there is not enough memory to read it"
+        return {"verified": None, "reason": reason}
     except ValueError as error:
         return {"verified": False, "reason": one_line(error)}
 

@@ -282,9 +282,10 @@ def claim(
         *_broken_links(runs),
     ]
     described = (
-        f"{method} (compared with a model that was trained without the set, with the "
-        "same schedule, sample rate and denominator, and then fine-tuned in the same "
-        "way)"
+        f"{method} (compared with a model that was trained without the set in the "
+        "same way: as many updates, each other example drawn with the same "
+        "probability, sums of gradients divided by the same number; and then "
+        "fine-tuned in the same way)"
     )
     clipped = bool(runs) and every_gradient_clipped(runs).met
     if runs and not clipped:

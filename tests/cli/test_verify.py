@@ -206,8 +206,6 @@ def test_weights_of_torch_are_not_checked(answer_of):
 def test_our_files_without_a_checksum(run, answer_of, project, tmp_path):
     words = ("report", "--ledger", "ledger.safetensors", "--out", tmp_path / "r.html")
     assert run(*words)[0] == 0
-    guarantee = Guarantee("nothing", ())
-    (tmp_path / "guarantee.json").write_text(guarantee.to_json())
     assert (
         run(
             "plan", "ledger.safetensors", "--forget", "3", "--out", tmp_path / "p.json"
@@ -218,13 +216,35 @@ def test_our_files_without_a_checksum(run, answer_of, project, tmp_path):
     for name, kind in {
         "r.html": "a report's page",
         "r.json": "the JSON of a report",
-        "guarantee.json": "a guarantee",
         "p.json": "an answer of opacus-pi",
         "record.json": "the record of an unlearning run",
     }.items():
         code, found = answer_of(tmp_path / name)
         assert (code, found["kind"]) == (NOTHING_TO_CHECK, kind)
         assert "no checksum" in found["reason"]
+
+
+def test_a_guarantee_has_a_checksum(answer_of, tmp_path):
+    path = tmp_path / "guarantee.json"
+    whole = Guarantee("plain words", ()).to_json()
+    path.write_text(whole)
+    assert answer_of(path)[0] == 0 and answer_of(path)[1]["kind"] == "a guarantee"
+    path.write_text(whole.replace("plain words", "other words"))
+    code, found = answer_of(path)
+    assert code == 1 and "The text was edited" in found["reason"]
+    old = {**json.loads(whole), "format": "opacus_pi.Guarantee.v1"}
+    path.write_text(json.dumps(old))
+    code, found = answer_of(path)
+    assert code == 3 and "no checksum" in found["reason"]
+
+
+def test_a_trace_that_is_too_large_is_not_called_damaged(answer_of, tmp_path):
+    path = tmp_path / "trace.json"
+    UnlearningTrace([0.0], {"a": [1.0]}).save(path)
+    os.truncate(path, (1 << 28) + 1)  # sparse: it takes no space on the disk
+    code, found = answer_of(path)
+    assert code == 3 and found["verified"] is None
+    assert "a text or JSON is read up to 268435456 bytes" in found["reason"]
 
 
 def test_a_lock_is_no_record_but_an_emptied_record_is_noticed(run, tmp_path):
@@ -310,7 +330,7 @@ def test_large_files_of_no_kind_are_not_read(answer_of, tmp_path):
         file.write(b'{"body":')
         file.truncate(1 << 40)
     code, found = answer_of(tmp_path / "old.jsonl")
-    assert code == 1 and "may have at most" in found["reason"]
+    assert code == 3 and "a text or JSON is read up to" in found["reason"]
 
 
 def test_a_state_that_seems_larger_than_it_is(answer_of, tmp_path):

@@ -126,7 +126,7 @@ def test_salun_changes_the_salient_weights_only(kept):
     def decaying(params):
         return sgd(params, momentum=0.9, weight_decay=0.1)
 
-    model, _ = run(SalUn(kept=kept), retain, forget, 3, net(), decaying)
+    model, _ = run(SalUn(salient_share=kept), retain, forget, 3, net(), decaying)
     everywhere, _ = run(RandomLabels(), retain, forget, 1, net())
     moved = 0
     for a, b, g in zip(model.parameters(), start.parameters(), grads, strict=True):
@@ -134,7 +134,7 @@ def test_salun_changes_the_salient_weights_only(kept):
         assert torch.equal(a[~mask], b[~mask])
         moved += (a != b).sum().item()
     assert moved == num_kept
-    one_step, _ = run(SalUn(kept=kept), retain, forget, 1, net())
+    one_step, _ = run(SalUn(salient_share=kept), retain, forget, 1, net())
     for a, b, c, g in zip(
         one_step.parameters(),
         start.parameters(),
@@ -148,7 +148,7 @@ def test_salun_changes_the_salient_weights_only(kept):
 
 def test_salun_of_everything_is_random_labels():
     retain, forget = [batch(5, 1)], [batch(3, 3)]
-    first, _ = run(SalUn(kept=1.0), retain, forget, 4)
+    first, _ = run(SalUn(salient_share=1.0), retain, forget, 4)
     second, _ = run(RandomLabels(), retain, forget, 4)
     assert same(first, second)
 
@@ -274,8 +274,8 @@ def test_an_empty_forget_loader_is_refused():
     [
         (lambda: NegGradPlus(1.1), "retain_weight must .*got 1.1"),
         (lambda: RandomLabels(-1.0), "retain_weight must .*got -1"),
-        (lambda: SalUn(kept=0.0), "kept must .*got 0"),
-        (lambda: SalUn(kept=1.5), "kept must .*got 1.5"),
+        (lambda: SalUn(salient_share=0.0), "salient_share must .*got 0"),
+        (lambda: SalUn(salient_share=1.5), "salient_share must .*got 1.5"),
         (lambda: SCRUB(temperature=0.0), "temperature must .*got 0"),
         (lambda: SCRUB(kl_weight=-1.0), "kl_weight must .*got -1"),
         (lambda: SSD(selection_weight=0.0), "selection_weight must .*got 0"),

@@ -17,25 +17,26 @@ class SalUn(RandomLabels):
     """``RandomLabels`` on the weights that are salient for the forget set; others stay.
 
     θ = m ⊙ (θ₀ + Δ) + (1 - m) ⊙ θ₀ with m = 1[|∇L_forget(θ₀)| ≥ γ], where γ is such
-    that m is 1 for the part ``kept`` of all weights; the gradient is of the forget
-    set's mean loss, in evaluation mode.
+    that m is 1 for the share ``salient_share`` of all weights; the gradient is of the
+    forget set's mean loss, in evaluation mode.
 
     Args:
         retain_weight: α of ``RandomLabels``.
-        kept: Part of the weights that may change, in (0, 1]; the paper's is 0.5.
+        salient_share: Share of the weights that count as salient and may change, in
+            (0, 1]; the paper's is 0.5.
 
     Source: Fan et al. 2024 (arXiv:2310.12508), equations 3-5.
     """
 
-    kept: float = 0.5
+    salient_share: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(kept=self.kept, remedy="Pass a share above 0.")
+        positive(salient_share=self.salient_share, remedy="Pass a share above 0.")
         in_range(
             0,
             1,
-            kept=self.kept,
+            salient_share=self.salient_share,
             remedy="Pass a share of at most 1; with 1 all weights are trained.",
         )
 
@@ -54,11 +55,11 @@ class SalUn(RandomLabels):
         """
         params = trainable(task.model)
         salience = torch.cat([g.abs().flatten() for g in mean_gradient(task, params)])
-        num_kept = max(1, round(self.kept * salience.numel()))
-        threshold = salience.topk(num_kept).values[-1]
+        num_salient = max(1, round(self.salient_share * salience.numel()))
+        threshold = salience.topk(num_salient).values[-1]
         masks = [m.view_as(p) for m, p in _split(salience >= threshold, params)]
         start = tuple(p.detach().clone() for p in params)
-        return _SalUnRun(self.retain_weight, self.kept, tuple(masks), start)
+        return _SalUnRun(self.retain_weight, self.salient_share, tuple(masks), start)
 
 
 @dataclass(frozen=True, eq=False)
