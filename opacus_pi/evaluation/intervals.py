@@ -4,6 +4,7 @@
 ConfidenceInterval(estimate=2.0, low=-0.484..., high=4.484...)
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -129,6 +130,7 @@ def epsilon_interval(
     return ConfidenceInterval(shown, low, high)
 
 
+@lru_cache(maxsize=4096)
 def _rate_and_limits(
     errors: int, total: int, tail: float
 ) -> tuple[float, float, float]:

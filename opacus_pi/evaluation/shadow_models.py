@@ -27,7 +27,7 @@ from opacus_pi.evaluation.intervals import ConfidenceInterval, epsilon_interval
 __all__ = ["ULira", "klom", "u_lira"]
 
 Array = NDArray[np.float64]
-_EXAMPLES_AT_ONCE = 2048  # limits the memory of the attack
+_EXAMPLES_AT_ONCE = 512  # limits the memory; few, so that the caches hold a block
 _SMALLEST_STD = 1e-6  # of a fitted normal distribution
 _LARGEST_MARGIN = 100.0  # KLOM clips margins to +- this
 _SMALLEST_FRACTION = 1e-5  # KLOM replaces smaller fractions of retrained models
@@ -75,7 +75,9 @@ class ULira:
         sizes = len(self.retrained), len(self.unlearned)
         counts = np.stack([false_positives, false_negatives], axis=1)
         # Many examples have the same counts: few intervals have to be computed.
-        distinct, places = np.unique(counts, axis=0, return_inverse=True)
+        codes = counts[:, 0] * (sizes[1] + 1) + counts[:, 1]
+        _, first, places = np.unique(codes, return_index=True, return_inverse=True)
+        distinct = counts[first]
         intervals = [
             epsilon_interval(
                 int(fp), sizes[0], int(fn), sizes[1], delta=delta, confidence=confidence
@@ -120,14 +122,51 @@ def u_lira(unlearned_margins: ArrayLike, oracle_margins: ArrayLike) -> ULira:
     found = ULira(np.empty(unlearned.shape), np.empty(oracle.shape))
     for start in range(0, unlearned.shape[1], _EXAMPLES_AT_ONCE):
         part = slice(start, start + _EXAMPLES_AT_ONCE)
-        first, second = unlearned[:, part], oracle[:, part]
-        found.unlearned[:, part] = _ratios(first, first, second, sign=1)
-        found.retrained[:, part] = _ratios(second, second, first, sign=-1)
+        first, second = _Side.of(unlearned[:, part]), _Side.of(oracle[:, part])
+        _write_ratios(found.unlearned[:, part], first, second, sign=1)
+        _write_ratios(found.retrained[:, part], second, first, sign=-1)
     return found
 
 
-def _ratios(judged: Array, own: Array, other: Array, sign: int) -> Array:
-    """Return log likelihoods under the own side minus those under the other side.
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """Margins of one side, with the moments of each column without row i, for every i.
+
+    The moments are updated from the sums over all rows, so the cost is that of one pass
+    and not of n passes. The values are centred first, which avoids cancellation.
+
+    Args:
+        centre: Mean of each column, ``(m,)``.
+        moved: Margins minus the centre, ``(k, m)``.
+        variances: Variance of each column without row i, ``(k, m)``. At least 1e-12: a
+            smaller one would make the density infinite where all models agree.
+        log_variances: Their logarithms.
+    """
+
+    centre: Array
+    moved: Array
+    variances: Array
+    log_variances: Array
+
+    @classmethod
+    def of(cls, values: Array) -> "_Side":
+        """Return the moments of margins ``(k, m)``, k at least 3."""
+        n = len(values) - 1
+        centre = values.mean(axis=0)
+        moved = values - centre
+        # Without row i the mean moves by -moved/n, and the sum of squares around it
+        # falls by moved^2 (1 + 1/n).
+        variances = moved**2
+        total = variances.sum(axis=0)
+        variances *= -(n + 1) / n
+        variances += total
+        variances /= n - 1
+        np.maximum(variances, _SMALLEST_STD**2, out=variances)
+        return cls(centre, moved, variances, np.log(variances))
+
+
+def _write_ratios(out: Array, own: _Side, other: _Side, sign: int) -> None:
+    """Write log likelihoods under the own side minus those under the other side.
 
     Both sides leave out one model: the judged model, and a partner on the other side.
     If only the judged model were left out, its own side would be estimated from fewer
@@ -135,57 +174,35 @@ def _ratios(judged: Array, own: Array, other: Array, sign: int) -> Array:
     unlearning.
 
     Args:
-        judged: Margins of the models to judge, ``(k, m)``.
-        own: Margins of the side they belong to.
-        other: Margins of the other side, ``(j, m)``.
+        out: Where to write, ``(k, m)``.
+        own: The side of the judged models.
+        other: The other side.
         sign: 1 if the own side is that of unlearned models, else -1: the result is
             always positive for models that look unlearned.
     """
-    partner = np.arange(len(judged)) % len(other)
-    difference = _log_density(judged, *_without_each(own)) - _log_density(
-        judged, *(moment[partner] for moment in _without_each(other))
-    )
-    return sign * difference
-
-
-def _without_each(values: Array) -> tuple[Array, Array]:
-    """Return mean and standard deviation of each column without row i, for every i.
-
-    Both are updated from the sums over all rows, so the cost is that of one pass and
-    not of n passes. The values are centred first, which avoids cancellation.
-
-    Args:
-        values: ``(k, m)``, k at least 3.
-
-    Returns:
-        Two arrays ``(k, m)``. Standard deviations are at least 1e-6: a smaller one
-        would make the density infinite where all models agree.
-    """
-    n = len(values) - 1
-    centre = values.mean(axis=0)
-    moved = values - centre
-    mean = -moved / n
-    second = (moved**2).sum(axis=0) - moved**2 - n * mean**2
-    std = np.sqrt(np.maximum(second, 0) / (n - 1))
-    return centre + mean, np.maximum(std, _SMALLEST_STD)
-
-
-def _log_density(values: Array, mean: Array, std: Array) -> Array:
-    """Return the log density of a normal distribution, up to a constant.
-
-    The constant is the same for both sides and cancels in their ratio.
-
-    Args:
-        values: Margins, ``(k, m)``.
-        mean: Means, one for each margin, ``(k, m)``.
-        std: Standard deviations, ``(k, m)``.
-    """
-    return -np.log(std) - ((values - mean) / std) ** 2 / 2
+    n = len(own.moved) - 1
+    left = len(other.moved) - 1
+    shift = own.centre - other.centre
+    for i, row in enumerate(out):
+        j = i % len(other.moved)
+        # The margin minus the mean without the partner, then without itself.
+        distance = own.moved[i] + shift + other.moved[j] / left
+        np.square(distance, out=distance)
+        distance /= other.variances[j]
+        np.multiply(own.moved[i], (n + 1) / n, out=row)
+        np.square(row, out=row)
+        row /= own.variances[i]
+        np.subtract(distance, row, out=row)
+        row += other.log_variances[j]
+        row -= own.log_variances[i]
+        row *= sign / 2
 
 
 def _positive(ratios: Array) -> Array:
     """Return the fraction of models taken for unlearned; ties count as one half."""
-    result: Array = ((np.sign(ratios) + 1) / 2).mean(axis=0)
+    above = (ratios > 0).sum(axis=0)
+    ties = (ratios == 0).sum(axis=0)
+    result: Array = (above + ties / 2) / len(ratios)
     return result
 
 
