@@ -351,3 +351,20 @@ def test_a_result_without_a_ledger_is_known_by_its_weights(tmp_path):
     foreign = make_ledger(weights=f"sha256:{0:064}")
     with pytest.raises(ValueError, match="which left weights with the hash sha256:"):
         write_report(tmp_path / "r.html", ledger=foreign, result=result)
+
+
+def test_many_examples_are_rounded_up_and_the_page_says_so(tmp_path):
+    norms = np.random.default_rng(0).lognormal(-1, 1, (1, 16_500))
+    mechanism = NoisySGD(10, sample_rate=0.1, noise_std=2.0, max_grad_norm=1.0)
+    ledger = GradNormLedger(mechanism, steps=[10], grad_norms=norms)
+    write_report(tmp_path / "many.html", ledger=ledger, order=4)
+    page = Page((tmp_path / "many.html").read_text())
+    assert "rounded up, by at most 0.1 % of their value" in page.text
+    scores = score(ledger, order=4)
+    few = np.arange(0, 16_500, 500)
+    exact = privacy_losses(ledger.subset(few), 4), epsilons(ledger.subset(few), 1e-5)
+    for found, true in zip((scores.losses, scores.epsilons), exact, strict=True):
+        assert (found[few] >= true * (1 - 1e-9)).all()
+        assert (found[few] <= true * 1.001).all()
+    write_report(tmp_path / "exact.html", ledger=ledger.subset(few))
+    assert "rounded up" not in Page((tmp_path / "exact.html").read_text()).text

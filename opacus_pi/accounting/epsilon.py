@@ -13,7 +13,7 @@ only make epsilon larger.
 epsilon follows from them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -35,7 +35,11 @@ from opacus_pi.accounting.losses import (
     worst_case_loss,
 )
 from opacus_pi.accounting.tabled_losses import TabledLosses, can_be_tabled
-from opacus_pi.ledger.grad_norm_ledger import filled_by_rank, runs_of
+from opacus_pi.ledger.grad_norm_ledger import (
+    GradNormLedger,
+    filled_by_rank,
+    runs_of,
+)
 
 Array = NDArray[np.float64]
 
@@ -88,8 +92,7 @@ def epsilons(
     offsets = epsilon_offset(choices, delta)
     runs = runs_of(ledger)
     if tolerance is None:
-        many = len(runs) == 1 and runs[0].grad_norms.size > _FEW
-        tolerance = DEFAULT_TOLERANCE if many else 0.0
+        tolerance = default_tolerance(runs)
     if gaps == "rank":  # needs the ranks among all examples
         runs = tuple(filled_by_rank(run) for run in runs)
     of_block = partial(norms_of_runs, runs, tolerance=tolerance, gaps=gaps)
@@ -104,6 +107,19 @@ def epsilons(
     limit = float((np.array(worst) + offsets).min())
     result: Array = np.clip(np.concatenate(blocks), 0, max(limit, 0.0))
     return result
+
+
+def default_tolerance(runs: Sequence[GradNormLedger]) -> float:
+    """Return the tolerance of ``epsilons`` for these runs if none is given.
+
+    Args:
+        runs: What ``runs_of`` returns.
+
+    Returns:
+        1e-3 for a run with more than 16,384 norms (rows times examples), else 0.
+    """
+    many = len(runs) == 1 and runs[0].grad_norms.size > _FEW
+    return DEFAULT_TOLERANCE if many else 0.0
 
 
 def _search_in(

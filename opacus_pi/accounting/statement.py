@@ -27,10 +27,8 @@ from opacus_pi.accounting.conversion import check_delta
 from opacus_pi.accounting.epsilon import epsilons
 from opacus_pi.accounting.guarantee import Assumption, rounded_up
 from opacus_pi.accounting.training_bound import (
-    declarations,
-    every_gradient_clipped,
     noise_added,
-    sampling_known,
+    training_assumptions,
     training_epsilon,
 )
 from opacus_pi.accounting.uncertainty import epsilon_limits_of_draws
@@ -223,12 +221,7 @@ def privacy_statement(
         float(delta),
         epsilon,
         worst,
-        (
-            noisy,
-            every_gradient_clipped(runs),
-            sampling_known(runs),
-            *declarations(runs),
-        ),
+        training_assumptions(runs),
         "" if epsilon is None else _estimated_from(runs),
         limit,
     )

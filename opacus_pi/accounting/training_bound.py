@@ -47,6 +47,7 @@ __all__ = [
     "every_gradient_clipped",
     "noise_added",
     "sampling_known",
+    "training_assumptions",
     "training_epsilon",
     "unpredictable_noise",
     "worst_case_curve",
@@ -122,6 +123,20 @@ def training_epsilon(
     """
     curve = worst_case_curve(joint_mechanism(runs), group_size, steps=runs[0].steps)
     return float(rdp_to_epsilon(curve.divergences, curve.orders, delta))
+
+
+def training_assumptions(runs: Sequence[GradNormLedger]) -> tuple[Assumption, ...]:
+    """Return the assumptions of ``training_epsilon``, met or not.
+
+    Args:
+        runs: Recorded runs of one training procedure, at least one.
+    """
+    return (
+        noise_added(runs),
+        every_gradient_clipped(runs),
+        sampling_known(runs),
+        *declarations(runs),
+    )
 
 
 def noise_added(runs: Sequence[GradNormLedger]) -> Assumption:

@@ -243,10 +243,10 @@ DELTA = option("--delta", "X", "δ of every ε", probability, 1e-5)
 TOLERANCE = option(
     "--tolerance",
     "X",
-    "let losses come out too large, by this relative error at most, to save time: "
-    "1e-3 is faster with 30,000 examples or more",
+    "let losses and ε come out too large, by this relative error at most, to save "
+    "time; default: 1e-3 for a run with more than 16,384 norms (rows times "
+    "examples), else 0, which is exact",
     float,
-    0.0,
 )
 TOP = partial(option, "--top", "N", "number of hardest examples to list", whole_number)
 BATCH_SIZE = option("--batch-size", "N", "examples in a batch", whole_number, 64)

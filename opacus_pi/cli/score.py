@@ -96,7 +96,19 @@ def _headline(scores: Scores) -> str:
     return (
         f"{about}, ε at δ = {scores.delta:g} (estimates).\n"
         f"Worst case (bound for any example): loss {rounded_up(scores.worst_case_loss)}"
-        f", ε {rounded_up(scores.worst_case_epsilon)}." + _not_checked(scores)
+        f", ε {rounded_up(scores.worst_case_epsilon)}."
+        + _rounding(scores)
+        + _not_checked(scores)
+    )
+
+
+def _rounding(scores: Scores) -> str:
+    """Return a line that says by how much the estimates may be rounded up."""
+    if not scores.tolerance:
+        return ""
+    return (
+        "\nTo save time, losses and ε of the examples are rounded up by at most "
+        f"{100 * scores.tolerance:g} % (--tolerance 0: not rounded)."
     )
 
 

@@ -53,6 +53,7 @@ __all__ = ["PredictedScores", "SmoothedRanks", "sampling_step"]
 Array = NDArray[np.float64]
 _MAX_EXAMPLES = 1 << 14  # the distribution is fitted to so many; more change little
 _TIME_SCALES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 1e6)  # shares of the training
+_AT_ONCE = 2048  # examples predicted at a time: what the caches hold
 _NUM_LEVELS, _NUM_TIMES = 6, 5  # cells in which the spread is calibrated
 _PRIOR_DRAWS = 50.0  # weight of the model's own spread in each cell, in draws
 _LARGEST_SHARE = 0.95  # of the variance; the slow part has at most this
@@ -165,6 +166,16 @@ class SmoothedRanks:
             rows: ``(N, m)``, raw norms of any examples of the run, NaN where not drawn.
         """
         norms = np.asarray(rows, dtype=np.float32)
+        parts = np.empty((3, *norms.shape), np.float32)
+        for start in range(0, norms.shape[1], _AT_ONCE):
+            block = slice(start, start + _AT_ONCE)
+            self._predict_into(parts[:, :, block], norms[:, block])
+        return PredictedScores(*parts)
+
+    def _predict_into(
+        self, parts: NDArray[np.float32], norms: NDArray[np.float32]
+    ) -> None:
+        """Write mean, spread, and spread of the slow part, ``(3, N, m)``."""
         scores = np.stack(
             [
                 _scores(row, log)
@@ -176,8 +187,8 @@ class SmoothedRanks:
         gain = np.where(drawn, variance / (variance + self.noise), 0.0)
         mean = others + gain * np.where(drawn, scores - others, 0.0)
         slow, scale = variance * (1 - gain), self._scale_at(mean)
-        parts = mean, np.sqrt((slow + self.noise) * scale), np.sqrt(slow * scale)
-        return PredictedScores(*(part.astype(np.float32) for part in parts))
+        parts[0], parts[2] = mean, np.sqrt(slow * scale)
+        parts[1] = np.sqrt((slow + self.noise) * scale)
 
     def norms_at(self, row: int, scores: Array) -> Array:
         """Return the norms at which a row's norms have given normal scores.

@@ -28,11 +28,13 @@ from opacus_pi.accounting import (
     GradNormLedger,
     epsilons,
     privacy_losses,
-    privacy_statement,
     worst_case_loss,
 )
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
+from opacus_pi.accounting.conversion import check_delta
+from opacus_pi.accounting.epsilon import default_tolerance
 from opacus_pi.accounting.guarantee import Assumption
+from opacus_pi.accounting.training_bound import training_assumptions, training_epsilon
 from opacus_pi.difficulty.forget_sets import difficulty_strata, num_at_top, ranking
 from opacus_pi.ledger.custody import Link, unchecked_in
 from opacus_pi.ledger.grad_norm_ledger import runs_of
@@ -66,6 +68,7 @@ class Scores(Shown):
         assumptions: The assumptions of ε, met or not.
         unchecked_links: The links of the chain of custody that were not checked,
             although the numbers depend on them.
+        tolerance: By how much losses and epsilons may be rounded up, relative.
     """
 
     _note: ClassVar[str] = "sensitive: it shows which examples are unusual"
@@ -79,6 +82,7 @@ class Scores(Shown):
     worst_case_epsilon: float
     assumptions: tuple[Assumption, ...]
     unchecked_links: tuple[Link, ...] = ()
+    tolerance: float = 0.0
 
     def _shown(self) -> dict[str, Any]:
         return {
@@ -195,6 +199,7 @@ class Scores(Shown):
             "order": self.order,
             "delta": self.delta,
             "ranking_only": self.ranking_only,
+            "tolerance": self.tolerance,
             "worst_case_loss": self.worst_case_loss,
             "worst_case_epsilon": self.worst_case_epsilon,
             "num_at_bound": self.num_at_bound,
@@ -228,7 +233,7 @@ def score(
     *,
     order: float = 8.0,
     delta: float = 1e-5,
-    tolerance: float = 0.0,
+    tolerance: float | None = None,
 ) -> Scores:
     """Compute losses, epsilons and worst case of a recorded training run.
 
@@ -236,9 +241,9 @@ def score(
         ledger: One run, or several independent runs of one training procedure.
         order: Rényi order of the losses, above 1.
         delta: δ of the epsilons, in (0, 1).
-        tolerance: Largest relative error of a loss, always upwards. 0 computes without
-            rounding. For a single run, values from 1e-8 on are many times faster with
-            30,000 examples or more.
+        tolerance: Largest relative error of a loss or ε, always upwards; 0 computes
+            without rounding. Default: that of ``epsilons``, which is 1e-3 for a single
+            run with more than 16,384 norms (rows times examples), else 0.
 
     Returns:
         The numbers, which are as sensitive as the ledger.
@@ -247,14 +252,17 @@ def score(
         ValueError: If an argument is outside its domain, if the ledger has no
             examples, or if it has no noise, not even an assumed one.
     """
+    check_delta(delta)
     runs = list(runs_of(ledger))
     positive(
         num_examples=runs[0].num_examples, remedy="Pass a ledger that has examples."
     )
     ids = runs[0].example_ids
     ids = np.arange(runs[0].num_examples) if ids is None else ids
+    if tolerance is None:
+        tolerance = default_tolerance(runs)
     losses = privacy_losses(runs, order, tolerance=tolerance)
-    statement = privacy_statement(runs, ids[[np.argmax(losses)]], delta)
+    assumptions = training_assumptions(runs)
     mechanism = runs[0].mechanism
     ranks = has_assumed_noise(runs)
     return Scores(
@@ -266,8 +274,11 @@ def score(
         worst_case_loss=math.inf
         if mechanism.assumed_noise
         else worst_case_loss(mechanism, order, steps=runs[0].steps),
-        worst_case_epsilon=statement.worst_case,
-        assumptions=statement.assumptions,
+        worst_case_epsilon=training_epsilon(runs, 1, delta)
+        if assumptions[0].met
+        else math.inf,
+        assumptions=assumptions,
+        tolerance=tolerance,
         unchecked_links=unchecked_in([run.custody for run in runs]),
     )
 

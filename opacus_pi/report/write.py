@@ -37,7 +37,7 @@ def write_report(
     order: float = 8.0,
     delta: float = 1e-5,
     top: int = 20,
-    tolerance: float = 0.0,
+    tolerance: float | None = None,
     title: str = "Privacy and unlearning report",
 ) -> dict[str, Any]:
     """Write one self-contained HTML page, and a JSON file with the same facts.
@@ -58,7 +58,8 @@ def write_report(
         order: Rényi order of the losses, above 1.
         delta: δ of every ε, in (0, 1).
         top: Number of hardest examples to list, at least 0.
-        tolerance: Largest relative error of a loss, as in ``opacus_pi.report.score``.
+        tolerance: Largest relative error of a loss or ε, as in
+            ``opacus_pi.report.score``. Above 0 the page says it.
         title: Heading of the page.
 
     Returns:
