@@ -40,6 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
+from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect, require
 from opacus_pi.accounting.composition import (
     corrected_order,
@@ -51,7 +52,7 @@ from opacus_pi.accounting.composition import (
 )
 from opacus_pi.accounting.conversion import check_above_one
 from opacus_pi.accounting.group.gaussian_mixture import (
-    mixture_log_moment,
+    mixture_log_moments,
     operator_norm_law,
     scalar_law,
 )
@@ -69,7 +70,7 @@ METHODS = ("coupled", "scalar", "operator_norm", "theorem_b1")
 _UNRELIABLE = 0.01  # share of one sampled term above which a sum is not trusted
 _CHORD_NODES = 5  # real orders evaluated across one interval
 
-Moment = Callable[[NDArray[np.float64], float, float], float]
+Moments = Callable[[NDArray[np.float64], float, NDArray[np.float64]], ArrayLike]
 
 
 def group_divergence(
@@ -124,7 +125,7 @@ def group_divergence(
     runs = _runs(gram_ledger, "forget")
     p = _hoelder_p(hoelder_p, runs[0].mechanism.num_steps)
     shares: list[float] = []
-    moments = {
+    moments: dict[str, Moments] = {
         "coupled": _coupled(num_samples, generator, shares),
         "scalar": _scalar,
         "operator_norm": _operator_norm,
@@ -132,8 +133,8 @@ def group_divergence(
     if method != "coupled":
         moments = {method: moments[method]}
     totals = {
-        name: _compose(runs, order, p, rule, moment, whole=name == "coupled")
-        for name, moment in moments.items()
+        name: _compose(runs, order, p, rule, of_method, whole=name == "coupled")
+        for name, of_method in moments.items()
     }
     total = min(*totals.values(), _worst_case(runs[0], order))
     if total == totals.get("coupled") and max(shares, default=0.0) > _UNRELIABLE:
@@ -205,13 +206,13 @@ def _compose(
     order: float,
     p: float,
     rule: str,
-    moment: Moment,
+    moments: Moments,
     *,
     whole: bool,
 ) -> float:
     """Compose the group's log moments over all updates by Hölder's inequality.
 
-    ``whole`` says that the moment is defined at integer orders only.
+    ``whole`` says that the moments are defined at integer orders only.
     """
     mechanism = runs[0].mechanism
 
@@ -223,8 +224,8 @@ def _compose(
         rate = float(facts.sample_rate)
         nodes = _nodes(visited, whole and rate < 1)
         grams = [scaled_gram(run.grams[row], facts) for run in runs]
-        values = [[[moment(K, rate, a)] for K in grams] for a in nodes]
-        means = mean_over_runs(np.array(values), p)[:, 0]
+        values = np.array([moments(K, rate, nodes) for K in grams]).T
+        means = mean_over_runs(values[:, :, None], p)[:, 0]
         return np.asarray(linear_weights(order, p, remaining, nodes) @ means)
 
     parts = [
@@ -244,17 +245,22 @@ def _nodes(visited: NDArray[np.float64], whole: bool) -> NDArray[np.float64]:
 
 def _coupled(
     num_samples: int, generator: np.random.Generator | None, shares: list[float]
-) -> Moment:
-    """Return the coupled moment as a function; it appends each sum's largest share."""
+) -> Moments:
+    """Return the coupled moments as a function; it appends the sums' largest shares."""
 
-    def moment(K: NDArray[np.float64], rate: float, order: float) -> float:
-        found = coupled_log_moment(
-            K, rate, order, num_samples=num_samples, generator=generator
-        )
-        shares.append(found.largest_share)
-        return found.log_moment
+    def moments(
+        K: NDArray[np.float64], rate: float, orders: NDArray[np.float64]
+    ) -> list[float]:
+        found = [
+            coupled_log_moment(
+                K, rate, order, num_samples=num_samples, generator=generator
+            )
+            for order in orders
+        ]
+        shares.extend(one.largest_share for one in found)
+        return [one.log_moment for one in found]
 
-    return moment
+    return moments
 
 
 def _worst_case(run: GramLedger, order: float) -> float:
@@ -265,18 +271,22 @@ def _worst_case(run: GramLedger, order: float) -> float:
     return group_worst_case_loss(run.mechanism, size, order, steps=run.steps)
 
 
-def _scalar(K: NDArray[np.float64], rate: float, order: float) -> float:
-    """Return the log moment with all gradients taken as parallel."""
-    return mixture_log_moment(*scalar_law(np.sqrt(np.diag(K)), rate), order)
+def _scalar(
+    K: NDArray[np.float64], rate: float, orders: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the log moments with all gradients taken as parallel."""
+    return mixture_log_moments(*scalar_law(np.sqrt(np.diag(K)), rate), orders)
 
 
-def _operator_norm(K: NDArray[np.float64], rate: float, order: float) -> float:
-    """Return the log moment with every sum of k gradients of length √(λ_max·k)."""
+def _operator_norm(
+    K: NDArray[np.float64], rate: float, orders: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the log moments with every sum of k gradients of length √(λ_max·k)."""
     if len(K) == 0:
-        return 0.0
+        return np.zeros(len(orders))
     # The factor covers the rounding error of the eigenvalue.
     largest = max(0.0, float(np.linalg.eigvalsh(K)[-1])) * (1 + 1e-12)
-    return mixture_log_moment(*operator_norm_law(largest, len(K), rate), order)
+    return mixture_log_moments(*operator_norm_law(largest, len(K), rate), orders)
 
 
 def _hoelder_p(value: float | None, num_steps: int) -> float:

@@ -137,20 +137,71 @@ def mixture_log_moment(
         The log moment in nats, also where it is tiny or exceeds float64's range as a
         moment.
     """
+    return float(mixture_log_moments(lengths, log_weights, [order])[0])
+
+
+def mixture_log_moments(
+    lengths: ArrayLike, log_weights: ArrayLike, orders: ArrayLike
+) -> NDArray[np.float64]:
+    """Return what ``mixture_log_moment`` does, for several orders of one mixture.
+
+    Args:
+        lengths: a_j ≥ 0, ``(J,)``.
+        log_weights: ln w_j, ``(J,)``, of probabilities that sum to 1.
+        orders: α ≥ 1, ``(K,)``.
+
+    Returns:
+        The log moments in nats, float64 ``(K,)``.
+    """
     a, w = numbers("lengths", lengths), numbers("log_weights", log_weights)
     a, w = a[w > -math.inf], w[w > -math.inf]
-    if order <= 1 or not a.any():
-        return 0.0
+    powers = numbers("orders", orders)
+    if not a.any():
+        return np.zeros(len(powers))
     if len(a) == 1:
-        return order * (order - 1) / 2 * float(a[0]) ** 2
-    points, fine = _grid(a, w, order)
+        single: NDArray[np.float64] = powers * (powers - 1) / 2 * a[0] ** 2
+        return np.maximum(single, 0.0)
+    envelope = _envelope(a, w)
+    return np.array([_integrated(a, w, order, envelope) for order in powers.tolist()])
+
+
+def _integrated(
+    a: NDArray[np.float64], w: NDArray[np.float64], order: float, envelope: "_Envelope"
+) -> float:
+    """Return the log moment of a mixture with two or more lengths."""
+    if order <= 1:
+        return 0.0
+    points, fine = _grid(a, w, order, envelope)
     mean_psi = log_sum(_log_integrand(points, a, w, order) - math.log(2 * math.pi) / 2)
     excess = math.log(order - 1) + math.log(fine) + mean_psi
     return float(softplus(np.asarray(excess)))
 
 
+class _Envelope(NamedTuple):
+    """Largest of the terms ln w_j + a_j·z - a_j²/2 as a function of z.
+
+    Args:
+        slopes: Lengths of the terms that are the largest somewhere, ascending.
+        heights: Their values at z = 0.
+    """
+
+    slopes: NDArray[np.float64]
+    heights: NDArray[np.float64]
+
+    @property
+    def changes(self) -> NDArray[np.float64]:
+        """Where the largest term changes, ascending."""
+        return -np.diff(self.heights) / np.diff(self.slopes)
+
+    def at(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the largest term."""
+        place = np.searchsorted(self.changes, z)
+        largest: NDArray[np.float64] = self.heights[place] + self.slopes[place] * z
+        return largest
+
+
 def _grid(
-    a: NDArray[np.float64], w: NDArray[np.float64], order: float
+    a: NDArray[np.float64], w: NDArray[np.float64], order: float, envelope: _Envelope
 ) -> tuple[NDArray[np.float64], float]:
     """Return trapezoid points where the integrand matters, and their distance.
 
@@ -159,10 +210,10 @@ def _grid(
     """
     low, high = math.floor(-9 / _COARSE), math.ceil((order * a.max() + 9) / _COARSE)
     coarse = np.arange(low, high + 1)
-    height = _log_integrand(coarse * _COARSE, a, w, order)
+    height = _heights(coarse * _COARSE, a, w, order, envelope)
     kept = height > height.max() - _WINDOW
     kept = kept | np.roll(kept, 1) | np.roll(kept, -1)
-    places, jumps = _changes(a, w)
+    places, jumps = envelope.changes, np.diff(envelope.slopes)
     cells = np.clip(np.rint(places / _COARSE), low, high).astype(int) - low
     jump = jumps[kept[cells]].max(initial=0.1)
     shift = min(math.pi / (2 * jump), math.sqrt(2 * _DIGITS))
@@ -171,13 +222,34 @@ def _grid(
     return nodes.ravel() * (_COARSE / parts), _COARSE / parts
 
 
-def _changes(
-    a: NDArray[np.float64], w: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return where the largest term w·exp(a·z − a²/2) changes, and the jump of a.
+def _heights(
+    z: NDArray[np.float64],
+    a: NDArray[np.float64],
+    w: NDArray[np.float64],
+    order: float,
+    envelope: _Envelope,
+) -> NDArray[np.float64]:
+    """Return the logarithm of the integrand where it may matter, elsewhere -inf.
 
-    Their logarithms are lines in z: the largest terms form their upper envelope.
+    A large group's integrand covers a long range of z and matters in a small part of
+    it. A sum of J terms is at most J times the largest, so ψ ≤ max(1, (J·largest)^α /
+    min(1, α - 1)). Where this is below the window of the integrand at some points, the
+    integrand is so, too.
     """
+    largest = order * envelope.at(z)
+    guess = int(np.argmax(largest - z**2 / 2))
+    tried = (np.abs(z) <= 9) | (np.abs(np.arange(len(z)) - guess) <= 1)
+    height = np.full(len(z), -math.inf)
+    height[tried] = _log_integrand(z[tried], a, w, order)
+    most = largest + order * math.log(len(a)) - min(0.0, math.log(order - 1))
+    may_matter = np.maximum(most, 0) - z**2 / 2 > height.max() - _WINDOW - 1
+    may_matter &= ~tried
+    height[may_matter] = _log_integrand(z[may_matter], a, w, order)
+    return height
+
+
+def _envelope(a: NDArray[np.float64], w: NDArray[np.float64]) -> _Envelope:
+    """Return the largest terms w·exp(a·z − a²/2): their logarithms are lines in z."""
     level = w - a**2 / 2
     envelope: list[tuple[float, float]] = []
     ascending = np.lexsort((level, a))
@@ -189,9 +261,7 @@ def _changes(
         ):
             envelope.pop()
         envelope.append((slope, height))
-    slopes, heights = np.array(envelope).T
-    jumps = np.diff(slopes)
-    return -np.diff(heights) / jumps, jumps
+    return _Envelope(*np.array(envelope).T)
 
 
 def _is_below(envelope: list[tuple[float, float]], slope: float, height: float) -> bool:

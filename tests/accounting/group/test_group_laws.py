@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import logsumexp
 
 from opacus_pi.accounting import GradNormLedger, NoisySGD, log_moment, privacy_losses
 from opacus_pi.accounting.group.divergence import group_divergence
@@ -148,3 +149,24 @@ def test_more_noise_lowers_the_loss(seed, size, rate, order, method):
         divergence(group.with_noise_std(s), order, method=method) for s in (2.0, 3.0)
     ]
     assert found[1] <= SLACK * found[0]
+
+
+@pytest.mark.parametrize("scale", [0.003, 0.1, 2.0])
+@pytest.mark.parametrize("order", [1.5, 8.0])
+def test_the_moment_of_a_large_group_equals_a_sum_over_the_whole_line(scale, order):
+    """Of a large group the integrand matters in a small part of a long range."""
+    norms = scale * np.random.default_rng(0).lognormal(size=200)
+    a, w = scalar_law(norms, 0.02)
+    step = 0.05
+    z = np.arange(-12, order * a.max() + 12, step)
+    log_ratio = np.concatenate(
+        [logsumexp(np.outer(part, a) - a**2 / 2 + w, axis=1) for part in _parts(z)]
+    )
+    log_terms = order * log_ratio - z**2 / 2 - np.log(2 * np.pi) / 2
+    expected = logsumexp(log_terms) + np.log(step)
+    found = mixture_log_moment(a, w, order)
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def _parts(z):
+    return np.array_split(z, 1 + len(z) // 200)
