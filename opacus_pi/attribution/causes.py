@@ -32,6 +32,7 @@ __all__ = [
     "MIXED",
     "MIXED_IN_COLLATE",
     "MOVED_AND_CHANGED",
+    "MOVED_IN_DATA_SET",
     "NOT_DELIVERED",
     "NO_INDICES",
     "REPEATED",
@@ -167,6 +168,14 @@ ANOTHER_PASS = Cause(
     "the examples of the batch.",
     link="rows",
     is_said=False,  # a GAN's discriminator is trained like this, rightly
+)
+MOVED_IN_DATA_SET = Cause(
+    "the data set moves examples",
+    "unattributed",
+    "The data set returned for an index what it had returned for another index before, "
+    "so an index does not stand for one example. A data set that permutes itself "
+    "between epochs, or chooses at random what it returns, does this. Keep its order "
+    "fixed, and let the data loader shuffle or sample.",
 )
 # ------------------------------------------------------------------ the rows of a batch
 NO_INDICES = Cause(

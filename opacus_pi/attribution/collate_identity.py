@@ -44,6 +44,7 @@ from opacus_pi.attribution.causes import (
     MIXED_IN_COLLATE,
     Cause,
 )
+from opacus_pi.attribution.item_contents import MIN_ENTRIES, content_sums
 from opacus_pi.attribution.item_fingerprints import ItemFingerprints, fingerprint_items
 from opacus_pi.attribution.mixtures import OtherSamples, made_of_others
 from opacus_pi.attribution.samples import (
@@ -79,12 +80,15 @@ class CollateIdentity:
         notes: Causes that concern all samples.
         cause: Why samples match no item.
         has_more: Whether the batch has entries that its items do not have.
+        contents: int64 ``(n,)``: a checksum of the largest part of each item; None: the
+            samples of the batch are the items as they are, or too small.
     """
 
     items: NDArray[np.int64] | None = None
     notes: tuple[Cause, ...] = ()
     cause: Cause = CHANGED_IN_COLLATE
     has_more: bool = False
+    contents: NDArray[np.int64] | None = None
 
 
 BY_CONSTRUCTION = CollateIdentity()
@@ -129,7 +133,19 @@ class FollowingCollate:
         fingerprints = fingerprint_items(items)
         batch = self.collate_fn(items)
         with torch.no_grad():
-            return FollowedBatch(batch, follow(fingerprints, batch, self.batch_dim))
+            identity = follow(fingerprints, batch, self.batch_dim)
+        contents = _contents(fingerprints)
+        return FollowedBatch(batch, replace(identity, contents=contents))
+
+
+def _contents(items: ItemFingerprints) -> Indices | None:
+    """Return a checksum of the largest part of each item; None if it is too small."""
+    part = items.largest_part(MIN_ENTRIES)
+    if part is None:
+        return None
+    if (items.widths[:, part] == items.widths[0, part]).all():
+        return content_sums(items.entries[part])
+    return items.checksums_of(part)  # does not depend on the padding of the entries
 
 
 def keeps_order(collate_fn: Callable[..., Any] | None) -> bool:

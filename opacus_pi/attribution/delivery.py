@@ -9,8 +9,9 @@ from which delivery.
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from opacus_pi.attribution.causes import Cause
 from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
+from opacus_pi.attribution.item_contents import MIN_ENTRIES, content_sums
 from opacus_pi.attribution.lookalikes import Alike
 from opacus_pi.attribution.samples import DeliveredTensor, tensors_in
 
@@ -49,6 +51,7 @@ Indices = NDArray[np.int64]
 # for the device.
 _AUDIT_EVERY = 32
 _INT = frozenset({int})
+_WIDTH = attrgetter("width")
 _NO_CAUSES: Mapping[Cause, int] = MappingProxyType({})
 
 
@@ -204,6 +207,31 @@ class Delivery:
             and content.width == width > 1
             and not differ(width, content.checksums)
         ]
+
+    def contents(self) -> Indices | None:
+        """Return a checksum of the largest tensor of each sample, int64 ``(b,)``.
+
+        None is returned if it has very few entries, or is on an accelerator.
+        """
+        known = [t.content for t in self.tensors if t.content is not None]
+        largest = max(known, key=_WIDTH, default=None)
+        if largest is None or largest.width < MIN_ENTRIES or not largest.is_on_host:
+            return None
+        return content_sums(largest.entries)
+
+    def leave_unattributed(self, places: Indices, cause: Cause) -> None:
+        """Forget the indices of some samples.
+
+        Args:
+            places: Their positions.
+            cause: Why.
+        """
+        indices = list(self.indices or ())
+        for place in places.tolist():
+            indices[place] = UNATTRIBUTED
+        self.indices, self.are_distinct = indices, False
+        self.identity = replace(self.identity, cause=cause)
+        self.__dict__.pop("index_array", None)
 
     def use(self, *, is_recognised: bool) -> None:
         """Count a forward pass in training mode that was given this batch.

@@ -265,6 +265,11 @@ class DelayedChecksums:
         if self.width:
             self._entries = entries_looked_at(tensor, dim, self.width).clone()
 
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the entries can be read without waiting for an accelerator."""
+        return self.width > 0 and self._entries.is_cpu
+
     @cached_property
     def checksums(self) -> NDArray[np.int64]:
         """One checksum for each sample, int64 ``(b,)``.

@@ -55,6 +55,7 @@ from opacus_pi.attribution.causes import (
     INPUTS_DISAGREE,
     MIXED,
     MIXED_IN_COLLATE,
+    MOVED_IN_DATA_SET,
     NO_INDICES,
     REPEATED,
     TRUSTED,
@@ -71,6 +72,7 @@ from opacus_pi.attribution.delivery import (
 )
 from opacus_pi.attribution.evidence import assumed, recognised
 from opacus_pi.attribution.gradients import with_sizes
+from opacus_pi.attribution.item_contents import ItemContents
 from opacus_pi.attribution.lookalikes import OrderSoFar, alike_of, rows_of_all
 from opacus_pi.attribution.model_inputs import SharedRows
 from opacus_pi.attribution.samples import is_dense, tensors_in
@@ -147,6 +149,7 @@ class Tracker:
         self._pending: list[ForwardPass] = []
         self._bound: deque[weakref.ref[ForwardPass]] = deque(maxlen=_MAX_RECENT)
         self._shared_rows, self._order = SharedRows(), OrderSoFar()
+        self._contents = ItemContents()
         self._entered: list[Delivery] = []
         self._num_backward = 0
 
@@ -197,12 +200,40 @@ class Tracker:
             identity=identity,
         )
         self.has_additions |= identity.has_more
+        self._compare_contents(delivery)
         delivery.batch = _copy_of(batch) if self.keeps_batches else None
         delivery.loader_pass.num_unused += 1
         self._recent.appendleft(delivery)
         if len(self._recent) > _MAX_RECENT:
             self._recent.pop().release()
         return delivery
+
+    def _compare_contents(self, delivery: Delivery) -> None:
+        """Leave samples unattributed whose content another index had before.
+
+        Args:
+            delivery: The batch.
+        """
+        indices = delivery.index_array
+        if indices is None or not len(indices):
+            return
+        sums = delivery.identity.contents
+        if sums is not None:
+            order = delivery.identity.items
+            sums = sums if order is None else sums[order]
+        elif delivery.identity.items is None and not delivery.identity.notes:
+            sums = delivery.contents()
+        if sums is None or len(sums) != len(indices):
+            return
+        if not delivery.are_distinct:  # nearly always they are
+            known = indices >= 0
+            places = np.flatnonzero(known)
+            indices, sums = indices[known], sums[known]
+        else:
+            places = np.arange(len(indices))
+        moved = self._contents.moved(indices, sums)
+        if moved.any():
+            delivery.leave_unattributed(places[moved], MOVED_IN_DATA_SET)
 
     # ------------------------------------------------------- what the model reports
     def bind(self, inputs: Any) -> ForwardPass:

@@ -1,0 +1,91 @@
+"""Notice a data set that returns one example under different indices.
+
+A data set may permute itself between epochs, or choose at random what it returns. Then
+an index does not stand for one example, and what is recorded under it belongs to
+several. So a checksum of the content of each index is kept from the first time that it
+was delivered. If an index later has other content, this is looked up among the others.
+
+*Guarantee.* A sample is reported only if its index had other content before, and if
+exactly one other index had the content that it has now. A data set that changes its
+items at random (augmentation), or has equal items, is not reported. 16 bytes are kept
+for each example.
+
+*What breaks it.* Moved items that are also changed, items of fewer than four
+entries, and a data set that was permuted before a run was resumed. 32
+entries of an item are compared, of its largest tensor.
+
+>>> contents = ItemContents()
+>>> contents.moved(np.array([0, 1, 2]), np.array([11, 12, 13]))
+array([False, False, False])
+>>> contents.moved(np.array([1, 2]), np.array([11, 99]))
+array([ True, False])
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from opacus_pi.attribution.samples import checksums_of_entries
+
+__all__ = ["MIN_ENTRIES", "ItemContents", "content_sums"]
+
+Indices = NDArray[np.int64]
+MIN_ENTRIES = 4
+"""Entries of an item below which its content says nothing: many items are equal."""
+_NUM_ENTRIES = 32  # of an item that are compared: more would cost time in each update
+_GROWTH = 1.25  # of the number of known contents after which they are sorted again
+
+
+def content_sums(entries: NDArray[np.float32]) -> Indices:
+    """Compute a checksum of each row from 32 evenly spaced entries, int64 ``(b,)``.
+
+    Args:
+        entries: float32 ``(b, k)``.
+    """
+    step = max(1, entries.shape[1] // _NUM_ENTRIES)
+    chosen = entries[:, ::step][:, :_NUM_ENTRIES]
+    return checksums_of_entries(np.ascontiguousarray(chosen))
+
+
+class ItemContents:
+    """The checksum of each index of a data set when it was first delivered."""
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(0, np.int64)  # 0: not delivered yet
+        self._num_known = 0
+        self._unique = np.zeros(0, np.int64)  # sorted; exactly one index each
+        self._num_sorted = 0
+
+    def moved(self, indices: Indices, sums: Indices) -> NDArray[np.bool_]:
+        """Return which samples have the content that another index had before.
+
+        Args:
+            indices: Data-set indices of the samples, ``(b,)``, none negative.
+            sums: Checksums of their contents, ``(b,)``.
+
+        Returns:
+            bool ``(b,)``.
+        """
+        if len(indices) and indices.max() >= len(self._sums):
+            more = np.zeros(2 * int(indices.max()) + 64, np.int64)
+            more[: len(self._sums)] = self._sums
+            self._sums = more
+        own = self._sums[indices]
+        is_new = own == 0
+        if is_new.any():
+            self._sums[indices[is_new]] = sums[is_new]
+            self._num_known += int(np.count_nonzero(is_new))
+        moved: NDArray[np.bool_] = ~is_new & (own != sums)
+        if moved.any():
+            moved[moved] = self._are_known(sums[moved])
+        return moved
+
+    def _are_known(self, sums: Indices) -> NDArray[np.bool_]:
+        """Return which checksums exactly one index had."""
+        if self._num_known > _GROWTH * self._num_sorted:
+            known, counts = np.unique(self._sums[self._sums != 0], return_counts=True)
+            self._unique, self._num_sorted = known[counts == 1], self._num_known
+        if not len(self._unique):
+            return np.zeros(len(sums), np.bool_)
+        places = np.searchsorted(self._unique, sums).clip(max=len(self._unique) - 1)
+        found: NDArray[np.bool_] = self._unique[places] == sums
+        return found

@@ -1,0 +1,165 @@
+"""Data sets whose indices do not stand for one example each are found."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from opacus_pi import AccountingError, PrivacyEngine
+from opacus_pi.attribution.causes import MOVED_IN_DATA_SET
+from opacus_pi.attribution.item_contents import ItemContents
+
+NUM, WIDTH = 24, 6
+
+
+class Ordered(Dataset):
+    """Examples in an order that can be changed."""
+
+    def __init__(self):
+        self.x = torch.randn(NUM, WIDTH, generator=torch.Generator().manual_seed(1))
+        self.order = list(range(NUM))
+
+    def __len__(self):
+        return NUM
+
+    def __getitem__(self, i):
+        return self.x[self.order[i]], i % 3
+
+    def next_epoch(self):
+        pass
+
+
+class Flipped(Ordered):
+    def next_epoch(self):
+        self.order.reverse()
+
+
+class TwoSwapped(Ordered):
+    def next_epoch(self):
+        self.order[:2] = self.order[1::-1]
+
+
+class Written(Ordered):
+    def next_epoch(self):
+        self.x[:] = self.x.flip(0)
+
+
+class Augmented(Ordered):
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x + 0.1 * torch.randn(WIDTH), y
+
+
+class Mirrored(Ordered):
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return (x.flip(0) if torch.rand(1) < 0.5 else x), y
+
+
+class EqualItems(Flipped):
+    """All items are one of three, so that moving them shows nothing of an index."""
+
+    def __init__(self):
+        super().__init__()
+        self.x = self.x[:3].repeat(NUM // 3, 1)
+
+
+class Ragged(Flipped):
+    def __getitem__(self, i):
+        x, y = super().__getitem__(i)
+        return x[: 4 + self.order[i] % 3], y
+
+
+def scaled(items):
+    x, y = default_collate(items)
+    return 2 * x + 1, y
+
+
+def padded(items):
+    x, y = zip(*items, strict=True)
+    x = nn.utils.rnn.pad_sequence(x, batch_first=True)
+    return nn.functional.pad(x, (0, WIDTH - x.shape[1])), torch.tensor(y)
+
+
+def reordered(items):
+    return default_collate(items[::-1])
+
+
+def trained(data, *, num_epochs=2, around=lambda data: data, **options):
+    torch.manual_seed(0)
+    module, engine = nn.Linear(WIDTH, 3), PrivacyEngine()
+    loader = DataLoader(around(data), 6, shuffle=True, **options)
+    model, optimizer, loader = engine.make_private(
+        module=module,
+        optimizer=torch.optim.SGD(module.parameters(), lr=0.1),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader|.*[Ss]ample")
+        warnings.filterwarnings("ignore", message="This run no longer")
+        for _ in range(num_epochs):
+            for x, y in loader:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            data.next_epoch()
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "num_moved"),
+    [
+        (Flipped(), {}, 24),
+        (Flipped(), {"num_workers": 1}, 24),
+        (Flipped(), {"collate_fn": reordered}, 24),
+        (Flipped(), {"collate_fn": scaled}, 24),
+        (Ragged(), {"collate_fn": padded}, 24),
+        (TwoSwapped(), {}, 2),
+        (Written(), {}, 24),
+    ],
+)
+def test_moved_examples_are_unattributed(data, options, num_moved):
+    engine = trained(data, **options)
+    assert engine.attribution["unattributed"] == num_moved
+    assert engine._run.tracker.causes[MOVED_IN_DATA_SET.name] == num_moved
+    with pytest.raises(AccountingError, match="for another index before"):
+        _ = engine.ledger
+
+
+def test_of_a_subset_the_indices_are_compared():
+    engine = trained(Flipped(), around=lambda data: Subset(data, range(12)))
+    assert engine.attribution["unattributed"] == 0  # none of the twelve comes again
+    engine = trained(Flipped(), around=lambda data: Subset(data, range(6, 18)))
+    assert engine.attribution["unattributed"] == 12
+
+
+@pytest.mark.parametrize("kind", [Ordered, Augmented, Mirrored, EqualItems])
+def test_other_data_sets_are_attributed(kind):
+    engine = trained(kind(), num_epochs=4)
+    assert engine.attribution["unattributed"] == 0
+    assert MOVED_IN_DATA_SET.name not in engine._run.tracker.causes
+    assert engine.ledger.mechanism.num_steps == 16
+
+
+def test_contents_agree_with_a_table():
+    rng = np.random.default_rng(0)
+    contents, first = ItemContents(), {}
+    sums_of = rng.integers(1, 2**62, 300)
+    for epoch in range(6):
+        order = rng.permutation(300) if epoch % 2 else np.arange(300)
+        for batch in np.array_split(rng.permutation(300), 7):
+            sums = sums_of[order[batch]]
+            others = {value: index for index, value in first.items()}
+            expected = [
+                i in first and first[i] != s and s in others
+                for i, s in zip(batch.tolist(), sums.tolist(), strict=True)
+            ]
+            for i, s in zip(batch.tolist(), sums.tolist(), strict=True):
+                first.setdefault(i, s)
+            assert contents.moved(batch, sums).tolist() == expected
