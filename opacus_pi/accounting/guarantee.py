@@ -492,7 +492,7 @@ class Guarantee(Shown):
         if math.isinf(reverse):
             return [_ONE_SIDED]
         both = f"Both directions, for every event E: {_EVENT}"
-        if reverse <= forward:
+        if reverse <= forward or write(reverse) == write(forward):
             return [f"{both}, and {_EXCHANGED}."]
         larger = f"In the other direction, with ε {sign} {write(reverse)}"
         return [f"{both}. {larger}: {_EXCHANGED}."]

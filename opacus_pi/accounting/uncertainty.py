@@ -146,8 +146,8 @@ def loss_limits(
 ) -> Array:
     """Return upper limits of the losses, over the random draws of the batches.
 
-    The limit of an example comes from its own draws. Where ``privacy_losses``, which
-    also uses the draws of other examples, gives more, the limit is that value.
+    The limit of an example comes from its own draws. It is never below the estimate of
+    ``privacy_losses``, which also uses the draws of other examples.
 
     Args:
         ledger: One run. For a swept ledger, which has the norms of all examples at

@@ -311,7 +311,8 @@ def _numbers(scores: ArrayLike) -> NDArray[np.float64]:
         "scores",
         f"NaN at {bad[:3].tolist()}",
         "must be a number for every example",
-        "Fill the missing observations of the ledger, or compute those scores again.",
+        "Fill the missing observations with opacus_pi.ledger.filled_by_rank(ledger), "
+        "or compute those scores again.",
     )
     return values
 

@@ -78,7 +78,7 @@ class UnlearningTrace(Shown):
             bool((np.diff(self.times) > 0).all() and np.isfinite(self.times).all()),
             "times",
             self.times,
-            "must be strictly increasing",
+            "must be finite and strictly increasing",
             "Append evaluations in the order in which they were made.",
         )
         for name, values in self.metrics.items():
@@ -196,7 +196,7 @@ class UnlearningTrace(Shown):
         expect(
             found == (_KIND, _VERSION),
             "path",
-            f"{found[0]} of version {found[1]} in {os.fspath(path)}",
+            f"{_in_words(*found)} in {os.fspath(path)}",
             f"must contain {_KIND} of version {_VERSION}",
             "Pass a file that UnlearningTrace.save of this release wrote.",
         )
@@ -315,6 +315,13 @@ def mean_of_oracle(oracle: OracleValues, name: str) -> Any:
         "Retrain at least one model without the forget set and evaluate it.",
     )
     return values.mean()
+
+
+def _in_words(kind: object, version: object) -> str:
+    """Return which file a JSON object says that it is."""
+    if kind is None:
+        return "a JSON object of no known kind"
+    return f"{kind} of version {version}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

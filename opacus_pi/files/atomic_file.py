@@ -94,7 +94,10 @@ def _new_temporary_file(target: Path) -> tuple[Path, int]:
     """Make a file beside another one; return its name and its handle, locked."""
     while True:
         temporary = temporary_name(target)
-        handle = os.open(temporary, _NEW, _OWNER_ONLY)
+        try:
+            handle = os.open(temporary, _NEW, _OWNER_ONLY)
+        except OSError as error:  # it names a file that the caller does not know
+            raise OSError(error.errno, error.strerror, os.fspath(target)) from error
         if locked(handle):
             return temporary, handle
         os.close(handle)

@@ -31,7 +31,7 @@ from opacus_pi.gradients.products import squared_lengths, with_rounding
 
 
 class ExampleGradients(ABC):
-    """The gradients of b examples by one parameter."""
+    """The gradients of b examples with respect to one parameter."""
 
     _squares: Tensor | None = None
 

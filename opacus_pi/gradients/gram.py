@@ -113,7 +113,9 @@ def minibatch_gram(
     batch_size: int = 256,
     collate_fn: Collate | None = None,
 ) -> Tensor:
-    r"""Return inner products of minibatches' gradient sums, minus a centre batch's sum.
+    r"""Return inner products of gradient sums of minibatches, relative to a centre.
+
+    The gradient sum of a centre batch is subtracted from that of each minibatch:
 
     :math:`K_{ij} = \langle U_i - U', U_j - U' \rangle` with
     :math:`U_i = \sum_{x \in B_i} c_x \nabla_\theta \ell_x`. The differences are taken

@@ -179,7 +179,7 @@ class NormTaps:
         return tapped(output, self._anchor, measure)
 
     def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Note that an operation froze parameters and could not be tapped."""
+        """Record that an operation froze parameters and could not be tapped."""
         self._missed.update(parameters.values())
 
     def _add(

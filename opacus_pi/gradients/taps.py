@@ -83,7 +83,7 @@ class Taps(Protocol):
         """
 
     def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Note that an operation froze parameters and cannot be tapped.
+        """Record that an operation froze parameters and cannot be tapped.
 
         Args:
             parameters: The live parameters, by name. Autograd has no gradient of this

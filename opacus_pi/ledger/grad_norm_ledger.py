@@ -356,7 +356,7 @@ class GradNormLedger(SavedLedger):
             self.data_set is None or same_data_set(self.data_set, data_set),
             "data_set",
             data_set,
-            f"must be the ledger's, {self.data_set}",
+            f"must be the ledger's data set, {self.data_set}",
             "Pass the ledger that was recorded on this data set.",
         )
 

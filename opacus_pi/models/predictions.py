@@ -86,7 +86,7 @@ def predict(
     with evaluating(model):
         batches = [
             _batch(forward(model, x), y, losses_of)
-            for x, y in (to_device(inputs_and_targets(b), device) for b in loader)
+            for x, y in (to_device(_labelled(b), device) for b in loader)
         ]
     expect(
         bool(batches),
@@ -100,12 +100,25 @@ def predict(
     )
 
 
+def _labelled(batch: Any) -> tuple[Any, Any]:
+    """Return inputs and labels of a batch; refuse a single example in its place."""
+    inputs, labels = inputs_and_targets(batch)
+    expect(
+        getattr(labels, "ndim", 0) > 0,
+        "data",
+        f"a label {labels!r} in place of the labels of a batch",
+        "must be a data set, or an iterable of batches (inputs, labels)",
+        "Pass a list of single examples in a DataLoader.",
+    )
+    return inputs, labels
+
+
 def _batch(
     outputs: Tensor, labels: Tensor, losses_of: Criterion
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Return losses, confidences, margins and correctness of one batch."""
-    losses = losses_of(outputs, labels)
     _check_scores(outputs, labels)
+    losses = losses_of(outputs, labels)
     scores = outputs.cpu().double()
     column = labels.cpu().long()[:, None]
     at_label = scores.gather(1, column)[:, 0]

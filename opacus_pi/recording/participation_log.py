@@ -190,8 +190,8 @@ def record_in(directory: Path) -> ParticipationRecord:
     paths = blocks_in(directory)
     if not paths:
         raise FileNotFoundError(
-            f"No participations of a training run are in {directory}. Train with "
-            "Recorder(checkpoints=Checkpoints(directory))."
+            f"No participations of a training run are in {directory}. Pass the "
+            "directory of a run with Recorder(checkpoints=Checkpoints(directory))."
         )
     blocks = [read_arrays(path, PARTICIPATIONS, _LAYOUT) for path in paths.values()]
     ends = [0, *(_whole(facts, "num_steps", directory) for _, facts in blocks)]

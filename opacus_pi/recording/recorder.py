@@ -505,7 +505,7 @@ class Recorder(RecorderOptions):
             self.checkpoints.add(indices, None, steps)
 
     def note_unattributed(self, count: int = 1, *, is_counted: bool = False) -> None:
-        """Note that the next update contains unattributed samples.
+        """Record that the next update contains unattributed samples.
 
         Any example may be among them: under fixed sampling each one may have been in
         one more update than was counted, and with ``unattributed="worst_case"`` every
@@ -692,7 +692,7 @@ class Recorder(RecorderOptions):
         run.close_row(row)
 
     def _break_loss(self, reason: str) -> None:
-        """Note that the examples have no losses of their own, and refuse the run."""
+        """Record that the examples have no losses of their own, and refuse the run."""
         if self._chain is None:
             self.refuse(reason)
         else:

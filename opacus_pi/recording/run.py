@@ -237,7 +237,7 @@ class RecordedRun:
         self._forget_observations()
 
     def note_unattributed(self) -> None:
-        """Note that the next update contains unattributed samples."""
+        """Record that the next update contains unattributed samples."""
         self.open_has_unattributed = True
         if self.participations is not None:
             self.participations.num_unknown_updates += 1

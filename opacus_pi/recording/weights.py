@@ -145,7 +145,7 @@ class LastWeights:
         self._marks: _Marks | None = None
 
     def updated(self) -> None:
-        """Note that an update was made."""
+        """Record that an update was made."""
         references = self._tensors
         self._marks = _marks([t for r in references if (t := r()) is not None])
 

@@ -35,10 +35,18 @@ def payload_text(payload: Mapping[str, Any]) -> str:
             or is nested more than a hundred levels deep.
     """
     expect(
-        isinstance(payload, Mapping) and all(isinstance(key, str) for key in payload),
+        isinstance(payload, Mapping),
         "payload",
         type(payload).__name__,
         "must be a mapping of names to facts",
+        "Pass a dict whose keys are strings.",
+    )
+    others = [key for key in payload if not isinstance(key, str)]
+    expect(
+        not others,
+        "payload",
+        f"the key {others[0]!r}" if others else None,
+        "must have strings as keys",
         "Pass a dict whose keys are strings.",
     )
     text = json.dumps(

@@ -160,7 +160,7 @@ def test_interrupted_nothing_is_left(run, tmp_path, monkeypatch):
         (("3", "--model", "cli_project:build_wider"), "does not fit the model"),
         (
             ("3", "--data", "cli_project:other_set", "--ledger", "ledger.safetensors"),
-            "--data must be the ledger's, TensorDataset:120",
+            "--data must be the ledger's data set, TensorDataset:120",
         ),
     ],
 )

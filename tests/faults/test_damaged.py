@@ -79,7 +79,7 @@ def test_of_another_version(tmp_path, name):
 
 def test_a_ledger_of_another_data_set():
     run = originals.ledger()
-    with pytest.raises(ValueError, match="must be the ledger's, digits"):
+    with pytest.raises(ValueError, match="must be the ledger's data set, digits"):
         run.require_data_set("other")
 
 

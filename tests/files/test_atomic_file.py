@@ -239,3 +239,10 @@ def test_a_directory_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(atomic_file.os, "fsync", refuse)
     replace_file(tmp_path / "state", b"new")
     assert (tmp_path / "state").read_bytes() == b"new"
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    path = tmp_path / "no such directory" / "name"
+    with pytest.raises(FileNotFoundError) as raised:
+        replace_file(path, b"new")
+    assert raised.value.filename == str(path)

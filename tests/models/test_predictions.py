@@ -129,6 +129,11 @@ def test_a_model_wrapped_by_opacus_says_the_same():
             nn.MSELoss(),
             r"class scores \(b, num_classes\)",
         ),
+        (
+            [(torch.zeros(4), torch.tensor(0))] * 2,
+            nn.CrossEntropyLoss(),
+            "data must .*Pass a list of single examples in",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(batches, criterion, message):

@@ -151,7 +151,7 @@ def group_divergence(
 def theorem_b1_estimates(
     gram_ledger: GramLedger, order: float, *, hoelder_p: float | None = None
 ) -> NDArray[np.float64]:
-    r"""Return Theorem B.1 as the paper prints it, one value a retain-set minibatch.
+    r"""Return Theorem B.1 as the paper prints it, for each minibatch of the retain set.
 
     :math:`\sum_i C_{s_i}\, p \ln \hat G(s_i)\,(s_i - s_{i-1})`, where Ĝ is the mean of
     exp(−Δ/2σ²) over tuples of ⌈o_p^s(α)⌉ distinct minibatches and
@@ -296,13 +296,25 @@ def _hoelder_p(value: float | None, num_steps: int) -> float:
     return p
 
 
+def _as_tuple(gram_ledger: GramLedger | Sequence[GramLedger]) -> tuple[GramLedger, ...]:
+    """Return one or several ledgers as a tuple; refuse objects of other types."""
+    runs = tuple(gram_ledger) if isinstance(gram_ledger, Sequence) else (gram_ledger,)
+    for run in runs:
+        expect(
+            isinstance(run, GramLedger),
+            "gram_ledger",
+            type(run).__name__,
+            "must be a GramLedger, or a list of them",
+            "Make one with opacus_pi.recording.gram_ledger.",
+        )
+    return runs
+
+
 def _runs(
     gram_ledger: GramLedger | Sequence[GramLedger], kind: str
 ) -> tuple[GramLedger, ...]:
     """Return one or several checked ledgers of the kind that a method needs."""
-    if isinstance(gram_ledger, GramLedger):
-        gram_ledger = [gram_ledger]
-    runs = tuple(gram_ledger)
+    runs = _as_tuple(gram_ledger)
     expect(
         len(runs) > 0,
         "gram_ledger",

@@ -130,7 +130,7 @@ class BatchCache:
         self._needed.append(inputs)
 
     def leave_over(self, parameter: nn.Parameter) -> None:
-        """Note that autograd has summed up a part of a parameter's gradients.
+        """Record that autograd has summed up a part of a parameter's gradients.
 
         A hook on the parameter calls this when a gradient arrives that no tap has
         intercepted. The examples' gradients by this parameter are then computed by
@@ -142,7 +142,7 @@ class BatchCache:
         self._leftover.add(parameter)
 
     def miss(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Note that a part of parameters' gradients is neither here nor in autograd.
+        """Record that a part of some gradients is neither stored here nor in autograd.
 
         The layer was frozen while it ran, so autograd computes nothing for it, and its
         tap could not be used. Then there is no sum to compare with.

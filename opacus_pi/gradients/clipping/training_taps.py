@@ -375,7 +375,7 @@ class TrainingTaps:
         return tapped(output, self._anchor, store)
 
     def miss(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Note that a layer froze its parameters and cannot be tapped.
+        """Record that a layer froze its parameters and cannot be tapped.
 
         Its gradients are lost in this pass: neither autograd nor the cache has them, so
         they are formed through the whole model. From the next pass on the parameters
@@ -404,7 +404,7 @@ class TrainingTaps:
         return self._reached or [self._latest]
 
     def _reach(self, cache: BatchCache) -> None:
-        """Note that a backward pass has reached a batch.
+        """Record that a backward pass has reached a batch.
 
         Raises:
             ValueError: If it is the second one before a step, where Opacus allows one.

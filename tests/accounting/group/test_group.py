@@ -280,6 +280,8 @@ def test_bad_input():
         group_divergence(minibatches, 2.0)
     with pytest.raises(ValueError, match="must contain at least one run"):
         group_divergence([], 2.0)
+    with pytest.raises(ValueError, match="must be a GramLedger, .*got str"):
+        group_divergence("gram.safetensors", 2.0)
     with pytest.raises(ValueError, match="must have the same mechanism"):
         group_divergence([group, ledgers([0.5], rate=0.3)[1]], 2.0)
     with pytest.raises(ValueError, match="hoelder_p must be above 1, got 1.0"):
