@@ -13,6 +13,7 @@ this: a data set that changes itself when it is read.
 tensor([5., 0.], dtype=torch.float64)
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from opacus_pi._validate import expect, positive
+from opacus_pi._validate import expect, in_range, positive
 from opacus_pi.gradients.kept_engine import kept_engine
 from opacus_pi.gradients.norm_engine import NormEngine
 from opacus_pi.models.batches import inputs_and_targets, to_device
@@ -102,6 +103,7 @@ def norm_sweep(
     data_set: Dataset[Any],
     *,
     batch_size: int = 64,
+    num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
 ) -> Tensor:
@@ -116,6 +118,7 @@ def norm_sweep(
         criterion: As for :func:`sweep`.
         data_set: As for :func:`sweep`.
         batch_size: As for :func:`sweep`.
+        num_workers: As for :func:`sweep`.
         collate_fn: As for :func:`sweep`.
         progress: As for :func:`sweep`.
 
@@ -130,6 +133,7 @@ def norm_sweep(
         criterion,
         data_set,
         batch_size=batch_size,
+        num_workers=num_workers,
         collate_fn=collate_fn,
         progress=progress,
     ).grad_norms
@@ -141,6 +145,7 @@ def sweep(
     data_set: Dataset[Any],
     *,
     batch_size: int = 64,
+    num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
 ) -> Sweep:
@@ -158,6 +163,9 @@ def sweep(
         data_set: A map-style data set with a length, of ``(x, y)`` or of dicts with
             ``"labels"`` (Hugging Face), handed over as ``model(**rest)``.
         batch_size: Examples at a time; the result does not depend on it.
+        num_workers: Processes that read the data set ahead; 0: this process reads it.
+            The order of the examples is the same. A data set that draws random numbers
+            when it is read draws others in a worker.
         collate_fn: Makes ``(x, y)`` batches of lists of examples; torch's by default.
         progress: Whether to show a progress bar once the sweep has taken 3 seconds.
 
@@ -170,6 +178,12 @@ def sweep(
             share batch statistics.
     """
     positive(batch_size=batch_size, remedy="Try 64.")
+    in_range(
+        0,
+        math.inf,
+        num_workers=num_workers,
+        remedy="Pass 0 to read the data set in this process.",
+    )
     expect(
         hasattr(data_set, "__len__") and hasattr(data_set, "__getitem__"),
         "data_set",
@@ -180,7 +194,14 @@ def sweep(
     parts = []
     with isolated():
         engine = NormEngine(model, criterion)
-        for x, y in _batches(data_set, batch_size, collate_fn, engine.device, progress):
+        loader = DataLoader(
+            data_set,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=collate_fn,
+            generator=torch.Generator(),  # a loader draws a seed when it is iterated
+        )
+        for x, y in _batches(loader, engine.device, progress):
             squares, outputs = engine.squares(x, y)
             parts.append([squares.sqrt().cpu(), *_output_scores(outputs, y)])
     columns = zip(*parts, strict=True) if parts else [[torch.empty(0).double()]] * 4
@@ -189,19 +210,9 @@ def sweep(
 
 
 def _batches(
-    data_set: Dataset[Any],
-    batch_size: int,
-    collate_fn: Callable[[list[Any]], Any] | None,
-    device: torch.device,
-    progress: bool,
+    loader: DataLoader[Any], device: torch.device, progress: bool
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield the data set's ``(x, y)`` batches in order, on a device."""
-    loader = DataLoader(
-        data_set,
-        batch_size=batch_size,
-        collate_fn=collate_fn,
-        generator=torch.Generator(),  # a loader draws a seed whenever it is iterated
-    )
+    """Yield a loader's ``(x, y)`` batches in order, on a device."""
     for batch in tqdm(
         loader,
         desc="gradient norms",

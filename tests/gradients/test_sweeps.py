@@ -30,6 +30,22 @@ def test_sweep_in_the_order_of_the_data_set(batch_size):
     close(found.grad_norms, loop_norms(model, LOSSES, x, y), rtol=1e-5, atol=0)
 
 
+def test_workers_keep_the_order_and_leave_no_trace():
+    model, x, y = make("mlp")
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    found = sweep(model, CRITERION, TensorDataset(x, y), batch_size=2, num_workers=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    alone = sweep(model, CRITERION, TensorDataset(x, y), batch_size=2)
+    assert torch.equal(found.grad_norms, alone.grad_norms)
+    assert torch.equal(found.confidences, alone.confidences)
+    with pytest.raises(ValueError, match="num_workers must be"):
+        sweep(model, CRITERION, TensorDataset(x, y), num_workers=-1)
+    torch.testing.assert_close(
+        found.grad_norms, loop_norms(model, LOSSES, x, y), rtol=1e-5, atol=0
+    )
+
+
 def test_norm_sweep_is_the_sweeps_norms():
     model, x, y = make("mlp")
     data_set = TensorDataset(x, y)
