@@ -22,6 +22,7 @@ EXPECTED = {
     "Models that mix examples": ["The model mixes the examples of a batch"],
     "Time-first layers": [r"\(batch_first=False\) confuses the two"],
     "Examples sorted in the model": ["'first' is given the examples in another order"],
+    "Items that share an example": ["It has a ledger."],
     "EmbeddingBag": ["EmbeddingBag"],
     "Ghost clipping after thawing a layer": [
         "requires_grad was changed after make_private"

@@ -65,6 +65,10 @@ _NOTHING_ELSE = (
     "nothing else computed from the data was released (tuning runs, other models, "
     "losses of single examples)"
 )
+_OWN_ITEM = (
+    "what is protected is one item of the data set, and no item contains data of "
+    "another example"
+)
 _UNPREDICTABLE = "the noise cannot be predicted"
 _CANNOT_SEE = "this cannot be checked from the training"
 
@@ -212,6 +216,7 @@ def declarations(
         *unchecked_links(runs),
         Assumption(_SETTINGS, True, _CANNOT_SEE),
         Assumption(_NOTHING_ELSE, True, _CANNOT_SEE),
+        Assumption(_OWN_ITEM, True, _CANNOT_SEE),
         unpredictable_noise(runs),
     )
 
