@@ -76,6 +76,7 @@ __all__ = [
     "replace_own_parameters_",
     "result_is_saved",
     "storage_address",
+    "viewed_tensor",
     "with_gradient_hooks",
 ]
 
@@ -213,6 +214,27 @@ def result_is_saved(tensor: Tensor) -> bool:
     some other operations are kept (``grad_fn._saved_result``).
     """
     return hasattr(tensor.grad_fn, "_saved_result")
+
+
+def viewed_tensor(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that another one shows in a different shape.
+
+    A linear layer multiplies matrices and returns the product as a view of more
+    dimensions.
+
+    Returns:
+        A tensor with the same entries in the same order; ``None`` if this one is not a
+        view, shows only a part, or autograd has more than the view between both.
+    """
+    base, function = tensor._base, tensor.grad_fn
+    if base is None or base.dtype != tensor.dtype or base.numel() != tensor.numel():
+        return None
+    if function is not None and not (
+        function.name() == "ViewBackward0"
+        and function.next_functions == ((base.grad_fn, 0),)
+    ):
+        return None
+    return base if base.is_contiguous() and tensor.is_contiguous() else None
 
 
 def with_gradient_hooks(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:

@@ -194,21 +194,33 @@ class NormEngine:
         (:func:`~opacus_pi.models.losses.unit_cotangents`): gradients of well-fitted
         examples would underflow on their way.
         """
-        complete = False
-        while not complete:
-            with self._taps.intercepting(len(y)):
-                outputs = self._forward(x)
-                if not self._checked:
-                    require_own_parameters(outputs, self._live_parameters())
-                cotangents, scales = unit_cotangents(self._losses, outputs, y)
-                ends, units = reached(outputs, cotangents)
-                if ends:
-                    torch.autograd.backward(ends, units)
-            complete = self._taps.update_leftover()
+        passed = None
+        while passed is None:
+            passed = self._passed(x, y)
+        outputs, cotangents, scales = passed
         squares = self._taps.squares(like=scales) * scales.square()
         if self._taps.leftover:
             squares = squares + self._leftover_squares(x, y, cotangents, scales)
         return squares, map_tensors(Tensor.detach, outputs)
+
+    def _passed(self, x: Any, y: Any) -> tuple[Any, dict[int, Tensor], Tensor] | None:
+        """Make a forward and backward pass, tapped.
+
+        Returns:
+            The outputs, the gradient at each output at unit length, and the lengths
+            before, ``(b,)``; ``None`` if the pass must be repeated. Its tensors are
+            freed then, which are large for a large vocabulary.
+        """
+        with self._taps.intercepting(len(y)):
+            outputs = self._forward(x)
+            if not self._checked:
+                require_own_parameters(outputs, self._live_parameters())
+            cotangents, scales = unit_cotangents(self._losses, outputs, y)
+            ends, units = reached(outputs, cotangents)
+            if ends:
+                torch.autograd.backward(ends, units)
+        is_complete = self._taps.update_leftover()
+        return (outputs, cotangents, scales) if is_complete else None
 
     def _forward(self, x: Any) -> Any:
         """Return the outputs.

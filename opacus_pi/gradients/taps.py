@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from opacus_pi._torch_compat import num_writes, pytree, result_is_saved
+from opacus_pi._torch_compat import num_writes, pytree, result_is_saved, viewed_tensor
 from opacus_pi.gradients.example_gradients import ExampleGradients
 from opacus_pi.gradients.products import at_least_float32
 
@@ -152,6 +152,9 @@ def tapped(
 ) -> Tensor:
     """Return an output whose gradient is passed to a function when it arrives.
 
+    A view is not tapped itself, because autograd would copy the gradient three times to
+    pass it through a view that was written to. The viewed tensor is tapped instead.
+
     Args:
         output: The output; only the returned tensor may be used from now on.
         anchor: Any leaf that requires a gradient; it will get none.
@@ -159,8 +162,17 @@ def tapped(
     """
     if result_is_saved(output):
         output = output.clone()
-    result: Tensor = _Tap.apply(output, anchor, on_gradient)
-    return result
+    whole, shape = viewed_tensor(output), output.shape
+    result: Tensor
+    if whole is None or result_is_saved(whole):
+        result = _Tap.apply(output, anchor, on_gradient)
+        return result
+
+    def unflattened(grad: Tensor) -> None:
+        on_gradient(grad.reshape(shape))
+
+    result = _Tap.apply(whole, anchor, unflattened)
+    return result.view(shape)
 
 
 class _Tap(torch.autograd.Function):

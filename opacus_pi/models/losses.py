@@ -14,7 +14,8 @@ norms of well-fitted examples accurate:
 
 Float64 logits over a large vocabulary would be the largest tensors of a sweep, so a
 large batch of outputs is differentiated some examples at a time, once it is known that
-the criterion does not mix examples.
+the criterion does not mix examples. Where cross entropy has many labels for each
+example, even one example is differentiated some labels at a time.
 
 What breaks this: a criterion that mixes the examples of a batch. ``own_losses`` checks
 this on the first batch, and raises an error.
@@ -120,21 +121,11 @@ class Losses:
             kinds of targets, and labels out of range (such as ignored labels). ``None``
             also on an accelerator, where checking the labels would make the CPU wait.
         """
-        if not (
-            self._has_closed_form
-            and isinstance(outputs, Tensor)
-            and isinstance(targets, Tensor)
-            and outputs.dim() >= 2
-            and targets.dtype is torch.int64
-            and targets.shape == (*outputs.shape[:1], *outputs.shape[2:])
-            and outputs.is_cpu
-            and targets.is_cpu
-            and (outputs.dim() == 2 or self._reduction != "none")
-        ):
+        if not self._is_known(outputs, targets):
             return None
         # The logits of a label are neighbours in memory then, if the model has
         # transposed them, as language models do.
-        logits = outputs.detach().movedim(1, -1)
+        logits: Tensor = outputs.detach().movedim(1, -1)
         gradients, labels = logits.double().softmax(-1), targets[..., None]
         try:
             gradients.scatter_(-1, labels, 0.0)
@@ -144,6 +135,42 @@ class Losses:
         if outputs.dim() > 2 and self._reduction == "mean":
             gradients /= max(1, outputs[0, 0].numel())
         return gradients.movedim(-1, 1)
+
+    def _is_known(self, outputs: Any, targets: Any) -> bool:
+        """Return whether the closed form holds, if the labels are in range."""
+        return (
+            self._has_closed_form
+            and isinstance(outputs, Tensor)
+            and isinstance(targets, Tensor)
+            and outputs.dim() >= 2
+            and targets.dtype is torch.int64
+            and targets.shape == (*outputs.shape[:1], *outputs.shape[2:])
+            and outputs.is_cpu
+            and targets.is_cpu
+            and (outputs.dim() == 2 or self._reduction != "none")
+        )
+
+    def of_each_label(
+        self, outputs: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, float] | None:
+        """Return the labels of one example as if each were an example of its own.
+
+        Args:
+            outputs: The logits of one example, ``(1, classes, ...)``.
+            targets: Its labels, ``(1, ...)``.
+
+        Returns:
+            Logits ``(n, classes)``, labels ``(n,)``, and the factor of each label's
+            loss in the loss of the example; ``None`` where the closed form does not
+            hold.
+        """
+        if outputs.dim() < 3 or not self._is_known(outputs, targets):
+            return None
+        logits, labels = outputs[0].movedim(0, -1).flatten(0, -2), targets.flatten()
+        if not bool(((labels >= 0) & (labels < logits.shape[1])).all()):
+            return None
+        is_mean = self._reduction == "mean"
+        return logits, labels, 1 / max(1, len(labels)) if is_mean else 1.0
 
 
 def _is_plain_cross_entropy(criterion: Criterion) -> bool:
@@ -182,10 +209,27 @@ def unit_cotangents(
     step = max(1, _part(outputs) // outputs[0].numel())
     for start in range(0, len(outputs), step):
         rows = slice(start, start + step)
-        found, lengths = _of_batch(losses, outputs[rows], targets[rows])
-        units[rows] = found[0]
+        units[rows], lengths = _of_part(losses, outputs[rows], targets[rows])
         scales.append(lengths)
     return {0: units}, torch.cat(scales)
+
+
+def _of_part(losses: Losses, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return unit gradients and lengths of some examples, or of one large example.
+
+    The gradient of an example consists of those of its labels by their own logits.
+    """
+    is_large = len(outputs) == 1 and outputs.numel() > _part(outputs)
+    labels = losses.of_each_label(outputs, targets) if is_large else None
+    if labels is None:
+        found, lengths = _of_batch(losses, outputs, targets)
+        return found[0], lengths
+    logits, own, factor = labels
+    found, lengths = unit_cotangents(losses, logits, own)
+    length = _lengths(lengths[None])
+    units = found[0].mul_(_divided(lengths[None], length).mT.to(logits.dtype))
+    units = units.unflatten(0, outputs.shape[2:]).movedim(-1, 0)[None]
+    return units, factor * length
 
 
 def _part(outputs: Tensor) -> int:

@@ -56,6 +56,35 @@ def test_taps_measure_all_but_the_named(name):
     assert engine._together and engine._vectorised
 
 
+class InPlace(nn.Module):
+    """Linear layers on sequences, whose outputs are views, one changed in place."""
+
+    def __init__(self, *, is_in_place):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 4)
+        self.activation = nn.ReLU(inplace=is_in_place)
+        self.functions = []  # of the graph of each pass, at the first layer's output
+
+    def forward(self, x):
+        hidden = self.first(x)
+        function = hidden.grad_fn
+        earlier = function.next_functions[0][0] if function else None
+        self.functions.append([f and f.name() for f in (function, earlier)])
+        return self.second(self.activation(hidden)).mean(1)
+
+
+@pytest.mark.parametrize("is_in_place", [True, False])
+def test_views_are_tapped_at_the_viewed_tensor(is_in_place):
+    """Autograd would copy the gradient if the view was tapped in place."""
+    torch.manual_seed(0)
+    model = InPlace(is_in_place=is_in_place)
+    x, y = torch.randn(6, 7, 3), torch.randint(4, (6,))
+    engine, norms = measured(model, x, y)
+    assert ["ViewBackward0", "_TapBackward"] in engine._model.functions
+    assert not engine._taps.leftover
+    torch.testing.assert_close(norms, loop_norms(model, LOSSES, x, y))
+
+
 class Scale(nn.Module):
     def __init__(self):
         super().__init__()

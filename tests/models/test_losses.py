@@ -116,12 +116,37 @@ def test_large_outputs_are_differentiated_in_parts(kind, part, monkeypatch):
         lambda losses, x, y: seen.append(len(x)) or plain(losses, x, y),
     )
     units, lengths = unit_cotangents(losses, outputs, targets)
-    entries = outputs[0].numel()
+    rows, entries = len(outputs), outputs[0].numel()
+    if kind in ("words", "transposed") and entries > part:  # label by label
+        rows, entries = targets.numel(), outputs.shape[1]
     assert max(seen) == max(1, part // entries) or part >= outputs.numel()
-    assert sum(seen) == len(outputs)
+    assert sum(seen) == rows
     torch.testing.assert_close(units[0], whole[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(lengths, scales, rtol=1e-14, atol=0)
     assert units[0].stride() == outputs.stride()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_labels_of_large_examples_are_differentiated_in_parts(reduction, monkeypatch):
+    """Logits of the first example are far apart: some labels are nearly certain."""
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(3, 5, 2, 2).double(), torch.randint(5, (3, 2, 2))
+    outputs[0] *= 100
+    criterion = nn.CrossEntropyLoss(reduction=reduction)
+    known = float64_losses(criterion).closed_form(outputs, targets)
+    monkeypatch.setattr(losses_module, "_CPU_PART", 10)
+    units, lengths = unit_cotangents(float64_losses(criterion), outputs, targets)
+    found = units[0] * lengths.view(-1, 1, 1, 1)
+    torch.testing.assert_close(found, known, rtol=1e-13, atol=0)
+    torch.testing.assert_close(units[0].flatten(1).norm(dim=1), torch.ones(3).double())
+    targets[:, 0, 0] = -100  # ignored, so that there is no closed form
+    units, lengths = unit_cotangents(float64_losses(criterion), outputs, targets)
+    found = units[0] * lengths.view(-1, 1, 1, 1)
+    leaf = outputs.clone().requires_grad_()
+    for i in range(3):
+        loss = criterion(leaf[i : i + 1], targets[i : i + 1])
+        (truth,) = torch.autograd.grad(loss, leaf)
+        torch.testing.assert_close(found[i], truth[i], rtol=1e-12, atol=1e-14)
 
 
 def test_the_first_batch_of_an_unknown_criterion_is_not_split(monkeypatch):
