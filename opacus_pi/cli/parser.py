@@ -35,17 +35,13 @@ Per-instance privacy accounting and machine unlearning with Opacus.
 Training with opacus_pi.PrivacyEngine produces a ledger; engine.ledger.save(path) saves
 it. The commands compute the privacy loss of every example from it, plan and carry out
 unlearning, compare the result with retrained models, write a report, and verify files.
-Models and data sets are named by import path, package.module:name. Naming a module
-runs it, so name only code that you trust."""
+An import path, package.module:name, runs the module: name only code that you trust."""
 EPILOG = """\
 exit codes:
   0    success; verify: the file is complete and unedited
-  1    verify: the file is damaged or edited; audit: a comparison failed; other
-       commands: a failure while running
-  2    bad arguments or unusable files: one line on standard error names the argument
-       and the remedy
-  3    verify: nothing was checked, because the file is not an opacus_pi file, has no
-       checksum or is too large
+  1    a failure; verify: the file is damaged or edited; audit: a comparison failed
+  2    bad arguments or unusable files: the message names the argument and the remedy
+  3    verify: not checked: a file of another program, without a checksum or too large
   130  interrupted
 
 a first session:
@@ -235,7 +231,7 @@ ORDER = option("--order", "X", "Rényi order, above 1", float, 8.0)
 SIGMA = option(
     "--sigma",
     "X",
-    "assume this noise std on the SUM of gradients: a ranking, not a guarantee",
+    "assumed noise std on the SUM of gradients: only a ranking",
     float,
     dest="noise_std",
 )
@@ -278,7 +274,7 @@ SEED = option("--seed", "N", "seed of everything random", int, 0)
 METHOD = option(
     "--method",
     "NAME",
-    f"{', '.join(METHODS)} (default finetune); only the first 3 can give bounds",
+    f"{', '.join(METHODS)} (default finetune; bounds: the first 3)",
     choices=METHODS,
 )
 SETTING = option(
@@ -394,13 +390,9 @@ how far a rewind goes back, what it costs, and what it proves. If there were del
 requests before, name their log (--log): the guarantee then covers all requests.""",
         examples="""\
   opacus-pi plan ledger.safetensors --forget 17
-  opacus-pi plan ledger.safetensors --forget ids.txt --model my_project:build \\
-      --method langevin --set noise_std=0.02
-  opacus-pi plan ledger.safetensors --forget new.txt \\
-      --past easy.txt=0.5 --past hard.txt=12
+  opacus-pi plan ledger.safetensors --forget 5 --past 200=0.5 --past 232=12
   opacus-pi plan ledger.safetensors --forget 17 --model my_project:build \\
       --checkpoints states --policy
-  opacus-pi plan ledger.safetensors --forget 5 --log deletions.db
   opacus-pi plan ledger.safetensors --forget-person p03 --owners owners.json""",
         arguments=(
             LEDGERS,
@@ -415,9 +407,8 @@ requests before, name their log (--log): the guarantee then covers all requests.
             SETTING,
             option(
                 "--past",
-                "IDS|FILE=EPOCHS",
-                "a set that was forgotten before, and the epochs that this took; write "
-                "25+ if 25 were not enough. Give sets of different difficulty",
+                "IDS=EPOCHS",
+                "an earlier run; 25+ if 25 epochs were not enough",
                 default=[],
                 action="append",
             ),
@@ -431,23 +422,15 @@ requests before, name their log (--log): the guarantee then covers all requests.
     ),
     "unlearn": Command(
         summary="forget a set of training examples",
-        usage="--model M:NAME --weights FILE --data M:NAME --forget IDS|FILE\n"
-        "                         --out DIR [options]",
+        usage="--model M --weights FILE --data M --forget IDS --out DIR [options]",
         description="""\
-Fine-tune a model on the retain set, by a method that makes it forget the forget set.
-When the run has ended, DIR gets weights.safetensors, record.json (lists the forgotten
-examples), trace.json (needs --test) and guarantee.json (stronger with --ledger).
-With --checkpoints the model goes back to a state from before the examples were used,
-and the rest of the training is repeated without them.
-With --log the request is first entered in a tamper-evident deletion log. After a crash
-repeat the command: pending requests are carried out first, with its settings.""",
+Fine-tune a model on the other examples by a method, or with --checkpoints go back to a
+saved state and repeat the training without the forget set. DIR gets weights, record,
+trace (needs --test) and guarantee (stronger with --ledger). --log enters the request in
+a tamper-evident log first: after a crash, repeat the command.""",
         examples="""\
   opacus-pi unlearn --model my_project:build --weights model.safetensors \\
-      --data my_project:train_set --forget 3,17 --out forgotten
-  opacus-pi unlearn --model my_project:build --weights model.pt \\
-      --data my_project:train_set --test my_project:test_set --forget ids.txt \\
-      --method langevin --set noise_std=0.02 --ledger ledger.safetensors \\
-      --log deletions.db --out forgotten""",
+      --data my_project:train_set --forget 3,17 --out forgotten""",
         arguments=(
             MODEL,
             WEIGHTS,
@@ -742,12 +725,14 @@ def build_parser() -> Parser:
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
+            add_help=False,  # declared below, without a line of its own
             help=command.summary,
             usage=f"opacus-pi {name} {command.usage}",
             description=command.description,
             epilog=f"examples:\n{command.examples}\n{_CODES}",
             **shape,
         )
+        sub.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
         declarations = (*command.arguments, TRACEBACK)
         places: dict[bool, Any] = {False: sub}
         if any(declared.is_choice for declared in declarations):

@@ -21,6 +21,7 @@ def test_help_lists_the_commands_and_exit_codes(run):
     assert (code, err) == (0, "")
     assert all(f"\n    {name} " in out for name in COMMANDS)
     assert "exit codes:" in out and "a first session:" in out
+    assert len(out.splitlines()) <= 40  # one screen
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -29,10 +30,10 @@ def test_help_of_each_command_has_examples_that_parse(run, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "forgotten").mkdir()  # a directory that a file is written to must exist
     assert (code, err) == (0, "") and max(map(len, out.splitlines())) < 100
-    assert len(out.splitlines()) <= 50  # one screen
+    assert len(out.splitlines()) <= 40  # one screen
     examples = out.split("examples:\n")[1].replace("\\\n", " ").splitlines()
     commands = [line.split() for line in examples if line.startswith("  opacus-pi ")]
-    assert len(commands) >= 2
+    assert len(commands) >= 1
     for words in commands:
         assert words[1] == name
         build_parser().parse_args(words[1:])
