@@ -106,6 +106,23 @@ def recognised(
     if verify and shared_rows is not None and len(inputs) > 1:
         shared_rows.saw(inputs)
     deciding = _deciding(inputs, verify=verify)
+    return _of_inputs(inputs if verify else [], deciding, recent, order)
+
+
+def _of_inputs(
+    inputs: list[Input],
+    deciding: list[Input],
+    recent: list[Delivery],
+    order: OrderSoFar,
+) -> ForwardPass | None:
+    """Return the pass that inputs show; None if none of them shows anything.
+
+    Args:
+        inputs: The inputs that must not contradict, compared with the deliveries.
+        deciding: Those that show which samples they are.
+        recent: Deliveries with indices, the newest first.
+        order: What earlier passes have shown about the order of samples.
+    """
     if not deciding:
         return None
     delivery = _explaining(deciding, recent)
@@ -114,7 +131,7 @@ def recognised(
         cause = SEVERAL_BATCHES if delivery is None else INPUTS_DISAGREE
         return ForwardPass(None, "", None, cause, num_inputs=max(sizes))
     beside = [g for g in inputs if g not in deciding and len(g) == len(deciding[0])]
-    return _agreed(deciding, beside if verify else [], delivery, recent, order)
+    return _agreed(deciding, beside, delivery, recent, order)
 
 
 def _deciding(inputs: list[Input], *, verify: bool) -> list[Input]:
@@ -216,16 +233,18 @@ def _agreed(
     ):
         unattributed[reason] += int(np.count_nonzero(which))
         indices = np.where(which, UNATTRIBUTED, indices)
-    is_masked = all(given.is_pattern for given in deciding)
     is_unseen = any(not given.is_pattern for given in beside)
-    if is_unseen and is_masked:  # only a mask was recognised
-        is_assumed, cause = np.ones(len(rest), np.bool_), ANOTHER_INPUT
-    is_partial = len(found) > 1 and not all(f.is_explained.all() for f in found)
-    unchecked = (ANOTHER_INPUT,) if (is_unseen and not is_masked) or is_partial else ()
-    evidence = "by_storage" if any(f.by_storage for f in found) else "by_content"
+    if is_unseen and all(given.is_pattern for given in deciding):
+        # only a mask was recognised
+        is_assumed, cause, is_unseen = (
+            np.ones(len(rest), np.bool_),
+            ANOTHER_INPUT,
+            False,
+        )
+    unchecked = (ANOTHER_INPUT,) if is_unseen or _is_partial(found) else ()
     forward = ForwardPass(
         indices,
-        "by_latest" if is_assumed is not None and is_assumed.all() else evidence,
+        _evidence(found, is_assumed),
         delivery,
         cause,
         is_assumed=is_assumed,
@@ -234,6 +253,23 @@ def _agreed(
     )
     forward.alike = tuple(g for g in alike if (indices[g.rows] >= 0).all())
     return forward
+
+
+def _is_partial(found: list[Finding]) -> bool:
+    """Return whether one of several inputs shows only some of its samples."""
+    return len(found) > 1 and not all(f.is_explained.all() for f in found)
+
+
+def _evidence(found: list[Finding], is_assumed: NDArray[np.bool_] | None) -> str:
+    """Return the kind of evidence of a pass, as ``Tracker.counts`` names it.
+
+    Args:
+        found: The findings of its inputs.
+        is_assumed: Which samples are assumed to be in their places; None: no sample.
+    """
+    if is_assumed is not None and is_assumed.all():
+        return "by_latest"
+    return "by_storage" if any(f.by_storage for f in found) else "by_content"
 
 
 def _in_order(
@@ -262,15 +298,29 @@ def _in_order(
         order.saw(positions, alike, size=num_delivered, in_place=moves_in_place)
     alike = [g for g in alike if not delivery.has_equal_samples(g.places)]
     is_rising = bool((np.diff(positions[positions >= 0]) > 0).all())
-    if order.is_kept and is_rising:
-        if size == num_delivered:
-            for stays in (f.stays for f in found if f.stays is not None):
-                is_in_place = stays & (positions == LOOKS_ALIKE)
-                positions = np.where(is_in_place, np.arange(size), positions)
-                order.num_trusted += int(np.count_nonzero(is_in_place))
-        order.num_trusted += len(rows_of_all(alike))
-        alike = []
-    return positions, alike
+    if not (order.is_kept and is_rising):
+        return positions, alike
+    order.num_trusted += len(rows_of_all(alike))
+    if size == num_delivered:
+        positions = _kept_in_place(found, positions, order)
+    return positions, []
+
+
+def _kept_in_place(
+    found: list[Finding], positions: Indices, order: OrderSoFar
+) -> Indices:
+    """Return positions in which samples that look alike are where they were delivered.
+
+    Args:
+        found: The findings about the delivery, which has as many samples.
+        positions: Position of each sample that is known; else a negative code.
+        order: Counts the samples that are trusted to be in their places.
+    """
+    for stays in (f.stays for f in found if f.stays is not None):
+        is_in_place = stays & (positions == LOOKS_ALIKE)
+        positions = np.where(is_in_place, np.arange(len(positions)), positions)
+        order.num_trusted += int(np.count_nonzero(is_in_place))
+    return positions
 
 
 def _joined(

@@ -81,9 +81,7 @@ class TargetOrder:
             targets: The targets that the criterion was given; only read.
         """
         tracker = self._tracker()
-        if tracker is None or self._is_broken or not isinstance(targets, Tensor):
-            return
-        if not is_dense(targets) or targets.is_complex() or not targets.dim():
+        if tracker is None or self._is_broken or not _are_comparable(targets):
             return
         self._num_seen += 1
         passes = tracker.awaiting_backward()
@@ -96,7 +94,14 @@ class TargetOrder:
         if not targets.is_cpu and self._num_seen > _NUM_ON_ACCELERATOR:
             return
         found = [_Comparison(f, targets, tracker.batch_dim) for f in passes]
-        compared = [c for c in found if c.order is not None]
+        self._judge([c for c in found if c.order is not None])
+
+    def _judge(self, compared: list["_Comparison"]) -> None:
+        """Tell the chain what the comparisons with the forward passes show.
+
+        Args:
+            compared: Those in which something could be compared.
+        """
         if not compared or any(c.order == "same" for c in compared):
             return
         if any(c.order == "computed" for c in compared):
@@ -121,6 +126,13 @@ class TargetOrder:
         if len(self._codes) > _MAX_CODES:
             self._codes.clear()
         return is_large
+
+
+def _are_comparable(targets: Any) -> bool:
+    """Return whether targets are a tensor whose samples have checksums."""
+    if not isinstance(targets, Tensor) or not is_dense(targets):
+        return False
+    return bool(targets.dim()) and not targets.is_complex()
 
 
 class _Comparison:

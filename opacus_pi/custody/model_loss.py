@@ -33,7 +33,7 @@ from opacus_pi.custody.chain import Chain
 from opacus_pi.custody.checked_updates import checked_updates
 from opacus_pi.custody.probed_call import num_examples
 from opacus_pi.gradients.fallback import MODEL_ERRORS
-from opacus_pi.models.batches import NUM_ITEMS, floating, map_tensors, tensors_of
+from opacus_pi.models.batches import NUM_ITEMS, floating, rows_of, tensors_of
 from opacus_pi.models.copies import evaluation_copy
 from opacus_pi.models.forward_call import ForwardCall
 from opacus_pi.models.no_trace import random_state_untouched
@@ -218,8 +218,10 @@ def _losses(
         batch: Positional inputs and inputs by keyword.
     """
     order, middle = _by_number_of_labels(batch, kept.size), kept.size // 2
-    parts = order[:middle], order[middle:]
-    halves = [_loss(model, kept, _taken(batch, part, kept.size)) for part in parts]
+    halves = [
+        _loss(model, kept, rows_of(batch, part, kept.size, elsewhere=False))
+        for part in (order[:middle].tolist(), order[middle:].tolist())
+    ]
     return _loss(model, kept, batch), halves
 
 
@@ -272,24 +274,6 @@ def _by_number_of_labels(batch: Any, size: int) -> Tensor:
         if tensor.dim() and len(tensor) == size and not tensor.is_floating_point():
             counts += (tensor.reshape(size, -1) >= 0).sum(1).cpu()
     return counts.argsort(stable=True)
-
-
-def _taken(batch: tuple[Any, Any], part: Tensor, size: int) -> tuple[Any, Any]:
-    """Return some examples of a batch.
-
-    Args:
-        batch: Positional inputs and inputs by keyword.
-        part: Which examples.
-        size: The number of examples of the batch.
-    """
-
-    def take(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or len(tensor) != size:
-            return tensor
-        return tensor.detach()[part.to(tensor.device)]
-
-    taken: tuple[Any, Any] = map_tensors(take, batch)
-    return taken
 
 
 def _tolerance(model: nn.Module, kept: _Kept) -> float:

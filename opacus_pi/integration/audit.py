@@ -50,7 +50,7 @@ from opacus_pi.models.batches import (
     forward,
     inputs_and_targets,
     logits_of,
-    map_tensors,
+    rows_of,
     size_of,
     to_device,
 )
@@ -75,7 +75,6 @@ __all__ = [
     "norms_of_update",
     "quiet_copy",
     "rounding_of",
-    "rows_of",
 ]
 
 _MAX_EXAMPLES = 32  # of one batch: each is differentiated alone
@@ -700,26 +699,6 @@ def rounding_of(model: nn.Module) -> float:
     rounding = max((torch.finfo(kind).eps for kind in kinds), default=1e-7)
     is_cpu = device_of(model).type == "cpu"
     return max(1e-3 if is_cpu else 1e-2, 32 * rounding)
-
-
-def rows_of(batch: Any, positions: Sequence[int], size: int, dim: int = 0) -> Any:
-    """Return some examples of each tensor of a batch, in this order.
-
-    Args:
-        batch: Tensors in any nesting. Those without a dimension for the examples are
-            shared by all of them, and stay as they are.
-        positions: Which examples.
-        size: The number of examples.
-        dim: The dimension of the examples, where a tensor has such a size there;
-            otherwise it is the first or the second.
-    """
-
-    def chosen(tensor: Tensor) -> Tensor:
-        found = [d for d in (dim, 0, 1) if tensor.shape[d : d + 1] == (size,)]
-        places = torch.tensor(list(positions), device=tensor.device)
-        return tensor.index_select(found[0], places) if found else tensor
-
-    return map_tensors(chosen, batch)
 
 
 @contextmanager

@@ -47,12 +47,12 @@ from opacus_pi.integration.audit import (
     norms_alone,
     quiet_copy,
     rounding_of,
-    rows_of,
 )
 from opacus_pi.integration.function_copies import copy_of_function
 from opacus_pi.models.batches import (
     device_of,
     inputs_and_targets,
+    rows_of,
     tensors_of,
     to_device,
 )

@@ -51,9 +51,8 @@ from opacus_pi.integration.audit import (
     measuring,
     norms_of_update,
     rounding_of,
-    rows_of,
 )
-from opacus_pi.models.batches import floating, inputs_and_targets, to_device
+from opacus_pi.models.batches import floating, inputs_and_targets, rows_of, to_device
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
 from opacus_pi.recording import Recorder

@@ -28,7 +28,7 @@ from opacus_pi.attribution import keeps_order
 from opacus_pi.attribution.causes import ADDED_IN_COLLATE
 from opacus_pi.attribution.collate_identity import FollowingCollate
 from opacus_pi.custody import Chain
-from opacus_pi.integration.audit import rows_of
+from opacus_pi.models.batches import rows_of
 
 __all__ = ["InItemOrder"]
 

@@ -8,7 +8,7 @@ outputs as trees of tensors whose first dimension counts the examples.
 ({'input_ids': [[7, 8]]}, [1])
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -90,6 +90,35 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
 def rows(batch: Any, start: int, stop: int) -> Any:
     """Return the examples ``start`` to ``stop`` of each tensor in ``batch``."""
     return map_tensors(lambda tensor: tensor[start:stop], batch)
+
+
+def rows_of(
+    batch: Any,
+    positions: Sequence[int],
+    size: int,
+    dim: int = 0,
+    *,
+    elsewhere: bool = True,
+) -> Any:
+    """Return some examples of each tensor of a batch, in this order.
+
+    Args:
+        batch: Tensors in any nesting. Those without a dimension for the examples are
+            shared by all of them, and stay as they are.
+        positions: Which examples.
+        size: The number of examples.
+        dim: The dimension of the examples, where a tensor has such a size there.
+        elsewhere: Whether it is otherwise the first or the second, if one of them has
+            such a size; if False, the tensor is shared.
+    """
+    places = (dim, 0, 1) if elsewhere else (dim,)
+
+    def chosen(tensor: Tensor) -> Tensor:
+        found = [d for d in places if tensor.shape[d : d + 1] == (size,)]
+        index = torch.tensor(list(positions), device=tensor.device)
+        return tensor.index_select(found[0], index) if found else tensor
+
+    return map_tensors(chosen, batch)
 
 
 def unsqueeze(example: Any) -> Any:

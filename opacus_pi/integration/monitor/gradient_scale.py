@@ -26,8 +26,7 @@ from opacus_pi.attribution import Tracker
 from opacus_pi.attribution.delivery import ForwardPass
 from opacus_pi.attribution.targets import positions_in_delivery
 from opacus_pi.custody import Chain
-from opacus_pi.integration.audit import rows_of
-from opacus_pi.models.batches import inputs_and_targets
+from opacus_pi.models.batches import inputs_and_targets, rows_of
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
 from opacus_pi.models.no_trace import random_state_untouched
