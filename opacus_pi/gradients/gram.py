@@ -44,7 +44,8 @@ from opacus_pi.models.losses import float64_losses
 from opacus_pi.models.no_trace import isolated
 from opacus_pi.models.own_losses import Criterion
 
-_MAX_ELEMENTS = 1 << 27  # entries of gradients held at once, 1 GiB in float64
+_MAX_BYTES = 1 << 30  # of gradients held at once
+_PRODUCT_ELEMENTS = 1 << 24  # entries multiplied at once, 128 MiB in float64
 _VMAP_ELEMENTS = 1 << 26  # entries of gradients that one call of vmap forms
 
 Collate = Callable[[list[Any]], Any]
@@ -89,17 +90,27 @@ def gradient_gram(
         source = _Gradients(model, criterion)
         loader = _Batches(data_set, batch_size, collate_fn, source.device)
         gram = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
-        width = max(1, _MAX_ELEMENTS // len(chosen))
+        kind = source.dtype
+        width = max(1, _MAX_BYTES // (kind.itemsize * max(1, len(chosen))))
         for names, columns in _parts(source.sizes, width):
             shape = len(chosen), columns.stop - columns.start
-            part = torch.empty(shape, dtype=torch.float64, device=source.device)
+            part = torch.empty(shape, dtype=kind, device=source.device)
             done = 0
             for x, y in loader(chosen):
                 found = source.of_examples(x, y, names)[:, columns]
                 part[done : done + len(found)] = found
                 done += len(found)
-            gram += (part @ part.T).cpu()
+            gram += _products(part).cpu()
     return gram
+
+
+def _products(part: Tensor) -> Tensor:
+    """Return the inner products of rows, multiplied and added up in float64."""
+    total = torch.zeros(len(part), len(part), dtype=torch.float64, device=part.device)
+    for columns in part.split(max(1, _PRODUCT_ELEMENTS // max(1, len(part))), dim=1):
+        wide = columns.double()
+        total += wide @ wide.T
+    return total
 
 
 def minibatch_gram(
@@ -208,6 +219,12 @@ class _Gradients:
     def device(self) -> torch.device:
         """The device of the model."""
         return next(iter(self._trainable.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest type that holds the gradients without rounding."""
+        kinds = {p.dtype for p in self._trainable.values()}
+        return torch.float64 if torch.float64 in kinds else torch.float32
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -50,7 +50,8 @@ def test_in_parts_and_by_the_loop_as_at_once(monkeypatch):
     model, x, y = make("mlp")
     data = TensorDataset(x, y)
     whole = gradient_gram(model, CRITERION, data, range(len(y)))
-    monkeypatch.setattr(gram, "_MAX_ELEMENTS", 7 * len(y))
+    monkeypatch.setattr(gram, "_MAX_BYTES", 4 * 7 * len(y))
+    monkeypatch.setattr(gram, "_PRODUCT_ELEMENTS", 3 * len(y))
     parts = list(gram._parts({"a": 10, "b": 3, "c": 8}, 7))
     assert sum(c.stop - c.start for _, c in parts) == 21
     torch.testing.assert_close(
@@ -61,7 +62,7 @@ def test_in_parts_and_by_the_loop_as_at_once(monkeypatch):
         raise RuntimeError("no batching rule")
 
     monkeypatch.setattr(torch.func, "vmap", refuses)
-    monkeypatch.setattr(gram, "_MAX_ELEMENTS", 1 << 20)
+    monkeypatch.setattr(gram, "_MAX_BYTES", 1 << 22)
     looped = gradient_gram(model, CRITERION, data, range(len(y)))
     torch.testing.assert_close(looped, whole, rtol=1e-5, atol=1e-9)
 
