@@ -5,12 +5,14 @@ other examples, or without one of them. This file makes these calls and measures
 outputs are apart.
 
 *Guarantee.* Every run starts from the same random state and with a new copy of the
-model, which shares nothing but the weights. Random states are restored.
+model, which shares nothing but the weights. Random states are restored, also those of
+torch generators that are the user's own.
 
-*What breaks it.* A state that the model keeps outside its layers, and random numbers
-that are neither torch's, NumPy's nor Python's.
+*What breaks it.* A state that the model keeps outside its layers, such as a generator
+of NumPy's that is a global variable.
 """
 
+import pickle
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ from opacus_pi.models.accelerators import device_random_states, kinds_in_use
 from opacus_pi.models.batches import map_tensors, tensors_of, to_float64
 from opacus_pi.models.copies import same_mode_copy
 from opacus_pi.models.no_trace import random_state_untouched
+from opacus_pi.models.own_generators import OwnGenerators
 from opacus_pi.models.own_losses import half_replaced
 
 __all__ = [
@@ -53,6 +56,9 @@ _DROPOUT = (
     nn.functional.feature_alpha_dropout,
     torch.dropout,
 )
+
+
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ class ProbedCall:
         model = model if self.is_training else model.eval()
         with ExitStack() as stack:
             stack.enter_context(random_state_untouched())
+            own = stack.enter_context(OwnGenerators())
             if self.autocast is not None:
                 device, kind = self.autocast
                 stack.enter_context(torch.autocast(device, dtype=kind))
@@ -155,11 +162,11 @@ class ProbedCall:
                 model(*before.args, **before.kwargs)
             layers: list[LayerRows] = []
             watch_rows(model, self.model, self.batch_dim, layers)
-            first, first_of_others = _random_state(), _other_states()
+            first, first_of_others = _random_state(), _other_states(model)
             outputs = model(*self.args, **self.kwargs)
             state = _random_state()
             has_drawn = not torch.equal(first, state)
-            has_drawn |= first_of_others != _other_states()
+            has_drawn |= own.were_used or first_of_others != _other_states(model)
         found = [t for t in tensors_of(outputs) if t.is_floating_point()]
         return ProbedRun(found, state, has_drawn, *_kept_by(model), layers)
 
@@ -169,10 +176,16 @@ def _random_state() -> Tensor:
     return torch.cat([torch.get_rng_state(), *device_random_states()])
 
 
-def _other_states() -> tuple[Any, ...]:
-    """Return the states of Python's and NumPy's global generators."""
+def _other_states(model: nn.Module) -> tuple[Any, ...]:
+    """Return the states of the generators of Python and NumPy.
+
+    Args:
+        model: Generators that are attributes of its layers count, too.
+    """
     name, keys, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), name, np.asarray(keys).tobytes(), *rest
+    held = [value for module in model.modules() for value in vars(module).values()]
+    own = [pickle.dumps(value) for value in held if isinstance(value, _GENERATORS)]
+    return random.getstate(), name, np.asarray(keys).tobytes(), *rest, *own
 
 
 @dataclass(frozen=True)
@@ -182,7 +195,7 @@ class ProbedRun:
     Attributes:
         outputs: The floating-point tensors among its outputs.
         random_state: The random state that the run has left.
-        has_drawn: Whether it drew from a global generator.
+        has_drawn: Whether it drew random numbers.
         buffers: The floating-point buffers after it, without those of batch
             normalisation, which has a check of its own.
         memory: Other floating-point tensors that are attributes of its layers.

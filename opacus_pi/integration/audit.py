@@ -42,6 +42,7 @@ from opacus_pi.custody.probed_call import NoDropout
 from opacus_pi.gradients import per_example_grad_norms
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.function_copies import copy_of_function
+from opacus_pi.integration.repeated_calls import changing_part
 from opacus_pi.integration.schedules import user_collate_fn
 from opacus_pi.models.batches import (
     arguments,
@@ -56,6 +57,7 @@ from opacus_pi.models.batches import (
 )
 from opacus_pi.models.copies import graph_leaves, independent_copy, training_copy
 from opacus_pi.models.no_trace import isolated
+from opacus_pi.models.own_generators import OwnGenerators
 from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
 from opacus_pi.recording import Recorder
 
@@ -80,9 +82,17 @@ __all__ = [
 _MAX_EXAMPLES = 32  # of one batch: each is differentiated alone
 _SWEPT = "swept"  # in place of a grad_sample_mode: norms of a sweep
 _OTHER_NUMBER = (
-    "{num} norms could be matched to {size} examples. A layer that is given only some "
-    "of the examples has this effect, as in a model that routes them. Give every layer "
-    "all examples, and choose between its outputs by torch.where."
+    "{num} norms could be matched to {size} examples. A layer that is not given one "
+    "row for each example has this effect: only some of the examples, as in a model "
+    "that routes them, or several rows for each, such as two views of it. Give every "
+    "layer all examples, and choose between its outputs by torch.where; put several "
+    "views of an example along another dimension than the first."
+)
+_NOT_REPEATABLE = (
+    "{what} returns other values when it is called again on the same examples: it "
+    "draws random numbers, or it counts its calls. An example alone then has another "
+    "gradient than in a batch, so the norms could not be compared. Switch this off for "
+    "the audit."
 )
 _STATES = {True: "ok", False: "FAILED", None: "unknown"}
 
@@ -147,11 +157,15 @@ class Examples:
         data_set: The training set.
         collate_fn: Makes a batch of a list of examples; None: torch's own.
         batch_size: The expected number of examples of a batch.
+        is_batched: Whether ``collate_fn`` is given a batch, which the data set makes of
+            a list of indices, as with ``DataLoader(data_set, batch_size=None,
+            sampler=BatchSampler(...))``.
     """
 
     data_set: Dataset[Any]
-    collate_fn: Callable[[list[Any]], Any] | None
+    collate_fn: Callable[[Any], Any] | None
     batch_size: int
+    is_batched: bool = False
 
     def batches(self, num_batches: int) -> Iterator[Any]:
         """Yield batches of different examples, as training would collate them.
@@ -171,8 +185,8 @@ class Examples:
         collate = self.collate_fn or default_collate
         with suppress(*MODEL_ERRORS, copy.Error):
             collate = copy_of_function(collate)
-        with isolated():
-            return collate(items)
+        with isolated(), OwnGenerators():
+            return collate(default_collate(items) if self.is_batched else items)
 
     def items(self, num_batches: int) -> Iterator[list[Any]]:
         """Yield lists of different examples, in a random order with a fixed seed.
@@ -188,7 +202,7 @@ class Examples:
         order = torch.randperm(num_examples, generator=torch.Generator().manual_seed(0))
         for start in range(0, min(num_batches * size, num_examples - 1), size):
             chosen = order[start : start + size].tolist()
-            with isolated():
+            with isolated(), OwnGenerators():
                 items = [self.data_set[index] for index in chosen]
             yield items
 
@@ -247,11 +261,12 @@ def audited_run(
         **_: Its other options.
     """
     batch_size = math.ceil(size_of(loader.dataset) / len(loader))
+    is_batched = loader.batch_sampler is None
     return AuditedRun(
         _SWEPT if recorder.mode == _SWEPT else grad_sample_mode,
         loss_reduction,
         batch_first,
-        Examples(loader.dataset, user_collate_fn(loader), batch_size),
+        Examples(loader.dataset, user_collate_fn(loader), batch_size, is_batched),
     )
 
 
@@ -306,13 +321,30 @@ def audit_batch(
             recorded = reverse = torch.empty(0, dtype=torch.float64)
             row_of_norms = _failed_update(error)
         outputs = forward(quiet_copy(model, run), x)
-        rows = (
+        rows: tuple[AuditRow, ...] = (
             row_of_norms,
             _compare_loss(loss, outputs, y, run),
             _model_row(quiet_copy(model, run), x, run),
             _compare_order(recorded, reverse, model),
         )
+        repeated, tolerance = quiet_copy(model, run), rounding_of(model) * 1e-2
+        what = changing_part(repeated, loss, x, y, tolerance)
+        rows = _not_compared(rows, what) if what else rows
     return Audit(run.mode, len(y), rows, recorded, expected)
+
+
+def _not_compared(rows: tuple[AuditRow, ...], what: str) -> tuple[AuditRow, ...]:
+    """Return rows in which norms are not compared, nor is the loss if it changes.
+
+    Args:
+        rows: The rows of an audit.
+        what: The part that gives other values when it is called again.
+    """
+    sentence = _NOT_REPEATABLE.format(what=what)
+    names = {"norms", "order"} | ({"loss"} if what == "The criterion" else set())
+    return tuple(
+        AuditRow(row.name, None, sentence) if row.name in names else row for row in rows
+    )
 
 
 def joined(audits: Sequence[Audit]) -> Audit:
@@ -709,6 +741,6 @@ def measuring(*, drops: bool = False) -> Iterator[None]:
         drops: Whether torch's dropout functions drop anything.
     """
     calm = nullcontext() if drops else NoDropout()
-    with isolated(), calm, warnings.catch_warnings():
+    with isolated(), OwnGenerators(), calm, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -46,6 +46,12 @@ _CHANGED_AFTER_NOISE = (
     "updated. That is fine if only the noised gradients were used for it. If others "
     "were, the update is not private, and neither get_epsilon nor the ledger covers it."
 )
+_FROZEN_WITH_GRADIENT = (
+    "A parameter was frozen (requires_grad=False) while it had a gradient, which was "
+    "neither clipped nor noised. The optimizer still takes a step with it, so neither "
+    "get_epsilon nor the ledger covers the update. Freeze parameters between "
+    "optimizer.zero_grad() and the next forward pass."
+)
 # Hooks of the last make_private call on each optimizer. The next call replaces them.
 _HANDLES: WeakKeyDictionary[Optimizer, tuple[RemovableHandle, ...]] = (
     WeakKeyDictionary()
@@ -275,6 +281,10 @@ class OutsideChanges:
             optimizer: It is about to write the weights.
         """
         self._noised = NotedTensors(_gradients(optimizer))
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        frozen = [p.grad for p in held if not p.requires_grad and p.grad is not None]
+        if any(bool(gradient.any()) for gradient in frozen):
+            self._chain.break_link("noise", _FROZEN_WITH_GRADIENT)
 
     def state_dict_was_loaded(self) -> None:
         """Note that a state dict was loaded: it may have changed the weights."""

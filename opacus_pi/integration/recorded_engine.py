@@ -324,13 +324,13 @@ class RecordedEngine(Shown, OpacusEngine):
         parts = (options["module"], options.get("optimizer"), self.accountant)
         with all_or_nothing(*parts):
             checkpoint: dict[str, Any] = super().load_checkpoint(**safe)
-        self.checkpoints.resume(
-            checkpoint,
-            self.recorder,
-            self.renyi_filter,
-            module=options["module"],
-            accountant=self.accountant,
-            restore_rng=restore_rng,
-            refuse=self.checks.refuse,
-        )
+            self.checkpoints.resume(
+                checkpoint,
+                self.recorder,
+                self.renyi_filter,
+                module=options["module"],
+                accountant=self.accountant,
+                restore_rng=restore_rng,
+                refuse=self.checks.refuse,
+            )
         return checkpoint

@@ -214,8 +214,10 @@ class WrittenGradients:
         """
         noted, name = self._gradients, "grad" if self._is_ghost else "grad_sample"
         for parameter in self._parameters:
-            held: Any = getattr(parameter, name, None)
             entries = noted.get(id(parameter))
+            if entries is None and not parameter.requires_grad:
+                continue  # frozen since: what it still holds enters no update
+            held: Any = getattr(parameter, name, None)
             if held is None or entries is None:
                 if held is not None or entries is not None:
                     return True

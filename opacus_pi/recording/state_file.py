@@ -15,6 +15,7 @@ from torch import Tensor
 from opacus_pi._validate import expect
 from opacus_pi.files.atomic_file import replacing
 from opacus_pi.files.checksummed_state import verified_state, with_checksum
+from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.torch_file import read_torch_file, require_bounded
 
 _FORMAT = "opacus_pi.TrainingState.v1"
@@ -52,8 +53,14 @@ def read_state(path: Path) -> dict[str, Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, edited, or something else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"The saved state {path} does not exist. {_RESTORE}")
+    try:
+        require_regular(path)
+    except FileNotFoundError as error:
+        text = f"The saved state {path} does not exist. {_RESTORE}"
+        raise FileNotFoundError(text) from error
+    except (OSError, ValueError) as error:
+        text = f"The saved state {path} cannot be read ({error}). {_RESTORE}"
+        raise ValueError(text) from error
     try:
         require_bounded(path)
     except ValueError as error:

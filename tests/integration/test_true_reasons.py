@@ -1,0 +1,194 @@
+"""Each refusal, and each row of an audit, names the cause that is true."""
+
+import os
+import random
+
+import numpy as np
+import opacus
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+
+from opacus_pi.integration.engine import PrivacyEngine
+from opacus_pi.recording import AccountingError
+from opacus_pi.recording.state_file import read_state
+
+NUM, BATCH = 24, 6
+CRITERION = nn.CrossEntropyLoss()
+GLOBAL = torch.Generator()
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def data():
+    x = torch.randn(NUM, 6, generator=torch.Generator().manual_seed(3))
+    return TensorDataset(x, torch.arange(NUM) % 3)
+
+
+class Run:
+    def __init__(self, net, engine=PrivacyEngine, loader=None):
+        self.net, self.engine = net, engine()
+        self.model, self.optimizer, self.loader = self.engine.make_private(
+            module=net,
+            optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+            data_loader=loader or DataLoader(data(), BATCH),
+            noise_multiplier=1.0,
+            max_grad_norm=1.0,
+            poisson_sampling=False,
+        )
+
+    def epoch(self, before_step=None):
+        for x, y in self.loader:
+            self.optimizer.zero_grad()
+            CRITERION(self.model(x), y).backward()
+            if before_step is not None:
+                before_step()
+            self.optimizer.step()
+        return self
+
+    def link(self, name):
+        links = self.engine.ledger.custody.links
+        return next(link for link in links if link.name == name)
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+# -------------------------------------------------------------------- freezing a layer
+def test_a_layer_may_be_frozen_between_two_epochs():
+    run = Run(two_layers()).epoch()
+    run.net[0].requires_grad_(False)
+    run.epoch()
+    assert "p.grad_sample" not in run.link("loss").sentence
+    assert run.link("norm").state == run.link("noise").state == "checked"
+
+
+def test_a_layer_frozen_before_the_step_is_updated_without_noise():
+    run = Run(two_layers())
+    weight = run.net[0].weight
+    before = weight.detach().clone()
+    run.epoch(before_step=lambda: run.net[0].requires_grad_(False))
+    assert not torch.equal(before, weight)  # by a gradient that was not clipped
+    with pytest.raises(AccountingError, match="frozen .* while it had a gradient"):
+        _ = run.engine.ledger
+
+
+def test_changed_gradients_are_still_found():
+    run = Run(two_layers())
+    run.epoch(before_step=lambda: run.net[0].weight.grad_sample.mul_(2))
+    assert "p.grad_sample" in run.link("loss").sentence
+
+
+# ----------------------------------------------------------------------- own generators
+class Noisy(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.generator = torch.Generator().manual_seed(4)
+        self.rng = np.random.default_rng(4)
+        self.draw = draw
+
+    def forward(self, x):
+        return self.layer(x) + 0.1 * self.draw(self, len(x))
+
+
+DRAWS = {
+    "of the model": lambda m, n: torch.randn(n, 3, generator=m.generator),
+    "a global variable": lambda m, n: torch.empty(n, 3).normal_(generator=GLOBAL),
+    "of NumPy": lambda m, n: torch.from_numpy(m.rng.standard_normal((n, 3))).float(),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_models_with_a_generator_of_their_own(name):
+    weights = []
+    for engine in (opacus.PrivacyEngine, PrivacyEngine):
+        GLOBAL.manual_seed(7)
+        torch.manual_seed(0)
+        run = Run(Noisy(DRAWS[name]), engine).epoch()
+        weights.append(run.net.layer.weight.detach())
+    assert torch.equal(*weights)
+    assert run.link("model").state == "checked"
+
+
+def test_the_number_of_examples_is_still_found():
+    run = Run(Noisy(lambda m, n: torch.full((n, 3), float(n)))).epoch()
+    with pytest.raises(AccountingError, match="depend on the number of examples"):
+        _ = run.engine.ledger
+
+
+# ------------------------------------------------------------------------------- audits
+class Stretched(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.layer, self.factor, self.calls = nn.Linear(6, 3), factor, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) * self.factor(self)
+
+
+FACTORS = {
+    "random": lambda m: 1 + 0.2 * random.random(),
+    "numpy": lambda m: 1 + 0.2 * np.random.rand(),
+    "warm-up": lambda m: min(1.0, 0.1 * m.calls),
+    "later": lambda m: 1.0 if m.calls < 5 else 2.0,
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_an_audit_says_that_a_model_changes_between_calls(name):
+    audit = Run(Stretched(FACTORS[name])).engine.audit(CRITERION)
+    for row in ("norms", "order"):
+        assert audit[row].passed is None
+        assert audit[row].sentence.startswith("The model returns other values")
+
+
+def test_an_audit_says_that_a_criterion_changes_between_calls():
+    generator = torch.Generator().manual_seed(2)
+    before = generator.get_state()
+
+    def noisy(outputs, targets):
+        noise = torch.randn(outputs.shape, generator=generator)
+        return CRITERION(outputs + 0.05 * noise, targets)
+
+    audit = Run(nn.Linear(6, 3)).engine.audit(noisy)
+    for row in ("norms", "order", "loss"):
+        assert audit[row].sentence.startswith("The criterion returns other values")
+    assert torch.equal(before, generator.get_state())
+
+
+def test_an_audit_of_a_loader_without_batching():
+    samples = BatchSampler(RandomSampler(data()), BATCH, drop_last=False)
+    run = Run(two_layers(), loader=DataLoader(data(), batch_size=None, sampler=samples))
+    assert run.engine.audit(CRITERION).passed
+
+
+# -------------------------------------------------------------------------------- files
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_in_place_of_a_saved_state(tmp_path):
+    path = tmp_path / "state-00000000.pt"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="not a pipe"):
+        read_state(path)
+
+
+def test_a_refused_checkpoint_changes_nothing(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    other = Run(two_layers(), opacus.PrivacyEngine).epoch()
+    other.engine.save_checkpoint(
+        path=path, module=other.model, optimizer=other.optimizer
+    )
+    run = Run(two_layers())
+    before = {k: v.clone() for k, v in run.net.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot be resumed exactly"):
+        run.engine.load_checkpoint(
+            path=path, module=run.model, optimizer=run.optimizer, restore_rng=True
+        )
+    for name, value in run.net.state_dict().items():
+        assert torch.equal(before[name], value)
+    assert not run.engine.accountant.history
+    assert run.epoch().engine.ledger.mechanism.num_steps == NUM // BATCH
