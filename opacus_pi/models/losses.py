@@ -123,18 +123,21 @@ class Losses:
         """
         if not self._is_known(outputs, targets):
             return None
-        # The logits of a label are neighbours in memory then, if the model has
-        # transposed them, as language models do.
-        logits: Tensor = outputs.detach().movedim(1, -1)
+        has_many_labels = outputs.dim() > 2
+        logits: Tensor = outputs.detach()
+        if has_many_labels:
+            # The logits of a label are neighbours in memory then, if the model has
+            # transposed them, as language models do.
+            logits = logits.movedim(1, -1)
         gradients, labels = logits.double().softmax(-1), targets[..., None]
         try:
             gradients.scatter_(-1, labels, 0.0)
         except RuntimeError:  # a label out of range
             return None
         gradients.scatter_(-1, labels, -gradients.sum(-1, keepdim=True))
-        if outputs.dim() > 2 and self._reduction == "mean":
+        if has_many_labels and self._reduction == "mean":
             gradients /= max(1, outputs[0, 0].numel())
-        return gradients.movedim(-1, 1)
+        return gradients.movedim(-1, 1) if has_many_labels else gradients
 
     def _is_known(self, outputs: Any, targets: Any) -> bool:
         """Return whether the closed form holds, if the labels are in range."""
@@ -312,7 +315,10 @@ def _lengths(rows: Tensor) -> Tensor:
     lengths: Tensor
     if rows.is_cpu:  # elsewhere the CPU would have to wait for the comparison
         lengths = torch.linalg.vector_norm(rows, dim=entries)
-        if bool(((lengths > _SAFE) & (lengths < 1 / _SAFE)).all()):
+        if len(rows) == 0:
+            return lengths
+        least, greatest = lengths.aminmax()
+        if float(least) > _SAFE and float(greatest) < 1 / _SAFE:
             return lengths
     largest = rows.abs().amax(entries, keepdim=True).clamp(min=_TINY)
     lengths = torch.linalg.vector_norm(rows / largest, dim=entries)
