@@ -13,7 +13,7 @@ within 0.5 % of direct quadrature, which ``direct`` does, for most examples, and
 **What breaks it.** What breaks the distribution of the ranks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -161,6 +161,25 @@ class PredictedNorms:
         for node, weight in zip(nodes, weights, strict=True):
             total += weight * loss(self.norms_at_node(row, node))
         return total
+
+    def plausible(self, row: int, norms: Array) -> Iterator[tuple[Array, Array]]:
+        """Return norms that each example may have had in a row's updates.
+
+        Args:
+            row: Position of the row.
+            norms: float64 ``(n,)``, the row's norms, NaN where not observed.
+
+        Yields:
+            The share of the updates, float64 ``(n,)``, that have certain norms
+            ``(n,)``; NaN where the share is 0. The shares of an example add up to 1.
+        """
+        if not self.has_means(row):
+            yield np.ones(len(norms)), norms
+            return
+        seen = self.seen_share[row] * self.drawn[row]
+        yield seen, norms
+        for node, weight in zip(*_nodes(), strict=True):
+            yield weight * (1 - seen), self.norms_at_node(row, node)
 
     def norms_at_node(self, row: int, node: float) -> Array:
         """Return each example's norm some standard deviations from its mean score.
