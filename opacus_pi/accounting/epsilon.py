@@ -83,9 +83,9 @@ def epsilons(
         gaps: As in ``privacy_losses``.
         composition: ``"renyi"``, or ``"numerical"``, for one run: the recorded norms
             are composed by numerical integration, for both directions. ε is rounded
-            up, usually by less than 1 %, and never above that of ``"renyi"``;
-            ``benchmarks.composed_epsilons`` measures by how much it is smaller. It
-            takes seconds more, also for few examples.
+            up, usually by less than 1 %, and never above that of ``"renyi"``.
+            In ``benchmarks.composed_epsilons`` it was 17 to 47 % smaller for half of
+            the examples, and took 1 to 5 seconds more for 10,000 of them.
 
     Returns:
         float64 ``(n,)``, at least 0: estimates, as the losses are. Each value is about
