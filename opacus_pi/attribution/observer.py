@@ -179,7 +179,7 @@ class LoaderObserver:
         return batch
 
     def end_pass(self, loader_pass: LoaderPass) -> None:
-        """Note that an iterator raised ``StopIteration``.
+        """Record that an iterator raised ``StopIteration``.
 
         An iterator that is asked again raises again; the pass is counted once.
 

@@ -179,7 +179,7 @@ class Tracker:
         *,
         identity: CollateIdentity = BY_CONSTRUCTION,
     ) -> Delivery:
-        """Note that a loader returns a batch to the training loop.
+        """Record that a loader returns a batch to the training loop.
 
         Args:
             indices: What its sampler returned for it: indices, or one index.
@@ -289,7 +289,7 @@ class Tracker:
         return assumed(tensors, dim, recent, usually_known=bool(known))
 
     def mark_backward(self, forward: ForwardPass, *, clipping: bool = False) -> None:
-        """Note that the backward pass has reached the output of a forward pass.
+        """Record that the backward pass has reached the output of a forward pass.
 
         Args:
             forward: The forward pass.
@@ -428,7 +428,7 @@ class Tracker:
 
         Returns:
             int64 ``(sum(sizes),)``; ``UNATTRIBUTED`` or ``LEFT_OUT`` in place of an
-            index where there is none. Samples that look alike have none.
+            index where there is none, as for samples that cannot be distinguished.
 
         Raises:
             AccountingError: If the tracker is strict and a sample is uncertain.
@@ -476,9 +476,8 @@ class Tracker:
         """Return whether a tensor is in the memory of an output of the model.
 
         Args:
-            tensor: A tensor, for example an argument of the criterion.
-
-        Outputs are known from ``keeps_outputs`` on.
+            tensor: A tensor, for example an argument of the criterion. Outputs are
+                noted only while ``keeps_outputs`` is true.
         """
         if not is_dense(tensor):
             return False

@@ -48,8 +48,10 @@ def about(argument: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        place = f": {error.filename}" if error.filename else ""
-        raise BadInput(f"{argument}: no such file{place}. {remedy}") from error
+        if not error.filename:  # raised by the library, with a remedy
+            raise BadInput(f"{argument}: {one_line(error)}") from error
+        what = f"no such file: {error.filename}"
+        raise BadInput(f"{argument}: {what}. {remedy}") from error
     except OSError as error:
         raise BadInput(f"{argument}: {one_line(error)}. {remedy}") from error
     except ValueError as error:

@@ -79,7 +79,7 @@ def _parsed(setting: str, method: str, known: Mapping[str, Any]) -> tuple[str, A
     name, equals, text = setting.partition("=")
     if not equals or name not in known:
         raise BadInput(
-            f"--set: {setting} is not NAME=VALUE with a setting of {method}. "
+            f"--set: {setting} is not NAME=VALUE, or {method} has no such setting. "
             f"{_settings_of(method, known)}"
         )
     try:

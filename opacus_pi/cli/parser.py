@@ -41,7 +41,7 @@ exit codes:
   0    success; verify: the file is complete and unedited
   1    a failure; verify: the file is damaged or edited; audit: a comparison failed
   2    bad arguments or unusable files: the message names the argument and the remedy
-  3    verify: not checked: a file of another program, without a checksum or too large
+  3    verify: not checked: no opacus_pi file, no checksum, or too large
   130  interrupted
 
 a first session:
@@ -231,7 +231,7 @@ ORDER = option("--order", "X", "Rényi order, above 1", float, 8.0)
 SIGMA = option(
     "--sigma",
     "X",
-    "assumed noise std on the SUM of gradients: only a ranking",
+    "noise std to assume on the SUM of gradients, to rank",
     float,
     dest="noise_std",
 )
@@ -280,7 +280,7 @@ METHOD = option(
 SETTING = option(
     "--set",
     "NAME=VALUE",
-    "setting of the method; an unknown NAME lists them",
+    "setting of the method; a wrong NAME shows the list",
     dest="settings",
     default=[],
     action="append",
@@ -292,7 +292,7 @@ CHECKPOINTS = option(
 )
 POLICY = switch(
     "--policy",
-    "with --checkpoints: no further than its policy demands",
+    "go back only as far as the deletion policy demands",
 ).but(dest="use_policy")
 LOG = option(
     "--log",
@@ -475,9 +475,10 @@ a tamper-evident log first: after a crash, repeat the command.""",
         "                          --forget IDS|FILE [options]",
         description="""\
 Compute a model's accuracy, loss, confidence and membership inference on the forget set,
-on a part of the retain set as large as the test set, and on the test set. The values to
-reach are those of models that were retrained without the forget set: name their weights
-(--oracle) to see them beside the model's, and the loss barriers to them.""",
+the retain set and the test set. Of the retain set, a part is used that is at most as
+large as the test set. The values to reach are those of models that were retrained
+without the forget set: name their weights (--oracle) to see them beside the model's,
+and the loss barriers to them.""",
         examples="""\
   opacus-pi evaluate --model my_project:build --weights forgotten/weights.safetensors \\
       --data my_project:train_set --test my_project:test_set --forget ids.txt
@@ -516,9 +517,9 @@ reach are those of models that were retrained without the forget set: name their
         description="""\
 Write the distributions of ε and loss, the hardest examples (ids only), the strata, the
 unlearning run beside retrained models, and the guarantee with its assumptions as one
-HTML file that loads nothing, and the same facts as JSON beside it. Existing files of
-these names are overwritten. RUN_DIR is the directory that 'opacus-pi unlearn --out'
-wrote; without it the report covers the training alone.""",
+HTML file without links to other files, and the same facts as JSON beside it. Existing
+files of these names are overwritten. RUN_DIR is the directory that 'opacus-pi unlearn
+--out' wrote; without it the report covers the training alone.""",
         examples="""\
   opacus-pi report --ledger ledger.safetensors --out report.html
   opacus-pi report forgotten --ledger ledger.safetensors --out report.html
@@ -605,7 +606,7 @@ forget. Nothing is written: to train a head that you release, see
             option(
                 "--epsilon",
                 "X",
-                "ε to reach, also with unlearned and retrained head exchanged",
+                "ε to reach, in both directions between unlearned and retrained",
                 float,
                 1.0,
             ),

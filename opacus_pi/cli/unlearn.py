@@ -368,8 +368,8 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
     if "head" in facts:
         parts.append(
             f"Entered in {facts['deletion_log']} as {facts['request_id']}. Keep the "
-            "head of the log elsewhere: it shows whether later entries were removed.\n"
-            f"{facts['head']}"
+            "head of the log elsewhere: with it, 'opacus-pi verify' finds out whether "
+            f"this entry or an earlier one is removed.\n{facts['head']}"
         )
     return "\n\n".join(parts)
 

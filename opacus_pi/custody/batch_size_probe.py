@@ -43,10 +43,10 @@ _SAME = (
 )
 _COUNTED = (
     "The model's outputs depend on the number of examples in the batch: without one of "
-    "{size} examples, the outputs of the others changed by {share:.1g} of the largest "
-    "output. So each example changes the gradients of all others, and max_grad_norm "
-    "does not bound what an example contributes. Do not use the number of examples in "
-    "the model."
+    "{size} examples, the outputs of the others changed by {share:.1g} times the "
+    "largest output. So each example changes the gradients of all others, and "
+    "max_grad_norm does not bound what an example contributes. Do not use the number "
+    "of examples in the model."
 )
 _PERHAPS_COUNTED = (
     "Without one of {size} examples, the model's outputs for the others changed. "

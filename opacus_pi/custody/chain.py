@@ -164,7 +164,7 @@ class Chain:
         self._observers.append(_Observer(reference, can_break))
 
     def check(self, link: str, evidence: str) -> None:
-        """Note that a link was seen to hold.
+        """Record that a link was seen to hold.
 
         Args:
             link: One of ``LINKS``.
@@ -184,7 +184,7 @@ class Chain:
         self._awaited[link] = sentence
 
     def leave_unchecked(self, link: str, cause: str, *, warn: bool = True) -> None:
-        """Note that a link could not be checked, and warn of it once.
+        """Record that a link could not be checked, and warn of it once.
 
         Args:
             link: One of ``LINKS``.
@@ -202,7 +202,7 @@ class Chain:
                 )
 
     def settle(self, link: str, cause: str) -> None:
-        """Note that what left a link unchecked was looked at, and is no doubt any more.
+        """Record that the cause that left a link unchecked was examined and resolved.
 
         Args:
             link: One of ``LINKS``.
@@ -214,7 +214,7 @@ class Chain:
             doubts.remove(cause)
 
     def break_link(self, link: str, reason: str) -> None:
-        """Note that a link does not hold: from now on no number is given.
+        """Record that a link does not hold: from now on no number is given.
 
         Args:
             link: One of ``LINKS``.

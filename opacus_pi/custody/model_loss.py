@@ -88,7 +88,7 @@ class _Kept:
     was_used: bool = False
 
     def use(self, _: Tensor) -> None:
-        """Note that a backward pass has reached the loss: a hook of the tensor."""
+        """Record that a backward pass has reached the loss: a hook of the tensor."""
         self.was_used = True
 
 

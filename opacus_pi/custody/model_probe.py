@@ -132,9 +132,9 @@ _MOVED = (
     "pack_padded_sequence with enforce_sorted=True."
 )
 _RANDOM = (
-    "The model's random numbers depend on the content of the batch, so it could not be "
-    "checked whether it treats examples separately in training mode. In evaluation "
-    "mode it does."
+    "In evaluation mode the model treats examples separately. In training mode this "
+    "could not be checked, because the model's random numbers depend on the content of "
+    "the batch."
 )
 _NO_OUTPUTS = (
     "No output of the model has one row for each of the {size} examples, so it could "
@@ -145,7 +145,8 @@ _PACKED = (
     "it could not be checked whether the model treats examples separately."
 )
 _DECLARE = (
-    " If you know that it does, pass Recorder(probe_model=False) to declare it. "
+    " If you know that the model treats examples separately, pass "
+    "Recorder(probe_model=False) to declare it. "
     "engine.audit(criterion) compares gradients instead."
 )
 

@@ -37,7 +37,9 @@ from opacus_pi.custody.chain import Chain
 
 __all__ = ["WeightSnapshot", "WeightsLink"]
 
-_COMPARED = "Every update was compared with the one before."
+_COMPARED = (
+    "Compared before every update, the weights were as the update before had left them."
+)
 _CHANGED = (
     "Weights were changed between two updates, and not by the optimizer of the run. "
     "If the change used training data, neither get_epsilon nor the ledger covers the "

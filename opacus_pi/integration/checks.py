@@ -43,8 +43,9 @@ _STEPPED_WITHOUT_NOISE = (
 )
 _CHANGED_AFTER_NOISE = (
     "Gradients were changed after noise was added to them and before the weights were "
-    "updated. That is fine if only the noised gradients were used for it. If others "
-    "were, the update is not private, and neither get_epsilon nor the ledger covers it."
+    "updated. That is fine if the new values were computed from the noised gradients "
+    "alone. If they also depend on anything else that was computed from training data, "
+    "the update is not private, and neither get_epsilon nor the ledger covers it."
 )
 _FROZEN_WITH_GRADIENT = (
     "A parameter was frozen (requires_grad=False) while it had a gradient, which was "
@@ -287,7 +288,7 @@ class OutsideChanges:
             self._chain.break_link("noise", _FROZEN_WITH_GRADIENT)
 
     def state_dict_was_loaded(self) -> None:
-        """Note that a state dict was loaded: it may have changed the weights."""
+        """Record that a state dict was loaded: it may have changed the weights."""
         self._weights.state_dict_was_loaded()
         if self._buffers is not None:
             self._buffers.state_dict_was_loaded()

@@ -65,8 +65,8 @@ _ZERO = 1e-6  # of the largest norm
 _ALIKE = 1e-3  # relative difference of two ratios of norms
 
 _AWAITED = (
-    "engine.audit found the criterion to be right, but whether the training loop "
-    "computes this loss was not compared: {cause}"
+    "engine.audit found the criterion to be right, but it could not be checked whether "
+    "the training loop computes this loss: {cause}"
 )
 _NO_UPDATE = (
     "no update was made since the audit. Call engine.audit(criterion) before training."
@@ -220,7 +220,7 @@ class _BeforeForward:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        """Note that a forward pass begins."""
+        """Record that a forward pass begins."""
         begin = None if self._begin is None else self._begin()
         if begin is not None:
             begin(module, args, kwargs)
@@ -326,7 +326,7 @@ class LoopLoss:
             forward.call = _Kept(begun, copies, OutputGradients(outputs))
 
     def update_was_made(self) -> None:
-        """Note that an update is complete."""
+        """Record that an update is complete."""
         if not self._due:
             return
         if not self._had_samples:

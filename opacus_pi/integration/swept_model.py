@@ -55,7 +55,10 @@ class SweptModel:
         """
         module = self._module()
         if module is None:
-            raise ReferenceError("The model was deleted, so it cannot be measured.")
+            raise ReferenceError(
+                "The model was deleted, so it cannot be measured. Keep it in a "
+                "variable."
+            )
         self._measured = updated = self._updated(module)
         own = list(unwrap(module).parameters())
         if updated == tuple([p.requires_grad for p in own]):

@@ -54,10 +54,7 @@ from opacus_pi.models.batches import tensors_of
 
 __all__ = ["layers_opacus_gets_wrong", "watch_inputs"]
 
-_REASON = (
-    "Opacus computes wrong per-example gradients for the layer {name!r} "
-    "({layer}): {what}. {remedy}"
-)
+_REASON = "Opacus makes wrong updates of the layer {name!r} ({layer}): {what}. {remedy}"
 _OTHER_MODE = (
     'Use grad_sample_mode="functorch" or "fast", which compute these gradients in '
     "another way."
@@ -145,7 +142,7 @@ def _embedding_options(layer: nn.Embedding) -> Iterator[tuple[str, str]]:
 def _bag_options(layer: nn.EmbeddingBag) -> Iterator[tuple[str, str]]:
     """Yield options of ``nn.EmbeddingBag`` that are ignored."""
     if layer.mode == "max":
-        yield 'with mode="max" all of them are zero', _AS_EMBEDDING
+        yield 'with mode="max" all its per-example gradients are zero', _AS_EMBEDDING
     if layer.padding_idx is not None:
         yield "Opacus ignores padding_idx", _AS_EMBEDDING
 
@@ -256,7 +253,7 @@ def _check_padding(
             found(
                 "Opacus ignores padding_idx, and the loss depends on the outputs at "
                 "padding tokens",
-                f"Mask these outputs. {_OTHER_MODE}",
+                f"{_OTHER_MODE} Alternatively, mask these outputs.",
             )
 
     out.register_hook(check_gradient)
@@ -278,8 +275,8 @@ def _check_memory_order(
     if padded.stride()[-2:] != (padded.shape[-1], 1):
         found(
             "Opacus misreads inputs in another memory order, such as channels_last",
-            "opacus_pi.compatible.make_compatible(model) copies them into the usual "
-            f"one. Otherwise: {_OTHER_MODE}",
+            f"{_OTHER_MODE} Alternatively, call make_compatible(model) of "
+            "opacus_pi.compatible: it copies inputs into the usual order.",
         )
 
 

@@ -47,9 +47,9 @@ _SCALED = (
     "The gradient of an update was {ratio:.4g} times that of the mean of the criterion "
     "over the batch. So relative to the mean gradient, the noise did not have the "
     "standard deviation noise_std. Take the mean of the losses over the batch, and do "
-    "not multiply gradients after the backward pass. With plain SGD, training on the "
-    "sum over b examples is training on their mean with b times the learning rate and "
-    "noise_std / b."
+    "not multiply gradients after the backward pass. To keep the updates of plain SGD "
+    "on the sum over b examples, train on the mean, multiply the learning rate by b, "
+    "and divide noise_std by b."
 )
 _ANOTHER_LOSS = (
     "The gradient of an update was not that of the criterion that make_monitored was "
