@@ -631,15 +631,27 @@ def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> Audi
             "The recorded norms are those of each example's own gradient (largest "
             f"relative difference {gap:.1g}).",
         )
-    ratios = recorded / expected.clamp(min=1e-300)
     return AuditRow(
         "norms",
         False,
-        "The recorded norms are not those of each example's own gradient: they are "
-        f"{float(ratios.min()):.3g} to {float(ratios.max()):.3g} times as large. If "
-        "no row below says why, Opacus computes wrong per-example gradients for one "
-        "of the layers.",
+        "The recorded norms are not those of each example's own gradient"
+        f"{_how_much_larger(recorded, expected)}. If no row below says why, Opacus "
+        "computes wrong per-example gradients for one of the layers.",
     )
+
+
+def _how_much_larger(recorded: Tensor, expected: Tensor) -> str:
+    """Say how recorded norms compare with the right ones.
+
+    Args:
+        recorded: float64 ``(b,)``.
+        expected: Norms of the examples alone, ``(b,)``.
+    """
+    if not bool((expected > 0).all()):
+        return ", which is 0 for some of them"
+    ratios = recorded / expected
+    low, high = (f"{float(one):.3g}" for one in (ratios.min(), ratios.max()))
+    return f": they are {low if low == high else f'{low} to {high}'} times as large"
 
 
 def _compare_loss(loss: TrainedLoss, outputs: Any, y: Any, run: AuditedRun) -> AuditRow:

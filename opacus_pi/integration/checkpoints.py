@@ -142,7 +142,7 @@ def _require_checkpoint(content: Any, path: Any) -> None:
         not wrong,
         "path",
         f"{kind} in {path}",
-        "must be a checkpoint of PrivacyEngine.save_checkpoint, complete in its "
+        "must be a checkpoint of PrivacyEngine.save_checkpoint with the complete "
         f"entries {', '.join(wrong)}",
         "Nothing was loaded. "
         + (

@@ -112,9 +112,9 @@ def _require_replaceable(original: dict[str, nn.Module]) -> None:
         is_trained = any(p.requires_grad for p in layer.parameters())
         if type(layer) is nn.LSTM and layer.proj_size and is_trained:
             raise ValueError(
-                f"The layer {name!r} is an LSTM with proj_size={layer.proj_size}, "
-                "which Opacus's DPLSTM does not have. Use an LSTM without proj_size, "
-                "followed by a Linear layer."
+                f"{f'The layer {name!r}' if name else 'The model'} is an LSTM with "
+                f"proj_size={layer.proj_size}, which Opacus's DPLSTM does not have. "
+                "Use an LSTM without proj_size, followed by a Linear layer."
             )
 
 

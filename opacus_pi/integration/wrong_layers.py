@@ -54,7 +54,7 @@ from opacus_pi.models.batches import tensors_of
 
 __all__ = ["layers_opacus_gets_wrong", "watch_inputs"]
 
-_REASON = "Opacus makes wrong updates of the layer {name!r} ({layer}): {what}. {remedy}"
+_REASON = "Opacus makes wrong updates of {where} ({layer}): {what}. {remedy}"
 _OTHER_MODE = (
     'Use grad_sample_mode="functorch" or "fast", which compute these gradients in '
     "another way."
@@ -118,7 +118,10 @@ def _trainable_layers(
 def _reason(name: str, layer: nn.Module, what: str, remedy: str) -> str:
     """Return why the run cannot be accounted for."""
     return _REASON.format(
-        name=name, layer=type(layer).__name__, what=what, remedy=remedy
+        where=f"the layer {name!r}" if name else "the model",
+        layer=type(layer).__name__,
+        what=what,
+        remedy=remedy,
     )
 
 

@@ -299,8 +299,9 @@ def _require_running_statistics(model: nn.Module) -> None:
     """Raise if a layer uses statistics of the batch even in evaluation mode."""
     for name, module in model.named_modules():
         if isinstance(module, BatchNormBase) and module.running_mean is None:
+            shown = " ".join([type(module).__name__, *([repr(name)] if name else [])])
             raise ValueError(
-                f"{type(module).__name__} {name!r} without running statistics "
-                "normalises by the batch, so that the examples of a batch have no "
-                "gradients of their own. Use track_running_stats=True or GroupNorm."
+                f"{shown} without running statistics normalises by the batch, so that "
+                "the examples of a batch have no gradients of their own. Use "
+                "track_running_stats=True or GroupNorm."
             )

@@ -285,7 +285,7 @@ def having_history(history):
 NO_CHECKPOINTS = {
     "list": (lambda content: [1, 2], "got a list in"),
     "tensor": (lambda content: torch.zeros(3), "got a Tensor in"),
-    "numbered": (lambda content: {1: 2}, "complete in its entries module_state_dict"),
+    "numbered": (lambda content: {1: 2}, "with the complete entries module_state"),
     "weights": (lambda content: content["module_state_dict"], "Load weights alone by"),
     "no_accountant": (without("privacy_accountant_state_dict"), "privacy_accountant"),
     "weights_list": (having("module_state_dict", [1]), "entries module_state"),
