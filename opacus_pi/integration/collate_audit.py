@@ -87,11 +87,13 @@ _RANDOM = (
 )
 _NOT_RUN = (
     "collate_fn could not be called again on other items ({error}), so it is not known "
-    "whether what it makes of an example depends on the others of its batch."
+    "whether what it makes of an example depends on the others of its batch. Make it "
+    "work for any items of the data set, and audit again."
 )
 _NOT_MATCHED = (
     "The examples could not be found in what collate_fn returned, so it is not known "
-    "whether what it makes of an example depends on the others of its batch."
+    "whether what it makes of an example depends on the others of its batch. Transform "
+    "items in the data set instead, and audit again."
 )
 
 
