@@ -5,7 +5,9 @@ batch in memory and ends with the new weights. ``opacus_pi.PrivacyEngine`` (whic
 records the norm of every example) and Opacus's own engine in its modes ``hooks`` and
 ``ghost`` are timed in turn, in one process on one thread. The result is the ratio of
 the fast step to Opacus's faster mode in the same round. ``plain`` is the step without
-privacy. The updates are compared with those of ``hooks``.
+privacy, and ``floor`` is the plain step with noise of the same size added to its
+gradients in place, but without norms and clipping. The updates are compared with those
+of ``hooks``.
 """
 
 from collections.abc import Iterator
@@ -28,6 +30,7 @@ ENGINES = {
     "hooks": opacus.PrivacyEngine,
     "ghost": opacus.PrivacyEngine,
     "plain": None,
+    "floor": None,
 }
 NUM_BATCHES = 4  # of an epoch
 ROUNDS = 9
@@ -44,7 +47,7 @@ def measure(case: str, device: str = "cpu", rounds: int = ROUNDS) -> dict[str, A
     """
     model, batch_size = case.rsplit("-", 1)
     trainings = {
-        mode: Training(
+        mode: (_Noised if mode == "floor" else Training)(
             engine and engine(),
             mode,
             model,
@@ -70,6 +73,30 @@ def measure(case: str, device: str = "cpu", rounds: int = ROUNDS) -> dict[str, A
     return {"update_relative_difference": difference, "rounds": rounds, **found}
 
 
+class _Noised(Training):
+    """A training without clipping whose gradients get noise before they are used.
+
+    Args:
+        *given: What ``Training`` is given.
+        **options: Its options.
+    """
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._noise = torch.Generator(options["device"]).manual_seed(0)
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Make one update of the sum of the gradients and noise."""
+        self._optimizer.zero_grad()
+        self._criterion(self._model(x), y).backward()
+        for p in self.weights:
+            noise = torch.normal(
+                0.0, 1.0, p.shape, device=p.device, generator=self._noise
+            )
+            p.grad = noise.add_(p.grad).div_(len(x))
+        self._optimizer.step()
+
+
 def _timed_update(training: Training, device: str) -> dict[str, float]:
     """Return the seconds of one update, without loading its batch."""
     x, y = training.next_batch()
@@ -88,7 +115,8 @@ def _summary(times: dict[str, Times], clock: str) -> dict[str, Any]:
     middle = {mode: 1e3 * typical(of, clock) for mode, of in times.items()}
     faster = min(("hooks", "ghost"), key=lambda mode: middle[mode])
     found = ratios(times["fast"], times[faster], clock)
-    return {"better": faster, **found, "milliseconds": middle}
+    floor = ratios(times["floor"], times[faster], clock)["ratio"]
+    return {"better": faster, **found, "floor": floor, "milliseconds": middle}
 
 
 def rows(found: dict[str, Any]) -> Iterator[Row]:
@@ -98,7 +126,8 @@ def rows(found: dict[str, Any]) -> Iterator[Row]:
         spent = step["busy"]["milliseconds"].items()
         shown = ", ".join(f"{mode} {value:.1f}" for mode, value in spent)
         comparison = (
-            f"faster mode: {step['busy']['better']}; ms: {shown}; updates differ by "
+            f"floor {step['busy']['floor']:.3f}; faster mode: "
+            f"{step['busy']['better']}; ms: {shown}; updates differ by "
             f"{step['update_relative_difference']:.0e}"
         )
         quantity = (

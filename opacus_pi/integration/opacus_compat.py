@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from typing import Any, cast
 
+from opacus import __version__ as _release
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 from opacus.grad_sample import (
     AbstractGradSampleHooks,
@@ -55,6 +56,7 @@ __all__ = [
     "SEEN_IN",
     "STEP_METHODS",
     "clipped_norms",
+    "draws_shipped_noise",
     "has_skipped_last_step",
     "keep_handle",
     "mark_as_processed",
@@ -287,6 +289,28 @@ def has_skipped_last_step(optimizer: DPOptimizer) -> bool:
     Opacus (1.6.0) notes it in ``_is_last_step_skipped``.
     """
     return bool(optimizer._is_last_step_skipped)
+
+
+def draws_shipped_noise(add_noise: object) -> bool:
+    """Return whether a bound method is ``DPOptimizer.add_noise`` as Opacus ships it.
+
+    In 1.6.0 this method draws the noise of one parameter after another, each in
+    ``_generate_noise``, which without ``secure_mode`` is one call of ``torch.normal``.
+    Only then is it known how to draw the same noise. Functions of Opacus are recognised
+    by their module, also if they were replaced before this package was imported.
+
+    Args:
+        add_noise: The method of an optimizer.
+
+    Returns:
+        False in any release that was not tested, for the method of a derived class, and
+        if other code has replaced or wrapped the method or ``_generate_noise``.
+    """
+    own = vars(_optimizer_module)
+    functions = getattr(add_noise, "__func__", None), own["_generate_noise"]
+    return _release in SEEN_IN and all(
+        getattr(function, "__globals__", None) is own for function in functions
+    )
 
 
 # ------------------------------------------------------------------- BatchMemoryManager

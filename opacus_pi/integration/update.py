@@ -187,7 +187,7 @@ class UpdateUnderWay:
         if not self._has_checked:
             self._has_checked = True
             self.chain.check("norm", "The norms are those by which Opacus clipped.")
-            self.chain.check("noise", "Opacus drew noise once for every update.")
+            self.chain.check("noise", "Noise was drawn once for every update.")
         if self.recorder.checkpoints is not None and not self.is_superseded:
             self.recorder.begin_update()
         # The weights are still those of the forward pass, and its memory is free again.

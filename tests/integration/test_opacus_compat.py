@@ -5,6 +5,7 @@ import inspect
 import opacus
 import pytest
 import torch
+from opacus.optimizers import optimizer as optimizer_module
 from opacus.utils import batch_memory_manager
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -95,6 +96,21 @@ def test_gradients_are_processed_once():
     opacus_compat.mark_as_processed(fresh)
     with pytest.raises(ValueError, match="haven't been cleared"):
         opacus_compat.require_unprocessed(fresh)
+
+
+def test_noise_as_it_is_shipped(monkeypatch):
+    *_, optimizer, _ = prepared()
+    assert opacus_compat.draws_shipped_noise(optimizer.add_noise)
+    assert not opacus_compat.draws_shipped_noise(lambda: None)
+    calls = []
+    monkeypatch.setattr(
+        optimizer_module, "_generate_noise", lambda **_: calls.append(0) or 0
+    )
+    assert not opacus_compat.draws_shipped_noise(optimizer.add_noise)
+    for p in optimizer.params:
+        p.summed_grad = torch.zeros_like(p)
+    optimizer.add_noise()  # draws by this function, once for each parameter
+    assert len(calls) == len(optimizer.params)
 
 
 def test_physical_batches_of_one_update():

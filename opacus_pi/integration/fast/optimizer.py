@@ -5,7 +5,10 @@ the sum of all gradients, each times its clip factor min(1, C / norm). Both foll
 the inputs and output gradients of the layers, which the cache holds, so that no
 per-example gradient is formed: first the norms, then one weighted sum per parameter.
 
-Only clipping is replaced. Noise, scaling and skipped steps stay Opacus's own.
+Two methods are replaced: clipping, and the loop that adds noise. The noise is drawn by
+the same calls of the same generator, so noise and gradients are Opacus's to the bit.
+Scaling and skipped steps stay Opacus's own, and so does noise in ``secure_mode`` or
+where ``add_noise`` is another method than Opacus's.
 
 The clipped sum is the one of hooks mode up to rounding, or an error is raised: the
 taps check that they have seen every gradient that autograd computed. What breaks it
@@ -23,6 +26,7 @@ from opacus_pi._class_swap import swap_class
 from opacus_pi.gradients.clipping import BatchCache, clip_factors, example_norms
 from opacus_pi.integration.fast.model import FastHooks
 from opacus_pi.integration.opacus_compat import (
+    draws_shipped_noise,
     mark_as_processed,
     module_of,
     require_unprocessed,
@@ -82,8 +86,8 @@ class _ClippingFromCache(DPOptimizer):
     """A ``DPOptimizer`` whose clipping reads the per-batch cache of its model.
 
     Opacus's ``step`` calls ``clip_and_accumulate`` once, after all backward passes of
-    the update, and then adds noise to ``p.summed_grad``. Both stay as they are; the
-    parameters have no ``grad_sample``.
+    the update, and then ``add_noise``, which sets ``p.grad`` to ``p.summed_grad`` plus
+    noise. The parameters have no ``grad_sample``.
 
     Attributes:
         per_sample_gradient_norms: Norms before clipping of all samples of the last
@@ -147,7 +151,59 @@ class _ClippingFromCache(DPOptimizer):
         cache.release()  # inputs and output gradients are the bulk of the memory
         return norms
 
+    def add_noise(self) -> None:
+        """Set ``p.grad`` to ``p.summed_grad`` plus noise, Opacus's to the bit.
+
+        For every parameter Opacus makes a tensor of zeros that it needs in secure mode
+        only, the noise, and the sum of noise and gradient. Here the gradient is added
+        to the noise in place, so that one tensor is made. ``torch.normal`` is called
+        as Opacus calls it, and a + b = b + a holds for floating-point numbers, too.
+
+        Opacus's own method runs in secure mode, if a derived class or other code has
+        replaced it, and if a sum is not a plain tensor.
+        """
+        parameters: list[Any] = self.params  # Opacus adds the attribute summed_grad
+        if (
+            self.secure_mode
+            or not draws_shipped_noise(super().add_noise)
+            or not all(_is_plain(p.summed_grad) for p in parameters)
+        ):
+            super().add_noise()
+            return
+        for p in parameters:
+            total = p.summed_grad
+            require_unprocessed(total)
+            # read for each parameter, as in Opacus: a derived class may compute it
+            std = self.noise_multiplier * self.max_grad_norm
+            if std == 0:
+                noise = torch.zeros_like(total)
+            else:
+                noise = torch.normal(
+                    mean=0,
+                    std=std,
+                    size=total.shape,
+                    device=total.device,
+                    generator=self.generator,
+                    dtype=total.dtype,
+                )
+            p.grad = noise.add_(total).view_as(p)
+            mark_as_processed(total)
+
     def zero_grad(self, *args: Any, **options: Any) -> None:
         """Clear the gradients and the caches of the batches that they belong to."""
         self._pi_hooks.taps.clear()
         super().zero_grad(*args, **options)
+
+
+def _is_plain(total: Any) -> bool:
+    """Return whether a sum in place has the type, layout and history of a new one.
+
+    Args:
+        total: The sum of clipped gradients of a parameter; None if it has none.
+    """
+    return (
+        type(total) is Tensor
+        and total.layout is torch.strided
+        and total.is_contiguous()
+        and not total.requires_grad
+    )
