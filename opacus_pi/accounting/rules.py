@@ -181,7 +181,7 @@ def worst_case_over_epochs(
     shared, places = np.unique(np.append(firsts, lasts), return_inverse=True)
     largest = np.zeros(len(shared))
     np.maximum.at(largest, places.reshape(-1), np.append(values, values))
-    return float(largest.sum() + (inner * values)[inner > 0].sum())
+    return float(largest.sum() + (inner[inner > 0] * values[inner > 0]).sum())
 
 
 def stratum_ends(num_strata: int, num_steps: int) -> tuple[int, ...]:

@@ -57,6 +57,7 @@ from opacus_pi.attribution.samples import (
 
 __all__ = [
     "BY_CONSTRUCTION",
+    "NOT_FOLLOWED",
     "UNCHECKED",
     "CollateIdentity",
     "FollowedBatch",
@@ -92,6 +93,8 @@ class CollateIdentity:
 
 
 BY_CONSTRUCTION = CollateIdentity()
+NOT_FOLLOWED = CollateIdentity()
+"""The samples may be in another order; whoever records does not ask for it."""
 UNCHECKED = CollateIdentity(notes=(COLLATE,), has_more=True)
 
 

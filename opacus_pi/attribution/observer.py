@@ -40,6 +40,7 @@ from opacus_pi._torch_compat import (
 )
 from opacus_pi.attribution.collate_identity import (
     BY_CONSTRUCTION,
+    NOT_FOLLOWED,
     UNCHECKED,
     FollowedBatch,
     FollowingCollate,
@@ -76,6 +77,8 @@ class LoaderObserver:
         follow_items: Whether to follow each item through ``collate_fn``, which may
             change their order (``collate_identity``); holds for passes that begin
             later.
+        is_in_order: Whether ``collate_fn`` is known to keep the order of the items;
+            matters only if they are not followed.
 
     Attributes:
         batch_dim: The dimension that should run over the samples of a batch.
@@ -90,10 +93,15 @@ class LoaderObserver:
     """
 
     def __init__(
-        self, tracker: Tracker | None = None, *, follow_items: bool = False
+        self,
+        tracker: Tracker | None = None,
+        *,
+        follow_items: bool = False,
+        is_in_order: bool = True,
     ) -> None:
         self._tracker = None if tracker is None else weakref.ref(tracker)
         self.follow_items = follow_items
+        self._unfollowed = BY_CONSTRUCTION if is_in_order else NOT_FOLLOWED
         self.batch_dim = 0 if tracker is None else tracker.batch_dim
         self.position: Position | None = None
         self.num_passes = self.num_passes_ended = self.num_unobserved_passes = 0
@@ -168,7 +176,7 @@ class LoaderObserver:
         Returns:
             The batch as ``collate_fn`` returned it.
         """
-        identity = UNCHECKED if self.follow_items else BY_CONSTRUCTION
+        identity = UNCHECKED if self.follow_items else self._unfollowed
         if type(batch) is FollowedBatch:
             batch, identity = batch
         loader_pass.num_delivered += 1
@@ -196,19 +204,24 @@ def observe(
     tracker: Tracker | None = None,
     *,
     follow_items: bool = False,
+    is_in_order: bool = True,
 ) -> LoaderObserver:
     """Observe a loader from its next pass on.
 
     Args:
         loader: The loader, changed in place. Copies and pickles of it are not observed.
         tracker: Receives every delivery; held by a weak reference.
-        follow_items: Whether ``collate_fn`` may change the order of the items.
+        follow_items: Whether to follow each item through ``collate_fn``.
+        is_in_order: Whether ``collate_fn`` is known to keep the order of the items;
+            matters only if they are not followed.
 
     Returns:
         The new observer. It replaces an earlier one, which goes on observing only the
         iterators that it knows already.
     """
-    observer = LoaderObserver(tracker, follow_items=follow_items)
+    observer = LoaderObserver(
+        tracker, follow_items=follow_items, is_in_order=is_in_order
+    )
     _attach(loader, observer, in_parts=False)
     return observer
 

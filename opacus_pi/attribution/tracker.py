@@ -61,7 +61,11 @@ from opacus_pi.attribution.causes import (
     TRUSTED,
     Cause,
 )
-from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
+from opacus_pi.attribution.collate_identity import (
+    BY_CONSTRUCTION,
+    NOT_FOLLOWED,
+    CollateIdentity,
+)
 from opacus_pi.attribution.delivery import (
     UNATTRIBUTED,
     Delivery,
@@ -215,7 +219,7 @@ class Tracker:
             delivery: The batch.
         """
         indices = delivery.index_array
-        if indices is None or not len(indices):
+        if indices is None or not len(indices) or delivery.identity is NOT_FOLLOWED:
             return
         sums = delivery.identity.contents
         if sums is not None:

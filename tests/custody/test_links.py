@@ -325,11 +325,26 @@ def permuted_between_epochs(run):
     once_each(run)
 
 
+def test_a_data_set_that_is_permuted_in_training_is_refused():
+    run = Run()
+    quietly(permuted_between_epochs, run)
+    with pytest.raises(AccountingError, match="what it had returned for another index"):
+        _ = run.custody
+
+
+def changed_between_epochs(run):
+    once_each(run)
+    for tensor in run.data:
+        if tensor.is_floating_point():
+            tensor.add_(0.25)
+    once_each(run)
+
+
 def test_a_data_set_that_is_changed_in_training_is_said():
     run = Run()
     once_each(run)
     assert "identity" not in run.unchecked()
-    quietly(permuted_between_epochs, run)
+    quietly(changed_between_epochs, run)
     with pytest.warns(UserWarning, match="What the data set stores has changed"):
         assert "identity" in run.unchecked()
 

@@ -39,7 +39,7 @@ from torch.utils.hooks import RemovableHandle
 from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi._validate import expect, require
 from opacus_pi.accounting import fingerprint
-from opacus_pi.attribution import ForwardProbe, Tracker, observe
+from opacus_pi.attribution import ForwardProbe, Tracker, keeps_order, observe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.draws import DrawLink
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
@@ -223,7 +223,7 @@ def monitor(
         noise = NoiseHook(noise_std, size, recorder, chain, tracker, scale, generator)
     _add_hooks(module, optimizer, recorder, tracker, scheme, noise, custody)
     _watch_weights(module, optimizer, custody, swept)
-    observe(loader, tracker)
+    observe(loader, tracker, is_in_order=keeps_order(user_collate_fn(data_loader)))
     return module, optimizer, loader
 
 
