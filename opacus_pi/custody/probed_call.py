@@ -12,7 +12,6 @@ torch generators that are the user's own.
 of NumPy's that is a global variable.
 """
 
-import pickle
 import random
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,9 +55,6 @@ _DROPOUT = (
     nn.functional.feature_alpha_dropout,
     torch.dropout,
 )
-
-
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 @dataclass(frozen=True)
@@ -182,10 +178,33 @@ def _other_states(model: nn.Module) -> tuple[Any, ...]:
     Args:
         model: Generators that are attributes of its layers count, too.
     """
-    name, keys, *rest = np.random.get_state(legacy=True)
     held = [value for module in model.modules() for value in vars(module).values()]
-    own = [pickle.dumps(value) for value in held if isinstance(value, _GENERATORS)]
-    return random.getstate(), name, np.asarray(keys).tobytes(), *rest, *own
+    own = [state for value in held for state in _state_of(value)]
+    return random.getstate(), *_comparable(np.random.get_state(legacy=True)), *own
+
+
+def _state_of(value: Any) -> Iterator[Any]:
+    """Yield the state of a generator of Python or NumPy, and nothing for other objects.
+
+    Args:
+        value: Any object.
+    """
+    if isinstance(value, random.Random):
+        yield value.getstate()
+    elif isinstance(value, np.random.RandomState):
+        yield from _comparable(value.get_state(legacy=True))
+    elif isinstance(value, np.random.Generator):
+        yield repr(value.bit_generator.state)
+
+
+def _comparable(state: Any) -> tuple[Any, ...]:
+    """Return a state of NumPy's older generators with its keys as bytes.
+
+    Args:
+        state: ``(name, keys, position, has_gauss, cached_gaussian)``.
+    """
+    name, keys, *rest = state
+    return name, np.asarray(keys).tobytes(), *rest
 
 
 @dataclass(frozen=True)

@@ -360,7 +360,7 @@ def test_a_ledger_without_rows_is_refused():
 def test_a_schedule_needs_its_steps():
     run = one_run(**SCHEDULE)
     with pytest.raises(
-        ValueError, match="^steps must be given, because .* schedule, got None"
+        ValueError, match="^steps must be given, because training changed .*, got None"
     ):
         worst_case_loss(run.mechanism, 4)
 

@@ -18,7 +18,7 @@ from tests.private_training import Log
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-VOCABULARY, LENGTH, NUM_EXAMPLES = 20, 8, 24
+VOCABULARY, LENGTH, NUM_EXAMPLES = 20, 8, 48
 PRIVATE = {"noise_multiplier": 0.8, "max_grad_norm": 0.5}
 CRITERION = nn.CrossEntropyLoss()
 WITHOUT_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -71,7 +71,7 @@ def sentences(token_labels=False, same_length=False):
 
 def trainer(model, data, callback, tmp_path, loss=None, optimizer=None, **arguments):
     settings = {
-        "per_device_train_batch_size": 6,
+        "per_device_train_batch_size": 12,
         "num_train_epochs": 2,
         "learning_rate": 0.1,
         "optim": "sgd",
@@ -116,7 +116,7 @@ def plain_opacus(callback):
     """A loop with Opacus alone, on the same seeds: its weights and all norms."""
     model = classifier().train()
     sampling, noise = callback._seeds(0)
-    loader = DataLoader(sentences(), batch_size=6)
+    loader = DataLoader(sentences(), batch_size=12)
     loader.generator = torch.Generator().manual_seed(sampling)
     hooks, optimizer, loader = opacus.PrivacyEngine(accountant="rdp").make_private(
         module=model,
