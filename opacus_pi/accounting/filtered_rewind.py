@@ -170,8 +170,8 @@ def restart_updates(
         states: Updates after which a state was saved; 0 is always considered.
 
     Returns:
-        int64 ``(n,)``: the update of the state to restart from, T where the trained
-        model may be kept.
+        int64 ``(n,)``: the update of the state to restart from. Where the trained model
+        may be kept, it is T, the number of updates of the run.
 
     Raises:
         ValueError: If an update had no noise, did not clip, or had unattributed

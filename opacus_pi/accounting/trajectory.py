@@ -280,9 +280,9 @@ def _check_bounded(runs: Sequence[GradNormLedger]) -> None:
     expect(
         unknown == 0,
         "grad_norms",
-        f"{unknown} missing",
-        "must be complete",
-        "Sweep every example at every row.",
+        f"{unknown} NaN (not observed)",
+        "must have a norm of every example in every row",
+        "Record with a recorder that sweeps, such as Recorder.stratified.",
     )
     steps = {tuple(run.steps.tolist()) for run in runs}
     complete = runs[0].num_rows == mechanism.num_steps

@@ -165,7 +165,7 @@ ANOTHER_PASS = Cause(
     "unchecked",
     "The loss also used a forward pass over inputs that the data loader did not "
     "deliver, such as generated ones. It is assumed that they were not computed from "
-    "the examples of the batch.",
+    "the examples of the batch. If they were, compute them in the data set instead.",
     link="rows",
     is_said=False,  # a GAN's discriminator is trained like this, rightly
 )

@@ -134,7 +134,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"{facts['num_features']} features: accuracy train {accuracy['train']:.4g}"
         f"{on_test}, after {facts['num_training_steps']} steps with noise "
         f"{facts['noise_std']:g}.\nε at δ = {facts['delta']:g} is {exact}. "
-        f"Steps: the number until ε ≤ {facts['epsilon']:g}."
+        f"The column 'steps' has the unlearning steps until ε ≤ {facts['epsilon']:g}."
     )
     share = (f"{100 * p:g} %" for p in quantiles["probability"])
     rows = zip(share, quantiles["epsilon"], quantiles["steps"], strict=True)

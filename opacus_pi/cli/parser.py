@@ -239,9 +239,9 @@ DELTA = option("--delta", "X", "δ of every ε", probability, 1e-5)
 TOLERANCE = option(
     "--tolerance",
     "X",
-    "let losses and ε come out too large, by this relative error at most, to save "
-    "time; default: 1e-3 for a run with more than 16,384 norms (rows times "
-    "examples), else 0, which is exact",
+    "save time: round losses and ε up, by at most this relative error; default: 1e-3 "
+    "for a run with more than 16,384 norms (rows times examples), else 0, which is "
+    "exact",
     float,
 )
 TOP = partial(option, "--top", "N", "number of hardest examples to list", whole_number)

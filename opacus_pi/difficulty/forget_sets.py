@@ -155,8 +155,8 @@ def top_k(
     """Return the examples with the largest scores as a set, sorted by index.
 
     The indices are in the data set's order, as in every forget set, not in order of
-    score: for the hardest first use ``ranking(scores)[::-1][:size]``. They are the last
-    stratum of :func:`difficulty_strata`.
+    score: for the hardest first use ``ranking(scores)[::-1][:size]``. For the same
+    ``size``, this is the set ``last`` of :func:`difficulty_strata`.
 
     Args:
         scores: Difficulty of each example, shape ``(n,)``; higher is harder.

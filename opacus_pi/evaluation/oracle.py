@@ -229,7 +229,8 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
         differing = [name for name, value in facts.items() if known.get(name) != value]
         require(
             not differing,
-            f"The model in {path} was trained with another {', '.join(differing)}.",
+            f"The model in {path} was trained with other values of "
+            f"{', '.join(differing)}.",
             "It is not used.",
         )
         _check_types(path, arrays, model)

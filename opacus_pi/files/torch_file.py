@@ -179,7 +179,7 @@ def require_bounded(path: Path) -> None:
     if not is_bounded:
         raise ValueError(
             f"{path.name} is not an archive of torch.save: it is compressed, or asks "
-            "for more memory than its size"
+            "for more memory than the file has bytes"
         )
 
 

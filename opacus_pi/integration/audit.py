@@ -82,11 +82,11 @@ __all__ = [
 _MAX_EXAMPLES = 32  # of one batch: each is differentiated alone
 _SWEPT = "swept"  # in place of a grad_sample_mode: norms of a sweep
 _OTHER_NUMBER = (
-    "{num} norms could be matched to {size} examples. A layer that is not given one "
-    "row for each example has this effect: only some of the examples, as in a model "
-    "that routes them, or several rows for each, such as two views of it. Give every "
-    "layer all examples, and choose between its outputs by torch.where; put several "
-    "views of an example along another dimension than the first."
+    "{num} norms were recorded for {size} examples, so they cannot be compared. This "
+    "happens if a layer is not given exactly one row for each example: it gets only "
+    "some of the examples (a model that routes them), or several rows for each (two "
+    "views of an example). Give every layer all examples, and choose between outputs "
+    "with torch.where. Put several views along another dimension than the first."
 )
 _NOT_REPEATABLE = (
     "{what} returns other values when it is called again on the same examples: it "
@@ -635,8 +635,9 @@ def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> Audi
         "norms",
         False,
         "The recorded norms are not those of each example's own gradient"
-        f"{_how_much_larger(recorded, expected)}. If no row below says why, Opacus "
-        "computes wrong per-example gradients for one of the layers.",
+        f"{_how_much_larger(recorded, expected)}. If no row below says why, the "
+        "per-example gradients of one of the layers are wrong. In training with "
+        "make_private, use another grad_sample_mode and audit again.",
     )
 
 

@@ -497,9 +497,9 @@ class RunState:
             and all(_is_setting(value) for value in settings.values()),
             "the checkpoint",
             {**epochs, **settings},
-            "must hold an epoch number of each sampler with epochs "
-            f"({', '.join(sorted(self._samplers)) or 'none here'}), and one number for "
-            f"each of {', '.join(_SETTINGS)}",
+            "must hold only the epochs of this loader's samplers "
+            f"({', '.join(sorted(self._samplers)) or 'none has epochs'}) and the "
+            f"settings {', '.join(_SETTINGS)}, each as a number",
             "Resume a run from its own checkpoint, with the loader of the saved run.",
         )
 

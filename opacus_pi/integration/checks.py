@@ -163,9 +163,9 @@ class RunChecks:
         if num_counted:
             raise AccountingError(
                 f"The accountant has counted {num_counted} updates, but none was "
-                "recorded, because this engine did not prepare the model. Call its "
-                "make_private, and train with the model, optimizer and loader that it "
-                "returns."
+                "recorded, because this engine did not prepare the model. Call "
+                "make_private of this engine, and train with the model, optimizer and "
+                "loader that it returns."
             )
 
     def missing_updates(

@@ -313,7 +313,7 @@ class PrivacyCallback(TrainerCallback):
         require(
             (folder / _FILE).is_file(),
             f"The trainer resumes from step {state.global_step}, but {folder} has no "
-            f"{_FILE}, so what the examples lost before that step is not known.",
+            f"{_FILE}, so the privacy losses of the earlier steps are not known.",
             "Pass PrivacyCallback(resume_from=...), the checkpoint folder of a run "
             "with this callback.",
         )

@@ -212,7 +212,7 @@ def _check_trainer(trainer: "Trainer", pl_module: "LightningModule") -> None:
         "automatic_optimization",
         pl_module.automatic_optimization,
         equals=True,
-        remedy=f"Leave it on, {one_batch}, or write your own training loop.",
+        remedy=f"Set it to True, {one_batch}, or write your own training loop.",
     )
     require_setting(
         "num_optimizers",

@@ -227,9 +227,10 @@ def _warn_if_most_are_equal(values: NDArray[np.float64]) -> None:
     num_equal = num_at_top(values)
     if 1 < num_equal and len(values) < 2 * num_equal:
         warnings.warn(
-            f"{num_equal} of {len(values)} examples share the largest value, that of "
-            "an example that is clipped in every update. Estimates above it are cut to "
-            "it, so these examples cannot be distinguished. Use a larger max_grad_norm "
-            "with a smaller learning rate, or a lower order.",
+            f"{num_equal} of {len(values)} examples share the largest value, so they "
+            "cannot be distinguished. If this value is the worst case, that of an "
+            "example that is clipped in every update, larger estimates were cut to it. "
+            "Use a larger max_grad_norm with a smaller learning rate, or a lower "
+            "order.",
             stacklevel=_USERS_LINE + 1,
         )

@@ -27,11 +27,10 @@ from opacus_pi.models.copies import evaluation_copy, unwrap
 __all__ = ["SweptModel"]
 
 _CHANGED = (
-    "The weights that the optimizer updates changed after the last sweep: "
+    "The set of weights that the optimizer updates changed after the last sweep: "
     "requires_grad was changed, or weights were added to the optimizer or removed from "
-    "it. The updates until the next sweep are recorded with norms over the earlier "
-    "weights. Record more often (Recorder(every=...)), or begin a new run with the new "
-    "weights."
+    "it. The updates until the next sweep are recorded with the norms over the earlier "
+    "set. Record more often (Recorder(every=...)), or begin a new run with the new set."
 )
 
 

@@ -207,8 +207,9 @@ def record_in(directory: Path) -> ParticipationRecord:
     expect(
         firsts == ends[:-1],
         "checkpoints",
-        f"files that begin after updates {firsts} and end with updates {ends[1:]}",
-        "must cover all updates of the run",
+        "files of the updates "
+        + ", ".join(f"{a + 1}-{b}" for a, b in zip(firsts, ends[1:], strict=True)),
+        "must cover all updates of the run, each once",
         f"Some participations are missing. {_RESTORE}",
     )
     arrays: dict[str, Any] = {

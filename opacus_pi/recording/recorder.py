@@ -65,7 +65,7 @@ _NO_MODEL = (
 )
 _CHANGED = (
     "The data set had {length} examples when the recording began, and now it has "
-    "another length. The ledger has no columns for the norms of new examples. Call "
+    "another length, so the columns of the ledger do not fit its examples. Call "
     "make_private or make_monitored again after changing the data set."
 )
 # Attributes of a recorder that belong to the model in training.

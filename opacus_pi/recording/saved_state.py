@@ -115,7 +115,7 @@ def _measured_rows(state: Mapping[str, Any]) -> set[str]:
     _check(
         needed <= names <= allowed,
         f"{_ROW}grad_norms",
-        "missing, or stands beside measurements of an unknown name",
+        "missing, or was saved with measurements that this release does not know",
     )
     return names
 

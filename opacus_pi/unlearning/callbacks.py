@@ -75,7 +75,8 @@ class LogMetrics(Callback):
             ``SummaryWriter`` of TensorBoard (``add_scalar``), or a run of Weights &
             Biases (``log``), as ``wandb.init`` returns it.
 
-    A logger that sends metrics to a server sends what is known about the forget set.
+    The metrics reveal facts about the forget set. Use a logger that sends them to a
+    server only if that server may know these facts.
 
     Raises:
         ValueError: If the logger has none of these methods.

@@ -343,8 +343,9 @@ def mean_loss(task: Task, batch: Batch | None) -> Tensor:
         "batch",
         None,
         "must be a batch (x, y)",
-        "This update has no batch of that set. A method whose loss uses the forget set "
-        "says so by needs_forget_set = True in its class.",
+        "The method's loss uses a batch that this update does not have. If the loss "
+        "uses the forget set, set needs_forget_set = True in the method's class. If "
+        "only some updates use a batch, do not compute its loss where it is None.",
     )
     x, y = cast(Batch, batch)
     if len(y) == 0:

@@ -594,10 +594,10 @@ def _done_of(entry: Entry, still_open: set[int]) -> set[int]:
     _check(
         listed and set(cast(list[int], numbers)) <= still_open,
         entry,
-        "about requests that were pending",
+        "an entry about requests that were pending",
     )
     hashed = isinstance(digest, str) and len(digest) == 64 and set(digest) <= _HEX
-    _check(hashed, entry, "with the hash of the weights")
+    _check(hashed, entry, "an entry with the hash of the weights")
     return set(cast(list[int], numbers))
 
 
@@ -652,7 +652,7 @@ def _honoured(stored: StoredWeights, found: Requests, path: Path) -> set[int]:
         known and newer,
         f"{path} does not have the weights that honour the {len(found.done)} logged "
         "request(s).",
-        "Restore the file from a copy. Without it, the requests must be carried out "
-        "again.",
+        "Restore the file from a copy. If there is none, submit all requests again, to "
+        "a new log, and process them with the model as it was trained.",
     )
     return honoured

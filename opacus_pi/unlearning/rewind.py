@@ -183,7 +183,7 @@ class RewindPlan:
         drawn = (
             "None of them was ever drawn."
             if self.first_update > self.num_steps
-            else f"One of them may have been drawn first in update {self.first_update}."
+            else f"None of them was drawn before update {self.first_update}."
         )
         return (
             f"Examples to forget: {len(self.forget)}; forgotten before: "
@@ -354,7 +354,7 @@ class RecordedTraining:
             f"An example of forget_indices was first drawn in update {first}, and no "
             "state was saved before it (states were saved after the updates "
             f"{list(steps[:5])}).",
-            "Train again from the start.",
+            "Retrain from the start without these examples.",
         )
         return start
 
@@ -561,8 +561,9 @@ class RecordedTraining:
         """
         proof = derived(
             "the sum of the charges cannot exceed the policy on any path",
-            "summed up at saved states: the next update is charged by its own "
-            "norms, and later ones up to the next state at the clip norm",
+            "the sum is checked at every saved state; the first update after a state "
+            "is charged by its own norms, the others before the next state at the clip "
+            "norm",
         )
         made = observed(
             "the policy was fixed before training",

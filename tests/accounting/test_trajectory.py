@@ -131,7 +131,7 @@ def test_what_is_not_bounded_is_refused():
     fixed = chain.ledger(np.ones((3, 1)), sampling="fixed")
     with pytest.raises(ValueError, match="sampling must .*got 'fixed'"):
         trajectory_limits(fixed, 2, 2)
-    with pytest.raises(ValueError, match="grad_norms must .*got 1 missing"):
+    with pytest.raises(ValueError, match="grad_norms must .*got 1 NaN"):
         trajectory_limits(chain.ledger([[0.1], [math.nan], [0.1]]), 2, 2)
     shared = draw(chain, rng, 2, 3, steps=[1])
     expected = "must have rows that were drawn independently, got .*with the same steps"

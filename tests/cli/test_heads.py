@@ -45,7 +45,7 @@ def test_a_softmax_head_and_a_test_set(run, tmp_path):
         "heads", *ARGUMENTS, "--classes", 10, *more, "--epsilon", 3, "--out", path
     )
     assert (code, err) == (0, "") and "softmax head on 120 examples" in out
-    assert "is an upper bound. Steps: the number until ε ≤ 3." in out
+    assert "The column 'steps' has the unlearning steps until ε ≤ 3." in out
     assert "To forget" not in out  # no set was named
     facts = json.loads(path.read_text())
     assert facts["noise_std"] == 0.02 and 0 <= facts["accuracy"]["test"] <= 1

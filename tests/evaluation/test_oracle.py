@@ -136,7 +136,7 @@ def test_oracles_of_other_inputs_are_trained_again(tmp_path):
     train(tmp_path, Recipe())
     x, y = DATA.tensors
     other, again = TensorDataset(x + 1, y), Recipe()
-    with pytest.warns(UserWarning, match="trained with another data_set_with_inputs"):
+    with pytest.warns(UserWarning, match="other values of data_set_with_inputs"):
         train(tmp_path, again, data_set=other)
     assert [seed for _, seed in again.calls] == [1, 2]
 

@@ -165,7 +165,7 @@ def test_an_observed_record_has_no_measures_of_sweeps():
     again = Training(batch_size=12).engine.recorder
     state["rows.errors"] = state["rows.grad_norms"].clone()
     with pytest.raises(
-        ValueError, match="rows.grad_norms.*measurements of an unknown name"
+        ValueError, match="rows.grad_norms.*measurements that this release"
     ):
         again.load_state_dict(state)
 

@@ -68,8 +68,8 @@ class TrainingTaps:
     Copies of the object do nothing, so that a copied model is not tapped.
 
     Attributes:
-        caches: One for each batch that a backward pass has reached, in that order.
-        may_accumulate: Whether there may be more than one.
+        caches: One for each batch, in the order in which backward passes reached them.
+        may_accumulate: Whether there may be more than one cache.
     """
 
     def __init__(self) -> None:

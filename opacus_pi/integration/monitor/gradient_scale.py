@@ -57,10 +57,10 @@ _ANOTHER_LOSS = (
     "criterion that the loop uses, penalties included."
 )
 _SEVERAL = (
-    "An update used the gradients of several forward passes, so they were not compared "
-    "with that of the mean of the criterion. If the passes were of one batch, their "
-    "gradients were added up, and were too large for the noise. Make one forward pass "
-    "and one backward pass for each update."
+    "An update used the gradients of several forward passes, so it was not checked "
+    "that its gradient is that of the criterion's mean over a batch. If the passes "
+    "were of one batch, their gradients were added up, and were too large for the "
+    "noise. Make one forward pass and one backward pass for each update."
 )
 _REPEATED = (
     "A forward pass had several samples of one example, so its gradient entered an "

@@ -17,10 +17,10 @@ from opacus_pi.unlearning.rivals.gradients import mean_squared_gradient, trainab
 class SSD(Method):
     """Selective synaptic dampening: shrink weights that matter to the forget set only.
 
-    Where I_forget > a I_all: θ ← min(λ I_all / I_forget, 1) θ, with importance I the
-    mean over batches of the squared gradient of the mean loss (as released; batches of
-    one give the Fisher diagonal of the paper), in evaluation mode. That is the whole
-    method: one update, then the run ends.
+    Where I_forget > a I_all: θ ← min(λ I_all / I_forget, 1) θ. The importance I is the
+    mean over batches of the squared gradient of the mean loss in evaluation mode, as in
+    the authors' code. With batches of one example it is the Fisher diagonal of the
+    paper. The method makes this one update, and the run ends.
 
     Args:
         selection_weight: a, above 0; a larger value changes fewer weights.
