@@ -91,8 +91,8 @@ _OTHER_NUMBER = (
 _NOT_REPEATABLE = (
     "{what} returns other values when it is called again on the same examples: it "
     "draws random numbers, or it counts its calls. An example alone then has another "
-    "gradient than in a batch, so the norms could not be compared. Switch this off for "
-    "the audit."
+    "gradient than in a batch, so the norms could not be compared. Switch the random "
+    "numbers or the counting off for the audit."
 )
 _STATES = {True: "ok", False: "FAILED", None: "unknown"}
 

@@ -65,8 +65,8 @@ _NOT_PREPARED = (
 _OWN_METHOD = (
     "{owner} has a method {method} of its own, so it is not known what enters an "
     "update. Only the clipping and the noise of Opacus's own optimizers can be "
-    "accounted for. Override step instead, or account for the training by hand with "
-    'accountant="per_instance" (begin, record).'
+    "accounted for. Keep Opacus's own {method} (an optimizer may override step), or "
+    'account for the training by hand with accountant="per_instance" (begin, record).'
 )
 
 _OWN_STEP = (
