@@ -232,12 +232,11 @@ class Tracker:
         if not delivery.are_distinct:  # nearly always they are
             known = indices >= 0
             places = np.flatnonzero(known)
-            indices, sums = indices[known], sums[known]
+            moved = places[self._contents.moved(indices[known], sums[known])]
         else:
-            places = np.arange(len(indices))
-        moved = self._contents.moved(indices, sums)
-        if moved.any():
-            delivery.leave_unattributed(places[moved], MOVED_IN_DATA_SET)
+            moved = np.flatnonzero(self._contents.moved(indices, sums))
+        if len(moved):
+            delivery.leave_unattributed(moved, MOVED_IN_DATA_SET)
 
     # ------------------------------------------------------- what the model reports
     def bind(self, inputs: Any) -> ForwardPass:

@@ -129,13 +129,15 @@ class ModelLossProbe:
         is_due = bool(self._due) and self._num_updates + 1 >= self._due[0]
         if not is_due or self._kept is not None or model is None:
             return
-        size = num_examples(tensors_of((args, kwargs)), 0)
+        if isinstance(outputs, Tensor) and outputs.dim():
+            return  # nearly always: the loop computes the loss
         losses = [
             (place, leaf)
             for place, leaf in floating(outputs).items()
             if leaf.dim() == 0 and leaf.requires_grad
         ]
-        if size < 2 or not losses:
+        size = num_examples(tensors_of((args, kwargs)), 0) if losses else 0
+        if size < 2:
             return
         place, loss = losses[0]
         self._kept = _Kept(ForwardCall.now(model, args, kwargs), size, place)

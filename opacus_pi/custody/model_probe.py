@@ -461,7 +461,10 @@ class ModelProbe:
         """
         if not self._layers:  # a walk over the layers in every pass would be slow
             self._layers = [weakref.ref(module) for module in model.modules()]
-        kind: list[Any] = [getattr(layer(), "training", None) for layer in self._layers]
+        kind: list[Any] = [
+            None if (layer := reference()) is None else layer.training
+            for reference in self._layers
+        ]
         dim = self.batch_dim
         for tensor in tensors:
             shape = tensor.shape
