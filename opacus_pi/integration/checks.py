@@ -33,7 +33,7 @@ from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.integration.derived import own_scaling, own_step
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
-from opacus_pi.integration.written_gradients import NotedTensors
+from opacus_pi.integration.written_gradients import NO_TENSORS, NotedTensors
 from opacus_pi.recording import Recorder
 
 _STEPPED_WITHOUT_NOISE = (
@@ -216,7 +216,7 @@ class OutsideChanges:
         self._chain, self._snapshot = chain, snapshot
         self._weights = WeightsLink(chain, snapshot)
         self._buffers: BufferLink | None = None
-        self._noised = NotedTensors()
+        self._noised = NO_TENSORS
         self._has_noise = False
 
     def watch(
@@ -282,9 +282,9 @@ class OutsideChanges:
             optimizer: It is about to write the weights.
         """
         self._noised = NotedTensors(_gradients(optimizer))
-        held = (p for group in optimizer.param_groups for p in group["params"])
-        frozen = [p.grad for p in held if not p.requires_grad and p.grad is not None]
-        if any(bool(gradient.any()) for gradient in frozen):
+        groups = optimizer.param_groups
+        frozen = [p for g in groups for p in g["params"] if not p.requires_grad]
+        if any([p.grad is not None and bool(p.grad.any()) for p in frozen]):
             self._chain.break_link("noise", _FROZEN_WITH_GRADIENT)
 
     def state_dict_was_loaded(self) -> None:
@@ -312,7 +312,7 @@ class OutsideChanges:
 
     def weights_were_updated(self) -> None:
         """Note the weights: nothing should write to them until the next update."""
-        self._has_noise, self._noised = False, NotedTensors()
+        self._has_noise, self._noised = False, NO_TENSORS
         self._weights.after_update()
 
 

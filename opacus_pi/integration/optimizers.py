@@ -209,6 +209,18 @@ class _FromGradSamples(_ReportingOptimizer):
     # What ``grad_samples`` returns instead of a new list: from ``pre_step`` on the
     # gradients, and during ``_pi_clip`` a column of norms, if Opacus reads only norms.
     _pi_listed: list[Tensor] | None = None
+    # Within ``pre_step``: how many passes were accumulated; 0 if this was not read yet.
+    _pi_iterations: int | None = None
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """Number of accumulated passes, which Opacus reads for every parameter."""
+        if self._pi_iterations:
+            return self._pi_iterations
+        iterations: int = super().accumulated_iterations
+        if self._pi_iterations is not None:
+            self._pi_iterations = iterations
+        return iterations
 
     @property
     def grad_samples(self) -> list[Tensor]:
@@ -225,10 +237,11 @@ class _FromGradSamples(_ReportingOptimizer):
         """
         if self._pi_clips_first:
             self._pi_listed = super().grad_samples
+            self._pi_iterations = 0 if self._pi_reads_norms_only else None
         try:
             goes_on: bool | None = super().pre_step(*args, **options)
         finally:
-            self._pi_listed = None
+            self._pi_listed = self._pi_iterations = None
         return goes_on
 
     def clip_and_accumulate(self) -> None:
@@ -388,7 +401,9 @@ class _FromGhostClipping(_ReportingOptimizer):
             self._pi_parameters = [] if is_sharded else list(module.parameters())
         if not self._pi_parameters:
             return norms_of_parameters(self.params)
-        held = {id(p) for group in self.param_groups for p in group["params"]}
+        held = set[int]()
+        for group in self.param_groups:
+            held.update(map(id, group["params"]))
         norms = norms_of_parameters(self._pi_parameters)
         for parameter, norm in zip(self._pi_parameters, norms, strict=True):
             is_trained = parameter.requires_grad and id(parameter) in held

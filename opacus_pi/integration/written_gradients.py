@@ -122,6 +122,9 @@ class NotedTensors:
         )
 
 
+NO_TENSORS = NotedTensors()
+
+
 class WrittenGradients:
     """What backward passes left at parameters, compared when the optimizer uses it.
 
@@ -141,7 +144,7 @@ class WrittenGradients:
         self._parameters = list(parameters)
         self._chain, self._is_ghost = chain, is_ghost
         self._gradients: dict[int, list[_Noted]] = {}
-        self._sums = NotedTensors()
+        self._sums = NO_TENSORS
         self.is_active = True
 
     # --------------------------------------------------- what backward passes report
@@ -181,13 +184,12 @@ class WrittenGradients:
             newest = held[-1] if is_list else held
             if newest is None:
                 continue
-            noted = self._gradients.get(id(parameter))
+            key = id(parameter)
+            noted = self._gradients.get(key)
             if noted and noted[-1][0]() is newest:
                 continue
             entry = weakref.ref(newest), count_of_writes(newest)
-            self._gradients[id(parameter)] = (
-                [*noted, entry] if is_list and noted else [entry]
-            )
+            self._gradients[key] = [*noted, entry] if is_list and noted else [entry]
 
     # -------------------------------------------------------- what the optimizer asks
     def require_unchanged(self) -> None:
@@ -222,6 +224,10 @@ class WrittenGradients:
                 if held is not None or entries is not None:
                     return True
                 continue
+            if held is entries[0][0]():  # nearly always; a list is no tensor
+                if count_of_writes(held) != entries[0][1] or entries[1:]:
+                    return True
+                continue
             tensors = held if type(held) is list else (held,)
             if len(tensors) != len(entries):
                 return True
@@ -238,7 +244,7 @@ class WrittenGradients:
         """Leave the link "norm" unchecked if the sums are not those noted."""
         if not self._sums:
             return
-        noted, self._sums = self._sums, NotedTensors()
+        noted, self._sums = self._sums, NO_TENSORS
         if not noted.are(_sums_at(self._parameters)):
             text = _SUM_CHANGED.format(name="p.summed_grad")
             self._chain.leave_unchecked("norm", text)
@@ -251,7 +257,7 @@ class WrittenGradients:
         """
         self._gradients.clear()
         if sums:
-            self._sums = NotedTensors()
+            self._sums = NO_TENSORS
 
 
 class _NoteAfterLayer:

@@ -193,8 +193,9 @@ class _InputCheck:
         chain = None if self._chain is None else self._chain()
         if check is None or chain is None or not layer.training:
             return
-        is_wrapped = any(map(is_functorch_wrapped_tensor, tensors_of(out)))
-        if not torch.is_grad_enabled() or is_wrapped:
+        if not torch.is_grad_enabled():
+            return
+        if any(map(is_functorch_wrapped_tensor, tensors_of(out))):
             return
         name = self._name
 

@@ -145,6 +145,8 @@ def to_float64(value: Any) -> Any:
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """Return the tensors in any nesting of lists, tuples, dicts and the like."""
+    if isinstance(tree, Tensor):  # nearly always, and this is called in each update
+        return [tree]
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
