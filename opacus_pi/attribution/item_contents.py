@@ -42,8 +42,7 @@ def content_sums(entries: NDArray[np.float32]) -> Indices:
         entries: float32 ``(b, k)``.
     """
     step = max(1, entries.shape[1] // _NUM_ENTRIES)
-    chosen = entries[:, ::step][:, :_NUM_ENTRIES]
-    return checksums_of_entries(np.ascontiguousarray(chosen))
+    return checksums_of_entries(entries[:, : step * _NUM_ENTRIES : step])
 
 
 class ItemContents:
@@ -72,15 +71,16 @@ class ItemContents:
             more[: len(self._sums)] = self._sums
             self._sums = more
             own = self._sums[indices]
-        if own.tobytes() == sums.tobytes():  # nearly always after the first epoch
-            return np.zeros(len(sums), np.bool_)
-        is_new = own == 0
-        if is_new.any():
-            self._sums[indices[is_new]] = sums[is_new]
-            self._num_known += int(np.count_nonzero(is_new))
-        moved: NDArray[np.bool_] = ~is_new & (own != sums)
-        if moved.any():
-            moved[moved] = self._are_known(sums[moved])
+        moved = np.zeros(len(sums), np.bool_)
+        (other,) = (own != sums).nonzero()
+        if not len(other):  # nearly always after the first epochs
+            return moved
+        is_new = own[other] == 0
+        new, changed = other[is_new], other[~is_new]
+        self._sums[indices[new]] = sums[new]
+        self._num_known += len(new)
+        if len(changed):
+            moved[changed] = self._are_known(sums[changed])
         return moved
 
     def _are_known(self, sums: Indices) -> NDArray[np.bool_]:

@@ -287,7 +287,10 @@ class DelayedChecksums:
 
         They are copied from an accelerator once, and the CPU waits for the copy.
         """
-        entries = self._entries.cpu().float().reshape(self._num_samples, -1)
+        entries = self._entries
+        if entries.dtype is torch.float32 and entries.is_cpu:  # nearly always
+            return entries.numpy().reshape(self._num_samples, -1)
+        entries = entries.cpu().float().reshape(self._num_samples, -1)
         return entries.contiguous().numpy()
 
     def are_entries_of(self, tensor: Tensor, dim: int) -> bool:
@@ -401,8 +404,8 @@ def checksums_of_entries(entries: NDArray[np.float32]) -> NDArray[np.int64]:
     """Compute the checksum of each row of a matrix, from the bits of its numbers.
 
     Args:
-        entries: float32 ``(b, k)`` in C order, k at most 256. Zeros at the end of a
-            row do not change its checksum.
+        entries: float32 ``(b, k)``, k at most 256. Zeros at the end of a row do not
+            change its checksum.
 
     Returns:
         int64 ``(b,)``: a sum with fixed weights, modulo 2^64.

@@ -234,7 +234,7 @@ class Tracker:
             places = np.flatnonzero(known)
             moved = places[self._contents.moved(indices[known], sums[known])]
         else:
-            moved = np.flatnonzero(self._contents.moved(indices, sums))
+            (moved,) = self._contents.moved(indices, sums).nonzero()
         if len(moved):
             delivery.leave_unattributed(moved, MOVED_IN_DATA_SET)
 
@@ -485,8 +485,12 @@ class Tracker:
         if not is_dense(tensor):
             return False
         address = storage_address(tensor.untyped_storage())
-        outputs = [f.output_storages for f in self.awaiting_backward()]
-        return any([address in storages for storages in outputs])
+        for reference in self._bound:
+            forward = reference()
+            if forward is not None and not forward.backward:
+                if address in forward.output_storages:
+                    return True
+        return False
 
     def report_to(self, chain: Chain) -> None:
         """Report to the links "identity" and "rows" what was found up to now.

@@ -120,7 +120,7 @@ class LossFactors:
         if len(hooks) > 1 and not all(map(is_hook_of_opacus, hooks)):
             self._tell(_HOOKED)
         low, high = factors.detach().aminmax()
-        size = len(factors) if self._is_mean else 1
+        size = factors.shape[0] if self._is_mean else 1
         if factors.is_cpu:
             self._compare(size * float(low), size * float(high))
         else:

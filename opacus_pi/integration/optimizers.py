@@ -380,7 +380,7 @@ class _FromGhostClipping(_ReportingOptimizer):
             self._pi_norms = norms
             self._pi_require_fresh_norms(by_parameter)
             kept = norms.detach().clone()
-            self._pi_update.add_batch(kept, [len(norms)], clipped_only=True)
+            self._pi_update.add_batch(kept, [norms.shape[0]], clipped_only=True)
 
     def _pi_require_same_parameters(self) -> list[Tensor | None]:
         """Break the link "norm" if norm and update are of different parameters.

@@ -142,6 +142,7 @@ class WrittenGradients:
         self, parameters: Iterable[nn.Parameter], chain: Chain, *, is_ghost: bool
     ) -> None:
         self._parameters = list(parameters)
+        self._keys = [(id(parameter), parameter) for parameter in self._parameters]
         self._chain, self._is_ghost = chain, is_ghost
         self._gradients: dict[int, list[_Noted]] = {}
         self._sums = NO_TENSORS
@@ -163,11 +164,11 @@ class WrittenGradients:
         if not self._is_ghost:
             self.note(self._parameters)
             return
-        for parameter in self._parameters:
+        noted = self._gradients
+        for key, parameter in self._keys:
             grad = parameter.grad
             if grad is not None:
-                entry = weakref.ref(grad), count_of_writes(grad)
-                self._gradients[id(parameter)] = [entry]
+                noted[key] = [(weakref.ref(grad), count_of_writes(grad))]
 
     def note(self, parameters: Iterable[nn.Parameter]) -> None:
         """Note the per-example gradients that were just written.
@@ -215,8 +216,8 @@ class WrittenGradients:
         In every update each parameter is looked at, so nothing else is called here.
         """
         noted, name = self._gradients, "grad" if self._is_ghost else "grad_sample"
-        for parameter in self._parameters:
-            entries = noted.get(id(parameter))
+        for key, parameter in self._keys:
+            entries = noted.get(key)
             if entries is None and not parameter.requires_grad:
                 continue  # frozen since: what it still holds enters no update
             held: Any = getattr(parameter, name, None)

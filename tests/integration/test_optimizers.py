@@ -109,3 +109,35 @@ def test_gradients_that_a_subclass_changes_are_those_that_opacus_clips(method):
     pairs = zip(theirs.params, ours.params, strict=True)
     assert all(torch.equal(a.summed_grad, b.summed_grad) for a, b in pairs)
     assert all(p.summed_grad.any() for p in ours.params)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_number_of_accumulated_passes_is_that_of_each_update(reduction):
+    def weights_and_counts(engine):
+        torch.manual_seed(0)
+        data = TensorDataset(torch.randn(24, 4), torch.randint(0, 3, (24,)))
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+        model, optimizer, loader = engine.make_private(
+            module=net,
+            optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
+            data_loader=DataLoader(data, batch_size=4),
+            noise_multiplier=1.0,
+            max_grad_norm=0.5,
+            poisson_sampling=False,
+            loss_reduction=reduction,
+            noise_generator=torch.Generator().manual_seed(0),
+        )
+        counts, loss = [], nn.CrossEntropyLoss(reduction=reduction)
+        for i, (x, y) in enumerate(loader):
+            loss(model(x), y).backward()
+            counts.append(optimizer.accumulated_iterations)
+            if i in (0, 3, 5):
+                optimizer.step()
+                counts.append(optimizer.accumulated_iterations)
+                optimizer.zero_grad()
+        return [*net.parameters()], counts
+
+    theirs, expected = weights_and_counts(opacus.PrivacyEngine())
+    ours, counts = weights_and_counts(PrivacyEngine())
+    assert counts == expected == [1, 1, 1, 2, 3, 3, 1, 2, 2]
+    assert all(map(torch.equal, ours, theirs))
