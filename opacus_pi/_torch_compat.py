@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.graph import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNormBase
@@ -75,6 +76,7 @@ __all__ = [
     "received_position",
     "replace_own_parameters_",
     "result_is_saved",
+    "sequence_number",
     "storage_address",
     "viewed_tensor",
     "with_gradient_hooks",
@@ -195,6 +197,14 @@ def at_end_of_backward(function: Callable[[], None]) -> None:
     distributed wrappers use.
     """
     torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def sequence_number(node: Node) -> int:
+    """Return the number of a node of autograd's graph, in the order of a thread.
+
+    Source: ``Node._sequence_nr``. Nodes that accumulate gradients have the largest one.
+    """
+    return cast(int, cast(Any, node)._sequence_nr())
 
 
 def gradient_hooks(tensor: Tensor) -> list[Any]:

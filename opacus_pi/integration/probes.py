@@ -11,11 +11,16 @@ report to the tracker of the run and to the links of its chain of custody.
 are not seen, and its samples are unattributed.
 """
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
-from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import (
+    DPLossFastGradientClipping,
+    DPTensorFastGradientClipping,
+)
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -32,9 +37,16 @@ from opacus_pi.integration.opacus_compat import (
     module_of,
     removable_handles,
 )
+from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.recording import Recorder
 
 __all__ = ["called_module", "new_model_probe", "probe_losses", "probe_model"]
+
+# Operations by which a loop makes one loss of several.
+_ARITHMETIC = {
+    *("__add__", "__radd__", "__sub__", "__rsub__", "__neg__"),
+    *("__mul__", "__rmul__", "__truediv__"),
+}
 
 
 def new_model_probe(
@@ -127,6 +139,7 @@ def probe_losses(
         is_output=tracker.is_output,
     )
     criterion._pi_target_order = TargetOrder(tracker, chain)
+    criterion._pi_paths = PathsToWeights(criterion.module, chain)
     prepared = weakref.ref(criterion.module)
     criterion._pi_loss_factors = LossFactors(
         chain,
@@ -141,6 +154,7 @@ def _reporting_calls(base: type) -> type:
     class Criterion(base):
         _pi_loss_probe: LossProbe
         _pi_target_order: TargetOrder
+        _pi_paths: PathsToWeights
         _pi_loss_factors: LossFactors
 
         def __call__(self, *args: Any, **options: Any) -> Any:
@@ -150,6 +164,42 @@ def _reporting_calls(base: type) -> type:
             targets = args[1] if len(args) > 1 else options.get("target")
             self._pi_target_order.saw(targets)
             self._pi_loss_factors.watch(loss.loss_per_sample, *args[:1])
-            return loss
+            return _with_paths(loss, self._pi_paths)
 
     return Criterion
+
+
+def _with_paths(loss: DPTensorFastGradientClipping, paths: PathsToWeights) -> Any:
+    """Have the backward pass of a loss reported.
+
+    Args:
+        loss: What a criterion of ghost clipping returned; its class is replaced.
+        paths: Checks the backward pass.
+    """
+    swap_class(loss, _reporting_backward)._pi_paths = paths
+    return loss
+
+
+def _reporting_backward(base: type) -> type:
+    """Make a loss that reports its backward pass, and so do losses made of it."""
+
+    class Loss(base):
+        _pi_paths: PathsToWeights
+
+        def backward(self) -> None:
+            self._pi_paths.backward_begins(self.loss_per_sample)
+            super().backward()
+
+    for name in _ARITHMETIC & vars(DPTensorFastGradientClipping).keys():
+        setattr(Loss, name, _keeping_paths(getattr(base, name)))
+    return Loss
+
+
+def _keeping_paths(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Make an operation of losses whose result reports its backward pass, too."""
+
+    @functools.wraps(operation)
+    def operate(loss: Any, *others: Any) -> Any:
+        return _with_paths(operation(loss, *others), loss._pi_paths)
+
+    return operate

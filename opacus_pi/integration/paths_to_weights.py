@@ -1,0 +1,210 @@
+"""Ghost clipping: find weights that the loss uses outside of their layers' calls.
+
+Ghost clipping runs two backward passes. In the first one, hooks at each layer's call
+measure norms; the second one adds up the gradients along every path from the loss to
+the weights. A path that avoids the layer's call, such as ``F.linear(x, layer.weight)``,
+``layer.forward(x)`` or a penalty on the weights, is in the sum but not in the norms. So
+what an example contributes is not clipped to ``max_grad_norm``.
+
+The check walks through the graph that autograd made of the loss. Autograd numbers the
+nodes of a thread in the order in which they were made, and hooks note the numbers at
+the beginning and the end of each layer's ``forward``. Each node that hands a gradient
+to a weight must have been made in between.
+
+**Guarantee.** In a checked backward pass such a use is found however small its gradient
+is. Nothing is computed with the model's tensors. Backward passes 1, 2, 4, 8, 16 and so
+on are checked; in between the model has no additional hooks.
+
+**What breaks it.** Compiled graphs, checkpoints with ``use_reentrant=True``, weights of
+FSDP: there autograd's graph does not lead to the parameters, and nothing is reported. A
+loss that was computed before the check began (two losses before one backward pass) is
+not judged.
+"""
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from opacus.grad_sample import AbstractGradSampleHooks
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
+
+from opacus_pi._torch_compat import backward_hooks, sequence_number
+from opacus_pi.custody import Chain
+from opacus_pi.integration.opacus_compat import keep_handle, module_of
+from opacus_pi.models.copies import is_hook_of_opacus
+
+__all__ = ["PathsToWeights"]
+
+_OUTSIDE = (
+    "The loss uses {names} outside of the call of its layer, for example in a penalty "
+    "on the weights, in a function such as F.linear(x, layer.weight), or by "
+    "layer.forward(x). Ghost clipping measures norms at the calls of layers only, but "
+    "the update has the gradients of all uses. So gradients were not clipped to "
+    "max_grad_norm. Call the layer itself, and replace a penalty on the weights by the "
+    'optimizer\'s weight_decay. Alternatively, use grad_sample_mode="hooks", where '
+    'other uses do not enter the update, or "fast", which clips the gradients of all '
+    "uses in the model."
+)
+_NUM_NAMES = 3
+
+# First and last number of the nodes that a call made.
+_Range = tuple[int, int]
+
+
+class PathsToWeights:
+    """Checks the backward passes 1, 2, 4, 8 and so on of a run with ghost clipping.
+
+    Args:
+        hooks: What ``make_private`` returned for the model; referred to weakly.
+        chain: Its link "norm" breaks; the first reason is enough.
+    """
+
+    def __init__(self, hooks: AbstractGradSampleHooks, chain: Chain) -> None:
+        self._module = weakref.ref(module_of(hooks))
+        self._chain = chain
+        self._num_passes = 0
+        self._since = 0  # number of the first node that can be judged
+        # of the layers that have a parameter, by its id
+        self._ranges: dict[int, list[list[_Range]]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._begin()
+
+    def backward_begins(self, losses: Tensor) -> None:
+        """Check a backward pass if it is one of those to be checked.
+
+        Args:
+            losses: The losses of the examples, from which the pass begins.
+        """
+        self._num_passes += 1
+        module = self._module()
+        if self._handles and module is not None:
+            outside = self._used_outside(losses)
+            self._end()
+            if outside:
+                self._break(module, outside)
+                return
+        following = self._num_passes + 1
+        if following & (following - 1) == 0:  # a power of two
+            self._begin()
+
+    def _break(self, module: nn.Module, outside: set[int]) -> None:
+        """Break the link "norm", naming the parameters."""
+        named = [n for n, p in module.named_parameters() if id(p) in outside]
+        more = ", ..." if len(named) > _NUM_NAMES else ""
+        listed = ", ".join(map(repr, named[:_NUM_NAMES])) + more
+        self._chain.break_link("norm", _OUTSIDE.format(names=listed))
+
+    def _begin(self) -> None:
+        """Note from now on which nodes are made by which layer."""
+        module = self._module()
+        if module is None:
+            return
+        self._since, self._ranges = _next_number(), {}
+        for layer in module.modules():
+            if not any(map(is_hook_of_opacus, backward_hooks(layer).values())):
+                continue
+            ranges: list[_Range] = []
+            for parameter in layer.parameters():
+                self._ranges.setdefault(id(parameter), []).append(ranges)
+            call = _Call(ranges)
+            self._handles += [
+                layer.register_forward_pre_hook(call.begins),
+                layer.register_forward_hook(call.ends, prepend=True),
+            ]
+        for handle in self._handles:
+            keep_handle(module, handle)
+
+    def _end(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _used_outside(self, losses: Tensor) -> set[int]:
+        """Return the ids of parameters with a path that avoids their layers' calls."""
+        outside: set[int] = set()
+        for node, parameter in _uses_of_parameters(losses):
+            calls = self._ranges.get(id(parameter))
+            number = sequence_number(node)
+            if calls is None or number < self._since:
+                continue
+            if not any(first < number < last for c in calls for first, last in c):
+                outside.add(id(parameter))
+        return outside
+
+
+class _Call:
+    """Notes which nodes were made in a layer's ``forward``; copies of it do nothing.
+
+    Args:
+        ranges: Where the numbers of the nodes are appended.
+    """
+
+    def __init__(self, ranges: list[_Range] | None = None) -> None:
+        self._ranges = ranges
+        self._begun: list[int] = []  # several, if a layer calls itself
+
+    def begins(self, *_: Any) -> None:
+        """Note the number at which a call begins."""
+        if self._ranges is not None and _is_followed():
+            self._begun.append(_next_number())
+
+    def ends(self, *_: Any) -> None:
+        """Note the number at which the call ended."""
+        if self._ranges is not None and self._begun and _is_followed():
+            self._ranges.append((self._begun.pop(), _next_number()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Call, ()
+
+
+def _is_followed() -> bool:
+    """Return whether autograd follows what is computed now, and may be asked."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _next_number() -> int:
+    """Return the number of the node that is made here, in the thread's order."""
+    with torch.enable_grad():
+        made = torch.ones((), requires_grad=True).neg().grad_fn
+    assert made is not None
+    return sequence_number(made)
+
+
+def _uses_of_parameters(losses: Tensor) -> Iterator[tuple[Node, Tensor]]:
+    """Yield each node that hands a gradient to a parameter, and the parameter.
+
+    Autocast casts a weight once and uses the result several times, so a node that hands
+    a gradient to such a cast is one, too.
+
+    Args:
+        losses: Where autograd's graph begins.
+    """
+    root = losses.grad_fn
+    seen, waiting = {root}, [root]
+    while waiting:
+        node = waiting.pop()
+        if node is None or _is_compiled(node):
+            continue
+        for following, _ in node.next_functions:
+            parameter = _parameter_of(following)
+            if parameter is not None:
+                yield node, parameter
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def _parameter_of(node: Node | None) -> Tensor | None:
+    """Return the leaf to which a node hands its gradient, directly or as a cast."""
+    if node is not None and node.name().startswith("ToCopyBackward"):
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)
+
+
+def _is_compiled(node: Node) -> bool:
+    """Return whether a node stands for a compiled graph."""
+    return node.name().startswith("CompiledFunction")
