@@ -14,7 +14,7 @@ matches no item. What cannot be compared at all (text that becomes numbers, imag
 become tensors, transforms within ``collate_fn``) is *unchecked*: samples are taken to
 be in the order of the items.
 
-*What breaks it.* At most 256 entries of an item are compared (``samples.py``). Mixtures
+*What breaks it.* At most 512 entries of an item are compared (``samples.py``). Mixtures
 are found if a sample is a sum of two items, or consists of entries of two items; a
 transform that is not linear hides them. What a batch has besides its items (padding,
 masks, a mean over the batch) is compared with nothing; ``has_more`` says that there is
@@ -50,8 +50,10 @@ from opacus_pi.attribution.mixtures import OtherSamples, made_of_others
 from opacus_pi.attribution.samples import (
     DelayedChecksums,
     checksums_of_entries,
+    places_compared,
+    places_up_to,
     running_checksums,
-    spacing,
+    smallest_bound,
     tensors_in,
 )
 
@@ -448,11 +450,13 @@ class Samples:
         matches = np.zeros((len(self), len(items)), dtype=np.bool_)
         is_smaller = np.array([_is_smaller(shape, self.shape) for shape in shapes])
         is_run = is_smaller & np.array([s[1:] == self.shape[1:] for s in shapes])
-        count, step = _spacings(widths)
-        for size in np.unique(step[is_run]):  # padded at the end: a run of entries
-            of_size = np.flatnonzero(is_run & (step == size))
-            run = self._flat[:, ::size][:, : count[of_size].max()]
-            begin = running_checksums(_numbers(run))[:, count[of_size] - 1]
+        bounds = np.array([smallest_bound(max(1, int(width))) for width in widths])
+        for bound in np.unique(bounds[is_run]):  # padded at the end: a run of entries
+            of_size = np.flatnonzero(is_run & (bounds == bound))
+            places = places_up_to(int(bound))
+            count = np.searchsorted(places, widths[of_size])
+            run = self._flat[:, torch.from_numpy(places[: count.max()])]
+            begin = running_checksums(_numbers(run))[:, count - 1]
             matches[:, of_size] = begin == sums[of_size]
         others = {
             s
@@ -460,8 +464,8 @@ class Samples:
             if is_other
         }
         for shape in others:  # padded in several dimensions, as images are
-            places = torch.from_numpy(_places(shape, self.shape))
-            begin = checksums_of_entries(_numbers(self._flat[:, places]))
+            inside = torch.from_numpy(_places(shape, self.shape))
+            begin = checksums_of_entries(_numbers(self._flat[:, inside]))
             of_shape = np.array([s == shape for s in shapes])
             matches |= of_shape & (begin[:, None] == sums)
         return matches
@@ -522,12 +526,6 @@ def _is_smaller(shape: tuple[int, ...], padded: tuple[int, ...]) -> bool:
     )
 
 
-def _spacings(widths: NDArray[np.int64]) -> tuple[Indices, Indices]:
-    """Return what ``spacing`` does for each width; widths of 0 are taken for 1."""
-    pairs = np.array([spacing(max(1, int(width))) for width in widths])
-    return pairs[:, 0], pairs[:, 1]
-
-
 def _numbers(entries: Tensor) -> NDArray[np.float32]:
     """Return entries as checksums use them."""
     return entries.cpu().float().contiguous().numpy()
@@ -536,8 +534,7 @@ def _numbers(entries: Tensor) -> NDArray[np.float32]:
 @lru_cache(maxsize=4096)
 def _places(shape: tuple[int, ...], padded: tuple[int, ...]) -> NDArray[np.int64]:
     """Return where in a padded sample the entries are that an item's checksum uses."""
-    count, step = spacing(int(np.prod(shape)))
-    within = np.unravel_index(np.arange(count) * step, shape)
+    within = np.unravel_index(places_compared(int(np.prod(shape))), shape)
     places: NDArray[np.int64] = np.ravel_multi_index(within, padded)
     return places
 

@@ -13,15 +13,16 @@ same example in the same position. ``assumed`` verifies nothing. It assumes that
 that were not recognised are the latest batch, in its order. It does so only if no other
 batch is waiting to be used and the latest batch itself was not given to the model.
 
-*What breaks it.* At most 256 entries of a sample are compared. A change of a share f of
-them, at places that do not depend on these entries, is missed with a probability of
-about ``(1 - f)**256``; a permutation of samples that differ in most entries is not
-missed. On an accelerator, content of delivered memory is compared where torch has
-counted a write, and in one of 32 batches: a write through ``.data`` to the memory of
-single other batches is missed. Inputs of one number a sample, and masks and positions,
-say nothing about the order of examples unless the loader delivered them. A loop that
-permutes samples and also computes new inputs from them is attributed wrongly where
-the order is assumed; such samples are counted as ``by_latest``.
+*What breaks it.* Of a sample with more than 512 entries, 256 to 512 are compared, in
+drawn places. A change of a share f of its entries, made without knowing these places,
+is missed with a probability of at most ``(1 - f)**256``; a permutation of samples that
+differ in most entries is not missed. On an accelerator, content of delivered memory is
+compared where torch has counted a write, and in one of 32 batches: a write through
+``.data`` to the memory of single other batches is missed. Inputs of one number a
+sample, and masks and positions, say nothing about the order of examples unless the
+loader delivered them. A loop that permutes samples and also computes new inputs from
+them is attributed wrongly where the order is assumed; such samples are counted as
+``by_latest``.
 """
 
 from collections import Counter

@@ -11,8 +11,8 @@ items at random (augmentation), or has equal items, is not reported. 16 bytes ar
 for each example.
 
 *What breaks it.* Moved items that are also changed, items of fewer than four
-entries, and a data set that was permuted before a run was resumed. 32
-entries of an item are compared, of its largest tensor.
+entries, and a data set that was permuted before a run was resumed. At most
+64 entries of an item are compared, of its largest tensor.
 
 >>> contents = ItemContents()
 >>> contents.moved(np.array([0, 1, 2]), np.array([11, 12, 13]))
@@ -24,25 +24,28 @@ array([ True, False])
 import numpy as np
 from numpy.typing import NDArray
 
-from opacus_pi.attribution.samples import checksums_of_entries
+from opacus_pi.attribution.samples import checksums_of_entries, places_compared
 
 __all__ = ["MIN_ENTRIES", "ItemContents", "content_sums"]
 
 Indices = NDArray[np.int64]
 MIN_ENTRIES = 4
 """Entries of an item below which its content says nothing: many items are equal."""
-_NUM_ENTRIES = 32  # of an item that are compared: more would cost time in each update
+_FEWEST_COMPARED = (
+    32  # entries of an item, of so many: more would cost time in each update
+)
 _GROWTH = 1.25  # of the number of known contents after which they are sorted again
 
 
 def content_sums(entries: NDArray[np.float32]) -> Indices:
-    """Compute a checksum of each row from 32 evenly spaced entries, int64 ``(b,)``.
+    """Compute a checksum of each row from at most 64 of its entries, int64 ``(b,)``.
 
     Args:
         entries: float32 ``(b, k)``.
     """
-    step = max(1, entries.shape[1] // _NUM_ENTRIES)
-    return checksums_of_entries(entries[:, : step * _NUM_ENTRIES : step])
+    return checksums_of_entries(
+        entries[:, places_compared(entries.shape[1], _FEWEST_COMPARED)]
+    )
 
 
 class ItemContents:

@@ -10,8 +10,9 @@ has the fingerprint of what the data set returned.
 
 *What breaks it.* Images, strings, sparse or complex tensors, and tensors on a GPU have
 no fingerprint (width 0). Two items that differ only in such parts, or only in entries
-that checksums do not use (they use 256 evenly spaced ones), have the same fingerprint.
-Other items have the same fingerprint with a probability of about 2^-64.
+that checksums do not use (they use all of at most 512, else at least 256), have the
+same fingerprint. Other items have the same fingerprint with a probability of about
+2^-64.
 
 >>> import torch
 >>> items = [(torch.tensor([1.0, 2.0]), 5), (torch.tensor([3.0, 4.0]), 5)]
@@ -36,7 +37,7 @@ from opacus_pi.attribution.samples import (
     checksums_of_entries,
     children_of,
     is_dense,
-    spacing,
+    places_compared,
 )
 
 __all__ = ["ItemFingerprints", "fingerprint_items"]
@@ -217,8 +218,8 @@ def _entries(part: Any) -> tuple[int, NDArray[np.float32]]:
     if isinstance(part, Tensor):
         if not (is_dense(part) and part.is_cpu and part.numel()) or part.is_complex():
             return 0, _NO_ENTRIES
-        count, step = spacing(part.numel())
-        sampled = part.detach().reshape(-1)[: count * step : step].resolve_neg()
+        places = torch.from_numpy(places_compared(part.numel()))
+        sampled = part.detach().reshape(-1).index_select(0, places).resolve_neg()
         return part.numel(), sampled.float().numpy()
     if isinstance(part, list | tuple):
         is_array = _NUMBERS.issuperset(map(type, part))
@@ -234,8 +235,7 @@ def _array_entries(part: Any) -> tuple[int, NDArray[np.float32]]:
     array = np.asarray(part)
     if array.dtype.kind not in "biuf" or not array.size:  # text, objects, dates
         return 0, _NO_ENTRIES
-    count, step = spacing(array.size)
-    return array.size, _as_float32(array.reshape(-1)[: count * step : step])
+    return array.size, _as_float32(array.reshape(-1)[places_compared(array.size)])
 
 
 def _as_float32(array: NDArray[Any]) -> NDArray[np.float32]:

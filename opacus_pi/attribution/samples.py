@@ -12,9 +12,10 @@ delivered is checked by comparing the entries, however they were written to
 (``DeliveredTensor.changed``). Equal checksums of different samples have a chance of
 about 2^-64 where the entries that are looked at differ.
 
-*What breaks it.* At most 256 evenly spaced entries of a sample are looked at. Samples
-that differ only in others have the same checksum. A write to a share f of the entries,
-at places that do not depend on this spacing, goes unseen with a probability of about
+*What breaks it.* Of a sample with more than 512 entries, 256 to 512 are looked at, in
+places drawn once by a generator of their own (``places_compared``). Samples that differ
+only in others have the same checksum. A write to a share f of the entries that is made
+without knowing these places goes unseen with a probability of at most
 ``(1 - f)**256``. On an accelerator a comparison waits for the device, so it is made
 only where torch has counted a write, and for the batches that are audited. Numbers are
 compared in single precision: whole numbers above 2^24 may be equal to their neighbours,
@@ -30,7 +31,7 @@ array([ True,  True])
 """
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -49,15 +50,18 @@ from opacus_pi._torch_compat import (
 )
 
 __all__ = [
+    "FEWEST_COMPARED",
     "DelayedChecksums",
     "DeliveredTensor",
     "StoredSamples",
     "checksums_of_entries",
     "children_of",
     "is_dense",
+    "places_compared",
+    "places_up_to",
     "running_checksums",
     "sample_checksums",
-    "spacing",
+    "smallest_bound",
     "tensors_in",
 ]
 
@@ -68,7 +72,9 @@ _CLOSED = (
     *(str, bytes, int, float, complex, bool, type(None), np.ndarray, np.generic),
     *(PackedSequence, nn.Module, Dataset, DataLoader, ModuleType, type),
 )
-_MAX_ENTRIES = 256  # of a sample that its checksum looks at
+FEWEST_COMPARED = 256
+"""Entries of a sample that its checksum looks at, at least, if it has so many."""
+_MAX_ENTRIES = 2 * FEWEST_COMPARED  # that it looks at
 _WEIGHTS = (  # odd, so that no entry is lost modulo 2^64
     np.random.default_rng(0).integers(1, 2**62, _MAX_ENTRIES, dtype=np.int64) * 2 + 1
 )
@@ -247,7 +253,7 @@ class DelayedChecksums:
     """Copies of a few entries of each sample, from which checksums can be computed.
 
     Most batches are recognised by their storage, and their checksums are never needed.
-    Copying 256 entries of each sample at delivery is cheap, and needs no
+    Copying at most 512 entries of each sample at delivery is cheap, and needs no
     synchronisation with a GPU; the sums are computed only when a model is given copies.
 
     Args:
@@ -263,7 +269,9 @@ class DelayedChecksums:
         is_countable = size > 0 and not tensor.dtype.is_complex
         self.width = tensor.numel() // size if is_countable else 0
         if self.width:
-            self._entries = entries_looked_at(tensor, dim, self.width).clone()
+            entries = entries_looked_at(tensor, dim, self.width)
+            is_copy = self.width > _MAX_ENTRIES
+            self._entries = entries if is_copy else entries.clone()
 
     @property
     def is_on_host(self) -> bool:
@@ -309,16 +317,16 @@ def entries_looked_at(tensor: Tensor, dim: int, width: int) -> Tensor:
         width: Number of entries in a sample.
 
     Returns:
-        ``(b, ...)``, all entries, or ``(b, k)``; in memory of its own or the tensor's.
+        ``(b, ...)``, all entries, possibly in the tensor's memory; or ``(b, k)``, in
+        memory of its own, if there are more than 512.
     """
     samples = tensor.detach() if tensor.requires_grad else tensor
     samples = samples.movedim(dim, 0) if dim else samples
     samples = samples if samples.is_contiguous() else samples.contiguous()
-    count, step = spacing(width)
-    if count == width:
+    if width <= _MAX_ENTRIES:
         return samples
-    shape, strides = (samples.shape[0], count), (width, step)
-    return samples.as_strided(shape, strides, samples.storage_offset())
+    places = _places_on(samples.device, width)
+    return samples.view(samples.shape[0], width).index_select(1, places)
 
 
 class DeliveredTensor:
@@ -404,7 +412,7 @@ def checksums_of_entries(entries: NDArray[np.float32]) -> NDArray[np.int64]:
     """Compute the checksum of each row of a matrix, from the bits of its numbers.
 
     Args:
-        entries: float32 ``(b, k)``, k at most 256. Zeros at the end of a row do not
+        entries: float32 ``(b, k)``, k at most 512. Zeros at the end of a row do not
             change its checksum.
 
     Returns:
@@ -428,15 +436,66 @@ def running_checksums(entries: NDArray[np.float32]) -> NDArray[np.int64]:
     return running
 
 
-def spacing(width: int) -> tuple[int, int]:
-    """Return how many entries of a sample its checksum looks at, and their distance.
+@lru_cache(maxsize=4096)
+def places_compared(width: int, fewest: int = FEWEST_COMPARED) -> NDArray[np.int64]:
+    """Return which entries of a flattened sample its checksum looks at.
+
+    Places that are evenly spaced would miss a change that keeps every n-th column or
+    channel, and the first ones a change of the rest. These are drawn, always the same
+    ones for a width, and no global generator is used.
 
     Args:
         width: Number of entries in the sample, at least 1.
+        fewest: Number of places, at least, if there are so many.
+
+    Returns:
+        int64 ``(k,)``, rising: all up to twice the fewest; else at least the fewest and
+        at most twice as many. Not to be written to.
     """
-    if width < 2 * _MAX_ENTRIES:
-        return min(width, _MAX_ENTRIES), 1
-    return _MAX_ENTRIES, width // _MAX_ENTRIES
+    places = places_up_to(smallest_bound(width, fewest), fewest)
+    return places[: np.searchsorted(places, width)]
+
+
+def smallest_bound(width: int, fewest: int = FEWEST_COMPARED) -> int:
+    """Return the least power of two times ``fewest`` that a width does not exceed.
+
+    It is at least twice ``fewest``. Widths with the same bound share their places, so
+    that the places of a sample are among those of a padded one.
+
+    Args:
+        width: Number of entries in a sample.
+        fewest: A power of two.
+    """
+    return max(2 * fewest, 1 << (width - 1).bit_length())
+
+
+@lru_cache(maxsize=128)
+def places_up_to(bound: int, fewest: int = FEWEST_COMPARED) -> NDArray[np.int64]:
+    """Return the places for all widths from half a bound, exclusive, to the bound.
+
+    Half of the places are drawn from each half of the bound. So let a change that does
+    not know them affect a share f of the w entries of a sample, that is, shares a and b
+    of ``bound / 2`` in the two halves. It misses all places with a probability of at
+    most ``((1 - a) * (1 - b))**fewest``, which is at most ``(1 - f)**fewest``, because
+    ``a + b = 2 f w / bound`` and b is at most ``2 w / bound - 1``.
+
+    Args:
+        bound: What ``smallest_bound`` returned.
+        fewest: Half the number of places.
+
+    Returns:
+        int64 ``(2 * fewest,)``, rising. Not to be written to.
+    """
+    rng, half = np.random.default_rng([bound, fewest]), bound // 2
+    lower, upper = (rng.choice(half, fewest, replace=False) for _ in range(2))
+    places: NDArray[np.int64] = np.sort(np.concatenate([lower, upper + half]))
+    return places
+
+
+@lru_cache(maxsize=256)
+def _places_on(device: torch.device, width: int) -> Tensor:
+    """Return ``places_compared`` as a tensor on a device."""
+    return torch.tensor(places_compared(width), device=device)
 
 
 def _layout(tensor: Tensor, dim: int) -> tuple[Any, ...]:
