@@ -185,7 +185,7 @@ TASKS = {
         1024,
     ),
     "epsilons-50000": Task(
-        "the same",
+        "the same at 50,000 examples, 35 rows, default tolerance",
         _epsilons,
         (5_000, 50_000),
         "examples",
