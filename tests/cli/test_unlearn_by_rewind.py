@@ -164,7 +164,7 @@ def test_what_cannot_be_planned_is_refused(run, trained, tmp_path):
         (("plan", folder / "ledger.safetensors", "--policy", "--forget", "3"), "Add"),
         (
             (*planned(folder, *ARCHITECTURE)[:3], other, *ARCHITECTURE, "--forget", 3),
-            "--checkpoints: .*Name the directory that the Recorder wrote",
+            "--checkpoints: .*Pass the directory of a run",
         ),
         (
             ("plan", "ledger.safetensors", *planned(folder, *ARCHITECTURE)[2:])
