@@ -301,7 +301,7 @@ class Mistaken(Method):
 
 def test_a_loss_on_a_batch_that_the_update_has_not_says_what_to_declare():
     unlearner = Unlearner(net(), criterion=CRITERION, method=Mistaken())
-    with pytest.raises(ValueError, match="needs_forget_set = True in its class"):
+    with pytest.raises(ValueError, match="needs_forget_set = True in the method"):
         unlearner.unlearn(data(), [1], 1)
 
 
