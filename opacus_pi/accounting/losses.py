@@ -45,6 +45,7 @@ from opacus_pi.accounting.rules import (
     UpdateInterval,
     intervals,
     loss_under_rule,
+    require_steps,
     strata,
     worst_case_of_fixed,
 )
@@ -56,7 +57,7 @@ from opacus_pi.ledger.grad_norm_ledger import (
     joint_mechanism,
     runs_of,
 )
-from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.ledger.mechanism import NoisySGD
 
 Array = NDArray[np.float64]
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
@@ -199,15 +200,8 @@ def worst_case_loss(
     Source: Mironov, Talwar and Zhang (arXiv:1908.10530), Section 3.
     """
     composition = composition_of(mechanism, order, "corrected", math.inf, "exact")
-    scheduled = [name for name in SCHEDULED if np.ndim(getattr(mechanism, name))]
-    expect(
-        steps is not None or not scheduled,
-        "steps",
-        None,
-        f"must be given, because training changed {', '.join(scheduled)}",
-        "Pass the ledger's steps.",
-    )
-    rows = np.asarray(steps) if scheduled else np.array([mechanism.num_steps])
+    is_changed = require_steps(mechanism, steps)
+    rows = np.asarray(steps) if is_changed else np.array([mechanism.num_steps])
     if mechanism.sampling != "poisson":
         parts = intervals(rows, mechanism.num_steps)
         facts = [mechanism.at_row(part.right) for part in parts]

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import expect
-from opacus_pi.ledger.mechanism import NoisySGD
+from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 
 RULES = ("right", "left", "trapezoid", "max")
 STRATIFIED = "stratified"
@@ -52,6 +52,27 @@ def check_rule(rule: str) -> None:
         f"must be in {RULES}",
         'Try "right", the default.',
     )
+
+
+def require_steps(mechanism: NoisySGD, steps: ArrayLike | None) -> bool:
+    """Return whether settings changed during training; the steps are needed then.
+
+    Args:
+        mechanism: Noise, clip norm and sampling of the run.
+        steps: The ledger's steps ``(N,)``, if they were given.
+
+    Raises:
+        ValueError: If settings changed, and the steps are missing.
+    """
+    changed = [name for name in SCHEDULED if np.ndim(getattr(mechanism, name))]
+    expect(
+        steps is not None or not changed,
+        "steps",
+        None,
+        f"must be given, because training changed {', '.join(changed)}",
+        "Pass the ledger's steps.",
+    )
+    return bool(changed)
 
 
 @dataclass(frozen=True)

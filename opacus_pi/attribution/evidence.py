@@ -237,11 +237,8 @@ def _agreed(
     is_unseen = any(not given.is_pattern for given in beside)
     if is_unseen and all(given.is_pattern for given in deciding):
         # only a mask was recognised
-        is_assumed, cause, is_unseen = (
-            np.ones(len(rest), np.bool_),
-            ANOTHER_INPUT,
-            False,
-        )
+        is_assumed, is_unseen = np.ones(len(rest), np.bool_), False
+        cause = ANOTHER_INPUT
     unchecked = (ANOTHER_INPUT,) if is_unseen or _is_partial(found) else ()
     forward = ForwardPass(
         indices,

@@ -31,9 +31,7 @@ __all__ = ["MIN_ENTRIES", "ItemContents", "content_sums"]
 Indices = NDArray[np.int64]
 MIN_ENTRIES = 4
 """Entries of an item below which its content says nothing: many items are equal."""
-_FEWEST_COMPARED = (
-    32  # entries of an item, of so many: more would cost time in each update
-)
+_FEWEST_COMPARED = 32  # entries of an item: more would cost time in each update
 _GROWTH = 1.25  # of the number of known contents after which they are sorted again
 
 

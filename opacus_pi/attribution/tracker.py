@@ -485,12 +485,7 @@ class Tracker:
         if not is_dense(tensor):
             return False
         address = storage_address(tensor.untyped_storage())
-        for reference in self._bound:
-            forward = reference()
-            if forward is not None and not forward.backward:
-                if address in forward.output_storages:
-                    return True
-        return False
+        return any(address in f.output_storages for f in self.awaiting_backward())
 
     def report_to(self, chain: Chain) -> None:
         """Report to the links "identity" and "rows" what was found up to now.

@@ -6,7 +6,6 @@ output of ``opacus-pi evaluate`` is put there. The directory gets its name only 
 of its files are complete, so a run that was interrupted leaves nothing behind.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from opacus_pi.files.regular_file import require_regular
 from opacus_pi.files.strict_json import json_text
 from opacus_pi.files.weights_file import write_weights
 from opacus_pi.unlearning import UnlearningResult
+from opacus_pi.unlearning.honouring_weights import sha256_of
 
 WEIGHTS, RECORD, TRACE = "weights.safetensors", "record.json", "trace.json"
 GUARANTEE, EVALUATION = "guarantee.json", "evaluation.json"
@@ -95,7 +95,7 @@ def save_run(directory: Path, result: UnlearningResult) -> None:
     write_weights(directory / WEIGHTS, UNLEARNED_WEIGHTS, state, {})
     result.trace.save(directory / TRACE)
     replace_file(directory / GUARANTEE, result.guarantee.to_json().encode())
-    files = {name: _sha256(directory / name) for name in (TRACE, GUARANTEE)}
+    files = {name: sha256_of(directory / name) for name in (TRACE, GUARANTEE)}
     record = {**result.record, "files": files}
     replace_file(directory / RECORD, json_text(record).encode())
 
@@ -143,17 +143,12 @@ def _require_own_files(directory: Path, record: dict[str, Any]) -> tuple[str, ..
             "known, because an earlier release wrote them. Compare them yourself.",
         )
     for name in (TRACE, GUARANTEE):
-        if hashes.get(name) != _sha256(directory / name):
+        if hashes.get(name) != sha256_of(directory / name):
             raise BadInput(
                 f"RUN_DIR {directory}: {name} is not the file that {RECORD} names, so "
                 "it is of another run. Restore both from a copy, or unlearn again."
             )
     return ()
-
-
-def _sha256(path: Path) -> str:
-    """Return the SHA-256 of a small file, hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _record(argument: str, path: Path) -> dict[str, Any]:

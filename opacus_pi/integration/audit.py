@@ -77,6 +77,7 @@ __all__ = [
     "norms_of_update",
     "quiet_copy",
     "rounding_of",
+    "times_as_large",
 ]
 
 _MAX_EXAMPLES = 32  # of one batch: each is differentiated alone
@@ -635,13 +636,13 @@ def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> Audi
         "norms",
         False,
         "The recorded norms are not those of each example's own gradient"
-        f"{_how_much_larger(recorded, expected)}. If no row below says why, the "
+        f"{_difference(recorded, expected)}. If no row below says why, the "
         "per-example gradients of one of the layers are wrong. In training with "
         "make_private, use another grad_sample_mode and audit again.",
     )
 
 
-def _how_much_larger(recorded: Tensor, expected: Tensor) -> str:
+def _difference(recorded: Tensor, expected: Tensor) -> str:
     """Say how recorded norms compare with the right ones.
 
     Args:
@@ -650,9 +651,19 @@ def _how_much_larger(recorded: Tensor, expected: Tensor) -> str:
     """
     if not bool((expected > 0).all()):
         return ", which is 0 for some of them"
-    ratios = recorded / expected
+    return f": they are {times_as_large(recorded, expected)}"
+
+
+def times_as_large(norms: Tensor, expected: Tensor) -> str:
+    """Say how many times as large as others norms are: the range over the examples.
+
+    Args:
+        norms: float64 ``(b,)``.
+        expected: The others, ``(b,)``; values below 1e-300 count as 1e-300.
+    """
+    ratios = norms / expected.clamp(min=1e-300)
     low, high = (f"{float(one):.3g}" for one in (ratios.min(), ratios.max()))
-    return f": they are {low if low == high else f'{low} to {high}'} times as large"
+    return f"{low if low == high else f'{low} to {high}'} times as large"
 
 
 def _compare_loss(loss: TrainedLoss, outputs: Any, y: Any, run: AuditedRun) -> AuditRow:

@@ -47,6 +47,7 @@ from opacus_pi.integration.audit import (
     norms_alone,
     quiet_copy,
     rounding_of,
+    times_as_large,
 )
 from opacus_pi.integration.function_copies import copy_of_function
 from opacus_pi.models.batches import (
@@ -66,12 +67,11 @@ _SAME = (
     "gradients."
 )
 _COUPLED = (
-    "Collated among other items, examples have norms that are {low:.3g} to {high:.3g} "
-    "times as large. So what collate_fn makes of an example depends on the other "
-    "examples of its batch, and max_grad_norm does not bound what an example "
-    "contributes. If collate_fn pads to the longest example, pad to a fixed length or "
-    "leave the padding out of the model's means and of the loss. Compute nothing from "
-    "several items."
+    "Collated among other items, examples have norms that are {difference}. So what "
+    "collate_fn makes of an example depends on the other examples of its batch, and "
+    "max_grad_norm does not bound what an example contributes. If collate_fn pads to "
+    "the longest example, pad to a fixed length or leave the padding out of the "
+    "model's means and of the loss. Compute nothing from several items."
 )
 _MOVED = (
     "When other items were collated with an example, it came back in another position. "
@@ -209,9 +209,8 @@ def _row(
         return AuditRow("batch", True, _SAME.format(size=len(own)))
     if not collated.has_one_shape and collated.is_random():
         return AuditRow("batch", None, _RANDOM)
-    ratios = among_others / own.clamp(min=1e-300)
-    low, high = float(ratios.min()), float(ratios.max())
-    return AuditRow("batch", False, _COUPLED.format(low=low, high=high))
+    difference = times_as_large(among_others, own)
+    return AuditRow("batch", False, _COUPLED.format(difference=difference))
 
 
 class _Collated:

@@ -88,24 +88,27 @@ def probe_model(
         tracker: Referred to weakly. A second call replaces it.
         *probes: See the passes; referred to weakly. None: no such probe.
     """
-    prepared = weakref.ref(hooks)
-
-    def is_second_backward() -> bool:
-        """Return whether ghost clipping is in its second backward pass.
-
-        Opacus disables the hooks during that pass.
-        """
-        return not getattr(prepared(), "hooks_enabled", True)
-
     module = called_module(hooks)
     handle = probe(
         module,
         tracker,
-        is_second_backward=is_second_backward,
+        is_second_backward=_second_backward_of(hooks),
         saw_pass=[one.saw for one in probes if one is not None],
     )
     if handle not in (removable_handles(module) or ()):
         keep_handle(module, handle)
+
+
+def _second_backward_of(hooks: AbstractGradSampleHooks) -> Callable[[], bool]:
+    """Return a function that says if ghost clipping is in its second backward pass.
+
+    Opacus disables the hooks during that pass.
+
+    Args:
+        hooks: What Opacus made of the model; referred to weakly.
+    """
+    prepared = weakref.ref(hooks)
+    return lambda: not getattr(prepared(), "hooks_enabled", True)
 
 
 def called_module(hooks: AbstractGradSampleHooks) -> nn.Module:
@@ -140,11 +143,10 @@ def probe_losses(
     )
     criterion._pi_target_order = TargetOrder(tracker, chain)
     criterion._pi_paths = PathsToWeights(criterion.module, chain)
-    prepared = weakref.ref(criterion.module)
     criterion._pi_loss_factors = LossFactors(
         chain,
         is_mean=criterion.loss_reduction == "mean",
-        is_second_backward=lambda: not getattr(prepared(), "hooks_enabled", True),
+        is_second_backward=_second_backward_of(criterion.module),
     )
 
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from opacus_pi import accounting
 from opacus_pi._errors import AccountingError
-from opacus_pi.accounting import GradNormLedger
+from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.attribution import Tracker
 from opacus_pi.difficulty.forget_sets import num_at_top
 from opacus_pi.integration.accountants import AccountantBound, bound_of, num_steps_of
@@ -152,9 +152,10 @@ class Readings:
             delta: Failure probability, in (0, 1).
             **options: Options of ``accounting.epsilons``.
         """
-        values = accounting.epsilons(self.complete_ledger(), delta, **options)
+        ledger = self.complete_ledger()
+        values = accounting.epsilons(ledger, delta, **options)
         _warn_if_most_are_equal(values)
-        return self._at_most_the_worst_case(values, delta)
+        return self._at_most_the_worst_case(values, delta, ledger.mechanism)
 
     def epsilon_limits(self, delta: float, **options: Any) -> NDArray[np.float64]:
         """Return an upper confidence limit of each example's epsilon, ``(n,)``.
@@ -163,14 +164,14 @@ class Readings:
             delta: Failure probability, in (0, 1).
             **options: Options of ``accounting.epsilon_limits``.
         """
-        values = accounting.epsilon_limits(self.complete_ledger(), delta, **options)
-        return self._at_most_the_worst_case(values, delta)
+        ledger = self.complete_ledger()
+        values = accounting.epsilon_limits(ledger, delta, **options)
+        return self._at_most_the_worst_case(values, delta, ledger.mechanism)
 
     def _at_most_the_worst_case(
-        self, values: NDArray[np.float64], delta: float
+        self, values: NDArray[np.float64], delta: float, mechanism: NoisySGD
     ) -> NDArray[np.float64]:
         """Limit epsilons by the accountant's, where that holds for every example."""
-        mechanism = self.recorder.ledger.mechanism
         num_counted = num_steps_of(self.accountant)
         if mechanism.sampling == "poisson" and num_counted == mechanism.num_steps:
             # not the engine's get_epsilon, which a derived class may define otherwise

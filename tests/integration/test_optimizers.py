@@ -30,20 +30,25 @@ def test_a_column_of_norms_has_the_norms_that_opacus_takes(scale, dtype):
     assert torch.equal(norms, as_opacus_does([norms.unsqueeze(1)]))
 
 
-def prepared(engine, **options):
-    """A model whose per-example gradients of one batch wait for the optimizer."""
+def made_private(engine, *, num_examples=12, batch_size=6, **options):
+    """A small model, its optimizer and its loader."""
     torch.manual_seed(0)
-    data = TensorDataset(torch.randn(12, 4), torch.randint(0, 3, (12,)))
+    x, y = torch.randn(num_examples, 4), torch.randint(0, 3, (num_examples,))
+    data = TensorDataset(x, y)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    model, optimizer, loader = engine.make_private(
+    return engine.make_private(
         module=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-        data_loader=DataLoader(data, batch_size=6),
-        noise_multiplier=0.0,
+        data_loader=DataLoader(data, batch_size=batch_size),
         max_grad_norm=0.5,
         poisson_sampling=False,
-        **options,
+        **{"noise_multiplier": 0.0, **options},
     )
+
+
+def prepared(engine, **options):
+    """A model whose per-example gradients of one batch wait for the optimizer."""
+    model, optimizer, loader = made_private(engine, **options)
     for x, y in loader:
         nn.functional.cross_entropy(model(x), y).backward()
         return optimizer
@@ -114,16 +119,11 @@ def test_gradients_that_a_subclass_changes_are_those_that_opacus_clips(method):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_number_of_accumulated_passes_is_that_of_each_update(reduction):
     def weights_and_counts(engine):
-        torch.manual_seed(0)
-        data = TensorDataset(torch.randn(24, 4), torch.randint(0, 3, (24,)))
-        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-        model, optimizer, loader = engine.make_private(
-            module=net,
-            optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
-            data_loader=DataLoader(data, batch_size=4),
+        model, optimizer, loader = made_private(
+            engine,
+            num_examples=24,
+            batch_size=4,
             noise_multiplier=1.0,
-            max_grad_norm=0.5,
-            poisson_sampling=False,
             loss_reduction=reduction,
             noise_generator=torch.Generator().manual_seed(0),
         )
@@ -135,7 +135,7 @@ def test_the_number_of_accumulated_passes_is_that_of_each_update(reduction):
                 optimizer.step()
                 counts.append(optimizer.accumulated_iterations)
                 optimizer.zero_grad()
-        return [*net.parameters()], counts
+        return [*model.parameters()], counts
 
     theirs, expected = weights_and_counts(opacus.PrivacyEngine())
     ours, counts = weights_and_counts(PrivacyEngine())

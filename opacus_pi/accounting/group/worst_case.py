@@ -22,14 +22,17 @@ True
 import math
 from functools import lru_cache
 
-import numpy as np
 from scipy.special import logsumexp
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, in_range
+from opacus_pi._validate import in_range
 from opacus_pi.accounting.group.gaussian_mixture import binomial_law, mixture_log_moment
-from opacus_pi.accounting.rules import intervals, worst_case_of_fixed
-from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
+from opacus_pi.accounting.rules import (
+    intervals,
+    require_steps,
+    worst_case_of_fixed,
+)
+from opacus_pi.ledger.mechanism import NoisySGD
 
 _INTEGRATED = 256  # largest group whose mixture is integrated
 
@@ -65,14 +68,7 @@ def group_worst_case_loss(
     remedy = "Pass the number of examples in the group."
     in_range(1, math.inf, group_size=group_size, remedy=remedy)
     in_range(1, math.inf, closed=False, order=order, remedy="Try 8.")
-    changed = [name for name in SCHEDULED if np.ndim(getattr(mechanism, name))]
-    expect(
-        steps is not None or not changed,
-        "steps",
-        None,
-        "must be given, because training changed " + ", ".join(changed),
-        "Pass the ledger's steps.",
-    )
+    require_steps(mechanism, steps)
     rows = [mechanism.num_steps] if steps is None else steps
     parts = intervals(rows, mechanism.num_steps)
     facts = [mechanism.at_row(part.right) for part in parts]
