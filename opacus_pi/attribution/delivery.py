@@ -70,6 +70,10 @@ class LoaderPass:
             pass skipped because they were used before.
         num_unused: How many deliveries no forward pass has used yet.
         has_ended: Whether the iterator raised ``StopIteration``.
+        num_filled: How many of the batches that the loop received had samples.
+        last_used: Which of these was the last one that entered an update, from 1; 0:
+            none did.
+        first_size: How many samples the first of them had.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class LoaderPass:
     ) -> None:
         self.number, self.in_parts = number, in_parts
         self.num_delivered = self.num_unused = 0
+        self.num_filled = self.last_used = self.first_size = 0
         self.has_ended = False
         self._owner: Callable[[], Any] | None = None
         if owner is not None:
@@ -130,6 +135,8 @@ class Delivery:
         num_left: How many of its samples no update used, when it last entered one.
         batch: A copy of what the loop received, if the tracker keeps batches.
         is_described: Whether ``tensors`` are all that the batch has.
+        place: Which batch with samples of this pass it is, from 1; 0: it has none, or
+            need not enter an update.
     """
 
     indices: list[int] | None
@@ -144,6 +151,7 @@ class Delivery:
     num_left: int = 0
     batch: Any = None
     is_described: bool = False
+    place: int = 0
 
     def __post_init__(self) -> None:
         # Whether the indices are those of different, known examples. Then the batch

@@ -80,6 +80,7 @@ from opacus_pi.attribution.item_contents import ItemContents
 from opacus_pi.attribution.lookalikes import OrderSoFar, alike_of, rows_of_all
 from opacus_pi.attribution.model_inputs import SharedRows
 from opacus_pi.attribution.samples import is_dense, tensors_in
+from opacus_pi.attribution.skipped_batches import SkippedBatches
 from opacus_pi.custody import Chain, SampleCounts
 from opacus_pi.models.batches import map_tensors
 
@@ -96,6 +97,14 @@ _LEFT_OUT = (
     "that part by looking at the examples, for example at their losses, one example "
     "decides whether others are used. No accounting covers that. Choose examples in "
     "the sampler, independently of the data."
+)
+_SKIPPED = (
+    "{num} of {total} batches that the loader delivered entered no update, and later "
+    "ones did. If the loop chose its batches by looking at the examples, for example "
+    "at their losses, one example decides whether the others of its batch are used, "
+    "and it is in more updates than the sampling rate says. No accounting covers that. "
+    "Make one update with each delivered batch. If the choice did not depend on the "
+    "data, nothing needs to be done."
 )
 _EVIDENCE = {
     "identity": "Samples were recognised by their memory or their content.",
@@ -144,6 +153,7 @@ class Tracker:
         self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
         self.saw_backward: Callable[..., None] | None = None
         self.num_left_out = 0
+        self._skipped, self._said_skipped = SkippedBatches(), ""
         self.has_additions = False
         self.causes: dict[str, int] = {}
         self._recent: deque[Delivery] = deque()
@@ -207,6 +217,7 @@ class Tracker:
         self._compare_contents(delivery)
         delivery.batch = _copy_of(batch) if self.keeps_batches else None
         delivery.loader_pass.num_unused += 1
+        self._skipped.delivered(delivery, self._recent)
         self._recent.appendleft(delivery)
         if len(self._recent) > _MAX_RECENT:
             self._recent.pop().release()
@@ -369,6 +380,8 @@ class Tracker:
             distinct = list({id(delivery): delivery for delivery in distinct}.values())
         self._note_left_out(distinct)
         for delivery in distinct:
+            if not delivery.num_updates:
+                self._skipped.entered_update(delivery)
             delivery.num_updates += 1
         return distinct
 
@@ -503,6 +516,7 @@ class Tracker:
         latest = 0 if self.latest is None else self.latest.num_left  # perhaps to come
         if self.num_left_out > latest:
             chain.leave_unchecked("draw", _LEFT_OUT, warn=False)
+        self._report_skipped(chain)
         if self.has_additions:
             added = ADDED_IN_COLLATE
             chain.leave_unchecked(added.link, added.explanation, warn=False)
@@ -513,6 +527,17 @@ class Tracker:
                 chain.break_link("rows", cause.explanation)
             elif cause.state != "repeated":
                 chain.leave_unchecked(cause.link, cause.explanation, warn=False)
+
+    def _report_skipped(self, chain: Chain) -> None:
+        """Report how many delivered batches entered no update; warn of it once."""
+        num, before = self._skipped.num, self._said_skipped
+        if not num:
+            return
+        sentence = _SKIPPED.format(num=num, total=num + self._skipped.num_used)
+        self._said_skipped = sentence
+        chain.leave_unchecked(
+            "draw", sentence, warn=not before, instead_of=before or None
+        )
 
     def _count(self, forward: ForwardPass) -> None:
         """Count the samples of a pass by evidence and by cause.

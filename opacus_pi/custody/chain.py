@@ -183,15 +183,26 @@ class Chain:
         """
         self._awaited[link] = sentence
 
-    def leave_unchecked(self, link: str, cause: str, *, warn: bool = True) -> None:
+    def leave_unchecked(
+        self,
+        link: str,
+        cause: str,
+        *,
+        warn: bool = True,
+        instead_of: str | None = None,
+    ) -> None:
         """Record that a link could not be checked, and warn of it once.
 
         Args:
             link: One of ``LINKS``.
             cause: What could not be checked and why, and what to do, in sentences.
             warn: Whether to warn. False if another warning has named the cause.
+            instead_of: A cause that was reported before and is replaced by this one,
+                for example because a number in it has grown.
         """
         doubts = self._doubts.setdefault(link, [])
+        if instead_of in doubts:
+            doubts.remove(instead_of)
         if cause not in doubts and (link, cause) not in self._settled:
             doubts.append(cause)
             if warn:

@@ -92,7 +92,6 @@ CONTROLS = [
     (using(loop_parts.cleared_afterwards), ("hooks", "functorch", "fast")),
     (using(loop_parts.evaluated_between), MOST),
     (using(loop_parts.training_loss_looked_at), MOST),
-    (using(loop_parts.some_discarded), ("hooks", "fast")),
     (using(loop_parts.two_batches_ahead), MOST),
     (using(loop_parts.all_listed), MOST),
     (using(loop_parts.listed_backwards), MOST),
@@ -112,6 +111,7 @@ CONTROLS = [
 
 # -------------------- right norms exist, but the program may not be sure: it may say so
 UNCERTAIN = [
+    (using(loop_parts.some_discarded), ("hooks", "fast")),
     (collated(loop_parts.truncated, **TOKENS), MOST),
     (collated(loop_parts.without_some), MOST),
     (collated(loop_parts.noisy), MOST),

@@ -469,7 +469,7 @@ def some_discarded(run):
     for k, batch in enumerate(run.loader):
         run.zero_grad()
         run.backward(batch)
-        if k % 3 == 1:  # the loss was not finite, say
+        if k % 3 == 1:  # the loss was not finite, say: a choice that depends on data
             continue
         run.step()
 
