@@ -12,7 +12,8 @@ of the table's values (``predicted_losses``), so it is an upper bound as well.
 clipping, for which ``can_be_tabled`` returns False.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +21,11 @@ from numpy.typing import NDArray
 from opacus_pi.accounting.composition import default_hoelder_p
 from opacus_pi.accounting.losses import RunNorms
 from opacus_pi.accounting.order_tables import OrderTables, order_tables
-from opacus_pi.accounting.predicted_losses import means_of_scores
+from opacus_pi.accounting.predicted_losses import ScorePlaces, means_of_scores
 from opacus_pi.accounting.row_orders import RowUpdates
 from opacus_pi.accounting.rules import intervals
 
-__all__ = ["SMALLEST_TOLERANCE", "TabledLosses", "can_be_tabled"]
+__all__ = ["SMALLEST_TOLERANCE", "ExamplesLosses", "TabledLosses", "can_be_tabled"]
 
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -88,73 +89,53 @@ class TabledLosses:
         self.places = self._tables.places
         self._means = self._tables_of_means(runs)
 
-    def _tables_of_means(self, runs: RunNorms) -> list[Array | None]:
-        """Return each row's means over scores, ``(5313, K)``; None: not needed."""
+    def _tables_of_means(self, runs: RunNorms) -> list[tuple[Array, Array] | None]:
+        """Return each row's means over scores, ``(5313, K)``; None: not needed.
+
+        The second table has their differences from each order to the next, 0 at the
+        last order.
+        """
         if not runs.predictions:
             return [None] * len(self._rows)
         (predicted,) = runs.predictions
         assert predicted is not None
-        return [
-            means_of_scores(
-                self._tables.losses(i, self._squares(row, predicted.norms_on_grid(row)))
-            )
-            if predicted.has_means(row)
-            else None
-            for i, row in enumerate(self._rows)
-        ]
+        found: list[tuple[Array, Array] | None] = []
+        for i, row in enumerate(self._rows):
+            if not predicted.has_means(row):
+                found.append(None)
+                continue
+            s = self._squares(row, predicted.norms_on_grid(row))
+            means = means_of_scores(self._tables.losses(i, s))
+            found.append((means, np.diff(means, axis=1, append=means[:, -1:])))
+        return found
 
-    def of_examples(self, runs: RunNorms) -> Callable[[Integers], Array]:
-        """Return a function that gives some examples' losses, each at its own order.
+    def of_examples(self, runs: RunNorms) -> "ExamplesLosses":
+        """Return the losses of some examples, each at an order of its own.
 
         Args:
             runs: Norms of the examples, from the run of the tables.
-
-        Returns:
-            A function from positions in ``places``, ``(n,)``, to upper bounds of the
-            losses, ``(n,)``.
         """
         rows = [self._row(i, row, runs) for i, row in enumerate(self._rows)]
+        return ExamplesLosses(tuple(rows))
 
-        def losses(orders: Integers) -> Array:
-            total = np.zeros(len(orders))
-            for loss in rows:
-                total += loss(orders)
-            return total
-
-        return losses
-
-    def _row(self, i: int, row: int, runs: RunNorms) -> Callable[[Integers], Array]:
-        """Return the function of ``of_examples`` for one row."""
+    def _row(self, i: int, row: int, runs: RunNorms) -> "_RowReader":
+        """Return what reads the losses of one row."""
         norms, means = runs.norms[0, row], self._means[i]
         if means is None:
             return self._lines(i, self._squares(row, norms))
         (predicted,) = runs.predictions
         assert predicted is not None
         drawn, share = np.flatnonzero(predicted.drawn[row]), predicted.seen_share[row]
-        places = predicted.places(row)
         seen = self._lines(i, self._squares(row, norms[drawn]))
+        places = predicted.places(row)
+        return _Means(places, *means, drawn, float(share), seen)
 
-        def loss(orders: Integers) -> Array:
-            mean = places.read(means, orders)
-            mean[drawn] += share * (seen(orders[drawn]) - mean[drawn])
-            return mean
-
-        return loss
-
-    def _lines(self, i: int, s: Array) -> Callable[[Integers], Array]:
-        """Return the function of ``of_examples`` for observed norms."""
+    def _lines(self, i: int, s: Array) -> "_Lines":
+        """Return what reads the losses of observed norms."""
         slopes, intercepts = self._tables.slopes[i], self._tables.intercepts[i]
         width = slopes.shape[1]
         first = self._tables.cells_of(i, s).astype(np.int32) * np.int32(width)
-
-        def loss(orders: Integers) -> Array:
-            place = first + orders
-            values: Array = slopes.ravel()[place]
-            values *= s
-            values += intercepts.ravel()[place]
-            return values
-
-        return loss
+        return _Lines(slopes.ravel(), intercepts.ravel(), first, s)
 
     def _squares(self, row: int, norms: Array) -> Array:
         """Return s = r²/2 of norms in a row."""
@@ -162,3 +143,127 @@ class TabledLosses:
         ratios *= ratios
         ratios /= 2
         return ratios
+
+
+class _RowReader(Protocol):
+    """What reads the losses of one row, of all examples of a block.
+
+    Both methods take a position among the tabulated orders for each example, ``(n,)``.
+    """
+
+    def at(self, orders: Integers) -> Array:
+        """Return upper bounds of the losses, ``(n,)``."""
+
+    def rises(self, orders: Integers) -> Array:
+        """Return how much they rise to the next order, ``(n,)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExamplesLosses:
+    """Losses of some examples over the whole run, each at an order of its own.
+
+    Args:
+        rows: What reads the losses of each row.
+    """
+
+    rows: tuple[_RowReader, ...]
+
+    def at(self, orders: Integers) -> Array:
+        """Return upper bounds of the losses.
+
+        Args:
+            orders: For each example a position in ``TabledLosses.places``, ``(n,)``.
+
+        Returns:
+            float64 ``(n,)``, in nats.
+        """
+        total = np.zeros(len(orders))
+        for row in self.rows:
+            total += row.at(orders)
+        return total
+
+    def rises(self, orders: Integers) -> Array:
+        """Return how much the losses rise from an order to the next.
+
+        Args:
+            orders: As in ``at``. At the last order the result has no meaning.
+
+        Returns:
+            float64 ``(n,)``, in nats; NaN or ``inf`` where the next order is never an
+            example's best one.
+        """
+        total = np.zeros(len(orders))
+        for row in self.rows:
+            total += row.rises(orders)
+        return total
+
+
+@dataclass(frozen=True, eq=False)
+class _Lines:
+    """Losses of observed norms: one line of the table for each example.
+
+    Args:
+        slopes: float64 ``(cells * K,)``.
+        intercepts: In the same form.
+        first: int32 ``(n,)``, where the cell of each example begins.
+        s: float64 ``(n,)``, r²/2 of each example.
+    """
+
+    slopes: Array
+    intercepts: Array
+    first: NDArray[np.int32]
+    s: Array
+
+    def at(self, orders: Integers) -> Array:
+        """Return upper bounds of the losses, ``(n,)``."""
+        return self._at(self.first + orders)
+
+    def rises(self, orders: Integers) -> Array:
+        """Return how much they rise to the next order, ``(n,)``."""
+        place = self.first + orders
+        following = np.minimum(place + 1, len(self.slopes) - 1)
+        with np.errstate(invalid="ignore"):
+            return self._at(following) - self._at(place)
+
+    def _at(self, place: Integers) -> Array:
+        """Return the values of lines, by their positions in the table."""
+        values: Array = self.slopes[place]
+        values *= self.s
+        values += self.intercepts[place]
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class _Means:
+    """Losses of a row with gaps: means over scores, and in part observed norms.
+
+    Args:
+        places: Where the means of the examples are read.
+        means: float64 ``(5313, K)``.
+        differences: In the same form, from each order to the next.
+        drawn: The examples with an observed norm.
+        share: Share of the row's updates that are charged the observed norm.
+        seen: What reads the losses of these norms.
+    """
+
+    places: ScorePlaces
+    means: Array
+    differences: Array
+    drawn: Integers
+    share: float
+    seen: _Lines
+
+    def at(self, orders: Integers) -> Array:
+        """Return upper bounds of the losses, ``(n,)``."""
+        mean = self.places.read(self.means, orders)
+        return self._with_seen(mean, self.seen.at(orders[self.drawn]))
+
+    def rises(self, orders: Integers) -> Array:
+        """Return how much they rise to the next order, ``(n,)``."""
+        mean = self.places.read(self.differences, orders)
+        return self._with_seen(mean, self.seen.rises(orders[self.drawn]))
+
+    def _with_seen(self, mean: Array, seen: Array) -> Array:
+        """Mix means with values of observed norms; overwrites ``mean``."""
+        mean[self.drawn] += self.share * (seen - mean[self.drawn])
+        return mean

@@ -223,12 +223,15 @@ class SmoothedRanks:
         variance = np.full(scores.shape[1], self.signal)
         means, variances = np.empty(scores.shape), np.empty(scores.shape)
         kept = np.exp(-np.abs(np.diff(times, prepend=times[:1])) / self.time_scale)
-        for row, score in enumerate(scores):
+        undrawn = np.isnan(scores)
+        filled = np.where(undrawn, 0.0, scores)
+        for row, score in enumerate(filled):
             mean = mean * kept[row]
             variance = (variance - self.signal) * kept[row] ** 2 + self.signal
             means[row], variances[row] = mean, variance
-            gain = np.where(np.isnan(score), 0.0, variance / (variance + self.noise))
-            mean = mean + gain * (np.nan_to_num(score) - mean)
+            gain = variance / (variance + self.noise)
+            gain[undrawn[row]] = 0.0
+            mean = mean + gain * (score - mean)
             variance = variance * (1 - gain)
         return means, variances
 

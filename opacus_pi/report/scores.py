@@ -26,13 +26,12 @@ from opacus_pi._shown import Shown
 from opacus_pi._validate import positive
 from opacus_pi.accounting import (
     GradNormLedger,
-    epsilons,
     privacy_losses,
     worst_case_loss,
 )
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
 from opacus_pi.accounting.conversion import check_delta
-from opacus_pi.accounting.epsilon import default_tolerance
+from opacus_pi.accounting.epsilon import default_tolerance, losses_and_epsilons
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.accounting.training_bound import training_assumptions, training_epsilon
 from opacus_pi.difficulty.forget_sets import difficulty_strata, num_at_top, ranking
@@ -261,16 +260,19 @@ def score(
     ids = np.arange(runs[0].num_examples) if ids is None else ids
     if tolerance is None:
         tolerance = default_tolerance(runs)
-    losses = privacy_losses(runs, order, tolerance=tolerance)
+    own: NDArray[np.float64] | None = None
+    if has_assumed_noise(runs):
+        losses = privacy_losses(runs, order, tolerance=tolerance)
+    else:
+        losses, own = losses_and_epsilons(runs, order, delta, tolerance=tolerance)
     assumptions = training_assumptions(runs)
     mechanism = runs[0].mechanism
-    ranks = has_assumed_noise(runs)
     return Scores(
         order=float(order),
         delta=float(delta),
         ids=ids,
         losses=losses,
-        epsilons=None if ranks else epsilons(runs, delta, tolerance=tolerance),
+        epsilons=own,
         worst_case_loss=math.inf
         if mechanism.assumed_noise
         else worst_case_loss(mechanism, order, steps=runs[0].steps),

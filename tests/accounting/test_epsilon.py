@@ -13,7 +13,7 @@ from opacus_pi.accounting import (
     rdp_to_epsilon,
     worst_case_loss,
 )
-from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
+from opacus_pi.accounting.epsilon import DEFAULT_ORDERS, losses_and_epsilons
 
 
 def run(max_grad_norm=1.0, num_examples=12, num_steps=60, noise_std=1.0):
@@ -39,6 +39,19 @@ def test_default_orders_are_opacus_s():
     from opacus.accountants import RDPAccountant
 
     assert list(DEFAULT_ORDERS) == RDPAccountant.DEFAULT_ALPHAS
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1e-2])
+def test_losses_and_epsilons_are_those_of_either_function(tolerance):
+    random = np.random.default_rng(2)
+    norms = random.lognormal(-1, 1.5, (3, 50))
+    norms[random.random(norms.shape) < 0.7] = np.nan
+    mechanism = NoisySGD(60, 0.05, 1.0, max_grad_norm=1.0)
+    ledger = GradNormLedger(mechanism, [20, 40, 60], norms, source="observed")
+    losses, own = losses_and_epsilons(ledger, 3.5, 1e-5, tolerance=tolerance)
+    expected = privacy_losses(ledger, 3.5, tolerance=tolerance)
+    np.testing.assert_array_equal(losses, expected)
+    np.testing.assert_array_equal(own, epsilons(ledger, 1e-5, tolerance=tolerance))
 
 
 def test_never_above_the_mechanism_s_own_epsilon():
