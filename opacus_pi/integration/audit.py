@@ -14,18 +14,24 @@ With a ``collate_fn`` of the user's there is a fifth, ``batch``: the norms of th
 examples alone, with those after other items were collated in the places of the others
 (:mod:`~opacus_pi.integration.collate_audit`).
 
-**Guarantee.** Model, optimizer, loader, ledger and random states stay as they are.
+**Guarantee.** Model, criterion, optimizer, loader, ledger and the global random states
+stay as they are: the model and the criterion are copied. So is the ``collate_fn``, and
+generators of torch that a data set draws from are put back.
+
+**What it cannot put back.** What a data set changes when an item is read: generators of
+NumPy and Python that are objects of its own, counters, caches. The same holds for a
+``collate_fn`` or a criterion that cannot be copied, or that keeps a state in a file, in
+a class, or in variables of functions that it calls.
 
 **What it cannot see.** How the training loop calls model and criterion. The audit
 assumes ``criterion(model(x), y)``. Dropout is switched off, because an example alone
 would draw other random numbers than in a batch.
 """
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -40,8 +46,7 @@ from opacus_pi.custody.finding import Finding
 from opacus_pi.custody.model_probe import probe_separability
 from opacus_pi.custody.probed_call import NoDropout
 from opacus_pi.gradients import per_example_grad_norms
-from opacus_pi.gradients.fallback import MODEL_ERRORS
-from opacus_pi.integration.function_copies import copy_of_function
+from opacus_pi.integration.function_copies import copied_if_possible
 from opacus_pi.integration.repeated_calls import changing_part
 from opacus_pi.integration.schedules import user_collate_fn
 from opacus_pi.models.batches import (
@@ -183,9 +188,7 @@ class Examples:
         Args:
             items: Of the data set; ``collate_fn`` may change them.
         """
-        collate = self.collate_fn or default_collate
-        with suppress(*MODEL_ERRORS, copy.Error):
-            collate = copy_of_function(collate)
+        collate = copied_if_possible(self.collate_fn or default_collate)
         with isolated(), OwnGenerators():
             return collate(default_collate(items) if self.is_batched else items)
 
@@ -283,7 +286,7 @@ def audit_batch(
 
     Args:
         model: The model, plain or wrapped; it is copied.
-        criterion: As the training loop calls it on outputs and targets.
+        criterion: As the training loop calls it on outputs and targets; it is copied.
         batch: ``(x, y)``, or a dict with ``"labels"``.
         run: How the batch is trained on.
         new_engine: Returns an engine that reports to a recorder.
@@ -371,6 +374,9 @@ def joined(audits: Sequence[Audit]) -> Audit:
 class TrainedLoss:
     """The criterion as training uses it: one number for a batch, or for one example.
 
+    A copy of the criterion is called, with the state that it has now, such as buffers
+    and counters: the criterion of the training stays as it is.
+
     Args:
         criterion: Returns one number, or one loss for each example, which training
             then reduces as ``make_private`` was asked to.
@@ -380,7 +386,7 @@ class TrainedLoss:
     def __init__(self, criterion: Any, run: AuditedRun) -> None:
         if isinstance(criterion, DPLossFastGradientClipping):
             criterion = criterion.criterion
-        self.criterion = criterion
+        self.criterion = criterion = copied_if_possible(criterion)
         self._reduction = run.loss_reduction
         is_ghost = run.mode.startswith("ghost")
         self._losses: Criterion | None = None

@@ -15,7 +15,7 @@ update, later four that the generator draws. Passes with fewer than two examples
 compared. If none of an update can be, the next 20 updates are tried.
 
 *Guarantee.* Nothing of the comparison remains in the training: the copy shares nothing
-with the model, and random states are restored.
+with the model, a copy of the criterion is called, and random states are restored.
 
 *What breaks it.* A loop that computes another loss in a share s of the updates from 4
 to 9,999, and not in the first three, is missed with a probability of about (1 - s)^4.
@@ -258,7 +258,7 @@ class LoopLoss:
         num_steps: int = 0,
         num_before: int = 0,
     ) -> None:
-        self._loss, self._run = TrainedLoss(criterion, run), run
+        self._criterion, self._run = criterion, run
         self._tracker, self._chain, self._new_engine = tracker, chain, new_engine
         self._num_steps, self.num_before = num_steps, num_before
         self._draws = random.Random(0)  # no secret: it only spreads the checks
@@ -418,7 +418,7 @@ class LoopLoss:
             with measuring(drops=True):
                 norms, outputs, gradients = norms_of_update(
                     model,
-                    self._loss,
+                    TrainedLoss(self._criterion, self._run),
                     (call.args, call.kwargs, to_device(targets, _device_of(kept))),
                     self._run,
                     self._new_engine,

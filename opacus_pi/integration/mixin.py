@@ -211,8 +211,12 @@ class PerInstanceMixin(RecordedEngine):
         """Compare the norms that are recorded with gradients of single examples.
 
         Call it after ``make_private`` or ``make_monitored``, before training or later.
-        It takes examples from the data set, trains a copy of the model on them for one
-        update, and leaves no trace on the run. ``print`` shows the result as a table.
+        It takes examples from the data set and trains a copy of the model on them for
+        one update. Training goes on as it would have without an audit: the criterion
+        and the ``collate_fn`` are copied, too, and random states are put back. What
+        cannot be put back is what reading an item changes in the data set (a generator
+        of NumPy or Python of its own, a counter), and the state of a ``collate_fn`` or
+        a criterion that cannot be copied. ``print`` shows the result as a table.
         What it finds about loss, model, norms and ``collate_fn`` enters the chain of
         custody: the ledger is refused if one of them fails. Of the updates that follow,
         the first and a few later ones are compared with the criterion, so that the

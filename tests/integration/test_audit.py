@@ -5,6 +5,7 @@ The oracle is one-at-a-time ``torch.autograd.grad`` in this file.
 
 import copy
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -259,6 +260,63 @@ def test_an_audit_leaves_no_trace():
     assert all(map(torch.equal, model.parameters(), other.parameters()))
     np.testing.assert_array_equal(engine.ledger.grad_norms, twin.ledger.grad_norms)
     assert engine.attribution == twin.attribution
+
+
+class Counting(nn.CrossEntropyLoss):
+    """Has a buffer, a counter and a generator, all of which each call changes."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("running_mean", torch.zeros(()))
+        self.num_calls, self.draws = 0, np.random.default_rng(0)
+
+    def forward(self, outputs, targets):
+        losses = super().forward(outputs, targets)
+        self.num_calls += 1
+        self.running_mean.lerp_(losses.detach().mean(), 0.1)
+        self.last = self.draws.random()
+        return losses
+
+
+class Weakening(Counting):
+    """Its loss depends on the number of calls, so that a lost call changes weights."""
+
+    def forward(self, outputs, targets):
+        return super().forward(outputs, targets) / (1 + self.num_calls // 4)
+
+
+@pytest.mark.parametrize("kind", [Counting, Weakening])
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_an_audit_does_not_change_the_state_of_the_criterion(mode, kind):
+    def trained(*, audited):
+        criterion = kind()
+        engine, (model, optimizer, *own, loader) = prepared(mode, criterion=criterion)
+        loss = own[0] if own else lambda *batch: criterion(*batch)
+        torch.manual_seed(7)
+        for x, y in loader:
+            if audited:
+                engine.audit(own[0] if own else loss, batches=2)
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+        state = criterion.num_calls, criterion.running_mean, criterion.last
+        return state, list(model.parameters()), engine
+
+    with_audit, weights, engine = trained(audited=True)
+    without, expected, _ = trained(audited=False)
+    assert with_audit == without
+    assert all(map(torch.equal, weights, expected))
+    assert kind is Weakening or engine.ledger.num_examples == 24
+
+
+def test_a_criterion_that_cannot_be_copied_is_audited_too():
+    class Locked(nn.CrossEntropyLoss):
+        def __init__(self):
+            super().__init__()
+            self.lock = threading.Lock()
+
+    engine, _ = prepared()
+    assert engine.audit(Locked()).passed
 
 
 def test_what_is_not_audited_is_said():
