@@ -11,7 +11,7 @@ everything that is drawn from the random generators afterwards.
 *What breaks it.* Batches that are parts of others (``BatchMemoryManager``); workers
 that draw ahead from a generator that the loop also draws from; iterators that are not
 torch's. Then ``obstacle`` says why, and nothing can be resumed. Persistent workers with
-random data sets cannot be detected in time: ``resume`` warns of them.
+random data sets cannot be detected in time: ``check`` warns of them.
 """
 
 import warnings
@@ -126,6 +126,8 @@ class EpochPosition:
     def check(self, state: Mapping[str, Any]) -> None:
         """Refuse a state that ``state`` cannot have returned.
 
+        Warns if persistent workers have random states that were not saved.
+
         Args:
             state: The saved state.
 
@@ -142,6 +144,8 @@ class EpochPosition:
         )
         if num_delivered >= 0:
             self._random_states.check(_start_of(state))
+        if getattr(self._loader(), "persistent_workers", False):
+            warnings.warn(_PERSISTENT, stacklevel=2)
 
     def resume(self, state: Mapping[str, Any], now: dict[str, Any]) -> None:
         """Make the next pass continue the saved one, if a pass was saved.
@@ -153,8 +157,6 @@ class EpochPosition:
         start, num_delivered = _start_of(state), state["num_delivered"]
         self._pass = None
         self._pending = (num_delivered, start, now) if num_delivered >= 0 else None
-        if getattr(self._loader(), "persistent_workers", False):
-            warnings.warn(_PERSISTENT, stacklevel=2)
 
     def begin_pass(self, loader_pass: LoaderPass, make: Callable[[], Any]) -> Any:
         """Begin a pass, or the rest of the one that was saved.

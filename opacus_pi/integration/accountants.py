@@ -343,14 +343,18 @@ class PerInstanceAccountant(RDPAccountant):
             state_dict: A dict returned by ``state_dict()``.
 
         Raises:
-            ValueError: If it is not the state of such an accountant, or is damaged.
+            ValueError: If it is not the state of such an accountant, or is damaged;
+                nothing is changed then.
         """
+        record = (state_dict or {}).get(_RECORD)
+        if record is None:
+            super().load_state_dict(state_dict)
+            return
+        recorder = self._recorder or Recorder()
+        load = recorder.prepared_load(verified_state(_as_saved(record)))
         super().load_state_dict(state_dict)
-        record = state_dict.get(_RECORD)
-        if record is not None:
-            recorder = self._recorder or Recorder()
-            recorder.load_state_dict(verified_state(_as_saved(record)))
-            self._recorder, self._is_engines_recorder = recorder, False
+        load()
+        self._recorder, self._is_engines_recorder = recorder, False
 
     def _require_recorder(self) -> Recorder:
         """Return the recorder.

@@ -21,8 +21,9 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -38,7 +39,8 @@ from opacus_pi.attribution import EpochPosition
 from opacus_pi.files.checksummed_state import verified_state, with_checksum
 from opacus_pi.files.torch_file import read_torch_file
 from opacus_pi.integration.accountants import num_steps_of
-from opacus_pi.integration.filtering import resume_charges, saved_charges
+from opacus_pi.integration.checks import RunChecks
+from opacus_pi.integration.filtering import prepared_charges, saved_charges
 from opacus_pi.integration.opacus_compat import has_skipped_last_step
 from opacus_pi.integration.schedules import is_poisson, unknown_schedule
 from opacus_pi.ledger.checks import CHANGED
@@ -76,6 +78,7 @@ _OTHER_WEIGHTS = (
     "with another module. The ledger does not cover such a model. Resume from an "
     "unchanged checkpoint of the module that was trained."
 )
+_NOT_CONTINUED = "The checkpoint's recorded run cannot be continued: {error}"
 _SECURE = (
     "An engine with secure_mode=True draws random numbers that cannot be repeated. "
     "Load the checkpoint without restore_rng."
@@ -194,18 +197,29 @@ def _is_counted(entry: Any) -> bool:
 
 @contextmanager
 def all_or_nothing(
-    module: nn.Module, optimizer: torch.optim.Optimizer | None, accountant: IAccountant
+    accountant: IAccountant,
+    *,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    noise_scheduler: Any = None,
+    grad_clip_scheduler: Any = None,
+    **_: Any,
 ) -> Iterator[None]:
-    """Context that undoes what was loaded, if an error ends it.
+    """Context that undoes what Opacus loaded, if an error ends it.
 
     Opacus loads one object after the other, and torch loads the weights that fit before
     it refuses the others.
 
     Args:
+        accountant: The engine's.
         module: What Opacus made of the model, or the model.
         optimizer: Opacus's or a plain one.
-        accountant: The engine's.
+        noise_scheduler: Opacus's.
+        grad_clip_scheduler: Opacus's.
+        **_: The other options of ``load_checkpoint``.
     """
+    schedulers = [s for s in (noise_scheduler, grad_clip_scheduler) if s is not None]
+    settings = [dict(vars(scheduler)) for scheduler in schedulers]
     weights = {n: _copied(value) for n, value in module.state_dict().items()}
     counted = copy.copy(vars(accountant))
     counted["history"] = list(getattr(accountant, "history", []))
@@ -215,6 +229,9 @@ def all_or_nothing(
     except BaseException:
         module.load_state_dict(weights)
         vars(accountant).update(counted)
+        for scheduler, before in zip(schedulers, settings, strict=True):
+            vars(scheduler).clear()
+            vars(scheduler).update(before)
         if optimizer is not None and parts is not None:
             cast(Any, optimizer).state, optimizer.param_groups = parts
         raise
@@ -329,7 +346,7 @@ class Checkpoints:
                 "none has been prepared. Call make_private or make_monitored first."
             )
 
-    def resume(
+    def prepared_resume(
         self,
         checkpoint: dict[str, Any],
         recorder: Recorder,
@@ -338,9 +355,9 @@ class Checkpoints:
         module: nn.Module,
         accountant: IAccountant,
         restore_rng: bool,
-        refuse: Callable[[str], None],
-    ) -> None:
-        """Take our entries from a checkpoint and continue what they recorded.
+        checks: RunChecks,
+    ) -> Callable[[], None]:
+        """Take our entries from a checkpoint, check them, and change nothing yet.
 
         Args:
             checkpoint: What Opacus loaded; our entries are removed.
@@ -349,30 +366,45 @@ class Checkpoints:
             module: The module, with the weights from the checkpoint.
             accountant: The engine's, with the history from the checkpoint.
             restore_rng: Whether to restore everything that decides how the run goes on.
-            refuse: Called with the reason if the run cannot be continued.
+            checks: Keeps the reasons if the run cannot be continued.
+
+        Returns:
+            A function that continues what was recorded.
 
         Raises:
             ValueError: If the charges do not fit, or ``restore_rng`` is not possible.
+            AccountingError: If the run cannot be continued, and the recorder is strict.
         """
         charges = checkpoint.pop(FILTER_KEY, None)
-        resume_charges(renyi_filter, charges, num_steps_of(accountant))
+        loads = [prepared_charges(renyi_filter, charges, num_steps_of(accountant))]
         entry = checkpoint.pop(CHECKPOINT_KEY, {})
         state: dict[str, Any] = {}
+        reasons: list[str] = []
         if entry != {}:
             try:
                 require_version(entry)
                 state = verified_state(entry)
-                recorder.load_state_dict(state)
+                loads.insert(0, recorder.prepared_load(state))  # it may delete files
                 if state.get(_HISTORY, found := _history_of(accountant)) != found:
-                    refuse(_OTHER_HISTORY.format(num_steps_of(accountant)))
+                    reasons.append(_OTHER_HISTORY.format(num_steps_of(accountant)))
                 if _has_other_weights(module, checkpoint, state):
-                    refuse(_OTHER_WEIGHTS)
+                    reasons.append(_OTHER_WEIGHTS)
             except ValueError as error:
                 if restore_rng and not state:
                     raise
-                refuse(f"The checkpoint's recorded run cannot be continued: {error}")
+                reasons.append(_NOT_CONTINUED.format(error=error))
         if restore_rng and self.run_state is not None:
-            self.run_state.load_state_dict(_part(state, _RUN_STATE))
+            states = _part(state, _RUN_STATE)
+            loads.append(self.run_state.prepared_load(states))
+        checks.require_lenient(reasons)
+        loads += [partial(checks.refuse, reason) for reason in reasons]
+        return partial(_call_all, loads)
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    """Call functions, one after another."""
+    for function in functions:
+        function()
 
 
 # ------------------------------------------------------- what decides how a run goes on
@@ -454,8 +486,22 @@ class RunState:
             state: A dict returned by ``state_dict``.
 
         Raises:
+            ValueError: As ``prepared_load``; nothing is changed then.
+        """
+        self.prepared_load(state)()
+
+    def prepared_load(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check a saved state, and change nothing yet.
+
+        Args:
+            state: A dict returned by ``state_dict``.
+
+        Returns:
+            A function that goes back to this state.
+
+        Raises:
             ValueError: If the run cannot be resumed exactly from there, or the run
-                prepared now has other generators; nothing is changed then.
+                prepared now has other generators.
         """
         obstacle = state.get(
             "obstacle",
@@ -466,12 +512,21 @@ class RunState:
             raise ValueError(
                 f"The run cannot be resumed exactly from this checkpoint. {known}"
             )
-        # Everything is checked before anything is restored. The position comes after
-        # the random states: it needs those of this moment and those of the pass's
-        # start.
-        random_states = _part(state, _RANDOM)
         self._check_settings(state)
+        self._random_states.check(_part(state, _RANDOM))
         self._position.check(_part(state, _POSITION))
+        return partial(self._restore, state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Go back to a saved state that was checked.
+
+        The position comes after the random states: it needs those of this moment and
+        those of the pass's start.
+
+        Args:
+            state: The saved state.
+        """
+        random_states = _part(state, _RANDOM)
         self._random_states.restore(random_states)
         self._position.resume(_part(state, _POSITION), random_states)
         for name, epoch in _part(state, _EPOCH).items():

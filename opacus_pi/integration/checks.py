@@ -134,6 +134,18 @@ class RunChecks:
         else:
             self._recorder.refuse(reason)
 
+    def require_lenient(self, reasons: Sequence[str]) -> None:
+        """Raise the first reason if the present run has a strict recorder.
+
+        Args:
+            reasons: Why the numbers of the run cannot be given.
+
+        Raises:
+            AccountingError: If there are reasons, and the recorder is strict.
+        """
+        if reasons and self._recorder is not None and self._recorder.strict:
+            raise AccountingError(reasons[0])
+
     def begin(self, recorder: Recorder, *, steps_before: int) -> None:
         """Apply the reasons that were kept to a run that has just begun.
 

@@ -10,9 +10,11 @@ drawn than was charged for; each of these stops training with an ``AccountingErr
 Source: Feldman and Zrnic 2021, arXiv:2008.11193.
 """
 
+import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -279,12 +281,12 @@ def saved_charges(renyi_filter: RenyiFilter) -> dict[str, Any]:
     }
 
 
-def resume_charges(
+def prepared_charges(
     renyi_filter: RenyiFilter | None,
     charges: Mapping[str, Any] | None,
     num_steps: int,
-) -> None:
-    """Continue with the charges of a checkpoint.
+) -> Callable[[], None]:
+    """Check the charges of a checkpoint, and change nothing yet.
 
     Warns if the checkpoint has charges and the engine has no filter.
 
@@ -292,6 +294,9 @@ def resume_charges(
         renyi_filter: The engine's filter, if it has one.
         charges: What ``saved_charges`` returned, if the checkpoint has it.
         num_steps: Updates that the checkpoint's accountant has counted.
+
+    Returns:
+        A function that continues with the charges.
 
     Raises:
         ValueError: If updates were made without the filter, or with another one.
@@ -303,16 +308,22 @@ def resume_charges(
                 "engine keeps none. Use PrivacyEngine(renyi_filter=...) to keep them.",
                 stacklevel=3,
             )
-        return
+        return _nothing
     if charges is None and num_steps > 0:
         raise ValueError(
             f"The checkpoint's run made {num_steps} updates without a RenyiFilter, so "
             "no example was charged for them. Resume from a checkpoint of a run that "
             "used this RenyiFilter."
         )
-    if charges is not None:
-        arrays = {
-            name: value.cpu().numpy() if isinstance(value, Tensor) else value
-            for name, value in verified_state(charges).items()
-        }
-        renyi_filter.load_state_dict(arrays)
+    if charges is None:
+        return _nothing
+    arrays = {
+        name: value.cpu().numpy() if isinstance(value, Tensor) else value
+        for name, value in verified_state(charges).items()
+    }
+    copy.deepcopy(renyi_filter).load_state_dict(arrays)
+    return partial(renyi_filter.load_state_dict, arrays)
+
+
+def _nothing() -> None:
+    """Do nothing: there are no charges to continue with."""

@@ -220,10 +220,16 @@ class GroupAccountant(RDPAccountant):
             state_dict: A dict returned by ``state_dict()``.
 
         Raises:
-            ValueError: If it is not the state of such an accountant.
+            ValueError: If it is not the state of such an accountant; nothing is changed
+                then.
         """
-        super().load_state_dict(state_dict)
-        self.group_size = state_dict.get(_SIZE, self.group_size)
+        before = self.group_size
+        self.group_size = (state_dict or {}).get(_SIZE, before)
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError:
+            self.group_size = before
+            raise
 
     def _require_counted(self, gram_ledger: GramLedger) -> None:
         """Raise unless a Gram ledger has as many updates as were counted."""

@@ -301,6 +301,9 @@ class RecordedEngine(Shown, OpacusEngine):
         Not restored: random states inside persistent workers, learning rate schedules
         and other objects of yours (put their states into ``checkpoint_dict``).
 
+        After an error nothing is loaded: module, optimizer, accountant, recorder,
+        filter, loader and random states are what they were.
+
         Args:
             restore_rng: Whether to restore the states of all generators (``random``,
                 numpy, torch, CUDA, those of loader, sampler and noise), the position in
@@ -313,24 +316,26 @@ class RecordedEngine(Shown, OpacusEngine):
 
         Raises:
             ValueError: If the file has objects that only unpickling can load, or is no
-                checkpoint of an engine (nothing is loaded then).
-            ValueError: If ``restore_rng`` cannot be done: no run is prepared (nothing
-                is loaded then), or the checkpoint has no states, is damaged, or was
-                taken at a moment from which a run cannot be resumed exactly; or if a
-                ``RenyiFilter`` cannot go on with the budgets that were saved.
+                checkpoint of an engine.
+            ValueError: If ``restore_rng`` cannot be done: no run is prepared, or the
+                checkpoint has no states, is damaged, or was taken at a moment from
+                which a run cannot be resumed exactly; or if a ``RenyiFilter`` cannot go
+                on with the budgets that were saved.
+            AccountingError: If the recorder is strict, and the recorded run cannot be
+                continued.
         """
         self.checkpoints.require_restorable(restore_rng=restore_rng)
         safe = without_code(options)
-        parts = (options["module"], options.get("optimizer"), self.accountant)
-        with all_or_nothing(*parts):
+        with all_or_nothing(self.accountant, **options):
             checkpoint: dict[str, Any] = super().load_checkpoint(**safe)
-            self.checkpoints.resume(
+            resume = self.checkpoints.prepared_resume(
                 checkpoint,
                 self.recorder,
                 self.renyi_filter,
                 module=options["module"],
                 accountant=self.accountant,
                 restore_rng=restore_rng,
-                refuse=self.checks.refuse,
+                checks=self.checks,
             )
+            resume()
         return checkpoint

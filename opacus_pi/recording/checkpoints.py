@@ -222,12 +222,35 @@ class Checkpoints:
             num_steps: Updates that the run had made.
 
         Raises:
+            ValueError: As ``require_resumable``.
+        """
+        before, log = self.require_resumable(run, num_steps), self._log
+        if before is None or log is None:
+            return
+        log.facts |= {"run": run, "policy": before.policy, "began": before.began}
+        log.resume(num_steps)
+        for step, path in self._files().items():
+            if step > num_steps:
+                path.unlink()
+        self._is_started = True
+
+    def require_resumable(self, run: str, num_steps: int) -> ParticipationRecord | None:
+        """Refuse to go on with a run that is not the one in the directory.
+
+        Args:
+            run: Name of the run.
+            num_steps: Updates that the run had made.
+
+        Returns:
+            What the directory holds; None if nothing was saved, or nothing begun.
+
+        Raises:
             ValueError: If the directory holds another run, or the run began with
                 another policy.
         """
         log = self._log
         if log is None or not num_steps:
-            return
+            return None
         has_files = bool(blocks_in(self.directory))
         saved = record_in(self.directory) if has_files else None
         expect(
@@ -247,12 +270,7 @@ class Checkpoints:
             "Resume with that policy: one that is made or changed during a run "
             "certifies nothing.",
         )
-        log.facts |= {"run": run, "policy": before.policy, "began": before.began}
-        log.resume(num_steps)
-        for step, path in self._files().items():
-            if step > num_steps:
-                path.unlink()
-        self._is_started = True
+        return before
 
     def begin_update(self) -> None:
         """Save the state before the first update.

@@ -636,6 +636,26 @@ class Recorder(RecorderOptions):
         Raises:
             ValueError: If the state is of another version, mode or run; nothing is
                 changed then.
+            AccountingError: If the recorder is strict, and the saved run cannot be
+                accounted for; nothing is changed then.
+        """
+        self.prepared_load(state)()
+
+    def prepared_load(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Check a state as ``load_state_dict`` does, and change nothing yet.
+
+        Several objects that are loaded together can so be checked before the first of
+        them is changed.
+
+        Args:
+            state: What ``state_dict`` returned.
+
+        Returns:
+            A function that continues the record.
+
+        Raises:
+            ValueError: As ``load_state_dict``.
+            AccountingError: As ``load_state_dict``.
         """
         loaded = RecordedRun.from_state_dict(state)
         expect(
@@ -645,10 +665,25 @@ class Recorder(RecorderOptions):
             f"must equal this recorder's mode, {self.mode!r}",
             "Resume with a Recorder like that of the saved run.",
         )
-        if self._run and not self._resumed:
-            loaded.require_same(self._run)
+        has_begun = self._run is not None and not self._resumed
+        if has_begun:
+            loaded.require_same(self._begun())
             if self.checkpoints is not None:
-                self.checkpoints.resume(loaded.run_name, loaded.num_steps)
+                self.checkpoints.require_resumable(loaded.run_name, loaded.num_steps)
+        if self.strict and self._chain is not None and loaded.custody:
+            for link in Custody.from_json(loaded.custody).broken:
+                raise AccountingError(link.sentence)
+        return partial(self._continue, loaded, has_begun)
+
+    def _continue(self, loaded: RecordedRun, has_begun: bool) -> None:
+        """Continue a record that was checked.
+
+        Args:
+            loaded: The saved record.
+            has_begun: Whether ``begin`` was called before.
+        """
+        if has_begun and self.checkpoints is not None:
+            self.checkpoints.resume(loaded.run_name, loaded.num_steps)
         self._run, self._resumed, self._waiting = loaded, True, WaitingReports()
         if self._last_weights is not None:
             self._last_weights.forget()

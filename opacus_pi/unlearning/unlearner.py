@@ -288,11 +288,12 @@ class Unlearner:
         watch = Watch(evaluate, stop, callbacks, progress, file)
         guarantee = self._claim(forget, delta, stop)
         history = self.history.after(self.method, stop)
-        self.history = history.begun(start, num_fresh, updates=num_epochs > 0)
-        self.forgotten = gone
-        self.model = copy.deepcopy(self.model)
-        loaders = self._loaders(train_set, retain, gone, batch_size)
-        costs = self._fit(loaders, num_epochs, watch)
+        with watch.all_or_nothing(self, self._generator):
+            self.history = history.begun(start, num_fresh, updates=num_epochs > 0)
+            self.forgotten = gone
+            self.model = copy.deepcopy(self.model)
+            loaders = self._loaders(train_set, retain, gone, batch_size)
+            costs = self._fit(loaders, num_epochs, watch)
         self.history = self.history.ended(weights_name(self.model))
         record |= {**costs, **self._origin(self.history.left)}
         return UnlearningResult(self.model, self.trace, guarantee, record)

@@ -1,9 +1,11 @@
 """Evaluation, callbacks, progress and saving while ``Unlearner.unlearn`` runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -54,6 +56,7 @@ class Watch:
                 "Pass for example [LogMetrics(logger)].",
             )
         self.saved: SavedRun | None = None if self.file is None else self.file.read()
+        self._is_restored = False
 
     @property
     def seconds_before(self) -> float:
@@ -70,6 +73,27 @@ class Watch:
         if self.saved is not None:
             run.load_state_dict(self.saved.updates)
             random.restore(self.saved.random)
+        self._is_restored = True
+
+    @contextmanager
+    def all_or_nothing(
+        self, unlearner: object, generator: torch.Generator
+    ) -> Iterator[None]:
+        """Context that undoes everything if a saved run cannot be restored.
+
+        Args:
+            unlearner: Gets its attributes back.
+            generator: The unlearner's; it and the global ones get their states back.
+        """
+        attributes, random = dict(vars(unlearner)), RandomStates({"own": generator})
+        states = random.collect()
+        try:
+            yield
+        except BaseException:
+            if self.saved is not None and not self._is_restored:
+                vars(unlearner).update(attributes)
+                random.restore(states)
+            raise
 
     def bar(self, done: int, total: int) -> Any:
         """Return the progress bar of a run, by updates."""

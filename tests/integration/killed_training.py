@@ -37,7 +37,15 @@ def network():
     )
 
 
-def prepared(kind, *, num_workers=0, own_generators=False, recorder=None, **options):
+def prepared(
+    kind,
+    *,
+    num_workers=0,
+    own_generators=False,
+    recorder=None,
+    renyi_filter=None,
+    **options,
+):
     """Engine, model, optimizer and loader of a run from its beginning."""
     torch.manual_seed(0)
     np.random.seed(0)
@@ -63,7 +71,11 @@ def prepared(kind, *, num_workers=0, own_generators=False, recorder=None, **opti
         engine = PrivacyEngine(recorder=recorder)
         prepare = {"criterion": nn.CrossEntropyLoss(), "noise_std": 0.05, **prepare}
         return engine, *engine.make_monitored(**prepare)
-    engine = PrivacyEngine(accountant="rdp", recorder=recorder or Recorder(every=0.5))
+    engine = PrivacyEngine(
+        accountant="rdp",
+        recorder=recorder or Recorder(every=0.5),
+        renyi_filter=renyi_filter,
+    )
     prepare = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, **prepare}
     return engine, *engine.make_private(**prepare)
 

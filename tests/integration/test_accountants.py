@@ -192,6 +192,20 @@ def test_states_of_other_accountants_are_refused():
         PerInstanceAccountant().load_state_dict(RDPAccountant().state_dict())
 
 
+@pytest.mark.parametrize("change", [{"mechanism": "rdp"}, {"num_steps": 99}])
+def test_a_refused_state_changes_nothing(change):
+    hand = ByHand(begun(data_set=fingerprint(data()))).train(1)
+    state = copy.deepcopy(hand.accountant.state_dict())
+    saved = ByHand(begun(data_set=fingerprint(data()))).train(2).accountant.state_dict()
+    if "mechanism" not in change:
+        saved = copy.deepcopy(saved)
+        saved["per_instance_record"]["facts"] |= change
+        change = {}
+    with pytest.raises(ValueError):
+        hand.accountant.load_state_dict(saved | change)
+    assert hand.accountant.state_dict() == state
+
+
 def test_updates_that_were_not_recorded():
     hand = ByHand()
     for x, y, _ in hand.loader:

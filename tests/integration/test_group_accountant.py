@@ -121,8 +121,14 @@ def test_state_round_trips_and_compares():
     assert other.group_size == 4
     assert other.get_epsilon(1e-5) == accountant.get_epsilon(1e-5)
     assert other.state_dict() == state
-    with pytest.raises(ValueError, match="rdp"):
-        other.load_state_dict(RDPAccountant().state_dict())
+    refused = (
+        (RDPAccountant().state_dict() | {"group_size": 7}, "rdp"),
+        (after((2.0, 0.1, 3)).state_dict() | {"group_size": 0}, "group_size"),
+    )
+    for wrong, words in refused:
+        with pytest.raises(ValueError, match=words):
+            other.load_state_dict(wrong)
+        assert other.state_dict() == state
 
 
 def test_checkpoints_keep_the_group_size(tmp_path):

@@ -1,6 +1,8 @@
 """A killed run that is resumed equals the uninterrupted one, bit for bit."""
 
+import copy
 import io
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -15,9 +17,12 @@ from opacus.schedulers import ExponentialNoise
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch.utils.data import DataLoader, dataloader
 
+from opacus_pi.accounting import RenyiFilter
 from opacus_pi.files.atomic_file import replacing
-from opacus_pi.integration.checkpoints import CHECKPOINT_KEY
+from opacus_pi.files.checksummed_state import with_checksum
+from opacus_pi.integration.checkpoints import CHECKPOINT_KEY, FILTER_KEY
 from opacus_pi.recording import Recorder
+from opacus_pi.recording.random_states import RandomStates
 from tests.integration.killed_training import (
     Jittered,
     assert_same,
@@ -273,6 +278,124 @@ def test_other_generators():
     with pytest.raises(ValueError, match="own generators.*batch_sampler"):
         restored(file, run)
     assert torch.equal(before, torch.get_rng_state())
+
+
+# --------------------------------------------------------------- refused as a whole
+
+
+def everything(engine, model, optimizer, loader):
+    """Return all that loading a checkpoint may change."""
+    own = loader.batch_sampler.generator
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "settings": (optimizer.noise_multiplier, optimizer.max_grad_norm),
+        "history": list(engine.accountant.history),
+        "recorded": engine.recorder.state_dict(),
+        "refused": engine.recorder.refusal,
+        "charges": engine.renyi_filter.state_dict(),
+        "random": RandomStates({} if own is None else {"own": own}).collect(),
+        "weights link": engine.recorder.chain.custody().to_json(),
+    }
+
+
+def edited(content, key, **changes):
+    """Return a checkpoint with other entries under a key of ours, as if saved so."""
+    state = {k: v for k, v in content[key].items() if k != "checksum"} | changes
+    return {**content, key: with_checksum(state)}
+
+
+REFUSED = {
+    "generators": (
+        lambda c: c,
+        {"own_generators": False, "num_epochs": 0},
+        "own gener",
+    ),
+    "setting": (
+        lambda c: edited(
+            c, CHECKPOINT_KEY, **{"run_state.setting.noise_multiplier": -1}
+        ),
+        {},
+        "noise_multiplier",
+    ),
+    "python": (
+        lambda c: edited(c, CHECKPOINT_KEY, **{"run_state.random.python": 0}),
+        {},
+        "saved random states",
+    ),
+    "position": (
+        lambda c: edited(c, CHECKPOINT_KEY, **{"run_state.position.num_delivered": -7}),
+        {},
+        "saved position",
+    ),
+    "damaged": (
+        lambda c: {**c, CHECKPOINT_KEY: {**c[CHECKPOINT_KEY], "num_steps": 3}},
+        {},
+        "checksum",
+    ),
+    "no charges": (
+        lambda c: {k: v for k, v in c.items() if k != FILTER_KEY},
+        {},
+        "without a RenyiFilter",
+    ),
+    "other budgets": (
+        lambda c: edited(c, FILTER_KEY, budget=torch.tensor(9.0)),
+        {},
+        "saved budget",
+    ),
+    "optimizer": (
+        lambda c: {**c, "optimizer_state_dict": {"state": {}, "param_groups": []}},
+        {},
+        "parameter groups",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_checkpoint_changes_nothing(name):
+    edit, options, words = REFUSED[name]
+
+    def run(num_epochs=1, **options):
+        budgets = RenyiFilter(1e6, 4.0)
+        options = {"own_generators": True, "renyi_filter": budgets, **options}
+        _, model, optimizer, loader = parts = prepared("private", **options)
+        for x, y in itertools.chain(*[loader] * num_epochs):
+            update(model, optimizer, x, y)
+        return parts
+
+    content = torch.load(saved(*run(2)[:3]), weights_only=True)
+    file = io.BytesIO()
+    torch.save(edit(content), file)
+    file.seek(0)
+    parts = run(**options)
+    scheduler = ExponentialNoise(parts[2], gamma=0.9)
+    before = copy.deepcopy([everything(*parts), scheduler.state_dict()])
+    with pytest.raises(ValueError, match=words):
+        parts[0].load_checkpoint(
+            path=file,
+            module=parts[1],
+            optimizer=parts[2],
+            noise_scheduler=scheduler,
+            restore_rng=True,
+        )
+    assert_same_nested(before, [everything(*parts), scheduler.state_dict()])
+    assert not parts[0].recorder.refusal
+
+
+def assert_same_nested(one, other):
+    """Compare tensors in any nesting, to the bit."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_same_nested(*pair)
+    elif isinstance(one, torch.Tensor | np.ndarray):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    else:
+        assert one == other or (one != one and other != other)
 
 
 @pytest.mark.parametrize("parts", [1, 2])

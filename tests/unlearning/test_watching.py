@@ -68,16 +68,19 @@ def breaking(breaks_at):
     return evaluate
 
 
-def run(method, seed_of_run, breaks_at, batch_size, **options):
+def started(method, seed_of_run):
     seed(seed_of_run)
-    mine = unlearner(
+    return unlearner(
         net(),
         seed_of_run,
         method=method,
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
         scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 2, 0.5),
     )
-    evaluate = breaking(breaks_at)
+
+
+def run(method, seed_of_run, breaks_at, batch_size, **options):
+    mine, evaluate = started(method, seed_of_run), breaking(breaks_at)
     return mine.unlearn(Augmented(), [3, 17], 5, evaluate, batch_size, **options)
 
 
@@ -167,6 +170,29 @@ def test_a_file_of_another_model_is_refused_and_nothing_has_begun(broken):
     with pytest.raises(ValueError, match="began with other weights"):
         other.unlearn(Augmented(), [3, 17], 5, breaking(None), 8, checkpoint=broken)
     assert other.history == history and len(other.forgotten) == 0
+
+
+@pytest.mark.parametrize("entry", ["begun", "random", "model", "optimizer", "trace"])
+def test_a_file_that_cannot_be_restored_changes_nothing(broken, entry):
+    content = torch.load(broken, weights_only=True)
+    if entry in content:
+        content[entry] = {}
+    elif entry == "model":  # its first tensors fit, and torch loads them
+        content["updates"]["model"]["3.bias"] = torch.zeros(9)
+    else:
+        content["updates"]["optimizer"]["param_groups"] = []
+    torch.save(content, broken)
+    one, examples = started(FineTune(), 1), Augmented()
+    before, weights = dict(vars(one)), state_bytes(one.model)
+    drawn = one._generator.get_state()
+    expected = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]
+    with pytest.raises((ValueError, RuntimeError, KeyError)):
+        one.unlearn(examples, [3, 17], 5, breaking(None), 8, checkpoint=broken)
+    assert vars(one) == before and state_bytes(one.model) == weights
+    assert torch.equal(one._generator.get_state(), drawn)
+    assert torch.equal(torch.get_rng_state(), expected[0])
+    assert random.getstate() == expected[1]
+    assert np.array_equal(np.random.get_state()[1], expected[2])
 
 
 def test_another_file_is_refused(tmp_path):

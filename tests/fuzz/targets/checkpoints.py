@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from opacus_pi.files.checksummed_state import verified_state
-from opacus_pi.integration.filtering import resume_charges
+from opacus_pi.integration.filtering import prepared_charges
 from opacus_pi.recording.run import RecordedRun
 from opacus_pi.recording.saved_state import require_version
 from tests.fuzz import originals
@@ -78,7 +78,7 @@ def read_filter(path):
     mine._spent = None
     if charges is None:
         raise Refused("Expected charges")
-    resume_charges(mine, charges, 5)
+    prepared_charges(mine, charges, 5)()
     return mine
 
 
