@@ -3,7 +3,8 @@
 ``digits`` (1,797 handwritten digits, 8×8) is included in scikit-learn. torchvision
 loads the others, and downloads them if their files are not in ``data_root``. They can
 also be read from an .npz file with the arrays ``x_train``, ``y_train``, ``x_test`` and
-``y_test``.
+``y_test``. ``MODULE:NAME`` names a training and a test set of the user's code, whose
+items are pairs of an image and its label.
 """
 
 import hashlib
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
+
+from benchmarks.common.own import DATA_SETS, is_own, own
 
 NAMES = ("digits", "fashion-mnist", "cifar10", "svhn")
 
@@ -51,19 +54,25 @@ def load(
     """Load a data set.
 
     Args:
-        name: One of ``NAMES``; any name if ``arrays`` is given.
+        name: One of ``NAMES``, or ``MODULE:NAME``, a tuple of two data sets or a
+            function that returns one; any name if ``arrays`` is given.
         data_root: Folder of torchvision's files; not needed for digits.
         num_train: Number of training images; the first ones are kept (0: all).
-        arrays: An .npz file with images ``(n, h, w)`` or ``(n, h, w, c)`` in uint8, and
-            labels from 0 on. It is read instead of any other file.
+        arrays: An .npz file with images ``(n, h, w)`` or ``(n, h, w, c)`` in uint8 or
+            ``(n, c, h, w)`` in floats, and labels from 0 on. It is read instead of any
+            other file. Items of own data sets have the same shapes, without ``n``.
         num_test: Number of test images; the first ones are kept (0: all).
 
     Raises:
-        ValueError: The name is unknown, or neither ``data_root`` nor ``arrays`` is
-            given.
+        ValueError: The name is unknown, neither ``data_root`` nor ``arrays`` is
+            given, or the arrays are not images and labels.
     """
     if arrays is not None:
         train, test = _npz(arrays)
+    elif is_own(name):
+        train, test = map(
+            _arrays_of, own("--dataset", name, DATA_SETS), (num_train, num_test)
+        )
     elif name not in NAMES:
         raise ValueError(
             f"name must be one of {', '.join(NAMES)}, or arrays must be given; got "
@@ -138,6 +147,17 @@ def _npz(path: Path) -> tuple[Arrays, Arrays]:
         return tuple((found[f"x_{split}"], found[f"y_{split}"]) for split in _SPLITS)
 
 
+def _arrays_of(data_set: Dataset, count: int) -> Arrays:
+    """Return images and labels of the first ``count`` items (0: all).
+
+    Raises:
+        ValueError: The items have no common shape.
+    """
+    number = min(count or len(data_set), len(data_set))
+    images, labels = zip(*(data_set[i] for i in range(number)), strict=True)
+    return np.stack([np.asarray(one) for one in images]), np.asarray(labels)
+
+
 def _torchvision(name: str, root: Path) -> tuple[Arrays, Arrays]:
     """Return training and test part of a torchvision data set."""
     from torchvision import datasets
@@ -156,6 +176,7 @@ _SPLITS = ("train", "test")
 
 def _tensors(images: np.ndarray, labels: np.ndarray, count: int) -> TensorDataset:
     """Return the first ``count`` examples (0: all) as float32 and int64 tensors."""
+    _require_images(images, labels)
     images, labels = images[: count or None], labels[: count or None]
     if images.dtype == np.uint8:
         images = _channels_first(images) / np.float32(255)
@@ -163,6 +184,31 @@ def _tensors(images: np.ndarray, labels: np.ndarray, count: int) -> TensorDatase
         torch.as_tensor(np.ascontiguousarray(images), dtype=torch.float32),
         torch.as_tensor(labels, dtype=torch.int64),
     )
+
+
+def _require_images(images: np.ndarray, labels: np.ndarray) -> None:
+    """Raise unless two arrays are images and a label for each.
+
+    Raises:
+        ValueError: The shape or the type of an array is another one.
+    """
+    dims = (3, 4) if images.dtype == np.uint8 else (4,)
+    number = images.dtype == np.uint8 or np.issubdtype(images.dtype, np.floating)
+    if images.ndim not in dims or not number or not len(images):
+        raise ValueError(
+            "images must be uint8 of shape (n, h, w) or (n, h, w, c), or floats of "
+            f"shape (n, c, h, w), with n above 0; got {images.dtype} of shape "
+            f"{images.shape}. Convert the array."
+        )
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"labels must be one integer for each of the {len(images)} images; got "
+            f"{labels.dtype} of shape {labels.shape}. Convert the array."
+        )
+    if labels.min() < 0:
+        raise ValueError(
+            f"labels must be 0 or above; got {labels.min()}. Number the classes from 0."
+        )
 
 
 def _channels_first(images: np.ndarray) -> np.ndarray:

@@ -1,13 +1,11 @@
 """The models of all benchmarks, by name."""
 
-import hashlib
 from functools import partial
-from importlib import import_module
 from math import prod
-from pathlib import Path
 
 from torch import nn
 
+from benchmarks.common.own import MODEL, is_own, own
 from benchmarks.common.resnet import resnet18
 from benchmarks.common.transformer import vit
 
@@ -27,24 +25,15 @@ def build_model(
         The model with random weights, drawn from torch's global generator.
 
     Raises:
-        ValueError: The name is unknown.
+        ValueError: The name is unknown, or the function cannot be imported.
     """
-    if ":" in name:
-        module, function = name.split(":", 1)
-        return getattr(import_module(module), function)(image_shape, num_classes)
+    if is_own(name):
+        return own("--model", name, MODEL)(image_shape, num_classes)
     if name not in MODELS:
         raise ValueError(
             f"name must be one of {', '.join(MODELS)} or MODULE:FUNCTION; got {name}."
         )
     return MODELS[name](image_shape, num_classes)
-
-
-def source_digest(name: str) -> str:
-    """Return a digest of the file of an own model; empty for a key of ``MODELS``."""
-    if ":" not in name:
-        return ""
-    file = Path(import_module(name.split(":", 1)[0]).__file__)
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:24]
 
 
 def mlp(

@@ -5,7 +5,9 @@ r"""Reproduce the paper's figures.
     python -m benchmarks.reproduce fig1 --scale gpu --device cuda --data cifar10 FILE
     python -m benchmarks.reproduce all --scale full --device cuda --data-root DIR
     python -m benchmarks.reproduce fig1-middle --scale cpu --dataset mine \
-        --data mine FILE.npz --model my_package.models:build --seeds 3 --without-gus
+        --data mine FILE.npz --model my_project:build --seeds 3 --without-gus
+    python -m benchmarks.reproduce methods --dataset my_project:data_sets \
+        --model my_project:build --method my_project:Ascent
     python -m benchmarks.reproduce all --scale cpu-cifar10 --data-root DIR \
         --minutes 110 --journal benchmarks/results/reproduce/cpu-cifar10.jsonl
 
@@ -31,6 +33,13 @@ continues where it stopped. A figure whose jobs are all stored is drawn in secon
 written at the end, so that a study can move to another machine. --plan shows what is
 left to do.
 
+Own parts are named MODULE:NAME and imported, from the current directory first.
+--dataset: a tuple of a training and a test set, whose items are an image and its label,
+or a function that returns it. --model: a function (image_shape, num_classes) that
+returns the model. --method: an opacus_pi.unlearning.Method, or a class or function
+without arguments that returns one; the figure 'methods' shows it beside the others, at
+the learning rate that the search finds.
+
 With --device cuda, several processes share each GPU. The scales gpu and full have not
 been run on a GPU yet; their times are estimates.
 """
@@ -45,12 +54,16 @@ from pathlib import Path
 
 import joblib
 import matplotlib
+import numpy as np
 
 from benchmarks.common.command_line import parser_of
-from benchmarks.common.data import NAMES, require_arrays
+from benchmarks.common.data import NAMES, load
 from benchmarks.common.facts import facts_of
 from benchmarks.common.models import MODELS
+from benchmarks.common.own import DATA_SETS, METHOD, MODEL, is_own, own
 from benchmarks.common.report import environment
+from benchmarks.common.set_ranges import set_apart
+from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES, Figure
 from benchmarks.reproduce.journal import record, restore
 from benchmarks.reproduce.pool import JOBS_PER_GPU, default_jobs, run_all
@@ -113,11 +126,39 @@ def require_readable(files: list[list[str]]) -> None:
     """
     for name, file in files:
         try:
-            require_arrays(Path(file))
+            load(name, arrays=Path(file))
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise SystemExit(
                 f"--data {name} {file}: this file cannot be used. {error}"
             ) from None
+
+
+def require_images(workspace: Workspace, experiment: Experiment) -> None:
+    """Refuse a main data set without images and labels, or with too few of them.
+
+    Raises:
+        SystemExit: With the name and the reason.
+    """
+    try:
+        number = len(workspace.images(experiment).train)
+        set_apart(np.arange(number), experiment.set_size, experiment.num_sets)
+    except ValueError as error:
+        raise SystemExit(
+            f"--dataset {experiment.dataset}: this data set cannot be used. {error}"
+        ) from None
+
+
+def require_studied(names: list[str], figures: list[Figure]) -> None:
+    """Refuse own methods if no chosen figure compares methods.
+
+    Raises:
+        SystemExit: The figure of the methods was not chosen.
+    """
+    if names and FIGURES["methods"] not in figures:
+        raise SystemExit(
+            f"--method {names[0]}: only the figure 'methods' compares methods, and it "
+            "was not chosen. Add it to the figures."
+        )
 
 
 def cluster(address: str | None) -> AbstractContextManager:
@@ -142,9 +183,18 @@ def _parser() -> argparse.ArgumentParser:
         "figures", nargs="+", metavar="FIGURE", help="all, or: " + ", ".join(FIGURES)
     )
     parser.add_argument("--scale", choices=SCALES, default="smoke")
-    parser.add_argument("--dataset", metavar="NAME", help="another main data set")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="another main data set, also MODULE:NAME"
+    )
     parser.add_argument(
         "--model", metavar="NAME", help="another main model, also MODULE:FUNCTION"
+    )
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="MODULE:NAME",
+        help="add an own method to the figure 'methods'; may be repeated",
     )
     for name, what in _COUNTS.items():
         parser.add_argument(f"--{name}", type=int, metavar="N", help=what)
@@ -198,6 +248,9 @@ def main(argv: list[str] | None = None) -> None:
     units = [unit for figure in figures for unit in figure.units(scale)]
     require_used([name for name, _ in arrays], units, args.scale)
     require_readable(args.data)
+    require_studied(args.method, figures)
+    if args.dataset:
+        require_images(workspace, scale.sgd)
     if args.journal:
         restore(args.journal, args.store)
     if args.plan:
@@ -222,25 +275,46 @@ def _scale(args: argparse.Namespace) -> Scale:
     Raises:
         SystemExit: An own data set or model cannot be found.
     """
-    given = [name for name, _ in args.data]
-    if args.dataset and args.dataset not in (*NAMES, *given):
-        raise SystemExit(
-            f"--dataset {args.dataset} is none of {', '.join(NAMES)}, and no file was "
-            f"given for it. Add --data {args.dataset} FILE.npz."
-        )
-    if args.model and ":" not in args.model and args.model not in MODELS:
-        raise SystemExit(
-            f"--model must be one of {', '.join(MODELS)} or MODULE:FUNCTION; got "
-            f"{args.model}."
-        )
+    _require_found(args)
     counts = {name: getattr(args, name) for name in _COUNTS}
     return adapted(
         SCALES[args.scale],
         dataset=args.dataset,
         model=args.model,
+        methods=tuple(args.method),
         without_gus=args.without_gus,
         **counts,
     )
+
+
+def _require_found(args: argparse.Namespace) -> None:
+    """Refuse data sets, models and methods that no job could import or build.
+
+    Raises:
+        SystemExit: With the argument, the reason and the remedy.
+    """
+    given = [name for name, _ in args.data]
+    data_set, model = args.dataset or NAMES[0], args.model or next(iter(MODELS))
+    if not is_own(data_set) and data_set not in (*NAMES, *given):
+        raise SystemExit(
+            f"--dataset {data_set} is none of {', '.join(NAMES)}, and no file was "
+            f"given for it. Add --data {data_set} FILE.npz, or name a tuple of two "
+            "data sets of your code as MODULE:NAME."
+        )
+    if not is_own(model) and model not in MODELS:
+        raise SystemExit(
+            f"--model must be one of {', '.join(MODELS)} or MODULE:FUNCTION; got "
+            f"{model}."
+        )
+    named = [("--dataset", data_set, DATA_SETS), ("--model", model, MODEL)]
+    own_parts = [one for one in named if is_own(one[1]) and one[1] not in given]
+    try:
+        for flag, name, kind in own_parts + [
+            ("--method", name, METHOD) for name in args.method
+        ]:
+            own(flag, name, kind)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def _publish(figure: Figure, scale: Scale, workspace: Workspace, out: Path) -> None:
@@ -255,6 +329,8 @@ def _publish(figure: Figure, scale: Scale, workspace: Workspace, out: Path) -> N
     print(text_of(content))
     if figure.table:
         print(figure.table(result))
+    kinds = ("json", "png", "md") if figure.table else ("json", "png")
+    print("written: " + ", ".join(str(out / f"{figure.name}.{one}") for one in kinds))
 
 
 if __name__ == "__main__":

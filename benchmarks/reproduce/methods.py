@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.own import METHOD, is_own, own
 from benchmarks.common.training import Recipe
 from benchmarks.reproduce.experiment import Experiment
 from opacus_pi import FineTune, L1Sparse, Langevin
@@ -59,6 +60,21 @@ METHODS = {
         {"selection_weight": (1.0, 100.0), "dampening": (0.05, 2.0)},
     ),
 }
+
+
+def candidate(name: str) -> Candidate:
+    """Return the method of a name; of an own one, the learning rate is searched.
+
+    Args:
+        name: A key of ``METHODS``, or ``MODULE:NAME``.
+
+    Raises:
+        ValueError: An own method cannot be imported.
+    """
+    if is_own(name):
+        method = own("--method", name, METHOD)
+        return Candidate(lambda settings, experiment: method)
+    return METHODS[name]
 
 
 def optimizer_of(

@@ -31,6 +31,7 @@ class Scale:
         groups: Studies of the group bound, one for each seed.
         grouped: The training with noise of these studies; None: a small one on digits.
         methods: Names of the methods in the figure of all methods; empty: every one.
+        own_methods: ``MODULE:NAME`` of further methods in that figure.
     """
 
     sgd: Experiment
@@ -44,6 +45,7 @@ class Scale:
     groups: tuple[group_bound.Settings, ...]
     grouped: Experiment | None = later(None)
     methods: tuple[str, ...] = ()
+    own_methods: tuple[str, ...] = later(())
 
 
 def _cpu(dataset: str, model: str = "strided-cnn") -> Experiment:
@@ -222,6 +224,7 @@ def adapted(
     *,
     dataset: str | None = None,
     model: str | None = None,
+    methods: tuple[str, ...] = (),
     seeds: int | None = None,
     oracles: int | None = None,
     epochs: int | None = None,
@@ -235,6 +238,7 @@ def adapted(
         scale: The scale.
         dataset: Name of the main data set; None: as it is. So are the others.
         model: Name of the main model.
+        methods: ``MODULE:NAME`` of methods to add to the figure of all methods.
         seeds: Trainings of each experiment.
         oracles: Retrained models of each forget set.
         epochs: Epochs of training; the learning rate falls at the same fractions.
@@ -261,6 +265,7 @@ def adapted(
         sgd=of(scale.sgd),
         sgld=tuple(map(of, scale.sgld)),
         private=tuple(map(of, scale.private)),
+        own_methods=methods,
         others=tuple(of(one, main=False) for one in scale.others),
         poison_std=0.0 if without_gus else scale.poison_std,
     )

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from benchmarks.common.own import source_digest
 from benchmarks.reproduce.experiment import Experiment, Facts
 from benchmarks.reproduce.forget_sets import LOSS, ForgetSet, apart
-from benchmarks.reproduce.methods import METHODS
+from benchmarks.reproduce.methods import candidate
 from benchmarks.reproduce.store import cached_json, seconds_of
 from benchmarks.reproduce.unlearning_runs import CRITERION, evaluator, unlearn
 from benchmarks.reproduce.workspace import Workspace, scores_of
@@ -164,21 +165,23 @@ class Search(Unit):
 
     def needs(self) -> list[Unit]:
         """Return trainings and oracles to compare with; nothing without ranges."""
-        if not METHODS[self.method].ranges:
+        if not candidate(self.method).ranges:
             return []
         return needs_of_comparison(self.experiment, self.forget_set)
 
     def facts(self) -> Facts:
-        """Return experiment, method and searched ranges."""
-        ranges = METHODS[self.method].ranges
-        return self.experiment.facts() | {"method": self.method, "ranges": ranges}
+        """Return experiment, method (with the file of an own one), searched ranges."""
+        ranges = candidate(self.method).ranges
+        found = self.experiment.facts() | {"method": self.method, "ranges": ranges}
+        source = source_digest(self.method)
+        return found | ({"method source": source} if source else {})
 
     def compute(self, workspace: Workspace) -> dict[str, Any]:
         """Return the best settings and all trials; empty if nothing is searched.
 
         ``informative`` is false if no trial closed more of the gap than noise explains.
         """
-        ranges = METHODS[self.method].ranges
+        ranges = candidate(self.method).ranges
         if not ranges:
             return {"settings": {}, "trials": [], "informative": True}
         measured = [

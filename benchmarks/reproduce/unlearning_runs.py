@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from benchmarks.common.data import ImageData
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.forget_sets import ForgetSet
-from benchmarks.reproduce.methods import METHODS, Autocast, Settings, optimizer_of
+from benchmarks.reproduce.methods import Autocast, Settings, candidate, optimizer_of
 from benchmarks.reproduce.workspace import Workspace
 from opacus_pi import GradNormLedger, Unlearner
 from opacus_pi.evaluation import evaluate
@@ -54,7 +54,7 @@ def unlearn(
         workspace: Where the trained model is stored.
         experiment: The training and the sizes of the study.
         forget_set: What is forgotten.
-        method: A name of ``METHODS``.
+        method: A name of ``METHODS``, or ``MODULE:NAME``, an own one.
         settings: Its settings, as found by the search.
         seed: Of the trained model, and of the random numbers of the run.
         evaluated: Evaluate the model after every epoch.
@@ -87,7 +87,7 @@ def unlearner_of(
     return Unlearner(
         recipe.place(model, device),
         criterion=CRITERION,
-        method=Autocast(METHODS[method].build(settings, experiment), recipe),
+        method=Autocast(candidate(method).build(settings, experiment), recipe),
         optimizer=optimizer_of(settings, experiment),
         ledger=ledger,
         generator=torch.Generator(device).manual_seed(seed),

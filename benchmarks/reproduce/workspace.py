@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from benchmarks.common import data
-from benchmarks.common.models import build_model, source_digest
+from benchmarks.common.models import build_model
+from benchmarks.common.own import source_digest
 from benchmarks.common.training import PrivateRecipe, train, train_privately
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.store import cached_arrays, path_of

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.common.facts import facts_of, later
-from benchmarks.common.models import source_digest
+from benchmarks.common.own import source_digest
 from benchmarks.common.training import PrivateRecipe, Recipe
 from benchmarks.reproduce.figures import FIGURES
 from benchmarks.reproduce.forget_sets import sets_of

@@ -36,8 +36,9 @@ def _units(scale: Scale) -> list[Unit]:
 
 
 def _names(scale: Scale) -> list[str]:
-    """Return the methods that are studied at this scale."""
-    return [name for name in NAMES if not scale.methods or name in scale.methods]
+    """Return the methods that are studied at this scale, the user's own ones last."""
+    known = [name for name in NAMES if not scale.methods or name in scale.methods]
+    return [*known, *scale.own_methods]
 
 
 def _result(scale: Scale, workspace: Workspace) -> Result:
