@@ -26,6 +26,8 @@ EXPECTED = {
     "Time-first layers": [r"\(batch_first=False\) confuses the two"],
     "Examples sorted in the model": ["'first' is given the examples in another order"],
     "Items that share an example": ["It has a ledger."],
+    "Weights used outside of their layers": [r"uses 'encoder\.weight' outside"],
+    "A layer in two modules": ["2 modules of the model contain it"],
     "EmbeddingBag": ["EmbeddingBag"],
     "Ghost clipping after thawing a layer": [
         "requires_grad was changed after make_private"

@@ -137,7 +137,7 @@ class Tracker:
         keeps_batches: Whether copies of the recent batches are kept in memory.
         saw_pass: Called with each forward pass and its outputs; None: not called.
         saw_backward: Called during each backward pass, with whether it is the second
-            one of ghost clipping (``is_second``); None: not called.
+            one of ghost clipping (``is_second``).
         keeps_outputs: Whether the addresses of outputs are noted, for ``is_output``.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
@@ -151,7 +151,7 @@ class Tracker:
         self.counts = dict.fromkeys(EVIDENCE, 0)
         self.keeps_batches = self.keeps_outputs = False
         self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
-        self.saw_backward: Callable[..., None] | None = None
+        self.saw_backward: list[Callable[..., None]] = []
         self.num_left_out = 0
         self._skipped, self._said_skipped = SkippedBatches(), ""
         self.has_additions = False
@@ -314,8 +314,8 @@ class Tracker:
             self._pending.append(forward)
         forward.backward = self._num_backward
         forward.clipped |= clipping
-        if self.saw_backward is not None:
-            self.saw_backward(is_second=clipping)
+        for saw_backward in self.saw_backward:
+            saw_backward(is_second=clipping)
 
     # --------------------------------------------------- what the optimizer reports
     def discard(self, *, clipped_only: bool = False) -> int:

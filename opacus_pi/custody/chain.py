@@ -237,6 +237,14 @@ class Chain:
             if self._refuse is not None:
                 self._refuse(reason)
 
+    def is_broken(self, link: str) -> bool:
+        """Return whether a link was reported not to hold.
+
+        Args:
+            link: One of ``LINKS``.
+        """
+        return link in self._reasons
+
     def is_checked(self, link: str) -> bool:
         """Return whether a link was seen to hold for all updates so far.
 

@@ -17,7 +17,7 @@ error names ``opacus_pi.compatible.make_compatible`` as the remedy.
 
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opacus.grad_sample import AbstractGradSampleHooks
@@ -33,6 +33,7 @@ from opacus_pi.integration.opacus_compat import (
 )
 from opacus_pi.models.copies import unwrap
 
+_NUM_NAMES = 3
 REPLACE_LAYERS = (
     "module = opacus_pi.compatible.make_compatible(module) replaces BatchNorm by "
     "GroupNorm, and lets in-place operations work on copies. Create the optimizer "
@@ -183,6 +184,20 @@ def _explain_forward(module: nn.Module, args: tuple[Any, ...], result: Any) -> N
     error = sys.exc_info()[1]
     if isinstance(error, RuntimeError) and BACKWARD_HOOK_FUNCTION in str(error):
         add_note(error, _IN_PLACE)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the first few names of parameters, as a message shows them.
+
+    Args:
+        names: All of them.
+
+    >>> listed(["f.weight", "f.bias", "g.weight", "g.bias"])
+    "'f.weight', 'f.bias', 'g.weight', ..."
+    """
+    shown = list(names)
+    more = ", ..." if len(shown) > _NUM_NAMES else ""
+    return ", ".join(map(repr, shown[:_NUM_NAMES])) + more
 
 
 def add_note(error: BaseException, note: str) -> None:

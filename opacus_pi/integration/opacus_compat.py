@@ -47,6 +47,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
+from opacus_pi._torch_compat import backward_hooks
+
 __all__ = [
     "CRITERIA",
     "DISTRIBUTED",
@@ -57,11 +59,13 @@ __all__ = [
     "STEP_METHODS",
     "clipped_norms",
     "draws_shipped_noise",
+    "has_functional_copy",
     "has_skipped_last_step",
     "keep_handle",
     "mark_as_processed",
     "module_of",
     "norms_of_parameters",
+    "num_captures",
     "patch_memory_manager",
     "pop_removable_handles",
     "removable_handles",
@@ -231,12 +235,29 @@ def uses_opacus_gradients(hooks: AbstractGradSampleHooks, layer: nn.Module) -> b
     """
     if isinstance(hooks, GradSampleModuleExpandedWeights):
         return isinstance(layer, nn.Embedding)
-    if not isinstance(hooks, GradSampleHooks) or hasattr(
-        layer, "ft_compute_sample_grad"
-    ):
+    if not isinstance(hooks, GradSampleHooks) or has_functional_copy(layer):
         return False
     function = hooks.GRAD_SAMPLERS.get(hooks._get_module_type(layer))
     return function is not None and function.__module__.startswith("opacus.")
+
+
+def has_functional_copy(layer: nn.Module) -> bool:
+    """Return whether torch computes a layer's per-example gradients (1.6.0).
+
+    It then repeats the whole call of the layer, with the hooks of the user.
+    """
+    return hasattr(layer, "ft_compute_sample_grad")
+
+
+def num_captures(layer: nn.Module) -> int:
+    """Return how many times Opacus computes the per-example gradients of a call.
+
+    Opacus (1.6.0) registers ``capture_backprops_hook`` with a layer for each module
+    that contains it, and adds up what the hooks compute.
+    """
+    functions = [getattr(hook, "func", None) for hook in backward_hooks(layer).values()]
+    names = [getattr(function, "__name__", "") for function in functions]
+    return names.count("capture_backprops_hook")
 
 
 def clipped_norms(hooks: AbstractGradSampleHooks) -> Tensor | None:

@@ -1,39 +1,55 @@
-"""Ghost clipping: find weights that the loss uses outside of their layers' calls.
+"""Find weights that a loss uses outside of their layers' calls.
 
-Ghost clipping runs two backward passes. In the first one, hooks at each layer's call
-measure norms; the second one adds up the gradients along every path from the loss to
-the weights. A path that avoids the layer's call, such as ``F.linear(x, layer.weight)``,
-``layer.forward(x)`` or a penalty on the weights, is in the sum but not in the norms. So
-what an example contributes is not clipped to ``max_grad_norm``.
+Opacus measures norms and per-example gradients by hooks at each layer's call. A path
+from the loss to a weight that avoids the call, such as ``F.linear(x, layer.weight)`` or
+``layer.forward(x)``, is not in them. What follows depends on the mode:
 
-The check walks through the graph that autograd made of the loss. Autograd numbers the
-nodes of a thread in the order in which they were made, and hooks note the numbers at
-the beginning and the end of each layer's ``forward``. Each node that hands a gradient
-to a weight must have been made in between.
+* **ghost clipping** adds up the gradients along every path in a second backward pass,
+  so what an example contributes is not clipped to ``max_grad_norm``;
+* **hooks and functorch** make the update of the per-example gradients only. The update
+  is clipped, but norms and update are those of a part of each example's gradient.
 
-**Guarantee.** In a checked backward pass such a use is found however small its gradient
-is. Nothing is computed with the model's tensors. Backward passes 1, 2, 4, 8, 16 and so
-on are checked; in between the model has no additional hooks.
+The check walks through the graph that autograd made. Autograd numbers the nodes of a
+thread in the order in which they were made, and hooks note the numbers at the beginning
+and the end of each layer's call. Each node that hands a gradient to a weight must have
+been made in between. In ghost clipping the walk begins at the loss, in the other modes
+at the outputs of the model, because the loss is not known.
 
-**What breaks it.** Compiled graphs, checkpoints with ``use_reentrant=True``, weights of
-FSDP: there autograd's graph does not lead to the parameters, and nothing is reported. A
-loss that was computed before the check began (two losses before one backward pass) is
-not judged.
+**Guarantee.** In a checked pass such a use is found however small its gradient is.
+Nothing is computed with the model's tensors. Passes 1, 2, 4, 8, 16 and so on are
+checked, and every 64th; in between the model has no additional hooks.
+
+**What breaks it.** Compiled graphs and layers, checkpoints with ``use_reentrant=True``,
+weights of FSDP: there autograd's graph does not lead to the parameters, and nothing is
+reported. A loss that was computed before the check began (two losses before one
+backward pass) is not judged.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from opacus.grad_sample import AbstractGradSampleHooks
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from opacus_pi._torch_compat import backward_hooks, sequence_number
+from opacus_pi._torch_compat import (
+    backward_hooks,
+    forward_hooks,
+    forward_pre_hooks,
+    sequence_number,
+)
 from opacus_pi.custody import Chain
-from opacus_pi.integration.opacus_compat import keep_handle, module_of
+from opacus_pi.custody.checked_updates import is_looked_at
+from opacus_pi.integration.explanations import listed
+from opacus_pi.integration.opacus_compat import (
+    has_functional_copy,
+    keep_handle,
+    module_of,
+)
+from opacus_pi.models.batches import tensors_of
 from opacus_pi.models.copies import is_hook_of_opacus
 
 __all__ = ["PathsToWeights"]
@@ -44,18 +60,25 @@ _OUTSIDE = (
     "layer.forward(x). Ghost clipping measures norms at the calls of layers only, but "
     "the update has the gradients of all uses. So gradients were not clipped to "
     "max_grad_norm. Call the layer itself, and replace a penalty on the weights by the "
-    'optimizer\'s weight_decay. Alternatively, use grad_sample_mode="hooks", where '
-    'other uses do not enter the update, or "fast", which clips the gradients of all '
-    "uses in the model."
+    "optimizer's weight_decay. Alternatively, use "
+    'grad_sample_mode="fast", which clips the gradients of all uses in the model.'
 )
-_NUM_NAMES = 3
+_LEFT_OUT = (
+    "The model uses {names} outside of the call of its layer, for example in a "
+    "function such as F.linear(x, layer.weight), or by layer.forward(x). Opacus "
+    "computes per-example gradients at the calls of layers only, and the update has no "
+    "others. So the recorded norms are those of a part of each example's gradient, and "
+    "the model is not trained on its loss. Call the layer itself; two layers can share "
+    "one parameter (decoder.weight = encoder.weight). Alternatively, use "
+    'grad_sample_mode="fast", which has the gradients of all uses in the model.'
+)
 
 # First and last number of the nodes that a call made.
 _Range = tuple[int, int]
 
 
 class PathsToWeights:
-    """Checks the backward passes 1, 2, 4, 8 and so on of a run with ghost clipping.
+    """Checks some of the passes of a run.
 
     Args:
         hooks: What ``make_private`` returned for the model; referred to weakly.
@@ -70,49 +93,68 @@ class PathsToWeights:
         # of the layers that have a parameter, by its id
         self._ranges: dict[int, list[list[_Range]]] = {}
         self._handles: list[RemovableHandle] = []
+        self._calls: list[_Call] = []
         self._begin()
 
     def backward_begins(self, losses: Tensor) -> None:
-        """Check a backward pass if it is one of those to be checked.
+        """Check a backward pass of ghost clipping if it is one of those to be checked.
 
         Args:
             losses: The losses of the examples, from which the pass begins.
         """
+        self._check([losses], _OUTSIDE)
+
+    def saw(self, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        """Check a forward pass if it is one of those to be checked.
+
+        Args:
+            args: The positional inputs of the model.
+            kwargs: Its inputs by keyword.
+            outputs: Its outputs, with their graph.
+        """
+        self._check(tensors_of(outputs), _LEFT_OUT)
+
+    def _check(self, results: Sequence[Tensor], reason: str) -> None:
+        """Walk from these tensors if the pass is to be checked.
+
+        Args:
+            results: Where autograd's graph ends.
+            reason: Why a use outside of a call breaks the link, with ``{names}``.
+        """
         self._num_passes += 1
         module = self._module()
         if self._handles and module is not None:
-            outside = self._used_outside(losses)
+            outside = self._used_outside(results)
             self._end()
             if outside:
-                self._break(module, outside)
+                named = [n for n, p in module.named_parameters() if id(p) in outside]
+                self._chain.break_link("norm", reason.format(names=listed(named)))
                 return
-        following = self._num_passes + 1
-        if following & (following - 1) == 0:  # a power of two
+        if is_looked_at(self._num_passes + 1):
             self._begin()
-
-    def _break(self, module: nn.Module, outside: set[int]) -> None:
-        """Break the link "norm", naming the parameters."""
-        named = [n for n, p in module.named_parameters() if id(p) in outside]
-        more = ", ..." if len(named) > _NUM_NAMES else ""
-        listed = ", ".join(map(repr, named[:_NUM_NAMES])) + more
-        self._chain.break_link("norm", _OUTSIDE.format(names=listed))
 
     def _begin(self) -> None:
         """Note from now on which nodes are made by which layer."""
         module = self._module()
         if module is None:
             return
-        self._since, self._ranges = _next_number(), {}
+        self._since, self._ranges, self._calls = _next_number(), {}, []
         for layer in module.modules():
             if not any(map(is_hook_of_opacus, backward_hooks(layer).values())):
                 continue
+            for table in (forward_pre_hooks(layer), forward_hooks(layer)):
+                for key in [k for k, hook in table.items() if _is_of_a_call(hook)]:
+                    del table[key]  # of an earlier run
             ranges: list[_Range] = []
             for parameter in layer.parameters():
                 self._ranges.setdefault(id(parameter), []).append(ranges)
             call = _Call(ranges)
+            self._calls.append(call)
+            # torch repeats the call of some layers, with the forward hooks of the user
+            is_first = not has_functional_copy(layer)
             self._handles += [
                 layer.register_forward_pre_hook(call.begins),
-                layer.register_forward_hook(call.ends, prepend=True),
+                layer.register_forward_hook(call.ends, prepend=is_first),
             ]
         for handle in self._handles:
             keep_handle(module, handle)
@@ -123,13 +165,18 @@ class PathsToWeights:
             handle.remove()
         self._handles = []
 
-    def _used_outside(self, losses: Tensor) -> set[int]:
-        """Return the ids of parameters with a path that avoids their layers' calls."""
+    def _used_outside(self, results: Sequence[Tensor]) -> set[int]:
+        """Return the ids of parameters with a path that avoids their layers' calls.
+
+        Layers whose calls were not noted, because they are compiled, are not judged.
+        """
+        for call in self._calls:
+            call.ends()  # the model itself may be a layer, whose hooks still run
         outside: set[int] = set()
-        for node, parameter in _uses_of_parameters(losses):
+        for node, parameter in _uses_of_parameters(results):
             calls = self._ranges.get(id(parameter))
             number = sequence_number(node)
-            if calls is None or number < self._since:
+            if not calls or not any(calls) or number < self._since:
                 continue
             if not any(first < number < last for c in calls for first, last in c):
                 outside.add(id(parameter))
@@ -161,6 +208,11 @@ class _Call:
         return _Call, ()
 
 
+def _is_of_a_call(hook: object) -> bool:
+    """Return whether a hook notes the calls of a layer."""
+    return isinstance(getattr(hook, "__self__", None), _Call)
+
+
 def _is_followed() -> bool:
     """Return whether autograd follows what is computed now, and may be asked."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -174,17 +226,17 @@ def _next_number() -> int:
     return sequence_number(made)
 
 
-def _uses_of_parameters(losses: Tensor) -> Iterator[tuple[Node, Tensor]]:
+def _uses_of_parameters(results: Sequence[Tensor]) -> Iterator[tuple[Node, Tensor]]:
     """Yield each node that hands a gradient to a parameter, and the parameter.
 
     Autocast casts a weight once and uses the result several times, so a node that hands
     a gradient to such a cast is one, too.
 
     Args:
-        losses: Where autograd's graph begins.
+        results: Where autograd's graph ends.
     """
-    root = losses.grad_fn
-    seen, waiting = {root}, [root]
+    waiting = [tensor.grad_fn for tensor in results]
+    seen = set(waiting)
     while waiting:
         node = waiting.pop()
         if node is None or _is_compiled(node):

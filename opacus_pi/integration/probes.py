@@ -16,7 +16,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
-from opacus.grad_sample import AbstractGradSampleHooks, GradSampleModuleNoOp
+from opacus.grad_sample import (
+    AbstractGradSampleHooks,
+    GradSampleHooks,
+    GradSampleHooksFastGradientClipping,
+    GradSampleModuleExpandedWeights,
+    GradSampleModuleNoOp,
+)
+from opacus.optimizers import DPOptimizer
 from opacus.utils.fast_gradient_clipping_utils import (
     DPLossFastGradientClipping,
     DPTensorFastGradientClipping,
@@ -32,6 +39,7 @@ from opacus_pi.custody.loss_factors import LossFactors
 from opacus_pi.custody.loss_probe import LossProbe
 from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import ModelProbe
+from opacus_pi.integration.lost_gradients import LostGradients
 from opacus_pi.integration.opacus_compat import (
     keep_handle,
     module_of,
@@ -40,7 +48,14 @@ from opacus_pi.integration.opacus_compat import (
 from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.recording import Recorder
 
-__all__ = ["called_module", "new_model_probe", "probe_losses", "probe_model"]
+__all__ = [
+    "called_module",
+    "new_lost_gradients",
+    "new_model_probe",
+    "probe_losses",
+    "probe_model",
+    "takes_per_example_gradients",
+]
 
 # Operations by which a loop makes one loss of several.
 _ARITHMETIC = {
@@ -77,7 +92,7 @@ def new_model_probe(
 def probe_model(
     hooks: AbstractGradSampleHooks,
     tracker: Tracker,
-    *probes: ModelProbe | ModelLossProbe | None,
+    *probes: ModelProbe | ModelLossProbe | PathsToWeights | LostGradients | None,
 ) -> None:
     """Report the forward passes of a prepared model to a tracker.
 
@@ -97,6 +112,42 @@ def probe_model(
     )
     if handle not in (removable_handles(module) or ()):
         keep_handle(module, handle)
+
+
+def takes_per_example_gradients(hooks: AbstractGradSampleHooks) -> bool:
+    """Return whether updates are made of per-example gradients that Opacus computes.
+
+    Args:
+        hooks: What Opacus made of the model.
+    """
+    return isinstance(hooks, GradSampleModuleExpandedWeights) or (
+        isinstance(hooks, GradSampleHooks)
+        and not isinstance(hooks, GradSampleHooksFastGradientClipping)
+    )
+
+
+def new_lost_gradients(
+    hooks: AbstractGradSampleHooks, optimizer: DPOptimizer, chain: Chain
+) -> LostGradients | None:
+    """Return what compares gradients with per-example gradients.
+
+    Args:
+        hooks: What Opacus made of the model.
+        optimizer: What Opacus made of the optimizer.
+        chain: The chain of custody of the run.
+
+    Returns:
+        None in modes whose updates are not made of per-example gradients.
+    """
+    if not takes_per_example_gradients(hooks):
+        return None
+    return LostGradients(
+        module_of(hooks),
+        optimizer.params,
+        chain,
+        is_mean=hooks.loss_reduction == "mean",
+        is_instead=isinstance(hooks, GradSampleModuleExpandedWeights),
+    )
 
 
 def _second_backward_of(hooks: AbstractGradSampleHooks) -> Callable[[], bool]:

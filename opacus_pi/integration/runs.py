@@ -36,9 +36,17 @@ from opacus_pi.integration.derived import Preparation
 from opacus_pi.integration.explanations import explain_in_place
 from opacus_pi.integration.fast import FastHooks, clip_from_cache
 from opacus_pi.integration.filtering import FilterGate
+from opacus_pi.integration.lost_gradients import LostGradients
 from opacus_pi.integration.opacus_compat import DISTRIBUTED, module_of
 from opacus_pi.integration.optimizers import report_updates
-from opacus_pi.integration.probes import new_model_probe, probe_losses, probe_model
+from opacus_pi.integration.paths_to_weights import PathsToWeights
+from opacus_pi.integration.probes import (
+    new_lost_gradients,
+    new_model_probe,
+    probe_losses,
+    probe_model,
+    takes_per_example_gradients,
+)
 from opacus_pi.integration.schedules import (
     is_poisson,
     overlapping,
@@ -187,6 +195,12 @@ class PreparedRun:
         self.model_probe = new_model_probe(
             recorder, hooks, batch_first=hooks.batch_first
         )
+        self.paths: PathsToWeights | None = None
+        if takes_per_example_gradients(hooks):
+            self.paths = PathsToWeights(hooks, self.chain)
+        self.lost: LostGradients | None = None
+        if self.processes is None:
+            self.lost = new_lost_gradients(hooks, self.optimizer, self.chain)
         self.loss_probe: ModelLossProbe | None = None
         if self.model_probe is not None and hooks.batch_first:
             takes_sum = hooks.loss_reduction == "sum"
@@ -200,7 +214,8 @@ class PreparedRun:
         Returns:
             What a checkpoint saves of the run; it counts the passes from now on.
         """
-        probe_model(self.hooks, self.tracker, self.model_probe, self.loss_probe)
+        probes = self.model_probe, self.loss_probe, self.paths, self.lost
+        probe_model(self.hooks, self.tracker, *probes)
         explain_in_place(self.hooks)
         is_own_collate = not keeps_order(user_collate_fn(self.loader))
         observe(self.loader, self.tracker, follow_items=is_own_collate)
@@ -293,6 +308,7 @@ class PreparedRun:
             recorder, self.tracker, self.hooks, self.sample_rate, self.chain, draws
         )
         update.model_probe, update.loss_probe = self.model_probe, self.loss_probe
+        update.paths = self.paths
         if renyi_filter is not None:
             layers = batch_norms(self.hooks)
             update.gate = FilterGate(renyi_filter, self.tracker, layers)
@@ -331,5 +347,7 @@ class PreparedRun:
         criterion = self._preparation.criterion
         if criterion is not None:
             probe_losses(criterion, self.chain, self.tracker)
+        if self.lost is not None:
+            self.tracker.saw_backward.append(self.lost.backward_began)
         if self._own_rule is None:
             report_updates(self.optimizer, update)

@@ -34,6 +34,7 @@ from opacus_pi.integration.checks import (
 )
 from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.loop_loss import LoopLoss
+from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.ledger.noise_generator import kind_of
 from opacus_pi.recording import Recorder
 
@@ -70,6 +71,8 @@ class UpdateUnderWay:
         outside: Detects changes between updates; None in a distributed run.
         model_probe: Finds out whether the model mixes examples; None: it is not run.
         loss_probe: Looks at losses that the model returns; None: nothing does.
+        paths: Finds weights that are used outside of their layers' calls; None: it does
+            not, or the criterion of ghost clipping keeps it.
         loop_loss: Compares updates with a criterion that was audited; None: none was.
         is_superseded: Whether a later ``make_private`` of the same engine has begun
             another run. Updates of this one are then not recorded but refused.
@@ -89,6 +92,7 @@ class UpdateUnderWay:
     outside: OutsideChanges | None = None
     model_probe: ModelProbe | None = None
     loss_probe: ModelLossProbe | None = None
+    paths: PathsToWeights | None = None
     loop_loss: LoopLoss | None = None
     is_superseded: bool = False
     optimizer: weakref.ref[DPOptimizer] | None = field(init=False, default=None)

@@ -94,9 +94,9 @@ def watch_gradients(
         written.is_active = False
     elif is_ghost:  # FSDP moves gradients after the backward pass
         written.is_active = not isinstance(module, FSDPModule)
-        tracker.saw_backward = written.backward_began
+        tracker.saw_backward.append(written.backward_began)
     elif not _note_after_hooks(module, written):
-        tracker.saw_backward = written.backward_began
+        tracker.saw_backward.append(written.backward_began)
     return written
 
 

@@ -15,6 +15,7 @@ both                      ``scale_grad_by_freq``; ``max_norm`` also writes to we
 ``nn.Conv1d`` to ``3d``   ``padding_mode`` other than ``"zeros"``
 ``nn.Conv2d``             inputs in another memory order (``channels_last``)
 ``DPLSTM, DPGRU, DPRNN``  packed sequences whose lengths were not sorted in the batch
+any layer                 one that several modules contain: each of them counts once
 ========================  ==============================================================
 
 In hooks mode the clipped sum is made of these gradients, so each contribution is still
@@ -48,6 +49,7 @@ from opacus_pi.custody import Chain
 from opacus_pi.integration.opacus_compat import (
     keep_handle,
     module_of,
+    num_captures,
     uses_opacus_gradients,
 )
 from opacus_pi.models.batches import tensors_of
@@ -55,6 +57,13 @@ from opacus_pi.models.batches import tensors_of
 __all__ = ["layers_opacus_gets_wrong", "watch_inputs"]
 
 _REASON = "Opacus makes wrong updates of {where} ({layer}): {what}. {remedy}"
+_SEVERAL_PARENTS = (
+    "{} modules of the model contain it, and its gradients count {} times"
+)
+_ONE_PARENT = (
+    "Keep the layer in one module, and use it from there. Alternatively, make two "
+    "layers that share their parameters (second.weight = first.weight)."
+)
 _OTHER_MODE = (
     'Use grad_sample_mode="functorch" or "fast", which compute these gradients in '
     "another way."
@@ -78,6 +87,11 @@ def layers_opacus_gets_wrong(hooks: AbstractGradSampleHooks) -> Iterator[str]:
             if isinstance(layer, kind):
                 for what, remedy in rule(layer):
                     yield _reason(name, layer, what, remedy)
+    for name, layer in module_of(hooks).named_modules():
+        count = num_captures(layer)
+        if count > 1:
+            what = _SEVERAL_PARENTS.format(count, count)
+            yield _reason(name, layer, what, _ONE_PARENT)
 
 
 def watch_inputs(hooks: AbstractGradSampleHooks, chain: Chain) -> None:

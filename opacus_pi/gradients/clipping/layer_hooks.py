@@ -75,6 +75,7 @@ class LayerHooks:
     def __init__(self, taps: Taps | None = None, rule: LayerRule | None = None) -> None:
         self._taps, self._rule = taps, rule
         self._frozen: dict[str, nn.Parameter] = {}
+        self._call: Call = ((), {})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LayerHooks, ()
@@ -82,16 +83,23 @@ class LayerHooks:
     def attach(self, module: nn.Module) -> list[Any]:
         """Register the hooks.
 
+        A rule is for the layer alone, so these hooks are next to its ``forward``. Where
+        ``torch.func`` repeats the call, the user's hooks are repeated, too: there these
+        hooks are the outermost.
+
         Args:
             module: The layer that these hooks were made for.
 
         Returns:
             The handles that remove them.
         """
+        is_whole = self._rule is None
         return [
-            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_pre_hook(
+                self._before, with_kwargs=True, prepend=is_whole
+            ),
             module.register_forward_hook(
-                self._after, with_kwargs=True, always_call=True
+                self._after, with_kwargs=True, always_call=True, prepend=not is_whole
             ),
         ]
 
@@ -121,6 +129,7 @@ class LayerHooks:
         if self._rule is not None and not takes_whole_calls(self._rule):
             if len(inputs) > 1:
                 return  # a rule is for a single input; the layer stays live
+        self._call = args, kwargs
         for name, parameter in own_parameters(module).items():
             if self._taps.is_live(parameter):
                 self._frozen[name] = cast(nn.Parameter, parameter)
@@ -133,6 +142,7 @@ class LayerHooks:
         ``None`` as output.
         """
         parameters, taps = self.unfreeze(), self._taps
+        given, self._call = self._call, ((), {})
         if output is None or not parameters or taps is None:
             return None  # the layer has failed, or is not tapped in this call
         if not (taps.wants(output) and output.is_floating_point()):
@@ -146,7 +156,7 @@ class LayerHooks:
         def gradients(call: Call, grad: Tensor) -> Found:
             return self._gradients(module, call, grad, parameters)
 
-        return taps.tap(output, (args, kwargs), parameters, gradients)
+        return taps.tap(output, given, parameters, gradients)
 
     def _gradients(
         self,
