@@ -19,6 +19,7 @@ iterator of a            ``_reset``, ``_get_data``          ``attribution.observ
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any, cast
 
@@ -60,6 +61,7 @@ __all__ = [
     "gradient_hooks",
     "has_backward_hooks",
     "has_joint_projection",
+    "has_saved_tensor_hooks",
     "has_workers",
     "index_sampler",
     "is_functorch_wrapped_tensor",
@@ -70,12 +72,14 @@ __all__ = [
     "num_writes",
     "operation_overload",
     "operation_schema",
+    "operations_seen_by_no_mode",
     "own_buffers",
     "own_parameters",
     "pytree",
     "received_position",
     "replace_own_parameters_",
     "result_is_saved",
+    "run_backward_in_modes",
     "sequence_number",
     "storage_address",
     "viewed_tensor",
@@ -188,6 +192,45 @@ def current_backward_pass() -> int:
     Source: ``torch._C._current_graph_task_id``.
     """
     return torch._C._current_graph_task_id()
+
+
+def operations_seen_by_no_mode() -> AbstractContextManager[None]:
+    """Return a context in which no ``TorchFunctionMode`` sees the operations of torch.
+
+    Source: ``torch._C.DisableTorchFunction``.
+    """
+    return torch._C.DisableTorchFunction()
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Return whether tensors saved for the backward pass are handed to a hook now.
+
+    ``torch.utils.checkpoint`` with ``use_reentrant=False`` does this in its first run.
+    Source: ``torch._C._autograd._top_saved_tensors_default_hooks``.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def run_backward_in_modes(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Run ``torch.autograd.backward`` so that modes see what runs within it.
+
+    ``torch.autograd.backward`` is itself an operation that a ``TorchFunctionMode``
+    intercepts, and a mode is not active while it handles an operation. Source:
+    ``torch.autograd.Variable._execution_engine.run_backward``, which it calls.
+
+    Args:
+        outputs: The tensors to differentiate.
+        grads: The gradient at each of them.
+    """
+    torch.autograd.Variable._execution_engine.run_backward(
+        tuple(outputs),
+        tuple(grads),
+        False,  # keep the graph
+        False,  # make a graph of the gradients
+        (),  # of all leaves
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 def at_end_of_backward(function: Callable[[], None]) -> None:

@@ -2,10 +2,11 @@
 
 A norm sweep, one pass over a data set that measures norms, runs a copy of the model
 (``norm_engine``). *Taps* intercept the gradient at each layer's output (``taps``,
-``norm_taps``, ``tapped_layers``, ``parameters_outside_layers``), and the layer's *rule*
-turns it into each example's gradient (``layers``, ``example_gradients``). Parameters
-without a rule are differentiated example by example (``fallback``). ``clipping`` uses
-the same rules while a model is trained.
+``norm_taps``, ``tapped_layers``), or of an operation outside of layers
+(``parameters_outside_layers``, ``shared_values``). The *rule* of the layer or operation
+turns it into each example's gradient (``layers``, ``operations``,
+``example_gradients``). Parameters without a rule are differentiated example by example
+(``fallback``). ``clipping`` uses the same rules while a model is trained.
 """
 
 from opacus_pi._promised import promise

@@ -16,13 +16,13 @@ What breaks it: a model that behaves otherwise on a later batch than on the firs
 import warnings
 import weakref
 from collections.abc import Hashable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opacus_pi._torch_compat import pytree
+from opacus_pi._torch_compat import pytree, run_backward_in_modes
 from opacus_pi._validate import expect
 from opacus_pi.gradients.fallback import (
     MODEL_ERRORS,
@@ -96,11 +96,14 @@ class NormEngine:
         tapped = tap_attention(self._taps, self._model)
         tapped |= tap_recurrent(self._taps, self._model)
         tapped |= tap_layers(self._taps, self._model)
-        # Intercepting every operation of torch is slow, and most models do not need it.
+        # Intercepting every operation of torch is slow, and most models do not need it:
+        # it begins where a parameter belongs to no layer that is tapped, or once a pass
+        # has left a parameter over.
+        self._has_followed_operations = False
         outside = set(self._trainable.values()) - tapped
-        self._outside_layers = (
-            ParametersOutsideLayers(self._taps) if outside else nullcontext()
-        )
+        self._outside_layers: ParametersOutsideLayers | None = None
+        if outside:
+            self._follow_operations()
         # Whether torch.func.vmap can run the model, and whether a batch's examples may
         # be differentiated together. Each turns False once it fails, for good.
         self._vectorised, self._together = True, True
@@ -218,9 +221,36 @@ class NormEngine:
             cotangents, scales = unit_cotangents(self._losses, outputs, y)
             ends, units = reached(outputs, cotangents)
             if ends:
-                torch.autograd.backward(ends, units)
+                with self._following():
+                    run_backward_in_modes(ends, units)
+        if self._taps.has_missed_any and not self._has_followed_operations:
+            self._taps.drop_missed()
+            self._follow_operations()
+            return None
         is_complete = self._taps.update_leftover()
+        if is_complete:
+            self._stop_following_in_vain()
         return (outputs, cotangents, scales) if is_complete else None
+
+    def _follow_operations(self) -> None:
+        """Intercept every operation from now on."""
+        self._has_followed_operations = True
+        self._outside_layers = ParametersOutsideLayers(
+            self._taps, self._model, sees_reruns=True
+        )
+
+    def _stop_following_in_vain(self) -> None:
+        """Intercept no more operations if none was tapped."""
+        if self._outside_layers is not None and not self._outside_layers.has_tapped:
+            self._outside_layers = None
+
+    def _following(self) -> AbstractContextManager[Any]:
+        """Return the context in which operations are intercepted, if they need be.
+
+        It is entered for the backward pass, too, in which ``torch.utils.checkpoint``
+        runs parts of the model again.
+        """
+        return self._outside_layers or nullcontext()
 
     def _forward(self, x: Any) -> Any:
         """Return the outputs.
@@ -229,7 +259,7 @@ class NormEngine:
         again without that.
         """
         try:
-            with self._outside_layers:
+            with self._following():
                 return forward(self._model, x)
         except MODEL_ERRORS as error:
             raise_if_out_of_memory(error)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_pi._torch_compat import operations_seen_by_no_mode
 from opacus_pi.gradients.example_gradients import (
     ExampleGradients,
     add_up,
@@ -38,6 +39,7 @@ class NormTaps:
 
     Attributes:
         leftover: Names of the parameters that the taps do not measure. It only grows.
+        shared_uses: Parameters used in a computation without a batch.
 
     Args:
         model: An evaluation copy; its parameters' ``requires_grad`` belongs to this
@@ -46,6 +48,7 @@ class NormTaps:
 
     def __init__(self, model: nn.Module) -> None:
         self.leftover: set[str] = set()
+        self.shared_uses: set[nn.Parameter] = set()
         self._names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         self._anchor = torch.zeros((), requires_grad=True)
         self._squares: Tensor | None = None
@@ -119,6 +122,17 @@ class NormTaps:
         self._missed.clear()
         return len(self.leftover) == before and len(self._shared) == num_shared
 
+    @property
+    def has_missed_any(self) -> bool:
+        """Return whether the last pass used a parameter without measuring it."""
+        return bool(self._missed) or any(p.grad is not None for p in self._names)
+
+    def drop_missed(self) -> None:
+        """Drop what autograd and missed operations have left of the last pass."""
+        self._missed.clear()
+        for parameter in self._names:
+            parameter.grad = None
+
     def leave_over(self, parameters: Iterable[nn.Parameter]) -> None:
         """Stop measuring parameters by taps: they become ``leftover``.
 
@@ -168,13 +182,14 @@ class NormTaps:
 
         def measure(grad: Tensor) -> None:
             self._calls.append(parameters)  # here: checkpointing runs layers twice
-            found = None
-            if saved.are_unchanged:
-                found = rule(saved.widened, at_least_float32(grad))
-            if found is None:
-                self.miss(parameters)
-            else:
-                self._add(found, parameters, saved)
+            with operations_seen_by_no_mode():
+                found = None
+                if saved.are_unchanged:
+                    found = rule(saved.widened, at_least_float32(grad))
+                if found is None:
+                    self.miss(parameters)
+                else:
+                    self._add(found, parameters, saved)
 
         return tapped(output, self._anchor, measure)
 

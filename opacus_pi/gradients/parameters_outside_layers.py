@@ -1,48 +1,100 @@
-"""Tap parameters used outside of layers: position and class tokens, scales, shifts.
+"""Tap weights that are used outside of layers with a rule.
 
-A module may own a parameter and add it to a batch, multiply a batch with it, or expand
-it over the batch, without a layer that a rule could be registered for. The gradient of
-each example is then the gradient that arrives at the result (times the batch's entries
-for a product), summed over the positions that share an entry of the parameter.
+A module may add a parameter to a batch, scale it, look rows up in it, hand it to
+``F.linear`` or ``F.layer_norm``, or compute with it first (``weight[:, None, None]``,
+``log_rate.exp()``). A layer that overrides ``forward`` does the same. None of this is a
+call of a layer for which a rule could be registered.
 
-A ``TorchFunctionMode`` sees every operation of torch while the model runs. It taps the
-operations above where one operand is a live parameter and the other a batch, and runs
-all others unchanged; their parameters stay live and are recognised by their ``.grad``.
+A ``TorchFunctionMode`` sees every operation of torch while the model runs. It follows
+the values that depend on parameters but not on the examples
+(:mod:`~opacus_pi.gradients.shared_values`). Where such a value meets the batch, it does
+one of three things:
+
+* an operation with a rule (:mod:`~opacus_pi.gradients.operations`) runs with the value
+  frozen, and its output is tapped;
+* where a value is expanded to one copy for each example, or meets the batch entry by
+  entry, the copies are tapped: the gradient that arrives there is each example's own;
+* any other operation runs unchanged. Its parameters stay live and are recognised by
+  their ``.grad``; :attr:`ParametersOutsideLayers.unruled` has the operation's name.
 
 The guarantee: results are those of the plain operations, and a gradient is either
-tapped or left to autograd, never lost. Nothing is known to break it. An operation in
-another form (``torch.add`` with ``alpha``, a parameter that is reshaped first) is not
-tapped, and its parameter is measured more slowly.
+tapped or left to autograd, never lost. What breaks it is what breaks a pulled-back
+gradient: a computation with parameters that draws random numbers.
 """
 
-from collections.abc import Callable
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 
-from opacus_pi.gradients.example_gradients import ExampleGradients, ExplicitGradients
+from opacus_pi._torch_compat import has_saved_tensor_hooks, num_writes, pytree
+from opacus_pi.gradients.example_gradients import (
+    ExampleGradients,
+    ExplicitGradients,
+    add_up,
+)
+from opacus_pi.gradients.operations import Use, is_pointwise, operation_use
+from opacus_pi.gradients.shared_values import SharedValue, as_gradients, through
 from opacus_pi.gradients.taps import Call, Taps
 
-# Operators arrive under these names, too: ``x + p`` as Tensor.add, ``x += p`` as
-# Tensor.add_. Subtraction and division are not tapped, only measured more slowly.
-_SUMS = {torch.add, Tensor.add, Tensor.add_}
-_PRODUCTS = {torch.mul, Tensor.mul}
-_EXPANSIONS = {Tensor.expand}
-_NAME = "parameter"  # under which the one parameter of an operation is tapped
+_EXPANSIONS = {
+    *(Tensor.expand, Tensor.expand_as, Tensor.broadcast_to, torch.broadcast_to),
+    *(Tensor.repeat, Tensor.tile, torch.tile),
+}
+# By a tensor's id, the tensor and its version counter when it was noted
+_Noted = dict[int, tuple["weakref.ref[Tensor]", int]]
+_MAX_ELEMENTS = 1 << 26  # of gradients that are formed by pulling them back
 
 
 class ParametersOutsideLayers(TorchFunctionMode):
     """Tap the operations above on live parameters, while the mode is entered.
 
+    Attributes:
+        unruled: The names of the operations without a rule that parameters took part
+            in, by parameter.
+        has_tapped: Whether anything has been tapped.
+
     Args:
         taps: The object to which the operations report.
+        model: The model that runs; its buffers are the same for all examples.
+        sees_reruns: Whether the mode is also entered for the backward pass, in which
+            ``torch.utils.checkpoint`` runs parts of the model again. Otherwise such
+            parts run unchanged, so that both runs save the same tensors.
     """
 
-    def __init__(self, taps: Taps) -> None:
+    def __init__(
+        self, taps: Taps, model: nn.Module, *, sees_reruns: bool = False
+    ) -> None:
         super().__init__()
-        self._taps = taps
+        self.unruled: dict[nn.Parameter, set[str]] = defaultdict(set)
+        self.has_tapped = False
+        self._taps, self._model, self._sees_reruns = taps, model, sees_reruns
+        self._values: dict[int, SharedValue] = {}  # by the tensors' ids
+        # Other tensors that do not depend on the examples, and their version counters
+        self._constants: _Noted = {}
+        # What depends on parameters that are left to autograd, and on no example
+        self._untapped: _Noted = {}
+        self._used_with_constants: set[nn.Parameter] = set()
+        self._buffers: set[int] | None = None
+        self._has_gradients = True
+
+    def __enter__(self) -> "ParametersOutsideLayers":
+        """Begin to intercept operations."""
+        self._has_gradients = torch.is_grad_enabled()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Intercept no more, and drop the values of this pass."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._values.clear()
+        self._constants.clear()
+        self._untapped.clear()
+        self._buffers = None
 
     def __torch_function__(
         self,
@@ -51,97 +103,350 @@ class ParametersOutsideLayers(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operation, tapped if it is one of those above.
+        """Run an operation, tapped if it applies a shared value to a batch.
 
         Args:
             func: The operation; torch calls this in place of it.
             types: Not used.
-            args: Its positional arguments. In-place addition is tapped only where the
-                parameter is what is added: otherwise the parameter would be changed.
-            kwargs: Its keyword arguments; with any, the operation runs unchanged.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
         """
-        if kwargs:
+        kwargs = kwargs or {}
+        if not self._sees_reruns and has_saved_tensor_hooks():
             return func(*args, **kwargs)
-        if func in _EXPANSIONS and self._taps.is_live(args[0]):
-            return self._expand(func, args)
-        if (func in _SUMS or func in _PRODUCTS) and len(args) == 2:
-            for place in (1,) if func is Tensor.add_ else (0, 1):
-                parameter, x = args[place], args[1 - place]
-                if self._taps.is_live(parameter) and self._taps.wants(x):
-                    return self._combine(func, args, parameter, x)
-        return func(*args)
+        tensors = list(_tensors(args, kwargs))
+        values = {id(t): value for t in tensors if (value := self._value(t))}
+        others = [t for t in tensors if id(t) not in values]
+        if not values:
+            return self._without_values(func, args, kwargs, others)
+        result = None
+        is_shared = all(map(self._is_constant, others)) and not _writes(func)
+        if is_shared and (
+            self._was_shared(values) or not any(map(self._is_batch, others))
+        ):
+            return self._derived(func, args, kwargs, values, bool(others))
+        if any(map(self._is_batch, others)):
+            result = self._applied(func, args, kwargs, values)
+        if result is not None:
+            return result
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.is_floating_point():
+            for value in values.values():
+                for parameter in value.parameters:
+                    self.unruled[parameter].add(resolve_name(func) or func.__name__)
+        return self._followed(result, others)
 
-    def _combine(
+    # ------------------------------------------------------ what is known of a tensor
+    def _value(self, tensor: Tensor) -> SharedValue | None:
+        """Return the shared value that a tensor is, ``None`` if it is not one."""
+        value = self._values.get(id(tensor))
+        is_known = value is not None and value.tensor is tensor and value.is_unchanged
+        if value is not None and is_known:
+            # A layer freezes its parameters while it runs: they are not live then.
+            return value if all(map(self._taps.is_live, value.parameters)) else None
+        if not self._taps.is_live(tensor):
+            return None
+        value = self._values[id(tensor)] = SharedValue(tensor)
+        return value
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        """Return whether a tensor depends neither on examples nor on live parameters.
+
+        Buffers and frozen parameters do not, and neither does what is computed from
+        nothing else. A tensor that was written to since is not known.
+        """
+        if tensor.requires_grad:
+            return False
+        if self._buffers is None:
+            self._buffers = {id(buffer) for buffer in self._model.buffers()}
+        return (
+            isinstance(tensor, nn.Parameter)
+            or id(tensor) in self._buffers
+            or _is_noted(tensor, self._constants)
+        )
+
+    def _is_untapped(self, tensor: Tensor) -> bool:
+        """Return whether a tensor depends on parameters left to autograd, and no batch.
+
+        It may have as many rows as there are examples, but they are not the examples'.
+        """
+        if isinstance(tensor, nn.Parameter):
+            return tensor.requires_grad
+        return _is_noted(tensor, self._untapped)
+
+    def _is_batch(self, tensor: Tensor) -> bool:
+        """Return whether a tensor has a row for each example."""
+        return self._taps.wants(tensor) and not self._is_untapped(tensor)
+
+    def _was_shared(self, values: Mapping[int, SharedValue]) -> bool:
+        """Return whether a value's parameter was used with constants of another length.
+
+        Position numbers have as many rows as examples in some batches only.
+        """
+        parameters = {p for value in values.values() for p in value.parameters}
+        return not self._used_with_constants.isdisjoint(parameters)
+
+    def _without_values(
         self,
         func: Callable[..., Any],
         args: tuple[Any, ...],
-        parameter: nn.Parameter,
-        x: Tensor,
-    ) -> Tensor:
-        """Return a tapped sum or product of a batch and a parameter.
+        kwargs: dict[str, Any],
+        others: list[Tensor],
+    ) -> Any:
+        """Run an operation that no live parameter takes part in."""
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and all(map(self._is_constant, others)):
+            self._constants[id(result)] = weakref.ref(result), num_writes(result)
+            return result
+        return self._followed(result, others)
+
+    def _followed(self, result: Any, others: list[Tensor]) -> Any:
+        """Return a result, noted if it depends on no example.
+
+        Args:
+            result: The result of an operation that ran unchanged.
+            others: The tensors that took part in it and are no shared values.
+        """
+        if all(self._is_constant(t) or self._is_untapped(t) for t in others):
+            for tensor in _tensors((result,), {}):
+                self._untapped[id(tensor)] = weakref.ref(tensor), num_writes(tensor)
+        return result
+
+    # ---------------------------------------------------- from values to other values
+    def _derived(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        values: dict[int, SharedValue],
+        has_constants: bool,
+    ) -> Any:
+        """Run an operation that depends on no example, and note its results.
 
         Args:
             func: The operation.
-            args: Both operands, in their order.
-            parameter: The live one.
-            x: The other operand, with a row for each example.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            values: The shared values among them, by the tensors' ids.
+            has_constants: Whether there are other tensors among them.
         """
-        if not _is_shared(parameter.shape, x.shape):
-            plain: Tensor = func(*args)
-            return plain
-        output = func(*(a.detach() if a is parameter else a for a in args))
-        return self._tap(output, (x,) if func in _PRODUCTS else (), parameter)
+        result = func(*args, **kwargs)
+        tensors = list(_tensors((result,), {}))
+        if not tensors or id(result) in values:
+            return result
+        parameters = {p for value in values.values() for p in value.parameters}
+        if not self._has_gradients or any(t.requires_grad for t in tensors):
+            self._taps.shared_uses.update(parameters)
+            if has_constants:
+                self._used_with_constants.update(parameters)
+        call = _replaced((args, kwargs), values)
+        if isinstance(result, Tensor):
+            value = self._noted(result, func, call, None)
+            if value is not None and func in _EXPANSIONS:
+                return self._expanded(value, args[0])
+            return result
+        for place, part in enumerate(result):
+            if isinstance(part, Tensor):
+                self._noted(part, func, call, place)
+        return result
 
-    def _expand(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
-        """Return a parameter expanded to one copy per example, tapped.
+    def _noted(
+        self, tensor: Tensor, func: Callable[..., Any], call: Any, place: int | None
+    ) -> SharedValue | None:
+        """Note a result: a shared value, or a constant if it is cut off from autograd.
+
+        In a pass without gradients everything is cut off, and the values are followed
+        all the same.
+        """
+        if self._has_gradients and not tensor.requires_grad:
+            self._constants[id(tensor)] = weakref.ref(tensor), num_writes(tensor)
+            return None
+        value = self._values[id(tensor)] = SharedValue(tensor, func, call, place)
+        return value
+
+    # ----------------------------------------------------- from values to the examples
+    def _expanded(self, value: SharedValue, before: Tensor) -> Tensor:
+        """Return a value expanded to one copy for each example, tapped.
 
         Class tokens are used this way: ``token.expand(b, -1, -1)`` is concatenated with
-        the sequence. The result is cloned, because the rows of an expanded tensor share
-        memory and the tap changes its tensor in place.
-        """
-        parameter, *sizes = args
-        output = func(parameter.detach(), *sizes)
-        if not (self._taps.wants(output) and _is_shared(parameter.shape, output.shape)):
-            plain: Tensor = func(*args)
-            return plain
-        return self._tap(output.clone(), (), parameter)
-
-    def _tap(
-        self, output: Tensor, factors: tuple[Tensor, ...], parameter: nn.Parameter
-    ) -> Tensor:
-        """Tap a result.
+        the sequence. The copies are own tensors, because a tap changes its tensor in
+        place.
 
         Args:
-            output: The result, computed with a detached parameter.
-            factors: The other factor of a product; empty for a sum or an expansion,
-                whose derivative by the parameter is 1.
-            parameter: The live one.
+            value: The expanded value.
+            before: What was expanded.
         """
+        if self._taps.wants(value.tensor) and _is_shared(
+            before.shape, value.tensor.shape
+        ):
+            return self._tapped_copies(value.tensor.detach().clone(), value.first_row)
+        return value.tensor
+
+    def _tapped_copies(self, copies: Tensor, value: SharedValue) -> Tensor:
+        """Return copies of a value, one for each example, tapped.
+
+        Args:
+            copies: ``(b, ...)``, own memory.
+            value: The value that each row has the entries of.
+        """
+        named = dict(_named(value))
+        self.has_tapped = True
 
         def gradients(call: Call, grad: Tensor) -> dict[str, ExampleGradients]:
-            for x in call[0]:
-                grad = grad * x
-            return {_NAME: ExplicitGradients(_summed(grad, parameter.shape))}
+            inner = ExplicitGradients(grad.reshape(len(grad), *value.tensor.shape))
+            return {name: through(value, p, inner) for name, p in named.items()}
 
-        return self._taps.tap(output, (factors, {}), {_NAME: parameter}, gradients)
+        return self._taps.tap(copies, ((), {}), named, gradients)
+
+    def _applied(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        values: dict[int, SharedValue],
+    ) -> Any:
+        """Run an operation of values and a batch, tapped.
+
+        Returns:
+            The result; ``None`` if there is no rule for it. The operation must be run
+            unchanged then.
+        """
+        size = next(
+            t.shape[0]
+            for t in _tensors(args, kwargs)
+            if id(t) not in values and self._is_batch(t)
+        )
+        if not all(_may_be_pulled_back(value, size) for value in values.values()):
+            return None
+        use = operation_use(func, args, kwargs)
+        if use is not None:
+            return self._by_rule(use, func, args, kwargs, values)
+        if not is_pointwise(func) or "out" in kwargs:
+            return None
+        if _writes(func) and id(args[0]) in values:
+            return None  # the parameter itself would be changed
+        return self._entry_by_entry(func, args, kwargs, values)
+
+    def _entry_by_entry(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        values: dict[int, SharedValue],
+    ) -> Any:
+        """Run a pointwise operation on a batch and tapped copies of the values."""
+        batches = [t for t in _tensors(args, kwargs) if id(t) not in values]
+        batch = max(batches, key=Tensor.dim)
+        tensors = [value.tensor for value in values.values()]
+        if not self._is_batch(batch) or not all(
+            _is_shared(tensor.shape, batch.shape)
+            # a tensor without axes counts less where types differ
+            and (tensor.dim() > 0 or tensor.dtype == batch.dtype)
+            for tensor in tensors
+        ):
+            return None
+        copies = {}
+        for key, value in values.items():
+            shape = value.tensor.shape
+            axes = (1,) * (batch.dim() - len(shape)) + tuple(shape)
+            rows = value.tensor.detach().reshape(axes).expand(len(batch), *axes[1:])
+            copies[key] = self._tapped_copies(rows.clone(), value)
+        args, kwargs = _replaced((args, kwargs), copies)
+        return func(*args, **kwargs)
+
+    def _by_rule(
+        self,
+        use: Use,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        values: dict[int, SharedValue],
+    ) -> Any:
+        """Run an operation that has a rule with frozen values, and tap its output."""
+        weights = {name: w for name, w in use.weights.items() if w is not None}
+        used = {name: values[id(w)] for name, w in weights.items() if id(w) in values}
+        rest = [w for name, w in weights.items() if name not in used]
+        is_known = len(used) == len(values) and all(map(self._is_constant, rest))
+        if not (is_known and self._is_batch(use.batch)):
+            return None
+        frozen = {key: value.tensor.detach() for key, value in values.items()}
+        free_args, free_kwargs = _replaced((args, kwargs), frozen)
+        output = func(*free_args, **free_kwargs)
+        if not self._taps.wants(output):
+            return None
+        parameters = {name: p for value in used.values() for name, p in _named(value)}
+        self.has_tapped = True
+
+        def gradients(call: Call, grad: Tensor) -> dict[str, ExampleGradients] | None:
+            ((x,), _) = call
+            found = use.gradients(x, grad, list(used))
+            return None if found is None else _by_parameter(found, used)
+
+        return self._taps.tap(output, ((use.batch,), {}), parameters, gradients)
+
+
+def _by_parameter(
+    found: Mapping[str, Tensor | ExampleGradients], used: Mapping[str, SharedValue]
+) -> dict[str, ExampleGradients]:
+    """Return gradients by parameters from those by the values of one operation."""
+    parts: dict[str, list[ExampleGradients]] = defaultdict(list)
+    for name, inner in found.items():
+        for key, parameter in _named(used[name]):
+            parts[key].append(through(used[name], parameter, as_gradients(inner)))
+    return {key: add_up(several) for key, several in parts.items()}
+
+
+def _named(value: SharedValue) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of a value under names that are the same in each value."""
+    for parameter in value.parameters:
+        yield str(id(parameter)), parameter
+
+
+def _is_noted(tensor: Tensor, noted: _Noted) -> bool:
+    """Return whether a tensor was noted, and not written to since."""
+    reference, count = noted.get(id(tensor), (None, -1))
+    is_same = reference is not None and reference() is tensor
+    return is_same and num_writes(tensor) == count
+
+
+def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments, and in lists and tuples of them."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (part for part in value if isinstance(part, Tensor))
+
+
+def _replaced(call: Any, replacements: Mapping[int, Any]) -> Any:
+    """Return arguments with some tensors replaced, by their ids."""
+    return pytree.tree_map(lambda leaf: replacements.get(id(leaf), leaf), call)
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Return whether an operation changes its first argument in place."""
+    name = func.__name__
+    is_in_place = name.endswith("_") and not name.endswith("__")
+    return is_in_place or name in ("__setitem__", "__set__")
+
+
+def _may_be_pulled_back(value: SharedValue, size: int) -> bool:
+    """Return whether the gradients of so many examples may be formed, if need be."""
+    if value.is_parameter:
+        return True
+    formed = [p.numel() for p in value.parameters if not value.is_cut_from(p)]
+    return size * max(formed, default=0) <= _MAX_ELEMENTS
 
 
 def _is_shared(shape: torch.Size, batch: torch.Size) -> bool:
-    """Return whether each example of a batch uses the whole of a parameter, broadcast.
+    """Return whether each example of a batch uses the whole of a value, broadcast.
 
-    This is false if the parameter has as many dimensions as the batch and several
-    entries in the first one: then each example has an entry of its own.
+    This is false if the value has as many dimensions as the batch and several entries
+    in the first one: then each example has an entry of its own.
     """
     pairs = zip(reversed(shape), reversed(batch), strict=False)
     return (
         len(shape) <= len(batch)
-        and all(mine in (1, theirs) for mine, theirs in pairs)
+        and all(mine in (1, theirs) or theirs == 1 for mine, theirs in pairs)
         and (len(shape) < len(batch) or shape[0] == 1)
     )
-
-
-def _summed(values: Tensor, shape: torch.Size) -> Tensor:
-    """Sum each example's values over the positions that share a parameter's entry."""
-    aligned = (1,) * (values.dim() - len(shape)) + tuple(shape)
-    shared = [i for i in range(1, values.dim()) if aligned[i] < values.shape[i]]
-    return values.sum(shared) if shared else values

@@ -65,7 +65,7 @@ def parameters_not_indexed_by_example(
             random_state_untouched(),
             warnings.catch_warnings(),
             torch.no_grad(),
-            ParametersOutsideLayers(observer),
+            ParametersOutsideLayers(observer, model),
         ):
             # The user has not made this pass, and could not act on its warnings.
             warnings.simplefilter("ignore")
@@ -84,6 +84,7 @@ class _RowObserver:
 
     Attributes:
         found: These parameters.
+        shared_uses: Parameters used in a computation without a batch.
 
     Args:
         num_rows: The number of rows.
@@ -91,6 +92,7 @@ class _RowObserver:
 
     def __init__(self, num_rows: int) -> None:
         self.found: set[nn.Parameter] = set()
+        self.shared_uses: set[nn.Parameter] = set()
         self._num_rows = num_rows
 
     def before_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -112,7 +112,8 @@ class _TappedLayer:
             args: What the model calls the layer with.
             kwargs: The same.
         """
-        if not self._parameters():
+        parameters, shared = self._parameters(), self._taps.shared_uses
+        if not parameters or (shared and not shared.isdisjoint(parameters.values())):
             return None
         if len(args) + len(kwargs) == 1:
             x = self._taps.expand_shared(*args, *kwargs.values())

@@ -46,7 +46,14 @@ class Taps(Protocol):
     Code that runs a layer (or another operation with parameters) asks ``wants`` of its
     input and ``is_live`` of its parameters, runs the layer with frozen parameters, and
     hands the output to ``tap``, or calls ``miss`` if the output has an unexpected form.
+
+    Attributes:
+        shared_uses: Parameters that were used in a computation without a batch. A layer
+            that has one is not tapped as a layer: its input may have as many rows as
+            there are examples by chance. Its operations are followed instead.
     """
+
+    shared_uses: set[nn.Parameter]
 
     def is_live(self, parameter: Any) -> bool:
         """Return whether this is a parameter whose gradients are wanted here.

@@ -16,7 +16,7 @@ from tests.gradients.models import (
     RowOfPositions,
     Tied,
     Transformer,
-    UntappedOutsideLayers,
+    ValuesOutsideLayers,
     convolutions,
     frozen,
     masked_attention,
@@ -191,9 +191,9 @@ CASES = {
     "reused": (Reused, lambda: torch.randn(8, 6)),
     "outside-layers": (OutsideLayers, lambda: torch.randn(8, 4, 6)),
     "outside-layers-one-example": (OutsideLayers, lambda: torch.randn(1, 4, 6)),
-    "outside-layers-untapped": (UntappedOutsideLayers, lambda: torch.randn(8, 6)),
-    "outside-layers-untapped-as-large-as-the-batch": (
-        UntappedOutsideLayers,
+    "values-outside-layers": (ValuesOutsideLayers, lambda: torch.randn(8, 6)),
+    "values-outside-layers-as-large-as-the-batch": (
+        ValuesOutsideLayers,
         lambda: torch.randn(4, 6),
     ),
     "folded-tokens": (FoldedTokens, lambda: torch.randn(8, 4, 6)),

@@ -214,8 +214,8 @@ class OutsideLayers(nn.Module):
         return self.head(torch.tanh(h).mean(1))
 
 
-class UntappedOutsideLayers(nn.Module):
-    """Parameters outside of layers, used in ways that no tap intercepts."""
+class ValuesOutsideLayers(nn.Module):
+    """Parameters outside of layers, used in parts or computed with first."""
 
     def __init__(self):
         super().__init__()

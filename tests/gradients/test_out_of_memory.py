@@ -29,7 +29,7 @@ class Fails(nn.Module):
     def forward(self, x):
         if is_functorch_wrapped_tensor(x):
             raise self.error
-        return x @ self.weight
+        return torch.tensordot(x, self.weight, 1)
 
 
 def batch():

@@ -129,6 +129,8 @@ class LayerHooks:
         if self._rule is not None and not takes_whole_calls(self._rule):
             if len(inputs) > 1:
                 return  # a rule is for a single input; the layer stays live
+        if not self._taps.shared_uses.isdisjoint(module.parameters(recurse=False)):
+            return  # the operations of the layer are followed
         self._call = args, kwargs
         for name, parameter in own_parameters(module).items():
             if self._taps.is_live(parameter):

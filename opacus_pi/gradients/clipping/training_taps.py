@@ -70,11 +70,13 @@ class TrainingTaps:
     Attributes:
         caches: One for each batch, in the order in which backward passes reached them.
         may_accumulate: Whether there may be more than one cache.
+        shared_uses: Parameters used in a computation without a batch.
     """
 
     def __init__(self) -> None:
         self.caches: list[BatchCache] = []
         self.may_accumulate = True
+        self.shared_uses: set[nn.Parameter] = set()
         # The batch that the model is running for now, and the one that it ran for last;
         # the latter may get further views until its backward pass begins.
         self._open: BatchCache | None = None
@@ -115,7 +117,7 @@ class TrainingTaps:
                 handles += hooks.attach(module)
                 in_layers.update(module.parameters(recurse=False))
         if set(model.parameters()) - in_layers:
-            self._outside_layers = ParametersOutsideLayers(self)
+            self._outside_layers = ParametersOutsideLayers(self, model)
         else:
             self._outside_layers = None
         return [
@@ -193,7 +195,7 @@ class TrainingTaps:
                 handle = parameter.register_hook(partial(self._at_parameter, parameter))
                 self._parameter_hooks[parameter] = handle
         if self._outside_layers is not None:
-            self._outside_layers.__enter__()  # type: ignore[no-untyped-call]
+            self._outside_layers.__enter__()
 
     def _cache_for(self, inputs: SavedInputs) -> BatchCache:
         """Return the cache for a call: the latest one, or a new one.
@@ -256,7 +258,7 @@ class TrainingTaps:
         for layer in self._layers:
             layer.unfreeze()  # a layer that failed has not done it
         if self._outside_layers is not None:
-            self._outside_layers.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._outside_layers.__exit__(None, None, None)
 
     def _at_output(
         self, cache: BatchCache, call: WholeCall, place: int, grad: Tensor

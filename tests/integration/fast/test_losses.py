@@ -26,7 +26,7 @@ class Keeps(nn.Module):
         x = x.flatten(1)
         features = self.first(x)
         if self.outside is not None:
-            self.part = torch.tanh(torch.einsum("bi,ij->bj", x, self.outside))
+            self.part = torch.tanh(torch.tensordot(x, self.outside, 1))
             features = features + self.part
         self.kept = torch.tanh(features)
         return self.head(self.kept)

@@ -113,7 +113,7 @@ class MixesUp(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x):
-        return self.dropout(x).flatten(1) @ self.weight
+        return torch.tensordot(self.dropout(x).flatten(1), self.weight, 1)
 
 
 @pytest.mark.filterwarnings(f"ignore:.*{SLOW}")
