@@ -12,6 +12,7 @@ turns it into each example's gradient (``layers``, ``operations``,
 from opacus_pi._promised import promise
 from opacus_pi.gradients.gram import gradient_gram, minibatch_gram
 from opacus_pi.gradients.layers import register_layer_rule
+from opacus_pi.gradients.rule_coverage import rule_coverage
 from opacus_pi.gradients.sweeps import (
     Sweep,
     norm_sweep,
@@ -26,6 +27,7 @@ __all__ = [
     "norm_sweep",
     "per_example_grad_norms",
     "register_layer_rule",
+    "rule_coverage",
     "sweep",
 ]
 

@@ -30,6 +30,12 @@ from opacus_pi.gradients.fallback import (
     raise_if_out_of_memory,
     vmapped_squares,
 )
+from opacus_pi.gradients.fallback_warnings import (
+    INFLUENCE,
+    NEEDS_ALL_GRADIENTS,
+    cause,
+    warn_of_fallbacks,
+)
 from opacus_pi.gradients.layers.attention import tap_attention
 from opacus_pi.gradients.layers.recurrent import tap_recurrent
 from opacus_pi.gradients.norm_taps import NormTaps
@@ -44,18 +50,12 @@ from opacus_pi.models.batches import (
     reached,
     rows,
 )
-from opacus_pi.models.copies import evaluation_copy, require_own_parameters
+from opacus_pi.models.copies import evaluation_copy, require_own_parameters, unwrap
 from opacus_pi.models.losses import float64_losses, unit_cotangents
 from opacus_pi.models.own_losses import Criterion
 from opacus_pi.models.structure import structure_of, take_buffers
 
-_SLOW = (
-    "The gradient norms of a batch do not agree with those of its examples alone: the "
-    "examples of a batch influence each other, or the model is random in evaluation "
-    "mode. Each example is therefore differentiated alone: the norms are then right, "
-    "but computing them is slow. Use layers that treat each example alone and draw no "
-    "random numbers in evaluation mode."
-)
+_DISAGREE = "the rules of the model disagree with plain autograd"
 
 
 class NormEngine:
@@ -86,6 +86,12 @@ class NormEngine:
         )
         # Weak, because hooks on a parameter may hold the model: a kept engine would.
         self._live = [weakref.ref(parameter) for parameter in model.parameters()]
+        # For warnings: why parameters are left over
+        self._live_model = weakref.ref(unwrap(model))
+        self._without_rule: Mapping[nn.Parameter, set[str]] = {}
+        self._not_indexed_by_example: set[nn.Parameter] = set()
+        self._has_wrong_rules = False
+        self._alone: tuple[str, str] = "", ""  # cause and warning
         self._model = evaluation_copy(model)
         self._model.register_forward_hook(give_only_logits)
         self._losses = float64_losses(criterion)
@@ -161,18 +167,70 @@ class NormEngine:
                 of the model still computes with the parameters of the original.
         """
         if self._together:
+            found = self._measured_together(x, y)
+            if found is not None:
+                self._warn_of_fallbacks()
+                return found
+        squares, outputs = self._looped(self._trainable, x, y)
+        if self._together:
+            self._together = False
+            warnings.warn(self._alone[1], stacklevel=4)
+        return squares, pytree.tree_map(lambda *parts: torch.cat(parts), *outputs)
+
+    def _measured_together(self, x: Any, y: Any) -> tuple[Tensor, Any] | None:
+        """Measure the examples of a batch together.
+
+        Returns:
+            As :meth:`squares`; ``None`` if each example must be differentiated alone.
+        """
+        try:
             self._search_position_tables(x, len(y))
             squares, outputs = self._batched(x, y)
             if self._checked or self._checks(squares, x, y):
                 return squares, outputs
+            self._has_wrong_rules = True
             self._taps.leave_all_over()
             squares, outputs = self._batched(x, y)
             if self._checks(squares, x, y):
                 return squares, outputs
-            self._together = False
-            warnings.warn(_SLOW, stacklevel=4)
-        squares, outputs = self._looped(self._trainable, x, y)
-        return squares, pytree.tree_map(lambda *parts: torch.cat(parts), *outputs)
+        except MODEL_ERRORS as error:
+            raise_if_out_of_memory(error)
+            if not self._taps.leftover:
+                raise
+            message = NEEDS_ALL_GRADIENTS.format(error=error)
+            self._alone = "the model cannot be run otherwise", message
+        else:
+            self._alone = "examples influence each other", INFLUENCE
+        return None
+
+    @property
+    def ways(self) -> dict[str, str]:
+        """How each parameter is measured: the way, and the cause of a slow one.
+
+        See :func:`~opacus_pi.gradients.rule_coverage.rule_coverage`.
+        """
+        if not self._together:
+            return dict.fromkeys(self._trainable, f"one at a time: {self._alone[0]}")
+        ways = dict.fromkeys(self._trainable, "exact rule")
+        slow = "torch.func" if self._vectorised else "one at a time"
+        for name in self._taps.leftover:
+            ways[name] = f"{slow}: {self._cause(name)}"
+        return ways
+
+    def _cause(self, name: str) -> str:
+        """Return why a parameter has no exact rule."""
+        if self._has_wrong_rules:
+            return _DISAGREE
+        parameter, (owner, _, _) = self._trainable[name], name.rpartition(".")
+        operations = self._without_rule.get(parameter, set())
+        is_misplaced = parameter in self._not_indexed_by_example
+        return cause(self._model.get_submodule(owner), operations, is_misplaced)
+
+    def _warn_of_fallbacks(self) -> None:
+        """Warn of parameters without an exact rule, once for each model."""
+        if self._taps.leftover:
+            slow = {n: way for n, way in self.ways.items() if way != "exact rule"}
+            warn_of_fallbacks(self._live_model(), slow, stacklevel=5)
 
     def _search_position_tables(self, x: Any, size: int) -> None:
         """Exclude from the taps the parameters that are not indexed by examples.
@@ -183,6 +241,7 @@ class NormEngine:
             return
         self._searched_position_tables = True
         found = parameters_not_indexed_by_example(self._model, arguments(x), size)
+        self._not_indexed_by_example = found
         self._taps.leave_over(found)
 
     def _batched(self, x: Any, y: Any) -> tuple[Tensor, Any]:
@@ -238,6 +297,7 @@ class NormEngine:
         self._outside_layers = ParametersOutsideLayers(
             self._taps, self._model, sees_reruns=True
         )
+        self._without_rule = self._outside_layers.unruled
 
     def _stop_following_in_vain(self) -> None:
         """Intercept no more operations if none was tapped."""

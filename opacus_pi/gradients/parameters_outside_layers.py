@@ -31,7 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from opacus_pi._torch_compat import has_saved_tensor_hooks, num_writes, pytree
+from opacus_pi._torch_compat import (
+    current_backward_pass,
+    has_saved_tensor_hooks,
+    num_writes,
+    pytree,
+)
 from opacus_pi.gradients.example_gradients import (
     ExampleGradients,
     ExplicitGradients,
@@ -345,14 +350,52 @@ class ParametersOutsideLayers(TorchFunctionMode):
             for tensor in tensors
         ):
             return None
-        copies = {}
-        for key, value in values.items():
-            shape = value.tensor.shape
-            axes = (1,) * (batch.dim() - len(shape)) + tuple(shape)
-            rows = value.tensor.detach().reshape(axes).expand(len(batch), *axes[1:])
-            copies[key] = self._tapped_copies(rows.clone(), value)
+        is_rerun = current_backward_pass() != -1 and not has_saved_tensor_hooks()
+        if is_rerun and not _writes(func):
+            return self._entry_by_entry_in_rerun(func, (args, kwargs), values)
+        copies = {
+            key: self._tapped_copies(_copies(value.tensor, batch), value)
+            for key, value in values.items()
+        }
         args, kwargs = _replaced((args, kwargs), copies)
         return func(*args, **kwargs)
+
+    def _entry_by_entry_in_rerun(
+        self, func: Callable[..., Any], call: Call, values: dict[int, SharedValue]
+    ) -> Tensor:
+        """Run a pointwise operation with frozen values, and tap its output.
+
+        A function with a backward pass of its own may run the operation there, and ask
+        for the gradients of its inputs only: that of a copy would never be computed.
+
+        Args:
+            func: The operation.
+            call: Its arguments.
+            values: The shared values among them, by the tensors' ids.
+        """
+        leaves, structure = pytree.tree_flatten(call)
+        places = [i for i, leaf in enumerate(leaves) if id(leaf) in values]
+        used = {str(i): values[id(leaves[i])] for i in places}
+        for i in places:
+            leaves[i] = leaves[i].detach()
+        args, kwargs = pytree.tree_unflatten(leaves, structure)
+        parameters = {name: p for value in used.values() for name, p in _named(value)}
+        self.has_tapped = True
+
+        def gradients(call: Call, grad: Tensor) -> dict[str, ExampleGradients]:
+            again, _ = pytree.tree_flatten(call)
+            with torch.enable_grad():
+                for i in places:
+                    again[i] = _copies(again[i], grad).requires_grad_()
+                args, kwargs = pytree.tree_unflatten(again, structure)
+                output = func(*args, **kwargs)
+            copies = [again[i] for i in places]
+            found = torch.autograd.grad(output, copies, grad.to(output.dtype))
+            return _by_parameter(dict(zip(used, found, strict=True)), used)
+
+        return self._taps.tap(
+            func(*args, **kwargs), (args, kwargs), parameters, gradients
+        )
 
     def _by_rule(
         self,
@@ -421,6 +464,12 @@ def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
 def _replaced(call: Any, replacements: Mapping[int, Any]) -> Any:
     """Return arguments with some tensors replaced, by their ids."""
     return pytree.tree_map(lambda leaf: replacements.get(id(leaf), leaf), call)
+
+
+def _copies(tensor: Tensor, batch: Tensor) -> Tensor:
+    """Return a copy of a value for each example, with as many axes as the batch."""
+    axes = (1,) * (batch.dim() - tensor.dim()) + tuple(tensor.shape)
+    return tensor.detach().reshape(axes).expand(len(batch), *axes[1:]).clone()
 
 
 def _writes(func: Callable[..., Any]) -> bool:

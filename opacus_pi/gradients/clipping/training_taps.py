@@ -281,7 +281,7 @@ class TrainingTaps:
         if cache not in self._reached:
             self._reached.append(cache)
 
-    def _at_parameter(self, parameter: nn.Parameter, grad: Tensor) -> None:
+    def _at_parameter(self, parameter: nn.Parameter, grad: Tensor | None) -> None:
         """Note a gradient that reached a parameter through an operation without a tap.
 
         Its sum is kept to be compared with the examples' gradients
@@ -291,8 +291,11 @@ class TrainingTaps:
         Args:
             parameter: A parameter of the live model.
             grad: The gradient summed over the examples; what autograd adds to
-                ``.grad``.
+                ``.grad``. ``None`` if a function with a backward pass of its own was
+                given the parameter and returned nothing for it.
         """
+        if grad is None:
+            return
         for cache in {*self.caches, self._latest}:
             if cache is not None:
                 cache.leave_over(parameter)
