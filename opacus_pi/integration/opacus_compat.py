@@ -40,7 +40,10 @@ from opacus.utils import batch_memory_manager
 from opacus.utils.adaptive_clipping.adaptive_clipping_utils import (
     DPLossFastGradientAdaptiveClipping,
 )
-from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+from opacus.utils.fast_gradient_clipping_utils import (
+    DPLossFastGradientClipping,
+    DPTensorFastGradientClipping,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -52,6 +55,7 @@ from opacus_pi._torch_compat import backward_hooks
 __all__ = [
     "CRITERIA",
     "DISTRIBUTED",
+    "GHOST_LOSS",
     "GHOST_METHODS",
     "OPTIMIZER_METHODS",
     "OVERRIDDEN_METHODS",
@@ -64,6 +68,7 @@ __all__ = [
     "keep_handle",
     "mark_as_processed",
     "module_of",
+    "noise_function",
     "norms_of_parameters",
     "num_captures",
     "patch_memory_manager",
@@ -161,6 +166,21 @@ GHOST_METHODS = _functions(
     ("get_clipping_coef", "get_norm_sample", "capture_backprops_hook"),
 )
 """What clips in the models of ghost clipping (1.6.0), by name."""
+
+GHOST_LOSS = {
+    DPLossFastGradientClipping: ("__call__",),
+    DPTensorFastGradientClipping: ("backward",),
+}
+"""What weights the losses of ghost clipping (1.6.0): classes, and their methods."""
+
+
+def noise_function() -> Any:
+    """Return the function that draws the noise of all optimizers (1.6.0).
+
+    It is ``_generate_noise`` of the module ``opacus.optimizers.optimizer``.
+    """
+    return _optimizer_module._generate_noise
+
 
 CRITERIA = (DPLossFastGradientClipping, DPLossFastGradientAdaptiveClipping)
 """Criteria of ghost clipping whose weighting of the losses is known (1.6.0)."""

@@ -24,16 +24,23 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any, SupportsIndex
 
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+from opacus.optimizers import (
+    AdaClipDPOptimizer,
+    DPOptimizer,
+    DPOptimizerFastGradientClipping,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from opacus_pi._class_swap import swap_class
+from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.derived import own_scaling, shadowed_method
+from opacus_pi.integration.drawn_noise import missing_noise
 from opacus_pi.integration.explanations import explain_numbers_of_gradients
 from opacus_pi.integration.fast import FastHooks
 from opacus_pi.integration.grad_sample import joint_norms, row_norms
+from opacus_pi.integration.methods_in_use import MethodsInUse
 from opacus_pi.integration.opacus_compat import (
     clipped_norms,
     has_skipped_last_step,
@@ -95,6 +102,7 @@ def report_updates(optimizer: DPOptimizer, update: UpdateUnderWay) -> None:
     else:
         swap_class(optimizer, _from_grad_samples)
     optimizer._pi_update = update
+    optimizer._pi_methods = MethodsInUse(optimizer, update.hooks)
     update.optimizer = weakref.ref(optimizer)
     optimizer._pi_has_own_scaling = has_own_scaling
     optimizer._pi_written = watch_gradients(
@@ -132,12 +140,15 @@ class _ReportingOptimizer(DPOptimizer):
     Attributes:
         _pi_update: Receives the reports; set by ``report_updates``. All names of ours
             begin with ``_pi_``, so that they cannot meet a name of Opacus or the user.
+        _pi_methods: Finds methods of Opacus that were replaced since.
         _pi_has_own_scaling: Whether the class overrides Opacus's ``scale_grad``.
         _pi_written: Detects gradients that were changed before they are clipped.
     """
 
     _pi_update: UpdateUnderWay
     _pi_written: WrittenGradients
+    _pi_methods: MethodsInUse
+    _pi_num_draws = 0
     _pi_has_own_scaling = False
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
@@ -158,12 +169,32 @@ class _ReportingOptimizer(DPOptimizer):
             self._pi_update.gate.close(noise_std_of(self))
         self._pi_written.require_unchanged_sums()
         super().add_noise()
-        reason = shadowed_method(self)
-        if reason is not None:
-            self._pi_update.chain.break_link("norm", reason)
+        self._pi_require_opacus()
+        self._pi_require_noise()
         self._pi_update.noise_was_drawn(self)
         if self._pi_has_own_scaling or "scale_grad" in vars(self):
             self._pi_note_gradients()
+
+    def _pi_require_opacus(self) -> bool:
+        """Return whether the methods are those of Opacus; break a link if not."""
+        chain, shadowed = self._pi_update.chain, shadowed_method(self)
+        if shadowed is not None:
+            chain.break_link("norm", shadowed)
+        is_replaced = self._pi_methods.are_replaced(self)
+        if is_replaced:
+            chain.break_link(*self._pi_methods.reason(self))
+        return shadowed is None and not is_replaced
+
+    def _pi_require_noise(self) -> None:
+        """Break the link "noise" if less noise was added than is recorded."""
+        self._pi_num_draws += 1
+        is_distributed = self._pi_update.outside is None
+        is_known = not (is_distributed or isinstance(self, AdaClipDPOptimizer))
+        if is_known and is_looked_at(self._pi_num_draws):
+            pairs = ((p.summed_grad, p.grad) for p in self.params)
+            reason = missing_noise(pairs, noise_std_of(self))
+            if reason is not None:
+                self._pi_update.chain.break_link("noise", reason)
 
     def scale_grad(self) -> None:
         """Scale the noised gradients as Opacus does, and note them.
@@ -290,7 +321,8 @@ class _FromGradSamples(_ReportingOptimizer):
         has_same_types = [n.dtype for n in by_parameter] == [g.dtype for g in held]
         norms = self._pi_joint_norms(by_parameter)
         del held  # concatenated copies, if there were several passes
-        is_column = self._pi_reads_norms_only and has_same_types
+        reads_norms_only = self._pi_reads_norms_only and self._pi_require_opacus()
+        is_column = reads_norms_only and has_same_types
         self._pi_listed = [norms.unsqueeze(1)] if is_column else None
         try:
             super().clip_and_accumulate()

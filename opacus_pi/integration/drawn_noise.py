@@ -1,0 +1,76 @@
+"""Compare the noise that was added to the gradients with the noise that is recorded.
+
+``add_noise`` sets ``p.grad`` to ``p.summed_grad`` plus noise, so their difference is
+the noise. The sum of the squares of its d entries, divided by the variance, has a
+chi-squared distribution with d degrees of freedom. If it is below the quantile of
+10^-12, less noise was drawn than is recorded.
+
+*Guarantee.* In an update that is checked (1, 2, 4, 8, 16 and so on, and every 64th),
+missing noise is found, and so is noise that is too small by more than about 5 / √d of
+its size. Noise of the recorded size is reported once in 10^12 updates.
+
+*What breaks it.* Noise so small that it vanishes in the rounding of the sum; such
+parameters are left out. Noise that is too large is not reported: the numbers are then
+still upper bounds. Distributed runs, where not every process draws, and adaptive
+clipping, which draws more noise than is recorded, are not checked.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+__all__ = ["missing_noise"]
+
+_CHANCE = 1e-12
+_ROUNDINGS = 100  # of the largest entry of a sum
+_TOO_SMALL = (
+    "add_noise changed the gradients by {found:.3g} on average (root mean square), "
+    "but the noise should have a standard deviation of {std:.3g}. So a function that "
+    "draws noise was replaced, for example torch.normal, and neither get_epsilon nor "
+    "the ledger covers the update. Leave the drawing of noise to Opacus."
+)
+
+
+def missing_noise(
+    pairs: Iterable[tuple[Tensor | None, Tensor | None]], std: float
+) -> str | None:
+    """Return a reason if too little noise was drawn.
+
+    Args:
+        pairs: The sum of clipped gradients of each parameter, and the same with noise.
+        std: The standard deviation that the noise should have.
+
+    >>> total = torch.zeros(1000)
+    >>> noise = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    >>> missing_noise([(total, total + noise)], 1.0) is None
+    True
+    >>> missing_noise([(total, total + 0.5 * noise)], 1.0)[:49]
+    'add_noise changed the gradients by 0.498 on avera'
+    """
+    if std <= 0:
+        return None
+    squares, count = [], 0
+    with torch.no_grad():
+        for total, noised in pairs:
+            if total is None or noised is None or not total.numel():
+                continue
+            held = _widened(total)
+            rounding = _ROUNDINGS * torch.finfo(total.dtype).eps
+            if not std > rounding * float(held.abs().max()):
+                continue
+            squares.append((_widened(noised) - held).square().sum())
+            count += total.numel()
+        if not squares:
+            return None
+        found = float(torch.stack([s.cpu() for s in squares]).sum())
+    if not found / std**2 < chi2.ppf(_CHANCE, count):
+        return None
+    return _TOO_SMALL.format(found=(found / count) ** 0.5, std=std)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return the entries in single precision, or in double if they are."""
+    kind = torch.promote_types(tensor.dtype, torch.float32)
+    return tensor.detach().to(kind).flatten()
