@@ -128,14 +128,14 @@ def _requested_before(log: str | None, ledger: GradNormLedger) -> NDArray[np.int
 
     Args:
         log: Path of the deletion log; None: there were no requests. It is only read.
-        ledger: A ledger of the training, for the length of the training set.
+        ledger: A ledger of the training, for the training set's length and fingerprint.
     """
     if log is None:
         return np.empty(0, dtype=np.int64)
     ids = ledger.example_ids
     size = ledger.num_examples if ids is None else int(np.max(ids)) + 1
     with about("--log", "Name what 'opacus-pi unlearn --log' wrote."):
-        return requested_indices(log, size)
+        return requested_indices(log, size, ledger.data_set)
 
 
 def _past_runs(texts: Sequence[str]) -> list[PastRun]:

@@ -41,6 +41,7 @@ from opacus_pi.cli.output import answer, table
 from opacus_pi.cli.rewinds import rewind_options
 from opacus_pi.cli.run_files import new_directory, save_run
 from opacus_pi.cli.sets import make_sets, require_unseen
+from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.unlearning import Unlearner, UnlearningResult
 from opacus_pi.unlearning.requests import DeletionRequests, requested_indices
 
@@ -166,7 +167,9 @@ def _carry_out(
     person = options.forget_person[0] if options.forget_person else None
     with about("--log", "Restore the file from a copy, or name another."):
         owned = {} if person is None else {person: forget}
-        requests = DeletionRequests(options.log, len(train_set), owned)
+        requests = DeletionRequests(
+            options.log, len(train_set), owned, data_set=fingerprint(train_set)
+        )
     if person is None:
         name = options.request_id or _request_name(forget)
         requests.submit(name, indices=forget)

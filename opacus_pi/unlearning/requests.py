@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, require
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
+from opacus_pi.ledger.fingerprint import fingerprint, same_data_set
 from opacus_pi.models.batches import size_of
 from opacus_pi.recording.checkpoints import Checkpoints
 from opacus_pi.unlearning.deletion_log import (
@@ -114,9 +115,12 @@ class DeletionRequests:
         key: Key of the hashes of users' names, at least 16 bytes; None: the key file.
         store_names: Whether to store users' names themselves, for all who can read the
             log.
+        data_set: ``fingerprint`` of the training set, which requests then name; None:
+            only runs name it. Positions in a data set mean nothing in another one.
 
     Raises:
-        ValueError: If the file is not a deletion log, or is damaged.
+        ValueError: If the file is not a deletion log, is damaged, or names another data
+            set.
         OSError: If it cannot be made or opened.
     """
 
@@ -128,12 +132,16 @@ class DeletionRequests:
         *,
         key: bytes | None = None,
         store_names: bool = False,
+        data_set: str | None = None,
     ) -> None:
         self.log = DeletionLog(path)
         self.weights_path = weights_path_of(path)
         self.num_examples = num_examples
         self.rows_of = rows_of or {}
+        self.data_set = data_set
         self._names = UserNames(self.log.path, key, store_names)
+        if data_set is not None:
+            self._requests()  # refuses the log of another data set
 
     def submit(
         self,
@@ -167,6 +175,8 @@ class DeletionRequests:
         name = plain_name("request_id", request_id)
         rows = tuple(self._rows(indices, user).tolist())
         payload: dict[str, Any] = {"indices": rows}
+        if self.data_set is not None:
+            payload["data_set"] = self.data_set
         if user is not None:
             payload |= self._names.facts(plain_name("user", user))
         entry = self.log.append("request", payload, name=name)
@@ -286,8 +296,8 @@ class DeletionRequests:
 
         Raises:
             ValueError: As ``resume`` and ``unlearn`` or ``rewind``, or if the training
-                set has another length. What was carried out before it stays; the
-                request in question stays pending.
+                set has another length, or another fingerprint than the log names. What
+                was carried out before it stays; the request in question stays pending.
             RuntimeError: If another process is carrying out requests.
         """
         expect(
@@ -302,7 +312,7 @@ class DeletionRequests:
             options |= {"checkpoints": checkpoints, "deletion_policy": deletion_policy}
         carry_out = unlearner.unlearn if checkpoints is None else unlearner.rewind
         with self._locked():
-            found = self._requests()
+            found = self._requests(fingerprint(train_set))
             honoured = self._resume(unlearner, found)
             finished = [number for number in found.pending if number in honoured]
             if finished:  # the process was killed before it could log "done"
@@ -353,9 +363,15 @@ class DeletionRequests:
         payload = {"requests": numbers, "weights_sha256": digest, **facts}
         self.log.append("done", payload)
 
-    def _requests(self) -> Requests:
-        """Read the log and return its requests."""
-        return requests_of(self.log.entries(), self.num_examples)
+    def _requests(self, data_set: str | None = None) -> Requests:
+        """Read the log and return its requests.
+
+        Args:
+            data_set: Fingerprint of the training set; None: the one that was given
+                when the log was opened.
+        """
+        entries = self.log.entries()
+        return requests_of(entries, self.num_examples, data_set or self.data_set)
 
     def _resume(self, unlearner: Unlearner, found: Requests) -> set[int]:
         """Load the stored weights, if any, and return the requests they honour.
@@ -442,7 +458,7 @@ class DeletionRequests:
 
 
 def requested_indices(
-    path: str | os.PathLike[str], num_examples: int
+    path: str | os.PathLike[str], num_examples: int, data_set: str | None = None
 ) -> NDArray[np.int64]:
     """Return every example that a log's requests ask to forget, done or pending.
 
@@ -452,6 +468,7 @@ def requested_indices(
     Args:
         path: The deletion log.
         num_examples: Length of the training set.
+        data_set: Its fingerprint; None: not known.
 
     Returns:
         int64 ``(m,)``, sorted, each once.
@@ -461,7 +478,7 @@ def requested_indices(
         ValueError: If the log or the weights are damaged, or are about another
             training set, or a request was redacted and there are no weights.
     """
-    found = requests_of(read_entries(path), num_examples)
+    found = requests_of(read_entries(path), num_examples, data_set)
     named = {i for r in found.submitted.values() if r is not None for i in r.indices}
     weights = weights_path_of(path)
     if None in found.submitted.values():
@@ -537,7 +554,9 @@ def plain_name(argument: str, name: Any) -> str:
 # ------------------------------------------------------------------ reading the log
 
 
-def requests_of(entries: Iterable[Entry], num_examples: int) -> Requests:
+def requests_of(
+    entries: Iterable[Entry], num_examples: int, data_set: str | None = None
+) -> Requests:
     """Return the state of all requests after a log's entries.
 
     An unbroken chain shows that no entry was edited, not that the entry makes sense:
@@ -546,12 +565,14 @@ def requests_of(entries: Iterable[Entry], num_examples: int) -> Requests:
     Args:
         entries: Verified, oldest first.
         num_examples: Length of the training set.
+        data_set: Its fingerprint; None: not known.
 
     Raises:
         ValueError: If an entry does not belong in a log about this training set.
     """
     found = Requests()
     for entry in entries:
+        _require_data_set(entry, data_set)
         if entry.kind == "request":
             found.hashes[entry.number] = entry.hash
             found.submitted[entry.number] = (
@@ -561,6 +582,27 @@ def requests_of(entries: Iterable[Entry], num_examples: int) -> Requests:
             found.done |= _done_of(entry, set(found.submitted) - found.done)
             found.weights_sha256 = entry.payload["weights_sha256"]
     return found
+
+
+def _require_data_set(entry: Entry, data_set: str | None) -> None:
+    """Refuse an entry about another data set, as far as both are known.
+
+    Args:
+        entry: A request, or what was done; both may name the fingerprint.
+        data_set: The fingerprint of the training set; None: not known.
+    """
+    payload = entry.payload or {}
+    facts = payload.get("run") if entry.kind == "done" else payload
+    named = facts.get("data_set") if isinstance(facts, dict) else None
+    if data_set is None or not isinstance(named, str):
+        return
+    expect(
+        same_data_set(named, data_set),
+        "data_set",
+        data_set,
+        f"must be {named}, the one in entry {entry.number} of the deletion log",
+        "The log belongs to another training set. Open the log of this one.",
+    )
 
 
 def _request_of(entry: Entry, num_examples: int) -> DeletionRequest:

@@ -138,6 +138,16 @@ def test_a_bad_record(run, tmp_path):
     assert code == 2 and "The log belongs to another training set" in err
 
 
+def test_the_log_of_another_data_set_of_the_same_length_is_refused(
+    run, ledger, tmp_path
+):
+    path = tmp_path / "deletions.db"
+    other = "TensorDataset:120:0123456789abcdef:x0123456789abcdef"
+    DeletionRequests(path, 120, data_set=other).submit("a", indices=[5, 6])
+    code, _, err = run(*PLAN, "3", "--log", path)
+    assert code == 2 and f"data_set must be {other}, the one in entry 0" in err
+
+
 @pytest.mark.parametrize("value", [".02", "+0.02", "2e-2", "0.02"])
 def test_a_number_may_be_written_as_people_do(answer, value):
     words = (*BUILD, "--method", "langevin", "--set", f"noise_std={value}")

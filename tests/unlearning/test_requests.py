@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
+from opacus_pi.ledger import fingerprint
 from opacus_pi.unlearning import FineTune, Unlearner
 from opacus_pi.unlearning import requests as requests_module
 from opacus_pi.unlearning.deletion_log import verify
@@ -287,6 +288,46 @@ def test_a_record_about_another_training_set_is_refused(tmp_path):
         _ = smaller.pending
     with pytest.raises(ValueError, match="log belongs to another training set"):
         smaller.process(unlearner(), range(9))
+
+
+def with_other_labels():
+    inputs, labels = data().tensors
+    return TensorDataset(inputs, labels.flip(0))
+
+
+def test_runs_name_their_data_set_and_another_of_the_same_length_is_refused(tmp_path):
+    mine = submitted(tmp_path)
+    mine.process(unlearner(), data(), num_epochs=1)
+    mine.submit("later", indices=[1])
+    content = mine.log.path.read_bytes()
+    number = len(list(mine.log.entries()))
+    with pytest.raises(ValueError, match="data_set must be TensorDataset:.* entry"):
+        mine.process(unlearner(), with_other_labels(), num_epochs=1)
+    path, other = mine.log.path, fingerprint(with_other_labels())
+    with pytest.raises(ValueError, match="belongs to another training set"):
+        requested_indices(path, SIZE, other)
+    with pytest.raises(ValueError, match=f"got {other}"):
+        DeletionRequests(path, SIZE, data_set=other)
+    assert len(list(mine.log.entries())) == number and path.read_bytes() == content
+    assert len(requested_indices(path, SIZE, fingerprint(data()))) > 1
+    assert mine.process(unlearner(), data(), num_epochs=1)
+
+
+def test_a_pending_request_names_its_data_set_if_it_is_known(tmp_path):
+    path, own = tmp_path / "deletions.db", fingerprint(data())
+    mine = DeletionRequests(path, SIZE, data_set=own)
+    mine.submit("a", indices=[3])
+    assert mine.submit("a", indices=[3]).indices == (3,)
+    assert requested_indices(path, SIZE).tolist() == [3]
+    assert requested_indices(path, SIZE, own).tolist() == [3]
+    # without the hash of inputs, as a data set that reads files has none
+    assert requested_indices(path, SIZE, fingerprint(data(), inputs=False)).size == 1
+    with pytest.raises(ValueError, match="the one in entry 0 of the deletion log"):
+        DeletionRequests(path, SIZE).process(unlearner(), with_other_labels())
+    # a request that was logged without a data set is kept as it is
+    DeletionRequests(tmp_path / "old.db", SIZE).submit("a", indices=[3])
+    old = DeletionRequests(tmp_path / "old.db", SIZE, data_set=own)
+    assert old.submit("a", indices=[3]).indices == (3,)
 
 
 @pytest.mark.parametrize(
