@@ -5,20 +5,23 @@ autograd (:mod:`~opacus_pi.gradients.norm_engine`). Both would be repeated at ev
 of :func:`~opacus_pi.gradients.per_example_grad_norms`. The engine of the last call is
 therefore used again if the model is the same object and of the same structure
 (:mod:`~opacus_pi.models.structure`), and criterion and inputs are of the same kind. New
-values of weights and buffers do not matter.
+values of weights, buffers and other tensors do not matter.
 
 The guarantee: norms are those that a new engine would give. What breaks it is what
 breaks an engine within a sweep: a model that behaves otherwise on a later batch. An
 engine whose first batch has changed the structure of its copy, as a counter of calls
-would, is not kept. One engine is kept in a process, as long as its model exists; it has
-no copy of the weights.
+would, is not kept. If the change was that the forward pass wrote attributes, the next
+engine's first batch shows whether it reads them before it writes them. If not, as where
+a model stores its last loss, their values do not matter. One engine is kept in a
+process, as long as its model exists; it has no copy of the weights.
 """
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -26,7 +29,7 @@ from opacus_pi._torch_compat import pytree
 from opacus_pi.gradients.norm_engine import NormEngine
 from opacus_pi.models.copies import unwrap
 from opacus_pi.models.own_losses import Criterion
-from opacus_pi.models.structure import structure_of
+from opacus_pi.models.structure import Place, structure_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class _Kept:
 
 
 _kept: list[_Kept] = []  # at most one, and none while it is used
+# What forward passes write: attributes that they may not read first. None: they do.
+_written: WeakKeyDictionary[nn.Module, frozenset[Place] | None] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -63,17 +68,24 @@ def kept_engine(
         ValueError: As the engine does.
     """
     plain = unwrap(model)
-    made_for = _described(plain, criterion, x, y)
+    written = _written.get(plain) or frozenset()
+    made_for = _described(plain, criterion, x, y, written)
     kept = _taken()
     if kept and made_for and kept.model() is plain and kept.made_for == made_for:
-        kept.engine.take_buffers(plain)
+        kept.engine.take_values(plain, written)
         yield kept.engine
         _kept[:] = [kept]
         return
     engine = NormEngine(model, criterion)
-    structure = engine.structure
+    structure = engine.structure(written)
+    observed = engine.observed_attributes(written)
     yield engine
-    if made_for and structure is not None and engine.structure == structure:
+    observed.end()
+    if observed.read or _written.get(plain, written) is None:
+        _written[plain] = None
+    elif observed.written:
+        _written[plain] = written | observed.written
+    elif made_for and structure is not None and engine.structure(written) == structure:
         _kept[:] = [_Kept(weakref.ref(plain, _drop), made_for, engine)]
 
 
@@ -91,7 +103,11 @@ def _drop(model: weakref.ref[nn.Module]) -> None:
 
 
 def _described(
-    model: nn.Module, criterion: Criterion, x: Any, y: Any
+    model: nn.Module,
+    criterion: Criterion,
+    x: Any,
+    y: Any,
+    ignored: Collection[Place],
 ) -> Hashable | None:
     """Return what an engine depends on; ``None`` if it cannot be described.
 
@@ -103,8 +119,9 @@ def _described(
         criterion: The criterion.
         x: Inputs.
         y: Targets.
+        ignored: Attributes of the model whose values do not matter.
     """
-    structure, loss = structure_of(model), _loss(criterion)
+    structure, loss = structure_of(model, ignored), _loss(criterion)
     if structure is None or loss is None:
         return None
     leaves, shape = pytree.tree_flatten((x, y))

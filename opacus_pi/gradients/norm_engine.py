@@ -15,7 +15,7 @@ What breaks it: a model that behaves otherwise on a later batch than on the firs
 
 import warnings
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -53,7 +53,8 @@ from opacus_pi.models.batches import (
 from opacus_pi.models.copies import evaluation_copy, require_own_parameters, unwrap
 from opacus_pi.models.losses import float64_losses, unit_cotangents
 from opacus_pi.models.own_losses import Criterion
-from opacus_pi.models.structure import structure_of, take_buffers
+from opacus_pi.models.structure import Place, structure_of, take_values
+from opacus_pi.models.written_attributes import ObservedAttributes
 
 _DISAGREE = "the rules of the model disagree with plain autograd"
 
@@ -123,27 +124,40 @@ class NormEngine:
         """The device of the model."""
         return next(iter(self._trainable.values())).device
 
-    @property
-    def structure(self) -> Hashable | None:
-        """A description of the copy, without its parameters' ``requires_grad``.
+    def structure(self, ignored: Collection[Place]) -> Hashable | None:
+        """Return a description of the copy, without its parameters' ``requires_grad``.
 
-        ``None`` if there is none (:func:`~opacus_pi.models.structure.structure_of`).
+        Args:
+            ignored: Attributes to be left out.
+
+        Returns:
+            ``None`` if there is none, as for
+            :func:`~opacus_pi.models.structure.structure_of`.
         """
         flags = [(p, p.requires_grad) for p in self._model.parameters()]
         self._model.requires_grad_(False)
         try:
-            return structure_of(self._model)
+            return structure_of(self._model, ignored)
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
-    def take_buffers(self, model: nn.Module) -> None:
-        """Take the present values of the model's buffers.
+    def observed_attributes(self, expected: frozenset[Place]) -> ObservedAttributes:
+        """Observe which attributes of the copy its forward passes write.
+
+        Args:
+            expected: Attributes whose reads are watched.
+        """
+        return ObservedAttributes(self._model, expected)
+
+    def take_values(self, model: nn.Module, ignored: Collection[Place]) -> None:
+        """Take the present values of the model's buffers and tensors.
 
         Args:
             model: The unwrapped model, of unchanged structure.
+            ignored: Attributes to be left as they are.
         """
-        take_buffers(self._model, model)
+        take_values(self._model, model, ignored)
 
     def _live_parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of the live model."""

@@ -3,12 +3,12 @@
 A copy shares the weights with its model, but everything else is the copy's own: layers,
 buffers, hooks and attributes. :func:`structure_of` describes all of these by values
 that can be compared with ``==``: two equal descriptions, before and after, mean that a
-new copy would differ from the old one only in the values of its buffers
-(:func:`take_buffers` copies them).
+new copy would differ from the old one only in the values of its buffers and of the
+tensors among its attributes (:func:`take_values` copies them).
 
 The guarantee: whatever ``copy.deepcopy`` would copy is described. Where that is not
-known, as for tensors that are neither parameters nor buffers, the description is
-``None``, and the model counts as changed. What breaks it: state that is not reachable
+known, as for tensors in lists, the description is ``None``, and the model counts as
+changed. What breaks it: state that is not reachable
 through attributes, such as a global variable that a forward method reads; a new copy
 would read it, too.
 
@@ -24,13 +24,17 @@ import itertools
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opacus_pi._torch_compat import BACKWARD_HOOK_TABLES, FORWARD_HOOK_TABLES
+from opacus_pi._torch_compat import (
+    BACKWARD_HOOK_TABLES,
+    FORWARD_HOOK_TABLES,
+    compiled_module,
+)
 from opacus_pi.models.copies import ADDED_BY_OPACUS, is_hook_of_opacus
 
 _CONSTANTS = (
@@ -38,40 +42,60 @@ _CONSTANTS = (
     *(torch.dtype, torch.device, torch.Size, type),
     *(types.FunctionType, types.BuiltinFunctionType),
 )
+Place = tuple[int, str]  # a module's place in ``own_modules``, and an attribute's name
 # Attributes of modules that an evaluation copy does not take from its model
 _NOT_COPIED = {"training", *BACKWARD_HOOK_TABLES, *ADDED_BY_OPACUS}
 
 
-def structure_of(model: nn.Module) -> Hashable | None:
+def structure_of(model: nn.Module, ignored: Collection[Place] = ()) -> Hashable | None:
     """Return a description of what a copy of a model depends on.
 
-    Weights are described by where they are stored, not by their values, and buffers by
-    their shapes. Modes and gradients are left out, and so is what Opacus and this
-    package add to a model.
+    Weights are described by where they are stored, not by their values, and buffers and
+    other tensors among the attributes by their shapes. Modes and gradients are left
+    out, and so is what Opacus and this package add to a model.
 
     Args:
         model: An unwrapped module.
+        ignored: Attributes to be left out.
 
     Returns:
         A value to be compared with ``==``; ``None`` if the model contains an object
         that cannot be described.
     """
     try:
-        return _Description(model).of(model)
+        return _Description(model, ignored).of(model)
     except _Unknown:
         return None
 
 
-def take_buffers(copied: nn.Module, model: nn.Module) -> None:
-    """Give a copy the values of the model's buffers.
+def take_values(
+    copied: nn.Module, model: nn.Module, ignored: Collection[Place] = ()
+) -> None:
+    """Give a copy the values of the model's buffers and of tensors among attributes.
 
     Args:
         copied: A copy of a model of the same structure.
         model: The model.
+        ignored: Attributes to be left as they are.
     """
     with torch.no_grad():
         for ours, theirs in zip(copied.buffers(), model.buffers(), strict=True):
             ours.copy_(theirs)
+    modules = zip(own_modules(copied), own_modules(model), strict=True)
+    for number, (our_module, their_module) in enumerate(modules):
+        for name, value in vars(their_module).items():
+            if isinstance(value, Tensor) and (number, name) not in ignored:
+                needs_gradient = value.requires_grad and value.is_leaf
+                own = value.detach().clone().requires_grad_(needs_gradient)
+                vars(our_module)[name] = own
+
+
+def own_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model, without the wrappers of ``torch.compile``.
+
+    A copy has the same modules in the same order.
+    """
+    return [m for m in model.modules() if compiled_module(m) is None]
 
 
 class _Unknown(Exception):
@@ -83,10 +107,15 @@ class _Description:
 
     Args:
         model: The model that is described.
+        ignored: Attributes to be left out.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers = {id(buffer) for buffer in model.buffers()}
+    def __init__(self, model: nn.Module, ignored: Collection[Place]) -> None:
+        self._ignored = ignored
+        self._places = {id(m): i for i, m in enumerate(own_modules(model))}
+        attributes = [v for m in model.modules() for v in vars(m).values()]
+        tensors = [v for v in attributes if isinstance(v, Tensor)]
+        self._taken = {id(tensor) for tensor in (*model.buffers(), *tensors)}
         self._numbers: dict[int, int] = {}
         self._described: list[Any] = []  # kept, so that no id is used twice
 
@@ -125,7 +154,10 @@ class _Description:
         if rescales or hasattr(module, "__deepcopy__"):
             raise _Unknown
         found = []
+        place = self._places.get(id(module), -1)
         for name, attribute in vars(module).items():
+            if (place, name) in self._ignored:
+                continue
             if name in FORWARD_HOOK_TABLES:
                 hooks = [h for h in attribute.values() if not is_hook_of_opacus(h)]
                 found.append((name, self.of(hooks)))
@@ -134,14 +166,14 @@ class _Description:
         return tuple(found)
 
     def _tensor(self, tensor: Tensor) -> Hashable:
-        """Return the description of a parameter or buffer.
+        """Return the description of a parameter, buffer or attribute.
 
         Raises:
-            _Unknown: If it is neither: its values may change unnoticed.
+            _Unknown: If it is none of these: its values may change unnoticed.
         """
         form = (tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
-        if id(tensor) in self._buffers:
-            return form
+        if id(tensor) in self._taken:
+            return *form, tensor.is_leaf
         if type(tensor) is not nn.Parameter:
             raise _Unknown
         return form, tensor.stride(), tensor.data_ptr()

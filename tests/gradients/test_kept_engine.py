@@ -40,6 +40,41 @@ class Counts(nn.Module):
         return x * self.calls
 
 
+class Accumulates(nn.Module):
+    """Keeps a tensor from one call to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.ones(6)
+
+    def forward(self, x):
+        self.scale = 0.5 * self.scale + 0.5
+        return x * self.scale
+
+
+class StoresInLists(nn.Module):
+    """Tensors that are no attributes themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = [torch.ones(6)]
+
+    def forward(self, x):
+        return x * self.values[0]
+
+
+class StoresItsLast(nn.Module):
+    """Stores what it has computed, and does not use it."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept, self.last = kept, None
+
+    def forward(self, x):
+        self.last = self.kept(x)
+        return 2 * x if self.last is not None else x
+
+
 class Stores(nn.Module):
     """A tensor that is neither a parameter nor a buffer."""
 
@@ -190,7 +225,43 @@ def test_a_changed_model_is_measured_as_it_is(engines, change, is_new):
     assert len(engines) == 1 + is_new
 
 
-@pytest.mark.parametrize("layer", [Counts, Stores])
+def test_a_tensor_among_the_attributes_has_its_present_values(engines):
+    model = made(Stores())
+    for _ in range(3):
+        check(model, *batch())
+        model[3].values = torch.rand(6)
+    model[3].values.data += 1  # no counter sees this
+    check(model, *batch())
+    assert len(engines) == 1
+
+
+KEPT = {
+    "with its graph": lambda x: x.mean(),
+    "detached": lambda x: x.detach().square().mean(),
+    "number": lambda x: float(x.detach().mean()),
+    "list": lambda x: [x.detach()],
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("has_trained", [False, True])
+def test_a_model_that_stores_its_last_loss(engines, name, has_trained):
+    """The second engine shows that what the first one wrote is not read."""
+    model = made(StoresItsLast(KEPT[name]))
+    for _ in range(5):
+        x, y = batch()
+        if has_trained:
+            CRITERION(model(x), y).backward()
+            model.zero_grad()
+        truth = loop_norms(made(Scaled(2.0)).eval(), LOSSES, x, y)
+        model[1].reset_running_stats()
+        found = per_example_grad_norms(model, CRITERION, x, y)
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=0)
+    assert len(engines) == 2
+    assert type(engines[1]._model[3]) is StoresItsLast
+
+
+@pytest.mark.parametrize("layer", [Counts, Accumulates, StoresInLists])
 def test_models_that_may_change_unnoticed_get_a_new_engine(engines, layer):
     model, (x, y) = made(layer()), batch()
     found = [per_example_grad_norms(model, CRITERION, x, y) for _ in range(3)]
