@@ -8,6 +8,7 @@ matter for the next pass. A copy of the model can then be used again as it is.
 and watches the reads of those that are expected to be written. The guarantee: a read
 through ``module.name`` is noticed. What breaks it: a read through ``vars(module)``.
 
+>>> import torch
 >>> class Stores(nn.Module):
 ...     last = None
 ...
@@ -22,7 +23,6 @@ through ``module.name`` is noticed. What breaks it: a read through ``vars(module
 (frozenset({(0, 'last')}), False)
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -123,21 +123,19 @@ class _Watch:
         del vars(self._module)[_WATCHED]
 
 
-def _watching(base: type) -> type:
+def _watching(base: Any) -> type:
     """Return a subclass of a module's class that notes reads and writes."""
-    plain_get: Callable[[Any, str], Any] = base.__getattribute__
-    plain_set: Callable[[Any, str, Any], None] = base.__setattr__
 
-    class Watching(base):  # type: ignore[misc]
+    class Watching(base):
         def __getattribute__(self, name: str) -> Any:
             if not name.startswith("__"):
                 watch = object.__getattribute__(self, "__dict__").get(_WATCHED)
                 if watch is not None:
                     watch.note_read(name)
-            return plain_get(self, name)
+            return base.__getattribute__(self, name)
 
         def __setattr__(self, name: str, value: Any) -> None:
-            plain_set(self, name, value)
+            base.__setattr__(self, name, value)
             watch = vars(self).get(_WATCHED)
             if watch is not None:
                 watch.note_write(name)
@@ -151,5 +149,5 @@ def _writes(value: Any) -> int:
 
 
 def _differ(before: tuple[Any, int] | None, value: Any) -> bool:
-    """Return whether an attribute is another object, or a tensor that was written to."""
+    """Return whether an attribute is another object, or a tensor written to since."""
     return before is None or before[0] is not value or before[1] != _writes(value)
