@@ -268,8 +268,7 @@ class Unlearner:
             "must be given if stop is given",
             "stop decides by the metrics that evaluate(model) returns.",
         )
-        forget, retain = self._split(train_set, forget_indices)
-        gone = np.union1d(self.forgotten, forget)
+        forget, gone, retain = self._split(train_set, forget_indices)
         num_fresh = len(gone) - len(self.forgotten)
         if num_fresh == 0:
             warnings.warn(_NOTHING_NEW, stacklevel=2)
@@ -300,7 +299,7 @@ class Unlearner:
 
     def _split(
         self, train_set: Dataset[Any], forget_indices: ArrayLike
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return the examples to forget and those to retain, after checking them.
 
         Args:
@@ -309,8 +308,8 @@ class Unlearner:
             forget_indices: What the caller passed.
 
         Returns:
-            Sorted positions of the forget set, and of all examples that are retained,
-            which exclude those of earlier calls.
+            Sorted positions of the forget set, of all examples that are then forgotten,
+            with those of earlier calls, and of the rest, which is retained.
 
         Raises:
             ValueError: As ``unlearn``.
@@ -322,7 +321,7 @@ class Unlearner:
         gone = np.union1d(self.forgotten, forget)
         retain = np.setdiff1d(np.arange(size), gone)
         require_rest(len(retain), size)
-        return forget, retain
+        return forget, gone, retain
 
     def plan(
         self,
@@ -461,7 +460,7 @@ class Unlearner:
                 repeated.
             AccountingError: If a link of the chain of custody is broken.
         """
-        forget, _ = self._split(train_set, forget_indices)
+        forget, _, _ = self._split(train_set, forget_indices)
         training = self._recorded(checkpoints)
         plan = training.plan(forget, self.forgotten, deletion_policy)
         rerun = training.rest(
