@@ -32,7 +32,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from opacus_pi._class_swap import swap_class
+from opacus_pi._class_swap import plain_class, swap_class
 from opacus_pi.attribution import TargetOrder, Tracker, probe
 from opacus_pi.custody import Chain
 from opacus_pi.custody.loss_factors import LossFactors
@@ -46,6 +46,7 @@ from opacus_pi.integration.opacus_compat import (
     removable_handles,
 )
 from opacus_pi.integration.paths_to_weights import PathsToWeights
+from opacus_pi.integration.two_passes import TwoPasses
 from opacus_pi.recording import Recorder
 
 __all__ = [
@@ -194,6 +195,12 @@ def probe_losses(
     )
     criterion._pi_target_order = TargetOrder(tracker, chain)
     criterion._pi_paths = PathsToWeights(criterion.module, chain)
+    criterion._pi_passes = None
+    is_sharded = isinstance(module_of(criterion.module), FSDPModule)
+    if plain_class(criterion) is DPLossFastGradientClipping and not is_sharded:
+        criterion._pi_passes = TwoPasses(
+            criterion.module, chain, is_mean=criterion.loss_reduction == "mean"
+        )
     criterion._pi_loss_factors = LossFactors(
         chain,
         is_mean=criterion.loss_reduction == "mean",
@@ -208,6 +215,7 @@ def _reporting_calls(base: type) -> type:
         _pi_loss_probe: LossProbe
         _pi_target_order: TargetOrder
         _pi_paths: PathsToWeights
+        _pi_passes: TwoPasses | None
         _pi_loss_factors: LossFactors
 
         def __call__(self, *args: Any, **options: Any) -> Any:
@@ -217,19 +225,23 @@ def _reporting_calls(base: type) -> type:
             targets = args[1] if len(args) > 1 else options.get("target")
             self._pi_target_order.saw(targets)
             self._pi_loss_factors.watch(loss.loss_per_sample, *args[:1])
-            return _with_paths(loss, self._pi_paths)
+            return _with_checks(loss, self._pi_paths, self._pi_passes)
 
     return Criterion
 
 
-def _with_paths(loss: DPTensorFastGradientClipping, paths: PathsToWeights) -> Any:
-    """Have the backward pass of a loss reported.
+def _with_checks(
+    loss: DPTensorFastGradientClipping, paths: PathsToWeights, passes: TwoPasses | None
+) -> Any:
+    """Have the backward passes of a loss reported.
 
     Args:
         loss: What a criterion of ghost clipping returned; its class is replaced.
-        paths: Checks the backward pass.
+        paths: Checks the first pass.
+        passes: Compares both; None: nothing does.
     """
-    swap_class(loss, _reporting_backward)._pi_paths = paths
+    made = swap_class(loss, _reporting_backward)
+    made._pi_paths, made._pi_passes = paths, passes
     return loss
 
 
@@ -238,10 +250,16 @@ def _reporting_backward(base: type) -> type:
 
     class Loss(base):
         _pi_paths: PathsToWeights
+        _pi_passes: TwoPasses | None
 
         def backward(self) -> None:
             self._pi_paths.backward_begins(self.loss_per_sample)
+            if self._pi_passes is None:
+                super().backward()
+                return
+            self._pi_passes.begins(self.loss_per_sample)
             super().backward()
+            self._pi_passes.ended()
 
     for name in _ARITHMETIC & vars(DPTensorFastGradientClipping).keys():
         setattr(Loss, name, _keeping_paths(getattr(base, name)))
@@ -253,6 +271,7 @@ def _keeping_paths(operation: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(operation)
     def operate(loss: Any, *others: Any) -> Any:
-        return _with_paths(operation(loss, *others), loss._pi_paths)
+        made = operation(loss, *others)
+        return _with_checks(made, loss._pi_paths, loss._pi_passes)
 
     return operate

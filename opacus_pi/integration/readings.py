@@ -42,8 +42,17 @@ _NO_BOUND = (
 _NOT_COUNTED = (
     "The accountant has counted {} of {} updates, so its epsilon is too small. The "
     "cause is not known: optimizer.attach_step_hook may have replaced the "
-    "accountant's own hook (attach one function that calls both hooks), or its "
-    "history was changed."
+    "accountant's own hook (attach one function that calls both hooks), the loop may "
+    "call the parts of optimizer.step instead of it, or the accountant's history was "
+    "changed."
+)
+_NONE_COUNTED = (
+    "The accountant has counted none of {} updates, so it has no epsilon. It counts in "
+    "optimizer.step(): call it, and not its parts (clip_and_accumulate, add_noise, "
+    "original_optimizer.step). If your loop needs the parts, let it call "
+    "optimizer.step_hook(optimizer) after add_noise. If attach_step_hook has replaced "
+    "the accountant's hook, attach one function that calls both. "
+    "engine.epsilons(delta) covers the recorded updates."
 )
 _BROKEN = (
     "get_epsilon returns Opacus's number, but it is not a bound for this training. {}"
@@ -200,6 +209,16 @@ class Readings:
         """Return what the accountant guarantees for the recorded run, if anything."""
         mechanism = self.recorder.ledger.mechanism
         return bound_of(self.accountant, mechanism) if self.is_private else None
+
+    def require_counted(self) -> None:
+        """Say why Opacus's accountant could not compute ε, if it is without updates.
+
+        Raises:
+            AccountingError: If it has counted none of the updates that were made.
+        """
+        num_made = self.recorder.num_steps
+        if self.is_private and num_made and not num_steps_of(self.accountant):
+            raise AccountingError(_NONE_COUNTED.format(num_made))
 
     def judge_epsilon(self) -> None:
         """Warn if the accountant's ε is no bound for the training that was made.

@@ -236,10 +236,15 @@ class RecordedEngine(Shown, OpacusEngine):
 
         Raises:
             AccountingError: After ``make_monitored``: Opacus's accountants do not count
-                updates without clipping, for which no epsilon holds.
+                updates without clipping, for which no epsilon holds. Also if the
+                accountant fails because it has counted none of the updates.
         """
         self._readings.judge_epsilon()
-        epsilon: float = super().get_epsilon(delta)
+        try:
+            epsilon: float = super().get_epsilon(delta)
+        except ValueError:  # the PRV accountant converts NaN to an integer
+            self._readings.require_counted()
+            raise
         return epsilon
 
     # ---------------------------------------------------------------------- checkpoints

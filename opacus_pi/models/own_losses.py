@@ -84,6 +84,13 @@ _SEVERAL = (
 )
 
 
+_NOT_ALONE = (
+    "For an example of a batch, {name} returned the loss {found:.6g}, but for this "
+    "example alone {alone:.6g}. So the loss depends on the other examples, and no "
+    "example has a loss of its own. " + _REMEDY
+)
+
+
 class CoupledLoss(ValueError):
     """The loss of a batch is not the mean or the sum of the examples' own losses."""
 
@@ -141,6 +148,34 @@ class OwnLosses:
             self._check(outputs, targets)
             self._is_checked = True
         return losses
+
+    def compare_alone(self, outputs: Any, targets: Any) -> None:
+        """Compare the losses of a few examples with their losses without the batch.
+
+        They are those with the largest and the smallest loss, the first and the last. A
+        criterion that draws random numbers is not compared.
+
+        Args:
+            outputs: The model's outputs on b examples.
+            targets: Their targets.
+
+        Raises:
+            CoupledLoss: If a loss differs.
+        """
+        size = len(targets)
+        with torch.no_grad(), random_state_untouched():
+            losses = self._own(outputs, targets)
+            torch.rand(())
+            if not torch.equal(losses, self._own(outputs, targets)):
+                return
+            for place in {int(losses.argmax()), int(losses.argmin()), 0, size - 1}:
+                alone = self._own(*_one_of((outputs, targets), size, place))
+                found = losses[place : place + 1]
+                if not _are_close(found, alone):
+                    message = _NOT_ALONE.format(
+                        name=self._name, found=float(found), alone=float(alone)
+                    )
+                    raise CoupledLoss(message)
 
     @property
     def is_checked(self) -> bool:
@@ -315,6 +350,23 @@ def half_replaced(
         return tensor.detach()[sources.to(tensor.device)]
 
     return map_tensors(replaced, batch)
+
+
+def _one_of(batch: Any, size: int, place: int) -> Any:
+    """Return a batch of one example.
+
+    Args:
+        batch: Tensors in any nesting; those whose first dimension does not have
+            ``size`` entries stay as they are.
+        size: The number of examples.
+        place: The position of the one that stays.
+    """
+
+    def one(tensor: Tensor) -> Tensor:
+        is_batch = tensor.dim() > 0 and len(tensor) == size
+        return tensor.detach()[place : place + 1] if is_batch else tensor
+
+    return map_tensors(one, batch)
 
 
 def _are_close(one: Tensor, other: Tensor) -> bool:

@@ -232,6 +232,29 @@ def test_a_step_hook_of_the_user_replaces_the_accountants():
     assert run.engine.epsilons(1e-5).max() > 0
 
 
+def by_parts(run):
+    for x, y in run.loader:
+        run.optimizer.zero_grad()
+        nn.functional.cross_entropy(run.model(x), y).backward()
+        run.optimizer.clip_and_accumulate()
+        run.optimizer.add_noise()
+        run.optimizer.scale_grad()
+        run.optimizer.original_optimizer.step()
+
+
+def test_updates_that_the_loop_makes_of_the_parts_of_a_step():
+    run = Run(accountant="prv")
+    quietly(by_parts, run)
+    num_updates = run.engine.ledger.mechanism.num_steps
+    assert num_updates > 0
+    assert run.engine.epsilons(1e-5).max() > 0
+    with (
+        pytest.warns(UserWarning, match=f"counted 0 of {num_updates} updates"),
+        pytest.raises(AccountingError, match=f"none of {num_updates} updates"),
+    ):
+        run.engine.get_epsilon(1e-5)
+
+
 def test_the_group_accountant_refuses_too():
     run = Run(accountant="group")
     engine = run.engine

@@ -371,7 +371,9 @@ def test_a_loop_with_the_audited_loss_is_recorded_without_a_word(loop):
     assert verdict(run, oracle.true_norms(run)) == (RIGHT, "")
     assert run.said == []
     (link,) = [x for x in run.ledger.custody.links if x.name == "loss"]
-    assert link.state == "checked", link.sentence
+    # it may couple examples in some batches, which ghost clipping says
+    is_own = loop.criterion is models.Focal and loop.mode == "ghost"
+    assert link.state == ("unchecked" if is_own else "checked"), link.sentence
 
 
 def test_automatic_mixed_precision_is_repeated():

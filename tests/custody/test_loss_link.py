@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi import AccountingError, PrivacyEngine, Recorder
+from opacus_pi.custody import Chain
+from opacus_pi.custody.loss_probe import LossProbe
 from tests.custody.probed_models import Calls
 
 CLASSES = 3
@@ -170,3 +172,57 @@ def test_the_loss_of_a_loop_stays_unchecked_without_a_warning(recwarn):
         optimizer.step()
     assert state_of(engine, "loss") == "unchecked"
     assert not [w for w in recwarn if "assumes, without a check" in str(w.message)]
+
+
+class Trimmed(nn.Module):
+    """Drops the largest loss of a batch if it is an outlier."""
+
+    def __init__(self, limit):
+        super().__init__()
+        self.limit, self.reduction = limit, "mean"
+
+    def forward(self, outputs, labels):
+        losses = nn.functional.cross_entropy(outputs, labels, reduction="none")
+        if len(losses) > 1 and losses.max() > self.limit:
+            losses = losses * (losses < losses.max())
+        return losses if self.reduction == "none" else losses.mean()
+
+
+def probed(criterion, batches):
+    chain = Chain()
+    probe = LossProbe(criterion, chain, averages_each_example=True)
+    for outputs, labels in batches:
+        probe.saw(outputs, labels)
+    (link,) = (k for k in chain.custody().links if k.name == "loss")
+    return link
+
+
+@pytest.mark.parametrize("place", [1, 3, 4, 8, 64, 128])
+def test_an_outlier_is_dropped_in_one_of_the_probed_batches(place):
+    draws = torch.Generator().manual_seed(place)
+    labels = torch.arange(6) % 3
+    batches = [
+        (torch.randn(6, 3, generator=draws).clamp(-1, 1), labels) for _ in range(130)
+    ]
+    batches[place - 1][0][2] = torch.tensor([9.0, 0.0, 0.0])  # its label is 2
+    link = probed(Trimmed(5.0), batches)
+    assert link.state == "broken"
+    assert "no example has a loss of its own" in link.sentence
+
+
+def test_a_criterion_that_is_not_of_torch_is_unchecked_in_between():
+    batches = [(torch.eye(3), torch.arange(3))] * 5
+    link = probed(Trimmed(5.0), batches)
+    assert link.state == "unchecked"
+    assert "not one of torch's losses" in link.sentence
+    assert probed(nn.CrossEntropyLoss(), batches).state == "checked"
+
+
+def test_a_criterion_with_random_numbers_is_not_compared_with_single_examples():
+    class Smoothed(nn.CrossEntropyLoss):
+        def forward(self, outputs, labels):
+            noise = torch.rand(len(outputs), 1)
+            return super().forward(outputs * noise, labels)
+
+    link = probed(Smoothed(), [(torch.eye(4), torch.arange(4))] * 4)
+    assert link.state == "unchecked"
