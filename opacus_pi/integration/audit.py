@@ -46,6 +46,7 @@ from opacus_pi.custody.finding import Finding
 from opacus_pi.custody.model_probe import probe_separability
 from opacus_pi.custody.probed_call import NoDropout
 from opacus_pi.gradients import per_example_grad_norms
+from opacus_pi.integration.failed_updates import failed_update
 from opacus_pi.integration.function_copies import copied_if_possible
 from opacus_pi.integration.repeated_calls import changing_part
 from opacus_pi.integration.schedules import user_collate_fn
@@ -321,9 +322,10 @@ def audit_batch(
             recorded = _recorded_norms(model, loss, (x, y), run, new_engine)
             reverse = _recorded_norms(model, loss, turned, run, new_engine).flip(0)
             row_of_norms = _compare_norms(recorded, expected, model)
-        except RuntimeError as error:  # of Opacus or torch, as in training
+        except (RuntimeError, TypeError) as error:  # as in training
             recorded = reverse = torch.empty(0, dtype=torch.float64)
-            row_of_norms = _failed_update(error)
+            text = failed_update(error, run.mode)
+            row_of_norms = AuditRow("norms", False, text)
         outputs = forward(quiet_copy(model, run), x)
         rows: tuple[AuditRow, ...] = (
             row_of_norms,
@@ -610,17 +612,6 @@ class OutputGradients:
                 rows = gradient.movedim(along[0], 0).reshape(size, -1)
                 parts.append(rows.double().cpu())
         return torch.cat(parts, dim=1)
-
-
-def _failed_update(error: RuntimeError) -> AuditRow:
-    """Say that an update could not be made, and with which error."""
-    first, *_ = [*str(error).splitlines(), ""]
-    return AuditRow(
-        "norms",
-        False,
-        f"An update with these examples failed ({type(error).__name__}: {first}). "
-        'Training would fail, too. Change the model, or try grad_sample_mode="hooks".',
-    )
 
 
 def _compare_norms(recorded: Tensor, expected: Tensor, model: nn.Module) -> AuditRow:

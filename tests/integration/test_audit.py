@@ -435,3 +435,48 @@ def test_weights_of_the_criterion_keep_their_gradients(mode):
     assert engine.audit(criterion).passed
     assert criterion.layer.weight.grad is None
     assert criterion.layer.bias.grad is gradient and bool((gradient == 1).all())
+
+
+class TwoInputs(nn.Module):
+    """A parameter of its own, outside of layers, and two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.head = nn.Parameter(torch.ones(5)), nn.Linear(5, CLASSES)
+
+    def forward(self, a, b):
+        return self.head(a + b + self.token)
+
+
+class HasBuffer(nn.Module):
+    """A parameter and a buffer of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("offset", torch.zeros(5))
+        self.token, self.head = nn.Parameter(torch.ones(5)), nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        return self.head(x + self.offset + self.token)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_inputs_and_a_parameter_of_the_model(mode):
+    x, y = data_set(6).tensors
+    batch = ((x, x.flip(0)), y)
+    audit = opacus_pi.audit(
+        TwoInputs(), nn.CrossEntropyLoss(), batch, grad_sample_mode=mode
+    )
+    assert bool(audit.passed) is (mode == "fast")
+    if mode != "fast":
+        assert 'try grad_sample_mode="fast"' in str(audit)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "fast"])
+def test_the_advice_for_what_every_mode_refuses(mode):
+    audit = opacus_pi.audit(
+        HasBuffer(), nn.CrossEntropyLoss(), data_set(6).tensors, grad_sample_mode=mode
+    )
+    assert not audit.passed
+    assert "Move the parameters into a layer without buffers" in str(audit)
+    assert "try grad_sample_mode" not in str(audit)

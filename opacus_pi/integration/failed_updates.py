@@ -1,0 +1,42 @@
+"""What an audit says of an update that could not be made, and what to try then."""
+
+# Modes in which Opacus itself differentiates modules that own parameters
+_BY_OPACUS = ("hooks", "functorch", "ghost")
+
+
+def failed_update(error: RuntimeError | TypeError, mode: str) -> str:
+    """Say with which error an update failed, and what to do.
+
+    No advice leads to another mode and back: where every mode refuses the model, only a
+    change of the model is advised.
+
+    Args:
+        error: Of Opacus or torch.
+        mode: The ``grad_sample_mode``.
+
+    >>> failed_update(RuntimeError("no rule for Net"), "hooks")[-33:]
+    'yet, try grad_sample_mode="fast".'
+    """
+    first, *_ = [*str(error).splitlines(), ""]
+    other = "hooks" if mode == "fast" else "fast"
+    if isinstance(error, TypeError) and mode in _BY_OPACUS:
+        remedy = (
+            "Opacus runs a module that has parameters of its own once more, with its "
+            "first input only. Move these parameters into a layer of their own with "
+            f'one input, or, if you have not yet, try grad_sample_mode="{other}".'
+        )
+    elif "layer with buffers" in first:
+        remedy = (
+            "Opacus refuses, in every mode, a module that has both buffers and "
+            "trainable parameters of its own. Move the parameters into a layer without "
+            "buffers."
+        )
+    else:
+        remedy = (
+            "Change the model as the error says, or, if you have not yet, try "
+            f'grad_sample_mode="{other}".'
+        )
+    return (
+        f"An update with these examples failed ({type(error).__name__}: {first}). "
+        f"Training would fail, too. {remedy}"
+    )
