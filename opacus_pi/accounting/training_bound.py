@@ -45,6 +45,7 @@ __all__ = [
     "Curve",
     "declarations",
     "every_gradient_clipped",
+    "item_is_the_unit",
     "noise_added",
     "sampling_known",
     "training_assumptions",
@@ -216,9 +217,18 @@ def declarations(
         *unchecked_links(runs),
         Assumption(_SETTINGS, True, _CANNOT_SEE),
         Assumption(_NOTHING_ELSE, True, _CANNOT_SEE),
-        Assumption(_OWN_ITEM, True, _CANNOT_SEE),
+        item_is_the_unit(),
         unpredictable_noise(runs),
     )
+
+
+def item_is_the_unit() -> Assumption:
+    """Return the assumption that an item of the data set is what is protected.
+
+    Every certificate lists it: a person whose data are in several items is protected
+    only if all of these are removed together.
+    """
+    return Assumption(_OWN_ITEM, True, _CANNOT_SEE)
 
 
 def unpredictable_noise(

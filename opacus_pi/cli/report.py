@@ -41,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
     result = None if options.run_dir is None else load_run(options.run_dir)
     oracle, barriers, unchecked = _evaluation(options, result)
     if result is not None:
-        result = replace(result, unchecked=(*result.unchecked, *unchecked))
+        not_checked = [*result.unchecked, *unchecked]
+        result = replace(result, record={**result.record, "not_checked": not_checked})
     facts = write_report(
         page,
         ledger=runs,

@@ -33,7 +33,7 @@ MEANING = {
 # Entries of a record that are not settings: the page shows the method elsewhere, and
 # must not name the forgotten examples.
 _NOT_SETTINGS = (
-    *("method", "forget_indices", "forgotten_before"),
+    *("method", "forget_indices", "forgotten_before", "not_checked"),
     *("ledgers", "trained_weights", "unlearned_weights", "files"),
 )
 
@@ -42,7 +42,8 @@ class Unlearned(Protocol):
     """The result of ``Unlearner.unlearn`` without its model, as a report needs it.
 
     A protocol, because the command line reads a run back from files, without loading
-    the weights. Anything with these three attributes can be reported.
+    the weights. Anything with these three attributes can be reported. The record may
+    have sentences about files that may not belong together, as ``"not_checked"``.
     """
 
     @property
@@ -116,7 +117,7 @@ def run_facts(
         "settings": {k: v for k, v in record.items() if k not in _NOT_SETTINGS},
         "forget_set": _forget_set(record, scores),
         "not_checked": [
-            *getattr(result, "unchecked", ()),
+            *record.get("not_checked", ()),
             *require_same_training(record, runs),
         ],
         "metrics": _metrics(result.trace, oracle or {}),

@@ -49,9 +49,9 @@ def write_report(
         path: Name of the page. The JSON file gets the same name with ``.json``.
         ledger: The ledger of one training run, or of several independent runs.
         result: What ``Unlearner.unlearn`` returned, or any object with its ``trace``,
-            ``guarantee`` and ``record``. If it has ``unchecked``, the page lists these
-            sentences about files that may not belong together. None: the report covers
-            the training alone.
+            ``guarantee`` and ``record``. If its record has ``"not_checked"``, the page
+            lists these sentences about files that may not belong together. None: the
+            report covers the training alone.
         oracle: For each metric, its values over models that were retrained without
             the forget set.
         barriers: Loss barriers to those models.

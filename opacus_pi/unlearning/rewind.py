@@ -44,7 +44,10 @@ from opacus_pi.accounting.guarantee import (
     guarantee_of_run,
     observed,
 )
-from opacus_pi.accounting.training_bound import unpredictable_noise
+from opacus_pi.accounting.training_bound import (
+    item_is_the_unit,
+    unpredictable_noise,
+)
 from opacus_pi.integration.rerun import (
     MakeOptimizer,
     Rerun,
@@ -529,6 +532,7 @@ class RecordedTraining:
             ),
             *_links(self.ledger.custody, charges=policy is not None),
             *(Assumption(text, True, evidence) for text, evidence in _DECLARED),
+            item_is_the_unit(),
         ]
         if not np.isfinite(self.record.max_grad_norm).all():
             facts.append(Assumption(*_MONITORED))

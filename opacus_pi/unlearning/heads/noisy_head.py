@@ -30,6 +30,7 @@ from opacus_pi._validate import (
 from opacus_pi.accounting.conversion import check_delta
 from opacus_pi.accounting.guarantee import Assumption, Guarantee, observed
 from opacus_pi.accounting.langevin.contraction import first_step
+from opacus_pi.accounting.training_bound import item_is_the_unit
 from opacus_pi.unlearning.heads.features import checked_matrix, checked_rows
 
 Array = NDArray[np.float64]
@@ -440,6 +441,7 @@ class NoisyHead(ABC):
                 True,
                 "the head cannot see what is released",
             ),
+            item_is_the_unit(),
         ]
 
     def _what(self, places: Indices, num_steps: int, kind: str) -> str:
