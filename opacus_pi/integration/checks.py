@@ -26,11 +26,13 @@ from torch.utils.data import DataLoader
 from torch.utils.hooks import RemovableHandle
 
 from opacus_pi._errors import AccountingError
-from opacus_pi._torch_compat import BatchNormBase, load_hooks
+from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi.custody import Chain
 from opacus_pi.custody.buffers import BufferLink, watch_buffers
+from opacus_pi.custody.loaded_states import watch_loading
 from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.integration.derived import own_scaling, own_step
+from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.integration.schedules import changed_schedule, settings_of_schedule
 from opacus_pi.integration.written_gradients import NO_TENSORS, NotedTensors
@@ -279,13 +281,7 @@ class OutsideChanges:
             inner.register_step_pre_hook(before_step),
             inner.register_step_post_hook(after_step),
         )
-        # One hook is enough: those of earlier calls, and of a module that this one is a
-        # copy of, go.
-        table = load_hooks(module)
-        for key in [k for k, hook in table.items() if isinstance(hook, _LoadHook)]:
-            del table[key]
-        handle = module.register_load_state_dict_post_hook(_LoadHook(self))
-        keep_handle(module, handle)
+        keep_handle(module, watch_loading(module, self))
 
     def gradients_were_noised(self, optimizer: Optimizer) -> None:
         """Note the gradients that now have noise: the step should use them as they are.
@@ -294,8 +290,7 @@ class OutsideChanges:
             optimizer: It is about to write the weights.
         """
         self._noised = NotedTensors(_gradients(optimizer))
-        groups = optimizer.param_groups
-        frozen = [p for g in groups for p in g["params"] if not p.requires_grad]
+        frozen = [p for p in held_by(optimizer) if not p.requires_grad]
         if any([p.grad is not None and bool(p.grad.any()) for p in frozen]):
             self._chain.break_link("noise", _FROZEN_WITH_GRADIENT)
 
@@ -330,24 +325,4 @@ class OutsideChanges:
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
     """Return the gradients that an optimizer would use."""
-    groups = optimizer.param_groups
-    return [g for group in groups for p in group["params"] if (g := p.grad) is not None]
-
-
-class _LoadHook:
-    """A hook for loaded state dicts; copies and pickles of it do nothing.
-
-    Modules are copied and pickled together with their hooks, and a copy's weights are
-    not those of the run.
-    """
-
-    def __init__(self, changes: OutsideChanges | None = None) -> None:
-        self._changes = None if changes is None else weakref.ref(changes)
-
-    def __call__(self, *_: Any) -> None:
-        changes = None if self._changes is None else self._changes()
-        if changes is not None:
-            changes.state_dict_was_loaded()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _LoadHook, ()
+    return [g for p in held_by(optimizer) if (g := p.grad) is not None]

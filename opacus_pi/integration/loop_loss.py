@@ -52,6 +52,7 @@ from opacus_pi.integration.audit import (
     norms_of_update,
     rounding_of,
 )
+from opacus_pi.integration.held_weights import ids_held_by
 from opacus_pi.models.batches import floating, inputs_and_targets, rows_of, to_device
 from opacus_pi.models.copies import training_copy
 from opacus_pi.models.forward_call import ForwardCall
@@ -464,7 +465,7 @@ class LoopLoss:
         if module is None or optimizer is None:
             raise _NotCompared(_NOT_SEEN)
         copied = training_copy(module)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = ids_held_by(optimizer)
         for live, own in zip(module.parameters(), copied.parameters(), strict=False):
             own.requires_grad_(live.requires_grad and id(live) in held)
         return copied

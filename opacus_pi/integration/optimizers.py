@@ -40,6 +40,12 @@ from opacus_pi.integration.drawn_noise import missing_noise
 from opacus_pi.integration.explanations import explain_numbers_of_gradients
 from opacus_pi.integration.fast import FastHooks
 from opacus_pi.integration.grad_sample import joint_norms, row_norms
+from opacus_pi.integration.held_weights import (
+    FOREIGN,
+    held_by,
+    holds_others,
+    ids_held_by,
+)
 from opacus_pi.integration.methods_in_use import MethodsInUse
 from opacus_pi.integration.opacus_compat import (
     clipped_norms,
@@ -206,6 +212,16 @@ class _ReportingOptimizer(DPOptimizer):
         if not self._pi_has_own_scaling:  # which may do more than to scale
             self._pi_note_gradients()
 
+    def _pi_follow_weights(self) -> None:
+        """Follow the weights of the optimizer, to which some may have been added.
+
+        Weights that are not the model's break the link "norm".
+        """
+        update = self._pi_update
+        if self._pi_written.follow(held_by(self)):
+            if holds_others(self, module_of(update.hooks)):
+                update.chain.break_link("norm", FOREIGN)
+
     def _pi_note_gradients(self) -> None:
         """Note the gradients as they are: they have noise."""
         if self._pi_update.outside is not None:
@@ -282,6 +298,7 @@ class _FromGradSamples(_ReportingOptimizer):
         and charged first, because a sample that cannot pay must not enter the sum.
         """
         update, written = self._pi_update, self._pi_written
+        self._pi_follow_weights()
         update.was_clipped(float(self.max_grad_norm))
         written.require_unchanged()
         written.require_unchanged_sums()
@@ -345,8 +362,8 @@ class _FromGradSamples(_ReportingOptimizer):
 
     def _pi_batch_sizes(self) -> list[int]:
         """Return how many per-example gradients each backward pass left."""
-        trained = (p for g in self.param_groups for p in g["params"] if p.requires_grad)
-        first = next(trained).grad_sample
+        trained: Any = next(p for p in held_by(self) if p.requires_grad)
+        first = trained.grad_sample
         if isinstance(first, list):  # several backward passes preceded the step
             return [len(gradients) for gradients in first]
         if self._pi_update.has_gradients_by_hand:
@@ -368,6 +385,7 @@ class _FromCache(_ReportingOptimizer):
 
     def clip_and_accumulate(self) -> None:
         """Clip all batches since the last step and report their norms."""
+        self._pi_follow_weights()
         self._pi_update.was_clipped(float(self.max_grad_norm))
         self._pi_written.require_unchanged_sums()
         super().clip_and_accumulate()
@@ -401,6 +419,7 @@ class _FromGhostClipping(_ReportingOptimizer):
 
     def accumulate(self) -> None:
         """Add one physical batch and report its norms."""
+        self._pi_follow_weights()
         by_parameter = self._pi_require_same_parameters()
         self._pi_update.was_clipped(float(self._pi_update.hooks.max_grad_norm))
         self._pi_written.require_unchanged()
@@ -433,9 +452,7 @@ class _FromGhostClipping(_ReportingOptimizer):
             self._pi_parameters = [] if is_sharded else list(module.parameters())
         if not self._pi_parameters:
             return norms_of_parameters(self.params)
-        held = set[int]()
-        for group in self.param_groups:
-            held.update(map(id, group["params"]))
+        held = ids_held_by(self)
         norms = norms_of_parameters(self._pi_parameters)
         for parameter, norm in zip(self._pi_parameters, norms, strict=True):
             is_trained = parameter.requires_grad and id(parameter) in held

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from opacus_pi._validate import expect, require
+from opacus_pi.integration.held_weights import held_by
 from opacus_pi.ledger.participation_record import ParticipationRecord
 from opacus_pi.models.batches import inputs_and_targets, size_of, to_device
 
@@ -238,7 +239,7 @@ class Rerun:
             if len(batch):
                 self._loss(model, self._items(batch)).backward()
             else:
-                for p in (p for g in optimizer.param_groups for p in g["params"]):
+                for p in held_by(optimizer):
                     p.grad = torch.zeros_like(p)
             optimizer.step()
         finally:
@@ -248,7 +249,7 @@ class Rerun:
         """Add noise to every gradient just before the step."""
         if not noise_std:
             return
-        for p in (p for g in optimizer.param_groups for p in g["params"]):
+        for p in held_by(optimizer):
             if p.grad is not None:
                 p.grad += noise_std * torch.randn_like(p.grad)
 

@@ -202,6 +202,7 @@ class PreparedRun:
         if self.processes is None:
             self.lost = new_lost_gradients(hooks, self.optimizer, self.chain)
         self.loss_probe: ModelLossProbe | None = None
+        self._swept: SweptModel | None = None
         if self.model_probe is not None and hooks.batch_first:
             takes_sum = hooks.loss_reduction == "sum"
             self.loss_probe = ModelLossProbe(
@@ -250,6 +251,7 @@ class PreparedRun:
         self.chain.on_read(compare, can_break=False)  # it reads the whole data set
         trained = weakref.ref(self.module)
         swept = SweptModel(self.module, self.optimizer)
+        self._swept = swept if recorder.mode == "swept" else None
         collate_fn = InItemOrder(user_collate_fn(self.loader))
         collate_fn.chain = self.chain
         last_weights = None
@@ -309,6 +311,7 @@ class PreparedRun:
         )
         update.model_probe, update.loss_probe = self.model_probe, self.loss_probe
         update.paths = self.paths
+        update.swept = self._swept
         if renyi_filter is not None:
             layers = batch_norms(self.hooks)
             update.gate = FilterGate(renyi_filter, self.tracker, layers)

@@ -7,7 +7,7 @@ frozen.
 
 The weights of an optimizer may change during a run. Each sweep takes the present ones.
 An update with other weights than those of the last sweep leaves the link ``"norm"``
-unchecked.
+unchecked; one with weights that are not the model's breaks it.
 
 >>> model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
 >>> optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from opacus_pi.custody import Chain
+from opacus_pi.integration.held_weights import FOREIGN, holds_others, ids_held_by
 from opacus_pi.models.copies import evaluation_copy, unwrap
 
 __all__ = ["SweptModel"]
@@ -44,7 +45,7 @@ class SweptModel:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._module, self._optimizer = weakref.ref(module), weakref.ref(optimizer)
-        self._measured: tuple[bool, ...] = ()
+        self._measured = self._updated(module)
 
     def __call__(self) -> nn.Module:
         """Return the model if all of its trainable weights are updated; else a copy.
@@ -70,12 +71,18 @@ class SweptModel:
     def update_was_made(self, chain: Chain) -> None:
         """Compare the weights of an update with those of the last sweep.
 
+        Before the first sweep they are compared with those of the start.
+
         Args:
             chain: The chain of custody of the run.
         """
-        module = self._module()
-        if module is not None and self._updated(module) != self._measured:
+        module, optimizer = self._module(), self._optimizer()
+        if module is None or optimizer is None:
+            return
+        if self._updated(module) != self._measured:
             chain.leave_unchecked("norm", _CHANGED)
+        if holds_others(optimizer, module):
+            chain.break_link("norm", FOREIGN)
 
     def _updated(self, module: nn.Module) -> tuple[bool, ...]:
         """Return for each weight whether the optimizer updates it.
@@ -89,5 +96,5 @@ class SweptModel:
         own = unwrap(module).parameters()
         if optimizer is None:
             return tuple([p.requires_grad for p in own])
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = ids_held_by(optimizer)
         return tuple([p.requires_grad and id(p) in held for p in own])

@@ -35,6 +35,7 @@ from opacus_pi.integration.checks import (
 from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.loop_loss import LoopLoss
 from opacus_pi.integration.paths_to_weights import PathsToWeights
+from opacus_pi.integration.swept_model import SweptModel
 from opacus_pi.ledger.noise_generator import kind_of
 from opacus_pi.recording import Recorder
 
@@ -74,6 +75,7 @@ class UpdateUnderWay:
         paths: Finds weights that are used outside of their layers' calls; None: it does
             not, or the criterion of ghost clipping keeps it.
         loop_loss: Compares updates with a criterion that was audited; None: none was.
+        swept: The model that sweeps measure; None: norms are observed.
         is_superseded: Whether a later ``make_private`` of the same engine has begun
             another run. Updates of this one are then not recorded but refused.
 
@@ -94,6 +96,7 @@ class UpdateUnderWay:
     loss_probe: ModelLossProbe | None = None
     paths: PathsToWeights | None = None
     loop_loss: LoopLoss | None = None
+    swept: SweptModel | None = None
     is_superseded: bool = False
     optimizer: weakref.ref[DPOptimizer] | None = field(init=False, default=None)
     has_gradients_by_hand: bool = field(init=False)
@@ -243,6 +246,8 @@ class UpdateUnderWay:
         self._examples, self._is_distinct = [], True
         if not self.is_superseded:
             self.recorder.step(**settings)
+            if self.swept is not None:
+                self.swept.update_was_made(self.chain)
 
     def _reasons(self) -> Iterator[tuple[str, str]]:
         """Yield each link that this update breaks, and the reason with its remedy."""

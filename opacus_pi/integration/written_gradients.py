@@ -40,6 +40,7 @@ from opacus_pi._torch_compat import (
 from opacus_pi.attribution import Tracker
 from opacus_pi.custody import Chain
 from opacus_pi.integration.fast import FastHooks
+from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.opacus_compat import keep_handle, module_of
 from opacus_pi.models.copies import is_hook_of_opacus
 
@@ -88,7 +89,7 @@ def watch_gradients(
         chain: The chain of custody of the run.
     """
     is_ghost = isinstance(optimizer, DPOptimizerFastGradientClipping)
-    written = WrittenGradients(optimizer.params, chain, is_ghost=is_ghost)
+    written = WrittenGradients(held_by(optimizer), chain, is_ghost=is_ghost)
     module = module_of(hooks)
     if isinstance(hooks, FastHooks | GradSampleHooksNoOp):
         written.is_active = False
@@ -147,6 +148,22 @@ class WrittenGradients:
         self._gradients: dict[int, list[_Noted]] = {}
         self._sums = NO_TENSORS
         self.is_active = True
+
+    def follow(self, parameters: list[nn.Parameter]) -> bool:
+        """Watch these parameters from now on.
+
+        Args:
+            parameters: Those that the optimizer updates now.
+
+        Returns:
+            Whether they are not those that were watched before.
+        """
+        before = self._parameters
+        if len(parameters) == len(before) and all(map(is_, parameters, before)):
+            return False
+        self._parameters = parameters
+        self._keys = [(id(parameter), parameter) for parameter in parameters]
+        return True
 
     # --------------------------------------------------- what backward passes report
     def backward_began(self, *, is_second: bool) -> None:

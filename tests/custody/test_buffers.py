@@ -184,6 +184,6 @@ def test_a_model_that_is_prepared_again_has_one_hook_before_its_passes():
 
 
 def test_a_model_without_other_tensors_has_none():
-    module = nn.Linear(5, 3)
+    module = nn.Sequential(nn.Linear(5, 3))  # a layer may be watched itself
     prepared(module)
     assert not module._forward_pre_hooks

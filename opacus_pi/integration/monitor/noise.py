@@ -17,12 +17,13 @@ traced to one. Training then goes on, with noise, and the ledger is refused.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from opacus_pi._validate import expect
 from opacus_pi.attribution import LEFT_OUT, UNATTRIBUTED, Tracker
 from opacus_pi.custody import Chain
+from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.monitor.gradient_scale import GradientScale
 from opacus_pi.recording import Recorder
 
@@ -84,7 +85,7 @@ class NoiseHook:
             ValueError: If the step would not use the gradients as they are now.
         """
         _check_step(optimizer, args[1] if len(args) > 1 else kwargs.get("closure"))
-        parameters = _parameters(optimizer)
+        parameters = held_by(optimizer)
         if self.scale is not None:
             self.scale.compare(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
@@ -128,11 +129,6 @@ def _batch_size(tracker: Tracker) -> int | None:
     if len(samples) and (samples == UNATTRIBUTED).all():
         return None
     return int((samples != LEFT_OUT).sum())
-
-
-def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
-    """Return the parameters whose gradients the step will use."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _check_step(optimizer: Optimizer, closure: Any) -> None:

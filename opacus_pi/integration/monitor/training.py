@@ -41,10 +41,13 @@ from opacus_pi._validate import expect, require
 from opacus_pi.accounting import fingerprint
 from opacus_pi.attribution import ForwardProbe, Tracker, keeps_order, observe
 from opacus_pi.custody import Chain
+from opacus_pi.custody.buffers import BufferLink, watch_buffers
 from opacus_pi.custody.draws import DrawLink
+from opacus_pi.custody.loaded_states import watch_loading
 from opacus_pi.custody.model_probe import MODEL_NOT_RUN, ModelProbe
 from opacus_pi.custody.weights import WeightsLink, WeightSnapshot
 from opacus_pi.gradients import Sweep
+from opacus_pi.integration.held_weights import held_by
 from opacus_pi.integration.monitor.gradient_scale import GradientScale
 from opacus_pi.integration.monitor.noise import NoiseHook
 from opacus_pi.integration.monitor.sampling import (
@@ -77,6 +80,8 @@ _BATCH_NORM = (
 # Hooks that a call of ``monitor`` added to a module or an optimizer. The next call
 # with the same object removes them: a second set would add noise twice.
 _HOOK_HANDLES: WeakKeyDictionary[Any, list[RemovableHandle]] = WeakKeyDictionary()
+# What watches the buffers in the run of an optimizer; hooks refer to it weakly.
+_BUFFER_LINKS: WeakKeyDictionary[Optimizer, BufferLink] = WeakKeyDictionary()
 
 
 _SWEPT = "Sweeps over the data set measured the norms, one example at a time."
@@ -410,6 +415,15 @@ def _watch_weights(
     """
     weights, chain = custody.weights, custody.chain
     custody.snapshot.watch(module.parameters())
+    buffers = None if isinstance(module, DDP) else watch_buffers(module, chain)
+    _BUFFER_LINKS.pop(optimizer, None)
+    if buffers is None:
+        loaded = watch_loading(module, weights)
+        _HOOK_HANDLES[module].append(loaded)
+    else:
+        loaded = watch_loading(module, weights, buffers)
+        _HOOK_HANDLES[module] += [*buffers.handles, loaded]
+        _BUFFER_LINKS[optimizer] = buffers
 
     def before_step(*_: Any) -> None:
         weights.before_update()
@@ -517,7 +531,7 @@ def _check_training(module: nn.Module, optimizer: Optimizer, noise_std: float) -
     # Sweeps measure the gradient by the module's parameters. An update of others would
     # depend on the examples in a way that is not measured.
     own = set(module.parameters())
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = held_by(optimizer)
     expect(
         all(p in own for p in held),
         "optimizer",
