@@ -119,11 +119,16 @@ class ParametersOutsideLayers(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self._sees_reruns and has_saved_tensor_hooks():
             return func(*args, **kwargs)
-        tensors = list(_tensors(args, kwargs))
-        values = {id(t): value for t in tensors if (value := self._value(t))}
-        others = [t for t in tensors if id(t) not in values]
+        tensors, known = _tensors(args, kwargs), self._values
+        values = {
+            id(t): value
+            for t in tensors
+            # asking whether a plain tensor is a parameter is slow
+            if (type(t) is not Tensor or id(t) in known) and (value := self._value(t))
+        }
         if not values:
-            return self._without_values(func, args, kwargs, others)
+            return self._without_values(func, args, kwargs, tensors)
+        others = [t for t in tensors if id(t) not in values]
         result = None
         is_shared = all(map(self._is_constant, others)) and not _writes(func)
         if is_shared and (
@@ -154,6 +159,22 @@ class ParametersOutsideLayers(TorchFunctionMode):
         value = self._values[id(tensor)] = SharedValue(tensor)
         return value
 
+    def _may_be_shared(self, tensor: Tensor) -> bool:
+        """Return False for most tensors that depend on the examples, quickly."""
+        key = id(tensor)
+        return (
+            type(tensor) is not Tensor
+            or key in self._constants
+            or key in self._untapped
+            or key in self._buffer_ids()
+        )
+
+    def _buffer_ids(self) -> set[int]:
+        """Return the ids of the model's buffers."""
+        if self._buffers is None:
+            self._buffers = {id(buffer) for buffer in self._model.buffers()}
+        return self._buffers
+
     def _is_constant(self, tensor: Tensor) -> bool:
         """Return whether a tensor depends neither on examples nor on live parameters.
 
@@ -162,11 +183,9 @@ class ParametersOutsideLayers(TorchFunctionMode):
         """
         if tensor.requires_grad:
             return False
-        if self._buffers is None:
-            self._buffers = {id(buffer) for buffer in self._model.buffers()}
         return (
             isinstance(tensor, nn.Parameter)
-            or id(tensor) in self._buffers
+            or id(tensor) in self._buffer_ids()
             or _is_noted(tensor, self._constants)
         )
 
@@ -200,6 +219,9 @@ class ParametersOutsideLayers(TorchFunctionMode):
     ) -> Any:
         """Run an operation that no live parameter takes part in."""
         result = func(*args, **kwargs)
+        # Most operations depend on the examples by their first tensor already.
+        if others and not self._may_be_shared(others[0]):
+            return result
         if isinstance(result, Tensor) and all(map(self._is_constant, others)):
             self._constants[id(result)] = weakref.ref(result), num_writes(result)
             return result
@@ -236,7 +258,7 @@ class ParametersOutsideLayers(TorchFunctionMode):
             has_constants: Whether there are other tensors among them.
         """
         result = func(*args, **kwargs)
-        tensors = list(_tensors((result,), {}))
+        tensors = _tensors((result,), {})
         if not tensors or id(result) in values:
             return result
         parameters = {p for value in values.values() for p in value.parameters}
@@ -452,13 +474,15 @@ def _is_noted(tensor: Tensor, noted: _Noted) -> bool:
     return is_same and num_writes(tensor) == count
 
 
-def _tensors(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Yield the tensors among arguments, and in lists and tuples of them."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (part for part in value if isinstance(part, Tensor))
+def _tensors(args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors among arguments, and in lists and tuples of them."""
+    found = [value for value in args if isinstance(value, Tensor)]
+    if len(found) < len(args) or kwargs:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, (list, tuple)):
+                found += [part for part in value if isinstance(part, Tensor)]
+        found += [value for value in kwargs.values() if isinstance(value, Tensor)]
+    return found
 
 
 def _replaced(call: Any, replacements: Mapping[int, Any]) -> Any:
