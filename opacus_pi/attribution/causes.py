@@ -18,6 +18,7 @@ from typing import Literal
 __all__ = [
     "ADDED_IN_COLLATE",
     "ALIKE",
+    "ALIKE_IN_COLLATE",
     "ANOTHER_INPUT",
     "ANOTHER_PASS",
     "BY_HAND",
@@ -35,6 +36,8 @@ __all__ = [
     "MOVED_IN_DATA_SET",
     "NOT_DELIVERED",
     "NO_INDICES",
+    "NUMBER_IN_COLLATE",
+    "PARTS_IN_COLLATE",
     "REPEATED",
     "SEVERAL_BATCHES",
     "TRUSTED",
@@ -119,8 +122,9 @@ SEVERAL_BATCHES = Cause(
 ALIKE = Cause(
     "examples look alike",
     "unattributed",
-    "Some examples of a batch have equal content, so copies of them cannot be "
-    "distinguished. Give the model the tensors that the data loader delivered.",
+    "Some examples of a batch are equal in all entries that are compared, so copies of "
+    "them cannot be distinguished. Give the model the tensors that the data loader "
+    "delivered.",
 )
 EQUAL_INPUTS = Cause(
     "examples have equal inputs and different targets",
@@ -232,6 +236,29 @@ CHANGED_IN_COLLATE = Cause(
     "unattributed",
     "collate_fn returned items in other positions, and changed some of them or all, so "
     "the changed ones cannot be matched. " + _IN_THE_DATA_SET,
+)
+ALIKE_IN_COLLATE = Cause(
+    "collate_fn moves items that look alike",
+    "unattributed",
+    "collate_fn returned items in other positions, and some of them are equal in all "
+    "that can be compared, so it is not known which of them is which. Keep the order "
+    "of the items, or have the sampler choose another order.",
+)
+PARTS_IN_COLLATE = Cause(
+    "collate_fn makes several samples of one item",
+    "unattributed",
+    "collate_fn made a sample of each row of an item, so max_grad_norm bounds what a "
+    "row contributes, but not what an item with several rows does. Make each row an "
+    "item of the data set, or return one sample for each item.",
+    link="rows",
+)
+NUMBER_IN_COLLATE = Cause(
+    "collate_fn returns another number of samples than items",
+    "unattributed",
+    "collate_fn returned more or fewer samples than it was given items, and none of "
+    "them is equal to an item, so they cannot be matched. If an item is in several "
+    "samples, max_grad_norm does not bound what it contributes. Return one sample for "
+    "each item.",
 )
 ADDED_IN_COLLATE = Cause(
     "collate_fn adds to items",

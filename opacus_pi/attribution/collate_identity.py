@@ -39,9 +39,12 @@ from torch import Tensor
 from torch.utils.data import default_collate, default_convert
 
 from opacus_pi.attribution.causes import (
+    ALIKE_IN_COLLATE,
     CHANGED_IN_COLLATE,
     COLLATE,
     MIXED_IN_COLLATE,
+    NUMBER_IN_COLLATE,
+    PARTS_IN_COLLATE,
     Cause,
 )
 from opacus_pi.attribution.item_contents import MIN_ENTRIES, content_sums
@@ -194,11 +197,14 @@ def _matched(items: ItemFingerprints, samples: "list[Samples]") -> CollateIdenti
         items: The items.
         samples: The tensors of the batch.
     """
+    for tensor in samples:
+        if _are_rows_of(items, tensor):
+            return CollateIdentity(np.full(len(tensor), -1), cause=PARTS_IN_COLLATE)
     found = [c for s in samples if (c := s.candidates(items)) is not None]
-    size = max(map(len, found), default=len(samples[0]))
-    found = [candidates for candidates in found if len(candidates) == size]
     if not found:
-        return _without_content(items, samples, size)
+        return _without_content(items, samples)
+    size = max(map(len, found))
+    found = [candidates for candidates in found if len(candidates) == size]
     samples = [s for s in samples if len(s) == size]
     joint = _narrowed(np.logical_and.reduce(found), items, samples)
     return _chosen(items, samples, joint, found)
@@ -240,7 +246,7 @@ def _narrowed(joint: Mask, items: ItemFingerprints, samples: "list[Samples]") ->
         items: The items.
         samples: The tensors of the batch, with as many samples.
     """
-    for by_part in (s.numbers(items) for s in samples):
+    for by_part in (s.numbers(items).values() for s in samples):
         agreeing = [m for m in by_part if (m & joint).any(axis=1).all()]
         moved = [m for m in by_part if _are_same_values(m)]
         for by_number in agreeing or moved[:1]:
@@ -260,7 +266,7 @@ def _are_in_place(
     for tensor in tensors:
         if tensor.ndim <= batch_dim or tensor.shape[batch_dim] != len(items):
             return False
-        content = DelayedChecksums(tensor, batch_dim)
+        content = DelayedChecksums(tensor, batch_dim, keeps_tensor=True)
         if not _has_equal_part(items, content):
             return False
         is_shown = is_shown or (content.width > 1 and _differ(content))
@@ -276,8 +282,17 @@ def _has_equal_part(items: ItemFingerprints, content: DelayedChecksums) -> bool:
         entries.shape == own.shape
         and np.array_equal(entries.view(np.int32), own)
         and bool((items.widths[:, part] == content.width).all())
+        and _are_same_whole(items, part, content)
         for part, entries in enumerate(items.entries)
     )
+
+
+def _are_same_whole(
+    items: ItemFingerprints, part: int, content: DelayedChecksums
+) -> bool:
+    """Return whether samples equal a part in all entries, if that must be compared."""
+    whole = items.whole.get(part)
+    return whole is None or np.array_equal(whole, content.of_all_entries())
 
 
 def _differ(content: DelayedChecksums) -> bool:
@@ -295,26 +310,74 @@ def _are_same_values(matches: Mask) -> bool:
 
 
 def _without_content(
-    items: ItemFingerprints, samples: "list[Samples]", size: int
+    items: ItemFingerprints, samples: "list[Samples]"
 ) -> CollateIdentity:
     """Return the relation if no sample has the content of an item."""
+    size = len(samples[0])
     nothing = np.full(size, -1)
     if size != len(items):  # or it is a list with some tensors for each sample
-        return UNCHECKED if len(samples) >= len(items) else CollateIdentity(nothing)
+        is_list = len(samples) >= len(items)
+        unmatched = CollateIdentity(nothing, cause=NUMBER_IN_COLLATE)
+        return UNCHECKED if is_list else unmatched
     others = _made_of_others(items, samples)
     if others.mixed.any():
         return CollateIdentity(nothing, cause=MIXED_IN_COLLATE)
     if others.moved.any():
         return CollateIdentity(nothing)
-    is_wide = any(s.width > 1 for s in samples)
-    for by_part in (s.numbers(items) for s in samples if len(s) == size):
-        moved = [m for m in by_part if _are_same_values(m)]
-        clear = [m for m in moved if (m.sum(axis=1) == 1).all()]
-        if moved and not any(m.diagonal().all() for m in moved):
-            return CollateIdentity(clear[0].argmax(axis=1) if clear else nothing)
-        if clear and not is_wide:
-            return BY_CONSTRUCTION
-    return UNCHECKED
+    return _by_numbers(items, samples)
+
+
+def _are_rows_of(items: ItemFingerprints, samples: "Samples") -> bool:
+    """Return whether samples are the rows of the items, one item after another."""
+    for part in items.shapes:
+        are_rows = all(shape[1:] == samples.shape for shape in part if shape)
+        if are_rows and all(part) and samples.width:
+            nums = [shape[0] for shape in part]
+            if max(nums) > 1 and sum(nums) == len(samples):
+                return True
+    return False
+
+
+def _by_numbers(items: ItemFingerprints, samples: "list[Samples]") -> CollateIdentity:
+    """Find out which item each sample is by its numbers, such as ids or labels.
+
+    Args:
+        items: The items.
+        samples: The tensors of the batch.
+    """
+    matches = list(_same_numbers(items, samples))
+    if not matches:
+        return UNCHECKED
+    joint: Mask = np.logical_and.reduce(matches)
+    is_unique = bool((joint.sum(axis=1) == 1).all())
+    is_changed = any(s.width > 1 for s in samples)  # there is more than numbers
+    if joint.diagonal().all():
+        is_clear = is_unique or bool(items.widths.all())
+        return UNCHECKED if is_changed or not is_clear else BY_CONSTRUCTION
+    if is_changed and not is_unique:
+        return CollateIdentity(np.full(len(items), -1))
+    return _chosen(items, samples, joint, matches)
+
+
+def _same_numbers(items: ItemFingerprints, samples: "list[Samples]") -> Iterator[Mask]:
+    """Yield which item each sample may be, for each tensor that is a part of them.
+
+    A tensor may have the numbers of several parts. Then it is the part in its place, if
+    the batch has as many tensors as an item has parts; else the first one that agrees
+    with the other tensors.
+    """
+    joint = np.ones((len(items), len(items)), dtype=np.bool_)
+    has_all = len(samples) == items.widths.shape[1]
+    for place, tensor in enumerate(samples):
+        if len(tensor) != len(items):
+            continue
+        by_part = tensor.numbers(items)
+        same = {part: m for part, m in by_part.items() if _are_same_values(m)}
+        agreeing = [m for m in same.values() if (m & joint).any(axis=1).all()]
+        best = [same[place]] if has_all and place in same else agreeing
+        for matches in (best or list(same.values()))[:1]:
+            joint &= matches
+            yield matches
 
 
 def _chosen(
@@ -344,8 +407,8 @@ def _chosen(
         chosen = np.where(is_known, np.arange(len(items)), -1)
     else:
         chosen = np.fromiter(_assigned(items, joint), np.int64, len(joint))
-    cause = MIXED_IN_COLLATE if is_mixed.any() else CHANGED_IN_COLLATE
-    return CollateIdentity(chosen, cause=cause)
+    cause = CHANGED_IN_COLLATE if not is_known.all() else ALIKE_IN_COLLATE
+    return CollateIdentity(chosen, cause=MIXED_IN_COLLATE if is_mixed.any() else cause)
 
 
 def _assigned(items: ItemFingerprints, joint: Mask) -> Iterator[int]:
@@ -357,12 +420,15 @@ def _assigned(items: ItemFingerprints, joint: Mask) -> Iterator[int]:
     """
     total_widths, num_uses = items.widths.sum(axis=1), np.zeros(len(items), np.int64)
     sums = items.checksums
+    are_complete = bool(items.widths.all())  # all parts of all items have checksums
     for row in joint:
         possible = np.flatnonzero(row)
         if len(possible) > 1:
             widths = total_widths[possible]
             possible = possible[widths == widths.max()]
-        if not len(possible) or (sums[possible] != sums[possible[0]]).any():
+        is_alone = len(possible) == 1
+        are_equal = are_complete and (sums[possible] == sums[possible[:1]]).all()
+        if not len(possible) or not (is_alone or are_equal):
             yield -1
             continue
         item = possible[num_uses[possible].argmin()]
@@ -381,7 +447,7 @@ class Samples:
 
     def __init__(self, tensor: Tensor, dim: int) -> None:
         self._by_sample = tensor.detach().movedim(dim, 0)
-        self.content = DelayedChecksums(tensor, dim)
+        self.content = DelayedChecksums(tensor, dim, keeps_tensor=True)
         self.shape = tuple(self._by_sample.shape[1:])
         self._is_compared = False
         self._candidates: Mask | None = None
@@ -414,8 +480,6 @@ class Samples:
             return None
         if _has_equal_part(items, self.content) and _differ(self.content):
             return np.eye(len(items), dtype=np.bool_)
-        if _are_all_alike(self.content.checksums):
-            return None
         best: Mask | None = None
         for part in range(items.widths.shape[1]):
             matches = self._matches(items, part)
@@ -434,10 +498,12 @@ class Samples:
         Returns:
             bool ``(b, n)``; None if no sample, or only some short ones, agree.
         """
-        widths, sums = items.widths[:, part], items.checksums_of(part)
-        if widths.max() < 2 or (len(items) > 1 and _are_all_alike(sums)):
+        widths, sums = items.widths[:, part], items.best_checksums_of(part)
+        is_whole = part in items.whole and self.width == widths[0]
+        own = self.content.of_all_entries() if is_whole else self.content.checksums
+        if widths.max() < 2 or _are_all_alike(sums) or _are_all_alike(own):
             return None
-        matches = (widths == self.width) & (self.content.checksums[:, None] == sums)
+        matches = (widths == self.width) & (own[:, None] == sums)
         if (widths != self.width).any():
             matches |= self._padded(items, part)
         is_clear = (matches & (widths >= _MIN_ENTRIES)).any()
@@ -475,21 +541,21 @@ class Samples:
         """The samples, ``(b, width)``."""
         return self._by_sample.reshape(len(self), -1)
 
-    def numbers(self, items: ItemFingerprints) -> list[Mask]:
+    def numbers(self, items: ItemFingerprints) -> dict[int, Mask]:
         """Return which items have the same number, for each part that is a number.
 
         Returns:
-            bool ``(b, n)`` each; none if samples are more than a number each.
+            bool ``(b, n)`` by part; empty if samples are more than a number each.
         """
         if self.width != 1:
-            return []
+            return {}
         sums = self.content.checksums[:, None]
         parts = np.flatnonzero((items.widths == 1).all(axis=0)).tolist()
-        return [
-            sums == items.checksums_of(part)
+        return {
+            part: sums == items.checksums_of(part)
             for part in parts
             if not _are_all_alike(items.checksums_of(part))
-        ]
+        }
 
 
 def _as_samples(items: ItemFingerprints, tensor: Tensor, batch_dim: int) -> Samples:
@@ -542,8 +608,8 @@ def _places(shape: tuple[int, ...], padded: tuple[int, ...]) -> NDArray[np.int64
 # --------------------------------------------------------------------------- mixtures
 def _made_of_others(items: ItemFingerprints, samples: list[Samples]) -> OtherSamples:
     """Find samples that are made of two items, or of another item than their own."""
-    mixed, moved = np.zeros((2, len(items)), dtype=np.bool_)
-    for own in (s for s in samples if len(s) == len(items)):
+    mixed, moved = np.zeros((2, len(samples[0])), dtype=np.bool_)
+    for own in (s for s in samples if len(s) == len(items) == len(mixed)):
         for part in range(items.widths.shape[1]):
             if (items.widths[:, part] == own.width).all():
                 others = made_of_others(own.content.entries, items.entries[part])

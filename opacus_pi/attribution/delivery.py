@@ -23,7 +23,11 @@ from opacus_pi.attribution.causes import Cause
 from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
 from opacus_pi.attribution.item_contents import MIN_ENTRIES, content_sums
 from opacus_pi.attribution.lookalikes import Alike
-from opacus_pi.attribution.samples import DeliveredTensor, tensors_in
+from opacus_pi.attribution.samples import (
+    DelayedChecksums,
+    DeliveredTensor,
+    tensors_in,
+)
 
 __all__ = [
     "LEFT_OUT",
@@ -175,19 +179,18 @@ class Delivery:
         return None if known is None else np.array(known, dtype=np.int64)
 
     @cached_property
-    def checksums(self) -> dict[int, list[Indices]]:
-        """Checksums of each tensor that differ between samples, by entries a sample."""
-        found: dict[int, list[Indices]] = {}
-        for tensor in self.tensors:
-            content = tensor.content
-            if content is not None and differ(content.width, content.checksums):
-                found.setdefault(content.width, []).append(content.checksums)
+    def differing(self) -> dict[int, list[DelayedChecksums]]:
+        """The content of each tensor whose samples differ, by entries a sample."""
+        found: dict[int, list[DelayedChecksums]] = {}
+        for content in self.all_contents():
+            if differ(content.width, content.best_checksums):
+                found.setdefault(content.width, []).append(content)
         return found
 
-    def sample_checksums(self) -> list[Indices]:
-        """Return the checksums of all tensors, those of labels and masks included."""
+    def all_contents(self) -> list[DelayedChecksums]:
+        """Return the content of all tensors, those of labels and masks included."""
         contents = [tensor.content for tensor in self.tensors]
-        return [c.checksums for c in contents if c is not None and c.width]
+        return [c for c in contents if c is not None and c.width]
 
     def has_equal_samples(self, places: Indices) -> bool:
         """Return whether some samples are equal in all that was delivered.
@@ -195,25 +198,22 @@ class Delivery:
         Args:
             places: Their positions.
         """
-        sums = self.sample_checksums()
+        sums = [content.best_checksums for content in self.all_contents()]
         is_described = self.is_described and len(sums) == len(self.tensors)
         if len(places) == 1:
             return True
         return is_described and all((s[places] == s[places[0]]).all() for s in sums)
 
-    def checksums_alike(self, width: int) -> list[Indices]:
-        """Return the checksums of tensors whose samples are all alike.
+    def alike(self, width: int) -> list[DelayedChecksums]:
+        """Return the content of tensors whose samples are all alike.
 
         Args:
             width: The number of entries in a sample, above 1.
         """
-        contents = [tensor.content for tensor in self.tensors]
         return [
-            content.checksums
-            for content in contents
-            if content is not None
-            and content.width == width > 1
-            and not differ(width, content.checksums)
+            content
+            for content in self.all_contents()
+            if content.width == width > 1 and not differ(width, content.best_checksums)
         ]
 
     def contents(self) -> Indices | None:
@@ -267,7 +267,7 @@ class Delivery:
         delivery.
         """
         self.tensors = []
-        self.__dict__.pop("checksums", None)
+        self.__dict__.pop("differing", None)
 
 
 class ForwardPass:

@@ -287,9 +287,8 @@ def _in_order(
     """
     delivery, size = found[0].delivery, len(positions)
     groups = next((f.groups for f in found if f.groups), ())
-    given = [g.content.checksums for g in inputs] if groups else []
-    all_delivered = delivery.sample_checksums() if groups else []
-    positions, alike = settled(positions, groups, given, all_delivered)
+    compared = [g.compared_with(delivery) for g in inputs] if groups else []
+    positions, alike = settled(positions, groups, compared)
     num_delivered = len(cast(list[int], delivery.indices))
     moves_in_place = any(f.has_moved for f in found)
     if groups or moves_in_place or not any(f.by_storage for f in found):
@@ -365,15 +364,13 @@ def _is_of_others(
     none = np.zeros(len(positions), dtype=np.bool_)
     if (positions < 0).any():
         return none
-    sums, differing = given.content.checksums, []
-    for delivered in delivery.tensors:
-        content = delivered.content
-        if content is not None and content.width == given.content.width:
-            expected = content.checksums[positions]
-            if np.array_equal(sums, expected):
-                return none
-            if np.array_equal(np.sort(sums), np.sort(expected)):
-                differing.append(sums != expected)
+    differing = []
+    for sums, before in given.compared_with(delivery):
+        expected = before[positions]
+        if np.array_equal(sums, expected):
+            return none
+        if np.array_equal(np.sort(sums), np.sort(expected)):
+            differing.append(sums != expected)
     return differing[0] if differing else none
 
 
@@ -471,7 +468,7 @@ def assumed(
     if latest.num_recognised and not is_view:
         return ForwardPass(None, "", None, NOT_DELIVERED, num_inputs=size)
     indices = cast(Indices, latest.index_array)
-    is_surprising = usually_known and bool(latest.checksums)
+    is_surprising = usually_known and bool(latest.differing)
     if (
         is_surprising
         or len(indices) not in sizes

@@ -39,6 +39,7 @@ from opacus_pi.attribution.samples import (
     is_dense,
     places_compared,
 )
+from opacus_pi.attribution.whole_contents import has_lookalikes, whole_checksums
 
 __all__ = ["ItemFingerprints", "fingerprint_items"]
 
@@ -62,11 +63,14 @@ class ItemFingerprints:
             float32 ``(b, k)``, with zeros after the last one.
         shapes: For each of the m parts its shape in each item; ``()`` for a number and
             for what has no checksum.
+        whole: For each part that is as wide in all items, and equal in the entries of
+            two items that are looked at: checksums of all entries, int64 ``(b,)``.
     """
 
     widths: NDArray[np.int64]
     entries: list[NDArray[np.float32]]
     shapes: list[list[tuple[int, ...]]]
+    whole: dict[int, NDArray[np.int64]]
 
     def __len__(self) -> int:
         return len(self.widths)
@@ -91,11 +95,23 @@ class ItemFingerprints:
 
     @property
     def checksums(self) -> NDArray[np.int64]:
-        """The checksums of all parts, int64 ``(b, m)``."""
+        """The checksums of all parts, int64 ``(b, m)``; of all entries where known."""
         sums = np.zeros_like(self.widths)
         for part in range(sums.shape[1]):
-            sums[:, part] = self.checksums_of(part)
+            sums[:, part] = self.best_checksums_of(part)
         return sums
+
+    def best_checksums_of(self, part: int) -> NDArray[np.int64]:
+        """Return the checksums of all entries of a part, if they are known.
+
+        Args:
+            part: Which of the m parts.
+
+        Returns:
+            int64 ``(b,)``; else what ``checksums_of`` returns.
+        """
+        whole = self.whole.get(part)
+        return self.checksums_of(part) if whole is None else whole
 
     def largest_part(self, min_entries: int) -> int | None:
         """Return which part has the most entries, if it has enough in every item.
@@ -125,13 +141,27 @@ def fingerprint_items(items: Any) -> ItemFingerprints:
     if any(len(own) != num_parts for own in parts):
         parts = [own + [None] * (num_parts - len(own)) for own in parts]
     widths = np.zeros((len(parts), num_parts), dtype=np.int64)
-    entries, shapes = [], []
+    entries, shapes, whole = [], [], dict[int, NDArray[np.int64]]()
     with torch.no_grad():  # an item may require a gradient
         for j, column in enumerate(zip(*parts, strict=True)):
             widths[:, j], found, shapes_of_part = _column(column)
             entries.append(found)
             shapes.append(shapes_of_part)
-    return ItemFingerprints(widths, entries, shapes)
+            if _are_sampled(widths[:, j], found) and has_lookalikes(found):
+                whole[j] = np.array([_whole_checksum(part) for part in column])
+    return ItemFingerprints(widths, entries, shapes, whole)
+
+
+def _are_sampled(widths: NDArray[np.int64], entries: NDArray[np.float32]) -> bool:
+    """Return whether a part is as wide in all items, and not all of it looked at."""
+    return bool(widths[0] > entries.shape[1] and (widths == widths[0]).all())
+
+
+def _whole_checksum(part: Any) -> int:
+    """Return the checksum of all entries of a tensor, an array or a list."""
+    if not isinstance(part, Tensor):
+        part = torch.from_numpy(_as_float32(np.asarray(part)))
+    return int(whole_checksums(part.reshape(1, -1), 0)[0])
 
 
 def _parts(item: Any) -> list[Any]:

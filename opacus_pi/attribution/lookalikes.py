@@ -134,16 +134,15 @@ def refined(
 def settled(
     positions: Indices,
     groups: Sequence[Alike],
-    given: Sequence[Indices],
-    delivered: Sequence[Indices],
+    compared: Sequence[Sequence[tuple[Indices, Indices]]],
 ) -> tuple[Indices, list[Alike]]:
     """Find out which sample is which by all tensors together.
 
     Args:
         positions: Position of each sample in the delivery, or a negative code.
         groups: Samples that look alike.
-        given: Checksums of the other tensors that the loop uses, ``(b,)`` each.
-        delivered: Checksums of the delivered tensors, one for each sample.
+        compared: For each tensor that the loop uses, its checksums, ``(b,)``, and those
+            of a delivered tensor, one for each sample; for each tensor that it may be.
 
     Returns:
         Positions, those of the samples that look alike included; and the groups of
@@ -152,11 +151,11 @@ def settled(
     taken = set(positions[positions >= 0].tolist())
     left = list(_without_known(positions, groups, taken))
     known = np.flatnonzero(positions >= 0)
-    for sums in given:
+    for pairs in compared:
         if not any(len(group.rows) > 1 for group in left):
             break
         found = []
-        for before in delivered:
+        for sums, before in pairs:
             if np.array_equal(sums[known], before[positions[known]]):
                 parts = refined(left, sums, before)
                 if parts is not None:

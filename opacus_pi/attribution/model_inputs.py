@@ -146,7 +146,7 @@ class Input:
     @cached_property
     def content(self) -> DelayedChecksums:
         """Return what the input contains."""
-        return DelayedChecksums(self.tensor, self.dim)
+        return DelayedChecksums(self.tensor, self.dim, keeps_tensor=True)
 
     @cached_property
     def is_pattern(self) -> bool:
@@ -179,6 +179,18 @@ class Input:
         width = max(1, self.content.width // entries.shape[1])
         falls = np.count_nonzero((rises < 0) | (rises > width), axis=1)
         return bool((falls <= 1).all() and (entries <= self.content.width + 1).all())
+
+    def compared_with(self, delivery: Delivery) -> list[tuple[Indices, Indices]]:
+        """Return the input's checksums and those of each tensor as wide as it.
+
+        Args:
+            delivery: The delivery of these tensors.
+        """
+        return [
+            (self.content.checksums_like(before), before.best_checksums)
+            for before in delivery.all_contents()
+            if before.width == self.content.width
+        ]
 
     def finding_in(self, delivery: Delivery) -> Finding | None:
         """Return the finding for a delivery; None if there is none."""
@@ -218,9 +230,10 @@ class Input:
                         return self._rewritten(delivery, delivered, where, changed)
                     if not was_written or delivered.content is None:
                         return Finding(delivery, where, True)
+                    now = delivered.content_now(self.tensor)
                     same = matched(
-                        delivered.content_now(self.tensor).checksums[where],
-                        delivered.content.checksums,
+                        now.checksums_like(delivered.content)[where],
+                        delivered.content.best_checksums,
                     )
                     is_alike = same.positions == LOOKS_ALIKE
                     positions = np.where(is_alike, LOOKS_ALIKE, where)
@@ -248,20 +261,25 @@ class Input:
         found, cause = Matches(np.full(len(where), UNKNOWN)), None
         if delivered.content is not None and delivered.content.width:
             now = delivered.content_now(self.tensor)
-            found = matched(now.checksums[where], delivered.content.checksums)
+            found = matched(
+                now.checksums_like(delivered.content)[where],
+                delivered.content.best_checksums,
+            )
             cause = lost_order(now, delivered.content)
         finding = _changed_in_place(delivery, where, changed[where], found)
         return finding if cause is None else finding.without_order(cause)
 
     def _in_content(self, recent: Sequence[Delivery]) -> list[Finding]:
         """Find the deliveries that have samples with the input's checksums."""
-        width, sums = self.content.width, self.content.checksums
-        findings = []
+        width, findings = self.content.width, []
         for delivery in recent:
-            known = list(delivery.checksums.get(width, ()))
+            known = list(delivery.differing.get(width, ()))
             if self.is_alike:
-                known += delivery.checksums_alike(width)
-            found = [_by_content(delivery, sums, of_tensor) for of_tensor in known]
+                known += delivery.alike(width)
+            found = [
+                _by_content(delivery, self.content.checksums_like(c), c.best_checksums)
+                for c in known
+            ]
             if found:
                 best = max(found, key=lambda f: f.num_explained)
                 if best.is_explained.any():

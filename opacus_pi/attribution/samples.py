@@ -13,14 +13,15 @@ delivered is checked by comparing the entries, however they were written to
 about 2^-64 where the entries that are looked at differ.
 
 *What breaks it.* Of a sample with more than 512 entries, 256 to 512 are looked at, in
-places drawn once by a generator of their own (``places_compared``). Samples that differ
-only in others have the same checksum. A write to a share f of the entries that is made
-without knowing these places goes unseen with a probability of at most
-``(1 - f)**256``. On an accelerator a comparison waits for the device, so it is made
-only where torch has counted a write, and for the batches that are audited. Numbers are
-compared in single precision: whole numbers above 2^24 may be equal to their neighbours,
-and types that cannot hold the values, such as ``half`` after ``float``, change the
-checksum, so that the sample is not recognised.
+places drawn once by a generator of their own (``places_compared``). If two delivered
+samples in host memory are equal there, all entries are compared (``whole_contents``);
+on an accelerator, samples that differ only in others have the same checksum. A write
+to a share f of the entries that is made without knowing these places goes unseen with a
+probability of at most ``(1 - f)**256``. On an accelerator a comparison waits for
+the device, so it is made only where torch has counted a write, and for the batches that
+are audited. Numbers are compared in single precision: whole numbers above 2^24 may be
+equal to their neighbours, and types that cannot hold the values, such as ``half`` after
+``float``, change the checksum, so that the sample is not recognised.
 
 >>> import torch
 >>> batch = torch.arange(8.0).reshape(4, 2)
@@ -48,6 +49,7 @@ from opacus_pi._torch_compat import (
     num_writes,
     storage_address,
 )
+from opacus_pi.attribution.whole_contents import has_lookalikes, whole_checksums
 
 __all__ = [
     "FEWEST_COMPARED",
@@ -259,12 +261,17 @@ class DelayedChecksums:
     Args:
         tensor: A dense tensor.
         dim: Its dimension that runs over the samples.
+        keeps_tensor: Whether the tensor is kept, for ``checksums_like``.
 
     Attributes:
         width: Number of entries in a sample; 0 if samples cannot be recognised.
+        whole: Checksums of all entries, int64 ``(b,)``, by which samples are compared
+            if those looked at do not distinguish them; else None.
     """
 
-    def __init__(self, tensor: Tensor, dim: int) -> None:
+    def __init__(self, tensor: Tensor, dim: int, *, keeps_tensor: bool = False) -> None:
+        self._kept = (tensor, dim) if keeps_tensor else None
+        self.whole: NDArray[np.int64] | None = None
         self._num_samples = size = tensor.shape[dim]
         is_countable = size > 0 and not tensor.dtype.is_complex
         self.width = tensor.numel() // size if is_countable else 0
@@ -303,7 +310,41 @@ class DelayedChecksums:
 
     def are_entries_of(self, tensor: Tensor, dim: int) -> bool:
         """Return whether a tensor of the same shape has the same numbers here."""
-        return torch.equal(self._entries, entries_looked_at(tensor, dim, self.width))
+        same = torch.equal(self._entries, entries_looked_at(tensor, dim, self.width))
+        if self.whole is None or not same:
+            return same
+        return np.array_equal(self.whole, whole_checksums(tensor, dim))
+
+    def look_at_all_if_alike(self, tensor: Tensor, dim: int) -> None:
+        """Compare all entries of the samples if those looked at are equal for two.
+
+        Args:
+            tensor: The tensor.
+            dim: Its dimension that runs over the samples.
+        """
+        is_sampled = self.width > _MAX_ENTRIES and self.is_on_host
+        if is_sampled and has_lookalikes(self.entries):
+            self.whole = whole_checksums(tensor, dim)
+
+    @property
+    def best_checksums(self) -> NDArray[np.int64]:
+        """The checksums of all entries if they are known, else of those looked at."""
+        return self.checksums if self.whole is None else self.whole
+
+    def checksums_like(self, other: "DelayedChecksums") -> NDArray[np.int64]:
+        """Return the checksums to compare with another tensor's ``best_checksums``.
+
+        Args:
+            other: The checksums of the other tensor.
+        """
+        is_sampled = other.whole is None or not self.width
+        return self.checksums if is_sampled else self.of_all_entries()
+
+    def of_all_entries(self) -> NDArray[np.int64]:
+        """Return a checksum of all entries of each sample of the kept tensor."""
+        if self.whole is None and self._kept is not None:
+            self.whole = whole_checksums(*self._kept)
+        return self.best_checksums
 
 
 def entries_looked_at(tensor: Tensor, dim: int, width: int) -> Tensor:
@@ -346,6 +387,8 @@ class DeliveredTensor:
     ) -> None:
         self.dim, self.stored = dim, StoredSamples(tensor, dim)
         self.content = DelayedChecksums(tensor, dim) if verify else None
+        if self.content is not None:
+            self.content.look_at_all_if_alike(tensor, dim)
         self._is_audited = is_audited
 
     def is_whole(self, tensor: Tensor, dim: int) -> bool:
@@ -379,9 +422,8 @@ class DeliveredTensor:
             return None
         if self.content.are_entries_of(self.stored.now(tensor), self.dim):
             return None
-        changed: NDArray[np.bool_] = (
-            self.content.checksums != self.content_now(tensor).checksums
-        )
+        now = self.content_now(tensor).checksums_like(self.content)
+        changed: NDArray[np.bool_] = self.content.best_checksums != now
         return changed if changed.any() else None  # NaN is not equal to itself
 
     def content_now(self, tensor: Tensor) -> DelayedChecksums:
@@ -390,7 +432,8 @@ class DeliveredTensor:
         Args:
             tensor: A tensor that lives in this memory.
         """
-        return DelayedChecksums(self.stored.now(tensor), self.dim)
+        now = self.stored.now(tensor)
+        return DelayedChecksums(now, self.dim, keeps_tensor=True)
 
 
 def sample_checksums(tensor: Tensor, dim: int) -> tuple[int, NDArray[np.int64]]:

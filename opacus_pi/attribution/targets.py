@@ -155,7 +155,8 @@ class _Comparison:
         known[rows_of_all(forward.alike)] = False  # either order is right
         if rows is None or np.count_nonzero(known) < 2:
             return
-        self._compare(DelayedChecksums(*rows), delivery, positions, known)
+        content = DelayedChecksums(*rows, keeps_tensor=True)
+        self._compare(content, delivery, positions, known)
 
     def _compare(
         self,
@@ -208,7 +209,7 @@ def _settle(forward: ForwardPass, targets: Tensor, batch_dim: int) -> None:
     rows = _by_sample(targets, len(positions), batch_dim)
     if rows is None:
         return
-    given = DelayedChecksums(*rows)
+    given = DelayedChecksums(*rows, keeps_tensor=True)
     clear = positions >= 0
     clear[rows_of_all(forward.alike)] = False
     contents = [t.content for t in delivery.tensors if t.content and t.content.width]
@@ -262,7 +263,7 @@ def _comparable(
     """Return the checksums by which two tensors can be compared, ``(b,)`` each."""
     pairs = []
     if before.width == now.width:
-        pairs.append((before.checksums, now.checksums))
+        pairs.append((before.best_checksums, now.checksums_like(before)))
     classes_before, classes_now = _classes(before), _classes(now)
     if classes_before is not None and classes_now is not None:
         pairs.append((classes_before, classes_now))

@@ -57,6 +57,7 @@ from opacus_pi.attribution.causes import (
     MIXED_IN_COLLATE,
     MOVED_IN_DATA_SET,
     NO_INDICES,
+    PARTS_IN_COLLATE,
     REPEATED,
     TRUSTED,
     Cause,
@@ -106,6 +107,7 @@ _SKIPPED = (
     "Make one update with each delivered batch. If the choice did not depend on the "
     "data, nothing needs to be done."
 )
+_BREAKING = (INPUTS_DISAGREE, MIXED, MIXED_IN_COLLATE, PARTS_IN_COLLATE)
 _EVIDENCE = {
     "identity": "Samples were recognised by their memory or their content.",
     "rows": "All inputs of each forward pass had the same examples in the same order.",
@@ -523,7 +525,7 @@ class Tracker:
         if self._order.is_doubtful:
             chain.leave_unchecked("identity", TRUSTED.explanation, warn=False)
         for cause in (CAUSES[name] for name in self.causes):
-            if cause in (INPUTS_DISAGREE, MIXED, MIXED_IN_COLLATE):
+            if cause in _BREAKING:
                 chain.break_link("rows", cause.explanation)
             elif cause.state != "repeated":
                 chain.leave_unchecked(cause.link, cause.explanation, warn=False)

@@ -53,7 +53,7 @@ def test_loops(cause):
 def test_examples_that_are_alike():
     run = runs.Run(data_set=twins(), shuffle=False, **FIXED)
     with pytest.warns(
-        UserWarning, match="1 samples .*equal content.*that the data loader"
+        UserWarning, match="1 samples .*equal in all entries.*that the data loader"
     ):
         alike(run)
     check(run, causes.ALIKE)

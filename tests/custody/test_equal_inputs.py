@@ -86,7 +86,7 @@ def test_no_example_is_charged_less_than_its_norm(change, audit):
         try:
             ledger = run.engine.ledger
         except AccountingError as error:
-            assert "equal content" in str(error)  # samples of two batches do
+            assert "equal in all entries" in str(error)  # samples of two batches do
             continue
         num_given += 1
         known = ~np.isnan(run.true)
