@@ -86,6 +86,8 @@ class TwoPasses:
         Args:
             losses: The losses of the examples, ``(b,)``.
         """
+        if not self._handles:
+            return
         self._size = len(losses) if losses.dim() else 0
         self._rounding = max(autocast_rounding(), torch.finfo(losses.dtype).eps)
 
