@@ -37,9 +37,11 @@ __all__ = [
     "NOT_DELIVERED",
     "NO_INDICES",
     "NUMBER_IN_COLLATE",
+    "OTHER_SIZE",
     "PARTS_IN_COLLATE",
     "REPEATED",
     "SEVERAL_BATCHES",
+    "SOMETIMES",
     "TRUSTED",
     "UNSEEN",
     "UNTRACED",
@@ -103,8 +105,22 @@ UNTRACED = Cause(
     "the model's inputs cannot be traced to one batch",
     "unattributed",
     "The model's inputs cannot be traced to one delivered batch: the loop computed "
-    "them while several batches were in use, from a part of a batch, or only for some "
-    "batches. Transform inputs in the data set or in collate_fn.",
+    "them while several batches were in use. Transform inputs in the data set or in "
+    "collate_fn.",
+)
+OTHER_SIZE = Cause(
+    "the model's inputs have another number of samples than the batch",
+    "unattributed",
+    "The loop computed the model's inputs, and they have more or fewer samples than "
+    "the delivered batch, so it is not known which examples they are. Transform inputs "
+    "in the data set, and give the model one sample for each example.",
+)
+SOMETIMES = Cause(
+    "the training loop computed the inputs of some batches",
+    "unattributed",
+    "The model's inputs are neither the tensors that the data loader delivered nor "
+    "copies of them, although those of other batches were. So it is not known what "
+    "they were computed from. Transform inputs in the data set or in collate_fn.",
 )
 NOT_DELIVERED = Cause(
     "the data loader did not deliver these inputs",
@@ -177,9 +193,10 @@ MOVED_IN_DATA_SET = Cause(
     "the data set moves examples",
     "unattributed",
     "The data set returned for an index what it had returned for another index before, "
-    "so an index does not stand for one example. A data set that permutes itself "
-    "between epochs, or chooses at random what it returns, does this. Keep its order "
-    "fixed, and let the data loader shuffle or sample.",
+    "so an index may not stand for one example. A data set that permutes itself "
+    "between epochs, or chooses at random what it returns, does this, and so may "
+    "random changes of items that have few possible contents. Keep its order fixed, "
+    "and let the data loader shuffle or sample.",
 )
 # ------------------------------------------------------------------ the rows of a batch
 NO_INDICES = Cause(

@@ -42,7 +42,9 @@ from opacus_pi.attribution.causes import (
     MOVED_AND_CHANGED,
     NO_INDICES,
     NOT_DELIVERED,
+    OTHER_SIZE,
     SEVERAL_BATCHES,
+    SOMETIMES,
     UNTRACED,
     Cause,
 )
@@ -468,13 +470,15 @@ def assumed(
     if latest.num_recognised and not is_view:
         return ForwardPass(None, "", None, NOT_DELIVERED, num_inputs=size)
     indices = cast(Indices, latest.index_array)
-    is_surprising = usually_known and bool(latest.differing)
-    if (
-        is_surprising
-        or len(indices) not in sizes
-        or not _is_only_candidate(latest, recent)
-    ):
-        return ForwardPass(None, "", None, UNTRACED, num_inputs=size, latest=latest)
+    reason = None
+    if len(indices) not in sizes:
+        reason = OTHER_SIZE
+    elif not _is_only_candidate(latest, recent):
+        reason = UNTRACED
+    elif usually_known and latest.differing:
+        reason = SOMETIMES
+    if reason is not None:
+        return ForwardPass(None, "", None, reason, num_inputs=size, latest=latest)
     cause_of_loss = _lost_order_of(tensors, dim, latest)
     if cause_of_loss is not None:
         return ForwardPass(None, "", latest, cause_of_loss, num_inputs=size)

@@ -6,9 +6,11 @@ several. So a checksum of the content of each index is kept from the first time 
 was delivered. If an index later has other content, this is looked up among the others.
 
 *Guarantee.* A sample is reported only if its index had other content before, and if
-exactly one other index had the content that it has now. A data set that changes its
-items at random (augmentation), or has equal items, is not reported. 16 bytes are kept
-for each example.
+exactly one other index had the content that it has now. At least half of the
+changed samples so far must be like that. A data set that changes its items at random
+(augmentation) is not reported: if contents are few, so that a changed item is now and
+then equal to exactly one other, this happens at most in a share λ exp(-λ) ≤ 0.37, where
+λ is the number of examples for each content. 16 bytes are kept for each example.
 
 *What breaks it.* Moved items that are also changed, items of fewer than four
 entries, and a data set that was permuted before a run was resumed. At most
@@ -17,7 +19,7 @@ entries, and a data set that was permuted before a run was resumed. At most
 >>> contents = ItemContents()
 >>> contents.moved(np.array([0, 1, 2]), np.array([11, 12, 13]))
 array([False, False, False])
->>> contents.moved(np.array([1, 2]), np.array([11, 99]))
+>>> contents.moved(np.array([1, 2]), np.array([11, 99]))  # half of the changed ones
 array([ True, False])
 """
 
@@ -32,6 +34,7 @@ Indices = NDArray[np.int64]
 MIN_ENTRIES = 4
 """Entries of an item below which its content says nothing: many items are equal."""
 _FEWEST_COMPARED = 32  # entries of an item: more would cost time in each update
+_LEAST_SHARE = 0.5  # of changed samples, from which on they are taken to have moved
 _GROWTH = 1.25  # of the number of known contents after which they are sorted again
 
 
@@ -54,6 +57,7 @@ class ItemContents:
         self._num_known = 0
         self._unique = np.zeros(0, np.int64)  # sorted; exactly one index each
         self._num_sorted = 0
+        self._num_changed = self._num_moved = 0
 
     def moved(self, indices: Indices, sums: Indices) -> NDArray[np.bool_]:
         """Return which samples have the content that another index had before.
@@ -81,7 +85,11 @@ class ItemContents:
         self._sums[indices[new]] = sums[new]
         self._num_known += len(new)
         if len(changed):
-            moved[changed] = self._are_known(sums[changed])
+            are_known = self._are_known(sums[changed])
+            self._num_changed += len(changed)
+            self._num_moved += int(np.count_nonzero(are_known))
+            if self._num_moved >= _LEAST_SHARE * self._num_changed:
+                moved[changed] = are_known
         return moved
 
     def _are_known(self, sums: Indices) -> NDArray[np.bool_]:

@@ -12,9 +12,26 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:This run has no ledger", "ignore:PrivacyEngine detected new dataset"
 )
 FIXED = {"poisson": False}
+
+
+def two_views(run):
+    """Each sample twice, with noise."""
+    for x, y in run.loader:
+        views = x.repeat_interleave(2, 0) + torch.randn(2 * len(x), *x.shape[1:])
+        run.step(views, y.repeat_interleave(2))
+
+
+def transformed_at_last(run):
+    """Only the last batch is transformed."""
+    for i, (x, y) in enumerate(run.loader):
+        run.step(x.exp() if i == len(run.loader) - 1 else x, y)
+
+
 LOOPS = {  # cause: a loop that has it, and what its warning must say
     causes.COMPUTED: (loops.transformed, "without verification.*collate_fn"),
     causes.UNTRACED: (loops.look_ahead_transformed, "several batches.*collate_fn"),
+    causes.OTHER_SIZE: (two_views, "more or fewer samples.*one sample for each"),
+    causes.SOMETIMES: (transformed_at_last, "although those of other batches were"),
     causes.UNSEEN: (loops.inner_layers_only, "No forward pass.*Call the model itself"),
     causes.MISMATCH: (loops.two_batches_in_one_loss, "Use one batch per loss"),
 }

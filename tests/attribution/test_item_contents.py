@@ -163,3 +163,15 @@ def test_contents_agree_with_a_table():
             for i, s in zip(batch.tolist(), sums.tolist(), strict=True):
                 first.setdefault(i, s)
             assert contents.moved(batch, sums).tolist() == expected
+
+
+def test_random_changes_that_meet_another_item_now_and_then():
+    rng = np.random.default_rng(0)
+    contents = ItemContents()
+    first = rng.permutation(100)[:40] + 1  # 40 of 100 possible contents
+    contents.moved(np.arange(40), first)
+    moved = [
+        contents.moved(np.arange(40), rng.integers(1, 101, 40)).sum() for _ in range(20)
+    ]
+    assert not any(moved)
+    assert contents.moved(np.arange(2), first[[1, 0]]).sum() == 0  # too few to tell
