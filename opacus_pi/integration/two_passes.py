@@ -46,10 +46,11 @@ __all__ = ["TwoPasses"]
 _DIFFERENT = (
     "Ghost clipping runs two backward passes, and the gradients that reached {name} in "
     "the second one were not those of the first one times the clip factors. So "
-    "gradients were not clipped to max_grad_norm. A hook on a tensor or a module, or a "
-    "function with a gradient of its own, changes gradients between the loss and this "
-    "layer in a way that depends on the batch, on their size or on the call. Remove "
-    "it, or let it multiply gradients by a constant."
+    "gradients were not clipped to max_grad_norm. Between the losses and this layer, "
+    "gradients are changed in a way that depends on the other examples, on their size "
+    "or on the call: by a hook on a tensor or a module, a function with a gradient of "
+    "its own, or a loop that mixes the model's outputs. Remove this, or let hooks "
+    "multiply gradients by a constant."
 )
 _ALIKE = 0.01
 _ROUNDINGS = 8
