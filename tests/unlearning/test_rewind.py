@@ -79,7 +79,7 @@ def test_the_result_does_not_depend_on_what_the_example_was(private):
     results = []
     for data_set in (private.data, without(private.data, example)):
         unlearner = private.unlearner(generator=torch.Generator().manual_seed(5))
-        unlearner._split = lambda *_: (np.array([example]), None)
+        unlearner._split = lambda *_: (np.array([example]), None, None)
         result = unlearner.rewind(data_set, [example], checkpoints=private.states)
         results.append(weights(result.model))
     assert torch.equal(*results)
