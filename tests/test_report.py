@@ -141,6 +141,17 @@ def test_unlearning_beside_retrained_models(tmp_path):
     assert len(page.all("img")) == 3
 
 
+def test_the_card_gives_no_limit_if_none_is_proved(tmp_path):
+    unproved = replace(make_result().guarantee, orders=(), divergences=())
+    page, _ = read(
+        tmp_path / "r.html",
+        ledger=make_ledger(),
+        result=replace(make_result(), guarantee=unproved),
+    )
+    card = page.text[: page.text.index(" Guarantee ")]
+    assert "empirical, no ε at δ = 1e-05" in card and "≤" not in card
+
+
 def test_never_reached_is_said(tmp_path):
     page, facts = read(
         tmp_path / "r.html",

@@ -159,7 +159,9 @@ def _card(facts: Facts) -> dict[str, str]:
     guarantee, size = run["guarantee"], run["forget_set"]["size"]
     claim = guarantee["kind"]
     if run["epsilon"] is not None:
-        claim += f", ε ≤ {_bound(run['epsilon'])} at δ = {run['delta']:g}"
+        finite = math.isfinite(float(run["epsilon"]))
+        limit = f"ε ≤ {_bound(run['epsilon'])}" if finite else "no ε"
+        claim += f", {limit} at δ = {run['delta']:g}"
     return {
         "asked": f"forget {size} examples" if size != 1 else "forget one example",
         "done": f"{run['method'] or 'not named'}",
