@@ -122,6 +122,36 @@ def _group(size: int) -> Steps:
     return {"bound": bound, "worst case": worst}
 
 
+def _gradient_gram(size: int) -> Steps:
+    import torch
+    from torch import nn
+    from torch.utils.data import TensorDataset
+
+    from benchmarks.common.resnet import resnet18
+    from opacus_pi.gradients import gradient_gram
+
+    class Counted(TensorDataset):
+        reads = 0
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = resnet18((3, 32, 32), width=16)
+    data = Counted(torch.randn(size, 3, 32, 32), torch.arange(size) % 10)
+
+    def gram() -> object:
+        found = gradient_gram(model, nn.CrossEntropyLoss(), data, range(size))
+        # Two batches confirm a norm and measure the memory.
+        if Counted.reads > 4 * size + 2 * 64:
+            raise RuntimeError(f"{Counted.reads} examples were read.")
+        return found
+
+    return {"at most 4 passes": gram}
+
+
 def _u_lira(num_examples: int) -> Steps:
     random = np.random.default_rng(0)
     first, second = random.normal(size=(2, 256, num_examples))
@@ -220,6 +250,14 @@ TASKS = {
         (100, 300, 1000),
         "examples in the group",
         {"bound": 1.0, "worst case": 1.0},
+    ),
+    "gradient-gram": Task(
+        "`gradient_gram` of a ResNet-18 of a quarter of the width",
+        _gradient_gram,
+        (50, 200, 800),
+        "examples",
+        {"at most 4 passes": float("inf")},
+        1024,
     ),
     "u-lira": Task(
         "U-LiRA, 2 x 256 models",

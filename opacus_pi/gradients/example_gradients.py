@@ -20,7 +20,7 @@ version counters of a rule's inputs (:class:`opacus_pi.gradients.taps.SavedInput
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -60,6 +60,29 @@ class ExampleGradients(ABC):
     @abstractmethod
     def form(self) -> Tensor:
         """Return the gradients themselves, ``(b, ...)``."""
+
+    def form_rows(self, rows: slice, num_rows: int) -> Tensor:
+        """Return a part of the gradients: some rows of the parameter.
+
+        A subclass overrides this if it need not form the rest.
+
+        Args:
+            rows: The rows, from ``start`` to ``stop``.
+            num_rows: Length of the parameter's first dimension.
+
+        Returns:
+            ``(b, rows * entries of a row)``, in the order of the entries.
+        """
+        formed = self.form()
+        return formed.reshape(len(formed), num_rows, -1)[:, rows].flatten(1)
+
+    @property
+    def num_entries(self) -> int:
+        """Number of entries of the tensors from which the gradients follow."""
+        tensors = _tensors(list(vars(self).values()))
+        # Two attributes may be views of one tensor.
+        sizes = {tensor.data_ptr(): tensor.numel() for tensor in tensors}
+        return sum(sizes.values())
 
     def add_squares_to(self, total: Tensor) -> Tensor:
         """Return ``total + squares``; a subclass may do it in one operation.
@@ -192,6 +215,11 @@ class SummedGradients(ExampleGradients):
         """Return the gradients themselves, ``(b, ...)``."""
         return _formed(self._parts).values
 
+    def form_rows(self, rows: slice, num_rows: int) -> Tensor:
+        """Return some rows of the gradients."""
+        parts = [part.form_rows(rows, num_rows) for part in self._parts]
+        return torch.stack(parts).sum(0)
+
 
 def joint_squares(gradients: Sequence[ExampleGradients]) -> Tensor:
     """Return squared norms over several parameters of one layer, float64 ``(b,)``.
@@ -250,3 +278,14 @@ def _formed(parts: Sequence[ExampleGradients]) -> ExplicitGradients:
 def scaled(values: Tensor, factors: Tensor) -> Tensor:
     """Multiply each row of ``(b, ...)`` by its factor ``(b,)``."""
     return values * factors.to(values).view(-1, *[1] * (values.dim() - 1))
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    """Yield all tensors among an object's attributes."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, ExampleGradients):
+            yield from _tensors(list(vars(value).values()))
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from opacus_pi._torch_compat import pytree, run_backward_in_modes
 from opacus_pi._validate import expect
+from opacus_pi.gradients.example_gradients import ExampleGradients
 from opacus_pi.gradients.fallback import (
     MODEL_ERRORS,
     looped_squares,
@@ -245,6 +246,41 @@ class NormEngine:
         if self._taps.leftover:
             slow = {n: way for n, way in self.ways.items() if way != "exact rule"}
             warn_of_fallbacks(self._live_model(), slow, stacklevel=5)
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Return whether plain autograd has confirmed or refuted the fast ways."""
+        return self._checked or not self._together
+
+    @property
+    def tapped(self) -> dict[str, nn.Parameter]:
+        """The parameters whose gradients the taps give, by name."""
+        if not self._together:
+            return {}
+        left = self._taps.leftover
+        return {name: p for name, p in self._trainable.items() if name not in left}
+
+    def held(
+        self, x: Any, y: Any, names: Collection[str]
+    ) -> tuple[dict[str, ExampleGradients], Tensor]:
+        """Return each example's gradients by some parameters, not yet formed.
+
+        Args:
+            x: Inputs of ``b`` examples, on the model's device.
+            y: Their targets.
+            names: Names of tapped parameters.
+
+        Returns:
+            The gradients of losses whose gradient at the model's output is scaled to
+            unit length, by name, and the lengths before, float64 ``(b,)``. A parameter
+            that the batch did not use is missing, and so is one that the taps turned
+            out not to measure, which is then no longer among :attr:`tapped`.
+        """
+        passed = None
+        with self._taps.holding(self._trainable[name] for name in names):
+            while passed is None:
+                passed = self._passed(x, y)
+            return self._taps.held(), passed[2]
 
     def _search_position_tables(self, x: Any, size: int) -> None:
         """Exclude from the taps the parameters that are not indexed by examples.

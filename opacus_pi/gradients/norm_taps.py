@@ -57,6 +57,7 @@ class NormTaps:
         self._shared: set[nn.Parameter] = set()  # by several operations of a pass
         self._parts: dict[nn.Parameter, list[ExampleGradients]] = defaultdict(list)
         self._needed: list[tuple[SavedInputs, Mapping[str, nn.Parameter]]] = []
+        self._held: set[nn.Parameter] | None = None  # None: norms are measured
         self._batch_size: int | None = None
         self._may_expand, self._has_expanded = True, False
 
@@ -74,6 +75,36 @@ class NormTaps:
             yield
         finally:
             self._batch_size = None
+
+    @contextmanager
+    def holding(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Hold the gradients by some parameters in the passes made inside.
+
+        Nothing is measured meanwhile; :meth:`held` returns the gradients.
+
+        Args:
+            parameters: Parameters of the copy.
+        """
+        self._held = set(parameters)
+        try:
+            yield
+        finally:
+            self._held = None
+            self._forget()
+
+    def held(self) -> dict[str, ExampleGradients]:
+        """Return the gradients of the last pass by the parameters that are held.
+
+        Returns:
+            By name; a parameter that the pass did not use is missing.
+        """
+        found = {
+            self._names[parameter]: add_up(parts)
+            for parameter, parts in self._parts.items()
+            if self.is_live(parameter)
+        }
+        self._forget()
+        return found
 
     @property
     def is_intercepting(self) -> bool:
@@ -211,12 +242,13 @@ class NormTaps:
             inputs: The tensors from which the gradients are computed.
         """
         alone = dict(found)
-        for name in found if self._shared else ():
-            if parameters[name] in self._shared:
+        kept = self._shared if self._held is None else self._held
+        for name in found if kept else ():
+            if parameters[name] in kept:
                 self._parts[parameters[name]].append(alone.pop(name))
         if len(alone) < len(found):
             self._needed.append((inputs, parameters))
-        if alone:
+        if alone and self._held is None:
             squares = joint_squares(list(alone.values()))
             before = self._squares
             self._squares = squares.double() if before is None else before + squares

@@ -6,7 +6,13 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from opacus_pi.gradients import gradient_gram, gram, minibatch_gram, norm_sweep
+from opacus_pi.gradients import (
+    gradient_gram,
+    gram,
+    held_gram,
+    minibatch_gram,
+    norm_sweep,
+)
 
 from .cases import make
 from .oracle import call, double, row
@@ -46,17 +52,54 @@ def test_against_explicit_vectors(name, batch_size):
     torch.testing.assert_close(found, G @ G.T, rtol=1e-4, atol=1e-5 * G.norm() ** 2)
 
 
-def test_in_parts_and_by_the_loop_as_at_once(monkeypatch):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mlp", "conv-mixed", "conv-depthwise", "conv-transpose", "transformer"),
+        *("embedding-tied", "embedding-bag", "positions", "lstm", "reused"),
+        *("residual-group-norm", "outside-layers", "outside-layers-untapped"),
+    ],
+)
+def test_held_in_groups_and_formed_in_rows_as_at_once(name, monkeypatch):
+    model, x, y = make(name)
+    data, chosen = TensorDataset(x, y), list(range(len(y)))
+    G = explicit(model, x, y)
+    largest = max(p.numel() for p in model.parameters())
+    monkeypatch.setattr(held_gram, "_HELD_BYTES", 4 * largest * len(y))
+    monkeypatch.setattr(held_gram, "_FORMED_ENTRIES", 7 * len(y))
+    monkeypatch.setattr(held_gram, "_PRODUCT_ENTRIES", 3 * len(y))
+    found = gradient_gram(model, CRITERION, data, chosen, batch_size=2)
+    torch.testing.assert_close(found, G @ G.T, rtol=1e-4, atol=1e-5 * G.norm() ** 2)
+    assert torch.equal(found, found.T)
+
+
+def test_passes_over_the_examples(monkeypatch):
+    class Counted(TensorDataset):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(6)))
+    data = Counted(torch.randn(60, 40), torch.arange(60) % 40)
+    # A layer's weight takes 80 numbers of an example, its bias 40.
+    monkeypatch.setattr(held_gram, "_HELD_BYTES", 60 * 4 * 240)
+    gradient_gram(model, CRITERION, data, range(60), batch_size=10)
+    first = 2 * 10  # to confirm a norm and to measure the memory
+    assert data.reads == first + 3 * 60
+
+
+def test_what_cannot_be_held_is_computed_in_parts_and_by_the_loop(monkeypatch):
     model, x, y = make("mlp")
     data = TensorDataset(x, y)
     whole = gradient_gram(model, CRITERION, data, range(len(y)))
+    monkeypatch.setattr(held_gram, "_HELD_BYTES", 4 * 10 * len(y))
     monkeypatch.setattr(gram, "_MAX_BYTES", 4 * 7 * len(y))
-    monkeypatch.setattr(gram, "_PRODUCT_ELEMENTS", 3 * len(y))
     parts = list(gram._parts({"a": 10, "b": 3, "c": 8}, 7))
     assert sum(c.stop - c.start for _, c in parts) == 21
-    torch.testing.assert_close(
-        gradient_gram(model, CRITERION, data, range(len(y))), whole
-    )
+    in_parts = gradient_gram(model, CRITERION, data, range(len(y)))
+    torch.testing.assert_close(in_parts, whole, rtol=1e-5, atol=1e-9)
 
     def refuses(*args, **options):
         raise RuntimeError("no batching rule")
@@ -65,6 +108,45 @@ def test_in_parts_and_by_the_loop_as_at_once(monkeypatch):
     monkeypatch.setattr(gram, "_MAX_BYTES", 1 << 22)
     looped = gradient_gram(model, CRITERION, data, range(len(y)))
     torch.testing.assert_close(looped, whole, rtol=1e-5, atol=1e-9)
+
+
+def test_a_batch_that_does_not_use_a_layer():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 4), nn.Linear(3, 4)
+
+        def forward(self, x):
+            layer = self.first if x[0, 0] > 0 else self.second
+            return layer(x)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3), torch.arange(6) % 4
+    x[:, 0] = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0, 1.0])
+    model = Gated()
+    G = explicit(model, x, y)
+    found = gradient_gram(model, CRITERION, TensorDataset(x, y), range(6), batch_size=2)
+    torch.testing.assert_close(found, G @ G.T, rtol=1e-5, atol=1e-7)
+
+
+def test_a_loader_that_reuses_its_memory():
+    model, x, y = make("mlp")
+    memory = torch.empty_like(x[:2])
+
+    def into_memory(items):
+        memory.copy_(torch.stack([a for a, _ in items]))
+        return memory, torch.stack([b for _, b in items])
+
+    G = explicit(model, x, y)[:4]
+    found = gradient_gram(
+        model,
+        CRITERION,
+        TensorDataset(x, y),
+        range(4),
+        batch_size=2,
+        collate_fn=into_memory,
+    )
+    torch.testing.assert_close(found, G @ G.T, rtol=1e-4, atol=1e-6)
 
 
 def test_the_diagonal_holds_the_squared_norms():

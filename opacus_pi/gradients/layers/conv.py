@@ -159,6 +159,12 @@ class ConvolutionGradients(ExampleGradients):
         """Return the gradients themselves, flat: ``(b, num_out * patch)``."""
         return per_example_weights(self._window, self._x, self._grad)
 
+    def form_rows(self, rows: slice, num_rows: int) -> Tensor:
+        """Return some rows of the gradients: those of some output channels."""
+        if self._window.groups > 1:
+            return super().form_rows(rows, num_rows)
+        return per_example_weights(self._window, self._x, self._grad[:, rows])
+
     def kept(self) -> ExampleGradients:
         """Return explicit gradients where that is cheaper.
 

@@ -109,3 +109,10 @@ class TableGradients(ExampleGradients):
         grad = self._grad
         table = grad.new_zeros(len(grad), self._num_rows, grad.shape[2])
         return table.scatter_add_(1, self._tokens[..., None].expand_as(grad), grad)
+
+    def form_rows(self, rows: slice, num_rows: int) -> Tensor:
+        """Return some rows of each table."""
+        inside = (self._tokens >= rows.start) & (self._tokens < rows.stop)
+        grad = self._grad * inside[..., None]
+        places = torch.where(inside, self._tokens - rows.start, 0)
+        return TableGradients(places, grad, rows.stop - rows.start).form().flatten(1)

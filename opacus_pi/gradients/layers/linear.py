@@ -110,6 +110,10 @@ class OuterProducts(ExampleGradients):
         """Return the gradients themselves, ``(b, p, d)``."""
         return self.g.mT @ self.a
 
+    def form_rows(self, rows: slice, num_rows: int) -> Tensor:
+        """Return some rows of the gradients: those of some outputs."""
+        return (self.g[..., rows].mT @ self.a).flatten(1)
+
     def kept(self) -> ExampleGradients:
         """Return explicit gradients where they are smaller than inputs and outputs."""
         (_, t, d), p = self.a.shape, self.g.shape[2]
