@@ -57,7 +57,7 @@ def test_against_explicit_vectors(name, batch_size):
     [
         *("mlp", "conv-mixed", "conv-depthwise", "conv-transpose", "transformer"),
         *("embedding-tied", "embedding-bag", "positions", "lstm", "reused"),
-        *("residual-group-norm", "outside-layers", "weight-norm"),
+        *("residual-group-norm", "outside-layers", "values-outside-layers"),
     ],
 )
 def test_held_in_groups_and_formed_in_rows_as_at_once(name, monkeypatch):
