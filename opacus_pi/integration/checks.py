@@ -202,9 +202,9 @@ class RunChecks:
         return (
             f"The ledger holds {recorded} updates, but the training made more: the "
             f"accountant has counted {num_counted}, and {self._earlier_steps} were "
-            "recorded before the last make_private or make_monitored call. Use one "
-            "engine for each run, and resume from its own checkpoints; engine.ledger "
-            "holds what was recorded last."
+            "recorded before the last make_private or make_monitored call. What it "
+            "holds does not cover the model, so no number is given from it. Use one "
+            "engine for each run, and resume from checkpoints that it has saved itself."
         )
 
 

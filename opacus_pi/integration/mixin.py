@@ -372,6 +372,7 @@ class PerInstanceMixin(RecordedEngine):
         self._run = run
         self.checkpoints.run_state = run.run_state
         self.checks.begin(self.recorder, steps_before=steps_before)
+        self.recorder.refuse_while(self._missing_updates)
 
 
 class _AuditingEngine(PerInstanceMixin, opacus.PrivacyEngine):

@@ -117,29 +117,26 @@ class Readings:
     def ledger(self) -> GradNormLedger:
         """Return the ledger of the run up to now, which names the present weights.
 
-        If it holds a part of the updates only, its chain of custody says so.
-
         Raises:
-            AccountingError: If nothing was recorded, or the run cannot be accounted
-                for.
+            AccountingError: If nothing was recorded, updates are missing, or the run
+                cannot be accounted for.
         """
         self._require_begun()
         self.recorder.name_weights()
-        reason = self._missing_updates(self.recorder.num_steps)
-        if reason and self.recorder.chain is not None:
-            self.recorder.chain.leave_unchecked("schedule", reason)
-        return self.recorder.ledger
+        return self._unnamed_ledger()
 
-    def complete_ledger(self) -> GradNormLedger:
-        """Return the ledger, if it holds every update that was made or counted.
+    def _unnamed_ledger(self) -> GradNormLedger:
+        """Return the ledger, for numbers that do not depend on its weights.
+
+        The recorder asks ``missing_updates`` as well, once a run was prepared; here it
+        is asked for a recorder that was loaded and not prepared.
 
         Raises:
-            AccountingError: If updates are missing, or the run cannot be accounted for.
+            AccountingError: As ``ledger``.
         """
         self._require_begun()
-        ledger = self.recorder.ledger  # not self.ledger: its weights need no name
-        reason = self._missing_updates(ledger.mechanism.num_steps)
-        if reason:
+        ledger = self.recorder.ledger
+        if reason := self.missing_updates():
             raise AccountingError(reason)
         return ledger
 
@@ -150,7 +147,7 @@ class Readings:
             order: Rényi order, above 1.
             **options: Options of ``accounting.privacy_losses``.
         """
-        losses = accounting.privacy_losses(self.complete_ledger(), order, **options)
+        losses = accounting.privacy_losses(self._unnamed_ledger(), order, **options)
         _warn_if_most_are_equal(losses)
         return losses
 
@@ -161,7 +158,7 @@ class Readings:
             delta: Failure probability, in (0, 1).
             **options: Options of ``accounting.epsilons``.
         """
-        ledger = self.complete_ledger()
+        ledger = self._unnamed_ledger()
         values = accounting.epsilons(ledger, delta, **options)
         _warn_if_most_are_equal(values)
         return self._at_most_the_worst_case(values, delta, ledger.mechanism)
@@ -173,7 +170,7 @@ class Readings:
             delta: Failure probability, in (0, 1).
             **options: Options of ``accounting.epsilon_limits``.
         """
-        ledger = self.complete_ledger()
+        ledger = self._unnamed_ledger()
         values = accounting.epsilon_limits(ledger, delta, **options)
         return self._at_most_the_worst_case(values, delta, ledger.mechanism)
 
@@ -188,15 +185,12 @@ class Readings:
             values = np.minimum(values, max(0.0, worst))
         return values
 
-    def _missing_updates(self, num_recorded: int) -> str:
-        """Return that the ledger holds a part of the updates only; empty: all of them.
-
-        Args:
-            num_recorded: How many it holds.
-        """
-        num_counted = num_steps_of(self.accountant)
+    def missing_updates(self) -> str:
+        """Say that the ledger holds a part of the updates only; empty: all of them."""
         return self.checks.missing_updates(
-            num_recorded, num_counted, is_private=self.is_private
+            self.recorder.num_steps,
+            num_steps_of(self.accountant),
+            is_private=self.is_private,
         )
 
     def _require_begun(self) -> None:

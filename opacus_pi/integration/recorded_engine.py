@@ -110,6 +110,10 @@ class RecordedEngine(Shown, OpacusEngine):
         """What the engine can say now; each of the methods below asks it."""
         return Readings(self.recorder, self.checks, self.accountant, self._run)
 
+    def _missing_updates(self) -> str:
+        """Say which updates the ledger lacks, for the recorder; empty if none."""
+        return self._readings.missing_updates()
+
     @property
     def module(self) -> nn.Module:
         """The module that is being trained, as the user made it.

@@ -65,7 +65,8 @@ LINKS = MappingProxyType(
             "clipping used this norm"
         ),
         "noise": "each update had one draw of noise of the recorded size",
-        "weights": "nothing but the recorded updates wrote to the weights",
+        "weights": "the training data changed the weights through the recorded updates "
+        "only",
     }
 )
 #: Largest share of unattributed samples for which numbers are still given.

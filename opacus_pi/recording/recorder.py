@@ -76,6 +76,7 @@ _NOT_COPIED = (
     "_last_weights",
     "_all_refuse",
     "_chain",
+    "_missing",
     "checkpoints",
 )
 _ONE_PROCESS = (
@@ -246,6 +247,7 @@ class Recorder(RecorderOptions):
     _last_weights: LastWeights | None = None
     _chain: Chain | None = None
     _all_refuse = False
+    _missing: Callable[[], str] | None = None
     _waiting: WaitingReports  # from begin or load_state_dict on
 
     def __getstate__(self) -> dict[str, Any]:
@@ -310,6 +312,9 @@ class Recorder(RecorderOptions):
             raise AccountingError(run.refusal)
         if custody is not None:
             custody.require_intact()
+        missing = self._missing() if self._missing is not None else ""
+        if missing:
+            raise AccountingError(missing)
         return run.ledger(custody, fills_unattributed=self.unattributed == "worst_case")
 
     def _custody(self) -> Custody | None:
@@ -612,6 +617,17 @@ class Recorder(RecorderOptions):
         if not run.refusal:
             run.refusal = reason
             warnings.warn(f"This run no longer has a ledger. {reason}", stacklevel=2)
+
+    def refuse_while(self, missing: Callable[[], str]) -> None:
+        """Refuse the ledger while updates are known that this recorder has not seen.
+
+        Args:
+            missing: Function that says which updates are missing now, and the remedy;
+                it returns an empty text if none are. The accountant's and the
+                recorder's counts may differ within an update, so it is called only
+                when a ledger is asked for.
+        """
+        self._missing = missing
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything recorded, as tensors, numbers and strings."""

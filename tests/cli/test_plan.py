@@ -1,12 +1,15 @@
 """Plans on the command line are the library's."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from opacus_pi.ledger.custody import Custody, Link
 from opacus_pi.unlearning.plan import make_plan
 from opacus_pi.unlearning.requests import DeletionRequests
+from tests.cli.conftest import DATA, MODEL
 
 PLAN = ("plan", "ledger.safetensors", "--forget")
 BUILD = ("--model", "cli_project:build")
@@ -53,6 +56,28 @@ def test_past_runs_that_never_got_there(answer, ledger):
     plan = make_plan([ledger], [3], order=8.0, past_runs=past)
     assert found["predicted_epochs"] == plan.predicted_epochs is not None
     assert found["num_unfinished"] == 1 and "lower bound" in found["prediction"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("score", "broken.safetensors"),
+        ("plan", "broken.safetensors", "--forget", "3"),
+        ("plan", "broken.safetensors", "--forget", "3", *BUILD),
+        ("unlearn", *MODEL, *DATA, "--forget", "3", "--epochs", 1)
+        + ("--ledger", "broken.safetensors", "--out", "never"),
+    ],
+)
+def test_a_file_with_a_broken_link_gives_no_number(run, ledger, project, words):
+    link = Link("schedule", "broken", "The ledger holds 4 of 9 updates.")
+    replace(ledger, custody=Custody((link,))).save(project / "broken.safetensors")
+    code, out, err = run(*words)
+    if words[0] == "unlearn":  # runs, and says that it proves nothing
+        assert code == 0 and "No finite divergence from retraining is claimed" in out
+        assert "not met: each example was drawn" in out and "4 of 9 updates" in out
+    else:
+        assert code != 0 and "4 of 9 updates" in err
+    assert "ε ≤" not in out
 
 
 def kind(answer, *words):

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_pi import AccountingError, PrivacyEngine, Recorder
+from opacus_pi import AccountingError, PrivacyEngine, Recorder, Unlearner
 from opacus_pi.accounting import fingerprint
 from opacus_pi.integration import runs
+from opacus_pi.integration.checkpoints import ledger_in_checkpoint
 from opacus_pi.ledger.custody import Custody
 
 NUM, BATCH = 48, 6
@@ -376,15 +377,50 @@ def test_a_data_set_that_is_changed_in_training_is_said():
         assert "identity" in run.unchecked()
 
 
-def test_a_ledger_that_lacks_updates_of_the_accountant_says_so():
+def run_with_updates_from_elsewhere():
+    """A run whose accountant has counted 8 updates that its recorder has not seen."""
     before = Run()
     quietly(once_each, before)
     after = Run()
     # as a checkpoint that plain Opacus has saved: with a history, without a record
     after.engine.accountant.load_state_dict(before.engine.accountant.state_dict())
     quietly(once_each, after)
-    with pytest.warns(UserWarning, match="holds 8 updates, but the training made more"):
-        assert "schedule" in after.unchecked()
+    return after
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda run, path: run.engine.ledger,
+        lambda run, path: run.engine.recorder.ledger,
+        lambda run, path: run.engine.epsilons(1e-5),
+        lambda run, path: run.engine.privacy_losses(order=2),
+        lambda run, path: run.engine.epsilon_limits(1e-5),
+        lambda run, path: run.engine.accountant_bound(),
+        lambda run, path: Unlearner(run.engine, criterion=nn.CrossEntropyLoss()),
+        lambda run, path: ledger_in(run, path),
+    ],
+)
+def test_a_ledger_that_lacks_updates_of_the_accountant_is_refused(read, tmp_path):
+    run = run_with_updates_from_elsewhere()
+    with pytest.raises(AccountingError, match=r"8 updates|ledger holds 8"):
+        read(run, tmp_path / "checkpoint.pt")
+
+
+def ledger_in(run, path):
+    run.engine.save_checkpoint(path=path, module=run.model, optimizer=run.optimizer)
+    return ledger_in_checkpoint(path)
+
+
+def test_get_epsilon_counts_the_updates_that_the_ledger_lacks():
+    run = run_with_updates_from_elsewhere()
+    with warnings.catch_warnings():
+        # Opacus's number covers all of them.
+        warnings.filterwarnings("error", message="get_epsilon returns")
+        both = run.engine.get_epsilon(1e-5)
+    first = Run()
+    quietly(once_each, first)
+    assert both > first.engine.get_epsilon(1e-5)
 
 
 def test_the_notes_of_errors_name_the_cause():

@@ -90,10 +90,12 @@ def test_opacus_checkpoint_in_ours_is_loaded_and_not_taken_for_the_whole():
     checkpoint = load(ours, save(theirs))
     assert CHECKPOINT_KEY not in checkpoint
     ours.train(1)
-    assert ours.engine.ledger.mechanism.num_steps == 4
+    assert ours.engine.recorder.num_steps == 4
     assert ours.engine.get_epsilon(1e-3) > 0
     with pytest.raises(AccountingError, match="accountant has counted 8"):
         ours.engine.privacy_losses(2)
+    with pytest.raises(AccountingError, match="accountant has counted 8"):
+        _ = ours.engine.ledger
 
 
 def test_the_key_is_not_left_in_what_loading_returns():

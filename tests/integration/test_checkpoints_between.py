@@ -79,7 +79,7 @@ def test_both_engines_go_on_alike_from_either_checkpoint(case):
 def test_what_opacus_trained_before_is_not_on_record():
     theirs = saved(prepared(opacus.PrivacyEngine).train(1))
     training = resumed(PrivacyEngine, theirs)
-    assert training.engine.ledger.mechanism.num_steps == 2
+    assert training.engine.recorder.num_steps == 2
     with pytest.raises(AccountingError, match="accountant has counted 4"):
         training.engine.epsilons(1e-3)
 

@@ -181,7 +181,7 @@ def test_strict_refuses_at_once():
 def test_a_second_run_starts_a_new_ledger_and_does_not_hide_the_first():
     first = Training(batch_size=12).train(2)
     second = Training(engine=first.engine, batch_size=12).train(1)
-    assert second.engine.ledger.mechanism.num_steps == 2
+    assert second.engine.recorder.num_steps == 2
     with pytest.raises(
         AccountingError, match="holds 2 updates.*one engine for each run"
     ):

@@ -135,7 +135,7 @@ class GradientScale:
         if len(used) != 1 or len(passes) != 1:
             return False
         if _has_repeated(used[0]):
-            self._chain.leave_unchecked("rows", _REPEATED)
+            self._chain.break_link("rows", _REPEATED)
         targets = _targets_of(used[0])
         if targets is None:
             return False
