@@ -10,9 +10,9 @@ turns it into each example's gradient (``layers``, ``operations``,
 """
 
 from opacus_pi._promised import promise
+from opacus_pi.gradients.coverage_of_rules import rule_coverage
 from opacus_pi.gradients.gram import gradient_gram, minibatch_gram
 from opacus_pi.gradients.layers import register_layer_rule
-from opacus_pi.gradients.rule_coverage import rule_coverage
 from opacus_pi.gradients.sweeps import (
     Sweep,
     norm_sweep,

@@ -222,7 +222,7 @@ class NormEngine:
     def ways(self) -> dict[str, str]:
         """How each parameter is measured: the way, and the cause of a slow one.
 
-        See :func:`~opacus_pi.gradients.rule_coverage.rule_coverage`.
+        See :func:`~opacus_pi.gradients.rule_coverage`.
         """
         if not self._together:
             return dict.fromkeys(self._trainable, f"one at a time: {self._alone[0]}")
