@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from opacus_pi.custody.model_probe import probe_separability
 from tests.custody import loop_list, oracle
@@ -145,3 +146,31 @@ def test_a_run_of_such_a_model_is_refused(mode, sampling):
     assert oracle.true_norms(run) == "separability"
     outcome, reason = verdict(run, "separability")
     assert outcome == REFUSED and "number of examples" in reason
+
+
+class Packed(nn.Module):
+    """A recurrent layer that sees each sequence up to its own length."""
+
+    def __init__(self, enforce_sorted):
+        super().__init__()
+        self.layer = nn.GRU(3, 4, batch_first=True)
+        self.enforce_sorted = enforce_sorted
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(
+            x, lengths, batch_first=True, enforce_sorted=self.enforce_sorted
+        )
+        return self.layer(packed)[1][-1]
+
+
+@pytest.mark.parametrize("lengths", [[7, 6, 4, 3, 2], [7, 7, 7, 7, 7], [7, 7, 4, 4, 4]])
+def test_packed_sequences_neither_crash_nor_get_a_false_reason(lengths):
+    inputs = torch.randn(5, 7, 3), torch.tensor(lengths)
+    finding = probe_separability(Packed(enforce_sorted=False), inputs, {})
+    assert finding.state == "checked" and "leaving one out" in finding.sentence
+    finding = probe_separability(Packed(enforce_sorted=True), inputs, {})
+    if len(set(lengths)) == 1:  # other examples are in order, too
+        assert finding.state == "checked" and "leaving one out" in finding.sentence
+    else:  # the last one is the shortest, so it is not at fault
+        assert finding.state == "unchecked"
+        assert "must be sorted in decreasing order when" in finding.sentence
