@@ -289,8 +289,9 @@ class OutsideChanges:
         Args:
             optimizer: It is about to write the weights.
         """
-        self._noised = NotedTensors(_gradients(optimizer))
-        frozen = [p for p in held_by(optimizer) if not p.requires_grad]
+        held = held_by(optimizer)
+        self._noised = NotedTensors([g for p in held if (g := p.grad) is not None])
+        frozen = [p for p in held if not p.requires_grad]
         if any([p.grad is not None and bool(p.grad.any()) for p in frozen]):
             self._chain.break_link("noise", _FROZEN_WITH_GRADIENT)
 
