@@ -15,6 +15,8 @@ Run(num_steps=100, name='<first>', noise_std=0.3333; it is short)
 '<table><caption>Run</caption>\n<tr><th>num_steps</th><td>1'
 """
 
+import re
+import reprlib
 from collections.abc import Mapping
 from html import escape
 from typing import Any, ClassVar
@@ -23,9 +25,12 @@ import numpy as np
 
 from opacus_pi._printable import printable
 
-__all__ = ["Shown"]
+__all__ = ["Shown", "stable_repr"]
 
 _LONGEST = 80  # characters of one fact
+_LONGEST_REPR = 1 << 16
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]+")
+_MODULES = re.compile(r"(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_<])")
 
 
 class Shown:
@@ -74,3 +79,33 @@ def _html(value: Any) -> str:
 def _cut(text: str) -> str:
     """Return a text of at most the length that a fact may have."""
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def stable_repr(value: Any, depth: int = 3) -> str:
+    """Return a text of an object and its settings that is the same in every process.
+
+    Addresses in memory and the modules of classes are left out: a class of a script is
+    in ``__main__`` when the script runs, and in another module when it is imported. An
+    object without a ``repr`` of its own is described by its class and its attributes.
+
+    >>> class Flip:
+    ...     def __init__(self, p):
+    ...         self.p = p
+    >>> stable_repr(Flip(0.5)), stable_repr(len)
+    ('Flip(p=0.5)', '<built-in function len>')
+
+    Args:
+        value: Any object.
+        depth: How many levels of attributes are followed.
+    """
+    if isinstance(value, str):
+        return repr(value)
+    has_no_repr = getattr(type(value), "__repr__", None) is object.__repr__
+    if depth and has_no_repr:
+        held = sorted(getattr(value, "__dict__", {}).items())
+        settings = (f"{name}={stable_repr(one, depth - 1)}" for name, one in held)
+        return f"{type(value).__qualname__.split('.')[-1]}({', '.join(settings)})"
+    shown = reprlib.Repr()
+    shown.maxother = _LONGEST_REPR
+    text = shown.repr_instance(value, 1)  # a text also if its own repr fails
+    return _MODULES.sub("", _ADDRESS.sub("", text))

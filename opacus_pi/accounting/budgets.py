@@ -54,7 +54,7 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, in_range, numbers, positive
 from opacus_pi.accounting.conversion import gaussian_epsilon, gaussian_mu
 from opacus_pi.ledger.checks import frozen
-from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.ledger.same_data import same_data_set
 
 Array = NDArray[np.float64]
 

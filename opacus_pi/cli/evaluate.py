@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from opacus_pi.cli.errors import BadInput
+from opacus_pi._types import ArrayLike
+from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.evaluated import subject_of
 from opacus_pi.cli.inputs import (
     import_criterion,
@@ -33,6 +34,7 @@ from opacus_pi.evaluation import (
     pairwise_barriers,
     permutation_spec,
 )
+from opacus_pi.evaluation.oracle import retrained_without
 from opacus_pi.report.run import Barriers
 
 FORMAT = "opacus_pi.cli.evaluate.v1"
@@ -53,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         BadInput: If a file or an object cannot be used, the test set is the training
-            set, or a retrained model has the weights of another model.
+            set, or a retrained model has the weights of another model or was trained
+            without other examples.
     """
     train_set = import_data_set("--data", options.train_set)
     test_set = import_data_set("--test", options.test_set)
@@ -64,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
     network = load_model(options, options.weights)
     oracles = [load_model(options, path, "--oracle") for path in options.oracle]
     _require_different_weights(options, [network, *oracles])
+    unchecked = _require_retrained_without(options.oracle, train_set, forget)
     retrained = [sets.metrics(oracle) for oracle in oracles]
     metrics = sets.metrics(network)
     barriers = _barriers(network, oracles, sets, options.match)
@@ -78,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         if retrained
         else None,
         "barriers": barriers,
+        "oracles_not_checked": unchecked,
     }
     answer(options, facts, _text(facts, barriers))
     return 0
@@ -105,6 +110,38 @@ def _require_different_weights(
                 "every distance between them is 0. Name weights of models that "
                 "were retrained without the forget set, each with its own seed."
             )
+
+
+def _require_retrained_without(
+    paths: list[str], train_set: Any, forget: ArrayLike
+) -> list[str]:
+    """Refuse oracles that were retrained without other examples than the forget set.
+
+    Args:
+        paths: The files of ``--oracle``.
+        train_set: The training set.
+        forget: Positions of the forget set.
+
+    Returns:
+        The files that do not say what their model was trained without.
+
+    Raises:
+        BadInput: If a file says that other examples were left out.
+    """
+    unchecked = []
+    for path in paths:
+        with about("--oracle", "Pass a file that OracleCache wrote, unedited."):
+            left_out = retrained_without(path, train_set, forget)
+        if left_out is None:
+            unchecked.append(path)
+        elif not left_out:
+            raise BadInput(
+                f"--oracle: the model in {path} was retrained without other examples "
+                "than this forget set, or on another data set, so it is not the model "
+                "to compare with. Name models that were retrained without exactly "
+                "this forget set."
+            )
+    return unchecked
 
 
 def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -176,6 +213,12 @@ def _text(facts: dict[str, Any], barriers: Barriers | None) -> str:
         f"the retain set, {facts['num_test']} in the test set.",
         table(header, rows),
     ]
+    if facts["oracles_not_checked"]:
+        parts.append(
+            "Not checked: whether these models were retrained without this forget set: "
+            f"{', '.join(facts['oracles_not_checked'])}. Their files do not say what "
+            "was left out; files of OracleCache do."
+        )
     if barriers is None:
         parts.append(
             "These numbers can only be judged beside those of retrained models: name "

@@ -14,7 +14,7 @@ from torch import nn
 
 from opacus_pi.accounting import fingerprint
 from opacus_pi.cli.errors import BadInput
-from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.ledger.same_data import same_data_set
 from opacus_pi.models.weights_name import weights_name
 
 _UNCHECKED = (

@@ -53,10 +53,7 @@ def load_ledgers(
         BadInput: If a file is not a ledger, or training added no noise and none is
             assumed. Every number that the commands print would be infinite then.
     """
-    runs = []
-    for path in paths:
-        with about(f"{flag} {path}", _LEDGER_REMEDY):
-            runs.append(_load_ledger(Path(path)))
+    runs = read_ledgers(paths, flag)
     if noise_std is not None:
         return [run.with_noise_std(noise_std) for run in runs]
     silent = [bool((np.asarray(r.mechanism.noise_std) == 0).any()) for r in runs]
@@ -65,6 +62,23 @@ def load_ledgers(
             f"{flag} {paths[silent.index(True)]}: training added no noise, so no loss "
             "is finite. Assume a noise for a ranking without a guarantee: --sigma 1."
         )
+    return runs
+
+
+def read_ledgers(paths: Sequence[str], flag: str) -> list[GradNormLedger]:
+    """Load the ledgers of independent runs, of training without noise too.
+
+    Args:
+        paths: Their files.
+        flag: The argument that names them.
+
+    Raises:
+        BadInput: If a file is not a ledger.
+    """
+    runs = []
+    for path in paths:
+        with about(f"{flag} {path}", _LEDGER_REMEDY):
+            runs.append(_load_ledger(Path(path)))
     return runs
 
 

@@ -496,9 +496,10 @@ and the loss barriers to them.""",
             option(
                 "--oracle",
                 "WEIGHTS",
-                "state dicts of models retrained without the forget set",
+                "state dicts of models retrained without the forget set; repeatable",
                 default=[],
                 nargs="+",
+                action="extend",
             ),
             switch(
                 "--match",

@@ -17,6 +17,7 @@ from opacus_pi.accounting import fingerprint
 from opacus_pi.cli.errors import BadInput
 from opacus_pi.difficulty.forget_sets import retain_indices
 from opacus_pi.evaluation import evaluate
+from opacus_pi.ledger.same_data import compared, same_data_set
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def require_unseen(train_set: Any, test_set: Any) -> None:
         test_set: A set that the model must not have seen.
 
     Raises:
-        BadInput: If they are one object, or have the same class, length, labels and
-            first example.
+        BadInput: If they are one object, or look like one data set.
     """
     if test_set is train_set or _look_equal(train_set, test_set):
         raise BadInput(
@@ -70,15 +70,18 @@ def require_unseen(train_set: Any, test_set: Any) -> None:
 
 
 def _look_equal(one: Any, other: Any) -> bool:
-    """Return whether two labelled sets have the same labels and the same first example.
+    """Return whether two labelled sets hold the same examples, as far as this is known.
 
-    Equal fingerprints mean equal class, length and labels, and equal inputs where these
-    are in memory. Inputs that are loaded on demand are not part of a fingerprint, so
-    the first example is compared as well.
+    Fingerprints compare what both hold, whatever their transforms are. If they do not
+    cover the content of the examples, the first example is compared as well.
     """
-    name = fingerprint(one)
-    # A fingerprint without a third part has no hash of labels and proves nothing.
-    if name.count(":") < 2 or name != fingerprint(other):
+    name, other_name = fingerprint(one), fingerprint(other)
+    if not same_data_set(name, other_name):
+        return False
+    if compared(name, other_name).covers_examples:
+        return True
+    # Without a hash of labels, equal names prove nothing.
+    if fingerprint(one, inputs=False).count(":") < 2:
         return False
     first, second = one[0], other[0]
     if isinstance(first, tuple | list):

@@ -32,9 +32,9 @@ from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.inputs import (
     import_criterion,
     import_data_set,
-    load_ledgers,
     load_model,
     read_forget_set,
+    read_ledgers,
 )
 from opacus_pi.cli.methods import make_method
 from opacus_pi.cli.output import answer, table
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     going_back = _going_back(options)
     method = make_method(options.method, options.settings)
     make_optimizer = None if going_back else _optimizer(options)
-    runs = load_ledgers(options.ledger, None, "--ledger") if options.ledger else None
+    runs = read_ledgers(options.ledger, "--ledger") if options.ledger else None
     train_set = import_data_set("--data", options.train_set)
     test_set = _test_set(options, train_set)
     forget = read_forget_set(options)

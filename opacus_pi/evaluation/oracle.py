@@ -28,9 +28,15 @@ from tqdm import tqdm
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, require
 from opacus_pi.difficulty.forget_sets import retain_indices
-from opacus_pi.files.arrays_file import read_arrays, write_arrays
+from opacus_pi.files.arrays_file import (
+    check_file,
+    named_kind,
+    read_arrays,
+    write_arrays,
+)
 from opacus_pi.files.kinds import ORACLE
 from opacus_pi.ledger.fingerprint import fingerprint
+from opacus_pi.ledger.same_data import difference, same_transforms
 from opacus_pi.models.copies import unwrap
 from opacus_pi.models.no_trace import random_state_untouched
 
@@ -205,9 +211,39 @@ def _facts(
             f"key must be JSON, got {key!r} ({error}). "
             "Pass numbers, strings, lists and mappings that describe the recipe."
         ) from error
-    digest = hashlib.sha256(forget.astype("<i8").tobytes()).hexdigest()
     name = fingerprint(data_set, inputs=False)
-    return {"key": text, "data_set": name, "forget_indices": digest}
+    return {"key": text, "data_set": name, "forget_indices": _name_of(forget)}
+
+
+def _name_of(forget: NDArray[np.int64]) -> str:
+    """Return the hash of sorted positions."""
+    return hashlib.sha256(forget.astype("<i8").tobytes()).hexdigest()
+
+
+def retrained_without(
+    path: str | os.PathLike[str], data_set: Any, forget_indices: ArrayLike
+) -> bool | None:
+    """Return whether a file of the cache holds a model that never saw a forget set.
+
+    Args:
+        path: A file of weights.
+        data_set: The whole training set.
+        forget_indices: The examples that must have been left out, shape ``(m,)``.
+
+    Returns:
+        Whether exactly these examples of this data set were left out; None for a file
+        that ``OracleCache`` did not write: it does not say what was left out.
+
+    Raises:
+        ValueError: If the positions are bad, or the file is damaged.
+    """
+    if named_kind(path) != ORACLE.name:
+        return None
+    forget = distinct_indices("forget_indices", forget_indices, len(data_set))
+    facts = check_file(path, ORACLE)[1]
+    name = facts.get(_INPUTS, facts.get("data_set", ""))
+    same = not difference(name, fingerprint(data_set, inputs=_INPUTS in facts))
+    return same and facts.get("forget_indices") == _name_of(np.sort(forget))
 
 
 def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
@@ -226,7 +262,16 @@ def _load(path: Path, facts: Mapping[str, str], model: nn.Module) -> bool:
     try:
         arrays, found = read_arrays(path, ORACLE)
         known = {_INPUTS: facts[_INPUTS], **found}  # old files do not name the inputs
-        differing = [name for name, value in facts.items() if known.get(name) != value]
+        differing = [
+            name
+            for name, value in facts.items()
+            if name != _INPUTS and known.get(name) != value
+        ]
+        stored = known[_INPUTS]
+        if difference(stored, facts[_INPUTS]):
+            differing.append(_INPUTS)
+        if same_transforms(stored, facts[_INPUTS]) is False:
+            differing.append("transforms of the data set")
         require(
             not differing,
             f"The model in {path} was trained with other values of "

@@ -58,7 +58,7 @@ from opacus_pi.integration.swept_model import SweptModel
 from opacus_pi.integration.training_states import TrainingStates
 from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.integration.wrong_layers import layers_opacus_gets_wrong, watch_inputs
-from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.ledger.same_data import same_data_set
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.own_losses import Criterion
 from opacus_pi.recording import Recorder

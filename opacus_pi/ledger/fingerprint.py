@@ -1,9 +1,9 @@
 """A short text that identifies a data set, computed without loading an example.
 
 A ledger's columns are positions in a data set, so a ledger that is used with another
-data set gives wrong losses without an error. The fingerprint detects this. It is not
-cryptographic evidence: data sets that differ only in inputs that are not hashed, or
-that are loaded on demand, have the same fingerprint.
+data set, or with the same examples in another order, gives wrong losses without an
+error. The fingerprint detects this. It is not cryptographic evidence:
+``opacus_pi.ledger.same_data`` says what two fingerprints compare and what they do not.
 
 >>> class Digits:
 ...     targets = [0, 1, 1]
@@ -14,40 +14,50 @@ that are loaded on demand, have the same fingerprint.
 'Digits:3:8cc4e2b29a3c0356'
 """
 
-import hashlib
 import math
-import re
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
+from opacus_pi.ledger.held_examples import (
+    as_array,
+    evenly_spaced,
+    hash_arrays,
+    held_parts,
+    is_subset,
+    strided,
+)
 
 __all__ = ["fingerprint"]
 
-_MAX_NUMBERS = 1 << 20  # of inputs that are hashed
-_INPUTS = re.compile(r":x[0-9a-f]{16}$")
+_MAX_NUMBERS = 1 << 20  # of inputs that are hashed as a whole
 
 
 def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
-    """Return a name made of a data set's class, length and hashes of labels and inputs.
+    """Return a name made of a data set's class, length and hashes of what it holds.
 
     Labels are taken from the attribute ``targets``, ``labels`` or the last of
-    ``tensors``; inputs from ``data`` or the other ``tensors``. For a ``Subset`` the
-    whole data set is searched, at the positions in ``indices``. Of large inputs only
-    evenly spaced examples are hashed, about a million numbers in all: differences in
-    other examples are not noticed. ``__getitem__`` is never called and no random state
-    is touched, so neither augmentation nor downloads run, and data sets that read files
-    on demand have no hash of inputs. Without labels, the name is the class and the
-    length.
+    ``tensors``. Inputs are everything else that the object keeps with one entry for
+    each example, under any name: arrays, tensors, tables, and lists of texts such as
+    the names of files. Files are recognised by their names within their common folder,
+    by their sizes, and by their first and last 4 KiB. Data sets within this one, as in
+    a ``Subset`` or a ``ConcatDataset``, are searched too. The transforms have a hash of
+    their own, made of their ``repr``.
+
+    Of large inputs some numbers of each example are hashed, about four million in all,
+    and of more than 2,048 files only evenly spaced ones are opened. ``__getitem__`` is
+    never called and no random state is touched, so neither augmentation nor downloads
+    run. What cannot be read in this way has no part in the name.
 
     Args:
         data_set: Anything with a length.
-        inputs: Whether to include the hash of inputs.
+        inputs: Whether to include the parts beyond the labels.
 
     Returns:
-        ``"Class:length:labels:xinputs"``, without the parts that are not found.
+        ``"Class:length:labels:xinputs:..."``, without the parts that are not found.
+        Each part after the labels starts with a letter.
 
     Raises:
         ValueError: If the data set has no length.
@@ -66,44 +76,35 @@ def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
     )
     name = f"{_class_name(data_set)}:{size}"
     labels = _labels(data_set)
-    name = name if labels is None else f"{name}:{_hash(labels)}"
-    found = _inputs(data_set, np.arange(size)) if inputs and size else []
-    return f"{name}:x{_hash(*found)}" if found else name
-
-
-def same_data_set(one: str, other: str) -> bool:
-    """Return whether two fingerprints agree in the parts that both of them have.
-
-    Args:
-        one: A fingerprint. Those of earlier releases have no part for inputs.
-        other: Another, or any name that a user gave.
-    """
-    if _INPUTS.search(one) and _INPUTS.search(other):
-        return one == other
-    return _INPUTS.sub("", one) == _INPUTS.sub("", other)
-
-
-def _is_subset(data_set: Any) -> bool:
-    """Return whether this is a subset: positions of another data set."""
-    return hasattr(data_set, "dataset") and hasattr(data_set, "indices")
+    name = name if labels is None else f"{name}:{hash_arrays(labels)}"
+    if not inputs or not size:
+        return name
+    found = _inputs(data_set, np.arange(size))
+    parts = {"x": hash_arrays(*found)} if found else {}
+    parts |= held_parts(data_set, np.arange(size))
+    return name + "".join(f":{letter}{part}" for letter, part in parts.items())
 
 
 def _class_name(data_set: Any) -> str:
     """Return the class name; of a subset, with the class of the whole data set."""
     name = type(data_set).__qualname__
-    return f"{name}[{_class_name(data_set.dataset)}]" if _is_subset(data_set) else name
+    return f"{name}[{_class_name(data_set.dataset)}]" if is_subset(data_set) else name
 
 
 def _labels(data_set: Any) -> NDArray[Any] | None:
     """Return the label array, or None if there is none."""
-    if _is_subset(data_set):
+    if is_subset(data_set):
         labels = _labels(data_set.dataset)
-        return None if labels is None else labels[np.asarray(data_set.indices)]
+        return (
+            None
+            if labels is None
+            else labels[np.asarray(data_set.indices, dtype=np.int64)]
+        )
     for attribute in ("targets", "labels", "tensors"):
         found = getattr(data_set, attribute, None)
         if attribute == "tensors" and found:
             found = found[-1]
-        labels = _as_array(found)
+        labels = as_array(found)
         if labels is not None and len(labels) == len(data_set):
             return labels
     return None
@@ -112,10 +113,11 @@ def _labels(data_set: Any) -> NDArray[Any] | None:
 def _inputs(data_set: Any, places: NDArray[np.int64]) -> list[NDArray[Any]]:
     """Return stored inputs of some of the examples at these positions.
 
-    Only attributes of the object itself count, because a property might load or compute
-    anything. The list is empty if no inputs are stored.
+    This is the part that ledgers of every release have. Only attributes of the object
+    itself count, because a property might load or compute anything. The list is empty
+    if no inputs are stored under the names ``tensors`` or ``data``.
     """
-    if _is_subset(data_set):
+    if is_subset(data_set):
         return _inputs(data_set.dataset, np.asarray(data_set.indices)[places])
     held = getattr(data_set, "__dict__", {})
     stored = list(held.get("tensors") or ())[:-1] or [held.get("data")]
@@ -125,37 +127,11 @@ def _inputs(data_set: Any, places: NDArray[np.int64]) -> list[NDArray[Any]]:
 
 def _some(values: Any, places: NDArray[np.int64], size: int) -> NDArray[Any] | None:
     """Return inputs of evenly spaced examples, or None if there is no array of them."""
-    is_tensor = hasattr(values, "detach") and hasattr(values, "is_floating_point")
-    shape = tuple(values.shape) if is_tensor or isinstance(values, np.ndarray) else ()
+    shape = tuple(values.shape) if strided(values) else ()
     if shape[:1] != (size,):
         return None
     most = max(1, _MAX_NUMBERS // max(1, math.prod(shape[1:])))
-    steps = np.linspace(0, len(places) - 1, min(most, len(places))).astype(np.int64)
-    rows = values[places[steps].tolist()]
-    if is_tensor and rows.is_floating_point():
+    rows = values[evenly_spaced(places, most).tolist()]
+    if hasattr(rows, "detach") and rows.is_floating_point():
         rows = rows.double()  # numpy has no bfloat16
-    return _as_array(rows)
-
-
-def _as_array(found: Any) -> NDArray[Any] | None:
-    """Return the object as an array of numbers or strings, or None if it is not one."""
-    if found is None or callable(found):
-        return None
-    if hasattr(found, "cpu"):
-        found = found.detach().cpu()
-    try:
-        array = np.asarray(found)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return array if array.ndim >= 1 and array.dtype.kind in "biufU" else None
-
-
-def _hash(*arrays: NDArray[Any]) -> str:
-    """Return sixteen hexadecimal digits that depend on values, not on their type."""
-    wide = {"b": np.int64, "i": np.int64, "u": np.int64, "f": np.float64}
-    digest = hashlib.sha256()
-    for array in arrays:
-        values = array.astype(wide.get(array.dtype.kind, array.dtype), order="C")
-        digest.update(f"{values.dtype.str}{values.shape}".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()[:16]
+    return as_array(rows)

@@ -36,10 +36,10 @@ from opacus_pi.ledger.checks import (
     checked_weights,
 )
 from opacus_pi.ledger.custody import Custody
-from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.ledger.gap_filling import fill_by_rank, fill_unobserved
 from opacus_pi.ledger.mechanism import SCHEDULED, NoisySGD
 from opacus_pi.ledger.noise_generator import checked_noise_generator
+from opacus_pi.ledger.same_data import difference, same_data_set
 from opacus_pi.ledger.saving import LedgerFile, SavedLedger
 from opacus_pi.ledger.smoothed_ranks import SmoothedRanks, sampling_step
 
@@ -352,12 +352,14 @@ class GradNormLedger(SavedLedger):
             ValueError: If this ledger was recorded on another one. A ledger without a
                 fingerprint passes.
         """
+        differs = "" if self.data_set is None else difference(self.data_set, data_set)
         expect(
-            self.data_set is None or same_data_set(self.data_set, data_set),
+            not differs,
             "data_set",
             data_set,
             f"must be the ledger's data set, {self.data_set}",
-            "Pass the ledger that was recorded on this data set.",
+            f"They differ in {differs}. Pass the data set of the training, in its "
+            "order, or the ledger that was recorded on this data set.",
         )
 
     @classmethod

@@ -6,6 +6,7 @@ a row consists of the updates since the row before; the run keeps the settings o
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,8 +20,12 @@ from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, NoisySGD
 from opacus_pi.ledger.custody import MAX_UNATTRIBUTED, Custody
-from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.ledger.noise_generator import weakest
+from opacus_pi.ledger.same_data import (
+    same_data_set,
+    same_transforms,
+    without_transforms,
+)
 from opacus_pi.recording.participations import Participations
 from opacus_pi.recording.saved_state import (
     ASSUMED,
@@ -35,6 +40,12 @@ _FACTS = ("source", "num_examples", "sample_rate", "sampling", "data_set")
 _COUNTS = ("num_steps", "refusal")
 Indices = Tensor | NDArray[np.int64] | Sequence[int]
 
+_OTHER_TRANSFORMS = (
+    "The data set has other transforms than when the saved run was recorded. Training "
+    "and recording go on, and the norms are those of the examples as they are now. The "
+    "ledger no longer says which transforms the run used, so a rewind lists them as "
+    "declared. Resume with the transforms of the saved run if this was not intended."
+)
 _MAX_WAITING = 256  # reports that are added to the run together
 _ROW = "rows."  # before the names of measurements in a saved state
 
@@ -326,6 +337,9 @@ class RecordedRun:
         Args:
             other: The run that is about to begin.
 
+        Warns if the data set has other transforms now. Recording goes on, and the run
+        does not name its transforms any more.
+
         Raises:
             ValueError: If what was recorded, the data set or the sampling differ.
         """
@@ -339,6 +353,9 @@ class RecordedRun:
                 f"must equal that of the run that resumes it, {others!r}",
                 "Resume with the data set, sampling and Recorder of the saved run.",
             )
+        if same_transforms(self.data_set, other.data_set) is False:
+            warnings.warn(_OTHER_TRANSFORMS, stacklevel=2)
+            self.data_set = without_transforms(self.data_set)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything recorded, as tensors, numbers and strings."""

@@ -32,7 +32,7 @@ from opacus_pi.custody.weights import WeightSnapshot
 from opacus_pi.files.kinds import RECORDED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
 from opacus_pi.ledger.checks import CHANGED
-from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.ledger.same_data import same_data_set
 from opacus_pi.models.copies import unwrap
 from opacus_pi.models.weights_name import weights_name
 

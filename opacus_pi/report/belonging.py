@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opacus_pi._validate import expect
-from opacus_pi.ledger.fingerprint import same_data_set
 from opacus_pi.ledger.grad_norm_ledger import GradNormLedger
 from opacus_pi.ledger.run_identity import RunIdentity, named_weights
+from opacus_pi.ledger.same_data import same_data_set
 
 _REMEDY = (
     "Pass the ledger of the training from which this unlearning run started, or report "

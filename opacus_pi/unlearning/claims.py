@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from opacus_pi._shown import stable_repr
 from opacus_pi._torch_compat import BatchNormBase
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.epsilon import DEFAULT_ORDERS
@@ -51,6 +52,7 @@ from opacus_pi.ledger.grad_norm_ledger import columns_of, joint_mechanism
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning.loop import StopRule, stop_rule
 from opacus_pi.unlearning.methods import FineTune, L1Sparse, Langevin, Method
+from opacus_pi.unlearning.same_training_data import same_data
 
 Ledgers = GradNormLedger | Sequence[GradNormLedger]
 
@@ -66,13 +68,15 @@ class AccountantBound(Protocol):
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """The facts of a training run that only its engine knows and a guarantee needs.
+    """The facts that a guarantee needs and that are in no ledger.
 
     Args:
         accountant_bound: The bound of the engine's accountant; None if there is none.
+        data_set: Fingerprint of the data set that a run gets; None in a plan.
     """
 
     accountant_bound: AccountantBound | None = None
+    data_set: str | None = None
 
 
 @dataclass(frozen=True)
@@ -279,11 +283,12 @@ def claim(
         _fixed_length(stop or history.stop),
         _separable(model),
         *([matching] if runs else []),
+        same_data([run.data_set for run in runs], engine_facts.data_set),
         *_broken_links(runs),
     ]
     described = (
-        f"{method} (compared with a model that was trained without the set in the "
-        "same way: as many updates, each other example drawn with the same "
+        f"{stable_repr(method)} (compared with a model that was trained without the "
+        "set in the same way: as many updates, each other example drawn with the same "
         "probability, sums of gradients divided by the same number; and then "
         "fine-tuned in the same way)"
     )

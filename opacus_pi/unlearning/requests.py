@@ -27,7 +27,8 @@ from torch.utils.data import Dataset
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, require
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
-from opacus_pi.ledger.fingerprint import fingerprint, same_data_set
+from opacus_pi.ledger.fingerprint import fingerprint
+from opacus_pi.ledger.same_data import same_data_set
 from opacus_pi.models.batches import size_of
 from opacus_pi.recording.checkpoints import Checkpoints
 from opacus_pi.unlearning.deletion_log import (

@@ -25,6 +25,7 @@ from opacus_pi._validate import expect
 from opacus_pi.evaluation.trace import UnlearningTrace
 from opacus_pi.files.atomic_file import replacing
 from opacus_pi.files.torch_file import read_torch_file
+from opacus_pi.ledger.same_data import same_data_set, same_transforms
 from opacus_pi.recording.random_states import RandomStates
 from opacus_pi.unlearning.loop import Updates
 
@@ -102,7 +103,8 @@ class RunFile:
         saved = SavedRun(**found)
         for name, value in self.record.items():
             expect(
-                name in _NEW_AT_EVERY_START or saved.record.get(name) == value,
+                name in _NEW_AT_EVERY_START
+                or _same(name, saved.record.get(name), value),
                 "checkpoint",
                 f"a run with {name}={saved.record.get(name)!r} in {self.path}",
                 f"must be of a run with {name}={value!r}",
@@ -155,3 +157,19 @@ class RunFile:
     def remove(self) -> None:
         """Remove the file of a run that has ended: the result takes its place."""
         self.path.unlink(missing_ok=True)
+
+
+def _same(name: str, saved: Any, value: Any) -> bool:
+    """Return whether a run that continues has the setting of the saved run.
+
+    Data sets are compared in what both fingerprints have, transforms included.
+
+    Args:
+        name: The setting.
+        saved: Its value in the saved run.
+        value: Its value now.
+    """
+    if name == "data_set" and isinstance(saved, str):
+        alike = same_transforms(saved, value) is not False
+        return alike and same_data_set(saved, value)
+    return bool(saved == value)

@@ -56,13 +56,19 @@ from opacus_pi.integration.rerun import (
     require_repeatable,
 )
 from opacus_pi.ledger.custody import CHECKED, LINKS, Custody
-from opacus_pi.ledger.fingerprint import same_data_set
+from opacus_pi.ledger.fingerprint import fingerprint
 from opacus_pi.ledger.participation_record import ParticipationRecord
+from opacus_pi.ledger.same_data import same_data_set
 from opacus_pi.models.own_losses import Criterion
 from opacus_pi.models.weights_name import weights_name
 from opacus_pi.recording.checkpoints import Checkpoints, policy_in
 from opacus_pi.unlearning.claims import EngineFacts, claim
 from opacus_pi.unlearning.methods import FineTune
+from opacus_pi.unlearning.same_training_data import (
+    require_same_preparation,
+    same_data,
+    same_preparation,
+)
 
 __all__ = ["RewindPlan"]
 
@@ -458,6 +464,7 @@ class RecordedTraining:
         if plan.is_free:
             self._require_trained()
             return None
+        require_same_preparation(self.ledger.data_set or "", fingerprint(train_set))
         state = self.states.load(plan.start)
         require_repeatable(self.record, state, train_set)
         return Rerun(
@@ -533,7 +540,12 @@ class RecordedTraining:
             *_links(self.ledger.custody, charges=policy is not None),
             *(Assumption(text, True, evidence) for text, evidence in _DECLARED),
             item_is_the_unit(),
+            same_data([self.ledger.data_set], self.engine_facts.data_set),
         ]
+        if start < self.record.num_steps:
+            facts.append(
+                same_preparation(self.ledger.data_set or "", self.engine_facts.data_set)
+            )
         if not np.isfinite(self.record.max_grad_norm).all():
             facts.append(Assumption(*_MONITORED))
         if policy is None:

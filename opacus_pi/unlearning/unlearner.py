@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from opacus_pi._shown import Shown
+from opacus_pi._shown import Shown, stable_repr
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting import fingerprint
@@ -70,6 +70,7 @@ from opacus_pi.unlearning.rewind import (
     require_states,
     states_of,
 )
+from opacus_pi.unlearning.same_training_data import require_same_as_before
 from opacus_pi.unlearning.watching import Evaluate, Watch
 
 _FINE_TUNE = FineTune()
@@ -164,6 +165,7 @@ class Unlearner:
         self.ledger = ledger
         self.trace = UnlearningTrace(unit="epochs")
         self.forgotten: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._data_set: str | None = None
         self.history = History()
         self._criterion = per_example_criterion(criterion)
         self._optimizer = optimizer or _default_optimizer
@@ -256,9 +258,9 @@ class Unlearner:
 
         Raises:
             ValueError: If the indices are empty, repeated or out of range, no example
-                would be left, the ledger is of another data set, ``delta`` is outside
-                (0, 1), ``stop`` is given without ``evaluate``, or the checkpoint is of
-                another run.
+                would be left, the ledger or an earlier run of this unlearner is of
+                another data set or order, ``delta`` is outside (0, 1), ``stop`` is
+                given without ``evaluate``, or the checkpoint is of another run.
         """
         check_delta(delta)
         expect(
@@ -269,8 +271,7 @@ class Unlearner:
             "stop decides by the metrics that evaluate(model) returns.",
         )
         forget, gone, retain = self._split(train_set, forget_indices)
-        num_fresh = len(gone) - len(self.forgotten)
-        if num_fresh == 0:
+        if not (num_fresh := len(gone) - len(self.forgotten)):
             warnings.warn(_NOTHING_NEW, stacklevel=2)
         record = {
             **self._settings(),
@@ -285,11 +286,11 @@ class Unlearner:
         start = weights_name(self.model)
         file = None if checkpoint is None else RunFile(checkpoint, start, record)
         watch = Watch(evaluate, stop, callbacks, progress, file)
-        guarantee = self._claim(forget, delta, stop)
+        guarantee = self._claim(forget, delta, stop, record["data_set"])
         history = self.history.after(self.method, stop)
         with watch.all_or_nothing(self, self._generator):
             self.history = history.begun(start, num_fresh, updates=num_epochs > 0)
-            self.forgotten = gone
+            self.forgotten, self._data_set = gone, record["data_set"]
             self.model = copy.deepcopy(self.model)
             loaders = self._loaders(train_set, retain, gone, batch_size)
             costs = self._fit(loaders, num_epochs, watch)
@@ -314,8 +315,10 @@ class Unlearner:
         Raises:
             ValueError: As ``unlearn``.
         """
+        name = fingerprint(train_set)
         for run in runs_in(self.ledger):
-            run.require_data_set(fingerprint(train_set))
+            run.require_data_set(name)
+        require_same_as_before(self._data_set, name)
         size = size_of(train_set)
         forget = distinct_indices("forget_indices", forget_indices, size)
         gone = np.union1d(self.forgotten, forget)
@@ -461,7 +464,7 @@ class Unlearner:
             AccountingError: If a link of the chain of custody is broken.
         """
         forget, _, _ = self._split(train_set, forget_indices)
-        training = self._recorded(checkpoints)
+        training = self._recorded(checkpoints, fingerprint(train_set))
         plan = training.plan(forget, self.forgotten, deletion_policy)
         rerun = training.rest(
             plan,
@@ -502,18 +505,24 @@ class Unlearner:
         }
 
     def _recorded(
-        self, checkpoints: Checkpoints | str | os.PathLike[str]
+        self,
+        checkpoints: Checkpoints | str | os.PathLike[str],
+        data_set: str | None = None,
     ) -> RecordedTraining:
         """Return the recorded training that a rewind repeats a part of."""
         return RecordedTraining.of(
             self.model,
             runs_in(self.ledger),
             states_of(checkpoints),
-            self._engine_facts,
+            replace(self._engine_facts, data_set=data_set),
         )
 
     def _claim(
-        self, forget: NDArray[np.int64], delta: float, stop: StopRule | None = None
+        self,
+        forget: NDArray[np.int64],
+        delta: float,
+        stop: StopRule | None = None,
+        data_set: str | None = None,
     ) -> Guarantee:
         """Return what may be claimed once this set and earlier ones are forgotten.
 
@@ -524,6 +533,7 @@ class Unlearner:
             forget: Sorted positions of the forget set.
             delta: δ at which the engine's accountant is asked.
             stop: The rule that may end the run early, or None.
+            data_set: Fingerprint of the data set of the run; None in a plan.
         """
         return claim(
             self.method,
@@ -533,7 +543,7 @@ class Unlearner:
             self.history,
             stop=stop,
             forgotten_before=self.forgotten,
-            engine_facts=self._engine_facts,
+            engine_facts=replace(self._engine_facts, data_set=data_set),
             delta=delta,
         )
 
@@ -693,7 +703,7 @@ class Unlearner:
             if isinstance(value, int | float)
         }
         return {
-            "method": str(self.method),
+            "method": stable_repr(self.method),
             "optimizer": {"name": type(optimizer).__name__, **numbers},
             "seed": self._generator.initial_seed(),
         }

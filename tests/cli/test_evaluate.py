@@ -10,7 +10,7 @@ from torch.utils.data import Subset, TensorDataset
 
 from opacus_pi.cli.errors import BadInput
 from opacus_pi.cli.sets import require_unseen
-from opacus_pi.evaluation import evaluate
+from opacus_pi.evaluation import OracleCache, evaluate
 from tests.cli.conftest import DATA, MODEL
 
 EVALUATE = ("evaluate", *MODEL, *DATA, "--forget", "3,17,40")
@@ -91,3 +91,37 @@ def test_errors(run):
     assert "--oracle: no such file: nothing.pt" in err
     code, _, err = run(*EVALUATE, "--criterion", "cli_project:number")
     assert code == 2 and "--criterion: cli_project:number is of type int" in err
+
+
+def oracle_without(directory, forget):
+    import cli_project
+
+    model = cli_project.build()
+    for tensor in model.state_dict().values():
+        tensor.mul_(1 + len(forget) / 100)  # trained elsewhere
+    cache, about = OracleCache(directory), {"key": {}, "forget_indices": forget}
+    about |= {"data_set": cli_project.train_set()}
+    cache.train(
+        lambda retain, seed: model,
+        **about,
+        seeds=[1],
+        model_factory=cli_project.build,
+    )
+    return cache.path(**about, seed=1)
+
+
+def test_oracles_of_other_people_are_refused(run, tmp_path):
+    other = oracle_without(tmp_path, [5, 6])
+    code, out, err = run(*EVALUATE, "--oracle", other)
+    assert (code, out) == (2, "")
+    assert "was retrained without other examples than this forget set" in err
+
+
+def test_oracles_add_up_and_those_without_facts_are_named(run, answer, tmp_path):
+    own = oracle_without(tmp_path, [40, 3, 17])
+    both = ("--oracle", own, "--oracle", "retrained.pt")
+    found = answer(*EVALUATE, *both)
+    assert len(found["oracle"]["forget_loss"]) == 2
+    assert found["oracles_not_checked"] == ["retrained.pt"]
+    assert "Not checked: whether these models" in run(*EVALUATE, *both)[1]
+    assert "Not checked" not in run(*EVALUATE, "--oracle", own)[1]

@@ -27,7 +27,7 @@ from opacus_pi.unlearning.methods import Method
 from opacus_pi.unlearning.requests import DeletionRequests
 from opacus_pi.unlearning.rivals import NegGradPlus
 from tests.accounting.exact_training import hockey_stick, random_case
-from tests.unlearning.unlearners import ledger_of, unlearner
+from tests.unlearning.unlearners import beside_data, ledger_of, unlearner
 
 CRITERION, DELTA, SIZE = nn.CrossEntropyLoss(), 1e-5, 60
 
@@ -79,7 +79,8 @@ def test_a_network_of_dp_sgd_gets_the_worst_case_of_its_accountant(engine):
     mine = of(engine, method=Langevin(noise_std=0.01))
     planned = mine.plan([3]).guarantee
     claim = mine.unlearn(data(), [3], num_epochs=1).guarantee
-    assert claim == planned and claim.kind == "certified if" and not claim.unmet
+    assert beside_data(claim) == beside_data(planned)
+    assert claim.kind == "certified if" and not claim.unmet
     assert claim.epsilon(DELTA) == pytest.approx(engine.get_epsilon(DELTA))
     assert "by the engine's PRV accountant" in claim.text(DELTA)
     curve = worst_case_curve(engine.ledger.mechanism, 1)

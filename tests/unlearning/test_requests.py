@@ -306,7 +306,7 @@ def test_runs_name_their_data_set_and_another_of_the_same_length_is_refused(tmp_
     path, other = mine.log.path, fingerprint(with_other_labels())
     with pytest.raises(ValueError, match="belongs to another training set"):
         requested_indices(path, SIZE, other)
-    with pytest.raises(ValueError, match=f"got {other}"):
+    with pytest.raises(ValueError, match=f"got {other[:40]}"):
         DeletionRequests(path, SIZE, data_set=other)
     assert len(list(mine.log.entries())) == number and path.read_bytes() == content
     assert len(requested_indices(path, SIZE, fingerprint(data()))) > 1

@@ -39,3 +39,15 @@ def unlearner(model=None, seed=0, **options):
 
 def state_bytes(model):
     return {k: v.numpy().tobytes() for k, v in model.state_dict().items()}
+
+
+def beside_data(guarantee):
+    """Everything in a guarantee but who established which data set it is about.
+
+    A plan gets no data set, so there it is declared.
+    """
+    about = "the data set and its order"
+    kept = [str(one) for one in guarantee.assumptions if about not in one.statement]
+    assert len(kept) == len(guarantee.assumptions) - 1
+    facts = guarantee._facts()
+    return {**facts, "assumptions": kept}

@@ -1,0 +1,126 @@
+"""Whether two fingerprints are of one data set, and how much of it they compare.
+
+A fingerprint has parts: class, length and labels, then hashes of what the data set
+holds. Two fingerprints are compared in the parts that both have, because those of
+earlier releases have fewer. What was not compared is said, and a guarantee that needs
+it lists it as a declaration.
+
+>>> old, new = "Faces:600:8cc4e2b29a3c0356", "Faces:600:8cc4e2b29a3c0356:p" + "0" * 16
+>>> same_data_set(old, new)
+True
+>>> compared(old, new)
+Compared(covers_examples=False, evidence='only class, length and labels were compared')
+"""
+
+import re
+from dataclasses import dataclass
+
+__all__ = [
+    "Compared",
+    "compared",
+    "difference",
+    "same_data_set",
+    "same_transforms",
+    "without_transforms",
+]
+
+_PART = re.compile(r":([a-z])([0-9a-f]{16})$")
+_BASE = "class, length and labels"
+_TRANSFORMS = "t"
+_PARTS = {
+    "x": "the inputs of evenly spaced examples",
+    "e": "numbers of the inputs of every example",
+    "s": "numbers of the inputs of evenly spaced examples",
+    "p": "the names of files or texts of all examples",
+    "f": "the sizes and ends of the files of all examples",
+    "g": "the sizes and ends of evenly spaced files",
+}
+_WHOLE = {"e", "f"}  # these depend on every example and its position
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What the comparison of two fingerprints of one data set covered.
+
+    Args:
+        covers_examples: Whether content of every example was compared at its position.
+        evidence: What was compared, as a sentence without a full stop.
+    """
+
+    covers_examples: bool
+    evidence: str
+
+
+def same_data_set(one: str, other: str) -> bool:
+    """Return whether two fingerprints agree in the parts that both of them have.
+
+    Transforms do not count: they do not change which example a position names.
+
+    Args:
+        one: A fingerprint. Those of earlier releases have fewer parts.
+        other: Another, or any name that a user gave.
+    """
+    return not difference(one, other)
+
+
+def difference(one: str, other: str) -> str:
+    """Return in what two fingerprints differ, in words; empty if they do not.
+
+    Args:
+        one: A fingerprint.
+        other: Another, or any name that a user gave.
+    """
+    (base, parts), (other_base, others) = _parts(one), _parts(other)
+    found = [_BASE] if base != other_base else []
+    for letter, words in _PARTS.items():
+        if letter in parts and letter in others and parts[letter] != others[letter]:
+            found.append(words)
+    return "; ".join(found)
+
+
+def compared(one: str, other: str) -> Compared:
+    """Return what was compared of two fingerprints that agree.
+
+    Args:
+        one: A fingerprint.
+        other: One that agrees with it.
+    """
+    common = _parts(one)[1].keys() & _parts(other)[1].keys()
+    found = [_BASE, *(words for name, words in _PARTS.items() if name in common)]
+    whole = bool(common & _WHOLE)
+    listed = "; ".join(found)
+    equal = f"equal: {listed}" if whole else f"only {listed} were compared"
+    return Compared(whole, equal)
+
+
+def same_transforms(one: str, other: str) -> bool | None:
+    """Return whether the transforms describe themselves alike; None if it is unknown.
+
+    Args:
+        one: A fingerprint.
+        other: Another.
+    """
+    ours, theirs = _parts(one)[1], _parts(other)[1]
+    if _TRANSFORMS not in ours or _TRANSFORMS not in theirs:
+        return None
+    return ours[_TRANSFORMS] == theirs[_TRANSFORMS]
+
+
+def without_transforms(name: str) -> str:
+    """Return a fingerprint without the part for transforms.
+
+    Args:
+        name: A fingerprint.
+    """
+    base, parts = _parts(name)
+    kept = [(key, part) for key, part in parts.items() if key != _TRANSFORMS]
+    return base + "".join(f":{key}{part}" for key, part in reversed(kept))
+
+
+def _parts(name: str) -> tuple[str, dict[str, str]]:
+    """Return class, length and labels as they are, and the other parts by letter."""
+    parts: dict[str, str] = {}
+    while (found := _PART.search(name)) is not None:
+        parts[found[1]] = found[2]
+        name = name[: found.start()]
+    return name, parts
