@@ -147,9 +147,9 @@ class PrivacyStatement:
                 "next line."
             )
         return (
-            f" In this run ε is at most {rounded_up(self.limit)} with 95 % confidence. "
-            "It is not known exactly, because the norms of the example are known only "
-            "for the updates that drew it."
+            f" In this run ε is at most {rounded_up(self.limit)} with 95 % "
+            "confidence, as measured and not proved. It is not known exactly, because "
+            "the norms of the example are known only for the updates that drew it."
         )
 
     def _anyone(self) -> str:
@@ -160,7 +160,8 @@ class PrivacyStatement:
             f"For any data: ε ≤ {rounded_up(self.worst_case)} at δ = {self.delta:g}, "
             "certified if the declarations below hold. The probability of any event is "
             "then at most e^ε times that for a model trained without these examples, "
-            "plus δ."
+            "plus δ. It is converted from Rényi divergences; get_epsilon of the engine "
+            "may give less, because a PRV accountant needs no such conversion."
         )
 
 

@@ -22,7 +22,7 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, numbers, positive, require
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
-from opacus_pi.accounting.guarantee import Guarantee
+from opacus_pi.accounting.guarantee import Guarantee, rounded_up
 from opacus_pi.difficulty.forget_sets import ties
 from opacus_pi.ledger.grad_norm_ledger import columns_of
 from opacus_pi.unlearning.rewind import RewindPlan
@@ -30,6 +30,17 @@ from opacus_pi.unlearning.rewind import RewindPlan
 PastRun = tuple[ArrayLike, float] | tuple[ArrayLike, float, float]
 
 _UNKNOWN = Guarantee("an unlearning method that was not named", ())
+_LARGE = 10.0  # e^ε is then above 20,000
+_WEAK = (
+    "\nAt ε = {epsilon} the bound excludes almost nothing: it lets an event be "
+    "e^{epsilon} times as probable as after retraining. An exact "
+    "rewind has ε = 0, if the training saved states (Recorder(checkpoints=...))."
+)
+_OF_THE_KEPT = (
+    "\nThe unlearning steps train on the examples that are kept, and the accounting of "
+    "the training does not cover these steps. The ε of the kept examples does not hold "
+    "for the model afterwards."
+)
 _TIED = (
     "{outside} examples outside the forget set have, up to rounding, the same privacy "
     "loss as one in it. If you chose the set by loss, the choice among them is "
@@ -161,11 +172,26 @@ class Plan(Shown):
             f"Examples to forget: {len(self.forget)}, to keep: {self.num_retain}.\n"
             f"{self._before()}"
             f"Mean privacy loss {self.mean_loss:.4g} at order {self.order:g}, "
-            f"percentile {self.percentile:.1f}{ranking}.\n{tied}"
+            f"{self._place()}{ranking}.\n{tied}"
             f"Steps: {least}{steps} ({self.prediction}); an epoch is "
             f"{self.steps_per_epoch} steps, {self.num_retain} examples.\n"
-            f"{self._claim(delta)}{self._by_rewind(delta)}"
+            f"{self._claim(delta)}{self._limits(delta)}{self._by_rewind(delta)}"
         )
+
+    def _place(self) -> str:
+        """Say where the mean loss lies among all; a large tie has no percentile."""
+        if 2 * self.num_tied > self.num_retain:
+            return "without a percentile, because most examples have the same loss"
+        return f"percentile {self.percentile:.1f}"
+
+    def _limits(self, delta: float) -> str:
+        """Return what the guarantee does not give; empty if no method was named."""
+        if self.guarantee == _UNKNOWN:
+            return ""
+        epsilon = self.guarantee.epsilon(delta)
+        if not self.guarantee.kind.startswith("certified") or epsilon <= _LARGE:
+            return _OF_THE_KEPT
+        return _OF_THE_KEPT + _WEAK.format(epsilon=rounded_up(epsilon, 2))
 
     def _by_rewind(self, delta: float) -> str:
         """Return the lines about the rewind; empty if no states were named."""

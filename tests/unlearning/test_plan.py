@@ -8,6 +8,7 @@ import pytest
 from scipy.optimize import lsq_linear
 
 from opacus_pi import GradNormLedger, NoisySGD
+from opacus_pi.accounting.guarantee import guarantee_of_run, observed
 from opacus_pi.unlearning.plan import make_plan, percentile, predict_time
 
 
@@ -127,8 +128,26 @@ def test_a_plan_mentions_ties(forget, num_tied, is_warned_of):
     assert plan.num_tied == num_tied
     line = f"the forget set with the same loss as one inside it: {num_tied}.\n"
     assert (line in str(plan)) == (num_tied > 0)
+    is_most = num_tied > len(CLIPPED) - len(forget) - num_tied
+    assert ("percentile, because most" in str(plan)) == is_most
+    assert (f"percentile {plan.percentile:.1f}" in str(plan)) != is_most
     messages = [str(w.message) for w in seen]
     assert bool(messages) == is_warned_of
     if messages:
         assert messages[0].startswith(f"{num_tied} examples outside the forget set")
         assert "max_grad_norm" in messages[0]
+
+
+@pytest.mark.parametrize(("divergence", "is_weak"), [(0.5, False), (60.0, True)])
+def test_a_plan_says_what_its_guarantee_does_not_give(divergence, is_weak):
+    plan = plan_of(CLIPPED, [1])
+    words = "kept examples does not hold for the model afterwards"
+    assert words not in str(plan)  # no method was named
+    holds = observed("it was seen", "here")
+    claim = guarantee_of_run("a method", [holds], [30.0], [divergence])
+    text = plan.claiming(claim).text(1e-5)
+    assert words in text
+    assert ("excludes almost nothing" in text) == is_weak
+    assert ("exact rewind has ε = 0" in text) == is_weak
+    # ε = 60 + ln(29/30) + (ln(1/δ) - ln 30) / 29 = 60.2 at δ = 1e-5
+    assert ("e^61 times" in text) == is_weak
