@@ -6,15 +6,20 @@ several. So a checksum of the content of each index is kept from the first time 
 was delivered. If an index later has other content, this is looked up among the others.
 
 *Guarantee.* A sample is reported only if its index had other content before, and if
-exactly one other index had the content that it has now. At least half of the
-changed samples so far must be like that. A data set that changes its items at random
-(augmentation) is not reported: if contents are few, so that a changed item is now and
-then equal to exactly one other, this happens at most in a share λ exp(-λ) ≤ 0.37, where
-λ is the number of examples for each content. 16 bytes are kept for each example.
+exactly one other index had the content that it has now. At least half of the changed
+samples so far must have the content of other indices, and more of them than chance
+explains. So a data set that changes its items at random (augmentation) is not reported,
+even if contents are few and a changed item is now and then equal to another one. How
+often chance does this is estimated by the share of examples whose first content another
+example had, too. Where there are none, the first moved sample is reported. 17 bytes are
+kept for each example.
 
-*What breaks it.* Moved items that are also changed, items of fewer than four
-entries, and a data set that was permuted before a run was resumed. At most
-64 entries of an item are compared, of its largest tensor.
+*What breaks it.* Moved items that are also changed, items of fewer than four entries,
+and a data set that was permuted before a run was resumed. If examples are equal, the
+first moved samples are not reported: about 10 if half of many examples are equal to
+others, more if the examples are few. A data set without equal items that becomes most
+of its other items by random changes is reported. At most 64 entries of an item are
+compared, of its largest tensor.
 
 >>> contents = ItemContents()
 >>> contents.moved(np.array([0, 1, 2]), np.array([11, 12, 13]))
@@ -22,6 +27,8 @@ array([False, False, False])
 >>> contents.moved(np.array([1, 2]), np.array([11, 99]))  # half of the changed ones
 array([ True, False])
 """
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +42,7 @@ MIN_ENTRIES = 4
 """Entries of an item below which its content says nothing: many items are equal."""
 _FEWEST_COMPARED = 32  # entries of an item: more would cost time in each update
 _LEAST_SHARE = 0.5  # of changed samples, from which on they are taken to have moved
+_IMPROBABLE = math.log(1e-3)  # log of the probability below which chance is ruled out
 _GROWTH = 1.25  # of the number of known contents after which they are sorted again
 
 
@@ -55,7 +63,8 @@ class ItemContents:
     def __init__(self) -> None:
         self._sums = np.zeros(0, np.int64)  # 0: not delivered yet
         self._num_known = 0
-        self._unique = np.zeros(0, np.int64)  # sorted; exactly one index each
+        self._values = np.zeros(0, np.int64)  # the known ones, sorted
+        self._is_unique = np.zeros(0, np.bool_)  # whether exactly one index has each
         self._num_sorted = 0
         self._num_changed = self._num_moved = 0
 
@@ -85,20 +94,41 @@ class ItemContents:
         self._sums[indices[new]] = sums[new]
         self._num_known += len(new)
         if len(changed):
-            are_known = self._are_known(sums[changed])
+            are_known, are_unique = self._looked_up(sums[changed])
             self._num_changed += len(changed)
             self._num_moved += int(np.count_nonzero(are_known))
-            if self._num_moved >= _LEAST_SHARE * self._num_changed:
-                moved[changed] = are_known
+            if self._have_moved():
+                moved[changed] = are_unique
         return moved
 
-    def _are_known(self, sums: Indices) -> NDArray[np.bool_]:
-        """Return which checksums exactly one index had."""
+    def _have_moved(self) -> bool:
+        """Return whether chance does not explain the contents of changed samples.
+
+        By chance, a content is that of another example as often as the first contents
+        are. Chernoff's bound limits the probability that so many samples have one; two
+        standard errors of the share are allowed for.
+        """
+        share = self._num_moved / self._num_changed
+        if share < _LEAST_SHARE:
+            return False
+        num = max(1, self._num_sorted)
+        equal = 1 - np.count_nonzero(self._is_unique) / num
+        by_chance = equal + 2 * math.sqrt(equal / num)
+        if not by_chance or share <= by_chance:
+            return not by_chance
+        divergence = share * math.log(share / by_chance)
+        if share < 1:
+            divergence += (1 - share) * math.log((1 - share) / (1 - by_chance))
+        return -self._num_changed * divergence <= _IMPROBABLE
+
+    def _looked_up(self, sums: Indices) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return which checksums one index had at least, and which exactly one had."""
         if self._num_known > _GROWTH * self._num_sorted:
-            known, counts = np.unique(self._sums[self._sums != 0], return_counts=True)
-            self._unique, self._num_sorted = known[counts == 1], self._num_known
-        if not len(self._unique):
-            return np.zeros(len(sums), np.bool_)
-        places = np.searchsorted(self._unique, sums).clip(max=len(self._unique) - 1)
-        found: NDArray[np.bool_] = self._unique[places] == sums
-        return found
+            known = self._sums[self._sums != 0]
+            self._values, counts = np.unique(known, return_counts=True)
+            self._is_unique, self._num_sorted = counts == 1, self._num_known
+        if not len(self._values):
+            return np.zeros(len(sums), np.bool_), np.zeros(len(sums), np.bool_)
+        places = np.searchsorted(self._values, sums).clip(max=len(self._values) - 1)
+        found: NDArray[np.bool_] = self._values[places] == sums
+        return found, found & self._is_unique[places]

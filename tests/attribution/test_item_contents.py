@@ -175,3 +175,31 @@ def test_random_changes_that_meet_another_item_now_and_then():
     ]
     assert not any(moved)
     assert contents.moved(np.arange(2), first[[1, 0]]).sum() == 0  # too few to tell
+
+
+def flips_of_few_contents(seed, change):
+    """Number of samples reported in three epochs of 40 items of 6 bits."""
+    rng = np.random.default_rng(seed)
+    items = rng.integers(0, 2, (40, 6))
+    contents, num_reported = ItemContents(), 0
+    for epoch in range(3):
+        now = items if epoch == 0 else change(items, rng)
+        for batch in rng.permutation(40).reshape(5, 8):
+            sums = now[batch] @ 2 ** np.arange(6) + 1
+            num_reported += int(contents.moved(batch, sums).sum())
+    return num_reported
+
+
+def flipped_at_random(items, rng):
+    return np.where(rng.random((40, 1)) < 0.5, items[:, ::-1], items)
+
+
+def permuted(items, rng):
+    return rng.permutation(items)
+
+
+def test_random_flips_of_few_contents_are_told_from_a_permutation():
+    flips = [flips_of_few_contents(seed, flipped_at_random) for seed in range(40)]
+    permutations = [flips_of_few_contents(seed, permuted) for seed in range(40)]
+    assert np.count_nonzero(flips) <= 1
+    assert np.count_nonzero(permutations) >= 38
