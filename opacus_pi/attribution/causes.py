@@ -45,6 +45,7 @@ __all__ = [
     "TRUSTED",
     "UNSEEN",
     "UNTRACED",
+    "VALUES_MOVED",
     "Cause",
 ]
 
@@ -93,6 +94,14 @@ MOVED_AND_CHANGED = Cause(
     "unattributed",
     "The loop moved some samples of a batch to other positions and changed others, so "
     "the changed ones cannot be matched. " + _IN_THE_DATA_SET,
+)
+VALUES_MOVED = Cause(
+    "the training loop moved values of the batch to other positions",
+    "unattributed",
+    "An example is one number in each tensor, and the model was given the numbers of "
+    "the delivered batch in other positions, some of them several times. So it is not "
+    "known which sample belongs to which example. Keep the order in which the data "
+    "loader delivers, or reorder in collate_fn.",
 )
 MIXED = Cause(
     "the training loop mixes examples",

@@ -46,6 +46,7 @@ from opacus_pi.attribution.causes import (
     SEVERAL_BATCHES,
     SOMETIMES,
     UNTRACED,
+    VALUES_MOVED,
     Cause,
 )
 from opacus_pi.attribution.delivery import (
@@ -499,14 +500,39 @@ def assumed(
 
 def _lost_order_of(tensors: list[Tensor], dim: int, latest: Delivery) -> Cause | None:
     """Return what shows that inputs do not have the order of the latest batch."""
+    are_numbers = all(c.width == 1 for c in latest.all_contents())
     for tensor in tensors:
         given = DelayedChecksums(tensor, dim)
+        if are_numbers and given.width == 1 and _are_values_moved(given, latest):
+            return VALUES_MOVED
         for delivered in latest.tensors:
             if delivered.content is not None and given.width > 1:
                 cause = lost_order(given, delivered.content)
                 if cause is not None:
                     return cause
     return None
+
+
+def _are_values_moved(given: DelayedChecksums, latest: Delivery) -> bool:
+    """Return whether an input has a delivered tensor's numbers in another order.
+
+    A loop may also rename them, such as exchange two labels: then each number got one
+    other. In both cases the input has as many different numbers as the tensor.
+
+    Args:
+        given: The input, one number a sample.
+        latest: The batch, whose tensors have one number a sample.
+    """
+    now, is_moved = given.checksums, False
+    for content in latest.all_contents():
+        before = content.checksums
+        if not np.array_equal(np.sort(now), np.sort(before)):
+            continue
+        pairs = set(zip(before.tolist(), now.tolist(), strict=True))
+        if len(pairs) == len(set(now.tolist())):
+            return False
+        is_moved = True
+    return is_moved
 
 
 def _is_only_candidate(latest: Delivery, recent: Sequence[Delivery]) -> bool:

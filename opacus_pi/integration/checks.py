@@ -301,6 +301,14 @@ class OutsideChanges:
         if self._buffers is not None:
             self._buffers.state_dict_was_loaded()
 
+    def checkpoint_is_saved(self) -> None:
+        """Compare the weights: the checkpoint should have those of the last update."""
+        self._weights.before_update()
+
+    def run_was_resumed(self) -> None:
+        """Note the weights: they are those of the run that a checkpoint continues."""
+        self._weights.after_update()
+
     def noise_was_drawn(self, *, is_current: bool = True) -> None:
         """Check loader and weights: the weights are about to be updated.
 

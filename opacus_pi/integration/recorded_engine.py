@@ -21,11 +21,12 @@ from opacus_pi.attribution import observe_like
 from opacus_pi.files.atomic_file import replacing
 from opacus_pi.integration.accountants import AccountantBound
 from opacus_pi.integration.checkpoints import (
+    CHECKPOINT_KEY,
     Checkpoints,
     all_or_nothing,
     without_code,
 )
-from opacus_pi.integration.checks import RunChecks
+from opacus_pi.integration.checks import OutsideChanges, RunChecks
 from opacus_pi.integration.derived import Preparation, shown_as
 from opacus_pi.integration.opacus_compat import patch_memory_manager
 from opacus_pi.integration.readings import Readings
@@ -273,6 +274,9 @@ class RecordedEngine(Shown, OpacusEngine):
             checkpoint_dict: Entries of your own (epoch, schedules); filled in place.
             **options: Options of Opacus: ``module``, ``optimizer``, and more.
         """
+        outside = self._outside_changes()
+        if outside is not None:
+            outside.checkpoint_is_saved()
         filled = checkpoint_dict or {}
         filled.update(
             self.checkpoints.entries(self.recorder, self.renyi_filter, self.accountant)
@@ -337,6 +341,7 @@ class RecordedEngine(Shown, OpacusEngine):
         safe = without_code(options)
         with all_or_nothing(self.accountant, **options):
             checkpoint: dict[str, Any] = super().load_checkpoint(**safe)
+            has_record = bool(checkpoint.get(CHECKPOINT_KEY))
             resume = self.checkpoints.prepared_resume(
                 checkpoint,
                 self.recorder,
@@ -347,4 +352,12 @@ class RecordedEngine(Shown, OpacusEngine):
                 checks=self.checks,
             )
             resume()
+        outside = self._outside_changes()
+        if has_record and outside is not None:
+            outside.run_was_resumed()
         return checkpoint
+
+    def _outside_changes(self) -> OutsideChanges | None:
+        """Return what compares the weights between two updates, if a run has it."""
+        update = None if self._run is None else self._run.present_update()
+        return None if update is None else update.outside

@@ -49,8 +49,9 @@ _DIFFERENT = (
     "gradients were not clipped to max_grad_norm. Between the losses and this layer, "
     "gradients are changed in a way that depends on the other examples, on their size "
     "or on the call: by a hook on a tensor or a module, a function with a gradient of "
-    "its own, or a loop that mixes the model's outputs. Remove this, or let hooks "
-    "multiply gradients by a constant."
+    "its own, a loop that mixes the model's outputs, or a criterion whose losses have "
+    "the shape (b, 1) and not (b,). Remove this, or let hooks multiply gradients by a "
+    "constant."
 )
 _ALIKE = 0.01
 _ROUNDINGS = 8

@@ -1,10 +1,15 @@
 """Below complete attribution a warning names the cause and the remedy: every cause."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from opacus_pi import AccountingError, PrivacyEngine
 from opacus_pi.attribution import causes
+from opacus_pi.attribution.evidence import _are_values_moved
+from opacus_pi.attribution.samples import DelayedChecksums
 from opacus_pi.attribution.tracker import Tracker
 from tests.attribution import loops, runs
 
@@ -136,3 +141,44 @@ def test_gradients_made_by_hand_are_matched_only_without_a_backward_pass():
     tracker.bind_gradients(torch.randn(3, 2, 2))
     assert tracker.attribute([3]).tolist() == [5, 6, 7]
     assert tracker.counts["by_storage"] == tracker.counts["by_latest"] == 3
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_ids_in_another_order(mode):
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 3, (40,), generator=rng)
+    targets = torch.randint(0, 3, (40,), generator=rng)
+    criterion = torch.nn.CrossEntropyLoss()
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.Linear(4, 3))
+    engine = PrivacyEngine()
+    parts = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(
+            torch.utils.data.TensorDataset(ids, targets), batch_size=10
+        ),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+        **({"criterion": criterion} if mode == "ghost" else {}),
+    )
+    model, optimizer, loader = parts[0], parts[1], parts[-1]
+    criterion = parts[2] if mode == "ghost" else criterion
+    for x, y in loader:
+        order = y.argsort()
+        optimizer.zero_grad()
+        criterion(model(x[order]), y[order]).backward()
+        optimizer.step()
+    assert engine.attribution["unattributed"] == 40
+    with pytest.raises(AccountingError, match="numbers of the delivered batch in oth"):
+        _ = engine.ledger
+
+
+def test_renamed_ids_are_no_other_order():
+    before = torch.tensor([0, 1, 0, 1])
+    delivered = DelayedChecksums(before, 0)
+    latest = SimpleNamespace(all_contents=lambda: [delivered])
+    renamed = DelayedChecksums(1 - before, 0)
+    assert not _are_values_moved(renamed, latest)
+    assert _are_values_moved(DelayedChecksums(before.sort().values, 0), latest)

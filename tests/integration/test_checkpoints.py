@@ -59,6 +59,21 @@ def test_a_resumed_run_has_the_ledger_of_an_uninterrupted_one(mode):
     )
 
 
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_going_back_to_a_checkpoint_brings_back_the_weights_of_the_run(is_changed):
+    training = Training(shuffle=False, poisson_sampling=False)
+    training.train(1)
+    if is_changed:  # and saved with the change
+        with torch.no_grad():
+            next(training.net.parameters()).mul_(0.9)
+    file = save(training)
+    training.train(1)
+    load(training, file)
+    training.train(1)
+    unchecked = [link.name for link in training.engine.ledger.custody.unchecked]
+    assert ("weights" in unchecked) == is_changed
+
+
 def test_loading_before_the_run_is_prepared():
     first = Training().train(1)
     file, second = save(first), Training()
