@@ -133,15 +133,20 @@ def require_readable(files: list[list[str]]) -> None:
             ) from None
 
 
-def require_images(workspace: Workspace, experiment: Experiment) -> None:
+def require_images(
+    workspace: Workspace, experiment: Experiment, units: list[Unit]
+) -> None:
     """Refuse a main data set without images and labels, or with too few of them.
+
+    How many images are needed is known where a job forgets a set.
 
     Raises:
         SystemExit: With the name and the reason.
     """
     try:
         number = len(workspace.images(experiment).train)
-        set_apart(np.arange(number), experiment.set_size, experiment.num_sets)
+        if any(hasattr(unit, "forget_set") for unit in units):
+            set_apart(np.arange(number), experiment.set_size, experiment.num_sets)
     except ValueError as error:
         raise SystemExit(
             f"--dataset {experiment.dataset}: this data set cannot be used. {error}"
@@ -250,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     require_readable(args.data)
     require_studied(args.method, figures)
     if args.dataset:
-        require_images(workspace, scale.sgd)
+        require_images(workspace, scale.sgd, units)
     if args.journal:
         restore(args.journal, args.store)
     if args.plan:

@@ -176,7 +176,7 @@ def called_module(hooks: AbstractGradSampleHooks) -> nn.Module:
 
 def probe_losses(
     criterion: DPLossFastGradientClipping, chain: Chain, tracker: Tracker
-) -> None:
+) -> TwoPasses | None:
     """Have a criterion probed when it is called, and its targets compared.
 
     Args:
@@ -184,6 +184,10 @@ def probe_losses(
             class is replaced.
         chain: The chain of custody of the run.
         tracker: Knows the samples of the forward passes.
+
+    Returns:
+        What compares both backward passes, which reports when it is asked to. None:
+        nothing compares them.
     """
     tracker.keeps_outputs = True
     swap_class(criterion, _reporting_calls)
@@ -195,17 +199,19 @@ def probe_losses(
     )
     criterion._pi_target_order = TargetOrder(tracker, chain)
     criterion._pi_paths = PathsToWeights(criterion.module, chain)
-    criterion._pi_passes = None
+    passes: TwoPasses | None = None
     is_sharded = isinstance(module_of(criterion.module), FSDPModule)
     if plain_class(criterion) is DPLossFastGradientClipping and not is_sharded:
-        criterion._pi_passes = TwoPasses(
+        passes = TwoPasses(
             criterion.module, chain, is_mean=criterion.loss_reduction == "mean"
         )
+    criterion._pi_passes = passes
     criterion._pi_loss_factors = LossFactors(
         chain,
         is_mean=criterion.loss_reduction == "mean",
         is_second_backward=_second_backward_of(criterion.module),
     )
+    return passes
 
 
 def _reporting_calls(base: type) -> type:

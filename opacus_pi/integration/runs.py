@@ -349,7 +349,7 @@ class PreparedRun:
         watch_inputs(self.hooks, self.chain)
         criterion = self._preparation.criterion
         if criterion is not None:
-            probe_losses(criterion, self.chain, self.tracker)
+            update.passes = probe_losses(criterion, self.chain, self.tracker)
         if self.lost is not None:
             self.tracker.saw_backward.append(self.lost.backward_began)
         if self._own_rule is None:

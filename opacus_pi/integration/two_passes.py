@@ -78,6 +78,7 @@ class TwoPasses:
         self._chain, self._is_mean = chain, is_mean
         self._batch_dim = 0 if hooks.batch_first else 1
         self._num_passes, self._rounding, self._size = 0, 0.0, 0
+        self._found: str | None = None  # a layer whose gradients differ
         self._handles: list[RemovableHandle] = []
         self._facts: tuple[_Facts, _Facts] = (defaultdict(list), defaultdict(list))
         self._begin()
@@ -104,11 +105,21 @@ class TwoPasses:
             with torch.no_grad():
                 name = self._different(hooks)
             if name is not None:
-                shown = f"the layer {name!r}" if name else "the model"
-                self._chain.break_link("norm", _DIFFERENT.format(name=shown))
+                self._found = name
                 return
         if is_looked_at(self._num_passes + 1):
             self._begin()
+
+    def report(self) -> None:
+        """Break the link "norm" if passes that have ended differ.
+
+        To be called after the model was probed: a model that mixes the examples is a
+        better reason.
+        """
+        found, self._found = self._found, None
+        if found is not None:
+            shown = f"the layer {found!r}" if found else "the model"
+            self._chain.break_link("norm", _DIFFERENT.format(name=shown))
 
     def _begin(self) -> None:
         """Note from now on what reaches the outputs of layers."""
@@ -137,6 +148,8 @@ class TwoPasses:
         hooks = self._hooks()
         dim = min(self._batch_dim, batch_dim)
         if hooks is None or grad.dim() <= dim or grad.shape[dim] != self._size:
+            return
+        if not grad.numel():
             return
         rows = grad.detach().movedim(dim, 0).reshape(self._size, -1).float()
         facts = torch.stack([rows.norm(dim=1), rows.sum(dim=1)], dim=1)

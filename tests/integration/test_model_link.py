@@ -36,8 +36,8 @@ _NOT_BY_OPACUS = {
 }
 _NOT_BY_LAYER = {"position table", "weight tying", "weight norm", "checkpointing"}
 _NOT_IN_MODE = {
-    "hooks": {"position table"},
-    "functorch": {"position table"},
+    "hooks": {"position table", "weight tying"},
+    "functorch": {"position table", "weight tying"},
     "ghost": _NOT_BY_LAYER,
     "fast": {"time-first lstm"},
     "ew": _NOT_BY_LAYER

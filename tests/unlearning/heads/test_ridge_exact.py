@@ -153,7 +153,7 @@ def test_a_target_is_met_and_no_fewer_steps_meet_it():
 def test_the_guarantee_lists_what_only_the_caller_knows():
     claim = Ridge.random(np.random.default_rng(13)).head().forget([0], num_steps=2)
     assert claim.kind == "certified if"
-    assert len(claim.declarations) == 3 and not claim.unmet
+    assert len(claim.declarations) == 4 and not claim.unmet
     assert "2 noisy ridge steps" in claim.method and "was given" in str(claim)
     claim = Ridge.random(np.random.default_rng(13)).head().forget([0], epsilon=0.5)
     assert "this number was computed from the rows to forget" in str(claim)
