@@ -372,7 +372,8 @@ def test_iterable_data_sets(workers):
 def test_pinned_memory_leaves_types_and_identities_alone(monkeypatch):
     from torch.utils.data._utils.pin_memory import pin_memory
 
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
+    # versions of torch differ in whether they pass the device
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self.clone())
     collate = FollowingCollate(tuple, is_single=False)
     batch = collate([torch.arange(3.0), torch.arange(2.0)])
     pinned = pin_memory(batch, "cuda")
