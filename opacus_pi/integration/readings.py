@@ -186,10 +186,16 @@ class Readings:
         return values
 
     def missing_updates(self) -> str:
-        """Say that the ledger holds a part of the updates only; empty: all of them."""
+        """Say that the ledger holds a part of the updates only; empty: all of them.
+
+        Opacus counts an update before its step, so one that was interrupted there, as
+        by the death of another process, is counted although it wrote no weights.
+        """
+        update = None if self.run is None else self.run.present_update()
+        interrupted = int(update is not None and update.is_interrupted)
         return self.checks.missing_updates(
             self.recorder.num_steps,
-            num_steps_of(self.accountant),
+            num_steps_of(self.accountant) - interrupted,
             is_private=self.is_private,
         )
 

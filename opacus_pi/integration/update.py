@@ -123,6 +123,11 @@ class UpdateUnderWay:
         """Whether a physical batch has entered the update under way."""
         return bool(self._examples)
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether noise was drawn for an update whose step has not ended."""
+        return self._settings is not None
+
     def add_batch(
         self, norms: Tensor, sizes: Sequence[int], *, clipped_only: bool = False
     ) -> None:
