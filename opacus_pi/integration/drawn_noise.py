@@ -12,7 +12,8 @@ its size. Noise of the recorded size is reported once in 10^12 updates.
 *What breaks it.* Noise so small that it vanishes in the rounding of the sum; such
 parameters are left out. Noise that is too large is not reported: the numbers are then
 still upper bounds. Distributed runs, where not every process draws, and adaptive
-clipping, which draws more noise than is recorded, are not checked.
+clipping, which draws more noise than is recorded, are not checked. Neither are
+parameters on an accelerator, for which every update would have to wait.
 """
 
 from collections.abc import Iterable
@@ -55,6 +56,8 @@ def missing_noise(
     with torch.no_grad():
         for total, noised in pairs:
             if total is None or noised is None or not total.numel():
+                continue
+            if total.device.type != "cpu":
                 continue
             held = _widened(total)
             rounding = _ROUNDINGS * torch.finfo(total.dtype).eps

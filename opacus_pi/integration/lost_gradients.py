@@ -17,7 +17,8 @@ should add nothing to it. There a lost gradient may arrive before those of the e
 so ``p.grad`` is noted in the forward pass, and otherwise when the backward pass begins.
 
 *What breaks it.* Models whose outputs are not what the loss is computed from, and
-distributed runs: there no pass is checked.
+distributed runs: there no pass is checked. Parameters on an accelerator are not
+compared, because every pass would have to wait for it.
 """
 
 from collections.abc import Iterable
@@ -103,11 +104,11 @@ class LostGradients:
                 self._before = self._noted()
 
     def _noted(self) -> list[_Before]:
-        """Return the parameters as they are."""
+        """Return the parameters in host memory as they are."""
         return [
             _Before(p, None if p.grad is None else p.grad.clone(), _newest(p))
             for p in self._parameters
-            if p.requires_grad
+            if p.requires_grad and p.device.type == "cpu"
         ]
 
     def backward_began(self, *, is_second: bool = False) -> None:

@@ -17,7 +17,8 @@ model has no additional hooks.
 
 *What breaks it.* A batch in which no gradient is clipped, if the hooks also do the same
 in both passes. Layers whose outputs do not have one row for each example, adaptive
-clipping and FSDP are not compared.
+clipping and FSDP are not compared, and neither are layers on an accelerator, for which
+the loop would have to wait.
 """
 
 import weakref
@@ -149,7 +150,7 @@ class TwoPasses:
         dim = min(self._batch_dim, batch_dim)
         if hooks is None or grad.dim() <= dim or grad.shape[dim] != self._size:
             return
-        if not grad.numel():
+        if not grad.numel() or grad.device.type != "cpu":
             return
         rows = grad.detach().movedim(dim, 0).reshape(self._size, -1).float()
         facts = torch.stack([rows.norm(dim=1), rows.sum(dim=1)], dim=1)
