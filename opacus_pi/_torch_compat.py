@@ -206,9 +206,13 @@ def has_saved_tensor_hooks() -> bool:
     """Return whether tensors saved for the backward pass are handed to a hook now.
 
     ``torch.utils.checkpoint`` with ``use_reentrant=False`` does this in its first run.
-    Source: ``torch._C._autograd._top_saved_tensors_default_hooks``.
+    Such hooks cannot be disabled while there are any.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("not used here"):
+            return False
+    except RuntimeError:
+        return True
 
 
 def run_backward_in_modes(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
