@@ -77,6 +77,7 @@ __all__ = [
     "own_parameters",
     "pytree",
     "received_position",
+    "remove_hooks",
     "replace_own_parameters_",
     "result_is_saved",
     "run_backward_in_modes",
@@ -202,12 +203,31 @@ def operations_seen_by_no_mode() -> AbstractContextManager[None]:
     return torch._C.DisableTorchFunction()
 
 
+def remove_hooks(table: dict[int, Any], kind: type) -> None:
+    """Remove the hooks of one kind from one of a module's tables.
+
+    A module that is prepared again, or is a copy of a prepared one, still has those of
+    the run before.
+
+    Args:
+        table: As ``forward_hooks`` and its like return it.
+        kind: The class of the hooks, or of the objects whose methods they are.
+    """
+    for key, hook in list(table.items()):
+        if isinstance(getattr(hook, "__self__", hook), kind):
+            del table[key]
+
+
 def has_saved_tensor_hooks() -> bool:
     """Return whether tensors saved for the backward pass are handed to a hook now.
 
     ``torch.utils.checkpoint`` with ``use_reentrant=False`` does this in its first run.
-    Such hooks cannot be disabled while there are any.
+    Source: ``torch._C._autograd._top_saved_tensors_default_hooks``, which torch 2.6
+    lacks; there, hooks cannot be disabled while there are any, which takes longer.
     """
+    newest_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if newest_hooks is not None:
+        return newest_hooks(True) is not None
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks("not used here"):
             return False

@@ -44,6 +44,7 @@ from opacus_pi._torch_compat import (
     forward_pre_hooks,
     is_functorch_wrapped_tensor,
     own_buffers,
+    remove_hooks,
 )
 from opacus_pi.custody.chain import Chain
 from opacus_pi.custody.weights import WeightSnapshot
@@ -224,8 +225,7 @@ def watch_buffers(model: nn.Module, chain: Chain) -> BufferLink | None:
         model has no tensors besides its parameters.
     """
     for table in (forward_pre_hooks(model), forward_hooks(model)):
-        for key in [k for k, hook in table.items() if isinstance(hook, _PassHook)]:
-            del table[key]
+        remove_hooks(table, _PassHook)
     link = BufferLink(model, chain)
     if not link.num_watched:
         return None

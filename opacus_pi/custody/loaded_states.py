@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from opacus_pi._torch_compat import load_hooks
+from opacus_pi._torch_compat import load_hooks, remove_hooks
 
 __all__ = ["watch_loading"]
 
@@ -65,9 +65,7 @@ def watch_loading(module: nn.Module, *links: _Link) -> RemovableHandle:
     Returns:
         Removes the hook.
     """
-    table = load_hooks(module)
-    for key in [k for k, hook in table.items() if isinstance(hook, _LoadHook)]:
-        del table[key]
+    remove_hooks(load_hooks(module), _LoadHook)
     handle: RemovableHandle = module.register_load_state_dict_post_hook(
         _LoadHook(*links)
     )

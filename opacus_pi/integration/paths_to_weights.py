@@ -39,6 +39,7 @@ from opacus_pi._torch_compat import (
     backward_hooks,
     forward_hooks,
     forward_pre_hooks,
+    remove_hooks,
     sequence_number,
 )
 from opacus_pi.custody import Chain
@@ -143,8 +144,7 @@ class PathsToWeights:
             if not any(map(is_hook_of_opacus, backward_hooks(layer).values())):
                 continue
             for table in (forward_pre_hooks(layer), forward_hooks(layer)):
-                for key in [k for k, hook in table.items() if _is_of_a_call(hook)]:
-                    del table[key]  # of an earlier run
+                remove_hooks(table, _Call)
             ranges: list[_Range] = []
             for parameter in layer.parameters():
                 self._ranges.setdefault(id(parameter), []).append(ranges)
@@ -206,11 +206,6 @@ class _Call:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Call, ()
-
-
-def _is_of_a_call(hook: object) -> bool:
-    """Return whether a hook notes the calls of a layer."""
-    return isinstance(getattr(hook, "__self__", None), _Call)
 
 
 def _is_followed() -> bool:

@@ -31,7 +31,7 @@ from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from opacus_pi._torch_compat import backward_hooks
+from opacus_pi._torch_compat import backward_hooks, remove_hooks
 from opacus_pi.custody import Chain
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.gradients.clipping.completeness import autocast_rounding
@@ -131,8 +131,7 @@ class TwoPasses:
         module = module_of(hooks)
         for name, layer in module.named_modules():
             table = backward_hooks(layer)
-            for key in [k for k, hook in table.items() if isinstance(hook, _Noting)]:
-                del table[key]  # of an earlier run
+            remove_hooks(table, _Noting)
             if any(map(is_hook_of_opacus, table.values())):
                 handle = layer.register_full_backward_hook(_Noting(self, name))
                 self._handles.append(handle)

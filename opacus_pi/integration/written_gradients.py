@@ -35,6 +35,7 @@ from opacus_pi._torch_compat import (
     count_of_writes,
     counts_of_writes,
     gradient_hooks,
+    remove_hooks,
     with_gradient_hooks,
 )
 from opacus_pi.attribution import Tracker
@@ -317,8 +318,7 @@ def _note_after_hooks(module: nn.Module, written: WrittenGradients) -> bool:
     has_hooks = False
     for layer in module.modules():
         table = backward_hooks(layer)
-        for key in [k for k, h in table.items() if isinstance(h, _NoteAfterLayer)]:
-            del table[key]  # of an earlier call, or of a module that this is a copy of
+        remove_hooks(table, _NoteAfterLayer)
         if any(is_hook_of_opacus(hook) for hook in table.values()):
             has_hooks = True
             hook = _NoteAfterLayer(written, tuple(layer.parameters()))

@@ -44,6 +44,7 @@ from opacus_pi._torch_compat import (
     both_sides_padding,
     forward_hooks,
     is_functorch_wrapped_tensor,
+    remove_hooks,
 )
 from opacus_pi.custody import Chain
 from opacus_pi.integration.opacus_compat import (
@@ -104,8 +105,7 @@ def watch_inputs(hooks: AbstractGradSampleHooks, chain: Chain) -> None:
     """
     for name, layer in _trainable_layers(hooks):
         table = forward_hooks(layer)
-        for key in [k for k, hook in table.items() if isinstance(hook, _InputCheck)]:
-            del table[key]
+        remove_hooks(table, _InputCheck)
         for kind, check in _INPUTS.items():
             if isinstance(layer, kind) and _needs_check(layer):
                 hook = _InputCheck(name, check, chain)
