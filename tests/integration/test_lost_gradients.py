@@ -11,7 +11,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from opacus.layers import DPLSTM, DPMultiheadAttention
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
@@ -19,8 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.recording import AccountingError, Recorder
+from tests.integration.usual_models import WIDTH, Convolutional, Recurrent
 
-N, D = 8, 6
+N, D = 8, WIDTH
 MODES = ("hooks", "functorch", "ew", "fast")
 INPUTS = torch.randn(N, D, generator=torch.Generator().manual_seed(1))
 TOKENS = torch.randint(0, 7, (N, 5), generator=torch.Generator().manual_seed(9))
@@ -147,31 +147,6 @@ def compiled_layer():
 
 def detached():
     return Net(lambda s, x: usual(s, x) + F.linear(x, s.h.weight.detach()))
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(7, D)
-        self.lstm = DPLSTM(D, D, batch_first=True)
-        self.attend = DPMultiheadAttention(D, 2, batch_first=True)
-        self.head = nn.Linear(D, 3)
-
-    def forward(self, x):
-        states, _ = self.lstm(self.embed(x))
-        return self.head(self.attend(states, states, states)[0].mean(1))
-
-
-class Convolutional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(1, 4, 2), nn.GroupNorm(2, 4)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(
-            torch.relu(self.norm(self.conv(x.view(-1, 1, 2, 3)))).flatten(1)
-        )
 
 
 LOST = (

@@ -6,14 +6,14 @@ the batch. A case is refused where the clipped sum may exceed what the norms all
 
 import pytest
 import torch
-from opacus.layers import DPLSTM, DPMultiheadAttention
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.recording import AccountingError
+from tests.integration.usual_models import WIDTH, Convolutional, Recurrent
 
-N, D = 8, 6
+N, D = 8, WIDTH
 
 
 class Net(nn.Module):
@@ -124,30 +124,6 @@ def test_gradients_that_change_otherwise_are_refused(make, change):
 def test_a_constant_factor_is_accepted(make, reduction):
     engine = train(make(reversed_), updates=3, reduction=reduction)
     assert not engine.ledger.custody.unchecked
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(7, D)
-        self.lstm = DPLSTM(D, D, batch_first=True, num_layers=2)
-        self.attend = DPMultiheadAttention(D, 2, batch_first=True)
-        self.head = nn.Linear(D, 3)
-
-    def forward(self, x):
-        states, _ = self.lstm(self.embed(x))
-        return self.head(self.attend(states, states, states)[0].mean(1))
-
-
-class Convolutional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(1, 4, 2), nn.GroupNorm(4, 4)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        shaped = self.conv(x.view(-1, 1, 2, 3))
-        return self.head(torch.relu(self.norm(shaped)).flatten(1))
 
 
 @pytest.mark.parametrize("make", [Recurrent, Convolutional])
