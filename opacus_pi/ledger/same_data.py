@@ -25,7 +25,9 @@ __all__ = [
 ]
 
 _PART = re.compile(r":([a-z])([0-9a-f]{16})$")
+_LABELS = re.compile(r":\d+:[0-9a-f]{16}$")
 _BASE = "class, length and labels"
+_BASE_WITHOUT_LABELS = "class and length (no labels were found)"
 _TRANSFORMS = "t"
 _PARTS = {
     "x": "the inputs of evenly spaced examples",
@@ -85,8 +87,10 @@ def compared(one: str, other: str) -> Compared:
         one: A fingerprint.
         other: One that agrees with it.
     """
-    common = _parts(one)[1].keys() & _parts(other)[1].keys()
-    found = [_BASE, *(words for name, words in _PARTS.items() if name in common)]
+    (base, parts), (_, others) = _parts(one), _parts(other)
+    common = parts.keys() & others.keys()
+    shown = _BASE if _LABELS.search(base) else _BASE_WITHOUT_LABELS
+    found = [shown, *(words for name, words in _PARTS.items() if name in common)]
     whole = bool(common & _WHOLE)
     listed = "; ".join(found)
     equal = f"equal: {listed}" if whole else f"only {listed} were compared"

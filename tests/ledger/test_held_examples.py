@@ -143,6 +143,8 @@ def test_what_was_not_compared_is_said(tmp_path):
     assert not compared(name, name).covers_examples
     assert "only class, length and labels" in compared(name, "Held:4").evidence
     assert "texts of all examples" in compared(name, name).evidence
+    bare = "Held:4:e" + "0" * 16
+    assert "class and length (no labels were found)" in compared(bare, bare).evidence
 
 
 def test_old_fingerprints_are_compared_in_what_they_have():
