@@ -8,6 +8,9 @@ optimizer and all random number generators stay bit for bit as they were. The da
 own ``__getitem__`` runs under random states that are restored afterwards. What breaks
 this: a data set that changes itself when it is read.
 
+Inside a context of joblib, :func:`sweep` shares the work among its workers
+(:mod:`~opacus_pi.gradients.joblib_workers`); :func:`measured` measures in this process.
+
 >>> data = [(torch.tensor([3.0, 4.0]), 0), (torch.tensor([0.0, 0.0]), 0)]
 >>> norm_sweep(nn.Linear(2, 1, bias=False), lambda outputs, y: outputs[:, 0], data)
 tensor([5., 0.], dtype=torch.float64)
@@ -15,18 +18,25 @@ tensor([5., 0.], dtype=torch.float64)
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from opacus_pi._validate import expect, in_range, positive
+from opacus_pi.gradients.joblib_workers import (
+    num_joblib_workers,
+    run_in_workers,
+    runs_of_batches,
+)
 from opacus_pi.gradients.kept_engine import kept_engine
 from opacus_pi.gradients.norm_engine import NormEngine
-from opacus_pi.models.batches import inputs_and_targets, to_device
+from opacus_pi.models.batches import inputs_and_targets, size_of, to_device
+from opacus_pi.models.copies import evaluation_copy
 from opacus_pi.models.no_trace import isolated
 from opacus_pi.models.own_losses import Criterion
 
@@ -155,6 +165,11 @@ def sweep(
     :func:`~opacus_pi.gradients.per_example_grad_norms` defines it, and from the same
     forward pass confidence, EL2N and correctness.
 
+    Inside ``joblib.parallel_config(backend="loky", n_jobs=4)``, or with the backend
+    ``"dask"`` or ``"ray"``, joblib's workers share the sweep: each measures a run of
+    whole batches. The model, the criterion, the data set and ``collate_fn`` are pickled
+    for each worker.
+
     Args:
         model: A plain module, or one wrapped by Opacus or for distributed training;
             measured in evaluation mode on the device of its parameters.
@@ -163,11 +178,13 @@ def sweep(
         data_set: A map-style data set with a length, of ``(x, y)`` or of dicts with
             ``"labels"`` (Hugging Face), handed over as ``model(**rest)``.
         batch_size: Examples at a time; the result does not depend on it.
-        num_workers: Processes that read the data set ahead; 0: this process reads it.
-            The order of the examples is the same. A data set that draws random numbers
-            when it is read draws others in a worker.
+        num_workers: Processes that read the data set ahead; 0: this process reads it,
+            or each of joblib's workers its part. The order of the examples is the same.
+            A data set that draws random numbers when it is read draws others in a
+            worker.
         collate_fn: Makes ``(x, y)`` batches of lists of examples; torch's by default.
         progress: Whether to show a progress bar once the sweep has taken 3 seconds.
+            joblib's workers show none.
 
     Returns:
         The :class:`Sweep`, on the CPU.
@@ -177,20 +194,55 @@ def sweep(
             does not give one loss per example, nothing is trainable, or examples
             share batch statistics.
     """
-    positive(batch_size=batch_size, remedy="Try 64.")
-    in_range(
-        0,
-        math.inf,
-        num_workers=num_workers,
-        remedy="Pass 0 to read the data set in this process.",
-    )
-    expect(
-        hasattr(data_set, "__len__") and hasattr(data_set, "__getitem__"),
-        "data_set",
-        type(data_set).__name__,
-        "must be a map-style data set with __len__ and __getitem__",
-        "Put the examples in a list or in such a data set.",
-    )
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "collate_fn": collate_fn,
+    }
+    _check(data_set, batch_size, num_workers)
+    num_runs = num_joblib_workers()
+    if num_runs > 1:
+        runs = runs_of_batches(size_of(data_set), batch_size, num_runs)
+        if len(runs) > 1:
+            # A copy, because the hooks and states of a training cannot be pickled
+            alone = evaluation_copy(model)
+            measure = partial(measured, alone, criterion, progress=False, **options)
+            with isolated():
+                parts = run_in_workers(measure, [Subset(data_set, run) for run in runs])
+            return _joined_sweeps(parts)
+    return measured(model, criterion, data_set, progress=progress, **options)
+
+
+def measured(
+    model: nn.Module,
+    criterion: Criterion,
+    data_set: Dataset[Any],
+    *,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Do what :func:`sweep` does, in this process.
+
+    A ``collate_fn`` that reports what it finds to an object of this process needs this.
+
+    Args:
+        model: As for :func:`sweep`.
+        criterion: As for :func:`sweep`.
+        data_set: As for :func:`sweep`.
+        batch_size: As for :func:`sweep`.
+        num_workers: As for :func:`sweep`.
+        collate_fn: As for :func:`sweep`.
+        progress: As for :func:`sweep`.
+
+    Returns:
+        The :class:`Sweep`, on the CPU.
+
+    Raises:
+        ValueError: As :func:`sweep` does.
+    """
+    _check(data_set, batch_size, num_workers)
     parts = []
     with isolated():
         engine = NormEngine(model, criterion)
@@ -205,8 +257,33 @@ def sweep(
             squares, outputs = engine.squares(x, y)
             parts.append([squares.sqrt().cpu(), *_output_scores(outputs, y)])
     columns = zip(*parts, strict=True) if parts else [[torch.empty(0).double()]] * 4
-    fields: list[Any] = [*map(_joined, columns)]
-    return Sweep(*fields)
+    values: list[Any] = [*map(_joined, columns)]
+    return Sweep(*values)
+
+
+def _check(data_set: Dataset[Any], batch_size: int, num_workers: int) -> None:
+    """Raise if a data set cannot be swept, or in such batches."""
+    positive(batch_size=batch_size, remedy="Try 64.")
+    in_range(
+        0,
+        math.inf,
+        num_workers=num_workers,
+        remedy="Pass 0 to read the data set in this process.",
+    )
+    expect(
+        hasattr(data_set, "__len__") and hasattr(data_set, "__getitem__"),
+        "data_set",
+        type(data_set).__name__,
+        "must be a map-style data set with __len__ and __getitem__",
+        "Put the examples in a list or in such a data set.",
+    )
+
+
+def _joined_sweeps(parts: Sequence[Sweep]) -> Sweep:
+    """Join the sweeps of consecutive parts of a data set."""
+    columns = [[getattr(part, field.name) for part in parts] for field in fields(Sweep)]
+    values: list[Any] = [*map(_joined, columns)]
+    return Sweep(*values)
 
 
 def _batches(

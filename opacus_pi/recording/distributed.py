@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from opacus_pi.gradients.sweeps import Sweep, sweep
+from opacus_pi.gradients.sweeps import Sweep, measured
 from opacus_pi.models.batches import size_of
 from opacus_pi.models.own_losses import Criterion
 from opacus_pi.recording.run import RecordedRun
@@ -149,10 +149,10 @@ def shared_sweep(
         ValueError: As ``sweep`` does.
     """
     if processes is None:
-        return sweep(model, criterion, data_set, **options)
+        return measured(model, criterion, data_set, **options)
     size = size_of(data_set)
     mine = range(processes.rank, size, processes.size)
-    part = sweep(model, criterion, Subset(data_set, mine), **options)
+    part = measured(model, criterion, Subset(data_set, mine), **options)
     columns = [getattr(part, name) for name in _MEASURED]
     flags = [column is None for column in columns]
     missing = processes.sum(torch.tensor(flags).double()) > 0
