@@ -29,11 +29,14 @@ __all__ = [
     "COMPUTED",
     "EQUAL_INPUTS",
     "INPUTS_DISAGREE",
+    "LABELS_CHANGED",
+    "LABELS_KEPT",
     "MISMATCH",
     "MIXED",
     "MIXED_IN_COLLATE",
     "MOVED_AND_CHANGED",
     "MOVED_IN_DATA_SET",
+    "NOTHING_KEPT",
     "NOT_DELIVERED",
     "NO_INDICES",
     "NUMBER_IN_COLLATE",
@@ -99,9 +102,9 @@ VALUES_MOVED = Cause(
     "the training loop moved values of the batch to other positions",
     "unattributed",
     "An example is one number in each tensor, and the model was given the numbers of "
-    "the delivered batch in other positions, some of them several times. So it is not "
-    "known which sample belongs to which example. Keep the order in which the data "
-    "loader delivers, or reorder in collate_fn.",
+    "the delivered batch in other positions. So it is not known which sample belongs "
+    "to which example. Keep the order in which the data loader delivers, or reorder in "
+    "collate_fn.",
 )
 MIXED = Cause(
     "the training loop mixes examples",
@@ -206,6 +209,33 @@ MOVED_IN_DATA_SET = Cause(
     "between epochs, or chooses at random what it returns, does this, and so may "
     "random changes of items that have few possible contents. Keep its order fixed, "
     "and let the data loader shuffle or sample.",
+)
+LABELS_CHANGED = Cause(
+    "the data set returns other labels",
+    "unattributed",
+    "The data set returned for an index other content and another label than before, "
+    "so an index may not stand for one example. A data set that augments its examples "
+    "and permutes them between epochs does this, and so does one that draws labels at "
+    "random. Keep its order fixed, and let the data loader shuffle or sample.",
+)
+LABELS_KEPT = Cause(
+    "the data set changes its items",
+    "unchecked",
+    "The data set returned other content for an index than before, as random "
+    "augmentation does, so the contents do not show whether an index always stands for "
+    "one example. The labels of the indices stayed the same. A data set that exchanges "
+    "examples of equal labels would not be noticed. If yours keeps its order, nothing "
+    "needs to be done.",
+    is_said=False,  # nearly every data set that augments keeps its order
+)
+NOTHING_KEPT = Cause(
+    "the data set changes all of its items",
+    "unchecked",
+    "The data set returned other content for an index than before, as random "
+    "augmentation does, and no label in its items that stays the same shows whether an "
+    "index always stands for one example. If your data set permutes its examples "
+    "between epochs, or chooses at random what it returns, norms are recorded for the "
+    "wrong examples. If it keeps its order, nothing needs to be done.",
 )
 # ------------------------------------------------------------------ the rows of a batch
 NO_INDICES = Cause(

@@ -22,6 +22,7 @@ from torch import Tensor
 from opacus_pi.attribution.causes import Cause
 from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
 from opacus_pi.attribution.item_contents import MIN_ENTRIES, content_sums
+from opacus_pi.attribution.item_labels import WIDEST_LABEL
 from opacus_pi.attribution.lookalikes import Alike
 from opacus_pi.attribution.samples import (
     DelayedChecksums,
@@ -221,11 +222,30 @@ class Delivery:
 
         None is returned if it has very few entries, or is on an accelerator.
         """
-        known = [t.content for t in self.tensors if t.content is not None]
-        largest = max(known, key=_WIDTH, default=None)
+        largest = self._largest()
         if largest is None or largest.width < MIN_ENTRIES or not largest.is_on_host:
             return None
         return content_sums(largest.entries)
+
+    def labels(self) -> Indices | None:
+        """Return checksums of the small tensors beside the largest, int64 ``(b, p)``.
+
+        None is returned if there are none.
+        """
+        largest = self._largest()
+        found = [
+            content.checksums
+            for content in self.all_contents()
+            if content is not largest
+            and content.width <= WIDEST_LABEL
+            and content.is_on_host
+        ]
+        return np.stack(found, axis=1) if found else None
+
+    def _largest(self) -> DelayedChecksums | None:
+        """Return the content of the tensor with the most entries for each sample."""
+        known = [t.content for t in self.tensors if t.content is not None]
+        return max(known, key=_WIDTH, default=None)
 
     def leave_unattributed(self, places: Indices, cause: Cause) -> None:
         """Forget the indices of some samples.

@@ -11,15 +11,17 @@ samples so far must have the content of other indices, and more of them than cha
 explains. So a data set that changes its items at random (augmentation) is not reported,
 even if contents are few and a changed item is now and then equal to another one. How
 often chance does this is estimated by the share of examples whose first content another
-example had, too. Where there are none, the first moved sample is reported. 17 bytes are
-kept for each example.
+example had, too. Where there are none, the first moved sample is reported. The labels
+of changed samples are compared, too (``item_labels``): once they show that examples
+have moved, every changed sample is reported. 18 bytes are kept for each example, and 8
+for each of its labels.
 
-*What breaks it.* Moved items that are also changed, items of fewer than four entries,
-and a data set that was permuted before a run was resumed. If examples are equal, the
-first moved samples are not reported: about 10 if half of many examples are equal to
-others, more if the examples are few. A data set without equal items that becomes most
-of its other items by random changes is reported. At most 64 entries of an item are
-compared, of its largest tensor.
+*What breaks it.* Moved items that are also changed, where labels do not show it:
+``doubt`` says so. Items of fewer than four entries, and a data set that was permuted
+before a run was resumed. If examples are equal, the first moved samples are not
+reported: about 10 if half of many examples are equal to others, more if the examples
+are few. A data set without equal items that becomes most of its other items by random
+changes is reported. At most 64 entries of an item are compared, of its largest tensor.
 
 >>> contents = ItemContents()
 >>> contents.moved(np.array([0, 1, 2]), np.array([11, 12, 13]))
@@ -29,10 +31,20 @@ array([ True, False])
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from opacus_pi.attribution.causes import (
+    LABELS_CHANGED,
+    LABELS_KEPT,
+    MOVED_IN_DATA_SET,
+    NOTHING_KEPT,
+    Cause,
+)
+from opacus_pi.attribution.item_labels import ItemLabels
 from opacus_pi.attribution.samples import checksums_of_entries, places_compared
 
 __all__ = ["MIN_ENTRIES", "ItemContents", "content_sums"]
@@ -46,21 +58,48 @@ _IMPROBABLE = math.log(1e-3)  # log of the probability below which chance is rul
 _GROWTH = 1.25  # of the number of known contents after which they are sorted again
 
 
-def content_sums(entries: NDArray[np.float32]) -> Indices:
+def content_sums(
+    entries: NDArray[np.float32], widths: Indices | None = None
+) -> Indices:
     """Compute a checksum of each row from at most 64 of its entries, int64 ``(b,)``.
 
+    The checksum of a row does not depend on the other rows.
+
     Args:
-        entries: float32 ``(b, k)``.
+        entries: float32 ``(b, k)``: what ``places_compared`` looks at in each item.
+        widths: int64 ``(b,)``: number of entries of each item, where rows of shorter
+            items have zeros at their ends. None: all are equal.
     """
-    return checksums_of_entries(
-        entries[:, places_compared(entries.shape[1], _FEWEST_COMPARED)]
-    )
+    if widths is None or (widths == widths[0]).all():
+        places = places_compared(entries.shape[1], _FEWEST_COMPARED)
+        return checksums_of_entries(entries[:, places])
+    each = np.stack([_places_of(width) for width in widths.tolist()])
+    padded = np.pad(entries, ((0, 0), (0, 1)))  # a zero for the places left over
+    return checksums_of_entries(np.take_along_axis(padded, each, axis=1))
+
+
+@lru_cache(maxsize=4096)
+def _places_of(width: int) -> Indices:
+    """Return which of its entries the checksum of an item uses, and -1 for the rest."""
+    places = np.full(2 * _FEWEST_COMPARED, -1)
+    if width:
+        own = places_compared(len(places_compared(width)), _FEWEST_COMPARED)
+        places[: len(own)] = own
+    return places
+
+
+def _not_known() -> None:
+    """Return no labels."""
 
 
 class ItemContents:
-    """The checksum of each index of a data set when it was first delivered."""
+    """The checksum of each index of a data set when it was first delivered.
+
+    Labels are compared where the content of an index has changed.
+    """
 
     def __init__(self) -> None:
+        self._labels = ItemLabels()
         self._sums = np.zeros(0, np.int64)  # 0: not delivered yet
         self._num_known = 0
         self._values = np.zeros(0, np.int64)  # the known ones, sorted
@@ -68,12 +107,19 @@ class ItemContents:
         self._num_sorted = 0
         self._num_changed = self._num_moved = 0
 
-    def moved(self, indices: Indices, sums: Indices) -> NDArray[np.bool_]:
-        """Return which samples have the content that another index had before.
+    def moved(
+        self,
+        indices: Indices,
+        sums: Indices,
+        labels_of: Callable[[], Indices | None] = _not_known,
+    ) -> NDArray[np.bool_]:
+        """Return which samples seem to be another example than their index had before.
 
         Args:
             indices: Data-set indices of the samples, ``(b,)``, none negative.
             sums: Checksums of their contents, ``(b,)``.
+            labels_of: Returns checksums of their labels, ``(b, p)``, or None. Called
+                where an index is new or has other content than at first.
 
         Returns:
             bool ``(b,)``.
@@ -91,15 +137,34 @@ class ItemContents:
             return moved
         is_new = own[other] == 0
         new, changed = other[is_new], other[~is_new]
-        self._sums[indices[new]] = sums[new]
-        self._num_known += len(new)
+        labels = labels_of()
+        if len(new):
+            self._sums[indices[new]] = sums[new]
+            self._num_known += len(new)
+            self._labels.add(indices[new], _rows(labels, new))
         if len(changed):
+            self._labels.compare(indices[changed], _rows(labels, changed))
             are_known, are_unique = self._looked_up(sums[changed])
             self._num_changed += len(changed)
             self._num_moved += int(np.count_nonzero(are_known))
-            if self._have_moved():
+            if self._labels.have_moved:
+                moved[changed] = True
+            elif self._have_moved():
                 moved[changed] = are_unique
         return moved
+
+    def cause(self) -> Cause:
+        """Return why samples are reported as moved."""
+        return MOVED_IN_DATA_SET if self._have_moved() else LABELS_CHANGED
+
+    def doubt(self) -> Cause | None:
+        """Return why contents do not show that each index stands for one example.
+
+        None is returned if no content has changed, and if moved samples were reported.
+        """
+        if not self._num_changed or self._labels.have_moved or self._have_moved():
+            return None
+        return LABELS_KEPT if self._labels.are_kept else NOTHING_KEPT
 
     def _have_moved(self) -> bool:
         """Return whether chance does not explain the contents of changed samples.
@@ -132,3 +197,8 @@ class ItemContents:
         places = np.searchsorted(self._values, sums).clip(max=len(self._values) - 1)
         found: NDArray[np.bool_] = self._values[places] == sums
         return found, found & self._is_unique[places]
+
+
+def _rows(labels: Indices | None, places: Indices) -> Indices | None:
+    """Return the labels of some samples; None if they are not known."""
+    return None if labels is None else labels[places]

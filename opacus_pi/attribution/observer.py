@@ -47,6 +47,7 @@ from opacus_pi.attribution.collate_identity import (
 )
 from opacus_pi.attribution.delivery import LoaderPass
 from opacus_pi.attribution.tracker import Tracker
+from opacus_pi.ledger.plain_indexing import indexes_plainly
 
 __all__ = ["LoaderObserver", "observe", "observe_like", "observer_of", "tracker_of"]
 
@@ -223,6 +224,8 @@ def observe(
         tracker, follow_items=follow_items, is_in_order=is_in_order
     )
     _attach(loader, observer, in_parts=False)
+    if tracker is not None:
+        tracker.indexes_plainly = indexes_plainly(loader.dataset)
     return observer
 
 

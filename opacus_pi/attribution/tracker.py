@@ -39,6 +39,7 @@ import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -55,7 +56,6 @@ from opacus_pi.attribution.causes import (
     INPUTS_DISAGREE,
     MIXED,
     MIXED_IN_COLLATE,
-    MOVED_IN_DATA_SET,
     NO_INDICES,
     PARTS_IN_COLLATE,
     REPEATED,
@@ -136,6 +136,8 @@ class Tracker:
         num_left_out: Of the batches that the loop used, the number of samples that it
             did not use.
         has_additions: Whether ``collate_fn`` returned more than its items.
+        indexes_plainly: Whether the data set is known to keep the order of its
+            examples, however it changes them.
         keeps_batches: Whether copies of the recent batches are kept in memory.
         saw_pass: Called with each forward pass and its outputs; None: not called.
         saw_backward: Called during each backward pass, with whether it is the second
@@ -151,7 +153,7 @@ class Tracker:
         self.verify, self.strict = verify, strict
         self.batch_dim = 0 if batch_first else 1
         self.counts = dict.fromkeys(EVIDENCE, 0)
-        self.keeps_batches = self.keeps_outputs = False
+        self.keeps_batches = self.keeps_outputs = self.indexes_plainly = False
         self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
         self.saw_backward: list[Callable[..., None]] = []
         self.num_left_out = 0
@@ -234,22 +236,24 @@ class Tracker:
         indices = delivery.index_array
         if indices is None or not len(indices) or delivery.identity is NOT_FOLLOWED:
             return
-        sums = delivery.identity.contents
+        identity = delivery.identity
+        sums, labels_of = identity.contents, partial(_labels_of, delivery)
         if sums is not None:
-            order = delivery.identity.items
-            sums = sums if order is None else sums[order]
-        elif delivery.identity.items is None and not delivery.identity.notes:
+            is_moved = identity.items is not None and len(sums) > 0
+            sums = sums[identity.items] if is_moved else sums
+        elif identity.items is None and not identity.notes:
             sums = delivery.contents()
         if sums is None or len(sums) != len(indices):
             return
         if not delivery.are_distinct:  # nearly always they are
-            known = indices >= 0
-            places = np.flatnonzero(known)
-            moved = places[self._contents.moved(indices[known], sums[known])]
+            (places,) = (indices >= 0).nonzero()
+            indices, sums = indices[places], sums[places]
+            labels_of = partial(_labels_of, delivery, places)
+            moved = places[self._contents.moved(indices, sums, labels_of)]
         else:
-            (moved,) = self._contents.moved(indices, sums).nonzero()
+            (moved,) = self._contents.moved(indices, sums, labels_of).nonzero()
         if len(moved):
-            delivery.leave_unattributed(moved, MOVED_IN_DATA_SET)
+            delivery.leave_unattributed(moved, self._contents.cause())
 
     # ------------------------------------------------------- what the model reports
     def bind(self, inputs: Any) -> ForwardPass:
@@ -522,6 +526,9 @@ class Tracker:
         if self.has_additions:
             added = ADDED_IN_COLLATE
             chain.leave_unchecked(added.link, added.explanation, warn=False)
+        doubt = None if self.indexes_plainly else self._contents.doubt()
+        if doubt is not None:
+            chain.leave_unchecked("identity", doubt.explanation, warn=doubt.is_said)
         if self._order.is_doubtful:
             chain.leave_unchecked("identity", TRUSTED.explanation, warn=False)
         for cause in (CAUSES[name] for name in self.causes):
@@ -605,6 +612,22 @@ def indices_of(passes: list[ForwardPass]) -> Indices:
     """Return the indices of several passes, one after another; of one pass no copy."""
     parts = [cast(Indices, forward.indices) for forward in passes]
     return parts[0] if len(parts) == 1 else np.concatenate([_NO_INDICES, *parts])
+
+
+def _labels_of(delivery: Delivery, places: Indices | None = None) -> Indices | None:
+    """Return checksums of the labels of some samples of a batch, or of all.
+
+    Args:
+        delivery: The batch.
+        places: Positions of the samples; None: all of them.
+    """
+    identity = delivery.identity
+    labels = identity.labels
+    if identity.contents is None:
+        labels = delivery.labels()
+    elif labels is not None and identity.items is not None:
+        labels = labels[identity.items]
+    return labels if labels is None or places is None else labels[places]
 
 
 def _num_repeated(indices: Indices) -> int:

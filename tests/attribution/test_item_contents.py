@@ -1,15 +1,28 @@
 """Data sets whose indices do not stand for one example each are found."""
 
+import random
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    Subset,
+    default_collate,
+)
+from torchvision.datasets import FakeData
 
 from opacus_pi import AccountingError, PrivacyEngine
-from opacus_pi.attribution.causes import MOVED_IN_DATA_SET
+from opacus_pi.attribution.causes import (
+    LABELS_CHANGED,
+    LABELS_KEPT,
+    MOVED_IN_DATA_SET,
+    NOTHING_KEPT,
+)
 from opacus_pi.attribution.item_contents import ItemContents
 
 NUM, WIDTH = 24, 6
@@ -53,6 +66,63 @@ class Augmented(Ordered):
         return x + 0.1 * torch.randn(WIDTH), y
 
 
+class Labelled(Augmented):
+    """Augmented examples, with the label that each has for itself."""
+
+    def __getitem__(self, i):
+        return super().__getitem__(i)[0], self.order[i] % 3
+
+
+class LabelledFlipped(Labelled):
+    def next_epoch(self):
+        self.order.reverse()
+
+
+class WithIndexFlipped(LabelledFlipped):
+    """The index beside the label would be the same for any example."""
+
+    def __getitem__(self, i):
+        return *super().__getitem__(i), i, random.random()
+
+
+class EqualLabelsFlipped(LabelledFlipped):
+    def __getitem__(self, i):
+        return super().__getitem__(i)[0], 1
+
+
+class NoLabels(Labelled):
+    """A random number stands where others have the label."""
+
+    def __getitem__(self, i):
+        return super().__getitem__(i)[0], random.random()
+
+
+class Photos(FakeData):
+    """A data set of torchvision, whose transform augments."""
+
+    def __init__(self):
+        super().__init__(NUM, (3, 2, 1), num_classes=3, transform=self.augmented)
+
+    @staticmethod
+    def augmented(image):
+        return torch.from_numpy(np.array(image)).flatten() + torch.randn(WIDTH)
+
+    def next_epoch(self):
+        pass
+
+
+class PhotosFlipped(Photos):
+    """Its ``__getitem__`` is torchvision's, and yet the examples move."""
+
+    def next_epoch(self):
+        self.random_offset = 1 - self.random_offset
+
+
+class OwnPhotos(Photos):
+    def __getitem__(self, i):
+        return super().__getitem__(i)
+
+
 class Mirrored(Ordered):
     def __getitem__(self, i):
         x, y = super().__getitem__(i)
@@ -71,6 +141,17 @@ class Ragged(Flipped):
     def __getitem__(self, i):
         x, y = super().__getitem__(i)
         return x[: 4 + self.order[i] % 3], y
+
+
+class ShortOrLong(Ragged):
+    """Some batches have only long items, others are padded."""
+
+    def __getitem__(self, i):
+        x, y = Ordered.__getitem__(self, i)
+        return x[: 3 if self.order[i] % 12 == 0 else WIDTH], y
+
+    def next_epoch(self):
+        pass
 
 
 def scaled(items):
@@ -104,9 +185,9 @@ def trained(data, *, num_epochs=2, around=lambda data: data, **options):
         warnings.filterwarnings("ignore", message="This DataLoader|.*[Ss]ample")
         warnings.filterwarnings("ignore", message="This run no longer")
         for _ in range(num_epochs):
-            for x, y in loader:
+            for x, y, *_ in loader:
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x), y).backward()
+                nn.functional.cross_entropy(model(x), y.long()).backward()
                 optimizer.step()
             data.next_epoch()
     return engine
@@ -130,6 +211,68 @@ def test_moved_examples_are_unattributed(data, options, num_moved):
     assert engine._run.tracker.causes[MOVED_IN_DATA_SET.name] == num_moved
     with pytest.raises(AccountingError, match="for another index before"):
         _ = engine.ledger
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (LabelledFlipped, {}),
+        (LabelledFlipped, {"num_workers": 1}),
+        (LabelledFlipped, {"collate_fn": reordered}),
+        (WithIndexFlipped, {}),
+        (PhotosFlipped, {}),
+    ],
+)
+def test_moved_and_augmented_examples_are_found_by_their_labels(kind, options):
+    engine = trained(kind(), **options)
+    assert engine._run.tracker.causes[LABELS_CHANGED.name] >= 18
+    with pytest.raises(AccountingError, match="other content and another label"):
+        _ = engine.ledger
+
+
+def identity_of(engine):
+    links = engine.ledger.custody.links
+    return next(link for link in links if link.name == "identity")
+
+
+@pytest.mark.parametrize("kind", [Labelled, OwnPhotos])
+def test_labels_of_augmented_examples_do_not_prove_their_identity(kind):
+    engine = trained(kind(), num_epochs=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        identity = identity_of(engine)
+    assert (identity.state, identity.sentence) == ("unchecked", LABELS_KEPT.explanation)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_padding_does_not_change_the_content_of_an_item(num_workers):
+    engine = trained(
+        ShortOrLong(), num_epochs=4, collate_fn=padded, num_workers=num_workers
+    )
+    assert identity_of(engine).state == "checked"
+
+
+@pytest.mark.parametrize("kind", [EqualLabelsFlipped, NoLabels])
+def test_augmented_examples_without_labels_are_said(kind):
+    engine = trained(kind())
+    with pytest.warns(UserWarning, match="no label in its items that stays the same"):
+        identity = identity_of(engine)
+    assert (identity.state, identity.sentence) == (
+        "unchecked",
+        NOTHING_KEPT.explanation,
+    )
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda data: data,
+        lambda data: Subset(data, range(12)),
+        lambda data: ConcatDataset([Subset(data, range(6)), data]),
+    ],
+)
+def test_torchvision_is_known_to_keep_the_order_of_examples(around):
+    assert identity_of(trained(Photos(), around=around)).state == "checked"
 
 
 def test_of_a_subset_the_indices_are_compared():

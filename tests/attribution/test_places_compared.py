@@ -70,6 +70,16 @@ def test_moved_contents_are_compared_in_drawn_places():
     assert (content_sums(changed) != content_sums(entries)).all()
 
 
+@pytest.mark.parametrize("widths", [(4, 70), (64, 65, 300), (70, 512, 513, 3000)])
+def test_a_content_does_not_depend_on_the_other_items_of_a_batch(widths):
+    items = [torch.randn(width) for width in widths]
+    together = fingerprint_items(items)
+    sums = content_sums(together.entries[0], together.widths[:, 0])
+    for item, own in zip(items, sums, strict=True):
+        alone = fingerprint_items([item, item])
+        assert (content_sums(alone.entries[0], alone.widths[:, 0]) == own).all()
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_places_are_enough_and_distinct(width):
     places = places_compared(width)
