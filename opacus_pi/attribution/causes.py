@@ -28,6 +28,7 @@ __all__ = [
     "COLLATE",
     "COMPUTED",
     "EQUAL_INPUTS",
+    "EQUAL_NUMBERS",
     "INPUTS_DISAGREE",
     "LABELS_CHANGED",
     "LABELS_KEPT",
@@ -105,6 +106,14 @@ VALUES_MOVED = Cause(
     "the delivered batch in other positions. So it is not known which sample belongs "
     "to which example. Keep the order in which the data loader delivers, or reorder in "
     "collate_fn.",
+)
+EQUAL_NUMBERS = Cause(
+    "the model's inputs are numbers that several examples share",
+    "unchecked",
+    "The model was given copies of the delivered numbers, one for each sample, and "
+    "several examples of a batch have equal ones. So samples are assumed to be in the "
+    "order of the batch. If your loop exchanges examples with equal numbers, this is "
+    "wrong. Give the model the tensors that the data loader delivered.",
 )
 MIXED = Cause(
     "the training loop mixes examples",

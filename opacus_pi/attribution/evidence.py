@@ -38,6 +38,7 @@ from opacus_pi.attribution.causes import (
     ANOTHER_INPUT,
     CHANGED_IN_PLACE,
     COMPUTED,
+    EQUAL_NUMBERS,
     INPUTS_DISAGREE,
     MOVED_AND_CHANGED,
     NO_INDICES,
@@ -486,9 +487,13 @@ def assumed(
     unattributed = Counter[Cause]()
     if num_unknown := int(np.count_nonzero(indices == UNATTRIBUTED)):
         unattributed[latest.identity.cause] = num_unknown
+    evidence, numbers = "by_latest", _numbers_kept(tensors, dim, latest)
+    if numbers is not None:
+        are_different = len(np.unique(numbers, axis=0)) == len(numbers)
+        evidence, cause = ("by_content" if are_different else evidence), EQUAL_NUMBERS
     return ForwardPass(
         indices,
-        "by_latest",
+        evidence,
         latest,
         cause,
         unattributed=unattributed,
@@ -517,22 +522,48 @@ def _are_values_moved(given: DelayedChecksums, latest: Delivery) -> bool:
     """Return whether an input has a delivered tensor's numbers in another order.
 
     A loop may also rename them, such as exchange two labels: then each number got one
-    other. In both cases the input has as many different numbers as the tensor.
+    other, and some numbers occur several times. If all are different, such as ids, a
+    renamed batch would hardly have the numbers of the delivered one.
 
     Args:
         given: The input, one number a sample.
         latest: The batch, whose tensors have one number a sample.
     """
     now, is_moved = given.checksums, False
+    num_different = len(set(now.tolist()))
     for content in latest.all_contents():
         before = content.checksums
-        if not np.array_equal(np.sort(now), np.sort(before)):
-            continue
-        pairs = set(zip(before.tolist(), now.tolist(), strict=True))
-        if len(pairs) == len(set(now.tolist())):
+        if np.array_equal(now, before):
             return False
-        is_moved = True
+        if np.array_equal(np.sort(now), np.sort(before)):
+            pairs = set(zip(before.tolist(), now.tolist(), strict=True))
+            if len(pairs) == num_different < len(now):
+                return False
+            is_moved = True
     return is_moved
+
+
+def _numbers_kept(tensors: list[Tensor], dim: int, latest: Delivery) -> Indices | None:
+    """Return checksums of the numbers of each sample, if they are the delivered ones.
+
+    Args:
+        tensors: The model's inputs.
+        dim: Their dimension that runs over the samples.
+        latest: The batch.
+
+    Returns:
+        int64 ``(b, m)``, one column for each input; None unless each of them has one
+        number for each sample, these are those of a delivered tensor in its order, and
+        they are not the same for all samples.
+    """
+    inputs = [DelayedChecksums(tensor, dim) for tensor in tensors]
+    delivered = [c.checksums for c in latest.all_contents() if c.width == 1]
+    if any(given.width != 1 for given in inputs):
+        return None
+    sums = [given.checksums for given in inputs]
+    are_there = [any(np.array_equal(s, before) for before in delivered) for s in sums]
+    differ = any((s != s[0]).any() for s in sums)
+    return np.stack(sums, axis=1) if differ and all(are_there) else None
 
 
 def _is_only_candidate(latest: Delivery, recent: Sequence[Delivery]) -> bool:

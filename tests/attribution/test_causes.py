@@ -143,13 +143,15 @@ def test_gradients_made_by_hand_are_matched_only_without_a_backward_pass():
     assert tracker.counts["by_storage"] == tracker.counts["by_latest"] == 3
 
 
+@pytest.mark.parametrize("num_ids", [3, 40])
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_ids_in_another_order(mode):
+def test_ids_in_another_order(mode, num_ids):
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 3, (40,), generator=rng)
+    ids = torch.arange(40) if num_ids == 40 else ids
     targets = torch.randint(0, 3, (40,), generator=rng)
     criterion = torch.nn.CrossEntropyLoss()
-    model = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.Linear(4, 3))
+    model = torch.nn.Sequential(torch.nn.Embedding(num_ids, 4), torch.nn.Linear(4, 3))
     engine = PrivacyEngine()
     parts = engine.make_private(
         module=model,
@@ -175,6 +177,34 @@ def test_ids_in_another_order(mode):
         _ = engine.ledger
 
 
+def counted(batch, inputs):
+    """Return how one batch that a model was given is attributed, and the causes."""
+    tracker = Tracker()
+    tracker.delivered([4, 2, 7], batch)
+    tracker.mark_backward(tracker.bind(inputs))
+    assert tracker.attribute([3]).tolist() == [4, 2, 7]
+    return {k: num for k, num in tracker.counts.items() if num}, list(tracker.causes)
+
+
+def test_copies_of_ids_are_recognised_where_they_differ():
+    users, films = torch.tensor([5, 5, 3]), torch.tensor([1, 2, 2])
+    batch, copies = (users, films), (users.int(), films.double())
+    assert counted(batch, copies) == ({"by_content": 3}, [])
+    with pytest.warns(UserWarning, match="several examples of a batch have equal ones"):
+        found = counted(batch, copies[:1])
+    assert found == ({"by_latest": 3}, [causes.EQUAL_NUMBERS.name])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x + 1, lambda x: 0 * x, lambda x: torch.stack([x, x], 1)]
+)
+def test_other_numbers_are_no_copies(change):
+    batch = torch.tensor([5, 8, 3]), torch.zeros(3)
+    with pytest.warns(UserWarning, match="neither the tensors .* nor copies of them"):
+        found = counted(batch, change(batch[0]))
+    assert found == ({"by_latest": 3}, [causes.COMPUTED.name])
+
+
 def test_renamed_ids_are_no_other_order():
     before = torch.tensor([0, 1, 0, 1])
     delivered = DelayedChecksums(before, 0)
@@ -182,3 +212,11 @@ def test_renamed_ids_are_no_other_order():
     renamed = DelayedChecksums(1 - before, 0)
     assert not _are_values_moved(renamed, latest)
     assert _are_values_moved(DelayedChecksums(before.sort().values, 0), latest)
+
+
+def test_different_ids_with_the_same_values_have_moved():
+    before = torch.tensor([3, 9, 4])
+    latest = SimpleNamespace(all_contents=lambda: [DelayedChecksums(before, 0)])
+    assert not _are_values_moved(DelayedChecksums(before.clone(), 0), latest)
+    assert not _are_values_moved(DelayedChecksums(before + 1, 0), latest)
+    assert _are_values_moved(DelayedChecksums(before.flip(0), 0), latest)
