@@ -93,8 +93,9 @@ class ItemLabels:
             indices: As for ``add``; each was delivered before.
             labels: As for ``add``.
         """
-        is_wanted = labels is not None and self._num_known and not self.have_moved
-        if not is_wanted or labels.shape[1] != len(self._num_changed):
+        if labels is None or not self._num_known or self.have_moved:
+            return
+        if labels.shape[1] != len(self._num_changed):
             return
         known = indices < len(self._is_known)
         known[known] = self._is_known[indices[known]]
