@@ -18,9 +18,11 @@ iterator of a            ``_reset``, ``_get_data``          ``attribution.observ
 =======================  =================================  ==========================
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from operator import attrgetter
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -73,6 +75,7 @@ __all__ = [
     "operation_overload",
     "operation_schema",
     "operations_seen_by_no_mode",
+    "outputs_of_backward",
     "own_buffers",
     "own_parameters",
     "pytree",
@@ -81,6 +84,7 @@ __all__ = [
     "replace_own_parameters_",
     "result_is_saved",
     "run_backward_in_modes",
+    "running_node",
     "sequence_number",
     "storage_address",
     "viewed_tensor",
@@ -193,6 +197,38 @@ def current_backward_pass() -> int:
     Source: ``torch._C._current_graph_task_id``.
     """
     return torch._C._current_graph_task_id()
+
+
+def running_node() -> Node | None:
+    """Return the node of autograd's graph that runs in this thread, None if none does.
+
+    Within a hook of a tensor it is the node that made the tensor. Source:
+    ``torch._C._current_autograd_node``.
+    """
+    return torch._C._current_autograd_node()
+
+
+def outputs_of_backward() -> list[Tensor]:
+    """Return the tensors at which the backward pass that runs now began.
+
+    Autograd itself keeps no reference from a tensor to what was computed from it. But
+    the function that entered the pass is still running, in this thread or, for an
+    accelerator, in the one that waits for it. Source: the local variable ``t_outputs``
+    of ``torch.autograd.graph._engine_run_backward``.
+
+    Returns:
+        Those of all passes that run now; empty if the pass was begun in another way.
+    """
+    code = torch.autograd.graph._engine_run_backward.__code__
+    found: list[Tensor] = []
+    for frame in sys._current_frames().values():
+        present: FrameType | None = frame
+        while present is not None:
+            if present.f_code is code:
+                outputs = present.f_locals["t_outputs"]
+                found += [t for t in outputs if isinstance(t, Tensor)]
+            present = present.f_back
+    return found
 
 
 def operations_seen_by_no_mode() -> AbstractContextManager[None]:

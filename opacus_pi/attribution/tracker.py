@@ -142,6 +142,7 @@ class Tracker:
         saw_pass: Called with each forward pass and its outputs; None: not called.
         saw_backward: Called during each backward pass, with whether it is the second
             one of ghost clipping (``is_second``).
+        forgot_passes: Called when gradients were cleared that no update had used.
         keeps_outputs: Whether the addresses of outputs are noted, for ``is_output``.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
@@ -156,6 +157,7 @@ class Tracker:
         self.keeps_batches = self.keeps_outputs = self.indexes_plainly = False
         self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
         self.saw_backward: list[Callable[..., None]] = []
+        self.forgot_passes: list[Callable[[], None]] = []
         self.num_left_out = 0
         self._skipped, self._said_skipped = SkippedBatches(), ""
         self.has_additions = False
@@ -345,6 +347,8 @@ class Tracker:
             if forward.is_recognised and forward.delivery is not None:
                 forward.delivery.num_recognised -= 1
         self._keep(kept)
+        for forgot in self.forgot_passes:
+            forgot()
         return len(gone)
 
     def _keep(self, kept: list[ForwardPass]) -> None:

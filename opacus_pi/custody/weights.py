@@ -35,7 +35,7 @@ from torch.nn import Parameter
 from opacus_pi._torch_compat import counts_of_writes
 from opacus_pi.custody.chain import Chain
 
-__all__ = ["WeightSnapshot", "WeightsLink"]
+__all__ = ["WeightSnapshot", "WeightsLink", "is_plain", "sampled_entries"]
 
 _COMPARED = (
     "Compared before every update, the weights were as the update before had left them."
@@ -74,7 +74,7 @@ class WeightSnapshot:
             parameters: The parameters; the snapshot keeps references to them, as an
                 optimizer does.
         """
-        self._parameters = [p for p in parameters if _is_plain(p) and p.numel()]
+        self._parameters = [p for p in parameters if is_plain(p) and p.numel()]
         self._addresses = []
         self._writes, self._entries, self._late = None, {}, {}
 
@@ -126,7 +126,7 @@ class WeightSnapshot:
         """Make views of the sampled entries, in the present memory of parameters."""
         self._on_host, self._elsewhere = [], {}
         for parameter in self._parameters:
-            entries = _entries_of(parameter.detach())
+            entries = sampled_entries(parameter.detach())
             bits = _BITS.get(entries.element_size())
             if entries.is_cpu and bits is not None:
                 self._on_host.append(np.from_dlpack(entries.view(bits)))
@@ -169,14 +169,22 @@ class WeightsLink:
             self._chain.leave_unchecked("weights", _CHANGED)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor has one dense memory of its own in this process."""
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor has one dense memory of its own in this process.
+
+    Args:
+        tensor: Any tensor.
+    """
     plain = type(tensor) in (Tensor, Parameter)
     return plain and tensor.layout is torch.strided and not tensor.is_meta
 
 
-def _entries_of(tensor: Tensor) -> Tensor:
-    """Return a view of evenly spaced entries of a tensor, whatever its strides."""
+def sampled_entries(tensor: Tensor) -> Tensor:
+    """Return a view of at most 16 entries of a tensor, evenly spaced if it is dense.
+
+    Args:
+        tensor: Any strided tensor with entries.
+    """
     if tensor.is_contiguous():
         flat = tensor.view(-1)
         return flat[:: max(1, len(flat) // _NUM_ENTRIES)][:_NUM_ENTRIES]

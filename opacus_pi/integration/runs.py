@@ -55,6 +55,7 @@ from opacus_pi.integration.schedules import (
 )
 from opacus_pi.integration.sweep_order import InItemOrder
 from opacus_pi.integration.swept_model import SweptModel
+from opacus_pi.integration.trained_outside import TrainedOutside
 from opacus_pi.integration.training_states import TrainingStates
 from opacus_pi.integration.update import UpdateUnderWay
 from opacus_pi.integration.wrong_layers import layers_opacus_gets_wrong, watch_inputs
@@ -352,5 +353,10 @@ class PreparedRun:
             update.passes = probe_losses(criterion, self.chain, self.tracker)
         if self.lost is not None:
             self.tracker.saw_backward.append(self.lost.backward_began)
+        if not isinstance(self.module, FSDPModule):  # whose weights are made anew
+            trained = TrainedOutside(self.module, self.optimizer, self.chain)
+            self.tracker.saw_backward.append(trained.backward_began)
+            self.tracker.forgot_passes.append(trained.gradients_were_cleared)
+            update.trained_outside = trained
         if self._own_rule is None:
             report_updates(self.optimizer, update)

@@ -36,6 +36,7 @@ from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.loop_loss import LoopLoss
 from opacus_pi.integration.paths_to_weights import PathsToWeights
 from opacus_pi.integration.swept_model import SweptModel
+from opacus_pi.integration.trained_outside import TrainedOutside
 from opacus_pi.integration.two_passes import TwoPasses
 from opacus_pi.ledger.noise_generator import kind_of
 from opacus_pi.recording import Recorder
@@ -76,6 +77,8 @@ class UpdateUnderWay:
         paths: Finds weights that are used outside of their layers' calls; None: it does
             not, or the criterion of ghost clipping keeps it.
         passes: Compares both backward passes of ghost clipping; None: nothing does.
+        trained_outside: Finds tensors outside of the model that the loss trains; None:
+            nothing looks for them.
         loop_loss: Compares updates with a criterion that was audited; None: none was.
         swept: The model that sweeps measure; None: norms are observed.
         is_superseded: Whether a later ``make_private`` of the same engine has begun
@@ -98,6 +101,7 @@ class UpdateUnderWay:
     loss_probe: ModelLossProbe | None = None
     paths: PathsToWeights | None = None
     passes: TwoPasses | None = None
+    trained_outside: TrainedOutside | None = None
     loop_loss: LoopLoss | None = None
     swept: SweptModel | None = None
     is_superseded: bool = False
@@ -211,6 +215,8 @@ class UpdateUnderWay:
             finding.tell(self.chain, "model")
         if self.passes is not None:
             self.passes.report()
+        if self.trained_outside is not None:
+            self.trained_outside.update_was_made()
         if self.loss_probe is not None:
             self.loss_probe.run()
         if self.outside is not None:

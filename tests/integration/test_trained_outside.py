@@ -1,0 +1,224 @@
+"""Tensors outside of the model that are trained on the raw gradients of its loss."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from opacus_pi.integration.engine import PrivacyEngine
+
+N, D = 32, 6
+MODES = ("hooks", "functorch", "ew", "fast")
+
+
+def prepare(model, mode="hooks", *, criterion=None):
+    """Prepare a run of four updates; return engine, model, optimizer, loss and loader.
+
+    In ghost clipping the loss is a wrapper of ``criterion``.
+    """
+    torch.manual_seed(0)
+    x, y = torch.randn(N, D), torch.arange(N) % 3
+    engine = PrivacyEngine()
+    options = {} if criterion is None else {"criterion": criterion}
+    found = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=8),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+        **options,
+    )
+    return engine, found[0], found[1], found[2], found[-1]
+
+
+def classifier():
+    return nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+class OwnHead:
+    """A head on a private encoder, with an optimizer of its own."""
+
+    def __init__(self):
+        self.model = nn.Sequential(nn.Linear(D, 8), nn.Tanh())
+        self.head = nn.Linear(8, 3)
+        self.own = torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+    def loss(self, outputs, labels):
+        return F.cross_entropy(self.head(outputs), labels)
+
+    def after(self, loss):
+        self.own.step()
+        self.own.zero_grad()
+
+
+class Centres(OwnHead):
+    """Trained centres of the classes in the loss."""
+
+    def __init__(self):
+        self.model = classifier()
+        self.centres = nn.Parameter(torch.randn(3, 3))
+        self.own = torch.optim.Adam([self.centres], lr=0.1)
+
+    def loss(self, outputs, labels):
+        pull = (outputs - self.centres[labels]).square().sum(1).mean()
+        return F.cross_entropy(outputs, labels) + pull
+
+
+class Temperature:
+    """A temperature that the loop writes past torch's counts of writes."""
+
+    def __init__(self):
+        self.model, self.value = classifier(), torch.ones((), requires_grad=True)
+
+    def loss(self, outputs, labels):
+        return F.cross_entropy(outputs / self.value, labels)
+
+    def after(self, loss):
+        self.value.data -= 0.1 * self.value.grad
+        self.value.grad = None
+
+
+class FunctionalTemperature(Temperature):
+    """A temperature that is another tensor in each update."""
+
+    def after(self, loss):
+        new = self.value - 0.1 * self.value.grad
+        self.value = new.detach().requires_grad_()
+
+
+class OwnEncoder(OwnHead):
+    """An encoder before the private model, with an optimizer of its own."""
+
+    def __init__(self):
+        encoder = nn.Linear(D, D)
+        self.model, self.encoder = classifier(), encoder
+        self.own = torch.optim.SGD(encoder.parameters(), lr=0.1)
+
+    def loss(self, outputs, labels):
+        return F.cross_entropy(outputs, labels)
+
+    def inputs(self, x):
+        return self.encoder(x)
+
+
+class Constant(Temperature):
+    """A temperature with gradients that nobody uses."""
+
+    def after(self, loss):
+        self.value.grad = None
+
+
+class InputGradients(Constant):
+    """Inputs that require gradients, new ones in each batch."""
+
+    def inputs(self, x):
+        return x.requires_grad_()
+
+
+class Frozen(OwnHead):
+    """A constant head."""
+
+    def __init__(self):
+        super().__init__()
+        self.head.requires_grad_(False)
+
+    def after(self, loss):
+        pass
+
+
+def train(case, mode):
+    engine, model, optimizer, _, loader = prepare(case.model, mode)
+    inputs = getattr(case, "inputs", lambda x: x)
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = case.loss(model(inputs(x)), y)
+        loss.backward()
+        optimizer.step()
+        case.after(loss)
+    return weights_link(engine)
+
+
+def weights_link(engine):
+    links = engine.ledger.custody.links
+    return next(link for link in links if link.name == "weights")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [
+        (OwnHead, "(3, 8)"),
+        (Centres, "(3, 3)"),
+        (Temperature, "()"),
+        (FunctionalTemperature, "()"),
+        (OwnEncoder, "(6, 6)"),
+    ],
+)
+def test_trained_tensors_are_reported(case, shape, mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        link = train(case(), mode)
+    assert link.state == "unchecked"
+    assert "outside of the model got gradients" in link.sentence
+    assert shape in link.sentence
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", [Constant, InputGradients, Frozen])
+def test_nothing_is_said_of_tensors_that_are_not_trained(case, mode):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="The library assumes")
+        assert train(case(), mode).state == "checked"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_criterion_of_ghost_clipping_with_trained_centres_is_reported():
+    case = Centres()
+
+    def criterion(outputs, labels):
+        pull = (outputs - case.centres[labels]).square().sum(1)
+        return F.cross_entropy(outputs, labels, reduction="none") + pull
+
+    engine, model, optimizer, loss_of, loader = prepare(
+        case.model, "ghost", criterion=criterion
+    )
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss_of(model(x), y).backward()
+        optimizer.step()
+        case.own.step()
+        case.own.zero_grad()
+    assert weights_link(engine).state == "unchecked"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_update_is_enough_where_the_head_steps_first():
+    case = OwnHead()
+    engine, model, optimizer, _, loader = prepare(case.model)
+    x, y = next(iter(loader))
+    case.loss(model(x), y).backward()
+    case.own.step()
+    optimizer.step()
+    assert weights_link(engine).state == "unchecked"
+
+
+def test_the_generator_of_a_gan_is_not_reported():
+    critic = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, 1))
+    generator = nn.Linear(4, D)
+    own = torch.optim.Adam(generator.parameters(), lr=0.1)
+    engine, model, optimizer, _, loader = prepare(critic)
+    for x, _ in loader:
+        optimizer.zero_grad()
+        F.softplus(-model(x)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        own.zero_grad()
+        F.softplus(-model(generator(torch.randn(8, 4)))).mean().backward()
+        own.step()
+    assert weights_link(engine).state == "checked"
