@@ -25,7 +25,6 @@ hardest half of a batch is seen in 95 % of the batches of 8 and in 26 % of those
 ['checked']
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +35,7 @@ from opacus_pi._torch_compat import forward_hooks, forward_pre_hooks
 from opacus_pi.custody.chain import Chain
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.custody.finding import Finding
+from opacus_pi.custody.function_copies import copied_if_possible
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.models.batches import map_tensors
 from opacus_pi.models.own_losses import CoupledLoss, Criterion, OwnLosses
@@ -76,7 +76,7 @@ class LossProbe:
     """A probe of a criterion on the first batches with at least two examples.
 
     Args:
-        criterion: ``criterion(outputs, targets)``; it is copied if it is a module.
+        criterion: ``criterion(outputs, targets)``; copies of it are called.
         chain: The chain of custody of the run; gets the result as its link "loss".
         averages_each_example: As for ``OwnLosses``.
         is_output: Returns whether a tensor is an output of the model; default: all are.
@@ -91,9 +91,7 @@ class LossProbe:
         is_output: Callable[[Tensor], bool] = _always,
     ) -> None:
         self._is_output = is_output
-        is_module = isinstance(criterion, nn.Module)
-        self._criterion = copy.deepcopy(criterion) if is_module else criterion
-        self._chain = chain
+        self._criterion, self._chain = criterion, chain
         self._averages_each_example = averages_each_example
         self._is_torchs = _is_torchs(criterion)
         self._num_batches, self._is_settled = 0, False
@@ -125,7 +123,8 @@ class LossProbe:
         """Evaluate the criterion as ``OwnLosses`` does."""
         try:
             losses = OwnLosses(
-                self._criterion, averages_each_example=self._averages_each_example
+                copied_if_possible(self._criterion),
+                averages_each_example=self._averages_each_example,
             )
             with torch.no_grad():
                 losses(map_tensors(Tensor.detach, outputs), targets)

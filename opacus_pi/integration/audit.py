@@ -43,11 +43,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from opacus_pi._validate import expect
 from opacus_pi.custody.finding import Finding
+from opacus_pi.custody.function_copies import copied_if_possible
 from opacus_pi.custody.model_probe import probe_separability
 from opacus_pi.custody.probed_call import NoDropout
 from opacus_pi.gradients import per_example_grad_norms
 from opacus_pi.integration.failed_updates import failed_update
-from opacus_pi.integration.function_copies import copied_if_possible
 from opacus_pi.integration.repeated_calls import changing_part
 from opacus_pi.integration.schedules import user_collate_fn
 from opacus_pi.models.batches import (
@@ -84,6 +84,7 @@ __all__ = [
     "quiet_copy",
     "rounding_of",
     "times_as_large",
+    "user_criterion",
 ]
 
 _MAX_EXAMPLES = 32  # of one batch: each is differentiated alone
@@ -386,9 +387,7 @@ class TrainedLoss:
     """
 
     def __init__(self, criterion: Any, run: AuditedRun) -> None:
-        if isinstance(criterion, DPLossFastGradientClipping):
-            criterion = criterion.criterion
-        self.criterion = criterion = copied_if_possible(criterion)
+        self.criterion = criterion = copied_if_possible(user_criterion(criterion))
         self._reduction = run.loss_reduction
         is_ghost = run.mode.startswith("ghost")
         self._losses: Criterion | None = None
@@ -407,6 +406,17 @@ class TrainedLoss:
         if values.dim() == 0:
             return values
         return values.mean() if self._reduction == "mean" else values.sum()
+
+
+def user_criterion(criterion: Any) -> Any:
+    """Return the criterion that the user made.
+
+    Args:
+        criterion: The same, or what ghost clipping made of it.
+    """
+    if isinstance(criterion, DPLossFastGradientClipping):
+        return criterion.criterion
+    return criterion
 
 
 def quiet_copy(model: nn.Module, run: AuditedRun) -> nn.Module:

@@ -33,6 +33,7 @@ from opacus_pi.attribution.delivery import sample_dim
 from opacus_pi.attribution.item_fingerprints import fingerprint_items
 from opacus_pi.attribution.samples import tensors_in
 from opacus_pi.custody import Chain
+from opacus_pi.custody.function_copies import copy_of_function
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audit import (
     Audit,
@@ -49,7 +50,6 @@ from opacus_pi.integration.audit import (
     rounding_of,
     times_as_large,
 )
-from opacus_pi.integration.function_copies import copy_of_function
 from opacus_pi.models.batches import (
     device_of,
     inputs_and_targets,

@@ -42,6 +42,7 @@ from opacus_pi.attribution.lookalikes import rows_of_all
 from opacus_pi.attribution.targets import positions_in_delivery
 from opacus_pi.custody import Chain
 from opacus_pi.custody.checked_updates import checked_updates
+from opacus_pi.custody.repeated_loss import RepeatedLoss
 from opacus_pi.gradients.fallback import MODEL_ERRORS
 from opacus_pi.integration.audit import (
     AuditedRun,
@@ -51,6 +52,7 @@ from opacus_pi.integration.audit import (
     measuring,
     norms_of_update,
     rounding_of,
+    user_criterion,
 )
 from opacus_pi.integration.held_weights import ids_held_by
 from opacus_pi.models.batches import floating, inputs_and_targets, rows_of, to_device
@@ -260,6 +262,7 @@ class LoopLoss:
         num_before: int = 0,
     ) -> None:
         self._criterion, self._run = criterion, run
+        self._repeated = RepeatedLoss(user_criterion(criterion), chain)
         self._tracker, self._chain, self._new_engine = tracker, chain, new_engine
         self._num_steps, self.num_before = num_steps, num_before
         self._draws = random.Random(0)  # no secret: it only spreads the checks
@@ -431,6 +434,8 @@ class LoopLoss:
             raise _NotCompared(_NOT_RUN.format(error=what)) from None
         if not _are_close(kept.outputs, list(floating(outputs).values())):
             raise _NotCompared(_NOT_REPEATABLE)
+        if not moved:
+            self._repeated.compare(outputs, targets)
         rows = gradients.by_example(len(norms), self._run.batch_dim)
         return _Measured(forward, norms, rows)
 

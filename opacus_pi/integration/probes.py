@@ -39,6 +39,7 @@ from opacus_pi.custody.loss_factors import LossFactors
 from opacus_pi.custody.loss_probe import LossProbe
 from opacus_pi.custody.model_loss import ModelLossProbe
 from opacus_pi.custody.model_probe import ModelProbe
+from opacus_pi.custody.repeated_loss import RepeatedLoss
 from opacus_pi.integration.lost_gradients import LostGradients
 from opacus_pi.integration.opacus_compat import (
     keep_handle,
@@ -197,6 +198,7 @@ def probe_losses(
         averages_each_example=True,
         is_output=tracker.is_output,
     )
+    criterion._pi_repeated = RepeatedLoss(criterion.criterion, chain)
     criterion._pi_target_order = TargetOrder(tracker, chain)
     criterion._pi_paths = PathsToWeights(criterion.module, chain)
     passes: TwoPasses | None = None
@@ -219,6 +221,7 @@ def _reporting_calls(base: type) -> type:
 
     class Criterion(base):
         _pi_loss_probe: LossProbe
+        _pi_repeated: RepeatedLoss
         _pi_target_order: TargetOrder
         _pi_paths: PathsToWeights
         _pi_passes: TwoPasses | None
@@ -228,6 +231,7 @@ def _reporting_calls(base: type) -> type:
             loss = super().__call__(*args, **options)
             if len(args) == 2:
                 self._pi_loss_probe.saw(*args)
+                self._pi_repeated.saw(*args)
             targets = args[1] if len(args) > 1 else options.get("target")
             self._pi_target_order.saw(targets)
             self._pi_loss_factors.watch(loss.loss_per_sample, *args[:1])
