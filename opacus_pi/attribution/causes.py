@@ -215,17 +215,19 @@ MOVED_IN_DATA_SET = Cause(
     "unattributed",
     "The data set returned for an index what it had returned for another index before, "
     "so an index may not stand for one example. A data set that permutes itself "
-    "between epochs, or chooses at random what it returns, does this, and so may "
-    "random changes of items that have few possible contents. Keep its order fixed, "
-    "and let the data loader shuffle or sample.",
+    "between epochs, chooses at random what it returns, or has another order after a "
+    "run was resumed does this, and so may random changes of items that have few "
+    "possible contents. Keep its order fixed, and let the data loader shuffle or "
+    "sample.",
 )
 LABELS_CHANGED = Cause(
     "the data set returns other labels",
     "unattributed",
     "The data set returned for an index other content and another label than before, "
     "so an index may not stand for one example. A data set that augments its examples "
-    "and permutes them between epochs does this, and so does one that draws labels at "
-    "random. Keep its order fixed, and let the data loader shuffle or sample.",
+    "and permutes them between epochs, or has another order after a run was resumed, "
+    "does this, and so does one that draws labels at random. Keep its order fixed, and "
+    "let the data loader shuffle or sample.",
 )
 LABELS_KEPT = Cause(
     "the data set changes its items",

@@ -17,11 +17,11 @@ have moved, every changed sample is reported. 18 bytes are kept for each example
 for each of its labels.
 
 *What breaks it.* Moved items that are also changed, where labels do not show it:
-``doubt`` says so. Items of fewer than four entries, and a data set that was permuted
-before a run was resumed. If examples are equal, the first moved samples are not
-reported: about 10 if half of many examples are equal to others, more if the examples
-are few. A data set without equal items that becomes most of its other items by random
-changes is reported. At most 64 entries of an item are compared, of its largest tensor.
+``doubt`` says so. Items of fewer than four entries. If examples are equal, the first
+moved samples are not reported: about 10 if half of many examples are equal to others,
+more if the examples are few. A data set without equal items that becomes most of its
+other items by random changes is reported. At most 64 entries of an item are compared,
+of its largest tensor.
 
 >>> contents = ItemContents()
 >>> contents.moved(np.array([0, 1, 2]), np.array([11, 12, 13]))
@@ -31,12 +31,16 @@ array([ True, False])
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from opacus_pi._validate import require
 from opacus_pi.attribution.causes import (
     LABELS_CHANGED,
     LABELS_KEPT,
@@ -55,6 +59,8 @@ MIN_ENTRIES = 4
 _FEWEST_COMPARED = 32  # entries of an item: more would cost time in each update
 _LEAST_SHARE = 0.5  # of changed samples, from which on they are taken to have moved
 _IMPROBABLE = math.log(1e-3)  # log of the probability below which chance is ruled out
+_LABELS = "labels."  # prefix of names in a saved state
+_MAX_INDEX = 1 << 32  # of a saved state: memory is needed for all indices up to it
 _GROWTH = 1.25  # of the number of known contents after which they are sorted again
 
 
@@ -106,6 +112,36 @@ class ItemContents:
         self._is_unique = np.zeros(0, np.bool_)  # whether exactly one index has each
         self._num_sorted = 0
         self._num_changed = self._num_moved = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is known of each index, as tensors, for a checkpoint."""
+        (known,) = self._sums.nonzero()
+        labels = self._labels.state_dict()
+        return {
+            "indices": torch.from_numpy(known),
+            "sums": torch.from_numpy(self._sums[known]),
+            "counts": torch.tensor([self._num_changed, self._num_moved]),
+            **{f"{_LABELS}{name}": value for name, value in labels.items()},
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "ItemContents":
+        """Return the contents that ``state_dict`` saved.
+
+        Args:
+            state: What it returned.
+
+        Raises:
+            ValueError: If an entry is missing, or of another type or shape.
+        """
+        _require_whole(state)
+        contents = cls()
+        contents.moved(state["indices"].numpy(), state["sums"].numpy())
+        contents._num_changed, contents._num_moved = state["counts"].tolist()
+        parts = state.items()
+        labels = {n.removeprefix(_LABELS): v for n, v in parts if n.startswith(_LABELS)}
+        contents._labels = ItemLabels.from_state_dict(labels)
+        return contents
 
     def moved(
         self,
@@ -197,6 +233,39 @@ class ItemContents:
         places = np.searchsorted(self._values, sums).clip(max=len(self._values) - 1)
         found: NDArray[np.bool_] = self._values[places] == sums
         return found, found & self._is_unique[places]
+
+
+def _require_whole(state: Mapping[str, Any]) -> None:
+    """Refuse a state that ``ItemContents.state_dict`` cannot have returned."""
+    indices, first = (_shape_of(state, f"{_LABELS}{n}") for n in ("indices", "first"))
+    size, num_labelled = max(0, _shape_of(state, "indices")[0]), max(0, indices[0])
+    num_parts = max(0, first[-1])
+    shapes = {
+        "indices": (size,),
+        "sums": (size,),
+        "counts": (2,),
+        f"{_LABELS}indices": (num_labelled,),
+        f"{_LABELS}first": (num_labelled, num_parts),
+        f"{_LABELS}counts": (2, num_parts),
+        f"{_LABELS}have_moved": (1,),
+    }
+    for name, shape in shapes.items():
+        kind = torch.bool if name.endswith("have_moved") else torch.int64
+        is_right = _shape_of(state, name) == shape and state[name].dtype is kind
+        if is_right and name.endswith("indices"):
+            is_right = not ((state[name] < 0) | (state[name] >= _MAX_INDEX)).any()
+        require(
+            is_right,
+            f"The saved contents are incomplete or damaged: their entry {name!r} is "
+            "missing, of another type or shape, or out of range.",
+            "Resume from another checkpoint.",
+        )
+
+
+def _shape_of(state: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """Return the shape of an entry of a saved state, ``(-1,)`` if it is no tensor."""
+    value = state.get(name)
+    return tuple(value.shape) or (-1,) if isinstance(value, Tensor) else (-1,)
 
 
 def _rows(labels: Indices | None, places: Indices) -> Indices | None:

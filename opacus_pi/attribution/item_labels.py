@@ -25,8 +25,12 @@ are drawn at random from a few values look as if examples moved.
 (True, False)
 """
 
+from collections.abc import Mapping
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from opacus_pi.attribution.samples import checksums_of_entries
 
@@ -60,6 +64,32 @@ class ItemLabels:
         """Whether a part that would show moved examples has never changed."""
         self._sort()
         return bool((self._can_show & (self._num_changed == 0)).any())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return everything noted, as tensors."""
+        (known,) = self._is_known.nonzero()
+        counts = np.stack([self._num_changed, self._num_of_others])
+        return {
+            "indices": torch.from_numpy(known),
+            "first": torch.from_numpy(self._first[known]),
+            "counts": torch.from_numpy(counts),
+            "have_moved": torch.tensor([self.have_moved]),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "ItemLabels":
+        """Return the labels that ``state_dict`` saved.
+
+        Args:
+            state: What it returned, with tensors of the right types and shapes.
+        """
+        labels = cls()
+        indices, first = state["indices"].numpy(), state["first"].numpy()
+        labels.add(indices, first)
+        if len(indices):
+            labels._num_changed, labels._num_of_others = state["counts"].numpy().copy()
+        labels.have_moved = bool(state["have_moved"].item())
+        return labels
 
     def add(self, indices: Indices, labels: Indices | None) -> None:
         """Note the labels of indices that are delivered for the first time.

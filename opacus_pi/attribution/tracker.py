@@ -136,6 +136,7 @@ class Tracker:
         num_left_out: Of the batches that the loop used, the number of samples that it
             did not use.
         has_additions: Whether ``collate_fn`` returned more than its items.
+        contents: What each index of the data set contained when it was first delivered.
         indexes_plainly: Whether the data set is known to keep the order of its
             examples, however it changes them.
         keeps_batches: Whether copies of the recent batches are kept in memory.
@@ -169,7 +170,7 @@ class Tracker:
         self._pending: list[ForwardPass] = []
         self._bound: deque[weakref.ref[ForwardPass]] = deque(maxlen=_MAX_RECENT)
         self._shared_rows, self._order = SharedRows(), OrderSoFar()
-        self._contents = ItemContents()
+        self.contents = ItemContents()
         self._entered: list[Delivery] = []
         self._num_backward = 0
 
@@ -251,11 +252,11 @@ class Tracker:
             (places,) = (indices >= 0).nonzero()
             indices, sums = indices[places], sums[places]
             labels_of = partial(_labels_of, delivery, places)
-            moved = places[self._contents.moved(indices, sums, labels_of)]
+            moved = places[self.contents.moved(indices, sums, labels_of)]
         else:
-            (moved,) = self._contents.moved(indices, sums, labels_of).nonzero()
+            (moved,) = self.contents.moved(indices, sums, labels_of).nonzero()
         if len(moved):
-            delivery.leave_unattributed(moved, self._contents.cause())
+            delivery.leave_unattributed(moved, self.contents.cause())
 
     # ------------------------------------------------------- what the model reports
     def bind(self, inputs: Any) -> ForwardPass:
@@ -530,7 +531,7 @@ class Tracker:
         if self.has_additions:
             added = ADDED_IN_COLLATE
             chain.leave_unchecked(added.link, added.explanation, warn=False)
-        doubt = None if self.indexes_plainly else self._contents.doubt()
+        doubt = None if self.indexes_plainly else self.contents.doubt()
         if doubt is not None:
             chain.leave_unchecked("identity", doubt.explanation, warn=doubt.is_said)
         if self._order.is_doubtful:

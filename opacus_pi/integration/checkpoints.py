@@ -1,10 +1,10 @@
 """Checkpoints of a recorded run, from which an interrupted run resumes exactly.
 
-Opacus saves weights and accountant. Added under one key are the recorded run, and what
-decides how the run goes on: the states of all random number generators, the position in
-the pass over the loader, the epochs of its samplers, and the noise multiplier and clip
-norm that schedules and adaptive clipping have reached. Our entries are tensors, numbers
-and strings only.
+Opacus saves weights and accountant. Added under one key are the recorded run, checksums
+of what each index of the data set contained, and what decides how the run goes on: the
+states of all random number generators, the position in the pass over the loader, the
+epochs of its samplers, and the noise multiplier and clip norm that schedules and
+adaptive clipping have reached. Our entries are tensors, numbers and strings only.
 
 Opacus loads checkpoints with ``weights_only=False``, which unpickles any object and so
 runs whatever code a file holds. ``without_code`` reads the file with
@@ -35,7 +35,8 @@ from torch.utils.data import DataLoader
 from opacus_pi._errors import AccountingError
 from opacus_pi._validate import expect
 from opacus_pi.accounting import GradNormLedger, RenyiFilter
-from opacus_pi.attribution import EpochPosition
+from opacus_pi.attribution import EpochPosition, Tracker
+from opacus_pi.attribution.item_contents import ItemContents
 from opacus_pi.files.checksummed_state import verified_state, with_checksum
 from opacus_pi.files.torch_file import read_torch_file
 from opacus_pi.integration.accountants import num_steps_of
@@ -55,6 +56,7 @@ from opacus_pi.recording.saved_state import require_version
 CHECKPOINT_KEY = "opacus_pi"
 FILTER_KEY = "opacus_pi_filter"
 _HISTORY = "accountant_history"
+_CONTENTS = "item_contents."  # prefix of what each index of the data set contained
 _RUN_STATE = "run_state."  # prefix of the entries that are not the recorder's
 
 # Prefixes of the parts of a run state, and the settings of an optimizer in it.
@@ -294,12 +296,33 @@ class Checkpoints:
         run_state: The state of the run that was prepared last; None before.
     """
 
+    _tracker: Tracker | None = None
+    _contents: ItemContents | None = None  # loaded before the run was prepared
+
     def __init__(self) -> None:
         self.run_state: RunState | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy holds: no run, which has another loader."""
         return {"run_state": None}
+
+    def begin(self, run_state: "RunState | None", tracker: Tracker) -> None:
+        """Save and resume a run from now on.
+
+        Args:
+            run_state: The state of the run; None: nothing can be saved.
+            tracker: Compares what an index contains with what it contained before.
+        """
+        self.run_state, self._tracker = run_state, tracker
+        if self._contents is not None:
+            tracker.contents, self._contents = self._contents, None
+
+    def _continue_contents(self, contents: ItemContents) -> None:
+        """Compare the data set with what it contained when a run was saved."""
+        if self._tracker is None:
+            self._contents = contents
+        else:
+            self._tracker.contents = contents
 
     def entries(
         self,
@@ -324,6 +347,9 @@ class Checkpoints:
         states = self.run_state.state_dict()
         prefixed = {f"{_RUN_STATE}{name}": value for name, value in states.items()}
         state = {**recorder.state_dict(), **prefixed, _HISTORY: _history_of(accountant)}
+        if self._tracker is not None:
+            contents = self._tracker.contents.state_dict()
+            state |= {f"{_CONTENTS}{name}": value for name, value in contents.items()}
         entries = {CHECKPOINT_KEY: with_checksum(state)}
         if renyi_filter is not None:
             entries[FILTER_KEY] = with_checksum(saved_charges(renyi_filter))
@@ -384,6 +410,9 @@ class Checkpoints:
             try:
                 require_version(entry)
                 state = verified_state(entry)
+                if contents := _part(state, _CONTENTS):
+                    known = ItemContents.from_state_dict(contents)
+                    loads.append(partial(self._continue_contents, known))
                 loads.insert(0, recorder.prepared_load(state))  # it may delete files
                 if state.get(_HISTORY, found := _history_of(accountant)) != found:
                     reasons.append(_OTHER_HISTORY.format(num_steps_of(accountant)))

@@ -370,7 +370,7 @@ class PerInstanceMixin(RecordedEngine):
         if update is not None:
             update.is_superseded = True
         self._run = run
-        self.checkpoints.run_state = run.run_state
+        self.checkpoints.begin(run.run_state, run.tracker)
         self.checks.begin(self.recorder, steps_before=steps_before)
         self.recorder.refuse_while(self._missing_updates)
 

@@ -320,6 +320,62 @@ def test_random_changes_that_meet_another_item_now_and_then():
     assert contents.moved(np.arange(2), first[[1, 0]]).sum() == 0  # too few to tell
 
 
+def noted(*, labels=True):
+    """Contents and labels of 30 indices, of which two have changed."""
+    contents, indices = ItemContents(), np.arange(30) * 2
+    sums, classes = indices + 1000, (indices // 2 % 3)[:, None]
+    labels_of = (lambda: classes) if labels else (lambda: None)
+    contents.moved(indices, sums, labels_of)
+    contents.moved(
+        indices[:2], np.array([7, 8]), lambda: classes[:2] if labels else None
+    )
+    return contents, indices, sums, classes
+
+
+def test_saved_contents_are_compared_as_before():
+    contents, indices, sums, classes = noted()
+    again = ItemContents.from_state_dict(contents.state_dict())
+    order = np.random.default_rng(0).permutation(30)
+    for one in (contents, again):
+        assert one.doubt() is LABELS_KEPT
+        assert not one.moved(indices, sums, lambda: classes).any()
+        found = one.moved(indices, sums + 9000, lambda: classes[order])
+        assert found.all() and one.cause() is LABELS_CHANGED
+    later = ItemContents.from_state_dict(again.state_dict())
+    assert later.moved(indices[:1], sums[:1] + 1, lambda: classes[:1]).all()
+    assert later.doubt() is None
+
+
+def test_contents_without_labels_are_saved():
+    contents, indices, sums, _ = noted(labels=False)
+    again = ItemContents.from_state_dict(contents.state_dict())
+    assert again.doubt() is NOTHING_KEPT
+    assert not again.moved(indices, sums).any()
+    empty = ItemContents.from_state_dict(ItemContents().state_dict())
+    assert empty.doubt() is None and not empty.moved(indices, sums).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("indices", torch.tensor([-1])),
+        ("indices", torch.full((30,), 1 << 40)),
+        ("indices", None),
+        ("sums", torch.zeros(3, dtype=torch.int64)),
+        ("sums", torch.zeros(30)),
+        ("counts", torch.zeros(1, dtype=torch.int64)),
+        ("labels.first", torch.zeros(30, dtype=torch.int64)),
+        ("labels.indices", torch.arange(3)),
+        ("labels.counts", "many"),
+        ("labels.have_moved", torch.tensor([1])),
+    ],
+)
+def test_damaged_contents_are_refused(name, value):
+    state = noted()[0].state_dict() | {name: value}
+    with pytest.raises(ValueError, match="saved contents are incomplete or damaged"):
+        ItemContents.from_state_dict(state)
+
+
 def flips_of_few_contents(seed, change):
     """Number of samples reported in three epochs of 40 items of 6 bits."""
     rng = np.random.default_rng(seed)

@@ -3,12 +3,15 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from opacus import GradSampleModule
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from opacus_pi import AccountingError, PrivacyEngine, Recorder
+from opacus_pi.files.checksummed_state import with_checksum
 
 CROSS_ENTROPY = nn.CrossEntropyLoss()
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -21,7 +24,7 @@ def coupled(outputs, targets):
 class Part:
     """A part of a run: an engine that trains one epoch, perhaps audited."""
 
-    def __init__(self, engine=None, **recorder):
+    def __init__(self, engine=None, data=None, **recorder):
         torch.manual_seed(0)
         x = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
         self.module = nn.Linear(6, 3)
@@ -30,7 +33,7 @@ class Part:
             module=self.module,
             optimizer=torch.optim.SGD(self.module.parameters(), lr=0.1),
             data_loader=DataLoader(
-                TensorDataset(x, torch.arange(24) % 3), batch_size=6
+                data or TensorDataset(x, torch.arange(24) % 3), batch_size=6
             ),
             noise_multiplier=0.5,
             max_grad_norm=1.0,
@@ -181,3 +184,50 @@ def test_a_file_that_was_cut_is_named(path, size):
         before.load(path)
     before.train()
     assert before.engine.ledger.mechanism.num_steps == 4
+
+
+class InOrder(Dataset):
+    """Examples in an order of the data set's own, perhaps augmented."""
+
+    def __init__(self, order, noise):
+        self.held = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
+        self.held, self.noise, self.order = [self.held], noise, [order]
+        self.rng = np.random.default_rng()
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        k = self.order[0][i]
+        return self.held[0][k] + self.noise * self.rng.random(6, np.float32), k % 3
+
+
+@pytest.mark.parametrize("is_loaded_first", [False, True])
+@pytest.mark.parametrize(
+    ("noise", "reason"), [(0.0, "another index before"), (0.1, "another label")]
+)
+def test_a_data_set_in_another_order_than_before_a_resume(
+    path, noise, reason, is_loaded_first
+):
+    Part(data=InOrder(range(24), noise)).train().save(path)
+    same = Part(data=InOrder(range(24), noise)).load(path).train()
+    assert same.link("identity").state == ("unchecked" if noise else "checked")
+    data, engine = InOrder(range(23, -1, -1), noise), PrivacyEngine()
+    if is_loaded_first:
+        engine.load_checkpoint(path=path, module=GradSampleModule(nn.Linear(6, 3)))
+        other = Part(engine, data=data)
+    else:
+        other = Part(engine, data=data).load(path)
+    other.train()
+    with pytest.raises(AccountingError, match=reason):
+        _ = other.engine.ledger
+
+
+def test_a_checkpoint_with_damaged_contents_is_not_continued(path):
+    Part().train().save(path)
+    content = torch.load(path, weights_only=True)
+    entry = {k: v for k, v in content["opacus_pi"].items() if k != "checksum"}
+    entry["item_contents.sums"] = entry["item_contents.sums"][1:]
+    torch.save(content | {"opacus_pi": with_checksum(entry)}, path)
+    with pytest.raises(AccountingError, match="saved contents are incomplete"):
+        _ = Part().load(path).engine.ledger
