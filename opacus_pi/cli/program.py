@@ -24,9 +24,6 @@ from opacus_pi.cli.errors import (
 )
 from opacus_pi.cli.parser import parse
 
-_OUTPUTS = {"json_file", "csv", "out"}  # arguments that name a file to write
-_NO_FILES = {"command", "device", "method"}  # words that may equal the name of a file
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -42,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # the parser has printed help or what is wrong
         return int(end.code or 0)
     try:
-        _require_separate_outputs(options)
+        # These import torch, which --help does not wait for.
+        named_files = import_module("opacus_pi.cli.named_files")
+        named_files.require_separate_outputs(options)
         command = import_module(f"opacus_pi.cli.{options.command}")
         return int(command.run(options))
     except BrokenPipeError:
@@ -56,37 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.traceback:
             raise
         return _report(options, *_explained(error, options))
-
-
-def _require_separate_outputs(options: argparse.Namespace) -> None:
-    """Check that no file would be written over another file of the same command.
-
-    Args:
-        options: The parsed arguments.
-
-    Raises:
-        BadInput: If a file to write is also to be read, or is to be written twice.
-    """
-    words = {
-        name: value if isinstance(value, list) else [value]
-        for name, value in vars(options).items()
-        if name not in _NO_FILES
-    }
-    for output in _OUTPUTS & words.keys():
-        others = [w for name in words.keys() - {output} for w in words[name]]
-        for written in filter(None, words[output]):
-            if any(isinstance(w, str) and _is_same_file(w, written) for w in others):
-                raise BadInput(
-                    f"{written} is named twice, so a file would be written over. "
-                    "Choose another name for the file to write."
-                )
-
-
-def _is_same_file(one: str, other: str) -> bool:
-    """Return whether two names are those of one file that exists."""
-    return (
-        os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
-    )
 
 
 def _explained(error: Exception, options: argparse.Namespace) -> tuple[str, int]:

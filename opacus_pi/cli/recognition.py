@@ -30,7 +30,15 @@ from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.cli.errors import one_line
 from opacus_pi.files.arrays_file import named_kind
 from opacus_pi.files.checksummed_state import verified_state
-from opacus_pi.files.kinds import GUARANTEE, KINDS, LOG_EXPORT, TRACE, kind_in
+from opacus_pi.files.kinds import (
+    ANSWER,
+    GUARANTEE,
+    KINDS,
+    LOG_EXPORT,
+    REPORT,
+    TRACE,
+    kind_in,
+)
 from opacus_pi.files.torch_file import (
     OtherObjects,
     read_torch_file,
@@ -49,6 +57,13 @@ LOG = "deletion log"
 OLD_LOG = "deletion log of JSON lines"
 EXPORT = LOG_EXPORT.words
 CHECKPOINT = "ledger in a checkpoint"
+_PAGE = "a report's page"
+_EMPTY, _PIPE, _TEXT, _JSON = "an empty file", "a pipe or a device", "a text", "JSON"
+# What a command may write over: answers, reports, and what people write by hand.
+_REPLACEABLE = {
+    *(ANSWER.words, REPORT.words, _PAGE, "a page"),
+    *(_EMPTY, _PIPE, _TEXT, _JSON),
+}
 _TRACE = (TRACE.name.encode(), b'"unit": "epochs", "cost"')
 # In the header of a safetensors file of opacus_pi: a kind, or a checksum.
 _OURS = re.compile(rb'opacus_pi\.|"checksum":"[0-9a-f]{64}"')
@@ -91,11 +106,11 @@ def recognise(path: Path, head: str | None = None) -> Recognised:
     """
     if not stat.S_ISREG(path.stat().st_mode):
         reason = "it can be read only once: save its content to a file first"
-        return Recognised("a pipe or a device", reason=reason)
+        return Recognised(_PIPE, reason=reason)
     with path.open("rb") as file:
         start = file.read(_NUM_BYTES)
     if not start and head is None:
-        return Recognised("an empty file")
+        return Recognised(_EMPTY)
     if log := _log(path, start, head):
         return log
     if start[8:9] == b"{" and b"\0" in start[:8]:  # a length, then JSON: safetensors
@@ -103,6 +118,23 @@ def recognise(path: Path, head: str | None = None) -> Recognised:
     if start.startswith(b"PK"):
         return _archive(path)
     return _text(path, start)
+
+
+def kept_content(path: Path) -> str:
+    """Return what a file holds that a command must not write over.
+
+    Args:
+        path: The file; it need not exist.
+
+    Returns:
+        Its kind, such as ``"deletion log"``; empty if there is no such file, or it is a
+        text, an answer or a report.
+    """
+    try:
+        found = recognise(path).description
+    except OSError:  # there is none, or its writer says what is wrong with it
+        return ""
+    return "" if found in _REPLACEABLE else found
 
 
 def _log(path: Path, start: bytes, head: str | None) -> Recognised | None:
@@ -279,13 +311,13 @@ def _text(path: Path, start: bytes) -> Recognised:
         return Recognised(TRACE.name, partial(_within_limit, path, check), ours=True)
     if start.lstrip()[:9].lower() == b"<!doctype":
         ours = b'content="opacus_pi"' in start
-        return Recognised("a report's page" if ours else "a page", ours=ours)
+        return Recognised(_PAGE if ours else "a page", ours=ours)
     if path.stat().st_size > _MAX_TEXT:
         return Recognised("a large file of an unknown kind")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
-        return Recognised("data of an unknown kind" if b"\0" in start else "a text")
+        return Recognised("data of an unknown kind" if b"\0" in start else _TEXT)
     return _json(path, content)
 
 
@@ -309,4 +341,4 @@ def _json(path: Path, content: Any) -> Recognised:
         return Recognised(kind.words, ours=True)
     if isinstance(content, dict) and {"method", "forget_indices"} <= set(content):
         return Recognised("the record of an unlearning run", ours=True)
-    return Recognised("JSON")
+    return Recognised(_JSON)

@@ -29,6 +29,7 @@ from opacus_pi.unlearning.honouring_weights import sha256_of
 
 WEIGHTS, RECORD, TRACE = "weights.safetensors", "record.json", "trace.json"
 GUARANTEE, EVALUATION = "guarantee.json", "evaluation.json"
+RUN_FILES = (WEIGHTS, RECORD, TRACE, GUARANTEE, EVALUATION)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ _HARMLESS: list[Any] = [
     pathlib.PosixPath,
     pathlib.WindowsPath,
 ]
+_SAFETENSORS = ".safetensors"  # torch would not read its own format under this name
 _MAX_PICKLE = 1 << 24  # bytes, without the tensors, which are members of their own
 # Types that a pickle can create with any length; torch itself never pickles them.
 _OF_ANY_LENGTH = re.compile(r".*(bytearray|Tensor|[Tt]ypedStorage)")
@@ -101,14 +102,29 @@ def read_torch_file(
             the file cannot be opened.
     """
     is_open = not isinstance(source, (str, os.PathLike))
-    start = cast(IO[bytes], source).tell() if is_open else 0
     if not is_open:
         require_regular(cast(str, source))
+        if os.fspath(cast(str, source)).endswith(_SAFETENSORS):
+            with open(cast(str, source), "rb") as file:
+                return _read(file, source, remedy, options | {"mmap": False})
+    return _read(source, "The open file" if is_open else source, remedy, options)
+
+
+def _read(source: Source, name: Any, remedy: str, options: dict[str, Any]) -> Any:
+    """Return the content of a file, as ``read_torch_file``.
+
+    Args:
+        source: As for ``read_torch_file``.
+        name: What messages call the file.
+        remedy: As for ``read_torch_file``.
+        options: Options of ``torch.load``.
+    """
+    is_open = not isinstance(source, (str, os.PathLike))
+    start = cast(IO[bytes], source).tell() if is_open else 0
     try:
         with _harmless_types():
             return torch.load(source, **options, weights_only=True)
     except UnpicklingError as error:
-        name = "The open file" if is_open else source
         if found := _other_types(source, start):
             raise OtherObjects(
                 f"path: {name} cannot be read without running code from it, because "
@@ -123,7 +139,7 @@ def read_torch_file(
             raise
         what = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise ValueError(
-            f"path must be a complete file of torch.save, got {source} "
+            f"path must be a complete file of torch.save, got {name} "
             f"({type(error).__name__}: {what}). Restore it from a copy."
         ) from error
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
+from opacus_pi._validate import require
 from opacus_pi.files.arrays_file import (
     Described,
     checksum,
@@ -29,7 +30,7 @@ from opacus_pi.files.arrays_file import (
     require_checksum,
 )
 from opacus_pi.files.atomic_file import replace_file
-from opacus_pi.files.kinds import FileKind
+from opacus_pi.files.kinds import KINDS, FileKind
 from opacus_pi.files.regular_file import require_regular
 
 __all__ = [
@@ -109,7 +110,9 @@ def tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def read_plain_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read any safetensors file of tensors, written by any program, without a checksum.
+    """Read any safetensors file of tensors, written by any program.
+
+    If opacus_pi wrote the file, its checksum is compared.
 
     Args:
         path: The file's name.
@@ -119,10 +122,21 @@ def read_plain_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a complete safetensors file.
+        ValueError: If it is not a complete safetensors file, or was edited or damaged.
     """
     require_regular(path)
     try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+        kind = KINDS.get(header.get("kind", ""))
+        require(
+            kind is not None or "checksum" not in header,
+            f"{os.fspath(path)} has a checksum, but is of an unknown kind.",
+            "It was edited or damaged, or a newer release of opacus_pi wrote it. Write "
+            "it again, or restore it from a copy.",
+        )
+        if kind is not None:
+            kind.read(Path(path))
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(

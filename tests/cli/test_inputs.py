@@ -18,6 +18,8 @@ from opacus_pi.cli.inputs import (
     read_forget_set,
     read_indices,
 )
+from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
+from opacus_pi.files.weights_file import read_plain_weights, write_weights
 from tests.private_training import Training
 
 
@@ -124,3 +126,17 @@ def test_process_substitution_and_standard_input(ids):
     command = ["bash", "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout == "[3, 17]\n", done.stderr
+
+
+def test_weights_of_a_run_are_checked_when_they_are_used(tmp_path):
+    state = nn.Linear(16, 64).state_dict()
+    write_weights(tmp_path / "whole.safetensors", UNLEARNED_WEIGHTS, state, {})
+    content = bytearray((tmp_path / "whole.safetensors").read_bytes())
+    assert len(read_plain_weights(tmp_path / "whole.safetensors")) == 2
+    model = nn.Linear(16, 64)
+    for place in (len(content) - 9, content.index(b"UnlearnedWeights")):
+        content[place] ^= 1
+        (tmp_path / "flipped.safetensors").write_bytes(content)
+        content[place] ^= 1
+        with pytest.raises(BadInput, match="--weights: .*(checksum|unknown kind)"):
+            load_weights("--weights", str(tmp_path / "flipped.safetensors"), model)

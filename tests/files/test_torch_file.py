@@ -160,3 +160,11 @@ def test_a_file_that_was_cut_is_refused_by_name(tmp_path, share):
     cut.write_bytes(content[: int(share * len(content))])
     with pytest.raises((ValueError, RuntimeError), match="cut.pt|archive"):
         read_torch_file(cut)
+
+
+def test_the_name_of_a_file_does_not_decide_its_format(tmp_path):
+    content = stored({"w": torch.ones(3)}, tmp_path / "whole.safetensors").read_bytes()
+    assert read_torch_file(tmp_path / "whole.safetensors", mmap=True)["w"].sum() == 3
+    (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="torch.save, got .*cut.safetensors"):
+        read_torch_file(tmp_path / "cut.safetensors")
