@@ -76,8 +76,7 @@ def _written(options: argparse.Namespace) -> Iterator[str]:
     named = vars(options)
     yield from (named[name] for name in ("json_file", "csv") if named.get(name))
     if named.get("out") and not _new_directory(options):
-        yield options.out
-        yield str(Path(options.out).with_suffix(".json"))
+        yield from {options.out, str(Path(options.out).with_suffix(".json"))}
 
 
 def _read(options: argparse.Namespace) -> Iterator[str]:

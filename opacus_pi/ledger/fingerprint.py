@@ -11,7 +11,7 @@ error. The fingerprint detects this. It is not cryptographic evidence:
 ...     def __len__(self):
 ...         return 3
 >>> fingerprint(Digits())
-'Digits:3:8cc4e2b29a3c0356'
+'Digits:3:8cc4e2b29a3c0356:ae3b0c44298fc1c14'
 """
 
 import math
@@ -21,12 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._validate import expect
-from opacus_pi.ledger.held_examples import (
+from opacus_pi.ledger.held_examples import held_parts, is_subset
+from opacus_pi.ledger.stored_arrays import (
     as_array,
     evenly_spaced,
     hash_arrays,
-    held_parts,
-    is_subset,
     strided,
 )
 
@@ -40,11 +39,14 @@ def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
 
     Labels are taken from the attribute ``targets``, ``labels`` or the last of
     ``tensors``. Inputs are everything else that the object keeps with one entry for
-    each example, under any name: arrays, tensors, tables, and lists of texts such as
-    the names of files. Files are recognised by their names within their common folder,
-    by their sizes, and by their first and last 4 KiB. Data sets within this one, as in
-    a ``Subset`` or a ``ConcatDataset``, are searched too. The transforms have a hash of
-    their own, made of their ``repr``.
+    each example, under any name: arrays, tensors, tables, and lists of numbers or of
+    texts such as the names of files. Files are recognised by their names within their
+    common folder, by their sizes and by their content: files of up to 256 KiB are read
+    as a whole, of larger ones both ends and 32 drawn blocks of 4 KiB. Data sets within
+    this one, as in a ``Subset`` or a ``ConcatDataset``, are searched too. The
+    transforms have a hash of their own, made of their ``repr``. So have the settings
+    of a class that is not torch's or torchvision's: its other attributes, and the
+    global variables that its ``__getitem__`` names.
 
     Of large inputs some numbers of each example are hashed, about four million in all,
     and of more than 2,048 files only evenly spaced ones are opened. ``__getitem__`` is
@@ -81,7 +83,8 @@ def fingerprint(data_set: Any, *, inputs: bool = True) -> str:
         return name
     found = _inputs(data_set, np.arange(size))
     parts = {"x": hash_arrays(*found)} if found else {}
-    parts |= held_parts(data_set, np.arange(size))
+    labelled = labels is not None
+    parts |= held_parts(data_set, np.arange(size), labelled=labelled)
     return name + "".join(f":{letter}{part}" for letter, part in parts.items())
 
 

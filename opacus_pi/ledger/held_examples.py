@@ -7,13 +7,12 @@ runs, and no random state changes. All attributes of the object are looked at, a
 of data sets that it wraps, so the names of attributes do not matter. What is found this
 way is compared by ``opacus_pi.ledger.same_data``.
 
-*What breaks it:* an attribute that is not an array, a table or a list of texts, such as
-an open database, is not read. Of large inputs only some numbers are compared, and of
-many files only some are opened.
+*What breaks it:* an attribute that is neither an array, a table nor a list, such as an
+open database, is not read, which is said. Of large inputs only some numbers are
+compared, and of many files only some are opened.
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,50 +22,86 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opacus_pi._shown import stable_repr
+from opacus_pi.ledger.file_contents import FileContent, content_of, is_file
+from opacus_pi.ledger.held_settings import has_known_code, settings_of
+from opacus_pi.ledger.stored_arrays import (
+    MAX_NUMBERS,
+    Places,
+    as_array,
+    evenly_spaced,
+    hash_arrays,
+    real_numbers,
+    rows_of,
+    sample_of,
+    spread,
+    strided,
+)
 
-__all__ = ["as_array", "hash_arrays", "held_parts", "is_subset"]
+__all__ = ["held_parts", "is_subset"]
 
-_MAX_NUMBERS = 1 << 22  # of the inputs of one attribute
 _MAX_ROWS = 1 << 17
 _MAX_FILES = 1 << 11  # that are opened
-_BLOCK = 1 << 12  # bytes that are read at each end of a file
+_MAX_ENTRIES = 1 << 12  # of a list or dict whose entries are looked at
 _MAX_DEPTH = 8  # of data sets that hold data sets
 _PLAIN = (bool, int, float, str, bytes, type(None))
-_CONTAINERS = (list, tuple, dict, str, bytes, os.PathLike, np.ndarray, np.generic)
+_CONTAINERS = (list, tuple, dict, range, str, bytes, os.PathLike)
+_LABELS = ("targets", "labels")  # the attributes that the first part of a name hashes
 
-Places = NDArray[np.int64]
 
-
-def held_parts(data_set: Any, places: Places) -> dict[str, str]:
+def held_parts(data_set: Any, places: Places, *, labelled: bool) -> dict[str, str]:
     """Return hashes of what a data set holds, by the letter of each part.
 
     Args:
         data_set: The data set.
         places: int64 ``(n,)``, the positions that count.
+        labelled: Whether its labels are known under their usual names.
 
     Returns:
         Hashes of what is found: ``"e"``, numbers of the inputs of every example;
-        ``"s"``, the same of evenly spaced examples only; ``"p"``, names of files or
-        other texts of all examples; ``"f"``, the files of all examples; ``"g"``, files
-        of evenly spaced examples; ``"t"``, the transforms.
+        ``"s"``, the same of evenly spaced examples only; ``"o"``, orders; ``"y"``,
+        other single numbers of each example, which may be labels; ``"n"``, the same
+        if the labels are known; ``"p"``, names of files or other texts of all examples;
+        ``"f"``, ends of the files of all examples; ``"w"``, their content; ``"v"``,
+        the same of which only blocks were read; ``"g"``, ends of evenly spaced files;
+        ``"a"``, settings; ``"b"``, settings of which some are not known; ``"t"``, the
+        transforms.
     """
     found: dict[str, list[str]] = {}
-    all_numbers = all_files = True
-    for holder, at in _holders(data_set, places, _MAX_DEPTH):
+    complete = {"e": True, "f": True, "w": True, "a": True}
+    for depth, (holder, at) in enumerate(_holders(data_set, places, _MAX_DEPTH)):
+        read = {id(inner) for inner in _wrapped(holder)}
+        if labelled and not depth:
+            read |= {id(getattr(holder, name, None)) for name in _LABELS} - {id(None)}
         for name, column in _columns(holder):
+            if id(column) in read:
+                continue
             texts = _texts_of(column)
             if texts is not None:
                 _add(found, "p", *_relative(texts, at))
                 files = _files(holder, texts, at)
-                _add(found, "f", *files)
-                all_files = all_files and (not files or len(files) == len(at))
+                _add(found, "f", *(one.ends for one in files))
+                _add(found, "w", *(one.content for one in files))
+                complete["f"] &= not files or len(files) == len(at)
+                complete["w"] &= all(one.is_whole for one in files)
             elif (numbers := _numbers(name, column, at)) is not None:
                 _add(found, "e", hash_arrays(numbers))
-                all_numbers = all_numbers and len(numbers) == len(at)
+                complete["e"] &= len(numbers) == len(at)
+            elif (single := _single_numbers(column, at)) is not None:
+                letter = "o" if _is_order(single) else "n" if labelled else "y"
+                _add(found, letter, hash_arrays(single))
+            else:
+                continue
+            read.add(id(column))
+        if not has_known_code(holder):
+            settings, known = settings_of(holder, read)
+            found.setdefault("a", []).extend(settings)
+            complete["a"] &= known
         _add(found, "t", *_transforms(holder))
+    if not complete["f"]:  # of some files only: what was read of them does not matter
+        found.pop("w", None)
     parts = {letter: _hash_texts(texts) for letter, texts in found.items()}
-    for whole, some, complete in (("e", "s", all_numbers), ("f", "g", all_files)):
-        if whole in parts and not complete:
+    for whole, some in (("e", "s"), ("f", "g"), ("w", "v"), ("a", "b")):
+        if whole in parts and not complete[whole]:
             parts[some] = parts.pop(whole)
     return parts
 
@@ -74,51 +109,6 @@ def held_parts(data_set: Any, places: Places) -> dict[str, str]:
 def is_subset(data_set: Any) -> bool:
     """Return whether this is a subset: positions of another data set."""
     return hasattr(data_set, "dataset") and hasattr(data_set, "indices")
-
-
-def as_array(found: Any) -> NDArray[Any] | None:
-    """Return the object as an array of numbers or strings, or None if it is not one."""
-    if found is None or callable(found):
-        return None
-    if hasattr(found, "cpu"):
-        found = found.detach().cpu()
-    try:
-        array = np.asarray(found)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    return array if array.ndim >= 1 and array.dtype.kind in "biufU" else None
-
-
-def hash_arrays(*arrays: NDArray[Any]) -> str:
-    """Return sixteen hexadecimal digits that depend on values, not on their type."""
-    wide = {"b": np.int64, "i": np.int64, "u": np.int64, "f": np.float64}
-    digest = hashlib.sha256()
-    for array in arrays:
-        values = array.astype(wide.get(array.dtype.kind, array.dtype), order="C")
-        digest.update(f"{values.dtype.str}{values.shape}".encode())
-        digest.update(values.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def evenly_spaced(places: Places, most: int) -> Places:
-    """Return at most so many of the positions, evenly spaced, first and last included.
-
-    Args:
-        places: int64 ``(n,)``.
-        most: At least 1.
-    """
-    steps = np.linspace(0, len(places) - 1, min(most, len(places)))
-    return places[steps.astype(np.int64)]
-
-
-def strided(values: Any) -> bool:
-    """Return whether these are numbers in memory: an array, or a dense torch tensor."""
-    if isinstance(values, np.ndarray):
-        return True
-    if not (hasattr(values, "detach") and hasattr(values, "is_floating_point")):
-        return False
-    place = values.device.type
-    return str(values.layout) == "torch.strided" and place != "meta"
 
 
 def _add(found: dict[str, list[str]], letter: str, *texts: str) -> None:
@@ -187,7 +177,7 @@ def _is_data_set(value: Any) -> bool:
     return (
         hasattr(kind, "__len__")
         and hasattr(kind, "__getitem__")
-        and not isinstance(value, _CONTAINERS)
+        and not isinstance(value, (*_CONTAINERS, np.ndarray, np.generic))
         and not callable(value)
         and not hasattr(value, "detach")
         and not hasattr(value, "iloc")
@@ -219,7 +209,7 @@ def _columns(holder: Any) -> Iterator[tuple[str, Any]]:
             inside = [entry for _, entry in sorted(value.items(), key=str)]
         elif isinstance(value, list | tuple):
             inside = value
-        if not _is_column(value, size) and len(inside) < _BLOCK:
+        if not _is_column(value, size) and len(inside) < _MAX_ENTRIES:
             yield from ((f"{name}[]", one) for one in inside if _is_column(one, size))
         elif _is_column(value, size):
             yield name, value
@@ -276,8 +266,8 @@ def _relative(texts: Sequence[str], places: Places) -> list[str]:
     return [texts[i][start:].replace(os.sep, "/") for i in places.tolist()]
 
 
-def _files(holder: Any, texts: Sequence[str], places: Places) -> list[str]:
-    """Return what describes the content of some files; empty if these are no files.
+def _files(holder: Any, texts: Sequence[str], places: Places) -> list[FileContent]:
+    """Return what identifies the content of some files; empty if these are no files.
 
     Args:
         holder: The data set. Relative names are looked for in the folders that its
@@ -291,33 +281,10 @@ def _files(holder: Any, texts: Sequence[str], places: Places) -> list[str]:
     folders = [Path(one) for one in held if isinstance(one, str | os.PathLike)]
     first = texts[int(places[0])].split("\0")[0]
     for folder in (*folders, Path()):
-        if _is_file(folder / first):
+        if is_file(folder / first):
             chosen = evenly_spaced(places, _MAX_FILES).tolist()
-            return [_content(folder / texts[i].split("\0")[0]) for i in chosen]
+            return [content_of(folder / texts[i].split("\0")[0]) for i in chosen]
     return []
-
-
-def _is_file(path: Path) -> bool:
-    """Return whether this is a regular file; a text that cannot be a name is not."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):
-        return False
-
-
-def _content(path: Path) -> str:
-    """Return the size of a file and a hash of its first and last bytes."""
-    if not _is_file(path):
-        return "missing"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest = hashlib.sha256(file.read(_BLOCK))
-            file.seek(max(0, size - _BLOCK))
-            digest.update(file.read(_BLOCK))
-    except OSError:
-        return "unreadable"
-    return f"{size}:{digest.hexdigest()[:16]}"
 
 
 def _numbers(name: str, column: Any, places: Places) -> NDArray[Any] | None:
@@ -339,14 +306,45 @@ def _numbers(name: str, column: Any, places: Places) -> NDArray[Any] | None:
     shape = tuple(column.shape)
     if len(shape) == 1 and not (name == "data" or name.endswith("[]")):
         return None
-    width = math.prod(shape[1:])
-    if not width:
+    if not all(shape[1:]):
         return None
-    columns = _spread(width, _MAX_NUMBERS // len(chosen))
-    rows = column.reshape(shape[0], width)[:, columns][chosen.tolist()]
-    if hasattr(rows, "is_floating_point") and rows.is_floating_point():
-        rows = rows.double()  # numpy has no bfloat16
-    return as_array(rows)
+    return as_array(rows_of(column, chosen))
+
+
+def _single_numbers(column: Any, places: Places) -> NDArray[Any] | None:
+    """Return a column with one number for each example, or None if it is no such one.
+
+    Args:
+        column: A list, an array or a tensor with one entry for each example.
+        places: The positions that count.
+    """
+    if strided(column):
+        numbers = sample_of(column) if column.ndim == 1 else None
+    else:
+        numbers = as_array(column)
+    if numbers is None or numbers.shape != (len(column),) or numbers.dtype.kind == "U":
+        return None
+    return numbers[places]
+
+
+def _is_order(numbers: NDArray[Any]) -> bool:
+    """Return whether these may be positions: whole numbers from 0, all different."""
+    whole = numbers.dtype.kind in "iu" and len(numbers) > 1 and numbers.min() >= 0
+    return bool(whole) and len(np.unique(numbers)) == len(numbers)
+
+
+def _wrapped(holder: Any) -> Iterator[Any]:
+    """Yield the attributes that hold the data sets which are looked at themselves."""
+    size = len(holder)
+    for name, value in getattr(holder, "__dict__", {}).items():
+        parts = value if name == "datasets" and isinstance(value, list | tuple) else []
+        sizes = [_size(part) for part in parts]
+        if (parts and None not in sizes and sum(map(int, sizes)) == size) or (
+            _is_data_set(value) and _size(value) == size
+        ):
+            yield value
+    if is_subset(holder):
+        yield from (holder.dataset, holder.indices)
 
 
 def _numbers_of_items(
@@ -358,7 +356,7 @@ def _numbers_of_items(
         items: One item for each example: an array, or a tuple with arrays.
         chosen: The positions to read.
     """
-    most = max(1, _MAX_NUMBERS // len(chosen))
+    most = max(1, MAX_NUMBERS // len(chosen))
     hashes = np.empty(len(chosen))
     for i, place in enumerate(chosen.tolist()):
         item = items[place]
@@ -369,22 +367,13 @@ def _numbers_of_items(
         for part in parts:
             if strided(part):
                 flat = part.reshape(-1)
-                flat = flat[_spread(len(flat), most)]
-                is_real = hasattr(flat, "is_floating_point") and (
-                    flat.is_floating_point()
-                )
-                array = as_array(flat.double() if is_real else flat)
+                flat = flat[spread(len(flat), most)]
+                array = as_array(real_numbers(flat))
                 found.append(np.empty(0) if array is None else array)
             elif isinstance(part, int | float):
                 found.append(np.array([part], dtype=np.float64))
         hashes[i] = int(hash_arrays(*found)[:12], 16)  # below 2^53: exact
     return hashes
-
-
-def _spread(width: int, most: int) -> slice:
-    """Return a slice of at most so many evenly spaced columns, around the middle."""
-    step = max(1, -(-width // max(1, most)))
-    return slice((width - 1) % step // 2, width, step)
 
 
 def _transforms(holder: Any) -> list[str]:

@@ -33,11 +33,22 @@ _PARTS = {
     "x": "the inputs of evenly spaced examples",
     "e": "numbers of the inputs of every example",
     "s": "numbers of the inputs of evenly spaced examples",
+    "o": "the orders that the data set holds",
+    "y": "single numbers of each example, such as labels",
     "p": "the names of files or texts of all examples",
     "f": "the sizes and ends of the files of all examples",
+    "w": "the content of the files of all examples",
+    "v": "drawn blocks of the files of all examples",
     "g": "the sizes and ends of evenly spaced files",
 }
-_WHOLE = {"e", "f"}  # these depend on every example and its position
+_WHOLE = {"e", "w"}  # these depend on every example and its position
+# A data set may count or note something in these while it is used, so a difference is
+# no reason to refuse. But positions may then name other examples.
+_NUMBERS, _SETTINGS, _SOME_SETTINGS = "n", "a", "b"
+_NOTED = {
+    _NUMBERS: "single numbers of each example beside the labels",
+    _SETTINGS: "settings of the data set",
+}
 
 
 @dataclass(frozen=True)
@@ -91,10 +102,33 @@ def compared(one: str, other: str) -> Compared:
     common = parts.keys() & others.keys()
     shown = _BASE if _LABELS.search(base) else _BASE_WITHOUT_LABELS
     found = [shown, *(words for name, words in _PARTS.items() if name in common)]
-    whole = bool(common & _WHOLE)
-    listed = "; ".join(found)
-    equal = f"equal: {listed}" if whole else f"only {listed} were compared"
-    return Compared(whole, equal)
+    listed, doubts = "; ".join(found), _doubts(parts, others)
+    if common & _WHOLE and not doubts:
+        return Compared(True, f"equal: {listed}")
+    return Compared(False, "; ".join([f"only {listed} were compared", *doubts]))
+
+
+def _doubts(parts: dict[str, str], others: dict[str, str]) -> list[str]:
+    """Return why positions may name other examples, although all that counts is equal.
+
+    Args:
+        parts: The parts of a fingerprint by letter.
+        others: Those of another one, which agrees with it.
+    """
+    found = []
+    if _SOME_SETTINGS in {*parts, *others}:
+        found.append("some attributes of the data set, such as generators, were not")
+    parts, others = (
+        {_SETTINGS if name == _SOME_SETTINGS else name: one for name, one in p.items()}
+        for p in (parts, others)
+    )
+    for name in ("o", "y", _NUMBERS, _SETTINGS):
+        words = _NOTED.get(name) or _PARTS[name]
+        if (name in parts) != (name in others):
+            found.append(f"{words} were not")
+        elif parts.get(name) != others.get(name):
+            found.append(f"{words} differ")
+    return found
 
 
 def same_transforms(one: str, other: str) -> bool | None:

@@ -111,9 +111,9 @@ def test_of_large_inputs_some_examples_are_hashed():
 
 @pytest.mark.parametrize("held", [None, [1, 2], {"x": 1}, torch.zeros(4, 2), "text"])
 def test_what_is_no_array_of_all_examples_is_left_out(held):
-    assert fingerprint(Stored(held)) == fingerprint(Labelled(LABELS)).replace(
-        "Labelled", "Stored"
-    )
+    name, _, settings = fingerprint(Stored(held)).rpartition(":a")
+    expected = fingerprint(Labelled(LABELS), inputs=False)
+    assert name == expected.replace("Labelled", "Stored") and len(settings) == 16
 
 
 def test_properties_are_not_asked():
@@ -122,7 +122,7 @@ def test_properties_are_not_asked():
         def data(self):
             raise AssertionError("everything was loaded")
 
-    assert fingerprint(Lazy(LABELS)).count(":") == 2
+    assert ":x" not in fingerprint(Lazy(LABELS))
 
 
 def test_names_agree_in_what_both_say():
@@ -149,8 +149,8 @@ def test_subsets_are_followed():
 
 def test_without_labels_class_and_length_must_do():
     assert fingerprint(list(range(7)), inputs=False) == "list:7"
-    assert fingerprint(Labelled(LABELS, "answers")) == "Labelled:5"
-    assert fingerprint(Labelled([object()] * 3)) == "Labelled:3"
+    assert fingerprint(Labelled(LABELS, "answers")).startswith("Labelled:5:y")
+    assert fingerprint(Labelled([object()] * 3)).startswith("Labelled:3:b")
 
 
 def test_no_random_state_is_touched():

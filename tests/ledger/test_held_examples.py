@@ -67,7 +67,8 @@ def test_files_of_one_size_that_changed_names_are_another_order(tmp_path):
     one = fingerprint(folder_of(tmp_path / "one", PHOTOS))
     swapped = PHOTOS | {"a.bmp": PHOTOS["b.bmp"], "b.bmp": PHOTOS["a.bmp"]}
     found = difference(one, fingerprint(folder_of(tmp_path / "two", swapped)))
-    assert found == "the sizes and ends of the files of all examples"
+    words = "the sizes and ends of the files of all examples; the content of the files"
+    assert found == f"{words} of all examples"
 
 
 def test_a_folder_may_move(tmp_path):
@@ -121,9 +122,14 @@ def test_what_is_noted_during_training_does_not_count():
     counts, cache = np.zeros(4), np.zeros((4, 3))
     held = Held(x=torch.zeros(4, 3), seen=counts, _cache=cache)
     before = fingerprint(held)
-    counts += 1
     cache += 1
     assert fingerprint(held) == before
+    assert compared(before, before).covers_examples
+    counts += 1
+    held.epoch = 3
+    assert same_data_set(before, fingerprint(held))
+    found = compared(before, fingerprint(held))
+    assert not found.covers_examples and "beside the labels differ" in found.evidence
 
 
 def test_transforms_count_on_their_own():
@@ -186,3 +192,118 @@ def test_odd_attributes_do_no_harm():
     held.itself = held
     assert fingerprint(held) == fingerprint(held)
     assert fingerprint(Subset(held, [])).startswith("Subset[Held]:0:")
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+@pytest.mark.parametrize("name", ["y", "answers", "group"])
+def test_labels_count_under_any_name(kind, name):
+    class Own(Held):
+        def __init__(self, values):
+            self.x = torch.eye(4)
+            setattr(self, name, kind(values))
+
+    one, again, other = (
+        fingerprint(Own(v)) for v in ([0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1])
+    )
+    assert compared(one, again).covers_examples
+    assert difference(one, other) == "single numbers of each example, such as labels"
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_an_order_counts_beside_labels(kind):
+    names = [
+        fingerprint(Held(x=torch.eye(4), at=kind(order)))
+        for order in ([0, 2, 1, 3], [0, 2, 1, 3], [2, 0, 1, 3])
+    ]
+    assert compared(names[0], names[1]).covers_examples
+    assert difference(names[0], names[2]) == "the orders that the data set holds"
+
+
+SHIFT = [0]
+
+
+class ByGlobal(Held):
+    def __getitem__(self, index):
+        return self.x[(index + SHIFT[0]) % 4], 0
+
+
+def by_closure(shift):
+    class Own(Held):
+        def __getitem__(self, index):
+            return self.x[(index + shift) % 4], 0
+
+    return Own(x=torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"offset": 0}, {"offset": 1}),
+        ({"mode": "forward"}, {"mode": "backward"}),
+        ({"reverse": False}, {"reverse": True}),
+        ({"options": {"seed": 1}}, {"options": {"seed": 2}}),
+        ({"index": np.arange(6)}, {"index": np.arange(6)[::-1]}),
+        ({"index": list(range(6))}, {"index": list(range(1, 7))}),
+        ({"span": range(4)}, {"span": range(1, 5)}),
+    ],
+)
+def test_settings_that_may_decide_which_example_is_meant_are_said(one, other):
+    names = [fingerprint(Held(x=torch.eye(4), **kept)) for kept in (one, one, other)]
+    assert compared(names[0], names[1]).covers_examples
+    found = compared(names[0], names[2])
+    assert not found.covers_examples
+    assert found.evidence.endswith("settings of the data set differ")
+
+
+def test_settings_outside_of_the_object_are_said(monkeypatch):
+    held = ByGlobal(x=torch.eye(4))
+    before = fingerprint(held)
+    assert compared(before, fingerprint(held)).covers_examples
+    monkeypatch.setattr("tests.ledger.test_held_examples.SHIFT", [1])
+    assert not compared(before, fingerprint(held)).covers_examples
+    names = [fingerprint(by_closure(shift)) for shift in (1, 1, 2)]
+    assert compared(names[0], names[1]).covers_examples
+    assert not compared(names[0], names[2]).covers_examples
+    monkeypatch.setattr(Held, "shift", 1, raising=False)
+    before = fingerprint(held)
+    monkeypatch.setattr(Held, "shift", 2)
+    assert not compared(before, fingerprint(held)).covers_examples
+
+
+def test_attributes_that_cannot_be_described_are_said():
+    name = fingerprint(Held(x=torch.eye(4), generator=np.random.default_rng(0)))
+    found = compared(name, name)
+    assert not found.covers_examples and "such as generators" in found.evidence
+    old = name[: name.index(":b")]
+    assert "settings of the data set were not" in compared(old, name).evidence
+
+
+def test_data_sets_of_torch_have_no_settings():
+    name = fingerprint(Subset(TensorDataset(torch.eye(4), torch.arange(4)), [1, 0]))
+    assert compared(name, name).covers_examples and ":a" not in name
+
+
+@pytest.mark.parametrize("size", [100_000, 300_000, 3_000_000])
+def test_the_middle_of_a_file_counts(tmp_path, size):
+    content = np.random.default_rng(0).bytes(size)
+    edited = content[:5000] + bytes(size - 10_000) + content[-5000:]
+    files = {f"{i}.bin": content for i in range(4)}
+    one = fingerprint(folder_of(tmp_path / "one", files))
+    again = fingerprint(folder_of(tmp_path / "again", files))
+    other = fingerprint(folder_of(tmp_path / "other", files | {"2.bin": edited}))
+    found = compared(one, again)
+    assert found.covers_examples == (size < 200_000)
+    assert ("drawn blocks" in found.evidence) == (size > 200_000)
+    whole = "the content" if size < 200_000 else "drawn blocks"
+    assert difference(one, other) == f"{whole} of the files of all examples"
+
+
+def test_a_file_that_was_changed_is_read_again(tmp_path):
+    held = folder_of(tmp_path / "one", PHOTOS)
+    before = fingerprint(held)
+    path, times = tmp_path / "one" / "b.bmp", (1, 1)
+    os.utime(path, times)
+    fingerprint(held)
+    path.write_bytes(b"5" * 9)
+    os.utime(path, times)
+    assert not same_data_set(before, fingerprint(held))
