@@ -14,6 +14,7 @@ import numpy as np
 from opacus_pi.cli.errors import about
 from opacus_pi.cli.inputs import import_data_set, load_model, read_indices
 from opacus_pi.cli.output import answer, table
+from opacus_pi.cli.sets import require_unseen
 from opacus_pi.report.scores import SENSITIVE
 from opacus_pi.unlearning.heads import (
     RidgeHead,
@@ -73,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.test_set is not None:
         test = import_data_set("--test", options.test_set)
+        require_unseen(train_set, test)
         facts["accuracy"]["test"] = head.score(*_features(model, test, "--test"))
     answer(options, facts, _text(facts))
     return 0

@@ -64,7 +64,7 @@ def require_separate_outputs(options: argparse.Namespace) -> None:
 
 def _new_directory(options: argparse.Namespace) -> bool:
     """Return whether ``--out`` names a directory, which may not have content."""
-    return options.command == "unlearn"
+    return bool(options.command == "unlearn")
 
 
 def _written(options: argparse.Namespace) -> Iterator[str]:

@@ -630,8 +630,8 @@ Recognise the kind of a file from its content, and check that it is complete and
 unedited. In a deletion log, every entry's hash and its link to the entry before are
 checked. The links cannot show that the last entries were removed: keep the hash of the
 last entry (the head) elsewhere and pass it as HEAD. Ledgers, Gram ledgers, oracles,
-traces, guarantees, recorded or unlearned weights and the ledger in a checkpoint have a
-checksum. Reports, records of runs and answers have none: make them again and compare.
+traces, guarantees, records of runs, recorded or unlearned weights and the ledger in a
+checkpoint have a checksum. Reports and answers have none: make them again and compare.
 A checksum finds damage and careless edits; it is not a signature.
 
 Exit code 0: verified. 1: damaged or edited. 2: bad arguments, or no such file. 3: not

@@ -28,6 +28,7 @@ from typing import Any
 
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.cli.errors import one_line
+from opacus_pi.cli.run_files import require_unedited_record
 from opacus_pi.files.arrays_file import named_kind
 from opacus_pi.files.checksummed_state import verified_state
 from opacus_pi.files.kinds import (
@@ -57,6 +58,7 @@ LOG = "deletion log"
 OLD_LOG = "deletion log of JSON lines"
 EXPORT = LOG_EXPORT.words
 CHECKPOINT = "ledger in a checkpoint"
+_RECORD = "the record of an unlearning run"
 _PAGE = "a report's page"
 _EMPTY, _PIPE, _TEXT, _JSON = "an empty file", "a pipe or a device", "a text", "JSON"
 # What a command may write over: answers, reports, and what people write by hand.
@@ -321,8 +323,20 @@ def _text(path: Path, start: bytes) -> Recognised:
     return _json(path, content)
 
 
+def _check_of_record(content: dict[str, Any]) -> Callable[[], dict[str, Any]] | None:
+    """Return how the record of a run is checked; None for one of earlier releases."""
+    if "checksum" not in content:
+        return None
+
+    def check() -> dict[str, Any]:
+        require_unedited_record(content)
+        return {}
+
+    return check
+
+
 def _json(path: Path, content: Any) -> Recognised:
-    """Recognise JSON. Only a guarantee has a checksum, from its second version on.
+    """Recognise JSON. Guarantees and records of earlier releases have no checksum.
 
     Args:
         path: The file.
@@ -340,5 +354,5 @@ def _json(path: Path, content: Any) -> Recognised:
     if kind := kind_in(json.dumps({"format": form}).encode()):
         return Recognised(kind.words, ours=True)
     if isinstance(content, dict) and {"method", "forget_indices"} <= set(content):
-        return Recognised("the record of an unlearning run", ours=True)
+        return Recognised(_RECORD, _check_of_record(content), ours=True)
     return Recognised(_JSON)

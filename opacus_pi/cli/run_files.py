@@ -6,29 +6,33 @@ output of ``opacus-pi evaluate`` is put there. The directory gets its name only 
 of its files are complete, so a run that was interrupted leaves nothing behind.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from opacus_pi._validate import require
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.files.atomic_file import replace_file
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.regular_file import require_regular
-from opacus_pi.files.strict_json import json_text
+from opacus_pi.files.strict_json import json_text, strict
 from opacus_pi.files.weights_file import write_weights
 from opacus_pi.unlearning import UnlearningResult
 from opacus_pi.unlearning.honouring_weights import sha256_of
 
 WEIGHTS, RECORD, TRACE = "weights.safetensors", "record.json", "trace.json"
 GUARANTEE, EVALUATION = "guarantee.json", "evaluation.json"
+_CHECKSUM = "checksum"  # the entry of a record that holds it
+_UNEDITED = "Restore it from a copy, or unlearn again."
 RUN_FILES = (WEIGHTS, RECORD, TRACE, GUARANTEE, EVALUATION)
 
 
@@ -97,7 +101,8 @@ def save_run(directory: Path, result: UnlearningResult) -> None:
     result.trace.save(directory / TRACE)
     replace_file(directory / GUARANTEE, result.guarantee.to_json().encode())
     files = {name: sha256_of(directory / name) for name in (TRACE, GUARANTEE)}
-    record = {**result.record, "files": files}
+    record = strict({**result.record, "files": files})
+    record[_CHECKSUM] = _digest(record)
     replace_file(directory / RECORD, json_text(record).encode())
 
 
@@ -129,20 +134,23 @@ def _require_own_files(directory: Path, record: dict[str, Any]) -> tuple[str, ..
 
     Args:
         directory: The run's directory.
-        record: Its record, which has the hashes of both files.
+        record: Its record, which has the hashes of both files, and a checksum.
 
     Returns:
-        A sentence, if the record is of an earlier release and has no hashes.
+        A sentence, if the record is of an earlier release and lacks one of these.
 
     Raises:
-        BadInput: If a file has another hash.
+        BadInput: If a file has another hash, or the record was edited.
     """
     hashes = record.get("files")
-    if not isinstance(hashes, dict):
+    if not isinstance(hashes, dict) or _CHECKSUM not in record:
         return (
             f"Whether {TRACE}, {GUARANTEE} and {RECORD} are of the same run is not "
             "known, because an earlier release wrote them. Compare them yourself.",
         )
+    if _CHECKSUM in record:
+        with about(f"RUN_DIR {directory}", _UNEDITED):
+            require_unedited_record(record)
     for name in (TRACE, GUARANTEE):
         if hashes.get(name) != sha256_of(directory / name):
             raise BadInput(
@@ -152,10 +160,33 @@ def _require_own_files(directory: Path, record: dict[str, Any]) -> tuple[str, ..
     return ()
 
 
+def require_unedited_record(record: Mapping[str, Any]) -> None:
+    """Refuse the record of a run that does not match its checksum.
+
+    Args:
+        record: The content of the file.
+
+    Raises:
+        ValueError: If it was edited or damaged.
+    """
+    require(
+        record.get(_CHECKSUM) == _digest(record),
+        f"{RECORD} does not match its checksum.",
+        f"It was edited or damaged. {_UNEDITED}",
+    )
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of everything in a record but its checksum."""
+    content = {name: value for name, value in record.items() if name != _CHECKSUM}
+    text = json.dumps(content, sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
 def _record(argument: str, path: Path) -> dict[str, Any]:
     """Read what was run; the forgotten examples must be lists of whole numbers.
 
-    The record has no checksum, because people may read and archive it as text. The
+    The record is JSON, because people may read and archive it as text. The
     report counts the lists and looks up the losses of the examples, so their form is
     checked.
 

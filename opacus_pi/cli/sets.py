@@ -4,11 +4,11 @@
 numbers can be compared.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from torch.utils.data import Subset
 
@@ -17,7 +17,13 @@ from opacus_pi.accounting import fingerprint
 from opacus_pi.cli.errors import BadInput
 from opacus_pi.difficulty.forget_sets import retain_indices
 from opacus_pi.evaluation import evaluate
+from opacus_pi.evaluation.seen_examples import seen_in_training
 from opacus_pi.ledger.same_data import compared, same_data_set
+
+_MOST = 0.5  # a larger share of training examples makes a test set useless
+_UNSEEN = (
+    "but test examples must be unseen. Name examples that the model was not trained on."
+)
 
 
 @dataclass(frozen=True)
@@ -53,42 +59,39 @@ class Sets:
 
 
 def require_unseen(train_set: Any, test_set: Any) -> None:
-    """Refuse the training set as a test set.
+    """Refuse a test set that consists of training examples, and warn of a few.
 
     Args:
         train_set: The set that the model was trained on.
         test_set: A set that the model must not have seen.
 
     Raises:
-        BadInput: If they are one object, or look like one data set.
+        BadInput: If they are one data set, whatever their transforms, or most of the
+            test examples are training examples.
     """
     if test_set is train_set or _look_equal(train_set, test_set):
-        raise BadInput(
-            "--test: this is the training set of --data, but test examples must be "
-            "unseen. Name examples that the model was not trained on."
+        raise BadInput(f"--test: this is the training set of --data, {_UNSEEN}")
+    found = seen_in_training(train_set, test_set)
+    words = (
+        f"--test: about {100 * found.share:.2g} % of the test examples are training "
+        f"examples of --data ({found.num_seen} of the {found.num_compared} that were "
+        "compared equal one that was read)"
+    )
+    if found.share > _MOST:
+        raise BadInput(f"{words}, {_UNSEEN}")
+    if found.share:
+        warnings.warn(
+            f"{words}. Accuracy and membership inference on them mean nothing: leave "
+            "them out.",
+            stacklevel=2,
         )
 
 
 def _look_equal(one: Any, other: Any) -> bool:
-    """Return whether two labelled sets hold the same examples, as far as this is known.
-
-    Fingerprints compare what both hold, whatever their transforms are. If they do not
-    cover the content of the examples, the first example is compared as well.
-    """
+    """Return whether two sets hold the same examples, as far as fingerprints tell."""
     name, other_name = fingerprint(one), fingerprint(other)
-    if not same_data_set(name, other_name):
-        return False
-    if compared(name, other_name).covers_examples:
-        return True
-    # Without a hash of labels, equal names prove nothing.
-    if fingerprint(one, inputs=False).count(":") < 2:
-        return False
-    first, second = one[0], other[0]
-    if isinstance(first, tuple | list):
-        first, second = first[0], second[0]
-    if isinstance(first, torch.Tensor):
-        return isinstance(second, torch.Tensor) and torch.equal(first, second)
-    return bool(np.array_equal(np.asarray(first), np.asarray(second)))
+    found = compared(name, other_name)
+    return same_data_set(name, other_name) and found.covers_examples
 
 
 def make_sets(

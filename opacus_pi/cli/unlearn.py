@@ -170,6 +170,7 @@ def _carry_out(
         requests = DeletionRequests(
             options.log, len(train_set), owned, data_set=fingerprint(train_set)
         )
+    requests.resume(unlearner)  # refuses the log of another model
     if person is None:
         name = options.request_id or _request_name(forget)
         requests.submit(name, indices=forget)

@@ -337,11 +337,11 @@ def _wrapped(holder: Any) -> Iterator[Any]:
     """Yield the attributes that hold the data sets which are looked at themselves."""
     size = len(holder)
     for name, value in getattr(holder, "__dict__", {}).items():
-        parts = value if name == "datasets" and isinstance(value, list | tuple) else []
-        sizes = [_size(part) for part in parts]
-        if (parts and None not in sizes and sum(map(int, sizes)) == size) or (
-            _is_data_set(value) and _size(value) == size
-        ):
+        if name == "datasets" and isinstance(value, list | tuple):
+            sizes = [length for part in value if (length := _size(part)) is not None]
+            if len(sizes) == len(value) and sum(sizes) == size:
+                yield value
+        elif _is_data_set(value) and _size(value) == size:
             yield value
     if is_subset(holder):
         yield from (holder.dataset, holder.indices)

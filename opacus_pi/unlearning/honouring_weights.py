@@ -12,7 +12,7 @@ marked as done but not honoured, or one that is carried out twice.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from opacus_pi._validate import expect, require
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_weights, write_weights
+from opacus_pi.models.weights_name import weights_name
 from opacus_pi.unlearning.claims import History, history_from_json
 from opacus_pi.unlearning.unlearner import Unlearner
 
@@ -126,21 +127,25 @@ def _list_from(text: str | None) -> list[Any]:
     return found if isinstance(found, list) else [None]
 
 
-def load_weights_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def load_weights_(model: nn.Module, stored: StoredWeights, path: Path) -> None:
     """Load stored weights into a model, all of them or none.
 
     ``load_state_dict`` alone would convert other types silently, and would have changed
-    some weights before it reports that others do not fit.
+    some weights before it reports that others do not fit. A model with other weights
+    than those from which the first run started is another one: what it is asked to
+    forget would be forgotten by the model of the log instead. The files of rewinds and
+    of earlier releases do not say from which weights that was.
 
     Args:
-        model: Changed in place, but only after every name, shape and type was compared.
-        state: The weights by name.
-        path: Their file, for the message.
+        model: The model as it was trained, or with the stored weights. Changed in
+            place, but only after every name, shape and type was compared.
+        stored: The content of the weights file.
+        path: The file, for the message.
 
     Raises:
-        ValueError: If the weights do not fit the model.
+        ValueError: If the weights do not fit the model, or are of another one.
     """
-    own = model.state_dict()
+    own, state = model.state_dict(), stored.state
     differing = {
         name
         for name in {*own, *state}
@@ -153,6 +158,13 @@ def load_weights_(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
         f"The weights in {path} do not fit the unlearner's model: they differ in "
         f"{', '.join(sorted(differing)[:5])}.",
         "Make the unlearner from the model that the requests are about.",
+    )
+    known = {stored.history.trained, stored.history.left}
+    require(
+        not stored.history.trained or weights_name(model) in known,
+        f"The unlearner's model has neither the weights from which the requests in "
+        f"{path} started, nor those that honour them, so the log is of another model.",
+        "Pass the model that the log is about, as it was trained, or another log.",
     )
     model.load_state_dict(state)
 

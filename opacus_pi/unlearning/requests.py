@@ -135,8 +135,10 @@ class DeletionRequests:
         store_names: bool = False,
         data_set: str | None = None,
     ) -> None:
-        self.log = DeletionLog(path)
-        self.weights_path = weights_path_of(path)
+        # Of a link, the files beside the log itself count.
+        place = os.path.realpath(path) if os.path.exists(path) else path
+        self.log = DeletionLog(place)
+        self.weights_path = weights_path_of(place)
         self.num_examples = num_examples
         self.rows_of = rows_of or {}
         self.data_set = data_set
@@ -383,7 +385,7 @@ class DeletionRequests:
         stored = stored_weights(self.weights_path, self.num_examples)
         honoured = _honoured(stored, found, self.weights_path)
         if honoured:
-            load_weights_(unlearner.model, stored.state, self.weights_path)
+            load_weights_(unlearner.model, stored, self.weights_path)
             forgotten = np.array(stored.forgotten, dtype=np.int64)
             unlearner.forgotten = np.union1d(unlearner.forgotten, forgotten)
             unlearner.history = unlearner.history.joined(stored.history)
@@ -695,7 +697,24 @@ def _honoured(stored: StoredWeights, found: Requests, path: Path) -> set[int]:
         known and newer,
         f"{path} does not have the weights that honour the {len(found.done)} logged "
         "request(s).",
-        "Restore the file from a copy. If there is none, submit all requests again, to "
-        "a new log, and process them with the model as it was trained.",
+        _remedy_for_lost_weights(path),
     )
     return honoured
+
+
+def _remedy_for_lost_weights(path: Path) -> str:
+    """Return what to do about stored weights that are not those of their log.
+
+    Args:
+        path: The weights file, which has the log's name with a suffix.
+    """
+    log = path.with_suffix("")
+    if not path.exists() and log.exists() and log.stat().st_nlink > 1:
+        return (
+            "The log has more than one name (a hard link), and its weights are beside "
+            "another one: open it under that name."
+        )
+    return (
+        "Restore the file from a copy. If there is none, submit all requests again, to "
+        "a new log, and process them with the model as it was trained."
+    )

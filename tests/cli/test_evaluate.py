@@ -67,6 +67,44 @@ def test_a_test_set_may_have_the_labels_of_the_training_set():
         require_unseen(one, TensorDataset(*one.tensors))
 
 
+@pytest.mark.parametrize(
+    "places", [range(300), range(299, -1, -1), range(100, 160), [5] * 20, [3]]
+)
+def test_training_examples_are_no_test_set(places):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(300, 4, generator=generator)
+    train = TensorDataset(x, torch.zeros(300))
+    copies = [(row, 1) for row in x[list(places)].clone()]
+    with pytest.raises(BadInput, match=r"--test: about 1e\+02 %|this is the training"):
+        require_unseen(train, copies)
+
+
+def test_a_part_of_training_in_a_test_set_is_said():
+    generator = torch.Generator().manual_seed(0)
+    x, fresh = torch.rand(2, 300, 4, generator=generator)
+    train = TensorDataset(x, torch.zeros(300))
+    require_unseen(train, TensorDataset(fresh, torch.zeros(300)))
+    mixed = TensorDataset(torch.cat([fresh[:90], x[5:15]]), torch.zeros(100))
+    with pytest.warns(UserWarning, match="about 10 % .*10 of the 100"):
+        require_unseen(train, mixed)
+
+
+def test_inputs_that_are_equal_by_chance_are_no_evidence():
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(2, (400, 5), generator=generator)
+    require_unseen(
+        TensorDataset(bits[:300], torch.zeros(300)),
+        TensorDataset(bits[300:], torch.zeros(100)),
+    )
+
+
+def test_copies_in_a_large_training_set_are_found():
+    x = torch.rand(40_000, 4, generator=torch.Generator().manual_seed(0))
+    train = TensorDataset(x, torch.zeros(40_000))
+    with pytest.raises(BadInput, match="--test: about"):
+        require_unseen(train, TensorDataset(x.flip(0)[:5000], torch.zeros(5000)))
+
+
 def test_matching_undoes_a_permutation(answer):
     oracle = ("--oracle", "permuted.pt")
     plain = answer(*EVALUATE, *oracle)["barriers"]

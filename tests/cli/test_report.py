@@ -1,6 +1,7 @@
 """From the run's directory to the page."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -108,6 +109,7 @@ def test_errors(run, words, message):
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err
 
 
+WEIGHTS_OF_A_RUN = ("trained_weights", "unlearned_weights")
 ABC = "sha256:" + "abc1" * 16
 
 
@@ -157,11 +159,28 @@ def test_files_of_two_runs_in_one_directory(run, done, tmp_path, name):
     assert code == 2 and f"{name} is not the file that record.json names" in err
 
 
+def test_a_record_that_was_edited(run, done, tmp_path):
+    words = ("unlearn", *MODEL, *DATA, "--forget", "5", "--epochs", "2")
+    assert run(*words, *LEDGER, "--out", tmp_path / "other")[0] == 0
+    other = (tmp_path / "other" / "guarantee.json").read_bytes()
+    record = json.loads((done / "record.json").read_text())
+    record["files"]["guarantee.json"] = hashlib.sha256(other).hexdigest()
+    copied = damaged(done, tmp_path, "guarantee.json", other.decode())
+    (copied / "record.json").write_text(json.dumps(record))
+    code, out, err = run("report", copied, *LEDGER, "--out", tmp_path / "r.html")
+    assert code == 2 and "record.json does not match its checksum" in err
+    assert run("verify", copied / "record.json")[0] == 1
+    assert run("verify", done / "record.json")[0] == 0
+
+
 def test_the_report_says_what_older_files_leave_open(answer, done, tmp_path):
     copied = tmp_path / "copied"
     shutil.copytree(done, copied)
     for name, added in (
-        ("record.json", ("files", "ledgers", "trained_weights", "unlearned_weights")),
+        (
+            "record.json",
+            ("checksum", "files", "ledgers", "trained_weights", "unlearned_weights"),
+        ),
         ("evaluation.json", ("subject",)),
     ):
         facts = json.loads((copied / name).read_text())

@@ -187,3 +187,15 @@ def test_pickles_are_not_run(run, project, tmp_path):
     code, _, err = run(*UNLEARN, "3", *words)
     assert code == 2 and "is not a readable file of tensors" in err
     assert leftovers(tmp_path) == ["bomb.pt"]
+
+
+def test_a_log_of_another_model_gets_no_request(run, tmp_path):
+    log = ("--log", tmp_path / "log.db", "--epochs", 1)
+    words = ("unlearn", *MODEL[:2], *DATA[:2], *log)
+    one = ("--weights", "model.safetensors", "--forget", "3", "--out", tmp_path / "a")
+    assert run(*words, *one)[0] == 0
+    before = (tmp_path / "log.db").read_bytes()
+    other = ("--weights", "retrained.pt", "--forget", "5", "--out", tmp_path / "b")
+    code, _, err = run(*words, *other)
+    assert code == 2 and "the log is of another model" in err
+    assert (tmp_path / "log.db").read_bytes() == before

@@ -279,6 +279,39 @@ def test_weights_of_another_model_are_refused_and_nothing_is_loaded(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in other.model.state_dict().items())
 
 
+def test_the_log_of_another_model_is_refused(tmp_path):
+    first = requests(tmp_path)
+    first.submit("a", indices=[2])
+    first.process(unlearner(), data(), num_epochs=1)
+    other = unlearner()
+    with torch.no_grad():
+        other.model[0].weight[0, 0] += 1
+    before = other.model.state_dict()["0.weight"].clone()
+    again = requests(tmp_path)
+    with pytest.raises(ValueError, match="the log is of another model"):
+        again.resume(other)
+    assert torch.equal(other.model.state_dict()["0.weight"], before)
+    again.resume(unlearner())  # the model as it was trained
+    latest = unlearner()
+    latest.model.load_state_dict(read_weights(again.weights_path, UNLEARNED_WEIGHTS)[0])
+    again.submit("b", indices=[4])
+    assert len(again.process(latest, data(), num_epochs=1)) == 1
+
+
+def test_a_log_may_be_opened_through_a_link(tmp_path):
+    mine = requests(tmp_path)
+    mine.submit("a", indices=[2])
+    mine.process(unlearner(), data(), num_epochs=1)
+    (tmp_path / "link.db").symlink_to(tmp_path / "deletions.db")
+    linked = DeletionRequests(tmp_path / "link.db", SIZE)
+    linked.submit("b", indices=[3])
+    assert len(linked.process(unlearner(), data(), num_epochs=1)) == 1
+    assert linked.weights_path == mine.weights_path
+    os.link(tmp_path / "deletions.db", tmp_path / "other.db")
+    with pytest.raises(ValueError, match="more than one name .* open it under that"):
+        DeletionRequests(tmp_path / "other.db", SIZE).resume(unlearner())
+
+
 def test_a_record_about_another_training_set_is_refused(tmp_path):
     submitted(tmp_path)
     smaller = DeletionRequests(tmp_path / "deletions.db", 9)
