@@ -110,6 +110,7 @@ class Rerun:
         parameters = dict(self.model.named_parameters())
         names = self.state["parameters"]
         trained = {name for group in names for name in group}
+        trained -= set(self.state.get("frozen", ()))  # absent in older states
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in trained)
         groups = [{"params": [parameters[n] for n in group]} for group in names]

@@ -2,12 +2,14 @@
 
 The engine knows how it clips, adds noise and divides; it does not know the loop around
 it. So a state holds everything that one update depends on, but no learning-rate
-schedule: the learning rate of every update is recorded instead, and used again.
+schedule: the learning rate of every update is recorded instead, and used again. Whether
+other conditions change during a run is recorded, too: a rewind does not follow that.
 
 The random states are saved as well. A rewind does not use them, because it needs fresh
 noise; with them the same training can be repeated exactly.
 """
 
+import hashlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,8 @@ from opacus_pi.integration.checkpoints import RunState
 from opacus_pi.models.copies import unwrap
 from opacus_pi.recording.state_file import copied
 
+# Entries of a parameter group that are recorded by themselves, or act through the rate.
+_FOLLOWED = ("params", "lr", "initial_lr", "max_lr", "min_lr")
 _FIRST = {"obstacle": "It was saved while the first update was being made."}
 
 
@@ -51,6 +55,7 @@ class TrainingStates:
         self._settings = settings
         self._marks: list[int] = []
         self._remembered: dict[str, Any] | None = None
+        self._conditions: tuple[Any, int] = (None, 0)  # and their hash
 
     def remember(self) -> None:
         """Keep a copy of the present state, as the state before the first update.
@@ -91,6 +96,7 @@ class TrainingStates:
             "optimizer_class": f"{type(plain).__module__}.{type(plain).__qualname__}",
             "parameters": _names_of_groups(module, plain),
             "evaluating": [n for n, m in module.named_modules() if not m.training],
+            "frozen": [n for n, p in module.named_parameters() if not p.requires_grad],
             "settings": settings,
             "random": random_states or self._random_states(),
         }
@@ -105,6 +111,25 @@ class TrainingStates:
         groups = [] if optimizer is None else optimizer.param_groups
         return tuple(float(group.get("lr", 0.0)) for group in groups)
 
+    def conditions(self) -> int:
+        """Return a hash of what an update depends on beside weights and rates.
+
+        That is: which parameters are trained, the optimizer's options except its
+        learning rates, and which modules are in evaluation mode.
+        """
+        module, optimizer = self._module(), self._optimizer()
+        if module is None or optimizer is None:
+            return 0
+        present = (
+            [p.requires_grad for p in module.parameters()],
+            [m.training for m in module.modules()],
+            [_options(group) for group in optimizer.param_groups],
+        )
+        if present != self._conditions[0]:
+            digest = hashlib.sha256(repr(present).encode()).digest()
+            self._conditions = present, int.from_bytes(digest[:8], "big") >> 1
+        return self._conditions[1]
+
     def _first_state(self, module: nn.Module) -> dict[str, Any]:
         """Return what was remembered, unless other weights were loaded since."""
         first, self._remembered = self._remembered, None
@@ -118,6 +143,13 @@ class TrainingStates:
             "Load weights before make_monitored, or leave checkpoints out.",
         )
         return self.state(0)
+
+
+def _options(group: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the options of a parameter group, without those that are followed."""
+    options = [(name, v) for name, v in group.items() if name not in _FOLLOWED]
+    plain = [(name, repr(v) if torch.is_tensor(v) else v) for name, v in options]
+    return [*plain, ("params", len(group["params"]))]
 
 
 def _writes(module: nn.Module) -> list[int]:

@@ -76,6 +76,9 @@ class ParticipationRecord:
             known. Any example may be among them.
         learning_rates: float64 ``(T, G)``: learning rate of each parameter group in
             each update; None: not recorded.
+        conditions: int64 ``(T,)``: a hash of what else each update depends on: which
+            parameters are trained, the optimizer's options except its learning rates,
+            and which modules are in evaluation mode; None: not recorded.
         weights: Hash of the weights after the last update (``models.weights_name``);
             empty if not known.
         policy: The deletion policy as JSON, made before training; empty: none.
@@ -99,6 +102,7 @@ class ParticipationRecord:
     sample_rates: NDArray[np.float64]
     num_unattributed: NDArray[np.int64]
     learning_rates: NDArray[np.float64] | None = None
+    conditions: NDArray[np.int64] | None = None
     weights: str = ""
     policy: str = ""
     began: str = ""
@@ -150,6 +154,14 @@ class ParticipationRecord:
             f"must have one row for each of the {self.num_steps} updates",
             _REMEDY,
         )
+        conditions = self.conditions
+        expect(
+            conditions is None or conditions.shape == (self.num_steps,),
+            "conditions",
+            None if conditions is None else f"an array of shape {conditions.shape}",
+            f"must have one entry for each of the {self.num_steps} updates",
+            _REMEDY,
+        )
 
     def _check_ranges(self) -> None:
         """Refuse updates and examples that the run does not have."""
@@ -191,6 +203,21 @@ class ParticipationRecord:
         np.minimum.at(first, self.indices, self.steps)
         unknown = np.flatnonzero(self.num_unattributed)
         return np.minimum(first, unknown[0] + 1) if unknown.size else first
+
+    def first_change(self, start: int) -> int | None:
+        """Return the first update after a state that was made under other conditions.
+
+        Args:
+            start: Number of updates after which the state was saved.
+
+        Returns:
+            The update, counted from 1; None if there is none, or nothing is known.
+        """
+        if self.conditions is None:
+            return None
+        since = self.conditions[max(0, start - 1) :]
+        changed = np.flatnonzero(since != since[:1])
+        return int(changed[0]) + max(1, start) if changed.size else None
 
     def batch(self, step: int) -> NDArray[np.int32]:
         """Return the attributed examples of one update, in the order of their samples.

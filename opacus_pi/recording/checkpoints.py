@@ -71,6 +71,9 @@ class Training(Protocol):
     def learning_rates(self) -> tuple[float, ...]:
         """Return the learning rate of each parameter group."""
 
+    def conditions(self) -> int:
+        """Return a hash of what else an update depends on, in [0, 2^63)."""
+
 
 class Checkpoints:
     """The saved states of a training run, with the rule that says when one is saved.
@@ -326,7 +329,7 @@ class Checkpoints:
         if self._log is None or self._training is None:
             return
         rates = self._training.learning_rates()
-        self._log.count_step(settings, rates)
+        self._log.count_step(settings, rates, self._training.conditions())
         step = self._log.num_steps
         every = self.every
         if step in every if isinstance(every, tuple) else step % every == 0:

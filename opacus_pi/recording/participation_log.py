@@ -5,7 +5,7 @@ block wait in memory, and each block is a file of its own that is never written 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ _PREFIX = "participations-"
 _SAMPLES = {"steps": "<i4", "indices": "<i4", "norms": "<f4"}
 _SETTINGS = ("noise_std", "max_grad_norm", "sample_rates")
 _UPDATES = {**dict.fromkeys(_SETTINGS, "<f8"), "num_unattributed": "<i8"}
-_RATES = "learning_rates"
+_RATES, _CONDITIONS = "learning_rates", "conditions"
 _TEXTS = ("sampling", "data_set", "run", "weights", "policy", "began")
 _NUMBERS = ("num_examples", "sample_rate", "kept", "first", "num_steps")
 _LAYOUT = Layout(
-    {**_SAMPLES, **_UPDATES}, (*_TEXTS, *_NUMBERS), more_arrays={_RATES: "<f8"}
+    {**_SAMPLES, **_UPDATES},
+    (*_TEXTS, *_NUMBERS),
+    more_arrays={_RATES: "<f8", _CONDITIONS: "<i8"},
 )
 _RESTORE = "Restore the directory from a copy, or use one directory for each run."
 
@@ -47,6 +49,7 @@ class ParticipationLog:
         self._samples: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
         self._updates: list[UpdateSettings] = []
         self._rates: list[tuple[float, ...]] = []
+        self._conditions: list[int] = []
         self._num_unattributed: dict[int, int] = {}
 
     def add(
@@ -79,16 +82,20 @@ class ParticipationLog:
         self._num_unattributed[step] = self._num_unattributed.get(step, 0) + count
         self._is_new = True
 
-    def count_step(self, settings: UpdateSettings, rates: tuple[float, ...]) -> None:
+    def count_step(
+        self, settings: UpdateSettings, rates: tuple[float, ...], conditions: int = 0
+    ) -> None:
         """Count one update.
 
         Args:
             settings: What it was run with.
             rates: Learning rate of each parameter group.
+            conditions: A hash of what else it depends on; 0: not known.
         """
         self.num_steps += 1
         self._updates.append(settings)
         self._rates.append(rates)
+        self._conditions.append(conditions)
         self._is_new = True
 
     def write(self, kept: tuple[int, ...], weights: str = "") -> None:
@@ -105,7 +112,8 @@ class ParticipationLog:
         path = self.directory / f"{_PREFIX}{self._num_blocks:08d}.safetensors"
         write_arrays(path, PARTICIPATIONS, arrays, texts)
         self._num_written, self._is_new = self.num_steps, False
-        self._samples, self._updates, self._rates = [], [], []
+        self._samples, self._updates = [], []
+        self._rates, self._conditions = [], []
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays of the next block."""
@@ -123,6 +131,7 @@ class ParticipationLog:
                 arrays["num_unattributed"][step - 1] = count
         if len({len(rates) for rates in self._rates}) == 1 and self._rates[0]:
             arrays[_RATES] = np.array(self._rates, dtype=np.float64)
+        arrays[_CONDITIONS] = np.array(self._conditions, dtype=np.int64)
         return arrays
 
     def _texts(self, kept: tuple[int, ...], weights: str) -> dict[str, str]:
@@ -217,22 +226,40 @@ def record_in(directory: Path) -> ParticipationRecord:
         for name in (*_SAMPLES, *_SETTINGS)
     }
     arrays["num_unattributed"] = blocks[-1][0]["num_unattributed"]
-    rates = [block[_RATES] for block, _ in blocks if _RATES in block]
-    has_all = (
-        sum(map(len, rates)) == ends[-1]
-        and {rate.ndim for rate in rates} == {2}
-        and len({rate.shape[1] for rate in rates}) == 1
-    )
     facts = blocks[-1][1]
     texts: dict[str, Any] = {name: facts[name] for name in _TEXTS}
     return ParticipationRecord(
         num_examples=_whole(facts, "num_examples", directory),
         sample_rate=_parsed(facts, "sample_rate", float, directory),
-        learning_rates=np.concatenate(rates) if has_all else None,
+        learning_rates=_joined(blocks, _RATES, ends[-1], ndim=2),
+        conditions=_joined(blocks, _CONDITIONS, ends[-1], ndim=1),
         kept=tuple(_parsed(facts, "kept", list, directory)),
         **texts,
         **arrays,
     )
+
+
+def _joined(
+    blocks: Sequence[tuple[Mapping[str, NDArray[Any]], Any]],
+    name: str,
+    num_steps: int,
+    *,
+    ndim: int,
+) -> NDArray[Any] | None:
+    """Return an array that blocks may lack; None if a block lacks it.
+
+    Args:
+        blocks: The arrays of each block, and its strings.
+        name: The array's name.
+        num_steps: How many updates all blocks have.
+        ndim: Its number of dimensions; all but the first must have the same size.
+    """
+    parts = [arrays[name] for arrays, _ in blocks if name in arrays]
+    alike = {part.ndim for part in parts} == {ndim}
+    alike = alike and len({part.shape[1:] for part in parts}) == 1
+    if not alike or sum(map(len, parts)) != num_steps:
+        return None
+    return np.concatenate(parts)
 
 
 def _parsed(facts: Mapping[str, str], name: str, kind: type, directory: Path) -> Any:

@@ -503,7 +503,8 @@ class RecordedTraining:
             policy: The deletion policy; None: an exact rewind.
 
         Raises:
-            ValueError: As ``start``, or if the policy is not that of the run.
+            ValueError: As ``start``, or if the policy is not that of the run, or the
+                updates that must be made again were made under changing conditions.
         """
         record, gone = self.record, np.union1d(forgotten_before, forget)
         worst = None
@@ -511,6 +512,7 @@ class RecordedTraining:
             self._require_policy(policy)
             worst = self._worst_case(forget, forgotten_before, policy)
         start = record.num_steps if worst is not None else self.start(gone, policy)
+        _require_same_conditions(record, start)
         left = record.num_steps - start
         expected = left * record.sample_rate * (record.num_examples - len(gone))
         if record.sampling != "poisson":
@@ -601,6 +603,27 @@ class RecordedTraining:
             reverse_divergences=curve,
             statements=[pair],
         )
+
+
+def _require_same_conditions(record: ParticipationRecord, start: int) -> None:
+    """Refuse to repeat updates that were not all made under the same conditions.
+
+    Args:
+        record: The run's participations and settings.
+        start: Number of updates after which the state to go back to was saved.
+    """
+    changed = record.first_change(start)
+    expect(
+        changed is None,
+        "checkpoints",
+        f"a run whose loop changed something before update {changed}",
+        f"must be of a run whose updates after update {start} train the same "
+        "parameters, with the same options of the optimizer except learning rates, and "
+        "with the same modules in evaluation mode",
+        "A rewind does not follow such changes. Retrain from the start without these "
+        "examples; to be able to rewind, freeze or thaw layers and change options of "
+        "the optimizer in a run of its own, which begins with a new make_private.",
+    )
 
 
 def _links(custody: Custody | None, *, charges: bool) -> Iterator[Assumption]:

@@ -1,5 +1,6 @@
 """Rewinds by ``Unlearner``: where to, what for, and what is refused."""
 
+import dataclasses
 import math
 import shutil
 
@@ -361,3 +362,62 @@ def test_forgetting_everything_is_refused(private):
     refused(private, "must leave at least one", forget=range(SIZE))
     with pytest.raises(ValueError, match="must leave at least one"):
         private.unlearner().plan_rewind(range(SIZE), checkpoints=private.states)
+
+
+class ChangedInBetween(Saved):
+    """A training whose loop changes something after its first epoch."""
+
+    def __init__(self, folder, change, **options):
+        self.change = change
+        super().__init__(folder, **options)
+
+    def train(self, epochs=3):
+        super().train(1)
+        self.num_before = self.states.record.num_steps
+        self.change(self)
+        super().train(epochs - 1)
+
+
+def freeze(run):
+    run.optimizer.zero_grad()
+    run.net[0].requires_grad_(False)
+
+
+def less_momentum(run):
+    run.plain.param_groups[0]["momentum"] = 0.1
+
+
+def without_dropout(run):
+    run.net[2].eval()
+
+
+@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("change", [freeze, less_momentum, without_dropout])
+def test_a_change_between_updates_is_not_repeated(tmp_path, change, private):
+    options = {"private": private, "dropout": True, "poisson": False}
+    run = ChangedInBetween(tmp_path, change, **options)
+    first = run.states.record.first_updates()
+    early = int(first.argmin())
+    before = run.num_before + 1
+    with pytest.raises(ValueError, match=f"changed something before update {before}"):
+        run.unlearner().rewind(run.data, [early], checkpoints=run.states)
+    assert run.states.record.first_change(run.num_before) == before
+    assert run.states.record.first_change(before) is None
+
+
+def test_layers_that_are_frozen_stay_frozen_in_a_rewind(tmp_path):
+    run = Saved(tmp_path, train=False)
+    run.net[0].requires_grad_(False)
+    run.train()
+    frozen = run.net[0].weight.clone()
+    example, _ = run.late()
+    unlearner = run.unlearner()
+    result = unlearner.rewind(run.data, [example], checkpoints=run.states)
+    assert torch.equal(result.model[0].weight, frozen)
+    assert not torch.equal(result.model[-1].weight, run.net[-1].weight)
+
+
+def test_states_of_an_earlier_release_say_nothing_of_changes(tmp_path):
+    run = Saved(tmp_path)
+    record = dataclasses.replace(run.states.record, conditions=None)
+    assert record.first_change(0) is None
