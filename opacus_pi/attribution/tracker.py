@@ -144,6 +144,8 @@ class Tracker:
         saw_backward: Called during each backward pass, with whether it is the second
             one of ghost clipping (``is_second``).
         forgot_passes: Called when gradients were cleared that no update had used.
+        is_between_backwards: Whether a loss of ghost clipping runs its two backward
+            passes; between them it clears the gradients itself.
         keeps_outputs: Whether the addresses of outputs are noted, for ``is_output``.
         causes: How many samples were uncertain, by the name of the cause. A sample may
             have several causes. ``explanation`` has the sentences.
@@ -156,6 +158,7 @@ class Tracker:
         self.batch_dim = 0 if batch_first else 1
         self.counts = dict.fromkeys(EVIDENCE, 0)
         self.keeps_batches = self.keeps_outputs = self.indexes_plainly = False
+        self.is_between_backwards = False
         self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
         self.saw_backward: list[Callable[..., None]] = []
         self.forgot_passes: list[Callable[[], None]] = []

@@ -8,6 +8,9 @@ is added to it.
 Torch refuses to overwrite the output of a layer with backward hooks. The note on this
 error names ``opacus_pi.compatible.make_compatible`` as the remedy.
 
+A forward pass without a backward pass leaves Opacus waiting, and later steps fail with
+errors about missing gradients or shared parameters. The note says so.
+
 >>> model = nn.ModuleDict({"words": nn.Linear(2, 1), "position": nn.Linear(2, 1)})
 >>> parameters = dict(model.named_parameters())
 >>> counts = {p: 1 if n.startswith("position") else 4 for n, p in parameters.items()}
@@ -30,6 +33,7 @@ from opacus_pi.integration.opacus_compat import (
     keep_handle,
     module_of,
     norms_of_parameters,
+    unfinished_calls,
 )
 from opacus_pi.models.copies import unwrap
 
@@ -59,6 +63,15 @@ _FROZEN_SINCE = (
     "still adds their gradient norms, which are those of an earlier batch. Call "
     'make_private after freezing layers, or use grad_sample_mode="hooks".'
 )
+_UNFINISHED = (
+    "Layers of the model were called, and no backward pass followed: for example a "
+    "forward pass whose loss was not used, or one that failed half-way (out of memory) "
+    "and was repeated. Opacus then waits for this backward pass, in later batches too. "
+    "Make forward passes without a backward pass under torch.no_grad() or in "
+    "evaluation mode. After a failed forward pass, go on from a checkpoint with a new "
+    "make_private."
+)
+_TYING = "Parameter tying"  # of Opacus's error for parameters that are called twice
 _EXPANDED_INDICES = (
     "Ghost clipping cannot use indices that are one row shared by all examples, such "
     "as the token types that a model makes by itself. Put them into each example "
@@ -83,6 +96,17 @@ def explain_numbers_of_gradients(
         listed = ", ".join(f"{name!r} ({count})" for name, count in unusual.items())
         size = _usual_number(counts)
         add_note(error, _UNUSUAL_NUMBERS.format(size=size, unusual=listed))
+
+
+def explain_unfinished(error: Exception, parameters: Iterable[nn.Parameter]) -> None:
+    """Add to an error that layers were called without a backward pass, if they were.
+
+    Args:
+        error: Opacus's, changed in place: some parameters lack their gradients.
+        parameters: Those that are trained.
+    """
+    if any(map(unfinished_calls, parameters)):
+        add_note(error, _UNFINISHED)
 
 
 def unusual_numbers(
@@ -163,8 +187,17 @@ def _explain_backward(error: RuntimeError, model: nn.Module) -> None:
         explain_numbers_of_gradients(error, model, counts)
 
 
-def explain_in_place(hooks: AbstractGradSampleHooks) -> None:
-    """Add a note to torch's error when a model overwrites the output of a hooked layer.
+def _has_shared_parameters(model: nn.Module) -> bool:
+    """Return whether several layers of a model have the same parameter."""
+    named = model.named_parameters(remove_duplicate=False)
+    return len(list(named)) > len(list(model.parameters()))
+
+
+def explain_forward_errors(hooks: AbstractGradSampleHooks) -> None:
+    """Add notes to errors that hooks cause in a forward pass of the model.
+
+    Torch raises one when a model overwrites the output of a hooked layer, and Opacus
+    when ghost clipping meets a layer that is called twice before its backward pass.
 
     Args:
         hooks: What ``make_private`` returned for the model: a wrapper, or its hooks.
@@ -177,13 +210,16 @@ def explain_in_place(hooks: AbstractGradSampleHooks) -> None:
 
 
 def _explain_forward(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-    """Add the note; a forward hook with ``always_call``.
+    """Add a note; a forward hook with ``always_call``.
 
     Torch calls such a hook also while an error of the forward pass is being raised.
     """
     error = sys.exc_info()[1]
     if isinstance(error, RuntimeError) and BACKWARD_HOOK_FUNCTION in str(error):
         add_note(error, _IN_PLACE)
+    elif isinstance(error, NotImplementedError) and _TYING in str(error):
+        if not _has_shared_parameters(module):
+            explain_unfinished(error, module.parameters())
 
 
 def listed(names: Iterable[str]) -> str:

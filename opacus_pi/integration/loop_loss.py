@@ -120,6 +120,14 @@ _OTHER_DIRECTION = (
     "In an update, the gradients of the model's outputs were not those of the audited "
     "criterion, although their norms were. " + _CONSEQUENCE
 )
+_BY_PASS = (
+    "An update had several backward passes. Within each of them, all gradients were "
+    "the same multiple of those of the audited criterion, but the multiples are "
+    "{low:.3g} to {high:.3g}. This happens if a batch is split into unequal parts, and "
+    "the loss of each part is weighted by its size: Opacus multiplies gradients by the "
+    "number of examples of their own pass. So the examples of small parts count less. "
+    "Call backward() on criterion(model(x), y) of each part, without a weight."
+)
 _OTHER = (
     "In an update, the norms by which gradients were clipped were {low:.3g} to "
     "{high:.3g} times those of the audited criterion. " + _CONSEQUENCE
@@ -556,7 +564,18 @@ class LoopLoss:
             return _LEFT_OUT.format(count=count, size=len(norms), remedy=_REMEDY)
         ratios = norms / expected.clamp(min=1e-300)
         low, high = float(ratios.min()), float(ratios.max())
+        if self._is_scaled_by_pass(pairs):
+            return _BY_PASS.format(low=low, high=high)
         return _OTHER.format(low=low, high=high, remedy=_REMEDY)
+
+    def _is_scaled_by_pass(self, pairs: Sequence[tuple[_Measured, _Measured]]) -> bool:
+        """Return whether norms of each pass are one multiple of those expected."""
+        for made, wanted in pairs:
+            ratio = float(made.norms.norm() / wanted.norms.norm().clamp(min=1e-300))
+            gap = largest_gap(made.norms / max(ratio, 1e-300), wanted.norms)
+            if not ratio or gap > self._tolerance([made.forward]):
+                return False
+        return len(pairs) > 1
 
     def _has_moved_targets(self, made: _Measured) -> bool:
         """Return whether the targets were those of the batch in its delivered order."""

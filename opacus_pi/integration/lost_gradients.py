@@ -34,6 +34,7 @@ from opacus_pi.custody import Chain
 from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.gradients.clipping.completeness import autocast_rounding
 from opacus_pi.integration.explanations import listed
+from opacus_pi.integration.opacus_compat import unfinished_calls
 
 __all__ = ["LostGradients"]
 
@@ -130,7 +131,7 @@ class LostGradients:
     def _compare(self, before: list[_Before]) -> None:
         """Compare what a backward pass has added."""
         with torch.no_grad():
-            compared = [one for one in before if one.newest is None or _has_list(one)]
+            compared = [one for one in before if _is_comparable(one)]
             found = [self._difference(one) for one in compared]
         if not found:
             return
@@ -176,6 +177,14 @@ def _newest(parameter: nn.Parameter) -> Any:
     return held[-1] if type(held) is list else held
 
 
-def _has_list(before: _Before) -> bool:
-    """Return whether the gradients of several passes are kept apart."""
-    return type(getattr(before.parameter, "grad_sample", None)) is list
+def _is_comparable(before: _Before) -> bool:
+    """Return whether the per-example gradients of the pass are known by themselves.
+
+    Those of several passes must be kept apart, and Opacus keeps none before all calls
+    of a layer have had their backward pass.
+    """
+    parameter = before.parameter
+    if unfinished_calls(parameter):
+        return False
+    is_list = type(getattr(parameter, "grad_sample", None)) is list
+    return before.newest is None or is_list

@@ -77,6 +77,7 @@ __all__ = [
     "require_unprocessed",
     "restore_memory_manager",
     "set_removable_handles",
+    "unfinished_calls",
     "uses_opacus_gradients",
 ]
 
@@ -300,6 +301,15 @@ def norms_of_parameters(parameters: Iterable[nn.Parameter]) -> list[Tensor | Non
         no backward pass has reached it.
     """
     return [getattr(parameter, "_norm_sample", None) for parameter in parameters]
+
+
+def unfinished_calls(parameter: nn.Parameter) -> int:
+    """Return how many calls of its layers await their backward pass, as Opacus counts.
+
+    Opacus (1.6.0) notes it in ``_forward_counter``, and gives a parameter its
+    per-example gradients when none is left.
+    """
+    return getattr(parameter, "_forward_counter", 0)
 
 
 # --------------------------------------------------------------------------- optimizers

@@ -37,7 +37,10 @@ from opacus_pi.custody.checked_updates import is_looked_at
 from opacus_pi.integration.accountants import noise_std_of
 from opacus_pi.integration.derived import own_scaling, shadowed_method
 from opacus_pi.integration.drawn_noise import missing_noise
-from opacus_pi.integration.explanations import explain_numbers_of_gradients
+from opacus_pi.integration.explanations import (
+    explain_numbers_of_gradients,
+    explain_unfinished,
+)
 from opacus_pi.integration.fast import FastHooks
 from opacus_pi.integration.grad_sample import joint_norms, row_norms
 from opacus_pi.integration.held_weights import (
@@ -65,6 +68,13 @@ _TWO_BACKWARD_PASSES = (
     "There were two backward passes before one optimizer.step(), but ghost clipping "
     "keeps only the last batch. Call optimizer.step() after each backward pass, or use "
     'grad_sample_mode="hooks".'
+)
+_NOT_CLIPPED = (
+    "backward() was called on a loss that was not computed by the criterion which "
+    "make_private returned, for example by the criterion that was passed to it. Ghost "
+    "clipping clips in the backward() of that criterion's losses only. So the update "
+    "had gradients that were not clipped, and neither get_epsilon nor the ledger "
+    "covers it. Compute the loss with the returned criterion."
 )
 _OTHER_PARAMETERS = (
     "The update changed other parameters than those whose gradient norms ghost "
@@ -282,11 +292,14 @@ class _FromGradSamples(_ReportingOptimizer):
 
         Listing them takes time, and copies them where there were several passes.
         """
-        if self._pi_clips_first:
-            self._pi_listed = super().grad_samples
-            self._pi_iterations = 0 if self._pi_reads_norms_only else None
         try:
+            if self._pi_clips_first:
+                self._pi_listed = super().grad_samples
+                self._pi_iterations = 0 if self._pi_reads_norms_only else None
             goes_on: bool | None = super().pre_step(*args, **options)
+        except ValueError as error:
+            explain_unfinished(error, self.params)
+            raise
         finally:
             self._pi_listed = self._pi_iterations = None
         return goes_on
@@ -422,7 +435,10 @@ class _FromGhostClipping(_ReportingOptimizer):
         self._pi_follow_weights()
         by_parameter = self._pi_require_same_parameters()
         self._pi_update.was_clipped(float(self._pi_update.hooks.max_grad_norm))
-        self._pi_written.require_unchanged()
+        if self._pi_update.tracker.awaits_second_backward():
+            self._pi_update.chain.break_link("norm", _NOT_CLIPPED)
+        else:
+            self._pi_written.require_unchanged()
         self._pi_written.require_unchanged_sums()
         super().accumulate()
         self._pi_written.note_sums()
@@ -488,9 +504,11 @@ class _FromGhostClipping(_ReportingOptimizer):
         then complete belongs to an earlier batch, whose norms the model no longer has.
         """
         tracker = self._pi_update.tracker
+        is_between = tracker.is_between_backwards
         # Passes that wait for their second backward pass are not discarded.
-        if tracker.discard(clipped_only=True) and tracker.awaits_second_backward():
-            self._pi_update.chain.break_link("norm", _TWO_BACKWARD_PASSES)
+        if tracker.discard(clipped_only=is_between) and is_between:
+            if tracker.awaits_second_backward():
+                self._pi_update.chain.break_link("norm", _TWO_BACKWARD_PASSES)
         super().zero_grad(*args, **options)
 
     def add_noise(self) -> None:

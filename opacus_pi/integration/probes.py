@@ -14,6 +14,7 @@ are not seen, and its samples are unattributed.
 import functools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 from opacus.grad_sample import (
@@ -28,7 +29,7 @@ from opacus.utils.fast_gradient_clipping_utils import (
     DPLossFastGradientClipping,
     DPTensorFastGradientClipping,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -200,14 +201,15 @@ def probe_losses(
     )
     criterion._pi_repeated = RepeatedLoss(criterion.criterion, chain)
     criterion._pi_target_order = TargetOrder(tracker, chain)
-    criterion._pi_paths = PathsToWeights(criterion.module, chain)
     passes: TwoPasses | None = None
     is_sharded = isinstance(module_of(criterion.module), FSDPModule)
     if plain_class(criterion) is DPLossFastGradientClipping and not is_sharded:
         passes = TwoPasses(
             criterion.module, chain, is_mean=criterion.loss_reduction == "mean"
         )
-    criterion._pi_passes = passes
+    criterion._pi_checks = _BackwardChecks(
+        PathsToWeights(criterion.module, chain), passes, tracker
+    )
     criterion._pi_loss_factors = LossFactors(
         chain,
         is_mean=criterion.loss_reduction == "mean",
@@ -223,35 +225,66 @@ def _reporting_calls(base: type) -> type:
         _pi_loss_probe: LossProbe
         _pi_repeated: RepeatedLoss
         _pi_target_order: TargetOrder
-        _pi_paths: PathsToWeights
-        _pi_passes: TwoPasses | None
+        _pi_checks: _BackwardChecks
         _pi_loss_factors: LossFactors
 
         def __call__(self, *args: Any, **options: Any) -> Any:
             loss = super().__call__(*args, **options)
+            is_trained = loss.loss_per_sample.requires_grad
+            if not (is_trained and module_of(self.module).training):
+                return loss  # of a validation, for example
             if len(args) == 2:
                 self._pi_loss_probe.saw(*args)
                 self._pi_repeated.saw(*args)
             targets = args[1] if len(args) > 1 else options.get("target")
             self._pi_target_order.saw(targets)
             self._pi_loss_factors.watch(loss.loss_per_sample, *args[:1])
-            return _with_checks(loss, self._pi_paths, self._pi_passes)
+            return _with_checks(loss, self._pi_checks)
 
     return Criterion
 
 
-def _with_checks(
-    loss: DPTensorFastGradientClipping, paths: PathsToWeights, passes: TwoPasses | None
-) -> Any:
+@dataclass
+class _BackwardChecks:
+    """What looks at the backward passes of the losses of ghost clipping.
+
+    Args:
+        paths: Checks the first pass.
+        passes: Compares both; None: nothing does.
+        tracker: Is told when both begin and end.
+    """
+
+    paths: PathsToWeights
+    passes: TwoPasses | None
+    tracker: Tracker
+
+    def run(self, losses: Tensor, backward: Callable[[], None]) -> None:
+        """Run both backward passes, and look at them.
+
+        Args:
+            losses: The losses of the examples, ``(b,)``.
+            backward: Runs them.
+        """
+        self.paths.backward_begins(losses)
+        if self.passes is not None:
+            self.passes.begins(losses)
+        self.tracker.is_between_backwards = True
+        try:
+            backward()
+        finally:
+            self.tracker.is_between_backwards = False
+        if self.passes is not None:
+            self.passes.ended()
+
+
+def _with_checks(loss: DPTensorFastGradientClipping, checks: _BackwardChecks) -> Any:
     """Have the backward passes of a loss reported.
 
     Args:
         loss: What a criterion of ghost clipping returned; its class is replaced.
-        paths: Checks the first pass.
-        passes: Compares both; None: nothing does.
+        checks: Look at the passes.
     """
-    made = swap_class(loss, _reporting_backward)
-    made._pi_paths, made._pi_passes = paths, passes
+    swap_class(loss, _reporting_backward)._pi_checks = checks
     return loss
 
 
@@ -259,17 +292,10 @@ def _reporting_backward(base: type) -> type:
     """Make a loss that reports its backward pass, and so do losses made of it."""
 
     class Loss(base):
-        _pi_paths: PathsToWeights
-        _pi_passes: TwoPasses | None
+        _pi_checks: _BackwardChecks
 
         def backward(self) -> None:
-            self._pi_paths.backward_begins(self.loss_per_sample)
-            if self._pi_passes is None:
-                super().backward()
-                return
-            self._pi_passes.begins(self.loss_per_sample)
-            super().backward()
-            self._pi_passes.ended()
+            self._pi_checks.run(self.loss_per_sample, super().backward)
 
     for name in _ARITHMETIC & vars(DPTensorFastGradientClipping).keys():
         setattr(Loss, name, _keeping_paths(getattr(base, name)))
@@ -282,6 +308,6 @@ def _keeping_paths(operation: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(operation)
     def operate(loss: Any, *others: Any) -> Any:
         made = operation(loss, *others)
-        return _with_checks(made, loss._pi_paths, loss._pi_passes)
+        return _with_checks(made, loss._pi_checks)
 
     return operate

@@ -33,7 +33,7 @@ from opacus_pi.integration.checks import (
     clipping_without_effect,
 )
 from opacus_pi.integration.derived import Preparation
-from opacus_pi.integration.explanations import explain_in_place
+from opacus_pi.integration.explanations import explain_forward_errors
 from opacus_pi.integration.fast import FastHooks, clip_from_cache
 from opacus_pi.integration.filtering import FilterGate
 from opacus_pi.integration.lost_gradients import LostGradients
@@ -218,7 +218,7 @@ class PreparedRun:
         """
         probes = self.model_probe, self.loss_probe, self.paths, self.lost
         probe_model(self.hooks, self.tracker, *probes)
-        explain_in_place(self.hooks)
+        explain_forward_errors(self.hooks)
         is_own_collate = not keeps_order(user_collate_fn(self.loader))
         observe(self.loader, self.tracker, follow_items=is_own_collate)
         if isinstance(self.hooks, FastHooks):
