@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common.report import markdown
-from benchmarks.reproduce.judging.order import FEWEST_SETS, LEAST_GAP
+from benchmarks.reproduce.judging.order import FEWEST_SETS
+from benchmarks.reproduce.judging.runs import LEAST_GAP
 from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict
 
 STRATA = ("first", "q1", "q2", "q3", "last")

@@ -86,6 +86,12 @@ def gap_paths(
     return np.array([list(map(path, row, of_oracles)) for row in rows])
 
 
+def deviations(of_oracles: list[dict[str, list[float]]], metric: str) -> np.ndarray:
+    """Return the metric of each oracle minus the mean oracle's, ``(oracles, sets)``."""
+    found = np.array([one[metric] for one in of_oracles], dtype=np.float64).T
+    return found - found.mean(0)
+
+
 def panel_of(
     workspace: Workspace, experiment: Experiment, method: str, sets: Sets
 ) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def panel_of(
 def panel_of_rows(
     rows: list[list[dict[str, Any]]], of_oracles: list[dict[str, list[float]]]
 ) -> dict[str, Any]:
-    """Return first crossings, paths of the gaps, and lost test accuracy.
+    """Return first crossings, paths of the gaps, oracles, and lost test accuracy.
 
     Args:
         rows: Results of the runs, ``[seed][set]``.
@@ -109,10 +115,12 @@ def panel_of_rows(
     """
     times = {m: times_of(rows, of_oracles, metric) for m, metric in METRICS.items()}
     paths = {m: gap_paths(rows, of_oracles, metric) for m, metric in METRICS.items()}
+    each = {m: deviations(of_oracles, metric) for m, metric in METRICS.items()}
     lost = -gap_paths(rows, of_oracles, UTILITY)[:, :, -1]
     return {
         "times": {name: to_json(one) for name, one in times.items()},
         "gaps": {name: np.round(one, 5).tolist() for name, one in paths.items()},
+        "oracles": {name: np.round(one, 5).tolist() for name, one in each.items()},
         "lost": np.round(lost, 5).tolist(),
     }
 

@@ -11,7 +11,7 @@ from benchmarks.reproduce.figures import FIGURES
 from benchmarks.reproduce.figures.difficulty_scores import HARDEST_BY
 from benchmarks.reproduce.figures.typicality import NEIGHBOURS, disagreement
 from benchmarks.reproduce.forget_sets import LOSS, apart, hardest_sets, sets_of
-from benchmarks.reproduce.judging.simulated import runs
+from benchmarks.reproduce.judging.simulated_runs import PLAIN, draw_runs
 from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
     NOT_BORNE_OUT,
@@ -80,6 +80,7 @@ def panel(drawn, **more):
         "mean_losses": drawn.difficulty.tolist(),
         "gaps": {"UA": gaps, "MIA": gaps},
         "times": {"UA": times, "MIA": times},
+        "oracles": {"UA": drawn.oracles.tolist(), "MIA": drawn.oracles.tolist()},
         "lost": drawn.lost.tolist(),
         "max_time": drawn.gaps.shape[2] - 1,
         **more,
@@ -87,10 +88,10 @@ def panel(drawn, **more):
 
 
 def drawn(**options):
-    return runs(np.random.default_rng(0), **options)
+    return draw_runs(np.random.default_rng(0), PLAIN.but(**options))
 
 
-RISING, NEITHER, FALLING = ({"slower": s} for s in (2.5, 0.0, -2.5))
+RISING, FALLING = ({"slower": s, "farther": s / 5, "speed": 0.08} for s in (2.0, -2.0))
 IDLE = {"farther": 0.5, "speed": 0.0}
 
 
@@ -107,11 +108,17 @@ def test_every_panel_is_judged(name):
 
 def test_a_score_without_a_scale_needs_a_gap_beyond_its_oracles():
     one = drawn(**RISING)
-    score = {"gaps": one.gaps.tolist(), "spread": [0.01] * 20}
+    score = {
+        "gaps": (-one.gaps).tolist(),  # unlearning lowers it
+        "oracles": np.repeat(-one.oracles[:, None], 5, axis=1).tolist(),
+        "spread": [0.01] * 20,
+    }
     judge = FIGURES["fig1-middle"].judge
     assert judge(panel(one, gus=score)).verdict == BORNE_OUT
     found = judge(panel(one, gus=score | {"spread": [9.0] * 20}))
     assert found.verdict == NOT_TESTABLE and "GUS: not testable yet" in found.because
+    wrong = judge(panel(one, gus=score | {"gaps": one.gaps.tolist()}))
+    assert wrong.verdict == NOT_TESTABLE
     assert judge(panel(one)).verdict == BORNE_OUT  # without the score
 
 
@@ -119,29 +126,43 @@ def hardest(more):
     """What figure 3 is judged by: four sets of each score, some farther away."""
     scores = {
         name: panel(
-            drawn(sets=4, start=0.4 + more * (name == LOSS), slower=0), overlap=0.5
+            draw_runs(
+                np.random.default_rng(number),
+                PLAIN.but(
+                    sets=4,
+                    gaps=0.02,
+                    speeds=0.1,
+                    oracle_noise=(0.01, 0.01),
+                    start=0.5 + more * (name == LOSS) / 5,
+                    speed=0.15 * np.exp(-more * (name == LOSS)),
+                ),
+            ),
+            overlap=0.5,
         )
-        for name in HARDEST_BY
+        for number, name in enumerate(HARDEST_BY)
     }
     return {"sizes": {"200": scores}}
 
 
 def test_hardest_sets_of_two_scores_are_compared_by_sets():
     judge = FIGURES["fig3"].judge
-    assert judge(hardest(3.0)).verdict == BORNE_OUT
-    assert judge(hardest(-0.25)).verdict in (NOT_BORNE_OUT, NOT_TESTABLE)
+    assert judge(hardest(1.0)).verdict == BORNE_OUT
+    assert judge(hardest(-1.0)).verdict == NOT_BORNE_OUT
     same = judge(hardest(0.0))
     assert same.verdict == UNDECIDED and "50 % of the examples are the" in same.because
-    assert judge(hardest(-0.6)).verdict == NOT_TESTABLE
+    assert judge(hardest(-2.5)).verdict == NOT_TESTABLE
 
 
 def test_separation_by_size_is_judged_beside_the_order():
     judge = FIGURES["fig8"].judge
-    far, near = panel(drawn(farther=0.7)), panel(drawn(farther=0.25))
+    far = panel(drawn(farther=0.7, slower=2.5, speed=0.08))
+    near = panel(drawn(farther=0.1, slower=0.2, speed=0.08))
     found = judge({"panels": {"few": far, "many": near}})
-    assert found.parts["separation by UA"].verdict == BORNE_OUT
     back = judge({"panels": {"few": near, "many": far}})
-    assert back.parts["separation by UA"].verdict == NOT_BORNE_OUT
+    for claim in ("farther", "slower"):
+        name = f"separation by UA, {claim}"
+        assert found.parts[name].verdict == BORNE_OUT
+        assert back.parts[name].verdict == NOT_BORNE_OUT
 
 
 @pytest.mark.parametrize(
@@ -170,21 +191,22 @@ def test_no_set_is_harder_where_most_examples_are_always_clipped(panels, verdict
 def test_every_method_is_judged_and_the_table_says_what_it_cost():
     figure = FIGURES["methods"]
     result = {
-        "panels": {"good": panel(drawn(farther=0.7)), "idle": panel(drawn(**IDLE))},
+        "panels": {"good": panel(drawn(**RISING)), "idle": panel(drawn(**IDLE))},
         "settings": {"good": {"rate": 0.1}, "idle": {}},
         "informative": {"good": True, "idle": False},
     }
     found = figure.judge(result)
-    assert found.parts["good"].verdict == BORNE_OUT
-    assert found.parts["idle"].verdict == NOT_TESTABLE
+    for name in ("slower", "hardest slowest"):
+        assert found.parts[name].parts["good"].verdict == BORNE_OUT
+        assert found.parts[name].parts["idle"].verdict == NOT_TESTABLE
     lines = figure.table(result).splitlines()
-    assert lines[2].startswith("| good | 19 of 20 |") and "rate 0.1" in lines[-2]
+    assert lines[2].startswith("| good | 20 of 20 |") and "rate 0.1" in lines[-2]
     assert lines[-1] == "The search could not distinguish the settings for idle."
 
 
 def test_accuracies_must_end_alike_on_all_sets():
     judge = FIGURES["fig5"].judge
-    same = panel(drawn(farther=0.7), utility={"TA": [[0.9, 0.91] * 10] * 3})
+    same = panel(drawn(farther=0.5), utility={"TA": [[0.9, 0.91] * 10] * 3})
     found = judge(same)
     assert found.parts["TA alike"].verdict == BORNE_OUT
     assert found.parts["UA, approaches the oracle's"].verdict == BORNE_OUT

@@ -1,14 +1,11 @@
-"""Judges can fail: simulated sizes, and statistics against brute force."""
+"""Differences, means and budgets: statistics against brute force."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from benchmarks.common.set_ranges import set_apart, sets_along_range, windows
-from benchmarks.reproduce.judging import __main__ as table
 from benchmarks.reproduce.judging.budgets import gains, judge_gain, predicted_times
 from benchmarks.reproduce.judging.contrasts import (
     alike,
@@ -17,9 +14,7 @@ from benchmarks.reproduce.judging.contrasts import (
     shrinks,
 )
 from benchmarks.reproduce.judging.examples import above, correlation
-from benchmarks.reproduce.judging.order import Runs, arrivals, judge_order
-from benchmarks.reproduce.judging.ranks import rank_interval, rank_test
-from benchmarks.reproduce.judging.simulated import SCENARIOS, rates, runs
+from benchmarks.reproduce.judging.runs import Runs
 from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
     NOT_BORNE_OUT,
@@ -27,117 +22,7 @@ from benchmarks.reproduce.judging.verdicts import (
     UNDECIDED,
 )
 
-SIZE = 0.05
 RNG = np.random.default_rng
-
-
-@pytest.mark.parametrize("row", table.stored()["rows"], ids=lambda row: row["scenario"])
-def test_stored_sizes_are_at_most_five_percent(row):
-    found = row["rates"]
-    assert sum(found.values()) == pytest.approx(1)
-    if row["effect"]:
-        assert found[NOT_BORNE_OUT] <= SIZE
-    else:
-        assert found[BORNE_OUT] <= SIZE
-
-
-def test_the_stored_table_is_of_the_present_scenarios():
-    known = [(one.judge, one.name, one.effect) for one in SCENARIOS]
-    rows = table.stored()["rows"]
-    assert known == [(row["judge"], row["scenario"], row["effect"]) for row in rows]
-    shown = (table.OUT / "judges.md").read_text(encoding="utf-8")
-    assert shown == table.table(table.stored())
-
-
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda one: one.name)
-def test_judges_still_behave_as_the_table_says(scenario):
-    draws, rows = 8, table.stored()["rows"]
-    (row,) = (
-        one
-        for one in rows
-        if (one["judge"], one["scenario"]) == (scenario.judge, scenario.name)
-    )
-    for kind, share in rates(scenario, draws).items():
-        error = 4 * math.sqrt(max(share * (1 - share), 0.05) / draws)
-        assert share == pytest.approx(row["rates"][kind], abs=error)
-
-
-def test_five_strata_with_three_at_the_oracles_are_never_judged():
-    """Whatever the other two do, and however many seeds there are."""
-    rng = RNG(1)
-    for _ in range(20):
-        gaps = np.zeros((5, 5, 7))
-        gaps[:, 3:] = -rng.random((5, 2, 7))
-        found = judge_order(Runs(np.arange(5.0), gaps, np.zeros((5, 5))))
-        assert found.verdict == NOT_TESTABLE and "there are 5" in found.reason
-
-
-def test_seeds_of_the_same_sets_are_no_evidence():
-    """Fifty seeds that repeat one random order of the sets decide nothing."""
-    drawn = runs(RNG(3))
-    many = Runs(
-        drawn.difficulty, np.tile(drawn.gaps, (10, 1, 1)), np.tile(drawn.lost, (10, 1))
-    )
-    assert judge_order(many).reason == judge_order(drawn).reason
-
-
-def test_permutation_p_is_the_share_of_orders_by_brute_force():
-    rng = RNG(0)
-    x, y = rng.random(6), rng.integers(0, 3, 6)
-    rho = stats.spearmanr(x, y).statistic
-    others = [
-        stats.spearmanr(x, order).statistic for order in itertools.permutations(y)
-    ]
-    found = rank_test(x, y)
-    assert found.rho == pytest.approx(rho)
-    assert found.p_rising == pytest.approx(np.mean(np.array(others) >= rho - 1e-9))
-    assert found.p_falling == pytest.approx(np.mean(np.array(others) <= rho + 1e-9))
-
-
-@pytest.mark.parametrize("number", [5, 8, 20])
-def test_intervals_stay_within_one_and_have_a_width(number):
-    for rho in (-1.0, -0.5, 0.0, 0.99, 1.0):
-        low, high = rank_interval(rho, number)
-        assert -1 <= low <= rho <= high <= 1 and high - low > 1e-4
-
-
-def test_the_interval_covers_the_correlation_of_normal_variables():
-    rng, number = RNG(4), 12
-    for rho in (0.0, 0.8):
-        true = 6 / np.pi * np.arcsin(rho / 2)
-        first, noise = rng.normal(size=(2, 600, number))
-        second = rho * first + np.sqrt(1 - rho**2) * noise
-        inside = [
-            low <= true <= high
-            for a, b in zip(first, second, strict=True)
-            for low, high in [rank_interval(stats.spearmanr(a, b).statistic, number)]
-        ]
-        assert 0.92 < np.mean(inside) < 0.99
-
-
-def test_never_is_above_every_time():
-    assert rank_test([1, 2, 3, 4], [0, 1, 2, np.inf]).rho == pytest.approx(1)
-
-
-def test_farther_is_said_apart_from_slower():
-    farther = judge_order(runs(RNG(0), farther=0.6)).parts
-    slower = judge_order(runs(RNG(0), slower=2.0)).parts
-    texts = [
-        {name.split(",")[0]: float(one.reason.split()[1].strip(",")) for name, one in p}
-        for p in (list(farther.items())[:2], list(slower.items())[:2])
-    ]
-    assert texts[0]["farther"] > 0.8 > texts[0]["slower"]
-    assert texts[1]["slower"] > 0.8 > texts[1]["farther"]
-
-
-def test_arrival_counts_those_that_stay_at_kept_accuracy():
-    gaps = np.zeros((1, 4, 4))
-    gaps[0, :, 0] = -0.5
-    gaps[0, 1] = [-0.5, 0.0, 0.4, 0.4]  # came, and went beyond
-    gaps[0, 2] = -0.5  # never came
-    lost = np.array([[0.0, 0.0, 0.0, 0.3]])
-    found = arrivals(Runs(np.arange(4.0), gaps, lost), np.ones(4, dtype=bool))
-    assert found == {"first": 0.75, "there": 0.5, "kept": 0.25, "overshot": 0.25}
 
 
 def test_groups_are_permuted_as_by_brute_force():
@@ -205,7 +90,8 @@ def test_budgets_that_fit_leave_less_at_equal_cost():
     arrive = 1.0 + np.arange(10)
     epochs = np.arange(12)
     path = -(np.maximum(0, 1 - epochs / arrive[:, None]) ** 4)
-    drawn = Runs(losses, np.tile(path, (3, 1, 1)), np.zeros((3, 10)))
+    gaps, lost, oracles = np.tile(path, (3, 1, 1)), np.zeros((3, 10)), np.zeros((3, 10))
+    drawn = Runs(losses, gaps, lost, oracles)
     assert gains(drawn, np.tile(arrive, (3, 1))).mean() > 0
     assert judge_gain(drawn).verdict != NOT_TESTABLE
 

@@ -2,7 +2,7 @@
 
 Claim of figure 2: the five proxies of section 5.3 correlate highly with the privacy
 loss, the mean gradient norm best. Claim of figure 3: the hardest sets by privacy loss
-take longer to unlearn than those by three of the proxies, at several sizes.
+are farther and slower to unlearn than those by three of the proxies, at several sizes.
 
 Data: all training images of the scale's main experiment. Seeds: figure 2 uses
 Spearman's ρ of each seed's own ledger; its intervals cover trainings and the sample of
@@ -11,8 +11,9 @@ ledgers. For each score and size, the hardest examples (four times the size) are
 at random into four disjoint sets; each is unlearned once per seed. Settings: proxies
 are computed from the rows of the ledger (the paper has mean norm and confidence at
 every epoch); fine-tuning as in figure 1 (middle). Primary statistics, fixed beforehand:
-ρ; the area under the gap of the four sets of one score against the four of another, by
-permutation of the sets, with the share of examples that both scores chose.
+ρ; gap before unlearning, and share of it that remained, of the four sets of one score
+against the four of another, by permutation of the sets, with the share of examples that
+both scores chose.
 """
 
 import matplotlib.pyplot as plt
@@ -24,7 +25,8 @@ from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.forget_sets import LOSS, hardest_sets
 from benchmarks.reproduce.judging.contrasts import groups_differ
 from benchmarks.reproduce.judging.examples import above, ahead, resample
-from benchmarks.reproduce.judging.order import Runs, cannot_compare
+from benchmarks.reproduce.judging.order import FARTHER, SLOWER, cannot_compare
+from benchmarks.reproduce.judging.runs import SLOWNESS, Runs
 from benchmarks.reproduce.judging.verdicts import (
     NOT_TESTABLE,
     Verdict,
@@ -135,20 +137,26 @@ def _judge_hardest(result: Result) -> Verdict:
         for metric in scores[LOSS]["gaps"]:
             for score in HARDEST_BY[1:]:
                 name = f"sets of {int(size):,}, {metric}, {LOSS} - {score}"
-                found[name] = _longer(scores[LOSS], scores[score], metric)
+                found[name] = _harder(scores[LOSS], scores[score], metric)
     return combined(found)
 
 
-def _longer(of_loss: Result, other: Result, metric: str) -> Verdict:
-    """Compare areas under the gap, if there was something to forget and it was."""
+def _harder(of_loss: Result, other: Result, metric: str) -> Verdict:
+    """Compare gaps and speeds, if there was something to forget and it was."""
     pair = [Runs.of_panel(one, metric) for one in (of_loss, other)]
     shared = f"{100 * other['overlap']:.0f} % of the examples are the same"
     reason = next(filter(None, map(cannot_compare, pair)), "")
     if reason:
         return Verdict(NOT_TESTABLE, f"{reason}; {shared}")
-    areas = [one.of_sets()["area"][None] for one in pair]
-    found = groups_differ(*areas, "area under the gap larger by")
-    return Verdict(found.verdict, f"{found.reason}; {shared}")
+    gaps = [one.to_go[:, :, 0] for one in pair]
+    speeds = [one.slowness() for one in pair]
+    found = combined(
+        {
+            FARTHER: groups_differ(*gaps, "gap before unlearning larger by"),
+            SLOWER: groups_differ(*speeds, f"{SLOWNESS}, larger by"),
+        }
+    )
+    return Verdict(found.verdict, shared, found.parts)
 
 
 def _draw_hardest(result: Result) -> Picture:
@@ -191,8 +199,8 @@ FIGURES = [
     ),
     Figure(
         "fig3",
-        "The hardest sets by privacy loss take longer to unlearn than those by "
-        "C-Proxy, mean norm or EL2N.",
+        "The hardest sets by privacy loss are farther and slower to unlearn than those "
+        "by C-Proxy, mean norm or EL2N.",
         _hardest_units,
         _hardest_result,
         _judge_hardest,

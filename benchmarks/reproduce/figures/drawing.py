@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from benchmarks.common.report import markdown
-from benchmarks.reproduce.judging.order import LEAST_GAP, Runs, arrivals
+from benchmarks.reproduce.judging.order import arrivals
+from benchmarks.reproduce.judging.runs import LEAST_GAP, Runs
 from opacus_pi.plotting.style import styles
 
 ROWS = {

@@ -1,6 +1,6 @@
 """Beyond the paper: does the order of difficulty depend on the learning rate?
 
-Claim: at every learning rate of fine-tuning, harder sets take longer.
+Claim: at every learning rate of fine-tuning, harder sets are farther and slower.
 
 Data: the scale's main data set; forget sets along the range of the mean privacy loss
 over the seeds' ledgers. Seeds: ``num_seeds`` trainings; each set is unlearned once per
@@ -71,8 +71,8 @@ def _table(result: Result) -> str:
 FIGURES = [
     Figure(
         "rates",
-        "Beyond the paper: harder sets take longer at every learning rate of "
-        "fine-tuning.",
+        "Beyond the paper: harder sets are farther and slower at every learning rate "
+        "of fine-tuning.",
         _units,
         _result,
         lambda result: judge_panels(result["panels"]),

@@ -21,7 +21,7 @@ from benchmarks.reproduce import outcomes
 from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.forget_sets import sets_of
 from benchmarks.reproduce.judging.budgets import judge_gain, predicted_times
-from benchmarks.reproduce.judging.order import Runs
+from benchmarks.reproduce.judging.runs import Runs
 from benchmarks.reproduce.judging.verdicts import combined
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit

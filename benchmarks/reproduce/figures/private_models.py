@@ -1,9 +1,9 @@
 """Beyond the paper: what there is to forget in models trained by DP-SGD.
 
-Claim: harder sets take longer to unlearn in these models, too, if clipping leaves
-harder sets to choose. All examples that are clipped in every update share the largest
-possible loss, and so do examples whose estimate was capped at it. If most examples
-share it, there is no ranking.
+Claim: harder sets are farther and slower to unlearn in these models, too, if clipping
+leaves harder sets to choose. All examples that are clipped in every update share the
+largest possible loss, and so do examples whose estimate was capped at it. If most
+examples share it, there is no ranking.
 
 Data: the scale's main data set; forget sets along the range of the mean privacy loss
 over the seeds' ledgers, from observed norms. Seeds: ``num_seeds`` trainings; each set
@@ -98,8 +98,8 @@ def _judge_one(found: Result) -> Verdict:
 FIGURES = [
     Figure(
         "private",
-        "Beyond the paper: harder sets take longer in models trained by DP-SGD too, "
-        "where clipping leaves harder ones to choose.",
+        "Beyond the paper: harder sets are farther and slower in models trained by "
+        "DP-SGD too, where clipping leaves harder ones to choose.",
         _units,
         _result,
         _judge,

@@ -1,8 +1,10 @@
-"""Figure 1, left and middle: time to unlearn against the privacy loss.
+"""Figure 1, left and middle: unlearning against the privacy loss.
 
-Claim, left: with SGLD in training and in unlearning, forget sets of higher privacy loss
-take longer to unlearn, at every noise level. Claim, middle: the same holds for SGD and
-fine-tuning, by UA, by MIA and by the Gaussian unlearning score.
+Claim of the paper, left: with SGLD in training and in unlearning, forget sets of higher
+privacy loss take longer to unlearn, at every noise level. Claim, middle: the same holds
+for SGD and fine-tuning, by UA, by MIA and by the Gaussian unlearning score. A set can
+take longer because it starts farther from its oracles, or because it is slower: these
+are judged as two claims.
 
 Data: the scale's main data set; forget sets along the whole range of the mean privacy
 loss over the seeds' ledgers, without common examples. Seeds: ``num_seeds`` trainings;
@@ -10,9 +12,9 @@ each set is unlearned once per seed. The oracles of a set are trained once and s
 seeds, so the set is the unit of every test. The Gaussian score needs one more training
 per set and seed, on noisy inputs, and can be left out. Settings: the left panel uses
 those of training, including the noise on the mean gradient; the learning rate of the
-middle panel is searched on a set of its own. Primary statistic, fixed before any run:
-the area under the gap to the mean oracle, see ``judging.order``. The first epoch within
-five points, the paper's time, is stored beside it.
+middle panel is searched on a set of its own. Primary statistics, fixed before any run:
+those of ``judging.order``. The first epoch within five points, the paper's time, is
+stored beside them.
 """
 
 import numpy as np
@@ -23,12 +25,13 @@ from benchmarks.reproduce.figures.drawing import draw_panels
 from benchmarks.reproduce.figures.figure import Figure, Result
 from benchmarks.reproduce.forget_sets import sets_of
 from benchmarks.reproduce.judging.order import (
-    Runs,
+    by_claim,
     judge_order,
-    judge_panel,
     judge_panels,
+    orders_of,
 )
-from benchmarks.reproduce.judging.verdicts import Verdict, combined
+from benchmarks.reproduce.judging.runs import Runs
+from benchmarks.reproduce.judging.verdicts import Verdict
 from benchmarks.reproduce.poison_units import GUS, Poisoned
 from benchmarks.reproduce.scales import Scale
 from benchmarks.reproduce.units import Unit
@@ -78,15 +81,15 @@ def _middle(scale: Scale, workspace: Workspace) -> Result:
     runs = [unit.run(workspace) for unit in _poisoned(scale)]
     if not runs:
         return found
-    count = scale.sgd.num_sets
-    scores = [
-        np.subtract(one["trace"][GUS], np.mean(one["oracle"][GUS])) for one in runs
-    ]
-    spread = [np.std(one["oracle"][GUS], ddof=1) for one in runs]
+    shape = -1, scale.sgd.num_sets
+    paths = np.array([one["trace"][GUS] for one in runs])
+    oracles = np.array([one["oracle"][GUS] for one in runs])
+    mean = oracles.mean(1, keepdims=True)
     return found | {
         "gus": {
-            "gaps": np.reshape(scores, (-1, count, len(scores[0]))).tolist(),
-            "spread": np.reshape(spread, (-1, count)).mean(0).tolist(),
+            "gaps": (paths - mean).reshape(*shape, paths.shape[1]).tolist(),
+            "oracles": [one.reshape(shape).tolist() for one in (oracles - mean).T],
+            "spread": oracles.std(1, ddof=1).reshape(shape).mean(0).tolist(),
         }
     }
 
@@ -94,19 +97,21 @@ def _middle(scale: Scale, workspace: Workspace) -> Result:
 def _judge_middle(result: Result) -> Verdict:
     """Judge UA and MIA, and the Gaussian score if it was measured.
 
-    The score has no natural scale, so a set has something to forget if its gap exceeds
-    twice the standard deviation of its oracles.
+    Unlearning lowers the score. It has no natural scale, so a set has something to
+    forget if its gap exceeds twice the standard deviation of its oracles.
     """
-    found = judge_panel(result)
-    if "gus" not in result:
-        return found
-    gus = Runs(
-        np.array(result["mean_losses"]),
-        np.array(result["gus"]["gaps"]),
-        np.array(result["lost"]),
-        2 * np.array(result["gus"]["spread"]),
-    )
-    return combined(found.parts | {"GUS": judge_order(gus)})
+    found = orders_of(result)
+    if "gus" in result:
+        gus = Runs(
+            np.array(result["mean_losses"], dtype=np.float64),
+            np.array(result["gus"]["gaps"], dtype=np.float64),
+            np.array(result["lost"], dtype=np.float64),
+            np.array(result["gus"]["oracles"], dtype=np.float64),
+            toward=-1,
+            least_gap=2 * np.array(result["gus"]["spread"], dtype=np.float64),
+        )
+        found["GUS"] = judge_order(gus)
+    return by_claim(found)
 
 
 def _draw_middle(result: Result) -> Picture:
@@ -116,8 +121,8 @@ def _draw_middle(result: Result) -> Picture:
 FIGURES = [
     Figure(
         "fig1-left",
-        "SGLD: forget sets of higher privacy loss take longer to unlearn, at every "
-        "noise level.",
+        "SGLD: forget sets of higher privacy loss are farther from their oracles, and "
+        "slower to unlearn, at every noise level.",
         _left_units,
         _left,
         lambda result: judge_panels(result["panels"]),
@@ -125,8 +130,8 @@ FIGURES = [
     ),
     Figure(
         "fig1-middle",
-        "SGD and fine-tuning: forget sets of higher privacy loss take longer to "
-        "unlearn, by UA, MIA and GUS.",
+        "SGD and fine-tuning: forget sets of higher privacy loss are farther from "
+        "their oracles, and slower to unlearn, by UA, MIA and GUS.",
         _middle_units,
         _middle,
         _judge_middle,

@@ -3,17 +3,20 @@
 | file | what it decides |
 |---|---|
 | ``verdicts`` | what a verdict is, and how several become one |
-| ``ranks`` | rank correlations over forget sets: permutation test and interval |
-| ``order`` | do harder sets take longer to unlearn? |
+| ``runs`` | the runs that the judges of an order are given |
+| ``ranks`` | rank correlations over sets and trainings: a test, and an interval |
+| ``order`` | are harder sets farther from their oracles, and slower to unlearn? |
 | ``contrasts`` | differences between groups of sets, and means over sets |
 | ``budgets`` | do budgets from the privacy loss leave less of the gap? |
 | ``examples`` | rank correlations over many examples, by training |
-| ``simulated`` | how often each judge errs |
+| ``scenario`` | a simulated study of known truth |
+| ``simulated_runs`` | studies of unlearning runs, for ``order`` |
+| ``simulated`` | the studies of every judge |
 
-``python -m benchmarks.reproduce.judging`` makes the table of the last one.
+``python -m benchmarks.reproduce.judging`` simulates them and makes a table.
 
-The unit of every test about forgetting is the forget set. Trainings (seeds) that
-unlearn the same set share its examples and its oracles, so they are averaged first.
+The unit of every test about forgetting is the forget set: trainings (seeds) that
+unlearn the same set share its examples and its oracles.
 Every judge has been simulated without an effect and with one. It may find an effect
 that does not exist in at most 5 % of the simulations.
 """

@@ -9,12 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.reproduce.judging.contrasts import positive
-from benchmarks.reproduce.judging.order import (
-    LEAST_GAP,
-    Runs,
-    cannot_compare,
-    too_few_sets,
-)
+from benchmarks.reproduce.judging.order import cannot_compare, too_few_sets
+from benchmarks.reproduce.judging.runs import LEAST_GAP, Runs
 from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict
 from opacus_pi.unlearning.plan import predict_time
 
@@ -76,7 +72,7 @@ def judge_gain(runs: Runs) -> Verdict:
     reason = too_few_sets(int(judged.sum()))
     if reason:
         return Verdict(NOT_TESTABLE, f"sets with something to forget: {reason}")
-    some = Runs(runs.difficulty[judged], runs.gaps[:, judged], runs.lost[:, judged])
+    some = runs.only(judged)
     reason = cannot_compare(some)
     if reason:
         return Verdict(NOT_TESTABLE, reason)

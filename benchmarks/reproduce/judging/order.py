@@ -1,33 +1,48 @@
-"""Do harder forget sets take longer to unlearn? The statistics, fixed beforehand.
+"""Are harder forget sets farther from their oracles, and slower to unlearn?
 
-**Primary statistic.** The area under the gap: the distance of a metric from the mean
-oracle, summed over the run (points × epochs). It is averaged over the seeds of a set,
-and its rank correlation with the difficulty of the sets is tested by permuting sets.
+These are two claims. A harder set can take longer because it has *farther* to go, or
+because it is *slower*: a smaller share of its distance is closed in an epoch. The area
+under the gap, or the time until a threshold, cannot tell one from the other. Everything
+below was decided before the runs of the main study.
 
-**Beside it, not counted.** *Farther*: the same test for the gap before unlearning.
-*Slower*: the same test for the area divided by this gap and by the length of the run,
-the share of the gap that remained on average. A harder set can take longer because it
-has farther to go, because it is slower, or both.
+**Farther.** Statistic: the gap before unlearning, signed, on all sets. Judged if there
+is something to forget: the harder half of the sets starts more than five points from
+the oracles on average. The claim does not depend on the method.
 
-**When a claim is judged at all.** On sets whose gap exceeds five points before
-unlearning; at least eight of them; if the method closed a part of the gap on these sets
-(at least a tenth, and more than varies between sets); and if test accuracy ends at most
-five points below the oracles'. Otherwise the claim is *not testable yet*, with the
-reason. A run in which nothing was unlearned says nothing about times.
+**Slower.** Statistic: the share of the gap that remained, on average over the run (the
+area under the signed gap, divided by the gap before unlearning and by the epochs).
+Judged on the sets with something to forget, a gap of more than five points in the first
+training by the first oracle; they are then measured with the other trainings and
+oracles. At least eight such sets are needed, and
 
-**Verdict.** Borne out if at most 2.5 % of the orders of the sets correlate as highly.
-Not borne out if at most 2.5 % correlate as lowly, or if the interval of the correlation
-lies below 0.5, the smallest correlation that we count as confirming such a claim. Else
-undecided.
+* at least eight epochs: with fewer, too little is closed to compare (if 3 % is closed
+  in an epoch, simulations find sets that are 4.5 times slower in none of the studies
+  with four epochs, in 17 % with six, and in about 90 % with eight);
+* something unlearned: at least 20 % of the gap in total, and more than varies between
+  sets, and between trainings;
+* at most 50 % of the gap closed in the first epoch, or all sets look alike;
+* no set that went more than five points beyond its oracles at any epoch, on average
+  over the trainings;
+* no run on these sets that ended more than five points of test accuracy below the
+  oracles.
+
+**Both** need at least three oracles for each set, three trainings (four for the
+second, of which one chooses the sets), eight sets, and finite numbers. Otherwise the
+claim is *not testable yet*, with the reason.
+
+**Verdict.** By the test of ``ranks``, over sets and trainings. Borne out if chance
+correlates as highly in at most 2.5 %. Not borne out if it correlates as lowly in at
+most 2.5 %, or if the interval of the correlation lies below 0.5, the smallest
+correlation that we count as confirming such a claim. Else undecided.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from benchmarks.reproduce.judging.ranks import RankTest, rank_test
+from benchmarks.reproduce.judging.runs import MOST_LOST, Runs
 from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
     NOT_BORNE_OUT,
@@ -38,90 +53,50 @@ from benchmarks.reproduce.judging.verdicts import (
     text_of,
     with_remark,
 )
-from opacus_pi.evaluation import GapSummary, UnlearningTrace, gap_summary
 from opacus_pi.evaluation.intervals import mean_interval
 
 FEWEST_SETS = 8
-LEAST_GAP = 0.05  # gap before unlearning from which on there is something to forget
-LEAST_CLOSED = 0.1  # share of the gap from which on something was unlearned
-MOST_LOST = 0.05  # test accuracy that a method may cost
+FEWEST_TRAININGS = 3
+FEWEST_ORACLES = 3
+FEWEST_EPOCHS = 8
+LEAST_CLOSED = 0.2  # share of the gap from which on something was unlearned
+MOST_AT_ONCE = 0.5  # share of the gap that the first epoch may close
 LEAST_RHO = 0.5  # smallest correlation that confirms a claim about an order
 LEVEL = 0.025  # of each of the two one-sided tests
-_METRIC = "gap"
+FARTHER, SLOWER = "farther", "slower"
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The runs of one method and one metric on several forget sets.
-
-    Attributes:
-        difficulty: Mean privacy loss of each set, ``(sets,)``.
-        gaps: Metric minus the mean oracle's, ``(seeds, sets, epochs + 1)``; the first
-            value is before unlearning.
-        lost: Test accuracy of the mean oracle minus that after the run,
-            ``(seeds, sets)``.
-        least_gap: Gap before unlearning that a set must exceed to be judged, a number
-            or one for each set; five points if the metric is an accuracy.
-    """
-
-    difficulty: Floats
-    gaps: Floats
-    lost: Floats
-    least_gap: float | Floats = LEAST_GAP
-
-    @staticmethod
-    def of_panel(panel: dict[str, Any], metric: str) -> "Runs":
-        """Return the runs of one metric of a figure's panel."""
-        return Runs(
-            np.array(panel["mean_losses"]),
-            np.array(panel["gaps"][metric]),
-            np.array(panel["lost"]),
-        )
-
-    def summaries(self) -> list[list[GapSummary]]:
-        """Return the summary of each run, ``[seed][set]``."""
-        times = list(range(self.gaps.shape[2]))
-        return [
-            [
-                gap_summary(
-                    UnlearningTrace(times, {_METRIC: path}), 0.0, metric=_METRIC
-                )
-                for path in row
-            ]
-            for row in self.gaps
-        ]
-
-    def of_sets(self) -> dict[str, Floats]:
-        """Return initial gap, area, share that remained and share closed by set.
-
-        Shares are ratios of means over the seeds, so that a seed with a small gap does
-        not dominate.
-        """
-        gap = np.abs(self.gaps).mean(0)
-        area = (gap[:, 1:] + gap[:, :-1]).sum(1) / 2
-        initial, final = gap[:, 0], gap[:, -1]
-        safe = np.where(initial > 0, initial, np.nan)
-        return {
-            "initial": initial,
-            "area": area,
-            "remaining": area / safe / (gap.shape[1] - 1),
-            "closed": 1 - final / safe,
-        }
+Bools = NDArray[np.bool_]
 
 
 def judge_order(runs: Runs) -> Verdict:
-    """Decide whether harder sets take longer, by the area under the gap."""
-    sets = runs.of_sets()
-    judged = sets["initial"] > runs.least_gap
-    beside = _remarks(runs, sets, judged)
-    reason = _not_testable(runs, sets, judged)
+    """Decide whether harder sets are farther, and whether they are slower."""
+    found = combined({FARTHER: judge_farther(runs), SLOWER: judge_slower(runs)})
+    return with_remark(found, "runs", described(runs))
+
+
+def judge_farther(runs: Runs) -> Verdict:
+    """Decide whether the gap before unlearning rises with the difficulty of the set."""
+    reason = runs.unusable() or too_little(runs) or _nothing_to_forget(runs)
     if reason:
-        return _with_remarks(Verdict(NOT_TESTABLE, reason), beside)
-    found = rank_test(runs.difficulty[judged], sets["area"][judged])
-    because = f"area under the gap: {found.text()}"
-    return _with_remarks(Verdict(verdict_of(found), because), beside)
+        return Verdict(NOT_TESTABLE, reason)
+    found = rank_test(runs.difficulty, runs.to_go[:, :, 0])
+    return Verdict(verdict_of(found), f"gap before unlearning: {found.text()}")
+
+
+def judge_slower(runs: Runs) -> Verdict:
+    """Decide whether more of the gap remained, on average, on harder sets."""
+    reason = runs.unusable() or too_little(runs) or _too_short(runs)
+    if reason:
+        return Verdict(NOT_TESTABLE, reason)
+    judged = runs.something_to_forget()
+    chosen, measured = runs.only(judged), runs.rest().only(judged)
+    reason = _few_judged(judged) or idle(measured) or _at_once(measured)
+    reason = reason or overshot_or_damaged(chosen)
+    if reason:
+        return Verdict(NOT_TESTABLE, reason)
+    found = rank_test(measured.difficulty, measured.slowness())
+    return Verdict(verdict_of(found), f"share of the gap that remained: {found.text()}")
 
 
 def verdict_of(found: RankTest) -> str:
@@ -144,131 +119,194 @@ def too_few_sets(number: int) -> str:
 
 
 def rising(difficulty: ArrayLike, values: ArrayLike) -> Verdict:
-    """Decide whether values, ``(seeds, sets)``, rise with the difficulty of the set."""
-    means = np.asarray(values, dtype=np.float64).mean(0)
-    reason = too_few_sets(len(means))
+    """Decide whether values, ``(trainings, sets)``, rise with the difficulty."""
+    x, rows = np.asarray(difficulty, np.float64), np.asarray(values, np.float64)
+    if not (np.isfinite(x).all() and np.isfinite(rows).all()):
+        return Verdict(NOT_TESTABLE, "some values are NaN or infinite")
+    reason = too_few_sets(len(x)) or _too_few("trainings", len(rows), FEWEST_TRAININGS)
     if reason:
         return Verdict(NOT_TESTABLE, reason)
-    found = rank_test(difficulty, means)
+    found = rank_test(x, rows)
     return Verdict(verdict_of(found), found.text())
 
 
 def judge_panel(panel: dict[str, Any]) -> Verdict:
-    """Decide whether harder sets take longer, by every metric of a panel."""
-    return combined({m: judge_order(Runs.of_panel(panel, m)) for m in panel["gaps"]})
+    """Decide on both claims, by every metric of a panel."""
+    return by_claim(orders_of(panel))
+
+
+def orders_of(panel: dict[str, Any]) -> dict[str, Verdict]:
+    """Return the verdict by each metric of a panel."""
+    return {m: judge_order(Runs.of_panel(panel, m)) for m in panel["gaps"]}
 
 
 def judge_panels(panels: dict[str, Any]) -> Verdict:
-    """Decide whether harder sets take longer in every panel."""
+    """Decide on both claims in every panel."""
     if not panels:
         return Verdict(NOT_TESTABLE, "this scale has no such runs")
-    return combined({name: judge_panel(one) for name, one in panels.items()})
+    return by_claim({name: judge_panel(one) for name, one in panels.items()})
 
 
-def _not_testable(
-    runs: Runs, sets: dict[str, Floats], judged: NDArray[np.bool_]
-) -> str:
-    """Return why the order cannot be judged; empty if it can."""
-    few = too_few_sets(len(judged))
-    if few:
-        return few
-    if judged.sum() < FEWEST_SETS:
-        return (
-            f"{judged.sum()} of {len(judged)} sets have something to forget (a gap of "
-            f"more than five points before unlearning); at least {FEWEST_SETS} are "
-            "needed"
-        )
-    return _idle_or_damaged(runs, sets, judged)
+def by_claim(found: dict[str, Verdict]) -> Verdict:
+    """Return one verdict on *farther* and one on *slower* from those of several parts.
+
+    Args:
+        found: For each part the verdict of ``judge_order``, or one of this function.
+    """
+    claims = {
+        claim: combined({name: one.parts[claim] for name, one in found.items()})
+        for claim in (FARTHER, SLOWER)
+    }
+    whole = combined(claims)
+    for name, one in found.items():
+        for remark, text in one.parts.items():
+            if not text.verdict:
+                whole = with_remark(whole, f"{name}, {remark}", text.reason)
+    return whole
+
+
+def too_little(runs: Runs) -> str:
+    """Return which number of sets, trainings or oracles is too small; else empty."""
+    trainings, number = runs.lost.shape
+    return (
+        too_few_sets(number)
+        or _too_few("trainings", trainings, FEWEST_TRAININGS)
+        or _too_few("oracles of each set", len(runs.oracles), FEWEST_ORACLES)
+    )
+
+
+def _too_few(what: str, number: int, fewest: int) -> str:
+    return "" if number >= fewest else f"{number} {what}; at least {fewest} are needed"
+
+
+def _too_short(runs: Runs) -> str:
+    trainings = len(runs.lost)
+    return _too_few("epochs of unlearning", runs.num_epochs, FEWEST_EPOCHS) or _too_few(
+        "trainings, one of which chooses the sets", trainings, FEWEST_TRAININGS + 1
+    )
+
+
+def _nothing_to_forget(runs: Runs) -> str:
+    hard = runs.difficulty >= np.median(runs.difficulty)
+    gap = float(runs.to_go[:, hard, 0].mean())
+    if gap > np.mean(np.broadcast_to(runs.least_gap, hard.shape)[hard]):
+        return ""
+    return (
+        "nothing to forget: the harder half of the sets starts "
+        f"{gap:.3f} from the oracles; more than five points are needed"
+    )
+
+
+def _few_judged(judged: Bools) -> str:
+    if judged.sum() >= FEWEST_SETS:
+        return ""
+    return (
+        f"{judged.sum()} of {len(judged)} sets have something to forget (a gap of more "
+        "than five points before unlearning, in the first training by the first "
+        f"oracle); at least {FEWEST_SETS} are needed"
+    )
+
+
+def overshot_or_damaged(runs: Runs) -> str:
+    """Return on how many sets runs went too far, or cost too much; else empty."""
+    return _beyond(runs) or _damaged(runs)
+
+
+def idle(runs: Runs) -> str:
+    """Return why runs count as having unlearned nothing; empty if they did."""
+    to_go = runs.to_go
+    closed = to_go[:, :, 0] - to_go[:, :, -1]  # the oracles cancel
+    over_sets, over_trainings = (mean_interval(closed.mean(axis)) for axis in (0, 1))
+    share = float(closed.mean() / to_go[:, :, 0].mean())
+    if min(over_sets.low, over_trainings.low) > 0 and share >= LEAST_CLOSED:
+        return ""
+    return (
+        "nothing was unlearned on the sets with something to forget: the gap shrinks "
+        f"by {text_of(over_sets)} over sets, {text_of(over_trainings)} over trainings, "
+        f"{100 * share:.0f} % of it; at least {100 * LEAST_CLOSED:.0f} % are needed"
+    )
+
+
+def _at_once(runs: Runs) -> str:
+    to_go = runs.to_go.mean((0, 1))
+    share = float(1 - to_go[1] / to_go[0])
+    if share <= MOST_AT_ONCE:
+        return ""
+    return (
+        f"{100 * share:.0f} % of the gap were closed in the first epoch: evaluate more "
+        f"often; at most {100 * MOST_AT_ONCE:.0f} % can be judged"
+    )
+
+
+def _beyond(runs: Runs) -> str:
+    lowest = runs.to_go.mean(0).min(1)
+    number = int((lowest < -np.asarray(runs.least_gap)).sum())
+    if not number:
+        return ""
+    return (
+        f"overshot: {number} of {len(lowest)} sets went more than five points beyond "
+        "their oracles"
+    )
+
+
+def _damaged(runs: Runs) -> str:
+    worst = runs.lost.max(0)
+    number = int((worst > MOST_LOST).sum())
+    if not number:
+        return ""
+    return (
+        f"damaged: on {number} of {len(worst)} sets a run ended more than five points "
+        f"of test accuracy below the oracles ({100 * worst.max():.0f} points at most)"
+    )
 
 
 def cannot_compare(runs: Runs) -> str:
     """Return why sets of one difficulty cannot be compared; empty if they can."""
-    sets = runs.of_sets()
-    judged = sets["initial"] > runs.least_gap
+    reason = runs.unusable()
+    if reason:
+        return reason
+    judged = runs.of_sets()["initial"] > runs.least_gap
     if not judged.all():
         return (
             f"{judged.sum()} of {len(judged)} sets of a score have something to forget "
             "(a gap of more than five points before unlearning)"
         )
-    return _idle_or_damaged(runs, sets, judged)
+    return idle(runs) or overshot_or_damaged(runs)
 
 
-def _idle_or_damaged(
-    runs: Runs, sets: dict[str, Floats], judged: NDArray[np.bool_]
-) -> str:
-    """Say if nothing was unlearned, or only at the cost of the model; else empty."""
-    closed = mean_interval(sets["closed"][judged])
-    if closed.low <= 0 or closed.estimate < LEAST_CLOSED:
-        return (
-            "nothing was unlearned on the sets with something to forget: share of the "
-            f"gap closed {text_of(closed, 2)}"
-        )
-    lost = float(runs.lost[:, judged].mean())
-    if lost > MOST_LOST:
-        return (
-            "the gap was closed by damaging the model: test accuracy ends "
-            f"{100 * lost:.0f} points below the oracles'"
-        )
-    return ""
-
-
-def _remarks(
-    runs: Runs, sets: dict[str, Floats], judged: NDArray[np.bool_]
-) -> dict[str, str]:
-    """Return what is shown beside the primary statistic."""
-    found = {"farther, gap before unlearning": _rank_text(runs, sets["initial"])}
-    if judged.sum() >= 3:
-        some = Runs(runs.difficulty[judged], runs.gaps[:, judged], runs.lost)
-        found["slower, share of the gap that remained"] = _rank_text(
-            some, sets["remaining"][judged]
-        )
-    return found | {"runs on sets with something to forget": arrival(runs, judged)}
-
-
-def _rank_text(runs: Runs, values: Floats) -> str:
-    if len(values) < 3:
-        return f"only {len(values)} sets"
-    return rank_test(runs.difficulty, values).text()
-
-
-def arrivals(runs: Runs, judged: NDArray[np.bool_]) -> dict[str, float]:
+def arrivals(runs: Runs, judged: Bools) -> dict[str, float]:
     """Return shares of the runs on some sets.
 
     ``first``: came within five points at some time. ``there``: ended there.
     ``kept``: ended there with a test accuracy of at most five points below the
     oracles'. ``overshot``: ended more than five points beyond the oracles.
     """
-    found = [
-        (one, lost <= MOST_LOST)
-        for row, losts in zip(runs.summaries(), runs.lost, strict=True)
-        for one, lost, use in zip(row, losts, judged, strict=True)
-        if use
-    ]
-    there = np.array([np.isfinite(one.settled_time) for one, _ in found])
-    kept = np.array([fine for _, fine in found])
+    some = runs.only(judged)
+    to_go, least = some.to_go, np.asarray(some.least_gap)
+    end = to_go[:, :, -1]
+    near = np.abs(to_go) <= (least if least.ndim == 0 else least[:, None])
+    there, kept = np.abs(end) <= least, some.lost <= MOST_LOST
     return {
-        "first": float(np.mean([np.isfinite(one.first_time) for one, _ in found])),
+        "first": float(near.any(2).mean()),
         "there": float(there.mean()),
         "kept": float((there & kept).mean()),
-        "overshot": float(np.mean([one.overshot for one, _ in found])),
+        "overshot": float((end < -least).mean()),
     }
 
 
-def arrival(runs: Runs, judged: NDArray[np.bool_]) -> str:
+def described(runs: Runs) -> str:
     """Describe the runs on sets with something to forget."""
+    if runs.unusable():
+        return "the numbers are incomplete"
+    judged = runs.something_to_forget()
     if not judged.any():
         return "no set starts more than five points from its oracles"
     share = {k: f"{100 * v:.0f} %" for k, v in arrivals(runs, judged).items()}
-    closed = 100 * runs.of_sets()["closed"][judged].mean()
+    to_go = runs.only(judged).to_go.mean((0, 1))
     return (
-        f"{share['first']} came within five points, {share['there']} ended there, "
-        f"{share['kept']} ended there at kept accuracy, {share['overshot']} overshot; "
-        f"closed {closed:.0f} % of the gap; test accuracy "
+        f"on the {judged.sum()} sets with something to forget, {share['first']} came "
+        f"within five points, {share['there']} ended there, {share['kept']} ended "
+        f"there at kept accuracy, {share['overshot']} overshot; gap {to_go[0]:.3f} "
+        f"before, {to_go[-1]:.3f} after; test accuracy "
         f"{100 * runs.lost[:, judged].mean():.1f} points below the oracles'"
     )
-
-
-def _with_remarks(verdict: Verdict, remarks: dict[str, str]) -> Verdict:
-    for name, text in remarks.items():
-        verdict = with_remark(verdict, name, text)
-    return verdict

@@ -1,23 +1,35 @@
-"""Rank correlations over forget sets: a permutation test, and an interval.
+"""Rank correlations over forget sets and trainings: a test, and an interval.
 
-The test asks: if the sets' values were independent of their difficulty, how often would
-a random order of the sets correlate as highly as the observed one? It assumes nothing
-about the distribution of the values. Up to eight sets all orders are counted; for more,
-a fixed sample of them.
+Two things differ at random: the forget sets, which all trainings share, and the
+trainings, in each of which difficulty may have another slope. A claim is about other
+sets *and* other trainings, so the test counts both errors.
+
+The sets are ranked in every training. The correlation is that of the difficulty with
+the mean ranks. The test asks: if the sets' values were independent of their difficulty,
+how often would a random order of the sets, plus the differences between trainings,
+correlate as highly as the observed one? Up to eight sets all orders are counted; for
+more, a fixed sample of them. Two corrections keep the test honest:
+
+* *Trainings.* Each training has its own correlation. A random number with their
+  standard error and Student's distribution is added to every order.
+* *Unequal noise.* If the values vary more at some difficulties than at others, orders
+  are not equally probable. They are then spread by the ratio of two standard errors:
+  the one that allows unequal variances (HC3 of MacKinnon and White 1985), and that
+  of random orders.
 
 The interval contains every correlation that the observed one does not contradict: the
 correlation rho of two normal variables belongs to it if samples of this many sets would
 give at least, and at most, the observed rank correlation in 2.5 % of the cases or more.
-It lies in [-1, 1], and its width is never 0: a perfect order of eight sets is also seen
-if the correlation is high but not perfect.
+It is then widened by the differences between trainings. It lies in [-1, 1], and its
+width is never 0: a perfect order of eight sets is also seen if the correlation is high
+but not perfect.
 
->>> rank_test([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 5, 4, 6, 7, 8]).text()
-'Spearman 0.98, 95 % [0.73, 1.00], permutation p = 0.0002, 8 sets'
+>>> rank_test([1, 2, 3, 4, 5, 6, 7, 8], [[1, 2, 3, 5, 4, 6, 7, 8]] * 3).text()
+'Spearman 0.98, 95 % [0.73, 1.00], p = 0.0002, 8 sets, 3 trainings'
 """
 
 from functools import lru_cache
 from itertools import permutations
-from math import factorial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,15 +46,16 @@ _SAME = 1e-9  # correlations closer than this are equal
 
 
 class RankTest(NamedTuple):
-    """A rank correlation over forget sets.
+    """A rank correlation over forget sets and trainings.
 
     Attributes:
-        rho: Spearman's rank correlation; 0 if one side is constant.
+        rho: Correlation of difficulty and mean ranks; 0 if one side is constant.
         low: Lower end of the 95 % interval.
         high: Upper end.
-        p_rising: Share of the orders of the sets that correlate at least as highly.
-        p_falling: Share that correlate at most as highly.
+        p_rising: How often chance would correlate at least as highly.
+        p_falling: How often it would correlate at most as highly.
         num_sets: Number of sets.
+        num_trainings: Number of trainings.
     """
 
     rho: float
@@ -51,16 +64,17 @@ class RankTest(NamedTuple):
     p_rising: float
     p_falling: float
     num_sets: int
+    num_trainings: int
 
     def text(self) -> str:
-        """Return correlation, interval, p-value and number of sets as text."""
+        """Return correlation, interval, p-value and numbers as text."""
         p = min(self.p_rising, self.p_falling)
         shown = f"= {p:.4f}" if p >= 1e-4 else "< 0.0001"
         digits = 2 if self.high - self.low > 0.02 else 4
         low, high = (f"{end:.{digits}f}" for end in (self.low, self.high))
         return (
-            f"Spearman {self.rho:.2f}, 95 % [{low}, {high}], permutation p {shown}, "
-            f"{self.num_sets} sets"
+            f"Spearman {self.rho:.2f}, 95 % [{low}, {high}], p {shown}, "
+            f"{self.num_sets} sets, {self.num_trainings} trainings"
         )
 
 
@@ -68,26 +82,83 @@ def rank_test(difficulty: ArrayLike, values: ArrayLike) -> RankTest:
     """Test whether values rise with difficulty.
 
     Args:
-        difficulty: One number for each set, ``(m,)``.
-        values: The values of the sets, ``(m,)``; inf is above all others.
+        difficulty: One number for each set, ``(sets,)``.
+        values: The values of the sets in each training, ``(trainings, sets)``, at least
+            3 sets and 2 trainings.
 
     Returns:
         The correlation with its interval and one-sided p-values.
+
+    Raises:
+        ValueError: A number is NaN or infinite, or there are too few.
     """
-    x, y = (_standard_ranks(one) for one in (difficulty, values))
-    found = _orders(len(x))
-    rho = float(x @ y)
-    others = y[found] @ x
-    counted = len(x) <= _EXACT  # the observed order is among those counted
-    p_rising, p_falling = (
-        float(hits.sum() + (not counted)) / (len(found) + (not counted))
-        for hits in (others >= rho - _SAME, others <= rho + _SAME)
+    x, rows = np.asarray(difficulty, np.float64), np.asarray(values, np.float64)
+    _require_usable(x, rows)
+    trainings, number = rows.shape
+    x, ranks = standard_ranks(x[None])[0], standard_ranks(rows)
+    mean = ranks.mean(0)
+    length = float(np.linalg.norm(mean))
+    if length < _SAME or not x.any():
+        return RankTest(0.0, -1.0, 1.0, 1.0, 1.0, number, trainings)
+    each = ranks @ x / length  # their mean is the correlation
+    rho = float(each.mean())
+    error = float(each.std(ddof=1)) / np.sqrt(trainings)
+    p_rising, p_falling = _p_values(x, mean / length, rho, error, trainings)
+    low, high = rank_interval(rho, number)
+    half = float(stats.t.ppf(1 - _TAIL, trainings - 1)) * error
+    return RankTest(
+        rho,
+        float(max(-1.0, rho - np.hypot(rho - low, half))),
+        float(min(1.0, rho + np.hypot(high - rho, half))),
+        p_rising,
+        p_falling,
+        number,
+        trainings,
     )
-    return RankTest(rho, *rank_interval(rho, len(x)), p_rising, p_falling, len(x))
+
+
+def _require_usable(x: Floats, rows: Floats) -> None:
+    if not (np.isfinite(x).all() and np.isfinite(rows).all()):
+        raise ValueError(
+            "difficulty and values must be finite numbers, got NaN or infinity. Judge "
+            "such sets as not testable."
+        )
+    if rows.ndim != 2 or rows.shape[1:] != x.shape or min(rows.shape) < 2 or len(x) < 3:
+        raise ValueError(
+            f"values must be (trainings, sets) of at least 2 trainings and {len(x)} "
+            f"sets (3 or more), got shape {rows.shape}."
+        )
+
+
+def _p_values(
+    x: Floats, y: Floats, rho: float, error: float, trainings: int
+) -> tuple[float, float]:
+    """Return how often chance correlates at least, and at most, as highly."""
+    counted = len(x) <= _EXACT  # the observed order is among those counted
+    spread = _unequal(x, y, rho)
+    chance = spread * (_orders_of(tuple(x)) @ y)
+    if error > _SAME:
+        chance = chance + error * _students(trainings - 1, len(chance))
+        counted = False
+    hits = [(chance >= rho - _SAME).sum(), (chance <= rho + _SAME).sum()]
+    number = len(chance) + (not counted)
+    rising, falling = (float(one + (not counted)) / number for one in hits)
+    return rising, falling
+
+
+def _unequal(x: Floats, y: Floats, rho: float) -> float:
+    """Return by how much unequal variances spread the correlation; at least 1."""
+    left = y - rho * x
+    if not float(left @ left) > _SAME:
+        return 1.0
+    free = 1 - x**2 - 1 / len(x)  # share of a deviation that a line leaves
+    of_sets = float((x**2) @ (left / np.maximum(free, _SAME)) ** 2)
+    of_orders = float(left @ left) / (len(x) - 1)
+    return float(max(1.0, np.sqrt(of_sets / of_orders)))
 
 
 def rank_interval(rho: float, num_sets: int) -> tuple[float, float]:
-    """Return the ends of the 95 % interval of a rank correlation.
+    """Return the ends of the 95 % interval of a rank correlation, over sets alone.
 
     Args:
         rho: The observed rank correlation.
@@ -118,25 +189,34 @@ def _limits(num_sets: int) -> tuple[Floats, Floats]:
 
 
 @lru_cache(maxsize=64)
-def _orders(num_sets: int) -> NDArray[np.int64]:
-    """Return all orders of the sets, or a fixed sample of them, ``(orders, sets)``."""
-    if num_sets <= _EXACT:
-        found = np.array(list(permutations(range(num_sets))))
-        assert len(found) == factorial(num_sets)
-        return found
-    rng = np.random.default_rng(num_sets)
-    return rng.permuted(np.tile(np.arange(num_sets), (_SAMPLED, 1)), axis=1)
+def _orders_of(x: tuple[float, ...]) -> Floats:
+    """Return all orders of some numbers, or a fixed sample of them."""
+    if len(x) <= _EXACT:
+        return np.array(list(permutations(x)))
+    rng = np.random.default_rng(len(x))
+    return rng.permuted(np.tile(x, (_SAMPLED, 1)), axis=1)
 
 
-def _standard_ranks(values: ArrayLike) -> Floats:
-    """Return ranks of mean 0 and length 1, so that a product is Spearman's rho."""
-    ranks = stats.rankdata(np.asarray(values, dtype=np.float64))
-    centred = ranks - ranks.mean()
-    length = float(np.linalg.norm(centred))
-    return centred / length if length else centred
+@lru_cache(maxsize=64)
+def _students(freedom: int, number: int) -> Floats:
+    """Return the quantiles of Student's distribution, in a fixed random order."""
+    levels = (np.arange(number) + 0.5) / number
+    found = stats.t.ppf(levels, freedom)
+    return np.asarray(np.random.default_rng(freedom).permutation(found))
+
+
+def standard_ranks(rows: Floats) -> Floats:
+    """Return the ranks of each row, of mean 0 and length 1; 0 for a constant row.
+
+    A product of two such rows is Spearman's correlation.
+    """
+    ranks = stats.rankdata(rows, axis=1)
+    centred = ranks - ranks.mean(1, keepdims=True)
+    length = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.asarray(centred / np.where(length > 0, length, 1.0))
 
 
 def _row_ranks(values: Floats) -> Floats:
     """Return standard ranks of each row; rows without ties."""
     ranks = values.argsort(1).argsort(1) - (values.shape[1] - 1) / 2
-    return ranks / np.linalg.norm(ranks, axis=1, keepdims=True)
+    return np.asarray(ranks / np.linalg.norm(ranks, axis=1, keepdims=True))
