@@ -39,7 +39,7 @@ def test_the_stored_table_is_of_the_present_scenarios_and_constants():
 
 
 @pytest.mark.parametrize(
-    ("scenario", "row"), zip(SCENARIOS, ROWS, strict=True), ids=lambda one: ""
+    ("scenario", "row"), list(zip(SCENARIOS, ROWS, strict=True)), ids=lambda one: ""
 )
 def test_the_first_draws_are_judged_again_as_in_the_table(scenario, row):
     """A binomial limit on errors, and the verdicts that this code gives."""
