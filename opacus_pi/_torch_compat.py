@@ -221,13 +221,15 @@ def outputs_of_backward() -> list[Tensor]:
     """
     code = torch.autograd.graph._engine_run_backward.__code__
     found: list[Tensor] = []
-    for frame in sys._current_frames().values():
-        present: FrameType | None = frame
+    present: FrameType | None
+    for present in sys._current_frames().values():
         while present is not None:
             if present.f_code is code:
                 outputs = present.f_locals["t_outputs"]
                 found += [t for t in outputs if isinstance(t, Tensor)]
             present = present.f_back
+    # No variable refers to a frame here: this function's own one is among them, and
+    # such a cycle would keep the variables of all callers, the loop's batch included.
     return found
 
 

@@ -1,6 +1,8 @@
 """Tensors outside of the model that are trained on the raw gradients of its loss."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from opacus_pi._torch_compat import outputs_of_backward
 from opacus_pi.integration.engine import PrivacyEngine
 
 N, D = 32, 6
@@ -222,3 +225,23 @@ def test_the_generator_of_a_gan_is_not_reported():
         F.softplus(-model(generator(torch.randn(8, 4)))).mean().backward()
         own.step()
     assert weights_link(engine).state == "checked"
+
+
+def test_a_checked_pass_keeps_nothing_of_the_loop():
+    class Batch:
+        pass
+
+    def step():
+        batch, x = Batch(), torch.ones(3, requires_grad=True)
+        loss, seen = (2 * x).sum(), []
+        loss.register_hook(lambda _: seen.append(len(outputs_of_backward())))
+        loss.backward()
+        assert seen == [1]
+        return weakref.ref(batch)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert step()() is None
+    finally:
+        gc.enable()
