@@ -128,11 +128,11 @@ def others():
 
 def test_training_on_batches_of_another_loader_is_warned_of():
     training = Training()
-    with pytest.warns(UserWarning, match="batches that your loop made itself"):
+    with pytest.warns(UserWarning, match="Iterate over that loader itself"):
         for x, y in DataLoader(others(), batch_size=6):
             training.batch(x, y)
     assert training.engine.attribution["unattributed"] == NUM_EXAMPLES
-    with pytest.raises(AccountingError, match="24 of 24 samples.*made itself"):
+    with pytest.raises(AccountingError, match="24 of 24 samples.*No batch of the"):
         _ = training.engine.ledger
 
 

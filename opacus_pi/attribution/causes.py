@@ -27,6 +27,7 @@ __all__ = [
     "CHANGED_IN_PLACE",
     "COLLATE",
     "COMPUTED",
+    "CONTENTS_OF_OTHERS",
     "EQUAL_INPUTS",
     "EQUAL_NUMBERS",
     "INPUTS_DISAGREE",
@@ -39,9 +40,11 @@ __all__ = [
     "MOVED_IN_DATA_SET",
     "NOTHING_KEPT",
     "NOT_DELIVERED",
+    "NO_DELIVERY",
     "NO_INDICES",
     "NUMBER_IN_COLLATE",
     "OTHER_SIZE",
+    "OWN_BATCHES",
     "PARTS_IN_COLLATE",
     "REPEATED",
     "SEVERAL_BATCHES",
@@ -132,9 +135,11 @@ UNTRACED = Cause(
 OTHER_SIZE = Cause(
     "the model's inputs have another number of samples than the batch",
     "unattributed",
-    "The loop computed the model's inputs, and they have more or fewer samples than "
-    "the delivered batch, so it is not known which examples they are. Transform inputs "
-    "in the data set, and give the model one sample for each example.",
+    "The model's inputs are not what the data loader delivered, and have more or fewer "
+    "samples than the latest batch, so it is not known which examples they are. If the "
+    "loop computed them, transform inputs in the data set, and give the model one "
+    "sample for each example. If another loader delivered them, use the one that "
+    "make_private returned.",
 )
 SOMETIMES = Cause(
     "the training loop computed the inputs of some batches",
@@ -153,8 +158,9 @@ NOT_DELIVERED = Cause(
 SEVERAL_BATCHES = Cause(
     "samples of several batches entered the model together",
     "unattributed",
-    "One forward pass was given samples of several delivered batches, so they cannot "
-    "be matched to one batch. Call the model once for each batch.",
+    "One forward pass was given samples that are equal to those of several delivered "
+    "batches, so they cannot be matched to one batch. Call the model once for each "
+    "batch, with batches of the loader that make_private returned.",
 )
 ALIKE = Cause(
     "examples look alike",
@@ -229,6 +235,23 @@ LABELS_CHANGED = Cause(
     "does this, and so does one that draws labels at random. Keep its order fixed, and "
     "let the data loader shuffle or sample.",
 )
+CONTENTS_OF_OTHERS = Cause(
+    "the data set returns contents of other indices",
+    "unchecked",
+    "The data set returned other content for an index than before, and mostly content "
+    "that other indices had. Many of its items are equal, so this may be chance, as it "
+    "is for random flips of small items. If it chooses at random what it returns, or "
+    "permutes its examples, norms are recorded for the wrong examples. If each index "
+    "stands for one example, nothing needs to be done.",
+)
+OWN_BATCHES = Cause(
+    "the data set loads a batch at once",
+    "unchecked",
+    "The data set has its own __getitems__, which loads a batch at once, and has not "
+    "returned the same content for an index a second time. So it was not seen whether "
+    "its items are in the order of the indices that it was given. If it sorts them, "
+    "return the items in the given order.",
+)
 LABELS_KEPT = Cause(
     "the data set changes its items",
     "unchecked",
@@ -249,13 +272,20 @@ NOTHING_KEPT = Cause(
     "wrong examples. If it keeps its order, nothing needs to be done.",
 )
 # ------------------------------------------------------------------ the rows of a batch
+NO_DELIVERY = Cause(
+    "no batch was delivered",
+    "unattributed",
+    "No batch of the data loader that make_private returned was seen before this "
+    "forward pass, so its samples cannot be matched to examples. Iterate over that "
+    "loader itself, not over the one that you passed to make_private, and not over one "
+    "that another library made of it.",
+)
 NO_INDICES = Cause(
     "the batches have no indices",
     "unattributed",
     "The data loader's batches have no indices in the data set (an iterable data set, "
-    "keys that are not whole numbers of at least 0, or batches that your loop made "
-    "itself). Use a map-style data set, a sampler of positions from 0, and the loader "
-    "that make_private returned.",
+    "or keys that are not whole numbers of at least 0). Use a map-style data set, and "
+    "a sampler of positions from 0.",
 )
 INPUTS_DISAGREE = Cause(
     "the model's inputs have different examples in the same position",

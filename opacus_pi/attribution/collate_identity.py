@@ -47,9 +47,8 @@ from opacus_pi.attribution.causes import (
     PARTS_IN_COLLATE,
     Cause,
 )
-from opacus_pi.attribution.item_contents import MIN_ENTRIES, content_sums
+from opacus_pi.attribution.item_contents import contents_of, labels_of
 from opacus_pi.attribution.item_fingerprints import ItemFingerprints, fingerprint_items
-from opacus_pi.attribution.item_labels import WIDEST_LABEL
 from opacus_pi.attribution.mixtures import OtherSamples, made_of_others
 from opacus_pi.attribution.samples import (
     DelayedChecksums,
@@ -74,7 +73,6 @@ __all__ = [
 
 Mask = NDArray[np.bool_]
 Indices = NDArray[np.int64]
-_TOO_SMALL = np.empty(0, np.int64)
 _MIN_ENTRIES = 4  # of an item that is found in a part of a batch by itself
 
 
@@ -88,10 +86,9 @@ class CollateIdentity:
         notes: Causes that concern all samples.
         cause: Why samples match no item.
         has_more: Whether the batch has entries that its items do not have.
-        contents: int64 ``(n,)``: a checksum of the largest part of each item, empty if
-            the items are too small; None: they are the samples of the batch.
-        labels: int64 ``(n, p)``: checksums of the small parts of each item beside the
-            largest; None: there are none.
+        contents: int64 ``(n,)``: a checksum of the largest part of each item; None: the
+            items are the samples of the batch.
+        labels: int64 ``(n, p)``: checksums of the small parts of each item.
     """
 
     items: NDArray[np.int64] | None = None
@@ -147,21 +144,8 @@ class FollowingCollate:
         batch = self.collate_fn(items)
         with torch.no_grad():
             identity = follow(fingerprints, batch, self.batch_dim)
-        part = fingerprints.largest_part(MIN_ENTRIES)
-        contents, labels = _TOO_SMALL, None
-        if part is not None:
-            widths = fingerprints.widths[:, part]
-            contents = content_sums(fingerprints.entries[part], widths)
-            labels = _labels(fingerprints, part)
+        contents, labels = contents_of(fingerprints), labels_of(fingerprints)
         return FollowedBatch(batch, replace(identity, contents=contents, labels=labels))
-
-
-def _labels(items: ItemFingerprints, largest: int) -> Indices | None:
-    """Return checksums of the small parts of each item beside the largest one."""
-    widest = items.widths.max(axis=0)
-    small = np.flatnonzero((widest > 0) & (widest <= WIDEST_LABEL)).tolist()
-    found = [items.checksums_of(part) for part in small if part != largest]
-    return np.stack(found, axis=1) if found else None
 
 
 def keeps_order(collate_fn: Callable[..., Any] | None) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from opacus_pi.attribution.causes import Cause
 from opacus_pi.attribution.collate_identity import BY_CONSTRUCTION, CollateIdentity
-from opacus_pi.attribution.item_contents import MIN_ENTRIES, content_sums
+from opacus_pi.attribution.item_contents import SMALL, content_sums, joint_sums
 from opacus_pi.attribution.item_labels import WIDEST_LABEL
 from opacus_pi.attribution.lookalikes import Alike
 from opacus_pi.attribution.samples import (
@@ -220,23 +220,28 @@ class Delivery:
     def contents(self) -> Indices | None:
         """Return a checksum of the largest tensor of each sample, int64 ``(b,)``.
 
-        None is returned if it has very few entries, or is on an accelerator.
+        If all tensors are small, it is a checksum of all of them. None is returned if
+        there are none, or if the largest is on an accelerator.
         """
         largest = self._largest()
-        if largest is None or largest.width < MIN_ENTRIES or not largest.is_on_host:
+        if largest is None or not largest.is_on_host:
             return None
+        if largest.width < SMALL:
+            labels = self.labels()
+            return None if labels is None else joint_sums(list(labels.T))
         return content_sums(largest.entries)
 
     def labels(self) -> Indices | None:
         """Return checksums of the small tensors beside the largest, int64 ``(b, p)``.
 
-        None is returned if there are none.
+        If all tensors are small, the largest counts, too. None is returned if there
+        are none.
         """
         largest = self._largest()
         found = [
             content.checksums
             for content in self.all_contents()
-            if content is not largest
+            if (content is not largest or content.width < SMALL)
             and content.width <= WIDEST_LABEL
             and content.is_on_host
         ]

@@ -41,6 +41,7 @@ from opacus_pi.attribution.causes import (
     EQUAL_NUMBERS,
     INPUTS_DISAGREE,
     MOVED_AND_CHANGED,
+    NO_DELIVERY,
     NO_INDICES,
     NOT_DELIVERED,
     OTHER_SIZE,
@@ -467,7 +468,8 @@ def assumed(
     sizes = [tensor.shape[dim] for tensor in tensors]
     size = max(sizes, default=None)
     if not recent or recent[0].index_array is None:
-        return ForwardPass(None, "", None, NO_INDICES, num_inputs=size)
+        missing = NO_INDICES if recent else NO_DELIVERY
+        return ForwardPass(None, "", None, missing, num_inputs=size)
     latest = recent[0]
     if latest.num_recognised and not is_view:
         return ForwardPass(None, "", None, NOT_DELIVERED, num_inputs=size)

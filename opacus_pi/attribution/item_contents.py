@@ -17,11 +17,11 @@ have moved, every changed sample is reported. 18 bytes are kept for each example
 for each of its labels.
 
 *What breaks it.* Moved items that are also changed, where labels do not show it:
-``doubt`` says so. Items of fewer than four entries. If examples are equal, the first
+``doubt`` says so. If examples are equal, the first
 moved samples are not reported: about 10 if half of many examples are equal to others,
 more if the examples are few. A data set without equal items that becomes most of its
 other items by random changes is reported. At most 64 entries of an item are compared,
-of its largest tensor.
+of its largest tensor, or all tensors of an item of single numbers.
 
 >>> contents = ItemContents()
 >>> contents.moved(np.array([0, 1, 2]), np.array([11, 12, 13]))
@@ -31,7 +31,7 @@ array([ True, False])
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -42,20 +42,29 @@ from torch import Tensor
 
 from opacus_pi._validate import require
 from opacus_pi.attribution.causes import (
+    CONTENTS_OF_OTHERS,
     LABELS_CHANGED,
     LABELS_KEPT,
     MOVED_IN_DATA_SET,
     NOTHING_KEPT,
     Cause,
 )
-from opacus_pi.attribution.item_labels import ItemLabels
+from opacus_pi.attribution.item_fingerprints import ItemFingerprints
+from opacus_pi.attribution.item_labels import WIDEST_LABEL, ItemLabels
 from opacus_pi.attribution.samples import checksums_of_entries, places_compared
 
-__all__ = ["MIN_ENTRIES", "ItemContents", "content_sums"]
+__all__ = [
+    "SMALL",
+    "ItemContents",
+    "content_sums",
+    "contents_of",
+    "joint_sums",
+    "labels_of",
+]
 
 Indices = NDArray[np.int64]
-MIN_ENTRIES = 4
-"""Entries of an item below which its content says nothing: many items are equal."""
+SMALL = 4
+"""Entries of the largest part of an item below which all parts are its content."""
 _FEWEST_COMPARED = 32  # entries of an item: more would cost time in each update
 _LEAST_SHARE = 0.5  # of changed samples, from which on they are taken to have moved
 _IMPROBABLE = math.log(1e-3)  # log of the probability below which chance is ruled out
@@ -84,6 +93,65 @@ def content_sums(
     return checksums_of_entries(np.take_along_axis(padded, each, axis=1))
 
 
+def joint_sums(parts: Sequence[Indices]) -> Indices:
+    """Compute one checksum of all parts of each item, int64 ``(b,)``.
+
+    Args:
+        parts: The checksums of each part, ``(b,)``.
+    """
+    return checksums_of_entries(np.stack(parts, axis=1).view(np.float32))
+
+
+def contents_of(items: ItemFingerprints) -> Indices:
+    """Compute a checksum of the largest part of each item, or of all if it is small.
+
+    It does not depend on the other items of the batch, nor do the labels.
+
+    Args:
+        items: Fingerprints of the items.
+
+    Returns:
+        int64 ``(n,)``; 0 for an item without a fingerprint.
+    """
+    sums = np.zeros(len(items), np.int64)
+    largest, is_small = _largest_parts(items)
+    for part in np.unique(largest).tolist():
+        rows = largest == part
+        sums[rows] = content_sums(items.entries[part], items.widths[:, part])[rows]
+    if is_small.any():
+        each = [items.checksums_of(part) for part in range(items.widths.shape[1])]
+        sums[is_small] = joint_sums(each)[is_small] if each else 0
+    return sums
+
+
+def labels_of(items: ItemFingerprints) -> Indices:
+    """Compute checksums of the small parts of each item, but not of its content.
+
+    Args:
+        items: Fingerprints of the items.
+
+    Returns:
+        int64 ``(n, m)``: 0 for what is no label.
+    """
+    widths = items.widths
+    largest, is_small = _largest_parts(items)
+    is_label = (widths > 0) & (widths <= WIDEST_LABEL)
+    if widths.size:
+        rows = np.flatnonzero(~is_small)
+        is_label[rows, largest[rows]] = False
+    sums = np.zeros_like(widths)
+    for part in np.flatnonzero(is_label.any(axis=0)).tolist():
+        sums[:, part] = np.where(is_label[:, part], items.checksums_of(part), 0)
+    return sums
+
+
+def _largest_parts(items: ItemFingerprints) -> tuple[Indices, NDArray[np.bool_]]:
+    """Return the largest part of each item, and which items have only small parts."""
+    if not items.widths.size:
+        return np.zeros(0, np.int64), np.ones(len(items), np.bool_)
+    return items.widths.argmax(axis=1), items.widths.max(axis=1) < SMALL
+
+
 @lru_cache(maxsize=4096)
 def _places_of(width: int) -> Indices:
     """Return which of its entries the checksum of an item uses, and -1 for the rest."""
@@ -102,6 +170,9 @@ class ItemContents:
     """The checksum of each index of a data set when it was first delivered.
 
     Labels are compared where the content of an index has changed.
+
+    Attributes:
+        num_same: How often an index was delivered again with the same content.
     """
 
     def __init__(self) -> None:
@@ -111,7 +182,7 @@ class ItemContents:
         self._values = np.zeros(0, np.int64)  # the known ones, sorted
         self._is_unique = np.zeros(0, np.bool_)  # whether exactly one index has each
         self._num_sorted = 0
-        self._num_changed = self._num_moved = 0
+        self._num_changed = self._num_moved = self.num_same = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what is known of each index, as tensors, for a checkpoint."""
@@ -120,7 +191,7 @@ class ItemContents:
         return {
             "indices": torch.from_numpy(known),
             "sums": torch.from_numpy(self._sums[known]),
-            "counts": torch.tensor([self._num_changed, self._num_moved]),
+            "counts": torch.tensor([self._num_changed, self._num_moved, self.num_same]),
             **{f"{_LABELS}{name}": value for name, value in labels.items()},
         }
 
@@ -137,7 +208,8 @@ class ItemContents:
         _require_whole(state)
         contents = cls()
         contents.moved(state["indices"].numpy(), state["sums"].numpy())
-        contents._num_changed, contents._num_moved = state["counts"].tolist()
+        counts = state["counts"].tolist()
+        contents._num_changed, contents._num_moved, contents.num_same = counts
         parts = state.items()
         labels = {n.removeprefix(_LABELS): v for n, v in parts if n.startswith(_LABELS)}
         contents._labels = ItemLabels.from_state_dict(labels)
@@ -169,6 +241,7 @@ class ItemContents:
             own = self._sums[indices]
         moved = np.zeros(len(sums), np.bool_)
         (other,) = (own != sums).nonzero()
+        self.num_same += len(sums) - len(other)
         if not len(other):  # nearly always after the first epochs
             return moved
         is_new = own[other] == 0
@@ -200,6 +273,8 @@ class ItemContents:
         """
         if not self._num_changed or self._labels.have_moved or self._have_moved():
             return None
+        if self._num_moved >= _LEAST_SHARE * self._num_changed:
+            return CONTENTS_OF_OTHERS
         return LABELS_KEPT if self._labels.are_kept else NOTHING_KEPT
 
     def _have_moved(self) -> bool:
@@ -243,7 +318,7 @@ def _require_whole(state: Mapping[str, Any]) -> None:
     shapes = {
         "indices": (size,),
         "sums": (size,),
-        "counts": (2,),
+        "counts": (3,),
         f"{_LABELS}indices": (num_labelled,),
         f"{_LABELS}first": (num_labelled, num_parts),
         f"{_LABELS}counts": (2, num_parts),

@@ -113,17 +113,6 @@ class ItemFingerprints:
         whole = self.whole.get(part)
         return self.checksums_of(part) if whole is None else whole
 
-    def largest_part(self, min_entries: int) -> int | None:
-        """Return which part has the most entries, if it has enough in every item.
-
-        Args:
-            min_entries: The number of entries that it must have.
-        """
-        if not self.widths.size:
-            return None
-        part = int(self.widths.sum(axis=0).argmax())
-        return part if self.widths[:, part].min() >= min_entries else None
-
 
 def fingerprint_items(items: Any) -> ItemFingerprints:
     """Compute checksums of the parts of each item.

@@ -47,7 +47,7 @@ from opacus_pi.attribution.collate_identity import (
 )
 from opacus_pi.attribution.delivery import LoaderPass
 from opacus_pi.attribution.tracker import Tracker
-from opacus_pi.ledger.plain_indexing import indexes_plainly
+from opacus_pi.ledger.plain_indexing import indexes_plainly, loads_batches
 
 __all__ = ["LoaderObserver", "observe", "observe_like", "observer_of", "tracker_of"]
 
@@ -226,6 +226,7 @@ def observe(
     _attach(loader, observer, in_parts=False)
     if tracker is not None:
         tracker.indexes_plainly = indexes_plainly(loader.dataset)
+        tracker.loads_batches = loads_batches(loader.dataset)
     return observer
 
 

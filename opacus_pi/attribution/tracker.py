@@ -57,6 +57,7 @@ from opacus_pi.attribution.causes import (
     MIXED,
     MIXED_IN_COLLATE,
     NO_INDICES,
+    OWN_BATCHES,
     PARTS_IN_COLLATE,
     REPEATED,
     TRUSTED,
@@ -139,6 +140,7 @@ class Tracker:
         contents: What each index of the data set contained when it was first delivered.
         indexes_plainly: Whether the data set is known to keep the order of its
             examples, however it changes them.
+        loads_batches: Whether the data set has a ``__getitems__`` of its own.
         keeps_batches: Whether copies of the recent batches are kept in memory.
         saw_pass: Called with each forward pass and its outputs; None: not called.
         saw_backward: Called during each backward pass, with whether it is the second
@@ -157,7 +159,8 @@ class Tracker:
         self.verify, self.strict = verify, strict
         self.batch_dim = 0 if batch_first else 1
         self.counts = dict.fromkeys(EVIDENCE, 0)
-        self.keeps_batches = self.keeps_outputs = self.indexes_plainly = False
+        self.keeps_batches = self.keeps_outputs = False
+        self.indexes_plainly = self.loads_batches = False
         self.is_between_backwards = False
         self.saw_pass: Callable[[ForwardPass, Any], None] | None = None
         self.saw_backward: list[Callable[..., None]] = []
@@ -245,8 +248,7 @@ class Tracker:
         identity = delivery.identity
         sums, labels_of = identity.contents, partial(_labels_of, delivery)
         if sums is not None:
-            is_moved = identity.items is not None and len(sums) > 0
-            sums = sums[identity.items] if is_moved else sums
+            sums = sums if identity.items is None else sums[identity.items]
         elif identity.items is None and not identity.notes:
             sums = delivery.contents()
         if sums is None or len(sums) != len(indices):
@@ -535,6 +537,11 @@ class Tracker:
             added = ADDED_IN_COLLATE
             chain.leave_unchecked(added.link, added.explanation, warn=False)
         doubt = None if self.indexes_plainly else self.contents.doubt()
+        if doubt is None and self.loads_batches:
+            if self.contents.num_same:
+                chain.settle("identity", OWN_BATCHES.explanation)
+            else:
+                doubt = OWN_BATCHES
         if doubt is not None:
             chain.leave_unchecked("identity", doubt.explanation, warn=doubt.is_said)
         if self._order.is_doubtful:

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
-__all__ = ["indexes_plainly"]
+__all__ = ["indexes_plainly", "loads_batches"]
 
 _MAX_DEPTH = 8  # of data sets that hold data sets
 _STORED = (list, tuple, np.ndarray, Tensor, TensorDataset)
@@ -42,6 +42,22 @@ def indexes_plainly(data_set: Any) -> bool:
     return _is_plain(data_set, _MAX_DEPTH)
 
 
+def loads_batches(data_set: Any) -> bool:
+    """Return whether a data set has its own ``__getitems__``, which returns a batch.
+
+    The order of its items is then the data set's own.
+
+    Args:
+        data_set: As for ``indexes_plainly``.
+    """
+    for _ in range(_MAX_DEPTH):
+        owner = _owner(type(data_set), "__getitems__")
+        if owner is not Subset:
+            return owner is not None and not _is_known(owner)
+        data_set = data_set.dataset
+    return False
+
+
 def _is_plain(data_set: Any, depth: int) -> bool:
     """Do the same as ``indexes_plainly``, so many levels deep."""
     names = ("__getitem__", "__getitems__")
@@ -51,11 +67,16 @@ def _is_plain(data_set: Any, depth: int) -> bool:
     owner: Any = owners.pop()
     if owner not in _HOLDERS:
         is_stored = owner in [_owner(kind, "__getitem__") for kind in _STORED]
-        return is_stored or f"{owner.__module__}.".startswith(_LIBRARIES)
+        return is_stored or _is_known(owner)
     held = getattr(data_set, _HOLDERS[owner])
     parts = [held] if owner is Subset else held
     parts = parts.values() if isinstance(parts, dict) else parts
     return all(_is_plain(part, depth - 1) for part in parts)
+
+
+def _is_known(owner: type) -> bool:
+    """Return whether a class is one of the libraries that are known."""
+    return f"{owner.__module__}.".startswith((*_LIBRARIES, "torch.utils.data."))
 
 
 def _owner(kind: type, name: str) -> type | None:

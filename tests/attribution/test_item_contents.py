@@ -18,12 +18,19 @@ from torchvision.datasets import FakeData
 
 from opacus_pi import AccountingError, PrivacyEngine
 from opacus_pi.attribution.causes import (
+    CONTENTS_OF_OTHERS,
     LABELS_CHANGED,
     LABELS_KEPT,
     MOVED_IN_DATA_SET,
     NOTHING_KEPT,
 )
-from opacus_pi.attribution.item_contents import ItemContents
+from opacus_pi.attribution.item_contents import (
+    ItemContents,
+    contents_of,
+    labels_of,
+)
+from opacus_pi.attribution.item_fingerprints import fingerprint_items
+from opacus_pi.attribution.tracker import Tracker
 
 NUM, WIDTH = 24, 6
 
@@ -143,6 +150,18 @@ class Ragged(Flipped):
         return x[: 4 + self.order[i] % 3], y
 
 
+class OneOfAClass(Ordered):
+    """Any example of a class, so that first contents are equal now and then."""
+
+    def __getitem__(self, i):
+        return self.x[i % 3 + 3 * random.randrange(NUM // 3)], i % 3
+
+
+class SortsBatches(Ordered):
+    def __getitems__(self, indices):
+        return [self[i] for i in sorted(indices)]
+
+
 class ShortOrLong(Ragged):
     """Some batches have only long items, others are padded."""
 
@@ -250,6 +269,63 @@ def test_padding_does_not_change_the_content_of_an_item(num_workers):
         ShortOrLong(), num_epochs=4, collate_fn=padded, num_workers=num_workers
     )
     assert identity_of(engine).state == "checked"
+
+
+def test_a_random_choice_within_a_class_is_said():
+    random.seed(0)
+    engine = trained(OneOfAClass(), num_epochs=6)
+    with pytest.warns(UserWarning, match="content that other indices had"):
+        identity = identity_of(engine)
+    assert identity.sentence == CONTENTS_OF_OTHERS.explanation
+
+
+def test_the_order_within_a_batch_that_a_data_set_loads_is_its_own():
+    engine = trained(SortsBatches(), num_epochs=1)
+    with pytest.warns(UserWarning, match="has its own __getitems__"):
+        assert identity_of(engine).state == "unchecked"
+    with pytest.raises(AccountingError, match="another index before"):
+        _ = trained(SortsBatches()).ledger
+
+
+def test_a_data_set_that_loads_batches_in_order_is_checked_in_the_second_epoch():
+    class Batches(Ordered):
+        def __getitems__(self, indices):
+            return [self[i] for i in indices]
+
+    assert identity_of(trained(Batches())).state == "checked"
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 3])
+@pytest.mark.parametrize("noise", [0, 1e-3])
+def test_small_items_are_compared_wholly(width, noise):
+    shape = (20, width) if width else (20,)
+    x, y = torch.randn(shape), torch.arange(20) // 5
+    tracker, indices = Tracker(), list(range(20))
+    for order in (torch.arange(20), torch.arange(20).flip(0)):
+        now = x[order] + noise * torch.randn(shape)
+        found = tracker.delivered(indices, (now, y[order], torch.tensor(indices)))
+    assert set(found.indices) == {-1} and found.identity.cause is LABELS_CHANGED
+
+
+def test_small_items_without_an_index_are_found_by_content():
+    x, y, tracker = torch.randn(20, 2), torch.arange(20) // 5, Tracker()
+    tracker.delivered(list(range(20)), (x, y))
+    found = tracker.delivered(list(range(20)), (x.flip(0), y.flip(0)))
+    assert set(found.indices) == {-1} and found.identity.cause is MOVED_IN_DATA_SET
+
+
+def test_contents_and_labels_do_not_depend_on_the_other_items():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(1, 90, (40, 2))
+    items = [(rng.normal(size=a), rng.integers(0, 9, b), 7 * a) for a, b in sizes]
+    items += [(np.ones(1), np.ones(2), i) for i in range(3)]
+    whole = fingerprint_items(items)
+    contents, labels = contents_of(whole), labels_of(whole)
+    for places in np.split(rng.permutation(42), 14):
+        some = fingerprint_items([items[i] for i in places])
+        assert (contents_of(some) == contents[places]).all()
+        assert (labels_of(some) == labels[places]).all()
+    assert len(set(contents)) == 43 and (labels[:40, 2] != 0).all()
 
 
 @pytest.mark.parametrize("kind", [EqualLabelsFlipped, NoLabels])

@@ -13,7 +13,7 @@ from torch.utils.data import (
 )
 from torchvision.datasets import CIFAR10, FakeData, ImageFolder
 
-from opacus_pi.ledger.plain_indexing import indexes_plainly
+from opacus_pi.ledger.plain_indexing import indexes_plainly, loads_batches
 
 TENSORS = TensorDataset(torch.arange(6), torch.arange(6))
 
@@ -76,3 +76,19 @@ def test_a_data_set_that_holds_itself():
     data_set = Subset(TENSORS, [0])
     data_set.dataset = data_set
     assert not indexes_plainly(data_set)
+
+
+@pytest.mark.parametrize(
+    ("data_set", "expected"),
+    [
+        (TENSORS, False),
+        ([1, 2], False),
+        (Own(), False),
+        (Subset(Own(), [0]), False),
+        (StackDataset(TENSORS, Own()), False),
+        (ReversedInBatches(TENSORS, [0, 3]), True),
+        (Subset(ReversedInBatches(TENSORS, [0, 3]), [0]), True),
+    ],
+)
+def test_which_data_sets_load_batches_themselves(data_set, expected):
+    assert loads_batches(data_set) is expected
