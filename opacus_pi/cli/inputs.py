@@ -114,17 +114,48 @@ def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
         if not listed:
             require_readable_once(text)
         if Path(text).suffix == ".npy":
-            return np.asarray(np.load(text, allow_pickle=False))
-        content = text if listed else Path(text).read_text(encoding="utf-8")
+            return _array_in(text)
+        content = text if listed else _text_of(Path(text).read_bytes())
+    words = [word for word in re.split(r"[\s,]+", content) if word]
     try:
         if not listed and content.lstrip().startswith("["):
             return np.array(json.loads(content))
-        return np.array([int(word) for word in re.split(r"[\s,]+", content) if word])
+        if all(re.fullmatch("-?[0-9]+", word) for word in words):
+            return np.array([int(word) for word in words])
+        cause = None
     except (ValueError, RecursionError) as error:
-        raise BadInput(
-            f"{flag}: {text} does not hold whole numbers. "
-            "Write positions in the training set, one per line or as a JSON list."
+        cause = error
+    raise BadInput(
+        f"{flag}: {text} does not hold whole numbers. "
+        "Write positions in the training set, one per line or as a JSON list."
+    ) from cause
+
+
+def _array_in(path: str) -> NDArray[Any]:
+    """Return the array in a file of ``numpy.save``.
+
+    Raises:
+        ValueError: If it is none, is damaged, or holds objects.
+    """
+    try:
+        return np.array(np.lib.format.open_memmap(path, mode="r"))
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} is not a whole .npy file of numbers. Write it with numpy.save."
         ) from error
+
+
+def _text_of(content: bytes) -> str:
+    """Return a text in UTF-8, UTF-16 or UTF-32, without the mark at its beginning.
+
+    Args:
+        content: The bytes of a file.
+
+    Raises:
+        ValueError: If they are no text.
+    """
+    text = content.decode(json.detect_encoding(content))
+    return text.removeprefix("\ufeff")
 
 
 def read_forget_set(options: argparse.Namespace) -> NDArray[np.int64]:
@@ -177,12 +208,12 @@ def _read_owners(path: str) -> dict[str, list[int]]:
     remedy = 'Write a JSON object of positions by person: {"p03": [3, 17]}.'
     with about("--owners", remedy):
         require_readable_once(path)
-        content = Path(path).read_bytes()
+        content = _text_of(Path(path).read_bytes())
     try:
         pairs = json.loads(content, object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"--owners: {path} is not JSON. {remedy}") from error
-    if not content.lstrip().startswith(b"{") or not all(
+    if not content.lstrip().startswith("{") or not all(
         isinstance(positions, list) and all(type(x) is int for x in positions)
         for _, positions in pairs
     ):
@@ -311,6 +342,7 @@ def load_weights(flag: str, path: str, model: nn.Module) -> nn.Module:
     wrapped = bool(state) and all(name.startswith(_WRAPPED) for name in state)
     if wrapped and not all(name.startswith(_WRAPPED) for name in model.state_dict()):
         state = {name.removeprefix(_WRAPPED): value for name, value in state.items()}
+    _require_numbers_of(model, state, f"{flag}: {path}")
     try:
         model.load_state_dict({**_tied(model, state), **state})
     except RuntimeError as error:
@@ -319,6 +351,36 @@ def load_weights(flag: str, path: str, model: nn.Module) -> nn.Module:
             "Name the architecture that the weights were trained with."
         ) from error
     return model
+
+
+def _require_numbers_of(
+    model: nn.Module, state: Mapping[str, Tensor], where: str
+) -> None:
+    """Refuse weights that torch would load, but that are not those of a trained model.
+
+    Args:
+        model: The model, whose types are compared: torch converts whole numbers.
+        state: The weights of the file.
+        where: The argument and the file, for the message.
+
+    Raises:
+        BadInput: If a weight is NaN, or is of whole numbers where the model's is not.
+    """
+    own = model.state_dict()
+    for name, value in state.items():
+        expected = own.get(name)
+        if not isinstance(expected, Tensor) or not expected.is_floating_point():
+            continue
+        if not value.is_floating_point():
+            raise BadInput(
+                f"{where}: {name} has the type {value.dtype}, but the model's is "
+                f"{expected.dtype}. Save the weights as they were trained."
+            )
+        if value.layout == torch.strided and bool(value.isnan().any()):
+            raise BadInput(
+                f"{where}: {name} contains NaN, so the training has diverged. Name "
+                "weights from before that."
+            )
 
 
 def _tied(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ does, is imported by ``program`` when the command runs.
 
 import argparse
 import difflib
+import errno
 import math
 import os
 import re
@@ -189,7 +190,9 @@ def writable_file(text: str) -> str:
     Raises:
         ArgumentTypeError: If it is a directory, or is to be in one that does not exist.
     """
-    if Path(text).is_dir():
+    if reason := _impossible(text):
+        pass
+    elif os.path.isdir(text):
         reason = "it is a directory"
     elif not (directory := Path(os.path.abspath(text)).parent).is_dir():
         reason = f"{directory} is not a directory"
@@ -198,6 +201,37 @@ def writable_file(text: str) -> str:
     raise argparse.ArgumentTypeError(
         f"{text} cannot be written: {reason}. Name a file in a directory that exists"
     )
+
+
+def new_directory_name(text: str) -> str:
+    """Accept the name of a directory, unless no file system could have it.
+
+    Args:
+        text: The word on the command line.
+
+    Raises:
+        ArgumentTypeError: If it is too long or contains a character that no name has.
+    """
+    if reason := _impossible(text):
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be written: {reason}. Choose another name"
+        )
+    return text
+
+
+def _impossible(text: str) -> str:
+    """Return why no file can have a name; empty if one can.
+
+    >>> _impossible("a" * 1000)
+    'File name too long'
+    """
+    try:
+        os.lstat(text)
+    except OSError as error:
+        return str(error.strerror) if error.errno == errno.ENAMETOOLONG else ""
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 LEDGERS = option(
@@ -438,7 +472,13 @@ a tamper-evident log first: after a crash, repeat the command.""",
             FORGET,
             FORGET_PERSON,
             OWNERS,
-            option("--out", "DIR", "new directory to write", required=True),
+            option(
+                "--out",
+                "DIR",
+                "new directory to write",
+                new_directory_name,
+                required=True,
+            ),
             TEST,
             CRITERION.but(help="import path of the loss (default cross-entropy)"),
             DEVICE,

@@ -6,6 +6,7 @@ has another form, because the page shows it.
 """
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def _evaluation_file(options: argparse.Namespace) -> str | Path | None:
     path: str | Path | None = options.evaluation
     if path is None and options.run_dir is not None:
         usual = Path(options.run_dir, EVALUATION)
-        path = usual if usual.exists() else None
+        path = usual if os.path.lexists(usual) else None
     if path is not None and options.run_dir is None:
         raise BadInput(
             "--evaluation: an evaluation is shown with its unlearning run, but no run "

@@ -6,9 +6,11 @@ output of ``opacus-pi evaluate`` is put there. The directory gets its name only 
 of its files are complete, so a run that was interrupted leaves nothing behind.
 """
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,6 +33,7 @@ from opacus_pi.unlearning.honouring_weights import sha256_of
 
 WEIGHTS, RECORD, TRACE = "weights.safetensors", "record.json", "trace.json"
 GUARANTEE, EVALUATION = "guarantee.json", "evaluation.json"
+_HASHED = (TRACE, GUARANTEE, WEIGHTS)  # by the record
 _CHECKSUM = "checksum"  # the entry of a record that holds it
 _UNEDITED = "Restore it from a copy, or unlearn again."
 RUN_FILES = (WEIGHTS, RECORD, TRACE, GUARANTEE, EVALUATION)
@@ -66,7 +69,9 @@ def new_directory(path: str) -> Iterator[Path]:
         A temporary directory beside it to write to.
 
     Raises:
-        BadInput: If something exists there, or the directory cannot be made.
+        BadInput: If something exists there, or the directory cannot be made. If
+            something came to exist there meanwhile, the result gets another name, which
+            the message says.
     """
     target = Path(os.path.realpath(path))
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
@@ -81,12 +86,27 @@ def new_directory(path: str) -> Iterator[Path]:
     try:
         yield part
         if any(part.iterdir()):
-            os.replace(part, target)
+            _give_name(part, target)
         else:
             part.rmdir()
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _give_name(part: Path, target: Path) -> None:
+    """Rename a directory; if its name was taken meanwhile, keep it under another."""
+    try:
+        os.replace(part, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        kept = target.with_name(f"{target.name}-{secrets.token_hex(4)}")
+        os.replace(part, kept)
+        raise BadInput(
+            f"--out: another program wrote {target} meanwhile. Nothing is lost: this "
+            f"result is in {kept}."
+        ) from error
 
 
 def save_run(directory: Path, result: UnlearningResult) -> None:
@@ -100,7 +120,7 @@ def save_run(directory: Path, result: UnlearningResult) -> None:
     write_weights(directory / WEIGHTS, UNLEARNED_WEIGHTS, state, {})
     result.trace.save(directory / TRACE)
     replace_file(directory / GUARANTEE, result.guarantee.to_json().encode())
-    files = {name: sha256_of(directory / name) for name in (TRACE, GUARANTEE)}
+    files = {name: sha256_of(directory / name) for name in _HASHED}
     record = strict({**result.record, "files": files})
     record[_CHECKSUM] = _digest(record)
     replace_file(directory / RECORD, json_text(record).encode())
@@ -130,11 +150,11 @@ def load_run(directory: str) -> SavedRun:
 
 
 def _require_own_files(directory: Path, record: dict[str, Any]) -> tuple[str, ...]:
-    """Refuse a trace or a guarantee that another run wrote.
+    """Refuse a trace, a guarantee or weights that another run wrote.
 
     Args:
         directory: The run's directory.
-        record: Its record, which has the hashes of both files, and a checksum.
+        record: Its record, which has hashes of the files, and a checksum.
 
     Returns:
         A sentence, if the record is of an earlier release and lacks one of these.
@@ -151,8 +171,12 @@ def _require_own_files(directory: Path, record: dict[str, Any]) -> tuple[str, ..
     if _CHECKSUM in record:
         with about(f"RUN_DIR {directory}", _UNEDITED):
             require_unedited_record(record)
-    for name in (TRACE, GUARANTEE):
-        if hashes.get(name) != sha256_of(directory / name):
+    for name in _HASHED:
+        path = directory / name
+        # Weights may be kept elsewhere; earlier releases did not hash them.
+        if name == WEIGHTS and not (name in hashes and path.exists()):
+            continue
+        if hashes.get(name) != sha256_of(path):
             raise BadInput(
                 f"RUN_DIR {directory}: {name} is not the file that {RECORD} names, so "
                 "it is of another run. Restore both from a copy, or unlearn again."
@@ -197,7 +221,9 @@ def _record(argument: str, path: Path) -> dict[str, Any]:
     record = read_json(argument, path)
     for name in ("forget_indices", "forgotten_before"):
         ids = record.get(name)
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        if not isinstance(ids, list) or not all(
+            type(i) is int and 0 <= i < 1 << 63 for i in ids
+        ):
             raise BadInput(
                 f"{argument}: {path} has no list of whole numbers named {name}. Run "
                 "'opacus-pi unlearn' again."

@@ -128,7 +128,10 @@ def put_new_file(path: Path, write: Callable[[Path], None]) -> bool:
     Returns:
         Whether the name was free.
     """
-    handle, hidden = tempfile.mkstemp(".tmp", f".{path.name[:100]}.", path.parent)
+    try:
+        handle, hidden = tempfile.mkstemp(".tmp", f".{path.name[:100]}.", path.parent)
+    except OSError as error:  # it names a file that the caller does not know
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     os.close(handle)
     try:
         write(Path(hidden))

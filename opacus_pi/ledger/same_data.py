@@ -26,6 +26,7 @@ __all__ = [
 
 _PART = re.compile(r":([a-z])([0-9a-f]{16})$")
 _LABELS = re.compile(r":\d+:[0-9a-f]{16}$")
+_FIELDS = re.compile(r"(.+?):(\d+)(?::([0-9a-f]{16}))?", re.DOTALL)
 _BASE = "class, length and labels"
 _BASE_WITHOUT_LABELS = "class and length (no labels were found)"
 _TRANSFORMS = "t"
@@ -84,11 +85,30 @@ def difference(one: str, other: str) -> str:
         other: Another, or any name that a user gave.
     """
     (base, parts), (other_base, others) = _parts(one), _parts(other)
-    found = [_BASE] if base != other_base else []
+    found = [] if base == other_base else [_difference_of_bases(base, other_base)]
     for letter, words in _PARTS.items():
         if letter in parts and letter in others and parts[letter] != others[letter]:
             found.append(words)
     return "; ".join(found)
+
+
+def _difference_of_bases(one: str, other: str) -> str:
+    """Return which of class, length and labels differ, in words.
+
+    >>> _difference_of_bases("Faces:600:8cc4e2b29a3c0356", "Faces:599")
+    'length and labels'
+
+    Args:
+        one: Class, length and maybe a hash of labels.
+        other: Others, or a name that a user gave.
+    """
+    ours, theirs = _FIELDS.fullmatch(one), _FIELDS.fullmatch(other)
+    if ours is None or theirs is None:
+        return "name"
+    names = ("class", "length", "labels")
+    fields = zip(names, ours.groups(), theirs.groups(), strict=True)
+    *first, last = [name for name, mine, yours in fields if mine != yours]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def compared(one: str, other: str) -> Compared:

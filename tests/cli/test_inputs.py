@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -18,6 +19,7 @@ from opacus_pi.cli.inputs import (
     read_forget_set,
     read_indices,
 )
+from opacus_pi.cli.run_files import new_directory
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.weights_file import read_plain_weights, write_weights
 from tests.private_training import Training
@@ -140,3 +142,68 @@ def test_weights_of_a_run_are_checked_when_they_are_used(tmp_path):
         content[place] ^= 1
         with pytest.raises(BadInput, match="--weights: .*(checksum|unknown kind)"):
             load_weights("--weights", str(tmp_path / "flipped.safetensors"), model)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_files_may_begin_with_a_mark_of_their_encoding(tmp_path, encoding):
+    (tmp_path / "owners").write_text('{"pé": [17, 3]}', encoding=encoding)
+    options = argparse.Namespace(
+        forget_person=["pé"], owners=str(tmp_path / "owners"), flags={}
+    )
+    assert read_forget_set(options).tolist() == [3, 17]
+    for text in ("3\n17\n", "[3, 17]"):
+        (tmp_path / "ids").write_text(text, encoding=encoding)
+        assert read_indices(str(tmp_path / "ids")).tolist() == [3, 17]
+
+
+@pytest.mark.parametrize("word", ["1_0", "+3", "3.0", "0x1", "٣", "1e1"])
+def test_whole_numbers_are_written_in_digits(tmp_path, word):
+    (tmp_path / "ids").write_text(f"{word}\n")
+    with pytest.raises(BadInput, match="does not hold whole numbers"):
+        read_indices(str(tmp_path / "ids"))
+
+
+def test_a_result_is_kept_if_its_name_was_taken_meanwhile(tmp_path):
+    with (
+        pytest.raises(BadInput, match="Nothing is lost") as raised,
+        new_directory(str(tmp_path / "run")) as part,
+    ):
+        (part / "weights").write_text("mine")
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "weights").write_text("theirs")
+    (kept,) = tmp_path.glob("run-*")
+    assert (kept / "weights").read_text() == "mine" and str(kept) in str(raised.value)
+    assert (tmp_path / "run" / "weights").read_text() == "theirs"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.fill_(float("nan")), "weight contains NaN"),
+        (lambda w: w.to(torch.int8), "weight has the type torch.int8"),
+    ],
+)
+def test_weights_that_are_no_trained_ones_are_refused(tmp_path, change, message):
+    model = nn.Linear(3, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = nn.Linear(3, 2).state_dict()
+    torch.save(state | {"weight": change(state["weight"])}, tmp_path / "w.pt")
+    with pytest.raises(BadInput, match=f"--weights: .*w.pt: {message}"):
+        load_weights("--weights", str(tmp_path / "w.pt"), model)
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    torch.save({n: v.double() for n, v in before.items()}, tmp_path / "d.pt")
+    load_weights("--weights", str(tmp_path / "d.pt"), model)
+
+
+def test_an_array_file_that_cannot_be_read_says_so(tmp_path):
+    np.save(tmp_path / "whole.npy", np.array([17, 3]))
+    assert read_indices(str(tmp_path / "whole.npy")).tolist() == [17, 3]
+    content = (tmp_path / "whole.npy").read_bytes()
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    (tmp_path / "cut.npy").write_bytes(content[:-4])
+    (tmp_path / "short.npy").write_bytes(content[:50])
+    (tmp_path / "text.npy").write_text("3")
+    for name in ("objects", "cut", "short", "text"):
+        with pytest.raises(BadInput, match=f"{name}.npy is not a whole .npy file"):
+            read_indices(str(tmp_path / f"{name}.npy"))

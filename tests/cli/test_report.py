@@ -81,6 +81,11 @@ def damaged(done, tmp_path, name, content):
             '{"forget_indices": ["<b>"]}',
             "has no list of whole numbers named forget_indices",
         ),
+        (
+            "record.json",
+            '{"forget_indices": [1e30]}'.replace("1e30", "9" * 30),
+            "has no list of whole numbers named forget_indices",
+        ),
         ("record.json", "{", "is not a JSON object"),
         ("guarantee.json", "{}", "must be JSON in the format opacus_pi.Guarantee"),
         ("trace.json", "{}", "must contain opacus_pi.UnlearningTrace"),
@@ -150,11 +155,14 @@ def test_the_evaluation_of_another_run(run, done, tmp_path, weights, forget, mes
     assert not (tmp_path / "r.html").exists()
 
 
-@pytest.mark.parametrize("name", ["trace.json", "guarantee.json"])
+@pytest.mark.parametrize(
+    "name", ["trace.json", "guarantee.json", "weights.safetensors"]
+)
 def test_files_of_two_runs_in_one_directory(run, done, tmp_path, name):
     words = ("unlearn", *MODEL, *DATA, "--forget", "5", "--epochs", "2")
     assert run(*words, *LEDGER, "--out", tmp_path / "other")[0] == 0
-    copied = damaged(done, tmp_path, name, (tmp_path / "other" / name).read_text())
+    copied = damaged(done, tmp_path, "trace.json", (done / "trace.json").read_text())
+    shutil.copy(tmp_path / "other" / name, copied / name)
     code, out, err = run("report", copied, *LEDGER, "--out", tmp_path / "r.html")
     assert code == 2 and f"{name} is not the file that record.json names" in err
 
@@ -198,3 +206,9 @@ def test_the_report_says_what_older_files_leave_open(answer, done, tmp_path):
     assert all(one in page.read_text() for one in sentences)
     found = answer("report", done, *LEDGER, "--out", page)
     assert found["report"]["unlearning"]["not_checked"] == []
+
+
+def test_a_run_whose_weights_are_kept_elsewhere(run, done, tmp_path):
+    copied = damaged(done, tmp_path, "trace.json", (done / "trace.json").read_text())
+    (copied / "weights.safetensors").unlink()
+    assert run("report", copied, *LEDGER, "--out", tmp_path / "r.html")[0] == 0

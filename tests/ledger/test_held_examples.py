@@ -307,3 +307,19 @@ def test_a_file_that_was_changed_is_read_again(tmp_path):
     path.write_bytes(b"5" * 9)
     os.utime(path, times)
     assert not same_data_set(before, fingerprint(held))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("Other:4:0123456789abcdef", "class"),
+        ("Held:5:0123456789abcdef", "length"),
+        ("Held:4:0123456789abcdee", "labels"),
+        ("Held:4", "labels"),
+        ("Other:5:0123456789abcdef", "class and length"),
+        ("Other:5", "class, length and labels"),
+        ("mine", "name"),
+    ],
+)
+def test_a_difference_names_what_differs(other, words):
+    assert difference("Held:4:0123456789abcdef", other) == words
