@@ -6,9 +6,11 @@ are loaded with ``weights_only=True``.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -116,13 +118,13 @@ def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
         if Path(text).suffix == ".npy":
             return _array_in(text)
         content = text if listed else _text_of(Path(text).read_bytes())
+    cause: Exception | None = None
     words = [word for word in re.split(r"[\s,]+", content) if word]
     try:
         if not listed and content.lstrip().startswith("["):
             return np.array(json.loads(content))
         if all(re.fullmatch("-?[0-9]+", word) for word in words):
             return np.array([int(word) for word in words])
-        cause = None
     except (ValueError, RecursionError) as error:
         cause = error
     raise BadInput(
@@ -137,12 +139,13 @@ def _array_in(path: str) -> NDArray[Any]:
     Raises:
         ValueError: If it is none, is damaged, or holds objects.
     """
-    try:
-        return np.array(np.lib.format.open_memmap(path, mode="r"))
-    except (ValueError, EOFError) as error:
-        raise ValueError(
-            f"{path} is not a whole .npy file of numbers. Write it with numpy.save."
-        ) from error
+    with contextlib.suppress(ValueError, EOFError, zipfile.BadZipFile):
+        found: Any = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return found
+    raise ValueError(
+        f"{path} is not a whole .npy file of numbers. Write it with numpy.save."
+    )
 
 
 def _text_of(content: bytes) -> str:
