@@ -450,6 +450,14 @@ class Tracker:
         """Return whether a pass waits for the second backward pass (ghost clipping)."""
         return any([not f.clipped for f in self._pending])
 
+    def ends_unclipped(self) -> bool:
+        """Return whether nothing has clipped in the newest backward pass (ghost).
+
+        Gradients of earlier ones are cleared by the passes that clip.
+        """
+        newest = max(self._pending, key=lambda f: f.backward, default=None)
+        return newest is not None and not newest.clipped
+
     # --------------------------------------------------------------- what it answers
     def attribute(self, sizes: Sequence[int], *, clipped_only: bool = False) -> Indices:
         """Return the data-set indices of the samples that enter the update.

@@ -138,10 +138,11 @@ def test_the_criterion_that_was_passed_to_ghost_clipping_clips_nothing():
         _ = run.engine.ledger
 
 
-def test_another_loss_whose_gradients_are_cleared_is_allowed_in_ghost_clipping():
+@pytest.mark.parametrize("owner", ["optimizer", "model", "net"])
+def test_another_loss_whose_gradients_are_cleared_is_allowed(owner):
     def score(run, x):
         F.cross_entropy(run.model(x), LABELS[:6]).backward()
-        run.optimizer.zero_grad()
+        getattr(run, owner).zero_grad()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -167,4 +168,16 @@ def test_weighted_losses_of_unequal_parts_are_named(mode, weighted):
         assert run.links()["loss"].state == "checked"
         return
     with pytest.raises(AccountingError, match=r"multiples are 0\.333 to 0\.667"):
+        _ = run.engine.ledger
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_loss_after_that_of_ghost_clipping_is_refused():
+    run = Run("ghost")
+    for x, y in run.loader:
+        run.optimizer.zero_grad()
+        run.criterion(run.model(x), y).backward()
+        F.cross_entropy(run.model(x), y).backward()
+        run.optimizer.step()
+    with pytest.raises(AccountingError, match="not computed by the criterion which"):
         _ = run.engine.ledger
