@@ -21,7 +21,9 @@ Source: Canonne, Kamath and Steinke (arXiv:2004.00010), Proposition 12; Balle an
 (arXiv:1805.06530), Theorem 8; Dong, Roth and Su (arXiv:1905.02383).
 """
 
+import inspect
 import math
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,6 +147,43 @@ def check_delta(delta: float) -> None:
         delta=delta,
         remedy="Choose a number above 0 and below 1 / (data set size).",
     )
+
+
+def large_delta(delta: float, num_examples: int) -> str:
+    """Say that δ is too large for a data set of this size; empty if it is not.
+
+    >>> large_delta(1e-5, 1000)
+    ''
+    >>> large_delta(0.01, 200).split(". ")[0]
+    'δ = 0.01 is not below 1/n = 0.005 (n = 200 training examples)'
+
+    Args:
+        delta: δ in (0, 1).
+        num_examples: Number of training examples.
+    """
+    if delta * num_examples < 1:
+        return ""
+    return (
+        f"δ = {delta:g} is not below 1/n = {1 / num_examples:.2g} (n = {num_examples} "
+        "training examples). At such a δ even a program that picks about "
+        f"{delta * num_examples:.2g} of the examples at random and publishes them "
+        "counts as private, with ε = 0. Choose a δ well below 1/n, such as "
+        f"{0.1 / num_examples:.1g}."
+    )
+
+
+def warn_of_large_delta(delta: float, num_examples: int) -> None:
+    """Warn, at the line of the user's code, if δ is too large for the data set.
+
+    Args:
+        delta: δ in (0, 1).
+        num_examples: Number of training examples.
+    """
+    if sentence := large_delta(delta, num_examples):
+        level, frame = 1, inspect.currentframe()
+        while frame and frame.f_globals["__name__"].startswith("opacus_pi."):
+            level, frame = level + 1, frame.f_back
+        warnings.warn(sentence, stacklevel=level)
 
 
 def check_above_one(*, remedy: str, **named: ArrayLike) -> None:

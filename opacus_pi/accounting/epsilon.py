@@ -30,6 +30,7 @@ from opacus_pi.accounting.conversion import (
     check_delta,
     check_orders,
     epsilon_offset,
+    warn_of_large_delta,
 )
 from opacus_pi.accounting.losses import (
     Ledgers,
@@ -70,7 +71,8 @@ def epsilons(
     """Return per-example epsilons at a given delta.
 
     By default the smallest over Rényi orders, from the losses of ``privacy_losses``
-    with ``convention="corrected"`` and ``rule="right"``.
+    with ``convention="corrected"`` and ``rule="right"``. Warns if ``delta`` is not
+    below 1/n, for n examples.
 
     Args:
         ledger: As in ``privacy_losses``.
@@ -110,6 +112,7 @@ def epsilons(
         'The default is "renyi".',
     )
     runs = _ready(ledger, gaps)
+    warn_of_large_delta(delta, runs[0].num_examples)
     if tolerance is None:
         tolerance = default_tolerance(runs)
     choices = DEFAULT_ORDERS if orders is None else orders

@@ -23,7 +23,7 @@ import numpy as np
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices
-from opacus_pi.accounting.conversion import check_delta
+from opacus_pi.accounting.conversion import check_delta, large_delta
 from opacus_pi.accounting.epsilon import epsilons
 from opacus_pi.accounting.guarantee import Assumption, rounded_up
 from opacus_pi.accounting.training_bound import (
@@ -68,6 +68,7 @@ class PrivacyStatement:
             the example are known (``epsilon_limits``). Never above ``worst_case``, and
             equal to it if the draws give no lower limit. **For its owner only.** None
             if no estimate is given, or it comes from swept norms or from several runs.
+        num_examples: Number of examples in the ledger; 0 if it is not known.
     """
 
     subject: str
@@ -78,6 +79,7 @@ class PrivacyStatement:
     assumptions: tuple[Assumption, ...]
     estimated_from: str = ""
     limit: float | None = None
+    num_examples: int = 0
 
     @property
     def kind(self) -> str:
@@ -116,6 +118,7 @@ class PrivacyStatement:
             f"Privacy statement for {self.subject} ({examples}).",
             self._own(),
             self._anyone(),
+            *filter(None, [large_delta(self.delta, self.num_examples)]),
             *([self.sharing] if self.sharing else []),
             *(f"  {a}" for a in self.assumptions if not a.met),
             *(f"  {a}" for a in self.assumptions if a.is_declared),
@@ -225,6 +228,7 @@ def privacy_statement(
         training_assumptions(runs),
         "" if epsilon is None else _estimated_from(runs),
         limit,
+        runs[0].num_examples,
     )
 
 

@@ -97,6 +97,7 @@ def _headline(scores: Scores) -> str:
         f"{about}, ε at δ = {scores.delta:g} (estimates).\n"
         f"Worst case (bound for any example): loss {rounded_up(scores.worst_case_loss)}"
         f", ε {rounded_up(scores.worst_case_epsilon)}."
+        + (f"\n{scores.large_delta}" if scores.large_delta else "")
         + _rounding(scores)
         + _not_checked(scores)
     )

@@ -19,6 +19,7 @@ import argparse
 import functools
 import hashlib
 import json
+import math
 import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from opacus_pi._validate import distinct_indices
+from opacus_pi.accounting.conversion import large_delta
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.inputs import (
     import_criterion,
@@ -113,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
         if result is not None:
             save_run(directory, result)
     facts = {"format": "opacus_pi.cli.unlearn.v1", "out": options.out, **request}
-    facts |= _run_facts(result, options.delta)
+    facts |= _run_facts(result, options.delta, len(train_set))
     answer(options, facts, _text(facts, result))
     return 0
 
@@ -316,16 +318,20 @@ def _request_name(forget: NDArray[np.int64]) -> str:
     return f"ids-{hashlib.sha256(ids).hexdigest()[:16]}"
 
 
-def _run_facts(result: UnlearningResult | None, delta: float) -> dict[str, Any]:
+def _run_facts(
+    result: UnlearningResult | None, delta: float, num_examples: int
+) -> dict[str, Any]:
     """Return what was run and what may be claimed, as JSON facts.
 
     Args:
         result: The run; None if the request had been carried out before.
         delta: δ at which ε is stated.
+        num_examples: Size of the training set.
     """
     if result is None:
         return {"carried_out": False}
-    metrics = result.trace.metrics
+    metrics, epsilon = result.trace.metrics, result.guarantee.epsilon(delta)
+    has_epsilon = math.isfinite(epsilon)
     return {
         "carried_out": True,
         "num_steps": result.record["num_steps"],
@@ -333,7 +339,8 @@ def _run_facts(result: UnlearningResult | None, delta: float) -> dict[str, Any]:
         "before": {name: values[0] for name, values in metrics.items()},
         "after": {name: values[-1] for name, values in metrics.items()},
         "delta": delta,
-        "epsilon": result.guarantee.epsilon(delta),
+        "epsilon": epsilon,
+        "large_delta": large_delta(delta, num_examples) if has_epsilon else "",
         "guarantee": json.loads(result.guarantee.to_json()),
     }
 
@@ -369,6 +376,8 @@ def _text(facts: dict[str, Any], result: UnlearningResult | None) -> str:
         rows = [(n, v, facts["after"][n]) for n, v in facts["before"].items()]
         parts.append(table(("metric", "before", "after"), rows))
     parts.append(result.guarantee.text(facts["delta"]))
+    if facts["large_delta"]:
+        parts.append(facts["large_delta"])
     if "head" in facts:
         parts.append(
             f"Entered in {facts['deletion_log']} as {facts['request_id']}. Keep the "

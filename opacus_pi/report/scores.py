@@ -30,7 +30,7 @@ from opacus_pi.accounting import (
     worst_case_loss,
 )
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
-from opacus_pi.accounting.conversion import check_delta
+from opacus_pi.accounting.conversion import check_delta, large_delta
 from opacus_pi.accounting.epsilon import default_tolerance, losses_and_epsilons
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.accounting.training_bound import training_assumptions, training_epsilon
@@ -116,6 +116,11 @@ class Scores(Shown):
         return self.epsilons is None
 
     @property
+    def large_delta(self) -> str:
+        """Why δ is too large for the data set; empty if it is not, or there is no ε."""
+        return "" if self.ranking_only else large_delta(self.delta, len(self.ids))
+
+    @property
     def num_at_bound(self) -> int:
         """Return how many losses equal the worst case, up to rounding.
 
@@ -199,6 +204,7 @@ class Scores(Shown):
             "delta": self.delta,
             "ranking_only": self.ranking_only,
             "tolerance": self.tolerance,
+            "large_delta": self.large_delta,
             "worst_case_loss": self.worst_case_loss,
             "worst_case_epsilon": self.worst_case_epsilon,
             "num_at_bound": self.num_at_bound,

@@ -22,6 +22,7 @@ from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect, numbers, positive, require
 from opacus_pi.accounting import GradNormLedger, privacy_losses
 from opacus_pi.accounting.assumed_noise import has_assumed_noise
+from opacus_pi.accounting.conversion import large_delta
 from opacus_pi.accounting.guarantee import Guarantee, rounded_up
 from opacus_pi.difficulty.forget_sets import ties
 from opacus_pi.ledger.grad_norm_ledger import columns_of
@@ -176,7 +177,16 @@ class Plan(Shown):
             f"Steps: {least}{steps} ({self.prediction}); an epoch is "
             f"{self.steps_per_epoch} steps, {self.num_retain} examples.\n"
             f"{self._claim(delta)}{self._limits(delta)}{self._by_rewind(delta)}"
+            f"{self._large(delta)}"
         )
+
+    def _large(self, delta: float) -> str:
+        """Return the sentence about a δ that is too large; empty if there is no ε."""
+        if not math.isfinite(self.guarantee.epsilon(delta)):
+            return ""
+        gone = len(np.union1d(self.forget, self.forgotten_before))
+        sentence = large_delta(delta, self.num_retain + gone)
+        return f"\n{sentence}" if sentence else ""
 
     def _place(self) -> str:
         """Say where the mean loss lies among all; a large tie has no percentile."""

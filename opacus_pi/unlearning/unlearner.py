@@ -14,6 +14,7 @@ record of what was run.
 """
 
 import copy
+import math
 import os
 import time
 import warnings
@@ -33,7 +34,7 @@ from opacus_pi._shown import Shown, stable_repr
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices, expect
 from opacus_pi.accounting import fingerprint
-from opacus_pi.accounting.conversion import check_delta
+from opacus_pi.accounting.conversion import check_delta, warn_of_large_delta
 from opacus_pi.accounting.filtered_rewind import DeletionPolicy
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.evaluation.trace import UnlearningTrace
@@ -232,7 +233,7 @@ class Unlearner:
 
         A second call is a second request: it starts from the unlearned model and also
         leaves out what was forgotten before. Earlier results keep their own model.
-        Warns if all of a request was forgotten before.
+        Warns if all of a request was forgotten before, or ``delta`` is not below 1/n.
 
         Args:
             train_set: The data set that the model was trained on.
@@ -287,6 +288,8 @@ class Unlearner:
         file = None if checkpoint is None else RunFile(checkpoint, start, record)
         watch = Watch(evaluate, stop, callbacks, progress, file)
         guarantee = self._claim(forget, delta, stop, record["data_set"])
+        if math.isfinite(guarantee.epsilon(delta)):
+            warn_of_large_delta(delta, len(gone) + len(retain))
         history = self.history.after(self.method, stop)
         with watch.all_or_nothing(self, self._generator):
             self.history = history.begun(start, num_fresh, updates=num_epochs > 0)

@@ -73,3 +73,25 @@ def test_an_unlearning_run_and_its_report(run, answer, tmp_path):
 def test_the_words_of_a_run(run, tmp_path):
     words = (*RUN, *LEDGER, "--delta", "0.01", "--out", tmp_path / "run")
     assert "at δ = 0.01 (a bound" in run("unlearn", *words)[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("score", "ledger.safetensors"),
+        (*PLAN, *NOISY),
+        ("unlearn", *RUN, *LEDGER),
+        ("report", *LEDGER),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_delta_that_is_not_below_1_over_n_is_said_once(run, tmp_path, words):
+    for delta, times in ("0.01", 1), ("0.008", 0):  # 1/120 is between them
+        out = tmp_path / f"{delta}.html"
+        if words[0] in ("unlearn", "report"):
+            words = (*words, "--out", out)
+        code, text, err = run(*words, "--delta", delta)
+        assert (code, err) == (0, "")
+        if words[0] == "report":
+            text = out.read_text(encoding="utf-8")
+        assert text.count("δ = 0.01 is not below 1/n = 0.0083 (n = 120") == times

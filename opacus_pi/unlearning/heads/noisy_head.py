@@ -27,7 +27,7 @@ from opacus_pi._validate import (
     positive,
     require,
 )
-from opacus_pi.accounting.conversion import check_delta
+from opacus_pi.accounting.conversion import check_delta, warn_of_large_delta
 from opacus_pi.accounting.guarantee import Assumption, Guarantee, observed
 from opacus_pi.accounting.langevin.contraction import first_step
 from opacus_pi.accounting.training_bound import item_is_the_unit
@@ -386,6 +386,7 @@ class NoisyHead(ABC):
         """Return the fewest steps after which ε of a set is at most the target."""
         check_target(epsilon)
         check_delta(delta)
+        warn_of_large_delta(delta, len(self.remaining))
         curve = self._curve(places, delta)
         found = first_step(lambda k: curve(k) <= epsilon, _MOST_STEPS)
         require(
@@ -494,8 +495,9 @@ class NoisyHead(ABC):
     ) -> tuple[Indices, list[int]]:
         """Check the arguments of ``epsilons``; return places and numbers of steps."""
         check_delta(delta)
-        counts = counts_of(num_steps)
-        return self._chosen(indices), counts
+        counts, chosen = counts_of(num_steps), self._chosen(indices)
+        warn_of_large_delta(delta, len(self.remaining))
+        return chosen, counts
 
     def _check_fitted(self, caller: str) -> None:
         """Raise ``ValueError`` before ``fit``."""
