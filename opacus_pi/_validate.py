@@ -10,6 +10,7 @@ ValueError: sample_rate must be in [0, 1], got 1.2. Divide the batch size by the
 
 import math
 import sys
+from collections.abc import Mapping, Set
 from numbers import Real
 from typing import Any
 
@@ -205,6 +206,7 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         "must be a flat list of whole numbers",
         "Select the entries that count (values.compressed()).",
     )
+    _refuse_names(name, values)
     array = np.asarray(values)
     if array.ndim == 0 and np.issubdtype(array.dtype, np.integer):
         expect(False, name, array, "must be a flat list", f"Write [{array}].")
@@ -244,3 +246,42 @@ def distinct_indices(name: str, values: ArrayLike, size: int) -> NDArray[np.int6
         "Pass each example once (numpy.unique).",
     )
     return ordered
+
+
+def _refuse_names(name: str, values: object) -> None:
+    """Refuse names of persons, and tables by person, where positions are wanted.
+
+    Args:
+        name: The argument's name.
+        values: What was passed.
+
+    Raises:
+        ValueError: If it is a text, a mapping or a set, or has a text as an entry.
+    """
+    wanted = "must be a list of positions in the training set, counted from 0"
+    if isinstance(values, Mapping | Set):
+        is_set = isinstance(values, Set)
+        expect(
+            False,
+            name,
+            f"a {type(values).__name__}",
+            wanted,
+            "Pass sorted(...) of a set." if is_set else "Pass the list of one person.",
+        )
+    array = np.asarray(values)
+    if array.dtype.kind not in "UO":
+        return
+    texts = [x for x in array.ravel().tolist() if isinstance(x, str)]
+    texts.sort(key=str.isdecimal)  # a list with a name turns its numbers into texts
+    if not texts:
+        return
+    expect(
+        False,
+        name,
+        repr(texts[0]),
+        wanted,
+        f"Convert text to whole numbers, as in [{texts[0]}]."
+        if texts[0].isdecimal()
+        else "A person is named by all positions of the person's examples: look them "
+        f"up in your table of owners, such as owners[{printable(texts[0])!r}].",
+    )

@@ -92,7 +92,9 @@ def _load_ledger(path: Path) -> GradNormLedger:
     return ledger_in_checkpoint(path) if is_archive else GradNormLedger.load(path)
 
 
-def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
+def read_indices(
+    text: str, flag: str = "--forget", *, or_persons: bool = False
+) -> NDArray[np.int64]:
     """Return the ids that an argument lists, or those in the file that it names.
 
     The ids are not checked here: whether they are in the training set, and each once,
@@ -107,11 +109,15 @@ def read_indices(text: str, flag: str = "--forget") -> NDArray[np.int64]:
             with one id per line, or a JSON list. Text may come from a pipe of the
             shell: ``<(command)`` or ``/dev/stdin``.
         flag: The argument.
+        or_persons: Whether the command takes names of persons, too.
 
     Raises:
         BadInput: If the file cannot be read or does not hold whole numbers.
     """
-    with about(flag, "List ids as 3,17,25, or name a file of them."):
+    remedy = "List ids as 3,17,25, or name a file of them"
+    if or_persons:
+        remedy += "; persons are named with --forget-person ID --owners FILE.json"
+    with about(flag, f"{remedy}. Ids are positions in the training set, from 0."):
         listed = re.fullmatch(r"[\d\s,]+", text) is not None
         if not listed:
             require_readable_once(text)
@@ -183,7 +189,7 @@ def read_forget_set(options: argparse.Namespace) -> NDArray[np.int64]:
                 "--owners: no person is named. Add --forget-person ID in place of "
                 "--forget."
             )
-        return read_indices(options.forget_indices)
+        return read_indices(options.forget_indices, or_persons=True)
     if options.owners is None:
         raise BadInput(
             "--forget-person: no file lists the examples. Add --owners FILE.json."
@@ -246,8 +252,9 @@ def _examples_of(
     """
     if person not in owners:
         raise BadInput(
-            f"--forget-person: {person} is not in {path}. Check the spelling, or add "
-            "the person to the file."
+            f"--forget-person: {person} is not one of the {len(owners)} persons in "
+            f"{path}. Write one person as the file does, and repeat --forget-person "
+            "for several; positions of examples are named with --forget."
         )
     positions = owners[person]
     if not positions:

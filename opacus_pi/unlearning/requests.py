@@ -455,7 +455,7 @@ class DeletionRequests:
             f"must be one of the {len(self.rows_of)} users of rows_of",
             "rows_of has this user twice, as a number and as a text: keep one."
             if known
-            else "Add the user's examples to rows_of.",
+            else "Add the user's examples to rows_of; positions are passed as indices.",
         )
         return self.rows_of[known[0]]
 

@@ -76,7 +76,16 @@ PERSON = ("--forget-person", "p03")
         (("--forget", "3", "--owners", "FILE"), "--owners: no person is named"),
         (
             ("--forget-person", "p3", "--owners", "FILE"),
-            "--forget-person: p3 is not in",
+            "--forget-person: p3 is not one of the 5 persons in",
+        ),
+        (
+            ("--forget-person", "3", "--owners", "FILE"),
+            "positions of examples are named with --forget",
+        ),
+        (
+            ("--forget", "p03"),
+            "no such file: p03. List ids as 3,17,25, or name a file of them; persons "
+            "are named with --forget-person ID --owners FILE.json. Ids are positions",
         ),
         (("--forget-person", "none", "--owners", "FILE"), "none has no examples in"),
         ((*PERSON, *PERSON, "--owners", "FILE"), "a person is named twice"),

@@ -231,6 +231,12 @@ def test_the_default_generator_follows_torch():
         (list(range(30)), "at least one example to keep"),
         (np.ones(30, dtype=bool), "flatnonzero"),
         (7, r"^forget_indices must be a flat list, got 7. Write \[7\]."),
+        ("p08", r"list of positions .*got 'p08'. A person is .*owners\['p08'\]"),
+        ([3, "p08"], r"got 'p08'. A person is"),
+        ("3", r"got '3'. Convert text to whole numbers, as in \[3\]"),
+        (np.array([3, "p08"], dtype=object), r"owners\['p08'\]"),
+        ({"p08": [3]}, "got a dict. Pass the list of one person"),
+        ({3, 4}, r"got a set. Pass sorted\(...\)"),
     ],
 )
 def test_bad_forget_sets_are_refused_and_nothing_happens(indices, message):
