@@ -350,6 +350,20 @@ class Guarantee(Shown):
             found.append(float(rdp_to_epsilon(values, orders, delta)))
         return min(found, default=math.inf)
 
+    def without_estimates(self) -> "Guarantee":
+        """Return the guarantee as it may be shown to others, such as a regulator.
+
+        A bound holds for any data and stays. An estimate depends on the data of the
+        forget set, so only the owner of these data may see it. Without a bound, no
+        number is left.
+        """
+        keeps = {"orders", "divergences", "reverse_divergences", "statements"}
+        if self.kind == "estimate":
+            keeps = set()
+        kept = {name: getattr(self, name) for name in keeps}
+        shown = Guarantee(self.method, self.assumptions, **kept)
+        return _established(shown, self.established)
+
     def to_json(self) -> str:
         """Return the guarantee as JSON text; ``kind`` is written for readers only.
 

@@ -211,14 +211,16 @@ def declarations(
 
     Returns:
         Declared assumptions, one for each link of custody that was not checked among
-        them. The randomness is observed if it is known to be secure.
+        them. The randomness is observed if it is known to be secure, and left out if
+        no noise was drawn.
     """
+    noise = (unpredictable_noise(runs),) if noise_added(runs).met else ()
     return (
         *unchecked_links(runs),
         Assumption(_SETTINGS, True, _CANNOT_SEE),
         Assumption(_NOTHING_ELSE, True, _CANNOT_SEE),
         item_is_the_unit(),
-        unpredictable_noise(runs),
+        *noise,
     )
 
 

@@ -1,9 +1,10 @@
 """The directory that an unlearning run writes.
 
 It contains ``weights.safetensors``, ``record.json`` (what was run), ``trace.json``
-(metrics over epochs) and ``guarantee.json``, and later ``evaluation.json``, if the
-output of ``opacus-pi evaluate`` is put there. The directory gets its name only when all
-of its files are complete, so a run that was interrupted leaves nothing behind.
+(metrics over epochs), ``guarantee.json`` and, without the estimate that only the owner
+of the data may see, ``guarantee_to_show.json``. Later ``evaluation.json`` is added, if
+the output of ``opacus-pi evaluate`` is put there. The directory gets its name only when
+all of its files are complete, so a run that was interrupted leaves nothing behind.
 """
 
 import errno
@@ -33,10 +34,11 @@ from opacus_pi.unlearning.honouring_weights import sha256_of
 
 WEIGHTS, RECORD, TRACE = "weights.safetensors", "record.json", "trace.json"
 GUARANTEE, EVALUATION = "guarantee.json", "evaluation.json"
+TO_SHOW = "guarantee_to_show.json"
 _HASHED = (TRACE, GUARANTEE, WEIGHTS)  # by the record
 _CHECKSUM = "checksum"  # the entry of a record that holds it
 _UNEDITED = "Restore it from a copy, or unlearn again."
-RUN_FILES = (WEIGHTS, RECORD, TRACE, GUARANTEE, EVALUATION)
+RUN_FILES = (WEIGHTS, RECORD, TRACE, GUARANTEE, TO_SHOW, EVALUATION)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ def save_run(directory: Path, result: UnlearningResult) -> None:
     write_weights(directory / WEIGHTS, UNLEARNED_WEIGHTS, state, {})
     result.trace.save(directory / TRACE)
     replace_file(directory / GUARANTEE, result.guarantee.to_json().encode())
+    shown = result.guarantee.without_estimates()
+    replace_file(directory / TO_SHOW, shown.to_json().encode())
     files = {name: sha256_of(directory / name) for name in _HASHED}
     record = strict({**result.record, "files": files})
     record[_CHECKSUM] = _digest(record)

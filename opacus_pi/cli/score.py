@@ -14,7 +14,7 @@ from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.cli.inputs import load_ledgers
 from opacus_pi.cli.output import answer, table, write_csv
 from opacus_pi.ledger.custody import LINKS
-from opacus_pi.report.scores import Scores, score, tie_sentence
+from opacus_pi.report.scores import Scores, grouped, score, tie_sentence
 from opacus_pi.report.write import training_facts
 
 
@@ -66,7 +66,9 @@ def _text(scores: Scores, facts: dict[str, Any]) -> str:
         [None] * len(losses) if epsilons is None else epsilons,
         strict=True,
     )
-    hardest = [[row["id"], row["loss"], row["epsilon"]] for row in facts["hardest"]]
+    hardest = [
+        [row["id"], row["loss"], row["epsilon"]] for row in grouped(facts["hardest"])
+    ]
     strata = [[s["name"], s["size"], s["mean_loss"]] for s in facts["strata"]]
     ties = tie_sentence(facts)
     return "\n\n".join(

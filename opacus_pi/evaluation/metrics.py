@@ -41,10 +41,17 @@ def accuracy(correct: ArrayLike) -> float:
         A number in [0, 1].
 
     Raises:
-        ValueError: If there is no example.
+        ValueError: If there is no example, or an entry is neither true nor false.
 
     Source: paper, Section 5.1.
     """
+    expect(
+        not isinstance(correct, Predictions),
+        "correct",
+        "Predictions",
+        "must be a list of true and false",
+        "Pass predictions.correct.",
+    )
     array = np.asarray(correct)
     expect(
         array.size > 0,
@@ -52,6 +59,13 @@ def accuracy(correct: ArrayLike) -> float:
         "[]",
         "must contain at least one example",
         "Pass the values of at least one example.",
+    )
+    expect(
+        array.dtype.kind in "biuf" and bool(np.isin(array, (0, 1)).all()),
+        "correct",
+        f"{array.dtype} of shape {array.shape}",
+        "must be true or false for each example",
+        "Pass predicted_labels == labels, or predict(model, data, criterion).correct.",
     )
     return float(np.mean(array, dtype=np.float64))
 
@@ -70,7 +84,7 @@ def unlearning_accuracy(correct: ArrayLike) -> float:
         A number in [0, 1].
 
     Raises:
-        ValueError: If there is no example.
+        ValueError: As ``accuracy``.
 
     Source: paper, Section 5.1.
     """

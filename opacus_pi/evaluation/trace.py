@@ -110,9 +110,10 @@ class UnlearningTrace(Shown):
             metrics: Value of each metric; the names must be the same at every call.
 
         Raises:
-            ValueError: If the time does not increase or the names differ. Nothing is
-                added then.
+            ValueError: If the time does not increase, the names differ, or ``metrics``
+                is not a mapping to numbers. Nothing is added then.
         """
+        values = _numbers_by_name(metrics)
         expect(
             bool(np.isfinite(time)),
             "time",
@@ -128,13 +129,12 @@ class UnlearningTrace(Shown):
             "Append evaluations in the order in which they were made.",
         )
         expect(
-            not self.times or set(metrics) == set(self.metrics),
+            not self.times or set(values) == set(self.metrics),
             "metrics",
-            sorted(metrics),
+            sorted(values),
             f"must be named {sorted(self.metrics)}",
             "Evaluate the same metrics every time.",
         )
-        values = {name: float(value) for name, value in metrics.items()}
         self.times.append(float(time))
         for name, value in values.items():
             self.metrics.setdefault(name, []).append(value)
@@ -383,3 +383,29 @@ def _digest(content: Mapping[str, Any]) -> str:
     """
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _numbers_by_name(metrics: object) -> dict[str, float]:
+    """Return metrics as floats by name, or say how they should look.
+
+    Args:
+        metrics: What an evaluation returned.
+
+    Raises:
+        ValueError: If it is not a mapping from names to single numbers.
+    """
+    remedy = 'Return named numbers from evaluate(model): {"test_accuracy": 0.91}.'
+    wanted = "must be a dict of numbers by name"
+    if not isinstance(metrics, Mapping):
+        expect(False, "metrics", repr(metrics), wanted, remedy)
+        raise AssertionError  # expect has raised
+    values: dict[str, float] = {}
+    for name, value in metrics.items():
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"metrics[{name!r}] must be a single number, got {type(value).__name__}"
+                f" ({error}). {remedy}"
+            ) from error
+    return values

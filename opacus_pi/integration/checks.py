@@ -199,6 +199,14 @@ class RunChecks:
         others = self._earlier_steps + num_counted - (recorded if is_private else 0)
         if others <= 0:
             return ""
+        if not recorded + self._earlier_steps:
+            return (
+                f"None of the {num_counted} updates that the accountant has counted "
+                "was recorded: a checkpoint of plain Opacus was loaded, or another "
+                "engine trained with this accountant. No number can be given of them. "
+                "Train from the start with this engine, or resume from a checkpoint "
+                "that it has saved itself."
+            )
         return (
             f"The ledger holds {recorded} updates, but the training made more: the "
             f"accountant has counted {num_counted}, and {self._earlier_steps} were "

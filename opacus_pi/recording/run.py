@@ -267,7 +267,12 @@ class RecordedRun:
             AccountingError: If nothing has been recorded.
         """
         steps, rows, intervals = self._rows_until_now()
-        if not rows or self.num_steps == 0:
+        if self.num_steps == 0:
+            raise AccountingError(
+                "Nothing was recorded yet, because no update was made. Train with the "
+                "model, optimizer and loader that the engine returned."
+            )
+        if not rows:
             raise AccountingError(
                 f"No row was recorded yet (updates so far: {self.num_steps}). Continue "
                 "the training, or record more often: Recorder(every=...) counts in "

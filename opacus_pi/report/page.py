@@ -7,7 +7,6 @@ marks a value as safe. The page loads nothing: its pictures are data addresses, 
 style sheet is part of it, and its content security policy forbids everything else.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from opacus_pi._printable import printable
 from opacus_pi.accounting.guarantee import rounded_up
 from opacus_pi.report.run import TOLERANCE
-from opacus_pi.report.scores import tie_sentence
+from opacus_pi.report.scores import grouped, tie_sentence
 
 Facts = Mapping[str, Any]
 
@@ -45,7 +44,7 @@ def render(
             facts=facts,
             quantiles=_quantile_rows(facts["quantiles"]),
             card=_card(facts),
-            hardest=_grouped(facts["hardest"]),
+            hardest=grouped(facts["hardest"]),
             ties=tie_sentence(facts),
             tolerance=f"{TOLERANCE:g}",
             distribution_pictures=distribution_pictures,
@@ -182,27 +181,6 @@ def _open_conditions(assumptions: Sequence[Facts]) -> dict[str, str]:
         "not met or unknown": "; ".join(missing) or "nothing",
         "conditions that you declare": str(len(declared)),
     }
-
-
-def _grouped(rows: Sequence[Facts]) -> list[dict[str, Any]]:
-    """Return rows of examples, with one row for those of equal loss and ε.
-
-    Args:
-        rows: Rows with ``id``, ``loss`` and ``epsilon``, equal ones beside each other.
-
-    >>> rows = [{"id": i, "loss": min(i, 5), "epsilon": None} for i in range(9, 3, -1)]
-    >>> [row["id"] for row in _grouped(rows)]
-    ['9, 8, 7, 6, 5', '4']
-    """
-    groups = itertools.groupby(rows, key=lambda row: (row["loss"], row["epsilon"]))
-    return [
-        {
-            "id": ", ".join(str(row["id"]) for row in group),
-            "loss": loss,
-            "epsilon": epsilon,
-        }
-        for (loss, epsilon), group in groups
-    ]
 
 
 def _quantile_rows(quantiles: Facts) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ cannot be quoted by mistake.
 [1, 2]
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,12 @@ from opacus_pi.accounting.conversion import check_delta, large_delta
 from opacus_pi.accounting.epsilon import default_tolerance, losses_and_epsilons
 from opacus_pi.accounting.guarantee import Assumption
 from opacus_pi.accounting.training_bound import training_assumptions, training_epsilon
-from opacus_pi.difficulty.forget_sets import difficulty_strata, num_at_top, ranking
+from opacus_pi.difficulty.forget_sets import (
+    difficulty_strata,
+    num_at_top,
+    ranking,
+    ties,
+)
 from opacus_pi.ledger.custody import Link, unchecked_in
 from opacus_pi.ledger.grad_norm_ledger import runs_of
 
@@ -138,20 +144,24 @@ class Scores(Shown):
     def hardest(self, top: int) -> list[dict[str, Any]]:
         """Return id, loss and ε of the examples with the largest losses, hardest first.
 
-        Equal losses are in the random order of ``difficulty.ranking``, so that the
-        list does not reproduce the order of the data set.
+        Equal losses are ordered by ε, and examples that are equal in both are in the
+        random order of ``difficulty.ranking``, so that the list does not reproduce the
+        order of the data set.
 
         Args:
             top: Number of examples, at least 0.
         """
-        places = ranking(self.losses)[::-1][:top]
+        places = ranking(self.losses)[::-1]
+        if self.epsilons is not None:
+            levels = ties(self.epsilons)[places], ties(self.losses)[places]
+            places = places[np.lexsort([-level for level in levels])]
         return [
             {
                 "id": int(self.ids[i]),
                 "loss": float(self.losses[i]),
                 "epsilon": None if self.epsilons is None else float(self.epsilons[i]),
             }
-            for i in places
+            for i in places[:top]
         ]
 
     def strata(self) -> list[dict[str, Any]]:
@@ -301,7 +311,37 @@ def tie_sentence(facts: Mapping[str, Any]) -> str:
     if tied < 2:
         return ""
     bound = ", which equals the worst case" if facts["num_at_bound"] else ""
+    order = (
+        "their order here is random"
+        if facts["ranking_only"]
+        else "here they are ordered by ε; ids of equal ε are in one line, in random "
+        "order"
+    )
     return (
         f"{tied} examples share the largest loss{bound}: the loss cannot distinguish "
-        "them, and their order here is random."
+        f"them, and {order}."
     )
+
+
+def grouped(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of examples, with one row for those of equal loss and ε.
+
+    Numbers are equal if their first twelve digits are.
+
+    Args:
+        rows: Rows with ``id``, ``loss`` and ``epsilon``, equal ones beside each other.
+
+    >>> rows = [{"id": i, "loss": min(i, 5), "epsilon": None} for i in range(9, 3, -1)]
+    >>> [row["id"] for row in grouped(rows)]
+    ['9, 8, 7, 6, 5', '4']
+    """
+
+    def digits(row: Mapping[str, Any]) -> list[str]:
+        shown = (row["loss"], row["epsilon"])
+        return ["" if number is None else f"{float(number):.12g}" for number in shown]
+
+    groups = [[*group] for _, group in itertools.groupby(rows, key=digits)]
+    return [
+        {**group[0], "id": ", ".join(str(row["id"]) for row in group)}
+        for group in groups
+    ]

@@ -79,6 +79,11 @@ _NOTHING_NEW = (
     "Every example of forget_indices was forgotten before: nothing new is forgotten. "
     "The model is only trained further on the rest."
 )
+_NO_UPDATE = (
+    "num_epochs=0 makes no update: the model keeps the weights that were trained with "
+    "the forget set, and the guarantee is what holds for these. Pass num_epochs=1 or "
+    "more to fine-tune without the set."
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -233,7 +238,8 @@ class Unlearner:
 
         A second call is a second request: it starts from the unlearned model and also
         leaves out what was forgotten before. Earlier results keep their own model.
-        Warns if all of a request was forgotten before, or ``delta`` is not below 1/n.
+        Warns if all of a request was forgotten before, no epoch is asked for, or
+        ``delta`` is not below 1/n.
 
         Args:
             train_set: The data set that the model was trained on.
@@ -259,21 +265,21 @@ class Unlearner:
 
         Raises:
             ValueError: If the indices are empty, repeated or out of range, no example
-                would be left, the ledger or an earlier run of this unlearner is of
+                would be left, ``num_epochs`` is negative, ``evaluate`` returns anything
+                but named numbers, the ledger or an earlier run of this unlearner is of
                 another data set or order, ``delta`` is outside (0, 1), ``stop`` is
                 given without ``evaluate``, or the checkpoint is of another run.
         """
         check_delta(delta)
-        expect(
-            stop is None or evaluate is not None,
-            "evaluate",
-            None,
-            "must be given if stop is given",
-            "stop decides by the metrics that evaluate(model) returns.",
-        )
+        _check_run(num_epochs, evaluate, stop)
         forget, gone, retain = self._split(train_set, forget_indices)
-        if not (num_fresh := len(gone) - len(self.forgotten)):
-            warnings.warn(_NOTHING_NEW, stacklevel=2)
+        num_fresh = len(gone) - len(self.forgotten)
+        for text, is_true in (
+            (_NO_UPDATE, not num_epochs),
+            (_NOTHING_NEW, not num_fresh),
+        ):
+            if is_true:
+                warnings.warn(text, stacklevel=2)
         record = {
             **self._settings(),
             "data_set": fingerprint(train_set),
@@ -710,6 +716,35 @@ class Unlearner:
             "optimizer": {"name": type(optimizer).__name__, **numbers},
             "seed": self._generator.initial_seed(),
         }
+
+
+def _check_run(
+    num_epochs: int, evaluate: Evaluate | None, stop: StopRule | None
+) -> None:
+    """Check arguments of ``unlearn``.
+
+    Args:
+        num_epochs: As in ``unlearn``, as are the other arguments.
+        evaluate: The evaluation, or None.
+        stop: The rule that may end the run early, or None.
+
+    Raises:
+        ValueError: As ``unlearn``.
+    """
+    expect(
+        stop is None or evaluate is not None,
+        "evaluate",
+        None,
+        "must be given if stop is given",
+        "stop decides by the metrics that evaluate(model) returns.",
+    )
+    expect(
+        isinstance(num_epochs, int | np.integer) and num_epochs >= 0,
+        "num_epochs",
+        repr(num_epochs),
+        "must be a whole number, at least 0",
+        "Pass the number of passes over the examples that are kept.",
+    )
 
 
 def _facts_of(engine: Any) -> EngineFacts:

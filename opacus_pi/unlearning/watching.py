@@ -37,7 +37,8 @@ class Watch:
         saved: The run to continue, if the file holds one; else None.
 
     Raises:
-        ValueError: If a callback is of another class, or the file is of another run.
+        ValueError: If ``evaluate`` is not a function, a callback is of another class,
+            or the file is of another run.
     """
 
     evaluate: Evaluate | None
@@ -47,6 +48,13 @@ class Watch:
     file: RunFile | None
 
     def __post_init__(self) -> None:
+        expect(
+            self.evaluate is None or callable(self.evaluate),
+            "evaluate",
+            repr(self.evaluate),
+            "must be a function of the model that returns a dict of numbers",
+            'Pass for example lambda model: {"test_accuracy": test(model)}.',
+        )
         for callback in self.callbacks:
             expect(
                 isinstance(callback, Callback),

@@ -308,3 +308,21 @@ def test_rounded_up_is_never_below_and_never_more_than_a_digit_above(value, num_
 )
 def test_rounded_up_has_few_digits(value, text):
     assert rounded_up(value) == text
+
+
+def test_what_is_shown_to_others_has_no_estimate():
+    facts = (observed("it was clipped", "max_grad_norm=1"),)
+    curves = {"orders": (2.0, 8.0), "divergences": (0.5, 2.0)}
+    whole = guarantee_of_run("Langevin", facts, **curves, estimates=(0.01, 0.02))
+    shown = whole.without_estimates()
+    assert shown == guarantee_of_run("Langevin", facts, **curves)
+    assert "estimate" in whole.text() and "estimate" not in shown.text()
+    assert shown.kind == whole.kind == "certified"
+    assert shown.epsilon(1e-5) == whole.epsilon(1e-5)
+    assert Guarantee.from_json(shown.to_json()) == shown
+    doubtful = (*facts, observed("it is a bound", "one run", met=False))
+    estimate = guarantee_of_run("SGD", doubtful, **curves)
+    assert estimate.kind == "estimate"
+    shown = estimate.without_estimates()
+    assert shown.kind == "empirical" and shown.epsilon(1e-5) == math.inf
+    assert shown.assumptions == doubtful

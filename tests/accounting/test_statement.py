@@ -169,3 +169,14 @@ def test_json_holds_everything():
 def test_bad_input_is_refused(rows, delta, message):
     with pytest.raises(ValueError, match=message):
         privacy_statement(ledger(), rows, delta)
+
+
+@pytest.mark.parametrize("noise_std", [0.0, 2.0])
+def test_only_noise_that_was_drawn_is_said_to_be_unpredictable(noise_std):
+    mechanism = NoisySGD(10, 0.1, noise_std, 1.0)
+    ledger = GradNormLedger(mechanism, [10], [[0.5, 0.1]])
+    said = str(privacy_statement(ledger, [0], 1e-5))
+    assert ("the noise cannot be predicted" in said) == (noise_std > 0)
+    if noise_std:
+        assumed = str(privacy_statement(ledger.with_noise_std(1.0), [0], 1e-5))
+        assert "the noise cannot be predicted" not in assumed

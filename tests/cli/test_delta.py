@@ -61,6 +61,8 @@ def test_an_unlearning_run_and_its_report(run, answer, tmp_path):
     claim = Guarantee.from_json((out / "guarantee.json").read_text())
     assert (found["delta"], found["epsilon"]) == (0.01, claim.epsilon(0.01))
     page = tmp_path / "r.html"
+    shown = Guarantee.from_json((out / "guarantee_to_show.json").read_text())
+    assert claim.estimates and shown == claim.without_estimates()
     report = answer("report", out, *LEDGER, "--delta", "0.02", "--out", page)["report"]
     assert report["delta"] == report["unlearning"]["delta"] == 0.02
     assert report["unlearning"]["epsilon"] == claim.epsilon(0.02)

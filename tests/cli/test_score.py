@@ -142,3 +142,23 @@ def test_a_checkpoint_is_as_good_as_its_ledger(answer, run, tmp_path):
     torch.save({"w": torch.ones(1)}, tmp_path / "weights.pt")
     code, _, err = run("score", tmp_path / "weights.pt")
     assert code == 2 and "must be a checkpoint with a recorded run" in err
+
+
+def test_equal_losses_are_ordered_by_epsilon_and_equal_lines_are_one(
+    run, answer, ledger, tmp_path
+):
+    norms = np.full_like(ledger.grad_norms, 0.5)
+    norms[:, :9] = 100.0  # clipped in every update
+    norms[:, 4:9] = 0.93 * ledger.mechanism.max_grad_norm
+    replace(ledger, grad_norms=norms, source="swept").save(tmp_path / "l.safetensors")
+    words = ("score", tmp_path / "l.safetensors", "--order", 8, "--top", 9)
+    found = answer(*words)
+    assert found["num_at_top"] == 9  # larger estimates were cut to the worst case
+    assert {row["id"] for row in found["hardest"][:4]} == {0, 1, 2, 3}
+    own = [row["epsilon"] for row in found["hardest"]]
+    assert own == sorted(own, reverse=True) and own[3] > own[4] * 1.001
+    ids = [row["id"] for row in found["hardest"]]
+    out = run(*words)[1]
+    assert "here they are ordered by ε; ids of equal ε are in one line" in out
+    for part in (ids[:4], ids[4:]):
+        assert f"\n{', '.join(map(str, part))} " in out

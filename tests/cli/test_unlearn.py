@@ -14,7 +14,13 @@ from opacus_pi.unlearning.deletion_log import verify
 from opacus_pi.unlearning.requests import DeletionRequests
 from tests.cli.conftest import DATA, MODEL
 
-FILES = {"weights.safetensors", "record.json", "trace.json", "guarantee.json"}
+FILES = {
+    "weights.safetensors",
+    "record.json",
+    "trace.json",
+    "guarantee.json",
+    "guarantee_to_show.json",
+}
 SHORT = ("--epochs", "2", "--learning-rate", "0.05")
 NOISY = ("--method", "langevin", "--set", "noise_std=0.02")
 UNLEARN = ("unlearn", *MODEL, *DATA, *SHORT, "--forget")

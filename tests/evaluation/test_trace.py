@@ -164,3 +164,21 @@ def appended(time, metrics):
 def test_bad_input_is_one_clear_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "metrics, message",
+    [
+        (0.5, r"^metrics must be a dict of numbers by name, got 0.5. Return named"),
+        (None, "got None"),
+        ((0.5, 0.6), "dict of numbers by name"),
+        ({"a": np.zeros(3)}, r"metrics\['a'\] must be a single number, got ndarray"),
+        ({"a": "good"}, "got str"),
+        ({"a": None}, "got NoneType"),
+    ],
+)
+def test_an_evaluation_returns_numbers_by_name(metrics, message):
+    trace = UnlearningTrace(unit="epochs")
+    with pytest.raises(ValueError, match=message):
+        trace.append(0, metrics)
+    assert len(trace) == 0 and trace.metrics == {}

@@ -104,6 +104,10 @@ def test_opacus_checkpoint_in_ours_is_loaded_and_not_taken_for_the_whole():
     theirs, ours = vanilla().train(1), Training()
     checkpoint = load(ours, save(theirs))
     assert CHECKPOINT_KEY not in checkpoint
+    said = "None of the 4 updates .* was recorded: a checkpoint of plain Opacus was"
+    for reading in (ours.engine.epsilons, ours.engine.epsilon_limits):
+        with pytest.raises(AccountingError, match=said):
+            reading(1e-3)
     ours.train(1)
     assert ours.engine.recorder.num_steps == 4
     assert ours.engine.get_epsilon(1e-3) > 0

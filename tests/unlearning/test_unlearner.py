@@ -260,3 +260,26 @@ def test_a_method_is_an_object(method):
     remedy = r"FineTune\(\) or Langevin\(noise_std=0.02\)"
     with pytest.raises(ValueError, match=f"^method must .*{remedy}"):
         unlearner(method=method)
+
+
+@pytest.mark.parametrize("number", [-1, 1.5, "2", None])
+def test_a_number_of_epochs_is_whole_and_not_negative(number):
+    mine = unlearner()
+    with pytest.raises(ValueError, match="^num_epochs must be a whole number, at le"):
+        mine.unlearn(data(), [1], number)
+    assert mine.forgotten.size == 0
+
+
+def test_no_epoch_is_said_to_change_nothing():
+    mine = unlearner(ledger=ledger_of(data()))
+    with pytest.warns(UserWarning, match="num_epochs=0 makes no update: the model kee"):
+        result = mine.unlearn(data(), [1], np.int64(0))
+    assert state_bytes(result.model) == state_bytes(net())
+
+
+@pytest.mark.parametrize("evaluate", [0.5, {"a": 1}])
+def test_an_evaluation_is_a_function(evaluate):
+    mine = unlearner()
+    with pytest.raises(ValueError, match="^evaluate must be a function of the model"):
+        mine.unlearn(data(), [1], 1, evaluate=evaluate)
+    assert mine.forgotten.size == 0
