@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from opacus_pi._shown import Shown
-from opacus_pi.accounting import GradNormLedger, RenyiFilter
+from opacus_pi._types import ArrayLike
+from opacus_pi.accounting import (
+    GradNormLedger,
+    PrivacyStatement,
+    RenyiFilter,
+    privacy_statement,
+)
 from opacus_pi.attribution import observe_like
 from opacus_pi.files.atomic_file import replacing
 from opacus_pi.integration.accountants import AccountantBound
@@ -212,6 +218,29 @@ class RecordedEngine(Shown, OpacusEngine):
             AccountingError: If the run, or a part of it, cannot be accounted for.
         """
         return self._readings.epsilon_limits(delta, **options)
+
+    def privacy_statement(
+        self, rows: ArrayLike, delta: float, *, subject: str | None = None
+    ) -> PrivacyStatement:
+        """Return what may be told to one person about the privacy of their examples.
+
+        It is ``opacus_pi.accounting.privacy_statement`` of the ledger up to now.
+
+        Args:
+            rows: The person's positions in the training set, each once; ``[157]`` for
+                one example.
+            delta: Failure probability, in (0, 1).
+            subject: Name of the person or example; by default the position.
+
+        Returns:
+            The statement; print it to read it.
+
+        Raises:
+            ValueError: If positions are repeated or out of range, or ``delta`` is not
+                in (0, 1).
+            AccountingError: If the run cannot be accounted for.
+        """
+        return privacy_statement(self.ledger, rows, delta, subject=subject)
 
     def accountant_bound(self) -> AccountantBound | None:
         """Return what the engine's accountant guarantees for the recorded run.

@@ -14,7 +14,7 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import nn
 from torch.utils.data import DataLoader
 
-from opacus_pi.accounting import fingerprint, worst_case_loss
+from opacus_pi.accounting import fingerprint, privacy_statement, worst_case_loss
 from opacus_pi.gradients import sweep
 from opacus_pi.integration.engine import PrivacyEngine
 from opacus_pi.recording import AccountingError, Recorder
@@ -329,3 +329,13 @@ def test_the_accountants_history_is_opacus_own():
     assert isinstance(ours, RDPAccountant)
     other = Training(engine=opacus.PrivacyEngine(accountant="rdp")).train(2)
     assert ours.history == other.engine.accountant.history
+
+
+def test_the_engine_states_what_one_person_may_be_told():
+    engine = Training().train(1).engine
+    for rows, subject in (([3], None), ([3, 5], "Ann")):
+        found = engine.privacy_statement(rows, 1e-3, subject=subject)
+        assert found == privacy_statement(engine.ledger, rows, 1e-3, subject=subject)
+    assert str(found).startswith("Privacy statement for Ann (2 training examples)")
+    with pytest.raises(AccountingError, match="Nothing was recorded yet"):
+        Training().engine.privacy_statement([3], 1e-3)
