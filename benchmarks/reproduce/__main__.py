@@ -22,8 +22,8 @@ Scales:
     cpu-cifar10
            20,000 images of CIFAR-10, ResNet-18 of width 16, 5 seeds, 20 forget sets;
            --plan shows the core-hours
-    gpu    figure 1 in about half an hour on one GPU: ResNet-18, 20,000 images, 20
-           epochs, 3 seeds, bfloat16 and channels_last
+    gpu    figure 1 in less than an hour on one GPU: ResNet-18, 20,000 images, 20
+           epochs, 4 seeds, bfloat16 and channels_last
     full   the paper's sizes, on GPUs, in bfloat16 and channels_last
 
 The results of finished jobs are stored. If a command is interrupted, give it again: it

@@ -54,6 +54,25 @@ class ForgetSet:
         )
         return np.array(found, dtype=np.int64)
 
+    def mean_loss(self, workspace: Workspace, experiment: Experiment) -> float:
+        """Return the mean privacy loss of the set.
+
+        It is stored with the indices, so that neither needs the trainings again.
+        """
+        facts = self.facts(experiment) | workspace.content_facts(experiment)
+        return float(
+            cached_json(
+                workspace.directory,
+                "mean_losses",
+                facts,
+                lambda: float(
+                    workspace.scores(experiment)[LOSS][
+                        self.indices(workspace, experiment)
+                    ].mean()
+                ),
+            )
+        )
+
     def _chosen(self, scores: np.ndarray) -> np.ndarray:
         if self.rule == "range":
             return sets_along_range(scores, self.size, self.count)[self.number]

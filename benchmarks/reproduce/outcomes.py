@@ -134,8 +134,7 @@ def oracles_of(
 
 def mean_losses(workspace: Workspace, experiment: Experiment, sets: Sets) -> np.ndarray:
     """Return the mean privacy loss of each set, ``(sets,)``."""
-    scores = workspace.scores(experiment)["privacy loss"]
-    return np.array([scores[one.indices(workspace, experiment)].mean() for one in sets])
+    return np.array([one.mean_loss(workspace, experiment) for one in sets])
 
 
 def to_json(values: np.ndarray) -> list:

@@ -127,6 +127,7 @@ class Oracle(Unit):
 
     def compute(self, workspace: Workspace) -> dict[str, float]:
         """Return the metrics of the retrained model."""
+        self.forget_set.mean_loss(workspace, self.experiment)  # stored for later
         return evaluator(workspace, self.experiment, self.forget_set)(
             self.model(workspace)
         )
@@ -244,15 +245,12 @@ class Unlearning(Unit):
         _, trace = unlearn(
             workspace, experiment, forget_set, self.method, settings, self.seed
         )
-        losses = workspace.scores(experiment)["privacy loss"]
         return {
             "trace": trace.metrics,
             "times": trace.times,
             "cost": trace.cost,
             "settings": settings,
-            "mean_loss": float(
-                losses[forget_set.indices(workspace, experiment)].mean()
-            ),
+            "mean_loss": forget_set.mean_loss(workspace, experiment),
         }
 
 

@@ -11,6 +11,7 @@ from benchmarks.reproduce.figures import FIGURES
 from benchmarks.reproduce.figures.difficulty_scores import HARDEST_BY
 from benchmarks.reproduce.figures.typicality import NEIGHBOURS, disagreement
 from benchmarks.reproduce.forget_sets import LOSS, apart, hardest_sets, sets_of
+from benchmarks.reproduce.journal import record, restore
 from benchmarks.reproduce.judging.simulated_runs import PLAIN, draw_runs
 from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
@@ -246,6 +247,20 @@ def test_sets_are_those_of_the_mean_loss_and_the_same_for_every_seed(tmp_path):
     assert set(np.concatenate(tops)) == set(order[-20:])
     searched = apart(TINY).indices(workspace, TINY)
     assert len(searched) == 5 and not set(searched) & set(np.concatenate(sets))
+
+
+def test_a_journal_has_sets_and_losses_so_that_nothing_is_trained_again(
+    tmp_path, monkeypatch
+):
+    here, there = (Workspace(tmp_path / name) for name in ("here", "there"))
+    hardest = sets_of(TINY)[-1]
+    losses = here.scores(TINY)[LOSS][hardest.indices(here, TINY)]
+    assert hardest.mean_loss(here, TINY) == pytest.approx(losses.mean())
+    record(here.directory, tmp_path / "journal.jsonl")
+    restore(tmp_path / "journal.jsonl", there.directory)
+    monkeypatch.setattr(Workspace, "train", None)  # any training would fail
+    assert hardest.mean_loss(there, TINY) == hardest.mean_loss(here, TINY)
+    assert (hardest.indices(there, TINY) == hardest.indices(here, TINY)).all()
 
 
 def test_never_survives_json():
