@@ -17,7 +17,7 @@ oracles. At least eight such sets are needed, and
 
 * at least eight epochs: with fewer, too little is closed to compare (if 3 % is closed
   in an epoch, simulations find sets that are 4.5 times slower in none of the studies
-  with four epochs, in 17 % with six, and in about 90 % with eight);
+  with four epochs, in 22 % with six, and in 85 % with eight);
 * something unlearned: at least 20 % of the gap in total, and more than varies between
   sets, and between trainings;
 * at most 50 % of the gap closed in the first epoch, or all sets look alike;
