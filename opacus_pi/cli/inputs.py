@@ -217,8 +217,9 @@ def _read_owners(path: str) -> dict[str, list[int]]:
     remedy = 'Write a JSON object of positions by person: {"p03": [3, 17]}.'
     with about("--owners", remedy):
         require_readable_once(path)
-        content = _text_of(Path(path).read_bytes())
+        stored = Path(path).read_bytes()
     try:
+        content = _text_of(stored)
         pairs = json.loads(content, object_pairs_hook=tuple)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"--owners: {path} is not JSON. {remedy}") from error
