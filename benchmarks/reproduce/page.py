@@ -49,10 +49,11 @@ All numbers, with seeds, settings and environment, are in
 
 ## How to read the results
 
-**Verdicts.** A claim is *borne out* or *not borne out* if a test with a small error
-probability says so, for every part of the claim and every measure. It is *undecided* if
-the test was made and both answers remain possible. It is *not testable yet* if the
-numbers cannot answer it; the reason is given.
+**Verdicts.** A claim is *borne out* or *not borne out* if a test says so for every
+part of the claim and every measure; how often the tests err is shown below. It is
+*undecided* if the test was made and both answers remain possible. It is *not testable
+yet* if the numbers cannot answer it; the reason is given. A claim about numbers that
+follow from constants is *computed*: nothing in it is random, so it is not judged.
 
 **The unit is the forget set.** All trainings (seeds) that unlearn a set share its
 examples and its oracles, the models retrained without it. More seeds do not make a
@@ -61,16 +62,22 @@ permutes the sets: how often would a random order of the sets look as clear? At 
 {fewest} sets are needed. Correlations over thousands of examples (fig2, fig9, ranks,
 literal) are tested over trainings and examples instead.
 
-**Fixed before any run.** That a harder set takes longer is judged as two claims. It is
-*farther* if its gap before unlearning is larger: the signed distance of a metric from
-the mean oracle. It is *slower* if a larger share of this gap remained, on average over
-the run. Both are tested over sets and trainings. *Slower* is judged on sets whose gap
-exceeds five points, chosen by one training and one oracle and measured with the others,
-in runs of at least eight epochs that closed at least a fifth of the gap. No set may
-overshoot its oracles by more than five points, and no run may cost more than five
-points of test accuracy. Both claims need at least three oracles for each set. The first
-epoch within five points, the paper's number, is stored too. It says little: a run can
-cross the five points and move on.
+**What was fixed beforehand, and what was not.** The statistics and thresholds of the
+judges were chosen after the first curves on Fashion-MNIST had been seen, and before any
+run with 20 forget sets. Limits of correlations (fig2, ranks, literal) were chosen when
+similar correlations were known. So the claims about forget sets will be tested on new
+runs; those about correlations were not.
+
+**Two claims** replace "takes longer". A harder set is *farther* if its gap before
+unlearning is larger: the signed distance of a metric from the mean oracle. It is
+*slower* if a larger share of this gap remained, on average over the run. Both are
+tested over sets and trainings. *Slower* is judged on sets whose gap exceeds five
+points, chosen by one training and one oracle and measured with the others, in runs of
+at least eight epochs that closed at least a fifth of the gap. No set may overshoot its
+oracles by more than five points, and no run may cost more than five points of test
+accuracy. Both claims need at least three oracles for each set. The first epoch within
+five points, the paper's number, is stored too. It says little: a run can cross the five
+points and move on.
 
 **Intervals**, in brackets, are 95 % intervals.
 
@@ -82,9 +89,22 @@ RA and TA: accuracy on retained and on test images.
 
 ## How often the judges err
 
-Each judge was simulated {draws:,} times with known truth. Without the effect (*claim is
-false*) it may say *borne out* in at most 5 % of the cases. With the effect, *not borne
-out* is an error.
+The judges in this table were simulated {draws:,} times with known truth. Without the
+effect (*claim is false*) they may say *borne out* in at most 5 % of the cases. With the
+effect, *not borne out* is an error. The table covers the simulated cases only.
+
+These cases are known to fool the judges outside of *farther* and *slower*, and are not
+mended yet:
+
+- **Correlations over examples** (fig2, fig9, ranks, literal) take examples for
+  independent. Examples of one class resemble each other, so a false claim is confirmed
+  far more often than in 5 % of the cases, and these four verdicts are weaker than they
+  look.
+- **Mean over sets**: a mean below 0 is called positive if the sets that are far below
+  are rare and were not drawn.
+- **Accuracies alike** compares halves: one bad set among good ones passes. That the
+  group bound "does not rise" is confirmed by noise.
+- **Budgets from the loss** has hardly any power, see the table.
 
 {judges}
 ## What changed since the last version

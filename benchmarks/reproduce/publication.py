@@ -1,13 +1,15 @@
 """Judge the numbers of a figure, and write its JSON, picture and table."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from benchmarks.common.report import write_json
 from benchmarks.reproduce.figures import Figure
-from benchmarks.reproduce.judging.verdicts import NOT_TESTABLE, Verdict
+from benchmarks.reproduce.judging.verdicts import COMPUTED, NOT_TESTABLE, Verdict
 
 FEWEST_SEEDS = 3  # with fewer seeds there is no verdict
 Content = dict[str, Any]
@@ -51,12 +53,33 @@ def publish(
 
 
 def verdict_on(figure: Figure, result: Any, scale: dict[str, Any]) -> Verdict:
-    """Return the verdict on a figure's claim; a few seeds cannot confirm anything."""
+    """Return the verdict on a figure's claim.
+
+    A few seeds cannot confirm anything, nor can numbers that are not finite: every
+    comparison with NaN is false, so a guard or a count would pass over it.
+    """
+    bad = list(_not_finite(result))
+    if bad:
+        return Verdict(NOT_TESTABLE, f"{len(bad)} values are NaN or infinite: {bad[0]}")
     found = figure.judge(result)
+    if found.verdict in COMPUTED:
+        return found
     if scale["sgd"]["num_seeds"] < FEWEST_SEEDS:
         few = f"fewer than {FEWEST_SEEDS} seeds; {found.reason}".removesuffix("; ")
         return Verdict(NOT_TESTABLE, few, found.parts)
     return found
+
+
+def _not_finite(content: Any, path: str = "result") -> Iterator[str]:
+    """Yield where a number of a result is NaN or infinite; None stands for never."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _not_finite(value, f"{path}, {key}")
+    elif isinstance(content, list | tuple | np.ndarray):
+        for place, value in enumerate(content):
+            yield from _not_finite(value, f"{path}, {place}")
+    elif isinstance(content, float) and not np.isfinite(content):
+        yield path
 
 
 def text_of(content: Content) -> str:

@@ -7,12 +7,15 @@ from benchmarks.reproduce import figures
 from benchmarks.reproduce.figures import FIGURES
 from benchmarks.reproduce.judging.verdicts import (
     BORNE_OUT,
+    DOES_NOT_HOLD,
+    HOLDS,
     NOT_BORNE_OUT,
     NOT_TESTABLE,
     UNDECIDED,
     all_of,
     of_interval,
 )
+from benchmarks.reproduce.publication import verdict_on
 
 
 @pytest.mark.parametrize("module", figures._MODULES, ids=lambda one: one.__name__)
@@ -101,3 +104,27 @@ def test_one_part_that_fails_decides_and_one_that_is_open_leaves_it_open():
     assert all_of([BORNE_OUT, UNDECIDED]) == UNDECIDED
     assert all_of([BORNE_OUT, BORNE_OUT]) == BORNE_OUT
     assert of_interval(0.0, 0.0) == of_interval(-1.0, 0.0) == UNDECIDED
+
+
+def certified(own):
+    """A result of which the first row has this many steps."""
+    steps = {"shifted": own, "Corollary 4.4": 100}
+    return {"rows": [{"num_points": 1, "steps": steps}]}
+
+
+def test_numbers_that_follow_from_constants_are_computed_and_not_judged():
+    few_seeds = {"sgd": {"num_seeds": 1}}
+    for own, verdict in ((10, HOLDS), (1_000, DOES_NOT_HOLD)):
+        found = verdict_on(FIGURES["certified"], certified(own), few_seeds)
+        assert found.verdict == verdict and "nothing to test" in found.reason
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.float64("nan")])
+def test_a_number_that_is_not_finite_is_not_judged(bad):
+    result = ranks([0.98, 0.99, 0.98])
+    scale = {"sgd": {"num_seeds": 3}}
+    assert verdict_on(FIGURES["ranks"], result, scale).verdict == BORNE_OUT
+    result["panels"]["digits"][1][0][1] = bad
+    found = verdict_on(FIGURES["ranks"], result, scale)
+    assert found.verdict == NOT_TESTABLE
+    assert "1 values are NaN or infinite: result, panels, digits, 1" in found.reason

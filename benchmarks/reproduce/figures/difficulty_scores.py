@@ -10,7 +10,7 @@ examples. Figure 3 uses ``num_seeds`` trainings; examples are ranked by means ov
 ledgers. For each score and size, the hardest examples (four times the size) are divided
 at random into four disjoint sets; each is unlearned once per seed. Settings: proxies
 are computed from the rows of the ledger (the paper has mean norm and confidence at
-every epoch); fine-tuning as in figure 1 (middle). Primary statistics, fixed beforehand:
+every epoch); fine-tuning as in figure 1 (middle). Primary statistics:
 ρ; gap before unlearning, and share of it that remained, of the four sets of one score
 against the four of another, by permutation of the sets, with the share of examples that
 both scores chose.

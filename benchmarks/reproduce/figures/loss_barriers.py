@@ -10,7 +10,7 @@ ones included) and of the test images. Seeds: one model per seed, before and aft
 fine-tuning. It is compared with an oracle of its own if there are enough, else with all
 oracles. The baseline is every pair of oracles of a set. Settings: 11 points on the
 line; the running statistics of BatchNorm are recomputed at each. Primary statistics,
-fixed beforehand, with the forget set as the unit: the rank correlation of the barrier
+with the forget set as the unit: the rank correlation of the barrier
 before with the difficulty; on the harder half of the sets, the mean reduction, and the
 mean excess over the set's own baseline against one standard deviation of the pairs.
 """

@@ -10,7 +10,7 @@ Data: the scale's main data set (figure 7: its other ones); forget sets along th
 of the mean privacy loss over the seeds' ledgers, of the scale's size (figure 8: of
 several sizes). Seeds: ``num_seeds`` trainings; each set is unlearned once per seed. The
 oracles of a set are trained once and serve all seeds. Settings: the learning rate, and
-L1's strength, are searched on a set of its own. Primary statistics, fixed beforehand:
+L1's strength, are searched on a set of its own. Primary statistics:
 those of ``judging.order``. Figure 5 also asks whether the share of the gap that was
 closed on the sets with something to forget is above 0, and whether accuracies of the
 harder and the easier half of the sets differ by less than five points. Figure 8 also

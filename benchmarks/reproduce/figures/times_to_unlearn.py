@@ -12,7 +12,7 @@ each set is unlearned once per seed. The oracles of a set are trained once and s
 seeds, so the set is the unit of every test. The Gaussian score needs one more training
 per set and seed, on noisy inputs, and can be left out. Settings: the left panel uses
 those of training, including the noise on the mean gradient; the learning rate of the
-middle panel is searched on a set of its own. Primary statistics, fixed before any run:
+middle panel is searched on a set of its own. Primary statistics:
 those of ``judging.order``. The first epoch within five points, the paper's time, is
 stored beside them.
 """

@@ -17,6 +17,7 @@
 
 The unit of every test about forgetting is the forget set: trainings (seeds) that
 unlearn the same set share its examples and its oracles.
-Every judge has been simulated without an effect and with one. It may find an effect
-that does not exist in at most 5 % of the simulations.
+Judges are simulated without an effect and with one. In the simulated cases, one may
+find an effect that does not exist in at most 5 %. Cases that are known to fool a judge
+are listed on the page of results.
 """

@@ -3,7 +3,11 @@
 A claim is *borne out* or *not borne out* if a test with a small error probability says
 so. It is *undecided* if the test was made and both answers remain possible, and *not
 testable yet* if the numbers cannot answer it, for example because nothing was
-unlearned. A claim with several parts is borne out only if all of them are.
+unlearned, or because one of them is not finite. A claim with several parts is borne out
+only if all of them are.
+
+A claim about numbers that follow from constants, such as a bound, is not judged:
+nothing in it is random, so no test applies. It is *computed*, and holds or does not.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,6 +21,9 @@ BORNE_OUT = "borne out"
 NOT_BORNE_OUT = "not borne out"
 UNDECIDED = "undecided"
 NOT_TESTABLE = "not testable yet"
+HOLDS = "computed: holds"
+DOES_NOT_HOLD = "computed: does not hold"
+COMPUTED = (HOLDS, DOES_NOT_HOLD)
 
 
 @dataclass(frozen=True)
