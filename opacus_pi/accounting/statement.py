@@ -23,6 +23,7 @@ import numpy as np
 
 from opacus_pi._types import ArrayLike
 from opacus_pi._validate import distinct_indices
+from opacus_pi.accounting.composed_epsilon import composed_worst_case
 from opacus_pi.accounting.conversion import check_delta, large_delta
 from opacus_pi.accounting.epsilon import epsilons
 from opacus_pi.accounting.guarantee import Assumption, rounded_up
@@ -32,7 +33,12 @@ from opacus_pi.accounting.training_bound import (
     training_epsilon,
 )
 from opacus_pi.accounting.uncertainty import epsilon_limits_of_draws
-from opacus_pi.ledger.grad_norm_ledger import GradNormLedger, columns_of, runs_of
+from opacus_pi.ledger.grad_norm_ledger import (
+    GradNormLedger,
+    columns_of,
+    joint_mechanism,
+    runs_of,
+)
 
 _FORMAT = "opacus_pi.PrivacyStatement.v2"
 _OWNER_ONLY = (
@@ -69,6 +75,11 @@ class PrivacyStatement:
             equal to it if the draws give no lower limit. **For its owner only.** None
             if no estimate is given, or it comes from swept norms or from several runs.
         num_examples: Number of examples in the ledger; 0 if it is not known.
+        composed_worst_case: A bound on ε for any one example by numerical composition
+            of the updates, to be compared with ``epsilons(composition="numerical")``.
+            The other values are converted from Rényi divergences, so that an
+            ``epsilon`` may be above it. ``inf`` if none can be given, or for several
+            examples.
     """
 
     subject: str
@@ -80,6 +91,7 @@ class PrivacyStatement:
     estimated_from: str = ""
     limit: float | None = None
     num_examples: int = 0
+    composed_worst_case: float = math.inf
 
     @property
     def kind(self) -> str:
@@ -108,8 +120,9 @@ class PrivacyStatement:
         """
         facts = {"format": _FORMAT, "kind": self.kind, **asdict(self)}
         facts["sharing"] = self.sharing
-        if math.isinf(self.worst_case):
-            facts["worst_case"] = "inf"
+        for name in ("worst_case", "composed_worst_case"):
+            if math.isinf(facts[name]):
+                facts[name] = "inf"
         return json.dumps(facts, ensure_ascii=False, allow_nan=False)
 
     def __str__(self) -> str:
@@ -165,6 +178,17 @@ class PrivacyStatement:
             "then at most e^ε times that for a model trained without these examples, "
             "plus δ. It is converted from Rényi divergences; get_epsilon of the engine "
             "may give less, because a PRV accountant needs no such conversion."
+            f"{self._without_conversion()}"
+        )
+
+    def _without_conversion(self) -> str:
+        """Return the sentence about the bound by composition; empty if not smaller."""
+        if self.composed_worst_case >= self.worst_case:
+            return ""
+        return (
+            " Numerical composition of the updates, without such a conversion, gives "
+            f"the bound ε ≤ {rounded_up(self.composed_worst_case)} under the same "
+            "declarations; compare only numerically composed estimates with it."
         )
 
 
@@ -213,8 +237,12 @@ def privacy_statement(
         if epsilon is not None and len(own) == 1 and own[0].source == "observed":
             at_most = float(epsilon_limits_of_draws(own[0], delta)[0])
             limit = max(at_most, epsilon) if math.isfinite(at_most) else None
+    composed = math.inf
     if noisy.met:
         worst = training_epsilon(runs, len(mine), delta)
+        if single:
+            mechanism, steps = joint_mechanism(runs), runs[0].steps
+            composed = composed_worst_case(mechanism, delta, steps=steps)
     if epsilon is not None:  # other orders may give a little more
         epsilon = min(epsilon, worst)
     if limit is not None:
@@ -229,6 +257,7 @@ def privacy_statement(
         "" if epsilon is None else _estimated_from(runs),
         limit,
         runs[0].num_examples,
+        composed,
     )
 
 
