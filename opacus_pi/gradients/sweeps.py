@@ -35,6 +35,7 @@ from opacus_pi.gradients.joblib_workers import (
 )
 from opacus_pi.gradients.kept_engine import kept_engine
 from opacus_pi.gradients.norm_engine import NormEngine
+from opacus_pi.gradients.sweep_batches import SMALLEST, examples_at_once, in_halves
 from opacus_pi.models.batches import inputs_and_targets, size_of, to_device
 from opacus_pi.models.copies import evaluation_copy
 from opacus_pi.models.no_trace import isolated
@@ -112,7 +113,7 @@ def norm_sweep(
     criterion: Criterion,
     data_set: Dataset[Any],
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
@@ -154,7 +155,7 @@ def sweep(
     criterion: Criterion,
     data_set: Dataset[Any],
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
@@ -168,7 +169,8 @@ def sweep(
     Inside ``joblib.parallel_config(backend="loky", n_jobs=4)``, or with the backend
     ``"dask"`` or ``"ray"``, joblib's workers share the sweep: each measures a run of
     whole batches. The model, the criterion, the data set and ``collate_fn`` are pickled
-    for each worker.
+    for each worker. With a ``batch_size`` the numbers are those of one process to the
+    last digit.
 
     Args:
         model: A plain module, or one wrapped by Opacus or for distributed training;
@@ -177,7 +179,9 @@ def sweep(
             loss module may have any reduction (it is copied).
         data_set: A map-style data set with a length, of ``(x, y)`` or of dicts with
             ``"labels"`` (Hugging Face), handed over as ``model(**rest)``.
-        batch_size: Examples at a time; the result does not depend on it.
+        batch_size: Examples at a time. None: 64 in the first batch, then as many as
+            fit into a part of the memory, at least 64 and at most 1024. The result does
+            not depend on it, except by rounding.
         num_workers: Processes that read the data set ahead; 0: this process reads it,
             or each of joblib's workers its part. The order of the examples is the same.
             A data set that draws random numbers when it is read draws others in a
@@ -202,7 +206,7 @@ def sweep(
     _check(data_set, batch_size, num_workers)
     num_runs = num_joblib_workers()
     if num_runs > 1:
-        runs = runs_of_batches(size_of(data_set), batch_size, num_runs)
+        runs = runs_of_batches(size_of(data_set), batch_size or SMALLEST, num_runs)
         if len(runs) > 1:
             # A copy, because the hooks and states of a training cannot be pickled
             alone = evaluation_copy(model)
@@ -218,7 +222,7 @@ def measured(
     criterion: Criterion,
     data_set: Dataset[Any],
     *,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     progress: bool = True,
@@ -246,24 +250,23 @@ def measured(
     parts = []
     with isolated():
         engine = NormEngine(model, criterion)
-        loader = DataLoader(
-            data_set,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            collate_fn=collate_fn,
-            generator=torch.Generator(),  # a loader draws a seed when it is iterated
-        )
-        for x, y in _batches(loader, engine.device, progress):
-            squares, outputs = engine.squares(x, y)
-            parts.append([squares.sqrt().cpu(), *_output_scores(outputs, y)])
+        loading = {"num_workers": num_workers, "collate_fn": collate_fn}
+        batches = _Batches(data_set, loading, engine.device)
+        squares = engine.squares
+        if batch_size is None:
+            squares = partial(in_halves, engine.squares)
+        for x, y in batches(batch_size, partial(examples_at_once, model), progress):
+            found, outputs = squares(x, y)
+            parts.append([found.sqrt().cpu(), *_output_scores(outputs, y)])
     columns = zip(*parts, strict=True) if parts else [[torch.empty(0).double()]] * 4
     values: list[Any] = [*map(_joined, columns)]
     return Sweep(*values)
 
 
-def _check(data_set: Dataset[Any], batch_size: int, num_workers: int) -> None:
+def _check(data_set: Dataset[Any], batch_size: int | None, num_workers: int) -> None:
     """Raise if a data set cannot be swept, or in such batches."""
-    positive(batch_size=batch_size, remedy="Try 64.")
+    if batch_size is not None:
+        positive(batch_size=batch_size, remedy="Try 64.")
     in_range(
         0,
         math.inf,
@@ -286,18 +289,69 @@ def _joined_sweeps(parts: Sequence[Sweep]) -> Sweep:
     return Sweep(*values)
 
 
-def _batches(
-    loader: DataLoader[Any], device: torch.device, progress: bool
-) -> Iterator[tuple[Any, Any]]:
-    """Yield a loader's ``(x, y)`` batches in order, on a device."""
-    for batch in tqdm(
-        loader,
-        desc="gradient norms",
-        delay=_SECONDS_BEFORE_BAR,
-        disable=None if progress else True,  # None: on a terminal only
-        leave=False,
-    ):
-        yield to_device(inputs_and_targets(batch), device)
+@dataclass(frozen=True)
+class _Batches:
+    """Batches ``(x, y)`` of a data set in order, on a device.
+
+    Args:
+        data_set: The data set.
+        loading: Options of the data loader.
+        device: Where the batches go.
+    """
+
+    data_set: Dataset[Any]
+    loading: dict[str, Any]
+    device: torch.device
+
+    def __call__(
+        self, batch_size: int | None, chosen: Callable[[Any], int], progress: bool
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield the batches, and show how many examples are done.
+
+        Args:
+            batch_size: Examples at a time; None: chosen after the first batch.
+            chosen: Returns it for the inputs of the first batch.
+            progress: Whether to show a bar.
+        """
+        size = size_of(self.data_set)
+        bar = tqdm(
+            desc="gradient norms",
+            total=size,
+            unit="example",
+            delay=_SECONDS_BEFORE_BAR,
+            disable=None if progress else True,  # None: on a terminal only
+            leave=False,
+        )
+        with bar:
+            for x, y in self._loaded(batch_size, chosen, size):
+                yield x, y
+                bar.update(len(y))
+
+    def _loaded(
+        self, batch_size: int | None, chosen: Callable[[Any], int], size: int
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield the batches; arguments as above."""
+        if batch_size is not None:
+            yield from self._part(self.data_set, batch_size)
+            return
+        if size <= SMALLEST:
+            yield from self._part(self.data_set, SMALLEST)
+            return
+        for x, y in self._part(Subset(self.data_set, range(SMALLEST)), SMALLEST):
+            yield x, y
+            batch_size = chosen(x)
+        rest = Subset(self.data_set, range(SMALLEST, size))
+        yield from self._part(rest, batch_size or SMALLEST)
+
+    def _part(
+        self, data_set: Dataset[Any], batch_size: int
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield the batches of a part of the data set."""
+        generator = torch.Generator()  # a loader draws a seed when it is iterated
+        for batch in DataLoader(
+            data_set, batch_size=batch_size, generator=generator, **self.loading
+        ):
+            yield to_device(inputs_and_targets(batch), self.device)
 
 
 def _output_scores(outputs: Any, y: Any) -> list[Tensor | None]:
