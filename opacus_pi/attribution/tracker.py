@@ -343,10 +343,10 @@ class Tracker:
         Returns:
             How many passes were forgotten.
         """
-        gone, kept = self._pending, list[ForwardPass]()
-        if clipped_only:
-            gone = [f for f in self._pending if f.clipped]
-            kept = [f for f in self._pending if not f.clipped]
+        if not self._pending:  # nearly always
+            return 0
+        gone = [f for f in self._pending if f.clipped or not clipped_only]
+        kept = [f for f in self._pending if clipped_only and not f.clipped]
         if not gone:
             return 0
         for forward in gone:

@@ -113,19 +113,19 @@ class PathsToWeights:
             kwargs: Its inputs by keyword.
             outputs: Its outputs, with their graph.
         """
-        self._check(tensors_of(outputs), _LEFT_OUT)
+        self._check(outputs, _LEFT_OUT)
 
-    def _check(self, results: Sequence[Tensor], reason: str) -> None:
+    def _check(self, results: Any, reason: str) -> None:
         """Walk from these tensors if the pass is to be checked.
 
         Args:
-            results: Where autograd's graph ends.
+            results: Where autograd's graph ends, in any nesting.
             reason: Why a use outside of a call breaks the link, with ``{names}``.
         """
         self._num_passes += 1
         module = self._module()
         if self._handles and module is not None:
-            outside = self._used_outside(results)
+            outside = self._used_outside(tensors_of(results))
             self._end()
             if outside:
                 named = [n for n, p in module.named_parameters() if id(p) in outside]

@@ -209,7 +209,8 @@ class _InputCheck:
             return
         if not torch.is_grad_enabled():
             return
-        if any(map(is_functorch_wrapped_tensor, tensors_of(out))):
+        outputs = (out,) if isinstance(out, Tensor) else tensors_of(out)
+        if any(map(is_functorch_wrapped_tensor, outputs)):
             return
         name = self._name
 

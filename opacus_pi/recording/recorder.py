@@ -551,7 +551,8 @@ class Recorder(RecorderOptions):
         self._resumed = False
         rate = run.sample_rate if sample_rate is None else sample_rate
         settings = float(noise_std), float(max_grad_norm), float(rate)
-        checked_noise_generator(noise_generator)
+        if not noise_generator or noise_generator != run.noise_generator:
+            checked_noise_generator(noise_generator)
         run.count_step(*settings, noise_generator)
         if self._last_weights is not None:
             self._last_weights.updated()
