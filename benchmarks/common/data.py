@@ -65,7 +65,8 @@ def load(
 
     Raises:
         ValueError: The name is unknown, neither ``data_root`` nor ``arrays`` is
-            given, or the arrays are not images and labels.
+            given, or the arrays are not images of one shape and a label for each. A
+            value that is not finite, and a class without a training image, are refused.
     """
     if arrays is not None:
         train, test = _npz(arrays)
@@ -88,7 +89,10 @@ def load(
             "--data-root DIR, the folder of torchvision's data sets, or --data "
             f"{name} FILE.npz if the command has this option."
         )
-    classes = 1 + max(int(labels.max()) for _, labels in (train, test))
+    _require_images("training", *train)
+    _require_images("test", *test)
+    _require_same_kind(train, test)
+    classes = 1 + int(train[1].max())
     parts = _tensors(*train, num_train), _tensors(*test, num_test)
     return ImageData(name, *parts, classes)
 
@@ -176,38 +180,86 @@ _SPLITS = ("train", "test")
 
 def _tensors(images: np.ndarray, labels: np.ndarray, count: int) -> TensorDataset:
     """Return the first ``count`` examples (0: all) as float32 and int64 tensors."""
-    _require_images(images, labels)
     images, labels = images[: count or None], labels[: count or None]
     if images.dtype == np.uint8:
         images = _channels_first(images) / np.float32(255)
     return TensorDataset(
         torch.as_tensor(np.ascontiguousarray(images), dtype=torch.float32),
-        torch.as_tensor(labels, dtype=torch.int64),
+        torch.as_tensor(labels.astype(np.int64)),
     )
 
 
-def _require_images(images: np.ndarray, labels: np.ndarray) -> None:
-    """Raise unless two arrays are images and a label for each.
+def _require_images(part: str, images: np.ndarray, labels: np.ndarray) -> None:
+    """Raise unless two arrays are finite images and a label for each.
+
+    Args:
+        part: ``"training"`` or ``"test"``, for the message.
+        images: The images.
+        labels: The labels.
 
     Raises:
-        ValueError: The shape or the type of an array is another one.
+        ValueError: The shape or the type of an array is another one, a value is not
+            finite in float32, or a label is negative.
     """
     dims = (3, 4) if images.dtype == np.uint8 else (4,)
     number = images.dtype == np.uint8 or np.issubdtype(images.dtype, np.floating)
-    if images.ndim not in dims or not number or not len(images):
+    if images.ndim not in dims or not number or not images.size:
         raise ValueError(
-            "images must be uint8 of shape (n, h, w) or (n, h, w, c), or floats of "
-            f"shape (n, c, h, w), with n above 0; got {images.dtype} of shape "
+            f"The {part} images must be uint8 of shape (n, h, w) or (n, h, w, c), or "
+            f"floats of shape (n, c, h, w), and not empty; got {images.dtype} of shape "
             f"{images.shape}. Convert the array."
         )
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
-            f"labels must be one integer for each of the {len(images)} images; got "
-            f"{labels.dtype} of shape {labels.shape}. Convert the array."
+            f"The {part} labels must be one integer for each of the {len(images)} "
+            f"{part} images; got {labels.dtype} of shape {labels.shape}. Convert the "
+            "array."
+        )
+    if odd := _not_finite(images):
+        raise ValueError(
+            f"The {part} images must be finite numbers of float32; got NaN, infinity "
+            f"or a larger number in {odd} of {len(images)} images. Replace these "
+            "values, or leave these images out."
         )
     if labels.min() < 0:
         raise ValueError(
-            f"labels must be 0 or above; got {labels.min()}. Number the classes from 0."
+            f"The {part} labels must be 0 or above; got {labels.min()}. Number the "
+            "classes from 0."
+        )
+
+
+def _not_finite(images: np.ndarray) -> int:
+    """Return how many images have a value that is not finite in float32."""
+    if images.dtype == np.uint8:
+        return 0
+    # NaN fails the comparison, too.
+    within = np.abs(images) <= np.finfo(np.float32).max
+    return int((~within.reshape(len(images), -1).all(axis=1)).sum())
+
+
+def _require_same_kind(train: Arrays, test: Arrays) -> None:
+    """Raise unless both parts have the same kind of images and the same classes.
+
+    Raises:
+        ValueError: The images differ in shape or type, or a class has no training
+            image.
+    """
+    kinds = [f"{x.dtype.name} of shape {x.shape[1:]}" for x, _ in (train, test)]
+    scaled = [x.dtype == np.uint8 for x, _ in (train, test)]
+    if train[0].shape[1:] != test[0].shape[1:] or scaled[0] != scaled[1]:
+        raise ValueError(
+            "Training and test images must have the same shape, and both or neither "
+            f"must be uint8; got {kinds[0]} and {kinds[1]}. Convert one of the arrays."
+        )
+    known = np.unique(train[1])
+    gaps = np.flatnonzero(known != np.arange(len(known)))
+    absent = [int(gaps[0])] if len(gaps) else np.setdiff1d(test[1], known).tolist()
+    if absent:
+        raise ValueError(
+            "The classes must be numbered from 0 without gaps, and each must have a "
+            f"training image; got no training image of class {absent[0]}, but labels "
+            f"up to {max(int(train[1].max()), int(test[1].max()))}. Number the classes "
+            "again, or leave out the test images of classes that are not trained."
         )
 
 

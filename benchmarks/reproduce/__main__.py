@@ -50,6 +50,7 @@ import math
 import os
 import zipfile
 from contextlib import AbstractContextManager
+from importlib import import_module
 from pathlib import Path
 
 import joblib
@@ -66,11 +67,12 @@ from benchmarks.common.set_ranges import set_apart
 from benchmarks.reproduce.experiment import Experiment
 from benchmarks.reproduce.figures import FIGURES, Figure
 from benchmarks.reproduce.journal import record, restore
-from benchmarks.reproduce.pool import JOBS_PER_GPU, default_jobs, run_all
+from benchmarks.reproduce.methods import candidate
+from benchmarks.reproduce.pool import JOBS_PER_GPU, default_jobs, run_all, stages
 from benchmarks.reproduce.progress import plan
 from benchmarks.reproduce.publication import publish, text_of
 from benchmarks.reproduce.scales import SCALES, Scale, adapted
-from benchmarks.reproduce.units import Unit
+from benchmarks.reproduce.units import Search, Unit
 from benchmarks.reproduce.workspace import Workspace
 
 _COUNTS = {
@@ -164,6 +166,32 @@ def require_studied(names: list[str], figures: list[Figure]) -> None:
             f"--method {names[0]}: only the figure 'methods' compares methods, and it "
             "was not chosen. Add it to the figures."
         )
+
+
+def require_optuna(units: list[Unit], workspace: Workspace) -> None:
+    """Refuse to start without optuna if a search of settings is still to be made.
+
+    A search comes after trainings that take hours, and would fail only then.
+
+    Raises:
+        SystemExit: With the remedy.
+    """
+    needed = any(
+        isinstance(unit, Search)
+        and candidate(unit.method).ranges
+        and unit.seconds(workspace) is None
+        for stage in stages(units)
+        for unit in stage
+    )
+    if not needed:
+        return
+    try:
+        import_module("optuna")
+    except ImportError as error:
+        raise SystemExit(
+            "The chosen figures need a search of settings, which needs optuna, but it "
+            f'cannot be imported ({error}). Run: pip install -e ".[benchmarks]"'
+        ) from None
 
 
 def cluster(address: str | None) -> AbstractContextManager:
@@ -261,6 +289,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         print(plan(units, workspace))
         return
+    if not args.dask:  # a cluster's workers have packages of their own
+        require_optuna(units, workspace)
     with cluster(args.dask):
         finished = run_all(
             units, workspace, args.jobs or default_jobs(args.device), args.minutes

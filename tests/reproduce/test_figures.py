@@ -1,4 +1,5 @@
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -300,6 +301,66 @@ def test_a_file_without_a_data_set_is_refused(tmp_path):
         file = str(tmp_path / f"{name}.npz")
         with pytest.raises(SystemExit, match=f"cannot be used. .*{why}"):
             main([*words, "--data", "digits", file])
+
+
+def changed(name, values):
+    """Another array, or another value at the first place of a copy."""
+
+    def change(arrays):
+        found = arrays[name].astype(np.float32) if name[0] == "x" else arrays[name]
+        arrays[name] = values(found) if callable(values) else found.copy()
+        if not callable(values):
+            arrays[name].flat[0] = values
+
+    return change
+
+
+def as_floats(arrays):
+    """Images of floats in both parts, without an error."""
+    for name in ("x_train", "x_test"):
+        arrays[name] = arrays[name][:, None] / 255
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("x_train", np.nan, "training images .*NaN, .* in 1 of 90 images"),
+        ("x_test", -np.inf, "test images .*infinity .* in 1 of 30 images"),
+        ("x_train", lambda x: x.astype(float) + 1e300, "in 90 of 90 images"),
+        ("x_test", lambda x: x[..., :5], "the same shape.*got .*6, 6.*6, 5"),
+        ("x_test", lambda x: (255 * x[:, 0]).astype(np.uint8), "same shape"),
+        ("y_train", lambda y: y[:-1], "training labels .* each of the 90 .*89"),
+        ("y_test", lambda y: np.append(y, 0), "test labels .* each of the 30 .*31"),
+        ("y_test", -1, "test labels must be 0 or above; got -1"),
+        ("y_test", 3, "no training image of class 3"),
+        ("y_train", 1_000, "no training image of class 3, but labels up to 1000"),
+    ],
+)
+def test_arrays_that_are_no_data_set_are_refused_at_once(
+    name, values, message, tmp_path
+):
+    with np.load(npz(tmp_path / "x.npz", 0)) as found:
+        arrays = dict(found)
+    as_floats(arrays)
+    np.savez(tmp_path / "x.npz", **arrays)
+    words = ["fig2", "--store", str(tmp_path / "store"), "--plan"]
+    words += ["--data", "digits", str(tmp_path / "x.npz")]
+    main(words)
+    changed(name, values)(arrays)
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(SystemExit, match=f"cannot be used. .*{message}"):
+        main(words)
+
+
+def test_a_search_without_optuna_is_refused_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    monkeypatch.setattr("benchmarks.reproduce.__main__.run_all", lambda *rest: False)
+    words = ["--store", str(tmp_path / "store"), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r'pip install -e "\.\[benchmarks\]"$'):
+        main(["methods", *words])
+    assert list(tmp_path.iterdir()) == []
+    main(["methods", "--plan", *words])
+    main(["fig2", *words])  # it searches nothing
 
 
 def npz(path, seed):

@@ -114,7 +114,7 @@ def test_own_parts_are_in_the_same_table_and_figure(project, tmp_path, quick, ca
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"dataset": "flat"}, r"cannot be used. images must be .* shape \(1, 3\)"),
+        ({"dataset": "flat"}, r"used. The training images must be .* shape \(1, 3\)"),
         ({"dataset": "few"}, "cannot be used. 8 disjoint sets of 20 need"),
         ({"dataset": "build"}, r"--dataset: .*build\(\) raised TypeError"),
         ({"dataset": "data_set"}, "does not exist. .* has: data_sets"),
