@@ -238,6 +238,7 @@ class Unlearner:
 
         A second call is a second request: it starts from the unlearned model and also
         leaves out what was forgotten before. Earlier results keep their own model.
+        A run that fails before its first update leaves the unlearner as it was.
         Warns if all of a request was forgotten before, no epoch is asked for, or
         ``delta`` is not below 1/n.
 
@@ -606,6 +607,7 @@ class Unlearner:
         watch.restore(run, random)
         with watch.bar(run.step, num_steps) as bar:
             for step in run:
+                watch.updated()
                 bar.update()
                 epoch = int(np.searchsorted(ends, step)) + 1
                 if step == ends[epoch - 1]:

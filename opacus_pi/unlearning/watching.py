@@ -64,7 +64,7 @@ class Watch:
                 "Pass for example [LogMetrics(logger)].",
             )
         self.saved: SavedRun | None = None if self.file is None else self.file.read()
-        self._is_restored = False
+        self._has_updates = False
 
     @property
     def seconds_before(self) -> float:
@@ -81,13 +81,20 @@ class Watch:
         if self.saved is not None:
             run.load_state_dict(self.saved.updates)
             random.restore(self.saved.random)
-        self._is_restored = True
+            self._has_updates = True
+
+    def updated(self) -> None:
+        """Note that the run has made an update: from now on a failure leaves it."""
+        self._has_updates = True
 
     @contextmanager
     def all_or_nothing(
         self, unlearner: object, generator: torch.Generator
     ) -> Iterator[None]:
-        """Context that undoes everything if a saved run cannot be restored.
+        """Context that undoes everything if the run fails before its first update.
+
+        The updates are made on a copy of the model, so putting back the attributes
+        leaves no trace of the run. A saved run counts as updated once it is restored.
 
         Args:
             unlearner: Gets its attributes back.
@@ -98,7 +105,7 @@ class Watch:
         try:
             yield
         except BaseException:
-            if self.saved is not None and not self._is_restored:
+            if not self._has_updates:
                 vars(unlearner).update(attributes)
                 random.restore(states)
             raise

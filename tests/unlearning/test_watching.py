@@ -195,6 +195,41 @@ def test_a_file_that_cannot_be_restored_changes_nothing(broken, entry):
     assert np.array_equal(np.random.get_state()[1], expected[2])
 
 
+def raising(*args, **options):
+    """Any function of the user's that fails, here after it has drawn a number."""
+    torch.rand(1)
+    raise Broken
+
+
+FAILURES = {
+    "evaluate": {"evaluate": raising},
+    "callback": {"callbacks": [type("Bad", (Callback,), {"on_start": raising})()]},
+    "method": {"method": type("Bad", (FineTune,), {"prepare": raising})()},
+    "loss": {"method": type("Bad", (FineTune,), {"loss": raising})()},
+    "after the step": {"method": type("Bad", (FineTune,), {"project_": raising})()},
+}
+
+
+@pytest.mark.parametrize("where", FAILURES)
+def test_a_run_that_fails_before_its_first_update_leaves_nothing(where):
+    options = dict(FAILURES[where])
+    one, whole = started(FineTune(), 1), started(FineTune(), 1)
+    method = options.pop("method", one.method)
+    seed(1)
+    before, weights = dict(vars(one)), state_bytes(one.model)
+    one.method, given = method, one.method
+    with pytest.raises(Broken):
+        one.unlearn(Augmented(), [4], 2, batch_size=8, **options)
+    one.method = given
+    assert vars(one) == before and state_bytes(one.model) == weights
+    found = one.unlearn(Augmented(), [3, 17], 2, batch_size=8)
+    seed(1)
+    expected = whole.unlearn(Augmented(), [3, 17], 2, batch_size=8)
+    assert found.record["forgotten_before"] == []
+    assert found.guarantee == expected.guarantee
+    assert state_bytes(found.model) == state_bytes(expected.model)
+
+
 def test_another_file_is_refused(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save(net().state_dict(), path)
