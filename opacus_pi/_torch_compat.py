@@ -75,7 +75,6 @@ __all__ = [
     "operation_overload",
     "operation_schema",
     "operations_seen_by_no_mode",
-    "outputs_of_backward",
     "own_buffers",
     "own_parameters",
     "pytree",
@@ -86,6 +85,7 @@ __all__ = [
     "run_backward_in_modes",
     "running_node",
     "sequence_number",
+    "starts_of_backward",
     "storage_address",
     "viewed_tensor",
     "with_gradient_hooks",
@@ -208,8 +208,8 @@ def running_node() -> Node | None:
     return torch._C._current_autograd_node()
 
 
-def outputs_of_backward() -> list[Tensor]:
-    """Return the tensors at which the backward pass that runs now began.
+def starts_of_backward() -> list[Node]:
+    """Return the nodes of autograd's graph at which the pass that runs now began.
 
     Autograd itself keeps no reference from a tensor to what was computed from it. But
     the function that entered the pass is still running, in this thread or, for an
@@ -217,20 +217,24 @@ def outputs_of_backward() -> list[Tensor]:
     of ``torch.autograd.graph._engine_run_backward``.
 
     Returns:
-        Those of all passes that run now; empty if the pass was begun in another way.
+        Those of all passes that run now, in any thread. A pass that was begun in
+        another way has none here, so whoever needs the graph of one pass must look
+        whether ``running_node`` is in the graph of these nodes.
     """
     code = torch.autograd.graph._engine_run_backward.__code__
-    found: list[Tensor] = []
+    found: list[Node | None] = []
     present: FrameType | None
     for present in sys._current_frames().values():
         while present is not None:
             if present.f_code is code:
                 outputs = present.f_locals["t_outputs"]
-                found += [t for t in outputs if isinstance(t, Tensor)]
+                found += [
+                    t.grad_fn if isinstance(t, Tensor) else t.node for t in outputs
+                ]
             present = present.f_back
     # No variable refers to a frame here: this function's own one is among them, and
     # such a cycle would keep the variables of all callers, the loop's batch included.
-    return found
+    return [node for node in found if node is not None]
 
 
 def operations_seen_by_no_mode() -> AbstractContextManager[None]:

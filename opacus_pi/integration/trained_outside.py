@@ -17,10 +17,11 @@ between nothing is done.
 
 *What breaks it.* Whether the change came from these gradients is not known: a schedule
 may also change a tensor. So the link is left unchecked, and not broken. Gradients that
-are cleared before an update (the generator's step of a GAN) are not judged. FSDP and
-backward passes that do not begin in ``torch.autograd.backward`` are not seen. On an
-accelerator entries are compared when the ledger is read only, so that training does not
-wait, and a leaf that is made anew is not found.
+are cleared before an update (the generator's step of a GAN) are not judged. FSDP is not
+seen. The graph of a pass that begins neither in ``torch.autograd.backward`` nor in
+``torch.autograd.grad`` cannot be followed; if such a pass is to be checked, the link is
+left unchecked. On an accelerator entries are compared when the ledger is read only, so
+that training does not wait, and a leaf that is made anew is not found.
 """
 
 import weakref
@@ -34,9 +35,9 @@ from torch.optim import Optimizer
 from opacus_pi._torch_compat import (
     current_backward_pass,
     num_writes,
-    outputs_of_backward,
     running_node,
     sequence_number,
+    starts_of_backward,
 )
 from opacus_pi.custody import Chain
 from opacus_pi.custody.checked_updates import is_looked_at
@@ -54,6 +55,13 @@ _TRAINED = (
     "published. Make these tensors a part of the model before make_private, or keep "
     "them constant (requires_grad_(False)). If they change without training data, "
     "nothing needs to be done."
+)
+_NOT_FOLLOWED = (
+    "A backward pass began neither in torch.autograd.backward nor in "
+    "torch.autograd.grad, so the graph of its loss could not be followed. Whether "
+    "tensors outside of the model are trained with gradients of the same loss is "
+    "therefore not known. If none are, nothing needs to be done. To have it checked, "
+    "call loss.backward()."
 )
 _NUM_SHAPES = 3
 
@@ -196,15 +204,18 @@ class TrainedOutside:
             self._chain.leave_unchecked("weights", _TRAINED.format(shapes=text))
 
     def _leaves(self) -> list[_Leaf]:
-        """Return the leaves of the present backward pass that are not the run's."""
+        """Return the leaves of the present backward pass that are not the run's.
+
+        The link is left unchecked if the graph of the pass is not known.
+        """
         module, optimizer, node = self._module(), self._optimizer(), running_node()
-        if module is None or optimizer is None or node is None:
+        if module is None or optimizer is None:
             return []
         own = ids_held_by(optimizer) | set(map(id, module.parameters()))
-        number = sequence_number(node)
+        number = 0 if node is None else sequence_number(node)
         is_later: dict[int, bool] = {}
         leaves: dict[int, Tensor] = {}
-        waiting = [t.grad_fn for t in outputs_of_backward() if t.grad_fn is not None]
+        waiting = starts_of_backward()
         seen = set(waiting)
         while waiting:
             one = waiting.pop()
@@ -217,6 +228,8 @@ class TrainedOutside:
                 elif following is not None and following not in seen:
                     seen.add(following)
                     waiting.append(following)
+        if node not in seen:
+            self._chain.leave_unchecked("weights", _NOT_FOLLOWED)
         return [
             _Leaf.of(leaf, is_later=is_later[key])
             for key, leaf in leaves.items()

@@ -3,14 +3,16 @@
 import gc
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_pi._torch_compat import outputs_of_backward
+from opacus_pi._torch_compat import run_backward_in_modes, starts_of_backward
 from opacus_pi.integration.engine import PrivacyEngine
 
 N, D = 32, 6
@@ -227,6 +229,68 @@ def test_the_generator_of_a_gan_is_not_reported():
     assert weights_link(engine).state == "checked"
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", [OwnHead, Constant])
+def test_a_pass_whose_graph_is_not_known_is_reported(case, mode):
+    case = case()
+    engine, model, optimizer, _, loader = prepare(case.model, mode)
+    with pytest.warns(UserWarning, match="the graph of its loss could not be followed"):
+        for x, y in loader:
+            optimizer.zero_grad()
+            loss = case.loss(model(x), y)
+            run_backward_in_modes([loss], [torch.ones_like(loss)])
+            optimizer.step()
+            case.after(loss)
+    assert weights_link(engine).state == "unchecked"
+
+
+def test_the_graph_of_a_pass_in_another_thread_is_not_taken_for_that_of_the_loss():
+    case, link = OwnHead(), []
+
+    def step(_):
+        engine, model, optimizer, _, loader = prepare(case.model)
+        x, y = next(iter(loader))
+        loss = case.loss(model(x), y)
+        run_backward_in_modes([loss], [torch.ones_like(loss)])
+        optimizer.step()
+        link.append(weights_link(engine))
+
+    def wait(_):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(step, None).result()
+
+    other = torch.ones(3, requires_grad=True).sum()
+    other.register_hook(wait)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        other.backward()
+    assert link[0].state == "unchecked"
+    assert "could not be followed" in link[0].sentence
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda loss: torch.autograd.backward(get_gradient_edge(loss)),
+        lambda loss: torch.autograd.backward([loss, 0.0 * loss]),
+    ],
+    ids=["edge", "two losses"],
+)
+def test_a_pass_may_begin_at_edges_and_at_several_losses(begin):
+    case = OwnHead()
+    engine, model, optimizer, _, loader = prepare(case.model)
+    for x, y in loader:
+        optimizer.zero_grad()
+        loss = case.loss(model(x), y)
+        begin(loss)
+        optimizer.step()
+        case.after(loss)
+    sentence = weights_link(engine).sentence
+    assert "got gradients" in sentence
+    assert "could not be followed" not in sentence
+
+
 def test_a_checked_pass_keeps_nothing_of_the_loop():
     class Batch:
         pass
@@ -234,7 +298,7 @@ def test_a_checked_pass_keeps_nothing_of_the_loop():
     def step():
         batch, x = Batch(), torch.ones(3, requires_grad=True)
         loss, seen = (2 * x).sum(), []
-        loss.register_hook(lambda _: seen.append(len(outputs_of_backward())))
+        loss.register_hook(lambda _: seen.append(len(starts_of_backward())))
         loss.backward()
         assert seen == [1]
         return weakref.ref(batch)
