@@ -436,7 +436,8 @@ class _FromGhostClipping(_ReportingOptimizer):
         by_parameter = self._pi_require_same_parameters()
         self._pi_update.was_clipped(float(self._pi_update.hooks.max_grad_norm))
         if self._pi_update.tracker.ends_unclipped():
-            self._pi_update.chain.break_link("norm", _NOT_CLIPPED)
+            if self._pi_require_opacus():
+                self._pi_update.chain.break_link("norm", _NOT_CLIPPED)
         else:
             self._pi_written.require_unchanged()
         self._pi_written.require_unchanged_sums()
