@@ -18,7 +18,8 @@ Methods:
 the runs and rows given. At one row, "scalar" and "operator_norm" are bounds, and so is
 "coupled" while it enumerates all subsets. For larger groups "coupled" samples subsets,
 and then its expectation is too low (a few rare subsets dominate the sum); a warning
-says when.
+says when. A Rényi divergence never falls when the order rises. Sampled divergences of
+one update may, and are therefore replaced by the largest one up to their order.
 
 **What breaks it.** Sampling other than Poisson, which is refused: these bounds average
 over independent participation.
@@ -41,7 +42,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from opacus_pi._types import ArrayLike
-from opacus_pi._validate import expect, require
+from opacus_pi._validate import expect, numbers, require
 from opacus_pi.accounting.composition import (
     corrected_order,
     default_hoelder_p,
@@ -56,7 +57,11 @@ from opacus_pi.accounting.group.gaussian_mixture import (
     operator_norm_law,
     scalar_law,
 )
-from opacus_pi.accounting.group.moments import coupled_log_moment, pair_exponents
+from opacus_pi.accounting.group.moments import (
+    MomentEstimate,
+    coupled_log_moment,
+    pair_exponents,
+)
 from opacus_pi.accounting.group.worst_case import group_worst_case_loss
 from opacus_pi.accounting.rules import (
     UpdateInterval,
@@ -96,7 +101,10 @@ def group_divergence(
         order: Rényi order α > 1.
         method: ``"coupled"``, ``"scalar"``, ``"operator_norm"`` or ``"theorem_b1"``,
             explained in the module. ``"coupled"`` is exact for small groups and
-            otherwise a Monte Carlo **estimate** that is biased low.
+            otherwise a Monte Carlo **estimate** that is biased low. It does not fall
+            when the order rises: a sampled divergence of one update is at least that
+            of each lower integer order (with the default ``generator``, also between
+            calls).
         rule: Which row is used for the updates between two rows, as in
             ``privacy_losses``: right, left, trapezoid or max.
         hoelder_p: p > 1, fixed beforehand; default 3T.
@@ -248,19 +256,46 @@ def _coupled(
 ) -> Moments:
     """Return the coupled moments as a function; it appends the sums' largest shares."""
 
+    def at(K: NDArray[np.float64], rate: float, order: float) -> MomentEstimate:
+        found = coupled_log_moment(
+            K, rate, order, num_samples=num_samples, generator=generator
+        )
+        shares.append(found.largest_share)
+        return found
+
     def moments(
         K: NDArray[np.float64], rate: float, orders: NDArray[np.float64]
-    ) -> list[float]:
-        found = [
-            coupled_log_moment(
-                K, rate, order, num_samples=num_samples, generator=generator
-            )
-            for order in orders
-        ]
-        shares.extend(one.largest_share for one in found)
-        return [one.log_moment for one in found]
+    ) -> ArrayLike:
+        *lower, last = orders
+        largest = at(K, rate, last)
+        if math.isinf(largest.effective_size):  # exact, and so are all lower orders
+            return [
+                *(at(K, rate, order).log_moment for order in lower),
+                largest.log_moment,
+            ]
+        below = np.arange(2, last)
+        values = [at(K, rate, order).log_moment for order in below]
+        found = _never_falling([*values, largest.log_moment], [*below, last])
+        return np.asarray(np.interp(orders, [1.0, *below, last], [0.0, *found]))
 
     return moments
+
+
+def _never_falling(log_moments: ArrayLike, orders: ArrayLike) -> NDArray[np.float64]:
+    """Raise estimates whose divergence is below that of a lower order.
+
+    Args:
+        log_moments: Estimates in nats, ``(K,)``.
+        orders: Their orders, above 1, ascending, ``(K,)``.
+
+    Returns:
+        The log moments of the running maximum of the divergences, ``(K,)``; none is
+        below its estimate.
+    """
+    values, above_one = numbers("log_moments", log_moments), numbers("orders", orders)
+    above_one = above_one - 1
+    highest = np.maximum.accumulate(values / above_one)
+    return np.maximum(values, highest * above_one)
 
 
 def _worst_case(run: GramLedger, order: float) -> float:

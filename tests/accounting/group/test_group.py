@@ -218,6 +218,24 @@ def test_a_hopeless_monte_carlo_warns():
         group_divergence(GramLedger(NoisySGD(1, 0.2, 1.0), [1], K / 1e4), 4.0)
 
 
+@pytest.mark.filterwarnings("ignore:The group's divergence is unreliable")
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("num_steps", [1, 30])
+def test_a_sampled_divergence_never_falls_with_the_order(seed, num_steps):
+    K = gram(np.random.default_rng(seed), 30)
+    group = GramLedger(NoisySGD(num_steps, 0.05, 1.0), [num_steps], K[None])
+    orders = np.array([1.5, *range(2, 20), 20.5])
+    found = [group_divergence(group, order, num_samples=300) for order in orders]
+    assert (np.diff(found) >= -1e-12).all() and found[0] > 0
+    if num_steps == 1:  # each order has its own estimate, which may be lower
+        single = [
+            coupled_log_moment(K, 0.05, a, num_samples=300).log_moment / (a - 1)
+            for a in orders[1:-1]
+        ]
+        assert (np.diff(single) < -0.01).any()
+        assert (np.array(found[1:-1]) >= np.array(single) - 1e-12).all()
+
+
 def minibatches(rng, rows=2, centres=20, batches=10):
     U = rng.normal(size=(rows, centres, batches, 30)) * 0.1
     return U @ U.transpose(0, 1, 3, 2)
