@@ -35,6 +35,7 @@ from opacus_pi.evaluation import (
     permutation_spec,
 )
 from opacus_pi.evaluation.oracle import retrained_without
+from opacus_pi.files.checksummed_json import with_json_checksum
 from opacus_pi.report.run import Barriers
 
 FORMAT = "opacus_pi.cli.evaluate.v1"
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         "barriers": barriers,
         "oracles_not_checked": unchecked,
     }
-    answer(options, facts, _text(facts, barriers))
+    answer(options, with_json_checksum(facts), _text(facts, barriers))
     return 0
 
 

@@ -28,8 +28,8 @@ from typing import Any
 
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.cli.errors import one_line
-from opacus_pi.cli.run_files import require_unedited_record
 from opacus_pi.files.arrays_file import named_kind
+from opacus_pi.files.checksummed_json import has_checksum, require_unedited
 from opacus_pi.files.checksummed_state import verified_state
 from opacus_pi.files.kinds import (
     ANSWER,
@@ -323,20 +323,24 @@ def _text(path: Path, start: bytes) -> Recognised:
     return _json(path, content)
 
 
-def _check_of_record(content: dict[str, Any]) -> Callable[[], dict[str, Any]] | None:
-    """Return how the record of a run is checked; None for one of earlier releases."""
-    if "checksum" not in content:
+def _check_of_json(
+    path: Path, content: dict[str, Any]
+) -> Callable[[], dict[str, Any]] | None:
+    """Return how JSON with a checksum is checked; None for JSON without one."""
+    if not has_checksum(content):
         return None
 
     def check() -> dict[str, Any]:
-        require_unedited_record(content)
+        require_unedited(
+            content, path.name, "Restore it from a copy, or make it again."
+        )
         return {}
 
     return check
 
 
 def _json(path: Path, content: Any) -> Recognised:
-    """Recognise JSON. Guarantees and records of earlier releases have no checksum.
+    """Recognise JSON. Files of earlier releases, and some answers, have no checksum.
 
     Args:
         path: The file.
@@ -352,7 +356,8 @@ def _json(path: Path, content: Any) -> Recognised:
 
         return Recognised(GUARANTEE.words, check, ours=True)
     if kind := kind_in(json.dumps({"format": form}).encode()):
-        return Recognised(kind.words, ours=True)
+        check_of_answer = _check_of_json(path, content) if kind == ANSWER else None
+        return Recognised(kind.words, check_of_answer, ours=True)
     if isinstance(content, dict) and {"method", "forget_indices"} <= set(content):
-        return Recognised(_RECORD, _check_of_record(content), ours=True)
+        return Recognised(_RECORD, _check_of_json(path, content), ours=True)
     return Recognised(_JSON)

@@ -11,14 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opacus_pi.cli.errors import BadInput
+from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.cli.evaluate import FORMAT
 from opacus_pi.cli.evaluated import require_of_run
 from opacus_pi.cli.inputs import load_ledgers
 from opacus_pi.cli.output import answer
 from opacus_pi.cli.run_files import EVALUATION, SavedRun, load_run, read_json
+from opacus_pi.files.checksummed_json import has_checksum, require_unedited
 from opacus_pi.report.run import Barriers
 from opacus_pi.report.write import write_report
+
+_EVALUATE_AGAIN = "Restore it from a copy, or run 'opacus-pi evaluate' again."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,14 +80,46 @@ def _evaluation(
         sentences for the page.
 
     Raises:
-        BadInput: As ``_read_evaluation``, or if the evaluation is of another run.
+        BadInput: As ``_read_evaluation``, or if the evaluation was edited or is of
+            another run.
     """
     path = _evaluation_file(options)
     if result is None or path is None:
         return None, None, ()
     found = read_json(f"--evaluation {path}", path)
     oracle, barriers = _read_evaluation(path, found)
-    return oracle, barriers, require_of_run(found, result.record, path)
+    unchecked = _require_unedited(path, found)
+    return (
+        oracle,
+        barriers,
+        (
+            *unchecked,
+            *require_of_run(found, result.record, path),
+        ),
+    )
+
+
+def _require_unedited(path: str | Path, found: dict[str, Any]) -> tuple[str, ...]:
+    """Refuse an evaluation that was edited after ``evaluate`` wrote it.
+
+    Args:
+        path: The file, for the message.
+        found: Its content.
+
+    Returns:
+        A sentence, if the file has no checksum.
+
+    Raises:
+        BadInput: If it does not match its checksum.
+    """
+    if not has_checksum(found):
+        return (
+            f"Whether {path} was edited is not known, because it has no checksum, as "
+            "in earlier releases. Run opacus-pi evaluate again.",
+        )
+    with about("--evaluation", _EVALUATE_AGAIN):
+        require_unedited(found, str(path), _EVALUATE_AGAIN)
+    return ()
 
 
 def _evaluation_file(options: argparse.Namespace) -> str | Path | None:

@@ -8,26 +8,29 @@ all of its files are complete, so a run that was interrupted leaves nothing behi
 """
 
 import errno
-import hashlib
 import json
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opacus_pi._validate import require
 from opacus_pi.accounting.guarantee import Guarantee
 from opacus_pi.cli.errors import BadInput, about
 from opacus_pi.evaluation import UnlearningTrace
 from opacus_pi.files.atomic_file import replace_file
+from opacus_pi.files.checksummed_json import (
+    has_checksum,
+    require_unedited,
+    with_json_checksum,
+)
 from opacus_pi.files.kinds import UNLEARNED_WEIGHTS
 from opacus_pi.files.regular_file import require_regular
-from opacus_pi.files.strict_json import json_text, strict
+from opacus_pi.files.strict_json import json_text
 from opacus_pi.files.weights_file import write_weights
 from opacus_pi.unlearning import UnlearningResult
 from opacus_pi.unlearning.honouring_weights import sha256_of
@@ -35,8 +38,9 @@ from opacus_pi.unlearning.honouring_weights import sha256_of
 WEIGHTS, RECORD, TRACE = "weights.safetensors", "record.json", "trace.json"
 GUARANTEE, EVALUATION = "guarantee.json", "evaluation.json"
 TO_SHOW = "guarantee_to_show.json"
-_HASHED = (TRACE, GUARANTEE, WEIGHTS)  # by the record
-_CHECKSUM = "checksum"  # the entry of a record that holds it
+_HASHED = (TRACE, GUARANTEE, WEIGHTS, TO_SHOW)  # by the record
+# They may be kept elsewhere; records of earlier releases do not have their hashes.
+_MAY_BE_ABSENT = (WEIGHTS, TO_SHOW)
 _UNEDITED = "Restore it from a copy, or unlearn again."
 RUN_FILES = (WEIGHTS, RECORD, TRACE, GUARANTEE, TO_SHOW, EVALUATION)
 
@@ -125,8 +129,7 @@ def save_run(directory: Path, result: UnlearningResult) -> None:
     shown = result.guarantee.without_estimates()
     replace_file(directory / TO_SHOW, shown.to_json().encode())
     files = {name: sha256_of(directory / name) for name in _HASHED}
-    record = strict({**result.record, "files": files})
-    record[_CHECKSUM] = _digest(record)
+    record = with_json_checksum({**result.record, "files": files})
     replace_file(directory / RECORD, json_text(record).encode())
 
 
@@ -154,7 +157,7 @@ def load_run(directory: str) -> SavedRun:
 
 
 def _require_own_files(directory: Path, record: dict[str, Any]) -> tuple[str, ...]:
-    """Refuse a trace, a guarantee or weights that another run wrote.
+    """Refuse a trace, guarantees or weights that another run wrote.
 
     Args:
         directory: The run's directory.
@@ -167,18 +170,16 @@ def _require_own_files(directory: Path, record: dict[str, Any]) -> tuple[str, ..
         BadInput: If a file has another hash, or the record was edited.
     """
     hashes = record.get("files")
-    if not isinstance(hashes, dict) or _CHECKSUM not in record:
+    if not isinstance(hashes, dict) or not has_checksum(record):
         return (
             f"Whether {TRACE}, {GUARANTEE} and {RECORD} are of the same run is not "
             "known, because an earlier release wrote them. Compare them yourself.",
         )
-    if _CHECKSUM in record:
-        with about(f"RUN_DIR {directory}", _UNEDITED):
-            require_unedited_record(record)
+    with about(f"RUN_DIR {directory}", _UNEDITED):
+        require_unedited(record, RECORD, _UNEDITED)
     for name in _HASHED:
         path = directory / name
-        # Weights may be kept elsewhere; earlier releases did not hash them.
-        if name == WEIGHTS and not (name in hashes and path.exists()):
+        if name in _MAY_BE_ABSENT and not (name in hashes and path.exists()):
             continue
         if hashes.get(name) != sha256_of(path):
             raise BadInput(
@@ -186,29 +187,6 @@ def _require_own_files(directory: Path, record: dict[str, Any]) -> tuple[str, ..
                 "it is of another run. Restore both from a copy, or unlearn again."
             )
     return ()
-
-
-def require_unedited_record(record: Mapping[str, Any]) -> None:
-    """Refuse the record of a run that does not match its checksum.
-
-    Args:
-        record: The content of the file.
-
-    Raises:
-        ValueError: If it was edited or damaged.
-    """
-    require(
-        record.get(_CHECKSUM) == _digest(record),
-        f"{RECORD} does not match its checksum.",
-        f"It was edited or damaged. {_UNEDITED}",
-    )
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of everything in a record but its checksum."""
-    content = {name: value for name, value in record.items() if name != _CHECKSUM}
-    text = json.dumps(content, sort_keys=True)
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _record(argument: str, path: Path) -> dict[str, Any]:

@@ -156,7 +156,13 @@ def test_the_evaluation_of_another_run(run, done, tmp_path, weights, forget, mes
 
 
 @pytest.mark.parametrize(
-    "name", ["trace.json", "guarantee.json", "weights.safetensors"]
+    "name",
+    [
+        "trace.json",
+        "guarantee.json",
+        "weights.safetensors",
+        "guarantee_to_show.json",
+    ],
 )
 def test_files_of_two_runs_in_one_directory(run, done, tmp_path, name):
     words = ("unlearn", *MODEL, *DATA, "--forget", "5", "--epochs", "2")
@@ -181,6 +187,31 @@ def test_a_record_that_was_edited(run, done, tmp_path):
     assert run("verify", done / "record.json")[0] == 0
 
 
+def test_an_evaluation_that_was_edited(run, done, tmp_path):
+    facts = json.loads((done / "evaluation.json").read_text())
+    facts["oracle"]["forget_accuracy"] = [0.123]
+    copied = damaged(done, tmp_path, "evaluation.json", json.dumps(facts))
+    code, out, err = run("report", copied, *LEDGER, "--out", tmp_path / "r.html")
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "evaluation.json does not match its checksum. It was edited" in err
+    assert not (tmp_path / "r.html").exists()
+    assert run("verify", copied / "evaluation.json")[0] == 1
+    assert run("verify", done / "evaluation.json")[0] == 0
+    del facts["checksum"]
+    (copied / "evaluation.json").write_text(json.dumps(facts))
+    assert run("verify", copied / "evaluation.json")[0] == 3
+    assert run("report", copied, *LEDGER, "--out", tmp_path / "r.html")[0] == 0
+    assert "evaluation.json was edited is not known" in (
+        (tmp_path / "r.html").read_text()
+    )
+
+
+def test_a_run_without_the_guarantee_to_show(run, done, tmp_path):
+    copied = damaged(done, tmp_path, "trace.json", (done / "trace.json").read_text())
+    (copied / "guarantee_to_show.json").unlink()
+    assert run("report", copied, *LEDGER, "--out", tmp_path / "r.html")[0] == 0
+
+
 def test_the_report_says_what_older_files_leave_open(answer, done, tmp_path):
     copied = tmp_path / "copied"
     shutil.copytree(done, copied)
@@ -189,7 +220,7 @@ def test_the_report_says_what_older_files_leave_open(answer, done, tmp_path):
             "record.json",
             ("checksum", "files", "ledgers", "trained_weights", "unlearned_weights"),
         ),
-        ("evaluation.json", ("subject",)),
+        ("evaluation.json", ("checksum", "subject")),
     ):
         facts = json.loads((copied / name).read_text())
         for entry in added:
@@ -200,6 +231,7 @@ def test_the_report_says_what_older_files_leave_open(answer, done, tmp_path):
     sentences = found["report"]["unlearning"]["not_checked"]
     assert [one.split(" is not known")[0] for one in sentences] == [
         "Whether trace.json, guarantee.json and record.json are of the same run",
+        f"Whether {copied / 'evaluation.json'} was edited",
         "Whether the evaluation is of this unlearning run",
         "Whether the unlearning run started from the training of this ledger",
     ]
