@@ -207,7 +207,7 @@ class UpdateUnderWay:
             self._has_checked = True
             self.chain.check("norm", "The norms are those by which Opacus clipped.")
             self.chain.check("noise", "Noise was drawn once for every update.")
-        if self.recorder.checkpoints is not None and not self.is_superseded:
+        if not self.is_superseded:
             self.recorder.begin_update()
         # The weights are still those of the forward pass, and its memory is free again.
         finding = None if self.model_probe is None else self.model_probe.run()

@@ -69,7 +69,20 @@ _CHANGED = (
     "make_private or make_monitored again after changing the data set."
 )
 # Attributes of a recorder that belong to the model in training.
+_OTHER_START = (
+    "Before the first update after the run was continued, the weights and buffers of "
+    "the model were not those with which the recorded updates had ended. If it is "
+    "another model, the ledger joins the updates of two runs and describes neither: "
+    "use a new Recorder for it. If the same weights were rounded, or its buffers were "
+    "changed by a forward pass, nothing needs to be done."
+)
+_UNKNOWN_START = (
+    "The run was continued, and it is not known with which weights the recorded "
+    "updates had ended. So they could not be compared with those of the model. If it "
+    "is another model, use a new Recorder for it."
+)
 _NOT_COPIED = (
+    "_start",
     "_sweep",
     "_weights",
     "_processes",
@@ -248,6 +261,7 @@ class Recorder(RecorderOptions):
     _chain: Chain | None = None
     _all_refuse = False
     _missing: Callable[[], str] | None = None
+    _start: str | None = None  # weights that a continued run is to start from
     _waiting: WaitingReports  # from begin or load_state_dict on
 
     def __getstate__(self) -> dict[str, Any]:
@@ -383,12 +397,13 @@ class Recorder(RecorderOptions):
             self._begun().require_same(run)
         else:
             self._run = run
+        self._last_weights = last_weights
+        self._expect_start()
         self._begin_checkpoints(self._begun(), training, processes)
         self._follow(chain)
         self._resumed = False
         self._sweep, self._weights = sweep, weights
         self._processes, self._all_refuse = processes, False
-        self._last_weights = last_weights
         self._waiting = WaitingReports()
         if self._starts_with_a_row and not self._begun().steps:
             self._write_row()
@@ -489,10 +504,14 @@ class Recorder(RecorderOptions):
             self._fetch_waiting()
 
     def begin_update(self) -> None:
-        """Save the state before the first update, if ``checkpoints`` were asked for.
+        """Look at the weights before an update.
 
-        Call it when the weights are still those from before the update.
+        The first update of a continued run should find those that the recorded ones
+        left. If ``checkpoints`` were asked for, the state before the first update is
+        saved. Call it when the weights are still those from before the update.
         """
+        if self._start is not None:
+            self._compare_start()
         if self.checkpoints is not None:
             self.checkpoints.begin_update()
 
@@ -705,6 +724,29 @@ class Recorder(RecorderOptions):
         if self._last_weights is not None:
             self._last_weights.forget()
         self._follow(self._chain)
+        self._expect_start()
+
+    def _expect_start(self) -> None:
+        """Have the next update look for the weights that the recorded updates left.
+
+        A forward pass may change buffers before that update. So nothing is compared
+        then if the model has these weights and buffers already.
+        """
+        run, last = self._begun(), self._last_weights
+        is_continued = last is not None and run.num_steps > 0
+        self._start = run.weights if is_continued else None
+        if self._start and last is not None and last.present() == self._start:
+            self._start = None
+
+    def _compare_start(self) -> None:
+        """Leave the link "weights" unchecked if other updates have made the weights."""
+        start, self._start = self._start, None
+        if self._chain is None or self._last_weights is None:
+            return
+        if start in ("", CHANGED):
+            self._chain.leave_unchecked("weights", _UNKNOWN_START)
+        elif self._last_weights.present() != start:
+            self._chain.leave_unchecked("weights", _OTHER_START)
 
     def _begun(self) -> RecordedRun:
         """Return the run, or refuse if none has begun."""

@@ -168,6 +168,11 @@ class LastWeights:
             return CHANGED
         return weights_name(model)
 
+    def present(self) -> str | None:
+        """Return the name of the weights as they are now; None without a model."""
+        model = self._model()
+        return None if model is None else weights_name(model)
+
 
 def _tensors(model: nn.Module) -> list[Tensor]:
     """Return parameters and buffers themselves, in the model's order."""
