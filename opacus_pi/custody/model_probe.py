@@ -25,7 +25,9 @@ example or the mode of a layer changes, at most eight times in a run.
 **What breaks it.** A dependence that the first batch does not show: examples that
 influence each other only for certain values, or in shapes beyond the eighth. If only
 one example depends on only one other, both are in the same half with probability 1/2. A
-state that is kept outside the layers is not detected.
+state that is kept outside the layers is not detected. Every run of the probe has the
+padding of the batch, so it cannot find a model that averages over padding whose length
+depends on the other examples; the link "rows" stands for that, and ``engine.audit``.
 
 >>> x = torch.arange(12.0).view(4, 3)
 >>> probe_separability(nn.Linear(3, 2), (x,), {}).state
