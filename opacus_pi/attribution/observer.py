@@ -46,8 +46,8 @@ from opacus_pi.attribution.collate_identity import (
     FollowingCollate,
 )
 from opacus_pi.attribution.delivery import LoaderPass
+from opacus_pi.attribution.plain_indexing import indexes_plainly, loads_batches
 from opacus_pi.attribution.tracker import Tracker
-from opacus_pi.ledger.plain_indexing import indexes_plainly, loads_batches
 
 __all__ = ["LoaderObserver", "observe", "observe_like", "observer_of", "tracker_of"]
 

@@ -13,7 +13,7 @@ from torch.utils.data import (
 )
 from torchvision.datasets import CIFAR10, FakeData, ImageFolder
 
-from opacus_pi.ledger.plain_indexing import indexes_plainly, loads_batches
+from opacus_pi.attribution.plain_indexing import indexes_plainly, loads_batches
 
 TENSORS = TensorDataset(torch.arange(6), torch.arange(6))
 
