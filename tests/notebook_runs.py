@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
-TIMEOUT = 300  # seconds a cell
+TIMEOUT = 300  # seconds a cell, and for the kernel to start
 
 
 def read(path: Path) -> NotebookNode:
@@ -43,6 +43,7 @@ def executed(notebook: NotebookNode) -> NotebookNode:
         client = NotebookClient(
             notebook,
             timeout=TIMEOUT,
+            startup_timeout=TIMEOUT,
             kernel_name="python3",
             resources={"metadata": {"path": folder}},
             record_timing=False,
