@@ -28,6 +28,8 @@ array([1, 4, 1])
 array([0], dtype=int32)
 """
 
+from __future__ import annotations  # help shows NDArray[np.int32], not all of it
+
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any

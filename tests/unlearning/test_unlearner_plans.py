@@ -183,7 +183,7 @@ def test_forgetting_again_is_said():
     assert "this set has 2, including 2 forgotten before" in str(claim)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mine.unlearn(data(), [2, 3], 0)
+        mine.unlearn(data(), [2, 3], 1)
 
 
 def test_a_run_that_was_stopped_by_evaluations_is_remembered():
